@@ -1,0 +1,68 @@
+"""The native model folder: config.yaml (an instantiable tree), model.safetensors, metadata.json."""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import yaml
+from hydra.utils import instantiate
+from safetensors.torch import load_file, save
+from torch import nn
+
+from ldm_train.data.shards import file_sha256, write_atomically, write_json
+
+CONFIG, WEIGHTS, METADATA = "config.yaml", "model.safetensors", "metadata.json"
+
+
+def save_model(folder: str | Path, module: nn.Module, config: dict[str, Any], metadata: dict[str, Any]) -> str:
+    """Writes a module with the config that builds it; the weights last but one, so a folder with metadata.json is whole.
+
+    config: nested dictionaries with `_target_`. Returns the weights' sha256.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    weights = save({k: v.detach().cpu().contiguous() for k, v in module.state_dict().items()})
+    digest = hashlib.sha256(weights).hexdigest()
+    write_atomically(folder / CONFIG, lambda f: f.write(yaml.safe_dump(config, sort_keys=False).encode()))
+    write_atomically(folder / WEIGHTS, lambda f: f.write(weights))
+    write_json(folder / METADATA, metadata | {"sha256": digest})
+    return digest
+
+
+def check_targets(config: Any, where: Path) -> None:
+    """Raises ValueError where a config from disk would build anything outside ldm_train."""
+    if isinstance(config, dict):
+        target = config.get("_target_", "ldm_train.")
+        if not str(target).startswith("ldm_train."):
+            raise ValueError(f"{where} asks for {target}; model folders may only build parts of ldm_train")
+        for value in config.values():
+            check_targets(value, where)
+    elif isinstance(config, list):
+        for value in config:
+            check_targets(value, where)
+
+
+def read_metadata(folder: str | Path) -> dict[str, Any]:
+    """metadata.json of a model folder. Raises FileNotFoundError naming what is missing."""
+    folder = Path(folder)
+    missing = [n for n in (CONFIG, WEIGHTS, METADATA) if not (folder / n).is_file()]
+    if missing:
+        raise FileNotFoundError(f"{folder} is no complete model folder: {', '.join(missing)} missing; finish its stage first")
+    return json.loads((folder / METADATA).read_text())
+
+
+def load_model(folder: str | Path) -> nn.Module:
+    """The module of a native folder, in eval mode on the CPU.
+
+    Raises FileNotFoundError for an incomplete folder, ValueError for weights that do not match their checksum.
+    """
+    folder = Path(folder)
+    metadata = read_metadata(folder)
+    if (digest := file_sha256(folder / WEIGHTS)) != metadata["sha256"]:
+        raise ValueError(f"{folder / WEIGHTS} is damaged: sha256 {digest[:12]}, recorded {metadata['sha256'][:12]}")
+    config = yaml.safe_load((folder / CONFIG).read_text())
+    check_targets(config, folder / CONFIG)
+    module = instantiate(config, _convert_="all")
+    module.load_state_dict(load_file(folder / WEIGHTS))
+    return module.eval()

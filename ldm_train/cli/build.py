@@ -1,0 +1,141 @@
+"""From config sections to objects: the only place where a DictConfig becomes models, losses and data."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+
+from ldm_train.checkpoints.native import load_model, read_metadata
+from ldm_train.conditioning.text import train_tokenizer
+from ldm_train.data.datamodule import Batching, ShardDataModule
+from ldm_train.data.prepare.build import build as prepare
+from ldm_train.data.shards import INDEX
+from ldm_train.models.first_stage import FirstStage
+from ldm_train.training.fit import Cadence, Machine
+
+FROM_DATA = "from_data"  # a value that only the data can give: class names, a tokenizer
+
+
+def plain(section: DictConfig) -> dict[str, Any]:
+    return OmegaConf.to_container(section, resolve=True)
+
+
+def machine_of(config: DictConfig, world_size: int, rank: int, local_rank: int) -> Machine:
+    """Raises ValueError where a GPU is asked for and none is there."""
+    accelerator = config.accelerator
+    if accelerator == "auto":
+        accelerator = "gpu" if torch.cuda.is_available() else "cpu"
+    if accelerator not in ("cpu", "gpu"):
+        raise ValueError(f"accelerator is auto, cpu or gpu, not {accelerator!r}")
+    if accelerator == "gpu" and torch.cuda.device_count() < min(world_size, local_rank + 1):
+        raise ValueError(f"accelerator=gpu, but {torch.cuda.device_count()} GPUs are visible; use accelerator=cpu")
+    precision = str(config.precision)
+    if precision == "auto":
+        precision = "32" if accelerator == "cpu" else "bf16-mixed"
+    return Machine(accelerator, precision, world_size, rank, local_rank)
+
+
+def batching_of(section: DictConfig, machine: Machine) -> Batching:
+    return Batching(section.batch_size, section.micro_batch_size, machine.world_size, machine.rank)
+
+
+def cadence_of(section: DictConfig, machine: Machine, config: DictConfig) -> Cadence:
+    return Cadence(section.val_every, section.checkpoint_every, section.log_every, config.progress and machine.rank == 0)
+
+
+def ensure_data(data: DictConfig) -> None:
+    """Prepares data that needs nothing from outside (data.source) where it is not there yet."""
+    if data.source is not None and not (Path(data.root) / INDEX).is_file():
+        prepare(instantiate(data.source), data.root, data.per_shard)
+
+
+def data_module(config: DictConfig, stage: str, machine: Machine, fields: tuple[str, ...]) -> ShardDataModule:
+    """The images for a stage ("autoencoder" or "diffusion")."""
+    section, data = config[stage], config.data
+    size = data.image_size if isinstance(data.image_size, int) else tuple(data.image_size)
+    return ShardDataModule(
+        data.root,
+        batching_of(section, machine),
+        section.max_steps,
+        fields,
+        size,
+        data.crop,
+        tuple(data.scale),
+        data.flip,
+        data.channels,
+        data.reader,
+        data.train_split,
+        data.val_split,
+        section.val_images,
+        config.num_workers,
+        data.max_bad_fraction,
+        data.shuffle_buffer,
+        config.seed,
+        data.remedy,
+    )
+
+
+def condition_fields(config: DictConfig) -> tuple[str, ...]:
+    """The batch fields that the configured conditioners read."""
+    from hydra.utils import get_class
+
+    return tuple(get_class(c._target_).field for c in config.diffusion.conditioning.conditioners.values())
+
+
+def conditioner_tree(config: DictConfig, data: ShardDataModule) -> dict[str, Any]:
+    """The conditioners' config with what comes from the data filled in; it goes into the model folder as it is."""
+    tree = plain(config.diffusion.conditioning.conditioners)
+    for name, conditioner in tree.items():
+        if conditioner.get("classes") == FROM_DATA:
+            if not data.index.get("classes"):
+                raise ValueError(
+                    f"{data.root}/index.json names no classes for diffusion.conditioning.conditioners.{name}; set its "
+                    "classes=<number>, or choose diffusion/conditioning=none"
+                )
+            conditioner["classes"] = data.index["classes"]
+        if conditioner.get("tokenizer") == FROM_DATA:
+            size = conditioner.pop("vocab_size")
+            tokenizer = train_tokenizer(data.shards(data.train_split).captions(), size)
+            conditioner["tokenizer"] = tokenizer.to_str()
+    return tree
+
+
+def model_tree(config: DictConfig, first_stage: dict[str, Any], conditioners: dict[str, Any], data: DictConfig) -> dict[str, Any]:
+    """The whole LatentDiffusion as an instantiable tree."""
+    size = [data.image_size] * 2 if isinstance(data.image_size, int) else list(data.image_size)
+    factor = 2 ** (len(first_stage["autoencoder"]["channel_mult"]) - 1)
+    return {
+        "_target_": "ldm_train.latent_diffusion.LatentDiffusion",
+        "unet": plain(config.diffusion.unet),
+        "first_stage": first_stage,
+        "schedule": plain(config.diffusion.schedule),
+        "conditioners": conditioners,
+        "prediction_type": config.diffusion.objective.prediction_type,
+        "latent_size": [s // factor for s in size],
+    }
+
+
+def first_stage_tree(autoencoder_config: dict[str, Any]) -> dict[str, Any]:
+    return {"_target_": "ldm_train.models.first_stage.FirstStage", "autoencoder": autoencoder_config}
+
+
+def pretrained_folder(value: str, runs_dir: str) -> Path:
+    """autoencoder.pretrained -> the model folder: a run's name or folder, or a model folder itself.
+
+    Raises FileNotFoundError naming what was looked for.
+    """
+    candidates = [Path(value), Path(value) / "autoencoder" / "model", Path(runs_dir) / value / "autoencoder" / "model"]
+    for folder in candidates:
+        if (folder / "model.safetensors").is_file():
+            read_metadata(folder)
+            return folder
+    raise FileNotFoundError(
+        f"autoencoder.pretrained={value} is no run with a finished autoencoder and no model folder; looked in "
+        + ", ".join(map(str, candidates))
+    )
+
+
+def load_first_stage(folder: Path) -> FirstStage:
+    return FirstStage(load_model(folder))

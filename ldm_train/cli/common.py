@@ -1,0 +1,124 @@
+"""Shared by the commands: Hydra with readable errors, did-you-mean, and types checked before anything starts."""
+
+import difflib
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+import ldm_train
+from ldm_train.data.shards import DataError
+from ldm_train.training.callbacks.checkpoint import Interrupted
+from ldm_train.training.stages import Refused
+
+# What a user can act on: printed as one message, without a traceback (HYDRA_FULL_ERROR=1 shows it).
+USER_ERRORS = (DataError, Refused, FileNotFoundError, ValueError, OSError, HydraException, OmegaConfBaseException,
+               FloatingPointError, Interrupted)
+
+
+def config_folder() -> Path:
+    """conf/ beside the package in a checkout, inside it in a wheel."""
+    package = Path(ldm_train.__file__).parent
+    beside = package.parent / "conf"
+    return beside if (beside / "train.yaml").is_file() else package / "conf"
+
+
+def _keys(config: Any, prefix: str = "") -> list[str]:
+    if not isinstance(config, DictConfig):
+        return []
+    own = [f"{prefix}{k}" for k in config]
+    return own + [k for name in config for k in _keys(config._get_node(name), f"{prefix}{name}.")]
+
+
+def suggestions(config_name: str, overrides: list[str]) -> str:
+    """"Did you mean ..." for every override whose key or group is unknown, else ""."""
+    from hydra import compose, initialize_config_dir
+
+    known: list[str] = []
+    with initialize_config_dir(str(config_folder()), version_base="1.3"):
+        for attempt in ([o for o in overrides if o.startswith("experiment=")], []):
+            try:
+                known = _keys(compose(config_name, overrides=attempt))
+                break
+            except HydraException:
+                continue
+    groups = {str(p.parent.relative_to(config_folder())): p for p in config_folder().rglob("*.yaml") if p.parent != config_folder()}
+    lines = []
+    for override in overrides:
+        name, _, value = override.partition("=")
+        name = name.lstrip("+~")
+        if name in groups or any(g.startswith(name + "/") for g in groups):
+            options = sorted(p.stem for p in (config_folder() / name).glob("*.yaml"))
+            for choice in value.split(","):
+                if choice and choice not in options and (close := difflib.get_close_matches(choice, options, 3)):
+                    lines.append(f"{name}={choice}: did you mean {' or '.join(close)}?")
+        elif name not in known:
+            candidates = known + list(groups)
+            ends = [k for k in known if k.endswith("." + name)]
+            close = ends[:3] or difflib.get_close_matches(name, candidates, 3, cutoff=0.6)
+            if close:
+                lines.append(f"{name}: did you mean {' or '.join(close)}?")
+    return "\n".join(lines)
+
+
+# option: (type, lowest value). None is always allowed where the default is None.
+_COUNTS = ("max_steps", "batch_size", "val_every", "checkpoint_every", "log_every")
+
+
+def check_values(config: DictConfig) -> None:
+    """Raises ValueError, naming the option, for a value of the wrong type or range. Turns 1e4 into 10000 where a
+    count is meant."""
+
+    def number(key: str, least: float, whole: bool) -> None:
+        value = OmegaConf.select(config, key)
+        if value is None:
+            return
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise ValueError(f"{key}={value!r} is no number")
+        if whole and value != int(value):
+            raise ValueError(f"{key}={value} is no whole number")
+        if value < least:
+            raise ValueError(f"{key}={value} is below {least}")
+        if whole:
+            OmegaConf.update(config, key, int(value))
+
+    for stage in ("autoencoder", "diffusion"):
+        for name in _COUNTS:
+            number(f"{stage}.{name}", 1, True)
+        number(f"{stage}.micro_batch_size", 1, True)
+        number(f"{stage}.lr", 0, False)
+        number(f"{stage}.ema_decay", 0, False)
+        number(f"{stage}.clip_norm", 0, False)
+    number("autoencoder.loss.disc_start", 0, True)
+    number("devices", 1, True)
+    number("num_workers", 0, True)
+    number("seed", 0, True)
+    number("sampling.num_inference_steps", 1, True)
+    number("sampling.guidance_scale", 0, False)
+
+
+def run_command(function: Callable[[DictConfig], Any], config_name: str) -> Any:
+    """Composes conf/<config_name>.yaml with the command line and calls `function`; exits with 1 and one readable
+    message where the user has to act, with 128 + signal after an interruption."""
+    wants_traceback = os.environ.get("HYDRA_FULL_ERROR") == "1"
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra shall raise, not print
+    decorated = hydra.main(version_base="1.3", config_path=str(config_folder()), config_name=config_name)(function)
+    try:
+        return decorated()
+    except USER_ERRORS as error:
+        if wants_traceback:
+            raise
+        message = str(error)
+        if isinstance(error, HydraException):
+            arguments = [a for a in sys.argv[1:] if not a.startswith("-")]
+            message += "\n" + (suggestions(config_name, arguments) or "python train.py --help lists the options")
+            if error.__cause__ is not None and not isinstance(error.__cause__, HydraException):
+                message = f"{error.__cause__}\n{message}"
+        print(f"\nerror: {message}" if not isinstance(error, Interrupted) else f"\n{message}", file=sys.stderr, flush=True)
+        sys.exit(128 + error.number if isinstance(error, Interrupted) else 1)

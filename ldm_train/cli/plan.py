@@ -1,0 +1,88 @@
+"""The plan printed before anything runs: what each stage will do, how large the models are, how long it may take."""
+
+import time
+from typing import Any
+
+import torch
+from hydra.utils import instantiate
+from torch.utils.flop_counter import FlopCounterMode
+
+from ldm_train.training import stages
+
+TRAINING_FLOPS = 3  # forward and backward cost about three forward passes
+
+
+def _rate(device: torch.device) -> float:
+    """Measured matmul speed of this device in FLOP/s (a fraction of a second)."""
+    size = 1024 if device.type == "cpu" else 8192
+    a = torch.randn(size, size, device=device, dtype=torch.float32 if device.type == "cpu" else torch.bfloat16)
+    best = 0.0
+    for _ in range(5):
+        begin = time.perf_counter()
+        a @ a
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        best = max(best, 2 * size**3 / (time.perf_counter() - begin))
+    return best
+
+
+def _flops(module: torch.nn.Module, *inputs: Any, **named: Any) -> int:
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        module(*inputs, **named)
+    return counter.get_total_flops()
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    if seconds < 5400:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h" if seconds < 48 * 3600 else f"{seconds / 86400:.1f} days"
+
+
+def print_plan(chain: Any, todo: list[stages.Stage]) -> None:
+    """Prints one line per stage; sizes on the meta device, so nothing large is built.
+
+    Memory is that of weights, gradients, two Adam moments and the average, in float32; activations come on top.
+    """
+    config, machine = chain.config, chain.machine
+    data = config.data
+    height, width = (data.image_size,) * 2 if isinstance(data.image_size, int) else tuple(data.image_size)
+    print(f"run {chain.folder} on {machine.world_size} x {machine.accelerator}, precision {machine.precision}")
+    lines = {}
+    with torch.device("meta"):
+        network = instantiate(config.autoencoder.network, _convert_="all")
+        f = network.downsample_factor
+        if height % f or width % f:
+            raise ValueError(
+                f"data.image_size {height}x{width} is not divisible by the autoencoder's downsample_factor {f}; use "
+                f"{height // f * f}x{width // f * f} or another autoencoder"
+            )
+        image = torch.empty(1, data.channels, height, width)
+        lines["autoencoder"] = (network, _flops(network, image))
+        unet = instantiate(config.diffusion.unet, _convert_="all")
+        extra = {}
+        if unet.context_dim:
+            extra["context"] = torch.empty(1, 77, unet.context_dim)
+        if unet.vector_dim:
+            extra["vector"] = torch.empty(1, unet.vector_dim)
+        latent = torch.empty(1, unet.in_channels, height // f, width // f)
+        lines["diffusion"] = (unet, _flops(unet, latent, torch.empty(1), **extra))
+    rate = _rate(machine.device) * machine.world_size * 0.4  # what training reaches of it, roughly
+    for stage in todo:
+        note = stages.read_note(chain.folder / stage.name)
+        state = "new" if note is None else ("finished" if note["finished"] and note["steps"] >= stage.steps else "to resume")
+        text = f"  {stage.name:<12}{state:<10}"
+        if stage.name in lines and stage.steps:
+            module, flops = lines[stage.name]
+            section = config[stage.name]
+            parameters = sum(p.numel() for p in module.parameters())
+            memory = parameters * 4 * (5 if section.ema_decay else 4) / 2**30
+            seconds = stage.steps * section.batch_size * flops * TRAINING_FLOPS / rate
+            images = chain.data(stage.name, ("image",)).count(data.train_split)
+            text += (
+                f"{parameters / 1e6:.1f} M parameters, {flops * TRAINING_FLOPS / 1e9:.1f} GFLOP per image, "
+                f"{stage.steps} steps x {section.batch_size} = {stage.steps * section.batch_size / images:.1f} epochs, "
+                f"{memory:.2f} GiB of weights and optimiser, about {_duration(seconds)}"
+            )
+        print(text, flush=True)

@@ -1,0 +1,56 @@
+"""What a conditioner is: a network that turns one field of a batch into inputs of the U-Net."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+
+class Conditioner(nn.Module):
+    """Subclasses set `field`, `slots` and implement `forward`.
+
+    field   the batch field it reads (class_label, caption, ...)
+    slots   which U-Net inputs it fills: "context" (with "context_mask"), "concat", "vector"
+    dropout probability per sample that training replaces the condition by the null condition
+    """
+
+    field: str
+    slots: tuple[str, ...]
+
+    def __init__(self, dropout: float):
+        super().__init__()
+        if not 0 <= dropout <= 1:
+            raise ValueError(f"conditioning dropout is a probability, got {dropout}")
+        self.dropout = dropout
+
+    def forward(self, values: Any, drop: torch.Tensor) -> dict[str, torch.Tensor]:
+        """values: B entries of the field; drop (B,) bool: True where the condition is null."""
+        raise NotImplementedError
+
+    def null_values(self, count: int) -> Any:
+        """`count` placeholder entries, for use with drop = True."""
+        raise NotImplementedError
+
+    def null(self, count: int) -> dict[str, torch.Tensor]:
+        """The null condition for `count` samples: the same as a full drop mask."""
+        device = next(self.parameters()).device
+        return self(self.null_values(count), torch.ones(count, dtype=torch.bool, device=device))
+
+    def parse(self, text: str) -> Any:
+        """One entry of the field from the command line. Raises ValueError if it is none."""
+        raise NotImplementedError
+
+    def describe(self, values: Sequence[Any]) -> list[str]:
+        """Entries as people read them, for captions under pictures."""
+        return [str(v) for v in values]
+
+
+def merge(outputs: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """Joins conditions: context along tokens (with masks), concat along channels, vector along features."""
+    merged: dict[str, torch.Tensor] = {}
+    for key, dim in (("context", 1), ("context_mask", 1), ("concat", 1), ("vector", 1)):
+        parts = [o[key] for o in outputs if key in o]
+        if parts:
+            merged[key] = torch.cat(parts, dim=dim)
+    return merged

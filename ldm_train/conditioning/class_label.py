@@ -1,0 +1,52 @@
+"""Class labels as a learned embedding."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from ldm_train.conditioning.base import Conditioner
+
+
+class ClassLabel(Conditioner):
+    """An embedding per class and one for "no class", as a vector beside the timestep (ADM) or as one context token.
+
+    classes: names of the classes, or their number
+    dim: width; must equal the U-Net's vector_dim or context_dim
+    slot: "vector" or "context"
+    """
+
+    field = "class_label"
+
+    def __init__(self, classes: Sequence[str] | int, dim: int, slot: str = "vector", dropout: float = 0.1):
+        super().__init__(dropout)
+        if slot not in ("vector", "context"):
+            raise ValueError(f"a class label goes to the slot 'vector' or 'context', not {slot!r}")
+        self.names = [str(i) for i in range(classes)] if isinstance(classes, int) else list(classes)
+        self.slots = (slot,)
+        self.embedding = nn.Embedding(len(self.names) + 1, dim)
+        nn.init.normal_(self.embedding.weight, std=0.02 if slot == "vector" else 1.0)
+
+    def forward(self, values: torch.Tensor, drop: torch.Tensor) -> dict[str, torch.Tensor]:
+        """values (B,) int64 -> vector (B, dim), or context (B, 1, dim) with its mask."""
+        device = self.embedding.weight.device
+        labels = torch.as_tensor(values, device=device).masked_fill(drop.to(device), len(self.names))
+        embedded = self.embedding(labels)
+        if self.slots == ("vector",):
+            return {"vector": embedded}
+        mask = torch.ones(len(labels), 1, dtype=torch.bool, device=device)
+        return {"context": embedded[:, None], "context_mask": mask}
+
+    def null_values(self, count: int) -> torch.Tensor:
+        return torch.zeros(count, dtype=torch.long)
+
+    def parse(self, text: str) -> int:
+        """A class by its name or its index."""
+        if text in self.names:
+            return self.names.index(text)
+        if text.isdigit() and int(text) < len(self.names):
+            return int(text)
+        raise ValueError(f"unknown class {text!r}; this model knows {', '.join(self.names)} (or 0 to {len(self.names) - 1})")
+
+    def describe(self, values: torch.Tensor) -> list[str]:
+        return [self.names[int(v)] for v in values]

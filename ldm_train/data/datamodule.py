@@ -1,0 +1,218 @@
+"""One data module for all images: shards in, batches out, in an order that is a pure function of the seed and the step."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import lightning as L
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from ldm_train.data.samples import SampleDecoder, collate, require_fields, sample_rng
+from ldm_train.data.shards import DataError, IndexedShards, data_hash, read_index, split_index
+from ldm_train.data.streaming import StreamingBatches
+from ldm_train.data.transforms import ImageTransform
+
+
+@dataclass(frozen=True)
+class Batching:
+    """How a global batch is cut: batch_size = micro_batch_size x world_size x accumulate.
+
+    Raises ValueError where that does not come out whole.
+    """
+
+    batch_size: int
+    micro_batch_size: int | None = None
+    world_size: int = 1
+    rank: int = 0
+
+    def __post_init__(self):
+        share = self.micro_batch_size or self.batch_size // self.world_size
+        if share < 1 or self.batch_size % (share * self.world_size):
+            raise ValueError(
+                f"batch_size {self.batch_size} does not split over {self.world_size} devices with micro_batch_size "
+                f"{self.micro_batch_size}; make batch_size a multiple of micro_batch_size x devices"
+            )
+
+    @property
+    def micro(self) -> int:
+        return self.micro_batch_size or self.batch_size // self.world_size
+
+    @property
+    def accumulate(self) -> int:
+        return self.batch_size // (self.micro * self.world_size)
+
+
+class StepBatches(Sampler):
+    """The samples of every micro-batch from `start` to `stop` as lists of (epoch, index).
+
+    Each epoch is a permutation seeded by (seed, epoch); what does not fill a global batch is dropped. Which samples
+    make up a global batch does not depend on the number of ranks.
+    """
+
+    def __init__(self, count: int, batching: Batching, seed: int, start: int, stop: int):
+        self.count, self.batching, self.seed, self.start, self.stop = count, batching, seed, start, stop
+        self.steps_per_epoch = count // batching.batch_size
+        if self.steps_per_epoch == 0:
+            raise DataError(
+                f"batch_size {batching.batch_size} exceeds the {count} training images; lower autoencoder.batch_size / "
+                "diffusion.batch_size or prepare more data"
+            )
+        self._epoch, self._order = -1, np.empty(0, np.int64)
+
+    def __len__(self) -> int:
+        return self.stop  # Lightning counts micro-batches from the beginning of training, also after a resume
+
+    def rows(self, micro_batch: int) -> list[tuple[int, int]]:
+        """(epoch, index) of this rank's samples in one micro-batch."""
+        step, part = divmod(micro_batch, self.batching.accumulate)
+        epoch, step = divmod(step, self.steps_per_epoch)
+        if epoch != self._epoch:
+            self._epoch, self._order = epoch, np.random.default_rng([self.seed, epoch]).permutation(self.count)
+        b = self.batching
+        first = step * b.batch_size + (part * b.world_size + b.rank) * b.micro
+        return [(epoch, int(i)) for i in self._order[first : first + b.micro]]
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        for micro_batch in range(self.start, self.stop):
+            yield self.rows(micro_batch)
+
+
+class ShardDataset(Dataset):
+    """Decoded samples by (epoch, index). A sample that cannot be read is replaced by another, chosen by (seed, epoch,
+    index), and the sample says so in "replaced"; after 20 failures in a row it raises DataError."""
+
+    def __init__(self, shards: IndexedShards, decoder: SampleDecoder, seed: int, random: bool):
+        self.shards, self.decoder, self.seed, self.random = shards, decoder, seed, random
+
+    def __len__(self) -> int:
+        return len(self.shards)
+
+    def __getitem__(self, item: tuple[int, int]) -> dict[str, Any]:
+        epoch, index = item
+        rng = sample_rng(self.seed, epoch, index)
+        replaced, candidate = [], index
+        for attempt in range(20):
+            try:
+                key = str(self.shards.keys[candidate])
+                sample = self.decoder(key, self.shards.fields(candidate), rng if self.random else None)
+            except Exception as error:  # decoders raise whatever they like on damaged data
+                replaced.append(f"{self.shards.where(candidate)}: {type(error).__name__}: {error}")
+                candidate = int(np.random.default_rng([self.seed, epoch, index, attempt]).integers(len(self)))
+                continue
+            if replaced:
+                sample["replaced"] = replaced
+            return sample
+        raise DataError("20 unreadable samples in a row:\n" + "\n".join(replaced[:5]))
+
+
+def evaluation_batches(count: int, micro: int, rank: int, world_size: int, limit: int | None) -> list[list[tuple[int, int]]]:
+    """Every sample (or the first `limit`) exactly once over all ranks, as lists of (0, index); ranks may differ by one."""
+    mine = list(range(rank, min(count, limit or count), world_size))
+    return [[(0, i) for i in mine[k : k + micro]] for k in range(0, len(mine), micro)]
+
+
+class ShardDataModule(L.LightningDataModule):
+    """Images (and what the shards hold beside them) for one stage.
+
+    root            folder with index.json
+    batching        Batching; accumulation included
+    max_steps       optimiser steps of the stage
+    fields          batch fields needed: "image", "class_label", "caption", "segmentation"
+    image_size, crop, scale, flip   see ImageTransform;  channels: of the image
+    reader          "indexed" (local or shared disk) or "streaming" (remote or very large sets)
+    val_images      validation uses the first so many (None: all)
+    max_bad_fraction    stop when more than this share of the samples read could not be decoded
+    remedy          the command that makes this data, for error messages
+    Raises FileNotFoundError or DataError before training starts, naming the remedy.
+    """
+
+    def __init__(
+        self,
+        root: str,
+        batching: Batching,
+        max_steps: int,
+        fields: Sequence[str] = ("image",),
+        image_size: int | Sequence[int] = 256,
+        crop: str = "center",
+        scale: Sequence[float] = (0.5, 1.0),
+        flip: bool = False,
+        channels: int = 3,
+        reader: str = "indexed",
+        train_split: str = "train",
+        val_split: str = "val",
+        val_images: int | None = None,
+        num_workers: int = 0,
+        max_bad_fraction: float = 0.01,
+        shuffle_buffer: int = 2000,
+        seed: int = 0,
+        remedy: str | None = None,
+    ):
+        super().__init__()
+        if reader not in ("indexed", "streaming"):
+            raise ValueError(f"data.reader is 'indexed' or 'streaming', not {reader!r}")
+        self.root, self.batching, self.max_steps, self.fields = root, batching, max_steps, tuple(fields)
+        size = image_size if isinstance(image_size, int) else tuple(image_size)
+        self.transform = ImageTransform(size, crop, flip, tuple(scale))
+        self.channels, self.reader, self.num_workers, self.seed = channels, reader, num_workers, seed
+        self.train_split, self.val_split, self.val_images = train_split, val_split, val_images
+        self.max_bad_fraction, self.shuffle_buffer, self.remedy = max_bad_fraction, shuffle_buffer, remedy
+        self.index = read_index(root, remedy) if remedy else read_index(root)
+        for split in (train_split, val_split):
+            part = split_index(self.index, split, root)
+            counts = {}
+            for shard in part["shards"]:
+                for extension, n in shard["fields"].items():
+                    counts[extension] = counts.get(extension, 0) + n
+            require_fields(self.fields, counts, sum(s["count"] for s in part["shards"]), f"{root}, split {split}")
+        self._shards: dict[str, IndexedShards] = {}
+
+    @property
+    def content_hash(self) -> str:
+        return data_hash(self.index, self.train_split, self.val_split)
+
+    def count(self, split: str) -> int:
+        return sum(s["count"] for s in self.index["splits"][split]["shards"])
+
+    def shards(self, split: str) -> IndexedShards:
+        if split not in self._shards:
+            self._shards[split] = IndexedShards(self.root, split, self.remedy)
+        return self._shards[split]
+
+    def _loader(self, dataset: Dataset, batches: Any) -> DataLoader:
+        return DataLoader(
+            dataset,
+            batch_sampler=batches,
+            num_workers=self.num_workers,
+            collate_fn=collate,
+            pin_memory=torch.cuda.is_available(),
+            persistent_workers=False,
+        )
+
+    def train_loader(self, start: int) -> DataLoader:
+        """Micro-batches from number `start` to the end of training."""
+        stop = self.max_steps * self.batching.accumulate
+        decoder = SampleDecoder(self.transform, self.fields, self.channels)
+        if self.reader == "streaming":
+            stream = StreamingBatches(
+                self.root, self.index["splits"][self.train_split]["shards"], decoder, self.batching, self.seed,
+                start, stop, self.shuffle_buffer, max(1, self.num_workers),
+            )
+            return DataLoader(stream, batch_size=None, num_workers=self.num_workers, pin_memory=torch.cuda.is_available())
+        shards = self.shards(self.train_split)
+        batches = StepBatches(len(shards), self.batching, self.seed, start, stop)
+        return self._loader(ShardDataset(shards, decoder, self.seed, random=True), batches)
+
+    def train_dataloader(self) -> DataLoader:
+        return self.train_loader(self.trainer.global_step * self.batching.accumulate if self.trainer else 0)
+
+    def fixed_loader(self, split: str, limit: int | None = None, fields: Sequence[str] | None = None) -> DataLoader:
+        """Each sample of a split once over all ranks, without randomness: centre crop, first caption."""
+        shards, b = self.shards(split), self.batching
+        decoder = SampleDecoder(self.transform.deterministic(), fields or self.fields, self.channels)
+        batches = evaluation_batches(len(shards), b.micro, b.rank, b.world_size, limit)
+        return self._loader(ShardDataset(shards, decoder, self.seed, random=False), batches)
+
+    def val_dataloader(self) -> DataLoader:
+        return self.fixed_loader(self.val_split, self.val_images)

@@ -1,0 +1,250 @@
+"""The latent cache: posterior moments of every image, written once per autoencoder, checked before use, read by memory map."""
+
+import io
+import json
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import numpy as np
+import torch
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from ldm_train.data.datamodule import Batching, ShardDataModule, StepBatches, evaluation_batches
+from ldm_train.data.samples import collate, require_fields, sample_rng, text_of
+from ldm_train.data.shards import INDEX, DataError, IndexedShards, file_sha256, read_index, write_json, write_shard
+
+# images (B, C, H, W) in [-1, 1] -> moments (B, 2C, h, w) float32
+Encode = Callable[[torch.Tensor], torch.Tensor]
+
+
+def _npy(array: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    np.save(buffer, array)
+    return buffer.getvalue()
+
+
+def _finished(folder: Path, name: str) -> dict | None:
+    """The index entry of a cache shard that is already complete, else None."""
+    note = folder / ".entries" / f"{name}.json"
+    if not note.is_file() or not (folder / name).is_file():
+        return None
+    entry = json.loads(note.read_text())
+    return entry if file_sha256(folder / name) == entry["sha256"] else None
+
+
+def write_cache(
+    data: ShardDataModule, split: str, encode: Encode, folder: str | Path, per_shard: int = 1024, flips: bool = False
+) -> list[dict]:
+    """Encodes this rank's part of a split, shard by shard; shards that are complete are kept. Returns their entries.
+
+    flips: also store the moments of the mirror image. Samples that cannot be decoded are left out.
+    Raises ValueError for transforms that are random beyond a flip.
+    """
+    if split == data.train_split and not data.transform.cacheable:
+        raise ValueError(
+            f"data.crop={data.transform.crop} is random, one cached encoding cannot stand for it; set latents.cache=false "
+            "or data.crop=center"
+        )
+    folder, shards, b = Path(folder), data.shards(split), data.batching
+    chunks = [range(i, min(i + per_shard, len(shards))) for i in range(0, len(shards), per_shard)]
+    mine = list(enumerate(chunks))[b.rank :: b.world_size]
+    entries = []
+    progress = tqdm(total=sum(len(c) for _, c in mine), desc=f"caching {split} latents", unit="img", disable=b.rank != 0)
+    for number, chunk in mine:
+        name = f"{split}-{number:06d}.tar"
+        entry = _finished(folder, name)
+        if entry is None:
+            entry = write_shard(folder / name, _encoded(data, split, encode, chunk, flips, progress))
+            write_json(folder / ".entries" / f"{name}.json", entry)
+        else:
+            progress.update(len(chunk))
+        entries.append(entry)
+    progress.close()
+    return entries
+
+
+def _encoded(
+    data: ShardDataModule, split: str, encode: Encode, chunk: range, flips: bool, progress: tqdm
+) -> Iterator[tuple[str, dict[str, bytes]]]:
+    shards, dataset = data.shards(split), data.fixed_loader(split, fields=("image",)).dataset
+    micro = max(1, min(64, data.batching.micro))
+    batches = [[(0, i) for i in chunk[k : k + micro]] for k in range(0, len(chunk), micro)]
+    loader = DataLoader(dataset, batch_sampler=batches, num_workers=data.num_workers, collate_fn=collate)
+    for rows, batch in zip(batches, loader):
+        moments = encode(batch["image"])
+        mirrored = encode(batch["image"].flip(3)) if flips else None
+        for k, (_, i) in enumerate(rows):
+            if batch["key"][k] != str(shards.keys[i]):  # unreadable, replaced by another sample
+                tqdm.write(f"latent cache: leaving out unreadable {shards.where(i)}")
+                continue
+            fields = {"moments.npy": _npy(moments[k].cpu().numpy())}
+            if mirrored is not None:
+                fields["flipped.npy"] = _npy(mirrored[k].cpu().numpy())
+            raw = {e: shards.read(i, e) for e in ("cls", "txt", "json") if e in shards.extensions}
+            fields |= {e: value for e, value in raw.items() if value is not None}
+            yield str(shards.keys[i]).replace("/", "_"), fields
+        progress.update(len(rows))
+
+
+def write_cache_index(folder: str | Path, splits: dict[str, list[dict]], classes: list[str] | None) -> None:
+    """Completes a cache: without index.json it does not exist."""
+    ordered = {split: sorted(entries, key=lambda e: e["file"]) for split, entries in splits.items()}
+    index = {"splits": {s: {"shards": e, "count": sum(x["count"] for x in e)} for s, e in ordered.items()}}
+    write_json(Path(folder) / INDEX, index | ({"classes": classes} if classes else {}))
+
+
+class CachedLatents:
+    """Moments and conditions of one split, straight out of memory-mapped tars, in whole batches.
+
+    Raises DataError where the cache is damaged.
+    """
+
+    def __init__(self, folder: str | Path, split: str, fields: Sequence[str], seed: int):
+        self.shards = IndexedShards(folder, split, remedy="python train.py ... restart=latents")
+        self.fields, self.seed = tuple(fields), seed
+        self.flips = "flipped.npy" in self.shards.extensions
+        header = io.BytesIO(self.shards.read(0, "moments.npy"))
+        version = np.lib.format.read_magic(header)
+        if version != (1, 0):
+            raise DataError(f"{folder}: unexpected npy version {version}; run again with restart=latents")
+        self.shape, _, self.dtype = np.lib.format.read_array_header_1_0(header)
+        self.header = header.tell()
+        self._maps = [np.memmap(path, np.uint8, "r") for path in self.shards.paths]
+
+    def __len__(self) -> int:
+        return len(self.shards)
+
+    def moments(self, i: int, flipped: bool = False) -> np.ndarray:
+        """(2C, h, w), a view of the file."""
+        extension = "flipped.npy" if flipped else "moments.npy"
+        start = int(self.shards.offsets[extension][i]) + self.header
+        stop = int(self.shards.offsets[extension][i]) + int(self.shards.sizes[extension][i])
+        return self._maps[int(self.shards.shard[i])][start:stop].view(self.dtype).reshape(self.shape)
+
+    def fetch(self, rows: Sequence[tuple[int, int]], random: bool) -> dict[str, Any]:
+        """rows: (epoch, index) per sample -> moments (B, 2C, h, w) and the fields asked for. random: flips, captions."""
+        rngs = [sample_rng(self.seed, epoch, i) if random else None for epoch, i in rows]
+        flipped = [bool(self.flips and rng is not None and rng.random() < 0.5) for rng in rngs]
+        batch: dict[str, Any] = {
+            "moments": torch.from_numpy(np.stack([self.moments(i, f) for (_, i), f in zip(rows, flipped)])),
+            "key": [str(self.shards.keys[i]) for _, i in rows],
+            "replaced": [],
+        }
+        if "class_label" in self.fields:
+            batch["class_label"] = torch.tensor([int(self.shards.read(i, "cls")) for _, i in rows])
+        if "caption" in self.fields:
+            batch["caption"] = [text_of(self._texts(i), rng) for (_, i), rng in zip(rows, rngs)]
+        return batch
+
+    def _texts(self, i: int) -> dict[str, bytes]:
+        found = {e: self.shards.read(i, e) for e in ("txt", "json") if e in self.shards.extensions}
+        return {e: value for e, value in found.items() if value is not None}
+
+
+class _Batches:
+    """A re-iterable list of lazily fetched batches; `length` is what Lightning counts to."""
+
+    def __init__(self, latents: CachedLatents, rows: Any, random: bool):
+        self.latents, self.rows, self.random = latents, rows, random
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        for rows in self.rows:
+            yield self.latents.fetch(rows, self.random)
+
+
+class LatentDataModule(L.LightningDataModule):
+    """Cached latents for stage 2, in the same order as ShardDataModule would deliver the images.
+
+    folder: the cache. fields: conditions needed ("class_label", "caption"). val_images: as in ShardDataModule.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        batching: Batching,
+        max_steps: int,
+        fields: Sequence[str],
+        seed: int,
+        train_split: str = "train",
+        val_split: str = "val",
+        val_images: int | None = None,
+    ):
+        super().__init__()
+        index = read_index(folder)
+        for split in (train_split, val_split):
+            part = index["splits"][split]
+            counts: dict[str, int] = {}
+            for shard in part["shards"]:
+                for extension, n in shard["fields"].items():
+                    counts[extension] = counts.get(extension, 0) + n
+            require_fields([f for f in fields if f != "image"], counts, part["count"], f"{folder}, split {split}")
+        self.folder, self.batching, self.max_steps, self.seed = folder, batching, max_steps, seed
+        self.val_images = val_images
+        self.train = CachedLatents(folder, train_split, fields, seed)
+        self.val = CachedLatents(folder, val_split, fields, seed)
+
+    def train_loader(self, start: int) -> _Batches:
+        stop = self.max_steps * self.batching.accumulate
+        return _Batches(self.train, StepBatches(len(self.train), self.batching, self.seed, start, stop), random=True)
+
+    def train_dataloader(self) -> _Batches:
+        return self.train_loader(self.trainer.global_step * self.batching.accumulate if self.trainer else 0)
+
+    def val_dataloader(self) -> _Batches:
+        b = self.batching
+        return _Batches(self.val, evaluation_batches(len(self.val), b.micro, b.rank, b.world_size, self.val_images), False)
+
+
+def latent_statistics(latents: CachedLatents, limit: int = 50_000) -> dict[str, Any]:
+    """Mean and standard deviation of the latents (sampled, unscaled) over all or `limit` images, in float64.
+
+    Returns per-channel "mean" and "std", the scalar "scale_factor" = 1 / std about the mean over all axes (Rombach
+    et al. 2022, appendix G) and "count".
+    """
+    count = min(limit, len(latents))
+    picks = np.unique(np.linspace(0, len(latents) - 1, count).round().astype(int))
+    channels = latents.shape[0] // 2
+    total, square, elements = np.zeros(channels), np.zeros(channels), 0
+    for i in picks:
+        mean, logvar = np.split(latents.moments(int(i)).astype(np.float64), 2)
+        total += mean.sum(axis=(1, 2))
+        square += (mean**2 + np.exp(np.clip(logvar, -30, 20))).sum(axis=(1, 2))
+        elements += mean[0].size
+    mean = total / elements
+    std = np.sqrt(square / elements - mean**2)
+    overall = float(np.sqrt(square.sum() / elements / channels - (total.sum() / elements / channels) ** 2))
+    return {"count": len(picks), "mean": mean.tolist(), "std": std.tolist(), "scale_factor": 1 / overall}
+
+
+def verify_cache(data: ShardDataModule, split: str, latents: CachedLatents, encode: Encode, count: int = 8) -> float:
+    """Encodes a few images again and compares with the cache; returns the largest deviation of a mean in units of
+    its posterior's standard deviation (plus one per cent of the latents' own spread).
+
+    Raises DataError where that exceeds 1: the cache does not belong to this autoencoder or data.
+    """
+    shards, dataset = data.shards(split), data.fixed_loader(split, fields=("image",)).dataset
+    rows = {str(k).replace("/", "_"): i for i, k in enumerate(shards.keys)} if len(shards) != len(latents) else None
+    worst = 0.0
+    for j in np.unique(np.linspace(0, len(latents) - 1, count).round().astype(int)):
+        key = str(latents.shards.keys[j])
+        i = int(j) if rows is None else rows.get(key, -1)
+        if i < 0 or str(shards.keys[i]).replace("/", "_") != key:
+            raise DataError(f"latent cache {latents.shards.root}: sample {key} is not in the data; run again with restart=latents")
+        mean, _ = encode(dataset[(0, i)]["image"][None])[0].cpu().numpy().astype(np.float64).reshape(latents.shape).reshape(
+            2, -1
+        )
+        cached, logvar = latents.moments(int(j)).astype(np.float64).reshape(2, -1)
+        tolerance = np.exp(0.5 * np.clip(logvar, -30, 20)) + 0.01 * cached.std()
+        worst = max(worst, float((np.abs(mean - cached) / tolerance).max()))
+    if worst > 1:
+        raise DataError(
+            f"latent cache {latents.shards.root} is stale: re-encoded samples differ by {worst:.1f} times the tolerance; "
+            "run again with restart=latents"
+        )
+    return worst

@@ -1,0 +1,147 @@
+"""From a source to a folder of shards: in several processes, resumable, index last."""
+
+import hashlib
+import io
+import json
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Protocol
+
+from PIL import Image
+from tqdm import tqdm
+
+from ldm_train.data.shards import INDEX, DataError, file_sha256, write_json, write_shard
+from ldm_train.data.transforms import IMAGE_EXTENSIONS
+
+ENTRIES = ".entries"
+
+
+class Source(Protocol):
+    """Samples by number. A source is picklable and deterministic, so that any process can write any shard.
+
+    classes: names of the class indices, or None. identity: what the samples depend on, JSON-able.
+    """
+
+    classes: list[str] | None
+    identity: dict
+
+    def splits(self) -> dict[str, int]:
+        """Number of samples per split."""
+        ...
+
+    def sample(self, split: str, i: int) -> tuple[str, dict[str, bytes]]:
+        """(key, {extension: bytes}). Raises OSError or ValueError for a sample that cannot be read."""
+        ...
+
+
+def in_validation(key: str, fraction: float) -> bool:
+    """Whether a sample belongs to validation: a function of its key alone, so that growing a folder moves nobody."""
+    return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "little") < fraction * 2**64
+
+
+def _write(source: Source, out: Path, split: str, number: int, chunk: range) -> dict:
+    """Writes one shard and the note that it is complete. Returns its entry with skipped samples and image sizes."""
+    sizes, skipped = [], []
+
+    def samples():
+        for i in chunk:
+            try:
+                key, fields = source.sample(split, i)
+                extension = next((e for e in IMAGE_EXTENSIONS if e in fields), None)
+                if extension and extension != "npy":
+                    with Image.open(io.BytesIO(fields[extension])) as image:
+                        image.load()  # a truncated file must not reach training
+                        sizes.append(image.size)
+            except (OSError, ValueError, SyntaxError) as error:  # PIL raises SyntaxError for broken PNGs
+                skipped.append(f"{split} sample {i}: {error}")
+                continue
+            yield key, fields
+
+    name = f"{split}-{number:06d}.tar"
+    entry = write_shard(out / name, samples())
+    entry["skipped"] = skipped
+    if sizes:
+        entry["image_size"] = [[min(s[k] for s in sizes) for k in (0, 1)], [max(s[k] for s in sizes) for k in (0, 1)]]
+    write_json(out / ENTRIES / f"{name}.json", entry)
+    return entry
+
+
+def _finished(out: Path, name: str) -> dict | None:
+    note = out / ENTRIES / f"{name}.json"
+    if not note.is_file() or not (out / name).is_file():
+        return None
+    entry = json.loads(note.read_text())
+    return entry if file_sha256(out / name) == entry["sha256"] else None
+
+
+def build(source: Source, out: str | Path, per_shard: int = 1000, workers: int = 1) -> dict:
+    """Writes every split of `source` into `out` and returns the index. Run again after an interruption, it continues.
+
+    Raises DataError if `out` holds data prepared otherwise, or a split would be empty.
+    """
+    out = Path(out)
+    counts = source.splits()
+    if min(counts.values()) == 0 or "train" not in counts:
+        raise DataError(f"the source has {counts} samples; both train and val need at least one (see val_fraction)")
+    identity = {"source": source.identity, "per_shard": per_shard, "counts": counts}
+    note = out / ENTRIES / "source.json"
+    if note.is_file() and json.loads(note.read_text()) != json.loads(json.dumps(identity)):
+        raise DataError(f"{out} holds data prepared with other options; choose another out=<folder> or delete this one")
+    if (out / INDEX).is_file() and not note.is_file():
+        raise DataError(f"{out} holds data of another origin; choose another out=<folder>")
+    write_json(note, identity)
+    tasks = [
+        (split, number, range(first, min(first + per_shard, count)))
+        for split, count in counts.items()
+        for number, first in enumerate(range(0, count, per_shard))
+    ]
+    done: dict[str, dict] = {}
+    with tqdm(total=sum(counts.values()), desc=f"preparing {out.name}", unit="img") as progress:
+        todo = []
+        for split, number, chunk in tasks:
+            name = f"{split}-{number:06d}.tar"
+            if entry := _finished(out, name):
+                done[name] = entry
+                progress.update(len(chunk))
+            else:
+                todo.append((split, number, chunk))
+        if workers <= 1:
+            for split, number, chunk in todo:
+                done[f"{split}-{number:06d}.tar"] = _write(source, out, split, number, chunk)
+                progress.update(len(chunk))
+        else:
+            with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+                running = {pool.submit(_write, source, out, *task): task for task in todo}
+                for future in as_completed(running):
+                    split, number, chunk = running[future]
+                    done[f"{split}-{number:06d}.tar"] = future.result()
+                    progress.update(len(chunk))
+    return write_index(out, [(split, done[f"{split}-{number:06d}.tar"]) for split, number, _ in tasks], source.classes)
+
+
+def write_index(out: Path, shards: list[tuple[str, dict]], classes: list[str] | None) -> dict:
+    """Writes index.json from (split, entry) pairs and lists skipped samples in skipped.txt."""
+    splits: dict[str, dict] = {}
+    skipped, ranges = [], []
+    for split, entry in shards:
+        entry = dict(entry)
+        skipped += entry.pop("skipped", [])
+        if "image_size" in entry:
+            ranges.append(entry.pop("image_size"))
+        part = splits.setdefault(split, {"count": 0, "shards": []})
+        part["shards"].append(entry)
+        part["count"] += entry["count"]
+    index: dict = {"splits": splits}
+    if classes:
+        index["classes"] = classes
+    if ranges:
+        index["image_size"] = {
+            "min": [min(r[0][k] for r in ranges) for k in (0, 1)],
+            "max": [max(r[1][k] for r in ranges) for k in (0, 1)],
+        }
+    if skipped:
+        (out / "skipped.txt").write_text("\n".join(skipped) + "\n")
+        print(f"left out {len(skipped)} unreadable samples, listed in {out / 'skipped.txt'}")
+    write_json(out / INDEX, index)
+    return index

@@ -1,0 +1,66 @@
+"""Fashion-MNIST (Xiao et al. 2017): 28x28 grey pictures of clothes, from its IDX files."""
+
+import gzip
+import io
+import struct
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from ldm_train.data.prepare.download import download
+
+URL = "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/"
+MD5 = {
+    "train-images-idx3-ubyte": "8d4fb7e6c68d591d4c3dfef9ec88bf0d",
+    "train-labels-idx1-ubyte": "25c81989df183df01b3e8a0aad5dffbe",
+    "t10k-images-idx3-ubyte": "bef4ecab320f06d8554ea6380940ec79",
+    "t10k-labels-idx1-ubyte": "bb300cfdad3c16e7a12a480ee83cd310",
+}
+CLASSES = ["t-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot"]
+
+
+def read_idx(path: Path) -> np.ndarray:
+    """An IDX file of unsigned bytes, plain or gzipped. Raises ValueError if it is none or is cut short."""
+    data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    if data[:3] != b"\0\0\x08":
+        raise ValueError(f"{path} is no IDX file of bytes; download it again")
+    shape = struct.unpack(f">{data[3]}I", data[4 : 4 + 4 * data[3]])
+    body = data[4 + 4 * data[3] :]
+    if len(body) != int(np.prod(shape)):
+        raise ValueError(f"{path} is cut short: {len(body)} bytes of data for shape {shape}; download it again")
+    return np.frombuffer(body, np.uint8).reshape(shape)
+
+
+class FashionMNIST:
+    """path: a folder with the four IDX files (gzipped or not); None downloads them to `cache`."""
+
+    classes: list[str] | None = CLASSES
+
+    def __init__(self, path: str | None = None, cache: str = "data/downloads/fashion_mnist"):
+        files = {name: self._file(name, path, cache) for name in MD5}
+        self.images = {"train": read_idx(files["train-images-idx3-ubyte"]), "val": read_idx(files["t10k-images-idx3-ubyte"])}
+        self.labels = {"train": read_idx(files["train-labels-idx1-ubyte"]), "val": read_idx(files["t10k-labels-idx1-ubyte"])}
+        for split in self.images:
+            if len(self.images[split]) != len(self.labels[split]):
+                raise ValueError(f"{split}: {len(self.images[split])} images but {len(self.labels[split])} labels")
+        self.identity = {"source": "fashion_mnist"}
+
+    @staticmethod
+    def _file(name: str, path: str | None, cache: str) -> Path:
+        if path is None:
+            return download(URL + name + ".gz", Path(cache) / f"{name}.gz", MD5[name])
+        for candidate in (Path(path) / f"{name}.gz", Path(path) / name):
+            if candidate.is_file():
+                return candidate
+        raise FileNotFoundError(f"{path} lacks {name}.gz; put the four IDX files there or leave path out to download them")
+
+    def splits(self) -> dict[str, int]:
+        return {split: len(images) for split, images in self.images.items()}
+
+    def sample(self, split: str, i: int) -> tuple[str, dict[str, bytes]]:
+        buffer = io.BytesIO()
+        Image.fromarray(self.images[split][i]).save(buffer, format="PNG")
+        label = int(self.labels[split][i])
+        caption = f"a picture of a {CLASSES[label]}"
+        return f"{split}_{i:05d}", {"png": buffer.getvalue(), "cls": str(label).encode(), "txt": caption.encode()}

@@ -1,0 +1,87 @@
+"""A folder of images, with folders as classes and .txt files beside the images as captions."""
+
+import io
+from pathlib import Path
+
+from PIL import Image, ImageOps
+
+from ldm_train.data.prepare.build import in_validation
+
+EXTENSIONS = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}
+
+
+def image_bytes(path: Path, max_size: int | None) -> tuple[str, bytes]:
+    """(extension, bytes) of an image file, as it is, or with its short side reduced to `max_size` pixels.
+
+    Reduced images become JPEG (quality 95) if they were, PNG otherwise.
+    """
+    data, extension = path.read_bytes(), path.suffix.lower().lstrip(".")
+    if max_size is None:
+        return extension, data
+    with Image.open(io.BytesIO(data)) as image:
+        if min(image.size) <= max_size:
+            return extension, data
+        image = ImageOps.exif_transpose(image)
+        factor = max_size / min(image.size)
+        image = image.resize((round(image.width * factor), round(image.height * factor)), Image.Resampling.LANCZOS)
+        buffer = io.BytesIO()
+        if extension in ("jpg", "jpeg"):
+            image.convert("RGB").save(buffer, format="JPEG", quality=95)
+            return "jpg", buffer.getvalue()
+        image.save(buffer, format="PNG")
+        return "png", buffer.getvalue()
+
+
+class ImageFolder:
+    """path: a folder; its subfolders are classes (nested ones belong to their topmost folder). Subfolders named train
+    and val (or validation, test) are splits. val_fraction: of the images, where there is no validation folder.
+    max_size: reduce the short side to so many pixels.
+
+    Raises FileNotFoundError where there is no folder or no image.
+    """
+
+    def __init__(self, path: str, val_fraction: float = 0.05, max_size: int | None = None):
+        root = Path(path)
+        if not root.is_dir():
+            raise FileNotFoundError(f"path={path} is no folder; give a folder of images")
+        folders = {"train": root / "train"}
+        for name in ("val", "validation", "valid", "test"):
+            if (root / name).is_dir():
+                folders["val"] = root / name
+                break
+        if not (folders["train"].is_dir() and "val" in folders):
+            folders = {"all": root}
+        files = {
+            split: sorted(p for p in folder.rglob("*") if p.suffix.lower() in EXTENSIONS and not p.name.startswith("."))
+            for split, folder in folders.items()
+        }
+        if not any(files.values()):
+            raise FileNotFoundError(f"no images ({', '.join(sorted(EXTENSIONS))}) in {path}")
+        self.max_size = max_size
+        tops = sorted({p.relative_to(folders[s]).parts[0] for s, paths in files.items() for p in paths
+                       if len(p.relative_to(folders[s]).parts) > 1})
+        loose = any(len(p.relative_to(folders[s]).parts) == 1 for s, paths in files.items() for p in paths)
+        self.classes = tops if tops and not loose else None
+        self.items: dict[str, list[tuple[str, Path, int | None]]] = {"train": [], "val": []}
+        for split, paths in files.items():
+            for p in paths:
+                relative = p.relative_to(folders[split])
+                key = "_".join(relative.with_suffix("").parts).replace(".", "_") + f"_{relative.suffix.lstrip('.').lower()}"
+                label = self.classes.index(relative.parts[0]) if self.classes else None
+                target = split if split != "all" else ("val" if in_validation(key, val_fraction) else "train")
+                self.items[target].append((key, p, label))
+        self.identity = {"source": "image_folder", "val_fraction": val_fraction, "max_size": max_size,
+                         "classes": self.classes}
+
+    def splits(self) -> dict[str, int]:
+        return {split: len(items) for split, items in self.items.items()}
+
+    def sample(self, split: str, i: int) -> tuple[str, dict[str, bytes]]:
+        key, path, label = self.items[split][i]
+        extension, data = image_bytes(path, self.max_size)
+        fields = {extension: data}
+        if label is not None:
+            fields["cls"] = str(label).encode()
+        if (caption := path.with_suffix(".txt")).is_file():
+            fields["txt"] = caption.read_bytes().strip()
+        return key, fields

@@ -1,0 +1,90 @@
+"""An index for tars that already exist, local or remote; the tars themselves stay where they are."""
+
+import io
+import tarfile
+from collections import Counter
+from fnmatch import fnmatch
+from hashlib import sha256
+from pathlib import Path
+
+from tqdm import tqdm
+
+from ldm_train.data.prepare.build import write_index
+from ldm_train.data.shards import DataError, file_sha256, scan_tar
+
+# File-name patterns of each split, most telling first.
+SPLITS = {"train": ("train*",), "val": ("val*", "validation*", "valid*", "test*")}
+
+
+def _local_entry(path: Path, out: Path) -> dict:
+    keys, _, sizes = scan_tar(path)
+    fields = {e: int((s >= 0).sum()) for e, s in sizes.items()}
+    name = path.name if path.parent.resolve() == out.resolve() else str(path.resolve())
+    return {"file": name, "count": len(keys), "bytes": path.stat().st_size, "sha256": file_sha256(path), "fields": fields}
+
+
+class _Counting(io.RawIOBase):
+    def __init__(self, stream):
+        self.stream, self.size, self.digest = stream, 0, sha256()
+
+    def read(self, n: int = -1) -> bytes:
+        data = self.stream.read(n)
+        self.size += len(data)
+        self.digest.update(data)
+        return data
+
+
+def _remote_entry(url: str) -> dict:
+    from webdataset import gopen  # only remote shards need it
+
+    stream, keys, fields = _Counting(gopen(url, "rb")), set(), Counter()
+    with tarfile.open(fileobj=stream, mode="r|") as tar:
+        for member in tar:
+            if member.isfile():
+                stem, _, extension = member.name.rpartition("/")[2].partition(".")
+                keys.add(stem)
+                fields[extension] += 1
+    while stream.read(1 << 20):
+        pass
+    return {"file": url, "count": len(keys), "bytes": stream.size, "sha256": stream.digest.hexdigest(), "fields": dict(fields)}
+
+
+def write_tar_index(
+    path: str | list[str],
+    out: str | Path,
+    train: str | None = None,
+    val: str | None = None,
+    classes: str | None = None,
+) -> dict:
+    """Reads every tar once (counts, fields, checksums) and writes index.json into `out`.
+
+    path: a folder of tars, or a list of files or URLs. train, val: file-name patterns of the splits (default: names
+    that begin with train, and with val, validation or test). classes: a text file, one class name per line (default:
+    classes.txt beside the tars).
+    Raises DataError, naming the tar, where one is truncated, or no tar fits a split.
+    """
+    out = Path(out)
+    if isinstance(path, str) and Path(path).is_dir():
+        names = sorted(str(p) for p in Path(path).glob("*.tar"))
+        label_file = Path(classes) if classes else Path(path) / "classes.txt"
+    else:
+        names = [path] if isinstance(path, str) else list(path)
+        label_file = Path(classes) if classes else None
+    if not names:
+        raise DataError(f"no .tar files in {path}")
+    shards = []
+    chosen = {"train": (train,) if train else SPLITS["train"], "val": (val,) if val else SPLITS["val"]}
+    for split, patterns in chosen.items():
+        # The first pattern that any tar fits decides: with validation*.tar present, test*.tar stays unused.
+        fitting = next((f for p in patterns if (f := [n for n in names if fnmatch(n.rpartition("/")[2], p)])), [])
+        if not fitting:
+            raise DataError(
+                f"no tar in {path} fits split {split!r} (patterns {', '.join(patterns)}); set source.{split}=<pattern>"
+            )
+        shards += [(split, name) for name in fitting]
+    entries = [
+        (split, _remote_entry(name) if "://" in name or name.startswith("pipe:") else _local_entry(Path(name), out))
+        for split, name in tqdm(shards, desc="indexing", unit="tar")
+    ]
+    labels = label_file.read_text().split("\n") if label_file and label_file.is_file() else None
+    return write_index(out, entries, [line.strip() for line in labels if line.strip()] if labels else None)

@@ -1,0 +1,54 @@
+"""Procedural shapes: pictures with captions, classes, boxes and label maps, from a seed. See data/shapes_world.py."""
+
+import io
+import json
+
+import numpy as np
+from PIL import Image
+
+from ldm_train.data import shapes_world
+
+
+def _png(array: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(array).save(buffer, format="PNG", compress_level=1)
+    return buffer.getvalue()
+
+
+class Shapes:
+    """size: pixels. objects: 1 or 2 per picture. count, val_count: samples. seed: everything is a function of it.
+
+    A tenth of the (colour, shape, position, background) combinations never occurs, in either split: they are held
+    out to test composition.
+    """
+
+    classes: list[str] | None = list(shapes_world.CLASSES)
+
+    def __init__(self, size: int = 32, objects: int = 1, count: int = 8000, val_count: int = 512, seed: int = 0):
+        if objects not in (1, 2):
+            raise ValueError(f"source.objects is 1 or 2, not {objects}")
+        if size < 24:
+            raise ValueError(f"source.size is {size}; below 24 pixels shapes cannot be told apart")
+        self.size, self.objects, self.seed = size, objects, seed
+        self.counts = {"train": count, "val": val_count}
+        held_out = shapes_world.held_out_combinations(seed)
+        self.combinations = [c for c in shapes_world.COMBINATIONS if c not in held_out]
+        self.identity = {"source": "shapes", "size": size, "objects": objects, "seed": seed}
+
+    def splits(self) -> dict[str, int]:
+        return dict(self.counts)
+
+    def sample(self, split: str, i: int) -> tuple[str, dict[str, bytes]]:
+        rng = np.random.default_rng([self.seed, ("train", "val").index(split), i])
+        scene = shapes_world.random_scene(rng, self.combinations, self.objects)
+        image, labels = shapes_world.render(scene, self.size, rng)
+        texts, boxes = shapes_world.captions(scene), shapes_world.boxes(scene)
+        fields = {
+            "png": _png(image),
+            "seg.png": _png(labels),
+            "txt": texts[0].encode(),
+            "json": json.dumps({"captions": texts, "boxes": boxes, "scene": scene.as_dict()}).encode(),
+        }
+        if self.objects == 1:
+            fields["cls"] = str(int(boxes[0][4])).encode()
+        return f"{split}_{i:07d}", fields

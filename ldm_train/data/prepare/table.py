@@ -1,0 +1,83 @@
+"""A csv, tsv or jsonl table that names images, captions and classes."""
+
+import csv
+import json
+from pathlib import Path
+
+from ldm_train.data.prepare.build import in_validation
+from ldm_train.data.prepare.image_folder import image_bytes
+from ldm_train.data.shards import DataError
+
+
+class Table:
+    """path: the table. Image paths are relative to it (or to `images`). Several rows with one image are several
+    captions of it. split_column: "train" / "val" where the table says so, else val_fraction.
+
+    Raises DataError, naming the line, for a missing column, image or value.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        image_column: str = "image",
+        caption_column: str | None = "caption",
+        class_column: str | None = None,
+        split_column: str | None = None,
+        images: str | None = None,
+        val_fraction: float = 0.05,
+        max_size: int | None = None,
+    ):
+        table = Path(path)
+        if not table.is_file():
+            raise FileNotFoundError(f"path={path} is no file; give a .csv, .tsv or .jsonl table")
+        self.folder, self.max_size = Path(images) if images else table.parent, max_size
+        with open(table, newline="", encoding="utf-8") as file:
+            if table.suffix == ".jsonl":
+                rows = [json.loads(line) for line in file if line.strip()]
+            else:
+                rows = list(csv.DictReader(file, delimiter="\t" if table.suffix == ".tsv" else ","))
+        if not rows:
+            raise DataError(f"{path} has no rows")
+        wanted = [c for c in (image_column, caption_column, class_column, split_column) if c]
+        missing = [c for c in wanted if c not in rows[0]]
+        if missing:
+            raise DataError(
+                f"{path} has the columns {', '.join(rows[0])}, not {', '.join(missing)}; set source.image_column, "
+                "source.caption_column, source.class_column (null for none)"
+            )
+        names = sorted({str(r[class_column]) for r in rows}) if class_column else None
+        self.classes = names
+        grouped: dict[str, dict] = {}
+        for line, row in enumerate(rows, start=2):
+            if not row[image_column]:
+                raise DataError(f"{path}, line {line}: no image")
+            item = grouped.setdefault(row[image_column], {"captions": [], "split": None, "label": None})
+            if caption_column and row[caption_column]:
+                item["captions"].append(str(row[caption_column]).strip())
+            if class_column:
+                item["label"] = names.index(str(row[class_column]))
+            if split_column:
+                item["split"] = "train" if row[split_column] == "train" else "val"
+        self.items: dict[str, list[tuple[str, str, dict]]] = {"train": [], "val": []}
+        for name, item in grouped.items():
+            if not (self.folder / name).is_file():
+                raise DataError(f"{path} names {name}, which is not in {self.folder}; set source.images=<folder>")
+            key = name.replace("/", "_").replace(".", "_")
+            split = item["split"] or ("val" if in_validation(key, val_fraction) else "train")
+            self.items[split].append((key, name, item))
+        self.identity = {"source": "table", "columns": wanted, "val_fraction": val_fraction, "max_size": max_size}
+
+    def splits(self) -> dict[str, int]:
+        return {split: len(items) for split, items in self.items.items()}
+
+    def sample(self, split: str, i: int) -> tuple[str, dict[str, bytes]]:
+        key, name, item = self.items[split][i]
+        extension, data = image_bytes(self.folder / name, self.max_size)
+        fields = {extension: data}
+        if item["label"] is not None:
+            fields["cls"] = str(item["label"]).encode()
+        if item["captions"]:
+            fields["txt"] = item["captions"][0].encode()
+        if len(item["captions"]) > 1:
+            fields["json"] = json.dumps({"captions": item["captions"]}).encode()
+        return key, fields

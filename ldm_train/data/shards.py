@@ -1,0 +1,250 @@
+"""Shards: plain tars in the WebDataset layout, written whole or not at all, read by offset. data/README.md has the schema."""
+
+import hashlib
+import io
+import json
+import os
+import tarfile
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+INDEX = "index.json"
+
+
+class DataError(ValueError):
+    """Data that training must not start on; the message names the file and the remedy."""
+
+
+def write_atomically(path: str | Path, write: Callable[[io.BufferedWriter], None]) -> None:
+    """Calls `write` on a temporary file beside `path`, syncs it to disk and renames it. On any error nothing remains."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        with open(partial, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except OSError as error:
+        raise OSError(
+            error.errno, f"could not write {path}: {error.strerror or error}; nothing half-written remains, free some "
+            "space or choose another folder, then run the same command to continue"
+        ) from error
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def write_json(path: str | Path, value: object) -> None:
+    """JSON that appears under its final name only when complete."""
+    write_atomically(path, lambda f: f.write((json.dumps(value, indent=1) + "\n").encode()))
+
+
+class _Hashing(io.RawIOBase):
+    def __init__(self, file: io.BufferedWriter):
+        self.file, self.sha256, self.size = file, hashlib.sha256(), 0
+
+    def write(self, data: bytes) -> int:
+        self.sha256.update(data)
+        self.size += len(data)
+        return self.file.write(data)
+
+
+def write_shard(path: str | Path, samples: Iterable[tuple[str, dict[str, bytes]]]) -> dict:
+    """Writes (key, {extension: bytes}) samples as one reproducible tar and returns its index entry.
+
+    Entry: {"file", "count", "bytes", "sha256", "fields": {extension: count}}. Raises ValueError for a key with a dot
+    or slash (readers split names at the first dot), OSError on a full disk; the shard is then not there at all.
+    """
+    path, counts, seen = Path(path), Counter(), set()
+    entry: dict = {}
+
+    def write(file: io.BufferedWriter) -> None:
+        out = _Hashing(file)
+        with tarfile.open(fileobj=out, mode="w|", format=tarfile.USTAR_FORMAT, bufsize=1 << 16) as tar:
+            for key, fields in samples:
+                if "." in key or "/" in key or key in seen:
+                    raise ValueError(f"sample key {key!r} contains a dot or slash or repeats; keys are unique plain names")
+                seen.add(key)
+                for extension, data in fields.items():
+                    info = tarfile.TarInfo(f"{key}.{extension}")
+                    info.size = len(data)
+                    tar.addfile(info, io.BytesIO(data))
+                    counts[extension] += 1
+        entry.update(bytes=out.size, sha256=out.sha256.hexdigest())
+
+    write_atomically(path, write)
+    return {"file": path.name, "count": len(seen), **entry, "fields": dict(counts)}
+
+
+def file_sha256(path: str | Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def read_index(root: str | Path, remedy: str = "ldm-prepare source=index path=<folder of tars> out={root}") -> dict:
+    """The index.json in `root`. Raises FileNotFoundError or DataError naming the command that makes one."""
+    path = Path(root) / INDEX
+    if not path.is_file():
+        what = "has no index.json" if Path(root).is_dir() else "does not exist"
+        raise FileNotFoundError(f"data folder {root} {what}; make it with: {remedy.format(root=root)}")
+    try:
+        index = json.loads(path.read_text())
+        if not isinstance(index["splits"], dict):
+            raise TypeError
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise DataError(f"{path} is no shard index; make it anew with: {remedy.format(root=root)}") from error
+    return index
+
+
+def split_index(index: dict, split: str, root: str | Path) -> dict:
+    if split not in index["splits"]:
+        raise DataError(f"{root} has no split {split!r}, only {', '.join(index['splits'])}; set data.train_split / data.val_split")
+    return index["splits"][split]
+
+
+def data_hash(index: dict, *splits: str) -> str:
+    """Identifies the samples of some splits by content: a hash over the shards' checksums, never over paths."""
+    sums = [[s["sha256"] for s in index["splits"][split]["shards"]] for split in splits]
+    return hashlib.sha256(json.dumps(sums).encode()).hexdigest()[:16]
+
+
+def scan_tar(path: str | Path) -> tuple[list[str], dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """(keys, {extension: data offsets}, {extension: sizes}), -1 where a sample lacks a field.
+
+    Raises DataError for a truncated or unreadable tar, which tar readers otherwise accept in silence.
+    """
+    length = os.path.getsize(path)
+    keys: list[str] = []
+    rows: list[dict[str, tuple[int, int]]] = []
+    try:
+        with tarfile.open(path, mode="r:") as tar:
+            for member in tar:
+                if not member.isfile():
+                    continue
+                folder, _, name = member.name.rpartition("/")
+                stem, _, extension = name.partition(".")
+                key = f"{folder}/{stem}" if folder else stem
+                if member.offset_data + member.size > length:
+                    raise tarfile.ReadError("unexpected end of data")
+                if not keys or keys[-1] != key:
+                    keys.append(key)
+                    rows.append({})
+                if extension in rows[-1]:
+                    raise DataError(f"{path}: {member.name} occurs twice; a key must not repeat or contain a dot")
+                rows[-1][extension] = (member.offset_data, member.size)
+            end = tar.offset
+    except tarfile.ReadError as error:
+        raise DataError(f"{path} is truncated or no tar ({error}); copy or prepare it again") from error
+    with open(path, "rb") as file:
+        file.seek(end)
+        if file.read(512) != bytes(512):
+            raise DataError(f"{path} is truncated (no end-of-archive marker); copy or prepare it again")
+    extensions = sorted({e for row in rows for e in row})
+    offsets = {e: np.array([row.get(e, (-1, -1))[0] for row in rows], np.int64) for e in extensions}
+    sizes = {e: np.array([row.get(e, (-1, -1))[1] for row in rows], np.int64) for e in extensions}
+    return keys, offsets, sizes
+
+
+def _load_offsets(root: Path, path: Path, entry: dict) -> tuple[np.ndarray, dict, dict]:
+    """Offsets of one shard, from the file kept beside the index if size and mtime still match, else scanned anew.
+
+    A scan also checks the size and sha256 that the index records.
+    """
+    stat = os.stat(path)
+    kept = root / ".offsets" / f"{path.name}.npz"
+    stamp = np.array([stat.st_size, stat.st_mtime_ns], np.int64)
+    if kept.is_file():
+        with np.load(kept) as saved:
+            if (saved["stamp"] == stamp).all() and str(saved["sha256"]) == entry["sha256"]:
+                names = [n.removeprefix("offset.") for n in saved.files if n.startswith("offset.")]
+                offsets, sizes = ({n: saved[f"{what}.{n}"] for n in names} for what in ("offset", "size"))
+                return saved["keys"], offsets, sizes
+    if stat.st_size != entry["bytes"]:
+        raise DataError(
+            f"{path} has {stat.st_size} bytes, its index says {entry['bytes']}: truncated or changed; copy or prepare it again"
+        )
+    if file_sha256(path) != entry["sha256"]:
+        raise DataError(f"{path} does not match the sha256 in its index.json; copy or prepare it again")
+    key_list, offsets, sizes = scan_tar(path)
+    keys = np.array(key_list)
+    arrays = {f"offset.{e}": a for e, a in offsets.items()} | {f"size.{e}": a for e, a in sizes.items()}
+    try:
+        write_atomically(kept, lambda f: np.savez(f, stamp=stamp, sha256=entry["sha256"], keys=keys, **arrays))
+    except OSError:
+        pass  # a read-only data folder: scan again next time
+    return keys, offsets, sizes
+
+
+def shard_paths(root: str | Path, shards: list[dict]) -> list[Path]:
+    """Where the shards lie: `file` is relative to the index's folder, or absolute where they live elsewhere."""
+    return [Path(root) / shard["file"] for shard in shards]
+
+
+class IndexedShards:
+    """Random access to the samples of one split by member offset; safe to use from forked workers.
+
+    Raises FileNotFoundError or DataError, naming shard and remedy, for missing, truncated or changed shards.
+    """
+
+    def __init__(self, root: str | Path, split: str, remedy: str | None = None):
+        self.root = Path(root)
+        index = read_index(root, remedy) if remedy else read_index(root)
+        entries = split_index(index, split, root)["shards"]
+        self.classes: list[str] | None = index.get("classes")
+        self.paths = shard_paths(root, entries)
+        missing = [p for p in self.paths if not p.is_file()]
+        if missing:
+            raise FileNotFoundError(
+                f"{len(missing)} of {len(entries)} shards of {root} are missing, first {missing[0]}; copy them back or "
+                "prepare the data again"
+            )
+        slow = sum(e["bytes"] for e in entries) > 2**30
+        loaded = [
+            _load_offsets(self.root, path, entry)
+            for path, entry in tqdm(list(zip(self.paths, entries)), desc=f"checking {split} shards", disable=not slow)
+        ]
+        self.keys = np.concatenate([keys for keys, _, _ in loaded])
+        self.shard = np.concatenate([np.full(len(keys), i, np.int32) for i, (keys, _, _) in enumerate(loaded)])
+        self.extensions = sorted({e for _, offsets, _ in loaded for e in offsets})
+
+        def joined(which: int, extension: str) -> np.ndarray:
+            return np.concatenate([part[which].get(extension, np.full(len(part[0]), -1, np.int64)) for part in loaded])
+
+        self.offsets = {e: joined(1, e) for e in self.extensions}
+        self.sizes = {e: joined(2, e) for e in self.extensions}
+        self._files: dict[int, int] = {}
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def read(self, i: int, extension: str) -> bytes | None:
+        """One field's bytes, or None where the sample lacks it."""
+        offset, size = int(self.offsets[extension][i]), int(self.sizes[extension][i])
+        if offset < 0:
+            return None
+        shard = int(self.shard[i])
+        if shard not in self._files:
+            self._files[shard] = os.open(self.paths[shard], os.O_RDONLY)
+        return os.pread(self._files[shard], size, offset)
+
+    def fields(self, i: int) -> dict[str, bytes]:
+        """All fields of a sample, {extension: bytes}."""
+        found = {e: self.read(i, e) for e in self.extensions}
+        return {e: data for e, data in found.items() if data is not None}
+
+    def where(self, i: int) -> str:
+        """The sample's name for messages: shard and key."""
+        return f"{self.paths[int(self.shard[i])].name}:{self.keys[i]}"
+
+    def captions(self, limit: int = 1_000_000) -> Iterator[str]:
+        """The first caption of each of the first `limit` samples that have one."""
+        for i in range(min(limit, len(self))):
+            if "txt" in self.extensions and (text := self.read(i, "txt")) is not None:
+                yield text.decode()
+            elif "json" in self.extensions and (data := self.read(i, "json")) is not None:
+                yield from json.loads(data).get("captions", [])

@@ -1,0 +1,130 @@
+"""The streaming reader: shards read front to back through webdataset, local or remote, with exact resume by skipping."""
+
+from collections import deque
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import webdataset as wds
+from torch.utils.data import IterableDataset, get_worker_info
+
+from ldm_train.data.samples import SampleDecoder, collate, sample_rng
+from ldm_train.data.shards import DataError
+
+
+class _Lookahead:
+    """An iterator to which items can be given back."""
+
+    def __init__(self, source: Iterator[Any]):
+        self.source, self.returned = source, deque()
+
+    def __next__(self) -> Any:
+        return self.returned.popleft() if self.returned else next(self.source)
+
+    def put_back(self, items: list[Any]) -> None:
+        self.returned.extendleft(reversed(items))
+
+
+class StreamingBatches(IterableDataset):
+    """Micro-batches `start` to `stop` of one rank.
+
+    Each epoch permutes the shards by (seed, epoch) before they are split by rank and worker, then shuffles through a
+    buffer. Every worker delivers the same number of batches per epoch on every rank, so ranks never wait for each
+    other; a worker whose shards run out begins them again. A resumed run skips, without decoding, what was consumed.
+
+    shards: entries of index.json, whose `file` may be a URL that webdataset opens (https://, pipe:, ...).
+    Raises DataError where there are fewer shards than ranks x workers.
+    """
+
+    def __init__(
+        self,
+        root: str,
+        shards: list[dict],
+        decoder: SampleDecoder,
+        batching: Any,
+        seed: int,
+        start: int,
+        stop: int,
+        shuffle_buffer: int,
+        workers: int,
+    ):
+        readers = batching.world_size * workers
+        if len(shards) < readers:
+            raise DataError(
+                f"{len(shards)} shards cannot feed {batching.world_size} ranks x {workers} workers; lower num_workers, "
+                "prepare more shards (ldm-prepare per_shard=...) or use data.reader=indexed"
+            )
+        self.urls = [s["file"] if "://" in s["file"] or s["file"].startswith("pipe:") else f"{root}/{s['file']}" for s in shards]
+        self.counts = [s["count"] for s in shards]
+        self.decoder, self.batching, self.seed = decoder, batching, seed
+        self.start, self.stop, self.shuffle_buffer, self.workers = start, stop, shuffle_buffer, workers
+        # A multiple of accumulate x workers, so that every epoch begins at the same worker and at an optimiser step.
+        whole = sum(self.counts) // batching.batch_size * batching.accumulate
+        self.batches_per_epoch = whole // (batching.accumulate * workers) * (batching.accumulate * workers)
+        if self.batches_per_epoch == 0:
+            raise DataError(
+                f"{sum(self.counts)} images do not fill one batch_size {batching.batch_size} for each of {workers} "
+                "workers; lower batch_size or num_workers, or use data.reader=indexed"
+            )
+
+    def __len__(self) -> int:
+        return self.stop
+
+    def _raw(self, mine: list[int]) -> Iterator[dict[str, Any]]:
+        """Endless raw samples of some shards: in order, round after round."""
+        urls = [self.urls[i] for i in mine]
+        while True:
+            # Every member of `urls` is already ours: webdataset must not split by node or worker again.
+            yield from wds.WebDataset(
+                urls, shardshuffle=False, nodesplitter=lambda u: u, workersplitter=lambda u: u, empty_check=False
+            )
+
+    def _shuffled(self, epoch: int, worker: int) -> Iterator[dict[str, Any]]:
+        """Endless raw samples of one worker in one epoch, through the shuffle buffer."""
+        b = self.batching
+        order = np.random.default_rng([self.seed, epoch]).permutation(len(self.urls)).tolist()
+        mine = order[b.rank * self.workers + worker :: b.world_size * self.workers]
+        rng = np.random.default_rng([self.seed, epoch, b.rank, worker])
+        size = min(self.shuffle_buffer, sum(self.counts[i] for i in mine))  # never two rounds in one buffer
+        buffer: list[dict[str, Any]] = []
+        for sample in self._raw(mine):
+            buffer.append(sample)
+            if len(buffer) >= size:
+                i = int(rng.integers(len(buffer)))
+                buffer[i], buffer[-1] = buffer[-1], buffer[i]
+                yield buffer.pop()
+
+    def _decoded(self, raw: "_Lookahead", epoch: int, position: int) -> dict[str, Any]:
+        """The next sample, or the next readable one in its place. The substitute is not consumed: it comes again in
+        its own turn, so that skipping raw samples after a resume lands on the same place."""
+        replaced, looked_at = [], [next(raw)]
+        while True:
+            sample = looked_at[-1]
+            fields = {k: v for k, v in sample.items() if not k.startswith("__")}
+            rng = sample_rng(self.seed, epoch, position * self.batching.world_size + self.batching.rank)
+            try:
+                decoded = self.decoder(sample["__key__"].rpartition("/")[2], fields, rng)
+            except Exception as error:  # decoders raise whatever they like on damaged data
+                replaced.append(f"{sample['__url__']}:{sample['__key__']}: {type(error).__name__}: {error}")
+                if len(replaced) >= 20:
+                    raise DataError("20 unreadable samples in a row:\n" + "\n".join(replaced[:5])) from error
+                looked_at.append(next(raw))
+                continue
+            raw.put_back(looked_at[1:])
+            return decoded | ({"replaced": replaced} if replaced else {})
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        info = get_worker_info()
+        own = info.id if info else 0
+        # The loader always asks worker 0 first; after a resume batch `start` must come from it.
+        turn = (self.start + own) % self.workers
+        position = self.start + own
+        while position < self.stop:
+            epoch, within = divmod(position, self.batches_per_epoch)
+            raw = _Lookahead(self._shuffled(epoch, turn))
+            micro = self.batching.micro
+            for _ in range(within // self.workers * micro):
+                next(raw)
+            while position < self.stop and position // self.batches_per_epoch == epoch:
+                yield collate([self._decoded(raw, epoch, position * micro + k) for k in range(micro)])
+                position += self.workers

@@ -1,0 +1,106 @@
+"""From encoded bytes to tensors: decoding every kind of image file, then crop, resize and flip as one plan per sample."""
+
+import io
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torchvision.transforms.v2 import InterpolationMode
+from torchvision.transforms.v2 import functional as TF
+
+IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "npy")
+
+
+def decode_image(data: bytes, extension: str, channels: int) -> torch.Tensor:
+    """Encoded bytes -> uint8 (channels, H, W); from npy (H, W, C) or (H, W), float32 as stored in [-1, 1] or uint8.
+
+    Grey, palette, 16-bit, CMYK, RGBA (over white) and EXIF-rotated files all become what a viewer shows.
+    Raises ValueError or OSError for data that is no image, or an array with other channels.
+    """
+    if extension == "npy":
+        array = np.load(io.BytesIO(data), allow_pickle=False)
+        array = array[..., None] if array.ndim == 2 else array
+        if array.ndim != 3 or array.shape[2] != channels:
+            raise ValueError(f"npy image of shape {array.shape}, expected (H, W, {channels})")
+        return torch.from_numpy(np.ascontiguousarray(array.transpose(2, 0, 1)))
+    with Image.open(io.BytesIO(data)) as image:
+        image = ImageOps.exif_transpose(image)
+        if image.mode.startswith("I") or image.mode == "F":  # 16-bit grey: scale, where convert() would clip
+            grey = np.asarray(image, dtype=np.float64)
+            image = Image.fromarray((grey / (257.0 if grey.max() > 255 else 1.0)).round().astype(np.uint8))
+        if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+            rgba = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
+        if channels not in (1, 3):
+            raise ValueError(f"image files have 1 or 3 channels, the data asks for {channels}; store arrays as .npy")
+        array = np.array(image.convert("L" if channels == 1 else "RGB"))
+    return torch.from_numpy(array if channels == 1 else array.transpose(2, 0, 1).copy()).view(channels, *array.shape[:2])
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Crop box in source pixels, then resize to the target, then perhaps a horizontal flip."""
+
+    top: int
+    left: int
+    height: int
+    width: int
+    flip: bool
+
+
+class ImageTransform:
+    """Crop to the target's aspect ratio, resize with antialiasing, flip; never distorts.
+
+    image_size: target side, or (height, width)
+    crop: "center" and "random" take the largest box that fits; "random_resized" one of `scale` times its area
+    flip: mirror half of the samples
+    """
+
+    def __init__(
+        self,
+        image_size: int | tuple[int, int],
+        crop: str = "center",
+        flip: bool = False,
+        scale: tuple[float, float] = (0.5, 1.0),
+    ):
+        if crop not in ("center", "random", "random_resized"):
+            raise ValueError(f"data.crop is center, random or random_resized, not {crop!r}")
+        self.size = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
+        self.crop, self.flip, self.scale = crop, flip, tuple(scale)
+
+    def deterministic(self) -> "ImageTransform":
+        """The same size by centre crop, without flips: for validation, caching and reference statistics."""
+        return ImageTransform(self.size, "center", False)
+
+    @property
+    def cacheable(self) -> bool:
+        """Whether one encoding per sample (and one of its mirror image) covers all it can produce."""
+        return self.crop == "center"
+
+    def plan(self, height: int, width: int, rng: np.random.Generator | None) -> Plan:
+        """Draws the crop for a source of (height, width); rng may be None if nothing is random."""
+        target_h, target_w = self.size
+        fit = min(height / target_h, width / target_w)
+        if self.crop == "random_resized":
+            fit *= rng.uniform(*self.scale) ** 0.5
+        box_h, box_w = max(1, round(target_h * fit)), max(1, round(target_w * fit))
+        free_h, free_w = height - box_h, width - box_w
+        if self.crop == "center":
+            top, left = free_h // 2, free_w // 2
+        else:
+            top, left = int(rng.integers(free_h + 1)), int(rng.integers(free_w + 1))
+        return Plan(top, left, box_h, box_w, bool(self.flip and rng.random() < 0.5))
+
+    def apply(self, image: torch.Tensor, plan: Plan, nearest: bool = False) -> torch.Tensor:
+        """(C, H, W) -> (C, *image_size), same dtype. nearest: for label maps."""
+        image = image[:, plan.top : plan.top + plan.height, plan.left : plan.left + plan.width]
+        if image.shape[1:] != self.size:
+            mode = InterpolationMode.NEAREST if nearest else InterpolationMode.BICUBIC
+            image = TF.resize(image, list(self.size), interpolation=mode, antialias=not nearest)
+        return image.flip(2) if plan.flip else image
+
+
+def to_unit_range(image: torch.Tensor) -> torch.Tensor:
+    """uint8 -> float32 in [-1, 1]; floats pass through."""
+    return image.float() / 127.5 - 1 if image.dtype == torch.uint8 else image.float()

@@ -1,0 +1,46 @@
+"""The contract for sampling: denoise(x_t, t) -> pred_x0."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+
+from ldm_train.diffusion.objective import to_pred_x0
+from ldm_train.diffusion.schedule import NoiseSchedule, expand_to
+
+# (noisy_latents, timesteps (B,), condition) -> network output
+Network = Callable[[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]], torch.Tensor]
+
+
+class Denoiser:
+    """One model under one condition: x_t (B, C, h, w) variance preserving, t a float or (B,) -> pred_x0 float32.
+
+    network: called with (x_t, timesteps, condition); the condition holds context, context_mask, concat, vector
+    """
+
+    def __init__(
+        self, network: Network, schedule: NoiseSchedule, prediction_type: str, condition: dict[str, torch.Tensor]
+    ):
+        self.network, self.schedule, self.prediction_type = network, schedule, prediction_type
+        self.condition = condition
+
+    def __call__(self, x_t: torch.Tensor, t: float | torch.Tensor) -> torch.Tensor:
+        return self.together([self], x_t, t)[0]
+
+    def shares_model(self, other: object) -> bool:
+        """Whether both can be evaluated in one batched call."""
+        return isinstance(other, Denoiser) and other.network == self.network and other.schedule is self.schedule
+
+    @staticmethod
+    def together(denoisers: Sequence["Denoiser"], x_t: torch.Tensor, t: float | torch.Tensor) -> list[torch.Tensor]:
+        """pred_x0 of several denoisers of one model at the same x_t, in one network call."""
+        first = denoisers[0]
+        alpha, sigma, _ = first.schedule.at(t)
+        alpha, sigma = expand_to(alpha, x_t.float()), expand_to(sigma, x_t.float())
+        times = torch.as_tensor(t, dtype=torch.float32, device=x_t.device).expand(len(x_t))
+        keys = first.condition.keys()
+        condition = {k: torch.cat([d.condition[k] for d in denoisers]) for k in keys}
+        output = first.network(torch.cat([x_t] * len(denoisers)), torch.cat([times] * len(denoisers)), condition)
+        return [
+            to_pred_x0(part, x_t.float(), alpha, sigma, first.prediction_type)
+            for part in output.float().chunk(len(denoisers))
+        ]

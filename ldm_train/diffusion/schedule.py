@@ -1,0 +1,99 @@
+"""The noise schedule: q(x_t | x_0) = N(alpha_t x_0, sigma_t^2), alpha^2 + sigma^2 = 1 (variance preserving)."""
+
+import torch
+from torch import nn
+
+
+def make_betas(kind: str, beta_start: float, beta_end: float, num_train_timesteps: int) -> torch.Tensor:
+    """betas (T,) float64.
+
+    kind: "scaled_linear" is linear in sqrt(beta) (what CompVis calls "linear"), "linear" is linear in beta.
+    Raises ValueError for another kind or ends that are no variances.
+    """
+    if not 0 < beta_start <= beta_end < 1:
+        raise ValueError(f"need 0 < beta_start <= beta_end < 1, got {beta_start} and {beta_end}")
+    if kind == "scaled_linear":
+        return torch.linspace(beta_start**0.5, beta_end**0.5, num_train_timesteps, dtype=torch.float64).square()
+    if kind == "linear":
+        return torch.linspace(beta_start, beta_end, num_train_timesteps, dtype=torch.float64)
+    raise ValueError(f"unknown beta schedule {kind!r}; choose scaled_linear or linear")
+
+
+def expand_to(values: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """(B,) -> (B, 1, ..., 1) with the rank, device and dtype of `like`; a scalar stays a scalar."""
+    values = values.to(like.device, like.dtype)
+    return values if values.ndim == 0 else values.view(-1, *[1] * (like.ndim - 1))
+
+
+class NoiseSchedule(nn.Module):
+    """Tables in float64, and `at(t)` between their entries. The clean image stands at t = -1.
+
+    kind, beta_start, beta_end, num_train_timesteps: see `make_betas`. LDM: scaled_linear, 0.0015, 0.0195, 1000.
+    """
+
+    def __init__(
+        self,
+        kind: str = "scaled_linear",
+        beta_start: float = 0.0015,
+        beta_end: float = 0.0195,
+        num_train_timesteps: int = 1000,
+    ):
+        super().__init__()
+        self.num_train_timesteps = num_train_timesteps
+        betas = make_betas(kind, beta_start, beta_end, num_train_timesteps)
+        self.register_buffer("betas", betas, persistent=False)
+        self.register_buffer("alphas_cumprod", torch.cumprod(1 - betas, dim=0), persistent=False)
+
+    def _apply(self, fn, recurse: bool = True):
+        # The tables follow the model between devices but stay float64, whatever precision the model is cast to.
+        tables = (self.betas, self.alphas_cumprod)
+        super()._apply(fn, recurse)
+        self.betas, self.alphas_cumprod = (table.to(self.betas.device) for table in tables)
+        return self
+
+    @property
+    def snr(self) -> torch.Tensor:
+        """alphas_cumprod / (1 - alphas_cumprod), (T,)."""
+        return self.alphas_cumprod / (1 - self.alphas_cumprod)
+
+    def add_noise(self, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+        """x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps   (DDPM, eq. 4); timesteps (B,) integer."""
+        abar = self.alphas_cumprod[timesteps]
+        return expand_to(abar.sqrt(), latents) * latents + expand_to((1 - abar).sqrt(), latents) * noise
+
+    def at(self, t: float | torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """(alpha, sigma, log SNR) at a float time in [-1, T - 1], each float64 with the shape of t.
+
+        Between table entries the log-SNR is linear in t; between the clean image (t = -1) and entry 0 it is sigma.
+        """
+        t = torch.as_tensor(t, dtype=torch.float64, device=self.alphas_cumprod.device)
+        log_snr_table = torch.log(self.alphas_cumprod) - torch.log1p(-self.alphas_cumprod)
+        low = t.floor().clamp(0, self.num_train_timesteps - 1).long()
+        high = (low + 1).clamp(max=self.num_train_timesteps - 1)
+        weight = (t - low).clamp(0, 1)
+        log_snr = torch.lerp(log_snr_table[low], log_snr_table[high], weight)
+        near_clean = (1 - self.alphas_cumprod[0]).sqrt() * (t + 1).clamp(0, 1)
+        sigma = torch.where(t >= 0, torch.sigmoid(-log_snr).sqrt(), near_clean)
+        alpha = torch.where(t >= 0, torch.sigmoid(log_snr).sqrt(), (1 - near_clean.square()).sqrt())
+        return alpha, sigma, 2 * (alpha.log() - sigma.log())
+
+    def timesteps(self, num_inference_steps: int, spacing: str = "trailing") -> torch.Tensor:
+        """S + 1 falling times (float64, CPU) that end in -1, the clean image.
+
+        spacing: "trailing" starts at T - 1 and takes even steps down; "leading" starts one step lower and includes
+        0; "linspace" includes both ends (Lin et al. 2023, arXiv:2305.08891, table 2).
+        Raises ValueError for a number of steps outside 1..T.
+        """
+        total, steps = self.num_train_timesteps, num_inference_steps
+        if not 1 <= steps <= total:
+            raise ValueError(f"num_inference_steps is {steps}; it must lie between 1 and {total}")
+        index = torch.arange(steps, dtype=torch.float64)
+        if spacing == "trailing":
+            times = (total - index * total / steps).round() - 1
+        elif spacing == "leading":
+            times = (index.flip(0) * (total // steps)).round()
+        elif spacing == "linspace":
+            times = torch.linspace(total - 1, 0, steps, dtype=torch.float64).round()
+        else:
+            raise ValueError(f"unknown spacing {spacing!r}; choose trailing, leading or linspace")
+        return torch.cat([times, torch.tensor([-1.0], dtype=torch.float64)])

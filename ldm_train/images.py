@@ -1,0 +1,92 @@
+"""Pictures in and out: uint8 <-> [-1, 1], captioned grids, PNG files with metadata."""
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from PIL.PngImagePlugin import PngInfo
+
+
+def to_uint8(images: torch.Tensor) -> torch.Tensor:
+    """(..., C, H, W) in [-1, 1] -> uint8 of the same shape, rounded, clamped."""
+    return ((images.detach().float().cpu().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+
+
+def from_uint8(images: torch.Tensor) -> torch.Tensor:
+    """uint8 (..., C, H, W) -> float32 in [-1, 1]."""
+    return images.float() / 127.5 - 1
+
+
+def to_pil(image: torch.Tensor) -> Image.Image:
+    """(C, H, W) in [-1, 1] -> PIL; C = 1 grey, 3 RGB, anything else shows its first three (or first) channels."""
+    array = to_uint8(image)
+    array = array[:3] if array.shape[0] >= 3 else array[:1]
+    return Image.fromarray(array.permute(1, 2, 0).squeeze(-1).numpy())
+
+
+def _wrap(text: str, width: int, font: ImageFont.ImageFont) -> list[str]:
+    lines, line = [], ""
+    for word in text.split():
+        trial = f"{line} {word}".strip()
+        if line and font.getlength(trial) > width:
+            lines.append(line)
+            line = word
+        else:
+            line = trial
+    return [*lines, line]
+
+
+def grid(
+    images: torch.Tensor, columns: int | None = None, captions: Sequence[str] | None = None, tile: int = 128
+) -> Image.Image:
+    """Images (B, C, H, W) in [-1, 1] as one picture, `columns` wide (default: about square).
+
+    Images smaller than `tile` pixels are enlarged by a whole factor with hard edges, so that pixels stay visible.
+    Captions are written below their tiles.
+    """
+    count, _, height, width = images.shape
+    columns = columns or max(1, round(count**0.5))
+    factor = max(1, tile // max(height, width))
+    height, width = height * factor, width * factor
+    font = ImageFont.load_default(size=11)
+    texts = [_wrap(c, width - 4, font) for c in captions] if captions else [[] for _ in range(count)]
+    band = 13 * max(len(t) for t in texts) + 4 if captions else 0
+    rows = -(-count // columns)
+    canvas = Image.new("RGB", (columns * (width + 4) + 4, rows * (height + band + 4) + 4), "white")
+    draw = ImageDraw.Draw(canvas)
+    for i in range(count):
+        x, y = 4 + i % columns * (width + 4), 4 + i // columns * (height + band + 4)
+        canvas.paste(to_pil(images[i]).convert("RGB").resize((width, height), Image.Resampling.NEAREST), (x, y))
+        for k, line in enumerate(texts[i]):
+            draw.text((x + 2, y + height + 1 + 13 * k), line, fill="black", font=font)
+    return canvas
+
+
+def save_png(image: Image.Image | torch.Tensor, path: str | Path, metadata: dict | None = None) -> Path:
+    """Writes a PNG that appears under its final name only when complete.
+
+    metadata: JSON-able, stored in the PNG's text chunk "recipe" (read back with `read_recipe`).
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if isinstance(image, torch.Tensor):
+        image = to_pil(image)
+    info = PngInfo()
+    if metadata is not None:
+        info.add_text("recipe", json.dumps(metadata, sort_keys=True))
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        image.save(partial, format="PNG", pnginfo=info)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+    return path
+
+
+def read_recipe(path: str | Path) -> dict:
+    """The metadata `save_png` stored. Raises KeyError if the file has none."""
+    with Image.open(path) as image:
+        return json.loads(image.text["recipe"])

@@ -1,0 +1,133 @@
+"""LatentDiffusion: U-Net, frozen first stage, conditioners and noise schedule as one object."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from ldm_train.conditioning.base import Conditioner, merge
+from ldm_train.diffusion.denoiser import Denoiser
+from ldm_train.diffusion.guidance import classifier_free
+from ldm_train.diffusion.schedule import NoiseSchedule
+from ldm_train.models.first_stage import FirstStage
+from ldm_train.models.unet import UNet
+from ldm_train.rng import NoiseSource
+
+
+class LatentDiffusion(nn.Module):
+    """What training, evaluation, sampling and export all hold.
+
+    unet, first_stage, schedule: the parts. conditioners: by name, in the order in which their outputs are joined.
+    prediction_type: what the U-Net predicts. latent_size: (h, w) it was trained at, the default when sampling.
+    Raises ValueError where the conditioners' widths do not fit the U-Net.
+    """
+
+    def __init__(
+        self,
+        unet: UNet,
+        first_stage: FirstStage,
+        schedule: NoiseSchedule,
+        conditioners: Mapping[str, Conditioner] | None = None,
+        prediction_type: str = "epsilon",
+        latent_size: Sequence[int] = (32, 32),
+    ):
+        super().__init__()
+        self.unet, self.first_stage, self.schedule = unet, first_stage, schedule
+        self.conditioners = nn.ModuleDict(conditioners or {})
+        self.prediction_type, self.latent_size = prediction_type, tuple(latent_size)
+        if unet.in_channels != first_stage.latent_channels:
+            raise ValueError(
+                f"diffusion.unet.in_channels is {unet.in_channels}, the first stage's latents have "
+                f"{first_stage.latent_channels} channels"
+            )
+        with torch.no_grad():
+            null = self.null_condition(1)
+        context, vector = null.get("context"), null.get("vector")
+        for name, width, got in (
+            ("context_dim", unet.context_dim, None if context is None else context.shape[2]),
+            ("vector_dim", unet.vector_dim, None if vector is None else vector.shape[1]),
+        ):
+            if (width or None) != got:
+                raise ValueError(f"diffusion.unet.{name} is {width}, the conditioners {list(self.conditioners)} give {got}")
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.unet.parameters()).device
+
+    @property
+    def fields(self) -> tuple[str, ...]:
+        """The batch fields its conditioners read."""
+        return tuple(c.field for c in self.conditioners.values())
+
+    def trainable(self) -> nn.ModuleDict:
+        """The parts that stage 2 trains and averages: U-Net and conditioners."""
+        return nn.ModuleDict({"unet": self.unet, "conditioners": self.conditioners})
+
+    def latents_from(self, batch: Mapping[str, Any], generator: torch.Generator | None = None) -> torch.Tensor:
+        """batch["moments"] (B, 2C, h, w) where cached, else batch["image"] is encoded; a fresh posterior sample each
+        time. Returns scaled latents (B, C, h, w)."""
+        moments = batch["moments"] if "moments" in batch else self.first_stage.encode_moments(batch["image"])
+        return self.first_stage.latents(moments.to(self.device), generator)
+
+    def condition(self, batch: Mapping[str, Any], drop: Mapping[str, torch.Tensor] | None = None) -> dict[str, torch.Tensor]:
+        """The U-Net's inputs for a batch. drop: per conditioner (B,) bool; a conditioner whose field the batch lacks
+        is null."""
+        count = len(next(iter(batch.values()))) if batch else 1
+        outputs = []
+        for name, conditioner in self.conditioners.items():
+            if conditioner.field not in batch:
+                outputs.append(conditioner.null(count))
+                continue
+            mask = (drop or {}).get(name, torch.zeros(count, dtype=torch.bool)).to(self.device)
+            outputs.append(conditioner(batch[conditioner.field], mask))
+        return merge(outputs)
+
+    def random_drop(self, count: int) -> dict[str, torch.Tensor]:
+        """Independent per-sample dropout masks (B,) for each conditioner, from the global CPU generator."""
+        return {name: torch.rand(count) < c.dropout for name, c in self.conditioners.items()}
+
+    def null_condition(self, count: int) -> dict[str, torch.Tensor]:
+        return merge([c.null(count) for c in self.conditioners.values()])
+
+    def network(
+        self, x_t: torch.Tensor, timesteps: torch.Tensor, condition: dict[str, torch.Tensor]
+    ) -> torch.Tensor:
+        """The U-Net under a condition: (B, C, h, w), (B,) -> (B, C, h, w)."""
+        return self.unet(x_t, timesteps, **condition)
+
+    def denoiser(self, condition: dict[str, torch.Tensor]) -> Denoiser:
+        return Denoiser(self.network, self.schedule, self.prediction_type, condition)
+
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        """Scaled latents -> images (B, C, H, W) in [-1, 1]."""
+        return self.first_stage.decode(latents)
+
+    @torch.no_grad()
+    def sample(
+        self,
+        batch: Mapping[str, Any],
+        seeds: Sequence[int],
+        sampler: Callable[..., torch.Tensor],
+        num_inference_steps: int,
+        guidance_scale: float = 1.0,
+        spacing: str = "trailing",
+        latent_size: Sequence[int] | None = None,
+        callback: Callable[[int, torch.Tensor], None] | None = None,
+    ) -> torch.Tensor:
+        """Images (B, C, H, W) in [-1, 1], one per seed, under the fields in `batch` (each with B entries).
+
+        sampler: a function of `samplers/`, its options bound (functools.partial).
+        """
+        noise = NoiseSource(seeds)
+        count = len(noise)
+        if any(len(v) != count for v in batch.values()):
+            raise ValueError(f"{count} seeds but conditions of lengths {[len(v) for v in batch.values()]}")
+        condition = self.condition(batch) if batch else self.null_condition(count)
+        denoise = self.denoiser(condition)
+        if guidance_scale != 1:
+            denoise = classifier_free(denoise, self.denoiser(self.null_condition(count)), guidance_scale)
+        shape = (self.first_stage.latent_channels, *(latent_size or self.latent_size))
+        x_t = noise.normal(shape, "start", self.device)
+        timesteps = self.schedule.timesteps(num_inference_steps, spacing)
+        return self.decode(sampler(denoise, x_t, timesteps, self.schedule, noise, callback=callback))

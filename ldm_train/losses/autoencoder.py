@@ -1,0 +1,138 @@
+"""The loss of stage 1: L1 + LPIPS inside a Gaussian likelihood, KL, and a patch discriminator, in one backward pass."""
+
+import torch
+from torch import nn
+
+from ldm_train.losses.adversarial import adaptive_weight, hinge_loss, vanilla_loss
+from ldm_train.models.autoencoder import DiagonalGaussian
+
+
+class AutoencoderLoss(nn.Module):
+    """As published (Rombach et al. 2022, appendix G): sums over C, H, W per image, means over the batch.
+
+    perceptual         (images, targets) -> (B,), or None
+    discriminator      images -> logits, or None
+    kl_weight          of KL(q || N(0, 1)) summed over the latents
+    perceptual_weight  of the perceptual distance, which is broadcast over C, H, W before summing
+    disc_weight        of the generator's adversarial term, times the adaptive weight
+    disc_factor        of the discriminator's own loss
+    disc_start         optimiser steps before which both adversarial terms are off
+    disc_ramp          optimiser steps over which the generator's term grows from 0 after disc_start
+    disc_warmup        optimiser steps before disc_start in which the discriminator alone trains
+    disc_loss          "hinge" or "vanilla"
+    max_adaptive_weight    clamp of the adaptive weight
+    learn_logvar       learn the likelihood's log-variance, a scalar that starts at 0
+    """
+
+    def __init__(
+        self,
+        perceptual: nn.Module | None,
+        discriminator: nn.Module | None,
+        kl_weight: float = 1e-6,
+        perceptual_weight: float = 1.0,
+        disc_weight: float = 0.5,
+        disc_factor: float = 1.0,
+        disc_start: int = 50_001,
+        disc_ramp: int = 0,
+        disc_warmup: int = 0,
+        disc_loss: str = "hinge",
+        max_adaptive_weight: float = 1e4,
+        learn_logvar: bool = False,
+    ):
+        super().__init__()
+        if disc_loss not in ("hinge", "vanilla"):
+            raise ValueError(f"disc_loss is 'hinge' or 'vanilla', not {disc_loss!r}")
+        self.perceptual, self.discriminator = perceptual, discriminator
+        self.kl_weight, self.perceptual_weight = kl_weight, perceptual_weight
+        self.disc_weight, self.disc_factor, self.max_adaptive_weight = disc_weight, disc_factor, max_adaptive_weight
+        self.disc_start, self.disc_ramp, self.disc_warmup = disc_start, disc_ramp, disc_warmup
+        self.discriminator_loss = hinge_loss if disc_loss == "hinge" else vanilla_loss
+        self.logvar = nn.Parameter(torch.zeros(()), requires_grad=learn_logvar)
+
+    def generator_factor(self, step: int) -> float:
+        """0 before disc_start, then a ramp to 1 over disc_ramp optimiser steps."""
+        if self.discriminator is None or step < self.disc_start:
+            return 0.0
+        return min(1.0, (step - self.disc_start + 1) / self.disc_ramp) if self.disc_ramp else 1.0
+
+    def reconstruction(self, images: torch.Tensor, reconstructions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Per image: L1 + perceptual, summed over C, H, W (B,), and the perceptual distance alone (B,)."""
+        l1 = (images - reconstructions).abs().flatten(1).sum(dim=1)
+        if self.perceptual is None:
+            return l1, torch.zeros_like(l1)
+        distance = self.perceptual(reconstructions, images)
+        return l1 + self.perceptual_weight * distance * images[0].numel(), distance
+
+    def forward(
+        self,
+        images: torch.Tensor,
+        reconstructions: torch.Tensor,
+        features: torch.Tensor,
+        posterior: DiagonalGaussian,
+        last_layer: nn.Conv2d,
+        step: int,
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Returns (scalar, logs). The scalar's gradient is right, its value means nothing; the logs hold true losses.
+
+        images, reconstructions (B, C, H, W) in [-1, 1]; features: the input of `last_layer`; step: optimiser steps
+        done. The gradients of both generator losses are taken at a copy of the reconstruction, so the graphs of
+        generator and discriminator never meet: nothing leaks, and one backward pass serves both. It equals the
+        simultaneous update in which both players see the same state.
+        """
+        with torch.autocast(images.device.type, enabled=False):
+            images, leaf = images.float(), reconstructions.detach().float().requires_grad_()
+            size = images[0].numel()
+            per_image, distance = self.reconstruction(images, leaf)
+            nll = (per_image / self.logvar.detach().exp()).mean()
+            (direction,) = torch.autograd.grad(nll, leaf)
+            kl = posterior.kl().mean()
+            # With a fixed log-variance this carries no gradient; learned, it is the likelihood's own update.
+            likelihood = (per_image.detach() / self.logvar.exp() + self.logvar * size).mean()
+            logs = {
+                "nll": likelihood.detach() / size,
+                "l1": (images - leaf.detach()).abs().mean(),
+                "perceptual": distance.detach().mean(),
+                "kl": kl.detach(),
+            }
+            loss = self.kl_weight * kl
+            if self.logvar.requires_grad:
+                loss = loss + likelihood
+                logs["logvar"] = self.logvar.detach().clone()
+            if self.discriminator is not None:
+                extra, adversarial_loss = self._adversarial(
+                    images, leaf, features, last_layer, direction, self.generator_factor(step), step, logs
+                )
+                direction, loss = direction + extra, loss + adversarial_loss
+            return loss + (reconstructions.float() * direction.detach()).sum(), logs
+
+    def _adversarial(
+        self,
+        images: torch.Tensor,
+        leaf: torch.Tensor,
+        features: torch.Tensor,
+        last_layer: nn.Conv2d,
+        g_rec: torch.Tensor,
+        factor: float,
+        step: int,
+        logs: dict[str, torch.Tensor],
+    ) -> tuple[torch.Tensor | float, torch.Tensor]:
+        """(the generator's adversarial gradient at the reconstruction, the discriminator's loss)."""
+        if step < self.disc_start - self.disc_warmup:
+            # Zero gradients keep every parameter in the graph, which DDP asks for, at no cost.
+            return 0.0, 0.0 * sum(p.sum() for p in self.discriminator.parameters())
+        logits_real, logits_fake = self.discriminator(images), self.discriminator(leaf)
+        disc = self.discriminator_loss(logits_real, logits_fake)
+        logs |= {
+            "disc": disc.detach(),
+            "logits_real": logits_real.detach().mean(),
+            "logits_fake": logits_fake.detach().mean(),
+            "disc_accuracy": 0.5 * ((logits_real > 0).float().mean() + (logits_fake < 0).float().mean()),
+        }
+        extra: torch.Tensor | float = 0.0
+        if factor > 0:
+            generator_loss = -logits_fake.mean()
+            (g_gan,) = torch.autograd.grad(generator_loss, leaf, retain_graph=True)
+            weight = adaptive_weight(last_layer, features, g_rec, g_gan, self.max_adaptive_weight)
+            extra = factor * self.disc_weight * weight * g_gan
+            logs |= {"generator": generator_loss.detach(), "adaptive_weight": weight}
+        return extra, self.disc_factor * disc

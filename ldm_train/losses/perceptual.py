@@ -1,0 +1,191 @@
+"""Perceptual distances: LPIPS on VGG16 (Zhang et al. 2018, arXiv:1801.03924) and `tiny`, our own network that ships here.
+
+Both map (images, targets), each (B, 3, H, W) in [-1, 1] (one channel is repeated), to a distance per image (B,).
+"""
+
+import hashlib
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import nn
+from torch.nn import functional as F
+
+WEIGHTS = Path(__file__).parent / "weights"
+VGG16_FILE = "vgg16-397923af.pth"  # torchvision IMAGENET1K_V1; the name carries the start of its sha256
+VGG16_URL = f"https://download.pytorch.org/models/{VGG16_FILE}"
+
+
+def _three_channels(images: torch.Tensor) -> torch.Tensor:
+    if images.shape[1] == 3:
+        return images
+    if images.shape[1] == 1:
+        return images.expand(-1, 3, -1, -1)
+    raise ValueError(
+        f"perceptual networks see 1 or 3 image channels, not {images.shape[1]}; set autoencoder/loss=l1_gan (no "
+        "perceptual term) for other data"
+    )
+
+
+def _normalise(features: torch.Tensor, eps: float = 1e-10) -> torch.Tensor:
+    # eps inside the root: the gradient of sqrt at 0 is infinite (CompVis/latent-diffusion issue 176)
+    return features / torch.sqrt(features.square().sum(dim=1, keepdim=True) + eps)
+
+
+class TinyFeatures(nn.Module):
+    """Convolution stages, each half the resolution of the one before, as feature maps for a perceptual distance.
+
+    widths: channels per stage. Trained by `experiment=tiny_perceptual`, see weights/README.md.
+    """
+
+    def __init__(self, widths: Sequence[int] = (16, 32, 64, 96)):
+        super().__init__()
+        self.widths = tuple(widths)
+        stages, previous = [], 3
+        for width in widths:
+            stages.append(
+                nn.Sequential(
+                    nn.Conv2d(previous, width, 3, padding=1, bias=False),
+                    nn.BatchNorm2d(width),
+                    nn.ReLU(),
+                    nn.Conv2d(width, width, 3, padding=1, bias=False),
+                    nn.BatchNorm2d(width),
+                    nn.ReLU(),
+                )
+            )
+            previous = width
+        self.stages = nn.ModuleList(stages)
+
+    def forward(self, images: torch.Tensor) -> list[torch.Tensor]:
+        """images (B, 3, H, W) in [-1, 1] -> one map per stage, (B, widths[i], H / 2^i, W / 2^i)."""
+        maps, x = [], images
+        for i, stage in enumerate(self.stages):
+            x = stage(x if i == 0 else F.avg_pool2d(x, 2))
+            maps.append(x)
+        return maps
+
+    def pooled(self, images: torch.Tensor) -> torch.Tensor:
+        """The last map averaged over space: (B, widths[-1])."""
+        return self(images)[-1].mean(dim=(2, 3))
+
+
+def load_tiny(name: str) -> TinyFeatures:
+    """A shipped network by name: "tiny" (for losses) or "tiny_eval" (for numbers only). Frozen, in eval mode."""
+    path = WEIGHTS / f"{name}.safetensors"
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing from the installation; reinstall ldm-train, it ships this file")
+    state = load_file(path)
+    widths = [state[f"stages.{i}.0.weight"].shape[0] for i in range(sum(k.endswith("0.weight") for k in state))]
+    network = TinyFeatures(widths)
+    network.load_state_dict(state)
+    return network.eval().requires_grad_(False)
+
+
+class TinyPerceptual(nn.Module):
+    """Squared distance of unit-normalised `tiny` features, averaged over space, summed over channels and stages."""
+
+    def __init__(self):
+        super().__init__()
+        self.features = load_tiny("tiny")
+
+    def train(self, mode: bool = True) -> "TinyPerceptual":
+        return super().train(False)  # frozen: BatchNorm must never see training batches
+
+    def forward(self, images: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """(B, C, H, W) twice, in [-1, 1] -> (B,). Gradients flow to both arguments."""
+        with torch.autocast(images.device.type, enabled=False):
+            ours = self.features(_three_channels(images.float()))
+            theirs = self.features(_three_channels(targets.float()))
+            gaps = [(_normalise(a) - _normalise(b)).square().sum(1).mean(dim=(1, 2)) for a, b in zip(ours, theirs)]
+            return torch.stack(gaps).sum(dim=0)
+
+
+def _torch_hub_file(name: str) -> Path:
+    return Path(torch.hub.get_dir()) / "checkpoints" / name
+
+
+def vgg16_weights(path: str | Path | None = None) -> Path:
+    """The VGG16 file: `path` if given, else torch.hub's cache, downloaded with a progress bar and checksum if absent.
+
+    Raises FileNotFoundError, naming the file, the folder and the way out, when there is no network.
+    """
+    target = Path(path) if path else _torch_hub_file(VGG16_FILE)
+    if target.is_file():
+        prefix = VGG16_FILE.rsplit("-", 1)[1].removesuffix(".pth")
+        digest = hashlib.sha256(target.read_bytes()).hexdigest()
+        if path is None and not digest.startswith(prefix):
+            raise ValueError(f"{target} is damaged (sha256 {digest[:8]}, expected {prefix}); delete it and run again")
+        return target
+    if path is None:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            torch.hub.download_url_to_file(VGG16_URL, str(target), hash_prefix="397923af", progress=True)
+            return target
+        except OSError as error:  # URLError is an OSError
+            reason = f" ({error})"
+    else:
+        reason = ""
+    raise FileNotFoundError(
+        f"no VGG16 weights at {target} and none could be downloaded{reason}. Put {VGG16_FILE} (from {VGG16_URL}) into "
+        f"{target.parent}, or name a local file with autoencoder.loss.perceptual.weights=<file>, or train without a "
+        "download: perceptual=tiny"
+    )
+
+
+class LPIPS(nn.Module):
+    """LPIPS v0.1 with a VGG16 trunk (frozen). The linear heads are those that torchmetrics ships.
+
+    weights: path of the torchvision VGG16 state dict; None uses torch.hub's cache and downloads once.
+    """
+
+    # The ReLU outputs compared: relu1_2, relu2_2, relu3_3, relu4_3, relu5_3.
+    taps = (3, 8, 15, 22, 29)
+
+    def __init__(self, weights: str | Path | None = None):
+        super().__init__()
+        from torchvision.models import vgg16  # here: the shipped network must work without torchvision's ops
+
+        path = vgg16_weights(weights)
+        trunk = vgg16(weights=None).features
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        trunk.load_state_dict({k.removeprefix("features."): v for k, v in state.items() if k.startswith("features.")})
+        for layer in trunk:
+            if isinstance(layer, nn.ReLU):
+                layer.inplace = False  # the maps are kept
+        self.trunk = trunk[: self.taps[-1] + 1]
+        heads = load_lpips_heads()
+        self.heads = nn.ParameterList([nn.Parameter(h) for h in heads])
+        self.register_buffer("shift", torch.tensor([-0.030, -0.088, -0.188]).view(1, 3, 1, 1))
+        self.register_buffer("scale", torch.tensor([0.458, 0.448, 0.450]).view(1, 3, 1, 1))
+        self.eval().requires_grad_(False)
+
+    def train(self, mode: bool = True) -> "LPIPS":
+        return super().train(False)
+
+    def _maps(self, images: torch.Tensor) -> list[torch.Tensor]:
+        x, maps = (_three_channels(images.float()) - self.shift) / self.scale, []
+        for i, layer in enumerate(self.trunk):
+            x = layer(x)
+            if i in self.taps:
+                maps.append(_normalise(x))
+        return maps
+
+    def forward(self, images: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """(B, C, H, W) twice, in [-1, 1] -> (B,). Runs in float32 even under autocast."""
+        with torch.autocast(images.device.type, enabled=False):
+            gaps = [
+                (head * (a - b).square()).sum(dim=1).mean(dim=(1, 2))
+                for head, a, b in zip(self.heads, self._maps(images), self._maps(targets))
+            ]
+            return torch.stack(gaps).sum(dim=0)
+
+
+def load_lpips_heads() -> list[torch.Tensor]:
+    """The five linear heads of LPIPS-VGG, each (1, C, 1, 1), non-negative."""
+    import torchmetrics.functional.image as tm
+
+    path = Path(os.path.dirname(tm.__file__)) / "lpips_models" / "vgg.pth"
+    state = torch.load(path, map_location="cpu", weights_only=True)
+    return [state[f"lin{i}.model.1.weight"] for i in range(5)]

@@ -1,0 +1,256 @@
+"""The KL autoencoder of latent diffusion (Rombach et al. 2022, appendix G), keys as CompVis published them."""
+
+from collections.abc import Sequence
+
+import torch
+from einops import rearrange
+from torch import nn
+from torch.nn import functional as F
+
+from ldm_train.models.layers import Upsample, group_norm
+
+
+class DiagonalGaussian:
+    """The posterior q(z | x): a Gaussian with diagonal covariance.
+
+    moments: (B, 2C, h, w), mean and log-variance; the log-variance is clamped to [-30, 20].
+    """
+
+    def __init__(self, moments: torch.Tensor):
+        self.mean, logvar = moments.chunk(2, dim=1)
+        self.logvar = logvar.clamp(-30.0, 20.0)
+
+    @property
+    def std(self) -> torch.Tensor:
+        return torch.exp(0.5 * self.logvar)
+
+    def sample(self, generator: torch.Generator | None = None) -> torch.Tensor:
+        """mean + std * eps, (B, C, h, w). eps is drawn on the generator's device (default: the moments' device)."""
+        device = self.mean.device if generator is None else generator.device
+        eps = torch.randn(self.mean.shape, generator=generator, device=device, dtype=self.mean.dtype)
+        return self.mean + self.std * eps.to(self.mean.device)
+
+    def kl(self) -> torch.Tensor:
+        """KL(q || N(0, 1)) in nats, summed over C, h, w: (B,)."""
+        return 0.5 * (self.mean.square() + self.logvar.exp() - 1.0 - self.logvar).sum(dim=(1, 2, 3))
+
+
+class ResnetBlock(nn.Module):
+    def __init__(self, channels: int, out_channels: int, dropout: float = 0.0):
+        super().__init__()
+        self.norm1 = group_norm(channels, 1e-6)
+        self.conv1 = nn.Conv2d(channels, out_channels, 3, padding=1)
+        self.norm2 = group_norm(out_channels, 1e-6)
+        self.dropout = nn.Dropout(dropout)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        self.nin_shortcut = nn.Conv2d(channels, out_channels, 1) if channels != out_channels else nn.Identity()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = self.conv1(F.silu(self.norm1(x)))
+        h = self.conv2(self.dropout(F.silu(self.norm2(h))))
+        return self.nin_shortcut(x) + h
+
+
+class AttnBlock(nn.Module):
+    """Single-head self-attention over positions, projections as 1x1 convolutions."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.norm = group_norm(channels, 1e-6)
+        self.q, self.k, self.v = (nn.Conv2d(channels, channels, 1) for _ in range(3))
+        self.proj_out = nn.Conv2d(channels, channels, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h, w = x.shape[-2:]
+        normed = self.norm(x)
+        q, k, v = (rearrange(layer(normed), "b c h w -> b 1 (h w) c") for layer in (self.q, self.k, self.v))
+        out = rearrange(F.scaled_dot_product_attention(q, k, v), "b 1 (h w) c -> b c h w", h=h, w=w)
+        return x + self.proj_out(out)
+
+
+class Downsample(nn.Module):
+    """A 3x3 convolution of stride 2, padded on the right and bottom only, as published."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.conv(F.pad(x, (0, 1, 0, 1)))
+
+
+class Level(nn.Module):
+    """One resolution of the encoder or decoder: blocks, attention after each where asked, a resampler at its end."""
+
+    def __init__(self, widths: list[int], attention: bool, dropout: float):
+        super().__init__()
+        self.block = nn.ModuleList(ResnetBlock(a, b, dropout) for a, b in zip(widths, widths[1:]))
+        self.attn = nn.ModuleList(AttnBlock(w) for w in widths[1:] if attention)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for i, block in enumerate(self.block):
+            x = block(x)
+            if self.attn:
+                x = self.attn[i](x)
+        return x
+
+
+class Middle(nn.Module):
+    def __init__(self, width: int, attention: bool, dropout: float):
+        super().__init__()
+        self.block_1 = ResnetBlock(width, width, dropout)
+        self.attn_1 = AttnBlock(width) if attention else nn.Identity()
+        self.block_2 = ResnetBlock(width, width, dropout)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.block_2(self.attn_1(self.block_1(x)))
+
+
+class Encoder(nn.Module):
+    """images (B, in_channels, H, W) -> (B, out_channels, H/f, W/f), f = 2^(levels - 1)."""
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        channels: int,
+        channel_mult: Sequence[int],
+        num_res_blocks: int,
+        attention_levels: Sequence[int],
+        mid_attention: bool,
+        dropout: float,
+    ):
+        super().__init__()
+        self.conv_in = nn.Conv2d(in_channels, channels, 3, padding=1)
+        self.down = nn.ModuleList()
+        width = channels
+        for level, mult in enumerate(channel_mult):
+            widths = [width] + [channels * mult] * num_res_blocks
+            stage = Level(widths, level in attention_levels, dropout)
+            width = widths[-1]
+            if level < len(channel_mult) - 1:
+                stage.downsample = Downsample(width)
+            self.down.append(stage)
+        self.mid = Middle(width, mid_attention, dropout)
+        self.norm_out = group_norm(width, 1e-6)
+        self.conv_out = nn.Conv2d(width, out_channels, 3, padding=1)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        x = self.conv_in(images)
+        for level, stage in enumerate(self.down):
+            x = stage(x)
+            if level < len(self.down) - 1:
+                x = stage.downsample(x)
+        return self.conv_out(F.silu(self.norm_out(self.mid(x))))
+
+
+class Decoder(nn.Module):
+    """latents (B, z_channels, h, w) -> features before the last convolution; `conv_out` makes them images."""
+
+    def __init__(
+        self,
+        z_channels: int,
+        out_channels: int,
+        channels: int,
+        channel_mult: Sequence[int],
+        num_res_blocks: int,
+        attention_levels: Sequence[int],
+        mid_attention: bool,
+        dropout: float,
+    ):
+        super().__init__()
+        width = channels * channel_mult[-1]
+        self.conv_in = nn.Conv2d(z_channels, width, 3, padding=1)
+        self.mid = Middle(width, mid_attention, dropout)
+        stages = []
+        for level, mult in reversed(list(enumerate(channel_mult))):
+            widths = [width] + [channels * mult] * (num_res_blocks + 1)
+            stage = Level(widths, level in attention_levels, dropout)
+            width = widths[-1]
+            if level:
+                stage.upsample = Upsample(width)
+            stages.append(stage)
+        self.up = nn.ModuleList(reversed(stages))  # up.0 is the highest resolution, as published
+        self.norm_out = group_norm(width, 1e-6)
+        self.conv_out = nn.Conv2d(width, out_channels, 3, padding=1)
+
+    def forward(self, latents: torch.Tensor) -> torch.Tensor:
+        """-> (B, channels * channel_mult[0], H, W), the input of `conv_out`."""
+        x = self.mid(self.conv_in(latents))
+        for level in reversed(range(len(self.up))):
+            x = self.up[level](x)
+            if level:
+                x = self.up[level].upsample(x)
+        return F.silu(self.norm_out(x))
+
+
+class AutoencoderKL(nn.Module):
+    """Encoder, diagonal Gaussian posterior, decoder. Its latents are unscaled; the first stage scales them.
+
+    in_channels        image channels (3; 1 and any other number work)
+    z_channels         channels between encoder, decoder and their 1x1 projections
+    embed_dim          channels of the latents (default: z_channels)
+    channels           width of the first level
+    channel_mult       width of each level over `channels`; f = 2^(levels - 1)
+    num_res_blocks     residual blocks per level (one more in the decoder)
+    attention_levels   levels with self-attention, 0 being the image resolution
+    mid_attention      self-attention at the lowest resolution
+    """
+
+    def __init__(
+        self,
+        z_channels: int,
+        channels: int,
+        channel_mult: Sequence[int],
+        num_res_blocks: int = 2,
+        attention_levels: Sequence[int] = (),
+        mid_attention: bool = True,
+        in_channels: int = 3,
+        embed_dim: int | None = None,
+        dropout: float = 0.0,
+    ):
+        super().__init__()
+        embed_dim = embed_dim or z_channels
+        trunk = (channels, channel_mult, num_res_blocks, attention_levels, mid_attention, dropout)
+        self.in_channels, self.latent_channels = in_channels, embed_dim
+        self.downsample_factor = 2 ** (len(channel_mult) - 1)
+        self.encoder = Encoder(in_channels, 2 * z_channels, *trunk)
+        self.decoder = Decoder(z_channels, in_channels, *trunk)
+        self.quant_conv = nn.Conv2d(2 * z_channels, 2 * embed_dim, 1)
+        self.post_quant_conv = nn.Conv2d(embed_dim, z_channels, 1)
+
+    def encode_moments(self, images: torch.Tensor) -> torch.Tensor:
+        """images (B, C, H, W) in [-1, 1] -> moments (B, 2 * latent_channels, H/f, W/f): mean, log-variance.
+
+        Raises ValueError where the size is not divisible by f or the channels do not fit.
+        """
+        f = self.downsample_factor
+        channels, height, width = images.shape[1:]
+        if height % f or width % f:
+            raise ValueError(
+                f"image size {height}x{width} is not divisible by downsample_factor {f}; use "
+                f"{max(f, height // f * f)}x{max(f, width // f * f)} or another autoencoder.network"
+            )
+        if channels != self.in_channels:
+            raise ValueError(f"images have {channels} channels, autoencoder.network.in_channels is {self.in_channels}")
+        return self.quant_conv(self.encoder(images))
+
+    def encode(self, images: torch.Tensor) -> DiagonalGaussian:
+        return DiagonalGaussian(self.encode_moments(images).float())
+
+    def decode_features(self, latents: torch.Tensor) -> torch.Tensor:
+        """The input of the last convolution; the adaptive weight of the adversarial loss is measured there."""
+        return self.decoder(self.post_quant_conv(latents))
+
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        """latents (B, C, h, w), unscaled -> images (B, in_channels, h*f, w*f), about [-1, 1]."""
+        return self.decoder.conv_out(self.decode_features(latents))
+
+    def forward(
+        self, images: torch.Tensor, sample: bool = True
+    ) -> tuple[torch.Tensor, torch.Tensor, DiagonalGaussian]:
+        """-> (reconstruction, features before the last convolution, posterior); latents sampled, or their mean."""
+        posterior = self.encode(images)
+        features = self.decode_features(posterior.sample() if sample else posterior.mean)
+        return self.decoder.conv_out(features), features, posterior
+

@@ -1,0 +1,53 @@
+"""The frozen first stage: an autoencoder and the shift and scale that make its latents unit-variance."""
+
+import torch
+from torch import nn
+
+from ldm_train.models.autoencoder import AutoencoderKL, DiagonalGaussian
+
+
+class FirstStage(nn.Module):
+    """latents = (z - shift) * scale, z ~ q(z | images). Always frozen and in eval mode.
+
+    autoencoder: AutoencoderKL
+    scale_factor: the scalar scale, or one value per latent channel; `shift` likewise. Both are saved with the weights.
+    """
+
+    def __init__(self, autoencoder: AutoencoderKL, scale_factor: float = 1.0, shift: float = 0.0):
+        super().__init__()
+        self.autoencoder = autoencoder
+        channels = autoencoder.latent_channels
+        self.register_buffer("scale", torch.full((1, channels, 1, 1), float(scale_factor)))
+        self.register_buffer("shift", torch.full((1, channels, 1, 1), float(shift)))
+        self.eval().requires_grad_(False)
+
+    @property
+    def downsample_factor(self) -> int:
+        return self.autoencoder.downsample_factor
+
+    @property
+    def latent_channels(self) -> int:
+        return self.autoencoder.latent_channels
+
+    def train(self, mode: bool = True) -> "FirstStage":
+        return super().train(False)
+
+    def set_statistics(self, scale: torch.Tensor | float, shift: torch.Tensor | float = 0.0) -> None:
+        """Sets scale and shift from a number or a (C,) tensor."""
+        self.scale.copy_(torch.as_tensor(scale, dtype=torch.float32).view(1, -1, 1, 1).expand_as(self.scale))
+        self.shift.copy_(torch.as_tensor(shift, dtype=torch.float32).view(1, -1, 1, 1).expand_as(self.shift))
+
+    @torch.no_grad()
+    def encode_moments(self, images: torch.Tensor) -> torch.Tensor:
+        """images (B, C, H, W) in [-1, 1] -> unscaled moments (B, 2C, h, w), float32."""
+        return self.autoencoder.encode_moments(images).float()
+
+    def latents(self, moments: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
+        """A fresh sample of the posterior, scaled: (B, C, h, w)."""
+        return (DiagonalGaussian(moments.float()).sample(generator) - self.shift) * self.scale
+
+    @torch.no_grad()
+    def decode(self, latents: torch.Tensor, chunk: int = 32) -> torch.Tensor:
+        """Scaled latents (B, C, h, w) -> images (B, C, h*f, w*f) in [-1, 1], float32, `chunk` at a time."""
+        z = latents / self.scale + self.shift
+        return torch.cat([self.autoencoder.decode(part).float().clamp(-1, 1) for part in z.split(chunk)])

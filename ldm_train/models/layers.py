@@ -1,0 +1,88 @@
+"""Layers shared by the U-Net and the autoencoder. Module names follow CompVis/latent-diffusion, so its keys load."""
+
+import math
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+
+def group_norm(channels: int, eps: float) -> nn.GroupNorm:
+    """GroupNorm with the published 32 groups; narrow layers use the largest divisor of 32 that fits their width."""
+    return nn.GroupNorm(math.gcd(32, channels), channels, eps=eps)
+
+
+def zero_init(module: nn.Module) -> nn.Module:
+    """Zeroes a layer's parameters: a residual branch that starts as the identity."""
+    for p in module.parameters():
+        nn.init.zeros_(p)
+    return module
+
+
+def timestep_embedding(timesteps: torch.Tensor, dim: int, max_period: float = 10_000.0) -> torch.Tensor:
+    """Sinusoidal embedding (B,) -> (B, dim) float32: cosines first, then sines (DDPM; order as in LDM). dim is even."""
+    half = dim // 2
+    frequencies = torch.exp(-math.log(max_period) * torch.arange(half, device=timesteps.device).float() / half)
+    angles = timesteps.float()[:, None] * frequencies[None]
+    return torch.cat([angles.cos(), angles.sin()], dim=-1)
+
+
+class Upsample(nn.Module):
+    """Nearest-neighbour x2, then a 3x3 convolution unless `with_conv` is False."""
+
+    def __init__(self, channels: int, with_conv: bool = True):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1) if with_conv else nn.Identity()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, C, h, w) -> (B, C, 2h, 2w)"""
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+
+class ResBlock(nn.Module):
+    """The U-Net's residual block (ADM): norm, SiLU, conv; + timestep embedding; norm, SiLU, dropout, zeroed conv.
+
+    scale_shift: the embedding modulates the second norm (h * (1 + scale) + shift) instead of being added.
+    resample: "up" or "down" changes the resolution inside the block, by nearest neighbour or 2x2 averaging.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        out_channels: int,
+        emb_dim: int,
+        dropout: float = 0.0,
+        scale_shift: bool = False,
+        resample: str | None = None,
+    ):
+        super().__init__()
+        self.scale_shift, self.resample = scale_shift, resample
+        self.in_layers = nn.Sequential(
+            group_norm(channels, 1e-5), nn.SiLU(), nn.Conv2d(channels, out_channels, 3, padding=1)
+        )
+        self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(emb_dim, out_channels * (2 if scale_shift else 1)))
+        self.out_layers = nn.Sequential(
+            group_norm(out_channels, 1e-5),
+            nn.SiLU(),
+            nn.Dropout(dropout),
+            zero_init(nn.Conv2d(out_channels, out_channels, 3, padding=1)),
+        )
+        same = channels == out_channels
+        self.skip_connection = nn.Identity() if same else nn.Conv2d(channels, out_channels, 1)
+
+    def _resampled(self, x: torch.Tensor) -> torch.Tensor:
+        if self.resample == "up":
+            return F.interpolate(x, scale_factor=2.0, mode="nearest")
+        return F.avg_pool2d(x, 2) if self.resample == "down" else x
+
+    def forward(self, x: torch.Tensor, emb: torch.Tensor) -> torch.Tensor:
+        """x (B, C, h, w), emb (B, emb_dim) -> (B, out_channels, h', w')"""
+        h = self.in_layers[2](self._resampled(self.in_layers[1](self.in_layers[0](x))))
+        emb = self.emb_layers(emb).to(h.dtype)[:, :, None, None]
+        if self.scale_shift:
+            scale, shift = emb.chunk(2, dim=1)
+            h = self.out_layers[0](h) * (1 + scale) + shift
+            h = self.out_layers[3](self.out_layers[2](self.out_layers[1](h)))
+        else:
+            h = self.out_layers(h + emb)
+        return self.skip_connection(self._resampled(x)) + h

@@ -1,0 +1,135 @@
+"""Attention: the SpatialTransformer of latent diffusion (self-, cross-attention, GEGLU) and plain self-attention blocks."""
+
+import torch
+from einops import rearrange
+from torch import nn
+from torch.nn import functional as F
+
+from ldm_train.models.layers import group_norm, zero_init
+
+
+class CrossAttention(nn.Module):
+    """Multi-head attention of x to `context`, or to itself where there is none. No biases on q, k, v, as published."""
+
+    def __init__(self, dim: int, context_dim: int | None, heads: int, head_dim: int, dropout: float = 0.0):
+        super().__init__()
+        self.heads, inner = heads, heads * head_dim
+        self.to_q = nn.Linear(dim, inner, bias=False)
+        self.to_k = nn.Linear(context_dim or dim, inner, bias=False)
+        self.to_v = nn.Linear(context_dim or dim, inner, bias=False)
+        self.to_out = nn.Sequential(nn.Linear(inner, dim), nn.Dropout(dropout))
+
+    def forward(
+        self, x: torch.Tensor, context: torch.Tensor | None = None, mask: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """x (B, N, dim), context (B, L, context_dim), mask (B, L) bool with True where a token counts -> (B, N, dim)"""
+        context = x if context is None else context
+        q, k, v = self.to_q(x), self.to_k(context), self.to_v(context)
+        q, k, v = (rearrange(a, "b n (h d) -> b h n d", h=self.heads) for a in (q, k, v))
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=None if mask is None else mask[:, None, None, :])
+        return self.to_out(rearrange(out, "b h n d -> b n (h d)"))
+
+
+class GEGLU(nn.Module):
+    """A linear layer gated by the GELU of its second half (Shazeer 2020)."""
+
+    def __init__(self, dim: int, out_dim: int):
+        super().__init__()
+        self.proj = nn.Linear(dim, 2 * out_dim)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        value, gate = self.proj(x).chunk(2, dim=-1)
+        return value * F.gelu(gate)
+
+
+class FeedForward(nn.Module):
+    def __init__(self, dim: int, mult: int = 4, dropout: float = 0.0):
+        super().__init__()
+        self.net = nn.Sequential(GEGLU(dim, dim * mult), nn.Dropout(dropout), nn.Linear(dim * mult, dim))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.net(x)
+
+
+class TransformerBlock(nn.Module):
+    """Pre-norm: self-attention, attention to the context (to itself where the model has none), GEGLU feed-forward."""
+
+    def __init__(self, dim: int, context_dim: int | None, heads: int, head_dim: int, dropout: float = 0.0):
+        super().__init__()
+        self.attn1 = CrossAttention(dim, None, heads, head_dim, dropout)
+        self.attn2 = CrossAttention(dim, context_dim, heads, head_dim, dropout)
+        self.ff = FeedForward(dim, dropout=dropout)
+        self.norm1, self.norm2, self.norm3 = nn.LayerNorm(dim), nn.LayerNorm(dim), nn.LayerNorm(dim)
+
+    def forward(self, x: torch.Tensor, context: torch.Tensor | None, mask: torch.Tensor | None) -> torch.Tensor:
+        x = x + self.attn1(self.norm1(x))
+        x = x + self.attn2(self.norm2(x), context, mask)
+        return x + self.ff(self.norm3(x))
+
+
+class SpatialTransformer(nn.Module):
+    """A transformer over the positions of a feature map (LDM, appendix E.2.1), added to its input.
+
+    linear_projection: in and out projections as linear layers (SD 2) instead of 1x1 convolutions.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        heads: int,
+        head_dim: int,
+        context_dim: int | None,
+        depth: int = 1,
+        dropout: float = 0.0,
+        linear_projection: bool = False,
+    ):
+        super().__init__()
+        inner = heads * head_dim
+        self.linear_projection = linear_projection
+        self.norm = group_norm(channels, 1e-6)
+        self.proj_in = nn.Linear(channels, inner) if linear_projection else nn.Conv2d(channels, inner, 1)
+        self.transformer_blocks = nn.ModuleList(
+            TransformerBlock(inner, context_dim, heads, head_dim, dropout) for _ in range(depth)
+        )
+        self.proj_out = zero_init(
+            nn.Linear(inner, channels) if linear_projection else nn.Conv2d(inner, channels, 1)
+        )
+
+    def forward(
+        self, x: torch.Tensor, context: torch.Tensor | None = None, mask: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """x (B, C, h, w), context (B, L, D), mask (B, L) -> (B, C, h, w)"""
+        h, w = x.shape[-2:]
+        tokens = self.norm(x)
+        if self.linear_projection:
+            tokens = self.proj_in(rearrange(tokens, "b c h w -> b (h w) c"))
+        else:
+            tokens = rearrange(self.proj_in(tokens), "b c h w -> b (h w) c")  # (B, h*w, inner)
+        for block in self.transformer_blocks:
+            tokens = block(tokens, context, mask)
+        if self.linear_projection:
+            return x + rearrange(self.proj_out(tokens), "b (h w) c -> b c h w", h=h, w=w)
+        return x + self.proj_out(rearrange(tokens, "b (h w) c -> b c h w", h=h, w=w))
+
+
+class AttentionBlock(nn.Module):
+    """Self-attention over positions with one fused qkv projection, for models without a context (ADM).
+
+    The projection holds q, k, v in thirds, each split into heads. Published checkpoints that interleave heads
+    are re-ordered when they are converted.
+    """
+
+    def __init__(self, channels: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.norm = group_norm(channels, 1e-5)
+        self.qkv = nn.Conv1d(channels, 3 * channels, 1)
+        self.proj_out = zero_init(nn.Conv1d(channels, channels, 1))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, C, h, w) -> (B, C, h, w)"""
+        h, w = x.shape[-2:]
+        qkv = self.qkv(rearrange(self.norm(x), "b c h w -> b c (h w)"))
+        q, k, v = rearrange(qkv, "b (three heads d) n -> three b heads n d", three=3, heads=self.heads)
+        out = rearrange(F.scaled_dot_product_attention(q, k, v), "b heads n d -> b (heads d) n")
+        return x + rearrange(self.proj_out(out), "b c (h w) -> b c h w", h=h, w=w)

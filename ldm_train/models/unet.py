@@ -1,0 +1,182 @@
+"""The conditional U-Net of latent diffusion (Rombach et al. 2022, appendix E), after ADM (Dhariwal and Nichol 2021)."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from ldm_train.models.layers import ResBlock, Upsample, group_norm, timestep_embedding, zero_init
+from ldm_train.models.transformer import AttentionBlock, SpatialTransformer
+
+
+class Downsample(nn.Module):
+    """A 3x3 convolution of stride 2."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.op = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.op(x)
+
+
+class Layers(nn.ModuleList):
+    """One step of the U-Net: a residual block, perhaps attention, perhaps a resampler, in this order."""
+
+    def forward(
+        self, x: torch.Tensor, emb: torch.Tensor, context: torch.Tensor | None, mask: torch.Tensor | None
+    ) -> torch.Tensor:
+        for layer in self:
+            if isinstance(layer, ResBlock):
+                x = layer(x, emb)
+            elif isinstance(layer, SpatialTransformer):
+                x = layer(x, context, mask)
+            else:
+                x = layer(x)
+        return x
+
+
+class UNet(nn.Module):
+    """Predicts noise, velocity or x_0 from noisy latents.
+
+    in_channels, out_channels   channels of the latents
+    concat_channels             channels of the spatial condition appended to the input (0: none)
+    channels                    width of the first level
+    channel_mult                width of each level over `channels`; each level after the first halves the resolution
+    num_res_blocks              residual blocks per level (one more on the way up)
+    attention_levels            levels with attention, 0 being the full latent resolution; the middle always has it
+    head_dim / num_heads        give exactly one: channels per head, or heads
+    context_dim                 width of cross-attention tokens. None builds plain self-attention blocks unless
+                                `transformer_depth` is given
+    transformer_depth           blocks per SpatialTransformer (default 1 where there is a context)
+    vector_dim                  width of the condition that joins the timestep embedding (None: no such condition)
+    scale_shift, resblock_resample, linear_projection, dropout   as in ADM and SD 2
+    activation_checkpointing    recompute activations in the backward pass: less memory, about a third more time
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        channels: int,
+        channel_mult: Sequence[int],
+        num_res_blocks: int = 2,
+        attention_levels: Sequence[int] = (),
+        head_dim: int | None = None,
+        num_heads: int | None = None,
+        context_dim: int | None = None,
+        transformer_depth: int | None = None,
+        vector_dim: int | None = None,
+        out_channels: int | None = None,
+        concat_channels: int = 0,
+        scale_shift: bool = False,
+        resblock_resample: bool = False,
+        linear_projection: bool = False,
+        dropout: float = 0.0,
+        activation_checkpointing: bool = False,
+    ):
+        super().__init__()
+        if (head_dim is None) == (num_heads is None):
+            raise ValueError("give exactly one of head_dim and num_heads to the U-Net")
+        unknown = [level for level in attention_levels if not 0 <= level < len(channel_mult)]
+        if unknown:
+            raise ValueError(f"attention_levels {unknown} do not exist: channel_mult has levels 0 to {len(channel_mult) - 1}")
+        self.in_channels, self.concat_channels = in_channels, concat_channels
+        self.channels, self.levels = channels, len(channel_mult)
+        self.context_dim, self.vector_dim = context_dim, vector_dim
+        self.activation_checkpointing = activation_checkpointing
+        depth = transformer_depth or (1 if context_dim else 0)
+        emb_dim = 4 * channels
+
+        def block(width: int, out_width: int, resample: str | None = None) -> ResBlock:
+            return ResBlock(width, out_width, emb_dim, dropout, scale_shift, resample)
+
+        def attention(width: int) -> nn.Module:
+            heads = num_heads or width // head_dim
+            if heads < 1 or width % heads:
+                raise ValueError(f"width {width} does not split into heads of {head_dim or width / heads} channels")
+            if depth:
+                return SpatialTransformer(
+                    width, heads, width // heads, context_dim, depth, dropout, linear_projection
+                )
+            return AttentionBlock(width, heads)
+
+        self.time_embed = nn.Sequential(nn.Linear(channels, emb_dim), nn.SiLU(), nn.Linear(emb_dim, emb_dim))
+        if vector_dim:
+            vector_mlp = nn.Sequential(nn.Linear(vector_dim, emb_dim), nn.SiLU(), nn.Linear(emb_dim, emb_dim))
+            self.label_emb = nn.Sequential(vector_mlp)
+
+        width = channels * channel_mult[0]
+        self.input_blocks = nn.ModuleList(
+            [Layers([nn.Conv2d(in_channels + concat_channels, width, 3, padding=1)])]
+        )
+        skips = [width]
+        for level, mult in enumerate(channel_mult):
+            for _ in range(num_res_blocks):
+                layers = [block(width, channels * mult)]
+                width = channels * mult
+                if level in attention_levels:
+                    layers.append(attention(width))
+                self.input_blocks.append(Layers(layers))
+                skips.append(width)
+            if level < len(channel_mult) - 1:
+                down = block(width, width, "down") if resblock_resample else Downsample(width)
+                self.input_blocks.append(Layers([down]))
+                skips.append(width)
+
+        self.middle_block = Layers([block(width, width), attention(width), block(width, width)])
+
+        self.output_blocks = nn.ModuleList()
+        for level, mult in reversed(list(enumerate(channel_mult))):
+            for i in range(num_res_blocks + 1):
+                layers = [block(width + skips.pop(), channels * mult)]
+                width = channels * mult
+                if level in attention_levels:
+                    layers.append(attention(width))
+                if level and i == num_res_blocks:
+                    layers.append(block(width, width, "up") if resblock_resample else Upsample(width))
+                self.output_blocks.append(Layers(layers))
+
+        self.out = nn.Sequential(
+            group_norm(width, 1e-5),
+            nn.SiLU(),
+            zero_init(nn.Conv2d(width, out_channels or in_channels, 3, padding=1)),
+        )
+
+    def _run(self, layers: Layers, *args: torch.Tensor | None) -> torch.Tensor:
+        if self.activation_checkpointing and self.training:
+            return checkpoint(layers, *args, use_reentrant=False)
+        return layers(*args)
+
+    def forward(
+        self,
+        noisy_latents: torch.Tensor,
+        timesteps: torch.Tensor,
+        context: torch.Tensor | None = None,
+        context_mask: torch.Tensor | None = None,
+        concat: torch.Tensor | None = None,
+        vector: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """noisy_latents (B, C, h, w), timesteps (B,) in [0, T), context (B, L, D) with mask (B, L),
+        concat (B, concat_channels, h, w), vector (B, vector_dim). Returns (B, out_channels, h, w).
+
+        Raises ValueError where h or w does not survive the halvings.
+        """
+        least = 2 ** (self.levels - 1)
+        if noisy_latents.shape[-1] % least or noisy_latents.shape[-2] % least:
+            raise ValueError(f"latents of {tuple(noisy_latents.shape[-2:])} must be divisible by {least} for this U-Net")
+        emb = self.time_embed(timestep_embedding(timesteps, self.channels).to(noisy_latents.dtype))
+        if self.vector_dim:
+            emb = emb + self.label_emb(vector.to(emb.dtype))
+        x = noisy_latents if concat is None else torch.cat([noisy_latents, concat.to(noisy_latents.dtype)], dim=1)
+        skips = []
+        for layers in self.input_blocks:
+            if isinstance(layers[0], nn.Conv2d):
+                x = layers[0](x)
+            else:
+                x = self._run(layers, x, emb, context, context_mask)
+            skips.append(x)
+        x = self._run(self.middle_block, x, emb, context, context_mask)
+        for layers in self.output_blocks:
+            x = self._run(layers, torch.cat([x, skips.pop()], dim=1), emb, context, context_mask)
+        return self.out(x)

@@ -1,0 +1,39 @@
+"""DDIM (Song et al. 2021, arXiv:2010.02502)."""
+
+from collections.abc import Callable
+
+import torch
+
+from ldm_train.diffusion.guidance import Denoise
+from ldm_train.diffusion.schedule import NoiseSchedule
+from ldm_train.rng import NoiseSource
+
+
+def ddim(
+    denoise: Denoise,
+    x_t: torch.Tensor,
+    timesteps: torch.Tensor,
+    schedule: NoiseSchedule,
+    noise: NoiseSource,
+    *,
+    eta: float = 0.0,
+    callback: Callable[[int, torch.Tensor], None] | None = None,
+) -> torch.Tensor:
+    """x_s = alpha_s x_0 + sqrt(sigma_s^2 - v) eps + sqrt(v) z   (eq. 12), v = eta^2 times the posterior's variance.
+
+    x_t: (B, C, h, w) at timesteps[0]. timesteps: falling, (S + 1,). eta: 0 deterministic, 1 ancestral.
+    callback(step, pred_x0) after each step. Returns latents at timesteps[-1].
+    """
+    alphas, sigmas, _ = schedule.at(timesteps.to(schedule.betas.device))
+    alphas, sigmas, times = alphas.tolist(), sigmas.tolist(), timesteps.tolist()
+    for step in range(len(times) - 1):
+        alpha_t, sigma_t, alpha_s, sigma_s = alphas[step], sigmas[step], alphas[step + 1], sigmas[step + 1]
+        pred_x0 = denoise(x_t, times[step])
+        eps = (x_t - alpha_t * pred_x0) / sigma_t
+        variance = (eta * sigma_s / sigma_t) ** 2 * max(0.0, 1 - (alpha_t / alpha_s) ** 2)
+        x_t = alpha_s * pred_x0 + max(0.0, sigma_s**2 - variance) ** 0.5 * eps
+        if variance > 0:
+            x_t = x_t + variance**0.5 * noise.normal(x_t.shape[1:], step, x_t.device)
+        if callback:
+            callback(step, pred_x0)
+    return x_t

@@ -1,0 +1,42 @@
+"""Ancestral sampling (DDPM, Ho et al. 2020, arXiv:2006.11239)."""
+
+from collections.abc import Callable
+
+import torch
+
+from ldm_train.diffusion.guidance import Denoise
+from ldm_train.diffusion.schedule import NoiseSchedule
+from ldm_train.rng import NoiseSource
+
+
+def ddpm(
+    denoise: Denoise,
+    x_t: torch.Tensor,
+    timesteps: torch.Tensor,
+    schedule: NoiseSchedule,
+    noise: NoiseSource,
+    *,
+    variance: str = "small",
+    callback: Callable[[int, torch.Tensor], None] | None = None,
+) -> torch.Tensor:
+    """x_s ~ q(x_s | x_t, x_0 = pred_x0)   (eq. 6 and 7), on any falling list of timesteps (S + 1,).
+
+    variance: "small" is the posterior's, right for a Dirac data distribution; "large" is beta, right for a unit
+    Gaussian one. x_t (B, C, h, w) at timesteps[0]; returns latents at timesteps[-1]. callback(step, pred_x0).
+    """
+    if variance not in ("small", "large"):
+        raise ValueError(f"variance is 'small' or 'large', not {variance!r}")
+    alphas, sigmas, _ = schedule.at(timesteps.to(schedule.betas.device))
+    alphas, sigmas, times = alphas.tolist(), sigmas.tolist(), timesteps.tolist()
+    for step in range(len(times) - 1):
+        alpha_t, sigma_t, alpha_s, sigma_s = alphas[step], sigmas[step], alphas[step + 1], sigmas[step + 1]
+        pred_x0 = denoise(x_t, times[step])
+        ratio = alpha_t / alpha_s  # sqrt(1 - beta) of the step s -> t
+        beta = 1 - ratio**2
+        x_t = (alpha_s * beta * pred_x0 + ratio * sigma_s**2 * x_t) / sigma_t**2
+        spread = beta if variance == "large" else beta * sigma_s**2 / sigma_t**2
+        if sigma_s > 0:  # no noise on the clean image
+            x_t = x_t + spread**0.5 * noise.normal(x_t.shape[1:], step, x_t.device)
+        if callback:
+            callback(step, pred_x0)
+    return x_t

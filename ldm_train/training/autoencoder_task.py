@@ -1,0 +1,111 @@
+"""Stage 1: the autoencoder with perceptual and patch-GAN losses."""
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ldm_train import images as pictures
+from ldm_train.losses.autoencoder import AutoencoderLoss
+from ldm_train.metrics.paired import psnr, ssim
+from ldm_train.models.autoencoder import AutoencoderKL
+from ldm_train.training.task import Task, reduce_sums
+
+ACTIVE_VARIANCE = 0.01  # a latent channel is active if its posterior mean varies by more over the data (Burda et al. 2016)
+
+
+class AutoencoderTask(Task):
+    """One autoencoder forward, one LPIPS backward and one discriminator pass per batch (see AutoencoderLoss).
+
+    autoencoder: AutoencoderKL. loss: AutoencoderLoss. image_folder: where reconstruction grids go.
+    Validation measures posterior means of the averaged weights: l1, psnr (dB), ssim, perceptual, kl, score
+    (perceptual + l1, the criterion of best.ckpt) and the share of active latent channels.
+    """
+
+    monitor = "score"
+
+    def __init__(
+        self,
+        autoencoder: AutoencoderKL,
+        loss: AutoencoderLoss,
+        *,
+        seed: int,
+        optimizer: partial,
+        lr_factor: Callable[[int], float],
+        ema_decay: float | None = None,
+        clip_norm: float | None = None,
+        accumulate: int = 1,
+        image_folder: Path | None = None,
+    ):
+        super().__init__("autoencoder", seed, optimizer, lr_factor, ema_decay, clip_norm, accumulate)
+        self.autoencoder, self.loss, self.image_folder = autoencoder, loss, image_folder
+
+    def trained(self) -> nn.ModuleDict:
+        parts: dict[str, nn.Module] = {"autoencoder": self.autoencoder, "likelihood": nn.ParameterList([self.loss.logvar])}
+        if self.loss.discriminator is not None:
+            parts["discriminator"] = self.loss.discriminator
+        return nn.ModuleDict(parts)
+
+    def averaged(self) -> nn.Module:
+        return self.autoencoder
+
+    def groups(self) -> list[dict]:
+        generator = list(self.autoencoder.parameters())
+        if self.loss.logvar.requires_grad:
+            generator.append(self.loss.logvar)
+        groups = [{"params": generator, "name": "autoencoder"}]
+        if self.loss.discriminator is not None:
+            groups.append({"params": list(self.loss.discriminator.parameters()), "name": "discriminator"})
+        return groups
+
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> torch.Tensor:
+        reconstructions, features, posterior = self.autoencoder(batch["image"])
+        loss, logs = self.loss(
+            batch["image"], reconstructions, features, posterior, self.autoencoder.decoder.conv_out, self.global_step
+        )
+        self.log_training(logs)
+        return loss
+
+    def on_validation_epoch_start(self) -> None:
+        super().on_validation_epoch_start()
+        self._mean_moments = [0.0, 0.0, 0]  # per-channel sum and sum of squares of posterior means, and their count
+
+    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        images = batch["image"].float()
+        reconstructions, _, posterior = self.autoencoder(images, sample=False)
+        reconstructions = reconstructions.float().clamp(-1, 1)
+        l1 = (images - reconstructions).abs().flatten(1).mean(dim=1)
+        self.add("l1", l1)
+        self.add("psnr", psnr(reconstructions, images))
+        self.add("ssim", ssim(reconstructions, images))
+        self.add("kl", posterior.kl())
+        score = l1
+        if self.loss.perceptual is not None:
+            distance = self.loss.perceptual(reconstructions, images)
+            self.add("perceptual", distance)
+            score = l1 + distance
+        self.add("score", score)
+        mean = posterior.mean.double().cpu()
+        self._mean_moments[0] += mean.sum(dim=(0, 2, 3))
+        self._mean_moments[1] += mean.square().sum(dim=(0, 2, 3))
+        self._mean_moments[2] += mean[:, 0].numel()
+        if batch_idx == 0 and self.global_rank == 0 and self.image_folder:
+            shown = min(8, len(images))
+            both = torch.cat([images[:shown], reconstructions[:shown]])
+            grid = pictures.grid(both, columns=shown)
+            path = pictures.save_png(grid, self.image_folder / f"reconstructions_{self.global_step:07d}.png")
+            for logger in self.loggers:
+                logger.log_picture("reconstructions", path, self.global_step, "above: images, below: reconstructions")
+
+    def on_validation_epoch_end(self) -> None:
+        total, square, count = self._mean_moments
+        channels = self.autoencoder.latent_channels
+        sums = {f"m{c}": (float(total[c]), count) for c in range(channels)} if count else {}
+        sums |= {f"s{c}": (float(square[c]), count) for c in range(channels)} if count else {}
+        means = reduce_sums(sums)
+        active = sum(means[f"s{c}"] - means[f"m{c}"] ** 2 > ACTIVE_VARIANCE for c in range(channels)) if count else 0
+        self.finish_validation()
+        self.log("val/active_channels", active / channels, rank_zero_only=False)

@@ -1,0 +1,87 @@
+"""Checkpoints: last.ckpt every so many optimiser steps and on a signal, best.ckpt after a better validation."""
+
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+import torch.distributed as dist
+from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
+
+from ldm_train.data.shards import write_atomically
+from ldm_train.training.task import Task
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Checkpoints appear under their final name only when complete, also when the disk fills up or power fails."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
+        write_atomically(path, lambda file: torch.save(checkpoint, file))
+
+
+class Interrupted(Exception):
+    """Training stopped on a signal after saving; the same command continues it."""
+
+    def __init__(self, number: int, step: int):
+        super().__init__(f"stopped by {signal.Signals(number).name} after step {step}; run the same command to continue")
+        self.number = number
+
+
+class Checkpoints(L.Callback):
+    """folder/last.ckpt every `every` optimiser steps, at the end and on SIGTERM, SIGINT or SIGUSR1; folder/best.ckpt
+    when validation's `monitor` (lower is better) improves.
+
+    Signals only set a flag. All ranks agree on it at the next optimiser step, save, and raise Interrupted; a second
+    signal leaves at once.
+    """
+
+    def __init__(self, folder: str | Path, every: int, monitor: str):
+        self.folder, self.every, self.monitor = Path(folder), every, monitor
+        self.best, self._saved, self._signal = float("inf"), -1, 0
+        self._handlers: dict[int, Any] = {}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"best": self.best}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.best = state_dict["best"]
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+            self._handlers[number] = signal.signal(number, self._on_signal)
+
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+
+    def _on_signal(self, number: int, frame: Any) -> None:
+        if self._signal:
+            os._exit(128 + number)
+        self._signal = number
+        print(f"\n{signal.Signals(number).name}: saving at the next step, then leaving (once more: leave at once)", flush=True)
+
+    def _agreed_signal(self, trainer: L.Trainer) -> int:
+        if trainer.world_size == 1:
+            return self._signal
+        flag = torch.tensor(self._signal, device=trainer.strategy.root_device)
+        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+        return int(flag)
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: Task, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if (batch_idx + 1) % pl_module.accumulate:
+            return
+        step, number = trainer.global_step, self._agreed_signal(trainer)
+        if number or step % self.every == 0 or step >= trainer.max_steps:
+            trainer.save_checkpoint(self.folder / "last.ckpt")
+        if number:
+            raise Interrupted(number, step)
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: Task) -> None:
+        value = trainer.callback_metrics.get(f"val/{self.monitor}")
+        if value is not None and float(value) < self.best:
+            self.best = float(value)
+            trainer.save_checkpoint(self.folder / "best.ckpt")

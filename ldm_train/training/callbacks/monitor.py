@@ -1,0 +1,69 @@
+"""What a run does with its time and data: images per second, waiting for data, replaced samples, non-finite losses."""
+
+import math
+import time
+from typing import Any
+
+import lightning as L
+import torch
+
+from ldm_train.data.shards import DataError
+from ldm_train.training.task import Task
+
+
+class Monitor(L.Callback):
+    """Logs train/images_per_second, train/data_wait (share of time), train/epoch (passes over the data) and
+    train/bad_fraction; stops with DataError when more than `max_bad_fraction` of the samples were unreadable and with
+    FloatingPointError when the loss is no number.
+
+    batch_size: the global one. dataset_size: training samples.
+    """
+
+    def __init__(self, batch_size: int, dataset_size: int, max_bad_fraction: float):
+        self.batch_size, self.dataset_size, self.max_bad_fraction = batch_size, dataset_size, max_bad_fraction
+        self.seen, self.bad, self._mentioned = 0, 0, 0
+        self._window = self._waited = 0.0
+        self._batch_end = self._since = time.perf_counter()
+        self._steps = 0
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._batch_end = self._since = time.perf_counter()
+        self._steps, self._waited = trainer.global_step, 0.0
+
+    def on_train_batch_start(self, trainer: L.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        self._waited += time.perf_counter() - self._batch_end
+        self.seen += len(batch["key"])
+        for note in batch["replaced"]:
+            self.bad += 1
+            if self._mentioned < 10:
+                self._mentioned += 1
+                print(f"replaced an unreadable sample: {note}")
+        if self.bad > max(1, self.max_bad_fraction * self.seen) and self.seen >= min(1000, self.dataset_size):
+            raise DataError(
+                f"{self.bad} of {self.seen} samples could not be read, more than data.max_bad_fraction={self.max_bad_fraction}; "
+                "repair the data or raise the limit"
+            )
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: Task, outputs: Any, batch: Any, batch_idx: int) -> None:
+        now = time.perf_counter()
+        self._batch_end = now
+        step = trainer.global_step
+        if (batch_idx + 1) % pl_module.accumulate == 0 and step % trainer.log_every_n_steps == 0:
+            loss = float(outputs["loss"]) if isinstance(outputs, dict) else float(outputs)
+            if not math.isfinite(loss):
+                raise FloatingPointError(
+                    f"the {pl_module.stage} loss is {loss} at step {step}; resume from the last checkpoint with a lower "
+                    f"{pl_module.stage}.lr, gradient clipping ({pl_module.stage}.clip_norm=1) or precision=32"
+                )
+            elapsed = now - self._since
+            pl_module.log_dict(
+                {
+                    "train/images_per_second": (step - self._steps) * self.batch_size / elapsed,
+                    "train/data_wait": self._waited / elapsed,
+                    "train/epoch": step * self.batch_size / self.dataset_size,
+                    "train/bad_fraction": self.bad / max(1, self.seen),
+                }
+            )
+            if torch.cuda.is_available():
+                pl_module.log("train/peak_memory_gib", torch.cuda.max_memory_allocated() / 2**30)
+            self._since, self._steps, self._waited = now, step, 0.0

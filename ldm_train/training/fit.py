@@ -1,0 +1,133 @@
+"""One stage's training run: Trainer, callbacks and resume, the same for both stages."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import TQDMProgressBar
+from lightning.pytorch.loggers.logger import Logger
+from lightning.pytorch.plugins import MixedPrecision, Precision
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy, Strategy
+
+from ldm_train.training.callbacks.checkpoint import AtomicCheckpointIO, Checkpoints
+from ldm_train.training.callbacks.monitor import Monitor
+from ldm_train.training.loggers import MetricsCSV
+from ldm_train.training.task import Task
+
+PRECISIONS = ("32", "bf16-mixed", "16-mixed")
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Where training runs. accelerator: "cpu" or "gpu". rank, local_rank, world_size as torchrun sets them.
+
+    precision: 32, bf16-mixed or 16-mixed; weights and optimiser state are float32 in all of them.
+    """
+
+    accelerator: str
+    precision: str
+    world_size: int = 1
+    rank: int = 0
+    local_rank: int = 0
+
+    def __post_init__(self):
+        if self.precision not in PRECISIONS:
+            raise ValueError(f"precision is one of {', '.join(PRECISIONS)}, not {self.precision}")
+        if self.precision == "16-mixed" and self.accelerator == "cpu":
+            raise ValueError("precision=16-mixed needs a GPU; use precision=32 on a CPU")
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device("cuda", self.local_rank) if self.accelerator == "gpu" else torch.device("cpu")
+
+    def autocast(self) -> torch.autocast:
+        """For forward passes outside a Trainer, in the training precision."""
+        dtype = torch.float16 if self.precision == "16-mixed" else torch.bfloat16
+        return torch.autocast(self.device.type, dtype, enabled=self.precision != "32")
+
+    def strategy(self) -> Strategy:
+        if self.world_size == 1:
+            return SingleDeviceStrategy(self.device)
+        backend = "gloo" if self.accelerator == "cpu" else "nccl"
+        return DDPStrategy(process_group_backend=backend, find_unused_parameters=False, gradient_as_bucket_view=True)
+
+    def precision_plugin(self) -> Precision:
+        return Precision() if self.precision == "32" else MixedPrecision(self.precision, self.device.type)
+
+
+@dataclass(frozen=True)
+class Cadence:
+    """In optimiser steps: validation, checkpoints, logging; and whether to show a progress bar."""
+
+    val_every: int
+    checkpoint_every: int
+    log_every: int
+    progress: bool = True
+
+
+def fit(
+    task: Task,
+    data: L.LightningDataModule,
+    folder: Path,
+    max_steps: int,
+    batch_size: int,
+    dataset_size: int,
+    cadence: Cadence,
+    machine: Machine,
+    loggers: Sequence[Logger] = (),
+    max_bad_fraction: float = 0.01,
+) -> None:
+    """Trains `task` to `max_steps` optimiser steps in `folder`, from checkpoints/last.ckpt if it is there.
+
+    Afterwards the task holds the averaged weights where it averages. Raises Interrupted on a signal.
+    """
+    last = folder / "checkpoints" / "last.ckpt"
+    start = _steps_done(last)
+    if start < max_steps:
+        callbacks = [
+            Checkpoints(folder / "checkpoints", cadence.checkpoint_every, task.monitor),
+            Monitor(batch_size, dataset_size, max_bad_fraction),
+        ]
+        if cadence.progress:
+            callbacks.append(TQDMProgressBar(refresh_rate=max(1, cadence.log_every // 2)))
+        trainer = L.Trainer(
+            accelerator="cpu" if machine.accelerator == "cpu" else "gpu",
+            strategy=machine.strategy(),
+            devices=1 if machine.world_size == 1 else "auto",
+            plugins=[AtomicCheckpointIO(), machine.precision_plugin()],
+            max_steps=max_steps,
+            max_epochs=-1,
+            accumulate_grad_batches=task.accumulate,
+            val_check_interval=cadence.val_every * task.accumulate,
+            check_val_every_n_epoch=None,
+            num_sanity_val_steps=0,
+            log_every_n_steps=cadence.log_every,
+            logger=[MetricsCSV(folder / "metrics.csv", start), *loggers],
+            callbacks=callbacks,
+            use_distributed_sampler=False,
+            enable_checkpointing=False,
+            enable_model_summary=False,
+            enable_progress_bar=cadence.progress,
+            default_root_dir=folder,
+        )
+        trainer.fit(task, datamodule=data, ckpt_path=str(last) if start else None, weights_only=True if start else None)
+    else:
+        task.setup("fit")
+        state = torch.load(last, map_location="cpu", weights_only=True)
+        task.load_state_dict(state["state_dict"])
+        task.on_load_checkpoint(state)
+    task.to(machine.device)
+    if task.ema is not None:
+        with torch.no_grad():
+            for name, parameter in task.ema.live.items():
+                parameter.copy_(task.ema.shadow[name])
+
+
+def _steps_done(checkpoint: Path) -> int:
+    if not checkpoint.is_file():
+        return 0
+    return int(torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)["global_step"])
+
+

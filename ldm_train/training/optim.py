@@ -1,0 +1,87 @@
+"""Learning-rate schedules and weight averaging."""
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+
+def lr_multiplier(
+    schedule: str, max_steps: int, warmup_steps: int = 0, final: float = 0.0, warmup_start: float = 0.0
+) -> Callable[[int], float]:
+    """step -> factor on the learning rate.
+
+    schedule: "constant", "cosine" or "linear"; the latter two fall to `final` at max_steps. A linear warm-up from
+    `warmup_start` takes the first `warmup_steps`. LDM's published warm-ups: constant, 10000 steps from 1e-6.
+    """
+    if schedule not in ("constant", "cosine", "linear"):
+        raise ValueError(f"lr_schedule.schedule is constant, cosine or linear, not {schedule!r}")
+
+    def factor(step: int) -> float:
+        if step < warmup_steps:
+            return warmup_start + (1 - warmup_start) * (step + 1) / warmup_steps
+        progress = min(1.0, (step - warmup_steps) / max(1, max_steps - warmup_steps))
+        if schedule == "cosine":
+            return final + (1 - final) * 0.5 * (1 + math.cos(math.pi * progress))
+        return 1.0 if schedule == "constant" else 1 - (1 - final) * progress
+
+    return factor
+
+
+class EMA:
+    """Exponential moving average of a module's trainable parameters, with LDM's warm-up min(decay, (1 + n) / (10 + n)).
+
+    Parameters keep their names. Buffers are not averaged.
+    """
+
+    def __init__(self, module: nn.Module, decay: float):
+        if not 0 <= decay < 1:
+            raise ValueError(f"ema_decay must be in [0, 1), got {decay}")
+        self.decay, self.updates = decay, 0
+        self.live = {name: p for name, p in module.named_parameters() if p.requires_grad}
+        self.shadow = {name: p.detach().clone() for name, p in self.live.items()}
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """After each optimiser step."""
+        self.updates += 1
+        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
+        shadow = list(self.shadow.values())
+        if shadow and shadow[0].device != next(iter(self.live.values())).device:
+            self.shadow = {name: s.to(self.live[name].device) for name, s in self.shadow.items()}
+            shadow = list(self.shadow.values())
+        torch._foreach_lerp_(shadow, list(self.live.values()), 1 - decay)
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """The averaged weights in the module, the raw ones back afterwards."""
+        raw = {name: p.detach().clone() for name, p in self.live.items()}
+        with torch.no_grad():
+            for name, p in self.live.items():
+                p.copy_(self.shadow[name])
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for name, p in self.live.items():
+                    p.copy_(raw[name])
+
+    def state_dict(self) -> dict:
+        return {"updates": self.updates, "shadow": self.shadow}
+
+    def load_state_dict(self, state: dict) -> None:
+        if state["shadow"].keys() != self.shadow.keys():
+            raise ValueError(f"EMA of other parameters: {sorted(state['shadow'].keys() ^ self.shadow.keys())[:3]} ...")
+        self.updates = state["updates"]
+        for name, value in state["shadow"].items():
+            self.shadow[name].copy_(value)
+
+
+def clip_by_group(groups: Iterable[dict], max_norm: float) -> dict[str, torch.Tensor]:
+    """Clips each parameter group to its own norm, so that one player's gradient never scales the other's. Returns the
+    norms before clipping by group name."""
+    return {
+        group.get("name", str(i)): nn.utils.clip_grad_norm_(group["params"], max_norm) for i, group in enumerate(groups)
+    }

@@ -1,0 +1,133 @@
+"""The chain of stages: each has a key (what it depends on), and is skipped, resumed, run or refused accordingly."""
+
+import fcntl
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ldm_train.data.shards import write_json
+
+STAGES = ("autoencoder", "latents", "diffusion", "evaluation", "export")
+NOTE = "stage.json"
+
+
+class Refused(RuntimeError):
+    """A run that would silently reuse or overwrite something; the message names what differs and the choices."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """name: its folder. key: () -> a tree of all it depends on (asked when its turn comes, upstream being finished).
+
+    run: (folder) -> what it made (JSON-able, kept in stage.json). steps: optimiser steps aimed at (0: no training).
+    """
+
+    name: str
+    key: Callable[[], dict[str, Any]]
+    run: Callable[[Path], dict[str, Any]]
+    steps: int = 0
+
+
+def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """{"a": {"b": 1}} -> {"a.b": 1}; lists are values."""
+    if isinstance(tree, dict):
+        return {k: v for name, value in tree.items() for k, v in flatten(value, f"{prefix}{name}.").items()}
+    return {prefix[:-1]: tree}
+
+
+def differences(old: dict[str, Any], new: dict[str, Any], defaults: dict[str, Any]) -> list[str]:
+    """Lines "option: old -> new". An option absent on one side counts as its default, so new options do not orphan
+    old runs."""
+    before, after, default = flatten(old), flatten(new), flatten(defaults)
+    lines = []
+    for key in sorted(before.keys() | after.keys()):
+        was, now = before.get(key, default.get(key)), after.get(key, default.get(key))
+        if was != now:
+            lines.append(f"{key}: {was} -> {now}")
+    return lines
+
+
+def read_note(folder: Path) -> dict[str, Any] | None:
+    """stage.json of a stage's folder, or None."""
+    path = folder / NOTE
+    return json.loads(path.read_text()) if path.is_file() else None
+
+
+def set_aside(run_folder: Path, stage: str) -> None:
+    """Moves a stage and all later ones to .replaced/, from where they can be taken back."""
+    stamp = time.strftime("%Y%m%d-%H%M%S")
+    for name in STAGES[STAGES.index(stage) :]:
+        if (run_folder / name).exists():
+            target = run_folder / ".replaced" / f"{name}-{stamp}"
+            target.parent.mkdir(exist_ok=True)
+            shutil.move(run_folder / name, target)
+
+
+@contextmanager
+def run_lock(run_folder: Path):
+    """Holds a run folder for this process. Raises Refused where another process works in it."""
+    run_folder.mkdir(parents=True, exist_ok=True)
+    with open(run_folder / ".lock", "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise Refused(f"another process is working in {run_folder}; wait for it, or choose name=<new>") from error
+        file.write(str(os.getpid()))
+        file.flush()
+        yield
+
+
+def decide(stage: Stage, run_folder: Path, defaults: dict[str, Any]) -> str:
+    """"skip", "resume" or "run". Raises Refused where the folder holds a stage with another key."""
+    note = read_note(run_folder / stage.name)
+    if note is None:
+        return "run"
+    changed = differences(note["key"], json.loads(json.dumps(stage.key())), defaults)
+    if changed:
+        listed = "\n  ".join(changed[:12] + (["..."] if len(changed) > 12 else []))
+        raise Refused(
+            f"{run_folder / stage.name} was made with other settings:\n  {listed}\nChoose name=<new> for a new run, or "
+            f"restart={stage.name} to make this stage and the later ones anew (the old ones go to {run_folder}/.replaced)"
+        )
+    return "skip" if note["finished"] and note["steps"] >= stage.steps else "resume"
+
+
+def advance(stage: Stage, run_folder: Path, defaults: dict[str, Any], writer: bool) -> str:
+    """Does what `decide` says and returns it. Only the `writer` (rank 0) keeps stage.json."""
+    folder = run_folder / stage.name
+    action = decide(stage, run_folder, defaults)
+    if action == "skip":
+        return action
+    note = {"key": stage.key(), "finished": False, "steps": 0, "result": {}}
+    if writer:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / NOTE, note)
+    result = stage.run(folder)
+    if writer:
+        write_json(folder / NOTE, note | {"finished": True, "steps": stage.steps, "result": result})
+    return action
+
+
+def result_of(run_folder: Path, stage: str) -> dict[str, Any]:
+    """What a finished stage made. Raises Refused, naming the command, where it is not finished."""
+    note = read_note(run_folder / stage)
+    if note is None or not note["finished"]:
+        upto = list(STAGES[: STAGES.index(stage) + 1])
+        raise Refused(
+            f"{run_folder} has no finished stage {stage!r} yet; run it first: stages=[{','.join(upto)}]"
+        )
+    return note["result"]
+
+
+def check_stages(stages: Sequence[str]) -> list[str]:
+    """The stages asked for, in their order. Raises ValueError for a name that is none."""
+    unknown = [s for s in stages if s not in STAGES]
+    if unknown:
+        raise ValueError(f"unknown stages {unknown}; choose from {', '.join(STAGES)}")
+    return [s for s in STAGES if s in stages]

@@ -1,0 +1,141 @@
+"""What both stages share: reseeding, averaging, clipping, checkpoints of exactly the trained parts, validation sums."""
+
+from collections import defaultdict
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from typing import Any
+
+import lightning as L
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
+
+from ldm_train import rng
+from ldm_train.training.optim import EMA, clip_by_group
+
+
+def reduce_sums(sums: Mapping[str, tuple[float, int]]) -> dict[str, float]:
+    """Means of (sum, count) pairs over all ranks. Every rank must hold the same keys."""
+    keys = sorted(sums)
+    table = torch.tensor([sums[k] for k in keys], dtype=torch.float64).view(-1, 2)
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+        table = table.to(device)
+        dist.all_reduce(table)
+        table = table.cpu()
+    return {k: float(total / count) if count else float("nan") for k, (total, count) in zip(keys, table)}
+
+
+class Task(L.LightningModule):
+    """One stage under automatic optimisation with one optimiser.
+
+    stage       its name; part of the seed of every micro-batch
+    seed        of the run
+    optimizer   partial: parameter groups -> optimiser (its lr is the one that reaches the optimiser)
+    lr_factor   step -> factor on the learning rate
+    ema_decay   None: no averaging
+    clip_norm   gradient norm limit per parameter group; None: no clipping
+    accumulate  micro-batches per optimiser step
+    """
+
+    def __init__(
+        self,
+        stage: str,
+        seed: int,
+        optimizer: partial,
+        lr_factor: Callable[[int], float],
+        ema_decay: float | None,
+        clip_norm: float | None,
+        accumulate: int,
+    ):
+        super().__init__()
+        self.stage, self.seed, self.optimizer, self.lr_factor = stage, seed, optimizer, lr_factor
+        self.ema_decay, self.clip_norm, self.accumulate = ema_decay, clip_norm, accumulate
+        self.ema: EMA | None = None
+        self._sums: dict[str, tuple[float, int]] = {}
+
+    def trained(self) -> nn.ModuleDict:
+        """The parts this stage trains: what its checkpoints hold, strictly."""
+        raise NotImplementedError
+
+    def averaged(self) -> nn.Module:
+        """The part whose weights are averaged and shipped."""
+        raise NotImplementedError
+
+    def groups(self) -> list[dict]:
+        """Parameter groups, each with a "name"."""
+        raise NotImplementedError
+
+    # -- optimisation ------------------------------------------------------------------------------------------------
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        optimizer = self.optimizer(self.groups())
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": LambdaLR(optimizer, self.lr_factor), "interval": "step"},
+        }
+
+    def setup(self, stage: str) -> None:
+        if self.ema_decay is not None and self.ema is None:
+            self.ema = EMA(self.averaged(), self.ema_decay)
+
+    def on_train_batch_start(self, batch: dict[str, Any], batch_idx: int) -> None:
+        # Everything random in a micro-batch is a function of this; a resumed run repeats an undisturbed one.
+        rng.reseed(self.seed, self.stage, self.global_step, batch_idx % self.accumulate, self.global_rank)
+
+    def configure_gradient_clipping(
+        self, optimizer: torch.optim.Optimizer, gradient_clip_val: float | None = None, gradient_clip_algorithm: Any = None
+    ) -> None:
+        if self.clip_norm is not None:
+            for name, norm in clip_by_group(optimizer.param_groups, self.clip_norm).items():
+                self.log(f"train/grad_norm_{name}", norm)
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        super().optimizer_step(*args, **kwargs)
+        if self.ema is not None:
+            self.ema.update()
+
+    def log_training(self, logs: Mapping[str, torch.Tensor]) -> None:
+        self.log_dict({f"train/{k}": v for k, v in logs.items()}, on_step=True)
+        self.log("train/lr", self.trainer.optimizers[0].param_groups[0]["lr"])
+
+    def with_ema(self) -> AbstractContextManager:
+        """Averaged weights in place, where there are any."""
+        return self.ema.applied() if self.ema is not None else nullcontext()
+
+    # -- validation: sums over samples, equal for any batch size and number of ranks -----------------------------------
+
+    def on_validation_epoch_start(self) -> None:
+        self._sums = defaultdict(lambda: (0.0, 0))
+        self._ema_context = self.with_ema()
+        self._ema_context.__enter__()
+
+    def add(self, name: str, values: torch.Tensor) -> None:
+        """Adds values per sample (B,) to a validation mean."""
+        total, count = self._sums[name]
+        self._sums[name] = (total + float(values.double().sum()), count + values.numel())
+
+    def finish_validation(self) -> dict[str, float]:
+        """Validation means over all ranks; brings the raw weights back."""
+        self._ema_context.__exit__(None, None, None)
+        means = reduce_sums(self._sums)
+        self.log_dict({f"val/{k}": v for k, v in means.items()}, rank_zero_only=False)
+        return means
+
+    # -- checkpoints ---------------------------------------------------------------------------------------------------
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, torch.Tensor]:
+        return self.trained().state_dict()
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        return self.trained().load_state_dict(state_dict, strict=True, assign=assign)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        if self.ema is not None:
+            checkpoint["ema"] = self.ema.state_dict()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        if self.ema is not None:
+            self.ema.load_state_dict(checkpoint["ema"])
