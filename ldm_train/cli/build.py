@@ -42,7 +42,7 @@ def batching_of(section: DictConfig, machine: Machine) -> Batching:
 
 
 def cadence_of(section: DictConfig, machine: Machine, config: DictConfig) -> Cadence:
-    return Cadence(section.val_every, section.checkpoint_every, section.log_every, config.progress and machine.rank == 0)
+    return Cadence(section.val_every, section.checkpoint_every, section.log_every, config.progress and machine.rank == 0, config.trace)
 
 
 def ensure_data(data: DictConfig) -> None:

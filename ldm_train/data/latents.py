@@ -16,14 +16,22 @@ from ldm_train.data.datamodule import Batching, ShardDataModule, StepBatches, ev
 from ldm_train.data.samples import collate, require_fields, sample_rng, text_of
 from ldm_train.data.shards import INDEX, DataError, IndexedShards, file_sha256, read_index, write_json, write_shard
 
+REMEDY = "python train.py ... restart=latents"
 # images (B, C, H, W) in [-1, 1] -> moments (B, 2C, h, w) float32
 Encode = Callable[[torch.Tensor], torch.Tensor]
 
 
 def _npy(array: np.ndarray) -> bytes:
     buffer = io.BytesIO()
-    np.save(buffer, array)
+    np.save(buffer, np.ascontiguousarray(array))  # channels_last moments may be Fortran-ordered, memory maps are not
     return buffer.getvalue()
+
+
+def _cache_keys(shards: IndexedShards) -> list[str]:
+    """The samples' keys in the cache: the data's without dots and slashes, with the shard's number before them where
+    the data use a key in several shards."""
+    keys = [str(key).replace("/", "_").replace(".", "_") for key in shards.keys]
+    return keys if len(set(keys)) == len(keys) else [f"{shards.shard[i]}_{key}" for i, key in enumerate(keys)]
 
 
 def _finished(folder: Path, name: str) -> dict | None:
@@ -70,6 +78,7 @@ def _encoded(
     data: ShardDataModule, split: str, encode: Encode, chunk: range, flips: bool, progress: tqdm
 ) -> Iterator[tuple[str, dict[str, bytes]]]:
     shards, dataset = data.shards(split), data.fixed_loader(split, fields=("image",)).dataset
+    keys = _cache_keys(shards)
     micro = max(1, min(64, data.batching.micro))
     batches = [[(0, i) for i in chunk[k : k + micro]] for k in range(0, len(chunk), micro)]
     loader = DataLoader(dataset, batch_sampler=batches, num_workers=data.num_workers, collate_fn=collate)
@@ -85,7 +94,7 @@ def _encoded(
                 fields["flipped.npy"] = _npy(mirrored[k].cpu().numpy())
             raw = {e: shards.read(i, e) for e in ("cls", "txt", "json") if e in shards.extensions}
             fields |= {e: value for e, value in raw.items() if value is not None}
-            yield str(shards.keys[i]).replace("/", "_"), fields
+            yield keys[i], fields
         progress.update(len(rows))
 
 
@@ -103,7 +112,10 @@ class CachedLatents:
     """
 
     def __init__(self, folder: str | Path, split: str, fields: Sequence[str], seed: int):
-        self.shards = IndexedShards(folder, split, remedy="python train.py ... restart=latents")
+        try:
+            self.shards = IndexedShards(folder, split, REMEDY)
+        except (DataError, FileNotFoundError) as error:
+            raise DataError(f"the latent cache is damaged: {error}; make it anew with: {REMEDY}") from error
         self.fields, self.seed = tuple(fields), seed
         self.flips = "flipped.npy" in self.shards.extensions
         header = io.BytesIO(self.shards.read(0, "moments.npy"))
@@ -176,7 +188,7 @@ class LatentDataModule(L.LightningDataModule):
         val_images: int | None = None,
     ):
         super().__init__()
-        index = read_index(folder)
+        index = read_index(folder, REMEDY)
         for split in (train_split, val_split):
             part = index["splits"][split]
             counts: dict[str, int] = {}
@@ -229,12 +241,13 @@ def verify_cache(data: ShardDataModule, split: str, latents: CachedLatents, enco
     Raises DataError where that exceeds 1: the cache does not belong to this autoencoder or data.
     """
     shards, dataset = data.shards(split), data.fixed_loader(split, fields=("image",)).dataset
-    rows = {str(k).replace("/", "_"): i for i, k in enumerate(shards.keys)} if len(shards) != len(latents) else None
+    keys = _cache_keys(shards)
+    rows = {k: i for i, k in enumerate(keys)} if len(shards) != len(latents) else None
     worst = 0.0
     for j in np.unique(np.linspace(0, len(latents) - 1, count).round().astype(int)):
         key = str(latents.shards.keys[j])
         i = int(j) if rows is None else rows.get(key, -1)
-        if i < 0 or str(shards.keys[i]).replace("/", "_") != key:
+        if i < 0 or keys[i] != key:
             raise DataError(f"latent cache {latents.shards.root}: sample {key} is not in the data; run again with restart=latents")
         mean, _ = encode(dataset[(0, i)]["image"][None])[0].cpu().numpy().astype(np.float64).reshape(latents.shape).reshape(
             2, -1

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from ldm_train.data.shards import DataError
-from ldm_train.data.transforms import IMAGE_EXTENSIONS, ImageTransform, decode_image, to_unit_range
+from ldm_train.data.transforms import IMAGE_EXTENSIONS, ImageTransform, decode_image, decode_labels, to_unit_range
 
 # Which shard extensions can provide each field of a batch.
 SOURCES = {
@@ -24,7 +24,9 @@ def require_fields(fields: Sequence[str], counts: dict[str, int], total: int, wh
     for field in fields:
         if field not in SOURCES:
             raise DataError(f"unknown batch field {field!r}; shards can provide {', '.join(SOURCES)}")
-        if max(sum(counts.get(e, 0) for e in SOURCES[field]), 0) < total:
+        # A sample has one image, under one of its extensions, but its caption may stand in .txt and in .json.
+        count = (sum if field == "image" else max)(counts.get(e, 0) for e in SOURCES[field])
+        if count < total:
             remedy = {
                 "caption": "prepare the data with captions (ldm-prepare source=csv, or .txt files beside the images), or "
                 "choose conditioning without text: diffusion/conditioning=class or diffusion/conditioning=none",
@@ -38,6 +40,8 @@ def text_of(raw: dict[str, bytes], rng: np.random.Generator | None) -> str:
     """A caption: one of .json's "captions" (drawn by rng, the first without) if there are several, else .txt."""
     if "json" in raw and (captions := json.loads(raw["json"]).get("captions")):
         return captions[int(rng.integers(len(captions)))] if rng else captions[0]
+    if "txt" not in raw:
+        raise ValueError("no caption: neither a .txt nor \"captions\" in its .json")
     return raw["txt"].decode().strip()
 
 
@@ -65,7 +69,9 @@ class SampleDecoder:
             plan = self.transform.plan(*image.shape[1:], rng)
             sample["image"] = to_unit_range(self.transform.apply(image, plan))
         if "segmentation" in self.fields:
-            labels = decode_image(raw["seg.png"], "png", 1)
+            labels = decode_labels(raw["seg.png"])
+            if plan and labels.shape[1:] != image.shape[1:]:
+                raise ValueError(f"image of {tuple(image.shape[1:])} but label map of {tuple(labels.shape[1:])} pixels")
             plan = plan or self.transform.plan(*labels.shape[1:], rng)
             sample["segmentation"] = self.transform.apply(labels, plan, nearest=True)[0].long()
         if "class_label" in self.fields:

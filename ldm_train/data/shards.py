@@ -65,7 +65,8 @@ def write_shard(path: str | Path, samples: Iterable[tuple[str, dict[str, bytes]]
 
     def write(file: io.BufferedWriter) -> None:
         out = _Hashing(file)
-        with tarfile.open(fileobj=out, mode="w|", format=tarfile.USTAR_FORMAT, bufsize=1 << 16) as tar:
+        # PAX is byte for byte USTAR except for names that USTAR cannot hold: over 100 bytes or not ASCII.
+        with tarfile.open(fileobj=out, mode="w|", format=tarfile.PAX_FORMAT, bufsize=1 << 16) as tar:
             for key, fields in samples:
                 if "." in key or "/" in key or key in seen:
                     raise ValueError(f"sample key {key!r} contains a dot or slash or repeats; keys are unique plain names")
@@ -180,9 +181,24 @@ def _load_offsets(root: Path, path: Path, entry: dict) -> tuple[np.ndarray, dict
     return keys, offsets, sizes
 
 
+def is_remote(file: str) -> bool:
+    """Whether an index entry's `file` is a URL that webdataset opens (https://, s3://, pipe:, ...)."""
+    return "://" in file or file.startswith("pipe:")
+
+
 def shard_paths(root: str | Path, shards: list[dict]) -> list[Path]:
-    """Where the shards lie: `file` is relative to the index's folder, or absolute where they live elsewhere."""
-    return [Path(root) / shard["file"] for shard in shards]
+    """Where local shards lie: `file` is relative to the index's folder, or absolute where they live elsewhere.
+
+    Raises FileNotFoundError, naming the first, where some are missing.
+    """
+    paths = [Path(root) / shard["file"] for shard in shards]
+    missing = [p for p in paths if not p.is_file()]
+    if missing:
+        raise FileNotFoundError(
+            f"{len(missing)} of {len(paths)} shards of {root} are missing, first {missing[0]}; copy them back or prepare "
+            "the data again"
+        )
+    return paths
 
 
 class IndexedShards:
@@ -196,13 +212,13 @@ class IndexedShards:
         index = read_index(root, remedy) if remedy else read_index(root)
         entries = split_index(index, split, root)["shards"]
         self.classes: list[str] | None = index.get("classes")
-        self.paths = shard_paths(root, entries)
-        missing = [p for p in self.paths if not p.is_file()]
-        if missing:
-            raise FileNotFoundError(
-                f"{len(missing)} of {len(entries)} shards of {root} are missing, first {missing[0]}; copy them back or "
-                "prepare the data again"
+        remote = [e["file"] for e in entries if is_remote(e["file"])]
+        if remote:
+            raise DataError(
+                f"{remote[0]} ({split} of {root}) is remote and cannot be read by offset; copy the tars to a local folder "
+                "and index that (only training batches can come from afar, with data.reader=streaming)"
             )
+        self.paths = shard_paths(root, entries)
         slow = sum(e["bytes"] for e in entries) > 2**30
         loaded = [
             _load_offsets(self.root, path, entry)

@@ -2,6 +2,7 @@
 
 from collections import deque
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,7 +10,7 @@ import webdataset as wds
 from torch.utils.data import IterableDataset, get_worker_info
 
 from ldm_train.data.samples import SampleDecoder, collate, sample_rng
-from ldm_train.data.shards import DataError
+from ldm_train.data.shards import DataError, is_remote, shard_paths
 
 
 class _Lookahead:
@@ -25,6 +26,18 @@ class _Lookahead:
         self.returned.extendleft(reversed(items))
 
 
+def _whole(root: str, shard: dict) -> Path:
+    """The path of a local shard. Raises FileNotFoundError or DataError where it is missing or cut short: webdataset
+    would read half a tar in silence."""
+    path = shard_paths(root, [shard])[0]
+    if path.stat().st_size != shard["bytes"]:
+        raise DataError(
+            f"{path} has {path.stat().st_size} bytes, its index says {shard['bytes']}: truncated or changed; copy or "
+            "prepare it again"
+        )
+    return path
+
+
 class StreamingBatches(IterableDataset):
     """Micro-batches `start` to `stop` of one rank.
 
@@ -33,7 +46,7 @@ class StreamingBatches(IterableDataset):
     other; a worker whose shards run out begins them again. A resumed run skips, without decoding, what was consumed.
 
     shards: entries of index.json, whose `file` may be a URL that webdataset opens (https://, pipe:, ...).
-    Raises DataError where there are fewer shards than ranks x workers.
+    Raises DataError where there are fewer shards than ranks x workers, or a local shard is truncated.
     """
 
     def __init__(
@@ -48,13 +61,14 @@ class StreamingBatches(IterableDataset):
         shuffle_buffer: int,
         workers: int,
     ):
+        shards = [s for s in shards if s["count"]]
         readers = batching.world_size * workers
         if len(shards) < readers:
             raise DataError(
                 f"{len(shards)} shards cannot feed {batching.world_size} ranks x {workers} workers; lower num_workers, "
                 "prepare more shards (ldm-prepare per_shard=...) or use data.reader=indexed"
             )
-        self.urls = [s["file"] if "://" in s["file"] or s["file"].startswith("pipe:") else f"{root}/{s['file']}" for s in shards]
+        self.urls = [s["file"] if is_remote(s["file"]) else str(_whole(root, s)) for s in shards]
         self.counts = [s["count"] for s in shards]
         self.decoder, self.batching, self.seed = decoder, batching, seed
         self.start, self.stop, self.shuffle_buffer, self.workers = start, stop, shuffle_buffer, workers
@@ -71,28 +85,33 @@ class StreamingBatches(IterableDataset):
         return self.stop
 
     def _raw(self, mine: list[int]) -> Iterator[dict[str, Any]]:
-        """Endless raw samples of some shards: in order, round after round."""
-        urls = [self.urls[i] for i in mine]
-        while True:
-            # Every member of `urls` is already ours: webdataset must not split by node or worker again.
-            yield from wds.WebDataset(
-                urls, shardshuffle=False, nodesplitter=lambda u: u, workersplitter=lambda u: u, empty_check=False
-            )
+        """The raw samples of some shards, in order."""
+        # Every one of these shards is already ours: webdataset must not split by node or worker again.
+        yield from wds.WebDataset(
+            [self.urls[i] for i in mine], shardshuffle=False, nodesplitter=lambda u: u, workersplitter=lambda u: u,
+            empty_check=False,
+        )  # fmt: skip
 
     def _shuffled(self, epoch: int, worker: int) -> Iterator[dict[str, Any]]:
-        """Endless raw samples of one worker in one epoch, through the shuffle buffer."""
+        """Endless raw samples of one worker in one epoch, round after round, each through an empty shuffle buffer."""
         b = self.batching
         order = np.random.default_rng([self.seed, epoch]).permutation(len(self.urls)).tolist()
         mine = order[b.rank * self.workers + worker :: b.world_size * self.workers]
         rng = np.random.default_rng([self.seed, epoch, b.rank, worker])
-        size = min(self.shuffle_buffer, sum(self.counts[i] for i in mine))  # never two rounds in one buffer
         buffer: list[dict[str, Any]] = []
-        for sample in self._raw(mine):
-            buffer.append(sample)
-            if len(buffer) >= size:
-                i = int(rng.integers(len(buffer)))
-                buffer[i], buffer[-1] = buffer[-1], buffer[i]
-                yield buffer.pop()
+
+        def drawn() -> dict[str, Any]:
+            i = int(rng.integers(len(buffer)))
+            buffer[i], buffer[-1] = buffer[-1], buffer[i]
+            return buffer.pop()
+
+        while True:
+            for sample in self._raw(mine):
+                buffer.append(sample)
+                if len(buffer) >= self.shuffle_buffer:
+                    yield drawn()
+            while buffer:
+                yield drawn()
 
     def _decoded(self, raw: "_Lookahead", epoch: int, position: int) -> dict[str, Any]:
         """The next sample, or the next readable one in its place. The substitute is not consumed: it comes again in

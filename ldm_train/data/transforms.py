@@ -5,11 +5,19 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as TF
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "npy")
+
+
+def open_image(data: bytes) -> Image.Image:
+    """The image of an encoded file, its pixels not yet read. Raises ValueError where it is no image."""
+    try:
+        return Image.open(io.BytesIO(data))
+    except UnidentifiedImageError:  # whose own message is the address of a BytesIO
+        raise ValueError(f"no image: {len(data)} bytes that begin with {data[:8]!r}") from None
 
 
 def decode_image(data: bytes, extension: str, channels: int) -> torch.Tensor:
@@ -23,12 +31,15 @@ def decode_image(data: bytes, extension: str, channels: int) -> torch.Tensor:
         array = array[..., None] if array.ndim == 2 else array
         if array.ndim != 3 or array.shape[2] != channels:
             raise ValueError(f"npy image of shape {array.shape}, expected (H, W, {channels})")
+        if array.dtype != np.uint8 and not np.issubdtype(array.dtype, np.floating):
+            raise ValueError(f"npy image of {array.dtype}, expected uint8 or float in [-1, 1]")
         return torch.from_numpy(np.ascontiguousarray(array.transpose(2, 0, 1)))
-    with Image.open(io.BytesIO(data)) as image:
+    with open_image(data) as image:
         image = ImageOps.exif_transpose(image)
         if image.mode.startswith("I") or image.mode == "F":  # 16-bit grey: scale, where convert() would clip
             grey = np.asarray(image, dtype=np.float64)
-            image = Image.fromarray((grey / (257.0 if grey.max() > 255 else 1.0)).round().astype(np.uint8))
+            deep = image.mode.startswith("I;16") or grey.max() > 255
+            image = Image.fromarray((grey / (257.0 if deep else 1.0)).round().astype(np.uint8))
         if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
             rgba = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
@@ -36,6 +47,17 @@ def decode_image(data: bytes, extension: str, channels: int) -> torch.Tensor:
             raise ValueError(f"image files have 1 or 3 channels, the data asks for {channels}; store arrays as .npy")
         array = np.array(image.convert("L" if channels == 1 else "RGB"))
     return torch.from_numpy(array if channels == 1 else array.transpose(2, 0, 1).copy()).view(channels, *array.shape[:2])
+
+
+def decode_labels(data: bytes) -> torch.Tensor:
+    """An encoded label map -> int32 (1, H, W): the numbers in the file, whatever colours a palette gives them.
+
+    Raises ValueError for files with colour channels.
+    """
+    with open_image(data) as image:
+        if image.mode not in ("L", "P", "1") and not image.mode.startswith("I"):
+            raise ValueError(f"label map with {image.mode} pixels, expected one channel of indices (grey or palette)")
+        return torch.from_numpy(np.array(image).astype(np.int32))[None]
 
 
 @dataclass(frozen=True)

@@ -84,7 +84,12 @@ def load_tiny(name: str) -> TinyFeatures:
 
 
 class TinyPerceptual(nn.Module):
-    """Squared distance of unit-normalised `tiny` features, averaged over space, summed over channels and stages."""
+    """Squared distance of unit-normalised `tiny` features, averaged over space, summed over channels and stages.
+
+    Scaled so that unrelated photos are about 0.7 apart, as they are for LPIPS-VGG: loss weights carry over.
+    """
+
+    scale = 0.15
 
     def __init__(self):
         super().__init__()
@@ -99,7 +104,7 @@ class TinyPerceptual(nn.Module):
             ours = self.features(_three_channels(images.float()))
             theirs = self.features(_three_channels(targets.float()))
             gaps = [(_normalise(a) - _normalise(b)).square().sum(1).mean(dim=(1, 2)) for a, b in zip(ours, theirs)]
-            return torch.stack(gaps).sum(dim=0)
+            return self.scale * torch.stack(gaps).sum(dim=0)
 
 
 def _torch_hub_file(name: str) -> Path:

@@ -59,12 +59,13 @@ class Machine:
 
 @dataclass(frozen=True)
 class Cadence:
-    """In optimiser steps: validation, checkpoints, logging; and whether to show a progress bar."""
+    """In optimiser steps: validation, checkpoints, logging. progress: show a bar. trace: see Monitor."""
 
     val_every: int
     checkpoint_every: int
     log_every: int
     progress: bool = True
+    trace: str | None = None
 
 
 def fit(
@@ -88,7 +89,7 @@ def fit(
     if start < max_steps:
         callbacks = [
             Checkpoints(folder / "checkpoints", cadence.checkpoint_every, task.monitor),
-            Monitor(batch_size, dataset_size, max_bad_fraction),
+            Monitor(batch_size, dataset_size, max_bad_fraction, cadence.trace),
         ]
         if cadence.progress:
             callbacks.append(TQDMProgressBar(refresh_rate=max(1, cadence.log_every // 2)))

@@ -15,6 +15,8 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
 from ldm_train.data import shapes_world
+from ldm_train.data.datamodule import ShardDataModule
+from ldm_train.images import to_uint8
 from ldm_train.losses.perceptual import TinyFeatures
 from ldm_train.rng import derive_seed, generator, reseed
 
@@ -229,6 +231,12 @@ class PerceptualTask(L.LightningModule):
 
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimiser, schedule)
         return {"optimizer": optimiser, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+
+def photos_in_memory(data: ShardDataModule, split: str) -> Photos:
+    """All images of a split, centre-cropped, as uint8 (N, 3, S, S), with their class indices (N,)."""
+    batches = list(data.fixed_loader(split))
+    return torch.cat([to_uint8(b["image"]) for b in batches]), torch.cat([b["class_label"] for b in batches])
 
 
 def train_perceptual(

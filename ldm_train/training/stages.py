@@ -13,7 +13,7 @@ from typing import Any
 
 from ldm_train.data.shards import write_json
 
-STAGES = ("autoencoder", "latents", "diffusion", "evaluation", "export")
+STAGES = ("autoencoder", "latents", "diffusion", "evaluation", "export", "perceptual")  # the last stands alone
 NOTE = "stage.json"
 
 

@@ -16,10 +16,12 @@ class Monitor(L.Callback):
     train/bad_fraction; stops with DataError when more than `max_bad_fraction` of the samples were unreadable and with
     FloatingPointError when the loss is no number.
 
-    batch_size: the global one. dataset_size: training samples.
+    batch_size: the global one. dataset_size: training samples. trace: a file that gets one line per micro-batch,
+    "stage step micro-batch rank|keys", for those who want to know what the model saw when.
     """
 
-    def __init__(self, batch_size: int, dataset_size: int, max_bad_fraction: float):
+    def __init__(self, batch_size: int, dataset_size: int, max_bad_fraction: float, trace: str | None = None):
+        self.trace = trace
         self.batch_size, self.dataset_size, self.max_bad_fraction = batch_size, dataset_size, max_bad_fraction
         self.seen, self.bad, self._mentioned = 0, 0, 0
         self._window = self._waited = 0.0
@@ -30,9 +32,13 @@ class Monitor(L.Callback):
         self._batch_end = self._since = time.perf_counter()
         self._steps, self._waited = trainer.global_step, 0.0
 
-    def on_train_batch_start(self, trainer: L.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(self, trainer: L.Trainer, pl_module: Task, batch: Any, batch_idx: int) -> None:
         self._waited += time.perf_counter() - self._batch_end
         self.seen += len(batch["key"])
+        if self.trace:
+            micro, rank = batch_idx % pl_module.accumulate, trainer.global_rank
+            with open(self.trace, "a") as file:
+                file.write(f"{pl_module.stage} {trainer.global_step} {micro} {rank}|{','.join(batch['key'])}\n")
         for note in batch["replaced"]:
             self.bad += 1
             if self._mentioned < 10:

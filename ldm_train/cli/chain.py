@@ -1,0 +1,353 @@
+"""The chain of one run: what each stage depends on, and how it is built from the config and run."""
+
+import shutil
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import yaml
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+from safetensors.torch import save
+
+from ldm_train import rng
+from ldm_train.checkpoints.native import CONFIG, load_model, read_metadata, save_model
+from ldm_train.cli import build
+from ldm_train.cli.common import config_folder
+from ldm_train.cli.plan import print_plan
+from ldm_train.data.latents import (
+    CachedLatents,
+    LatentDataModule,
+    latent_statistics,
+    verify_cache,
+    write_cache,
+    write_cache_index,
+)
+from ldm_train.data.shards import data_hash, read_index, write_atomically, write_json
+from ldm_train.losses.perceptual import TinyFeatures
+from ldm_train.training import stages
+from ldm_train.training.autoencoder_task import AutoencoderTask
+from ldm_train.training.diffusion_task import DiffusionTask
+from ldm_train.training.evaluation import evaluate
+from ldm_train.training.fit import fit
+from ldm_train.training.loggers import WandbRun
+from ldm_train.training.perceptual_task import photos_in_memory, train_perceptual
+
+# Options that change how a stage runs but not what it computes; they may differ when it resumes.
+NOT_IN_KEY = ("max_steps", "micro_batch_size", "val_every", "val_images", "checkpoint_every", "log_every", "compile", "samples")
+
+
+class Chain:
+    """One run: its folder, its config, and the five stages as functions of both."""
+
+    def __init__(self, config: DictConfig, folder: Path, machine: Any):
+        self.config, self.folder, self.machine = config, folder, machine
+        self.fields = build.condition_fields(config)
+        self.wandb: WandbRun | None = None
+
+    # -- keys ----------------------------------------------------------------------------------------------------------
+
+    def section(self, stage: str) -> dict[str, Any]:
+        return {k: v for k, v in build.plain(self.config[stage]).items() if k not in NOT_IN_KEY}
+
+    def data_key(self) -> dict[str, Any]:
+        data = self.config.data
+        index = read_index(data.root, data.remedy)
+        used = {k: data[k] for k in ("image_size", "crop", "scale", "flip", "channels", "reader", "shuffle_buffer")}
+        return OmegaConf.to_container(OmegaConf.create(used)) | {"content": data_hash(index, data.train_split, data.val_split)}
+
+    def autoencoder_key(self) -> dict[str, Any]:
+        common = {"data": self.data_key(), "seed": self.config.seed}
+        if pretrained := self.config.autoencoder.pretrained:
+            folder = build.pretrained_folder(pretrained, self.config.runs_dir)
+            return common | {"pretrained": read_metadata(folder)["sha256"]}
+        return common | {"autoencoder": self.section("autoencoder"), "precision": self.machine.precision}
+
+    def latents_key(self) -> dict[str, Any]:
+        weights = stages.result_of(self.folder, "autoencoder")["sha256"]
+        return {"autoencoder_weights": weights, "data": self.data_key(), "latents": build.plain(self.config.latents)}
+
+    def diffusion_key(self) -> dict[str, Any]:
+        upstream = stages.result_of(self.folder, "latents")
+        return {
+            "diffusion": self.section("diffusion"),
+            "latents": upstream["content"],
+            "seed": self.config.seed,
+            "precision": self.machine.precision,
+        }
+
+    def evaluation_key(self) -> dict[str, Any]:
+        return {
+            "weights": stages.result_of(self.folder, "diffusion")["sha256"],
+            "evaluation": build.plain(self.config.evaluation),
+            "sampling": build.plain(self.config.sampling),
+            "sampler": build.plain(self.config.sampler),
+        }
+
+    def export_key(self) -> dict[str, Any]:
+        return {"weights": stages.result_of(self.folder, "diffusion")["sha256"]}
+
+    def perceptual_key(self) -> dict[str, Any]:
+        return {"data": self.data_key(), "perceptual": build.plain(self.config.perceptual), "seed": self.config.seed}
+
+    # -- stages --------------------------------------------------------------------------------------------------------
+
+    def loggers(self, stage: str) -> list:
+        return [self.wandb.stage(stage)] if self.wandb else []
+
+    def data(self, stage: str, fields: tuple[str, ...]) -> Any:
+        return build.data_module(self.config, stage, self.machine, fields)
+
+    def autoencoder(self, folder: Path) -> dict[str, Any]:
+        config, section = self.config, self.config.autoencoder
+        if section.pretrained:
+            source = build.pretrained_folder(section.pretrained, config.runs_dir)
+            if self.machine.rank == 0:
+                shutil.copytree(source, folder / "model", dirs_exist_ok=True)
+            return {"sha256": read_metadata(source)["sha256"], "pretrained": str(section.pretrained)}
+        rng.reseed(config.seed, "autoencoder", "weights")
+        data = self.data("autoencoder", ("image",))
+        network = instantiate(section.network, _convert_="all")
+        task = AutoencoderTask(
+            network,
+            instantiate(section.loss, _convert_="all"),
+            seed=config.seed,
+            optimizer=instantiate(section.optimizer, lr=section.lr, _convert_="all"),
+            lr_factor=instantiate(section.lr_schedule, max_steps=section.max_steps),
+            ema_decay=section.ema_decay,
+            clip_norm=section.clip_norm,
+            accumulate=data.batching.accumulate,
+            image_folder=folder / "images",
+        )
+        if section.compile:  # in place; the last convolution stays eager, its gradient is taken by hand
+            network.encoder.compile()
+            network.decoder.compile()
+        network.to(memory_format=torch.channels_last)
+        self._fit(task, data, folder, "autoencoder", data.count(config.data.train_split))
+        sha256 = self._save(folder / "model", network, build.plain(section.network), {"downsample_factor": network.downsample_factor})
+        return {"sha256": sha256}
+
+    def perceptual(self, folder: Path) -> dict[str, Any]:
+        """Trains a small perceptual network (experiment=tiny_perceptual); it stands apart from the other stages."""
+        options = build.plain(self.config.perceptual)
+        data = self.data("autoencoder", ("image", "class_label"))
+        photos, val_photos = (photos_in_memory(data, s) for s in (data.train_split, data.val_split))
+        rng.reseed(self.config.seed, "perceptual", "features")
+        features = TinyFeatures(options.pop("widths"))
+        name = options.pop("name")
+        accuracies = train_perceptual(features, photos, val_photos, seed=self.config.seed, **options)
+        state = {k: v.contiguous() for k, v in features.state_dict().items()}
+        write_atomically(folder / f"{name}.safetensors", lambda file: file.write(save(state)))
+        print("\n".join(f"{head:<12}{value:.1%}" for head, value in accuracies.items()))
+        return accuracies
+
+    def _fit(self, task: Any, data: Any, folder: Path, stage: str, dataset_size: int) -> None:
+        section = self.config[stage]
+        fit(
+            task, data, folder, section.max_steps, section.batch_size, dataset_size,
+            build.cadence_of(section, self.machine, self.config), self.machine, self.loggers(stage),
+            self.config.data.max_bad_fraction,
+        )  # fmt: skip
+
+    def _save(self, folder: Path, module: torch.nn.Module, tree: dict, metadata: dict) -> str:
+        if self.machine.rank == 0:
+            save_model(folder, module, tree, metadata)
+        self.barrier()
+        return read_metadata(folder)["sha256"]
+
+    def barrier(self) -> None:
+        if self.machine.world_size > 1:
+            dist.barrier()
+
+    def encoder(self) -> Any:
+        """images -> moments by the trained autoencoder, on this rank's device."""
+        first_stage = build.load_first_stage(self.folder / "autoencoder" / "model").to(self.machine.device)
+
+        def encode(images: torch.Tensor) -> torch.Tensor:
+            with self.machine.autocast():
+                return first_stage.encode_moments(images.to(self.machine.device)).float()
+
+        return encode
+
+    def latents(self, folder: Path) -> dict[str, Any]:
+        config = self.config
+        data, encode = self.data("diffusion", ("image", *self.fields)), self.encoder()
+        splits = (config.data.train_split, config.data.val_split)
+        if not config.latents.cache:
+            splits = ()
+            statistics = self._statistics_on_the_fly(data, encode, folder)
+        for split in splits:
+            flips = config.data.flip and split == config.data.train_split
+            write_cache(data, split, encode, folder, config.latents.per_shard, flips)
+        self.barrier()
+        if self.machine.rank == 0 and splits:
+            entries = {
+                s: [yaml.safe_load(p.read_text()) for p in sorted((folder / ".entries").glob(f"{s}-*.json"))] for s in splits
+            }
+            write_cache_index(folder, entries, data.index.get("classes"))
+            statistics = latent_statistics(CachedLatents(folder, splits[0], (), config.seed))
+        if self.machine.rank == 0:
+            write_json(folder / "statistics.json", statistics)
+        self.barrier()
+        content = data_hash(read_index(folder), *splits) if splits else self.latents_key()["autoencoder_weights"]
+        statistics = yaml.safe_load((folder / "statistics.json").read_text())
+        return {"content": content, "scale_factor": statistics["scale_factor"]}
+
+    def _statistics_on_the_fly(self, data: Any, encode: Any, folder: Path) -> dict[str, Any]:
+        """Without a cache: statistics of up to 10,000 images, through a small one that is thrown away."""
+        if self.machine.rank > 0:
+            return {}
+        scratch = folder / "scratch"
+        limited = build.data_module(self.config, "diffusion", self.machine, ("image",))
+        limited.transform = limited.transform.deterministic()
+        shards = limited.shards(limited.train_split)
+        shards.keys = shards.keys[:10_000]
+        limited.batching = build.Batching(self.config.diffusion.batch_size)
+        write_cache_index(scratch, {"train": write_cache(limited, limited.train_split, encode, scratch)}, None)
+        statistics = latent_statistics(CachedLatents(scratch, "train", (), self.config.seed))
+        shutil.rmtree(scratch)
+        return statistics
+
+    def diffusion(self, folder: Path) -> dict[str, Any]:
+        config, section = self.config, self.config.diffusion
+        images = self.data("diffusion", ("image", *self.fields))
+        cache = self.folder / "latents"
+        if config.latents.cache:
+            data = LatentDataModule(
+                cache, images.batching, section.max_steps, self.fields, config.seed,
+                config.data.train_split, config.data.val_split, section.val_images,
+            )  # fmt: skip
+            verify_cache(images, config.data.train_split, data.train, self.encoder())
+            size = len(data.train)
+        else:
+            data, size = images, images.count(config.data.train_split)
+        rng.reseed(config.seed, "diffusion", "weights")
+        autoencoder = yaml.safe_load((self.folder / "autoencoder" / "model" / CONFIG).read_text())
+        tree = build.model_tree(config, build.first_stage_tree(autoencoder), build.conditioner_tree(config, images), config.data)
+        model = instantiate(tree, _convert_="all")
+        model.first_stage.autoencoder.load_state_dict(load_model(self.folder / "autoencoder" / "model").state_dict())
+        statistics = yaml.safe_load((cache / "statistics.json").read_text())
+        if config.latents.per_channel:
+            model.first_stage.set_statistics(1 / torch.tensor(statistics["std"]), torch.tensor(statistics["mean"]))
+        else:
+            model.first_stage.set_statistics(statistics["scale_factor"])
+        model.to(memory_format=torch.channels_last)
+        task = DiffusionTask(
+            model,
+            instantiate(section.objective, model.schedule),
+            seed=config.seed,
+            optimizer=instantiate(section.optimizer, lr=section.lr, _convert_="all"),
+            lr_factor=instantiate(section.lr_schedule, max_steps=section.max_steps),
+            ema_decay=section.ema_decay,
+            clip_norm=section.clip_norm,
+            accumulate=images.batching.accumulate,
+            draw=self.draw(),
+            samples=section.samples,
+            image_folder=folder / "images",
+        )
+        if section.compile:
+            model.unet.compile()
+        self._fit(task, data, folder, "diffusion", size)
+        return {"sha256": self._save(folder / "model", model, tree, {"scale_factor": statistics["scale_factor"]})}
+
+    def draw(self) -> Any:
+        """(model, fields, seeds) -> images with the configured sampler."""
+        sampling = self.config.sampling
+        sampler = instantiate(self.config.sampler, _convert_="all")
+
+        def draw(model: Any, fields: dict[str, Any], seeds: list[int]) -> torch.Tensor:
+            with self.machine.autocast():
+                return model.sample(
+                    fields, seeds, sampler, sampling.num_inference_steps, sampling.guidance_scale, sampling.spacing
+                )
+
+        return draw
+
+    def evaluation(self, folder: Path) -> dict[str, Any]:
+        if self.machine.rank > 0:
+            self.barrier()
+            return {}
+        config = self.config
+        model = load_model(self.folder / "diffusion" / "model").to(self.machine.device)
+        model.to(memory_format=torch.channels_last)
+        data = self.data("diffusion", ("image", *self.fields))
+        data.batching = build.Batching(config.evaluation.batch_size)
+        loader = data.fixed_loader(config.data.val_split, config.evaluation.images)
+        settings = build.plain(config.sampling) | {"sampler": config.sampler._target_.rpartition(".")[2]}
+        perceptual = instantiate(config.evaluation.perceptual)
+        result = evaluate(
+            model, loader, self.draw(), instantiate(config.evaluation.features).to(self.machine.device),
+            perceptual.to(self.machine.device) if perceptual is not None else None, folder, settings,
+            config.evaluation.images, config.evaluation.batch_size,
+            build.plain(config.evaluation.obedience) if config.evaluation.obedience else None,
+        )  # fmt: skip
+        if self.wandb:
+            flat = {f"evaluation/{k}": v for k, v in stages.flatten(result).items() if isinstance(v, int | float)}
+            self.wandb.run.log(flat)
+        self.barrier()
+        return result
+
+    def export(self, folder: Path) -> dict[str, Any]:
+        """The native model folder: everything needed to sample, nothing needed to train."""
+        if self.machine.rank == 0:
+            source = self.folder / "diffusion" / "model"
+            load_model(source)  # a folder that does not load must not be exported
+            for name in (CONFIG, "model.safetensors"):
+                write_atomically(folder / name, partial(_copy, source / name))
+            sampling = build.plain(self.config.sampling) | {"sampler": build.plain(self.config.sampler)}
+            write_json(folder / "metadata.json", read_metadata(source) | {"sampling": sampling, "run": self.config.name})
+        self.barrier()
+        return {"folder": "export"}
+
+    def stages(self) -> list[stages.Stage]:
+        steps = {"autoencoder": self.config.autoencoder.max_steps, "diffusion": self.config.diffusion.max_steps}
+        if self.config.autoencoder.pretrained:
+            steps["autoencoder"] = 0
+        return [
+            stages.Stage(name, getattr(self, f"{name}_key"), getattr(self, name), steps.get(name, 0))
+            for name in stages.check_stages(list(self.config.stages))
+        ]
+
+    def defaults(self) -> dict[str, Any]:
+        """What an option counts as where an older run lacks it."""
+        return {
+            stage: yaml.safe_load((config_folder() / stage / "base.yaml").read_text())
+            for stage in ("autoencoder", "diffusion")
+        }
+
+    def run(self) -> None:
+        config, writer = self.config, self.machine.rank == 0
+        chain = self.stages()
+        if config.restart and writer:
+            stages.set_aside(self.folder, stages.check_stages([config.restart])[0])
+        self.barrier()
+        if writer:
+            print_plan(self, chain)
+            OmegaConf.save(config, self.folder / "config.yaml", resolve=True)
+            if config.logger == "wandb":
+                self.wandb = WandbRun(self.folder, config.project, config.name, build.plain(config))
+        try:
+            for stage in chain:
+                action = stages.advance(stage, self.folder, self.defaults(), writer)
+                self.barrier()
+                if writer:
+                    print(f"{stage.name}: {'finished before, skipped' if action == 'skip' else 'done'}")
+        finally:
+            if self.wandb:
+                self.wandb.finish()
+        if writer:
+            self._closing_words()
+
+    def _closing_words(self) -> None:
+        samples = self.folder / "evaluation" / "samples.png"
+        if samples.is_file():
+            print(f"samples: {samples}\nmetrics: {self.folder / 'evaluation' / 'metrics.json'}")
+        if (self.folder / "export" / "metadata.json").is_file():
+            print(f"model:   {self.folder / 'export'}   (ldm-sample run={self.folder})")
+
+
+def _copy(source: Path, file: Any) -> None:
+    with open(source, "rb") as original:
+        shutil.copyfileobj(original, file)

@@ -1,0 +1,166 @@
+"""Conditioners: null is a full drop mask, dropout touches dropped rows alone, padding touches nothing."""
+
+import pytest
+import torch
+
+from ldm_train.conditioning.base import Conditioner, merge
+from ldm_train.conditioning.class_label import ClassLabel
+from ldm_train.conditioning.text import TrainedText, train_tokenizer
+
+CAPTIONS = [
+    "a red circle in the center on a black background",
+    "a large blue square at the top left over white",
+    "two green triangles",
+    "Äpfel, naïve: 3 pieces!",
+]
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return train_tokenizer(CAPTIONS * 20, vocab_size=400)
+
+
+def text(tokenizer, **arguments) -> TrainedText:
+    return TrainedText(tokenizer, **{"dim": 16, "depth": 2, "heads": 2, "max_length": 24} | arguments).eval()
+
+
+@pytest.fixture(params=["vector", "context", "text", "pooled text"])
+def conditioner_and_values(request: pytest.FixtureRequest, tokenizer) -> tuple[Conditioner, object]:
+    if "text" in request.param:
+        return text(tokenizer, pooled="pooled" in request.param), CAPTIONS
+    return ClassLabel(["cat", "dog", "owl"], 8, request.param), torch.tensor([0, 1, 2, 1])
+
+
+def assert_rows(found: dict, expected: dict, rows: list[int]) -> None:
+    assert found.keys() == expected.keys()
+    for key in found:
+        torch.testing.assert_close(found[key][rows], expected[key][rows], rtol=1e-5, atol=1e-6)
+
+
+@torch.no_grad()
+def test_null_is_a_full_drop_mask(conditioner_and_values: tuple) -> None:
+    conditioner, values = conditioner_and_values
+    null = conditioner.null(4)
+    assert_rows(null, conditioner(values, torch.ones(4, dtype=torch.bool)), [0, 1, 2, 3])
+    for value in null.values():
+        torch.testing.assert_close(value[0], value[3])  # the same for every sample
+    plain = conditioner(values, torch.zeros(4, dtype=torch.bool))
+    moved = [key for key in plain if key != "context_mask" and not torch.allclose(plain[key], null[key], atol=1e-3)]
+    assert moved == [key for key in plain if key != "context_mask"]
+
+
+@torch.no_grad()
+def test_dropout_touches_dropped_rows_alone(conditioner_and_values: tuple) -> None:
+    conditioner, values = conditioner_and_values
+    some = conditioner(values, torch.tensor([False, True, False, True]))
+    assert_rows(some, conditioner(values, torch.zeros(4, dtype=torch.bool)), [0, 2])
+    assert_rows(some, conditioner.null(4), [1, 3])
+
+
+def test_outputs_are_the_declared_slots(conditioner_and_values: tuple) -> None:
+    conditioner, values = conditioner_and_values
+    output = conditioner(values, torch.zeros(4, dtype=torch.bool))
+    assert set(output) - {"context_mask"} == set(conditioner.slots)
+    if "context" in output:
+        assert output["context_mask"].shape == output["context"].shape[:2]
+        assert output["context_mask"].dtype == torch.bool
+
+
+def test_the_null_condition_is_trained(conditioner_and_values: tuple) -> None:
+    conditioner, _ = conditioner_and_values
+    sum(v.square().sum() for k, v in conditioner.null(2).items() if k != "context_mask").backward()
+    assert any(p.grad is not None and p.grad.abs().max() > 0 for p in conditioner.parameters())
+
+
+def test_a_class_is_parsed_by_name_or_index_and_described() -> None:
+    conditioner = ClassLabel(["cat", "dog", "owl"], 8)
+    assert [conditioner.parse(t) for t in ("dog", "2", "0")] == [1, 2, 0]
+    assert conditioner.describe(torch.tensor([2, 0])) == ["owl", "cat"]
+    assert ClassLabel(10, 8).parse("7") == 7
+
+
+@pytest.mark.parametrize("unknown", ["fish", "3", "-1", "", "1.0"])
+def test_an_unknown_class_is_named_with_the_known_ones(unknown: str) -> None:
+    with pytest.raises(ValueError, match=rf"unknown class '{unknown}'; this model knows cat, dog, owl \(or 0 to 2\)"):
+        ClassLabel(["cat", "dog", "owl"], 8).parse(unknown)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"), [({"slot": "concat"}, "not 'concat'"), ({"dropout": 1.5}, "a probability, got 1.5")]
+)
+def test_wrong_arguments_are_named(arguments: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ClassLabel(3, 8, **arguments)
+
+
+def test_tokens_decode_to_the_lower_cased_caption(tokenizer) -> None:
+    for caption in [*CAPTIONS, "words never seen: qxz 日本 🙂"]:
+        ids = tokenizer.encode(caption, add_special_tokens=False).ids
+        assert tokenizer.decode(ids).strip() == caption.lower()
+
+
+def test_frequent_words_are_single_tokens(tokenizer) -> None:
+    assert len(tokenizer.encode("a red circle").ids) == 3
+
+
+def test_masks_cover_start_caption_and_end(tokenizer) -> None:
+    conditioner = text(tokenizer)
+    ids, mask = conditioner.tokenize(["", "a red circle", " ".join(["circle"] * 100)])
+    pad, start, end = conditioner.special
+    assert mask.sum(dim=1).tolist() == [2, 5, 24]
+    assert (ids[~mask] == pad).all()
+    for row, length in enumerate([2, 5, 24]):  # a long caption is cut and still ends
+        assert (ids[row, 0], ids[row, length - 1]) == (start, end)
+
+
+@torch.no_grad()
+def test_padding_touches_no_token_that_counts(tokenizer) -> None:
+    conditioner = text(tokenizer, pooled=True)
+    keep = torch.zeros(4, dtype=torch.bool)
+    before = conditioner(CAPTIONS, keep)
+    conditioner.token_embedding.weight[conditioner.special[0]] = 10 * torch.randn(16)
+    after, mask = conditioner(CAPTIONS, keep), before["context_mask"]
+    torch.testing.assert_close(after["context"][mask], before["context"][mask], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(after["vector"], before["vector"], rtol=1e-5, atol=1e-6)
+    assert not torch.allclose(after["context"][~mask], before["context"][~mask], atol=1e-2)
+
+
+@torch.no_grad()
+def test_pooled_is_the_mean_of_the_tokens_that_count(tokenizer) -> None:
+    output = text(tokenizer, pooled=True)(CAPTIONS, torch.zeros(4, dtype=torch.bool))
+    for row in range(4):
+        expected = output["context"][row][output["context_mask"][row]].mean(dim=0)
+        torch.testing.assert_close(output["vector"][row], expected, rtol=1e-5, atol=1e-6)
+
+
+@torch.no_grad()
+def test_a_caption_is_encoded_the_same_in_any_batch_and_word_order_matters(tokenizer) -> None:
+    conditioner, keep = text(tokenizer), torch.zeros(4, dtype=torch.bool)
+    together, alone = conditioner(CAPTIONS, keep), conditioner(CAPTIONS[1:2], keep[:1])
+    torch.testing.assert_close(together["context"][1:2], alone["context"], rtol=1e-4, atol=1e-5)
+    orders = conditioner(["red circle blue square", "blue circle red square"], keep[:2])
+    assert not torch.allclose(orders["context"][0], orders["context"][1], atol=1e-3)
+
+
+def test_the_tokenizer_travels_as_json(tokenizer) -> None:
+    again = text(tokenizer.to_str())
+    assert torch.equal(again.tokenize(CAPTIONS)[0], text(tokenizer).tokenize(CAPTIONS)[0])
+
+
+def test_a_tokenizer_without_its_special_tokens_is_named() -> None:
+    from tokenizers import Tokenizer, models
+
+    with pytest.raises(ValueError, match="lacks the special tokens"):
+        TrainedText(Tokenizer(models.BPE()), 8)
+
+
+def test_merge_joins_tokens_with_their_masks_and_features() -> None:
+    one = {"context": torch.randn(2, 3, 4), "context_mask": torch.ones(2, 3, dtype=torch.bool), "vector": torch.ones(2, 5)}
+    other = {"context": torch.randn(2, 1, 4), "context_mask": torch.zeros(2, 1, dtype=torch.bool), "vector": torch.zeros(2, 2)}
+    merged = merge([one, other])
+    assert {k: tuple(v.shape) for k, v in merged.items()} == {
+        "context": (2, 4, 4), "context_mask": (2, 4), "vector": (2, 7)
+    }  # fmt: skip
+    assert torch.equal(merged["context"][:, 3:], other["context"])
+    assert merged["context_mask"].tolist() == [[True, True, True, False]] * 2
+    assert merge([]) == {}

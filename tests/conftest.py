@@ -1,0 +1,30 @@
+"""What every test shares: one thread, no progress bars, and the way to the real images where they are present."""
+
+import os
+from pathlib import Path
+
+os.environ["TQDM_DISABLE"] = "1"  # read when tqdm is imported
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def datasets() -> Path:
+    """The folder with the tars of real images: $LDM_TRAIN_TEST_DATA, or shared/datasets beside the repository."""
+    folder = Path(os.environ.get("LDM_TRAIN_TEST_DATA", ROOT.parent / "shared" / "datasets"))
+    if not folder.is_dir():
+        pytest.skip(f"no real images at {folder}; set LDM_TRAIN_TEST_DATA to the folder that holds cifar10/, clothing256/")
+    return folder

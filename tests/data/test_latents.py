@@ -1,0 +1,248 @@
+"""The latent cache holds what the autoencoder says, survives interruptions, and is refused when it is not what it was."""
+
+import io
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from ldm_train.data.datamodule import Batching, ShardDataModule
+from ldm_train.data.latents import (
+    CachedLatents,
+    LatentDataModule,
+    latent_statistics,
+    verify_cache,
+    write_cache,
+    write_cache_index,
+)
+from ldm_train.data.prepare.index import write_tar_index
+from ldm_train.data.shards import DataError, write_shard
+from ldm_train.models.autoencoder import AutoencoderKL
+from ldm_train.models.first_stage import FirstStage
+
+FIELDS = ("class_label", "caption")
+
+
+def encoder(seed: int = 0, channels_last: bool = True):
+    """A small autoencoder's images -> moments, in the memory layout that training uses."""
+    torch.manual_seed(seed)
+    model = AutoencoderKL(z_channels=2, channels=8, channel_mult=(1, 2), num_res_blocks=1, mid_attention=False)
+    with torch.no_grad():
+        model.quant_conv.bias += torch.tensor([0.5, -0.3, -4.0, -5.0])  # a mean that is not zero, a narrow posterior
+    if channels_last:
+        model.to(memory_format=torch.channels_last)
+    return FirstStage(model).encode_moments
+
+
+def images(root: Path, batching: Batching | None = None, max_steps: int = 8, **options) -> ShardDataModule:
+    return ShardDataModule(str(root), batching or Batching(8), max_steps, **{"fields": ("image", *FIELDS), "image_size": 8} | options)
+
+
+def cache(root: Path, folder: Path, flips: bool = False, per_shard: int = 16, encode=None) -> Path:
+    data = images(root, flip=flips)
+    entries = {s: write_cache(data, s, encode or encoder(), folder, per_shard, flips and s == "train") for s in ("train", "val")}
+    write_cache_index(folder, entries, data.index["classes"])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def cached(data_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return cache(data_root, tmp_path_factory.mktemp("latents"), flips=True)
+
+
+def test_the_cache_holds_the_moments_of_every_image(data_root: Path, cached: Path):
+    encode, latents = encoder(), CachedLatents(cached, "train", FIELDS, seed=0)
+    dataset = images(data_root).fixed_loader("train").dataset
+    assert len(latents) == 40
+    for i in range(40):
+        image = dataset[(0, i)]["image"][None]
+        assert torch.allclose(torch.from_numpy(latents.moments(i)), encode(image)[0], atol=1e-5)
+        assert torch.allclose(torch.from_numpy(latents.moments(i, flipped=True)), encode(image.flip(3))[0], atol=1e-5)
+
+
+def test_narrow_latents_keep_their_layout(write_data: Callable, tmp_path: Path):
+    # One column of latents under channels_last is Fortran-ordered, which a raw memory map must not see.
+    root, encode = write_data(tmp_path / "data", train=8, val=2), encoder()
+    data = images(root, image_size=(8, 2))
+    write_cache_index(tmp_path / "cache", {"train": write_cache(data, "train", encode, tmp_path / "cache")}, None)
+    latents, dataset = CachedLatents(tmp_path / "cache", "train", (), 0), data.fixed_loader("train").dataset
+    for i in range(8):
+        assert torch.allclose(torch.from_numpy(latents.moments(i)), encode(dataset[(0, i)]["image"][None])[0], atol=1e-5)
+
+
+def test_batches_come_in_the_order_flips_and_captions_of_the_images(data_root: Path, cached: Path):
+    encode = encoder()
+    batching = Batching(8, micro_batch_size=4)
+    from_images = images(data_root, batching, flip=True, seed=5)
+    from_cache = LatentDataModule(cached, batching, 8, FIELDS, seed=5)
+    batches = list(from_cache.train_loader(0))
+    assert len(batches) == len(from_cache.train_loader(0)) == 16
+    for ours, theirs in zip(batches, from_images.train_loader(0)):
+        assert ours["key"] == theirs["key"]
+        assert ours["caption"] == theirs["caption"]
+        assert torch.equal(ours["class_label"], theirs["class_label"])
+        assert torch.allclose(ours["moments"], encode(theirs["image"]), atol=1e-5)
+    tail = list(from_cache.train_loader(11))
+    assert [b["key"] for b in tail] == [b["key"] for b in batches[11:]]
+    assert all(torch.equal(a["moments"], b["moments"]) for a, b in zip(tail, batches[11:]))
+
+
+def test_flips_are_used_in_training_only(cached: Path):
+    latents = CachedLatents(cached, "train", (), seed=0)
+    rows = [(0, i) for i in range(40)]
+    flipped = [np.array_equal(m, latents.moments(i, flipped=True)) for (_, i), m in zip(rows, latents.fetch(rows, True)["moments"].numpy())]
+    assert 10 < sum(flipped) < 30
+    plain = latents.fetch(rows, random=False)["moments"].numpy()
+    assert all(np.array_equal(plain[i], latents.moments(i)) for i in range(40))
+
+
+def test_validation_is_complete_over_ranks(cached: Path):
+    ranks = [LatentDataModule(cached, Batching(8, 2, 2, r), 8, FIELDS, 0).val_dataloader() for r in range(2)]
+    assert sorted(k for loader in ranks for b in loader for k in b["key"]) == [f"val_{i:04d}" for i in range(6)]
+
+
+def test_ranks_write_one_cache_together(data_root: Path, cached: Path, tmp_path: Path):
+    entries = [
+        e for rank in range(2) for e in write_cache(images(data_root, Batching(8, None, 2, rank)), "train", encoder(), tmp_path, 16, True)
+    ]
+    write_cache_index(tmp_path, {"train": entries}, None)
+    ours, theirs = (CachedLatents(f, "train", (), 0) for f in (tmp_path, cached))
+    assert ours.shards.keys.tolist() == theirs.shards.keys.tolist()
+    assert all(np.allclose(ours.moments(i), theirs.moments(i), atol=1e-5) for i in range(40))
+
+
+def test_an_interrupted_cache_continues(data_root: Path, tmp_path: Path):
+    data, encode, calls = images(data_root), encoder(), []
+
+    def breaks(batch: torch.Tensor) -> torch.Tensor:
+        calls.append(len(batch))
+        if sum(calls) > 24:  # in the middle of the second shard of 16
+            raise RuntimeError("out of memory")
+        return encode(batch)
+
+    with pytest.raises(RuntimeError, match="out of memory"):
+        write_cache(data, "train", breaks, tmp_path, 16)
+    assert [p.name for p in tmp_path.iterdir() if p.is_file()] == ["train-000000.tar"]
+    before = (tmp_path / "train-000000.tar").stat().st_mtime_ns
+    encoded = []
+    entries = write_cache(data, "train", lambda x: (encoded.append(len(x)), encode(x))[1], tmp_path, 16)
+    assert sum(encoded) == 24
+    assert (tmp_path / "train-000000.tar").stat().st_mtime_ns == before
+    assert entries == write_cache(data, "train", encode, tmp_path / "undisturbed", 16)
+
+
+def test_a_shard_that_changed_since_is_written_again(data_root: Path, tmp_path: Path):
+    data = images(data_root)
+    entries = write_cache(data, "val", encoder(), tmp_path)
+    (tmp_path / "val-000000.tar").write_bytes(b"damaged")
+    assert write_cache(data, "val", encoder(), tmp_path) == entries
+    assert (tmp_path / "val-000000.tar").stat().st_size == entries[0]["bytes"]
+
+
+def test_a_damaged_cache_is_named_with_its_remedy(data_root: Path, tmp_path: Path):
+    folder = cache(data_root, tmp_path)
+    assert len(CachedLatents(folder, "train", (), 0)) == 40
+    path = folder / "train-000001.tar"
+    data = bytearray(path.read_bytes())
+    data[1000] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(DataError, match=r"train-000001\.tar.*restart=latents"):
+        CachedLatents(folder, "train", (), 0)
+    path.unlink()
+    with pytest.raises(DataError, match=r"train-000001\.tar.*restart=latents"):
+        CachedLatents(folder, "train", (), 0)
+
+
+def test_a_missing_cache_names_its_remedy(tmp_path: Path):
+    with pytest.raises(FileNotFoundError, match="restart=latents"):
+        LatentDataModule(tmp_path, Batching(8), 8, (), 0)
+
+
+def test_a_stale_cache_is_refused(data_root: Path, cached: Path):
+    data, latents = images(data_root), CachedLatents(cached, "train", (), 0)
+    assert verify_cache(data, "train", latents, encoder(channels_last=False)) < 0.1
+    with pytest.raises(DataError, match="stale: .* times the tolerance; run again with restart=latents"):
+        verify_cache(data, "train", latents, encoder(seed=1))
+
+
+def test_a_cache_of_other_data_is_refused(write_data: Callable, cached: Path, tmp_path: Path):
+    other = images(write_data(tmp_path, train=80))
+    other.shards("train").keys = np.array([f"other_{i}" for i in range(80)])
+    with pytest.raises(DataError, match="sample train_0000 is not in the data"):
+        verify_cache(other, "train", CachedLatents(cached, "train", (), 0), encoder())
+
+
+def test_unreadable_pictures_are_left_out(write_data: Callable, tmp_path: Path):
+    root = write_data(tmp_path / "data", corrupt={3, 17, 39})
+    latents = CachedLatents(cache(root, tmp_path / "cache"), "train", FIELDS, 0)
+    assert latents.shards.keys.tolist() == [f"train_{i:04d}" for i in range(40) if i not in (3, 17, 39)]
+    assert latents.fetch([(0, 3)], False)["caption"] == ["train 4 one"]
+    assert verify_cache(images(root), "train", latents, encoder()) < 1
+
+
+def test_keys_from_foreign_tars_are_cached(tmp_path: Path, as_png: Callable):
+    # tar -C folder -cf x.tar . writes ./a.png; some keep folders with dots; some number anew in every shard.
+    tars = {"train0": ["./a.png", "./b.png", "v1.0/a.png"], "train1": ["./a.png", "./b.png"], "val": ["./c.png"]}
+    for tar_name, names in tars.items():
+        with tarfile.open(tmp_path / f"{tar_name}.tar", "w") as tar:
+            for k, name in enumerate(names):
+                data = as_png(np.full((8, 8, 3), 60 * k, np.uint8))
+                info = tarfile.TarInfo(name)
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+    write_tar_index(str(tmp_path), tmp_path)
+    data = images(tmp_path, Batching(1), fields=("image",))
+    write_cache_index(tmp_path / "cache", {"train": write_cache(data, "train", encoder(), tmp_path / "cache")}, None)
+    latents = CachedLatents(tmp_path / "cache", "train", (), 0)
+    assert len(set(latents.shards.keys.tolist())) == 5
+    assert verify_cache(data, "train", latents, encoder()) < 1
+
+
+def test_statistics_equal_a_direct_computation(cached: Path):
+    latents = CachedLatents(cached, "train", (), 0)
+    moments = np.stack([latents.moments(i) for i in range(40)]).astype(np.float64)
+    mean, variance = moments[:, :2], np.exp(moments[:, 2:])
+    # E z = E mean, Var z = E variance + Var mean: over everything, and per channel.
+    got = latent_statistics(latents)
+    assert got["count"] == 40
+    assert np.allclose(got["mean"], mean.mean(axis=(0, 2, 3)), rtol=1e-12)
+    assert np.allclose(got["std"], np.sqrt(variance.mean(axis=(0, 2, 3)) + mean.var(axis=(0, 2, 3))), rtol=1e-12)
+    assert np.isclose(got["scale_factor"], 1 / np.sqrt(variance.mean() + mean.var()), rtol=1e-12)
+    assert latent_statistics(latents, limit=10)["count"] == 10
+
+
+def test_scaled_latents_have_unit_variance(cached: Path):
+    latents = CachedLatents(cached, "train", (), 0)
+    first_stage = FirstStage(AutoencoderKL(z_channels=2, channels=8, channel_mult=(1, 2)))
+    moments = latents.fetch([(0, i) for i in range(40)], False)["moments"].repeat(50, 1, 1, 1)
+    first_stage.set_statistics(latent_statistics(latents)["scale_factor"])
+    assert abs(first_stage.latents(moments).std() - 1) < 0.01
+    statistics = latent_statistics(latents)
+    first_stage.set_statistics(1 / torch.tensor(statistics["std"]), torch.tensor(statistics["mean"]))
+    z = first_stage.latents(moments)
+    assert z.mean(dim=(0, 2, 3)).abs().max() < 0.02
+    assert (z.std(dim=(0, 2, 3)) - 1).abs().max() < 0.01
+
+
+@pytest.mark.parametrize("crop", ["random", "random_resized"])
+def test_random_crops_are_not_cached(data_root: Path, tmp_path: Path, crop: str):
+    with pytest.raises(ValueError, match=f"data.crop={crop} is random.*latents.cache=false or data.crop=center"):
+        write_cache(images(data_root, crop=crop), "train", encoder(), tmp_path)
+
+
+def test_conditions_that_the_cache_lacks_are_refused(write_data: Callable, tmp_path: Path):
+    root = write_data(tmp_path / "data", leave_out=("txt", "json"))
+    data = images(root, fields=("image",))
+    write_cache_index(tmp_path / "cache", {s: write_cache(data, s, encoder(), tmp_path / "cache") for s in ("train", "val")}, None)
+    with pytest.raises(DataError, match="not every sample has a caption"):
+        LatentDataModule(tmp_path / "cache", Batching(8), 8, ("caption",), 0)
+
+
+def test_a_shard_of_another_npy_version_is_refused(tmp_path: Path):
+    entry = write_shard(tmp_path / "train-000000.tar", [("a", {"moments.npy": b"\x93NUMPY\x02\x00" + bytes(200)})])
+    write_cache_index(tmp_path, {"train": [entry]}, None)
+    with pytest.raises(DataError, match=r"npy version \(2, 0\).*restart=latents"):
+        CachedLatents(tmp_path, "train", (), 0)

@@ -1,0 +1,534 @@
+"""Any source becomes the same shards however it is run, and says what is wrong with its files."""
+
+import gzip
+import hashlib
+import io
+import json
+import shutil
+import struct
+import tarfile
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from ldm_train.data.prepare import cifar10, fashion_mnist
+from ldm_train.data.prepare.build import build, in_validation
+from ldm_train.data.prepare.cifar10 import CIFAR10
+from ldm_train.data.prepare.download import download
+from ldm_train.data.prepare.fashion_mnist import FashionMNIST
+from ldm_train.data.prepare.image_folder import ImageFolder
+from ldm_train.data.prepare.index import write_tar_index
+from ldm_train.data.prepare.shapes import Shapes
+from ldm_train.data.prepare.table import Table
+from ldm_train.data.shards import DataError, IndexedShards, read_index
+
+
+def save(path: Path, value: int = 100, size: tuple[int, int] = (40, 30), mode: str = "RGB") -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new(mode, size, value).save(path)
+    return path
+
+
+def samples(root: Path, split: str) -> dict[str, dict[str, bytes]]:
+    reader = IndexedShards(root, split)
+    return {str(reader.keys[i]): reader.fields(i) for i in range(len(reader))}
+
+
+# -- a folder of images --------------------------------------------------------------------------------------------------
+
+
+def test_folders_are_classes_and_text_files_captions(tmp_path: Path):
+    for name in ("dog/a.png", "cat/b.jpg", "cat/deep/c.png"):
+        save(tmp_path / "in" / name)
+    (tmp_path / "in" / "dog" / "a.txt").write_text("a dog, grey\n")
+    save(tmp_path / "in" / ".hidden.png")
+    index = build(ImageFolder(str(tmp_path / "in"), val_fraction=0.5), tmp_path / "out")
+    assert index["classes"] == ["cat", "dog"]
+    assert index["image_size"] == {"min": [40, 30], "max": [40, 30]}
+    found = samples(tmp_path / "out", "train") | samples(tmp_path / "out", "val")
+    assert {k: (set(f), f["cls"]) for k, f in found.items()} == {
+        "dog_a_png": ({"png", "cls", "txt"}, b"1"), "cat_b_jpg": ({"jpg", "cls"}, b"0"), "cat_deep_c_png": ({"png", "cls"}, b"0"),
+    }  # fmt: skip
+    assert found["dog_a_png"]["txt"] == b"a dog, grey"
+    assert found["dog_a_png"]["png"] == (tmp_path / "in" / "dog" / "a.png").read_bytes()  # untouched
+
+
+@pytest.mark.parametrize("name", ["val", "validation", "test"])
+def test_split_folders(tmp_path: Path, name: str):
+    for k in range(4):
+        save(tmp_path / "in" / "train" / "cat" / f"{k}.png")
+    save(tmp_path / "in" / name / "dog" / "x.png")
+    index = build(ImageFolder(str(tmp_path / "in")), tmp_path / "out")
+    assert {s: p["count"] for s, p in index["splits"].items()} == {"train": 4, "val": 1}
+    assert index["classes"] == ["cat", "dog"]
+
+
+def test_a_train_folder_alone_is_no_class(tmp_path: Path):
+    for k in range(10):
+        save(tmp_path / "in" / "train" / ("cat", "dog")[k % 2] / f"{k}.png")
+    source = ImageFolder(str(tmp_path / "in"), val_fraction=0.3)
+    assert source.classes == ["cat", "dog"]
+    assert sum(source.splits().values()) == 10
+
+
+def test_trains_may_be_a_class(tmp_path: Path):
+    for name in ("car", "train"):
+        save(tmp_path / name / "a.png")
+    assert ImageFolder(str(tmp_path)).classes == ["car", "train"]
+
+
+def test_growing_a_folder_moves_no_picture_between_splits(tmp_path: Path):
+    def split_of() -> dict[str, str]:
+        source = ImageFolder(str(tmp_path), val_fraction=0.2)
+        return {key: split for split, items in source.items.items() for key, _, _ in items}
+
+    for k in range(60):
+        (tmp_path / f"{k}.png").touch()
+    before = split_of()
+    for k in range(60, 120):
+        (tmp_path / f"{k}.png").touch()
+    after = split_of()
+    assert before.items() <= after.items()
+    assert 8 < sum(s == "val" for s in after.values()) < 40
+    assert sum(in_validation(f"picture {k}", 0.05) for k in range(20_000)) == pytest.approx(1000, abs=120)
+
+
+def test_unreadable_files_are_left_out_and_listed(tmp_path: Path):
+    for k in range(6):
+        save(tmp_path / "in" / f"{k}.png", k)
+    (tmp_path / "in" / "broken.png").write_bytes(b"no picture")
+    whole = save(tmp_path / "in" / "cut.jpg", size=(200, 200)).read_bytes()
+    (tmp_path / "in" / "cut.jpg").write_bytes(whole[: len(whole) // 2])
+    for max_size in (None, 20):
+        out = tmp_path / f"out{max_size}"
+        index = build(ImageFolder(str(tmp_path / "in"), 0.3, max_size), out)
+        assert sum(p["count"] for p in index["splits"].values()) == 6
+        listed = (out / "skipped.txt").read_text().splitlines()
+        assert len(listed) == 2
+        assert any("broken" in line and "no image: 10 bytes" in line for line in listed)
+        assert any("cut" in line and "truncated" in line for line in listed)
+
+
+def test_a_split_without_a_readable_picture_is_refused(tmp_path: Path):
+    save(tmp_path / "in" / "train" / "a.png")
+    (tmp_path / "in" / "val").mkdir()
+    (tmp_path / "in" / "val" / "b.png").write_bytes(b"no picture")
+    with pytest.raises(DataError, match=r"no readable sample in val.*skipped\.txt"):
+        build(ImageFolder(str(tmp_path / "in")), tmp_path / "out")
+    assert not (tmp_path / "out" / "index.json").exists()
+
+
+def test_max_size_reduces_the_short_side(tmp_path: Path):
+    stripes = np.zeros((64, 128), np.uint8)
+    stripes[:, ::2] = 1
+    palette = Image.fromarray(stripes).convert("P")
+    palette.putpalette([0, 0, 0, 255, 255, 255])
+    pictures = {
+        "jpg": Image.new("RGB", (100, 50), "red"), "png": Image.fromarray(stripes * 255), "webp": Image.new("RGBA", (30, 90)),
+        "palette.png": palette, "deep.png": Image.fromarray(np.full((64, 128), 40_000, np.uint16)), "small.png": Image.new("L", (16, 9)),
+    }  # fmt: skip
+    for name, image in pictures.items():
+        (tmp_path / "in").mkdir(exist_ok=True)
+        image.save(tmp_path / "in" / f"a.{name}")
+    build(ImageFolder(str(tmp_path / "in"), 0.4, max_size=16), tmp_path / "out")
+    found = samples(tmp_path / "out", "train") | samples(tmp_path / "out", "val")
+    images = {k: Image.open(io.BytesIO(next(iter(f.values())))) for k, f in found.items()}
+    assert {k: (next(iter(found[k])), i.size) for k, i in images.items()} == {
+        "a_jpg": ("jpg", (32, 16)), "a_png": ("png", (32, 16)), "a_webp": ("png", (16, 48)), "a_palette_png": ("png", (32, 16)),
+        "a_deep_png": ("png", (32, 16)), "a_small_png": ("png", (16, 9)),
+    }  # fmt: skip
+    for name in ("a_png", "a_palette_png"):  # black and white stripes of one pixel become grey, not a moiré
+        inside = np.asarray(images[name].convert("L"), float)[:, 2:-2]
+        assert np.abs(inside - 127.5).max() < 8
+    assert abs(np.asarray(images["a_deep_png"]).astype(int).max() - 40_000) < 300
+
+
+def test_exif_rotation_survives_a_reduction(tmp_path: Path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    (tmp_path / "in").mkdir()
+    for name in ("a", "b"):
+        Image.new("RGB", (100, 50), "red").save(tmp_path / "in" / f"{name}.jpg", exif=exif)
+    source = ImageFolder(str(tmp_path / "in"), 0.0, max_size=20)
+    image = Image.open(io.BytesIO(source.sample("train", 0)[1]["jpg"]))
+    assert image.size == (20, 40)
+    assert image.getexif().get(0x0112, 1) == 1
+
+
+def test_two_files_with_one_key_are_named(tmp_path: Path):
+    save(tmp_path / "a" / "b_c.png")
+    save(tmp_path / "a_b" / "c.png")
+    with pytest.raises(DataError, match=r"a/b_c\.png and .*a_b/c\.png.*rename"):
+        ImageFolder(str(tmp_path))
+
+
+def test_no_images_and_no_folder_are_named(tmp_path: Path):
+    with pytest.raises(FileNotFoundError, match="no images"):
+        ImageFolder(str(tmp_path))
+    with pytest.raises(FileNotFoundError, match="is no folder; give a folder of images"):
+        ImageFolder(str(tmp_path / "none"))
+
+
+def test_one_picture_cannot_be_split(tmp_path: Path):
+    save(tmp_path / "in" / "a.png")
+    with pytest.raises(DataError, match="both train and val need at least one .*val_fraction"):
+        build(ImageFolder(str(tmp_path / "in")), tmp_path / "out")
+
+
+# -- tables --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> Path:
+    for k in range(6):
+        save(tmp_path / f"{k}.png", k)
+    return tmp_path
+
+
+def write_table(folder: Path, rows: list[dict], kind: str) -> str:
+    path = folder / f"table.{kind}"
+    if kind == "jsonl":
+        path.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    else:
+        comma = "\t" if kind == "tsv" else ","
+        path.write_text("\n".join([comma.join(rows[0])] + [comma.join(str(v) for v in r.values()) for r in rows]) + "\n")
+    return str(path)
+
+
+@pytest.mark.parametrize("kind", ["csv", "tsv", "jsonl"])
+def test_rows_of_one_image_are_its_captions(pictures: Path, kind: str):
+    rows = [
+        {"image": "0.png", "caption": "zero", "kind": "even", "part": "train"},
+        {"image": "1.png", "caption": "one", "kind": "odd", "part": "val"},
+        {"image": "0.png", "caption": "nought", "kind": "even", "part": "train"},
+    ]
+    index = build(Table(write_table(pictures, rows, kind), class_column="kind", split_column="part"), pictures / "out")
+    assert index["classes"] == ["even", "odd"]
+    train, val = samples(pictures / "out", "train"), samples(pictures / "out", "val")
+    assert (list(train), list(val)) == (["0_png"], ["1_png"])
+    assert (train["0_png"]["txt"], train["0_png"]["cls"]) == (b"zero", b"0")
+    assert json.loads(train["0_png"]["json"]) == {"captions": ["zero", "nought"]}
+    assert (set(val["1_png"]), val["1_png"]["txt"]) == ({"png", "txt", "cls"}, b"one")
+
+
+@pytest.mark.parametrize("kind", ["csv", "jsonl"])
+def test_table_errors_name_the_line_or_column(pictures: Path, kind: str):
+    def table(*rows: dict, **options) -> Table:
+        return Table(write_table(pictures, list(rows), kind), **options)
+
+    good = {"image": "0.png", "caption": "zero"}
+    with pytest.raises(DataError, match=r"has the columns image, caption, not file; set source\.image_column"):
+        table(good, image_column="file")
+    with pytest.raises(DataError, match=r"names nine\.png, which is not in .*source\.images=<folder>"):
+        table(good, {"image": "nine.png", "caption": "nine"})
+    line = 3 if kind == "csv" else 2
+    with pytest.raises(DataError, match=f"line {line}: no image"):
+        table(good, {"image": "", "caption": "two"})
+    with pytest.raises(FileNotFoundError, match="is no file; give a .csv, .tsv or .jsonl table"):
+        Table(str(pictures / "none.csv"))
+
+
+def test_a_jsonl_row_without_a_column_is_named(pictures: Path):
+    rows = [{"image": "0.png", "caption": "zero", "kind": "a"}, {"image": "1.png", "caption": "one"}]
+    with pytest.raises(DataError, match="line 2: no kind"):
+        Table(write_table(pictures, rows, "jsonl"), class_column="kind")
+    (pictures / "table.jsonl").write_text('{"image": "0.png", "caption": "a"}\n\n{"image": \n')
+    with pytest.raises(DataError, match="line 3: no JSON"):
+        Table(str(pictures / "table.jsonl"))
+    (pictures / "table.jsonl").write_text("")
+    with pytest.raises(DataError, match="has no rows"):
+        Table(str(pictures / "table.jsonl"))
+
+
+# -- data sets of others -------------------------------------------------------------------------------------------------
+
+
+def cifar_archive(folder: Path) -> tuple[Path, np.ndarray]:
+    """Two records per file; returns the archive and the pictures (12, 32, 32, 3) in the files' order."""
+    pixels = np.random.default_rng(0).integers(0, 256, (12, 32, 32, 3), dtype=np.uint8)
+    path = folder / "cifar-10-binary.tar.gz"
+    with tarfile.open(path, "w:gz") as tar:
+        for f, name in enumerate(n for names in cifar10.FILES.values() for n in names):
+            data = b"".join(bytes([(2 * f + k) % 10]) + pixels[2 * f + k].transpose(2, 0, 1).tobytes() for k in range(2))
+            info = tarfile.TarInfo(f"cifar-10-batches-bin/{name}")
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    return path, pixels
+
+
+def md5_of(path: Path) -> str:
+    return hashlib.md5(path.read_bytes()).hexdigest()
+
+
+def test_cifar10_from_its_archive_and_its_folder(tmp_path: Path):
+    archive, pixels = cifar_archive(tmp_path)
+    build(CIFAR10(str(archive), md5=md5_of(archive)), tmp_path / "out")
+    found = list(samples(tmp_path / "out", "train").values()) + list(samples(tmp_path / "out", "val").values())
+    assert len(found) == 12
+    for k, fields in enumerate(found):
+        assert np.array_equal(np.asarray(Image.open(io.BytesIO(fields["png"]))), pixels[k])
+        assert int(fields["cls"]) == k % 10
+        assert fields["txt"].decode() == f"a photo of a {cifar10.CLASSES[k % 10]}"
+    with tarfile.open(archive) as tar:
+        tar.extractall(tmp_path, filter="data")
+    again = build(CIFAR10(str(tmp_path / "cifar-10-batches-bin")), tmp_path / "out2")
+    assert again == read_index(tmp_path / "out")
+    (tmp_path / "cifar-10-batches-bin" / "test_batch.bin").unlink()
+    with pytest.raises(FileNotFoundError, match=r"lacks test_batch\.bin; give the unpacked"):
+        CIFAR10(str(tmp_path / "cifar-10-batches-bin"))
+    with pytest.raises(FileNotFoundError, match=r"neither cifar-10-binary\.tar\.gz nor"):
+        CIFAR10(str(tmp_path / "none"))
+
+
+def test_a_wrong_checksum_is_refused(tmp_path: Path):
+    archive, _ = cifar_archive(tmp_path)
+    with pytest.raises(ValueError, match=f"has md5 .*, expected {cifar10.MD5}; delete it and download it again"):
+        CIFAR10(str(archive))
+
+
+def write_idx(path: Path, array: np.ndarray, compressed: bool) -> None:
+    data = b"\0\0\x08" + bytes([array.ndim]) + struct.pack(f">{array.ndim}I", *array.shape) + array.tobytes()
+    path.with_name(path.name + ".gz" * compressed).write_bytes(gzip.compress(data) if compressed else data)
+
+
+@pytest.fixture(params=[True, False], ids=["gz", "plain"])
+def fashion(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    for split, count in (("train", 12), ("t10k", 4)):
+        pixels = np.random.default_rng(count).integers(0, 256, (count, 28, 28), dtype=np.uint8)
+        write_idx(tmp_path / f"{split}-images-idx3-ubyte", pixels, request.param)
+        write_idx(tmp_path / f"{split}-labels-idx1-ubyte", np.arange(count, dtype=np.uint8) % 10, request.param)
+    return tmp_path
+
+
+def test_fashion_mnist(fashion: Path):
+    index = build(FashionMNIST(str(fashion)), fashion / "out")
+    assert {s: p["count"] for s, p in index["splits"].items()} == {"train": 12, "val": 4}
+    pixels = np.random.default_rng(12).integers(0, 256, (12, 28, 28), dtype=np.uint8)
+    for k, fields in enumerate(samples(fashion / "out", "train").values()):
+        assert np.array_equal(np.asarray(Image.open(io.BytesIO(fields["png"]))), pixels[k])
+        assert fields["txt"].decode() == f"a picture of a {fashion_mnist.CLASSES[k % 10]}"
+
+
+@pytest.mark.parametrize("keep", [-100, 10, 3, 0])
+def test_a_cut_idx_file_is_named(fashion: Path, keep: int):
+    path = next(fashion.glob("train-images*"))
+    path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(ValueError, match=r"train-images-idx3-ubyte.*(cut short|no IDX file).*download it again"):
+        FashionMNIST(str(fashion))
+    path.unlink()
+    with pytest.raises(FileNotFoundError, match=r"lacks train-images-idx3-ubyte\.gz"):
+        FashionMNIST(str(fashion))
+
+
+# -- building ------------------------------------------------------------------------------------------------------------
+
+
+def small_shapes(**options) -> Shapes:
+    return Shapes(**{"size": 24, "count": 20, "val_count": 5} | options)
+
+
+def test_shapes_are_a_function_of_the_seed(tmp_path: Path):
+    one, two = (build(small_shapes(), tmp_path / n, per_shard=8) for n in ("one", "two"))
+    assert one == two
+    assert build(small_shapes(seed=1), tmp_path / "three", per_shard=8) != one
+    shorter = samples(tmp_path / "one", "train")
+    build(small_shapes(count=30), tmp_path / "four", per_shard=8)
+    assert shorter.items() <= samples(tmp_path / "four", "train").items()  # more samples change none
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_an_interrupted_build_continues(tmp_path: Path, workers: int):
+    index = build(small_shapes(), tmp_path, per_shard=8, workers=workers)
+    assert index == build(small_shapes(), tmp_path / "alone", per_shard=8)
+    before = {p.name: p.stat().st_mtime_ns for p in tmp_path.glob("*.tar")}
+    assert len(before) == 4
+    (tmp_path / "index.json").unlink()
+    (tmp_path / "train-000001.tar").unlink()
+    (tmp_path / "train-000002.tar").write_bytes(b"damaged")
+    assert build(small_shapes(), tmp_path, per_shard=8) == index == read_index(tmp_path)
+    after = {p.name: p.stat().st_mtime_ns for p in tmp_path.glob("*.tar")}
+    assert {n for n in before if before[n] != after[n]} == {"train-000001.tar", "train-000002.tar"}
+
+
+@pytest.mark.parametrize("options", [{"seed": 1}, {"size": 32}, {"objects": 2}, {"count": 21}])
+def test_other_options_do_not_touch_finished_data(tmp_path: Path, options: dict):
+    index = build(small_shapes(), tmp_path, per_shard=8)
+    with pytest.raises(DataError, match="prepared with other options; choose another out=<folder> or delete this one"):
+        build(small_shapes(**options), tmp_path, per_shard=8)
+    assert read_index(tmp_path) == index
+    assert len(samples(tmp_path, "train")) == 20
+
+
+def test_another_folder_is_another_source(tmp_path: Path):
+    for folder, mode in (("one", "RGB"), ("two", "L")):
+        for k in range(8):
+            save(tmp_path / folder / f"{k}.png", mode=mode)
+    build(ImageFolder(str(tmp_path / "one"), 0.3), tmp_path / "out")
+    with pytest.raises(DataError, match="prepared with other options"):
+        build(ImageFolder(str(tmp_path / "two"), 0.3), tmp_path / "out")
+    shutil.move(tmp_path / "one", tmp_path / "moved")
+    build(ImageFolder(str(tmp_path / "moved"), 0.3), tmp_path / "out")  # where it lies does not matter
+
+
+def test_other_captions_are_another_source(pictures: Path):
+    rows = [{"image": f"{k}.png", "caption": "old", "part": ("train", "val")[k % 2]} for k in range(4)]
+    build(Table(write_table(pictures, rows, "csv"), split_column="part"), pictures / "out")
+    rows[2]["caption"] = "new"
+    with pytest.raises(DataError, match="prepared with other options"):
+        build(Table(write_table(pictures, rows, "csv"), split_column="part"), pictures / "out")
+
+
+def test_an_index_of_other_origin_is_kept(tmp_path: Path):
+    (tmp_path / "index.json").write_text("{}")
+    with pytest.raises(DataError, match="data of another origin; choose another out=<folder>"):
+        build(small_shapes(), tmp_path)
+
+
+@pytest.mark.parametrize(("options", "match"), [({"objects": 3}, "source.objects is 1 or 2"), ({"size": 16}, "below 24 pixels")])
+def test_impossible_shapes_are_refused(options: dict, match: str):
+    with pytest.raises(ValueError, match=match):
+        small_shapes(**options)
+
+
+# -- tars that exist -----------------------------------------------------------------------------------------------------
+
+
+def test_real_tars_are_indexed_where_they_lie(datasets: Path, tmp_path: Path):
+    index = write_tar_index(str(datasets / "clothing256"), tmp_path)
+    assert {s: p["count"] for s, p in index["splits"].items()} == {"train": 1534, "val": 341}  # validation, not test
+    assert len(index["classes"]) == 10
+    reader = IndexedShards(tmp_path, "val")
+    assert reader.paths[0] == (datasets / "clothing256" / "validation.tar").resolve()
+    fields = reader.fields(7)
+    assert set(fields) == {"jpg", "cls", "txt"}
+    assert min(Image.open(io.BytesIO(fields["jpg"])).size) == 256
+
+
+def test_splits_can_be_chosen(data_root: Path, tmp_path: Path):
+    index = write_tar_index(str(data_root), tmp_path, train="train-00000[0-3].tar", val="train-000004.tar")
+    assert {s: p["count"] for s, p in index["splits"].items()} == {"train": 32, "val": 8}
+    with pytest.raises(DataError, match=r"fits split 'val' \(patterns test\*\); set source\.val=<pattern>"):
+        write_tar_index(str(data_root), tmp_path, val="test*")
+    with pytest.raises(DataError, match="no .tar files in"):
+        write_tar_index(str(tmp_path), tmp_path / "out")
+
+
+class Served:
+    """A folder served on this machine with support for ranges. `drop_after`: close the connection after so many bytes."""
+
+    def __init__(self, folder: Path):
+        self.drop_after: int | None = None
+        self.ranges: list[str | None] = []
+        served = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                path = folder / self.path.lstrip("/")
+                served.ranges.append(self.headers.get("Range"))
+                if not path.is_file():
+                    return self.send_error(404)
+                data = path.read_bytes()
+                start = int((self.headers.get("Range") or "bytes=0-").removeprefix("bytes=").rstrip("-"))
+                if start >= len(data):
+                    return self.send_error(416)
+                self.send_response(206 if start else 200)
+                self.send_header("Content-Length", str(len(data) - start))
+                self.end_headers()
+                self.wfile.write(data[start:][: served.drop_after])
+                return None
+
+            def log_message(self, *args) -> None:
+                pass
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server.server_port}"
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+
+
+@pytest.fixture
+def served(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Served]:
+    for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    site = Served(tmp_path)
+    yield site
+    site.server.shutdown()
+    site.server.server_close()
+
+
+def test_remote_tars_have_the_same_index_as_local_ones(served: Served, data_root: Path, tmp_path: Path):
+    names = ["train-000000.tar", "train-000001.tar", "val-000000.tar"]
+    for name in names:
+        shutil.copy(data_root / name, tmp_path / name)
+    remote = write_tar_index([f"{served.url}/{n}" for n in names], tmp_path / "remote")
+    local = write_tar_index(str(tmp_path), tmp_path / "local")
+    for split in ("train", "val"):
+        ours, theirs = remote["splits"][split]["shards"], local["splits"][split]["shards"]
+        assert [s["file"] for s in ours] == [f"{served.url}/{Path(s['file']).name}" for s in theirs]
+        assert [{k: v for k, v in s.items() if k != "file"} for s in ours] == [
+            {k: v for k, v in s.items() if k != "file"} for s in theirs
+        ]
+
+
+@pytest.mark.parametrize("at", ["member", "data"])
+def test_a_truncated_remote_tar_is_named(served: Served, data_root: Path, tmp_path: Path, at: str):
+    with tarfile.open(data_root / "train-000000.tar") as tar:
+        member = tar.getmembers()[8]
+    cut = member.offset if at == "member" else member.offset_data + 10
+    (tmp_path / "train.tar").write_bytes((data_root / "train-000000.tar").read_bytes()[:cut])
+    with pytest.raises(DataError, match=r"http://.*train\.tar is truncated"):
+        write_tar_index([f"{served.url}/train.tar"], tmp_path / "out", val="train*")
+
+
+def test_a_missing_remote_tar_is_named(served: Served, tmp_path: Path):
+    with pytest.raises((DataError, OSError), match=r"http://.*none\.tar"):
+        write_tar_index([f"{served.url}/none.tar"], tmp_path, train="none*", val="none*")
+
+
+# -- downloads -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    path = tmp_path / "file.bin"
+    path.write_bytes(np.random.default_rng(0).bytes(300_000))
+    return path
+
+
+def test_a_dropped_download_continues(served: Served, file: Path, tmp_path: Path):
+    target = tmp_path / "cache" / "file.bin"
+    served.drop_after = 120_000
+    with pytest.raises(ConnectionError, match="run the same command to continue"):
+        download(f"{served.url}/file.bin", target, md5_of(file))
+    assert not target.exists()
+    served.drop_after = None
+    assert download(f"{served.url}/file.bin", target, md5_of(file)).read_bytes() == file.read_bytes()
+    assert served.ranges == [None, "bytes=120000-"]
+    assert [p.name for p in target.parent.iterdir()] == ["file.bin"]
+    download(f"{served.url}/file.bin", target, md5_of(file))
+    assert len(served.ranges) == 2  # it is there: nothing is fetched
+
+
+def test_a_download_that_was_whole_is_finished(served: Served, file: Path, tmp_path: Path):
+    target = tmp_path / "cache" / "file.bin"
+    target.parent.mkdir()
+    shutil.copy(file, target.with_name("file.bin.partial"))
+    assert download(f"{served.url}/file.bin", target, md5_of(file)).read_bytes() == file.read_bytes()
+
+
+def test_a_download_with_a_wrong_checksum_gets_no_final_name(served: Served, file: Path, tmp_path: Path):
+    target = tmp_path / "cache" / "file.bin"
+    with pytest.raises(ValueError, match="expected 0000; delete it"):
+        download(f"{served.url}/file.bin", target, "0000")
+    assert not target.exists()
+
+
+def test_no_network_and_no_such_file_are_told_apart(served: Served, tmp_path: Path):
+    with pytest.raises(ConnectionError, match="answered 404; download it by hand to"):
+        download(f"{served.url}/none", tmp_path / "none", "0000")
+    with pytest.raises(ConnectionError, match=r"no connection to http://127\.0\.0\.1:9/.*pass path=<file> \(md5 0000\)"):
+        download("http://127.0.0.1:9/none", tmp_path / "none", "0000")

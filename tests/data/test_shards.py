@@ -1,0 +1,242 @@
+"""Shards are written whole or not at all, read by offset, and refused when they are not what their index says."""
+
+import errno
+import io
+import os
+import subprocess
+import tarfile
+from pathlib import Path
+
+import pytest
+import webdataset as wds
+
+from ldm_train.data import shards as shards_module
+from ldm_train.data.prepare.index import write_tar_index
+from ldm_train.data.shards import DataError, IndexedShards, file_sha256, read_index, scan_tar, split_index, write_json, write_shard
+
+SAMPLES = [(f"k{i}", {"bin": bytes([i]) * (100 + 700 * i), "txt": f"number {i}".encode()}) for i in range(6)]
+
+
+def index_of(root: Path, *entries: dict) -> Path:
+    write_json(root / "index.json", {"splits": {"train": {"count": 0, "shards": list(entries)}}})
+    return root
+
+
+@pytest.fixture
+def small(tmp_path: Path) -> Path:
+    """A folder with one shard of SAMPLES and its index."""
+    root = tmp_path / "small"
+    return index_of(root, write_shard(root / "train-000000.tar", SAMPLES))
+
+
+# -- writing -------------------------------------------------------------------------------------------------------------
+
+
+def test_the_same_samples_make_the_same_bytes(tmp_path: Path):
+    first, second = (write_shard(tmp_path / name / "a.tar", SAMPLES) for name in ("one", "two"))
+    assert first == second
+    path = tmp_path / "one" / "a.tar"
+    assert (first["sha256"], first["bytes"]) == (file_sha256(path), path.stat().st_size)
+    assert first["count"] == 6
+    assert first["fields"] == {"bin": 6, "txt": 6}
+
+
+def test_webdataset_reads_what_we_write(tmp_path: Path):
+    write_shard(tmp_path / "a.tar", SAMPLES)
+    read = [(s["__key__"], {e: s[e] for e in ("bin", "txt")}) for s in wds.WebDataset(str(tmp_path / "a.tar"), shardshuffle=False)]
+    assert read == SAMPLES
+
+
+def test_long_and_foreign_keys_survive(tmp_path: Path):
+    keys = ["x" * 150, "größe", "名" * 60]
+    entry = write_shard(tmp_path / "a.tar", [(k, {"txt": k.encode()}) for k in keys])
+    reader = IndexedShards(index_of(tmp_path, entry), "train")
+    assert reader.keys.tolist() == keys
+    assert [reader.read(i, "txt").decode() for i in range(3)] == keys
+    assert [s["__key__"] for s in wds.WebDataset(str(tmp_path / "a.tar"), shardshuffle=False)] == keys
+
+
+@pytest.mark.parametrize("key", ["a.b", "a/b", "k1"], ids=["dot", "slash", "repeat"])
+def test_a_bad_key_is_refused_and_leaves_nothing(tmp_path: Path, key: str):
+    with pytest.raises(ValueError, match="dot or slash or repeats"):
+        write_shard(tmp_path / "a.tar", [*SAMPLES[:3], (key, {"txt": b""})])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_exception_between_samples_leaves_nothing(tmp_path: Path):
+    def samples():
+        yield from SAMPLES
+        raise KeyError("the source broke")
+
+    with pytest.raises(KeyError):
+        write_shard(tmp_path / "a.tar", samples())
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_failed_rewrite_keeps_the_old_shard(tmp_path: Path):
+    before = write_shard(tmp_path / "a.tar", SAMPLES)
+    with pytest.raises(ValueError):
+        write_shard(tmp_path / "a.tar", [("a.b", {})])
+    assert file_sha256(tmp_path / "a.tar") == before["sha256"]
+
+
+def assert_disk_full(folder: Path) -> None:
+    with pytest.raises(OSError, match=r"could not write .*train-000000\.tar.*free some space.*same command") as caught:
+        write_shard(folder / "train-000000.tar", ((f"k{i}", {"bin": bytes(5000)}) for i in range(100)))
+    assert caught.value.errno == errno.ENOSPC
+    assert list(folder.iterdir()) == []
+
+
+def test_a_full_disk_is_named_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    class Full(io.BufferedWriter):
+        def write(self, data) -> int:
+            if self.tell() + len(data) > 100_000:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            return super().write(data)
+
+    monkeypatch.setattr(shards_module, "open", lambda path, mode: Full(io.FileIO(path, mode)), raising=False)
+    assert_disk_full(tmp_path)
+
+
+@pytest.fixture
+def tiny_disk(tmp_path: Path):
+    """A file system of 128 KiB."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=128k", "tmpfs", str(disk)]
+    if os.getuid() != 0 or subprocess.run(command, capture_output=True, check=False).returncode:
+        pytest.skip("mounting takes root")
+    yield disk
+    subprocess.run(["umount", "--lazy", str(disk)], check=True)
+
+
+def test_a_really_full_disk(tiny_disk: Path):
+    assert_disk_full(tiny_disk)
+
+
+# -- reading -------------------------------------------------------------------------------------------------------------
+
+
+def test_every_field_is_read_by_offset(small: Path):
+    reader = IndexedShards(small, "train")
+    assert [(str(reader.keys[i]), reader.fields(i)) for i in range(len(reader))] == SAMPLES
+
+
+def test_a_missing_field_is_none(tmp_path: Path):
+    entry = write_shard(tmp_path / "a.tar", [("a", {"txt": b"x"}), ("b", {"cls": b"1"})])
+    reader = IndexedShards(index_of(tmp_path, entry), "train")
+    assert (reader.read(0, "cls"), reader.read(1, "txt")) == (None, None)
+    assert reader.fields(1) == {"cls": b"1"}
+
+
+def test_an_empty_shard_does_no_harm(tmp_path: Path):
+    entries = [write_shard(tmp_path / "a.tar", []), write_shard(tmp_path / "b.tar", SAMPLES)]
+    reader = IndexedShards(index_of(tmp_path, *entries), "train")
+    assert (len(reader), reader.fields(0), reader.where(0)) == (6, SAMPLES[0][1], "b.tar:k0")
+
+
+def cut_positions() -> dict[str, int]:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w", format=tarfile.USTAR_FORMAT) as tar:
+        for key, fields in SAMPLES:
+            for extension, data in fields.items():
+                info = tarfile.TarInfo(f"{key}.{extension}")
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+        end, members = tar.offset, tar.getmembers()
+    last, boundary = members[-2], members[-3].offset
+    return {
+        "nothing_left": 0, "in_first_header": 100, "in_data": last.offset_data + 5, "in_padding": last.offset_data + last.size + 3,
+        "at_a_member": boundary, "in_a_header": boundary + 300, "after_a_header": boundary + 512, "before_the_end_marker": end,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("cut", cut_positions().items(), ids=lambda c: c[0])
+def test_a_truncated_tar_is_named(small: Path, cut: tuple[str, int]):
+    path = small / "train-000000.tar"
+    path.write_bytes(path.read_bytes()[: cut[1]])
+    with pytest.raises(DataError, match=r"train-000000\.tar.*truncated"):
+        scan_tar(path)
+    with pytest.raises(DataError, match=r"train-000000\.tar.*truncated"):
+        IndexedShards(small, "train")
+    with pytest.raises(DataError, match=r"train-000000\.tar.*truncated"):
+        write_tar_index(str(small), small / "index", train="train*", val="train*")
+
+
+def test_changed_bytes_are_refused(small: Path):
+    path = small / "train-000000.tar"
+    data = bytearray(path.read_bytes())
+    data[3000] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(DataError, match=r"train-000000\.tar does not match the sha256"):
+        IndexedShards(small, "train")
+
+
+def test_a_missing_shard_is_named(small: Path):
+    (small / "train-000000.tar").unlink()
+    with pytest.raises(FileNotFoundError, match=r"1 of 1 shards .* missing, first .*train-000000\.tar.*prepare"):
+        IndexedShards(small, "train")
+
+
+def test_remote_shards_are_no_missing_files(tmp_path: Path):
+    entry = {"file": "https://example.org/train-000000.tar", "count": 1, "bytes": 1, "sha256": "", "fields": {}}
+    with pytest.raises(DataError, match=r"example\.org/train-000000\.tar.*remote"):
+        IndexedShards(index_of(tmp_path, entry), "train")
+
+
+@pytest.mark.parametrize(
+    ("content", "match"),
+    [(None, "has no index.json; make it with: ldm-prepare"), ("{", "is no shard index.*ldm-prepare"), ("[]", "is no shard index"),
+     ('{"splits": 3}', "is no shard index")],
+    ids=["none", "no_json", "a_list", "no_splits"],
+)  # fmt: skip
+def test_index_errors_name_the_command(tmp_path: Path, content: str | None, match: str):
+    if content is not None:
+        (tmp_path / "index.json").write_text(content)
+    with pytest.raises((FileNotFoundError, DataError), match=match) as caught:
+        read_index(tmp_path)
+    assert f"out={tmp_path}" in str(caught.value)
+
+
+def test_a_missing_folder_names_the_given_remedy(tmp_path: Path):
+    with pytest.raises(FileNotFoundError, match="does not exist; make it with: ldm-prepare source=shapes out=.*/nowhere"):
+        read_index(tmp_path / "nowhere", "ldm-prepare source=shapes out={root}")
+
+
+def test_an_unknown_split_lists_those_there_are(small: Path):
+    with pytest.raises(DataError, match=r"no split 'test', only train; set data\.train_split"):
+        split_index(read_index(small), "test", small)
+
+
+# -- offsets -------------------------------------------------------------------------------------------------------------
+
+
+def test_offsets_are_kept_until_the_shard_changes(small: Path):
+    path = small / "train-000000.tar"
+    IndexedShards(small, "train")
+    assert (small / ".offsets" / "train-000000.tar.npz").is_file()
+    stat, data = path.stat(), bytearray(path.read_bytes())
+    data[3000] ^= 1
+    path.write_bytes(data)
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert len(IndexedShards(small, "train")) == 6  # same size and time: the bytes are not read again
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns + 1))
+    with pytest.raises(DataError, match="sha256"):
+        IndexedShards(small, "train")
+
+
+def test_offsets_of_another_index_are_not_used(small: Path):
+    IndexedShards(small, "train")
+    index = read_index(small)
+    index["splits"]["train"]["shards"][0]["sha256"] = "0" * 64
+    write_json(small / "index.json", index)
+    with pytest.raises(DataError, match="sha256"):
+        IndexedShards(small, "train")
+
+
+def test_a_read_only_folder_works(tiny_disk: Path):
+    root = index_of(tiny_disk, write_shard(tiny_disk / "train-000000.tar", SAMPLES))
+    subprocess.run(["mount", "-o", "remount,ro", str(tiny_disk)], check=True)
+    reader = IndexedShards(root, "train")
+    assert reader.fields(5) == SAMPLES[5][1]
+    assert not (root / ".offsets").exists()

@@ -1,0 +1,121 @@
+"""The objective: targets that invert to x_0, weights in closed form, timesteps stratified over the global batch."""
+
+import pytest
+import torch
+
+from ldm_train.diffusion.objective import PREDICTION_TYPES, DiffusionObjective, to_pred_x0
+from ldm_train.diffusion.schedule import NoiseSchedule, expand_to
+
+SCHEDULE = NoiseSchedule()
+
+
+@pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
+def test_the_target_inverts_to_the_latents(prediction_type: str) -> None:
+    objective = DiffusionObjective(SCHEDULE, prediction_type)
+    latents, noise = torch.randn(2, 5, 4, 3, 3, dtype=torch.float64)
+    t = torch.tensor([0, 1, 250, 700, 999])
+    x_t = SCHEDULE.add_noise(latents, noise, t)
+    alpha, sigma, _ = SCHEDULE.at(t)
+    target = objective.target(latents, noise, t)
+    x0 = to_pred_x0(target, x_t, expand_to(alpha, x_t), expand_to(sigma, x_t), prediction_type)
+    torch.testing.assert_close(x0, latents, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
+def test_the_loss_of_a_perfect_prediction_is_zero_and_of_another_its_mean_square(prediction_type: str) -> None:
+    objective = DiffusionObjective(SCHEDULE, prediction_type)
+    latents, noise, t = torch.randn(3, 2, 4, 4), torch.randn(3, 2, 4, 4), torch.tensor([5, 500, 999])
+    target = objective.target(latents, noise, t)
+    assert objective(lambda x, s: target, latents, noise, t).tolist() == [0, 0, 0]
+    offset = torch.tensor([1.0, 2.0, 3.0])
+    loss = objective(lambda x, s: target + expand_to(offset, x), latents, noise, t)
+    torch.testing.assert_close(loss, offset.square(), rtol=1e-5, atol=0)
+
+
+def test_the_network_sees_the_noisy_latents_at_their_timesteps() -> None:
+    latents, noise, t = torch.randn(3, 2, 4, 4), torch.randn(3, 2, 4, 4), torch.tensor([5, 500, 999])
+    seen = []
+    DiffusionObjective(SCHEDULE)(lambda x, s: seen.append((x, s)) or x, latents, noise, t)
+    torch.testing.assert_close(seen[0][0], SCHEDULE.add_noise(latents, noise, t), rtol=0, atol=0)
+    assert torch.equal(seen[0][1], t)
+
+
+@pytest.mark.parametrize(
+    ("prediction_type", "closed_form"),
+    [
+        ("epsilon", lambda snr, clipped: clipped / snr),
+        ("sample", lambda snr, clipped: clipped),
+        ("v_prediction", lambda snr, clipped: clipped / (snr + 1)),
+    ],
+)
+def test_min_snr_weights_are_their_closed_form(prediction_type: str, closed_form) -> None:
+    objective = DiffusionObjective(SCHEDULE, prediction_type, "min_snr", min_snr_gamma=3.0)
+    t = torch.arange(1000)
+    snr = SCHEDULE.alphas_cumprod / (1 - SCHEDULE.alphas_cumprod)
+    torch.testing.assert_close(objective.weight(t), closed_form(snr, torch.minimum(snr, torch.tensor(3.0))).float())
+
+
+def test_min_snr_weighs_the_same_error_in_x0_alike_for_every_prediction_type() -> None:
+    """One estimate of x_0, three parametrisations: weight x loss differs by nothing."""
+    latents, noise, t = torch.randn(2, 4, 2, 4, 4, dtype=torch.float64).unbind(0) + (torch.tensor([3, 200, 600, 999]),)
+    wrong = latents + 0.1 * torch.randn_like(latents)
+    abar = expand_to(SCHEDULE.alphas_cumprod[t], latents)
+    x_t = SCHEDULE.add_noise(latents, noise, t)
+    eps = (x_t - abar.sqrt() * wrong) / (1 - abar).sqrt()
+    outputs = {
+        "sample": wrong,
+        "epsilon": eps,
+        "v_prediction": abar.sqrt() * eps - (1 - abar).sqrt() * wrong,
+    }
+    weighted = []
+    for prediction_type, output in outputs.items():
+        objective = DiffusionObjective(SCHEDULE, prediction_type, "min_snr")
+        weighted.append(objective(lambda x, s, o=output: o, latents, noise, t) * objective.weight(t))
+    torch.testing.assert_close(weighted[1], weighted[0], rtol=1e-3, atol=0)
+    torch.testing.assert_close(weighted[2], weighted[0], rtol=1e-3, atol=0)
+
+
+def test_uniform_weights_are_one() -> None:
+    assert DiffusionObjective(SCHEDULE).weight(torch.tensor([0, 999])).tolist() == [1, 1]
+
+
+def test_one_timestep_per_stratum_over_ranks_and_micro_batches() -> None:
+    objective, count, world, accumulate = DiffusionObjective(SCHEDULE), 5, 2, 4
+    total = count * world * accumulate  # 40 strata of 25 timesteps
+    drawn = []
+    for micro_batch in range(accumulate):
+        for rank in range(world):
+            generator = torch.Generator().manual_seed(100 * micro_batch + rank)
+            drawn.append(objective.sample_timesteps(count, (micro_batch * world + rank) * count, total, generator))
+    strata = torch.cat(drawn) // (1000 // total)
+    assert strata.tolist() == list(range(total))
+
+
+@pytest.mark.parametrize("stratified", [True, False])
+def test_timesteps_are_uniform_in_expectation(stratified: bool) -> None:
+    objective = DiffusionObjective(SCHEDULE, stratified=stratified)
+    generator = torch.Generator().manual_seed(0)
+    drawn = torch.cat([objective.sample_timesteps(7, 0, 7, generator) for _ in range(20_000)])
+    assert drawn.dtype == torch.int64
+    assert (drawn.min().item(), drawn.max().item()) == (0, 999)
+    counts = torch.bincount(drawn // 100, minlength=10).double()
+    # 14,000 expected per tenth; a multinomial count has a standard deviation of about 112.
+    assert (counts - 14_000).abs().max() < 560
+
+
+def test_stratified_means_vary_less() -> None:
+    def spread(stratified: bool) -> float:
+        objective, generator = DiffusionObjective(SCHEDULE, stratified=stratified), torch.Generator().manual_seed(0)
+        means = [objective.sample_timesteps(16, generator=generator).double().mean() for _ in range(500)]
+        return torch.stack(means).std().item()
+
+    assert spread(True) < 0.2 * spread(False)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [(("flow",), "prediction_type 'flow' is none of"), (("epsilon", "p2"), "weighting 'p2' is neither")],
+)
+def test_wrong_arguments_are_named(arguments: tuple, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        DiffusionObjective(SCHEDULE, *arguments)

@@ -1,0 +1,283 @@
+"""One backward pass of AutoencoderLoss gives the gradients of the plain simultaneous formulation, and nothing leaks."""
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import nn
+
+from ldm_train.losses.autoencoder import AutoencoderLoss
+from ldm_train.losses.perceptual import TinyPerceptual
+from ldm_train.models.autoencoder import AutoencoderKL
+from ldm_train.models.discriminator import PatchDiscriminator
+
+KL_WEIGHT = 0.01  # large enough that a wrong KL gradient shows in float32
+ON = 10  # an optimiser step at which the discriminator is on
+
+
+class Players(nn.Module):
+    """A tiny autoencoder and its loss."""
+
+    def __init__(self, perceptual: bool = True, norm: str = "group", **arguments) -> None:
+        super().__init__()
+        self.autoencoder = AutoencoderKL(z_channels=2, channels=16, channel_mult=(1, 2), num_res_blocks=1)
+        discriminator = PatchDiscriminator(channels=8, num_layers=2, norm=norm)
+        for p in discriminator.parameters():  # logits of order 1: some hinges active, some not
+            nn.init.normal_(p, std=0.15)
+        self.loss = AutoencoderLoss(
+            TinyPerceptual() if perceptual else None,
+            discriminator,
+            **{"kl_weight": KL_WEIGHT, "disc_start": ON} | arguments,
+        )
+        with torch.no_grad():
+            self.loss.logvar.fill_(0.3 if self.loss.logvar.requires_grad else 0.0)
+
+    def forward_pass(self, images: torch.Tensor, seed: int) -> tuple:
+        torch.manual_seed(seed)  # the same posterior noise in both formulations
+        return self.autoencoder(images)
+
+    def one_pass(
+        self, images: torch.Tensor, seed: int = 0, step: int = ON, cast: Callable = lambda rec: rec
+    ) -> tuple[torch.Tensor, dict]:
+        rec, features, posterior = self.forward_pass(images, seed)
+        return self.loss(images, cast(rec), features, posterior, self.autoencoder.decoder.conv_out, step)
+
+    def gradients(self) -> dict[str, torch.Tensor]:
+        found = {
+            name: (torch.zeros_like(p) if p.grad is None else p.grad.clone())
+            for name, p in self.named_parameters()
+            if "perceptual" not in name
+        }
+        self.zero_grad()
+        return found
+
+
+def simultaneous(
+    players: Players, images: torch.Tensor, seed: int = 0, autocast: bool = False
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The published loss written down naively: (generator's loss, discriminator's loss), each on its own graph.
+
+    Sums over C, H, W and means over B; the adaptive weight by autograd at the last weight; the generator's term with
+    the discriminator frozen, the discriminator's on detached reconstructions.
+    """
+    loss = players.loss
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+        rec, _, posterior = players.forward_pass(images, seed)
+    rec = rec.float()
+    absolute = (images - rec).abs()
+    if loss.perceptual is not None:
+        absolute = absolute + loss.perceptual_weight * loss.perceptual(rec, images).view(-1, 1, 1, 1)
+    nll = (absolute / loss.logvar.exp() + loss.logvar).sum() / len(images)
+    q = torch.distributions.Normal(posterior.mean, posterior.std)
+    kl = torch.distributions.kl_divergence(q, torch.distributions.Normal(0.0, 1.0)).sum() / len(images)
+
+    frozen = copy.deepcopy(loss.discriminator).requires_grad_(False)
+    generator = -frozen(rec).mean()
+    last = players.autoencoder.decoder.conv_out.weight
+    (g_nll,) = torch.autograd.grad(nll, last, retain_graph=True)
+    (g_gan,) = torch.autograd.grad(generator, last, retain_graph=True)
+    weight = (g_nll.norm() / (g_gan.norm() + 1e-4)).clamp(0, loss.max_adaptive_weight)
+
+    real, fake = loss.discriminator(images), loss.discriminator(rec.detach())
+    hinge = 0.5 * (torch.relu(1 - real).mean() + torch.relu(1 + fake).mean())
+    return nll + loss.kl_weight * kl + loss.disc_weight * weight * generator, loss.disc_factor * hinge
+
+
+def assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], tolerance: float = 1e-5) -> None:
+    """Relative to the largest gradient tensor of the same player, and both players move."""
+    for player in ("autoencoder", "loss.discriminator"):
+        names = [n for n in expected if n.startswith(player)]
+        scale = max(expected[n].norm() for n in names)
+        assert scale > 0
+        for n in names:
+            assert (found[n] - expected[n]).norm() <= tolerance * scale, n
+
+
+@pytest.fixture
+def images() -> torch.Tensor:
+    return torch.rand(4, 3, 32, 32, generator=torch.Generator().manual_seed(7)) * 2 - 1
+
+
+CASES = {
+    "tiny perceptual": {},
+    "no perceptual": {"perceptual": False},
+    "learned logvar": {"learn_logvar": True},
+    "weights": {"perceptual_weight": 0.3, "disc_weight": 0.8, "disc_factor": 0.7},
+    "clamped adaptive weight": {"max_adaptive_weight": 2.0},
+    "batch norm": {"norm": "batch"},
+}
+
+
+@pytest.mark.parametrize("arguments", CASES.values(), ids=CASES.keys())
+def test_one_pass_equals_the_simultaneous_formulation(arguments: dict, images: torch.Tensor) -> None:
+    players = Players(**arguments)
+    scalar, logs = players.one_pass(images)
+    scalar.backward()
+    found = players.gradients()
+    for loss in simultaneous(players, images):
+        loss.backward()
+    expected = players.gradients()
+    assert_same(found, expected)
+    assert 0 < logs["adaptive_weight"] <= players.loss.max_adaptive_weight
+    if players.loss.logvar.requires_grad:
+        torch.testing.assert_close(found["loss.logvar"], expected["loss.logvar"], rtol=1e-5, atol=0)
+        assert found["loss.logvar"] != 0
+
+
+def test_accumulated_micro_batches_equal_the_simultaneous_formulation(images: torch.Tensor) -> None:
+    players = Players()
+    for seed, part in enumerate(images.chunk(2)):
+        (players.one_pass(part, seed)[0] / 2).backward()
+    found = players.gradients()
+    for seed, part in enumerate(images.chunk(2)):
+        for loss in simultaneous(players, part, seed):
+            (loss / 2).backward()
+    assert_same(found, players.gradients())
+
+
+def test_loss_scaling_by_a_power_of_two_changes_nothing(images: torch.Tensor) -> None:
+    """What 16-mixed does: scale the scalar, backward, unscale."""
+    players = Players(learn_logvar=True)
+    players.one_pass(images)[0].backward()
+    plain = players.gradients()
+    (players.one_pass(images)[0] * 2**12).backward()
+    for name, gradient in players.gradients().items():
+        torch.testing.assert_close(gradient / 2**12, plain[name], rtol=0, atol=0, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_reconstructions_give_the_gradient_up_to_rounding(
+    dtype: torch.dtype, images: torch.Tensor
+) -> None:
+    players = Players()
+    for loss in simultaneous(players, images):
+        loss.backward()
+    expected = players.gradients()
+    (players.one_pass(images, cast=lambda rec: rec.to(dtype))[0] * 2**8).backward()
+    found = {name: gradient / 2**8 for name, gradient in players.gradients().items()}
+    assert_same(found, expected, tolerance=0.005 if dtype == torch.float16 else 0.05)
+
+
+def test_under_autocast_only_the_autoencoder_is_rounded(images: torch.Tensor) -> None:
+    """The loss leaves autocast: it equals the naive float32 loss behind the same bfloat16 autoencoder."""
+    players = Players()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        scalar, logs = players.one_pass(images)
+    assert scalar.dtype == torch.float32
+    assert all(v.dtype == torch.float32 for v in logs.values())
+    scalar.backward()
+    found = players.gradients()
+    for loss in simultaneous(players, images, autocast=True):
+        loss.backward()
+    assert_same(found, players.gradients(), tolerance=0.01)
+
+
+def test_the_logs_hold_the_true_losses(images: torch.Tensor) -> None:
+    players = Players(learn_logvar=True)
+    _, logs = players.one_pass(images)
+    generator, discriminator = simultaneous(players, images)
+    size = images[0].numel()
+    adversarial = players.loss.disc_weight * logs["adaptive_weight"] * logs["generator"]
+    torch.testing.assert_close(logs["nll"] * size + KL_WEIGHT * logs["kl"] + adversarial, generator, rtol=1e-5, atol=0)
+    torch.testing.assert_close(logs["disc"], discriminator, rtol=1e-5, atol=0)
+
+
+def test_the_discriminators_loss_moves_no_generator(images: torch.Tensor) -> None:
+    """While the discriminator warms up alone, the autoencoder's gradient is that without a discriminator."""
+    players = Players(disc_start=ON + 5, disc_warmup=10, kl_weight=0.0, perceptual=False)
+    players.one_pass(images)[0].backward()
+    with_it = players.gradients()
+    assert max(g.norm() for n, g in with_it.items() if "discriminator" in n) > 0
+    players.loss.discriminator = None
+    players.one_pass(images)[0].backward()
+    for name, gradient in players.gradients().items():
+        torch.testing.assert_close(with_it[name], gradient, rtol=0, atol=0)
+
+
+def test_the_generators_loss_moves_no_discriminator(images: torch.Tensor) -> None:
+    """Without its own loss the discriminator gets exactly nothing, while the generator still feels it."""
+    players = Players(disc_factor=0.0, kl_weight=0.0, perceptual=False)
+    players.one_pass(images)[0].backward()
+    adversarial = players.gradients()
+    assert all((g == 0).all() for n, g in adversarial.items() if "discriminator" in n)
+    players.loss.disc_weight = 0.0
+    players.one_pass(images)[0].backward()
+    without = players.gradients()
+    assert any(not torch.allclose(adversarial[n], without[n], rtol=1e-3) for n in without if "autoencoder" in n)
+
+
+def test_inputs_collect_no_gradient_and_frozen_networks_neither(images: torch.Tensor) -> None:
+    players = Players()
+    players.one_pass(images)[0].backward()
+    assert images.grad is None
+    assert all(p.grad is None for p in players.loss.perceptual.parameters())
+
+
+def test_the_perceptual_term_carries_its_gradient(images: torch.Tensor) -> None:
+    """Its share of the reconstruction's gradient is that of perceptual_weight x size x its mean."""
+    players, rec = Players(kl_weight=0.0, disc_start=100), None
+    differences = []
+    for weight in (1.0, 0.0):
+        players.loss.perceptual_weight = weight
+        rec, features, posterior = players.forward_pass(images, 0)
+        rec.retain_grad()
+        players.loss(images, rec, features, posterior, players.autoencoder.decoder.conv_out, 0)[0].backward()
+        differences.append(rec.grad)
+    leaf = rec.detach().requires_grad_()
+    (expected,) = torch.autograd.grad(players.loss.perceptual(leaf, images).mean() * images[0].numel(), leaf)
+    torch.testing.assert_close(differences[0] - differences[1], expected, rtol=1e-3, atol=1e-6)
+    assert expected.norm() > 0.1 * differences[1].norm()
+
+
+def test_before_disc_start_the_discriminator_gets_zeros_and_the_generator_no_adversary(images: torch.Tensor) -> None:
+    players = Players(disc_start=ON + 1)
+    scalar, logs = players.one_pass(images)
+    scalar.backward()
+    assert all(p.grad is not None and (p.grad == 0).all() for p in players.loss.discriminator.parameters())
+    assert not {"adaptive_weight", "generator", "disc"} & logs.keys()
+    assert {"adaptive_weight", "generator", "disc"} <= players.one_pass(images, step=ON + 1)[1].keys()
+
+
+@pytest.mark.parametrize(
+    ("step", "trained", "factor"),
+    [(5, False, 0.0), (6, True, 0.0), (9, True, 0.0), (10, True, 0.25), (12, True, 0.75), (13, True, 1.0), (99, True, 1.0)],
+)
+def test_warm_up_and_ramp_count_optimiser_steps(
+    step: int, trained: bool, factor: float, images: torch.Tensor
+) -> None:
+    players = Players(perceptual=False, disc_start=10, disc_warmup=4, disc_ramp=4)
+    assert players.loss.generator_factor(step) == factor
+    scalar, logs = players.one_pass(images, step=step)
+    scalar.backward()
+    assert any((p.grad != 0).any() for p in players.loss.discriminator.parameters()) == trained
+    assert ("generator" in logs) == (factor > 0)
+
+
+def test_the_ramp_scales_the_adversarial_gradient_alone(images: torch.Tensor) -> None:
+    players = Players(disc_start=10, disc_ramp=4, disc_warmup=10)
+    gradients = []
+    for step in (9, 11, 13):  # factor 0, 1/2, 1
+        players.one_pass(images, step=step)[0].backward()
+        gradients.append(players.gradients())
+    off, half, full = gradients
+    assert_same(half, {n: (off[n] + full[n]) / 2 for n in off})
+    assert any(not torch.allclose(off[n], full[n], rtol=1e-2) for n in off if "autoencoder" in n)
+
+
+def test_a_vanilla_discriminator_minimises_cross_entropy(images: torch.Tensor) -> None:
+    players = Players(perceptual=False, disc_loss="vanilla")
+    players.one_pass(images)[0].backward()
+    found = players.gradients()
+    rec = players.forward_pass(images, 0)[0].detach()
+    real, fake = players.loss.discriminator(images), players.loss.discriminator(rec)
+    bce = nn.functional.binary_cross_entropy_with_logits
+    (0.5 * (bce(real, torch.ones_like(real)) + bce(fake, torch.zeros_like(fake)))).backward()
+    for n, expected in players.gradients().items():
+        if "discriminator" in n:
+            torch.testing.assert_close(found[n], expected, rtol=1e-4, atol=1e-7)
+
+
+def test_an_unknown_adversarial_loss_is_named() -> None:
+    with pytest.raises(ValueError, match="'wgan'"):
+        AutoencoderLoss(None, None, disc_loss="wgan")

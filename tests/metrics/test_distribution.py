@@ -1,0 +1,99 @@
+"""Frechet and kernel distances: closed forms, scipy, torchmetrics."""
+
+import numpy as np
+import pytest
+import scipy.linalg
+import torch
+from torchmetrics.image.kid import KernelInceptionDistance
+
+from ldm_train.metrics.distribution import Moments, frechet_distance, kernel_distance
+
+
+def exactly(mean: torch.Tensor, covariance: torch.Tensor, count: int = 200) -> torch.Tensor:
+    """Features whose sample mean and unbiased covariance are exactly these."""
+    z = torch.randn(count, len(mean), dtype=torch.float64)
+    z = z - z.mean(dim=0)
+    z = z @ torch.linalg.inv(torch.linalg.cholesky(z.T @ z / (count - 1))).T
+    return mean + z @ torch.linalg.cholesky(covariance).T
+
+
+def random_covariance(dim: int) -> torch.Tensor:
+    a = torch.randn(dim, dim, dtype=torch.float64)
+    return a @ a.T / dim + 0.1 * torch.eye(dim, dtype=torch.float64)
+
+
+def test_moments_stream_in_any_batches() -> None:
+    features = torch.randn(50, 6) + 100  # far from 0
+    moments = Moments.of(features.split(7))
+    assert moments.count == 50
+    torch.testing.assert_close(moments.mean, features.double().mean(dim=0))
+    torch.testing.assert_close(moments.covariance, features.double().T.cov(), rtol=1e-6, atol=1e-8)
+
+
+def test_frechet_distance_of_gaussians_that_commute_is_its_closed_form() -> None:
+    """|mu_a - mu_b|^2 + sum (sqrt(a) - sqrt(b))^2 where both covariances are diagonal."""
+    a, b = torch.rand(5, dtype=torch.float64) + 0.1, torch.rand(5, dtype=torch.float64) + 0.1
+    mean_a, mean_b = torch.randn(2, 5, dtype=torch.float64)
+    left, right = (Moments.of([exactly(m, torch.diag(v))]) for m, v in ((mean_a, a), (mean_b, b)))
+    expected = (mean_a - mean_b).square().sum() + (a.sqrt() - b.sqrt()).square().sum()
+    assert frechet_distance(left, right) == pytest.approx(expected.item(), rel=1e-9)
+
+
+def test_frechet_distance_equals_scipys_matrix_root() -> None:
+    a, b = random_covariance(12), random_covariance(12)
+    mean_a, mean_b = torch.randn(2, 12, dtype=torch.float64)
+    root = scipy.linalg.sqrtm((a @ b).numpy())
+    expected = (mean_a - mean_b).square().sum() + a.trace() + b.trace() - 2 * np.trace(root).real
+    left, right = Moments.of([exactly(mean_a, a)]), Moments.of([exactly(mean_b, b)])
+    assert frechet_distance(left, right) == pytest.approx(expected.item(), rel=1e-9)
+    assert frechet_distance(right, left) == pytest.approx(expected.item(), rel=1e-9)
+
+
+def test_frechet_distance_at_deficient_rank() -> None:
+    """Fewer samples than dimensions: Tr (A^1/2 B A^1/2)^1/2 is the nuclear norm of the centred features' product."""
+    x, y = torch.randn(10, 64, dtype=torch.float64), torch.randn(12, 64, dtype=torch.float64) + 0.2
+    a, b = Moments.of([x]), Moments.of([y])
+    nuclear = torch.linalg.matrix_norm((x - x.mean(0)) @ (y - y.mean(0)).T / (9 * 11) ** 0.5, ord="nuc")
+    expected = (a.mean - b.mean).square().sum() + a.covariance.trace() + b.covariance.trace() - 2 * nuclear
+    assert frechet_distance(a, b) == pytest.approx(expected.item(), rel=1e-6)
+    assert frechet_distance(a, a) == pytest.approx(0.0, abs=1e-5)  # roots of rounding errors, 64 of them
+
+
+def test_frechet_distance_does_not_move_with_both_sets() -> None:
+    x, y = torch.randn(40, 4), torch.randn(40, 4) * 2 + 1
+    shift = 5 * torch.ones(4)
+    near = frechet_distance(Moments.of([x]), Moments.of([y]))
+    assert frechet_distance(Moments.of([x + shift]), Moments.of([y + shift])) == pytest.approx(near, rel=1e-5)
+
+
+class Flatten(torch.nn.Module):
+    """Features for torchmetrics: the first numbers of a picture."""
+
+    num_features = 16
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return images.flatten(1)[:, :16].float()
+
+
+def test_kernel_distance_equals_torchmetrics_over_one_full_subset() -> None:
+    a, b = torch.randn(30, 3, 4, 4), torch.randn(30, 3, 4, 4) * 1.5 + 0.3
+    reference = KernelInceptionDistance(feature=Flatten(), subsets=1, subset_size=30)
+    reference.update(a, real=True)
+    reference.update(b, real=False)
+    expected = reference.compute()[0].item()
+    assert kernel_distance(Flatten()(a), Flatten()(b)) == pytest.approx(expected, rel=1e-4)
+
+
+def test_kernel_distance_is_unbiased() -> None:
+    values = torch.tensor([kernel_distance(torch.randn(8, 3), torch.randn(6, 3)) for _ in range(2000)])
+    assert abs(values.mean().item()) < 4 * values.std().item() / 2000**0.5
+    assert (values < 0).any()
+
+
+def test_too_few_samples_are_named() -> None:
+    with pytest.raises(ValueError, match="at least 2 samples, got 1"):
+        _ = Moments.of([torch.randn(1, 3)]).covariance
+    with pytest.raises(ValueError, match="at least 2 samples a side, got 5 and 1"):
+        kernel_distance(torch.randn(5, 3), torch.randn(1, 3))
+    with pytest.raises(ValueError, match="no features"):
+        Moments.of([])

@@ -1,0 +1,107 @@
+"""Killed and resumed training equals undisturbed training to the bit: same samples per step, same weights."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[2]
+STEPS = 30
+
+# 96 images in batches of 16: six steps an epoch, so thirty steps cross four epoch boundaries.
+OVERRIDES = [
+    "logger=csv",
+    "progress=false",
+    "data.source.count=96",
+    "data.source.val_count=16",
+    "data.per_shard=32",
+    f"autoencoder.max_steps={STEPS}",
+    "autoencoder.batch_size=16",
+    "autoencoder.micro_batch_size=8",
+    "autoencoder.loss.disc_start=8",
+    "autoencoder.checkpoint_every=4",
+    "autoencoder.val_every=7",
+    f"diffusion.max_steps={STEPS}",
+    "diffusion.batch_size=16",
+    "diffusion.micro_batch_size=8",
+    "diffusion.checkpoint_every=4",
+    "diffusion.val_every=11",
+    "diffusion.samples=2",
+    "diffusion.unet.channels=32",
+    "sampling.num_inference_steps=2",
+    "data.flip=true",
+]
+
+
+def command(folder: Path, name: str, *overrides: str) -> list[str]:
+    return [
+        sys.executable, str(ROOT / "train.py"), f"runs_dir={folder}", f"name={name}", f"data_dir={folder}/data",
+        f"trace={folder}/{name}.trace", "stages=[autoencoder,latents,diffusion]", *OVERRIDES, *overrides,
+    ]  # fmt: skip
+
+
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
+
+
+def run(folder: Path, name: str, *overrides: str) -> None:
+    done = subprocess.run(
+        command(folder, name, *overrides), env=ENVIRONMENT, capture_output=True, text=True, cwd=folder
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+
+
+def kill_when(folder: Path, name: str, lines: int, *overrides: str) -> None:
+    """Starts training and kills it -9 as soon as its trace has grown by so many micro-batches."""
+    trace = folder / f"{name}.trace"
+    before = len(trace.read_text().splitlines()) if trace.is_file() else 0
+    process = subprocess.Popen(
+        command(folder, name, *overrides), env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=folder
+    )
+    for _ in range(6000):
+        if trace.is_file() and len(trace.read_text().splitlines()) >= before + lines:
+            break
+        assert process.poll() is None, "training ended before it could be killed"
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+
+
+def keys_per_micro_batch(trace: Path) -> dict[str, str]:
+    """The last word on which samples each (stage, micro-batch) saw; repeated micro-batches must agree."""
+    seen: dict[str, str] = {}
+    for line in trace.read_text().splitlines():
+        place, _, keys = line.partition("|")
+        assert seen.setdefault(place, keys) == keys, f"{place} saw other samples after a resume"
+    return seen
+
+
+def weights(folder: Path, name: str, stage: str) -> dict[str, torch.Tensor]:
+    checkpoint = torch.load(folder / name / stage / "checkpoints" / "last.ckpt", weights_only=True)
+    assert checkpoint["global_step"] == STEPS
+    return checkpoint["state_dict"] | {f"ema.{k}": v for k, v in checkpoint["ema"]["shadow"].items()}
+
+
+@pytest.mark.chain
+@pytest.mark.parametrize(
+    "overrides", [("num_workers=0",), ("num_workers=2", "latents.cache=false")], ids=["cached", "two_workers_on_the_fly"]
+)
+def test_killed_twice_equals_undisturbed(tmp_path: Path, overrides: tuple[str, ...]):
+    run(tmp_path, "undisturbed", *overrides)
+    dice = random.Random(0)
+    # 60 micro-batches a stage: twice in stage 1, twice in stage 2, then to the end.
+    for lines in (dice.randint(12, 20), dice.randint(12, 20), dice.randint(45, 55), dice.randint(10, 16)):
+        kill_when(tmp_path, "killed", lines, *overrides)
+    run(tmp_path, "killed", *overrides)
+    calm, killed = (keys_per_micro_batch(tmp_path / f"{n}.trace") for n in ("undisturbed", "killed"))
+    assert calm == killed
+    assert len(calm) == 2 * 2 * STEPS
+    for stage in ("autoencoder", "diffusion"):
+        ours, theirs = weights(tmp_path, "undisturbed", stage), weights(tmp_path, "killed", stage)
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(ours[k], theirs[k]) for k in ours)
