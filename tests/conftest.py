@@ -26,5 +26,5 @@ def datasets() -> Path:
     """The folder with the tars of real images: $LDM_TRAIN_TEST_DATA, or shared/datasets beside the repository."""
     folder = Path(os.environ.get("LDM_TRAIN_TEST_DATA", ROOT.parent / "shared" / "datasets"))
     if not folder.is_dir():
-        pytest.skip(f"no real images at {folder}; set LDM_TRAIN_TEST_DATA to the folder that holds cifar10/, clothing256/")
+        pytest.skip(f"no real images at {folder}; set LDM_TRAIN_TEST_DATA to the folder that holds cifar10/")
     return folder

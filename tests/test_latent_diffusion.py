@@ -1,4 +1,4 @@
-"""LatentDiffusion: parts that do not fit are named, what is not conditioned on is null, cached and fresh latents agree."""
+"""LatentDiffusion: parts that do not fit are named, an absent condition is null, cached and fresh latents agree."""
 
 import pytest
 import torch
@@ -55,7 +55,8 @@ def test_each_conditioner_is_dropped_by_its_own_mask() -> None:
     kept = model.condition(batch)
     some = model.condition(batch, {"class": torch.tensor([True, False]), "text": torch.tensor([False, True])})
     torch.testing.assert_close(some["vector"], torch.stack([null["vector"][0], kept["vector"][1]]))
-    torch.testing.assert_close(some["context"], torch.stack([kept["context"][0], null["context"][1]]), atol=1e-5, rtol=1e-4)
+    expected = torch.stack([kept["context"][0], null["context"][1]])
+    torch.testing.assert_close(some["context"], expected, atol=1e-5, rtol=1e-4)
 
 
 def test_dropout_masks_are_independent_with_the_conditioners_rates() -> None:

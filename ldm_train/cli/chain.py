@@ -120,6 +120,7 @@ class Chain:
             clip_norm=section.clip_norm,
             accumulate=data.batching.accumulate,
             image_folder=folder / "images",
+            disc_lr=section.disc_lr,
         )
         if section.compile:  # in place; the last convolution stays eager, its gradient is taken by hand
             network.encoder.compile()

@@ -8,18 +8,19 @@ from pathlib import Path
 from typing import Any
 
 import hydra
-from hydra.errors import HydraException
+from hydra.errors import HydraException, InstantiationException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 import ldm_train
 from ldm_train.data.shards import DataError
-from ldm_train.training.callbacks.checkpoint import Interrupted
-from ldm_train.training.stages import Refused
+from ldm_train.training.stages import Interrupted, Refused
 
 # What a user can act on: printed as one message, without a traceback (HYDRA_FULL_ERROR=1 shows it).
 USER_ERRORS = (DataError, Refused, FileNotFoundError, ValueError, OSError, HydraException, OmegaConfBaseException,
                FloatingPointError, Interrupted)
+
+TRACEBACK = "LDM_TRAIN_TRACEBACK"  # environment: "1" where the user asked for tracebacks
 
 
 def config_folder() -> Path:
@@ -106,8 +107,9 @@ def check_values(config: DictConfig) -> None:
 def run_command(function: Callable[[DictConfig], Any], config_name: str) -> Any:
     """Composes conf/<config_name>.yaml with the command line and calls `function`; exits with 1 and one readable
     message where the user has to act, with 128 + signal after an interruption."""
-    wants_traceback = os.environ.get("HYDRA_FULL_ERROR") == "1"
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra shall raise, not print
+    # Hydra shall raise, not print. What the user wanted is kept apart, also for the processes that torchrun starts.
+    wants_traceback = os.environ.setdefault(TRACEBACK, os.environ.get("HYDRA_FULL_ERROR", "0")) == "1"
+    os.environ["HYDRA_FULL_ERROR"] = "1"
     decorated = hydra.main(version_base="1.3", config_path=str(config_folder()), config_name=config_name)(function)
     try:
         return decorated()
@@ -115,9 +117,11 @@ def run_command(function: Callable[[DictConfig], Any], config_name: str) -> Any:
         if wants_traceback:
             raise
         message = str(error)
-        if isinstance(error, HydraException):
+        if isinstance(error, InstantiationException) and isinstance(error.__cause__, USER_ERRORS):
+            message = str(error.__cause__)
+        elif isinstance(error, HydraException):
             arguments = [a for a in sys.argv[1:] if not a.startswith("-")]
-            message += "\n" + (suggestions(config_name, arguments) or "python train.py --help lists the options")
+            message += "\n" + (suggestions(config_name, arguments) or f"python -m ldm_train.cli.{config_name} --help lists the options")
             if error.__cause__ is not None and not isinstance(error.__cause__, HydraException):
                 message = f"{error.__cause__}\n{message}"
         print(f"\nerror: {message}" if not isinstance(error, Interrupted) else f"\n{message}", file=sys.stderr, flush=True)

@@ -59,8 +59,9 @@ class TrainedText(Conditioner):
         self.max_length, self.pooled = max_length, pooled
         self.slots = ("context", "vector") if pooled else ("context",)
         self.token_embedding = nn.Embedding(tokenizer.get_vocab_size(), dim)
-        self.position_embedding = nn.Parameter(torch.randn(max_length, dim) * 0.02)
-        nn.init.normal_(self.token_embedding.weight, std=0.02)
+        # Unit-size tokens (nn.Embedding's own start) dominate the residual stream: the pooled vector is a readable bag
+        # of words from the first step. With 0.02 the short quickstart never learned to obey positions.
+        self.position_embedding = nn.Parameter(torch.randn(max_length, dim) * 0.2)
         layer = nn.TransformerEncoderLayer(
             dim, heads, 4 * dim, dropout=0.0, activation="gelu", batch_first=True, norm_first=True
         )

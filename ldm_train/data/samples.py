@@ -7,8 +7,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from ldm_train.data.files import IMAGE_EXTENSIONS
 from ldm_train.data.shards import DataError
-from ldm_train.data.transforms import IMAGE_EXTENSIONS, ImageTransform, decode_image, decode_labels, to_unit_range
+from ldm_train.data.transforms import ImageTransform, decode_image, decode_labels, to_unit_range
 
 # Which shard extensions can provide each field of a batch.
 SOURCES = {

@@ -5,19 +5,11 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as TF
 
-IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "npy")
-
-
-def open_image(data: bytes) -> Image.Image:
-    """The image of an encoded file, its pixels not yet read. Raises ValueError where it is no image."""
-    try:
-        return Image.open(io.BytesIO(data))
-    except UnidentifiedImageError:  # whose own message is the address of a BytesIO
-        raise ValueError(f"no image: {len(data)} bytes that begin with {data[:8]!r}") from None
+from ldm_train.data.files import open_image
 
 
 def decode_image(data: bytes, extension: str, channels: int) -> torch.Tensor:

@@ -135,7 +135,7 @@ def vgg16_weights(path: str | Path | None = None) -> Path:
     raise FileNotFoundError(
         f"no VGG16 weights at {target} and none could be downloaded{reason}. Put {VGG16_FILE} (from {VGG16_URL}) into "
         f"{target.parent}, or name a local file with autoencoder.loss.perceptual.weights=<file>, or train without a "
-        "download: perceptual=tiny"
+        "download: autoencoder/loss/perceptual=tiny"
     )
 
 

@@ -195,6 +195,8 @@ class AutoencoderKL(nn.Module):
     num_res_blocks     residual blocks per level (one more in the decoder)
     attention_levels   levels with self-attention, 0 being the image resolution
     mid_attention      self-attention at the lowest resolution
+    initial_logvar     where the posterior's log-variance starts. The published 0 makes the first latents mostly noise;
+                       -5 lets short runs learn colours from the first steps
     """
 
     def __init__(
@@ -208,6 +210,7 @@ class AutoencoderKL(nn.Module):
         in_channels: int = 3,
         embed_dim: int | None = None,
         dropout: float = 0.0,
+        initial_logvar: float = 0.0,
     ):
         super().__init__()
         embed_dim = embed_dim or z_channels
@@ -218,6 +221,10 @@ class AutoencoderKL(nn.Module):
         self.decoder = Decoder(z_channels, in_channels, *trunk)
         self.quant_conv = nn.Conv2d(2 * z_channels, 2 * embed_dim, 1)
         self.post_quant_conv = nn.Conv2d(embed_dim, z_channels, 1)
+        if initial_logvar:
+            with torch.no_grad():
+                self.quant_conv.bias[embed_dim:] = initial_logvar
+                self.quant_conv.weight[embed_dim:] *= 0.1
 
     def encode_moments(self, images: torch.Tensor) -> torch.Tensor:
         """images (B, C, H, W) in [-1, 1] -> moments (B, 2 * latent_channels, H/f, W/f): mean, log-variance.

@@ -21,6 +21,7 @@ class AutoencoderTask(Task):
     """One autoencoder forward, one LPIPS backward and one discriminator pass per batch (see AutoencoderLoss).
 
     autoencoder: AutoencoderKL. loss: AutoencoderLoss. image_folder: where reconstruction grids go.
+    disc_lr: the discriminator's own learning rate (default: the autoencoder's, as published).
     Validation measures posterior means of the averaged weights: l1, psnr (dB), ssim, perceptual, kl, score
     (perceptual + l1, the criterion of best.ckpt) and the share of active latent channels.
     """
@@ -39,9 +40,10 @@ class AutoencoderTask(Task):
         clip_norm: float | None = None,
         accumulate: int = 1,
         image_folder: Path | None = None,
+        disc_lr: float | None = None,
     ):
         super().__init__("autoencoder", seed, optimizer, lr_factor, ema_decay, clip_norm, accumulate)
-        self.autoencoder, self.loss, self.image_folder = autoencoder, loss, image_folder
+        self.autoencoder, self.loss, self.image_folder, self.disc_lr = autoencoder, loss, image_folder, disc_lr
 
     def trained(self) -> nn.ModuleDict:
         parts: dict[str, nn.Module] = {"autoencoder": self.autoencoder, "likelihood": nn.ParameterList([self.loss.logvar])}
@@ -58,7 +60,8 @@ class AutoencoderTask(Task):
             generator.append(self.loss.logvar)
         groups = [{"params": generator, "name": "autoencoder"}]
         if self.loss.discriminator is not None:
-            groups.append({"params": list(self.loss.discriminator.parameters()), "name": "discriminator"})
+            own_lr = {} if self.disc_lr is None else {"lr": self.disc_lr}
+            groups.append({"params": list(self.loss.discriminator.parameters()), "name": "discriminator"} | own_lr)
         return groups
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 import csv
 import os
+import secrets
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -80,7 +81,7 @@ class WandbRun:
         id_file = folder / "wandb" / "run_id"
         id_file.parent.mkdir(parents=True, exist_ok=True)
         if not id_file.is_file():
-            id_file.write_text(wandb.util.generate_id())
+            id_file.write_text(secrets.token_hex(4))
         mode = mode or os.environ.get("WANDB_MODE") or ("online" if self._has_key() else "offline")
         arguments = {
             "project": project, "name": name, "config": config, "dir": str(folder), "id": id_file.read_text(),

@@ -4,6 +4,7 @@ import fcntl
 import json
 import os
 import shutil
+import signal
 import time
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
@@ -19,6 +20,14 @@ NOTE = "stage.json"
 
 class Refused(RuntimeError):
     """A run that would silently reuse or overwrite something; the message names what differs and the choices."""
+
+
+class Interrupted(Exception):
+    """Training stopped on a signal after saving; the same command continues it."""
+
+    def __init__(self, number: int, step: int):
+        super().__init__(f"stopped by {signal.Signals(number).name} after step {step}; run the same command to continue")
+        self.number = number
 
 
 @dataclass(frozen=True)
@@ -65,6 +74,8 @@ def set_aside(run_folder: Path, stage: str) -> None:
     for name in STAGES[STAGES.index(stage) :]:
         if (run_folder / name).exists():
             target = run_folder / ".replaced" / f"{name}-{stamp}"
+            while target.exists():  # a second restart within the second
+                target = target.with_name(f"{target.name}+")
             target.parent.mkdir(exist_ok=True)
             shutil.move(run_folder / name, target)
 

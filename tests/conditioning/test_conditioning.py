@@ -155,8 +155,9 @@ def test_a_tokenizer_without_its_special_tokens_is_named() -> None:
 
 
 def test_merge_joins_tokens_with_their_masks_and_features() -> None:
-    one = {"context": torch.randn(2, 3, 4), "context_mask": torch.ones(2, 3, dtype=torch.bool), "vector": torch.ones(2, 5)}
-    other = {"context": torch.randn(2, 1, 4), "context_mask": torch.zeros(2, 1, dtype=torch.bool), "vector": torch.zeros(2, 2)}
+    yes, no = torch.ones(2, 3, dtype=torch.bool), torch.zeros(2, 1, dtype=torch.bool)
+    one = {"context": torch.randn(2, 3, 4), "context_mask": yes, "vector": torch.ones(2, 5)}
+    other = {"context": torch.randn(2, 1, 4), "context_mask": no, "vector": torch.zeros(2, 2)}
     merged = merge([one, other])
     assert {k: tuple(v.shape) for k, v in merged.items()} == {
         "context": (2, 4, 4), "context_mask": (2, 4), "vector": (2, 7)

@@ -40,7 +40,11 @@ def make_data(
 
         def samples(chunk: range, split: str = split):
             for i in chunk:
-                data = b"no picture" if split == "train" and i in corrupt else png(picture(i + 1000 * (split == "val"), size))
+                data = (
+                    b"no picture"
+                    if split == "train" and i in corrupt
+                    else png(picture(i + 1000 * (split == "val"), size))
+                )
                 captions = [f"{split} {i} {word}" for word in ("one", "two", "three")]
                 fields = {
                     "png": data, "cls": str(i % 3).encode(), "txt": captions[0].encode(),

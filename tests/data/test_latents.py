@@ -1,4 +1,4 @@
-"""The latent cache holds what the autoencoder says, survives interruptions, and is refused when it is not what it was."""
+"""The latent cache holds what the autoencoder says, survives interruptions, and is refused when it is stale."""
 
 import io
 import tarfile
@@ -38,12 +38,17 @@ def encoder(seed: int = 0, channels_last: bool = True):
 
 
 def images(root: Path, batching: Batching | None = None, max_steps: int = 8, **options) -> ShardDataModule:
-    return ShardDataModule(str(root), batching or Batching(8), max_steps, **{"fields": ("image", *FIELDS), "image_size": 8} | options)
+    return ShardDataModule(
+        str(root), batching or Batching(8), max_steps, **{"fields": ("image", *FIELDS), "image_size": 8} | options
+    )
 
 
 def cache(root: Path, folder: Path, flips: bool = False, per_shard: int = 16, encode=None) -> Path:
     data = images(root, flip=flips)
-    entries = {s: write_cache(data, s, encode or encoder(), folder, per_shard, flips and s == "train") for s in ("train", "val")}
+    entries = {
+        s: write_cache(data, s, encode or encoder(), folder, per_shard, flips and s == "train")
+        for s in ("train", "val")
+    }
     write_cache_index(folder, entries, data.index["classes"])
     return folder
 
@@ -70,7 +75,9 @@ def test_narrow_latents_keep_their_layout(write_data: Callable, tmp_path: Path):
     write_cache_index(tmp_path / "cache", {"train": write_cache(data, "train", encode, tmp_path / "cache")}, None)
     latents, dataset = CachedLatents(tmp_path / "cache", "train", (), 0), data.fixed_loader("train").dataset
     for i in range(8):
-        assert torch.allclose(torch.from_numpy(latents.moments(i)), encode(dataset[(0, i)]["image"][None])[0], atol=1e-5)
+        assert torch.allclose(
+            torch.from_numpy(latents.moments(i)), encode(dataset[(0, i)]["image"][None])[0], atol=1e-5
+        )
 
 
 def test_batches_come_in_the_order_flips_and_captions_of_the_images(data_root: Path, cached: Path):
@@ -93,7 +100,10 @@ def test_batches_come_in_the_order_flips_and_captions_of_the_images(data_root: P
 def test_flips_are_used_in_training_only(cached: Path):
     latents = CachedLatents(cached, "train", (), seed=0)
     rows = [(0, i) for i in range(40)]
-    flipped = [np.array_equal(m, latents.moments(i, flipped=True)) for (_, i), m in zip(rows, latents.fetch(rows, True)["moments"].numpy())]
+    flipped = [
+        np.array_equal(m, latents.moments(i, flipped=True))
+        for (_, i), m in zip(rows, latents.fetch(rows, True)["moments"].numpy())
+    ]
     assert 10 < sum(flipped) < 30
     plain = latents.fetch(rows, random=False)["moments"].numpy()
     assert all(np.array_equal(plain[i], latents.moments(i)) for i in range(40))
@@ -106,7 +116,9 @@ def test_validation_is_complete_over_ranks(cached: Path):
 
 def test_ranks_write_one_cache_together(data_root: Path, cached: Path, tmp_path: Path):
     entries = [
-        e for rank in range(2) for e in write_cache(images(data_root, Batching(8, None, 2, rank)), "train", encoder(), tmp_path, 16, True)
+        e
+        for rank in range(2)
+        for e in write_cache(images(data_root, Batching(8, None, 2, rank)), "train", encoder(), tmp_path, 16, True)
     ]
     write_cache_index(tmp_path, {"train": entries}, None)
     ours, theirs = (CachedLatents(f, "train", (), 0) for f in (tmp_path, cached))
@@ -164,7 +176,7 @@ def test_a_missing_cache_names_its_remedy(tmp_path: Path):
 def test_a_stale_cache_is_refused(data_root: Path, cached: Path):
     data, latents = images(data_root), CachedLatents(cached, "train", (), 0)
     assert verify_cache(data, "train", latents, encoder(channels_last=False)) < 0.1
-    with pytest.raises(DataError, match="stale: .* times the tolerance; run again with restart=latents"):
+    with pytest.raises(DataError, match=r"stale: .* times the tolerance; run again with restart=latents"):
         verify_cache(data, "train", latents, encoder(seed=1))
 
 
@@ -236,7 +248,9 @@ def test_random_crops_are_not_cached(data_root: Path, tmp_path: Path, crop: str)
 def test_conditions_that_the_cache_lacks_are_refused(write_data: Callable, tmp_path: Path):
     root = write_data(tmp_path / "data", leave_out=("txt", "json"))
     data = images(root, fields=("image",))
-    write_cache_index(tmp_path / "cache", {s: write_cache(data, s, encoder(), tmp_path / "cache") for s in ("train", "val")}, None)
+    write_cache_index(
+        tmp_path / "cache", {s: write_cache(data, s, encoder(), tmp_path / "cache") for s in ("train", "val")}, None
+    )
     with pytest.raises(DataError, match="not every sample has a caption"):
         LatentDataModule(tmp_path / "cache", Batching(8), 8, ("caption",), 0)
 

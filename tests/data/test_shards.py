@@ -12,7 +12,16 @@ import webdataset as wds
 
 from ldm_train.data import shards as shards_module
 from ldm_train.data.prepare.index import write_tar_index
-from ldm_train.data.shards import DataError, IndexedShards, file_sha256, read_index, scan_tar, split_index, write_json, write_shard
+from ldm_train.data.shards import (
+    DataError,
+    IndexedShards,
+    file_sha256,
+    read_index,
+    scan_tar,
+    split_index,
+    write_json,
+    write_shard,
+)
 
 SAMPLES = [(f"k{i}", {"bin": bytes([i]) * (100 + 700 * i), "txt": f"number {i}".encode()}) for i in range(6)]
 
@@ -29,7 +38,7 @@ def small(tmp_path: Path) -> Path:
     return index_of(root, write_shard(root / "train-000000.tar", SAMPLES))
 
 
-# -- writing -------------------------------------------------------------------------------------------------------------
+# -- writing ---------------------------------------------------------------------------------------------------------
 
 
 def test_the_same_samples_make_the_same_bytes(tmp_path: Path):
@@ -43,7 +52,10 @@ def test_the_same_samples_make_the_same_bytes(tmp_path: Path):
 
 def test_webdataset_reads_what_we_write(tmp_path: Path):
     write_shard(tmp_path / "a.tar", SAMPLES)
-    read = [(s["__key__"], {e: s[e] for e in ("bin", "txt")}) for s in wds.WebDataset(str(tmp_path / "a.tar"), shardshuffle=False)]
+    read = [
+        (s["__key__"], {e: s[e] for e in ("bin", "txt")})
+        for s in wds.WebDataset(str(tmp_path / "a.tar"), shardshuffle=False)
+    ]
     assert read == SAMPLES
 
 
@@ -114,7 +126,7 @@ def test_a_really_full_disk(tiny_disk: Path):
     assert_disk_full(tiny_disk)
 
 
-# -- reading -------------------------------------------------------------------------------------------------------------
+# -- reading ---------------------------------------------------------------------------------------------------------
 
 
 def test_every_field_is_read_by_offset(small: Path):
@@ -146,9 +158,15 @@ def cut_positions() -> dict[str, int]:
         end, members = tar.offset, tar.getmembers()
     last, boundary = members[-2], members[-3].offset
     return {
-        "nothing_left": 0, "in_first_header": 100, "in_data": last.offset_data + 5, "in_padding": last.offset_data + last.size + 3,
-        "at_a_member": boundary, "in_a_header": boundary + 300, "after_a_header": boundary + 512, "before_the_end_marker": end,
-    }  # fmt: skip
+        "nothing_left": 0,
+        "in_first_header": 100,
+        "in_data": last.offset_data + 5,
+        "in_padding": last.offset_data + last.size + 3,
+        "at_a_member": boundary,
+        "in_a_header": boundary + 300,
+        "after_a_header": boundary + 512,
+        "before_the_end_marker": end,
+    }
 
 
 @pytest.mark.parametrize("cut", cut_positions().items(), ids=lambda c: c[0])
@@ -186,10 +204,14 @@ def test_remote_shards_are_no_missing_files(tmp_path: Path):
 
 @pytest.mark.parametrize(
     ("content", "match"),
-    [(None, "has no index.json; make it with: ldm-prepare"), ("{", "is no shard index.*ldm-prepare"), ("[]", "is no shard index"),
-     ('{"splits": 3}', "is no shard index")],
+    [
+        (None, "has no index.json; make it with: ldm-prepare"),
+        ("{", "is no shard index.*ldm-prepare"),
+        ("[]", "is no shard index"),
+        ('{"splits": 3}', "is no shard index"),
+    ],
     ids=["none", "no_json", "a_list", "no_splits"],
-)  # fmt: skip
+)
 def test_index_errors_name_the_command(tmp_path: Path, content: str | None, match: str):
     if content is not None:
         (tmp_path / "index.json").write_text(content)
@@ -199,7 +221,9 @@ def test_index_errors_name_the_command(tmp_path: Path, content: str | None, matc
 
 
 def test_a_missing_folder_names_the_given_remedy(tmp_path: Path):
-    with pytest.raises(FileNotFoundError, match="does not exist; make it with: ldm-prepare source=shapes out=.*/nowhere"):
+    with pytest.raises(
+        FileNotFoundError, match=r"does not exist; make it with: ldm-prepare source=shapes out=.*/nowhere"
+    ):
         read_index(tmp_path / "nowhere", "ldm-prepare source=shapes out={root}")
 
 
@@ -208,7 +232,7 @@ def test_an_unknown_split_lists_those_there_are(small: Path):
         split_index(read_index(small), "test", small)
 
 
-# -- offsets -------------------------------------------------------------------------------------------------------------
+# -- offsets ---------------------------------------------------------------------------------------------------------
 
 
 def test_offsets_are_kept_until_the_shard_changes(small: Path):

@@ -24,14 +24,19 @@ def batches(root: Path, start: int = 0, workers: int = 0, batching: Batching | N
 
 def all_same(left: list[dict], right: list[dict]) -> bool:
     return len(left) == len(right) and all(
-        a["key"] == b["key"] and a["caption"] == b["caption"] and a["replaced"] == b["replaced"] and torch.equal(a["image"], b["image"])
+        a["key"] == b["key"]
+        and a["caption"] == b["caption"]
+        and a["replaced"] == b["replaced"]
+        and torch.equal(a["image"], b["image"])
         for a, b in zip(left, right)
     )
 
 
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("corrupt", [(), (3, 4, 17, 39)], ids=["whole", "corrupt"])
-def test_any_resume_is_the_tail_of_an_undisturbed_run(write_data: Callable, tmp_path: Path, workers: int, corrupt: tuple):
+def test_any_resume_is_the_tail_of_an_undisturbed_run(
+    write_data: Callable, tmp_path: Path, workers: int, corrupt: tuple
+):
     root = write_data(tmp_path, corrupt=corrupt)
     whole = batches(root, workers=workers)
     assert len(whole) == STEPS
@@ -84,7 +89,9 @@ def test_pictures_are_those_of_the_indexed_reader(data_root: Path):
 
 
 def test_too_few_shards_are_refused(data_root: Path):
-    with pytest.raises(DataError, match="5 shards cannot feed 2 ranks x 3 workers; lower num_workers.*data.reader=indexed"):
+    with pytest.raises(
+        DataError, match=r"5 shards cannot feed 2 ranks x 3 workers; lower num_workers.*data.reader=indexed"
+    ):
         batches(data_root, workers=3, batching=Batching(4, None, 2, 0))
 
 

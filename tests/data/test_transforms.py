@@ -25,12 +25,14 @@ def npy(array: np.ndarray) -> bytes:
 RAMP = np.arange(12, dtype=np.uint8).reshape(3, 4) * 20
 
 
-# -- decoding ------------------------------------------------------------------------------------------------------------
+# -- decoding --------------------------------------------------------------------------------------------------------
 
 
 def test_colour_keeps_its_pixels():
     array = np.random.default_rng(0).integers(0, 256, (5, 7, 3), dtype=np.uint8)
-    assert torch.equal(decode_image(encoded(Image.fromarray(array)), "png", 3), torch.from_numpy(array).permute(2, 0, 1))
+    assert torch.equal(
+        decode_image(encoded(Image.fromarray(array)), "png", 3), torch.from_numpy(array).permute(2, 0, 1)
+    )
 
 
 def test_grey_becomes_three_equal_channels():
@@ -121,7 +123,7 @@ def test_label_maps_keep_their_indices():
         assert torch.equal(decode_labels(data)[0], torch.from_numpy(labels))
     wide = labels * 300
     assert torch.equal(decode_labels(encoded(Image.fromarray(wide.astype(np.uint16))))[0], torch.from_numpy(wide))
-    with pytest.raises(ValueError, match="label map.*RGB"):
+    with pytest.raises(ValueError, match=r"label map.*RGB"):
         decode_labels(encoded(Image.new("RGB", (4, 4))))
 
 
@@ -130,7 +132,7 @@ def test_unit_range():
     assert to_unit_range(torch.tensor([-1.5, 2.0])).tolist() == [-1.5, 2.0]
 
 
-# -- crop, resize, flip --------------------------------------------------------------------------------------------------
+# -- crop, resize, flip ----------------------------------------------------------------------------------------------
 
 CROPS = ["center", "random", "random_resized"]
 
@@ -141,7 +143,9 @@ def disc(height: int, width: int, radius: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("crop", CROPS)
-@pytest.mark.parametrize(("source", "target"), [((90, 160), 32), ((160, 90), 32), ((64, 64), (24, 48)), ((60, 100), (40, 20))])
+@pytest.mark.parametrize(
+    ("source", "target"), [((90, 160), 32), ((160, 90), 32), ((64, 64), (24, 48)), ((60, 100), (40, 20))]
+)
 def test_a_circle_stays_a_circle(crop: str, source: tuple[int, int], target):
     transform = ImageTransform(target, crop, scale=(0.8, 1.0))
     plan = transform.plan(*source, np.random.default_rng(0))

@@ -58,7 +58,8 @@ def test_tables_stay_float64_whatever_the_model_is_cast_to() -> None:
     schedule = NoiseSchedule().half()
     assert schedule.alphas_cumprod.dtype == torch.float64
     assert torch.equal(schedule.alphas_cumprod, NoiseSchedule().alphas_cumprod)
-    assert schedule.add_noise(torch.ones(1, 2).half(), torch.ones(1, 2).half(), torch.tensor([3])).dtype == torch.float16
+    half = torch.ones(1, 2).half()
+    assert schedule.add_noise(half, half, torch.tensor([3])).dtype == torch.float16
 
 
 @pytest.mark.parametrize("spacing", ["trailing", "leading", "linspace"])

@@ -1,4 +1,4 @@
-"""Perceptual distances: LPIPS equals torchmetrics', `tiny` ships and behaves, and a missing download says what to do."""
+"""Perceptual distances: LPIPS is torchmetrics', `tiny` ships and behaves, a missing download says what to do."""
 
 from pathlib import Path
 from urllib.error import URLError
@@ -102,9 +102,9 @@ def test_perceptual_networks_leave_autocast(network: str, request: pytest.Fixtur
     torch.testing.assert_close(inside, distance(images, targets), rtol=0, atol=0)
 
 
-def test_lpips_ignores_nothing_a_damaged_download_is_named(vgg_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_damaged_download_is_named(vgg_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TORCH_HOME", str(vgg_file.parents[2]))
-    with pytest.raises(ValueError, match="is damaged .* delete it and run again"):
+    with pytest.raises(ValueError, match=r"is damaged .* delete it and run again"):
         vgg16_weights()
 
 

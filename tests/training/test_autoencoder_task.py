@@ -1,4 +1,4 @@
-"""Stage 1 under Lightning: steps are optimiser steps, checkpoints hold what is trained, validation sums over samples."""
+"""Stage 1 under Lightning: it counts optimiser steps, checkpoints what it trains, validates over samples."""
 
 from functools import partial
 

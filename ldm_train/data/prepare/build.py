@@ -1,18 +1,16 @@
 """From a source to a folder of shards: in several processes, resumable, index last."""
 
 import hashlib
-import io
 import json
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Protocol
 
-from PIL import Image
 from tqdm import tqdm
 
+from ldm_train.data.files import IMAGE_EXTENSIONS, open_image
 from ldm_train.data.shards import INDEX, DataError, file_sha256, write_json, write_shard
-from ldm_train.data.transforms import IMAGE_EXTENSIONS
 
 ENTRIES = ".entries"
 
@@ -35,6 +33,11 @@ class Source(Protocol):
         ...
 
 
+def digest(items: object) -> str:
+    """A short hash of anything JSON-able, to tell sources apart by what they hold."""
+    return hashlib.sha256(json.dumps(items).encode()).hexdigest()[:16]
+
+
 def in_validation(key: str, fraction: float) -> bool:
     """Whether a sample belongs to validation: a function of its key alone, so that growing a folder moves nobody."""
     return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "little") < fraction * 2**64
@@ -46,15 +49,16 @@ def _write(source: Source, out: Path, split: str, number: int, chunk: range) -> 
 
     def samples():
         for i in chunk:
+            key = f"sample {i}"
             try:
                 key, fields = source.sample(split, i)
                 extension = next((e for e in IMAGE_EXTENSIONS if e in fields), None)
                 if extension and extension != "npy":
-                    with Image.open(io.BytesIO(fields[extension])) as image:
+                    with open_image(fields[extension]) as image:
                         image.load()  # a truncated file must not reach training
                         sizes.append(image.size)
             except (OSError, ValueError, SyntaxError) as error:  # PIL raises SyntaxError for broken PNGs
-                skipped.append(f"{split} sample {i}: {error}")
+                skipped.append(f"{split} {key}: {error}")
                 continue
             yield key, fields
 
@@ -65,6 +69,17 @@ def _write(source: Source, out: Path, split: str, number: int, chunk: range) -> 
         entry["image_size"] = [[min(s[k] for s in sizes) for k in (0, 1)], [max(s[k] for s in sizes) for k in (0, 1)]]
     write_json(out / ENTRIES / f"{name}.json", entry)
     return entry
+
+
+_held: list[Source] = []  # in a worker: its source, sent once and not with every shard (it may list a million files)
+
+
+def _hold(source: Source) -> None:
+    _held.append(source)
+
+
+def _write_held(*task) -> dict:
+    return _write(_held[0], *task)
 
 
 def _finished(out: Path, name: str) -> dict | None:
@@ -111,8 +126,8 @@ def build(source: Source, out: str | Path, per_shard: int = 1000, workers: int =
                 done[f"{split}-{number:06d}.tar"] = _write(source, out, split, number, chunk)
                 progress.update(len(chunk))
         else:
-            with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-                running = {pool.submit(_write, source, out, *task): task for task in todo}
+            with ProcessPoolExecutor(workers, get_context("spawn"), _hold, (source,)) as pool:
+                running = {pool.submit(_write_held, out, *task): task for task in todo}
                 for future in as_completed(running):
                     split, number, chunk = running[future]
                     done[f"{split}-{number:06d}.tar"] = future.result()
@@ -121,7 +136,10 @@ def build(source: Source, out: str | Path, per_shard: int = 1000, workers: int =
 
 
 def write_index(out: Path, shards: list[tuple[str, dict]], classes: list[str] | None) -> dict:
-    """Writes index.json from (split, entry) pairs and lists skipped samples in skipped.txt."""
+    """Writes index.json from (split, entry) pairs and lists skipped samples in skipped.txt.
+
+    Raises DataError where a split holds no sample.
+    """
     splits: dict[str, dict] = {}
     skipped, ranges = [], []
     for split, entry in shards:
@@ -140,8 +158,12 @@ def write_index(out: Path, shards: list[tuple[str, dict]], classes: list[str] | 
             "min": [min(r[0][k] for r in ranges) for k in (0, 1)],
             "max": [max(r[1][k] for r in ranges) for k in (0, 1)],
         }
+    (out / "skipped.txt").unlink(missing_ok=True)
     if skipped:
         (out / "skipped.txt").write_text("\n".join(skipped) + "\n")
         print(f"left out {len(skipped)} unreadable samples, listed in {out / 'skipped.txt'}")
+    empty = [split for split, part in splits.items() if part["count"] == 0]
+    if empty:
+        raise DataError(f"no readable sample in {' and '.join(empty)}; {out / 'skipped.txt'} lists why")
     write_json(out / INDEX, index)
     return index

@@ -1,6 +1,7 @@
 """Downloads with a progress bar, resume and checksum."""
 
 import hashlib
+import http.client
 import os
 import urllib.error
 import urllib.request
@@ -12,7 +13,7 @@ from tqdm import tqdm
 def download(url: str, path: str | Path, md5: str, timeout: float = 30.0) -> Path:
     """The file at `path`, fetched from `url` if absent; an interrupted download continues where it stopped.
 
-    Raises ConnectionError without a network, ValueError for a wrong checksum; both name the file and the remedy.
+    Raises ConnectionError without a network or when it breaks, ValueError for a wrong checksum; both name the file and the remedy.
     """
     path = Path(path)
     if path.is_file():
@@ -31,6 +32,8 @@ def download(url: str, path: str | Path, md5: str, timeout: float = 30.0) -> Pat
                 while block := response.read(1 << 20):
                     file.write(block)
                     bar.update(len(block))
+        if partial.stat().st_size < total:  # urllib takes a dropped connection for the end
+            raise ConnectionError(f"the connection broke at {partial.stat().st_size} of {total} bytes")
     except urllib.error.HTTPError as error:
         if error.code != 416:  # 416: the partial file is already whole
             raise ConnectionError(f"{url} answered {error.code}; download it by hand to {path}") from error
@@ -38,6 +41,8 @@ def download(url: str, path: str | Path, md5: str, timeout: float = 30.0) -> Pat
         raise ConnectionError(
             f"no connection to {url} ({error}); download it on another machine and pass path=<file> (md5 {md5})"
         ) from error
+    except (ConnectionError, http.client.HTTPException) as error:
+        raise ConnectionError(f"{url}: {error}; run the same command to continue") from error
     check_md5(partial, md5)
     os.replace(partial, path)
     return path

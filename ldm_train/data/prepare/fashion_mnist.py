@@ -3,6 +3,7 @@
 import gzip
 import io
 import struct
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -22,8 +23,13 @@ CLASSES = ["t-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt",
 
 def read_idx(path: Path) -> np.ndarray:
     """An IDX file of unsigned bytes, plain or gzipped. Raises ValueError if it is none or is cut short."""
-    data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-    if data[:3] != b"\0\0\x08":
+    data = path.read_bytes()
+    if path.suffix == ".gz":
+        try:
+            data = gzip.decompress(data)
+        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+            raise ValueError(f"{path} is cut short or damaged ({error}); download it again") from error
+    if data[:3] != b"\0\0\x08" or len(data) < 4 or len(data) < 4 + 4 * data[3]:
         raise ValueError(f"{path} is no IDX file of bytes; download it again")
     shape = struct.unpack(f">{data[3]}I", data[4 : 4 + 4 * data[3]])
     body = data[4 + 4 * data[3] :]

@@ -5,7 +5,9 @@ from pathlib import Path
 
 from PIL import Image, ImageOps
 
-from ldm_train.data.prepare.build import in_validation
+from ldm_train.data.files import open_image
+from ldm_train.data.prepare.build import digest, in_validation
+from ldm_train.data.shards import DataError
 
 EXTENSIONS = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}
 
@@ -13,15 +15,24 @@ EXTENSIONS = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}
 def image_bytes(path: Path, max_size: int | None) -> tuple[str, bytes]:
     """(extension, bytes) of an image file, as it is, or with its short side reduced to `max_size` pixels.
 
-    Reduced images become JPEG (quality 95) if they were, PNG otherwise.
+    Reduced images become JPEG (quality 95) if they were, PNG otherwise. Raises OSError or ValueError naming the file.
     """
     data, extension = path.read_bytes(), path.suffix.lower().lstrip(".")
     if max_size is None:
         return extension, data
-    with Image.open(io.BytesIO(data)) as image:
+    try:
+        return _reduced(data, extension, max_size)
+    except (OSError, ValueError, SyntaxError) as error:  # PIL raises SyntaxError for broken PNGs
+        raise ValueError(f"{path}: {error}") from error
+
+
+def _reduced(data: bytes, extension: str, max_size: int) -> tuple[str, bytes]:
+    with open_image(data) as image:
         if min(image.size) <= max_size:
             return extension, data
         image = ImageOps.exif_transpose(image)
+        if image.mode in ("1", "P"):  # which cannot be interpolated
+            image = image.convert("RGBA" if "transparency" in image.info else "RGB")
         factor = max_size / min(image.size)
         image = image.resize((round(image.width * factor), round(image.height * factor)), Image.Resampling.LANCZOS)
         buffer = io.BytesIO()
@@ -37,7 +48,7 @@ class ImageFolder:
     and val (or validation, test) are splits. val_fraction: of the images, where there is no validation folder.
     max_size: reduce the short side to so many pixels.
 
-    Raises FileNotFoundError where there is no folder or no image.
+    Raises FileNotFoundError where there is no folder or no image, DataError where two files would get one key.
     """
 
     def __init__(self, path: str, val_fraction: float = 0.05, max_size: int | None = None):
@@ -50,7 +61,8 @@ class ImageFolder:
                 folders["val"] = root / name
                 break
         if not (folders["train"].is_dir() and "val" in folders):
-            folders = {"all": root}
+            only_train = [p.name for p in root.iterdir() if not p.name.startswith(".")] == ["train"]
+            folders = {"all": folders["train"] if only_train else root}
         files = {
             split: sorted(p for p in folder.rglob("*") if p.suffix.lower() in EXTENSIONS and not p.name.startswith("."))
             for split, folder in folders.items()
@@ -70,8 +82,13 @@ class ImageFolder:
                 label = self.classes.index(relative.parts[0]) if self.classes else None
                 target = split if split != "all" else ("val" if in_validation(key, val_fraction) else "train")
                 self.items[target].append((key, p, label))
+        files_by_key: dict[str, Path] = {}
+        for key, p, _ in (item for items in self.items.values() for item in items):
+            if files_by_key.setdefault(key, p) != p:
+                raise DataError(f"{files_by_key[key]} and {p} would both get the key {key}; rename one of them")
+        listing = [[key, p.stat().st_size] for items in self.items.values() for key, p, _ in items]
         self.identity = {"source": "image_folder", "val_fraction": val_fraction, "max_size": max_size,
-                         "classes": self.classes}
+                         "classes": self.classes, "files": digest(listing)}
 
     def splits(self) -> dict[str, int]:
         return {split: len(items) for split, items in self.items.items()}

@@ -37,15 +37,23 @@ class _Counting(io.RawIOBase):
 def _remote_entry(url: str) -> dict:
     from webdataset import gopen  # only remote shards need it
 
-    stream, keys, fields = _Counting(gopen(url, "rb")), set(), Counter()
-    with tarfile.open(fileobj=stream, mode="r|") as tar:
-        for member in tar:
-            if member.isfile():
-                stem, _, extension = member.name.rpartition("/")[2].partition(".")
-                keys.add(stem)
-                fields[extension] += 1
-    while stream.read(1 << 20):
-        pass
+    keys, fields = set(), Counter()
+    try:
+        stream = _Counting(gopen(url, "rb"))
+        with tarfile.open(fileobj=stream, mode="r|") as tar:
+            for member in tar:
+                if member.isfile():
+                    folder, _, name = member.name.rpartition("/")
+                    stem, _, extension = name.partition(".")
+                    keys.add((folder, stem))
+                    fields[extension] += 1
+            whole = tar.offset + 512 <= tar.fileobj.tell()  # the end-of-archive marker was read
+        while stream.read(1 << 20):
+            pass
+    except (tarfile.ReadError, OSError) as error:
+        raise DataError(f"{url} is truncated, no tar, or not there ({error})") from error
+    if not whole:
+        raise DataError(f"{url} is truncated (no end-of-archive marker)")
     return {"file": url, "count": len(keys), "bytes": stream.size, "sha256": stream.digest.hexdigest(), "fields": dict(fields)}
 
 

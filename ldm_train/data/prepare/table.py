@@ -4,9 +4,16 @@ import csv
 import json
 from pathlib import Path
 
-from ldm_train.data.prepare.build import in_validation
+from ldm_train.data.prepare.build import digest, in_validation
 from ldm_train.data.prepare.image_folder import image_bytes
 from ldm_train.data.shards import DataError
+
+
+def _parsed(line: str, path: str, number: int) -> dict:
+    try:
+        return json.loads(line)
+    except json.JSONDecodeError as error:
+        raise DataError(f"{path}, line {number}: no JSON ({error})") from error
 
 
 class Table:
@@ -33,26 +40,30 @@ class Table:
         self.folder, self.max_size = Path(images) if images else table.parent, max_size
         with open(table, newline="", encoding="utf-8") as file:
             if table.suffix == ".jsonl":
-                rows = [json.loads(line) for line in file if line.strip()]
+                rows = [(n, _parsed(line, path, n)) for n, line in enumerate(file, start=1) if line.strip()]
             else:
-                rows = list(csv.DictReader(file, delimiter="\t" if table.suffix == ".tsv" else ","))
+                reader = csv.DictReader(file, delimiter="\t" if table.suffix == ".tsv" else ",")
+                rows = [(reader.line_num, row) for row in reader]
         if not rows:
             raise DataError(f"{path} has no rows")
         wanted = [c for c in (image_column, caption_column, class_column, split_column) if c]
-        missing = [c for c in wanted if c not in rows[0]]
+        first = rows[0][1]
+        missing = [c for c in wanted if c not in first]
         if missing:
             raise DataError(
-                f"{path} has the columns {', '.join(rows[0])}, not {', '.join(missing)}; set source.image_column, "
+                f"{path} has the columns {', '.join(first)}, not {', '.join(missing)}; set source.image_column, "
                 "source.caption_column, source.class_column (null for none)"
             )
-        names = sorted({str(r[class_column]) for r in rows}) if class_column else None
+        needed = [c for c in (image_column, class_column, split_column) if c]
+        for line, row in rows:
+            if absent := [c for c in needed if row.get(c) in (None, "")]:
+                raise DataError(f"{path}, line {line}: no {' and no '.join(absent)}")
+        names = sorted({str(r[class_column]) for _, r in rows}) if class_column else None
         self.classes = names
         grouped: dict[str, dict] = {}
-        for line, row in enumerate(rows, start=2):
-            if not row[image_column]:
-                raise DataError(f"{path}, line {line}: no image")
+        for _, row in rows:
             item = grouped.setdefault(row[image_column], {"captions": [], "split": None, "label": None})
-            if caption_column and row[caption_column]:
+            if caption_column and row.get(caption_column):
                 item["captions"].append(str(row[caption_column]).strip())
             if class_column:
                 item["label"] = names.index(str(row[class_column]))
@@ -65,7 +76,8 @@ class Table:
             key = name.replace("/", "_").replace(".", "_")
             split = item["split"] or ("val" if in_validation(key, val_fraction) else "train")
             self.items[split].append((key, name, item))
-        self.identity = {"source": "table", "columns": wanted, "val_fraction": val_fraction, "max_size": max_size}
+        self.identity = {"source": "table", "columns": wanted, "val_fraction": val_fraction, "max_size": max_size,
+                         "rows": digest(self.items)}
 
     def splits(self) -> dict[str, int]:
         return {split: len(items) for split, items in self.items.items()}

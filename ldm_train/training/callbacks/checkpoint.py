@@ -11,6 +11,7 @@ import torch.distributed as dist
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 
 from ldm_train.data.shards import write_atomically
+from ldm_train.training.stages import Interrupted
 from ldm_train.training.task import Task
 
 
@@ -19,14 +20,6 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
         write_atomically(path, lambda file: torch.save(checkpoint, file))
-
-
-class Interrupted(Exception):
-    """Training stopped on a signal after saving; the same command continues it."""
-
-    def __init__(self, number: int, step: int):
-        super().__init__(f"stopped by {signal.Signals(number).name} after step {step}; run the same command to continue")
-        self.number = number
 
 
 class Checkpoints(L.Callback):

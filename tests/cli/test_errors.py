@@ -1,0 +1,218 @@
+"""What a user gets wrong is answered with one sentence to act on, before any work is done."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from ldm_train.cli import prepare, train
+from ldm_train.cli.common import TRACEBACK, run_command, suggestions
+
+ROOT = Path(__file__).parents[2]
+Command = Callable[..., str]
+
+
+@pytest.fixture
+def fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture) -> Command:
+    """fails("train", override, ...) -> the message with which the command leaves."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
+    monkeypatch.setenv(TRACEBACK, "0")
+
+    def run(name: str, *arguments: str) -> str:
+        # Hydra finds its config by the function's module, so the function itself is called, as main() does.
+        monkeypatch.setattr(sys, "argv", [f"{name}.py", *arguments])
+        with pytest.raises(SystemExit) as caught:
+            run_command({"train": train.train, "prepare": prepare.prepare}[name], name)
+        assert caught.value.code == 1
+        message = capfd.readouterr().err
+        assert "Traceback" not in message
+        return message.partition("\nerror: ")[2]
+
+    return run
+
+
+# A run that could start within seconds, if the arguments after it were right.
+SMALL = (
+    "logger=csv",
+    "progress=false",
+    "data.source.count=16",
+    "data.source.val_count=4",
+    "autoencoder.max_steps=1",
+    "autoencoder.batch_size=4",
+    "autoencoder.val_images=4",
+    "stages=[autoencoder]",
+)
+
+
+# -- the command line ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("override", "meant"),
+    [
+        ("autoencoder.max_step=3", "did you mean autoencoder.max_steps"),
+        ("experiment=quickstrat", "did you mean quickstart?"),
+        ("autoencoder/network=kl_f4_tny", "did you mean kl_f4_tiny"),
+        ("lr=1e-3", "did you mean autoencoder.lr or diffusion.lr"),
+        ("data.imagesize=64", "did you mean data.image_size"),
+        ("dats=shapes", "did you mean data"),
+    ],
+)
+def test_misspelt_options_are_met_with_what_was_meant(fails: Command, tmp_path: Path, override: str, meant: str):
+    assert meant in fails("train", override)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_known_options_get_no_suggestions():
+    assert (
+        suggestions("train", ["autoencoder.lr=1", "experiment=quickstart", "data=cifar10", "diffusion/unet=tiny"]) == ""
+    )
+
+
+@pytest.mark.parametrize(
+    ("override", "sentence"),
+    [
+        ("autoencoder.lr=abc", "autoencoder.lr='abc' is no number"),
+        ("diffusion.max_steps=2.5", "diffusion.max_steps=2.5 is no whole number"),
+        ("diffusion.batch_size=0", "diffusion.batch_size=0 is below 1"),
+        ("autoencoder.max_steps=true", "autoencoder.max_steps=True is no number"),
+        ("accelerator=tpu", "accelerator is auto, cpu or gpu, not 'tpu'"),
+        ("precision=16", "precision is one of 32, bf16-mixed, 16-mixed, not 16"),
+        ("stages=[unet]", "unknown stages ['unet']; choose from autoencoder"),
+    ],
+)
+def test_impossible_values_are_named(fails: Command, tmp_path: Path, override: str, sentence: str):
+    assert sentence in fails("train", *SMALL, f"data_dir={tmp_path}", override)
+
+
+def test_half_precision_on_a_cpu_is_refused(fails: Command):
+    assert "precision=16-mixed needs a GPU; use precision=32 on a CPU" in fails(
+        "train", "accelerator=cpu", "precision=16-mixed"
+    )
+
+
+def test_a_sweep_over_several_devices_is_refused(fails: Command):
+    assert "devices>1 and -m do not go together" in fails("train", "-m", "devices=2", "seed=0,1")
+
+
+# -- data ------------------------------------------------------------------------------------------------------------
+
+
+def test_missing_data_names_the_command_that_makes_them(fails: Command, tmp_path: Path):
+    message = fails("train", "experiment=cifar10_f4", "logger=csv", f"data_dir={tmp_path}")
+    root = tmp_path / "cifar10"
+    assert f"data folder {root} does not exist; make it with: ldm-prepare source=cifar10 out={root}" in message
+
+
+def test_a_size_that_the_autoencoder_cannot_halve_is_refused(fails: Command, tmp_path: Path):
+    message = fails("train", *SMALL, f"data_dir={tmp_path}", "data.image_size=30")
+    assert "data.image_size 30x30 is not divisible by the autoencoder's downsample_factor 4; use 28x28" in message
+    assert not (tmp_path / "runs" / "quickstart" / "autoencoder").exists()
+
+
+def test_a_batch_that_cannot_be_split_is_refused(fails: Command, tmp_path: Path):
+    message = fails("train", *SMALL, f"data_dir={tmp_path}", "autoencoder.micro_batch_size=3")
+    assert "batch_size 4 does not split over 1 devices with micro_batch_size 3" in message
+
+
+def test_preparing_says_what_is_missing(fails: Command, tmp_path: Path):
+    assert "say where the shards shall go: out=<folder>" in fails("prepare", "source=shapes")
+    message = fails("prepare", "source=image_folder", f"path={tmp_path}/none", f"out={tmp_path}/out")
+    assert message == f"path={tmp_path}/none is no folder; give a folder of images\n"
+    assert "did you mean image_folder" in fails("prepare", "source=image_foldr", "path=x", "out=y")
+    assert "columns" in fails("prepare", "source=csv", f"path={_table(tmp_path)}", f"out={tmp_path}/out")
+    assert not (tmp_path / "out").exists()
+
+
+def _table(folder: Path) -> Path:
+    (folder / "table.csv").write_text("file,text\na.png,a\n")
+    return folder / "table.csv"
+
+
+# -- weights and runs ------------------------------------------------------------------------------------------------
+
+
+def test_missing_vgg_weights_name_the_way_without_a_download(
+    fails: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "hub"))
+    for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")  # nobody answers there
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    message = fails("train", *SMALL, f"data_dir={tmp_path}", "autoencoder/loss/perceptual=lpips_vgg")
+    assert message.startswith(f"no VGG16 weights at {tmp_path}/hub/hub/checkpoints/vgg16")
+    assert "autoencoder/loss/perceptual=tiny" in message
+    assert "autoencoder.loss.perceptual.weights=<file>" in message
+
+
+def test_an_existing_run_is_neither_reused_nor_overwritten(
+    fails: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    arguments = ["train.py", *SMALL, f"data_dir={tmp_path}", "name=mine"]
+    monkeypatch.setattr(sys, "argv", arguments)
+    run_command(train.train, "train")
+    run = tmp_path / "runs" / "mine"
+    before = (run / "autoencoder" / "model" / "metadata.json").read_bytes()
+    message = fails("train", *arguments[1:], "autoencoder.lr=7e-3", "data.flip=true")
+    assert "autoencoder.lr: 0.002 -> 0.007" in message
+    assert "data.flip: False -> True" in message
+    assert "name=<new>" in message
+    assert "restart=autoencoder" in message
+    assert (run / "autoencoder" / "model" / "metadata.json").read_bytes() == before
+    monkeypatch.setattr(sys, "argv", [*arguments, "autoencoder.lr=7e-3", "restart=autoencoder"])
+    run_command(train.train, "train")
+    assert (run / "autoencoder" / "model" / "metadata.json").read_bytes() != before
+    assert [(p / "model" / "metadata.json").read_bytes() for p in (run / ".replaced").iterdir()] == [before]
+
+
+def test_a_later_stage_alone_says_what_it_needs(fails: Command, tmp_path: Path):
+    message = fails("train", *SMALL[:-1], f"data_dir={tmp_path}", "stages=[diffusion]")
+    assert "has no finished stage 'latents' yet; run it first: stages=[autoencoder,latents]" in message
+
+
+def test_an_autoencoder_that_is_not_there_is_named(fails: Command, tmp_path: Path):
+    message = fails("train", *SMALL, f"data_dir={tmp_path}", "autoencoder.pretrained=nowhere")
+    assert "autoencoder.pretrained=nowhere is no run with a finished autoencoder" in message
+    assert "runs/nowhere/autoencoder/model" in message
+
+
+# -- as a user starts them -------------------------------------------------------------------------------------------
+
+
+def test_the_commands_leave_with_one_message(tmp_path: Path):
+    environment = {k: v for k, v in os.environ.items() if k not in ("HYDRA_FULL_ERROR", TRACEBACK)} | {
+        "PYTHONPATH": str(ROOT)
+    }
+    lines = {
+        (str(ROOT / "train.py"), "autoencoder.max_step=3"): "did you mean autoencoder.max_steps",
+        ("-m", "ldm_train.cli.prepare", "source=shapes"): "say where the shards shall go: out=<folder>",
+    }
+    running = {
+        command: subprocess.Popen(
+            [sys.executable, *command], cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True
+        )
+        for command in lines
+    }
+    for command, sentence in lines.items():
+        message = running[command].communicate()[1]
+        assert running[command].returncode == 1
+        assert sentence in message
+        assert "Traceback" not in message
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_tracebacks_are_there_for_those_who_ask(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
+    monkeypatch.delenv(TRACEBACK, raising=False)
+    monkeypatch.setattr(sys, "argv", ["prepare.py", "source=shapes"])
+    try:
+        with pytest.raises(ValueError, match="out=<folder>"):
+            run_command(prepare.prepare, "prepare")
+        assert os.environ[TRACEBACK] == "1"  # also in the processes that torchrun starts
+    finally:
+        os.environ.pop(TRACEBACK, None)

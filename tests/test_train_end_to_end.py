@@ -1,0 +1,168 @@
+"""The chain as a user meets it: everything made, skipped the second time, refused when changed, continued when longer."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from PIL import Image
+
+from ldm_train import images as pictures
+from ldm_train.checkpoints.native import load_model
+from ldm_train.cli import build
+from ldm_train.cli.chain import Chain
+from ldm_train.cli.common import config_folder
+from ldm_train.cli.sample import sample
+from ldm_train.training.stages import Refused, read_note, set_aside
+
+ROOT = Path(__file__).parents[1]
+SMALL = [
+    "logger=csv",
+    "progress=false",
+    "accelerator=cpu",
+    "data.source.count=64",
+    "data.source.val_count=16",
+    "autoencoder.max_steps=6",
+    "autoencoder.batch_size=8",
+    "autoencoder.loss.disc_start=3",
+    "autoencoder.val_every=3",
+    "autoencoder.checkpoint_every=2",
+    "diffusion.max_steps=6",
+    "diffusion.batch_size=8",
+    "diffusion.val_every=3",
+    "diffusion.checkpoint_every=2",
+    "diffusion.samples=4",
+    "diffusion.unet.channels=32",
+    "sampling.num_inference_steps=2",
+    "evaluation.images=8",
+    "evaluation.obedience.captions=4",
+    "evaluation.obedience.held_out=2",
+    "evaluation.obedience.seeds=2",
+]
+
+
+def chain(folder: Path, *overrides: str) -> Chain:
+    with initialize_config_dir(str(config_folder()), version_base="1.3"):
+        config = compose("train", [*SMALL, "name=run", f"runs_dir={folder}", f"data_dir={folder}/data", *overrides])
+    build.ensure_data(config.data)
+    (folder / "run").mkdir(exist_ok=True)
+    return Chain(config, folder / "run", build.machine_of(config, 1, 0, 0))
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("chain")
+    chain(folder).run()
+    return folder
+
+
+@pytest.mark.chain
+def test_a_run_leaves_everything_the_design_names(finished: Path):
+    run = finished / "run"
+    for name in (
+        "config.yaml",
+        "autoencoder/checkpoints/last.ckpt",
+        "autoencoder/checkpoints/best.ckpt",
+        "autoencoder/model/model.safetensors",
+        "autoencoder/metrics.csv",
+        "autoencoder/images/reconstructions_0000006.png",
+        "latents/index.json",
+        "latents/statistics.json",
+        "diffusion/images/samples_0000006.png",
+        "diffusion/model/config.yaml",
+        "evaluation/metrics.json",
+        "evaluation/samples.png",
+        "export/metadata.json",
+    ):
+        assert (run / name).is_file(), name
+    metrics = json.loads((run / "evaluation" / "metrics.json").read_text())
+    assert metrics["samples"]["fid_tiny"]["n"] == 8
+    assert 0 <= metrics["obedience"]["trained"]["all"] <= metrics["obedience"]["trained"]["mean"] <= 1
+    model = load_model(run / "export")
+    statistics = json.loads((run / "latents" / "statistics.json").read_text())
+    torch.testing.assert_close(model.first_stage.scale.flatten()[0].item(), statistics["scale_factor"])
+
+
+@pytest.mark.chain
+def test_the_same_line_again_skips_every_stage(finished: Path):
+    before = {p: p.stat().st_mtime_ns for p in (finished / "run").rglob("*.safetensors")}
+    chain(finished).run()
+    assert before == {p: p.stat().st_mtime_ns for p in (finished / "run").rglob("*.safetensors")}
+
+
+@pytest.mark.chain
+def test_a_changed_option_is_refused_by_name_and_restart_starts_that_stage_anew(finished: Path):
+    with pytest.raises(Refused, match=r"diffusion\.lr: 0\.001 -> 0\.002.*name=<new>.*restart=diffusion"):
+        chain(finished, "diffusion.lr=0.002").run()
+    set_aside(finished / "run", "evaluation")
+    chain(finished).run()
+    assert read_note(finished / "run" / "evaluation")["finished"]
+    assert list((finished / "run" / ".replaced").glob("evaluation-*"))
+
+
+@pytest.mark.chain
+def test_more_steps_continue_the_autoencoder_and_later_stages_ask_to_be_made_anew(tmp_path: Path):
+    chain(tmp_path).run()
+    with pytest.raises(Refused, match="autoencoder_weights"):
+        chain(tmp_path, "autoencoder.max_steps=9").run()
+    checkpoint = torch.load(tmp_path / "run/autoencoder/checkpoints/last.ckpt", weights_only=True)
+    assert checkpoint["global_step"] == 9
+    chain(tmp_path, "autoencoder.max_steps=9", "restart=latents").run()
+    assert read_note(tmp_path / "run" / "export")["finished"]
+
+
+@pytest.mark.chain
+def test_a_pretrained_autoencoder_takes_the_place_of_stage_one(finished: Path, tmp_path: Path):
+    made = chain(tmp_path, f"autoencoder.pretrained={finished}/run", "stages=[autoencoder,latents,diffusion]")
+    made.run()
+    ours, theirs = (load_model(f / "run/autoencoder/model").state_dict() for f in (tmp_path, finished))
+    assert all(torch.equal(ours[k], theirs[k]) for k in ours)
+    assert not (tmp_path / "run/autoencoder/checkpoints").exists()
+
+
+@pytest.mark.chain
+def test_samples_carry_their_recipe_and_repeat(finished: Path, tmp_path: Path):
+    def draw(out: Path, batch_size: int) -> list[Path]:
+        with initialize_config_dir(str(config_folder()), version_base="1.3"):
+            overrides = [f"run={finished}/run", "prompts=a red circle in the center", "n=3", f"out={out}"]
+            return sample(compose("sample", [*overrides, "num_inference_steps=2", f"batch_size={batch_size}"]))
+
+    together, alone = draw(tmp_path / "a", 3), draw(tmp_path / "b", 1)
+    assert len(together) == 3
+    assert pictures.read_recipe(together[1])["seed"] == 1
+    assert pictures.read_recipe(together[1])["condition"] == "a red circle in the center"
+    for a, b in zip(together, alone):
+        with Image.open(a) as left, Image.open(b) as right:
+            difference = torch.tensor(list(left.tobytes())).sub(torch.tensor(list(right.tobytes()))).abs().max()
+        assert difference <= 1  # the same noise; batched arithmetic may round one grey level apart
+    assert (tmp_path / "a" / "grid.png").is_file()
+
+
+@pytest.mark.chain
+def test_sigterm_saves_and_the_same_line_continues(tmp_path: Path):
+    command = [
+        sys.executable, str(ROOT / "train.py"), *SMALL, "name=run", f"runs_dir={tmp_path}", f"data_dir={tmp_path}/data",
+        f"trace={tmp_path}/trace", "stages=[autoencoder]", "autoencoder.max_steps=400", "autoencoder.checkpoint_every=1000",
+        "autoencoder.val_every=1000",
+    ]  # fmt: skip
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=tmp_path,
+                               env=os.environ | {"OMP_NUM_THREADS": "1"})
+    trace = tmp_path / "trace"
+    while not (trace.is_file() and len(trace.read_text().splitlines()) >= 5):
+        assert process.poll() is None, process.stdout.read()
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM, output
+    assert "run the same command to continue" in output
+    done = torch.load(tmp_path / "run/autoencoder/checkpoints/last.ckpt", weights_only=True)["global_step"]
+    assert 5 <= done < 400
+    made = chain(tmp_path, "stages=[autoencoder]", f"autoencoder.max_steps={done + 2}")
+    made.run()
+    assert torch.load(tmp_path / "run/autoencoder/checkpoints/last.ckpt", weights_only=True)["global_step"] == done + 2

@@ -1,0 +1,68 @@
+"""metrics.csv survives a resume: cut at the checkpoint, then continued as if nothing had happened."""
+
+import csv
+from pathlib import Path
+
+from ldm_train.training.loggers import MetricsCSV
+
+
+def table(path: Path) -> list[dict[str, str]]:
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def log(logger: MetricsCSV, first: int, last: int) -> None:
+    for step in range(first, last + 1):
+        logger.log_metrics({"train/loss": 1 / step, "epoch": 0}, step)
+        if step % 4 == 0:
+            logger.log_metrics({"val/loss": 2 / step}, step)
+
+
+def test_one_row_per_step_without_lightnings_epoch(tmp_path: Path):
+    log(MetricsCSV(tmp_path / "new" / "metrics.csv"), 1, 9)
+    rows = table(tmp_path / "new" / "metrics.csv")
+    assert [int(r["step"]) for r in rows] == list(range(1, 10))
+    assert set(rows[0]) == {"step", "train/loss", "val/loss"}
+    assert (rows[3]["train/loss"], rows[3]["val/loss"]) == ("0.25", "0.5")
+    assert rows[4]["val/loss"] == ""
+
+
+def test_a_killed_and_resumed_log_equals_an_undisturbed_one(tmp_path: Path):
+    log(MetricsCSV(tmp_path / "calm.csv"), 1, 14)
+    log(MetricsCSV(tmp_path / "killed.csv"), 1, 9)  # the last checkpoint was at 6
+    log(MetricsCSV(tmp_path / "killed.csv", start=6), 7, 11)
+    log(MetricsCSV(tmp_path / "killed.csv", start=8), 9, 14)
+    assert (tmp_path / "killed.csv").read_text() == (tmp_path / "calm.csv").read_text()
+
+
+def test_a_run_from_the_start_replaces_the_file(tmp_path: Path):
+    log(MetricsCSV(tmp_path / "metrics.csv"), 1, 9)
+    log(MetricsCSV(tmp_path / "metrics.csv", start=0), 1, 2)
+    assert [r["step"] for r in table(tmp_path / "metrics.csv")] == ["1", "2"]
+
+
+def test_new_columns_may_come_later(tmp_path: Path):
+    logger = MetricsCSV(tmp_path / "metrics.csv")
+    logger.log_metrics({"b": 1}, 1)
+    logger.log_metrics({"c": 2, "a": 3}, 2)
+    logger.log_metrics({"b": 4}, 3)
+    assert (tmp_path / "metrics.csv").read_text().splitlines() == ["step,b,a,c", "1,1,,", "2,,3,2", "3,4,,"]
+    resumed = MetricsCSV(tmp_path / "metrics.csv", start=2)
+    resumed.log_metrics({"d": 5}, 3)
+    assert [r.get("d") for r in table(tmp_path / "metrics.csv")] == ["", "", "5"]
+
+
+def test_rows_are_appended_not_rewritten(tmp_path: Path):
+    logger = MetricsCSV(tmp_path / "metrics.csv")
+    logger.log_metrics({"a": 1}, 1)
+    before = (tmp_path / "metrics.csv").stat().st_ino
+    logger.log_metrics({"a": 2}, 2)
+    assert (tmp_path / "metrics.csv").stat().st_ino == before
+    assert list(tmp_path.iterdir()) == [tmp_path / "metrics.csv"]
+
+
+def test_every_row_is_on_disk_at_once(tmp_path: Path):
+    logger = MetricsCSV(tmp_path / "metrics.csv")
+    for step in range(1, 5):
+        logger.log_metrics({"a": step}, step)
+        assert table(tmp_path / "metrics.csv")[-1] == {"step": str(step), "a": str(step)}

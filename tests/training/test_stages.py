@@ -1,0 +1,176 @@
+"""The chain skips, resumes, runs or refuses each stage, and nothing is reused or overwritten in silence."""
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ldm_train.training.stages import (
+    Refused,
+    Stage,
+    advance,
+    check_stages,
+    decide,
+    differences,
+    read_note,
+    result_of,
+    run_lock,
+    set_aside,
+)
+
+KEY = {"autoencoder": {"lr": 1e-3, "loss": {"disc_start": 8, "betas": [0.5, 0.9]}}, "seed": 0}
+
+
+class Work:
+    """A stage that notes its calls and fails when told to."""
+
+    def __init__(self, fails: bool = False):
+        self.calls, self.fails = 0, fails
+
+    def __call__(self, folder: Path) -> dict[str, Any]:
+        self.calls += 1
+        assert folder.is_dir()
+        if self.fails:
+            raise RuntimeError("interrupted")
+        return {"sha256": "abc"}
+
+
+def stage(work: Work, steps: int = 10, name: str = "autoencoder", **changes: Any) -> Stage:
+    return Stage(name, lambda: KEY | changes, work, steps)
+
+
+def test_a_new_stage_runs_and_a_finished_one_is_skipped(tmp_path: Path):
+    work = Work()
+    assert [advance(stage(work), tmp_path, {}, True) for _ in range(3)] == ["run", "skip", "skip"]
+    assert work.calls == 1
+    assert result_of(tmp_path, "autoencoder") == {"sha256": "abc"}
+    assert read_note(tmp_path / "autoencoder") == {
+        "key": KEY,
+        "finished": True,
+        "steps": 10,
+        "result": {"sha256": "abc"},
+    }
+
+
+def test_an_interrupted_stage_resumes(tmp_path: Path):
+    with pytest.raises(RuntimeError, match="interrupted"):
+        advance(stage(Work(fails=True)), tmp_path, {}, True)
+    with pytest.raises(Refused, match=r"no finished stage 'autoencoder' yet; run it first: stages=\[autoencoder\]"):
+        result_of(tmp_path, "autoencoder")
+    assert advance(stage(Work()), tmp_path, {}, True) == "resume"
+    assert decide(stage(Work()), tmp_path, {}) == "skip"
+
+
+def test_more_steps_continue_and_fewer_do_not(tmp_path: Path):
+    advance(stage(Work()), tmp_path, {}, True)
+    assert decide(stage(Work(), steps=5), tmp_path, {}) == "skip"
+    assert advance(stage(Work(), steps=20), tmp_path, {}, True) == "resume"
+    assert decide(stage(Work(), steps=20), tmp_path, {}) == "skip"
+
+
+def test_other_settings_are_refused_by_name(tmp_path: Path):
+    advance(stage(Work()), tmp_path, {}, True)
+    work = Work()
+    with pytest.raises(Refused) as caught:
+        advance(
+            stage(work, seed=1, autoencoder={"lr": 2e-3, "loss": {"disc_start": 8, "betas": [0.5, 0.9]}}),
+            tmp_path,
+            {},
+            True,
+        )
+    message = str(caught.value)
+    assert "autoencoder.lr: 0.001 -> 0.002" in message
+    assert "seed: 0 -> 1" in message
+    assert "disc_start" not in message
+    assert "name=<new>" in message
+    assert "restart=autoencoder" in message
+    assert work.calls == 0
+    assert decide(stage(Work()), tmp_path, {}) == "skip"  # the refusal changed nothing
+
+
+def test_an_unfinished_stage_is_not_resumed_with_other_settings(tmp_path: Path):
+    with pytest.raises(RuntimeError):
+        advance(stage(Work(fails=True)), tmp_path, {}, True)
+    with pytest.raises(Refused, match="seed: 0 -> 1"):
+        decide(stage(Work(), seed=1), tmp_path, {})
+
+
+def test_an_absent_option_equals_its_default():
+    defaults = {"autoencoder": {"clip_norm": None, "compile": False, "loss": {"ramp": 0}}}
+    old = {"autoencoder": {"lr": 1e-3}}
+    new = {"autoencoder": {"lr": 1e-3, "compile": False, "clip_norm": None, "loss": {"ramp": 0}}}
+    assert differences(old, new, defaults) == differences(new, old, defaults) == []
+    new["autoencoder"]["loss"]["ramp"] = 5
+    assert differences(old, new, defaults) == ["autoencoder.loss.ramp: 0 -> 5"]
+    assert differences({}, {"data": {"crop": "center"}}, defaults) == ["data.crop: None -> center"]
+
+
+def test_lists_are_values():
+    assert differences({"a": [1, 2]}, {"a": [1, 2]}, {}) == []
+    assert differences({"a": [1, 2]}, {"a": [2, 1]}, {}) == ["a: [1, 2] -> [2, 1]"]
+
+
+def test_tuples_and_lists_are_one_after_a_restart(tmp_path: Path):
+    advance(Stage("export", lambda: {"size": (32, 32)}, Work()), tmp_path, {}, True)
+    assert decide(Stage("export", lambda: {"size": [32, 32]}, Work()), tmp_path, {}) == "skip"
+
+
+def test_only_the_writer_writes(tmp_path: Path):
+    (tmp_path / "autoencoder").mkdir()
+    work = Work()
+    assert advance(stage(work), tmp_path, {}, writer=False) == "run"
+    assert work.calls == 1
+    assert list((tmp_path / "autoencoder").iterdir()) == []
+
+
+def test_a_restart_sets_the_stage_and_later_ones_aside(tmp_path: Path):
+    for name in ("autoencoder", "latents", "diffusion"):
+        advance(stage(Work(), name=name), tmp_path, {}, True)
+        (tmp_path / name / "made").write_text(name)
+    set_aside(tmp_path, "latents")
+    assert (tmp_path / "autoencoder" / "made").is_file()
+    assert not (tmp_path / "latents").exists()
+    assert not (tmp_path / "diffusion").exists()
+    kept = sorted((tmp_path / ".replaced").iterdir())
+    assert [p.name.split("-")[0] for p in kept] == ["diffusion", "latents"]
+    assert [(p / "made").read_text() for p in kept] == ["diffusion", "latents"]
+    assert decide(stage(Work(), name="latents", seed=1), tmp_path, {}) == "run"
+
+
+def test_two_restarts_in_one_second_keep_both(tmp_path: Path):
+    for text in ("first", "second"):
+        advance(stage(Work(), name="export"), tmp_path, {}, True)
+        (tmp_path / "export" / "made").write_text(text)
+        set_aside(tmp_path, "export")
+    assert sorted(p.read_text() for p in (tmp_path / ".replaced").glob("*/made")) == ["first", "second"]
+
+
+def test_one_process_at_a_time_works_in_a_run(tmp_path: Path):
+    code = (
+        "import sys; from pathlib import Path; from ldm_train.training.stages import Refused, run_lock\n"
+        f"try:\n    with run_lock(Path({str(tmp_path)!r})): print('inside')\nexcept Refused as error: print(error)"
+    )
+
+    def other() -> str:
+        return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+
+    with run_lock(tmp_path):
+        assert "another process is working in" in other()
+        with pytest.raises(Refused, match="wait for it, or choose name=<new>"), run_lock(tmp_path):
+            pass
+    assert other() == "inside\n"
+
+
+def test_stages_run_in_their_own_order():
+    assert check_stages(["export", "diffusion"]) == ["diffusion", "export"]
+    with pytest.raises(ValueError, match=r"unknown stages \['unet'\]; choose from .*autoencoder, latents, diffusion"):
+        check_stages(["unet"])
+
+
+def test_a_missing_upstream_stage_names_the_command(tmp_path: Path):
+    with pytest.raises(
+        Refused, match=r"run it first: stages=\[autoencoder,latents\]|run it first: stages=\[.*latents\]"
+    ):
+        result_of(tmp_path, "latents")
