@@ -49,7 +49,9 @@ class LatentDiffusion(nn.Module):
             ("vector_dim", unet.vector_dim, None if vector is None else vector.shape[1]),
         ):
             if (width or None) != got:
-                raise ValueError(f"diffusion.unet.{name} is {width}, the conditioners {list(self.conditioners)} give {got}")
+                raise ValueError(
+                    f"diffusion.unet.{name} is {width}, the conditioners {list(self.conditioners)} give {got}"
+                )
 
     @property
     def device(self) -> torch.device:
@@ -70,7 +72,9 @@ class LatentDiffusion(nn.Module):
         moments = batch["moments"] if "moments" in batch else self.first_stage.encode_moments(batch["image"])
         return self.first_stage.latents(moments.to(self.device), generator)
 
-    def condition(self, batch: Mapping[str, Any], drop: Mapping[str, torch.Tensor] | None = None) -> dict[str, torch.Tensor]:
+    def condition(
+        self, batch: Mapping[str, Any], drop: Mapping[str, torch.Tensor] | None = None
+    ) -> dict[str, torch.Tensor]:
         """The U-Net's inputs for a batch. drop: per conditioner (B,) bool; a conditioner whose field the batch lacks
         is null."""
         count = len(next(iter(batch.values()))) if batch else 1
@@ -90,9 +94,7 @@ class LatentDiffusion(nn.Module):
     def null_condition(self, count: int) -> dict[str, torch.Tensor]:
         return merge([c.null(count) for c in self.conditioners.values()])
 
-    def network(
-        self, x_t: torch.Tensor, timesteps: torch.Tensor, condition: dict[str, torch.Tensor]
-    ) -> torch.Tensor:
+    def network(self, x_t: torch.Tensor, timesteps: torch.Tensor, condition: dict[str, torch.Tensor]) -> torch.Tensor:
         """The U-Net under a condition: (B, C, h, w), (B,) -> (B, C, h, w)."""
         return self.unet(x_t, timesteps, **condition)
 

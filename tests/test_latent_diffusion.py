@@ -93,9 +93,7 @@ def test_guidance_pulls_away_from_the_null_condition() -> None:
     model = class_and_text()
     for p in model.unet.parameters():
         torch.nn.init.normal_(p, std=0.1)
-    plain, guided, off = (
-        model.sample({"caption": ["a cat"]}, [3], ddim, 3, guidance_scale=s) for s in (1.0, 4.0, 0.0)
-    )
+    plain, guided, off = (model.sample({"caption": ["a cat"]}, [3], ddim, 3, guidance_scale=s) for s in (1.0, 4.0, 0.0))
     null = model.sample({}, [3], ddim, 3)
     torch.testing.assert_close(off, null, rtol=1e-4, atol=1e-4)
     assert not torch.allclose(guided, plain, atol=1e-4)

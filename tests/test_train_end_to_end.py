@@ -41,9 +41,9 @@ SMALL = [
     "diffusion.unet.channels=32",
     "sampling.num_inference_steps=2",
     "evaluation.images=8",
-    "evaluation.obedience.captions=4",
-    "evaluation.obedience.held_out=2",
-    "evaluation.obedience.seeds=2",
+    "data.obedience.captions=4",
+    "data.obedience.held_out=2",
+    "data.obedience.seeds=2",
 ]
 
 
@@ -151,8 +151,14 @@ def test_sigterm_saves_and_the_same_line_continues(tmp_path: Path):
         f"trace={tmp_path}/trace", "stages=[autoencoder]", "autoencoder.max_steps=400", "autoencoder.checkpoint_every=1000",
         "autoencoder.val_every=1000",
     ]  # fmt: skip
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=tmp_path,
-                               env=os.environ | {"OMP_NUM_THREADS": "1"})
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        cwd=tmp_path,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
     trace = tmp_path / "trace"
     while not (trace.is_file() and len(trace.read_text().splitlines()) >= 5):
         assert process.poll() is None, process.stdout.read()

@@ -48,7 +48,9 @@ def read_metadata(folder: str | Path) -> dict[str, Any]:
     folder = Path(folder)
     missing = [n for n in (CONFIG, WEIGHTS, METADATA) if not (folder / n).is_file()]
     if missing:
-        raise FileNotFoundError(f"{folder} is no complete model folder: {', '.join(missing)} missing; finish its stage first")
+        raise FileNotFoundError(
+            f"{folder} is no complete model folder: {', '.join(missing)} missing; finish its stage first"
+        )
     return json.loads((folder / METADATA).read_text())
 
 

@@ -1,13 +1,16 @@
 """From config sections to objects: the only place where a DictConfig becomes models, losses and data."""
 
+import inspect
 from pathlib import Path
 from typing import Any
 
 import torch
-from hydra.utils import instantiate
+import yaml
+from hydra.utils import get_object, instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from ldm_train.checkpoints.native import load_model, read_metadata
+from ldm_train.cli.common import config_folder
 from ldm_train.conditioning.text import train_tokenizer
 from ldm_train.data.datamodule import Batching, ShardDataModule
 from ldm_train.data.prepare.build import build as prepare
@@ -20,6 +23,32 @@ FROM_DATA = "from_data"  # a value that only the data can give: class names, a t
 
 def plain(section: DictConfig) -> dict[str, Any]:
     return OmegaConf.to_container(section, resolve=True)
+
+
+def option_defaults(config: DictConfig) -> dict[str, Any]:
+    """What each option counts as where an older run lacks it: the base files' values, and for parts with a `_target_`
+    their constructor's."""
+    top = yaml.safe_load((config_folder() / "train.yaml").read_text())
+    tree = {
+        group: yaml.safe_load((config_folder() / group / "base.yaml").read_text())
+        for group in ("autoencoder", "diffusion", "data")
+    }
+    tree |= {section: top[section] for section in ("latents", "sampling", "evaluation")}
+    for section in ("autoencoder", "diffusion", "sampler"):
+        tree[section] = _with_signatures(plain(config[section]), tree.get(section, {}))
+    return tree
+
+
+def _with_signatures(node: dict[str, Any], known: dict[str, Any]) -> dict[str, Any]:
+    defaults = dict(known)
+    if "_target_" in node:
+        parameters = inspect.signature(get_object(node["_target_"])).parameters.values()
+        defaults |= {p.name: p.default for p in parameters if p.default is not inspect.Parameter.empty}
+    for name, value in node.items():
+        if isinstance(value, dict):
+            inner = defaults.get(name)
+            defaults[name] = _with_signatures(value, inner if isinstance(inner, dict) else {})
+    return defaults
 
 
 def machine_of(config: DictConfig, world_size: int, rank: int, local_rank: int) -> Machine:
@@ -42,7 +71,13 @@ def batching_of(section: DictConfig, machine: Machine) -> Batching:
 
 
 def cadence_of(section: DictConfig, machine: Machine, config: DictConfig) -> Cadence:
-    return Cadence(section.val_every, section.checkpoint_every, section.log_every, config.progress and machine.rank == 0, config.trace)
+    return Cadence(
+        section.val_every,
+        section.checkpoint_every,
+        section.log_every,
+        config.progress and machine.rank == 0,
+        config.trace,
+    )
 
 
 def ensure_data(data: DictConfig) -> None:
@@ -102,7 +137,9 @@ def conditioner_tree(config: DictConfig, data: ShardDataModule) -> dict[str, Any
     return tree
 
 
-def model_tree(config: DictConfig, first_stage: dict[str, Any], conditioners: dict[str, Any], data: DictConfig) -> dict[str, Any]:
+def model_tree(
+    config: DictConfig, first_stage: dict[str, Any], conditioners: dict[str, Any], data: DictConfig
+) -> dict[str, Any]:
     """The whole LatentDiffusion as an instantiable tree."""
     size = [data.image_size] * 2 if isinstance(data.image_size, int) else list(data.image_size)
     factor = 2 ** (len(first_stage["autoencoder"]["channel_mult"]) - 1)

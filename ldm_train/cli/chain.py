@@ -15,7 +15,6 @@ from safetensors.torch import save
 from ldm_train import rng
 from ldm_train.checkpoints.native import CONFIG, load_model, read_metadata, save_model
 from ldm_train.cli import build
-from ldm_train.cli.common import config_folder
 from ldm_train.cli.plan import print_plan
 from ldm_train.data.latents import (
     CachedLatents,
@@ -36,14 +35,26 @@ from ldm_train.training.loggers import WandbRun
 from ldm_train.training.perceptual_task import photos_in_memory, train_perceptual
 
 # Options that change how a stage runs but not what it computes; they may differ when it resumes.
-NOT_IN_KEY = ("max_steps", "micro_batch_size", "val_every", "val_images", "checkpoint_every", "log_every", "compile", "samples")
+NOT_IN_KEY = (
+    "max_steps",
+    "micro_batch_size",
+    "val_every",
+    "val_images",
+    "checkpoint_every",
+    "log_every",
+    "compile",
+    "samples",
+)
 
 
 class Chain:
-    """One run: its folder, its config, and the five stages as functions of both."""
+    """One run: its folder, its config, and the stages as functions of both.
 
-    def __init__(self, config: DictConfig, folder: Path, machine: Any):
-        self.config, self.folder, self.machine = config, folder, machine
+    share: take stages that a sibling folder has finished under an equal key (runs of one sweep).
+    """
+
+    def __init__(self, config: DictConfig, folder: Path, machine: Any, share: bool = False):
+        self.config, self.folder, self.machine, self.share = config, folder, machine, share
         self.fields = build.condition_fields(config)
         self.wandb: WandbRun | None = None
 
@@ -56,7 +67,9 @@ class Chain:
         data = self.config.data
         index = read_index(data.root, data.remedy)
         used = {k: data[k] for k in ("image_size", "crop", "scale", "flip", "channels", "reader", "shuffle_buffer")}
-        return OmegaConf.to_container(OmegaConf.create(used)) | {"content": data_hash(index, data.train_split, data.val_split)}
+        return OmegaConf.to_container(OmegaConf.create(used)) | {
+            "content": data_hash(index, data.train_split, data.val_split)
+        }
 
     def autoencoder_key(self) -> dict[str, Any]:
         common = {"data": self.data_key(), "seed": self.config.seed}
@@ -127,7 +140,9 @@ class Chain:
             network.decoder.compile()
         network.to(memory_format=torch.channels_last)
         self._fit(task, data, folder, "autoencoder", data.count(config.data.train_split))
-        sha256 = self._save(folder / "model", network, build.plain(section.network), {"downsample_factor": network.downsample_factor})
+        sha256 = self._save(
+            folder / "model", network, build.plain(section.network), {"downsample_factor": network.downsample_factor}
+        )
         return {"sha256": sha256}
 
     def perceptual(self, folder: Path) -> dict[str, Any]:
@@ -185,7 +200,8 @@ class Chain:
         self.barrier()
         if self.machine.rank == 0 and splits:
             entries = {
-                s: [yaml.safe_load(p.read_text()) for p in sorted((folder / ".entries").glob(f"{s}-*.json"))] for s in splits
+                s: [yaml.safe_load(p.read_text()) for p in sorted((folder / ".entries").glob(f"{s}-*.json"))]
+                for s in splits
             }
             write_cache_index(folder, entries, data.index.get("classes"))
             statistics = latent_statistics(CachedLatents(folder, splits[0], (), config.seed))
@@ -226,7 +242,9 @@ class Chain:
             data, size = images, images.count(config.data.train_split)
         rng.reseed(config.seed, "diffusion", "weights")
         autoencoder = yaml.safe_load((self.folder / "autoencoder" / "model" / CONFIG).read_text())
-        tree = build.model_tree(config, build.first_stage_tree(autoencoder), build.conditioner_tree(config, images), config.data)
+        tree = build.model_tree(
+            config, build.first_stage_tree(autoencoder), build.conditioner_tree(config, images), config.data
+        )
         model = instantiate(tree, _convert_="all")
         model.first_stage.autoencoder.load_state_dict(load_model(self.folder / "autoencoder" / "model").state_dict())
         statistics = yaml.safe_load((cache / "statistics.json").read_text())
@@ -298,7 +316,9 @@ class Chain:
             for name in (CONFIG, "model.safetensors"):
                 write_atomically(folder / name, partial(_copy, source / name))
             sampling = build.plain(self.config.sampling) | {"sampler": build.plain(self.config.sampler)}
-            write_json(folder / "metadata.json", read_metadata(source) | {"sampling": sampling, "run": self.config.name})
+            write_json(
+                folder / "metadata.json", read_metadata(source) | {"sampling": sampling, "run": self.config.name}
+            )
         self.barrier()
         return {"folder": "export"}
 
@@ -310,13 +330,6 @@ class Chain:
             stages.Stage(name, getattr(self, f"{name}_key"), getattr(self, name), steps.get(name, 0))
             for name in stages.check_stages(list(self.config.stages))
         ]
-
-    def defaults(self) -> dict[str, Any]:
-        """What an option counts as where an older run lacks it."""
-        return {
-            stage: yaml.safe_load((config_folder() / stage / "base.yaml").read_text())
-            for stage in ("autoencoder", "diffusion")
-        }
 
     def run(self) -> None:
         config, writer = self.config, self.machine.rank == 0
@@ -330,11 +343,13 @@ class Chain:
             if config.logger == "wandb":
                 self.wandb = WandbRun(self.folder, config.project, config.name, build.plain(config))
         try:
+            defaults = build.option_defaults(config)
             for stage in chain:
-                action = stages.advance(stage, self.folder, self.defaults(), writer)
+                action = stages.advance(stage, self.folder, defaults, writer, self.share)
                 self.barrier()
                 if writer:
-                    print(f"{stage.name}: {'finished before, skipped' if action == 'skip' else 'done'}")
+                    said = {"skip": "finished before, skipped", "share": "taken from another run of this sweep"}
+                    print(f"{stage.name}: {said.get(action, 'done')}")
         finally:
             if self.wandb:
                 self.wandb.finish()

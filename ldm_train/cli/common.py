@@ -17,8 +17,17 @@ from ldm_train.data.shards import DataError
 from ldm_train.training.stages import Interrupted, Refused
 
 # What a user can act on: printed as one message, without a traceback (HYDRA_FULL_ERROR=1 shows it).
-USER_ERRORS = (DataError, Refused, FileNotFoundError, ValueError, OSError, HydraException, OmegaConfBaseException,
-               FloatingPointError, Interrupted)
+USER_ERRORS = (
+    DataError,
+    Refused,
+    FileNotFoundError,
+    ValueError,
+    OSError,
+    HydraException,
+    OmegaConfBaseException,
+    FloatingPointError,
+    Interrupted,
+)
 
 TRACEBACK = "LDM_TRAIN_TRACEBACK"  # environment: "1" where the user asked for tracebacks
 
@@ -38,7 +47,7 @@ def _keys(config: Any, prefix: str = "") -> list[str]:
 
 
 def suggestions(config_name: str, overrides: list[str]) -> str:
-    """"Did you mean ..." for every override whose key or group is unknown, else ""."""
+    """ "Did you mean ..." for every override whose key or group is unknown, else ""."""
     from hydra import compose, initialize_config_dir
 
     known: list[str] = []
@@ -49,7 +58,11 @@ def suggestions(config_name: str, overrides: list[str]) -> str:
                 break
             except HydraException:
                 continue
-    groups = {str(p.parent.relative_to(config_folder())): p for p in config_folder().rglob("*.yaml") if p.parent != config_folder()}
+    groups = {
+        str(p.parent.relative_to(config_folder())): p
+        for p in config_folder().rglob("*.yaml")
+        if p.parent != config_folder()
+    }
     lines = []
     for override in overrides:
         name, _, value = override.partition("=")
@@ -121,8 +134,12 @@ def run_command(function: Callable[[DictConfig], Any], config_name: str) -> Any:
             message = str(error.__cause__)
         elif isinstance(error, HydraException):
             arguments = [a for a in sys.argv[1:] if not a.startswith("-")]
-            message += "\n" + (suggestions(config_name, arguments) or f"python -m ldm_train.cli.{config_name} --help lists the options")
+            message += "\n" + (
+                suggestions(config_name, arguments) or f"python -m ldm_train.cli.{config_name} --help lists the options"
+            )
             if error.__cause__ is not None and not isinstance(error.__cause__, HydraException):
                 message = f"{error.__cause__}\n{message}"
-        print(f"\nerror: {message}" if not isinstance(error, Interrupted) else f"\n{message}", file=sys.stderr, flush=True)
+        print(
+            f"\nerror: {message}" if not isinstance(error, Interrupted) else f"\n{message}", file=sys.stderr, flush=True
+        )
         sys.exit(128 + error.number if isinstance(error, Interrupted) else 1)

@@ -71,7 +71,11 @@ def print_plan(chain: Any, todo: list[stages.Stage]) -> None:
     rate = _rate(machine.device) * machine.world_size * 0.4  # what training reaches of it, roughly
     for stage in todo:
         note = stages.read_note(chain.folder / stage.name)
-        state = "new" if note is None else ("finished" if note["finished"] and note["steps"] >= stage.steps else "to resume")
+        state = (
+            "new"
+            if note is None
+            else ("finished" if note["finished"] and note["steps"] >= stage.steps else "to resume")
+        )
         text = f"  {stage.name:<12}{state:<10}"
         if stage.name in lines and stage.steps:
             module, flops = lines[stage.name]

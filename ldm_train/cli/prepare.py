@@ -17,7 +17,9 @@ def prepare(config: DictConfig) -> None:
         index = build(instantiate(config.source, _convert_="all"), config.out, config.per_shard, config.workers)
     counts = ", ".join(f"{part['count']} {split}" for split, part in index["splits"].items())
     classes = f", {len(index['classes'])} classes" if "classes" in index else ""
-    print(f"{config.out}: {counts} images{classes}. Train on them with: python train.py experiment=<recipe> data.root={config.out}")
+    print(
+        f"{config.out}: {counts} images{classes}. Train on them with: python train.py experiment=<recipe> data.root={config.out}"
+    )
 
 
 INDEX_ONLY = "ldm_train.data.prepare.index.write_tar_index"

@@ -59,7 +59,9 @@ def requests(model: LatentDiffusion, config: DictConfig) -> list[dict[str, Any]]
         if asked[field] and field not in by_field:
             takes = {"caption": "prompts=", "class_label": "classes="}
             known = " or ".join(takes[f] for f in by_field if f in takes) or "no condition (leave both out)"
-            raise ValueError(f"this model has no {field} conditioner, so {option}= means nothing to it; it takes {known}")
+            raise ValueError(
+                f"this model has no {field} conditioner, so {option}= means nothing to it; it takes {known}"
+            )
     lengths = {len(v) for v in asked.values() if v}
     if len(lengths) > 1:
         raise ValueError("prompts and classes must be equally many when both are given: they are paired")
@@ -110,8 +112,12 @@ def sample(config: DictConfig) -> list[Path]:
     captions = [row["text"] for row in wanted] if wanted[0]["text"] else None
     columns = config.n if captions else None
     grid = pictures.save_png(pictures.grid(torch.cat(drawn), columns, captions), folder / "grid.png", recipe)
-    write_json(folder / "recipe.json", recipe | {"images": [{"seed": r["seed"], "condition": r["text"]} for r in wanted]})
-    print(f"{len(paths)} pictures in {folder}, {len(paths) / (time.perf_counter() - begin):.2f} images/s; all of them: {grid}")
+    write_json(
+        folder / "recipe.json", recipe | {"images": [{"seed": r["seed"], "condition": r["text"]} for r in wanted]}
+    )
+    print(
+        f"{len(paths)} pictures in {folder}, {len(paths) / (time.perf_counter() - begin):.2f} images/s; all of them: {grid}"
+    )
     return paths
 
 

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -39,8 +40,10 @@ def train(config: DictConfig) -> None:
     check_values(config)
     world_size, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
     if config.devices > 1 and HydraConfig.get().mode == RunMode.MULTIRUN:
-        raise ValueError("devices>1 and -m do not go together: the jobs of a sweep share this process; sweep on one "
-                         "device each, or start the multi-GPU runs one after the other")
+        raise ValueError(
+            "devices>1 and -m do not go together: the jobs of a sweep share this process; sweep on one "
+            "device each, or start the multi-GPU runs one after the other"
+        )
     if config.devices > 1 and "WORLD_SIZE" not in os.environ and "SLURM_NTASKS" not in os.environ:
         if (code := relaunch(config.devices)) != 0:
             sys.exit(code)
@@ -58,11 +61,9 @@ def train(config: DictConfig) -> None:
         build.ensure_data(config.data)
     if world_size > 1:
         dist.barrier()
-    if rank == 0:
-        with stages.run_lock(folder):
-            Chain(config, folder, machine).run()
-    else:
-        Chain(config, folder, machine).run()
+    chain = Chain(config, folder, machine, share=HydraConfig.get().mode == RunMode.MULTIRUN)
+    with stages.run_lock(folder) if rank == 0 else nullcontext():
+        chain.run()
 
 
 def main() -> None:

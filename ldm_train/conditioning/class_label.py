@@ -46,7 +46,9 @@ class ClassLabel(Conditioner):
             return self.names.index(text)
         if text.isdigit() and int(text) < len(self.names):
             return int(text)
-        raise ValueError(f"unknown class {text!r}; this model knows {', '.join(self.names)} (or 0 to {len(self.names) - 1})")
+        raise ValueError(
+            f"unknown class {text!r}; this model knows {', '.join(self.names)} (or 0 to {len(self.names) - 1})"
+        )
 
     def describe(self, values: torch.Tensor) -> list[str]:
         return [self.names[int(v)] for v in values]

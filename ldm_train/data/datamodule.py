@@ -107,7 +107,9 @@ class ShardDataset(Dataset):
         raise DataError("20 unreadable samples in a row:\n" + "\n".join(replaced[:5]))
 
 
-def evaluation_batches(count: int, micro: int, rank: int, world_size: int, limit: int | None) -> list[list[tuple[int, int]]]:
+def evaluation_batches(
+    count: int, micro: int, rank: int, world_size: int, limit: int | None
+) -> list[list[tuple[int, int]]]:
     """Every sample (or the first `limit`) exactly once over all ranks, as lists of (0, index); ranks may differ by one."""
     mine = list(range(rank, min(count, limit or count), world_size))
     return [[(0, i) for i in mine[k : k + micro]] for k in range(0, len(mine), micro)]
@@ -196,10 +198,19 @@ class ShardDataModule(L.LightningDataModule):
         decoder = SampleDecoder(self.transform, self.fields, self.channels)
         if self.reader == "streaming":
             stream = StreamingBatches(
-                self.root, self.index["splits"][self.train_split]["shards"], decoder, self.batching, self.seed,
-                start, stop, self.shuffle_buffer, max(1, self.num_workers),
+                self.root,
+                self.index["splits"][self.train_split]["shards"],
+                decoder,
+                self.batching,
+                self.seed,
+                start,
+                stop,
+                self.shuffle_buffer,
+                max(1, self.num_workers),
             )
-            return DataLoader(stream, batch_size=None, num_workers=self.num_workers, pin_memory=torch.cuda.is_available())
+            return DataLoader(
+                stream, batch_size=None, num_workers=self.num_workers, pin_memory=torch.cuda.is_available()
+            )
         shards = self.shards(self.train_split)
         batches = StepBatches(len(shards), self.batching, self.seed, start, stop)
         return self._loader(ShardDataset(shards, decoder, self.seed, random=True), batches)

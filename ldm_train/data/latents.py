@@ -60,7 +60,9 @@ def write_cache(
     chunks = [range(i, min(i + per_shard, len(shards))) for i in range(0, len(shards), per_shard)]
     mine = list(enumerate(chunks))[b.rank :: b.world_size]
     entries = []
-    progress = tqdm(total=sum(len(c) for _, c in mine), desc=f"caching {split} latents", unit="img", disable=b.rank != 0)
+    progress = tqdm(
+        total=sum(len(c) for _, c in mine), desc=f"caching {split} latents", unit="img", disable=b.rank != 0
+    )
     for number, chunk in mine:
         name = f"{split}-{number:06d}.tar"
         entry = _finished(folder, name)
@@ -210,7 +212,9 @@ class LatentDataModule(L.LightningDataModule):
 
     def val_dataloader(self) -> _Batches:
         b = self.batching
-        return _Batches(self.val, evaluation_batches(len(self.val), b.micro, b.rank, b.world_size, self.val_images), False)
+        return _Batches(
+            self.val, evaluation_batches(len(self.val), b.micro, b.rank, b.world_size, self.val_images), False
+        )
 
 
 def latent_statistics(latents: CachedLatents, limit: int = 50_000) -> dict[str, Any]:
@@ -248,9 +252,16 @@ def verify_cache(data: ShardDataModule, split: str, latents: CachedLatents, enco
         key = str(latents.shards.keys[j])
         i = int(j) if rows is None else rows.get(key, -1)
         if i < 0 or keys[i] != key:
-            raise DataError(f"latent cache {latents.shards.root}: sample {key} is not in the data; run again with restart=latents")
-        mean, _ = encode(dataset[(0, i)]["image"][None])[0].cpu().numpy().astype(np.float64).reshape(latents.shape).reshape(
-            2, -1
+            raise DataError(
+                f"latent cache {latents.shards.root}: sample {key} is not in the data; run again with restart=latents"
+            )
+        mean, _ = (
+            encode(dataset[(0, i)]["image"][None])[0]
+            .cpu()
+            .numpy()
+            .astype(np.float64)
+            .reshape(latents.shape)
+            .reshape(2, -1)
         )
         cached, logvar = latents.moments(int(j)).astype(np.float64).reshape(2, -1)
         tolerance = np.exp(0.5 * np.clip(logvar, -30, 20)) + 0.01 * cached.std()

@@ -42,7 +42,7 @@ def text_of(raw: dict[str, bytes], rng: np.random.Generator | None) -> str:
     if "json" in raw and (captions := json.loads(raw["json"]).get("captions")):
         return captions[int(rng.integers(len(captions)))] if rng else captions[0]
     if "txt" not in raw:
-        raise ValueError("no caption: neither a .txt nor \"captions\" in its .json")
+        raise ValueError('no caption: neither a .txt nor "captions" in its .json')
     return raw["txt"].decode().strip()
 
 

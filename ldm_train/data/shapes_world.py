@@ -82,9 +82,7 @@ def random_object(rng: np.random.Generator, combination: tuple[str, str, str, st
     return Object(colour, shape, position, size, float(x), float(y), float(rng.uniform(*SIZES[size]) * shrink))
 
 
-def random_scene(
-    rng: np.random.Generator, combinations: list[tuple[str, str, str, str]], objects: int = 1
-) -> Scene:
+def random_scene(rng: np.random.Generator, combinations: list[tuple[str, str, str, str]], objects: int = 1) -> Scene:
     """A scene drawn from the allowed combinations. Two objects share a background and stand in different corners."""
     first = combinations[rng.integers(len(combinations))]
     if objects == 1:
@@ -187,7 +185,9 @@ def _read_object(image: np.ndarray, distance: np.ndarray, region: np.ndarray, sc
     position = min(away, key=away.get)
     if away[position] > 0.13:
         return None
-    return Object(gaps[0][1], shape, position, "small" if r < SIZE_THRESHOLD * scale else "large", float(x), float(y), r)
+    return Object(
+        gaps[0][1], shape, position, "small" if r < SIZE_THRESHOLD * scale else "large", float(x), float(y), r
+    )
 
 
 def read(image: np.ndarray, objects: int = 1) -> Scene | None:

@@ -7,6 +7,7 @@ import os
 import tarfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -32,8 +33,9 @@ def write_atomically(path: str | Path, write: Callable[[io.BufferedWriter], None
         os.replace(partial, path)
     except OSError as error:
         raise OSError(
-            error.errno, f"could not write {path}: {error.strerror or error}; nothing half-written remains, free some "
-            "space or choose another folder, then run the same command to continue"
+            error.errno,
+            f"could not write {path}: {error.strerror or error}; nothing half-written remains, free some "
+            "space or choose another folder, then run the same command to continue",
         ) from error
     finally:
         partial.unlink(missing_ok=True)
@@ -69,7 +71,9 @@ def write_shard(path: str | Path, samples: Iterable[tuple[str, dict[str, bytes]]
         with tarfile.open(fileobj=out, mode="w|", format=tarfile.PAX_FORMAT, bufsize=1 << 16) as tar:
             for key, fields in samples:
                 if "." in key or "/" in key or key in seen:
-                    raise ValueError(f"sample key {key!r} contains a dot or slash or repeats; keys are unique plain names")
+                    raise ValueError(
+                        f"sample key {key!r} contains a dot or slash or repeats; keys are unique plain names"
+                    )
                 seen.add(key)
                 for extension, data in fields.items():
                     info = tarfile.TarInfo(f"{key}.{extension}")
@@ -104,7 +108,9 @@ def read_index(root: str | Path, remedy: str = "ldm-prepare source=index path=<f
 
 def split_index(index: dict, split: str, root: str | Path) -> dict:
     if split not in index["splits"]:
-        raise DataError(f"{root} has no split {split!r}, only {', '.join(index['splits'])}; set data.train_split / data.val_split")
+        raise DataError(
+            f"{root} has no split {split!r}, only {', '.join(index['splits'])}; set data.train_split / data.val_split"
+        )
     return index["splits"][split]
 
 
@@ -174,10 +180,8 @@ def _load_offsets(root: Path, path: Path, entry: dict) -> tuple[np.ndarray, dict
     key_list, offsets, sizes = scan_tar(path)
     keys = np.array(key_list)
     arrays = {f"offset.{e}": a for e, a in offsets.items()} | {f"size.{e}": a for e, a in sizes.items()}
-    try:
+    with suppress(OSError):  # a read-only data folder: scan again next time
         write_atomically(kept, lambda f: np.savez(f, stamp=stamp, sha256=entry["sha256"], keys=keys, **arrays))
-    except OSError:
-        pass  # a read-only data folder: scan again next time
     return keys, offsets, sizes
 
 
@@ -257,10 +261,12 @@ class IndexedShards:
         """The sample's name for messages: shard and key."""
         return f"{self.paths[int(self.shard[i])].name}:{self.keys[i]}"
 
-    def captions(self, limit: int = 1_000_000) -> Iterator[str]:
-        """The first caption of each of the first `limit` samples that have one."""
+    def captions(self, limit: int = 100_000) -> Iterator[str]:
+        """Every caption of the first `limit` samples: all of .json's "captions" where there are some, else .txt."""
         for i in range(min(limit, len(self))):
-            if "txt" in self.extensions and (text := self.read(i, "txt")) is not None:
+            data = self.read(i, "json") if "json" in self.extensions else None
+            several = json.loads(data).get("captions") if data is not None else None
+            if several:
+                yield from several
+            elif "txt" in self.extensions and (text := self.read(i, "txt")) is not None:
                 yield text.decode()
-            elif "json" in self.extensions and (data := self.read(i, "json")) is not None:
-                yield from json.loads(data).get("captions", [])

@@ -38,7 +38,9 @@ def decode_image(data: bytes, extension: str, channels: int) -> torch.Tensor:
         if channels not in (1, 3):
             raise ValueError(f"image files have 1 or 3 channels, the data asks for {channels}; store arrays as .npy")
         array = np.array(image.convert("L" if channels == 1 else "RGB"))
-    return torch.from_numpy(array if channels == 1 else array.transpose(2, 0, 1).copy()).view(channels, *array.shape[:2])
+    return torch.from_numpy(array if channels == 1 else array.transpose(2, 0, 1).copy()).view(
+        channels, *array.shape[:2]
+    )
 
 
 def decode_labels(data: bytes) -> torch.Tensor:

@@ -150,10 +150,10 @@ class LPIPS(nn.Module):
 
     def __init__(self, weights: str | Path | None = None):
         super().__init__()
-        from torchvision.models import vgg16  # here: the shipped network must work without torchvision's ops
+        from torchvision.models.vgg import cfgs, make_layers  # here: the shipped network does without torchvision's ops
 
         path = vgg16_weights(weights)
-        trunk = vgg16(weights=None).features
+        trunk = make_layers(cfgs["D"])
         state = torch.load(path, map_location="cpu", weights_only=True)
         trunk.load_state_dict({k.removeprefix("features."): v for k, v in state.items() if k.startswith("features.")})
         for layer in trunk:

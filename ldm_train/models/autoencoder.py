@@ -1,6 +1,7 @@
 """The KL autoencoder of latent diffusion (Rombach et al. 2022, appendix G), keys as CompVis published them."""
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from einops import rearrange
@@ -84,7 +85,7 @@ class Level(nn.Module):
 
     def __init__(self, widths: list[int], attention: bool, dropout: float):
         super().__init__()
-        self.block = nn.ModuleList(ResnetBlock(a, b, dropout) for a, b in zip(widths, widths[1:]))
+        self.block = nn.ModuleList(ResnetBlock(a, b, dropout) for a, b in pairwise(widths))
         self.attn = nn.ModuleList(AttnBlock(w) for w in widths[1:] if attention)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -253,11 +254,8 @@ class AutoencoderKL(nn.Module):
         """latents (B, C, h, w), unscaled -> images (B, in_channels, h*f, w*f), about [-1, 1]."""
         return self.decoder.conv_out(self.decode_features(latents))
 
-    def forward(
-        self, images: torch.Tensor, sample: bool = True
-    ) -> tuple[torch.Tensor, torch.Tensor, DiagonalGaussian]:
+    def forward(self, images: torch.Tensor, sample: bool = True) -> tuple[torch.Tensor, torch.Tensor, DiagonalGaussian]:
         """-> (reconstruction, features before the last convolution, posterior); latents sampled, or their mean."""
         posterior = self.encode(images)
         features = self.decode_features(posterior.sample() if sample else posterior.mean)
         return self.decoder.conv_out(features), features, posterior
-

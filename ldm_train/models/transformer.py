@@ -91,9 +91,7 @@ class SpatialTransformer(nn.Module):
         self.transformer_blocks = nn.ModuleList(
             TransformerBlock(inner, context_dim, heads, head_dim, dropout) for _ in range(depth)
         )
-        self.proj_out = zero_init(
-            nn.Linear(inner, channels) if linear_projection else nn.Conv2d(inner, channels, 1)
-        )
+        self.proj_out = zero_init(nn.Linear(inner, channels) if linear_projection else nn.Conv2d(inner, channels, 1))
 
     def forward(
         self, x: torch.Tensor, context: torch.Tensor | None = None, mask: torch.Tensor | None = None

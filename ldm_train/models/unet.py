@@ -80,7 +80,9 @@ class UNet(nn.Module):
             raise ValueError("give exactly one of head_dim and num_heads to the U-Net")
         unknown = [level for level in attention_levels if not 0 <= level < len(channel_mult)]
         if unknown:
-            raise ValueError(f"attention_levels {unknown} do not exist: channel_mult has levels 0 to {len(channel_mult) - 1}")
+            raise ValueError(
+                f"attention_levels {unknown} do not exist: channel_mult has levels 0 to {len(channel_mult) - 1}"
+            )
         self.in_channels, self.concat_channels = in_channels, concat_channels
         self.channels, self.levels = channels, len(channel_mult)
         self.context_dim, self.vector_dim = context_dim, vector_dim
@@ -96,9 +98,7 @@ class UNet(nn.Module):
             if heads < 1 or width % heads:
                 raise ValueError(f"width {width} does not split into heads of {head_dim or width / heads} channels")
             if depth:
-                return SpatialTransformer(
-                    width, heads, width // heads, context_dim, depth, dropout, linear_projection
-                )
+                return SpatialTransformer(width, heads, width // heads, context_dim, depth, dropout, linear_projection)
             return AttentionBlock(width, heads)
 
         self.time_embed = nn.Sequential(nn.Linear(channels, emb_dim), nn.SiLU(), nn.Linear(emb_dim, emb_dim))
@@ -107,9 +107,7 @@ class UNet(nn.Module):
             self.label_emb = nn.Sequential(vector_mlp)
 
         width = channels * channel_mult[0]
-        self.input_blocks = nn.ModuleList(
-            [Layers([nn.Conv2d(in_channels + concat_channels, width, 3, padding=1)])]
-        )
+        self.input_blocks = nn.ModuleList([Layers([nn.Conv2d(in_channels + concat_channels, width, 3, padding=1)])])
         skips = [width]
         for level, mult in enumerate(channel_mult):
             for _ in range(num_res_blocks):
@@ -164,7 +162,9 @@ class UNet(nn.Module):
         """
         least = 2 ** (self.levels - 1)
         if noisy_latents.shape[-1] % least or noisy_latents.shape[-2] % least:
-            raise ValueError(f"latents of {tuple(noisy_latents.shape[-2:])} must be divisible by {least} for this U-Net")
+            raise ValueError(
+                f"latents of {tuple(noisy_latents.shape[-2:])} must be divisible by {least} for this U-Net"
+            )
         emb = self.time_embed(timestep_embedding(timesteps, self.channels).to(noisy_latents.dtype))
         if self.vector_dim:
             emb = emb + self.label_emb(vector.to(emb.dtype))

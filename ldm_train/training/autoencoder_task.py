@@ -14,7 +14,9 @@ from ldm_train.metrics.paired import psnr, ssim
 from ldm_train.models.autoencoder import AutoencoderKL
 from ldm_train.training.task import Task, reduce_sums
 
-ACTIVE_VARIANCE = 0.01  # a latent channel is active if its posterior mean varies by more over the data (Burda et al. 2016)
+ACTIVE_VARIANCE = (
+    0.01  # a latent channel is active if its posterior mean varies by more over the data (Burda et al. 2016)
+)
 
 
 class AutoencoderTask(Task):
@@ -46,7 +48,10 @@ class AutoencoderTask(Task):
         self.autoencoder, self.loss, self.image_folder, self.disc_lr = autoencoder, loss, image_folder, disc_lr
 
     def trained(self) -> nn.ModuleDict:
-        parts: dict[str, nn.Module] = {"autoencoder": self.autoencoder, "likelihood": nn.ParameterList([self.loss.logvar])}
+        parts: dict[str, nn.Module] = {
+            "autoencoder": self.autoencoder,
+            "likelihood": nn.ParameterList([self.loss.logvar]),
+        }
         if self.loss.discriminator is not None:
             parts["discriminator"] = self.loss.discriminator
         return nn.ModuleDict(parts)

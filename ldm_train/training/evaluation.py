@@ -88,7 +88,9 @@ def evaluate(
         metrics.setdefault(name, {})[f"fid_{extractor.name}"] = {"value": distance} | context
         metrics[name][f"kid_{extractor.name}"] = {"value": kernel_distance(reference, features)} | context
     if obedience:
-        table, drawn, captions = measure_obedience(lambda fields, seeds: draw(model, fields, seeds=seeds).cpu(), **obedience)
+        table, drawn, captions = measure_obedience(
+            lambda fields, seeds: draw(model, fields, seeds=seeds).cpu(), **obedience
+        )
         metrics["obedience"] = table | settings
         shown["samples"], texts = drawn[:36], captions[:36]
         print(format_table(table))

@@ -130,5 +130,3 @@ def _steps_done(checkpoint: Path) -> int:
     if not checkpoint.is_file():
         return 0
     return int(torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)["global_step"])
-
-

@@ -74,7 +74,9 @@ class WandbRun:
     chain continues the same run.
     """
 
-    def __init__(self, folder: Path, project: str, name: str, config: dict, timeout: float = 20.0, mode: str | None = None):
+    def __init__(
+        self, folder: Path, project: str, name: str, config: dict, timeout: float = 20.0, mode: str | None = None
+    ):
         import wandb  # slow to import, and not needed with logger=csv
 
         self.folder = folder
@@ -84,7 +86,11 @@ class WandbRun:
             id_file.write_text(secrets.token_hex(4))
         mode = mode or os.environ.get("WANDB_MODE") or ("online" if self._has_key() else "offline")
         arguments = {
-            "project": project, "name": name, "config": config, "dir": str(folder), "id": id_file.read_text(),
+            "project": project,
+            "name": name,
+            "config": config,
+            "dir": str(folder),
+            "id": id_file.read_text(),
             "resume": "allow",
         }
         quiet = wandb.Settings(silent=True, init_timeout=timeout, console="off")

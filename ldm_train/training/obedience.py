@@ -32,9 +32,7 @@ def judge(images: torch.Tensor, scenes: Sequence[shapes_world.Scene]) -> dict[st
     table: dict[str, list] = {name: [] for name in (*ATTRIBUTES, "all", "unreadable", "x", "y", "r")}
     for picture, scene in zip(pixels, scenes):
         found, wanted = shapes_world.read(picture), scene.objects[0]
-        right = {
-            a: found is not None and getattr(found.objects[0], a) == getattr(wanted, a) for a in ATTRIBUTES[:3]
-        }
+        right = {a: found is not None and getattr(found.objects[0], a) == getattr(wanted, a) for a in ATTRIBUTES[:3]}
         right["background"] = found is not None and found.background == scene.background
         for name, value in right.items():
             table[name].append(value)
@@ -48,7 +46,9 @@ def judge(images: torch.Tensor, scenes: Sequence[shapes_world.Scene]) -> dict[st
 def spread(values: np.ndarray) -> float:
     """Pooled within-caption standard deviation of (captions, seeds) values; rows with a NaN do not count."""
     complete = values[~np.isnan(values).any(axis=1)]
-    return float(np.sqrt(complete.var(axis=1, ddof=1).mean())) if len(complete) and values.shape[1] > 1 else float("nan")
+    return (
+        float(np.sqrt(complete.var(axis=1, ddof=1).mean())) if len(complete) and values.shape[1] > 1 else float("nan")
+    )
 
 
 def measure_obedience(
@@ -110,7 +110,9 @@ def _diversity(
             twin = shapes_world.random_object(rng, combination)
             while wanted.size in text and twin.size != wanted.size:  # the caption names the size
                 twin = shapes_world.random_object(rng, combination)
-            found = shapes_world.read(shapes_world.render(shapes_world.Scene(scene.background, (twin,)), image_size, rng)[0])
+            found = shapes_world.read(
+                shapes_world.render(shapes_world.Scene(scene.background, (twin,)), image_size, rng)[0]
+            )
             for n in ("x", "y", "r"):
                 data[n][i, j] = np.nan if found is None else getattr(found.objects[0], n)
     ours = {"position": (spread(by_caption["x"]) + spread(by_caption["y"])) / 2, "size": spread(by_caption["r"])}

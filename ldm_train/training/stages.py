@@ -26,7 +26,9 @@ class Interrupted(Exception):
     """Training stopped on a signal after saving; the same command continues it."""
 
     def __init__(self, number: int, step: int):
-        super().__init__(f"stopped by {signal.Signals(number).name} after step {step}; run the same command to continue")
+        super().__init__(
+            f"stopped by {signal.Signals(number).name} after step {step}; run the same command to continue"
+        )
         self.number = number
 
 
@@ -95,7 +97,7 @@ def run_lock(run_folder: Path):
 
 
 def decide(stage: Stage, run_folder: Path, defaults: dict[str, Any]) -> str:
-    """"skip", "resume" or "run". Raises Refused where the folder holds a stage with another key."""
+    """ "skip", "resume" or "run". Raises Refused where the folder holds a stage with another key."""
     note = read_note(run_folder / stage.name)
     if note is None:
         return "run"
@@ -109,10 +111,28 @@ def decide(stage: Stage, run_folder: Path, defaults: dict[str, Any]) -> str:
     return "skip" if note["finished"] and note["steps"] >= stage.steps else "resume"
 
 
-def advance(stage: Stage, run_folder: Path, defaults: dict[str, Any], writer: bool) -> str:
-    """Does what `decide` says and returns it. Only the `writer` (rank 0) keeps stage.json."""
+def adopt(stage: Stage, run_folder: Path, defaults: dict[str, Any]) -> bool:
+    """Takes over the stage from a sibling run (of the same sweep) that finished it under an equal key with equal
+    steps. Files are linked, not copied; a stage that trains never writes into existing files, it replaces them."""
+    key = json.loads(json.dumps(stage.key()))
+    for path in sorted(run_folder.parent.glob(f"*/{stage.name}/{NOTE}")):
+        note = read_note(path.parent)
+        if note and note["finished"] and note["steps"] == stage.steps and not differences(note["key"], key, defaults):
+            partial = run_folder / f".{stage.name}.partial"
+            shutil.rmtree(partial, ignore_errors=True)
+            shutil.copytree(path.parent, partial, copy_function=os.link)
+            partial.rename(run_folder / stage.name)
+            return True
+    return False
+
+
+def advance(stage: Stage, run_folder: Path, defaults: dict[str, Any], writer: bool, share: bool = False) -> str:
+    """Does what `decide` says and returns it, or "share" where a sibling run's stage served. Only the `writer` (rank 0)
+    keeps stage.json."""
     folder = run_folder / stage.name
     action = decide(stage, run_folder, defaults)
+    if action == "run" and share and adopt(stage, run_folder, defaults):
+        return "share"
     if action == "skip":
         return action
     note = {"key": stage.key(), "finished": False, "steps": 0, "result": {}}
@@ -130,9 +150,7 @@ def result_of(run_folder: Path, stage: str) -> dict[str, Any]:
     note = read_note(run_folder / stage)
     if note is None or not note["finished"]:
         upto = list(STAGES[: STAGES.index(stage) + 1])
-        raise Refused(
-            f"{run_folder} has no finished stage {stage!r} yet; run it first: stages=[{','.join(upto)}]"
-        )
+        raise Refused(f"{run_folder} has no finished stage {stage!r} yet; run it first: stages=[{','.join(upto)}]")
     return note["result"]
 
 

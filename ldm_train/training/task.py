@@ -86,7 +86,10 @@ class Task(L.LightningModule):
         rng.reseed(self.seed, self.stage, self.global_step, batch_idx % self.accumulate, self.global_rank)
 
     def configure_gradient_clipping(
-        self, optimizer: torch.optim.Optimizer, gradient_clip_val: float | None = None, gradient_clip_algorithm: Any = None
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: Any = None,
     ) -> None:
         if self.clip_norm is not None:
             for name, norm in clip_by_group(optimizer.param_groups, self.clip_norm).items():

@@ -243,9 +243,7 @@ def test_before_disc_start_the_discriminator_gets_zeros_and_the_generator_no_adv
     ("step", "trained", "factor"),
     [(5, False, 0.0), (6, True, 0.0), (9, True, 0.0), (10, True, 0.25), (12, True, 0.75), (13, True, 1.0)],
 )
-def test_warm_up_and_ramp_count_optimiser_steps(
-    step: int, trained: bool, factor: float, images: torch.Tensor
-) -> None:
+def test_warm_up_and_ramp_count_optimiser_steps(step: int, trained: bool, factor: float, images: torch.Tensor) -> None:
     players = Players(perceptual=False, disc_start=10, disc_warmup=4, disc_ramp=4)
     assert players.loss.generator_factor(step) == factor
     scalar, logs = players.one_pass(images, step=step)

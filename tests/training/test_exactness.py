@@ -61,7 +61,11 @@ def kill_when(folder: Path, name: str, lines: int, *overrides: str) -> None:
     trace = folder / f"{name}.trace"
     before = len(trace.read_text().splitlines()) if trace.is_file() else 0
     process = subprocess.Popen(
-        command(folder, name, *overrides), env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=folder
+        command(folder, name, *overrides),
+        env=ENVIRONMENT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        cwd=folder,
     )
     for _ in range(6000):
         if trace.is_file() and len(trace.read_text().splitlines()) >= before + lines:
@@ -89,7 +93,9 @@ def weights(folder: Path, name: str, stage: str) -> dict[str, torch.Tensor]:
 
 @pytest.mark.chain
 @pytest.mark.parametrize(
-    "overrides", [("num_workers=0",), ("num_workers=2", "latents.cache=false")], ids=["cached", "two_workers_on_the_fly"]
+    "overrides",
+    [("num_workers=0",), ("num_workers=2", "latents.cache=false")],
+    ids=["cached", "two_workers_on_the_fly"],
 )
 def test_killed_twice_equals_undisturbed(tmp_path: Path, overrides: tuple[str, ...]):
     run(tmp_path, "undisturbed", *overrides)

@@ -34,7 +34,9 @@ class CIFAR10:
         for split, names in FILES.items():
             joined = b"".join(read[name] for name in names)
             if len(joined) % RECORD:
-                raise ValueError(f"{source}: {split} files are no whole number of {RECORD}-byte records; fetch them again")
+                raise ValueError(
+                    f"{source}: {split} files are no whole number of {RECORD}-byte records; fetch them again"
+                )
             self.records[split] = np.frombuffer(joined, np.uint8).reshape(-1, RECORD)
         self.identity = {"source": "cifar10"}
 

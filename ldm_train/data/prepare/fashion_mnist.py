@@ -45,8 +45,14 @@ class FashionMNIST:
 
     def __init__(self, path: str | None = None, cache: str = "data/downloads/fashion_mnist"):
         files = {name: self._file(name, path, cache) for name in MD5}
-        self.images = {"train": read_idx(files["train-images-idx3-ubyte"]), "val": read_idx(files["t10k-images-idx3-ubyte"])}
-        self.labels = {"train": read_idx(files["train-labels-idx1-ubyte"]), "val": read_idx(files["t10k-labels-idx1-ubyte"])}
+        self.images = {
+            "train": read_idx(files["train-images-idx3-ubyte"]),
+            "val": read_idx(files["t10k-images-idx3-ubyte"]),
+        }
+        self.labels = {
+            "train": read_idx(files["train-labels-idx1-ubyte"]),
+            "val": read_idx(files["t10k-labels-idx1-ubyte"]),
+        }
         for split in self.images:
             if len(self.images[split]) != len(self.labels[split]):
                 raise ValueError(f"{split}: {len(self.images[split])} images but {len(self.labels[split])} labels")
@@ -59,7 +65,9 @@ class FashionMNIST:
         for candidate in (Path(path) / f"{name}.gz", Path(path) / name):
             if candidate.is_file():
                 return candidate
-        raise FileNotFoundError(f"{path} lacks {name}.gz; put the four IDX files there or leave path out to download them")
+        raise FileNotFoundError(
+            f"{path} lacks {name}.gz; put the four IDX files there or leave path out to download them"
+        )
 
     def splits(self) -> dict[str, int]:
         return {split: len(images) for split, images in self.images.items()}

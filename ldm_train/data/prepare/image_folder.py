@@ -70,15 +70,24 @@ class ImageFolder:
         if not any(files.values()):
             raise FileNotFoundError(f"no images ({', '.join(sorted(EXTENSIONS))}) in {path}")
         self.max_size = max_size
-        tops = sorted({p.relative_to(folders[s]).parts[0] for s, paths in files.items() for p in paths
-                       if len(p.relative_to(folders[s]).parts) > 1})
+        tops = sorted(
+            {
+                p.relative_to(folders[s]).parts[0]
+                for s, paths in files.items()
+                for p in paths
+                if len(p.relative_to(folders[s]).parts) > 1
+            }
+        )
         loose = any(len(p.relative_to(folders[s]).parts) == 1 for s, paths in files.items() for p in paths)
         self.classes = tops if tops and not loose else None
         self.items: dict[str, list[tuple[str, Path, int | None]]] = {"train": [], "val": []}
         for split, paths in files.items():
             for p in paths:
                 relative = p.relative_to(folders[split])
-                key = "_".join(relative.with_suffix("").parts).replace(".", "_") + f"_{relative.suffix.lstrip('.').lower()}"
+                key = (
+                    "_".join(relative.with_suffix("").parts).replace(".", "_")
+                    + f"_{relative.suffix.lstrip('.').lower()}"
+                )
                 label = self.classes.index(relative.parts[0]) if self.classes else None
                 target = split if split != "all" else ("val" if in_validation(key, val_fraction) else "train")
                 self.items[target].append((key, p, label))
@@ -87,8 +96,13 @@ class ImageFolder:
             if files_by_key.setdefault(key, p) != p:
                 raise DataError(f"{files_by_key[key]} and {p} would both get the key {key}; rename one of them")
         listing = [[key, p.stat().st_size] for items in self.items.values() for key, p, _ in items]
-        self.identity = {"source": "image_folder", "val_fraction": val_fraction, "max_size": max_size,
-                         "classes": self.classes, "files": digest(listing)}
+        self.identity = {
+            "source": "image_folder",
+            "val_fraction": val_fraction,
+            "max_size": max_size,
+            "classes": self.classes,
+            "files": digest(listing),
+        }
 
     def splits(self) -> dict[str, int]:
         return {split: len(items) for split, items in self.items.items()}

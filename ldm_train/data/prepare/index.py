@@ -20,7 +20,13 @@ def _local_entry(path: Path, out: Path) -> dict:
     keys, _, sizes = scan_tar(path)
     fields = {e: int((s >= 0).sum()) for e, s in sizes.items()}
     name = path.name if path.parent.resolve() == out.resolve() else str(path.resolve())
-    return {"file": name, "count": len(keys), "bytes": path.stat().st_size, "sha256": file_sha256(path), "fields": fields}
+    return {
+        "file": name,
+        "count": len(keys),
+        "bytes": path.stat().st_size,
+        "sha256": file_sha256(path),
+        "fields": fields,
+    }
 
 
 class _Counting(io.RawIOBase):
@@ -54,7 +60,13 @@ def _remote_entry(url: str) -> dict:
         raise DataError(f"{url} is truncated, no tar, or not there ({error})") from error
     if not whole:
         raise DataError(f"{url} is truncated (no end-of-archive marker)")
-    return {"file": url, "count": len(keys), "bytes": stream.size, "sha256": stream.digest.hexdigest(), "fields": dict(fields)}
+    return {
+        "file": url,
+        "count": len(keys),
+        "bytes": stream.size,
+        "sha256": stream.digest.hexdigest(),
+        "fields": dict(fields),
+    }
 
 
 def write_tar_index(

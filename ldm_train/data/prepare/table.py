@@ -76,8 +76,13 @@ class Table:
             key = name.replace("/", "_").replace(".", "_")
             split = item["split"] or ("val" if in_validation(key, val_fraction) else "train")
             self.items[split].append((key, name, item))
-        self.identity = {"source": "table", "columns": wanted, "val_fraction": val_fraction, "max_size": max_size,
-                         "rows": digest(self.items)}
+        self.identity = {
+            "source": "table",
+            "columns": wanted,
+            "val_fraction": val_fraction,
+            "max_size": max_size,
+            "rows": digest(self.items),
+        }
 
     def splits(self) -> dict[str, int]:
         return {split: len(items) for split, items in self.items.items()}

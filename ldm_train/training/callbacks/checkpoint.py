@@ -53,7 +53,10 @@ class Checkpoints(L.Callback):
         if self._signal:
             os._exit(128 + number)
         self._signal = number
-        print(f"\n{signal.Signals(number).name}: saving at the next step, then leaving (once more: leave at once)", flush=True)
+        print(
+            f"\n{signal.Signals(number).name}: saving at the next step, then leaving (once more: leave at once)",
+            flush=True,
+        )
 
     def _agreed_signal(self, trainer: L.Trainer) -> int:
         if trainer.world_size == 1:
@@ -62,9 +65,7 @@ class Checkpoints(L.Callback):
         dist.all_reduce(flag, op=dist.ReduceOp.MAX)
         return int(flag)
 
-    def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: Task, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: Task, outputs: Any, batch: Any, batch_idx: int) -> None:
         if (batch_idx + 1) % pl_module.accumulate:
             return
         step, number = trainer.global_step, self._agreed_signal(trainer)
