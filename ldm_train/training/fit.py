@@ -1,5 +1,7 @@
 """One stage's training run: Trainer, callbacks and resume, the same for both stages."""
 
+import logging
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +17,18 @@ from ldm_train.training.callbacks.checkpoint import AtomicCheckpointIO, Checkpoi
 from ldm_train.training.callbacks.monitor import Monitor
 from ldm_train.training.loggers import MetricsCSV
 from ldm_train.training.task import Task
+
+# What Lightning says of every run and nobody can act on. (The frozen parts are in eval mode on purpose; the loaders
+# resume by position, not by state.)
+logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+for message in (
+    ".*in eval mode at the start of training",
+    ".*dataloader is not resumable",
+    ".*does not have many workers",
+    ".*number of training batches",
+    ".*isinstance\\(treespec, LeafSpec\\)",
+):
+    warnings.filterwarnings("ignore", message)
 
 PRECISIONS = ("32", "bf16-mixed", "16-mixed")
 

@@ -70,7 +70,7 @@ class Checkpoints(L.Callback):
             return
         step, number = trainer.global_step, self._agreed_signal(trainer)
         if number or step % self.every == 0 or step >= trainer.max_steps:
-            trainer.save_checkpoint(self.folder / "last.ckpt")
+            trainer.save_checkpoint(self.folder / "last.ckpt", weights_only=False)
         if number:
             raise Interrupted(number, step)
 
@@ -78,4 +78,4 @@ class Checkpoints(L.Callback):
         value = trainer.callback_metrics.get(f"val/{self.monitor}")
         if value is not None and float(value) < self.best:
             self.best = float(value)
-            trainer.save_checkpoint(self.folder / "best.ckpt")
+            trainer.save_checkpoint(self.folder / "best.ckpt", weights_only=False)
