@@ -52,7 +52,7 @@ def chain(folder: Path, *overrides: str) -> Chain:
         config = compose("train", [*SMALL, "name=run", f"runs_dir={folder}", f"data_dir={folder}/data", *overrides])
     build.ensure_data(config.data)
     (folder / "run").mkdir(exist_ok=True)
-    return Chain(config, folder / "run", build.machine_of(config, 1, 0, 0))
+    return Chain(config, folder / "run", build.machine_of(config, {}))
 
 
 @pytest.fixture(scope="module")

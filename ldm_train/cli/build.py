@@ -1,6 +1,7 @@
 """From config sections to objects: the only place where a DictConfig becomes models, losses and data."""
 
 import inspect
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -51,8 +52,15 @@ def _with_signatures(node: dict[str, Any], known: dict[str, Any]) -> dict[str, A
     return defaults
 
 
-def machine_of(config: DictConfig, world_size: int, rank: int, local_rank: int) -> Machine:
-    """Raises ValueError where a GPU is asked for and none is there."""
+def machine_of(config: DictConfig, environment: Mapping[str, str]) -> Machine:
+    """This process's place, from the config and torchrun's environment variables.
+
+    Raises ValueError where a GPU is asked for and none is there.
+    """
+    world_size, rank, local_rank, local_world_size = (
+        int(environment.get(name, default))
+        for name, default in (("WORLD_SIZE", 1), ("RANK", 0), ("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1))
+    )
     accelerator = config.accelerator
     if accelerator == "auto":
         accelerator = "gpu" if torch.cuda.is_available() else "cpu"
@@ -63,7 +71,7 @@ def machine_of(config: DictConfig, world_size: int, rank: int, local_rank: int) 
     precision = str(config.precision)
     if precision == "auto":
         precision = "32" if accelerator == "cpu" else "bf16-mixed"
-    return Machine(accelerator, precision, world_size, rank, local_rank)
+    return Machine(accelerator, precision, world_size, rank, local_rank, local_world_size)
 
 
 def batching_of(section: DictConfig, machine: Machine) -> Batching:

@@ -1,9 +1,9 @@
 """train.py's work: compose the config, find this process's place among the devices, run the chain."""
 
 import os
-import subprocess
 import sys
 from contextlib import nullcontext
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -30,30 +30,31 @@ def run_name(config: DictConfig) -> str:
     return experiment
 
 
-def relaunch(devices: int) -> int:
-    """Starts this command once per device through torchrun; every process then finds its rank in the environment."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={devices}", "-m"]
-    return subprocess.run([*command, "ldm_train.cli.train", *sys.argv[1:]], check=False).returncode
+def relaunch(devices: int) -> None:
+    """Becomes torchrun with this same command, one process per device; each then finds its rank in the environment."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={devices}"]
+    sys.stdout.flush()
+    os.execv(sys.executable, [*command, "-m", "ldm_train.cli.train", *sys.argv[1:]])
 
 
 def train(config: DictConfig) -> None:
     check_values(config)
-    world_size, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
     if config.devices > 1 and HydraConfig.get().mode == RunMode.MULTIRUN:
         raise ValueError(
             "devices>1 and -m do not go together: the jobs of a sweep share this process; sweep on one "
             "device each, or start the multi-GPU runs one after the other"
         )
-    if config.devices > 1 and "WORLD_SIZE" not in os.environ and "SLURM_NTASKS" not in os.environ:
-        if (code := relaunch(config.devices)) != 0:
-            sys.exit(code)
-        return
-    machine = build.machine_of(config, world_size, rank, int(os.environ.get("LOCAL_RANK", 0)))
+    if config.devices > 1 and "WORLD_SIZE" not in os.environ:
+        relaunch(config.devices)
+    machine = build.machine_of(config, os.environ)
+    world_size, rank = machine.world_size, machine.rank
     if world_size > 1:
         if machine.accelerator == "gpu":
             torch.cuda.set_device(machine.device)
         if not dist.is_initialized():
-            dist.init_process_group("gloo" if machine.accelerator == "cpu" else "nccl")
+            # Ranks wait for each other through whole evaluations, far beyond the default ten minutes.
+            backend = "gloo" if machine.accelerator == "cpu" else "nccl"
+            dist.init_process_group(backend, timeout=timedelta(days=1))
     torch.set_float32_matmul_precision("high")
     config.name = run_name(config)
     folder = Path(config.runs_dir) / config.name
@@ -64,6 +65,8 @@ def train(config: DictConfig) -> None:
     chain = Chain(config, folder, machine, share=HydraConfig.get().mode == RunMode.MULTIRUN)
     with stages.run_lock(folder) if rank == 0 else nullcontext():
         chain.run()
+    if world_size > 1:
+        dist.destroy_process_group()
 
 
 def main() -> None:

@@ -35,7 +35,7 @@ PRECISIONS = ("32", "bf16-mixed", "16-mixed")
 
 @dataclass(frozen=True)
 class Machine:
-    """Where training runs. accelerator: "cpu" or "gpu". rank, local_rank, world_size as torchrun sets them.
+    """Where training runs. accelerator: "cpu" or "gpu". rank, world_size and their local_ forms as torchrun sets them.
 
     precision: 32, bf16-mixed or 16-mixed; weights and optimiser state are float32 in all of them.
     """
@@ -45,6 +45,7 @@ class Machine:
     world_size: int = 1
     rank: int = 0
     local_rank: int = 0
+    local_world_size: int = 1
 
     def __post_init__(self):
         if self.precision not in PRECISIONS:
@@ -110,7 +111,8 @@ def fit(
         trainer = L.Trainer(
             accelerator="cpu" if machine.accelerator == "cpu" else "gpu",
             strategy=machine.strategy(),
-            devices=1 if machine.world_size == 1 else "auto",
+            devices=machine.local_world_size,
+            num_nodes=machine.world_size // machine.local_world_size,
             plugins=[AtomicCheckpointIO(), machine.precision_plugin()],
             max_steps=max_steps,
             max_epochs=-1,

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from ldm_train.training import stages
 from ldm_train.training.stages import (
     Refused,
     Stage,
@@ -174,3 +175,25 @@ def test_a_missing_upstream_stage_names_the_command(tmp_path: Path):
         Refused, match=r"run it first: stages=\[autoencoder,latents\]|run it first: stages=\[.*latents\]"
     ):
         result_of(tmp_path, "latents")
+
+
+def test_a_sweep_takes_a_finished_stage_from_a_sibling_only_under_an_equal_key_and_equal_steps(tmp_path):
+    made = []
+
+    def stage(lr: float, steps: int) -> stages.Stage:
+        def run(folder):
+            made.append(folder.parent.name)
+            (folder / "weights").write_text(folder.parent.name)
+            return {}
+
+        return stages.Stage("autoencoder", lambda: {"lr": lr}, run, steps)
+
+    assert stages.advance(stage(0.1, 5), tmp_path / "a", {}, writer=True, share=True) == "run"
+    (tmp_path / "b").mkdir()
+    assert stages.advance(stage(0.1, 5), tmp_path / "b", {}, writer=True, share=True) == "share"
+    assert (tmp_path / "b" / "autoencoder" / "weights").read_text() == "a"
+    assert stages.advance(stage(0.1, 5), tmp_path / "b", {}, writer=True, share=True) == "skip"
+    assert stages.advance(stage(0.2, 5), tmp_path / "c", {}, writer=True, share=True) == "run"
+    assert stages.advance(stage(0.1, 6), tmp_path / "d", {}, writer=True, share=True) == "run"
+    assert stages.advance(stage(0.1, 5), tmp_path / "e", {}, writer=True) == "run"
+    assert made == ["a", "c", "d", "e"]

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import time
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ class Checkpoints(L.Callback):
 
     def __init__(self, folder: str | Path, every: int, monitor: str):
         self.folder, self.every, self.monitor = Path(folder), every, monitor
-        self.best, self._saved, self._signal = float("inf"), -1, 0
+        self.best, self._signal, self._signal_time = float("inf"), 0, 0.0
         self._handlers: dict[int, Any] = {}
 
     def state_dict(self) -> dict[str, Any]:
@@ -50,9 +51,13 @@ class Checkpoints(L.Callback):
             signal.signal(number, handler)
 
     def _on_signal(self, number: int, frame: Any) -> None:
-        if self._signal:
+        if (
+            self._signal and time.monotonic() - self._signal_time > 2
+        ):  # torchrun passes on what the terminal sent already
             os._exit(128 + number)
-        self._signal = number
+        if self._signal:
+            return
+        self._signal, self._signal_time = number, time.monotonic()
         print(
             f"\n{signal.Signals(number).name}: saving at the next step, then leaving (once more: leave at once)",
             flush=True,
