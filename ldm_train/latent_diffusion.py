@@ -77,7 +77,9 @@ class LatentDiffusion(nn.Module):
     ) -> dict[str, torch.Tensor]:
         """The U-Net's inputs for a batch. drop: per conditioner (B,) bool; a conditioner whose field the batch lacks
         is null."""
-        count = len(next(iter(batch.values()))) if batch else 1
+        if not self.conditioners:
+            return {}
+        count = next(len(batch[name]) for name in (*self.fields, "moments", "image") if name in batch)
         outputs = []
         for name, conditioner in self.conditioners.items():
             if conditioner.field not in batch:

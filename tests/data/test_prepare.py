@@ -8,6 +8,7 @@ import shutil
 import struct
 import tarfile
 import threading
+import urllib.request
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -470,6 +471,7 @@ class Served:
 def served(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Served]:
     for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
         monkeypatch.delenv(name, raising=False)
+    urllib.request.install_opener(None)  # urllib keeps the proxies of whoever opened something first
     site = Served(tmp_path)
     yield site
     site.server.shutdown()
