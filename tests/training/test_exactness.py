@@ -91,18 +91,23 @@ def weights(folder: Path, name: str, stage: str) -> dict[str, torch.Tensor]:
     return checkpoint["state_dict"] | {f"ema.{k}": v for k, v in checkpoint["ema"]["shadow"].items()}
 
 
+# 60 micro-batches a stage; the numbers say how many pass between two kills.
 @pytest.mark.chain
 @pytest.mark.parametrize(
-    "overrides",
-    [("num_workers=0",), ("num_workers=2", "latents.cache=false")],
+    ("overrides", "between_kills"),
+    [
+        (("num_workers=0",), [(12, 20), (12, 20), (45, 55), (10, 16)]),  # twice in each stage
+        (("num_workers=2", "latents.cache=false"), [(20, 40), (55, 70)]),  # once in each
+    ],
     ids=["cached", "two_workers_on_the_fly"],
 )
-def test_killed_twice_equals_undisturbed(tmp_path: Path, overrides: tuple[str, ...]):
+def test_killed_and_resumed_equals_undisturbed(
+    tmp_path: Path, overrides: tuple[str, ...], between_kills: list[tuple[int, int]]
+):
     run(tmp_path, "undisturbed", *overrides)
     dice = random.Random(0)
-    # 60 micro-batches a stage: twice in stage 1, twice in stage 2, then to the end.
-    for lines in (dice.randint(12, 20), dice.randint(12, 20), dice.randint(45, 55), dice.randint(10, 16)):
-        kill_when(tmp_path, "killed", lines, *overrides)
+    for fewest, most in between_kills:
+        kill_when(tmp_path, "killed", dice.randint(fewest, most), *overrides)
     run(tmp_path, "killed", *overrides)
     calm, killed = (keys_per_micro_batch(tmp_path / f"{n}.trace") for n in ("undisturbed", "killed"))
     assert calm == killed
