@@ -67,7 +67,7 @@ class LatentDiffusion(nn.Module):
         return nn.ModuleDict({"unet": self.unet, "conditioners": self.conditioners})
 
     def latents_from(self, batch: Mapping[str, Any], generator: torch.Generator | None = None) -> torch.Tensor:
-        """batch["moments"] (B, 2C, h, w) where cached, else batch["image"] is encoded; a fresh posterior sample each
+        """batch["moments"] (see `Autoencoder.encode_moments`) where cached, else batch["image"] is encoded; a fresh posterior sample each
         time. Returns scaled latents (B, C, h, w)."""
         moments = batch["moments"] if "moments" in batch else self.first_stage.encode_moments(batch["image"])
         return self.first_stage.latents(moments.to(self.device), generator)
@@ -88,6 +88,13 @@ class LatentDiffusion(nn.Module):
             mask = (drop or {}).get(name, torch.zeros(count, dtype=torch.bool)).to(self.device)
             outputs.append(conditioner(batch[conditioner.field], mask))
         return merge(outputs)
+
+    def describe(self, batch: Mapping[str, Any], count: int) -> list[str]:
+        """A caption per sample for pictures: what the last conditioner found in the batch ("" where none did)."""
+        for conditioner in reversed(self.conditioners.values()):
+            if conditioner.field in batch:
+                return conditioner.describe(batch[conditioner.field])
+        return [""] * count
 
     def random_drop(self, count: int) -> dict[str, torch.Tensor]:
         """Independent per-sample dropout masks (B,) for each conditioner, from the global CPU generator."""

@@ -1,5 +1,6 @@
 """The chain as a user meets it: everything made, skipped the second time, refused when changed, continued when longer."""
 
+import csv
 import json
 import os
 import signal
@@ -32,12 +33,15 @@ SMALL = [
     "autoencoder.batch_size=8",
     "autoencoder.loss.disc_start=3",
     "autoencoder.val_every=3",
+    "autoencoder.val_images=8",
     "autoencoder.checkpoint_every=2",
     "diffusion.max_steps=6",
     "diffusion.batch_size=8",
     "diffusion.val_every=3",
     "diffusion.checkpoint_every=2",
     "diffusion.samples=4",
+    "diffusion.evaluate_every=3",
+    "diffusion.evaluate_images=8",
     "diffusion.unet.channels=32",
     "sampling.num_inference_steps=2",
     "evaluation.images=8",
@@ -87,6 +91,17 @@ def test_a_run_leaves_everything_the_design_names(finished: Path):
     model = load_model(run / "export")
     statistics = json.loads((run / "latents" / "statistics.json").read_text())
     torch.testing.assert_close(model.first_stage.scale.flatten(), 1 / torch.tensor(statistics["std"]))
+
+
+@pytest.mark.chain
+def test_distances_measured_while_training_equal_those_of_the_evaluation(finished: Path):
+    metrics = json.loads((finished / "run/evaluation/metrics.json").read_text())
+    for stage, kind in (("autoencoder", "reconstructions"), ("diffusion", "samples")):
+        with open(finished / "run" / stage / "metrics.csv", newline="") as file:
+            rows = {int(r["step"]): r["val/fid_tiny"] for r in csv.DictReader(file) if r["val/fid_tiny"]}
+        assert sorted(rows) == ([3, 6] if stage == "diffusion" else [2, 5]), rows
+        assert float(rows[max(rows)]) == pytest.approx(metrics[kind]["fid_tiny"]["value"], rel=1e-3)
+        assert float(rows[min(rows)]) != pytest.approx(float(rows[max(rows)]), rel=1e-3)
 
 
 @pytest.mark.chain

@@ -43,8 +43,11 @@ def option_defaults(config: DictConfig) -> dict[str, Any]:
 def _with_signatures(node: dict[str, Any], known: dict[str, Any]) -> dict[str, Any]:
     defaults = dict(known)
     if "_target_" in node:
-        parameters = inspect.signature(get_object(node["_target_"])).parameters.values()
-        defaults |= {p.name: p.default for p in parameters if p.default is not inspect.Parameter.empty}
+        target = get_object(node["_target_"])
+        chain = [c.__init__ for c in reversed(target.__mro__)] if isinstance(target, type) else [target]
+        for function in chain:  # subclasses that pass **options on take their base's
+            parameters = inspect.signature(function).parameters.values()
+            defaults |= {p.name: p.default for p in parameters if p.default is not inspect.Parameter.empty}
     for name, value in node.items():
         if isinstance(value, dict):
             inner = defaults.get(name)
@@ -150,7 +153,7 @@ def model_tree(
 ) -> dict[str, Any]:
     """The whole LatentDiffusion as an instantiable tree."""
     size = [data.image_size] * 2 if isinstance(data.image_size, int) else list(data.image_size)
-    factor = 2 ** (len(first_stage["autoencoder"]["channel_mult"]) - 1)
+    factor = 2 ** (len(first_stage["autoencoder"].get("channel_mult", [1])) - 1)
     return {
         "_target_": "ldm_train.latent_diffusion.LatentDiffusion",
         "unet": plain(config.diffusion.unet),

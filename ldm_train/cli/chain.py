@@ -1,6 +1,7 @@
 """The chain of one run: what each stage depends on, and how it is built from the config and run."""
 
 import shutil
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from ldm_train.data.shards import data_hash, read_index, write_atomically, write
 from ldm_train.losses.perceptual import TinyFeatures
 from ldm_train.training import stages
 from ldm_train.training.autoencoder_task import AutoencoderTask
+from ldm_train.training.callbacks.sampling import SampleDistance
 from ldm_train.training.diffusion_task import DiffusionTask
 from ldm_train.training.evaluation import evaluate
 from ldm_train.training.fit import fit
@@ -44,6 +46,8 @@ NOT_IN_KEY = (
     "log_every",
     "compile",
     "samples",
+    "evaluate_every",
+    "evaluate_images",
 )
 
 
@@ -123,6 +127,9 @@ class Chain:
         rng.reseed(config.seed, "autoencoder", "weights")
         data = self.data("autoencoder", ("image",))
         network = instantiate(section.network, _convert_="all")
+        tree, metadata = build.plain(section.network), {"downsample_factor": network.downsample_factor}
+        if not list(network.parameters()):  # the identity
+            return {"sha256": self._save(folder / "model", network, tree, metadata)}
         task = AutoencoderTask(
             network,
             instantiate(section.loss, _convert_="all"),
@@ -134,16 +141,14 @@ class Chain:
             accumulate=data.batching.accumulate,
             image_folder=folder / "images",
             disc_lr=section.disc_lr,
+            features=instantiate(config.evaluation.features),
         )
         if section.compile:  # in place; the last convolution stays eager, its gradient is taken by hand
             network.encoder.compile()
             network.decoder.compile()
         network.to(memory_format=torch.channels_last)
         self._fit(task, data, folder, "autoencoder", data.count(config.data.train_split))
-        sha256 = self._save(
-            folder / "model", network, build.plain(section.network), {"downsample_factor": network.downsample_factor}
-        )
-        return {"sha256": sha256}
+        return {"sha256": self._save(folder / "model", network, tree, metadata)}
 
     def perceptual(self, folder: Path) -> dict[str, Any]:
         """Trains a small perceptual network (experiment=tiny_perceptual); it stands apart from the other stages."""
@@ -159,12 +164,12 @@ class Chain:
         print("\n".join(f"{head:<12}{value:.1%}" for head, value in accuracies.items()))
         return accuracies
 
-    def _fit(self, task: Any, data: Any, folder: Path, stage: str, dataset_size: int) -> None:
+    def _fit(self, task: Any, data: Any, folder: Path, stage: str, dataset_size: int, callbacks: Sequence = ()) -> None:
         section = self.config[stage]
         fit(
             task, data, folder, section.max_steps, section.batch_size, dataset_size,
             build.cadence_of(section, self.machine, self.config), self.machine, self.loggers(stage),
-            self.config.data.max_bad_fraction,
+            self.config.data.max_bad_fraction, callbacks,
         )  # fmt: skip
 
     def _save(self, folder: Path, module: torch.nn.Module, tree: dict, metadata: dict) -> str:
@@ -187,6 +192,12 @@ class Chain:
 
         return encode
 
+    def stochastic(self) -> bool:
+        """Whether this run's autoencoder has a posterior with a width."""
+        with torch.device("meta"):
+            tree = yaml.safe_load((self.folder / "autoencoder" / "model" / CONFIG).read_text())
+            return instantiate(tree).moments_per_latent == 2
+
     def latents(self, folder: Path) -> dict[str, Any]:
         config = self.config
         data, encode = self.data("diffusion", ("image", *self.fields)), self.encoder()
@@ -203,7 +214,7 @@ class Chain:
                 s: [yaml.safe_load(p.read_text()) for p in sorted((folder / ".entries").glob(f"{s}-*.json"))]
                 for s in splits
             }
-            write_cache_index(folder, entries, data.index.get("classes"))
+            write_cache_index(folder, entries, data.index.get("classes"), self.stochastic())
             statistics = latent_statistics(CachedLatents(folder, splits[0], (), config.seed))
         if self.machine.rank == 0:
             write_json(folder / "statistics.json", statistics)
@@ -222,7 +233,8 @@ class Chain:
         shards = limited.shards(limited.train_split)
         shards.keys = shards.keys[:10_000]
         limited.batching = build.Batching(self.config.diffusion.batch_size)
-        write_cache_index(scratch, {"train": write_cache(limited, limited.train_split, encode, scratch)}, None)
+        entries = write_cache(limited, limited.train_split, encode, scratch)
+        write_cache_index(scratch, {"train": entries}, None, self.stochastic())
         statistics = latent_statistics(CachedLatents(scratch, "train", (), self.config.seed))
         shutil.rmtree(scratch)
         return statistics
@@ -268,7 +280,16 @@ class Chain:
         )
         if section.compile:
             model.unet.compile()
-        self._fit(task, data, folder, "diffusion", size)
+        callbacks = []
+        if section.evaluate_every:
+            reference = images.fixed_loader(config.data.val_split, section.evaluate_images)
+            callbacks.append(
+                SampleDistance(
+                    section.evaluate_every, reference, self.draw(), instantiate(config.evaluation.features),
+                    config.evaluation.batch_size,
+                )
+            )  # fmt: skip
+        self._fit(task, data, folder, "diffusion", size, callbacks)
         return {"sha256": self._save(folder / "model", model, tree, {"scale_factor": statistics["scale_factor"]})}
 
     def draw(self) -> Any:
@@ -299,7 +320,7 @@ class Chain:
         result = evaluate(
             model, loader, self.draw(), instantiate(config.evaluation.features).to(self.machine.device),
             perceptual.to(self.machine.device) if perceptual is not None else None, folder, settings,
-            config.evaluation.images, config.evaluation.batch_size,
+            config.evaluation.batch_size,
             build.plain(config.evaluation.obedience) if config.evaluation.obedience else None,
         )  # fmt: skip
         if self.wandb:
@@ -324,7 +345,7 @@ class Chain:
 
     def stages(self) -> list[stages.Stage]:
         steps = {"autoencoder": self.config.autoencoder.max_steps, "diffusion": self.config.diffusion.max_steps}
-        if self.config.autoencoder.pretrained:
+        if self.config.autoencoder.pretrained or self.config.autoencoder.network._target_.endswith("Identity"):
             steps["autoencoder"] = 0
         return [
             stages.Stage(name, getattr(self, f"{name}_key"), getattr(self, name), steps.get(name, 0))

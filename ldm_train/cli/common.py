@@ -82,7 +82,7 @@ def suggestions(config_name: str, overrides: list[str]) -> str:
 
 
 # option: (type, lowest value). None is always allowed where the default is None.
-_COUNTS = ("max_steps", "batch_size", "val_every", "checkpoint_every", "log_every")
+_COUNTS = ("max_steps", "batch_size", "val_every", "checkpoint_every", "log_every", "micro_batch_size")
 
 
 def check_values(config: DictConfig) -> None:
@@ -105,10 +105,11 @@ def check_values(config: DictConfig) -> None:
     for stage in ("autoencoder", "diffusion"):
         for name in _COUNTS:
             number(f"{stage}.{name}", 1, True)
-        number(f"{stage}.micro_batch_size", 1, True)
         number(f"{stage}.lr", 0, False)
         number(f"{stage}.ema_decay", 0, False)
         number(f"{stage}.clip_norm", 0, False)
+    number("diffusion.evaluate_every", 1, True)
+    number("diffusion.evaluate_images", 2, True)
     number("autoencoder.loss.disc_start", 0, True)
     number("devices", 1, True)
     number("num_workers", 0, True)

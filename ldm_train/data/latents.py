@@ -17,7 +17,7 @@ from ldm_train.data.samples import collate, require_fields, sample_rng, text_of
 from ldm_train.data.shards import INDEX, DataError, IndexedShards, file_sha256, read_index, write_json, write_shard
 
 REMEDY = "python train.py ... restart=latents"
-# images (B, C, H, W) in [-1, 1] -> moments (B, 2C, h, w) float32
+# images (B, C, H, W) in [-1, 1] -> moments (B, 2C, h, w), or latents (B, C, h, w) of deterministic models, float32
 Encode = Callable[[torch.Tensor], torch.Tensor]
 
 
@@ -100,10 +100,13 @@ def _encoded(
         progress.update(len(rows))
 
 
-def write_cache_index(folder: str | Path, splits: dict[str, list[dict]], classes: list[str] | None) -> None:
-    """Completes a cache: without index.json it does not exist."""
+def write_cache_index(
+    folder: str | Path, splits: dict[str, list[dict]], classes: list[str] | None, stochastic: bool = True
+) -> None:
+    """Completes a cache: without index.json it does not exist. stochastic: it holds means and log-variances."""
     ordered = {split: sorted(entries, key=lambda e: e["file"]) for split, entries in splits.items()}
     index = {"splits": {s: {"shards": e, "count": sum(x["count"] for x in e)} for s, e in ordered.items()}}
+    index["stochastic"] = stochastic
     write_json(Path(folder) / INDEX, index | ({"classes": classes} if classes else {}))
 
 
@@ -120,6 +123,7 @@ class CachedLatents:
             raise DataError(f"the latent cache is damaged: {error}; make it anew with: {REMEDY}") from error
         self.fields, self.seed = tuple(fields), seed
         self.flips = "flipped.npy" in self.shards.extensions
+        self.stochastic = read_index(folder)["stochastic"]
         header = io.BytesIO(self.shards.read(0, "moments.npy"))
         version = np.lib.format.read_magic(header)
         if version != (1, 0):
@@ -132,14 +136,22 @@ class CachedLatents:
         return len(self.shards)
 
     def moments(self, i: int, flipped: bool = False) -> np.ndarray:
-        """(2C, h, w), a view of the file."""
+        """(2C or C, h, w), a view of the file."""
         extension = "flipped.npy" if flipped else "moments.npy"
         start = int(self.shards.offsets[extension][i]) + self.header
         stop = int(self.shards.offsets[extension][i]) + int(self.shards.sizes[extension][i])
         return self._maps[int(self.shards.shard[i])][start:stop].view(self.dtype).reshape(self.shape)
 
+    def mean_and_std(self, i: int) -> tuple[np.ndarray, np.ndarray]:
+        """Of the posterior, (C, h, w) float64 each; the standard deviation of deterministic latents is 0."""
+        moments = self.moments(i).astype(np.float64)
+        if not self.stochastic:
+            return moments, np.zeros_like(moments)
+        mean, logvar = np.split(moments, 2)
+        return mean, np.exp(0.5 * np.clip(logvar, -30, 20))
+
     def fetch(self, rows: Sequence[tuple[int, int]], random: bool) -> dict[str, Any]:
-        """rows: (epoch, index) per sample -> moments (B, 2C, h, w) and the fields asked for. random: flips, captions."""
+        """rows: (epoch, index) per sample -> moments (B, 2C or C, h, w) and the fields asked for. random: flips, captions."""
         rngs = [sample_rng(self.seed, epoch, i) if random else None for epoch, i in rows]
         flipped = [bool(self.flips and rng is not None and rng.random() < 0.5) for rng in rngs]
         batch: dict[str, Any] = {
@@ -225,12 +237,12 @@ def latent_statistics(latents: CachedLatents, limit: int = 50_000) -> dict[str, 
     """
     count = min(limit, len(latents))
     picks = np.unique(np.linspace(0, len(latents) - 1, count).round().astype(int))
-    channels = latents.shape[0] // 2
+    channels = len(latents.mean_and_std(0)[0])
     total, square, elements = np.zeros(channels), np.zeros(channels), 0
     for i in picks:
-        mean, logvar = np.split(latents.moments(int(i)).astype(np.float64), 2)
+        mean, std = latents.mean_and_std(int(i))
         total += mean.sum(axis=(1, 2))
-        square += (mean**2 + np.exp(np.clip(logvar, -30, 20))).sum(axis=(1, 2))
+        square += (mean**2 + std**2).sum(axis=(1, 2))
         elements += mean[0].size
     mean = total / elements
     std = np.sqrt(square / elements - mean**2)
@@ -255,17 +267,10 @@ def verify_cache(data: ShardDataModule, split: str, latents: CachedLatents, enco
             raise DataError(
                 f"latent cache {latents.shards.root}: sample {key} is not in the data; run again with restart=latents"
             )
-        mean, _ = (
-            encode(dataset[(0, i)]["image"][None])[0]
-            .cpu()
-            .numpy()
-            .astype(np.float64)
-            .reshape(latents.shape)
-            .reshape(2, -1)
-        )
-        cached, logvar = latents.moments(int(j)).astype(np.float64).reshape(2, -1)
-        tolerance = np.exp(0.5 * np.clip(logvar, -30, 20)) + 0.01 * cached.std()
-        worst = max(worst, float((np.abs(mean - cached) / tolerance).max()))
+        again = encode(dataset[(0, i)]["image"][None])[0].cpu().numpy().astype(np.float64)
+        cached, spread = latents.mean_and_std(int(j))
+        tolerance = spread + 0.01 * cached.std()
+        worst = max(worst, float((np.abs(again[: len(cached)] - cached) / tolerance).max()))
     if worst > 1:
         raise DataError(
             f"latent cache {latents.shards.root} is stale: re-encoded samples differ by {worst:.1f} times the tolerance; "

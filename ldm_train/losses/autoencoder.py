@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from ldm_train.losses.adversarial import adaptive_weight, hinge_loss, vanilla_loss
-from ldm_train.models.autoencoder import DiagonalGaussian
+from ldm_train.models.autoencoder import Posterior
 
 
 class AutoencoderLoss(nn.Module):
@@ -13,6 +13,7 @@ class AutoencoderLoss(nn.Module):
     perceptual         (images, targets) -> (B,), or None
     discriminator      images -> logits, or None
     kl_weight          of KL(q || N(0, 1)) summed over the latents
+    codebook_weight    of a VQ model's quantisation loss, a mean over the latents, against the mean reconstruction error
     perceptual_weight  of the perceptual distance, which is broadcast over C, H, W before summing
     disc_weight        of the generator's adversarial term, times the adaptive weight
     disc_factor        of the discriminator's own loss
@@ -29,6 +30,7 @@ class AutoencoderLoss(nn.Module):
         perceptual: nn.Module | None,
         discriminator: nn.Module | None,
         kl_weight: float = 1e-6,
+        codebook_weight: float = 1.0,
         perceptual_weight: float = 1.0,
         disc_weight: float = 0.5,
         disc_factor: float = 1.0,
@@ -43,7 +45,7 @@ class AutoencoderLoss(nn.Module):
         if disc_loss not in ("hinge", "vanilla"):
             raise ValueError(f"disc_loss is 'hinge' or 'vanilla', not {disc_loss!r}")
         self.perceptual, self.discriminator = perceptual, discriminator
-        self.kl_weight, self.perceptual_weight = kl_weight, perceptual_weight
+        self.kl_weight, self.codebook_weight, self.perceptual_weight = kl_weight, codebook_weight, perceptual_weight
         self.disc_weight, self.disc_factor, self.max_adaptive_weight = disc_weight, disc_factor, max_adaptive_weight
         self.disc_start, self.disc_ramp, self.disc_warmup = disc_start, disc_ramp, disc_warmup
         self.discriminator_loss = hinge_loss if disc_loss == "hinge" else vanilla_loss
@@ -68,7 +70,7 @@ class AutoencoderLoss(nn.Module):
         images: torch.Tensor,
         reconstructions: torch.Tensor,
         features: torch.Tensor,
-        posterior: DiagonalGaussian,
+        posterior: Posterior,
         last_layer: nn.Conv2d,
         step: int,
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
@@ -85,16 +87,16 @@ class AutoencoderLoss(nn.Module):
             per_image, distance = self.reconstruction(images, leaf)
             nll = (per_image / self.logvar.detach().exp()).mean()
             (direction,) = torch.autograd.grad(nll, leaf)
-            kl = posterior.kl().mean()
+            regularisation = {name: value.mean() for name, value in posterior.regularisation().items()}
             # With a fixed log-variance this carries no gradient; learned, it is the likelihood's own update.
             likelihood = (per_image.detach() / self.logvar.exp() + self.logvar * size).mean()
             logs = {
                 "nll": likelihood.detach() / size,
                 "l1": (images - leaf.detach()).abs().mean(),
                 "perceptual": distance.detach().mean(),
-                "kl": kl.detach(),
-            }
-            loss = self.kl_weight * kl
+            } | {name: value.detach() for name, value in regularisation.items()}
+            weights = {"kl": self.kl_weight, "codebook": self.codebook_weight * size}
+            loss = sum(weights[name] * value for name, value in regularisation.items())
             if self.logvar.requires_grad:
                 loss = loss + likelihood
                 logs["logvar"] = self.logvar.detach().clone()

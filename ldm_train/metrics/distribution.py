@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 
 import torch
+import torch.distributed as dist
 
 
 class Moments:
@@ -22,6 +23,19 @@ class Moments:
         self.count += len(features)
         self.total += features.sum(dim=0)
         self.outer += features.T @ features
+
+    def reduced(self) -> "Moments":
+        """The moments over all ranks (itself, where there is one)."""
+        if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+            return self
+        device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+        joint = Moments(len(self.total))
+        count = torch.tensor([float(self.count)], dtype=torch.float64)
+        sums = [part.to(device, copy=True) for part in (count, self.total, self.outer)]
+        for part in sums:
+            dist.all_reduce(part)
+        joint.count, joint.total, joint.outer = int(sums[0]), sums[1].cpu(), sums[2].cpu()
+        return joint
 
     @property
     def mean(self) -> torch.Tensor:

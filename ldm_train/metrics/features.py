@@ -19,6 +19,9 @@ class TinyEval(nn.Module):
         super().__init__()
         self.network = load_tiny("tiny_eval")
 
+    def train(self, mode: bool = True) -> "TinyEval":
+        return super().train(False)  # frozen, also inside a task that trains
+
     @torch.no_grad()
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         images = images.float()

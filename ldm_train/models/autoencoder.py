@@ -1,7 +1,8 @@
-"""The KL autoencoder of latent diffusion (Rombach et al. 2022, appendix G), keys as CompVis published them."""
+"""The autoencoders of latent diffusion (Rombach et al. 2022, appendix G): KL, VQ and identity, keys as published."""
 
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import Any
 
 import torch
 from einops import rearrange
@@ -9,6 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from ldm_train.models.layers import Upsample, group_norm
+from ldm_train.models.quantizer import VectorQuantizer
 
 
 class DiagonalGaussian:
@@ -34,6 +36,32 @@ class DiagonalGaussian:
     def kl(self) -> torch.Tensor:
         """KL(q || N(0, 1)) in nats, summed over C, h, w: (B,)."""
         return 0.5 * (self.mean.square() + self.logvar.exp() - 1.0 - self.logvar).sum(dim=(1, 2, 3))
+
+    def regularisation(self) -> dict[str, torch.Tensor]:
+        return {"kl": self.kl()}
+
+
+class Point:
+    """The posterior of a deterministic encoder, all mass on `mean` (B, C, h, w).
+
+    codebook: the quantisation loss (B,), indices: the codes (B, h, w), both where the latents were quantised.
+    """
+
+    def __init__(self, mean: torch.Tensor, codebook: torch.Tensor | None = None, indices: torch.Tensor | None = None):
+        self.mean, self.codebook, self.indices = mean, codebook, indices
+
+    @property
+    def std(self) -> torch.Tensor:
+        return torch.zeros_like(self.mean)
+
+    def sample(self, generator: torch.Generator | None = None) -> torch.Tensor:
+        return self.mean
+
+    def regularisation(self) -> dict[str, torch.Tensor]:
+        return {} if self.codebook is None else {"codebook": self.codebook}
+
+
+Posterior = DiagonalGaussian | Point
 
 
 class ResnetBlock(nn.Module):
@@ -185,8 +213,10 @@ class Decoder(nn.Module):
         return F.silu(self.norm_out(x))
 
 
-class AutoencoderKL(nn.Module):
-    """Encoder, diagonal Gaussian posterior, decoder. Its latents are unscaled; the first stage scales them.
+class Autoencoder(nn.Module):
+    """Encoder and decoder with 1x1 projections around the latents. Subclasses say what lies between.
+
+    Its latents are unscaled; the first stage scales them.
 
     in_channels        image channels (3; 1 and any other number work)
     z_channels         channels between encoder, decoder and their 1x1 projections
@@ -196,9 +226,9 @@ class AutoencoderKL(nn.Module):
     num_res_blocks     residual blocks per level (one more in the decoder)
     attention_levels   levels with self-attention, 0 being the image resolution
     mid_attention      self-attention at the lowest resolution
-    initial_logvar     where the posterior's log-variance starts. The published 0 makes the first latents mostly noise;
-                       -5 lets short runs learn colours from the first steps
     """
+
+    moments_per_latent: int  # channels of `encode_moments` for each channel of the latents
 
     def __init__(
         self,
@@ -211,40 +241,33 @@ class AutoencoderKL(nn.Module):
         in_channels: int = 3,
         embed_dim: int | None = None,
         dropout: float = 0.0,
-        initial_logvar: float = 0.0,
     ):
         super().__init__()
-        embed_dim = embed_dim or z_channels
+        embed_dim, k = embed_dim or z_channels, self.moments_per_latent
         trunk = (channels, channel_mult, num_res_blocks, attention_levels, mid_attention, dropout)
         self.in_channels, self.latent_channels = in_channels, embed_dim
         self.downsample_factor = 2 ** (len(channel_mult) - 1)
-        self.encoder = Encoder(in_channels, 2 * z_channels, *trunk)
+        self.encoder = Encoder(in_channels, k * z_channels, *trunk)
         self.decoder = Decoder(z_channels, in_channels, *trunk)
-        self.quant_conv = nn.Conv2d(2 * z_channels, 2 * embed_dim, 1)
+        self.quant_conv = nn.Conv2d(k * z_channels, k * embed_dim, 1)
         self.post_quant_conv = nn.Conv2d(embed_dim, z_channels, 1)
-        if initial_logvar:
-            with torch.no_grad():
-                self.quant_conv.bias[embed_dim:] = initial_logvar
-                self.quant_conv.weight[embed_dim:] *= 0.1
 
     def encode_moments(self, images: torch.Tensor) -> torch.Tensor:
-        """images (B, C, H, W) in [-1, 1] -> moments (B, 2 * latent_channels, H/f, W/f): mean, log-variance.
+        """images (B, C, H, W) in [-1, 1] -> what the posterior is made of and the latent cache stores.
 
-        Raises ValueError where the size is not divisible by f or the channels do not fit.
+        (B, 2 * latent_channels, H/f, W/f), mean and log-variance, from the KL autoencoder; the latents themselves,
+        (B, latent_channels, H/f, W/f), from deterministic ones. Raises ValueError where the size is not divisible by
+        f or the channels do not fit.
         """
-        f = self.downsample_factor
-        channels, height, width = images.shape[1:]
-        if height % f or width % f:
-            raise ValueError(
-                f"image size {height}x{width} is not divisible by downsample_factor {f}; use "
-                f"{max(f, height // f * f)}x{max(f, width // f * f)} or another autoencoder.network"
-            )
-        if channels != self.in_channels:
-            raise ValueError(f"images have {channels} channels, autoencoder.network.in_channels is {self.in_channels}")
+        check_images(images, self.downsample_factor, self.in_channels)
         return self.quant_conv(self.encoder(images))
 
-    def encode(self, images: torch.Tensor) -> DiagonalGaussian:
-        return DiagonalGaussian(self.encode_moments(images).float())
+    def posterior(self, moments: torch.Tensor) -> Posterior:
+        """q(z | x) of `encode_moments`' output."""
+        raise NotImplementedError
+
+    def encode(self, images: torch.Tensor) -> Posterior:
+        return self.posterior(self.encode_moments(images).float())
 
     def decode_features(self, latents: torch.Tensor) -> torch.Tensor:
         """The input of the last convolution; the adaptive weight of the adversarial loss is measured there."""
@@ -254,8 +277,120 @@ class AutoencoderKL(nn.Module):
         """latents (B, C, h, w), unscaled -> images (B, in_channels, h*f, w*f), about [-1, 1]."""
         return self.decoder.conv_out(self.decode_features(latents))
 
+    @property
+    def last_layer(self) -> nn.Conv2d:
+        return self.decoder.conv_out
+
+
+def check_images(images: torch.Tensor, factor: int, in_channels: int) -> None:
+    """Raises ValueError, with the remedy, for images that an autoencoder cannot take."""
+    channels, height, width = images.shape[1:]
+    if height % factor or width % factor:
+        raise ValueError(
+            f"image size {height}x{width} is not divisible by downsample_factor {factor}; use "
+            f"{max(factor, height // factor * factor)}x{max(factor, width // factor * factor)} or another autoencoder.network"
+        )
+    if channels != in_channels:
+        raise ValueError(f"images have {channels} channels, autoencoder.network.in_channels is {in_channels}")
+
+
+class AutoencoderKL(Autoencoder):
+    """A diagonal Gaussian posterior, kept near N(0, 1) by a small KL term. Options as in Autoencoder, and
+
+    initial_logvar     where the posterior's log-variance starts. The published 0 makes the first latents mostly noise;
+                       -5 lets short runs learn colours from the first steps
+    """
+
+    moments_per_latent = 2
+
+    def __init__(
+        self, z_channels: int, channels: int, channel_mult: Sequence[int], initial_logvar: float = 0.0, **options: Any
+    ):
+        super().__init__(z_channels, channels, channel_mult, **options)
+        if initial_logvar:
+            with torch.no_grad():
+                self.quant_conv.bias[self.latent_channels :] = initial_logvar
+                self.quant_conv.weight[self.latent_channels :] *= 0.1
+
+    def posterior(self, moments: torch.Tensor) -> DiagonalGaussian:
+        return DiagonalGaussian(moments)
+
     def forward(self, images: torch.Tensor, sample: bool = True) -> tuple[torch.Tensor, torch.Tensor, DiagonalGaussian]:
         """-> (reconstruction, features before the last convolution, posterior); latents sampled, or their mean."""
         posterior = self.encode(images)
         features = self.decode_features(posterior.sample() if sample else posterior.mean)
         return self.decoder.conv_out(features), features, posterior
+
+
+class AutoencoderVQ(Autoencoder):
+    """Latents quantised by a codebook. Diffusion runs on the latents before quantisation and `decode` quantises, as
+    published. Options as in Autoencoder, and
+
+    num_codes          size of the codebook
+    commitment_weight, codebook_weight, codebook_ema, restart_after    as in VectorQuantizer (codebook_ema: ema_decay)
+    """
+
+    moments_per_latent = 1
+
+    def __init__(
+        self,
+        z_channels: int,
+        channels: int,
+        channel_mult: Sequence[int],
+        num_codes: int,
+        commitment_weight: float = 1.0,
+        codebook_weight: float = 0.25,
+        codebook_ema: float | None = None,
+        restart_after: int | None = None,
+        **options: Any,
+    ):
+        super().__init__(z_channels, channels, channel_mult, **options)
+        self.quantize = VectorQuantizer(
+            num_codes, self.latent_channels, commitment_weight, codebook_weight, codebook_ema, restart_after
+        )
+
+    def posterior(self, moments: torch.Tensor) -> Point:
+        return Point(moments)
+
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        """latents (B, C, h, w) before quantisation -> images (B, in_channels, h*f, w*f), about [-1, 1]."""
+        codes = self.quantize.lookup(self.quantize.nearest(latents))
+        return super().decode(codes.to(latents.dtype))
+
+    def forward(self, images: torch.Tensor, sample: bool = True) -> tuple[torch.Tensor, torch.Tensor, Point]:
+        """-> (reconstruction, features before the last convolution, posterior with codebook loss and indices)."""
+        latents = self.encode_moments(images).float()
+        codes, loss, indices = self.quantize(latents)
+        features = self.decode_features(codes)
+        return self.decoder.conv_out(features), features, Point(latents, loss, indices)
+
+
+class AutoencoderIdentity(nn.Module):
+    """f = 1: the latents are the images (the paper's LDM-1, diffusion in pixel space). Nothing to train.
+
+    z_channels: image channels
+    """
+
+    moments_per_latent = 1
+    downsample_factor = 1
+
+    def __init__(self, z_channels: int = 3):
+        super().__init__()
+        self.in_channels = self.latent_channels = z_channels
+
+    def encode_moments(self, images: torch.Tensor) -> torch.Tensor:
+        check_images(images, 1, self.in_channels)
+        return images
+
+    def posterior(self, moments: torch.Tensor) -> Point:
+        return Point(moments)
+
+    def encode(self, images: torch.Tensor) -> Point:
+        return Point(self.encode_moments(images).float())
+
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        return latents
+
+    def forward(self, images: torch.Tensor, sample: bool = True) -> tuple[torch.Tensor, torch.Tensor, Point]:
+        posterior = self.encode(images)
+        return posterior.mean, posterior.mean, posterior

@@ -3,17 +3,17 @@
 import torch
 from torch import nn
 
-from ldm_train.models.autoencoder import AutoencoderKL, DiagonalGaussian
+from ldm_train.models.autoencoder import Autoencoder, AutoencoderIdentity, Posterior
 
 
 class FirstStage(nn.Module):
     """latents = (z - shift) * scale, z ~ q(z | images). Always frozen and in eval mode.
 
-    autoencoder: AutoencoderKL
+    autoencoder: KL, VQ or identity
     scale_factor: the scalar scale, or one value per latent channel; `shift` likewise. Both are saved with the weights.
     """
 
-    def __init__(self, autoencoder: AutoencoderKL, scale_factor: float = 1.0, shift: float = 0.0):
+    def __init__(self, autoencoder: Autoencoder | AutoencoderIdentity, scale_factor: float = 1.0, shift: float = 0.0):
         super().__init__()
         self.autoencoder = autoencoder
         channels = autoencoder.latent_channels
@@ -39,12 +39,20 @@ class FirstStage(nn.Module):
 
     @torch.no_grad()
     def encode_moments(self, images: torch.Tensor) -> torch.Tensor:
-        """images (B, C, H, W) in [-1, 1] -> unscaled moments (B, 2C, h, w), float32."""
+        """images (B, C, H, W) in [-1, 1] -> unscaled moments (B, 2C or C, h, w), float32; see `Autoencoder`."""
         return self.autoencoder.encode_moments(images).float()
+
+    def posterior(self, moments: torch.Tensor) -> Posterior:
+        """Unscaled."""
+        return self.autoencoder.posterior(moments.float())
+
+    def scaled(self, latents: torch.Tensor) -> torch.Tensor:
+        """The autoencoder's latents (B, C, h, w) as the diffusion model sees them."""
+        return (latents - self.shift) * self.scale
 
     def latents(self, moments: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
         """A fresh sample of the posterior, scaled: (B, C, h, w)."""
-        return (DiagonalGaussian(moments.float()).sample(generator) - self.shift) * self.scale
+        return self.scaled(self.posterior(moments).sample(generator))
 
     @torch.no_grad()
     def decode(self, latents: torch.Tensor, chunk: int = 32) -> torch.Tensor:

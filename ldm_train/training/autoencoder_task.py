@@ -10,8 +10,10 @@ from torch import nn
 
 from ldm_train import images as pictures
 from ldm_train.losses.autoencoder import AutoencoderLoss
+from ldm_train.metrics.distribution import Moments, frechet_distance
 from ldm_train.metrics.paired import psnr, ssim
-from ldm_train.models.autoencoder import AutoencoderKL
+from ldm_train.models.autoencoder import Autoencoder, Point
+from ldm_train.models.quantizer import perplexity, summed_over_ranks
 from ldm_train.training.task import Task, reduce_sums
 
 ACTIVE_VARIANCE = (
@@ -22,17 +24,19 @@ ACTIVE_VARIANCE = (
 class AutoencoderTask(Task):
     """One autoencoder forward, one LPIPS backward and one discriminator pass per batch (see AutoencoderLoss).
 
-    autoencoder: AutoencoderKL. loss: AutoencoderLoss. image_folder: where reconstruction grids go.
+    autoencoder: KL or VQ. loss: AutoencoderLoss. image_folder: where reconstruction grids go.
     disc_lr: the discriminator's own learning rate (default: the autoencoder's, as published).
-    Validation measures posterior means of the averaged weights: l1, psnr (dB), ssim, perceptual, kl, score
-    (perceptual + l1, the criterion of best.ckpt) and the share of active latent channels.
+    Validation measures posterior means of the averaged weights: l1, psnr (dB), ssim, perceptual, kl or codebook, score
+    (perceptual + l1, the criterion of best.ckpt), the share of active latent channels and, with `features` (images ->
+    features, with a name), the Frechet distance between images and reconstructions. Of a VQ model also the codes'
+    perplexity and the share of them in use.
     """
 
     monitor = "score"
 
     def __init__(
         self,
-        autoencoder: AutoencoderKL,
+        autoencoder: Autoencoder,
         loss: AutoencoderLoss,
         *,
         seed: int,
@@ -43,9 +47,11 @@ class AutoencoderTask(Task):
         accumulate: int = 1,
         image_folder: Path | None = None,
         disc_lr: float | None = None,
+        features: nn.Module | None = None,
     ):
         super().__init__("autoencoder", seed, optimizer, lr_factor, ema_decay, clip_norm, accumulate)
         self.autoencoder, self.loss, self.image_folder, self.disc_lr = autoencoder, loss, image_folder, disc_lr
+        self.features = features
 
     def trained(self) -> nn.ModuleDict:
         parts: dict[str, nn.Module] = {
@@ -72,13 +78,15 @@ class AutoencoderTask(Task):
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> torch.Tensor:
         reconstructions, features, posterior = self.autoencoder(batch["image"])
         loss, logs = self.loss(
-            batch["image"], reconstructions, features, posterior, self.autoencoder.decoder.conv_out, self.global_step
+            batch["image"], reconstructions, features, posterior, self.autoencoder.last_layer, self.global_step
         )
         self.log_training(logs)
         return loss
 
     def on_validation_epoch_start(self) -> None:
         super().on_validation_epoch_start()
+        self._moments: dict[str, Moments] = {}
+        self._codes: torch.Tensor | None = None  # how often each was used
         self._mean_moments = [0.0, 0.0, 0]  # per-channel sum and sum of squares of posterior means, and their count
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
@@ -89,13 +97,21 @@ class AutoencoderTask(Task):
         self.add("l1", l1)
         self.add("psnr", psnr(reconstructions, images))
         self.add("ssim", ssim(reconstructions, images))
-        self.add("kl", posterior.kl())
+        for name, value in posterior.regularisation().items():
+            self.add(name, value)
         score = l1
         if self.loss.perceptual is not None:
             distance = self.loss.perceptual(reconstructions, images)
             self.add("perceptual", distance)
             score = l1 + distance
         self.add("score", score)
+        if self.features is not None:
+            for name, pictured in (("images", images), ("reconstructions", reconstructions)):
+                features = self.features(pictured)
+                self._moments.setdefault(name, Moments(features.shape[1])).add(features)
+        if isinstance(posterior, Point):
+            used = torch.bincount(posterior.indices.flatten(), minlength=self.autoencoder.quantize.num_codes)
+            self._codes = used if self._codes is None else self._codes + used
         mean = posterior.mean.double().cpu()
         self._mean_moments[0] += mean.sum(dim=(0, 2, 3))
         self._mean_moments[1] += mean.square().sum(dim=(0, 2, 3))
@@ -117,3 +133,10 @@ class AutoencoderTask(Task):
         active = sum(means[f"s{c}"] - means[f"m{c}"] ** 2 > ACTIVE_VARIANCE for c in range(channels)) if count else 0
         self.finish_validation()
         self.log("val/active_channels", active / channels, rank_zero_only=False)
+        if self._codes is not None:
+            counts = summed_over_ranks(self._codes)
+            self.log("val/perplexity", perplexity(counts), rank_zero_only=False)
+            self.log("val/code_usage", (counts > 0).double().mean().item(), rank_zero_only=False)
+        if self._moments:
+            distance = frechet_distance(*(self._moments[n].reduced() for n in ("images", "reconstructions")))
+            self.log(f"val/fid_{self.features.name}", distance, rank_zero_only=False)

@@ -82,9 +82,9 @@ class DiffusionTask(Task):
         seeds = [derive_seed("validation", key) for key in batch["key"]]
         source = NoiseSource(seeds)
         moments = batch["moments"] if "moments" in batch else self.model.first_stage.encode_moments(batch["image"])
-        mean, logvar = moments.float().chunk(2, dim=1)
-        z = mean + (0.5 * logvar.clamp(-30, 20)).exp() * source.normal(mean.shape[1:], "posterior", mean.device)
-        latents = (z.to(self.device) - self.model.first_stage.shift) * self.model.first_stage.scale
+        posterior = self.model.first_stage.posterior(moments.to(self.device))
+        z = posterior.mean + posterior.std * source.normal(posterior.mean.shape[1:], "posterior", self.device)
+        latents = self.model.first_stage.scaled(z)
         noise = source.normal(latents.shape[1:], "noise", latents.device)
         total = self.objective.schedule.num_train_timesteps
         timesteps = torch.tensor([s % total for s in seeds], device=latents.device)
@@ -101,10 +101,8 @@ class DiffusionTask(Task):
     def on_validation_epoch_end(self) -> None:
         if self.draw is not None and self.image_folder and self.global_rank == 0 and hasattr(self, "_shown_count"):
             drawn = self.draw(self.model, self._shown, seeds=list(range(self._shown_count)))
-            captions = [
-                c.describe(self._shown[c.field]) for c in self.model.conditioners.values() if c.field in self._shown
-            ]
-            grid = pictures.grid(drawn, captions=captions[-1] if captions else None)
+            captions = self.model.describe(self._shown, self._shown_count)
+            grid = pictures.grid(drawn, captions=captions if any(captions) else None)
             path = pictures.save_png(grid, self.image_folder / f"samples_{self.global_step:07d}.png")
             for logger in self.loggers:
                 logger.log_picture("samples", path, self.global_step, "fixed seeds and conditions, averaged weights")

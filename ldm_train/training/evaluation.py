@@ -1,6 +1,7 @@
 """The evaluation stage: reconstructions, samples and, on shapes, obedience, as one metrics.json."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,58 @@ from ldm_train.data.shards import write_json
 from ldm_train.latent_diffusion import LatentDiffusion
 from ldm_train.metrics.distribution import Moments, frechet_distance, kernel_distance
 from ldm_train.metrics.paired import psnr, ssim
+from ldm_train.rng import derive_seed
 from ldm_train.training.obedience import format_table, measure_obedience
 
 # (model, fields, seeds) -> images
 Draw = Callable[..., torch.Tensor]
+
+
+@dataclass
+class Sampled:
+    """Samples under the conditions of a reference split, as features of both, and the first ones as pictures."""
+
+    reference: torch.Tensor
+    features: torch.Tensor
+    images: torch.Tensor
+    captions: list[str]
+
+
+@torch.no_grad()
+def sample_like(
+    model: LatentDiffusion,
+    batches: Iterable[dict[str, Any]],
+    draw: Draw,
+    extractor: torch.nn.Module,
+    batch_size: int,
+    shown: int = 36,
+    progress: bool = True,
+    reference: torch.Tensor | None = None,
+) -> Sampled:
+    """One sample under the conditions of each image in `batches`, with a seed that is a function of its key: the same
+    samples for any batch size and number of ranks.
+
+    extractor: images -> features. reference: features of the images themselves, where they are known already.
+    """
+    fields = set(model.fields)
+    real, made, pictures_shown, captions = [], [], [], []
+    bar = tqdm(desc="samples", unit="img", disable=not progress)
+    for batch in batches:
+        if reference is None:
+            real.append(extractor(batch["image"].to(model.device)).cpu())
+        for k in range(0, len(batch["key"]), batch_size):
+            keys = batch["key"][k : k + batch_size]
+            condition = {f: batch[f][k : k + batch_size] for f in fields if f in batch}
+            images = draw(model, condition, seeds=[derive_seed("evaluation", key) for key in keys]).to(model.device)
+            made.append(extractor(images).cpu())
+            if len(captions) < shown:
+                pictures_shown.append(images[: shown - len(captions)].cpu())
+                captions += model.describe(condition, len(images))[: shown - len(captions)]
+            bar.update(len(images))
+    bar.close()
+    return Sampled(
+        torch.cat(real) if reference is None else reference, torch.cat(made), torch.cat(pictures_shown), captions
+    )
 
 
 @torch.no_grad()
@@ -27,26 +76,22 @@ def evaluate(
     perceptual: torch.nn.Module | None,
     folder: Path,
     settings: dict[str, Any],
-    images: int = 512,
     batch_size: int = 128,
     obedience: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Writes metrics.json, samples.png and reconstructions.png into `folder` and returns the metrics.
 
-    loader: batches of the reference split (images and condition fields), without randomness. images: how many to
-    reconstruct and to sample, each under the conditions of one reference sample. extractor: features for distances,
-    with a `name`. perceptual: for the reconstructions. settings: sampler, steps and guidance, recorded beside each
-    number. obedience: arguments of `measure_obedience`, on shapes.
+    loader: batches of the reference split (images and condition fields), without randomness; each image is
+    reconstructed, and sampled once under its conditions. extractor: features for distances, with a `name`. perceptual:
+    for the reconstructions. settings: sampler, steps and guidance, recorded beside each number. obedience: arguments of
+    `measure_obedience`, on shapes.
     """
-    device, fields = model.device, set(model.fields)
-    real, rebuilt, sampled, sums, count = [], [], [], {}, 0
+    rebuilt, real, sums, count = [], [], {}, 0
     shown: dict[str, torch.Tensor] = {}
-    conditions: list[dict[str, Any]] = []
     for batch in tqdm(loader, desc="reconstructions", unit="batch"):
-        x = batch["image"].to(device)
-        moments = model.first_stage.encode_moments(x)
-        mean = (moments.chunk(2, dim=1)[0] - model.first_stage.shift) * model.first_stage.scale
-        rec = model.decode(mean)
+        x = batch["image"].to(model.device)
+        posterior = model.first_stage.posterior(model.first_stage.encode_moments(x))
+        rec = model.decode(model.first_stage.scaled(posterior.mean))
         values = {"psnr": psnr(rec, x), "ssim": ssim(rec, x)}
         if perceptual is not None:
             values["perceptual"] = perceptual(rec, x)
@@ -55,34 +100,14 @@ def evaluate(
         real.append(extractor(x).cpu())
         rebuilt.append(extractor(rec).cpu())
         shown.setdefault("reconstructions", torch.cat([x[:8], rec[:8]]).cpu())
-        conditions.append({f: batch[f] for f in fields if f in batch})
         count += len(x)
     metrics: dict[str, Any] = {
         "reconstruction": {name: {"value": total / count, "n": count} for name, total in sums.items()}
     }
-    texts: list[str] = []
-    first = 0
-    progress = tqdm(total=min(images, count), desc="samples", unit="img")
-    for number, condition in enumerate(conditions):
-        size = len(real[number])
-        for k in range(0, size, batch_size):
-            part = {f: v[k : k + batch_size] for f, v in condition.items()}
-            n = min(batch_size, size - k, images - first)
-            if n <= 0:
-                break
-            drawn = draw(model, {f: v[:n] for f, v in part.items()}, seeds=list(range(first, first + n))).to(device)
-            sampled.append(extractor(drawn).cpu())
-            shown.setdefault("samples", drawn[:36].cpu())
-            if not texts and model.conditioners:
-                conditioner = list(model.conditioners.values())[-1]
-                if conditioner.field in part:
-                    texts = conditioner.describe(part[conditioner.field][: len(shown["samples"])])
-            first += n
-            progress.update(n)
-    progress.close()
-    sets = {"reconstructions": torch.cat(rebuilt), "samples": torch.cat(sampled)}
     reference = torch.cat(real)
-    for name, features in sets.items():
+    sampled = sample_like(model, loader, draw, extractor, batch_size, reference=reference)
+    shown["samples"], texts = sampled.images, sampled.captions
+    for name, features in (("reconstructions", torch.cat(rebuilt)), ("samples", sampled.features)):
         context = {"n": len(features), "n_reference": len(reference)} | (settings if name == "samples" else {})
         distance = frechet_distance(Moments.of([reference]), Moments.of([features]))
         metrics.setdefault(name, {})[f"fid_{extractor.name}"] = {"value": distance} | context
@@ -95,6 +120,8 @@ def evaluate(
         shown["samples"], texts = drawn[:36], captions[:36]
         print(format_table(table))
     pictures.save_png(pictures.grid(shown["reconstructions"], columns=8), folder / "reconstructions.png")
-    pictures.save_png(pictures.grid(shown["samples"], columns=6, captions=texts or None), folder / "samples.png")
+    pictures.save_png(
+        pictures.grid(shown["samples"], columns=6, captions=texts if any(texts) else None), folder / "samples.png"
+    )
     write_json(folder / "metrics.json", metrics)
     return metrics

@@ -94,6 +94,7 @@ def fit(
     machine: Machine,
     loggers: Sequence[Logger] = (),
     max_bad_fraction: float = 0.01,
+    callbacks: Sequence[L.Callback] = (),
 ) -> None:
     """Trains `task` to `max_steps` optimiser steps in `folder`, from checkpoints/last.ckpt if it is there.
 
@@ -103,6 +104,7 @@ def fit(
     start = _steps_done(last)
     if start < max_steps:
         callbacks = [
+            *callbacks,
             Checkpoints(folder / "checkpoints", cadence.checkpoint_every, task.monitor),
             Monitor(batch_size, dataset_size, max_bad_fraction, cadence.trace),
         ]

@@ -1,0 +1,105 @@
+"""Vector quantisation of latents (van den Oord et al. 2017; as in VQGAN, Esser et al. 2021, and latent diffusion)."""
+
+import torch
+import torch.distributed as dist
+from einops import rearrange
+from torch import nn
+from torch.nn import functional as F
+
+
+def summed_over_ranks(values: torch.Tensor) -> torch.Tensor:
+    """`values` summed in place over all ranks; as they are where there is one."""
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        dist.all_reduce(values)
+    return values
+
+
+class VectorQuantizer(nn.Module):
+    """Replaces each latent vector by the nearest entry of a codebook.
+
+    num_codes, dim      size of the codebook
+    commitment_weight   of |z - sg(code)|^2, which pulls the encoder to the codes
+    codebook_weight     of |sg(z) - code|^2, which pulls the codes to the encoder. The published models trained with
+                        commitment 1 and codebook 0.25 (their code had exchanged the two); those are the defaults
+    ema_decay           move the codes as an average of the latents they stand for instead of by gradient
+    restart_after       training steps without a use after which a code is put on a random latent of the batch
+                        (None: never)
+    """
+
+    def __init__(
+        self,
+        num_codes: int,
+        dim: int,
+        commitment_weight: float = 1.0,
+        codebook_weight: float = 0.25,
+        ema_decay: float | None = None,
+        restart_after: int | None = None,
+    ):
+        super().__init__()
+        if num_codes < 2:
+            raise ValueError(f"a codebook needs at least 2 codes, got {num_codes}")
+        self.num_codes, self.dim = num_codes, dim
+        self.commitment_weight, self.codebook_weight = commitment_weight, codebook_weight
+        self.ema_decay, self.restart_after = ema_decay, restart_after
+        self.embedding = nn.Embedding(num_codes, dim)
+        nn.init.uniform_(self.embedding.weight, -1 / num_codes, 1 / num_codes)
+        if ema_decay is not None:
+            self.embedding.weight.requires_grad_(False)
+            self.register_buffer("ema_count", torch.ones(num_codes))
+            self.register_buffer("ema_sum", self.embedding.weight.detach().clone())
+        if restart_after is not None:
+            self.register_buffer("unused_steps", torch.zeros(num_codes, dtype=torch.long))
+
+    def nearest(self, latents: torch.Tensor) -> torch.Tensor:
+        """latents (B, dim, h, w) -> indices of the nearest codes (B, h, w)."""
+        flat = rearrange(latents, "b c h w -> (b h w) c").float()
+        codes = self.embedding.weight.float()
+        # |z - e|^2 without |z|^2, which is the same for every code
+        distance = torch.addmm(codes.square().sum(dim=1), flat, codes.T, alpha=-2)
+        return distance.argmin(dim=1).view(len(latents), *latents.shape[2:])
+
+    def lookup(self, indices: torch.Tensor) -> torch.Tensor:
+        """indices (B, h, w) -> codes (B, dim, h, w)."""
+        return rearrange(F.embedding(indices, self.embedding.weight), "b h w c -> b c h w")
+
+    def forward(self, latents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """latents (B, dim, h, w) -> (codes with a straight-through gradient to the latents, loss (B,), indices (B, h, w)).
+
+        The loss is the mean over latent elements. In training mode it also updates averaged codes and restarts dead
+        ones, in step on every rank.
+        """
+        indices = self.nearest(latents.detach())
+        codes = self.lookup(indices).to(latents.dtype)
+        loss = self.commitment_weight * (latents - codes.detach()).square().flatten(1).mean(dim=1)
+        if self.ema_decay is None:
+            loss = loss + self.codebook_weight * (latents.detach() - codes).square().flatten(1).mean(dim=1)
+        if self.training and (self.ema_decay is not None or self.restart_after is not None):
+            self._update(latents.detach(), indices)
+        return latents + (codes - latents).detach(), loss, indices
+
+    @torch.no_grad()
+    def _update(self, latents: torch.Tensor, indices: torch.Tensor) -> None:
+        flat, chosen = rearrange(latents, "b c h w -> (b h w) c").float(), indices.flatten()
+        count = summed_over_ranks(torch.bincount(chosen, minlength=self.num_codes).float())
+        if self.ema_decay is not None:
+            total = summed_over_ranks(torch.zeros_like(self.ema_sum).index_add_(0, chosen, flat))
+            self.ema_count.lerp_(count, 1 - self.ema_decay)
+            self.ema_sum.lerp_(total, 1 - self.ema_decay)
+            self.embedding.weight.copy_(self.ema_sum / self.ema_count.clamp(min=1e-5)[:, None])
+        if self.restart_after is not None:
+            self.unused_steps.add_(1).masked_fill_(count > 0, 0)
+            dead = (self.unused_steps >= self.restart_after).nonzero().flatten()
+            if len(dead):
+                fresh = flat[torch.randint(len(flat), (len(dead),)).to(flat.device)]
+                if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+                    dist.broadcast(fresh, src=0)
+                self.embedding.weight[dead] = fresh.to(self.embedding.weight.dtype)
+                self.unused_steps[dead] = 0
+                if self.ema_decay is not None:
+                    self.ema_count[dead], self.ema_sum[dead] = 1.0, fresh
+
+
+def perplexity(counts: torch.Tensor) -> float:
+    """exp of the entropy of code usage: num_codes where all are used alike, 1 where a single one is. counts (num_codes,)."""
+    share = counts.double() / counts.sum().clamp(min=1)
+    return float(torch.exp(-(share * share.clamp(min=1e-12).log()).sum()))
