@@ -1,5 +1,6 @@
 """Shards: plain tars in the WebDataset layout, written whole or not at all, read by offset. data/README.md has the schema."""
 
+import glob
 import hashlib
 import io
 import json
@@ -20,10 +21,25 @@ class DataError(ValueError):
     """Data that training must not start on; the message names the file and the remedy."""
 
 
+def _is_running(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
+
+
 def write_atomically(path: str | Path, write: Callable[[io.BufferedWriter], None]) -> None:
-    """Calls `write` on a temporary file beside `path`, syncs it to disk and renames it. On any error nothing remains."""
+    """Calls `write` on a temporary file beside `path`, syncs it to disk and renames it. On any error nothing remains;
+    what a killed process left behind goes with the next attempt."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
+    for stale in path.parent.glob(f".{glob.escape(path.name)}.*.partial"):
+        pid = stale.name.split(".")[-2]
+        if pid.isdigit() and not _is_running(int(pid)):
+            stale.unlink(missing_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         with open(partial, "wb") as file:

@@ -84,7 +84,8 @@ class WandbRun:
         id_file.parent.mkdir(parents=True, exist_ok=True)
         if not id_file.is_file():
             id_file.write_text(secrets.token_hex(4))
-        mode = mode or os.environ.get("WANDB_MODE") or ("online" if self._has_key() else "offline")
+        if mode is None and not (mode := os.environ.get("WANDB_MODE")):
+            mode = "online" if wandb.login(prompt=False, verify=False) else "offline"
         arguments = {
             "project": project,
             "name": name,
@@ -104,12 +105,6 @@ class WandbRun:
         else:
             self.run = wandb.init(mode=mode, settings=quiet, **arguments)
         self.offline = mode != "disabled" and self.run.settings.mode == "offline"
-
-    @staticmethod
-    def _has_key() -> bool:
-        import wandb
-
-        return bool(os.environ.get("WANDB_API_KEY") or wandb.api.api_key)
 
     def stage(self, stage: str) -> "StageLogger":
         return StageLogger(self.run, stage)

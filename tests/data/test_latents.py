@@ -1,7 +1,11 @@
 """The latent cache holds what the autoencoder says, survives interruptions, and is refused when it is stale."""
 
 import io
+import signal
+import subprocess
+import sys
 import tarfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -112,6 +116,42 @@ def test_flips_are_used_in_training_only(cached: Path):
 def test_validation_is_complete_over_ranks(cached: Path):
     ranks = [LatentDataModule(cached, Batching(8, 2, 2, r), 8, FIELDS, 0).val_dataloader() for r in range(2)]
     assert sorted(k for loader in ranks for b in loader for k in b["key"]) == [f"val_{i:04d}" for i in range(6)]
+
+
+SLOW_CACHE = """
+import sys, time
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+import test_latents
+encode = test_latents.encoder()
+def slow(images):
+    time.sleep(0.1)
+    return encode(images)
+test_latents.cache(Path(sys.argv[2]), Path(sys.argv[3]), per_shard=8, encode=slow)
+"""
+
+
+def test_a_cache_killed_while_writing_is_completed_by_the_next_run(data_root: Path, tmp_path: Path):
+    arguments = [sys.executable, "-c", SLOW_CACHE, str(Path(__file__).parent), str(data_root), str(tmp_path / "killed")]
+    process = subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while len(list((tmp_path / "killed").glob(".entries/*.json"))) < 2 and time.monotonic() < deadline:
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (tmp_path / "killed" / "index.json").exists(), "it finished before it could be killed"
+    finished = sorted((tmp_path / "killed").glob("*.tar"))
+    assert 2 <= len(finished) < 6
+    for shard in finished:  # whole, or not there under that name
+        with tarfile.open(shard) as tar:
+            assert len({Path(name).name.split(".")[0] for name in tar.getnames()}) == 8
+    before = {shard: shard.stat().st_mtime_ns for shard in finished[:2]}
+    cache(data_root, tmp_path / "killed", per_shard=8)
+    assert before == {shard: shard.stat().st_mtime_ns for shard in before}
+    cache(data_root, tmp_path / "calm", per_shard=8)
+    names = sorted(p.name for p in (tmp_path / "calm").iterdir() if p.is_file())
+    assert names == sorted(p.name for p in (tmp_path / "killed").iterdir() if p.is_file())
+    assert all((tmp_path / "calm" / n).read_bytes() == (tmp_path / "killed" / n).read_bytes() for n in names)
 
 
 def test_ranks_write_one_cache_together(data_root: Path, cached: Path, tmp_path: Path):
