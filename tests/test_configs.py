@@ -97,11 +97,72 @@ def test_sampling_composes():
     OmegaConf.to_container(composed("sample", "run=somewhere"), resolve=True, throw_on_missing=True)
 
 
-def test_published_sizes():
-    # KL-f8, and LDM-8 of the paper's table 13 at 4 latent channels.
-    config = composed("train", "experiment=celebahq_f8")
-    assert parameters(on_meta(config.autoencoder.network)) == 83_653_863
-    assert parameters(on_meta(config.diffusion.unet)) == 257_733_124
+# The 13 autoencoder rows (nine released, four training configs that repeat them) as presets.
+AUTOENCODERS = {
+    "kl_f4": 55_312_063,
+    "kl_f8": 83_653_863,
+    "kl_f16": 69_610_963,
+    "kl_f32": 103_880_131,
+    "vq_f4": 55_322_782,
+    "vq_f4_noattn": 53_219_486,
+    "vq_f8": 67_717_295,
+    "vq_f8_n256": 67_652_783,
+    "vq_f16": 69_593_371,
+}
+
+
+@pytest.mark.parametrize(("preset", "count"), AUTOENCODERS.items())
+def test_autoencoders_have_the_published_sizes(preset: str, count: int):
+    assert parameters(on_meta(composed("train", f"autoencoder={preset}", "data=celebahq").autoencoder.network)) == count
+
+
+# (unet, latent channels, context, concat) -> parameters; the comment names the released configs of that size.
+UNETS = {
+    ("ldm4", 3, None, 0): 274_056_163,  # celeba256, ffhq256, lsun_beds256 and their three training configs
+    ("ldm8_churches", 4, None, 0): 294_966_916,  # lsun_churches256 and its training config
+    ("ldm8_class", 4, 512, 0): 394_984_196,  # cin256, cin-ldm-vq-f8
+    ("imagenet_f8", 4, 512, 0): 394_984_196,
+    ("ldm4_class", 3, 512, 0): 400_920_579,  # cin256-v2
+    ("ldm4_text", 3, 640, 0): 403_623_939,  # text2img256
+    ("ldm8_text", 4, 1280, 0): 872_300_484,  # txt2img-1p4B
+    ("ldm4_superres", 3, None, 3): 113_622_563,  # bsr_sr
+    ("ldm4_inpainting_big", 3, None, 4): 387_245_827,  # inpainting_big
+    ("ldm4_inpainting", 3, None, 3): 215_229_315,  # semantic_synthesis256 and 512
+    ("ldm4_layout", 3, 512, 0): 246_277_379,  # layout2img-openimages256
+    ("rdm_f16", 16, 768, 0): 1_335_480_400,  # rdm-768x768
+    ("sd1", 4, 768, 0): 859_520_964,
+    ("sd2", 4, 1024, 0): 865_910_724,
+    ("ldm8", 4, None, 0): 257_733_124,
+}
+
+
+def unet(name: str, in_channels: int, context_dim: int | None, concat_channels: int) -> torch.nn.Module:
+    section = composed("train", "experiment=celebahq_f8", f"diffusion/unet={name}").diffusion.unet
+    section.in_channels, section.context_dim, section.concat_channels = in_channels, context_dim, concat_channels
+    return on_meta(section)
+
+
+@pytest.mark.parametrize(("which", "count"), UNETS.items(), ids=[u[0] for u in UNETS])
+def test_unets_have_the_published_sizes(which: tuple, count: int):
+    assert parameters(unet(*which)) == count
+
+
+# The paper's sweep, in millions (tables 13 and 14, recounted).
+@pytest.mark.parametrize(
+    ("which", "millions"),
+    [
+        (("imagenet_f1", 3, 512, 0), 396.8),
+        (("imagenet_f2", 2, 512, 0), 390.9),
+        (("imagenet_f8", 8, 512, 0), 395.0),
+        (("imagenet_f8", 32, 512, 0), 395.1),
+        (("celebahq_f1", 3, None, 0), 270.5),
+        (("celebahq_f2", 2, None, 0), 264.5),
+        (("ldm8", 8, None, 0), 257.8),
+        (("ldm8", 32, None, 0), 257.9),
+    ],
+)
+def test_unets_of_the_sweep_have_the_published_sizes(which: tuple, millions: float):
+    assert round(parameters(unet(*which)) / 1e6, 1) == millions
 
 
 @pytest.mark.parametrize(

@@ -7,16 +7,33 @@ from torch import nn
 def make_betas(kind: str, beta_start: float, beta_end: float, num_train_timesteps: int) -> torch.Tensor:
     """betas (T,) float64.
 
-    kind: "scaled_linear" is linear in sqrt(beta) (what CompVis calls "linear"), "linear" is linear in beta.
+    kind: "scaled_linear" is linear in sqrt(beta) (what CompVis calls "linear"), "linear" is linear in beta, "sqrt" is
+    the square root of that line (CompVis' "sqrt"), "cosine" has abar_t = cos^2((t / T + 0.008) / 1.008 pi / 2) with
+    betas of at most 0.999 and no use for the ends (Nichol and Dhariwal 2021).
     Raises ValueError for another kind or ends that are no variances.
     """
+    if kind == "cosine":
+        angle = (torch.arange(num_train_timesteps + 1, dtype=torch.float64) / num_train_timesteps + 0.008) / 1.008
+        alphas_cumprod = torch.cos(angle * torch.pi / 2).square()
+        return (1 - alphas_cumprod[1:] / alphas_cumprod[:-1]).clamp(max=0.999)
     if not 0 < beta_start <= beta_end < 1:
         raise ValueError(f"need 0 < beta_start <= beta_end < 1, got {beta_start} and {beta_end}")
     if kind == "scaled_linear":
         return torch.linspace(beta_start**0.5, beta_end**0.5, num_train_timesteps, dtype=torch.float64).square()
+    line = torch.linspace(beta_start, beta_end, num_train_timesteps, dtype=torch.float64)
     if kind == "linear":
-        return torch.linspace(beta_start, beta_end, num_train_timesteps, dtype=torch.float64)
-    raise ValueError(f"unknown beta schedule {kind!r}; choose scaled_linear or linear")
+        return line
+    if kind == "sqrt":
+        return line.sqrt()
+    raise ValueError(f"unknown beta schedule {kind!r}; choose scaled_linear, linear, sqrt or cosine")
+
+
+def rescale_zero_terminal_snr(betas: torch.Tensor) -> torch.Tensor:
+    """Shifts and scales sqrt(abar) so that its last entry is 0 and its first stays   (Lin et al. 2023, algorithm 1)."""
+    root = torch.cumprod(1 - betas, dim=0).sqrt()
+    root = (root - root[-1]) * root[0] / (root[0] - root[-1])
+    alphas_cumprod = root.square()
+    return 1 - torch.cat([alphas_cumprod[:1], alphas_cumprod[1:] / alphas_cumprod[:-1]])
 
 
 def expand_to(values: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
@@ -29,6 +46,7 @@ class NoiseSchedule(nn.Module):
     """Tables in float64, and `at(t)` between their entries. The clean image stands at t = -1.
 
     kind, beta_start, beta_end, num_train_timesteps: see `make_betas`. LDM: scaled_linear, 0.0015, 0.0195, 1000.
+    zero_terminal_snr: no signal is left at T - 1; not for epsilon prediction, which could not recover the image there.
     """
 
     def __init__(
@@ -37,10 +55,13 @@ class NoiseSchedule(nn.Module):
         beta_start: float = 0.0015,
         beta_end: float = 0.0195,
         num_train_timesteps: int = 1000,
+        zero_terminal_snr: bool = False,
     ):
         super().__init__()
-        self.num_train_timesteps = num_train_timesteps
+        self.num_train_timesteps, self.zero_terminal_snr = num_train_timesteps, zero_terminal_snr
         betas = make_betas(kind, beta_start, beta_end, num_train_timesteps)
+        if zero_terminal_snr:
+            betas = rescale_zero_terminal_snr(betas)
         self.register_buffer("betas", betas, persistent=False)
         self.register_buffer("alphas_cumprod", torch.cumprod(1 - betas, dim=0), persistent=False)
 
@@ -67,7 +88,8 @@ class NoiseSchedule(nn.Module):
         Between table entries the log-SNR is linear in t; between the clean image (t = -1) and entry 0 it is sigma.
         """
         t = torch.as_tensor(t, dtype=torch.float64, device=self.alphas_cumprod.device)
-        log_snr_table = torch.log(self.alphas_cumprod) - torch.log1p(-self.alphas_cumprod)
+        # Zero signal would be an infinite log-SNR, which cannot be interpolated; 1e-20 is zero to every float32.
+        log_snr_table = torch.log(self.alphas_cumprod.clamp(min=1e-20)) - torch.log1p(-self.alphas_cumprod)
         low = t.floor().clamp(0, self.num_train_timesteps - 1).long()
         high = (low + 1).clamp(max=self.num_train_timesteps - 1)
         weight = (t - low).clamp(0, 1)

@@ -50,13 +50,19 @@ class DiffusionTask(Task):
         self._shown: dict[str, Any] = {}
 
     def trained(self) -> nn.ModuleDict:
-        return self.model.trainable()
+        parts = dict(self.model.trainable().items())
+        if list(self.objective.parameters()):
+            parts["objective"] = self.objective
+        return nn.ModuleDict(parts)
 
     def averaged(self) -> nn.Module:
         return self.model.trainable()
 
     def groups(self) -> list[dict]:
-        return [{"params": list(self.model.trainable().parameters()), "name": "unet"}]
+        groups = [{"params": [p for p in self.model.trainable().parameters() if p.requires_grad], "name": "unet"}]
+        if uncertainty := list(self.objective.parameters()):
+            groups.append({"params": uncertainty, "name": "uncertainty", "weight_decay": 0.0})
+        return groups
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> torch.Tensor:
         latents = self.model.latents_from(batch)
@@ -64,19 +70,19 @@ class DiffusionTask(Task):
         # Strata over the whole global batch: this micro-batch of this rank takes its own consecutive slices.
         first = (batch_idx % self.accumulate * world + self.global_rank) * count
         timesteps = self.objective.sample_timesteps(count, first, count * world * self.accumulate).to(latents.device)
-        noise = torch.randn_like(latents)
+        noise = self.objective.draw_noise(latents)
         condition = self.model.condition(batch, drop=self.model.random_drop(count))
         loss = self.objective(lambda x, t: self.model.network(x, t, condition), latents, noise, timesteps)
-        weight = self.objective.weight(timesteps)
+        weighted = self.objective.weighted(loss, timesteps)
         if "loss_weight" in batch:
-            weight = weight * batch["loss_weight"].to(weight.device)
-        logs = {"loss": loss.detach().mean(), "weighted_loss": (loss.detach() * weight).mean()}
+            weighted = weighted * batch["loss_weight"].to(weighted.device)
+        logs = {"loss": loss.detach().mean(), "weighted_loss": weighted.detach().mean()}
         bins = timesteps * BINS // self.objective.schedule.num_train_timesteps
         for k in range(BINS):
             if (inside := bins == k).any():
                 logs[f"loss_t{k}"] = loss.detach()[inside].mean()
         self.log_training(logs)
-        return (loss * weight).mean()
+        return weighted.mean()
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         seeds = [derive_seed("validation", key) for key in batch["key"]]

@@ -75,6 +75,38 @@ def test_min_snr_weighs_the_same_error_in_x0_alike_for_every_prediction_type() -
     torch.testing.assert_close(weighted[2], weighted[0], rtol=1e-3, atol=0)
 
 
+def test_l1_is_the_mean_absolute_error() -> None:
+    latents, noise, t = torch.randn(3, 2, 4, 4), torch.randn(3, 2, 4, 4), torch.tensor([5, 500, 999])
+    output = torch.randn_like(noise)
+    loss = DiffusionObjective(SCHEDULE, loss="l1")(lambda x, s: output, latents, noise, t)
+    torch.testing.assert_close(loss, (output - noise).abs().flatten(1).mean(dim=1))
+
+
+def test_learned_uncertainty_settles_at_the_logarithm_of_the_loss() -> None:
+    """loss / exp(u) + u is least at u = ln(loss), timestep by timestep."""
+    objective = DiffusionObjective(SCHEDULE, weighting="learned")
+    optimizer = torch.optim.Adam(objective.parameters(), lr=0.05)
+    t, loss = torch.tensor([3, 400, 999]), torch.tensor([0.02, 0.5, 3.0])
+    for _ in range(400):
+        optimizer.zero_grad()
+        objective.weighted(loss, t).sum().backward()
+        optimizer.step()
+    torch.testing.assert_close(objective.uncertainty.detach()[t], loss.log(), rtol=0.01, atol=0.01)
+    torch.testing.assert_close(objective.weight(t), 1 / loss, rtol=0.02, atol=0)
+    assert objective.uncertainty[4] == 0
+
+
+def test_offset_noise_adds_a_constant_per_picture_and_channel() -> None:
+    noise = DiffusionObjective(SCHEDULE, offset_noise=0.5).draw_noise(torch.zeros(400, 3, 8, 8))
+    assert noise.mean(dim=(2, 3)).var().item() == pytest.approx(0.25 + 1 / 64, rel=0.1)
+    assert (noise - noise.mean(dim=(2, 3), keepdim=True)).var().item() == pytest.approx(1 - 1 / 64, rel=0.02)
+
+
+def test_epsilon_is_refused_without_signal_at_the_end() -> None:
+    with pytest.raises(ValueError, match=r"zero_terminal_snr.*diffusion/objective=v"):
+        DiffusionObjective(NoiseSchedule(zero_terminal_snr=True))
+
+
 def test_uniform_weights_are_one() -> None:
     assert DiffusionObjective(SCHEDULE).weight(torch.tensor([0, 999])).tolist() == [1, 1]
 
@@ -114,7 +146,7 @@ def test_stratified_means_vary_less() -> None:
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [(("flow",), "prediction_type 'flow' is none of"), (("epsilon", "p2"), "weighting 'p2' is neither")],
+    [(("flow",), "prediction_type 'flow' is none of"), (("epsilon", "p2"), "weighting 'p2' is none of")],
 )
 def test_wrong_arguments_are_named(arguments: tuple, message: str) -> None:
     with pytest.raises(ValueError, match=message):

@@ -4,7 +4,7 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler
 
-from ldm_train.diffusion.schedule import NoiseSchedule, make_betas
+from ldm_train.diffusion.schedule import NoiseSchedule, make_betas, rescale_zero_terminal_snr
 
 KINDS = [("scaled_linear", 0.0015, 0.0195), ("scaled_linear", 0.00085, 0.012), ("linear", 0.0001, 0.02)]
 
@@ -85,7 +85,7 @@ def test_a_number_of_steps_outside_the_schedule_is_named(steps: int) -> None:
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [(("cosine",), "unknown beta schedule 'cosine'"), (("linear", 0.1, 0.01), "need 0 < beta_start <= beta_end < 1")],
+    [(("sigmoid",), "unknown beta schedule 'sigmoid'"), (("linear", 0.1, 0.01), "need 0 < beta_start <= beta_end < 1")],
 )
 def test_wrong_arguments_are_named(arguments: tuple, message: str) -> None:
     with pytest.raises(ValueError, match=message):
@@ -95,3 +95,25 @@ def test_wrong_arguments_are_named(arguments: tuple, message: str) -> None:
 def test_an_unknown_spacing_is_named() -> None:
     with pytest.raises(ValueError, match="unknown spacing 'karras'"):
         NoiseSchedule().timesteps(10, "karras")
+
+
+def test_cosine_and_sqrt_equal_their_sources() -> None:
+    reference = DDPMScheduler(1000, beta_schedule="squaredcos_cap_v2")
+    torch.testing.assert_close(make_betas("cosine", 0.1, 0.2, 1000).float(), reference.betas, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(
+        make_betas("sqrt", 0.0001, 0.02, 10), torch.linspace(0.0001, 0.02, 10, dtype=torch.float64) ** 0.5
+    )
+    assert NoiseSchedule("cosine").alphas_cumprod[-1] > 0
+
+
+def test_zero_terminal_snr_equals_diffusers_and_stays_finite() -> None:
+    betas = make_betas("scaled_linear", 0.00085, 0.012, 1000)
+    reference = DDIMScheduler(1000, 0.00085, 0.012, "scaled_linear", rescale_betas_zero_snr=True)
+    torch.testing.assert_close(rescale_zero_terminal_snr(betas).float(), reference.betas, rtol=1e-3, atol=1e-6)
+    schedule = NoiseSchedule("scaled_linear", 0.00085, 0.012, zero_terminal_snr=True)
+    assert schedule.alphas_cumprod[-1] == 0
+    alpha, sigma, log_snr = schedule.at(torch.linspace(-0.5, 999, 3001, dtype=torch.float64))
+    assert (alpha[-1] < 1e-9, sigma[-1] == 1) == (True, True)
+    assert alpha.isfinite().all()
+    assert log_snr.isfinite().all()
+    torch.testing.assert_close(alpha.square() + sigma.square(), torch.ones_like(alpha), rtol=1e-12, atol=0)
