@@ -20,6 +20,7 @@ from ldm_train.cli import build
 from ldm_train.cli.chain import Chain
 from ldm_train.cli.common import config_folder
 from ldm_train.cli.sample import sample
+from ldm_train.data.latents import CachedLatents
 from ldm_train.training.stages import Refused, read_note, set_aside
 
 ROOT = Path(__file__).parents[1]
@@ -100,8 +101,8 @@ def test_distances_measured_while_training_equal_those_of_the_evaluation(finishe
         with open(finished / "run" / stage / "metrics.csv", newline="") as file:
             rows = {int(r["step"]): r["val/fid_tiny"] for r in csv.DictReader(file) if r["val/fid_tiny"]}
         assert sorted(rows) == ([3, 6] if stage == "diffusion" else [2, 5]), rows
-        assert float(rows[max(rows)]) == pytest.approx(metrics[kind]["fid_tiny"]["value"], rel=1e-3)
-        assert float(rows[min(rows)]) != pytest.approx(float(rows[max(rows)]), rel=1e-3)
+        assert float(rows[max(rows)]) == pytest.approx(metrics[kind]["fid_tiny"]["value"], rel=2e-3)
+        assert float(rows[min(rows)]) != pytest.approx(float(rows[max(rows)]), rel=2e-3)
 
 
 @pytest.mark.chain
@@ -130,6 +131,35 @@ def test_more_steps_continue_the_autoencoder_and_later_stages_ask_to_be_made_ane
     assert checkpoint["global_step"] == 9
     chain(tmp_path, "autoencoder.max_steps=9", "restart=latents").run()
     assert read_note(tmp_path / "run" / "export")["finished"]
+
+
+@pytest.mark.chain
+@pytest.mark.parametrize("autoencoder", ["vq_f4_tiny", "identity"])
+def test_the_chain_runs_on_deterministic_latents(tmp_path: Path, autoencoder: str):
+    chain(tmp_path, f"autoencoder={autoencoder}", "data.obedience=null", "evaluation.obedience=null").run()
+    run = tmp_path / "run"
+    model = load_model(run / "export")
+    channels = model.first_stage.latent_channels
+    assert CachedLatents(run / "latents", "train", (), 0).moments(0).shape[0] == channels  # no log-variances stored
+    metrics = json.loads((run / "evaluation" / "metrics.json").read_text())
+    if autoencoder == "identity":
+        assert read_note(run / "autoencoder")["finished"]
+        assert metrics["reconstruction"]["ssim"]["value"] == pytest.approx(1, abs=1e-3)
+    else:
+        with open(run / "autoencoder" / "metrics.csv", newline="") as file:
+            logged = [r for r in csv.DictReader(file) if r["val/perplexity"]]
+        assert 1 <= float(logged[-1]["val/perplexity"]) <= 256
+        assert metrics["reconstruction"]["psnr"]["value"] > 3
+
+
+@pytest.mark.chain
+def test_bf16_goes_through_the_whole_chain(tmp_path: Path):
+    chain(tmp_path, "precision=bf16-mixed", "data.obedience=null", "evaluation.obedience=null").run()
+    assert read_note(tmp_path / "run" / "export")["finished"]
+    for stage in ("autoencoder", "diffusion"):
+        checkpoint = torch.load(tmp_path / "run" / stage / "checkpoints/last.ckpt", weights_only=True)
+        assert {v.dtype for v in checkpoint["state_dict"].values() if v.is_floating_point()} == {torch.float32}
+        assert all(v.isfinite().all() for v in checkpoint["state_dict"].values())
 
 
 @pytest.mark.chain

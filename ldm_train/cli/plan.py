@@ -51,7 +51,7 @@ def print_plan(chain: Any, todo: list[stages.Stage]) -> None:
     print(f"run {chain.folder} on {machine.world_size} x {machine.accelerator}, precision {machine.precision}")
     lines = {}
     with torch.device("meta"):
-        network = instantiate(config.autoencoder.network, _convert_="all")
+        network = instantiate(config.autoencoder.network, _convert_="all").eval()
         f = network.downsample_factor
         if height % f or width % f:
             raise ValueError(
