@@ -41,16 +41,24 @@ class LatentDiffusion(nn.Module):
                 f"diffusion.unet.in_channels is {unet.in_channels}, the first stage's latents have "
                 f"{first_stage.latent_channels} channels"
             )
-        with torch.no_grad():
-            null = self.null_condition(1)
-        context, vector = null.get("context"), null.get("vector")
+        widths: dict[str, set[int]] = {}
+        total = {"vector": 0, "concat": 0}
+        for conditioner in self.conditioners.values():
+            conditioner.attach(first_stage)
+            for slot, width in conditioner.widths.items():
+                widths.setdefault(slot, set()).add(width)
+                if slot in total:
+                    total[slot] += width
+        context = sorted(widths.get("context", {0}))
         for name, width, got in (
-            ("context_dim", unet.context_dim, None if context is None else context.shape[2]),
-            ("vector_dim", unet.vector_dim, None if vector is None else vector.shape[1]),
+            ("context_dim", unet.context_dim or 0, context[0] if len(context) == 1 else context),
+            ("vector_dim", unet.vector_dim or 0, total["vector"]),
+            ("concat_channels", unet.concat_channels, total["concat"]),
         ):
-            if (width or None) != got:
+            if width != got:
                 raise ValueError(
-                    f"diffusion.unet.{name} is {width}, the conditioners {list(self.conditioners)} give {got}"
+                    f"diffusion.unet.{name} is {width}, the conditioners {list(self.conditioners)} give {got}; set "
+                    f"diffusion.conditioning.{name}"
                 )
 
     @property
@@ -73,17 +81,21 @@ class LatentDiffusion(nn.Module):
         return self.first_stage.latents(moments.to(self.device), generator)
 
     def condition(
-        self, batch: Mapping[str, Any], drop: Mapping[str, torch.Tensor] | None = None
+        self,
+        batch: Mapping[str, Any],
+        drop: Mapping[str, torch.Tensor] | None = None,
+        latent_size: Sequence[int] | None = None,
     ) -> dict[str, torch.Tensor]:
         """The U-Net's inputs for a batch. drop: per conditioner (B,) bool; a conditioner whose field the batch lacks
-        is null."""
+        is null. latent_size: of what is denoised, where it is not the trained one."""
         if not self.conditioners:
             return {}
-        count = next(len(batch[name]) for name in (*self.fields, "moments", "image") if name in batch)
+        known = [name for name in (*self.fields, "moments", "image") if name in batch]
+        count = len(batch[(known or list(batch))[0]])
         outputs = []
         for name, conditioner in self.conditioners.items():
             if conditioner.field not in batch:
-                outputs.append(conditioner.null(count))
+                outputs.append(conditioner.null(count, latent_size or self.latent_size))
                 continue
             mask = (drop or {}).get(name, torch.zeros(count, dtype=torch.bool)).to(self.device)
             outputs.append(conditioner(batch[conditioner.field], mask))
@@ -92,16 +104,16 @@ class LatentDiffusion(nn.Module):
     def describe(self, batch: Mapping[str, Any], count: int) -> list[str]:
         """A caption per sample for pictures: what the last conditioner found in the batch ("" where none did)."""
         for conditioner in reversed(self.conditioners.values()):
-            if conditioner.field in batch:
-                return conditioner.describe(batch[conditioner.field])
+            if conditioner.field in batch and any(texts := conditioner.describe(batch[conditioner.field])):
+                return texts
         return [""] * count
 
     def random_drop(self, count: int) -> dict[str, torch.Tensor]:
         """Independent per-sample dropout masks (B,) for each conditioner, from the global CPU generator."""
         return {name: torch.rand(count) < c.dropout for name, c in self.conditioners.items()}
 
-    def null_condition(self, count: int) -> dict[str, torch.Tensor]:
-        return merge([c.null(count) for c in self.conditioners.values()])
+    def null_condition(self, count: int, latent_size: Sequence[int] | None = None) -> dict[str, torch.Tensor]:
+        return merge([c.null(count, latent_size or self.latent_size) for c in self.conditioners.values()])
 
     def network(self, x_t: torch.Tensor, timesteps: torch.Tensor, condition: dict[str, torch.Tensor]) -> torch.Tensor:
         """The U-Net under a condition: (B, C, h, w), (B,) -> (B, C, h, w)."""
@@ -134,10 +146,10 @@ class LatentDiffusion(nn.Module):
         count = len(noise)
         if any(len(v) != count for v in batch.values()):
             raise ValueError(f"{count} seeds but conditions of lengths {[len(v) for v in batch.values()]}")
-        condition = self.condition(batch) if batch else self.null_condition(count)
+        condition = self.condition(batch, None, latent_size) if batch else self.null_condition(count, latent_size)
         denoise = self.denoiser(condition)
         if guidance_scale != 1:
-            denoise = classifier_free(denoise, self.denoiser(self.null_condition(count)), guidance_scale)
+            denoise = classifier_free(denoise, self.denoiser(self.null_condition(count, latent_size)), guidance_scale)
         shape = (self.first_stage.latent_channels, *(latent_size or self.latent_size))
         x_t = noise.normal(shape, "start", self.device)
         timesteps = self.schedule.timesteps(num_inference_steps, spacing)

@@ -30,7 +30,7 @@ def class_and_text() -> LatentDiffusion:
         ({"in_channels": 4}, "diffusion.unet.in_channels is 4, the first stage's latents have 2"),
         ({"context_dim": 8}, "diffusion.unet.context_dim is 8"),
         ({"vector_dim": 6}, "diffusion.unet.vector_dim is 6"),
-        ({"conditioners": {"class": ClassLabel(3, 6)}}, "diffusion.unet.vector_dim is None"),
+        ({"conditioners": {"class": ClassLabel(3, 6)}}, "diffusion.unet.vector_dim is 0"),
         ({"conditioners": {"class": ClassLabel(3, 6)}, "vector_dim": 8}, "give 6"),
     ],
 )

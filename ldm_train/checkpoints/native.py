@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,14 @@ def save_model(folder: str | Path, module: nn.Module, config: dict[str, Any], me
     write_atomically(folder / WEIGHTS, lambda f: f.write(weights))
     write_json(folder / METADATA, metadata | {"sha256": digest})
     return digest
+
+
+def copy_model(source: str | Path, folder: str | Path, extra: dict[str, Any] | None = None) -> None:
+    """Copies a model folder file by file, metadata.json (with `extra` in it) last."""
+    for name in (CONFIG, WEIGHTS):
+        with open(Path(source) / name, "rb") as original:
+            write_atomically(Path(folder) / name, lambda file, original=original: shutil.copyfileobj(original, file))
+    write_json(Path(folder) / METADATA, read_metadata(source) | (extra or {}))
 
 
 def check_targets(config: Any, where: Path) -> None:

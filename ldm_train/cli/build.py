@@ -120,6 +120,7 @@ def data_module(config: DictConfig, stage: str, machine: Machine, fields: tuple[
         data.shuffle_buffer,
         config.seed,
         data.remedy,
+        {field: instantiate(maker, _convert_="all") for field, maker in data.derived.items()},
     )
 
 

@@ -2,7 +2,6 @@
 
 import shutil
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 from safetensors.torch import save
 
 from ldm_train import rng
-from ldm_train.checkpoints.native import CONFIG, load_model, read_metadata, save_model
+from ldm_train.checkpoints.native import CONFIG, copy_model, load_model, read_metadata, save_model
 from ldm_train.cli import build
 from ldm_train.cli.plan import print_plan
 from ldm_train.data.latents import (
@@ -71,6 +70,8 @@ class Chain:
         data = self.config.data
         index = read_index(data.root, data.remedy)
         used = {k: data[k] for k in ("image_size", "crop", "scale", "flip", "channels", "reader", "shuffle_buffer")}
+        if data.reader == "streaming":  # its order depends on the number of its readers
+            used["num_workers"] = self.config.num_workers
         return OmegaConf.to_container(OmegaConf.create(used)) | {
             "content": data_hash(index, data.train_split, data.val_split)
         }
@@ -91,6 +92,7 @@ class Chain:
         return {
             "diffusion": self.section("diffusion"),
             "latents": upstream["content"],
+            "derived": build.plain(self.config.data.derived),
             "seed": self.config.seed,
             "precision": self.machine.precision,
         }
@@ -98,6 +100,7 @@ class Chain:
     def evaluation_key(self) -> dict[str, Any]:
         return {
             "weights": stages.result_of(self.folder, "diffusion")["sha256"],
+            "data": self.data_key(),
             "evaluation": build.plain(self.config.evaluation),
             "sampling": build.plain(self.config.sampling),
             "sampler": build.plain(self.config.sampler),
@@ -122,7 +125,7 @@ class Chain:
         if section.pretrained:
             source = build.pretrained_folder(section.pretrained, config.runs_dir)
             if self.machine.rank == 0:
-                shutil.copytree(source, folder / "model", dirs_exist_ok=True)
+                copy_model(source, folder / "model")
             return {"sha256": read_metadata(source)["sha256"], "pretrained": str(section.pretrained)}
         rng.reseed(config.seed, "autoencoder", "weights")
         data = self.data("autoencoder", ("image",))
@@ -186,11 +189,8 @@ class Chain:
         """images -> moments by the trained autoencoder, on this rank's device."""
         first_stage = build.load_first_stage(self.folder / "autoencoder" / "model").to(self.machine.device)
 
-        def encode(images: torch.Tensor) -> torch.Tensor:
-            with self.machine.autocast():
-                return first_stage.encode_moments(images.to(self.machine.device)).float()
-
-        return encode
+        # In float32 whatever the training precision: encoded once, used for all of training, and verified later.
+        return lambda images: first_stage.encode_moments(images.to(self.machine.device))
 
     def stochastic(self) -> bool:
         """Whether this run's autoencoder has a posterior with a width."""
@@ -219,7 +219,10 @@ class Chain:
         if self.machine.rank == 0:
             write_json(folder / "statistics.json", statistics)
         self.barrier()
-        content = data_hash(read_index(folder), *splits) if splits else self.latents_key()["autoencoder_weights"]
+        if splits:
+            content = data_hash(read_index(folder), *splits)
+        else:
+            content = f"{self.latents_key()['autoencoder_weights']}/{data.content_hash}"
         statistics = yaml.safe_load((folder / "statistics.json").read_text())
         return {"content": content, "scale_factor": statistics["scale_factor"]}
 
@@ -230,8 +233,7 @@ class Chain:
         scratch = folder / "scratch"
         limited = build.data_module(self.config, "diffusion", self.machine, ("image",))
         limited.transform = limited.transform.deterministic()
-        shards = limited.shards(limited.train_split)
-        shards.keys = shards.keys[:10_000]
+        limited.shards(limited.train_split).keep(10_000)
         limited.batching = build.Batching(self.config.diffusion.batch_size)
         entries = write_cache(limited, limited.train_split, encode, scratch)
         write_cache_index(scratch, {"train": entries}, None, self.stochastic())
@@ -246,7 +248,7 @@ class Chain:
         if config.latents.cache:
             data = LatentDataModule(
                 cache, images.batching, section.max_steps, self.fields, config.seed,
-                config.data.train_split, config.data.val_split, section.val_images,
+                config.data.train_split, config.data.val_split, section.val_images, images,
             )  # fmt: skip
             verify_cache(images, config.data.train_split, data.train, self.encoder())
             size = len(data.train)
@@ -317,11 +319,14 @@ class Chain:
         loader = data.fixed_loader(config.data.val_split, config.evaluation.images)
         settings = build.plain(config.sampling) | {"sampler": config.sampler._target_.rpartition(".")[2]}
         perceptual = instantiate(config.evaluation.perceptual)
+        judged = bool(config.evaluation.obedience) and "caption" in model.fields
+        if config.evaluation.obedience and not judged:
+            print("obedience: not measured, this model takes no captions")
         result = evaluate(
             model, loader, self.draw(), instantiate(config.evaluation.features).to(self.machine.device),
             perceptual.to(self.machine.device) if perceptual is not None else None, folder, settings,
             config.evaluation.batch_size,
-            build.plain(config.evaluation.obedience) if config.evaluation.obedience else None,
+            build.plain(config.evaluation.obedience) if judged else None,
         )  # fmt: skip
         if self.wandb:
             flat = {f"evaluation/{k}": v for k, v in stages.flatten(result).items() if isinstance(v, int | float)}
@@ -334,12 +339,8 @@ class Chain:
         if self.machine.rank == 0:
             source = self.folder / "diffusion" / "model"
             load_model(source)  # a folder that does not load must not be exported
-            for name in (CONFIG, "model.safetensors"):
-                write_atomically(folder / name, partial(_copy, source / name))
             sampling = build.plain(self.config.sampling) | {"sampler": build.plain(self.config.sampler)}
-            write_json(
-                folder / "metadata.json", read_metadata(source) | {"sampling": sampling, "run": self.config.name}
-            )
+            copy_model(source, folder, {"sampling": sampling, "run": self.config.name})
         self.barrier()
         return {"folder": "export"}
 
@@ -360,11 +361,17 @@ class Chain:
         self.barrier()
         if writer:
             print_plan(self, chain)
-            OmegaConf.save(config, self.folder / "config.yaml", resolve=True)
+        defaults = build.option_defaults(config)
+        if chain:
+            stages.decide(chain[0], self.folder, defaults)  # a refused run must not touch what is there
+        if writer:
+            # Later stages alone leave the record of what the weights were trained with as it is.
+            if "autoencoder" in config.stages or not (self.folder / "config.yaml").is_file():
+                text = OmegaConf.to_yaml(config, resolve=True).encode()
+                write_atomically(self.folder / "config.yaml", lambda file: file.write(text))
             if config.logger == "wandb":
                 self.wandb = WandbRun(self.folder, config.project, config.name, build.plain(config))
         try:
-            defaults = build.option_defaults(config)
             for stage in chain:
                 action = stages.advance(stage, self.folder, defaults, writer, self.share)
                 self.barrier()
@@ -383,8 +390,3 @@ class Chain:
             print(f"samples: {samples}\nmetrics: {self.folder / 'evaluation' / 'metrics.json'}")
         if (self.folder / "export" / "metadata.json").is_file():
             print(f"model:   {self.folder / 'export'}   (ldm-sample run={self.folder})")
-
-
-def _copy(source: Path, file: Any) -> None:
-    with open(source, "rb") as original:
-        shutil.copyfileobj(original, file)

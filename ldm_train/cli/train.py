@@ -32,7 +32,10 @@ def run_name(config: DictConfig) -> str:
 
 def relaunch(devices: int) -> None:
     """Becomes torchrun with this same command, one process per device; each then finds its rank in the environment."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={devices}"]
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={devices}",
+        "--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1",
+    ]  # fmt: skip
     sys.stdout.flush()
     os.execv(sys.executable, [*command, "-m", "ldm_train.cli.train", *sys.argv[1:]])
 

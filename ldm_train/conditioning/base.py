@@ -6,17 +6,19 @@ from typing import Any
 import torch
 from torch import nn
 
+from ldm_train.models.first_stage import FirstStage
+
 
 class Conditioner(nn.Module):
-    """Subclasses set `field`, `slots` and implement `forward`.
+    """Subclasses set `field`, `widths` and implement `forward`.
 
     field   the batch field it reads (class_label, caption, ...)
-    slots   which U-Net inputs it fills: "context" (with "context_mask"), "concat", "vector"
+    widths  which U-Net inputs it fills and how wide: "context" (with "context_mask"), "concat", "vector"
     dropout probability per sample that training replaces the condition by the null condition
     """
 
     field: str
-    slots: tuple[str, ...]
+    widths: dict[str, int]
 
     def __init__(self, dropout: float):
         super().__init__()
@@ -28,14 +30,20 @@ class Conditioner(nn.Module):
         """values: B entries of the field; drop (B,) bool: True where the condition is null."""
         raise NotImplementedError
 
-    def null_values(self, count: int) -> Any:
+    def attach(self, first_stage: FirstStage) -> None:
+        """Called once by the model that holds it: spatial conditioners need the size, or the encoder, of its latents."""
+
+    def null_values(self, count: int, latent_size: Sequence[int]) -> Any:
         """`count` placeholder entries, for use with drop = True."""
         raise NotImplementedError
 
-    def null(self, count: int) -> dict[str, torch.Tensor]:
-        """The null condition for `count` samples: the same as a full drop mask."""
-        device = next(self.parameters()).device
-        return self(self.null_values(count), torch.ones(count, dtype=torch.bool, device=device))
+    def null(self, count: int, latent_size: Sequence[int] = (8, 8)) -> dict[str, torch.Tensor]:
+        """The null condition for `count` samples of latents (h, w): the same as a full drop mask."""
+        return self(self.null_values(count, latent_size), torch.ones(count, dtype=torch.bool, device=self.device))
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
 
     def parse(self, text: str) -> Any:
         """One entry of the field from the command line. Raises ValueError if it is none."""

@@ -23,7 +23,7 @@ class ClassLabel(Conditioner):
         if slot not in ("vector", "context"):
             raise ValueError(f"a class label goes to the slot 'vector' or 'context', not {slot!r}")
         self.names = [str(i) for i in range(classes)] if isinstance(classes, int) else list(classes)
-        self.slots = (slot,)
+        self.widths = {slot: dim}
         self.embedding = nn.Embedding(len(self.names) + 1, dim)
         nn.init.normal_(self.embedding.weight, std=0.02 if slot == "vector" else 1.0)
 
@@ -32,12 +32,12 @@ class ClassLabel(Conditioner):
         device = self.embedding.weight.device
         labels = torch.as_tensor(values, device=device).masked_fill(drop.to(device), len(self.names))
         embedded = self.embedding(labels)
-        if self.slots == ("vector",):
+        if "vector" in self.widths:
             return {"vector": embedded}
         mask = torch.ones(len(labels), 1, dtype=torch.bool, device=device)
         return {"context": embedded[:, None], "context_mask": mask}
 
-    def null_values(self, count: int) -> torch.Tensor:
+    def null_values(self, count: int, latent_size: Sequence[int]) -> torch.Tensor:
         return torch.zeros(count, dtype=torch.long)
 
     def parse(self, text: str) -> int:

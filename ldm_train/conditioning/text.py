@@ -1,12 +1,40 @@
-"""Text encoders. `TrainedText` is trained from scratch with the U-Net, as in latent diffusion's text-to-image model."""
+"""Text encoders. `TrainedText` is trained from scratch with the U-Net, as in latent diffusion's text-to-image model;
+`FrozenText` wraps a pretrained one, as in Stable Diffusion."""
 
+from collections import OrderedDict
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from torch import nn
 
 from ldm_train.conditioning.base import Conditioner
+
+
+class TokenEncoder(nn.Module):
+    """Token ids -> hidden states: embedding, learned positions, pre-norm transformer, final norm.
+
+    vocab_size, dim, depth, heads; max_length: positions
+    """
+
+    def __init__(self, vocab_size: int, dim: int, depth: int, heads: int, max_length: int):
+        super().__init__()
+        self.token_embedding = nn.Embedding(vocab_size, dim)
+        # Unit-size tokens (nn.Embedding's own start) dominate the residual stream: the pooled vector is a readable bag
+        # of words from the first step. With 0.02 the short quickstart never learned to obey positions.
+        self.position_embedding = nn.Parameter(torch.randn(max_length, dim) * 0.2)
+        layer = nn.TransformerEncoderLayer(
+            dim, heads, 4 * dim, dropout=0.0, activation="gelu", batch_first=True, norm_first=True
+        )
+        self.transformer = nn.TransformerEncoder(layer, depth, enable_nested_tensor=False)
+        self.norm = nn.LayerNorm(dim)
+
+    def forward(self, ids: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+        """ids (B, L), mask (B, L) bool with True where a token counts -> (B, L, dim)"""
+        x = self.token_embedding(ids) + self.position_embedding
+        return self.norm(self.transformer(x, src_key_padding_mask=None if mask is None else ~mask))
+
 
 PAD, START, END = "<pad>", "<start>", "<end>"
 
@@ -57,16 +85,8 @@ class TrainedText(Conditioner):
         if None in self.special:
             raise ValueError(f"the tokenizer lacks the special tokens {PAD}, {START}, {END}")
         self.max_length, self.pooled = max_length, pooled
-        self.slots = ("context", "vector") if pooled else ("context",)
-        self.token_embedding = nn.Embedding(tokenizer.get_vocab_size(), dim)
-        # Unit-size tokens (nn.Embedding's own start) dominate the residual stream: the pooled vector is a readable bag
-        # of words from the first step. With 0.02 the short quickstart never learned to obey positions.
-        self.position_embedding = nn.Parameter(torch.randn(max_length, dim) * 0.2)
-        layer = nn.TransformerEncoderLayer(
-            dim, heads, 4 * dim, dropout=0.0, activation="gelu", batch_first=True, norm_first=True
-        )
-        self.transformer = nn.TransformerEncoder(layer, depth, enable_nested_tensor=False)
-        self.norm = nn.LayerNorm(dim)
+        self.widths = {"context": dim} | ({"vector": dim} if pooled else {})
+        self.encoder = TokenEncoder(tokenizer.get_vocab_size(), dim, depth, heads, max_length)
 
     def tokenize(self, captions: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
         """Token ids (B, L) and mask (B, L), L = max_length, on the CPU."""
@@ -82,17 +102,113 @@ class TrainedText(Conditioner):
     def forward(self, values: Sequence[str], drop: torch.Tensor) -> dict[str, torch.Tensor]:
         """B captions -> context (B, L, dim), context_mask (B, L), with `pooled` also vector (B, dim)."""
         captions = ["" if dropped else text for text, dropped in zip(values, drop.tolist())]
-        device = self.token_embedding.weight.device
-        ids, mask = (t.to(device, non_blocking=True) for t in self.tokenize(captions))
-        x = self.token_embedding(ids) + self.position_embedding
-        x = self.norm(self.transformer(x, src_key_padding_mask=~mask))
+        ids, mask = (t.to(self.device, non_blocking=True) for t in self.tokenize(captions))
+        x = self.encoder(ids, mask)
         condition = {"context": x, "context_mask": mask}
         if self.pooled:
             share = mask[..., None].to(x.dtype)
             condition["vector"] = (x * share).sum(dim=1) / share.sum(dim=1)
         return condition
 
-    def null_values(self, count: int) -> list[str]:
+    def null_values(self, count: int, latent_size: Sequence[int]) -> list[str]:
+        return [""] * count
+
+    def parse(self, text: str) -> str:
+        return text
+
+
+class FrozenText(Conditioner):
+    """Hidden states of a pretrained text encoder (CLIP, OpenCLIP in transformers' layout, T5, BERT, any AutoModel).
+
+    path: a local folder, or a name that transformers can download
+    dim: width of its hidden states; must equal the U-Net's context_dim
+    layer: "last", or "penultimate" with the encoder's final norm applied, as Stable Diffusion 2
+    max_length: tokens, longer captions are cut. masked: let attention ignore padding (CLIP models were trained with
+        it visible, so Stable Diffusion uses false)
+    cache_size: captions whose hidden states are kept in memory
+    The encoder is not part of the model's weights; the model folder names it. The null condition is the empty caption.
+    """
+
+    field = "caption"
+
+    def __init__(
+        self,
+        path: str,
+        dim: int,
+        layer: str = "last",
+        max_length: int = 77,
+        masked: bool = False,
+        cache_size: int = 20_000,
+        dropout: float = 0.1,
+    ):
+        super().__init__(dropout)
+        if layer not in ("last", "penultimate"):
+            raise ValueError(f"layer is 'last' or 'penultimate', not {layer!r}")
+        self.path, self.dim, self.layer, self.max_length, self.masked = path, dim, layer, max_length, masked
+        self.cache_size, self.widths = cache_size, {"context": dim}
+        self._cache: OrderedDict[str, tuple[torch.Tensor, torch.Tensor]] = OrderedDict()
+        self._pretrained: tuple[Any, nn.Module] | None = None  # a tuple hides it from state_dict and optimisers
+        self.register_buffer("_place", torch.zeros(()), persistent=False)
+
+    @property
+    def device(self) -> torch.device:
+        return self._place.device
+
+    def pretrained(self) -> tuple[Any, nn.Module]:
+        """Tokenizer and encoder, loaded at first use. Raises FileNotFoundError where they are not to be had."""
+        if self._pretrained is None:
+            from transformers import AutoConfig, AutoModel, AutoTokenizer, CLIPTextModel
+
+            try:
+                tokenizer = AutoTokenizer.from_pretrained(self.path)
+                kind = AutoConfig.from_pretrained(self.path).model_type
+                model = (CLIPTextModel if kind.startswith("clip") else AutoModel).from_pretrained(self.path)
+            except (OSError, ValueError) as error:
+                raise FileNotFoundError(
+                    f"the text encoder {self.path} is not there ({str(error).splitlines()[0]}); give a folder that holds "
+                    "config.json, weights and tokenizer as diffusion.conditioning.conditioners.text.path=<folder>"
+                ) from error
+            model = model.get_encoder() if model.config.is_encoder_decoder else model
+            self._pretrained = (tokenizer, model.eval().requires_grad_(False))
+        tokenizer, model = self._pretrained
+        return tokenizer, model.to(self.device)
+
+    @torch.no_grad()
+    def encode(self, captions: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
+        """B captions -> hidden states (B, L, dim) and attention mask (B, L) on the CPU."""
+        tokenizer, model = self.pretrained()
+        tokens = tokenizer(
+            list(captions), padding="max_length", truncation=True, max_length=self.max_length, return_tensors="pt"
+        ).to(self.device)
+        arguments = {"attention_mask": tokens["attention_mask"]} if self.masked else {}
+        output = model(input_ids=tokens["input_ids"], output_hidden_states=self.layer == "penultimate", **arguments)
+        hidden = output.last_hidden_state
+        if self.layer == "penultimate":
+            hidden = output.hidden_states[-2]
+            text = getattr(model, "text_model", model)
+            if hasattr(text, "final_layer_norm"):
+                hidden = text.final_layer_norm(hidden)
+        if hidden.shape[2] != self.dim:
+            raise ValueError(
+                f"{self.path} gives hidden states of width {hidden.shape[2]}, the config says dim={self.dim}"
+            )
+        return hidden.float().cpu(), tokens["attention_mask"].bool().cpu()
+
+    def forward(self, values: Sequence[str], drop: torch.Tensor) -> dict[str, torch.Tensor]:
+        """B captions -> context (B, L, dim), context_mask (B, L)."""
+        captions = ["" if dropped else text for text, dropped in zip(values, drop.tolist())]
+        missing = sorted({c for c in captions if c not in self._cache})
+        if missing:
+            self._cache |= dict(zip(missing, zip(*self.encode(missing))))
+        for caption in captions:
+            self._cache.move_to_end(caption)
+        pairs = [self._cache[c] for c in captions]
+        while len(self._cache) > self.cache_size:
+            self._cache.popitem(last=False)
+        context, mask = (torch.stack(part).to(self.device) for part in zip(*pairs))
+        return {"context": context, "context_mask": mask if self.masked else torch.ones_like(mask)}
+
+    def null_values(self, count: int, latent_size: Sequence[int]) -> list[str]:
         return [""] * count
 
     def parse(self, text: str) -> str:

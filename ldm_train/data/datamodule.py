@@ -1,6 +1,6 @@
 """One data module for all images: shards in, batches out, in an order that is a pure function of the seed and the step."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from ldm_train.data.samples import SampleDecoder, collate, require_fields, sample_rng
+from ldm_train.data.samples import Derive, SampleDecoder, collate, require_fields, sample_rng
 from ldm_train.data.shards import DataError, IndexedShards, data_hash, read_index, split_index
 from ldm_train.data.streaming import StreamingBatches
 from ldm_train.data.transforms import ImageTransform
@@ -121,7 +121,8 @@ class ShardDataModule(L.LightningDataModule):
     root            folder with index.json
     batching        Batching; accumulation included
     max_steps       optimiser steps of the stage
-    fields          batch fields needed: "image", "class_label", "caption", "segmentation"
+    fields          batch fields needed: "image" and what the conditioners read (see data/samples.py)
+    derive          how fields are made from the image where the shards lack them: {field: callable}
     image_size, crop, scale, flip   see ImageTransform;  channels: of the image
     reader          "indexed" (local or shared disk) or "streaming" (remote or very large sets)
     val_images      validation uses the first so many (None: all)
@@ -150,6 +151,7 @@ class ShardDataModule(L.LightningDataModule):
         shuffle_buffer: int = 2000,
         seed: int = 0,
         remedy: str | None = None,
+        derive: Mapping[str, Derive] | None = None,
     ):
         super().__init__()
         if reader not in ("indexed", "streaming"):
@@ -160,6 +162,7 @@ class ShardDataModule(L.LightningDataModule):
         self.channels, self.reader, self.num_workers, self.seed = channels, reader, num_workers, seed
         self.train_split, self.val_split, self.val_images = train_split, val_split, val_images
         self.max_bad_fraction, self.shuffle_buffer, self.remedy = max_bad_fraction, shuffle_buffer, remedy
+        self.derive = dict(derive or {})
         self.index = read_index(root, remedy) if remedy else read_index(root)
         for split in (train_split, val_split):
             part = split_index(self.index, split, root)
@@ -167,7 +170,8 @@ class ShardDataModule(L.LightningDataModule):
             for shard in part["shards"]:
                 for extension, n in shard["fields"].items():
                     counts[extension] = counts.get(extension, 0) + n
-            require_fields(self.fields, counts, sum(s["count"] for s in part["shards"]), f"{root}, split {split}")
+            total = sum(s["count"] for s in part["shards"])
+            require_fields(self.fields, counts, total, f"{root}, split {split}", self.derive)
         self._shards: dict[str, IndexedShards] = {}
 
     @property
@@ -192,11 +196,17 @@ class ShardDataModule(L.LightningDataModule):
             persistent_workers=False,
         )
 
+    def samples(self, split: str, fields: Sequence[str], random: bool) -> "ShardDataset":
+        """Single samples by (epoch, index). random: with training's crops, flips and captions."""
+        transform = self.transform if random else self.transform.deterministic()
+        decoder = SampleDecoder(transform, fields, self.channels, self.derive)
+        return ShardDataset(self.shards(split), decoder, self.seed, random)
+
     def train_loader(self, start: int) -> DataLoader:
         """Micro-batches from number `start` to the end of training."""
         stop = self.max_steps * self.batching.accumulate
-        decoder = SampleDecoder(self.transform, self.fields, self.channels)
         if self.reader == "streaming":
+            decoder = SampleDecoder(self.transform, self.fields, self.channels, self.derive)
             stream = StreamingBatches(
                 self.root,
                 self.index["splits"][self.train_split]["shards"],
@@ -213,7 +223,7 @@ class ShardDataModule(L.LightningDataModule):
             )
         shards = self.shards(self.train_split)
         batches = StepBatches(len(shards), self.batching, self.seed, start, stop)
-        return self._loader(ShardDataset(shards, decoder, self.seed, random=True), batches)
+        return self._loader(self.samples(self.train_split, self.fields, random=True), batches)
 
     def train_dataloader(self) -> DataLoader:
         return self.train_loader(self.trainer.global_step * self.batching.accumulate if self.trainer else 0)
@@ -221,9 +231,8 @@ class ShardDataModule(L.LightningDataModule):
     def fixed_loader(self, split: str, limit: int | None = None, fields: Sequence[str] | None = None) -> DataLoader:
         """Each sample of a split once over all ranks, without randomness: centre crop, first caption."""
         shards, b = self.shards(split), self.batching
-        decoder = SampleDecoder(self.transform.deterministic(), fields or self.fields, self.channels)
         batches = evaluation_batches(len(shards), b.micro, b.rank, b.world_size, limit)
-        return self._loader(ShardDataset(shards, decoder, self.seed, random=False), batches)
+        return self._loader(self.samples(split, fields or self.fields, random=False), batches)
 
     def val_dataloader(self) -> DataLoader:
         return self.fixed_loader(self.val_split, self.val_images)

@@ -110,13 +110,19 @@ def write_cache_index(
     write_json(Path(folder) / INDEX, index | ({"classes": classes} if classes else {}))
 
 
+CACHED_FIELDS = ("class_label", "caption")  # the cache holds them; others come from the images' shards
+
+
 class CachedLatents:
     """Moments and conditions of one split, straight out of memory-mapped tars, in whole batches.
 
-    Raises DataError where the cache is damaged.
+    images: where fields come from that the cache does not hold (boxes, maps, masks, ...), cut and mirrored like the
+    cached encodings. Raises DataError where the cache is damaged.
     """
 
-    def __init__(self, folder: str | Path, split: str, fields: Sequence[str], seed: int):
+    def __init__(
+        self, folder: str | Path, split: str, fields: Sequence[str], seed: int, images: ShardDataModule | None = None
+    ):
         try:
             self.shards = IndexedShards(folder, split, REMEDY)
         except (DataError, FileNotFoundError) as error:
@@ -131,6 +137,12 @@ class CachedLatents:
         self.shape, _, self.dtype = np.lib.format.read_array_header_1_0(header)
         self.header = header.tell()
         self._maps = [np.memmap(path, np.uint8, "r") for path in self.shards.paths]
+        others = [f for f in self.fields if f not in (*CACHED_FIELDS, "image")]
+        self._others = None
+        if others:
+            place = {key: i for i, key in enumerate(_cache_keys(images.shards(split)))}
+            self._place = [place[str(key)] for key in self.shards.keys]
+            self._others = {r: images.samples(split, others, random=r) for r in (False, True)}
 
     def __len__(self) -> int:
         return len(self.shards)
@@ -152,7 +164,8 @@ class CachedLatents:
 
     def fetch(self, rows: Sequence[tuple[int, int]], random: bool) -> dict[str, Any]:
         """rows: (epoch, index) per sample -> moments (B, 2C or C, h, w) and the fields asked for. random: flips, captions."""
-        rngs = [sample_rng(self.seed, epoch, i) if random else None for epoch, i in rows]
+        place = range(len(self)) if self._others is None else self._place
+        rngs = [sample_rng(self.seed, epoch, place[i]) if random else None for epoch, i in rows]
         flipped = [bool(self.flips and rng is not None and rng.random() < 0.5) for rng in rngs]
         batch: dict[str, Any] = {
             "moments": torch.from_numpy(np.stack([self.moments(i, f) for (_, i), f in zip(rows, flipped)])),
@@ -163,6 +176,11 @@ class CachedLatents:
             batch["class_label"] = torch.tensor([int(self.shards.read(i, "cls")) for _, i in rows])
         if "caption" in self.fields:
             batch["caption"] = [text_of(self._texts(i), rng) for (_, i), rng in zip(rows, rngs)]
+        if self._others is not None:
+            samples = [self._others[random][(epoch, self._place[i])] for epoch, i in rows]
+            others = collate(samples)
+            batch["replaced"] = others.pop("replaced")
+            batch |= {name: values for name, values in others.items() if name != "key"}
         return batch
 
     def _texts(self, i: int) -> dict[str, bytes]:
@@ -187,7 +205,8 @@ class _Batches:
 class LatentDataModule(L.LightningDataModule):
     """Cached latents for stage 2, in the same order as ShardDataModule would deliver the images.
 
-    folder: the cache. fields: conditions needed ("class_label", "caption"). val_images: as in ShardDataModule.
+    folder: the cache. fields: conditions needed. images: the data it was made of, for fields that it does not hold.
+    val_images: as in ShardDataModule.
     """
 
     def __init__(
@@ -200,6 +219,7 @@ class LatentDataModule(L.LightningDataModule):
         train_split: str = "train",
         val_split: str = "val",
         val_images: int | None = None,
+        images: ShardDataModule | None = None,
     ):
         super().__init__()
         index = read_index(folder, REMEDY)
@@ -209,11 +229,12 @@ class LatentDataModule(L.LightningDataModule):
             for shard in part["shards"]:
                 for extension, n in shard["fields"].items():
                     counts[extension] = counts.get(extension, 0) + n
-            require_fields([f for f in fields if f != "image"], counts, part["count"], f"{folder}, split {split}")
+            held = [f for f in fields if f in CACHED_FIELDS]
+            require_fields(held, counts, part["count"], f"{folder}, split {split}")
         self.folder, self.batching, self.max_steps, self.seed = folder, batching, max_steps, seed
         self.val_images = val_images
-        self.train = CachedLatents(folder, train_split, fields, seed)
-        self.val = CachedLatents(folder, val_split, fields, seed)
+        self.train = CachedLatents(folder, train_split, fields, seed, images)
+        self.val = CachedLatents(folder, val_split, fields, seed, images)
 
     def train_loader(self, start: int) -> _Batches:
         stop = self.max_steps * self.batching.accumulate

@@ -258,6 +258,13 @@ class IndexedShards:
     def __len__(self) -> int:
         return len(self.keys)
 
+    def keep(self, count: int) -> None:
+        """Reduces this view to at most `count` samples, spread evenly: shards are often sorted by class."""
+        picks = np.unique(np.linspace(0, len(self) - 1, min(count, len(self))).round().astype(int))
+        self.keys, self.shard = self.keys[picks], self.shard[picks]
+        self.offsets = {e: values[picks] for e, values in self.offsets.items()}
+        self.sizes = {e: values[picks] for e, values in self.sizes.items()}
+
     def read(self, i: int, extension: str) -> bytes | None:
         """One field's bytes, or None where the sample lacks it."""
         offset, size = int(self.offsets[extension][i]), int(self.sizes[extension][i])

@@ -64,6 +64,10 @@ class Plan:
     width: int
     flip: bool
 
+    def reduced(self, factor: int) -> "Plan":
+        """The same cut of a picture `factor` times smaller."""
+        return Plan(*(round(v / factor) for v in (self.top, self.left, self.height, self.width)), self.flip)
+
 
 class ImageTransform:
     """Crop to the target's aspect ratio, resize with antialiasing, flip; never distorts.
@@ -107,6 +111,27 @@ class ImageTransform:
         else:
             top, left = int(rng.integers(free_h + 1)), int(rng.integers(free_w + 1))
         return Plan(top, left, box_h, box_w, bool(self.flip and rng.random() < 0.5))
+
+    def reduced(self, factor: int) -> "ImageTransform":
+        """For a picture `factor` times smaller than the image."""
+        height, width = self.size
+        return ImageTransform((height // factor, width // factor), self.crop, self.flip, self.scale)
+
+    def apply_to_boxes(self, boxes: np.ndarray, plan: Plan, shape: tuple[int, int], least: float = 0.2) -> np.ndarray:
+        """(N, 5) in unit coordinates of a picture of `shape` -> those of the cut picture.
+
+        Boxes are clipped to it; those of which less than `least` of their area is left are dropped.
+        """
+        height, width = shape
+        scale = np.array([width, height, width, height], float)
+        corners = np.concatenate([boxes[:, :2], boxes[:, :2] + boxes[:, 2:4]], axis=1) * scale
+        corners = (corners - [plan.left, plan.top] * 2) / [plan.width, plan.height, plan.width, plan.height]
+        if plan.flip:
+            corners = np.stack([1 - corners[:, 2], corners[:, 1], 1 - corners[:, 0], corners[:, 3]], axis=1)
+        clipped = corners.clip(0, 1)
+        area, left = ((c[:, 2:] - c[:, :2]).clip(0).prod(axis=1) for c in (corners, clipped))
+        kept = left > least * area
+        return np.concatenate([clipped[:, :2], clipped[:, 2:] - clipped[:, :2], boxes[:, 4:]], axis=1)[kept]
 
     def apply(self, image: torch.Tensor, plan: Plan, nearest: bool = False) -> torch.Tensor:
         """(C, H, W) -> (C, *image_size), same dtype. nearest: for label maps."""

@@ -3,7 +3,8 @@
 from collections.abc import Iterable
 
 import torch
-import torch.distributed as dist
+
+from ldm_train.distributed import gathered
 
 
 class Moments:
@@ -24,17 +25,17 @@ class Moments:
         self.total += features.sum(dim=0)
         self.outer += features.T @ features
 
-    def reduced(self) -> "Moments":
-        """The moments over all ranks (itself, where there is one)."""
-        if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
-            return self
-        device = "cuda" if dist.get_backend() == "nccl" else "cpu"
-        joint = Moments(len(self.total))
-        count = torch.tensor([float(self.count)], dtype=torch.float64)
-        sums = [part.to(device, copy=True) for part in (count, self.total, self.outer)]
-        for part in sums:
-            dist.all_reduce(part)
-        joint.count, joint.total, joint.outer = int(sums[0]), sums[1].cpu(), sums[2].cpu()
+    @classmethod
+    def gathered(cls, own: "Moments | None") -> "Moments":
+        """The joint moments of all ranks; a rank without samples passes None. Raises ValueError where none has any."""
+        parts = [m for m in gathered(own) if m is not None]
+        if not parts:
+            raise ValueError("no features")
+        joint = cls(len(parts[0].total))
+        for part in parts:
+            joint.count += part.count
+            joint.total += part.total
+            joint.outer += part.outer
         return joint
 
     @property

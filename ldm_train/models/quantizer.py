@@ -6,12 +6,7 @@ from einops import rearrange
 from torch import nn
 from torch.nn import functional as F
 
-
-def summed_over_ranks(values: torch.Tensor) -> torch.Tensor:
-    """`values` summed in place over all ranks; as they are where there is one."""
-    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-        dist.all_reduce(values)
-    return values
+from ldm_train.distributed import summed, world_size
 
 
 class VectorQuantizer(nn.Module):
@@ -80,9 +75,9 @@ class VectorQuantizer(nn.Module):
     @torch.no_grad()
     def _update(self, latents: torch.Tensor, indices: torch.Tensor) -> None:
         flat, chosen = rearrange(latents, "b c h w -> (b h w) c").float(), indices.flatten()
-        count = summed_over_ranks(torch.bincount(chosen, minlength=self.num_codes).float())
+        count = summed(torch.bincount(chosen, minlength=self.num_codes).float())
         if self.ema_decay is not None:
-            total = summed_over_ranks(torch.zeros_like(self.ema_sum).index_add_(0, chosen, flat))
+            total = summed(torch.zeros_like(self.ema_sum).index_add_(0, chosen, flat))
             self.ema_count.lerp_(count, 1 - self.ema_decay)
             self.ema_sum.lerp_(total, 1 - self.ema_decay)
             self.embedding.weight.copy_(self.ema_sum / self.ema_count.clamp(min=1e-5)[:, None])
@@ -91,7 +86,7 @@ class VectorQuantizer(nn.Module):
             dead = (self.unused_steps >= self.restart_after).nonzero().flatten()
             if len(dead):
                 fresh = flat[torch.randint(len(flat), (len(dead),)).to(flat.device)]
-                if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+                if world_size() > 1:
                     dist.broadcast(fresh, src=0)
                 self.embedding.weight[dead] = fresh.to(self.embedding.weight.dtype)
                 self.unused_steps[dead] = 0

@@ -9,12 +9,13 @@ import torch
 from torch import nn
 
 from ldm_train import images as pictures
+from ldm_train.distributed import gathered
 from ldm_train.losses.autoencoder import AutoencoderLoss
 from ldm_train.metrics.distribution import Moments, frechet_distance
 from ldm_train.metrics.paired import psnr, ssim
 from ldm_train.models.autoencoder import Autoencoder, Point
-from ldm_train.models.quantizer import perplexity, summed_over_ranks
-from ldm_train.training.task import Task, reduce_sums
+from ldm_train.models.quantizer import perplexity
+from ldm_train.training.task import Task
 
 ACTIVE_VARIANCE = (
     0.01  # a latent channel is active if its posterior mean varies by more over the data (Burda et al. 2016)
@@ -111,7 +112,7 @@ class AutoencoderTask(Task):
                 self._moments.setdefault(name, Moments(features.shape[1])).add(features)
         if isinstance(posterior, Point):
             used = torch.bincount(posterior.indices.flatten(), minlength=self.autoencoder.quantize.num_codes)
-            self._codes = used if self._codes is None else self._codes + used
+            self._codes = used.cpu() if self._codes is None else self._codes + used.cpu()
         mean = posterior.mean.double().cpu()
         self._mean_moments[0] += mean.sum(dim=(0, 2, 3))
         self._mean_moments[1] += mean.square().sum(dim=(0, 2, 3))
@@ -125,18 +126,17 @@ class AutoencoderTask(Task):
                 logger.log_picture("reconstructions", path, self.global_step, "above: images, below: reconstructions")
 
     def on_validation_epoch_end(self) -> None:
-        total, square, count = self._mean_moments
-        channels = self.autoencoder.latent_channels
-        sums = {f"m{c}": (float(total[c]), count) for c in range(channels)} if count else {}
-        sums |= {f"s{c}": (float(square[c]), count) for c in range(channels)} if count else {}
-        means = reduce_sums(sums)
-        active = sum(means[f"s{c}"] - means[f"m{c}"] ** 2 > ACTIVE_VARIANCE for c in range(channels)) if count else 0
+        total, square, count = (sum(parts) for parts in zip(*gathered(self._mean_moments)))
         self.finish_validation()
-        self.log("val/active_channels", active / channels, rank_zero_only=False)
-        if self._codes is not None:
-            counts = summed_over_ranks(self._codes)
+        if count:
+            active = (square / count - (total / count) ** 2 > ACTIVE_VARIANCE).double().mean().item()
+            self.log("val/active_channels", active, rank_zero_only=False)
+        if used := [c for c in gathered(self._codes) if c is not None]:
+            counts = torch.stack(used).sum(dim=0)
             self.log("val/perplexity", perplexity(counts), rank_zero_only=False)
             self.log("val/code_usage", (counts > 0).double().mean().item(), rank_zero_only=False)
-        if self._moments:
-            distance = frechet_distance(*(self._moments[n].reduced() for n in ("images", "reconstructions")))
+        if self.features is not None:
+            distance = frechet_distance(
+                *(Moments.gathered(self._moments.get(n)) for n in ("images", "reconstructions"))
+            )
             self.log(f"val/fid_{self.features.name}", distance, rank_zero_only=False)

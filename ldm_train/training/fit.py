@@ -66,7 +66,14 @@ class Machine:
         if self.world_size == 1:
             return SingleDeviceStrategy(self.device)
         backend = "gloo" if self.accelerator == "cpu" else "nccl"
-        return DDPStrategy(process_group_backend=backend, find_unused_parameters=False, gradient_as_bucket_view=True)
+        # Buffers are equal on all ranks by construction; broadcasting them in every forward pass would hang a validation
+        # in which ranks have different numbers of batches.
+        return DDPStrategy(
+            process_group_backend=backend,
+            find_unused_parameters=False,
+            gradient_as_bucket_view=True,
+            broadcast_buffers=False,
+        )
 
     def precision_plugin(self) -> Precision:
         return Precision() if self.precision == "32" else MixedPrecision(self.precision, self.device.type)
@@ -103,11 +110,8 @@ def fit(
     last = folder / "checkpoints" / "last.ckpt"
     start = _steps_done(last)
     if start < max_steps:
-        callbacks = [
-            *callbacks,
-            Checkpoints(folder / "checkpoints", cadence.checkpoint_every, task.monitor),
-            Monitor(batch_size, dataset_size, max_bad_fraction, cadence.trace),
-        ]
+        checkpoints = Checkpoints(folder / "checkpoints", cadence.checkpoint_every, task.monitor)
+        callbacks = [*callbacks, Monitor(batch_size, dataset_size, max_bad_fraction, cadence.trace), checkpoints]
         if cadence.progress:
             callbacks.append(TQDMProgressBar(refresh_rate=max(1, cadence.log_every // 2)))
         trainer = L.Trainer(
@@ -126,12 +130,16 @@ def fit(
             logger=[MetricsCSV(folder / "metrics.csv", start), *loggers],
             callbacks=callbacks,
             use_distributed_sampler=False,
+            sync_batchnorm=machine.accelerator == "gpu" and machine.world_size > 1,
             enable_checkpointing=False,
             enable_model_summary=False,
             enable_progress_bar=cadence.progress,
             default_root_dir=folder,
         )
-        trainer.fit(task, datamodule=data, ckpt_path=str(last) if start else None, weights_only=True if start else None)
+        with checkpoints.signals():
+            trainer.fit(
+                task, datamodule=data, ckpt_path=str(last) if start else None, weights_only=True if start else None
+            )
     else:
         task.setup("fit")
         state = torch.load(last, map_location="cpu", weights_only=True)

@@ -8,24 +8,22 @@ from typing import Any
 
 import lightning as L
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from ldm_train import rng
+from ldm_train.distributed import gathered
 from ldm_train.training.optim import EMA, clip_by_group
 
 
 def reduce_sums(sums: Mapping[str, tuple[float, int]]) -> dict[str, float]:
-    """Means of (sum, count) pairs over all ranks. Every rank must hold the same keys."""
-    keys = sorted(sums)
-    table = torch.tensor([sums[k] for k in keys], dtype=torch.float64).view(-1, 2)
-    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-        device = "cuda" if dist.get_backend() == "nccl" else "cpu"
-        table = table.to(device)
-        dist.all_reduce(table)
-        table = table.cpu()
-    return {k: float(total / count) if count else float("nan") for k, (total, count) in zip(keys, table)}
+    """Means of (sum, count) pairs over all ranks; a rank without samples may lack keys."""
+    joint: dict[str, tuple[float, int]] = {}
+    for part in gathered(dict(sums)):
+        for key, (total, count) in part.items():
+            before = joint.get(key, (0.0, 0))
+            joint[key] = (before[0] + total, before[1] + count)
+    return {k: total / count if count else float("nan") for k, (total, count) in sorted(joint.items())}
 
 
 class Task(L.LightningModule):
@@ -92,6 +90,10 @@ class Task(L.LightningModule):
         gradient_clip_algorithm: Any = None,
     ) -> None:
         if self.clip_norm is not None:
+            # Lightning leaves fused optimisers to unscale 16-mixed gradients themselves, which would be after clipping.
+            scaler = getattr(self.trainer.precision_plugin, "scaler", None)
+            if scaler is not None and getattr(optimizer, "_step_supports_amp_scaling", False):
+                scaler.unscale_(optimizer)
             for name, norm in clip_by_group(optimizer.param_groups, self.clip_norm).items():
                 self.log(f"train/grad_norm_{name}", norm)
 
@@ -100,7 +102,10 @@ class Task(L.LightningModule):
         if self.ema is not None:
             self.ema.update()
 
+    # "step" is Lightning's name for the axis of what is logged with it; its own counts from 0.
+
     def log_training(self, logs: Mapping[str, torch.Tensor]) -> None:
+        self.log("step", float(self.global_step + 1))
         self.log_dict({f"train/{k}": v for k, v in logs.items()}, on_step=True)
         self.log("train/lr", self.trainer.optimizers[0].param_groups[0]["lr"])
 
@@ -124,6 +129,7 @@ class Task(L.LightningModule):
         """Validation means over all ranks; brings the raw weights back."""
         self._ema_context.__exit__(None, None, None)
         means = reduce_sums(self._sums)
+        self.log("step", float(self.global_step), rank_zero_only=False)
         self.log_dict({f"val/{k}": v for k, v in means.items()}, rank_zero_only=False)
         return means
 
@@ -140,5 +146,10 @@ class Task(L.LightningModule):
             checkpoint["ema"] = self.ema.state_dict()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        # Lightning counts micro-batches; their number per step may have changed since (another micro_batch_size).
+        progress = checkpoint.get("loops", {}).get("fit_loop", {}).get("epoch_loop.batch_progress")
+        for counters in (progress or {}).values():
+            if isinstance(counters, dict):
+                counters.update(dict.fromkeys(counters, checkpoint["global_step"] * self.accumulate))
         if self.ema is not None:
             self.ema.load_state_dict(checkpoint["ema"])

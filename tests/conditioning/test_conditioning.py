@@ -60,7 +60,9 @@ def test_dropout_touches_dropped_rows_alone(conditioner_and_values: tuple) -> No
 def test_outputs_are_the_declared_slots(conditioner_and_values: tuple) -> None:
     conditioner, values = conditioner_and_values
     output = conditioner(values, torch.zeros(4, dtype=torch.bool))
-    assert set(output) - {"context_mask"} == set(conditioner.slots)
+    assert set(output) - {"context_mask"} == set(conditioner.widths)
+    for slot, width in conditioner.widths.items():
+        assert output[slot].shape[2 if slot == "context" else 1] == width
     if "context" in output:
         assert output["context_mask"].shape == output["context"].shape[:2]
         assert output["context_mask"].dtype == torch.bool
@@ -118,7 +120,7 @@ def test_padding_touches_no_token_that_counts(tokenizer) -> None:
     conditioner = text(tokenizer, pooled=True)
     keep = torch.zeros(4, dtype=torch.bool)
     before = conditioner(CAPTIONS, keep)
-    conditioner.token_embedding.weight[conditioner.special[0]] = 10 * torch.randn(16)
+    conditioner.encoder.token_embedding.weight[conditioner.special[0]] = 10 * torch.randn(16)
     after, mask = conditioner(CAPTIONS, keep), before["context_mask"]
     torch.testing.assert_close(after["context"][mask], before["context"][mask], rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(after["vector"], before["vector"], rtol=1e-5, atol=1e-6)

@@ -207,7 +207,7 @@ def test_image_and_label_map_share_one_plan(as_png: Callable):
         "k", raw, np.random.default_rng(5)
     )
     assert torch.equal(((native["image"][0] + 1) * 127.5).round().long(), native["segmentation"])
-    with pytest.raises(ValueError, match=r"image of .* but label map of"):
+    with pytest.raises(ValueError, match=r"image of .* but segmentation of"):
         decoder("k", raw | {"seg.png": as_png(labels[:10])}, np.random.default_rng(0))
 
 
@@ -240,8 +240,8 @@ def test_conditioners_without_their_field_are_refused(
 def test_partly_captioned_data_are_refused():
     with pytest.raises(DataError, match="not every sample has a caption: 10 samples with"):
         require_fields(["caption"], {"png": 10, "txt": 6, "json": 6}, 10, "here")
-    with pytest.raises(DataError, match="unknown batch field 'depth'"):
-        require_fields(["depth"], {"png": 10}, 10, "here")
+    with pytest.raises(DataError, match="unknown batch field 'sound'"):
+        require_fields(["sound"], {"png": 10}, 10, "here")
 
 
 def test_an_unknown_reader_is_named(data_root: Path):

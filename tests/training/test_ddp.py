@@ -16,7 +16,7 @@ OVERRIDES = [
     "progress=false",
     "accelerator=cpu",
     "data.source.count=64",
-    "data.source.val_count=15",
+    "data.source.val_count=17",
     "data.per_shard=16",
     "latents.per_shard=8",
     "autoencoder.batch_size=16",
@@ -87,7 +87,7 @@ def test_two_ranks_agree_and_the_chain_runs_under_devices_2_and_torchrun(tmp_pat
     assert all(len(ranks) == 2 and not ranks[0] & ranks[1] and len(ranks[0]) == 8 for ranks in by_step.values())
 
     for name in ("torchrun", "devices"):
-        for split, count in (("train", 64), ("val", 15)):
+        for split, count in (("train", 64), ("val", 17)):
             keys = IndexedShards(tmp_path / name / "latents", split).keys
             assert len(keys) == len(set(keys)) == count
         assert (tmp_path / name / "export" / "model.safetensors").is_file()

@@ -3,6 +3,8 @@
 import os
 import signal
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +14,11 @@ import torch.distributed as dist
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 
 from ldm_train.data.shards import write_atomically
+from ldm_train.training.callbacks.monitor import not_finite
 from ldm_train.training.stages import Interrupted
 from ldm_train.training.task import Task
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -27,14 +32,14 @@ class Checkpoints(L.Callback):
     """folder/last.ckpt every `every` optimiser steps, at the end and on SIGTERM, SIGINT or SIGUSR1; folder/best.ckpt
     when validation's `monitor` (lower is better) improves.
 
-    Signals only set a flag. All ranks agree on it at the next optimiser step, save, and raise Interrupted; a second
-    signal leaves at once.
+    Where a validation is due at the same step, last.ckpt waits for it: a run that is killed in between repeats the
+    steps and the validation. Signals only set a flag. All ranks agree on it at the next optimiser step, save, and raise
+    Interrupted; a second signal leaves at once. Raises FloatingPointError rather than save weights that are no numbers.
     """
 
     def __init__(self, folder: str | Path, every: int, monitor: str):
         self.folder, self.every, self.monitor = Path(folder), every, monitor
-        self.best, self._signal, self._signal_time = float("inf"), 0, 0.0
-        self._handlers: dict[int, Any] = {}
+        self.best, self._signal, self._signal_time, self._step = float("inf"), 0, 0.0, 0
 
     def state_dict(self) -> dict[str, Any]:
         return {"best": self.best}
@@ -42,13 +47,23 @@ class Checkpoints(L.Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.best = state_dict["best"]
 
-    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-            self._handlers[number] = signal.signal(number, self._on_signal)
+    @contextmanager
+    def signals(self) -> Iterator[None]:
+        """Around Trainer.fit: puts the handlers of before back, and raises Interrupted for a signal that came after the
+        last step."""
+        before = {number: signal.getsignal(number) for number in SIGNALS}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+        if self._signal:
+            raise Interrupted(self._signal, self._step)
 
-    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        for number, handler in self._handlers.items():
-            signal.signal(number, handler)
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        # Here, because Lightning installs its own after `setup`, and its SIGTERM handler leaves without saving.
+        for number in SIGNALS:
+            signal.signal(number, self._on_signal)
 
     def _on_signal(self, number: int, frame: Any) -> None:
         if (
@@ -73,14 +88,25 @@ class Checkpoints(L.Callback):
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Task, outputs: Any, batch: Any, batch_idx: int) -> None:
         if (batch_idx + 1) % pl_module.accumulate:
             return
-        step, number = trainer.global_step, self._agreed_signal(trainer)
-        if number or step % self.every == 0 or step >= trainer.max_steps:
-            trainer.save_checkpoint(self.folder / "last.ckpt", weights_only=False)
+        self._step, number = trainer.global_step, self._agreed_signal(trainer)
+        validates = (batch_idx + 1) % trainer.val_check_batch == 0
+        if number or (self._due(trainer) and not validates):
+            self._save_last(trainer, pl_module)
         if number:
-            raise Interrupted(number, step)
+            raise Interrupted(number, self._step)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: Task) -> None:
         value = trainer.callback_metrics.get(f"val/{self.monitor}")
         if value is not None and float(value) < self.best:
             self.best = float(value)
             trainer.save_checkpoint(self.folder / "best.ckpt", weights_only=False)
+        if self._due(trainer):
+            self._save_last(trainer, pl_module)
+
+    def _due(self, trainer: L.Trainer) -> bool:
+        return trainer.global_step % self.every == 0 or trainer.global_step >= trainer.max_steps
+
+    def _save_last(self, trainer: L.Trainer, pl_module: Task) -> None:
+        if not all(p.isfinite().all() for p in pl_module.trained().parameters()):
+            raise FloatingPointError(not_finite(pl_module.stage, "weights", trainer.global_step))
+        trainer.save_checkpoint(self.folder / "last.ckpt", weights_only=False)

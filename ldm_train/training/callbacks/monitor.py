@@ -11,6 +11,14 @@ from ldm_train.data.shards import DataError
 from ldm_train.training.task import Task
 
 
+def not_finite(stage: str, what: str, step: int) -> str:
+    """The message for a training that has left the numbers."""
+    return (
+        f"the {stage} {what} is not finite at step {step}; the last checkpoint is sound: continue from it with a lower "
+        f"{stage}.lr or gradient clipping ({stage}.clip_norm=1), or with precision=32"
+    )
+
+
 class Monitor(L.Callback):
     """Logs train/images_per_second, train/data_wait (share of time), train/epoch (passes over the data) and
     train/bad_fraction; stops with DataError when more than `max_bad_fraction` of the samples were unreadable and with
@@ -57,10 +65,7 @@ class Monitor(L.Callback):
         if (batch_idx + 1) % pl_module.accumulate == 0 and step % trainer.log_every_n_steps == 0:
             loss = float(outputs["loss"]) if isinstance(outputs, dict) else float(outputs)
             if not math.isfinite(loss):
-                raise FloatingPointError(
-                    f"the {pl_module.stage} loss is {loss} at step {step}; resume from the last checkpoint with a lower "
-                    f"{pl_module.stage}.lr, gradient clipping ({pl_module.stage}.clip_norm=1) or precision=32"
-                )
+                raise FloatingPointError(not_finite(pl_module.stage, f"loss ({loss})", step))
             elapsed = now - self._since
             pl_module.log_dict(
                 {

@@ -39,7 +39,7 @@ class SampleDistance(L.Callback):
             )  # fmt: skip
         trained.train()
         self._reference = sampled.reference
-        moments = [Moments.of([features]).reduced() for features in (sampled.reference, sampled.features)]
+        moments = [Moments.gathered(Moments.of([f]) if len(f) else None) for f in (sampled.reference, sampled.features)]
         metrics = {f"val/fid_{self.extractor.name}": frechet_distance(*moments), "val/fid_images": moments[1].count}
         for logger in trainer.loggers:
             logger.log_metrics(metrics, step)

@@ -1,0 +1,128 @@
+"""Images as conditions by their meaning: the embedding of a frozen vision encoder, for variations (as unCLIP)."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from ldm_train.conditioning.base import Conditioner
+from ldm_train.diffusion.schedule import NoiseSchedule
+from ldm_train.losses.perceptual import load_tiny
+from ldm_train.models.layers import timestep_embedding
+
+
+class TinyVision(nn.Module):
+    """The package's own `tiny_eval` network: (B, C, H, W) in [-1, 1] -> (B, 1, dim). Needs no download."""
+
+    def __init__(self):
+        super().__init__()
+        self.network = load_tiny("tiny_eval")
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        images = images.expand(-1, 3, -1, -1) if images.shape[1] == 1 else images
+        if images.shape[-2:] != (64, 64):
+            images = F.interpolate(images, (64, 64), mode="bilinear", antialias=True, align_corners=False)
+        return self.network.pooled(images)[:, None]
+
+
+class PretrainedVision(nn.Module):
+    """A vision encoder of transformers (CLIP, DINOv2, ViT): (B, 3, H, W) in [-1, 1] -> (B, L, dim).
+
+    path: a local folder, or a name that transformers can download. hidden: all hidden states; otherwise the pooled
+    (for CLIP projected) embedding, L = 1. Raises FileNotFoundError where it is not to be had.
+    """
+
+    def __init__(self, path: str, hidden: bool = False):
+        super().__init__()
+        from transformers import AutoConfig, AutoImageProcessor, AutoModel, CLIPVisionModelWithProjection
+
+        try:
+            clip = AutoConfig.from_pretrained(path).model_type.startswith("clip")
+            self.model = (CLIPVisionModelWithProjection if clip else AutoModel).from_pretrained(path)
+            processor = AutoImageProcessor.from_pretrained(path)
+        except (OSError, ValueError) as error:
+            raise FileNotFoundError(
+                f"the vision encoder {path} is not there ({str(error).splitlines()[0]}); give a folder that holds "
+                "config.json, preprocessor_config.json and weights"
+            ) from error
+        self.hidden = hidden
+        sizes = processor.crop_size if getattr(processor, "do_center_crop", False) else processor.size
+        self.side = int(sizes.get("height") or sizes.get("shortest_edge"))
+        self.register_buffer("mean", torch.tensor(processor.image_mean).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(processor.image_std).view(1, 3, 1, 1), persistent=False)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        images = images.expand(-1, 3, -1, -1) if images.shape[1] == 1 else images
+        images = F.interpolate(images, (self.side,) * 2, mode="bicubic", antialias=True, align_corners=False)
+        output = self.model(pixel_values=((images.clamp(-1, 1) + 1) / 2 - self.mean) / self.std)
+        if self.hidden:
+            return output.last_hidden_state
+        pooled = output.image_embeds if hasattr(output, "image_embeds") else output.pooler_output
+        return pooled[:, None]
+
+
+class ImageEmbedding(Conditioner):
+    """Embeddings of the picture itself while training, of any picture when sampling, through a trained projection.
+
+    encoder: (B, C, H, W) in [-1, 1] -> (B, L, encoder_dim), frozen and not part of the model's weights
+    encoder_dim: its width. dim: width of the condition; slot: "vector" (mean over L) or "context"
+    noise_levels: timesteps up to which training adds noise to the normalised embedding; the level is told to the model
+        (0: none)
+    The null condition is a learned embedding.
+    """
+
+    field = "reference"
+
+    def __init__(
+        self,
+        encoder: nn.Module,
+        encoder_dim: int,
+        dim: int,
+        slot: str = "vector",
+        noise_levels: int = 0,
+        channels: int = 3,
+        dropout: float = 0.1,
+    ):
+        super().__init__(dropout)
+        if slot not in ("vector", "context"):
+            raise ValueError(f"an image embedding goes to the slot 'vector' or 'context', not {slot!r}")
+        self._encoder = (encoder.eval().requires_grad_(False),)  # a tuple hides it from state_dict and optimisers
+        self.slot, self.noise_levels, self.channels, self.encoder_dim = slot, noise_levels, channels, encoder_dim
+        self.widths = {slot: dim}
+        self.projection = nn.Linear(encoder_dim + (64 if noise_levels else 0), dim)
+        self.null_embedding = nn.Parameter(torch.randn(dim) * 0.02)
+        if noise_levels:
+            self.noise = NoiseSchedule("cosine")
+
+    @torch.no_grad()
+    def embed(self, images: torch.Tensor) -> torch.Tensor:
+        """(B, C, H, W) in [-1, 1] -> (B, L, encoder_dim), each with mean 0 and variance 1."""
+        features = self._encoder[0].to(self.device)(images.to(self.device)).float()
+        if features.shape[2] != self.encoder_dim:
+            raise ValueError(
+                f"the image encoder gives {features.shape[2]} features, the config says {self.encoder_dim}"
+            )
+        return F.layer_norm(features, features.shape[-1:])
+
+    def forward(self, values: torch.Tensor, drop: torch.Tensor) -> dict[str, torch.Tensor]:
+        """images (B, C, H, W) -> vector (B, dim) or context (B, L, dim) with its mask."""
+        features = self.embed(torch.as_tensor(values))
+        if self.noise_levels:
+            levels = torch.zeros(len(features), dtype=torch.long)
+            if self.training:
+                levels = torch.randint(self.noise_levels, (len(features),))
+                features = self.noise.add_noise(features, torch.randn_like(features), levels.to(features.device))
+            told = timestep_embedding(levels.to(features.device), 64)[:, None].expand(-1, features.shape[1], -1)
+            features = torch.cat([features, told], dim=2)
+        projected = torch.where(drop.to(self.device)[:, None, None], self.null_embedding, self.projection(features))
+        if self.slot == "vector":
+            return {"vector": projected.mean(dim=1)}
+        mask = torch.ones(projected.shape[:2], dtype=torch.bool, device=projected.device)
+        return {"context": projected, "context_mask": mask}
+
+    def null_values(self, count: int, latent_size: Sequence[int]) -> torch.Tensor:
+        return torch.zeros(count, self.channels, 64, 64)
+
+    def describe(self, values: torch.Tensor) -> list[str]:
+        return [""] * len(values)

@@ -1,0 +1,98 @@
+"""Layouts: labelled boxes as a sequence of tokens (Rombach et al. 2022, section 4.3.2; coding of VQGAN's layout models)."""
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from ldm_train.conditioning.base import Conditioner
+from ldm_train.conditioning.text import TokenEncoder
+
+
+class LayoutBoxes(Conditioner):
+    """Three tokens an object (label, top left corner, bottom right corner), padding, two tokens for the crop.
+
+    dim: width; must equal the U-Net's context_dim. labels: their names, or their number
+    max_objects: 30 as published, 92 tokens; larger objects come first and the smallest are left out beyond that
+    vocab_size: 8192 as published: corners are counted on a grid of floor(sqrt(vocab_size)) = 90 a side, the last token
+        is padding
+    depth, heads: of the transformer
+    The null condition is the empty layout.
+    """
+
+    field = "boxes"
+
+    def __init__(
+        self,
+        dim: int,
+        labels: Sequence[str] | int,
+        max_objects: int = 30,
+        vocab_size: int = 8192,
+        depth: int = 16,
+        heads: int = 8,
+        dropout: float = 0.1,
+    ):
+        super().__init__(dropout)
+        self.names = [str(i) for i in range(labels)] if isinstance(labels, int) else list(labels)
+        self.grid, self.padding = int(vocab_size**0.5), vocab_size - 1
+        if max(len(self.names), self.grid**2) >= vocab_size:
+            raise ValueError(
+                f"vocab_size {vocab_size} is too small for {len(self.names)} labels and a grid of {self.grid}"
+            )
+        self.max_objects, self.length, self.widths = max_objects, 3 * max_objects + 2, {"context": dim}
+        self.encoder = TokenEncoder(vocab_size, dim, depth, heads, self.length)
+
+    def _corner(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        """Unit coordinates -> tokens of the nearest grid points."""
+        column, row = ((v.clamp(0, 1) * (self.grid - 1)).round().long() for v in (x, y))
+        return row * self.grid + column
+
+    def tokens(self, boxes: torch.Tensor) -> torch.Tensor:
+        """boxes (N, 5): x, y, width, height in unit coordinates, label -> (3 * max_objects + 2,) int64.
+
+        Raises ValueError for a label or a box that does not exist.
+        """
+        x, y, w, h, label = boxes.float().T if len(boxes) else torch.zeros(5, 0)
+        if len(boxes) and (label.min() < 0 or label.max() >= len(self.names)):
+            raise ValueError(f"box label {int(label.max())} is outside the {len(self.names)} labels of this model")
+        if len(boxes) and (min(x.min(), y.min()) < -0.01 or max((x + w).max(), (y + h).max()) > 1.01):
+            raise ValueError(f"a box is not inside the picture: {boxes[:, :4].tolist()} (x, y, width, height in 0..1)")
+        order = (w * h).argsort(descending=True, stable=True)[: self.max_objects]
+        objects = torch.stack([label.long(), self._corner(x, y), self._corner(x + w, y + h)], dim=1)[order]
+        sequence = torch.full((self.length,), self.padding, dtype=torch.long)
+        sequence[: objects.numel()] = objects.flatten()
+        # The boxes are those of the cut picture already, so the crop is always all of it.
+        zero, one = torch.zeros(1), torch.ones(1)
+        sequence[-2:] = torch.cat([self._corner(zero, zero), self._corner(one, one)])
+        return sequence
+
+    def forward(self, values: Sequence[torch.Tensor], drop: torch.Tensor) -> dict[str, torch.Tensor]:
+        """B layouts (N_i, 5) -> context (B, L, dim) and its mask (padding counts, as published)."""
+        empty = torch.zeros(0, 5)
+        rows = [self.tokens(empty if dropped else boxes.cpu()) for boxes, dropped in zip(values, drop.tolist())]
+        ids = torch.stack(rows).to(self.device)
+        return {"context": self.encoder(ids), "context_mask": torch.ones_like(ids, dtype=torch.bool)}
+
+    def null_values(self, count: int, latent_size: Sequence[int]) -> list[torch.Tensor]:
+        return [torch.zeros(0, 5)] * count
+
+    def parse(self, text: str) -> torch.Tensor:
+        """JSON: [[x, y, width, height, label], ...], labels by name or number, everything else in 0..1."""
+        try:
+            rows = [[*map(float, row[:4]), self._label(row[4])] for row in json.loads(text)]
+        except (json.JSONDecodeError, TypeError, IndexError) as error:
+            raise ValueError(f"{text!r} is no layout; write [[x, y, width, height, label], ...]") from error
+        boxes = torch.tensor(rows).reshape(-1, 5)
+        self.tokens(boxes)  # complains about what cannot be
+        return boxes
+
+    def _label(self, label: Any) -> int:
+        if isinstance(label, str):
+            if label not in self.names:
+                raise ValueError(f"unknown label {label!r}; this model knows {', '.join(self.names[:50])}")
+            return self.names.index(label)
+        return int(label)
+
+    def describe(self, values: Sequence[torch.Tensor]) -> list[str]:
+        return [", ".join(self.names[int(row[4])] for row in boxes[:3]) for boxes in values]

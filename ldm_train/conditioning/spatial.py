@@ -1,0 +1,188 @@
+"""Conditions that are pictures: label maps, low-resolution images, masked images, depth. They join the latents' channels."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from ldm_train.conditioning.base import Conditioner
+from ldm_train.diffusion.schedule import NoiseSchedule
+from ldm_train.models.first_stage import FirstStage
+from ldm_train.models.layers import timestep_embedding
+
+
+class SpatialConditioner(Conditioner):
+    """Knows the first stage of the model that holds it, without owning it."""
+
+    def __init__(self, dropout: float):
+        super().__init__(dropout)
+        self._attached: tuple[FirstStage, ...] = ()  # a tuple hides it from state_dict and optimisers
+
+    def attach(self, first_stage: FirstStage) -> None:
+        self._attached = (first_stage,)
+
+    @property
+    def first_stage(self) -> FirstStage:
+        return self._attached[0]
+
+    @property
+    def device(self) -> torch.device:
+        return self.first_stage.scale.device
+
+    def latent_size(self, height: int, width: int) -> tuple[int, int]:
+        """Of an image. Raises ValueError where it does not divide."""
+        f = self.first_stage.downsample_factor
+        if height % f or width % f:
+            raise ValueError(f"a condition of {height}x{width} pixels is not divisible by downsample_factor {f}")
+        return height // f, width // f
+
+    def image_size(self, latent_size: Sequence[int]) -> tuple[int, int]:
+        f = self.first_stage.downsample_factor
+        return latent_size[0] * f, latent_size[1] * f
+
+    def describe(self, values: Any) -> list[str]:
+        return [""] * len(values)
+
+
+def _kept(values: torch.Tensor, drop: torch.Tensor) -> torch.Tensor:
+    """`values` (B, ...) with zeros where dropped."""
+    return values.masked_fill(drop.to(values.device).view(-1, *[1] * (values.ndim - 1)), 0)
+
+
+class SemanticMap(SpatialConditioner):
+    """A label map: shares of each label in every latent cell, projected to `channels` (LDM's SpatialRescaler).
+
+    num_labels: labels are 0 .. num_labels - 1. ignore: a label that stands for "unlabelled", shown as nothing.
+    channels: of the projection. The null condition is an empty map.
+    """
+
+    field = "segmentation"
+
+    def __init__(self, num_labels: int, channels: int = 3, ignore: int | None = None, dropout: float = 0.0):
+        super().__init__(dropout)
+        self.num_labels, self.ignore, self.widths = num_labels, ignore, {"concat": channels}
+        self.channel_mapper = nn.Conv2d(num_labels, channels, 1, bias=False)
+
+    def shares(self, labels: torch.Tensor) -> torch.Tensor:
+        """labels (B, H, W) -> the average of their one-hot map over each latent cell, (B, num_labels, h, w).
+
+        Raises ValueError for labels that the model does not have.
+        """
+        counted = labels if self.ignore is None else labels.masked_fill(labels == self.ignore, self.num_labels)
+        most = self.num_labels - (self.ignore is None)
+        if counted.numel() and (counted.min() < 0 or counted.max() > most):
+            raise ValueError(
+                f"label {int(labels.max())} in a segmentation map, this model has {self.num_labels} labels "
+                f"(0 to {self.num_labels - 1}); set diffusion.conditioning.conditioners.segmentation.num_labels"
+            )
+        h, w = self.latent_size(*labels.shape[1:])
+        f = self.first_stage.downsample_factor
+        cells = counted.view(-1, h, f, w, f).permute(0, 1, 3, 2, 4).reshape(-1, h, w, f * f)
+        counts = torch.zeros(*cells.shape[:3], self.num_labels + 1, device=labels.device)
+        counts.scatter_add_(3, cells, torch.ones_like(cells, dtype=counts.dtype))
+        return counts[..., : self.num_labels].permute(0, 3, 1, 2) / f**2
+
+    def forward(self, values: torch.Tensor, drop: torch.Tensor) -> dict[str, torch.Tensor]:
+        """labels (B, H, W) int64 -> concat (B, channels, h, w)."""
+        shares = self.shares(torch.as_tensor(values, device=self.device))
+        return {"concat": self.channel_mapper(_kept(shares, drop))}
+
+    def null_values(self, count: int, latent_size: Sequence[int]) -> torch.Tensor:
+        return torch.zeros(count, *self.image_size(latent_size), dtype=torch.long)
+
+
+class LowResolution(SpatialConditioner):
+    """A small image, resized to the latents where its `factor` differs from the first stage's.
+
+    channels: of the image. factor: how much smaller it is. noise_levels: timesteps up to which training adds noise to
+    it, which makes the model robust to inputs that are not clean (0: none); the level then joins the timestep embedding
+    as `vector` of `vector_dim`.
+    """
+
+    field = "lowres"
+
+    def __init__(
+        self, channels: int = 3, factor: int = 4, noise_levels: int = 0, vector_dim: int = 256, dropout: float = 0.0
+    ):
+        super().__init__(dropout)
+        self.channels, self.factor, self.noise_levels, self.vector_dim = channels, factor, noise_levels, vector_dim
+        self.widths = {"concat": channels} | ({"vector": vector_dim} if noise_levels else {})
+        if noise_levels:
+            self.noise = NoiseSchedule("scaled_linear", 0.0001, 0.02)
+
+    def forward(self, values: torch.Tensor, drop: torch.Tensor) -> dict[str, torch.Tensor]:
+        """images (B, C, h', w') in [-1, 1] -> concat (B, C, h, w), perhaps vector (B, vector_dim).
+
+        Noise is added in training mode only; sampling conditions on the clean image at level 0.
+        """
+        images = torch.as_tensor(values, device=self.device)
+        size = self.latent_size(images.shape[2] * self.factor, images.shape[3] * self.factor)
+        if images.shape[2:] != size:
+            images = F.interpolate(images, size, mode="bicubic", antialias=True, align_corners=False)
+        if not self.noise_levels:
+            return {"concat": _kept(images, drop)}
+        levels = torch.zeros(len(images), dtype=torch.long)
+        if self.training:
+            levels = torch.randint(self.noise_levels, (len(images),))
+            images = self.noise.add_noise(images, torch.randn_like(images), levels.to(images.device))
+        embedded = timestep_embedding(levels.to(images.device), self.vector_dim)
+        return {"concat": _kept(images, drop), "vector": _kept(embedded, drop)}
+
+    def null_values(self, count: int, latent_size: Sequence[int]) -> torch.Tensor:
+        height, width = self.image_size(latent_size)
+        return torch.zeros(count, self.channels, height // self.factor, width // self.factor)
+
+
+class MaskedImageCondition(SpatialConditioner):
+    """Inpainting: the latents of the image without its hole, and the mask at latent size (1 in the hole).
+
+    The null condition is a picture that is all hole.
+    """
+
+    field = "masked_image"
+
+    def __init__(self, channels: int = 3, dropout: float = 0.0):
+        super().__init__(dropout)
+        self.channels = channels
+
+    @property
+    def widths(self) -> dict[str, int]:
+        return {"concat": self.first_stage.latent_channels + 1}
+
+    def forward(self, values: torch.Tensor, drop: torch.Tensor) -> dict[str, torch.Tensor]:
+        """(B, C + 1, H, W), image with the hole at -1 and mask -> concat (B, latent channels + 1, h, w)."""
+        values = torch.as_tensor(values, device=self.device)
+        images, mask = values[:, :-1], values[:, -1:]
+        gone = drop.to(values.device).view(-1, 1, 1, 1)
+        images, mask = images.masked_fill(gone, -1.0), mask.masked_fill(gone, 1.0)
+        posterior = self.first_stage.posterior(self.first_stage.encode_moments(images))
+        size = self.latent_size(*values.shape[2:])
+        # A latent cell counts as hole as soon as any of its pixels is one.
+        return {
+            "concat": torch.cat([self.first_stage.scaled(posterior.mean), F.adaptive_max_pool2d(mask, size)], dim=1)
+        }
+
+    def null_values(self, count: int, latent_size: Sequence[int]) -> torch.Tensor:
+        return torch.zeros(count, self.channels + 1, *self.image_size(latent_size))
+
+
+class DepthMap(SpatialConditioner):
+    """A depth map at latent size, each stretched to [-1, 1] (as SD 2's depth model). The null condition is all 0."""
+
+    field, widths = "depth", {"concat": 1}
+
+    def __init__(self, dropout: float = 0.0):
+        super().__init__(dropout)
+
+    def forward(self, values: torch.Tensor, drop: torch.Tensor) -> dict[str, torch.Tensor]:
+        """(B, 1, H, W), any range -> concat (B, 1, h, w)."""
+        values = torch.as_tensor(values, device=self.device).float()
+        size = self.latent_size(*values.shape[2:])
+        depth = F.interpolate(values, size, mode="bicubic", antialias=True, align_corners=False)
+        low, high = depth.amin(dim=(2, 3), keepdim=True), depth.amax(dim=(2, 3), keepdim=True)
+        return {"concat": _kept(2 * (depth - low) / (high - low).clamp(min=1e-6) - 1, drop)}
+
+    def null_values(self, count: int, latent_size: Sequence[int]) -> torch.Tensor:
+        return torch.zeros(count, 1, *self.image_size(latent_size))

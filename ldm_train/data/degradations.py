@@ -1,0 +1,102 @@
+"""Low-resolution versions of images: plain bicubic, and the BSR degradations (Zhang et al. 2021, BSRGAN)."""
+
+import io
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.nn import functional as F
+
+
+def _resized(image: torch.Tensor, size: tuple[int, int], mode: str) -> torch.Tensor:
+    smooth = mode in ("bilinear", "bicubic")
+    extra = {"antialias": True, "align_corners": False} if smooth else {}
+    return F.interpolate(image[None], size, mode=mode, **extra)[0]
+
+
+class Bicubic:
+    """Derives the field `lowres` (C, H/factor, W/factor) by antialiased bicubic reduction."""
+
+    def __init__(self, factor: int = 4):
+        self.factor = factor
+
+    def size(self, image: torch.Tensor) -> tuple[int, int]:
+        """Raises ValueError where the image does not divide."""
+        height, width = image.shape[1:]
+        if height % self.factor or width % self.factor:
+            raise ValueError(f"an image of {height}x{width} cannot be reduced by {self.factor}")
+        return height // self.factor, width // self.factor
+
+    def __call__(self, image: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
+        """image (C, H, W) in [-1, 1] -> (C, h, w) in [-1, 1]."""
+        return _resized(image, self.size(image), "bicubic").clamp(-1, 1)
+
+
+def gaussian_kernel(width: int, sigma_x: float, sigma_y: float, angle: float) -> torch.Tensor:
+    """(width, width), sums to 1: an anisotropic Gaussian turned by `angle` radians."""
+    axis = torch.arange(width, dtype=torch.float64) - (width - 1) / 2
+    y, x = torch.meshgrid(axis, axis, indexing="ij")
+    along, across = x * np.cos(angle) + y * np.sin(angle), -x * np.sin(angle) + y * np.cos(angle)
+    kernel = torch.exp(-0.5 * ((along / sigma_x) ** 2 + (across / sigma_y) ** 2))
+    return (kernel / kernel.sum()).float()
+
+
+class BSR:
+    """Derives `lowres` by a random chain of blurs, reductions, noises and JPEG compressions in random order.
+
+    light: the milder variant that the released super-resolution model was trained with: one blur, weaker noise, no
+    severe kernels, higher JPEG quality.
+    """
+
+    def __init__(self, factor: int = 4, light: bool = False):
+        self.factor, self.light = factor, light
+
+    def _blur(self, image: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
+        strongest = self.factor * (0.6 if self.light else 1.0)
+        if rng.random() < 0.5:
+            sigma_x, sigma_y = rng.uniform(0.1, strongest, 2)
+        else:
+            sigma_x = sigma_y = rng.uniform(0.1, 0.7 * strongest)
+        width = int(2 * rng.integers(3, 11) + 1)
+        kernel = gaussian_kernel(width, float(sigma_x), float(sigma_y), float(rng.uniform(0, np.pi)))
+        pad = width // 2
+        padded = F.pad(image[None], [pad] * 4, mode="reflect" if pad < min(image.shape[1:]) else "replicate")
+        return F.conv2d(padded, kernel.expand(len(image), 1, -1, -1), groups=len(image))[0]
+
+    def _noise(self, image: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
+        level = rng.uniform(1, 12.5 if self.light else 25) / 127.5
+        kind = rng.random()
+        if kind < 0.4:
+            noise = rng.standard_normal(image.shape)
+        elif kind < 0.8:  # grey
+            noise = np.broadcast_to(rng.standard_normal((1, *image.shape[1:])), image.shape)
+        else:  # speckle: proportional to the signal
+            noise = rng.standard_normal(image.shape) * ((image.numpy() + 1) / 2)
+        return (image + float(level) * torch.from_numpy(noise.astype(np.float32))).clamp(-1, 1)
+
+    def _jpeg(self, image: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
+        quality = int(rng.integers(80 if self.light else 30, 96))
+        array = ((image.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(1, 2, 0).numpy()
+        buffer = io.BytesIO()
+        Image.fromarray(array[..., 0] if array.shape[2] == 1 else array).save(buffer, "JPEG", quality=quality)
+        decoded = np.array(Image.open(buffer))
+        decoded = decoded[..., None] if decoded.ndim == 2 else decoded
+        return torch.from_numpy(decoded).permute(2, 0, 1).float() / 127.5 - 1
+
+    def __call__(self, image: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
+        """image (C, H, W) in [-1, 1] -> (C, H/factor, W/factor) in [-1, 1]."""
+        target = Bicubic(self.factor).size(image)
+        modes = ("nearest", "bilinear", "bicubic")
+        halfway = float(rng.uniform(1 / self.factor, 1.0)) ** 0.5 if rng.random() < 0.75 else 1.0
+        middle = tuple(max(t, round(s * halfway)) for s, t in zip(image.shape[1:], target))
+
+        def shrink(x: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
+            return _resized(x, middle, str(rng.choice(modes)))
+
+        steps = [self._blur, shrink, self._noise] if self.light else [self._blur, self._blur, shrink, self._noise]
+        if rng.random() < 0.75:
+            steps.append(self._jpeg)
+        for k in rng.permutation(len(steps)):
+            image = steps[k](image, rng)
+        image = _resized(image, target, str(rng.choice(modes)))
+        return self._jpeg(image, rng)  # published: always ends in a compression

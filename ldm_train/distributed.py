@@ -1,0 +1,26 @@
+"""Collectives that also work where there is a single process."""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def gathered(value: Any) -> list[Any]:
+    """`value` (picklable, on the CPU) of every rank, in rank order. Ranks may hold different kinds of things."""
+    if world_size() == 1:
+        return [value]
+    values = [None] * world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def summed(values: torch.Tensor) -> torch.Tensor:
+    """`values` summed in place over all ranks."""
+    if world_size() > 1:
+        dist.all_reduce(values)
+    return values

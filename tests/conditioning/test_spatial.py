@@ -1,0 +1,152 @@
+"""Conditions that are pictures, layouts and embeddings: null is a full drop, values land where they belong."""
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from ldm_train.conditioning.base import Conditioner
+from ldm_train.conditioning.image_embedding import ImageEmbedding, TinyVision
+from ldm_train.conditioning.layout import LayoutBoxes
+from ldm_train.conditioning.spatial import DepthMap, LowResolution, MaskedImageCondition, SemanticMap
+from ldm_train.models.autoencoder import AutoencoderKL
+from ldm_train.models.first_stage import FirstStage
+
+
+@pytest.fixture(scope="module")
+def first_stage() -> FirstStage:
+    torch.manual_seed(0)
+    return FirstStage(AutoencoderKL(z_channels=2, channels=16, channel_mult=(1, 1, 1), num_res_blocks=1), 0.5)
+
+
+BOXES = [
+    torch.tensor([[0.1, 0.2, 0.3, 0.4, 5.0], [0.0, 0.0, 1.0, 1.0, 2.0]]),
+    torch.tensor([[0.5, 0.5, 0.2, 0.2, 0.0]]),
+]
+MADE = {
+    "semantic": (lambda: SemanticMap(6, channels=4), lambda: torch.randint(0, 6, (2, 32, 16))),
+    "lowres": (lambda: LowResolution(factor=4), lambda: torch.rand(2, 3, 8, 4) * 2 - 1),
+    "noisy lowres": (lambda: LowResolution(noise_levels=100, vector_dim=8), lambda: torch.rand(2, 3, 8, 4) * 2 - 1),
+    "masked": (
+        MaskedImageCondition,
+        lambda: torch.cat([torch.rand(2, 3, 32, 16), torch.rand(2, 1, 32, 16).round()], 1),
+    ),
+    "depth": (DepthMap, lambda: torch.rand(2, 1, 32, 16)),
+    "layout": (lambda: LayoutBoxes(16, 6, max_objects=3, vocab_size=101, depth=1, heads=2), lambda: BOXES),
+    "embedding": (lambda: ImageEmbedding(TinyVision(), 96, 8), lambda: torch.rand(2, 3, 32, 32) * 2 - 1),
+    "embedded tokens": (
+        lambda: ImageEmbedding(TinyVision(), 96, 8, slot="context", noise_levels=100),
+        lambda: torch.rand(2, 3, 32, 32) * 2 - 1,
+    ),
+}
+
+
+@pytest.fixture(params=MADE)
+def conditioner_and_values(request: pytest.FixtureRequest, first_stage: FirstStage) -> tuple[Conditioner, object]:
+    make, values = MADE[request.param]
+    conditioner = make()
+    conditioner.attach(first_stage)
+    return conditioner.eval(), values()
+
+
+@torch.no_grad()
+def test_null_is_a_full_drop_and_dropout_touches_dropped_rows_alone(conditioner_and_values: tuple) -> None:
+    conditioner, values = conditioner_and_values
+    null, full = conditioner.null(2, (8, 4)), conditioner(values, torch.tensor([True, True]))
+    some, plain = (conditioner(values, torch.tensor([d, False])) for d in (True, False))
+    assert set(null) - {"context_mask"} == set(conditioner.widths)
+    for key, value in null.items():
+        torch.testing.assert_close(full[key], value)
+        torch.testing.assert_close(some[key][0], value[0], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(some[key][1], plain[key][1], rtol=1e-5, atol=1e-5)
+    for slot, width in conditioner.widths.items():
+        assert plain[slot].shape[2 if slot == "context" else 1] == width
+    assert "concat" not in plain or plain["concat"].shape[2:] == (8, 4)
+    first = next(iter(conditioner.widths))
+    assert not torch.allclose(plain[first][0], null[first][0], atol=1e-3)
+
+
+def test_the_encoders_of_others_are_no_part_of_a_conditioners_weights(conditioner_and_values: tuple) -> None:
+    conditioner, _ = conditioner_and_values
+    assert not any("first_stage" in k or "network" in k for k in conditioner.state_dict())
+
+
+@torch.no_grad()
+def test_a_semantic_map_is_the_averaged_one_hot_map(first_stage: FirstStage) -> None:
+    conditioner = SemanticMap(6)
+    conditioner.attach(first_stage)
+    labels = torch.randint(0, 6, (2, 32, 16))
+    one_hot = F.one_hot(labels, 6).permute(0, 3, 1, 2).float()
+    # LDM's rescaler: twice a bilinear reduction by two
+    expected = F.interpolate(
+        F.interpolate(one_hot, scale_factor=0.5, mode="bilinear"), scale_factor=0.5, mode="bilinear"
+    )
+    torch.testing.assert_close(conditioner.shares(labels), expected)
+    partly = labels.masked_fill(labels == 3, 255)
+    conditioner.ignore = 255
+    shares = conditioner.shares(partly)
+    torch.testing.assert_close(shares[:, 3], torch.zeros_like(shares[:, 3]))
+    torch.testing.assert_close(shares[:, 2], expected[:, 2])
+
+
+def test_a_label_that_the_model_lacks_is_named(first_stage: FirstStage) -> None:
+    conditioner = SemanticMap(6)
+    conditioner.attach(first_stage)
+    with pytest.raises(ValueError, match=r"label 9 in a segmentation map, this model has 6 labels.*num_labels"):
+        conditioner(torch.full((1, 32, 16), 9), torch.tensor([False]))
+    with pytest.raises(ValueError, match="30x16 pixels is not divisible by downsample_factor 4"):
+        conditioner(torch.zeros(1, 30, 16, dtype=torch.long), torch.tensor([False]))
+
+
+def test_the_published_layout_has_92_tokens() -> None:
+    conditioner = LayoutBoxes(16, 600, depth=1, heads=2)
+    boxes = torch.tensor([[0.0, 0.0, 0.5, 0.5, 7.0], [0.25, 0.5, 0.75, 0.5, 599.0]])
+    tokens = conditioner.tokens(boxes)
+    assert len(tokens) == 92
+    corner = lambda x, y: round(y * 89) * 90 + round(x * 89)  # noqa: E731
+    assert tokens[:6].tolist() == [599, corner(0.25, 0.5), 90 * 90 - 1, 7, 0, corner(0.5, 0.5)]  # the larger one first
+    assert tokens[6:90].eq(8191).all()
+    assert tokens[90:].tolist() == [0, 90 * 90 - 1]
+    many = torch.cat([torch.rand(50, 2) * 0.5, torch.rand(50, 2) * 0.5, torch.zeros(50, 1)], dim=1)
+    assert conditioner.tokens(many).shape == (92,)
+
+
+def test_wrong_layouts_are_named() -> None:
+    conditioner = LayoutBoxes(16, ["cat", "dog"], max_objects=3, vocab_size=101, depth=1, heads=2)
+    with pytest.raises(ValueError, match="box label 2 is outside the 2 labels"):
+        conditioner.tokens(torch.tensor([[0.1, 0.1, 0.2, 0.2, 2.0]]))
+    with pytest.raises(ValueError, match="a box is not inside the picture"):
+        conditioner.tokens(torch.tensor([[0.9, 0.1, 0.2, 0.2, 1.0]]))
+    with pytest.raises(ValueError, match="unknown label 'cow'; this model knows cat, dog"):
+        conditioner.parse('[[0, 0, 0.5, 0.5, "cow"]]')
+    with pytest.raises(ValueError, match="is no layout; write"):
+        conditioner.parse("a cat on the left")
+    parsed = conditioner.parse('[[0, 0, 0.5, 0.5, "dog"], [0.5, 0.5, 0.5, 0.5, 0]]')
+    assert parsed[:, 4].tolist() == [1, 0]
+    assert conditioner.describe([parsed]) == ["dog, cat"]
+    with pytest.raises(ValueError, match="vocab_size 101 is too small for 200 labels"):
+        LayoutBoxes(16, 200, vocab_size=101)
+
+
+@torch.no_grad()
+def test_a_masked_image_gives_its_latents_and_a_mask_that_covers_every_touched_cell(first_stage: FirstStage) -> None:
+    conditioner = MaskedImageCondition()
+    conditioner.attach(first_stage)
+    image, mask = torch.rand(1, 3, 32, 16) * 2 - 1, torch.zeros(1, 1, 32, 16)
+    mask[0, 0, 5, 9] = 1  # one pixel of cell (1, 2)
+    concat = conditioner(torch.cat([image, mask], dim=1), torch.tensor([False]))["concat"]
+    assert concat[0, -1].nonzero().tolist() == [[1, 2]]
+    posterior = first_stage.posterior(first_stage.encode_moments(image))
+    torch.testing.assert_close(concat[:, :2], first_stage.scaled(posterior.mean))
+
+
+@torch.no_grad()
+def test_noise_on_a_small_image_comes_in_training_only_and_is_told(first_stage: FirstStage) -> None:
+    conditioner = LowResolution(noise_levels=300, vector_dim=8)
+    conditioner.attach(first_stage)
+    images, keep = torch.zeros(64, 3, 8, 4), torch.zeros(64, dtype=torch.bool)
+    noisy = conditioner.train()(images, keep)
+    assert noisy["concat"].std() > 0.05
+    assert len(noisy["vector"].unique(dim=0)) > 30
+    clean = conditioner.eval()(images, keep)
+    assert clean["concat"].abs().max() == 0
+    assert len(clean["vector"].unique(dim=0)) == 1
