@@ -17,6 +17,7 @@ from PIL import Image
 from ldm_train import images as pictures
 from ldm_train.checkpoints.native import load_model
 from ldm_train.cli import build
+from ldm_train.cli import sample as sample_cli
 from ldm_train.cli.chain import Chain
 from ldm_train.cli.common import config_folder
 from ldm_train.cli.sample import sample
@@ -52,12 +53,12 @@ SMALL = [
 ]
 
 
-def chain(folder: Path, *overrides: str) -> Chain:
+def chain(folder: Path, *overrides: str, name: str = "run") -> Chain:
     with initialize_config_dir(str(config_folder()), version_base="1.3"):
-        config = compose("train", [*SMALL, "name=run", f"runs_dir={folder}", f"data_dir={folder}/data", *overrides])
+        config = compose("train", [*SMALL, f"name={name}", f"runs_dir={folder}", f"data_dir={folder}/data", *overrides])
     build.ensure_data(config.data)
-    (folder / "run").mkdir(exist_ok=True)
-    return Chain(config, folder / "run", build.machine_of(config, {}))
+    (folder / name).mkdir(exist_ok=True)
+    return Chain(config, folder / name, build.machine_of(config, {}))
 
 
 @pytest.fixture(scope="module")
@@ -190,11 +191,63 @@ def test_samples_carry_their_recipe_and_repeat(finished: Path, tmp_path: Path):
 
 
 @pytest.mark.chain
+def test_a_changed_micro_batch_size_continues_with_the_same_samples(tmp_path: Path):
+    """An interrupted run whose micro-batches were too large for the memory goes on with smaller ones, step for step."""
+
+    def keys(name: str) -> dict[int, list[str]]:
+        seen: dict[int, list[str]] = {}
+        for line in (tmp_path / f"{name}.trace").read_text().splitlines():
+            place, _, samples = line.partition("|")
+            seen.setdefault(int(place.split()[1]), []).extend(samples.split(","))
+        return seen
+
+    common = ["stages=[autoencoder]", "autoencoder.val_every=3", "autoencoder.val_images=4"]
+    for name, sizes in (("calm", [8]), ("smaller", [8, 2]), ("larger", [2, 8])):
+        for steps, size in zip([5, 11] if len(sizes) == 2 else [11], sizes):
+            options = [f"autoencoder.max_steps={steps}", f"autoencoder.micro_batch_size={size}"]
+            chain(tmp_path, *common, *options, f"trace={tmp_path}/{name}.trace", name=name).run()
+    assert len(keys("calm")) == 11
+    assert keys("calm") == keys("smaller") == keys("larger")
+    rows = [
+        [r.split(",")[0] for r in (tmp_path / n / "autoencoder/metrics.csv").read_text().splitlines()]
+        for n in ("calm", "smaller", "larger")
+    ]
+    assert rows[0] == rows[1] == rows[2] == ["step", "3", "6", "9"]
+
+
+@pytest.mark.chain
+def test_a_model_without_captions_skips_obedience(tmp_path: Path, capsys: pytest.CaptureFixture):
+    chain(tmp_path, "diffusion/conditioning=class").run()
+    assert "obedience: not measured" in capsys.readouterr().out
+    assert "obedience" not in json.loads((tmp_path / "run/evaluation/metrics.json").read_text())
+
+
+@pytest.mark.chain
+def test_a_refused_run_leaves_the_record_of_the_old_one(finished: Path):
+    before = (finished / "run/config.yaml").read_bytes()
+    with pytest.raises(Refused):
+        chain(finished, "autoencoder.lr=0.5").run()
+    assert (finished / "run/config.yaml").read_bytes() == before
+
+
+@pytest.mark.chain
+def test_samples_take_the_runs_own_settings_and_captions_as_typed(finished: Path, tmp_path: Path, monkeypatch):
+    caption = "a red circle, in the 'center' (small)"
+    monkeypatch.setattr(
+        sys, "argv", ["ldm-sample", f"run={finished}/run", f"prompts={caption}", "n=1", f"out={tmp_path}/s"]
+    )
+    sample_cli.main()
+    recipe = json.loads((tmp_path / "s" / "recipe.json").read_text())
+    assert recipe["images"][0]["condition"] == caption
+    assert (recipe["num_inference_steps"], recipe["guidance_scale"]) == (2, 2.0)
+
+
+@pytest.mark.chain
 def test_sigterm_saves_and_the_same_line_continues(tmp_path: Path):
     command = [
         sys.executable, str(ROOT / "train.py"), *SMALL, "name=run", f"runs_dir={tmp_path}", f"data_dir={tmp_path}/data",
         f"trace={tmp_path}/trace", "stages=[autoencoder]", "autoencoder.max_steps=400", "autoencoder.checkpoint_every=1000",
-        "autoencoder.val_every=1000",
+        "autoencoder.val_every=1000", "autoencoder.micro_batch_size=4",  # the signal falls between micro-batches too
     ]  # fmt: skip
     process = subprocess.Popen(
         command,
@@ -213,7 +266,7 @@ def test_sigterm_saves_and_the_same_line_continues(tmp_path: Path):
     assert process.returncode == 128 + signal.SIGTERM, output
     assert "run the same command to continue" in output
     done = torch.load(tmp_path / "run/autoencoder/checkpoints/last.ckpt", weights_only=True)["global_step"]
-    assert 5 <= done < 400
-    made = chain(tmp_path, "stages=[autoencoder]", f"autoencoder.max_steps={done + 2}")
-    made.run()
+    assert 2 <= done < 400
+    made = chain(tmp_path, "stages=[autoencoder]", f"autoencoder.max_steps={done + 2}", "autoencoder.val_every=1000")
+    made.run()  # with whole batches, where the interrupted run took them in two parts
     assert torch.load(tmp_path / "run/autoencoder/checkpoints/last.ckpt", weights_only=True)["global_step"] == done + 2

@@ -1,5 +1,6 @@
 """The chain of one run: what each stage depends on, and how it is built from the config and run."""
 
+import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -211,7 +212,7 @@ class Chain:
         self.barrier()
         if self.machine.rank == 0 and splits:
             entries = {
-                s: [yaml.safe_load(p.read_text()) for p in sorted((folder / ".entries").glob(f"{s}-*.json"))]
+                s: [json.loads(p.read_text()) for p in sorted((folder / ".entries").glob(f"{s}-*.json"))]
                 for s in splits
             }
             write_cache_index(folder, entries, data.index.get("classes"), self.stochastic())
@@ -223,7 +224,7 @@ class Chain:
             content = data_hash(read_index(folder), *splits)
         else:
             content = f"{self.latents_key()['autoencoder_weights']}/{data.content_hash}"
-        statistics = yaml.safe_load((folder / "statistics.json").read_text())
+        statistics = json.loads((folder / "statistics.json").read_text())
         return {"content": content, "scale_factor": statistics["scale_factor"]}
 
     def _statistics_on_the_fly(self, data: Any, encode: Any, folder: Path) -> dict[str, Any]:
@@ -261,7 +262,7 @@ class Chain:
         )
         model = instantiate(tree, _convert_="all")
         model.first_stage.autoencoder.load_state_dict(load_model(self.folder / "autoencoder" / "model").state_dict())
-        statistics = yaml.safe_load((cache / "statistics.json").read_text())
+        statistics = json.loads((cache / "statistics.json").read_text())
         if config.latents.per_channel:
             model.first_stage.set_statistics(1 / torch.tensor(statistics["std"]), torch.tensor(statistics["mean"]))
         else:
@@ -292,7 +293,12 @@ class Chain:
                 )
             )  # fmt: skip
         self._fit(task, data, folder, "diffusion", size, callbacks)
-        return {"sha256": self._save(folder / "model", model, tree, {"scale_factor": statistics["scale_factor"]})}
+        metadata = {"scale_factor": statistics["scale_factor"], "sampling": self.sampling()}
+        return {"sha256": self._save(folder / "model", model, tree, metadata)}
+
+    def sampling(self) -> dict[str, Any]:
+        """The run's own sampling options, which travel with its model."""
+        return build.plain(self.config.sampling) | {"sampler": build.plain(self.config.sampler)}
 
     def draw(self) -> Any:
         """(model, fields, seeds) -> images with the configured sampler."""
@@ -339,8 +345,7 @@ class Chain:
         if self.machine.rank == 0:
             source = self.folder / "diffusion" / "model"
             load_model(source)  # a folder that does not load must not be exported
-            sampling = build.plain(self.config.sampling) | {"sampler": build.plain(self.config.sampler)}
-            copy_model(source, folder, {"sampling": sampling, "run": self.config.name})
+            copy_model(source, folder, {"sampling": self.sampling(), "run": self.config.name})
         self.barrier()
         return {"folder": "export"}
 

@@ -75,13 +75,16 @@ def suggestions(config_name: str, overrides: list[str]) -> str:
         elif name not in known:
             candidates = known + list(groups)
             ends = [k for k in known if k.endswith("." + name)]
-            close = ends[:3] or difflib.get_close_matches(name, candidates, 3, cutoff=0.6)
+            close = list(dict.fromkeys(ends[:3] or difflib.get_close_matches(name, candidates, 3, cutoff=0.6)))
             if close:
                 lines.append(f"{name}: did you mean {' or '.join(close)}?")
     return "\n".join(lines)
 
 
-# option: (type, lowest value). None is always allowed where the default is None.
+_PARTS = (
+    "data", "autoencoder", "autoencoder.network", "autoencoder.loss", "diffusion", "diffusion.unet", "diffusion.objective",
+    "diffusion.conditioning", "sampler",
+)  # fmt: skip
 _COUNTS = ("max_steps", "batch_size", "val_every", "checkpoint_every", "log_every", "micro_batch_size")
 
 
@@ -102,6 +105,14 @@ def check_values(config: DictConfig) -> None:
         if whole:
             OmegaConf.update(config, key, int(value))
 
+    for part in _PARTS:
+        value = OmegaConf.select(config, part)
+        if not isinstance(value, DictConfig):
+            raise ValueError(f"{part}={value}: a part is chosen with a slash: {part.replace('.', '/')}={value}")
+    if config.logger not in ("wandb", "csv"):
+        raise ValueError(f"logger is wandb or csv, not {config.logger!r}")
+    if isinstance(config.stages, str):
+        raise ValueError(f"stages is a list: stages=[{config.stages}]")
     for stage in ("autoencoder", "diffusion"):
         for name in _COUNTS:
             number(f"{stage}.{name}", 1, True)

@@ -43,7 +43,8 @@ def _duration(seconds: float) -> str:
 def print_plan(chain: Any, todo: list[stages.Stage]) -> None:
     """Prints one line per stage; sizes on the meta device, so nothing large is built.
 
-    Memory is that of weights, gradients, two Adam moments and the average, in float32; activations come on top.
+    What can be wrong with the config is found here, before hours of training. Memory is that of weights, gradients, two
+    Adam moments and the average, in float32; activations come on top.
     """
     config, machine = chain.config, chain.machine
     data = config.data
@@ -56,18 +57,31 @@ def print_plan(chain: Any, todo: list[stages.Stage]) -> None:
         if height % f or width % f:
             raise ValueError(
                 f"data.image_size {height}x{width} is not divisible by the autoencoder's downsample_factor {f}; use "
-                f"{height // f * f}x{width // f * f} or another autoencoder"
+                f"{max(f, height // f * f)}x{max(f, width // f * f)} or another autoencoder"
             )
         image = torch.empty(1, data.channels, height, width)
         lines["autoencoder"] = (network, _flops(network, image))
         unet = instantiate(config.diffusion.unet, _convert_="all")
+        schedule = instantiate(config.diffusion.schedule)
+        instantiate(config.diffusion.objective, schedule)
         extra = {}
         if unet.context_dim:
             extra["context"] = torch.empty(1, 77, unet.context_dim)
+        if unet.concat_channels:
+            extra["concat"] = torch.empty(1, unet.concat_channels, height // f, width // f)
         if unet.vector_dim:
             extra["vector"] = torch.empty(1, unet.vector_dim)
+        g = f * 2 ** (unet.levels - 1)
+        if height % g or width % g:
+            raise ValueError(
+                f"data.image_size {height}x{width} gives latents of {height // f}x{width // f}, which this U-Net cannot halve "
+                f"{unet.levels - 1} times; use {max(g, height // g * g)}x{max(g, width // g * g)} or another diffusion/unet"
+            )
         latent = torch.empty(1, unet.in_channels, height // f, width // f)
         lines["diffusion"] = (unet, _flops(unet, latent, torch.empty(1), **extra))
+    for name in ("autoencoder", "diffusion"):
+        instantiate(config[name].lr_schedule, max_steps=config[name].max_steps)
+    schedule.timesteps(config.sampling.num_inference_steps, config.sampling.spacing)
     rate = _rate(machine.device) * machine.world_size * 0.4  # what training reaches of it, roughly
     for stage in todo:
         note = stages.read_note(chain.folder / stage.name)
@@ -83,7 +97,13 @@ def print_plan(chain: Any, todo: list[stages.Stage]) -> None:
             parameters = sum(p.numel() for p in module.parameters())
             memory = parameters * 4 * (5 if section.ema_decay else 4) / 2**30
             seconds = stage.steps * section.batch_size * flops * TRAINING_FLOPS / rate
-            images = chain.data(stage.name, ("image",)).count(data.train_split)
+            fields = ("image", *chain.fields) if stage.name == "diffusion" else ("image",)
+            images = chain.data(stage.name, fields).count(data.train_split)
+            if section.batch_size > images:
+                raise ValueError(
+                    f"{stage.name}.batch_size={section.batch_size} exceeds the {images} training images of {data.root}; "
+                    "lower it or prepare more data"
+                )
             text += (
                 f"{parameters / 1e6:.1f} M parameters, {flops * TRAINING_FLOPS / 1e9:.1f} GFLOP per image, "
                 f"{stage.steps} steps x {section.batch_size} = {stage.steps * section.batch_size / images:.1f} epochs, "

@@ -1,6 +1,8 @@
 """ldm-prepare: raw files of any kind -> shards with an index."""
 
-from hydra.utils import get_class, instantiate
+import inspect
+
+from hydra.utils import get_class, get_object, instantiate
 from omegaconf import DictConfig
 
 from ldm_train.cli.common import run_command
@@ -10,6 +12,8 @@ from ldm_train.data.prepare.build import build
 def prepare(config: DictConfig) -> None:
     if config.out is None:
         raise ValueError("say where the shards shall go: out=<folder>")
+    if config.path is None and "path" in config.source and config.source.path is None and _needs_path(config.source):
+        raise ValueError("say where the raw files are: path=<folder, table or archive>")
     if config.source._target_ == INDEX_ONLY:
         index = instantiate(config.source, out=config.out, _convert_="all")
     else:
@@ -20,6 +24,12 @@ def prepare(config: DictConfig) -> None:
     print(
         f"{config.out}: {counts} images{classes}. Train on them with: python train.py experiment=<recipe> data.root={config.out}"
     )
+
+
+def _needs_path(source: DictConfig) -> bool:
+    """Sources that can download leave `path` out; the others take it without a default."""
+    parameter = inspect.signature(get_object(source._target_)).parameters["path"]
+    return parameter.default is inspect.Parameter.empty
 
 
 INDEX_ONLY = "ldm_train.data.prepare.index.write_tar_index"

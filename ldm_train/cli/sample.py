@@ -1,5 +1,6 @@
 """ldm-sample: pictures from a trained model, one seed and one recipe per picture."""
 
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from tqdm import tqdm
 
 from ldm_train import images as pictures
-from ldm_train.checkpoints.native import load_model
+from ldm_train.checkpoints.native import load_model, read_metadata
 from ldm_train.cli.common import run_command
 from ldm_train.data.samples import collate
 from ldm_train.data.shards import write_json
@@ -83,6 +84,14 @@ def sample(config: DictConfig) -> list[Path]:
         raise ValueError("n and batch_size must be at least 1")
     if config.accelerator == "gpu" and not torch.cuda.is_available():
         raise ValueError("accelerator=gpu, but no GPU is visible; use accelerator=cpu")
+    trained = read_metadata(source).get("sampling") or {
+        "num_inference_steps": 50,
+        "guidance_scale": 1.0,
+        "spacing": "trailing",
+    }
+    for option in ("num_inference_steps", "guidance_scale", "spacing"):
+        if config[option] is None:
+            config[option] = trained[option]
     device = "cuda" if torch.cuda.is_available() and config.accelerator != "cpu" else "cpu"
     model = load_model(source).to(device, memory_format=torch.channels_last)
     model.schedule.timesteps(config.num_inference_steps, config.spacing)  # complains before any work is done
@@ -121,7 +130,16 @@ def sample(config: DictConfig) -> list[Path]:
     return paths
 
 
+def quoted(argument: str) -> str:
+    """Captions as people type them: commas, apostrophes and brackets mean something to Hydra, `=` in a run's name too."""
+    option, _, value = argument.partition("=")
+    if option not in ("prompts", "run") or not value or value[0] in "['\"":
+        return argument
+    return f'{option}="' + value.replace("\\", "\\\\").replace('"', '\\"') + '"'
+
+
 def main() -> None:
+    sys.argv[1:] = [quoted(a) for a in sys.argv[1:]]
     run_command(sample, "sample")
 
 

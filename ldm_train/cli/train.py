@@ -19,15 +19,13 @@ from ldm_train.training import stages
 
 
 def run_name(config: DictConfig) -> str:
-    """name=..., else the experiment's; in a multirun <experiment>/<overrides>."""
-    if config.name:
-        return config.name
+    """name=..., else the experiment's; in a multirun <that>/<overrides>."""
     hydra_config = HydraConfig.get()
-    experiment = hydra_config.runtime.choices.get("experiment") or "run"
+    name = config.name or hydra_config.runtime.choices.get("experiment") or "run"
     if hydra_config.mode == RunMode.MULTIRUN:
-        own = [o for o in hydra_config.overrides.task if not o.startswith(("experiment=", "runs_dir="))]
-        return f"{experiment}/{','.join(sorted(own)).replace('/', '_') or 'default'}"
-    return experiment
+        own = [o for o in hydra_config.overrides.task if not o.startswith(("experiment=", "runs_dir=", "name="))]
+        return f"{name}/{','.join(sorted(own)).replace('/', '_') or 'default'}"
+    return name
 
 
 def relaunch(devices: int) -> None:
@@ -67,7 +65,12 @@ def train(config: DictConfig) -> None:
         dist.barrier()
     chain = Chain(config, folder, machine, share=HydraConfig.get().mode == RunMode.MULTIRUN)
     with stages.run_lock(folder) if rank == 0 else nullcontext():
-        chain.run()
+        try:
+            chain.run()
+        except stages.Interrupted:
+            if config.restart and rank == 0:
+                print(f"\nleave restart={config.restart} out when you continue: it would begin that stage anew")
+            raise
     if world_size > 1:
         dist.destroy_process_group()
 

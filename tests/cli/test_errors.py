@@ -7,9 +7,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from ldm_train.cli import prepare, train
 from ldm_train.cli.common import TRACEBACK, run_command, suggestions
+from ldm_train.data.prepare.build import build
+from ldm_train.data.prepare.image_folder import ImageFolder
 
 ROOT = Path(__file__).parents[2]
 Command = Callable[..., str]
@@ -119,6 +122,11 @@ def test_a_batch_that_cannot_be_split_is_refused(fails: Command, tmp_path: Path)
     assert "batch_size 4 does not split over 1 devices with micro_batch_size 3" in message
 
 
+def test_preparing_asks_for_the_raw_files(fails: Command, tmp_path: Path):
+    for source in ("image_folder", "csv", "index"):
+        assert "path=<folder, table or archive>" in fails("prepare", f"source={source}", f"out={tmp_path}/out")
+
+
 def test_preparing_says_what_is_missing(fails: Command, tmp_path: Path):
     assert "say where the shards shall go: out=<folder>" in fails("prepare", "source=shapes")
     message = fails("prepare", "source=image_folder", f"path={tmp_path}/none", f"out={tmp_path}/out")
@@ -159,7 +167,7 @@ def test_an_existing_run_is_neither_reused_nor_overwritten(
     run = tmp_path / "runs" / "mine"
     before = (run / "autoencoder" / "model" / "metadata.json").read_bytes()
     message = fails("train", *arguments[1:], "autoencoder.lr=7e-3", "data.flip=true")
-    assert "autoencoder.lr: 0.002 -> 0.007" in message
+    assert "autoencoder.lr: 0.001 -> 0.007" in message
     assert "data.flip: False -> True" in message
     assert "name=<new>" in message
     assert "restart=autoencoder" in message
@@ -170,8 +178,43 @@ def test_an_existing_run_is_neither_reused_nor_overwritten(
     assert [(p / "model" / "metadata.json").read_bytes() for p in (run / ".replaced").iterdir()] == [before]
 
 
+@pytest.mark.parametrize(
+    ("overrides", "sentence"),
+    [
+        (("diffusion.batch_size=64",), "diffusion.batch_size=64 exceeds the 16 training images"),
+        (("diffusion.schedule.kind=foo",), "unknown beta schedule 'foo'"),
+        (("diffusion.objective.weighting=foo",), "weighting 'foo' is none of"),
+        (("diffusion.lr_schedule.schedule=cosin",), "lr_schedule.schedule is constant, cosine or linear, not 'cosin'"),
+        (("sampling.spacing=foo",), "unknown spacing 'foo'"),
+        (("diffusion.unet.channel_mult=[1,2,2,2,2]",), "data.image_size 32x32 gives latents of 8x8"),
+        (("data.image_size=4", "data.source.size=32"), "use 8x8 or another"),
+        (("autoencoder.network=kl_f4",), "a part is chosen with a slash: autoencoder/network=kl_f4"),
+        (("logger=wanbd",), "logger is wandb or csv, not 'wanbd'"),
+        (("stages=diffusion",), r"stages is a list: stages=[diffusion]"),
+    ],
+)
+def test_what_a_later_stage_could_not_do_is_said_before_the_first(
+    fails: Command, tmp_path: Path, overrides: tuple[str, ...], sentence: str
+):
+    message = fails("train", *SMALL[:-1], f"data_dir={tmp_path}", f"runs_dir={tmp_path}/runs", *overrides)
+    assert sentence in message
+    assert not list(tmp_path.glob("runs/**/checkpoints"))
+
+
+def test_conditions_that_the_data_lack_are_missed_before_training(fails: Command, tmp_path: Path):
+    (tmp_path / "photos").mkdir()
+    for i in range(30):
+        Image.new("RGB", (32, 32), (8 * i, 0, 0)).save(tmp_path / "photos" / f"{i}.png")
+    build(ImageFolder(str(tmp_path / "photos"), val_fraction=0.2), tmp_path / "mine")
+    options = ["experiment=cifar10_f4", f"data.root={tmp_path}/mine", "logger=csv", f"runs_dir={tmp_path}/runs"]
+    message = fails("train", *options, "autoencoder.batch_size=4", "diffusion.batch_size=4")
+    assert "not every sample has a class_label" in message
+    assert "diffusion/conditioning=none" in message
+    assert not list(tmp_path.glob("runs/**/checkpoints"))
+
+
 def test_a_later_stage_alone_says_what_it_needs(fails: Command, tmp_path: Path):
-    message = fails("train", *SMALL[:-1], f"data_dir={tmp_path}", "stages=[diffusion]")
+    message = fails("train", *SMALL[:-1], f"data_dir={tmp_path}", "stages=[diffusion]", "diffusion.batch_size=4")
     assert "has no finished stage 'latents' yet; run it first: stages=[autoencoder,latents]" in message
 
 

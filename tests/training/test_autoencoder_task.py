@@ -5,6 +5,7 @@ from functools import partial
 import lightning as L
 import pytest
 import torch
+from lightning.pytorch.plugins import MixedPrecision
 from torch.utils.data import DataLoader
 
 from ldm_train.losses.autoencoder import AutoencoderLoss
@@ -99,3 +100,23 @@ def test_validation_judges_the_averaged_weights_and_brings_the_raw_ones_back() -
     with task.ema.applied(), torch.no_grad():
         averaged = psnr(task.autoencoder(batch, sample=False)[0].clamp(-1, 1), batch).mean().item()
     assert values["val/psnr"] == pytest.approx(averaged, rel=1e-5)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_16_mixed_clips_the_unscaled_gradient(fused: bool) -> None:
+    """Loss scaling must not reach the clipping: the norms are those of plain float32 training."""
+
+    def norms(precision: list) -> list[float]:
+        task = build(disc_start=0)
+        task.optimizer = partial(torch.optim.Adam, lr=1e-4, fused=fused)
+        logged: list[float] = []
+        task.log = lambda name, value, **_: logged.append(float(value)) if "grad_norm" in name else None
+        trainer(max_steps=2, plugins=precision).fit(task, loader(8))
+        return logged
+
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    half = norms([MixedPrecision("16-mixed", "cpu", scaler)])
+    full = norms([])
+    assert len(half) == len(full) == 4
+    for ours, theirs in zip(half, full):
+        assert ours == pytest.approx(theirs, rel=0.1)

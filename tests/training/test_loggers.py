@@ -3,7 +3,7 @@
 import csv
 from pathlib import Path
 
-from ldm_train.training.loggers import MetricsCSV
+from ldm_train.training.loggers import MetricsCSV, WandbRun
 
 
 def table(path: Path) -> list[dict[str, str]]:
@@ -66,3 +66,24 @@ def test_every_row_is_on_disk_at_once(tmp_path: Path):
     for step in range(1, 5):
         logger.log_metrics({"a": step}, step)
         assert table(tmp_path / "metrics.csv")[-1] == {"step": str(step), "a": str(step)}
+
+
+def test_wandb_logs_offline_without_asking_and_goes_on_in_the_same_run(tmp_path: Path, monkeypatch, capsys):
+    for name in ("WANDB_API_KEY", "WANDB_MODE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "no_netrc"))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    ids = []
+    for steps in ((1, 2), (3,)):
+        run = WandbRun(tmp_path, "tests", "mine", {"lr": 1e-3})
+        logger = run.stage("diffusion")
+        for step in steps:
+            logger.log_metrics({"val/loss": 0.5 / step, "epoch": 0}, step)
+        assert run.offline
+        assert run.run.summary["diffusion/step"] == steps[-1]
+        assert run.run.summary["diffusion/val/loss"] == 0.5 / steps[-1]
+        ids.append(run.run.id)
+        run.finish()
+    assert ids[0] == ids[1]
+    assert "upload with: wandb sync" in capsys.readouterr().out
+    assert len(list(tmp_path.glob("wandb/offline-run-*"))) >= 1

@@ -102,7 +102,9 @@ def build(source: Source, out: str | Path, per_shard: int = 1000, workers: int =
     identity = {"source": source.identity, "per_shard": per_shard, "counts": counts}
     note = out / ENTRIES / "source.json"
     if note.is_file() and json.loads(note.read_text()) != json.loads(json.dumps(identity)):
-        raise DataError(f"{out} holds data prepared with other options; choose another out=<folder> or delete this one")
+        raise DataError(
+            f"{out} holds data prepared with other options or from other files; choose another out=<folder> or delete this one"
+        )
     if (out / INDEX).is_file() and not note.is_file():
         raise DataError(f"{out} holds data of another origin; choose another out=<folder>")
     write_json(note, identity)

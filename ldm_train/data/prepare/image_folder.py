@@ -78,8 +78,10 @@ class ImageFolder:
                 if len(p.relative_to(folders[s]).parts) > 1
             }
         )
-        loose = any(len(p.relative_to(folders[s]).parts) == 1 for s, paths in files.items() for p in paths)
+        loose = [p for s, paths in files.items() for p in paths if len(p.relative_to(folders[s]).parts) == 1]
         self.classes = tops if tops and not loose else None
+        if tops and loose:
+            print(f"no classes: {len(loose)} images lie outside the class folders (first: {loose[0]})")
         self.items: dict[str, list[tuple[str, Path, int | None]]] = {"train": [], "val": []}
         for split, paths in files.items():
             for p in paths:
