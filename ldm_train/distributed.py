@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import torch
 import torch.distributed as dist
 
 
@@ -16,11 +15,4 @@ def gathered(value: Any) -> list[Any]:
         return [value]
     values = [None] * world_size()
     dist.all_gather_object(values, value)
-    return values
-
-
-def summed(values: torch.Tensor) -> torch.Tensor:
-    """`values` summed in place over all ranks."""
-    if world_size() > 1:
-        dist.all_reduce(values)
     return values

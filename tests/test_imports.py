@@ -10,17 +10,18 @@ PACKAGE = ROOT / "ldm_train"
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 # part -> the parts it may import besides itself. A part is a folder or file of the package; "losses.perceptual" or
-# "data.shards" name one file of it. Anyone may import rng and images.
+# "data.shards" name one file of it. Anyone may import rng, images and distributed.
 LIBRARY = {"models", "diffusion", "samplers", "conditioning", "losses", "metrics", "data", "checkpoints"}
 LIBRARY |= {"latent_diffusion"}
 ALLOWED = {
     "__init__": set(),
     "rng": set(),
     "images": set(),
+    "distributed": set(),
     "models": set(),
     "diffusion": set(),
     "samplers": {"diffusion"},
-    "conditioning": {"models", "diffusion"},
+    "conditioning": {"models", "diffusion", "losses.perceptual"},  # the shipped network, as an image encoder
     "losses": {"models"},
     "metrics": {"losses.perceptual"},
     "latent_diffusion": {"models", "diffusion", "conditioning"},
@@ -29,7 +30,7 @@ ALLOWED = {
     "training": LIBRARY,
     "finetune": {"latent_diffusion", "models", "conditioning", "samplers", "data"},
 }
-ANYONE = {"rng", "images"}
+ANYONE = {"rng", "images", "distributed"}
 PURE = {"models", "diffusion"}  # these import nothing else of ours, not even rng
 
 

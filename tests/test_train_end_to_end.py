@@ -153,6 +153,34 @@ def test_the_chain_runs_on_deterministic_latents(tmp_path: Path, autoencoder: st
         assert metrics["reconstruction"]["psnr"]["value"] > 3
 
 
+CONDITIONS = {
+    "layout": ["layout.depth=1", "layout.max_objects=2"],
+    "semantic": ["segmentation.num_labels=6"],
+    "superres": [],
+    "inpainting": [],
+    "image_embedding": [],
+}
+DERIVED = {"superres": "data/derived=bicubic_x4", "inpainting": "data/derived=masks"}
+
+
+@pytest.mark.chain
+@pytest.mark.parametrize("conditioning", CONDITIONS)
+def test_the_chain_runs_under_every_kind_of_condition(tmp_path: Path, conditioning: str):
+    options = [f"diffusion.conditioning.conditioners.{o}" for o in CONDITIONS[conditioning]]
+    made = chain(
+        tmp_path, f"diffusion/conditioning={conditioning}", DERIVED.get(conditioning, "data/derived=none"), *options,
+        "diffusion.max_steps=3", "data.flip=true",
+    )  # fmt: skip
+    made.run()
+    model = load_model(tmp_path / "run" / "export")
+    assert (model.unet.context_dim, model.unet.concat_channels, model.unet.vector_dim) == {
+        "layout": (512, 0, None), "semantic": (None, 3, None), "superres": (None, 3, None), "inpainting": (None, 5, None),
+        "image_embedding": (None, 0, 256),
+    }[conditioning]  # fmt: skip
+    metrics = json.loads((tmp_path / "run/evaluation/metrics.json").read_text())
+    assert metrics["samples"]["fid_tiny"]["n"] == 8
+
+
 @pytest.mark.chain
 def test_bf16_goes_through_the_whole_chain(tmp_path: Path):
     chain(tmp_path, "precision=bf16-mixed", "data.obedience=null", "evaluation.obedience=null").run()

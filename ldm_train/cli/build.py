@@ -135,13 +135,15 @@ def conditioner_tree(config: DictConfig, data: ShardDataModule) -> dict[str, Any
     """The conditioners' config with what comes from the data filled in; it goes into the model folder as it is."""
     tree = plain(config.diffusion.conditioning.conditioners)
     for name, conditioner in tree.items():
-        if conditioner.get("classes") == FROM_DATA:
+        for option in ("classes", "labels"):
+            if conditioner.get(option) != FROM_DATA:
+                continue
             if not data.index.get("classes"):
                 raise ValueError(
                     f"{data.root}/index.json names no classes for diffusion.conditioning.conditioners.{name}; set its "
-                    "classes=<number>, or choose diffusion/conditioning=none"
+                    f"{option}=<number>, or choose diffusion/conditioning=none"
                 )
-            conditioner["classes"] = data.index["classes"]
+            conditioner[option] = data.index["classes"]
         if conditioner.get("tokenizer") == FROM_DATA:
             size = conditioner.pop("vocab_size")
             tokenizer = train_tokenizer(data.shards(data.train_split).captions(), size)

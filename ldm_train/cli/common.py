@@ -122,6 +122,7 @@ def check_values(config: DictConfig) -> None:
     number("diffusion.evaluate_every", 1, True)
     number("diffusion.evaluate_images", 2, True)
     number("autoencoder.loss.disc_start", 0, True)
+    number("evaluation.images", 2, True)
     number("devices", 1, True)
     number("num_workers", 0, True)
     number("seed", 0, True)

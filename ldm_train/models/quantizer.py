@@ -6,7 +6,12 @@ from einops import rearrange
 from torch import nn
 from torch.nn import functional as F
 
-from ldm_train.distributed import summed, world_size
+
+def _summed(values: torch.Tensor) -> torch.Tensor:
+    """In place over all ranks, where there are several."""
+    if dist.is_available() and dist.is_initialized():
+        dist.all_reduce(values)
+    return values
 
 
 class VectorQuantizer(nn.Module):
@@ -75,9 +80,9 @@ class VectorQuantizer(nn.Module):
     @torch.no_grad()
     def _update(self, latents: torch.Tensor, indices: torch.Tensor) -> None:
         flat, chosen = rearrange(latents, "b c h w -> (b h w) c").float(), indices.flatten()
-        count = summed(torch.bincount(chosen, minlength=self.num_codes).float())
+        count = _summed(torch.bincount(chosen, minlength=self.num_codes).float())
         if self.ema_decay is not None:
-            total = summed(torch.zeros_like(self.ema_sum).index_add_(0, chosen, flat))
+            total = _summed(torch.zeros_like(self.ema_sum).index_add_(0, chosen, flat))
             self.ema_count.lerp_(count, 1 - self.ema_decay)
             self.ema_sum.lerp_(total, 1 - self.ema_decay)
             self.embedding.weight.copy_(self.ema_sum / self.ema_count.clamp(min=1e-5)[:, None])
@@ -86,7 +91,7 @@ class VectorQuantizer(nn.Module):
             dead = (self.unused_steps >= self.restart_after).nonzero().flatten()
             if len(dead):
                 fresh = flat[torch.randint(len(flat), (len(dead),)).to(flat.device)]
-                if world_size() > 1:
+                if dist.is_available() and dist.is_initialized():
                     dist.broadcast(fresh, src=0)
                 self.embedding.weight[dead] = fresh.to(self.embedding.weight.dtype)
                 self.unused_steps[dead] = 0

@@ -136,7 +136,6 @@ class AutoencoderTask(Task):
             self.log("val/perplexity", perplexity(counts), rank_zero_only=False)
             self.log("val/code_usage", (counts > 0).double().mean().item(), rank_zero_only=False)
         if self.features is not None:
-            distance = frechet_distance(
-                *(Moments.gathered(self._moments.get(n)) for n in ("images", "reconstructions"))
-            )
-            self.log(f"val/fid_{self.features.name}", distance, rank_zero_only=False)
+            moments = [Moments.gathered(self._moments.get(n)) for n in ("images", "reconstructions")]
+            if moments[0].count > 1:
+                self.log(f"val/fid_{self.features.name}", frechet_distance(*moments), rank_zero_only=False)

@@ -7,10 +7,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import yaml
 from PIL import Image
 
 from ldm_train.cli import prepare, train
-from ldm_train.cli.common import TRACEBACK, run_command, suggestions
+from ldm_train.cli.common import TRACEBACK, config_folder, run_command, suggestions
 from ldm_train.data.prepare.build import build
 from ldm_train.data.prepare.image_folder import ImageFolder
 
@@ -222,6 +223,16 @@ def test_an_autoencoder_that_is_not_there_is_named(fails: Command, tmp_path: Pat
     message = fails("train", *SMALL, f"data_dir={tmp_path}", "autoencoder.pretrained=nowhere")
     assert "autoencoder.pretrained=nowhere is no run with a finished autoencoder" in message
     assert "runs/nowhere/autoencoder/model" in message
+
+
+@pytest.mark.parametrize("name", ["prepare", "sample"])
+def test_help_explains_every_option(name: str):
+    text = yaml.safe_load((config_folder() / f"{name}.yaml").read_text())
+    explained = text["hydra"]["help"]["template"]
+    for option in text:
+        assert option in ("defaults", "hydra") or f"{option}=" in explained, option
+    for source in (config_folder() / "source").glob("*.yaml"):
+        assert name != "prepare" or f"source={source.stem}" in explained
 
 
 # -- as a user starts them -------------------------------------------------------------------------------------------

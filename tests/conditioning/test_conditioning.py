@@ -1,11 +1,14 @@
 """Conditioners: null is a full drop mask, dropout touches dropped rows alone, padding touches nothing."""
 
+from pathlib import Path
+
 import pytest
 import torch
+from transformers import AutoTokenizer, CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerFast
 
 from ldm_train.conditioning.base import Conditioner, merge
 from ldm_train.conditioning.class_label import ClassLabel
-from ldm_train.conditioning.text import TrainedText, train_tokenizer
+from ldm_train.conditioning.text import FrozenText, TrainedText, train_tokenizer
 
 CAPTIONS = [
     "a red circle in the center on a black background",
@@ -167,3 +170,72 @@ def test_merge_joins_tokens_with_their_masks_and_features() -> None:
     assert torch.equal(merged["context"][:, 3:], other["context"])
     assert merged["context_mask"].tolist() == [[True, True, True, False]] * 2
     assert merge([]) == {}
+
+
+@pytest.fixture(scope="module")
+def pretrained_text(tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small random CLIP text encoder as transformers writes it."""
+    folder = tmp_path_factory.mktemp("clip")
+    torch.manual_seed(1)
+    size = tokenizer.get_vocab_size()
+    config = CLIPTextConfig(
+        vocab_size=size, hidden_size=16, intermediate_size=32, num_hidden_layers=3, num_attention_heads=2,
+        max_position_embeddings=24, bos_token_id=1, eos_token_id=2, pad_token_id=0,
+    )  # fmt: skip
+    CLIPTextModel(config).save_pretrained(folder)
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<start>", eos_token="<end>"
+    ).save_pretrained(folder)
+    return folder
+
+
+@torch.no_grad()
+def test_frozen_text_gives_the_hidden_states_of_transformers(pretrained_text: Path) -> None:
+    keep = torch.zeros(4, dtype=torch.bool)
+    reference = CLIPTextModel.from_pretrained(pretrained_text).eval()
+    tokens = AutoTokenizer.from_pretrained(pretrained_text)(
+        CAPTIONS, padding="max_length", truncation=True, max_length=24, return_tensors="pt"
+    )
+    output = reference(input_ids=tokens["input_ids"], output_hidden_states=True)
+    last = FrozenText(str(pretrained_text), 16, max_length=24)(CAPTIONS, keep)["context"]
+    torch.testing.assert_close(last, output.last_hidden_state)
+    penultimate = FrozenText(str(pretrained_text), 16, "penultimate", max_length=24)(CAPTIONS, keep)["context"]
+    norm = torch.nn.LayerNorm(16)
+    norm.load_state_dict(
+        {k.rpartition(".")[2]: v for k, v in reference.state_dict().items() if "final_layer_norm" in k}
+    )
+    torch.testing.assert_close(penultimate, norm(output.hidden_states[-2]))
+
+
+def test_frozen_text_is_asked_once_per_caption_and_owns_no_weights(pretrained_text: Path) -> None:
+    conditioner = FrozenText(str(pretrained_text), 16, max_length=24, masked=True, cache_size=3)
+    asked = []
+    encode = conditioner.encode
+    conditioner.encode = lambda captions: (asked.extend(captions), encode(captions))[1]
+    some = torch.tensor([False, True, False, False])
+    first = conditioner(CAPTIONS, some)
+    assert sorted(asked) == sorted(["", CAPTIONS[0], CAPTIONS[2], CAPTIONS[3]])
+    again = conditioner([CAPTIONS[3], CAPTIONS[2]], torch.zeros(2, dtype=torch.bool))
+    assert len(asked) == 4
+    torch.testing.assert_close(again["context"][0], first["context"][3])
+    assert not first["context_mask"].all()  # masked: padding does not count
+    assert_rows(conditioner.null(4), conditioner(CAPTIONS, torch.ones(4, dtype=torch.bool)), [0, 1, 2, 3])
+    assert conditioner.state_dict() == {}
+    assert list(conditioner.parameters()) == []
+
+
+def test_long_and_empty_captions_are_cut_and_null(pretrained_text: Path, tokenizer) -> None:
+    for conditioner in (FrozenText(str(pretrained_text), 16, max_length=24), text(tokenizer)):
+        output = conditioner(["word " * 500, ""], torch.tensor([False, False]))
+        assert output["context"].shape == (2, 24, 16)
+        torch.testing.assert_close(output["context"][1:], conditioner.null(1)["context"])
+
+
+def test_a_text_encoder_that_is_not_there_is_named(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"nowhere is not there.*conditioners\.text\.path=<folder>"):
+        FrozenText(str(tmp_path / "nowhere"), 16).null(1)
+
+
+def test_a_wrong_width_is_named(pretrained_text: Path) -> None:
+    with pytest.raises(ValueError, match="hidden states of width 16, the config says dim=32"):
+        FrozenText(str(pretrained_text), 32, max_length=24).null(1)
