@@ -267,7 +267,7 @@ def test_samples_take_the_runs_own_settings_and_captions_as_typed(finished: Path
     sample_cli.main()
     recipe = json.loads((tmp_path / "s" / "recipe.json").read_text())
     assert recipe["images"][0]["condition"] == caption
-    assert (recipe["num_inference_steps"], recipe["guidance_scale"]) == (2, 2.0)
+    assert (recipe["num_inference_steps"], recipe["guidance_scale"], recipe["sampler"]["eta"]) == (2, 2.0, 1.0)
 
 
 @pytest.mark.chain

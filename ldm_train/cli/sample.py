@@ -11,11 +11,20 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from tqdm import tqdm
 
 from ldm_train import images as pictures
-from ldm_train.checkpoints.native import load_model, read_metadata
+from ldm_train.checkpoints.native import check_targets, load_model, read_metadata
 from ldm_train.cli.common import run_command
 from ldm_train.data.samples import collate
 from ldm_train.data.shards import write_json
 from ldm_train.latent_diffusion import LatentDiffusion
+
+
+# For models that do not say how they are sampled.
+DEFAULTS = {
+    "num_inference_steps": 50,
+    "guidance_scale": 1.0,
+    "spacing": "trailing",
+    "sampler": {"_target_": "ldm_train.samplers.ddim.ddim", "_partial_": True},
+}
 
 
 def model_folder(run: str | None, runs_dir: str) -> Path:
@@ -84,11 +93,9 @@ def sample(config: DictConfig) -> list[Path]:
         raise ValueError("n and batch_size must be at least 1")
     if config.accelerator == "gpu" and not torch.cuda.is_available():
         raise ValueError("accelerator=gpu, but no GPU is visible; use accelerator=cpu")
-    trained = read_metadata(source).get("sampling") or {
-        "num_inference_steps": 50,
-        "guidance_scale": 1.0,
-        "spacing": "trailing",
-    }
+    trained = DEFAULTS | (read_metadata(source).get("sampling") or {})
+    check_targets(trained, source)
+    tree = OmegaConf.to_container(config.sampler) if config.get("sampler") else trained["sampler"]
     for option in ("num_inference_steps", "guidance_scale", "spacing"):
         if config[option] is None:
             config[option] = trained[option]
@@ -100,9 +107,9 @@ def sample(config: DictConfig) -> list[Path]:
     recipe = {
         "model": str(source),
         **{k: config[k] for k in ("num_inference_steps", "guidance_scale", "spacing")},
-        "sampler": OmegaConf.to_container(config.sampler),
+        "sampler": tree,
     }
-    sampler = instantiate(config.sampler, _convert_="all")
+    sampler = instantiate(tree, _convert_="all")
     paths, drawn, begin = [], [], time.perf_counter()
     with tqdm(total=len(wanted), unit="img") as progress:
         for k in range(0, len(wanted), config.batch_size):
