@@ -155,7 +155,7 @@ def test_the_chain_runs_on_deterministic_latents(tmp_path: Path, autoencoder: st
 
 CONDITIONS = {
     "layout": ["layout.depth=1", "layout.max_objects=2"],
-    "semantic": ["segmentation.num_labels=6"],
+    "semantic": ["segmentation.num_labels=19"],
     "superres": [],
     "inpainting": [],
     "image_embedding": [],

@@ -17,7 +17,6 @@ from ldm_train.data.samples import collate
 from ldm_train.data.shards import write_json
 from ldm_train.latent_diffusion import LatentDiffusion
 
-
 # For models that do not say how they are sampled.
 DEFAULTS = {
     "num_inference_steps": 50,

@@ -32,9 +32,9 @@ MADE = {
     ),
     "depth": (DepthMap, lambda: torch.rand(2, 1, 32, 16)),
     "layout": (lambda: LayoutBoxes(16, 6, max_objects=3, vocab_size=101, depth=1, heads=2), lambda: BOXES),
-    "embedding": (lambda: ImageEmbedding(TinyVision(), 96, 8), lambda: torch.rand(2, 3, 32, 32) * 2 - 1),
+    "embedding": (lambda: ImageEmbedding(TinyVision(), 128, 8), lambda: torch.rand(2, 3, 32, 32) * 2 - 1),
     "embedded tokens": (
-        lambda: ImageEmbedding(TinyVision(), 96, 8, slot="context", noise_levels=100),
+        lambda: ImageEmbedding(TinyVision(), 128, 8, slot="context", noise_levels=100),
         lambda: torch.rand(2, 3, 32, 32) * 2 - 1,
     ),
 }

@@ -373,7 +373,10 @@ def test_an_interrupted_build_continues(tmp_path: Path, workers: int):
 @pytest.mark.parametrize("options", [{"seed": 1}, {"size": 32}, {"objects": 2}, {"count": 21}])
 def test_other_options_do_not_touch_finished_data(tmp_path: Path, options: dict):
     index = build(small_shapes(), tmp_path, per_shard=8)
-    with pytest.raises(DataError, match="prepared with other options; choose another out=<folder> or delete this one"):
+    with pytest.raises(
+        DataError,
+        match="prepared with other options or from other files; choose another out=<folder> or delete this one",
+    ):
         build(small_shapes(**options), tmp_path, per_shard=8)
     assert read_index(tmp_path) == index
     assert len(samples(tmp_path, "train")) == 20
