@@ -11,7 +11,10 @@ from hydra import compose, initialize_config_dir
 from hydra.utils import get_object, instantiate
 from omegaconf import DictConfig, OmegaConf
 
+from ldm_train.cli.build import first_stage_tree, model_tree
 from ldm_train.cli.common import check_values, config_folder
+from ldm_train.conditioning.text import train_tokenizer
+from ldm_train.diffusion.objective import DiffusionObjective
 
 EXPERIMENTS = sorted(p.stem for p in (config_folder() / "experiment").glob("*.yaml"))
 FILES = sorted(p for p in config_folder().rglob("*.yaml"))
@@ -63,6 +66,24 @@ def test_the_models_of_every_experiment_fit_together(experiment: str):
     assert size % network.downsample_factor == 0
     assert unet.in_channels == network.latent_channels
     assert network.in_channels == config.data.channels
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_every_experiment_makes_one_model(experiment: str):
+    """U-Net, first stage and conditioners as the chain joins them: LatentDiffusion refuses widths that do not fit."""
+    config = composed("train", f"experiment={experiment}", "data.root=nowhere")
+    conditioners = OmegaConf.to_container(config.diffusion.conditioning.conditioners, resolve=True)
+    for conditioner in conditioners.values():
+        conditioner |= {option: 7 for option in ("classes", "labels") if conditioner.get(option) == "from_data"}
+        if conditioner.get("tokenizer") == "from_data":
+            conditioner["tokenizer"] = train_tokenizer(["a red circle"], conditioner.pop("vocab_size")).to_str()
+    network = OmegaConf.to_container(config.autoencoder.network, resolve=True)
+    tree = model_tree(config, first_stage_tree(network), conditioners, config.data)
+    model = on_meta(OmegaConf.create(tree))
+    f, size = model.first_stage.downsample_factor, config.data.image_size
+    assert model.latent_size == (size // f, size // f)
+    assert model.latent_size[0] % 2 ** (model.unet.levels - 1) == 0
+    DiffusionObjective(model.schedule, config.diffusion.objective.prediction_type)
 
 
 @pytest.mark.parametrize(

@@ -20,10 +20,7 @@ class TinyVision(nn.Module):
         self.network = load_tiny("tiny_eval")
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        images = images.expand(-1, 3, -1, -1) if images.shape[1] == 1 else images
-        if images.shape[-2:] != (64, 64):
-            images = F.interpolate(images, (64, 64), mode="bilinear", antialias=True, align_corners=False)
-        return self.network.pooled(images)[:, None]
+        return self.network.embedding(images)[:, None]
 
 
 class PretrainedVision(nn.Module):

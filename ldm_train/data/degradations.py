@@ -1,4 +1,5 @@
-"""Low-resolution versions of images: plain bicubic, and the BSR degradations (Zhang et al. 2021, BSRGAN)."""
+"""Low-resolution versions of images: plain bicubic, and degradations in the manner of BSRGAN (Zhang et al.
+2021): its operations in random order, with ranges of ours."""
 
 import io
 
@@ -44,8 +45,8 @@ def gaussian_kernel(width: int, sigma_x: float, sigma_y: float, angle: float) ->
 class BSR:
     """Derives `lowres` by a random chain of blurs, reductions, noises and JPEG compressions in random order.
 
-    light: the milder variant that the released super-resolution model was trained with: one blur, weaker noise, no
-    severe kernels, higher JPEG quality.
+    light: milder, as latent diffusion's super-resolution needed it: one blur, narrower kernels, half the noise, higher
+    JPEG quality.
     """
 
     def __init__(self, factor: int = 4, light: bool = False):

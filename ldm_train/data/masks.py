@@ -1,4 +1,5 @@
-"""Masks for inpainting: free-form strokes of three widths and boxes after LaMa (Suvorov et al. 2022), and borders."""
+"""Masks for inpainting: free-form strokes of three widths and boxes in the manner of LaMa (Suvorov et al. 2022; the
+ranges are ours), and borders."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass

@@ -66,6 +66,13 @@ class TinyFeatures(nn.Module):
             maps.append(x)
         return maps
 
+    def embedding(self, images: torch.Tensor) -> torch.Tensor:
+        """`pooled` of images of any size with 1 or 3 channels, at the 64 pixels the networks were trained for."""
+        images = images.float().expand(-1, 3, -1, -1) if images.shape[1] == 1 else images.float()
+        if images.shape[-2:] != (64, 64):
+            images = F.interpolate(images, (64, 64), mode="bilinear", antialias=True, align_corners=False)
+        return self.pooled(images)
+
     def pooled(self, images: torch.Tensor) -> torch.Tensor:
         """The last map averaged over space: (B, widths[-1])."""
         return self(images)[-1].mean(dim=(2, 3))

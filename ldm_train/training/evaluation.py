@@ -48,7 +48,8 @@ def sample_like(
     """
     fields = set(model.fields)
     real, made, pictures_shown, captions = [], [], [], []
-    bar = tqdm(desc="samples", unit="img", disable=not progress)
+    total = None if reference is None else len(reference)
+    bar = tqdm(total=total, desc="samples", unit="img", disable=not progress)
     for batch in batches:
         if reference is None:
             real.append(extractor(batch["image"].to(model.device)).cpu())

@@ -1,11 +1,20 @@
 """Conditions that are pictures, layouts and embeddings: null is a full drop, values land where they belong."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch.nn import functional as F
+from transformers import (
+    CLIPImageProcessor,
+    CLIPVisionConfig,
+    CLIPVisionModelWithProjection,
+    ViTConfig,
+    ViTModel,
+)
 
 from ldm_train.conditioning.base import Conditioner
-from ldm_train.conditioning.image_embedding import ImageEmbedding, TinyVision
+from ldm_train.conditioning.image_embedding import ImageEmbedding, PretrainedVision, TinyVision
 from ldm_train.conditioning.layout import LayoutBoxes
 from ldm_train.conditioning.spatial import DepthMap, LowResolution, MaskedImageCondition, SemanticMap
 from ldm_train.models.autoencoder import AutoencoderKL
@@ -150,3 +159,39 @@ def test_noise_on_a_small_image_comes_in_training_only_and_is_told(first_stage: 
     clean = conditioner.eval()(images, keep)
     assert clean["concat"].abs().max() == 0
     assert len(clean["vector"].unique(dim=0)) == 1
+
+
+def vision_folder(folder: Path, model: torch.nn.Module) -> Path:
+    model.save_pretrained(folder)
+    CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}).save_pretrained(folder)
+    return folder
+
+
+SIZES = {
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "image_size": 32,
+    "patch_size": 8,
+}
+
+
+@torch.no_grad()
+def test_pretrained_vision_gives_the_embeddings_of_transformers(tmp_path: Path) -> None:
+    clip = CLIPVisionModelWithProjection(CLIPVisionConfig(**SIZES, projection_dim=12)).eval()
+    vit = ViTModel(ViTConfig(**SIZES)).eval()
+    images = torch.rand(2, 3, 32, 32) * 2 - 1
+    for name, model, pooled in (("clip", clip, "image_embeds"), ("vit", vit, "pooler_output")):
+        folder = vision_folder(tmp_path / name, model)
+        processor = CLIPImageProcessor.from_pretrained(folder)
+        mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (processor.image_mean, processor.image_std))
+        expected = model(pixel_values=((images + 1) / 2 - mean) / std)
+        found = PretrainedVision(str(folder))(images)
+        torch.testing.assert_close(found[:, 0], getattr(expected, pooled), rtol=1e-4, atol=1e-5)
+        hidden = PretrainedVision(str(folder), hidden=True)(images)
+        torch.testing.assert_close(hidden, expected.last_hidden_state, rtol=1e-4, atol=1e-5)
+    conditioner = ImageEmbedding(PretrainedVision(str(tmp_path / "clip")), 12, 8)
+    assert conditioner(images, torch.tensor([False, True]))["vector"].shape == (2, 8)
+    with pytest.raises(FileNotFoundError, match=r"vision encoder .*nowhere is not there"):
+        PretrainedVision(str(tmp_path / "nowhere"))
