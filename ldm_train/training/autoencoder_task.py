@@ -107,9 +107,10 @@ class AutoencoderTask(Task):
             score = l1 + distance
         self.add("score", score)
         if self.features is not None:
-            for name, pictured in (("images", images), ("reconstructions", reconstructions)):
-                features = self.features(pictured)
-                self._moments.setdefault(name, Moments(features.shape[1])).add(features)
+            with torch.autocast(images.device.type, enabled=False):  # the evaluation stage measures in float32 too
+                for name, pictured in (("images", images), ("reconstructions", reconstructions)):
+                    features = self.features(pictured)
+                    self._moments.setdefault(name, Moments(features.shape[1])).add(features)
         if isinstance(posterior, Point):
             used = torch.bincount(posterior.indices.flatten(), minlength=self.autoencoder.quantize.num_codes)
             self._codes = used.cpu() if self._codes is None else self._codes + used.cpu()
