@@ -65,6 +65,16 @@ def grid(
     return canvas
 
 
+def beside(left: torch.Tensor | None, right: torch.Tensor) -> torch.Tensor:
+    """Two batches (B, C, H, W) side by side, with the channels of `right`; `right` alone where there is no left."""
+    if left is None:
+        return right
+    count, channels, height, width = right.shape
+    if left.shape[1] != channels:
+        left = left.mean(dim=1, keepdim=True).expand(-1, channels, -1, -1)
+    return torch.cat([left.to(right), right.new_ones(count, channels, height, max(1, width // 32)), right], dim=3)
+
+
 def save_png(image: Image.Image | torch.Tensor, path: str | Path, metadata: dict | None = None) -> Path:
     """Writes a PNG that appears under its final name only when complete.
 

@@ -108,6 +108,15 @@ class LatentDiffusion(nn.Module):
                 return texts
         return [""] * count
 
+    def picture(self, batch: Mapping[str, Any], size: Sequence[int]) -> torch.Tensor | None:
+        """The conditions that can be seen, as pictures (B, C, H, W) in [-1, 1] of the first conditioner that has some."""
+        for conditioner in self.conditioners.values():
+            if conditioner.field in batch:
+                picture = conditioner.picture(batch[conditioner.field], size)
+                if picture is not None:
+                    return picture
+        return None
+
     def random_drop(self, count: int) -> dict[str, torch.Tensor]:
         """Independent per-sample dropout masks (B,) for each conditioner, from the global CPU generator."""
         return {name: torch.rand(count) < c.dropout for name, c in self.conditioners.items()}

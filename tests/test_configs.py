@@ -168,6 +168,19 @@ def test_unets_have_the_published_sizes(which: tuple, count: int):
     assert parameters(unet(*which)) == count
 
 
+@pytest.mark.parametrize(
+    ("experiment", "count"),
+    [  # diffusers' UNet2DConditionModel with the released configs has the same
+        ("sd2_inpainting", 865_925_124),
+        ("sd2_depth", 865_913_604),
+        ("unclip_h", 870_173_124),
+        ("upscaler_x4", 473_398_020),
+    ],
+)
+def test_sd2_variants_have_the_published_sizes(experiment: str, count: int):
+    assert parameters(on_meta(composed("train", f"experiment={experiment}").diffusion.unet)) == count
+
+
 # The paper's sweep, in millions (tables 13 and 14, recounted).
 @pytest.mark.parametrize(
     ("which", "millions"),

@@ -47,7 +47,7 @@ SMALL = [
     "diffusion.unet.channels=32",
     "sampling.num_inference_steps=2",
     "evaluation.images=8",
-    "data.obedience.captions=4",
+    "data.obedience.scenes=4",
     "data.obedience.held_out=2",
     "data.obedience.seeds=2",
 ]

@@ -34,7 +34,9 @@ from ldm_train.training.diffusion_task import DiffusionTask
 from ldm_train.training.evaluation import evaluate
 from ldm_train.training.fit import fit
 from ldm_train.training.loggers import WandbRun
+from ldm_train.training.obedience import judged_fields
 from ldm_train.training.perceptual_task import photos_in_memory, train_perceptual
+from ldm_train.training.restoration import FIELDS as RESTORED
 
 # Options that change how a stage runs but not what it computes; they may differ when it resumes.
 NOT_IN_KEY = (
@@ -325,14 +327,17 @@ class Chain:
         loader = data.fixed_loader(config.data.val_split, config.evaluation.images)
         settings = build.plain(config.sampling) | {"sampler": config.sampler._target_.rpartition(".")[2]}
         perceptual = instantiate(config.evaluation.perceptual)
-        judged = bool(config.evaluation.obedience) and "caption" in model.fields
+        judged, restoring = judged_fields(model.fields), any(f in model.fields for f in RESTORED)
         if config.evaluation.obedience and not judged:
-            print("obedience: not measured, this model takes no captions")
+            print("obedience: not measured, this model has no condition that says what to draw")
         result = evaluate(
             model, loader, self.draw(), instantiate(config.evaluation.features).to(self.machine.device),
             perceptual.to(self.machine.device) if perceptual is not None else None, folder, settings,
             config.evaluation.batch_size,
-            build.plain(config.evaluation.obedience) if judged else None,
+            build.plain(config.evaluation.obedience) | {"fields": judged}
+            if judged and config.evaluation.obedience
+            else None,
+            build.plain(config.evaluation.restoration) if restoring else None,
         )  # fmt: skip
         if self.wandb:
             flat = {f"evaluation/{k}": v for k, v in stages.flatten(result).items() if isinstance(v, int | float)}

@@ -49,6 +49,10 @@ class Conditioner(nn.Module):
         """One entry of the field from the command line. Raises ValueError if it is none."""
         raise NotImplementedError
 
+    def picture(self, values: Any, size: Sequence[int]) -> torch.Tensor | None:
+        """Entries as people see them, (B, C, H, W) in [-1, 1] of `size` (H, W); None where there is nothing to see."""
+        return None
+
     def describe(self, values: Sequence[Any]) -> list[str]:
         """Entries as people read them, for captions under pictures."""
         return [str(v) for v in values]

@@ -63,10 +63,11 @@ class ImageEmbedding(Conditioner):
     """Embeddings of the picture itself while training, of any picture when sampling, through a trained projection.
 
     encoder: (B, C, H, W) in [-1, 1] -> (B, L, encoder_dim), frozen and not part of the model's weights
-    encoder_dim: its width. dim: width of the condition; slot: "vector" (mean over L) or "context"
+    encoder_dim: its width. slot: "vector" (mean over L) or "context"
+    dim: width of the condition, the null being a learned embedding. None: no projection but the bare embedding and that
+        of its noise level side by side, as unCLIP has them (width 2 * encoder_dim), the null being zero
     noise_levels: timesteps up to which training adds noise to the normalised embedding; the level is told to the model
         (0: none)
-    The null condition is a learned embedding.
     """
 
     field = "reference"
@@ -75,7 +76,7 @@ class ImageEmbedding(Conditioner):
         self,
         encoder: nn.Module,
         encoder_dim: int,
-        dim: int,
+        dim: int | None,
         slot: str = "vector",
         noise_levels: int = 0,
         channels: int = 3,
@@ -86,9 +87,11 @@ class ImageEmbedding(Conditioner):
             raise ValueError(f"an image embedding goes to the slot 'vector' or 'context', not {slot!r}")
         self._encoder = (encoder.eval().requires_grad_(False),)  # a tuple hides it from state_dict and optimisers
         self.slot, self.noise_levels, self.channels, self.encoder_dim = slot, noise_levels, channels, encoder_dim
-        self.widths = {slot: dim}
-        self.projection = nn.Linear(encoder_dim + (64 if noise_levels else 0), dim)
-        self.null_embedding = nn.Parameter(torch.randn(dim) * 0.02)
+        self.level_dim = 0 if not noise_levels else (64 if dim else encoder_dim)
+        self.widths = {slot: dim or encoder_dim + self.level_dim}
+        self.projection = nn.Linear(encoder_dim + self.level_dim, dim) if dim else nn.Identity()
+        null = torch.randn(dim) * 0.02 if dim else torch.zeros(self.widths[slot])
+        self.null_embedding = nn.Parameter(null, requires_grad=bool(dim))
         if noise_levels:
             self.noise = NoiseSchedule("cosine")
 
@@ -110,7 +113,9 @@ class ImageEmbedding(Conditioner):
             if self.training:
                 levels = torch.randint(self.noise_levels, (len(features),))
                 features = self.noise.add_noise(features, torch.randn_like(features), levels.to(features.device))
-            told = timestep_embedding(levels.to(features.device), 64)[:, None].expand(-1, features.shape[1], -1)
+            told = timestep_embedding(levels.to(features.device), self.level_dim)[:, None].expand(
+                -1, features.shape[1], -1
+            )
             features = torch.cat([features, told], dim=2)
         projected = torch.where(drop.to(self.device)[:, None, None], self.null_embedding, self.projection(features))
         if self.slot == "vector":
@@ -120,6 +125,9 @@ class ImageEmbedding(Conditioner):
 
     def null_values(self, count: int, latent_size: Sequence[int]) -> torch.Tensor:
         return torch.zeros(count, self.channels, 64, 64)
+
+    def picture(self, values: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
+        return F.interpolate(torch.as_tensor(values).cpu(), tuple(size), mode="nearest")
 
     def describe(self, values: torch.Tensor) -> list[str]:
         return [""] * len(values)

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from PIL import Image, ImageDraw
 
 from ldm_train.conditioning.base import Conditioner
 from ldm_train.conditioning.text import TokenEncoder
@@ -93,6 +94,19 @@ class LayoutBoxes(Conditioner):
                 raise ValueError(f"unknown label {label!r}; this model knows {', '.join(self.names[:50])}")
             return self.names.index(label)
         return int(label)
+
+    def picture(self, values: Sequence[torch.Tensor], size: Sequence[int]) -> torch.Tensor:
+        """Outlines on white, a colour per label."""
+        height, width = size
+        drawn = []
+        for boxes in values:
+            canvas = Image.new("RGB", (width, height), "white")
+            pen = ImageDraw.Draw(canvas)
+            for x, y, w, h, label in boxes.tolist():
+                corners = [x * width, y * height, (x + w) * width - 1, (y + h) * height - 1]
+                pen.rectangle(corners, outline=f"hsv({int(label) * 222 % 360}, 100%, 80%)", width=max(1, width // 64))
+            drawn.append(torch.frombuffer(bytearray(canvas.tobytes()), dtype=torch.uint8).view(height, width, 3))
+        return torch.stack(drawn).permute(0, 3, 1, 2) / 127.5 - 1
 
     def describe(self, values: Sequence[torch.Tensor]) -> list[str]:
         return [", ".join(self.names[int(row[4])] for row in boxes[:3]) for boxes in values]

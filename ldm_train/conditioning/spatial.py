@@ -89,6 +89,15 @@ class SemanticMap(SpatialConditioner):
         shares = self.shares(torch.as_tensor(values, device=self.device))
         return {"concat": self.channel_mapper(_kept(shares, drop))}
 
+    def picture(self, values: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
+        """A colour per label, far from those of its neighbours."""
+        hues = torch.arange(self.num_labels + 1, dtype=torch.float64) * 0.618034 * 2 * torch.pi
+        phases = torch.tensor([0.0, 2.094395, 4.188790], dtype=torch.float64)
+        palette = torch.cos(hues[:, None] + phases).float()
+        palette[0] = -1
+        labels = torch.as_tensor(values).cpu().clamp(max=self.num_labels)
+        return F.interpolate(palette[labels].permute(0, 3, 1, 2), tuple(size), mode="nearest")
+
     def null_values(self, count: int, latent_size: Sequence[int]) -> torch.Tensor:
         return torch.zeros(count, *self.image_size(latent_size), dtype=torch.long)
 
@@ -98,7 +107,7 @@ class LowResolution(SpatialConditioner):
 
     channels: of the image. factor: how much smaller it is. noise_levels: timesteps up to which training adds noise to
     it, which makes the model robust to inputs that are not clean (0: none); the level then joins the timestep embedding
-    as `vector` of `vector_dim`.
+    as `vector` of `vector_dim`, or as the bare number where that is 1 (for a U-Net with `vector_classes`).
     """
 
     field = "lowres"
@@ -127,8 +136,12 @@ class LowResolution(SpatialConditioner):
         if self.training:
             levels = torch.randint(self.noise_levels, (len(images),))
             images = self.noise.add_noise(images, torch.randn_like(images), levels.to(images.device))
-        embedded = timestep_embedding(levels.to(images.device), self.vector_dim)
+        levels = levels.to(images.device)
+        embedded = levels.float()[:, None] if self.vector_dim == 1 else timestep_embedding(levels, self.vector_dim)
         return {"concat": _kept(images, drop), "vector": _kept(embedded, drop)}
+
+    def picture(self, values: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
+        return F.interpolate(torch.as_tensor(values).cpu(), tuple(size), mode="nearest")
 
     def null_values(self, count: int, latent_size: Sequence[int]) -> torch.Tensor:
         height, width = self.image_size(latent_size)
@@ -164,6 +177,9 @@ class MaskedImageCondition(SpatialConditioner):
             "concat": torch.cat([self.first_stage.scaled(posterior.mean), F.adaptive_max_pool2d(mask, size)], dim=1)
         }
 
+    def picture(self, values: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
+        return torch.as_tensor(values)[:, :-1].cpu()
+
     def null_values(self, count: int, latent_size: Sequence[int]) -> torch.Tensor:
         return torch.zeros(count, self.channels + 1, *self.image_size(latent_size))
 
@@ -183,6 +199,9 @@ class DepthMap(SpatialConditioner):
         depth = F.interpolate(values, size, mode="bicubic", antialias=True, align_corners=False)
         low, high = depth.amin(dim=(2, 3), keepdim=True), depth.amax(dim=(2, 3), keepdim=True)
         return {"concat": _kept(2 * (depth - low) / (high - low).clamp(min=1e-6) - 1, drop)}
+
+    def picture(self, values: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
+        return F.interpolate(torch.as_tensor(values).cpu().float(), tuple(size), mode="nearest") * 2 - 1
 
     def null_values(self, count: int, latent_size: Sequence[int]) -> torch.Tensor:
         return torch.zeros(count, 1, *self.image_size(latent_size))

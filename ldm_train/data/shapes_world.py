@@ -221,3 +221,25 @@ def read(image: np.ndarray, objects: int = 1) -> Scene | None:
         grown = grown[:-2, 1:-1] | grown[2:, 1:-1] | grown[1:-1, :-2] | grown[1:-1, 2:] | region
         found.append(_read_object(image, distance, grown, scale))
     return None if None in found else Scene(background, tuple(found))
+
+
+def read_labels(image: np.ndarray, objects: int = 1) -> np.ndarray | None:
+    """The label map (H, W) uint8 of a picture (0 background, class index + 1), or None where `read` cannot read it.
+
+    A pixel belongs to an object where it is nearer to the object's colour than to the background's.
+    """
+    scene = read(image, objects)
+    if scene is None:
+        return None
+    labels = np.zeros(image.shape[:2], np.uint8)
+    pixels = image.astype(np.float32) / 255
+    ground = np.full(3, BACKGROUNDS[scene.background], np.float32)
+    centre = (np.arange(len(image)) + 0.5) / len(image)
+    near_x = np.abs(centre[None, :, None] - [o.x for o in scene.objects])
+    near_y = np.abs(centre[:, None, None] - [o.y for o in scene.objects])
+    owner = np.maximum(near_x, near_y).argmin(axis=2)
+    for k, o in enumerate(scene.objects):
+        colour = np.array(COLOURS[o.colour], np.float32)
+        inside = np.linalg.norm(pixels - colour, axis=2) < np.linalg.norm(pixels - ground, axis=2)
+        labels[inside & (owner == k)] = CLASSES.index(f"{o.colour} {o.shape}") + 1
+    return labels

@@ -52,17 +52,29 @@ class FeedForward(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    """Pre-norm: self-attention, attention to the context (to itself where the model has none), GEGLU feed-forward."""
+    """Pre-norm: self-attention, attention to the context (to itself where the model has none), GEGLU feed-forward.
 
-    def __init__(self, dim: int, context_dim: int | None, heads: int, head_dim: int, dropout: float = 0.0):
+    cross_only: the first attention goes to the context too (SD's x4 upscaler at its large resolutions).
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        context_dim: int | None,
+        heads: int,
+        head_dim: int,
+        dropout: float = 0.0,
+        cross_only: bool = False,
+    ):
         super().__init__()
-        self.attn1 = CrossAttention(dim, None, heads, head_dim, dropout)
+        self.cross_only = cross_only
+        self.attn1 = CrossAttention(dim, context_dim if cross_only else None, heads, head_dim, dropout)
         self.attn2 = CrossAttention(dim, context_dim, heads, head_dim, dropout)
         self.ff = FeedForward(dim, dropout=dropout)
         self.norm1, self.norm2, self.norm3 = nn.LayerNorm(dim), nn.LayerNorm(dim), nn.LayerNorm(dim)
 
     def forward(self, x: torch.Tensor, context: torch.Tensor | None, mask: torch.Tensor | None) -> torch.Tensor:
-        x = x + self.attn1(self.norm1(x))
+        x = x + (self.attn1(self.norm1(x), context, mask) if self.cross_only else self.attn1(self.norm1(x)))
         x = x + self.attn2(self.norm2(x), context, mask)
         return x + self.ff(self.norm3(x))
 
@@ -82,6 +94,7 @@ class SpatialTransformer(nn.Module):
         depth: int = 1,
         dropout: float = 0.0,
         linear_projection: bool = False,
+        cross_only: bool = False,
     ):
         super().__init__()
         inner = heads * head_dim
@@ -89,7 +102,7 @@ class SpatialTransformer(nn.Module):
         self.norm = group_norm(channels, 1e-6)
         self.proj_in = nn.Linear(channels, inner) if linear_projection else nn.Conv2d(channels, inner, 1)
         self.transformer_blocks = nn.ModuleList(
-            TransformerBlock(inner, context_dim, heads, head_dim, dropout) for _ in range(depth)
+            TransformerBlock(inner, context_dim, heads, head_dim, dropout, cross_only) for _ in range(depth)
         )
         self.proj_out = zero_init(nn.Linear(inner, channels) if linear_projection else nn.Conv2d(inner, channels, 1))
 

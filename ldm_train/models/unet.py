@@ -50,7 +50,9 @@ class UNet(nn.Module):
     context_dim                 width of cross-attention tokens. None builds plain self-attention blocks unless
                                 `transformer_depth` is given
     transformer_depth           blocks per SpatialTransformer (default 1 where there is a context)
+    cross_only_levels           levels whose transformers attend to the context only, never to themselves
     vector_dim                  width of the condition that joins the timestep embedding (None: no such condition)
+    vector_classes              the vector is one index below this number, looked up in a table (then vector_dim is 1)
     scale_shift, resblock_resample, linear_projection, dropout   as in ADM and SD 2
     activation_checkpointing    recompute activations in the backward pass: less memory, about a third more time
     """
@@ -67,6 +69,8 @@ class UNet(nn.Module):
         context_dim: int | None = None,
         transformer_depth: int | None = None,
         vector_dim: int | None = None,
+        vector_classes: int | None = None,
+        cross_only_levels: Sequence[int] = (),
         out_channels: int | None = None,
         concat_channels: int = 0,
         scale_shift: bool = False,
@@ -78,6 +82,8 @@ class UNet(nn.Module):
         super().__init__()
         if (head_dim is None) == (num_heads is None):
             raise ValueError("give exactly one of head_dim and num_heads to the U-Net")
+        if vector_classes and vector_dim != 1:
+            raise ValueError(f"vector_classes needs vector_dim 1 (an index), got {vector_dim}")
         unknown = [level for level in attention_levels if not 0 <= level < len(channel_mult)]
         if unknown:
             raise ValueError(
@@ -85,7 +91,7 @@ class UNet(nn.Module):
             )
         self.in_channels, self.concat_channels = in_channels, concat_channels
         self.channels, self.levels = channels, len(channel_mult)
-        self.context_dim, self.vector_dim = context_dim, vector_dim
+        self.context_dim, self.vector_dim, self.vector_classes = context_dim, vector_dim, vector_classes
         self.activation_checkpointing = activation_checkpointing
         depth = transformer_depth or (1 if context_dim else 0)
         emb_dim = 4 * channels
@@ -93,16 +99,27 @@ class UNet(nn.Module):
         def block(width: int, out_width: int, resample: str | None = None) -> ResBlock:
             return ResBlock(width, out_width, emb_dim, dropout, scale_shift, resample)
 
-        def attention(width: int) -> nn.Module:
+        def attention(width: int, level: int | None = None) -> nn.Module:
             heads = num_heads or width // head_dim
             if heads < 1 or width % heads:
                 raise ValueError(f"width {width} does not split into heads of {head_dim or width / heads} channels")
             if depth:
-                return SpatialTransformer(width, heads, width // heads, context_dim, depth, dropout, linear_projection)
+                return SpatialTransformer(
+                    width,
+                    heads,
+                    width // heads,
+                    context_dim,
+                    depth,
+                    dropout,
+                    linear_projection,
+                    level in cross_only_levels,
+                )
             return AttentionBlock(width, heads)
 
         self.time_embed = nn.Sequential(nn.Linear(channels, emb_dim), nn.SiLU(), nn.Linear(emb_dim, emb_dim))
-        if vector_dim:
+        if vector_classes:
+            self.label_emb = nn.Embedding(vector_classes, emb_dim)
+        elif vector_dim:
             vector_mlp = nn.Sequential(nn.Linear(vector_dim, emb_dim), nn.SiLU(), nn.Linear(emb_dim, emb_dim))
             self.label_emb = nn.Sequential(vector_mlp)
 
@@ -114,7 +131,7 @@ class UNet(nn.Module):
                 layers = [block(width, channels * mult)]
                 width = channels * mult
                 if level in attention_levels:
-                    layers.append(attention(width))
+                    layers.append(attention(width, level))
                 self.input_blocks.append(Layers(layers))
                 skips.append(width)
             if level < len(channel_mult) - 1:
@@ -130,7 +147,7 @@ class UNet(nn.Module):
                 layers = [block(width + skips.pop(), channels * mult)]
                 width = channels * mult
                 if level in attention_levels:
-                    layers.append(attention(width))
+                    layers.append(attention(width, level))
                 if level and i == num_res_blocks:
                     layers.append(block(width, width, "up") if resblock_resample else Upsample(width))
                 self.output_blocks.append(Layers(layers))
@@ -166,7 +183,9 @@ class UNet(nn.Module):
                 f"latents of {tuple(noisy_latents.shape[-2:])} must be divisible by {least} for this U-Net"
             )
         emb = self.time_embed(timestep_embedding(timesteps, self.channels).to(noisy_latents.dtype))
-        if self.vector_dim:
+        if self.vector_classes:
+            emb = emb + self.label_emb(vector[:, 0].round().long()).to(emb.dtype)
+        elif self.vector_dim:
             emb = emb + self.label_emb(vector.to(emb.dtype))
         x = noisy_latents if concat is None else torch.cat([noisy_latents, concat.to(noisy_latents.dtype)], dim=1)
         skips = []

@@ -108,7 +108,8 @@ class DiffusionTask(Task):
         if self.draw is not None and self.image_folder and self.global_rank == 0 and hasattr(self, "_shown_count"):
             drawn = self.draw(self.model, self._shown, seeds=list(range(self._shown_count)))
             captions = self.model.describe(self._shown, self._shown_count)
-            grid = pictures.grid(drawn, captions=captions if any(captions) else None)
+            shown = pictures.beside(self.model.picture(self._shown, drawn.shape[2:]), drawn)
+            grid = pictures.grid(shown, captions=captions if any(captions) else None)
             path = pictures.save_png(grid, self.image_folder / f"samples_{self.global_step:07d}.png")
             for logger in self.loggers:
                 logger.log_picture("samples", path, self.global_step, "fixed seeds and conditions, averaged weights")

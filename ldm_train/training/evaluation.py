@@ -15,6 +15,7 @@ from ldm_train.metrics.distribution import Moments, frechet_distance, kernel_dis
 from ldm_train.metrics.paired import psnr, ssim
 from ldm_train.rng import derive_seed
 from ldm_train.training.obedience import format_table, measure_obedience
+from ldm_train.training.restoration import format_restoration, measure_restoration
 
 # (model, fields, seeds) -> images
 Draw = Callable[..., torch.Tensor]
@@ -22,7 +23,8 @@ Draw = Callable[..., torch.Tensor]
 
 @dataclass
 class Sampled:
-    """Samples under the conditions of a reference split, as features of both, and the first ones as pictures."""
+    """Samples under the conditions of a reference split, as features of both, and the first ones as pictures, beside what
+    can be seen of their conditions."""
 
     reference: torch.Tensor
     features: torch.Tensor
@@ -59,7 +61,9 @@ def sample_like(
             images = draw(model, condition, seeds=[derive_seed("evaluation", key) for key in keys]).to(model.device)
             made.append(extractor(images).cpu())
             if len(captions) < shown:
-                pictures_shown.append(images[: shown - len(captions)].cpu())
+                pictures_shown.append(
+                    pictures.beside(model.picture(condition, images.shape[2:]), images.cpu())[: shown - len(captions)]
+                )
                 captions += model.describe(condition, len(images))[: shown - len(captions)]
             bar.update(len(images))
     bar.close()
@@ -79,13 +83,14 @@ def evaluate(
     settings: dict[str, Any],
     batch_size: int = 128,
     obedience: dict[str, Any] | None = None,
+    restoration: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Writes metrics.json, samples.png and reconstructions.png into `folder` and returns the metrics.
+    """Writes metrics.json, samples.png, reconstructions.png (and restorations.png) into `folder` and returns the metrics.
 
     loader: batches of the reference split (images and condition fields), without randomness; each image is
     reconstructed, and sampled once under its conditions. extractor: features for distances, with a `name`. perceptual:
     for the reconstructions. settings: sampler, steps and guidance, recorded beside each number. obedience: arguments of
-    `measure_obedience`, on shapes.
+    `measure_obedience`, on shapes. restoration: of `measure_restoration`, for super-resolution and inpainting.
     """
     rebuilt, real, sums, count = [], [], {}, 0
     shown: dict[str, torch.Tensor] = {}
@@ -114,12 +119,18 @@ def evaluate(
         metrics.setdefault(name, {})[f"fid_{extractor.name}"] = {"value": distance} | context
         metrics[name][f"kid_{extractor.name}"] = {"value": kernel_distance(reference, features)} | context
     if obedience:
-        table, drawn, captions = measure_obedience(
+        table, drawn, conditions = measure_obedience(
             lambda fields, seeds: draw(model, fields, seeds=seeds).cpu(), **obedience
         )
         metrics["obedience"] = table | settings
-        shown["samples"], texts = drawn[:36], captions[:36]
+        shown["samples"] = pictures.beside(model.picture(conditions, drawn.shape[2:]), drawn)[:36]
+        texts = model.describe(conditions, len(drawn))[:36]
         print(format_table(table))
+    if restoration:
+        table, rows = measure_restoration(model, loader, draw, perceptual, batch_size=batch_size, **restoration)
+        metrics["restoration"] = table | settings
+        pictures.save_png(pictures.grid(rows, columns=6), folder / "restorations.png")
+        print(format_restoration(table))
     pictures.save_png(pictures.grid(shown["reconstructions"], columns=8), folder / "reconstructions.png")
     pictures.save_png(
         pictures.grid(shown["samples"], columns=6, captions=texts if any(texts) else None), folder / "samples.png"

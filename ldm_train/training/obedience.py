@@ -1,4 +1,4 @@
-"""Obedience on the shapes world: does the picture show what the caption says? Judged from pixels alone."""
+"""Obedience on the shapes world: does the picture show what its condition says? Judged from pixels alone."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -7,12 +7,41 @@ import numpy as np
 import torch
 
 from ldm_train.data import shapes_world
-from ldm_train.images import to_uint8
+from ldm_train.data.samples import collate
+from ldm_train.images import from_uint8, to_uint8
 
 ATTRIBUTES = ("colour", "shape", "position", "background")
+# What each condition says of the picture, beside how it is measured: shares of attributes, IoU of boxes, pixels of maps.
+DETERMINES = {
+    "caption": ATTRIBUTES,
+    "class_label": ATTRIBUTES[:2],
+    "boxes": (*ATTRIBUTES[:3], "box_iou"),
+    "segmentation": (*ATTRIBUTES[:3], "box_iou", "pixels", "object_pixels"),
+    "reference": ATTRIBUTES,
+}
 
 
-def caption_scenes(combinations: Sequence[tuple], count: int, seed: int) -> list[tuple[str, shapes_world.Scene]]:
+def judged_fields(fields: Sequence[str]) -> tuple[str, ...]:
+    """The conditions among `fields` that obedience is measured on: captions alone where there are captions."""
+    return ("caption",) if "caption" in fields else tuple(f for f in fields if f in DETERMINES)
+
+
+def condition(
+    fields: Sequence[str], scene: shapes_world.Scene, text: str, image_size: int, rng: np.random.Generator
+) -> dict[str, Any]:
+    """The entries of `fields` that describe a scene. rng: for the shades of the pictured ones."""
+    image, labels = shapes_world.render(scene, image_size, rng)
+    entries = {
+        "caption": text,
+        "class_label": int(shapes_world.boxes(scene)[0][4]),
+        "boxes": torch.tensor(shapes_world.boxes(scene)),
+        "segmentation": torch.from_numpy(labels).long(),
+        "reference": from_uint8(torch.from_numpy(image).permute(2, 0, 1)),
+    }
+    return {field: entries[field] for field in fields}
+
+
+def random_scenes(combinations: Sequence[tuple], count: int, seed: int) -> list[tuple[str, shapes_world.Scene]]:
     """`count` fresh (caption, scene) pairs, a function of the seed; phrasings vary."""
     pairs = []
     for i in range(count):
@@ -23,23 +52,36 @@ def caption_scenes(combinations: Sequence[tuple], count: int, seed: int) -> list
     return pairs
 
 
-def judge(images: torch.Tensor, scenes: Sequence[shapes_world.Scene]) -> dict[str, np.ndarray]:
-    """Per image: attributes right (bool each), "all" of them, "unreadable", and what was read of x, y, r (NaN if not).
+def box_iou(a: shapes_world.Object, b: shapes_world.Object) -> float:
+    """Intersection over union of two objects' bounding boxes."""
+    sides = [max(0.0, min(p + a.r, q + b.r) - max(p - a.r, q - b.r)) for p, q in ((a.x, b.x), (a.y, b.y))]
+    shared = sides[0] * sides[1]
+    return shared / (4 * a.r**2 + 4 * b.r**2 - shared)
 
-    images (B, 3, H, W) in [-1, 1]. An unreadable picture is wrong in every attribute.
+
+def judge(images: torch.Tensor, scenes: Sequence[shapes_world.Scene]) -> dict[str, np.ndarray]:
+    """Per image: attributes right (bool each), "unreadable", what was read of x, y, r (NaN if not), and against the
+    scene's own drawing: "box_iou", "pixels" (share of pixels with the right label), "object_pixels" (of the object's).
+
+    images (B, 3, H, W) in [-1, 1]. An unreadable picture is wrong in every attribute and every pixel.
     """
     pixels = to_uint8(images).permute(0, 2, 3, 1).numpy()
-    table: dict[str, list] = {name: [] for name in (*ATTRIBUTES, "all", "unreadable", "x", "y", "r")}
+    table: dict[str, list] = {
+        name: [] for name in (*ATTRIBUTES, "unreadable", "x", "y", "r", "box_iou", "pixels", "object_pixels")
+    }
     for picture, scene in zip(pixels, scenes):
         found, wanted = shapes_world.read(picture), scene.objects[0]
+        drawn, labels = shapes_world.read_labels(picture), shapes_world.render(scene, len(picture))[1]
         right = {a: found is not None and getattr(found.objects[0], a) == getattr(wanted, a) for a in ATTRIBUTES[:3]}
         right["background"] = found is not None and found.background == scene.background
+        same = np.zeros_like(labels, bool) if drawn is None else drawn == labels
+        right["box_iou"] = 0.0 if found is None else box_iou(found.objects[0], wanted)
+        right["pixels"], right["object_pixels"] = float(same.mean()), float(same[labels > 0].mean())
+        right["unreadable"] = found is None
+        for name in ("x", "y", "r"):
+            right[name] = np.nan if found is None else getattr(found.objects[0], name)
         for name, value in right.items():
             table[name].append(value)
-        table["all"].append(all(right.values()))
-        table["unreadable"].append(found is None)
-        for name in ("x", "y", "r"):
-            table[name].append(np.nan if found is None else getattr(found.objects[0], name))
     return {name: np.array(values) for name, values in table.items()}
 
 
@@ -53,48 +95,61 @@ def spread(values: np.ndarray) -> float:
 
 def measure_obedience(
     sample: Callable[[dict[str, Any], list[int]], torch.Tensor],
+    fields: Sequence[str],
     world_seed: int,
     image_size: int,
-    captions: int = 256,
+    scenes: int = 256,
     held_out: int = 48,
     seeds: int = 3,
     batch_size: int = 256,
-    caption_seed: int = 1,
-) -> tuple[dict[str, Any], torch.Tensor, list[str]]:
-    """Samples `captions` fresh captions of trained combinations and `held_out` of held-out ones, `seeds` times each.
+    scene_seed: int = 1,
+) -> tuple[dict[str, Any], torch.Tensor, dict[str, Any]]:
+    """Samples under the conditions of `scenes` fresh scenes of trained combinations and `held_out` of held-out ones,
+    `seeds` times each.
 
-    sample: (fields, seeds) -> images. Returns (table, the first images, their captions). The table has the share of
-    right answers per attribute, their mean, and "all" four right, for both kinds of captions, and the diversity: the
-    spread of position (x, y) and size (r) within a caption, for samples and for pictures of the data.
+    sample: (fields, seeds) -> images. fields: of `judged_fields`. Returns (table, the first images, their conditions).
+    The table has what the conditions determine (see DETERMINES), the mean of the attributes and "all" of them right,
+    for both kinds of scenes; and for captions the diversity: the spread of position (x, y) and size (r) within a
+    caption, for samples and for pictures of the data.
     """
     excluded = shapes_world.held_out_combinations(world_seed)
     groups = {
-        "trained": caption_scenes([c for c in shapes_world.COMBINATIONS if c not in excluded], captions, caption_seed),
-        "held_out": caption_scenes(sorted(excluded), held_out, caption_seed + 1),
+        "trained": random_scenes([c for c in shapes_world.COMBINATIONS if c not in excluded], scenes, scene_seed),
+        "held_out": random_scenes(sorted(excluded), held_out, scene_seed + 1),
     }
-    result: dict[str, Any] = {"captions": captions, "held_out_captions": held_out, "seeds": seeds}
-    shown, shown_captions = torch.empty(0), []
+    determined = list(dict.fromkeys(name for field in fields for name in DETERMINES[field]))
+    attributes = [name for name in determined if name in ATTRIBUTES]
+    result: dict[str, Any] = {"scenes": scenes, "held_out_scenes": held_out, "seeds": seeds, "fields": list(fields)}
+    shown, shown_batch = torch.empty(0), {}
     for group, pairs in groups.items():
-        rows = [(text, scene, seed) for seed in range(seeds) for text, scene in pairs]
+        conditions = [
+            condition(fields, scene, text, image_size, np.random.default_rng([scene_seed, 0x5CE2E, i]))
+            for i, (text, scene) in enumerate(pairs)
+        ]
+        rows = [(i, seed) for seed in range(seeds) for i in range(len(pairs))]
         images = []
         for k in range(0, len(rows), batch_size):
             part = rows[k : k + batch_size]
-            # One seed per (caption, repetition), so that no two pictures share their noise.
-            part_seeds = [seed * 1_000_003 + k + j for j, (_, _, seed) in enumerate(part)]
-            images.append(sample({"caption": [text for text, _, _ in part]}, part_seeds))
+            # One seed per (scene, repetition), so that no two pictures share their noise.
+            part_seeds = [seed * 1_000_003 + k + j for j, (_, seed) in enumerate(part)]
+            batch = collate([dict(conditions[i]) for i, _ in part])
+            batch.pop("replaced")
+            images.append(sample(batch, part_seeds))
         drawn = torch.cat(images)
-        table = judge(drawn, [scene for _, scene, _ in rows])
-        scores = {a: float(table[a].mean()) for a in ATTRIBUTES}
-        result[group] = scores | {
-            "mean": float(np.mean(list(scores.values()))),
-            "all": float(table["all"].mean()),
+        table = judge(drawn, [pairs[i][1] for i, _ in rows])
+        result[group] = {name: float(table[name].mean()) for name in determined} | {
+            "mean": float(np.mean([table[a].mean() for a in attributes])),
+            "all": float(np.all([table[a] for a in attributes], axis=0).mean()),
             "unreadable": float(table["unreadable"].mean()),
         }
         if group == "trained":
-            shown, shown_captions = drawn[: min(64, captions)], [text for text, _ in pairs[:64]]
-            by_caption = {n: table[n].reshape(seeds, captions).T for n in ("x", "y", "r")}
-            result["diversity"] = _diversity(by_caption, pairs, image_size, seeds)
-    return result, shown, shown_captions
+            first = min(64, scenes)
+            shown, shown_batch = drawn[:first], collate([dict(c) for c in conditions[:first]])
+            shown_batch.pop("replaced")
+            if "caption" in fields:
+                by_caption = {n: table[n].reshape(seeds, scenes).T for n in ("x", "y", "r")}
+                result["diversity"] = _diversity(by_caption, pairs, image_size, seeds)
+    return result, shown, shown_batch
 
 
 def _diversity(
@@ -123,12 +178,13 @@ def _diversity(
 
 def format_table(result: dict[str, Any]) -> str:
     """The table people read at the end of the quickstart."""
-    lines = [f"{'obedience':<12}" + "".join(f"{a:>12}" for a in (*ATTRIBUTES, "mean", "all four", "unreadable"))]
+    titles = {"all": "all of them", "box_iou": "box IoU", "object_pixels": "object px"}
+    names = list(result["trained"])
+    lines = [f"{'obedience':<12}" + "".join(f"{titles.get(n, n):>12}" for n in names)]
     for group, label in (("trained", "trained"), ("held_out", "held out")):
-        row = [result[group][a] for a in (*ATTRIBUTES, "mean", "all", "unreadable")]
-        lines.append(f"{label:<12}" + "".join(f"{v:>11.1%} " for v in row))
-    d = result["diversity"]
-    lines.append(
-        f"diversity within a caption, samples / data: position {d['position_ratio']:.2f}, size {d['size_ratio']:.2f}"
-    )
+        lines.append(f"{label:<12}" + "".join(f"{result[group][n]:>11.1%} " for n in names))
+    if d := result.get("diversity"):
+        lines.append(
+            f"diversity within a caption, samples / data: position {d['position_ratio']:.2f}, size {d['size_ratio']:.2f}"
+        )
     return "\n".join(lines)

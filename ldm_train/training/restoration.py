@@ -1,0 +1,153 @@
+"""How well super-resolution and inpainting models restore pictures whose originals are known."""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+from tqdm import tqdm
+
+from ldm_train.latent_diffusion import LatentDiffusion
+from ldm_train.metrics.paired import psnr, ssim
+from ldm_train.rng import derive_seed
+
+FIELDS = ("lowres", "masked_image")
+PEAK = 2.0  # images span [-1, 1]
+
+
+def _resized(images: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    return F.interpolate(images, size, mode="bicubic", antialias=True, align_corners=False).clamp(-1, 1)
+
+
+def decibel(squared_error: torch.Tensor, count: torch.Tensor) -> float:
+    """PSNR in dB of summed squared errors over `count` values in [-1, 1]: pooled, not a mean of logarithms."""
+    return float(10 * torch.log10(PEAK**2 * count / squared_error.clamp(min=1e-12)))
+
+
+def superresolution_values(
+    images: torch.Tensor,
+    lowres: torch.Tensor,
+    samples: torch.Tensor,
+    autoencode: Callable[[torch.Tensor], torch.Tensor],
+    perceptual: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None,
+) -> dict[str, torch.Tensor]:
+    """One value per image (B,): images (B, C, H, W), lowres (B, C, h, w), samples (n, B, C, H, W), all in [-1, 1].
+
+    psnr and ssim of the mean of the samples, of one sample, and of bicubic enlargement through the autoencoder, which
+    the mean should beat; of the images through the autoencoder, which is the ceiling; and "consistency": the PSNR of
+    the samples, reduced again, against `lowres`. perceptual: a distance.
+    """
+    mean = samples.mean(dim=0)
+    enlarged = _resized(lowres, tuple(images.shape[2:]))
+    made = {"mean": mean, "sample": samples[0], "bicubic": autoencode(enlarged), "ceiling": autoencode(images)}
+    values = {f"psnr_{name}": psnr(picture, images) for name, picture in made.items()}
+    values |= {f"ssim_{name}": ssim(picture, images) for name, picture in made.items()}
+    if perceptual is not None:
+        values |= {f"perceptual_{name}": perceptual(picture, images) for name, picture in made.items()}
+    values["psnr_gain"] = values["psnr_mean"] - values["psnr_bicubic"]
+    values["consistency"] = torch.stack([psnr(_resized(s, tuple(lowres.shape[2:])), lowres) for s in samples]).mean(0)
+    values["consistency_ceiling"] = psnr(_resized(made["ceiling"], tuple(lowres.shape[2:])), lowres)
+    return values
+
+
+def inpainting_errors(
+    images: torch.Tensor, masks: torch.Tensor, samples: torch.Tensor, autoencode: Callable[[torch.Tensor], torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """Squared errors (B,) per image, summed over pixels: images (B, C, H, W), masks (B, 1, H, W) with 1 in the hole,
+    samples (n, B, C, H, W), before any composite of known pixels.
+
+    In the hole: of the mean of the samples, of one sample, of the known pixels' mean colour ("mean_fill"), of the
+    autoencoder ("ceiling"). On the known pixels: of the samples, and of the autoencoder. "hole" and "known" count values.
+    """
+    known = 1 - masks
+    colour = (images * known).sum(dim=(2, 3), keepdim=True) / known.sum(dim=(2, 3), keepdim=True).clamp(min=1)
+    rebuilt = autoencode(images)
+
+    def error(picture: torch.Tensor, where: torch.Tensor) -> torch.Tensor:
+        return ((picture - images).double().square() * where).sum(dim=(1, 2, 3))
+
+    channels = images.shape[1]
+    return {
+        "mean": error(samples.mean(dim=0), masks),
+        "sample": error(samples[0], masks),
+        "mean_fill": error(colour, masks),
+        "ceiling": error(rebuilt, masks),
+        "known_sample": torch.stack([error(s, known) for s in samples]).mean(dim=0),
+        "known_ceiling": error(rebuilt, known),
+        "hole": masks.double().sum(dim=(1, 2, 3)) * channels,
+        "known": known.double().sum(dim=(1, 2, 3)) * channels,
+    }
+
+
+@torch.no_grad()
+def measure_restoration(
+    model: LatentDiffusion,
+    loader: Iterable[dict[str, Any]],
+    draw: Callable[..., torch.Tensor],
+    perceptual: torch.nn.Module | None,
+    images: int = 64,
+    samples: int = 8,
+    batch_size: int = 64,
+    shown: int = 8,
+) -> tuple[dict[str, float], torch.Tensor]:
+    """Draws `samples` pictures for each of the first `images` of `loader` under its own conditions.
+
+    Returns (table, pictures): means over images for super-resolution; PSNR in dB pooled over pixels for inpainting.
+    The pictures are rows of condition, three samples, their mean, and the original.
+    """
+    field = next(f for f in FIELDS if f in model.fields)
+    restored, originals, conditions = [], [], []
+    bar = tqdm(total=images, desc="restorations", unit="img")
+    seen = 0
+    for batch in loader:
+        take = min(len(batch["key"]), images - seen)
+        step = max(1, batch_size // samples)
+        for k in range(0, take, step):
+            stop = min(k + step, take)
+            keys = batch["key"][k:stop]
+            repeated = {}
+            for name in (f for f in model.fields if f in batch):
+                part = batch[name][k:stop]
+                repeated[name] = torch.cat([part] * samples) if isinstance(part, torch.Tensor) else list(part) * samples
+            seeds = [derive_seed("restoration", key, i) for i in range(samples) for key in keys]
+            made = draw(model, repeated, seeds=seeds).cpu()
+            restored.append(made.view(samples, len(keys), *made.shape[1:]))
+            originals.append(batch["image"][k:stop])
+            conditions.append(batch[field][k:stop])
+            bar.update(len(keys))
+        seen += take
+        if seen >= images:
+            break
+    bar.close()
+    drawn, real, given = torch.cat(restored, dim=1), torch.cat(originals), torch.cat(conditions)
+
+    def autoencode(pictures: torch.Tensor) -> torch.Tensor:
+        rebuilt = []
+        for part in pictures.split(batch_size):
+            posterior = model.first_stage.posterior(model.first_stage.encode_moments(part.to(model.device)))
+            rebuilt.append(model.decode(model.first_stage.scaled(posterior.mean)).cpu())
+        return torch.cat(rebuilt)
+
+    table: dict[str, float] = {"n": len(real), "samples": samples}
+    if field == "lowres":
+        distance = perceptual and (lambda a, b: perceptual(a.to(model.device), b.to(model.device)).cpu())
+        values = superresolution_values(real, given, drawn, autoencode, distance)
+        table |= {name: float(v.double().mean()) for name, v in values.items()}
+    else:
+        sums = {n: v.sum() for n, v in inpainting_errors(real, given[:, -1:], drawn, autoencode).items()}
+        for name in ("mean", "sample", "mean_fill", "ceiling"):
+            table[f"psnr_hole_{name}"] = decibel(sums[name], sums["hole"])
+        table["psnr_gain"] = table["psnr_hole_mean"] - table["psnr_hole_mean_fill"]
+        for name in ("sample", "ceiling"):
+            table[f"psnr_known_{name}"] = decibel(sums[f"known_{name}"], sums["known"])
+    condition = model.picture({field: given[:shown]}, tuple(real.shape[2:]))
+    rows = torch.stack([condition, *drawn[:3, :shown], drawn[:, :shown].mean(dim=0), real[:shown]], dim=1)
+    return table, rows.flatten(0, 1)
+
+
+def format_restoration(table: dict[str, float]) -> str:
+    values = [f"{name} {value:.2f}" for name, value in table.items() if name not in ("n", "samples")]
+    return (
+        f"restoration of {table['n']} images, {table['samples']} samples each (dB; ssim; distance):\n  "
+        + "\n  ".join(", ".join(values[k : k + 4]) for k in range(0, len(values), 4))
+    )
