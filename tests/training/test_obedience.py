@@ -32,7 +32,8 @@ def test_drawings_of_the_scenes_themselves_are_right():
     table = judge(drawn(SCENES), SCENES)
     for name in ("colour", "shape", "position", "background"):
         assert table[name].all()
-    assert table["box_iou"].min() > 0.7 and table["box_iou"].mean() > 0.88
+    assert table["box_iou"].min() > 0.7
+    assert table["box_iou"].mean() > 0.88
     assert table["pixels"].min() > 0.97
     assert table["object_pixels"].mean() > 0.9
 
@@ -43,14 +44,18 @@ def test_another_scene_is_wrong_where_it_differs():
         s for s in SCENES if s.objects[0].position != scene.objects[0].position and s.background == scene.background
     )
     table = judge(drawn([other]), [scene])
-    assert not table["position"][0] and table["background"][0]
-    assert table["box_iou"][0] < 0.3 and table["object_pixels"][0] < 0.5
+    assert not table["position"][0]
+    assert table["background"][0]
+    assert table["box_iou"][0] < 0.3
+    assert table["object_pixels"][0] < 0.5
 
 
 def test_noise_is_unreadable_and_wrong_in_every_pixel():
     table = judge(torch.randn(3, 3, 32, 32), SCENES[:3])
     assert table["unreadable"].all()
-    assert not table["colour"].any() and table["pixels"].max() == 0 and table["box_iou"].max() == 0
+    assert not table["colour"].any()
+    assert table["pixels"].max() == 0
+    assert table["box_iou"].max() == 0
 
 
 def test_iou_of_boxes_in_closed_form():
@@ -73,14 +78,17 @@ def test_a_painter_that_reads_its_condition_scores_fully(field: str):
     rng = np.random.default_rng(0)
 
     def paint(batch: dict, seeds: list[int]) -> torch.Tensor:
-        assert list(batch) == [field] and len(batch[field]) == len(seeds)
+        assert list(batch) == [field]
+        assert len(batch[field]) == len(seeds)
         scenes = []
         for value in batch[field]:
             one = shapes_world.random_scene(rng, list(shapes_world.COMBINATIONS))
             o, ground = one.objects[0], one.background
             if field == "caption":
                 words = value.replace(",", " ")
-                colour, shape = (next(n for n in names if n in words) for names in (shapes_world.COLOURS, shapes_world.SHAPES))
+                colour, shape = (
+                    next(n for n in names if n in words) for names in (shapes_world.COLOURS, shapes_world.SHAPES)
+                )
                 position = next(n for n in shapes_world.POSITIONS if n in words)
                 ground = next(n for n in shapes_world.BACKGROUNDS if n in words)
                 o = shapes_world.random_object(rng, (colour, shape, position, ground))
@@ -104,9 +112,11 @@ def test_a_painter_that_reads_its_condition_scores_fully(field: str):
         return drawn(scenes)
 
     table, shown, batch = measure_obedience(paint, (field,), 0, 32, scenes=30, held_out=6, seeds=2, batch_size=16)
-    assert table["trained"]["all"] == 1 and table["held_out"]["all"] == 1
+    assert table["trained"]["all"] == 1
+    assert table["held_out"]["all"] == 1
     if "pixels" in DETERMINES[field]:
-        assert table["trained"]["pixels"] > 0.96 and table["trained"]["box_iou"] > 0.85
+        assert table["trained"]["pixels"] > 0.96
+        assert table["trained"]["box_iou"] > 0.85
     assert len(shown) == 30 == len(batch[field])
     assert ("diversity" in table) == (field == "caption")
     assert "held out" in format_table(table)
@@ -116,7 +126,8 @@ def test_superresolution_knows_its_baseline_and_ceiling():
     images = drawn(SCENES[:6])
     lowres = F.interpolate(images, (8, 8), mode="bicubic", antialias=True).clamp(-1, 1)
     values = superresolution_values(images, lowres, torch.stack([images, images]), lambda x: x * 0.98, None)
-    assert torch.isinf(values["psnr_mean"]).all() and values["consistency"].min() > 60
+    assert torch.isinf(values["psnr_mean"]).all()
+    assert values["consistency"].min() > 60
     enlarged = F.interpolate(lowres, (32, 32), mode="bicubic", antialias=True).clamp(-1, 1)
     assert torch.allclose(values["psnr_bicubic"], psnr(enlarged * 0.98, images))
     assert (values["psnr_ceiling"] > 30).all()
@@ -127,7 +138,8 @@ def test_inpainting_errors_against_their_definitions():
     masks[:, :, 8:20, 4:16] = 1
     samples = images + 0.1 * torch.randn(5, 4, 3, 32, 32)
     errors = inpainting_errors(images, masks, samples, lambda x: x + 0.01)
-    assert errors["hole"].tolist() == [12 * 12 * 3] * 4 and errors["known"].tolist() == [(1024 - 144) * 3] * 4
+    assert errors["hole"].tolist() == [12 * 12 * 3] * 4
+    assert errors["known"].tolist() == [(1024 - 144) * 3] * 4
     assert torch.allclose(errors["ceiling"], 1e-4 * errors["hole"], rtol=1e-3)
     known = 1 - masks[0]
     fill = torch.stack([images[0][c][known[0] > 0].mean() for c in range(3)])

@@ -29,7 +29,11 @@ class Source(Protocol):
         ...
 
     def sample(self, split: str, i: int) -> tuple[str, dict[str, bytes]]:
-        """(key, {extension: bytes}). Raises OSError or ValueError for a sample that cannot be read."""
+        """(key, {extension: bytes}). Raises OSError or ValueError for a sample that cannot be read.
+
+        A source that is slow one by one may also have `samples(split, chunk)`: an iterator of the same in order, with
+        the exception in the place of a sample that cannot be read.
+        """
         ...
 
 
@@ -47,11 +51,16 @@ def _write(source: Source, out: Path, split: str, number: int, chunk: range) -> 
     """Writes one shard and the note that it is complete. Returns its entry with skipped samples and image sizes."""
     sizes, skipped = [], []
 
+    together = source.samples(split, chunk) if hasattr(source, "samples") else None
+
     def samples():
         for i in chunk:
             key = f"sample {i}"
             try:
-                key, fields = source.sample(split, i)
+                made = source.sample(split, i) if together is None else next(together)
+                if isinstance(made, Exception):
+                    raise made
+                key, fields = made
                 extension = next((e for e in IMAGE_EXTENSIONS if e in fields), None)
                 if extension and extension != "npy":
                     with open_image(fields[extension]) as image:

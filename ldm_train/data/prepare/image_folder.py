@@ -17,13 +17,32 @@ def image_bytes(path: Path, max_size: int | None) -> tuple[str, bytes]:
 
     Reduced images become JPEG (quality 95) if they were, PNG otherwise. Raises OSError or ValueError naming the file.
     """
-    data, extension = path.read_bytes(), path.suffix.lower().lstrip(".")
+    return reduced(path.read_bytes(), path.suffix.lower().lstrip("."), max_size, str(path))
+
+
+def reduced(data: bytes, extension: str, max_size: int | None, name: str) -> tuple[str, bytes]:
+    """As `image_bytes`, of an encoded image that errors shall call `name`."""
     if max_size is None:
         return extension, data
     try:
         return _reduced(data, extension, max_size)
     except (OSError, ValueError, SyntaxError) as error:  # PIL raises SyntaxError for broken PNGs
-        raise ValueError(f"{path}: {error}") from error
+        raise ValueError(f"{name}: {error}") from error
+
+
+def encoded_png(image: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
+def check_count(where: str, found: int, expected: int | None) -> None:
+    """Raises DataError where a data set of known size has another one."""
+    if expected is not None and found != expected:
+        raise DataError(
+            f"{where} has {found} images, the data set as published {expected}; complete the download, or take what there "
+            "is with source.expect=null"
+        )
 
 
 def _reduced(data: bytes, extension: str, max_size: int) -> tuple[str, bytes]:
@@ -35,23 +54,31 @@ def _reduced(data: bytes, extension: str, max_size: int) -> tuple[str, bytes]:
             image = image.convert("RGBA" if "transparency" in image.info else "RGB")
         factor = max_size / min(image.size)
         image = image.resize((round(image.width * factor), round(image.height * factor)), Image.Resampling.LANCZOS)
-        buffer = io.BytesIO()
         if extension in ("jpg", "jpeg"):
+            buffer = io.BytesIO()
             image.convert("RGB").save(buffer, format="JPEG", quality=95)
             return "jpg", buffer.getvalue()
-        image.save(buffer, format="PNG")
-        return "png", buffer.getvalue()
+        return "png", encoded_png(image)
 
 
 class ImageFolder:
     """path: a folder; its subfolders are classes (nested ones belong to their topmost folder). Subfolders named train
     and val (or validation, test) are splits. val_fraction: of the images, where there is no validation folder.
-    max_size: reduce the short side to so many pixels.
+    max_size: reduce the short side to so many pixels. labels: false for folders that mean nothing.
+    expect: the number of images of a data set of known size (None: any).
 
-    Raises FileNotFoundError where there is no folder or no image, DataError where two files would get one key.
+    Raises FileNotFoundError where there is no folder or no image, DataError where two files would get one key or the
+    number of images is not the expected one.
     """
 
-    def __init__(self, path: str, val_fraction: float = 0.05, max_size: int | None = None):
+    def __init__(
+        self,
+        path: str,
+        val_fraction: float = 0.05,
+        max_size: int | None = None,
+        labels: bool = True,
+        expect: int | None = None,
+    ):
         root = Path(path)
         if not root.is_dir():
             raise FileNotFoundError(f"path={path} is no folder; give a folder of images")
@@ -69,6 +96,7 @@ class ImageFolder:
         }
         if not any(files.values()):
             raise FileNotFoundError(f"no images ({', '.join(sorted(EXTENSIONS))}) in {path}")
+        check_count(path, sum(map(len, files.values())), expect)
         self.max_size = max_size
         tops = sorted(
             {
@@ -79,8 +107,8 @@ class ImageFolder:
             }
         )
         loose = [p for s, paths in files.items() for p in paths if len(p.relative_to(folders[s]).parts) == 1]
-        self.classes = tops if tops and not loose else None
-        if tops and loose:
+        self.classes = tops if tops and not loose and labels else None
+        if tops and loose and labels:
             print(f"no classes: {len(loose)} images lie outside the class folders (first: {loose[0]})")
         self.items: dict[str, list[tuple[str, Path, int | None]]] = {"train": [], "val": []}
         for split, paths in files.items():
