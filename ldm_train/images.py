@@ -49,7 +49,7 @@ def grid(
     """
     count, _, height, width = images.shape
     columns = columns or max(1, round(count**0.5))
-    factor = max(1, tile // max(height, width))
+    factor = max(1, tile // min(height, width))
     height, width = height * factor, width * factor
     font = ImageFont.load_default(size=11)
     texts = [_wrap(c, width - 4, font) for c in captions] if captions else [[] for _ in range(count)]

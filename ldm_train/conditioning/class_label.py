@@ -25,7 +25,6 @@ class ClassLabel(Conditioner):
         self.names = [str(i) for i in range(classes)] if isinstance(classes, int) else list(classes)
         self.widths = {slot: dim}
         self.embedding = nn.Embedding(len(self.names) + 1, dim)
-        nn.init.normal_(self.embedding.weight, std=0.02 if slot == "vector" else 1.0)
 
     def forward(self, values: torch.Tensor, drop: torch.Tensor) -> dict[str, torch.Tensor]:
         """values (B,) int64 -> vector (B, dim), or context (B, 1, dim) with its mask."""

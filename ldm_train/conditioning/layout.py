@@ -19,6 +19,8 @@ class LayoutBoxes(Conditioner):
     vocab_size: 8192 as published: corners are counted on a grid of floor(sqrt(vocab_size)) = 90 a side, the last token
         is padding
     depth, heads: of the transformer
+    pooled: also fill the vector slot with the mean hidden state of the objects' tokens (not published; short trainings
+        learn positions from it long before cross-attention does)
     The null condition is the empty layout.
     """
 
@@ -32,6 +34,7 @@ class LayoutBoxes(Conditioner):
         vocab_size: int = 8192,
         depth: int = 16,
         heads: int = 8,
+        pooled: bool = False,
         dropout: float = 0.1,
     ):
         super().__init__(dropout)
@@ -41,7 +44,8 @@ class LayoutBoxes(Conditioner):
             raise ValueError(
                 f"vocab_size {vocab_size} is too small for {len(self.names)} labels and a grid of {self.grid}"
             )
-        self.max_objects, self.length, self.widths = max_objects, 3 * max_objects + 2, {"context": dim}
+        self.max_objects, self.length, self.pooled = max_objects, 3 * max_objects + 2, pooled
+        self.widths = {"context": dim} | ({"vector": dim} if pooled else {})
         self.encoder = TokenEncoder(vocab_size, dim, depth, heads, self.length)
 
     def _corner(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
@@ -69,11 +73,16 @@ class LayoutBoxes(Conditioner):
         return sequence
 
     def forward(self, values: Sequence[torch.Tensor], drop: torch.Tensor) -> dict[str, torch.Tensor]:
-        """B layouts (N_i, 5) -> context (B, L, dim) and its mask (padding counts, as published)."""
+        """B layouts (N_i, 5) -> context (B, L, dim) and its mask (padding counts, as published), perhaps vector (B, dim)."""
         empty = torch.zeros(0, 5)
         rows = [self.tokens(empty if dropped else boxes.cpu()) for boxes, dropped in zip(values, drop.tolist())]
         ids = torch.stack(rows).to(self.device)
-        return {"context": self.encoder(ids), "context_mask": torch.ones_like(ids, dtype=torch.bool)}
+        x = self.encoder(ids)
+        condition = {"context": x, "context_mask": torch.ones_like(ids, dtype=torch.bool)}
+        if self.pooled:
+            share = (ids != self.padding)[..., None].to(x.dtype)
+            condition["vector"] = (x * share).sum(dim=1) / share.sum(dim=1)
+        return condition
 
     def null_values(self, count: int, latent_size: Sequence[int]) -> list[torch.Tensor]:
         return [torch.zeros(0, 5)] * count

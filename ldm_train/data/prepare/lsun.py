@@ -1,12 +1,23 @@
 """LSUN scenes from the LMDB exports their owners distribute (Yu et al. 2015)."""
 
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 from ldm_train.data.prepare.build import digest
 from ldm_train.data.prepare.image_folder import check_count, reduced
 from ldm_train.data.shards import DataError
 
 EXPECTED = {"bedroom": {"train": 3_033_042, "val": 300}, "church_outdoor": {"train": 126_227, "val": 300}}
+
+
+@cache  # LMDB must not be opened twice in one process
+def _database(folder: str) -> Any:
+    try:
+        import lmdb
+    except ImportError as error:
+        raise DataError("LSUN's databases need the package lmdb: pip install 'ldm-train[prepare]'") from error
+    return lmdb.open(folder, readonly=True, lock=False, readahead=False)
 
 
 class LSUN:
@@ -33,7 +44,7 @@ class LSUN:
                 raise FileNotFoundError(
                     f"{folder} is no LMDB folder; unpack {folder.name}.zip of LSUN (github.com/fyu/lsun) into {path}"
                 )
-        self.max_size, self._open = max_size, {}
+        self.max_size = max_size
         self.keys = {split: self._keys(split, limit if split == "train" else None) for split in self.folders}
         expected = EXPECTED.get(scene) if expect == "published" else expect
         if expected and limit is None:
@@ -46,22 +57,8 @@ class LSUN:
             "keys": {split: digest([k.hex() for k in keys]) for split, keys in self.keys.items()},
         }
 
-    def __getstate__(self) -> dict:
-        return self.__dict__ | {"_open": {}}  # open databases do not travel to other processes
-
-    def _database(self, split: str):
-        if split not in self._open:
-            try:
-                import lmdb
-            except ImportError as error:
-                raise DataError("LSUN's databases need the package lmdb: pip install 'ldm-train[prepare]'") from error
-            self._open[split] = lmdb.open(
-                str(self.folders[split]), readonly=True, lock=False, readahead=False, max_readers=1
-            )
-        return self._open[split]
-
     def _keys(self, split: str, limit: int | None) -> list[bytes]:
-        with self._database(split).begin() as transaction:
+        with _database(str(self.folders[split])).begin() as transaction:
             cursor = transaction.cursor().iternext(keys=True, values=False)
             return [bytes(k) for k, _ in zip(cursor, range(limit))] if limit else [bytes(k) for k in cursor]
 
@@ -70,7 +67,7 @@ class LSUN:
 
     def sample(self, split: str, i: int) -> tuple[str, dict[str, bytes]]:
         key = self.keys[split][i]
-        with self._database(split).begin() as transaction:
+        with _database(str(self.folders[split])).begin() as transaction:
             data = bytes(transaction.get(key))
         extension = "jpg" if data[:3] == b"\xff\xd8\xff" else ("webp" if data[8:12] == b"WEBP" else "png")
         extension, data = reduced(data, extension, self.max_size, f"{self.folders[split]} {key!r}")
