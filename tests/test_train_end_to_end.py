@@ -22,6 +22,8 @@ from ldm_train.cli.chain import Chain
 from ldm_train.cli.common import config_folder
 from ldm_train.cli.sample import sample
 from ldm_train.data.latents import CachedLatents
+from ldm_train.data.prepare.build import build as build_shards
+from ldm_train.data.prepare.shapes import Shapes
 from ldm_train.training.stages import Refused, read_note, set_aside
 
 ROOT = Path(__file__).parents[1]
@@ -244,10 +246,31 @@ def test_a_changed_micro_batch_size_continues_with_the_same_samples(tmp_path: Pa
 
 
 @pytest.mark.chain
-def test_a_model_without_captions_skips_obedience(tmp_path: Path, capsys: pytest.CaptureFixture):
+def test_obedience_is_measured_on_the_condition_there_is(tmp_path: Path, capsys: pytest.CaptureFixture):
     chain(tmp_path, "diffusion/conditioning=class").run()
+    table = json.loads((tmp_path / "run/evaluation/metrics.json").read_text())["obedience"]
+    assert table["fields"] == ["class_label"]
+    assert "position" not in table["trained"]
+    set_aside(tmp_path / "run", "diffusion")
+    chain(tmp_path, "diffusion/conditioning=none").run()
     assert "obedience: not measured" in capsys.readouterr().out
     assert "obedience" not in json.loads((tmp_path / "run/evaluation/metrics.json").read_text())
+
+
+@pytest.mark.chain
+def test_several_roots_and_an_autoencoder_with_its_own(tmp_path: Path):
+    for seed in (0, 1):
+        build_shards(Shapes(size=32, count=24 + 8 * seed, val_count=8, seed=seed), tmp_path / f"shapes{seed}")
+    both = f"data.root=[{tmp_path}/shapes0,{tmp_path}/shapes1]"
+    own = (f"autoencoder.data.root={tmp_path}/shapes1", "autoencoder.data.image_size=16")
+    options = (both, "data.weights=[1,2]", "data.balance_classes=true", *own)
+    run = chain(tmp_path, *options)
+    run.run()
+    assert run.data("autoencoder", ("image",)).transform.size == (16, 16)
+    assert read_note(tmp_path / "run/autoencoder")["finished"]
+    assert len(CachedLatents(tmp_path / "run/latents", "train", (), 0)) == 56
+    with pytest.raises(Refused, match=r"data\.weights: "):
+        chain(tmp_path, both, "data.weights=[1,1]", "data.balance_classes=true", *own).run()
 
 
 @pytest.mark.chain

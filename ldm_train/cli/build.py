@@ -91,18 +91,26 @@ def cadence_of(section: DictConfig, machine: Machine, config: DictConfig) -> Cad
     )
 
 
+def stage_data(config: DictConfig, stage: str) -> DictConfig:
+    """The data section of a stage: the autoencoder's own options (autoencoder.data) come before the common ones."""
+    own = {k: v for k, v in config.autoencoder.data.items() if v is not None} if stage == "autoencoder" else {}
+    if "root" in own:  # shares are those of its own roots
+        own = {"weights": None, "balance_classes": False} | own
+    return OmegaConf.merge(config.data, own) if own else config.data
+
+
 def ensure_data(data: DictConfig) -> None:
     """Prepares data that needs nothing from outside (data.source) where it is not there yet."""
-    if data.source is not None and not (Path(data.root) / INDEX).is_file():
+    if data.source is not None and isinstance(data.root, str) and not (Path(data.root) / INDEX).is_file():
         prepare(instantiate(data.source), data.root, data.per_shard)
 
 
 def data_module(config: DictConfig, stage: str, machine: Machine, fields: tuple[str, ...]) -> ShardDataModule:
     """The images for a stage ("autoencoder" or "diffusion")."""
-    section, data = config[stage], config.data
+    section, data = config[stage], stage_data(config, stage)
     size = data.image_size if isinstance(data.image_size, int) else tuple(data.image_size)
     return ShardDataModule(
-        data.root,
+        plain(data)["root"],
         batching_of(section, machine),
         section.max_steps,
         fields,
@@ -121,6 +129,8 @@ def data_module(config: DictConfig, stage: str, machine: Machine, fields: tuple[
         config.seed,
         data.remedy,
         {field: instantiate(maker, _convert_="all") for field, maker in data.derived.items()},
+        plain(data)["weights"],
+        data.balance_classes,
     )
 
 

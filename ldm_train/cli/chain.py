@@ -40,6 +40,7 @@ from ldm_train.training.restoration import FIELDS as RESTORED
 
 # Options that change how a stage runs but not what it computes; they may differ when it resumes.
 NOT_IN_KEY = (
+    "data",  # enters by content
     "max_steps",
     "micro_batch_size",
     "val_every",
@@ -69,9 +70,9 @@ class Chain:
     def section(self, stage: str) -> dict[str, Any]:
         return {k: v for k, v in build.plain(self.config[stage]).items() if k not in NOT_IN_KEY}
 
-    def data_key(self) -> dict[str, Any]:
-        data = self.config.data
-        index = read_index(data.root, data.remedy)
+    def data_key(self, stage: str) -> dict[str, Any]:
+        data = build.stage_data(self.config, stage)
+        index = read_index(build.plain(data)["root"], data.remedy)
         used = {k: data[k] for k in ("image_size", "crop", "scale", "flip", "channels", "reader", "shuffle_buffer")}
         if data.reader == "streaming":  # its order depends on the number of its readers
             used["num_workers"] = self.config.num_workers
@@ -79,8 +80,14 @@ class Chain:
             "content": data_hash(index, data.train_split, data.val_split)
         }
 
+    def drawn_key(self, stage: str) -> dict[str, Any]:
+        """How training draws from several sets of data."""
+        data = build.plain(build.stage_data(self.config, stage))
+        return {k: data[k] for k in ("weights", "balance_classes")}
+
     def autoencoder_key(self) -> dict[str, Any]:
-        common = {"data": self.data_key(), "seed": self.config.seed}
+        data = self.data_key("autoencoder") | self.drawn_key("autoencoder")
+        common = {"data": data, "seed": self.config.seed}
         if pretrained := self.config.autoencoder.pretrained:
             folder = build.pretrained_folder(pretrained, self.config.runs_dir)
             return common | {"pretrained": read_metadata(folder)["sha256"]}
@@ -88,7 +95,11 @@ class Chain:
 
     def latents_key(self) -> dict[str, Any]:
         weights = stages.result_of(self.folder, "autoencoder")["sha256"]
-        return {"autoencoder_weights": weights, "data": self.data_key(), "latents": build.plain(self.config.latents)}
+        return {
+            "autoencoder_weights": weights,
+            "data": self.data_key("diffusion"),
+            "latents": build.plain(self.config.latents),
+        }
 
     def diffusion_key(self) -> dict[str, Any]:
         upstream = stages.result_of(self.folder, "latents")
@@ -96,6 +107,7 @@ class Chain:
             "diffusion": self.section("diffusion"),
             "latents": upstream["content"],
             "derived": build.plain(self.config.data.derived),
+            "data": self.drawn_key("diffusion"),
             "seed": self.config.seed,
             "precision": self.machine.precision,
         }
@@ -103,7 +115,7 @@ class Chain:
     def evaluation_key(self) -> dict[str, Any]:
         return {
             "weights": stages.result_of(self.folder, "diffusion")["sha256"],
-            "data": self.data_key(),
+            "data": self.data_key("diffusion"),
             "evaluation": build.plain(self.config.evaluation),
             "sampling": build.plain(self.config.sampling),
             "sampler": build.plain(self.config.sampler),
@@ -113,7 +125,11 @@ class Chain:
         return {"weights": stages.result_of(self.folder, "diffusion")["sha256"]}
 
     def perceptual_key(self) -> dict[str, Any]:
-        return {"data": self.data_key(), "perceptual": build.plain(self.config.perceptual), "seed": self.config.seed}
+        return {
+            "data": self.data_key("autoencoder"),
+            "perceptual": build.plain(self.config.perceptual),
+            "seed": self.config.seed,
+        }
 
     # -- stages --------------------------------------------------------------------------------------------------------
 
@@ -153,7 +169,7 @@ class Chain:
             network.encoder.compile()
             network.decoder.compile()
         network.to(memory_format=torch.channels_last)
-        self._fit(task, data, folder, "autoencoder", data.count(config.data.train_split))
+        self._fit(task, data, folder, "autoencoder", data.count(data.train_split))
         return {"sha256": self._save(folder / "model", network, tree, metadata)}
 
     def perceptual(self, folder: Path) -> dict[str, Any]:

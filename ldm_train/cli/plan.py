@@ -5,8 +5,10 @@ from typing import Any
 
 import torch
 from hydra.utils import instantiate
+from omegaconf import DictConfig
 from torch.utils.flop_counter import FlopCounterMode
 
+from ldm_train.cli import build
 from ldm_train.training import stages
 
 TRAINING_FLOPS = 3  # forward and backward cost about three forward passes
@@ -32,6 +34,10 @@ def _flops(module: torch.nn.Module, *inputs: Any, **named: Any) -> int:
     return counter.get_total_flops()
 
 
+def _size(data: DictConfig) -> tuple[int, int]:
+    return (data.image_size,) * 2 if isinstance(data.image_size, int) else tuple(data.image_size)
+
+
 def _duration(seconds: float) -> str:
     if seconds < 90:
         return f"{seconds:.0f} s"
@@ -48,19 +54,20 @@ def print_plan(chain: Any, todo: list[stages.Stage]) -> None:
     """
     config, machine = chain.config, chain.machine
     data = config.data
-    height, width = (data.image_size,) * 2 if isinstance(data.image_size, int) else tuple(data.image_size)
+    height, width = _size(data)
     print(f"run {chain.folder} on {machine.world_size} x {machine.accelerator}, precision {machine.precision}")
     lines = {}
     with torch.device("meta"):
         network = instantiate(config.autoencoder.network, _convert_="all").eval()
         f = network.downsample_factor
-        if height % f or width % f:
-            raise ValueError(
-                f"data.image_size {height}x{width} is not divisible by the autoencoder's downsample_factor {f}; use "
-                f"{max(f, height // f * f)}x{max(f, width // f * f)} or another autoencoder"
-            )
-        image = torch.empty(1, data.channels, height, width)
-        lines["autoencoder"] = (network, _flops(network, image))
+        for name, part in (("data", data), ("autoencoder.data", build.stage_data(config, "autoencoder"))):
+            h, w = _size(part)
+            if h % f or w % f:
+                raise ValueError(
+                    f"{name}.image_size {h}x{w} is not divisible by the autoencoder's downsample_factor {f}; use "
+                    f"{max(f, h // f * f)}x{max(f, w // f * f)} or another autoencoder"
+                )
+        lines["autoencoder"] = (network, _flops(network, torch.empty(1, data.channels, h, w)))
         unet = instantiate(config.diffusion.unet, _convert_="all")
         schedule = instantiate(config.diffusion.schedule)
         instantiate(config.diffusion.objective, schedule)
@@ -98,10 +105,11 @@ def print_plan(chain: Any, todo: list[stages.Stage]) -> None:
             memory = parameters * 4 * (5 if section.ema_decay else 4) / 2**30
             seconds = stage.steps * section.batch_size * flops * TRAINING_FLOPS / rate
             fields = ("image", *chain.fields) if stage.name == "diffusion" else ("image",)
-            images = chain.data(stage.name, fields).count(data.train_split)
+            module_data = chain.data(stage.name, fields)
+            images = module_data.count(module_data.train_split)
             if section.batch_size > images:
                 raise ValueError(
-                    f"{stage.name}.batch_size={section.batch_size} exceeds the {images} training images of {data.root}; "
+                    f"{stage.name}.batch_size={section.batch_size} exceeds the {images} training images of {module_data.root}; "
                     "lower it or prepare more data"
                 )
             text += (

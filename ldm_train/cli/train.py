@@ -60,7 +60,8 @@ def train(config: DictConfig) -> None:
     config.name = run_name(config)
     folder = Path(config.runs_dir) / config.name
     if rank == 0:
-        build.ensure_data(config.data)
+        for stage in ("autoencoder", "diffusion"):
+            build.ensure_data(build.stage_data(config, stage))
     if world_size > 1:
         dist.barrier()
     chain = Chain(config, folder, machine, share=HydraConfig.get().mode == RunMode.MULTIRUN)

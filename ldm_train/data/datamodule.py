@@ -10,7 +10,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from ldm_train.data.samples import Derive, SampleDecoder, collate, require_fields, sample_rng
-from ldm_train.data.shards import DataError, IndexedShards, data_hash, read_index, split_index
+from ldm_train.data.shards import DataError, IndexedShards, Roots, as_roots, data_hash, read_index, split_index
 from ldm_train.data.streaming import StreamingBatches
 from ldm_train.data.transforms import ImageTransform
 
@@ -44,35 +44,90 @@ class Batching:
         return self.batch_size // (self.micro * self.world_size)
 
 
-class StepBatches(Sampler):
-    """The samples of every micro-batch from `start` to `stop` as lists of (epoch, index).
+@dataclass(frozen=True)
+class Mixture:
+    """Groups of samples that are drawn from in given shares, whatever their sizes.
 
-    Each epoch is a permutation seeded by (seed, epoch); what does not fill a global batch is dropped. Which samples
-    make up a global batch does not depend on the number of ranks.
+    members: per group the indices of its samples. shares: per group, their sum is 1.
     """
 
-    def __init__(self, count: int, batching: Batching, seed: int, start: int, stop: int):
+    members: list[np.ndarray]
+    shares: np.ndarray
+
+    @classmethod
+    def of(cls, sets: np.ndarray, weights: Sequence[float] | None, labels: np.ndarray | None) -> "Mixture | None":
+        """sets (N,): which set each sample belongs to. weights: of the sets (None: by their sizes). labels (N,): where
+        given, each class of a set has the same share of it. None where every sample is drawn alike.
+        """
+        if weights is None and labels is None:
+            return None
+        sizes = np.bincount(sets)
+        share = np.array(weights if weights is not None else sizes, float)
+        share /= share.sum()
+        members, shares = [], []
+        for k in range(len(sizes)):
+            mine = np.flatnonzero(sets == k)
+            parts = [mine] if labels is None else [mine[labels[mine] == c] for c in np.unique(labels[mine])]
+            members += parts
+            shares += [share[k] / len(parts)] * len(parts)
+        return cls(members, np.array(shares))
+
+    def epoch(self, seed: int, epoch: int, count: int) -> tuple[np.ndarray, np.ndarray]:
+        """(visits, indices) of `count` draws: the groups' shares to the sample, shuffled. Each group is gone through in
+        permutations, from one epoch into the next; `visits` counts how often its sample was drawn before."""
+        exact = self.shares * count
+        quotas = np.floor(exact).astype(int)
+        quotas[np.argsort(quotas - exact, kind="stable")[: count - quotas.sum()]] += 1
+        visits, indices = [], []
+        for k, (group, quota) in enumerate(zip(self.members, quotas)):
+            positions = np.arange(epoch * quota, (epoch + 1) * quota)
+            rounds = positions // len(group)
+            orders = {r: np.random.default_rng([seed, 1, k, r]).permutation(group) for r in np.unique(rounds).tolist()}
+            visits.append(rounds)
+            indices.append(np.array([orders[r][p % len(group)] for r, p in zip(rounds.tolist(), positions)], int))
+        shuffled = np.random.default_rng([seed, epoch]).permutation(count)
+        return np.concatenate(visits)[shuffled], np.concatenate(indices)[shuffled]
+
+
+class StepBatches(Sampler):
+    """The samples of every micro-batch from `start` to `stop` as lists of (visit, index); a visit is an epoch where
+    there is no mixture.
+
+    Each epoch is a permutation seeded by (seed, epoch), or a draw from the mixture; what does not fill a global batch
+    is dropped. Which samples make up a global batch does not depend on the number of ranks.
+    """
+
+    def __init__(
+        self, count: int, batching: Batching, seed: int, start: int, stop: int, mixture: Mixture | None = None
+    ):
         self.count, self.batching, self.seed, self.start, self.stop = count, batching, seed, start, stop
+        self.mixture = mixture
         self.steps_per_epoch = count // batching.batch_size
         if self.steps_per_epoch == 0:
             raise DataError(
                 f"batch_size {batching.batch_size} exceeds the {count} training images; lower autoencoder.batch_size / "
                 "diffusion.batch_size or prepare more data"
             )
-        self._epoch, self._order = -1, np.empty(0, np.int64)
+        self._epoch, self._visits, self._order = -1, np.empty(0, np.int64), np.empty(0, np.int64)
 
     def __len__(self) -> int:
         return self.stop  # Lightning counts micro-batches from the beginning of training, also after a resume
 
     def rows(self, micro_batch: int) -> list[tuple[int, int]]:
-        """(epoch, index) of this rank's samples in one micro-batch."""
+        """(visit, index) of this rank's samples in one micro-batch."""
         step, part = divmod(micro_batch, self.batching.accumulate)
         epoch, step = divmod(step, self.steps_per_epoch)
         if epoch != self._epoch:
-            self._epoch, self._order = epoch, np.random.default_rng([self.seed, epoch]).permutation(self.count)
+            self._epoch = epoch
+            if self.mixture is None:
+                self._order = np.random.default_rng([self.seed, epoch]).permutation(self.count)
+                self._visits = np.full(self.count, epoch)
+            else:
+                self._visits, self._order = self.mixture.epoch(self.seed, epoch, self.count)
         b = self.batching
         first = step * b.batch_size + (part * b.world_size + b.rank) * b.micro
-        return [(epoch, int(i)) for i in self._order[first : first + b.micro]]
+        rows = slice(first, first + b.micro)
+        return list(zip(self._visits[rows].tolist(), self._order[rows].tolist()))
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         for micro_batch in range(self.start, self.stop):
@@ -118,7 +173,8 @@ def evaluation_batches(
 class ShardDataModule(L.LightningDataModule):
     """Images (and what the shards hold beside them) for one stage.
 
-    root            folder with index.json
+    root            folder with index.json, or several: their samples are drawn from together
+    weights         share of each root (None: by their sizes). balance_classes: equal shares of the classes of a root
     batching        Batching; accumulation included
     max_steps       optimiser steps of the stage
     fields          batch fields needed: "image" and what the conditioners read (see data/samples.py)
@@ -133,7 +189,7 @@ class ShardDataModule(L.LightningDataModule):
 
     def __init__(
         self,
-        root: str,
+        root: Roots,
         batching: Batching,
         max_steps: int,
         fields: Sequence[str] = ("image",),
@@ -152,11 +208,20 @@ class ShardDataModule(L.LightningDataModule):
         seed: int = 0,
         remedy: str | None = None,
         derive: Mapping[str, Derive] | None = None,
+        weights: Sequence[float] | None = None,
+        balance_classes: bool = False,
     ):
         super().__init__()
         if reader not in ("indexed", "streaming"):
             raise ValueError(f"data.reader is 'indexed' or 'streaming', not {reader!r}")
         self.root, self.batching, self.max_steps, self.fields = root, batching, max_steps, tuple(fields)
+        self.weights, self.balance_classes = weights, balance_classes
+        if reader == "streaming" and (len(as_roots(root)) > 1 or weights is not None or balance_classes):
+            raise ValueError("several data.root, data.weights and data.balance_classes need data.reader=indexed")
+        if weights is not None and (len(weights) != len(as_roots(root)) or min(weights) <= 0):
+            raise ValueError(
+                f"data.weights {list(weights)} must be positive numbers, one per data.root ({len(as_roots(root))})"
+            )
         size = image_size if isinstance(image_size, int) else tuple(image_size)
         self.transform = ImageTransform(size, crop, flip, tuple(scale))
         self.channels, self.reader, self.num_workers, self.seed = channels, reader, num_workers, seed
@@ -171,7 +236,8 @@ class ShardDataModule(L.LightningDataModule):
                 for extension, n in shard["fields"].items():
                     counts[extension] = counts.get(extension, 0) + n
             total = sum(s["count"] for s in part["shards"])
-            require_fields(self.fields, counts, total, f"{root}, split {split}", self.derive)
+            needed = (*self.fields, "class_label") if balance_classes else self.fields
+            require_fields(needed, counts, total, f"{root}, split {split}", self.derive)
         self._shards: dict[str, IndexedShards] = {}
 
     @property
@@ -185,6 +251,12 @@ class ShardDataModule(L.LightningDataModule):
         if split not in self._shards:
             self._shards[split] = IndexedShards(self.root, split, self.remedy)
         return self._shards[split]
+
+    @property
+    def mixture(self) -> Mixture | None:
+        """How training draws its samples; None where all are drawn alike."""
+        shards = self.shards(self.train_split)
+        return Mixture.of(shards.sets, self.weights, shards.labels() if self.balance_classes else None)
 
     def _loader(self, dataset: Dataset, batches: Any) -> DataLoader:
         return DataLoader(
@@ -222,7 +294,7 @@ class ShardDataModule(L.LightningDataModule):
                 stream, batch_size=None, num_workers=self.num_workers, pin_memory=torch.cuda.is_available()
             )
         shards = self.shards(self.train_split)
-        batches = StepBatches(len(shards), self.batching, self.seed, start, stop)
+        batches = StepBatches(len(shards), self.batching, self.seed, start, stop, self.mixture)
         return self._loader(self.samples(self.train_split, self.fields, random=True), batches)
 
     def train_dataloader(self) -> DataLoader:

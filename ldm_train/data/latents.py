@@ -12,7 +12,7 @@ import torch
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from ldm_train.data.datamodule import Batching, ShardDataModule, StepBatches, evaluation_batches
+from ldm_train.data.datamodule import Batching, Mixture, ShardDataModule, StepBatches, evaluation_batches
 from ldm_train.data.samples import collate, require_fields, sample_rng, text_of
 from ldm_train.data.shards import INDEX, DataError, IndexedShards, file_sha256, read_index, write_json, write_shard
 
@@ -234,11 +234,19 @@ class LatentDataModule(L.LightningDataModule):
         self.folder, self.batching, self.max_steps, self.seed = folder, batching, max_steps, seed
         self.val_images = val_images
         self.train = CachedLatents(folder, train_split, fields, seed, images)
+        self.mixture: Mixture | None = None
+        if images is not None and (images.weights is not None or images.balance_classes):
+            shards = images.shards(train_split)
+            place = {key: i for i, key in enumerate(_cache_keys(shards))}
+            sets = shards.sets[[place[str(key)] for key in self.train.shards.keys]]
+            labels = self.train.shards.labels() if images.balance_classes else None
+            self.mixture = Mixture.of(sets, images.weights, labels)
         self.val = CachedLatents(folder, val_split, fields, seed, images)
 
     def train_loader(self, start: int) -> _Batches:
         stop = self.max_steps * self.batching.accumulate
-        return _Batches(self.train, StepBatches(len(self.train), self.batching, self.seed, start, stop), random=True)
+        rows = StepBatches(len(self.train), self.batching, self.seed, start, stop, self.mixture)
+        return _Batches(self.train, rows, random=True)
 
     def train_dataloader(self) -> _Batches:
         return self.train_loader(self.trainer.global_step * self.batching.accumulate if self.trainer else 0)

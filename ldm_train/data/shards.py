@@ -7,7 +7,7 @@ import json
 import os
 import tarfile
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -107,8 +107,24 @@ def file_sha256(path: str | Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def read_index(root: str | Path, remedy: str = "ldm-prepare source=index path=<folder of tars> out={root}") -> dict:
-    """The index.json in `root`. Raises FileNotFoundError or DataError naming the command that makes one."""
+# One folder of shards, or several that are drawn from together.
+Roots = str | Path | Sequence[str]
+
+
+def as_roots(root: Roots) -> list[str]:
+    return [str(root)] if isinstance(root, str | Path) else [str(r) for r in root]
+
+
+def read_index(root: Roots, remedy: str = "ldm-prepare source=index path=<folder of tars> out={root}") -> dict:
+    """The index.json in `root`; of several roots one index of all their shards, each with the number of its "set", its
+    "root", and the labels of its classes among all names ("relabel").
+
+    Raises FileNotFoundError or DataError naming the command that makes one.
+    """
+    roots = as_roots(root)
+    if len(roots) > 1:
+        return _merged({r: read_index(r, remedy) for r in roots})
+    (root,) = roots
     path = Path(root) / INDEX
     if not path.is_file():
         what = "has no index.json" if Path(root).is_dir() else "does not exist"
@@ -122,7 +138,23 @@ def read_index(root: str | Path, remedy: str = "ldm-prepare source=index path=<f
     return index
 
 
-def split_index(index: dict, split: str, root: str | Path) -> dict:
+def _merged(indices: dict[str, dict]) -> dict:
+    """Labels are by name: sets with other lists of classes keep their meaning."""
+    named = [index.get("classes") for index in indices.values()]
+    classes = list(dict.fromkeys(name for names in named if names for name in names))
+    splits: dict[str, dict] = {}
+    for number, (root, index) in enumerate(indices.items()):
+        relabel = [classes.index(name) for name in index.get("classes") or []]
+        for split, part in index["splits"].items():
+            whole = splits.setdefault(split, {"count": 0, "shards": []})
+            for shard in part["shards"]:
+                file = shard["file"] if is_remote(shard["file"]) else str(Path(root) / shard["file"])
+                whole["shards"].append(shard | {"file": file, "set": number, "root": root, "relabel": relabel})
+            whole["count"] += part["count"]
+    return {"splits": splits} | ({"classes": classes} if classes else {})
+
+
+def split_index(index: dict, split: str, root: Roots) -> dict:
     if split not in index["splits"]:
         raise DataError(
             f"{root} has no split {split!r}, only {', '.join(index['splits'])}; set data.train_split / data.val_split"
@@ -224,11 +256,13 @@ def shard_paths(root: str | Path, shards: list[dict]) -> list[Path]:
 class IndexedShards:
     """Random access to the samples of one split by member offset; safe to use from forked workers.
 
+    root: a folder with its index, or several. sets (N,): which of them each sample comes from; where there are several
+    their samples alternate in proportion to their numbers.
     Raises FileNotFoundError or DataError, naming shard and remedy, for missing, truncated or changed shards.
     """
 
-    def __init__(self, root: str | Path, split: str, remedy: str | None = None):
-        self.root = Path(root)
+    def __init__(self, root: Roots, split: str, remedy: str | None = None):
+        self.root = " + ".join(as_roots(root))
         index = read_index(root, remedy) if remedy else read_index(root)
         entries = split_index(index, split, root)["shards"]
         self.classes: list[str] | None = index.get("classes")
@@ -238,10 +272,10 @@ class IndexedShards:
                 f"{remote[0]} ({split} of {root}) is remote and cannot be read by offset; copy the tars to a local folder "
                 "and index that (only training batches can come from afar, with data.reader=streaming)"
             )
-        self.paths = shard_paths(root, entries)
+        self.paths = [shard_paths(e.get("root", self.root), [e])[0] for e in entries]
         slow = sum(e["bytes"] for e in entries) > 2**30
         loaded = [
-            _load_offsets(self.root, path, entry)
+            _load_offsets(Path(entry.get("root", self.root)), path, entry)
             for path, entry in tqdm(list(zip(self.paths, entries)), desc=f"checking {split} shards", disable=not slow)
         ]
         self.keys = np.concatenate([keys for keys, _, _ in loaded])
@@ -254,14 +288,23 @@ class IndexedShards:
         self.offsets = {e: joined(1, e) for e in self.extensions}
         self.sizes = {e: joined(2, e) for e in self.extensions}
         self._files: dict[int, int] = {}
+        self._relabel = [e.get("relabel") for e in entries]
+        sets = np.array([e.get("set", 0) for e in entries], np.int32)
+        self.sets = sets[self.shard]
+        if len(set(sets.tolist())) > 1:
+            counts = np.bincount(self.sets)
+            place = np.concatenate([(np.arange(n) + 0.5) / n for n in counts if n])
+            self._take(np.argsort(place[np.argsort(np.argsort(self.sets, kind="stable"))], kind="stable"))
 
     def __len__(self) -> int:
         return len(self.keys)
 
     def keep(self, count: int) -> None:
         """Reduces this view to at most `count` samples, spread evenly: shards are often sorted by class."""
-        picks = np.unique(np.linspace(0, len(self) - 1, min(count, len(self))).round().astype(int))
-        self.keys, self.shard = self.keys[picks], self.shard[picks]
+        self._take(np.unique(np.linspace(0, len(self) - 1, min(count, len(self))).round().astype(int)))
+
+    def _take(self, picks: np.ndarray) -> None:
+        self.keys, self.shard, self.sets = self.keys[picks], self.shard[picks], self.sets[picks]
         self.offsets = {e: values[picks] for e, values in self.offsets.items()}
         self.sizes = {e: values[picks] for e, values in self.sizes.items()}
 
@@ -273,7 +316,14 @@ class IndexedShards:
         shard = int(self.shard[i])
         if shard not in self._files:
             self._files[shard] = os.open(self.paths[shard], os.O_RDONLY)
-        return os.pread(self._files[shard], size, offset)
+        data = os.pread(self._files[shard], size, offset)
+        if extension == "cls" and self._relabel[shard]:
+            data = str(self._relabel[shard][int(data)]).encode()
+        return data
+
+    def labels(self) -> np.ndarray:
+        """The class of every sample (N,); every sample must have one."""
+        return np.array([int(self.read(i, "cls")) for i in range(len(self))])
 
     def fields(self, i: int) -> dict[str, bytes]:
         """All fields of a sample, {extension: bytes}."""

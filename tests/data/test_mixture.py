@@ -1,0 +1,139 @@
+"""Several roots as one data set: shares, labels by name, exact resume, and the same order from the latent cache."""
+
+import json
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from ldm_train.data.datamodule import Batching, Mixture, ShardDataModule, StepBatches
+from ldm_train.data.latents import LatentDataModule, write_cache, write_cache_index
+from ldm_train.data.shards import DataError, IndexedShards
+
+SETS = np.array([0] * 30 + [1] * 10)
+
+
+def flat(batches: StepBatches) -> list[tuple[int, int]]:
+    return [row for rows in batches for row in rows]
+
+
+@pytest.fixture
+def roots(write_data: Callable[..., Path], tmp_path: Path) -> list[str]:
+    """40 pictures with classes a, b, c, and 12 with other classes of which one is shared."""
+    first, second = write_data(tmp_path / "first"), write_data(tmp_path / "second", train=12, val=3)
+    index = json.loads((second / "index.json").read_text())
+    index["classes"] = ["b", "x", "y"]
+    (second / "index.json").write_text(json.dumps(index))
+    return [str(first), str(second)]
+
+
+def module(root: object, **options: object) -> ShardDataModule:
+    return ShardDataModule(root, Batching(4), 30, ("image", "class_label"), 8, **options)
+
+
+def test_shares_hold_to_the_sample():
+    mixture = Mixture.of(SETS, (3, 2), None)
+    for epoch in range(4):
+        _, indices = mixture.epoch(0, epoch, 40)
+        assert (SETS[indices] == 1).sum() == 16
+    assert (mixture.epoch(0, 0, 40)[1] != mixture.epoch(0, 1, 40)[1]).any()
+    assert (mixture.epoch(0, 0, 40)[1] != mixture.epoch(1, 0, 40)[1]).any()
+
+
+def test_every_sample_comes_before_any_comes_again():
+    mixture = Mixture.of(SETS, (1, 1), None)
+    drawn = [np.array(mixture.epoch(0, epoch, 40)) for epoch in range(3)]
+    counts = Counter(np.concatenate([d[1] for d in drawn]).tolist())
+    assert {counts[i] for i in range(30, 40)} == {6}  # 60 draws of 10 samples
+    assert {counts[i] for i in range(30)} == {2}  # 60 draws of 30
+    visits = {(v, i) for d in drawn for v, i in d.T.tolist()}
+    assert len(visits) == 120  # no augmentation twice: a visit counts the earlier draws of its sample
+
+
+def test_classes_are_drawn_alike():
+    labels = np.array([0] * 24 + [1] * 6 + [0] * 5 + [2] * 5)
+    mixture = Mixture.of(SETS, None, labels)
+    _, indices = mixture.epoch(0, 0, 40)
+    assert Counter(zip(SETS[indices].tolist(), labels[indices].tolist())) == {
+        (0, 0): 15, (0, 1): 15, (1, 0): 5, (1, 2): 5,
+    }  # fmt: skip
+
+
+def test_without_weights_and_balance_nothing_changes():
+    assert Mixture.of(SETS, None, None) is None
+    plain = list(StepBatches(40, Batching(8), 0, 0, 5))
+    assert {epoch for rows in plain for epoch, _ in rows} == {0}
+
+
+@pytest.mark.parametrize("start", [1, 5, 9, 14])
+def test_a_mixture_resumes_exactly(start: int):
+    mixture = Mixture.of(SETS, (1, 4), None)
+    whole = list(StepBatches(40, Batching(8), 0, 0, 20, mixture))
+    assert list(StepBatches(40, Batching(8), 0, start, 20, mixture)) == whole[start:]
+
+
+def test_ranks_share_a_mixture_without_overlap():
+    mixture = Mixture.of(SETS, (1, 4), None)
+    whole = list(StepBatches(40, Batching(8), 0, 0, 10, mixture))
+    parts = [list(StepBatches(40, Batching(8, 2, 2, r), 0, 0, 20, mixture)) for r in range(2)]
+    for step in range(10):
+        together = [row for micro in (0, 1) for rank in (0, 1) for row in parts[rank][2 * step + micro]]
+        assert together == whole[step]
+
+
+def test_labels_are_joined_by_name(roots: list[str]):
+    data = module(roots)
+    assert data.index["classes"] == ["a", "b", "c", "x", "y"]
+    found: dict[int, set[int]] = {0: set(), 1: set()}
+    shards, samples = data.shards("train"), data.samples("train", ("class_label",), random=False)
+    for i in range(len(shards)):
+        found[int(shards.sets[i])].add(samples[(0, i)]["class_label"])
+    assert found == {0: {0, 1, 2}, 1: {1, 3, 4}}
+
+
+def test_the_first_validation_samples_stand_for_all_roots(roots: list[str]):
+    shards = IndexedShards(roots, "val")
+    assert len(shards) == 9
+    assert shards.sets[:3].tolist().count(1) == 1  # 6 to 3
+    assert Counter(shards.sets.tolist()) == {0: 6, 1: 3}
+
+
+def test_a_mixture_of_shards_delivers_its_shares(roots: list[str]):
+    data = module(roots, weights=[1, 3])
+    sets = data.shards("train").sets
+    rows = flat(StepBatches(len(sets), data.batching, 0, 0, 13, data.mixture))
+    assert Counter(sets[[i for _, i in rows]].tolist()) == {0: 13, 1: 39}
+    batch = next(iter(data.train_loader(0)))
+    assert batch["image"].shape == (4, 3, 8, 8)
+
+
+def test_latents_of_a_mixture_come_in_the_order_of_its_images(roots: list[str], tmp_path: Path):
+    data = module(roots, weights=[1, 2], balance_classes=True)
+
+    def encode(images: torch.Tensor) -> torch.Tensor:
+        return torch.cat([images[:, :1, ::4, ::4], torch.zeros(len(images), 1, 2, 2)], dim=1)
+
+    entries = {split: write_cache(data, split, encode, tmp_path / "cache", 16) for split in ("train", "val")}
+    write_cache_index(tmp_path / "cache", entries, data.index["classes"])
+    latents = LatentDataModule(tmp_path / "cache", data.batching, 30, ("class_label",), 0, images=data)
+    pairs = list(zip(data.train_loader(3), latents.train_loader(3)))
+    assert len(pairs) == 27
+    for images, cached in pairs[:12]:
+        assert torch.equal(images["class_label"], cached["class_label"])
+        assert torch.equal(encode(images["image"]), cached["moments"])
+
+
+def test_what_cannot_be_mixed(roots: list[str], write_data: Callable[..., Path], tmp_path: Path):
+    for weights in ([1], [1, 0], [1, 2, 3]):
+        with pytest.raises(ValueError, match=r"must be positive numbers, one per data\.root \(2\)"):
+            module(roots, weights=weights)
+    with pytest.raises(ValueError, match=r"need data\.reader=indexed"):
+        module(roots, reader="streaming")
+    plain = write_data(tmp_path / "plain", leave_out=("cls",))
+    with pytest.raises(DataError, match="not every sample has a class_label"):
+        ShardDataModule(str(plain), Batching(4), 1, ("image",), 8, balance_classes=True)
+    with pytest.raises(FileNotFoundError, match="nothing does not exist"):
+        module([roots[0], str(tmp_path / "nothing")])
