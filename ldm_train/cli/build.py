@@ -12,7 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from ldm_train.checkpoints.native import load_model, read_metadata
 from ldm_train.cli.common import config_folder
-from ldm_train.conditioning.text import train_tokenizer
+from ldm_train.conditioning.text import read_tokenizer, train_tokenizer
 from ldm_train.data.datamodule import Batching, ShardDataModule
 from ldm_train.data.prepare.build import build as prepare
 from ldm_train.data.shards import INDEX
@@ -158,6 +158,9 @@ def conditioner_tree(config: DictConfig, data: ShardDataModule) -> dict[str, Any
             size = conditioner.pop("vocab_size")
             tokenizer = train_tokenizer(data.shards(data.train_split).captions(), size)
             conditioner["tokenizer"] = tokenizer.to_str()
+        elif "tokenizer" in conditioner:
+            conditioner.pop("vocab_size", None)  # the file's own
+            conditioner["tokenizer"] = read_tokenizer(conditioner["tokenizer"]).to_str()
     return tree
 
 

@@ -27,8 +27,16 @@ class ClassLabel(Conditioner):
         self.embedding = nn.Embedding(len(self.names) + 1, dim)
 
     def forward(self, values: torch.Tensor, drop: torch.Tensor) -> dict[str, torch.Tensor]:
-        """values (B,) int64 -> vector (B, dim), or context (B, 1, dim) with its mask."""
-        device = self.embedding.weight.device
+        """values (B,) int64 -> vector (B, dim), or context (B, 1, dim) with its mask.
+
+        Raises ValueError for a label that the model does not have.
+        """
+        device, values = self.embedding.weight.device, torch.as_tensor(values)
+        if values.device.type == "cpu" and len(values) and not 0 <= values.min() <= values.max() < len(self.names):
+            raise ValueError(
+                f"class labels {values.min()} to {values.max()} in a batch, this model has {len(self.names)} classes "
+                f"(0 to {len(self.names) - 1}); set diffusion.conditioning.conditioners.class_label.classes"
+            )
         labels = torch.as_tensor(values, device=device).masked_fill(drop.to(device), len(self.names))
         embedded = self.embedding(labels)
         if "vector" in self.widths:

@@ -151,7 +151,7 @@ class LowResolution(SpatialConditioner):
 class MaskedImageCondition(SpatialConditioner):
     """Inpainting: the latents of the image without its hole, and the mask at latent size (1 in the hole).
 
-    The null condition is a picture that is all hole.
+    The null condition is a picture that is all hole; a mask of all ones therefore asks for any picture.
     """
 
     field = "masked_image"

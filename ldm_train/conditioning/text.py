@@ -3,6 +3,7 @@
 
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -37,6 +38,7 @@ class TokenEncoder(nn.Module):
 
 
 PAD, START, END = "<pad>", "<start>", "<end>"
+SPECIAL = ((PAD, START, END), ("[PAD]", "[CLS]", "[SEP]"))  # ours, BERT's
 
 
 def train_tokenizer(captions: Iterable[str], vocab_size: int) -> Tokenizer:
@@ -55,10 +57,33 @@ def train_tokenizer(captions: Iterable[str], vocab_size: int) -> Tokenizer:
     return tokenizer
 
 
+def read_tokenizer(path: str) -> Tokenizer:
+    """A tokenizer from a local file: BERT's vocab.txt (lower-cased WordPiece), or any tokenizer.json.
+
+    Raises FileNotFoundError or ValueError, naming the file.
+    """
+    file = Path(path)
+    if not file.is_file():
+        raise FileNotFoundError(f"tokenizer {path} is no file; give a vocab.txt or tokenizer.json, or from_data")
+    try:
+        if file.suffix == ".json":
+            return Tokenizer.from_file(path)
+        words = file.read_text(encoding="utf-8").splitlines()
+        if missing := [t for t in (*SPECIAL[1], "[UNK]") if t not in words]:
+            raise ValueError(f"it lacks {', '.join(missing)}")
+        vocabulary = {word: i for i, word in enumerate(words)}
+        tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
+        tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
+        tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+        return tokenizer
+    except Exception as error:  # the library raises bare Exceptions
+        raise ValueError(f"{path} is no tokenizer: {error}") from error
+
+
 class TrainedText(Conditioner):
     """Tokens, learned positions and a pre-norm transformer; its hidden states are the cross-attention context.
 
-    tokenizer: a Tokenizer with the special tokens of `train_tokenizer`, or its JSON (as model folders keep it)
+    tokenizer: a Tokenizer with the special tokens of `train_tokenizer` or of BERT, or its JSON (as model folders keep it)
     dim: width; must equal the U-Net's context_dim
     depth, heads: of the transformer. max_length: tokens, longer captions are cut
     pooled: also fill the vector slot with the mean hidden state, which joins the timestep embedding
@@ -81,9 +106,10 @@ class TrainedText(Conditioner):
         if isinstance(tokenizer, str):
             tokenizer = Tokenizer.from_str(tokenizer)
         self.tokenizer = tokenizer
-        self.special = [tokenizer.token_to_id(t) for t in (PAD, START, END)]
-        if None in self.special:
-            raise ValueError(f"the tokenizer lacks the special tokens {PAD}, {START}, {END}")
+        known = [[tokenizer.token_to_id(t) for t in names] for names in SPECIAL]
+        self.special = next((ids for ids in known if None not in ids), None)
+        if self.special is None:
+            raise ValueError(f"the tokenizer lacks special tokens: {' or '.join(map(', '.join, SPECIAL))}")
         self.max_length, self.pooled = max_length, pooled
         self.widths = {"context": dim} | ({"vector": dim} if pooled else {})
         self.encoder = TokenEncoder(tokenizer.get_vocab_size(), dim, depth, heads, max_length)

@@ -4,11 +4,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoTokenizer, CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, BertTokenizer, CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerFast
 
 from ldm_train.conditioning.base import Conditioner, merge
 from ldm_train.conditioning.class_label import ClassLabel
-from ldm_train.conditioning.text import FrozenText, TrainedText, train_tokenizer
+from ldm_train.conditioning.text import FrozenText, TrainedText, read_tokenizer, train_tokenizer
 
 CAPTIONS = [
     "a red circle in the center on a black background",
@@ -155,8 +155,42 @@ def test_the_tokenizer_travels_as_json(tokenizer) -> None:
 def test_a_tokenizer_without_its_special_tokens_is_named() -> None:
     from tokenizers import Tokenizer, models
 
-    with pytest.raises(ValueError, match="lacks the special tokens"):
+    with pytest.raises(ValueError, match="lacks special tokens: <pad>"):
         TrainedText(Tokenizer(models.BPE()), 8)
+
+
+def test_a_label_beyond_the_class_count_is_named() -> None:
+    conditioner = ClassLabel(["cat", "dog"], 8)
+    keep = torch.zeros(2, dtype=torch.bool)
+    for labels in ([0, 2], [-1, 0]):
+        with pytest.raises(ValueError, match=r"this model has 2 classes \(0 to 1\); set .*class_label\.classes"):
+            conditioner(torch.tensor(labels), keep)
+
+
+def test_a_bert_vocabulary_tokenises_as_bert_does(tmp_path: Path) -> None:
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "red", "circle", "##s", "in", "the", ",", "un", "##red"]
+    (tmp_path / "vocab.txt").write_text("\n".join(words))
+    conditioner = text(read_tokenizer(str(tmp_path / "vocab.txt")), max_length=10)
+    reference = BertTokenizer(str(tmp_path / "vocab.txt"), do_lower_case=True)
+    captions = ["A red circle, unred!", "Circles in thé RED"]
+    expected = reference(captions, padding="max_length", max_length=10, truncation=True, return_tensors="pt")
+    ids, mask = conditioner.tokenize(captions)
+    assert torch.equal(ids, expected["input_ids"])
+    assert torch.equal(mask, expected["attention_mask"].bool())
+    conditioner.tokenizer.save(str(tmp_path / "tokenizer.json"))
+    again = text(read_tokenizer(str(tmp_path / "tokenizer.json")), max_length=10)
+    assert torch.equal(again.tokenize(captions)[0], ids)
+
+
+def test_a_vocabulary_that_is_none_is_named(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"vocab\.txt is no file; give a vocab\.txt or tokenizer\.json"):
+        read_tokenizer(str(tmp_path / "vocab.txt"))
+    (tmp_path / "vocab.txt").write_text("red\ngreen\n")
+    with pytest.raises(ValueError, match=r"vocab\.txt is no tokenizer: it lacks \[PAD\]"):
+        read_tokenizer(str(tmp_path / "vocab.txt"))
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"tokenizer\.json is no tokenizer"):
+        read_tokenizer(str(tmp_path / "tokenizer.json"))
 
 
 def test_merge_joins_tokens_with_their_masks_and_features() -> None:

@@ -17,6 +17,7 @@ from ldm_train.conditioning.base import Conditioner
 from ldm_train.conditioning.image_embedding import ImageEmbedding, PretrainedVision, TinyVision
 from ldm_train.conditioning.layout import LayoutBoxes
 from ldm_train.conditioning.spatial import DepthMap, LowResolution, MaskedImageCondition, SemanticMap
+from ldm_train.data.masks import masked_image
 from ldm_train.models.autoencoder import AutoencoderKL
 from ldm_train.models.first_stage import FirstStage
 
@@ -149,6 +150,17 @@ def test_a_masked_image_gives_its_latents_and_a_mask_that_covers_every_touched_c
 
 
 @torch.no_grad()
+def test_a_mask_of_all_ones_is_the_null_condition(first_stage: FirstStage) -> None:
+    conditioner = MaskedImageCondition()
+    conditioner.attach(first_stage)
+    picture = torch.rand(2, 3, 16, 16) * 2 - 1
+    values = torch.stack([masked_image(p, torch.ones(1, 16, 16)) for p in picture])
+    found = conditioner(values, torch.zeros(2, dtype=torch.bool))["concat"]
+    size = conditioner.latent_size(16, 16)
+    assert torch.equal(found, conditioner.null(2, size)["concat"])
+    assert found[:, -1].eq(1).all()
+
+
 def test_noise_on_a_small_image_comes_in_training_only_and_is_told(first_stage: FirstStage) -> None:
     conditioner = LowResolution(noise_levels=300, vector_dim=8)
     conditioner.attach(first_stage)
