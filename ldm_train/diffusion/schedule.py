@@ -1,5 +1,6 @@
 """The noise schedule: q(x_t | x_0) = N(alpha_t x_0, sigma_t^2), alpha^2 + sigma^2 = 1 (variance preserving)."""
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -99,11 +100,46 @@ class NoiseSchedule(nn.Module):
         alpha = torch.where(t >= 0, torch.sigmoid(log_snr).sqrt(), (1 - near_clean.square()).sqrt())
         return alpha, sigma, 2 * (alpha.log() - sigma.log())
 
+    def coefficients(self, timesteps: torch.Tensor) -> tuple[list[float], list[float]]:
+        """(alphas, sigmas) at a sampler's times, as numbers."""
+        alphas, sigmas, _ = self.at(timesteps.to(self.betas.device))
+        return alphas.tolist(), sigmas.tolist()
+
+    def levels(self, timesteps: torch.Tensor) -> tuple[list[float], list[float]]:
+        """(alphas, noise levels sigma / alpha) at a sampler's times, as numbers.
+
+        Raises ValueError at zero signal: the level is infinite there, and no step can begin at it.
+        """
+        alphas, sigmas = self.coefficients(timesteps)
+        if min(alphas) < 1e-6:
+            raise ValueError(
+                "this model's schedule ends without signal (zero_terminal_snr), where the noise level is infinite; use "
+                "sampler=ddim, dpm_solver or unipc, which need no levels, and spacing=trailing"
+            )
+        return alphas, [sigma / alpha for alpha, sigma in zip(alphas, sigmas)]
+
+    @property
+    def max_level(self) -> float:
+        """The noise level at T - 1."""
+        return self.levels(torch.tensor([self.num_train_timesteps - 1.0], dtype=torch.float64))[1][0]
+
+    def time_of(self, level: float) -> float:
+        """The time at which sigma / alpha is `level`: the inverse of `at`."""
+        if level <= 0:
+            return -1.0
+        table = (1 / self.alphas_cumprod - 1).sqrt().cpu().numpy()
+        if level < table[0]:
+            first = float((1 - self.alphas_cumprod[0]).sqrt())
+            return level / (1 + level**2) ** 0.5 / first - 1
+        return float(np.interp(np.log(level), np.log(table), np.arange(len(table))))
+
     def timesteps(self, num_inference_steps: int, spacing: str = "trailing") -> torch.Tensor:
         """S + 1 falling times (float64, CPU) that end in -1, the clean image.
 
         spacing: "trailing" starts at T - 1 and takes even steps down; "leading" starts one step lower and includes
-        0; "linspace" includes both ends (Lin et al. 2023, arXiv:2305.08891, table 2).
+        0; "linspace" includes both ends (Lin et al. 2023, arXiv:2305.08891, table 2); "karras" spaces the noise levels
+        of T - 1 .. 0 evenly in their 7th root (Karras et al. 2022, eq. 5), the times being fractions; "compvis" is what
+        CompVis does: steps of floor(T / S) from 1, perhaps more than S of them, ending at 0 and not at the clean image.
         Raises ValueError for a number of steps outside 1..T.
         """
         total, steps = self.num_train_timesteps, num_inference_steps
@@ -116,6 +152,17 @@ class NoiseSchedule(nn.Module):
             times = (index.flip(0) * (total // steps)).round()
         elif spacing == "linspace":
             times = torch.linspace(total - 1, 0, steps, dtype=torch.float64).round()
+        elif spacing == "karras":
+            ends = torch.tensor(self.levels(torch.tensor([total - 1.0, 0.0]))[1], dtype=torch.float64) ** (1 / 7)
+            levels = (ends[0] + torch.linspace(0, 1, steps, dtype=torch.float64) * (ends[1] - ends[0])) ** 7
+            times = torch.tensor([self.time_of(v) for v in levels.tolist()], dtype=torch.float64)
+        elif spacing == "compvis":
+            times = torch.arange(0, total, total // steps, dtype=torch.float64).flip(0) + 1
+            if times[0] >= total:
+                raise ValueError(
+                    f"spacing=compvis cannot take {steps} of {total} steps; take fewer, or another spacing"
+                )
+            return torch.cat([times, torch.zeros(1, dtype=torch.float64)])
         else:
-            raise ValueError(f"unknown spacing {spacing!r}; choose trailing, leading or linspace")
+            raise ValueError(f"unknown spacing {spacing!r}; choose trailing, leading, linspace, karras or compvis")
         return torch.cat([times, torch.tensor([-1.0], dtype=torch.float64)])

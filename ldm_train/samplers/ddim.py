@@ -24,8 +24,7 @@ def ddim(
     x_t: (B, C, h, w) at timesteps[0]. timesteps: falling, (S + 1,). eta: 0 deterministic, 1 ancestral.
     callback(step, pred_x0) after each step. Returns latents at timesteps[-1].
     """
-    alphas, sigmas, _ = schedule.at(timesteps.to(schedule.betas.device))
-    alphas, sigmas, times = alphas.tolist(), sigmas.tolist(), timesteps.tolist()
+    (alphas, sigmas), times = schedule.coefficients(timesteps), timesteps.tolist()
     for step in range(len(times) - 1):
         alpha_t, sigma_t, alpha_s, sigma_s = alphas[step], sigmas[step], alphas[step + 1], sigmas[step + 1]
         pred_x0 = denoise(x_t, times[step])

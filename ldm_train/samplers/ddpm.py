@@ -26,8 +26,7 @@ def ddpm(
     """
     if variance not in ("small", "large"):
         raise ValueError(f"variance is 'small' or 'large', not {variance!r}")
-    alphas, sigmas, _ = schedule.at(timesteps.to(schedule.betas.device))
-    alphas, sigmas, times = alphas.tolist(), sigmas.tolist(), timesteps.tolist()
+    (alphas, sigmas), times = schedule.coefficients(timesteps), timesteps.tolist()
     for step in range(len(times) - 1):
         alpha_t, sigma_t, alpha_s, sigma_s = alphas[step], sigmas[step], alphas[step + 1], sigmas[step + 1]
         pred_x0 = denoise(x_t, times[step])

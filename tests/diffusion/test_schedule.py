@@ -93,8 +93,8 @@ def test_wrong_arguments_are_named(arguments: tuple, message: str) -> None:
 
 
 def test_an_unknown_spacing_is_named() -> None:
-    with pytest.raises(ValueError, match="unknown spacing 'karras'"):
-        NoiseSchedule().timesteps(10, "karras")
+    with pytest.raises(ValueError, match="unknown spacing 'cosine'"):
+        NoiseSchedule().timesteps(10, "cosine")
 
 
 def test_cosine_and_sqrt_equal_their_sources() -> None:

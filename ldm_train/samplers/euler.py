@@ -1,0 +1,51 @@
+"""Euler's method in the noise level, with and without fresh noise (Karras et al. 2022, arXiv:2206.00364)."""
+
+from collections.abc import Callable
+
+import torch
+
+from ldm_train.diffusion.guidance import Denoise
+from ldm_train.diffusion.schedule import NoiseSchedule
+from ldm_train.rng import NoiseSource
+
+
+def euler(
+    denoise: Denoise,
+    x_t: torch.Tensor,
+    timesteps: torch.Tensor,
+    schedule: NoiseSchedule,
+    noise: NoiseSource,
+    *,
+    ancestral: float = 0.0,
+    churn: float = 0.0,
+    churn_between: tuple[float, float] = (0.0, float("inf")),
+    callback: Callable[[int, torch.Tensor], None] | None = None,
+) -> torch.Tensor:
+    """dy/dsigma = (y - x_0) / sigma for y = x / alpha, where sigma is the noise over the signal.
+
+    ancestral: share of the ancestral step's variance that is replaced by fresh noise (1: Euler ancestral).
+    churn: S_churn of Karras' stochastic sampler (algorithm 2): before a step with sigma in `churn_between`, noise is
+    added back as if to sigma (1 + min(churn / S, sqrt(2) - 1)).
+    x_t: (B, C, h, w) at timesteps[0]. timesteps: falling, (S + 1,). callback(step, pred_x0) after each step. Returns
+    latents at timesteps[-1].
+    """
+    (alphas, levels), times = schedule.levels(timesteps), timesteps.tolist()
+    steps = len(times) - 1
+    y = x_t / alphas[0]
+    for step in range(steps):
+        level, following, t = levels[step], levels[step + 1], times[step]
+        if churn and churn_between[0] <= level <= churn_between[1]:
+            raised = level * (1 + min(churn / steps, 2**0.5 - 1))
+            # The schedule ends somewhere: there is no more noise than at its last step.
+            raised = max(level, min(raised, schedule.max_level))
+            y = y + (raised**2 - level**2) ** 0.5 * noise.normal(y.shape[1:], f"churn {step}", y.device)
+            level, t = raised, schedule.time_of(raised)
+        pred_x0 = denoise(y * (1 + level**2) ** -0.5, t)
+        fresh = ancestral * min(following, (following**2 * (level**2 - following**2) / level**2) ** 0.5)
+        down = (following**2 - fresh**2) ** 0.5
+        y = y + (down - level) * (y - pred_x0) / level
+        if fresh > 0:
+            y = y + fresh * noise.normal(y.shape[1:], step, y.device)
+        if callback:
+            callback(step, pred_x0)
+    return y * alphas[-1]

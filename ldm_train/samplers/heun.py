@@ -1,0 +1,39 @@
+"""Heun's method in the noise level (Karras et al. 2022, arXiv:2206.00364, algorithm 1)."""
+
+from collections.abc import Callable
+
+import torch
+
+from ldm_train.diffusion.guidance import Denoise
+from ldm_train.diffusion.schedule import NoiseSchedule
+from ldm_train.rng import NoiseSource
+
+
+def heun(
+    denoise: Denoise,
+    x_t: torch.Tensor,
+    timesteps: torch.Tensor,
+    schedule: NoiseSchedule,
+    noise: NoiseSource,
+    *,
+    callback: Callable[[int, torch.Tensor], None] | None = None,
+) -> torch.Tensor:
+    """Each step averages the slopes at its two ends: two evaluations a step, one in the last step to the clean image.
+
+    x_t: (B, C, h, w) at timesteps[0]. timesteps: falling, (S + 1,). callback(step, pred_x0) after each step. Returns
+    latents at timesteps[-1]. No noise is drawn.
+    """
+    (alphas, levels), times = schedule.levels(timesteps), timesteps.tolist()
+    y = x_t / alphas[0]
+    for step in range(len(times) - 1):
+        level, following = levels[step], levels[step + 1]
+        pred_x0 = denoise(y * alphas[step], times[step])
+        slope = (y - pred_x0) / level
+        ahead = y + (following - level) * slope
+        if following > 0:
+            pred_x0 = denoise(ahead * alphas[step + 1], times[step + 1])
+            ahead = y + (following - level) * (slope + (ahead - pred_x0) / following) / 2
+        y = ahead
+        if callback:
+            callback(step, pred_x0)
+    return y * alphas[-1]

@@ -1,0 +1,54 @@
+"""Linear multistep in the noise level: Adams-Bashforth on the actual, uneven steps."""
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+
+from ldm_train.diffusion.guidance import Denoise
+from ldm_train.diffusion.schedule import NoiseSchedule
+from ldm_train.rng import NoiseSource
+
+
+def weights(levels: list[float], step: int, order: int) -> list[float]:
+    """Integrals from levels[step] to levels[step + 1] of the Lagrange polynomials through the last `order` levels,
+    the newest first."""
+    nodes = levels[step - order + 1 : step + 1][::-1]
+    found = []
+    for k, node in enumerate(nodes):
+        others = [other for j, other in enumerate(nodes) if j != k]
+        # Shifted to the newest node, where the numbers are small against each other.
+        polynomial = np.polynomial.Polynomial.fromroots([o - nodes[0] for o in others]) if others else None
+        integral = (polynomial if polynomial is not None else np.polynomial.Polynomial([1.0])).integ()
+        scale = float(np.prod([node - other for other in others])) if others else 1.0
+        found.append(float(integral(levels[step + 1] - nodes[0]) - integral(levels[step] - nodes[0])) / scale)
+    return found
+
+
+def lms(
+    denoise: Denoise,
+    x_t: torch.Tensor,
+    timesteps: torch.Tensor,
+    schedule: NoiseSchedule,
+    noise: NoiseSource,
+    *,
+    order: int = 4,
+    callback: Callable[[int, torch.Tensor], None] | None = None,
+) -> torch.Tensor:
+    """y = x / alpha is moved along the polynomial through the last `order` slopes (y - x_0) / sigma.
+
+    x_t: (B, C, h, w) at timesteps[0]. timesteps: falling, (S + 1,). callback(step, pred_x0) after each step. Returns
+    latents at timesteps[-1]. No noise is drawn. Raises ValueError for an order below 1.
+    """
+    if order < 1:
+        raise ValueError(f"sampler.order is {order}; it must be at least 1")
+    (alphas, levels), times = schedule.levels(timesteps), timesteps.tolist()
+    y, slopes = x_t / alphas[0], []
+    for step in range(len(times) - 1):
+        pred_x0 = denoise(y * alphas[step], times[step])
+        slopes = [(y - pred_x0) / levels[step], *slopes[: order - 1]]
+        for weight, slope in zip(weights(levels, step, len(slopes)), slopes):
+            y = y + weight * slope
+        if callback:
+            callback(step, pred_x0)
+    return y * alphas[-1]

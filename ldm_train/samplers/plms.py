@@ -1,0 +1,51 @@
+"""PLMS: pseudo linear multistep (Liu et al. 2022, arXiv:2202.09778), as CompVis samples."""
+
+from collections.abc import Callable
+
+import torch
+
+from ldm_train.diffusion.guidance import Denoise
+from ldm_train.diffusion.schedule import NoiseSchedule
+from ldm_train.rng import NoiseSource
+
+# Adams-Bashforth, the newest first.
+ADAMS_BASHFORTH = ((1.0,), (3 / 2, -1 / 2), (23 / 12, -16 / 12, 5 / 12), (55 / 24, -59 / 24, 37 / 24, -9 / 24))
+
+
+def plms(
+    denoise: Denoise,
+    x_t: torch.Tensor,
+    timesteps: torch.Tensor,
+    schedule: NoiseSchedule,
+    noise: NoiseSource,
+    *,
+    callback: Callable[[int, torch.Tensor], None] | None = None,
+) -> torch.Tensor:
+    """DDIM's step with a noise estimate that is extrapolated over even steps in t from the last four; the first step
+    averages the estimates at its two ends, for one more evaluation.
+
+    x_t: (B, C, h, w) at timesteps[0]. timesteps: falling, (S + 1,). callback(step, pred_x0) after each step. Returns
+    latents at timesteps[-1]. No noise is drawn.
+    """
+    (alphas, sigmas), times = schedule.coefficients(timesteps), timesteps.tolist()
+
+    def move(x: torch.Tensor, eps: torch.Tensor, step: int) -> torch.Tensor:
+        """DDIM with a given noise."""
+        pred_x0 = (x - sigmas[step] * eps) / alphas[step]
+        return alphas[step + 1] * pred_x0 + sigmas[step + 1] * eps
+
+    history: list[torch.Tensor] = []
+    for step in range(len(times) - 1):
+        pred_x0 = denoise(x_t, times[step])
+        eps = (x_t - alphas[step] * pred_x0) / sigmas[step]
+        history = [eps, *history[:3]]
+        if step == 0 and sigmas[1] > 0:
+            ahead = move(x_t, eps, 0)
+            eps = (eps + (ahead - alphas[1] * denoise(ahead, times[1])) / sigmas[1]) / 2
+        else:
+            coefficients = ADAMS_BASHFORTH[len(history) - 1]
+            eps = sum(c * e for c, e in zip(coefficients, history))
+        x_t = move(x_t, eps, step)
+        if callback:
+            callback(step, pred_x0)
+    return x_t
