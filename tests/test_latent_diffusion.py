@@ -85,7 +85,7 @@ def test_trainable_is_the_unet_and_its_conditioners_alone() -> None:
 
 
 def test_seeds_and_conditions_must_be_as_many() -> None:
-    with pytest.raises(ValueError, match=r"2 seeds but conditions of lengths \[3\]"):
+    with pytest.raises(ValueError, match=r"2 seeds but batch of lengths \[3\]"):
         class_and_text().sample({"caption": ["a", "b", "c"]}, [0, 1], ddim, 2)
 
 

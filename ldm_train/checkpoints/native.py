@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save
 from torch import nn
 
 from ldm_train.data.shards import file_sha256, write_atomically, write_json
+from ldm_train.latent_diffusion import LatentDiffusion
 
 CONFIG, WEIGHTS, METADATA = "config.yaml", "model.safetensors", "metadata.json"
 
@@ -61,6 +62,30 @@ def read_metadata(folder: str | Path) -> dict[str, Any]:
             f"{folder} is no complete model folder: {', '.join(missing)} missing; finish its stage first"
         )
     return json.loads((folder / METADATA).read_text())
+
+
+def find_model(path: str | Path) -> Path | None:
+    """The model folder of a run or an exported model, or `path` itself where it is one."""
+    for folder in (Path(path) / "export", Path(path) / "diffusion" / "model", Path(path)):
+        if (folder / WEIGHTS).is_file() and (folder / METADATA).is_file():
+            return folder
+    return None
+
+
+def load_latent_diffusion(path: str | Path) -> LatentDiffusion:
+    """A LatentDiffusion with the sampling options that its run chose. Raises as `load_model`."""
+    folder = find_model(path)
+    if folder is None:
+        raise FileNotFoundError(
+            f"{path} holds no trained model (export/ or diffusion/model/); finish its diffusion stage"
+        )
+    model = load_model(folder)
+    if not isinstance(model, LatentDiffusion):
+        raise ValueError(f"{folder} holds a {type(model).__name__}, not a whole latent diffusion model")
+    sampling = read_metadata(folder).get("sampling") or {}
+    check_targets(sampling, folder)
+    model.sampling = instantiate(sampling, _convert_="all")
+    return model
 
 
 def load_model(folder: str | Path) -> nn.Module:

@@ -16,6 +16,7 @@ from safetensors.torch import save
 from ldm_train import rng
 from ldm_train.checkpoints.native import CONFIG, copy_model, load_model, read_metadata, save_model
 from ldm_train.cli import build
+from ldm_train.cli.keys import Keys
 from ldm_train.cli.plan import print_plan
 from ldm_train.data.latents import (
     CachedLatents,
@@ -38,21 +39,6 @@ from ldm_train.training.obedience import judged_fields
 from ldm_train.training.perceptual_task import photos_in_memory, train_perceptual
 from ldm_train.training.restoration import FIELDS as RESTORED
 
-# Options that change how a stage runs but not what it computes; they may differ when it resumes.
-NOT_IN_KEY = (
-    "data",  # enters by content
-    "max_steps",
-    "micro_batch_size",
-    "val_every",
-    "val_images",
-    "checkpoint_every",
-    "log_every",
-    "compile",
-    "samples",
-    "evaluate_every",
-    "evaluate_images",
-)
-
 
 class Chain:
     """One run: its folder, its config, and the stages as functions of both.
@@ -62,74 +48,9 @@ class Chain:
 
     def __init__(self, config: DictConfig, folder: Path, machine: Any, share: bool = False):
         self.config, self.folder, self.machine, self.share = config, folder, machine, share
+        self.keys = Keys(config, folder, machine)
         self.fields = build.condition_fields(config)
         self.wandb: WandbRun | None = None
-
-    # -- keys ----------------------------------------------------------------------------------------------------------
-
-    def section(self, stage: str) -> dict[str, Any]:
-        return {k: v for k, v in build.plain(self.config[stage]).items() if k not in NOT_IN_KEY}
-
-    def data_key(self, stage: str) -> dict[str, Any]:
-        data = build.stage_data(self.config, stage)
-        index = read_index(build.plain(data)["root"], data.remedy)
-        used = {k: data[k] for k in ("image_size", "crop", "scale", "flip", "channels", "reader", "shuffle_buffer")}
-        if data.reader == "streaming":  # its order depends on the number of its readers
-            used["num_workers"] = self.config.num_workers
-        return OmegaConf.to_container(OmegaConf.create(used)) | {
-            "content": data_hash(index, data.train_split, data.val_split)
-        }
-
-    def drawn_key(self, stage: str) -> dict[str, Any]:
-        """How training draws from several sets of data."""
-        data = build.plain(build.stage_data(self.config, stage))
-        return {k: data[k] for k in ("weights", "balance_classes")}
-
-    def autoencoder_key(self) -> dict[str, Any]:
-        data = self.data_key("autoencoder") | self.drawn_key("autoencoder")
-        common = {"data": data, "seed": self.config.seed}
-        if pretrained := self.config.autoencoder.pretrained:
-            folder = build.pretrained_folder(pretrained, self.config.runs_dir)
-            return common | {"pretrained": read_metadata(folder)["sha256"]}
-        return common | {"autoencoder": self.section("autoencoder"), "precision": self.machine.precision}
-
-    def latents_key(self) -> dict[str, Any]:
-        weights = stages.result_of(self.folder, "autoencoder")["sha256"]
-        return {
-            "autoencoder_weights": weights,
-            "data": self.data_key("diffusion"),
-            "latents": build.plain(self.config.latents),
-        }
-
-    def diffusion_key(self) -> dict[str, Any]:
-        upstream = stages.result_of(self.folder, "latents")
-        return {
-            "diffusion": self.section("diffusion"),
-            "latents": upstream["content"],
-            "derived": build.plain(self.config.data.derived),
-            "data": self.drawn_key("diffusion"),
-            "seed": self.config.seed,
-            "precision": self.machine.precision,
-        }
-
-    def evaluation_key(self) -> dict[str, Any]:
-        return {
-            "weights": stages.result_of(self.folder, "diffusion")["sha256"],
-            "data": self.data_key("diffusion"),
-            "evaluation": build.plain(self.config.evaluation),
-            "sampling": build.plain(self.config.sampling),
-            "sampler": build.plain(self.config.sampler),
-        }
-
-    def export_key(self) -> dict[str, Any]:
-        return {"weights": stages.result_of(self.folder, "diffusion")["sha256"]}
-
-    def perceptual_key(self) -> dict[str, Any]:
-        return {
-            "data": self.data_key("autoencoder"),
-            "perceptual": build.plain(self.config.perceptual),
-            "seed": self.config.seed,
-        }
 
     # -- stages --------------------------------------------------------------------------------------------------------
 
@@ -241,7 +162,7 @@ class Chain:
         if splits:
             content = data_hash(read_index(folder), *splits)
         else:
-            content = f"{self.latents_key()['autoencoder_weights']}/{data.content_hash}"
+            content = f"{self.keys.latents()['autoencoder_weights']}/{data.content_hash}"
         statistics = json.loads((folder / "statistics.json").read_text())
         return {"content": content, "scale_factor": statistics["scale_factor"]}
 
@@ -375,7 +296,7 @@ class Chain:
         if self.config.autoencoder.pretrained or self.config.autoencoder.network._target_.endswith("Identity"):
             steps["autoencoder"] = 0
         return [
-            stages.Stage(name, getattr(self, f"{name}_key"), getattr(self, name), steps.get(name, 0))
+            stages.Stage(name, getattr(self.keys, name), getattr(self, name), steps.get(name, 0))
             for name in stages.check_stages(list(self.config.stages))
         ]
 

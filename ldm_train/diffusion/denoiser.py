@@ -22,6 +22,7 @@ class Denoiser:
     ):
         self.network, self.schedule, self.prediction_type = network, schedule, prediction_type
         self.condition = condition
+        self._joined: tuple[tuple[Denoiser, ...], dict[str, torch.Tensor]] | None = None
 
     def __call__(self, x_t: torch.Tensor, t: float | torch.Tensor) -> torch.Tensor:
         return self.together([self], x_t, t)[0]
@@ -30,6 +31,14 @@ class Denoiser:
         """Whether both can be evaluated in one batched call."""
         return isinstance(other, Denoiser) and other.network == self.network and other.schedule is self.schedule
 
+    def _together_with(self, denoisers: tuple["Denoiser", ...]) -> dict[str, torch.Tensor]:
+        """The joined conditions, made once: the same tensors in every step, so that attention can keep their keys and
+        values."""
+        if self._joined is None or self._joined[0] != denoisers[1:]:
+            joined = {k: torch.cat([d.condition[k] for d in denoisers]) for k in self.condition}
+            self._joined = (denoisers[1:], joined)
+        return self._joined[1]
+
     @staticmethod
     def together(denoisers: Sequence["Denoiser"], x_t: torch.Tensor, t: float | torch.Tensor) -> list[torch.Tensor]:
         """pred_x0 of several denoisers of one model at the same x_t, in one network call."""
@@ -37,8 +46,7 @@ class Denoiser:
         alpha, sigma, _ = first.schedule.at(t)
         alpha, sigma = expand_to(alpha, x_t.float()), expand_to(sigma, x_t.float())
         times = torch.as_tensor(t, dtype=torch.float32, device=x_t.device).expand(len(x_t))
-        keys = first.condition.keys()
-        condition = {k: torch.cat([d.condition[k] for d in denoisers]) for k in keys}
+        condition = first._together_with(tuple(denoisers))
         output = first.network(torch.cat([x_t] * len(denoisers)), torch.cat([times] * len(denoisers)), condition)
         return [
             to_pred_x0(part, x_t.float(), alpha, sigma, first.prediction_type)

@@ -1,28 +1,104 @@
-"""Guidance wraps a denoiser and returns a denoiser."""
+"""Guidance wraps a denoiser and returns a denoiser; wrappers compose, the innermost acting first."""
 
 from collections.abc import Callable
 
 import torch
 
 from ldm_train.diffusion.denoiser import Denoiser
+from ldm_train.diffusion.objective import from_pred_x0, to_pred_x0
+from ldm_train.diffusion.schedule import expand_to
 
 Denoise = Callable[[torch.Tensor, float | torch.Tensor], torch.Tensor]
 
 
-def classifier_free(denoise: Denoise, uncond: Denoise, guidance_scale: float) -> Denoise:
+def classifier_free(
+    denoise: Denoise,
+    uncond: Denoise,
+    guidance_scale: float,
+    *,
+    interval: tuple[float, float] | None = None,
+    rescale: float = 0.0,
+    threshold: float | None = None,
+) -> Denoise:
     """x0 = x0_uncond + guidance_scale (x0_cond - x0_uncond)   (Ho and Salimans 2022; w = guidance_scale - 1).
 
+    uncond: the same model under its null condition, under a negative prompt, or a weaker model under the same
+    condition (autoguidance, Karras et al. 2024). Denoisers of one model are evaluated in one call.
+    interval: guide only between these noise levels sigma / alpha, at one evaluation elsewhere (Kynkaanniemi et al. 2024)
+    rescale: share by which the network's output is brought back to the deviation it has without guidance, per sample
+        (Lin et al. 2023, eq. 15 and 16)
+    threshold: percentile (0 to 100) of |x0| beyond which values are clipped, after which they are scaled to where that
+        percentile lies without guidance (Imagen's dynamic thresholding, its [-1, 1] being the unguided range: latents
+        have no other)
     Guidance is affine, so mixing x0 equals mixing eps. A scale of 1 returns `denoise` itself: no second evaluation.
+    Raises ValueError for options that mean nothing, and for rescale on what is not a network's output.
     """
+    if not 0 <= rescale <= 1:
+        raise ValueError(f"guidance.rescale is a share between 0 and 1, not {rescale}")
+    if threshold is not None and not 0 < threshold <= 100:
+        raise ValueError(f"guidance.threshold is a percentile above 0 and up to 100, not {threshold}")
+    if interval is not None and not 0 <= interval[0] < interval[1]:
+        raise ValueError(f"guidance.interval is [low, high] in noise levels, not {list(interval)}")
+    if (rescale or interval is not None) and not isinstance(denoise, Denoiser):
+        raise ValueError(
+            "guidance.rescale and guidance.interval need the model itself inside classifier_free; put other guidance "
+            "around it, not inside"
+        )
     if guidance_scale == 1:
         return denoise
     batched = isinstance(denoise, Denoiser) and denoise.shares_model(uncond)
 
     def guided(x_t: torch.Tensor, t: float | torch.Tensor) -> torch.Tensor:
+        if interval is not None:
+            alpha, sigma, _ = denoise.schedule.at(t)
+            if not interval[0] <= float((sigma / alpha).max()) <= interval[1]:
+                return denoise(x_t, t)
         if batched:
             with_condition, without = Denoiser.together([denoise, uncond], x_t, t)
         else:
             with_condition, without = denoise(x_t, t), uncond(x_t, t)
-        return without + guidance_scale * (with_condition - without)
+        mixed = without + guidance_scale * (with_condition - without)
+        if rescale:
+            mixed = _rescaled(denoise, with_condition, mixed, x_t, t, rescale)
+        return mixed if threshold is None else _thresholded(with_condition, mixed, threshold)
 
     return guided
+
+
+def _rescaled(
+    denoise: Denoiser,
+    plain: torch.Tensor,
+    mixed: torch.Tensor,
+    x_t: torch.Tensor,
+    t: float | torch.Tensor,
+    share: float,
+) -> torch.Tensor:
+    alpha, sigma, _ = denoise.schedule.at(t)
+    alpha, sigma, x_t = expand_to(alpha, x_t.float()), expand_to(sigma, x_t.float()), x_t.float()
+    kind = denoise.prediction_type
+    wanted, output = (from_pred_x0(x0, x_t, alpha, sigma, kind) for x0 in (plain, mixed))
+    axes = tuple(range(1, output.ndim))
+    factor = wanted.std(dim=axes, keepdim=True) / output.std(dim=axes, keepdim=True).clamp(min=1e-8)
+    return to_pred_x0(output * (1 + share * (factor - 1)), x_t, alpha, sigma, kind)
+
+
+def _thresholded(plain: torch.Tensor, mixed: torch.Tensor, percentile: float) -> torch.Tensor:
+    limits = [torch.quantile(x.abs().flatten(1), percentile / 100, dim=1) for x in (plain, mixed)]
+    usual, found = (expand_to(v, mixed) for v in limits)
+    clipped = torch.maximum(torch.minimum(mixed, found), -found)
+    return torch.where(found > usual, clipped * usual / found.clamp(min=1e-8), mixed)
+
+
+def keep_known(denoise: Denoise, known: torch.Tensor, mask: torch.Tensor) -> Denoise:
+    """Inpainting by a model that was not trained for it: the estimate of x_0 is `known` outside the hole (as RePaint,
+    Lugmayr et al. 2022, with the estimate replaced, not the noisy latents).
+
+    known: latents (B, C, h, w); mask: (B, 1, h, w), 1 in the hole. What a sampler arrives at equals `known` outside
+    the hole, exactly where its last step returns the estimate (all of ours that end at the clean image).
+    """
+
+    def kept(x_t: torch.Tensor, t: float | torch.Tensor) -> torch.Tensor:
+        pred_x0 = denoise(x_t, t)
+        return torch.where(mask.to(pred_x0.device) > 0.5, pred_x0, known.to(pred_x0))
+
+    return kept

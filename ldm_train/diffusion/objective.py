@@ -22,6 +22,17 @@ def to_pred_x0(
     return output
 
 
+def from_pred_x0(
+    pred_x0: torch.Tensor, x_t: torch.Tensor, alpha: torch.Tensor, sigma: torch.Tensor, prediction_type: str
+) -> torch.Tensor:
+    """The network's output that `to_pred_x0` makes pred_x0 of."""
+    if prediction_type == "epsilon":
+        return (x_t - alpha * pred_x0) / sigma
+    if prediction_type == "v_prediction":
+        return (alpha * x_t - pred_x0) / sigma
+    return pred_x0
+
+
 class DiffusionObjective(nn.Module):
     """Denoising score matching at uniformly drawn timesteps.
 

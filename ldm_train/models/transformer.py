@@ -1,5 +1,8 @@
 """Attention: the SpatialTransformer of latent diffusion (self-, cross-attention, GEGLU) and plain self-attention blocks."""
 
+import weakref
+from typing import Any
+
 import torch
 from einops import rearrange
 from torch import nn
@@ -18,14 +21,33 @@ class CrossAttention(nn.Module):
         self.to_k = nn.Linear(context_dim or dim, inner, bias=False)
         self.to_v = nn.Linear(context_dim or dim, inner, bias=False)
         self.to_out = nn.Sequential(nn.Linear(inner, dim), nn.Dropout(dropout))
+        self._kept: tuple[Any, tuple, tuple[torch.Tensor, torch.Tensor]] | None = None
+
+    def _split(self, a: torch.Tensor) -> torch.Tensor:
+        return rearrange(a, "b n (h d) -> b h n d", h=self.heads)
+
+    def keys_values(self, context: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(B, heads, L, head_dim) each. Without gradients those of the last context are kept: a sampler asks with the
+        same tensor in every step."""
+        if torch.is_grad_enabled() or self.training or torch.compiler.is_compiling():
+            return self._split(self.to_k(context)), self._split(self.to_v(context))
+        weights = (self.to_k.weight, self.to_v.weight)
+        state = (context._version, *(w._version for w in weights), *(w.data_ptr() for w in weights))
+        state += (torch.get_autocast_dtype(context.device.type), torch.is_autocast_enabled(context.device.type))
+        if self._kept is None or self._kept[0]() is not context or self._kept[1] != state:
+            made = self._split(self.to_k(context)), self._split(self.to_v(context))
+            self._kept = (weakref.ref(context), state, made)
+        return self._kept[2]
+
+    def __getstate__(self) -> dict:
+        return self.__dict__ | {"_kept": None}  # weak references cannot be copied
 
     def forward(
         self, x: torch.Tensor, context: torch.Tensor | None = None, mask: torch.Tensor | None = None
     ) -> torch.Tensor:
         """x (B, N, dim), context (B, L, context_dim), mask (B, L) bool with True where a token counts -> (B, N, dim)"""
-        context = x if context is None else context
-        q, k, v = self.to_q(x), self.to_k(context), self.to_v(context)
-        q, k, v = (rearrange(a, "b n (h d) -> b h n d", h=self.heads) for a in (q, k, v))
+        q = self._split(self.to_q(x))
+        k, v = (self._split(self.to_k(x)), self._split(self.to_v(x))) if context is None else self.keys_values(context)
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=None if mask is None else mask[:, None, None, :])
         return self.to_out(rearrange(out, "b h n d -> b n (h d)"))
 

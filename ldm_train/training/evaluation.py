@@ -96,8 +96,7 @@ def evaluate(
     shown: dict[str, torch.Tensor] = {}
     for batch in tqdm(loader, desc="reconstructions", unit="batch"):
         x = batch["image"].to(model.device)
-        posterior = model.first_stage.posterior(model.first_stage.encode_moments(x))
-        rec = model.decode(model.first_stage.scaled(posterior.mean))
+        rec = model.decode(model.encode(x))
         values = {"psnr": psnr(rec, x), "ssim": ssim(rec, x)}
         if perceptual is not None:
             values["perceptual"] = perceptual(rec, x)

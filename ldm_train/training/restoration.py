@@ -122,11 +122,7 @@ def measure_restoration(
     drawn, real, given = torch.cat(restored, dim=1), torch.cat(originals), torch.cat(conditions)
 
     def autoencode(pictures: torch.Tensor) -> torch.Tensor:
-        rebuilt = []
-        for part in pictures.split(batch_size):
-            posterior = model.first_stage.posterior(model.first_stage.encode_moments(part.to(model.device)))
-            rebuilt.append(model.decode(model.first_stage.scaled(posterior.mean)).cpu())
-        return torch.cat(rebuilt)
+        return torch.cat([model.decode(model.encode(part)).cpu() for part in pictures.split(batch_size)])
 
     table: dict[str, float] = {"n": len(real), "samples": samples}
     if field == "lowres":

@@ -1,11 +1,20 @@
 """Classifier-free guidance: affine, the same batched and in two calls, free at scale 1."""
 
+from functools import partial
+
 import pytest
 import torch
 
 from ldm_train.diffusion.denoiser import Denoiser
-from ldm_train.diffusion.guidance import classifier_free
+from ldm_train.diffusion.guidance import classifier_free, keep_known
+from ldm_train.diffusion.objective import from_pred_x0, to_pred_x0
 from ldm_train.diffusion.schedule import NoiseSchedule, expand_to
+from ldm_train.rng import NoiseSource
+from ldm_train.samplers.ddim import ddim
+from ldm_train.samplers.dpm_solver import dpm_solver
+from ldm_train.samplers.euler import euler
+from ldm_train.samplers.heun import heun
+from ldm_train.samplers.unipc import unipc
 
 SCHEDULE = NoiseSchedule()
 
@@ -83,3 +92,107 @@ def test_pred_x0_is_float32_whatever_the_precision_of_the_network() -> None:
     x_t = torch.randn(2, 1, 4, 4)
     assert Denoiser(half, SCHEDULE, "epsilon", {})(x_t, 700.0).dtype == torch.float32
     assert Denoiser(half, SCHEDULE, "epsilon", {})(x_t.half(), 700.0).dtype == torch.float32
+
+
+def guided_pair() -> tuple[Network, Denoiser, Denoiser]:
+    network = Network()
+    return network, *(Denoiser(network, SCHEDULE, "epsilon", condition()) for _ in range(2))
+
+
+def test_guidance_acts_inside_its_interval_only() -> None:
+    network, cond, uncond = guided_pair()
+    x_t = torch.randn(3, 2, 4, 4)
+    levels = SCHEDULE.levels(torch.tensor([200.0, 500.0, 800.0]))[1]
+    guided = classifier_free(cond, uncond, 4.0, interval=(levels[0] + 1e-6, levels[2] - 1e-6))
+    for t, inside in ((200.0, False), (500.0, True), (800.0, False)):
+        network.calls = 0
+        expected = classifier_free(cond, uncond, 4.0)(x_t, t) if inside else cond(x_t, t)
+        assert torch.equal(guided(x_t, t), expected)
+    assert network.calls == 2  # one for the reference and one for the guided, outside
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+def test_rescale_brings_the_output_back_to_its_own_deviation(prediction_type: str) -> None:
+    network, x_t, t = Network(), torch.randn(3, 2, 4, 4), 400.0
+    cond, uncond = (Denoiser(network, SCHEDULE, prediction_type, condition()) for _ in range(2))
+    alpha, sigma, _ = (v.float() for v in SCHEDULE.at(t))
+
+    def output(x0: torch.Tensor) -> torch.Tensor:
+        return from_pred_x0(x0, x_t, alpha, sigma, prediction_type)
+
+    plain, free = output(cond(x_t, t)), output(classifier_free(cond, uncond, 7.5)(x_t, t))
+    whole = output(classifier_free(cond, uncond, 7.5, rescale=1.0)(x_t, t))
+    torch.testing.assert_close(whole.std(dim=(1, 2, 3)), plain.std(dim=(1, 2, 3)), rtol=1e-3, atol=1e-4)
+    part = output(classifier_free(cond, uncond, 7.5, rescale=0.7)(x_t, t))
+    torch.testing.assert_close(part, 0.7 * whole + 0.3 * free, rtol=1e-3, atol=1e-4)  # Lin et al., eq. 16
+
+
+def test_an_output_and_its_estimate_are_inverse() -> None:
+    x_t, output = torch.randn(2, 3, 4, 4), torch.randn(2, 3, 4, 4)
+    alpha, sigma, _ = (v.float() for v in SCHEDULE.at(321.0))
+    for kind in ("epsilon", "v_prediction", "sample"):
+        again = from_pred_x0(to_pred_x0(output, x_t, alpha, sigma, kind), x_t, alpha, sigma, kind)
+        torch.testing.assert_close(again, output, rtol=1e-4, atol=1e-4)
+
+
+def test_thresholding_keeps_the_unguided_range() -> None:
+    _, cond, uncond = guided_pair()
+    x_t, t = torch.randn(3, 2, 16, 16), 300.0
+    free = classifier_free(cond, uncond, 20.0)(x_t, t)
+    kept = classifier_free(cond, uncond, 20.0, threshold=95.0)(x_t, t)
+    usual = torch.quantile(cond(x_t, t).abs().flatten(1), 0.95, dim=1)
+    found = torch.quantile(free.abs().flatten(1), 0.95, dim=1)
+    for i in range(3):
+        if found[i] > usual[i]:
+            assert kept[i].abs().max() <= usual[i] * 1.0001
+        else:
+            assert torch.equal(kept[i], free[i])
+    assert (found > usual).any()
+
+
+def test_what_is_known_stays_exactly() -> None:
+    _, cond, uncond = guided_pair()
+    known, mask = torch.randn(3, 2, 4, 4), torch.zeros(3, 1, 4, 4)
+    mask[:, :, 1:3, 1:3] = 1
+    times, start = SCHEDULE.timesteps(7), torch.randn(3, 2, 4, 4)
+    hole = mask.expand_as(known) > 0.5
+    for sampler in (ddim, partial(ddim, eta=1.0), dpm_solver, heun, unipc, euler):
+        denoise = keep_known(classifier_free(cond, uncond, 3.0), known, mask)
+        out = sampler(denoise, start, times, SCHEDULE, NoiseSource([0, 1, 2]))
+        if sampler in (heun, euler):  # these work on x / alpha and round
+            torch.testing.assert_close(out[~hole], known[~hole])
+        else:
+            assert torch.equal(out[~hole], known[~hole])
+        assert not torch.allclose(out[hole], known[hole], atol=0.01)
+
+
+def test_options_that_mean_nothing_are_named() -> None:
+    _, cond, uncond = guided_pair()
+    for options, message in (
+        ({"rescale": 2.0}, r"guidance\.rescale is a share"),
+        ({"threshold": 0.0}, r"guidance\.threshold is a percentile"),
+        ({"interval": (3.0, 1.0)}, r"guidance\.interval is \[low, high\]"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            classifier_free(cond, uncond, 2.0, **options)
+    kept = keep_known(cond, torch.zeros(3, 2, 4, 4), torch.ones(3, 1, 4, 4))
+    with pytest.raises(ValueError, match="put other guidance around it, not inside"):
+        classifier_free(kept, uncond, 2.0, rescale=0.5)
+
+
+def test_joined_conditions_are_the_same_tensors_in_every_step() -> None:
+    seen = []
+
+    def network(x_t: torch.Tensor, timesteps: torch.Tensor, c: dict) -> torch.Tensor:
+        seen.append(c["context"])
+        return x_t
+
+    cond, uncond = (Denoiser(network, SCHEDULE, "epsilon", condition()) for _ in range(2))
+    guided, x_t = classifier_free(cond, uncond, 2.0), torch.randn(3, 2, 4, 4)
+    guided(x_t, 5.0)
+    guided(x_t, 4.0)
+    assert seen[0] is seen[1]
+    cond(x_t, 3.0)  # alone: another joined condition
+    assert len(seen[2]) == 3
+    guided(x_t, 2.0)
+    assert torch.equal(seen[3], seen[0])

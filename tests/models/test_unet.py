@@ -1,11 +1,13 @@
 """The U-Net is the published one: its sizes, its arithmetic (diffusers with the same weights), its behaviour."""
 
+import copy
 import re
 
 import pytest
 import torch
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 
+from ldm_train.models.transformer import CrossAttention
 from ldm_train.models.unet import UNet
 
 TINY = {"in_channels": 4, "channels": 32, "channel_mult": (1, 2), "num_res_blocks": 1, "num_heads": 2}
@@ -238,3 +240,30 @@ def test_activation_checkpointing_changes_no_gradient() -> None:
 def test_wrong_arguments_are_named(arguments: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         UNet(**TINY | {"attention_levels": (1,)} | arguments)
+
+
+def test_keys_and_values_of_a_context_are_computed_once_and_never_stale() -> None:
+    """As sampling asks: without gradients, the same context tensor in every step."""
+    attention = CrossAttention(8, 6, 2, 4).eval()
+    x, context = torch.randn(2, 5, 8), torch.randn(2, 3, 6)
+    calls = []
+    attention.to_k.register_forward_hook(lambda *_: calls.append(1))
+    with torch.no_grad():
+        first = attention(x, context)
+        assert torch.equal(attention(x, context), first)
+        assert len(calls) == 1
+        assert torch.equal(attention(x, context.clone()), first)
+        assert len(calls) == 2
+        changed = context.clone()
+        attention(x, changed)
+        changed.add_(1)  # the same tensor with other values
+        assert not torch.allclose(attention(x, changed), first)
+        before = attention(x, context)
+        attention.to_k.weight.copy_(torch.randn_like(attention.to_k.weight))  # as averaged weights are put in place
+        assert not torch.allclose(attention(x, context), before)
+    with torch.enable_grad():  # training never keeps
+        count = len(calls)
+        attention(x, context).sum().backward()
+        attention(x, context)
+        assert len(calls) == count + 2
+    assert copy.deepcopy(attention)._kept is None
