@@ -94,8 +94,8 @@ def cadence_of(section: DictConfig, machine: Machine, config: DictConfig) -> Cad
 def stage_data(config: DictConfig, stage: str) -> DictConfig:
     """The data section of a stage: the autoencoder's own options (autoencoder.data) come before the common ones."""
     own = {k: v for k, v in config.autoencoder.data.items() if v is not None} if stage == "autoencoder" else {}
-    if "root" in own:  # shares are those of its own roots
-        own = {"weights": None, "balance_classes": False} | own
+    if "root" in own:  # shares are those of its own roots, and they are not made on the spot
+        own = {"weights": None, "balance_classes": False, "source": None} | own
     return OmegaConf.merge(config.data, own) if own else config.data
 
 

@@ -1,5 +1,6 @@
 """What ldm-sample is asked for: the task, and from files and words the conditions of every picture."""
 
+import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ TASKS = {
     "img2img": None,
     "reconstruct": None,
 }
+FROM_IMAGE = ("inpaint", "img2img", "reconstruct")  # which begin from the picture itself
 # field: the option that gives it
 OPTIONS = {
     "caption": "prompts",
@@ -52,16 +54,20 @@ class Request:
     source: dict[str, str] = field(default_factory=dict)
 
 
-def as_list(value: Any) -> list[str]:
-    """One string, a list, or the non-empty lines of a text file."""
+def as_list(value: Any, option: str) -> list[str]:
+    """One entry or a list; prompts and classes may also be the non-empty lines of a text file."""
     if value is None:
         return []
     if isinstance(value, ListConfig | list):
-        return [str(v) for v in value]
+        # A list of layouts, or one layout written as YAML.
+        value = OmegaConf.to_container(value) if isinstance(value, ListConfig) else value
+        if option == "layout" and value and isinstance(value[0], list) and not isinstance(value[0][0], list):
+            return [json.dumps(value)]
+        return [v if isinstance(v, str) else (json.dumps(v) if isinstance(v, list) else str(v)) for v in value]
     path = Path(str(value))
-    if path.suffix == ".txt":
+    if option in ("prompts", "classes") and path.suffix == ".txt" and " " not in path.name:
         if not path.is_file():
-            raise FileNotFoundError(f"prompts={value}: there is no such file")
+            raise FileNotFoundError(f"{option}={value}: there is no such file")
         return [line.strip() for line in path.read_text().splitlines() if line.strip()]
     return [str(value)]
 
@@ -88,7 +94,14 @@ def chosen_task(model: LatentDiffusion, config: DictConfig) -> str:
             f"this model has no {TASKS[task]} conditioner, so it cannot do task={task}; it can do "
             f"{', '.join(possible_tasks(model))}"
         )
-    needs = ["image"] if task in ("inpaint", "img2img", "reconstruct", "superres", "variation") else []
+    needed = TASKS[task]
+    if needed and OPTIONS[needed] != "image" and config[OPTIONS[needed]] is None:
+        raise ValueError(f"task={task} needs {OPTIONS[needed]}=...")
+    if config.mask is not None and task != "inpaint":
+        raise ValueError(f"mask= means nothing to task={task}, only to task=inpaint")
+    if config.image is not None and TASKS[task] not in ("lowres", "reference") and task not in FROM_IMAGE:
+        raise ValueError(f"image= means nothing to task={task}; leave it or task= out")
+    needs = ["image"] if task in (*FROM_IMAGE, "superres", "variation") else []
     needs += ["mask"] if task == "inpaint" else []
     if missing := [f"{option}=<file>" for option in needs if config[option] is None]:
         raise ValueError(f"task={task} needs {' and '.join(missing)}")
@@ -152,8 +165,9 @@ def picture_size(model: LatentDiffusion, size: Any) -> tuple[int, int]:
 def _value(conditioner: Any, given: str, size: tuple[int, int], channels: int) -> Any:
     """One entry of a conditioner's field from the command line."""
     if conditioner.field == "boxes":
-        path = Path(given)
-        return conditioner.parse(path.read_text() if path.suffix == ".json" and path.is_file() else given)
+        if given.endswith(".json"):
+            given = _bytes(given, "layout").decode()
+        return conditioner.parse(given)
     if conditioner.field == "segmentation":
         labels = read_map(given, size)
         conditioner.shares(labels[None].to(conditioner.device))  # complains about labels that it does not have
@@ -174,15 +188,9 @@ def requests(model: LatentDiffusion, config: DictConfig) -> list[Request]:
     task, size = chosen_task(model, config), picture_size(model, config.size)
     by_field = {c.field: c for c in model.conditioners.values()}
     channels = model.first_stage.autoencoder.in_channels
-    given: dict[str, list[str]] = {
-        option: as_list(config[option]) for option in ("prompts", "classes", "map", "depth", "image", "mask")
-    }
-    layouts = OmegaConf.to_container(config.layout) if isinstance(config.layout, ListConfig) else config.layout
-    given["layout"] = (
-        [] if layouts is None else ([str(layouts)] if isinstance(layouts, str) else [str(v) for v in layouts])
-    )
+    given = {o: as_list(config[o], o) for o in (*dict.fromkeys(OPTIONS.values()), "mask")}
     used = {f: OPTIONS[f] for f in by_field if f != "masked_image" and given[OPTIONS[f]]}
-    if task in ("img2img", "inpaint", "reconstruct"):
+    if task in FROM_IMAGE:
         used = {f: option for f, option in used.items() if option != "image"}
     for option in ("prompts", "classes", "map", "layout", "depth"):
         if given[option] and option not in used.values():
@@ -205,7 +213,7 @@ def requests(model: LatentDiffusion, config: DictConfig) -> list[Request]:
         source = {o: listed[o][j] for o in sorted(options)}
         text = " / ".join(source[o] if o in ("prompts", "classes") else Path(source[o]).name for o in source)
         request = Request(0, fields, text, source=source)
-        if task in ("img2img", "inpaint", "reconstruct"):
+        if task in FROM_IMAGE:
             request.image = read_image(listed["image"][j], size, channels)
         if task == "inpaint":
             request.mask = read_mask(listed["mask"][j], size)

@@ -88,10 +88,13 @@ def sample(config: DictConfig) -> list[Path]:
     model.schedule.timesteps(config.num_inference_steps, config.spacing)  # complains before any work is done
     if config.negative is not None and "caption" not in model.fields:
         raise ValueError("this model takes no captions, so negative= means nothing to it")
+    guidance = {k: v for k, v in OmegaConf.to_container(config.guidance).items() if v}
+    if config.guidance_scale == 1 and (guidance or config.negative is not None):
+        named = ["negative"] * (config.negative is not None) + [f"guidance.{k}" for k in guidance]
+        raise ValueError(f"{', '.join(named)} need guidance: set guidance_scale above 1")
     if not 0 <= config.strength <= 1:
         raise ValueError(f"strength is a share between 0 and 1, not {config.strength}")
     task, wanted = chosen_task(model, config), requests(model, config)
-    guidance = {k: v for k, v in OmegaConf.to_container(config.guidance).items() if v}
     folder = Path(config.out) if config.out else (source.parent if source.name == "export" else source) / "samples"
     recipe = {
         "model": str(source),
@@ -131,7 +134,7 @@ def quoted(argument: str) -> str:
     option, _, value = argument.partition("=")
     if option not in ("prompts", "run", "negative", "layout") or not value or value[0] in "'\"":
         return argument
-    if option in ("prompts", "run") and value[0] == "[":
+    if value[0] == "[" and (option != "layout" or ".json" in value):
         return argument
     return f'{option}="' + value.replace("\\", "\\\\").replace('"', '\\"') + '"'
 

@@ -139,18 +139,24 @@ def read_index(root: Roots, remedy: str = "ldm-prepare source=index path=<folder
 
 
 def _merged(indices: dict[str, dict]) -> dict:
-    """Labels are by name: sets with other lists of classes keep their meaning."""
-    named = [index.get("classes") for index in indices.values()]
-    classes = list(dict.fromkeys(name for names in named if names for name in names))
+    """Labels are by name: sets with other lists of classes keep their meaning. Where a set names none, none are named."""
+    named = {root: index.get("classes") for root, index in indices.items()}
+    for root, names in named.items():
+        if twice := [n for n in names or [] if names.count(n) > 1]:
+            raise DataError(
+                f"{root}/{INDEX} names the class {twice[0]} twice; classes of several roots are joined by name"
+            )
+    classes = list(dict.fromkeys(n for names in named.values() for n in names)) if all(named.values()) else []
     splits: dict[str, dict] = {}
     for number, (root, index) in enumerate(indices.items()):
-        relabel = [classes.index(name) for name in index.get("classes") or []]
+        relabel = [classes.index(name) for name in named[root]] if classes else []
         for split, part in index["splits"].items():
             whole = splits.setdefault(split, {"count": 0, "shards": []})
-            for shard in part["shards"]:
-                file = shard["file"] if is_remote(shard["file"]) else str(Path(root) / shard["file"])
-                whole["shards"].append(shard | {"file": file, "set": number, "root": root, "relabel": relabel})
+            whole["shards"] += [shard | {"set": number, "root": root, "relabel": relabel} for shard in part["shards"]]
             whole["count"] += part["count"]
+    for split in splits:
+        if lacking := [root for root, index in indices.items() if split not in index["splits"]]:
+            splits[split]["lacking"] = lacking
     return {"splits": splits} | ({"classes": classes} if classes else {})
 
 
@@ -159,6 +165,8 @@ def split_index(index: dict, split: str, root: Roots) -> dict:
         raise DataError(
             f"{root} has no split {split!r}, only {', '.join(index['splits'])}; set data.train_split / data.val_split"
         )
+    if lacking := index["splits"][split].get("lacking"):
+        raise DataError(f"{', '.join(lacking)} has no split {split!r}, the other data.root do; prepare it with one")
     return index["splits"][split]
 
 
@@ -317,8 +325,14 @@ class IndexedShards:
         if shard not in self._files:
             self._files[shard] = os.open(self.paths[shard], os.O_RDONLY)
         data = os.pread(self._files[shard], size, offset)
-        if extension == "cls" and self._relabel[shard]:
-            data = str(self._relabel[shard][int(data)]).encode()
+        relabel = self._relabel[shard]
+        if relabel and extension == "cls":
+            data = str(relabel[int(data)]).encode()
+        elif relabel and extension == "json" and relabel != list(range(len(relabel))):
+            record = json.loads(data)
+            if "boxes" in record:
+                boxes = [[*box[:4], relabel[int(box[4])]] for box in record["boxes"]]
+                data = json.dumps(record | {"boxes": boxes}).encode()
         return data
 
     def labels(self) -> np.ndarray:

@@ -29,15 +29,22 @@ class CrossAttention(nn.Module):
     def keys_values(self, context: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(B, heads, L, head_dim) each. Without gradients those of the last context are kept: a sampler asks with the
         same tensor in every step."""
-        if torch.is_grad_enabled() or self.training or torch.compiler.is_compiling():
-            return self._split(self.to_k(context)), self._split(self.to_v(context))
         weights = (self.to_k.weight, self.to_v.weight)
+        untracked = context.is_inference() or weights[0].is_inference()  # inference mode counts no changes
+        if torch.is_grad_enabled() or self.training or torch.compiler.is_compiling() or untracked:
+            return self._split(self.to_k(context)), self._split(self.to_v(context))
         state = (context._version, *(w._version for w in weights), *(w.data_ptr() for w in weights))
         state += (torch.get_autocast_dtype(context.device.type), torch.is_autocast_enabled(context.device.type))
-        if self._kept is None or self._kept[0]() is not context or self._kept[1] != state:
+        kept = self._kept
+        if kept is None or kept[0]() is not context or kept[1] != state:
             made = self._split(self.to_k(context)), self._split(self.to_v(context))
-            self._kept = (weakref.ref(context), state, made)
-        return self._kept[2]
+            # They go with their context, not with the next one.
+            kept = self._kept = (weakref.ref(context, self._forget), state, made)
+        return kept[2]
+
+    def _forget(self, gone: weakref.ref) -> None:
+        if self._kept is not None and self._kept[0] is gone:
+            self._kept = None
 
     def __getstate__(self) -> dict:
         return self.__dict__ | {"_kept": None}  # weak references cannot be copied

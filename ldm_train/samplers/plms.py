@@ -27,7 +27,8 @@ def plms(
     x_t: (B, C, h, w) at timesteps[0]. timesteps: falling, (S + 1,). callback(step, pred_x0) after each step. Returns
     latents at timesteps[-1]. No noise is drawn.
     """
-    (alphas, sigmas), times = schedule.coefficients(timesteps), timesteps.tolist()
+    (alphas, levels), times = schedule.levels(timesteps), timesteps.tolist()
+    sigmas = [alpha * level for alpha, level in zip(alphas, levels)]
 
     def move(x: torch.Tensor, eps: torch.Tensor, step: int) -> torch.Tensor:
         """DDIM with a given noise."""

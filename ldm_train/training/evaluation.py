@@ -128,7 +128,7 @@ def evaluate(
     if restoration:
         table, rows = measure_restoration(model, loader, draw, perceptual, batch_size=batch_size, **restoration)
         metrics["restoration"] = table | settings
-        pictures.save_png(pictures.grid(rows, columns=6), folder / "restorations.png")
+        pictures.save_png(pictures.grid(rows.flatten(0, 1), columns=rows.shape[1]), folder / "restorations.png")
         print(format_restoration(table))
     pictures.save_png(pictures.grid(shown["reconstructions"], columns=8), folder / "reconstructions.png")
     pictures.save_png(

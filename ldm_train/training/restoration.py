@@ -93,7 +93,7 @@ def measure_restoration(
     """Draws `samples` pictures for each of the first `images` of `loader` under its own conditions.
 
     Returns (table, pictures): means over images for super-resolution; PSNR in dB pooled over pixels for inpainting.
-    The pictures are rows of condition, three samples, their mean, and the original.
+    The pictures (rows, columns, C, H, W): condition, up to three samples, the mean of all, and the original.
     """
     field = next(f for f in FIELDS if f in model.fields)
     restored, originals, conditions = [], [], []
@@ -126,8 +126,12 @@ def measure_restoration(
 
     table: dict[str, float] = {"n": len(real), "samples": samples}
     if field == "lowres":
-        distance = perceptual and (lambda a, b: perceptual(a.to(model.device), b.to(model.device)).cpu())
-        values = superresolution_values(real, given, drawn, autoencode, distance)
+
+        def distance(ours: torch.Tensor, originals: torch.Tensor) -> torch.Tensor:
+            pairs = zip(ours.split(batch_size), originals.split(batch_size))
+            return torch.cat([perceptual(a.to(model.device), b.to(model.device)).cpu() for a, b in pairs])
+
+        values = superresolution_values(real, given, drawn, autoencode, distance if perceptual is not None else None)
         table |= {name: float(v.double().mean()) for name, v in values.items()}
     else:
         sums = {n: v.sum() for n, v in inpainting_errors(real, given[:, -1:], drawn, autoencode).items()}
@@ -137,8 +141,7 @@ def measure_restoration(
         for name in ("sample", "ceiling"):
             table[f"psnr_known_{name}"] = decibel(sums[f"known_{name}"], sums["known"])
     condition = model.picture({field: given[:shown]}, tuple(real.shape[2:]))
-    rows = torch.stack([condition, *drawn[:3, :shown], drawn[:, :shown].mean(dim=0), real[:shown]], dim=1)
-    return table, rows.flatten(0, 1)
+    return table, torch.stack([condition, *drawn[:3, :shown], drawn[:, :shown].mean(dim=0), real[:shown]], dim=1)
 
 
 def format_restoration(table: dict[str, float]) -> str:

@@ -11,7 +11,7 @@ import torch
 
 from ldm_train.data.datamodule import Batching, Mixture, ShardDataModule, StepBatches
 from ldm_train.data.latents import LatentDataModule, write_cache, write_cache_index
-from ldm_train.data.shards import DataError, IndexedShards
+from ldm_train.data.shards import DataError, IndexedShards, write_json, write_shard
 
 SETS = np.array([0] * 30 + [1] * 10)
 
@@ -92,6 +92,40 @@ def test_labels_are_joined_by_name(roots: list[str]):
     for i in range(len(shards)):
         found[int(shards.sets[i])].add(samples[(0, i)]["class_label"])
     assert found == {0: {0, 1, 2}, 1: {1, 3, 4}}
+
+
+def test_relative_roots(roots: list[str], monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(Path(roots[0]).parent)
+    data = module(["first", "second"])
+    assert len(data.shards("train")) == 52
+    assert len(list(data.fixed_loader("val"))) == 3
+
+
+def test_boxes_keep_their_labels_too(tmp_path: Path):
+    for name, classes in (("one", ["cat", "dog"]), ("two", ["dog", "cow"])):
+        record = json.dumps({"boxes": [[0, 0, 1, 1, 1]]}).encode()
+        entries = {
+            split: [write_shard(tmp_path / name / f"{split}.tar", [(f"{name}{split}", {"json": record})])]
+            for split in ("train", "val")
+        }
+        splits = {s: {"count": 1, "shards": e} for s, e in entries.items()}
+        write_json(tmp_path / name / "index.json", {"splits": splits, "classes": classes})
+    shards = IndexedShards([str(tmp_path / "one"), str(tmp_path / "two")], "train")
+    assert shards.classes == ["cat", "dog", "cow"]
+    assert [json.loads(shards.read(i, "json"))["boxes"][0][4] for i in range(2)] == [1, 2]
+
+
+def test_roots_that_do_not_go_together(roots: list[str], write_data: Callable[..., Path], tmp_path: Path):
+    index = Path(roots[1]) / "index.json"
+    tree = json.loads(index.read_text())
+    index.write_text(json.dumps(tree | {"classes": ["b", "x", "x"]}))
+    with pytest.raises(DataError, match="names the class x twice"):
+        module(roots)
+    index.write_text(json.dumps({k: v for k, v in tree.items() if k != "classes"}))
+    assert "classes" not in module(roots).index  # without all names there are none
+    index.write_text(json.dumps(tree | {"splits": {"train": tree["splits"]["train"]}}))
+    with pytest.raises(DataError, match=r"second has no split 'val', the other data\.root do"):
+        module(roots)
 
 
 def test_the_first_validation_samples_stand_for_all_roots(roots: list[str]):

@@ -7,6 +7,7 @@ import json
 import re
 import tarfile
 import threading
+import time
 from collections import Counter
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -181,7 +182,7 @@ def test_coco_boxes_captions_and_labels(coco: Path, tmp_path: Path):
     with tarfile.open(tmp_path / "out/train-000000.tar") as tar:
         record = json.loads(tar.extractfile("000000000005.json").read())
     assert record["captions"] == ["a car", "one car"]
-    assert len(COCO(str(coco), crowds=True).items["train"][0][2]["boxes"]) == 3
+    assert len(json.loads(COCO(str(coco), crowds=True).items["train"][0][2])["boxes"]) == 3
     with pytest.raises(DataError, match=r"no picture of .* is left in train; relax source\.min_objects"):
         COCO(str(coco), min_objects=5)
     with pytest.raises(
@@ -326,6 +327,20 @@ class _Site(BaseHTTPRequestHandler):
             headers["Transfer"] = "unsaid"
         elif name == "broken":
             headers["Content-Length"] = str(len(body) + 100)
+        elif name == "loop":
+            status, headers["Location"] = 302, "/loop"
+        elif name == "eps":
+            body = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpage\n"
+        elif name == "drip":
+            self.wfile.write(b"HTTP/1.1 200 OK\r\nX-")
+            for _ in range(60):
+                time.sleep(0.1)
+                try:
+                    self.wfile.write(b"a")
+                    self.wfile.flush()
+                except OSError:
+                    return
+            return
         elif name == "tiff":
             body = encoded(3, (64, 48), "TIFF")
         self.send_response(status)
@@ -350,7 +365,7 @@ def site() -> Iterator[str]:
 FINE = ["ok1", "ok2", "busy", "moved", "tiff"]
 BAD = {
     "gone": "answered 404",
-    "file": "answered 302",
+    "file": "only http and https",
     "ftp": "only http and https",
     "optout": r"opts out \(noai\)",
     "text": "cannot identify|no image",
@@ -402,6 +417,48 @@ def test_a_list_of_addresses(site: str, tmp_path: Path):
     assert _Site.asked == before  # finished shards are not fetched again
 
 
+def test_an_outage_writes_no_shard_and_loses_nothing(site: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    names = [f"ok{i}" for i in range(12)]
+    path = address_list(site, tmp_path / "list.parquet", names)
+    source = urls.URLList(str(path), max_size=None, val_fraction=0.25, retries=0, allow_private=True)
+    real, down = urls.fetch, {f"{site}/ok{i}" for i in range(6, 12)}
+
+    def broken(url: str, **options: object) -> bytes:
+        if url in down:
+            raise urls.Unfetchable("no connection: unreachable", passing=True)
+        return real(url, **options)
+
+    monkeypatch.setattr(urls, "fetch", broken)
+    with pytest.raises(DataError, match=r"failed for reasons that may pass.*run the same command to continue"):
+        build(source, tmp_path / "out", per_shard=4)
+    assert not (tmp_path / "out/index.json").exists()
+    before = _Site.asked.copy()
+    monkeypatch.setattr(urls, "fetch", real)
+    index = build(source, tmp_path / "out", per_shard=4)
+    assert sum(p["count"] for p in index["splits"].values()) == 12
+    assert _Site.asked["/ok1"] == before["/ok1"] == 1
+
+
+def test_slow_and_redirecting_servers_are_cut_off(site: str):
+    begin = time.monotonic()
+    with pytest.raises(urls.Unfetchable):
+        urls.fetch(f"{site}/drip", timeout=0.3, retries=0, allow_private=True)
+    assert time.monotonic() - begin < 4
+    with pytest.raises(urls.Unfetchable, match="more than 5 redirects"):
+        urls.fetch(f"{site}/loop", retries=0, allow_private=True)
+    assert _Site.asked["/loop"] == 6
+    assert urls.fetch(f"{site}/a b/ü", retries=0, allow_private=True)
+    assert urls.checked_url("http://a.org/ü x?q=ß&b=%20") == "http://a.org/%C3%BC%20x?q=%C3%9F&b=%20"
+
+
+def test_bombs_and_foreign_formats_are_not_decoded(site: str, tmp_path: Path):
+    path = address_list(site, tmp_path / "list.parquet", ["eps", "ok1", "ok2"])
+    source = urls.URLList(str(path), max_pixels=3000, val_fraction=0.5, retries=0, allow_private=True)
+    reasons = [str(s) for split in ("train", "val") for s in source.samples(split, range(source.splits()[split]))]
+    assert sum("cannot identify" in r for r in reasons) == 1
+    assert sum("64x48 pixels, more than max_pixels=3000" in r for r in reasons) == 2
+
+
 def test_private_addresses_are_refused(site: str, tmp_path: Path):
     with pytest.raises(urls.Unfetchable, match=r"is 127\.0\.0\.1, a private address; allow it with"):
         urls.fetch(f"{site}/ok1", retries=0)
@@ -416,14 +473,14 @@ def test_private_addresses_are_refused(site: str, tmp_path: Path):
 
 def test_a_redirect_to_a_private_address_is_refused(monkeypatch: pytest.MonkeyPatch, site: str):
     """Each hop is checked: what a public server redirects to may be inside the own network."""
-    real = urls.public_address
+    real = urls.public_addresses
     allowed = []
 
-    def only_the_first(host: str, port: int, allow_private: bool = False) -> str:
+    def only_the_first(host: str, port: int, allow_private: bool = False) -> list[str]:
         allowed.append(host)
         return real(host, port, allow_private or len(allowed) == 1)
 
-    monkeypatch.setattr(urls, "public_address", only_the_first)
+    monkeypatch.setattr(urls, "public_addresses", only_the_first)
     with pytest.raises(urls.Unfetchable, match="private address"):
         urls.fetch(f"{site}/moved", retries=0)
     assert _Site.asked == {"/moved": 1}

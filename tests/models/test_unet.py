@@ -267,3 +267,10 @@ def test_keys_and_values_of_a_context_are_computed_once_and_never_stale() -> Non
         attention(x, context)
         assert len(calls) == count + 2
     assert copy.deepcopy(attention)._kept is None
+    with torch.no_grad():
+        attention(x, context)
+    assert attention._kept is not None
+    del context
+    assert attention._kept is None  # gone with its context
+    with torch.inference_mode():
+        assert torch.equal(attention(x, fresh := torch.randn(2, 3, 6)), attention(x, fresh))

@@ -250,7 +250,7 @@ def test_wrong_options_are_named() -> None:
             sampler(gaussian, x, times, SCHEDULE, noise)
 
 
-@pytest.mark.parametrize("sampler", [euler, heun, lms])
+@pytest.mark.parametrize("sampler", [euler, heun, lms, plms])
 def test_infinite_levels_are_refused_with_the_remedy(sampler: Callable) -> None:
     flat = NoiseSchedule(zero_terminal_snr=True)
     with pytest.raises(ValueError, match=r"zero_terminal_snr.*use sampler=ddim, dpm_solver or unipc"):

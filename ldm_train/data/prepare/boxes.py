@@ -1,6 +1,7 @@
 """Photos with labelled boxes: COCO and Open Images, from the files their owners distribute."""
 
 import csv
+import hashlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -8,7 +9,6 @@ from typing import Any
 
 from tqdm import tqdm
 
-from ldm_train.data.prepare.build import digest
 from ldm_train.data.prepare.image_folder import image_bytes
 from ldm_train.data.shards import DataError
 
@@ -29,30 +29,38 @@ def _inside(x: float, y: float, w: float, h: float) -> list[float]:
 
 
 class _Boxes:
-    """What COCO and Open Images share: `items[split]` = (key, image path, record), the record going into .json."""
+    """What COCO and Open Images share: `items[split]` = (key, path below `root`, record), the record being what goes into
+    .json, encoded: a million of them as objects would be gigabytes, in every process."""
 
     classes: list[str] | None
     identity: dict[str, Any]
 
-    def __init__(self, max_size: int | None, min_objects: int, max_objects: int, min_area: float):
-        self.max_size, self.min_objects, self.max_objects, self.min_area = max_size, min_objects, max_objects, min_area
-        self.items: dict[str, list[tuple[str, Path, dict]]] = {"train": [], "val": []}
+    def __init__(self, root: Path, max_size: int | None, min_objects: int, max_objects: int, min_area: float):
+        self.root, self.max_size, self.min_objects, self.max_objects = root, max_size, min_objects, max_objects
+        self.min_area = min_area
+        self.items: dict[str, list[tuple[str, str, bytes]]] = {"train": [], "val": []}
 
     def _kept(self, boxes: list[list[float]]) -> list[list[float]] | None:
         """Boxes that are large enough, or None where the picture has too few or too many of them."""
         large = [b for b in boxes if b[2] > 0 and b[3] > 0 and b[2] * b[3] >= self.min_area]
         return large if self.min_objects <= len(large) <= self.max_objects else None
 
+    def _add(self, split: str, key: str, path: Path, record: dict) -> None:
+        self.items[split].append((key, str(path.relative_to(self.root)), json.dumps(record).encode()))
+
     def _settle(self, name: str, path: str) -> None:
         for split, items in self.items.items():
             items.sort(key=lambda item: item[0])
             if not items:
                 raise DataError(f"no picture of {path} is left in {split}; relax source.min_objects or source.min_area")
+        records = hashlib.sha256()
+        for key, _, record in (item for items in self.items.values() for item in items):
+            records.update(f"{key} {len(record)} ".encode() + record)
         self.identity = {
             "source": name,
             "max_size": self.max_size,
             "classes": self.classes,
-            "records": digest([[key, record] for items in self.items.values() for key, _, record in items]),
+            "records": records.hexdigest()[:16],
         }
 
     def splits(self) -> dict[str, int]:
@@ -60,9 +68,9 @@ class _Boxes:
 
     def sample(self, split: str, i: int) -> tuple[str, dict[str, bytes]]:
         key, path, record = self.items[split][i]
-        extension, data = image_bytes(path, self.max_size)
-        fields = {extension: data, "json": json.dumps(record).encode()}
-        if captions := record.get("captions"):
+        extension, data = image_bytes(self.root / path, self.max_size)
+        fields = {extension: data, "json": record}
+        if captions := json.loads(record).get("captions"):
             fields["txt"] = captions[0].encode()
         return key, fields
 
@@ -84,8 +92,8 @@ class COCO(_Boxes):
         max_objects: int = 1000,
         min_area: float = 0.0,
     ):
-        super().__init__(max_size, min_objects, max_objects, min_area)
-        root, names = Path(path), {}
+        super().__init__(Path(path), max_size, min_objects, max_objects, min_area)
+        root, names = self.root, {}
         origin = (
             "download it from cocodataset.org (2017 train and val images, train/val annotations, stuff annotations)"
         )
@@ -115,7 +123,7 @@ class COCO(_Boxes):
             for number, image in tqdm(records.items(), desc=f"COCO {split}", unit="img"):
                 if (boxes := self._kept(image["boxes"])) is not None:
                     record = {"boxes": boxes} | ({"captions": image["captions"]} if image["captions"] else {})
-                    self.items[split].append((f"{number:012d}", folder / image["file_name"], record))
+                    self._add(split, f"{number:012d}", folder / image["file_name"], record)
         self.classes = [names.get(i + 1, f"unused {i + 1}") for i in range(183)]
         self._settle("coco", path)
 
@@ -138,8 +146,8 @@ class OpenImagesBoxes(_Boxes):
         max_objects: int = 30,
         min_area: float = 1e-5,
     ):
-        super().__init__(max_size, min_objects, max_objects, min_area)
-        root = Path(path)
+        super().__init__(Path(path), max_size, min_objects, max_objects, min_area)
+        root = self.root
         origin = (
             "download it from storage.googleapis.com/openimages/web (V7: boxes, class names; images from its S3 bucket)"
         )
@@ -149,7 +157,7 @@ class OpenImagesBoxes(_Boxes):
         label_of = {code: i for i, (code, _) in enumerate(described)}
         for split, name in OPENIMAGES_CSV.items():
             folder = _existing(root / OPENIMAGES_FOLDERS[split], origin)
-            present = {p.stem: p for p in folder.rglob("*.jpg")}
+            present = {p.stem: str(p.relative_to(folder)) for p in folder.rglob("*.jpg")}
             absent = 0
             for number, rows in tqdm(self._by_image(_existing(root / name, origin)), desc=f"boxes {split}", unit="img"):
                 if number not in present:
@@ -164,7 +172,7 @@ class OpenImagesBoxes(_Boxes):
                     left, right, top, bottom = (float(row[c]) for c in ("XMin", "XMax", "YMin", "YMax"))
                     boxes.append([*_inside(left, top, right - left, bottom - top), label_of[row["LabelName"]]])
                 if (kept := self._kept(boxes)) is not None:
-                    self.items[split].append((number, present[number], {"boxes": kept}))
+                    self._add(split, number, folder / present[number], {"boxes": kept})
             if absent:
                 print(f"{absent} pictures of {name} are not in {folder}; taken without them")
         self._settle("openimages_boxes", path)

@@ -29,7 +29,8 @@ class Source(Protocol):
         ...
 
     def sample(self, split: str, i: int) -> tuple[str, dict[str, bytes]]:
-        """(key, {extension: bytes}). Raises OSError or ValueError for a sample that cannot be read.
+        """(key, {extension: bytes}). Raises OSError or ValueError for a sample that cannot be read; where the error has
+        `passing = True`, and so have most of a shard's, the shard is not written.
 
         A source that is slow one by one may also have `samples(split, chunk)`: an iterator of the same in order, with
         the exception in the place of a sample that cannot be read.
@@ -49,7 +50,7 @@ def in_validation(key: str, fraction: float) -> bool:
 
 def _write(source: Source, out: Path, split: str, number: int, chunk: range) -> dict:
     """Writes one shard and the note that it is complete. Returns its entry with skipped samples and image sizes."""
-    sizes, skipped = [], []
+    sizes, skipped, passing = [], [], []
 
     together = source.samples(split, chunk) if hasattr(source, "samples") else None
 
@@ -68,8 +69,15 @@ def _write(source: Source, out: Path, split: str, number: int, chunk: range) -> 
                         sizes.append(image.size)
             except (OSError, ValueError, SyntaxError) as error:  # PIL raises SyntaxError for broken PNGs
                 skipped.append(f"{split} {key}: {error}")
+                if getattr(error, "passing", False):
+                    passing.append(str(error))
                 continue
             yield key, fields
+        if len(passing) > max(1, len(chunk) // 2):  # raised here, the shard is not written
+            raise DataError(
+                f"{len(passing)} of {len(chunk)} samples failed for reasons that may pass, the last: {passing[-1]}; see to "
+                "the network and run the same command to continue"
+            )
 
     name = f"{split}-{number:06d}.tar"
     entry = write_shard(out / name, samples())

@@ -1,9 +1,10 @@
 """Data sets of the Hugging Face hub, or saved by its library."""
 
-import io
+import json
 from pathlib import Path
 from typing import Any
 
+from ldm_train.data.files import open_image
 from ldm_train.data.prepare.build import digest, in_validation
 from ldm_train.data.prepare.image_folder import encoded_png, reduced
 from ldm_train.data.shards import DataError
@@ -12,8 +13,9 @@ from ldm_train.data.shards import DataError
 class HuggingFace:
     """path: a name on the hub, a folder written by `save_to_disk`, or anything `datasets.load_dataset` reads.
 
-    image_column, caption_column, class_column: as the data set calls them; null for none. train_split, val_split: of the
-    data set; without the latter val_fraction of the former. name: its configuration. max_size: as for ImageFolder.
+    image_column, caption_column (one text or several), class_column: as the data set calls them; null for none.
+    train_split, val_split: of the data set; without the latter val_fraction of the former. name: its configuration.
+    max_size: as for ImageFolder.
     Raises FileNotFoundError where it cannot be loaded, DataError naming the columns there are.
     """
 
@@ -100,22 +102,24 @@ class HuggingFace:
         part, rows = self.rows[split]
         row = self._load()[part][rows[i]]
         key, image = f"{part}_{rows[i]:09d}", row[self.columns["image"]]
-        if image is None:
+        if image is None or not (image["bytes"] or image["path"]):
             raise ValueError(f"row {rows[i]} has no image")
-        data = image["bytes"] or Path(image["path"]).read_bytes()
-        fields = dict([self._encoded(data, key)])
+        fields = dict([self._encoded(image["bytes"] or Path(image["path"]).read_bytes(), key)])
+        for name in ("caption", "class"):
+            if (column := self.columns[name]) and row[column] in (None, "", []):
+                raise ValueError(f"row {rows[i]} has no {column}")
         if column := self.columns["caption"]:
-            caption = row[column]
-            fields["txt"] = (caption[0] if isinstance(caption, list) else str(caption)).strip().encode()
+            captions = [str(c).strip() for c in (row[column] if isinstance(row[column], list) else [row[column]])]
+            fields["txt"] = captions[0].encode()
+            if len(captions) > 1:
+                fields["json"] = json.dumps({"captions": captions}).encode()
         if column := self.columns["class"]:
             label = self.classes.index(str(row[column])) if self.by_name else int(row[column])
             fields["cls"] = str(label).encode()
         return key, fields
 
     def _encoded(self, data: bytes, key: str) -> tuple[str, bytes]:
-        from PIL import Image
-
-        with Image.open(io.BytesIO(data)) as image:
+        with open_image(data) as image:
             kind = (image.format or "").lower()
             if kind not in ("jpeg", "png", "webp"):  # TIFF and the like
                 data, kind = encoded_png(image), "png"

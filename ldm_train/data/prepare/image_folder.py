@@ -82,6 +82,9 @@ class ImageFolder:
         root = Path(path)
         if not root.is_dir():
             raise FileNotFoundError(f"path={path} is no folder; give a folder of images")
+        inner = [p for p in root.iterdir() if not p.name.startswith(".")]
+        if len(inner) == 1 and (inner[0] / "train").is_dir() and (inner[0] / "val").is_dir():
+            root = inner[0]  # an archive's own folder
         folders = {"train": root / "train"}
         for name in ("val", "validation", "valid", "test"):
             if (root / name).is_dir():

@@ -1,5 +1,7 @@
 """ImageNet-1k (ILSVRC 2012) from its owners' archives, through torchvision."""
 
+import shutil
+from collections import Counter
 from pathlib import Path
 
 from ldm_train.data.prepare.image_folder import ImageFolder, check_count
@@ -33,7 +35,9 @@ class ImageNet(ImageFolder):
             from torchvision.datasets.imagenet import load_meta_file
 
             names = load_meta_file(str(root))[0]
-            self.classes = [names[synset][0] if synset in names else synset for synset in self.classes]
+            first = {s: names[s][0] if s in names else s for s in self.classes}
+            counts = Counter(first.values())  # two cranes, two maillots
+            self.classes = [n if counts[n] == 1 else f"{n} ({s})" for s, n in first.items()]
 
     @staticmethod
     def _unpack(root: Path, split: str) -> None:
@@ -49,6 +53,9 @@ class ImageNet(ImageFolder):
         try:
             if not (root / "meta.bin").is_file():
                 imagenet.parse_devkit_archive(str(root))
-            (imagenet.parse_train_archive if split == "train" else imagenet.parse_val_archive)(str(root))
+            unpack = imagenet.parse_train_archive if split == "train" else imagenet.parse_val_archive
+            shutil.rmtree(root / f".{split}.partial", ignore_errors=True)
+            unpack(str(root), folder=f".{split}.partial")
+            (root / f".{split}.partial").rename(root / split)
         except ImportError as error:
             raise DataError("ImageNet's devkit needs the package scipy: pip install 'ldm-train[prepare]'") from error

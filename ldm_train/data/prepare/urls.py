@@ -4,14 +4,16 @@ import http.client
 import io
 import ipaddress
 import socket
+import threading
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import quote, urljoin, urlsplit
 
 from PIL import Image
 
@@ -24,68 +26,105 @@ OPT_OUT = {"noai", "noimageai", "noindex", "noimageindex"}
 PERMANENT = {400, 401, 403, 404, 405, 406, 410, 414, 451}  # asking again does not help
 
 
+FORMATS = {
+    "JPEG": "jpg",
+    "PNG": "png",
+    "WEBP": "webp",
+    "GIF": None,
+    "BMP": None,
+    "TIFF": None,
+}  # what is decoded at all
+MAX_REDIRECTS = 5
+
+
 class Unfetchable(ValueError):
-    """An address that was not fetched; the message says why. final: trying again is of no use."""
+    """An address that was not fetched; the message says why. passing: another attempt may succeed."""
 
-    def __init__(self, message: str, final: bool = False):
+    def __init__(self, message: str, passing: bool = False):
         super().__init__(message)
-        self.final = final
+        self.passing = passing
 
 
-def public_address(host: str, port: int, allow_private: bool = False) -> str:
-    """The address to connect to. Raises Unfetchable where the host is unknown, or any of its addresses is not public.
+def public_addresses(host: str, port: int, allow_private: bool = False) -> list[str]:
+    """The addresses to connect to. Raises Unfetchable where the host is unknown, or any of its addresses is not public.
 
-    The address itself is returned, and connected to, so that a name cannot mean something else a moment later.
+    The addresses themselves are connected to, so that a name cannot mean something else a moment later.
     """
     try:
         found = [entry[4][0] for entry in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)]
     except OSError as error:
-        raise Unfetchable(f"{host}: {error}") from error
+        raise Unfetchable(f"{host}: {error}", True) from error
     for address in found:
         ip = ipaddress.ip_address(address.split("%")[0])
         mapped = getattr(ip, "ipv4_mapped", None) or ip
         if not allow_private and (not mapped.is_global or mapped.is_multicast):
-            raise Unfetchable(f"{host} is {address}, a private address; allow it with source.allow_private=true", True)
-    return found[0]
+            raise Unfetchable(f"{host} is {address}, a private address; allow it with source.allow_private=true")
+    return list(dict.fromkeys(found))
 
 
-def _handlers(allow_private: bool) -> list[urllib.request.BaseHandler]:
-    class Plain(http.client.HTTPConnection):
-        def connect(self) -> None:
-            address = public_address(self.host, self.port, allow_private)
-            self.sock = socket.create_connection((address, self.port), self.timeout)
+class _Connections:
+    """An opener that connects to checked addresses only and follows no redirect, and the sockets it opened."""
 
-    class Secure(http.client.HTTPSConnection):
-        def connect(self) -> None:
-            address = public_address(self.host, self.port, allow_private)
-            plain = socket.create_connection((address, self.port), self.timeout)
-            self.sock = self._context.wrap_socket(plain, server_hostname=self.host)
+    def __init__(self, allow_private: bool):
+        opened, self.was_cut = [], False
+        self.opened = opened
 
-    class HTTP(urllib.request.HTTPHandler):
-        def http_open(self, request: urllib.request.Request) -> Any:
-            return self.do_open(Plain, request)
+        def connected(connection: http.client.HTTPConnection) -> socket.socket:
+            for address in (found := public_addresses(connection.host, connection.port, allow_private)):
+                try:
+                    made = socket.create_connection((address, connection.port), connection.timeout)
+                except OSError:
+                    if address == found[-1]:
+                        raise
+                    continue
+                opened.append(made)
+                return made
+            raise Unfetchable(f"{connection.host} has no address", True)
 
-    class HTTPS(urllib.request.HTTPSHandler):
-        def https_open(self, request: urllib.request.Request) -> Any:
-            return self.do_open(Secure, request, context=self._context)
+        class Plain(http.client.HTTPConnection):
+            def connect(self) -> None:
+                self.sock = connected(self)
 
-    class Redirects(urllib.request.HTTPRedirectHandler):
-        def redirect_request(self, request: Any, file: Any, code: int, message: str, headers: Any, url: str) -> Any:
-            check_scheme(url)
-            return super().redirect_request(request, file, code, message, headers, url)
+        class Secure(http.client.HTTPSConnection):
+            def connect(self) -> None:
+                self.sock = self._context.wrap_socket(connected(self), server_hostname=self.host)
+                opened.append(self.sock)
 
-    # Proxies of the environment would hide the address that is connected to.
-    return [urllib.request.ProxyHandler({}), HTTP(), HTTPS(), Redirects()]
+        class HTTP(urllib.request.HTTPHandler):
+            def http_open(self, request: urllib.request.Request) -> Any:
+                return self.do_open(Plain, request)
+
+        class HTTPS(urllib.request.HTTPSHandler):
+            def https_open(self, request: urllib.request.Request) -> Any:
+                return self.do_open(Secure, request, context=self._context)
+
+        class NoRedirects(urllib.request.HTTPRedirectHandler):
+            def http_error_302(self, *_: Any) -> None:  # urllib's own reads the redirect's body whole
+                return None
+
+            http_error_301 = http_error_303 = http_error_307 = http_error_308 = http_error_302
+
+        # Proxies of the environment would hide the address that is connected to.
+        self.opener = urllib.request.build_opener(urllib.request.ProxyHandler({}), HTTP(), HTTPS(), NoRedirects())
+
+    def cut(self) -> None:
+        """Ends whatever still waits for an answer."""
+        self.was_cut = True
+        for sock in self.opened:
+            with suppress(OSError):
+                sock.shutdown(socket.SHUT_RDWR)
 
 
-def check_scheme(url: str) -> None:
+def checked_url(url: str) -> str:
+    """The address with its odd characters quoted. Raises Unfetchable for anything but http and https."""
     try:
         parts = urlsplit(url)
         port = parts.port
     except ValueError as error:
-        raise Unfetchable(f"{url}: {error}", True) from error
+        raise Unfetchable(f"{url}: {error}") from error
     if parts.scheme not in ("http", "https") or not parts.hostname or port == 0:
-        raise Unfetchable(f"{url}: only http and https addresses are fetched", True)
+        raise Unfetchable(f"{url}: only http and https addresses are fetched")
+    return quote(url, safe="%/:=&?~#+!$,;'@()*[]")
 
 
 def fetch(
@@ -97,48 +136,66 @@ def fetch(
     Raises Unfetchable, after `retries` more attempts where these may help; pages that opt out of use for machine
     learning (X-Robots-Tag: noai, noindex, ...) are not fetched.
     """
-    check_scheme(url)
-    opener = urllib.request.build_opener(*_handlers(allow_private))
-    request = urllib.request.Request(url, headers={"User-Agent": AGENT, "Accept": "image/*,*/*;q=0.5"})
     for attempt in range(retries + 1):
+        connections = _Connections(allow_private)
+        alarm = threading.Timer(6 * timeout, connections.cut)
+        alarm.daemon = True
+        alarm.start()
         try:
-            return _read(opener, request, timeout, max_bytes)
+            data = _follow(connections.opener, url, timeout, max_bytes)
+            if connections.was_cut:  # which looks like the end of an answer
+                raise Unfetchable(f"not finished after {6 * timeout:.0f} s", True)
+            return data
         except Unfetchable as error:
-            if error.final or attempt == retries:
+            if not error.passing or attempt == retries:
                 raise
+        finally:
+            alarm.cancel()
         time.sleep(0.5 * 2**attempt)
     raise AssertionError("unreachable")
 
 
-def _read(opener: Any, request: urllib.request.Request, timeout: float, max_bytes: int) -> bytes:
+def _follow(opener: Any, url: str, timeout: float, max_bytes: int) -> bytes:
+    for _ in range(MAX_REDIRECTS + 1):
+        found = _read(opener, checked_url(url), timeout, max_bytes)
+        if isinstance(found, bytes):
+            return found
+        url = urljoin(url, found)
+    raise Unfetchable(f"more than {MAX_REDIRECTS} redirects")
+
+
+def _read(opener: Any, url: str, timeout: float, max_bytes: int) -> bytes | str:
+    """The bytes, or where the answer points to."""
+    request = urllib.request.Request(url, headers={"User-Agent": AGENT, "Accept": "image/*,*/*;q=0.5"})
     end = time.monotonic() + 6 * timeout
     try:
         with opener.open(request, timeout=timeout) as response:
             tags = {t.strip().lower() for line in response.headers.get_all("X-Robots-Tag", []) for t in line.split(",")}
             if tags & OPT_OUT:
-                raise Unfetchable(f"its owner opts out ({', '.join(sorted(tags & OPT_OUT))})", True)
+                raise Unfetchable(f"its owner opts out ({', '.join(sorted(tags & OPT_OUT))})")
             length = response.headers.get("Content-Length", "")
             if length.isdigit() and int(length) > max_bytes:
-                raise Unfetchable(f"{length} bytes, more than max_bytes={max_bytes}", True)
+                raise Unfetchable(f"{length} bytes, more than max_bytes={max_bytes}")
             blocks, size = [], 0
             while block := response.read1(1 << 16):
                 blocks.append(block)
                 size += len(block)
                 if size > max_bytes:
-                    raise Unfetchable(f"more than max_bytes={max_bytes}", True)
+                    raise Unfetchable(f"more than max_bytes={max_bytes}")
                 if time.monotonic() > end:
-                    raise Unfetchable(f"not finished after {6 * timeout:.0f} s")
+                    raise Unfetchable(f"not finished after {6 * timeout:.0f} s", True)
             if length.isdigit() and size < int(length):
-                raise Unfetchable(f"the connection broke at {size} of {length} bytes")
+                raise Unfetchable(f"the connection broke at {size} of {length} bytes", True)
             return b"".join(blocks)
     except urllib.error.HTTPError as error:
-        raise Unfetchable(f"answered {error.code}", error.code in PERMANENT) from error
+        with error:  # it holds the connection
+            if error.code in (301, 302, 303, 307, 308) and (target := error.headers.get("Location")):
+                return target
+            raise Unfetchable(f"answered {error.code}", error.code not in PERMANENT) from None
     except urllib.error.URLError as error:
-        if isinstance(error.reason, Unfetchable):
-            raise error.reason from error
-        raise Unfetchable(f"no connection: {error.reason}") from error
+        raise Unfetchable(f"no connection: {error.reason}", True) from error
     except (OSError, http.client.HTTPException) as error:
-        raise Unfetchable(f"{type(error).__name__}: {error}") from error
+        raise Unfetchable(f"{type(error).__name__}: {error}", True) from error
 
 
 class URLList:
@@ -146,9 +203,10 @@ class URLList:
 
     url_column, caption_column (null: none). width_column, height_column: where the table has them, pictures below
     min_size are not even fetched. max_size: reduce the short side. Every k-th row validates, k = 1 / val_fraction.
-    threads: connections at a time per process. timeout, retries, max_bytes, allow_private: see `fetch`.
+    max_pixels: larger pictures are refused undecoded. threads: connections at a time per process.
+    timeout, retries, max_bytes, allow_private: see `fetch`.
     What could not be fetched is left out and listed with the reason in skipped.txt; finished shards are never fetched
-    again.
+    again. Where most of a shard fails for reasons that may pass (no network), it is not written.
     """
 
     classes: list[str] | None = None
@@ -167,6 +225,7 @@ class URLList:
         timeout: float = 10.0,
         retries: int = 2,
         max_bytes: int = 50_000_000,
+        max_pixels: int = 50_000_000,
         allow_private: bool = False,
     ):
         try:
@@ -198,7 +257,7 @@ class URLList:
                 self.groups.append((rows, number, group))
                 rows += table.metadata.row_group(group).num_rows
         self.rows, self.every = rows, max(2, round(1 / val_fraction)) if val_fraction else rows + 1
-        self.min_size, self.max_size, self.threads = min_size, max_size, threads
+        self.min_size, self.max_size, self.max_pixels, self.threads = min_size, max_size, max_pixels, threads
         self.options = {"timeout": timeout, "retries": retries, "max_bytes": max_bytes, "allow_private": allow_private}
         self._table: tuple[int, Any] = (-1, None)
         self.identity = {
@@ -254,18 +313,20 @@ class URLList:
         try:
             sides = [record[n] for n in ("width", "height") if record[n]]
             if sides and min(sides) < self.min_size:
-                raise Unfetchable(f"{min(sides):.0f} pixels, less than min_size={self.min_size}", True)
+                raise Unfetchable(f"{min(sides):.0f} pixels, less than min_size={self.min_size}")
             data = fetch(url, **self.options)
-            with Image.open(io.BytesIO(data)) as image:
+            with Image.open(io.BytesIO(data), formats=tuple(FORMATS)) as image:
+                if image.width * image.height > self.max_pixels:
+                    raise Unfetchable(f"{image.width}x{image.height} pixels, more than max_pixels={self.max_pixels}")
                 image.load()
                 if min(image.size) < self.min_size:
-                    raise Unfetchable(f"{min(image.size)} pixels, less than min_size={self.min_size}", True)
-                kind = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}.get(image.format or "")
+                    raise Unfetchable(f"{min(image.size)} pixels, less than min_size={self.min_size}")
+                kind = FORMATS[image.format]
                 if kind is None:
                     data, kind = encoded_png(image.convert("RGBA" if "A" in image.mode else "RGB")), "png"
             extension, data = reduced(data, kind, self.max_size, url)
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            raise ValueError(f"{url}: {error}") from error
+            raise Unfetchable(f"{url}: {error}", getattr(error, "passing", False)) from None
         fields = {extension: data}
         if self.columns["caption"]:
             fields["txt"] = str(record["caption"] or "").strip().encode()
