@@ -75,6 +75,8 @@ def test_every_experiment_makes_one_model(experiment: str):
     conditioners = OmegaConf.to_container(config.diffusion.conditioning.conditioners, resolve=True)
     for conditioner in conditioners.values():
         conditioner |= {option: 7 for option in ("classes", "labels") if conditioner.get(option) == "from_data"}
+        if "encoder" in conditioner:  # pretrained ones need their files; widths are the config's
+            conditioner["encoder"] = {"_target_": "ldm_train.conditioning.image_embedding.TinyVision"}
         if conditioner.get("tokenizer") == "from_data":
             conditioner["tokenizer"] = train_tokenizer(["a red circle"], conditioner.pop("vocab_size")).to_str()
     network = OmegaConf.to_container(config.autoencoder.network, resolve=True)
