@@ -211,7 +211,10 @@ def requests(model: LatentDiffusion, config: DictConfig) -> list[Request]:
     for j in range(count):
         fields = {f: _value(by_field[f], listed[o][j], size, channels) for f, o in used.items()}
         source = {o: listed[o][j] for o in sorted(options)}
-        text = " / ".join(source[o] if o in ("prompts", "classes") else Path(source[o]).name for o in source)
+        text = " / ".join(
+            source[o] if o in ("prompts", "classes") else Path(source[o]).name for o in source if o != "layout"
+        )
+        text = " / ".join(filter(None, [text, *(by_field[f].describe([fields[f]])[0] for f in fields if f == "boxes")]))
         request = Request(0, fields, text, source=source)
         if task in FROM_IMAGE:
             request.image = read_image(listed["image"][j], size, channels)

@@ -65,8 +65,10 @@ def draw(
     if task == "inpaint":
         mask = torch.stack([r.mask for r in part])
         if "masked_image" not in model.fields:
-            # Not the hidden pixels: latents beside the hole would show them.
-            extra["known"] = (model.encode(images * (1 - mask)), latent_mask(mask, f).to(model.device))
+            # Not the hidden pixels: latents beside the hole would show them. Their mean colour disturbs the encoder least.
+            known = 1 - mask
+            mean = (images * known).sum(dim=(2, 3), keepdim=True) / known.sum(dim=(2, 3), keepdim=True).clamp(min=1)
+            extra["known"] = (model.encode(images * known + mean * mask), latent_mask(mask, f).to(model.device))
     drawn = model.sample(batch, [r.seed for r in part], **options, **extra).cpu()
     # The known pixels as they were: decoding cannot give them back exactly.
     return drawn if mask is None else drawn * mask + images * (1 - mask)
