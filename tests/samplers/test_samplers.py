@@ -99,25 +99,10 @@ def test_ddim_with_eta_one_is_ddpm() -> None:
     )  # fmt: skip
 
 
-class Network(torch.nn.Module):
-    """A small random network whose output varies with the timestep."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.layers = torch.nn.Sequential(
-            torch.nn.Conv2d(3, 16, 3, padding=1), torch.nn.Tanh(), torch.nn.Conv2d(16, 2, 3, padding=1)
-        )
-
-    @torch.no_grad()
-    def forward(self, x: torch.Tensor, timesteps: torch.Tensor, condition: dict | None = None) -> torch.Tensor:
-        time = (timesteps.float() / 1000).view(-1, 1, 1, 1).expand(-1, 1, *x.shape[2:])
-        return self.layers(torch.cat([x, time], dim=1))
-
-
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
 @pytest.mark.parametrize("spacing", ["trailing", "leading"])
-def test_ddim_equals_diffusers(prediction_type: str, spacing: str) -> None:
-    network, x = Network(), torch.randn(2, 2, 8, 8)
+def test_ddim_equals_diffusers(network: torch.nn.Module, prediction_type: str, spacing: str) -> None:
+    x = torch.randn(2, 2, 8, 8)
     reference = DDIMScheduler(
         1000, beta_start=0.0015, beta_end=0.0195, beta_schedule="scaled_linear", clip_sample=False,
         set_alpha_to_one=True, timestep_spacing=spacing, prediction_type=prediction_type,
@@ -132,9 +117,9 @@ def test_ddim_equals_diffusers(prediction_type: str, spacing: str) -> None:
 
 
 @pytest.mark.parametrize(("variance", "theirs"), [("small", "fixed_small"), ("large", "fixed_large")])
-def test_a_ddpm_step_equals_diffusers(variance: str, theirs: str) -> None:
+def test_a_ddpm_step_equals_diffusers(network: torch.nn.Module, variance: str, theirs: str) -> None:
     """Its mean, by giving both the same noise; and its variance with it."""
-    network, x = Network(), torch.randn(1, 2, 8, 8)
+    x = torch.randn(1, 2, 8, 8)
     reference = DDPMScheduler(
         1000, beta_start=0.0015, beta_end=0.0195, beta_schedule="scaled_linear", clip_sample=False,
         variance_type=theirs, timestep_spacing="trailing",

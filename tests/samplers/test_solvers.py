@@ -114,19 +114,6 @@ def test_evaluations_per_step_are_as_documented(name: str, calls: int) -> None:
     assert len(counted) == calls
 
 
-class Network(torch.nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.layers = torch.nn.Sequential(
-            torch.nn.Conv2d(3, 16, 3, padding=1), torch.nn.Tanh(), torch.nn.Conv2d(16, 2, 3, padding=1)
-        )
-
-    @torch.no_grad()
-    def forward(self, x: torch.Tensor, timesteps: torch.Tensor, condition: dict | None = None) -> torch.Tensor:
-        time = (timesteps.float() / 1000).view(-1, 1, 1, 1).expand(-1, 1, *x.shape[2:])
-        return self.layers(torch.cat([x, time], dim=1))
-
-
 class Recorded:
     """Our noise for their sampler."""
 
@@ -140,7 +127,7 @@ class Recorded:
 
 
 def theirs(
-    scheduler: object, network: Network, x: torch.Tensor, steps: int, noise: Recorded | None = None
+    scheduler: object, network: torch.nn.Module, x: torch.Tensor, steps: int, noise: Recorded | None = None
 ) -> torch.Tensor:
     scheduler.set_timesteps(steps)
     # Schedulers that work on noise levels take x / alpha.
@@ -176,12 +163,11 @@ def theirs(
     ids=["euler", "heun", "lms", "plms", "2m", "sde 2m", "2s", "unipc", "unipc 3"],
 )
 def test_samplers_equal_diffusers(
-    ours: Callable, scheduler: str, options: dict, prediction_type: str, steps: int
+    network: torch.nn.Module, ours: Callable, scheduler: str, options: dict, prediction_type: str, steps: int
 ) -> None:
     if ours is plms and prediction_type != "epsilon":
         pytest.skip("diffusers extrapolates velocities of several times and then makes one noise of them")
-    torch.manual_seed(1)
-    network, x, noise = Network(), torch.randn(2, 2, 8, 8), NoiseSource([3, 4])
+    x, noise = torch.randn(2, 2, 8, 8), NoiseSource([3, 4])
     options = options | ({} if "Singlestep" in scheduler else {"timestep_spacing": "trailing"})
     reference = getattr(diffusers, scheduler)(1000, prediction_type=prediction_type, **BETAS, **options)
     stochastic = Recorded(noise) if "sde-dpmsolver++" in options.values() else None
@@ -195,8 +181,8 @@ def test_samplers_equal_diffusers(
     assert (out - expected).abs().max() <= 1e-4 * expected.abs().max()
 
 
-def test_euler_ancestral_equals_diffusers(monkeypatch: pytest.MonkeyPatch) -> None:
-    network, x, noise = Network(), torch.randn(2, 2, 8, 8), NoiseSource([3, 4])
+def test_euler_ancestral_equals_diffusers(network: torch.nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    x, noise = torch.randn(2, 2, 8, 8), NoiseSource([3, 4])
     monkeypatch.setattr(scheduling_euler_ancestral_discrete, "randn_tensor", Recorded(noise))
     reference = diffusers.EulerAncestralDiscreteScheduler(1000, timestep_spacing="trailing", **BETAS)
     expected = theirs(reference, network, x, 20)
