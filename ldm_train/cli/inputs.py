@@ -1,7 +1,7 @@
 """What ldm-sample is asked for: the task, and from files and words the conditions of every picture."""
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +51,6 @@ class Request:
     image: torch.Tensor | None = None
     mask: torch.Tensor | None = None
     number: int = 0
-    source: dict[str, str] = field(default_factory=dict)
 
 
 def as_list(value: Any, option: str) -> list[str]:
@@ -215,18 +214,15 @@ def requests(model: LatentDiffusion, config: DictConfig) -> list[Request]:
             source[o] if o in ("prompts", "classes") else Path(source[o]).name for o in source if o != "layout"
         )
         text = " / ".join(filter(None, [text, *(by_field[f].describe([fields[f]])[0] for f in fields if f == "boxes")]))
-        request = Request(0, fields, text, source=source)
+        image, mask = None, None
         if task in FROM_IMAGE:
-            request.image = read_image(listed["image"][j], size, channels)
+            image = read_image(listed["image"][j], size, channels)
         if task == "inpaint":
-            request.mask = read_mask(listed["mask"][j], size)
+            mask = read_mask(listed["mask"][j], size)
             if "masked_image" in by_field:
-                fields["masked_image"] = masked_image(request.image, request.mask)
-        for i in range(config.n):
-            number = j * config.n + i
-            found.append(
-                Request(config.seed + number, fields, text, request.image, request.mask, number, request.source)
-            )
+                fields["masked_image"] = masked_image(image, mask)
+        numbers = range(j * config.n, (j + 1) * config.n)
+        found += [Request(config.seed + number, fields, text, image, mask, number) for number in numbers]
     return found
 
 

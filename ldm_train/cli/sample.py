@@ -15,6 +15,7 @@ from ldm_train import images as pictures
 from ldm_train.checkpoints.native import find_model, load_latent_diffusion, read_metadata
 from ldm_train.cli.common import run_command
 from ldm_train.cli.inputs import Request, chosen_task, latent_mask, picture_size, requests
+from ldm_train.data.masks import known_colour
 from ldm_train.data.samples import collate
 from ldm_train.data.shards import write_json
 from ldm_train.diffusion.guidance import classifier_free
@@ -66,9 +67,8 @@ def draw(
         mask = torch.stack([r.mask for r in part])
         if "masked_image" not in model.fields:
             # Not the hidden pixels: latents beside the hole would show them. Their mean colour disturbs the encoder least.
-            known = 1 - mask
-            mean = (images * known).sum(dim=(2, 3), keepdim=True) / known.sum(dim=(2, 3), keepdim=True).clamp(min=1)
-            extra["known"] = (model.encode(images * known + mean * mask), latent_mask(mask, f).to(model.device))
+            filled = images * (1 - mask) + known_colour(images, mask) * mask
+            extra["known"] = (model.encode(filled), latent_mask(mask, f).to(model.device))
     drawn = model.sample(batch, [r.seed for r in part], **options, **extra).cpu()
     # The known pixels as they were: decoding cannot give them back exactly.
     return drawn if mask is None else drawn * mask + images * (1 - mask)

@@ -102,6 +102,12 @@ class MaskedImage:
         return masked_image(image, torch.from_numpy(self.mask(tuple(image.shape[1:]), rng).copy())[None])
 
 
+def known_colour(images: torch.Tensor, masks: torch.Tensor) -> torch.Tensor:
+    """Mean colour (B, C, 1, 1) outside the hole of images (B, C, H, W), masks (B, 1, H, W) being 1 in the hole."""
+    known = 1 - masks
+    return (images * known).sum(dim=(2, 3), keepdim=True) / known.sum(dim=(2, 3), keepdim=True).clamp(min=1)
+
+
 def masked_image(image: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """image (C, H, W) in [-1, 1], mask (1, H, W), over 0.5 in the hole -> (C + 1, H, W), the hole at -1."""
     mask = (mask > 0.5).to(image.dtype)

@@ -7,6 +7,7 @@ import torch
 from torch.nn import functional as F
 from tqdm import tqdm
 
+from ldm_train.data.masks import known_colour
 from ldm_train.latent_diffusion import LatentDiffusion
 from ldm_train.metrics.paired import psnr, ssim
 from ldm_train.rng import derive_seed
@@ -60,7 +61,6 @@ def inpainting_errors(
     autoencoder ("ceiling"). On the known pixels: of the samples, and of the autoencoder. "hole" and "known" count values.
     """
     known = 1 - masks
-    colour = (images * known).sum(dim=(2, 3), keepdim=True) / known.sum(dim=(2, 3), keepdim=True).clamp(min=1)
     rebuilt = autoencode(images)
 
     def error(picture: torch.Tensor, where: torch.Tensor) -> torch.Tensor:
@@ -70,7 +70,7 @@ def inpainting_errors(
     return {
         "mean": error(samples.mean(dim=0), masks),
         "sample": error(samples[0], masks),
-        "mean_fill": error(colour, masks),
+        "mean_fill": error(known_colour(images, masks), masks),
         "ceiling": error(rebuilt, masks),
         "known_sample": torch.stack([error(s, known) for s in samples]).mean(dim=0),
         "known_ceiling": error(rebuilt, known),

@@ -259,3 +259,17 @@ def test_autoguidance_leads_away_from_a_weaker_model(model_folder: Callable[[str
         for p in weak.unet.parameters():
             p.mul_(0.9)
     assert (model.sample({}, [3], guidance_scale=3.0, weak=weak) - alone).abs().max() > 0.01
+
+
+def test_guidance_keeps_pictures_that_training_never_dropped(model_folder: Callable[[str], Path]):
+    """Both sides of guidance see the low-resolution picture: its null was never trained."""
+    model, seen = LatentDiffusion.from_pretrained(str(model_folder("superres"))), []
+    model.unet.register_forward_pre_hook(lambda _, args, named: seen.append(named["concat"]), with_kwargs=True)
+    lowres = torch.rand(1, 3, 8, 8) * 2 - 1
+    model.sample({"lowres": lowres}, [0], guidance_scale=3.0)
+    assert torch.equal(seen[0][0], lowres[0])
+    assert torch.equal(seen[0][1], lowres[0])
+    next(iter(model.conditioners.values())).dropout = 0.1  # trained with a null: guidance leads away from it
+    seen.clear()
+    model.sample({"lowres": lowres}, [0], guidance_scale=3.0)
+    assert not seen[0][1].any()
