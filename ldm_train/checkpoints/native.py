@@ -17,6 +17,15 @@ from ldm_train.latent_diffusion import LatentDiffusion
 CONFIG, WEIGHTS, METADATA = "config.yaml", "model.safetensors", "metadata.json"
 
 
+def _serialised(module: nn.Module) -> bytes:
+    return save({k: v.detach().cpu().contiguous() for k, v in module.state_dict().items()})
+
+
+def weights_sha256(module: nn.Module) -> str:
+    """The sha256 that a model folder of this module alone would record."""
+    return hashlib.sha256(_serialised(module)).hexdigest()
+
+
 def save_model(folder: str | Path, module: nn.Module, config: dict[str, Any], metadata: dict[str, Any]) -> str:
     """Writes a module with the config that builds it; the weights last but one, so a folder with metadata.json is whole.
 
@@ -24,7 +33,7 @@ def save_model(folder: str | Path, module: nn.Module, config: dict[str, Any], me
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    weights = save({k: v.detach().cpu().contiguous() for k, v in module.state_dict().items()})
+    weights = _serialised(module)
     digest = hashlib.sha256(weights).hexdigest()
     write_atomically(folder / CONFIG, lambda f: f.write(yaml.safe_dump(config, sort_keys=False).encode()))
     write_atomically(folder / WEIGHTS, lambda f: f.write(weights))

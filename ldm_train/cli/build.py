@@ -32,10 +32,10 @@ def option_defaults(config: DictConfig) -> dict[str, Any]:
     top = yaml.safe_load((config_folder() / "train.yaml").read_text())
     tree = {
         group: yaml.safe_load((config_folder() / group / "base.yaml").read_text())
-        for group in ("autoencoder", "diffusion", "data")
+        for group in ("autoencoder", "diffusion", "data", "classifier")
     }
     tree |= {section: top[section] for section in ("latents", "sampling", "evaluation")}
-    for section in ("autoencoder", "diffusion", "sampler"):
+    for section in {"autoencoder", "diffusion", "classifier", "sampler"} & config.keys():
         tree[section] = _with_signatures(plain(config[section]), tree.get(section, {}))
     return tree
 
@@ -179,6 +179,12 @@ def model_tree(
         "prediction_type": config.diffusion.objective.prediction_type,
         "latent_size": [s // factor for s in size],
     }
+
+
+def latent_size(config: DictConfig, first_stage: FirstStage) -> list[int]:
+    """(h, w) of the training images' latents."""
+    size = config.data.image_size
+    return [s // first_stage.downsample_factor for s in ([size, size] if isinstance(size, int) else size)]
 
 
 def first_stage_tree(autoencoder_config: dict[str, Any]) -> dict[str, Any]:

@@ -28,9 +28,11 @@ from ldm_train.data.latents import (
 )
 from ldm_train.data.shards import data_hash, read_index, write_atomically, write_json
 from ldm_train.losses.perceptual import TinyFeatures
+from ldm_train.models.first_stage import FirstStage
 from ldm_train.training import stages
 from ldm_train.training.autoencoder_task import AutoencoderTask
 from ldm_train.training.callbacks.sampling import SampleDistance
+from ldm_train.training.classifier_task import ClassifierTask
 from ldm_train.training.diffusion_task import DiffusionTask
 from ldm_train.training.evaluation import evaluate
 from ldm_train.training.fit import fit
@@ -76,12 +78,7 @@ class Chain:
         task = AutoencoderTask(
             network,
             instantiate(section.loss, _convert_="all"),
-            seed=config.seed,
-            optimizer=instantiate(section.optimizer, lr=section.lr, _convert_="all"),
-            lr_factor=instantiate(section.lr_schedule, max_steps=section.max_steps),
-            ema_decay=section.ema_decay,
-            clip_norm=section.clip_norm,
-            accumulate=data.batching.accumulate,
+            **self._optimisation("autoencoder"),
             image_folder=folder / "images",
             disc_lr=section.disc_lr,
             features=instantiate(config.evaluation.features),
@@ -181,19 +178,42 @@ class Chain:
         shutil.rmtree(scratch)
         return statistics
 
+    def _latent_data(self, stage: str, fields: tuple[str, ...]) -> tuple[Any, Any, int]:
+        """(what a stage on latents trains on, the images behind it, training samples); a cache is verified first."""
+        config, section = self.config, self.config[stage]
+        images = self.data(stage, ("image", *fields))
+        if not config.latents.cache:
+            return images, images, images.count(config.data.train_split)
+        data = LatentDataModule(
+            self.folder / "latents", images.batching, section.max_steps, fields, config.seed,
+            config.data.train_split, config.data.val_split, section.val_images, images,
+        )  # fmt: skip
+        verify_cache(images, config.data.train_split, data.train, self.encoder())
+        return data, images, len(data.train)
+
+    def _measured(self, first_stage: FirstStage) -> dict[str, Any]:
+        """Gives a first stage the scale and shift of the latents; returns the statistics."""
+        statistics = json.loads((self.folder / "latents" / "statistics.json").read_text())
+        if self.config.latents.per_channel:
+            first_stage.set_statistics(1 / torch.tensor(statistics["std"]), torch.tensor(statistics["mean"]))
+        else:
+            first_stage.set_statistics(statistics["scale_factor"])
+        return statistics
+
+    def _optimisation(self, stage: str) -> dict[str, Any]:
+        section = self.config[stage]
+        return {
+            "seed": self.config.seed,
+            "optimizer": instantiate(section.optimizer, lr=section.lr, _convert_="all"),
+            "lr_factor": instantiate(section.lr_schedule, max_steps=section.max_steps),
+            "ema_decay": section.ema_decay,
+            "clip_norm": section.clip_norm,
+            "accumulate": build.batching_of(section, self.machine).accumulate,
+        }
+
     def diffusion(self, folder: Path) -> dict[str, Any]:
         config, section = self.config, self.config.diffusion
-        images = self.data("diffusion", ("image", *self.fields))
-        cache = self.folder / "latents"
-        if config.latents.cache:
-            data = LatentDataModule(
-                cache, images.batching, section.max_steps, self.fields, config.seed,
-                config.data.train_split, config.data.val_split, section.val_images, images,
-            )  # fmt: skip
-            verify_cache(images, config.data.train_split, data.train, self.encoder())
-            size = len(data.train)
-        else:
-            data, size = images, images.count(config.data.train_split)
+        data, images, size = self._latent_data("diffusion", self.fields)
         rng.reseed(config.seed, "diffusion", "weights")
         autoencoder = yaml.safe_load((self.folder / "autoencoder" / "model" / CONFIG).read_text())
         tree = build.model_tree(
@@ -201,21 +221,12 @@ class Chain:
         )
         model = instantiate(tree, _convert_="all")
         model.first_stage.autoencoder.load_state_dict(load_model(self.folder / "autoencoder" / "model").state_dict())
-        statistics = json.loads((cache / "statistics.json").read_text())
-        if config.latents.per_channel:
-            model.first_stage.set_statistics(1 / torch.tensor(statistics["std"]), torch.tensor(statistics["mean"]))
-        else:
-            model.first_stage.set_statistics(statistics["scale_factor"])
+        statistics = self._measured(model.first_stage)
         model.to(memory_format=torch.channels_last)
         task = DiffusionTask(
             model,
             instantiate(section.objective, model.schedule),
-            seed=config.seed,
-            optimizer=instantiate(section.optimizer, lr=section.lr, _convert_="all"),
-            lr_factor=instantiate(section.lr_schedule, max_steps=section.max_steps),
-            ema_decay=section.ema_decay,
-            clip_norm=section.clip_norm,
-            accumulate=images.batching.accumulate,
+            **self._optimisation("diffusion"),
             draw=self.draw(),
             samples=section.samples,
             image_folder=folder / "images",
@@ -234,6 +245,34 @@ class Chain:
         self._fit(task, data, folder, "diffusion", size, callbacks)
         metadata = {"scale_factor": statistics["scale_factor"], "sampling": self.sampling()}
         return {"sha256": self._save(folder / "model", model, tree, metadata)}
+
+    def classifier(self, folder: Path) -> dict[str, Any]:
+        """A classifier of noisy latents (experiment=classifier_*), apart from the model that it will guide."""
+        config = self.config
+        data, images, size = self._latent_data("classifier", ("class_label",))
+        first_stage = build.load_first_stage(self.folder / "autoencoder" / "model")
+        self._measured(first_stage)
+        tree = build.plain(config.classifier.network)
+        filled = {"classes": images.index.get("classes"), "latent_size": build.latent_size(config, first_stage)}
+        if filled["classes"] is None and tree["classes"] == build.FROM_DATA:
+            raise ValueError(
+                f"{images.root}/index.json names no classes; set classifier.network.classes=<number> if there are labels"
+            )
+        tree |= {k: v for k, v in filled.items() if tree[k] == build.FROM_DATA}
+        rng.reseed(config.seed, "classifier", "weights")
+        network = instantiate(tree, _convert_="all").to(memory_format=torch.channels_last)
+        schedule = instantiate(config.diffusion.schedule)
+        task = ClassifierTask(network, first_stage, schedule, **self._optimisation("classifier"))
+        self._fit(task, data, folder, "classifier", size)
+        # What a model must share with it to be guided by it.
+        metadata = {
+            "autoencoder": read_metadata(self.folder / "autoencoder" / "model")["sha256"],
+            "scale": first_stage.scale.flatten().tolist(),
+            "shift": first_stage.shift.flatten().tolist(),
+            "alphas_cumprod": schedule.alphas_cumprod[:: max(1, schedule.num_train_timesteps // 10)].tolist(),
+            "num_train_timesteps": schedule.num_train_timesteps,
+        }
+        return {"sha256": self._save(folder / "model", network, tree, metadata)}
 
     def sampling(self) -> dict[str, Any]:
         """The run's own sampling options, which travel with its model."""
@@ -292,7 +331,7 @@ class Chain:
         return {"folder": "export"}
 
     def stages(self) -> list[stages.Stage]:
-        steps = {"autoencoder": self.config.autoencoder.max_steps, "diffusion": self.config.diffusion.max_steps}
+        steps = {s: self.config[s].max_steps for s in ("autoencoder", "diffusion", "classifier") if s in self.config}
         if self.config.autoencoder.pretrained or self.config.autoencoder.network._target_.endswith("Identity"):
             steps["autoencoder"] = 0
         return [

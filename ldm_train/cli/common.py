@@ -114,7 +114,7 @@ def check_values(config: DictConfig) -> None:
         raise ValueError(f"logger is wandb or csv, not {config.logger!r}")
     if isinstance(config.stages, str):
         raise ValueError(f"stages is a list: stages=[{config.stages}]")
-    for stage in ("autoencoder", "diffusion"):
+    for stage in ("autoencoder", "diffusion", "classifier"):
         for name in _COUNTS:
             number(f"{stage}.{name}", 1, True)
         number(f"{stage}.lr", 0, False)

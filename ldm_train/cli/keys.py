@@ -90,6 +90,17 @@ class Keys:
     def export(self) -> dict[str, Any]:
         return {"weights": stages.result_of(self.folder, "diffusion")["sha256"]}
 
+    def classifier(self) -> dict[str, Any]:
+        upstream = stages.result_of(self.folder, "latents")
+        return {
+            "classifier": self.section("classifier"),
+            "schedule": build.plain(self.config.diffusion.schedule),
+            "latents": upstream["content"],
+            "data": self.drawn("diffusion"),
+            "seed": self.config.seed,
+            "precision": self.machine.precision,
+        }
+
     def perceptual(self) -> dict[str, Any]:
         return {
             "data": self.data("autoencoder"),

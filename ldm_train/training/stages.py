@@ -14,7 +14,15 @@ from typing import Any
 
 from ldm_train.data.shards import write_json
 
-STAGES = ("autoencoder", "latents", "diffusion", "evaluation", "export", "perceptual")  # the last stands alone
+STAGES = (
+    "autoencoder",
+    "latents",
+    "diffusion",
+    "evaluation",
+    "export",
+    "classifier",
+    "perceptual",
+)  # the last two stand apart
 NOTE = "stage.json"
 
 
