@@ -1,18 +1,41 @@
 """LatentDiffusion: U-Net, frozen first stage, conditioners and noise schedule as one object."""
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
 from ldm_train.conditioning.base import Conditioner, merge
-from ldm_train.diffusion.denoiser import Denoiser
+from ldm_train.diffusion.denoiser import Denoiser, Network
 from ldm_train.diffusion.guidance import Denoise, classifier_free, keep_known
 from ldm_train.diffusion.schedule import NoiseSchedule
 from ldm_train.models.first_stage import FirstStage
+from ldm_train.models.tiling import Tiles, Windows
 from ldm_train.models.unet import UNet
 from ldm_train.rng import NoiseSource
+from ldm_train.samplers.ddim import ddim_inversion
+
+
+@dataclass(frozen=True)
+class Panorama:
+    """A U-Net over latents larger than those it was trained at: evaluated in overlapping windows of its own size whose
+    outputs are averaged in every step (MultiDiffusion, Bar-Tal et al. 2023, arXiv:2302.08113).
+
+    Where windows meet, the average is feathered. The context is the same in all of them; spatial conditions are cut.
+    """
+
+    network: Network
+    window: tuple[int, int]
+    overlap: int
+
+    def __call__(self, x_t: torch.Tensor, timesteps: torch.Tensor, condition: dict[str, torch.Tensor]) -> torch.Tensor:
+        def part(rows: slice, columns: slice) -> torch.Tensor:
+            cut = {k: v[..., rows, columns] if k == "concat" else v for k, v in condition.items()}
+            return self.network(x_t[..., rows, columns], timesteps, cut)
+
+        return Windows(x_t.shape[-2:], self.window, self.overlap).average(part)
 
 
 class LatentDiffusion(nn.Module):
@@ -112,6 +135,26 @@ class LatentDiffusion(nn.Module):
             outputs.append(conditioner(batch[conditioner.field], mask))
         return merge(outputs)
 
+    def mixture(
+        self, terms: Sequence[tuple[torch.Tensor, Mapping[str, Any]]], latent_size: Sequence[int] | None = None
+    ) -> dict[str, torch.Tensor]:
+        """null + sum of w (condition - null) over terms (w (B,), batch): the way from one condition to another, or
+        arithmetic with them. Weights that add up to 1 leave no null. Tokens count where any term has them."""
+        count = len(terms[0][0])
+        null = self.null_condition(count, latent_size)
+        mixed = {k: v.clone() for k, v in null.items()}
+        if "context_mask" in mixed:
+            total = sum(w for w, _ in terms)
+            mixed["context_mask"] &= (total - 1).abs().to(self.device)[:, None] > 1e-6
+        for weights, batch in terms:
+            for name, value in self.condition(batch, None, latent_size).items():
+                w = weights.to(value.device).view(-1, *[1] * (value.ndim - 1))
+                if name == "context_mask":
+                    mixed[name] |= value & (w != 0)
+                else:
+                    mixed[name] += w.to(value.dtype) * (value - null[name])
+        return mixed
+
     def describe(self, batch: Mapping[str, Any], count: int) -> list[str]:
         """A caption per sample for pictures: what the last conditioner found in the batch ("" where none did)."""
         for conditioner in reversed(self.conditioners.values()):
@@ -139,18 +182,27 @@ class LatentDiffusion(nn.Module):
         """The U-Net under a condition: (B, C, h, w), (B,) -> (B, C, h, w)."""
         return self.unet(x_t, timesteps, **condition)
 
-    def denoiser(self, condition: dict[str, torch.Tensor]) -> Denoiser:
-        return Denoiser(self.network, self.schedule, self.prediction_type, condition)
+    def denoiser(self, condition: dict[str, torch.Tensor], overlap: int | None = None) -> Denoiser:
+        """overlap: evaluate larger latents in windows of the trained size that share so many cells, see `Panorama`."""
+        network = self.network if overlap is None else Panorama(self.network, self.latent_size, overlap)
+        return Denoiser(network, self.schedule, self.prediction_type, condition)
 
-    def decode(self, latents: torch.Tensor) -> torch.Tensor:
-        """Scaled latents -> images (B, C, H, W) in [-1, 1]."""
-        return self.first_stage.decode(latents)
+    def decode(self, latents: torch.Tensor, tiles: Tiles | None = None) -> torch.Tensor:
+        """Scaled latents -> images (B, C, H, W) in [-1, 1]. tiles: for pictures too large for memory."""
+        return self.first_stage.decode(latents, tiles=tiles)
 
     @torch.no_grad()
-    def encode(self, images: torch.Tensor) -> torch.Tensor:
+    def encode(self, images: torch.Tensor, tiles: Tiles | None = None) -> torch.Tensor:
         """images (B, C, H, W) in [-1, 1] -> scaled latents (B, C, h, w), the posterior's mean."""
-        posterior = self.first_stage.posterior(self.first_stage.encode_moments(images.to(self.device)))
+        posterior = self.first_stage.posterior(self.first_stage.encode_moments(images.to(self.device), tiles))
         return self.first_stage.scaled(posterior.mean)
+
+    def options(self, **chosen: Any) -> dict[str, Any]:
+        """What `sample` does by default, with what is not None instead. Raises ValueError where something is missing."""
+        options = self.sampling | {name: value for name, value in chosen.items() if value is not None}
+        if missing := [n for n in ("sampler", "num_inference_steps") if n not in options]:
+            raise ValueError(f"this model brings no sampling options of its own; say {' and '.join(missing)}")
+        return {"guidance_scale": 1.0, "spacing": "trailing"} | options
 
     @torch.no_grad()
     def sample(
@@ -164,66 +216,91 @@ class LatentDiffusion(nn.Module):
         latent_size: Sequence[int] | None = None,
         callback: Callable[[int, torch.Tensor], None] | None = None,
         *,
+        condition: dict[str, torch.Tensor] | None = None,
+        initial_noise: torch.Tensor | None = None,
         negative: Mapping[str, Any] | None = None,
         guidance: Callable[..., Denoise] = classifier_free,
         weak: "LatentDiffusion | None" = None,
+        around: Sequence[Callable[[Denoise], Denoise]] = (),
         start: torch.Tensor | None = None,
         strength: float = 1.0,
         known: tuple[torch.Tensor, torch.Tensor] | None = None,
+        overlap: int | None = None,
+        tiles: Tiles | None = None,
     ) -> torch.Tensor:
         """Images (B, C, H, W) in [-1, 1], one per seed, under the fields in `batch` (each with B entries).
 
         sampler: a function of `samplers/`, its options bound (functools.partial). It, the steps, the guidance scale and
             the spacing default to what the model's run chose (`sampling`).
         latent_size: (h, w) of the latents, default those it was trained at
+        callback: (step, pred_x0 (B, C, h, w)) after each step
+        condition: what `condition` makes of a batch, in the place of one: for mixtures of conditions
+        initial_noise: (B, C, h, w) in the place of that of the seeds: for walks between seeds, and inverted pictures
         negative: fields that guidance leads away from, in the place of the null condition. weak: a weaker model that it
             leads away from, under the same condition (autoguidance). guidance: `classifier_free`, options bound.
+        around: more guidance, each a function from denoiser to denoiser, the first one innermost
         start: latents (B, C, h, w) to begin from (img2img). strength: how much of the way is done again: 1 begins with
             noise alone, 0 returns `start` decoded
         known: (latents (B, C, h, w), mask (B, 1, h, w), 1 in the hole): inpainting by any model, see `keep_known`
+        overlap: windows of the trained size, sharing so many cells, over larger latents. tiles: of the decoder
         Raises ValueError where these do not fit each other.
         """
-        options = self.sampling | {
-            name: value
-            for name, value in (
-                ("sampler", sampler),
-                ("num_inference_steps", num_inference_steps),
-                ("guidance_scale", guidance_scale),
-                ("spacing", spacing),
-            )
-            if value is not None
-        }
-        if missing := [n for n in ("sampler", "num_inference_steps") if n not in options]:
-            raise ValueError(f"this model brings no sampling options of its own; say {' and '.join(missing)}")
+        options = self.options(
+            sampler=sampler, num_inference_steps=num_inference_steps, guidance_scale=guidance_scale, spacing=spacing
+        )
         if not 0 <= strength <= 1:
             raise ValueError(f"strength is a share between 0 and 1, not {strength}")
-        if start is not None:
-            latent_size = tuple(start.shape[2:])
+        for given in (start, initial_noise):
+            latent_size = latent_size if given is None else tuple(given.shape[2:])
         noise, count = NoiseSource(seeds), len(seeds)
-        fields = {"batch": batch, "negative": negative or {}, "start": {} if start is None else {"start": start}}
+        fields = {"batch": batch, "negative": negative or {}, "condition": condition or {}}
+        fields |= {k: {k: v} for k, v in (("start", start), ("initial_noise", initial_noise)) if v is not None}
         for name, values in fields.items():
             if any(len(v) != count for v in values.values()):
                 raise ValueError(f"{count} seeds but {name} of lengths {[len(v) for v in values.values()]}")
-        denoise = self.denoiser(self._sampled(batch, count, latent_size))
-        scale = float(options.get("guidance_scale", 1.0))
-        if scale != 1:
+        if condition is None:
+            condition = self._sampled(batch, count, latent_size)
+        denoise = self.denoiser(condition, overlap)
+        if (scale := float(options["guidance_scale"])) != 1 and (weak is not None or self.conditioners):
             if weak is not None:
-                other = weak.denoiser(weak._sampled(batch, count, latent_size))
+                other = weak.denoiser(weak._sampled(batch, count, latent_size), overlap)
             else:
-                other = self.denoiser(self._sampled(negative or {}, count, latent_size, batch))
+                other = self.denoiser(self._sampled(negative or {}, count, latent_size, batch), overlap)
             denoise = guidance(denoise, other, scale)
+        for wrap in around:
+            denoise = wrap(denoise)
         if known is not None:
             denoise = keep_known(denoise, *known)
         shape = (self.first_stage.latent_channels, *(latent_size or self.latent_size))
-        x_t = noise.normal(shape, "start", self.device)
-        timesteps = self.schedule.timesteps(options["num_inference_steps"], options.get("spacing", "trailing"))
+        x_t = noise.normal(shape, "start", self.device) if initial_noise is None else initial_noise.to(self.device)
+        timesteps = self.schedule.timesteps(options["num_inference_steps"], options["spacing"])
         if start is not None and strength < 1:
             timesteps = timesteps[len(timesteps) - 1 - round((len(timesteps) - 1) * strength) :]
-            alpha, sigma, _ = (v.item() for v in self.schedule.at(timesteps[0]))
+            alpha, sigma = self.schedule.numbers(float(timesteps[0]))
             x_t = alpha * start.to(x_t) + sigma * x_t
-        if len(timesteps) == 1:
-            return self.decode(start.to(self.device))
-        return self.decode(options["sampler"](denoise, x_t, timesteps, self.schedule, noise, callback=callback))
+        if len(timesteps) > 1:
+            x_t = options["sampler"](denoise, x_t, timesteps, self.schedule, noise, callback=callback)
+        else:
+            x_t = start.to(self.device)
+        return self.decode(x_t, tiles)
+
+    @torch.no_grad()
+    def invert(
+        self,
+        latents: torch.Tensor,
+        batch: Mapping[str, Any],
+        num_inference_steps: int | None = None,
+        spacing: str | None = None,
+        iterations: int = 5,
+        callback: Callable[[int, torch.Tensor], None] | None = None,
+    ) -> torch.Tensor:
+        """The noise (B, C, h, w) from which DDIM with eta 0 and without guidance draws `latents` under `batch`: the
+        `initial_noise` for changing a picture, see `ddim_inversion`."""
+        options = self.options(num_inference_steps=num_inference_steps, spacing=spacing)
+        timesteps = self.schedule.timesteps(options["num_inference_steps"], options["spacing"])
+        denoise = self.denoiser(self._sampled(batch, len(latents), latents.shape[2:]))
+        latents = latents.to(self.device)
+        return ddim_inversion(denoise, latents, timesteps, self.schedule, iterations=iterations, callback=callback)
 
     def _sampled(
         self,

@@ -34,16 +34,34 @@ def reseed(*parts: int | str) -> None:
 class NoiseSource:
     """Gaussian noise with one stream per image: image i gets the same noise in a batch of 1 and of 16, on any device.
 
-    seeds: one integer per image.
+    seeds: one integer per image. scope: parts of the streams' names; see `scoped`.
     """
 
-    def __init__(self, seeds: Sequence[int]):
-        self.seeds = [int(s) for s in seeds]
+    def __init__(self, seeds: Sequence[int], scope: Sequence[int | str] = ()):
+        self.seeds, self.scope = [int(s) for s in seeds], tuple(scope)
 
     def __len__(self) -> int:
         return len(self.seeds)
 
     def normal(self, shape: Sequence[int], step: int | str, device: torch.device | str = "cpu") -> torch.Tensor:
         """Standard normal noise (B, *shape), float32. `step` names the draw: "start", "posterior", or a sampler's step."""
-        draws = [torch.randn(*shape, generator=generator(seed, step)) for seed in self.seeds]
+        draws = [torch.randn(*shape, generator=generator(seed, *self.scope, step)) for seed in self.seeds]
         return torch.stack(draws).to(device)
+
+    def scoped(self, name: int | str) -> "NoiseSource":
+        """The same images with streams of their own, for a sampler that runs several times."""
+        return NoiseSource(self.seeds, (*self.scope, name))
+
+
+def slerp(a: torch.Tensor, b: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+    """Spherical interpolation of noise (B, ...) by t (B,) in [0, 1]: between two Gaussian samples it stays as long as they
+    are, where a straight line would pass through shorter ones (Shoemake 1985)."""
+    x, y = a.flatten(1).double(), b.flatten(1).double()
+    cosine = (x * y).sum(1) / (x.norm(dim=1) * y.norm(dim=1))
+    angle = torch.acos(cosine.clamp(-1, 1))
+    t, sine = t.to(x), angle.sin()
+    straight = sine < 1e-6  # equal or opposite: no arc between them
+    sine = sine.where(~straight, 1.0)
+    first = torch.where(straight, 1 - t, ((1 - t) * angle).sin() / sine)
+    second = torch.where(straight, t, (t * angle).sin() / sine)
+    return (first[:, None] * x + second[:, None] * y).view_as(a).to(a.dtype)

@@ -24,7 +24,13 @@ ALLOWED = {
     "conditioning": {"models", "diffusion", "losses.perceptual"},  # the shipped network, as an image encoder
     "losses": {"models"},
     "metrics": {"losses.perceptual"},
-    "latent_diffusion": {"models", "diffusion", "conditioning", "checkpoints"},  # the last in from_pretrained alone
+    "latent_diffusion": {
+        "models",
+        "diffusion",
+        "conditioning",
+        "samplers.ddim",
+        "checkpoints",
+    },  # the last in from_pretrained
     "data": set(),
     "checkpoints": {"latent_diffusion", "models", "conditioning", "data.shards"},  # shards: its atomic writers
     "training": LIBRARY,

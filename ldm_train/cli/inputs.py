@@ -1,7 +1,8 @@
 """What ldm-sample is asked for: the task, and from files and words the conditions of every picture."""
 
 import json
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +25,13 @@ TASKS = {
     "variation": "reference",
     "depth": "depth",
     "inpaint": None,
+    "outpaint": None,
     "img2img": None,
+    "interpolate": None,
     "reconstruct": None,
 }
-FROM_IMAGE = ("inpaint", "img2img", "reconstruct")  # which begin from the picture itself
+# Which begin from the picture itself.
+FROM_IMAGE = ("inpaint", "outpaint", "img2img", "reconstruct", "interpolate")
 # field: the option that gives it
 OPTIONS = {
     "caption": "prompts",
@@ -41,68 +45,127 @@ OPTIONS = {
 }
 
 
+PROMPT_KEYS = ("prompt", "negative", "seed", "n")  # of a line of JSON, or an entry of a list
+
+
 @dataclass
 class Request:
-    """One picture: its seed, the fields it is conditioned on, how people read them, and what it begins from."""
+    """One picture: its seed, the fields it is conditioned on, how people read them, and what it begins from.
+
+    targets: what outside guides (classifier, CLIP) lead to, by field. mix: weighted fields, in the place of `fields`.
+    walk: (first seed, second seed, how far between them). images: the two pictures that a walk leads between.
+    """
 
     seed: int
     fields: dict[str, Any]
     text: str
+    number: int
     image: torch.Tensor | None = None
     mask: torch.Tensor | None = None
-    number: int = 0
+    negative: str | None = None
+    targets: dict[str, Any] = field(default_factory=dict)
+    mix: tuple[tuple[float, dict[str, Any]], ...] = ()
+    walk: tuple[int, int, float] | None = None
+    images: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    @property
+    def name(self) -> str:
+        return f"{self.number:05d}_seed{self.seed}.png"
 
 
-def as_list(value: Any, option: str) -> list[str]:
-    """One entry or a list; prompts and classes may also be the non-empty lines of a text file."""
+def _prompt(entry: Any, where: str) -> str | dict[str, Any]:
+    """A caption, or its JSON form. Raises ValueError naming the line."""
+    if isinstance(entry, str):
+        return entry
+    if not isinstance(entry, dict) or not isinstance(entry.get("prompt"), str):
+        raise ValueError(f'{where} is no prompt; write {{"prompt": "..."}}, with any of negative, seed and n beside it')
+    if unknown := sorted(set(entry) - set(PROMPT_KEYS)):
+        raise ValueError(f"{where}: unknown key {unknown[0]!r}; known are {', '.join(PROMPT_KEYS)}")
+    for key in ("seed", "n"):
+        if key in entry and (not isinstance(entry[key], int) or entry[key] < (key == "n")):
+            raise ValueError(f"{where}: {key} is {entry[key]!r}, not a count")
+    return dict(entry)
+
+
+def _prompt_file(path: Path, option: str) -> list[Any]:
+    """The lines of a .txt or .jsonl file. Raises ValueError for a line that says nothing."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{option}={path}: there is no such file")
+    lines = path.read_text().rstrip().splitlines()
+    if not lines:
+        raise ValueError(f"{option}={path} is empty")
+    found = []
+    for number, line in enumerate(map(str.strip, lines), 1):
+        where = f"{path}, line {number}"
+        if not line:
+            raise ValueError(f'{where} is blank; remove it, or write "" for an empty caption')
+        if path.suffix == ".txt":
+            found.append("" if line == '""' else line)
+            continue
+        try:
+            found.append(_prompt(json.loads(line), where))
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{where} is no JSON: {error}") from error
+    return found
+
+
+def as_list(value: Any, option: str) -> list[Any]:
+    """One entry or a list; prompts and classes may also be the lines of a text file, prompts of a .jsonl file."""
     if value is None:
         return []
-    if isinstance(value, ListConfig | list):
+    value = OmegaConf.to_container(value) if isinstance(value, ListConfig) else value
+    if isinstance(value, list):
         # A list of layouts, or one layout written as YAML.
-        value = OmegaConf.to_container(value) if isinstance(value, ListConfig) else value
         if option == "layout" and value and isinstance(value[0], list) and not isinstance(value[0][0], list):
             return [json.dumps(value)]
-        return [v if isinstance(v, str) else (json.dumps(v) if isinstance(v, list) else str(v)) for v in value]
+        if option == "prompts":
+            entries = enumerate(value, 1)
+            return [_prompt(v if isinstance(v, dict) else str(v), f"prompts, entry {k}") for k, v in entries]
+        return [json.dumps(v) if isinstance(v, list) else str(v) for v in value]
     path = Path(str(value))
-    if option in ("prompts", "classes") and path.suffix == ".txt" and " " not in path.name:
-        if not path.is_file():
-            raise FileNotFoundError(f"{option}={value}: there is no such file")
-        return [line.strip() for line in path.read_text().splitlines() if line.strip()]
+    if " " not in path.name and path.suffix in {"prompts": (".txt", ".jsonl"), "classes": (".txt",)}.get(option, ()):
+        return _prompt_file(path, option)
     return [str(value)]
 
 
-def possible_tasks(model: LatentDiffusion) -> list[str]:
-    return [task for task, needed in TASKS.items() if needed is None or needed in model.fields]
+def possible_tasks(model: LatentDiffusion, guided: Collection[str] = ()) -> list[str]:
+    """guided: fields that outside guides understand."""
+    return [task for task, needed in TASKS.items() if needed is None or needed in (*model.fields, *guided)]
 
 
-def chosen_task(model: LatentDiffusion, config: DictConfig) -> str:
+def chosen_task(model: LatentDiffusion, config: DictConfig, guided: Collection[str] = ()) -> str:
     """The task asked for, or what the given inputs mean. Raises ValueError where this model cannot do it."""
-    task = config.task
+    task, fields = config.task, (*model.fields, *guided)
     if task is None:
         if config.mask is not None:
             task = "inpaint"
+        elif config.extend is not None:
+            task = "outpaint"
         elif config.image is not None:
-            task = next((t for t in ("superres", "variation") if TASKS[t] in model.fields), "img2img")
+            task = next((t for t in ("superres", "variation") if TASKS[t] in fields), "img2img")
         else:
-            given = [t for t, f in TASKS.items() if f in model.fields and config[OPTIONS[f]] is not None]
+            given = [t for t, f in TASKS.items() if f in fields and config[OPTIONS[f]] is not None]
             task = given[-1] if given else "unconditional"
     if task not in TASKS:
-        raise ValueError(f"unknown task {task!r}; this model can do {', '.join(possible_tasks(model))}")
-    if task not in possible_tasks(model):
+        raise ValueError(f"unknown task {task!r}; this model can do {', '.join(possible_tasks(model, guided))}")
+    if task not in possible_tasks(model, guided):
         raise ValueError(
             f"this model has no {TASKS[task]} conditioner, so it cannot do task={task}; it can do "
-            f"{', '.join(possible_tasks(model))}"
+            f"{', '.join(possible_tasks(model, guided))}"
         )
     needed = TASKS[task]
     if needed and OPTIONS[needed] != "image" and config[OPTIONS[needed]] is None:
         raise ValueError(f"task={task} needs {OPTIONS[needed]}=...")
-    if config.mask is not None and task != "inpaint":
-        raise ValueError(f"mask= means nothing to task={task}, only to task=inpaint")
+    for option, meant in (("mask", "inpaint"), ("extend", "outpaint")):
+        if config[option] is not None and task != meant:
+            raise ValueError(f"{option}= means nothing to task={task}, only to task={meant}")
     if config.image is not None and TASKS[task] not in ("lowres", "reference") and task not in FROM_IMAGE:
         raise ValueError(f"image= means nothing to task={task}; leave it or task= out")
-    needs = ["image"] if task in (*FROM_IMAGE, "superres", "variation") else []
-    needs += ["mask"] if task == "inpaint" else []
-    if missing := [f"{option}=<file>" for option in needs if config[option] is None]:
+    needs = ["image"] if task in (*FROM_IMAGE, "superres", "variation") and task != "interpolate" else []
+    needs += {"inpaint": ["mask"], "outpaint": ["extend"]}.get(task, [])
+    if missing := [
+        f"{option}=<{'pixels' if option == 'extend' else 'file'}>" for option in needs if config[option] is None
+    ]:
         raise ValueError(f"task={task} needs {' and '.join(missing)}")
     return task
 
@@ -146,7 +209,7 @@ def read_mask(path: str, size: tuple[int, int]) -> torch.Tensor:
     return mask
 
 
-def picture_size(model: LatentDiffusion, size: Any) -> tuple[int, int]:
+def picture_size(model: LatentDiffusion, size: Any, option: str = "size") -> tuple[int, int]:
     """(H, W) of the pictures. Raises ValueError for a size that the model's halvings do not divide."""
     f = model.first_stage.downsample_factor
     if size is None:
@@ -155,10 +218,25 @@ def picture_size(model: LatentDiffusion, size: Any) -> tuple[int, int]:
     least = f * 2 ** (model.unet.levels - 1)
     if height < 1 or width < 1 or height % least or width % least:
         raise ValueError(
-            f"size {height}x{width} is not divisible by {least} (downsample_factor {f} and {model.unet.levels - 1} halvings); "
+            f"{option} {height}x{width} is not divisible by {least} (downsample_factor {f} and {model.unet.levels - 1} halvings); "
             f"use {max(least, round(height / least) * least)}x{max(least, round(width / least) * least)}"
         )
     return height, width
+
+
+def extended(image: torch.Tensor, extend: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+    """An image (C, H, W) in the middle of a larger one, and the mask (1, H', W') of what is new.
+
+    extend: pixels added at the top, right, bottom and left. Raises ValueError where nothing is.
+    """
+    if len(extend) != 4 or min(extend) < 0 or not any(extend):
+        raise ValueError(
+            f"extend is [top, right, bottom, left] in pixels, at least one of them above 0, not {list(extend)}"
+        )
+    top, right, bottom, left = extend
+    margins = (left, right, top, bottom)
+    mask = F.pad(torch.zeros(1, *image.shape[1:]), margins, value=1.0)
+    return F.pad(image, margins), mask
 
 
 def _value(conditioner: Any, given: str, size: tuple[int, int], channels: int) -> Any:
@@ -181,24 +259,34 @@ def _value(conditioner: Any, given: str, size: tuple[int, int], channels: int) -
     return conditioner.parse(given)
 
 
-def requests(model: LatentDiffusion, config: DictConfig) -> list[Request]:
-    """One entry per picture, in order. Raises ValueError or FileNotFoundError where the model does not take what is
-    asked, naming the option."""
-    task, size = chosen_task(model, config), picture_size(model, config.size)
+def requests(model: LatentDiffusion, config: DictConfig, guides: Mapping[str, Any] | None = None) -> list[Request]:
+    """One entry per picture, in order. guides: {field: parser} of outside guides, which read `prompts` or `classes` too.
+
+    Raises ValueError or FileNotFoundError where the model does not take what is asked, naming the option.
+    """
+    guides = guides or {}
+    task, size = chosen_task(model, config, guides), picture_size(model, config.size)
     by_field = {c.field: c for c in model.conditioners.values()}
     channels = model.first_stage.autoencoder.in_channels
     given = {o: as_list(config[o], o) for o in (*dict.fromkeys(OPTIONS.values()), "mask")}
     used = {f: OPTIONS[f] for f in by_field if f != "masked_image" and given[OPTIONS[f]]}
+    guided = {f: OPTIONS[f] for f in guides if given[OPTIONS[f]]}
     if task in FROM_IMAGE:
         used = {f: option for f, option in used.items() if option != "image"}
     for option in ("prompts", "classes", "map", "layout", "depth"):
-        if given[option] and option not in used.values():
+        if given[option] and option not in (*used.values(), *guided.values()):
             needed = next(f for f, o in OPTIONS.items() if o == option)
-            known = sorted({f"{OPTIONS[f]}=" for f in by_field}) or ["no condition"]
+            known = sorted({f"{OPTIONS[f]}=" for f in (*by_field, *guides)}) or ["no condition"]
             raise ValueError(
                 f"this model has no {needed} conditioner, so {option}= means nothing to it; it takes {', '.join(known)}"
             )
-    options = {*used.values()} | ({"image"} if given["image"] else set()) | ({"mask"} if given["mask"] else set())
+    options = {*used.values(), *guided.values()} | {o for o in ("image", "mask") if given[o]}
+
+    def fields_of(entries: dict[str, Any]) -> dict[str, Any]:
+        return {f: _value(by_field[f], entries[o], size, channels) for f, o in used.items()}
+
+    if task == "interpolate":
+        return _walk(config, {o: given[o] for o in options}, fields_of, size, channels)
     count = max((len(given[o]) for o in options), default=1)
     for option in options:
         if len(given[option]) not in (1, count):
@@ -206,23 +294,98 @@ def requests(model: LatentDiffusion, config: DictConfig) -> list[Request]:
                 f"{option} has {len(given[option])} entries, others {count}: they are paired, give equally many or one"
             )
     listed = {o: given[o] * count if len(given[o]) == 1 else given[o] for o in options}
-    found = []
+    canvas, found = size, []
+    if task == "outpaint":
+        top, right, bottom, left = (list(config.extend) + [0] * 4)[:4]
+        canvas = picture_size(model, (size[0] + top + bottom, size[1] + left + right), "the extended picture's size")
     for j in range(count):
-        fields = {f: _value(by_field[f], listed[o][j], size, channels) for f, o in used.items()}
-        source = {o: listed[o][j] for o in sorted(options)}
-        text = " / ".join(
-            source[o] if o in ("prompts", "classes") else Path(source[o]).name for o in source if o != "layout"
-        )
-        text = " / ".join(filter(None, [text, *(by_field[f].describe([fields[f]])[0] for f in fields if f == "boxes")]))
+        entries = {o: listed[o][j] for o in sorted(options)}
+        own = entries["prompts"] if isinstance(entries.get("prompts"), dict) else {}
+        if own:
+            entries["prompts"] = own["prompt"]
+        fields = {f: _value(by_field[f], entries[o], canvas, channels) for f, o in used.items()}
         image, mask = None, None
         if task in FROM_IMAGE:
-            image = read_image(listed["image"][j], size, channels)
-        if task == "inpaint":
-            mask = read_mask(listed["mask"][j], size)
-            if "masked_image" in by_field:
-                fields["masked_image"] = masked_image(image, mask)
-        numbers = range(j * config.n, (j + 1) * config.n)
-        found += [Request(config.seed + number, fields, text, image, mask, number) for number in numbers]
+            image = read_image(entries["image"], size, channels)
+        if task == "outpaint":
+            image, mask = extended(image, config.extend)
+        elif task == "inpaint":
+            mask = read_mask(entries["mask"], size)
+        if mask is not None and "masked_image" in by_field:
+            fields["masked_image"] = masked_image(image, mask)
+        targets = {f: guides[f](entries[o]) for f, o in guided.items()}
+        negative = own.get("negative", None if config.negative is None else str(config.negative))
+        n, first = own.get("n", config.n), own.get("seed")
+        for i in range(n):
+            number = len(found)
+            seed = config.seed + number if first is None else first + i
+            text = _words(entries, fields, by_field)
+            found.append(Request(seed, fields, text, number, image, mask, negative, targets))
+    return found
+
+
+def _words(entries: Mapping[str, str], fields: Mapping[str, Any], by_field: Mapping[str, Any]) -> str:
+    """How people read a condition."""
+    words = [entries[o] if o in ("prompts", "classes") else Path(entries[o]).name for o in entries if o != "layout"]
+    boxes = [by_field[f].describe([fields[f]])[0] for f in fields if f == "boxes"]
+    return " / ".join(filter(None, words + boxes))
+
+
+def _weighted(text: str) -> tuple[float, str]:
+    """ "+0.5 a red circle" -> (0.5, "a red circle")"""
+    sign, rest = (-1.0 if text[0] == "-" else 1.0), text[1:].strip()
+    head, _, tail = rest.partition(" ")
+    try:
+        return sign * float(head), tail.strip()
+    except ValueError:
+        return sign, rest
+
+
+def _walk(
+    config: DictConfig,
+    given: dict[str, list[Any]],
+    fields_of: Callable[[dict[str, Any]], dict[str, Any]],
+    size: tuple[int, int],
+    channels: int,
+) -> list[Request]:
+    """task=interpolate: sums of conditions (+prompt -prompt), or n steps from each condition, seed or picture to the next."""
+    prompts = given.get("prompts", [])
+    if any(isinstance(p, dict) for p in prompts):
+        raise ValueError("task=interpolate takes plain prompts, without a seed or n of their own")
+    negative = None if config.negative is None else str(config.negative)
+    if len(prompts) > 1 and all(p[:1] in "+-" and p for p in prompts):
+        if set(given) != {"prompts"}:
+            raise ValueError(f"arithmetic takes prompts alone, not {', '.join(sorted(set(given) - {'prompts'}))}")
+        mix = tuple((w, fields_of({"prompts": text})) for w, text in map(_weighted, prompts))
+        words = " ".join(prompts)
+        return [Request(config.seed + i, {}, words, i, negative=negative, mix=mix) for i in range(config.n)]
+    ends = max((len(v) for v in given.values()), default=1)
+    if ends == 1 and not given.get("image"):
+        ends = 2  # from the noise of one seed to that of the next, under one condition
+    if ends < 2:
+        raise ValueError("task=interpolate needs two pictures or more: image=[a.png,b.png]")
+    for option, values in given.items():
+        if len(values) not in (1, ends):
+            raise ValueError(f"{option} has {len(values)} entries, others {ends}: give equally many or one")
+    listed = {o: v * ends if len(v) == 1 else v for o, v in given.items()}
+    if config.n < 2:
+        raise ValueError("task=interpolate needs n of at least 2: the pictures from one end to the next, both included")
+    stops = [{o: listed[o][j] for o in sorted(listed) if o != "image"} for j in range(ends)]
+    fields = [fields_of(stop) for stop in stops]
+    pictures = [read_image(path, size, channels) for path in listed.get("image", [])]
+    found: list[Request] = []
+    for j in range(ends - 1):
+        for i in range(config.n if j == 0 else config.n - 1):
+            t = (i if j == 0 else i + 1) / (config.n - 1)
+            mix = ((1 - t, fields[j]), (t, fields[j + 1])) if stops[j] != stops[j + 1] else ((1.0, fields[j]),)
+            words = " to ".join(dict.fromkeys(" / ".join(stop.values()) for stop in (stops[j], stops[j + 1])))
+            found.append(
+                Request(
+                    config.seed + len(found), {}, f"{words} {t:.2f}".strip(), len(found), negative=negative,
+                    mix=mix if stops[j] else (), walk=(config.seed + j, config.seed + j + 1, t),
+                    images=(pictures[j], pictures[j + 1]) if pictures else None,
+                )
+            )  # fmt: skip
     return found
 
 

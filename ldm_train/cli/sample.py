@@ -2,11 +2,15 @@
 
 import sys
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from tqdm import tqdm
@@ -14,12 +18,18 @@ from tqdm import tqdm
 from ldm_train import images as pictures
 from ldm_train.checkpoints.native import find_model, load_latent_diffusion, read_metadata
 from ldm_train.cli.common import run_command
+from ldm_train.cli.film import Film
+from ldm_train.cli.guides import Guides
 from ldm_train.cli.inputs import Request, chosen_task, latent_mask, picture_size, requests
+from ldm_train.cli.job import SHOWN, Job, make_recipe, replayed
 from ldm_train.data.masks import known_colour
 from ldm_train.data.samples import collate
-from ldm_train.data.shards import write_json
 from ldm_train.diffusion.guidance import classifier_free
 from ldm_train.latent_diffusion import LatentDiffusion
+from ldm_train.models.tiling import Tiles
+from ldm_train.rng import NoiseSource, derive_seed, slerp
+from ldm_train.samplers.ddim import ddim
+from ldm_train.samplers.resampling import resampled
 
 # For models that do not say how they are sampled.
 DEFAULTS = {
@@ -28,113 +38,250 @@ DEFAULTS = {
     "spacing": "trailing",
     "sampler": {"_target_": "ldm_train.samplers.ddim.ddim", "_partial_": True},
 }
+PRECISIONS = ("32", "bf16", "16")
+COMPILE = {"default": "default", "cuda_graphs": "reduce-overhead"}
 
 
-def model_folder(run: str | None, runs_dir: str) -> Path:
+def model_folder(run: str | None, runs_dir: str, option: str = "run") -> Path:
     """A run (by name or folder) or a model folder -> the folder with its weights.
 
     Raises FileNotFoundError naming the runs there are.
     """
     if run is None:
-        raise ValueError("say which model: run=<run or model folder>")
+        raise ValueError(f"say which model: {option}=<run or model folder>")
     for base in (Path(run), Path(runs_dir) / run):
         if folder := find_model(base):
             return folder
     known = sorted(str(p.parent.parent.relative_to(runs_dir)) for p in Path(runs_dir).rglob("diffusion/model"))
     raise FileNotFoundError(
-        f"run={run} has no trained model (export/ or diffusion/model/); finished runs in {runs_dir}: {', '.join(known) or 'none'}"
+        f"{option}={run} has no trained model (export/ or diffusion/model/); finished runs in {runs_dir}: {', '.join(known) or 'none'}"
     )
 
 
-def draw(
-    model: LatentDiffusion, part: list[Request], task: str, config: DictConfig, options: dict[str, Any]
-) -> torch.Tensor:
-    """The pictures of some requests (B, C, H, W), on the CPU."""
-    batch = collate([dict(r.fields) for r in part]) if part[0].fields else {}
+@dataclass
+class Drawing:
+    """How a job's pictures are drawn. options: of `LatentDiffusion.sample`."""
+
+    model: LatentDiffusion
+    task: str
+    config: DictConfig
+    options: dict[str, Any]
+    guides: Guides
+    tiles: Tiles | None
+    autocast: Callable[[], torch.autocast]
+
+    def __call__(
+        self, part: list[Request], callback: Callable[[int, torch.Tensor], None] | None = None
+    ) -> torch.Tensor:
+        """The pictures of some requests (B, C, H, W), on the CPU."""
+        with self.autocast():
+            return self._draw(part, callback).float().cpu()
+
+    def _draw(self, part: list[Request], callback: Callable[[int, torch.Tensor], None] | None) -> torch.Tensor:
+        model, config, f = self.model, self.config, self.model.first_stage.downsample_factor
+        images = None if part[0].image is None else torch.stack([r.image for r in part])
+        if self.task == "reconstruct":
+            return model.decode(model.encode(images, self.tiles), self.tiles)
+        height, width = picture_size(model, config.size) if images is None else images.shape[2:]
+        size = (height // f, width // f)
+        extra: dict[str, Any] = {"latent_size": size, "around": self.guides.around(part), "tiles": self.tiles}
+        extra["callback"] = callback
+        if config.panorama is not None:
+            extra["overlap"] = round(config.panorama * min(model.latent_size))
+        if any(r.negative is not None for r in part):
+            extra["negative"] = {"caption": [r.negative or "" for r in part]}
+        mask, batch = None, _batch([r.fields for r in part])
+        if self.task == "img2img":
+            start = model.encode(images, self.tiles)
+            if config.invert:
+                source = {} if config.source is None else {"caption": [str(config.source)] * len(part)}
+                extra["initial_noise"] = self._inverted(start, source)
+            else:
+                extra |= {"start": start, "strength": config.strength}
+        elif self.task == "interpolate":
+            extra |= self._walk(part, size)
+        elif self.task in ("inpaint", "outpaint"):
+            mask = torch.stack([r.mask for r in part])
+            if "masked_image" not in model.fields:
+                # Not the hidden pixels: latents beside the hole would show them. Their mean colour disturbs the encoder least.
+                filled = images * (1 - mask) + known_colour(images, mask) * mask
+                extra["known"] = (model.encode(filled, self.tiles), latent_mask(mask, f).to(model.device))
+        drawn = model.sample(batch, [r.seed for r in part], **self.options, **extra).cpu()
+        # The known pixels as they were: decoding cannot give them back exactly.
+        return drawn if mask is None else drawn * mask + images * (1 - mask)
+
+    def _inverted(self, latents: torch.Tensor, batch: dict[str, Any]) -> torch.Tensor:
+        steps, spacing = (self.options[k] for k in ("num_inference_steps", "spacing"))
+        return self.model.invert(latents, batch, steps, spacing, self.config.invert_iterations)
+
+    def _walk(self, part: list[Request], size: tuple[int, int]) -> dict[str, Any]:
+        """Noise between seeds or inverted pictures, and conditions between conditions, as `LatentDiffusion.sample` takes
+        them."""
+        found: dict[str, Any] = {}
+        if part[0].mix:
+            terms = zip(*(r.mix for r in part)) if len({len(r.mix) for r in part}) == 1 else None
+            if terms is None:  # a stop without a change beside one with: the second term weighs nothing
+                terms = zip(*((*r.mix, (0.0, r.mix[0][1]))[:2] for r in part))
+            weighted = [(torch.tensor([w for w, _ in t]), _batch([dict(f) for _, f in t])) for t in terms]
+            found["condition"] = self.model.mixture(weighted, size)
+        if part[0].walk is None:
+            return found
+        if part[0].images is not None:
+            ends = [self.model.encode(torch.stack([r.images[k] for r in part]), self.tiles) for k in (0, 1)]
+            noise = [self._inverted(z, {}) for z in ends]
+        else:
+            shape = (self.model.first_stage.latent_channels, *size)
+            noise = [NoiseSource([r.walk[k] for r in part]).normal(shape, "start") for k in (0, 1)]
+        found["initial_noise"] = slerp(*noise, torch.tensor([r.walk[2] for r in part]))
+        return found
+
+
+def _batch(fields: list[dict[str, Any]]) -> dict[str, Any]:
+    if not fields[0]:
+        return {}
+    batch = collate([dict(f) for f in fields])
     batch.pop("replaced", None)
-    images = None if part[0].image is None else torch.stack([r.image for r in part])
-    if task == "reconstruct":
-        return model.decode(model.encode(images)).cpu()
-    f = model.first_stage.downsample_factor
-    height, width = picture_size(model, config.size)
-    extra: dict[str, Any] = {"latent_size": (height // f, width // f)}
-    if config.negative is not None:
-        extra["negative"] = {"caption": [str(config.negative)] * len(part)}
-    mask = None
-    if task == "img2img":
-        extra |= {"start": model.encode(images), "strength": config.strength}
-    if task == "inpaint":
-        mask = torch.stack([r.mask for r in part])
-        if "masked_image" not in model.fields:
-            # Not the hidden pixels: latents beside the hole would show them. Their mean colour disturbs the encoder least.
-            filled = images * (1 - mask) + known_colour(images, mask) * mask
-            extra["known"] = (model.encode(filled), latent_mask(mask, f).to(model.device))
-    drawn = model.sample(batch, [r.seed for r in part], **options, **extra).cpu()
-    # The known pixels as they were: decoding cannot give them back exactly.
-    return drawn if mask is None else drawn * mask + images * (1 - mask)
+    return batch
+
+
+def check(config: DictConfig, model: LatentDiffusion) -> dict[str, Any]:
+    """The options of classifier_free. Raises ValueError for values that mean nothing, before any work is done."""
+    model.schedule.timesteps(config.num_inference_steps, config.spacing)
+    if config.negative is not None and "caption" not in model.fields:
+        raise ValueError("this model takes no captions, so negative= means nothing to it")
+    guidance = {k: v for k, v in OmegaConf.to_container(config.guidance).items() if v}
+    if config.guidance_scale == 1 and (guidance or config.negative is not None or config.weak is not None):
+        named = ["negative"] * (config.negative is not None) + ["weak"] * (config.weak is not None)
+        named += [f"guidance.{k}" for k in guidance]
+        raise ValueError(f"{', '.join(named)} need guidance: set guidance_scale above 1")
+    if config.negative is not None and config.weak is not None:
+        raise ValueError("weak= and negative= both say what guidance leads away from; leave one out")
+    if config.guidance_scale != 1:
+        classifier_free(model.denoiser({}), model.denoiser({}), config.guidance_scale, **guidance)
+    if not 0 <= config.strength <= 1:
+        raise ValueError(f"strength is a share between 0 and 1, not {config.strength}")
+    if config.panorama is not None and not 0 <= config.panorama < 1:
+        raise ValueError(
+            f"panorama is the share of a window that neighbours have in common, 0 to below 1, not {config.panorama}"
+        )
+    if config.compile is not None and config.compile not in COMPILE:
+        raise ValueError(f"compile is one of {', '.join(COMPILE)}, not {config.compile!r}")
+    if str(config.precision) not in PRECISIONS:
+        raise ValueError(f"precision is one of {', '.join(PRECISIONS)}, not {config.precision!r}")
+    if config.film is not None:
+        Film(model, config.film)
+    if config.source is not None and not config.invert:
+        raise ValueError("source= describes the picture to be inverted; it needs invert=true")
+    if config.invert and config.strength != 0.7:
+        raise ValueError("invert=true begins from the picture's own noise; strength= means nothing to it")
+    return guidance
 
 
 def sample(config: DictConfig) -> list[Path]:
+    recipe_before, only = None, None
+    if config.recipe is not None:
+        config, recipe_before, only = replayed(config)
     source = model_folder(config.run, config.runs_dir)
     if config.n < 1 or config.batch_size < 1:
         raise ValueError("n and batch_size must be at least 1")
     if config.accelerator == "gpu" and not torch.cuda.is_available():
         raise ValueError("accelerator=gpu, but no GPU is visible; use accelerator=cpu")
-    trained = DEFAULTS | (read_metadata(source).get("sampling") or {})
+    metadata = read_metadata(source)
+    trained = DEFAULTS | (metadata.get("sampling") or {})
     tree = OmegaConf.to_container(config.sampler) if config.get("sampler") else trained["sampler"]
-    for option in ("num_inference_steps", "guidance_scale", "spacing"):
-        if config[option] is None:
-            config[option] = trained[option]
+    with_sampler = {"sampler": tree} | {
+        k: trained[k] for k in ("num_inference_steps", "guidance_scale", "spacing") if config[k] is None
+    }
+    config = OmegaConf.create(OmegaConf.to_container(config, resolve=True) | with_sampler)
     device = "cuda" if torch.cuda.is_available() and config.accelerator != "cpu" else "cpu"
     model = load_latent_diffusion(source).to(device, memory_format=torch.channels_last)
-    model.schedule.timesteps(config.num_inference_steps, config.spacing)  # complains before any work is done
-    if config.negative is not None and "caption" not in model.fields:
-        raise ValueError("this model takes no captions, so negative= means nothing to it")
-    guidance = {k: v for k, v in OmegaConf.to_container(config.guidance).items() if v}
-    if config.guidance_scale == 1 and (guidance or config.negative is not None):
-        named = ["negative"] * (config.negative is not None) + [f"guidance.{k}" for k in guidance]
-        raise ValueError(f"{', '.join(named)} need guidance: set guidance_scale above 1")
-    if not 0 <= config.strength <= 1:
-        raise ValueError(f"strength is a share between 0 and 1, not {config.strength}")
-    task, wanted = chosen_task(model, config), requests(model, config)
-    folder = Path(config.out) if config.out else (source.parent if source.name == "export" else source) / "samples"
-    recipe = {
-        "model": str(source),
-        "task": task,
-        **{k: config[k] for k in ("num_inference_steps", "guidance_scale", "spacing")},
-        "sampler": tree,
-        **({"guidance": guidance} if guidance else {}),
-        **({"strength": config.strength} if task == "img2img" else {}),
-        **({"negative": config.negative} if config.negative is not None else {}),
-    }
+    guidance, guides = check(config, model), Guides(config, model, device)
+    task = chosen_task(model, config, guides.parsers)
+    wanted = requests(model, config, guides.parsers)
     options = {k: config[k] for k in ("num_inference_steps", "guidance_scale", "spacing")}
     options |= {"sampler": instantiate(tree, _convert_="all"), "guidance": partial(classifier_free, **guidance)}
-    if config.guidance_scale != 1:  # wrong options are named before any work is done
-        options["guidance"](model.denoiser({}), model.denoiser({}), config.guidance_scale)
-    paths, drawn, begin = [], [], time.perf_counter()
-    with tqdm(total=len(wanted), unit="img") as progress:
-        for k in range(0, len(wanted), config.batch_size):
-            part = wanted[k : k + config.batch_size]
-            for request, image in zip(part, made := draw(model, part, task, config, options)):
-                metadata = recipe | {"seed": request.seed, "condition": request.text}
-                name = f"{request.number:05d}_seed{request.seed}.png"
-                paths.append(pictures.save_png(image, folder / name, metadata))
-            drawn.append(made)
-            progress.update(len(part))
-    captions = [r.text for r in wanted] if wanted[0].text else None
-    columns = config.n if captions else None
-    grid = pictures.save_png(pictures.grid(torch.cat(drawn), columns, captions), folder / "grid.png", recipe)
-    write_json(folder / "recipe.json", recipe | {"images": [{"seed": r.seed, "condition": r.text} for r in wanted]})
-    print(
-        f"{len(paths)} pictures in {folder}, {len(paths) / (time.perf_counter() - begin):.2f} images/s; all of them: {grid}"
-    )
-    return paths
+    if config.resample.repeats > 1:
+        options["sampler"] = partial(resampled, sampler=options["sampler"], **config.resample)
+    if config.weak is not None:
+        weak = model_folder(config.weak, config.runs_dir, "weak")
+        options["weak"] = load_latent_diffusion(weak).to(device, memory_format=torch.channels_last)
+        guides.recipe["weak_sha256"] = read_metadata(weak)["sha256"]
+    if config.invert or (task == "interpolate" and config.image is not None):  # the sampler that inversion turns round
+        options["sampler"] = ddim
+    if config.compile:
+        model.unet.compile(mode=COMPILE[config.compile])
+    dtype = torch.float16 if str(config.precision) == "16" else torch.bfloat16
+    tiles = Tiles(**config.tiles) if config.tiles.cells else None
+    if recipe_before and recipe_before["model_sha256"] != metadata["sha256"]:
+        raise ValueError(
+            f"{source} does not hold the weights that drew this recipe; say where they are with run=<folder>"
+        )
+    if recipe_before and device == "cpu" and (threads := recipe_before["machine"].get("threads")):
+        torch.set_num_threads(threads)
+    recipe = make_recipe(config, task, source, metadata["sha256"], device) | guides.recipe
+    if recipe_before and recipe["machine"] != recipe_before["machine"]:
+        print(f"drawn on {recipe_before['machine']}, here is {recipe['machine']}: pixels may differ slightly")
+    job = Job(folder_of(config, source, recipe), recipe, wanted, config.overwrite)
+    drawing = Drawing(
+        model, task, config, options, guides, tiles,
+        partial(torch.autocast, device, dtype, enabled=str(config.precision) != "32"),
+    )  # fmt: skip
+    return run_job(job, drawing, only, recipe_before)
+
+
+def folder_of(config: DictConfig, source: Path, recipe: dict[str, Any]) -> Path:
+    """out=..., below it one folder per job of a sweep; by default <run>/samples/<task>-<what it follows from>."""
+    sweeping = HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
+    name = f"{recipe['task']}-{derive_seed(repr({k: v for k, v in recipe.items() if k != 'machine'})) % 16**8:08x}"
+    if config.out:
+        return Path(config.out) / name if sweeping else Path(config.out)
+    return (source.parent if source.name == "export" else source) / "samples" / name
+
+
+def run_job(job: Job, drawing: Drawing, only: int | None, recipe_before: dict[str, Any] | None) -> list[Path]:
+    """Draws what is missing, batch by batch; returns the pictures' paths. only: keep this one picture alone."""
+    config, size = drawing.config, drawing.config.batch_size
+    parts = [job.wanted[k : k + size] for k in range(0, len(job.wanted), size)]
+    if only is not None:
+        parts = [part for part in parts if any(r.number == only for r in part)]
+    shown, drawn, continued, begin = [], 0, 0, time.perf_counter()
+    with tqdm(total=sum(map(len, parts)), unit="img") as progress:
+        for part in parts:
+            if only is None and (made := job.done(part)) is not None and not config.film:
+                continued += len(part)
+            else:
+                film = Film(drawing.model, config.film) if config.film else None
+                made = drawing(part, film)
+                kept = [(r, image) for r, image in zip(part, made) if only in (None, r.number)]
+                part, made = [r for r, _ in kept], torch.stack([image for _, image in kept])
+                job.save(part, made)
+                if film:
+                    film.save([job.folder / r.name for r in part])
+                drawn += len(part)
+            if len(shown) < SHOWN:
+                shown += list(made)
+            progress.update(len(made))
+    texts = [r.text for r in job.wanted][: len(shown)]
+    if only is not None:
+        texts = [job.wanted[only].text]
+    columns = config.n if any(texts) and config.n <= 16 else None
+    grid = job.close(pictures.grid(torch.stack(shown), columns, texts if any(texts) else None))
+    if continued:
+        print(f"{continued} pictures were there already")
+    rate = f", {drawn / (time.perf_counter() - begin):.2f} images/s" if drawn else ""
+    print(f"{len(job.digests)} pictures in {job.folder}{rate}; all of them: {grid}")
+    if recipe_before and (agreement := job.agreement(recipe_before)):
+        print(agreement)
+    return [job.folder / r.name for r in job.wanted if r.name in job.digests]
+
+
+# Options whose values people type freely: commas, apostrophes and brackets mean something to Hydra, `=` in a run's name too.
+FREE = ("prompts", "run", "negative", "layout", "source", "recipe", "classifier", "weak")
 
 
 def quoted(argument: str) -> str:
-    """Captions as people type them: commas, apostrophes and brackets mean something to Hydra, `=` in a run's name too."""
     option, _, value = argument.partition("=")
-    if option not in ("prompts", "run", "negative", "layout") or not value or value[0] in "'\"":
+    if option not in FREE or not value or value[0] in "'\"":
         return argument
     if value[0] == "[" and (option != "layout" or ".json" in value):
         return argument
@@ -143,7 +290,11 @@ def quoted(argument: str) -> str:
 
 def main() -> None:
     sys.argv[1:] = [quoted(a) for a in sys.argv[1:]]
-    run_command(sample, "sample")
+    try:
+        run_command(sample, "sample")
+    except KeyboardInterrupt:
+        print("\nstopped; the same command continues with what is missing", file=sys.stderr)
+        sys.exit(130)
 
 
 if __name__ == "__main__":

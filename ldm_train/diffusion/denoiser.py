@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from ldm_train.diffusion.objective import to_pred_x0
-from ldm_train.diffusion.schedule import NoiseSchedule, expand_to
+from ldm_train.diffusion.schedule import NoiseSchedule
 
 # (noisy_latents, timesteps (B,), condition) -> network output
 Network = Callable[[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]], torch.Tensor]
@@ -35,20 +35,23 @@ class Denoiser:
         """The joined conditions, made once: the same tensors in every step, so that attention can keep their keys and
         values."""
         if self._joined is None or self._joined[0] != denoisers[1:]:
-            joined = {k: torch.cat([d.condition[k] for d in denoisers]) for k in self.condition}
+            joined = self.condition
+            if len(denoisers) > 1:
+                joined = {k: torch.cat([d.condition[k] for d in denoisers]) for k in self.condition}
             self._joined = (denoisers[1:], joined)
         return self._joined[1]
 
     @staticmethod
     def together(denoisers: Sequence["Denoiser"], x_t: torch.Tensor, t: float | torch.Tensor) -> list[torch.Tensor]:
         """pred_x0 of several denoisers of one model at the same x_t, in one network call."""
-        first = denoisers[0]
-        alpha, sigma, _ = first.schedule.at(t)
-        alpha, sigma = expand_to(alpha, x_t.float()), expand_to(sigma, x_t.float())
-        times = torch.as_tensor(t, dtype=torch.float32, device=x_t.device).expand(len(x_t))
+        first, count = denoisers[0], len(denoisers)
+        alpha, sigma = first.schedule.pair(t, x_t.float())
+        if isinstance(t, torch.Tensor):
+            times = t.to(x_t.device, torch.float32).expand(len(x_t)).repeat(count)
+        else:
+            times = torch.full((count * len(x_t),), float(t), device=x_t.device)
         condition = first._together_with(tuple(denoisers))
-        output = first.network(torch.cat([x_t] * len(denoisers)), torch.cat([times] * len(denoisers)), condition)
+        output = first.network(x_t if count == 1 else torch.cat([x_t] * count), times, condition)
         return [
-            to_pred_x0(part, x_t.float(), alpha, sigma, first.prediction_type)
-            for part in output.float().chunk(len(denoisers))
+            to_pred_x0(part, x_t.float(), alpha, sigma, first.prediction_type) for part in output.float().chunk(count)
         ]

@@ -6,7 +6,7 @@ import torch
 
 from ldm_train.diffusion.denoiser import Denoiser
 from ldm_train.diffusion.objective import from_pred_x0, to_pred_x0
-from ldm_train.diffusion.schedule import expand_to
+from ldm_train.diffusion.schedule import NoiseSchedule, expand_to
 
 Denoise = Callable[[torch.Tensor, float | torch.Tensor], torch.Tensor]
 
@@ -50,7 +50,7 @@ def classifier_free(
 
     def guided(x_t: torch.Tensor, t: float | torch.Tensor) -> torch.Tensor:
         if interval is not None:
-            alpha, sigma, _ = denoise.schedule.at(t)
+            alpha, sigma = (torch.as_tensor(v) for v in denoise.schedule.pair(t, x_t))
             if not interval[0] <= float((sigma / alpha).max()) <= interval[1]:
                 return denoise(x_t, t)
         if batched:
@@ -73,8 +73,8 @@ def _rescaled(
     t: float | torch.Tensor,
     share: float,
 ) -> torch.Tensor:
-    alpha, sigma, _ = denoise.schedule.at(t)
-    alpha, sigma, x_t = expand_to(alpha, x_t.float()), expand_to(sigma, x_t.float()), x_t.float()
+    x_t = x_t.float()
+    alpha, sigma = denoise.schedule.pair(t, x_t)
     kind = denoise.prediction_type
     wanted, output = (from_pred_x0(x0, x_t, alpha, sigma, kind) for x0 in (plain, mixed))
     axes = tuple(range(1, output.ndim))
@@ -87,6 +87,63 @@ def _thresholded(plain: torch.Tensor, mixed: torch.Tensor, percentile: float) ->
     usual, found = (expand_to(v, mixed) for v in limits)
     clipped = torch.maximum(torch.minimum(mixed, found), -found)
     return torch.where(found > usual, clipped * usual / found.clamp(min=1e-8), mixed)
+
+
+def classifier_guidance(
+    denoise: Denoise,
+    log_probability: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+    schedule: NoiseSchedule,
+    guidance_scale: float,
+) -> Denoise:
+    """x0 + s (1 - abar) / sqrt(abar) grad log p(y | x_t)   (Dhariwal and Nichol 2021, algorithm 2, in terms of x0).
+
+    log_probability: (x_t (B, C, h, w), timesteps (B,)) -> (B,), of a classifier that has seen noise. guidance_scale: s, 0
+    is off. Goes around other guidance, not inside classifier_free. Raises ValueError for a schedule that ends without
+    signal, where the factor is infinite.
+    """
+    if guidance_scale == 0:
+        return denoise
+    if schedule.zero_terminal_snr:
+        raise ValueError(
+            "classifier guidance divides by the signal, and this model's schedule ends without any (zero_terminal_snr); use "
+            "guidance_scale"
+        )
+
+    def guided(x_t: torch.Tensor, t: float | torch.Tensor) -> torch.Tensor:
+        pred_x0 = denoise(x_t, t)
+        alpha, sigma = schedule.pair(t, pred_x0)
+        times = torch.as_tensor(t, dtype=torch.float32, device=x_t.device).clamp(min=0).expand(len(x_t))
+        gradient = _gradient(lambda x: log_probability(x, times), x_t)
+        return pred_x0 + guidance_scale * sigma**2 / alpha * gradient
+
+    return guided
+
+
+def score_guidance(
+    denoise: Denoise, score: Callable[[torch.Tensor], torch.Tensor], schedule: NoiseSchedule, guidance_scale: float
+) -> Denoise:
+    """x0 + s (1 - abar) grad_x0 score(x0): guidance by something that judges clean latents, as CLIP does after decoding.
+
+    It is classifier guidance with p(y | x_t) taken at the estimate x0, whose change with x_t is taken to be alpha, as it is
+    for latents of unit variance; nothing is differentiated through the model itself. score: (B, C, h, w) -> (B,), a
+    log-probability up to a constant. guidance_scale: s, 0 is off. Goes around other guidance.
+    """
+    if guidance_scale == 0:
+        return denoise
+
+    def guided(x_t: torch.Tensor, t: float | torch.Tensor) -> torch.Tensor:
+        pred_x0 = denoise(x_t, t)
+        _, sigma = schedule.pair(t, pred_x0)
+        return pred_x0 + guidance_scale * sigma**2 * _gradient(score, pred_x0)
+
+    return guided
+
+
+def _gradient(function: Callable[[torch.Tensor], torch.Tensor], at: torch.Tensor) -> torch.Tensor:
+    """d sum(function) / d at, also inside no_grad and inference mode."""
+    with torch.inference_mode(False), torch.enable_grad():
+        x = at.detach().clone().float().requires_grad_()
+        return torch.autograd.grad(function(x).sum(), x)[0]
 
 
 def keep_known(denoise: Denoise, known: torch.Tensor, mask: torch.Tensor) -> Denoise:

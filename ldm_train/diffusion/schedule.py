@@ -65,6 +65,7 @@ class NoiseSchedule(nn.Module):
             betas = rescale_zero_terminal_snr(betas)
         self.register_buffer("betas", betas, persistent=False)
         self.register_buffer("alphas_cumprod", torch.cumprod(1 - betas, dim=0), persistent=False)
+        self._numbers: dict[float, tuple[float, float]] = {}
 
     def _apply(self, fn, recurse: bool = True):
         # The tables follow the model between devices but stay float64, whatever precision the model is cast to.
@@ -100,10 +101,31 @@ class NoiseSchedule(nn.Module):
         alpha = torch.where(t >= 0, torch.sigmoid(log_snr).sqrt(), (1 - near_clean.square()).sqrt())
         return alpha, sigma, 2 * (alpha.log() - sigma.log())
 
+    def numbers(self, t: float) -> tuple[float, float]:
+        """(alpha, sigma) at one time as Python numbers, remembered: a sampler's step then touches neither small tensors nor
+        the device. Equal to `at`."""
+        if t not in self._numbers:
+            alpha, sigma, _ = self.at(t)
+            self._numbers[t] = float(alpha), float(sigma)
+        return self._numbers[t]
+
+    def pair(
+        self, t: float | torch.Tensor, like: torch.Tensor
+    ) -> tuple[float, float] | tuple[torch.Tensor, torch.Tensor]:
+        """(alpha, sigma) at a time or at times (B,), ready to be multiplied with `like` (B, C, h, w)."""
+        if not isinstance(t, torch.Tensor):
+            return self.numbers(float(t))
+        alpha, sigma, _ = self.at(t)
+        return expand_to(alpha, like), expand_to(sigma, like)
+
     def coefficients(self, timesteps: torch.Tensor) -> tuple[list[float], list[float]]:
-        """(alphas, sigmas) at a sampler's times, as numbers."""
-        alphas, sigmas, _ = self.at(timesteps.to(self.betas.device))
-        return alphas.tolist(), sigmas.tolist()
+        """(alphas, sigmas) at a sampler's times, as numbers: asked once, before the first step."""
+        times = timesteps.tolist()
+        if new := [t for t in times if t not in self._numbers]:
+            alphas, sigmas, _ = (v.tolist() for v in self.at(torch.tensor(new, dtype=torch.float64)))
+            self._numbers |= zip(new, zip(alphas, sigmas))
+        alphas, sigmas = zip(*(self._numbers[t] for t in times))
+        return list(alphas), list(sigmas)
 
     def levels(self, timesteps: torch.Tensor) -> tuple[list[float], list[float]]:
         """(alphas, noise levels sigma / alpha) at a sampler's times, as numbers.

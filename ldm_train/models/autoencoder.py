@@ -10,58 +10,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from ldm_train.models.layers import Upsample, group_norm
+from ldm_train.models.posterior import DiagonalGaussian, Point, Posterior
 from ldm_train.models.quantizer import VectorQuantizer
-
-
-class DiagonalGaussian:
-    """The posterior q(z | x): a Gaussian with diagonal covariance.
-
-    moments: (B, 2C, h, w), mean and log-variance; the log-variance is clamped to [-30, 20].
-    """
-
-    def __init__(self, moments: torch.Tensor):
-        self.mean, logvar = moments.chunk(2, dim=1)
-        self.logvar = logvar.clamp(-30.0, 20.0)
-
-    @property
-    def std(self) -> torch.Tensor:
-        return torch.exp(0.5 * self.logvar)
-
-    def sample(self, generator: torch.Generator | None = None) -> torch.Tensor:
-        """mean + std * eps, (B, C, h, w). eps is drawn on the generator's device (default: the moments' device)."""
-        device = self.mean.device if generator is None else generator.device
-        eps = torch.randn(self.mean.shape, generator=generator, device=device, dtype=self.mean.dtype)
-        return self.mean + self.std * eps.to(self.mean.device)
-
-    def kl(self) -> torch.Tensor:
-        """KL(q || N(0, 1)) in nats, summed over C, h, w: (B,)."""
-        return 0.5 * (self.mean.square() + self.logvar.exp() - 1.0 - self.logvar).sum(dim=(1, 2, 3))
-
-    def regularisation(self) -> dict[str, torch.Tensor]:
-        return {"kl": self.kl()}
-
-
-class Point:
-    """The posterior of a deterministic encoder, all mass on `mean` (B, C, h, w).
-
-    codebook: the quantisation loss (B,), indices: the codes (B, h, w), both where the latents were quantised.
-    """
-
-    def __init__(self, mean: torch.Tensor, codebook: torch.Tensor | None = None, indices: torch.Tensor | None = None):
-        self.mean, self.codebook, self.indices = mean, codebook, indices
-
-    @property
-    def std(self) -> torch.Tensor:
-        return torch.zeros_like(self.mean)
-
-    def sample(self, generator: torch.Generator | None = None) -> torch.Tensor:
-        return self.mean
-
-    def regularisation(self) -> dict[str, torch.Tensor]:
-        return {} if self.codebook is None else {"codebook": self.codebook}
-
-
-Posterior = DiagonalGaussian | Point
+from ldm_train.models.tiling import Tiles
 
 
 class ResnetBlock(nn.Module):
@@ -164,12 +115,27 @@ class Encoder(nn.Module):
         self.norm_out = group_norm(width, 1e-6)
         self.conv_out = nn.Conv2d(width, out_channels, 3, padding=1)
 
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
+    def descend(self, images: torch.Tensor) -> torch.Tensor:
+        """What needs the images' resolution: everything before the middle, (B, width, H/f, W/f)."""
         x = self.conv_in(images)
         for level, stage in enumerate(self.down):
             x = stage(x)
             if level < len(self.down) - 1:
                 x = stage.downsample(x)
+        return x
+
+    def forward(self, images: torch.Tensor, tiles: Tiles | None = None) -> torch.Tensor:
+        """tiles: how to take the part of high resolution apart; the middle, which sees everything, stays whole."""
+        if tiles is None:
+            x = self.descend(images)
+        else:
+            f = 2 ** (len(self.down) - 1)
+
+            def part(rows: slice, columns: slice) -> torch.Tensor:
+                at = [slice(s.start * f, s.stop * f) for s in (rows, columns)]
+                return self.descend(images[..., at[0], at[1]])
+
+            x = tiles.map(self, part, [s // f for s in images.shape[-2:]])
         return self.conv_out(F.silu(self.norm_out(self.mid(x))))
 
 
@@ -205,7 +171,17 @@ class Decoder(nn.Module):
 
     def forward(self, latents: torch.Tensor) -> torch.Tensor:
         """-> (B, channels * channel_mult[0], H, W), the input of `conv_out`."""
+        return self.ascend(self.mid(self.conv_in(latents)))
+
+    def tiled(self, latents: torch.Tensor, tiles: Tiles) -> torch.Tensor:
+        """-> images (B, out_channels, H, W). The middle, which sees everything, stays whole."""
         x = self.mid(self.conv_in(latents))
+        return tiles.map(
+            self, lambda r, c: self.conv_out(self.ascend(x[..., r, c])), latents.shape[-2:], 2 ** (len(self.up) - 1)
+        )
+
+    def ascend(self, x: torch.Tensor) -> torch.Tensor:
+        """Everything after the middle up to the last convolution: what works at the images' resolution."""
         for level in reversed(range(len(self.up))):
             x = self.up[level](x)
             if level:
@@ -252,15 +228,15 @@ class Autoencoder(nn.Module):
         self.quant_conv = nn.Conv2d(k * z_channels, k * embed_dim, 1)
         self.post_quant_conv = nn.Conv2d(embed_dim, z_channels, 1)
 
-    def encode_moments(self, images: torch.Tensor) -> torch.Tensor:
+    def encode_moments(self, images: torch.Tensor, tiles: Tiles | None = None) -> torch.Tensor:
         """images (B, C, H, W) in [-1, 1] -> what the posterior is made of and the latent cache stores.
 
         (B, 2 * latent_channels, H/f, W/f), mean and log-variance, from the KL autoencoder; the latents themselves,
         (B, latent_channels, H/f, W/f), from deterministic ones. Raises ValueError where the size is not divisible by
-        f or the channels do not fit.
+        f or the channels do not fit. tiles: for images too large for memory.
         """
         check_images(images, self.downsample_factor, self.in_channels)
-        return self.quant_conv(self.encoder(images))
+        return self.quant_conv(self.encoder(images, tiles))
 
     def posterior(self, moments: torch.Tensor) -> Posterior:
         """q(z | x) of `encode_moments`' output."""
@@ -273,8 +249,10 @@ class Autoencoder(nn.Module):
         """The input of the last convolution; the adaptive weight of the adversarial loss is measured there."""
         return self.decoder(self.post_quant_conv(latents))
 
-    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+    def decode(self, latents: torch.Tensor, tiles: Tiles | None = None) -> torch.Tensor:
         """latents (B, C, h, w), unscaled -> images (B, in_channels, h*f, w*f), about [-1, 1]."""
+        if tiles is not None:
+            return self.decoder.tiled(self.post_quant_conv(latents), tiles)
         return self.decoder.conv_out(self.decode_features(latents))
 
     @property
@@ -352,10 +330,12 @@ class AutoencoderVQ(Autoencoder):
     def posterior(self, moments: torch.Tensor) -> Point:
         return Point(moments)
 
-    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+    def decode(self, latents: torch.Tensor, tiles: Tiles | None = None) -> torch.Tensor:
         """latents (B, C, h, w) before quantisation -> images (B, in_channels, h*f, w*f), about [-1, 1]."""
         codes = self.quantize.lookup(self.quantize.nearest(latents))
-        return super().decode(codes.to(latents.dtype))
+        if latents.requires_grad:  # guidance through the decoder: the gradient passes straight through
+            codes = latents + (codes - latents).detach()
+        return super().decode(codes.to(latents.dtype), tiles)
 
     def forward(self, images: torch.Tensor, sample: bool = True) -> tuple[torch.Tensor, torch.Tensor, Point]:
         """-> (reconstruction, features before the last convolution, posterior with codebook loss and indices)."""
@@ -378,7 +358,7 @@ class AutoencoderIdentity(nn.Module):
         super().__init__()
         self.in_channels = self.latent_channels = z_channels
 
-    def encode_moments(self, images: torch.Tensor) -> torch.Tensor:
+    def encode_moments(self, images: torch.Tensor, tiles: Tiles | None = None) -> torch.Tensor:
         check_images(images, 1, self.in_channels)
         return images
 
@@ -388,7 +368,7 @@ class AutoencoderIdentity(nn.Module):
     def encode(self, images: torch.Tensor) -> Point:
         return Point(self.encode_moments(images).float())
 
-    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+    def decode(self, latents: torch.Tensor, tiles: Tiles | None = None) -> torch.Tensor:
         return latents
 
     def forward(self, images: torch.Tensor, sample: bool = True) -> tuple[torch.Tensor, torch.Tensor, Point]:

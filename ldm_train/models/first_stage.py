@@ -4,6 +4,7 @@ import torch
 from torch import nn
 
 from ldm_train.models.autoencoder import Autoencoder, AutoencoderIdentity, Posterior
+from ldm_train.models.tiling import Tiles
 
 
 class FirstStage(nn.Module):
@@ -38,9 +39,13 @@ class FirstStage(nn.Module):
         self.shift.copy_(torch.as_tensor(shift, dtype=torch.float32).view(1, -1, 1, 1).expand_as(self.shift))
 
     @torch.no_grad()
-    def encode_moments(self, images: torch.Tensor) -> torch.Tensor:
+    def encode_moments(self, images: torch.Tensor, tiles: Tiles | None = None) -> torch.Tensor:
         """images (B, C, H, W) in [-1, 1] -> unscaled moments (B, 2C or C, h, w), float32; see `Autoencoder`."""
-        return self.autoencoder.encode_moments(images).float()
+        return self.autoencoder.encode_moments(images, self._needed(tiles, images, self.downsample_factor)).float()
+
+    def _needed(self, tiles: Tiles | None, pictures: torch.Tensor, factor: int) -> Tiles | None:
+        """No tiles for pictures that fit into one."""
+        return tiles if tiles is not None and max(pictures.shape[-2:]) // factor > tiles.cells else None
 
     def posterior(self, moments: torch.Tensor) -> Posterior:
         """Unscaled."""
@@ -54,8 +59,12 @@ class FirstStage(nn.Module):
         """A fresh sample of the posterior, scaled: (B, C, h, w)."""
         return self.scaled(self.posterior(moments).sample(generator))
 
+    def decoded(self, latents: torch.Tensor, tiles: Tiles | None = None) -> torch.Tensor:
+        """Scaled latents (B, C, h, w) -> images (B, C, h*f, w*f), about [-1, 1]; differentiable."""
+        return self.autoencoder.decode(latents / self.scale + self.shift, self._needed(tiles, latents, 1)).float()
+
     @torch.no_grad()
-    def decode(self, latents: torch.Tensor, chunk: int = 32) -> torch.Tensor:
-        """Scaled latents (B, C, h, w) -> images (B, C, h*f, w*f) in [-1, 1], float32, `chunk` at a time."""
-        z = latents / self.scale + self.shift
-        return torch.cat([self.autoencoder.decode(part).float().clamp(-1, 1) for part in z.split(chunk)])
+    def decode(self, latents: torch.Tensor, chunk: int = 32, tiles: Tiles | None = None) -> torch.Tensor:
+        """Scaled latents (B, C, h, w) -> images (B, C, h*f, w*f) in [-1, 1], float32, `chunk` at a time, in tiles where they
+        are larger than one."""
+        return torch.cat([self.decoded(part, tiles).clamp(-1, 1) for part in latents.split(chunk)])

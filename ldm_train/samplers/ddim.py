@@ -1,4 +1,4 @@
-"""DDIM (Song et al. 2021, arXiv:2010.02502)."""
+"""DDIM (Song et al. 2021, arXiv:2010.02502), and the way back: which noise it would draw a picture from."""
 
 from collections.abc import Callable
 
@@ -36,3 +36,39 @@ def ddim(
         if callback:
             callback(step, pred_x0)
     return x_t
+
+
+def ddim_inversion(
+    denoise: Denoise,
+    latents: torch.Tensor,
+    timesteps: torch.Tensor,
+    schedule: NoiseSchedule,
+    *,
+    iterations: int = 5,
+    callback: Callable[[int, torch.Tensor], None] | None = None,
+) -> torch.Tensor:
+    """x_T from which `ddim` with eta 0 draws `latents` (B, C, h, w) at the same falling `timesteps` (S + 1,).
+
+    Each step upwards solves  x_t = alpha_t (x_s - sigma_s eps) / alpha_s + sigma_t eps  with eps = eps(x_t, t) by fixed-point
+    iteration: DDIM's own step, turned round. One iteration is the usual approximation, eps taken where the step begins
+    (Dhariwal and Nichol 2021, appendix F); more converge the faster the smaller the steps are.
+    callback(step, pred_x0) after each step. Raises ValueError for less than one iteration.
+    """
+    if iterations < 1:
+        raise ValueError(f"inversion needs at least one iteration, not {iterations}")
+    (alphas, sigmas), times = schedule.coefficients(timesteps), timesteps.tolist()
+    x, eps = latents, torch.zeros_like(latents)
+    for step in reversed(range(len(times) - 1)):
+        alpha_t, sigma_t, alpha_s, sigma_s = alphas[step], sigmas[step], alphas[step + 1], sigmas[step + 1]
+
+        def up(eps: torch.Tensor, at=x, ratio=alpha_t / alpha_s, sigma_s=sigma_s, sigma_t=sigma_t) -> torch.Tensor:
+            return ratio * (at - sigma_s * eps) + sigma_t * eps
+
+        for _ in range(iterations):
+            guess = up(eps)
+            pred_x0 = denoise(guess, times[step])
+            eps = (guess - alpha_t * pred_x0) / sigma_t
+        x = up(eps)
+        if callback:
+            callback(len(times) - 2 - step, pred_x0)
+    return x

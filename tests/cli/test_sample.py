@@ -113,7 +113,9 @@ def files(tmp_path: Path) -> dict[str, str]:
 @pytest.fixture
 def run(model_folder: Callable[[str], Path], tmp_path: Path) -> Callable[..., list[torch.Tensor]]:
     def draw(kind: str, *options: str, out: str = "out") -> list[torch.Tensor]:
-        arguments = [quoted(a) for a in (f"run={model_folder(kind)}", f"out={tmp_path / out}", "n=2", *options)]
+        arguments = [
+            quoted(a) for a in (f"run={model_folder(kind)}", f"out={tmp_path / out}", "n=2", "overwrite=true", *options)
+        ]
         with initialize_config_dir(str(config_folder()), version_base="1.3"):
             paths = sample(compose("sample", arguments))
         made = []
@@ -211,7 +213,7 @@ def test_pairs_of_inputs(run: Callable, files: dict[str, str], tmp_path: Path):
 @pytest.mark.parametrize(
     ("kind", "options", "message"),
     [
-        ("none", ("task=paint",), r"unknown task 'paint'; this model can do unconditional, inpaint, img2img, reconstruct"),
+        ("none", ("task=paint",), r"unknown task 'paint'; this model can do unconditional, inpaint, outpaint, img2img, interpolate, reconstruct"),
         ("none", ("task=superres", "image={photo.png}"), "no lowres conditioner, so it cannot do task=superres; it can do"),
         ("none", ("prompts=a cat",), "no caption conditioner, so prompts= means nothing to it; it takes no condition"),
         ("class", ("classes=[cow]",), "unknown class 'cow'; this model knows cat, dog"),

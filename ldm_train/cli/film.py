@@ -1,0 +1,74 @@
+"""The denoising film: what the model thinks the picture is, step by step."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+from ldm_train import images as pictures
+from ldm_train.data.shards import write_atomically
+from ldm_train.latent_diffusion import LatentDiffusion
+
+KINDS = ("gif", "mp4", "strip")
+MILLISECONDS = 80
+LAST_HELD = 12  # frames for which the finished picture stays
+
+
+class Film:
+    """A sampler's callback that keeps the estimates of x_0 and decodes them when it is saved.
+
+    kind: "gif", "mp4" (needs imageio with ffmpeg) or "strip", all frames side by side as one PNG. frames: at most so many,
+    evenly chosen. Raises ValueError for another kind, ModuleNotFoundError naming what to install.
+    """
+
+    def __init__(self, model: LatentDiffusion, kind: str, frames: int = 24):
+        if kind not in KINDS:
+            raise ValueError(f"film is one of {', '.join(KINDS)}, not {kind!r}")
+        if kind == "mp4":
+            try:
+                import imageio_ffmpeg  # noqa: F401 - asked for before any work is done
+            except ModuleNotFoundError as error:
+                raise ValueError("film=mp4 needs `pip install 'ldm-train[video]'`; film=gif needs nothing") from error
+        self.model, self.kind, self.frames = model, kind, frames
+        self.kept: list[torch.Tensor] = []
+
+    def __call__(self, step: int, pred_x0: torch.Tensor) -> None:
+        self.kept.append(pred_x0.detach())
+
+    def save(self, paths: Sequence[Path]) -> list[Path]:
+        """One film per picture, beside it and named like it."""
+        last = len(self.kept) - 1
+        steps = sorted({round(i * last / max(1, self.frames - 1)) for i in range(self.frames)}) if last >= 0 else []
+        frames = (
+            torch.stack([self.model.decode(self.kept[i]) for i in steps], dim=1).float().cpu()
+        )  # (B, frames, C, H, W)
+        return [self._save(film, path) for film, path in zip(frames, paths)]
+
+    def _save(self, film: torch.Tensor, path: Path) -> Path:
+        if self.kind == "strip":
+            return pictures.save_png(pictures.grid(film, columns=len(film)), path.with_suffix(".strip.png"))
+        factor = max(1, 256 // film.shape[-1])
+        shown = [
+            pictures.to_pil(f)
+            .convert("RGB")
+            .resize((f.shape[2] * factor, f.shape[1] * factor), Image.Resampling.NEAREST)
+            for f in film
+        ]
+        shown += [shown[-1]] * LAST_HELD
+        path = path.with_suffix(f".{self.kind}")
+        if self.kind == "gif":
+            write_atomically(
+                path,
+                lambda file: shown[0].save(
+                    file, format="GIF", save_all=True, append_images=shown[1:], duration=MILLISECONDS, loop=0
+                ),
+            )
+            return path
+        import imageio.v3 as imageio
+        import numpy as np
+
+        even = [np.asarray(f)[: f.height // 2 * 2, : f.width // 2 * 2] for f in shown]  # H.264 takes even sides only
+        encoded = imageio.imwrite("<bytes>", even, extension=".mp4", fps=1000 // MILLISECONDS, macro_block_size=2)
+        write_atomically(path, lambda file: file.write(encoded))
+        return path

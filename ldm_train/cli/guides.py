@@ -1,0 +1,102 @@
+"""Guides from outside the model: a classifier of its noisy latents, and CLIP."""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig
+
+from ldm_train.checkpoints.native import load_model, read_metadata, weights_sha256
+from ldm_train.cli.inputs import Request
+from ldm_train.conditioning.clip_score import ClipScore
+from ldm_train.diffusion.guidance import Denoise, classifier_guidance, score_guidance
+from ldm_train.latent_diffusion import LatentDiffusion
+from ldm_train.models.classifier import NoisyClassifier
+
+
+def load_classifier(value: str, runs_dir: str, model: LatentDiffusion) -> tuple[NoisyClassifier, str]:
+    """classifier=<run or folder> -> (the classifier, the sha256 of its weights). Raises FileNotFoundError where there is
+    none, ValueError for one of other latents or another schedule."""
+    folders = [base / "classifier" / "model" for base in (Path(value), Path(runs_dir) / value)] + [Path(value)]
+    folder = next((f for f in folders if (f / "model.safetensors").is_file()), None)
+    if folder is None:
+        raise FileNotFoundError(
+            f"classifier={value} is no run with a finished classifier and no model folder; train one with "
+            "experiment=classifier_..."
+        )
+    metadata, classifier = read_metadata(folder), load_model(folder)
+    if not isinstance(classifier, NoisyClassifier):
+        raise ValueError(f"{folder} holds a {type(classifier).__name__}, not a classifier of noisy latents")
+    differs = None
+    first, schedule = model.first_stage, model.schedule
+    if metadata["autoencoder"] != weights_sha256(first.autoencoder):
+        differs = "another autoencoder"
+    elif not all(
+        torch.allclose(torch.tensor(metadata[name]), getattr(first, name).flatten().cpu(), rtol=1e-3, atol=1e-4)
+        for name in ("scale", "shift")
+    ):
+        differs = "latents of another scale (another data set, or another latents.per_channel)"
+    else:
+        every = max(1, metadata["num_train_timesteps"] // 10)
+        ours = schedule.alphas_cumprod[::every].cpu()
+        theirs = torch.tensor(metadata["alphas_cumprod"], dtype=torch.float64)
+        if schedule.num_train_timesteps != metadata["num_train_timesteps"] or not torch.allclose(ours, theirs):
+            differs = "another noise schedule"
+    if differs:
+        raise ValueError(f"classifier={value} was trained on {differs} than the model; train one on the model's own")
+    return classifier, metadata["sha256"]
+
+
+class Guides:
+    """The guides a job asks for. parsers: what each reads of the command line, by field. recipe: what identifies them."""
+
+    def __init__(self, config: DictConfig, model: LatentDiffusion, device: str):
+        self.model, self.scales = model, {"classifier": config.classifier_scale, "clip": config.clip_scale}
+        self.parsers: dict[str, Callable[[str], Any]] = {}
+        self.recipe: dict[str, Any] = {}
+        self.classifier: NoisyClassifier | None = None
+        self.clip: ClipScore | None = None
+        if config.classifier is not None:
+            found, self.recipe["classifier_sha256"] = load_classifier(config.classifier, config.runs_dir, model)
+            self.classifier = found.to(device)
+            self.parsers["class_label"] = self._class
+        if config.clip is not None:
+            self.clip = ClipScore(config.clip).to(device)
+            self.parsers["caption"] = str
+
+    def _class(self, text: str) -> int:
+        names = self.classifier.names
+        if text in names:
+            return names.index(text)
+        if text.isdigit() and int(text) < len(names):
+            return int(text)
+        raise ValueError(f"unknown class {text!r}; the classifier knows {', '.join(names[:40])}")
+
+    def around(self, part: Sequence[Request]) -> list[Callable[[Denoise], Denoise]]:
+        """The wrappers for some requests, for `LatentDiffusion.sample`."""
+        wraps: list[Callable[[Denoise], Denoise]] = []
+        schedule = self.model.schedule
+        if self.classifier is not None and "class_label" in part[0].targets:
+            labels = torch.tensor([r.targets["class_label"] for r in part], device=self.model.device)[:, None]
+
+            def log_probability(x_t: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+                return self.classifier(x_t, timesteps).float().log_softmax(dim=1).gather(1, labels)[:, 0]
+
+            wraps.append(
+                partial(
+                    classifier_guidance,
+                    log_probability=log_probability,
+                    schedule=schedule,
+                    guidance_scale=self.scales["classifier"],
+                )
+            )
+        if self.clip is not None and "caption" in part[0].targets:
+            texts = self.clip.texts([r.targets["caption"] for r in part])
+
+            def score(latents: torch.Tensor) -> torch.Tensor:
+                return self.clip.logit_scale * self.clip(self.model.first_stage.decoded(latents), texts)
+
+            wraps.append(partial(score_guidance, score=score, schedule=schedule, guidance_scale=self.scales["clip"]))
+        return wraps

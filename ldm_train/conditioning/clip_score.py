@@ -1,0 +1,52 @@
+"""How well a picture fits a caption by CLIP (Radford et al. 2021): for guidance and for judging."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+
+class ClipScore(nn.Module):
+    """path: a folder of a CLIP model (config.json, weights, tokenizer, preprocessor_config.json), or a name that
+    transformers can download. Frozen. Raises FileNotFoundError where it is not to be had."""
+
+    def __init__(self, path: str):
+        super().__init__()
+        from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel
+
+        try:
+            self.model = CLIPModel.from_pretrained(path)
+            self.tokenizer = AutoTokenizer.from_pretrained(path)
+            processor = AutoImageProcessor.from_pretrained(path)
+        except (OSError, ValueError) as error:
+            raise FileNotFoundError(
+                f"the CLIP model {path} is not there ({str(error).splitlines()[0]}); give a folder that holds config.json, "
+                "weights, tokenizer and preprocessor_config.json"
+            ) from error
+        self.register_buffer("mean", torch.tensor(processor.image_mean).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(processor.image_std).view(1, 3, 1, 1), persistent=False)
+        self.eval().requires_grad_(False)
+
+    @property
+    def logit_scale(self) -> float:
+        """The factor that makes log-probabilities of cosines, as CLIP was trained."""
+        return float(self.model.logit_scale.exp())
+
+    @torch.no_grad()
+    def texts(self, captions: Sequence[str]) -> torch.Tensor:
+        """B captions -> (B, D) of length 1."""
+        length = self.model.config.text_config.max_position_embeddings
+        tokens = self.tokenizer(
+            list(captions), padding=True, truncation=True, max_length=length, return_tensors="pt"
+        ).to(self.mean.device)
+        found = self.model.get_text_features(input_ids=tokens["input_ids"], attention_mask=tokens["attention_mask"])
+        return F.normalize(getattr(found, "pooler_output", found).float(), dim=1)
+
+    def forward(self, images: torch.Tensor, texts: torch.Tensor) -> torch.Tensor:
+        """images (B, C, H, W) in [-1, 1], texts (B, D) of `texts` -> cosines (B,); differentiable."""
+        images = images.expand(-1, 3, -1, -1) if images.shape[1] == 1 else images[:, :3]
+        side = self.model.config.vision_config.image_size
+        images = F.interpolate(images, (side, side), mode="bicubic", antialias=True, align_corners=False)
+        found = self.model.get_image_features(pixel_values=((images + 1) / 2 - self.mean) / self.std)
+        return (F.normalize(getattr(found, "pooler_output", found).float(), dim=1) * texts).sum(dim=1)

@@ -1,0 +1,50 @@
+"""Resampling jumps (RePaint, Lugmayr et al. 2022, arXiv:2201.09865, section 4.2), around any sampler."""
+
+from collections.abc import Callable
+
+import torch
+
+from ldm_train.diffusion.guidance import Denoise
+from ldm_train.diffusion.schedule import NoiseSchedule
+from ldm_train.rng import NoiseSource
+
+
+def resampled(
+    denoise: Denoise,
+    x_t: torch.Tensor,
+    timesteps: torch.Tensor,
+    schedule: NoiseSchedule,
+    noise: NoiseSource,
+    *,
+    sampler: Callable[..., torch.Tensor],
+    jump_length: int = 10,
+    repeats: int = 10,
+    callback: Callable[[int, torch.Tensor], None] | None = None,
+) -> torch.Tensor:
+    """Goes down `jump_length` steps by `sampler`, adds the noise of those steps again and repeats, `repeats` times in all,
+    before it goes on: what is drawn anew gets time to agree with what is known.
+
+    As many evaluations as `repeats` runs of the sampler. Multistep samplers begin each stretch anew.
+    callback(step, pred_x0) counts every step. Returns latents at timesteps[-1]. Raises ValueError for counts below 1.
+    """
+    if jump_length < 1 or repeats < 1:
+        raise ValueError(f"resampling needs a jump_length and repeats of at least 1, not {jump_length} and {repeats}")
+    alphas, sigmas = schedule.coefficients(timesteps)
+    steps, taken = len(timesteps) - 1, 0
+
+    def count(_: int, pred_x0: torch.Tensor) -> None:
+        nonlocal taken
+        if callback:
+            callback(taken, pred_x0)
+        taken += 1
+
+    for first in range(0, steps, jump_length):
+        last = min(first + jump_length, steps)
+        for repeat in range(repeats):
+            own = noise.scoped(f"{first}/{repeat}")
+            if repeat:  # q(x_t | x_s), from the end of the stretch back to its beginning
+                ratio = alphas[first] / alphas[last]
+                spread = max(0.0, sigmas[first] ** 2 - (ratio * sigmas[last]) ** 2) ** 0.5
+                x_t = ratio * x_t + spread * own.normal(x_t.shape[1:], "jump", x_t.device)
+            x_t = sampler(denoise, x_t, timesteps[first : last + 1], schedule, own, callback=count)
+    return x_t
