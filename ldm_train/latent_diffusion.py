@@ -31,11 +31,13 @@ class Panorama:
     overlap: int
 
     def __call__(self, x_t: torch.Tensor, timesteps: torch.Tensor, condition: dict[str, torch.Tensor]) -> torch.Tensor:
+        windows = Windows(x_t.shape[-2:], self.window, self.overlap)
+
         def part(rows: slice, columns: slice) -> torch.Tensor:
             cut = {k: v[..., rows, columns] if k == "concat" else v for k, v in condition.items()}
             return self.network(x_t[..., rows, columns], timesteps, cut)
 
-        return Windows(x_t.shape[-2:], self.window, self.overlap).average(part)
+        return windows.average(part(*at) for at in windows.slices())
 
 
 class LatentDiffusion(nn.Module):

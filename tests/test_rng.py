@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from ldm_train import rng
+from ldm_train.rng import NoiseSource, slerp
 
 PACKAGE = Path(rng.__file__).parent
 
@@ -79,3 +80,24 @@ def test_global_seeding_stands_in_one_place() -> None:
                 if name in seeding or name.endswith("seed_everything"):
                     found.append(f"{path.relative_to(PACKAGE)}: {name}")
     assert {entry.split(":")[0] for entry in found} == {"rng.py"}, found
+
+
+def test_a_scope_has_streams_of_its_own() -> None:
+    source = NoiseSource([1, 2])
+    plain, own, other = (s.normal((3,), 0) for s in (source, source.scoped("a"), source.scoped("b")))
+    assert not torch.equal(plain, own)
+    assert not torch.equal(own, other)
+    assert torch.equal(own, NoiseSource([1, 2], ["a"]).normal((3,), 0))
+
+
+def test_slerp_walks_on_the_sphere() -> None:
+    a, b = torch.randn(4, 3, 8, 8), torch.randn(4, 3, 8, 8)
+    a, b = (x / x.flatten(1).norm(dim=1).view(-1, 1, 1, 1) for x in (a, b))
+    t = torch.tensor([0.0, 0.25, 0.5, 1.0])
+    made = slerp(a, b, t)
+    torch.testing.assert_close(made.flatten(1).norm(dim=1), torch.ones(4))
+    torch.testing.assert_close(made[0], a[0])
+    torch.testing.assert_close(made[3], b[3])
+    angle = torch.acos((a * b).flatten(1).sum(1))
+    torch.testing.assert_close(torch.acos((a * made).flatten(1).sum(1))[1:], (t * angle)[1:], rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(slerp(a, a, t), a)

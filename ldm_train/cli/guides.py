@@ -17,13 +17,13 @@ from ldm_train.models.classifier import NoisyClassifier
 
 
 def load_classifier(value: str, runs_dir: str, model: LatentDiffusion) -> tuple[NoisyClassifier, str]:
-    """classifier=<run or folder> -> (the classifier, the sha256 of its weights). Raises FileNotFoundError where there is
+    """guide.classifier=<run or folder> -> (the classifier, the sha256 of its weights). Raises FileNotFoundError where there is
     none, ValueError for one of other latents or another schedule."""
     folders = [base / "classifier" / "model" for base in (Path(value), Path(runs_dir) / value)] + [Path(value)]
     folder = next((f for f in folders if (f / "model.safetensors").is_file()), None)
     if folder is None:
         raise FileNotFoundError(
-            f"classifier={value} is no run with a finished classifier and no model folder; train one with "
+            f"guide.classifier={value} is no run with a finished classifier and no model folder; train one with "
             "experiment=classifier_..."
         )
     metadata, classifier = read_metadata(folder), load_model(folder)
@@ -45,7 +45,9 @@ def load_classifier(value: str, runs_dir: str, model: LatentDiffusion) -> tuple[
         if schedule.num_train_timesteps != metadata["num_train_timesteps"] or not torch.allclose(ours, theirs):
             differs = "another noise schedule"
     if differs:
-        raise ValueError(f"classifier={value} was trained on {differs} than the model; train one on the model's own")
+        raise ValueError(
+            f"guide.classifier={value} was trained on {differs} than the model; train one on the model's own"
+        )
     return classifier, metadata["sha256"]
 
 
@@ -53,17 +55,17 @@ class Guides:
     """The guides a job asks for. parsers: what each reads of the command line, by field. recipe: what identifies them."""
 
     def __init__(self, config: DictConfig, model: LatentDiffusion, device: str):
-        self.model, self.scales = model, {"classifier": config.classifier_scale, "clip": config.clip_scale}
+        self.model, self.scales = model, {"classifier": config.guide.classifier_scale, "clip": config.guide.clip_scale}
         self.parsers: dict[str, Callable[[str], Any]] = {}
         self.recipe: dict[str, Any] = {}
         self.classifier: NoisyClassifier | None = None
         self.clip: ClipScore | None = None
-        if config.classifier is not None:
-            found, self.recipe["classifier_sha256"] = load_classifier(config.classifier, config.runs_dir, model)
+        if config.guide.classifier is not None:
+            found, self.recipe["classifier_sha256"] = load_classifier(config.guide.classifier, config.runs_dir, model)
             self.classifier = found.to(device)
             self.parsers["class_label"] = self._class
-        if config.clip is not None:
-            self.clip = ClipScore(config.clip).to(device)
+        if config.guide.clip is not None:
+            self.clip = ClipScore(config.guide.clip).to(device)
             self.parsers["caption"] = str
 
     def _class(self, text: str) -> int:

@@ -381,7 +381,8 @@ def _walk(
             words = " to ".join(dict.fromkeys(" / ".join(stop.values()) for stop in (stops[j], stops[j + 1])))
             found.append(
                 Request(
-                    config.seed + len(found), {}, f"{words} {t:.2f}".strip(), len(found), negative=negative,
+                    # One seed along the walk: samplers that draw noise in every step draw the same.
+                    config.seed, {}, f"{words} {t:.2f}".strip(), len(found), negative=negative,
                     mix=mix if stops[j] else (), walk=(config.seed + j, config.seed + j + 1, t),
                     images=(pictures[j], pictures[j + 1]) if pictures else None,
                 )

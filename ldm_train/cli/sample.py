@@ -94,7 +94,7 @@ class Drawing:
         if self.task == "img2img":
             start = model.encode(images, self.tiles)
             if config.invert:
-                source = {} if config.source is None else {"caption": [str(config.source)] * len(part)}
+                source = {} if config.image_prompt is None else {"caption": [str(config.image_prompt)] * len(part)}
                 extra["initial_noise"] = self._inverted(start, source)
             else:
                 extra |= {"start": start, "strength": config.strength}
@@ -170,8 +170,8 @@ def check(config: DictConfig, model: LatentDiffusion) -> dict[str, Any]:
         raise ValueError(f"precision is one of {', '.join(PRECISIONS)}, not {config.precision!r}")
     if config.film is not None:
         Film(model, config.film)
-    if config.source is not None and not config.invert:
-        raise ValueError("source= describes the picture to be inverted; it needs invert=true")
+    if config.image_prompt is not None and not config.invert:
+        raise ValueError("image_prompt= describes the picture to be inverted; it needs invert=true")
     if config.invert and config.strength != 0.7:
         raise ValueError("invert=true begins from the picture's own noise; strength= means nothing to it")
     return guidance
@@ -276,7 +276,7 @@ def run_job(job: Job, drawing: Drawing, only: int | None, recipe_before: dict[st
 
 
 # Options whose values people type freely: commas, apostrophes and brackets mean something to Hydra, `=` in a run's name too.
-FREE = ("prompts", "run", "negative", "layout", "source", "recipe", "classifier", "weak")
+FREE = ("prompts", "run", "negative", "layout", "image_prompt", "recipe", "weak", "guide.classifier", "guide.clip")
 
 
 def quoted(argument: str) -> str:

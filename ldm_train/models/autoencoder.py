@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from ldm_train.models.layers import Upsample, group_norm
 from ldm_train.models.posterior import DiagonalGaussian, Point, Posterior
 from ldm_train.models.quantizer import VectorQuantizer
-from ldm_train.models.tiling import Tiles
+from ldm_train.models.tiling import Step, Tiles
 
 
 class ResnetBlock(nn.Module):
@@ -25,10 +25,20 @@ class ResnetBlock(nn.Module):
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
         self.nin_shortcut = nn.Conv2d(channels, out_channels, 1) if channels != out_channels else nn.Identity()
 
+    def _first(self, normed: torch.Tensor) -> torch.Tensor:
+        return self.conv1(F.silu(normed))
+
+    def _second(self, x: torch.Tensor, normed: torch.Tensor) -> torch.Tensor:
+        return self.nin_shortcut(x) + self.conv2(self.dropout(F.silu(normed)))
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        h = self.conv1(F.silu(self.norm1(x)))
-        h = self.conv2(self.dropout(F.silu(self.norm2(h))))
-        return self.nin_shortcut(x) + h
+        return self._second(x, self.norm2(self._first(self.norm1(x))))
+
+    def steps(self) -> list[Step]:
+        return [
+            Step(self.norm1, lambda state, normed: (*state, self._first(normed))),
+            Step(self.norm2, lambda state, normed: (self._second(state[0], normed),)),
+        ]
 
 
 class AttnBlock(nn.Module):
@@ -41,8 +51,13 @@ class AttnBlock(nn.Module):
         self.proj_out = nn.Conv2d(channels, channels, 1)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self._attended(x, self.norm(x))
+
+    def steps(self) -> list[Step]:
+        return [Step(self.norm, lambda state, normed: (self._attended(state[0], normed),))]
+
+    def _attended(self, x: torch.Tensor, normed: torch.Tensor) -> torch.Tensor:
         h, w = x.shape[-2:]
-        normed = self.norm(x)
         q, k, v = (rearrange(layer(normed), "b c h w -> b 1 (h w) c") for layer in (self.q, self.k, self.v))
         out = rearrange(F.scaled_dot_product_attention(q, k, v), "b 1 (h w) c -> b c h w", h=h, w=w)
         return x + self.proj_out(out)
@@ -73,6 +88,14 @@ class Level(nn.Module):
             if self.attn:
                 x = self.attn[i](x)
         return x
+
+    def steps(self) -> list[Step]:
+        """The same in steps, with its resampler: what `Tiles` runs."""
+        steps = []
+        for i, block in enumerate(self.block):
+            steps += block.steps() + (self.attn[i].steps() if self.attn else [])
+        resample = getattr(self, "downsample", None) or getattr(self, "upsample", None)
+        return steps + ([Step(None, lambda state, _: (resample(state[0]),))] if resample else [])
 
 
 class Middle(nn.Module):
@@ -115,27 +138,19 @@ class Encoder(nn.Module):
         self.norm_out = group_norm(width, 1e-6)
         self.conv_out = nn.Conv2d(width, out_channels, 3, padding=1)
 
-    def descend(self, images: torch.Tensor) -> torch.Tensor:
-        """What needs the images' resolution: everything before the middle, (B, width, H/f, W/f)."""
-        x = self.conv_in(images)
-        for level, stage in enumerate(self.down):
-            x = stage(x)
-            if level < len(self.down) - 1:
-                x = stage.downsample(x)
-        return x
-
     def forward(self, images: torch.Tensor, tiles: Tiles | None = None) -> torch.Tensor:
         """tiles: how to take the part of high resolution apart; the middle, which sees everything, stays whole."""
-        if tiles is None:
-            x = self.descend(images)
-        else:
+        if tiles is not None:
             f = 2 ** (len(self.down) - 1)
-
-            def part(rows: slice, columns: slice) -> torch.Tensor:
-                at = [slice(s.start * f, s.stop * f) for s in (rows, columns)]
-                return self.descend(images[..., at[0], at[1]])
-
-            x = tiles.map(self, part, [s // f for s in images.shape[-2:]])
+            steps = [Step(None, lambda state, _: (self.conv_in(state[0]),))]
+            steps += [step for stage in self.down for step in stage.steps()]
+            x = tiles.run(steps, images, [s // f for s in images.shape[-2:]], f, 1)
+        else:
+            x = self.conv_in(images)
+            for level, stage in enumerate(self.down):
+                x = stage(x)
+                if level < len(self.down) - 1:
+                    x = stage.downsample(x)
         return self.conv_out(F.silu(self.norm_out(self.mid(x))))
 
 
@@ -171,22 +186,19 @@ class Decoder(nn.Module):
 
     def forward(self, latents: torch.Tensor) -> torch.Tensor:
         """-> (B, channels * channel_mult[0], H, W), the input of `conv_out`."""
-        return self.ascend(self.mid(self.conv_in(latents)))
-
-    def tiled(self, latents: torch.Tensor, tiles: Tiles) -> torch.Tensor:
-        """-> images (B, out_channels, H, W). The middle, which sees everything, stays whole."""
         x = self.mid(self.conv_in(latents))
-        return tiles.map(
-            self, lambda r, c: self.conv_out(self.ascend(x[..., r, c])), latents.shape[-2:], 2 ** (len(self.up) - 1)
-        )
-
-    def ascend(self, x: torch.Tensor) -> torch.Tensor:
-        """Everything after the middle up to the last convolution: what works at the images' resolution."""
         for level in reversed(range(len(self.up))):
             x = self.up[level](x)
             if level:
                 x = self.up[level].upsample(x)
         return F.silu(self.norm_out(x))
+
+    def tiled(self, latents: torch.Tensor, tiles: Tiles) -> torch.Tensor:
+        """-> images (B, out_channels, H, W). The middle, which sees everything, stays whole."""
+        steps = [step for stage in reversed(self.up) for step in stage.steps()]
+        steps.append(Step(self.norm_out, lambda state, normed: (self.conv_out(F.silu(normed)),)))
+        x = self.mid(self.conv_in(latents))
+        return tiles.run(steps, x, latents.shape[-2:], 1, 2 ** (len(self.up) - 1))
 
 
 class Autoencoder(nn.Module):

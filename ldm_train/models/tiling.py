@@ -1,7 +1,6 @@
 """Pictures larger than memory or training: overlapping windows, blended so that no seam shows."""
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise, product
 from math import ceil
@@ -23,135 +22,151 @@ def window_starts(length: int, window: int, overlap: int) -> list[int]:
     return [round(i * (length - window) / (count - 1)) for i in range(count)]
 
 
-def _edges(starts: list[int], window: int, length: int) -> list[tuple[float, float]]:
-    """The part of each window that is nearer to its middle than to its neighbours': together they tile the length."""
+@dataclass(frozen=True)
+class _Side:
+    """A window along one axis, in cells: where it begins and ends, and the part of it, from `low` to `high`, that is
+    nearer to its middle than to its neighbours'. These parts tile the length."""
+
+    begin: int
+    end: int
+    low: float
+    high: float
+    length: int
+
+    def weights(self, blend: float, scale: int) -> torch.Tensor:
+        """Per row: falling linearly over `blend` cells about each inner edge. What lies beyond, nearest to the window's
+        border, saw the border's padding and counts for nothing."""
+        place = self.begin + (torch.arange((self.end - self.begin) * scale) + 0.5) / scale
+        ramp, blend = torch.ones(len(place)), max(blend, 1 / scale)
+        for inner, distance in ((self.low > 0, place - self.low), (self.high < self.length, self.high - place)):
+            if inner:
+                ramp = torch.minimum(ramp, (distance / blend + 0.5).clamp(0, 1))
+        return ramp
+
+    def own(self, rows: int) -> slice:
+        """The part from low to high among the `rows` that the window has at some resolution."""
+        scale = rows / (self.end - self.begin)
+        return slice(round((self.low - self.begin) * scale), round((self.high - self.begin) * scale))
+
+    def at(self, scale: int) -> slice:
+        return slice(self.begin * scale, self.end * scale)
+
+
+def _sides(length: int, window: int, overlap: int) -> list[_Side]:
+    starts = window_starts(length, window, overlap)
     middles = [(a + window + b) / 2 for a, b in pairwise(starts)]
-    return list(zip([0.0, *middles], [*middles, float(length)]))
+    return [
+        _Side(a, a + window, low, high, length)
+        for a, low, high in zip(starts, [0.0, *middles], [*middles, float(length)])
+    ]
 
 
-def _feather(begin: int, window: int, edge: tuple[float, float], overlap: int, length: int, scale: int) -> torch.Tensor:
-    """Weights of a window's `window * scale` rows: falling linearly across half the overlap about each inner edge. What lies
-    beyond, nearest to the window's border, saw the border's padding and counts for nothing."""
-    place = begin + (torch.arange(window * scale) + 0.5) / scale
-    ramp, half = torch.ones(window * scale), max(overlap / 2, 1 / scale)
-    for inner, distance in ((edge[0] > 0, place - edge[0]), (edge[1] < length, edge[1] - place)):
-        if inner:
-            ramp = torch.minimum(ramp, (distance / half + 0.5).clamp(0, 1))
-    return ramp
+class Windows:
+    """Overlapping windows over a picture.
+
+    size, window: (h, w) in cells; overlap: cells that neighbours share at least. blend: the share of the overlap over which
+    one gives way to the next; of the rest, each window's outer half is left out.
+    """
+
+    def __init__(self, size: Sequence[int], window: Sequence[int], overlap: int, blend: float = 0.5):
+        self.size = tuple(size)
+        window = [min(w, s) for w, s in zip(window, size)]
+        overlaps = [min(overlap, w - 1) for w in window]
+        self.blend = [blend * cells for cells in overlaps]
+        self.places = list(product(*(_sides(*each) for each in zip(self.size, window, overlaps))))
+
+    def slices(self, scale: int = 1) -> list[tuple[slice, slice]]:
+        """(rows, columns) of each window, in cells of 1 / scale."""
+        return [(rows.at(scale), columns.at(scale)) for rows, columns in self.places]
+
+    def average(self, parts: Iterable[torch.Tensor], scale: int = 1) -> torch.Tensor:
+        """The feathered average of what each window holds, (B, C, its rows * scale, its columns * scale), in the order of
+        `slices`. Returns (B, C, h * scale, w * scale)."""
+        total, weights = None, None
+        for part, place, (rows, columns) in zip(parts, self.places, self.slices(scale)):
+            if total is None:
+                total = part.new_zeros(*part.shape[:2], *(s * scale for s in self.size))
+                weights = part.new_zeros(total.shape[2:])
+            weight = torch.outer(*(side.weights(b, scale) for side, b in zip(place, self.blend))).to(part)
+            total[..., rows, columns] += part * weight
+            weights[rows, columns] += weight
+        return total / weights
+
+
+@dataclass(frozen=True)
+class Step:
+    """A stretch of a network between two group norms. norm: of the last tensor of the state, None where there is none.
+
+    run: (state, the normalised tensor) -> the next state, a tuple of tensors (B, C, h, w).
+    """
+
+    norm: nn.GroupNorm | None
+    run: Callable[[tuple[torch.Tensor, ...], torch.Tensor | None], tuple[torch.Tensor, ...]]
+
+
+class _Statistics:
+    """Mean and variance per sample and group over several windows, joined in float64 (Chan et al. 1979)."""
+
+    def __init__(self) -> None:
+        self.count, self.mean, self.spread = 0, 0.0, 0.0
+
+    def add(self, x: torch.Tensor, groups: int, place: tuple[_Side, _Side]) -> None:
+        """The part of x (B, C, h, w) that is the window's own."""
+        own = x[..., place[0].own(x.shape[2]), place[1].own(x.shape[3])]
+        values = own.float().unflatten(1, (groups, -1)).flatten(2)
+        variance, mean = (v.double() for v in torch.var_mean(values, dim=2, correction=0))
+        count = values.shape[2]
+        total = self.count + count
+        difference = mean - self.mean
+        self.spread = self.spread + variance * count + difference.square() * (self.count * count / total)
+        self.mean = self.mean + difference * (count / total)
+        self.count = total
+
+    def normalise(self, x: torch.Tensor, norm: nn.GroupNorm) -> torch.Tensor:
+        deviation = (self.spread / self.count + norm.eps).sqrt()
+        per_channel = x.shape[1] // norm.num_groups
+        scale = norm.weight / deviation.float().repeat_interleave(per_channel, dim=1)  # (B, C)
+        shift = norm.bias - self.mean.float().repeat_interleave(per_channel, dim=1) * scale
+        return (x.float() * scale[..., None, None] + shift[..., None, None]).to(x.dtype)
 
 
 @dataclass(frozen=True)
 class Tiles:
     """How the autoencoder takes large pictures apart. In latent cells: `cells` a side, sharing `overlap`.
 
-    passes: how often the tiles are evaluated beforehand for the statistics of the group norms. 0 leaves each tile its own,
-        as most tiled decoders do: differences of contrast and colour (about 30 dB from the untiled picture). Each pass
-        brings the whole nearer to the untiled result, to which it converges where the overlap covers what a pixel sees.
+    All tiles go through the network in step and wait for each other at every group norm, which takes its statistics over
+    the whole picture; a tile on its own would have its own contrast and colour. Between the steps they wait in the CPU's
+    memory. The result equals the untiled one to rounding where the overlap covers what a pixel sees: 3/8 of it is left out
+    on each side. (Attention outside the middle, where a network has some, sees its own tile only.)
     Raises ValueError for counts that make no sense.
     """
 
     cells: int = 64
-    overlap: int = 16
-    passes: int = 3
+    overlap: int = 24
 
     def __post_init__(self):
-        if not 0 <= self.overlap < self.cells or self.passes < 0:
-            raise ValueError(
-                f"tiles of {self.cells} cells with overlap {self.overlap} and {self.passes} passes: the overlap is at least 0 and "
-                "below the cells, passes at least 0"
-            )
+        if not 0 <= self.overlap < self.cells:
+            raise ValueError(f"tiles of {self.cells} cells cannot share {self.overlap}; take 0 to {self.cells - 1}")
 
-    def map(self, module: nn.Module, part: Callable[[slice, slice], torch.Tensor], size: Sequence[int], scale: int = 1):
-        """`part` over tiles of `size` (h, w), the group norms of `module` sharing their statistics; see `Windows.average`."""
-        windows = Windows(size, (self.cells, self.cells), self.overlap)
-        with shared_statistics(module, windows, lambda: windows.average(part, scale), self.passes):
-            return windows.average(part, scale)
+    @torch.no_grad()
+    def run(self, steps: Sequence[Step], x: torch.Tensor, size: Sequence[int], input_scale: int, output_scale: int):
+        """The steps over x (B, C, h * input_scale, w * input_scale), in tiles of its `size` (h, w).
 
-
-class Windows:
-    """Overlapping windows over a picture.
-
-    size, window: (h, w) in cells; overlap: cells that neighbours share at least.
-    """
-
-    def __init__(self, size: Sequence[int], window: Sequence[int], overlap: int):
-        self.size, self.window = tuple(size), tuple(min(w, s) for w, s in zip(window, size))
-        self.overlap = [min(overlap, w - 1) for w in self.window]
-        starts = [window_starts(*each) for each in zip(self.size, self.window, self.overlap)]
-        edges = [_edges(*each) for each in zip(starts, self.window, self.size)]
-        self.places = list(product(*(list(zip(*each)) for each in zip(starts, edges))))
-        self.owned: tuple[tuple[float, float], tuple[float, float]] | None = None
-
-    def average(self, evaluate: Callable[[slice, slice], torch.Tensor], scale: int = 1) -> torch.Tensor:
-        """The feathered average of `evaluate` over the windows.
-
-        evaluate: (rows, columns) in cells -> (B, C, rows * scale, columns * scale). Returns (B, C, h * scale, w * scale).
+        Returns (B, C', h * output_scale, w * output_scale).
         """
-        total, weights = None, None
-        for place in self.places:
-            (top, left), (height, width) = (begin for begin, _ in place), self.window
-            # The share of the window, from its beginning, that is its own: what statistics count.
-            self.owned = tuple(
-                ((edge[0] - begin) / length, (edge[1] - begin) / length)
-                for (begin, edge), length in zip(place, self.window)
-            )
-            part = evaluate(slice(top, top + height), slice(left, left + width))
-            if total is None:
-                total = part.new_zeros(*part.shape[:2], self.size[0] * scale, self.size[1] * scale)
-                weights = part.new_zeros(self.size[0] * scale, self.size[1] * scale)
-            weight = torch.outer(
-                *(
-                    _feather(begin, length, edge, overlap, size, scale)
-                    for (begin, edge), length, overlap, size in zip(place, self.window, self.overlap, self.size)
-                )
-            ).to(part)
-            rows = slice(top * scale, (top + height) * scale)
-            columns = slice(left * scale, (left + width) * scale)
-            total[..., rows, columns] += part * weight
-            weights[rows, columns] += weight
-        self.owned = None
-        return total / weights
-
-
-@contextmanager
-def shared_statistics(
-    module: nn.Module, windows: Windows, observe: Callable[[], object], passes: int
-) -> Iterator[None]:
-    """Group norms inside take the mean and variance over all windows instead of each window's own, which would give each
-    its own contrast and colour.
-
-    observe: runs the module over all windows once. passes: how often; a norm's statistics depend on the norms before it,
-    so they settle as they are repeated.
-    """
-    norms = [m for m in module.modules() if isinstance(m, nn.GroupNorm)]
-    sums: dict[nn.GroupNorm, list[torch.Tensor]] = {}
-    known: dict[nn.GroupNorm, list[torch.Tensor]] = {}
-
-    def normalise(norm: nn.GroupNorm, inputs: tuple[torch.Tensor], output: torch.Tensor) -> torch.Tensor:
-        x = inputs[0].float().unflatten(1, (norm.num_groups, -1))
-        if watching:
-            rows, columns = (slice(round(own[0] * n), round(own[1] * n)) for own, n in zip(windows.owned, x.shape[-2:]))
-            flat = x[..., rows, columns].flatten(2)
-            found = [flat.sum(dim=2), flat.square().sum(dim=2), torch.tensor(float(flat.shape[2]))]
-            sums[norm] = [a + b for a, b in zip(sums[norm], found)] if norm in sums else found
-        if norm not in known:
-            return output
-        mean, square, count = known[norm]
-        mean, square = mean / count, square / count
-        shape = (*mean.shape, *[1] * (x.ndim - 2))
-        spread = (square - mean.square()).clamp(min=0).add(norm.eps).sqrt()
-        x = ((x - mean.view(shape)) / spread.view(shape)).flatten(1, 2)
-        affine = (1, -1, *[1] * (x.ndim - 2))
-        return (x * norm.weight.view(affine) + norm.bias.view(affine)).to(output.dtype)
-
-    handles = [norm.register_forward_hook(normalise) for norm in norms]
-    try:
-        watching = True
-        for _ in range(passes):
-            observe()
-            known, sums = sums, {}
-        watching = False
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+        windows = Windows(size, (self.cells, self.cells), self.overlap, blend=0.25)
+        waiting = [(x[..., rows, columns],) for rows, columns in windows.slices(input_scale)]
+        found = _Statistics()
+        if steps[0].norm is not None:
+            for state, place in zip(waiting, windows.places):
+                found.add(state[-1], steps[0].norm.num_groups, place)
+        for step, then in zip(steps, [*steps[1:], None]):
+            following = _Statistics()
+            for i, place in enumerate(windows.places):
+                state = tuple(part.to(x.device) for part in waiting[i])
+                state = step.run(state, None if step.norm is None else found.normalise(state[-1], step.norm))
+                if then is not None and then.norm is not None:
+                    following.add(state[-1], then.norm.num_groups, place)
+                waiting[i] = tuple(part.cpu() for part in state)
+            found = following
+        return windows.average((state[-1].to(x.device) for state in waiting), output_scale)

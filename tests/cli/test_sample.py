@@ -213,7 +213,7 @@ def test_pairs_of_inputs(run: Callable, files: dict[str, str], tmp_path: Path):
 @pytest.mark.parametrize(
     ("kind", "options", "message"),
     [
-        ("none", ("task=paint",), r"unknown task 'paint'; this model can do unconditional, inpaint, outpaint, img2img, interpolate, reconstruct"),
+        ("none", ("task=paint",), "unknown task 'paint'; this model can do unconditional, inpaint, outpaint, img2img"),
         ("none", ("task=superres", "image={photo.png}"), "no lowres conditioner, so it cannot do task=superres; it can do"),
         ("none", ("prompts=a cat",), "no caption conditioner, so prompts= means nothing to it; it takes no condition"),
         ("class", ("classes=[cow]",), "unknown class 'cow'; this model knows cat, dog"),

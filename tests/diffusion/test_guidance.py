@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from ldm_train.diffusion.denoiser import Denoiser
-from ldm_train.diffusion.guidance import classifier_free, keep_known
+from ldm_train.diffusion.guidance import classifier_free, classifier_guidance, keep_known, score_guidance
 from ldm_train.diffusion.objective import from_pred_x0, to_pred_x0
 from ldm_train.diffusion.schedule import NoiseSchedule, expand_to
 from ldm_train.rng import NoiseSource
@@ -196,3 +196,62 @@ def test_joined_conditions_are_the_same_tensors_in_every_step() -> None:
     assert len(seen[2]) == 3
     guided(x_t, 2.0)
     assert torch.equal(seen[3], seen[0])
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("t", [5.0, 400.0, torch.tensor([90.0, 700.5])])
+def test_classifier_guidance_is_bayes_rule(t: float | torch.Tensor, mode: type) -> None:
+    """Data N(0, 1), a label whose likelihood is N(x0; 2, 0.5^2): guided by grad log p(y | x_t), the posterior mean
+    E[x0 | x_t] becomes E[x0 | x_t, y], both known in closed form."""
+    centre, spread = 2.0, 0.5
+    alpha, sigma = (torch.as_tensor(v).double() for v in SCHEDULE.pair(t, torch.zeros(2, 1, 1, 1, dtype=torch.float64)))
+    x_t = torch.randn(2, 3, 4, 4, dtype=torch.float64)
+
+    def log_probability(x: torch.Tensor, times: torch.Tensor) -> torch.Tensor:
+        a, s = SCHEDULE.pair(times.double(), x.double())
+        return (-((a * x - centre) ** 2) / (2 * (s**2 + spread**2))).flatten(1).sum(1)  # x0 | x_t is N(a x, s^2)
+
+    with mode():
+        guided = classifier_guidance(lambda x, _: alpha * x, log_probability, SCHEDULE, 1.0)(x_t, t)
+    posterior = (alpha * x_t / sigma**2 + centre / spread**2) / (1 / sigma**2 + 1 / spread**2)
+    torch.testing.assert_close(guided.double(), posterior, rtol=1e-4, atol=1e-4)
+
+
+def test_score_guidance_moves_the_estimate_by_the_gradient_times_the_variance() -> None:
+    x_t, direction = torch.randn(2, 3, 4, 4), torch.randn(3, 4, 4)
+    _, sigma = SCHEDULE.numbers(300.0)
+    with torch.inference_mode():
+        guided = score_guidance(lambda x, _: 0.3 * x, lambda x0: (x0 * direction).sum(dim=(1, 2, 3)), SCHEDULE, 2.0)(
+            x_t, 300.0
+        )
+    torch.testing.assert_close(guided, 0.3 * x_t + 2.0 * sigma**2 * direction)
+
+
+def test_outside_guides_of_scale_zero_are_not_there() -> None:
+    def denoise(x: torch.Tensor, t: float) -> torch.Tensor:
+        return x
+
+    assert classifier_guidance(denoise, None, SCHEDULE, 0.0) is denoise
+    assert score_guidance(denoise, None, SCHEDULE, 0.0) is denoise
+
+
+def test_classifier_guidance_refuses_a_schedule_without_signal_at_its_end() -> None:
+    with pytest.raises(ValueError, match="ends without any"):
+        classifier_guidance(lambda x, t: x, None, NoiseSchedule(zero_terminal_snr=True), 1.0)
+
+
+def test_guides_compose_and_what_is_known_stays() -> None:
+    network, x_t = Network(), torch.randn(3, 2, 4, 4)
+    cond, uncond = (Denoiser(network, SCHEDULE, "epsilon", condition()) for _ in range(2))
+    known, mask = torch.randn(3, 2, 4, 4), torch.zeros(3, 1, 4, 4)
+    mask[..., :2] = 1
+    inner = classifier_free(cond, uncond, 3.0)
+    guided = score_guidance(inner, lambda x0: x0.sum(dim=(1, 2, 3)), SCHEDULE, 1.0)
+    guided = classifier_guidance(guided, lambda x, t: x.sum(dim=(1, 2, 3)), SCHEDULE, 1.0)
+    made = keep_known(guided, known, mask)(x_t, 500.0)
+    alpha, sigma = SCHEDULE.numbers(500.0)
+    wanted = inner(x_t, 500.0) + sigma**2 + sigma**2 / alpha
+    torch.testing.assert_close(made[..., :2], wanted[..., :2])
+    assert torch.equal(made[..., 2:], known[..., 2:])
+    with pytest.raises(ValueError, match="put other guidance around it, not inside"):
+        classifier_free(guided, uncond, 3.0, rescale=0.5)

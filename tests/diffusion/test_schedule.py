@@ -117,3 +117,15 @@ def test_zero_terminal_snr_equals_diffusers_and_stays_finite() -> None:
     assert alpha.isfinite().all()
     assert log_snr.isfinite().all()
     torch.testing.assert_close(alpha.square() + sigma.square(), torch.ones_like(alpha), rtol=1e-12, atol=0)
+
+
+def test_numbers_and_pairs_equal_the_tables():
+    schedule = NoiseSchedule()
+    times = [-1.0, -0.3, 0.0, 17.25, 998.5, 999.0]
+    alpha, sigma, _ = schedule.at(torch.tensor(times, dtype=torch.float64))
+    for k, t in enumerate(times):
+        assert schedule.numbers(t) == (float(alpha[k]), float(sigma[k]))
+    assert schedule.coefficients(torch.tensor(times, dtype=torch.float64)) == (alpha.tolist(), sigma.tolist())
+    pair = schedule.pair(torch.tensor(times), torch.zeros(6, 2, 4, 4))
+    torch.testing.assert_close(pair[1].flatten(), sigma.float())
+    assert pair[0].shape == (6, 1, 1, 1)
