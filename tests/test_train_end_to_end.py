@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
@@ -203,6 +204,61 @@ def test_a_pretrained_autoencoder_takes_the_place_of_stage_one(finished: Path, t
 
 
 @pytest.mark.chain
+def test_a_classifier_of_the_same_latents_guides_and_one_of_others_is_refused(finished: Path, tmp_path: Path):
+    """Trained as a user would train it, to a model without classes; the class that is asked for changes the picture."""
+    common = (f"autoencoder.pretrained={finished}/run", f"data_dir={finished}/data")
+    small = (
+        "classifier.max_steps=4",
+        "classifier.batch_size=8",
+        "classifier.val_every=2",
+        "classifier.checkpoint_every=2",
+        "classifier.log_every=1",
+    )
+    stages = "stages=[autoencoder,latents,classifier]"
+    chain(tmp_path, "experiment=classifier_shapes", *common, *small, stages, name="classifier").run()
+    assert (tmp_path / "classifier/classifier/checkpoints/last.ckpt").is_file()
+    with open(tmp_path / "classifier/classifier/metrics.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert {"train/loss", "train/accuracy", "val/accuracy", "val/accuracy_t3"} <= rows[-1].keys()
+    chain(
+        tmp_path, "experiment=shapes_unconditional", *common, "diffusion.max_steps=2",
+        "stages=[autoencoder,latents,diffusion]", name="model",
+    ).run()  # fmt: skip
+
+    def draw(*options: str) -> torch.Tensor:
+        arguments = (
+            f"run={tmp_path}/model",
+            "n=1",
+            f"out={tmp_path}/out",
+            "overwrite=true",
+            f"runs_dir={tmp_path}",
+            *options,
+        )
+        with initialize_config_dir(str(config_folder()), version_base="1.3"):
+            paths = sample(compose("sample", arguments))
+        with Image.open(paths[0]) as image:
+            return pictures.from_uint8(torch.from_numpy(np.array(image)).permute(2, 0, 1))
+
+    guided = [
+        draw("guide.classifier=classifier", f"classes=[{name}]", "guide.classifier_scale=200")
+        for name in ("red circle", "blue square")
+    ]
+    assert (guided[0] - guided[1]).abs().max() > 0.02
+    with pytest.raises(ValueError, match="unknown class 'cow'; the classifier knows red circle"):
+        draw("guide.classifier=classifier", "classes=[cow]")
+    path = tmp_path / "classifier/classifier/model/metadata.json"
+    metadata = json.loads(path.read_text())
+    for key, value, message in (
+        ("autoencoder", "0", "trained on another autoencoder"),
+        ("scale", [v * 2 for v in metadata["scale"]], "latents of another scale"),
+        ("num_train_timesteps", 500, "another noise schedule"),
+    ):
+        path.write_text(json.dumps(metadata | {key: value}))
+        with pytest.raises(ValueError, match=message):
+            draw("guide.classifier=classifier", "classes=[0]")
+
+
+@pytest.mark.chain
 def test_samples_carry_their_recipe_and_repeat(finished: Path, tmp_path: Path):
     def draw(out: Path, batch_size: int) -> list[Path]:
         with initialize_config_dir(str(config_folder()), version_base="1.3"):
@@ -290,7 +346,8 @@ def test_samples_take_the_runs_own_settings_and_captions_as_typed(finished: Path
     sample_cli.main()
     recipe = json.loads((tmp_path / "s" / "recipe.json").read_text())
     assert recipe["images"][0]["condition"] == caption
-    assert (recipe["num_inference_steps"], recipe["guidance_scale"], recipe["sampler"]["eta"]) == (2, 2.0, 1.0)
+    asked = recipe["config"]
+    assert (asked["num_inference_steps"], asked["guidance_scale"], asked["sampler"]["eta"]) == (2, 2.0, 1.0)
 
 
 @pytest.mark.chain

@@ -168,6 +168,8 @@ def check(config: DictConfig, model: LatentDiffusion) -> dict[str, Any]:
         raise ValueError(f"compile is one of {', '.join(COMPILE)}, not {config.compile!r}")
     if str(config.precision) not in PRECISIONS:
         raise ValueError(f"precision is one of {', '.join(PRECISIONS)}, not {config.precision!r}")
+    if config.resample.jump_length < 1 or config.resample.repeats < 1:
+        raise ValueError("resample needs a jump_length and repeats of at least 1")
     if config.film is not None:
         Film(model, config.film)
     if config.image_prompt is not None and not config.invert:

@@ -1,6 +1,8 @@
 """ldm-sample: every task on small models with random weights, and what it says to inputs that cannot be."""
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,6 +19,7 @@ from ldm_train.cli.common import config_folder
 from ldm_train.cli.sample import quoted, sample
 from ldm_train.conditioning.text import train_tokenizer
 from ldm_train.latent_diffusion import LatentDiffusion
+from ldm_train.training.stages import Refused
 
 SPATIAL = "ldm_train.conditioning.spatial."
 TEXT = {
@@ -47,7 +50,8 @@ CONDITIONERS = {
         }
     },
 }  # fmt: skip
-CONTEXT, CONCAT = {"text", "class", "layout"}, {"semantic": 3, "superres": 3, "inpaint": 5, "depth": 1}
+CONDITIONERS["calm"] = CONDITIONERS["text"]  # with small weights, as inversion needs them
+CONTEXT, CONCAT = {"text", "calm", "class", "layout"}, {"semantic": 3, "superres": 3, "inpaint": 5, "depth": 1}
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +82,7 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Pa
             model = instantiate(tree, _convert_="all")
             for p in model.unet.parameters():  # zero-initialised last layers would hide every condition
                 if not p.any() and p.ndim > 1:
-                    torch.nn.init.normal_(p, std=0.2)
+                    torch.nn.init.normal_(p, std=0.01 if kind == "calm" else 0.2)
             sampling = {"num_inference_steps": 3, "guidance_scale": 2.0, "spacing": "trailing"}
             sampling["sampler"] = {"_target_": "ldm_train.samplers.ddim.ddim", "_partial_": True}
             save_model(base / kind, model, tree, {"sampling": sampling})
@@ -107,6 +111,10 @@ def files(tmp_path: Path) -> dict[str, str]:
         image.save(tmp_path / name)
     (tmp_path / "layout.json").write_text(json.dumps(layout))
     (tmp_path / "broken.png").write_bytes(b"no picture")
+    (tmp_path / "blank.txt").write_text("a red circle\n\na cat\n")
+    (tmp_path / "empty.txt").write_text("\n")
+    (tmp_path / "broken.jsonl").write_text('{"prompt": "a cat"}\n{"prompt": \n')
+    (tmp_path / "unknown.jsonl").write_text('{"prompt": "a cat", "steps": 3}\n')
     return {p.name: str(p) for p in tmp_path.iterdir()}
 
 
@@ -138,6 +146,8 @@ TASKS = {
     "depth": ("depth", ("depth={depth.png}",)),
     "inpaint": ("inpaint", ("image={photo.png}", "mask={mask.png}")),
     "img2img": ("text", ("image={photo.png}", "prompts=a red circle")),
+    "outpaint": ("text", ("image={photo.png}", "extend=[0,8,0,0]")),
+    "interpolate": ("text", ("task=interpolate", "prompts=[a red circle,a cat]")),
     "reconstruct": ("none", ("image={photo.png}", "task=reconstruct")),
 }
 
@@ -147,12 +157,12 @@ def test_each_task_means_what_its_inputs_say(task: str, run: Callable, files: di
     kind, options = TASKS[task]
     named = [o.split("{")[0] + files[o.split("{")[1][:-1]] if "{" in o else o for o in options]
     made = run(kind, *named)
-    assert [tuple(image.shape) for image in made] == [(3, 32, 32)] * 2
+    assert [tuple(image.shape) for image in made] == [(3, 32, 40 if task == "outpaint" else 32)] * 2
     recipe = json.loads((tmp_path / "out/recipe.json").read_text())
     assert recipe["task"] == task
     assert (made[0] - made[1]).abs().max() > (0.02 if task != "reconstruct" else -1)
     # The condition matters: without it the same seed draws something else.
-    if task not in ("unconditional", "reconstruct", "img2img", "inpaint"):
+    if task not in ("unconditional", "reconstruct", "img2img", "inpaint", "outpaint"):
         plain = run(kind, "task=unconditional", out="plain")
         assert (plain[0] - made[0]).abs().max() > 0.01
 
@@ -231,6 +241,31 @@ def test_pairs_of_inputs(run: Callable, files: dict[str, str], tmp_path: Path):
         ("none", ("num_inference_steps=0",), "num_inference_steps is 0; it must lie between 1 and 1000"),
         ("none", ("num_inference_steps=1001",), "num_inference_steps is 1001"),
         ("text", ("guidance.rescale=2",), r"guidance\.rescale is a share"),
+        ("text", ("guidance_scale=1", "negative=ugly"), "negative need guidance: set guidance_scale above 1"),
+        ("none", ("task=outpaint", "image={photo.png}"), "task=outpaint needs extend=<pixels>"),
+        ("none", ("image={photo.png}", "extend=[0,0,0,0]"), "at least one of them above 0"),
+        ("none", ("image={photo.png}", "extend=[0,3,0,0]"), "the extended picture's size 32x35 is not divisible by 8"),
+        ("none", ("image={photo.png}", "task=img2img", "extend=[8,0,0,0]"), "extend= means nothing to task=img2img"),
+        ("none", ("task=interpolate", "image={photo.png}"), "needs two pictures or more"),
+        ("text", ("task=interpolate", "prompts=[a,b]", "n=1"), "needs n of at least 2"),
+        ("none", ("film=avi",), "film is one of gif, mp4, strip, not 'avi'"),
+        ("none", ("precision=8",), "precision is one of 32, bf16, 16"),
+        ("none", ("compile=fast",), "compile is one of default, cuda_graphs"),
+        ("none", ("panorama=1",), "panorama is the share of a window"),
+        ("none", ("tiles.cells=8", "tiles.overlap=8"), "tiles of 8 cells cannot share 8"),
+        ("none", ("resample.repeats=2", "resample.jump_length=0"), "a jump_length and repeats of at least 1"),
+        ("none", ("accelerator=gpu",), "no GPU is visible; use accelerator=cpu"),
+        ("none", ("guide.classifier=nothing",), "guide.classifier=nothing is no run with a finished classifier"),
+        ("none", ("guide.clip=nothing/here",), "the CLIP model nothing/here is not there"),
+        ("text", ("weak=nothing", "prompts=a cat"), "weak=nothing has no trained model"),
+        ("text", ("image_prompt=a cat", "image={photo.png}"), "it needs invert=true"),
+        ("text", ("prompts={blank.txt}",), r"blank\.txt, line 2 is blank; remove it, or write \"\" for an empty caption"),
+        ("text", ("prompts={empty.txt}",), r"empty\.txt is empty"),
+        ("text", ("prompts=nowhere.txt",), r"prompts=nowhere\.txt: there is no such file"),
+        ("text", ("prompts={broken.jsonl}",), r"broken\.jsonl, line 2 is no JSON"),
+        ("text", ("prompts={unknown.jsonl}",), r"unknown\.jsonl, line 1: unknown key 'steps'; known are prompt, negative, seed, n"),
+        ("none", ("recipe={photo.png}",), "is no recipe of ldm-sample"),
+        ("none", ("recipe=nothing.json",), r"recipe=nothing\.json: there is no such file"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_is_named(
@@ -275,3 +310,234 @@ def test_guidance_keeps_pictures_that_training_never_dropped(model_folder: Calla
     seen.clear()
     model.sample({"lowres": lowres}, [0], guidance_scale=3.0)
     assert not seen[0][1].any()
+
+
+def test_a_prompt_file_gives_each_line_its_own_pictures(run: Callable, tmp_path: Path):
+    lines = ['{"prompt": "a cat", "seed": 7, "n": 1}', '{"prompt": "a red circle", "negative": "a cat"}']
+    (tmp_path / "prompts.jsonl").write_text("\n".join(lines) + "\n")
+    made = run("text", f"prompts={tmp_path}/prompts.jsonl")
+    recipe = json.loads((tmp_path / "out/recipe.json").read_text())
+    assert [(e["seed"], e["condition"]) for e in recipe["images"]] == [
+        (7, "a cat"),
+        (1, "a red circle"),
+        (2, "a red circle"),
+    ]
+    assert (
+        torch.equal(made[0], run("text", "prompts=a cat", "seed=7", "n=1", "batch_size=1", out="one")[0])
+        or (made[0] - run("text", "prompts=a cat", "seed=7", "n=1", out="one")[0]).abs().max() < 0.02
+    )
+    (tmp_path / "prompts.txt").write_text('a cat\n""\n')
+    assert len(run("text", f"prompts={tmp_path}/prompts.txt", out="txt")) == 4
+    empty = run("text", "prompts=''", out="none")[0]
+    assert (
+        run("text", f"prompts={tmp_path}/prompts.txt", out="txt")[2] - empty
+    ).abs().max() < 2  # the second line is drawn
+    texts = [e["condition"] for e in json.loads((tmp_path / "txt/recipe.json").read_text())["images"]]
+    assert texts == ["a cat", "a cat", "", ""]
+
+
+def test_an_interrupted_job_continues_and_its_pixels_are_those_of_an_undisturbed_one(
+    run: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    whole = run("text", "prompts=a red circle", "n=5", "batch_size=2", out="whole")
+    from ldm_train.cli.job import Job
+
+    saved, batches = Job.save, []
+
+    def stops(self: Job, part: list, images: torch.Tensor) -> None:
+        if len(batches) == 2:
+            raise KeyboardInterrupt
+        batches.append([r.number for r in part])
+        saved(self, part, images)
+
+    monkeypatch.setattr(Job, "save", stops)
+    with pytest.raises(KeyboardInterrupt):
+        run("text", "prompts=a red circle", "n=5", "batch_size=2", out="again")
+    assert batches == [[0, 1], [2, 3]]
+    assert not json.loads((tmp_path / "again/recipe.json").read_text())["finished"]
+    assert not list((tmp_path / "again").glob(".*"))
+    monkeypatch.setattr(
+        Job, "save", lambda self, part, images: (batches.append([r.number for r in part]), saved(self, part, images))
+    )
+    made = run("text", "prompts=a red circle", "n=5", "batch_size=2", "overwrite=false", out="again")
+    assert batches[2:] == [[4]]
+    assert all(map(torch.equal, made, whole))
+    assert json.loads((tmp_path / "again/recipe.json").read_text())["finished"]
+    # Finished: nothing is drawn again, until a picture is damaged; its batch is drawn as a whole.
+    run("text", "prompts=a red circle", "n=5", "batch_size=2", "overwrite=false", out="again")
+    (tmp_path / "again/00001_seed1.png").write_bytes(b"damaged")
+    made = run("text", "prompts=a red circle", "n=5", "batch_size=2", "overwrite=false", out="again")
+    assert batches[3:] == [[0, 1]]
+    assert all(map(torch.equal, made, whole))
+
+
+def test_another_job_does_not_overwrite_a_folder(run: Callable, tmp_path: Path):
+    run("text", "prompts=a red circle", "overwrite=false")
+    before = (tmp_path / "out/00000_seed0.png").read_bytes()
+    with pytest.raises(
+        Refused, match=r"(?s)config\.prompts: .*Choose another out=<folder>, or overwrite=true"
+    ) as refused:
+        run("text", "prompts=a cat", "overwrite=false")
+    assert "out holds pictures of another job" in str(refused.value)
+    assert (tmp_path / "out/00000_seed0.png").read_bytes() == before
+    run("text", "prompts=a cat", "n=1")  # overwrite=true, and fewer pictures: the old ones go
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["00000_seed0.png", "grid.png", "recipe.json"]
+
+
+def test_a_recipe_replays_to_identical_bytes(
+    run: Callable, files: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture
+):
+    options = (
+        "prompts=a red circle",
+        f"image={files['photo.png']}",
+        "strength=0.8",
+        "n=3",
+        "batch_size=2",
+        "sampler=dpm_solver",
+    )
+    run("text", *options)
+    with initialize_config_dir(str(config_folder()), version_base="1.3"):
+        replay = sample(compose("sample", [f'recipe="{tmp_path}/out/recipe.json"']))
+        single = sample(compose("sample", [f'recipe="{tmp_path}/out/00002_seed2.png"', f"out={tmp_path}/single"]))
+    assert "3 of 3 pictures are identical to the recipe's" in capsys.readouterr().out
+    for path in replay:
+        assert path.read_bytes() == (tmp_path / "out" / path.name).read_bytes()
+    assert [p.name for p in single] == ["00002_seed2.png"]
+    assert single[0].read_bytes() == (tmp_path / "out/00002_seed2.png").read_bytes()
+    with (
+        pytest.raises(ValueError, match="recipe= draws again what was drawn; guidance_scale= cannot change it"),
+        initialize_config_dir(str(config_folder()), version_base="1.3"),
+    ):
+        sample(compose("sample", [f'recipe="{tmp_path}/out"', "guidance_scale=5"]))
+    Image.new("RGB", (40, 40)).save(files["photo.png"])
+    with (
+        pytest.raises(ValueError, match="which is no longer the same file"),
+        initialize_config_dir(str(config_folder()), version_base="1.3"),
+    ):
+        sample(compose("sample", [f'recipe="{tmp_path}/out"', f"out={tmp_path}/changed"]))
+
+
+def test_a_replay_elsewhere_says_that_pixels_may_differ(run: Callable, tmp_path: Path, capsys: pytest.CaptureFixture):
+    run("text", "prompts=a red circle")
+    path = tmp_path / "out/recipe.json"
+    recipe = json.loads(path.read_text())
+    recipe["machine"]["torch"] = "1.0"
+    path.write_text(json.dumps(recipe))
+    with initialize_config_dir(str(config_folder()), version_base="1.3"):
+        sample(compose("sample", [f'recipe="{path}"', f"out={tmp_path}/elsewhere"]))
+    assert "pixels may differ" in capsys.readouterr().out
+    recipe["model_sha256"] = "0"
+    path.write_text(json.dumps(recipe))
+    with (
+        pytest.raises(ValueError, match="does not hold the weights that drew this recipe"),
+        initialize_config_dir(str(config_folder()), version_base="1.3"),
+    ):
+        sample(compose("sample", [f'recipe="{path}"', f"out={tmp_path}/other"]))
+
+
+@pytest.mark.parametrize("kind", ["gif", "mp4", "strip"])
+def test_films_show_the_way_from_noise_to_the_picture(kind: str, run: Callable, tmp_path: Path):
+    made = run("text", "prompts=a red circle", "n=2", f"film={kind}")
+    paths = sorted((tmp_path / "out").glob("*strip.png" if kind == "strip" else f"*.{kind}"))
+    assert len(paths) == 2
+    if kind == "strip":
+        with Image.open(paths[0]) as strip:
+            assert strip.width > 3 * 128
+    elif kind == "gif":
+        with Image.open(paths[0]) as film:
+            # Three steps, the last of which is the picture and stays; equal frames may be joined.
+            assert film.n_frames >= 3
+            film.seek(film.n_frames - 1)
+            last = torch.from_numpy(np.array(film.convert("RGB"))).permute(2, 0, 1)[:, 4::8, 4::8] / 127.5 - 1
+        assert (last - made[0]).abs().mean() < 0.1  # 256 colours
+    else:
+        imageio = pytest.importorskip("imageio.v3")
+        assert imageio.imread(paths[0]).shape == (15, 256, 256, 3)
+
+
+def test_a_full_disk_leaves_nothing_half_written(run: Callable, tmp_path: Path):
+    """Files may grow to 3,000 bytes here: the pictures fit, the grid does not; then not even a picture."""
+    resource = pytest.importorskip("resource")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    run("none", "n=1", out="probe")
+    size = (tmp_path / "probe/00000_seed0.png").stat().st_size
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size - 100, hard))
+        with pytest.raises(
+            OSError, match=r"cannot write .*00000_seed0\.png: File too large; the pictures before it are complete"
+        ):
+            run("none", "n=2")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert [p.name for p in (tmp_path / "out").iterdir()] == ["recipe.json"]
+
+
+def test_walks_begin_and_end_at_their_ends(run: Callable, files: dict[str, str], tmp_path: Path):
+    by_prompt = run("text", "task=interpolate", "prompts=[a red circle,a cat]", "n=3")
+    first, last = (
+        run("text", "prompts=a red circle", "n=1", out="a")[0],
+        run("text", "prompts=a cat", "seed=1", "n=1", out="b")[0],
+    )
+    assert (by_prompt[0] - first).abs().max() < 0.03
+    assert (by_prompt[2] - last).abs().max() < 0.03
+    assert len(run("text", "task=interpolate", "prompts=[a,b,c]", "n=3", out="three")) == 5
+    assert len(run("none", "task=interpolate", "n=4", out="seeds")) == 4
+    Image.open(files["photo.png"]).transpose(Image.Transpose.FLIP_LEFT_RIGHT).save(tmp_path / "mirrored.png")
+    pair = f"[{files['photo.png']},{tmp_path}/mirrored.png]"
+    options = ("num_inference_steps=25", "invert_iterations=10", "guidance_scale=1")
+    walk = run("calm", "task=interpolate", f"image={pair}", "n=3", *options, out="images")
+    rebuilt = run("calm", "task=reconstruct", f"image={pair}", "n=1", out="rebuilt")
+    for made, wanted in ((walk[0], rebuilt[0]), (walk[2], rebuilt[1])):
+        assert (made - wanted).abs().mean() < 0.1 * wanted.std()
+
+
+def test_arithmetic_adds_and_subtracts_conditions(run: Callable):
+    plain = run("text", "prompts=a cat", "n=1")[0]
+    summed = run("text", "task=interpolate", "prompts=[+a red circle,-a red circle,+a cat]", "n=1", out="sum")[0]
+    halves = run("text", "task=interpolate", "prompts=[+0.5 a cat,+0.5 a cat]", "n=1", out="half")[0]
+    assert (summed - plain).abs().max() < 0.1
+    assert (halves - plain).abs().max() < 0.03
+    other = run("text", "task=interpolate", "prompts=[+a red circle,-a cat,+a dog]", "n=1", out="other")[0]
+    assert (other - plain).abs().max() > 0.1
+
+
+def test_inversion_edits_from_the_pictures_own_noise(run: Callable, files: dict[str, str]):
+    image = f"image={files['photo.png']}"
+    rebuilt = run("calm", image, "task=reconstruct", out="r")[0]
+    options = ("invert=true", "num_inference_steps=25", "invert_iterations=10", "guidance_scale=1")
+    same = run("calm", image, "image_prompt=a cat", "prompts=a cat", *options, out="same")[0]
+    changed = run("calm", image, "image_prompt=a cat", "prompts=a red circle", *options, out="changed")[0]
+    assert (same - rebuilt).abs().mean() < 0.1 * rebuilt.std()
+    assert (changed - rebuilt).abs().mean() > 2 * (same - rebuilt).abs().mean()
+
+
+def test_panoramas_and_tiles_draw_large_pictures(run: Callable):
+    plain = run("none", "n=1")[0]
+    assert (run("none", "n=1", "panorama=0.5", out="same")[0] - plain).abs().max() < 0.02  # one window is the whole
+    wide = run("none", "n=1", "size=[32,96]", "panorama=0.5", out="wide")[0]
+    tiled = run("none", "n=1", "size=[32,96]", "panorama=0.5", "tiles.cells=16", "tiles.overlap=12", out="tiled")[0]
+    assert wide.shape == (3, 32, 96)
+    assert (tiled - wide).abs().max() < 0.05
+    assert (wide - run("none", "n=1", "size=[32,96]", out="whole")[0]).abs().max() > 0.02
+
+
+def test_a_sweep_puts_every_job_into_its_own_folder(model_folder: Callable, tmp_path: Path):
+    command = [
+        sys.executable,
+        "-m",
+        "ldm_train.cli.sample",
+        "-m",
+        f"run={model_folder('text')}",
+        "prompts=a red circle",
+    ]
+    done = subprocess.run(
+        [*command, "guidance_scale=1,3", "n=1", f"out={tmp_path}/grid"],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=tmp_path,
+    )
+    folders = list((tmp_path / "grid").iterdir())
+    assert len(folders) == 2, done.stdout
+    scales = {json.loads((f / "recipe.json").read_text())["config"]["guidance_scale"] for f in folders}
+    assert scales == {1, 3}
