@@ -89,7 +89,8 @@ class LatentDiffusion(nn.Module):
 
     @classmethod
     def from_pretrained(cls, path: str) -> "LatentDiffusion":
-        """A trained model with its run's sampling options: path is a run, its export/ folder, or any model folder.
+        """A trained model with its run's sampling options: path is a run, its export/ folder, any model folder, or a
+        pipeline's folder in diffusers' layout.
 
         Raises FileNotFoundError where there is none, ValueError for damaged weights.
         """

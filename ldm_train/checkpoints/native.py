@@ -11,6 +11,7 @@ from hydra.utils import instantiate
 from safetensors.torch import load_file, save
 from torch import nn
 
+from ldm_train.checkpoints.diffusers import diffusers_metadata, is_diffusers, load_diffusers
 from ldm_train.data.shards import file_sha256, write_atomically, write_json
 from ldm_train.latent_diffusion import LatentDiffusion
 
@@ -74,24 +75,30 @@ def read_metadata(folder: str | Path) -> dict[str, Any]:
 
 
 def find_model(path: str | Path) -> Path | None:
-    """The model folder of a run or an exported model, or `path` itself where it is one."""
+    """The model folder of a run or an exported model, or `path` itself where it is one, also of diffusers."""
     for folder in (Path(path) / "export", Path(path) / "diffusion" / "model", Path(path)):
         if (folder / WEIGHTS).is_file() and (folder / METADATA).is_file():
             return folder
-    return None
+    return Path(path) if is_diffusers(path) else None
+
+
+def model_metadata(folder: Path) -> dict[str, Any]:
+    """The sha256 and the sampling options of a folder that `find_model` found."""
+    return diffusers_metadata(folder) if is_diffusers(folder) else read_metadata(folder)
 
 
 def load_latent_diffusion(path: str | Path) -> LatentDiffusion:
-    """A LatentDiffusion with the sampling options that its run chose. Raises as `load_model`."""
+    """A LatentDiffusion with the sampling options that its run chose. path: a run, its export, a model folder, or a folder
+    in diffusers' layout. Raises as `load_model` and `load_diffusers`."""
     folder = find_model(path)
     if folder is None:
         raise FileNotFoundError(
             f"{path} holds no trained model (export/ or diffusion/model/); finish its diffusion stage"
         )
-    model = load_model(folder)
+    model = load_diffusers(folder) if is_diffusers(folder) else load_model(folder)
     if not isinstance(model, LatentDiffusion):
         raise ValueError(f"{folder} holds a {type(model).__name__}, not a whole latent diffusion model")
-    sampling = read_metadata(folder).get("sampling") or {}
+    sampling = model_metadata(folder).get("sampling") or {}
     check_targets(sampling, folder)
     model.sampling = instantiate(sampling, _convert_="all")
     return model

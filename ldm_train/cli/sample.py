@@ -16,7 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from tqdm import tqdm
 
 from ldm_train import images as pictures
-from ldm_train.checkpoints.native import find_model, load_latent_diffusion, read_metadata
+from ldm_train.checkpoints.native import find_model, load_latent_diffusion, model_metadata
 from ldm_train.cli.common import run_command
 from ldm_train.cli.film import Film
 from ldm_train.cli.guides import Guides
@@ -43,7 +43,7 @@ COMPILE = {"default": "default", "cuda_graphs": "reduce-overhead"}
 
 
 def model_folder(run: str | None, runs_dir: str, option: str = "run") -> Path:
-    """A run (by name or folder) or a model folder -> the folder with its weights.
+    """A run (by name or folder), a model folder or one of diffusers -> the folder with its weights.
 
     Raises FileNotFoundError naming the runs there are.
     """
@@ -188,7 +188,7 @@ def sample(config: DictConfig) -> list[Path]:
         raise ValueError("n and batch_size must be at least 1")
     if config.accelerator == "gpu" and not torch.cuda.is_available():
         raise ValueError("accelerator=gpu, but no GPU is visible; use accelerator=cpu")
-    metadata = read_metadata(source)
+    metadata = model_metadata(source)
     trained = DEFAULTS | (metadata.get("sampling") or {})
     tree = OmegaConf.to_container(config.sampler) if config.get("sampler") else trained["sampler"]
     with_sampler = {"sampler": tree} | {
@@ -207,7 +207,7 @@ def sample(config: DictConfig) -> list[Path]:
     if config.weak is not None:
         weak = model_folder(config.weak, config.runs_dir, "weak")
         options["weak"] = load_latent_diffusion(weak).to(device, memory_format=torch.channels_last)
-        guides.recipe["weak_sha256"] = read_metadata(weak)["sha256"]
+        guides.recipe["weak_sha256"] = model_metadata(weak)["sha256"]
     if config.invert or (task == "interpolate" and config.image is not None):  # the sampler that inversion turns round
         options["sampler"] = ddim
     if config.compile:

@@ -152,6 +152,7 @@ class FrozenText(Conditioner):
     max_length: tokens, longer captions are cut. masked: let attention ignore padding (CLIP models were trained with
         it visible, so Stable Diffusion uses false)
     cache_size: captions whose hidden states are kept in memory
+    tokenizer: a folder, where it is not that of the encoder
     The encoder is not part of the model's weights; the model folder names it. The null condition is the empty caption.
     """
 
@@ -166,12 +167,13 @@ class FrozenText(Conditioner):
         masked: bool = False,
         cache_size: int = 20_000,
         dropout: float = 0.1,
+        tokenizer: str | None = None,
     ):
         super().__init__(dropout)
         if layer not in ("last", "penultimate"):
             raise ValueError(f"layer is 'last' or 'penultimate', not {layer!r}")
         self.path, self.dim, self.layer, self.max_length, self.masked = path, dim, layer, max_length, masked
-        self.cache_size, self.widths = cache_size, {"context": dim}
+        self.cache_size, self.widths, self.tokenizer_path = cache_size, {"context": dim}, tokenizer or path
         self._cache: OrderedDict[str, tuple[torch.Tensor, torch.Tensor]] = OrderedDict()
         self._pretrained: tuple[Any, nn.Module] | None = None  # a tuple hides it from state_dict and optimisers
         self.register_buffer("_place", torch.zeros(()), persistent=False)
@@ -186,7 +188,7 @@ class FrozenText(Conditioner):
             from transformers import AutoConfig, AutoModel, AutoTokenizer, CLIPTextModel
 
             try:
-                tokenizer = AutoTokenizer.from_pretrained(self.path)
+                tokenizer = AutoTokenizer.from_pretrained(self.tokenizer_path)
                 kind = AutoConfig.from_pretrained(self.path).model_type
                 model = (CLIPTextModel if kind.startswith("clip") else AutoModel).from_pretrained(self.path)
             except (OSError, ValueError) as error:

@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from ldm_train.losses.adversarial import adaptive_weight, hinge_loss, vanilla_loss
-from ldm_train.models.autoencoder import Posterior
+from ldm_train.models.posterior import Posterior
 
 
 class AutoencoderLoss(nn.Module):

@@ -3,7 +3,8 @@
 import torch
 from torch import nn
 
-from ldm_train.models.autoencoder import Autoencoder, AutoencoderIdentity, Posterior
+from ldm_train.models.autoencoder import Autoencoder, AutoencoderIdentity
+from ldm_train.models.posterior import Posterior
 from ldm_train.models.tiling import Tiles
 
 

@@ -1,12 +1,12 @@
 """The KL autoencoder is the published one: its sizes, its arithmetic (that of diffusers), its posterior."""
 
-import re
-
 import pytest
 import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL as Reference
 
-from ldm_train.models.autoencoder import AutoencoderKL, DiagonalGaussian
+from ldm_train.checkpoints.diffusers import autoencoder_key
+from ldm_train.models.autoencoder import AutoencoderKL
+from ldm_train.models.posterior import DiagonalGaussian
 
 PUBLISHED = {
     "kl-f4": (55_312_063, {"z_channels": 3, "channels": 128, "channel_mult": (1, 2, 4)}),
@@ -40,24 +40,9 @@ def randomised(model: torch.nn.Module, std: float = 0.08) -> torch.nn.Module:
     return model.eval()
 
 
-MIDDLE = {
-    "mid.block_1": "mid_block.resnets.0",
-    "mid.block_2": "mid_block.resnets.1",
-    "mid.attn_1.norm": "mid_block.attentions.0.group_norm",
-    "mid.attn_1.proj_out": "mid_block.attentions.0.to_out.0",
-    "mid.attn_1": "mid_block.attentions.0.to_",  # q, k, v
-}
-
-
 def diffusers_entry(key: str, value: torch.Tensor, levels: int) -> tuple[str, torch.Tensor]:
-    """Our name (CompVis') and weight -> diffusers'; 1x1 convolutions of the attention become linear layers."""
-    key = key.replace("norm_out", "conv_norm_out").replace("nin_shortcut", "conv_shortcut")
-    for ours, theirs in MIDDLE.items():
-        key = key.replace(f"{ours}." if theirs.endswith("to_") else ours, theirs)
-    key = re.sub(r"down\.(\d+)\.block", r"down_blocks.\1.resnets", key)
-    key = re.sub(r"down\.(\d+)\.downsample", r"down_blocks.\1.downsamplers.0", key)
-    key = re.sub(r"\bup\.(\d+)\.block", lambda m: f"up_blocks.{levels - 1 - int(m[1])}.resnets", key)
-    key = re.sub(r"\bup\.(\d+)\.upsample", lambda m: f"up_blocks.{levels - 1 - int(m[1])}.upsamplers.0", key)
+    """Our name and weight -> diffusers'; 1x1 convolutions of the attention become linear layers."""
+    key = autoencoder_key(key, levels)
     return key, value[..., 0, 0] if "attentions" in key and value.ndim == 4 else value
 
 

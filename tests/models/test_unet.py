@@ -1,12 +1,12 @@
 """The U-Net is the published one: its sizes, its arithmetic (diffusers with the same weights), its behaviour."""
 
 import copy
-import re
 
 import pytest
 import torch
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 
+from ldm_train.checkpoints.diffusers import unet_key
 from ldm_train.models.transformer import CrossAttention
 from ldm_train.models.unet import UNet
 
@@ -68,52 +68,6 @@ def randomised(model: torch.nn.Module, std: float = 0.05) -> torch.nn.Module:
     return model.eval()
 
 
-RESNET = {
-    "in_layers.0": "norm1",
-    "in_layers.2": "conv1",
-    "emb_layers.1": "time_emb_proj",
-    "out_layers.0": "norm2",
-    "out_layers.3": "conv2",
-    "skip_connection": "conv_shortcut",
-}
-OUTSIDE = {
-    "time_embed.0": "time_embedding.linear_1",
-    "time_embed.2": "time_embedding.linear_2",
-    "label_emb.0.0": "class_embedding.linear_1",
-    "label_emb.0.2": "class_embedding.linear_2",
-    "input_blocks.0.0": "conv_in",
-    "out.0": "conv_norm_out",
-    "out.2": "conv_out",
-}
-
-
-def diffusers_key(key: str, per_level: int) -> str:
-    """Our name (CompVis') -> diffusers' name, for `per_level` residual blocks per level (published_models.md, 4f)."""
-    module, leaf = key.rsplit(".", 1)
-    if module in OUTSIDE:
-        return f"{OUTSIDE[module]}.{leaf}"
-    part, rest = re.match(r"(input_blocks\.\d+|middle_block|output_blocks\.\d+)\.(.*)", module).groups()
-    slot, _, inner = rest.partition(".")  # slot: which layer of the step
-    attention = "transformer_blocks" in inner or inner in ("norm", "proj_in", "proj_out")
-    if part == "middle_block":
-        place = "attentions.0" if attention else f"resnets.{int(slot) // 2}"
-        return f"mid_block.{place}.{inner if attention else RESNET[inner]}.{leaf}"
-    side, number = part.split(".")
-    if side == "input_blocks":
-        level, index = divmod(int(number) - 1, per_level + 1)
-        block = f"down_blocks.{level}"
-    else:
-        level, index = divmod(int(number), per_level + 1)
-        block = f"up_blocks.{level}"
-    if inner == "op":
-        return f"{block}.downsamplers.0.conv.{leaf}"
-    if inner == "conv":
-        return f"{block}.upsamplers.0.conv.{leaf}"
-    if attention:
-        return f"{block}.attentions.{index}.{inner}.{leaf}"
-    return f"{block}.resnets.{index}.{RESNET[inner]}.{leaf}"
-
-
 def reference(unet: UNet, attention_levels: tuple[int, ...], **arguments) -> UNet2DConditionModel:
     """diffusers' U-Net with our weights: strict, so every one of its parameters is one of ours."""
     kinds = ["CrossAttn" if level in attention_levels else "" for level in range(unet.levels)]
@@ -130,7 +84,7 @@ def reference(unet: UNet, attention_levels: tuple[int, ...], **arguments) -> UNe
         **arguments,
     )
     per_level = model.config.layers_per_block
-    model.load_state_dict({diffusers_key(k, per_level): v for k, v in unet.state_dict().items()}, strict=True)
+    model.load_state_dict({unet_key(k, per_level): v for k, v in unet.state_dict().items()}, strict=True)
     return model.eval()
 
 
