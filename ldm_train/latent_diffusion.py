@@ -200,10 +200,10 @@ class LatentDiffusion(nn.Module):
         posterior = self.first_stage.posterior(self.first_stage.encode_moments(images.to(self.device), tiles))
         return self.first_stage.scaled(posterior.mean)
 
-    def options(self, **chosen: Any) -> dict[str, Any]:
+    def options(self, needed: Sequence[str] = ("sampler", "num_inference_steps"), **chosen: Any) -> dict[str, Any]:
         """What `sample` does by default, with what is not None instead. Raises ValueError where something is missing."""
         options = self.sampling | {name: value for name, value in chosen.items() if value is not None}
-        if missing := [n for n in ("sampler", "num_inference_steps") if n not in options]:
+        if missing := [n for n in needed if n not in options]:
             raise ValueError(f"this model brings no sampling options of its own; say {' and '.join(missing)}")
         return {"guidance_scale": 1.0, "spacing": "trailing"} | options
 
@@ -299,7 +299,7 @@ class LatentDiffusion(nn.Module):
     ) -> torch.Tensor:
         """The noise (B, C, h, w) from which DDIM with eta 0 and without guidance draws `latents` under `batch`: the
         `initial_noise` for changing a picture, see `ddim_inversion`."""
-        options = self.options(num_inference_steps=num_inference_steps, spacing=spacing)
+        options = self.options(("num_inference_steps",), num_inference_steps=num_inference_steps, spacing=spacing)
         timesteps = self.schedule.timesteps(options["num_inference_steps"], options["spacing"])
         denoise = self.denoiser(self._sampled(batch, len(latents), latents.shape[2:]))
         latents = latents.to(self.device)

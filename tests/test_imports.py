@@ -32,7 +32,13 @@ ALLOWED = {
         "checkpoints",
     },  # the last in from_pretrained
     "data": set(),
-    "checkpoints": {"latent_diffusion", "models", "diffusion", "conditioning", "data.shards"},  # shards: its atomic writers
+    "checkpoints": {
+        "latent_diffusion",
+        "models",
+        "diffusion",
+        "conditioning",
+        "data.shards",
+    },  # shards: its atomic writers
     "training": LIBRARY,
     "finetune": {"latent_diffusion", "models", "conditioning", "samplers", "data"},
 }

@@ -4,12 +4,14 @@ import pytest
 import torch
 
 from ldm_train.conditioning.class_label import ClassLabel
+from ldm_train.conditioning.spatial import LowResolution
 from ldm_train.conditioning.text import TrainedText, train_tokenizer
 from ldm_train.diffusion.schedule import NoiseSchedule
-from ldm_train.latent_diffusion import LatentDiffusion
+from ldm_train.latent_diffusion import LatentDiffusion, Panorama
 from ldm_train.models.autoencoder import AutoencoderKL
 from ldm_train.models.first_stage import FirstStage
 from ldm_train.models.unet import UNet
+from ldm_train.rng import NoiseSource
 from ldm_train.samplers.ddim import ddim
 
 
@@ -101,3 +103,87 @@ def test_guidance_pulls_away_from_the_null_condition() -> None:
 
 def test_images_may_be_drawn_at_another_size() -> None:
     assert build().sample({}, [0], ddim, 2, latent_size=(6, 10)).shape == (1, 3, 12, 20)
+
+
+def randomised(model: LatentDiffusion, std: float = 0.1) -> LatentDiffusion:
+    for p in model.unet.parameters():
+        torch.nn.init.normal_(p, std=std)
+    return model
+
+
+def calls(model: LatentDiffusion) -> list[int]:
+    """The batch size of every call of the U-Net from now on."""
+    seen: list[int] = []
+    model.unet.register_forward_pre_hook(lambda _, args: seen.append(len(args[0])))
+    return seen
+
+
+def test_a_guidance_scale_of_one_is_no_guidance_bit_for_bit_at_one_call_a_step() -> None:
+    model = randomised(class_and_text())
+    seen = calls(model)
+    off = model.sample({"caption": ["a cat"]}, [3], ddim, 4, guidance_scale=1.0)
+    assert seen == [1] * 4
+    denoise = model.denoiser(model.condition({"caption": ["a cat"]}))
+    times = model.schedule.timesteps(4)
+    noise = NoiseSource([3])
+    x_t = noise.normal((2, 4, 4), "start")
+    assert torch.equal(off, model.decode(ddim(denoise, x_t, times, model.schedule, noise)))
+    seen.clear()
+    model.sample({"caption": ["a cat"]}, [3], ddim, 4, guidance_scale=2.0)
+    assert seen == [2] * 4
+
+
+def test_a_model_without_conditions_is_never_evaluated_twice() -> None:
+    model = randomised(build())
+    seen = calls(model)
+    guided = model.sample({}, [3], ddim, 3, guidance_scale=5.0)
+    assert seen == [1] * 3
+    assert torch.equal(guided, model.sample({}, [3], ddim, 3, guidance_scale=1.0))
+
+
+def test_a_mixture_is_its_parts_at_its_ends_and_keeps_every_token_that_counts() -> None:
+    model = randomised(class_and_text())
+    short, long = {"caption": ["a cat"]}, {"caption": ["a dog a dog"]}
+    one, none = torch.ones(1), torch.zeros(1)
+    for name, value in model.condition(short).items():
+        torch.testing.assert_close(model.mixture([(one, short), (none, long)])[name], value)
+        torch.testing.assert_close(model.mixture([(one, long), (one, short), (-one, long)])[name][:, :3], value[:, :3])
+    for name, value in model.null_condition(1).items():
+        torch.testing.assert_close(model.mixture([(none, short)])[name], value)
+    halves = model.mixture([(one / 2, short), (one / 2, long)])
+    wanted = (model.condition(short)["context"] + model.condition(long)["context"]) / 2
+    torch.testing.assert_close(halves["context"], wanted)
+    assert halves["context_mask"].sum() == model.condition(long)["context_mask"].sum()
+    made = model.sample({}, [3], ddim, 3, condition=model.mixture([(one, short)]))
+    torch.testing.assert_close(made, model.sample(short, [3], ddim, 3))
+
+
+def test_what_is_inverted_is_drawn_again() -> None:
+    model = randomised(class_and_text(), 0.02)
+    batch, latents = {"caption": ["a cat", "a dog"]}, torch.randn(2, 2, 4, 4)
+    noise = model.invert(latents, batch, 20, iterations=20)
+    made = model.sample(batch, [0, 1], ddim, 20, initial_noise=noise)
+    assert (made - model.decode(latents)).abs().max() < 0.02
+    with pytest.raises(ValueError, match=r"1 seeds but batch of lengths \[2\]"):
+        model.sample(batch, [0], ddim, 2, initial_noise=noise)
+
+
+@pytest.mark.parametrize("spatial", [False, True])
+def test_a_panorama_of_one_window_is_the_model_itself_and_larger_ones_are_averages(spatial: bool) -> None:
+    torch.manual_seed(0)
+    model = randomised(build({"low": LowResolution(factor=2)}, concat_channels=3) if spatial else class_and_text())
+    x_t, t = torch.randn(1, 2, 4, 10), torch.tensor([300.0])
+    condition = model.null_condition(1, (4, 10))
+    if spatial:
+        condition["concat"] = torch.randn(1, 3, 4, 10)
+    wide = model.denoiser(condition, overlap=2)
+    windows = Panorama(model.network, model.latent_size, 2)(x_t, t, condition)
+    small = {k: v[..., :4] if k == "concat" else v for k, v in condition.items()}
+    torch.testing.assert_close(
+        model.denoiser(small, 2)(x_t[..., :4], 300.0), model.denoiser(small)(x_t[..., :4], 300.0)
+    )
+    # Columns that only the first window holds are its own.
+    torch.testing.assert_close(windows[..., :2], model.network(x_t[..., :4], t, small)[..., :2])
+    assert wide.shares_model(model.denoiser(condition, overlap=2))
+    assert not wide.shares_model(model.denoiser(condition))
+    assert model.sample({}, [3], ddim, 2, latent_size=(4, 10), overlap=2).shape == (1, 3, 8, 20)

@@ -266,7 +266,7 @@ def run_job(job: Job, drawing: Drawing, only: int | None, recipe_before: dict[st
     texts = [r.text for r in job.wanted][: len(shown)]
     if only is not None:
         texts = [job.wanted[only].text]
-    columns = config.n if any(texts) and config.n <= 16 else None
+    columns = config.n if any(texts) and 1 < config.n <= 16 else None
     grid = job.close(pictures.grid(torch.stack(shown), columns, texts if any(texts) else None))
     if continued:
         print(f"{continued} pictures were there already")

@@ -155,16 +155,20 @@ def model() -> LatentDiffusion:
 
 @pytest.mark.parametrize("sampler", [ddpm, partial(ddim, eta=1.0), ddim], ids=["ddpm", "ddim eta 1", "ddim"])
 @pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
-def test_a_seed_gives_the_same_image_in_a_batch_of_one_and_of_four(
+def test_a_seed_gives_the_same_image_in_batches_of_one_four_and_sixteen(
     model: LatentDiffusion, sampler: Callable, guidance_scale: float
 ) -> None:
-    seeds, labels = [11, 7, 3, 5], torch.tensor([0, 1, 2, 3])
+    seeds, labels = list(range(100, 116)), torch.arange(16) % 4
+    noise = NoiseSource(seeds).normal((2, 8, 8), "start")
     together = model.sample({"class_label": labels}, seeds, sampler, 4, guidance_scale)
-    assert together.shape == (4, 3, 16, 16)
+    assert together.shape == (16, 3, 16, 16)
     assert (together[0] - together[1]).abs().max() > 0.01
-    for i in (1, 3):
-        alone = model.sample({"class_label": labels[i : i + 1]}, seeds[i : i + 1], sampler, 4, guidance_scale)
-        torch.testing.assert_close(together[i : i + 1], alone, rtol=1e-4, atol=1e-4)
+    for size in (1, 4):
+        for i in (0, 4, 12):
+            part = slice(i, i + size)
+            assert torch.equal(NoiseSource(seeds[part]).normal((2, 8, 8), "start"), noise[part])
+            alone = model.sample({"class_label": labels[part]}, seeds[part], sampler, 4, guidance_scale)
+            torch.testing.assert_close(together[part], alone, rtol=1e-4, atol=1e-4)
 
 
 def test_the_callback_sees_every_step_and_changes_nothing(model: LatentDiffusion) -> None:
