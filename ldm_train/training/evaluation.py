@@ -11,7 +11,7 @@ from tqdm import tqdm
 from ldm_train import images as pictures
 from ldm_train.data.shards import write_json
 from ldm_train.latent_diffusion import LatentDiffusion
-from ldm_train.metrics.distribution import Moments, frechet_distance, kernel_distance
+from ldm_train.metrics.distribution import Moments, frechet_estimate, kernel_estimate, mean_estimate
 from ldm_train.metrics.paired import psnr, ssim
 from ldm_train.rng import derive_seed
 from ldm_train.training.obedience import format_table, measure_obedience
@@ -92,7 +92,7 @@ def evaluate(
     for the reconstructions. settings: sampler, steps and guidance, recorded beside each number. obedience: arguments of
     `measure_obedience`, on shapes. restoration: of `measure_restoration`, for super-resolution and inpainting.
     """
-    rebuilt, real, sums, count = [], [], {}, 0
+    rebuilt, real, found = [], [], {}
     shown: dict[str, torch.Tensor] = {}
     for batch in tqdm(loader, desc="reconstructions", unit="batch"):
         x = batch["image"].to(model.device)
@@ -101,22 +101,24 @@ def evaluate(
         if perceptual is not None:
             values["perceptual"] = perceptual(rec, x)
         for name, value in values.items():
-            sums[name] = sums.get(name, 0.0) + float(value.double().sum())
+            found.setdefault(name, []).append(value.double().cpu())
         real.append(extractor(x).cpu())
         rebuilt.append(extractor(rec).cpu())
         shown.setdefault("reconstructions", torch.cat([x[:8], rec[:8]]).cpu())
-        count += len(x)
     metrics: dict[str, Any] = {
-        "reconstruction": {name: {"value": total / count, "n": count} for name, total in sums.items()}
+        "reconstruction": {name: mean_estimate(torch.cat(values)).as_dict() for name, values in found.items()}
     }
     reference = torch.cat(real)
     sampled = sample_like(model, loader, draw, extractor, batch_size, reference=reference)
     shown["samples"], texts = sampled.images, sampled.captions
     for name, features in (("reconstructions", torch.cat(rebuilt)), ("samples", sampled.features)):
-        context = {"n": len(features), "n_reference": len(reference)} | (settings if name == "samples" else {})
-        distance = frechet_distance(Moments.of([reference]), Moments.of([features]))
-        metrics.setdefault(name, {})[f"fid_{extractor.name}"] = {"value": distance} | context
-        metrics[name][f"kid_{extractor.name}"] = {"value": kernel_distance(reference, features)} | context
+        context = {"n_reference": len(reference)} | (settings if name == "samples" else {})
+        distances = {
+            "fid": frechet_estimate(Moments.of([reference]), features),
+            "kid": kernel_estimate(reference, features),
+        }
+        for kind, estimate in distances.items():
+            metrics.setdefault(name, {})[f"{kind}_{extractor.name}"] = estimate.as_dict() | context
     if obedience:
         table, drawn, conditions = measure_obedience(
             lambda fields, seeds: draw(model, fields, seeds=seeds).cpu(), **obedience

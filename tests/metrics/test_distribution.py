@@ -3,10 +3,20 @@
 import numpy as np
 import pytest
 import scipy.linalg
+import scipy.stats
 import torch
 from torchmetrics.image.kid import KernelInceptionDistance
 
-from ldm_train.metrics.distribution import Moments, frechet_distance, kernel_distance
+from ldm_train.metrics.distribution import (
+    GROUPS,
+    T_QUANTILE,
+    Moments,
+    frechet_distance,
+    frechet_estimate,
+    kernel_distance,
+    kernel_estimate,
+    mean_estimate,
+)
 
 
 def exactly(mean: torch.Tensor, covariance: torch.Tensor, count: int = 200) -> torch.Tensor:
@@ -97,3 +107,69 @@ def test_too_few_samples_are_named() -> None:
         kernel_distance(torch.randn(5, 3), torch.randn(1, 3))
     with pytest.raises(ValueError, match="no features"):
         Moments.of([])
+
+
+def coverage(measure, truth: float, draws: int, draw) -> float:
+    estimates = [measure(draw(k)) for k in range(draws)]
+    return sum(e.low <= truth <= e.high for e in estimates) / draws
+
+
+def draw(k: int, n: int = 160, dim: int = 12) -> torch.Tensor:
+    """Features of another Gaussian than the reference."""
+    generator = torch.Generator().manual_seed(k)
+    scale = torch.linspace(0.7, 1.4, dim, dtype=torch.float64)
+    return 0.2 + scale * torch.randn(n, dim, generator=generator, dtype=torch.float64)
+
+
+REFERENCE = torch.randn(3000, 12, generator=torch.Generator().manual_seed(99), dtype=torch.float64)
+
+
+def test_the_interval_of_a_frechet_distance_covers_its_expectation() -> None:
+    """Between 90 and 98 % of the intervals hold the expectation at that n (taken over 1,500 other draws)."""
+    reference = Moments.of([REFERENCE])
+    truth = np.mean([frechet_distance(reference, Moments.of([draw(k)])) for k in range(10_000, 11_500)])
+    assert 0.90 <= coverage(lambda x: frechet_estimate(reference, x), truth, 300, draw) <= 0.98
+
+
+def test_the_interval_of_a_kernel_distance_covers_its_expectation() -> None:
+    truth = np.mean([kernel_distance(REFERENCE[:500], draw(k)) for k in range(10_000, 11_500)])
+    assert 0.90 <= coverage(lambda x: kernel_estimate(REFERENCE[:500], x), truth, 300, draw) <= 0.98
+
+
+def test_the_kernel_jackknife_is_that_of_leaving_out_one_sample() -> None:
+    features = draw(3, 30)
+    found = kernel_estimate(REFERENCE[:100], features)
+    left = [kernel_distance(REFERENCE[:100], torch.cat([features[:k], features[k + 1 :]])) for k in range(30)]
+    spread = 1.959964 * (29 / 30 * np.square(np.array(left) - np.mean(left)).sum()) ** 0.5
+    assert found.high - found.value == pytest.approx(spread, rel=1e-6)
+    assert found.value == pytest.approx(kernel_distance(REFERENCE[:100], features))
+
+
+def test_the_frechet_jackknife_is_that_of_leaving_out_a_group() -> None:
+    features, reference = draw(3, 100), Moments.of([REFERENCE])
+    found = frechet_estimate(reference, features)
+    left = []
+    for k in range(GROUPS):
+        keep = torch.ones(100, dtype=torch.bool)
+        keep[k::GROUPS] = False
+        left.append(frechet_distance(reference, Moments.of([features[keep]])))
+    spread = T_QUANTILE * (19 / 20 * np.square(np.array(left) - np.mean(left)).sum()) ** 0.5
+    assert (found.low, found.high) == pytest.approx((found.value - spread, found.value + spread), rel=1e-6)
+    assert pytest.approx(scipy.stats.t.ppf(0.975, GROUPS - 1)) == T_QUANTILE
+
+
+def test_too_few_samples_have_a_value_but_no_interval() -> None:
+    assert np.isnan(frechet_estimate(Moments.of([REFERENCE]), draw(0, 40)).low)
+    assert np.isnan(kernel_estimate(REFERENCE[:10], draw(0, 2)).high)
+    one = mean_estimate(torch.tensor([3.0]))
+    assert one.value == 3.0
+    assert np.isnan(one.low)
+    assert one.as_dict() == {"value": 3.0, "interval": None, "n": 1}
+
+
+def test_the_interval_of_a_mean_is_the_usual_one() -> None:
+    values = torch.randn(400, generator=torch.Generator().manual_seed(0)) * 2 + 5
+    found = mean_estimate(values)
+    low, high = scipy.stats.norm.interval(0.95, float(values.mean()), float(values.std()) / 20)
+    assert (found.low, found.high, found.n) == pytest.approx((low, high, 400), rel=1e-5)
+    assert found.as_dict() == {"value": found.value, "interval": [found.low, found.high], "n": 400}
