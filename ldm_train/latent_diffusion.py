@@ -253,22 +253,31 @@ class LatentDiffusion(nn.Module):
         )
         if not 0 <= strength <= 1:
             raise ValueError(f"strength is a share between 0 and 1, not {strength}")
-        for given in (start, initial_noise):
-            latent_size = latent_size if given is None else tuple(given.shape[2:])
+        for known_size in (start, initial_noise):
+            latent_size = latent_size if known_size is None else tuple(known_size.shape[2:])
         noise, count = NoiseSource(seeds), len(seeds)
         fields = {"batch": batch, "negative": negative or {}, "condition": condition or {}}
         fields |= {k: {k: v} for k, v in (("start", start), ("initial_noise", initial_noise)) if v is not None}
         for name, values in fields.items():
             if any(len(v) != count for v in values.values()):
                 raise ValueError(f"{count} seeds but {name} of lengths {[len(v) for v in values.values()]}")
+        given = condition
         if condition is None:
             condition = self._sampled(batch, count, latent_size)
+        elif weak is not None:
+            raise ValueError(
+                "weak leads away from another model under the same fields; give them as batch, not as condition"
+            )
         denoise = self.denoiser(condition, overlap)
         if (scale := float(options["guidance_scale"])) != 1 and (weak is not None or self.conditioners):
             if weak is not None:
                 other = weak.denoiser(weak._sampled(batch, count, latent_size), overlap)
             else:
-                other = self.denoiser(self._sampled(negative or {}, count, latent_size, batch), overlap)
+                away = self._sampled(negative or {}, count, latent_size, batch)
+                spatial = [c for c in self.conditioners.values() if "concat" in c.widths]
+                if given is not None and spatial and not any(c.dropout for c in spatial):
+                    away["concat"] = given["concat"]  # as `_sampled` keeps those of a batch
+                other = self.denoiser(away, overlap)
             denoise = guidance(denoise, other, scale)
         for wrap in around:
             denoise = wrap(denoise)
@@ -296,12 +305,13 @@ class LatentDiffusion(nn.Module):
         spacing: str | None = None,
         iterations: int = 5,
         callback: Callable[[int, torch.Tensor], None] | None = None,
+        overlap: int | None = None,
     ) -> torch.Tensor:
         """The noise (B, C, h, w) from which DDIM with eta 0 and without guidance draws `latents` under `batch`: the
         `initial_noise` for changing a picture, see `ddim_inversion`."""
         options = self.options(("num_inference_steps",), num_inference_steps=num_inference_steps, spacing=spacing)
         timesteps = self.schedule.timesteps(options["num_inference_steps"], options["spacing"])
-        denoise = self.denoiser(self._sampled(batch, len(latents), latents.shape[2:]))
+        denoise = self.denoiser(self._sampled(batch, len(latents), latents.shape[2:]), overlap)
         latents = latents.to(self.device)
         return ddim_inversion(denoise, latents, timesteps, self.schedule, iterations=iterations, callback=callback)
 

@@ -147,7 +147,7 @@ def _load(module: nn.Module, weights: dict[str, torch.Tensor], name: Callable[[s
             raise ValueError(f"{where} lacks {missing[0]}, which its config asks for")
         found = torch.cat([weights[n] for n in names])
         left -= set(names)
-        if found.numel() != value.numel():
+        if [n for n in found.shape if n != 1] != [n for n in value.shape if n != 1]:
             raise ValueError(
                 f"{where}: {names[0]} has shape {tuple(found.shape)}, its config asks for {tuple(value.shape)}"
             )
@@ -165,7 +165,7 @@ def _unet(folder: Path, concat: int) -> UNet:
         config, folder / "config.json", _class_name=("UNet2DConditionModel", "UNet2DModel"), act_fn=("silu",),
         class_embed_type=None, addition_embed_type=None, encoder_hid_dim=None, dual_cross_attention=False,
         flip_sin_to_cos=True, freq_shift=0, center_input_sample=False, downsample_type="conv", upsample_type="conv",
-        only_cross_attention=False, num_class_embeds=None,
+        only_cross_attention=False, num_class_embeds=None, norm_eps=1e-5, downsample_padding=1,
     )  # fmt: skip
     _same_groups(config, folder / "config.json")
     kinds = config["down_block_types"]
@@ -228,7 +228,8 @@ def _first_stage(folder: Path) -> FirstStage:
 
 
 def load_diffusers(folder: str | Path) -> LatentDiffusion:
-    """A pipeline's folder: U-Net, KL or VQ autoencoder, CLIP text encoder where there is one, noise schedule.
+    """A pipeline's folder: U-Net, KL or VQ autoencoder, CLIP text encoder where there is one, noise schedule. (Clipping
+    of x_0 to [-1, 1], which some schedulers' configs ask for, is for pixels and is left out.)
 
     Raises FileNotFoundError for a part that is missing, ValueError, naming the option, for one that we do not build.
     """
@@ -256,10 +257,11 @@ def load_diffusers(folder: str | Path) -> LatentDiffusion:
         conditioners["text"] = text
     noise = _config(folder / "scheduler", "scheduler_config.json")
     _expect(
-        noise, folder / "scheduler", beta_schedule=tuple(BETAS), prediction_type=("epsilon", "v_prediction", "sample")
-    )
+        noise, folder / "scheduler", beta_schedule=("linear", *BETAS), thresholding=False, trained_betas=None,
+        prediction_type=("epsilon", "v_prediction", "sample"),
+    )  # fmt: skip
     schedule = NoiseSchedule(
-        BETAS[noise.get("beta_schedule", "scaled_linear")],
+        BETAS[noise.get("beta_schedule", "linear")],
         noise.get("beta_start", 0.0001),
         noise.get("beta_end", 0.02),
         noise.get("num_train_timesteps", 1000),
@@ -272,11 +274,12 @@ def load_diffusers(folder: str | Path) -> LatentDiffusion:
 
 
 def diffusers_metadata(folder: str | Path) -> dict[str, Any]:
-    """What a native folder's metadata.json would say: the weights' sha256, and how such models are usually sampled."""
+    """What a native folder's metadata.json would say: the sha256 of weights and configs, and how such models are usually sampled."""
     folder = Path(folder)
     digest = hashlib.sha256()
     parts = [folder / n for n in ("unet", "vae", "vqvae", "text_encoder") if (folder / n).is_dir()]
-    for path in (p for part in parts for p in _files(part)):
+    configs = [folder / INDEX, *sorted(folder.glob("*/*config.json"))]
+    for path in (*configs, *(p for part in parts for p in _files(part))):
         digest.update(file_sha256(path).encode())
     text = (folder / "text_encoder").is_dir()
     sampling = {"num_inference_steps": 50, "guidance_scale": 7.5 if text else 1.0, "spacing": "trailing"}

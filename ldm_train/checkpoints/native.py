@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from hydra.utils import instantiate
+from hydra.utils import get_object, instantiate
 from safetensors.torch import load_file, save
 from torch import nn
 
@@ -50,12 +50,18 @@ def copy_model(source: str | Path, folder: str | Path, extra: dict[str, Any] | N
     write_json(Path(folder) / METADATA, read_metadata(source) | (extra or {}))
 
 
-def check_targets(config: Any, where: Path) -> None:
+def _is_ours(target: str) -> bool:
+    """Whether a name stands for something defined in ldm_train, not for what one of its modules imports."""
+    if not target.startswith("ldm_train."):
+        return False
+    return str(getattr(get_object(target), "__module__", "")).startswith("ldm_train.")
+
+
+def check_targets(config: Any, where: Path | str) -> None:
     """Raises ValueError where a config from disk would build anything outside ldm_train."""
     if isinstance(config, dict):
-        target = config.get("_target_", "ldm_train.")
-        if not str(target).startswith("ldm_train."):
-            raise ValueError(f"{where} asks for {target}; model folders may only build parts of ldm_train")
+        if "_target_" in config and not _is_ours(str(config["_target_"])):
+            raise ValueError(f"{where} asks for {config['_target_']}; only parts of ldm_train may be built from a file")
         for value in config.values():
             check_targets(value, where)
     elif isinstance(config, list):

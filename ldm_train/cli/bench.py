@@ -16,7 +16,7 @@ from ldm_train.diffusion.denoiser import Denoiser
 from ldm_train.diffusion.guidance import classifier_free
 from ldm_train.diffusion.schedule import NoiseSchedule
 from ldm_train.models.unet import UNet
-from ldm_train.rng import NoiseSource
+from ldm_train.rng import NoiseSource, reseed
 from ldm_train.samplers.ddim import ddim
 
 SCHEDULE = {"beta_start": 0.00085, "beta_end": 0.012}
@@ -63,13 +63,13 @@ def _diffusers_loop(
 
 
 def _small_unet(device: torch.device) -> UNet:
-    torch.manual_seed(0)
+    reseed("bench", "weights")
     return UNet(4, 64, (1, 2), 1, (0, 1), num_heads=4, context_dim=768).to(device).eval()
 
 
 @torch.no_grad()
 def sampling(config: DictConfig, device: torch.device) -> dict[str, Any]:
-    """Overhead per step outside the network, what cached keys and values save, tiled decoding."""
+    """Overhead per step outside the network, what cached keys and values save."""
     schedule, b, steps = NoiseSchedule("scaled_linear", **SCHEDULE).to(device), config.batch_size, config.steps
     x_t = NoiseSource(range(b)).normal((4, 16, 16), "start", device)
     times = schedule.timesteps(steps)

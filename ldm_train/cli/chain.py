@@ -16,6 +16,7 @@ from safetensors.torch import save
 from ldm_train import rng
 from ldm_train.checkpoints.native import CONFIG, copy_model, load_model, read_metadata, save_model
 from ldm_train.cli import build
+from ldm_train.cli.guides import schedule_facts
 from ldm_train.cli.keys import Keys
 from ldm_train.cli.plan import print_plan
 from ldm_train.data.latents import (
@@ -269,9 +270,7 @@ class Chain:
             "autoencoder": read_metadata(self.folder / "autoencoder" / "model")["sha256"],
             "scale": first_stage.scale.flatten().tolist(),
             "shift": first_stage.shift.flatten().tolist(),
-            "alphas_cumprod": schedule.alphas_cumprod[:: max(1, schedule.num_train_timesteps // 10)].tolist(),
-            "num_train_timesteps": schedule.num_train_timesteps,
-        }
+        } | schedule_facts(schedule)
         return {"sha256": self._save(folder / "model", network, tree, metadata)}
 
     def sampling(self) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """The denoising film: what the model thinks the picture is, step by step."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -8,7 +8,6 @@ from PIL import Image
 
 from ldm_train import images as pictures
 from ldm_train.data.shards import write_atomically
-from ldm_train.latent_diffusion import LatentDiffusion
 
 KINDS = ("gif", "mp4", "strip")
 MILLISECONDS = 80
@@ -18,11 +17,12 @@ LAST_HELD = 12  # frames for which the finished picture stays
 class Film:
     """A sampler's callback that keeps the estimates of x_0 and decodes them when it is saved.
 
+    decode: latents -> images.
     kind: "gif", "mp4" (needs imageio with ffmpeg) or "strip", all frames side by side as one PNG. frames: at most so many,
     evenly chosen. Raises ValueError for another kind, ModuleNotFoundError naming what to install.
     """
 
-    def __init__(self, model: LatentDiffusion, kind: str, frames: int = 24):
+    def __init__(self, decode: Callable[[torch.Tensor], torch.Tensor], kind: str, frames: int = 24):
         if kind not in KINDS:
             raise ValueError(f"film is one of {', '.join(KINDS)}, not {kind!r}")
         if kind == "mp4":
@@ -30,7 +30,7 @@ class Film:
                 import imageio_ffmpeg  # noqa: F401 - asked for before any work is done
             except ModuleNotFoundError as error:
                 raise ValueError("film=mp4 needs `pip install 'ldm-train[video]'`; film=gif needs nothing") from error
-        self.model, self.kind, self.frames = model, kind, frames
+        self.decode, self.kind, self.frames = decode, kind, frames
         self.kept: list[torch.Tensor] = []
 
     def __call__(self, step: int, pred_x0: torch.Tensor) -> None:
@@ -40,14 +40,15 @@ class Film:
         """One film per picture, beside it and named like it."""
         last = len(self.kept) - 1
         steps = sorted({round(i * last / max(1, self.frames - 1)) for i in range(self.frames)}) if last >= 0 else []
-        frames = (
-            torch.stack([self.model.decode(self.kept[i]) for i in steps], dim=1).float().cpu()
-        )  # (B, frames, C, H, W)
+        frames = torch.stack([self.decode(self.kept[i]).float().cpu() for i in steps], dim=1)  # (B, frames, C, H, W)
         return [self._save(film, path) for film, path in zip(frames, paths)]
+
+    def path(self, picture: Path) -> Path:
+        return picture.with_suffix(".strip.png" if self.kind == "strip" else f".{self.kind}")
 
     def _save(self, film: torch.Tensor, path: Path) -> Path:
         if self.kind == "strip":
-            return pictures.save_png(pictures.grid(film, columns=len(film)), path.with_suffix(".strip.png"))
+            return pictures.save_png(pictures.grid(film, columns=len(film)), self.path(path))
         factor = max(1, 256 // film.shape[-1])
         shown = [
             pictures.to_pil(f)
@@ -56,7 +57,7 @@ class Film:
             for f in film
         ]
         shown += [shown[-1]] * LAST_HELD
-        path = path.with_suffix(f".{self.kind}")
+        path = self.path(path)
         if self.kind == "gif":
             write_atomically(
                 path,

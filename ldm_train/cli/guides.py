@@ -5,13 +5,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from omegaconf import DictConfig
 
-from ldm_train.checkpoints.native import load_model, read_metadata, weights_sha256
+from ldm_train.checkpoints.native import load_latent_diffusion, load_model, read_metadata, weights_sha256
 from ldm_train.cli.inputs import Request
 from ldm_train.conditioning.clip_score import ClipScore
 from ldm_train.diffusion.guidance import Denoise, classifier_guidance, score_guidance
+from ldm_train.diffusion.schedule import NoiseSchedule
 from ldm_train.latent_diffusion import LatentDiffusion
 from ldm_train.models.classifier import NoisyClassifier
 
@@ -29,26 +31,52 @@ def load_classifier(value: str, runs_dir: str, model: LatentDiffusion) -> tuple[
     metadata, classifier = read_metadata(folder), load_model(folder)
     if not isinstance(classifier, NoisyClassifier):
         raise ValueError(f"{folder} holds a {type(classifier).__name__}, not a classifier of noisy latents")
-    differs = None
-    first, schedule = model.first_stage, model.schedule
-    if metadata["autoencoder"] != weights_sha256(first.autoencoder):
-        differs = "another autoencoder"
-    elif not all(
-        torch.allclose(torch.tensor(metadata[name]), getattr(first, name).flatten().cpu(), rtol=1e-3, atol=1e-4)
-        for name in ("scale", "shift")
-    ):
-        differs = "latents of another scale (another data set, or another latents.per_channel)"
-    else:
-        every = max(1, metadata["num_train_timesteps"] // 10)
-        ours = schedule.alphas_cumprod[::every].cpu()
-        theirs = torch.tensor(metadata["alphas_cumprod"], dtype=torch.float64)
-        if schedule.num_train_timesteps != metadata["num_train_timesteps"] or not torch.allclose(ours, theirs):
-            differs = "another noise schedule"
-    if differs:
+    if differs := _differs(model, metadata):
         raise ValueError(
             f"guide.classifier={value} was trained on {differs} than the model; train one on the model's own"
         )
     return classifier, metadata["sha256"]
+
+
+def latents_of(model: LatentDiffusion) -> dict[str, Any]:
+    """What two models must share to work on the same noisy latents; a classifier's metadata records the same."""
+    first, schedule = model.first_stage, model.schedule
+    return {
+        "autoencoder": weights_sha256(first.autoencoder),
+        "scale": first.scale.flatten().tolist(),
+        "shift": first.shift.flatten().tolist(),
+    } | schedule_facts(schedule)
+
+
+def schedule_facts(schedule: NoiseSchedule) -> dict[str, Any]:
+    every = max(1, schedule.num_train_timesteps // 10)
+    return {
+        "alphas_cumprod": schedule.alphas_cumprod[::every].tolist(),
+        "num_train_timesteps": schedule.num_train_timesteps,
+    }
+
+
+def _differs(model: LatentDiffusion, facts: dict[str, Any]) -> str | None:
+    """What of `latents_of` another network was trained on."""
+    ours = latents_of(model)
+    if facts["autoencoder"] != ours["autoencoder"]:
+        return "another autoencoder"
+    if not all(np.allclose(facts[n], ours[n], rtol=1e-3, atol=1e-4) for n in ("scale", "shift")):
+        return "latents of another scale (another data set, or another latents.per_channel)"
+    same = facts["num_train_timesteps"] == ours["num_train_timesteps"]
+    if not same or not np.allclose(facts["alphas_cumprod"], ours["alphas_cumprod"]):
+        return "another noise schedule"
+    return None
+
+
+def load_weak(folder: Path, model: LatentDiffusion) -> LatentDiffusion:
+    """A weaker model for autoguidance. Raises ValueError for one of other latents or another schedule."""
+    weak = load_latent_diffusion(folder)
+    if differs := _differs(model, latents_of(weak)):
+        raise ValueError(
+            f"weak={folder} was trained on {differs} than the model; take an earlier or smaller one of its kind"
+        )
+    return weak
 
 
 class Guides:
@@ -66,6 +94,7 @@ class Guides:
             self.parsers["class_label"] = self._class
         if config.guide.clip is not None:
             self.clip = ClipScore(config.guide.clip).to(device)
+            self.recipe["clip_sha256"] = weights_sha256(self.clip)
             self.parsers["caption"] = str
 
     def _class(self, text: str) -> int:

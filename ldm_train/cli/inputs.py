@@ -1,17 +1,17 @@
 """What ldm-sample is asked for: the task, and from files and words the conditions of every picture."""
 
-import json
-from collections.abc import Callable, Collection, Mapping, Sequence
+import re
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf import DictConfig
 from torch.nn import functional as F
 
+from ldm_train.cli.files import as_list, extended, read_bytes, read_image, read_map, read_mask, require_same_shape
 from ldm_train.data.masks import masked_image
-from ldm_train.data.transforms import ImageTransform, decode_image, decode_labels, to_unit_range
 from ldm_train.latent_diffusion import LatentDiffusion
 
 # task: the condition it needs, None where any model can do it
@@ -45,9 +45,6 @@ OPTIONS = {
 }
 
 
-PROMPT_KEYS = ("prompt", "negative", "seed", "n")  # of a line of JSON, or an entry of a list
-
-
 @dataclass
 class Request:
     """One picture: its seed, the fields it is conditioned on, how people read them, and what it begins from.
@@ -71,61 +68,6 @@ class Request:
     @property
     def name(self) -> str:
         return f"{self.number:05d}_seed{self.seed}.png"
-
-
-def _prompt(entry: Any, where: str) -> str | dict[str, Any]:
-    """A caption, or its JSON form. Raises ValueError naming the line."""
-    if isinstance(entry, str):
-        return entry
-    if not isinstance(entry, dict) or not isinstance(entry.get("prompt"), str):
-        raise ValueError(f'{where} is no prompt; write {{"prompt": "..."}}, with any of negative, seed and n beside it')
-    if unknown := sorted(set(entry) - set(PROMPT_KEYS)):
-        raise ValueError(f"{where}: unknown key {unknown[0]!r}; known are {', '.join(PROMPT_KEYS)}")
-    for key in ("seed", "n"):
-        if key in entry and (not isinstance(entry[key], int) or entry[key] < (key == "n")):
-            raise ValueError(f"{where}: {key} is {entry[key]!r}, not a count")
-    return dict(entry)
-
-
-def _prompt_file(path: Path, option: str) -> list[Any]:
-    """The lines of a .txt or .jsonl file. Raises ValueError for a line that says nothing."""
-    if not path.is_file():
-        raise FileNotFoundError(f"{option}={path}: there is no such file")
-    lines = path.read_text().rstrip().splitlines()
-    if not lines:
-        raise ValueError(f"{option}={path} is empty")
-    found = []
-    for number, line in enumerate(map(str.strip, lines), 1):
-        where = f"{path}, line {number}"
-        if not line:
-            raise ValueError(f'{where} is blank; remove it, or write "" for an empty caption')
-        if path.suffix == ".txt":
-            found.append("" if line == '""' else line)
-            continue
-        try:
-            found.append(_prompt(json.loads(line), where))
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{where} is no JSON: {error}") from error
-    return found
-
-
-def as_list(value: Any, option: str) -> list[Any]:
-    """One entry or a list; prompts and classes may also be the lines of a text file, prompts of a .jsonl file."""
-    if value is None:
-        return []
-    value = OmegaConf.to_container(value) if isinstance(value, ListConfig) else value
-    if isinstance(value, list):
-        # A list of layouts, or one layout written as YAML.
-        if option == "layout" and value and isinstance(value[0], list) and not isinstance(value[0][0], list):
-            return [json.dumps(value)]
-        if option == "prompts":
-            entries = enumerate(value, 1)
-            return [_prompt(v if isinstance(v, dict) else str(v), f"prompts, entry {k}") for k, v in entries]
-        return [json.dumps(v) if isinstance(v, list) else str(v) for v in value]
-    path = Path(str(value))
-    if " " not in path.name and path.suffix in {"prompts": (".txt", ".jsonl"), "classes": (".txt",)}.get(option, ()):
-        return _prompt_file(path, option)
-    return [str(value)]
 
 
 def possible_tasks(model: LatentDiffusion, guided: Collection[str] = ()) -> list[str]:
@@ -161,6 +103,19 @@ def chosen_task(model: LatentDiffusion, config: DictConfig, guided: Collection[s
             raise ValueError(f"{option}= means nothing to task={task}, only to task={meant}")
     if config.image is not None and TASKS[task] not in ("lowres", "reference") and task not in FROM_IMAGE:
         raise ValueError(f"image= means nothing to task={task}; leave it or task= out")
+    if config.task == "unconditional" and (
+        given := [o for o in ("prompts", "classes", "map", "layout", "depth") if config[o] is not None]
+    ):
+        raise ValueError(f"{given[0]}= means nothing to task=unconditional; leave it or task= out")
+    for option in ("invert", "image_prompt"):
+        if config[option] and task != "img2img":
+            raise ValueError(f"{option}= means nothing to task={task}, only to task=img2img")
+    if task == "interpolate" and guided:
+        raise ValueError("guide.* leads to one class or caption, task=interpolate from one to the next; leave one out")
+    if task == "interpolate" and config.weak is not None:
+        raise ValueError(
+            "weak= and task=interpolate do not go together: the weaker model knows no mixtures of conditions"
+        )
     needs = ["image"] if task in (*FROM_IMAGE, "superres", "variation") and task != "interpolate" else []
     needs += {"inpaint": ["mask"], "outpaint": ["extend"]}.get(task, [])
     if missing := [
@@ -168,45 +123,6 @@ def chosen_task(model: LatentDiffusion, config: DictConfig, guided: Collection[s
     ]:
         raise ValueError(f"task={task} needs {' and '.join(missing)}")
     return task
-
-
-def _bytes(path: str, option: str) -> bytes:
-    file = Path(path)
-    if not file.is_file():
-        raise FileNotFoundError(f"{option}={path}: there is no such file")
-    return file.read_bytes()
-
-
-def read_image(path: str, size: tuple[int, int], channels: int, option: str = "image") -> torch.Tensor:
-    """(C, H, W) in [-1, 1], cut to the middle and resized to `size`. Raises ValueError naming the file."""
-    try:
-        image = decode_image(_bytes(path, option), Path(path).suffix.lower().lstrip("."), channels)
-    except FileNotFoundError:
-        raise
-    except (OSError, ValueError, SyntaxError) as error:
-        raise ValueError(f"{option}={path}: {error}") from error
-    transform = ImageTransform(size, "center")
-    return to_unit_range(transform.apply(image, transform.plan(*image.shape[1:], None)))
-
-
-def read_map(path: str, size: tuple[int, int]) -> torch.Tensor:
-    """(H, W) int64. A map keeps its labels: it is cut and resized by nearest neighbour."""
-    try:
-        labels = decode_labels(_bytes(path, "map"))
-    except FileNotFoundError:
-        raise
-    except (OSError, ValueError, SyntaxError) as error:
-        raise ValueError(f"map={path}: {error}") from error
-    transform = ImageTransform(size, "center")
-    return transform.apply(labels, transform.plan(*labels.shape[1:], None), nearest=True)[0].long()
-
-
-def read_mask(path: str, size: tuple[int, int]) -> torch.Tensor:
-    """(1, H, W), 1 in the hole (white in the file). Raises ValueError for a mask without a hole."""
-    mask = (read_image(path, size, 1, "mask") > 0).float()
-    if not mask.any():
-        raise ValueError(f"mask={path} has no hole: white is what is drawn anew, and there is none")
-    return mask
 
 
 def picture_size(model: LatentDiffusion, size: Any, option: str = "size") -> tuple[int, int]:
@@ -224,26 +140,11 @@ def picture_size(model: LatentDiffusion, size: Any, option: str = "size") -> tup
     return height, width
 
 
-def extended(image: torch.Tensor, extend: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
-    """An image (C, H, W) in the middle of a larger one, and the mask (1, H', W') of what is new.
-
-    extend: pixels added at the top, right, bottom and left. Raises ValueError where nothing is.
-    """
-    if len(extend) != 4 or min(extend) < 0 or not any(extend):
-        raise ValueError(
-            f"extend is [top, right, bottom, left] in pixels, at least one of them above 0, not {list(extend)}"
-        )
-    top, right, bottom, left = extend
-    margins = (left, right, top, bottom)
-    mask = F.pad(torch.zeros(1, *image.shape[1:]), margins, value=1.0)
-    return F.pad(image, margins), mask
-
-
 def _value(conditioner: Any, given: str, size: tuple[int, int], channels: int) -> Any:
     """One entry of a conditioner's field from the command line."""
     if conditioner.field == "boxes":
         if given.endswith(".json"):
-            given = _bytes(given, "layout").decode()
+            given = read_bytes(given, "layout").decode()
         return conditioner.parse(given)
     if conditioner.field == "segmentation":
         labels = read_map(given, size)
@@ -310,13 +211,14 @@ def requests(model: LatentDiffusion, config: DictConfig, guides: Mapping[str, An
         if task == "outpaint":
             image, mask = extended(image, config.extend)
         elif task == "inpaint":
+            require_same_shape(entries["image"], entries["mask"])
             mask = read_mask(entries["mask"], size)
         if mask is not None and "masked_image" in by_field:
             fields["masked_image"] = masked_image(image, mask)
         targets = {f: guides[f](entries[o]) for f, o in guided.items()}
         negative = own.get("negative", None if config.negative is None else str(config.negative))
         n, first = own.get("n", config.n), own.get("seed")
-        for i in range(n):
+        for i in range(1 if task == "reconstruct" else n):  # which knows no chance
             number = len(found)
             seed = config.seed + number if first is None else first + i
             text = _words(entries, fields, by_field)
@@ -335,10 +237,7 @@ def _weighted(text: str) -> tuple[float, str]:
     """ "+0.5 a red circle" -> (0.5, "a red circle")"""
     sign, rest = (-1.0 if text[0] == "-" else 1.0), text[1:].strip()
     head, _, tail = rest.partition(" ")
-    try:
-        return sign * float(head), tail.strip()
-    except ValueError:
-        return sign, rest
+    return (sign * float(head), tail.strip()) if re.fullmatch(r"\d+\.\d+", head) else (sign, rest)
 
 
 def _walk(

@@ -13,8 +13,10 @@ from omegaconf import DictConfig, OmegaConf
 from PIL import Image
 
 from ldm_train import images as pictures
+from ldm_train.checkpoints.native import check_targets
 from ldm_train.cli.common import config_folder
-from ldm_train.cli.inputs import Request, as_list
+from ldm_train.cli.files import as_list
+from ldm_train.cli.inputs import Request
 from ldm_train.data.shards import file_sha256, write_json
 from ldm_train.training.stages import Refused, differences
 
@@ -35,12 +37,14 @@ def machine(device: str, batch_size: int) -> dict[str, Any]:
 
 def make_recipe(config: DictConfig, task: str, source: Path, sha256: str, device: str) -> dict[str, Any]:
     """All that a job's pictures follow from. config: with the run's own sampling options filled in."""
-    asked = {k: v for k, v in OmegaConf.to_container(config).items() if k not in NOT_DRAWN and v is not None}
+    tree = OmegaConf.to_container(config, resolve=True)
+    asked = {k: v for k, v in tree.items() if k not in NOT_DRAWN and v is not None}
     if "prompts" in asked:
         asked["prompts"] = as_list(config.prompts, "prompts")  # the file's content, not its name
     files = {}
     for option in FILES:
-        paths = [Path(v) for v in as_list(config[option], option) if isinstance(v, str) and len(v) < 4096]
+        values = [v for v in as_list(config[option], option) if option != "layout" or v.endswith(".json")]
+        paths = [Path(v) for v in values]
         files |= {str(p): file_sha256(p) for p in paths if p.is_file()}
     recipe = {"model": str(source), "model_sha256": sha256, "task": task, "config": asked, "files": files}
     return json.loads(json.dumps(recipe | {"machine": machine(device, config.batch_size)}))
@@ -59,7 +63,9 @@ def replayed(config: DictConfig) -> tuple[DictConfig, dict[str, Any], int | None
     try:
         recipe = pictures.read_recipe(path) if path.suffix == ".png" else json.loads(path.read_text())
         asked, files = recipe["config"], recipe["files"]
-    except (KeyError, AttributeError, ValueError, OSError) as error:
+        check_targets(asked["sampler"], path)
+        recipe["machine"]["batch_size"], recipe["model_sha256"]
+    except (KeyError, AttributeError, TypeError, json.JSONDecodeError, OSError) as error:
         raise ValueError(f"recipe={path} is no recipe of ldm-sample") from error
     usual = yaml.safe_load((config_folder() / "sample.yaml").read_text())
     changed = [k for k, v in OmegaConf.to_container(config).items() if k not in WITH_REPLAY and v != usual.get(k)]
@@ -68,11 +74,25 @@ def replayed(config: DictConfig) -> tuple[DictConfig, dict[str, Any], int | None
     for name, digest in files.items():
         if not Path(name).is_file() or file_sha256(name) != digest:
             raise ValueError(f"recipe={path} was drawn from {name}, which is no longer the same file")
-    config = OmegaConf.create(OmegaConf.to_container(config) | asked)
+    config = literal(OmegaConf.to_container(config) | asked)
     config.batch_size = recipe["machine"]["batch_size"]
     config.run = config.run or recipe["model"]
-    config.out = config.out or str(path.parent / "replay")
-    return config, recipe, recipe.get("number")
+    only = recipe.get("number")
+    config.out = config.out or str(path.parent / ("replay" if only is None else f"replay-{only:05d}"))
+    return config, recipe, only
+
+
+def literal(tree: dict[str, Any]) -> DictConfig:
+    """A config whose strings mean what they say: `${` in a caption asks for no other option."""
+
+    def escaped(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {k: escaped(v) for k, v in value.items()}
+        if isinstance(value, list):
+            return [escaped(v) for v in value]
+        return value.replace("${", "\\${") if isinstance(value, str) else value
+
+    return OmegaConf.create(escaped(tree))
 
 
 class Job:
@@ -85,6 +105,8 @@ class Job:
         self.folder, self.recipe, self.wanted = folder, recipe, list(wanted)
         self.digests: dict[str, str] = {}
         before = self._before()
+        if before is not None and not any((folder / Path(e["file"]).name).is_file() for e in before["images"]):
+            before = None  # nothing was drawn
         if before is not None and (changed := differences(self._key(before), self._key(recipe), {})):
             if not overwrite:
                 listed = "\n  ".join(changed[:8] + (["..."] if len(changed) > 8 else []))
@@ -92,8 +114,8 @@ class Job:
                     f"{folder} holds pictures of another job:\n  {listed}\nChoose another out=<folder>, or overwrite=true"
                 )
             for entry in before["images"]:
-                (folder / entry["file"]).unlink(missing_ok=True)
-        self._write(finished=False)
+                for old in folder.glob(f"{Path(entry['file']).stem}.*"):  # its films, too
+                    old.unlink()
 
     def _before(self) -> dict[str, Any] | None:
         path = self.folder / RECIPE
@@ -101,7 +123,7 @@ class Job:
 
     @staticmethod
     def _key(recipe: dict[str, Any]) -> dict[str, Any]:
-        return {k: recipe.get(k) for k in ("model_sha256", "task", "config", "files", "machine")}
+        return {k: v for k, v in recipe.items() if k not in ("model", "images", "finished")}
 
     def _write(self, finished: bool) -> None:
         entries = [
@@ -134,6 +156,8 @@ class Job:
 
     def save(self, part: Sequence[Request], images: torch.Tensor) -> None:
         """Raises OSError, saying what stays, where the disk takes no more."""
+        if not self.digests:
+            self._write(finished=False)
         for request, image in zip(part, images):
             picture, path = pictures.to_pil(image), self.folder / request.name
             try:

@@ -12,16 +12,16 @@ import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from hydra.utils import instantiate
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from tqdm import tqdm
 
 from ldm_train import images as pictures
 from ldm_train.checkpoints.native import find_model, load_latent_diffusion, model_metadata
 from ldm_train.cli.common import run_command
 from ldm_train.cli.film import Film
-from ldm_train.cli.guides import Guides
+from ldm_train.cli.guides import Guides, load_weak
 from ldm_train.cli.inputs import Request, chosen_task, latent_mask, picture_size, requests
-from ldm_train.cli.job import SHOWN, Job, make_recipe, replayed
+from ldm_train.cli.job import SHOWN, Job, literal, make_recipe, replayed
 from ldm_train.data.masks import known_colour
 from ldm_train.data.samples import collate
 from ldm_train.diffusion.guidance import classifier_free
@@ -86,8 +86,7 @@ class Drawing:
         size = (height // f, width // f)
         extra: dict[str, Any] = {"latent_size": size, "around": self.guides.around(part), "tiles": self.tiles}
         extra["callback"] = callback
-        if config.panorama is not None:
-            extra["overlap"] = round(config.panorama * min(model.latent_size))
+        extra["overlap"] = self.overlap
         if any(r.negative is not None for r in part):
             extra["negative"] = {"caption": [r.negative or "" for r in part]}
         mask, batch = None, _batch([r.fields for r in part])
@@ -110,9 +109,19 @@ class Drawing:
         # The known pixels as they were: decoding cannot give them back exactly.
         return drawn if mask is None else drawn * mask + images * (1 - mask)
 
+    @property
+    def overlap(self) -> int | None:
+        """Of a panorama's windows, in latent cells."""
+        panorama = self.config.panorama
+        return None if panorama is None else round(panorama * min(self.model.latent_size))
+
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        with self.autocast():
+            return self.model.decode(latents, self.tiles)
+
     def _inverted(self, latents: torch.Tensor, batch: dict[str, Any]) -> torch.Tensor:
         steps, spacing = (self.options[k] for k in ("num_inference_steps", "spacing"))
-        return self.model.invert(latents, batch, steps, spacing, self.config.invert_iterations)
+        return self.model.invert(latents, batch, steps, spacing, self.config.invert_iterations, overlap=self.overlap)
 
     def _walk(self, part: list[Request], size: tuple[int, int]) -> dict[str, Any]:
         """Noise between seeds or inverted pictures, and conditions between conditions, as `LatentDiffusion.sample` takes
@@ -147,15 +156,20 @@ def _batch(fields: list[dict[str, Any]]) -> dict[str, Any]:
 def check(config: DictConfig, model: LatentDiffusion) -> dict[str, Any]:
     """The options of classifier_free. Raises ValueError for values that mean nothing, before any work is done."""
     model.schedule.timesteps(config.num_inference_steps, config.spacing)
-    if config.negative is not None and "caption" not in model.fields:
-        raise ValueError("this model takes no captions, so negative= means nothing to it")
-    guidance = {k: v for k, v in OmegaConf.to_container(config.guidance).items() if v}
+    guidance = {
+        k: v for k, v in OmegaConf.to_container(config.guidance).items() if v is not None and (k, v) != ("rescale", 0)
+    }
+    if (config.negative is not None or config.image_prompt is not None) and "caption" not in model.fields:
+        option = "negative" if config.negative is not None else "image_prompt"
+        raise ValueError(f"this model takes no captions, so {option}= means nothing to it")
+    if guidance and not model.conditioners and config.weak is None:
+        raise ValueError(
+            f"this model takes no condition that guidance could strengthen; leave guidance.{next(iter(guidance))} out"
+        )
     if config.guidance_scale == 1 and (guidance or config.negative is not None or config.weak is not None):
         named = ["negative"] * (config.negative is not None) + ["weak"] * (config.weak is not None)
         named += [f"guidance.{k}" for k in guidance]
         raise ValueError(f"{', '.join(named)} need guidance: set guidance_scale above 1")
-    if config.negative is not None and config.weak is not None:
-        raise ValueError("weak= and negative= both say what guidance leads away from; leave one out")
     if config.guidance_scale != 1:
         classifier_free(model.denoiser({}), model.denoiser({}), config.guidance_scale, **guidance)
     if not 0 <= config.strength <= 1:
@@ -168,52 +182,114 @@ def check(config: DictConfig, model: LatentDiffusion) -> dict[str, Any]:
         raise ValueError(f"compile is one of {', '.join(COMPILE)}, not {config.compile!r}")
     if str(config.precision) not in PRECISIONS:
         raise ValueError(f"precision is one of {', '.join(PRECISIONS)}, not {config.precision!r}")
-    if config.resample.jump_length < 1 or config.resample.repeats < 1:
-        raise ValueError("resample needs a jump_length and repeats of at least 1")
     if config.film is not None:
-        Film(model, config.film)
+        Film(model.decode, config.film)
     if config.image_prompt is not None and not config.invert:
         raise ValueError("image_prompt= describes the picture to be inverted; it needs invert=true")
     if config.invert and config.strength != 0.7:
         raise ValueError("invert=true begins from the picture's own noise; strength= means nothing to it")
+    for guide, option in (("classifier", "classes"), ("clip", "prompts")):
+        if config.guide[guide] is not None and config[option] is None:
+            raise ValueError(f"guide.{guide} leads to {option}=..., and there are none")
     return guidance
+
+
+def check_wanted(config: DictConfig, task: str, wanted: list[Request], chosen: Any) -> None:
+    """Raises ValueError for options that do not go with what is drawn. chosen: the sampler that was asked for, if any."""
+    if any(r.negative is not None for r in wanted):
+        if config.guidance_scale == 1:
+            raise ValueError("negative need guidance: set guidance_scale above 1")
+        if config.weak is not None:
+            raise ValueError("weak= and negative= both say what guidance leads away from; leave one out")
+    still = task == "reconstruct" or (task == "img2img" and not config.invert and config.strength == 0)
+    if config.film is not None and still:
+        raise ValueError(f"film= shows how a picture is drawn, and nothing is drawn by task={task} here")
+    if config.invert or (task == "interpolate" and config.image is not None):
+        if chosen is not None and (not chosen["_target_"].endswith(".ddim") or chosen.get("eta")):
+            raise ValueError(
+                "an inverted picture is drawn by the sampler that is inverted; leave sampler= out (it is ddim, eta 0)"
+            )
+        if config.resample.repeats > 1:
+            raise ValueError("resample.repeats adds noise, which inversion has just taken out; leave one of them out")
+
+
+WHOLE = (
+    "n", "seed", "batch_size", "num_inference_steps", "invert_iterations", "resample.jump_length", "resample.repeats",
+    "tiles.cells", "tiles.overlap",
+)  # fmt: skip
+LEAST = {"seed": 0, "num_inference_steps": 0, "tiles.overlap": 0}  # others 1; the schedule names its own limits
+NUMBERS = (
+    "guidance_scale",
+    "strength",
+    "panorama",
+    "guidance.rescale",
+    "guidance.threshold",
+    "guide.classifier_scale",
+    "guide.clip_scale",
+)
+
+
+def check_types(config: DictConfig) -> None:
+    """Raises ValueError, naming the option, for a value of the wrong type."""
+
+    def number(value: Any, whole: bool) -> bool:
+        return (isinstance(value, int) and not isinstance(value, bool)) or (not whole and isinstance(value, float))
+
+    for key in (*WHOLE, *NUMBERS):
+        value = OmegaConf.select(config, key)
+        if value is not None and not number(value, key in WHOLE):
+            raise ValueError(f"{key}={value!r} is no {'whole ' if key in WHOLE else ''}number")
+        if value is not None and key in WHOLE and value < LEAST.get(key, 1):
+            raise ValueError(f"{key}={value} is below {LEAST.get(key, 1)}; it must be at least that")
+    for key, count, whole in (("size", 2, True), ("extend", 4, True), ("guidance.interval", 2, False)):
+        value = OmegaConf.select(config, key)
+        values = list(value) if isinstance(value, ListConfig) else value
+        if value is None or (key == "size" and number(value, True)):
+            continue
+        if not isinstance(values, list) or len(values) != count or not all(number(v, whole) for v in values):
+            raise ValueError(f"{key}={values!r} is no list of {count} {'whole ' * whole}numbers")
+    if config.accelerator not in ("auto", "cpu", "gpu"):
+        raise ValueError(f"accelerator is auto, cpu or gpu, not {config.accelerator!r}")
+    if config.accelerator == "gpu" and not torch.cuda.is_available():
+        raise ValueError("accelerator=gpu, but no GPU is visible; use accelerator=cpu")
+    if config.out is not None and Path(config.out).is_file():
+        raise ValueError(f"out={config.out} is a file; name a folder")
 
 
 def sample(config: DictConfig) -> list[Path]:
     recipe_before, only = None, None
     if config.recipe is not None:
         config, recipe_before, only = replayed(config)
+    check_types(config)
     source = model_folder(config.run, config.runs_dir)
-    if config.n < 1 or config.batch_size < 1:
-        raise ValueError("n and batch_size must be at least 1")
-    if config.accelerator == "gpu" and not torch.cuda.is_available():
-        raise ValueError("accelerator=gpu, but no GPU is visible; use accelerator=cpu")
     metadata = model_metadata(source)
     trained = DEFAULTS | (metadata.get("sampling") or {})
     tree = OmegaConf.to_container(config.sampler) if config.get("sampler") else trained["sampler"]
     with_sampler = {"sampler": tree} | {
         k: trained[k] for k in ("num_inference_steps", "guidance_scale", "spacing") if config[k] is None
     }
-    config = OmegaConf.create(OmegaConf.to_container(config, resolve=True) | with_sampler)
+    chosen = OmegaConf.to_container(config.sampler) if config.get("sampler") and not recipe_before else None
+    config = literal(OmegaConf.to_container(config, resolve=True) | with_sampler)
     device = "cuda" if torch.cuda.is_available() and config.accelerator != "cpu" else "cpu"
     model = load_latent_diffusion(source).to(device, memory_format=torch.channels_last)
     guidance, guides = check(config, model), Guides(config, model, device)
     task = chosen_task(model, config, guides.parsers)
     wanted = requests(model, config, guides.parsers)
+    check_wanted(config, task, wanted, chosen)
     options = {k: config[k] for k in ("num_inference_steps", "guidance_scale", "spacing")}
     options |= {"sampler": instantiate(tree, _convert_="all"), "guidance": partial(classifier_free, **guidance)}
     if config.resample.repeats > 1:
         options["sampler"] = partial(resampled, sampler=options["sampler"], **config.resample)
     if config.weak is not None:
         weak = model_folder(config.weak, config.runs_dir, "weak")
-        options["weak"] = load_latent_diffusion(weak).to(device, memory_format=torch.channels_last)
+        options["weak"] = load_weak(weak, model).to(device, memory_format=torch.channels_last)
         guides.recipe["weak_sha256"] = model_metadata(weak)["sha256"]
     if config.invert or (task == "interpolate" and config.image is not None):  # the sampler that inversion turns round
         options["sampler"] = ddim
     if config.compile:
         model.unet.compile(mode=COMPILE[config.compile])
     dtype = torch.float16 if str(config.precision) == "16" else torch.bfloat16
-    tiles = Tiles(**config.tiles) if config.tiles.cells else None
+    tiles = None if config.tiles.cells is None else Tiles(**config.tiles)
     if recipe_before and recipe_before["model_sha256"] != metadata["sha256"]:
         raise ValueError(
             f"{source} does not hold the weights that drew this recipe; say where they are with run=<folder>"
@@ -221,6 +297,9 @@ def sample(config: DictConfig) -> list[Path]:
     if recipe_before and device == "cpu" and (threads := recipe_before["machine"].get("threads")):
         torch.set_num_threads(threads)
     recipe = make_recipe(config, task, source, metadata["sha256"], device) | guides.recipe
+    changed = [k for k in guides.recipe if recipe_before and recipe_before.get(k) != guides.recipe[k]]
+    if changed:
+        raise ValueError(f"the {changed[0].removesuffix('_sha256')} does not hold the weights that drew this recipe")
     if recipe_before and recipe["machine"] != recipe_before["machine"]:
         print(f"drawn on {recipe_before['machine']}, here is {recipe['machine']}: pixels may differ slightly")
     job = Job(folder_of(config, source, recipe), recipe, wanted, config.overwrite)
@@ -249,10 +328,11 @@ def run_job(job: Job, drawing: Drawing, only: int | None, recipe_before: dict[st
     shown, drawn, continued, begin = [], 0, 0, time.perf_counter()
     with tqdm(total=sum(map(len, parts)), unit="img") as progress:
         for part in parts:
-            if only is None and (made := job.done(part)) is not None and not config.film:
+            film = Film(drawing.decode, config.film) if config.film else None
+            filmed = film is None or all(film.path(job.folder / r.name).is_file() for r in part)
+            if only is None and filmed and (made := job.done(part)) is not None:
                 continued += len(part)
             else:
-                film = Film(drawing.model, config.film) if config.film else None
                 made = drawing(part, film)
                 kept = [(r, image) for r, image in zip(part, made) if only in (None, r.number)]
                 part, made = [r for r, _ in kept], torch.stack([image for _, image in kept])
@@ -283,11 +363,11 @@ FREE = ("prompts", "run", "negative", "layout", "image_prompt", "recipe", "weak"
 
 def quoted(argument: str) -> str:
     option, _, value = argument.partition("=")
-    if option not in FREE or not value or value[0] in "'\"":
+    if option not in FREE or value in ("", "null") or value[0] in "'\"":
         return argument
     if value[0] == "[" and (option != "layout" or ".json" in value):
         return argument
-    return f'{option}="' + value.replace("\\", "\\\\").replace('"', '\\"') + '"'
+    return f'{option}="' + value.replace("\\", "\\\\").replace('"', '\\"').replace("${", "\\${") + '"'
 
 
 def main() -> None:

@@ -1,6 +1,7 @@
 """How well a picture fits a caption by CLIP (Radford et al. 2021): for guidance and for judging."""
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -16,6 +17,8 @@ class ClipScore(nn.Module):
         from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel
 
         try:
+            if path.startswith(("/", ".", "~")) and not Path(path).is_dir():
+                raise OSError("no such folder")  # not a name to ask the network for
             self.model = CLIPModel.from_pretrained(path)
             self.tokenizer = AutoTokenizer.from_pretrained(path)
             processor = AutoImageProcessor.from_pretrained(path)

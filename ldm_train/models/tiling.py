@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise, product
-from math import ceil
+from math import ceil, floor
 
 import torch
 from torch import nn
@@ -46,7 +46,8 @@ class _Side:
     def own(self, rows: int) -> slice:
         """The part from low to high among the `rows` that the window has at some resolution."""
         scale = rows / (self.end - self.begin)
-        return slice(round((self.low - self.begin) * scale), round((self.high - self.begin) * scale))
+        # Halves go up for both neighbours; `round` would send them to the even row, which may be another in each.
+        return slice(*(floor((edge - self.begin) * scale + 0.5) for edge in (self.low, self.high)))
 
     def at(self, scale: int) -> slice:
         return slice(self.begin * scale, self.end * scale)

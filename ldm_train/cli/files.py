@@ -1,0 +1,144 @@
+"""The files that ldm-sample reads: prompts, pictures, masks and maps."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import ListConfig, OmegaConf
+from PIL import Image
+from torch.nn import functional as F
+
+from ldm_train.data.transforms import ImageTransform, decode_image, decode_labels, to_unit_range
+
+PROMPT_KEYS = ("prompt", "negative", "seed", "n")  # of a line of JSON, or an entry of a list
+
+
+def _prompt(entry: Any, where: str) -> str | dict[str, Any]:
+    """A caption, or its JSON form. Raises ValueError naming the line."""
+    if isinstance(entry, str):
+        return entry
+    if not isinstance(entry, dict) or not isinstance(entry.get("prompt"), str):
+        raise ValueError(f'{where} is no prompt; write {{"prompt": "..."}}, with any of negative, seed and n beside it')
+    if unknown := sorted(set(entry) - set(PROMPT_KEYS)):
+        raise ValueError(f"{where}: unknown key {unknown[0]!r}; known are {', '.join(PROMPT_KEYS)}")
+    for key in ("seed", "n"):
+        if key in entry and (not isinstance(entry[key], int) or entry[key] < (key == "n")):
+            raise ValueError(f"{where}: {key} is {entry[key]!r}, not a count")
+    if not isinstance(entry.get("negative", ""), str):
+        raise ValueError(f"{where}: negative is {entry['negative']!r}, not a caption")
+    return dict(entry)
+
+
+def _prompt_file(path: Path, option: str) -> list[Any]:
+    """The lines of a .txt or .jsonl file. Raises ValueError for a line that says nothing."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{option}={path}: there is no such file")
+    try:
+        lines = path.read_text(encoding="utf-8").rstrip().splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text ({error}); save it as UTF-8") from error
+    if not lines:
+        raise ValueError(f"{option}={path} is empty")
+    found = []
+    for number, line in enumerate(map(str.strip, lines), 1):
+        where = f"{path}, line {number}"
+        if not line:
+            raise ValueError(f'{where} is blank; remove it, or write "" for an empty caption')
+        if path.suffix == ".txt":
+            found.append("" if line == '""' else line)
+            continue
+        try:
+            found.append(_prompt(json.loads(line), where))
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{where} is no JSON: {error}") from error
+    return found
+
+
+def as_list(value: Any, option: str) -> list[Any]:
+    """One entry or a list; prompts and classes may also be the lines of a text file, prompts of a .jsonl file."""
+    if value is None:
+        return []
+    value = OmegaConf.to_container(value, resolve=True) if isinstance(value, ListConfig) else value
+    if value == []:
+        raise ValueError(f"{option}=[] is an empty list; leave it out")
+    if isinstance(value, list):
+        # A list of layouts, or one layout written as YAML.
+        if option == "layout" and value and isinstance(value[0], list) and not isinstance(value[0][0], list):
+            return [json.dumps(value)]
+        if option == "prompts":
+            entries = enumerate(value, 1)
+            return [_prompt(v if isinstance(v, dict) else str(v), f"prompts, entry {k}") for k, v in entries]
+        return [json.dumps(v) if isinstance(v, list) else str(v) for v in value]
+    path = Path(str(value))
+    if " " not in path.name and path.suffix in {"prompts": (".txt", ".jsonl"), "classes": (".txt",)}.get(option, ()):
+        return _prompt_file(path, option)
+    return [str(value)]
+
+
+def read_bytes(path: str, option: str) -> bytes:
+    file = Path(path)
+    if not file.is_file():
+        raise FileNotFoundError(f"{option}={path}: there is no such file")
+    return file.read_bytes()
+
+
+def read_image(path: str, size: tuple[int, int], channels: int, option: str = "image") -> torch.Tensor:
+    """(C, H, W) in [-1, 1], cut to the middle and resized to `size`. Raises ValueError naming the file."""
+    try:
+        image = decode_image(read_bytes(path, option), Path(path).suffix.lower().lstrip("."), channels)
+    except FileNotFoundError:
+        raise
+    except (OSError, ValueError, SyntaxError) as error:
+        raise ValueError(f"{option}={path}: {error}") from error
+    transform = ImageTransform(size, "center")
+    return to_unit_range(transform.apply(image, transform.plan(*image.shape[1:], None)))
+
+
+def read_map(path: str, size: tuple[int, int]) -> torch.Tensor:
+    """(H, W) int64. A map keeps its labels: it is cut and resized by nearest neighbour."""
+    try:
+        labels = decode_labels(read_bytes(path, "map"))
+    except FileNotFoundError:
+        raise
+    except (OSError, ValueError, SyntaxError) as error:
+        raise ValueError(f"map={path}: {error}") from error
+    transform = ImageTransform(size, "center")
+    return transform.apply(labels, transform.plan(*labels.shape[1:], None), nearest=True)[0].long()
+
+
+def read_mask(path: str, size: tuple[int, int]) -> torch.Tensor:
+    """(1, H, W), 1 in the hole (white in the file). Raises ValueError for a mask without a hole."""
+    mask = (read_image(path, size, 1, "mask") > 0).float()
+    if not mask.any():
+        raise ValueError(f"mask={path} has no hole: white is what is drawn anew, and there is none")
+    return mask
+
+
+def require_same_shape(image: str, mask: str) -> None:
+    """Raises ValueError where picture and mask would be cut differently."""
+    sizes = []
+    for path in (image, mask):
+        with Image.open(path) as opened:
+            sizes.append(opened.size)
+    (w, h), (v, g) = sizes
+    if abs(w * g - v * h) > 0.02 * w * g:
+        raise ValueError(
+            f"mask={mask} is {v}x{g}, image={image} is {w}x{h}: give a mask of the picture's own proportions"
+        )
+
+
+def extended(image: torch.Tensor, extend: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+    """An image (C, H, W) in the middle of a larger one, and the mask (1, H', W') of what is new.
+
+    extend: pixels added at the top, right, bottom and left. Raises ValueError where nothing is.
+    """
+    if len(extend) != 4 or min(extend) < 0 or not any(extend):
+        raise ValueError(
+            f"extend is [top, right, bottom, left] in pixels, at least one of them above 0, not {list(extend)}"
+        )
+    top, right, bottom, left = extend
+    margins = (left, right, top, bottom)
+    mask = F.pad(torch.zeros(1, *image.shape[1:]), margins, value=1.0)
+    return F.pad(image, margins), mask
