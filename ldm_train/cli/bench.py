@@ -1,5 +1,6 @@
 """ldm-bench: speed against a peer in the same run; measurements take turns, so that a busy machine slows both."""
 
+import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -148,6 +149,7 @@ def bench(config: DictConfig) -> dict[str, Any]:
 
 
 def main() -> None:
+    sys.argv[1:] = [f"what={a}" if a.isidentifier() else a for a in sys.argv[1:]]  # ldm-bench sampling
     run_command(bench, "bench")
 
 
