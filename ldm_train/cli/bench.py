@@ -104,6 +104,7 @@ def sampling(config: DictConfig, device: torch.device) -> dict[str, Any]:
         {"kept": lambda: ours(network), "computed": lambda: ours(forgets)}, config.runs, device, "context"
     )
     found["keys and values of 77 tokens, per step [ms]"] = {k: 1000 * v / steps for k, v in cached.items()}
+    # diffusers' attention computes keys and values in every step.
     whole = {"ours": lambda: ours(network), "diffusers": lambda: _diffusers_loop(forgets, joined, x_t, steps, 3.0)}
     timed = in_turns(whole, config.runs, device, "U-Net and loop")
     found["a whole step with a small text U-Net [ms]"] = {k: 1000 * v / steps for k, v in timed.items()}

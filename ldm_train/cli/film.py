@@ -19,7 +19,7 @@ class Film:
 
     decode: latents -> images.
     kind: "gif", "mp4" (needs imageio with ffmpeg) or "strip", all frames side by side as one PNG. frames: at most so many,
-    evenly chosen. Raises ValueError for another kind, ModuleNotFoundError naming what to install.
+    evenly chosen. Raises ValueError for another kind, or naming what to install.
     """
 
     def __init__(self, decode: Callable[[torch.Tensor], torch.Tensor], kind: str, frames: int = 24):

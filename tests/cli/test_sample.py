@@ -501,7 +501,7 @@ def test_films_show_the_way_from_noise_to_the_picture(kind: str, run: Callable, 
 
 
 def test_a_full_disk_leaves_nothing_half_written(run: Callable, tmp_path: Path):
-    """Files may grow to 3,000 bytes here: the pictures fit, the grid does not; then not even a picture."""
+    """Files may grow to less than a picture here; the recipe fits."""
     resource = pytest.importorskip("resource")
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     run("none", "n=1", out="probe")
