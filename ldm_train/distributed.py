@@ -9,6 +9,10 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
+def rank() -> int:
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+
 def gathered(value: Any) -> list[Any]:
     """`value` (picklable, on the CPU) of every rank, in rank order. Ranks may hold different kinds of things."""
     if world_size() == 1:

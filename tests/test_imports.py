@@ -23,7 +23,7 @@ ALLOWED = {
     "samplers": {"diffusion"},
     "conditioning": {"models", "diffusion", "losses.perceptual"},  # the shipped network, as an image encoder
     "losses": {"models"},
-    "metrics": {"losses.perceptual"},
+    "metrics": {"losses.perceptual", "conditioning", "latent_diffusion", "models"},  # encoders; what latents are
     "latent_diffusion": {
         "models",
         "diffusion",

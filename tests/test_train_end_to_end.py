@@ -50,6 +50,8 @@ SMALL = [
     "diffusion.unet.channels=32",
     "sampling.num_inference_steps=2",
     "evaluation.images=8",
+    "evaluation.reference_images=8",
+    "evaluation.metrics=[fid_tiny,kid_tiny,precision_tiny,recall_tiny]",
     "data.obedience.scenes=4",
     "data.obedience.held_out=2",
     "data.obedience.seeds=2",
@@ -103,9 +105,13 @@ def test_distances_measured_while_training_equal_those_of_the_evaluation(finishe
     metrics = json.loads((finished / "run/evaluation/metrics.json").read_text())
     for stage, kind in (("autoencoder", "reconstructions"), ("diffusion", "samples")):
         with open(finished / "run" / stage / "metrics.csv", newline="") as file:
-            rows = {int(r["step"]): r["val/fid_tiny"] for r in csv.DictReader(file) if r["val/fid_tiny"]}
+            found = [r for r in csv.DictReader(file) if r["val/fid_tiny"]]
+            rows, last = {int(r["step"]): r["val/fid_tiny"] for r in found}, found[-1]
         assert sorted(rows) == [3, 6]
         assert float(rows[max(rows)]) == pytest.approx(metrics[kind]["fid_tiny"]["value"], rel=1e-3)
+        if kind == "samples":  # one function: every metric, to rounding
+            for name in ("fid_tiny", "kid_tiny", "precision_tiny", "recall_tiny"):
+                assert float(last[f"val/{name}"]) == pytest.approx(metrics[kind][name]["value"], rel=1e-6, abs=1e-9)
         assert rows[min(rows)] != rows[max(rows)]
 
 

@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Sequence
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,11 @@ import torch.distributed as dist
 import yaml
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
-from safetensors.torch import save
 
 from ldm_train import rng
 from ldm_train.checkpoints.native import CONFIG, copy_model, load_model, read_metadata, save_model
-from ldm_train.cli import build
-from ldm_train.cli.guides import schedule_facts
+from ldm_train.cli import apart, build
+from ldm_train.cli.instruments import Instruments, sampling_facts
 from ldm_train.cli.keys import Keys
 from ldm_train.cli.plan import print_plan
 from ldm_train.data.latents import (
@@ -28,18 +28,15 @@ from ldm_train.data.latents import (
     write_cache_index,
 )
 from ldm_train.data.shards import data_hash, read_index, write_atomically, write_json
-from ldm_train.losses.perceptual import TinyFeatures
 from ldm_train.models.first_stage import FirstStage
 from ldm_train.training import stages
 from ldm_train.training.autoencoder_task import AutoencoderTask
-from ldm_train.training.callbacks.sampling import SampleDistance
-from ldm_train.training.classifier_task import ClassifierTask
+from ldm_train.training.callbacks.sampling import SampleMetrics
 from ldm_train.training.diffusion_task import DiffusionTask
 from ldm_train.training.evaluation import evaluate
 from ldm_train.training.fit import fit
 from ldm_train.training.loggers import WandbRun
 from ldm_train.training.obedience import judged_fields
-from ldm_train.training.perceptual_task import photos_in_memory, train_perceptual
 from ldm_train.training.restoration import FIELDS as RESTORED
 
 
@@ -75,37 +72,23 @@ class Chain:
         network = instantiate(section.network, _convert_="all")
         tree, metadata = build.plain(section.network), {"downsample_factor": network.downsample_factor}
         if not list(network.parameters()):  # the identity
-            return {"sha256": self._save(folder / "model", network, tree, metadata)}
+            return {"sha256": self.save(folder / "model", network, tree, metadata)}
         task = AutoencoderTask(
             network,
             instantiate(section.loss, _convert_="all"),
-            **self._optimisation("autoencoder"),
+            **self.optimisation("autoencoder"),
             image_folder=folder / "images",
             disc_lr=section.disc_lr,
-            features=instantiate(config.evaluation.features),
+            features=instantiate(config.evaluation.extractors.tiny),
         )
         if section.compile:  # in place; the last convolution stays eager, its gradient is taken by hand
             network.encoder.compile()
             network.decoder.compile()
         network.to(memory_format=torch.channels_last)
-        self._fit(task, data, folder, "autoencoder", data.count(data.train_split))
-        return {"sha256": self._save(folder / "model", network, tree, metadata)}
+        self.fit(task, data, folder, "autoencoder", data.count(data.train_split))
+        return {"sha256": self.save(folder / "model", network, tree, metadata)}
 
-    def perceptual(self, folder: Path) -> dict[str, Any]:
-        """Trains a small perceptual network (experiment=tiny_perceptual); it stands apart from the other stages."""
-        options = build.plain(self.config.perceptual)
-        data = self.data("autoencoder", ("image", "class_label"))
-        photos, val_photos = (photos_in_memory(data, s) for s in (data.train_split, data.val_split))
-        rng.reseed(self.config.seed, "perceptual", "features")
-        features = TinyFeatures(options.pop("widths"))
-        name = options.pop("name")
-        accuracies = train_perceptual(features, photos, val_photos, seed=self.config.seed, **options)
-        state = {k: v.contiguous() for k, v in features.state_dict().items()}
-        write_atomically(folder / f"{name}.safetensors", lambda file: file.write(save(state)))
-        print("\n".join(f"{head:<12}{value:.1%}" for head, value in accuracies.items()))
-        return accuracies
-
-    def _fit(self, task: Any, data: Any, folder: Path, stage: str, dataset_size: int, callbacks: Sequence = ()) -> None:
+    def fit(self, task: Any, data: Any, folder: Path, stage: str, dataset_size: int, callbacks: Sequence = ()) -> None:
         section = self.config[stage]
         fit(
             task, data, folder, section.max_steps, section.batch_size, dataset_size,
@@ -113,7 +96,7 @@ class Chain:
             self.config.data.max_bad_fraction, callbacks,
         )  # fmt: skip
 
-    def _save(self, folder: Path, module: torch.nn.Module, tree: dict, metadata: dict) -> str:
+    def save(self, folder: Path, module: torch.nn.Module, tree: dict, metadata: dict) -> str:
         if self.machine.rank == 0:
             save_model(folder, module, tree, metadata)
         self.barrier()
@@ -179,7 +162,7 @@ class Chain:
         shutil.rmtree(scratch)
         return statistics
 
-    def _latent_data(self, stage: str, fields: tuple[str, ...]) -> tuple[Any, Any, int]:
+    def latent_data(self, stage: str, fields: tuple[str, ...]) -> tuple[Any, Any, int]:
         """(what a stage on latents trains on, the images behind it, training samples); a cache is verified first."""
         config, section = self.config, self.config[stage]
         images = self.data(stage, ("image", *fields))
@@ -192,7 +175,7 @@ class Chain:
         verify_cache(images, config.data.train_split, data.train, self.encoder())
         return data, images, len(data.train)
 
-    def _measured(self, first_stage: FirstStage) -> dict[str, Any]:
+    def measured(self, first_stage: FirstStage) -> dict[str, Any]:
         """Gives a first stage the scale and shift of the latents; returns the statistics."""
         statistics = json.loads((self.folder / "latents" / "statistics.json").read_text())
         if self.config.latents.per_channel:
@@ -201,7 +184,7 @@ class Chain:
             first_stage.set_statistics(statistics["scale_factor"])
         return statistics
 
-    def _optimisation(self, stage: str) -> dict[str, Any]:
+    def optimisation(self, stage: str) -> dict[str, Any]:
         section = self.config[stage]
         return {
             "seed": self.config.seed,
@@ -214,7 +197,7 @@ class Chain:
 
     def diffusion(self, folder: Path) -> dict[str, Any]:
         config, section = self.config, self.config.diffusion
-        data, images, size = self._latent_data("diffusion", self.fields)
+        data, images, size = self.latent_data("diffusion", self.fields)
         rng.reseed(config.seed, "diffusion", "weights")
         autoencoder = yaml.safe_load((self.folder / "autoencoder" / "model" / CONFIG).read_text())
         tree = build.model_tree(
@@ -222,12 +205,12 @@ class Chain:
         )
         model = instantiate(tree, _convert_="all")
         model.first_stage.autoencoder.load_state_dict(load_model(self.folder / "autoencoder" / "model").state_dict())
-        statistics = self._measured(model.first_stage)
+        statistics = self.measured(model.first_stage)
         model.to(memory_format=torch.channels_last)
         task = DiffusionTask(
             model,
             instantiate(section.objective, model.schedule),
-            **self._optimisation("diffusion"),
+            **self.optimisation("diffusion"),
             draw=self.draw(),
             samples=section.samples,
             image_folder=folder / "images",
@@ -236,42 +219,24 @@ class Chain:
             model.unet.compile()
         callbacks = []
         if section.evaluate_every:
-            reference = images.fixed_loader(config.data.val_split, section.evaluate_images)
+            best_by = section.best_by or config.evaluation.metrics[0]
             callbacks.append(
-                SampleDistance(
-                    section.evaluate_every, reference, self.draw(), instantiate(config.evaluation.features),
-                    config.evaluation.batch_size,
+                SampleMetrics(
+                    section.evaluate_every, self.conditions(images, section.evaluate_images), self.draw(),
+                    self.instruments.metrics, self.instruments.extractors,
+                    partial(self.instruments.reference, self._evaluation_data(), config.runs_dir, False),
+                    config.evaluation.batch_size, None if best_by == "loss" else best_by,
                 )
             )  # fmt: skip
-        self._fit(task, data, folder, "diffusion", size, callbacks)
+        self.fit(task, data, folder, "diffusion", size, callbacks)
         metadata = {"scale_factor": statistics["scale_factor"], "sampling": self.sampling()}
-        return {"sha256": self._save(folder / "model", model, tree, metadata)}
+        return {"sha256": self.save(folder / "model", model, tree, metadata)}
 
     def classifier(self, folder: Path) -> dict[str, Any]:
-        """A classifier of noisy latents (experiment=classifier_*), apart from the model that it will guide."""
-        config = self.config
-        data, images, size = self._latent_data("classifier", ("class_label",))
-        first_stage = build.load_first_stage(self.folder / "autoencoder" / "model")
-        self._measured(first_stage)
-        tree = build.plain(config.classifier.network)
-        filled = {"classes": images.index.get("classes"), "latent_size": build.latent_size(config, first_stage)}
-        if filled["classes"] is None and tree["classes"] == build.FROM_DATA:
-            raise ValueError(
-                f"{images.root}/index.json names no classes; set classifier.network.classes=<number> if there are labels"
-            )
-        tree |= {k: v for k, v in filled.items() if tree[k] == build.FROM_DATA}
-        rng.reseed(config.seed, "classifier", "weights")
-        network = instantiate(tree, _convert_="all").to(memory_format=torch.channels_last)
-        schedule = instantiate(config.diffusion.schedule)
-        task = ClassifierTask(network, first_stage, schedule, **self._optimisation("classifier"))
-        self._fit(task, data, folder, "classifier", size)
-        # What a model must share with it to be guided by it.
-        metadata = {
-            "autoencoder": read_metadata(self.folder / "autoencoder" / "model")["sha256"],
-            "scale": first_stage.scale.flatten().tolist(),
-            "shift": first_stage.shift.flatten().tolist(),
-        } | schedule_facts(schedule)
-        return {"sha256": self._save(folder / "model", network, tree, metadata)}
+        return apart.classifier(self, folder)
+
+    def perceptual(self, folder: Path) -> dict[str, Any]:
+        return apart.perceptual(self, folder)
 
     def sampling(self) -> dict[str, Any]:
         """The run's own sampling options, which travel with its model."""
@@ -290,29 +255,46 @@ class Chain:
 
         return draw
 
-    def evaluation(self, folder: Path) -> dict[str, Any]:
+    @cached_property
+    def instruments(self) -> Instruments:
+        """What this run is measured with; rank 0 downloads, the others find it."""
         if self.machine.rank > 0:
             self.barrier()
-            return {}
-        config = self.config
+        made = Instruments(self.config.evaluation, self.machine.device)
+        if self.machine.rank == 0:
+            self.barrier()
+        return made
+
+    def _evaluation_data(self) -> Any:
+        """The images behind an evaluation, cut over ranks in batches of evaluation.batch_size."""
+        data = self.data("diffusion", ("image", *self.fields))
+        size, world = self.config.evaluation.batch_size, self.machine.world_size
+        data.batching = build.Batching(size * world, None, world, self.machine.rank)
+        return data
+
+    def conditions(self, data: Any, count: int) -> Any:
+        """Validation samples whose conditions `count` samples are drawn under, going round where there are fewer."""
+        return data.fixed_loader(self.config.data.val_split, count, repeat=True)
+
+    def evaluation(self, folder: Path) -> dict[str, Any]:
+        config, tools, data = self.config, self.instruments, self._evaluation_data()
         model = load_model(self.folder / "diffusion" / "model").to(self.machine.device)
         model.to(memory_format=torch.channels_last)
-        data = self.data("diffusion", ("image", *self.fields))
-        data.batching = build.Batching(config.evaluation.batch_size)
-        loader = data.fixed_loader(config.data.val_split, config.evaluation.images)
-        settings = build.plain(config.sampling) | {"sampler": config.sampler._target_.rpartition(".")[2]}
-        perceptual = instantiate(config.evaluation.perceptual)
+        split, count = config.data.val_split, config.evaluation.images
         judged, restoring = judged_fields(model.fields), any(f in model.fields for f in RESTORED)
-        if config.evaluation.obedience and not judged:
+        if config.evaluation.obedience and not judged and self.machine.rank == 0:
             print("obedience: not measured, this model has no condition that says what to draw")
+        whole = self.data("diffusion", ("image", *self.fields))
+        whole.batching = build.Batching(config.evaluation.batch_size)
         result = evaluate(
-            model, loader, self.draw(), instantiate(config.evaluation.features).to(self.machine.device),
-            perceptual.to(self.machine.device) if perceptual is not None else None, folder, settings,
-            config.evaluation.batch_size,
+            model, data.fixed_loader(split, count), self.conditions(data, count), self.draw(),
+            tools.reference(data, config.runs_dir), tools.metrics, tools.extractors, tools.paired, tools.networks, folder,
+            sampling_facts(config), config.evaluation.batch_size, config.evaluation.predictors,
             build.plain(config.evaluation.obedience) | {"fields": judged}
             if judged and config.evaluation.obedience
             else None,
-            build.plain(config.evaluation.restoration) if restoring else None,
+            build.plain(config.evaluation.restoration) | {"loader": whole.fixed_loader(split)} if restoring else None,
+            config.progress and self.machine.rank == 0,
         )  # fmt: skip
         if self.wandb:
             flat = {f"evaluation/{k}": v for k, v in stages.flatten(result).items() if isinstance(v, int | float)}
@@ -346,6 +328,8 @@ class Chain:
         self.barrier()
         if writer:
             print_plan(self, chain)
+        if self.measures():
+            _ = self.instruments  # a metric that is none, or weights that are not there, end the run before it begins
         defaults = build.option_defaults(config)
         if chain:
             stages.decide(chain[0], self.folder, defaults)  # a refused run must not touch what is there
@@ -368,6 +352,11 @@ class Chain:
                 self.wandb.finish()
         if writer:
             self._closing_words()
+
+    def measures(self) -> bool:
+        """Whether this run will measure samples."""
+        training = "diffusion" in self.config.stages and self.config.diffusion.evaluate_every
+        return "evaluation" in self.config.stages or bool(training)
 
     def _closing_words(self) -> None:
         samples = self.folder / "evaluation" / "samples.png"

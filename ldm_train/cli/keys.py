@@ -8,6 +8,7 @@ from omegaconf import DictConfig, OmegaConf
 from ldm_train.checkpoints.native import read_metadata
 from ldm_train.cli import build
 from ldm_train.data.shards import data_hash, read_index
+from ldm_train.metrics.measures import parse_metrics
 from ldm_train.training import stages
 from ldm_train.training.fit import Machine
 
@@ -24,6 +25,7 @@ NOT_IN_KEY = (
     "samples",
     "evaluate_every",
     "evaluate_images",
+    "best_by",
 )
 
 
@@ -82,10 +84,19 @@ class Keys:
         return {
             "weights": stages.result_of(self.folder, "diffusion")["sha256"],
             "data": self.data("diffusion"),
-            "evaluation": build.plain(self.config.evaluation),
+            "evaluation": self.evaluated(),
             "sampling": build.plain(self.config.sampling),
             "sampler": build.plain(self.config.sampler),
         }
+
+    def evaluated(self) -> dict[str, Any]:
+        """The evaluation section with the extractors that its metrics use: another's path changes nothing."""
+        section = build.plain(self.config.evaluation)
+        used = {m.extractor for m in parse_metrics(section["metrics"], list(section["extractors"]))}
+        section["extractors"] = {name: tree for name, tree in section["extractors"].items() if name in used}
+        if "lpips" not in section["paired"]:
+            section.pop("lpips")
+        return section
 
     def export(self) -> dict[str, Any]:
         return {"weights": stages.result_of(self.folder, "diffusion")["sha256"]}

@@ -46,10 +46,14 @@ class ClipScore(nn.Module):
         found = self.model.get_text_features(input_ids=tokens["input_ids"], attention_mask=tokens["attention_mask"])
         return F.normalize(getattr(found, "pooler_output", found).float(), dim=1)
 
-    def forward(self, images: torch.Tensor, texts: torch.Tensor) -> torch.Tensor:
-        """images (B, C, H, W) in [-1, 1], texts (B, D) of `texts` -> cosines (B,); differentiable."""
+    def embedded(self, images: torch.Tensor) -> torch.Tensor:
+        """images (B, C, H, W) in [-1, 1] -> (B, D) of length 1; differentiable."""
         images = images.expand(-1, 3, -1, -1) if images.shape[1] == 1 else images[:, :3]
         side = self.model.config.vision_config.image_size
         images = F.interpolate(images, (side, side), mode="bicubic", antialias=True, align_corners=False)
         found = self.model.get_image_features(pixel_values=((images + 1) / 2 - self.mean) / self.std)
-        return (F.normalize(getattr(found, "pooler_output", found).float(), dim=1) * texts).sum(dim=1)
+        return F.normalize(getattr(found, "pooler_output", found).float(), dim=1)
+
+    def forward(self, images: torch.Tensor, texts: torch.Tensor) -> torch.Tensor:
+        """images (B, C, H, W) in [-1, 1], texts (B, D) of `texts` -> cosines (B,); differentiable."""
+        return (self.embedded(images) * texts).sum(dim=1)

@@ -1,6 +1,7 @@
 """Images as conditions by their meaning: the embedding of a frozen vision encoder, for variations (as unCLIP)."""
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -35,6 +36,8 @@ class PretrainedVision(nn.Module):
         from transformers import AutoConfig, AutoImageProcessor, AutoModel, CLIPVisionModelWithProjection
 
         try:
+            if path.startswith(("/", ".")) and not Path(path).is_dir():
+                raise OSError("no such folder")  # not a name to ask the network for
             clip = AutoConfig.from_pretrained(path).model_type.startswith("clip")
             self.model = (CLIPVisionModelWithProjection if clip else AutoModel).from_pretrained(path)
             processor = AutoImageProcessor.from_pretrained(path)

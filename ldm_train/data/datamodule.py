@@ -158,16 +158,20 @@ class ShardDataset(Dataset):
                 continue
             if replaced:
                 sample["replaced"] = replaced
+            if epoch and not self.random:
+                sample["key"] += f"#{epoch}"
             return sample
         raise DataError("20 unreadable samples in a row:\n" + "\n".join(replaced[:5]))
 
 
 def evaluation_batches(
-    count: int, micro: int, rank: int, world_size: int, limit: int | None
+    count: int, micro: int, rank: int, world_size: int, limit: int | None, repeat: bool = False
 ) -> list[list[tuple[int, int]]]:
-    """Every sample (or the first `limit`) exactly once over all ranks, as lists of (0, index); ranks may differ by one."""
-    mine = list(range(rank, min(count, limit or count), world_size))
-    return [[(0, i) for i in mine[k : k + micro]] for k in range(0, len(mine), micro)]
+    """Every sample (or the first `limit`) exactly once over all ranks, as lists of (visit, index); ranks may differ by one.
+    repeat: `limit` samples, going round where there are fewer."""
+    total = limit or count
+    mine = list(range(rank, total if repeat else min(count, total), world_size))
+    return [[divmod(i, count) for i in mine[k : k + micro]] for k in range(0, len(mine), micro)]
 
 
 class ShardDataModule(L.LightningDataModule):
@@ -300,10 +304,13 @@ class ShardDataModule(L.LightningDataModule):
     def train_dataloader(self) -> DataLoader:
         return self.train_loader(self.trainer.global_step * self.batching.accumulate if self.trainer else 0)
 
-    def fixed_loader(self, split: str, limit: int | None = None, fields: Sequence[str] | None = None) -> DataLoader:
-        """Each sample of a split once over all ranks, without randomness: centre crop, first caption."""
+    def fixed_loader(
+        self, split: str, limit: int | None = None, fields: Sequence[str] | None = None, repeat: bool = False
+    ) -> DataLoader:
+        """Each sample of a split once over all ranks, without randomness: centre crop, first caption. repeat: `limit`
+        samples, going round; those of the second round have keys that end in #1, and so on."""
         shards, b = self.shards(split), self.batching
-        batches = evaluation_batches(len(shards), b.micro, b.rank, b.world_size, limit)
+        batches = evaluation_batches(len(shards), b.micro, b.rank, b.world_size, limit, repeat)
         return self._loader(self.samples(split, fields or self.fields, random=False), batches)
 
     def val_dataloader(self) -> DataLoader:

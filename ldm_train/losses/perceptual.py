@@ -114,36 +114,39 @@ class TinyPerceptual(nn.Module):
             return self.scale * torch.stack(gaps).sum(dim=0)
 
 
-def _torch_hub_file(name: str) -> Path:
-    return Path(torch.hub.get_dir()) / "checkpoints" / name
+def hub_file(name: str, url: str, path: str | Path | None, option: str, without: str) -> Path:
+    """A file of weights: `path` if given, else torch.hub's cache, downloaded with a progress bar and checksum if absent.
 
-
-def vgg16_weights(path: str | Path | None = None) -> Path:
-    """The VGG16 file: `path` if given, else torch.hub's cache, downloaded with a progress bar and checksum if absent.
-
-    Raises FileNotFoundError, naming the file, the folder and the way out, when there is no network.
+    name: as torch.hub has them, ending in the start of the file's sha256. option, without: how a user names a local file,
+    and how he does without one. Raises FileNotFoundError, naming file, folder and both ways out, when there is no network.
     """
-    target = Path(path) if path else _torch_hub_file(VGG16_FILE)
+    target = Path(path).expanduser() if path else Path(torch.hub.get_dir()) / "checkpoints" / name
+    prefix = name.rsplit("-", 1)[1].partition(".")[0]
     if target.is_file():
-        prefix = VGG16_FILE.rsplit("-", 1)[1].removesuffix(".pth")
         digest = hashlib.sha256(target.read_bytes()).hexdigest()
         if path is None and not digest.startswith(prefix):
             raise ValueError(f"{target} is damaged (sha256 {digest[:8]}, expected {prefix}); delete it and run again")
         return target
+    reason = ""
     if path is None:
         target.parent.mkdir(parents=True, exist_ok=True)
         try:
-            torch.hub.download_url_to_file(VGG16_URL, str(target), hash_prefix="397923af", progress=True)
+            torch.hub.download_url_to_file(url, str(target), hash_prefix=prefix, progress=True)
             return target
         except OSError as error:  # URLError is an OSError
             reason = f" ({error})"
-    else:
-        reason = ""
     raise FileNotFoundError(
-        f"no VGG16 weights at {target} and none could be downloaded{reason}. Put {VGG16_FILE} (from {VGG16_URL}) into "
-        f"{target.parent}, or name a local file with autoencoder.loss.perceptual.weights=<file>, or train without a "
-        "download: autoencoder/loss/perceptual=tiny"
+        f"no weights at {target} and none could be downloaded{reason}. Put {name} (from {url}) into {target.parent}, or name "
+        f"a local file with {option}, or {without}"
     )
+
+
+def vgg16_weights(path: str | Path | None = None) -> Path:
+    """The VGG16 file, see `hub_file`."""
+    return hub_file(
+        VGG16_FILE, VGG16_URL, path, "autoencoder.loss.perceptual.weights=<file>",
+        "train without a download: autoencoder/loss/perceptual=tiny",
+    )  # fmt: skip
 
 
 class LPIPS(nn.Module):

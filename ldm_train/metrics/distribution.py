@@ -1,14 +1,18 @@
-"""Distances between sets of features: Frechet distance (FID's) and kernel distance (KID's). All in float64, with intervals."""
+"""What sets of features say of two sets of images: Frechet and kernel distances, precision and recall, Inception score.
 
-from collections.abc import Iterable
+All in float64, each as an `Estimate` with its 95 % interval. Sets are accumulated in a stream (`FeatureSet`).
+"""
+
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from ldm_train.distributed import gathered
+from ldm_train.metrics.sets import GROUPS, FeatureSet, Moments
 
-GROUPS = 20  # of the jackknife
+BLOCK = 1024  # rows of a matrix of distances at a time
+NEAREST = 16  # neighbours remembered while groups are left out
 T_QUANTILE = 2.0930240544083  # of Student's t with GROUPS - 1 degrees of freedom at 97.5 %
 NORMAL_QUANTILE = 1.959963984540054
 
@@ -36,123 +40,188 @@ def mean_estimate(values: torch.Tensor) -> Estimate:
     return Estimate(mean, mean - spread, mean + spread, n)
 
 
-class Moments:
-    """Mean and covariance of features, streaming: no list of features is kept.
-
-    dim: features per sample.
-    """
-
-    def __init__(self, dim: int):
-        self.count = 0
-        self.total = torch.zeros(dim, dtype=torch.float64)
-        self.outer = torch.zeros(dim, dim, dtype=torch.float64)
-
-    def add(self, features: torch.Tensor) -> None:
-        """features (B, dim)."""
-        features = features.detach().double().cpu()
-        self.count += len(features)
-        self.total += features.sum(dim=0)
-        self.outer += features.T @ features
-
-    @classmethod
-    def gathered(cls, own: "Moments | None") -> "Moments":
-        """The joint moments of all ranks; a rank without samples passes None. Raises ValueError where none has any."""
-        parts = [m for m in gathered(own) if m is not None]
-        if not parts:
-            raise ValueError("no features")
-        joint = cls(len(parts[0].total))
-        for part in parts:
-            joint.count += part.count
-            joint.total += part.total
-            joint.outer += part.outer
-        return joint
-
-    @property
-    def mean(self) -> torch.Tensor:
-        return self.total / self.count
-
-    @property
-    def covariance(self) -> torch.Tensor:
-        """Unbiased, (dim, dim). Raises ValueError for fewer than two samples."""
-        if self.count < 2:
-            raise ValueError(f"a covariance needs at least 2 samples, got {self.count}")
-        return (self.outer - self.count * torch.outer(self.mean, self.mean)) / (self.count - 1)
-
-    def without(self, part: "Moments") -> "Moments":
-        """The moments of all samples but those of `part`, which are among them."""
-        rest = Moments(len(self.total))
-        rest.count = self.count - part.count
-        rest.total, rest.outer = self.total - part.total, self.outer - part.outer
-        return rest
-
-    @classmethod
-    def of(cls, batches: Iterable[torch.Tensor]) -> "Moments":
-        """Moments of batches of features (B, dim)."""
-        moments: Moments | None = None
-        for features in batches:
-            moments = moments or cls(features.shape[1])
-            moments.add(features)
-        if moments is None:
-            raise ValueError("no features")
-        return moments
-
-
 def _root(matrix: torch.Tensor) -> torch.Tensor:
     values, vectors = torch.linalg.eigh(matrix)
     return (vectors * values.clamp(min=0).sqrt()) @ vectors.T
 
 
-def frechet_distance(a: Moments, b: Moments) -> float:
-    """|mu_a - mu_b|^2 + Tr(A + B - 2 (A^1/2 B A^1/2)^1/2)   (Dowson and Landau 1982; Heusel et al. 2017).
+class Frechet:
+    """The Frechet distance to a fixed reference:  |mu_a - mu_b|^2 + Tr(A + B - 2 (A^1/2 B A^1/2)^1/2)
+    (Dowson and Landau 1982; Heusel et al. 2017).
 
     The root is taken of a symmetric matrix by its eigenvalues: no imaginary residue, also at deficient rank.
     """
-    root = _root(a.covariance)
-    cross = torch.linalg.eigvalsh(root @ b.covariance @ root).clamp(min=0).sqrt().sum()
-    trace = a.covariance.trace() + b.covariance.trace() - 2 * cross
-    return float((a.mean - b.mean).square().sum() + trace)
+
+    def __init__(self, reference: Moments):
+        self.mean, covariance = reference.mean, reference.covariance
+        self.root, self.trace = _root(covariance), covariance.trace()
+
+    def __call__(self, moments: Moments) -> float:
+        covariance = moments.covariance
+        cross = torch.linalg.eigvalsh(self.root @ covariance @ self.root).clamp(min=0).sqrt().sum()
+        return float((self.mean - moments.mean).square().sum() + self.trace + covariance.trace() - 2 * cross)
 
 
-def frechet_estimate(reference: Moments, features: torch.Tensor) -> Estimate:
-    """The Frechet distance of features (N, dim) to a fixed reference, with the interval of a jackknife that leaves out one
-    of 20 groups at a time (Student's t with 19 degrees of freedom).
+def frechet_distance(a: Moments, b: Moments) -> float:
+    """`Frechet` of two sets."""
+    return Frechet(a)(b)
+
+
+def _jackknife(value: float, left: Sequence[float], n: int) -> Estimate:
+    """The interval of a delete-a-group jackknife, Student's t with GROUPS - 1 degrees of freedom."""
+    rest = torch.tensor(left, dtype=torch.float64)
+    groups = len(rest)
+    spread = T_QUANTILE * float(((groups - 1) / groups * (rest - rest.mean()).square().sum()).sqrt())
+    return Estimate(value, value - spread, value + spread, n)
+
+
+def _too_few(value: float, n: int) -> Estimate:
+    return Estimate(value, float("nan"), float("nan"), n)
+
+
+def frechet_estimate(reference: Moments, made: FeatureSet) -> Estimate:
+    """The Frechet distance of a set to a fixed reference, with the interval of a jackknife that leaves out one of 20
+    groups at a time.
 
     A bootstrap would be of no use: drawing with replacement adds the bias of smaller samples. Coverage is measured in
     tests. Fewer than 60 samples have no interval (NaN).
     """
-    joint, n = Moments.of([features]), len(features)
-    value = frechet_distance(reference, joint)
-    if n < 3 * GROUPS:
-        return Estimate(value, float("nan"), float("nan"), n)
-    rest = [joint.without(Moments.of([features[k::GROUPS]])) for k in range(GROUPS)]
-    left = torch.tensor([frechet_distance(reference, moments) for moments in rest], dtype=torch.float64)
-    spread = T_QUANTILE * float(((GROUPS - 1) / GROUPS * (left - left.mean()).square().sum()).sqrt())
-    return Estimate(value, value - spread, value + spread, n)
+    distance, joint = Frechet(reference), made.moments
+    value = distance(joint)
+    if joint.count < 3 * GROUPS:
+        return _too_few(value, joint.count)
+    return _jackknife(value, [distance(rest) for rest in made.left_out()], joint.count)
+
+
+def frechet_at_infinity(reference: Moments, made: FeatureSet) -> Estimate:
+    """What the Frechet distance would be with infinitely many samples of the same model (Chong and Forsyth 2020): its
+    bias falls as 1 / n, so the line through the value at n and those at n / 2 is followed to 1 / n = 0. The reference
+    stays the finite set it is. Fewer than 120 samples raise ValueError."""
+    n = made.count
+    if n < 6 * GROUPS:
+        raise ValueError(f"an extrapolation to infinite n needs at least {6 * GROUPS} samples, got {n}")
+    distance = Frechet(reference)
+
+    def extrapolated(groups: list[Moments]) -> float:
+        joint = Moments.joined(groups)
+        halves = [Moments.joined(groups[k::2]) for k in range(2)]
+        halves += [Moments.joined(groups[: len(groups) // 2]), Moments.joined(groups[len(groups) // 2 :])]
+        values = [distance(half) for half in halves]
+        inverse = sum(1 / half.count for half in halves) / len(halves)
+        slope = (sum(values) / len(values) - distance(joint)) / (inverse - 1 / joint.count)
+        return distance(joint) - slope / joint.count
+
+    groups = made.groups
+    left = [extrapolated(groups[:k] + groups[k + 1 :]) for k in range(len(groups))]
+    return _jackknife(extrapolated(groups), left, n)
+
+
+Kernel = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+def polynomial(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """KID's kernel, (x.y / dim + 1)^3 (Binkowski et al. 2018)."""
+    return (x @ y.T / x.shape[1] + 1) ** 3
+
+
+def gaussian(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """CMMD's kernel on embeddings of length 1, deviation 10 (Jayasumana et al. 2024)."""
+    return torch.exp(-torch.cdist(x, y).square() / 200)
 
 
 def kernel_distance(a: torch.Tensor, b: torch.Tensor) -> float:
-    """Unbiased squared maximum mean discrepancy of features (N, dim), (M, dim) under (x.y / dim + 1)^3 (Binkowski et
-    al. 2018). May be slightly negative for equal distributions."""
+    """Unbiased squared maximum mean discrepancy of features (N, dim), (M, dim) under KID's kernel. May be slightly
+    negative for equal distributions."""
     return kernel_estimate(a, b).value
 
 
-def kernel_estimate(reference: torch.Tensor, features: torch.Tensor) -> Estimate:
-    """`kernel_distance` of features (M, dim) to a fixed reference (N, dim), with the interval of the jackknife that leaves
-    out one sample at a time, in closed form. It is unbiased, so the interval holds at any n. Two samples have none."""
+def kernel_estimate(
+    reference: torch.Tensor, features: torch.Tensor, kernel: Kernel = polynomial, scale: float = 1.0
+) -> Estimate:
+    """The unbiased squared maximum mean discrepancy of features (M, dim) to a fixed reference (N, dim), times `scale`,
+    with the interval of the jackknife that leaves out one sample at a time, in closed form. It is unbiased, so the
+    interval holds at any n. Two samples have none (NaN)."""
     a, b = reference.double(), features.double()
-
-    def kernel(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        return (x @ y.T / x.shape[1] + 1) ** 3
-
     n, m = len(a), len(b)
     if n < 2 or m < 2:
         raise ValueError(f"the kernel distance needs at least 2 samples a side, got {n} and {m}")
-    aa, bb, across = kernel(a, a), kernel(b, b), kernel(a, b).mean(dim=0)
-    within = (aa.sum() - aa.trace()) / (n * (n - 1))
-    own = bb.sum(dim=1) - bb.diagonal()  # of each sample with all others
-    value = float(within + own.sum() / (m * (m - 1)) - 2 * across.mean())
+
+    def row_sums(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return torch.cat([kernel(part, y).sum(dim=1) for part in x.split(BLOCK)])
+
+    def own_sums(x: torch.Tensor) -> torch.Tensor:  # of each sample with all others
+        itself = torch.stack([kernel(row[None], row[None]).squeeze() for row in x])
+        return row_sums(x, x) - itself
+
+    within, own, across = own_sums(a).sum() / (n * (n - 1)), own_sums(b), row_sums(b, a) / n
+    value = scale * float(within + own.sum() / (m * (m - 1)) - 2 * across.mean())
     if m < 3:
-        return Estimate(value, float("nan"), float("nan"), m)
+        return _too_few(value, m)
     left = (own.sum() - 2 * own) / ((m - 1) * (m - 2)) - 2 * (across.sum() - across) / (m - 1)
-    spread = NORMAL_QUANTILE * float(((m - 1) / m * (left - left.mean()).square().sum()).sqrt())
+    spread = scale * NORMAL_QUANTILE * float(((m - 1) / m * (left - left.mean()).square().sum()).sqrt())
     return Estimate(value, value - spread, value + spread, m)
+
+
+def inception_score(made: FeatureSet) -> Estimate:
+    """exp E KL(p(y|x) || p(y)) of all samples as one split (Salimans et al. 2016). Raises ValueError where the extractor
+    gave no class probabilities."""
+    if not made.class_sums:
+        raise ValueError("an Inception score needs an extractor with classes (a method `logits`)")
+    counts = [m.count for m in made.groups]  # class sums and moments have the same groups
+
+    def score(skip: int | None) -> float:
+        chosen = [k for k in range(len(counts)) if k != skip]
+        n = sum(counts[k] for k in chosen)
+        p = sum(made.class_sums[k][0] for k in chosen) / n
+        entropy = sum(made.class_sums[k][1] for k in chosen) / n
+        return float(torch.exp(entropy - torch.special.xlogy(p, p).sum()))
+
+    n = made.count
+    value = score(None)
+    return _too_few(value, n) if n < 3 * GROUPS else _jackknife(value, [score(k) for k in range(len(counts))], n)
+
+
+def _radii(features: torch.Tensor, k: int) -> torch.Tensor:
+    """Distance of each of (N, dim) to its k-th neighbour."""
+    return torch.cat([torch.cdist(part, features).kthvalue(k + 1, dim=1).values for part in features.split(BLOCK)])
+
+
+def precision_estimate(reference: torch.Tensor, features: torch.Tensor, k: int = 3) -> Estimate:
+    """Improved precision (Kynkaanniemi et al. 2019): the share of samples (M, dim) within the distance of some reference
+    feature (N, dim) to its k-th neighbour."""
+    a, b = reference.double(), features.double()
+    _enough(a, b, k)
+    radii = _radii(a, k)
+    return mean_estimate(torch.cat([(torch.cdist(part, a) <= radii).any(dim=1) for part in b.split(BLOCK)]))
+
+
+def recall_estimate(reference: torch.Tensor, features: torch.Tensor, indices: torch.Tensor, k: int = 3) -> Estimate:
+    """Improved recall: the share of reference features (N, dim) within the distance of some sample (M, dim) to its k-th
+    neighbour. indices (M,): for the jackknife, which leaves groups of samples out."""
+    a, b = reference.double(), features.double()
+    _enough(a, b, k)
+    groups, m = indices % GROUPS, len(b)
+    nearest = [torch.cdist(part, b).topk(min(m, NEAREST), dim=1, largest=False) for part in b.split(BLOCK)]
+    distances, neighbours = (torch.cat(part) for part in zip(*nearest))
+    outside = torch.full((m,), -1.0, dtype=torch.float64)
+
+    def radii(skip: int | None) -> torch.Tensor:
+        if skip is None:
+            return distances[:, k]
+        among = (groups[neighbours] != skip).cumsum(dim=1) > k  # itself is the first neighbour
+        chosen = distances.gather(1, among.long().argmax(dim=1, keepdim=True)).squeeze(1)
+        return torch.where(groups == skip, outside, chosen)
+
+    skips = [None] if m < 3 * GROUPS else [None, *range(GROUPS)]
+    circles = [radii(skip) for skip in skips]
+    found = torch.zeros(len(skips), dtype=torch.float64)
+    for part in a.split(BLOCK):
+        gaps = torch.cdist(part, b)
+        found += torch.stack([(gaps <= circle).any(dim=1).sum() for circle in circles])
+    value, *left = (found / len(a)).tolist()
+    return _jackknife(value, left, m) if left else _too_few(value, m)
+
+
+def _enough(a: torch.Tensor, b: torch.Tensor, k: int) -> None:
+    if min(len(a), len(b)) < k + 1:
+        raise ValueError(f"precision and recall need at least {k + 1} samples a side, got {len(a)} and {len(b)}")

@@ -1,12 +1,48 @@
-"""Feature extractors: images (B, C, H, W) in [-1, 1] -> features (B, D)."""
+"""Feature extractors: images (B, C, H, W) in [-1, 1] -> features (B, D).
+
+Each has a `name`, which the metrics' names carry. One with classes also has `logits` (features -> (B, classes)), for the
+Inception score; one of texts has `texts` (captions -> (B, D)), for CLIPScore. A module of a user's own needs no more
+than the call and the name.
+"""
+
+import hashlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import torch
 from torch import nn
 
-from ldm_train.losses.perceptual import load_tiny
+from ldm_train.conditioning.clip_score import ClipScore
+from ldm_train.conditioning.image_embedding import PretrainedVision
+from ldm_train.losses.perceptual import hub_file, load_tiny
+
+INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"
+INCEPTION_URL = f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{INCEPTION_FILE}"
 
 
-class TinyEval(nn.Module):
+def weights_hash(module: nn.Module) -> str:
+    """sha256 over names and values of a module's weights: which extractor it is that measured."""
+    digest = hashlib.sha256()
+    for name, value in sorted(module.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def _three_channels(images: torch.Tensor) -> torch.Tensor:
+    return images.float().expand(-1, 3, -1, -1) if images.shape[1] == 1 else images.float()[:, :3]
+
+
+class Extractor(nn.Module):
+    """Frozen, and in eval mode also inside a task that trains."""
+
+    name: str
+
+    def train(self, mode: bool = True) -> "Extractor":
+        return super().train(False)
+
+
+class TinyEval(Extractor):
     """The shipped `tiny_eval` network, never used in a loss. Its numbers are called fid_tiny and kid_tiny, never fid.
 
     Images are resized to 64 pixels first; one channel is repeated.
@@ -18,9 +54,85 @@ class TinyEval(nn.Module):
         super().__init__()
         self.network = load_tiny("tiny_eval")
 
-    def train(self, mode: bool = True) -> "TinyEval":
-        return super().train(False)  # frozen, also inside a task that trains
-
     @torch.no_grad()
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         return self.network.embedding(images)
+
+
+class Inception(Extractor):
+    """The Inception network of the published FID: torch-fidelity's port of the TensorFlow graph of 2015, with its resize.
+
+    weights: a local copy of its file; None takes torch.hub's cache and downloads once (96 MB, checksum checked).
+    Pictures go in as 8-bit values, as they would from files. (B, 2048) features, 1,008 classes.
+    """
+
+    name = "inception"
+
+    def __init__(self, weights: str | Path | None = None):
+        super().__init__()
+        from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+
+        path = hub_file(
+            INCEPTION_FILE, INCEPTION_URL, weights, "evaluation.extractors.inception.weights=<file>",
+            "measure without a download: metrics=[fid_tiny,kid_tiny]",
+        )  # fmt: skip
+        self.network = FeatureExtractorInceptionV3("inception", ["2048"], feature_extractor_weights_path=str(path))
+        self.eval().requires_grad_(False)
+
+    @torch.no_grad()
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        pixels = ((_three_channels(images).clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+        return self.network(pixels)[0]
+
+    def logits(self, features: torch.Tensor) -> torch.Tensor:
+        """(B, 2048) -> (B, 1008), without the bias, as the published score."""
+        return features @ self.network.fc.weight.T
+
+
+def _named(option: str, path: str, load: Callable[[str], nn.Module]) -> nn.Module:
+    """Raises FileNotFoundError with the option to change, where the model is not to be had."""
+    try:
+        return load(str(Path(path).expanduser()) if path.startswith("~") else path)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            f"{error}: {option}=<folder>; or measure without a download: {option.split('.')[0]}.metrics=[fid_tiny,kid_tiny]"
+        ) from error
+
+
+class DinoV2(Extractor):
+    """DINOv2 (Oquab et al. 2023) for FD-DINOv2: the class token after the last norm (Stein et al. 2023 use the large one).
+
+    path: a folder, or a name that transformers can download.
+    """
+
+    name = "dinov2"
+
+    def __init__(self, path: str = "facebook/dinov2-large"):
+        super().__init__()
+        self.network = _named("evaluation.extractors.dinov2.path", path, PretrainedVision)
+        self.eval().requires_grad_(False)
+
+    @torch.no_grad()
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.network(_three_channels(images))[:, 0].float()
+
+
+class Clip(Extractor):
+    """CLIP (Radford et al. 2021) for CMMD and CLIPScore: projected embeddings of length 1.
+
+    path: a folder with a tokenizer beside the model, or a name that transformers can download.
+    """
+
+    name = "clip"
+
+    def __init__(self, path: str = "openai/clip-vit-large-patch14-336"):
+        super().__init__()
+        self.network = _named("evaluation.extractors.clip.path", path, ClipScore)
+
+    @torch.no_grad()
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.network.embedded(images.clamp(-1, 1))
+
+    def texts(self, captions: Sequence[str]) -> torch.Tensor:
+        """B captions -> (B, D) of length 1."""
+        return self.network.texts(captions)

@@ -11,8 +11,9 @@ from torch import nn
 from ldm_train import images as pictures
 from ldm_train.distributed import gathered
 from ldm_train.losses.autoencoder import AutoencoderLoss
-from ldm_train.metrics.distribution import Moments, frechet_distance
+from ldm_train.metrics.distribution import frechet_distance
 from ldm_train.metrics.paired import psnr, ssim
+from ldm_train.metrics.sets import Moments
 from ldm_train.models.autoencoder import Autoencoder
 from ldm_train.models.posterior import Point
 from ldm_train.models.quantizer import perplexity

@@ -1,140 +1,171 @@
-"""The evaluation stage: reconstructions, samples and, on shapes, obedience, as one metrics.json."""
+"""The evaluation stage: reconstructions, latents, samples and, on shapes, obedience, as one metrics.json."""
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from tqdm import tqdm
 
 from ldm_train import images as pictures
 from ldm_train.data.shards import write_json
+from ldm_train.distributed import gathered, rank
 from ldm_train.latent_diffusion import LatentDiffusion
-from ldm_train.metrics.distribution import Moments, frechet_estimate, kernel_estimate, mean_estimate
-from ldm_train.metrics.paired import psnr, ssim
-from ldm_train.rng import derive_seed
+from ldm_train.metrics.distribution import frechet_estimate, mean_estimate
+from ldm_train.metrics.latent import decoder_sensitivity, equivariance_error, nearest_neighbours, spectrum_slope
+from ldm_train.metrics.measures import WITHOUT_REFERENCE, Collected, Metric, measure
+from ldm_train.metrics.paired import ms_ssim, psnr, ssim
+from ldm_train.metrics.sets import FeatureSet
+from ldm_train.models.first_stage import FirstStage
+from ldm_train.rng import NoiseSource
+from ldm_train.training.measurement import Draw, Reference, indices_of, measure_samples
 from ldm_train.training.obedience import format_table, measure_obedience
 from ldm_train.training.restoration import format_restoration, measure_restoration
 
-# (model, fields, seeds) -> images
-Draw = Callable[..., torch.Tensor]
+PAIRED = {"psnr": psnr, "ssim": ssim, "ms_ssim": ms_ssim}
 
 
-@dataclass
-class Sampled:
-    """Samples under the conditions of a reference split, as features of both, and the first ones as pictures, beside what
-    can be seen of their conditions."""
-
-    reference: torch.Tensor
-    features: torch.Tensor
-    images: torch.Tensor
-    captions: list[str]
+def check_paired(names: Sequence[str], networks: Mapping[str, nn.Module]) -> None:
+    """Raises ValueError for a name of a paired metric that is none."""
+    known = [*PAIRED, *networks]
+    if unknown := [n for n in names if n not in known]:
+        raise ValueError(f"paired metrics: {', '.join(unknown)} is none; choose from {', '.join(known)}")
 
 
 @torch.no_grad()
-def sample_like(
-    model: LatentDiffusion,
+def evaluate_first_stage(
+    first_stage: FirstStage,
     batches: Iterable[dict[str, Any]],
-    draw: Draw,
-    extractor: torch.nn.Module,
-    batch_size: int,
-    shown: int = 36,
+    reference: Reference,
+    metrics: Sequence[Metric],
+    extractors: Mapping[str, nn.Module],
+    paired: Sequence[str],
+    networks: Mapping[str, nn.Module],
+    predictors: int,
+    device: torch.device,
     progress: bool = True,
-    reference: torch.Tensor | None = None,
-) -> Sampled:
-    """One sample under the conditions of each image in `batches`, with a seed that is a function of its key: the same
-    samples for any batch size and number of ranks.
+) -> tuple[dict[str, Any], torch.Tensor]:
+    """An autoencoder alone, over this rank's share of the images: (metrics, the first images above what they became).
 
-    extractor: images -> features. reference: features of the images themselves, where they are known already.
+    "reconstruction": paired metrics per image (psnr in dB, ssim, ms_ssim, and those of `networks`: images, images ->
+    distances). "reconstructions": distances of their set to the reference (rFID and its kin). "latents": what is known to
+    predict the diffusion model to come, on the first `predictors` images (0: not measured).
     """
-    fields = set(model.fields)
-    real, made, pictures_shown, captions = [], [], [], []
-    total = None if reference is None else len(reference)
-    bar = tqdm(total=total, desc="samples", unit="img", disable=not progress)
-    for batch in batches:
-        if reference is None:
-            real.append(extractor(batch["image"].to(model.device)).cpu())
-        for k in range(0, len(batch["key"]), batch_size):
-            keys = batch["key"][k : k + batch_size]
-            condition = {f: batch[f][k : k + batch_size] for f in fields if f in batch}
-            images = draw(model, condition, seeds=[derive_seed("evaluation", key) for key in keys]).to(model.device)
-            made.append(extractor(images).cpu())
-            if len(captions) < shown:
-                pictures_shown.append(
-                    pictures.beside(model.picture(condition, images.shape[2:]), images.cpu())[: shown - len(captions)]
-                )
-                captions += model.describe(condition, len(images))[: shown - len(captions)]
-            bar.update(len(images))
-    bar.close()
-    return Sampled(
-        torch.cat(real) if reference is None else reference, torch.cat(made), torch.cat(pictures_shown), captions
-    )
+    check_paired(paired, networks)
+    used = [m for m in metrics if m.kind not in WITHOUT_REFERENCE]
+    rebuilt, values, kept, position = Collected(used, extractors), {}, [], 0
+    shown = torch.empty(0)
+    for batch in tqdm(batches, desc="reconstructions", unit="batch", disable=not progress):
+        x = batch["image"].to(device)
+        moments = first_stage.encode_moments(x)
+        latents = first_stage.scaled(first_stage.posterior(moments).mean)
+        rec = first_stage.decode(latents)
+        indices = indices_of(position, len(x))
+        position += len(x)
+        for name in paired:
+            function = PAIRED.get(name) or networks[name]
+            values.setdefault(name, []).append(function(rec, x).double().cpu())
+        rebuilt.add(rec, indices)
+        kept += [(i, z.cpu()) for i, z in zip(indices.tolist(), latents) if i < predictors]
+        if not len(shown):
+            shown = torch.cat([x[:8], rec[:8]]).cpu()
+    joint = {n: torch.cat([p for part in gathered(v) for p in part]) for n, v in values.items()}
+    found: dict[str, Any] = {"reconstruction": {name: mean_estimate(v).as_dict() for name, v in joint.items()}}
+    estimates = measure(used, reference.sets, rebuilt.gathered())
+    found["reconstructions"] = {m.name: estimates[m.name].as_dict() | reference.facts(m) for m in used}
+    kept = [pair for part in gathered(kept) for pair in part]
+    if len(kept) > 1:
+        latents = torch.stack([z for _, z in sorted(kept, key=lambda pair: pair[0])]).to(device)
+        found["latents"] = predict(first_stage, latents, reference, used, extractors)
+    return found, shown
+
+
+@torch.no_grad()
+def predict(
+    first_stage: FirstStage,
+    latents: torch.Tensor,
+    reference: Reference,
+    metrics: Sequence[Metric],
+    extractors: Mapping[str, nn.Module],
+) -> dict[str, Any]:
+    """What latents (N, C, h, w), scaled, say of the diffusion model to come: spectrum slope, equivariance error, decoder
+    sensitivity, and the Frechet distance of decoded midpoints between nearest neighbours (ifid, arXiv:2603.05630)."""
+    found: dict[str, Any] = {}
+    noise = NoiseSource(range(len(latents))).normal(latents.shape[1:], "predictor", latents.device)
+    parts = list(zip(latents.split(32), noise.split(32)))
+    if min(latents.shape[2:]) >= 8:
+        found["spectrum_slope"] = mean_estimate(spectrum_slope(latents).cpu()).as_dict()
+    for name, values in {
+        "equivariance_error": [equivariance_error(first_stage, z) for z, _ in parts],
+        "decoder_sensitivity": [decoder_sensitivity(first_stage, z, e) for z, e in parts],
+    }.items():
+        found[name] = mean_estimate(torch.cat(values).cpu()).as_dict()
+    neighbours = latents[nearest_neighbours(latents)]
+    middles = [first_stage.decode((a + b) / 2) for a, b in zip(latents.split(32), neighbours.split(32))]
+    for metric in metrics:
+        if metric.kind in ("fid", "fd"):
+            features = FeatureSet.of(torch.cat([extractors[metric.extractor](m).cpu() for m in middles]))
+            estimate = frechet_estimate(reference.sets[metric.extractor].moments, features)
+            found[f"i{metric.name}"] = estimate.as_dict() | reference.facts(metric)
+    return found
 
 
 @torch.no_grad()
 def evaluate(
     model: LatentDiffusion,
-    loader: Any,
+    images: Iterable[dict[str, Any]],
+    conditions: Iterable[dict[str, Any]],
     draw: Draw,
-    extractor: torch.nn.Module,
-    perceptual: torch.nn.Module | None,
+    reference: Reference,
+    metrics: Sequence[Metric],
+    extractors: Mapping[str, nn.Module],
+    paired: Sequence[str],
+    networks: Mapping[str, nn.Module],
     folder: Path,
     settings: dict[str, Any],
     batch_size: int = 128,
+    predictors: int = 128,
     obedience: dict[str, Any] | None = None,
     restoration: dict[str, Any] | None = None,
+    progress: bool = True,
 ) -> dict[str, Any]:
     """Writes metrics.json, samples.png, reconstructions.png (and restorations.png) into `folder` and returns the metrics.
 
-    loader: batches of the reference split (images and condition fields), without randomness; each image is
-    reconstructed, and sampled once under its conditions. extractor: features for distances, with a `name`. perceptual:
-    for the reconstructions. settings: sampler, steps and guidance, recorded beside each number. obedience: arguments of
-    `measure_obedience`, on shapes. restoration: of `measure_restoration`, for super-resolution and inpainting.
+    images: batches that are reconstructed; conditions: batches under whose conditions one sample each is drawn; both this
+    rank's share, without randomness. networks: paired metrics that are networks (perceptual, lpips). settings: sampler,
+    steps and guidance, recorded beside each number. obedience: arguments of `measure_obedience`, on shapes.
+    restoration: of `measure_restoration`, its loader included, for super-resolution and inpainting. Both are measured by
+    rank 0 alone, which is the one that writes.
     """
-    rebuilt, real, found = [], [], {}
-    shown: dict[str, torch.Tensor] = {}
-    for batch in tqdm(loader, desc="reconstructions", unit="batch"):
-        x = batch["image"].to(model.device)
-        rec = model.decode(model.encode(x))
-        values = {"psnr": psnr(rec, x), "ssim": ssim(rec, x)}
-        if perceptual is not None:
-            values["perceptual"] = perceptual(rec, x)
-        for name, value in values.items():
-            found.setdefault(name, []).append(value.double().cpu())
-        real.append(extractor(x).cpu())
-        rebuilt.append(extractor(rec).cpu())
-        shown.setdefault("reconstructions", torch.cat([x[:8], rec[:8]]).cpu())
-    metrics: dict[str, Any] = {
-        "reconstruction": {name: mean_estimate(torch.cat(values)).as_dict() for name, values in found.items()}
-    }
-    reference = torch.cat(real)
-    sampled = sample_like(model, loader, draw, extractor, batch_size, reference=reference)
-    shown["samples"], texts = sampled.images, sampled.captions
-    for name, features in (("reconstructions", torch.cat(rebuilt)), ("samples", sampled.features)):
-        context = {"n_reference": len(reference)} | (settings if name == "samples" else {})
-        distances = {
-            "fid": frechet_estimate(Moments.of([reference]), features),
-            "kid": kernel_estimate(reference, features),
-        }
-        for kind, estimate in distances.items():
-            metrics.setdefault(name, {})[f"{kind}_{extractor.name}"] = estimate.as_dict() | context
+    found, shown = evaluate_first_stage(
+        model.first_stage, images, reference, metrics, extractors, paired, networks, predictors, model.device, progress
+    )
+    sampled = measure_samples(
+        model, conditions, draw, reference, metrics, extractors, batch_size, progress=progress,
+        partial=folder / ".samples.partial",
+    )  # fmt: skip
+    facts = settings | {"seed": 0}
+    found["samples"] = {m.name: sampled.estimates[m.name].as_dict() | reference.facts(m) | facts for m in metrics}
+    if rank() > 0:
+        return found
+    drawn, texts = sampled.images, sampled.captions
     if obedience:
-        table, drawn, conditions = measure_obedience(
+        table, made, conditions = measure_obedience(
             lambda fields, seeds: draw(model, fields, seeds=seeds).cpu(), **obedience
         )
-        metrics["obedience"] = table | settings
-        shown["samples"] = pictures.beside(model.picture(conditions, drawn.shape[2:]), drawn)[:36]
-        texts = model.describe(conditions, len(drawn))[:36]
+        found["obedience"] = table | settings
+        drawn = pictures.beside(model.picture(conditions, made.shape[2:]), made)[:36]
+        texts = model.describe(conditions, len(made))[:36]
         print(format_table(table))
     if restoration:
-        table, rows = measure_restoration(model, loader, draw, perceptual, batch_size=batch_size, **restoration)
-        metrics["restoration"] = table | settings
+        table, rows = measure_restoration(
+            model, draw=draw, perceptual=networks.get("perceptual"), batch_size=batch_size, **restoration
+        )
+        found["restoration"] = table | settings
         pictures.save_png(pictures.grid(rows.flatten(0, 1), columns=rows.shape[1]), folder / "restorations.png")
         print(format_restoration(table))
-    pictures.save_png(pictures.grid(shown["reconstructions"], columns=8), folder / "reconstructions.png")
-    pictures.save_png(
-        pictures.grid(shown["samples"], columns=6, captions=texts if any(texts) else None), folder / "samples.png"
-    )
-    write_json(folder / "metrics.json", metrics)
-    return metrics
+    pictures.save_png(pictures.grid(shown, columns=8), folder / "reconstructions.png")
+    pictures.save_png(pictures.grid(drawn, columns=6, captions=texts if any(texts) else None), folder / "samples.png")
+    write_json(folder / "metrics.json", found)
+    return found

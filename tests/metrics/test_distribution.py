@@ -8,15 +8,14 @@ import torch
 from torchmetrics.image.kid import KernelInceptionDistance
 
 from ldm_train.metrics.distribution import (
-    GROUPS,
     T_QUANTILE,
-    Moments,
     frechet_distance,
     frechet_estimate,
     kernel_distance,
     kernel_estimate,
     mean_estimate,
 )
+from ldm_train.metrics.sets import GROUPS, FeatureSet, Moments
 
 
 def exactly(mean: torch.Tensor, covariance: torch.Tensor, count: int = 200) -> torch.Tensor:
@@ -128,7 +127,7 @@ def test_the_interval_of_a_frechet_distance_covers_its_expectation() -> None:
     """Between 90 and 98 % of the intervals hold the expectation at that n (taken over 1,500 other draws)."""
     reference = Moments.of([REFERENCE])
     truth = np.mean([frechet_distance(reference, Moments.of([draw(k)])) for k in range(10_000, 11_500)])
-    assert 0.90 <= coverage(lambda x: frechet_estimate(reference, x), truth, 300, draw) <= 0.98
+    assert 0.90 <= coverage(lambda x: frechet_estimate(reference, FeatureSet.of(x)), truth, 300, draw) <= 0.98
 
 
 def test_the_interval_of_a_kernel_distance_covers_its_expectation() -> None:
@@ -147,7 +146,7 @@ def test_the_kernel_jackknife_is_that_of_leaving_out_one_sample() -> None:
 
 def test_the_frechet_jackknife_is_that_of_leaving_out_a_group() -> None:
     features, reference = draw(3, 100), Moments.of([REFERENCE])
-    found = frechet_estimate(reference, features)
+    found = frechet_estimate(reference, FeatureSet.of(features))
     left = []
     for k in range(GROUPS):
         keep = torch.ones(100, dtype=torch.bool)
@@ -159,7 +158,7 @@ def test_the_frechet_jackknife_is_that_of_leaving_out_a_group() -> None:
 
 
 def test_too_few_samples_have_a_value_but_no_interval() -> None:
-    assert np.isnan(frechet_estimate(Moments.of([REFERENCE]), draw(0, 40)).low)
+    assert np.isnan(frechet_estimate(Moments.of([REFERENCE]), FeatureSet.of(draw(0, 40))).low)
     assert np.isnan(kernel_estimate(REFERENCE[:10], draw(0, 2)).high)
     one = mean_estimate(torch.tensor([3.0]))
     assert one.value == 3.0

@@ -30,14 +30,14 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
 class Checkpoints(L.Callback):
     """folder/last.ckpt every `every` optimiser steps, at the end and on SIGTERM, SIGINT or SIGUSR1; folder/best.ckpt
-    when validation's `monitor` (lower is better) improves.
+    when validation's `monitor` (lower is better) improves; None leaves that to those who `offer` values.
 
     Where a validation is due at the same step, last.ckpt waits for it: a run that is killed in between repeats the
     steps and the validation. Signals only set a flag. All ranks agree on it at the next optimiser step, save, and raise
     Interrupted; a second signal leaves at once. Raises FloatingPointError rather than save weights that are no numbers.
     """
 
-    def __init__(self, folder: str | Path, every: int, monitor: str):
+    def __init__(self, folder: str | Path, every: int, monitor: str | None):
         self.folder, self.every, self.monitor = Path(folder), every, monitor
         self.best, self._signal, self._signal_time, self._step = float("inf"), 0, 0.0, 0
 
@@ -96,12 +96,17 @@ class Checkpoints(L.Callback):
             raise Interrupted(number, self._step)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: Task) -> None:
-        value = trainer.callback_metrics.get(f"val/{self.monitor}")
-        if value is not None and float(value) < self.best:
-            self.best = float(value)
-            trainer.save_checkpoint(self.folder / "best.ckpt", weights_only=False)
+        value = trainer.callback_metrics.get(f"val/{self.monitor}") if self.monitor else None
+        if value is not None:
+            self.offer(trainer, float(value))
         if self._due(trainer):
             self._save_last(trainer, pl_module)
+
+    def offer(self, trainer: L.Trainer, value: float) -> None:
+        """Keeps best.ckpt where `value` is lower than all before."""
+        if value < self.best:
+            self.best = value
+            trainer.save_checkpoint(self.folder / "best.ckpt", weights_only=False)
 
     def _due(self, trainer: L.Trainer) -> bool:
         return trainer.global_step % self.every == 0 or trainer.global_step >= trainer.max_steps

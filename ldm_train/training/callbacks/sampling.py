@@ -1,29 +1,52 @@
-"""Distances of samples to the data while the U-Net trains."""
+"""What the samples are worth while the U-Net trains."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import lightning as L
-import torch
+from torch import nn
 
-from ldm_train.metrics.distribution import Moments, frechet_distance
+from ldm_train.metrics.measures import Metric
+from ldm_train.training.callbacks.checkpoint import Checkpoints
 from ldm_train.training.diffusion_task import DiffusionTask
-from ldm_train.training.evaluation import sample_like
+from ldm_train.training.measurement import Draw, Reference, measure_samples
 
 
-class SampleDistance(L.Callback):
-    """Every `every` optimiser steps: samples under the conditions of the reference split with the averaged weights,
-    and logs val/fid_<extractor> by the same function as the evaluation stage.
+class SampleMetrics(L.Callback):
+    """Every `every` optimiser steps: samples under the conditions of the validation split with the averaged weights on
+    all ranks, measured by the evaluation stage's own function, and logged as val/<metric> with val/<metric>_low and _high
+    (the 95 % interval).
 
-    loader: this rank's share of the reference split. draw: as in `evaluate`. extractor: features, with a `name`.
+    conditions: this rank's share of what to sample under. reference: () -> what samples are compared with, asked for once.
+    best_by: the metric that best.ckpt is kept by; None leaves that to the validation loss.
     """
 
     def __init__(
-        self, every: int, loader: Any, draw: Callable[..., torch.Tensor], extractor: torch.nn.Module, batch_size: int
+        self,
+        every: int,
+        conditions: Any,
+        draw: Draw,
+        metrics: Sequence[Metric],
+        extractors: Mapping[str, nn.Module],
+        reference: Callable[[], Reference],
+        batch_size: int,
+        best_by: str | None = None,
     ):
-        self.every, self.loader, self.draw, self.extractor = every, loader, draw, extractor
-        self.batch_size = batch_size
-        self._reference: torch.Tensor | None = None
+        if best_by is not None and best_by not in [m.name for m in metrics]:
+            raise ValueError(
+                f"diffusion.best_by={best_by} is not measured; choose loss or one of {', '.join(m.name for m in metrics)}"
+            )
+        self.every, self.conditions, self.draw, self.metrics = every, conditions, draw, metrics
+        self.extractors, self.make_reference, self.batch_size, self.best_by = extractors, reference, batch_size, best_by
+        self._reference: Reference | None = None
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        if self.best_by:
+            self._checkpoints(trainer).monitor = None
+
+    @staticmethod
+    def _checkpoints(trainer: L.Trainer) -> Checkpoints:
+        return next(c for c in trainer.callbacks if isinstance(c, Checkpoints))
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: DiffusionTask, outputs: Any, batch: Any, batch_idx: int
@@ -31,15 +54,22 @@ class SampleDistance(L.Callback):
         step = trainer.global_step
         if (batch_idx + 1) % pl_module.accumulate or step % self.every:
             return
+        if self._reference is None:
+            self._reference = self.make_reference()
         trained = pl_module.model.trainable().eval()
         with pl_module.with_ema():
-            sampled = sample_like(
-                pl_module.model, self.loader, self.draw, self.extractor.to(pl_module.device), self.batch_size,
-                progress=False, reference=self._reference,
+            measured = measure_samples(
+                pl_module.model, self.conditions, self.draw, self._reference, self.metrics, self.extractors,
+                self.batch_size, progress=False,
             )  # fmt: skip
         trained.train()
-        self._reference = sampled.reference
-        moments = [Moments.gathered(Moments.of([f]) if len(f) else None) for f in (sampled.reference, sampled.features)]
-        metrics = {f"val/fid_{self.extractor.name}": frechet_distance(*moments), "val/fid_images": moments[1].count}
+        logged: dict[str, float] = {"val/sampled_images": measured.count}
+        for name, estimate in measured.estimates.items():
+            logged |= {f"val/{name}": estimate.value}
+            if estimate.low == estimate.low:  # not NaN: enough samples for an interval
+                logged |= {f"val/{name}_low": estimate.low, f"val/{name}_high": estimate.high}
         for logger in trainer.loggers:
-            logger.log_metrics(metrics, step)
+            logger.log_metrics(logged, step)
+        for metric in self.metrics:
+            if metric.name == self.best_by:
+                self._checkpoints(trainer).offer(trainer, metric.sign * measured.estimates[metric.name].value)

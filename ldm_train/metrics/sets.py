@@ -1,0 +1,189 @@
+"""Sets of features in a stream: their moments, class sums and a random part of them, equal for any batches and ranks."""
+
+from collections.abc import Iterable, Sequence
+
+import torch
+
+from ldm_train.distributed import gathered
+
+GROUPS = 20  # of the jackknife
+KEPT = 10_000  # features of a set that are kept one by one, for what moments do not give
+FLUSH = 2048  # rows collected before they enter the groups' sums
+
+
+class Moments:
+    """Mean and covariance of features, streaming: no list of features is kept.
+
+    dim: features per sample.
+    """
+
+    def __init__(self, dim: int):
+        self.count = 0
+        self.total = torch.zeros(dim, dtype=torch.float64)
+        self.outer = torch.zeros(dim, dim, dtype=torch.float64)
+
+    def add(self, features: torch.Tensor) -> None:
+        """features (B, dim)."""
+        features = features.detach().double().cpu()
+        self.count += len(features)
+        self.total += features.sum(dim=0)
+        self.outer += features.T @ features
+
+    @classmethod
+    def gathered(cls, own: "Moments | None") -> "Moments":
+        """The joint moments of all ranks; a rank without samples passes None. Raises ValueError where none has any."""
+        parts = [m for m in gathered(own) if m is not None]
+        if not parts:
+            raise ValueError("no features")
+        return cls.joined(parts)
+
+    @classmethod
+    def joined(cls, parts: Sequence["Moments"]) -> "Moments":
+        """The moments of several sets together."""
+        joint = cls(len(parts[0].total))
+        for part in parts:
+            joint.count += part.count
+            joint.total += part.total
+            joint.outer += part.outer
+        return joint
+
+    @property
+    def mean(self) -> torch.Tensor:
+        return self.total / self.count
+
+    @property
+    def covariance(self) -> torch.Tensor:
+        """Unbiased, (dim, dim). Raises ValueError for fewer than two samples."""
+        if self.count < 2:
+            raise ValueError(f"a covariance needs at least 2 samples, got {self.count}")
+        return (self.outer - self.count * torch.outer(self.mean, self.mean)) / (self.count - 1)
+
+    def without(self, part: "Moments") -> "Moments":
+        """The moments of all samples but those of `part`, which are among them."""
+        rest = Moments(len(self.total))
+        rest.count = self.count - part.count
+        rest.total, rest.outer = self.total - part.total, self.outer - part.outer
+        return rest
+
+    @classmethod
+    def stated(cls, mean: torch.Tensor, covariance: torch.Tensor, count: int) -> "Moments":
+        """Moments that someone else has measured: mean (dim,), unbiased covariance (dim, dim)."""
+        moments = cls(len(mean))
+        moments.count, moments.total = count, mean.double() * count
+        moments.outer = covariance.double() * (count - 1) + count * torch.outer(mean.double(), mean.double())
+        return moments
+
+    @classmethod
+    def of(cls, batches: Iterable[torch.Tensor]) -> "Moments":
+        """Moments of batches of features (B, dim)."""
+        moments: Moments | None = None
+        for features in batches:
+            moments = moments or cls(features.shape[1])
+            moments.add(features)
+        if moments is None:
+            raise ValueError("no features")
+        return moments
+
+
+def _mixed(indices: torch.Tensor) -> torch.Tensor:
+    """int64 -> int64 that look random (the finaliser of splitmix64): which features are kept must not follow their order."""
+    x = indices * -7046029254386353131
+    x = (x ^ (x >> 30)) * -4658895280553007687
+    return x ^ (x >> 27)
+
+
+class FeatureSet:
+    """Features of a set of images in a stream: sums for each of the jackknife's groups, and a random part kept as it is.
+
+    A sample's group and whether it is kept follow from its index alone, so the result does not depend on batches or
+    ranks. dim: features per sample. groups: 1 for a reference, which is never resampled. keep: features kept at most.
+    """
+
+    def __init__(self, dim: int, groups: int = GROUPS, keep: int = KEPT):
+        self.groups, self.keep = [Moments(dim) for _ in range(groups)], keep
+        self.class_sums: list[tuple[torch.Tensor, float]] = []  # per group: sum of p(y|x), sum of p log p
+        self._kept, self._kept_indices = torch.empty(0, dim), torch.empty(0, dtype=torch.int64)
+        self._waiting: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def add(self, features: torch.Tensor, indices: torch.Tensor, logits: torch.Tensor | None = None) -> None:
+        """features (B, dim), indices (B,) of the samples in the whole set, logits (B, classes) for the Inception score.
+        Raises ValueError for features that are no numbers."""
+        features, indices = features.detach().cpu(), indices.cpu()
+        if not features.isfinite().all():
+            raise ValueError(
+                "features are not finite: the images or the extractor's weights hold numbers that are none"
+            )
+        self._waiting.append((features, indices))
+        if logits is not None:
+            p = logits.detach().double().cpu().softmax(dim=1)
+            entropy = torch.special.xlogy(p, p).sum(dim=1)
+            if not self.class_sums:
+                self.class_sums = [(torch.zeros(p.shape[1], dtype=torch.float64), 0.0) for _ in self.groups]
+            for k in range(len(self.groups)):
+                mine = indices % len(self.groups) == k
+                total, sum_entropy = self.class_sums[k]
+                self.class_sums[k] = (total + p[mine].sum(dim=0), sum_entropy + float(entropy[mine].sum()))
+        if sum(len(f) for f, _ in self._waiting) >= FLUSH:
+            self._flush()
+
+    def _flush(self) -> None:
+        if not self._waiting:
+            return
+        features, indices = (torch.cat(parts) for parts in zip(*self._waiting))
+        self._waiting = []
+        for k, moments in enumerate(self.groups):
+            moments.add(features[indices % len(self.groups) == k])
+        self.add_kept(features, indices)
+
+    def add_kept(self, features: torch.Tensor, indices: torch.Tensor) -> None:
+        """Features that the moments hold already: those that belong to the random part are kept."""
+        features, indices = torch.cat([self._kept, features]), torch.cat([self._kept_indices, indices])
+        chosen = _mixed(indices).argsort()[: self.keep]
+        chosen = chosen[indices[chosen].argsort()]
+        self._kept, self._kept_indices = features[chosen], indices[chosen]
+
+    @property
+    def count(self) -> int:
+        self._flush()
+        return sum(group.count for group in self.groups)
+
+    @property
+    def moments(self) -> "Moments":
+        self._flush()
+        return Moments.joined(self.groups)
+
+    def left_out(self) -> list["Moments"]:
+        """The moments without each group in turn."""
+        joint = self.moments
+        return [joint.without(part) for part in self.groups]
+
+    def kept(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """(features, indices) of at most `keep` samples, in the order of their indices."""
+        self._flush()
+        return self._kept, self._kept_indices
+
+    @classmethod
+    def gathered(cls, own: "FeatureSet | None") -> "FeatureSet":
+        """The joint set of all ranks; a rank without samples passes None."""
+        if own is not None:
+            own._flush()
+        parts = [s for s in gathered(own) if s is not None]
+        if not parts:
+            raise ValueError("no features")
+        if len(parts) == 1:
+            return parts[0]
+        joint = cls(parts[0]._kept.shape[1], len(parts[0].groups), parts[0].keep)
+        for k in range(len(joint.groups)):
+            joint.groups[k] = Moments.joined([part.groups[k] for part in parts])
+        for part in parts:
+            joint.add_kept(part._kept, part._kept_indices)
+        sums = [part.class_sums for part in parts if part.class_sums]
+        joint.class_sums = [(sum(t for t, _ in group), sum(e for _, e in group)) for group in zip(*sums)]
+        return joint
+
+    @classmethod
+    def of(cls, features: torch.Tensor, groups: int = GROUPS, keep: int = KEPT) -> "FeatureSet":
+        """Features (N, dim) that are there already."""
+        made = cls(features.shape[1], groups, keep)
+        made.add(features, torch.arange(len(features)))
+        return made

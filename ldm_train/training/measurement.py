@@ -1,0 +1,175 @@
+"""A model measured against a reference: the one way that the training loop, the evaluation stage and ldm-evaluate share."""
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from ldm_train import images as pictures
+from ldm_train.data.shards import write_atomically
+from ldm_train.distributed import gathered, rank, world_size
+from ldm_train.latent_diffusion import LatentDiffusion
+from ldm_train.metrics.distribution import Estimate
+from ldm_train.metrics.features import weights_hash
+from ldm_train.metrics.measures import Collected, Metric, measure, read_reference, write_reference
+from ldm_train.metrics.sets import FeatureSet
+from ldm_train.rng import derive_seed
+
+SAVE_EVERY = 60.0  # seconds between the states that an interrupted measurement continues from
+
+# (model, fields, seeds) -> images
+Draw = Callable[..., torch.Tensor]
+
+
+def indices_of(position: int, count: int) -> torch.Tensor:
+    """Indices in the whole set of `count` samples that begin at `position` of this rank's share: ranks take turns."""
+    return torch.arange(position, position + count) * world_size() + rank()
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What samples are compared with. sets: features by extractor. hashes: what identifies each, by extractor."""
+
+    sets: dict[str, FeatureSet]
+    hashes: dict[str, str]
+
+    def facts(self, metric: Metric) -> dict[str, Any]:
+        """What is recorded beside a number."""
+        if metric.extractor not in self.sets:
+            return {"extractor": metric.extractor}
+        n = self.sets[metric.extractor].groups[0].count
+        return {"extractor": metric.extractor, "reference": self.hashes[metric.extractor], "n_reference": n}
+
+
+def reference_from(path: str | Path, metrics: Sequence[Metric]) -> Reference:
+    """A file of statistics as the reference of the one extractor that the metrics use."""
+    names = {m.extractor for m in metrics if m.kind not in ("is", "clip_score")}
+    if len(names) > 1:
+        raise ValueError(f"{path} is of one extractor, but the metrics use {', '.join(sorted(names))}; ask for one's")
+    digest = hashlib.sha256(Path(path).read_bytes()).hexdigest()[:12]
+    return Reference({n: read_reference(path) for n in names}, dict.fromkeys(names, digest))
+
+
+@torch.no_grad()
+def collect_reference(
+    loader: Callable[[], Iterable[dict[str, Any]]],
+    metrics: Sequence[Metric],
+    extractors: Mapping[str, nn.Module],
+    identity: Mapping[str, Any],
+    cache: Path,
+    device: torch.device,
+    progress: bool = True,
+) -> Reference:
+    """Features of real images through training's own transform, kept in `cache` under a hash of what they follow from.
+
+    loader: () -> batches of this rank's share, asked for only where the cache does not serve. identity: all that the
+    images follow from (content hash of the data, split, transform, number); the extractors' weights are added.
+    """
+    wanted = Collected(metrics, extractors, reference=True)
+    hashes = {
+        name: hashlib.sha256(
+            json.dumps([dict(identity), name, weights_hash(e)], sort_keys=True, default=str).encode()
+        ).hexdigest()[:12]
+        for name, e in wanted.extractors.items()
+    }
+    paths = {name: cache / f"{name}-{digest}.npz" for name, digest in hashes.items()}
+    there = gathered([path.is_file() for path in paths.values()])[0]  # rank 0 decides for all
+    if not all(there):
+        position = 0
+        for batch in tqdm(loader(), desc="reference", unit="batch", disable=not progress):
+            images = batch["image"].to(device)
+            wanted.add(images, indices_of(position, len(images)))
+            position += len(images)
+        wanted.gathered()
+        if rank() == 0:
+            cache.mkdir(parents=True, exist_ok=True)
+            for name, path in paths.items():
+                write_atomically(path, lambda file, name=name: write_reference(wanted.sets[name], file))
+        gathered(None)  # nobody reads before it is written
+    return Reference({name: read_reference(path) for name, path in paths.items()}, hashes)
+
+
+@dataclass
+class Measured:
+    """estimates by metric; the first samples as pictures, beside what can be seen of their conditions; what sampling took."""
+
+    estimates: dict[str, Estimate]
+    images: torch.Tensor
+    captions: list[str]
+    seconds: float
+    count: int
+
+
+@torch.no_grad()
+def measure_samples(
+    model: LatentDiffusion,
+    batches: Iterable[dict[str, Any]],
+    draw: Draw,
+    reference: Reference,
+    metrics: Sequence[Metric],
+    extractors: Mapping[str, nn.Module],
+    batch_size: int,
+    seed: int = 0,
+    shown: int = 36,
+    progress: bool = True,
+    total: int | None = None,
+    partial: Path | None = None,
+) -> Measured:
+    """One sample under the conditions of each entry of `batches` (this rank's share), with a seed that is a function of
+    its key: the same samples, so the same numbers, for any batch size and number of ranks.
+
+    extractors: name -> images -> features. total: of this rank's share, for the bar. partial: a file, unique to the
+    job, from which an interrupted measurement continues; it is removed at the end.
+    """
+    fields, made = set(model.fields), Collected(metrics, extractors)
+    state: dict[str, Any] = {"done": 0, "images": [], "captions": [], "seconds": 0.0}
+    if partial is not None:
+        partial = partial.with_name(f"{partial.name}.{rank()}-{world_size()}")
+        if partial.is_file():
+            saved = torch.load(partial, weights_only=False)  # our own file of a minute ago
+            state = saved["state"]
+            made.restore(saved["made"])
+    saved_at, position = time.monotonic(), 0
+    bar = tqdm(total=total, desc="samples", unit="img", disable=not progress)
+    for batch in batches:
+        for k in range(0, len(batch["key"]), batch_size):
+            keys = batch["key"][k : k + batch_size]
+            indices = indices_of(position, len(keys))
+            position += len(keys)
+            if position <= state["done"]:
+                bar.update(len(keys))
+                continue
+            condition = {f: batch[f][k : k + batch_size] for f in fields if f in batch}
+            begin = time.perf_counter()
+            seeds = [derive_seed("evaluation", *([seed] if seed else []), key) for key in keys]
+            images = draw(model, condition, seeds=seeds).to(model.device)
+            if images.is_cuda:
+                torch.cuda.synchronize()
+            state["seconds"] += time.perf_counter() - begin
+            made.add(images, indices, condition.get("caption"))
+            if len(state["captions"]) < shown:
+                room = shown - len(state["captions"])
+                both = pictures.beside(model.picture(condition, images.shape[2:]), images.cpu())
+                state["images"].append(both[:room])
+                state["captions"] += model.describe(condition, len(images))[:room]
+            state["done"] = position
+            bar.update(len(keys))
+            if partial is not None and time.monotonic() - saved_at > SAVE_EVERY:
+                whole = {"state": state, "made": made.state()}
+                write_atomically(partial, lambda file, whole=whole: torch.save(whole, file))
+                saved_at = time.monotonic()
+    bar.close()
+    estimates = measure(metrics, reference.sets, made.gathered())
+    count = sum(gathered(state["done"]))
+    if partial is not None and partial.is_file():
+        os.unlink(partial)
+    shown_images = torch.cat(state["images"]) if state["images"] else torch.empty(0)
+    return Measured(estimates, shown_images, state["captions"], max(gathered(state["seconds"])), count)
