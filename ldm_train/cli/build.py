@@ -1,11 +1,15 @@
 """From config sections to objects: the only place where a DictConfig becomes models, losses and data."""
 
 import inspect
+import os
+import sys
 from collections.abc import Mapping
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import yaml
 from hydra.utils import get_object, instantiate
 from omegaconf import DictConfig, OmegaConf
@@ -75,6 +79,27 @@ def machine_of(config: DictConfig, environment: Mapping[str, str]) -> Machine:
     if precision == "auto":
         precision = "32" if accelerator == "cpu" else "bf16-mixed"
     return Machine(accelerator, precision, world_size, rank, local_rank, local_world_size)
+
+
+def join_devices(config: DictConfig, module: str) -> Machine:
+    """This process's place among `config.devices`; outside torchrun and with more than one, becomes torchrun with this
+    same command, one process per device. module: the command's, for that."""
+    if config.devices > 1 and "WORLD_SIZE" not in os.environ:
+        command = [
+            sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={config.devices}",
+            "--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1",
+        ]  # fmt: skip
+        sys.stdout.flush()
+        os.execv(sys.executable, [*command, "-m", module, *sys.argv[1:]])
+    machine = machine_of(config, os.environ)
+    if machine.world_size > 1:
+        if machine.accelerator == "gpu":
+            torch.cuda.set_device(machine.device)
+        if not dist.is_initialized():
+            # Ranks wait for each other through whole evaluations, far beyond the default ten minutes.
+            backend = "gloo" if machine.accelerator == "cpu" else "nccl"
+            dist.init_process_group(backend, timeout=timedelta(days=1))
+    return machine
 
 
 def batching_of(section: DictConfig, machine: Machine) -> Batching:

@@ -224,7 +224,7 @@ class Chain:
                 SampleMetrics(
                     section.evaluate_every, self.conditions(images, section.evaluate_images), self.draw(),
                     self.instruments.metrics, self.instruments.extractors,
-                    partial(self.instruments.reference, self._evaluation_data(), config.runs_dir, False),
+                    partial(self.instruments.reference, self.evaluation_data(), config.runs_dir, False),
                     config.evaluation.batch_size, None if best_by == "loss" else best_by,
                 )
             )  # fmt: skip
@@ -265,7 +265,7 @@ class Chain:
             self.barrier()
         return made
 
-    def _evaluation_data(self) -> Any:
+    def evaluation_data(self) -> Any:
         """The images behind an evaluation, cut over ranks in batches of evaluation.batch_size."""
         data = self.data("diffusion", ("image", *self.fields))
         size, world = self.config.evaluation.batch_size, self.machine.world_size
@@ -277,7 +277,7 @@ class Chain:
         return data.fixed_loader(self.config.data.val_split, count, repeat=True)
 
     def evaluation(self, folder: Path) -> dict[str, Any]:
-        config, tools, data = self.config, self.instruments, self._evaluation_data()
+        config, tools, data = self.config, self.instruments, self.evaluation_data()
         model = load_model(self.folder / "diffusion" / "model").to(self.machine.device)
         model.to(memory_format=torch.channels_last)
         split, count = config.data.val_split, config.evaluation.images

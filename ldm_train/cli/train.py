@@ -1,9 +1,6 @@
 """train.py's work: compose the config, find this process's place among the devices, run the chain."""
 
-import os
-import sys
 from contextlib import nullcontext
-from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -13,6 +10,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from ldm_train.cli import build
+from ldm_train.cli.build import join_devices
 from ldm_train.cli.chain import Chain
 from ldm_train.cli.common import check_values, run_command
 from ldm_train.training import stages
@@ -28,16 +26,6 @@ def run_name(config: DictConfig) -> str:
     return name
 
 
-def relaunch(devices: int) -> None:
-    """Becomes torchrun with this same command, one process per device; each then finds its rank in the environment."""
-    command = [
-        sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={devices}",
-        "--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1",
-    ]  # fmt: skip
-    sys.stdout.flush()
-    os.execv(sys.executable, [*command, "-m", "ldm_train.cli.train", *sys.argv[1:]])
-
-
 def train(config: DictConfig) -> None:
     check_values(config)
     if config.devices > 1 and HydraConfig.get().mode == RunMode.MULTIRUN:
@@ -45,17 +33,8 @@ def train(config: DictConfig) -> None:
             "devices>1 and -m do not go together: the jobs of a sweep share this process; sweep on one "
             "device each, or start the multi-GPU runs one after the other"
         )
-    if config.devices > 1 and "WORLD_SIZE" not in os.environ:
-        relaunch(config.devices)
-    machine = build.machine_of(config, os.environ)
+    machine = join_devices(config, "ldm_train.cli.train")
     world_size, rank = machine.world_size, machine.rank
-    if world_size > 1:
-        if machine.accelerator == "gpu":
-            torch.cuda.set_device(machine.device)
-        if not dist.is_initialized():
-            # Ranks wait for each other through whole evaluations, far beyond the default ten minutes.
-            backend = "gloo" if machine.accelerator == "cpu" else "nccl"
-            dist.init_process_group(backend, timeout=timedelta(days=1))
     torch.set_float32_matmul_precision("high")
     config.name = run_name(config)
     folder = Path(config.runs_dir) / config.name
