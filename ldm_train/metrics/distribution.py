@@ -150,7 +150,7 @@ def kernel_estimate(
         return torch.cat([kernel(part, y).sum(dim=1) for part in x.split(BLOCK)])
 
     def own_sums(x: torch.Tensor) -> torch.Tensor:  # of each sample with all others
-        itself = torch.stack([kernel(row[None], row[None]).squeeze() for row in x])
+        itself = torch.cat([kernel(part, part).diagonal() for part in x.split(64)])
         return row_sums(x, x) - itself
 
     within, own, across = own_sums(a).sum() / (n * (n - 1)), own_sums(b), row_sums(b, a) / n
@@ -167,7 +167,8 @@ def inception_score(made: FeatureSet) -> Estimate:
     gave no class probabilities."""
     if not made.class_sums:
         raise ValueError("an Inception score needs an extractor with classes (a method `logits`)")
-    counts = [m.count for m in made.groups]  # class sums and moments have the same groups
+    n_made = made.count  # before the groups' counts: it brings them up to date
+    counts = [m.count for m in made.groups]
 
     def score(skip: int | None) -> float:
         chosen = [k for k in range(len(counts)) if k != skip]
@@ -176,9 +177,10 @@ def inception_score(made: FeatureSet) -> Estimate:
         entropy = sum(made.class_sums[k][1] for k in chosen) / n
         return float(torch.exp(entropy - torch.special.xlogy(p, p).sum()))
 
-    n = made.count
     value = score(None)
-    return _too_few(value, n) if n < 3 * GROUPS else _jackknife(value, [score(k) for k in range(len(counts))], n)
+    if n_made < 3 * GROUPS:
+        return _too_few(value, n_made)
+    return _jackknife(value, [score(k) for k in range(len(counts))], n_made)
 
 
 def _radii(features: torch.Tensor, k: int) -> torch.Tensor:

@@ -73,7 +73,7 @@ class Inception(Extractor):
         from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
         path = hub_file(
-            INCEPTION_FILE, INCEPTION_URL, weights, "evaluation.extractors.inception.weights=<file>",
+            INCEPTION_FILE, INCEPTION_URL, weights, "extractors.inception.weights=<file> (in training evaluation.extractors...)",
             "measure without a download: metrics=[fid_tiny,kid_tiny]",
         )  # fmt: skip
         self.network = FeatureExtractorInceptionV3("inception", ["2048"], feature_extractor_weights_path=str(path))
@@ -95,7 +95,7 @@ def _named(option: str, path: str, load: Callable[[str], nn.Module]) -> nn.Modul
         return load(str(Path(path).expanduser()) if path.startswith("~") else path)
     except FileNotFoundError as error:
         raise FileNotFoundError(
-            f"{error}: {option}=<folder>; or measure without a download: {option.split('.')[0]}.metrics=[fid_tiny,kid_tiny]"
+            f"{error}: {option}=<folder> (in training evaluation.{option}); or measure without a download: metrics=[fid_tiny,kid_tiny]"
         ) from error
 
 
@@ -109,7 +109,7 @@ class DinoV2(Extractor):
 
     def __init__(self, path: str = "facebook/dinov2-large"):
         super().__init__()
-        self.network = _named("evaluation.extractors.dinov2.path", path, PretrainedVision)
+        self.network = _named("extractors.dinov2.path", path, PretrainedVision)
         self.eval().requires_grad_(False)
 
     @torch.no_grad()
@@ -127,7 +127,7 @@ class Clip(Extractor):
 
     def __init__(self, path: str = "openai/clip-vit-large-patch14-336"):
         super().__init__()
-        self.network = _named("evaluation.extractors.clip.path", path, ClipScore)
+        self.network = _named("extractors.clip.path", path, ClipScore)
 
     @torch.no_grad()
     def forward(self, images: torch.Tensor) -> torch.Tensor:

@@ -52,14 +52,13 @@ def parse_metrics(names: Sequence[str], extractors: Sequence[str]) -> list[Metri
     """Raises ValueError for a name that is none, listing those there are."""
     found = []
     for name in names:
-        kind, extractor = PUBLISHED.get(name) or next(
-            ((k, name.removeprefix(f"{k}_")) for k in KINDS if name.removeprefix(f"{k}_") in extractors and name != k),
-            (None, None),
-        )
+        own = ((k, name[len(k) + 1 :]) for k in KINDS if name.startswith(f"{k}_"))
+        known = next((pair for pair in own if pair[1] in extractors), (None, None))
+        kind, extractor = PUBLISHED.get(name, known)
         if kind is None or extractor not in extractors:
-            own = [f"fid_{e}, kid_{e}, precision_{e}, recall_{e}" for e in extractors if e == "tiny"]
+            tiny = [f"{k}_tiny" for k in ("fid", "kid", "precision", "recall") if "tiny" in extractors]
             raise ValueError(
-                f"metrics: {name!r} is none; choose from {', '.join([*PUBLISHED, *own])}, or <kind>_<extractor> with a kind of "
+                f"metrics: {name!r} is none; choose from {', '.join([*PUBLISHED, *tiny])}, or <kind>_<extractor> with a kind of "
                 f"{', '.join(KINDS)} and an extractor of {', '.join(extractors)} (more: evaluation.extractors.<name>)"
             )
         found.append(Metric(name, kind, extractor))
