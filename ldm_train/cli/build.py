@@ -21,6 +21,7 @@ from ldm_train.data.datamodule import Batching, ShardDataModule
 from ldm_train.data.prepare.build import build as prepare
 from ldm_train.data.shards import INDEX
 from ldm_train.models.first_stage import FirstStage
+from ldm_train.training.diffusion_task import BINS
 from ldm_train.training.fit import Cadence, Machine
 
 FROM_DATA = "from_data"  # a value that only the data can give: class names, a tokenizer
@@ -106,6 +107,10 @@ def batching_of(section: DictConfig, machine: Machine) -> Batching:
     return Batching(section.batch_size, section.micro_batch_size, machine.world_size, machine.rank)
 
 
+def loggers_of(config: DictConfig) -> list[str]:
+    return [config.logger] if isinstance(config.logger, str) else list(config.logger)
+
+
 def cadence_of(section: DictConfig, machine: Machine, config: DictConfig) -> Cadence:
     return Cadence(
         section.val_every,
@@ -114,6 +119,17 @@ def cadence_of(section: DictConfig, machine: Machine, config: DictConfig) -> Cad
         config.progress and machine.rank == 0,
         config.trace,
     )
+
+
+def health_facts(config: DictConfig, stage: str) -> dict[str, Any]:
+    """What the health checks must know of a stage's configuration."""
+    if stage == "autoencoder":
+        return {"max_adaptive_weight": config.autoencoder.loss.get("max_adaptive_weight")}
+    if stage != "diffusion":
+        return {}
+    section = config.diffusion
+    settled = max(200, section.max_steps // 20)
+    return {"prediction_type": section.objective.prediction_type, "bins": BINS, "settled": settled}
 
 
 def stage_data(config: DictConfig, stage: str) -> DictConfig:

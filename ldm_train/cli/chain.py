@@ -1,6 +1,7 @@
 """The chain of one run: what each stage depends on, and how it is built from the config and run."""
 
 import json
+import re
 import shutil
 from collections.abc import Sequence
 from functools import cached_property, partial
@@ -16,6 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 from ldm_train import rng
 from ldm_train.checkpoints.native import CONFIG, copy_model, load_model, read_metadata, save_model
 from ldm_train.cli import apart, build
+from ldm_train.cli.film import denoising_film, film_of_grids
 from ldm_train.cli.instruments import Instruments, sampling_facts
 from ldm_train.cli.keys import Keys
 from ldm_train.cli.plan import print_plan
@@ -35,7 +37,7 @@ from ldm_train.training.callbacks.sampling import SampleMetrics
 from ldm_train.training.diffusion_task import DiffusionTask
 from ldm_train.training.evaluation import evaluate
 from ldm_train.training.fit import fit
-from ldm_train.training.loggers import WandbRun
+from ldm_train.training.loggers import TensorBoardLogger, WandbRun
 from ldm_train.training.obedience import judged_fields
 from ldm_train.training.restoration import FIELDS as RESTORED
 
@@ -51,11 +53,15 @@ class Chain:
         self.keys = Keys(config, folder, machine)
         self.fields = build.condition_fields(config)
         self.wandb: WandbRun | None = None
+        self.effort: dict[str, tuple[float, float]] = {}  # per stage: FLOPs per image, peak of the devices
 
     # -- stages --------------------------------------------------------------------------------------------------------
 
     def loggers(self, stage: str) -> list:
-        return [self.wandb.stage(stage)] if self.wandb else []
+        found: list = [self.wandb.stage(stage, self.config[stage].batch_size)] if self.wandb else []
+        if "tensorboard" in build.loggers_of(self.config) and self.machine.rank == 0:
+            found.append(TensorBoardLogger(self.folder, stage))
+        return found
 
     def data(self, stage: str, fields: tuple[str, ...]) -> Any:
         return build.data_module(self.config, stage, self.machine, fields)
@@ -93,8 +99,10 @@ class Chain:
         fit(
             task, data, folder, section.max_steps, section.batch_size, dataset_size,
             build.cadence_of(section, self.machine, self.config), self.machine, self.loggers(stage),
-            self.config.data.max_bad_fraction, callbacks,
+            self.config.data.max_bad_fraction, callbacks, self.effort.get(stage, (None, None)), build.health_facts(self.config, stage),
         )  # fmt: skip
+        if stage == "diffusion" and self.machine.rank == 0:
+            film_of_grids(folder / "images")
 
     def save(self, folder: Path, module: torch.nn.Module, tree: dict, metadata: dict) -> str:
         if self.machine.rank == 0:
@@ -247,11 +255,12 @@ class Chain:
         sampling = self.config.sampling
         sampler = instantiate(self.config.sampler, _convert_="all")
 
-        def draw(model: Any, fields: dict[str, Any], seeds: list[int]) -> torch.Tensor:
+        def draw(model: Any, fields: dict[str, Any], seeds: list[int], callback: Any = None) -> torch.Tensor:
             with self.machine.autocast():
                 return model.sample(
-                    fields, seeds, sampler, sampling.num_inference_steps, sampling.guidance_scale, sampling.spacing
-                )
+                    fields, seeds, sampler, sampling.num_inference_steps, sampling.guidance_scale, sampling.spacing,
+                    callback=callback,
+                )  # fmt: skip
 
         return draw
 
@@ -296,9 +305,14 @@ class Chain:
             build.plain(config.evaluation.restoration) | {"loader": whole.fixed_loader(split)} if restoring else None,
             config.progress and self.machine.rank == 0,
         )  # fmt: skip
+        if self.machine.rank == 0:
+            batch = next(iter(data.fixed_loader(split, 4)))
+            film = denoising_film(model, self.draw(), batch, folder / "denoising.gif")
         if self.wandb:
-            flat = {f"evaluation/{k}": v for k, v in stages.flatten(result).items() if isinstance(v, int | float)}
-            self.wandb.run.log(flat)
+            self.wandb.log_evaluation(result)
+            for name in ("samples", "reconstructions"):
+                self.wandb.log_picture(f"evaluation/{name}", folder / f"{name}.png")
+            self.wandb.log_film("evaluation/denoising", film, "from noise to pictures")
         self.barrier()
         return result
 
@@ -308,6 +322,9 @@ class Chain:
             source = self.folder / "diffusion" / "model"
             load_model(source)  # a folder that does not load must not be exported
             copy_model(source, folder, {"sampling": self.sampling(), "run": self.config.name})
+            if self.wandb and self.config.wandb_artifact:
+                name = re.sub(r"[^\w.-]", "-", self.config.name)
+                self.wandb.log_model(folder, name, {"sha256": read_metadata(folder)["sha256"]})
         self.barrier()
         return {"folder": "export"}
 
@@ -327,7 +344,7 @@ class Chain:
             stages.set_aside(self.folder, stages.check_stages([config.restart])[0])
         self.barrier()
         if writer:
-            print_plan(self, chain)
+            self.effort = print_plan(self, chain)
         if self.measures():
             _ = self.instruments  # a metric that is none, or weights that are not there, end the run before it begins
         defaults = build.option_defaults(config)
@@ -338,7 +355,9 @@ class Chain:
             if "autoencoder" in config.stages or not (self.folder / "config.yaml").is_file():
                 text = OmegaConf.to_yaml(config, resolve=True).encode()
                 write_atomically(self.folder / "config.yaml", lambda file: file.write(text))
-            if config.logger == "wandb":
+            if "wandb" in build.loggers_of(config):
+                if config.restart:  # its steps begin again: another run
+                    (self.folder / "wandb" / "run_id").unlink(missing_ok=True)
                 self.wandb = WandbRun(self.folder, config.project, config.name, build.plain(config))
         try:
             for stage in chain:

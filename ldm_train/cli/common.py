@@ -110,8 +110,9 @@ def check_values(config: DictConfig) -> None:
         value = OmegaConf.select(config, part)
         if not isinstance(value, DictConfig):
             raise ValueError(f"{part}={value}: a part is chosen with a slash: {part.replace('.', '/')}={value}")
-    if config.logger not in ("wandb", "csv"):
-        raise ValueError(f"logger is wandb or csv, not {config.logger!r}")
+    for name in [config.logger] if isinstance(config.logger, str) else config.logger:
+        if name not in ("wandb", "tensorboard", "csv"):
+            raise ValueError(f"logger is wandb, tensorboard, csv or a list of them, not {name!r}")
     if isinstance(config.stages, str):
         raise ValueError(f"stages is a list: stages=[{config.stages}]")
     for stage in ("autoencoder", "diffusion", "classifier"):

@@ -1,7 +1,9 @@
 """The denoising film: what the model thinks the picture is, step by step."""
 
+import io
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
@@ -12,6 +14,34 @@ from ldm_train.data.shards import write_atomically
 KINDS = ("gif", "mp4", "strip")
 MILLISECONDS = 80
 LAST_HELD = 12  # frames for which the finished picture stays
+
+
+def enlarged(image: torch.Tensor) -> Image.Image:
+    """(C, H, W) as a picture of about 256 pixels, its pixels visible."""
+    factor = max(1, 256 // image.shape[-1])
+    size = (image.shape[2] * factor, image.shape[1] * factor)
+    return pictures.to_pil(image).convert("RGB").resize(size, Image.Resampling.NEAREST)
+
+
+def save_gif(frames: Sequence[Image.Image], path: Path, milliseconds: int = MILLISECONDS) -> Path:
+    def write(file: io.BufferedWriter) -> None:
+        options = {"save_all": True, "append_images": frames[1:], "duration": milliseconds, "loop": 0}
+        frames[0].save(file, format="GIF", **options)
+
+    write_atomically(path, write)
+    return path
+
+
+def film_of_grids(folder: Path) -> Path | None:
+    """samples.gif of a stage's sample grids, which have the same seeds and conditions: how the model learned."""
+    grids = sorted(folder.glob("samples_*.png"))
+    if len(grids) < 2:
+        return None
+    frames = []
+    for grid in grids:
+        with Image.open(grid) as picture:
+            frames.append(picture.convert("RGB"))
+    return save_gif([*frames, *[frames[-1]] * 3], folder / "samples.gif", 400)
 
 
 class Film:
@@ -49,23 +79,11 @@ class Film:
     def _save(self, film: torch.Tensor, path: Path) -> Path:
         if self.kind == "strip":
             return pictures.save_png(pictures.grid(film, columns=len(film)), self.path(path))
-        factor = max(1, 256 // film.shape[-1])
-        shown = [
-            pictures.to_pil(f)
-            .convert("RGB")
-            .resize((f.shape[2] * factor, f.shape[1] * factor), Image.Resampling.NEAREST)
-            for f in film
-        ]
+        shown = [enlarged(f) for f in film]
         shown += [shown[-1]] * LAST_HELD
         path = self.path(path)
         if self.kind == "gif":
-            write_atomically(
-                path,
-                lambda file: shown[0].save(
-                    file, format="GIF", save_all=True, append_images=shown[1:], duration=MILLISECONDS, loop=0
-                ),
-            )
-            return path
+            return save_gif(shown, path)
         import imageio.v3 as imageio
         import numpy as np
 
@@ -73,3 +91,11 @@ class Film:
         encoded = imageio.imwrite("<bytes>", even, extension=".mp4", fps=1000 // MILLISECONDS, macro_block_size=2)
         write_atomically(path, lambda file: file.write(encoded))
         return path
+
+
+def denoising_film(model: Any, draw: Callable[..., torch.Tensor], batch: dict[str, Any], path: Path) -> Path:
+    """How samples under the conditions of a batch came about, side by side in one GIF."""
+    film = Film(model.decode, "gif")
+    draw(model, {f: batch[f] for f in model.fields if f in batch}, list(range(len(batch["key"]))), film)
+    frames = [enlarged(torch.cat(list(model.decode(x_0).float().cpu()), dim=2)) for x_0 in film.kept]
+    return save_gif([*frames, *[frames[-1]] * LAST_HELD], path)

@@ -13,6 +13,24 @@ from ldm_train.training import stages
 
 TRAINING_FLOPS = 3  # forward and backward cost about three forward passes
 
+# Dense peak of 16-bit matrix products with 32-bit sums, TFLOP/s, by a part of the device's name (makers' data sheets; the
+# first that fits counts).
+PEAKS = {
+    "B200": 2250, "GH200": 989, "H200": 989, "H100 PCIe": 756, "H100": 989, "H800": 989, "A100": 312, "A800": 312, "L40S": 362,
+    "L40": 181, "L4": 121, "A10G": 70, "A10": 125, "A40": 150, "A6000": 155, "RTX 6000 Ada": 364, "RTX 5090": 210,
+    "RTX 4090": 165, "RTX 4080": 97, "RTX 3090": 71, "V100": 125, "T4": 65,
+}  # fmt: skip
+
+
+def peak_flops(device: torch.device, precision: str, measured: float) -> float:
+    """FLOP/s that MFU is in relation to: the data sheet's for known GPUs in 16 bits, else a measured matrix product."""
+    if device.type == "cuda" and precision != "32":
+        name = torch.cuda.get_device_name(device)
+        for part, peak in PEAKS.items():
+            if part in name:
+                return peak * 1e12
+    return measured
+
 
 def _rate(device: torch.device) -> float:
     """Measured matmul speed of this device in FLOP/s (a fraction of a second)."""
@@ -46,8 +64,10 @@ def _duration(seconds: float) -> str:
     return f"{seconds / 3600:.1f} h" if seconds < 48 * 3600 else f"{seconds / 86400:.1f} days"
 
 
-def print_plan(chain: Any, todo: list[stages.Stage]) -> None:
-    """Prints one line per stage; sizes on the meta device, so nothing large is built.
+def print_plan(chain: Any, todo: list[stages.Stage]) -> dict[str, tuple[float, float]]:
+    """Prints one line per stage; sizes on the meta device, so nothing large is built. Returns for each that trains the
+    FLOPs of training on one image (three forward passes of its network; the losses' networks and what is frozen are left
+    out) and the peak of all devices.
 
     What can be wrong with the config is found here, before hours of training. Memory is that of weights, gradients, two
     Adam moments and the average, in float32; activations come on top.
@@ -89,7 +109,10 @@ def print_plan(chain: Any, todo: list[stages.Stage]) -> None:
     for name in ("autoencoder", "diffusion"):
         instantiate(config[name].lr_schedule, max_steps=config[name].max_steps)
     schedule.timesteps(config.sampling.num_inference_steps, config.sampling.spacing)
-    rate = _rate(machine.device) * machine.world_size * 0.4  # what training reaches of it, roughly
+    measured = _rate(machine.device)
+    peak = peak_flops(machine.device, machine.precision, measured) * machine.world_size
+    rate = measured * machine.world_size * 0.4  # what training reaches of it, roughly
+    effort = {}
     for stage in todo:
         note = stages.read_note(chain.folder / stage.name)
         state = (
@@ -104,6 +127,7 @@ def print_plan(chain: Any, todo: list[stages.Stage]) -> None:
             parameters = sum(p.numel() for p in module.parameters())
             memory = parameters * 4 * (5 if section.ema_decay else 4) / 2**30
             seconds = stage.steps * section.batch_size * flops * TRAINING_FLOPS / rate
+            effort[stage.name] = (float(flops * TRAINING_FLOPS), peak)
             fields = ("image", *chain.fields) if stage.name == "diffusion" else ("image",)
             module_data = chain.data(stage.name, fields)
             images = module_data.count(module_data.train_split)
@@ -118,3 +142,4 @@ def print_plan(chain: Any, todo: list[stages.Stage]) -> None:
                 f"{memory:.2f} GiB of weights and optimiser, about {_duration(seconds)}"
             )
         print(text, flush=True)
+    return effort

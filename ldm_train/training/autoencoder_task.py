@@ -30,7 +30,8 @@ class AutoencoderTask(Task):
     autoencoder: KL or VQ. loss: AutoencoderLoss. image_folder: where reconstruction grids go.
     disc_lr: the discriminator's own learning rate (default: the autoencoder's, as published).
     Validation measures posterior means of the averaged weights: l1, psnr (dB), ssim, perceptual, kl or codebook, score
-    (perceptual + l1, the criterion of best.ckpt), the share of active latent channels and, with `features` (images ->
+    (perceptual + l1, the criterion of best.ckpt), the share of active latent channels, the smallest and largest deviation
+    of a channel, the posterior's deviation in relation to them and, with `features` (images ->
     features, with a name), the Frechet distance between images and reconstructions. Of a VQ model also the codes'
     perplexity and the share of them in use.
     """
@@ -90,7 +91,8 @@ class AutoencoderTask(Task):
         super().on_validation_epoch_start()
         self._moments: dict[str, Moments] = {}
         self._codes: torch.Tensor | None = None  # how often each was used
-        self._mean_moments = [0.0, 0.0, 0]  # per-channel sum and sum of squares of posterior means, and their count
+        # Per-channel sums of posterior means, of their squares and of variances, and the number of each.
+        self._mean_moments = [0.0, 0.0, 0.0, 0]
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         images = batch["image"].float()
@@ -119,7 +121,9 @@ class AutoencoderTask(Task):
         mean = posterior.mean.double().cpu()
         self._mean_moments[0] += mean.sum(dim=(0, 2, 3))
         self._mean_moments[1] += mean.square().sum(dim=(0, 2, 3))
-        self._mean_moments[2] += mean[:, 0].numel()
+        if not isinstance(posterior, Point):
+            self._mean_moments[2] += posterior.std.double().cpu().square().sum(dim=(0, 2, 3))
+        self._mean_moments[3] += mean[:, 0].numel()
         if batch_idx == 0 and self.global_rank == 0 and self.image_folder:
             shown = min(8, len(images))
             both = torch.cat([images[:shown], reconstructions[:shown]])
@@ -127,13 +131,21 @@ class AutoencoderTask(Task):
             path = pictures.save_png(grid, self.image_folder / f"reconstructions_{self.global_step:07d}.png")
             for logger in self.loggers:
                 logger.log_picture("reconstructions", path, self.global_step, "above: images, below: reconstructions")
+                logger.log_histogram("latents", posterior.mean, self.global_step)
 
     def on_validation_epoch_end(self) -> None:
-        total, square, count = (sum(parts) for parts in zip(*gathered(self._mean_moments)))
+        total, square, within, count = (sum(parts) for parts in zip(*gathered(self._mean_moments)))
         self.finish_validation()
         if count:
-            active = (square / count - (total / count) ** 2 > ACTIVE_VARIANCE).double().mean().item()
-            self.log("val/active_channels", active, rank_zero_only=False)
+            variance = square / count - (total / count) ** 2
+            found = {
+                "active_channels": (variance > ACTIVE_VARIANCE).double().mean(),
+                "latent_std_min": variance.clamp(min=0).sqrt().min(),
+                "latent_std_max": variance.clamp(min=0).sqrt().max(),
+            }
+            if isinstance(within, torch.Tensor):  # a posterior with a width
+                found["posterior_std"] = (within / count / variance.clamp(min=1e-12)).mean().sqrt()
+            self.log_dict({f"val/{k}": v.item() for k, v in found.items()}, rank_zero_only=False)
         if used := [c for c in gathered(self._codes) if c is not None]:
             counts = torch.stack(used).sum(dim=0)
             self.log("val/perplexity", perplexity(counts), rank_zero_only=False)

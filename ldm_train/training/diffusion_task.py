@@ -76,7 +76,7 @@ class DiffusionTask(Task):
         weighted = self.objective.weighted(loss, timesteps)
         if "loss_weight" in batch:
             weighted = weighted * batch["loss_weight"].to(weighted.device)
-        logs = {"loss": loss.detach().mean(), "weighted_loss": weighted.detach().mean()}
+        logs = {"loss": loss.detach().mean(), "weighted_loss": weighted.detach().mean(), "latent_std": latents.std()}
         bins = timesteps * BINS // self.objective.schedule.num_train_timesteps
         for k in range(BINS):
             if (inside := bins == k).any():
@@ -99,6 +99,9 @@ class DiffusionTask(Task):
         self.add("loss", loss)
         for k in range(BINS):
             self.add(f"loss_t{k}", loss[timesteps * BINS // total == k])
+        if batch_idx == 0:
+            for logger in self.loggers:
+                logger.log_histogram("latents", latents, self.global_step)
         if batch_idx == 0 and not self._shown:
             fields = [f for f in self.model.fields if f in batch]
             self._shown = {f: batch[f][: self.samples] for f in fields}

@@ -2,9 +2,10 @@
 
 import logging
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 import torch
@@ -14,9 +15,10 @@ from lightning.pytorch.plugins import MixedPrecision, Precision
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy, Strategy
 
 from ldm_train.training.callbacks.checkpoint import AtomicCheckpointIO, Checkpoints
+from ldm_train.training.callbacks.health import Health
 from ldm_train.training.callbacks.monitor import Monitor
 from ldm_train.training.loggers import MetricsCSV
-from ldm_train.training.task import Task
+from ldm_train.training.task import NotFinite, Task
 
 # What Lightning says of every run and nobody can act on. (The frozen parts are in eval mode on purpose; the loaders
 # resume by position, not by state.)
@@ -30,6 +32,7 @@ for message in (
 ):
     warnings.filterwarnings("ignore", message)
 
+REWINDS = 3  # to the last checkpoint, of one training
 PRECISIONS = ("32", "bf16-mixed", "16-mixed")
 
 
@@ -102,44 +105,67 @@ def fit(
     loggers: Sequence[Logger] = (),
     max_bad_fraction: float = 0.01,
     callbacks: Sequence[L.Callback] = (),
+    effort: tuple[float | None, float | None] = (None, None),
+    facts: Mapping[str, Any] | None = None,
 ) -> None:
     """Trains `task` to `max_steps` optimiser steps in `folder`, from checkpoints/last.ckpt if it is there.
 
-    Afterwards the task holds the averaged weights where it averages. Raises Interrupted on a signal.
+    effort: FLOPs of training on one image and the devices' peak per second, for train/tflop and train/mfu. facts: what
+    the health checks must know of the configuration. Where gradients stay non-finite, goes back to the last checkpoint,
+    REWINDS times. Afterwards the task holds the averaged weights where it averages. Raises Interrupted on a signal,
+    NotFinite where going back did not help.
     """
     last = folder / "checkpoints" / "last.ckpt"
-    start = _steps_done(last)
-    if start < max_steps:
-        checkpoints = Checkpoints(folder / "checkpoints", cadence.checkpoint_every, task.monitor)
-        callbacks = [*callbacks, Monitor(batch_size, dataset_size, max_bad_fraction, cadence.trace), checkpoints]
-        if cadence.progress:
-            callbacks.append(TQDMProgressBar(refresh_rate=max(1, cadence.log_every // 2)))
-        trainer = L.Trainer(
-            accelerator="cpu" if machine.accelerator == "cpu" else "gpu",
-            strategy=machine.strategy(),
-            devices=machine.local_world_size,
-            num_nodes=machine.world_size // machine.local_world_size,
-            plugins=[AtomicCheckpointIO(), machine.precision_plugin()],
-            max_steps=max_steps,
-            max_epochs=-1,
-            accumulate_grad_batches=task.accumulate,
-            val_check_interval=cadence.val_every * task.accumulate,
-            check_val_every_n_epoch=None,
-            num_sanity_val_steps=0,
-            log_every_n_steps=cadence.log_every,
-            logger=[MetricsCSV(folder / "metrics.csv", start), *loggers],
-            callbacks=callbacks,
-            use_distributed_sampler=False,
-            sync_batchnorm=machine.accelerator == "gpu" and machine.world_size > 1,
-            enable_checkpointing=False,
-            enable_model_summary=False,
-            enable_progress_bar=cadence.progress,
-            default_root_dir=folder,
-        )
-        with checkpoints.signals():
-            trainer.fit(
-                task, datamodule=data, ckpt_path=str(last) if start else None, weights_only=True if start else None
+    if steps_done(last) < max_steps:
+        rows = MetricsCSV(folder / "metrics.csv", steps_done(last))
+        for logger in loggers:
+            logger.logged = rows.cut  # a resumed training logs again what came after its checkpoint
+        while True:
+            checkpoints = Checkpoints(folder / "checkpoints", cadence.checkpoint_every, task.monitor)
+            monitor = Monitor(batch_size, dataset_size, max_bad_fraction, cadence.trace, *effort)
+            watching = [*callbacks, monitor, Health(folder, facts or {}), checkpoints]
+            if cadence.progress:
+                watching.append(TQDMProgressBar(refresh_rate=max(1, cadence.log_every // 2)))
+            start = steps_done(last)
+            trainer = L.Trainer(
+                accelerator="cpu" if machine.accelerator == "cpu" else "gpu",
+                strategy=machine.strategy(),
+                devices=machine.local_world_size,
+                num_nodes=machine.world_size // machine.local_world_size,
+                plugins=[AtomicCheckpointIO(), machine.precision_plugin()],
+                max_steps=max_steps,
+                max_epochs=-1,
+                accumulate_grad_batches=task.accumulate,
+                val_check_interval=cadence.val_every * task.accumulate,
+                check_val_every_n_epoch=None,
+                num_sanity_val_steps=0,
+                log_every_n_steps=cadence.log_every,
+                logger=[rows, *loggers],
+                callbacks=watching,
+                use_distributed_sampler=False,
+                sync_batchnorm=machine.accelerator == "gpu" and machine.world_size > 1,
+                enable_checkpointing=False,
+                enable_model_summary=False,
+                enable_progress_bar=cadence.progress,
+                default_root_dir=folder,
             )
+            try:
+                with checkpoints.signals():
+                    trainer.fit(
+                        task, datamodule=data, ckpt_path=str(last) if start else None,
+                        weights_only=True if start else None,
+                    )  # fmt: skip
+                break
+            except NotFinite as error:
+                if (not start and not last.is_file()) or task.attempt >= REWINDS:
+                    raise
+                task.attempt += 1
+                again = f"rewinding to step {steps_done(last)}, attempt {task.attempt} of {REWINDS}"
+                if machine.rank == 0:
+                    print(f"\nhealth: {error}\n  {again}, with other random numbers", flush=True)
+                    for logger in loggers:
+                        logger.log_alert("not_finite", f"{error}; {again}")
+                rows = MetricsCSV(folder / "metrics.csv", steps_done(last))
     else:
         task.setup("fit")
         state = torch.load(last, map_location="cpu", weights_only=True)
@@ -152,7 +178,7 @@ def fit(
                 parameter.copy_(task.ema.shadow[name])
 
 
-def _steps_done(checkpoint: Path) -> int:
+def steps_done(checkpoint: Path) -> int:
     if not checkpoint.is_file():
         return 0
     return int(torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)["global_step"])

@@ -1,28 +1,38 @@
-"""Where metrics go: metrics.csv always, Weights & Biases unless switched off."""
+"""Where metrics go: metrics.csv always, Weights & Biases unless switched off, TensorBoard where asked for."""
 
 import csv
 import os
 import secrets
+import subprocess
 from collections.abc import Mapping
+from contextlib import suppress
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
 from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from PIL import Image
 
 
 class MetricsCSV(Logger):
     """One row per logged step; survives resume: rows after the checkpoint's step are cut, then it goes on.
 
-    path: the file. start: the step training starts or resumes from.
+    path: the file. start: the step training starts or resumes from. `cut`: what was logged after it, {step: names}: a
+    logger that cannot take rows back leaves these out when they come again.
     """
 
     def __init__(self, path: str | Path, start: int = 0):
         super().__init__()
         self.path, self.rows, self.columns = Path(path), [], ["step"]
+        self.cut: dict[int, set[str]] = {}
         if self.path.is_file() and start > 0:
             with open(self.path, newline="") as file:
-                self.rows = [row for row in csv.DictReader(file) if int(row["step"]) <= start]
+                rows = list(csv.DictReader(file))
+            self.rows = [row for row in rows if int(row["step"]) <= start]
+            self.cut = {int(row["step"]): {k for k, v in row.items() if v} for row in rows if int(row["step"]) > start}
             self.columns += sorted({c for row in self.rows for c in row} - {"step"})
         self._rewrite()
 
@@ -50,6 +60,12 @@ class MetricsCSV(Logger):
     def log_picture(self, name: str, path: Path, step: int, caption: str) -> None:
         pass  # the picture is a file already
 
+    def log_histogram(self, name: str, values: torch.Tensor, step: int) -> None:
+        pass  # a row has no room for it
+
+    def log_alert(self, title: str, text: str) -> None:
+        pass  # health.json holds it
+
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         row = {"step": step} | {k: v for k, v in metrics.items() if k != "epoch"}
@@ -66,12 +82,26 @@ class MetricsCSV(Logger):
                 csv.DictWriter(file, self.columns, restval="").writerow(row)
 
 
+def code_version() -> dict[str, str]:
+    """What ran: the installed version, and the commit (with + where files differ from it) in a checkout."""
+    found = {"ldm_train": metadata.version("ldm-train"), "torch": torch.__version__}
+    root = Path(__file__).parents[2]
+    if (root / ".git").exists():
+        with suppress(OSError, subprocess.SubprocessError):
+            described = subprocess.run(
+                ["git", "describe", "--always", "--dirty=+", "--abbrev=12", "--exclude=*"], cwd=root, capture_output=True,
+                text=True, timeout=5, check=True,
+            )  # fmt: skip
+            found["commit"] = described.stdout.strip()
+    return found
+
+
 class WandbRun:
     """One W&B run for the whole chain; stages log through `StageLogger`. Never prompts, never waits long.
 
     Online when a key is present (WANDB_API_KEY or netrc) unless WANDB_MODE says otherwise; if the server does not
     answer within `timeout` seconds, offline with a line saying so. The run's id is kept in the run folder, so a resumed
-    chain continues the same run.
+    chain continues the same run. config: the run's, to which versions of the code are added.
     """
 
     def __init__(
@@ -89,7 +119,7 @@ class WandbRun:
         arguments = {
             "project": project,
             "name": name,
-            "config": config,
+            "config": config | {"code": code_version()},
             "dir": str(folder),
             "id": id_file.read_text(),
             "resume": "allow",
@@ -106,8 +136,30 @@ class WandbRun:
             self.run = wandb.init(mode=mode, settings=quiet, **arguments)
         self.offline = mode != "disabled" and self.run.settings.mode == "offline"
 
-    def stage(self, stage: str) -> "StageLogger":
-        return StageLogger(self.run, stage)
+    def stage(self, stage: str, batch_size: int) -> "StageLogger":
+        return StageLogger(self.run, stage, batch_size)
+
+    def log_evaluation(self, metrics: Mapping[str, Any]) -> None:
+        """metrics.json, flat: the numbers as they are, intervals as <name>/low and /high."""
+        self.run.log({f"evaluation/{name}": value for name, value in numbers(metrics).items()})
+
+    def log_picture(self, name: str, path: Path) -> None:
+        import wandb
+
+        self.run.log({name: wandb.Image(str(path))})
+
+    def log_film(self, name: str, path: Path, caption: str) -> None:
+        import wandb
+
+        self.run.log({name: wandb.Video(str(path), caption=caption, format="gif")})
+
+    def log_model(self, folder: Path, name: str, metadata: Mapping[str, Any]) -> None:
+        """A model folder as an artifact."""
+        import wandb
+
+        artifact = wandb.Artifact(name, type="model", metadata=dict(metadata))
+        artifact.add_dir(str(folder))
+        self.run.log_artifact(artifact)
 
     def finish(self) -> None:
         """Ends the run; offline, prints the line that uploads it."""
@@ -116,14 +168,48 @@ class WandbRun:
             print(f"W&B: offline; upload with: wandb sync {Path(self.run.settings.sync_dir)}")
 
 
-class StageLogger(Logger):
-    """A stage's metrics as `<stage>/...` over an honest axis: that stage's optimiser steps."""
+def numbers(tree: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
+    """The numbers of nested metrics by their path; an interval [low, high] as two."""
+    found: dict[str, float] = {}
+    for name, value in tree.items():
+        if isinstance(value, Mapping):
+            found |= numbers(value, f"{prefix}{name}/")
+        elif name == "interval" and value:
+            found |= {f"{prefix}low": value[0], f"{prefix}high": value[1]}
+        elif isinstance(value, int | float) and not isinstance(value, bool):
+            found[f"{prefix}{name}"] = value
+    return found
 
-    def __init__(self, run: Any, stage: str):
+
+def picked(metrics: Mapping[str, float], step: int, logged: Mapping[int, set[str]]) -> dict[str, float]:
+    """Without Lightning's epoch, and without what an earlier process logged for this step already."""
+    return {k: v for k, v in metrics.items() if k != "epoch" and k not in logged.get(step, ())}
+
+
+# Where a run's best, not its last value is what one looks for.
+SUMMARIES = {
+    "val/loss": "min", "val/score": "min", "val/perceptual": "min", "val/l1": "min", "val/psnr": "max", "val/ssim": "max",
+    "val/fid_tiny": "min", "val/fid": "min", "val/kid_tiny": "min", "val/kid": "min", "val/accuracy": "max",
+}  # fmt: skip
+
+
+class StageLogger(Logger):
+    """A stage's metrics as `<stage>/...` over an honest axis: that stage's optimiser steps; its images seen are beside
+    them as `<stage>/images`, to choose instead.
+
+    logged: what an earlier process logged beyond the checkpoint this one continues from (see `MetricsCSV`): a resumed
+    training, being exact, would only repeat it.
+    """
+
+    def __init__(self, run: Any, stage: str, batch_size: int):
         super().__init__()
-        self.run, self.stage = run, stage
-        run.define_metric(f"{stage}/step")
-        run.define_metric(f"{stage}/*", step_metric=f"{stage}/step")
+        self.run, self.stage, self.batch_size = run, stage, batch_size
+        self.logged: dict[int, set[str]] = {}
+        step = f"{stage}/step"
+        run.define_metric(step)
+        run.define_metric(f"{stage}/*", step_metric=step)
+        for name, summary in SUMMARIES.items():
+            run.define_metric(f"{stage}/{name}", step_metric=step, summary=f"{summary},last")
 
     @property
     def name(self) -> str:
@@ -136,13 +222,75 @@ class StageLogger(Logger):
     def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
         pass
 
+    def _log(self, values: dict[str, Any], step: int) -> None:
+        axes = {f"{self.stage}/step": step, f"{self.stage}/images": step * self.batch_size}
+        self.run.log({f"{self.stage}/{k}": v for k, v in values.items()} | axes)
+
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        named = {f"{self.stage}/{k}": v for k, v in metrics.items() if k != "epoch"}
-        self.run.log(named | {f"{self.stage}/step": step})
+        if new := picked(metrics, step, self.logged):
+            self._log(new, step)
 
     @rank_zero_only
     def log_picture(self, name: str, path: Path, step: int, caption: str) -> None:
         import wandb
 
-        self.run.log({f"{self.stage}/{name}": wandb.Image(str(path), caption=caption), f"{self.stage}/step": step})
+        if step not in self.logged:
+            self._log({name: wandb.Image(str(path), caption=caption)}, step)
+
+    @rank_zero_only
+    def log_histogram(self, name: str, values: torch.Tensor, step: int) -> None:
+        import wandb
+
+        if step not in self.logged:
+            self._log({name: wandb.Histogram(values.detach().float().flatten().cpu().numpy(), num_bins=64)}, step)
+
+    @rank_zero_only
+    def log_alert(self, title: str, text: str) -> None:
+        self.run.alert(title=f"{self.stage}: {title}", text=text, level="WARN")
+
+
+class TensorBoardLogger(Logger):
+    """A stage's metrics, pictures and histograms in <folder>/tensorboard/<stage>, for `tensorboard --logdir`."""
+
+    def __init__(self, folder: Path, stage: str):
+        super().__init__()
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ModuleNotFoundError as error:
+            raise ValueError("logger=tensorboard needs `pip install tensorboard`") from error
+        self.logged: dict[int, set[str]] = {}
+        self.writer = SummaryWriter(str(folder / "tensorboard" / stage), flush_secs=10)
+
+    @property
+    def name(self) -> str:
+        return "tensorboard"
+
+    @property
+    def version(self) -> str:
+        return ""
+
+    def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    @rank_zero_only
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        for name, value in picked(metrics, step, self.logged).items():
+            self.writer.add_scalar(name, value, step)
+
+    @rank_zero_only
+    def log_picture(self, name: str, path: Path, step: int, caption: str) -> None:
+        with Image.open(path) as picture:
+            self.writer.add_image(name, np.array(picture.convert("RGB")), step, dataformats="HWC")
+
+    @rank_zero_only
+    def log_histogram(self, name: str, values: torch.Tensor, step: int) -> None:
+        self.writer.add_histogram(name, values.detach().float().flatten().cpu().numpy(), step)
+
+    @rank_zero_only
+    def log_alert(self, title: str, text: str) -> None:
+        self.writer.add_text(f"alert/{title}", text)
+
+    @rank_zero_only
+    def finalize(self, status: str) -> None:
+        self.writer.flush()

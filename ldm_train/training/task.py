@@ -13,7 +13,20 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from ldm_train import rng
 from ldm_train.distributed import gathered
-from ldm_train.training.optim import EMA, clip_by_group
+from ldm_train.training.optim import EMA, clip_by_group, norms_by_group
+
+SKIPS = 10  # steps in a row without a finite gradient, before training goes back to the last checkpoint
+SCALER_SKIPS = 50  # in 16-mixed, where the first ones are how the scaler finds its scale
+
+
+class NotFinite(FloatingPointError):
+    """A training that has left the numbers; the message says how to come back."""
+
+    def __init__(self, stage: str, what: str, step: int):
+        super().__init__(
+            f"the {stage} {what} not finite at step {step}; the last checkpoint is sound: continue from it with a lower "
+            f"{stage}.lr or gradient clipping ({stage}.clip_norm=1), or with precision=32"
+        )
 
 
 def reduce_sums(sums: Mapping[str, tuple[float, int]]) -> dict[str, float]:
@@ -36,6 +49,9 @@ class Task(L.LightningModule):
     ema_decay   None: no averaging
     clip_norm   gradient norm limit per parameter group; None: no clipping
     accumulate  micro-batches per optimiser step
+
+    A step whose gradient is not finite changes nothing (logged as train/skipped_steps); after SKIPS of them in a row it
+    raises NotFinite, and `fit` goes back to the last checkpoint with `attempt` raised, which changes all that is random.
     """
 
     def __init__(
@@ -52,6 +68,7 @@ class Task(L.LightningModule):
         self.stage, self.seed, self.optimizer, self.lr_factor = stage, seed, optimizer, lr_factor
         self.ema_decay, self.clip_norm, self.accumulate = ema_decay, clip_norm, accumulate
         self.ema: EMA | None = None
+        self.attempt = self.skipped = self._skipped_in_row = 0
         self._sums: dict[str, tuple[float, int]] = {}
 
     def trained(self) -> nn.ModuleDict:
@@ -81,7 +98,8 @@ class Task(L.LightningModule):
 
     def on_train_batch_start(self, batch: dict[str, Any], batch_idx: int) -> None:
         # Everything random in a micro-batch is a function of this; a resumed run repeats an undisturbed one.
-        rng.reseed(self.seed, self.stage, self.global_step, batch_idx % self.accumulate, self.global_rank)
+        again = (self.attempt,) if self.attempt else ()
+        rng.reseed(self.seed, self.stage, self.global_step, batch_idx % self.accumulate, self.global_rank, *again)
 
     def configure_gradient_clipping(
         self,
@@ -89,13 +107,26 @@ class Task(L.LightningModule):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: Any = None,
     ) -> None:
-        if self.clip_norm is not None:
-            # Lightning leaves fused optimisers to unscale 16-mixed gradients themselves, which would be after clipping.
-            scaler = getattr(self.trainer.precision_plugin, "scaler", None)
-            if scaler is not None and getattr(optimizer, "_step_supports_amp_scaling", False):
-                scaler.unscale_(optimizer)
-            for name, norm in clip_by_group(optimizer.param_groups, self.clip_norm).items():
-                self.log(f"train/grad_norm_{name}", norm)
+        # Lightning leaves fused optimisers to unscale 16-mixed gradients themselves, which would be after clipping.
+        scaler = getattr(self.trainer.precision_plugin, "scaler", None)
+        if scaler is not None and getattr(optimizer, "_step_supports_amp_scaling", False):
+            scaler.unscale_(optimizer)
+        if self.clip_norm is None:
+            norms = norms_by_group(optimizer.param_groups)
+        else:
+            norms = clip_by_group(optimizer.param_groups, self.clip_norm)
+        self.log_dict({f"train/grad_norm_{name}": norm for name, norm in norms.items()})
+        if bool(torch.stack(list(norms.values())).isfinite().all()):
+            self._skipped_in_row = 0
+            return
+        self.skipped, self._skipped_in_row = self.skipped + 1, self._skipped_in_row + 1
+        if self._skipped_in_row >= (SKIPS if scaler is None else SCALER_SKIPS):
+            self._skipped_in_row = 0
+            raise NotFinite(self.stage, "gradient is", self.global_step)
+        if scaler is None:  # which skips by itself
+            for group in optimizer.param_groups:
+                for parameter in group["params"]:
+                    parameter.grad = None  # an optimiser leaves alone what has no gradient
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         super().optimizer_step(*args, **kwargs)
@@ -108,6 +139,8 @@ class Task(L.LightningModule):
         self.log("step", float(self.global_step + 1))
         self.log_dict({f"train/{k}": v for k, v in logs.items()}, on_step=True)
         self.log("train/lr", self.trainer.optimizers[0].param_groups[0]["lr"])
+        if self.skipped:
+            self.log("train/skipped_steps", float(self.skipped))
 
     def with_ema(self) -> AbstractContextManager:
         """Averaged weights in place, where there are any."""
@@ -142,14 +175,21 @@ class Task(L.LightningModule):
         return self.trained().load_state_dict(state_dict, strict=True, assign=assign)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["health"] = {"attempt": self.attempt, "skipped": self.skipped}
         if self.ema is not None:
             checkpoint["ema"] = self.ema.state_dict()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        health = checkpoint.get("health", {})
+        self.attempt, self.skipped = max(self.attempt, health.get("attempt", 0)), health.get("skipped", 0)
         # Lightning counts micro-batches; their number per step may have changed since (another micro_batch_size).
-        progress = checkpoint.get("loops", {}).get("fit_loop", {}).get("epoch_loop.batch_progress")
+        fit_loop = checkpoint.get("loops", {}).get("fit_loop", {})
+        progress = fit_loop.get("epoch_loop.batch_progress")
         for counters in (progress or {}).values():
             if isinstance(counters, dict):
                 counters.update(dict.fromkeys(counters, checkpoint["global_step"] * self.accumulate))
+        if "epoch_loop.state_dict" in fit_loop:
+            # What it logs by; a checkpoint made at the end of a batch holds one too few, and every later row would shift.
+            fit_loop["epoch_loop.state_dict"]["_batches_that_stepped"] = checkpoint["global_step"]
         if self.ema is not None:
             self.ema.load_state_dict(checkpoint["ema"])

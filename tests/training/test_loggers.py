@@ -76,12 +76,12 @@ def test_wandb_logs_offline_without_asking_and_goes_on_in_the_same_run(tmp_path:
     ids = []
     for steps in ((1, 2), (3,)):
         run = WandbRun(tmp_path, "tests", "mine", {"lr": 1e-3})
-        logger = run.stage("diffusion")
+        logger = run.stage("diffusion", 8)
         for step in steps:
             logger.log_metrics({"val/loss": 0.5 / step, "epoch": 0}, step)
         assert run.offline
         assert run.run.summary["diffusion/step"] == steps[-1]
-        assert run.run.summary["diffusion/val/loss"] == 0.5 / steps[-1]
+        assert run.run.summary["diffusion/images"] == 8 * steps[-1]
         ids.append(run.run.id)
         run.finish()
     assert ids[0] == ids[1]

@@ -14,9 +14,8 @@ import torch.distributed as dist
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 
 from ldm_train.data.shards import write_atomically
-from ldm_train.training.callbacks.monitor import not_finite
 from ldm_train.training.stages import Interrupted
-from ldm_train.training.task import Task
+from ldm_train.training.task import NotFinite, Task
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
@@ -34,7 +33,7 @@ class Checkpoints(L.Callback):
 
     Where a validation is due at the same step, last.ckpt waits for it: a run that is killed in between repeats the
     steps and the validation. Signals only set a flag. All ranks agree on it at the next optimiser step, save, and raise
-    Interrupted; a second signal leaves at once. Raises FloatingPointError rather than save weights that are no numbers.
+    Interrupted; a second signal leaves at once. Raises NotFinite rather than save weights that are no numbers.
     """
 
     def __init__(self, folder: str | Path, every: int, monitor: str | None):
@@ -113,5 +112,5 @@ class Checkpoints(L.Callback):
 
     def _save_last(self, trainer: L.Trainer, pl_module: Task) -> None:
         if not all(p.isfinite().all() for p in pl_module.trained().parameters()):
-            raise FloatingPointError(not_finite(pl_module.stage, "weights", trainer.global_step))
+            raise NotFinite(pl_module.stage, "weights are", trainer.global_step)
         trainer.save_checkpoint(self.folder / "last.ckpt", weights_only=False)

@@ -1,6 +1,6 @@
-"""What a run does with its time and data: images per second, waiting for data, replaced samples, non-finite losses."""
+"""What a run does with its time and data: images per second, waiting for data, replaced samples, memory."""
 
-import math
+import resource
 import time
 from typing import Any
 
@@ -11,30 +11,38 @@ from ldm_train.data.shards import DataError
 from ldm_train.training.task import Task
 
 
-def not_finite(stage: str, what: str, step: int) -> str:
-    """The message for a training that has left the numbers."""
-    return (
-        f"the {stage} {what} is not finite at step {step}; the last checkpoint is sound: continue from it with a lower "
-        f"{stage}.lr or gradient clipping ({stage}.clip_norm=1), or with precision=32"
-    )
-
-
 class Monitor(L.Callback):
-    """Logs train/images_per_second, train/data_wait (share of time), train/epoch (passes over the data) and
-    train/bad_fraction; stops with DataError when more than `max_bad_fraction` of the samples were unreadable and with
-    FloatingPointError when the loss is no number.
+    """Logs train/images_per_second, train/data_wait (share of time), train/epoch (passes over the data), train/images and
+    train/seconds (so far, over all resumes), train/tflop (so far), train/mfu, train/peak_memory_gib (of the GPU, else of
+    the process) and train/bad_fraction; stops with DataError when more than `max_bad_fraction` of the samples were
+    unreadable.
 
+    flops: of training on one image; None: compute and MFU are not logged. peak_flops: of all devices together.
     batch_size: the global one. dataset_size: training samples. trace: a file that gets one line per micro-batch,
     "stage step micro-batch rank|keys", for those who want to know what the model saw when.
     """
 
-    def __init__(self, batch_size: int, dataset_size: int, max_bad_fraction: float, trace: str | None = None):
-        self.trace = trace
+    def __init__(
+        self,
+        batch_size: int,
+        dataset_size: int,
+        max_bad_fraction: float,
+        trace: str | None = None,
+        flops: float | None = None,
+        peak_flops: float | None = None,
+    ):
+        self.trace, self.flops, self.peak_flops, self.seconds = trace, flops, peak_flops, 0.0
         self.batch_size, self.dataset_size, self.max_bad_fraction = batch_size, dataset_size, max_bad_fraction
         self.seen, self.bad, self._mentioned = 0, 0, 0
         self._window = self._waited = 0.0
         self._batch_end = self._since = time.perf_counter()
         self._steps = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"seconds": self.seconds + time.perf_counter() - self._since}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.seconds = state_dict["seconds"]
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._batch_end = self._since = time.perf_counter()
@@ -63,18 +71,27 @@ class Monitor(L.Callback):
         self._batch_end = now
         step = trainer.global_step
         if (batch_idx + 1) % pl_module.accumulate == 0 and step % trainer.log_every_n_steps == 0:
-            loss = float(outputs["loss"]) if isinstance(outputs, dict) else float(outputs)
-            if not math.isfinite(loss):
-                raise FloatingPointError(not_finite(pl_module.stage, f"loss ({loss})", step))
             elapsed = now - self._since
+            rate, images = (step - self._steps) * self.batch_size / elapsed, step * self.batch_size
+            self.seconds += elapsed
+            compute = {}
+            if self.flops:
+                compute["train/tflop"] = self.flops * images / 1e12
+                if self.peak_flops:
+                    compute["train/mfu"] = self.flops * rate / self.peak_flops
+            memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+            if torch.cuda.is_available():
+                memory = torch.cuda.max_memory_allocated()
             pl_module.log_dict(
-                {
-                    "train/images_per_second": (step - self._steps) * self.batch_size / elapsed,
+                compute
+                | {
+                    "train/images_per_second": rate,
+                    "train/images": float(images),
+                    "train/seconds": self.seconds,
+                    "train/peak_memory_gib": memory / 2**30,
                     "train/data_wait": self._waited / elapsed,
                     "train/epoch": step * self.batch_size / self.dataset_size,
                     "train/bad_fraction": self.bad / max(1, self.seen),
                 }
             )
-            if torch.cuda.is_available():
-                pl_module.log("train/peak_memory_gib", torch.cuda.max_memory_allocated() / 2**30)
             self._since, self._steps, self._waited = now, step, 0.0

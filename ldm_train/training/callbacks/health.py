@@ -1,0 +1,246 @@
+"""What goes wrong with a training, said by name with its remedy, while it can still be mended."""
+
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+
+from ldm_train.data.shards import write_json
+from ldm_train.distributed import rank
+from ldm_train.training.task import Task
+
+FILE = "health.json"
+PATIENCE = 500  # optimiser steps that a state of the discriminator must last before it is one
+WINDOW = 10  # logged values that must agree
+
+History = Mapping[str, Sequence[tuple[int, float]]]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """name: of the diagnosis. what: the numbers it follows from. remedy: what to change."""
+
+    name: str
+    what: str
+    remedy: str
+
+
+def _last(history: History, key: str) -> float | None:
+    return history[key][-1][1] if history.get(key) else None
+
+
+def _lasting(history: History, key: str, state: Callable[[float], bool]) -> float | None:
+    """The last value where all logged ones of the last PATIENCE steps (WINDOW at least) are in a state, else None."""
+    values = history.get(key, ())
+    if len(values) < WINDOW or values[-1][0] - values[0][0] < PATIENCE:
+        return None
+    recent = [v for step, v in values if step > values[-1][0] - PATIENCE]
+    recent = recent if len(recent) >= WINDOW else [v for _, v in values[-WINDOW:]]
+    return recent[-1] if all(map(state, recent)) else None
+
+
+def posterior_collapse(history: History, facts: Mapping[str, Any]) -> Finding | None:
+    active = _last(history, "val/active_channels")
+    if active is None or active >= 0.5:
+        return None
+    return Finding(
+        "posterior_collapse",
+        f"only {active:.0%} of the latent channels vary over the data; the others carry nothing (active units)",
+        "lower autoencoder.loss.kl_weight (published: 1e-6), or use fewer z_channels",
+    )
+
+
+def no_posterior(history: History, facts: Mapping[str, Any]) -> Finding | None:
+    ratio = _last(history, "val/posterior_std")
+    if ratio is None or ratio >= 1e-3:
+        return None
+    return Finding(
+        "no_posterior",
+        f"the posterior's deviation is {ratio:.1e} of the latents' own: the decoder sees points, and small errors of the "
+        "diffusion model fall between them",
+        "raise autoencoder.loss.kl_weight (ten times at a time)",
+    )
+
+
+def scale_drift(history: History, facts: Mapping[str, Any]) -> Finding | None:
+    low, high = _last(history, "val/latent_std_min"), _last(history, "val/latent_std_max")
+    if low is None or high is None or (high < 20 and high < 20 * max(low, 1e-12)):
+        return None
+    return Finding(
+        "scale_drift",
+        f"deviations of the latent channels are {low:.2g} to {high:.2g}",
+        "latents.per_channel=true gives each channel unit variance; raise autoencoder.loss.kl_weight to keep them near 1",
+    )
+
+
+def discriminator_overpowering(history: History, facts: Mapping[str, Any]) -> Finding | None:
+    accuracy = _lasting(history, "train/disc_accuracy", lambda v: v > 0.95)
+    if accuracy is None:
+        return None
+    return Finding(
+        "discriminator_overpowering",
+        f"the discriminator has been right in {accuracy:.0%} for {PATIENCE} steps; its gradient teaches nothing any more",
+        "lower autoencoder.disc_lr, or autoencoder.loss.discriminator.spectral_norm=true",
+    )
+
+
+def discriminator_useless(history: History, facts: Mapping[str, Any]) -> Finding | None:
+    accuracy = _lasting(history, "train/disc_accuracy", lambda v: abs(v - 0.5) < 0.02)
+    weight = _lasting(history, "train/adaptive_weight", lambda v: True)
+    if accuracy is None or weight is None:
+        return None
+    return Finding(
+        "discriminator_useless",
+        f"the discriminator has told pictures from reconstructions no better than a coin ({accuracy:.0%}) for {PATIENCE} steps",
+        "raise autoencoder.disc_lr, give it a head start with autoencoder.loss.disc_warmup, or a larger "
+        "autoencoder.loss.discriminator.channels; without it the reconstructions stay as blurred as L1 and LPIPS leave them",
+    )
+
+
+def adaptive_weight_at_clamp(history: History, facts: Mapping[str, Any]) -> Finding | None:
+    clamp = facts.get("max_adaptive_weight")
+    weight = _lasting(history, "train/adaptive_weight", lambda v: v >= 0.999 * clamp) if clamp else None
+    if weight is None:
+        return None
+    return Finding(
+        "adaptive_weight_at_clamp",
+        f"the adaptive weight has been at its limit ({weight:g}) for {PATIENCE} steps: the discriminator's gradient at the last "
+        "layer has all but vanished, and what is left of it is multiplied",
+        "lower autoencoder.loss.max_adaptive_weight, or raise autoencoder.loss.disc_start so that it meets better pictures",
+    )
+
+
+def loss_by_timestep(history: History, facts: Mapping[str, Any]) -> Finding | None:
+    """Predicting noise is easiest where there is most of it; predicting the picture where there is least."""
+    sign = {"epsilon": 1, "sample": -1}.get(facts.get("prediction_type", ""))
+    bins = [_last(history, f"val/loss_t{k}") for k in range(facts.get("bins", 0))]
+    step = history["val/loss_t0"][-1][0] if history.get("val/loss_t0") else 0
+    if sign is None or len(bins) < 2 or None in bins or step < facts.get("settled", 200):
+        return None
+    wrong = [k for k in range(len(bins) - 1) if sign * (bins[k + 1] - bins[k]) > 0.1 * abs(bins[k])]
+    if not wrong:
+        return None
+    shown = ", ".join(f"{b:.3g}" for b in bins)
+    return Finding(
+        "loss_by_timestep",
+        f"the validation loss per quarter of the schedule is out of order: {shown} from little noise to much",
+        "the U-Net sees other noise levels than it is told, or latents of another scale: check diffusion.schedule, that the "
+        "latents have unit variance (train/latent_std) and that the loss is still falling (lower diffusion.lr)",
+    )
+
+
+def ema_not_moving(history: History, facts: Mapping[str, Any]) -> Finding | None:
+    share = _last(history, "val/ema_moved")
+    if share is None or share >= 1e-3:
+        return None
+    return Finding(
+        "ema_not_moving",
+        f"since the last validation the averaged weights moved {share:.1e} times as far as the trained ones",
+        "lower ema_decay: an average over 1 / (1 - ema_decay) steps must be short beside the training",
+    )
+
+
+def latents_disagree(history: History, facts: Mapping[str, Any]) -> Finding | None:
+    values = [v for _, v in history.get("train/latent_std", ())][-3:]
+    if len(values) < 3 or all(0.7 <= v <= 1.4 for v in values):
+        return None
+    return Finding(
+        "latents_disagree",
+        f"the latents' deviation is {values[-1]:.2f}, where the first stage's statistics promise 1",
+        "statistics and latents are of different autoencoders or data: restart=latents measures and encodes anew",
+    )
+
+
+def data_starving(history: History, facts: Mapping[str, Any]) -> Finding | None:
+    waits = [v for _, v in history.get("train/data_wait", ())][-5:]
+    if len(waits) < 5 or min(waits) < 0.3:
+        return None
+    return Finding(
+        "data_starving",
+        f"{waits[-1]:.0%} of the time goes into waiting for data",
+        "raise num_workers, keep the shards on a local disk, or prepare them at the training size",
+    )
+
+
+CHECKS = (
+    posterior_collapse,
+    no_posterior,
+    scale_drift,
+    discriminator_overpowering,
+    discriminator_useless,
+    adaptive_weight_at_clamp,
+    loss_by_timestep,
+    ema_not_moving,
+    latents_disagree,
+    data_starving,
+)
+
+
+class Health(L.Callback):
+    """Looks at what is logged and says, once each, what is wrong: on the terminal, in health.json, as an alert in W&B.
+
+    folder: of the stage. facts: what the checks must know of the configuration. Non-finite gradients are the task's own
+    affair (`Task`): they are skipped and counted, and training goes back to the last checkpoint after several in a row.
+    """
+
+    def __init__(self, folder: Path, facts: Mapping[str, Any]):
+        self.path, self.facts = folder / FILE, facts
+        self.history: dict[str, list[tuple[int, float]]] = defaultdict(list)
+        self.found: dict[str, dict[str, Any]] = {}
+        self._before: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._last_step = -1
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"found": self.found, "history": {k: list(v) for k, v in self.history.items()}}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.found = state_dict["found"]
+        self.history = defaultdict(list, {k: [tuple(p) for p in v] for k, v in state_dict["history"].items()})
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: Task, outputs: Any, batch: Any, batch_idx: int) -> None:
+        step = trainer.global_step
+        if step == self._last_step or step % trainer.log_every_n_steps:
+            return
+        self._last_step = step
+        self._take(trainer, "train/", step)
+
+    def on_validation_start(self, trainer: L.Trainer, pl_module: Task) -> None:
+        if pl_module.ema is None:
+            return
+        name = max(pl_module.ema.live, key=lambda n: min(pl_module.ema.live[n].numel(), 10**6))
+        now = tuple(t[name].detach().float().cpu().clone() for t in (pl_module.ema.live, pl_module.ema.shadow))
+        if self._before is not None:
+            moved = [float((a - b).norm()) for a, b in zip(now, self._before)]
+            if moved[0] > 0:
+                self._add("val/ema_moved", trainer.global_step, moved[1] / moved[0])
+        self._before = now
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: Task) -> None:
+        self._take(trainer, "val/", trainer.global_step)
+
+    def _add(self, key: str, step: int, value: float) -> None:
+        self.history[key].append((step, value))
+        del self.history[key][:-200]
+
+    def _take(self, trainer: L.Trainer, prefix: str, step: int) -> None:
+        for key, value in trainer.callback_metrics.items():
+            if key.startswith(prefix):
+                self._add(key, step, float(value))
+        for check in CHECKS:
+            finding = check(self.history, self.facts)
+            if finding is not None and finding.name not in self.found:
+                self.report(trainer, finding, step)
+
+    def report(self, trainer: L.Trainer, finding: Finding, step: int) -> None:
+        """Says it once: further ones of the same name are known."""
+        self.found[finding.name] = {"step": step} | asdict(finding)
+        if rank() > 0:
+            return
+        print(f"\nhealth: {finding.name} at step {step}: {finding.what}\n  remedy: {finding.remedy}", flush=True)
+        write_json(self.path, self.found)
+        for logger in trainer.loggers:
+            logger.log_alert(finding.name, f"step {step}: {finding.what}. Remedy: {finding.remedy}")

@@ -1,0 +1,208 @@
+"""Every diagnosis fires on its fault and stays silent on a healthy run; non-finite gradients are skipped, then rewound."""
+
+import json
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+
+import lightning as L
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+
+from ldm_train.training.callbacks import health
+from ldm_train.training.fit import Cadence, Machine, fit
+from ldm_train.training.task import SKIPS, NotFinite, Task
+
+STEPS = range(25, 1001, 25)
+BINS = {"prediction_type": "epsilon", "bins": 4, "settled": 200}
+HEALTHY = {
+    "val/active_channels": [1.0], "val/posterior_std": [0.05], "val/latent_std_min": [0.8], "val/latent_std_max": [3.0],
+    "train/disc_accuracy": [0.5 + 0.2 * (k % 2) for k in range(len(STEPS))], "train/adaptive_weight": [3.0] * len(STEPS),
+    "val/loss_t0": [0.07], "val/loss_t1": [0.03], "val/loss_t2": [0.01], "val/loss_t3": [0.003], "val/ema_moved": [0.4],
+    "train/latent_std": [1.01, 0.98, 1.02], "train/data_wait": [0.05, 0.4, 0.03, 0.05, 0.04],
+}  # fmt: skip
+FAULTS = {
+    "posterior_collapse": {"val/active_channels": [0.25]},
+    "no_posterior": {"val/posterior_std": [1e-5]},
+    "scale_drift": {"val/latent_std_min": [0.01], "val/latent_std_max": [3.0]},
+    "discriminator_overpowering": {"train/disc_accuracy": [0.99] * len(STEPS)},
+    "discriminator_useless": {"train/disc_accuracy": [0.505] * len(STEPS)},
+    "adaptive_weight_at_clamp": {"train/adaptive_weight": [1e4] * len(STEPS)},
+    "loss_by_timestep": {"val/loss_t2": [0.5]},
+    "ema_not_moving": {"val/ema_moved": [1e-5]},
+    "latents_disagree": {"train/latent_std": [5.4, 5.5, 5.6]},
+    "data_starving": {"train/data_wait": [0.5, 0.6, 0.7, 0.5, 0.4]},
+}
+
+
+def diagnosed(values: dict[str, list[float]], facts: dict | None = None) -> list[str]:
+    """Names of what the checks find when these are logged."""
+    history = {}
+    for key, row in values.items():
+        steps = list(STEPS)[: len(row)] if key.startswith("train/") else [1000]
+        history[key] = list(zip(steps, row))
+    facts = BINS | {"max_adaptive_weight": 1e4} if facts is None else facts
+    found = [check(history, facts) for check in health.CHECKS]
+    assert all(f is None or (len(f.what) > 20 and len(f.remedy) > 20) for f in found)
+    return [f.name for f in found if f is not None]
+
+
+def test_a_healthy_run_is_left_alone() -> None:
+    assert diagnosed(HEALTHY) == []
+    assert diagnosed({}) == []
+    assert {check.__name__ for check in health.CHECKS} == set(FAULTS)
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_each_fault_raises_exactly_its_finding(fault: str) -> None:
+    assert diagnosed(HEALTHY | FAULTS[fault]) == [fault]
+
+
+def test_a_short_lapse_of_the_discriminator_is_none() -> None:
+    short = [0.99] * 15 + [0.7] + [0.99] * 19
+    assert diagnosed({"train/disc_accuracy": short}) == []
+
+
+def test_what_is_hard_depends_on_what_is_predicted() -> None:
+    rising = {"val/loss_t0": [0.003], "val/loss_t1": [0.01], "val/loss_t2": [0.03], "val/loss_t3": [0.07]}
+    assert diagnosed(rising, BINS | {"prediction_type": "sample"}) == []
+    assert diagnosed(rising) == ["loss_by_timestep"]
+    assert diagnosed(rising, BINS | {"prediction_type": "v_prediction"}) == []
+    assert diagnosed(rising, BINS | {"settled": 2000}) == []  # too early to say
+
+
+# -- under a trainer ---------------------------------------------------------------------------------------------------
+
+
+class Line(Task):
+    """y = w x; `poison` (task, step) -> whether this step's loss is no number."""
+
+    monitor = None
+
+    def __init__(self, poison=lambda task, step: False, **options):
+        super().__init__("line", 0, partial(torch.optim.SGD, lr=0.1), lambda step: 1.0, 0.9, None, 1, **options)
+        self.layer, self.poison = nn.Linear(1, 1), poison
+        self.seen: list[float] = []
+
+    def trained(self) -> nn.ModuleDict:
+        return nn.ModuleDict({"layer": self.layer})
+
+    def averaged(self) -> nn.Module:
+        return self.layer
+
+    def groups(self) -> list[dict]:
+        return [{"params": list(self.layer.parameters()), "name": "layer"}]
+
+    def training_step(self, batch: dict, batch_idx: int) -> torch.Tensor:
+        self.seen.append(float(torch.rand(())))
+        loss = (self.layer(batch["x"]) - 1).square().mean()
+        self.log_training({"loss": loss.detach()})
+        return loss * float("nan") if self.poison(self, self.global_step) else loss
+
+
+class Data(L.LightningDataModule):
+    def __init__(self, steps: int):
+        super().__init__()
+        self.steps = steps
+
+    def train_dataloader(self) -> DataLoader:
+        start = self.trainer.global_step
+        samples = [{"x": torch.ones(1), "key": str(k)} for k in range(start, self.steps)]
+
+        def collate(rows: list) -> dict:
+            return {"x": torch.stack([r["x"] for r in rows]), "key": [r["key"] for r in rows], "replaced": []}
+
+        loader = DataLoader(samples, batch_size=1, collate_fn=collate)
+        return SimpleNamespace(__iter__=None) if not samples else loader
+
+
+def run(task: Task, folder: Path, steps: int = 60, **options) -> None:
+    fit(
+        task, Data(steps), folder, steps, 1, steps, Cadence(1000, 20, 10, progress=False), Machine("cpu", "32"), **options
+    )  # fmt: skip
+
+
+def test_a_step_without_a_finite_gradient_changes_nothing(tmp_path: Path) -> None:
+    before = {}
+
+    def poison(task: Line, step: int) -> bool:
+        if step in (7, 8):
+            before.setdefault(step, task.layer.weight.item())
+        elif step == 9:
+            before[9] = task.layer.weight.item()
+        return step in (7, 8)
+
+    task = Line(poison)
+    run(task, tmp_path)
+    assert before[7] == before[8] == before[9]
+    assert task.skipped == 2
+    assert task.layer.weight.isfinite().all()
+    assert "2.0" in (tmp_path / "metrics.csv").read_text()  # train/skipped_steps
+
+
+def test_many_in_a_row_rewind_to_the_checkpoint_with_other_random_numbers(tmp_path: Path, capsys) -> None:
+    task = Line(lambda task, step: task.attempt == 0 and step >= 30)
+    run(task, tmp_path)
+    said = capsys.readouterr().out
+    assert "gradient is not finite at step 39" in said
+    assert "rewinding to step 20, attempt 1 of 3" in said
+    assert task.attempt == 1
+    assert task.global_step == 60
+    first, again = task.seen[20:30], task.seen[30 + SKIPS : 40 + SKIPS]
+    assert len(task.seen) == 30 + SKIPS + 40
+    assert not set(first) & set(again)
+    state = torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)
+    assert state["health"]["attempt"] == 1
+    rows = (tmp_path / "metrics.csv").read_text().splitlines()[1:]
+    assert [int(r.split(",")[0]) for r in rows] == [10, 20, 30, 40, 50, 60]  # none twice
+
+
+def test_where_going_back_does_not_help_the_run_ends_with_a_remedy(tmp_path: Path) -> None:
+    with pytest.raises(NotFinite, match=r"line gradient is not finite .* lower line.lr or gradient clipping"):
+        run(Line(lambda task, step: step >= 30), tmp_path)
+    with pytest.raises(NotFinite):  # nothing to go back to
+        run(Line(lambda task, step: True), tmp_path / "new")
+
+
+def test_findings_are_kept_said_once_and_sent_as_alerts(tmp_path: Path, capsys) -> None:
+    class Alerts:
+        sent: list[tuple[str, str]] = []
+
+        def log_alert(self, title: str, text: str) -> None:
+            self.sent.append((title, text))
+
+    watch = health.Health(tmp_path, {})
+    trainer = SimpleNamespace(
+        global_step=50, log_every_n_steps=10, loggers=[Alerts()],
+        callback_metrics={"val/active_channels": torch.tensor(0.0)},
+    )  # fmt: skip
+    for _ in range(3):
+        watch.on_validation_end(trainer, None)
+    assert capsys.readouterr().out.count("health: posterior_collapse at step 50") == 1
+    assert [title for title, _ in Alerts.sent] == ["posterior_collapse"]
+    kept = json.loads((tmp_path / "health.json").read_text())
+    assert kept["posterior_collapse"]["step"] == 50
+    resumed = health.Health(tmp_path, {})
+    resumed.load_state_dict(watch.state_dict())
+    resumed.on_validation_end(trainer, None)
+    assert len(Alerts.sent) == 1
+
+
+def test_an_average_that_does_not_move_is_seen(tmp_path: Path) -> None:
+    """The callback's own measurement, with an average frozen on purpose."""
+    task = Line()
+    task.setup("fit")
+    watch, trainer = health.Health(tmp_path, {}), SimpleNamespace(global_step=1)
+    for frozen, expected in ((True, "ema_not_moving"), (False, None)):
+        watch.history.clear()
+        watch._before = None
+        for _ in range(3):
+            watch.on_validation_start(trainer, task)
+            with torch.no_grad():
+                task.layer.weight += 1
+            if not frozen:
+                task.ema.update()
+        found = health.ema_not_moving(watch.history, {})
+        assert (found.name if found else None) == expected
