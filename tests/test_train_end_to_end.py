@@ -12,14 +12,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from chains import SMALL, chain
 from hydra import compose, initialize_config_dir
 from PIL import Image
 
 from ldm_train import images as pictures
 from ldm_train.checkpoints.native import load_model
-from ldm_train.cli import build
 from ldm_train.cli import sample as sample_cli
-from ldm_train.cli.chain import Chain
 from ldm_train.cli.common import config_folder
 from ldm_train.cli.sample import sample
 from ldm_train.data.latents import CachedLatents
@@ -28,42 +27,6 @@ from ldm_train.data.prepare.shapes import Shapes
 from ldm_train.training.stages import Refused, read_note, set_aside
 
 ROOT = Path(__file__).parents[1]
-SMALL = [
-    "logger=csv",
-    "progress=false",
-    "accelerator=cpu",
-    "data.source.count=64",
-    "data.source.val_count=16",
-    "autoencoder.max_steps=6",
-    "autoencoder.batch_size=8",
-    "autoencoder.loss.disc_start=3",
-    "autoencoder.val_every=3",
-    "autoencoder.val_images=8",
-    "autoencoder.checkpoint_every=2",
-    "diffusion.max_steps=6",
-    "diffusion.batch_size=8",
-    "diffusion.val_every=3",
-    "diffusion.checkpoint_every=2",
-    "diffusion.samples=4",
-    "diffusion.evaluate_every=3",
-    "diffusion.evaluate_images=8",
-    "diffusion.unet.channels=32",
-    "sampling.num_inference_steps=2",
-    "evaluation.images=8",
-    "evaluation.reference_images=8",
-    "evaluation.metrics=[fid_tiny,kid_tiny,precision_tiny,recall_tiny]",
-    "data.obedience.scenes=4",
-    "data.obedience.held_out=2",
-    "data.obedience.seeds=2",
-]
-
-
-def chain(folder: Path, *overrides: str, name: str = "run") -> Chain:
-    with initialize_config_dir(str(config_folder()), version_base="1.3"):
-        config = compose("train", [*SMALL, f"name={name}", f"runs_dir={folder}", f"data_dir={folder}/data", *overrides])
-    build.ensure_data(config.data)
-    (folder / name).mkdir(exist_ok=True)
-    return Chain(config, folder / name, build.machine_of(config, {}))
 
 
 @pytest.fixture(scope="module")

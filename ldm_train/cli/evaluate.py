@@ -111,8 +111,9 @@ def export_reference(path: str | None, reference: Reference) -> None:
 # -- the three things that can be measured -----------------------------------------------------------------------------
 
 
-def evaluate_run(config: DictConfig) -> tuple[dict[str, Any], Path | None, dict[str, Any]]:
-    """(metrics, folder for them, what they were measured with) of a run's samples."""
+def evaluate_run(config: DictConfig, again: bool = True) -> tuple[dict[str, Any], Path | None, dict[str, Any]]:
+    """(metrics, folder for them, what they were measured with) of a run's samples. again: also where there is a file of
+    the same settings."""
     folder = run_folder(config.run, config.runs_dir)
     trained = with_options(OmegaConf.load(folder / "config.yaml"), config)
     machine = join_devices(trained, "ldm_train.cli.evaluate")
@@ -125,6 +126,9 @@ def evaluate_run(config: DictConfig) -> tuple[dict[str, Any], Path | None, dict[
     facts = sampling_facts(trained) | {"seed": config.seed, "weights": config.weights}
     asked = facts | {"n": trained.evaluation.images, "metrics": [m.name for m in tools.metrics]}
     asked |= {"model": read_metadata(source)["sha256"], "references": reference.hashes}
+    kept = folder / "evaluations" / file_name(asked)
+    if not again and kept.is_file():
+        return {k: v for k, v in json.loads(kept.read_text()).items() if k != "settings"}, folder / "evaluations", asked
     count = trained.evaluation.images
     partial = folder / "evaluations" / f".{digest(asked)}.partial"
     partial.parent.mkdir(exist_ok=True)
@@ -293,6 +297,19 @@ def check(config: DictConfig) -> None:
             raise ValueError(f"{option}={value!r} is no whole number of at least {least}")
     if config.guidance_scale is not None and not isinstance(config.guidance_scale, int | float):
         raise ValueError(f"guidance_scale={config.guidance_scale!r} is no number")
+
+
+def usual_options() -> DictConfig:
+    """This command's options as they are where nothing is said."""
+    usual = OmegaConf.load(config_folder() / "evaluate.yaml")
+    return OmegaConf.create({k: v for k, v in usual.items() if k not in ("defaults", "hydra")} | {"sampler": None})
+
+
+def measured_run(config: DictConfig) -> dict[str, Any]:
+    """`evaluate` of a run for other commands: what was measured with the same settings before is read again."""
+    found, folder, asked = evaluate_run(config, again=False)
+    write_json(folder / file_name(asked), found | {"settings": asked})
+    return found
 
 
 def evaluate(config: DictConfig) -> dict[str, Any]:

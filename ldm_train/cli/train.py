@@ -1,5 +1,7 @@
 """train.py's work: compose the config, find this process's place among the devices, run the chain."""
 
+import sys
+import traceback
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -13,6 +15,8 @@ from ldm_train.cli import build
 from ldm_train.cli.build import join_devices
 from ldm_train.cli.chain import Chain
 from ldm_train.cli.common import check_values, run_command
+from ldm_train.cli.sweep import FAILED
+from ldm_train.data.shards import write_json
 from ldm_train.training import stages
 
 
@@ -43,14 +47,23 @@ def train(config: DictConfig) -> None:
             build.ensure_data(build.stage_data(config, stage))
     if world_size > 1:
         dist.barrier()
-    chain = Chain(config, folder, machine, share=HydraConfig.get().mode == RunMode.MULTIRUN)
-    with stages.run_lock(folder) if rank == 0 else nullcontext():
-        try:
-            chain.run()
-        except stages.Interrupted:
-            if config.restart and rank == 0:
-                print(f"\nleave restart={config.restart} out when you continue: it would begin that stage anew")
+    sweeping = HydraConfig.get().mode == RunMode.MULTIRUN
+    try:
+        with stages.run_lock(folder) if rank == 0 else nullcontext():
+            (folder / FAILED).unlink(missing_ok=True)
+            Chain(config, folder, machine, share=sweeping or config.share).run()
+    except stages.Interrupted:
+        if config.restart and rank == 0:
+            print(f"\nleave restart={config.restart} out when you continue: it would begin that stage anew")
+        raise
+    except Exception as error:
+        if not sweeping:
             raise
+        # The other jobs of a sweep have done nothing wrong; the report at its end names this one.
+        write_json(folder / FAILED, {"error": f"{type(error).__name__}: {error}", "traceback": traceback.format_exc()})
+        print(
+            f"\n{config.name} failed ({type(error).__name__}: {error}); the sweep goes on", file=sys.stderr, flush=True
+        )
     if world_size > 1:
         dist.destroy_process_group()
 

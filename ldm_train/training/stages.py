@@ -1,13 +1,14 @@
 """The chain of stages: each has a key (what it depends on), and is skipped, resumed, run or refused accordingly."""
 
 import fcntl
+import hashlib
 import json
 import os
 import shutil
 import signal
 import time
 from collections.abc import Callable, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -134,15 +135,40 @@ def adopt(stage: Stage, run_folder: Path, defaults: dict[str, Any]) -> bool:
     return False
 
 
+@contextmanager
+def sibling_lock(stage: Stage, run_folder: Path):
+    """Holds a stage of a sweep, as its key and steps make it, for this run: sibling runs that need the same one wait,
+    and then take it over. The lock of a run that fails or is killed is free at once."""
+    tree = json.dumps([stage.key(), stage.steps], sort_keys=True, default=str)
+    path = run_folder.parent / ".locks" / f"{stage.name}-{hashlib.sha256(tree.encode()).hexdigest()[:16]}"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            file.seek(0)
+            print(f"{stage.name}: waiting for {file.read().strip() or 'another run'}, which makes the same", flush=True)
+            fcntl.flock(file, fcntl.LOCK_EX)
+        file.truncate(0)
+        file.write(run_folder.name)
+        file.flush()
+        yield
+
+
 def advance(stage: Stage, run_folder: Path, defaults: dict[str, Any], writer: bool, share: bool = False) -> str:
     """Does what `decide` says and returns it, or "share" where a sibling run's stage served. Only the `writer` (rank 0)
     keeps stage.json."""
     folder = run_folder / stage.name
     action = decide(stage, run_folder, defaults)
-    if action == "run" and share and adopt(stage, run_folder, defaults):
-        return "share"
     if action == "skip":
         return action
+    with sibling_lock(stage, run_folder) if share else nullcontext():
+        if action == "run" and share and adopt(stage, run_folder, defaults):
+            return "share"
+        return _make(stage, folder, action, writer)
+
+
+def _make(stage: Stage, folder: Path, action: str, writer: bool) -> str:
     note = {"key": stage.key(), "finished": False, "steps": 0, "result": {}}
     if writer:
         folder.mkdir(parents=True, exist_ok=True)

@@ -1,0 +1,117 @@
+"""The plots of a sweep. Matplotlib without a display."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ldm_train.data.shards import write_atomically
+
+# Distinguishable without colour vision, too (Okabe and Ito), with a marker each.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C8C00")
+MARKERS = "osD^vPX*"
+
+Rows = Sequence[Mapping[str, Any]]
+
+
+def _figure(columns: int) -> tuple[Any, Any]:
+    try:
+        import matplotlib
+    except ModuleNotFoundError as error:
+        raise ValueError("plots of a sweep need `pip install 'ldm-train[sweep]'`") from error
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, columns, figsize=(4.6 * columns, 3.8), squeeze=False, layout="constrained")
+    for axis in axes[0]:
+        axis.grid(alpha=0.3)
+        axis.spines[["top", "right"]].set_visible(False)
+    return figure, axes[0]
+
+
+def _save(figure: Any, path: Path) -> Path:
+    import matplotlib.pyplot as plt
+
+    write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=130))
+    plt.close(figure)
+    return path
+
+
+def _spread(axis: Any, xs: list[float], rows: Rows, metric: str, colour: str) -> None:
+    """The 95 % intervals, where there are any."""
+    known = [
+        (x, r[f"{metric}_low"], r[f"{metric}_high"]) for x, r in zip(xs, rows) if r.get(f"{metric}_low") is not None
+    ]
+    if known:
+        axis.fill_between(*zip(*known), color=colour, alpha=0.15, linewidth=0)
+
+
+def _scale(axis: Any, values: Sequence[float]) -> None:
+    """Logarithmic where values span more than one order of magnitude."""
+    if min(values) > 0 and max(values) / min(values) > 10:
+        axis.set_yscale("log")
+
+
+def curves(rows: Rows, metric: str, names: Mapping[str, str], path: Path) -> Path:
+    """A metric against optimiser steps, training time and compute, a line per run."""
+    wanted = (
+        ("step", "optimiser steps"),
+        ("seconds", "training time in seconds"),
+        ("tflop", "training compute in TFLOP"),
+    )
+    shown = [(key, text) for key, text in wanted if all(r.get(key) is not None for r in rows)]
+    figure, axes = _figure(len(shown))
+    for axis, (key, text) in zip(axes, shown):
+        for k, (run, name) in enumerate(names.items()):
+            mine = [r for r in rows if r["run"] == run]
+            colour, xs = COLOURS[k % len(COLOURS)], [float(r[key]) for r in mine]
+            axis.plot(
+                xs, [r[metric] for r in mine], MARKERS[k % len(MARKERS)] + "-", color=colour, label=name, markersize=4
+            )
+            _spread(axis, xs, mine, metric, colour)
+        axis.set_xlabel(text)
+        axis.set_ylabel(metric.removeprefix("val/"))
+        _scale(axis, [r[metric] for r in rows])
+    axes[-1].legend(fontsize=8)
+    return _save(figure, path)
+
+
+def against_factor(rows: Rows, number: str, path: Path) -> Path:
+    """A number of the evaluation against f, with its interval."""
+    figure, (axis,) = _figure(1)
+    rows = sorted(rows, key=lambda r: r["f"])
+    base = number.removesuffix("value")
+    values = [float(r[number]) for r in rows]
+    low, high = ([float(r.get(f"{base}{end}") or v) for r, v in zip(rows, values)] for end in ("low", "high"))
+    errors = [[max(0.0, v - a) for v, a in zip(values, low)], [max(0.0, b - v) for v, b in zip(values, high)]]
+    axis.errorbar([r["f"] for r in rows], values, errors, fmt="o-", color=COLOURS[0], capsize=3)
+    axis.set_xscale("log", base=2)
+    axis.set_xticks([r["f"] for r in rows], [str(r["f"]) for r in rows])
+    axis.set_xlabel("downsampling factor f")
+    axis.set_ylabel(number.removesuffix(".value"))
+    _scale(axis, values)
+    return _save(figure, path)
+
+
+def speed(rows: Rows, metric: str, path: Path) -> Path:
+    """A metric against sampling speed, a line per run, a point per number of sampling steps."""
+    figure, (axis,) = _figure(1)
+    runs = list(dict.fromkeys(r["run"] for r in rows))
+    distinct = len({r["f"] for r in rows}) == len(runs)
+    for k, run in enumerate(runs):
+        mine = [r for r in rows if r["run"] == run]
+        xs, colour = [r["images_per_second"] for r in mine], COLOURS[k % len(COLOURS)]
+        name = f"f = {mine[0]['f']}" if distinct else run[:40]
+        axis.plot(
+            xs, [r[metric] for r in mine], MARKERS[k % len(MARKERS)] + "-", color=colour, label=name, markersize=4
+        )
+        _spread(axis, xs, mine, metric, colour)
+        for row, x in zip(mine, xs):
+            axis.annotate(
+                row["num_inference_steps"], (x, row[metric]), fontsize=6, xytext=(3, 3), textcoords="offset points"
+            )
+    axis.set_xscale("log")
+    axis.set_xlabel("samples per second (beside each point: sampling steps)")
+    axis.set_ylabel(metric)
+    _scale(axis, [r[metric] for r in rows])
+    axis.legend(fontsize=8)
+    return _save(figure, path)
