@@ -1,9 +1,10 @@
 """Shared by the commands: Hydra with readable errors, did-you-mean, and types checked before anything starts."""
 
 import difflib
+import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ USER_ERRORS = (
     Interrupted,
 )
 
+ARGUMENTS = "LDM_TRAIN_ARGUMENTS"  # environment: the command line, also for the processes that run a sweep's jobs
 TRACEBACK = "LDM_TRAIN_TRACEBACK"  # environment: "1" where the user asked for tracebacks
 
 
@@ -135,6 +137,17 @@ def check_values(config: DictConfig) -> None:
     number("sampling.guidance_scale", 0, False)
 
 
+def quoted(argument: str, free: Sequence[str]) -> str:
+    """An argument of the command line whose value is meant as it is typed, for the options in `free`: commas,
+    apostrophes, brackets and `=` mean something to Hydra. A list stays one, but for layouts, which are JSON."""
+    option, _, value = argument.partition("=")
+    if option not in free or value in ("", "null") or value[0] in "'\"":
+        return argument
+    if value[0] == "[" and (option != "layout" or ".json" in value):
+        return argument
+    return f'{option}="' + value.replace("\\", "\\\\").replace('"', '\\"').replace("${", "\\${") + '"'
+
+
 def _raise_file_limit() -> None:
     """Every shard in use keeps a file open, and the usual soft limit is 1,024."""
     with suppress(ImportError, ValueError, OSError):
@@ -150,6 +163,7 @@ def run_command(function: Callable[[DictConfig], Any], config_name: str) -> Any:
     """Composes conf/<config_name>.yaml with the command line and calls `function`; exits with 1 and one readable
     message where the user has to act, with 128 + signal after an interruption."""
     _raise_file_limit()
+    os.environ[ARGUMENTS] = json.dumps(sys.argv[1:])
     # Hydra shall raise, not print. What the user wanted is kept apart, also for the processes that torchrun starts.
     wants_traceback = os.environ.setdefault(TRACEBACK, os.environ.get("HYDRA_FULL_ERROR", "0")) == "1"
     os.environ["HYDRA_FULL_ERROR"] = "1"

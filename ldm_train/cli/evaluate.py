@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from ldm_train.checkpoints.native import find_model, load_latent_diffusion, load
 from ldm_train.cli import build
 from ldm_train.cli.build import join_devices
 from ldm_train.cli.chain import Chain
-from ldm_train.cli.common import config_folder, run_command
+from ldm_train.cli.common import config_folder, quoted, run_command
 from ldm_train.cli.files import as_list
 from ldm_train.cli.instruments import Instruments, sampling_facts
 from ldm_train.data.loose import image_batches
@@ -308,7 +309,8 @@ def usual_options() -> DictConfig:
 def measured_run(config: DictConfig) -> dict[str, Any]:
     """`evaluate` of a run for other commands: what was measured with the same settings before is read again."""
     found, folder, asked = evaluate_run(config, again=False)
-    write_json(folder / file_name(asked), found | {"settings": asked})
+    if not (folder / file_name(asked)).is_file():
+        write_json(folder / file_name(asked), found | {"settings": asked})
     return found
 
 
@@ -329,6 +331,9 @@ def evaluate(config: DictConfig) -> dict[str, Any]:
 
 
 def main() -> None:
+    free = ("run", "reconstruct", "images", "against", "reference", "out", "export", "runs_dir", "data.root")
+    own = [f"+{a}" if a.startswith("extractors.") else a for a in sys.argv[1:]]  # which the config does not list
+    sys.argv[1:] = [quoted(a, free) for a in own]
     run_command(evaluate, "evaluate")
 
 

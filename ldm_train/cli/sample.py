@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from ldm_train import images as pictures
 from ldm_train.checkpoints.native import find_model, load_latent_diffusion, model_metadata
-from ldm_train.cli.common import run_command
+from ldm_train.cli.common import quoted, run_command
 from ldm_train.cli.film import Film
 from ldm_train.cli.guides import Guides, load_weak
 from ldm_train.cli.inputs import Request, chosen_task, latent_mask, picture_size, requests
@@ -361,17 +361,8 @@ def run_job(job: Job, drawing: Drawing, only: int | None, recipe_before: dict[st
 FREE = ("prompts", "run", "negative", "layout", "image_prompt", "recipe", "weak", "guide.classifier", "guide.clip")
 
 
-def quoted(argument: str) -> str:
-    option, _, value = argument.partition("=")
-    if option not in FREE or value in ("", "null") or value[0] in "'\"":
-        return argument
-    if value[0] == "[" and (option != "layout" or ".json" in value):
-        return argument
-    return f'{option}="' + value.replace("\\", "\\\\").replace('"', '\\"').replace("${", "\\${") + '"'
-
-
 def main() -> None:
-    sys.argv[1:] = [quoted(a) for a in sys.argv[1:]]
+    sys.argv[1:] = [quoted(a, FREE) for a in sys.argv[1:]]
     try:
         run_command(sample, "sample")
     except KeyboardInterrupt:

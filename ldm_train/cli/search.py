@@ -85,7 +85,7 @@ def run_trial(trial: Any, config: DictConfig, space: dict[str, Callable[[Any], A
     values = {option: suggest(trial) for option, suggest in space.items()}
     run = folder / f"{trial.number:03d}"
     command = [
-        sys.executable, "-m", "ldm_train.cli.train", f"experiment={config.experiment}", f"runs_dir={folder.parent}",
+        sys.executable, "-m", "ldm_train.cli.train", f"experiment={config.recipe}", f"runs_dir={folder.parent}",
         f"name={folder.name}/{run.name}", "share=true", "progress=false", f"logger={config.logger}",
         *config.overrides, *(f"{o}={v}" for o, v in values.items()),
     ]  # fmt: skip
@@ -129,10 +129,10 @@ def search(config: DictConfig) -> dict[str, Any]:
         raise ValueError(f"trials={config.trials!r} is no count")
     if config.prune is not None and ":" not in config.prune:
         raise ValueError(f"prune={config.prune}: write stage:column, for example diffusion:val/loss")
-    space = parse_space(OmegaConf.to_container(config.space))
-    folder = Path(config.runs_dir).absolute() / (config.name or f"search_{config.experiment}")
+    space = parse_space({} if config.space is None else OmegaConf.to_container(config.space))
+    folder = Path(config.runs_dir).absolute() / (config.name or f"search_{config.recipe}")
     folder.mkdir(parents=True, exist_ok=True)
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
     study = optuna.create_study(
         storage=f"sqlite:///{folder / 'search.db'}",
         study_name="search",
@@ -144,7 +144,7 @@ def search(config: DictConfig) -> dict[str, Any]:
         else optuna.pruners.NopPruner(),
     )
     asked = {"space": flatten(OmegaConf.to_container(config.space)), "objective": config.objective}
-    asked |= {"experiment": config.experiment, "overrides": list(config.overrides)}
+    asked |= {"recipe": config.recipe, "overrides": list(config.overrides)}
     before = study.user_attrs.get("asked")
     if before is not None and before != asked:
         raise ValueError(f"{folder} holds another search ({before}); choose name=<new>")

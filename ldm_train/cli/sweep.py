@@ -11,7 +11,7 @@ from typing import Any
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
-from ldm_train.cli.common import run_command
+from ldm_train.cli.common import quoted, run_command
 from ldm_train.data.shards import write_atomically
 from ldm_train.training.stages import NOTE, flatten
 
@@ -295,6 +295,7 @@ class Report(Callback):
 
 
 def main() -> None:
+    sys.argv[1:] = [quoted(a, ("dir", "runs_dir")) for a in sys.argv[1:]]
     run_command(sweep, "sweep")
 
 

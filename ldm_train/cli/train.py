@@ -1,5 +1,9 @@
 """train.py's work: compose the config, find this process's place among the devices, run the chain."""
 
+import hashlib
+import json
+import os
+import re
 import sys
 import traceback
 from contextlib import nullcontext
@@ -14,19 +18,30 @@ from omegaconf import DictConfig
 from ldm_train.cli import build
 from ldm_train.cli.build import join_devices
 from ldm_train.cli.chain import Chain
-from ldm_train.cli.common import check_values, run_command
+from ldm_train.cli.common import ARGUMENTS, check_values, run_command
 from ldm_train.cli.sweep import FAILED
 from ldm_train.data.shards import write_json
 from ldm_train.training import stages
 
+LONGEST = 150  # characters of a job's folder
+
+
+def _bare(override: str) -> str:
+    return re.sub(r"['\"\s]", "", override).lower()
+
 
 def run_name(config: DictConfig) -> str:
-    """name=..., else the experiment's; in a multirun <that>/<overrides>."""
+    """name=..., else the experiment's; in a multirun <that>/<the overrides in which its jobs differ>."""
     hydra_config = HydraConfig.get()
     name = config.name or hydra_config.runtime.choices.get("experiment") or "run"
     if hydra_config.mode == RunMode.MULTIRUN:
-        own = [o for o in hydra_config.overrides.task if not o.startswith(("experiment=", "runs_dir=", "name="))]
-        return f"{name}/{','.join(sorted(own)).replace('/', '_') or 'default'}"
+        # What was typed as it stands is the same for all jobs; Hydra writes it a little differently.
+        typed = {_bare(a) for a in json.loads(os.environ.get(ARGUMENTS, "[]"))}
+        differing = sorted(o for o in hydra_config.overrides.task if _bare(o) not in typed)
+        own = ",".join(differing).replace("/", "_") or "default"
+        if len(own) > LONGEST:
+            own = f"{own[: LONGEST - 9]}-{hashlib.sha256(own.encode()).hexdigest()[:8]}"
+        return f"{name}/{own}"
     return name
 
 

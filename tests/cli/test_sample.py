@@ -17,8 +17,8 @@ from PIL import Image
 
 from ldm_train import images as pictures
 from ldm_train.checkpoints.native import save_model
-from ldm_train.cli.common import config_folder
-from ldm_train.cli.sample import quoted, sample
+from ldm_train.cli.common import config_folder, quoted
+from ldm_train.cli.sample import FREE, sample
 from ldm_train.conditioning.text import train_tokenizer
 from ldm_train.latent_diffusion import LatentDiffusion
 from ldm_train.training.stages import Refused
@@ -128,7 +128,8 @@ def files(tmp_path: Path) -> dict[str, str]:
 def run(model_folder: Callable[[str], Path], tmp_path: Path) -> Callable[..., list[torch.Tensor]]:
     def draw(kind: str, *options: str, out: str = "out") -> list[torch.Tensor]:
         arguments = [
-            quoted(a) for a in (f"run={model_folder(kind)}", f"out={tmp_path / out}", "n=2", "overwrite=true", *options)
+            quoted(a, FREE)
+            for a in (f"run={model_folder(kind)}", f"out={tmp_path / out}", "n=2", "overwrite=true", *options)
         ]
         with initialize_config_dir(str(config_folder()), version_base="1.3"):
             paths = sample(compose("sample", arguments))

@@ -1,0 +1,254 @@
+"""Sweeps: shared stages, a job that fails, the table, the plots, the search."""
+
+import csv
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from chains import SMALL
+from hydra import compose, initialize_config_dir
+from hydra.utils import instantiate
+from omegaconf import OmegaConf
+from PIL import Image
+
+from ldm_train.cli import evaluate, search, sweep, train
+from ldm_train.cli.common import config_folder
+from ldm_train.cli.plan import _flops
+
+Command = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture(scope="module")
+def command() -> Callable[..., int]:
+    """command("train", override, ...) -> its exit status; in this process, so that it starts at once."""
+    mains = {"train": train.main, "sweep": sweep.main, "evaluate": evaluate.main, "search": search.main}
+
+    def run(name: str, *arguments: str) -> int:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sys, "argv", [f"{name}.py", *arguments])
+            try:
+                mains[name]()
+            except SystemExit as error:
+                return int(error.code or 0)
+            return 0
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def swept(command: Callable[..., int], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three jobs that share their autoencoder; the second asks for more images than there are."""
+    folder = tmp_path_factory.mktemp("sweep")
+    options = [o for o in SMALL if not o.startswith("diffusion.batch_size")]
+    status = command("train", "-m", *options, f"runs_dir={folder}", f"data_dir={folder}/data", "name=mine",
+                     "diffusion.batch_size=8,4096,4", "data.obedience=null", "diffusion.log_every=1")  # fmt: skip
+    assert status == 1
+    return folder / "mine"
+
+
+def run_of(swept: Path, batch_size: int) -> Path:
+    return swept / f"diffusion.batch_size={batch_size}"
+
+
+@pytest.mark.chain
+def test_a_failed_job_is_named_and_the_others_come_to_their_end(swept: Path) -> None:
+    assert "exceeds the 64 training images" in json.loads((run_of(swept, 4096) / "failed.json").read_text())["error"]
+    for size in (8, 4):
+        assert (run_of(swept, size) / "evaluation" / "metrics.json").is_file()
+        assert not (run_of(swept, size) / "failed.json").exists()
+
+
+@pytest.mark.chain
+def test_jobs_share_what_they_have_in_common(swept: Path) -> None:
+    weights = [run_of(swept, size) / "autoencoder" / "model" / "model.safetensors" for size in (8, 4)]
+    assert weights[0].stat().st_ino == weights[1].stat().st_ino
+    assert weights[0].stat().st_nlink == 2
+    models = [run_of(swept, size) / "diffusion" / "model" / "model.safetensors" for size in (8, 4)]
+    assert models[0].stat().st_ino != models[1].stat().st_ino
+
+
+@pytest.mark.chain
+def test_one_table_and_the_plots_are_there_at_the_end(swept: Path) -> None:
+    with open(swept / "sweep.csv", newline="") as file:
+        rows = {r["diffusion.batch_size"]: r for r in csv.DictReader(file)}
+    assert set(rows) == {"8", "4", "4096"} or set(rows) == {"8", "4", ""}
+    assert float(rows["8"]["samples.fid_tiny.value"]) > 0
+    assert rows["8"]["evaluation"] == "done"
+    assert float(rows["8"]["tflop"]) == pytest.approx(2 * float(rows["4"]["tflop"]), rel=1e-3)
+    assert any("exceeds the 64 training images" in r["failed"] for r in rows.values())
+    with open(swept / "curves.csv", newline="") as file:
+        points = list(csv.DictReader(file))
+    assert sorted(int(p["step"]) for p in points) == [3, 3, 6, 6]
+    assert all(float(p["val/fid_tiny"]) > 0 and float(p["seconds"]) > 0 for p in points)
+    with Image.open(swept / "curves.png") as plot:
+        assert plot.width > plot.height > 300
+
+
+@pytest.mark.chain
+def test_speed_against_quality_is_measured_once(swept: Path, command: Callable[..., int], capsys) -> None:
+    arguments = (f"dir={swept}", "steps=[1,2]", "n=8", "progress=false", "accelerator=cpu")
+    assert command("sweep", *arguments) == 0
+    with open(swept / "speed.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [r["num_inference_steps"] for r in rows] == ["1", "2"] * 2
+    assert all(float(r["images_per_second"]) > 0 and r["fid_tiny"] for r in rows)
+    assert (swept / "speed.png").is_file()
+    before = {p: p.stat().st_mtime_ns for p in swept.rglob("evaluations/*.json")}
+    assert len(before) == 4
+    assert command("sweep", *arguments) == 0
+    assert {p: p.stat().st_mtime_ns for p in swept.rglob("evaluations/*.json")} == before
+    assert "4096" in capsys.readouterr().out
+
+
+@pytest.mark.chain
+def test_offline_and_stage_agree_and_settings_never_share_a_file(swept: Path, command: Callable[..., int]) -> None:
+    """ldm-evaluate of a run gives the numbers of its evaluation stage; another setting gets another file."""
+    run = run_of(swept, 8)
+    assert command("evaluate", f"run={run}", "progress=false", f"out={run}/again.json", "accelerator=cpu") == 0
+    stage, again = (json.loads((run / p).read_text())["samples"] for p in ("evaluation/metrics.json", "again.json"))
+    for name in ("fid_tiny", "kid_tiny"):
+        assert again[name]["value"] == pytest.approx(stage[name]["value"], rel=1e-6)
+        assert again[name]["reference"] == stage[name]["reference"]
+        assert {"extractor", "guidance_scale", "sampler", "num_inference_steps", "seed", "n"} <= set(again[name])
+    before = set((run / "evaluations").glob("*.json"))
+    for option in ("seed=1", "guidance_scale=1"):
+        assert command("evaluate", f"run={run}", "progress=false", "accelerator=cpu", option) == 0
+    assert len(set((run / "evaluations").glob("*.json")) - before) == 2
+    assert (
+        command("evaluate", f"run={run}", "progress=false", "accelerator=cpu", "weights=best", "metrics=[fid_tiny]")
+        == 0
+    )
+
+
+@pytest.mark.chain
+def test_an_autoencoder_and_two_sets_of_images_are_measured(
+    swept: Path, command: Callable[..., int], tmp_path: Path, capsys
+) -> None:
+    run, data = run_of(swept, 8), next((swept.parent / "data").iterdir())
+    quiet = ("progress=false", "accelerator=cpu", "runs_dir=" + str(swept.parent))
+    assert command("evaluate", f"reconstruct={run}", *quiet, f"out={tmp_path}/a.json") == 0
+    found = json.loads((tmp_path / "a.json").read_text())
+    assert set(found["reconstruction"]) == {"psnr", "ssim", "perceptual"}
+    assert {"equivariance_error", "decoder_sensitivity", "spectrum_slope", "ifid_tiny"} <= set(found["latents"])
+    model = run / "autoencoder" / "model"
+    assert command("evaluate", f"reconstruct={model}", *quiet) == 1
+    assert "add data.root= and data.image_size=" in capsys.readouterr().err
+    assert command("evaluate", f"reconstruct={model}", f"data.root={data}", "data.image_size=32", *quiet) == 0
+    tars = f"images={data}/val-000000.tar", f"against={data}/train-000000.tar"
+    assert command("evaluate", *tars, f"export={tmp_path}/r.npz", f"out={tmp_path}/b.json", *quiet) == 0
+    assert command("evaluate", tars[0], f"against={tmp_path}/r.npz", f"out={tmp_path}/c.json", *quiet) == 0
+    two, one = (json.loads((tmp_path / n).read_text())["images"] for n in ("b.json", "c.json"))
+    for name in ("fid_tiny", "kid_tiny"):
+        assert one[name]["value"] == pytest.approx(two[name]["value"], rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((), "say what to measure: run=<run>"),
+        (("run=nowhere",), "nowhere is no run"),
+        (("images=/no/where", "against=/no/where"), "is no folder of images and no tar"),
+        (("images=/tmp",), "are measured against="),
+        (("run=x", "metrics=fid"), "metrics is a list: metrics=[fid]"),
+        (("run=x", "n=many"), "n='many' is no whole number"),
+        (("images=a", "against=b", "metrics=[fidd]"), "'fidd' is none; choose from fid"),
+    ],
+)
+def test_what_cannot_be_measured_is_said(
+    command: Callable[..., int], tmp_path: Path, capsys, arguments, message
+) -> None:
+    assert command("evaluate", *arguments, f"runs_dir={tmp_path}") == 1
+    assert message in capsys.readouterr().err
+
+
+def test_a_file_that_is_no_image_is_named(command: Callable[..., int], tmp_path: Path, capsys) -> None:
+    (tmp_path / "a.png").write_bytes(b"not an image")
+    assert command("evaluate", f"images={tmp_path}", f"against={tmp_path}") == 1
+    assert f"{tmp_path}/a.png cannot be read as an image" in capsys.readouterr().err
+
+
+def test_a_folder_without_runs_is_said(command: Callable[..., int], tmp_path: Path, capsys) -> None:
+    assert command("sweep", f"dir={tmp_path}") == 1
+    assert "holds no runs" in capsys.readouterr().err
+
+
+# -- the sweeps over f -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("experiment", "points"), [("shapes_f_sweep", (1, 2, 4, 8)), ("paper_f_sweep", (1, 2, 4, 8, 16, 32))]
+)
+def test_every_point_of_a_sweep_over_f_has_its_factor_and_equal_compute(
+    experiment: str, points: tuple[int, ...]
+) -> None:
+    import torch
+
+    totals = []
+    for f in points:
+        with initialize_config_dir(str(config_folder()), version_base="1.3"):
+            point = f"shapes_f{f}" if experiment.startswith("shapes") else f"f{f}"
+            config = compose("train", [f"experiment={experiment}", f"ablation={point}"])
+        with torch.device("meta"):
+            network = instantiate(config.autoencoder.network, _convert_="all")
+            unet = instantiate(config.diffusion.unet, _convert_="all")
+            assert network.downsample_factor == f
+            side = config.data.image_size // f
+            extra = {"context": torch.empty(1, 1, unet.context_dim)} if unet.context_dim else {}
+            extra |= {"vector": torch.empty(1, unet.vector_dim)} if unet.vector_dim else {}
+            flops = _flops(unet, torch.empty(1, unet.in_channels, side, side), torch.empty(1), **extra)
+        totals.append(flops * config.diffusion.max_steps * config.diffusion.batch_size)
+        assert config.diffusion.max_steps % config.diffusion.evaluate_every == 0
+    assert max(totals) / min(totals) < 1.02
+
+
+def test_a_sweep_names_all_its_points() -> None:
+    with initialize_config_dir(str(config_folder()), version_base="1.3"):
+        for experiment, expected in (("shapes_f_sweep", "shapes_f8"), ("paper_f_sweep", "f32")):
+            config = compose("train", [f"experiment={experiment}"], return_hydra_config=True)
+            assert config.hydra.sweeper.params.ablation.split(",")[-1] == expected
+
+
+# -- the search --------------------------------------------------------------------------------------------------------
+
+
+def test_a_space_says_its_kind() -> None:
+    import optuna
+
+    space = search.parse_space({"a": {"b": "log(1e-4,1e-2)"}, "c": "x,y", "d": "int(1,3)", "e": "(0,1)"})
+    values = [{k: suggest(t) for k, suggest in space.items()} for t in (optuna.create_study().ask() for _ in range(20))]
+    assert all(
+        1e-4 <= v["a.b"] <= 1e-2 and v["c"] in ("x", "y") and v["d"] in (1, 2, 3) and 0 <= v["e"] <= 1 for v in values
+    )
+    for wrong in ("log(0,1)", "(2,1)", "one", "log(a,b)"):
+        with pytest.raises(ValueError, match=r"space\.lr="):
+            search.parse_space({"lr": wrong})
+
+
+@pytest.mark.chain
+def test_a_search_shares_stages_prunes_continues_and_finds_the_best(
+    swept: Path, command: Callable[..., int], tmp_path: Path, capfd
+) -> None:
+    """Trials are runs of train.py on the sweep's autoencoder; one that fails is no end."""
+    folder = swept.parent
+    (tmp_path / "base").symlink_to(run_of(swept, 8))
+    options = [o for o in SMALL if not o.startswith(("diffusion.max_steps", "logger", "progress"))]
+    overrides = [*options, f"data_dir={folder}/data", f"autoencoder.pretrained={tmp_path}/base", "data.obedience=null",
+                 "diffusion.max_steps=4", "diffusion.val_every=2", "stages=[autoencoder,latents,diffusion]"]  # fmt: skip
+    arguments = (
+        "recipe=quickstart", f"runs_dir={tmp_path}", "name=found", "objective=diffusion:val/loss", "warmup_trials=1",
+        "overrides=[" + ",".join(f'"{o}"' for o in overrides) + "]", "space={diffusion.batch_size: '4096,8'}",
+        "prune=diffusion:val/loss",
+    )  # fmt: skip
+    assert command("search", *arguments, "trials=2") == 0
+    assert command("search", *arguments, "trials=3") == 0
+    said = capfd.readouterr().out
+    assert "2 of 3 trials done" in said
+    best = json.loads((tmp_path / "found" / "best.json").read_text())
+    assert best["params"] == {"diffusion.batch_size": "8"}
+    column = search.column(tmp_path / "found" / f"{best['trial']:03d}", "diffusion:val/loss")
+    assert best["value"] == min(v for _, v in column)
+    assert OmegaConf.load(tmp_path / "found" / f"{best['trial']:03d}" / "config.yaml").diffusion.batch_size == 8
+    assert command("search", *arguments[:-2], "space={diffusion.lr: '1,2'}", "trials=3") == 1
+    assert "holds another search" in capfd.readouterr().err
