@@ -1,7 +1,9 @@
 """The chain skips, resumes, runs or refuses each stage, and nothing is reused or overwritten in silence."""
 
+import multiprocessing
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -197,3 +199,26 @@ def test_a_sweep_takes_a_finished_stage_from_a_sibling_only_under_an_equal_key_a
     assert stages.advance(stage(0.1, 6), tmp_path / "d", {}, writer=True, share=True) == "run"
     assert stages.advance(stage(0.1, 5), tmp_path / "e", {}, writer=True) == "run"
     assert made == ["a", "c", "d", "e"]
+
+
+def _job(folder: str, name: str, made: str) -> None:
+    def run(stage_folder):
+        with open(made, "a") as file:
+            file.write(f"{name}\n")
+        time.sleep(1.0)
+        return {}
+
+    stage = stages.Stage("autoencoder", lambda: {"lr": 0.1}, run, 5)
+    (Path(folder) / name).mkdir(exist_ok=True)
+    stages.advance(stage, Path(folder) / name, {}, writer=True, share=True)
+
+
+def test_two_jobs_at_once_make_a_shared_stage_once(tmp_path):
+    jobs = [multiprocessing.Process(target=_job, args=(str(tmp_path), n, str(tmp_path / "made"))) for n in "abc"]
+    for job in jobs:
+        job.start()
+    for job in jobs:
+        job.join()
+    assert [job.exitcode for job in jobs] == [0, 0, 0]
+    assert len((tmp_path / "made").read_text().split()) == 1
+    assert all(read_note(tmp_path / n / "autoencoder")["finished"] for n in "abc")
