@@ -1,6 +1,7 @@
 """Every diagnosis fires on its fault and stays silent on a healthy run; non-finite gradients are skipped, then rewound."""
 
 import json
+import time
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -206,3 +207,20 @@ def test_an_average_that_does_not_move_is_seen(tmp_path: Path) -> None:
                 task.ema.update()
         found = health.ema_not_moving(watch.history, {})
         assert (found.name if found else None) == expected
+
+
+def test_training_time_leaves_validation_out(tmp_path: Path) -> None:
+    """A validation of 0.3 s in the middle counts neither as training nor as waiting for data."""
+    from ldm_train.training.callbacks.monitor import Monitor
+
+    watch = Monitor(1, 1, 1.0)
+    trainer = SimpleNamespace(global_step=0, log_every_n_steps=1)
+    watch.on_train_start(trainer, None)
+    watch.on_validation_start(trainer, None)
+    time.sleep(0.3)
+    watch.on_validation_end(trainer, None)
+    assert watch.state_dict()["seconds"] < 0.1
+    watch.on_train_batch_start(trainer, None, {"key": ["a"], "replaced": []}, 0)
+    assert watch._waited < 0.1
+    watch.exclude(-5.0)
+    assert 4.9 < watch.state_dict()["seconds"] < 5.2

@@ -13,9 +13,9 @@ from ldm_train.training.task import Task
 
 class Monitor(L.Callback):
     """Logs train/images_per_second, train/data_wait (share of time), train/epoch (passes over the data), train/images and
-    train/seconds (so far, over all resumes), train/tflop (so far), train/mfu, train/peak_memory_gib (of the GPU, else of
-    the process) and train/bad_fraction; stops with DataError when more than `max_bad_fraction` of the samples were
-    unreadable.
+    train/seconds (so far, over all resumes, without validation and samples), train/tflop (so far), train/mfu,
+    train/peak_memory_gib (of the GPU, else of the process) and train/bad_fraction; stops with DataError when more than
+    `max_bad_fraction` of the samples were unreadable.
 
     flops: of training on one image; None: compute and MFU are not logged. peak_flops: of all devices together.
     batch_size: the global one. dataset_size: training samples. trace: a file that gets one line per micro-batch,
@@ -47,6 +47,17 @@ class Monitor(L.Callback):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._batch_end = self._since = time.perf_counter()
         self._steps, self._waited = trainer.global_step, 0.0
+
+    def exclude(self, seconds: float) -> None:
+        """Time that went into something else than training."""
+        self._since += seconds
+
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._validation = time.perf_counter()
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._batch_end = time.perf_counter()  # what comes next is waiting again
+        self.exclude(self._batch_end - self._validation)
 
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: Task, batch: Any, batch_idx: int) -> None:
         self._waited += time.perf_counter() - self._batch_end

@@ -1,5 +1,6 @@
 """What the samples are worth while the U-Net trains."""
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -8,6 +9,7 @@ from torch import nn
 
 from ldm_train.metrics.measures import Metric
 from ldm_train.training.callbacks.checkpoint import Checkpoints
+from ldm_train.training.callbacks.monitor import Monitor
 from ldm_train.training.diffusion_task import DiffusionTask
 from ldm_train.training.measurement import Draw, Reference, measure_samples
 
@@ -54,6 +56,7 @@ class SampleMetrics(L.Callback):
         step = trainer.global_step
         if (batch_idx + 1) % pl_module.accumulate or step % self.every:
             return
+        begin = time.perf_counter()
         if self._reference is None:
             self._reference = self.make_reference()
         trained = pl_module.model.trainable().eval()
@@ -63,6 +66,9 @@ class SampleMetrics(L.Callback):
                 self.batch_size, progress=False,
             )  # fmt: skip
         trained.train()
+        for callback in trainer.callbacks:
+            if isinstance(callback, Monitor):
+                callback.exclude(time.perf_counter() - begin)
         logged: dict[str, float] = {"val/sampled_images": measured.count}
         for name, estimate in measured.estimates.items():
             logged |= {f"val/{name}": estimate.value}
