@@ -121,6 +121,17 @@ def cadence_of(section: DictConfig, machine: Machine, config: DictConfig) -> Cad
     )
 
 
+def check_best_by(config: DictConfig) -> None:
+    """Raises ValueError for a diffusion.best_by that will not be measured."""
+    by, measured = config.diffusion.best_by, list(config.evaluation.metrics)
+    if by in (None, "loss"):
+        return
+    if not config.diffusion.evaluate_every:
+        raise ValueError(f"diffusion.best_by={by} is measured only with diffusion.evaluate_every=<steps>")
+    if by not in measured:
+        raise ValueError(f"diffusion.best_by={by} is not measured; choose loss or one of {', '.join(measured)}")
+
+
 def health_facts(config: DictConfig, stage: str) -> dict[str, Any]:
     """What the health checks must know of a stage's configuration."""
     if stage == "autoencoder":

@@ -266,13 +266,8 @@ class Chain:
 
     @cached_property
     def instruments(self) -> Instruments:
-        """What this run is measured with; rank 0 downloads, the others find it."""
-        if self.machine.rank > 0:
-            self.barrier()
-        made = Instruments(self.config.evaluation, self.machine.device)
-        if self.machine.rank == 0:
-            self.barrier()
-        return made
+        """What this run is measured with."""
+        return Instruments.on_all_ranks(self.config.evaluation, self.machine.device)
 
     def evaluation_data(self) -> Any:
         """The images behind an evaluation, cut over ranks in batches of evaluation.batch_size."""
@@ -289,7 +284,7 @@ class Chain:
         config, tools, data = self.config, self.instruments, self.evaluation_data()
         model = load_model(self.folder / "diffusion" / "model").to(self.machine.device)
         model.to(memory_format=torch.channels_last)
-        split, count = config.data.val_split, config.evaluation.images
+        split, count, show = config.data.val_split, config.evaluation.images, config.progress and self.machine.rank == 0
         judged, restoring = judged_fields(model.fields), any(f in model.fields for f in RESTORED)
         if config.evaluation.obedience and not judged and self.machine.rank == 0:
             print("obedience: not measured, this model has no condition that says what to draw")
@@ -297,13 +292,13 @@ class Chain:
         whole.batching = build.Batching(config.evaluation.batch_size)
         result = evaluate(
             model, data.fixed_loader(split, count), self.conditions(data, count), self.draw(),
-            tools.reference(data, config.runs_dir), tools.metrics, tools.extractors, tools.paired, tools.networks, folder,
+            tools.reference(data, config.runs_dir, show), tools.metrics, tools.extractors, tools.paired, tools.networks, folder,
             sampling_facts(config), config.evaluation.batch_size, config.evaluation.predictors,
             build.plain(config.evaluation.obedience) | {"fields": judged}
             if judged and config.evaluation.obedience
             else None,
             build.plain(config.evaluation.restoration) | {"loader": whole.fixed_loader(split)} if restoring else None,
-            config.progress and self.machine.rank == 0,
+            show,
         )  # fmt: skip
         if self.machine.rank == 0:
             batch = next(iter(data.fixed_loader(split, 4)))
@@ -345,8 +340,9 @@ class Chain:
         self.barrier()
         if writer:
             self.effort = print_plan(self, chain)
-        if self.measures():
-            _ = self.instruments  # a metric that is none, or weights that are not there, end the run before it begins
+        if counts := self.measures():  # what cannot be measured ends the run before it begins
+            self.instruments.check(self.fields, counts, config.data.image_size)
+            build.check_best_by(config)
         defaults = build.option_defaults(config)
         if chain:
             stages.decide(chain[0], self.folder, defaults)  # a refused run must not touch what is there
@@ -372,10 +368,12 @@ class Chain:
         if writer:
             self._closing_words()
 
-    def measures(self) -> bool:
-        """Whether this run will measure samples."""
-        training = "diffusion" in self.config.stages and self.config.diffusion.evaluate_every
-        return "evaluation" in self.config.stages or bool(training)
+    def measures(self) -> list[int]:
+        """Of how many samples each this run will measure."""
+        config = self.config
+        training = "diffusion" in config.stages and config.diffusion.evaluate_every
+        counts = [config.diffusion.evaluate_images] if training else []
+        return counts + ([config.evaluation.images] if "evaluation" in config.stages else [])
 
     def _closing_words(self) -> None:
         samples = self.folder / "evaluation" / "samples.png"

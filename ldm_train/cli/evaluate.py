@@ -25,7 +25,7 @@ from ldm_train.cli.files import as_list
 from ldm_train.cli.instruments import Instruments, sampling_facts
 from ldm_train.data.loose import image_batches
 from ldm_train.data.shards import write_atomically, write_json
-from ldm_train.distributed import rank
+from ldm_train.distributed import gathered, rank
 from ldm_train.latent_diffusion import LatentDiffusion
 from ldm_train.metrics.measures import Collected, measure, write_reference
 from ldm_train.models.first_stage import FirstStage
@@ -40,7 +40,7 @@ SAMPLING = ("num_inference_steps", "guidance_scale", "spacing")
 def run_folder(name: str, runs_dir: str) -> Path:
     """Raises FileNotFoundError naming the runs there are."""
     for folder in (Path(name), Path(runs_dir) / name):
-        if (folder / "config.yaml").is_file():
+        if (folder / "config.yaml").is_file() and "stages" in OmegaConf.load(folder / "config.yaml"):
             return folder
     known = sorted(
         str(p.parent.relative_to(runs_dir)) for p in Path(runs_dir).rglob("config.yaml") if ".replaced" not in p.parts
@@ -73,6 +73,8 @@ def with_options(trained: DictConfig, config: DictConfig) -> DictConfig:
     for name, value in own["data"].items():
         if value is not None:
             trained.data[name] = value
+            if trained.autoencoder.data.get(name) is not None:
+                trained.autoencoder.data[name] = value
     return OmegaConf.create(OmegaConf.to_container(trained, resolve=True))
 
 
@@ -120,13 +122,15 @@ def evaluate_run(config: DictConfig, again: bool = True) -> tuple[dict[str, Any]
     machine = join_devices(trained, "ldm_train.cli.evaluate")
     chain = Chain(trained, folder, machine)
     tools, data = chain.instruments, chain.evaluation_data()
+    tools.check(chain.fields, (trained.evaluation.images,), trained.data.image_size)
     model = load_weights(folder, config.weights).to(machine.device, memory_format=torch.channels_last)
     reference = tools.reference(data, config.runs_dir, config.progress)
     export_reference(config.export, reference)
     source = find_model(folder)
     facts = sampling_facts(trained) | {"seed": config.seed, "weights": config.weights}
     asked = facts | {"n": trained.evaluation.images, "metrics": [m.name for m in tools.metrics]}
-    asked |= {"model": read_metadata(source)["sha256"], "references": reference.hashes}
+    asked |= {"model": read_metadata(source)["sha256"], "references": reference.hashes, "precision": machine.precision}
+    asked |= {"conditions": tools.facts(data, trained.data.val_split, None), "extractors": tools.hashes}
     kept = folder / "evaluations" / file_name(asked)
     if not again and kept.is_file():
         return {k: v for k, v in json.loads(kept.read_text()).items() if k != "settings"}, folder / "evaluations", asked
@@ -160,7 +164,7 @@ def evaluate_autoencoder(config: DictConfig) -> tuple[dict[str, Any], Path | Non
             folder / "autoencoder" / "model",
         )
     machine = join_devices(trained, "ldm_train.cli.evaluate")
-    tools = Instruments(trained.evaluation, machine.device)
+    tools = Instruments.on_all_ranks(trained.evaluation, machine.device)
     trained.evaluation.images = config.n  # all, where nothing is said
     data = build.data_module(trained, "autoencoder", machine, ("image",))
     size, world = trained.evaluation.batch_size, machine.world_size
@@ -169,8 +173,12 @@ def evaluate_autoencoder(config: DictConfig) -> tuple[dict[str, Any], Path | Non
     if (folder / "latents" / "statistics.json").is_file():
         Chain(trained, folder, machine).measured(first_stage)
     else:  # what is said of latents is said of unit variance
-        some = next(iter(data.fixed_loader(trained.data.val_split, 256)))["image"].to(machine.device)
-        first_stage.set_statistics(float(1 / first_stage.posterior(first_stage.encode_moments(some)).mean.std()))
+        sums = torch.zeros(3, dtype=torch.float64)
+        for batch in data.fixed_loader(trained.data.val_split, 256):
+            z = first_stage.posterior(first_stage.encode_moments(batch["image"].to(machine.device))).mean.double().cpu()
+            sums += torch.stack([torch.tensor(float(z.numel())), z.sum(), z.square().sum()]).double()
+        count, total, square = sum(gathered(sums)).tolist()
+        first_stage.set_statistics((square / count - (total / count) ** 2) ** -0.5)
     reference = tools.reference(data, config.runs_dir, config.progress)
     export_reference(config.export, reference)
     found, _ = evaluate_first_stage(
@@ -271,7 +279,11 @@ def format_metrics(found: Mapping[str, Any]) -> str:
                 lines.append(f"  {name:<22}{entry:12.4g}")
                 continue
             interval = "[{:.4g}, {:.4g}]".format(*entry["interval"]) if entry["interval"] else "too few for an interval"
-            against = f", against {entry['n_reference']} images ({entry['reference']})" if "reference" in entry else ""
+            against = (
+                f", against {entry['n_reference'] or 'unknown'} images ({entry['reference']})"
+                if "reference" in entry
+                else ""
+            )
             lines.append(f"  {name:<22}{entry['value']:12.4g}  {interval:<24} n {entry['n']}{against}")
     return "\n".join(lines)
 

@@ -1,5 +1,6 @@
 """What a run is measured with: metrics, extractors and reference, from the config's `evaluation` section."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,11 @@ from torch import nn
 from ldm_train.cli import build
 from ldm_train.data.datamodule import ShardDataModule
 from ldm_train.data.shards import data_hash
-from ldm_train.metrics.measures import parse_metrics
+from ldm_train.distributed import gathered, rank
+from ldm_train.metrics.features import weights_hash
+from ldm_train.metrics.measures import FROM_MOMENTS, parse_metrics, read_reference
+from ldm_train.metrics.paired import MS_SSIM_SIDE
+from ldm_train.metrics.sets import GROUPS
 from ldm_train.training.evaluation import check_paired
 from ldm_train.training.measurement import Reference, collect_reference, reference_from
 
@@ -34,6 +39,8 @@ class Instruments:
             raise ValueError(
                 f"evaluation.extractors.{unknown[0]} has no _target_: the class or function that makes images features"
             )
+        if not section.metrics:
+            raise ValueError("metrics=[] measures nothing; for example metrics=[fid_tiny]")
         self.metrics = parse_metrics(list(section.metrics), list(section.extractors))
         self.device, self.section = device, section
         needed = {m.extractor for m in self.metrics}
@@ -48,6 +55,43 @@ class Instruments:
             for name, tree in networks.items()
             if tree is not None and name in self.paired
         }
+
+    @classmethod
+    def on_all_ranks(cls, section: DictConfig, device: torch.device) -> "Instruments":
+        """Rank 0 first, which downloads what is to be downloaded; the others find it."""
+        if rank() > 0:
+            gathered(None)
+        made = cls(section, device)
+        if rank() == 0:
+            gathered(None)
+        return made
+
+    @property
+    def hashes(self) -> dict[str, str]:
+        return {name: weights_hash(e)[:12] for name, e in self.extractors.items()}
+
+    def check(self, fields: Sequence[str], counts: Sequence[int], size: Any) -> None:
+        """Raises ValueError where a metric cannot be measured: of a model with these condition fields, with so many
+        samples, on images of this size; before anything is drawn."""
+        source = str(self.section.reference)
+        moments_only = source.endswith(".npz") and Path(source).is_file() and not len(read_reference(source).kept()[0])
+        for metric in self.metrics:
+            extractor = self.extractors[metric.extractor]
+            if metric.kind == "is" and not hasattr(extractor, "logits"):
+                raise ValueError(f"{metric.name} needs class probabilities, which {type(extractor).__name__} has not")
+            if metric.kind == "clip_score" and not hasattr(extractor, "texts"):
+                raise ValueError(f"{metric.name} needs embeddings of texts, which {type(extractor).__name__} has not")
+            if metric.kind == "clip_score" and "caption" not in fields:
+                raise ValueError(f"{metric.name} judges pictures by their captions, and this model takes none")
+            if metric.kind == "fid_inf" and min(counts) < 6 * GROUPS:
+                raise ValueError(f"{metric.name} needs at least {6 * GROUPS} samples, not {min(counts)}")
+            if moments_only and metric.kind not in FROM_MOMENTS:
+                raise ValueError(f"{metric.name} needs features, and {source} holds mu and sigma only")
+        sides = [size] if isinstance(size, int) else list(size)
+        if "ms_ssim" in self.paired and min(sides) < MS_SSIM_SIDE:
+            raise ValueError(
+                f"ms_ssim needs sides of at least {MS_SSIM_SIDE} pixels, not {min(sides)}; leave it out of paired"
+            )
 
     def facts(self, data: ShardDataModule, split: str, limit: int | None) -> dict[str, Any]:
         """What a split's images follow from, as the training transform without its randomness makes them."""

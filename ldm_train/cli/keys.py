@@ -94,6 +94,8 @@ class Keys:
         section = build.plain(self.config.evaluation)
         used = {m.extractor for m in parse_metrics(section["metrics"], list(section["extractors"]))}
         section["extractors"] = {name: tree for name, tree in section["extractors"].items() if name in used}
+        if section["reference"] == self.config.data.val_split:
+            section.pop("reference")  # as usual
         if "lpips" not in section["paired"]:
             section.pop("lpips")
         return section

@@ -133,23 +133,32 @@ def search(config: DictConfig) -> dict[str, Any]:
     folder = Path(config.runs_dir).absolute() / (config.name or f"search_{config.recipe}")
     folder.mkdir(parents=True, exist_ok=True)
     optuna.logging.set_verbosity(optuna.logging.ERROR)
+    storage = f"sqlite:///{folder / 'search.db'}"
+    known = optuna.get_all_study_names(storage)
+    before = len(optuna.load_study(study_name="search", storage=storage).trials) if known else 0  # draw on, not again
     study = optuna.create_study(
-        storage=f"sqlite:///{folder / 'search.db'}",
+        storage=storage,
         study_name="search",
         load_if_exists=True,
         direction=config.direction,
-        sampler=optuna.samplers.TPESampler(seed=config.seed, n_startup_trials=config.warmup_trials),
+        sampler=optuna.samplers.TPESampler(seed=config.seed + before, n_startup_trials=config.warmup_trials),
         pruner=optuna.pruners.MedianPruner(n_startup_trials=config.warmup_trials)
         if config.prune
         else optuna.pruners.NopPruner(),
     )
     asked = {"space": flatten(OmegaConf.to_container(config.space)), "objective": config.objective}
     asked |= {"recipe": config.recipe, "overrides": list(config.overrides)}
-    before = study.user_attrs.get("asked")
-    if before is not None and before != asked:
-        raise ValueError(f"{folder} holds another search ({before}); choose name=<new>")
+    other = study.user_attrs.get("asked")
+    if other is not None and other != asked:
+        raise ValueError(f"{folder} holds another search ({other}); choose name=<new>")
     study.set_user_attr("asked", asked)
-    ended = [t for t in study.get_trials(deepcopy=False) if t.state.is_finished()]
+    # An interrupted trial is none; one that failed has said why.
+    states = optuna.trial.TrialState
+    ended = [
+        t
+        for t in study.get_trials(deepcopy=False)
+        if t.state in (states.COMPLETE, states.PRUNED) or "why" in t.user_attrs
+    ]
     print(f"search {folder}: {len(ended)} of {config.trials} trials done", flush=True)
 
     def said(study: Any, trial: Any) -> None:
@@ -177,8 +186,17 @@ def search(config: DictConfig) -> dict[str, Any]:
     return best
 
 
+def _stop(number: int, frame: Any) -> None:
+    raise KeyboardInterrupt
+
+
 def main() -> None:
-    run_command(search, "search")
+    signal.signal(signal.SIGTERM, _stop)  # so that the running trial is stopped, too
+    try:
+        run_command(search, "search")
+    except KeyboardInterrupt:
+        print("\nstopped; the same command continues the search", file=sys.stderr)
+        sys.exit(130)
 
 
 if __name__ == "__main__":

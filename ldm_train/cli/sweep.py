@@ -161,7 +161,7 @@ def curves(runs: Sequence[Run], metric: str) -> list[dict[str, Any]]:
     return table
 
 
-def label(run: Run, options: Sequence[str], by_factor: bool) -> str:
+def label(run: Run, by_factor: bool) -> str:
     """What tells a run from the others, short enough for a legend."""
     return f"f = {run.factor}" if by_factor else run.folder.name[:40]
 
@@ -177,7 +177,7 @@ def summarise(folder: Path, metric: str | None = None, final: str | None = None)
     column = curve_metric(runs, metric)
     factors = sorted({run.factor for run in runs if run.config})
     by_factor = len(factors) == len([r for r in runs if r.config]) > 1
-    names = {run.folder.name: label(run, differing(runs), by_factor) for run in runs}
+    names = {run.folder.name: label(run, by_factor) for run in runs}
     if column is not None and (rows := curves(runs, column)):
         write_csv(folder / CURVES, rows)
         written += [folder / CURVES, plots.curves(rows, column, names, folder / "curves.png")]
@@ -236,6 +236,8 @@ def format_table(table: Sequence[Mapping[str, Any]], number: str | None) -> str:
 def sweep(config: DictConfig) -> list[Path]:
     if config.dir is None:
         raise ValueError("say which sweep: dir=<folder of its runs>")
+    if config.steps is not None and not OmegaConf.is_list(config.steps):
+        raise ValueError(f"steps is a list: steps=[{config.steps}]")
     folder = Path(config.dir) if Path(config.dir).is_dir() else Path(config.runs_dir) / config.dir
     if not folder.is_dir():
         raise FileNotFoundError(f"dir={config.dir}: there is no such folder")
@@ -248,6 +250,10 @@ def sweep(config: DictConfig) -> list[Path]:
         from ldm_train.cli import plots
 
         rows = speed(config, runs, folder)
+        if not rows:
+            raise ValueError(
+                f"no run of {folder} has finished its diffusion stage: there is nothing to sample from yet"
+            )
         write_csv(folder / "speed.csv", rows)
         metric = column.removeprefix("val/") if column and rows and column.removeprefix("val/") in rows[0] else None
         metric = metric or run_metrics(runs[0])[0]
@@ -282,8 +288,8 @@ class Report(Callback):
         try:
             written = summarise(folder)
         except (FileNotFoundError, ValueError) as error:
-            print(f"no table of the sweep: {error}")
-            return
+            print(f"no table or plots of the sweep: {error}")
+            written = []
         print("\n".join(f"wrote {path}" for path in written))
         failed = [run for run in read_runs(folder) if run.failed]
         if failed:

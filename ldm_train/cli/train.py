@@ -46,39 +46,52 @@ def run_name(config: DictConfig) -> str:
 
 
 def train(config: DictConfig) -> None:
-    check_values(config)
-    if config.devices > 1 and HydraConfig.get().mode == RunMode.MULTIRUN:
-        raise ValueError(
-            "devices>1 and -m do not go together: the jobs of a sweep share this process; sweep on one "
-            "device each, or start the multi-GPU runs one after the other"
-        )
-    machine = join_devices(config, "ldm_train.cli.train")
-    world_size, rank = machine.world_size, machine.rank
-    torch.set_float32_matmul_precision("high")
+    sweeping = HydraConfig.get().mode == RunMode.MULTIRUN
     config.name = run_name(config)
     folder = Path(config.runs_dir) / config.name
-    if rank == 0:
-        for stage in ("autoencoder", "diffusion"):
-            build.ensure_data(build.stage_data(config, stage))
-    if world_size > 1:
-        dist.barrier()
-    sweeping = HydraConfig.get().mode == RunMode.MULTIRUN
     try:
-        with stages.run_lock(folder) if rank == 0 else nullcontext():
-            (folder / FAILED).unlink(missing_ok=True)
-            Chain(config, folder, machine, share=sweeping or config.share).run()
-    except stages.Interrupted:
-        if config.restart and rank == 0:
-            print(f"\nleave restart={config.restart} out when you continue: it would begin that stage anew")
+        _train(config, folder, sweeping)
+    except stages.Interrupted as error:
+        if sweeping:  # which Hydra would take for a job that failed, and begin the next
+            print(f"\n{error}", file=sys.stderr, flush=True)
+            sys.exit(128 + error.number)
         raise
     except Exception as error:
         if not sweeping:
             raise
         # The other jobs of a sweep have done nothing wrong; the report at its end names this one.
-        write_json(folder / FAILED, {"error": f"{type(error).__name__}: {error}", "traceback": traceback.format_exc()})
+        if not isinstance(error, stages.Busy):  # its folder is another process's
+            folder.mkdir(parents=True, exist_ok=True)
+            said = {"error": f"{type(error).__name__}: {error}", "traceback": traceback.format_exc()}
+            write_json(folder / FAILED, said)
         print(
             f"\n{config.name} failed ({type(error).__name__}: {error}); the sweep goes on", file=sys.stderr, flush=True
         )
+
+
+def _train(config: DictConfig, folder: Path, sweeping: bool) -> None:
+    check_values(config)
+    if config.devices > 1 and (sweeping or config.share):
+        raise ValueError(
+            "devices>1 goes together neither with -m nor with share=true: such jobs share a process, or wait for each other's "
+            "stages; use one device each, or start the multi-GPU runs one after the other"
+        )
+    machine = join_devices(config, "ldm_train.cli.train")
+    world_size, rank = machine.world_size, machine.rank
+    torch.set_float32_matmul_precision("high")
+    if rank == 0:
+        for stage in ("autoencoder", "diffusion"):
+            build.ensure_data(build.stage_data(config, stage))
+    if world_size > 1:
+        dist.barrier()
+    with stages.run_lock(folder) if rank == 0 else nullcontext():
+        (folder / FAILED).unlink(missing_ok=True)
+        try:
+            Chain(config, folder, machine, share=(sweeping or config.share) and world_size == 1).run()
+        except stages.Interrupted:
+            if config.restart and rank == 0:
+                print(f"\nleave restart={config.restart} out when you continue: it would begin that stage anew")
+            raise
     if world_size > 1:
         dist.destroy_process_group()
 

@@ -26,7 +26,7 @@ from ldm_train.metrics.distribution import (
     precision_estimate,
     recall_estimate,
 )
-from ldm_train.metrics.sets import GROUPS, FeatureSet, Moments
+from ldm_train.metrics.sets import GROUPS, UNKNOWN, FeatureSet, Moments
 
 KINDS = ("fid_inf", "fid", "fd", "kid", "is", "precision", "recall", "cmmd", "clip_score")
 PUBLISHED = {kind: (kind, "inception") for kind in ("fid", "fid_inf", "kid", "is", "precision", "recall")}
@@ -108,7 +108,7 @@ class Collected:
     def gathered(self) -> "Collected":
         """The joint set of all ranks, on every rank."""
         for name in self.extractors:
-            self.sets[name] = FeatureSet.gathered(self.sets.get(name))
+            self.sets[name] = FeatureSet.gathered(self.sets.get(name), self.groups)
         self.fits = [part for parts in gathered(self.fits) for part in parts]
         return self
 
@@ -140,7 +140,7 @@ def read_reference(path: str | Path) -> FeatureSet:
             if mean.ndim != 1 or covariance.shape != (len(mean), len(mean)):
                 raise KeyError
             features = FeatureSet(len(mean), groups=1)
-            features.groups[0] = Moments.stated(mean, covariance, int(found["n"]) if "n" in found else 2)
+            features.groups[0] = Moments.stated(mean, covariance, int(found["n"]) if "n" in found else UNKNOWN)
             if "features" in found:
                 features.add_kept(torch.from_numpy(found["features"]), torch.from_numpy(found["indices"]))
             return features

@@ -4,9 +4,10 @@ from collections.abc import Iterable, Sequence
 
 import torch
 
-from ldm_train.distributed import gathered
+from ldm_train.distributed import gathered, world_size
 
 GROUPS = 20  # of the jackknife
+UNKNOWN = 2  # the count of moments that someone else has measured without saying of how many
 KEPT = 10_000  # features of a set that are kept one by one, for what moments do not give
 FLUSH = 2048  # rows collected before they enter the groups' sums
 
@@ -163,21 +164,23 @@ class FeatureSet:
         return self._kept, self._kept_indices
 
     @classmethod
-    def gathered(cls, own: "FeatureSet | None") -> "FeatureSet":
-        """The joint set of all ranks; a rank without samples passes None."""
+    def gathered(cls, own: "FeatureSet | None", groups: int = GROUPS) -> "FeatureSet":
+        """The joint set of all ranks, one group after the other (at 2,048 features each is 34 MB a rank); a rank without
+        samples passes None."""
+        if world_size() == 1 and own is not None:
+            return own
+        shapes = [s for s in gathered(None if own is None else (own._kept.shape[1], own.keep)) if s is not None]
+        if not shapes:
+            raise ValueError("no features")
+        joint = cls(shapes[0][0], groups, shapes[0][1])
         if own is not None:
             own._flush()
-        parts = [s for s in gathered(own) if s is not None]
-        if not parts:
-            raise ValueError("no features")
-        if len(parts) == 1:
-            return parts[0]
-        joint = cls(parts[0]._kept.shape[1], len(parts[0].groups), parts[0].keep)
-        for k in range(len(joint.groups)):
-            joint.groups[k] = Moments.joined([part.groups[k] for part in parts])
-        for part in parts:
-            joint.add_kept(part._kept, part._kept_indices)
-        sums = [part.class_sums for part in parts if part.class_sums]
+        for k in range(groups):
+            joint.groups[k] = Moments.gathered(own.groups[k] if own is not None else None)
+        for kept in gathered(own.kept() if own is not None else None):
+            if kept is not None:
+                joint.add_kept(*kept)
+        sums = [part for part in gathered(own.class_sums if own is not None else None) if part]
         joint.class_sums = [(sum(t for t, _ in group), sum(e for _, e in group)) for group in zip(*sums)]
         return joint
 

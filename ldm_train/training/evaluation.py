@@ -70,7 +70,7 @@ def evaluate_first_stage(
         kept += [(i, z.cpu()) for i, z in zip(indices.tolist(), latents) if i < predictors]
         if not len(shown):
             shown = torch.cat([x[:8], rec[:8]]).cpu()
-    joint = {n: torch.cat([p for part in gathered(v) for p in part]) for n, v in values.items()}
+    joint = {n: torch.cat([p for part in gathered(values.get(n, [])) for p in part]) for n in paired}
     found: dict[str, Any] = {"reconstruction": {name: mean_estimate(v).as_dict() for name, v in joint.items()}}
     estimates = measure(used, reference.sets, rebuilt.gathered())
     found["reconstructions"] = {m.name: estimates[m.name].as_dict() | reference.facts(m) for m in used}

@@ -166,6 +166,8 @@ def fit(
                     for logger in loggers:
                         logger.log_alert("not_finite", f"{error}; {again}")
                 rows = MetricsCSV(folder / "metrics.csv", steps_done(last))
+                for logger in loggers:
+                    logger.logged = {}  # other random numbers, other values: what can take nothing back shows both
     else:
         task.setup("fit")
         state = torch.load(last, map_location="cpu", weights_only=True)

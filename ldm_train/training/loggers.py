@@ -28,7 +28,7 @@ class MetricsCSV(Logger):
         super().__init__()
         self.path, self.rows, self.columns = Path(path), [], ["step"]
         self.cut: dict[int, set[str]] = {}
-        if self.path.is_file() and start > 0:
+        if self.path.is_file():
             with open(self.path, newline="") as file:
                 rows = list(csv.DictReader(file))
             self.rows = [row for row in rows if int(row["step"]) <= start]
@@ -64,7 +64,7 @@ class MetricsCSV(Logger):
         pass  # a row has no room for it
 
     def log_alert(self, title: str, text: str) -> None:
-        pass  # health.json holds it
+        pass  # it is on the terminal, and findings are in health.json
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
@@ -186,6 +186,11 @@ def picked(metrics: Mapping[str, float], step: int, logged: Mapping[int, set[str
     return {k: v for k, v in metrics.items() if k != "epoch" and k not in logged.get(step, ())}
 
 
+def validated(step: int, logged: Mapping[int, set[str]]) -> bool:
+    """Whether an earlier process came to the end of this step's validation, pictures included."""
+    return any(name.startswith("val/") for name in logged.get(step, ()))
+
+
 # Where a run's best, not its last value is what one looks for.
 SUMMARIES = {
     "val/loss": "min", "val/score": "min", "val/perceptual": "min", "val/l1": "min", "val/psnr": "max", "val/ssim": "max",
@@ -235,14 +240,14 @@ class StageLogger(Logger):
     def log_picture(self, name: str, path: Path, step: int, caption: str) -> None:
         import wandb
 
-        if step not in self.logged:
+        if not validated(step, self.logged):
             self._log({name: wandb.Image(str(path), caption=caption)}, step)
 
     @rank_zero_only
     def log_histogram(self, name: str, values: torch.Tensor, step: int) -> None:
         import wandb
 
-        if step not in self.logged:
+        if not validated(step, self.logged):
             self._log({name: wandb.Histogram(values.detach().float().flatten().cpu().numpy(), num_bins=64)}, step)
 
     @rank_zero_only
@@ -280,12 +285,14 @@ class TensorBoardLogger(Logger):
 
     @rank_zero_only
     def log_picture(self, name: str, path: Path, step: int, caption: str) -> None:
-        with Image.open(path) as picture:
-            self.writer.add_image(name, np.array(picture.convert("RGB")), step, dataformats="HWC")
+        if not validated(step, self.logged):
+            with Image.open(path) as picture:
+                self.writer.add_image(name, np.array(picture.convert("RGB")), step, dataformats="HWC")
 
     @rank_zero_only
     def log_histogram(self, name: str, values: torch.Tensor, step: int) -> None:
-        self.writer.add_histogram(name, values.detach().float().flatten().cpu().numpy(), step)
+        if not validated(step, self.logged):
+            self.writer.add_histogram(name, values.detach().float().flatten().cpu().numpy(), step)
 
     @rank_zero_only
     def log_alert(self, title: str, text: str) -> None:

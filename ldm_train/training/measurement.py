@@ -20,7 +20,7 @@ from ldm_train.latent_diffusion import LatentDiffusion
 from ldm_train.metrics.distribution import Estimate
 from ldm_train.metrics.features import weights_hash
 from ldm_train.metrics.measures import Collected, Metric, measure, read_reference, write_reference
-from ldm_train.metrics.sets import FeatureSet
+from ldm_train.metrics.sets import UNKNOWN, FeatureSet
 from ldm_train.rng import derive_seed
 
 SAVE_EVERY = 60.0  # seconds between the states that an interrupted measurement continues from
@@ -46,7 +46,8 @@ class Reference:
         if metric.extractor not in self.sets:
             return {"extractor": metric.extractor}
         n = self.sets[metric.extractor].groups[0].count
-        return {"extractor": metric.extractor, "reference": self.hashes[metric.extractor], "n_reference": n}
+        known = n if n != UNKNOWN else None
+        return {"extractor": metric.extractor, "reference": self.hashes[metric.extractor], "n_reference": known}
 
 
 def reference_from(path: str | Path, metrics: Sequence[Metric]) -> Reference:
@@ -130,13 +131,14 @@ def measure_samples(
     job, from which an interrupted measurement continues; it is removed at the end.
     """
     fields, made = set(model.fields), Collected(metrics, extractors)
-    state: dict[str, Any] = {"done": 0, "images": [], "captions": [], "seconds": 0.0}
+    state: dict[str, Any] = {"done": 0, "batch_size": batch_size, "images": [], "captions": [], "seconds": 0.0}
     if partial is not None:
         partial = partial.with_name(f"{partial.name}.{rank()}-{world_size()}")
         if partial.is_file():
             saved = torch.load(partial, weights_only=False)  # our own file of a minute ago
-            state = saved["state"]
-            made.restore(saved["made"])
+            if saved["state"]["batch_size"] == batch_size:  # else it ended inside a batch
+                state = saved["state"]
+                made.restore(saved["made"])
     saved_at, position = time.monotonic(), 0
     bar = tqdm(total=total, desc="samples", unit="img", disable=not progress)
     for batch in batches:

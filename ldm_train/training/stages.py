@@ -31,6 +31,10 @@ class Refused(RuntimeError):
     """A run that would silently reuse or overwrite something; the message names what differs and the choices."""
 
 
+class Busy(Refused):
+    """Another process works in the run's folder."""
+
+
 class Interrupted(Exception):
     """Training stopped on a signal after saving; the same command continues it."""
 
@@ -99,7 +103,7 @@ def run_lock(run_folder: Path):
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            raise Refused(f"another process is working in {run_folder}; wait for it, or choose name=<new>") from error
+            raise Busy(f"another process is working in {run_folder}; wait for it, or choose name=<new>") from error
         file.write(str(os.getpid()))
         file.flush()
         yield

@@ -20,12 +20,12 @@ SCALER_SKIPS = 50  # in 16-mixed, where the first ones are how the scaler finds 
 
 
 class NotFinite(FloatingPointError):
-    """A training that has left the numbers; the message says how to come back."""
+    """A training that has left the numbers; the message says what to change."""
 
     def __init__(self, stage: str, what: str, step: int):
         super().__init__(
-            f"the {stage} {what} not finite at step {step}; the last checkpoint is sound: continue from it with a lower "
-            f"{stage}.lr or gradient clipping ({stage}.clip_norm=1), or with precision=32"
+            f"the {stage} {what} not finite at step {step}. Make the stage anew with a lower {stage}.lr, gradient clipping or "
+            f"precision=32: restart={stage} {stage}.clip_norm=1 (what is there goes to .replaced)"
         )
 
 
@@ -50,7 +50,7 @@ class Task(L.LightningModule):
     clip_norm   gradient norm limit per parameter group; None: no clipping
     accumulate  micro-batches per optimiser step
 
-    A step whose gradient is not finite changes nothing (logged as train/skipped_steps); after SKIPS of them in a row it
+    A step whose gradient is not finite changes no weights (logged as train/skipped_steps); after SKIPS of them in a row it
     raises NotFinite, and `fit` goes back to the last checkpoint with `attempt` raised, which changes all that is random.
     """
 

@@ -101,7 +101,7 @@ def test_half_precision_on_a_cpu_is_refused(fails: Command):
 
 
 def test_a_sweep_over_several_devices_is_refused(fails: Command):
-    assert "devices>1 and -m do not go together" in fails("train", "-m", "devices=2", "seed=0,1")
+    assert "devices>1 goes together neither with -m" in fails("train", "-m", "devices=2", "seed=0,1")
 
 
 # -- data ------------------------------------------------------------------------------------------------------------

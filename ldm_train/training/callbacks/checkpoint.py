@@ -37,14 +37,16 @@ class Checkpoints(L.Callback):
     """
 
     def __init__(self, folder: str | Path, every: int, monitor: str | None):
-        self.folder, self.every, self.monitor = Path(folder), every, monitor
+        self.folder, self.every, self.monitor, self.by = Path(folder), every, monitor, monitor
+        self._usual = monitor
         self.best, self._signal, self._signal_time, self._step = float("inf"), 0, 0.0, 0
 
     def state_dict(self) -> dict[str, Any]:
-        return {"best": self.best}
+        return {"best": self.best, "by": self.by}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.best = state_dict["best"]
+        if state_dict.get("by", self._usual) == self.by:  # the best of another measure says nothing
+            self.best = state_dict["best"]
 
     @contextmanager
     def signals(self) -> Iterator[None]:
@@ -92,6 +94,8 @@ class Checkpoints(L.Callback):
         if number or (self._due(trainer) and not validates):
             self._save_last(trainer, pl_module)
         if number:
+            # What this step logged would only be written after this hook, and the resumed run begins with the next.
+            trainer._logger_connector.update_train_step_metrics()
             raise Interrupted(number, self._step)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: Task) -> None:

@@ -56,7 +56,7 @@ def posterior_collapse(history: History, facts: Mapping[str, Any]) -> Finding | 
 
 def no_posterior(history: History, facts: Mapping[str, Any]) -> Finding | None:
     ratio = _last(history, "val/posterior_std")
-    if ratio is None or ratio >= 1e-3:
+    if ratio is None or ratio >= 1e-5:
         return None
     return Finding(
         "no_posterior",
@@ -224,7 +224,9 @@ class Health(L.Callback):
 
     def _add(self, key: str, step: int, value: float) -> None:
         self.history[key].append((step, value))
-        del self.history[key][:-200]
+        values = self.history[key]
+        while len(values) > 200 and values[0][0] < step - 2 * PATIENCE:
+            del values[0]
 
     def _take(self, trainer: L.Trainer, prefix: str, step: int) -> None:
         for key, value in trainer.callback_metrics.items():

@@ -34,17 +34,14 @@ class SampleMetrics(L.Callback):
         batch_size: int,
         best_by: str | None = None,
     ):
-        if best_by is not None and best_by not in [m.name for m in metrics]:
-            raise ValueError(
-                f"diffusion.best_by={best_by} is not measured; choose loss or one of {', '.join(m.name for m in metrics)}"
-            )
         self.every, self.conditions, self.draw, self.metrics = every, conditions, draw, metrics
         self.extractors, self.make_reference, self.batch_size, self.best_by = extractors, reference, batch_size, best_by
         self._reference: Reference | None = None
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         if self.best_by:
-            self._checkpoints(trainer).monitor = None
+            checkpoints = self._checkpoints(trainer)
+            checkpoints.monitor, checkpoints.by = None, self.best_by
 
     @staticmethod
     def _checkpoints(trainer: L.Trainer) -> Checkpoints:
