@@ -284,7 +284,7 @@ def format_metrics(found: Mapping[str, Any]) -> str:
                 if "reference" in entry
                 else ""
             )
-            lines.append(f"  {name:<22}{entry['value']:12.4g}  {interval:<24} n {entry['n']}{against}")
+            lines.append(f"  {name:<22}{value:12.4g}  {interval:<24} n {entry['n']}{against}")
     return "\n".join(lines)
 
 

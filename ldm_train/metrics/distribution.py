@@ -3,6 +3,7 @@
 All in float64, each as an `Estimate` with its 95 % interval. Sets are accumulated in a stream (`FeatureSet`).
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -29,7 +30,8 @@ class Estimate:
 
     def as_dict(self) -> dict[str, Any]:
         known = self.low == self.low  # not NaN, which JSON does not have
-        return {"value": self.value, "interval": [self.low, self.high] if known else None, "n": self.n}
+        value = self.value if math.isfinite(self.value) else None  # the PSNR of equal pictures
+        return {"value": value, "interval": [self.low, self.high] if known else None, "n": self.n}
 
 
 def mean_estimate(values: torch.Tensor) -> Estimate:
