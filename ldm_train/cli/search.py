@@ -125,6 +125,9 @@ def search(config: DictConfig) -> dict[str, Any]:
         raise ValueError("ldm-search needs `pip install 'ldm-train[sweep]'`") from error
     if config.direction not in ("minimize", "maximize"):
         raise ValueError(f"direction is minimize or maximize, not {config.direction!r}")
+    algorithms = {"gp": optuna.samplers.GPSampler, "tpe": optuna.samplers.TPESampler}
+    if config.algorithm not in algorithms:
+        raise ValueError(f"algorithm is gp or tpe, not {config.algorithm!r}")
     if not isinstance(config.trials, int) or config.trials < 1:
         raise ValueError(f"trials={config.trials!r} is no count")
     if config.prune is not None and ":" not in config.prune:
@@ -141,7 +144,7 @@ def search(config: DictConfig) -> dict[str, Any]:
         study_name="search",
         load_if_exists=True,
         direction=config.direction,
-        sampler=optuna.samplers.TPESampler(seed=config.seed + before, n_startup_trials=config.warmup_trials),
+        sampler=algorithms[config.algorithm](seed=config.seed + before, n_startup_trials=config.warmup_trials),
         pruner=optuna.pruners.MedianPruner(n_startup_trials=config.warmup_trials)
         if config.prune
         else optuna.pruners.NopPruner(),
