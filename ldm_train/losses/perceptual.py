@@ -114,11 +114,12 @@ class TinyPerceptual(nn.Module):
             return self.scale * torch.stack(gaps).sum(dim=0)
 
 
-def hub_file(name: str, url: str, path: str | Path | None, option: str, without: str) -> Path:
+def hub_file(label: str, name: str, url: str, path: str | Path | None, option: str, without: str) -> Path:
     """A file of weights: `path` if given, else torch.hub's cache, downloaded with a progress bar and checksum if absent.
 
-    name: as torch.hub has them, ending in the start of the file's sha256. option, without: how a user names a local file,
-    and how he does without one. Raises FileNotFoundError, naming file, folder and both ways out, when there is no network.
+    label: what they are of. name: as torch.hub has them, ending in the start of the file's sha256. option, without: how a
+    user names a local file, and how he does without one. Raises FileNotFoundError, naming file, folder and both ways out,
+    when there is no network.
     """
     target = Path(path).expanduser() if path else Path(torch.hub.get_dir()) / "checkpoints" / name
     prefix = name.rsplit("-", 1)[1].partition(".")[0]
@@ -136,7 +137,7 @@ def hub_file(name: str, url: str, path: str | Path | None, option: str, without:
         except OSError as error:  # URLError is an OSError
             reason = f" ({error})"
     raise FileNotFoundError(
-        f"no weights at {target} and none could be downloaded{reason}. Put {name} (from {url}) into {target.parent}, or name "
+        f"no {label} weights at {target} and none could be downloaded{reason}. Put {name} (from {url}) into {target.parent}, or name "
         f"a local file with {option}, or {without}"
     )
 
@@ -144,7 +145,7 @@ def hub_file(name: str, url: str, path: str | Path | None, option: str, without:
 def vgg16_weights(path: str | Path | None = None) -> Path:
     """The VGG16 file, see `hub_file`."""
     return hub_file(
-        VGG16_FILE, VGG16_URL, path, "autoencoder.loss.perceptual.weights=<file>",
+        "VGG16", VGG16_FILE, VGG16_URL, path, "autoencoder.loss.perceptual.weights=<file>",
         "train without a download: autoencoder/loss/perceptual=tiny",
     )  # fmt: skip
 

@@ -73,7 +73,8 @@ class Inception(Extractor):
         from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
         path = hub_file(
-            INCEPTION_FILE, INCEPTION_URL, weights, "extractors.inception.weights=<file> (in training evaluation.extractors...)",
+            "Inception", INCEPTION_FILE, INCEPTION_URL, weights,
+            "extractors.inception.weights=<file> (in training evaluation.extractors...)",
             "measure without a download: metrics=[fid_tiny,kid_tiny]",
         )  # fmt: skip
         self.network = FeatureExtractorInceptionV3("inception", ["2048"], feature_extractor_weights_path=str(path))
