@@ -340,7 +340,7 @@ class Chain:
         self.barrier()
         if writer:
             self.effort = print_plan(self, chain)
-        if counts := self.measures():  # what cannot be measured ends the run before it begins
+        if counts := self.sample_counts():  # what cannot be measured ends the run before it begins
             self.instruments.check(self.fields, counts, config.data.image_size)
             build.check_best_by(config)
         defaults = build.option_defaults(config)
@@ -368,7 +368,7 @@ class Chain:
         if writer:
             self._closing_words()
 
-    def measures(self) -> list[int]:
+    def sample_counts(self) -> list[int]:
         """Of how many samples each this run will measure."""
         config = self.config
         training = "diffusion" in config.stages and config.diffusion.evaluate_every

@@ -123,7 +123,6 @@ def evaluate_run(config: DictConfig, again: bool = True) -> tuple[dict[str, Any]
     chain = Chain(trained, folder, machine)
     tools, data = chain.instruments, chain.evaluation_data()
     tools.check(chain.fields, (trained.evaluation.images,), trained.data.image_size)
-    model = load_weights(folder, config.weights).to(machine.device, memory_format=torch.channels_last)
     reference = tools.reference(data, config.runs_dir, config.progress)
     export_reference(config.export, reference)
     source = find_model(folder)
@@ -137,6 +136,7 @@ def evaluate_run(config: DictConfig, again: bool = True) -> tuple[dict[str, Any]
     count = trained.evaluation.images
     partial = folder / "evaluations" / f".{digest(asked)}.partial"
     partial.parent.mkdir(exist_ok=True)
+    model = load_weights(folder, config.weights).to(machine.device, memory_format=torch.channels_last)
     measured = measure_samples(
         model, chain.conditions(data, count), chain.draw(), reference, tools.metrics, tools.extractors,
         trained.evaluation.batch_size, config.seed, progress=config.progress and machine.rank == 0,
@@ -159,10 +159,8 @@ def evaluate_autoencoder(config: DictConfig) -> tuple[dict[str, Any], Path | Non
         trained = _config_of_folder(config, given)
     else:
         folder = run_folder(config.reconstruct, config.runs_dir)
-        trained, model_folder = (
-            with_options(OmegaConf.load(folder / "config.yaml"), config),
-            folder / "autoencoder" / "model",
-        )
+        trained = with_options(OmegaConf.load(folder / "config.yaml"), config)
+        model_folder = folder / "autoencoder" / "model"
     machine = join_devices(trained, "ldm_train.cli.evaluate")
     tools = Instruments.on_all_ranks(trained.evaluation, machine.device)
     trained.evaluation.images = config.n  # all, where nothing is said

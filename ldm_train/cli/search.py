@@ -1,6 +1,5 @@
 """ldm-search: Optuna over train.py, each trial a process and a run of its own."""
 
-import csv
 import json
 import re
 import signal
@@ -14,6 +13,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from ldm_train.cli.common import run_command
+from ldm_train.cli.sweep import read_rows
 from ldm_train.data.shards import write_json
 from ldm_train.training.stages import flatten
 
@@ -55,11 +55,7 @@ def parse_space(space: dict[str, Any]) -> dict[str, Callable[[Any], Any]]:
 def column(folder: Path, where: str) -> list[tuple[int, float]]:
     """(step, value) of `stage:column` in a run's metrics.csv, as far as it has got."""
     stage, _, name = where.partition(":")
-    path = folder / stage / "metrics.csv"
-    if not path.is_file():
-        return []
-    with open(path, newline="") as file:
-        return [(int(row["step"]), float(row[name])) for row in csv.DictReader(file) if row.get(name)]
+    return [(int(row["step"]), float(row[name])) for row in read_rows(folder / stage) if row.get(name)]
 
 
 def outcome(folder: Path, objective: str, minimize: bool) -> float:

@@ -1,6 +1,7 @@
 """ldm-sweep: the runs of a sweep, finished or not, as one table and as plots."""
 
 import csv
+import io
 import json
 import sys
 from collections.abc import Mapping, Sequence
@@ -13,6 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from ldm_train.cli.common import quoted, run_command
 from ldm_train.data.shards import write_atomically
+from ldm_train.training.loggers import WandbRun, numbers
 from ldm_train.training.stages import NOTE, flatten
 
 FAILED = "failed.json"
@@ -49,18 +51,11 @@ class Run:
         path = self.folder / "evaluation" / "metrics.json"
         if not path.is_file():
             return {}
-        flat = flatten(json.loads(path.read_text()))
-        found = {k: v for k, v in flat.items() if isinstance(v, int | float) and not isinstance(v, bool)}
-        for key, value in flat.items():
-            if key.endswith(".interval") and value:
-                found |= {
-                    f"{key.removesuffix('interval')}low": value[0],
-                    f"{key.removesuffix('interval')}high": value[1],
-                }
-        return found
+        return {name.replace("/", "."): v for name, v in numbers(json.loads(path.read_text())).items()}
 
 
 def read_rows(stage: Path) -> list[dict[str, str]]:
+    """The rows of a stage's metrics.csv; none where it has not begun."""
     path = stage / "metrics.csv"
     if not path.is_file():
         return []
@@ -72,7 +67,10 @@ def read_runs(folder: Path) -> list[Run]:
     """The runs in a folder, by name. Raises FileNotFoundError where there is none."""
     runs = []
     for path in sorted(p.parent for p in folder.glob("*/config.yaml")):
-        config = flatten(OmegaConf.to_container(OmegaConf.load(path / "config.yaml")))
+        tree = OmegaConf.to_container(OmegaConf.load(path / "config.yaml"))
+        if "stages" not in tree:  # a model folder: an export that stands beside the jobs
+            continue
+        config = flatten(tree)
         failed = json.loads((path / FAILED).read_text())["error"] if (path / FAILED).is_file() else None
         runs.append(Run(path, config, failed, read_rows(path / "diffusion")))
     for path in sorted(p.parent for p in folder.glob(f"*/{FAILED}")):  # before it had a config
@@ -118,9 +116,7 @@ def gather(runs: Sequence[Run]) -> list[dict[str, Any]]:
 def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     columns = list(dict.fromkeys(k for row in rows for k in row))
 
-    def write(file: Any) -> None:
-        import io
-
+    def write(file: io.BufferedWriter) -> None:
         text = io.TextIOWrapper(file, newline="", write_through=True)
         writer = csv.DictWriter(text, columns, restval="")
         writer.writeheader()
@@ -267,8 +263,6 @@ def sweep(config: DictConfig) -> list[Path]:
 def upload(folder: Path, table: Sequence[Mapping[str, Any]], written: Sequence[Path], project: str) -> None:
     """The table and the plots as a run of W&B."""
     import wandb
-
-    from ldm_train.training.loggers import WandbRun
 
     run = WandbRun(folder, project, f"{folder.name}-sweep", {"sweep": folder.name})
     columns = list(dict.fromkeys(k for row in table for k in row))

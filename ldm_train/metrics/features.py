@@ -1,8 +1,8 @@
 """Feature extractors: images (B, C, H, W) in [-1, 1] -> features (B, D).
 
-Each has a `name`, which the metrics' names carry. One with classes also has `logits` (features -> (B, classes)), for the
+What the config calls it is what the metrics' names carry. One with classes also has `logits` (features -> (B, classes)), for the
 Inception score; one of texts has `texts` (captions -> (B, D)), for CLIPScore. A module of a user's own needs no more
-than the call and the name.
+than the call.
 """
 
 import hashlib
