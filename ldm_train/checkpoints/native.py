@@ -1,17 +1,18 @@
 """The native model folder: config.yaml (an instantiable tree), model.safetensors, metadata.json."""
 
 import hashlib
-import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
-from hydra.utils import get_object, instantiate
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import nn
 
 from ldm_train.checkpoints.diffusers import diffusers_metadata, is_diffusers, load_diffusers
+from ldm_train.checkpoints.parts import build, no_larger_than, read_config, read_record
 from ldm_train.data.shards import file_sha256, write_atomically, write_json
 from ldm_train.latent_diffusion import LatentDiffusion
 
@@ -50,34 +51,21 @@ def copy_model(source: str | Path, folder: str | Path, extra: dict[str, Any] | N
     write_json(Path(folder) / METADATA, read_metadata(source) | (extra or {}))
 
 
-def _is_ours(target: str) -> bool:
-    """Whether a name stands for something defined in ldm_train, not for what one of its modules imports."""
-    if not target.startswith("ldm_train."):
-        return False
-    return str(getattr(get_object(target), "__module__", "")).startswith("ldm_train.")
-
-
-def check_targets(config: Any, where: Path | str) -> None:
-    """Raises ValueError where a config from disk would build anything outside ldm_train."""
-    if isinstance(config, dict):
-        if "_target_" in config and not _is_ours(str(config["_target_"])):
-            raise ValueError(f"{where} asks for {config['_target_']}; only parts of ldm_train may be built from a file")
-        for value in config.values():
-            check_targets(value, where)
-    elif isinstance(config, list):
-        for value in config:
-            check_targets(value, where)
-
-
 def read_metadata(folder: str | Path) -> dict[str, Any]:
-    """metadata.json of a model folder. Raises FileNotFoundError naming what is missing."""
+    """metadata.json of a model folder.
+
+    Raises FileNotFoundError naming what is missing, ValueError where it is no record of a model.
+    """
     folder = Path(folder)
     missing = [n for n in (CONFIG, WEIGHTS, METADATA) if not (folder / n).is_file()]
     if missing:
         raise FileNotFoundError(
             f"{folder} is no complete model folder: {', '.join(missing)} missing; finish its stage first"
         )
-    return json.loads((folder / METADATA).read_text())
+    metadata = read_record(folder / METADATA)
+    if not isinstance(metadata.get("sha256"), str) or not isinstance(metadata.get("sampling") or {}, dict):
+        raise ValueError(f"{folder / METADATA} does not record a model's sha256 (and sampling); take an undamaged copy")
+    return metadata
 
 
 def find_model(path: str | Path) -> Path | None:
@@ -93,34 +81,58 @@ def model_metadata(folder: Path) -> dict[str, Any]:
     return diffusers_metadata(folder) if is_diffusers(folder) else read_metadata(folder)
 
 
-def load_latent_diffusion(path: str | Path) -> LatentDiffusion:
+SAMPLING = {"num_inference_steps": int, "guidance_scale": int | float, "spacing": str, "sampler": dict}
+
+
+def recorded_sampling(folder: str | Path) -> dict[str, Any]:
+    """The sampling options in a model folder's metadata, plain values. Raises ValueError for other types than theirs."""
+    sampling = model_metadata(Path(folder)).get("sampling") or {}
+    for name, value in sampling.items():
+        if name not in SAMPLING or isinstance(value, bool) or not isinstance(value, SAMPLING[name]):
+            raise ValueError(
+                f"{folder} records the sampling option {name}={value!r}, which is none; say {name}= yourself"
+            )
+    return sampling
+
+
+def load_latent_diffusion(path: str | Path, trust: Sequence[str] = ()) -> LatentDiffusion:
     """A LatentDiffusion with the sampling options that its run chose. path: a run, its export, a model folder, or a folder
-    in diffusers' layout. Raises as `load_model` and `load_diffusers`."""
+    in diffusers' layout. trust: see `load_model`. Raises as `load_model` and `load_diffusers`."""
     folder = find_model(path)
     if folder is None:
         raise FileNotFoundError(
             f"{path} holds no trained model (export/ or diffusion/model/); finish its diffusion stage"
         )
-    model = load_diffusers(folder) if is_diffusers(folder) else load_model(folder)
+    model = load_diffusers(folder) if is_diffusers(folder) else load_model(folder, trust)
     if not isinstance(model, LatentDiffusion):
         raise ValueError(f"{folder} holds a {type(model).__name__}, not a whole latent diffusion model")
-    sampling = model_metadata(folder).get("sampling") or {}
-    check_targets(sampling, folder)
-    model.sampling = instantiate(sampling, _convert_="all")
+    model.sampling = build(recorded_sampling(folder), folder, trust)
     return model
 
 
-def load_model(folder: str | Path) -> nn.Module:
+def load_model(folder: str | Path, trust: Sequence[str] = ()) -> nn.Module:
     """The module of a native folder, in eval mode on the CPU.
 
-    Raises FileNotFoundError for an incomplete folder, ValueError for weights that do not match their checksum.
+    trust: packages of your own whose parts the folder's config may name, beside this package's models.
+    Raises FileNotFoundError for an incomplete folder, ValueError for weights that do not match their checksum or their
+    config, and for a config that asks for anything but models (see `parts.find_part`).
     """
     folder = Path(folder)
     metadata = read_metadata(folder)
     if (digest := file_sha256(folder / WEIGHTS)) != metadata["sha256"]:
         raise ValueError(f"{folder / WEIGHTS} is damaged: sha256 {digest[:12]}, recorded {metadata['sha256'][:12]}")
-    config = yaml.safe_load((folder / CONFIG).read_text())
-    check_targets(config, folder / CONFIG)
-    module = instantiate(config, _convert_="all")
-    module.load_state_dict(load_file(folder / WEIGHTS))
+    try:
+        with safe_open(folder / WEIGHTS, framework="pt") as file:
+            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 - no mapping
+    except SafetensorError as error:
+        raise ValueError(f"{folder / WEIGHTS} is no file of weights ({error}); take an undamaged copy") from error
+    with no_larger_than(shapes, folder / CONFIG):
+        module = build(read_config(folder / CONFIG), folder / CONFIG, trust)
+    if not isinstance(module, nn.Module):
+        raise ValueError(f"{folder / CONFIG} describes no model but a {type(module).__name__}")
+    try:
+        module.load_state_dict(load_file(folder / WEIGHTS))
+    except RuntimeError as error:  # missing, unexpected or of another shape
+        first = " ".join(str(error).split())[:300]
+        raise ValueError(f"{folder / WEIGHTS} does not fit the model of {folder / CONFIG}: {first}") from error
     return module.eval()

@@ -21,7 +21,7 @@ def classifier(chain: Any, folder: Path) -> dict[str, Any]:
     """A classifier of noisy latents (experiment=classifier_*), apart from the model that it will guide."""
     config = chain.config
     data, images, size = chain.latent_data("classifier", ("class_label",))
-    first_stage = build.load_first_stage(chain.folder / "autoencoder" / "model")
+    first_stage = build.load_first_stage(chain.folder / "autoencoder" / "model", chain.trust)
     chain.measured(first_stage)
     tree = build.plain(config.classifier.network)
     filled = {"classes": images.index.get("classes"), "latent_size": build.latent_size(config, first_stage)}

@@ -3,7 +3,7 @@
 import inspect
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from hydra.utils import get_object, instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from ldm_train.checkpoints.native import load_model, read_metadata
+from ldm_train.checkpoints.parts import BUILDABLE, build, find_part, targets
 from ldm_train.cli.common import config_folder
 from ldm_train.conditioning.text import read_tokenizer, train_tokenizer
 from ldm_train.data.datamodule import Batching, ShardDataModule
@@ -25,10 +26,19 @@ from ldm_train.training.diffusion_task import BINS
 from ldm_train.training.fit import Cadence, Machine
 
 FROM_DATA = "from_data"  # a value that only the data can give: class names, a tokenizer
+DERIVING = ("ldm_train.data.masks", "ldm_train.data.degradations")  # what makes fields from images
 
 
 def plain(section: DictConfig) -> dict[str, Any]:
     return OmegaConf.to_container(section, resolve=True)
+
+
+def own_parts(config: DictConfig) -> list[str]:
+    """What the folders of a run may name beside this package's parts: `trust=` and the parts of the user's own config."""
+    sections = ("autoencoder.network", "diffusion.unet", "diffusion.schedule", "diffusion.conditioning", "sampler",
+                "data.derived", "classifier.network")  # fmt: skip
+    trees = [plain(found) for s in sections if (found := OmegaConf.select(config, s)) is not None]
+    return [*config.trust, *dict.fromkeys(targets(trees))]
 
 
 def option_defaults(config: DictConfig) -> dict[str, Any]:
@@ -157,7 +167,9 @@ def ensure_data(data: DictConfig) -> None:
         prepare(instantiate(data.source), data.root, data.per_shard)
 
 
-def data_module(config: DictConfig, stage: str, machine: Machine, fields: tuple[str, ...]) -> ShardDataModule:
+def data_module(
+    config: DictConfig, stage: str, machine: Machine, fields: tuple[str, ...], trust: Sequence[str] = ()
+) -> ShardDataModule:
     """The images for a stage ("autoencoder" or "diffusion")."""
     section, data = config[stage], stage_data(config, stage)
     size = data.image_size if isinstance(data.image_size, int) else tuple(data.image_size)
@@ -180,17 +192,17 @@ def data_module(config: DictConfig, stage: str, machine: Machine, fields: tuple[
         data.shuffle_buffer,
         config.seed,
         data.remedy,
-        {field: instantiate(maker, _convert_="all") for field, maker in data.derived.items()},
+        build(plain(data.derived), "data.derived", trust, (*BUILDABLE, *DERIVING)),
         plain(data)["weights"],
         data.balance_classes,
     )
 
 
-def condition_fields(config: DictConfig) -> tuple[str, ...]:
+def condition_fields(config: DictConfig, trust: Sequence[str] = ()) -> tuple[str, ...]:
     """The batch fields that the configured conditioners read."""
-    from hydra.utils import get_class
-
-    return tuple(get_class(c._target_).field for c in config.diffusion.conditioning.conditioners.values())
+    conditioners = plain(config.diffusion.conditioning.conditioners)
+    where = "diffusion.conditioning.conditioners"
+    return tuple(find_part(tree["_target_"], f"{where}.{name}", trust).field for name, tree in conditioners.items())
 
 
 def conditioner_tree(config: DictConfig, data: ShardDataModule) -> dict[str, Any]:
@@ -259,5 +271,5 @@ def pretrained_folder(value: str, runs_dir: str) -> Path:
     )
 
 
-def load_first_stage(folder: Path) -> FirstStage:
-    return FirstStage(load_model(folder))
+def load_first_stage(folder: Path, trust: Sequence[str] = ()) -> FirstStage:
+    return FirstStage(load_model(folder, trust))

@@ -10,12 +10,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import yaml
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from ldm_train import rng
 from ldm_train.checkpoints.native import CONFIG, copy_model, load_model, read_metadata, save_model
+from ldm_train.checkpoints.parts import build as build_part
+from ldm_train.checkpoints.parts import read_config, read_record
 from ldm_train.cli import apart, build
 from ldm_train.cli.film import denoising_film, film_of_grids
 from ldm_train.cli.instruments import Instruments, sampling_facts
@@ -45,13 +46,14 @@ from ldm_train.training.restoration import FIELDS as RESTORED
 class Chain:
     """One run: its folder, its config, and the stages as functions of both.
 
+    trust: parts outside this package's models that its folders may name (see `build.own_parts`).
     share: take stages that a sibling folder has finished under an equal key (runs of one sweep).
     """
 
-    def __init__(self, config: DictConfig, folder: Path, machine: Any, share: bool = False):
-        self.config, self.folder, self.machine, self.share = config, folder, machine, share
+    def __init__(self, config: DictConfig, folder: Path, machine: Any, trust: Sequence[str] = (), share: bool = False):
+        self.config, self.folder, self.machine, self.trust, self.share = config, folder, machine, trust, share
         self.keys = Keys(config, folder, machine)
-        self.fields = build.condition_fields(config)
+        self.fields = build.condition_fields(config, trust)
         self.wandb: WandbRun | None = None
         self.effort: dict[str, tuple[float, float]] = {}  # per stage: FLOPs per image, peak of the devices
 
@@ -64,7 +66,7 @@ class Chain:
         return found
 
     def data(self, stage: str, fields: tuple[str, ...]) -> Any:
-        return build.data_module(self.config, stage, self.machine, fields)
+        return build.data_module(self.config, stage, self.machine, fields, self.trust)
 
     def autoencoder(self, folder: Path) -> dict[str, Any]:
         config, section = self.config, self.config.autoencoder
@@ -116,7 +118,7 @@ class Chain:
 
     def encoder(self) -> Any:
         """images -> moments by the trained autoencoder, on this rank's device."""
-        first_stage = build.load_first_stage(self.folder / "autoencoder" / "model").to(self.machine.device)
+        first_stage = build.load_first_stage(self.folder / "autoencoder" / "model", self.trust).to(self.machine.device)
 
         # In float32 whatever the training precision: encoded once, used for all of training, and verified later.
         return lambda images: first_stage.encode_moments(images.to(self.machine.device))
@@ -124,8 +126,8 @@ class Chain:
     def stochastic(self) -> bool:
         """Whether this run's autoencoder has a posterior with a width."""
         with torch.device("meta"):
-            tree = yaml.safe_load((self.folder / "autoencoder" / "model" / CONFIG).read_text())
-            return instantiate(tree).moments_per_latent == 2
+            path = self.folder / "autoencoder" / "model" / CONFIG
+            return build_part(read_config(path), path, self.trust).moments_per_latent == 2
 
     def latents(self, folder: Path) -> dict[str, Any]:
         config = self.config
@@ -160,7 +162,7 @@ class Chain:
         if self.machine.rank > 0:
             return {}
         scratch = folder / "scratch"
-        limited = build.data_module(self.config, "diffusion", self.machine, ("image",))
+        limited = self.data("diffusion", ("image",))
         limited.transform = limited.transform.deterministic()
         limited.shards(limited.train_split).keep(10_000)
         limited.batching = build.Batching(self.config.diffusion.batch_size)
@@ -185,7 +187,11 @@ class Chain:
 
     def measured(self, first_stage: FirstStage) -> dict[str, Any]:
         """Gives a first stage the scale and shift of the latents; returns the statistics."""
-        statistics = json.loads((self.folder / "latents" / "statistics.json").read_text())
+        path = self.folder / "latents" / "statistics.json"
+        statistics = read_record(path)
+        values = [*statistics.get("std", [None]), *statistics.get("mean", [None]), statistics.get("scale_factor")]
+        if not all(type(v) in (int, float) for v in values):
+            raise ValueError(f"{path} holds no mean, std and scale_factor; make it anew with restart=latents")
         if self.config.latents.per_channel:
             first_stage.set_statistics(1 / torch.tensor(statistics["std"]), torch.tensor(statistics["mean"]))
         else:
@@ -207,12 +213,13 @@ class Chain:
         config, section = self.config, self.config.diffusion
         data, images, size = self.latent_data("diffusion", self.fields)
         rng.reseed(config.seed, "diffusion", "weights")
-        autoencoder = yaml.safe_load((self.folder / "autoencoder" / "model" / CONFIG).read_text())
+        autoencoder = read_config(self.folder / "autoencoder" / "model" / CONFIG)
         tree = build.model_tree(
             config, build.first_stage_tree(autoencoder), build.conditioner_tree(config, images), config.data
         )
-        model = instantiate(tree, _convert_="all")
-        model.first_stage.autoencoder.load_state_dict(load_model(self.folder / "autoencoder" / "model").state_dict())
+        model = build_part(tree, "the model's config", self.trust)
+        trained = load_model(self.folder / "autoencoder" / "model", self.trust)
+        model.first_stage.autoencoder.load_state_dict(trained.state_dict())
         statistics = self.measured(model.first_stage)
         model.to(memory_format=torch.channels_last)
         task = DiffusionTask(
@@ -253,7 +260,7 @@ class Chain:
     def draw(self) -> Any:
         """(model, fields, seeds) -> images with the configured sampler."""
         sampling = self.config.sampling
-        sampler = instantiate(self.config.sampler, _convert_="all")
+        sampler = build_part(build.plain(self.config.sampler), "sampler", self.trust)
 
         def draw(model: Any, fields: dict[str, Any], seeds: list[int], callback: Any = None) -> torch.Tensor:
             with self.machine.autocast():
@@ -282,7 +289,7 @@ class Chain:
 
     def evaluation(self, folder: Path) -> dict[str, Any]:
         config, tools, data = self.config, self.instruments, self.evaluation_data()
-        model = load_model(self.folder / "diffusion" / "model").to(self.machine.device)
+        model = load_model(self.folder / "diffusion" / "model", self.trust).to(self.machine.device)
         model.to(memory_format=torch.channels_last)
         split, count, show = config.data.val_split, config.evaluation.images, config.progress and self.machine.rank == 0
         judged, restoring = judged_fields(model.fields), any(f in model.fields for f in RESTORED)
@@ -315,7 +322,7 @@ class Chain:
         """The native model folder: everything needed to sample, nothing needed to train."""
         if self.machine.rank == 0:
             source = self.folder / "diffusion" / "model"
-            load_model(source)  # a folder that does not load must not be exported
+            load_model(source, self.trust)  # a folder that does not load must not be exported
             copy_model(source, folder, {"sampling": self.sampling(), "run": self.config.name})
             if self.wandb and self.config.wandb_artifact:
                 name = re.sub(r"[^\w.-]", "-", self.config.name)

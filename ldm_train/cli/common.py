@@ -3,6 +3,7 @@
 import difflib
 import json
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -15,6 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 import ldm_train
+from ldm_train.checkpoints.parts import read_config
 from ldm_train.data.shards import DataError
 from ldm_train.training.stages import Interrupted, Refused
 
@@ -40,6 +42,39 @@ def config_folder() -> Path:
     package = Path(ldm_train.__file__).parent
     beside = package.parent / "conf"
     return beside if (beside / "train.yaml").is_file() else package / "conf"
+
+
+def run_config(folder: Path) -> DictConfig:
+    """config.yaml of a run folder, which may be a stranger's: plain values. Raises FileNotFoundError, or ValueError where it
+    is none of a run or asks for interpolation (the config of a run is saved resolved)."""
+    path = folder / "config.yaml"
+    tree = read_config(path)
+    if not isinstance(tree.get("stages"), list):
+        raise ValueError(f"{path} is no config of a run: it names no stages")
+
+    def check(value: Any) -> None:
+        if isinstance(value, dict | list):
+            for inner in value.values() if isinstance(value, dict) else value:
+                check(inner)
+        elif isinstance(value, str) and "${" in value:
+            raise ValueError(f"{path} holds {value[:80]!r}; what a run has saved is resolved, this file is not its own")
+
+    check(tree)
+    return OmegaConf.create(tree)
+
+
+def literal(tree: dict[str, Any]) -> DictConfig:
+    """A config whose strings mean what they say: `${` in a caption asks for no other option."""
+
+    def escaped(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {k: escaped(v) for k, v in value.items()}
+        if isinstance(value, list):
+            return [escaped(v) for v in value]
+        # Backslashes before an interpolation escape each other, so each is doubled.
+        return re.sub(r"(\\*)\$\{", lambda m: m[1] * 2 + "\\${", value) if isinstance(value, str) else value
+
+    return OmegaConf.create(escaped(tree))
 
 
 def _keys(config: Any, prefix: str = "") -> list[str]:

@@ -3,12 +3,11 @@
 import hashlib
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
@@ -17,10 +16,11 @@ from omegaconf import DictConfig, OmegaConf
 from tqdm import tqdm
 
 from ldm_train.checkpoints.native import find_model, load_latent_diffusion, load_model, read_metadata
+from ldm_train.checkpoints.parts import read_record, targets
 from ldm_train.cli import build
 from ldm_train.cli.build import join_devices
 from ldm_train.cli.chain import Chain
-from ldm_train.cli.common import config_folder, quoted, run_command
+from ldm_train.cli.common import config_folder, literal, quoted, run_command, run_config
 from ldm_train.cli.files import as_list
 from ldm_train.cli.instruments import Instruments, sampling_facts
 from ldm_train.data.loose import image_batches
@@ -33,14 +33,16 @@ from ldm_train.training.evaluation import evaluate_first_stage
 from ldm_train.training.measurement import Reference, measure_samples, reference_from
 
 # Options of this command that stand where the run's config has evaluation.<name>.
-EVALUATION = ("metrics", "paired", "reference", "reference_images", "predictors", "batch_size", "extractors")
+EVALUATION = ("metrics", "paired", "reference", "reference_images", "predictors", "batch_size")
+# Networks that measure: built from this command's own config, never from a run's, whose files may be a stranger's.
+NETWORKS = ("extractors", "perceptual", "lpips")
 SAMPLING = ("num_inference_steps", "guidance_scale", "spacing")
 
 
 def run_folder(name: str, runs_dir: str) -> Path:
     """Raises FileNotFoundError naming the runs there are."""
     for folder in (Path(name), Path(runs_dir) / name):
-        if (folder / "config.yaml").is_file() and "stages" in OmegaConf.load(folder / "config.yaml"):
+        if (folder / "config.yaml").is_file() and not (folder / "metadata.json").is_file():  # else a model folder
             return folder
     known = sorted(
         str(p.parent.relative_to(runs_dir)) for p in Path(runs_dir).rglob("config.yaml") if ".replaced" not in p.parts
@@ -53,14 +55,32 @@ def run_folder(name: str, runs_dir: str) -> Path:
     )
 
 
+def _perceptual_of(trained: DictConfig) -> dict[str, Any] | None:
+    """The perceptual network of this package that a run was trained with, in its usual form; None where it is another."""
+    tree = OmegaConf.select(trained, "autoencoder.loss.perceptual._target_")
+    for file in sorted((config_folder() / "autoencoder" / "loss" / "perceptual").glob("*.yaml")):
+        usual = OmegaConf.to_container(OmegaConf.load(file))
+        if usual["_target_"] == tree:
+            return usual
+    return None
+
+
 def with_options(trained: DictConfig, config: DictConfig) -> DictConfig:
-    """A training config, this command's options in the place of its own."""
-    usual = OmegaConf.load(config_folder() / "train.yaml").evaluation
-    trained.evaluation = OmegaConf.merge(usual, trained.get("evaluation", {}))
+    """The config of a run, this command's options in the place of its own.
+
+    From the run come plain values and the parts that `parts.build` allows; everything else that is built comes from here.
+    """
     own = OmegaConf.to_container(config, resolve=True)
+    usual = OmegaConf.to_container(OmegaConf.load(config_folder() / "train.yaml").evaluation)
+    networks = {name: usual[name] for name in NETWORKS} | {"perceptual": _perceptual_of(trained)}
+    plain = {k: v for k, v in trained.get("evaluation", {}).items() if k not in NETWORKS}
+    trained.evaluation = OmegaConf.create({**usual, **plain, **networks})
+    for name in NETWORKS:
+        if own[name]:
+            trained.evaluation[name] = OmegaConf.merge(trained.evaluation[name] or {}, own[name])
     for name in EVALUATION:
-        if own[name] not in (None, {}):
-            OmegaConf.update(trained, f"evaluation.{name}", own[name], merge=name == "extractors", force_add=True)
+        if own[name] is not None:
+            trained.evaluation[name] = own[name]
     if own["n"] is not None:
         trained.evaluation.images = own["n"]
     for name in SAMPLING:
@@ -68,22 +88,22 @@ def with_options(trained: DictConfig, config: DictConfig) -> DictConfig:
             trained.sampling[name] = own[name]
     if own.get("sampler"):
         trained.sampler = own["sampler"]
-    for name in ("accelerator", "precision", "num_workers", "progress", "devices", "runs_dir"):
+    for name in ("accelerator", "precision", "num_workers", "progress", "devices", "runs_dir", "trust"):
         trained[name] = own[name]
     for name, value in own["data"].items():
         if value is not None:
             trained.data[name] = value
             if trained.autoencoder.data.get(name) is not None:
                 trained.autoencoder.data[name] = value
-    return OmegaConf.create(OmegaConf.to_container(trained, resolve=True))
+    return literal(OmegaConf.to_container(trained, resolve=True))
 
 
-def load_weights(folder: Path, which: str) -> LatentDiffusion:
+def load_weights(folder: Path, which: str, trust: Sequence[str] = ()) -> LatentDiffusion:
     """The model of a run; which="best": with the averaged weights of its diffusion stage's best.ckpt."""
     source = find_model(folder)
     if source is None:
         raise FileNotFoundError(f"{folder} has no trained model yet; finish its diffusion stage")
-    model = load_latent_diffusion(source)
+    model = load_latent_diffusion(source, trust)
     if which == "last":
         return model
     if which != "best":
@@ -118,9 +138,10 @@ def evaluate_run(config: DictConfig, again: bool = True) -> tuple[dict[str, Any]
     """(metrics, folder for them, what they were measured with) of a run's samples. again: also where there is a file of
     the same settings."""
     folder = run_folder(config.run, config.runs_dir)
-    trained = with_options(OmegaConf.load(folder / "config.yaml"), config)
+    trained = with_options(run_config(folder), config)
+    trust = [*config.trust, *(targets(OmegaConf.to_container(config.sampler)) if config.get("sampler") else ())]
     machine = join_devices(trained, "ldm_train.cli.evaluate")
-    chain = Chain(trained, folder, machine)
+    chain = Chain(trained, folder, machine, trust)
     tools, data = chain.instruments, chain.evaluation_data()
     tools.check(chain.fields, (trained.evaluation.images,), trained.data.image_size)
     reference = tools.reference(data, config.runs_dir, config.progress)
@@ -132,11 +153,11 @@ def evaluate_run(config: DictConfig, again: bool = True) -> tuple[dict[str, Any]
     asked |= {"conditions": tools.facts(data, trained.data.val_split, None), "extractors": tools.hashes}
     kept = folder / "evaluations" / file_name(asked)
     if not again and kept.is_file():
-        return {k: v for k, v in json.loads(kept.read_text()).items() if k != "settings"}, folder / "evaluations", asked
+        return {k: v for k, v in read_record(kept).items() if k != "settings"}, folder / "evaluations", asked
     count = trained.evaluation.images
     partial = folder / "evaluations" / f".{digest(asked)}.partial"
     partial.parent.mkdir(exist_ok=True)
-    model = load_weights(folder, config.weights).to(machine.device, memory_format=torch.channels_last)
+    model = load_weights(folder, config.weights, trust).to(machine.device, memory_format=torch.channels_last)
     measured = measure_samples(
         model, chain.conditions(data, count), chain.draw(), reference, tools.metrics, tools.extractors,
         trained.evaluation.batch_size, config.seed, progress=config.progress and machine.rank == 0,
@@ -156,20 +177,20 @@ def evaluate_autoencoder(config: DictConfig) -> tuple[dict[str, Any], Path | Non
         folder, model_folder = given, given
         if config.data.root is None or config.data.image_size is None:
             raise ValueError("a model folder alone does not say on which images: add data.root= and data.image_size=")
-        trained = _config_of_folder(config, given)
+        trained = _config_of_folder(config)
     else:
         folder = run_folder(config.reconstruct, config.runs_dir)
-        trained = with_options(OmegaConf.load(folder / "config.yaml"), config)
+        trained = with_options(run_config(folder), config)
         model_folder = folder / "autoencoder" / "model"
     machine = join_devices(trained, "ldm_train.cli.evaluate")
     tools = Instruments.on_all_ranks(trained.evaluation, machine.device)
     trained.evaluation.images = config.n  # all, where nothing is said
-    data = build.data_module(trained, "autoencoder", machine, ("image",))
+    data = build.data_module(trained, "autoencoder", machine, ("image",), config.trust)
     size, world = trained.evaluation.batch_size, machine.world_size
     data.batching = build.Batching(size * world, None, world, machine.rank)
-    first_stage = FirstStage(load_model(model_folder)).to(machine.device)
+    first_stage = FirstStage(load_model(model_folder, config.trust)).to(machine.device)
     if (folder / "latents" / "statistics.json").is_file():
-        Chain(trained, folder, machine).measured(first_stage)
+        Chain(trained, folder, machine, config.trust).measured(first_stage)
     else:  # what is said of latents is said of unit variance
         sums = torch.zeros(3, dtype=torch.float64)
         for batch in data.fixed_loader(trained.data.val_split, 256):
@@ -189,8 +210,8 @@ def evaluate_autoencoder(config: DictConfig) -> tuple[dict[str, Any], Path | Non
     return found, None if folder == model_folder else folder / "evaluations", asked
 
 
-def _config_of_folder(config: DictConfig, folder: Path) -> DictConfig:
-    """For an autoencoder without its run: the usual options around its own network."""
+def _config_of_folder(config: DictConfig) -> DictConfig:
+    """For an autoencoder without its run: the usual options, and the shipped perceptual network."""
     before = GlobalHydra.instance().hydra
     GlobalHydra.instance().clear()
     try:
@@ -199,7 +220,6 @@ def _config_of_folder(config: DictConfig, folder: Path) -> DictConfig:
     finally:
         GlobalHydra.instance().hydra = before
     OmegaConf.set_struct(usual, False)
-    usual.autoencoder.network = yaml.safe_load((folder / "config.yaml").read_text())
     usual.autoencoder.loss.perceptual = {"_target_": "ldm_train.losses.perceptual.TinyPerceptual"}
     return with_options(usual, config)
 

@@ -18,7 +18,9 @@ from ldm_train.latent_diffusion import LatentDiffusion
 from ldm_train.models.classifier import NoisyClassifier
 
 
-def load_classifier(value: str, runs_dir: str, model: LatentDiffusion) -> tuple[NoisyClassifier, str]:
+def load_classifier(
+    value: str, runs_dir: str, model: LatentDiffusion, trust: Sequence[str] = ()
+) -> tuple[NoisyClassifier, str]:
     """guide.classifier=<run or folder> -> (the classifier, the sha256 of its weights). Raises FileNotFoundError where there is
     none, ValueError for one of other latents or another schedule."""
     folders = [base / "classifier" / "model" for base in (Path(value), Path(runs_dir) / value)] + [Path(value)]
@@ -28,7 +30,7 @@ def load_classifier(value: str, runs_dir: str, model: LatentDiffusion) -> tuple[
             f"guide.classifier={value} is no run with a finished classifier and no model folder; train one with "
             "experiment=classifier_..."
         )
-    metadata, classifier = read_metadata(folder), load_model(folder)
+    metadata, classifier = read_metadata(folder), load_model(folder, trust)
     if not isinstance(classifier, NoisyClassifier):
         raise ValueError(f"{folder} holds a {type(classifier).__name__}, not a classifier of noisy latents")
     if differs := _differs(model, metadata):
@@ -59,19 +61,25 @@ def schedule_facts(schedule: NoiseSchedule) -> dict[str, Any]:
 def _differs(model: LatentDiffusion, facts: dict[str, Any]) -> str | None:
     """What of `latents_of` another network was trained on."""
     ours = latents_of(model)
-    if facts["autoencoder"] != ours["autoencoder"]:
+    if facts.get("autoencoder") != ours["autoencoder"]:
         return "another autoencoder"
-    if not all(np.allclose(facts[n], ours[n], rtol=1e-3, atol=1e-4) for n in ("scale", "shift")):
+    if not all(_close(facts.get(n), ours[n], 1e-3, 1e-4) for n in ("scale", "shift")):
         return "latents of another scale (another data set, or another latents.per_channel)"
-    same = facts["num_train_timesteps"] == ours["num_train_timesteps"]
-    if not same or not np.allclose(facts["alphas_cumprod"], ours["alphas_cumprod"]):
+    same = facts.get("num_train_timesteps") == ours["num_train_timesteps"]
+    if not same or not _close(facts.get("alphas_cumprod"), ours["alphas_cumprod"], 1e-5, 1e-8):
         return "another noise schedule"
     return None
 
 
-def load_weak(folder: Path, model: LatentDiffusion) -> LatentDiffusion:
+def _close(values: Any, ours: list[float], rtol: float, atol: float) -> bool:
+    """Whether recorded values are ours; what a file records may be anything."""
+    numbers = isinstance(values, list) and all(isinstance(v, int | float) for v in values)
+    return numbers and len(values) == len(ours) and np.allclose(values, ours, rtol, atol)
+
+
+def load_weak(folder: Path, model: LatentDiffusion, trust: Sequence[str] = ()) -> LatentDiffusion:
     """A weaker model for autoguidance. Raises ValueError for one of other latents or another schedule."""
-    weak = load_latent_diffusion(folder)
+    weak = load_latent_diffusion(folder, trust)
     if differs := _differs(model, latents_of(weak)):
         raise ValueError(
             f"weak={folder} was trained on {differs} than the model; take an earlier or smaller one of its kind"
@@ -89,7 +97,9 @@ class Guides:
         self.classifier: NoisyClassifier | None = None
         self.clip: ClipScore | None = None
         if config.guide.classifier is not None:
-            found, self.recipe["classifier_sha256"] = load_classifier(config.guide.classifier, config.runs_dir, model)
+            found, self.recipe["classifier_sha256"] = load_classifier(
+                config.guide.classifier, config.runs_dir, model, config.trust
+            )
             self.classifier = found.to(device)
             self.parsers["class_label"] = self._class
         if config.guide.clip is not None:

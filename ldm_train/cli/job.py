@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,8 @@ from omegaconf import DictConfig, OmegaConf
 from PIL import Image
 
 from ldm_train import images as pictures
-from ldm_train.checkpoints.native import check_targets
-from ldm_train.cli.common import config_folder
+from ldm_train.checkpoints.parts import plain_values, read_record
+from ldm_train.cli.common import config_folder, literal
 from ldm_train.cli.files import as_list
 from ldm_train.cli.inputs import Request
 from ldm_train.data.shards import file_sha256, write_json
@@ -23,9 +24,12 @@ from ldm_train.training.stages import Refused, differences
 RECIPE = "recipe.json"
 SHOWN = 256  # pictures in a grid
 # What says where and how a job runs, not what it draws. batch_size enters the recipe as part of the machine.
-NOT_DRAWN = ("run", "runs_dir", "out", "recipe", "overwrite", "film", "accelerator", "batch_size", "hydra")
+WITH_REPLAY = ("run", "runs_dir", "out", "recipe", "overwrite", "film", "accelerator", "trust", "hydra", "defaults")
+NOT_DRAWN = (*WITH_REPLAY, "batch_size")
 FILES = ("image", "mask", "map", "depth", "layout")  # options that name files
-WITH_REPLAY = ("run", "runs_dir", "out", "recipe", "overwrite", "film", "accelerator", "hydra")
+LISTS = ("prompts", "classes")  # options whose entries may stand in a file
+MODELS = ("weak", "guide.classifier", "guide.clip")  # and models beside run=
+OWN_FILE = re.compile(r"\d{5,}_seed\d+\.png")  # of a job's pictures
 
 
 def machine(device: str, batch_size: int) -> dict[str, Any]:
@@ -39,8 +43,8 @@ def make_recipe(config: DictConfig, task: str, source: Path, sha256: str, device
     """All that a job's pictures follow from. config: with the run's own sampling options filled in."""
     tree = OmegaConf.to_container(config, resolve=True)
     asked = {k: v for k, v in tree.items() if k not in NOT_DRAWN and v is not None}
-    if "prompts" in asked:
-        asked["prompts"] = as_list(config.prompts, "prompts")  # the file's content, not its name
+    for option in {"prompts", "classes"} & asked.keys():
+        asked[option] = as_list(config[option], option)  # the file's content, not its name
     files = {}
     for option in FILES:
         values = [v for v in as_list(config[option], option) if option != "layout" or v.endswith(".json")]
@@ -50,9 +54,52 @@ def make_recipe(config: DictConfig, task: str, source: Path, sha256: str, device
     return json.loads(json.dumps(recipe | {"machine": machine(device, config.batch_size)}))
 
 
+def _option(tree: dict[str, Any], name: str) -> Any:
+    """An option of a plain config by its dotted name, None where it is not set."""
+    section, _, last = name.rpartition(".")
+    return (tree.get(section) or {} if section else tree).get(last)
+
+
+def _named_files(asked: dict[str, Any]) -> dict[str, list[str]]:
+    """The files and models that a job's options name, by option."""
+    named = {o: [v for v in as_list(asked.get(o), o) if o != "layout" or v.endswith(".json")] for o in FILES}
+    for option in LISTS:  # a list is what is meant, a text may be a file
+        value = asked.get(option)
+        named[option] = [value] if isinstance(value, str) and Path(value).suffix in (".txt", ".jsonl") else []
+    named |= {o: [str(value)] if (value := _option(asked, o)) is not None else [] for o in MODELS}
+    return {option: values for option, values in named.items() if values}
+
+
+def _read_recipe(path: Path, usual: dict[str, Any]) -> dict[str, Any]:
+    """A recipe as plain values. Raises ValueError where it is none, or sets what a recipe has no business with."""
+    try:
+        recipe = plain_values(pictures.read_recipe(path), path) if path.suffix == ".png" else read_record(path)
+        asked, files, machine = recipe["config"], recipe["files"], recipe["machine"]
+        kinds = {"sampler": dict, **{k: dict for k, v in usual.items() if isinstance(v, dict)}}
+        numbers = [machine["batch_size"], machine.get("threads", 1), recipe.get("number", 0)]
+        well_formed = (
+            isinstance(recipe["model"], str) and isinstance(recipe["model_sha256"], str)
+            and all(isinstance(asked.get(k, {}), kind) for k, kind in kinds.items()) and "sampler" in asked
+            and all(isinstance(v, str) for v in files.values())
+            and all(type(n) is int and 0 <= n <= 65536 for n in numbers) and min(numbers[:2]) > 0
+            and all(isinstance(e["file"], str) for e in recipe.get("images", []))
+        )  # fmt: skip
+    except (KeyError, AttributeError, TypeError, ValueError, SyntaxError, OSError) as error:
+        raise ValueError(f"recipe={path} is no recipe of ldm-sample") from error
+    known = {k for k in usual if k not in NOT_DRAWN} | {"sampler"}
+    unknown = [k for k in asked if k not in known]
+    unknown += [f"{k}.{o}" for k in asked if isinstance(usual.get(k), dict) for o in asked[k] if o not in usual[k]]
+    if not well_formed or unknown:
+        said = f": it sets {', '.join(unknown)}" if unknown else ""
+        raise ValueError(f"recipe={path} is no recipe of ldm-sample{said}")
+    return recipe
+
+
 def replayed(config: DictConfig) -> tuple[DictConfig, dict[str, Any], int | None]:
     """recipe=<recipe.json or one of its pictures> -> (the config it was made with, the recipe, which picture alone).
 
+    A recipe is data: it says a sampler, numbers, words and seeds. Files and models that it names are read where the
+    command names them too; the model alone is also found in the folder that holds the recipe, and below runs_dir.
     Raises FileNotFoundError or ValueError where it is none, where its input files changed, and for other options.
     """
     path = Path(config.recipe)
@@ -60,21 +107,31 @@ def replayed(config: DictConfig) -> tuple[DictConfig, dict[str, Any], int | None
         path /= RECIPE
     if not path.is_file():
         raise FileNotFoundError(f"recipe={config.recipe}: there is no such file")
-    try:
-        recipe = pictures.read_recipe(path) if path.suffix == ".png" else json.loads(path.read_text())
-        asked, files = recipe["config"], recipe["files"]
-        check_targets(asked["sampler"], path)
-        recipe["machine"]["batch_size"], recipe["model_sha256"]
-    except (KeyError, AttributeError, TypeError, json.JSONDecodeError, OSError) as error:
-        raise ValueError(f"recipe={path} is no recipe of ldm-sample") from error
     usual = yaml.safe_load((config_folder() / "sample.yaml").read_text())
-    changed = [k for k, v in OmegaConf.to_container(config).items() if k not in WITH_REPLAY and v != usual.get(k)]
+    recipe = _read_recipe(path, usual)
+    asked, given = recipe["config"], OmegaConf.to_container(config, resolve=True)
+    needed = _named_files(asked)
+    said = {o: v for o in (*FILES, *LISTS, *MODELS) if (v := _option(given, o)) is not None}
+    options = {**given, **{f"guide.{k}": v for k, v in given["guide"].items()}}
+    usual_options = {**usual, **{f"guide.{k}": v for k, v in usual["guide"].items()}}
+    changed = [k for k, v in options.items() if v != usual_options.get(k) and k not in (*WITH_REPLAY, *needed, "guide")]
     if changed:
         raise ValueError(f"recipe= draws again what was drawn; {', '.join(changed)}= cannot change it, leave it out")
-    for name, digest in files.items():
-        if not Path(name).is_file() or file_sha256(name) != digest:
-            raise ValueError(f"recipe={path} was drawn from {name}, which is no longer the same file")
-    config = literal(OmegaConf.to_container(config) | asked)
+    unsaid = [f"{o}={v[0] if len(v) == 1 else '[' + ','.join(v) + ']'}" for o, v in needed.items() if o not in said]
+    if config.run is None and not _nearby(recipe["model"], path, config.runs_dir):
+        unsaid.insert(0, f"run={recipe['model']}")
+    if unsaid:
+        raise ValueError(
+            f"recipe={path} was drawn from files that it cannot choose on this machine; name them in the command, where "
+            f"they are right: {' '.join(unsaid)}"
+        )
+    for option, value in said.items():
+        now = [file_sha256(name) if Path(name).is_file() else None for name in as_list(value, option)]
+        if option in FILES and now != [recipe["files"].get(name) for name in needed[option]]:
+            raise ValueError(f"recipe={path} was drawn from {needed[option]}; {option}= is no longer the same file")
+        section, _, name = option.rpartition(".")
+        (asked[section] if section else asked)[name] = value
+    config = literal(given | asked)
     config.batch_size = recipe["machine"]["batch_size"]
     config.run = config.run or recipe["model"]
     only = recipe.get("number")
@@ -82,17 +139,11 @@ def replayed(config: DictConfig) -> tuple[DictConfig, dict[str, Any], int | None
     return config, recipe, only
 
 
-def literal(tree: dict[str, Any]) -> DictConfig:
-    """A config whose strings mean what they say: `${` in a caption asks for no other option."""
-
-    def escaped(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {k: escaped(v) for k, v in value.items()}
-        if isinstance(value, list):
-            return [escaped(v) for v in value]
-        return value.replace("${", "\\${") if isinstance(value, str) else value
-
-    return OmegaConf.create(escaped(tree))
+def _nearby(model: str, recipe: Path, runs_dir: str) -> bool:
+    """Whether a model's folder is that which holds the recipe, or lies among the user's runs."""
+    folder = Path(model).resolve()
+    own = folder.parent if folder.name == "export" else folder
+    return own in recipe.resolve().parents or folder.is_relative_to(Path(runs_dir).resolve())
 
 
 class Job:
@@ -105,7 +156,7 @@ class Job:
         self.folder, self.recipe, self.wanted = folder, recipe, list(wanted)
         self.digests: dict[str, str] = {}
         before = self._before()
-        if before is not None and not any((folder / Path(e["file"]).name).is_file() for e in before["images"]):
+        if before is not None and not any((folder / e["file"]).is_file() for e in before["images"]):
             before = None  # nothing was drawn
         if before is not None and (changed := differences(self._key(before), self._key(recipe), {})):
             if not overwrite:
@@ -118,8 +169,16 @@ class Job:
                     old.unlink()
 
     def _before(self) -> dict[str, Any] | None:
+        """The recipe in the folder. Raises Refused where a file of that name is none."""
         path = self.folder / RECIPE
-        return json.loads(path.read_text()) if path.is_file() else None
+        if not path.is_file():
+            return None
+        try:
+            before = read_record(path)
+            before["images"] = [e for e in before["images"] if OWN_FILE.fullmatch(e["file"])]
+        except (ValueError, KeyError, TypeError) as error:
+            raise Refused(f"{path} is no recipe of ldm-sample; remove it, or choose another out=<folder>") from error
+        return before
 
     @staticmethod
     def _key(recipe: dict[str, Any]) -> dict[str, Any]:

@@ -1,5 +1,7 @@
 """ldm-sample: pictures from a trained model, one seed and one recipe per picture."""
 
+import math
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -11,17 +13,17 @@ from typing import Any
 import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
-from hydra.utils import instantiate
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from tqdm import tqdm
 
 from ldm_train import images as pictures
-from ldm_train.checkpoints.native import find_model, load_latent_diffusion, model_metadata
-from ldm_train.cli.common import quoted, run_command
+from ldm_train.checkpoints.native import find_model, load_latent_diffusion, model_metadata, recorded_sampling
+from ldm_train.checkpoints.parts import build, targets
+from ldm_train.cli.common import literal, quoted, run_command
 from ldm_train.cli.film import Film
 from ldm_train.cli.guides import Guides, load_weak
 from ldm_train.cli.inputs import Request, chosen_task, latent_mask, picture_size, requests
-from ldm_train.cli.job import SHOWN, Job, literal, make_recipe, replayed
+from ldm_train.cli.job import SHOWN, Job, make_recipe, replayed
 from ldm_train.data.masks import known_colour
 from ldm_train.data.samples import collate
 from ldm_train.diffusion.guidance import classifier_free
@@ -237,6 +239,8 @@ def check_types(config: DictConfig) -> None:
 
     for key in (*WHOLE, *NUMBERS):
         value = OmegaConf.select(config, key)
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"{key}={value} is no finite number")
         if value is not None and not number(value, key in WHOLE):
             raise ValueError(f"{key}={value!r} is no {'whole ' if key in WHOLE else ''}number")
         if value is not None and key in WHOLE and value < LEAST.get(key, 1):
@@ -248,6 +252,23 @@ def check_types(config: DictConfig) -> None:
             continue
         if not isinstance(values, list) or len(values) != count or not all(number(v, whole) for v in values):
             raise ValueError(f"{key}={values!r} is no list of {count} {'whole ' * whole}numbers")
+    for key in (
+        "task",
+        "spacing",
+        "negative",
+        "image_prompt",
+        "compile",
+        "film",
+        "weak",
+        "guide.classifier",
+        "guide.clip",
+    ):
+        value = OmegaConf.select(config, key)
+        if OmegaConf.is_config(value):
+            raise ValueError(f"{key}={OmegaConf.to_container(value)!r} is no text")
+    for key in ("invert", "overwrite"):
+        if not isinstance(config[key], bool):
+            raise ValueError(f"{key}={config[key]!r} is neither true nor false")
     if config.accelerator not in ("auto", "cpu", "gpu"):
         raise ValueError(f"accelerator is auto, cpu or gpu, not {config.accelerator!r}")
     if config.accelerator == "gpu" and not torch.cuda.is_available():
@@ -263,26 +284,34 @@ def sample(config: DictConfig) -> list[Path]:
     check_types(config)
     source = model_folder(config.run, config.runs_dir)
     metadata = model_metadata(source)
-    trained = DEFAULTS | (metadata.get("sampling") or {})
+    trained = DEFAULTS | recorded_sampling(source)
     tree = OmegaConf.to_container(config.sampler) if config.get("sampler") else trained["sampler"]
     with_sampler = {"sampler": tree} | {
         k: trained[k] for k in ("num_inference_steps", "guidance_scale", "spacing") if config[k] is None
     }
     chosen = OmegaConf.to_container(config.sampler) if config.get("sampler") and not recipe_before else None
     config = literal(OmegaConf.to_container(config, resolve=True) | with_sampler)
+    trust = [*config.trust, *(targets(chosen) if chosen else ())]  # a sampler of the user's own
     device = "cuda" if torch.cuda.is_available() and config.accelerator != "cpu" else "cpu"
-    model = load_latent_diffusion(source).to(device, memory_format=torch.channels_last)
+    model = load_latent_diffusion(source, trust).to(device, memory_format=torch.channels_last)
     guidance, guides = check(config, model), Guides(config, model, device)
     task = chosen_task(model, config, guides.parsers)
     wanted = requests(model, config, guides.parsers)
+    if only is not None and only >= len(wanted):
+        raise ValueError(
+            f"recipe={config.recipe} is no recipe of ldm-sample: its picture {only} is none of {len(wanted)}"
+        )
     check_wanted(config, task, wanted, chosen)
     options = {k: config[k] for k in ("num_inference_steps", "guidance_scale", "spacing")}
-    options |= {"sampler": instantiate(tree, _convert_="all"), "guidance": partial(classifier_free, **guidance)}
+    options |= {
+        "sampler": build(tree, f"sampler of {config.recipe or source}", trust),
+        "guidance": partial(classifier_free, **guidance),
+    }
     if config.resample.repeats > 1:
         options["sampler"] = partial(resampled, sampler=options["sampler"], **config.resample)
     if config.weak is not None:
         weak = model_folder(config.weak, config.runs_dir, "weak")
-        options["weak"] = load_weak(weak, model).to(device, memory_format=torch.channels_last)
+        options["weak"] = load_weak(weak, model, trust).to(device, memory_format=torch.channels_last)
         guides.recipe["weak_sha256"] = model_metadata(weak)["sha256"]
     if config.invert or (task == "interpolate" and config.image is not None):  # the sampler that inversion turns round
         options["sampler"] = ddim
@@ -295,7 +324,7 @@ def sample(config: DictConfig) -> list[Path]:
             f"{source} does not hold the weights that drew this recipe; say where they are with run=<folder>"
         )
     if recipe_before and device == "cpu" and (threads := recipe_before["machine"].get("threads")):
-        torch.set_num_threads(threads)
+        torch.set_num_threads(min(threads, 4 * (os.cpu_count() or 1)))
     recipe = make_recipe(config, task, source, metadata["sha256"], device) | guides.recipe
     changed = [k for k in guides.recipe if recipe_before and recipe_before.get(k) != guides.recipe[k]]
     if changed:

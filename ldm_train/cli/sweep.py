@@ -12,10 +12,11 @@ from typing import Any
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
-from ldm_train.cli.common import quoted, run_command
+from ldm_train.checkpoints.parts import read_record
+from ldm_train.cli.common import quoted, run_command, run_config
 from ldm_train.data.shards import write_atomically
 from ldm_train.training.loggers import WandbRun, numbers
-from ldm_train.training.stages import NOTE, flatten
+from ldm_train.training.stages import flatten, read_note
 
 FAILED = "failed.json"
 TABLE, CURVES = "sweep.csv", "curves.csv"
@@ -39,10 +40,10 @@ class Run:
 
     def stage(self, name: str) -> str:
         """ "done", the step it has reached, or "" where it has not begun."""
-        note = self.folder / name / NOTE
-        if not note.is_file():
+        note = read_note(self.folder / name)
+        if note is None:
             return ""
-        if json.loads(note.read_text())["finished"]:
+        if note["finished"]:
             return "done"
         return f"step {read_rows(self.folder / name)[-1]['step']}" if read_rows(self.folder / name) else "begun"
 
@@ -51,7 +52,7 @@ class Run:
         path = self.folder / "evaluation" / "metrics.json"
         if not path.is_file():
             return {}
-        return {name.replace("/", "."): v for name, v in numbers(json.loads(path.read_text())).items()}
+        return {name.replace("/", "."): v for name, v in numbers(read_record(path)).items()}
 
 
 def read_rows(stage: Path) -> list[dict[str, str]]:
@@ -63,19 +64,23 @@ def read_rows(stage: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
+def failure(folder: Path) -> str | None:
+    """What a job of a sweep failed with."""
+    return str(read_record(folder / FAILED).get("error")) if (folder / FAILED).is_file() else None
+
+
 def read_runs(folder: Path) -> list[Run]:
     """The runs in a folder, by name. Raises FileNotFoundError where there is none."""
     runs = []
     for path in sorted(p.parent for p in folder.glob("*/config.yaml")):
-        tree = OmegaConf.to_container(OmegaConf.load(path / "config.yaml"))
-        if "stages" not in tree:  # a model folder: an export that stands beside the jobs
+        if (path / "metadata.json").is_file():  # a model folder: an export that stands beside the jobs
             continue
-        config = flatten(tree)
-        failed = json.loads((path / FAILED).read_text())["error"] if (path / FAILED).is_file() else None
+        config = flatten(OmegaConf.to_container(run_config(path)))
+        failed = failure(path)
         runs.append(Run(path, config, failed, read_rows(path / "diffusion")))
     for path in sorted(p.parent for p in folder.glob(f"*/{FAILED}")):  # before it had a config
         if not (path / "config.yaml").is_file():
-            runs.append(Run(path, {}, json.loads((path / FAILED).read_text())["error"], []))
+            runs.append(Run(path, {}, failure(path), []))
     if not runs:
         raise FileNotFoundError(
             f"{folder} holds no runs; dir= is the folder of a sweep: <runs_dir>/<experiment or name>"

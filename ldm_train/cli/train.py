@@ -87,7 +87,9 @@ def _train(config: DictConfig, folder: Path, sweeping: bool) -> None:
     with stages.run_lock(folder) if rank == 0 else nullcontext():
         (folder / FAILED).unlink(missing_ok=True)
         try:
-            Chain(config, folder, machine, share=(sweeping or config.share) and world_size == 1).run()
+            Chain(
+                config, folder, machine, build.own_parts(config), share=(sweeping or config.share) and world_size == 1
+            ).run()
         except stages.Interrupted:
             if config.restart and rank == 0:
                 print(f"\nleave restart={config.restart} out when you continue: it would begin that stage anew")

@@ -9,6 +9,7 @@ import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -112,12 +113,13 @@ class Collected:
         self.fits = [part for parts in gathered(self.fits) for part in parts]
         return self
 
-    def state(self) -> tuple:
-        """What an interrupted collection continues from."""
-        return self.sets, self.fits
+    def state(self) -> dict[str, Any]:
+        """What an interrupted collection continues from: tensors, numbers and names."""
+        return {"sets": {name: features.state() for name, features in self.sets.items()}, "fits": self.fits}
 
-    def restore(self, state: tuple) -> None:
-        self.sets, self.fits = state
+    def restore(self, state: Mapping[str, Any]) -> None:
+        self.sets = {name: FeatureSet.restored(saved) for name, saved in state["sets"].items()}
+        self.fits = state["fits"]
 
 
 def write_reference(features: FeatureSet, file: io.BufferedWriter) -> None:

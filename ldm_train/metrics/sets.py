@@ -1,6 +1,7 @@
 """Sets of features in a stream: their moments, class sums and a random part of them, equal for any batches and ranks."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 
@@ -162,6 +163,21 @@ class FeatureSet:
         """(features, indices) of at most `keep` samples, in the order of their indices."""
         self._flush()
         return self._kept, self._kept_indices
+
+    def state(self) -> dict[str, Any]:
+        """What `restored` makes the same set of: tensors and numbers."""
+        self._flush()
+        sums = [(group.count, group.total, group.outer) for group in self.groups]
+        return {"groups": sums, "keep": self.keep, "class_sums": self.class_sums, "kept": self.kept()}
+
+    @classmethod
+    def restored(cls, state: Mapping[str, Any]) -> "FeatureSet":
+        """The set that `state` describes."""
+        made = cls(state["kept"][0].shape[1], len(state["groups"]), state["keep"])
+        for group, (count, total, outer) in zip(made.groups, state["groups"]):
+            group.count, group.total, group.outer = count, total, outer
+        made.class_sums, (made._kept, made._kept_indices) = state["class_sums"], state["kept"]
+        return made
 
     @classmethod
     def gathered(cls, own: "FeatureSet | None", groups: int = GROUPS) -> "FeatureSet":

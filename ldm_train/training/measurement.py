@@ -135,7 +135,7 @@ def measure_samples(
     if partial is not None:
         partial = partial.with_name(f"{partial.name}.{rank()}-{world_size()}")
         if partial.is_file():
-            saved = torch.load(partial, weights_only=False)  # our own file of a minute ago
+            saved = torch.load(partial, weights_only=True)
             if saved["state"]["batch_size"] == batch_size:  # else it ended inside a batch
                 state = saved["state"]
                 made.restore(saved["made"])

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ldm_train.checkpoints.parts import read_record
 from ldm_train.data.shards import write_json
 
 STAGES = (
@@ -77,10 +78,24 @@ def differences(old: dict[str, Any], new: dict[str, Any], defaults: dict[str, An
     return lines
 
 
+NOTED = {"key": dict, "finished": bool, "steps": int, "result": dict}
+
+
 def read_note(folder: Path) -> dict[str, Any] | None:
-    """stage.json of a stage's folder, or None."""
+    """stage.json of a stage's folder, or None. Raises Refused where it is damaged."""
     path = folder / NOTE
-    return json.loads(path.read_text()) if path.is_file() else None
+    if not path.is_file():
+        return None
+    try:
+        note = read_record(path)
+        if odd := [k for k, kind in NOTED.items() if not isinstance(note.get(k), kind)]:
+            raise ValueError(f"{path} lacks {', '.join(odd)}")
+    except ValueError as error:
+        raise Refused(
+            f"{error}; what the stage was made with is not known: restart={folder.name} makes it anew (the old one goes to "
+            f"{folder.parent}/.replaced), or put back an undamaged {NOTE}"
+        ) from error
+    return note
 
 
 def set_aside(run_folder: Path, stage: str) -> None:

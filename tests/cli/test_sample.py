@@ -431,7 +431,7 @@ def test_another_job_does_not_overwrite_a_folder(run: Callable, tmp_path: Path):
 
 
 def test_a_recipe_replays_to_identical_bytes(
-    run: Callable, files: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture
+    run: Callable, model_folder: Callable, files: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture
 ):
     options = (
         "prompts=a red circle",
@@ -442,9 +442,12 @@ def test_a_recipe_replays_to_identical_bytes(
         "sampler=dpm_solver",
     )
     run("text", *options)
+    inputs = [f"run={model_folder('text')}", f"image={files['photo.png']}"]
     with initialize_config_dir(str(config_folder()), version_base="1.3"):
-        replay = sample(compose("sample", [f'recipe="{tmp_path}/out/recipe.json"']))
-        single = sample(compose("sample", [f'recipe="{tmp_path}/out/00002_seed2.png"', f"out={tmp_path}/single"]))
+        replay = sample(compose("sample", [f'recipe="{tmp_path}/out/recipe.json"', *inputs]))
+        single = sample(
+            compose("sample", [f'recipe="{tmp_path}/out/00002_seed2.png"', f"out={tmp_path}/single", *inputs])
+        )
     assert "3 of 3 pictures are identical to the recipe's" in capsys.readouterr().out
     for path in replay:
         assert path.read_bytes() == (tmp_path / "out" / path.name).read_bytes()
@@ -457,20 +460,23 @@ def test_a_recipe_replays_to_identical_bytes(
         sample(compose("sample", [f'recipe="{tmp_path}/out"', "guidance_scale=5"]))
     Image.new("RGB", (40, 40)).save(files["photo.png"])
     with (
-        pytest.raises(ValueError, match="which is no longer the same file"),
+        pytest.raises(ValueError, match="image= is no longer the same file"),
         initialize_config_dir(str(config_folder()), version_base="1.3"),
     ):
-        sample(compose("sample", [f'recipe="{tmp_path}/out"', f"out={tmp_path}/changed"]))
+        sample(compose("sample", [f'recipe="{tmp_path}/out"', f"out={tmp_path}/changed", *inputs]))
 
 
-def test_a_replay_elsewhere_says_that_pixels_may_differ(run: Callable, tmp_path: Path, capsys: pytest.CaptureFixture):
+def test_a_replay_elsewhere_says_that_pixels_may_differ(
+    run: Callable, model_folder: Callable, tmp_path: Path, capsys: pytest.CaptureFixture
+):
+    model = f"run={model_folder('text')}"
     run("text", "prompts=a red circle")
     path = tmp_path / "out/recipe.json"
     recipe = json.loads(path.read_text())
     recipe["machine"]["torch"] = "1.0"
     path.write_text(json.dumps(recipe))
     with initialize_config_dir(str(config_folder()), version_base="1.3"):
-        sample(compose("sample", [f'recipe="{path}"', f"out={tmp_path}/elsewhere"]))
+        sample(compose("sample", [f'recipe="{path}"', f"out={tmp_path}/elsewhere", model]))
     assert "pixels may differ" in capsys.readouterr().out
     recipe["model_sha256"] = "0"
     path.write_text(json.dumps(recipe))
@@ -478,7 +484,7 @@ def test_a_replay_elsewhere_says_that_pixels_may_differ(run: Callable, tmp_path:
         pytest.raises(ValueError, match="does not hold the weights that drew this recipe"),
         initialize_config_dir(str(config_folder()), version_base="1.3"),
     ):
-        sample(compose("sample", [f'recipe="{path}"', f"out={tmp_path}/other"]))
+        sample(compose("sample", [f'recipe="{path}"', f"out={tmp_path}/other", model]))
 
 
 @pytest.mark.parametrize("kind", ["gif", "mp4", "strip"])
@@ -590,17 +596,20 @@ def test_a_sweep_puts_every_job_into_its_own_folder(model_folder: Callable, tmp_
 
 
 @pytest.mark.parametrize("task", REPLAYED)
-def test_every_task_replays_to_identical_bytes(task: str, run: Callable, files: dict[str, str], tmp_path: Path):
+def test_every_task_replays_to_identical_bytes(
+    task: str, run: Callable, model_folder: Callable, files: dict[str, str], tmp_path: Path
+):
     kind, options = REPLAYED[task]
     run(kind, "num_inference_steps=4", *named(options, files))
+    inputs = [f"run={model_folder(kind)}", *(o for o in named(options, files) if str(tmp_path) in o)]
     with initialize_config_dir(str(config_folder()), version_base="1.3"):
-        replay = sample(compose("sample", [f'recipe="{tmp_path}/out/recipe.json"']))
+        replay = sample(compose("sample", [f'recipe="{tmp_path}/out/recipe.json"', *inputs]))
     assert replay
     for path in replay:
         assert path.read_bytes() == (tmp_path / "out" / path.name).read_bytes()
 
 
-def test_a_recipe_builds_nothing_but_samplers_of_ours(run: Callable, tmp_path: Path):
+def test_a_recipe_builds_nothing_but_samplers_of_ours(run: Callable, model_folder: Callable, tmp_path: Path):
     run("text", "prompts=a red circle", "n=1")
     path = tmp_path / "out/recipe.json"
     recipe = json.loads(path.read_text())
@@ -608,10 +617,10 @@ def test_a_recipe_builds_nothing_but_samplers_of_ours(run: Callable, tmp_path: P
         recipe["config"]["sampler"] = {"_target_": target, "_args_": ["touch here"]}
         path.write_text(json.dumps(recipe))
         with (
-            pytest.raises(ValueError, match="only parts of ldm_train may be built from a file"),
+            pytest.raises(ValueError, match="such files build only models, conditioners, schedules and samplers"),
             initialize_config_dir(str(config_folder()), version_base="1.3"),
         ):
-            sample(compose("sample", [f'recipe="{path}"', f"out={tmp_path}/evil"]))
+            sample(compose("sample", [f'recipe="{path}"', f"out={tmp_path}/evil", f"run={model_folder('text')}"]))
 
 
 def test_an_error_while_drawing_leaves_the_folder_free(run: Callable, tmp_path: Path):

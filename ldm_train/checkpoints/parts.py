@@ -1,0 +1,212 @@
+"""Files that may come from a stranger: read as plain values, and built into models without running anything they name.
+
+A model folder, run folder or recipe says which parts to build with `_target_` and values. Hydra's own `instantiate` would
+call any function that can be imported and resolve `${...}` on the way; here a file chooses only among the classes that
+this package's model files declare, and the packages that the user's own command or call names (`trust`).
+"""
+
+import importlib
+import json
+import math
+import re
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import yaml
+from torch import nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
+
+# Folders (and one module) whose classes, and samplers, a file may ask for. Nothing in them writes files or runs commands.
+BUILDABLE = (
+    "ldm_train.models",
+    "ldm_train.conditioning",
+    "ldm_train.diffusion",
+    "ldm_train.samplers",
+    "ldm_train.latent_diffusion",
+)
+MOVED: dict[str, str] = {}  # name in older files: today's name
+
+LARGEST_FILE = 16 << 20  # bytes; a config that holds its tokenizer has 1 or 2 MB
+MOST_VALUES, DEEPEST = 1_000_000, 60  # of a tree, its aliases unfolded
+LARGEST_NUMBER = 1 << 20  # widths, counts, classes and words all stay below
+NAME = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+")
+
+try:
+    from yaml import CSafeLoader as Loader
+except ImportError:  # PyYAML without libyaml
+    from yaml import SafeLoader as Loader
+
+
+# -- reading -----------------------------------------------------------------------------------------------------------
+
+
+def plain_values(tree: Any, where: str | Path) -> Any:
+    """A copy of a tree that is nothing but dictionaries, lists, texts, finite numbers, booleans and nulls.
+
+    Raises ValueError, naming `where`, for anything else and for trees that are too deep or, unfolded, too large.
+    """
+    left = MOST_VALUES
+
+    def copied(value: Any, depth: int) -> Any:
+        nonlocal left
+        left -= 1
+        if left < 0 or depth > DEEPEST:
+            raise ValueError(f"{where} unfolds into more than {MOST_VALUES} values or {DEEPEST} levels; no config does")
+        if isinstance(value, dict):
+            if odd := next((k for k in value if not isinstance(k, str)), None):
+                raise ValueError(f"{where} has the key {odd!r}, which is no text")
+            return {k: copied(v, depth + 1) for k, v in value.items()}
+        if isinstance(value, list):
+            return [copied(v, depth + 1) for v in value]
+        if value is None or isinstance(value, str | bool | int):
+            return value
+        if isinstance(value, float) and math.isfinite(value):
+            return value
+        raise ValueError(f"{where} holds {value!r}, which is no plain value")
+
+    return copied(tree, 0)
+
+
+def _read(path: str | Path, parse: Callable[[str], Any], kind: str) -> dict[str, Any]:
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is not there")
+    if (size := path.stat().st_size) > LARGEST_FILE:
+        raise ValueError(f"{path} has {size} bytes; {kind} of this package stays below {LARGEST_FILE}")
+    try:
+        tree = parse(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, ValueError, RecursionError, MemoryError) as error:
+        raise ValueError(
+            f"{path} is no {kind} ({' '.join(str(error).split())[:200]}); take an undamaged copy"
+        ) from error
+    if not isinstance(tree, dict):
+        raise ValueError(f"{path} is no {kind}: it holds a {type(tree).__name__} where names with values are expected")
+    return plain_values(tree, path)
+
+
+def _parse_yaml(text: str) -> Any:
+    depth = 0
+    for event in yaml.parse(text, Loader):  # the C loader overflows its stack on deep nesting, events do not nest
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if depth > DEEPEST:
+            raise ValueError(f"more than {DEEPEST} levels")
+    return yaml.load(text, Loader)
+
+
+def read_config(path: str | Path) -> dict[str, Any]:
+    """A YAML file as plain values: tags build nothing, `${...}` stays text, aliases are copies.
+
+    Raises FileNotFoundError, or ValueError naming the file.
+    """
+    return _read(path, _parse_yaml, "YAML file")
+
+
+def read_record(path: str | Path) -> dict[str, Any]:
+    """A JSON file that holds names with values. Raises FileNotFoundError, or ValueError naming the file."""
+    return _read(path, json.loads, "JSON file")
+
+
+# -- building ----------------------------------------------------------------------------------------------------------
+
+
+def _within(name: str, places: Sequence[str]) -> bool:
+    return any(name == place or name.startswith(f"{place}.") for place in places)
+
+
+def find_part(name: Any, where: str | Path, trust: Sequence[str] = (), places: Sequence[str] = BUILDABLE) -> Any:
+    """The class (or sampler) that a file asks for by its dotted name.
+
+    places: modules and folders of this package whose own classes may be named. trust: packages, or dotted names, that the
+    user has named. Nothing else is even imported. Raises ValueError naming the file, what it asks for and the remedy.
+    """
+    name = MOVED.get(name, name) if isinstance(name, str) else name
+    if not isinstance(name, str) or not NAME.fullmatch(name):
+        raise ValueError(f"{where} asks for {name!r}, which is no name of a part")
+    trusted = _within(name, trust)
+    module_name, _, attribute = name.rpartition(".")
+    if not trusted and not _within(module_name, places):
+        package = name.partition(".")[0]
+        remedy = "such files build only models, conditioners, schedules and samplers"
+        if package not in {"ldm_train", "torch", "builtins", *sys.stdlib_module_names}:
+            remedy += f"; if you know {package} and whose file this is, say trust=[{package}]"
+        raise ValueError(f"{where} asks for {name}: {remedy}")
+    try:
+        part = getattr(importlib.import_module(module_name), attribute)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"{where} asks for {name}, which is not there ({error})") from error
+    declared = str(getattr(part, "__module__", ""))
+    # What a module imports is not its own: `from os import system` must not make it a part.
+    own = _within(declared, [e.partition(".")[0] for e in trust]) if trusted else declared == module_name
+    sampler = callable(part) and (trusted or _within(module_name, ["ldm_train.samplers"]))
+    if not own or attribute.startswith("_") or not (isinstance(part, type) or sampler):
+        raise ValueError(f"{where} asks for {name}, which is no class or sampler of {module_name}")
+    return part
+
+
+def build(tree: Any, where: str | Path, trust: Sequence[str] = (), places: Sequence[str] = BUILDABLE) -> Any:
+    """The object that a tree of plain values describes: `_target_` with the options beside it, from the inside out.
+    `_partial_: true` binds the options instead of calling; functions can only be bound. Texts mean what they say.
+
+    Raises ValueError, naming `where`, for parts that may not be built (see `find_part`), options they do not have, values
+    they refuse, and numbers that no model has.
+    """
+    if isinstance(tree, list):
+        return [build(v, where, trust, places) for v in tree]
+    if isinstance(tree, int) and not isinstance(tree, bool) and abs(tree) > LARGEST_NUMBER:
+        raise ValueError(f"{where} holds the number {tree}; no option of a model is that large")
+    if not isinstance(tree, dict):
+        return tree
+    if "_target_" not in tree:
+        return {k: build(v, where, trust, places) for k, v in tree.items()}
+    name = tree["_target_"]
+    part = find_part(name, where, trust, places)
+    options = {k: v for k, v in tree.items() if k not in ("_target_", "_partial_", "_convert_")}
+    if odd := next((k for k in options if k.startswith("_")), None):
+        raise ValueError(f"{where}: {name} has no option {odd}")
+    bound = tree.get("_partial_", False)
+    if bound is not True and not isinstance(part, type):
+        raise ValueError(f"{where}: {name} is a function, which a file may only bind (_partial_: true)")
+    made = {k: build(v, where, trust, places) for k, v in options.items()}
+    try:
+        return partial(part, **made) if bound is True else part(**made)
+    except (TypeError, AttributeError, IndexError, KeyError, ArithmeticError, RuntimeError, AssertionError) as error:
+        raise ValueError(f"{where}: {name} cannot be built from its options ({error})") from error
+
+
+def targets(tree: Any) -> Iterator[str]:
+    """Every `_target_` in a tree."""
+    if isinstance(tree, dict):
+        if isinstance(tree.get("_target_"), str):
+            yield tree["_target_"]
+        for value in tree.values():
+            yield from targets(value)
+    elif isinstance(tree, list):
+        for value in tree:
+            yield from targets(value)
+
+
+@contextmanager
+def no_larger_than(weights: dict[str, tuple[int, ...]], where: str | Path) -> Iterator[None]:
+    """While a model is built, stops it where it grows far beyond the weights it is to be filled with.
+
+    weights: shapes by name. Frozen encoders are not among a model's weights, hence the room beyond. Raises ValueError.
+    """
+    most_tensors = 2 * len(weights) + 10_000
+    most_values = 2 * sum(math.prod(shape) for shape in weights.values()) + (1 << 31)
+
+    def count(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        nonlocal most_tensors, most_values
+        most_tensors -= 1
+        most_values -= 0 if parameter is None else parameter.numel()
+        if most_tensors < 0 or most_values < 0:
+            raise ValueError(f"{where} describes a model far larger than the weights beside it")
+
+    handle = register_module_parameter_registration_hook(count)
+    try:
+        yield
+    finally:
+        handle.remove()
