@@ -205,8 +205,11 @@ def condition_fields(config: DictConfig, trust: Sequence[str] = ()) -> tuple[str
     return tuple(find_part(tree["_target_"], f"{where}.{name}", trust).field for name, tree in conditioners.items())
 
 
-def conditioner_tree(config: DictConfig, data: ShardDataModule) -> dict[str, Any]:
-    """The conditioners' config with what comes from the data filled in; it goes into the model folder as it is."""
+def conditioner_tree(config: DictConfig, data: ShardDataModule, rehearsal: bool = False) -> dict[str, Any]:
+    """The conditioners' config with what comes from the data filled in; it goes into the model folder as it is.
+
+    rehearsal: the tokenizer is of no captions, so that nothing is read through.
+    """
     tree = plain(config.diffusion.conditioning.conditioners)
     for name, conditioner in tree.items():
         for option in ("classes", "labels"):
@@ -220,7 +223,8 @@ def conditioner_tree(config: DictConfig, data: ShardDataModule) -> dict[str, Any
             conditioner[option] = data.index["classes"]
         if conditioner.get("tokenizer") == FROM_DATA:
             size = conditioner.pop("vocab_size")
-            tokenizer = train_tokenizer(data.shards(data.train_split).captions(), size)
+            captions = [] if rehearsal else data.shards(data.train_split).captions()
+            tokenizer = train_tokenizer(captions, size)
             conditioner["tokenizer"] = tokenizer.to_str()
         elif "tokenizer" in conditioner:
             conditioner.pop("vocab_size", None)  # the file's own

@@ -22,6 +22,7 @@ from ldm_train.cli.film import denoising_film, film_of_grids
 from ldm_train.cli.instruments import Instruments, sampling_facts
 from ldm_train.cli.keys import Keys
 from ldm_train.cli.plan import print_plan
+from ldm_train.cli.rehearsal import rehearse
 from ldm_train.data.latents import (
     CachedLatents,
     LatentDataModule,
@@ -342,17 +343,20 @@ class Chain:
     def run(self) -> None:
         config, writer = self.config, self.machine.rank == 0
         chain = self.stages()
-        if config.restart and writer:
-            stages.set_aside(self.folder, stages.check_stages([config.restart])[0])
-        self.barrier()
+        if config.restart:
+            stages.check_stages([config.restart])
+        rehearse(self)
         if writer:
             self.effort = print_plan(self, chain)
         if counts := self.sample_counts():  # what cannot be measured ends the run before it begins
             self.instruments.check(self.fields, counts, config.data.image_size)
             build.check_best_by(config)
         defaults = build.option_defaults(config)
-        if chain:
-            stages.decide(chain[0], self.folder, defaults)  # a refused run must not touch what is there
+        stages.check_chain(chain, self.folder, defaults, config.restart)  # a refused run must not touch what is there
+        self.barrier()
+        if config.restart and writer:
+            stages.set_aside(self.folder, config.restart)
+        self.barrier()
         if writer:
             # Later stages alone leave the record of what the weights were trained with as it is.
             if "autoencoder" in config.stages or not (self.folder / "config.yaml").is_file():

@@ -119,59 +119,6 @@ def suggestions(config_name: str, overrides: list[str]) -> str:
     return "\n".join(lines)
 
 
-_PARTS = (
-    "data", "autoencoder", "autoencoder.network", "autoencoder.loss", "diffusion", "diffusion.unet", "diffusion.objective",
-    "diffusion.conditioning", "sampler",
-)  # fmt: skip
-_COUNTS = ("max_steps", "batch_size", "val_every", "checkpoint_every", "log_every", "micro_batch_size")
-
-
-def check_values(config: DictConfig) -> None:
-    """Raises ValueError, naming the option, for a value of the wrong type or range. Turns 1e4 into 10000 where a
-    count is meant."""
-
-    def number(key: str, least: float, whole: bool) -> None:
-        value = OmegaConf.select(config, key)
-        if value is None:
-            return
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise ValueError(f"{key}={value!r} is no number")
-        if whole and value != int(value):
-            raise ValueError(f"{key}={value} is no whole number")
-        if value < least:
-            raise ValueError(f"{key}={value} is below {least}")
-        if whole:
-            OmegaConf.update(config, key, int(value))
-
-    for part in _PARTS:
-        value = OmegaConf.select(config, part)
-        if not isinstance(value, DictConfig):
-            raise ValueError(f"{part}={value}: a part is chosen with a slash: {part.replace('.', '/')}={value}")
-    for name in [config.logger] if isinstance(config.logger, str) else config.logger:
-        if name not in ("wandb", "tensorboard", "csv"):
-            raise ValueError(f"logger is wandb, tensorboard, csv or a list of them, not {name!r}")
-    if isinstance(config.stages, str):
-        raise ValueError(f"stages is a list: stages=[{config.stages}]")
-    for stage in ("autoencoder", "diffusion", "classifier"):
-        for name in _COUNTS:
-            number(f"{stage}.{name}", 1, True)
-        number(f"{stage}.lr", 0, False)
-        number(f"{stage}.ema_decay", 0, False)
-        number(f"{stage}.clip_norm", 0, False)
-    number("diffusion.evaluate_every", 1, True)
-    number("diffusion.evaluate_images", 2, True)
-    number("autoencoder.loss.disc_start", 0, True)
-    number("evaluation.images", 2, True)
-    number("evaluation.batch_size", 1, True)
-    number("evaluation.predictors", 0, True)
-    number("evaluation.reference_images", 2, True)
-    number("devices", 1, True)
-    number("num_workers", 0, True)
-    number("seed", 0, True)
-    number("sampling.num_inference_steps", 1, True)
-    number("sampling.guidance_scale", 0, False)
-
-
 def quoted(argument: str, free: Sequence[str]) -> str:
     """An argument of the command line whose value is meant as it is typed, for the options in `free`: commas,
     apostrophes, brackets and `=` mean something to Hydra. A list stays one, but for layouts, which are JSON."""

@@ -14,13 +14,24 @@ from ldm_train.data.datamodule import ShardDataModule
 from ldm_train.data.shards import data_hash
 from ldm_train.distributed import gathered, rank
 from ldm_train.metrics.features import weights_hash
-from ldm_train.metrics.measures import FROM_MOMENTS, parse_metrics, read_reference
+from ldm_train.metrics.measures import FROM_MOMENTS, WITHOUT_REFERENCE, parse_metrics, read_reference
 from ldm_train.metrics.paired import MS_SSIM_SIDE
 from ldm_train.metrics.sets import GROUPS
 from ldm_train.training.evaluation import check_paired
 from ldm_train.training.measurement import Reference, collect_reference, reference_from
 
 CACHE = ".references"  # below runs_dir: reference statistics, shared by all runs
+
+
+def check_reference(source: str, splits: Sequence[str], root: str) -> None:
+    """Raises FileNotFoundError or ValueError where evaluation.reference is neither a file of statistics nor a split."""
+    if source.endswith(".npz"):
+        if not Path(source).is_file():
+            raise FileNotFoundError(f"evaluation.reference={source}: there is no such file")
+    elif source not in splits:
+        raise ValueError(
+            f"evaluation.reference={source} is no .npz file and no split of {root}, which has {', '.join(splits)}"
+        )
 
 
 class Instruments:
@@ -73,8 +84,10 @@ class Instruments:
     def check(self, fields: Sequence[str], counts: Sequence[int], size: Any) -> None:
         """Raises ValueError where a metric cannot be measured: of a model with these condition fields, with so many
         samples, on images of this size; before anything is drawn."""
-        source = str(self.section.reference)
-        moments_only = source.endswith(".npz") and Path(source).is_file() and not len(read_reference(source).kept()[0])
+        source, known = str(self.section.reference), None
+        if source.endswith(".npz") and Path(source).is_file():
+            known = read_reference(source)
+        moments_only = known is not None and not len(known.kept()[0])
         for metric in self.metrics:
             extractor = self.extractors[metric.extractor]
             if metric.kind == "is" and not hasattr(extractor, "logits"):
@@ -88,6 +101,17 @@ class Instruments:
             if moments_only and metric.kind not in FROM_MOMENTS:
                 raise ValueError(f"{metric.name} needs features, and {source} holds mu and sigma only")
         sides = [size] if isinstance(size, int) else list(size)
+        if known is not None:
+            dims, probe = len(known.groups[0].total), torch.zeros(1, 3, sides[0], sides[-1], device=self.device)
+            for metric in self.metrics:
+                if metric.kind in WITHOUT_REFERENCE:
+                    continue
+                with torch.no_grad():
+                    own = self.extractors[metric.extractor](probe).shape[1]
+                if own != dims:
+                    raise ValueError(
+                        f"{metric.name}: {source} has {dims} features per image, the extractor {own}; it is of another one"
+                    )
         if "ms_ssim" in self.paired and min(sides) < MS_SSIM_SIDE:
             raise ValueError(
                 f"ms_ssim needs sides of at least {MS_SSIM_SIDE} pixels, not {min(sides)}; leave it out of paired"
@@ -109,11 +133,7 @@ class Instruments:
         source, limit = str(self.section.reference), self.section.reference_images
         if source.endswith(".npz"):
             return reference_from(source, self.metrics)
-        if source not in data.index["splits"]:
-            raise ValueError(
-                f"evaluation.reference={source} is no .npz file and no split of {data.root}, which has "
-                f"{', '.join(data.index['splits'])}"
-            )
+        check_reference(source, data.index["splits"], data.root)
         return collect_reference(
             lambda: data.fixed_loader(source, limit, ("image",)), self.metrics, self.extractors,
             self.facts(data, source, limit), Path(runs_dir) / CACHE, self.device, progress,

@@ -113,8 +113,9 @@ def print_plan(chain: Any, todo: list[stages.Stage]) -> dict[str, tuple[float, f
     peak = peak_flops(machine.device, machine.precision, measured) * machine.world_size
     rate = measured * machine.world_size * 0.4  # what training reaches of it, roughly
     effort = {}
+    anew = stages.STAGES[stages.STAGES.index(config.restart) :] if config.restart else ()
     for stage in todo:
-        note = stages.read_note(chain.folder / stage.name)
+        note = None if stage.name in anew else stages.read_note(chain.folder / stage.name)
         state = (
             "new"
             if note is None

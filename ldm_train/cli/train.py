@@ -18,7 +18,8 @@ from omegaconf import DictConfig
 from ldm_train.cli import build
 from ldm_train.cli.build import join_devices
 from ldm_train.cli.chain import Chain
-from ldm_train.cli.common import ARGUMENTS, check_values, run_command
+from ldm_train.cli.common import ARGUMENTS, run_command
+from ldm_train.cli.rehearsal import check_values
 from ldm_train.cli.sweep import FAILED
 from ldm_train.data.shards import write_json
 from ldm_train.training import stages

@@ -33,6 +33,10 @@ class Conditioner(nn.Module):
     def attach(self, first_stage: FirstStage) -> None:
         """Called once by the model that holds it: spatial conditioners need the size, or the encoder, of its latents."""
 
+    def require(self) -> None:
+        """Called before training: fetches or reads what comes from outside, and raises FileNotFoundError where it is not
+        to be had."""
+
     def null_values(self, count: int, latent_size: Sequence[int]) -> Any:
         """`count` placeholder entries, for use with drop = True."""
         raise NotImplementedError

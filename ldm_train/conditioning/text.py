@@ -201,6 +201,9 @@ class FrozenText(Conditioner):
         tokenizer, model = self._pretrained
         return tokenizer, model.to(self.device)
 
+    def require(self) -> None:
+        self.pretrained()
+
     @torch.no_grad()
     def encode(self, captions: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
         """B captions -> hidden states (B, L, dim) and attention mask (B, L) on the CPU."""

@@ -25,6 +25,14 @@ STAGES = (
     "classifier",
     "perceptual",
 )  # the last two stand apart
+# What each stage makes its own from.
+UPSTREAM = {
+    "latents": "autoencoder",
+    "diffusion": "latents",
+    "evaluation": "diffusion",
+    "export": "diffusion",
+    "classifier": "latents",
+}
 NOTE = "stage.json"
 
 
@@ -137,6 +145,35 @@ def decide(stage: Stage, run_folder: Path, defaults: dict[str, Any]) -> str:
             f"restart={stage.name} to make this stage and the later ones anew (the old ones go to {run_folder}/.replaced)"
         )
     return "skip" if note["finished"] and note["steps"] >= stage.steps else "resume"
+
+
+def later_than(stage: str) -> list[str]:
+    """The stages that follow from one, directly or not, in their order."""
+    found = [stage]
+    found += [s for s in STAGES if UPSTREAM.get(s) in found and s not in found]
+    return [s for s in STAGES if s in found[1:]]
+
+
+def check_chain(chain: Sequence[Stage], run_folder: Path, defaults: dict[str, Any], restart: str | None = None) -> None:
+    """Raises Refused, before anything is touched, where a stage was made with other settings, or where training it further
+    would leave later ones behind with weights that are no longer there. restart: stages from it on count as absent."""
+    gone = set(STAGES[STAGES.index(restart) :]) if restart else set()
+    for stage in chain:
+        if stage.name in gone or decide(stage, run_folder, defaults) == "run":
+            return  # what follows depends on what is about to be made
+        note = read_note(run_folder / stage.name)
+        if note["finished"] and note["steps"] >= stage.steps:
+            continue
+        made = [s for s in later_than(stage.name) if s not in gone and read_note(run_folder / s)]
+        if made:
+            reached = f"has {note['steps']} steps" if note["finished"] else "is unfinished"
+            raise Refused(
+                f"{run_folder / stage.name} {reached} and is to have {stage.steps}; {', '.join(made)} were made from it as it "
+                f"was and would no longer belong to it. Nothing has been changed. Choose restart={made[0]} to go on and make "
+                f"them anew (the old ones go to {run_folder}/.replaced), name=<new> for a new run, or "
+                f"{stage.name}.max_steps={note['steps'] or stage.steps} to keep what is there"
+            )
+        return
 
 
 def adopt(stage: Stage, run_folder: Path, defaults: dict[str, Any]) -> bool:
