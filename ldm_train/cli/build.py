@@ -221,8 +221,13 @@ def conditioner_tree(config: DictConfig, data: ShardDataModule, rehearsal: bool 
                     f"{option}=<number>, or choose diffusion/conditioning=none"
                 )
             conditioner[option] = data.index["classes"]
+        size = conditioner.get("vocab_size", 0)
+        if type(size) is not int or not isinstance(conditioner.get("tokenizer", ""), str):
+            raise ValueError(
+                f"diffusion.conditioning.conditioners.{name}: tokenizer is {FROM_DATA} or a file, vocab_size a whole number"
+            )
         if conditioner.get("tokenizer") == FROM_DATA:
-            size = conditioner.pop("vocab_size")
+            conditioner.pop("vocab_size")
             captions = [] if rehearsal else data.shards(data.train_split).captions()
             tokenizer = train_tokenizer(captions, size)
             conditioner["tokenizer"] = tokenizer.to_str()

@@ -42,6 +42,7 @@ from ldm_train.training.fit import fit
 from ldm_train.training.loggers import TensorBoardLogger, WandbRun
 from ldm_train.training.obedience import judged_fields
 from ldm_train.training.restoration import FIELDS as RESTORED
+from ldm_train.training.stages import Stage
 
 
 class Chain:
@@ -340,19 +341,26 @@ class Chain:
             for name in stages.check_stages(list(self.config.stages))
         ]
 
-    def run(self) -> None:
-        config, writer = self.config, self.machine.rank == 0
-        chain = self.stages()
+    def prepare(self) -> list[Stage]:
+        """The stages of this run, after everything that can be known to be wrong has been looked for; nothing is touched.
+
+        Prints the plan. Raises what a user can act on: Refused, ValueError, FileNotFoundError, DataError.
+        """
+        config, chain = self.config, self.stages()
         if config.restart:
             stages.check_stages([config.restart])
         rehearse(self)
-        if writer:
+        if self.machine.rank == 0:
             self.effort = print_plan(self, chain)
-        if counts := self.sample_counts():  # what cannot be measured ends the run before it begins
+        if counts := self.sample_counts():
             self.instruments.check(self.fields, counts, config.data.image_size)
             build.check_best_by(config)
-        defaults = build.option_defaults(config)
-        stages.check_chain(chain, self.folder, defaults, config.restart)  # a refused run must not touch what is there
+        stages.check_chain(chain, self.folder, build.option_defaults(config), config.restart)
+        return chain
+
+    def run(self) -> None:
+        config, writer = self.config, self.machine.rank == 0
+        chain, defaults = self.prepare(), build.option_defaults(config)
         self.barrier()
         if config.restart and writer:
             stages.set_aside(self.folder, config.restart)

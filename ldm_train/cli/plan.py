@@ -8,6 +8,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig
 from torch.utils.flop_counter import FlopCounterMode
 
+from ldm_train.checkpoints.parts import build as build_part
 from ldm_train.cli import build
 from ldm_train.training import stages
 
@@ -46,9 +47,14 @@ def _rate(device: torch.device) -> float:
     return best
 
 
-def _flops(module: torch.nn.Module, *inputs: Any, **named: Any) -> int:
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        module(*inputs, **named)
+def _flops(option: str, module: torch.nn.Module, *inputs: Any, **named: Any) -> int:
+    """Of one forward pass. Raises ValueError, naming the option, for a network that does not run."""
+    try:
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            module(*inputs, **named)
+    except (RuntimeError, TypeError, IndexError, ZeroDivisionError) as error:
+        shapes = ", ".join("x".join(map(str, i.shape)) for i in inputs)
+        raise ValueError(f"{option} does not run on an input of {shapes}: {str(error).splitlines()[0]}") from error
     return counter.get_total_flops()
 
 
@@ -78,7 +84,7 @@ def print_plan(chain: Any, todo: list[stages.Stage]) -> dict[str, tuple[float, f
     print(f"run {chain.folder} on {machine.world_size} x {machine.accelerator}, precision {machine.precision}")
     lines = {}
     with torch.device("meta"):
-        network = instantiate(config.autoencoder.network, _convert_="all").eval()
+        network = build_part(build.plain(config.autoencoder.network), "autoencoder.network", chain.trust).eval()
         f = network.downsample_factor
         for name, part in (("data", data), ("autoencoder.data", build.stage_data(config, "autoencoder"))):
             h, w = _size(part)
@@ -87,9 +93,9 @@ def print_plan(chain: Any, todo: list[stages.Stage]) -> dict[str, tuple[float, f
                     f"{name}.image_size {h}x{w} is not divisible by the autoencoder's downsample_factor {f}; use "
                     f"{max(f, h // f * f)}x{max(f, w // f * f)} or another autoencoder"
                 )
-        lines["autoencoder"] = (network, _flops(network, torch.empty(1, data.channels, h, w)))
-        unet = instantiate(config.diffusion.unet, _convert_="all")
-        schedule = instantiate(config.diffusion.schedule)
+        lines["autoencoder"] = (network, _flops("autoencoder.network", network, torch.empty(1, data.channels, h, w)))
+        unet = build_part(build.plain(config.diffusion.unet), "diffusion.unet", chain.trust)
+        schedule = build_part(build.plain(config.diffusion.schedule), "diffusion.schedule", chain.trust)
         instantiate(config.diffusion.objective, schedule)
         extra = {}
         if unet.context_dim:
@@ -105,10 +111,7 @@ def print_plan(chain: Any, todo: list[stages.Stage]) -> dict[str, tuple[float, f
                 f"{unet.levels - 1} times; use {max(g, height // g * g)}x{max(g, width // g * g)} or another diffusion/unet"
             )
         latent = torch.empty(1, unet.in_channels, height // f, width // f)
-        lines["diffusion"] = (unet, _flops(unet, latent, torch.empty(1), **extra))
-    for name in ("autoencoder", "diffusion"):
-        instantiate(config[name].lr_schedule, max_steps=config[name].max_steps)
-    schedule.timesteps(config.sampling.num_inference_steps, config.sampling.spacing)
+        lines["diffusion"] = (unet, _flops("diffusion.unet", unet, latent, torch.empty(1), **extra))
     measured = _rate(machine.device)
     peak = peak_flops(machine.device, machine.precision, measured) * machine.world_size
     rate = measured * machine.world_size * 0.4  # what training reaches of it, roughly

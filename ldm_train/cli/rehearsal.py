@@ -2,6 +2,7 @@
 training."""
 
 import math
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,8 +25,9 @@ TRAINED = ("autoencoder", "diffusion", "classifier")  # the stages with a sectio
 # Parts, chosen with a slash.
 PARTS = (
     "data", "autoencoder", "autoencoder.network", "autoencoder.loss", "diffusion", "diffusion.unet", "diffusion.objective",
-    "diffusion.conditioning", "sampler", "latents", "sampling", "evaluation",
+    "diffusion.conditioning", "sampler",
 )  # fmt: skip
+SECTIONS = ("latents", "sampling", "evaluation")
 # Whole numbers with the least that means something; None stands where the option may be left open.
 PER_STAGE = dict.fromkeys(
     ("max_steps", "batch_size", "micro_batch_size", "val_every", "val_images", "checkpoint_every", "log_every"), 1
@@ -59,21 +61,32 @@ FLAGS = (
 OPEN = (  # options that may be null
     "micro_batch_size", "val_images", "evaluate_every", "reference_images", "ema_decay", "clip_norm", "disc_lr", "restoration",
 )  # fmt: skip
+LISTS: dict[str, Any] = {
+    **dict.fromkeys(("stages", "trust", "evaluation.metrics", "evaluation.paired"), str),
+    **dict.fromkeys(("data.weights", "autoencoder.data.weights"), int | float),
+}
 CHOICES = {"data.crop": ("center", "random", "random_resized"), "data.reader": ("indexed", "streaming")}
 
 
 def check_values(config: DictConfig) -> None:
     """Raises ValueError, naming the option, for a value of the wrong type or range. Turns 1e4 into 10000 where a count is
     meant, and a name of digits into text."""
-    for part in PARTS:
+    for part in (*PARTS, *SECTIONS):
         value = OmegaConf.select(config, part)
         if not isinstance(value, DictConfig):
+            if part in SECTIONS:
+                raise ValueError(f"{part}={value}: it is a section, set the options in it: {part}.<option>=...")
             raise ValueError(f"{part}={value}: a part is chosen with a slash: {part.replace('.', '/')}={value}")
-    for name in [config.logger] if isinstance(config.logger, str) else config.logger:
+    for name in config.logger if OmegaConf.is_list(config.logger) else [config.logger]:
         if name not in ("wandb", "tensorboard", "csv"):
             raise ValueError(f"logger is wandb, tensorboard, csv or a list of them, not {name!r}")
-    if not OmegaConf.is_list(config.stages):
-        raise ValueError(f"stages is a list: stages=[{config.stages}]")
+    for key, kind in LISTS.items():
+        value = OmegaConf.select(config, key)
+        if value is None and key.endswith("weights"):
+            continue
+        if not OmegaConf.is_list(value) or not all(isinstance(v, kind) and not isinstance(v, bool) for v in value):
+            example = "[3,1]" if key.endswith("weights") else f"[{value}]"
+            raise ValueError(f"{key} is a list: {key}={example}")
     for key, least in WHOLE.items():
         _number(config, key, least, math.inf, whole=True)
     for key, (least, most) in NUMBERS.items():
@@ -84,11 +97,22 @@ def check_values(config: DictConfig) -> None:
     for key, known in CHOICES.items():
         if (value := OmegaConf.select(config, key)) not in known:
             raise ValueError(f"{key} is {', '.join(known)}, not {value!r}")
-    for key in ("name", "project"):
-        if config[key] is not None:
-            if OmegaConf.is_config(config[key]) or str(config[key]).strip("./ ") == "":
-                raise ValueError(f"{key}={config[key]} is no name")
-            config[key] = str(config[key])
+    for key in ("project", "runs_dir"):
+        if not isinstance(config[key], str) or not config[key]:
+            raise ValueError(f"{key}={config[key]} is no text")
+    for key in ("data.root", "autoencoder.data.root"):
+        value = OmegaConf.select(config, key)
+        roots = list(value) if OmegaConf.is_list(value) else [value]
+        if not roots or (not all(isinstance(r, str) for r in roots) and (key == "data.root" or value is not None)):
+            raise ValueError(f"{key}={value} is no folder of shards and no list of folders")
+    for key in ("autoencoder.pretrained", "trace"):
+        if (value := OmegaConf.select(config, key)) is not None and not isinstance(value, str):
+            raise ValueError(f"{key}={value} is no name of a file or folder")
+    for key in ("evaluation.obedience", "evaluation.restoration", "evaluation.perceptual", "evaluation.lpips"):
+        if (value := OmegaConf.select(config, key)) is not None and not OmegaConf.is_dict(value):
+            raise ValueError(f"{key}={value} is neither null nor a section with options")
+    if config.trace is not None and not Path(config.trace).absolute().parent.is_dir():
+        raise ValueError(f"trace={config.trace}: there is no folder {Path(config.trace).absolute().parent}")
     for key in ("data.image_size", "autoencoder.data.image_size"):
         value = OmegaConf.select(config, key)
         sides = list(value) if OmegaConf.is_list(value) else [value, value]
@@ -136,6 +160,10 @@ def rehearse(chain: Any) -> None:
     config, todo = chain.config, set(chain.config.stages)
     for stage in [s for s in TRAINED if s in todo]:
         _optimisation(config, stage)
+    if "autoencoder" in todo and not config.autoencoder.pretrained:
+        _decodes_a_sample(chain.data("autoencoder", ("image",)))
+        with torch.device("meta"):  # its perceptual network is the first thing that the stage itself loads
+            instantiate(build.plain(config.autoencoder.loss) | {"perceptual": None}, _convert_="all")
     on_latents = todo & {"latents", "diffusion", "evaluation", "classifier"}
     if config.latents.cache and config.data.crop != "center" and on_latents:
         raise ValueError(
@@ -153,9 +181,16 @@ def rehearse(chain: Any) -> None:
     if todo & {"diffusion", "evaluation"}:
         images = chain.data("diffusion", ("image", *chain.fields))
         _latent_diffusion(chain, autoencoder, images)
+        _decodes_a_sample(images)
         _sampling(chain, autoencoder.latent_channels)
     if "evaluation" in todo or config.diffusion.evaluate_every:
         check_reference(str(config.evaluation.reference), images.index["splits"], images.root)
+
+
+def _decodes_a_sample(images: Any) -> None:
+    """One sample with all its fields. (The streaming reader's shards may be far away.)"""
+    if images.reader == "indexed":
+        images.samples(images.val_split, images.fields, random=False)[(0, 0)]
 
 
 def _optimisation(config: DictConfig, stage: str) -> None:
@@ -185,6 +220,14 @@ def _latent_diffusion(chain: Any, autoencoder: nn.Module, images: Any) -> None:
     schedule = build_part(build.plain(config.diffusion.schedule), "diffusion.schedule", chain.trust)
     prediction = config.diffusion.objective.prediction_type
     LatentDiffusion(unet, first_stage, schedule, conditioners, prediction)
+    named = images.index.get("classes") or []
+    for name, conditioner in conditioners.items():
+        own = getattr(conditioner, "names", named)
+        if conditioner.field == "class_label" and len(own) < len(named):
+            raise ValueError(
+                f"diffusion.conditioning.conditioners.{name} knows {len(own)} classes, the data {images.root} have "
+                f"{len(named)}; set its classes={build.FROM_DATA}"
+            )
     for conditioner in conditioners.values():
         if isinstance(conditioner, Conditioner):
             conditioner.require()

@@ -34,7 +34,9 @@ def _bare(override: str) -> str:
 def run_name(config: DictConfig) -> str:
     """name=..., else the experiment's; in a multirun <that>/<the overrides in which its jobs differ>."""
     hydra_config = HydraConfig.get()
-    name = config.name or hydra_config.runtime.choices.get("experiment") or "run"
+    name = config.name if config.name is not None else hydra_config.runtime.choices.get("experiment") or "run"
+    if isinstance(name, bool) or not isinstance(name, str | int) or not str(name).strip("./ "):
+        raise ValueError(f"name={name} is no name of a folder")
     if hydra_config.mode == RunMode.MULTIRUN:
         # What was typed as it stands is the same for all jobs; Hydra writes it a little differently.
         typed = {_bare(a) for a in json.loads(os.environ.get(ARGUMENTS, "[]"))}
@@ -43,7 +45,7 @@ def run_name(config: DictConfig) -> str:
         if len(own) > LONGEST:
             own = f"{own[: LONGEST - 9]}-{hashlib.sha256(own.encode()).hexdigest()[:8]}"
         return f"{name}/{own}"
-    return name
+    return str(name)
 
 
 def train(config: DictConfig) -> None:

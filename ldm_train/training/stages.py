@@ -158,6 +158,10 @@ def check_chain(chain: Sequence[Stage], run_folder: Path, defaults: dict[str, An
     """Raises Refused, before anything is touched, where a stage was made with other settings, or where training it further
     would leave later ones behind with weights that are no longer there. restart: stages from it on count as absent."""
     gone = set(STAGES[STAGES.index(restart) :]) if restart else set()
+    names = [stage.name for stage in chain]
+    for upstream in [UPSTREAM[name] for name in names if name in UPSTREAM]:
+        if upstream not in names:
+            result_of(run_folder, upstream)  # which the run takes as it is
     for stage in chain:
         if stage.name in gone or decide(stage, run_folder, defaults) == "run":
             return  # what follows depends on what is about to be made

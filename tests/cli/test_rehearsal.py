@@ -1,0 +1,167 @@
+"""What can be known to be wrong with a run is said before anything is trained, for every stage of it."""
+
+import random
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from chains import SMALL
+from hydra import compose, initialize_config_dir
+from omegaconf import DictConfig, OmegaConf
+
+from ldm_train.cli import train
+from ldm_train.cli.chain import Chain
+from ldm_train.cli.common import TRACEBACK, USER_ERRORS, config_folder, run_command
+from ldm_train.training import stages
+
+Command = Callable[..., str]
+
+
+class Begun(Exception):
+    """The first stage would begin now."""
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("data")
+
+
+@pytest.fixture
+def begin(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture) -> Command:
+    """begin(override, ...) -> the message with which train.py refuses; raises Begun where it would train."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
+    monkeypatch.setenv(TRACEBACK, "0")
+
+    def advance(*arguments: Any) -> str:
+        raise Begun
+
+    monkeypatch.setattr(stages, "advance", advance)
+
+    def run(*overrides: str) -> str:
+        monkeypatch.setattr(sys, "argv", ["train.py", *SMALL, f"data_dir={data}", *overrides])
+        with pytest.raises(SystemExit) as caught:
+            run_command(train.train, "train")
+        assert caught.value.code == 1
+        return capfd.readouterr().err.partition("\nerror: ")[2]
+
+    return run
+
+
+def test_a_run_that_is_right_begins(begin: Command):
+    with pytest.raises(Begun):
+        begin("name=5")
+
+
+TEXT = "diffusion/conditioning=text"
+REFUSED = {
+    # the first stage
+    "autoencoder.batch_size=inf": "autoencoder.batch_size=inf is no finite number",
+    "autoencoder.batch_size=null": "autoencoder.batch_size=null: it needs a whole number",
+    "autoencoder.disc_lr=-1": "autoencoder.disc_lr=-1 is below 0",
+    "autoencoder.lr_schedule.warmup_steps=-3": "warmup_steps=-3 is below 0",
+    "autoencoder.clip_norm=nan": "autoencoder.clip_norm=nan is no finite number",
+    "autoencoder.loss.disc_loss=odd": "disc_loss is 'hinge' or 'vanilla'",
+    "autoencoder.loss.discriminator.norm=odd": "discriminator norm is 'group' or 'batch'",
+    "autoencoder.network.z_channels=0": "autoencoder.network does not run on an input of 1x3x32x32",
+    "autoencoder.network._target_=os.system": "autoencoder.network asks for os.system",
+    "autoencoder.pretrained=nowhere": "autoencoder.pretrained=nowhere is no run with a finished autoencoder",
+    # the latents
+    "latents.per_shard=0": "latents.per_shard=0 is below 1",
+    "latents.cache=maybe": "latents.cache='maybe' is neither true nor false",
+    "latents=5": "set the options in it: latents.<option>=...",
+    "data.crop=random": "data.crop=random is random, one cached encoding cannot stand for it; set latents.cache=false",
+    "data.channels=5": "the data asks for 5",
+    "data.root=null": "data.root=None is no folder of shards",
+    "data.max_bad_fraction=abc": "data.max_bad_fraction='abc' is no number",
+    "data.image_size=[32]": "data.image_size=[32] is neither a side in pixels nor [height, width]",
+    "data.scale=[2,1]": "data.scale=[2, 1] is no range of the area kept",
+    "data.val_split=none": "has no split 'none'",
+    # the second stage
+    "diffusion.samples=0": "diffusion.samples=0 is below 1",
+    "diffusion.unet.in_channels=5": "diffusion.unet.in_channels is 5, the first stage's latents have 4 channels",
+    "diffusion.unet.context_dim=999": "diffusion.unet.context_dim is 999, the conditioners",
+    "diffusion.unet.channels=33": "diffusion.unet does not run on an input of 1x4x8x8",
+    "diffusion.unet.attention_levels=[9]": "attention_levels [9] do not exist",
+    "diffusion.optimizer._target_=torch.optim.Nope": "diffusion.optimizer: Error loading 'torch.optim.Nope'",
+    "diffusion.optimizer.betas=[2,3]": "diffusion.optimizer: Invalid beta parameter at index 0: 2",
+    "diffusion.lr_schedule.schedule=odd": "lr_schedule.schedule is constant, cosine or linear",
+    "diffusion.ema_decay=2": "diffusion.ema_decay=2 is above 1",
+    "diffusion.objective.weighting=odd": "weighting 'odd' is none of",
+    "diffusion.schedule.zero_terminal_snr=true": "prediction_type=epsilon cannot learn a schedule with zero_terminal_snr",
+    f"{TEXT} diffusion.conditioning.conditioners.text.tokenizer=no.json": "tokenizer no.json is no file",
+    "diffusion.conditioning.conditioners.class_label.classes=2": "knows 2 classes",
+    "diffusion/conditioning=superres": "not every sample has a lowres",
+    # sampling and evaluation
+    "sampler.eta=abc": "sampler: ldm_train.samplers.ddim.ddim does not take its options",
+    "+sampler.order=3": "unexpected keyword argument 'order'",
+    "sampler._target_=ldm_train.samplers.ddim.nothing": "sampler asks for ldm_train.samplers.ddim.nothing, which is not there",
+    "sampling.spacing=odd": "unknown spacing 'odd'",
+    "sampling.num_inference_steps=5000": "num_inference_steps is 5000",
+    "sampling.guidance_scale=nan": "sampling.guidance_scale=nan is no finite number",
+    "evaluation.reference=missing.npz": "evaluation.reference=missing.npz: there is no such file",
+    "evaluation.reference=none": "evaluation.reference=none is no .npz file and no split",
+    "evaluation.obedience=abc": "evaluation.obedience=abc is neither null nor a section",
+    "evaluation.metrics=[odd]": "'odd' is none; choose from",
+    "evaluation.paired=[odd]": "paired metrics: odd is none",
+    "diffusion.best_by=odd": "diffusion.best_by=odd is not measured",
+    # the run
+    "name=[a]": "name=['a'] is no name of a folder",
+    "trust=5": "trust is a list: trust=[5]",
+    "trace=/nowhere/at/all": "trace=/nowhere/at/all: there is no folder /nowhere/at",
+    "stages=[evaluation]": "has no finished stage 'diffusion' yet",
+    "restart=odd": "unknown stages ['odd']",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("setting", REFUSED)
+def test_a_setting_that_cannot_work_is_named_before_anything_is_made(setting: str, begin: Command, tmp_path: Path):
+    assert REFUSED[setting] in begin(*setting.split())
+    assert not [p for p in tmp_path.rglob("*") if p.name in stages.STAGES]
+
+
+def test_a_reference_of_another_extractor_is_named_before_training(begin: Command, tmp_path: Path):
+    import numpy as np
+
+    np.savez(tmp_path / "other.npz", mu=np.zeros(7), sigma=np.eye(7))
+    message = begin("evaluation.reference=other.npz", "evaluation.metrics=[fid_tiny]")
+    assert "other.npz has 7 features per image, the extractor 128" in message
+
+
+def _leaves(node: DictConfig, prefix: str = "") -> list[str]:
+    found = []
+    for key in node:
+        value = node._get_node(key)
+        found += _leaves(value, f"{prefix}{key}.") if isinstance(value, DictConfig) else [f"{prefix}{key}"]
+    return found
+
+
+ODD = ["abc", -1, 0, None, float("nan"), float("inf"), True, [], [1, 2, 3], {}, "", 1e9, 2.5, "${nothing}", "a/b"]
+
+
+def test_any_option_with_any_value_is_taken_or_refused_in_words(
+    data: Path, tmp_path: Path, request: pytest.FixtureRequest
+):
+    """Of every option of the whole config, with values it was not made for: nothing but errors that users are shown."""
+    count, rng = request.config.getoption("--fuzz"), random.Random(0)
+    with initialize_config_dir(str(config_folder()), version_base="1.3"):
+        usual = compose("train", [*SMALL, "name=run", f"runs_dir={tmp_path}", f"data_dir={data}"])
+    # Not these: they say where things are, or start processes and downloads.
+    keys = [
+        k for k in _leaves(usual) if not k.startswith(("data_dir", "data.source", "devices", "evaluation.extractors"))
+    ]
+    unnamed = []
+    for _ in range(count):
+        key, value = rng.choice(keys), rng.choice(ODD)
+        config = usual.copy()
+        try:
+            OmegaConf.update(config, key, value, force_add=True)
+            train.check_values(config)
+            Chain(config, tmp_path / "run", train.build.machine_of(config, {}), train.build.own_parts(config)).prepare()
+        except USER_ERRORS:
+            pass
+        except Exception as error:
+            unnamed.append(f"{key}={value!r}: {type(error).__name__}: {error}")
+    assert not unnamed, "\n".join(sorted(set(unnamed)))
