@@ -13,7 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from ldm_train.cli.build import first_stage_tree, model_tree
 from ldm_train.cli.common import check_values, config_folder
-from ldm_train.conditioning.text import train_tokenizer
+from ldm_train.conditioning.text import TokenEncoder, train_tokenizer
 from ldm_train.diffusion.objective import DiffusionObjective
 
 EXPERIMENTS = sorted(p.stem for p in (config_folder() / "experiment").glob("*.yaml"))
@@ -181,6 +181,16 @@ def test_unets_have_the_published_sizes(which: tuple, count: int):
 )
 def test_sd2_variants_have_the_published_sizes(experiment: str, count: int):
     assert parameters(on_meta(composed("train", f"experiment={experiment}").diffusion.unet)) == count
+
+
+@pytest.mark.parametrize(("experiment", "count"), [("text2img_cc_f4", 166_590_080), ("text2img_f8", 542_895_360)])
+def test_text_transformers_have_the_published_sizes(experiment: str, count: int):
+    """Without the `to_logits` layer, which the published models carry and never use."""
+    options = composed("train", f"experiment={experiment}").diffusion.conditioning.conditioners.text
+    assert options.masked is False
+    given = {name: options[name] for name in ("vocab_size", "dim", "depth", "heads", "max_length", "head_dim")}
+    with torch.device("meta"):
+        assert parameters(TokenEncoder(**given)) == count
 
 
 # The paper's sweep, in millions (tables 13 and 14, recounted).
