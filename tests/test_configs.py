@@ -193,6 +193,18 @@ def test_text_transformers_have_the_published_sizes(experiment: str, count: int)
         assert parameters(TokenEncoder(**given)) == count
 
 
+@pytest.mark.parametrize("experiment", ["sd2_base", "sd2_v", "sd2_inpainting", "sd2_depth", "upscaler_x4", "unclip_h"])
+def test_stable_diffusion_2_pads_captions_with_id_0_and_sees_the_padding(experiment: str):
+    text = composed("train", f"experiment={experiment}").diffusion.conditioning.conditioners.text
+    assert (text.pad_id, text.masked) == (0, False)
+
+
+def test_stable_diffusion_1_pads_captions_as_its_tokenizer_does():
+    text = composed("train", "experiment=sd1").diffusion.conditioning.conditioners.text
+    assert text.get("pad_id") is None
+    assert text.masked is False
+
+
 # The paper's sweep, in millions (tables 13 and 14, recounted).
 @pytest.mark.parametrize(
     ("which", "millions"),

@@ -191,6 +191,8 @@ class FrozenText(Conditioner):
         it visible, so Stable Diffusion uses false)
     cache_size: captions whose hidden states are kept in memory
     tokenizer: a folder, where it is not that of the encoder
+    pad_id: the token that padding shows, where it is not the tokenizer's own (Stable Diffusion 2: 0, as open_clip; a
+        caption's own tokens stay as they are)
     The encoder is not part of the model's weights; the model folder names it. The null condition is the empty caption.
     """
 
@@ -206,11 +208,13 @@ class FrozenText(Conditioner):
         cache_size: int = 20_000,
         dropout: float = 0.1,
         tokenizer: str | None = None,
+        pad_id: int | None = None,
     ):
         super().__init__(dropout)
         if layer not in ("last", "penultimate"):
             raise ValueError(f"layer is 'last' or 'penultimate', not {layer!r}")
         self.path, self.dim, self.layer, self.max_length, self.masked = path, dim, layer, max_length, masked
+        self.pad_id = pad_id
         self.cache_size, self.widths, self.tokenizer_path = cache_size, {"context": dim}, tokenizer or path
         self._cache: OrderedDict[str, tuple[torch.Tensor, torch.Tensor]] = OrderedDict()
         self._pretrained: tuple[Any, nn.Module] | None = None  # a tuple hides it from state_dict and optimisers
@@ -234,6 +238,8 @@ class FrozenText(Conditioner):
                     f"the text encoder {self.path} is not there ({str(error).splitlines()[0]}); give a folder that holds "
                     "config.json, weights and tokenizer as diffusion.conditioning.conditioners.text.path=<folder>"
                 ) from error
+            if self.pad_id is not None and not 0 <= self.pad_id < len(tokenizer):
+                raise ValueError(f"pad_id={self.pad_id} is none of the tokenizer's {len(tokenizer)} tokens")
             model = model.get_encoder() if model.config.is_encoder_decoder else model
             self._pretrained = (tokenizer, model.eval().requires_grad_(False))
         tokenizer, model = self._pretrained
@@ -246,8 +252,11 @@ class FrozenText(Conditioner):
         tokens = tokenizer(
             list(captions), padding="max_length", truncation=True, max_length=self.max_length, return_tensors="pt"
         ).to(self.device)
+        ids = tokens["input_ids"]
+        if self.pad_id is not None:
+            ids = ids.masked_fill(tokens["attention_mask"] == 0, self.pad_id)
         arguments = {"attention_mask": tokens["attention_mask"]} if self.masked else {}
-        output = model(input_ids=tokens["input_ids"], output_hidden_states=self.layer == "penultimate", **arguments)
+        output = model(input_ids=ids, output_hidden_states=self.layer == "penultimate", **arguments)
         hidden = output.last_hidden_state
         if self.layer == "penultimate":
             hidden = output.hidden_states[-2]

@@ -1,5 +1,6 @@
 """Conditioners: null is a full drop mask, dropout touches dropped rows alone, padding touches nothing."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -291,6 +292,33 @@ def test_frozen_text_gives_the_hidden_states_of_transformers(pretrained_text: Pa
         {k.rpartition(".")[2]: v for k, v in reference.state_dict().items() if "final_layer_norm" in k}
     )
     torch.testing.assert_close(penultimate, norm(output.hidden_states[-2]))
+
+
+@torch.no_grad()
+def test_padding_with_id_0_is_that_of_open_clip(pretrained_text: Path, tokenizer) -> None:
+    """open_clip.tokenize: start, caption, end, zeros; Stable Diffusion 2 then reads the last layer but one, its final norm
+    applied, with nothing masked but the future."""
+    folder = pretrained_text.with_name("end_padded")  # laion's tokenizer pads with the end token, as OpenAI's
+    shutil.copytree(pretrained_text, folder)
+    ends = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<end>", eos_token="<end>")
+    ends.save_pretrained(folder)
+    reference = CLIPTextModel.from_pretrained(folder).eval()
+    captions = [*CAPTIONS, "", " ".join(["circle"] * 100)]
+    ids = torch.zeros(len(captions), 24, dtype=torch.long)
+    plain = torch.full_like(ids, ends.eos_token_id)
+    for row, caption in enumerate(captions):
+        tokens = tokenizer.encode(caption, add_special_tokens=False).ids[:24]
+        ids[row, : len(tokens)] = plain[row, : len(tokens)] = torch.tensor(tokens)
+    text_model = getattr(reference, "text_model", reference)
+    keep = torch.zeros(len(captions), dtype=torch.bool)
+    for pad_id, expected in ((0, ids), (None, plain)):
+        conditioner = FrozenText(str(folder), 16, "penultimate", max_length=24, pad_id=pad_id)
+        output = conditioner(captions, keep)
+        hidden = reference(input_ids=expected, output_hidden_states=True).hidden_states[-2]
+        torch.testing.assert_close(output["context"], text_model.final_layer_norm(hidden))
+        assert output["context_mask"].all()
+    with pytest.raises(ValueError, match=rf"pad_id=9999 is none of the tokenizer's {len(ends)} tokens"):
+        FrozenText(str(folder), 16, max_length=24, pad_id=9999).null(1)
 
 
 def test_frozen_text_is_asked_once_per_caption_and_owns_no_weights(pretrained_text: Path) -> None:
