@@ -205,6 +205,20 @@ def test_stable_diffusion_1_pads_captions_as_its_tokenizer_does():
     assert text.masked is False
 
 
+@pytest.mark.parametrize(
+    ("experiment", "form"),
+    [
+        ("inpainting_places_f4", "ldm"),
+        ("inpainting_places_f4_big", "ldm"),
+        ("sd2_inpainting", "sd2"),
+        ("shapes_inpainting", "covering"),
+    ],
+)
+def test_published_inpainting_recipes_have_the_published_condition(experiment: str, form: str):
+    conditioners = composed("train", f"experiment={experiment}").diffusion.conditioning.conditioners
+    assert conditioners.masked_image.form == form
+
+
 # The paper's sweep, in millions (tables 13 and 14, recounted).
 @pytest.mark.parametrize(
     ("which", "millions"),

@@ -40,6 +40,10 @@ MADE = {
         MaskedImageCondition,
         lambda: torch.cat([torch.rand(2, 3, 32, 16), torch.rand(2, 1, 32, 16).round()], 1),
     ),
+    "masked as ldm": (
+        lambda: MaskedImageCondition(form="ldm"),
+        lambda: torch.cat([torch.rand(2, 3, 32, 16), torch.rand(2, 1, 32, 16).round()], 1),
+    ),
     "depth": (DepthMap, lambda: torch.rand(2, 1, 32, 16)),
     "layout": (lambda: LayoutBoxes(16, 6, max_objects=3, vocab_size=101, depth=1, heads=2), lambda: BOXES),
     "embedding": (lambda: ImageEmbedding(TinyVision(), 128, 8), lambda: torch.rand(2, 3, 32, 32) * 2 - 1),
@@ -143,9 +147,10 @@ def test_a_masked_image_gives_its_latents_and_a_mask_that_covers_every_touched_c
     conditioner.attach(first_stage)
     image, mask = torch.rand(1, 3, 32, 16) * 2 - 1, torch.zeros(1, 1, 32, 16)
     mask[0, 0, 5, 9] = 1  # one pixel of cell (1, 2)
-    concat = conditioner(torch.cat([image, mask], dim=1), torch.tensor([False]))["concat"]
+    values = masked_image(image[0], mask[0])[None]
+    concat = conditioner(values, torch.tensor([False]))["concat"]
     assert concat[0, -1].nonzero().tolist() == [[1, 2]]
-    posterior = first_stage.posterior(first_stage.encode_moments(image))
+    posterior = first_stage.posterior(first_stage.encode_moments(values[:, :3]))
     torch.testing.assert_close(concat[:, :2], first_stage.scaled(posterior.mean))
 
 
@@ -159,6 +164,54 @@ def test_a_mask_of_all_ones_is_the_null_condition(first_stage: FirstStage) -> No
     size = conditioner.latent_size(16, 16)
     assert torch.equal(found, conditioner.null(2, size)["concat"])
     assert found[:, -1].eq(1).all()
+
+
+def published_holes(count: int = 2) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Pictures (B, 3, 32, 16) in [-1, 1], masks with ragged holes, and both as the data pipeline joins them."""
+    torch.manual_seed(3)
+    pictures, masks = torch.rand(count, 3, 32, 16) * 2 - 1, (torch.rand(count, 1, 32, 16) > 0.7).float()
+    return pictures, masks, torch.stack([masked_image(p, m) for p, m in zip(pictures, masks)])
+
+
+@torch.no_grad()
+def test_the_form_ldm_is_that_of_the_released_inpainting_model(first_stage: FirstStage) -> None:
+    """CompVis' scripts/inpaint.py: masked_image = (1 - mask) image for both in [0, 1], then everything to [-1, 1]; its
+    latents, then the mask by nearest neighbour."""
+    pictures, masks, values = published_holes()
+    conditioner = MaskedImageCondition(form="ldm")
+    conditioner.attach(first_stage)
+    masked = (1 - masks) * (pictures + 1) / 2
+    latents = first_stage.scaled(first_stage.autoencoder.encode(masked * 2 - 1).mean)
+    expected = torch.cat([latents, F.interpolate(masks * 2 - 1, size=latents.shape[-2:])], dim=1)
+    keep = torch.zeros(2, dtype=torch.bool)
+    for mode in (True, False):
+        torch.testing.assert_close(conditioner.train(mode)(values, keep)["concat"], expected, rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+def test_the_form_sd2_is_that_of_stable_diffusion_2(first_stage: FirstStage) -> None:
+    """LatentInpaintDiffusion: the mask in {0, 1} by nearest neighbour, then a sample of the posterior of
+    image * (mask < 0.5), the image in [-1, 1]; a dropped condition is all hole (AddMask's p_drop)."""
+    pictures, masks, values = published_holes()
+    conditioner = MaskedImageCondition(form="sd2")
+    conditioner.attach(first_stage)
+    for dropped in (False, True):
+        masks = torch.ones_like(masks) if dropped else masks
+        posterior = first_stage.autoencoder.encode(pictures * (masks < 0.5))
+        small = F.interpolate(masks, size=posterior.mean.shape[-2:])
+        drop = torch.full((2,), dropped)
+        torch.manual_seed(7)
+        expected = torch.cat([small, first_stage.scaled(posterior.sample())], dim=1)
+        torch.manual_seed(7)
+        torch.testing.assert_close(conditioner.train()(values, drop)["concat"], expected, rtol=1e-5, atol=1e-5)
+        # A picture is its seed's alone: sampling takes the mean.
+        expected = torch.cat([small, first_stage.scaled(posterior.mean)], dim=1)
+        torch.testing.assert_close(conditioner.eval()(values, drop)["concat"], expected, rtol=1e-5, atol=1e-5)
+
+
+def test_an_unknown_form_of_inpainting_is_named() -> None:
+    with pytest.raises(ValueError, match="form 'sd3' of an inpainting condition; choose covering, ldm, sd2"):
+        MaskedImageCondition(form="sd3")
 
 
 def test_noise_on_a_small_image_comes_in_training_only_and_is_told(first_stage: FirstStage) -> None:
