@@ -219,6 +219,13 @@ def test_published_inpainting_recipes_have_the_published_condition(experiment: s
     assert conditioners.masked_image.form == form
 
 
+def test_unclip_takes_the_statistics_of_its_embeddings():
+    assert composed("train", "experiment=unclip_h").diffusion.conditioning.conditioners.image.statistics == "unit"
+    file = "diffusion.conditioning.conditioners.image.statistics=stats.safetensors"
+    image = composed("train", "experiment=unclip_h", file).diffusion.conditioning.conditioners.image
+    assert image.statistics == "stats.safetensors"
+
+
 # The paper's sweep, in millions (tables 13 and 14, recounted).
 @pytest.mark.parametrize(
     ("which", "millions"),

@@ -213,7 +213,7 @@ class MaskedImageCondition(SpatialConditioner):
 
 
 class DepthMap(SpatialConditioner):
-    """A depth map at latent size, each stretched to [-1, 1] (as SD 2's depth model). The null condition is all 0."""
+    """A depth map at latent size, each stretched to [-1, 1] as SD 2's depth model does. The null condition is all 0."""
 
     field, widths = "depth", {"concat": 1}
 
@@ -224,9 +224,9 @@ class DepthMap(SpatialConditioner):
         """(B, 1, H, W), any range -> concat (B, 1, h, w)."""
         values = torch.as_tensor(values, device=self.device).float()
         size = self.latent_size(*values.shape[2:])
-        depth = F.interpolate(values, size, mode="bicubic", antialias=True, align_corners=False)
+        depth = F.interpolate(values, size, mode="bicubic", align_corners=False)  # published: not antialiased
         low, high = depth.amin(dim=(2, 3), keepdim=True), depth.amax(dim=(2, 3), keepdim=True)
-        return {"concat": _kept(2 * (depth - low) / (high - low).clamp(min=1e-6) - 1, drop)}
+        return {"concat": _kept(2 * (depth - low) / (high - low + 0.001) - 1, drop)}
 
     def picture(self, values: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
         return F.interpolate(torch.as_tensor(values).cpu().float(), tuple(size), mode="nearest") * 2 - 1
