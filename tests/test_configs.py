@@ -13,7 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from ldm_train.cli.build import first_stage_tree, model_tree
 from ldm_train.cli.common import check_values, config_folder
-from ldm_train.conditioning.text import train_tokenizer
+from ldm_train.conditioning.text import TokenEncoder, train_tokenizer
 from ldm_train.diffusion.objective import DiffusionObjective
 
 EXPERIMENTS = sorted(p.stem for p in (config_folder() / "experiment").glob("*.yaml"))
@@ -181,6 +181,49 @@ def test_unets_have_the_published_sizes(which: tuple, count: int):
 )
 def test_sd2_variants_have_the_published_sizes(experiment: str, count: int):
     assert parameters(on_meta(composed("train", f"experiment={experiment}").diffusion.unet)) == count
+
+
+@pytest.mark.parametrize(("experiment", "count"), [("text2img_cc_f4", 166_590_080), ("text2img_f8", 542_895_360)])
+def test_text_transformers_have_the_published_sizes(experiment: str, count: int):
+    """Without the `to_logits` layer, which the published models carry and never use."""
+    options = composed("train", f"experiment={experiment}").diffusion.conditioning.conditioners.text
+    assert options.masked is False
+    given = {name: options[name] for name in ("vocab_size", "dim", "depth", "heads", "max_length", "head_dim")}
+    with torch.device("meta"):
+        assert parameters(TokenEncoder(**given)) == count
+
+
+@pytest.mark.parametrize("experiment", ["sd2_base", "sd2_v", "sd2_inpainting", "sd2_depth", "upscaler_x4", "unclip_h"])
+def test_stable_diffusion_2_pads_captions_with_id_0_and_sees_the_padding(experiment: str):
+    text = composed("train", f"experiment={experiment}").diffusion.conditioning.conditioners.text
+    assert (text.pad_id, text.masked) == (0, False)
+
+
+def test_stable_diffusion_1_pads_captions_as_its_tokenizer_does():
+    text = composed("train", "experiment=sd1").diffusion.conditioning.conditioners.text
+    assert text.get("pad_id") is None
+    assert text.masked is False
+
+
+@pytest.mark.parametrize(
+    ("experiment", "form"),
+    [
+        ("inpainting_places_f4", "ldm"),
+        ("inpainting_places_f4_big", "ldm"),
+        ("sd2_inpainting", "sd2"),
+        ("shapes_inpainting", "covering"),
+    ],
+)
+def test_published_inpainting_recipes_have_the_published_condition(experiment: str, form: str):
+    conditioners = composed("train", f"experiment={experiment}").diffusion.conditioning.conditioners
+    assert conditioners.masked_image.form == form
+
+
+def test_unclip_takes_the_statistics_of_its_embeddings():
+    assert composed("train", "experiment=unclip_h").diffusion.conditioning.conditioners.image.statistics == "unit"
+    file = "diffusion.conditioning.conditioners.image.statistics=stats.safetensors"
+    image = composed("train", "experiment=unclip_h", file).diffusion.conditioning.conditioners.image
+    assert image.statistics == "stats.safetensors"
 
 
 # The paper's sweep, in millions (tables 13 and 14, recounted).

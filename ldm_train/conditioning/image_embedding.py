@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import nn
 from torch.nn import functional as F
 
@@ -62,6 +64,24 @@ class PretrainedVision(nn.Module):
         return pooled[:, None]
 
 
+def read_statistics(path: str, dim: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and standard deviation (dim,) of an encoder's embeddings, from a .safetensors file that holds `mean` and `std`
+    (as the image_normalizer of diffusers' unCLIP pipelines). Raises FileNotFoundError or ValueError, naming the file."""
+    if not Path(path).is_file():
+        raise FileNotFoundError(
+            f"{path} is no file; set statistics to a .safetensors file, or to 'unit' (mean 0, std 1; a trained model's own "
+            "come with its weights)"
+        )
+    try:
+        state = load_file(path)
+    except (OSError, SafetensorError):
+        state = {}
+    found = [state[name].float().flatten() for name in ("mean", "std") if name in state]
+    if [len(part) for part in found] != [dim, dim] or not (found[1] > 0).all():
+        raise ValueError(f"{path} does not hold `mean` and `std` (above 0) of {dim} values each in safetensors format")
+    return found[0], found[1]
+
+
 class ImageEmbedding(Conditioner):
     """Embeddings of the picture itself while training, of any picture when sampling, through a trained projection.
 
@@ -71,6 +91,9 @@ class ImageEmbedding(Conditioner):
         of its noise level side by side, as unCLIP has them (width 2 * encoder_dim), the null being zero
     noise_levels: timesteps up to which training adds noise to the normalised embedding; the level is told to the model
         (0: none)
+    statistics: None: each embedding is normalised by itself (LayerNorm) and stays so. Otherwise it stays as the encoder
+        gives it, and is normalised for its noise alone, as unCLIP: "unit" by mean 0 and std 1, else by those of a file
+        (`read_statistics`). The weights carry them.
     """
 
     field = "reference"
@@ -84,6 +107,7 @@ class ImageEmbedding(Conditioner):
         noise_levels: int = 0,
         channels: int = 3,
         dropout: float = 0.1,
+        statistics: str | None = None,
     ):
         super().__init__(dropout)
         if slot not in ("vector", "context"):
@@ -97,16 +121,27 @@ class ImageEmbedding(Conditioner):
         self.null_embedding = nn.Parameter(null, requires_grad=bool(dim))
         if noise_levels:
             self.noise = NoiseSchedule("cosine")
+        self.per_image = statistics is None
+        if not self.per_image:
+            unit = torch.zeros(encoder_dim), torch.ones(encoder_dim)
+            mean, std = unit if statistics == "unit" else read_statistics(statistics, encoder_dim)
+            self.register_buffer("mean", mean)
+            self.register_buffer("std", std)
 
     @torch.no_grad()
     def embed(self, images: torch.Tensor) -> torch.Tensor:
-        """(B, C, H, W) in [-1, 1] -> (B, L, encoder_dim), each with mean 0 and variance 1."""
+        """(B, C, H, W) in [-1, 1] -> (B, L, encoder_dim), without `statistics` each with mean 0 and variance 1."""
         features = self._encoder[0].to(self.device)(images.to(self.device)).float()
         if features.shape[2] != self.encoder_dim:
             raise ValueError(
                 f"the image encoder gives {features.shape[2]} features, the config says {self.encoder_dim}"
             )
-        return F.layer_norm(features, features.shape[-1:])
+        return F.layer_norm(features, features.shape[-1:]) if self.per_image else features
+
+    def noised(self, features: torch.Tensor, levels: torch.Tensor) -> torch.Tensor:
+        """Embeddings (B, L, encoder_dim) with the noise of levels (B,), added where they have mean 0 and std 1."""
+        mean, std = (0.0, 1.0) if self.per_image else (self.mean, self.std)
+        return self.noise.add_noise((features - mean) / std, torch.randn_like(features), levels) * std + mean
 
     def forward(self, values: torch.Tensor, drop: torch.Tensor) -> dict[str, torch.Tensor]:
         """images (B, C, H, W) -> vector (B, dim) or context (B, L, dim) with its mask."""
@@ -115,7 +150,7 @@ class ImageEmbedding(Conditioner):
             levels = torch.zeros(len(features), dtype=torch.long)
             if self.training:
                 levels = torch.randint(self.noise_levels, (len(features),))
-                features = self.noise.add_noise(features, torch.randn_like(features), levels.to(features.device))
+                features = self.noised(features, levels.to(features.device))
             told = timestep_embedding(levels.to(features.device), self.level_dim)[:, None].expand(
                 -1, features.shape[1], -1
             )

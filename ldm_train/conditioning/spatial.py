@@ -1,7 +1,7 @@
 """Conditions that are pictures: label maps, low-resolution images, masked images, depth. They join the latents' channels."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -148,17 +148,45 @@ class LowResolution(SpatialConditioner):
         return torch.zeros(count, self.channels, height // self.factor, width // self.factor)
 
 
-class MaskedImageCondition(SpatialConditioner):
-    """Inpainting: the latents of the image without its hole, and the mask at latent size (1 in the hole).
+class InpaintingForm(NamedTuple):
+    """How the U-Net is told of a hole.
 
+    hole: value of its pixels in the encoded image. span: value of the mask outside it and in it
+    nearest: the mask is resized by nearest neighbour; otherwise a latent cell counts as hole as soon as any pixel is one
+    first: the mask comes before the latents. sampled: training draws latents from the posterior; otherwise the mean
+    """
+
+    hole: float = -1.0
+    span: tuple[float, float] = (0.0, 1.0)
+    nearest: bool = False
+    first: bool = False
+    sampled: bool = False
+
+
+INPAINTING_FORMS = {
+    "covering": InpaintingForm(),  # ours: nearest neighbour can miss a hole, whose -1 the latents then show as a colour
+    "ldm": InpaintingForm(span=(-1.0, 1.0), nearest=True),  # CompVis/latent-diffusion, scripts/inpaint.py
+    "sd2": InpaintingForm(hole=0.0, nearest=True, first=True, sampled=True),  # LatentInpaintDiffusion; SD 1.5 likewise
+}
+
+
+class MaskedImageCondition(SpatialConditioner):
+    """Inpainting: the latents of the image without its hole, and the mask at latent size.
+
+    form: of INPAINTING_FORMS; "ldm" and "sd2" are those of the published models. (Sampling takes the posterior's mean in
+    all of them: a picture depends on its seed alone.)
     The null condition is a picture that is all hole; a mask of all ones therefore asks for any picture.
     """
 
     field = "masked_image"
 
-    def __init__(self, channels: int = 3, dropout: float = 0.0):
+    def __init__(self, channels: int = 3, dropout: float = 0.0, form: str = "covering"):
         super().__init__(dropout)
-        self.channels = channels
+        if form not in INPAINTING_FORMS:
+            raise ValueError(
+                f"there is no form {form!r} of an inpainting condition; choose {', '.join(INPAINTING_FORMS)}"
+            )
+        self.channels, self.form = channels, INPAINTING_FORMS[form]
 
     @property
     def widths(self) -> dict[str, int]:
@@ -167,15 +195,15 @@ class MaskedImageCondition(SpatialConditioner):
     def forward(self, values: torch.Tensor, drop: torch.Tensor) -> dict[str, torch.Tensor]:
         """(B, C + 1, H, W), image with the hole at -1 and mask -> concat (B, latent channels + 1, h, w)."""
         values = torch.as_tensor(values, device=self.device)
-        images, mask = values[:, :-1], values[:, -1:]
-        gone = drop.to(values.device).view(-1, 1, 1, 1)
-        images, mask = images.masked_fill(gone, -1.0), mask.masked_fill(gone, 1.0)
-        posterior = self.first_stage.posterior(self.first_stage.encode_moments(images))
         size = self.latent_size(*values.shape[2:])
-        # A latent cell counts as hole as soon as any of its pixels is one.
-        return {
-            "concat": torch.cat([self.first_stage.scaled(posterior.mean), F.adaptive_max_pool2d(mask, size)], dim=1)
-        }
+        mask = values[:, -1:].masked_fill(drop.to(values.device).view(-1, 1, 1, 1), 1.0)
+        images = values[:, :-1].masked_fill(mask > 0.5, self.form.hole)
+        posterior = self.first_stage.posterior(self.first_stage.encode_moments(images))
+        latents = posterior.sample() if self.form.sampled and self.training else posterior.mean
+        small = F.interpolate(mask, size, mode="nearest") if self.form.nearest else F.adaptive_max_pool2d(mask, size)
+        outside, inside = self.form.span
+        parts = [self.first_stage.scaled(latents), outside + (inside - outside) * small]
+        return {"concat": torch.cat(parts[::-1] if self.form.first else parts, dim=1)}
 
     def picture(self, values: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
         return torch.as_tensor(values)[:, :-1].cpu()
@@ -185,7 +213,7 @@ class MaskedImageCondition(SpatialConditioner):
 
 
 class DepthMap(SpatialConditioner):
-    """A depth map at latent size, each stretched to [-1, 1] (as SD 2's depth model). The null condition is all 0."""
+    """A depth map at latent size, each stretched to [-1, 1] as SD 2's depth model does. The null condition is all 0."""
 
     field, widths = "depth", {"concat": 1}
 
@@ -196,9 +224,9 @@ class DepthMap(SpatialConditioner):
         """(B, 1, H, W), any range -> concat (B, 1, h, w)."""
         values = torch.as_tensor(values, device=self.device).float()
         size = self.latent_size(*values.shape[2:])
-        depth = F.interpolate(values, size, mode="bicubic", antialias=True, align_corners=False)
+        depth = F.interpolate(values, size, mode="bicubic", align_corners=False)  # published: not antialiased
         low, high = depth.amin(dim=(2, 3), keepdim=True), depth.amax(dim=(2, 3), keepdim=True)
-        return {"concat": _kept(2 * (depth - low) / (high - low).clamp(min=1e-6) - 1, drop)}
+        return {"concat": _kept(2 * (depth - low) / (high - low + 0.001) - 1, drop)}
 
     def picture(self, values: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
         return F.interpolate(torch.as_tensor(values).cpu().float(), tuple(size), mode="nearest") * 2 - 1

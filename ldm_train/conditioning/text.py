@@ -9,26 +9,61 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from torch import nn
+from torch.nn import functional as F
 
 from ldm_train.conditioning.base import Conditioner
+from ldm_train.models.transformer import CrossAttention
+
+
+class NarrowLayer(nn.Module):
+    """A pre-norm transformer layer whose heads need not fill the width, as in x-transformers: no biases on q, k, v."""
+
+    def __init__(self, dim: int, heads: int, head_dim: int):
+        super().__init__()
+        self.norm1, self.norm2 = nn.LayerNorm(dim), nn.LayerNorm(dim)
+        self.attention = CrossAttention(dim, None, heads, head_dim)
+        self.linear1, self.linear2 = nn.Linear(dim, 4 * dim), nn.Linear(4 * dim, dim)
+
+    def forward(self, x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+        """x (B, L, dim), mask (B, L) bool with True where a token counts -> (B, L, dim)"""
+        x = x + self.attention(self.norm1(x), mask=mask)
+        return x + self.linear2(F.gelu(self.linear1(self.norm2(x))))
+
+
+class NarrowTransformer(nn.Module):
+    """Called as torch's TransformerEncoder, whose attention cannot be narrower than the width."""
+
+    def __init__(self, dim: int, depth: int, heads: int, head_dim: int):
+        super().__init__()
+        self.layers = nn.ModuleList(NarrowLayer(dim, heads, head_dim) for _ in range(depth))
+
+    def forward(self, x: torch.Tensor, src_key_padding_mask: torch.Tensor | None = None) -> torch.Tensor:
+        """x (B, L, dim), src_key_padding_mask (B, L) bool with True where a token does not count -> (B, L, dim)"""
+        for layer in self.layers:
+            x = layer(x, None if src_key_padding_mask is None else ~src_key_padding_mask)
+        return x
 
 
 class TokenEncoder(nn.Module):
     """Token ids -> hidden states: embedding, learned positions, pre-norm transformer, final norm.
 
     vocab_size, dim, depth, heads; max_length: positions
+    head_dim: width of a head, where heads * head_dim is not dim (LDM's text models: 8 heads of 64 at any width)
     """
 
-    def __init__(self, vocab_size: int, dim: int, depth: int, heads: int, max_length: int):
+    def __init__(self, vocab_size: int, dim: int, depth: int, heads: int, max_length: int, head_dim: int | None = None):
         super().__init__()
         self.token_embedding = nn.Embedding(vocab_size, dim)
         # Unit-size tokens (nn.Embedding's own start) dominate the residual stream: the pooled vector is a readable bag
         # of words from the first step. With 0.02 the short quickstart never learned to obey positions.
         self.position_embedding = nn.Parameter(torch.randn(max_length, dim) * 0.2)
-        layer = nn.TransformerEncoderLayer(
-            dim, heads, 4 * dim, dropout=0.0, activation="gelu", batch_first=True, norm_first=True
-        )
-        self.transformer = nn.TransformerEncoder(layer, depth, enable_nested_tensor=False)
+        if head_dim is None or heads * head_dim == dim:
+            layer = nn.TransformerEncoderLayer(
+                dim, heads, 4 * dim, dropout=0.0, activation="gelu", batch_first=True, norm_first=True
+            )
+            self.transformer = nn.TransformerEncoder(layer, depth, enable_nested_tensor=False)
+        else:
+            self.transformer = NarrowTransformer(dim, depth, heads, head_dim)
         self.norm = nn.LayerNorm(dim)
 
     def forward(self, ids: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
@@ -85,7 +120,8 @@ class TrainedText(Conditioner):
 
     tokenizer: a Tokenizer with the special tokens of `train_tokenizer` or of BERT, or its JSON (as model folders keep it)
     dim: width; must equal the U-Net's context_dim
-    depth, heads: of the transformer. max_length: tokens, longer captions are cut
+    depth, heads, head_dim: of the transformer (see TokenEncoder). max_length: tokens, longer captions are cut
+    masked: attention, here and in the U-Net, ignores padding. LDM's published text models let it be seen
     pooled: also fill the vector slot with the mean hidden state, which joins the timestep embedding
     The null condition is the empty caption.
     """
@@ -101,6 +137,8 @@ class TrainedText(Conditioner):
         max_length: int = 77,
         pooled: bool = False,
         dropout: float = 0.1,
+        head_dim: int | None = None,
+        masked: bool = True,
     ):
         super().__init__(dropout)
         if isinstance(tokenizer, str):
@@ -110,9 +148,9 @@ class TrainedText(Conditioner):
         self.special = next((ids for ids in known if None not in ids), None)
         if self.special is None:
             raise ValueError(f"the tokenizer lacks special tokens: {' or '.join(map(', '.join, SPECIAL))}")
-        self.max_length, self.pooled = max_length, pooled
+        self.max_length, self.pooled, self.masked = max_length, pooled, masked
         self.widths = {"context": dim} | ({"vector": dim} if pooled else {})
-        self.encoder = TokenEncoder(tokenizer.get_vocab_size(), dim, depth, heads, max_length)
+        self.encoder = TokenEncoder(tokenizer.get_vocab_size(), dim, depth, heads, max_length, head_dim)
 
     def tokenize(self, captions: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
         """Token ids (B, L) and mask (B, L), L = max_length, on the CPU."""
@@ -129,8 +167,8 @@ class TrainedText(Conditioner):
         """B captions -> context (B, L, dim), context_mask (B, L), with `pooled` also vector (B, dim)."""
         captions = ["" if dropped else text for text, dropped in zip(values, drop.tolist())]
         ids, mask = (t.to(self.device, non_blocking=True) for t in self.tokenize(captions))
-        x = self.encoder(ids, mask)
-        condition = {"context": x, "context_mask": mask}
+        x = self.encoder(ids, mask if self.masked else None)
+        condition = {"context": x, "context_mask": mask if self.masked else torch.ones_like(mask)}
         if self.pooled:
             share = mask[..., None].to(x.dtype)
             condition["vector"] = (x * share).sum(dim=1) / share.sum(dim=1)
@@ -153,6 +191,8 @@ class FrozenText(Conditioner):
         it visible, so Stable Diffusion uses false)
     cache_size: captions whose hidden states are kept in memory
     tokenizer: a folder, where it is not that of the encoder
+    pad_id: the token that padding shows, where it is not the tokenizer's own (Stable Diffusion 2: 0, as open_clip; a
+        caption's own tokens stay as they are)
     The encoder is not part of the model's weights; the model folder names it. The null condition is the empty caption.
     """
 
@@ -168,11 +208,13 @@ class FrozenText(Conditioner):
         cache_size: int = 20_000,
         dropout: float = 0.1,
         tokenizer: str | None = None,
+        pad_id: int | None = None,
     ):
         super().__init__(dropout)
         if layer not in ("last", "penultimate"):
             raise ValueError(f"layer is 'last' or 'penultimate', not {layer!r}")
         self.path, self.dim, self.layer, self.max_length, self.masked = path, dim, layer, max_length, masked
+        self.pad_id = pad_id
         self.cache_size, self.widths, self.tokenizer_path = cache_size, {"context": dim}, tokenizer or path
         self._cache: OrderedDict[str, tuple[torch.Tensor, torch.Tensor]] = OrderedDict()
         self._pretrained: tuple[Any, nn.Module] | None = None  # a tuple hides it from state_dict and optimisers
@@ -196,6 +238,8 @@ class FrozenText(Conditioner):
                     f"the text encoder {self.path} is not there ({str(error).splitlines()[0]}); give a folder that holds "
                     "config.json, weights and tokenizer as diffusion.conditioning.conditioners.text.path=<folder>"
                 ) from error
+            if self.pad_id is not None and not 0 <= self.pad_id < len(tokenizer):
+                raise ValueError(f"pad_id={self.pad_id} is none of the tokenizer's {len(tokenizer)} tokens")
             model = model.get_encoder() if model.config.is_encoder_decoder else model
             self._pretrained = (tokenizer, model.eval().requires_grad_(False))
         tokenizer, model = self._pretrained
@@ -211,8 +255,11 @@ class FrozenText(Conditioner):
         tokens = tokenizer(
             list(captions), padding="max_length", truncation=True, max_length=self.max_length, return_tensors="pt"
         ).to(self.device)
+        ids = tokens["input_ids"]
+        if self.pad_id is not None:
+            ids = ids.masked_fill(tokens["attention_mask"] == 0, self.pad_id)
         arguments = {"attention_mask": tokens["attention_mask"]} if self.masked else {}
-        output = model(input_ids=tokens["input_ids"], output_hidden_states=self.layer == "penultimate", **arguments)
+        output = model(input_ids=ids, output_hidden_states=self.layer == "penultimate", **arguments)
         hidden = output.last_hidden_state
         if self.layer == "penultimate":
             hidden = output.hidden_states[-2]

@@ -1,9 +1,11 @@
 """Conditioners: null is a full drop mask, dropout touches dropped rows alone, padding touches nothing."""
 
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from torch.nn import functional as F
 from transformers import AutoTokenizer, BertTokenizer, CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerFast
 
 from ldm_train.conditioning.base import Conditioner, merge
@@ -193,6 +195,57 @@ def test_a_vocabulary_that_is_none_is_named(tmp_path: Path) -> None:
         read_tokenizer(str(tmp_path / "tokenizer.json"))
 
 
+def x_transformer(state: dict[str, torch.Tensor], ids: torch.Tensor, heads: int, mask: torch.Tensor | None = None):
+    """The encoder that LDM's text models copied from x-transformers: embeddings and unscaled positions, pre-norm attention
+    without q/k/v biases, feed-forward of four times the width with GELU, final norm."""
+    norm = lambda x, key: F.layer_norm(x, x.shape[-1:], state[f"{key}.weight"], state[f"{key}.bias"])  # noqa: E731
+    x = state["token_embedding.weight"][ids] + state["position_embedding"][: ids.shape[1]]
+    for i in range(1 + max(int(key.split(".")[2]) for key in state if ".layers." in key)):
+        layer = f"transformer.layers.{i}"
+        h = norm(x, f"{layer}.norm1")
+        q, k, v = (
+            (h @ state[f"{layer}.attention.to_{n}.weight"].T).unflatten(2, (heads, -1)).transpose(1, 2) for n in "qkv"
+        )
+        scores = q @ k.transpose(2, 3) * q.shape[3] ** -0.5
+        scores = scores if mask is None else scores.masked_fill(~mask[:, None, None], -torch.inf)
+        mixed = (scores.softmax(dim=3) @ v).transpose(1, 2).flatten(2)
+        x = x + F.linear(mixed, state[f"{layer}.attention.to_out.0.weight"], state[f"{layer}.attention.to_out.0.bias"])
+        h = F.linear(norm(x, f"{layer}.norm2"), state[f"{layer}.linear1.weight"], state[f"{layer}.linear1.bias"])
+        x = x + F.linear(F.gelu(h), state[f"{layer}.linear2.weight"], state[f"{layer}.linear2.bias"])
+    return norm(x, "norm")
+
+
+@torch.no_grad()
+def test_heads_narrower_than_the_width_attend_as_in_x_transformers(tokenizer) -> None:
+    torch.manual_seed(0)
+    conditioner = text(tokenizer, dim=40, depth=3, heads=2, head_dim=8, masked=False)
+    for p in conditioner.parameters():
+        p.add_(0.1 * torch.randn_like(p))  # norms and biases that do something
+    ids, mask = conditioner.tokenize(CAPTIONS)
+    state = conditioner.encoder.state_dict()
+    output = conditioner(CAPTIONS, torch.zeros(4, dtype=torch.bool))
+    torch.testing.assert_close(output["context"], x_transformer(state, ids, 2), rtol=1e-5, atol=1e-5)
+    assert output["context_mask"].all()  # padding is visible to the U-Net too
+    hidden = conditioner.encoder(ids, mask)
+    torch.testing.assert_close(hidden[mask], x_transformer(state, ids, 2, mask)[mask], rtol=1e-5, atol=1e-5)
+
+
+def test_heads_that_fill_the_width_keep_the_weights_of_older_models(tokenizer) -> None:
+    plain, named = text(tokenizer), text(tokenizer, head_dim=8)
+    assert list(plain.state_dict()) == list(named.state_dict())
+    assert "encoder.transformer.layers.0.self_attn.in_proj_weight" in plain.state_dict()
+
+
+@torch.no_grad()
+def test_visible_padding_changes_the_tokens_but_not_what_is_pooled(tokenizer) -> None:
+    conditioner = text(tokenizer, pooled=True, masked=False)
+    output = conditioner(CAPTIONS, torch.zeros(4, dtype=torch.bool))
+    _, mask = conditioner.tokenize(CAPTIONS)
+    hidden = conditioner.encoder(conditioner.tokenize(CAPTIONS)[0])
+    torch.testing.assert_close(output["context"], hidden)
+    torch.testing.assert_close(output["vector"][2], hidden[2][mask[2]].mean(dim=0), rtol=1e-5, atol=1e-6)
+
+
 def test_merge_joins_tokens_with_their_masks_and_features() -> None:
     yes, no = torch.ones(2, 3, dtype=torch.bool), torch.zeros(2, 1, dtype=torch.bool)
     one = {"context": torch.randn(2, 3, 4), "context_mask": yes, "vector": torch.ones(2, 5)}
@@ -239,6 +292,33 @@ def test_frozen_text_gives_the_hidden_states_of_transformers(pretrained_text: Pa
         {k.rpartition(".")[2]: v for k, v in reference.state_dict().items() if "final_layer_norm" in k}
     )
     torch.testing.assert_close(penultimate, norm(output.hidden_states[-2]))
+
+
+@torch.no_grad()
+def test_padding_with_id_0_is_that_of_open_clip(pretrained_text: Path, tokenizer) -> None:
+    """open_clip.tokenize: start, caption, end, zeros; Stable Diffusion 2 then reads the last layer but one, its final norm
+    applied, with nothing masked but the future."""
+    folder = pretrained_text.with_name("end_padded")  # laion's tokenizer pads with the end token, as OpenAI's
+    shutil.copytree(pretrained_text, folder)
+    ends = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<end>", eos_token="<end>")
+    ends.save_pretrained(folder)
+    reference = CLIPTextModel.from_pretrained(folder).eval()
+    captions = [*CAPTIONS, "", " ".join(["circle"] * 100)]
+    ids = torch.zeros(len(captions), 24, dtype=torch.long)
+    plain = torch.full_like(ids, ends.eos_token_id)
+    for row, caption in enumerate(captions):
+        tokens = tokenizer.encode(caption, add_special_tokens=False).ids[:24]
+        ids[row, : len(tokens)] = plain[row, : len(tokens)] = torch.tensor(tokens)
+    text_model = getattr(reference, "text_model", reference)
+    keep = torch.zeros(len(captions), dtype=torch.bool)
+    for pad_id, expected in ((0, ids), (None, plain)):
+        conditioner = FrozenText(str(folder), 16, "penultimate", max_length=24, pad_id=pad_id)
+        output = conditioner(captions, keep)
+        hidden = reference(input_ids=expected, output_hidden_states=True).hidden_states[-2]
+        torch.testing.assert_close(output["context"], text_model.final_layer_norm(hidden))
+        assert output["context_mask"].all()
+    with pytest.raises(ValueError, match=rf"pad_id=9999 is none of the tokenizer's {len(ends)} tokens"):
+        FrozenText(str(folder), 16, max_length=24, pad_id=9999).null(1)
 
 
 def test_frozen_text_is_asked_once_per_caption_and_owns_no_weights(pretrained_text: Path) -> None:

@@ -4,6 +4,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers import DDPMScheduler
+from diffusers.models.embeddings import get_timestep_embedding
+from diffusers.pipelines.stable_diffusion.stable_unclip_image_normalizer import StableUnCLIPImageNormalizer
+from safetensors.torch import save_file
 from torch.nn import functional as F
 from transformers import (
     CLIPImageProcessor,
@@ -38,6 +42,10 @@ MADE = {
     "noisy lowres": (lambda: LowResolution(noise_levels=100, vector_dim=8), lambda: torch.rand(2, 3, 8, 4) * 2 - 1),
     "masked": (
         MaskedImageCondition,
+        lambda: torch.cat([torch.rand(2, 3, 32, 16), torch.rand(2, 1, 32, 16).round()], 1),
+    ),
+    "masked as ldm": (
+        lambda: MaskedImageCondition(form="ldm"),
         lambda: torch.cat([torch.rand(2, 3, 32, 16), torch.rand(2, 1, 32, 16).round()], 1),
     ),
     "depth": (DepthMap, lambda: torch.rand(2, 1, 32, 16)),
@@ -143,9 +151,10 @@ def test_a_masked_image_gives_its_latents_and_a_mask_that_covers_every_touched_c
     conditioner.attach(first_stage)
     image, mask = torch.rand(1, 3, 32, 16) * 2 - 1, torch.zeros(1, 1, 32, 16)
     mask[0, 0, 5, 9] = 1  # one pixel of cell (1, 2)
-    concat = conditioner(torch.cat([image, mask], dim=1), torch.tensor([False]))["concat"]
+    values = masked_image(image[0], mask[0])[None]
+    concat = conditioner(values, torch.tensor([False]))["concat"]
     assert concat[0, -1].nonzero().tolist() == [[1, 2]]
-    posterior = first_stage.posterior(first_stage.encode_moments(image))
+    posterior = first_stage.posterior(first_stage.encode_moments(values[:, :3]))
     torch.testing.assert_close(concat[:, :2], first_stage.scaled(posterior.mean))
 
 
@@ -161,6 +170,68 @@ def test_a_mask_of_all_ones_is_the_null_condition(first_stage: FirstStage) -> No
     assert found[:, -1].eq(1).all()
 
 
+def published_holes(count: int = 2) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Pictures (B, 3, 32, 16) in [-1, 1], masks with ragged holes, and both as the data pipeline joins them."""
+    torch.manual_seed(3)
+    pictures, masks = torch.rand(count, 3, 32, 16) * 2 - 1, (torch.rand(count, 1, 32, 16) > 0.7).float()
+    return pictures, masks, torch.stack([masked_image(p, m) for p, m in zip(pictures, masks)])
+
+
+@torch.no_grad()
+def test_the_form_ldm_is_that_of_the_released_inpainting_model(first_stage: FirstStage) -> None:
+    """CompVis' scripts/inpaint.py: masked_image = (1 - mask) image for both in [0, 1], then everything to [-1, 1]; its
+    latents, then the mask by nearest neighbour."""
+    pictures, masks, values = published_holes()
+    conditioner = MaskedImageCondition(form="ldm")
+    conditioner.attach(first_stage)
+    masked = (1 - masks) * (pictures + 1) / 2
+    latents = first_stage.scaled(first_stage.autoencoder.encode(masked * 2 - 1).mean)
+    expected = torch.cat([latents, F.interpolate(masks * 2 - 1, size=latents.shape[-2:])], dim=1)
+    keep = torch.zeros(2, dtype=torch.bool)
+    for mode in (True, False):
+        torch.testing.assert_close(conditioner.train(mode)(values, keep)["concat"], expected, rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+def test_the_form_sd2_is_that_of_stable_diffusion_2(first_stage: FirstStage) -> None:
+    """LatentInpaintDiffusion: the mask in {0, 1} by nearest neighbour, then a sample of the posterior of
+    image * (mask < 0.5), the image in [-1, 1]; a dropped condition is all hole (AddMask's p_drop)."""
+    pictures, masks, values = published_holes()
+    conditioner = MaskedImageCondition(form="sd2")
+    conditioner.attach(first_stage)
+    for dropped in (False, True):
+        masks = torch.ones_like(masks) if dropped else masks
+        posterior = first_stage.autoencoder.encode(pictures * (masks < 0.5))
+        small = F.interpolate(masks, size=posterior.mean.shape[-2:])
+        drop = torch.full((2,), dropped)
+        torch.manual_seed(7)
+        expected = torch.cat([small, first_stage.scaled(posterior.sample())], dim=1)
+        torch.manual_seed(7)
+        torch.testing.assert_close(conditioner.train()(values, drop)["concat"], expected, rtol=1e-5, atol=1e-5)
+        # A picture is its seed's alone: sampling takes the mean.
+        expected = torch.cat([small, first_stage.scaled(posterior.mean)], dim=1)
+        torch.testing.assert_close(conditioner.eval()(values, drop)["concat"], expected, rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+def test_a_depth_map_is_stretched_as_in_stable_diffusion_2(first_stage: FirstStage) -> None:
+    """LatentDepth2ImageDiffusion: bicubic without antialiasing, 2 (d - min) / (max - min + 0.001) - 1; flat maps are -1."""
+    depth = torch.rand(2, 1, 32, 16)
+    depth[1] = 0.4
+    conditioner = DepthMap()
+    conditioner.attach(first_stage)
+    small = F.interpolate(depth, size=(8, 4), mode="bicubic", align_corners=False)
+    low, high = (f(small, dim=[1, 2, 3], keepdim=True) for f in (torch.amin, torch.amax))
+    expected = 2.0 * (small - low) / (high - low + 0.001) - 1.0
+    torch.testing.assert_close(conditioner(depth, torch.zeros(2, dtype=torch.bool))["concat"], expected)
+    torch.testing.assert_close(expected[1], torch.full((1, 8, 4), -1.0), rtol=0, atol=1e-3)
+
+
+def test_an_unknown_form_of_inpainting_is_named() -> None:
+    with pytest.raises(ValueError, match="form 'sd3' of an inpainting condition; choose covering, ldm, sd2"):
+        MaskedImageCondition(form="sd3")
+
+
 def test_noise_on_a_small_image_comes_in_training_only_and_is_told(first_stage: FirstStage) -> None:
     conditioner = LowResolution(noise_levels=300, vector_dim=8)
     conditioner.attach(first_stage)
@@ -171,6 +242,51 @@ def test_noise_on_a_small_image_comes_in_training_only_and_is_told(first_stage: 
     clean = conditioner.eval()(images, keep)
     assert clean["concat"].abs().max() == 0
     assert len(clean["vector"].unique(dim=0)) == 1
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("measured", [False, True])
+def test_image_embeddings_are_noised_as_in_unclip(measured: bool, tmp_path: Path) -> None:
+    """CLIPEmbeddingNoiseAugmentation: the bare embedding is normalised by the data's statistics, noised on the cosine
+    schedule and brought back; the level's embedding follows it. Released (H) has mean 0 and std 1, (L) a file."""
+    normaliser = StableUnCLIPImageNormalizer(128)
+    if measured:
+        normaliser.mean.copy_(torch.randn(1, 128))
+        normaliser.std.copy_(torch.rand(1, 128) + 0.5)
+        normaliser.save_pretrained(tmp_path)
+    statistics = str(tmp_path / "diffusion_pytorch_model.safetensors") if measured else "unit"
+    encoder = TinyVision()
+    conditioner = ImageEmbedding(encoder, 128, None, noise_levels=1000, statistics=statistics).train()
+    images, keep = torch.rand(3, 3, 32, 32) * 2 - 1, torch.zeros(3, dtype=torch.bool)
+    bare = encoder(images)
+    torch.manual_seed(5)
+    levels, noise = torch.randint(1000, (3,)), torch.randn_like(bare)
+    noised = DDPMScheduler(beta_schedule="squaredcos_cap_v2").add_noise(normaliser.scale(bare), noise, levels)
+    told = get_timestep_embedding(levels, 128, flip_sin_to_cos=True, downscale_freq_shift=0)
+    torch.manual_seed(5)
+    found = conditioner(images, keep)["vector"]
+    torch.testing.assert_close(found[:, :128], normaliser.unscale(noised)[:, 0], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(found[:, 128:], told, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(conditioner.eval()(images, keep)["vector"][:, :128], bare[:, 0])
+    # The weights carry the statistics, so a moved or changed file cannot change a trained model.
+    again = ImageEmbedding(encoder, 128, None, noise_levels=1000, statistics="unit")
+    again.load_state_dict(conditioner.state_dict())
+    torch.testing.assert_close(again.std, normaliser.std[0].detach())
+
+
+def test_embedding_statistics_that_cannot_be_are_named(tmp_path: Path) -> None:
+    def made(file: str) -> ImageEmbedding:
+        return ImageEmbedding(TinyVision(), 128, None, noise_levels=10, statistics=str(tmp_path / file))
+
+    with pytest.raises(FileNotFoundError, match=r"nowhere\.safetensors is no file.*statistics.*'unit'"):
+        made("nowhere.safetensors")
+    (tmp_path / "text.safetensors").write_text("mean")
+    save_file({"mean": torch.zeros(1, 128)}, tmp_path / "half.safetensors")
+    save_file({"mean": torch.zeros(1, 64), "std": torch.ones(1, 64)}, tmp_path / "narrow.safetensors")
+    save_file({"mean": torch.zeros(1, 128), "std": torch.zeros(1, 128)}, tmp_path / "flat.safetensors")
+    for file in ("text", "half", "narrow", "flat"):
+        with pytest.raises(ValueError, match=rf"{file}\.safetensors .*`mean` and `std`.* 128"):
+            made(f"{file}.safetensors")
 
 
 def vision_folder(folder: Path, model: torch.nn.Module) -> Path:

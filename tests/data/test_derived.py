@@ -92,6 +92,14 @@ def test_light_degradations_are_lighter() -> None:
     assert error(True) < 0.8 * error(False)
 
 
+def test_the_noise_of_light_degradations_is_1_to_2_grey_levels_as_published() -> None:
+    grey = torch.zeros(3, 64, 64)  # 0.5 in [0, 1], far from both ends
+    drawn = [BSR(4, light=True)._noise(grey, np.random.default_rng(i)).std().item() * 127.5 for i in range(200)]
+    assert max(drawn) < 2.1
+    assert max(drawn) > 1.8
+    assert min(drawn) > 0.45  # noise in proportion to the signal is half as strong at half the signal
+
+
 def test_a_blur_kernel_has_the_moments_it_names() -> None:
     kernel = gaussian_kernel(41, 3.0, 1.5, 0.0)
     assert kernel.sum().item() == pytest.approx(1, abs=1e-5)
