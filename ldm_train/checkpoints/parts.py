@@ -173,7 +173,11 @@ def build(tree: Any, where: str | Path, trust: Sequence[str] = (), places: Seque
     made = {k: build(v, where, trust, places) for k, v in options.items()}
     try:
         return partial(part, **made) if bound is True else part(**made)
-    except (TypeError, AttributeError, IndexError, KeyError, ArithmeticError, RuntimeError, AssertionError) as error:
+    except ValueError as error:  # which the part words itself, where it is
+        raise error if str(where) in str(error) else ValueError(f"{where}: {error}") from error
+    except (TypeError, AttributeError, LookupError, ArithmeticError, RuntimeError, AssertionError, OSError) as error:
+        if isinstance(error, FileNotFoundError):
+            raise
         raise ValueError(f"{where}: {name} cannot be built from its options ({error})") from error
 
 
@@ -195,7 +199,7 @@ def no_larger_than(weights: dict[str, tuple[int, ...]], where: str | Path) -> It
 
     weights: shapes by name. Frozen encoders are not among a model's weights, hence the room beyond. Raises ValueError.
     """
-    most_tensors = 2 * len(weights) + 10_000
+    most_tensors = 2 * len(weights) + 4_000
     most_values = 2 * sum(math.prod(shape) for shape in weights.values()) + (1 << 31)
 
     def count(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:

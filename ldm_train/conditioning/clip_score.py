@@ -20,8 +20,8 @@ class ClipScore(nn.Module):
             if path.startswith(("/", ".", "~")) and not Path(path).is_dir():
                 raise OSError("no such folder")  # not a name to ask the network for
             self.model = CLIPModel.from_pretrained(path)
-            self.tokenizer = AutoTokenizer.from_pretrained(path)
-            processor = AutoImageProcessor.from_pretrained(path)
+            self.tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+            processor = AutoImageProcessor.from_pretrained(path, trust_remote_code=False)
         except (OSError, ValueError) as error:
             raise FileNotFoundError(
                 f"the CLIP model {path} is not there ({str(error).splitlines()[0]}); give a folder that holds config.json, "

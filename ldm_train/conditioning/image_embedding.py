@@ -40,9 +40,11 @@ class PretrainedVision(nn.Module):
         try:
             if path.startswith(("/", ".")) and not Path(path).is_dir():
                 raise OSError("no such folder")  # not a name to ask the network for
-            clip = AutoConfig.from_pretrained(path).model_type.startswith("clip")
-            self.model = (CLIPVisionModelWithProjection if clip else AutoModel).from_pretrained(path)
-            processor = AutoImageProcessor.from_pretrained(path)
+            clip = AutoConfig.from_pretrained(path, trust_remote_code=False).model_type.startswith("clip")
+            self.model = (CLIPVisionModelWithProjection if clip else AutoModel).from_pretrained(
+                path, trust_remote_code=False
+            )
+            processor = AutoImageProcessor.from_pretrained(path, trust_remote_code=False)
         except (OSError, ValueError) as error:
             raise FileNotFoundError(
                 f"the vision encoder {path} is not there ({str(error).splitlines()[0]}); give a folder that holds "

@@ -230,9 +230,11 @@ class FrozenText(Conditioner):
             from transformers import AutoConfig, AutoModel, AutoTokenizer, CLIPTextModel
 
             try:
-                tokenizer = AutoTokenizer.from_pretrained(self.tokenizer_path)
-                kind = AutoConfig.from_pretrained(self.path).model_type
-                model = (CLIPTextModel if kind.startswith("clip") else AutoModel).from_pretrained(self.path)
+                tokenizer = AutoTokenizer.from_pretrained(self.tokenizer_path, trust_remote_code=False)
+                kind = AutoConfig.from_pretrained(self.path, trust_remote_code=False).model_type
+                model = (CLIPTextModel if kind.startswith("clip") else AutoModel).from_pretrained(
+                    self.path, trust_remote_code=False
+                )
             except (OSError, ValueError) as error:
                 raise FileNotFoundError(
                     f"the text encoder {self.path} is not there ({str(error).splitlines()[0]}); give a folder that holds "

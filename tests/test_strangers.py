@@ -1,0 +1,569 @@
+"""Nothing read from a model, run, recipe, picture, checkpoint or folder of shards chooses what code runs or where files go.
+
+Each hostile file goes through every door it fits. A hook of the interpreter sees commands, foreign imports and files
+opened for writing, so "nothing happened" is watched and not inferred.
+"""
+
+import ast
+import hashlib
+import json
+import os
+import pickle
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from chains import SMALL
+from hydra import compose, initialize_config_dir
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
+import ldm_train
+from ldm_train.checkpoints.native import load_model, save_model
+from ldm_train.checkpoints.parts import build
+from ldm_train.cli import train
+from ldm_train.cli.chain import Chain
+from ldm_train.cli.common import USER_ERRORS, config_folder, quoted
+from ldm_train.cli.evaluate import evaluate
+from ldm_train.cli.sample import FREE, sample
+from ldm_train.cli.sweep import read_runs
+from ldm_train.latent_diffusion import LatentDiffusion
+from ldm_train.training import measurement
+
+SECONDS = 2.0  # a refusal takes no longer
+MODEL = {
+    "_target_": "ldm_train.latent_diffusion.LatentDiffusion",
+    "unet": {
+        "_target_": "ldm_train.models.unet.UNet", "in_channels": 4, "channels": 32, "channel_mult": [1, 1],
+        "num_res_blocks": 1, "attention_levels": [], "num_heads": 2,
+    },
+    "first_stage": {
+        "_target_": "ldm_train.models.first_stage.FirstStage",
+        "autoencoder": {
+            "_target_": "ldm_train.models.autoencoder.AutoencoderKL", "z_channels": 4, "channels": 16,
+            "channel_mult": [1, 1, 1], "num_res_blocks": 1, "mid_attention": False,
+        },
+    },
+    "schedule": {"_target_": "ldm_train.diffusion.schedule.NoiseSchedule"},
+    "conditioners": {},
+    "latent_size": [8, 8],
+}  # fmt: skip
+SAMPLER = {"_target_": "ldm_train.samplers.ddim.ddim", "_partial_": True}
+SAMPLING = {"num_inference_steps": 2, "guidance_scale": 1.0, "spacing": "trailing", "sampler": SAMPLER}
+
+# What a stranger would have built, by name. {mark} is a file that must never appear.
+TREES: dict[str, Any] = {
+    "a command": {"_target_": "os.system", "command": "touch {mark}"},
+    "a command, bound": {"_target_": "os.system", "_partial_": True, "command": "touch {mark}"},
+    "positional arguments": {"_target_": "os.system", "_args_": ["touch {mark}"]},
+    "a process": {"_target_": "subprocess.Popen", "args": ["touch", "{mark}"]},
+    "eval": {"_target_": "builtins.eval", "_args_": ["open('{mark}', 'w')"]},
+    "exec": {"_target_": "builtins.exec", "_args_": ["open('{mark}', 'w')"]},
+    "a file": {"_target_": "pathlib.Path.write_text", "_args_": ["{mark}", "x"]},
+    "what a module of ours imports": {"_target_": "ldm_train.training.loggers.subprocess.run", "args": ["touch", "{mark}"]},
+    "a class that a model file imports": {"_target_": "ldm_train.conditioning.text.Path", "_args_": ["{mark}"]},
+    "a shell behind tars": {
+        "_target_": "ldm_train.data.prepare.index.write_tar_index", "path": "pipe:touch {mark}", "out": "{mark}.d"
+    },
+    "our own writing of JSON": {"_target_": "ldm_train.data.shards.write_json", "path": "{mark}", "value": 1},
+    "our own writing of shards": {"_target_": "ldm_train.data.shards.write_shard", "path": "{mark}", "samples": []},
+    "our own copying": {"_target_": "ldm_train.checkpoints.native.copy_model", "source": "{folder}", "folder": "{mark}"},
+    "our own preparing": {"_target_": "ldm_train.data.prepare.shapes.Shapes"},
+    "interpolation": "${{oc.env:HOME}}",
+    "interpolation that creates": "${{oc.create:{{_target_:os.system,command:'touch {mark}'}}}}",
+    "escaped interpolation": "\\${{oc.env:HOME}}",
+    "hydra's own call": {"_target_": "hydra.utils.instantiate", "config": {"_target_": "os.system", "command": "touch {mark}"}},
+    "pickles": {"_target_": "torch.serialization.load", "f": "{folder}/evil.pt", "weights_only": False},
+    "torch hub": {"_target_": "torch.hub.load", "repo_or_dir": "{folder}", "model": "m", "source": "local"},
+    "numpy pickles": {"_target_": "numpy.load", "file": "{folder}/evil.npy", "allow_pickle": True},
+    "a module beside": {"_target_": "evil_module.Evil"},
+    "importing": {"_target_": "importlib.import_module", "name": "evil_module"},
+    "a private part": {"_target_": "ldm_train.models.unet.__builtins__"},
+    "relative": {"_target_": "..os.system"},
+    "no name": {"_target_": 5},
+    "a list for a name": {"_target_": ["os", "system"]},
+    "a function of ours, called": {"_target_": "ldm_train.samplers.ddim.ddim"},
+    "a function that reads files": {"_target_": "ldm_train.conditioning.text.read_tokenizer", "path": "/etc/passwd"},
+    "a number beyond measure": {"_target_": "ldm_train.diffusion.schedule.NoiseSchedule", "num_train_timesteps": 10**15},
+    "a model without end": {**MODEL["unet"], "num_res_blocks": 10**6},
+    "a model of terabytes": {**MODEL["unet"], "channels": 2**18},
+}  # fmt: skip
+# Files that are no tree at all.
+TEXTS = {
+    "a tag that calls": "!!python/object/apply:os.system ['touch {mark}']",
+    "a tag that imports": "!!python/module:evil_module",
+    "an alias bomb": "a0: &a0 [x]\n" + "".join(f"a{i}: &a{i} [{','.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 12)),
+    "an alias of itself": "a: &a [*a]",
+    "nesting": "[" * 100_000,
+    "nothing": "",
+    "a list": "- 1",
+    "bytes": "\x00\x01\x02",
+    "a number of ten thousand digits": "a: " + "9" * 10_000,
+}
+
+# -- watching ----------------------------------------------------------------------------------------------------------
+
+_watch: dict[str, Any] = {"on": False, "seen": [], "allowed": ()}
+_COMMANDS = ("os.system", "subprocess.Popen", "os.exec", "os.posix_spawn", "os.spawn", "pty.spawn", "pickle.find_class")
+
+
+def _hook(event: str, arguments: tuple) -> None:
+    if not _watch["on"]:
+        return
+    if event in _COMMANDS or (event == "import" and str(arguments[0]).startswith("evil_module")):
+        _watch["seen"].append((event, str(arguments)[:200]))
+    elif event == "open" and isinstance(arguments[0], str) and set(str(arguments[1] or "")) & set("wax+"):
+        elsewhere = not os.path.realpath(arguments[0]).startswith(("/dev/", *_watch["allowed"]))
+        _watch["seen"] += [(event, arguments[0])] * elsewhere
+
+
+sys.addaudithook(_hook)
+
+
+@contextmanager
+def watched(*allowed: Path) -> Iterator[None]:
+    """Fails where a command, a foreign import or a file outside `allowed` is seen."""
+    _watch.update(on=True, seen=[], allowed=tuple(os.path.realpath(p) for p in allowed))
+    try:
+        yield
+    finally:
+        _watch["on"] = False
+    assert not _watch["seen"]
+
+
+class Evil:
+    """What unpickling would run."""
+
+    def __init__(self, mark: Path):
+        self.mark = mark
+
+    def __reduce__(self) -> tuple:
+        return os.system, (f"touch {self.mark}",)
+
+
+def filled(tree: Any, mark: Path, folder: Path) -> Any:
+    if isinstance(tree, str):
+        return tree.format(mark=mark, folder=folder)
+    if isinstance(tree, dict):
+        return {k: filled(v, mark, folder) for k, v in tree.items()}
+    return [filled(v, mark, folder) for v in tree] if isinstance(tree, list) else tree
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An honest model folder, which the hostile ones are made from."""
+    folder = tmp_path_factory.mktemp("honest") / "model"
+    torch.manual_seed(0)
+    save_model(folder, build(MODEL, "test"), MODEL, {"sampling": SAMPLING})
+    return folder
+
+
+@pytest.fixture
+def stranger(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
+    """stranger(config text, metadata) -> a model folder of a stranger, in a folder one happens to work in."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "evil_module.py").write_text(f"open({str(tmp_path / 'mark')!r}, 'w')\nclass Evil:\n    pass\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+
+    def make(config: str | None = None, metadata: dict[str, Any] | None = None, name: str = "stranger") -> Path:
+        folder = tmp_path / name
+        folder.mkdir(exist_ok=True)
+        for file in model.iterdir():
+            (folder / file.name).write_bytes(file.read_bytes())
+        if config is not None:
+            (folder / "config.yaml").write_text(config)
+        if metadata is not None:
+            whole = json.loads((folder / "metadata.json").read_text()) | metadata
+            (folder / "metadata.json").write_text(json.dumps(whole))
+        (folder / "evil.pt").write_bytes(pickle.dumps(Evil(tmp_path / "mark")))
+        np.save(folder / "evil.npy", np.array([Evil(tmp_path / "mark")], dtype=object), allow_pickle=True)
+        return folder
+
+    return make
+
+
+def sampled(*arguments: str) -> None:
+    with initialize_config_dir(str(config_folder()), version_base="1.3"):
+        config = compose("sample", [quoted(a, FREE) for a in arguments])
+    sample(config)
+
+
+def evaluated(*arguments: str) -> None:
+    with initialize_config_dir(str(config_folder()), version_base="1.3"):
+        config = compose("evaluate", ["progress=false", *arguments])
+    evaluate(config)
+
+
+def prepared(tmp_path: Path, *arguments: str) -> Chain:
+    """train.py up to where the first stage would begin."""
+    with initialize_config_dir(str(config_folder()), version_base="1.3"):
+        config = compose("train", [*SMALL, f"runs_dir={tmp_path}", f"data_dir={tmp_path}/data", "name=run", *arguments])
+    train.build.ensure_data(config.data)
+    return Chain(config, tmp_path / "run", train.build.machine_of(config, {}), train.build.own_parts(config))
+
+
+def refused(action: Callable[[], Any], mark: Path, *allowed: Path) -> str:
+    """The words in which something is refused, in time, with nothing run and nothing written."""
+    begin = time.process_time()  # of this process alone: the machine may be busy
+    with watched(*allowed), pytest.raises(USER_ERRORS) as caught:
+        action()
+    assert time.process_time() - begin < SECONDS + 3 * bool(allowed)  # preparing draws its data first
+    assert not mark.exists()
+    assert not Path(f"{mark}.d").exists()
+    return str(caught.value)
+
+
+# -- model folders -----------------------------------------------------------------------------------------------------
+
+PLACES: dict[str, Callable[[Any], Any]] = {
+    "the whole": lambda evil: evil,
+    "the U-Net": lambda evil: {**MODEL, "unet": evil},
+    "a conditioner": lambda evil: {**MODEL, "conditioners": {"text": evil}},
+    "an option": lambda evil: {**MODEL, "first_stage": {**MODEL["first_stage"], "scale_factor": evil}},
+}
+
+
+def doors(folder: Path, honest: Path, tmp_path: Path) -> dict[str, Callable[[], Any]]:
+    """Everything that loads a model folder."""
+    return {
+        "from_pretrained": lambda: LatentDiffusion.from_pretrained(str(folder)),
+        "load_model": lambda: load_model(folder),
+        "ldm-sample run": lambda: sampled(f"run={folder}", "n=1", f"out={tmp_path}/out"),
+        "ldm-sample weak": lambda: sampled(f"run={honest}", f"weak={folder}", "guidance_scale=2", "n=1", f"out={tmp_path}/out"),
+        "ldm-sample guide": lambda: sampled(f"run={honest}", f"guide.classifier={folder}", "classes=[0]", f"out={tmp_path}/out"),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("name", TREES)
+def test_a_model_folder_builds_models_and_nothing_else(
+    name: str, stranger: Callable[..., Path], model: Path, tmp_path: Path
+):
+    mark, place = tmp_path / "mark", list(PLACES)[len(name) % len(PLACES)]
+    if not isinstance(TREES[name], dict):
+        place = "an option"
+    config = PLACES[place](filled(TREES[name], mark, tmp_path / "stranger"))
+    folder = stranger(yaml.safe_dump(config))
+    for door, enter in doors(folder, model, tmp_path).items():
+        message = refused(enter, mark)
+        assert str(folder) in message or "guide.classifier" in message, f"{door}: {message}"
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_a_config_that_is_no_tree_of_plain_values_is_named(
+    name: str, stranger: Callable[..., Path], model: Path, tmp_path: Path
+):
+    folder = stranger(TEXTS[name].format(mark=tmp_path / "mark"))
+    for enter in doors(folder, model, tmp_path).values():
+        assert "config.yaml" in refused(enter, tmp_path / "mark")
+
+
+@pytest.mark.parametrize("name", TREES)
+def test_a_model_folder_brings_samplers_and_nothing_else(name: str, stranger: Callable[..., Path], tmp_path: Path):
+    mark = tmp_path / "mark"
+    evil = filled(TREES[name], mark, tmp_path / "stranger")
+    folder = stranger(metadata={"sampling": {**SAMPLING, "sampler": evil}})
+    for enter in (lambda: LatentDiffusion.from_pretrained(str(folder)), lambda: sampled(f"run={folder}", "n=1")):
+        assert str(folder) in refused(enter, mark)
+
+
+@pytest.mark.parametrize(
+    "metadata",
+    [
+        {"sha256": 5}, {"sha256": ["x"]}, {"sampling": []}, {"sampling": {"num_inference_steps": "many"}},
+        {"sampling": {**SAMPLING, "out": "/"}}, {"sampling": {**SAMPLING, "spacing": {"a": 1}}},
+    ],
+)  # fmt: skip
+def test_metadata_of_another_shape_is_named(metadata: dict, stranger: Callable[..., Path], tmp_path: Path):
+    folder = stranger(metadata=metadata)
+    assert str(folder) in refused(lambda: sampled(f"run={folder}", "n=1"), tmp_path / "mark")
+
+
+def test_weights_that_do_not_fit_their_config_are_named(stranger: Callable[..., Path], tmp_path: Path):
+    folder = stranger(yaml.safe_dump({**MODEL, "latent_size": [8, 8], "unet": {**MODEL["unet"], "channels": 64}}))
+    message = refused(lambda: LatentDiffusion.from_pretrained(str(folder)), tmp_path / "mark")
+    assert "does not fit the model of" in message
+    (folder / "model.safetensors").write_bytes(b"\xff" * 64)
+    whole = json.loads((folder / "metadata.json").read_text())
+    whole["sha256"] = hashlib.sha256(b"\xff" * 64).hexdigest()
+    (folder / "metadata.json").write_text(json.dumps(whole))
+    message = refused(lambda: LatentDiffusion.from_pretrained(str(folder)), tmp_path / "mark")
+    assert "is no file of weights" in message
+
+
+def test_a_part_of_ones_own_is_built_where_the_command_trusts_its_package(
+    stranger: Callable[..., Path], tmp_path: Path, model: Path
+):
+    (tmp_path / "my_parts.py").write_text(
+        "from os import system\nfrom ldm_train.models.unet import UNet\n\n\nclass MyUNet(UNet):\n    pass\n"
+    )
+    folder = stranger(yaml.safe_dump({**MODEL, "unet": {**MODEL["unet"], "_target_": "my_parts.MyUNet"}}))
+    message = refused(lambda: LatentDiffusion.from_pretrained(str(folder)), tmp_path / "mark")
+    assert "say trust=[my_parts]" in message
+    assert type(LatentDiffusion.from_pretrained(str(folder), trust=["my_parts"]).unet).__name__ == "MyUNet"
+    sampled(f"run={folder}", "trust=[my_parts]", "n=1", f"out={tmp_path}/out")
+    # What the trusted package has imported is not its own.
+    evil = {"_target_": "my_parts.system", "_partial_": True, "command": "touch mark"}
+    folder = stranger(yaml.safe_dump({**MODEL, "unet": evil}))
+    with pytest.raises(ValueError, match=r"my_parts\.system, which is no class or sampler of my_parts"):
+        LatentDiffusion.from_pretrained(str(folder), trust=["my_parts"])
+
+
+# -- recipes -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def honest_recipe(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    out = tmp_path_factory.mktemp("recipe") / "out"
+    sampled(f"run={model}", "n=1", f"out={out}")
+    return json.loads((out / "recipe.json").read_text())
+
+
+def _recipes(recipe: dict[str, Any], tmp_path: Path) -> Iterator[Path]:
+    """The recipe as JSON, and as the text of a picture."""
+    (tmp_path / "recipe.json").write_text(json.dumps(recipe))
+    yield tmp_path / "recipe.json"
+    info = PngInfo()
+    info.add_text("recipe", json.dumps(recipe | {"number": 0, "seed": 0, "condition": ""}))
+    Image.new("RGB", (8, 8)).save(tmp_path / "recipe.png", pnginfo=info)
+    yield tmp_path / "recipe.png"
+
+
+@pytest.mark.parametrize("name", TREES)
+def test_a_recipe_chooses_a_sampler_and_nothing_else(
+    name: str, stranger: Callable[..., Path], model: Path, honest_recipe: dict, tmp_path: Path
+):
+    mark = tmp_path / "mark"
+    evil = filled(TREES[name], mark, stranger())
+    recipe = {**honest_recipe, "config": {**honest_recipe["config"], "sampler": evil}}
+    for path in _recipes(recipe, tmp_path):
+        message = refused(lambda path=path: sampled(f"recipe={path}", f"run={model}"), mark)
+        assert str(path) in message or "weights" in message
+
+
+SET_BY_RECIPES = {
+    "where it writes": {"out": "{folder}/elsewhere"},
+    "what it overwrites": {"overwrite": True},
+    "another model": {"run": "{folder}"},
+    "what is trusted": {"trust": ["os"]},
+    "where runs are": {"runs_dir": "/"},
+    "an option that is none": {"command": "touch {mark}"},
+    "an option in a section": {"guidance": {"interval": None, "hook": "x"}},
+    "a section that is none": {"guide": "x"},
+    "a file of prompts": {"prompts": "{folder}/secret.txt"},
+    "a file of classes": {"classes": "{folder}/secret.txt"},
+    "a picture": {"image": "{folder}/secret.png"},
+    "a mask": {"image": "{folder}/secret.png", "mask": "{folder}/secret.png"},
+    "a layout": {"layout": "{folder}/secret.json"},
+    "a weaker model": {"weak": "{folder}", "guidance_scale": 2},
+    "a classifier": {"guide": {"classifier": "{folder}", "classifier_scale": 1.0, "clip": None, "clip_scale": 1.0}},
+    "a CLIP of the network": {"guide": {"classifier": None, "classifier_scale": 1.0, "clip": "evil/clip", "clip_scale": 1.0}},
+    "text for a number": {"n": "many"},
+    "no finite number": {"guidance_scale": 1e400},
+    "a compiler": {"compile": ["x"]},
+    "a task of another kind": {"task": {"a": 1}},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SET_BY_RECIPES)
+def test_a_recipe_chooses_neither_files_nor_places(
+    name: str, stranger: Callable[..., Path], model: Path, honest_recipe: dict, tmp_path: Path
+):
+    folder, mark = stranger(), tmp_path / "mark"
+    (folder / "secret.txt").write_text("secret\n")
+    Image.new("RGB", (32, 32)).save(folder / "secret.png")
+    (folder / "secret.json").write_text("[[0.1, 0.1, 0.2, 0.2, 0]]")
+    before = sorted(p for p in tmp_path.rglob("*"))
+    config = {**honest_recipe["config"], **filled(SET_BY_RECIPES[name], mark, folder)}
+    for path in _recipes({**honest_recipe, "config": config}, tmp_path):
+        message = refused(lambda path=path: sampled(f"recipe={path}", f"run={model}"), mark)
+        assert "secret\n" not in message
+    after = {p.name for p in tmp_path.rglob("*") if p not in before}
+    assert after == {"recipe.json", "recipe.png"}
+
+
+def test_a_recipe_loads_no_model_that_the_command_does_not_name(
+    stranger: Callable[..., Path], honest_recipe: dict, tmp_path: Path
+):
+    recipe = {**honest_recipe, "model": str(stranger())}
+    for path in _recipes(recipe, tmp_path):
+        assert f"run={recipe['model']}" in refused(lambda path=path: sampled(f"recipe={path}"), tmp_path / "mark")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"machine": {}}, {"machine": {"batch_size": 10**9}}, {"machine": {"batch_size": "x"}}, {"files": []},
+        {"files": {"a": 5}}, {"config": []}, {"images": 5}, {"images": [{"file": 5}]}, {"model": None}, {"number": "../x"},
+        {"number": -1}, {"number": 9},
+    ],
+)  # fmt: skip
+def test_a_recipe_of_another_shape_is_none(change: dict, model: Path, honest_recipe: dict, tmp_path: Path):
+    (tmp_path / "recipe.json").write_text(json.dumps({**honest_recipe, **change}))
+    message = refused(lambda: sampled(f"recipe={tmp_path}/recipe.json", f"run={model}"), tmp_path / "mark")
+    assert "is no recipe of ldm-sample" in message
+
+
+def test_overwriting_removes_nothing_but_pictures_of_the_job(model: Path, honest_recipe: dict, tmp_path: Path):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "thesis.tex").write_text("years of work")
+    (out / "00000_seed0.png").write_bytes(b"")
+    entries = [{"file": name} for name in ("*.png", "thesis.tex", "../thesis", "[a-z]*", "00000_seed0.png")]
+    (out / "recipe.json").write_text(json.dumps({**honest_recipe, "task": "other", "images": entries}))
+    sampled(f"run={model}", "n=1", f"out={out}", "overwrite=true")
+    assert (out / "thesis.tex").read_text() == "years of work"
+
+
+# -- runs --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def honest_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run of two steps; the folder that holds it and its data."""
+    folder = tmp_path_factory.mktemp("honest_run")
+    prepared(folder, "autoencoder.max_steps=2", "diffusion.max_steps=2", "stages=[autoencoder,latents,diffusion]").run()
+    return folder
+
+
+def _copied(run: Path, tmp_path: Path, change: Callable[[dict[str, Any]], Any] | None = None) -> Path:
+    folder = tmp_path / "run"
+    shutil.copytree(run / "run", folder)
+    if change is not None:
+        path = folder / "config.yaml"
+        tree = yaml.safe_load(path.read_text())
+        change(tree)
+        path.write_text(yaml.safe_dump(tree))
+    return folder
+
+
+WHERE = {
+    "an extractor": lambda tree, evil: tree["evaluation"]["extractors"].update(tiny=evil),
+    "the perceptual network": lambda tree, evil: tree["evaluation"].update(perceptual=evil),
+    "lpips": lambda tree, evil: tree["evaluation"].update(lpips=evil, paired=["lpips"]),
+    "a field made from the image": lambda tree, evil: tree["data"].update(derived={"lowres": evil}),
+    "the sampler": lambda tree, evil: tree.update(sampler=evil),
+    "a conditioner": lambda tree, evil: tree["diffusion"]["conditioning"]["conditioners"].update(text=evil),
+}
+
+
+@pytest.mark.parametrize("where", WHERE)
+def test_a_run_builds_nothing_where_it_is_evaluated(
+    where: str, honest_run: Path, stranger: Callable[..., Path], tmp_path: Path
+):
+    mark = tmp_path / "mark"
+    for name in (
+        "a command, bound",
+        "a process",
+        "a shell behind tars",
+        "a module beside",
+        "interpolation that creates",
+    ):
+        evil = filled(TREES[name], mark, stranger())
+        run = _copied(honest_run, tmp_path / name.replace(" ", "_"), lambda tree, e=evil: WHERE[where](tree, e))
+        error = None
+        with watched(tmp_path, honest_run):
+            try:
+                evaluated(f"run={run}", "n=2", f"runs_dir={run.parent}", "metrics=[fid_tiny]")
+            except USER_ERRORS as caught:
+                error = str(caught)
+        assert not mark.exists()
+        # What measures is this command's own, so that the run's is not even looked at; all else is refused.
+        unused = where in ("an extractor", "the perceptual network", "lpips") and not name.startswith("interpolation")
+        assert unused if error is None else any(word in error for word in ("asks for", "${", "cannot be built"))
+
+
+def test_a_copied_run_is_continued_without_running_what_it_holds(
+    honest_run: Path, stranger: Callable[..., Path], tmp_path: Path
+):
+    mark, options = tmp_path / "mark", ("autoencoder.max_steps=2", "diffusion.max_steps=2")
+    evil = filled(TREES["a shell behind tars"], mark, stranger())
+    for part in ("autoencoder", "diffusion"):
+        base = tmp_path / part
+        run = _copied(honest_run, base)
+        (run / part / "model" / "config.yaml").write_text(yaml.safe_dump(evil))
+        message = refused(lambda b=base: prepared(b, *options).run(), mark, base, tmp_path / "wandb")
+        assert "write_tar_index" in message
+    base = tmp_path / "checkpoint"
+    run = _copied(honest_run, base)
+    note = json.loads((run / "autoencoder" / "stage.json").read_text())
+    (run / "autoencoder" / "stage.json").write_text(json.dumps({**note, "finished": False, "steps": 0}))
+    for later in ("latents", "diffusion"):
+        shutil.rmtree(run / later)
+    (run / "autoencoder" / "checkpoints" / "last.ckpt").write_bytes(pickle.dumps(Evil(mark)))
+    assert "last.ckpt" in refused(lambda: prepared(base, *options).run(), mark, base)
+
+
+@pytest.mark.parametrize(
+    "text", ["[]", "5", "null", "{}", '{"key": 1}', "{", '{"key": {}, "finished": "yes"}', "[" * 10_000]
+)
+def test_a_damaged_stage_note_is_named_with_the_way_on(text: str, honest_run: Path, tmp_path: Path):
+    run = _copied(honest_run, tmp_path)
+    (run / "autoencoder" / "stage.json").write_text(text)
+    message = refused(lambda: prepared(tmp_path, "autoencoder.max_steps=2").run(), tmp_path / "mark", tmp_path)
+    assert "stage.json" in message
+    assert "restart=autoencoder" in message
+
+
+def test_a_sweep_of_strangers_is_read_as_data(honest_run: Path, tmp_path: Path):
+    run = _copied(honest_run, tmp_path, lambda tree: tree.update(seed="${oc.env:HOME}"))
+    assert str(run) in refused(lambda: read_runs(tmp_path), tmp_path / "mark")
+
+
+def test_an_interrupted_measurement_is_no_program(honest_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A file of another kind where a measurement would continue from is read as data, and named."""
+    seen: list[Path] = []
+    real = measurement.measure_samples
+
+    def spoilt(*arguments: Any, **options: Any) -> Any:
+        partial = options["partial"]
+        path = partial.with_name(f"{partial.name}.0-1")
+        path.write_bytes(pickle.dumps(Evil(tmp_path / "mark")))
+        seen.append(path)
+        return real(*arguments, **options)
+
+    monkeypatch.setattr("ldm_train.cli.evaluate.measure_samples", spoilt)
+    run = _copied(honest_run, tmp_path)
+    with watched(tmp_path, honest_run):
+        evaluated(f"run={run}", "n=2", f"runs_dir={tmp_path}", "metrics=[fid_tiny]")
+    assert seen
+    assert not (tmp_path / "mark").exists()
+
+
+# -- the package -------------------------------------------------------------------------------------------------------
+
+
+def test_nothing_in_the_package_reads_a_file_that_can_run_code():
+    """Every load in the sources that could unpickle says that it does not."""
+    faults = []
+    for path in Path(ldm_train.__file__).parent.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import | ast.ImportFrom):
+                names = [a.name for a in node.names] + [getattr(node, "module", None) or ""]
+                faults += [
+                    f"{path}:{node.lineno} imports {n}"
+                    for n in names
+                    if n.split(".")[0] in ("pickle", "dill", "joblib")
+                ]
+            if not isinstance(node, ast.Call):
+                continue
+            called, options = ast.unparse(node.func), {k.arg: ast.unparse(k.value) for k in node.keywords}
+            if called == "torch.load" and options.get("weights_only") != "True":
+                faults.append(f"{path}:{node.lineno} torch.load without weights_only=True")
+            if called in ("np.load", "numpy.load") and options.get("allow_pickle") == "True":
+                faults.append(f"{path}:{node.lineno} np.load with allow_pickle")
+            if called in ("yaml.unsafe_load", "yaml.full_load", "eval", "exec", "os.system"):
+                faults.append(f"{path}:{node.lineno} {called}")
+            if options.get("shell") == "True" or options.get("trust_remote_code") == "True":
+                faults.append(f"{path}:{node.lineno} {ast.unparse(node)[:80]}")
+            if "Auto" in called and called.endswith("from_pretrained") and options.get("trust_remote_code") != "False":
+                faults.append(f"{path}:{node.lineno} {called} without trust_remote_code=False")
+    assert not faults
