@@ -153,6 +153,7 @@ class FrozenText(Conditioner):
         it visible, so Stable Diffusion uses false)
     cache_size: captions whose hidden states are kept in memory
     tokenizer: a folder, where it is not that of the encoder
+    pretrained: (tokenizer, encoder), where they are loaded already
     The encoder is not part of the model's weights; the model folder names it. The null condition is the empty caption.
     """
 
@@ -168,6 +169,7 @@ class FrozenText(Conditioner):
         cache_size: int = 20_000,
         dropout: float = 0.1,
         tokenizer: str | None = None,
+        pretrained: tuple[Any, nn.Module] | None = None,
     ):
         super().__init__(dropout)
         if layer not in ("last", "penultimate"):
@@ -176,6 +178,8 @@ class FrozenText(Conditioner):
         self.cache_size, self.widths, self.tokenizer_path = cache_size, {"context": dim}, tokenizer or path
         self._cache: OrderedDict[str, tuple[torch.Tensor, torch.Tensor]] = OrderedDict()
         self._pretrained: tuple[Any, nn.Module] | None = None  # a tuple hides it from state_dict and optimisers
+        if pretrained is not None:
+            self._pretrained = (pretrained[0], pretrained[1].eval().requires_grad_(False))
         self.register_buffer("_place", torch.zeros(()), persistent=False)
 
     @property
@@ -187,10 +191,15 @@ class FrozenText(Conditioner):
         if self._pretrained is None:
             from transformers import AutoConfig, AutoModel, AutoTokenizer, CLIPTextModel
 
+            def options(path: str) -> dict[str, bool]:
+                """A folder is enough by itself, and code that comes with a model is never run."""
+                return {"local_files_only": Path(path).is_dir(), "trust_remote_code": False}
+
+            local = options(self.path)
             try:
-                tokenizer = AutoTokenizer.from_pretrained(self.tokenizer_path)
-                kind = AutoConfig.from_pretrained(self.path).model_type
-                model = (CLIPTextModel if kind.startswith("clip") else AutoModel).from_pretrained(self.path)
+                tokenizer = AutoTokenizer.from_pretrained(self.tokenizer_path, **options(self.tokenizer_path))
+                kind = AutoConfig.from_pretrained(self.path, **local).model_type
+                model = (CLIPTextModel if kind.startswith("clip") else AutoModel).from_pretrained(self.path, **local)
             except (OSError, ValueError) as error:
                 raise FileNotFoundError(
                     f"the text encoder {self.path} is not there ({str(error).splitlines()[0]}); give a folder that holds "
