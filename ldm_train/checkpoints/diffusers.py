@@ -1,7 +1,11 @@
-"""Models in diffusers' folders: Stable Diffusion 1 and 2 and unconditional latent diffusion, without diffusers itself."""
+"""Models in diffusers' folders: Stable Diffusion 1 and 2 and unconditional latent diffusion, without diffusers itself.
+
+Such a folder may come from anyone. Its files are data: none is run, no module that it names is imported, and nothing
+outside it is read.
+"""
 
 import hashlib
-import json
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -11,18 +15,30 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
+from ldm_train.checkpoints.diffusers_options import (
+    AUTOENCODERS,
+    BETAS,
+    CLIP,
+    SCHEDULERS,
+    TOKENIZER,
+    UNETS,
+    read_class,
+    read_json,
+    read_model,
+    read_options,
+    refused,
+)
 from ldm_train.conditioning.text import FrozenText
 from ldm_train.data.shards import file_sha256
 from ldm_train.diffusion.schedule import NoiseSchedule
 from ldm_train.latent_diffusion import LatentDiffusion
 from ldm_train.models.autoencoder import AutoencoderKL, AutoencoderVQ
 from ldm_train.models.first_stage import FirstStage
-from ldm_train.models.layers import group_norm
 from ldm_train.models.unet import UNet
 
 INDEX = "model_index.json"
-WEIGHTS = ("diffusion_pytorch_model", "model")
-BETAS = {"scaled_linear": "scaled_linear", "linear": "linear", "squaredcos_cap_v2": "cosine"}
+PIPELINES = ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline", "LDMPipeline")
+WEIGHTS = ("diffusion_pytorch_model", "model", "pytorch_model")
 UNET_OUTSIDE = {
     "time_embed.0": "time_embedding.linear_1",
     "time_embed.2": "time_embedding.linear_2",
@@ -40,13 +56,8 @@ UNET_RESNET = {
     "out_layers.3": "conv2",
     "skip_connection": "conv_shortcut",
 }
-MIDDLE = {
-    "mid.block_1": "mid_block.resnets.0",
-    "mid.block_2": "mid_block.resnets.1",
-    "mid.attn_1.norm": "mid_block.attentions.0.group_norm",
-    "mid.attn_1.proj_out": "mid_block.attentions.0.to_out.0",
-    "mid.attn_1": "mid_block.attentions.0.to_",  # q, k, v
-}
+ATTENTION = {"norm": "group_norm", "q": "to_q", "k": "to_k", "v": "to_v", "proj_out": "to_out.0"}
+OLDER_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
 
 def is_diffusers(folder: str | Path) -> bool:
@@ -78,18 +89,20 @@ def unet_key(key: str, per_level: int) -> str:
 def autoencoder_key(key: str, levels: int) -> str:
     """Our name (CompVis') -> diffusers'. Its attention has linear layers where ours has 1x1 convolutions."""
     key = key.replace("norm_out", "conv_norm_out").replace("nin_shortcut", "conv_shortcut")
-    for ours, theirs in MIDDLE.items():
-        key = key.replace(f"{ours}." if theirs.endswith("to_") else ours, theirs)
-    key = re.sub(r"\bdown\.(\d+)\.block", r"down_blocks.\1.resnets", key)
-    key = re.sub(r"\bdown\.(\d+)\.downsample", r"down_blocks.\1.downsamplers.0", key)
-    key = re.sub(r"\bup\.(\d+)\.block", lambda m: f"up_blocks.{levels - 1 - int(m[1])}.resnets", key)
-    return re.sub(r"\bup\.(\d+)\.upsample", lambda m: f"up_blocks.{levels - 1 - int(m[1])}.upsamplers.0", key)
+    key = re.sub(r"\bmid\.(block|attn)_(\d)", lambda m: f"mid_block.{m[1]}.{int(m[2]) - 1}", key)
+    key = re.sub(r"\bdown\.(\d+)\.", r"down_blocks.\1.", key)
+    key = re.sub(r"\bup\.(\d+)\.", lambda m: f"up_blocks.{levels - 1 - int(m[1])}.", key)
+    key = re.sub(r"\.(down|up)sample\.", r".\1samplers.0.", key).replace(".block.", ".resnets.")
+    return re.sub(r"\.attn\.(\d+)\.(\w+)", lambda m: f".attentions.{m[1]}.{ATTENTION[m[2]]}", key)
 
 
-def _config(folder: Path, name: str = "config.json") -> dict[str, Any]:
-    if not (folder / name).is_file():
-        raise FileNotFoundError(f"{folder / name} is missing; the diffusers folder is not complete")
-    return json.loads((folder / name).read_text())
+def check_links(folder: Path) -> None:
+    """Raises ValueError for a link that leads out of the folder. (A hub's cache keeps its files in blobs/, beside.)"""
+    root = folder.resolve()
+    roots = [root, root.parent.parent / "blobs"] if root.parent.name == "snapshots" else [root]
+    for path in folder.rglob("*"):
+        if path.is_symlink() and not any(Path(os.path.realpath(path)).is_relative_to(r) for r in roots):
+            raise ValueError(f"{path} is a link that leads out of the model's folder; put the file itself there")
 
 
 def _files(folder: Path) -> list[Path]:
@@ -98,45 +111,62 @@ def _files(folder: Path) -> list[Path]:
         for suffix in (".safetensors", ".fp16.safetensors"):
             if (folder / f"{stem}{suffix}").is_file():
                 return [folder / f"{stem}{suffix}"]
-        if (folder / f"{stem}.safetensors.index.json").is_file():
-            names = _config(folder, f"{stem}.safetensors.index.json")["weight_map"].values()
+        if (index := folder / f"{stem}.safetensors.index.json").is_file():
+            shards = read_json(index).get("weight_map")
+            names = list(shards.values()) if isinstance(shards, dict) else [shards]
+            for name in names:
+                if not isinstance(name, str) or Path(name).name != name or not (folder / name).is_file():
+                    raise ValueError(f"{index} names {name!r}, which is no file beside it; download the whole model")
             return [folder / name for name in sorted(set(names))]
         if (folder / f"{stem}.bin").is_file():
             return [folder / f"{stem}.bin"]
     raise FileNotFoundError(f"{folder} holds no weights ({WEIGHTS[0]}.safetensors); download the whole model")
 
 
+def _first_line(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]
+
+
 def _weights(folder: Path) -> dict[str, torch.Tensor]:
+    """Under the names of today. Raises ValueError for a file that cannot be read."""
     found: dict[str, torch.Tensor] = {}
     for path in _files(folder):
-        if path.suffix == ".bin":
-            found |= torch.load(path, map_location="cpu", weights_only=True)  # no code is run from a pickle
-        else:
-            found |= load_file(path)
-    return found
+        try:
+            # No code is run from a pickle.
+            read = torch.load(path, "cpu", weights_only=True) if path.suffix == ".bin" else load_file(path)
+            if not all(isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in read.items()):
+                raise TypeError("it holds more than tensors by name")
+        except Exception as error:  # the libraries raise many kinds
+            raise ValueError(
+                f"{path} cannot be read ({_first_line(error)}); download it again, as .safetensors"
+            ) from error
+        found |= read
+    older = r"(.*\.attentions\.\d+)\.(query|key|value|proj_attn)\.(weight|bias)"
+    return {re.sub(older, lambda m: f"{m[1]}.{OLDER_ATTENTION[m[2]]}.{m[3]}", key): v for key, v in found.items()}
 
 
-def _expect(config: dict[str, Any], where: Path, **wanted: Any) -> None:
-    """Raises ValueError, naming the option, for a config that asks for what we do not build."""
-    for name, usual in wanted.items():
-        allowed = usual if isinstance(usual, tuple) else (usual,)
-        if config.get(name, allowed[0]) not in allowed:
-            raise ValueError(f"{where} has {name}={config[name]!r}; models with {name}={allowed[0]!r} can be loaded")
+def _built(path: Path, kind: Callable[..., nn.Module], options: dict[str, Any], **arguments: Any) -> nn.Module:
+    """A network without memory of its own: its weights bring it, and a config may ask for any size."""
+    widths, groups = options["block_out_channels"], options["norm_num_groups"]
+    arguments |= {"channels": widths[0], "channel_mult": [width // widths[0] for width in widths]}
+    try:
+        with torch.device("meta"):
+            module = kind(**arguments, num_res_blocks=options["layers_per_block"])
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    for norm in module.modules():  # groups are not in the weights; ours follow the published widths, see `group_norm`
+        if isinstance(norm, nn.GroupNorm) and norm.num_groups != groups:
+            raise ValueError(
+                f"{path} has norm_num_groups={groups} at width {norm.num_channels}, ours has {norm.num_groups}; models with "
+                "32 groups and at least 128 channels can be loaded"
+            )
+    return module
 
 
-def _same_groups(config: dict[str, Any], where: Path) -> None:
-    """Group norms are not in the weights; ours follow the published widths (see `group_norm`)."""
-    groups = config.get("norm_num_groups", 32)
-    if wrong := [w for w in config["block_out_channels"] if group_norm(w, 1e-6).num_groups != groups]:
-        raise ValueError(
-            f"{where} has norm_num_groups={groups} at width {wrong[0]}, ours has {group_norm(wrong[0], 1e-6).num_groups}; models "
-            "with 32 groups and at least 128 channels can be loaded"
-        )
-
-
-def _load(module: nn.Module, weights: dict[str, torch.Tensor], name: Callable[[str], str], where: Path) -> None:
-    """Fills a module from tensors under other names. Raises ValueError for one that is missing, left over or of another
-    shape."""
+def _load(module: nn.Module, folder: Path, name: Callable[[str], str]) -> None:
+    """Fills a module from a folder's tensors, which have other names. Raises ValueError for one that is missing, left
+    over or of another shape."""
+    weights = _weights(folder)
     state, left = {}, set(weights)
     for key, value in module.state_dict().items():
         theirs = name(key)
@@ -144,138 +174,191 @@ def _load(module: nn.Module, weights: dict[str, torch.Tensor], name: Callable[[s
         if ".attentions." in theirs and not any(n in weights for n in names):  # attention without a context
             names = [n.replace(".norm.", ".group_norm.").replace(".proj_out.", ".to_out.0.") for n in names]
         if missing := [n for n in names if n not in weights]:
-            raise ValueError(f"{where} lacks {missing[0]}, which its config asks for")
-        found = torch.cat([weights[n] for n in names])
+            raise ValueError(f"{folder} lacks {missing[0]}, which its config asks for")
+        shape = [value.shape[0] // len(names), *value.shape[1:]]
+        for part in names:
+            found = weights[part]
+            if [n for n in found.shape if n != 1] != [n for n in shape if n != 1] or not found.is_floating_point():
+                raise ValueError(
+                    f"{folder}: {part} has shape {tuple(found.shape)} and type {found.dtype}, its config asks for "
+                    f"{tuple(shape)} and floating point"
+                )
         left -= set(names)
-        if [n for n in found.shape if n != 1] != [n for n in value.shape if n != 1]:
-            raise ValueError(
-                f"{where}: {names[0]} has shape {tuple(found.shape)}, its config asks for {tuple(value.shape)}"
-            )
-        state[key] = found.view(value.shape).to(value.dtype)
+        state[key] = torch.cat([weights[n] for n in names]).view(value.shape).to(value.dtype)
     if left:
-        raise ValueError(f"{where} holds {sorted(left)[0]} and {len(left) - 1} more that its config does not ask for")
-    module.load_state_dict(state)
+        raise ValueError(f"{folder} holds {sorted(left)[0]} and {len(left) - 1} more that its config does not ask for")
+    module.load_state_dict(state, assign=True)
 
 
-def _unet(folder: Path, concat: int) -> UNet:
-    config = _config(folder)
-    conditional = config["_class_name"] == "UNet2DConditionModel"
-    widths, levels = config["block_out_channels"], len(config["block_out_channels"])
-    _expect(
-        config, folder / "config.json", _class_name=("UNet2DConditionModel", "UNet2DModel"), act_fn=("silu",),
-        class_embed_type=None, addition_embed_type=None, encoder_hid_dim=None, dual_cross_attention=False,
-        flip_sin_to_cos=True, freq_shift=0, center_input_sample=False, downsample_type="conv", upsample_type="conv",
-        only_cross_attention=False, num_class_embeds=None, norm_eps=1e-5, downsample_padding=1,
-    )  # fmt: skip
-    _same_groups(config, folder / "config.json")
-    kinds = config["down_block_types"]
-    if unknown := [k for k in kinds if k not in ("CrossAttnDownBlock2D", "AttnDownBlock2D", "DownBlock2D")]:
-        raise ValueError(f"{folder / 'config.json'} has a {unknown[0]}, which is no block of a latent diffusion U-Net")
-    heads = config.get("num_attention_heads") or config.get("attention_head_dim", 8)
-    heads = heads if isinstance(heads, list) else [heads] * levels
-    if not conditional:
-        size = {"head_dim": heads[0]}
-    elif len(set(heads)) == 1:
-        size = {"num_heads": heads[0]}
-    else:  # SD 2: heads of equal width
-        size = {"head_dim": widths[0] // heads[0]}
-    depth = config.get("transformer_layers_per_block", 1)
-    unet = UNet(
-        in_channels=config["in_channels"] - concat,
-        out_channels=config["out_channels"],
-        concat_channels=concat,
-        channels=widths[0],
-        channel_mult=[w // widths[0] for w in widths],
-        num_res_blocks=config["layers_per_block"],
-        attention_levels=[level for level, kind in enumerate(kinds) if "Attn" in kind],
-        context_dim=config["cross_attention_dim"] if conditional else None,
-        transformer_depth=depth if conditional else None,
-        scale_shift=config.get("resnet_time_scale_shift", "default") == "scale_shift",
-        linear_projection=config.get("use_linear_projection", False),
-        **size,
+def _head_size(path: Path, options: dict[str, Any], levels: list[int], conditional: bool) -> dict[str, int]:
+    """The U-Net's num_heads or head_dim, for those levels that have attention.
+
+    attention_head_dim is the width of a head in UNet2DModel (null: one head) and, in spite of its name, the number of
+    heads in UNet2DConditionModel.
+    """
+    widths, asked = options["block_out_channels"], options["attention_head_dim"]
+    if asked is None:
+        return {"num_heads": 1}
+    numbers = asked if isinstance(asked, list) else [asked] * len(widths)
+    if len(numbers) != len(widths):
+        raise refused(path, "attention_head_dim", asked, f" of {len(widths)} entries")
+    if wrong := [level for level in levels if widths[level] % numbers[level]]:
+        raise refused(path, "attention_head_dim", asked, f" that divides the width {widths[wrong[0]]}")
+    if len({numbers[level] for level in levels}) <= 1:
+        return {"num_heads" if conditional else "head_dim": numbers[-1]}
+    if len(head_widths := {widths[level] // numbers[level] for level in levels}) > 1:
+        raise refused(path, "attention_head_dim", asked, " that gives heads of equal width, or of equal number,")
+    return {"head_dim": head_widths.pop()}
+
+
+def load_unet(folder: Path, latent_channels: int) -> tuple[UNet, list[int]]:
+    """The U-Net, and the size of the latents that it was trained on."""
+    path = folder / "config.json"
+    kind, options = read_model(path, UNETS)
+    for name in ("in_channels", "out_channels"):
+        if options[name] != latent_channels:
+            raise ValueError(
+                f"{path} has {name}={options[name]}, the latents have {latent_channels} channels: inpainting, depth and "
+                "upscaling pipelines cannot be loaded yet"
+            )
+    conditional = kind == "UNet2DConditionModel"
+    attention = [level for level, block in enumerate(options["down_block_types"]) if "Attn" in block]
+    mid_attention = options.get("add_attention", True)
+    if conditional:
+        extra = {
+            "context_dim": options["cross_attention_dim"],
+            "transformer_depth": options["transformer_layers_per_block"],
+            "linear_projection": options["use_linear_projection"],
+            "cross_only_levels": attention if options["only_cross_attention"] else (),
+        }
+    else:  # with scale_shift, the middle attention there has no norm unless its groups are given
+        extra = {"mid_attention": mid_attention}
+        groups = options["norm_num_groups"]
+        allowed = (None, groups) if options["resnet_time_scale_shift"] == "default" else (groups,)
+        if mid_attention and options["attn_norm_num_groups"] not in allowed:
+            raise refused(path, "attn_norm_num_groups", options["attn_norm_num_groups"], f"={groups}")
+    middle = [len(options["block_out_channels"]) - 1] if mid_attention else []
+    unet = _built(
+        path,
+        UNet,
+        options,
+        in_channels=options["in_channels"],
+        out_channels=options["out_channels"],
+        attention_levels=attention,
+        scale_shift=options["resnet_time_scale_shift"] == "scale_shift",
+        **_head_size(path, options, attention + middle, conditional),
+        **extra,
     )
-    _load(unet, _weights(folder), lambda key: unet_key(key, config["layers_per_block"]), folder)
-    return unet
+    _load(unet, folder, lambda key: unet_key(key, options["layers_per_block"]))
+    size = options["sample_size"] or 64
+    return unet, size if isinstance(size, list) else [size, size]
 
 
-def _first_stage(folder: Path) -> FirstStage:
-    config = _config(folder)
-    widths = config["block_out_channels"]
-    _expect(
-        config, folder / "config.json", _class_name=("AutoencoderKL", "VQModel"), act_fn="silu", shift_factor=None,
-        use_quant_conv=True, use_post_quant_conv=True, norm_type="group", latents_mean=None,
-    )  # fmt: skip
-    _same_groups(config, folder / "config.json")
-    if {k.rpartition("Down")[0] for k in config["down_block_types"]} != {""}:
+def load_first_stage(folder: Path) -> FirstStage:
+    path = folder / "config.json"
+    kind, options = read_model(path, AUTOENCODERS)
+    if options["out_channels"] != options["in_channels"]:
         raise ValueError(
-            f"{folder / 'config.json'} has attention outside the middle, which diffusers' loader cannot name"
+            f"{path} has in_channels={options['in_channels']} and out_channels={options['out_channels']}; autoencoders "
+            "with equal numbers can be loaded"
         )
-    options = {
-        "z_channels": config["latent_channels"],
-        "channels": widths[0],
-        "channel_mult": [w // widths[0] for w in widths],
-        "num_res_blocks": config["layers_per_block"],
-        "mid_attention": config.get("mid_block_add_attention", True),
-        "in_channels": config["in_channels"],
+    arguments = {
+        "z_channels": options["latent_channels"],
+        "attention_levels": [n for n, block in enumerate(options["down_block_types"]) if "Attn" in block],
+        "mid_attention": options["mid_block_add_attention"],
+        "in_channels": options["in_channels"],
     }
-    if config["_class_name"] == "VQModel":
-        options["embed_dim"] = config.get("vq_embed_dim") or config["latent_channels"]
-        network = AutoencoderVQ(**options, num_codes=config["num_vq_embeddings"])
-    else:
-        network = AutoencoderKL(**options)
-    _load(network, _weights(folder), lambda key: autoencoder_key(key, len(widths)), folder)
-    return FirstStage(network, config.get("scaling_factor", 0.18215))
+    if kind == "VQModel":
+        arguments |= {"embed_dim": options["vq_embed_dim"], "num_codes": options["num_vq_embeddings"]}
+    network = _built(path, AutoencoderVQ if kind == "VQModel" else AutoencoderKL, options, **arguments)
+    _load(network, folder, lambda key: autoencoder_key(key, len(options["block_out_channels"])))
+    return FirstStage(network, options["scaling_factor"])
+
+
+def _text(folder: Path, dim: int) -> FrozenText:
+    """CLIP's text encoder and tokenizer. The library is given what was checked here, not the folder's own configs."""
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+    encoder, words = folder / "text_encoder", folder / "tokenizer"
+    options = read_options(encoder / "config.json", CLIP, known=False)
+    if options["hidden_size"] != dim:
+        raise refused(encoder / "config.json", "hidden_size", options["hidden_size"], f"={dim}, as the U-Net asks,")
+    read_options(words / "tokenizer_config.json", TOKENIZER)
+    if not (words / "tokenizer.json").is_file() and not all(
+        (words / n).is_file() for n in ("vocab.json", "merges.txt")
+    ):
+        raise FileNotFoundError(f"{words} holds no vocab.json and merges.txt; download the whole model")
+    config, weights = CLIPTextConfig(**options), _weights(encoder)
+    try:
+        tokenizer = CLIPTokenizer.from_pretrained(words, local_files_only=True, trust_remote_code=False)
+        model, told = CLIPTextModel.from_pretrained(
+            None, config=config, state_dict=weights, dtype=torch.float32, output_loading_info=True
+        )
+        if told["missing_keys"]:
+            raise ValueError(f"the encoder lacks {sorted(told['missing_keys'])[0]}")
+        if (most := max(tokenizer.get_vocab().values())) >= options["vocab_size"]:
+            raise ValueError(f"token {most} has no embedding")
+    except Exception as error:  # the library raises many kinds
+        raise ValueError(
+            f"{encoder} and {words} are no CLIP text encoder ({_first_line(error)}); download them again"
+        ) from error
+    return FrozenText(str(encoder), dim, max_length=options["max_position_embeddings"], pretrained=(tokenizer, model))
+
+
+def load_schedule(folder: Path) -> tuple[NoiseSchedule, str]:
+    """The schedule, and what the U-Net predicts."""
+    path = folder / "scheduler_config.json"
+    _, options = read_class(path, SCHEDULERS)
+    prediction, zero_snr = options["prediction_type"], options["rescale_betas_zero_snr"]
+    if zero_snr and prediction == "epsilon":  # no image can be told from noise alone
+        raise refused(path, "rescale_betas_zero_snr", zero_snr, "=False, or with prediction_type='v_prediction',")
+    ends = options["beta_start"], options["beta_end"], options["num_train_timesteps"]
+    try:
+        return NoiseSchedule(BETAS[options["beta_schedule"]], *ends, zero_snr), prediction
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def _part(folder: Path, index: dict[str, Any], library: str, *names: str) -> str:
+    """The first of these components that a pipeline has. Raises ValueError where it has none, or one of its own."""
+    for name in names:
+        value = index.get(name)
+        if isinstance(value, list) and len(value) == 2 and value[0] is not None:
+            if value[0] != library:
+                raise ValueError(
+                    f"{folder / INDEX} takes its {name} from {value[0]!r}; {library}' own can be loaded, and nothing that "
+                    "a folder names is imported"
+                )
+            return name
+    raise ValueError(f"{folder / INDEX} names no {' or '.join(names)}; it is no latent diffusion pipeline")
 
 
 def load_diffusers(folder: str | Path) -> LatentDiffusion:
-    """A pipeline's folder: U-Net, KL or VQ autoencoder, CLIP text encoder where there is one, noise schedule. (Clipping
-    of x_0 to [-1, 1], which some schedulers' configs ask for, is for pixels and is left out.)
+    """A pipeline's folder: U-Net, KL or VQ autoencoder, CLIP text encoder where there is one, noise schedule.
 
-    Raises FileNotFoundError for a part that is missing, ValueError, naming the option, for one that we do not build.
+    Raises FileNotFoundError for a part that is missing, ValueError, naming file and option, for one not built here.
     """
     folder = Path(folder)
-    parts = {name: value[1] for name, value in _config(folder, INDEX).items() if isinstance(value, list)}
-    vae = next((folder / name for name in ("vae", "vqvae") if parts.get(name)), None)
-    if vae is None or not parts.get("unet"):
-        raise ValueError(f"{folder / INDEX} names no unet and vae; it is no latent diffusion pipeline")
-    first_stage = _first_stage(vae)
-    config = _config(folder / "unet")
-    if config["in_channels"] != first_stage.latent_channels:
-        raise ValueError(
-            f"{folder / 'unet'} takes {config['in_channels']} channels, the latents have {first_stage.latent_channels}: "
-            "inpainting, depth and upscaling pipelines cannot be loaded yet"
-        )
-    unet = _unet(folder / "unet", 0)
+    check_links(folder)
+    index = read_json(folder / INDEX)
+    if index.get("_class_name") not in PIPELINES:
+        raise ValueError(f"{folder / INDEX} is for {index.get('_class_name')!r}; {', '.join(PIPELINES)} can be loaded")
+    vae = _part(folder, index, "diffusers", "vae", "vqvae")
+    first_stage = load_first_stage(folder / vae)
+    unet, size = load_unet(folder / _part(folder, index, "diffusers", "unet"), first_stage.latent_channels)
     conditioners = {}
     if unet.context_dim:
-        if parts.get("text_encoder") not in ("CLIPTextModel", "CLIPTextModelWithProjection"):
-            raise ValueError(f"{folder / INDEX}: the text encoder is a {parts.get('text_encoder')}; CLIP can be loaded")
-        length = _config(folder / "text_encoder").get("max_position_embeddings", 77)
-        text = FrozenText(
-            str(folder / "text_encoder"), unet.context_dim, max_length=length, tokenizer=str(folder / "tokenizer")
-        )
-        conditioners["text"] = text
-    noise = _config(folder / "scheduler", "scheduler_config.json")
-    _expect(
-        noise, folder / "scheduler", beta_schedule=("linear", *BETAS), thresholding=False, trained_betas=None,
-        prediction_type=("epsilon", "v_prediction", "sample"),
-    )  # fmt: skip
-    schedule = NoiseSchedule(
-        BETAS[noise.get("beta_schedule", "linear")],
-        noise.get("beta_start", 0.0001),
-        noise.get("beta_end", 0.02),
-        noise.get("num_train_timesteps", 1000),
-        noise.get("rescale_betas_zero_snr", False),
-    )
-    size = config.get("sample_size") or 64
-    size = [size, size] if isinstance(size, int) else size
-    prediction = noise.get("prediction_type", "epsilon")
+        for name in ("text_encoder", "tokenizer"):
+            _part(folder, index, "transformers", name)
+        conditioners["text"] = _text(folder, unet.context_dim)
+    schedule, prediction = load_schedule(folder / _part(folder, index, "diffusers", "scheduler"))
     return LatentDiffusion(unet, first_stage, schedule, conditioners, prediction, size).eval()
 
 
 def diffusers_metadata(folder: str | Path) -> dict[str, Any]:
     """What a native folder's metadata.json would say: the sha256 of weights and configs, and how such models are usually sampled."""
     folder = Path(folder)
+    check_links(folder)
     digest = hashlib.sha256()
     parts = [folder / n for n in ("unet", "vae", "vqvae", "text_encoder") if (folder / n).is_dir()]
     configs = [folder / INDEX, *sorted(folder.glob("*/*config.json"))]

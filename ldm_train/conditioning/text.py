@@ -193,6 +193,7 @@ class FrozenText(Conditioner):
     tokenizer: a folder, where it is not that of the encoder
     pad_id: the token that padding shows, where it is not the tokenizer's own (Stable Diffusion 2: 0, as open_clip; a
         caption's own tokens stay as they are)
+    pretrained: (tokenizer, encoder), where they are loaded already
     The encoder is not part of the model's weights; the model folder names it. The null condition is the empty caption.
     """
 
@@ -209,6 +210,7 @@ class FrozenText(Conditioner):
         dropout: float = 0.1,
         tokenizer: str | None = None,
         pad_id: int | None = None,
+        pretrained: tuple[Any, nn.Module] | None = None,
     ):
         super().__init__(dropout)
         if layer not in ("last", "penultimate"):
@@ -218,6 +220,8 @@ class FrozenText(Conditioner):
         self.cache_size, self.widths, self.tokenizer_path = cache_size, {"context": dim}, tokenizer or path
         self._cache: OrderedDict[str, tuple[torch.Tensor, torch.Tensor]] = OrderedDict()
         self._pretrained: tuple[Any, nn.Module] | None = None  # a tuple hides it from state_dict and optimisers
+        if pretrained is not None:
+            self._pretrained = (pretrained[0], pretrained[1].eval().requires_grad_(False))
         self.register_buffer("_place", torch.zeros(()), persistent=False)
 
     @property
@@ -230,10 +234,13 @@ class FrozenText(Conditioner):
             from transformers import AutoConfig, AutoModel, AutoTokenizer, CLIPTextModel
 
             try:
-                tokenizer = AutoTokenizer.from_pretrained(self.tokenizer_path, trust_remote_code=False)
-                kind = AutoConfig.from_pretrained(self.path, trust_remote_code=False).model_type
+                tokenizer = AutoTokenizer.from_pretrained(
+                    self.tokenizer_path, local_files_only=Path(self.tokenizer_path).is_dir(), trust_remote_code=False
+                )
+                local = Path(self.path).is_dir()  # a folder is enough by itself
+                kind = AutoConfig.from_pretrained(self.path, local_files_only=local, trust_remote_code=False).model_type
                 model = (CLIPTextModel if kind.startswith("clip") else AutoModel).from_pretrained(
-                    self.path, trust_remote_code=False
+                    self.path, local_files_only=local, trust_remote_code=False
                 )
             except (OSError, ValueError) as error:
                 raise FileNotFoundError(

@@ -45,7 +45,8 @@ class UNet(nn.Module):
     channels                    width of the first level
     channel_mult                width of each level over `channels`; each level after the first halves the resolution
     num_res_blocks              residual blocks per level (one more on the way up)
-    attention_levels            levels with attention, 0 being the full latent resolution; the middle always has it
+    attention_levels            levels with attention, 0 being the full latent resolution
+    mid_attention               attention in the middle
     head_dim / num_heads        give exactly one: channels per head, or heads
     context_dim                 width of cross-attention tokens. None builds plain self-attention blocks unless
                                 `transformer_depth` is given
@@ -78,6 +79,7 @@ class UNet(nn.Module):
         linear_projection: bool = False,
         dropout: float = 0.0,
         activation_checkpointing: bool = False,
+        mid_attention: bool = True,
     ):
         super().__init__()
         if (head_dim is None) == (num_heads is None):
@@ -139,7 +141,9 @@ class UNet(nn.Module):
                 self.input_blocks.append(Layers([down]))
                 skips.append(width)
 
-        self.middle_block = Layers([block(width, width), attention(width), block(width, width)])
+        self.middle_block = Layers(
+            [block(width, width), attention(width) if mid_attention else nn.Identity(), block(width, width)]
+        )
 
         self.output_blocks = nn.ModuleList()
         for level, mult in reversed(list(enumerate(channel_mult))):

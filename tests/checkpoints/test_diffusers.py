@@ -1,8 +1,11 @@
 """Pipelines in diffusers' folders: loaded, they draw what diffusers draws."""
 
 import json
+import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,8 +18,10 @@ from diffusers import (
     UNet2DModel,
 )
 from diffusers import VQModel as Quantised
+from safetensors.torch import load, load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+from ldm_train.checkpoints.diffusers import diffusers_metadata, load_diffusers
 from ldm_train.checkpoints.native import find_model, model_metadata
 from ldm_train.latent_diffusion import LatentDiffusion
 from ldm_train.samplers.ddim import ddim
@@ -129,36 +134,221 @@ def test_the_folder_is_a_model_like_any_other(text_pipeline: Callable, tmp_path:
     assert len(model_metadata(folder)["sha256"]) == 64
 
 
+@pytest.fixture
+def copy(text_pipeline: Callable, tmp_path: Path) -> Path:
+    """A folder of its own, to be damaged; its files are replaced, never written into."""
+    return Path(shutil.copytree(text_pipeline("1")[0], tmp_path / "model", copy_function=os.link))
+
+
+def replace(path: Path, content: str | bytes) -> None:
+    path.unlink(missing_ok=True)
+    path.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+def change(path: Path, **options: Any) -> None:
+    replace(path, json.dumps(json.loads(path.read_text()) | options))
+
+
 @pytest.mark.parametrize(
-    ("part", "change", "message"),
+    ("file", "options", "message"),
     [
         (
-            "unet",
+            "unet/config.json",
             {"class_embed_type": "timestep"},
             r"class_embed_type='timestep'; models with class_embed_type=None can be",
         ),
-        ("unet", {"norm_num_groups": 16}, "norm_num_groups=16 at width 128"),
-        ("unet", {"in_channels": 9}, "takes 9 channels, the latents have 4: inpainting, depth and upscaling pipelines"),
-        ("unet", {"layers_per_block": 2}, r"lacks down_blocks"),
-        ("vae", {"shift_factor": 0.1}, "shift_factor=0.1"),
-        ("scheduler", {"beta_schedule": "exp"}, "beta_schedule='exp'"),
+        ("unet/config.json", {"norm_num_groups": 16}, "norm_num_groups=16 at width 128"),
+        (
+            "unet/config.json",
+            {"in_channels": 9},
+            "in_channels=9, the latents have 4 channels: inpainting, depth and upsc",
+        ),
+        ("unet/config.json", {"layers_per_block": 2}, r"unet lacks down_blocks"),
+        ("unet/config.json", {"block_out_channels": [2**14, 2**14]}, r"unet: .* has shape \(512, 128\)"),
+        ("text_encoder/config.json", {"hidden_size": 48}, "hidden_size=48; models with hidden_size=32, as the U-Net"),
+        ("vae/config.json", {"shift_factor": 0.1}, "shift_factor=0.1"),
+        ("scheduler/scheduler_config.json", {"beta_schedule": "exp"}, "beta_schedule='exp'"),
+        ("text_encoder/config.json", {"num_hidden_layers": 10**9}, "num_hidden_layers=1000000000; models with"),
+        ("text_encoder/config.json", {"num_hidden_layers": 3}, "are no CLIP text encoder .the encoder lacks"),
+        ("text_encoder/config.json", {"vocab_size": 2**20}, "are no CLIP text encoder"),
+        ("text_encoder/config.json", {"model_type": "bert"}, "model_type='bert'"),
+        ("tokenizer/tokenizer_config.json", {"vocab_file": "/etc/hostname"}, "tokenizer_config.json has vocab_file="),
+        (
+            "tokenizer/tokenizer_config.json",
+            {"fast_tokenizer_files": ["../x"]},
+            "config.json has fast_tokenizer_files=",
+        ),
+        ("tokenizer/tokenizer_config.json", {"pad_token": 7}, "are no CLIP text encoder"),
+        (
+            "model_index.json",
+            {"_class_name": "StableDiffusionXLPipeline"},
+            "index.json is for 'StableDiffusionXLPipeline'",
+        ),
+        ("model_index.json", {"_class_name": ["pipeline", "Mine"]}, r"model_index.json is for \['pipeline', 'Mine'\]"),
+        ("model_index.json", {"unet": None}, "names no unet; it is no latent diffusion pipeline"),
+        ("model_index.json", {"unet": []}, "names no unet"),
+        (
+            "model_index.json",
+            {"unet": ["hostile", "UNet2DConditionModel"]},
+            "takes its unet from 'hostile'; diffusers' own",
+        ),
+        (
+            "model_index.json",
+            {"tokenizer": ["hostile", "CLIPTokenizer"]},
+            "takes its tokenizer from 'hostile'; transformers'",
+        ),
     ],
 )
-def test_what_cannot_be_loaded_is_named(
-    part: str, change: dict, message: str, text_pipeline: Callable, tmp_path: Path
-) -> None:
-    folder, _ = text_pipeline("1")
-    for path in folder.rglob("*"):
-        target = tmp_path / path.relative_to(folder)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        if path.is_file():
-            target.symlink_to(path)
-    name = "scheduler_config.json" if part == "scheduler" else "config.json"
-    config = json.loads((folder / part / name).read_text())
-    (tmp_path / part / name).unlink()
-    (tmp_path / part / name).write_text(json.dumps(config | change))
+def test_what_cannot_be_loaded_is_named(file: str, options: dict, message: str, copy: Path) -> None:
+    (copy / "hostile.py").write_text("raise SystemExit('the folder was run')")
+    change(copy / file, **options)
     with pytest.raises(ValueError, match=message):
-        LatentDiffusion.from_pretrained(str(tmp_path))
+        LatentDiffusion.from_pretrained(str(copy))
+
+
+@pytest.mark.parametrize("content", ["", "{", "[1]", "7", '"x"', "null", "[" * 100_000, "1" * 5000, b"\xff\xfe{"])
+@pytest.mark.parametrize(
+    "file",
+    [
+        "model_index.json", "unet/config.json", "vae/config.json", "scheduler/scheduler_config.json", "text_encoder/config.json",
+        "tokenizer/tokenizer_config.json",
+    ],
+)  # fmt: skip
+def test_a_json_file_that_is_none_is_named(file: str, content: str | bytes, copy: Path) -> None:
+    replace(copy / file, content)
+    with pytest.raises(ValueError, match=rf"{file} cannot be read \(.*\); download it again"):
+        load_diffusers(copy)
+    (copy / file).unlink()
+    with pytest.raises(FileNotFoundError, match=f"{file} is missing; the diffusers folder is not complete"):
+        load_diffusers(copy)
+
+
+@pytest.mark.parametrize("part", ["unet", "vae", "text_encoder"])
+def test_weights_that_cannot_be_read_are_named(part: str, copy: Path) -> None:
+    path = next((copy / part).glob("*.safetensors"))
+    whole = path.read_bytes()
+    for content in (b"", whole[:7], whole[:100], whole[:-5], b"\xff" * 100):
+        replace(path, content)
+        with pytest.raises(
+            ValueError, match=rf"{part}/{path.name} cannot be read \(.*\); download it again, as .safetensors"
+        ):
+            load_diffusers(copy)
+    if part != "text_encoder":
+        save_file({k: v.int() for k, v in load(whole).items()}, path)
+        with pytest.raises(ValueError, match=rf"{part}: .* floating point"):
+            load_diffusers(copy)
+    path.unlink()
+    with pytest.raises(FileNotFoundError, match=f"{part} holds no weights"):
+        load_diffusers(copy)
+
+
+class Hostile:
+    def __reduce__(self) -> tuple:
+        return Path.touch, (Path("the folder was run"),)
+
+
+@pytest.mark.parametrize("part", ["unet", "vae", "text_encoder"])
+def test_pickles_are_read_without_code_or_refused(
+    part: str, copy: Path, text_pipeline: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    path = next((copy / part).glob("*.safetensors"))
+    pickle = path.with_name("pytorch_model.bin" if part == "text_encoder" else f"{path.stem}.bin")
+    weights = load_file(path)
+    path.unlink()
+    for content in ({"a": Hostile()}, Hostile(), [1], {"a": 1}, {1: torch.zeros(1)}):
+        torch.save(content, pickle)
+        with pytest.raises(
+            ValueError, match=rf"{pickle.name} cannot be read \(.*\); download it again, as .safetensors"
+        ):
+            load_diffusers(copy)
+    assert not Path("the folder was run").exists()
+    pickle.unlink()
+    torch.save(weights, pickle)
+    load_diffusers(copy)
+
+
+@pytest.mark.parametrize(
+    "names", [{"a": "../../vae/diffusion_pytorch_model.safetensors"}, {"a": 7}, {"a": "gone"}, 7, None]
+)
+def test_shards_elsewhere_are_refused(names: Any, copy: Path) -> None:
+    whole = copy / "unet/diffusion_pytorch_model.safetensors"
+    whole.rename(copy / "unet/one.safetensors")
+    index = whole.with_name(f"{whole.name}.index.json")
+    index.write_text(json.dumps({"weight_map": names}))
+    with pytest.raises(
+        ValueError, match=r"unet/diffusion_pytorch_model.safetensors.index.json names .*no file beside it"
+    ):
+        load_diffusers(copy)
+    index.write_text(json.dumps({"weight_map": {"a": "one.safetensors"}}))
+    load_diffusers(copy)
+
+
+def test_links_out_of_the_folder_are_refused_but_a_hubs_cache_is_read(copy: Path, tmp_path: Path) -> None:
+    outside = tmp_path / "blobs"
+    outside.mkdir()
+    (copy / "unet/config.json").rename(outside / "1")
+    (copy / "unet/config.json").symlink_to(outside / "1")
+    for reader in (load_diffusers, diffusers_metadata):
+        with pytest.raises(ValueError, match=r"unet/config.json is a link that leads out of the model's folder"):
+            reader(copy)
+    (tmp_path / "snapshots").mkdir()
+    cached = tmp_path / "snapshots" / "main"
+    copy.rename(cached)
+    load_diffusers(cached)
+    (cached / "unet/config.json").unlink()
+    (cached / "unet/config.json").symlink_to("config.json")
+    with pytest.raises(FileNotFoundError, match=r"unet/config.json is missing"):
+        load_diffusers(cached)
+
+
+def test_code_in_the_folder_is_never_run_nor_other_weights_read(
+    copy: Path, text_pipeline: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bad = "raise SystemExit('the folder was run')"
+    for name in ("pipeline.py", "unet/mine.py", "text_encoder/mine.py", "tokenizer/mine.py", "diffusers.py"):
+        (copy / name).write_text(bad)
+    change(
+        copy / "text_encoder/config.json", auto_map={"AutoModel": "mine.A"}, transformers_weights="../vae/x.safetensors"
+    )
+    change(
+        copy / "tokenizer/tokenizer_config.json", auto_map={"AutoTokenizer": ["mine.A", "mine.B"]}, tokenizer_class="A"
+    )
+    (copy / "text_encoder/adapter_config.json").write_text(
+        '{"base_model_name_or_path": "nowhere", "peft_type": "LORA"}'
+    )
+    monkeypatch.chdir(copy)
+    _, pipeline = text_pipeline("1")
+    context = load_diffusers(copy).conditioners["text"](["a cat"], torch.tensor([False]))["context"]
+    ids = pipeline.tokenizer(["a cat"], padding="max_length", max_length=16, return_tensors="pt").input_ids
+    torch.testing.assert_close(context, pipeline.text_encoder(ids).last_hidden_state)
+
+
+def test_the_prefix_of_published_text_encoders_is_read(copy: Path) -> None:
+    path = copy / "text_encoder/model.safetensors"
+    weights, before = load_file(path), load_diffusers(copy).conditioners["text"](["a cat"], torch.tensor([False]))
+    path.unlink()
+    save_file(
+        {f"text_model.{k}": v for k, v in weights.items()}
+        | {"text_model.embeddings.position_ids": torch.arange(16)[None]},
+        path,
+    )
+    after = load_diffusers(copy).conditioners["text"](["a cat"], torch.tensor([False]))
+    torch.testing.assert_close(after, before, rtol=0, atol=0)
+
+
+def test_a_tokenizer_that_does_not_fit_is_refused(copy: Path) -> None:
+    change(copy / "text_encoder/config.json", vocab_size=10)
+    path = copy / "text_encoder/model.safetensors"
+    weights = load_file(path)
+    key = next(k for k in weights if "token_embedding" in k)
+    path.unlink()
+    save_file(weights | {key: weights[key][:10].clone()}, path)
+    with pytest.raises(ValueError, match=r"no CLIP text encoder \(token \d+ has no embedding\)"):
+        load_diffusers(copy)
+    shutil.rmtree(copy / "tokenizer")
+    with pytest.raises(FileNotFoundError, match=r"tokenizer_config.json is missing"):
+        load_diffusers(copy)
 
 
 def test_a_part_that_is_missing_is_named(text_pipeline: Callable, tmp_path: Path) -> None:

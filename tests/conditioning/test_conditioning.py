@@ -1,5 +1,6 @@
 """Conditioners: null is a full drop mask, dropout touches dropped rows alone, padding touches nothing."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -348,6 +349,19 @@ def test_long_and_empty_captions_are_cut_and_null(pretrained_text: Path, tokeniz
 def test_a_text_encoder_that_is_not_there_is_named(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"nowhere is not there.*conditioners\.text\.path=<folder>"):
         FrozenText(str(tmp_path / "nowhere"), 16).null(1)
+
+
+def test_code_that_comes_with_a_text_encoder_is_never_run(
+    pretrained_text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = Path(shutil.copytree(pretrained_text, tmp_path / "model"))
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"model_type": "mine", "auto_map": {"AutoConfig": "mine.Mine", "AutoModel": "mine.Mine"}}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "mine.py").write_text("raise SystemExit('the folder was run')")
+    monkeypatch.setattr("builtins.input", lambda *_: "y")  # who is asked says yes
+    with pytest.raises(FileNotFoundError, match=r"the text encoder .*model is not there"):
+        FrozenText(str(folder), 16).null(1)
 
 
 def test_a_wrong_width_is_named(pretrained_text: Path) -> None:
