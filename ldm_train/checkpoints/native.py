@@ -63,7 +63,7 @@ def read_metadata(folder: str | Path) -> dict[str, Any]:
             f"{folder} is no complete model folder: {', '.join(missing)} missing; finish its stage first"
         )
     metadata = read_record(folder / METADATA)
-    if not isinstance(metadata.get("sha256"), str) or not isinstance(metadata.get("sampling") or {}, dict):
+    if not isinstance(metadata.get("sha256"), str) or not isinstance(metadata.get("sampling", {}), dict):
         raise ValueError(f"{folder / METADATA} does not record a model's sha256 (and sampling); take an undamaged copy")
     return metadata
 

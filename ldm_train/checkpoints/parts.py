@@ -31,7 +31,7 @@ BUILDABLE = (
 MOVED: dict[str, str] = {}  # name in older files: today's name
 
 LARGEST_FILE = 16 << 20  # bytes; a config that holds its tokenizer has 1 or 2 MB
-MOST_VALUES, DEEPEST = 1_000_000, 60  # of a tree, its aliases unfolded
+MOST_VALUES, DEEPEST = 200_000, 60  # of a tree, its aliases unfolded
 LARGEST_NUMBER = 1 << 20  # widths, counts, classes and words all stay below
 NAME = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+")
 

@@ -98,6 +98,22 @@ def collect_reference(
     return Reference({name: read_reference(path) for name, path in paths.items()}, hashes)
 
 
+def _saved(partial: Path, empty: Mapping[str, Any], made: Collected) -> dict[str, Any] | None:
+    """The state that an interrupted measurement left, `made` filled with what it had collected; None where it ended
+    inside a batch of another size, or the file is damaged, so that all is measured anew."""
+    try:
+        saved = torch.load(partial, map_location="cpu", weights_only=True)
+        state = saved["state"]
+        if state.keys() != empty.keys() or any(not isinstance(state[k], type(v)) for k, v in empty.items()):
+            raise ValueError("it holds something else")
+        if state["batch_size"] == empty["batch_size"]:
+            made.restore(saved["made"])
+            return state
+    except Exception as error:  # unpicklers raise whatever they like on damaged data
+        print(f"{partial} cannot be continued from ({str(error).splitlines()[0]}); measured anew", flush=True)
+    return None
+
+
 @dataclass
 class Measured:
     """estimates by metric; the first samples as pictures, beside what can be seen of their conditions; what sampling took."""
@@ -134,11 +150,8 @@ def measure_samples(
     state: dict[str, Any] = {"done": 0, "batch_size": batch_size, "images": [], "captions": [], "seconds": 0.0}
     if partial is not None:
         partial = partial.with_name(f"{partial.name}.{rank()}-{world_size()}")
-        if partial.is_file():
-            saved = torch.load(partial, weights_only=True)
-            if saved["state"]["batch_size"] == batch_size:  # else it ended inside a batch
-                state = saved["state"]
-                made.restore(saved["made"])
+        if partial.is_file() and (saved := _saved(partial, state, made)):
+            state = saved
     saved_at, position = time.monotonic(), 0
     bar = tqdm(total=total, desc="samples", unit="img", disable=not progress)
     for batch in batches:
