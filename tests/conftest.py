@@ -4,6 +4,8 @@ import os
 from pathlib import Path
 
 os.environ["TQDM_DISABLE"] = "1"  # read when tqdm is imported
+# Sums depend on the number of threads: the processes that tests start, and compare to the bit, have one as well.
+os.environ |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 
 import pytest
 import torch

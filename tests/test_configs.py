@@ -110,6 +110,12 @@ def test_every_option_of_a_group_composes(group: str):
         OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
 
 
+@pytest.mark.parametrize("preset", sorted(p.stem for p in (config_folder() / "autoencoder").glob("[kv][lq]_*.yaml")))
+def test_vq_losses_are_means_as_published_and_kl_losses_sums(preset: str):
+    config = composed("train", "experiment=celebahq_f8", f"autoencoder={preset}", "autoencoder/loss=l1_gan")
+    assert config.autoencoder.loss.reduction == ("mean" if "VQ" in config.autoencoder.network._target_ else "sum")
+
+
 @pytest.mark.parametrize("source", sorted(p.stem for p in (config_folder() / "source").glob("*.yaml")))
 def test_every_source_composes(source: str):
     config = composed("prepare", f"source={source}", "path=somewhere", "out=elsewhere")

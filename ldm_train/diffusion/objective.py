@@ -40,8 +40,10 @@ class DiffusionObjective(nn.Module):
     prediction_type: "epsilon" (default), "v_prediction" or "sample"
     loss: "l2" (mean squared error) or "l1"
     weighting: "uniform"; "min_snr" (Hang et al. 2023): min(SNR, gamma) / SNR for epsilon, min(SNR, gamma) for sample,
-        min(SNR, gamma) / (SNR + 1) for v_prediction; or "learned": loss / exp(u_t) + u_t with a learned u per timestep
-        (Kendall and Gal 2017; latent diffusion's learn_logvar)
+        min(SNR, gamma) / (SNR + 1) for v_prediction, but 1 where the SNR is 0 (zero_terminal_snr's last timestep). There
+        the formulas give 0 (0 / 0 for epsilon), and the step that sampling starts from would never be trained; 1 is its
+        weight under "uniform", for both of the others, as v = -x_0 there. Or "learned": loss / exp(u_t) + u_t with a
+        learned u per timestep (Kendall and Gal 2017; latent diffusion's learn_logvar)
     offset_noise: adds so many standard deviations of noise that is constant over the picture, per channel, so that
         very dark and very bright pictures are learned (0: none)
     stratified: draw each timestep of a global batch from its own slice of [0, T); same expectation, less variance
@@ -115,9 +117,8 @@ class DiffusionObjective(nn.Module):
             return (-self.uncertainty.detach()[timesteps]).exp()
         snr = self.schedule.snr[timesteps]
         clipped = snr.clamp(max=self.min_snr_gamma)
-        if self.prediction_type == "epsilon":
-            return torch.where(snr > 0, clipped / snr, 1.0).float()
-        return (clipped if self.prediction_type == "sample" else clipped / (snr + 1)).float()
+        divisor = {"epsilon": snr, "v_prediction": snr + 1, "sample": 1.0}[self.prediction_type]
+        return torch.where(snr > 0, clipped / divisor, 1.0).float()
 
     def forward(
         self,

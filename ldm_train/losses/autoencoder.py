@@ -8,15 +8,18 @@ from ldm_train.models.posterior import Posterior
 
 
 class AutoencoderLoss(nn.Module):
-    """As published (Rombach et al. 2022, appendix G): sums over C, H, W per image, means over the batch.
+    """As published (Rombach et al. 2022, appendix G): of KL models sums over C, H, W per image, of VQ models means; means
+    over the batch.
 
     perceptual         (images, targets) -> (B,), or None
     discriminator      images -> logits, or None
     kl_weight          of KL(q || N(0, 1)) summed over the latents
     codebook_weight    of a VQ model's quantisation loss, a mean over the latents, against the mean reconstruction error
+    reduction          of the generator's loss over C, H, W, all its terms alike: "sum" (KL models) or "mean" (VQ models).
+                       It says in which unit max_adaptive_weight and gradients are; the minimum is the same
     perceptual_weight  of the perceptual distance, which is broadcast over C, H, W before summing
     disc_weight        of the generator's adversarial term, times the adaptive weight
-    disc_factor        of the discriminator's own loss
+    disc_factor        of both adversarial terms
     disc_start         optimiser steps before which both adversarial terms are off
     disc_ramp          optimiser steps over which the generator's term grows from 0 after disc_start
     disc_warmup        optimiser steps before disc_start in which the discriminator alone trains
@@ -40,13 +43,17 @@ class AutoencoderLoss(nn.Module):
         disc_loss: str = "hinge",
         max_adaptive_weight: float = 1e4,
         learn_logvar: bool = False,
+        reduction: str = "sum",
     ):
         super().__init__()
         if disc_loss not in ("hinge", "vanilla"):
             raise ValueError(f"disc_loss is 'hinge' or 'vanilla', not {disc_loss!r}")
+        if reduction not in ("sum", "mean"):
+            raise ValueError(f"reduction is 'sum' or 'mean', not {reduction!r}")
         self.perceptual, self.discriminator = perceptual, discriminator
         self.kl_weight, self.codebook_weight, self.perceptual_weight = kl_weight, codebook_weight, perceptual_weight
         self.disc_weight, self.disc_factor, self.max_adaptive_weight = disc_weight, disc_factor, max_adaptive_weight
+        self.reduction = reduction
         self.disc_start, self.disc_ramp, self.disc_warmup = disc_start, disc_ramp, disc_warmup
         self.discriminator_loss = hinge_loss if disc_loss == "hinge" else vanilla_loss
         self.logvar = nn.Parameter(torch.zeros(()), requires_grad=learn_logvar)
@@ -84,9 +91,10 @@ class AutoencoderLoss(nn.Module):
         with torch.autocast(images.device.type, enabled=False):
             images, leaf = images.float(), reconstructions.detach().float().requires_grad_()
             size = images[0].numel()
+            unit = size if self.reduction == "mean" else 1  # what the generator's sums over C, H, W are divided by
             per_image, distance = self.reconstruction(images, leaf)
             nll = (per_image / self.logvar.detach().exp()).mean()
-            (direction,) = torch.autograd.grad(nll, leaf)
+            (direction,) = torch.autograd.grad(nll / unit, leaf)
             regularisation = {name: value.mean() for name, value in posterior.regularisation().items()}
             # With a fixed log-variance this carries no gradient; learned, it is the likelihood's own update.
             likelihood = (per_image.detach() / self.logvar.exp() + self.logvar * size).mean()
@@ -96,9 +104,9 @@ class AutoencoderLoss(nn.Module):
                 "perceptual": distance.detach().mean(),
             } | {name: value.detach() for name, value in regularisation.items()}
             weights = {"kl": self.kl_weight, "codebook": self.codebook_weight * size}
-            loss = sum(weights[name] * value for name, value in regularisation.items())
+            loss = sum(weights[name] / unit * value for name, value in regularisation.items())
             if self.logvar.requires_grad:
-                loss = loss + likelihood
+                loss = loss + likelihood / unit
                 logs["logvar"] = self.logvar.detach().clone()
             if self.discriminator is not None:
                 extra, adversarial_loss = self._adversarial(
@@ -135,6 +143,6 @@ class AutoencoderLoss(nn.Module):
             generator_loss = -logits_fake.mean()
             (g_gan,) = torch.autograd.grad(generator_loss, leaf, retain_graph=True)
             weight = adaptive_weight(last_layer, features, g_rec, g_gan, self.max_adaptive_weight)
-            extra = factor * self.disc_weight * weight * g_gan
+            extra = factor * self.disc_factor * self.disc_weight * weight * g_gan
             logs |= {"generator": generator_loss.detach(), "adaptive_weight": weight}
         return extra, self.disc_factor * disc

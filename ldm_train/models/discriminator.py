@@ -44,6 +44,8 @@ class PatchDiscriminator(nn.Module):
         for module in self.modules():  # pix2pix' initialisation
             if isinstance(module, nn.Conv2d) and not spectral_norm:
                 nn.init.normal_(module.weight, 0.0, 0.02)
+            elif isinstance(module, nn.BatchNorm2d):  # its bias is 0
+                nn.init.normal_(module.weight, 1.0, 0.02)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """(B, C, H, W) in [-1, 1] -> patch logits (B, 1, H', W')."""

@@ -11,17 +11,19 @@ from torch import nn
 def lr_multiplier(
     schedule: str, max_steps: int, warmup_steps: int = 0, final: float = 0.0, warmup_start: float = 0.0
 ) -> Callable[[int], float]:
-    """step -> factor on the learning rate.
+    """step -> factor on the learning rate of that optimiser step, the first being step 0.
 
-    schedule: "constant", "cosine" or "linear"; the latter two fall to `final` at max_steps. A linear warm-up from
-    `warmup_start` takes the first `warmup_steps`. LDM's published warm-ups: constant, 10000 steps from 1e-6.
+    schedule: "constant", "cosine" or "linear"; the latter two fall to `final` at max_steps. Before it, step n of the
+    first W = `warmup_steps` has start + (1 - start) n / W with start = `warmup_start`, so that step W is the first at
+    the full rate (latent diffusion's LambdaLinearScheduler and LambdaWarmUpCosineScheduler; published: constant, 10000
+    steps from 1e-6). With the default start of 0 the first step moves nothing.
     """
     if schedule not in ("constant", "cosine", "linear"):
         raise ValueError(f"lr_schedule.schedule is constant, cosine or linear, not {schedule!r}")
 
     def factor(step: int) -> float:
         if step < warmup_steps:
-            return warmup_start + (1 - warmup_start) * (step + 1) / warmup_steps
+            return warmup_start + (1 - warmup_start) * step / warmup_steps
         progress = min(1.0, (step - warmup_steps) / max(1, max_steps - warmup_steps))
         if schedule == "cosine":
             return final + (1 - final) * 0.5 * (1 + math.cos(math.pi * progress))

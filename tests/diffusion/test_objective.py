@@ -55,6 +55,26 @@ def test_min_snr_weights_are_their_closed_form(prediction_type: str, closed_form
     torch.testing.assert_close(objective.weight(t), closed_form(snr, torch.minimum(snr, torch.tensor(3.0))).float())
 
 
+@pytest.mark.parametrize("prediction_type", ["v_prediction", "sample"])
+def test_min_snr_leaves_no_timestep_untrained_where_no_signal_is_left(prediction_type: str) -> None:
+    schedule = NoiseSchedule(zero_terminal_snr=True)
+    assert schedule.snr[-1] == 0
+    weight = DiffusionObjective(schedule, prediction_type, "min_snr").weight(torch.arange(1000))
+    assert (weight > 0).all()
+    assert weight[-1] == 1
+    clipped = schedule.snr[:-1].clamp(max=5.0)  # every other step has the paper's weight
+    expected = clipped if prediction_type == "sample" else clipped / (schedule.snr[:-1] + 1)
+    torch.testing.assert_close(weight[:-1], expected.float())
+
+
+def test_at_no_signal_v_and_the_clean_latents_are_one_target() -> None:
+    """Up to the sign, so that one weight is right for both."""
+    schedule, last = NoiseSchedule(zero_terminal_snr=True), torch.tensor([999])
+    latents, noise = torch.randn(2, 1, 4, 3, 3, dtype=torch.float64).unbind(0)
+    v = DiffusionObjective(schedule, "v_prediction").target(latents, noise, last)
+    torch.testing.assert_close(-v, DiffusionObjective(schedule, "sample").target(latents, noise, last))
+
+
 def test_min_snr_weighs_the_same_error_in_x0_alike_for_every_prediction_type() -> None:
     """One estimate of x_0, three parametrisations: weight x loss differs by nothing."""
     latents, noise, t = torch.randn(2, 4, 2, 4, 4, dtype=torch.float64).unbind(0) + (torch.tensor([3, 200, 600, 999]),)

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from torch import nn
 
 from ldm_train.losses.autoencoder import AutoencoderLoss
 from ldm_train.losses.perceptual import TinyPerceptual
-from ldm_train.models.autoencoder import AutoencoderKL
+from ldm_train.models.autoencoder import AutoencoderKL, AutoencoderVQ
 from ldm_train.models.discriminator import PatchDiscriminator
 
 KL_WEIGHT = 0.01  # large enough that a wrong KL gradient shows in float32
@@ -17,14 +18,17 @@ ON = 10  # an optimiser step at which the discriminator is on
 
 
 class Players(nn.Module):
-    """A tiny autoencoder and its loss."""
+    """A tiny autoencoder (KL, or VQ with so many codes) and its loss."""
 
-    def __init__(self, perceptual: bool = True, norm: str = "group", **arguments) -> None:
+    def __init__(
+        self, perceptual: bool = True, norm: str = "group", num_codes: int = 0, std: float = 0.15, **arguments
+    ) -> None:
         super().__init__()
-        self.autoencoder = AutoencoderKL(z_channels=2, channels=16, channel_mult=(1, 2), num_res_blocks=1)
+        kind = partial(AutoencoderVQ, num_codes=num_codes) if num_codes else AutoencoderKL
+        self.autoencoder = kind(z_channels=2, channels=16, channel_mult=(1, 2), num_res_blocks=1)
         discriminator = PatchDiscriminator(channels=8, num_layers=2, norm=norm)
-        for p in discriminator.parameters():  # logits of order 1: some hinges active, some not
-            nn.init.normal_(p, std=0.15)
+        for p in discriminator.parameters():  # with 0.15 logits are of order 1: some hinges active, some not
+            nn.init.normal_(p, std=std)
         self.loss = AutoencoderLoss(
             TinyPerceptual() if perceptual else None,
             discriminator,
@@ -71,17 +75,41 @@ def simultaneous(
     nll = (absolute / loss.logvar.exp() + loss.logvar).sum() / len(images)
     q = torch.distributions.Normal(posterior.mean, posterior.std)
     kl = torch.distributions.kl_divergence(q, torch.distributions.Normal(0.0, 1.0)).sum() / len(images)
+    generator, discriminator = adversaries(players, images, rec, nll)
+    return nll + loss.kl_weight * kl + generator, discriminator
 
+
+def simultaneous_vq(players: Players, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The published loss of VQ models, (generator's, discriminator's): L1 + LPIPS as a mean over B, C, H, W plus the
+    codebook's loss, a mean over the latents: |z - sg(e)|^2 + 0.25 |sg(z) - e|^2 with e the nearest code to z."""
+    loss, autoencoder = players.loss, players.autoencoder
+    z = autoencoder.encode_moments(images)
+    codes = autoencoder.quantize.embedding.weight
+    distance = (z.detach().movedim(1, -1).unsqueeze(-2) - codes.detach()).square().sum(dim=-1)  # (B, h, w, codes)
+    e = codes[distance.argmin(dim=-1)].movedim(-1, 1)
+    codebook = (z - e.detach()).square().mean() + 0.25 * (z.detach() - e).square().mean()
+    rec = autoencoder.decoder.conv_out(autoencoder.decode_features(z + (e - z).detach()))
+    absolute = (images - rec).abs() + loss.perceptual_weight * loss.perceptual(rec, images).view(-1, 1, 1, 1)
+    nll = absolute.mean()
+    generator, discriminator = adversaries(players, images, rec, nll)
+    return nll + loss.codebook_weight * codebook + generator, discriminator
+
+
+def adversaries(
+    players: Players, images: torch.Tensor, rec: torch.Tensor, nll: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(the generator's adversarial term, the discriminator's loss), both with the published disc_factor."""
+    loss = players.loss
     frozen = copy.deepcopy(loss.discriminator).requires_grad_(False)
     generator = -frozen(rec).mean()
     last = players.autoencoder.decoder.conv_out.weight
     (g_nll,) = torch.autograd.grad(nll, last, retain_graph=True)
     (g_gan,) = torch.autograd.grad(generator, last, retain_graph=True)
-    weight = (g_nll.norm() / (g_gan.norm() + 1e-4)).clamp(0, loss.max_adaptive_weight)
+    weight = (g_nll.norm() / (g_gan.norm() + 1e-4)).clamp(0, loss.max_adaptive_weight) * loss.disc_weight
 
     real, fake = loss.discriminator(images), loss.discriminator(rec.detach())
     hinge = 0.5 * (torch.relu(1 - real).mean() + torch.relu(1 + fake).mean())
-    return nll + loss.kl_weight * kl + loss.disc_weight * weight * generator, loss.disc_factor * hinge
+    return weight * loss.disc_factor * generator, loss.disc_factor * hinge
 
 
 def assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], tolerance: float = 1e-5) -> None:
@@ -123,6 +151,45 @@ def test_one_pass_equals_the_simultaneous_formulation(arguments: dict, images: t
     if players.loss.logvar.requires_grad:
         torch.testing.assert_close(found["loss.logvar"], expected["loss.logvar"], rtol=1e-5, atol=0)
         assert found["loss.logvar"] != 0
+
+
+VQ_CASES = {
+    # A weight that sums over C, H, W with the same limit would have clamped: 1e4 / (3 * 32 * 32) = 3.3.
+    "clamp out of reach": ({"std": 0.05}, lambda weight: 4 < weight < 1e4),
+    "clamp in reach": ({"max_adaptive_weight": 0.02}, lambda weight: weight == pytest.approx(0.02)),
+    "weights": ({"perceptual_weight": 0.3, "codebook_weight": 2.0, "disc_factor": 0.7}, lambda weight: weight > 0),
+}
+
+
+@pytest.mark.parametrize(("arguments", "expected_weight"), VQ_CASES.values(), ids=VQ_CASES.keys())
+def test_vq_gradients_are_those_of_the_published_means(
+    arguments: dict, expected_weight: Callable, images: torch.Tensor
+) -> None:
+    players = Players(num_codes=16, reduction="mean", **arguments)
+    scalar, logs = players.one_pass(images)
+    scalar.backward()
+    found = players.gradients()
+    for loss in simultaneous_vq(players, images):
+        loss.backward()
+    assert_same(found, players.gradients())
+    assert expected_weight(logs["adaptive_weight"].item())
+
+
+def test_means_divide_the_generators_loss_alone(images: torch.Tensor) -> None:
+    """Reconstruction, KL and log-variance keep their shares, the discriminator its loss and the logs their units."""
+    options = {"learn_logvar": True, "disc_start": ON + 5, "disc_warmup": 10}
+    sums, means = (Players(reduction=reduction, **options) for reduction in ("sum", "mean"))
+    means.load_state_dict(sums.state_dict())
+    logs = []
+    for players in (sums, means):
+        scalar, found = players.one_pass(images)
+        scalar.backward()
+        logs.append(found)
+    size, found = images[0].numel(), means.gradients()
+    expected = {n: g if "discriminator" in n else g / size for n, g in sums.gradients().items()}
+    assert_same(found, expected)
+    torch.testing.assert_close(found["loss.logvar"], expected["loss.logvar"], rtol=1e-5, atol=0)
+    assert logs[0] == logs[1]
 
 
 def test_accumulated_micro_batches_equal_the_simultaneous_formulation(images: torch.Tensor) -> None:
@@ -197,7 +264,8 @@ def test_the_discriminators_loss_moves_no_generator(images: torch.Tensor) -> Non
 
 def test_the_generators_loss_moves_no_discriminator(images: torch.Tensor) -> None:
     """Without its own loss the discriminator gets exactly nothing, while the generator still feels it."""
-    players = Players(disc_factor=0.0, kl_weight=0.0, perceptual=False)
+    players = Players(kl_weight=0.0, perceptual=False)
+    players.loss.discriminator_loss = lambda real, fake: 0.0 * (real.sum() + fake.sum())
     players.one_pass(images)[0].backward()
     adversarial = players.gradients()
     assert all((g == 0).all() for n, g in adversarial.items() if "discriminator" in n)
@@ -276,6 +344,7 @@ def test_a_vanilla_discriminator_minimises_cross_entropy(images: torch.Tensor) -
             torch.testing.assert_close(found[n], expected, rtol=1e-4, atol=1e-7)
 
 
-def test_an_unknown_adversarial_loss_is_named() -> None:
-    with pytest.raises(ValueError, match="'wgan'"):
-        AutoencoderLoss(None, None, disc_loss="wgan")
+@pytest.mark.parametrize(("option", "value"), [("disc_loss", "wgan"), ("reduction", "none")])
+def test_an_unknown_option_is_named(option: str, value: str) -> None:
+    with pytest.raises(ValueError, match=f"{option} is .* not '{value}'"):
+        AutoencoderLoss(None, None, **{option: value})

@@ -38,6 +38,22 @@ def test_spectral_norm_bounds_every_convolution() -> None:
     assert largest == pytest.approx([1.0] * 5, rel=0.05)
 
 
+def test_weights_start_as_published() -> None:
+    """Convolutions N(0, 0.02), batch normalisation N(1, 0.02) with bias 0."""
+    discriminator = PatchDiscriminator(norm="batch")
+    norms = [m for m in discriminator.modules() if isinstance(m, torch.nn.BatchNorm2d)]
+    convolutions = [m for m in discriminator.modules() if isinstance(m, torch.nn.Conv2d)]
+    assert (len(norms), len(convolutions)) == (3, 5)
+    for mean, weights in (
+        (0.0, torch.cat([m.weight.flatten() for m in convolutions])),  # 2,763,776
+        (1.0, torch.cat([m.weight for m in norms])),  # 896
+    ):
+        error = 5 * 0.02 / len(weights) ** 0.5  # five standard errors; of the deviation it is 1 / sqrt(2) of that
+        assert abs(weights.mean().item() - mean) < error
+        assert abs(weights.std().item() - 0.02) < error
+    assert all((m.bias == 0).all() for m in norms)
+
+
 def test_an_unknown_norm_is_named() -> None:
     with pytest.raises(ValueError, match="'instance'"):
         PatchDiscriminator(norm="instance")

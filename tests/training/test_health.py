@@ -9,9 +9,13 @@ from types import SimpleNamespace
 import lightning as L
 import pytest
 import torch
+from hydra import compose, initialize_config_dir
+from hydra.utils import instantiate
 from torch import nn
 from torch.utils.data import DataLoader
 
+from ldm_train.cli.build import health_facts
+from ldm_train.cli.common import config_folder
 from ldm_train.training.callbacks import health
 from ldm_train.training.fit import Cadence, Machine, fit
 from ldm_train.training.task import SKIPS, NotFinite, Task
@@ -59,6 +63,19 @@ def test_a_healthy_run_is_left_alone() -> None:
 @pytest.mark.parametrize("fault", FAULTS)
 def test_each_fault_raises_exactly_its_finding(fault: str) -> None:
     assert diagnosed(HEALTHY | FAULTS[fault]) == [fault]
+
+
+@pytest.mark.parametrize("autoencoder", ["kl_f4_tiny", "vq_f4_tiny"])
+def test_the_clamp_is_known_in_the_unit_that_is_logged(autoencoder: str) -> None:
+    """Of KL models in sums over C, H, W, of VQ models in means."""
+    with initialize_config_dir(str(config_folder()), version_base="1.3"):
+        config = compose("train", [f"autoencoder={autoencoder}", "autoencoder.loss.max_adaptive_weight=1e-3"])
+    model, loss = instantiate(config.autoencoder.network), instantiate(config.autoencoder.loss, disc_start=0)
+    images = torch.rand(2, 3, 32, 32) * 2 - 1
+    weight = loss(images, *model(images), model.last_layer, 1000)[1]["adaptive_weight"].item()
+    facts = health_facts(config, "autoencoder")
+    assert diagnosed({"train/adaptive_weight": [weight] * len(STEPS)}, facts) == ["adaptive_weight_at_clamp"]
+    assert diagnosed({"train/adaptive_weight": [weight / 2] * len(STEPS)}, facts) == []
 
 
 def test_a_short_lapse_of_the_discriminator_is_none() -> None:

@@ -92,16 +92,27 @@ def test_averages_of_other_parameters_are_refused() -> None:
 )
 def test_learning_rate_warms_up_then_follows_its_schedule(schedule: str, closed_form) -> None:
     factor = lr_multiplier(schedule, max_steps=110, warmup_steps=10, final=0.1)
-    assert [factor(s) for s in range(10)] == pytest.approx([(s + 1) / 10 for s in range(10)])
+    assert [factor(s) for s in range(10)] == pytest.approx([s / 10 for s in range(10)])
     assert [factor(s) for s in (10, 35, 60, 110)] == pytest.approx([closed_form(p) for p in (0, 0.25, 0.5, 1)])
     assert factor(500) == factor(110)
 
 
-def test_warm_up_may_start_above_zero() -> None:
-    factor = lr_multiplier("constant", 100_000, warmup_steps=10_000, warmup_start=1e-6)
-    assert factor(0) == pytest.approx(1e-6 + (1 - 1e-6) / 10_000)
-    assert factor(9_999) == pytest.approx(1.0)
-    assert factor(10_000) == 1.0
+def published(n: int, warm_up: int, start: float, peak: float, least: float, end: int) -> float:
+    """Latent diffusion's LambdaWarmUpCosineScheduler; with peak = least = 1 its LambdaLinearScheduler as released."""
+    if n < warm_up:
+        return (peak - start) / warm_up * n + start
+    return least + 0.5 * (peak - least) * (1 + math.cos(math.pi * min((n - warm_up) / (end - warm_up), 1.0)))
+
+
+@pytest.mark.parametrize(
+    ("schedule", "final", "start", "warm_up"),
+    [("constant", 1.0, 1e-6, 10_000), ("cosine", 1e-3, 0.01, 1_000)],  # lsun_churches, inpainting_big
+)
+def test_warm_up_is_the_published_one_step_for_step(schedule: str, final: float, start: float, warm_up: int) -> None:
+    factor = lr_multiplier(schedule, 50_000, warm_up, final, start)
+    steps = [0, 1, 2, warm_up // 2, warm_up - 1, warm_up, warm_up + 1, 30_000, 50_000, 60_000]
+    expected = [published(n, warm_up, start, 1.0, final, 50_000) for n in steps]
+    assert [factor(n) for n in steps] == pytest.approx(expected, rel=1e-9)
 
 
 def test_without_warm_up_the_first_step_has_the_full_rate() -> None:
