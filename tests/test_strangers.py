@@ -166,6 +166,14 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def reconfigured(folder: Path, config: str) -> None:
+    """Another config in a model folder, whose checksum is taken out, as a stranger would."""
+    (folder / "config.yaml").write_text(config)
+    whole = json.loads((folder / "metadata.json").read_text())
+    del whole["config_sha256"]
+    (folder / "metadata.json").write_text(json.dumps(whole))
+
+
 @pytest.fixture
 def stranger(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
     """stranger(config text, metadata) -> a model folder of a stranger, in a folder one happens to work in."""
@@ -179,10 +187,9 @@ def stranger(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Ca
         for file in model.iterdir():
             (folder / file.name).write_bytes(file.read_bytes())
         if config is not None:
-            (folder / "config.yaml").write_text(config)
-        if metadata is not None:
-            whole = json.loads((folder / "metadata.json").read_text()) | metadata
-            (folder / "metadata.json").write_text(json.dumps(whole))
+            reconfigured(folder, config)
+        whole = json.loads((folder / "metadata.json").read_text()) | (metadata or {})
+        (folder / "metadata.json").write_text(json.dumps(whole))
         (folder / "evil.pt").write_bytes(pickle.dumps(Evil(tmp_path / "mark")))
         np.save(folder / "evil.npy", np.array([Evil(tmp_path / "mark")], dtype=object), allow_pickle=True)
         return folder
@@ -489,7 +496,7 @@ def test_a_copied_run_is_continued_without_running_what_it_holds(
     for part, restart in (("autoencoder", "latents"), ("diffusion", "evaluation")):
         base = tmp_path / part
         run = _copied(honest_run, base)
-        (run / part / "model" / "config.yaml").write_text(yaml.safe_dump(evil))
+        reconfigured(run / part / "model", yaml.safe_dump(evil))
         message = refused(lambda b=base, r=restart: prepared(b, *options, f"restart={r}").run(), mark, base)
         assert "write_tar_index" in message
     base = tmp_path / "checkpoint"

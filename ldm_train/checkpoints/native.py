@@ -35,12 +35,12 @@ def save_model(folder: str | Path, module: nn.Module, config: dict[str, Any], me
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    weights = _serialised(module)
-    digest = hashlib.sha256(weights).hexdigest()
-    write_atomically(folder / CONFIG, lambda f: f.write(yaml.safe_dump(config, sort_keys=False).encode()))
+    weights, text = _serialised(module), yaml.safe_dump(config, sort_keys=False).encode()
+    digests = {"sha256": hashlib.sha256(weights).hexdigest(), "config_sha256": hashlib.sha256(text).hexdigest()}
+    write_atomically(folder / CONFIG, lambda f: f.write(text))
     write_atomically(folder / WEIGHTS, lambda f: f.write(weights))
-    write_json(folder / METADATA, metadata | {"sha256": digest})
-    return digest
+    write_json(folder / METADATA, metadata | digests)
+    return digests["sha256"]
 
 
 def copy_model(source: str | Path, folder: str | Path, extra: dict[str, Any] | None = None) -> None:
@@ -119,8 +119,13 @@ def load_model(folder: str | Path, trust: Sequence[str] = ()) -> nn.Module:
     """
     folder = Path(folder)
     metadata = read_metadata(folder)
-    if (digest := file_sha256(folder / WEIGHTS)) != metadata["sha256"]:
-        raise ValueError(f"{folder / WEIGHTS} is damaged: sha256 {digest[:12]}, recorded {metadata['sha256'][:12]}")
+    recorded = {
+        WEIGHTS: metadata["sha256"],
+        CONFIG: metadata.get("config_sha256"),
+    }  # older folders record the first alone
+    for name, expected in recorded.items():
+        if expected is not None and (digest := file_sha256(folder / name)) != expected:
+            raise ValueError(f"{folder / name} is damaged: sha256 {digest[:12]}, recorded {str(expected)[:12]}")
     try:
         with safe_open(folder / WEIGHTS, framework="pt") as file:
             shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 - no mapping

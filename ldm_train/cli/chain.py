@@ -31,7 +31,7 @@ from ldm_train.data.latents import (
     write_cache,
     write_cache_index,
 )
-from ldm_train.data.shards import data_hash, read_index, write_atomically, write_json
+from ldm_train.data.shards import data_hash, file_sha256, read_index, write_atomically, write_json
 from ldm_train.models.first_stage import FirstStage
 from ldm_train.training import stages
 from ldm_train.training.autoencoder_task import AutoencoderTask
@@ -157,7 +157,8 @@ class Chain:
         else:
             content = f"{self.keys.latents()['autoencoder_weights']}/{data.content_hash}"
         statistics = json.loads((folder / "statistics.json").read_text())
-        return {"content": content, "scale_factor": statistics["scale_factor"]}
+        digest = file_sha256(folder / "statistics.json")
+        return {"content": content, "scale_factor": statistics["scale_factor"], "statistics_sha256": digest}
 
     def _statistics_on_the_fly(self, data: Any, encode: Any, folder: Path) -> dict[str, Any]:
         """Without a cache: statistics of up to 10,000 images, through a small one that is thrown away."""
@@ -190,7 +191,12 @@ class Chain:
     def measured(self, first_stage: FirstStage) -> dict[str, Any]:
         """Gives a first stage the scale and shift of the latents; returns the statistics."""
         path = self.folder / "latents" / "statistics.json"
-        statistics = read_record(path)
+        statistics, note = read_record(path), stages.read_note(path.parent)
+        recorded = note["result"].get("statistics_sha256") if note else None  # older runs have none
+        if recorded is not None and file_sha256(path) != recorded:
+            raise ValueError(
+                f"{path} is damaged: its checksum is not the recorded one; make it anew with restart=latents"
+            )
         values = [*statistics.get("std", [None]), *statistics.get("mean", [None]), statistics.get("scale_factor")]
         if not all(type(v) in (int, float) for v in values):
             raise ValueError(f"{path} holds no mean, std and scale_factor; make it anew with restart=latents")
