@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import yaml
-from hydra.utils import get_object, instantiate
+from hydra.utils import get_class, get_object, instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from ldm_train.checkpoints.native import load_model, read_metadata
@@ -183,13 +183,25 @@ def data_module(config: DictConfig, stage: str, machine: Machine, fields: tuple[
         {field: instantiate(maker, _convert_="all") for field, maker in data.derived.items()},
         plain(data)["weights"],
         data.balance_classes,
+        label_counts(config),
     )
+
+
+def label_counts(config: DictConfig) -> dict[str, int | None]:
+    """{batch field: how many labels the conditioner or classifier of it knows}, None where the data say so."""
+    counts: dict[str, int | None] = {}
+    if "classifier" in config and isinstance(config.classifier.network.classes, int):
+        counts["class_label"] = config.classifier.network.classes
+    for conditioner in config.diffusion.conditioning.conditioners.values():
+        for option in ("classes", "labels"):
+            if (said := conditioner.get(option)) is not None:
+                number = said if isinstance(said, int) else len(said)
+                counts[get_class(conditioner._target_).field] = None if said == FROM_DATA else number
+    return counts
 
 
 def condition_fields(config: DictConfig) -> tuple[str, ...]:
     """The batch fields that the configured conditioners read."""
-    from hydra.utils import get_class
-
     return tuple(get_class(c._target_).field for c in config.diffusion.conditioning.conditioners.values())
 
 

@@ -1,6 +1,5 @@
 """The chain of one run: what each stage depends on, and how it is built from the config and run."""
 
-import json
 import re
 import shutil
 from collections.abc import Sequence
@@ -22,12 +21,15 @@ from ldm_train.cli.instruments import Instruments, sampling_facts
 from ldm_train.cli.keys import Keys
 from ldm_train.cli.plan import print_plan
 from ldm_train.data.latents import (
+    STATISTICS,
     CachedLatents,
     LatentDataModule,
     latent_statistics,
+    read_statistics,
     verify_cache,
     write_cache,
     write_cache_index,
+    written_entries,
 )
 from ldm_train.data.shards import data_hash, read_index, write_atomically, write_json
 from ldm_train.models.first_stage import FirstStage
@@ -139,20 +141,17 @@ class Chain:
             write_cache(data, split, encode, folder, config.latents.per_shard, flips)
         self.barrier()
         if self.machine.rank == 0 and splits:
-            entries = {
-                s: [json.loads(p.read_text()) for p in sorted((folder / ".entries").glob(f"{s}-*.json"))]
-                for s in splits
-            }
+            entries = {s: written_entries(folder, s) for s in splits}
             write_cache_index(folder, entries, data.index.get("classes"), self.stochastic())
             statistics = latent_statistics(CachedLatents(folder, splits[0], (), config.seed))
         if self.machine.rank == 0:
-            write_json(folder / "statistics.json", statistics)
+            write_json(folder / STATISTICS, statistics)
         self.barrier()
         if splits:
             content = data_hash(read_index(folder), *splits)
         else:
             content = f"{self.keys.latents()['autoencoder_weights']}/{data.content_hash}"
-        statistics = json.loads((folder / "statistics.json").read_text())
+        statistics = read_statistics(folder)
         return {"content": content, "scale_factor": statistics["scale_factor"]}
 
     def _statistics_on_the_fly(self, data: Any, encode: Any, folder: Path) -> dict[str, Any]:
@@ -185,7 +184,7 @@ class Chain:
 
     def measured(self, first_stage: FirstStage) -> dict[str, Any]:
         """Gives a first stage the scale and shift of the latents; returns the statistics."""
-        statistics = json.loads((self.folder / "latents" / "statistics.json").read_text())
+        statistics = read_statistics(self.folder / "latents")
         if self.config.latents.per_channel:
             first_stage.set_statistics(1 / torch.tensor(statistics["std"]), torch.tensor(statistics["mean"]))
         else:
@@ -343,6 +342,9 @@ class Chain:
         if counts := self.sample_counts():  # what cannot be measured ends the run before it begins
             self.instruments.check(self.fields, counts, config.data.image_size)
             build.check_best_by(config)
+        for stage, fields in (("diffusion", self.fields), ("classifier", ("class_label",))):
+            if stage in config.stages:
+                self.data(stage, ("image", *fields)).check_conditions()
         defaults = build.option_defaults(config)
         if chain:
             stages.decide(chain[0], self.folder, defaults)  # a refused run must not touch what is there
