@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from ldm_train.data.fields import captions_of, label_of, relabelled, relabelled_boxes
 from ldm_train.data.files import DataError
-from ldm_train.data.tars import address_fault, is_remote, scan_tar
+from ldm_train.data.tars import entry_fault, is_count, is_remote, scan_tar
 
 INDEX = "index.json"
 ENTRIES = ".entries"  # notes on finished shards, in a folder that is being written
@@ -131,10 +131,10 @@ def read_index(root: Roots, remedy: str = "ldm-prepare source=index path=<folder
         what = "has no index.json" if Path(root).is_dir() else "does not exist"
         raise FileNotFoundError(f"data folder {root} {what}; make it with: {remedy.format(root=root)}")
     try:
-        index = json.loads(path.read_bytes())
+        fault = _index_fault(index := json.loads(path.read_bytes()))
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{path} is no shard index ({error}); make it anew with: {remedy.format(root=root)}") from error
-    if fault := _index_fault(index):
+        fault = str(error)
+    if fault:
         raise DataError(f"{path} is no shard index ({fault}); make it anew with: {remedy.format(root=root)}")
     return index
 
@@ -147,28 +147,12 @@ def _index_fault(index: object) -> str | None:
     if classes is not None and not (isinstance(classes, list) and all(isinstance(name, str) for name in classes)):
         return '"classes" is no list of names'
     for split, part in index["splits"].items():
-        if not (isinstance(part, dict) and isinstance(part.get("shards"), list) and _is_count(part.get("count"))):
+        if not (isinstance(part, dict) and isinstance(part.get("shards"), list) and is_count(part.get("count"))):
             return f'split {split!r} has no "shards" and "count"'
         for number, entry in enumerate(part["shards"]):
             if fault := entry_fault(entry):
                 return f"shard {number} of {split!r} {fault}"
     return None
-
-
-def _is_count(value: object) -> bool:
-    return type(value) is int and 0 <= value < 2**63
-
-
-def entry_fault(entry: object) -> str | None:
-    """What keeps parsed JSON from being a shard's index entry."""
-    entry = entry if isinstance(entry, dict) else {}
-    if not all(isinstance(entry.get(name), str) for name in ("file", "sha256")):
-        return 'has no "file" and "sha256"'
-    fields = entry.get("fields")
-    numbers = (entry.get("count"), entry.get("bytes"), *(fields.values() if isinstance(fields, dict) else (None,)))
-    if not all(map(_is_count, numbers)):
-        return 'has no whole numbers for "count", "bytes" and "fields"'
-    return address_fault(entry["file"])
 
 
 def noted_entry(folder: Path, name: str) -> dict | None:
@@ -216,6 +200,8 @@ def split_index(index: dict, split: str, root: Roots) -> dict:
         )
     if lacking := index["splits"][split].get("lacking"):
         raise DataError(f"{', '.join(lacking)} has no split {split!r}, the other data.root do; prepare it with one")
+    if not any(shard["count"] for shard in index["splits"][split]["shards"]):
+        raise DataError(f"{root} has no sample in split {split!r}; prepare it again or choose another split")
     return index["splits"][split]
 
 
@@ -252,8 +238,8 @@ def _kept_offsets(kept: Path, stamp: np.ndarray, entry: dict) -> Offsets | None:
         inside = (start >= 0) & (size >= 0) & (start <= stamp[0]) & (size <= stamp[0] - start)
         if not (inside | (start == -1) & (size == -1)).all():
             return None
-    found = keys, offsets, sizes
-    return found if _counted(found) == (entry["count"], entry["fields"]) else None
+    same = _counted((keys, offsets, sizes)) == (entry["count"], entry["fields"])
+    return (keys, offsets, sizes) if same else None
 
 
 def _load_offsets(root: Path, path: Path, entry: dict) -> Offsets:
@@ -272,8 +258,8 @@ def _load_offsets(root: Path, path: Path, entry: dict) -> Offsets:
         )
     if file_sha256(path) != entry["sha256"]:
         raise DataError(f"{path} does not match the sha256 in its index.json; copy or prepare it again")
-    key_list, offsets, sizes = scan_tar(path)
-    keys = np.array(key_list, str)
+    names, offsets, sizes = scan_tar(path)
+    keys = np.array(names, str)
     count, fields = _counted((keys, offsets, sizes))
     if (count, fields) != (entry["count"], entry["fields"]):
         raise DataError(

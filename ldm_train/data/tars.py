@@ -47,6 +47,22 @@ def address_fault(file: str) -> str | None:
     return f"is {file!r}; shards are opened from paths and from {', '.join(f'{s}://' for s in SCHEMES)} addresses only"
 
 
+def is_count(value: object) -> bool:
+    return type(value) is int and 0 <= value < 2**63
+
+
+def entry_fault(entry: object) -> str | None:
+    """What keeps parsed JSON from being a shard's index entry."""
+    entry = entry if isinstance(entry, dict) else {}
+    if not all(isinstance(entry.get(name), str) for name in ("file", "sha256")):
+        return 'has no "file" and "sha256"'
+    fields = entry.get("fields")
+    numbers = (entry.get("count"), entry.get("bytes"), *(fields.values() if isinstance(fields, dict) else (None,)))
+    if not all(map(is_count, numbers)):
+        return 'has no whole numbers for "count", "bytes" and "fields"'
+    return address_fault(entry["file"])
+
+
 def open_shard(file: str) -> BinaryIO:
     """The bytes of a shard, front to back. Raises DataError for an address that is not opened, OSError, naming it, where it
     cannot be."""

@@ -369,6 +369,12 @@ def test_a_member_whose_name_is_no_text_is_named(tmp_path: Path, name: bytes):
         scan_tar(tmp_path / "a.tar")
 
 
+@pytest.mark.parametrize("entries", [(), ({**WHOLE, "count": 0},)], ids=["no_shard", "an_empty_one"])
+def test_a_split_without_a_sample_is_named(tmp_path: Path, entries: tuple):
+    with pytest.raises(DataError, match="has no sample in split 'train'"):
+        IndexedShards(index_of(tmp_path, *entries), "train")
+
+
 # -- offsets ---------------------------------------------------------------------------------------------------------
 
 
