@@ -22,8 +22,10 @@ from ldm_train.cli import sample as sample_cli
 from ldm_train.cli.common import config_folder
 from ldm_train.cli.sample import sample
 from ldm_train.data.latents import CachedLatents
+from ldm_train.data.prepare import build as build_module
 from ldm_train.data.prepare.build import build as build_shards
 from ldm_train.data.prepare.shapes import Shapes
+from ldm_train.data.shards import DataError
 from ldm_train.training.stages import Refused, read_note, set_aside
 
 ROOT = Path(__file__).parents[1]
@@ -296,6 +298,41 @@ def test_several_roots_and_an_autoencoder_with_its_own(tmp_path: Path):
     assert len(CachedLatents(tmp_path / "run/latents", "train", (), 0)) == 56
     with pytest.raises(Refused, match=r"data\.weights: "):
         chain(tmp_path, both, "data.weights=[1,1]", "data.balance_classes=true", *own).run()
+
+
+class Damaged(Shapes):
+    """Shapes of which some are captioned with what is no caption."""
+
+    def __init__(self, damaged: range):
+        super().__init__(count=64, val_count=16)
+        self.damaged = damaged
+
+    def sample(self, split: str, i: int) -> tuple[str, dict[str, bytes]]:
+        key, fields = super().sample(split, i)
+        return key, fields | ({"json": b'{"captions": [null]}'} if split == "train" and i in self.damaged else {})
+
+
+@pytest.mark.chain
+def test_bad_captions_are_named_before_stage_one_and_one_of_them_ends_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(build_module, "check_fields", lambda *_: None)  # shards that others wrote
+    options = (
+        "diffusion/conditioning=class_text",
+        "stages=[autoencoder,latents,diffusion]",
+        "diffusion.evaluate_every=0",
+    )
+    for name, damaged in (("many", range(5, 7)), ("one", range(5, 6))):
+        build_shards(Damaged(damaged), tmp_path / name)
+        run = chain(tmp_path, *options, f"data.root={tmp_path / name}", name=f"run_{name}")
+        if name == "many":
+            with pytest.raises(DataError, match=r"2 of 64 samples could not be read.*max_bad_fraction"):
+                run.run()
+            assert not (tmp_path / "run_many" / "autoencoder").exists()
+        else:
+            run.run()
+            assert read_note(tmp_path / "run_one" / "diffusion")["finished"]
+        assert 'cannot be read: train-000000.tar:train_0000005: "captions"' in capsys.readouterr().out
 
 
 @pytest.mark.chain

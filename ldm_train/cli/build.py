@@ -195,7 +195,28 @@ def data_module(
         build(plain(data.derived), "data.derived", trust, (*BUILDABLE, *DERIVING)),
         plain(data)["weights"],
         data.balance_classes,
+        label_counts(config, trust),
     )
+
+
+def label_counts(config: DictConfig, trust: Sequence[str] = ()) -> dict[str, int | None]:
+    """{batch field: how many labels the conditioner or classifier of it knows}, None where the data say so."""
+    counts: dict[str, int | None] = {}
+    if "classifier" in config and isinstance(config.classifier.network.classes, int):
+        counts["class_label"] = config.classifier.network.classes
+    for (name, tree), field in zip(config.diffusion.conditioning.conditioners.items(), condition_fields(config, trust)):
+        for option in ("classes", "labels"):
+            said = tree.get(option)
+            if said is None or said == FROM_DATA:
+                counts |= {} if said is None else {field: None}
+            elif isinstance(said, int) or OmegaConf.is_list(said):
+                counts[field] = said if isinstance(said, int) else len(said)
+            else:
+                raise ValueError(
+                    f"diffusion.conditioning.conditioners.{name}.{option} is a number, a list of names, or {FROM_DATA}, not "
+                    f"{said!r}"
+                )
+    return counts
 
 
 def condition_fields(config: DictConfig, trust: Sequence[str] = ()) -> tuple[str, ...]:

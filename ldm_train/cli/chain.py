@@ -1,6 +1,5 @@
 """The chain of one run: what each stage depends on, and how it is built from the config and run."""
 
-import json
 import re
 import shutil
 from collections.abc import Sequence
@@ -16,7 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from ldm_train import rng
 from ldm_train.checkpoints.native import CONFIG, copy_model, load_model, read_metadata, save_model
 from ldm_train.checkpoints.parts import build as build_part
-from ldm_train.checkpoints.parts import read_config, read_record
+from ldm_train.checkpoints.parts import read_config
 from ldm_train.cli import apart, build
 from ldm_train.cli.film import denoising_film, film_of_grids
 from ldm_train.cli.instruments import Instruments, sampling_facts
@@ -24,12 +23,15 @@ from ldm_train.cli.keys import Keys
 from ldm_train.cli.plan import print_plan
 from ldm_train.cli.rehearsal import rehearse
 from ldm_train.data.latents import (
+    STATISTICS,
     CachedLatents,
     LatentDataModule,
     latent_statistics,
+    read_statistics,
     verify_cache,
     write_cache,
     write_cache_index,
+    written_entries,
 )
 from ldm_train.data.shards import data_hash, file_sha256, read_index, write_atomically, write_json
 from ldm_train.models.first_stage import FirstStage
@@ -143,21 +145,17 @@ class Chain:
             write_cache(data, split, encode, folder, config.latents.per_shard, flips)
         self.barrier()
         if self.machine.rank == 0 and splits:
-            entries = {
-                s: [json.loads(p.read_text()) for p in sorted((folder / ".entries").glob(f"{s}-*.json"))]
-                for s in splits
-            }
+            entries = {s: written_entries(folder, s) for s in splits}
             write_cache_index(folder, entries, data.index.get("classes"), self.stochastic())
             statistics = latent_statistics(CachedLatents(folder, splits[0], (), config.seed))
         if self.machine.rank == 0:
-            write_json(folder / "statistics.json", statistics)
+            write_json(folder / STATISTICS, statistics)
         self.barrier()
         if splits:
             content = data_hash(read_index(folder), *splits)
         else:
             content = f"{self.keys.latents()['autoencoder_weights']}/{data.content_hash}"
-        statistics = json.loads((folder / "statistics.json").read_text())
-        digest = file_sha256(folder / "statistics.json")
+        statistics, digest = read_statistics(folder), file_sha256(folder / STATISTICS)
         return {"content": content, "scale_factor": statistics["scale_factor"], "statistics_sha256": digest}
 
     def _statistics_on_the_fly(self, data: Any, encode: Any, folder: Path) -> dict[str, Any]:
@@ -190,16 +188,13 @@ class Chain:
 
     def measured(self, first_stage: FirstStage) -> dict[str, Any]:
         """Gives a first stage the scale and shift of the latents; returns the statistics."""
-        path = self.folder / "latents" / "statistics.json"
-        statistics, note = read_record(path), stages.read_note(path.parent)
+        folder = self.folder / "latents"
+        statistics, note = read_statistics(folder), stages.read_note(folder)
         recorded = note["result"].get("statistics_sha256") if note else None  # older runs have none
-        if recorded is not None and file_sha256(path) != recorded:
+        if recorded is not None and file_sha256(folder / STATISTICS) != recorded:
             raise ValueError(
-                f"{path} is damaged: its checksum is not the recorded one; make it anew with restart=latents"
+                f"{folder / STATISTICS} is damaged: its checksum is not the recorded one; make it anew with restart=latents"
             )
-        values = [*statistics.get("std", [None]), *statistics.get("mean", [None]), statistics.get("scale_factor")]
-        if not all(type(v) in (int, float) for v in values):
-            raise ValueError(f"{path} holds no mean, std and scale_factor; make it anew with restart=latents")
         if self.config.latents.per_channel:
             first_stage.set_statistics(1 / torch.tensor(statistics["std"]), torch.tensor(statistics["mean"]))
         else:
@@ -361,6 +356,9 @@ class Chain:
         if counts := self.sample_counts():
             self.instruments.check(self.fields, counts, config.data.image_size)
             build.check_best_by(config)
+        for stage, fields in (("diffusion", self.fields), ("classifier", ("class_label",))):
+            if stage in config.stages:
+                self.data(stage, ("image", *fields)).check_conditions()
         stages.check_chain(chain, self.folder, build.option_defaults(config), config.restart)
         return chain
 

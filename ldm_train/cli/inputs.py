@@ -1,5 +1,6 @@
 """What ldm-sample is asked for: the task, and from files and words the conditions of every picture."""
 
+import math
 import re
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
@@ -7,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import DictConfig
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from torch.nn import functional as F
 
 from ldm_train.cli.files import as_list, extended, read_bytes, read_image, read_map, read_mask, require_same_shape
@@ -43,6 +44,68 @@ OPTIONS = {
     "reference": "image",
     "masked_image": "image",
 }
+
+
+WHOLE = (
+    "n", "seed", "batch_size", "num_inference_steps", "invert_iterations", "resample.jump_length", "resample.repeats",
+    "tiles.cells", "tiles.overlap",
+)  # fmt: skip
+LEAST = {"seed": 0, "num_inference_steps": 0, "tiles.overlap": 0}  # others 1; the schedule names its own limits
+NUMBERS = (
+    "guidance_scale",
+    "strength",
+    "panorama",
+    "guidance.rescale",
+    "guidance.threshold",
+    "guide.classifier_scale",
+    "guide.clip_scale",
+)
+
+
+def check_types(config: DictConfig) -> None:
+    """Raises ValueError, naming the option, for a value of the wrong type."""
+
+    def number(value: Any, whole: bool) -> bool:
+        return (isinstance(value, int) and not isinstance(value, bool)) or (not whole and isinstance(value, float))
+
+    for key in (*WHOLE, *NUMBERS):
+        value = OmegaConf.select(config, key)
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"{key}={value} is no finite number")
+        if value is not None and not number(value, key in WHOLE):
+            raise ValueError(f"{key}={value!r} is no {'whole ' if key in WHOLE else ''}number")
+        if value is not None and key in WHOLE and value < LEAST.get(key, 1):
+            raise ValueError(f"{key}={value} is below {LEAST.get(key, 1)}; it must be at least that")
+    for key, count, whole in (("size", 2, True), ("extend", 4, True), ("guidance.interval", 2, False)):
+        value = OmegaConf.select(config, key)
+        values = list(value) if isinstance(value, ListConfig) else value
+        if value is None or (key == "size" and number(value, True)):
+            continue
+        if not isinstance(values, list) or len(values) != count or not all(number(v, whole) for v in values):
+            raise ValueError(f"{key}={values!r} is no list of {count} {'whole ' * whole}numbers")
+    for key in (
+        "task",
+        "spacing",
+        "negative",
+        "image_prompt",
+        "compile",
+        "film",
+        "weak",
+        "guide.classifier",
+        "guide.clip",
+    ):
+        value = OmegaConf.select(config, key)
+        if OmegaConf.is_config(value):
+            raise ValueError(f"{key}={OmegaConf.to_container(value)!r} is no text")
+    for key in ("invert", "overwrite"):
+        if not isinstance(config[key], bool):
+            raise ValueError(f"{key}={config[key]!r} is neither true nor false")
+    if config.accelerator not in ("auto", "cpu", "gpu"):
+        raise ValueError(f"accelerator is auto, cpu or gpu, not {config.accelerator!r}")
+    if config.accelerator == "gpu" and not torch.cuda.is_available():
+        raise ValueError("accelerator=gpu, but no GPU is visible; use accelerator=cpu")
+    if config.out is not None and Path(config.out).is_file():
+        raise ValueError(f"out={config.out} is a file; name a folder")
 
 
 @dataclass

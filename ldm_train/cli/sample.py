@@ -1,6 +1,5 @@
 """ldm-sample: pictures from a trained model, one seed and one recipe per picture."""
 
-import math
 import os
 import sys
 import time
@@ -13,7 +12,7 @@ from typing import Any
 import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
-from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from tqdm import tqdm
 
 from ldm_train import images as pictures
@@ -22,7 +21,7 @@ from ldm_train.checkpoints.parts import build, targets
 from ldm_train.cli.common import literal, quoted, run_command
 from ldm_train.cli.film import Film
 from ldm_train.cli.guides import Guides, load_weak
-from ldm_train.cli.inputs import Request, chosen_task, latent_mask, picture_size, requests
+from ldm_train.cli.inputs import Request, check_types, chosen_task, latent_mask, picture_size, requests
 from ldm_train.cli.job import SHOWN, Job, make_recipe, replayed
 from ldm_train.data.masks import known_colour
 from ldm_train.data.samples import collate
@@ -213,68 +212,6 @@ def check_wanted(config: DictConfig, task: str, wanted: list[Request], chosen: A
             )
         if config.resample.repeats > 1:
             raise ValueError("resample.repeats adds noise, which inversion has just taken out; leave one of them out")
-
-
-WHOLE = (
-    "n", "seed", "batch_size", "num_inference_steps", "invert_iterations", "resample.jump_length", "resample.repeats",
-    "tiles.cells", "tiles.overlap",
-)  # fmt: skip
-LEAST = {"seed": 0, "num_inference_steps": 0, "tiles.overlap": 0}  # others 1; the schedule names its own limits
-NUMBERS = (
-    "guidance_scale",
-    "strength",
-    "panorama",
-    "guidance.rescale",
-    "guidance.threshold",
-    "guide.classifier_scale",
-    "guide.clip_scale",
-)
-
-
-def check_types(config: DictConfig) -> None:
-    """Raises ValueError, naming the option, for a value of the wrong type."""
-
-    def number(value: Any, whole: bool) -> bool:
-        return (isinstance(value, int) and not isinstance(value, bool)) or (not whole and isinstance(value, float))
-
-    for key in (*WHOLE, *NUMBERS):
-        value = OmegaConf.select(config, key)
-        if isinstance(value, float) and not math.isfinite(value):
-            raise ValueError(f"{key}={value} is no finite number")
-        if value is not None and not number(value, key in WHOLE):
-            raise ValueError(f"{key}={value!r} is no {'whole ' if key in WHOLE else ''}number")
-        if value is not None and key in WHOLE and value < LEAST.get(key, 1):
-            raise ValueError(f"{key}={value} is below {LEAST.get(key, 1)}; it must be at least that")
-    for key, count, whole in (("size", 2, True), ("extend", 4, True), ("guidance.interval", 2, False)):
-        value = OmegaConf.select(config, key)
-        values = list(value) if isinstance(value, ListConfig) else value
-        if value is None or (key == "size" and number(value, True)):
-            continue
-        if not isinstance(values, list) or len(values) != count or not all(number(v, whole) for v in values):
-            raise ValueError(f"{key}={values!r} is no list of {count} {'whole ' * whole}numbers")
-    for key in (
-        "task",
-        "spacing",
-        "negative",
-        "image_prompt",
-        "compile",
-        "film",
-        "weak",
-        "guide.classifier",
-        "guide.clip",
-    ):
-        value = OmegaConf.select(config, key)
-        if OmegaConf.is_config(value):
-            raise ValueError(f"{key}={OmegaConf.to_container(value)!r} is no text")
-    for key in ("invert", "overwrite"):
-        if not isinstance(config[key], bool):
-            raise ValueError(f"{key}={config[key]!r} is neither true nor false")
-    if config.accelerator not in ("auto", "cpu", "gpu"):
-        raise ValueError(f"accelerator is auto, cpu or gpu, not {config.accelerator!r}")
-    if config.accelerator == "gpu" and not torch.cuda.is_available():
-        raise ValueError("accelerator=gpu, but no GPU is visible; use accelerator=cpu")
-    if config.out is not None and Path(config.out).is_file():
-        raise ValueError(f"out={config.out} is a file; name a folder")
 
 
 def sample(config: DictConfig) -> list[Path]:

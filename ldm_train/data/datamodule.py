@@ -9,8 +9,18 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from ldm_train.data.samples import Derive, SampleDecoder, collate, require_fields, sample_rng
-from ldm_train.data.shards import DataError, IndexedShards, Roots, as_roots, data_hash, read_index, split_index
+from ldm_train.data.fields import boxes_of, captions_of, label_of
+from ldm_train.data.samples import Derive, SampleDecoder, collate, refuse_too_many, require_fields, sample_rng
+from ldm_train.data.shards import (
+    DataError,
+    IndexedShards,
+    Roots,
+    as_roots,
+    data_hash,
+    is_remote,
+    read_index,
+    split_index,
+)
 from ldm_train.data.streaming import StreamingBatches
 from ldm_train.data.transforms import ImageTransform
 
@@ -188,6 +198,8 @@ class ShardDataModule(L.LightningDataModule):
     val_images      validation uses the first so many (None: all)
     max_bad_fraction    stop when more than this share of the samples read could not be decoded
     remedy          the command that makes this data, for error messages
+    labels          how many there are of "class_label" and "boxes", where the model says so; None: as many as classes are
+                    named in the index
     Raises FileNotFoundError or DataError before training starts, naming the remedy.
     """
 
@@ -214,6 +226,7 @@ class ShardDataModule(L.LightningDataModule):
         derive: Mapping[str, Derive] | None = None,
         weights: Sequence[float] | None = None,
         balance_classes: bool = False,
+        labels: Mapping[str, int | None] | None = None,
     ):
         super().__init__()
         if reader not in ("indexed", "streaming"):
@@ -242,6 +255,8 @@ class ShardDataModule(L.LightningDataModule):
             total = sum(s["count"] for s in part["shards"])
             needed = (*self.fields, "class_label") if balance_classes else self.fields
             require_fields(needed, counts, total, f"{root}, split {split}", self.derive)
+        named = len(self.index.get("classes") or []) or None
+        self.labels = {field: count or named for field, count in ({"class_label": None} | dict(labels or {})).items()}
         self._shards: dict[str, IndexedShards] = {}
 
     @property
@@ -275,14 +290,40 @@ class ShardDataModule(L.LightningDataModule):
     def samples(self, split: str, fields: Sequence[str], random: bool) -> "ShardDataset":
         """Single samples by (epoch, index). random: with training's crops, flips and captions."""
         transform = self.transform if random else self.transform.deterministic()
-        decoder = SampleDecoder(transform, fields, self.channels, self.derive)
+        decoder = SampleDecoder(transform, fields, self.channels, self.derive, self.labels)
         return ShardDataset(self.shards(split), decoder, self.seed, random)
+
+    def check_conditions(self, limit: int = 50_000) -> None:
+        """Reads the captions, classes and boxes that `fields` ask for (of `limit` samples of a split, spread evenly),
+        before hours are spent on training without them. Prints those that cannot be read; raises DataError where they
+        are more than max_bad_fraction allows. Remote shards are read in training only."""
+        readers = {
+            "caption": captions_of,
+            "class_label": lambda raw: label_of(raw["cls"], self.labels["class_label"]),
+            "boxes": lambda raw: boxes_of(raw["json"], self.labels.get("boxes")),
+        }
+        wanted = [read for field, read in readers.items() if field in self.fields]
+        for split in (self.train_split, self.val_split) if wanted else ():
+            if any(is_remote(shard["file"]) for shard in self.index["splits"][split]["shards"]):
+                continue
+            shards, bad = self.shards(split), 0
+            picks = np.unique(np.linspace(0, len(shards) - 1, min(limit, len(shards))).round().astype(int)).tolist()
+            for i in picks:
+                raw = {e: data for e in ("txt", "json", "cls") if (data := shards.read(i, e)) is not None}
+                try:
+                    for read in wanted:
+                        read(raw)
+                except (KeyError, ValueError) as error:
+                    bad += 1
+                    if bad <= 10 and self.batching.rank == 0:
+                        print(f"cannot be read: {shards.where(i)}: {error}")
+            refuse_too_many(bad, len(picks), len(picks), self.max_bad_fraction)
 
     def train_loader(self, start: int) -> DataLoader:
         """Micro-batches from number `start` to the end of training."""
         stop = self.max_steps * self.batching.accumulate
         if self.reader == "streaming":
-            decoder = SampleDecoder(self.transform, self.fields, self.channels, self.derive)
+            decoder = SampleDecoder(self.transform, self.fields, self.channels, self.derive, self.labels)
             stream = StreamingBatches(
                 self.root,
                 self.index["splits"][self.train_split]["shards"],

@@ -1,10 +1,26 @@
-"""Image files: their extensions in a shard, and opening one. Without torch, so that preparing processes start fast."""
+"""The files of a sample: their names in a shard, and opening an image. Without torch, so that preparing processes start
+fast."""
 
 import io
+import tarfile
 
 from PIL import Image, UnidentifiedImageError
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "npy")
+
+
+class DataError(ValueError):
+    """Data that training must not start on; the message names the file and the remedy."""
+
+
+def sample_and_field(member: str) -> tuple[str, str]:
+    """A tar member's name -> (key of its sample, extension): the file's own name is cut at its first dot. Raises
+    tarfile.ReadError for a name that is no text."""
+    if any("\ud800" <= letter <= "\udfff" for letter in member):  # bytes that are not UTF-8
+        raise tarfile.ReadError(f"a member's name is not UTF-8: {member!r}")
+    folder, _, name = member.rpartition("/")
+    stem, _, extension = name.partition(".")
+    return f"{folder}/{stem}" if folder else stem, extension
 
 
 def open_image(data: bytes) -> Image.Image:

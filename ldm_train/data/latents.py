@@ -2,7 +2,9 @@
 
 import io
 import json
+import math
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +15,24 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from ldm_train.data.datamodule import Batching, Mixture, ShardDataModule, StepBatches, evaluation_batches
-from ldm_train.data.samples import collate, require_fields, sample_rng, text_of
-from ldm_train.data.shards import INDEX, DataError, IndexedShards, file_sha256, read_index, write_json, write_shard
+from ldm_train.data.fields import label_of
+from ldm_train.data.samples import collate, refuse_too_many, require_fields, sample_rng, text_of
+from ldm_train.data.shards import (
+    ENTRIES,
+    INDEX,
+    DataError,
+    IndexedShards,
+    finished_shard,
+    noted_entry,
+    read_index,
+    split_index,
+    write_json,
+    write_shard,
+)
 
+STATISTICS = "statistics.json"
 REMEDY = "python train.py ... restart=latents"
+CACHED_FIELDS = ("class_label", "caption")  # the cache holds them; others come from the images' shards
 # images (B, C, H, W) in [-1, 1] -> moments (B, 2C, h, w), or latents (B, C, h, w) of deterministic models, float32
 Encode = Callable[[torch.Tensor], torch.Tensor]
 
@@ -34,22 +50,14 @@ def _cache_keys(shards: IndexedShards) -> list[str]:
     return keys if len(set(keys)) == len(keys) else [f"{shards.shard[i]}_{key}" for i, key in enumerate(keys)]
 
 
-def _finished(folder: Path, name: str) -> dict | None:
-    """The index entry of a cache shard that is already complete, else None."""
-    note = folder / ".entries" / f"{name}.json"
-    if not note.is_file() or not (folder / name).is_file():
-        return None
-    entry = json.loads(note.read_text())
-    return entry if file_sha256(folder / name) == entry["sha256"] else None
-
-
 def write_cache(
     data: ShardDataModule, split: str, encode: Encode, folder: str | Path, per_shard: int = 1024, flips: bool = False
 ) -> list[dict]:
     """Encodes this rank's part of a split, shard by shard; shards that are complete are kept. Returns their entries.
 
-    flips: also store the moments of the mirror image. Samples that cannot be decoded are left out.
-    Raises ValueError for transforms that are random beyond a flip.
+    flips: also store the moments of the mirror image. Samples whose picture, class or caption (where `data` ask for them)
+    cannot be read are left out and named. Raises DataError where they are more than data.max_bad_fraction allows,
+    ValueError for transforms that are random beyond a flip.
     """
     if split == data.train_split and not data.transform.cacheable:
         raise ValueError(
@@ -59,27 +67,41 @@ def write_cache(
     folder, shards, b = Path(folder), data.shards(split), data.batching
     chunks = [range(i, min(i + per_shard, len(shards))) for i in range(0, len(shards), per_shard)]
     mine = list(enumerate(chunks))[b.rank :: b.world_size]
-    entries = []
+    entries, seen = [], 0
     progress = tqdm(
         total=sum(len(c) for _, c in mine), desc=f"caching {split} latents", unit="img", disable=b.rank != 0
     )
     for number, chunk in mine:
         name = f"{split}-{number:06d}.tar"
-        entry = _finished(folder, name)
+        entry = finished_shard(folder, name)
         if entry is None:
             entry = write_shard(folder / name, _encoded(data, split, encode, chunk, flips, progress))
-            write_json(folder / ".entries" / f"{name}.json", entry)
+            write_json(folder / ENTRIES / f"{name}.json", entry)
         else:
             progress.update(len(chunk))
         entries.append(entry)
+        seen += len(chunk)
+        bad = seen - sum(e["count"] for e in entries)
+        refuse_too_many(bad, seen, sum(len(c) for _, c in mine), data.max_bad_fraction)
     progress.close()
+    return entries
+
+
+def written_entries(folder: Path, split: str) -> list[dict]:
+    """The notes that all ranks left on the shards of a split. Raises DataError, naming one that is damaged."""
+    entries = []
+    for note in sorted((folder / ENTRIES).glob(f"{split}-*.json")):
+        if (entry := noted_entry(folder, note.stem)) is None:
+            raise DataError(f"{note} is damaged; make the cache anew with: {REMEDY}")
+        entries.append(entry)
     return entries
 
 
 def _encoded(
     data: ShardDataModule, split: str, encode: Encode, chunk: range, flips: bool, progress: tqdm
 ) -> Iterator[tuple[str, dict[str, bytes]]]:
-    shards, dataset = data.shards(split), data.fixed_loader(split, fields=("image",)).dataset
+    shards, stored = data.shards(split), [f for f in CACHED_FIELDS if f in data.fields]
+    dataset = data.fixed_loader(split, fields=("image", *stored)).dataset
     keys = _cache_keys(shards)
     micro = max(1, min(64, data.batching.micro))
     batches = [[(0, i) for i in chunk[k : k + micro]] for k in range(0, len(chunk), micro)]
@@ -87,9 +109,10 @@ def _encoded(
     for rows, batch in zip(batches, loader):
         moments = encode(batch["image"])
         mirrored = encode(batch["image"].flip(3)) if flips else None
+        for note in batch["replaced"]:
+            tqdm.write(f"latent cache: leaving out unreadable {note}")
         for k, (_, i) in enumerate(rows):
             if batch["key"][k] != str(shards.keys[i]):  # unreadable, replaced by another sample
-                tqdm.write(f"latent cache: leaving out unreadable {shards.where(i)}")
                 continue
             fields = {"moments.npy": _npy(moments[k].cpu().numpy())}
             if mirrored is not None:
@@ -110,9 +133,6 @@ def write_cache_index(
     write_json(Path(folder) / INDEX, index | ({"classes": classes} if classes else {}))
 
 
-CACHED_FIELDS = ("class_label", "caption")  # the cache holds them; others come from the images' shards
-
-
 class CachedLatents:
     """Moments and conditions of one split, straight out of memory-mapped tars, in whole batches.
 
@@ -129,20 +149,39 @@ class CachedLatents:
             raise DataError(f"the latent cache is damaged: {error}; make it anew with: {REMEDY}") from error
         self.fields, self.seed = tuple(fields), seed
         self.flips = "flipped.npy" in self.shards.extensions
-        self.stochastic = read_index(folder)["stochastic"]
-        header = io.BytesIO(self.shards.read(0, "moments.npy"))
-        version = np.lib.format.read_magic(header)
-        if version != (1, 0):
-            raise DataError(f"{folder}: unexpected npy version {version}; run again with restart=latents")
-        self.shape, _, self.dtype = np.lib.format.read_array_header_1_0(header)
-        self.header = header.tell()
-        self._maps = [np.memmap(path, np.uint8, "r") for path in self.shards.paths]
+        self.stochastic = read_index(folder, REMEDY).get("stochastic")
+        if not isinstance(self.stochastic, bool):
+            raise DataError(f'{folder}/{INDEX} does not say whether it is "stochastic"; make it anew with: {REMEDY}')
+        self._read_header()
+        self._maps = [np.memmap(path, np.uint8, "r") if path.stat().st_size else None for path in self.shards.paths]
         others = [f for f in self.fields if f not in (*CACHED_FIELDS, "image")]
         self._others = None
         if others:
-            place = {key: i for i, key in enumerate(_cache_keys(images.shards(split)))}
-            self._place = [place[str(key)] for key in self.shards.keys]
+            self._place = places_in(images.shards(split), self.shards)
             self._others = {r: images.samples(split, others, random=r) for r in (False, True)}
+
+    def _read_header(self) -> None:
+        """What all arrays of the cache have in common: length of the header, shape and type."""
+        folder, first = self.shards.root, self.shards.read(0, "moments.npy") if self._has("moments.npy") else b""
+        header = io.BytesIO(first)
+        try:
+            version = np.lib.format.read_magic(header)
+            if version != (1, 0):
+                raise ValueError(f"unexpected npy version {version}")
+            self.shape, fortran, self.dtype = np.lib.format.read_array_header_1_0(header)
+            self.header = header.tell()
+            if self.dtype != np.float32 or fortran or len(self.shape) != 3 or (self.stochastic and self.shape[0] % 2):
+                raise ValueError(f"{self.dtype} of shape {self.shape} are no latents")
+            for extension in ("moments.npy", "flipped.npy") if self.flips else ("moments.npy",):
+                if not self._has(extension) or (self.shards.sizes[extension] != len(first)).any():
+                    raise ValueError(f"not every sample has {extension} of {len(first)} bytes")
+            if self.header + 4 * int(np.prod(self.shape)) != len(first):
+                raise ValueError(f"{len(first)} bytes for shape {self.shape}")
+        except ValueError as error:
+            raise DataError(f"{folder}: {error}; run again with restart=latents") from error
+
+    def _has(self, extension: str) -> bool:
+        return len(self.shards) > 0 and extension in self.shards.extensions
 
     def __len__(self) -> int:
         return len(self.shards)
@@ -173,9 +212,9 @@ class CachedLatents:
             "replaced": [],
         }
         if "class_label" in self.fields:
-            batch["class_label"] = torch.tensor([int(self.shards.read(i, "cls")) for _, i in rows])
+            batch["class_label"] = torch.tensor([self._read(i, lambda raw: label_of(raw["cls"])) for _, i in rows])
         if "caption" in self.fields:
-            batch["caption"] = [text_of(self._texts(i), rng) for (_, i), rng in zip(rows, rngs)]
+            batch["caption"] = [self._read(i, partial(text_of, rng=rng)) for (_, i), rng in zip(rows, rngs)]
         if self._others is not None:
             samples = [self._others[random][(epoch, self._place[i])] for epoch, i in rows]
             others = collate(samples)
@@ -183,9 +222,25 @@ class CachedLatents:
             batch |= {name: values for name, values in others.items() if name != "key"}
         return batch
 
-    def _texts(self, i: int) -> dict[str, bytes]:
-        found = {e: self.shards.read(i, e) for e in ("txt", "json") if e in self.shards.extensions}
-        return {e: value for e, value in found.items() if value is not None}
+    def _read(self, i: int, read: Callable[[dict[str, bytes]], Any]) -> Any:
+        """What `read` makes of a sample's class and texts. Raises DataError, naming the sample, where it cannot."""
+        found = {e: self.shards.read(i, e) for e in ("cls", "txt", "json") if e in self.shards.extensions}
+        try:
+            return read({e: value for e, value in found.items() if value is not None})
+        except (KeyError, ValueError) as error:
+            raise DataError(
+                f"{self.shards.root}, {self.shards.where(i)}: {error}; leave it out with: {REMEDY}"
+            ) from error
+
+
+def places_in(shards: IndexedShards, cached: IndexedShards) -> list[int]:
+    """Where the samples of a cache stand in the data. Raises DataError for one that is not there."""
+    place = {key: i for i, key in enumerate(_cache_keys(shards))}
+    if absent := [str(key) for key in cached.keys if str(key) not in place]:
+        raise DataError(
+            f"latent cache {cached.root}: sample {absent[0]} is not in the data; run again with restart=latents"
+        )
+    return [place[str(key)] for key in cached.keys]
 
 
 class _Batches:
@@ -224,7 +279,7 @@ class LatentDataModule(L.LightningDataModule):
         super().__init__()
         index = read_index(folder, REMEDY)
         for split in (train_split, val_split):
-            part = index["splits"][split]
+            part = split_index(index, split, folder)
             counts: dict[str, int] = {}
             for shard in part["shards"]:
                 for extension, n in shard["fields"].items():
@@ -237,8 +292,7 @@ class LatentDataModule(L.LightningDataModule):
         self.mixture: Mixture | None = None
         if images is not None and (images.weights is not None or images.balance_classes):
             shards = images.shards(train_split)
-            place = {key: i for i, key in enumerate(_cache_keys(shards))}
-            sets = shards.sets[[place[str(key)] for key in self.train.shards.keys]]
+            sets = shards.sets[places_in(shards, self.train.shards)]
             labels = self.train.shards.labels() if images.balance_classes else None
             self.mixture = Mixture.of(sets, images.weights, labels)
         self.val = CachedLatents(folder, val_split, fields, seed, images)
@@ -276,7 +330,26 @@ def latent_statistics(latents: CachedLatents, limit: int = 50_000) -> dict[str, 
     mean = total / elements
     std = np.sqrt(square / elements - mean**2)
     overall = float(np.sqrt(square.sum() / elements / channels - (total.sum() / elements / channels) ** 2))
+    if not 0 < overall < math.inf:  # false for NaN, too
+        raise DataError(
+            f"the latents in {latents.shards.root} have the standard deviation {overall}; look at the autoencoder, then: {REMEDY}"
+        )
     return {"count": len(picks), "mean": mean.tolist(), "std": std.tolist(), "scale_factor": 1 / overall}
+
+
+def read_statistics(folder: str | Path) -> dict[str, Any]:
+    """What `latent_statistics` found, from the file beside a cache. Raises DataError where that holds something else."""
+    path = Path(folder) / STATISTICS
+    try:
+        found = json.loads(path.read_bytes())
+        numbers = [found["scale_factor"], *found["std"], *found["mean"]]
+        ours = all(type(n) in (int, float) and math.isfinite(n) for n in numbers) and found["scale_factor"] > 0
+        ours = ours and len(found["std"]) == len(found["mean"]) > 0
+    except (OSError, ValueError, TypeError, KeyError, OverflowError, RecursionError) as error:
+        raise DataError(f"{path} holds no statistics of latents ({error}); make it anew with: {REMEDY}") from error
+    if not ours:
+        raise DataError(f"{path} holds no statistics of latents; make it anew with: {REMEDY}")
+    return found
 
 
 def verify_cache(data: ShardDataModule, split: str, latents: CachedLatents, encode: Encode, count: int = 8) -> float:

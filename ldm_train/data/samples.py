@@ -1,12 +1,12 @@
 """From a shard's raw fields to a training sample, and what to do with a sample that cannot be read."""
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 
+from ldm_train.data.fields import boxes_of, captions_of, label_of
 from ldm_train.data.files import IMAGE_EXTENSIONS
 from ldm_train.data.masks import masked_image
 from ldm_train.data.shards import DataError
@@ -53,38 +53,20 @@ def require_fields(
             raise DataError(f"{where}: not every sample has a {field}: {total} samples with {have}; {remedy}")
 
 
-def text_of(raw: dict[str, bytes], rng: np.random.Generator | None) -> str:
-    """A caption: one of .json's "captions" (drawn by rng, the first without) if there are several, else .txt."""
-    if "json" in raw and (captions := json.loads(raw["json"]).get("captions")):
-        return captions[int(rng.integers(len(captions)))] if rng else captions[0]
-    if "txt" not in raw:
-        raise ValueError('no caption: neither a .txt nor "captions" in its .json')
-    return raw["txt"].decode().strip()
+def text_of(raw: Mapping[str, bytes], rng: np.random.Generator | None) -> str:
+    """One of a sample's captions: drawn by rng, the first without."""
+    captions = captions_of(raw)
+    return captions[int(rng.integers(len(captions)))] if rng else captions[0]
 
 
-def boxes_of(raw: bytes) -> np.ndarray:
-    """The boxes in a sample's .json: (N, 5) float64, x, y (top left), width, height in unit coordinates, label.
-
-    Reads our `boxes`, and COCO's `objects` with pixel `bbox`, `category_id` (labels start at 1 there, at 0 here) and the
-    picture's `width` and `height`. Raises ValueError for a box outside the picture or without an area.
-    """
-    record = json.loads(raw)
-    if "boxes" in record:
-        boxes = np.array(record["boxes"], float).reshape(-1, 5)
-    elif "objects" in record:
-        scale = np.array([record["width"], record["height"]] * 2, float)
-        rows = [[*(np.array(o["bbox"], float) / scale), o["category_id"] - 1] for o in record["objects"]]
-        boxes = np.array(rows, float).reshape(-1, 5)
-    else:
-        raise ValueError('no boxes: its .json has neither "boxes" nor "objects"')
-    x, y, w, h = boxes[:, :4].T
-    tolerance = 0.01  # annotations are rounded to pixels
-    wrong = (
-        (x < -tolerance) | (y < -tolerance) | (x + w > 1 + tolerance) | (y + h > 1 + tolerance) | (w <= 0) | (h <= 0)
-    )
-    if wrong.any():
-        raise ValueError(f"box {boxes[wrong][0, :4].round(3).tolist()} (x, y, w, h) is not inside the picture")
-    return boxes
+def refuse_too_many(bad: int, seen: int, total: int, max_bad_fraction: float) -> None:
+    """Raises DataError where more of the samples seen could not be read than allowed: one, and max_bad_fraction. Of
+    `total` samples at least 1,000, or all, must have been seen."""
+    if bad > max(1, max_bad_fraction * seen) and seen >= min(1000, total):
+        raise DataError(
+            f"{bad} of {seen} samples could not be read, more than data.max_bad_fraction={max_bad_fraction}; repair the "
+            "data or raise the limit"
+        )
 
 
 def sample_rng(seed: int, epoch: int, index: int) -> np.random.Generator:
@@ -99,6 +81,8 @@ class SampleDecoder:
 
     transform: ImageTransform. fields: what to decode beside "key". channels: image channels.
     derive: how fields are made from the image where the sample does not hold them.
+    labels: how many there are, of "class_label" and of "boxes" (None: any).
+    Raises OSError or ValueError for a sample that cannot be read.
     """
 
     def __init__(
@@ -107,16 +91,19 @@ class SampleDecoder:
         fields: Sequence[str],
         channels: int = 3,
         derive: Mapping[str, Derive] | None = None,
+        labels: Mapping[str, int | None] | None = None,
     ):
         self.transform, self.fields, self.channels = transform, tuple(fields), channels
-        self.derive = dict(derive or {})
+        self.derive, self.labels = dict(derive or {}), dict(labels or {})
         self.needs_image = bool({"image", "reference", "boxes", "masked_image", "lowres"} & set(fields))
 
     def __call__(self, key: str, raw: dict[str, bytes], rng: np.random.Generator | None) -> dict[str, Any]:
         sample: dict[str, Any] = {"key": key}
         plan, shape, pixels = None, None, None
         if self.needs_image:
-            extension = next(e for e in IMAGE_EXTENSIONS if e in raw)
+            extension = next((e for e in IMAGE_EXTENSIONS if e in raw), None)
+            if extension is None:
+                raise ValueError(f"no image: it has {', '.join(f'.{e}' for e in raw)}")
             image = decode_image(raw[extension], extension, self.channels)
             shape = tuple(image.shape[1:])
             plan = self.transform.plan(*shape, rng)
@@ -134,9 +121,8 @@ class SampleDecoder:
                     depth = self.transform.apply(labels.float(), plan)
                     sample[field] = (depth / (65535 if labels.max() > 255 else 255)).clamp(0, 1)
         if "boxes" in self.fields:
-            sample["boxes"] = torch.from_numpy(
-                self.transform.apply_to_boxes(boxes_of(raw["json"]), plan, shape)
-            ).float()
+            boxes = boxes_of(raw.get("json", b"{}"), self.labels.get("boxes"))
+            sample["boxes"] = torch.from_numpy(self.transform.apply_to_boxes(boxes, plan, shape)).float()
         for field in ("masked_image", "lowres"):
             if field not in self.fields:
                 continue
@@ -146,7 +132,7 @@ class SampleDecoder:
                 own = rng if rng is not None else np.random.default_rng(derive_seed(field, key))
                 sample[field] = self.derive[field](pixels, own)
         if "class_label" in self.fields:
-            sample["class_label"] = int(raw["cls"])
+            sample["class_label"] = label_of(raw.get("cls", b""), self.labels.get("class_label"))
         if "caption" in self.fields:
             sample["caption"] = text_of(raw, rng)
         return sample

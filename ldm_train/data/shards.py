@@ -14,11 +14,12 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from ldm_train.data.fields import captions_of, label_of, relabelled, relabelled_boxes
+from ldm_train.data.files import DataError
+from ldm_train.data.tars import entry_fault, is_count, is_remote, scan_tar
+
 INDEX = "index.json"
-
-
-class DataError(ValueError):
-    """Data that training must not start on; the message names the file and the remedy."""
+ENTRIES = ".entries"  # notes on finished shards, in a folder that is being written
 
 
 def _is_running(pid: int) -> bool:
@@ -130,12 +131,44 @@ def read_index(root: Roots, remedy: str = "ldm-prepare source=index path=<folder
         what = "has no index.json" if Path(root).is_dir() else "does not exist"
         raise FileNotFoundError(f"data folder {root} {what}; make it with: {remedy.format(root=root)}")
     try:
-        index = json.loads(path.read_text())
-        if not isinstance(index["splits"], dict):
-            raise TypeError
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise DataError(f"{path} is no shard index; make it anew with: {remedy.format(root=root)}") from error
+        fault = _index_fault(index := json.loads(path.read_bytes()))
+    except (ValueError, RecursionError) as error:
+        fault = str(error)
+    if fault:
+        raise DataError(f"{path} is no shard index ({fault}); make it anew with: {remedy.format(root=root)}")
     return index
+
+
+def _index_fault(index: object) -> str | None:
+    """What keeps parsed JSON from being an index of shards."""
+    if not isinstance(index, dict) or not isinstance(index.get("splits"), dict):
+        return 'no "splits"'
+    classes = index.get("classes")
+    if classes is not None and not (isinstance(classes, list) and all(isinstance(name, str) for name in classes)):
+        return '"classes" is no list of names'
+    for split, part in index["splits"].items():
+        if not (isinstance(part, dict) and isinstance(part.get("shards"), list) and is_count(part.get("count"))):
+            return f'split {split!r} has no "shards" and "count"'
+        for number, entry in enumerate(part["shards"]):
+            if fault := entry_fault(entry):
+                return f"shard {number} of {split!r} {fault}"
+    return None
+
+
+def noted_entry(folder: Path, name: str) -> dict | None:
+    """The entry of a shard from the note that was left when it was finished; None where there is none, or no such thing."""
+    try:
+        entry = json.loads((folder / ENTRIES / f"{name}.json").read_bytes())
+    except (FileNotFoundError, ValueError, RecursionError):
+        return None
+    return entry if entry_fault(entry) is None and entry["file"] == name else None
+
+
+def finished_shard(folder: Path, name: str) -> dict | None:
+    """The entry of a shard that is there already, whole, else None: it is made again."""
+    entry = noted_entry(folder, name)
+    whole = entry and (folder / name).is_file() and file_sha256(folder / name) == entry["sha256"]
+    return entry if whole else None
 
 
 def _merged(indices: dict[str, dict]) -> dict:
@@ -167,6 +200,8 @@ def split_index(index: dict, split: str, root: Roots) -> dict:
         )
     if lacking := index["splits"][split].get("lacking"):
         raise DataError(f"{', '.join(lacking)} has no split {split!r}, the other data.root do; prepare it with one")
+    if not any(shard["count"] for shard in index["splits"][split]["shards"]):
+        raise DataError(f"{root} has no sample in split {split!r}; prepare it again or choose another split")
     return index["splits"][split]
 
 
@@ -176,74 +211,66 @@ def data_hash(index: dict, *splits: str) -> str:
     return hashlib.sha256(json.dumps(sums).encode()).hexdigest()[:16]
 
 
-def scan_tar(path: str | Path) -> tuple[list[str], dict[str, np.ndarray], dict[str, np.ndarray]]:
-    """(keys, {extension: data offsets}, {extension: sizes}), -1 where a sample lacks a field.
+Offsets = tuple[np.ndarray, dict[str, np.ndarray], dict[str, np.ndarray]]  # keys, offsets and sizes of the members
 
-    Raises DataError for a truncated or unreadable tar, which tar readers otherwise accept in silence.
-    """
-    length = os.path.getsize(path)
-    keys: list[str] = []
-    rows: list[dict[str, tuple[int, int]]] = []
+
+def _counted(offsets: Offsets) -> tuple[int, dict[str, int]]:
+    """(samples, {extension: number}), as an index says them."""
+    return len(offsets[0]), {e: int((starts >= 0).sum()) for e, starts in offsets[1].items()}
+
+
+def _kept_offsets(kept: Path, stamp: np.ndarray, entry: dict) -> Offsets | None:
+    """What an earlier scan kept; None where that is of another file, damaged, or cannot be."""
     try:
-        with tarfile.open(path, mode="r:") as tar:
-            for member in tar:
-                if not member.isfile():
-                    continue
-                folder, _, name = member.name.rpartition("/")
-                stem, _, extension = name.partition(".")
-                key = f"{folder}/{stem}" if folder else stem
-                if member.offset_data + member.size > length:
-                    raise tarfile.ReadError("unexpected end of data")
-                if not keys or keys[-1] != key:
-                    keys.append(key)
-                    rows.append({})
-                if extension in rows[-1]:
-                    raise DataError(f"{path}: {member.name} occurs twice; a key must not repeat or contain a dot")
-                rows[-1][extension] = (member.offset_data, member.size)
-            end = tar.offset
-    except tarfile.ReadError as error:
-        raise DataError(f"{path} is truncated or no tar ({error}); copy or prepare it again") from error
-    with open(path, "rb") as file:
-        file.seek(end)
-        if file.read(512) != bytes(512):
-            raise DataError(f"{path} is truncated (no end-of-archive marker); copy or prepare it again")
-    extensions = sorted({e for row in rows for e in row})
-    offsets = {e: np.array([row.get(e, (-1, -1))[0] for row in rows], np.int64) for e in extensions}
-    sizes = {e: np.array([row.get(e, (-1, -1))[1] for row in rows], np.int64) for e in extensions}
-    return keys, offsets, sizes
+        with np.load(kept, allow_pickle=False) as saved:
+            if (saved["stamp"] != stamp).any() or str(saved["sha256"]) != entry["sha256"]:
+                return None
+            names = [n.removeprefix("offset.") for n in saved.files if n.startswith("offset.")]
+            offsets, sizes = ({n: saved[f"{what}.{n}"] for n in names} for what in ("offset", "size"))
+            keys = saved["keys"]
+    except Exception:  # a damaged file raises whatever it likes
+        return None
+    if keys.dtype.kind != "U" or keys.ndim != 1:
+        return None
+    for start, size in zip(offsets.values(), sizes.values()):
+        if {start.dtype, size.dtype} != {np.dtype(np.int64)} or not start.shape == size.shape == keys.shape:
+            return None
+        inside = (start >= 0) & (size >= 0) & (start <= stamp[0]) & (size <= stamp[0] - start)
+        if not (inside | (start == -1) & (size == -1)).all():
+            return None
+    same = _counted((keys, offsets, sizes)) == (entry["count"], entry["fields"])
+    return (keys, offsets, sizes) if same else None
 
 
-def _load_offsets(root: Path, path: Path, entry: dict) -> tuple[np.ndarray, dict, dict]:
+def _load_offsets(root: Path, path: Path, entry: dict) -> Offsets:
     """Offsets of one shard, from the file kept beside the index if size and mtime still match, else scanned anew.
 
-    A scan also checks the size and sha256 that the index records.
+    A scan also compares the shard with what its index says. Raises DataError where that differs.
     """
     stat = os.stat(path)
     kept = root / ".offsets" / f"{path.name}.npz"
     stamp = np.array([stat.st_size, stat.st_mtime_ns], np.int64)
-    if kept.is_file():
-        with np.load(kept) as saved:
-            if (saved["stamp"] == stamp).all() and str(saved["sha256"]) == entry["sha256"]:
-                names = [n.removeprefix("offset.") for n in saved.files if n.startswith("offset.")]
-                offsets, sizes = ({n: saved[f"{what}.{n}"] for n in names} for what in ("offset", "size"))
-                return saved["keys"], offsets, sizes
+    if (found := _kept_offsets(kept, stamp, entry)) is not None:
+        return found
     if stat.st_size != entry["bytes"]:
         raise DataError(
             f"{path} has {stat.st_size} bytes, its index says {entry['bytes']}: truncated or changed; copy or prepare it again"
         )
     if file_sha256(path) != entry["sha256"]:
         raise DataError(f"{path} does not match the sha256 in its index.json; copy or prepare it again")
-    key_list, offsets, sizes = scan_tar(path)
-    keys = np.array(key_list)
+    names, offsets, sizes = scan_tar(path)
+    keys = np.array(names, str)
+    count, fields = _counted((keys, offsets, sizes))
+    if (count, fields) != (entry["count"], entry["fields"]):
+        raise DataError(
+            f"{path} has {count} samples with {fields}, its index.json says {entry['count']} with {entry['fields']}; make "
+            "the index anew with: ldm-prepare source=index"
+        )
     arrays = {f"offset.{e}": a for e, a in offsets.items()} | {f"size.{e}": a for e, a in sizes.items()}
-    with suppress(OSError):  # a read-only data folder: scan again next time
-        write_atomically(kept, lambda f: np.savez(f, stamp=stamp, sha256=entry["sha256"], keys=keys, **arrays))
+    if not kept.parent.is_symlink():  # nothing is written outside the data folder
+        with suppress(OSError):  # a read-only data folder: scan again next time
+            write_atomically(kept, lambda f: np.savez(f, stamp=stamp, sha256=entry["sha256"], keys=keys, **arrays))
     return keys, offsets, sizes
-
-
-def is_remote(file: str) -> bool:
-    """Whether an index entry's `file` is a URL that webdataset opens (https://, s3://, pipe:, ...)."""
-    return "://" in file or file.startswith("pipe:")
 
 
 def shard_paths(root: str | Path, shards: list[dict]) -> list[Path]:
@@ -327,17 +354,20 @@ class IndexedShards:
         data = os.pread(self._files[shard], size, offset)
         relabel = self._relabel[shard]
         if relabel and extension == "cls":
-            data = str(relabel[int(data)]).encode()
-        elif relabel and extension == "json" and relabel != list(range(len(relabel))):
-            record = json.loads(data)
-            if "boxes" in record:
-                boxes = [[*box[:4], relabel[int(box[4])]] for box in record["boxes"]]
-                data = json.dumps(record | {"boxes": boxes}).encode()
+            return relabelled(data, relabel)
+        if relabel and extension == "json" and relabel != list(range(len(relabel))):
+            return relabelled_boxes(data, relabel)
         return data
 
     def labels(self) -> np.ndarray:
-        """The class of every sample (N,); every sample must have one."""
-        return np.array([int(self.read(i, "cls")) for i in range(len(self))])
+        """The class of every sample (N,). Raises DataError, naming the sample, where one has none."""
+        labels, count = np.empty(len(self), int), len(self.classes or []) or None
+        for i in range(len(self)):
+            try:
+                labels[i] = label_of(self.read(i, "cls") or b"", count)
+            except ValueError as error:
+                raise DataError(f"{self.where(i)}: {error}; data.balance_classes needs every sample's class") from error
+        return labels
 
     def fields(self, i: int) -> dict[str, bytes]:
         """All fields of a sample, {extension: bytes}."""
@@ -349,11 +379,8 @@ class IndexedShards:
         return f"{self.paths[int(self.shard[i])].name}:{self.keys[i]}"
 
     def captions(self, limit: int = 100_000) -> Iterator[str]:
-        """Every caption of the first `limit` samples: all of .json's "captions" where there are some, else .txt."""
+        """Every caption of the first `limit` samples; those that cannot be read are left out, as in training."""
         for i in range(min(limit, len(self))):
-            data = self.read(i, "json") if "json" in self.extensions else None
-            several = json.loads(data).get("captions") if data is not None else None
-            if several:
-                yield from several
-            elif "txt" in self.extensions and (text := self.read(i, "txt")) is not None:
-                yield text.decode()
+            raw = {e: data for e in ("txt", "json") if e in self.extensions and (data := self.read(i, e)) is not None}
+            with suppress(ValueError):
+                yield from captions_of(raw)

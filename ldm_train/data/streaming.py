@@ -1,4 +1,4 @@
-"""The streaming reader: shards read front to back through webdataset, local or remote, with exact resume by skipping."""
+"""The streaming reader: shards read front to back, local or remote, with exact resume by skipping."""
 
 from collections import deque
 from collections.abc import Iterator
@@ -6,11 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import webdataset as wds
 from torch.utils.data import IterableDataset, get_worker_info
 
+from ldm_train.data.files import DataError
 from ldm_train.data.samples import SampleDecoder, collate, sample_rng
-from ldm_train.data.shards import DataError, is_remote, shard_paths
+from ldm_train.data.shards import shard_paths
+from ldm_train.data.tars import StreamedTar, is_remote
 
 
 class _Lookahead:
@@ -27,15 +28,15 @@ class _Lookahead:
 
 
 def _whole(root: str, shard: dict) -> Path:
-    """The path of a local shard. Raises FileNotFoundError or DataError where it is missing or cut short: webdataset
-    would read half a tar in silence."""
+    """The path of a local shard. Raises FileNotFoundError or DataError where it is missing or cut short, which shall not
+    show in the middle of training only."""
     path = shard_paths(root, [shard])[0]
     if path.stat().st_size != shard["bytes"]:
         raise DataError(
             f"{path} has {path.stat().st_size} bytes, its index says {shard['bytes']}: truncated or changed; copy or "
             "prepare it again"
         )
-    return path
+    return path.absolute()  # which cannot look like an address
 
 
 class StreamingBatches(IterableDataset):
@@ -45,8 +46,9 @@ class StreamingBatches(IterableDataset):
     buffer. Every worker delivers the same number of batches per epoch on every rank, so ranks never wait for each
     other; a worker whose shards run out begins them again. A resumed run skips, without decoding, what was consumed.
 
-    shards: entries of index.json, whose `file` may be a URL that webdataset opens (https://, pipe:, ...).
-    Raises DataError where there are fewer shards than ranks x workers, or a local shard is truncated.
+    shards: entries of index.json, whose `file` may be an address (https://, s3://, ...).
+    Raises DataError where there are fewer shards than ranks x workers, or a local shard is truncated; while it streams,
+    where a shard is not what its index says.
     """
 
     def __init__(
@@ -69,7 +71,7 @@ class StreamingBatches(IterableDataset):
                 "prepare more shards (ldm-prepare per_shard=...) or use data.reader=indexed"
             )
         self.urls = [s["file"] if is_remote(s["file"]) else str(_whole(root, s)) for s in shards]
-        self.counts = [s["count"] for s in shards]
+        self.shards, self.counts = shards, [s["count"] for s in shards]
         self.decoder, self.batching, self.seed = decoder, batching, seed
         self.start, self.stop, self.shuffle_buffer, self.workers = start, stop, shuffle_buffer, workers
         # A multiple of accumulate x workers, so that every epoch begins at the same worker and at an optimiser step.
@@ -85,12 +87,17 @@ class StreamingBatches(IterableDataset):
         return self.stop
 
     def _raw(self, mine: list[int]) -> Iterator[dict[str, Any]]:
-        """The raw samples of some shards, in order."""
-        # Every one of these shards is already ours: webdataset must not split by node or worker again.
-        yield from wds.WebDataset(
-            [self.urls[i] for i in mine], shardshuffle=False, nodesplitter=lambda u: u, workersplitter=lambda u: u,
-            empty_check=False,
-        )  # fmt: skip
+        """The raw samples of some shards, in order, with their key ("__key__") and shard ("__url__")."""
+        for i in mine:
+            entry, tar = self.shards[i], StreamedTar(self.urls[i], self.shards[i]["bytes"])
+            for key, fields in tar:
+                yield fields | {"__key__": key, "__url__": tar.file}
+            for what in ("bytes", "sha256", "count", "fields"):
+                if (found := getattr(tar, what)) != entry[what]:
+                    raise DataError(
+                        f"{tar.file} does not match its index.json: {what} {found}, there {entry[what]}; copy or prepare it "
+                        "again, or make the index anew with: ldm-prepare source=index"
+                    )
 
     def _shuffled(self, epoch: int, worker: int) -> Iterator[dict[str, Any]]:
         """Endless raw samples of one worker in one epoch, round after round, each through an empty shuffle buffer."""

@@ -1,6 +1,5 @@
 """From encoded bytes to tensors: decoding every kind of image file, then crop, resize and flip as one plan per sample."""
 
-import io
 from dataclasses import dataclass
 
 import numpy as np
@@ -9,6 +8,7 @@ from PIL import Image, ImageOps
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as TF
 
+from ldm_train.data.fields import array_of
 from ldm_train.data.files import open_image
 
 
@@ -19,12 +19,9 @@ def decode_image(data: bytes, extension: str, channels: int) -> torch.Tensor:
     Raises ValueError or OSError for data that is no image, or an array with other channels.
     """
     if extension == "npy":
-        array = np.load(io.BytesIO(data), allow_pickle=False)
-        array = array[..., None] if array.ndim == 2 else array
-        if array.ndim != 3 or array.shape[2] != channels:
+        array = array_of(data)
+        if array.shape[2] != channels:
             raise ValueError(f"npy image of shape {array.shape}, expected (H, W, {channels})")
-        if array.dtype != np.uint8 and not np.issubdtype(array.dtype, np.floating):
-            raise ValueError(f"npy image of {array.dtype}, expected uint8 or float in [-1, 1]")
         return torch.from_numpy(np.ascontiguousarray(array.transpose(2, 0, 1)))
     with open_image(data) as image:
         image = ImageOps.exif_transpose(image)

@@ -2,7 +2,7 @@
 
 import io
 import json
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -30,10 +30,12 @@ def make_data(
     size: int = 8,
     leave_out: Collection[str] = (),
     corrupt: Collection[int] = (),
+    changed: Mapping[int, dict[str, bytes]] | None = None,
 ) -> Path:
     """Shards in `root`: sample i of train is "train_<i>" with a picture of its own, class i % 3 and three captions.
 
-    leave_out: extensions. corrupt: training samples whose picture is garbage.
+    leave_out: extensions. corrupt: training samples whose picture is garbage. changed: other members of
+    training samples.
     """
     splits = {}
     for split, count in (("train", train), ("val", val)):
@@ -50,6 +52,7 @@ def make_data(
                     "png": data, "cls": str(i % 3).encode(), "txt": captions[0].encode(),
                     "json": json.dumps({"captions": captions}).encode(),
                 }  # fmt: skip
+                fields |= (changed or {}).get(i, {}) if split == "train" else {}
                 yield f"{split}_{i:04d}", {e: d for e, d in fields.items() if e not in leave_out}
 
         entries = [

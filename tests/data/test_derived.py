@@ -10,8 +10,9 @@ from PIL import Image
 
 from ldm_train.data import shapes_world
 from ldm_train.data.degradations import BSR, Bicubic, gaussian_kernel
+from ldm_train.data.fields import boxes_of
 from ldm_train.data.masks import WIDTHS, MaskedImage, masked_image
-from ldm_train.data.samples import SampleDecoder, boxes_of, collate
+from ldm_train.data.samples import SampleDecoder, collate
 from ldm_train.data.transforms import ImageTransform
 
 

@@ -1,6 +1,8 @@
 """The latent cache holds what the autoencoder says, survives interruptions, and is refused when it is stale."""
 
 import io
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,12 +20,14 @@ from ldm_train.data.latents import (
     CachedLatents,
     LatentDataModule,
     latent_statistics,
+    read_statistics,
     verify_cache,
     write_cache,
     write_cache_index,
+    written_entries,
 )
 from ldm_train.data.prepare.index import write_tar_index
-from ldm_train.data.shards import DataError, write_shard
+from ldm_train.data.shards import DataError, read_index, write_shard
 from ldm_train.models.autoencoder import AutoencoderKL
 from ldm_train.models.first_stage import FirstStage
 
@@ -47,8 +51,8 @@ def images(root: Path, batching: Batching | None = None, max_steps: int = 8, **o
     )
 
 
-def cache(root: Path, folder: Path, flips: bool = False, per_shard: int = 16, encode=None) -> Path:
-    data = images(root, flip=flips)
+def cache(root: Path, folder: Path, flips: bool = False, per_shard: int = 16, encode=None, **options) -> Path:
+    data = images(root, flip=flips, **options)
     entries = {
         s: write_cache(data, s, encode or encoder(), folder, per_shard, flips and s == "train")
         for s in ("train", "val")
@@ -229,10 +233,109 @@ def test_a_cache_of_other_data_is_refused(write_data: Callable, cached: Path, tm
 
 def test_unreadable_pictures_are_left_out(write_data: Callable, tmp_path: Path):
     root = write_data(tmp_path / "data", corrupt={3, 17, 39})
-    latents = CachedLatents(cache(root, tmp_path / "cache"), "train", FIELDS, 0)
+    with pytest.raises(DataError, match=r"3 of 40 samples could not be read, more than data.max_bad_fraction=0\.01"):
+        cache(root, tmp_path / "cache")
+    folder = cache(root, tmp_path / "cache", max_bad_fraction=0.1)  # goes on with what is there
+    latents = CachedLatents(folder, "train", FIELDS, 0)
     assert latents.shards.keys.tolist() == [f"train_{i:04d}" for i in range(40) if i not in (3, 17, 39)]
     assert latents.fetch([(0, 3)], False)["caption"] == ["train 4 one"]
     assert verify_cache(images(root), "train", latents, encoder()) < 1
+
+
+BAD_CONDITIONS = {
+    "no_utf8": {"txt": b"\xff\xfe", "json": b"{}"},
+    "a_list": {"json": b"[]"},
+    "null": {"json": b'{"captions": [null]}'},
+    "letters": {"json": b'{"captions": "a red circle"}'},
+    "half_a_pair": {"json": rb'{"captions": ["\ud800"]}'},
+    "deep": {"json": b"[" * 100_000},
+    "minus_one": {"cls": b"-1"},
+    "unnamed_class": {"cls": b"3"},
+    "far": {"cls": b"999999"},
+    "huge": {"cls": b"1" + b"0" * 30},
+    "word": {"cls": b"abc"},
+}
+
+
+@pytest.mark.parametrize("members", BAD_CONDITIONS.values(), ids=BAD_CONDITIONS)
+def test_a_bad_caption_or_class_is_named_and_left_out(
+    write_data: Callable, tmp_path: Path, members: dict, capsys: pytest.CaptureFixture
+):
+    root = write_data(tmp_path / "data", changed={5: members})
+    data = images(root)
+    data.check_conditions()
+    assert re.search(
+        r"cannot be read: train-000000\.tar:train_0005: .*(caption|json|txt|class label)", capsys.readouterr().out
+    )
+    folder = cache(root, tmp_path / "cache")
+    assert re.search(r"leaving out unreadable train-000000\.tar:train_0005: ValueError", capsys.readouterr().out)
+    latents = CachedLatents(folder, "train", FIELDS, 0)
+    assert latents.shards.keys.tolist() == [f"train_{i:04d}" for i in range(40) if i != 5]
+    assert len(latents.fetch([(0, i) for i in range(39)], True)["caption"]) == 39
+    assert all(len(caption) > 5 for caption in data.shards("train").captions())  # what a tokenizer is trained on
+    streamed = images(root, Batching(4), 10, reader="streaming").train_loader(0)
+    notes = [note for batch in streamed for note in batch["replaced"]]
+    assert any("train-000000.tar:train_0005: ValueError" in note for note in notes)
+
+
+def test_too_many_bad_captions_stop_before_training(write_data: Callable, tmp_path: Path):
+    root = write_data(tmp_path / "data", changed={i: {"json": b'{"captions": [null]}'} for i in (3, 20)})
+    with pytest.raises(DataError, match=r"2 of 40 samples could not be read.*max_bad_fraction"):
+        images(root).check_conditions()
+    images(root, max_bad_fraction=0.1).check_conditions()
+    images(root, fields=("image",)).check_conditions()  # which needs none
+
+
+def test_a_bad_caption_in_a_cache_is_named(write_data: Callable, tmp_path: Path):
+    root = write_data(tmp_path / "data", changed={5: {"json": b"[]"}})
+    latents = CachedLatents(
+        cache(root, tmp_path / "cache", fields=("image",)), "train", FIELDS, 0
+    )  # made for no captions
+    with pytest.raises(DataError, match=r"train-000000\.tar:train_0005: its \.json is no object.*restart=latents"):
+        latents.fetch([(0, 5)], True)
+
+
+NOT_AN_INDEX = [
+    "", "null", "[]", "3", "{}", '{"splits": 3}', '{"splits": {"train": 3, "val": []}}', "[" * 100_000,
+    '{"splits": {"train": {"count": "8", "shards": []}}}', '{"splits": {}, "stochastic": true}',
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("text", NOT_AN_INDEX, ids=range(len(NOT_AN_INDEX)))
+@pytest.mark.parametrize("name", ["index.json", "statistics.json", ".entries/train-000001.tar.json"])
+def test_damaged_notes_of_a_cache_are_named_or_made_again(
+    data_root: Path, cached: Path, tmp_path: Path, name: str, text: str
+):
+    shutil.copytree(cached, folder := tmp_path / "cache")
+    (folder / name).write_text(text)
+    if name == "index.json":
+        with pytest.raises(DataError, match=r"index\.json.*restart=latents|no split"):
+            LatentDataModule(folder, Batching(8), 8, (), 0)
+        with pytest.raises(DataError, match=r"restart=latents"):
+            CachedLatents(folder, "train", (), 0)
+    elif name == "statistics.json":
+        with pytest.raises(DataError, match=r"statistics\.json holds no statistics.*restart=latents"):
+            read_statistics(folder)
+    else:
+        with pytest.raises(DataError, match=r"train-000001\.tar\.json is damaged.*restart=latents"):
+            written_entries(folder, "train")
+        entries = write_cache(images(data_root, flip=True), "train", encoder(), folder, 16, True)
+        assert entries == written_entries(folder, "train")
+        assert entries == read_index(cached)["splits"]["train"]["shards"]
+
+
+@pytest.mark.parametrize("text", ['{"scale_factor": NaN, "std": [1], "mean": [0]}', '{"scale_factor": 1, "std": [1], "mean": []}',
+    '{"scale_factor": "1", "std": [1], "mean": [0]}', '{"scale_factor": 0, "std": [1], "mean": [0]}', '{"scale_factor": 1}'])  # fmt: skip
+def test_wrong_statistics_are_named(tmp_path: Path, text: str):
+    (tmp_path / "statistics.json").write_text(text)
+    with pytest.raises(DataError, match=r"statistics\.json holds no statistics.*restart=latents"):
+        read_statistics(tmp_path)
+
+
+def test_latents_without_a_width_have_no_statistics(data_root: Path, tmp_path: Path):
+    folder = cache(data_root, tmp_path, encode=lambda x: torch.full((len(x), 4, 4, 4), float("nan")))
+    with pytest.raises(DataError, match=r"standard deviation nan; look at the autoencoder"):
+        latent_statistics(CachedLatents(folder, "train", (), 0))
 
 
 def test_keys_from_foreign_tars_are_cached(tmp_path: Path, as_png: Callable):

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from ldm_train.data.datamodule import Batching, Mixture, ShardDataModule, StepBatches
+from ldm_train.data.fields import boxes_of, captions_of, label_of
 from ldm_train.data.latents import LatentDataModule, write_cache, write_cache_index
 from ldm_train.data.shards import DataError, IndexedShards, write_json, write_shard
 
@@ -171,3 +172,26 @@ def test_what_cannot_be_mixed(roots: list[str], write_data: Callable[..., Path],
         ShardDataModule(str(plain), Batching(4), 1, ("image",), 8, balance_classes=True)
     with pytest.raises(FileNotFoundError, match="nothing does not exist"):
         module([roots[0], str(tmp_path / "nothing")])
+
+
+def test_a_label_that_a_root_does_not_name_is_nobodys(roots: list[str], write_data: Callable, tmp_path: Path):
+    """Not that of another root, and not counted from the end of its names."""
+    bad = [{"cls": b"7"}, {"cls": b"-1"}, {"cls": b"x"}, {"json": b'{"boxes": [[0, 0, 1, 1, 7]]}'}, {"json": b"[]"}]
+    box = b'{"boxes": [[0, 0, 1, 1, 2]], "captions": ["one"]}'
+    second = write_data(tmp_path / "third", train=12, val=3, changed=dict(enumerate([*bad, {"json": box}])))
+    index = json.loads((second / "index.json").read_text())
+    (second / "index.json").write_text(json.dumps(index | {"classes": ["y", "x", "b"]}))
+    data = module([roots[1], str(second)], labels={"boxes": None})
+    shards = data.shards("train")
+    place = {shards.where(i): i for i in range(len(shards)) if shards.sets[i] == 1}
+    fields = [shards.fields(place[f"train-000000.tar:train_{k:04d}"]) for k in range(6)]
+    for raw in fields[:3]:
+        with pytest.raises(ValueError, match="class label"):
+            label_of(raw["cls"], 3)
+    for raw, match in zip(fields[3:5], ("box label 7", "no object")):
+        with pytest.raises(ValueError, match=match):
+            boxes_of(raw["json"], 3)
+    assert boxes_of(fields[5]["json"], 3)[0, 4] == data.index["classes"].index("b")
+    assert captions_of(fields[5]) == ["one"]
+    with pytest.raises(DataError, match=r"train-000000\.tar:train_000\d: class label .*balance_classes"):
+        shards.labels()

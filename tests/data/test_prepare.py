@@ -117,6 +117,69 @@ def test_unreadable_files_are_left_out_and_listed(tmp_path: Path):
         assert any("cut" in line and "truncated" in line for line in listed)
 
 
+def test_captions_that_cannot_be_read_are_left_out_and_listed(tmp_path: Path):
+    for k in range(8):
+        save(tmp_path / "in" / f"{k}.png", k)
+        (tmp_path / "in" / f"{k}.txt").write_bytes(b"caf\xe9" if k == 3 else "café".encode())
+    index = build(ImageFolder(str(tmp_path / "in"), 0.3), tmp_path / "out")
+    assert sum(p["count"] for p in index["splits"].values()) == 7
+    assert [p["shards"][0]["fields"]["txt"] for p in index["splits"].values()] == [
+        p["count"] for p in index["splits"].values()
+    ]
+    (listed,) = (tmp_path / "out" / "skipped.txt").read_text().splitlines()
+    assert "3_png: its .txt is not UTF-8" in listed
+
+
+class Given:
+    """A source of given samples; the first validates too."""
+
+    identity = {"source": "given"}
+
+    def __init__(self, members: list[dict[str, bytes]], classes: list[str] | None = None):
+        self.members, self.classes = members, classes
+
+    def splits(self) -> dict[str, int]:
+        return {"train": len(self.members), "val": 1}
+
+    def sample(self, split: str, i: int) -> tuple[str, dict[str, bytes]]:
+        return f"{split}_{i}", self.members[i]
+
+
+def test_members_that_training_could_not_use_are_left_out_and_listed(tmp_path: Path):
+    def npy(array: np.ndarray) -> bytes:
+        np.save(buffer := io.BytesIO(), array)
+        return buffer.getvalue()
+
+    good = {"npy": npy(np.zeros((4, 4, 5), np.float32)), "cls": b"1", "txt": b"one"}
+    bad = [
+        {"cls": b"-1"}, {"cls": b"2"}, {"cls": b"999999"}, {"cls": b"1" + b"0" * 30}, {"cls": b"abc"}, {"json": b"[]"},
+        {"json": b'{"captions": [null]}'}, {"json": b'{"captions": "a red circle"}'}, {"txt": b"\xff"},
+        {"json": b'{"boxes": [[0, 0, 1, 1, NaN]]}'}, {"json": b'{"boxes": [[0, 0, 1, 1, -3]]}'},
+        {"json": b'{"boxes": [[0, 0, 1, 1, 2.5]]}'}, {"json": b'{"boxes": [[0, 0, 1, 1, 2]]}'},
+        {"json": b'{"boxes": [[NaN, 0, 1, 1, 1]]}'}, {"json": b'{"boxes": [[0, 0, -1, 1, 1]]}'},
+        {"npy": npy(np.full((4, 4, 5), np.nan))}, {"npy": npy(np.full((4, 4, 5), 2.0))}, {"npy": npy(np.array([{}]))},
+        {"npy": npy(np.zeros((4, 4, 5), np.int64))},
+    ]  # fmt: skip
+    index = build(Given([good, *(good | wrong for wrong in bad)], ["a", "b"]), tmp_path)
+    assert index["splits"]["train"]["count"] == 1
+    listed = (tmp_path / "skipped.txt").read_text().splitlines()
+    assert [line.split(":")[0] for line in listed] == [f"train train_{i + 1}" for i in range(len(bad))]
+
+
+@pytest.mark.parametrize(
+    "text", ["", "[]", "null", '{"sha256": 3}', '{"file": "val-000000.tar"}', "[" * 100_000, "\xff"]
+)
+def test_damaged_notes_are_made_again(tmp_path: Path, text: str):
+    source = small_shapes()
+    index = build(source, tmp_path, 5)
+    for name in ("train-000000.tar.json", "val-000000.tar.json"):
+        (tmp_path / ".entries" / name).write_bytes(text.encode("latin-1"))
+    assert build(source, tmp_path, 5) == index
+    (tmp_path / ".entries" / "source.json").write_bytes(text.encode("latin-1"))
+    with pytest.raises(DataError, match=r"prepared with other options.*choose another out=<folder> or delete"):
+        build(source, tmp_path, 5)
+
+
 def test_a_split_without_a_readable_picture_is_refused(tmp_path: Path):
     save(tmp_path / "in" / "train" / "a.png")
     (tmp_path / "in" / "val").mkdir()
@@ -244,6 +307,24 @@ def test_table_errors_name_the_line_or_column(pictures: Path, kind: str):
         table(good, {"image": "", "caption": "two"})
     with pytest.raises(FileNotFoundError, match=r"is no file; give a .csv, .tsv or .jsonl table"):
         Table(str(pictures / "none.csv"))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "match"),
+    [
+        ("t.jsonl", b"[1]\n", "line 1: no JSON object"),
+        ("t.jsonl", b'{"image": "a.png", "caption": ["one", "two"]}\n', r"line 1: caption is \['one', 'two'\], one text"),
+        ("t.jsonl", b'{"image": {"a": 1}, "caption": "x"}\n', "line 1: image is"),
+        ("t.jsonl", b"[" * 100_000, "line 1: no JSON"),
+        ("t.csv", "image,caption\na.png,café\n".encode("latin-1"), "no UTF-8 text in rows.*save it as UTF-8"),
+        ("t.csv", b"image,caption\na.png," + b"x" * 200_000 + b"\n", "no UTF-8 text in rows.*field limit"),
+    ],
+)  # fmt: skip
+def test_tables_of_another_shape_are_named(tmp_path: Path, name: str, content: bytes, match: str):
+    save(tmp_path / "a.png")
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError, match=match):
+        Table(str(tmp_path / name))
 
 
 def test_a_jsonl_row_without_a_column_is_named(pictures: Path):

@@ -3,14 +3,18 @@
 import errno
 import io
 import os
+import pickle
+import re
 import subprocess
 import tarfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 import webdataset as wds
 
 from ldm_train.data import shards as shards_module
+from ldm_train.data.datamodule import Batching, ShardDataModule
 from ldm_train.data.prepare.index import write_tar_index
 from ldm_train.data.shards import (
     DataError,
@@ -22,6 +26,7 @@ from ldm_train.data.shards import (
     write_json,
     write_shard,
 )
+from ldm_train.data.tars import StreamedTar, is_remote
 
 SAMPLES = [(f"k{i}", {"bin": bytes([i]) * (100 + 700 * i), "txt": f"number {i}".encode()}) for i in range(6)]
 
@@ -232,6 +237,144 @@ def test_an_unknown_split_lists_those_there_are(small: Path):
         split_index(read_index(small), "test", small)
 
 
+WHOLE = {"file": "train-000000.tar", "count": 6, "bytes": 1, "sha256": "0", "fields": {"bin": 6}}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"file": None}, {"file": 3}, {"file": ""}, {"file": "a\0b"}, {"sha256": None}, {"sha256": 0}, {"count": "6"},
+        {"count": -1}, {"count": 10**30}, {"count": True}, {"count": 1.5}, {"bytes": None}, {"bytes": -5}, {"fields": []},
+        {"fields": {"bin": "6"}}, {"fields": {"bin": -6}}, {"fields": None},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_damaged_entry_is_named_with_the_remedy(tmp_path: Path, change: dict):
+    index_of(tmp_path, WHOLE, WHOLE | change)
+    with pytest.raises(
+        DataError, match=r"index\.json is no shard index \(shard 1 of 'train' .*make it anew with: ldm-prep"
+    ):
+        read_index(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "null", "3", '"splits"', '{"splits": {"train": null}}', '{"splits": {"train": []}}', "[" * 100_000, "\xff",
+        '{"splits": {"train": {"shards": {}, "count": 0}}}', '{"splits": {"train": {"shards": [3], "count": 0}}}',
+        '{"splits": {"train": {"shards": []}}}', '{"splits": {}, "classes": 3}', '{"splits": {}, "classes": [1]}',
+        '{"splits": {}, "n": ' + "9" * 5000 + "}",
+    ],
+    ids=range(13),
+)  # fmt: skip
+def test_an_index_of_any_other_shape_is_named_with_the_remedy(tmp_path: Path, text: str):
+    (tmp_path / "index.json").write_bytes(text.encode("latin-1"))
+    with pytest.raises(DataError, match=r"index\.json is no shard index \(.*\); make it anew with: ldm-prepare"):
+        read_index(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "change", [{"count": 7}, {"fields": {"bin": 6, "txt": 6, "cls": 6}}, {"fields": {"bin": 6}}], ids=str
+)
+def test_an_index_that_counts_otherwise_than_its_shard_is_named(small: Path, change: dict):
+    entry = read_index(small)["splits"]["train"]["shards"][0]
+    index_of(small, entry | change)
+    for _ in range(2):  # scanned, and from the kept offsets
+        with pytest.raises(DataError, match=r"train-000000\.tar has 6 samples with .* its index.json says"):
+            IndexedShards(small, "train")
+
+
+FORBIDDEN = [
+    "pipe:touch {out}", "PIPE:touch {out}", "pipe://touch {out}", "file:{out}", "file:///etc/passwd", "ftp://example.org/a.tar",
+    "sftp://example.org/a.tar", "scp://example.org/a.tar", "ais://bucket/a.tar", "htgs://bucket/a.tar", "cmd:touch {out}",
+    "data:,x", "https:touch", "http:///a.tar", "http://[::1/a.tar", "simplecache::s3://bucket/a.tar", "memory://a.tar",
+    "local://etc/passwd", "http://a:99999999/x", "../outside.tar", "a/../../outside.tar", "https://a/b\n-o {out}", "a\rb",
+]  # fmt: skip
+HARMLESS = [
+    "|touch {out}",
+    "-o{out}",
+    "a.tar; touch {out}",
+    "$(touch {out})",
+    "`touch {out}`",
+    "~/a.tar",
+    "/etc/passwd",
+    "/dev/zero",
+]
+
+
+@pytest.mark.parametrize("file", FORBIDDEN)
+def test_only_paths_and_known_addresses_are_opened(tmp_path: Path, file: str):
+    outside = tmp_path / "out"
+    file = file.format(out=outside)
+    root = tmp_path / "data"
+    index_of(root, WHOLE | {"file": file})
+    with pytest.raises(DataError, match=re.escape(repr(file))):
+        IndexedShards(root, "train")
+    with pytest.raises(DataError, match=re.escape(repr(file))):
+        ShardDataModule(
+            str(root), Batching(1), 1, ("image",), reader="streaming", train_split="train", val_split="train"
+        )
+    if is_remote(file):
+        for names in ([file], file):
+            with pytest.raises(DataError, match=re.escape(repr(file))):
+                write_tar_index(names, tmp_path / "index", train="*", val="*")
+    assert sorted(p.name for p in tmp_path.rglob("*")) == ["data", "index.json"]
+
+
+@pytest.mark.parametrize("file", HARMLESS)
+def test_a_path_is_never_a_command(tmp_path: Path, file: str):
+    file = file.format(out=tmp_path / "out")
+    root = tmp_path / "data"
+    index_of(root, WHOLE | {"file": file, "fields": {"png": 6}})
+    with pytest.raises((DataError, FileNotFoundError), match=re.escape(file)):
+        IndexedShards(root, "train")
+    data = ShardDataModule(
+        str(root), Batching(1), 1, ("image",), reader="streaming", train_split="train", val_split="train"
+    )
+    with pytest.raises((DataError, FileNotFoundError), match=re.escape(file)):
+        list(data.train_loader(0))
+    assert sorted(p.name for p in tmp_path.rglob("*")) == ["data", "index.json"]
+
+
+def test_an_absolute_path_must_hold_what_the_index_says(small: Path, tmp_path: Path):
+    path, entry = small / "train-000000.tar", read_index(small)["splits"]["train"]["shards"][0]
+    root = index_of(tmp_path / "apart", entry | {"file": str(path)})
+    assert len(IndexedShards(root, "train")) == 6
+    index_of(root, entry | {"file": str(path), "sha256": "0" * 64})
+    with pytest.raises(DataError, match=r"train-000000\.tar does not match the sha256"):
+        IndexedShards(root, "train")
+
+
+def test_a_member_of_negative_size_ends_nothing_but_itself(tmp_path: Path):
+    header = tarfile.TarInfo("a.txt")
+    header.size, header.type = 512, tarfile.DIRTYPE
+    block = bytearray(header.tobuf())
+    block[124:136] = tarfile.itn(-512, 12, tarfile.GNU_FORMAT)  # its data would end where it begins
+    block[148:156] = b"%06o\0 " % tarfile.calc_chksums(bytes(block))[0]
+    (tmp_path / "a.tar").write_bytes(bytes(block) + bytes(20_000))
+    with pytest.raises(DataError, match=r"a\.tar is truncated or no tar"):
+        scan_tar(tmp_path / "a.tar")
+    with pytest.raises(DataError, match=r"a\.tar is truncated or no tar"):
+        list(StreamedTar(str(tmp_path / "a.tar")))
+
+
+@pytest.mark.parametrize("name", [b"a\xff.txt", b"a.txt"])
+def test_a_member_whose_name_is_no_text_is_named(tmp_path: Path, name: bytes):
+    with tarfile.open(tmp_path / "a.tar", "w", format=tarfile.GNU_FORMAT) as tar:
+        tar.addfile(tarfile.TarInfo(name.decode("utf-8", "surrogateescape")))
+    if name == b"a.txt":
+        assert scan_tar(tmp_path / "a.tar")[0] == ["a"]
+        return
+    with pytest.raises(DataError, match=r"a\.tar .*name is not UTF-8"):
+        scan_tar(tmp_path / "a.tar")
+
+
+@pytest.mark.parametrize("entries", [(), ({**WHOLE, "count": 0},)], ids=["no_shard", "an_empty_one"])
+def test_a_split_without_a_sample_is_named(tmp_path: Path, entries: tuple):
+    with pytest.raises(DataError, match="has no sample in split 'train'"):
+        IndexedShards(index_of(tmp_path, *entries), "train")
+
+
 # -- offsets ---------------------------------------------------------------------------------------------------------
 
 
@@ -247,6 +390,39 @@ def test_offsets_are_kept_until_the_shard_changes(small: Path):
     os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns + 1))
     with pytest.raises(DataError, match="sha256"):
         IndexedShards(small, "train")
+
+
+def test_damaged_offsets_are_scanned_anew(small: Path):
+    """Cut anywhere, a byte changed anywhere, or other arrays in it: the samples read are the same."""
+    IndexedShards(small, "train")
+    kept = small / ".offsets" / "train-000000.tar.npz"
+    whole, rng = kept.read_bytes(), np.random.default_rng(0)
+    with np.load(kept) as saved:
+        arrays = dict(saved)
+
+    def with_arrays(**changed) -> bytes:
+        buffer = io.BytesIO()
+        np.savez(buffer, **arrays | changed)
+        return buffer.getvalue()
+
+    damaged = [b"", b"PK", whole[:100], whole[:-1], pickle.dumps({}), b"\x93NUMPY\x01\x00"]
+    damaged += [whole[:n] for n in rng.integers(0, len(whole), 10)]
+    damaged += [bytes([*whole[:n], whole[n] ^ 255, *whole[n + 1 :]]) for n in rng.integers(0, len(whole), 30).tolist()]
+    for wrong in (arrays["offset.bin"][:3], arrays["offset.bin"] + 10**9, -arrays["offset.bin"], arrays["offset.bin"] * 1.0,
+                  np.array([{}] * 6, object), np.array(3)):  # fmt: skip
+        damaged += [with_arrays(**{name: wrong}) for name in ("offset.bin", "size.bin", "keys")]
+    for data in damaged:
+        kept.write_bytes(data)
+        reader = IndexedShards(small, "train")
+        assert [(str(reader.keys[i]), reader.fields(i)) for i in range(len(reader))] == SAMPLES
+        assert kept.read_bytes()[:2] == b"PK"
+
+
+def test_offsets_are_not_kept_outside_the_folder(small: Path, tmp_path: Path):
+    (tmp_path / "outside").mkdir()
+    (small / ".offsets").symlink_to(tmp_path / "outside")
+    assert len(IndexedShards(small, "train")) == 6
+    assert not list((tmp_path / "outside").iterdir())
 
 
 def test_offsets_of_another_index_are_not_used(small: Path):

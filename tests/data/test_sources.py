@@ -471,6 +471,31 @@ def test_private_addresses_are_refused(site: str, tmp_path: Path):
             urls.fetch(address)
 
 
+NOT_PUBLIC = """
+0.0.0.0 0.1.2.3 10.0.0.1 10.255.255.255 100.64.0.1 100.127.255.254 127.0.0.1 127.9.9.9 169.254.169.254 172.16.0.1
+172.31.255.255 192.0.0.1 192.0.0.9 192.0.0.170 192.0.2.1 192.88.99.1 192.168.1.1 198.18.0.1 198.19.255.255 198.51.100.7
+203.0.113.7 224.0.0.1 239.1.1.1 240.0.0.1 255.255.255.255
+:: ::1 ::7f00:1 ::808:808 ::ffff:127.0.0.1 ::ffff:10.0.0.1 ::ffff:100.64.0.1 ::ffff:0:7f00:1 64:ff9b::7f00:1
+64:ff9b::a00:1 64:ff9b::a9fe:a9fe 64:ff9b:1::1 64:ff9b:1::808:808 100::1 2001::1 2001:0:808:808::f7f7:f7f7 2001:2::1
+2001:10::1 2001:20::1 2001:db8::1 2002:7f00:1:: 2002:808:808:: 3fff::1 4000::1 5f00::1 fc00::1 fd12:3456::1 fe80::1
+fe80::1%eth0 fec0::1 feff::1 ff02::1 ff0e::1
+"""
+PUBLIC = """
+1.1.1.1 8.8.8.8 100.63.255.255 100.128.0.1 172.15.0.1 172.32.0.1 192.0.1.1 192.88.98.1 192.167.0.1 198.17.0.1 223.255.255.254
+2001:200::1 2001:4860:4860::8888 2003::1 2606:4700::1111 2a00:1450::1 ::ffff:8.8.8.8 64:ff9b::808:808
+"""
+
+
+@pytest.mark.parametrize(
+    ("address", "public"),
+    [(a, False) for a in NOT_PUBLIC.split()] + [(a, True) for a in PUBLIC.split()],
+    ids=lambda v: str(v),
+)
+def test_only_global_unicast_addresses_are_public(address: str, public: bool):
+    """IANA's registries of special addresses, and IPv4 addresses inside IPv6 ones (mapped, NAT64, 6to4, Teredo, ...)."""
+    assert urls.is_public(address) == public
+
+
 def test_a_redirect_to_a_private_address_is_refused(monkeypatch: pytest.MonkeyPatch, site: str):
     """Each hop is checked: what a public server redirects to may be inside the own network."""
     real = urls.public_addresses

@@ -1,14 +1,21 @@
 """The streaming reader resumes exactly, feeds every rank its own samples, and looks at its shards before it starts."""
 
-from collections.abc import Callable
+import importlib.util
+import shutil
+import threading
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from urllib.parse import unquote
 
+import fsspec
 import pytest
 import torch
 
+from ldm_train.data import tars
 from ldm_train.data.datamodule import Batching, ShardDataModule
 from ldm_train.data.prepare.index import write_tar_index
-from ldm_train.data.shards import DataError
+from ldm_train.data.shards import DataError, read_index, write_json
 
 # 40 pictures in 5 shards, batches of 4: an epoch is 10 micro-batches.
 STEPS = 24
@@ -119,3 +126,171 @@ def test_truncated_and_missing_shards_are_found_before_training(write_data: Call
 def test_the_index_may_lie_apart_from_its_tars(data_root: Path, tmp_path: Path):
     write_tar_index(str(data_root), tmp_path / "index")
     assert all_same(batches(tmp_path / "index"), batches(data_root))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_shard_that_changed_is_named(write_data: Callable, tmp_path: Path, workers: int):
+    """One bit in a picture's colours or a caption: the tar is whole, and so may be the picture."""
+    root = write_data(tmp_path)
+    path = root / "train-000002.tar"
+    data = bytearray(path.read_bytes())
+    place = data.index(b"train 20 one")
+    data[place] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(DataError, match=r"train-000002\.tar does not match its index.json: sha256"):
+        batches(root, workers=workers)
+
+
+def test_an_index_that_counts_otherwise_is_named(write_data: Callable, tmp_path: Path):
+    root = write_data(tmp_path)
+    index = read_index(root)
+    index["splits"]["train"]["shards"][3]["count"] = 7
+    write_json(root / "index.json", index)
+    with pytest.raises(DataError, match=r"train-000003\.tar does not match its index.json: count 8, there 7"):
+        batches(root)
+
+
+class Site:
+    """A folder served on this machine. ranges: whether it knows them. drop_after: it breaks off after so many bytes."""
+
+    def __init__(self, folder: Path):
+        self.ranges, self.drop_after, self.status, self.location, self.asked = True, None, 200, None, []
+        site = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                site.asked.append(self.path)
+                if site.location or site.status != 200:
+                    self.send_response(302 if site.location else site.status)
+                    self.send_header("Location", site.location or "")
+                    self.end_headers()
+                    return
+                data = (folder / self.path.lstrip("/")).read_bytes()
+                begin = int((self.headers.get("Range") or "bytes=0-")[6:-1]) if site.ranges else 0
+                self.send_response(206 if begin else 200)
+                self.send_header("Content-Length", str(len(data) - begin))
+                self.end_headers()
+                self.wfile.write(data[begin:][: site.drop_after])
+
+            def log_message(self, *_: object) -> None:
+                pass
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server.server_port}"
+        threading.Thread(target=self.server.serve_forever, args=(0.02,), daemon=True).start()
+
+
+@pytest.fixture
+def served(write_data: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Site, Path]]:
+    """A site, and a folder with an index of its training shards."""
+    for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(tars.time, "sleep", lambda _: None)
+    site = Site(write_data(tmp_path / "there"))
+    index = read_index(tmp_path / "there")
+    for entry in index["splits"]["train"]["shards"]:
+        entry["file"] = f"{site.url}/{entry['file']}"
+    shutil.copy(tmp_path / "there" / "val-000000.tar", tmp_path)
+    write_json(tmp_path / "index.json", index)
+    yield site, tmp_path
+    site.server.shutdown()
+    site.server.server_close()
+
+
+@pytest.mark.parametrize(("ranges", "drop_after"), [(True, None), (True, 20_000), (False, 30_000)])
+def test_remote_shards_stream_as_local_ones(served: tuple[Site, Path], ranges: bool, drop_after: int | None):
+    """A connection that breaks goes on where it broke; a server without ranges that always breaks off is given up."""
+    site, root = served
+    site.ranges, site.drop_after = ranges, drop_after
+    if not ranges:
+        with pytest.raises(
+            ConnectionError, match=r"http://.*train-\d+\.tar: the connection broke at 30000 of \d+ bytes"
+        ):
+            batches(root)
+        return
+    assert all_same(batches(root), batches(root / "there"))
+    assert (len(site.asked) > 15) == (drop_after is not None)
+
+
+def test_a_remote_shard_that_changed_or_grew_is_named(served: tuple[Site, Path]):
+    root = served[1]
+    path = root / "there" / "train-000001.tar"
+    whole = path.read_bytes()
+    path.write_bytes(whole.replace(b"train 9 one", b"train 9 two"))
+    with pytest.raises(DataError, match=r"http://.*train-000001\.tar does not match its index.json: sha256"):
+        batches(root)
+    path.write_bytes(whole + bytes(1_000_000))
+    with pytest.raises(DataError, match=r"http://.*train-000001\.tar .*more than the \d+ bytes of its index"):
+        batches(root)
+    path.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(DataError, match=r"http://.*train-000001\.tar is truncated"):
+        batches(root)
+
+
+@pytest.mark.parametrize("status", [404, 403, 500])
+def test_a_remote_shard_that_is_not_there_is_named(served: tuple[Site, Path], status: int):
+    site, root = served
+    site.status = status
+    with pytest.raises(ConnectionError, match=rf"http://.*train-\d+\.tar: HTTP Error {status}"):
+        batches(root)
+    assert len(site.asked) == (tars.ATTEMPTS if status == 500 else 1)
+
+
+@pytest.mark.parametrize("location", ["file:///etc/passwd", "ftp://127.0.0.1/a.tar", "data:,x", "pipe:id"])
+def test_a_redirect_to_anything_but_the_web_is_refused(served: tuple[Site, Path], location: str):
+    site, root = served
+    site.location = location
+    with pytest.raises(ConnectionError, match=r"http://.*train-\d+\.tar: "):
+        batches(root)
+
+
+def test_odd_addresses_go_to_the_server_and_nowhere_else(served: tuple[Site, Path], tmp_path: Path):
+    site, _ = served
+    site.status = 404
+    for name in (
+        "a'; touch X; '.tar",
+        "$(touch X).tar",
+        "`touch X`.tar",
+        "a|touch X",
+        "-o X",
+        "{1..9}.tar",
+        'a" b.tar',
+        "ü.tar",
+    ):
+        with pytest.raises(ConnectionError, match="404"):
+            write_tar_index([f"{site.url}/{name}"], tmp_path / "index", train="*", val="*")
+        assert unquote(site.asked[-1]) == f"/{name}"
+    assert not list(Path().glob("*X*"))
+
+
+def test_buckets_are_opened_by_their_own_package(data_root: Path, monkeypatch: pytest.MonkeyPatch):
+    opened = []
+
+    class Bucket(fsspec.AbstractFileSystem):
+        protocol, cachable = "s3", False
+
+        def open(self, path: str, mode: str = "rb", **_: object):
+            opened.append(path)
+            return open(data_root / path.rpartition("/")[2], mode)
+
+    monkeypatch.setattr(fsspec, "filesystem", {"s3": Bucket()}.get)
+    name = "s3://bucket/a;touch X/train-000000.tar"
+    with tars.open_shard(name) as file:
+        assert file.read() == (data_root / "train-000000.tar").read_bytes()
+    assert opened == [name]
+
+
+def test_a_missing_package_is_named():
+    if importlib.util.find_spec("gcsfs"):
+        pytest.skip("gcsfs is installed")
+    with pytest.raises(DataError, match=r"gs://bucket/a\.tar needs the package gcsfs: pip install gcsfs"):
+        tars.open_shard("gs://bucket/a.tar")
+
+
+def test_a_folder_whose_name_looks_like_an_address(
+    write_data: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    write_data(tmp_path / "pipe:touch X")
+    monkeypatch.chdir(tmp_path)
+    assert len(batches(Path("pipe:touch X"))) == STEPS
+    assert [p.name for p in tmp_path.iterdir()] == ["pipe:touch X"]

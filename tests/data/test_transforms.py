@@ -92,10 +92,18 @@ def test_exif_rotation_is_applied(format: str):
 
 
 def test_arrays_keep_their_channels_and_floats():
-    array = np.random.default_rng(0).standard_normal((6, 4, 5)).astype(np.float32)
+    array = np.random.default_rng(0).uniform(-1, 1, (6, 4, 5)).astype(np.float32)
     assert torch.equal(decode_image(npy(array), "npy", 5), torch.from_numpy(array).permute(2, 0, 1))
     flat = decode_image(npy(array[..., 0]), "npy", 1)
     assert torch.equal(flat, torch.from_numpy(array[None, ..., 0]))
+
+
+def test_any_float_becomes_float32():
+    array = np.random.default_rng(0).uniform(-1, 1, (6, 4, 3))
+    for dtype in (">f4", "f2", "f8", "longdouble"):
+        pixels = decode_image(npy(array.astype(dtype)), "npy", 3)
+        assert pixels.dtype == torch.float32
+        assert np.allclose(pixels.permute(1, 2, 0), array, atol=1e-3)
 
 
 @pytest.mark.parametrize(
@@ -104,11 +112,49 @@ def test_arrays_keep_their_channels_and_floats():
         (npy(np.zeros((4, 4, 3), np.float32)), "npy", 5, r"\(4, 4, 3\), expected \(H, W, 5\)"),
         (npy(np.zeros((4, 4, 3), np.uint16)), "npy", 3, "uint16.*uint8 or float"),
         (npy(np.array([{}], dtype=object)), "npy", 3, "allow_pickle"),
+        (npy(np.full((4, 4, 3), np.nan, np.float32)), "npy", 3, "not numbers, or outside"),
+        (npy(np.full((4, 4, 3), -np.inf, np.float32)), "npy", 3, "not numbers, or outside"),
+        (npy(np.full((4, 4, 3), 1.01, np.float16)), "npy", 3, "not numbers, or outside"),
+        (npy(np.full((4, 4, 3), 255.0)), "npy", 3, "not numbers, or outside"),
+        (npy(np.zeros((4, 4, 3), bool)), "npy", 3, "bool.*uint8 or float"),
+        (npy(np.zeros((4, 4, 3), complex)), "npy", 3, "complex128.*uint8 or float"),
+        (npy(np.zeros((0, 4, 3), np.uint8)), "npy", 3, r"shape \(0, 4, 3\)"),
+        (npy(np.zeros(3, np.uint8)), "npy", 3, r"shape \(3,\)"),
+        (npy(np.zeros((4, 4, 3), np.uint8))[:-1], "npy", 3, "npy of 47 bytes for 48"),
+        (npy(np.zeros((4, 4, 3), np.uint8)).replace(b"(4, 4, 3), ", b"(9**9, 9,)"), "npy", 3, ""),
+        (
+            npy(np.zeros((4, 4, 3), np.float32)).replace(b"(4, 4, 3), }" + b" " * 9, b"(4000000, 400000, 3),}"),
+            "npy",
+            3,
+            "4000000",
+        ),
+        (b"PK\x03\x04" + bytes(200), "npy", 3, "magic"),
+        (b"\x80\x04}.", "npy", 3, ""),
         (encoded(Image.new("RGB", (4, 4))), "png", 5, "store arrays as .npy"),
         (b"no picture", "png", 3, "no image: 10 bytes"),
         (encoded(Image.new("RGB", (64, 64), "red"), "JPEG")[:300], "jpg", 3, ""),
     ],
-    ids=["channels", "dtype", "pickle", "five_from_png", "garbage", "cut_short"],
+    ids=[
+        "channels",
+        "dtype",
+        "pickle",
+        "nan",
+        "inf",
+        "half",
+        "bytes_as_floats",
+        "bool",
+        "complex",
+        "no_rows",
+        "one_axis",
+        "short",
+        "expression",
+        "bomb",
+        "zip",
+        "plain_pickle",
+        "five_from_png",
+        "garbage",
+        "cut_short",
+    ],
 )
 def test_what_is_no_image_is_refused(data: bytes, extension: str, channels: int, match: str):
     with pytest.raises((ValueError, OSError), match=match):

@@ -9,10 +9,9 @@ from typing import Protocol
 
 from tqdm import tqdm
 
+from ldm_train.data.fields import check_fields
 from ldm_train.data.files import IMAGE_EXTENSIONS, open_image
-from ldm_train.data.shards import INDEX, DataError, file_sha256, write_json, write_shard
-
-ENTRIES = ".entries"
+from ldm_train.data.shards import ENTRIES, INDEX, DataError, finished_shard, write_json, write_shard
 
 
 class Source(Protocol):
@@ -66,7 +65,11 @@ def _write(source: Source, out: Path, split: str, number: int, chunk: range) -> 
                 if extension and extension != "npy":
                     with open_image(fields[extension]) as image:
                         image.load()  # a truncated file must not reach training
-                        sizes.append(image.size)
+                        size = image.size
+                key.encode()  # a file's name need not be text
+                check_fields(fields, len(source.classes) if source.classes else None)
+                if extension and extension != "npy":
+                    sizes.append(size)
             except (OSError, ValueError, SyntaxError) as error:  # PIL raises SyntaxError for broken PNGs
                 skipped.append(f"{split} {key}: {error}")
                 if getattr(error, "passing", False):
@@ -99,14 +102,6 @@ def _write_held(*task) -> dict:
     return _write(_held[0], *task)
 
 
-def _finished(out: Path, name: str) -> dict | None:
-    note = out / ENTRIES / f"{name}.json"
-    if not note.is_file() or not (out / name).is_file():
-        return None
-    entry = json.loads(note.read_text())
-    return entry if file_sha256(out / name) == entry["sha256"] else None
-
-
 def build(source: Source, out: str | Path, per_shard: int = 1000, workers: int = 1) -> dict:
     """Writes every split of `source` into `out` and returns the index. Run again after an interruption, it continues.
 
@@ -118,7 +113,7 @@ def build(source: Source, out: str | Path, per_shard: int = 1000, workers: int =
         raise DataError(f"the source has {counts} samples; both train and val need at least one (see val_fraction)")
     identity = {"source": source.identity, "per_shard": per_shard, "counts": counts}
     note = out / ENTRIES / "source.json"
-    if note.is_file() and json.loads(note.read_text()) != json.loads(json.dumps(identity)):
+    if note.is_file() and _read(note) != json.loads(json.dumps(identity)):
         raise DataError(
             f"{out} holds data prepared with other options or from other files; choose another out=<folder> or delete this one"
         )
@@ -135,7 +130,7 @@ def build(source: Source, out: str | Path, per_shard: int = 1000, workers: int =
         todo = []
         for split, number, chunk in tasks:
             name = f"{split}-{number:06d}.tar"
-            if entry := _finished(out, name):
+            if (entry := finished_shard(out, name)) and _is_complete(entry):
                 done[name] = entry
                 progress.update(len(chunk))
             else:
@@ -152,6 +147,19 @@ def build(source: Source, out: str | Path, per_shard: int = 1000, workers: int =
                     done[f"{split}-{number:06d}.tar"] = future.result()
                     progress.update(len(chunk))
     return write_index(out, [(split, done[f"{split}-{number:06d}.tar"]) for split, number, _ in tasks], source.classes)
+
+
+def _is_complete(entry: dict) -> bool:
+    """Whether a shard's note also has what the index is made from beside the shard itself."""
+    sides = [side for pair in entry.get("image_size", ()) for side in pair]
+    return isinstance(entry.get("skipped"), list) and all(isinstance(side, int) for side in sides)
+
+
+def _read(note: Path) -> object:
+    try:
+        return json.loads(note.read_bytes())
+    except (ValueError, RecursionError):
+        return None  # which is nothing that data are prepared from
 
 
 def write_index(out: Path, shards: list[tuple[str, dict]], classes: list[str] | None) -> dict:
@@ -179,7 +187,7 @@ def write_index(out: Path, shards: list[tuple[str, dict]], classes: list[str] | 
         }
     (out / "skipped.txt").unlink(missing_ok=True)
     if skipped:
-        (out / "skipped.txt").write_text("\n".join(skipped) + "\n")
+        (out / "skipped.txt").write_text("\n".join(skipped) + "\n", "utf-8", "backslashreplace")
         print(f"left out {len(skipped)} unreadable samples, listed in {out / 'skipped.txt'}")
     empty = [split for split, part in splits.items() if part["count"] == 0]
     if empty:

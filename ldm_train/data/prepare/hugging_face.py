@@ -109,7 +109,10 @@ class HuggingFace:
             if (column := self.columns[name]) and row[column] in (None, "", []):
                 raise ValueError(f"row {rows[i]} has no {column}")
         if column := self.columns["caption"]:
-            captions = [str(c).strip() for c in (row[column] if isinstance(row[column], list) else [row[column]])]
+            given = row[column] if isinstance(row[column], list) else [row[column]]
+            if None in given:
+                raise ValueError(f"row {rows[i]} has no {column} among several")
+            captions = [str(c).strip() for c in given]
             fields["txt"] = captions[0].encode()
             if len(captions) > 1:
                 fields["json"] = json.dumps({"captions": captions}).encode()

@@ -1,16 +1,13 @@
 """An index for tars that already exist, local or remote; the tars themselves stay where they are."""
 
-import io
-import tarfile
-from collections import Counter
 from fnmatch import fnmatch
-from hashlib import sha256
 from pathlib import Path
 
 from tqdm import tqdm
 
 from ldm_train.data.prepare.build import write_index
 from ldm_train.data.shards import DataError, file_sha256, scan_tar
+from ldm_train.data.tars import StreamedTar, is_remote
 
 # File-name patterns of each split, most telling first.
 SPLITS = {"train": ("train*",), "val": ("val*", "validation*", "valid*", "test*")}
@@ -29,44 +26,12 @@ def _local_entry(path: Path, out: Path) -> dict:
     }
 
 
-class _Counting(io.RawIOBase):
-    def __init__(self, stream):
-        self.stream, self.size, self.digest = stream, 0, sha256()
-
-    def read(self, n: int = -1) -> bytes:
-        data = self.stream.read(n)
-        self.size += len(data)
-        self.digest.update(data)
-        return data
-
-
 def _remote_entry(url: str) -> dict:
-    from webdataset import gopen  # only remote shards need it
-
-    keys, fields = set(), Counter()
-    try:
-        stream = _Counting(gopen(url, "rb"))
-        with tarfile.open(fileobj=stream, mode="r|") as tar:
-            for member in tar:
-                if member.isfile():
-                    folder, _, name = member.name.rpartition("/")
-                    stem, _, extension = name.partition(".")
-                    keys.add((folder, stem))
-                    fields[extension] += 1
-            whole = tar.offset + 512 <= tar.fileobj.tell()  # the end-of-archive marker was read
-        while stream.read(1 << 20):
-            pass
-    except (tarfile.ReadError, OSError) as error:
-        raise DataError(f"{url} is truncated, no tar, or not there ({error})") from error
-    if not whole:
-        raise DataError(f"{url} is truncated (no end-of-archive marker)")
-    return {
-        "file": url,
-        "count": len(keys),
-        "bytes": stream.size,
-        "sha256": stream.digest.hexdigest(),
-        "fields": dict(fields),
-    }
+    tar = StreamedTar(url)
+    for _ in tar:
+        pass
+    found = {"count": tar.count, "bytes": tar.bytes, "sha256": tar.sha256, "fields": dict(tar.fields)}
+    return {"file": url} | found
 
 
 def write_tar_index(
@@ -78,10 +43,10 @@ def write_tar_index(
 ) -> dict:
     """Reads every tar once (counts, fields, checksums) and writes index.json into `out`.
 
-    path: a folder of tars, or a list of files or URLs. train, val: file-name patterns of the splits (default: names
-    that begin with train, and with val, validation or test). classes: a text file, one class name per line (default:
-    classes.txt beside the tars).
-    Raises DataError, naming the tar, where one is truncated, or no tar fits a split.
+    path: a folder of tars, or a list of files or addresses (http, https, s3, gs, hf). train, val: file-name patterns of
+    the splits (default: names that begin with train, and with val, validation or test). classes: a text file, one class
+    name per line (default: classes.txt beside the tars).
+    Raises DataError, naming the tar, where one is truncated or its address is not opened, or no tar fits a split.
     """
     out = Path(out)
     if isinstance(path, str) and Path(path).is_dir():
@@ -103,7 +68,7 @@ def write_tar_index(
             )
         shards += [(split, name) for name in fitting]
     entries = [
-        (split, _remote_entry(name) if "://" in name or name.startswith("pipe:") else _local_entry(Path(name), out))
+        (split, _remote_entry(name) if is_remote(name) else _local_entry(Path(name), out))
         for split, name in tqdm(shards, desc="indexing", unit="tar")
     ]
     labels = label_file.read_text().split("\n") if label_file and label_file.is_file() else None

@@ -11,9 +11,21 @@ from ldm_train.data.shards import DataError
 
 def _parsed(line: str, path: str, number: int) -> dict:
     try:
-        return json.loads(line)
-    except json.JSONDecodeError as error:
+        row = json.loads(line)
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{path}, line {number}: no JSON ({error})") from error
+    if not isinstance(row, dict):
+        raise DataError(f"{path}, line {number}: no JSON object")
+    return row
+
+
+def _rows(table: Path) -> list[tuple[int, dict]]:
+    """(line, row) of a whole table."""
+    with open(table, newline="", encoding="utf-8") as file:
+        if table.suffix == ".jsonl":
+            return [(n, _parsed(line, str(table), n)) for n, line in enumerate(file, start=1) if line.strip()]
+        reader = csv.DictReader(file, delimiter="\t" if table.suffix == ".tsv" else ",")
+        return [(reader.line_num, row) for row in reader]
 
 
 class Table:
@@ -38,12 +50,10 @@ class Table:
         if not table.is_file():
             raise FileNotFoundError(f"path={path} is no file; give a .csv, .tsv or .jsonl table")
         self.folder, self.max_size = Path(images) if images else table.parent, max_size
-        with open(table, newline="", encoding="utf-8") as file:
-            if table.suffix == ".jsonl":
-                rows = [(n, _parsed(line, path, n)) for n, line in enumerate(file, start=1) if line.strip()]
-            else:
-                reader = csv.DictReader(file, delimiter="\t" if table.suffix == ".tsv" else ",")
-                rows = [(reader.line_num, row) for row in reader]
+        try:
+            rows = _rows(table)
+        except (UnicodeDecodeError, csv.Error) as error:
+            raise DataError(f"{path} is no UTF-8 text in rows ({error}); save it as UTF-8") from error
         if not rows:
             raise DataError(f"{path} has no rows")
         wanted = [c for c in (image_column, caption_column, class_column, split_column) if c]
@@ -58,11 +68,13 @@ class Table:
         for line, row in rows:
             if absent := [c for c in needed if row.get(c) in (None, "")]:
                 raise DataError(f"{path}, line {line}: no {' and no '.join(absent)}")
+            if wrong := [c for c in wanted if not isinstance(row.get(c), str | int | float | None)]:
+                raise DataError(f"{path}, line {line}: {wrong[0]} is {row[wrong[0]]!r:.60}, one text was expected")
         names = sorted({str(r[class_column]) for _, r in rows}) if class_column else None
         self.classes = names
         grouped: dict[str, dict] = {}
         for _, row in rows:
-            item = grouped.setdefault(row[image_column], {"captions": [], "split": None, "label": None})
+            item = grouped.setdefault(str(row[image_column]), {"captions": [], "split": None, "label": None})
             if caption_column and row.get(caption_column):
                 item["captions"].append(str(row[caption_column]).strip())
             if class_column:

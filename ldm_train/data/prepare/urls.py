@@ -45,6 +45,31 @@ class Unfetchable(ValueError):
         self.passing = passing
 
 
+# Python's `is_global` differs between versions, and knows little of IPv4 addresses inside IPv6 ones. What follows are
+# IANA's registries of special-purpose addresses and, as one, what was never given out for global unicast.
+SPECIAL = """
+0.0.0.0/8 10.0.0.0/8 100.64.0.0/10 127.0.0.0/8 169.254.0.0/16 172.16.0.0/12 192.0.0.0/24 192.0.2.0/24 192.88.99.0/24
+192.168.0.0/16 198.18.0.0/15 198.51.100.0/24 203.0.113.0/24 224.0.0.0/3
+2001::/23 2001:db8::/32 2002::/16 3fff::/20
+"""  # IPv6: protocols (Teredo, ORCHID, ...), documentation, 6to4, documentation
+NOT_PUBLIC = [ipaddress.ip_network(network) for network in SPECIAL.split()]
+GLOBAL_UNICAST = ipaddress.ip_network("2000::/3")
+NAT64 = ipaddress.ip_network("64:ff9b::/96")  # where networks without IPv4 reach public IPv4 addresses (RFC 6052)
+
+
+def is_public(address: str) -> bool:
+    """Whether an IP address is global unicast. Those that stand for an IPv4 address (mapped, NAT64) are what that is;
+    the retired forms (IPv4-compatible, 6to4, Teredo) are not public, whatever they stand for."""
+    ip = ipaddress.ip_address(address.split("%")[0])
+    if ip.version == 6:
+        embedded = ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF) if ip in NAT64 else ip.ipv4_mapped
+        if embedded:
+            return is_public(str(embedded))
+        if ip not in GLOBAL_UNICAST:
+            return False
+    return not any(ip in network for network in NOT_PUBLIC if network.version == ip.version)
+
+
 def public_addresses(host: str, port: int, allow_private: bool = False) -> list[str]:
     """The addresses to connect to. Raises Unfetchable where the host is unknown, or any of its addresses is not public.
 
@@ -55,9 +80,7 @@ def public_addresses(host: str, port: int, allow_private: bool = False) -> list[
     except OSError as error:
         raise Unfetchable(f"{host}: {error}", True) from error
     for address in found:
-        ip = ipaddress.ip_address(address.split("%")[0])
-        mapped = getattr(ip, "ipv4_mapped", None) or ip
-        if not allow_private and (not mapped.is_global or mapped.is_multicast):
+        if not allow_private and not is_public(address):
             raise Unfetchable(f"{host} is {address}, a private address; allow it with source.allow_private=true")
     return list(dict.fromkeys(found))
 

@@ -7,7 +7,7 @@ from typing import Any
 import lightning as L
 import torch
 
-from ldm_train.data.shards import DataError
+from ldm_train.data.samples import refuse_too_many
 from ldm_train.training.task import Task
 
 
@@ -71,11 +71,7 @@ class Monitor(L.Callback):
             if self._mentioned < 10:
                 self._mentioned += 1
                 print(f"replaced an unreadable sample: {note}")
-        if self.bad > max(1, self.max_bad_fraction * self.seen) and self.seen >= min(1000, self.dataset_size):
-            raise DataError(
-                f"{self.bad} of {self.seen} samples could not be read, more than data.max_bad_fraction={self.max_bad_fraction}; "
-                "repair the data or raise the limit"
-            )
+        refuse_too_many(self.bad, self.seen, self.dataset_size, self.max_bad_fraction)
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Task, outputs: Any, batch: Any, batch_idx: int) -> None:
         now = time.perf_counter()

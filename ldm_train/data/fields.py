@@ -1,0 +1,157 @@
+"""What a sample's members say: captions, class, boxes, arrays, each checked. Without torch, so that preparing processes
+start fast. All raise ValueError for a member that does not say what it should."""
+
+import io
+import json
+from collections.abc import Mapping
+
+import numpy as np
+
+MOST_LABELS = 2**24  # boxes and their labels travel as float32, which is exact up to here
+
+
+def record_of(data: bytes) -> dict:
+    """The object in a sample's .json."""
+    try:
+        record = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"its .json is no JSON ({error})") from error
+    if not isinstance(record, dict):
+        raise ValueError(f"its .json is no object: {data[:40]!r}")
+    return record
+
+
+def captions_of(raw: Mapping[str, bytes]) -> list[str]:
+    """A sample's captions: .json's "captions" where there are some, else .txt."""
+    if "json" in raw and (captions := record_of(raw["json"]).get("captions")):
+        if not isinstance(captions, list) or not all(isinstance(caption, str) for caption in captions):
+            raise ValueError(f'"captions" in its .json is no list of texts: {captions!r:.80}')
+        if any("\ud800" <= letter <= "\udfff" for caption in captions for letter in caption):
+            raise ValueError('half a surrogate pair in its "captions", which JSON allows, but is no text')
+        return captions
+    if "txt" not in raw:
+        raise ValueError('no caption: neither a .txt nor "captions" in its .json')
+    try:
+        return [raw["txt"].decode().strip()]
+    except UnicodeDecodeError as error:
+        raise ValueError(f"its .txt is not UTF-8 ({error.reason} at byte {error.start})") from error
+
+
+def label_of(data: bytes, classes: int | None = None) -> int:
+    """The class index in a sample's .cls. classes: how many there are."""
+    text, count = data.strip(), classes or MOST_LABELS
+    if not text.isdigit() or len(text) > 9 or int(text) >= count:
+        raise ValueError(f"class label {data[:40]!r} is no whole number from 0 to {count - 1}")
+    return int(text)
+
+
+def boxes_of(raw: bytes, labels: int | None = None) -> np.ndarray:
+    """The boxes in a sample's .json: (N, 5) float64, x, y (top left), width, height in unit coordinates, label.
+
+    Reads our `boxes`, and COCO's `objects` with pixel `bbox`, `category_id` (labels start at 1 there, at 0 here) and the
+    picture's `width` and `height`. labels: how many there are. A box must lie inside the picture and have an area.
+    """
+    record = record_of(raw)
+    if "boxes" in record:
+        rows = _rows(record["boxes"])
+    elif "objects" in record:
+        try:
+            scale = _rows([[record["width"], record["height"]] * 2 + [1]])[0]
+            rows = _rows([[*o["bbox"], o["category_id"] - 1] for o in record["objects"]])
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"its objects lack width, height, bbox or category_id ({error})") from error
+        if (scale <= 0).any():
+            raise ValueError(f"its picture has width {scale[0]:g} and height {scale[1]:g}")
+        rows = rows / scale
+    else:
+        raise ValueError('no boxes: its .json has neither "boxes" nor "objects"')
+    x, y, w, h, label = rows.T
+    tolerance = 0.01  # annotations are rounded to pixels
+    inside = (x >= -tolerance) & (y >= -tolerance) & (x + w <= 1 + tolerance) & (y + h <= 1 + tolerance)
+    if not (good := inside & (w > 0) & (h > 0)).all():
+        raise ValueError(f"box {rows[~good][0, :4].round(3).tolist()} (x, y, w, h) is not inside the picture")
+    count = labels or MOST_LABELS
+    if not (known := (label >= 0) & (label < count) & (label == label.round())).all():
+        raise ValueError(f"box label {label[~known][0]:g} is no whole number from 0 to {count - 1}")
+    return rows
+
+
+def _rows(boxes: object) -> np.ndarray:
+    """(N, 5) float64 of a list of lists of five finite numbers."""
+    if isinstance(boxes, list):
+        wrong = [
+            row
+            for row in boxes
+            if not (isinstance(row, list) and len(row) == 5 and all(type(v) in (int, float) for v in row))
+            or not all(abs(v) < 1e9 for v in row)  # false for NaN, too
+        ]
+        if not wrong:
+            return np.array(boxes, float).reshape(-1, 5)
+        boxes = wrong[0]
+    raise ValueError(f"{boxes!r:.80} in its .json is no box of five numbers")
+
+
+def array_of(data: bytes) -> np.ndarray:
+    """The picture in a sample's .npy: (H, W, C), uint8, or float32 in [-1, 1]; never a pickle."""
+    file = io.BytesIO(data)
+    version = np.lib.format.read_magic(file)
+    if version not in ((1, 0), (2, 0)):
+        raise ValueError(f"npy of version {version}, expected 1.0 or 2.0")
+    header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    shape, _, dtype = header(file)
+    if dtype.hasobject:
+        raise ValueError("npy of Python objects, which are never unpickled (allow_pickle=False)")
+    if dtype != np.uint8 and not np.issubdtype(dtype, np.floating):
+        raise ValueError(f"npy image of {dtype}, expected uint8 or float in [-1, 1]")
+    if len(shape) not in (2, 3) or min(shape) < 1:
+        raise ValueError(f"npy image of shape {shape}, expected (H, W, C)")
+    # Said before the array is allocated: a header may claim any size.
+    if (claimed := dtype.itemsize * int(np.prod(np.array(shape, object)))) != len(data) - file.tell():
+        raise ValueError(f"npy of {len(data) - file.tell()} bytes for {claimed} of shape {shape}")
+    array = np.load(io.BytesIO(data), allow_pickle=False)
+    array = array[..., None] if array.ndim == 2 else array
+    if array.dtype == np.uint8:
+        return array
+    if not (np.abs(array) <= 1 + 1e-3).all():  # false for NaN, too; rounding in float16 is let pass
+        raise ValueError("npy image with values that are not numbers, or outside [-1, 1]")
+    return array.astype(np.float32, copy=False)
+
+
+def relabelled(data: bytes, relabel: list[int]) -> bytes:
+    """A class label among the names of all roots; one that its own root does not name stays one that nobody takes."""
+    try:
+        return str(relabel[label_of(data, len(relabel))]).encode()
+    except ValueError:
+        return b"unnamed " + data
+
+
+def relabelled_boxes(data: bytes, relabel: list[int]) -> bytes:
+    """The same of boxes. What cannot be read is left to its reader to refuse."""
+    try:
+        record = record_of(data)
+    except ValueError:
+        return data
+    if "boxes" not in record:
+        return data
+    try:
+        boxes_of(data, len(relabel))
+        boxes = [[*box[:4], relabel[int(box[4])]] for box in record["boxes"]]
+    except ValueError as error:
+        boxes = str(error)
+    return json.dumps(record | {"boxes": boxes}).encode()
+
+
+def check_fields(fields: Mapping[str, bytes], classes: int | None) -> None:
+    """Raises ValueError where training could not use a member of a sample, its picture apart. classes: how many."""
+    if "npy" in fields:
+        array_of(fields["npy"])
+    if "cls" in fields:
+        label_of(fields["cls"], classes)
+    if "txt" in fields:
+        captions_of({"txt": fields["txt"]})
+    if "json" in fields:
+        record = record_of(fields["json"])
+        if record.get("captions"):
+            captions_of(fields)
+        if "boxes" in record or "objects" in record:
+            boxes_of(fields["json"], classes)

@@ -1,0 +1,235 @@
+"""Damaged files of every kind: what is opened is whole, or the damage is named. Never a traceback, never another content.
+
+`pytest tests/test_fuzz.py --fuzz 700` tries that many cases of each kind (the suite: 60). Every case is a function of its
+number, which the message of a failure names.
+"""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from chains import chain
+
+from ldm_train.checkpoints.native import load_model
+from ldm_train.cli.common import USER_ERRORS
+from ldm_train.data.datamodule import Batching, ShardDataModule
+from ldm_train.data.latents import CachedLatents, verify_cache
+from ldm_train.training.stages import check_chain
+
+FIELDS = ("image", "class_label", "caption", "boxes")
+VALUES = [None, True, -1, 0, 2**63, 1e308, "", "x", "é" * 50, "../x", [], [[]], {}, {"a": 1}, "pipe:id", "9" * 400, 0.5]
+
+
+# -- damage ------------------------------------------------------------------------------------------------------------
+
+
+def damaged_bytes(data: bytes, rng: np.random.Generator) -> bytes:
+    """Cut short, emptied, a bit turned, a stretch overwritten, doubled or left out, or something else altogether."""
+    kind, size = int(rng.integers(7)), max(1, len(data))
+    at, length = int(rng.integers(size)), int(rng.integers(1, 64))
+    if kind == 0:
+        return data[:at]
+    if kind == 1:
+        return b""
+    if kind == 2:
+        turned = bytearray(data or b"\0")
+        turned[at % len(turned)] ^= 1 << int(rng.integers(8))
+        return bytes(turned)
+    if kind == 3:
+        return data[:at] + rng.bytes(length) + data[at + length :]
+    if kind == 4:
+        return data[:at] + data[at : at + length] * 2 + data[at + length :]
+    if kind == 5:
+        return data[:at] + data[at + length :]
+    return rng.bytes(length)
+
+
+def damaged_json(text: str, rng: np.random.Generator) -> str:
+    """One value of a tree replaced, left out or put elsewhere."""
+    tree = json.loads(text)
+    node, parents = tree, []
+    while isinstance(node, dict | list) and node and (not parents or rng.random() < 0.8):
+        key = list(node)[int(rng.integers(len(node)))] if isinstance(node, dict) else int(rng.integers(len(node)))
+        parents.append((node, key))
+        node = node[key]
+    if not parents:
+        return json.dumps(VALUES[int(rng.integers(len(VALUES)))])
+    owner, key = parents[-1]
+    choice = rng.random()
+    if choice < 0.2:
+        del owner[key]
+    elif choice < 0.3 and isinstance(owner, dict):
+        owner["new"] = owner[key]
+    elif choice < 0.4:
+        return json.dumps(node)
+    else:
+        owner[key] = VALUES[int(rng.integers(len(VALUES)))]
+    return json.dumps(tree)
+
+
+def damage(path: Path, rng: np.random.Generator) -> None:
+    if path.suffix == ".json" and rng.random() < 0.6:
+        path.write_text(damaged_json(path.read_text(), rng))
+    elif rng.random() < 0.05:
+        path.unlink()
+    else:
+        path.write_bytes(damaged_bytes(path.read_bytes(), rng))
+
+
+def fingerprint(*parts: Any) -> str:
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part.numpy().tobytes() if isinstance(part, torch.Tensor) else repr(part).encode())
+    return digest.hexdigest()
+
+
+def attacked(
+    base: Path,
+    files: Callable[[Path], list[Path]],
+    opened: Callable[[Path], set[str]],
+    tmp_path: Path,
+    count: int,
+) -> tuple[int, int]:
+    """Copies `base`, damages one of its files and opens it, `count` times. Returns (named, as before).
+
+    opened: (folder) -> what it holds, as fingerprints; samples that are counted as unreadable are left out.
+    """
+    whole, faults, tally = opened(base), [], {"named": 0, "as before": 0}
+    for number in range(count):
+        rng, folder = np.random.default_rng([number, 7]), tmp_path / "case"
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.copytree(base, folder)
+        choices = files(folder)
+        path = choices[int(rng.integers(len(choices)))]
+        damage(path, rng)
+        where = f"case {number}, {path.relative_to(folder)}"
+        try:
+            found = opened(folder)
+        except USER_ERRORS as error:
+            tally["named"] += 1
+            if path.name not in str(error) and folder.name not in str(error) and str(path.parent) not in str(error):
+                faults.append(f"{where}: no name in: {error}")
+        except Exception as error:
+            faults.append(f"{where}: {type(error).__name__}: {error}")
+        else:
+            tally["as before"] += 1
+            if not found <= whole:
+                faults.append(f"{where}: opened in silence, but it holds something else")
+    assert not faults, f"{len(faults)} of {count}:\n" + "\n".join(faults[:20])
+    return tally["named"], tally["as before"]
+
+
+# -- what is damaged ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run of few steps; its data are in data/ beside it."""
+    folder = tmp_path_factory.mktemp("fuzzed")
+    chain(folder, "diffusion.evaluate_every=null", "stages=[autoencoder,latents,diffusion]").run()
+    return folder
+
+
+@pytest.fixture
+def count(request: pytest.FixtureRequest) -> int:
+    return request.config.getoption("--fuzz")
+
+
+def _data(run: Path) -> Path:
+    return next((run / "data").iterdir())
+
+
+def _module(folder: Path, reader: str = "indexed") -> ShardDataModule:
+    return ShardDataModule(folder, Batching(8), 8, FIELDS, 32, reader=reader, max_bad_fraction=1.0)
+
+
+def _samples(folder: Path) -> set[str]:
+    """Every sample that can be read, by its key, image, label, caption and boxes."""
+    module, found = _module(folder), set()
+    for split in (module.train_split, module.val_split):
+        dataset = module.samples(split, FIELDS, random=False)
+        for i in range(len(dataset)):
+            sample = dataset[(0, i)]
+            if "replaced" not in sample:
+                found.add(fingerprint(*(sample[f] for f in ("key", *FIELDS))))
+    return found
+
+
+def test_damaged_shards_and_indexes_are_named(run: Path, tmp_path: Path, count: int):
+    named, _ = attacked(_data(run), lambda f: sorted(p for p in f.rglob("*") if p.is_file()), _samples, tmp_path, count)
+    assert named
+
+
+def test_damaged_shards_are_named_while_they_are_streamed(run: Path, tmp_path: Path, count: int):
+    def streamed(folder: Path) -> set[str]:
+        found = set()
+        for batch in _module(folder, "streaming").train_loader(0):
+            if not batch["replaced"]:
+                found |= {fingerprint(k, i) for k, i in zip(batch["key"], batch["image"])}
+        return found
+
+    named, _ = attacked(
+        _data(run), lambda f: sorted(f.glob("*.tar")) + [f / "index.json"], streamed, tmp_path, count // 2
+    )
+    assert named
+
+
+def test_damaged_models_are_named(run: Path, tmp_path: Path, count: int):
+    def loaded(folder: Path) -> set[str]:
+        model = load_model(folder)
+        return {fingerprint(*model.state_dict().values(), *map(str, model.children()))}
+
+    named, _ = attacked(run / "run/diffusion/model", lambda f: sorted(f.iterdir()), loaded, tmp_path, count)
+    assert named
+
+
+def test_damaged_latent_caches_are_named(run: Path, tmp_path: Path, count: int):
+    images = _module(_data(run))
+
+    def read(folder: Path) -> set[str]:
+        cache = CachedLatents(folder, "train", ("class_label", "caption"), 0)
+        verify_cache(images, "train", cache, encode)
+        batch = cache.fetch([(0, i) for i in range(len(cache))], random=False)
+        return {fingerprint(m, int(c), t) for m, c, t in zip(batch["moments"], batch["class_label"], batch["caption"])}
+
+    encode = chain(run).encoder()
+    files = lambda f: sorted(p for p in f.rglob("train*") if p.is_file()) + [f / "index.json"]  # noqa: E731
+    named, _ = attacked(run / "run/latents", files, read, tmp_path, count)
+    assert named
+
+
+def test_damaged_notes_and_statistics_of_stages_are_named(run: Path, tmp_path: Path, count: int):
+    """What decides whether a stage is skipped or goes on."""
+
+    def decided(folder: Path) -> set[str]:
+        again = chain(run, "diffusion.evaluate_every=null", "stages=[autoencoder,latents,diffusion]")
+        again.folder = again.keys.folder = folder
+        check_chain(again.stages(), folder, {}, None)
+        model = load_model(folder / "diffusion" / "model")
+        again.measured(model.first_stage)
+        return {fingerprint(model.first_stage.scale, model.first_stage.shift)}
+
+    def files(folder: Path) -> list[Path]:
+        return [*sorted(folder.glob("*/stage.json")), folder / "latents" / "statistics.json"]
+
+    named, _ = attacked(run / "run", files, decided, tmp_path, count)
+    assert named
+
+
+def test_damaged_checkpoints_are_named(run: Path, tmp_path: Path, count: int):
+    from ldm_train.training.callbacks.checkpoint import read_checkpoint
+
+    def state(folder: Path) -> set[str]:
+        checkpoint = read_checkpoint(folder / "last.ckpt")
+        weights = [checkpoint["state_dict"][k] for k in sorted(checkpoint["state_dict"])]
+        return {fingerprint(checkpoint["global_step"], *weights)}
+
+    base = run / "run/autoencoder/checkpoints"
+    named, _ = attacked(base, lambda f: [f / "last.ckpt"], state, tmp_path, count)
+    assert named
