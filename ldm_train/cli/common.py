@@ -15,6 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 import ldm_train
+from ldm_train import interrupts
 from ldm_train.data.shards import DataError
 from ldm_train.training.stages import Interrupted, Refused
 
@@ -28,7 +29,6 @@ USER_ERRORS = (
     HydraException,
     OmegaConfBaseException,
     FloatingPointError,
-    Interrupted,
 )
 
 ARGUMENTS = "LDM_TRAIN_ARGUMENTS"  # environment: the command line, also for the processes that run a sweep's jobs
@@ -161,7 +161,7 @@ def _raise_file_limit() -> None:
 
 def run_command(function: Callable[[DictConfig], Any], config_name: str) -> Any:
     """Composes conf/<config_name>.yaml with the command line and calls `function`; exits with 1 and one readable
-    message where the user has to act, with 128 + signal after an interruption."""
+    message where the user has to act, with 128 + signal and one line after an interruption."""
     _raise_file_limit()
     os.environ[ARGUMENTS] = json.dumps(sys.argv[1:])
     # Hydra shall raise, not print. What the user wanted is kept apart, also for the processes that torchrun starts.
@@ -169,7 +169,11 @@ def run_command(function: Callable[[DictConfig], Any], config_name: str) -> Any:
     os.environ["HYDRA_FULL_ERROR"] = "1"
     decorated = hydra.main(version_base="1.3", config_path=str(config_folder()), config_name=config_name)(function)
     try:
-        return decorated()
+        with interrupts.handled():
+            return decorated()
+    except (Interrupted, interrupts.Stopped) as error:
+        interrupts.last_words(str(error))
+        sys.exit(128 + error.number)
     except USER_ERRORS as error:
         if wants_traceback:
             raise
@@ -183,7 +187,5 @@ def run_command(function: Callable[[DictConfig], Any], config_name: str) -> Any:
             )
             if error.__cause__ is not None and not isinstance(error.__cause__, HydraException):
                 message = f"{error.__cause__}\n{message}"
-        print(
-            f"\nerror: {message}" if not isinstance(error, Interrupted) else f"\n{message}", file=sys.stderr, flush=True
-        )
-        sys.exit(128 + error.number if isinstance(error, Interrupted) else 1)
+        interrupts.last_words(f"error: {message}")
+        sys.exit(1)

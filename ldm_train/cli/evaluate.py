@@ -29,6 +29,7 @@ from ldm_train.distributed import gathered, rank
 from ldm_train.latent_diffusion import LatentDiffusion
 from ldm_train.metrics.measures import Collected, measure, write_reference
 from ldm_train.models.first_stage import FirstStage
+from ldm_train.training.callbacks.checkpoint import read_checkpoint
 from ldm_train.training.evaluation import evaluate_first_stage
 from ldm_train.training.measurement import Reference, measure_samples, reference_from
 
@@ -91,7 +92,7 @@ def load_weights(folder: Path, which: str) -> LatentDiffusion:
     path = folder / "diffusion" / "checkpoints" / "best.ckpt"
     if not path.is_file():
         raise FileNotFoundError(f"weights=best, but there is no {path}")
-    state = torch.load(path, map_location="cpu", weights_only=True)
+    state = read_checkpoint(path)
     trainable = model.trainable()
     trainable.load_state_dict({k: v for k, v in state["state_dict"].items() if not k.startswith("objective.")})
     with torch.no_grad():

@@ -15,6 +15,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
+from ldm_train import interrupts
 from ldm_train.cli import build
 from ldm_train.cli.build import join_devices
 from ldm_train.cli.chain import Chain
@@ -46,6 +47,7 @@ def run_name(config: DictConfig) -> str:
 
 
 def train(config: DictConfig) -> None:
+    interrupts.during("before training")
     sweeping = HydraConfig.get().mode == RunMode.MULTIRUN
     config.name = run_name(config)
     folder = Path(config.runs_dir) / config.name
@@ -53,7 +55,7 @@ def train(config: DictConfig) -> None:
         _train(config, folder, sweeping)
     except stages.Interrupted as error:
         if sweeping:  # which Hydra would take for a job that failed, and begin the next
-            print(f"\n{error}", file=sys.stderr, flush=True)
+            interrupts.last_words(str(error))
             sys.exit(128 + error.number)
         raise
     except Exception as error:

@@ -15,6 +15,7 @@ from tqdm import tqdm
 from ldm_train.data.datamodule import Batching, Mixture, ShardDataModule, StepBatches, evaluation_batches
 from ldm_train.data.samples import collate, require_fields, sample_rng, text_of
 from ldm_train.data.shards import INDEX, DataError, IndexedShards, file_sha256, read_index, write_json, write_shard
+from ldm_train.interrupts import become_worker
 
 REMEDY = "python train.py ... restart=latents"
 # images (B, C, H, W) in [-1, 1] -> moments (B, 2C, h, w), or latents (B, C, h, w) of deterministic models, float32
@@ -83,7 +84,9 @@ def _encoded(
     keys = _cache_keys(shards)
     micro = max(1, min(64, data.batching.micro))
     batches = [[(0, i) for i in chunk[k : k + micro]] for k in range(0, len(chunk), micro)]
-    loader = DataLoader(dataset, batch_sampler=batches, num_workers=data.num_workers, collate_fn=collate)
+    loader = DataLoader(
+        dataset, batch_sampler=batches, num_workers=data.num_workers, collate_fn=collate, worker_init_fn=become_worker
+    )
     for rows, batch in zip(batches, loader):
         moments = encode(batch["image"])
         mirrored = encode(batch["image"].flip(3)) if flips else None

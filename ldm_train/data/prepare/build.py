@@ -11,6 +11,7 @@ from tqdm import tqdm
 
 from ldm_train.data.files import IMAGE_EXTENSIONS, open_image
 from ldm_train.data.shards import INDEX, DataError, file_sha256, write_json, write_shard
+from ldm_train.interrupts import become_worker
 
 ENTRIES = ".entries"
 
@@ -92,6 +93,7 @@ _held: list[Source] = []  # in a worker: its source, sent once and not with ever
 
 
 def _hold(source: Source) -> None:
+    become_worker()
     _held.append(source)
 
 
