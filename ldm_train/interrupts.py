@@ -10,6 +10,7 @@ import signal
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
@@ -107,6 +108,8 @@ def install() -> None:
     global _owner
     if parent := os.environ.pop(PARENT, None):
         end_with(int(parent))
+    if REPORT in os.environ:
+        sys.excepthook = lambda *error: last_words("".join(traceback.format_exception(*error)))
     if "--multiprocessing-fork" in sys.orig_argv:  # a worker that imports its parent's main module
         return leave_signals_to_parent()
     if _owner != os.getpid():

@@ -3,6 +3,7 @@
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,6 +14,9 @@ import pytest
 import torch
 from chains import SMALL
 
+from ldm_train.training import fit
+
+pytestmark = pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="reads /proc")
 ROOT = Path(__file__).parents[1]
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 COUNT = int(os.environ.get("LDM_TRAIN_TEST_SIGNALS", "6"))  # signals sent to one training
@@ -65,7 +69,7 @@ def test_signals_at_any_moment_leave_with_their_status_and_the_same_command_cont
         output, errors = process.communicate(timeout=120)
         if process.returncode == 0:  # it had less to do than the time it was given
             assert "finished before, skipped" in output or "model: " in output
-            subprocess.run(["rm", "-r", tmp_path / "disturbed"], check=True)
+            shutil.rmtree(tmp_path / "disturbed")
             continue
         sent += 1
         assert process.returncode == 128 + number, (moment, output, errors)
@@ -81,3 +85,77 @@ def test_signals_at_any_moment_leave_with_their_status_and_the_same_command_cont
         ours, theirs = (weights(tmp_path / name, stage) for name in ("calm", "disturbed"))
         assert ours.keys() == theirs.keys()
         assert all(torch.equal(ours[k], theirs[k]) for k in ours)
+
+
+# A signal between the moment in which Lightning would install its own handlers and the first step, and one at a step.
+AT_HOOK = """
+import os, signal
+from ldm_train.training.callbacks.monitor import Monitor
+
+def hook(self, *given, real=Monitor.{hook}):
+    os.kill(os.getpid(), signal.SIGTERM)
+    real(self, *given)
+
+Monitor.{hook} = hook
+from ldm_train.cli.train import main
+main()
+"""
+
+
+@pytest.mark.chain
+@pytest.mark.parametrize(
+    ("hook", "said", "steps"),
+    [
+        ("on_train_start", "stopped by SIGTERM in the stage autoencoder; run the same command to continue", None),
+        ("on_train_batch_end", "stopped by SIGTERM after step 1; run the same command to continue", 1),
+    ],
+)
+def test_sigterm_within_lightning_leaves_at_once_before_the_first_step_and_saves_after_it(
+    tmp_path: Path, hook: str, said: str, steps: int | None
+):
+    (tmp_path / "train.py").write_text(AT_HOOK.format(hook=hook))
+    process = start([sys.executable, "train.py", *command(tmp_path, "run")[2:]], tmp_path)
+    errors = process.communicate(timeout=200)[1]
+    assert process.returncode == 128 + signal.SIGTERM
+    assert errors.strip() == said
+    assert fit.steps_done(tmp_path / "run/autoencoder/checkpoints/last.ckpt") == (steps or 0)
+
+
+def test_commands_leave_at_once_with_one_line(tmp_path: Path):
+    modules = ("train", "sample", "evaluate", "prepare", "sweep", "search", "bench")
+    for module, number in zip(modules, SIGNALS * 3):
+        process = start([sys.executable, "-m", f"ldm_train.cli.{module}"], tmp_path)
+        wait_until_answered(process)
+        process.send_signal(number)
+        errors = process.communicate(timeout=60)[1]
+        assert process.returncode == 128 + number
+        assert errors.strip() == f"stopped by {number.name}; run the same command to continue"
+
+
+def test_a_loading_process_outlives_the_first_signal_of_its_group_and_not_its_parent(tmp_path: Path):
+    worker = (
+        "import time; from ldm_train.interrupts import become_worker; become_worker(); print('there'); time.sleep(60)"
+    )
+    parent = f"""
+import multiprocessing, os, sys, time
+def work():
+    {worker.replace("; ", chr(10) + "    ")}
+if __name__ == "__main__":
+    child = multiprocessing.get_context("fork").Process(target=work)
+    child.start()
+    print(child.pid)
+    time.sleep(60)
+"""
+    process = start([sys.executable, "-u", "-c", parent], tmp_path)
+    lines = {process.stdout.readline().strip() for _ in range(2)}
+    child = int(next(line for line in lines if line != "there"))
+    for number in SIGNALS:
+        os.kill(child, number)
+    time.sleep(0.3)
+    assert Path(f"/proc/{child}").exists()
+    process.kill()
+    for _ in range(40):
+        if not Path(f"/proc/{child}").exists() or ") Z" in Path(f"/proc/{child}/stat").read_text():
+            return
+        time.sleep(0.05)
+    pytest.fail("the loading process lives on")

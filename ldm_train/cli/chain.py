@@ -1,9 +1,11 @@
 """The chain of one run: what each stage depends on, and how it is built from the config and run."""
 
+import io
 import json
 import re
 import shutil
 from collections.abc import Sequence
+from contextlib import redirect_stdout
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -332,6 +334,22 @@ class Chain:
             for name in stages.check_stages(list(self.config.stages))
         ]
 
+    def check(self) -> None:
+        """Raises what `run` would raise before its first stage, in a process that has no part in it."""
+        chain = self.stages()
+        with redirect_stdout(io.StringIO()):  # the plan is the run's to print
+            print_plan(self, chain)
+        self._check_measures()
+        if self.config.restart:
+            stages.check_stages([self.config.restart])
+        elif chain:
+            stages.decide(chain[0], self.folder, build.option_defaults(self.config))
+
+    def _check_measures(self) -> None:
+        if counts := self.sample_counts():
+            self.instruments.check(self.fields, counts, self.config.data.image_size)
+            build.check_best_by(self.config)
+
     def run(self) -> None:
         config, writer = self.config, self.machine.rank == 0
         chain = self.stages()
@@ -340,9 +358,7 @@ class Chain:
         self.barrier()
         if writer:
             self.effort = print_plan(self, chain)
-        if counts := self.sample_counts():  # what cannot be measured ends the run before it begins
-            self.instruments.check(self.fields, counts, config.data.image_size)
-            build.check_best_by(config)
+        self._check_measures()  # what cannot be measured ends the run before it begins
         defaults = build.option_defaults(config)
         if chain:
             stages.decide(chain[0], self.folder, defaults)  # a refused run must not touch what is there

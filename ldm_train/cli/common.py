@@ -1,6 +1,7 @@
 """Shared by the commands: Hydra with readable errors, did-you-mean, and types checked before anything starts."""
 
 import difflib
+import functools
 import json
 import os
 import sys
@@ -10,7 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import hydra
+from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException, InstantiationException
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -159,7 +162,7 @@ def _raise_file_limit() -> None:
             resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
-def run_command(function: Callable[[DictConfig], Any], config_name: str) -> Any:
+def run_command(function: Callable[[DictConfig], Any], config_name: str) -> None:
     """Composes conf/<config_name>.yaml with the command line and calls `function`; exits with 1 and one readable
     message where the user has to act, with 128 + signal and one line after an interruption."""
     _raise_file_limit()
@@ -167,10 +170,23 @@ def run_command(function: Callable[[DictConfig], Any], config_name: str) -> Any:
     # Hydra shall raise, not print. What the user wanted is kept apart, also for the processes that torchrun starts.
     wants_traceback = os.environ.setdefault(TRACEBACK, os.environ.get("HYDRA_FULL_ERROR", "0")) == "1"
     os.environ["HYDRA_FULL_ERROR"] = "1"
-    decorated = hydra.main(version_base="1.3", config_path=str(config_folder()), config_name=config_name)(function)
+    failed: list[Exception] = []
+
+    @functools.wraps(function)
+    def job(config: DictConfig) -> None:
+        try:
+            function(config)
+        except Exception as error:
+            if HydraConfig.get().mode == RunMode.MULTIRUN:
+                raise
+            failed.append(error)  # raised below: Hydra would write the whole command line before it
+
+    decorated = hydra.main(version_base="1.3", config_path=str(config_folder()), config_name=config_name)(job)
     try:
         with interrupts.handled():
-            return decorated()
+            decorated()
+            if failed:
+                raise failed[0]
     except (Interrupted, interrupts.Stopped) as error:
         interrupts.last_words(str(error))
         sys.exit(128 + error.number)

@@ -31,6 +31,7 @@ from ldm_train.metrics.measures import Collected, measure, write_reference
 from ldm_train.models.first_stage import FirstStage
 from ldm_train.training.callbacks.checkpoint import read_checkpoint
 from ldm_train.training.evaluation import evaluate_first_stage
+from ldm_train.training.fit import Machine
 from ldm_train.training.measurement import Reference, measure_samples, reference_from
 
 # Options of this command that stand where the run's config has evaluation.<name>.
@@ -120,7 +121,12 @@ def evaluate_run(config: DictConfig, again: bool = True) -> tuple[dict[str, Any]
     the same settings."""
     folder = run_folder(config.run, config.runs_dir)
     trained = with_options(OmegaConf.load(folder / "config.yaml"), config)
-    machine = join_devices(trained, "ldm_train.cli.evaluate")
+
+    def check(machine: Machine) -> None:
+        chain = Chain(trained, folder, machine)
+        chain.instruments.check(chain.fields, (trained.evaluation.images,), trained.data.image_size)
+
+    machine = join_devices(trained, "ldm_train.cli.evaluate", check)
     chain = Chain(trained, folder, machine)
     tools, data = chain.instruments, chain.evaluation_data()
     tools.check(chain.fields, (trained.evaluation.images,), trained.data.image_size)
@@ -162,7 +168,9 @@ def evaluate_autoencoder(config: DictConfig) -> tuple[dict[str, Any], Path | Non
         folder = run_folder(config.reconstruct, config.runs_dir)
         trained = with_options(OmegaConf.load(folder / "config.yaml"), config)
         model_folder = folder / "autoencoder" / "model"
-    machine = join_devices(trained, "ldm_train.cli.evaluate")
+    machine = join_devices(
+        trained, "ldm_train.cli.evaluate", lambda machine: Instruments.on_all_ranks(trained.evaluation, machine.device)
+    )
     tools = Instruments.on_all_ranks(trained.evaluation, machine.device)
     trained.evaluation.images = config.n  # all, where nothing is said
     data = build.data_module(trained, "autoencoder", machine, ("image",))

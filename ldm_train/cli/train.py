@@ -23,6 +23,7 @@ from ldm_train.cli.common import ARGUMENTS, check_values, run_command
 from ldm_train.cli.sweep import FAILED
 from ldm_train.data.shards import write_json
 from ldm_train.training import stages
+from ldm_train.training.fit import Machine
 
 LONGEST = 150  # characters of a job's folder
 
@@ -71,6 +72,11 @@ def train(config: DictConfig) -> None:
         )
 
 
+def _make_data(config: DictConfig) -> None:
+    for stage in ("autoencoder", "diffusion"):
+        build.ensure_data(build.stage_data(config, stage))
+
+
 def _train(config: DictConfig, folder: Path, sweeping: bool) -> None:
     check_values(config)
     if config.devices > 1 and (sweeping or config.share):
@@ -78,12 +84,16 @@ def _train(config: DictConfig, folder: Path, sweeping: bool) -> None:
             "devices>1 goes together neither with -m nor with share=true: such jobs share a process, or wait for each other's "
             "stages; use one device each, or start the multi-GPU runs one after the other"
         )
-    machine = join_devices(config, "ldm_train.cli.train")
+
+    def check(machine: Machine) -> None:
+        _make_data(config)
+        Chain(config, folder, machine).check()
+
+    machine = join_devices(config, "ldm_train.cli.train", check)
     world_size, rank = machine.world_size, machine.rank
     torch.set_float32_matmul_precision("high")
     if rank == 0:
-        for stage in ("autoencoder", "diffusion"):
-            build.ensure_data(build.stage_data(config, stage))
+        _make_data(config)
     if world_size > 1:
         dist.barrier()
     with stages.run_lock(folder) if rank == 0 else nullcontext():

@@ -29,6 +29,7 @@ for message in (
     ".*does not have many workers",
     ".*number of training batches",
     ".*isinstance\\(treespec, LeafSpec\\)",
+    ".*broadcast_buffers",
 ):
     warnings.filterwarnings("ignore", message)
 
