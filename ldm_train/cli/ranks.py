@@ -51,13 +51,17 @@ class Ranks:
     def wait(self) -> None:
         """Until all have ended; what has not, GRACE after the first that did not succeed, is killed."""
         end = float("inf")
-        while any(p.poll() is None for p in self.processes):
-            if self.fallen is None and end > time.monotonic():
-                self.fallen = next((r for r, p in enumerate(self.processes) if (p.returncode or 0) < 0), None)
-            if end == float("inf") and any(p.returncode for p in self.processes):
+        while True:
+            running = [p for p in self.processes if p.poll() is None]
+            failed = [rank for rank, p in enumerate(self.processes) if p.returncode]
+            if failed and end == float("inf"):
                 end = time.monotonic() + GRACE
+                self.fallen = next((rank for rank in failed if self.processes[rank].returncode < 0), None)
+            if not running:
+                return
             if time.monotonic() > end:
-                self.kill()
+                for process in running:
+                    process.kill()
             time.sleep(0.1)
 
     def outcome(self) -> tuple[int, str]:
