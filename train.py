@@ -3,7 +3,12 @@
 The composition root is ldm_train/cli/train.py, so that an installed package has it too (ldm-train).
 """
 
-from ldm_train.cli.train import main
-
 if __name__ == "__main__":
+    from ldm_train import interrupts
+
+    interrupts.install()  # before torch is imported, which takes seconds
+    interrupts.during("before training")
+
+    from ldm_train.cli.train import main
+
     main()

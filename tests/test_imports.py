@@ -10,7 +10,7 @@ PACKAGE = ROOT / "ldm_train"
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 # part -> the parts it may import besides itself. A part is a folder or file of the package; "losses.perceptual" or
-# "data.shards" name one file of it. Anyone may import rng, images and distributed.
+# "data.shards" name one file of it. Anyone may import rng, images, distributed and interrupts.
 LIBRARY = {"models", "diffusion", "samplers", "conditioning", "losses", "metrics", "data", "checkpoints"}
 LIBRARY |= {"latent_diffusion"}
 ALLOWED = {
@@ -18,6 +18,7 @@ ALLOWED = {
     "rng": set(),
     "images": set(),
     "distributed": set(),
+    "interrupts": set(),
     "models": set(),
     "diffusion": set(),
     "samplers": {"diffusion"},
@@ -42,7 +43,7 @@ ALLOWED = {
     "training": LIBRARY,
     "finetune": {"latent_diffusion", "models", "conditioning", "samplers", "data"},
 }
-ANYONE = {"rng", "images", "distributed"}
+ANYONE = {"rng", "images", "distributed", "interrupts"}
 PURE = {"models", "diffusion"}  # these import nothing else of ours, not even rng
 
 

@@ -3,7 +3,8 @@
 import inspect
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 from ldm_train.checkpoints.native import load_model, read_metadata
 from ldm_train.checkpoints.parts import BUILDABLE, build, find_part, targets
 from ldm_train.cli.common import config_folder
+from ldm_train.cli.ranks import launch
 from ldm_train.conditioning.text import read_tokenizer, train_tokenizer
 from ldm_train.data.datamodule import Batching, ShardDataModule
 from ldm_train.data.prepare.build import build as prepare
@@ -92,16 +94,23 @@ def machine_of(config: DictConfig, environment: Mapping[str, str]) -> Machine:
     return Machine(accelerator, precision, world_size, rank, local_rank, local_world_size)
 
 
-def join_devices(config: DictConfig, module: str) -> Machine:
-    """This process's place among `config.devices`; outside torchrun and with more than one, becomes torchrun with this
-    same command, one process per device. module: the command's, for that."""
+def join_devices(config: DictConfig, module: str, check: Callable[[Machine], None]) -> Machine:
+    """This process's place among `config.devices`. Outside torchrun and with more than one it has none: it runs this same
+    command once per device, and exits with what came of it. module: the command's, for that. check: raises what can be
+    known to be wrong, and makes what all need, before any process is started.
+
+    Raises ValueError for more devices than there are.
+    """
     if config.devices > 1 and "WORLD_SIZE" not in os.environ:
-        command = [
-            sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={config.devices}",
-            "--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1",
-        ]  # fmt: skip
-        sys.stdout.flush()
-        os.execv(sys.executable, [*command, "-m", module, *sys.argv[1:]])
+        everywhere = {"WORLD_SIZE": str(config.devices), "LOCAL_WORLD_SIZE": str(config.devices)}
+        machine = machine_of(config, everywhere)
+        gpus = machine.accelerator == "gpu"
+        there = torch.cuda.device_count() if gpus else os.cpu_count() or 1
+        if config.devices > there:
+            kind = "GPUs are visible" if gpus else "CPU cores are there"
+            raise ValueError(f"devices={config.devices}, but {there} {kind}; use devices={there}")
+        check(replace(machine, accelerator="cpu", precision="32"))  # this process needs no place on a GPU
+        sys.exit(launch(config.devices, module))
     machine = machine_of(config, os.environ)
     if machine.world_size > 1:
         if machine.accelerator == "gpu":

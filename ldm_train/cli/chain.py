@@ -353,12 +353,6 @@ class Chain:
         rehearse(self)
         if self.machine.rank == 0:
             self.effort = print_plan(self, chain)
-        if counts := self.sample_counts():
-            self.instruments.check(self.fields, counts, config.data.image_size)
-            build.check_best_by(config)
-        for stage, fields in (("diffusion", self.fields), ("classifier", ("class_label",))):
-            if stage in config.stages:
-                self.data(stage, ("image", *fields)).check_conditions()
         stages.check_chain(chain, self.folder, build.option_defaults(config), config.restart)
         return chain
 
@@ -390,13 +384,6 @@ class Chain:
                 self.wandb.finish()
         if writer:
             self._closing_words()
-
-    def sample_counts(self) -> list[int]:
-        """Of how many samples each this run will measure."""
-        config = self.config
-        training = "diffusion" in config.stages and config.diffusion.evaluate_every
-        counts = [config.diffusion.evaluate_images] if training else []
-        return counts + ([config.evaluation.images] if "evaluation" in config.stages else [])
 
     def _closing_words(self) -> None:
         samples = self.folder / "evaluation" / "samples.png"

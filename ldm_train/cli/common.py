@@ -1,6 +1,7 @@
 """Shared by the commands: Hydra with readable errors, did-you-mean, and types checked before anything starts."""
 
 import difflib
+import functools
 import json
 import os
 import re
@@ -11,11 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import hydra
+from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException, InstantiationException
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 import ldm_train
+from ldm_train import interrupts
 from ldm_train.checkpoints.parts import read_config
 from ldm_train.data.shards import DataError
 from ldm_train.training.stages import Interrupted, Refused
@@ -30,7 +34,6 @@ USER_ERRORS = (
     HydraException,
     OmegaConfBaseException,
     FloatingPointError,
-    Interrupted,
 )
 
 ARGUMENTS = "LDM_TRAIN_ARGUMENTS"  # environment: the command line, also for the processes that run a sweep's jobs
@@ -141,17 +144,34 @@ def _raise_file_limit() -> None:
             resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
-def run_command(function: Callable[[DictConfig], Any], config_name: str) -> Any:
+def run_command(function: Callable[[DictConfig], Any], config_name: str) -> None:
     """Composes conf/<config_name>.yaml with the command line and calls `function`; exits with 1 and one readable
-    message where the user has to act, with 128 + signal after an interruption."""
+    message where the user has to act, with 128 + signal and one line after an interruption."""
     _raise_file_limit()
     os.environ[ARGUMENTS] = json.dumps(sys.argv[1:])
     # Hydra shall raise, not print. What the user wanted is kept apart, also for the processes that torchrun starts.
     wants_traceback = os.environ.setdefault(TRACEBACK, os.environ.get("HYDRA_FULL_ERROR", "0")) == "1"
     os.environ["HYDRA_FULL_ERROR"] = "1"
-    decorated = hydra.main(version_base="1.3", config_path=str(config_folder()), config_name=config_name)(function)
+    failed: list[Exception] = []
+
+    @functools.wraps(function)
+    def job(config: DictConfig) -> None:
+        try:
+            function(config)
+        except Exception as error:
+            if HydraConfig.get().mode == RunMode.MULTIRUN:
+                raise
+            failed.append(error)  # raised below: Hydra would write the whole command line before it
+
+    decorated = hydra.main(version_base="1.3", config_path=str(config_folder()), config_name=config_name)(job)
     try:
-        return decorated()
+        with interrupts.handled():
+            decorated()
+            if failed:
+                raise failed[0]
+    except (Interrupted, interrupts.Stopped) as error:
+        interrupts.last_words(str(error))
+        sys.exit(128 + error.number)
     except USER_ERRORS as error:
         if wants_traceback:
             raise
@@ -165,7 +185,5 @@ def run_command(function: Callable[[DictConfig], Any], config_name: str) -> Any:
             )
             if error.__cause__ is not None and not isinstance(error.__cause__, HydraException):
                 message = f"{error.__cause__}\n{message}"
-        print(
-            f"\nerror: {message}" if not isinstance(error, Interrupted) else f"\n{message}", file=sys.stderr, flush=True
-        )
-        sys.exit(128 + error.number if isinstance(error, Interrupted) else 1)
+        interrupts.last_words(f"error: {message}")
+        sys.exit(1)

@@ -29,7 +29,9 @@ from ldm_train.distributed import gathered, rank
 from ldm_train.latent_diffusion import LatentDiffusion
 from ldm_train.metrics.measures import Collected, measure, write_reference
 from ldm_train.models.first_stage import FirstStage
+from ldm_train.training.callbacks.checkpoint import read_checkpoint
 from ldm_train.training.evaluation import evaluate_first_stage
+from ldm_train.training.fit import Machine
 from ldm_train.training.measurement import Reference, measure_samples, reference_from
 
 # Options of this command that stand where the run's config has evaluation.<name>.
@@ -111,7 +113,7 @@ def load_weights(folder: Path, which: str, trust: Sequence[str] = ()) -> LatentD
     path = folder / "diffusion" / "checkpoints" / "best.ckpt"
     if not path.is_file():
         raise FileNotFoundError(f"weights=best, but there is no {path}")
-    state = torch.load(path, map_location="cpu", weights_only=True)
+    state = read_checkpoint(path)
     trainable = model.trainable()
     trainable.load_state_dict({k: v for k, v in state["state_dict"].items() if not k.startswith("objective.")})
     with torch.no_grad():
@@ -140,7 +142,12 @@ def evaluate_run(config: DictConfig, again: bool = True) -> tuple[dict[str, Any]
     folder = run_folder(config.run, config.runs_dir)
     trained = with_options(run_config(folder), config)
     trust = [*config.trust, *(targets(OmegaConf.to_container(config.sampler)) if config.get("sampler") else ())]
-    machine = join_devices(trained, "ldm_train.cli.evaluate")
+
+    def check(machine: Machine) -> None:
+        chain = Chain(trained, folder, machine, trust)
+        chain.instruments.check(chain.fields, (trained.evaluation.images,), trained.data.image_size)
+
+    machine = join_devices(trained, "ldm_train.cli.evaluate", check)
     chain = Chain(trained, folder, machine, trust)
     tools, data = chain.instruments, chain.evaluation_data()
     tools.check(chain.fields, (trained.evaluation.images,), trained.data.image_size)
@@ -182,7 +189,9 @@ def evaluate_autoencoder(config: DictConfig) -> tuple[dict[str, Any], Path | Non
         folder = run_folder(config.reconstruct, config.runs_dir)
         trained = with_options(run_config(folder), config)
         model_folder = folder / "autoencoder" / "model"
-    machine = join_devices(trained, "ldm_train.cli.evaluate")
+    machine = join_devices(
+        trained, "ldm_train.cli.evaluate", lambda machine: Instruments.on_all_ranks(trained.evaluation, machine.device)
+    )
     tools = Instruments.on_all_ranks(trained.evaluation, machine.device)
     trained.evaluation.images = config.n  # all, where nothing is said
     data = build.data_module(trained, "autoencoder", machine, ("image",), config.trust)

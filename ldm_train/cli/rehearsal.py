@@ -160,6 +160,11 @@ def rehearse(chain: Any) -> None:
     config, todo = chain.config, set(chain.config.stages)
     for stage in [s for s in TRAINED if s in todo]:
         _optimisation(config, stage)
+    measuring = [config.diffusion.evaluate_images] if "diffusion" in todo and config.diffusion.evaluate_every else []
+    measuring += [config.evaluation.images] if "evaluation" in todo else []
+    if measuring:  # numbers of samples
+        chain.instruments.check(chain.fields, measuring, config.data.image_size)
+        build.check_best_by(config)
     if "autoencoder" in todo and not config.autoencoder.pretrained:
         _decodes_a_sample(chain.data("autoencoder", ("image",)))
         with torch.device("meta"):  # its perceptual network is the first thing that the stage itself loads
@@ -177,13 +182,14 @@ def rehearse(chain: Any) -> None:
     if (channels := getattr(autoencoder, "in_channels", config.data.channels)) != config.data.channels:
         raise ValueError(f"the autoencoder takes {channels} image channels, data.channels is {config.data.channels}")
     if "classifier" in todo:
-        chain.data("classifier", ("image", "class_label"))
+        chain.data("classifier", ("image", "class_label")).check_conditions()
     if todo & {"diffusion", "evaluation"}:
         images = chain.data("diffusion", ("image", *chain.fields))
         _latent_diffusion(chain, autoencoder, images)
         _decodes_a_sample(images)
+        images.check_conditions()
         _sampling(chain, autoencoder.latent_channels)
-    if "evaluation" in todo or config.diffusion.evaluate_every:
+    if measuring:
         check_reference(str(config.evaluation.reference), images.index["splits"], images.root)
 
 

@@ -329,11 +329,7 @@ FREE = ("prompts", "run", "negative", "layout", "image_prompt", "recipe", "weak"
 
 def main() -> None:
     sys.argv[1:] = [quoted(a, FREE) for a in sys.argv[1:]]
-    try:
-        run_command(sample, "sample")
-    except KeyboardInterrupt:
-        print("\nstopped; the same command continues with what is missing", file=sys.stderr)
-        sys.exit(130)
+    run_command(sample, "sample")
 
 
 if __name__ == "__main__":

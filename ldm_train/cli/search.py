@@ -1,6 +1,7 @@
 """ldm-search: Optuna over train.py, each trial a process and a run of its own."""
 
 import json
+import os
 import re
 import signal
 import subprocess
@@ -12,6 +13,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from ldm_train import interrupts
 from ldm_train.cli.common import run_command
 from ldm_train.cli.sweep import read_rows
 from ldm_train.data.shards import write_json
@@ -86,8 +88,10 @@ def run_trial(trial: Any, config: DictConfig, space: dict[str, Callable[[Any], A
         *config.overrides, *(f"{o}={v}" for o, v in values.items()),
     ]  # fmt: skip
     run.mkdir(parents=True, exist_ok=True)
-    with open(run / "output.txt", "w") as output:
-        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
+    # A signal stops the running trial first.
+    with open(run / "output.txt", "w") as output, interrupts.answered_by(interrupts.stop):
+        own = os.environ | {interrupts.PARENT: str(os.getpid())}
+        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=own)
         reported = 0
         try:
             while process.poll() is None:
@@ -185,17 +189,8 @@ def search(config: DictConfig) -> dict[str, Any]:
     return best
 
 
-def _stop(number: int, frame: Any) -> None:
-    raise KeyboardInterrupt
-
-
 def main() -> None:
-    signal.signal(signal.SIGTERM, _stop)  # so that the running trial is stopped, too
-    try:
-        run_command(search, "search")
-    except KeyboardInterrupt:
-        print("\nstopped; the same command continues the search", file=sys.stderr)
-        sys.exit(130)
+    run_command(search, "search")
 
 
 if __name__ == "__main__":

@@ -1,12 +1,13 @@
 """train.py's work: compose the config, find this process's place among the devices, run the chain."""
 
 import hashlib
+import io
 import json
 import os
 import re
 import sys
 import traceback
-from contextlib import nullcontext
+from contextlib import nullcontext, redirect_stdout
 from pathlib import Path
 
 import torch
@@ -15,6 +16,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
+from ldm_train import interrupts
 from ldm_train.cli import build
 from ldm_train.cli.build import join_devices
 from ldm_train.cli.chain import Chain
@@ -23,6 +25,7 @@ from ldm_train.cli.rehearsal import check_values
 from ldm_train.cli.sweep import FAILED
 from ldm_train.data.shards import write_json
 from ldm_train.training import stages
+from ldm_train.training.fit import Machine
 
 LONGEST = 150  # characters of a job's folder
 
@@ -49,6 +52,7 @@ def run_name(config: DictConfig) -> str:
 
 
 def train(config: DictConfig) -> None:
+    interrupts.during("before training")
     sweeping = HydraConfig.get().mode == RunMode.MULTIRUN
     config.name = run_name(config)
     folder = Path(config.runs_dir) / config.name
@@ -56,7 +60,7 @@ def train(config: DictConfig) -> None:
         _train(config, folder, sweeping)
     except stages.Interrupted as error:
         if sweeping:  # which Hydra would take for a job that failed, and begin the next
-            print(f"\n{error}", file=sys.stderr, flush=True)
+            interrupts.last_words(str(error))
             sys.exit(128 + error.number)
         raise
     except Exception as error:
@@ -72,6 +76,11 @@ def train(config: DictConfig) -> None:
         )
 
 
+def _make_data(config: DictConfig) -> None:
+    for stage in ("autoencoder", "diffusion"):
+        build.ensure_data(build.stage_data(config, stage))
+
+
 def _train(config: DictConfig, folder: Path, sweeping: bool) -> None:
     check_values(config)
     if config.devices > 1 and (sweeping or config.share):
@@ -79,12 +88,17 @@ def _train(config: DictConfig, folder: Path, sweeping: bool) -> None:
             "devices>1 goes together neither with -m nor with share=true: such jobs share a process, or wait for each other's "
             "stages; use one device each, or start the multi-GPU runs one after the other"
         )
-    machine = join_devices(config, "ldm_train.cli.train")
+
+    def check(machine: Machine) -> None:
+        _make_data(config)
+        with redirect_stdout(io.StringIO()):  # the plan is the run's to print
+            Chain(config, folder, machine, build.own_parts(config)).prepare()
+
+    machine = join_devices(config, "ldm_train.cli.train", check)
     world_size, rank = machine.world_size, machine.rank
     torch.set_float32_matmul_precision("high")
     if rank == 0:
-        for stage in ("autoencoder", "diffusion"):
-            build.ensure_data(build.stage_data(config, stage))
+        _make_data(config)
     if world_size > 1:
         dist.barrier()
     with stages.run_lock(folder) if rank == 0 else nullcontext():

@@ -23,6 +23,7 @@ from ldm_train.data.shards import (
 )
 from ldm_train.data.streaming import StreamingBatches
 from ldm_train.data.transforms import ImageTransform
+from ldm_train.interrupts import become_worker
 
 
 @dataclass(frozen=True)
@@ -285,6 +286,7 @@ class ShardDataModule(L.LightningDataModule):
             collate_fn=collate,
             pin_memory=torch.cuda.is_available(),
             persistent_workers=False,
+            worker_init_fn=become_worker,
         )
 
     def samples(self, split: str, fields: Sequence[str], random: bool) -> "ShardDataset":
@@ -336,7 +338,11 @@ class ShardDataModule(L.LightningDataModule):
                 max(1, self.num_workers),
             )
             return DataLoader(
-                stream, batch_size=None, num_workers=self.num_workers, pin_memory=torch.cuda.is_available()
+                stream,
+                batch_size=None,
+                num_workers=self.num_workers,
+                pin_memory=torch.cuda.is_available(),
+                worker_init_fn=become_worker,
             )
         shards = self.shards(self.train_split)
         batches = StepBatches(len(shards), self.batching, self.seed, start, stop, self.mixture)

@@ -29,6 +29,7 @@ from ldm_train.data.shards import (
     write_json,
     write_shard,
 )
+from ldm_train.interrupts import become_worker
 
 STATISTICS = "statistics.json"
 REMEDY = "python train.py ... restart=latents"
@@ -105,7 +106,9 @@ def _encoded(
     keys = _cache_keys(shards)
     micro = max(1, min(64, data.batching.micro))
     batches = [[(0, i) for i in chunk[k : k + micro]] for k in range(0, len(chunk), micro)]
-    loader = DataLoader(dataset, batch_sampler=batches, num_workers=data.num_workers, collate_fn=collate)
+    loader = DataLoader(
+        dataset, batch_sampler=batches, num_workers=data.num_workers, collate_fn=collate, worker_init_fn=become_worker
+    )
     for rows, batch in zip(batches, loader):
         moments = encode(batch["image"])
         mirrored = encode(batch["image"].flip(3)) if flips else None

@@ -14,7 +14,7 @@ from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.plugins import MixedPrecision, Precision
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy, Strategy
 
-from ldm_train.training.callbacks.checkpoint import AtomicCheckpointIO, Checkpoints
+from ldm_train.training.callbacks.checkpoint import LAST, AtomicCheckpointIO, Checkpoints, read_checkpoint, steps_done
 from ldm_train.training.callbacks.health import Health
 from ldm_train.training.callbacks.monitor import Monitor
 from ldm_train.training.loggers import MetricsCSV
@@ -29,6 +29,7 @@ for message in (
     ".*does not have many workers",
     ".*number of training batches",
     ".*isinstance\\(treespec, LeafSpec\\)",
+    ".*broadcast_buffers",
 ):
     warnings.filterwarnings("ignore", message)
 
@@ -115,9 +116,10 @@ def fit(
     REWINDS times. Afterwards the task holds the averaged weights where it averages. Raises Interrupted on a signal,
     NotFinite where going back did not help.
     """
-    last = folder / "checkpoints" / "last.ckpt"
-    if steps_done(last) < max_steps:
-        rows = MetricsCSV(folder / "metrics.csv", steps_done(last))
+    last = folder / "checkpoints" / LAST
+    start = steps_done(last)
+    if start < max_steps:
+        rows = MetricsCSV(folder / "metrics.csv", start)
         for logger in loggers:
             logger.logged = rows.cut  # a resumed training logs again what came after its checkpoint
         while True:
@@ -126,7 +128,6 @@ def fit(
             watching = [*callbacks, monitor, Health(folder, facts or {}), checkpoints]
             if cadence.progress:
                 watching.append(TQDMProgressBar(refresh_rate=max(1, cadence.log_every // 2)))
-            start = steps_done(last)
             trainer = L.Trainer(
                 accelerator="cpu" if machine.accelerator == "cpu" else "gpu",
                 strategy=machine.strategy(),
@@ -149,6 +150,8 @@ def fit(
                 enable_progress_bar=cadence.progress,
                 default_root_dir=folder,
             )
+            # Its SIGTERM handler would take the place of ours, and leave without saving.
+            trainer._signal_connector.register_signal_handlers = lambda: None
             try:
                 with checkpoints.signals():
                     trainer.fit(
@@ -160,17 +163,18 @@ def fit(
                 if (not start and not last.is_file()) or task.attempt >= REWINDS:
                     raise
                 task.attempt += 1
-                again = f"rewinding to step {steps_done(last)}, attempt {task.attempt} of {REWINDS}"
+                start = steps_done(last)
+                again = f"rewinding to step {start}, attempt {task.attempt} of {REWINDS}"
                 if machine.rank == 0:
                     print(f"\nhealth: {error}\n  {again}, with other random numbers", flush=True)
                     for logger in loggers:
                         logger.log_alert("not_finite", f"{error}; {again}")
-                rows = MetricsCSV(folder / "metrics.csv", steps_done(last))
+                rows = MetricsCSV(folder / "metrics.csv", start)
                 for logger in loggers:
                     logger.logged = {}  # other random numbers, other values: what can take nothing back shows both
     else:
         task.setup("fit")
-        state = torch.load(last, map_location="cpu", weights_only=True)
+        state = read_checkpoint(last)
         task.load_state_dict(state["state_dict"])
         task.on_load_checkpoint(state)
     task.to(machine.device)
@@ -178,9 +182,3 @@ def fit(
         with torch.no_grad():
             for name, parameter in task.ema.live.items():
                 parameter.copy_(task.ema.shadow[name])
-
-
-def steps_done(checkpoint: Path) -> int:
-    if not checkpoint.is_file():
-        return 0
-    return int(torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)["global_step"])

@@ -5,7 +5,6 @@ import hashlib
 import json
 import os
 import shutil
-import signal
 import time
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager, nullcontext
@@ -13,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ldm_train import interrupts
 from ldm_train.checkpoints.parts import read_record
 from ldm_train.data.shards import write_json
 
@@ -48,9 +48,7 @@ class Interrupted(Exception):
     """Training stopped on a signal after saving; the same command continues it."""
 
     def __init__(self, number: int, step: int):
-        super().__init__(
-            f"stopped by {signal.Signals(number).name} after step {step}; run the same command to continue"
-        )
+        super().__init__(interrupts.farewell(number, f"after step {step}"))
         self.number = number
 
 
@@ -233,6 +231,7 @@ def _make(stage: Stage, folder: Path, action: str, writer: bool) -> str:
     if writer:
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / NOTE, note)
+    interrupts.during(f"in the stage {stage.name}")
     result = stage.run(folder)
     if writer:
         write_json(folder / NOTE, note | {"finished": True, "steps": stage.steps, "result": result})

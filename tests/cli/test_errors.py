@@ -11,9 +11,9 @@ import pytest
 import yaml
 from PIL import Image
 
-from ldm_train.cli import prepare, train
+from ldm_train.cli import build, prepare, train
 from ldm_train.cli.common import TRACEBACK, config_folder, run_command, suggestions
-from ldm_train.data.prepare.build import build
+from ldm_train.data.prepare.build import build as build_shards
 from ldm_train.data.prepare.image_folder import ImageFolder
 
 ROOT = Path(__file__).parents[2]
@@ -98,6 +98,26 @@ def test_half_precision_on_a_cpu_is_refused(fails: Command):
     assert "precision=16-mixed needs a GPU; use precision=32 on a CPU" in fails(
         "train", "accelerator=cpu", "precision=16-mixed"
     )
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (("devices=9999",), "devices=9999, but 2 CPU cores are there; use devices=2"),
+        (("devices=2", "autoencoder.batch_size=3"), "batch_size 3 does not split over 2 devices"),
+        (("devices=2", "stages=[unet]"), "unknown stages ['unet']"),
+        (("devices=2", "restart=unet"), "unknown stages ['unet']"),
+        (("devices=2", "precision=16"), "precision is one of 32, bf16-mixed, 16-mixed, not 16"),
+        (("devices=2", "autoencoder.data.root=nowhere"), "data folder nowhere does not exist"),
+        (("devices=2", "data.image_size=30"), "data.image_size 30x30 is not divisible"),
+    ],
+)
+def test_with_several_devices_it_is_said_before_any_process_is_started(
+    fails: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: tuple[str, ...], sentence: str
+):
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    monkeypatch.setattr(build, "launch", lambda count, module: pytest.fail("processes were started"))
+    assert sentence in fails("train", *SMALL, "accelerator=cpu", f"data_dir={tmp_path}", *options)
 
 
 def test_a_sweep_over_several_devices_is_refused(fails: Command):
@@ -207,7 +227,7 @@ def test_conditions_that_the_data_lack_are_missed_before_training(fails: Command
     (tmp_path / "photos").mkdir()
     for i in range(30):
         Image.new("RGB", (32, 32), (8 * i, 0, 0)).save(tmp_path / "photos" / f"{i}.png")
-    build(ImageFolder(str(tmp_path / "photos"), val_fraction=0.2), tmp_path / "mine")
+    build_shards(ImageFolder(str(tmp_path / "photos"), val_fraction=0.2), tmp_path / "mine")
     options = ["experiment=cifar10_f4", f"data.root={tmp_path}/mine", "logger=csv", f"runs_dir={tmp_path}/runs"]
     message = fails("train", *options, "autoencoder.batch_size=4", "diffusion.batch_size=4")
     assert "not every sample has a class_label" in message

@@ -1,14 +1,18 @@
 """Two gloo processes: equal parameters after every step of both stages, disjoint samples, complete caches."""
 
 import os
+import re
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
 
 from ldm_train.data.shards import IndexedShards
+from ldm_train.training import stages
 
 ROOT = Path(__file__).parents[2]
 OVERRIDES = [
@@ -96,3 +100,85 @@ def test_two_ranks_agree_and_the_chain_runs_under_devices_2_and_torchrun(tmp_pat
         for n in ("torchrun", "devices")
     )
     assert all(torch.equal(a[k], b[k]) for k in a)  # two ways to start, one result
+
+
+def start(folder: Path, *overrides: str) -> subprocess.Popen:
+    command = [
+        sys.executable, str(ROOT / "train.py"), f"runs_dir={folder}", "name=run", f"data_dir={folder}/data",
+        f"trace={folder}/trace", *OVERRIDES, "autoencoder.max_steps=500", "autoencoder.checkpoint_every=50",
+        "autoencoder.val_every=50", "devices=2", *overrides,
+    ]  # fmt: skip
+    return subprocess.Popen(
+        command, cwd=folder, env=environment(folder, "run"), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def wait_for_training(process: subprocess.Popen, folder: Path) -> list[int]:
+    """The processes of the two ranks, once they train."""
+    trace = folder / "trace"
+    while not (trace.is_file() and len(trace.read_text().splitlines()) >= 6):
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.05)
+    return [int(p) for p in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
+
+
+def end_within(seconds: float, processes: list[int]) -> bool:
+    end = time.monotonic() + seconds
+    while any(_runs(p) for p in processes) and time.monotonic() < end:
+        time.sleep(0.05)
+    return not any(_runs(p) for p in processes)
+
+
+def _runs(process: int) -> bool:
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def descendants(process: int) -> list[int]:
+    own = [int(p) for p in Path(f"/proc/{process}/task/{process}/children").read_text().split()]
+    return own + [p for child in own for p in descendants(child)]
+
+
+@pytest.mark.chain
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="reads /proc")
+def test_ranks_and_loading_processes_end_with_their_command_and_sigterm_saves_on_all(tmp_path: Path):
+    process = start(tmp_path, "num_workers=1")
+    ranks = wait_for_training(process, tmp_path)
+    everyone = descendants(process.pid)
+    assert len(ranks) == 2
+    assert len(everyone) >= 4
+    process.kill()
+    assert end_within(3, everyone)
+    process.communicate()
+
+    (tmp_path / "trace").unlink()
+    process = start(tmp_path)  # the run is free
+    wait_for_training(process, tmp_path)
+    process.terminate()
+    output, errors = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM, errors
+    assert output.count("SIGTERM: saving at the next step") == 1
+    assert re.fullmatch(r"stopped by SIGTERM after step \d+; run the same command to continue", errors.strip())
+    saved = torch.load(tmp_path / "run/autoencoder/checkpoints/last.ckpt", weights_only=True)["global_step"]
+    assert f"after step {saved};" in errors
+
+
+@pytest.mark.chain
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="reads /proc")
+def test_a_rank_that_fails_says_so_once_and_last(tmp_path: Path):
+    (tmp_path / "run").mkdir()
+    with stages.run_lock(tmp_path / "run"):
+        process = start(tmp_path)
+        errors = process.communicate(timeout=120)[1]
+    assert process.returncode == 1
+    assert errors.strip().startswith("error: another process is working in")
+    assert len(errors.strip().splitlines()) == 1, errors
+
+    process = start(tmp_path)
+    os.kill(wait_for_training(process, tmp_path)[1], signal.SIGKILL)
+    errors = process.communicate(timeout=120)[1]
+    assert process.returncode == 128 + signal.SIGKILL
+    assert "error: the process of device 1 was ended by SIGKILL" in errors.strip().splitlines()[-1]
+    assert "Traceback" not in errors

@@ -12,6 +12,7 @@ from tqdm import tqdm
 from ldm_train.data.fields import check_fields
 from ldm_train.data.files import IMAGE_EXTENSIONS, open_image
 from ldm_train.data.shards import ENTRIES, INDEX, DataError, finished_shard, write_json, write_shard
+from ldm_train.interrupts import become_worker
 
 
 class Source(Protocol):
@@ -95,6 +96,7 @@ _held: list[Source] = []  # in a worker: its source, sent once and not with ever
 
 
 def _hold(source: Source) -> None:
+    become_worker()
     _held.append(source)
 
 

@@ -1,8 +1,11 @@
 """Checkpoints: last.ckpt every so many optimiser steps and on a signal, best.ckpt after a better validation."""
 
+import io
 import os
+import shutil
 import signal
 import time
+import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,18 +16,108 @@ import torch
 import torch.distributed as dist
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 
-from ldm_train.data.shards import write_atomically
+from ldm_train import interrupts
+from ldm_train.data.shards import DataError, write_atomically
 from ldm_train.training.stages import Interrupted
 from ldm_train.training.task import NotFinite, Task
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+LAST, PREVIOUS = "last.ckpt", "last-previous.ckpt"
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Checkpoints appear under their final name only when complete, also when the disk fills up or power fails."""
+    """Checkpoints appear under their final name only when complete, also when the disk fills up or power fails. The
+    last.ckpt of before stays as last-previous.ckpt."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
-        write_atomically(path, lambda file: torch.save(checkpoint, file))
+        def write(file: io.BufferedWriter) -> None:
+            remembering = _Remembering(file)
+            try:
+                torch.save(checkpoint, remembering)
+                file.flush()
+            except RuntimeError as error:  # torch's own, in the place of what the disk said
+                raise (remembering.error or error) from None
+            if Path(path).name == LAST and Path(path).is_file():
+                _keep(Path(path))
+
+        write_atomically(path, write)
+
+    def load_checkpoint(self, path: str | Path, map_location: Any = None, weights_only: bool | None = None) -> dict:
+        return read_checkpoint(path)
+
+
+class _Remembering:
+    """A file that knows what the disk said when it took no more."""
+
+    def __init__(self, file: io.BufferedWriter):
+        self.file, self.error = file, None
+
+    def write(self, data: bytes) -> int:
+        try:
+            return self.file.write(data)
+        except OSError as error:
+            self.error = self.error or error
+            raise
+
+    def flush(self) -> None:
+        self.file.flush()
+
+
+def _keep(path: Path) -> None:
+    partial = path.with_name(f".{path.name}.previous.{os.getpid()}.partial")
+    try:
+        os.link(path, partial)
+    except OSError:  # not every file system has links
+        shutil.copyfile(path, partial)
+    os.replace(partial, path.with_name(PREVIOUS))
+    partial.unlink(missing_ok=True)  # where both were one file, replacing does nothing
+
+
+def _read(path: Path, mmap: bool) -> dict[str, Any]:
+    """torch.save writes a zip archive with a CRC-32 of every part; torch.load does not look at them."""
+    with zipfile.ZipFile(path) as archive:
+        if (part := archive.testzip()) is not None:
+            raise zipfile.BadZipFile(f"the checksum of {part} differs")
+    state = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+    if not isinstance(state, dict) or not isinstance(state.get("global_step"), int) or "state_dict" not in state:
+        raise ValueError("it holds no training state")
+    return state
+
+
+def read_checkpoint(path: str | Path, mmap: bool = False) -> dict[str, Any]:
+    """What was saved, on the CPU; no code is run from it. mmap: tensors are read when they are used.
+
+    Raises DataError, with the file and the choices, where it is damaged or no checkpoint.
+    """
+    path = Path(path)
+    try:
+        return _read(path, mmap)
+    except (OSError, MemoryError):
+        raise
+    except Exception as error:  # damage makes zipfile and torch raise whatever comes first
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise DataError(f"{path} is damaged or no checkpoint ({reason}); {_choices(path)}") from error
+
+
+def _choices(path: Path) -> str:
+    if path.name != LAST:
+        return "weights=last takes the finished model instead"
+    anew = f"restart={path.parent.parent.name} begins the stage anew"
+    previous = path.with_name(PREVIOUS)
+    try:
+        step = _read(previous, mmap=True)["global_step"]
+    except Exception:  # not there, or damaged too
+        return f"there is none before it that could be used; {anew}"
+    return f"continue from the one before it, of step {step}: mv {previous} {path}, then run the same command ({anew})"
+
+
+def steps_done(last: Path) -> int:
+    """Optimiser steps behind last.ckpt, 0 where training has not begun. Raises DataError as `read_checkpoint`, and where
+    it is missing though it was there."""
+    if last.is_file():
+        return read_checkpoint(last, mmap=True)["global_step"]
+    if last.with_name(PREVIOUS).is_file():
+        raise DataError(f"{last} is missing; {_choices(last)}")
+    return 0
 
 
 class Checkpoints(L.Callback):
@@ -32,14 +125,17 @@ class Checkpoints(L.Callback):
     when validation's `monitor` (lower is better) improves; None leaves that to those who `offer` values.
 
     Where a validation is due at the same step, last.ckpt waits for it: a run that is killed in between repeats the
-    steps and the validation. Signals only set a flag. All ranks agree on it at the next optimiser step, save, and raise
-    Interrupted; a second signal leaves at once. Raises NotFinite rather than save weights that are no numbers.
+    steps and the validation. From the first step on signals only set a flag. All ranks agree on it at the next optimiser
+    step, save, and raise Interrupted; a second signal leaves at once. Raises NotFinite rather than save weights that are
+    no numbers.
     """
 
     def __init__(self, folder: str | Path, every: int, monitor: str | None):
         self.folder, self.every, self.monitor, self.by = Path(folder), every, monitor, monitor
         self._usual = monitor
-        self.best, self._signal, self._signal_time, self._step = float("inf"), 0, 0.0, 0
+        self.best = float("inf")
+        self._training, self._signal, self._signal_time = False, 0, 0.0
+        self._step = self._saved = 0  # the last step, and that of last.ckpt
 
     def state_dict(self) -> dict[str, Any]:
         return {"best": self.best, "by": self.by}
@@ -50,34 +146,32 @@ class Checkpoints(L.Callback):
 
     @contextmanager
     def signals(self) -> Iterator[None]:
-        """Around Trainer.fit: puts the handlers of before back, and raises Interrupted for a signal that came after the
-        last step."""
-        before = {number: signal.getsignal(number) for number in SIGNALS}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+        """Around Trainer.fit. Raises Interrupted for a signal that came after the last step, and where what followed it
+        kept the step from being finished (other ranks or loading processes that it ended)."""
+        with interrupts.handled(), interrupts.answered_by(self._on_signal):
+            try:
+                yield
+            except RuntimeError as error:
+                if not self._signal:
+                    raise
+                raise Interrupted(self._signal, self._saved) from error
         if self._signal:
             raise Interrupted(self._signal, self._step)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        # Here, because Lightning installs its own after `setup`, and its SIGTERM handler leaves without saving.
-        for number in SIGNALS:
-            signal.signal(number, self._on_signal)
+        self._training, self._step, self._saved = True, trainer.global_step, trainer.global_step
 
-    def _on_signal(self, number: int, frame: Any) -> None:
-        if (
-            self._signal and time.monotonic() - self._signal_time > 2
-        ):  # torchrun passes on what the terminal sent already
-            os._exit(128 + number)
+    def _on_signal(self, number: int) -> None:
+        if not self._training:  # nothing to save yet
+            interrupts.leave(number)
         if self._signal:
+            if time.monotonic() - self._signal_time > 2:  # a launcher passes on what the terminal sent already
+                interrupts.leave(number)
             return
         self._signal, self._signal_time = number, time.monotonic()
-        print(
-            f"\n{signal.Signals(number).name}: saving at the next step, then leaving (once more: leave at once)",
-            flush=True,
-        )
+        if os.environ.get("RANK", "0") == "0":
+            said = "saving at the next step, then leaving (once more: leave at once)"
+            os.write(1, f"\n{signal.Signals(number).name}: {said}\n".encode())  # print may be what was interrupted
 
     def _agreed_signal(self, trainer: L.Trainer) -> int:
         if trainer.world_size == 1:
@@ -117,4 +211,5 @@ class Checkpoints(L.Callback):
     def _save_last(self, trainer: L.Trainer, pl_module: Task) -> None:
         if not all(p.isfinite().all() for p in pl_module.trained().parameters()):
             raise NotFinite(pl_module.stage, "weights are", trainer.global_step)
-        trainer.save_checkpoint(self.folder / "last.ckpt", weights_only=False)
+        trainer.save_checkpoint(self.folder / LAST, weights_only=False)
+        self._saved = trainer.global_step
