@@ -42,6 +42,8 @@ from ldm_train.training.loggers import TensorBoardLogger, WandbRun
 from ldm_train.training.obedience import judged_fields
 from ldm_train.training.restoration import FIELDS as RESTORED
 
+SHOWN = 36  # samples that an evaluation without metrics draws, to be looked at
+
 
 class Chain:
     """One run: its folder, its config, and the stages as functions of both.
@@ -87,7 +89,7 @@ class Chain:
             **self.optimisation("autoencoder"),
             image_folder=folder / "images",
             disc_lr=section.disc_lr,
-            features=instantiate(config.evaluation.extractors.tiny),
+            features=instantiate(config.evaluation.extractors.tiny) if config.evaluation.metrics else None,
         )
         if section.compile:  # in place; the last convolution stays eager, its gradient is taken by hand
             network.encoder.compile()
@@ -298,7 +300,7 @@ class Chain:
         whole = self.data("diffusion", ("image", *self.fields))
         whole.batching = build.Batching(config.evaluation.batch_size)
         result = evaluate(
-            model, data.fixed_loader(split, count), self.conditions(data, count), self.draw(),
+            model, data.fixed_loader(split, count), self.conditions(data, count if tools.metrics else SHOWN), self.draw(),
             tools.reference(data, config.runs_dir, show), tools.metrics, tools.extractors, tools.paired, tools.networks, folder,
             sampling_facts(config), config.evaluation.batch_size, config.evaluation.predictors,
             build.plain(config.evaluation.obedience) | {"fields": judged}
@@ -348,7 +350,7 @@ class Chain:
         if writer:
             self.effort = print_plan(self, chain)
         if counts := self.sample_counts():  # what cannot be measured ends the run before it begins
-            self.instruments.check(self.fields, counts, config.data.image_size)
+            self.instruments.check(self.fields, counts, config.data.image_size, config.data.channels)
             build.check_best_by(config)
         defaults = build.option_defaults(config)
         if chain:

@@ -1,6 +1,7 @@
 """What a run is measured with: metrics, extractors and reference, from the config's `evaluation` section."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,8 @@ from ldm_train.cli import build
 from ldm_train.data.datamodule import ShardDataModule
 from ldm_train.data.shards import data_hash
 from ldm_train.distributed import gathered, rank
-from ldm_train.metrics.features import weights_hash
+from ldm_train.images import groups_in_words, has_colours
+from ldm_train.metrics.features import Extractor, weights_hash
 from ldm_train.metrics.measures import FROM_MOMENTS, parse_metrics, read_reference
 from ldm_train.metrics.paired import MS_SSIM_SIDE
 from ldm_train.metrics.sets import GROUPS
@@ -39,8 +41,6 @@ class Instruments:
             raise ValueError(
                 f"evaluation.extractors.{unknown[0]} has no _target_: the class or function that makes images features"
             )
-        if not section.metrics:
-            raise ValueError("metrics=[] measures nothing; for example metrics=[fid_tiny]")
         self.metrics = parse_metrics(list(section.metrics), list(section.extractors))
         self.device, self.section = device, section
         needed = {m.extractor for m in self.metrics}
@@ -70,9 +70,28 @@ class Instruments:
     def hashes(self) -> dict[str, str]:
         return {name: weights_hash(e)[:12] for name, e in self.extractors.items()}
 
-    def check(self, fields: Sequence[str], counts: Sequence[int], size: Any) -> None:
+    def seen(self, channels: int) -> dict[str, str]:
+        """How this package's extractors, which know three channels, see pictures of so many; none for grey and RGB."""
+        ours = [name for name, extractor in self.extractors.items() if isinstance(extractor, Extractor)]
+        return {} if has_colours(channels) else dict.fromkeys(ours, groups_in_words(channels))
+
+    @torch.no_grad()
+    def _try(self, name: str, shape: tuple[int, ...]) -> None:
+        """Raises ValueError where an extractor of the user's own makes no features of pictures (C, H, W)."""
+        try:
+            features = self.extractors[name](torch.zeros(2, *shape, device=self.device))
+        except Exception as error:  # it may raise whatever it likes
+            raise ValueError(
+                f"evaluation.extractors.{name} does not take pictures of {shape[0]} channels, {shape[1]}x{shape[2]}: {error}"
+            ) from error
+        if features.ndim != 2 or len(features) != 2:
+            raise ValueError(
+                f"evaluation.extractors.{name} makes {tuple(features.shape)} of two pictures, not features (2, D)"
+            )
+
+    def check(self, fields: Sequence[str], counts: Sequence[int], size: Any, channels: int) -> None:
         """Raises ValueError where a metric cannot be measured: of a model with these condition fields, with so many
-        samples, on images of this size; before anything is drawn."""
+        samples, on images of this size and number of channels; before anything is drawn."""
         source = str(self.section.reference)
         moments_only = source.endswith(".npz") and Path(source).is_file() and not len(read_reference(source).kept()[0])
         for metric in self.metrics:
@@ -87,7 +106,10 @@ class Instruments:
                 raise ValueError(f"{metric.name} needs at least {6 * GROUPS} samples, not {min(counts)}")
             if moments_only and metric.kind not in FROM_MOMENTS:
                 raise ValueError(f"{metric.name} needs features, and {source} holds mu and sigma only")
-        sides = [size] if isinstance(size, int) else list(size)
+        sides = [size, size] if isinstance(size, int) else list(size)
+        for name, extractor in self.extractors.items():
+            if not isinstance(extractor, Extractor):
+                self._try(name, (channels, *sides))
         if "ms_ssim" in self.paired and min(sides) < MS_SSIM_SIDE:
             raise ValueError(
                 f"ms_ssim needs sides of at least {MS_SSIM_SIDE} pixels, not {min(sides)}; leave it out of paired"
@@ -108,16 +130,17 @@ class Instruments:
         """evaluation.reference: a .npz file, or a split of the data (its first evaluation.reference_images)."""
         source, limit = str(self.section.reference), self.section.reference_images
         if source.endswith(".npz"):
-            return reference_from(source, self.metrics)
+            return replace(reference_from(source, self.metrics), seen=self.seen(data.channels))
         if source not in data.index["splits"]:
             raise ValueError(
                 f"evaluation.reference={source} is no .npz file and no split of {data.root}, which has "
                 f"{', '.join(data.index['splits'])}"
             )
-        return collect_reference(
+        collected = collect_reference(
             lambda: data.fixed_loader(source, limit, ("image",)), self.metrics, self.extractors,
             self.facts(data, source, limit), Path(runs_dir) / CACHE, self.device, progress,
         )  # fmt: skip
+        return replace(collected, seen=self.seen(data.channels))
 
 
 def sampling_facts(config: DictConfig) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from ldm_train.checkpoints.parts import plain_values, read_record
 from ldm_train.cli.common import config_folder, literal
 from ldm_train.cli.files import as_list
 from ldm_train.cli.inputs import Request
-from ldm_train.data.shards import file_sha256, write_json
+from ldm_train.data.shards import file_sha256, write_atomically, write_json
 from ldm_train.training.stages import Refused, differences
 
 RECIPE = "recipe.json"
@@ -149,11 +149,15 @@ def _nearby(model: str, recipe: Path, runs_dir: str) -> bool:
 class Job:
     """The folder of one job. Pictures appear under their final name when complete, recipe.json first and last.
 
+    channels: of the pictures. Of others than grey and RGB the PNG shows false colours and carries the recipe; what was drawn
+    is the .npy beside it, (H, W, C) float32 in [-1, 1], written first.
     Raises Refused where the folder holds pictures of another recipe, naming what differs.
     """
 
-    def __init__(self, folder: Path, recipe: dict[str, Any], wanted: Sequence[Request], overwrite: bool):
-        self.folder, self.recipe, self.wanted = folder, recipe, list(wanted)
+    def __init__(
+        self, folder: Path, recipe: dict[str, Any], wanted: Sequence[Request], overwrite: bool, channels: int = 3
+    ):
+        self.folder, self.recipe, self.wanted, self.channels = folder, recipe, list(wanted), channels
         self.digests: dict[str, str] = {}
         before = self._before()
         if before is not None and not any((folder / e["file"]).is_file() for e in before["images"]):
@@ -207,10 +211,16 @@ class Job:
                     return None
                 with Image.open(path) as image:
                     array = np.atleast_3d(np.array(image))
-            except (OSError, KeyError, AttributeError, ValueError, SyntaxError):
+                made = pictures.from_uint8(torch.from_numpy(array).permute(2, 0, 1))
+                if not pictures.has_colours(self.channels):
+                    shown, array = array, np.load(path.with_suffix(".npy"), allow_pickle=False)
+                    made = torch.from_numpy(array).permute(2, 0, 1)
+                    if len(made) != self.channels or not np.array_equal(np.array(pictures.to_pil(made)), shown):
+                        return None
+            except (OSError, EOFError, KeyError, AttributeError, RuntimeError, TypeError, ValueError, SyntaxError):
                 return None
             self.digests[request.name] = hashlib.sha256(array.tobytes()).hexdigest()
-            found.append(pictures.from_uint8(torch.from_numpy(array).permute(2, 0, 1)))
+            found.append(made)
         return torch.stack(found)
 
     def save(self, part: Sequence[Request], images: torch.Tensor) -> None:
@@ -219,14 +229,19 @@ class Job:
             self._write(finished=False)
         for request, image in zip(part, images):
             picture, path = pictures.to_pil(image), self.folder / request.name
+            content = picture.tobytes()
             try:
+                if not pictures.has_colours(self.channels):
+                    array = image.permute(1, 2, 0).contiguous().numpy()
+                    content = array.tobytes()
+                    write_atomically(path.with_suffix(".npy"), lambda file, array=array: np.save(file, array))
                 pictures.save_png(picture, path, self._metadata(request))
             except OSError as error:
                 raise OSError(
                     f"cannot write {path}: {error.strerror or error}; the pictures before it are complete, make room and give "
                     "the same command again to continue"
                 ) from error
-            self.digests[request.name] = hashlib.sha256(picture.tobytes()).hexdigest()
+            self.digests[request.name] = hashlib.sha256(content).hexdigest()
 
     def close(self, grid: Image.Image) -> Path:
         """Writes the grid and the finished recipe; returns the grid's path."""

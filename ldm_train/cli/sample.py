@@ -331,7 +331,8 @@ def sample(config: DictConfig) -> list[Path]:
         raise ValueError(f"the {changed[0].removesuffix('_sha256')} does not hold the weights that drew this recipe")
     if recipe_before and recipe["machine"] != recipe_before["machine"]:
         print(f"drawn on {recipe_before['machine']}, here is {recipe['machine']}: pixels may differ slightly")
-    job = Job(folder_of(config, source, recipe), recipe, wanted, config.overwrite)
+    channels = model.first_stage.autoencoder.in_channels
+    job = Job(folder_of(config, source, recipe), recipe, wanted, config.overwrite, channels)
     drawing = Drawing(
         model, task, config, options, guides, tiles,
         partial(torch.autocast, device, dtype, enabled=str(config.precision) != "32"),
@@ -381,6 +382,11 @@ def run_job(job: Job, drawing: Drawing, only: int | None, recipe_before: dict[st
         print(f"{continued} pictures were there already")
     rate = f", {drawn / (time.perf_counter() - begin):.2f} images/s" if drawn else ""
     print(f"{len(job.digests)} pictures in {job.folder}{rate}; all of them: {grid}")
+    if not pictures.has_colours(job.channels):
+        print(
+            f"their {job.channels} channels are in the .npy files, (H, W, {job.channels}) in [-1, 1]; the PNGs show false "
+            "colours, the first channel red, the last blue"
+        )
     if recipe_before and (agreement := job.agreement(recipe_before)):
         print(agreement)
     return [job.folder / r.name for r in job.wanted if r.name in job.digests]

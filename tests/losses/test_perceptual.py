@@ -83,7 +83,9 @@ def test_identical_images_have_a_finite_gradient(network: str, request: pytest.F
 
 
 @pytest.mark.parametrize("network", ["tiny", "lpips"])
-def test_one_channel_is_repeated_and_five_are_the_mean_of_two_groups(network: str, request: pytest.FixtureRequest) -> None:
+def test_one_channel_is_repeated_and_five_are_the_mean_of_two_groups(
+    network: str, request: pytest.FixtureRequest
+) -> None:
     distance = TinyPerceptual() if network == "tiny" else request.getfixturevalue("lpips")
     images, targets = pair(channels=1)
     grey = distance(images, targets)
