@@ -318,6 +318,7 @@ def format_metrics(found: Mapping[str, Any]) -> str:
                 if "reference" in entry
                 else ""
             )
+            against += f", {entry['channels']}" if "channels" in entry else ""
             value = float("inf") if entry["value"] is None else entry["value"]
             lines.append(f"  {name:<22}{value:12.4g}  {interval:<24} n {entry['n']}{against}")
     return "\n".join(lines)

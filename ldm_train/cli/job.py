@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 import torch
 import yaml
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from PIL import Image
 
@@ -19,6 +21,7 @@ from ldm_train.cli.common import config_folder, literal
 from ldm_train.cli.files import as_list
 from ldm_train.cli.inputs import Request
 from ldm_train.data.shards import file_sha256, write_atomically, write_json
+from ldm_train.rng import derive_seed
 from ldm_train.training.stages import Refused, differences
 
 RECIPE = "recipe.json"
@@ -146,6 +149,15 @@ def _nearby(model: str, recipe: Path, runs_dir: str) -> bool:
     return own in recipe.resolve().parents or folder.is_relative_to(Path(runs_dir).resolve())
 
 
+def folder_of(config: DictConfig, source: Path, recipe: dict[str, Any]) -> Path:
+    """out=..., below it one folder per job of a sweep; by default <run>/samples/<task>-<what it follows from>."""
+    sweeping = HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
+    name = f"{recipe['task']}-{derive_seed(repr({k: v for k, v in recipe.items() if k != 'machine'})) % 16**8:08x}"
+    if config.out:
+        return Path(config.out) / name if sweeping else Path(config.out)
+    return (source.parent if source.name == "export" else source) / "samples" / name
+
+
 class Job:
     """The folder of one job. Pictures appear under their final name when complete, recipe.json first and last.
 
@@ -248,6 +260,16 @@ class Job:
         path = pictures.save_png(grid, self.folder / "grid.png", self.recipe)
         self._write(finished=True)
         return path
+
+    @property
+    def colours(self) -> str:
+        """What is to be said of pictures that are neither grey nor RGB, else nothing."""
+        if pictures.has_colours(self.channels):
+            return ""
+        return (
+            f"\ntheir {self.channels} channels are in the .npy files, (H, W, {self.channels}) in [-1, 1]; the PNGs show false "
+            "colours, the first channel red, the last blue"
+        )
 
     def agreement(self, recipe: dict[str, Any]) -> str:
         """How many pictures of a replay equal the recipe's own, in words."""

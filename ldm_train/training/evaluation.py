@@ -172,7 +172,7 @@ def evaluate(
         found["restoration"] = table | settings
         pictures.save_png(pictures.grid(rows.flatten(0, 1), columns=rows.shape[1]), folder / "restorations.png")
         print(format_restoration(table))
-    pictures.save_png(pictures.grid(shown, columns=8), folder / "reconstructions.png")
+    pictures.save_png(pictures.grid(shown, columns=len(shown) // 2), folder / "reconstructions.png")
     pictures.save_png(pictures.grid(drawn, columns=6, captions=texts if any(texts) else None), folder / "samples.png")
     write_json(folder / "metrics.json", found)
     return found
