@@ -1,4 +1,5 @@
-"""Pictures in and out: uint8 <-> [-1, 1], captioned grids, PNG files with metadata."""
+"""Pictures in and out: uint8 <-> [-1, 1], any number of channels for eyes and networks, captioned grids, PNG files with
+metadata."""
 
 import json
 import os
@@ -20,10 +21,51 @@ def from_uint8(images: torch.Tensor) -> torch.Tensor:
     return images.float() / 127.5 - 1
 
 
+def has_colours(channels: int) -> bool:
+    """Whether pictures of so many channels are grey or RGB, and so what a viewer and a network of RGB take."""
+    return channels in (1, 3)
+
+
+def channel_groups(channels: int) -> list[list[int]]:
+    """Triples of neighbouring channels for networks that see three. Together they hold every channel: the last triple goes
+    back where it would not be full (5: 0 1 2, 2 3 4), one channel is repeated, and of two the second."""
+    if channels < 3:
+        return [[0, channels - 1, channels - 1]]
+    return [[k, k + 1, k + 2] for k in (*range(0, channels - 3, 3), channels - 3)]
+
+
+def in_threes(images: torch.Tensor) -> torch.Tensor:
+    """(B, C, H, W) -> (B * groups, 3, H, W), the groups of a picture one after the other; RGB stays as it is."""
+    groups = channel_groups(images.shape[1])
+    if images.shape[1] == 1:
+        return images.expand(-1, 3, -1, -1)
+    return images if images.shape[1] == 3 else images[:, groups].flatten(0, 1)
+
+
+def mean_over_groups(values: torch.Tensor, channels: int) -> torch.Tensor:
+    """What a network made of `in_threes`, (B * groups, ...) -> (B, ...)."""
+    groups = len(channel_groups(channels))
+    return values if groups == 1 else values.unflatten(0, (-1, groups)).mean(dim=1)
+
+
+def groups_in_words(channels: int) -> str:
+    """How networks of three channels see pictures of so many; channels count from 1, as people do."""
+    return "mean over channels " + ", ".join(f"{a + 1}-{b + 1}" for a, _, b in channel_groups(channels))
+
+
+def false_colours(image: torch.Tensor) -> torch.Tensor:
+    """(C, H, W) -> (3, H, W) by fixed weights: the channels stand in a row from red over green to blue, each between the two
+    colours it lies between. The first is red, the last blue, equal channels are grey; RGB would stay itself."""
+    place = torch.linspace(0, 2, len(image))
+    weights = (1 - (place - torch.arange(3.0)[:, None]).abs()).clamp(min=0)  # (3, C)
+    weights = torch.where(weights.sum(dim=1, keepdim=True) > 0, weights, 1.0)  # nothing of two channels lies at green
+    weights = weights / weights.sum(dim=1, keepdim=True)
+    return torch.einsum("kc,chw->khw", weights, image.detach().float().cpu().clamp(-1, 1))
+
+
 def to_pil(image: torch.Tensor) -> Image.Image:
-    """(C, H, W) in [-1, 1] -> PIL; C = 1 grey, 3 RGB, anything else shows its first three (or first) channels."""
-    array = to_uint8(image)
-    array = array[:3] if array.shape[0] >= 3 else array[:1]
+    """(C, H, W) in [-1, 1] -> PIL; C = 1 grey, 3 RGB, anything else in `false_colours`."""
+    array = to_uint8(image if has_colours(len(image)) else false_colours(image))
     return Image.fromarray(array.permute(1, 2, 0).squeeze(-1).numpy())
 
 

@@ -7,7 +7,18 @@ import pytest
 import torch
 from PIL import Image
 
-from ldm_train.images import from_uint8, grid, read_recipe, save_png, to_pil, to_uint8
+from ldm_train.images import (
+    channel_groups,
+    false_colours,
+    from_uint8,
+    grid,
+    in_threes,
+    mean_over_groups,
+    read_recipe,
+    save_png,
+    to_pil,
+    to_uint8,
+)
 
 
 def test_every_byte_survives_the_round_trip() -> None:
@@ -24,13 +35,47 @@ def test_values_outside_the_range_are_clamped_and_others_rounded() -> None:
     assert to_uint8(values).flatten().tolist() == [0, 255, 0, 1]
 
 
-@pytest.mark.parametrize(("channels", "mode"), [(1, "L"), (2, "L"), (3, "RGB"), (5, "RGB")])
+@pytest.mark.parametrize(("channels", "mode"), [(1, "L"), (2, "RGB"), (3, "RGB"), (4, "RGB"), (5, "RGB"), (13, "RGB")])
 def test_any_number_of_channels_can_be_shown(channels: int, mode: str) -> None:
     image = torch.rand(channels, 6, 9) * 2 - 1
     shown = to_pil(image)
     assert (shown.mode, shown.size) == (mode, (9, 6))
-    first = np.asarray(shown)[..., 0] if mode == "RGB" else np.asarray(shown)
-    assert (first == to_uint8(image[0]).numpy()).all()
+    if channels in (1, 3):
+        assert (np.atleast_3d(np.asarray(shown)) == to_uint8(image).permute(1, 2, 0).numpy()).all()
+
+
+@pytest.mark.parametrize("channels", [1, 2, 3, 4, 5, 8, 31])
+def test_false_colours_show_every_channel_at_its_place(channels: int) -> None:
+    grey = false_colours(torch.full((channels, 2, 2), 0.5))
+    torch.testing.assert_close(grey, torch.full((3, 2, 2), 0.5))
+    dark = false_colours(torch.full((channels, 1, 1), -1.0)).flatten()
+    weight = torch.stack(  # (C, 3): what each channel alone adds
+        [
+            false_colours(torch.where(torch.arange(channels)[:, None, None] == k, 1.0, -1.0)).flatten() - dark
+            for k in range(channels)
+        ]
+    )
+    assert (weight.sum(dim=1) > 0.01).all()
+    assert (weight >= 0).all()
+    if channels > 1:
+        assert weight[0].argmax() == 0
+        assert weight[-1].argmax() == 2
+        assert (weight - weight.flip(0, 1)).abs().max() < 1e-5  # the same read from either end
+    rgb = torch.rand(3, 4, 5) * 2 - 1
+    torch.testing.assert_close(false_colours(rgb), rgb)
+
+
+@pytest.mark.parametrize("channels", range(1, 14))
+def test_groups_of_three_hold_every_channel_in_order(channels: int) -> None:
+    groups = channel_groups(channels)
+    assert len(groups) == -(-channels // 3)
+    assert sorted({c for group in groups for c in group}) == list(range(channels))
+    assert all(group == sorted(group) and len(group) == 3 for group in groups)
+    images = torch.arange(channels).float().view(1, -1, 1, 1) + 100 * torch.arange(2).view(-1, 1, 1, 1)
+    seen = in_threes(images)
+    assert seen.flatten(1).tolist() == [[c + 100.0 * i for c in group] for i in range(2) for group in groups]
+    expected = torch.tensor(groups).float().mean() + torch.tensor([0.0, 100.0])
+    torch.testing.assert_close(mean_over_groups(seen.mean(dim=(1, 2, 3)), channels), expected)
 
 
 def test_a_grid_shows_each_image_at_its_place_enlarged_by_whole_pixels() -> None:

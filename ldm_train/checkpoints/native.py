@@ -1,6 +1,7 @@
 """The native model folder: config.yaml (an instantiable tree), model.safetensors, metadata.json."""
 
 import hashlib
+import math
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -88,7 +89,8 @@ def recorded_sampling(folder: str | Path) -> dict[str, Any]:
     """The sampling options in a model folder's metadata, plain values. Raises ValueError for other types than theirs."""
     sampling = model_metadata(Path(folder)).get("sampling") or {}
     for name, value in sampling.items():
-        if name not in SAMPLING or isinstance(value, bool) or not isinstance(value, SAMPLING[name]):
+        known = name in SAMPLING and isinstance(value, SAMPLING[name]) and not isinstance(value, bool)
+        if not known or (isinstance(value, float) and not math.isfinite(value)):
             raise ValueError(
                 f"{folder} records the sampling option {name}={value!r}, which is none; say {name}= yourself"
             )

@@ -45,7 +45,7 @@ except ImportError:  # PyYAML without libyaml
 
 
 def plain_values(tree: Any, where: str | Path) -> Any:
-    """A copy of a tree that is nothing but dictionaries, lists, texts, finite numbers, booleans and nulls.
+    """A copy of a tree that is nothing but dictionaries, lists, texts, numbers, booleans and nulls.
 
     Raises ValueError, naming `where`, for anything else and for trees that are too deep or, unfolded, too large.
     """
@@ -62,9 +62,7 @@ def plain_values(tree: Any, where: str | Path) -> Any:
             return {k: copied(v, depth + 1) for k, v in value.items()}
         if isinstance(value, list):
             return [copied(v, depth + 1) for v in value]
-        if value is None or isinstance(value, str | bool | int):
-            return value
-        if isinstance(value, float) and math.isfinite(value):
+        if value is None or isinstance(value, str | bool | int | float):
             return value
         raise ValueError(f"{where} holds {value!r}, which is no plain value")
 
@@ -156,7 +154,7 @@ def build(tree: Any, where: str | Path, trust: Sequence[str] = (), places: Seque
     """
     if isinstance(tree, list):
         return [build(v, where, trust, places) for v in tree]
-    if isinstance(tree, int) and not isinstance(tree, bool) and abs(tree) > LARGEST_NUMBER:
+    if isinstance(tree, int | float) and not isinstance(tree, bool) and not abs(tree) <= LARGEST_NUMBER:
         raise ValueError(f"{where} holds the number {tree}; no option of a model is that large")
     if not isinstance(tree, dict):
         return tree

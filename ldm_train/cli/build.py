@@ -141,8 +141,12 @@ def cadence_of(section: DictConfig, machine: Machine, config: DictConfig) -> Cad
 
 
 def check_best_by(config: DictConfig) -> None:
-    """Raises ValueError for a diffusion.best_by that will not be measured."""
+    """Raises ValueError for a diffusion.best_by that will not be measured, and where evaluate_every measures nothing."""
     by, measured = config.diffusion.best_by, list(config.evaluation.metrics)
+    if config.diffusion.evaluate_every and not measured:
+        raise ValueError(
+            "diffusion.evaluate_every measures evaluation.metrics, and there are none; leave one of them out"
+        )
     if by in (None, "loss"):
         return
     if not config.diffusion.evaluate_every:

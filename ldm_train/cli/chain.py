@@ -46,6 +46,8 @@ from ldm_train.training.obedience import judged_fields
 from ldm_train.training.restoration import FIELDS as RESTORED
 from ldm_train.training.stages import Stage
 
+SHOWN = 36  # samples that an evaluation without metrics draws, to be looked at
+
 
 class Chain:
     """One run: its folder, its config, and the stages as functions of both.
@@ -91,7 +93,7 @@ class Chain:
             **self.optimisation("autoencoder"),
             image_folder=folder / "images",
             disc_lr=section.disc_lr,
-            features=instantiate(config.evaluation.extractors.tiny),
+            features=instantiate(config.evaluation.extractors.tiny) if config.evaluation.metrics else None,
         )
         if section.compile:  # in place; the last convolution stays eager, its gradient is taken by hand
             network.encoder.compile()
@@ -301,7 +303,7 @@ class Chain:
         whole = self.data("diffusion", ("image", *self.fields))
         whole.batching = build.Batching(config.evaluation.batch_size)
         result = evaluate(
-            model, data.fixed_loader(split, count), self.conditions(data, count), self.draw(),
+            model, data.fixed_loader(split, count), self.conditions(data, count if tools.metrics else SHOWN), self.draw(),
             tools.reference(data, config.runs_dir, show), tools.metrics, tools.extractors, tools.paired, tools.networks, folder,
             sampling_facts(config), config.evaluation.batch_size, config.evaluation.predictors,
             build.plain(config.evaluation.obedience) | {"fields": judged}

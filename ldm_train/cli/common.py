@@ -133,6 +133,12 @@ def quoted(argument: str, free: Sequence[str]) -> str:
     return f'{option}="' + value.replace("\\", "\\\\").replace('"', '\\"').replace("${", "\\${") + '"'
 
 
+def without(argument: str) -> str:
+    """`group=null`, which Hydra does not take, as `group=none` where the group has such an option."""
+    group, _, value = argument.partition("=")
+    return f"{group}=none" if value == "null" and (config_folder() / group / "none.yaml").is_file() else argument
+
+
 def _raise_file_limit() -> None:
     """Every shard in use keeps a file open, and the usual soft limit is 1,024."""
     with suppress(ImportError, ValueError, OSError):
@@ -148,6 +154,7 @@ def run_command(function: Callable[[DictConfig], Any], config_name: str) -> None
     """Composes conf/<config_name>.yaml with the command line and calls `function`; exits with 1 and one readable
     message where the user has to act, with 128 + signal and one line after an interruption."""
     _raise_file_limit()
+    sys.argv[1:] = [without(a) for a in sys.argv[1:]]
     os.environ[ARGUMENTS] = json.dumps(sys.argv[1:])
     # Hydra shall raise, not print. What the user wanted is kept apart, also for the processes that torchrun starts.
     wants_traceback = os.environ.setdefault(TRACEBACK, os.environ.get("HYDRA_FULL_ERROR", "0")) == "1"

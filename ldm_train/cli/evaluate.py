@@ -4,6 +4,7 @@ import hashlib
 import json
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,9 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from tqdm import tqdm
 
-from ldm_train.checkpoints.native import find_model, load_latent_diffusion, load_model, read_metadata
-from ldm_train.checkpoints.parts import read_record, targets
+from ldm_train.checkpoints.native import CONFIG, find_model, load_latent_diffusion, load_model, read_metadata
+from ldm_train.checkpoints.parts import build as build_part
+from ldm_train.checkpoints.parts import read_config, read_record, targets
 from ldm_train.cli import build
 from ldm_train.cli.build import join_devices
 from ldm_train.cli.chain import Chain
@@ -62,7 +64,7 @@ def _perceptual_of(trained: DictConfig) -> dict[str, Any] | None:
     tree = OmegaConf.select(trained, "autoencoder.loss.perceptual._target_")
     for file in sorted((config_folder() / "autoencoder" / "loss" / "perceptual").glob("*.yaml")):
         usual = OmegaConf.to_container(OmegaConf.load(file))
-        if usual["_target_"] == tree:
+        if tree is not None and usual.get("_target_") == tree:
             return usual
     return None
 
@@ -145,12 +147,16 @@ def evaluate_run(config: DictConfig, again: bool = True) -> tuple[dict[str, Any]
 
     def check(machine: Machine) -> None:
         chain = Chain(trained, folder, machine, trust)
-        chain.instruments.check(chain.fields, (trained.evaluation.images,), trained.data.image_size)
+        chain.instruments.check(
+            chain.fields, (trained.evaluation.images,), trained.data.image_size, trained.data.channels
+        )
 
     machine = join_devices(trained, "ldm_train.cli.evaluate", check)
     chain = Chain(trained, folder, machine, trust)
     tools, data = chain.instruments, chain.evaluation_data()
-    tools.check(chain.fields, (trained.evaluation.images,), trained.data.image_size)
+    if not tools.metrics:
+        raise ValueError("metrics=[] measures nothing of samples; for example metrics=[fid_tiny]")
+    tools.check(chain.fields, (trained.evaluation.images,), trained.data.image_size, trained.data.channels)
     reference = tools.reference(data, config.runs_dir, config.progress)
     export_reference(config.export, reference)
     source = find_model(folder)
@@ -229,8 +235,15 @@ def _config_of_folder(config: DictConfig) -> DictConfig:
     finally:
         GlobalHydra.instance().hydra = before
     OmegaConf.set_struct(usual, False)
+    usual.data.channels = _channels(Path(config.reconstruct), config.trust)
     usual.autoencoder.loss.perceptual = {"_target_": "ldm_train.losses.perceptual.TinyPerceptual"}
     return with_options(usual, config)
+
+
+def _channels(folder: Path, trust: Sequence[str]) -> int:
+    """Of the pictures that an autoencoder's model folder was trained on."""
+    with torch.device("meta"):
+        return build_part(read_config(folder / CONFIG), folder / CONFIG, trust).in_channels
 
 
 def evaluate_images(config: DictConfig) -> tuple[dict[str, Any], Path | None, dict[str, Any]]:
@@ -243,9 +256,12 @@ def evaluate_images(config: DictConfig) -> tuple[dict[str, Any], Path | None, di
     section = {"extractors": OmegaConf.merge(usual.extractors, config.extractors), "metrics": config.metrics}
     machine = build.machine_of(config, {})
     tools = Instruments(OmegaConf.create(section | {"paired": [], "perceptual": None, "lpips": None}), machine.device)
-    batch_size = config.batch_size or 64
+    if not tools.metrics:
+        raise ValueError("metrics=[] measures nothing of two sets of images; for example metrics=[fid_tiny]")
+    batch_size, seen = config.batch_size or 64, {}
 
     def collected(option: str, reference: bool) -> Collected:
+        nonlocal seen
         into, position = Collected(tools.metrics, tools.extractors, reference), 0
         sources = [str(s) for s in as_list(config[option], option)]
         limit = None if reference else config.n
@@ -257,6 +273,7 @@ def evaluate_images(config: DictConfig) -> tuple[dict[str, Any], Path | None, di
         )
         for images in batches:
             images = images[: None if limit is None else limit - position].to(machine.device)
+            seen = tools.seen(images.shape[1])
             into.add(images, torch.arange(position, position + len(images)))
             position += len(images)
             if limit is not None and position >= limit:
@@ -271,6 +288,7 @@ def evaluate_images(config: DictConfig) -> tuple[dict[str, Any], Path | None, di
         reference = Reference(sets, hashes)
     export_reference(config.export, reference)
     estimates = measure(tools.metrics, reference.sets, collected("images", False))
+    reference = replace(reference, seen=seen)
     sources = {"images": as_list(config.images, "images"), "against": as_list(config.against, "against")}
     found = {"images": {m.name: estimates[m.name].as_dict() | reference.facts(m) | sources for m in tools.metrics}}
     asked = {k: OmegaConf.to_container(config)[k] for k in ("images", "against", "n", "image_size", "metrics")}
@@ -311,6 +329,7 @@ def format_metrics(found: Mapping[str, Any]) -> str:
                 if "reference" in entry
                 else ""
             )
+            against += f", {entry['channels']}" if "channels" in entry else ""
             value = float("inf") if entry["value"] is None else entry["value"]
             lines.append(f"  {name:<22}{value:12.4g}  {interval:<24} n {entry['n']}{against}")
     return "\n".join(lines)

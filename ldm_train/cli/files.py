@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from omegaconf import ListConfig, OmegaConf
 from PIL import Image
@@ -116,13 +117,18 @@ def read_mask(path: str, size: tuple[int, int]) -> torch.Tensor:
     return mask
 
 
+def _size(path: str) -> tuple[int, int]:
+    """(width, height) of a picture file."""
+    if path.lower().endswith(".npy"):
+        height, width = np.load(path, allow_pickle=False).shape[:2]
+        return width, height
+    with Image.open(path) as opened:
+        return opened.size
+
+
 def require_same_shape(image: str, mask: str) -> None:
     """Raises ValueError where picture and mask would be cut differently."""
-    sizes = []
-    for path in (image, mask):
-        with Image.open(path) as opened:
-            sizes.append(opened.size)
-    (w, h), (v, g) = sizes
+    (w, h), (v, g) = _size(image), _size(mask)
     if abs(w * g - v * h) > 0.02 * w * g:
         raise ValueError(
             f"mask={mask} is {v}x{g}, image={image} is {w}x{h}: give a mask of the picture's own proportions"

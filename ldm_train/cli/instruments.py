@@ -1,6 +1,7 @@
 """What a run is measured with: metrics, extractors and reference, from the config's `evaluation` section."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,8 @@ from ldm_train.cli import build
 from ldm_train.data.datamodule import ShardDataModule
 from ldm_train.data.shards import data_hash
 from ldm_train.distributed import gathered, rank
-from ldm_train.metrics.features import weights_hash
+from ldm_train.images import groups_in_words, has_colours
+from ldm_train.metrics.features import Extractor, weights_hash
 from ldm_train.metrics.measures import FROM_MOMENTS, WITHOUT_REFERENCE, parse_metrics, read_reference
 from ldm_train.metrics.paired import MS_SSIM_SIDE
 from ldm_train.metrics.sets import GROUPS
@@ -50,8 +52,6 @@ class Instruments:
             raise ValueError(
                 f"evaluation.extractors.{unknown[0]} has no _target_: the class or function that makes images features"
             )
-        if not section.metrics:
-            raise ValueError("metrics=[] measures nothing; for example metrics=[fid_tiny]")
         self.metrics = parse_metrics(list(section.metrics), list(section.extractors))
         self.device, self.section = device, section
         needed = {m.extractor for m in self.metrics}
@@ -81,9 +81,29 @@ class Instruments:
     def hashes(self) -> dict[str, str]:
         return {name: weights_hash(e)[:12] for name, e in self.extractors.items()}
 
-    def check(self, fields: Sequence[str], counts: Sequence[int], size: Any) -> None:
+    def seen(self, channels: int) -> dict[str, str]:
+        """How this package's extractors, which know three channels, see pictures of so many; none for grey and RGB."""
+        ours = [name for name, extractor in self.extractors.items() if isinstance(extractor, Extractor)]
+        return {} if has_colours(channels) else dict.fromkeys(ours, groups_in_words(channels))
+
+    @torch.no_grad()
+    def _tried(self, name: str, shape: tuple[int, ...]) -> int:
+        """How many features an extractor makes of a picture (C, H, W). Raises ValueError where it makes none."""
+        try:
+            features = self.extractors[name](torch.zeros(2, *shape, device=self.device))
+        except Exception as error:  # it may raise whatever it likes
+            raise ValueError(
+                f"evaluation.extractors.{name} does not take pictures of {shape[0]} channels, {shape[1]}x{shape[2]}: {error}"
+            ) from error
+        if features.ndim != 2 or len(features) != 2:
+            raise ValueError(
+                f"evaluation.extractors.{name} makes {tuple(features.shape)} of two pictures, not features (2, D)"
+            )
+        return features.shape[1]
+
+    def check(self, fields: Sequence[str], counts: Sequence[int], size: Any, channels: int) -> None:
         """Raises ValueError where a metric cannot be measured: of a model with these condition fields, with so many
-        samples, on images of this size; before anything is drawn."""
+        samples, on images of this size and number of channels; before anything is drawn."""
         source, known = str(self.section.reference), None
         if source.endswith(".npz") and Path(source).is_file():
             known = read_reference(source)
@@ -100,17 +120,15 @@ class Instruments:
                 raise ValueError(f"{metric.name} needs at least {6 * GROUPS} samples, not {min(counts)}")
             if moments_only and metric.kind not in FROM_MOMENTS:
                 raise ValueError(f"{metric.name} needs features, and {source} holds mu and sigma only")
-        sides = [size] if isinstance(size, int) else list(size)
-        if known is not None:
-            dims, probe = len(known.groups[0].total), torch.zeros(1, 3, sides[0], sides[-1], device=self.device)
-            for metric in self.metrics:
-                if metric.kind in WITHOUT_REFERENCE:
-                    continue
-                with torch.no_grad():
-                    own = self.extractors[metric.extractor](probe).shape[1]
-                if own != dims:
+        sides = [size, size] if isinstance(size, int) else list(size)
+        for name, extractor in self.extractors.items():
+            if not isinstance(extractor, Extractor) or known is not None:
+                features = self._tried(name, (channels, *sides))
+                compared = [m.name for m in self.metrics if m.extractor == name and m.kind not in WITHOUT_REFERENCE]
+                if known is not None and compared and features != len(known.groups[0].total):
                     raise ValueError(
-                        f"{metric.name}: {source} has {dims} features per image, the extractor {own}; it is of another one"
+                        f"{compared[0]}: {source} has {len(known.groups[0].total)} features per image, the extractor "
+                        f"{features}; it is of another one"
                     )
         if "ms_ssim" in self.paired and min(sides) < MS_SSIM_SIDE:
             raise ValueError(
@@ -132,12 +150,13 @@ class Instruments:
         """evaluation.reference: a .npz file, or a split of the data (its first evaluation.reference_images)."""
         source, limit = str(self.section.reference), self.section.reference_images
         if source.endswith(".npz"):
-            return reference_from(source, self.metrics)
+            return replace(reference_from(source, self.metrics), seen=self.seen(data.channels))
         check_reference(source, data.index["splits"], data.root)
-        return collect_reference(
+        collected = collect_reference(
             lambda: data.fixed_loader(source, limit, ("image",)), self.metrics, self.extractors,
             self.facts(data, source, limit), Path(runs_dir) / CACHE, self.device, progress,
         )  # fmt: skip
+        return replace(collected, seen=self.seen(data.channels))
 
 
 def sampling_facts(config: DictConfig) -> dict[str, Any]:

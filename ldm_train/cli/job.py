@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 import torch
 import yaml
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from PIL import Image
 
@@ -18,7 +20,8 @@ from ldm_train.checkpoints.parts import plain_values, read_record
 from ldm_train.cli.common import config_folder, literal
 from ldm_train.cli.files import as_list
 from ldm_train.cli.inputs import Request
-from ldm_train.data.shards import file_sha256, write_json
+from ldm_train.data.shards import file_sha256, write_atomically, write_json
+from ldm_train.rng import derive_seed
 from ldm_train.training.stages import Refused, differences
 
 RECIPE = "recipe.json"
@@ -146,14 +149,27 @@ def _nearby(model: str, recipe: Path, runs_dir: str) -> bool:
     return own in recipe.resolve().parents or folder.is_relative_to(Path(runs_dir).resolve())
 
 
+def folder_of(config: DictConfig, source: Path, recipe: dict[str, Any]) -> Path:
+    """out=..., below it one folder per job of a sweep; by default <run>/samples/<task>-<what it follows from>."""
+    sweeping = HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
+    name = f"{recipe['task']}-{derive_seed(repr({k: v for k, v in recipe.items() if k != 'machine'})) % 16**8:08x}"
+    if config.out:
+        return Path(config.out) / name if sweeping else Path(config.out)
+    return (source.parent if source.name == "export" else source) / "samples" / name
+
+
 class Job:
     """The folder of one job. Pictures appear under their final name when complete, recipe.json first and last.
 
+    channels: of the pictures. Of others than grey and RGB the PNG shows false colours and carries the recipe; what was drawn
+    is the .npy beside it, (H, W, C) float32 in [-1, 1], written first.
     Raises Refused where the folder holds pictures of another recipe, naming what differs.
     """
 
-    def __init__(self, folder: Path, recipe: dict[str, Any], wanted: Sequence[Request], overwrite: bool):
-        self.folder, self.recipe, self.wanted = folder, recipe, list(wanted)
+    def __init__(
+        self, folder: Path, recipe: dict[str, Any], wanted: Sequence[Request], overwrite: bool, channels: int = 3
+    ):
+        self.folder, self.recipe, self.wanted, self.channels = folder, recipe, list(wanted), channels
         self.digests: dict[str, str] = {}
         before = self._before()
         if before is not None and not any((folder / e["file"]).is_file() for e in before["images"]):
@@ -207,10 +223,16 @@ class Job:
                     return None
                 with Image.open(path) as image:
                     array = np.atleast_3d(np.array(image))
-            except (OSError, KeyError, AttributeError, ValueError, SyntaxError):
+                made = pictures.from_uint8(torch.from_numpy(array).permute(2, 0, 1))
+                if not pictures.has_colours(self.channels):
+                    shown, array = array, np.load(path.with_suffix(".npy"), allow_pickle=False)
+                    made = torch.from_numpy(array).permute(2, 0, 1)
+                    if len(made) != self.channels or not np.array_equal(np.array(pictures.to_pil(made)), shown):
+                        return None
+            except (OSError, EOFError, KeyError, AttributeError, RuntimeError, TypeError, ValueError, SyntaxError):
                 return None
             self.digests[request.name] = hashlib.sha256(array.tobytes()).hexdigest()
-            found.append(pictures.from_uint8(torch.from_numpy(array).permute(2, 0, 1)))
+            found.append(made)
         return torch.stack(found)
 
     def save(self, part: Sequence[Request], images: torch.Tensor) -> None:
@@ -219,20 +241,35 @@ class Job:
             self._write(finished=False)
         for request, image in zip(part, images):
             picture, path = pictures.to_pil(image), self.folder / request.name
+            content = picture.tobytes()
             try:
+                if not pictures.has_colours(self.channels):
+                    array = image.permute(1, 2, 0).contiguous().numpy()
+                    content = array.tobytes()
+                    write_atomically(path.with_suffix(".npy"), lambda file, array=array: np.save(file, array))
                 pictures.save_png(picture, path, self._metadata(request))
             except OSError as error:
                 raise OSError(
                     f"cannot write {path}: {error.strerror or error}; the pictures before it are complete, make room and give "
                     "the same command again to continue"
                 ) from error
-            self.digests[request.name] = hashlib.sha256(picture.tobytes()).hexdigest()
+            self.digests[request.name] = hashlib.sha256(content).hexdigest()
 
     def close(self, grid: Image.Image) -> Path:
         """Writes the grid and the finished recipe; returns the grid's path."""
         path = pictures.save_png(grid, self.folder / "grid.png", self.recipe)
         self._write(finished=True)
         return path
+
+    @property
+    def colours(self) -> str:
+        """What is to be said of pictures that are neither grey nor RGB, else nothing."""
+        if pictures.has_colours(self.channels):
+            return ""
+        return (
+            f"\ntheir {self.channels} channels are in the .npy files, (H, W, {self.channels}) in [-1, 1]; the PNGs show false "
+            "colours, the first channel red, the last blue"
+        )
 
     def agreement(self, recipe: dict[str, Any]) -> str:
         """How many pictures of a replay equal the recipe's own, in words."""

@@ -10,6 +10,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ldm_train.checkpoints.parts import build as build_part
 from ldm_train.cli import build
+from ldm_train.images import groups_in_words, has_colours
+from ldm_train.metrics.measures import parse_metrics
 from ldm_train.training import stages
 
 TRAINING_FLOPS = 3  # forward and backward cost about three forward passes
@@ -70,6 +72,21 @@ def _duration(seconds: float) -> str:
     return f"{seconds / 3600:.1f} h" if seconds < 48 * 3600 else f"{seconds / 86400:.1f} days"
 
 
+def _channels_in_words(config: DictConfig) -> str:
+    """How what knows grey and RGB only sees pictures of other channels."""
+    perceptual, evaluation = config.autoencoder.loss.perceptual, config.evaluation
+    seeing = []
+    if perceptual is not None and perceptual._target_.startswith("ldm_train."):
+        seeing.append("the perceptual distance (autoencoder/loss/perceptual=none leaves it out)")
+    for metric in parse_metrics(list(evaluation.metrics), list(evaluation.extractors)):
+        if evaluation.extractors[metric.extractor]._target_.startswith("ldm_train."):
+            seeing.append(metric.name)
+    text = (
+        f"  {config.data.channels} channels: pictures are shown in false colours, the first channel red, the last blue"
+    )
+    return f"{text}; {groups_in_words(config.data.channels)}: {', '.join(seeing)}" if seeing else text
+
+
 def print_plan(chain: Any, todo: list[stages.Stage]) -> dict[str, tuple[float, float]]:
     """Prints one line per stage; sizes on the meta device, so nothing large is built. Returns for each that trains the
     FLOPs of training on one image (three forward passes of its network; the losses' networks and what is frozen are left
@@ -82,6 +99,8 @@ def print_plan(chain: Any, todo: list[stages.Stage]) -> dict[str, tuple[float, f
     data = config.data
     height, width = _size(data)
     print(f"run {chain.folder} on {machine.world_size} x {machine.accelerator}, precision {machine.precision}")
+    if not has_colours(data.channels):
+        print(_channels_in_words(config))
     lines = {}
     with torch.device("meta"):
         network = build_part(build.plain(config.autoencoder.network), "autoencoder.network", chain.trust).eval()

@@ -21,8 +21,11 @@ def prepare(config: DictConfig) -> None:
         index = build(instantiate(config.source, _convert_="all"), config.out, config.per_shard, config.workers)
     counts = ", ".join(f"{part['count']} {split}" for split, part in index["splits"].items())
     classes = f", {len(index['classes'])} classes" if "classes" in index else ""
+    held = {c for part in index["splits"].values() for shard in part["shards"] for c in shard.get("channels", [])}
+    channels = f" data.channels={held.pop()}" if len(held) == 1 else ""
     print(
-        f"{config.out}: {counts} images{classes}. Train on them with: python train.py experiment=<recipe> data.root={config.out}"
+        f"{config.out}: {counts} images{classes}. Train on them with: python train.py experiment=<recipe> "
+        f"data.root={config.out}{channels}"
     )
 
 

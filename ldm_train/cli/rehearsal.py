@@ -163,7 +163,7 @@ def rehearse(chain: Any) -> None:
     measuring = [config.diffusion.evaluate_images] if "diffusion" in todo and config.diffusion.evaluate_every else []
     measuring += [config.evaluation.images] if "evaluation" in todo else []
     if measuring:  # numbers of samples
-        chain.instruments.check(chain.fields, measuring, config.data.image_size)
+        chain.instruments.check(chain.fields, measuring, config.data.image_size, config.data.channels)
         build.check_best_by(config)
     if "autoencoder" in todo and not config.autoencoder.pretrained:
         _decodes_a_sample(chain.data("autoencoder", ("image",)))

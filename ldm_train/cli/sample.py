@@ -10,8 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from hydra.core.hydra_config import HydraConfig
-from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from tqdm import tqdm
 
@@ -22,13 +20,13 @@ from ldm_train.cli.common import literal, quoted, run_command
 from ldm_train.cli.film import Film
 from ldm_train.cli.guides import Guides, load_weak
 from ldm_train.cli.inputs import Request, check_types, chosen_task, latent_mask, picture_size, requests
-from ldm_train.cli.job import SHOWN, Job, make_recipe, replayed
+from ldm_train.cli.job import SHOWN, Job, folder_of, make_recipe, replayed
 from ldm_train.data.masks import known_colour
 from ldm_train.data.samples import collate
 from ldm_train.diffusion.guidance import classifier_free
 from ldm_train.latent_diffusion import LatentDiffusion
 from ldm_train.models.tiling import Tiles
-from ldm_train.rng import NoiseSource, derive_seed, slerp
+from ldm_train.rng import NoiseSource, slerp
 from ldm_train.samplers.ddim import ddim
 from ldm_train.samplers.resampling import resampled
 
@@ -268,21 +266,13 @@ def sample(config: DictConfig) -> list[Path]:
         raise ValueError(f"the {changed[0].removesuffix('_sha256')} does not hold the weights that drew this recipe")
     if recipe_before and recipe["machine"] != recipe_before["machine"]:
         print(f"drawn on {recipe_before['machine']}, here is {recipe['machine']}: pixels may differ slightly")
-    job = Job(folder_of(config, source, recipe), recipe, wanted, config.overwrite)
+    channels = model.first_stage.autoencoder.in_channels
+    job = Job(folder_of(config, source, recipe), recipe, wanted, config.overwrite, channels)
     drawing = Drawing(
         model, task, config, options, guides, tiles,
         partial(torch.autocast, device, dtype, enabled=str(config.precision) != "32"),
     )  # fmt: skip
     return run_job(job, drawing, only, recipe_before)
-
-
-def folder_of(config: DictConfig, source: Path, recipe: dict[str, Any]) -> Path:
-    """out=..., below it one folder per job of a sweep; by default <run>/samples/<task>-<what it follows from>."""
-    sweeping = HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
-    name = f"{recipe['task']}-{derive_seed(repr({k: v for k, v in recipe.items() if k != 'machine'})) % 16**8:08x}"
-    if config.out:
-        return Path(config.out) / name if sweeping else Path(config.out)
-    return (source.parent if source.name == "export" else source) / "samples" / name
 
 
 def run_job(job: Job, drawing: Drawing, only: int | None, recipe_before: dict[str, Any] | None) -> list[Path]:
@@ -317,7 +307,7 @@ def run_job(job: Job, drawing: Drawing, only: int | None, recipe_before: dict[st
     if continued:
         print(f"{continued} pictures were there already")
     rate = f", {drawn / (time.perf_counter() - begin):.2f} images/s" if drawn else ""
-    print(f"{len(job.digests)} pictures in {job.folder}{rate}; all of them: {grid}")
+    print(f"{len(job.digests)} pictures in {job.folder}{rate}; all of them: {grid}{job.colours}")
     if recipe_before and (agreement := job.agreement(recipe_before)):
         print(agreement)
     return [job.folder / r.name for r in job.wanted if r.name in job.digests]

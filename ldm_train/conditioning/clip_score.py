@@ -7,6 +7,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from ldm_train.images import in_threes, mean_over_groups
+
 
 class ClipScore(nn.Module):
     """path: a folder of a CLIP model (config.json, weights, tokenizer, preprocessor_config.json), or a name that
@@ -47,12 +49,12 @@ class ClipScore(nn.Module):
         return F.normalize(getattr(found, "pooler_output", found).float(), dim=1)
 
     def embedded(self, images: torch.Tensor) -> torch.Tensor:
-        """images (B, C, H, W) in [-1, 1] -> (B, D) of length 1; differentiable."""
-        images = images.expand(-1, 3, -1, -1) if images.shape[1] == 1 else images[:, :3]
+        """images (B, C, H, W) in [-1, 1] -> (B, D) of length 1, the mean over groups of channels; differentiable."""
         side = self.model.config.vision_config.image_size
-        images = F.interpolate(images, (side, side), mode="bicubic", antialias=True, align_corners=False)
-        found = self.model.get_image_features(pixel_values=((images + 1) / 2 - self.mean) / self.std)
-        return F.normalize(getattr(found, "pooler_output", found).float(), dim=1)
+        seen = F.interpolate(in_threes(images), (side, side), mode="bicubic", antialias=True, align_corners=False)
+        found = self.model.get_image_features(pixel_values=((seen + 1) / 2 - self.mean) / self.std)
+        found = mean_over_groups(getattr(found, "pooler_output", found).float(), images.shape[1])
+        return F.normalize(found, dim=1)
 
     def forward(self, images: torch.Tensor, texts: torch.Tensor) -> torch.Tensor:
         """images (B, C, H, W) in [-1, 1], texts (B, D) of `texts` -> cosines (B,); differentiable."""

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from ldm_train.conditioning.base import Conditioner
 from ldm_train.diffusion.schedule import NoiseSchedule
+from ldm_train.images import in_threes, mean_over_groups
 from ldm_train.losses.perceptual import load_tiny
 from ldm_train.models.layers import timestep_embedding
 
@@ -27,7 +28,8 @@ class TinyVision(nn.Module):
 
 
 class PretrainedVision(nn.Module):
-    """A vision encoder of transformers (CLIP, DINOv2, ViT): (B, 3, H, W) in [-1, 1] -> (B, L, dim).
+    """A vision encoder of transformers (CLIP, DINOv2, ViT): (B, C, H, W) in [-1, 1] -> (B, L, dim), the mean over groups of
+    channels.
 
     path: a local folder, or a name that transformers can download. hidden: all hidden states; otherwise the pooled
     (for CLIP projected) embedding, L = 1. Raises FileNotFoundError where it is not to be had.
@@ -57,13 +59,12 @@ class PretrainedVision(nn.Module):
         self.register_buffer("std", torch.tensor(processor.image_std).view(1, 3, 1, 1), persistent=False)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        images = images.expand(-1, 3, -1, -1) if images.shape[1] == 1 else images
-        images = F.interpolate(images, (self.side,) * 2, mode="bicubic", antialias=True, align_corners=False)
-        output = self.model(pixel_values=((images.clamp(-1, 1) + 1) / 2 - self.mean) / self.std)
+        seen = F.interpolate(in_threes(images), (self.side,) * 2, mode="bicubic", antialias=True, align_corners=False)
+        output = self.model(pixel_values=((seen.clamp(-1, 1) + 1) / 2 - self.mean) / self.std)
         if self.hidden:
-            return output.last_hidden_state
+            return mean_over_groups(output.last_hidden_state, images.shape[1])
         pooled = output.image_embeds if hasattr(output, "image_embeds") else output.pooler_output
-        return pooled[:, None]
+        return mean_over_groups(pooled[:, None], images.shape[1])
 
 
 def read_statistics(path: str, dim: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -10,7 +10,8 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from ldm_train.data.fields import boxes_of, captions_of, label_of
-from ldm_train.data.samples import Derive, SampleDecoder, collate, refuse_too_many, require_fields, sample_rng
+from ldm_train.data.files import IMAGE_EXTENSIONS
+from ldm_train.data.samples import SOURCES, Derive, SampleDecoder, collate, refuse_too_many, require_fields, sample_rng
 from ldm_train.data.shards import (
     DataError,
     IndexedShards,
@@ -185,6 +186,21 @@ def evaluation_batches(
     return [[divmod(i, count) for i in mine[k : k + micro]] for k in range(0, len(mine), micro)]
 
 
+def check_channels(shards: Sequence[Mapping[str, Any]], counts: Mapping[str, int], channels: int, where: str) -> None:
+    """Raises DataError where shards, whose fields are counted in `counts`, hold pictures that cannot have so many channels."""
+    held = sorted({c for shard in shards for c in shard.get("channels", [])})
+    if held and held != [channels]:
+        said = " and ".join(map(str, held))
+        remedy = f"say data.channels={held[0]}" if len(held) == 1 else "prepare each kind in a folder of its own"
+        raise DataError(f"{where} holds .npy pictures of {said} channels, data.channels is {channels}; {remedy}")
+    files = [e for e in (*IMAGE_EXTENSIONS, SOURCES["lowres"][0]) if e != "npy" and counts.get(e)]
+    if channels not in (1, 3) and files:
+        raise DataError(
+            f"{where} holds .{files[0]} files ({counts[files[0]]}), which have 1 or 3 channels, data.channels is {channels}; "
+            "pictures of other channels are prepared from .npy or .tif files"
+        )
+
+
 class ShardDataModule(L.LightningDataModule):
     """Images (and what the shards hold beside them) for one stage.
 
@@ -254,6 +270,7 @@ class ShardDataModule(L.LightningDataModule):
                 for extension, n in shard["fields"].items():
                     counts[extension] = counts.get(extension, 0) + n
             total = sum(s["count"] for s in part["shards"])
+            check_channels(part["shards"], counts, channels, f"{root}, split {split}")
             needed = (*self.fields, "class_label") if balance_classes else self.fields
             require_fields(needed, counts, total, f"{root}, split {split}", self.derive)
         named = len(self.index.get("classes") or []) or None

@@ -42,6 +42,16 @@ def gaussian_kernel(width: int, sigma_x: float, sigma_y: float, angle: float) ->
     return (kernel / kernel.sum()).float()
 
 
+def _compressed(image: torch.Tensor, quality: int) -> torch.Tensor:
+    """(C, H, W) in [-1, 1], C = 1 or 3, as JPEG of this quality leaves it."""
+    array = ((image.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(1, 2, 0).numpy()
+    buffer = io.BytesIO()
+    Image.fromarray(array[..., 0] if array.shape[2] == 1 else array).save(buffer, "JPEG", quality=quality)
+    decoded = np.array(Image.open(buffer))
+    decoded = decoded[..., None] if decoded.ndim == 2 else decoded
+    return torch.from_numpy(decoded).permute(2, 0, 1).float() / 127.5 - 1
+
+
 class BSR:
     """Derives `lowres` by a random chain of blurs, reductions, noises and JPEG compressions in random order.
 
@@ -77,12 +87,9 @@ class BSR:
 
     def _jpeg(self, image: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
         quality = int(rng.integers(80 if self.light else 30, 96))
-        array = ((image.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(1, 2, 0).numpy()
-        buffer = io.BytesIO()
-        Image.fromarray(array[..., 0] if array.shape[2] == 1 else array).save(buffer, "JPEG", quality=quality)
-        decoded = np.array(Image.open(buffer))
-        decoded = decoded[..., None] if decoded.ndim == 2 else decoded
-        return torch.from_numpy(decoded).permute(2, 0, 1).float() / 127.5 - 1
+        if len(image) not in (1, 3):  # which JPEG does not know: each channel by itself
+            return torch.cat([_compressed(channel, quality) for channel in image.split(1)])
+        return _compressed(image, quality)
 
     def __call__(self, image: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
         """image (C, H, W) in [-1, 1] -> (C, H/factor, W/factor) in [-1, 1]."""

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from ldm_train.data.files import IMAGE_EXTENSIONS
-from ldm_train.data.transforms import ImageTransform, decode_image, to_unit_range
+from ldm_train.data.transforms import ImageTransform, channels_of, decode_image, to_unit_range
 
 BESIDE = (".seg.png", ".mask.png", ".lowres.png", ".depth.png")  # of a sample in a shard, but not its image
 
@@ -16,8 +16,10 @@ def _files(source: str) -> Iterator[tuple[str, bytes]]:
     """(name, content) of the images of one folder (with its folders) or tar, in the order of their names or members."""
     path = Path(source).expanduser()
     if path.is_dir():
+        drawn = {p.parent for p in path.rglob("*.npy") if (p.parent / "recipe.json").is_file()}  # by ldm-sample
         for file in sorted(p for p in path.rglob("*") if p.suffix.lower().lstrip(".") in IMAGE_EXTENSIONS):
-            yield str(file), file.read_bytes()
+            if file.parent not in drawn or file.suffix == ".npy":  # beside which PNGs are false colours
+                yield str(file), file.read_bytes()
     elif path.is_file() and tarfile.is_tarfile(path):
         with tarfile.open(path) as tar:
             for member in tar:
@@ -29,25 +31,28 @@ def _files(source: str) -> Iterator[tuple[str, bytes]]:
 
 
 def image_batches(sources: Sequence[str], size: int | None = None, batch_size: int = 64) -> Iterator[torch.Tensor]:
-    """(B, 3, H, W) in [-1, 1] of folders and tars; consecutive images of one size share a batch.
+    """(B, C, H, W) in [-1, 1] of folders and tars; consecutive images of one size share a batch.
 
-    size: side of the square that each is cut and resized to, as in training; None: as they are. Raises ValueError naming
-    the file that is no image, FileNotFoundError for a source that is not there or holds none.
+    The first file says C: a .npy its own, any other 3. size: side of the square that each is cut and resized to, as in
+    training; None: as they are. Raises ValueError naming the file that is no image, FileNotFoundError for a source that is
+    not there or holds none.
     """
-    transform, waiting, found = ImageTransform(size) if size else None, [], False
+    transform, waiting, channels = ImageTransform(size) if size else None, [], None
     for source in sources:
         for name, data in _files(source):
             try:
-                image = decode_image(data, name.rpartition(".")[2].lower(), 3)
+                extension = name.rpartition(".")[2].lower()
+                channels = channels or (channels_of(data) if extension == "npy" else 3)
+                image = decode_image(data, extension, channels)
             except (OSError, ValueError) as error:
                 raise ValueError(f"{name} cannot be read as an image ({error}); repair or remove it") from error
             if transform:
                 image = transform.apply(image, transform.plan(*image.shape[1:], None))
-            image, found = to_unit_range(image), True
+            image = to_unit_range(image)
             if waiting and (len(waiting) == batch_size or waiting[0].shape != image.shape):
                 yield torch.stack(waiting)
                 waiting = []
             waiting.append(image)
-    if not found:
+    if channels is None:
         raise FileNotFoundError(f"there are no images in {', '.join(sources)} ({', '.join(IMAGE_EXTENSIONS)})")
     yield torch.stack(waiting)

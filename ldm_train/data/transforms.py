@@ -1,5 +1,6 @@
 """From encoded bytes to tensors: decoding every kind of image file, then crop, resize and flip as one plan per sample."""
 
+import io
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,6 +11,12 @@ from torchvision.transforms.v2 import functional as TF
 
 from ldm_train.data.fields import array_of
 from ldm_train.data.files import open_image
+
+
+def channels_of(data: bytes) -> int:
+    """Of a .npy picture, (H, W, C) or (H, W). Raises ValueError where it is none."""
+    shape = np.load(io.BytesIO(data), allow_pickle=False).shape
+    return shape[2] if len(shape) == 3 else 1
 
 
 def decode_image(data: bytes, extension: str, channels: int) -> torch.Tensor:
@@ -140,5 +147,5 @@ class ImageTransform:
 
 
 def to_unit_range(image: torch.Tensor) -> torch.Tensor:
-    """uint8 -> float32 in [-1, 1]; floats pass through."""
-    return image.float() / 127.5 - 1 if image.dtype == torch.uint8 else image.float()
+    """uint8 -> float32 in [-1, 1]; floats are there already, less what resizing overshot."""
+    return image.float() / 127.5 - 1 if image.dtype == torch.uint8 else image.float().clamp(-1, 1)

@@ -1,6 +1,7 @@
 """Perceptual distances: LPIPS on VGG16 (Zhang et al. 2018, arXiv:1801.03924) and `tiny`, our own network that ships here.
 
-Both map (images, targets), each (B, 3, H, W) in [-1, 1] (one channel is repeated), to a distance per image (B,).
+Both map (images, targets), each (B, C, H, W) in [-1, 1], to a distance per image (B,). One channel is repeated; of other
+numbers than three it is the mean over `channel_groups`.
 """
 
 import hashlib
@@ -13,20 +14,11 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.nn import functional as F
 
+from ldm_train.images import in_threes, mean_over_groups
+
 WEIGHTS = Path(__file__).parent / "weights"
 VGG16_FILE = "vgg16-397923af.pth"  # torchvision IMAGENET1K_V1; the name carries the start of its sha256
 VGG16_URL = f"https://download.pytorch.org/models/{VGG16_FILE}"
-
-
-def _three_channels(images: torch.Tensor) -> torch.Tensor:
-    if images.shape[1] == 3:
-        return images
-    if images.shape[1] == 1:
-        return images.expand(-1, 3, -1, -1)
-    raise ValueError(
-        f"perceptual networks see 1 or 3 image channels, not {images.shape[1]}; set autoencoder/loss=l1_gan (no "
-        "perceptual term) for other data"
-    )
 
 
 def _normalise(features: torch.Tensor, eps: float = 1e-10) -> torch.Tensor:
@@ -67,11 +59,11 @@ class TinyFeatures(nn.Module):
         return maps
 
     def embedding(self, images: torch.Tensor) -> torch.Tensor:
-        """`pooled` of images of any size with 1 or 3 channels, at the 64 pixels the networks were trained for."""
-        images = images.float().expand(-1, 3, -1, -1) if images.shape[1] == 1 else images.float()
-        if images.shape[-2:] != (64, 64):
-            images = F.interpolate(images, (64, 64), mode="bilinear", antialias=True, align_corners=False)
-        return self.pooled(images)
+        """`pooled` of images of any size, at the 64 pixels the networks were trained for; the mean over groups of channels."""
+        seen = in_threes(images.float())
+        if seen.shape[-2:] != (64, 64):
+            seen = F.interpolate(seen, (64, 64), mode="bilinear", antialias=True, align_corners=False)
+        return mean_over_groups(self.pooled(seen), images.shape[1])
 
     def pooled(self, images: torch.Tensor) -> torch.Tensor:
         """The last map averaged over space: (B, widths[-1])."""
@@ -108,10 +100,9 @@ class TinyPerceptual(nn.Module):
     def forward(self, images: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         """(B, C, H, W) twice, in [-1, 1] -> (B,). Gradients flow to both arguments."""
         with torch.autocast(images.device.type, enabled=False):
-            ours = self.features(_three_channels(images.float()))
-            theirs = self.features(_three_channels(targets.float()))
+            ours, theirs = self.features(in_threes(images.float())), self.features(in_threes(targets.float()))
             gaps = [(_normalise(a) - _normalise(b)).square().sum(1).mean(dim=(1, 2)) for a, b in zip(ours, theirs)]
-            return self.scale * torch.stack(gaps).sum(dim=0)
+            return mean_over_groups(self.scale * torch.stack(gaps).sum(dim=0), images.shape[1])
 
 
 def hub_file(label: str, name: str, url: str, path: str | Path | None, option: str, without: str) -> Path:
@@ -181,7 +172,7 @@ class LPIPS(nn.Module):
         return super().train(False)
 
     def _maps(self, images: torch.Tensor) -> list[torch.Tensor]:
-        x, maps = (_three_channels(images.float()) - self.shift) / self.scale, []
+        x, maps = (in_threes(images.float()) - self.shift) / self.scale, []
         for i, layer in enumerate(self.trunk):
             x = layer(x)
             if i in self.taps:
@@ -195,7 +186,7 @@ class LPIPS(nn.Module):
                 (head * (a - b).square()).sum(dim=1).mean(dim=(1, 2))
                 for head, a, b in zip(self.heads, self._maps(images), self._maps(targets))
             ]
-            return torch.stack(gaps).sum(dim=0)
+            return mean_over_groups(torch.stack(gaps).sum(dim=0), images.shape[1])
 
 
 def load_lpips_heads() -> list[torch.Tensor]:

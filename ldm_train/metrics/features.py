@@ -14,6 +14,7 @@ from torch import nn
 
 from ldm_train.conditioning.clip_score import ClipScore
 from ldm_train.conditioning.image_embedding import PretrainedVision
+from ldm_train.images import in_threes, mean_over_groups
 from ldm_train.losses.perceptual import hub_file, load_tiny
 
 INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"
@@ -29,12 +30,9 @@ def weights_hash(module: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def _three_channels(images: torch.Tensor) -> torch.Tensor:
-    return images.float().expand(-1, 3, -1, -1) if images.shape[1] == 1 else images.float()[:, :3]
-
-
 class Extractor(nn.Module):
-    """Frozen, and in eval mode also inside a task that trains."""
+    """Frozen, and in eval mode also inside a task that trains. Of pictures that are neither grey nor RGB the features are the
+    mean over `channel_groups`."""
 
     name: str
 
@@ -45,7 +43,7 @@ class Extractor(nn.Module):
 class TinyEval(Extractor):
     """The shipped `tiny_eval` network, never used in a loss. Its numbers are called fid_tiny and kid_tiny, never fid.
 
-    Images are resized to 64 pixels first; one channel is repeated.
+    Images are resized to 64 pixels first.
     """
 
     name = "tiny"
@@ -82,8 +80,8 @@ class Inception(Extractor):
 
     @torch.no_grad()
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        pixels = ((_three_channels(images).clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
-        return self.network(pixels)[0]
+        pixels = ((in_threes(images.float()).clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+        return mean_over_groups(self.network(pixels)[0], images.shape[1])
 
     def logits(self, features: torch.Tensor) -> torch.Tensor:
         """(B, 2048) -> (B, 1008), without the bias, as the published score."""
@@ -115,7 +113,7 @@ class DinoV2(Extractor):
 
     @torch.no_grad()
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        return self.network(_three_channels(images))[:, 0].float()
+        return self.network(images.float())[:, 0].float()
 
 
 class Clip(Extractor):

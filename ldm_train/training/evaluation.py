@@ -11,7 +11,9 @@ from tqdm import tqdm
 from ldm_train import images as pictures
 from ldm_train.data.shards import write_json
 from ldm_train.distributed import gathered, rank
+from ldm_train.images import groups_in_words, has_colours
 from ldm_train.latent_diffusion import LatentDiffusion
+from ldm_train.losses.perceptual import LPIPS, TinyPerceptual
 from ldm_train.metrics.distribution import frechet_estimate, mean_estimate
 from ldm_train.metrics.latent import decoder_sensitivity, equivariance_error, nearest_neighbours, spectrum_slope
 from ldm_train.metrics.measures import WITHOUT_REFERENCE, Collected, Metric, measure
@@ -72,6 +74,11 @@ def evaluate_first_stage(
             shown = torch.cat([x[:8], rec[:8]]).cpu()
     joint = {n: torch.cat([p for part in gathered(values.get(n, [])) for p in part]) for n in paired}
     found: dict[str, Any] = {"reconstruction": {name: mean_estimate(v).as_dict() for name, v in joint.items()}}
+    channels = first_stage.autoencoder.in_channels
+    for name in [
+        n for n in paired if isinstance(networks.get(n), LPIPS | TinyPerceptual) and not has_colours(channels)
+    ]:
+        found["reconstruction"][name]["channels"] = groups_in_words(channels)
     estimates = measure(used, reference.sets, rebuilt.gathered())
     found["reconstructions"] = {m.name: estimates[m.name].as_dict() | reference.facts(m) for m in used}
     kept = [pair for part in gathered(kept) for pair in part]
@@ -165,7 +172,7 @@ def evaluate(
         found["restoration"] = table | settings
         pictures.save_png(pictures.grid(rows.flatten(0, 1), columns=rows.shape[1]), folder / "restorations.png")
         print(format_restoration(table))
-    pictures.save_png(pictures.grid(shown, columns=8), folder / "reconstructions.png")
+    pictures.save_png(pictures.grid(shown, columns=len(shown) // 2), folder / "reconstructions.png")
     pictures.save_png(pictures.grid(drawn, columns=6, captions=texts if any(texts) else None), folder / "samples.png")
     write_json(folder / "metrics.json", found)
     return found

@@ -5,7 +5,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -36,18 +36,23 @@ def indices_of(position: int, count: int) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class Reference:
-    """What samples are compared with. sets: features by extractor. hashes: what identifies each, by extractor."""
+    """What samples are compared with. sets: features by extractor. hashes: what identifies each, by extractor. seen: how
+    extractors of three channels saw pictures of other numbers, in words, by extractor."""
 
     sets: dict[str, FeatureSet]
     hashes: dict[str, str]
+    seen: dict[str, str] = field(default_factory=dict)
 
     def facts(self, metric: Metric) -> dict[str, Any]:
         """What is recorded beside a number."""
+        found = {"extractor": metric.extractor}
+        if metric.extractor in self.seen:
+            found["channels"] = self.seen[metric.extractor]
         if metric.extractor not in self.sets:
-            return {"extractor": metric.extractor}
+            return found
         n = self.sets[metric.extractor].groups[0].count
         known = n if n != UNKNOWN else None
-        return {"extractor": metric.extractor, "reference": self.hashes[metric.extractor], "n_reference": known}
+        return found | {"reference": self.hashes[metric.extractor], "n_reference": known}
 
 
 def reference_from(path: str | Path, metrics: Sequence[Metric]) -> Reference:

@@ -40,6 +40,134 @@ def samples(root: Path, split: str) -> dict[str, dict[str, bytes]]:
     return {str(reader.keys[i]): reader.fields(i) for i in range(len(reader))}
 
 
+# -- arrays of any number of channels ---------------------------------------------------------------------------------
+
+
+def array_folder(folder: Path, arrays: list[np.ndarray]) -> str:
+    for k, array in enumerate(arrays):
+        (folder / "train").mkdir(parents=True, exist_ok=True)
+        np.save(folder / "train" / f"{k}.npy", array)
+        (folder / "val").mkdir(exist_ok=True)
+        np.save(folder / "val" / f"v{k}.npy", array)
+    return str(folder)
+
+
+def stored(root: Path) -> list[np.ndarray]:
+    return [np.load(io.BytesIO(fields["npy"])) for _, fields in sorted(samples(root, "val").items())]
+
+
+def test_arrays_of_either_order_become_channels_last(tmp_path: Path):
+    last = np.random.default_rng(0).random((12, 18, 5)).astype(np.float32)
+    folder = array_folder(tmp_path / "in", [last, last.transpose(2, 0, 1), (last * 255).astype(np.uint8)])
+    index = build(ImageFolder(folder), tmp_path / "out")
+    first, second, small = stored(tmp_path / "out")
+    assert np.array_equal(first, last)
+    assert np.array_equal(second, last)
+    assert (small.dtype, small.shape) == (np.uint8, (12, 18, 5))
+    assert index["image_size"] == {"min": [18, 12], "max": [18, 12]}
+    assert [shard["channels"] for part in index["splits"].values() for shard in part["shards"]] == [[5], [5]]
+
+
+def test_an_array_whose_channels_could_be_either_axis_is_refused_until_said(tmp_path: Path):
+    array = np.random.default_rng(0).random((8, 9, 10)).astype(np.float32)
+    folder = array_folder(tmp_path / "in", [array])
+    with pytest.raises(DataError, match=r"\.npy: the shape \(8, 9, 10\).*source.layout=hwc.*chw"):
+        build(ImageFolder(folder), tmp_path / "out")
+    for layout, shape in (("hwc", (8, 9, 10)), ("chw", (9, 10, 8))):
+        build(ImageFolder(folder, layout=layout), tmp_path / layout)
+        assert stored(tmp_path / layout)[0].shape == shape
+    with pytest.raises(ValueError, match=r"source\.layout is hwc or chw, not 'chwn'"):
+        ImageFolder(folder, layout="chwn")
+
+
+@pytest.mark.parametrize(
+    ("array", "limits", "expected"),
+    [
+        (np.array([0, 65535], np.uint16), None, [-1, 1]),
+        (np.array([0, 4095], np.uint16), [0, 4095], [-1, 1]),
+        (np.array([-2000, -1000, 0, 1000, 3000], np.int16), [-1000, 1000], [-1, -1, 0, 1, 1]),
+        (np.array([0.0, 0.25, 1.0]), [0, 1], [-1, -0.5, 1]),
+        (np.array([-0.5, 0.5], np.float16), None, [-0.5, 0.5]),
+    ],
+    ids=["uint16", "12_bit", "hounsfield", "unit", "half"],
+)
+def test_values_of_arrays_become_unit_range(tmp_path: Path, array: np.ndarray, limits: list | None, expected: list):
+    folder = array_folder(tmp_path / "in", [np.broadcast_to(array[None], (20, len(array))).copy()])
+    build(ImageFolder(folder, range=limits), tmp_path / "out")
+    (found,) = stored(tmp_path / "out")
+    assert (found.dtype, found.shape) == (np.float32, (20, len(array), 1))
+    assert found[0, :, 0].tolist() == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.parametrize("array", [np.array([[0.0, 200.0]]), np.array([[-5, 5]])], ids=["float", "int"])
+def test_values_that_need_a_range_stop_the_command_and_damaged_ones_are_listed(tmp_path: Path, array: np.ndarray):
+    good = np.zeros((4, 4))
+    with pytest.raises(DataError, match=r"1\.npy holds .*source\.range=\[low,high\]"):
+        build(ImageFolder(array_folder(tmp_path / "in", [good, array])), tmp_path / "out")
+    nan = np.full((4, 4), np.nan)
+    index = build(ImageFolder(array_folder(tmp_path / "nan", [good, nan, np.zeros(3)])), tmp_path / "listed")
+    assert index["splits"]["val"]["count"] == 1
+    listed = (tmp_path / "listed" / "skipped.txt").read_text()
+    assert "NaN" in listed
+    assert "shape (3,) is no picture" in listed
+
+
+def test_a_narrow_range_of_values_is_said(tmp_path: Path, capsys: pytest.CaptureFixture):
+    dark = np.linspace(0, 4095, 64).astype(np.uint16).reshape(8, 8)
+    build(ImageFolder(array_folder(tmp_path / "in", [dark])), tmp_path / "out")
+    assert "the arrays use -1.00 to -0.88 of [-1, 1]" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.float32])
+def test_arrays_are_reduced_channel_by_channel(tmp_path: Path, dtype: type):
+    ramp = np.stack([np.tile(np.linspace(0, 1, 40), (20, 1)), np.zeros((20, 40)), np.ones((20, 40))] * 2, axis=2)
+    array = (ramp * 255).astype(np.uint8) if dtype == np.uint8 else (ramp * 2 - 1).astype(np.float32)
+    build(ImageFolder(array_folder(tmp_path / "in", [array]), max_size=10), tmp_path / "out")
+    (found,) = stored(tmp_path / "out")
+    assert (found.shape, found.dtype) == ((10, 20, 6), dtype)
+    whole = (found / 127.5 - 1) if dtype == np.uint8 else found
+    assert abs(whole[..., 0] - np.linspace(-1, 1, 20)).max() < 0.06
+    assert np.array_equal(found[..., 0], found[..., 3])
+    assert (whole[..., 1] == -1).all()
+    assert (whole[..., 2] == 1).all()
+
+
+def test_a_tif_of_a_viewer_stays_a_picture(tmp_path: Path):
+    rgb = np.random.default_rng(0).integers(0, 256, (6, 8, 3), dtype=np.uint8)
+    deep = np.linspace(0, 65535, 48).astype(np.uint16).reshape(6, 8)
+    for split in ("train", "val"):
+        (tmp_path / "in" / split).mkdir(parents=True)
+        Image.fromarray(rgb).save(tmp_path / "in" / split / f"a{split}.tif", compression="tiff_lzw")
+        Image.fromarray(deep).save(tmp_path / "in" / split / f"b{split}.tiff")
+    build(ImageFolder(str(tmp_path / "in")), tmp_path / "out")
+    found = samples(tmp_path / "out", "val")
+    with Image.open(io.BytesIO(found["aval_tif"]["png"])) as image:
+        assert np.array_equal(np.array(image), rgb)
+    with Image.open(io.BytesIO(found["bval_tiff"]["png"])) as image:
+        assert np.array_equal(np.array(image).astype(np.uint16), deep)
+
+
+def test_bands_and_pages_of_a_tif_are_channels(tmp_path: Path):
+    tifffile = pytest.importorskip("tifffile")
+    bands = np.random.default_rng(0).integers(0, 65536, (5, 6, 8), dtype=np.uint16)
+    for split in ("train", "val"):
+        folder = tmp_path / "in" / split
+        folder.mkdir(parents=True)
+        tifffile.imwrite(folder / f"a{split}.tif", bands, planarconfig="separate", photometric="minisblack")
+        tifffile.imwrite(
+            folder / f"b{split}.tif", bands.transpose(1, 2, 0), planarconfig="contig", photometric="minisblack"
+        )
+        pages = [Image.fromarray(band) for band in bands]
+        pages[0].save(folder / f"c{split}.tif", save_all=True, append_images=pages[1:])
+        (folder / f"d{split}.tif").write_bytes((folder / f"a{split}.tif").read_bytes()[:300])
+    build(ImageFolder(str(tmp_path / "in")), tmp_path / "out")
+    expected = (bands.transpose(1, 2, 0) / 65535 * 2 - 1).astype(np.float32)
+    found = stored(tmp_path / "out")
+    assert len(found) == 3
+    assert all(np.array_equal(array, expected) for array in found)
+    assert "dval.tif" in (tmp_path / "out" / "skipped.txt").read_text()
+
+
 # -- a folder of images ----------------------------------------------------------------------------------------------
 
 

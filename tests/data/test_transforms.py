@@ -175,7 +175,7 @@ def test_label_maps_keep_their_indices():
 
 def test_unit_range():
     assert to_unit_range(torch.tensor([0, 255], dtype=torch.uint8)).tolist() == [-1, 1]
-    assert to_unit_range(torch.tensor([-1.5, 2.0])).tolist() == [-1.5, 2.0]
+    assert to_unit_range(torch.tensor([-1.02, 0.5, 1.02])).tolist() == [-1, 0.5, 1]  # as resizing overshoots
 
 
 # -- crop, resize, flip ----------------------------------------------------------------------------------------------

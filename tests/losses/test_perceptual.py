@@ -83,13 +83,20 @@ def test_identical_images_have_a_finite_gradient(network: str, request: pytest.F
 
 
 @pytest.mark.parametrize("network", ["tiny", "lpips"])
-def test_one_channel_is_repeated_and_five_are_refused(network: str, request: pytest.FixtureRequest) -> None:
+def test_one_channel_is_repeated_and_five_are_the_mean_of_two_groups(
+    network: str, request: pytest.FixtureRequest
+) -> None:
     distance = TinyPerceptual() if network == "tiny" else request.getfixturevalue("lpips")
     images, targets = pair(channels=1)
     grey = distance(images, targets)
     torch.testing.assert_close(grey, distance(images.expand(-1, 3, -1, -1), targets.expand(-1, 3, -1, -1)))
-    with pytest.raises(ValueError, match="1 or 3 image channels, not 5"):
-        distance(*pair(channels=5))
+    images, targets = pair(channels=5)
+    images.requires_grad_()
+    first, last = (distance(images[:, k : k + 3], targets[:, k : k + 3]) for k in (0, 2))
+    both = distance(images, targets)
+    torch.testing.assert_close(both, (first + last) / 2)
+    both.sum().backward()
+    assert (images.grad.abs().sum(dim=(0, 2, 3)) > 0).all()  # every channel is judged
 
 
 @pytest.mark.parametrize("network", ["tiny", "lpips"])

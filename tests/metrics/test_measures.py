@@ -284,8 +284,19 @@ def test_dinov2_is_the_class_token_of_transformers(tmp_path: Path) -> None:
     with torch.no_grad():
         expected = model(pixel_values=pixels).last_hidden_state[:, 0]
     torch.testing.assert_close(DinoV2(str(tmp_path))(images), expected, rtol=1e-4, atol=1e-4)
+    five = torch.rand(2, 5, 28, 28) * 2 - 1
+    halves = [DinoV2(str(tmp_path))(five[:, k : k + 3]) for k in (0, 2)]
+    torch.testing.assert_close(DinoV2(str(tmp_path))(five), (halves[0] + halves[1]) / 2, rtol=1e-4, atol=1e-5)
     with pytest.raises(FileNotFoundError, match=r"extractors.dinov2.path=<folder>.*fid_tiny"):
         DinoV2(str(tmp_path / "nowhere"))
+
+
+@pytest.mark.parametrize("channels", [2, 4, 5])
+def test_tiny_features_of_many_channels_are_the_mean_over_groups(channels: int) -> None:
+    extractor, images = TinyEval(), torch.rand(2, channels, 32, 48) * 2 - 1
+    groups = {2: [[0, 1, 1]], 4: [[0, 1, 2], [1, 2, 3]], 5: [[0, 1, 2], [2, 3, 4]]}[channels]
+    expected = torch.stack([extractor(images[:, group]) for group in groups]).mean(dim=0)
+    torch.testing.assert_close(extractor(images), expected, rtol=1e-4, atol=1e-6)
 
 
 def test_the_hash_of_weights_sees_every_value() -> None:

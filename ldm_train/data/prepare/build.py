@@ -7,10 +7,12 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Protocol
 
+import numpy as np
 from tqdm import tqdm
 
 from ldm_train.data.fields import check_fields
 from ldm_train.data.files import IMAGE_EXTENSIONS, open_image
+from ldm_train.data.prepare.arrays import decoded_npy
 from ldm_train.data.shards import ENTRIES, INDEX, DataError, finished_shard, write_json, write_shard
 from ldm_train.interrupts import become_worker
 
@@ -49,8 +51,10 @@ def in_validation(key: str, fraction: float) -> bool:
 
 
 def _write(source: Source, out: Path, split: str, number: int, chunk: range) -> dict:
-    """Writes one shard and the note that it is complete. Returns its entry with skipped samples and image sizes."""
+    """Writes one shard and the note that it is complete. Returns its entry with skipped samples and image sizes, of .npy
+    pictures also the numbers of channels and the least and largest value."""
     sizes, skipped, passing = [], [], []
+    channels, values = set(), []
 
     together = source.samples(split, chunk) if hasattr(source, "samples") else None
 
@@ -63,14 +67,22 @@ def _write(source: Source, out: Path, split: str, number: int, chunk: range) -> 
                     raise made
                 key, fields = made
                 extension = next((e for e in IMAGE_EXTENSIONS if e in fields), None)
-                if extension and extension != "npy":
+                if extension == "npy":
+                    array = decoded_npy(fields["npy"])
+                    size = (array.shape[1], array.shape[0])
+                    channels.add(array.shape[2] if array.ndim == 3 else 1)
+                    ends = [float(array.min()), float(array.max())]
+                    values.extend(v / 127.5 - 1 if array.dtype == np.uint8 else v for v in ends)
+                elif extension:
                     with open_image(fields[extension]) as image:
                         image.load()  # a truncated file must not reach training
                         size = image.size
                 key.encode()  # a file's name need not be text
                 check_fields(fields, len(source.classes) if source.classes else None)
-                if extension and extension != "npy":
+                if extension:
                     sizes.append(size)
+            except DataError:  # an option is missing, no picture damaged
+                raise
             except (OSError, ValueError, SyntaxError) as error:  # PIL raises SyntaxError for broken PNGs
                 skipped.append(f"{split} {key}: {error}")
                 if getattr(error, "passing", False):
@@ -88,6 +100,8 @@ def _write(source: Source, out: Path, split: str, number: int, chunk: range) -> 
     entry["skipped"] = skipped
     if sizes:
         entry["image_size"] = [[min(s[k] for s in sizes) for k in (0, 1)], [max(s[k] for s in sizes) for k in (0, 1)]]
+    if channels:
+        entry |= {"channels": sorted(channels), "values": [min(values), max(values)]}
     write_json(out / ENTRIES / f"{name}.json", entry)
     return entry
 
@@ -170,12 +184,13 @@ def write_index(out: Path, shards: list[tuple[str, dict]], classes: list[str] | 
     Raises DataError where a split holds no sample.
     """
     splits: dict[str, dict] = {}
-    skipped, ranges = [], []
+    skipped, ranges, values = [], [], []
     for split, entry in shards:
         entry = dict(entry)
         skipped += entry.pop("skipped", [])
         if "image_size" in entry:
             ranges.append(entry.pop("image_size"))
+        values += entry.pop("values", [])
         part = splits.setdefault(split, {"count": 0, "shards": []})
         part["shards"].append(entry)
         part["count"] += entry["count"]
@@ -191,6 +206,11 @@ def write_index(out: Path, shards: list[tuple[str, dict]], classes: list[str] | 
     if skipped:
         (out / "skipped.txt").write_text("\n".join(skipped) + "\n", "utf-8", "backslashreplace")
         print(f"left out {len(skipped)} unreadable samples, listed in {out / 'skipped.txt'}")
+    if values and max(values) - min(values) < 1:
+        print(
+            f"the arrays use {min(values):.2f} to {max(values):.2f} of [-1, 1]; to use all of it, say what black and white are "
+            "in the files (source.range=[low,high]) and another out=<folder>"
+        )
     empty = [split for split, part in splits.items() if part["count"] == 0]
     if empty:
         raise DataError(f"no readable sample in {' and '.join(empty)}; {out / 'skipped.txt'} lists why")

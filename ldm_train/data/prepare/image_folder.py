@@ -1,23 +1,36 @@
 """A folder of images, with folders as classes and .txt files beside the images as captions."""
 
 import io
+from collections.abc import Sequence
 from pathlib import Path
 
 from PIL import Image, ImageOps
 
 from ldm_train.data.files import open_image
+from ldm_train.data.prepare import arrays
 from ldm_train.data.prepare.build import digest, in_validation
 from ldm_train.data.shards import DataError
 
 EXTENSIONS = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}
 
 
-def image_bytes(path: Path, max_size: int | None) -> tuple[str, bytes]:
-    """(extension, bytes) of an image file, as it is, or with its short side reduced to `max_size` pixels.
+def image_bytes(
+    path: Path, max_size: int | None, layout: str | None = None, limits: Sequence[float] | None = None
+) -> tuple[str, bytes]:
+    """(extension, bytes) of an image file, as it is, or with its short side reduced to `max_size` pixels; of .npy and .tif
+    files as shards hold them (layout, limits: see `arrays`).
 
     Reduced images become JPEG (quality 95) if they were, PNG otherwise. Raises OSError or ValueError naming the file.
     """
-    return reduced(path.read_bytes(), path.suffix.lower().lstrip("."), max_size, str(path))
+    data, extension = path.read_bytes(), path.suffix.lower().lstrip(".")
+    if path.suffix.lower() in arrays.EXTENSIONS:
+        try:
+            extension, data = arrays.picture_of(data, extension, max_size, layout, limits, str(path))
+        except DataError:
+            raise
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
+    return (extension, data) if extension == "npy" else reduced(data, extension, max_size, str(path))
 
 
 def reduced(data: bytes, extension: str, max_size: int | None, name: str) -> tuple[str, bytes]:
@@ -66,9 +79,10 @@ class ImageFolder:
     and val (or validation, test) are splits. val_fraction: of the images, where there is no validation folder.
     max_size: reduce the short side to so many pixels. labels: false for folders that mean nothing.
     expect: the number of images of a data set of known size (None: any).
+    layout, range: of .npy and .tif files, see `arrays.channels_last` and `arrays.in_unit_range`.
 
     Raises FileNotFoundError where there is no folder or no image, DataError where two files would get one key or the
-    number of images is not the expected one.
+    number of images is not the expected one, ValueError for a layout or range that is none.
     """
 
     def __init__(
@@ -78,7 +92,14 @@ class ImageFolder:
         max_size: int | None = None,
         labels: bool = True,
         expect: int | None = None,
+        layout: str | None = None,
+        range: Sequence[float] | None = None,
     ):
+        if layout is not None and layout not in arrays.LAYOUTS:
+            raise ValueError(f"source.layout is hwc or chw, not {layout!r}")
+        if range is not None and not (isinstance(range, list | tuple) and len(range) == 2 and range[0] < range[1]):
+            raise ValueError(f"source.range is [low,high], what black and white are, not {range}")
+        self.layout, self.limits = layout, range
         root = Path(path)
         if not root.is_dir():
             raise FileNotFoundError(f"path={path} is no folder; give a folder of images")
@@ -93,12 +114,13 @@ class ImageFolder:
         if not (folders["train"].is_dir() and "val" in folders):
             only_train = [p.name for p in root.iterdir() if not p.name.startswith(".")] == ["train"]
             folders = {"all": folders["train"] if only_train else root}
+        known = EXTENSIONS | arrays.EXTENSIONS
         files = {
-            split: sorted(p for p in folder.rglob("*") if p.suffix.lower() in EXTENSIONS and not p.name.startswith("."))
+            split: sorted(p for p in folder.rglob("*") if p.suffix.lower() in known and not p.name.startswith("."))
             for split, folder in folders.items()
         }
         if not any(files.values()):
-            raise FileNotFoundError(f"no images ({', '.join(sorted(EXTENSIONS))}) in {path}")
+            raise FileNotFoundError(f"no images ({', '.join(sorted(known))}) in {path}")
         check_count(path, sum(map(len, files.values())), expect)
         self.max_size = max_size
         tops = sorted(
@@ -135,14 +157,14 @@ class ImageFolder:
             "max_size": max_size,
             "classes": self.classes,
             "files": digest(listing),
-        }
+        } | {name: value for name, value in (("layout", layout), ("range", range)) if value is not None}
 
     def splits(self) -> dict[str, int]:
         return {split: len(items) for split, items in self.items.items()}
 
     def sample(self, split: str, i: int) -> tuple[str, dict[str, bytes]]:
         key, path, label = self.items[split][i]
-        extension, data = image_bytes(path, self.max_size)
+        extension, data = image_bytes(path, self.max_size, self.layout, self.limits)
         fields = {extension: data}
         if label is not None:
             fields["cls"] = str(label).encode()

@@ -1,0 +1,139 @@
+"""Pictures of any number of channels, from .npy and .tif files, as shards hold them: .npy, (H, W, C), uint8 or float32 in
+[-1, 1]."""
+
+import io
+from collections.abc import Sequence
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from ldm_train.data.files import open_image
+from ldm_train.data.shards import DataError
+
+EXTENSIONS = {".npy", ".tif", ".tiff"}
+LAYOUTS = ("hwc", "chw")
+# Modes of single-page TIFFs that are pictures as any viewer shows them; others are arrays.
+VIEWED = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "I;16", "I;16B", "I;16L")
+
+
+def encoded_npy(array: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    np.save(buffer, np.ascontiguousarray(array), allow_pickle=False)
+    return buffer.getvalue()
+
+
+def decoded_npy(data: bytes) -> np.ndarray:
+    """Raises ValueError where it is no .npy, or one of objects."""
+    try:
+        return np.load(io.BytesIO(data), allow_pickle=False)
+    except (EOFError, OSError, SyntaxError) as error:
+        raise ValueError(f"no .npy: {error}") from error
+
+
+def channels_last(array: np.ndarray, layout: str | None, name: str) -> np.ndarray:
+    """(H, W), (H, W, C) or (C, H, W) -> (H, W, C).
+
+    layout: "hwc" or "chw". None: the channels are the first or the last axis, whichever is at most half as long as both
+    others. Raises ValueError for other shapes, DataError, naming the remedy, where the shape leaves it open.
+    """
+    if array.ndim == 2:
+        return array[..., None]
+    if array.ndim != 3 or not array.size:
+        raise ValueError(f"an array of shape {array.shape} is no picture; expected (H, W), (H, W, C) or (C, H, W)")
+    a, b, c = array.shape
+    last, first = 2 * c <= min(a, b), 2 * a <= min(b, c)
+    if layout is None and not (last or first):
+        raise DataError(
+            f"{name}: the shape {array.shape} does not say which axis holds the channels; say source.layout=hwc (the last) "
+            "or source.layout=chw (the first), which source=image_folder has"
+        )
+    return np.moveaxis(array, 0, 2) if (layout or ("hwc" if last else "chw")) == "chw" else array
+
+
+def in_unit_range(array: np.ndarray, limits: Sequence[float] | None, name: str) -> np.ndarray:
+    """The values as shards hold them. limits: what -1 and 1 stand for, values beyond are clipped. None: uint8 stays, uint16
+    counts by its whole range, floats are in [-1, 1] already.
+
+    Raises ValueError for values that are no numbers, DataError, naming the remedy, where limits are needed.
+    """
+    if array.dtype.kind not in "uif" or not np.isfinite(array).all():
+        raise ValueError(f"an array of {array.dtype} with NaN, inf or no numbers is no picture")
+    if limits is None and array.dtype == np.uint8:
+        return array
+    if limits is None and array.dtype == np.uint16:
+        limits = (0, 65535)
+    if limits is not None:
+        low, high = limits
+        return np.clip((array.astype(np.float64) - low) / (high - low) * 2 - 1, -1, 1).astype(np.float32)
+    if array.dtype.kind != "f" or abs(array).max() > 1:
+        raise DataError(
+            f"{name} holds {array.dtype} from {array.min():g} to {array.max():g}, which is neither uint8, uint16 nor float in "
+            "[-1, 1]; say what black and white are: source.range=[low,high] of source=image_folder"
+        )
+    return array.astype(np.float32)
+
+
+def _bands(data: bytes) -> np.ndarray:
+    """The first series of a TIFF as (H, W, C): its bands and pages are the channels."""
+    try:
+        import tifffile
+    except ModuleNotFoundError as error:
+        raise DataError(
+            "TIFFs with several pages or bands need the package tifffile: pip install 'ldm-train[prepare]'"
+        ) from error
+    try:
+        with tifffile.TiffFile(io.BytesIO(data)) as file:
+            series = file.series[0]
+            axes, array = series.axes, series.asarray()
+    except Exception as error:  # its decoders raise whatever they like on damaged data
+        raise ValueError(f"no TIFF that can be read: {error}") from error
+    if not {"Y", "X"} <= set(axes):
+        raise ValueError(f"a TIFF with the axes {axes} is no picture")
+    array = np.moveaxis(array, (axes.index("Y"), axes.index("X")), (0, 1))
+    return array.reshape(*array.shape[:2], -1)
+
+
+def _viewed(data: bytes) -> bytes | None:
+    """A TIFF that is a picture of a viewer as PNG, else None."""
+    try:
+        with open_image(data) as image:
+            if getattr(image, "n_frames", 1) > 1 or image.mode not in VIEWED:
+                return None
+            image = ImageOps.exif_transpose(image)
+            image = (
+                image.convert("RGB") if image.mode == "CMYK" else image.convert("RGBA") if image.mode == "PA" else image
+            )
+            buffer = io.BytesIO()
+            image.save(buffer, format="PNG")
+            return buffer.getvalue()
+    except ValueError:  # more bands than Pillow knows
+        return None
+
+
+def _reduced(array: np.ndarray, max_size: int | None) -> np.ndarray:
+    """(H, W, C) with its short side reduced to `max_size` pixels, each channel by itself."""
+    height, width = array.shape[:2]
+    if max_size is None or min(height, width) <= max_size:
+        return array
+    factor = max_size / min(height, width)
+    size = (round(width * factor), round(height * factor))
+    bands = [Image.fromarray(np.ascontiguousarray(band)) for band in np.moveaxis(array, 2, 0)]
+    resized = np.stack([np.asarray(band.resize(size, Image.Resampling.LANCZOS)) for band in bands], axis=2)
+    return resized if array.dtype == np.uint8 else resized.clip(-1, 1)
+
+
+def picture_of(
+    data: bytes, extension: str, max_size: int | None, layout: str | None, limits: Sequence[float] | None, name: str
+) -> tuple[str, bytes]:
+    """(extension, bytes) in a shard of a .npy or .tif file: a TIFF that viewers show becomes a PNG (not yet reduced),
+    everything else a .npy.
+
+    Raises ValueError for a file that cannot be read, DataError where an option has to say what it means.
+    """
+    if extension == "npy":
+        array = channels_last(decoded_npy(data), layout, name)
+    elif limits is None and (png := _viewed(data)) is not None:
+        return "png", png
+    else:
+        array = _bands(data)
+    return "npy", encoded_npy(_reduced(in_unit_range(array, limits, name), max_size))
