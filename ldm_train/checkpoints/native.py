@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save
 from torch import nn
 
 from ldm_train.checkpoints.diffusers import diffusers_metadata, is_diffusers, load_diffusers
-from ldm_train.checkpoints.parts import build, no_larger_than, read_config, read_record
+from ldm_train.checkpoints.parts import build, build_sampler, no_larger_than, read_config, read_record
 from ldm_train.data.shards import file_sha256, write_atomically, write_json
 from ldm_train.latent_diffusion import LatentDiffusion
 
@@ -108,7 +108,9 @@ def load_latent_diffusion(path: str | Path, trust: Sequence[str] = ()) -> Latent
     model = load_diffusers(folder) if is_diffusers(folder) else load_model(folder, trust)
     if not isinstance(model, LatentDiffusion):
         raise ValueError(f"{folder} holds a {type(model).__name__}, not a whole latent diffusion model")
-    model.sampling = build(recorded_sampling(folder), folder, trust)
+    model.sampling = recorded_sampling(folder)
+    if "sampler" in model.sampling:
+        model.sampling["sampler"] = build_sampler(model.sampling["sampler"], folder, trust)
     return model
 
 

@@ -179,6 +179,18 @@ def build(tree: Any, where: str | Path, trust: Sequence[str] = (), places: Seque
         raise ValueError(f"{where}: {name} cannot be built from its options ({error})") from error
 
 
+def build_sampler(tree: Any, where: str | Path, trust: Sequence[str] = ()) -> Callable[..., Any]:
+    """A sampler with its options bound. Raises ValueError as `build`, and where the tree describes anything else."""
+    if not isinstance(tree, dict) or tree.get("_partial_") is not True:
+        raise ValueError(
+            f"{where} asks for a sampler that is none (_target_ and _partial_: true); say sampler= yourself"
+        )
+    if "_target_" in tree and isinstance(find_part(tree["_target_"], where, trust), type):
+        raise ValueError(f"{where} asks for {tree['_target_']}, which is no sampler")
+    with no_larger_than({}, where):
+        return build(tree, where, trust)
+
+
 def targets(tree: Any) -> Iterator[str]:
     """Every `_target_` in a tree."""
     if isinstance(tree, dict):

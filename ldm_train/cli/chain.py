@@ -15,7 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from ldm_train import rng
 from ldm_train.checkpoints.native import CONFIG, copy_model, load_model, read_metadata, save_model
 from ldm_train.checkpoints.parts import build as build_part
-from ldm_train.checkpoints.parts import read_config
+from ldm_train.checkpoints.parts import build_sampler, read_config
 from ldm_train.cli import apart, build
 from ldm_train.cli.film import denoising_film, film_of_grids
 from ldm_train.cli.instruments import Instruments, sampling_facts
@@ -265,7 +265,7 @@ class Chain:
     def draw(self) -> Any:
         """(model, fields, seeds) -> images with the configured sampler."""
         sampling = self.config.sampling
-        sampler = build_part(build.plain(self.config.sampler), "sampler", self.trust)
+        sampler = build_sampler(build.plain(self.config.sampler), "sampler", self.trust)
 
         def draw(model: Any, fields: dict[str, Any], seeds: list[int], callback: Any = None) -> torch.Tensor:
             with self.machine.autocast():

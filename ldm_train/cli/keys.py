@@ -62,7 +62,7 @@ class Keys:
         return common | {"autoencoder": self.section("autoencoder"), "precision": self.machine.precision}
 
     def latents(self) -> dict[str, Any]:
-        weights = stages.result_of(self.folder, "autoencoder")["sha256"]
+        weights = stages.result_of(self.folder, "autoencoder", "sha256")
         return {
             "autoencoder_weights": weights,
             "data": self.data("diffusion"),
@@ -70,10 +70,10 @@ class Keys:
         }
 
     def diffusion(self) -> dict[str, Any]:
-        upstream = stages.result_of(self.folder, "latents")
+        content = stages.result_of(self.folder, "latents", "content")
         return {
             "diffusion": self.section("diffusion"),
-            "latents": upstream["content"],
+            "latents": content,
             "derived": build.plain(self.config.data.derived),
             "data": self.drawn("diffusion"),
             "seed": self.config.seed,
@@ -82,7 +82,7 @@ class Keys:
 
     def evaluation(self) -> dict[str, Any]:
         return {
-            "weights": stages.result_of(self.folder, "diffusion")["sha256"],
+            "weights": stages.result_of(self.folder, "diffusion", "sha256"),
             "data": self.data("diffusion"),
             "evaluation": self.evaluated(),
             "sampling": build.plain(self.config.sampling),
@@ -101,14 +101,14 @@ class Keys:
         return section
 
     def export(self) -> dict[str, Any]:
-        return {"weights": stages.result_of(self.folder, "diffusion")["sha256"]}
+        return {"weights": stages.result_of(self.folder, "diffusion", "sha256")}
 
     def classifier(self) -> dict[str, Any]:
-        upstream = stages.result_of(self.folder, "latents")
+        content = stages.result_of(self.folder, "latents", "content")
         return {
             "classifier": self.section("classifier"),
             "schedule": build.plain(self.config.diffusion.schedule),
-            "latents": upstream["content"],
+            "latents": content,
             "data": self.drawn("diffusion"),
             "seed": self.config.seed,
             "precision": self.machine.precision,

@@ -12,7 +12,7 @@ from torch import nn
 
 from ldm_train.checkpoints.native import CONFIG
 from ldm_train.checkpoints.parts import build as build_part
-from ldm_train.checkpoints.parts import read_config
+from ldm_train.checkpoints.parts import build_sampler, read_config
 from ldm_train.cli import build
 from ldm_train.cli.instruments import check_reference
 from ldm_train.conditioning.base import Conditioner
@@ -243,7 +243,7 @@ def _sampling(chain: Any, channels: int) -> None:
     """The sampler on latents of one cell, denoised to 0: it is there, takes its options and goes with the schedule."""
     config = chain.config
     schedule = build_part(build.plain(config.diffusion.schedule), "diffusion.schedule", chain.trust)
-    sampler = build_part(build.plain(config.sampler), "sampler", chain.trust)
+    sampler = build_sampler(build.plain(config.sampler), "sampler", chain.trust)
     timesteps = schedule.timesteps(config.sampling.num_inference_steps, config.sampling.spacing)
     noise, shape = NoiseSource([0]), (channels, 1, 1)
     try:

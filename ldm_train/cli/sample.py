@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from ldm_train import images as pictures
 from ldm_train.checkpoints.native import find_model, load_latent_diffusion, model_metadata, recorded_sampling
-from ldm_train.checkpoints.parts import build, targets
+from ldm_train.checkpoints.parts import build_sampler, targets
 from ldm_train.cli.common import literal, quoted, run_command
 from ldm_train.cli.film import Film
 from ldm_train.cli.guides import Guides, load_weak
@@ -239,7 +239,7 @@ def sample(config: DictConfig) -> list[Path]:
     check_wanted(config, task, wanted, chosen)
     options = {k: config[k] for k in ("num_inference_steps", "guidance_scale", "spacing")}
     options |= {
-        "sampler": build(tree, f"sampler of {config.recipe or source}", trust),
+        "sampler": build_sampler(tree, f"sampler of {config.recipe or source}", trust),
         "guidance": partial(classifier_free, **guidance),
     }
     if config.resample.repeats > 1:

@@ -33,6 +33,11 @@ UPSTREAM = {
     "export": "diffusion",
     "classifier": "latents",
 }
+RESULT = {
+    "autoencoder": "sha256",
+    "latents": "content",
+    "diffusion": "sha256",
+}  # what identifies the outcome of a stage
 NOTE = "stage.json"
 
 
@@ -159,7 +164,7 @@ def check_chain(chain: Sequence[Stage], run_folder: Path, defaults: dict[str, An
     names = [stage.name for stage in chain]
     for upstream in [UPSTREAM[name] for name in names if name in UPSTREAM]:
         if upstream not in names:
-            result_of(run_folder, upstream)  # which the run takes as it is
+            result_of(run_folder, upstream, RESULT[upstream])  # which the run takes as it is
     for stage in chain:
         if stage.name in gone or decide(stage, run_folder, defaults) == "run":
             return  # what follows depends on what is about to be made
@@ -238,13 +243,16 @@ def _make(stage: Stage, folder: Path, action: str, writer: bool) -> str:
     return action
 
 
-def result_of(run_folder: Path, stage: str) -> dict[str, Any]:
-    """What a finished stage made. Raises Refused, naming the command, where it is not finished."""
+def result_of(run_folder: Path, stage: str, name: str) -> Any:
+    """What a finished stage has noted under a name. Raises Refused, with the way on, where it is not finished or the note is
+    damaged."""
     note = read_note(run_folder / stage)
     if note is None or not note["finished"]:
         upto = list(STAGES[: STAGES.index(stage) + 1])
         raise Refused(f"{run_folder} has no finished stage {stage!r} yet; run it first: stages=[{','.join(upto)}]")
-    return note["result"]
+    if name not in note["result"]:
+        raise Refused(f"{run_folder / stage / NOTE} is damaged: it lacks {name}; restart={stage} makes the stage anew")
+    return note["result"][name]
 
 
 def check_stages(stages: Sequence[str]) -> list[str]:

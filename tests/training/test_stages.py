@@ -48,7 +48,7 @@ def test_a_new_stage_runs_and_a_finished_one_is_skipped(tmp_path: Path):
     work = Work()
     assert [advance(stage(work), tmp_path, {}, True) for _ in range(3)] == ["run", "skip", "skip"]
     assert work.calls == 1
-    assert result_of(tmp_path, "autoencoder") == {"sha256": "abc"}
+    assert result_of(tmp_path, "autoencoder", "sha256") == "abc"
     assert read_note(tmp_path / "autoencoder") == {
         "key": KEY,
         "finished": True,
@@ -61,7 +61,7 @@ def test_an_interrupted_stage_resumes(tmp_path: Path):
     with pytest.raises(RuntimeError, match="interrupted"):
         advance(stage(Work(fails=True)), tmp_path, {}, True)
     with pytest.raises(Refused, match=r"no finished stage 'autoencoder' yet; run it first: stages=\[autoencoder\]"):
-        result_of(tmp_path, "autoencoder")
+        result_of(tmp_path, "autoencoder", "sha256")
     assert advance(stage(Work()), tmp_path, {}, True) == "resume"
     assert decide(stage(Work()), tmp_path, {}) == "skip"
 
@@ -176,7 +176,7 @@ def test_a_missing_upstream_stage_names_the_command(tmp_path: Path):
     with pytest.raises(
         Refused, match=r"run it first: stages=\[autoencoder,latents\]|run it first: stages=\[.*latents\]"
     ):
-        result_of(tmp_path, "latents")
+        result_of(tmp_path, "latents", "content")
 
 
 def test_a_sweep_takes_a_finished_stage_from_a_sibling_only_under_an_equal_key_and_equal_steps(tmp_path):

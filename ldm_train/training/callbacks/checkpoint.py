@@ -91,7 +91,7 @@ def read_checkpoint(path: str | Path, mmap: bool = False) -> dict[str, Any]:
     path = Path(path)
     try:
         return _read(path, mmap)
-    except (OSError, MemoryError):
+    except (FileNotFoundError, PermissionError, MemoryError):
         raise
     except Exception as error:  # damage makes zipfile and torch raise whatever comes first
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
