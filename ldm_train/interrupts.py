@@ -47,10 +47,15 @@ def last_words(text: str) -> None:
     """Writes why this process ends; of several, what comes first stands where a parent shows it. Callable in a handler."""
     with suppress(Exception):  # the interrupted code may be writing just now
         sys.stdout.flush()
-    path = os.environ.get(REPORT)
-    with suppress(OSError):
-        file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600) if path else 2
-        os.write(file, f"{text}\n".encode() if path else f"\n{text}\n".encode())
+    if path := os.environ.get(REPORT):
+        with suppress(OSError):
+            os.write(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), f"{text}\n".encode())
+        return
+    try:
+        print(f"\n{text}", file=sys.stderr, flush=True)
+    except Exception:
+        with suppress(OSError):
+            os.write(2, f"\n{text}\n".encode())
 
 
 def leave(number: int) -> None:

@@ -4,7 +4,7 @@ import inspect
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import astuple
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from ldm_train.data.prepare.build import build as prepare
 from ldm_train.data.shards import INDEX
 from ldm_train.models.first_stage import FirstStage
 from ldm_train.training.diffusion_task import BINS
-from ldm_train.training.fit import Cadence, Machine
+from ldm_train.training.fit import Cadence, Machine, Onlooker
 
 FROM_DATA = "from_data"  # a value that only the data can give: class names, a tokenizer
 DERIVING = ("ldm_train.data.masks", "ldm_train.data.degradations")  # what makes fields from images
@@ -109,7 +109,7 @@ def join_devices(config: DictConfig, module: str, check: Callable[[Machine], Non
         if config.devices > there:
             kind = "GPUs are visible" if gpus else "CPU cores are there"
             raise ValueError(f"devices={config.devices}, but {there} {kind}; use devices={there}")
-        check(replace(machine, accelerator="cpu", precision="32"))  # this process needs no place on a GPU
+        check(Onlooker(*astuple(machine)))
         sys.exit(launch(config.devices, module))
     machine = machine_of(config, os.environ)
     if machine.world_size > 1:

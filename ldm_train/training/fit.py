@@ -83,6 +83,14 @@ class Machine:
         return Precision() if self.precision == "32" else MixedPrecision(self.precision, self.device.type)
 
 
+class Onlooker(Machine):
+    """The place of a process that checks what others will do, and takes up no GPU itself."""
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device("cpu")
+
+
 @dataclass(frozen=True)
 class Cadence:
     """In optimiser steps: validation, checkpoints, logging. progress: show a bar. trace: see Monitor."""
