@@ -19,7 +19,7 @@ from ldm_train.training import fit
 pytestmark = pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="reads /proc")
 ROOT = Path(__file__).parents[1]
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-COUNT = int(os.environ.get("LDM_TRAIN_TEST_SIGNALS", "6"))  # signals sent to one training
+COUNT = int(os.environ.get("LDM_TRAIN_TEST_SIGNALS", "3"))  # signals sent to one training
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 WHEN = r"(before training|after step \d+|in the stage \w+)"
 
