@@ -12,7 +12,8 @@ from hydra.utils import get_object, instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from ldm_train.cli.build import first_stage_tree, model_tree
-from ldm_train.cli.common import check_values, config_folder
+from ldm_train.cli.common import config_folder
+from ldm_train.cli.rehearsal import check_values
 from ldm_train.conditioning.text import TokenEncoder, train_tokenizer
 from ldm_train.diffusion.objective import DiffusionObjective
 

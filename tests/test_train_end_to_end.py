@@ -100,11 +100,14 @@ def test_a_changed_option_is_refused_by_name_and_restart_starts_that_stage_anew(
 @pytest.mark.chain
 def test_more_steps_continue_the_autoencoder_and_later_stages_ask_to_be_made_anew(tmp_path: Path):
     chain(tmp_path).run()
-    with pytest.raises(Refused, match="autoencoder_weights"):
+    before = {p: p.stat().st_mtime_ns for p in (tmp_path / "run").rglob("*") if p.is_file()}
+    with pytest.raises(Refused, match=r"(?s)latents, diffusion, evaluation, export were made from it.*restart=latents"):
         chain(tmp_path, "autoencoder.max_steps=9").run()
+    assert before == {p: p.stat().st_mtime_ns for p in (tmp_path / "run").rglob("*") if p.is_file()}
+    chain(tmp_path).run()  # the original command still works
+    chain(tmp_path, "autoencoder.max_steps=9", "restart=latents").run()
     checkpoint = torch.load(tmp_path / "run/autoencoder/checkpoints/last.ckpt", weights_only=True)
     assert checkpoint["global_step"] == 9
-    chain(tmp_path, "autoencoder.max_steps=9", "restart=latents").run()
     assert read_note(tmp_path / "run" / "export")["finished"]
 
 

@@ -326,9 +326,10 @@ class ShardDataModule(L.LightningDataModule):
             if any(is_remote(shard["file"]) for shard in self.index["splits"][split]["shards"]):
                 continue
             shards, bad = self.shards(split), 0
+            members = [e for e in ("txt", "json", "cls") if e in shards.extensions]
             picks = np.unique(np.linspace(0, len(shards) - 1, min(limit, len(shards))).round().astype(int)).tolist()
             for i in picks:
-                raw = {e: data for e in ("txt", "json", "cls") if (data := shards.read(i, e)) is not None}
+                raw = {e: data for e in members if (data := shards.read(i, e)) is not None}
                 try:
                     for read in wanted:
                         read(raw)

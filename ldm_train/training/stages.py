@@ -153,8 +153,10 @@ def decide(stage: Stage, run_folder: Path, defaults: dict[str, Any]) -> str:
 def later_than(stage: str) -> list[str]:
     """The stages that follow from one, directly or not, in their order."""
     found = [stage]
-    found += [s for s in STAGES if UPSTREAM.get(s) in found and s not in found]
-    return [s for s in STAGES if s in found[1:]]
+    for name in STAGES:  # each stands after the one it is made from
+        if UPSTREAM.get(name) in found:
+            found.append(name)
+    return found[1:]
 
 
 def check_chain(chain: Sequence[Stage], run_folder: Path, defaults: dict[str, Any], restart: str | None = None) -> None:

@@ -49,6 +49,7 @@ SMALL = (
     "data.source.count=16",
     "data.source.val_count=4",
     "autoencoder.max_steps=1",
+    "autoencoder.lr_schedule.warmup_steps=0",
     "autoencoder.batch_size=4",
     "autoencoder.val_images=4",
     "stages=[autoencoder]",

@@ -73,7 +73,7 @@ REFUSED = {
     "latents.cache=maybe": "latents.cache='maybe' is neither true nor false",
     "latents=5": "set the options in it: latents.<option>=...",
     "data.crop=random": "data.crop=random is random, one cached encoding cannot stand for it; set latents.cache=false",
-    "data.channels=5": "the data asks for 5",
+    "data.channels=5": "data.channels is 5",
     "data.root=null": "data.root=None is no folder of shards",
     "data.max_bad_fraction=abc": "data.max_bad_fraction='abc' is no number",
     "data.image_size=[32]": "data.image_size=[32] is neither a side in pixels nor [height, width]",

@@ -197,7 +197,9 @@ def test_every_point_of_a_sweep_over_f_has_its_factor_and_equal_compute(
             side = config.data.image_size // f
             extra = {"context": torch.empty(1, 1, unet.context_dim)} if unet.context_dim else {}
             extra |= {"vector": torch.empty(1, unet.vector_dim)} if unet.vector_dim else {}
-            flops = _flops(unet, torch.empty(1, unet.in_channels, side, side), torch.empty(1), **extra)
+            flops = _flops(
+                "diffusion.unet", unet, torch.empty(1, unet.in_channels, side, side), torch.empty(1), **extra
+            )
         totals.append(flops * config.diffusion.max_steps * config.diffusion.batch_size)
         assert config.diffusion.max_steps % config.diffusion.evaluate_every == 0
     assert max(totals) / min(totals) < 1.02

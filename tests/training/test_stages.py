@@ -17,6 +17,7 @@ from ldm_train.training.stages import (
     check_stages,
     decide,
     differences,
+    later_than,
     read_note,
     result_of,
     run_lock,
@@ -222,3 +223,9 @@ def test_two_jobs_at_once_make_a_shared_stage_once(tmp_path):
     assert [job.exitcode for job in jobs] == [0, 0, 0]
     assert len((tmp_path / "made").read_text().split()) == 1
     assert all(read_note(tmp_path / n / "autoencoder")["finished"] for n in "abc")
+
+
+def test_stages_follow_from_each_other_directly_or_not():
+    assert later_than("autoencoder") == ["latents", "diffusion", "evaluation", "export", "classifier"]
+    assert later_than("diffusion") == ["evaluation", "export"]
+    assert later_than("export") == later_than("perceptual") == []
