@@ -117,7 +117,7 @@ def test_reading_a_checkpoint_runs_nothing(tmp_path: Path):
 
 def test_a_damaged_best_checkpoint_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("ldm_train.cli.evaluate.find_model", lambda folder: folder)
-    monkeypatch.setattr("ldm_train.cli.evaluate.load_latent_diffusion", lambda source: torch.nn.Identity())
+    monkeypatch.setattr("ldm_train.cli.evaluate.load_latent_diffusion", lambda *_: torch.nn.Identity())
     best = tmp_path / "diffusion" / "checkpoints" / "best.ckpt"
     AtomicCheckpointIO().save_checkpoint(state(1), best)
     best.write_bytes(best.read_bytes()[:-100])
