@@ -1,8 +1,6 @@
 """Every config composes, names things that exist, and builds the models its comments promise."""
 
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -11,6 +9,7 @@ from hydra import compose, initialize_config_dir
 from hydra.utils import get_object, instantiate
 from omegaconf import DictConfig, OmegaConf
 
+from ldm_train.checkpoints.parts import targets
 from ldm_train.cli.build import first_stage_tree, model_tree
 from ldm_train.cli.common import config_folder
 from ldm_train.cli.rehearsal import check_values
@@ -24,17 +23,6 @@ FILES = sorted(p for p in config_folder().rglob("*.yaml"))
 def composed(name: str, *overrides: str) -> DictConfig:
     with initialize_config_dir(str(config_folder()), version_base="1.3"):
         return compose(name, overrides=list(overrides))
-
-
-def targets(tree: Any) -> Iterator[str]:
-    if isinstance(tree, dict):
-        if "_target_" in tree:
-            yield tree["_target_"]
-        for value in tree.values():
-            yield from targets(value)
-    elif isinstance(tree, list):
-        for value in tree:
-            yield from targets(value)
 
 
 def on_meta(section: DictConfig) -> torch.nn.Module:
