@@ -1,4 +1,4 @@
-"""LatentDiffusion: U-Net, frozen first stage, conditioners and noise schedule as one object."""
+"""LatentDiffusion: denoising network, frozen first stage, conditioners and noise process as one object."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,17 +10,19 @@ from torch import nn
 from ldm_train.conditioning.base import Conditioner, merge
 from ldm_train.diffusion.denoiser import Denoiser, Network
 from ldm_train.diffusion.guidance import Denoise, classifier_free, keep_known
-from ldm_train.diffusion.schedule import NoiseSchedule
+from ldm_train.diffusion.objective import check_compatible
+from ldm_train.diffusion.parameterisation import Epsilon, Parameterisation
+from ldm_train.diffusion.process import NoiseProcess
+from ldm_train.models.backbone import Backbone
 from ldm_train.models.first_stage import FirstStage
 from ldm_train.models.tiling import Tiles, Windows
-from ldm_train.models.unet import UNet
 from ldm_train.rng import NoiseSource
 from ldm_train.samplers.ddim import ddim_inversion
 
 
 @dataclass(frozen=True)
 class Panorama:
-    """A U-Net over latents larger than those it was trained at: evaluated in overlapping windows of its own size whose
+    """A network over latents larger than those it was trained at: evaluated in overlapping windows of its own size whose
     outputs are averaged in every step (MultiDiffusion, Bar-Tal et al. 2023, arXiv:2302.08113).
 
     Where windows meet, the average is feathered. The context is the same in all of them; spatial conditions are cut.
@@ -43,28 +45,30 @@ class Panorama:
 class LatentDiffusion(nn.Module):
     """What training, evaluation, sampling and export all hold.
 
-    unet, first_stage, schedule: the parts. conditioners: by name, in the order in which their outputs are joined.
-    prediction_type: what the U-Net predicts. latent_size: (h, w) it was trained at, the default when sampling.
-    Raises ValueError where the conditioners' widths do not fit the U-Net.
+    network, first_stage, schedule: the parts. conditioners: by name, in the order in which their outputs are joined.
+    parameterisation: what the network predicts (default: the noise). latent_size: (h, w) it was trained at, the default
+    when sampling.
+    Raises ValueError where these do not fit each other.
     """
 
     def __init__(
         self,
-        unet: UNet,
+        network: Backbone,
         first_stage: FirstStage,
-        schedule: NoiseSchedule,
+        schedule: NoiseProcess,
         conditioners: Mapping[str, Conditioner] | None = None,
-        prediction_type: str = "epsilon",
+        parameterisation: Parameterisation | None = None,
         latent_size: Sequence[int] = (32, 32),
     ):
         super().__init__()
-        self.unet, self.first_stage, self.schedule = unet, first_stage, schedule
+        self.network, self.first_stage, self.schedule = network, first_stage, schedule
         self.conditioners = nn.ModuleDict(conditioners or {})
-        self.prediction_type, self.latent_size = prediction_type, tuple(latent_size)
+        self.parameterisation, self.latent_size = parameterisation or Epsilon(), tuple(latent_size)
+        check_compatible(self.parameterisation, schedule)
         self.sampling: dict[str, Any] = {}  # what `sample` does by default; loaded models bring their run's choice
-        if unet.in_channels != first_stage.latent_channels:
+        if network.in_channels != first_stage.latent_channels:
             raise ValueError(
-                f"diffusion.unet.in_channels is {unet.in_channels}, the first stage's latents have "
+                f"diffusion.network.in_channels is {network.in_channels}, the first stage's latents have "
                 f"{first_stage.latent_channels} channels"
             )
         widths: dict[str, set[int]] = {}
@@ -76,14 +80,12 @@ class LatentDiffusion(nn.Module):
                 if slot in total:
                     total[slot] += width
         context = sorted(widths.get("context", {0}))
-        for name, width, got in (
-            ("context_dim", unet.context_dim or 0, context[0] if len(context) == 1 else context),
-            ("vector_dim", unet.vector_dim or 0, total["vector"]),
-            ("concat_channels", unet.concat_channels, total["concat"]),
-        ):
+        given = {"context": context[0] if len(context) == 1 else context} | total
+        for slot, name in (("context", "context_dim"), ("vector", "vector_dim"), ("concat", "concat_channels")):
+            width, got = network.condition_widths[slot], given[slot]
             if width != got:
                 raise ValueError(
-                    f"diffusion.unet.{name} is {width}, the conditioners {list(self.conditioners)} give {got}; set "
+                    f"diffusion.network.{name} is {width}, the conditioners {list(self.conditioners)} give {got}; set "
                     f"diffusion.conditioning.{name}"
                 )
 
@@ -101,7 +103,7 @@ class LatentDiffusion(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        return next(self.unet.parameters()).device
+        return next(self.network.parameters()).device
 
     @property
     def fields(self) -> tuple[str, ...]:
@@ -109,8 +111,8 @@ class LatentDiffusion(nn.Module):
         return tuple(c.field for c in self.conditioners.values())
 
     def trainable(self) -> nn.ModuleDict:
-        """The parts that stage 2 trains and averages: U-Net and conditioners."""
-        return nn.ModuleDict({"unet": self.unet, "conditioners": self.conditioners})
+        """The parts that stage 2 trains and averages: network and conditioners."""
+        return nn.ModuleDict({"network": self.network, "conditioners": self.conditioners})
 
     def latents_from(self, batch: Mapping[str, Any], generator: torch.Generator | None = None) -> torch.Tensor:
         """batch["moments"] (see `Autoencoder.encode_moments`) where cached, else batch["image"] is encoded; a fresh posterior sample each
@@ -124,7 +126,7 @@ class LatentDiffusion(nn.Module):
         drop: Mapping[str, torch.Tensor] | None = None,
         latent_size: Sequence[int] | None = None,
     ) -> dict[str, torch.Tensor]:
-        """The U-Net's inputs for a batch. drop: per conditioner (B,) bool; a conditioner whose field the batch lacks
+        """The network's inputs for a batch. drop: per conditioner (B,) bool; a conditioner whose field the batch lacks
         is null. latent_size: of what is denoised, where it is not the trained one."""
         if not self.conditioners:
             return {}
@@ -182,14 +184,14 @@ class LatentDiffusion(nn.Module):
     def null_condition(self, count: int, latent_size: Sequence[int] | None = None) -> dict[str, torch.Tensor]:
         return merge([c.null(count, latent_size or self.latent_size) for c in self.conditioners.values()])
 
-    def network(self, x_t: torch.Tensor, timesteps: torch.Tensor, condition: dict[str, torch.Tensor]) -> torch.Tensor:
-        """The U-Net under a condition: (B, C, h, w), (B,) -> (B, C, h, w)."""
-        return self.unet(x_t, timesteps, **condition)
+    def predict(self, x_t: torch.Tensor, timesteps: torch.Tensor, condition: dict[str, torch.Tensor]) -> torch.Tensor:
+        """The network under a condition: (B, C, h, w), (B,) -> (B, C, h, w)."""
+        return self.network(x_t, timesteps, **condition)
 
     def denoiser(self, condition: dict[str, torch.Tensor], overlap: int | None = None) -> Denoiser:
         """overlap: evaluate larger latents in windows of the trained size that share so many cells, see `Panorama`."""
-        network = self.network if overlap is None else Panorama(self.network, self.latent_size, overlap)
-        return Denoiser(network, self.schedule, self.prediction_type, condition)
+        network = self.predict if overlap is None else Panorama(self.predict, self.latent_size, overlap)
+        return Denoiser(network, self.schedule, self.parameterisation, condition)
 
     def decode(self, latents: torch.Tensor, tiles: Tiles | None = None) -> torch.Tensor:
         """Scaled latents -> images (B, C, H, W) in [-1, 1]. tiles: for pictures too large for memory."""

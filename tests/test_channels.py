@@ -29,7 +29,7 @@ SMALL = [
     "autoencoder.batch_size=8", "autoencoder.loss.disc_start=2", "autoencoder.val_every=2",
     "autoencoder.log_every=1", "autoencoder.val_images=4",
     "diffusion.max_steps=4", "diffusion.batch_size=8", "diffusion.val_every=2", "diffusion.val_images=4", "diffusion.samples=2",
-    "diffusion.unet.channels=32", "sampling.num_inference_steps=2", "evaluation.images=4", "evaluation.predictors=4",
+    "diffusion.network.channels=32", "sampling.num_inference_steps=2", "evaluation.images=4", "evaluation.predictors=4",
 ]  # fmt: skip
 FIVE = ["data.channels=5", "data.image_size=[32,48]"]
 GROUPS = "mean over channels 1-3, 3-5"
@@ -247,7 +247,10 @@ def test_an_extractor_of_ones_own_sees_all_channels(run: Path, folder: Path):
             ["evaluation.metrics=[]", "diffusion.evaluate_every=2"],
             r"diffusion\.evaluate_every measures evaluation\.metrics",
         ),
-        (["diffusion.unet.channel_mult=[1,1,1]"], r"latents of 4x6, which this U-Net cannot halve 2 times; use 32x32"),
+        (
+            ["diffusion.network.channel_mult=[1,1,1]"],
+            r"latents of 4x6, and this network takes multiples of 4; use 32x32",
+        ),
     ],
     ids=["channels", "extractor", "png", "no_metrics", "halvings"],
 )

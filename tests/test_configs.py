@@ -50,7 +50,7 @@ def test_every_target_exists(file: Path):
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
 def test_the_models_of_every_experiment_fit_together(experiment: str):
     config = composed("train", f"experiment={experiment}")
-    network, unet = on_meta(config.autoencoder.network), on_meta(config.diffusion.unet)
+    network, unet = on_meta(config.autoencoder.network), on_meta(config.diffusion.network)
     size = config.data.image_size if isinstance(config.data.image_size, int) else max(config.data.image_size)
     assert size % network.downsample_factor == 0
     assert unet.in_channels == network.latent_channels
@@ -73,8 +73,8 @@ def test_every_experiment_makes_one_model(experiment: str):
     model = on_meta(OmegaConf.create(tree))
     f, size = model.first_stage.downsample_factor, config.data.image_size
     assert model.latent_size == (size // f, size // f)
-    assert model.latent_size[0] % 2 ** (model.unet.levels - 1) == 0
-    DiffusionObjective(model.schedule, config.diffusion.objective.prediction_type)
+    assert model.latent_size[0] % model.network.size_multiple == 0
+    DiffusionObjective(model.schedule, model.parameterisation)
 
 
 @pytest.mark.parametrize(
@@ -85,8 +85,9 @@ def test_every_experiment_makes_one_model(experiment: str):
         "autoencoder/loss",
         "autoencoder/loss/perceptual",
         "data",
-        "diffusion/unet",
+        "diffusion/network",
         "diffusion/objective",
+        "diffusion/schedule",
         "diffusion/conditioning",
         "sampler",
     ],
@@ -155,7 +156,7 @@ UNETS = {
 
 
 def unet(name: str, in_channels: int, context_dim: int | None, concat_channels: int) -> torch.nn.Module:
-    section = composed("train", "experiment=celebahq_f8", f"diffusion/unet={name}").diffusion.unet
+    section = composed("train", "experiment=celebahq_f8", f"diffusion/network={name}").diffusion.network
     section.in_channels, section.context_dim, section.concat_channels = in_channels, context_dim, concat_channels
     return on_meta(section)
 
@@ -175,7 +176,7 @@ def test_unets_have_the_published_sizes(which: tuple, count: int):
     ],
 )
 def test_sd2_variants_have_the_published_sizes(experiment: str, count: int):
-    assert parameters(on_meta(composed("train", f"experiment={experiment}").diffusion.unet)) == count
+    assert parameters(on_meta(composed("train", f"experiment={experiment}").diffusion.network)) == count
 
 
 @pytest.mark.parametrize(("experiment", "count"), [("text2img_cc_f4", 166_590_080), ("text2img_f8", 542_895_360)])

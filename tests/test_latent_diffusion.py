@@ -29,10 +29,10 @@ def class_and_text() -> LatentDiffusion:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"in_channels": 4}, "diffusion.unet.in_channels is 4, the first stage's latents have 2"),
-        ({"context_dim": 8}, "diffusion.unet.context_dim is 8"),
-        ({"vector_dim": 6}, "diffusion.unet.vector_dim is 6"),
-        ({"conditioners": {"class": ClassLabel(3, 6)}}, "diffusion.unet.vector_dim is 0"),
+        ({"in_channels": 4}, "diffusion.network.in_channels is 4, the first stage's latents have 2"),
+        ({"context_dim": 8}, "diffusion.network.context_dim is 8"),
+        ({"vector_dim": 6}, "diffusion.network.vector_dim is 6"),
+        ({"conditioners": {"class": ClassLabel(3, 6)}}, "diffusion.network.vector_dim is 0"),
         ({"conditioners": {"class": ClassLabel(3, 6)}, "vector_dim": 8}, "give 6"),
     ],
 )
@@ -93,7 +93,7 @@ def test_seeds_and_conditions_must_be_as_many() -> None:
 
 def test_guidance_pulls_away_from_the_null_condition() -> None:
     model = class_and_text()
-    for p in model.unet.parameters():
+    for p in model.network.parameters():
         torch.nn.init.normal_(p, std=0.1)
     plain, guided, off = (model.sample({"caption": ["a cat"]}, [3], ddim, 3, guidance_scale=s) for s in (1.0, 4.0, 0.0))
     null = model.sample({}, [3], ddim, 3)
@@ -106,7 +106,7 @@ def test_images_may_be_drawn_at_another_size() -> None:
 
 
 def randomised(model: LatentDiffusion, std: float = 0.1) -> LatentDiffusion:
-    for p in model.unet.parameters():
+    for p in model.network.parameters():
         torch.nn.init.normal_(p, std=std)
     return model
 
@@ -114,7 +114,7 @@ def randomised(model: LatentDiffusion, std: float = 0.1) -> LatentDiffusion:
 def calls(model: LatentDiffusion) -> list[int]:
     """The batch size of every call of the U-Net from now on."""
     seen: list[int] = []
-    model.unet.register_forward_pre_hook(lambda _, args: seen.append(len(args[0])))
+    model.network.register_forward_pre_hook(lambda _, args: seen.append(len(args[0])))
     return seen
 
 
@@ -177,13 +177,13 @@ def test_a_panorama_of_one_window_is_the_model_itself_and_larger_ones_are_averag
     if spatial:
         condition["concat"] = torch.randn(1, 3, 4, 10)
     wide = model.denoiser(condition, overlap=2)
-    windows = Panorama(model.network, model.latent_size, 2)(x_t, t, condition)
+    windows = Panorama(model.predict, model.latent_size, 2)(x_t, t, condition)
     small = {k: v[..., :4] if k == "concat" else v for k, v in condition.items()}
     torch.testing.assert_close(
         model.denoiser(small, 2)(x_t[..., :4], 300.0), model.denoiser(small)(x_t[..., :4], 300.0)
     )
     # Columns that only the first window holds are its own.
-    torch.testing.assert_close(windows[..., :2], model.network(x_t[..., :4], t, small)[..., :2])
+    torch.testing.assert_close(windows[..., :2], model.predict(x_t[..., :4], t, small)[..., :2])
     assert wide.shares_model(model.denoiser(condition, overlap=2))
     assert not wide.shares_model(model.denoiser(condition))
     assert model.sample({}, [3], ddim, 2, latent_size=(4, 10), overlap=2).shape == (1, 3, 8, 20)

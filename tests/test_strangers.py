@@ -315,7 +315,7 @@ def test_a_part_of_ones_own_is_built_where_the_command_trusts_its_package(
     folder = stranger(yaml.safe_dump({**MODEL, "unet": {**MODEL["unet"], "_target_": "my_parts.MyUNet"}}))
     message = refused(lambda: LatentDiffusion.from_pretrained(str(folder)), tmp_path / "mark")
     assert "say trust=[my_parts]" in message
-    assert type(LatentDiffusion.from_pretrained(str(folder), trust=["my_parts"]).unet).__name__ == "MyUNet"
+    assert type(LatentDiffusion.from_pretrained(str(folder), trust=["my_parts"]).network).__name__ == "MyUNet"
     sampled(f"run={folder}", "trust=[my_parts]", "n=1", f"out={tmp_path}/out")
     # What the trusted package has imported is not its own.
     evil = {"_target_": "my_parts.system", "_partial_": True, "command": "touch mark"}

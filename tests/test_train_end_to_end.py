@@ -150,9 +150,8 @@ def test_the_chain_runs_under_every_kind_of_condition(tmp_path: Path, conditioni
     )  # fmt: skip
     made.run()
     model = load_model(tmp_path / "run" / "export")
-    assert (model.unet.context_dim, model.unet.concat_channels, model.unet.vector_dim) == {
-        "layout": (512, 0, None), "semantic": (None, 3, None), "superres": (None, 3, None), "inpainting": (None, 5, None),
-        "image_embedding": (None, 0, 256),
+    assert tuple(model.network.condition_widths.values()) == {
+        "layout": (512, 0, 0), "semantic": (0, 3, 0), "superres": (0, 3, 0), "inpainting": (0, 5, 0), "image_embedding": (0, 0, 256),
     }[conditioning]  # fmt: skip
     metrics = json.loads((tmp_path / "run/evaluation/metrics.json").read_text())
     assert metrics["samples"]["fid_tiny"]["n"] == 8

@@ -30,6 +30,7 @@ from ldm_train.checkpoints.diffusers_options import (
 )
 from ldm_train.conditioning.text import FrozenText
 from ldm_train.data.shards import file_sha256
+from ldm_train.diffusion.parameterisation import Epsilon, Parameterisation, Sample, VPrediction
 from ldm_train.diffusion.schedule import NoiseSchedule
 from ldm_train.latent_diffusion import LatentDiffusion
 from ldm_train.models.autoencoder import AutoencoderKL, AutoencoderVQ
@@ -305,7 +306,10 @@ def _text(folder: Path, dim: int) -> FrozenText:
     return FrozenText(str(encoder), dim, max_length=options["max_position_embeddings"], pretrained=(tokenizer, model))
 
 
-def load_schedule(folder: Path) -> tuple[NoiseSchedule, str]:
+PREDICTIONS = {"epsilon": Epsilon, "v_prediction": VPrediction, "sample": Sample}
+
+
+def load_schedule(folder: Path) -> tuple[NoiseSchedule, Parameterisation]:
     """The schedule, and what the U-Net predicts."""
     path = folder / "scheduler_config.json"
     _, options = read_class(path, SCHEDULERS)
@@ -314,7 +318,7 @@ def load_schedule(folder: Path) -> tuple[NoiseSchedule, str]:
         raise refused(path, "rescale_betas_zero_snr", zero_snr, "=False, or with prediction_type='v_prediction',")
     ends = options["beta_start"], options["beta_end"], options["num_train_timesteps"]
     try:
-        return NoiseSchedule(BETAS[options["beta_schedule"]], *ends, zero_snr), prediction
+        return NoiseSchedule(BETAS[options["beta_schedule"]], *ends, zero_snr), PREDICTIONS[prediction]()
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
 
@@ -347,10 +351,10 @@ def load_diffusers(folder: str | Path) -> LatentDiffusion:
     first_stage = load_first_stage(folder / vae)
     unet, size = load_unet(folder / _part(folder, index, "diffusers", "unet"), first_stage.latent_channels)
     conditioners = {}
-    if unet.context_dim:
+    if context_dim := unet.condition_widths["context"]:
         for name in ("text_encoder", "tokenizer"):
             _part(folder, index, "transformers", name)
-        conditioners["text"] = _text(folder, unet.context_dim)
+        conditioners["text"] = _text(folder, context_dim)
     schedule, prediction = load_schedule(folder / _part(folder, index, "diffusers", "scheduler"))
     return LatentDiffusion(unet, first_stage, schedule, conditioners, prediction, size).eval()
 

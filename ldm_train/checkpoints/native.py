@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import nn
 
+from ldm_train import names
 from ldm_train.checkpoints.diffusers import diffusers_metadata, is_diffusers, load_diffusers
 from ldm_train.checkpoints.parts import build, build_sampler, no_larger_than, read_config, read_record
 from ldm_train.data.shards import file_sha256, write_atomically, write_json
@@ -136,11 +137,11 @@ def load_model(folder: str | Path, trust: Sequence[str] = ()) -> nn.Module:
     except SafetensorError as error:
         raise ValueError(f"{folder / WEIGHTS} is no file of weights ({error}); take an undamaged copy") from error
     with no_larger_than(shapes, folder / CONFIG):
-        module = build(read_config(folder / CONFIG), folder / CONFIG, trust)
+        module = build(names.model(read_config(folder / CONFIG)), folder / CONFIG, trust)
     if not isinstance(module, nn.Module):
         raise ValueError(f"{folder / CONFIG} describes no model but a {type(module).__name__}")
     try:
-        module.load_state_dict(load_file(folder / WEIGHTS))
+        module.load_state_dict(names.weights(load_file(folder / WEIGHTS)))
     except RuntimeError as error:  # missing, unexpected or of another shape
         first = " ".join(str(error).split())[:300]
         raise ValueError(f"{folder / WEIGHTS} does not fit the model of {folder / CONFIG}: {first}") from error

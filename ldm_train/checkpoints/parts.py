@@ -20,6 +20,8 @@ import yaml
 from torch import nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
+from ldm_train import names
+
 # Folders (and one module) whose classes, and samplers, a file may ask for. Nothing in them writes files or runs commands.
 BUILDABLE = (
     "ldm_train.models",
@@ -28,7 +30,6 @@ BUILDABLE = (
     "ldm_train.samplers",
     "ldm_train.latent_diffusion",
 )
-MOVED: dict[str, str] = {}  # name in older files: today's name
 
 LARGEST_FILE = 16 << 20  # bytes; a config that holds its tokenizer has 1 or 2 MB
 MOST_VALUES, DEEPEST = 200_000, 60  # of a tree, its aliases unfolded
@@ -121,7 +122,7 @@ def find_part(name: Any, where: str | Path, trust: Sequence[str] = (), places: S
     places: modules and folders of this package whose own classes may be named. trust: packages, or dotted names, that the
     user has named. Nothing else is even imported. Raises ValueError naming the file, what it asks for and the remedy.
     """
-    name = MOVED.get(name, name) if isinstance(name, str) else name
+    name = names.PARTS.get(name, name) if isinstance(name, str) else name
     if not isinstance(name, str) or not NAME.fullmatch(name):
         raise ValueError(f"{where} asks for {name!r}, which is no name of a part")
     trusted = _within(name, trust)

@@ -15,6 +15,7 @@ from ldm_train.cli.common import run_command
 from ldm_train.data.shards import write_json
 from ldm_train.diffusion.denoiser import Denoiser
 from ldm_train.diffusion.guidance import classifier_free
+from ldm_train.diffusion.parameterisation import Epsilon
 from ldm_train.diffusion.schedule import NoiseSchedule
 from ldm_train.models.unet import UNet
 from ldm_train.rng import NoiseSource, reseed
@@ -83,7 +84,7 @@ def sampling(config: DictConfig, device: torch.device) -> dict[str, Any]:
         return fixed  # a network that costs nothing leaves what is around it
 
     def ours(network: Callable[..., torch.Tensor]) -> torch.Tensor:
-        cond, uncond = (Denoiser(network, schedule, "epsilon", c) for c in halves)
+        cond, uncond = (Denoiser(network, schedule, Epsilon(), c) for c in halves)
         return ddim(classifier_free(cond, uncond, 3.0), x_t, times, schedule, NoiseSource(range(b)))
 
     found: dict[str, Any] = {}

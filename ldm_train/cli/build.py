@@ -37,8 +37,8 @@ def plain(section: DictConfig) -> dict[str, Any]:
 
 def own_parts(config: DictConfig) -> list[str]:
     """What the folders of a run may name beside this package's parts: `trust=` and the parts of the user's own config."""
-    sections = ("autoencoder.network", "diffusion.unet", "diffusion.schedule", "diffusion.conditioning", "sampler",
-                "data.derived", "classifier.network")  # fmt: skip
+    sections = ("autoencoder.network", "diffusion.network", "diffusion.schedule", "diffusion.objective",
+                "diffusion.conditioning", "sampler", "data.derived", "classifier.network")  # fmt: skip
     trees = [plain(found) for s in sections if (found := OmegaConf.select(config, s)) is not None]
     return [*config.trust, *dict.fromkeys(targets(trees))]
 
@@ -163,7 +163,8 @@ def health_facts(config: DictConfig, stage: str) -> dict[str, Any]:
         return {}
     section = config.diffusion
     settled = max(200, section.max_steps // 20)
-    return {"prediction_type": section.objective.prediction_type, "bins": BINS, "settled": settled}
+    easier = instantiate(section.objective.parameterisation).easier_with_noise
+    return {"easier_with_noise": easier, "bins": BINS, "settled": settled}
 
 
 def stage_data(config: DictConfig, stage: str) -> DictConfig:
@@ -279,11 +280,11 @@ def model_tree(
     factor = 2 ** (len(first_stage["autoencoder"].get("channel_mult", [1])) - 1)
     return {
         "_target_": "ldm_train.latent_diffusion.LatentDiffusion",
-        "unet": plain(config.diffusion.unet),
+        "network": plain(config.diffusion.network),
         "first_stage": first_stage,
         "schedule": plain(config.diffusion.schedule),
         "conditioners": conditioners,
-        "prediction_type": config.diffusion.objective.prediction_type,
+        "parameterisation": plain(config.diffusion.objective.parameterisation),
         "latent_size": [s // factor for s in size],
     }
 

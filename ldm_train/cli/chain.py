@@ -236,7 +236,7 @@ class Chain:
             image_folder=folder / "images",
         )
         if section.compile:
-            model.unet.compile()
+            model.network.compile()
         callbacks = []
         if section.evaluate_every:
             best_by = section.best_by or config.evaluation.metrics[0]

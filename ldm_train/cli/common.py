@@ -19,7 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 import ldm_train
-from ldm_train import interrupts
+from ldm_train import interrupts, names
 from ldm_train.checkpoints.parts import read_config
 from ldm_train.data.shards import DataError
 from ldm_train.training.stages import Interrupted, Refused
@@ -63,7 +63,7 @@ def run_config(folder: Path) -> DictConfig:
             raise ValueError(f"{path} holds {value[:80]!r}; what a run has saved is resolved, this file is not its own")
 
     check(tree)
-    return OmegaConf.create(tree)
+    return OmegaConf.create(names.options(tree))
 
 
 def literal(tree: dict[str, Any]) -> DictConfig:
@@ -154,7 +154,7 @@ def run_command(function: Callable[[DictConfig], Any], config_name: str) -> None
     """Composes conf/<config_name>.yaml with the command line and calls `function`; exits with 1 and one readable
     message where the user has to act, with 128 + signal and one line after an interruption."""
     _raise_file_limit()
-    sys.argv[1:] = [without(a) for a in sys.argv[1:]]
+    sys.argv[1:] = [without(names.argument(a)) for a in sys.argv[1:]]
     os.environ[ARGUMENTS] = json.dumps(sys.argv[1:])
     # Hydra shall raise, not print. What the user wanted is kept apart, also for the processes that torchrun starts.
     wants_traceback = os.environ.setdefault(TRACEBACK, os.environ.get("HYDRA_FULL_ERROR", "0")) == "1"

@@ -194,11 +194,11 @@ def picture_size(model: LatentDiffusion, size: Any, option: str = "size") -> tup
     if size is None:
         return model.latent_size[0] * f, model.latent_size[1] * f
     height, width = (int(size), int(size)) if isinstance(size, int | str) else (int(v) for v in size)
-    least = f * 2 ** (model.unet.levels - 1)
+    least = f * model.network.size_multiple
     if height < 1 or width < 1 or height % least or width % least:
         raise ValueError(
-            f"{option} {height}x{width} is not divisible by {least} (downsample_factor {f} and {model.unet.levels - 1} halvings); "
-            f"use {max(least, round(height / least) * least)}x{max(least, round(width / least) * least)}"
+            f"{option} {height}x{width} is not divisible by {least} (downsample_factor {f}, latents in multiples of "
+            f"{model.network.size_multiple}); use {max(least, round(height / least) * least)}x{max(least, round(width / least) * least)}"
         )
     return height, width
 

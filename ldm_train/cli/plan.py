@@ -113,24 +113,24 @@ def print_plan(chain: Any, todo: list[stages.Stage]) -> dict[str, tuple[float, f
                     f"{max(f, h // f * f)}x{max(f, w // f * f)} or another autoencoder"
                 )
         lines["autoencoder"] = (network, _flops("autoencoder.network", network, torch.empty(1, data.channels, h, w)))
-        unet = build_part(build.plain(config.diffusion.unet), "diffusion.unet", chain.trust)
+        denoiser = build_part(build.plain(config.diffusion.network), "diffusion.network", chain.trust)
         schedule = build_part(build.plain(config.diffusion.schedule), "diffusion.schedule", chain.trust)
         instantiate(config.diffusion.objective, schedule)
-        extra = {}
-        if unet.context_dim:
-            extra["context"] = torch.empty(1, 77, unet.context_dim)
-        if unet.concat_channels:
-            extra["concat"] = torch.empty(1, unet.concat_channels, height // f, width // f)
-        if unet.vector_dim:
-            extra["vector"] = torch.empty(1, unet.vector_dim)
-        g = f * 2 ** (unet.levels - 1)
+        sizes = {"context": (77, -1), "concat": (-1, height // f, width // f), "vector": (-1,)}
+        extra = {
+            slot: torch.empty(1, *(denoiser.condition_widths[slot] if n < 0 else n for n in shape))
+            for slot, shape in sizes.items()
+            if denoiser.condition_widths[slot]
+        }
+        g = f * denoiser.size_multiple
         if height % g or width % g:
             raise ValueError(
-                f"data.image_size {height}x{width} gives latents of {height // f}x{width // f}, which this U-Net cannot halve "
-                f"{unet.levels - 1} times; use {max(g, height // g * g)}x{max(g, width // g * g)} or another diffusion/unet"
+                f"data.image_size {height}x{width} gives latents of {height // f}x{width // f}, and this network takes "
+                f"multiples of {denoiser.size_multiple}; use "
+                f"{max(g, height // g * g)}x{max(g, width // g * g)} or another diffusion/network"
             )
-        latent = torch.empty(1, unet.in_channels, height // f, width // f)
-        lines["diffusion"] = (unet, _flops("diffusion.unet", unet, latent, torch.empty(1), **extra))
+        latent = torch.empty(1, denoiser.in_channels, height // f, width // f)
+        lines["diffusion"] = (denoiser, _flops("diffusion.network", denoiser, latent, torch.empty(1), **extra))
     measured = _rate(machine.device)
     peak = peak_flops(machine.device, machine.precision, measured) * machine.world_size
     rate = measured * machine.world_size * 0.4  # what training reaches of it, roughly

@@ -24,7 +24,7 @@ TRAINED = ("autoencoder", "diffusion", "classifier")  # the stages with a sectio
 
 # Parts, chosen with a slash.
 PARTS = (
-    "data", "autoencoder", "autoencoder.network", "autoencoder.loss", "diffusion", "diffusion.unet", "diffusion.objective",
+    "data", "autoencoder", "autoencoder.network", "autoencoder.loss", "diffusion", "diffusion.network", "diffusion.objective",
     "diffusion.conditioning", "sampler",
 )  # fmt: skip
 SECTIONS = ("latents", "sampling", "evaluation")
@@ -219,13 +219,15 @@ def _latent_diffusion(chain: Any, autoencoder: nn.Module, images: Any) -> None:
     """The whole model with its conditioners; only U-Net and first stage are large, and are built without memory."""
     config = chain.config
     with torch.device("meta"):
-        unet = build_part(build.plain(config.diffusion.unet), "diffusion.unet", chain.trust)
+        network = build_part(build.plain(config.diffusion.network), "diffusion.network", chain.trust)
         first_stage = FirstStage(autoencoder)
     tree = build.conditioner_tree(config, images, rehearsal=True)
     conditioners = build_part(tree, "diffusion.conditioning.conditioners", chain.trust)
     schedule = build_part(build.plain(config.diffusion.schedule), "diffusion.schedule", chain.trust)
-    prediction = config.diffusion.objective.prediction_type
-    LatentDiffusion(unet, first_stage, schedule, conditioners, prediction)
+    parameterisation = build_part(
+        build.plain(config.diffusion.objective.parameterisation), "diffusion.objective.parameterisation", chain.trust
+    )
+    LatentDiffusion(network, first_stage, schedule, conditioners, parameterisation)
     named = images.index.get("classes") or []
     for name, conditioner in conditioners.items():
         own = getattr(conditioner, "names", named)

@@ -251,7 +251,7 @@ def sample(config: DictConfig) -> list[Path]:
     if config.invert or (task == "interpolate" and config.image is not None):  # the sampler that inversion turns round
         options["sampler"] = ddim
     if config.compile:
-        model.unet.compile(mode=COMPILE[config.compile])
+        model.network.compile(mode=COMPILE[config.compile])
     dtype = torch.float16 if str(config.precision) == "16" else torch.bfloat16
     tiles = None if config.tiles.cells is None else Tiles(**config.tiles)
     if recipe_before and recipe_before["model_sha256"] != metadata["sha256"]:

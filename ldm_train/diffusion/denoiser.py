@@ -4,8 +4,8 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from ldm_train.diffusion.objective import to_pred_x0
-from ldm_train.diffusion.schedule import NoiseSchedule
+from ldm_train.diffusion.parameterisation import Parameterisation
+from ldm_train.diffusion.process import NoiseProcess
 
 # (noisy_latents, timesteps (B,), condition) -> network output
 Network = Callable[[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]], torch.Tensor]
@@ -18,9 +18,13 @@ class Denoiser:
     """
 
     def __init__(
-        self, network: Network, schedule: NoiseSchedule, prediction_type: str, condition: dict[str, torch.Tensor]
+        self,
+        network: Network,
+        schedule: NoiseProcess,
+        parameterisation: Parameterisation,
+        condition: dict[str, torch.Tensor],
     ):
-        self.network, self.schedule, self.prediction_type = network, schedule, prediction_type
+        self.network, self.schedule, self.parameterisation = network, schedule, parameterisation
         self.condition = condition
         self._joined: tuple[tuple[Denoiser, ...], dict[str, torch.Tensor]] | None = None
 
@@ -45,13 +49,12 @@ class Denoiser:
     def together(denoisers: Sequence["Denoiser"], x_t: torch.Tensor, t: float | torch.Tensor) -> list[torch.Tensor]:
         """pred_x0 of several denoisers of one model at the same x_t, in one network call."""
         first, count = denoisers[0], len(denoisers)
-        alpha, sigma = first.schedule.pair(t, x_t.float())
+        x_t, alpha, sigma = first.schedule.network_view(x_t, t)
         if isinstance(t, torch.Tensor):
             times = t.to(x_t.device, torch.float32).expand(len(x_t)).repeat(count)
         else:
             times = torch.full((count * len(x_t),), float(t), device=x_t.device)
         condition = first._together_with(tuple(denoisers))
         output = first.network(x_t if count == 1 else torch.cat([x_t] * count), times, condition)
-        return [
-            to_pred_x0(part, x_t.float(), alpha, sigma, first.prediction_type) for part in output.float().chunk(count)
-        ]
+        to_pred_x0, x_t = first.parameterisation.to_pred_x0, x_t.float()
+        return [to_pred_x0(part, x_t, alpha, sigma) for part in output.float().chunk(count)]

@@ -5,8 +5,7 @@ from collections.abc import Callable
 import torch
 
 from ldm_train.diffusion.denoiser import Denoiser
-from ldm_train.diffusion.objective import from_pred_x0, to_pred_x0
-from ldm_train.diffusion.schedule import NoiseSchedule, expand_to
+from ldm_train.diffusion.process import NoiseProcess, expand_to
 
 Denoise = Callable[[torch.Tensor, float | torch.Tensor], torch.Tensor]
 
@@ -73,13 +72,12 @@ def _rescaled(
     t: float | torch.Tensor,
     share: float,
 ) -> torch.Tensor:
-    x_t = x_t.float()
-    alpha, sigma = denoise.schedule.pair(t, x_t)
-    kind = denoise.prediction_type
-    wanted, output = (from_pred_x0(x0, x_t, alpha, sigma, kind) for x0 in (plain, mixed))
+    x_t, alpha, sigma = denoise.schedule.network_view(x_t.float(), t)
+    kind = denoise.parameterisation
+    wanted, output = (kind.from_pred_x0(x0, x_t, alpha, sigma) for x0 in (plain, mixed))
     axes = tuple(range(1, output.ndim))
     factor = wanted.std(dim=axes, keepdim=True) / output.std(dim=axes, keepdim=True).clamp(min=1e-8)
-    return to_pred_x0(output * (1 + share * (factor - 1)), x_t, alpha, sigma, kind)
+    return kind.to_pred_x0(output * (1 + share * (factor - 1)), x_t, alpha, sigma)
 
 
 def _thresholded(plain: torch.Tensor, mixed: torch.Tensor, percentile: float) -> torch.Tensor:
@@ -92,7 +90,7 @@ def _thresholded(plain: torch.Tensor, mixed: torch.Tensor, percentile: float) ->
 def classifier_guidance(
     denoise: Denoise,
     log_probability: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
-    schedule: NoiseSchedule,
+    schedule: NoiseProcess,
     guidance_scale: float,
 ) -> Denoise:
     """x0 + s (1 - abar) / sqrt(abar) grad log p(y | x_t)   (Dhariwal and Nichol 2021, algorithm 2, in terms of x0).
@@ -103,7 +101,7 @@ def classifier_guidance(
     """
     if guidance_scale == 0:
         return denoise
-    if schedule.zero_terminal_snr:
+    if schedule.numbers(schedule.last_time)[0] < 1e-6:
         raise ValueError(
             "classifier guidance divides by the signal, and this model's schedule ends without any (zero_terminal_snr); use "
             "guidance_scale"
@@ -120,7 +118,7 @@ def classifier_guidance(
 
 
 def score_guidance(
-    denoise: Denoise, score: Callable[[torch.Tensor], torch.Tensor], schedule: NoiseSchedule, guidance_scale: float
+    denoise: Denoise, score: Callable[[torch.Tensor], torch.Tensor], schedule: NoiseProcess, guidance_scale: float
 ) -> Denoise:
     """x0 + s (1 - abar) grad_x0 score(x0): guidance by something that judges clean latents, as CLIP does after decoding.
 

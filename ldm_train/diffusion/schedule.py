@@ -2,7 +2,8 @@
 
 import numpy as np
 import torch
-from torch import nn
+
+from ldm_train.diffusion.process import NoiseProcess
 
 
 def make_betas(kind: str, beta_start: float, beta_end: float, num_train_timesteps: int) -> torch.Tensor:
@@ -37,13 +38,7 @@ def rescale_zero_terminal_snr(betas: torch.Tensor) -> torch.Tensor:
     return 1 - torch.cat([alphas_cumprod[:1], alphas_cumprod[1:] / alphas_cumprod[:-1]])
 
 
-def expand_to(values: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """(B,) -> (B, 1, ..., 1) with the rank, device and dtype of `like`; a scalar stays a scalar."""
-    values = values.to(like.device, like.dtype)
-    return values if values.ndim == 0 else values.view(-1, *[1] * (like.ndim - 1))
-
-
-class NoiseSchedule(nn.Module):
+class NoiseSchedule(NoiseProcess):
     """Tables in float64, and `at(t)` between their entries. The clean image stands at t = -1.
 
     kind, beta_start, beta_end, num_train_timesteps: see `make_betas`. LDM: scaled_linear, 0.0015, 0.0195, 1000.
@@ -60,12 +55,12 @@ class NoiseSchedule(nn.Module):
     ):
         super().__init__()
         self.num_train_timesteps, self.zero_terminal_snr = num_train_timesteps, zero_terminal_snr
+        self.clean_time, self.first_time, self.last_time = -1.0, 0.0, num_train_timesteps - 1.0
         betas = make_betas(kind, beta_start, beta_end, num_train_timesteps)
         if zero_terminal_snr:
             betas = rescale_zero_terminal_snr(betas)
         self.register_buffer("betas", betas, persistent=False)
         self.register_buffer("alphas_cumprod", torch.cumprod(1 - betas, dim=0), persistent=False)
-        self._numbers: dict[float, tuple[float, float]] = {}
 
     def _apply(self, fn, recurse: bool = True):
         # The tables follow the model between devices but stay float64, whatever precision the model is cast to.
@@ -79,10 +74,17 @@ class NoiseSchedule(nn.Module):
         """alphas_cumprod / (1 - alphas_cumprod), (T,)."""
         return self.alphas_cumprod / (1 - self.alphas_cumprod)
 
-    def add_noise(self, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
-        """x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps   (DDPM, eq. 4); timesteps (B,) integer."""
+    def training_times(self, uniform: torch.Tensor) -> torch.Tensor:
+        """Whole timesteps 0 .. T - 1, int64."""
+        return (uniform * self.num_train_timesteps).long()
+
+    def training_coefficients(self, timesteps: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """sqrt(abar_t), sqrt(1 - abar_t); timesteps (B,) integer."""
         abar = self.alphas_cumprod[timesteps]
-        return expand_to(abar.sqrt(), latents) * latents + expand_to((1 - abar).sqrt(), latents) * noise
+        return abar.sqrt(), (1 - abar).sqrt()
+
+    def signal_to_noise(self, timesteps: torch.Tensor) -> torch.Tensor:
+        return self.snr[timesteps]
 
     def at(self, t: float | torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """(alpha, sigma, log SNR) at a float time in [-1, T - 1], each float64 with the shape of t.
@@ -101,52 +103,7 @@ class NoiseSchedule(nn.Module):
         alpha = torch.where(t >= 0, torch.sigmoid(log_snr).sqrt(), (1 - near_clean.square()).sqrt())
         return alpha, sigma, 2 * (alpha.log() - sigma.log())
 
-    def numbers(self, t: float) -> tuple[float, float]:
-        """(alpha, sigma) at one time as Python numbers, remembered: a sampler's step then touches neither small tensors nor
-        the device. Equal to `at`."""
-        if t not in self._numbers:
-            alpha, sigma, _ = self.at(t)
-            self._numbers[t] = float(alpha), float(sigma)
-        return self._numbers[t]
-
-    def pair(
-        self, t: float | torch.Tensor, like: torch.Tensor
-    ) -> tuple[float, float] | tuple[torch.Tensor, torch.Tensor]:
-        """(alpha, sigma) at a time or at times (B,), ready to be multiplied with `like` (B, C, h, w)."""
-        if not isinstance(t, torch.Tensor):
-            return self.numbers(float(t))
-        alpha, sigma, _ = self.at(t)
-        return expand_to(alpha, like), expand_to(sigma, like)
-
-    def coefficients(self, timesteps: torch.Tensor) -> tuple[list[float], list[float]]:
-        """(alphas, sigmas) at a sampler's times, as numbers: asked once, before the first step."""
-        times = timesteps.tolist()
-        if new := [t for t in times if t not in self._numbers]:
-            alphas, sigmas, _ = (v.tolist() for v in self.at(torch.tensor(new, dtype=torch.float64)))
-            self._numbers |= zip(new, zip(alphas, sigmas))
-        alphas, sigmas = zip(*(self._numbers[t] for t in times))
-        return list(alphas), list(sigmas)
-
-    def levels(self, timesteps: torch.Tensor) -> tuple[list[float], list[float]]:
-        """(alphas, noise levels sigma / alpha) at a sampler's times, as numbers.
-
-        Raises ValueError at zero signal: the level is infinite there, and no step can begin at it.
-        """
-        alphas, sigmas = self.coefficients(timesteps)
-        if min(alphas) < 1e-6:
-            raise ValueError(
-                "this model's schedule ends without signal (zero_terminal_snr), where the noise level is infinite; use "
-                "sampler=ddim, dpm_solver or unipc, which need no levels, and spacing=trailing"
-            )
-        return alphas, [sigma / alpha for alpha, sigma in zip(alphas, sigmas)]
-
-    @property
-    def max_level(self) -> float:
-        """The noise level at T - 1."""
-        return self.levels(torch.tensor([self.num_train_timesteps - 1.0], dtype=torch.float64))[1][0]
-
     def time_of(self, level: float) -> float:
-        """The time at which sigma / alpha is `level`: the inverse of `at`."""
         if level <= 0:
             return -1.0
         table = (1 / self.alphas_cumprod - 1).sqrt().cpu().numpy()
@@ -175,9 +132,7 @@ class NoiseSchedule(nn.Module):
         elif spacing == "linspace":
             times = torch.linspace(total - 1, 0, steps, dtype=torch.float64).round()
         elif spacing == "karras":
-            ends = torch.tensor(self.levels(torch.tensor([total - 1.0, 0.0]))[1], dtype=torch.float64) ** (1 / 7)
-            levels = (ends[0] + torch.linspace(0, 1, steps, dtype=torch.float64) * (ends[1] - ends[0])) ** 7
-            times = torch.tensor([self.time_of(v) for v in levels.tolist()], dtype=torch.float64)
+            times = self.karras_times(steps)
         elif spacing == "compvis":
             times = torch.arange(0, total, total // steps, dtype=torch.float64).flip(0) + 1
             if times[0] >= total:

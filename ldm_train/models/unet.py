@@ -91,9 +91,10 @@ class UNet(nn.Module):
             raise ValueError(
                 f"attention_levels {unknown} do not exist: channel_mult has levels 0 to {len(channel_mult) - 1}"
             )
-        self.in_channels, self.concat_channels = in_channels, concat_channels
-        self.channels, self.levels = channels, len(channel_mult)
-        self.context_dim, self.vector_dim, self.vector_classes = context_dim, vector_dim, vector_classes
+        self.in_channels, self.channels = in_channels, channels
+        self.condition_widths = {"context": context_dim or 0, "concat": concat_channels, "vector": vector_dim or 0}
+        self.size_multiple = 2 ** (len(channel_mult) - 1)
+        self.vector_classes = vector_classes
         self.activation_checkpointing = activation_checkpointing
         depth = transformer_depth or (1 if context_dim else 0)
         emb_dim = 4 * channels
@@ -181,15 +182,14 @@ class UNet(nn.Module):
 
         Raises ValueError where h or w does not survive the halvings.
         """
-        least = 2 ** (self.levels - 1)
-        if noisy_latents.shape[-1] % least or noisy_latents.shape[-2] % least:
+        if noisy_latents.shape[-1] % self.size_multiple or noisy_latents.shape[-2] % self.size_multiple:
             raise ValueError(
-                f"latents of {tuple(noisy_latents.shape[-2:])} must be divisible by {least} for this U-Net"
+                f"latents of {tuple(noisy_latents.shape[-2:])} must be divisible by {self.size_multiple} for this U-Net"
             )
         emb = self.time_embed(timestep_embedding(timesteps, self.channels).to(noisy_latents.dtype))
         if self.vector_classes:
             emb = emb + self.label_emb(vector[:, 0].round().long()).to(emb.dtype)
-        elif self.vector_dim:
+        elif self.condition_widths["vector"]:
             emb = emb + self.label_emb(vector.to(emb.dtype))
         x = noisy_latents if concat is None else torch.cat([noisy_latents, concat.to(noisy_latents.dtype)], dim=1)
         skips = []

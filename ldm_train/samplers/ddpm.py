@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 
 from ldm_train.diffusion.guidance import Denoise
-from ldm_train.diffusion.schedule import NoiseSchedule
+from ldm_train.diffusion.process import NoiseProcess
 from ldm_train.rng import NoiseSource
 
 
@@ -13,7 +13,7 @@ def ddpm(
     denoise: Denoise,
     x_t: torch.Tensor,
     timesteps: torch.Tensor,
-    schedule: NoiseSchedule,
+    schedule: NoiseProcess,
     noise: NoiseSource,
     *,
     variance: str = "small",

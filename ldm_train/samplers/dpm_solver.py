@@ -6,7 +6,7 @@ from math import exp, expm1, inf, log
 import torch
 
 from ldm_train.diffusion.guidance import Denoise
-from ldm_train.diffusion.schedule import NoiseSchedule
+from ldm_train.diffusion.process import NoiseProcess
 from ldm_train.rng import NoiseSource
 
 KINDS = ("2m", "2s", "sde_2m")
@@ -16,7 +16,7 @@ def dpm_solver(
     denoise: Denoise,
     x_t: torch.Tensor,
     timesteps: torch.Tensor,
-    schedule: NoiseSchedule,
+    schedule: NoiseProcess,
     noise: NoiseSource,
     *,
     kind: str = "2m",

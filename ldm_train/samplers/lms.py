@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from ldm_train.diffusion.guidance import Denoise
-from ldm_train.diffusion.schedule import NoiseSchedule
+from ldm_train.diffusion.process import NoiseProcess
 from ldm_train.rng import NoiseSource
 
 
@@ -29,7 +29,7 @@ def lms(
     denoise: Denoise,
     x_t: torch.Tensor,
     timesteps: torch.Tensor,
-    schedule: NoiseSchedule,
+    schedule: NoiseProcess,
     noise: NoiseSource,
     *,
     order: int = 4,

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from ldm_train.diffusion.schedule import NoiseSchedule
+from ldm_train.diffusion.process import NoiseProcess
 from ldm_train.models.classifier import NoisyClassifier
 from ldm_train.models.first_stage import FirstStage
 from ldm_train.rng import NoiseSource, derive_seed
@@ -30,7 +30,7 @@ class ClassifierTask(Task):
         self,
         network: NoisyClassifier,
         first_stage: FirstStage,
-        schedule: NoiseSchedule,
+        schedule: NoiseProcess,
         *,
         seed: int,
         optimizer: partial,
@@ -58,7 +58,8 @@ class ClassifierTask(Task):
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> torch.Tensor:
         latents = self.first_stage.latents(self._moments(batch))
         labels = torch.as_tensor(batch["class_label"], device=latents.device)
-        timesteps = torch.randint(self.schedule.num_train_timesteps, (len(latents),)).to(latents.device)
+        strata = torch.randint(self.schedule.num_train_timesteps, (len(latents),))
+        timesteps = self.schedule.strata(strata).to(latents.device)
         noise = torch.randn(latents.shape).to(latents)
         logits = self.network(self.schedule.add_noise(latents, noise, timesteps), timesteps)
         loss = F.cross_entropy(logits.float(), labels)
@@ -70,7 +71,7 @@ class ClassifierTask(Task):
         latents = self.first_stage.scaled(self.first_stage.posterior(self._moments(batch)).mean)
         labels = torch.as_tensor(batch["class_label"], device=latents.device)
         total = self.schedule.num_train_timesteps
-        timesteps = torch.tensor([s % total for s in seeds], device=latents.device)
+        timesteps = self.schedule.strata(torch.tensor([s % total for s in seeds])).to(latents.device)
         noise = NoiseSource(seeds).normal(latents.shape[1:], "noise", latents.device)
         logits = self.network(self.schedule.add_noise(latents, noise, timesteps), timesteps).float()
         right = (logits.argmax(1) == labels).float()

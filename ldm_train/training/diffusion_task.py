@@ -59,7 +59,7 @@ class DiffusionTask(Task):
         return self.model.trainable()
 
     def groups(self) -> list[dict]:
-        groups = [{"params": [p for p in self.model.trainable().parameters() if p.requires_grad], "name": "unet"}]
+        groups = [{"params": [p for p in self.model.trainable().parameters() if p.requires_grad], "name": "network"}]
         if uncertainty := list(self.objective.parameters()):
             groups.append({"params": uncertainty, "name": "uncertainty", "weight_decay": 0.0})
         return groups
@@ -72,7 +72,7 @@ class DiffusionTask(Task):
         timesteps = self.objective.sample_timesteps(count, first, count * world * self.accumulate).to(latents.device)
         noise = self.objective.draw_noise(latents)
         condition = self.model.condition(batch, drop=self.model.random_drop(count))
-        loss = self.objective(lambda x, t: self.model.network(x, t, condition), latents, noise, timesteps)
+        loss = self.objective(lambda x, t: self.model.predict(x, t, condition), latents, noise, timesteps)
         weighted = self.objective.weighted(loss, timesteps)
         if "loss_weight" in batch:
             weighted = weighted * batch["loss_weight"].to(weighted.device)
@@ -93,9 +93,10 @@ class DiffusionTask(Task):
         latents = self.model.first_stage.scaled(z)
         noise = source.normal(latents.shape[1:], "noise", latents.device)
         total = self.objective.schedule.num_train_timesteps
-        timesteps = torch.tensor([s % total for s in seeds], device=latents.device)
+        strata = torch.tensor([s % total for s in seeds])
+        timesteps = self.objective.schedule.strata(strata).to(latents.device)
         condition = self.model.condition(batch)
-        loss = self.objective(lambda x, t: self.model.network(x, t, condition), latents, noise, timesteps)
+        loss = self.objective(lambda x, t: self.model.predict(x, t, condition), latents, noise, timesteps)
         self.add("loss", loss)
         for k in range(BINS):
             self.add(f"loss_t{k}", loss[timesteps * BINS // total == k])

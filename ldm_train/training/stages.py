@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ldm_train import interrupts
+from ldm_train import interrupts, names
 from ldm_train.checkpoints.parts import read_record
 from ldm_train.data.shards import write_json
 
@@ -106,7 +106,7 @@ def read_note(folder: Path) -> dict[str, Any] | None:
             f"{error}; what the stage was made with is not known: restart={folder.name} makes it anew (the old one goes to "
             f"{folder.parent}/.replaced), or put back an undamaged {NOTE}"
         ) from error
-    return note
+    return note | {"key": names.options(note["key"])}
 
 
 def set_aside(run_folder: Path, stage: str) -> None:

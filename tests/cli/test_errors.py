@@ -77,7 +77,8 @@ def test_misspelt_options_are_met_with_what_was_meant(fails: Command, tmp_path: 
 
 def test_known_options_get_no_suggestions():
     assert (
-        suggestions("train", ["autoencoder.lr=1", "experiment=quickstart", "data=cifar10", "diffusion/unet=tiny"]) == ""
+        suggestions("train", ["autoencoder.lr=1", "experiment=quickstart", "data=cifar10", "diffusion/network=tiny"])
+        == ""
     )
 
 
@@ -224,7 +225,7 @@ def test_an_existing_run_is_neither_reused_nor_overwritten(
         (("diffusion.objective.weighting=foo",), "weighting 'foo' is none of"),
         (("diffusion.lr_schedule.schedule=cosin",), "lr_schedule.schedule is constant, cosine or linear, not 'cosin'"),
         (("sampling.spacing=foo",), "unknown spacing 'foo'"),
-        (("diffusion.unet.channel_mult=[1,2,2,2,2]",), "data.image_size 32x32 gives latents of 8x8"),
+        (("diffusion.network.channel_mult=[1,2,2,2,2]",), "data.image_size 32x32 gives latents of 8x8"),
         (("data.image_size=4", "data.source.size=32"), "use 8x8 or another"),
         (("autoencoder.network=kl_f4",), "a part is chosen with a slash: autoencoder/network=kl_f4"),
         (("logger=wanbd",), "logger is wandb, tensorboard, csv or a list of them, not 'wanbd'"),

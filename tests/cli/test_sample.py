@@ -82,7 +82,7 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Pa
                 "conditioners": CONDITIONERS[kind], "latent_size": [8, 8],
             }  # fmt: skip
             model = instantiate(tree, _convert_="all")
-            for p in model.unet.parameters():  # zero-initialised last layers would hide every condition
+            for p in model.network.parameters():  # zero-initialised last layers would hide every condition
                 if not p.any() and p.ndim > 1:
                     torch.nn.init.normal_(p, std=0.01 if kind == "calm" else 0.2)
             sampling = {"num_inference_steps": 3, "guidance_scale": 2.0, "spacing": "trailing"}
@@ -340,7 +340,7 @@ def test_autoguidance_leads_away_from_a_weaker_model(model_folder: Callable[[str
     alone = model.sample({}, [3], guidance_scale=1.0)
     torch.testing.assert_close(model.sample({}, [3], guidance_scale=3.0, weak=weak), alone, rtol=1e-3, atol=1e-3)
     with torch.no_grad():
-        for p in weak.unet.parameters():
+        for p in weak.network.parameters():
             p.mul_(0.9)
     assert (model.sample({}, [3], guidance_scale=3.0, weak=weak) - alone).abs().max() > 0.01
 
@@ -348,7 +348,7 @@ def test_autoguidance_leads_away_from_a_weaker_model(model_folder: Callable[[str
 def test_guidance_keeps_pictures_that_training_never_dropped(model_folder: Callable[[str], Path]):
     """Both sides of guidance see the low-resolution picture: its null was never trained."""
     model, seen = LatentDiffusion.from_pretrained(str(model_folder("superres"))), []
-    model.unet.register_forward_pre_hook(lambda _, args, named: seen.append(named["concat"]), with_kwargs=True)
+    model.network.register_forward_pre_hook(lambda _, args, named: seen.append(named["concat"]), with_kwargs=True)
     lowres = torch.rand(1, 3, 8, 8) * 2 - 1
     model.sample({"lowres": lowres}, [0], guidance_scale=3.0)
     assert torch.equal(seen[0][0], lowres[0])

@@ -192,13 +192,19 @@ def test_every_point_of_a_sweep_over_f_has_its_factor_and_equal_compute(
             config = compose("train", [f"experiment={experiment}", f"ablation={point}"])
         with torch.device("meta"):
             network = instantiate(config.autoencoder.network, _convert_="all")
-            unet = instantiate(config.diffusion.unet, _convert_="all")
+            unet = instantiate(config.diffusion.network, _convert_="all")
             assert network.downsample_factor == f
             side = config.data.image_size // f
-            extra = {"context": torch.empty(1, 1, unet.context_dim)} if unet.context_dim else {}
-            extra |= {"vector": torch.empty(1, unet.vector_dim)} if unet.vector_dim else {}
+            extra = (
+                {"context": torch.empty(1, 1, unet.condition_widths["context"])}
+                if unet.condition_widths["context"]
+                else {}
+            )
+            extra |= (
+                {"vector": torch.empty(1, unet.condition_widths["vector"])} if unet.condition_widths["vector"] else {}
+            )
             flops = _flops(
-                "diffusion.unet", unet, torch.empty(1, unet.in_channels, side, side), torch.empty(1), **extra
+                "diffusion.network", unet, torch.empty(1, unet.in_channels, side, side), torch.empty(1), **extra
             )
         totals.append(flops * config.diffusion.max_steps * config.diffusion.batch_size)
         assert config.diffusion.max_steps % config.diffusion.evaluate_every == 0

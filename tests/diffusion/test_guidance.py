@@ -7,8 +7,9 @@ import torch
 
 from ldm_train.diffusion.denoiser import Denoiser
 from ldm_train.diffusion.guidance import classifier_free, classifier_guidance, keep_known, score_guidance
-from ldm_train.diffusion.objective import from_pred_x0, to_pred_x0
-from ldm_train.diffusion.schedule import NoiseSchedule, expand_to
+from ldm_train.diffusion.parameterisation import Epsilon, Sample, VPrediction
+from ldm_train.diffusion.process import expand_to
+from ldm_train.diffusion.schedule import NoiseSchedule
 from ldm_train.rng import NoiseSource
 from ldm_train.samplers.ddim import ddim
 from ldm_train.samplers.dpm_solver import dpm_solver
@@ -35,10 +36,10 @@ def condition(count: int = 3) -> dict[str, torch.Tensor]:
     return {"vector": torch.randn(count, 4), "context": torch.randn(count, 5, 2)}
 
 
-@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
-def test_batched_and_two_calls_agree(prediction_type: str) -> None:
+@pytest.mark.parametrize("kind", [Epsilon(), VPrediction(), Sample()])
+def test_batched_and_two_calls_agree(kind) -> None:
     network, x_t, t = Network(), torch.randn(3, 2, 4, 4), 321.5
-    cond, uncond = (Denoiser(network, SCHEDULE, prediction_type, condition()) for _ in range(2))
+    cond, uncond = (Denoiser(network, SCHEDULE, kind, condition()) for _ in range(2))
     batched = classifier_free(cond, uncond, 4.0)(x_t, t)
     assert network.calls == 1
     apart = classifier_free(lambda x, s: cond(x, s), lambda x, s: uncond(x, s), 4.0)(x_t, t)
@@ -48,20 +49,20 @@ def test_batched_and_two_calls_agree(prediction_type: str) -> None:
 
 
 def test_scale_one_is_the_denoiser_itself() -> None:
-    cond, uncond = (Denoiser(Network(), SCHEDULE, "epsilon", condition()) for _ in range(2))
+    cond, uncond = (Denoiser(Network(), SCHEDULE, Epsilon(), condition()) for _ in range(2))
     assert classifier_free(cond, uncond, 1.0) is cond
 
 
 def test_scale_zero_is_unconditional() -> None:
     network, x_t = Network(), torch.randn(3, 2, 4, 4)
-    cond, uncond = (Denoiser(network, SCHEDULE, "epsilon", condition()) for _ in range(2))
+    cond, uncond = (Denoiser(network, SCHEDULE, Epsilon(), condition()) for _ in range(2))
     torch.testing.assert_close(classifier_free(cond, uncond, 0.0)(x_t, 10.0), uncond(x_t, 10.0))
 
 
 def test_mixing_x0_equals_mixing_epsilon() -> None:
     network, x_t, t = Network(), torch.randn(3, 2, 4, 4), 600
     c, u = condition(), condition()
-    guided = classifier_free(*(Denoiser(network, SCHEDULE, "epsilon", k) for k in (c, u)), 3.0)(x_t, t)
+    guided = classifier_free(*(Denoiser(network, SCHEDULE, Epsilon(), k) for k in (c, u)), 3.0)(x_t, t)
     times = torch.full((3,), float(t))
     eps = network(x_t, times, u) + 3.0 * (network(x_t, times, c) - network(x_t, times, u))
     alpha, sigma, _ = SCHEDULE.at(t)
@@ -71,7 +72,7 @@ def test_mixing_x0_equals_mixing_epsilon() -> None:
 def test_denoisers_of_two_models_are_evaluated_apart() -> None:
     ours, other = Network(), Network()
     guided = classifier_free(
-        Denoiser(ours, SCHEDULE, "epsilon", condition()), Denoiser(other, SCHEDULE, "epsilon", condition()), 2.0
+        Denoiser(ours, SCHEDULE, Epsilon(), condition()), Denoiser(other, SCHEDULE, Epsilon(), condition()), 2.0
     )
     guided(torch.randn(3, 2, 4, 4), 5.0)
     assert (ours.calls, other.calls) == (1, 1)
@@ -79,9 +80,9 @@ def test_denoisers_of_two_models_are_evaluated_apart() -> None:
 
 def test_times_may_differ_within_a_batch() -> None:
     network, x_t, c = Network(), torch.randn(3, 2, 4, 4), condition()
-    together = Denoiser(network, SCHEDULE, "epsilon", c)(x_t, torch.tensor([10.0, 500.0, 999.0]))
+    together = Denoiser(network, SCHEDULE, Epsilon(), c)(x_t, torch.tensor([10.0, 500.0, 999.0]))
     for i, t in enumerate((10.0, 500.0, 999.0)):
-        alone = Denoiser(network, SCHEDULE, "epsilon", {k: v[i : i + 1] for k, v in c.items()})(x_t[i : i + 1], t)
+        alone = Denoiser(network, SCHEDULE, Epsilon(), {k: v[i : i + 1] for k, v in c.items()})(x_t[i : i + 1], t)
         torch.testing.assert_close(together[i : i + 1], alone)
 
 
@@ -90,13 +91,13 @@ def test_pred_x0_is_float32_whatever_the_precision_of_the_network() -> None:
         return x_t.half()
 
     x_t = torch.randn(2, 1, 4, 4)
-    assert Denoiser(half, SCHEDULE, "epsilon", {})(x_t, 700.0).dtype == torch.float32
-    assert Denoiser(half, SCHEDULE, "epsilon", {})(x_t.half(), 700.0).dtype == torch.float32
+    assert Denoiser(half, SCHEDULE, Epsilon(), {})(x_t, 700.0).dtype == torch.float32
+    assert Denoiser(half, SCHEDULE, Epsilon(), {})(x_t.half(), 700.0).dtype == torch.float32
 
 
 def guided_pair() -> tuple[Network, Denoiser, Denoiser]:
     network = Network()
-    return network, *(Denoiser(network, SCHEDULE, "epsilon", condition()) for _ in range(2))
+    return network, *(Denoiser(network, SCHEDULE, Epsilon(), condition()) for _ in range(2))
 
 
 def test_guidance_acts_inside_its_interval_only() -> None:
@@ -111,14 +112,14 @@ def test_guidance_acts_inside_its_interval_only() -> None:
     assert network.calls == 2  # one for the reference and one for the guided, outside
 
 
-@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
-def test_rescale_brings_the_output_back_to_its_own_deviation(prediction_type: str) -> None:
+@pytest.mark.parametrize("kind", [Epsilon(), VPrediction()])
+def test_rescale_brings_the_output_back_to_its_own_deviation(kind) -> None:
     network, x_t, t = Network(), torch.randn(3, 2, 4, 4), 400.0
-    cond, uncond = (Denoiser(network, SCHEDULE, prediction_type, condition()) for _ in range(2))
+    cond, uncond = (Denoiser(network, SCHEDULE, kind, condition()) for _ in range(2))
     alpha, sigma, _ = (v.float() for v in SCHEDULE.at(t))
 
     def output(x0: torch.Tensor) -> torch.Tensor:
-        return from_pred_x0(x0, x_t, alpha, sigma, prediction_type)
+        return kind.from_pred_x0(x0, x_t, alpha, sigma)
 
     plain, free = output(cond(x_t, t)), output(classifier_free(cond, uncond, 7.5)(x_t, t))
     whole = output(classifier_free(cond, uncond, 7.5, rescale=1.0)(x_t, t))
@@ -130,8 +131,8 @@ def test_rescale_brings_the_output_back_to_its_own_deviation(prediction_type: st
 def test_an_output_and_its_estimate_are_inverse() -> None:
     x_t, output = torch.randn(2, 3, 4, 4), torch.randn(2, 3, 4, 4)
     alpha, sigma, _ = (v.float() for v in SCHEDULE.at(321.0))
-    for kind in ("epsilon", "v_prediction", "sample"):
-        again = from_pred_x0(to_pred_x0(output, x_t, alpha, sigma, kind), x_t, alpha, sigma, kind)
+    for kind in (Epsilon(), VPrediction(), Sample()):
+        again = kind.from_pred_x0(kind.to_pred_x0(output, x_t, alpha, sigma), x_t, alpha, sigma)
         torch.testing.assert_close(again, output, rtol=1e-4, atol=1e-4)
 
 
@@ -187,7 +188,7 @@ def test_joined_conditions_are_the_same_tensors_in_every_step() -> None:
         seen.append(c["context"])
         return x_t
 
-    cond, uncond = (Denoiser(network, SCHEDULE, "epsilon", condition()) for _ in range(2))
+    cond, uncond = (Denoiser(network, SCHEDULE, Epsilon(), condition()) for _ in range(2))
     guided, x_t = classifier_free(cond, uncond, 2.0), torch.randn(3, 2, 4, 4)
     guided(x_t, 5.0)
     guided(x_t, 4.0)
@@ -242,7 +243,7 @@ def test_classifier_guidance_refuses_a_schedule_without_signal_at_its_end() -> N
 
 def test_guides_compose_and_what_is_known_stays() -> None:
     network, x_t = Network(), torch.randn(3, 2, 4, 4)
-    cond, uncond = (Denoiser(network, SCHEDULE, "epsilon", condition()) for _ in range(2))
+    cond, uncond = (Denoiser(network, SCHEDULE, Epsilon(), condition()) for _ in range(2))
     known, mask = torch.randn(3, 2, 4, 4), torch.zeros(3, 1, 4, 4)
     mask[..., :2] = 1
     inner = classifier_free(cond, uncond, 3.0)

@@ -3,27 +3,30 @@
 import pytest
 import torch
 
-from ldm_train.diffusion.objective import PREDICTION_TYPES, DiffusionObjective, to_pred_x0
-from ldm_train.diffusion.schedule import NoiseSchedule, expand_to
+from ldm_train.diffusion.objective import DiffusionObjective
+from ldm_train.diffusion.parameterisation import Epsilon, Sample, VPrediction
+from ldm_train.diffusion.process import expand_to
+from ldm_train.diffusion.schedule import NoiseSchedule
 
 SCHEDULE = NoiseSchedule()
+KINDS = (Epsilon(), VPrediction(), Sample())
 
 
-@pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
-def test_the_target_inverts_to_the_latents(prediction_type: str) -> None:
-    objective = DiffusionObjective(SCHEDULE, prediction_type)
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_target_inverts_to_the_latents(kind) -> None:
+    objective = DiffusionObjective(SCHEDULE, kind)
     latents, noise = torch.randn(2, 5, 4, 3, 3, dtype=torch.float64)
     t = torch.tensor([0, 1, 250, 700, 999])
     x_t = SCHEDULE.add_noise(latents, noise, t)
     alpha, sigma, _ = SCHEDULE.at(t)
     target = objective.target(latents, noise, t)
-    x0 = to_pred_x0(target, x_t, expand_to(alpha, x_t), expand_to(sigma, x_t), prediction_type)
+    x0 = kind.to_pred_x0(target, x_t, expand_to(alpha, x_t), expand_to(sigma, x_t))
     torch.testing.assert_close(x0, latents, rtol=1e-6, atol=1e-9)
 
 
-@pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
-def test_the_loss_of_a_perfect_prediction_is_zero_and_of_another_its_mean_square(prediction_type: str) -> None:
-    objective = DiffusionObjective(SCHEDULE, prediction_type)
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_loss_of_a_perfect_prediction_is_zero_and_of_another_its_mean_square(kind) -> None:
+    objective = DiffusionObjective(SCHEDULE, kind)
     latents, noise, t = torch.randn(3, 2, 4, 4), torch.randn(3, 2, 4, 4), torch.tensor([5, 500, 999])
     target = objective.target(latents, noise, t)
     assert objective(lambda x, s: target, latents, noise, t).tolist() == [0, 0, 0]
@@ -41,29 +44,29 @@ def test_the_network_sees_the_noisy_latents_at_their_timesteps() -> None:
 
 
 @pytest.mark.parametrize(
-    ("prediction_type", "closed_form"),
+    ("kind", "closed_form"),
     [
-        ("epsilon", lambda snr, clipped: clipped / snr),
-        ("sample", lambda snr, clipped: clipped),
-        ("v_prediction", lambda snr, clipped: clipped / (snr + 1)),
+        (Epsilon(), lambda snr, clipped: clipped / snr),
+        (Sample(), lambda snr, clipped: clipped),
+        (VPrediction(), lambda snr, clipped: clipped / (snr + 1)),
     ],
 )
-def test_min_snr_weights_are_their_closed_form(prediction_type: str, closed_form) -> None:
-    objective = DiffusionObjective(SCHEDULE, prediction_type, "min_snr", min_snr_gamma=3.0)
+def test_min_snr_weights_are_their_closed_form(kind, closed_form) -> None:
+    objective = DiffusionObjective(SCHEDULE, kind, "min_snr", min_snr_gamma=3.0)
     t = torch.arange(1000)
     snr = SCHEDULE.alphas_cumprod / (1 - SCHEDULE.alphas_cumprod)
     torch.testing.assert_close(objective.weight(t), closed_form(snr, torch.minimum(snr, torch.tensor(3.0))).float())
 
 
-@pytest.mark.parametrize("prediction_type", ["v_prediction", "sample"])
-def test_min_snr_leaves_no_timestep_untrained_where_no_signal_is_left(prediction_type: str) -> None:
+@pytest.mark.parametrize("kind", [VPrediction(), Sample()])
+def test_min_snr_leaves_no_timestep_untrained_where_no_signal_is_left(kind) -> None:
     schedule = NoiseSchedule(zero_terminal_snr=True)
     assert schedule.snr[-1] == 0
-    weight = DiffusionObjective(schedule, prediction_type, "min_snr").weight(torch.arange(1000))
+    weight = DiffusionObjective(schedule, kind, "min_snr").weight(torch.arange(1000))
     assert (weight > 0).all()
     assert weight[-1] == 1
     clipped = schedule.snr[:-1].clamp(max=5.0)  # every other step has the paper's weight
-    expected = clipped if prediction_type == "sample" else clipped / (schedule.snr[:-1] + 1)
+    expected = clipped if isinstance(kind, Sample) else clipped / (schedule.snr[:-1] + 1)
     torch.testing.assert_close(weight[:-1], expected.float())
 
 
@@ -71,11 +74,11 @@ def test_at_no_signal_v_and_the_clean_latents_are_one_target() -> None:
     """Up to the sign, so that one weight is right for both."""
     schedule, last = NoiseSchedule(zero_terminal_snr=True), torch.tensor([999])
     latents, noise = torch.randn(2, 1, 4, 3, 3, dtype=torch.float64).unbind(0)
-    v = DiffusionObjective(schedule, "v_prediction").target(latents, noise, last)
-    torch.testing.assert_close(-v, DiffusionObjective(schedule, "sample").target(latents, noise, last))
+    v = DiffusionObjective(schedule, VPrediction()).target(latents, noise, last)
+    torch.testing.assert_close(-v, DiffusionObjective(schedule, Sample()).target(latents, noise, last))
 
 
-def test_min_snr_weighs_the_same_error_in_x0_alike_for_every_prediction_type() -> None:
+def test_min_snr_weighs_the_same_error_in_x0_alike_for_every_parameterisation() -> None:
     """One estimate of x_0, three parametrisations: weight x loss differs by nothing."""
     latents, noise, t = torch.randn(2, 4, 2, 4, 4, dtype=torch.float64).unbind(0) + (torch.tensor([3, 200, 600, 999]),)
     wrong = latents + 0.1 * torch.randn_like(latents)
@@ -83,13 +86,13 @@ def test_min_snr_weighs_the_same_error_in_x0_alike_for_every_prediction_type() -
     x_t = SCHEDULE.add_noise(latents, noise, t)
     eps = (x_t - abar.sqrt() * wrong) / (1 - abar).sqrt()
     outputs = {
-        "sample": wrong,
-        "epsilon": eps,
-        "v_prediction": abar.sqrt() * eps - (1 - abar).sqrt() * wrong,
+        Sample: wrong,
+        Epsilon: eps,
+        VPrediction: abar.sqrt() * eps - (1 - abar).sqrt() * wrong,
     }
     weighted = []
-    for prediction_type, output in outputs.items():
-        objective = DiffusionObjective(SCHEDULE, prediction_type, "min_snr")
+    for kind, output in outputs.items():
+        objective = DiffusionObjective(SCHEDULE, kind(), "min_snr")
         weighted.append(objective(lambda x, s, o=output: o, latents, noise, t) * objective.weight(t))
     torch.testing.assert_close(weighted[1], weighted[0], rtol=1e-3, atol=0)
     torch.testing.assert_close(weighted[2], weighted[0], rtol=1e-3, atol=0)
@@ -164,10 +167,6 @@ def test_stratified_means_vary_less() -> None:
     assert spread(True) < 0.2 * spread(False)
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [(("flow",), "prediction_type 'flow' is none of"), (("epsilon", "p2"), "weighting 'p2' is none of")],
-)
-def test_wrong_arguments_are_named(arguments: tuple, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        DiffusionObjective(SCHEDULE, *arguments)
+def test_wrong_arguments_are_named() -> None:
+    with pytest.raises(ValueError, match="weighting 'p2' is none of"):
+        DiffusionObjective(SCHEDULE, weighting="p2")

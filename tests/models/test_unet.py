@@ -70,7 +70,7 @@ def randomised(model: torch.nn.Module, std: float = 0.05) -> torch.nn.Module:
 
 def reference(unet: UNet, attention_levels: tuple[int, ...], **arguments) -> UNet2DConditionModel:
     """diffusers' U-Net with our weights: strict, so every one of its parameters is one of ours."""
-    kinds = ["CrossAttn" if level in attention_levels else "" for level in range(unet.levels)]
+    kinds = ["CrossAttn" if level in attention_levels else "" for level in range(unet.size_multiple.bit_length())]
     model = UNet2DConditionModel(
         sample_size=8,
         in_channels=4,

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from ldm_train.diffusion.denoiser import Denoiser
+from ldm_train.diffusion.parameterisation import Epsilon, VPrediction
 from ldm_train.diffusion.schedule import NoiseSchedule
 from ldm_train.rng import NoiseSource
 from ldm_train.samplers.ddim import ddim, ddim_inversion
@@ -48,7 +49,7 @@ def test_inverted_data_are_noise() -> None:
 
 
 def test_a_network_is_inverted_too(network: torch.nn.Module) -> None:
-    denoise = Denoiser(network, SCHEDULE, "v_prediction", {})
+    denoise = Denoiser(network, SCHEDULE, VPrediction(), {})
     latents = torch.randn(2, 2, 8, 8)
     seen: list[int] = []
     times = SCHEDULE.timesteps(20)
@@ -70,7 +71,7 @@ def test_jumps_keep_mean_and_deviation(sampler) -> None:
 
 
 def test_without_repeats_the_stretches_are_the_sampler_itself(network: torch.nn.Module) -> None:
-    denoise, x_t, noise = Denoiser(network, SCHEDULE, "epsilon", {}), torch.randn(2, 2, 8, 8), NoiseSource([0, 1])
+    denoise, x_t, noise = Denoiser(network, SCHEDULE, Epsilon(), {}), torch.randn(2, 2, 8, 8), NoiseSource([0, 1])
     times = SCHEDULE.timesteps(12)
     made = resampled(denoise, x_t, times, SCHEDULE, noise, sampler=ddim, jump_length=5, repeats=1)
     torch.testing.assert_close(made, ddim(denoise, x_t, times, SCHEDULE, noise))

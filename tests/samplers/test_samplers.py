@@ -7,8 +7,10 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler
 
+from ldm_train.checkpoints.diffusers import PREDICTIONS
 from ldm_train.conditioning.class_label import ClassLabel
 from ldm_train.diffusion.denoiser import Denoiser
+from ldm_train.diffusion.parameterisation import Epsilon
 from ldm_train.diffusion.schedule import NoiseSchedule
 from ldm_train.latent_diffusion import LatentDiffusion
 from ldm_train.models.autoencoder import AutoencoderKL
@@ -111,7 +113,7 @@ def test_ddim_equals_diffusers(network: torch.nn.Module, prediction_type: str, s
     expected = x
     for t in reference.timesteps:
         expected = reference.step(network(expected, t.expand(2)), t, expected).prev_sample
-    denoise = Denoiser(network, SCHEDULE, prediction_type, {})
+    denoise = Denoiser(network, SCHEDULE, PREDICTIONS[prediction_type](), {})
     out = ddim(denoise, x, SCHEDULE.timesteps(20, spacing), SCHEDULE, NoiseSource([0, 1]))
     assert (out - expected).abs().max() <= 1e-4 * expected.abs().max()
 
@@ -125,7 +127,7 @@ def test_a_ddpm_step_equals_diffusers(network: torch.nn.Module, variance: str, t
         variance_type=theirs, timestep_spacing="trailing",
     )  # fmt: skip
     reference.set_timesteps(20)
-    denoise, noise = Denoiser(network, SCHEDULE, "epsilon", {}), NoiseSource([9])
+    denoise, noise = Denoiser(network, SCHEDULE, Epsilon(), {}), NoiseSource([9])
     for t, s in ((999, 949), (499, 449), (99, 49)):
         generator = torch.Generator().manual_seed(4)
         z = torch.randn(x.shape, generator=generator)

@@ -11,7 +11,9 @@ import pytest
 import torch
 from diffusers.schedulers import scheduling_euler_ancestral_discrete
 
+from ldm_train.checkpoints.diffusers import PREDICTIONS
 from ldm_train.diffusion.denoiser import Denoiser
+from ldm_train.diffusion.parameterisation import Epsilon
 from ldm_train.diffusion.schedule import NoiseSchedule
 from ldm_train.rng import NoiseSource
 from ldm_train.samplers.ddim import ddim
@@ -177,7 +179,7 @@ def test_samplers_equal_diffusers(
         times = torch.cat([reference.timesteps.double(), torch.tensor([-1.0], dtype=torch.float64)])
     else:
         times = SCHEDULE.timesteps(steps, "trailing")
-    out = ours(Denoiser(network, SCHEDULE, prediction_type, {}), x, times, SCHEDULE, noise)
+    out = ours(Denoiser(network, SCHEDULE, PREDICTIONS[prediction_type](), {}), x, times, SCHEDULE, noise)
     assert (out - expected).abs().max() <= 1e-4 * expected.abs().max()
 
 
@@ -186,7 +188,7 @@ def test_euler_ancestral_equals_diffusers(network: torch.nn.Module, monkeypatch:
     monkeypatch.setattr(scheduling_euler_ancestral_discrete, "randn_tensor", Recorded(noise))
     reference = diffusers.EulerAncestralDiscreteScheduler(1000, timestep_spacing="trailing", **BETAS)
     expected = theirs(reference, network, x, 20)
-    denoise = Denoiser(network, SCHEDULE, "epsilon", {})
+    denoise = Denoiser(network, SCHEDULE, Epsilon(), {})
     out = euler(denoise, x, SCHEDULE.timesteps(20), SCHEDULE, noise, ancestral=1.0)
     assert (out - expected).abs().max() <= 1e-4 * expected.abs().max()
 

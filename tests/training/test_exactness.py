@@ -33,7 +33,7 @@ OVERRIDES = [
     "diffusion.checkpoint_every=4",
     "diffusion.val_every=22",
     "diffusion.samples=2",
-    "diffusion.unet.channels=32",
+    "diffusion.network.channels=32",
     "sampling.num_inference_steps=2",
     "data.flip=true",
 ]

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 
-from ldm_train import interrupts
+from ldm_train import interrupts, names
 from ldm_train.data.shards import DataError, write_atomically
 from ldm_train.training.stages import Interrupted
 from ldm_train.training.task import NotFinite, Task
@@ -80,6 +80,9 @@ def _read(path: Path, mmap: bool) -> dict[str, Any]:
     state = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     if not isinstance(state, dict) or not isinstance(state.get("global_step"), int) or "state_dict" not in state:
         raise ValueError("it holds no training state")
+    state["state_dict"] = names.weights(state["state_dict"])
+    if "ema" in state:
+        state["ema"]["shadow"] = names.weights(state["ema"]["shadow"])
     return state
 
 

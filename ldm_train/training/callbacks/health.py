@@ -116,7 +116,8 @@ def adaptive_weight_at_clamp(history: History, facts: Mapping[str, Any]) -> Find
 
 def loss_by_timestep(history: History, facts: Mapping[str, Any]) -> Finding | None:
     """Predicting noise is easiest where there is most of it; predicting the picture where there is least."""
-    sign = {"epsilon": 1, "sample": -1}.get(facts.get("prediction_type", ""))
+    easier = facts.get("easier_with_noise")
+    sign = None if easier is None else 1 if easier else -1
     bins = [_last(history, f"val/loss_t{k}") for k in range(facts.get("bins", 0))]
     step = history["val/loss_t0"][-1][0] if history.get("val/loss_t0") else 0
     if sign is None or len(bins) < 2 or None in bins or step < facts.get("settled", 200):

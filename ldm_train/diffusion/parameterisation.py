@@ -1,0 +1,101 @@
+"""What the network predicts. Each class says what its target is and how an output becomes an estimate of x_0.
+
+All of them are written for x_t = alpha x_0 + sigma eps with the coefficients of the process at the network's door
+(`NoiseProcess.network_view`). A further one needs these attributes and methods, and nothing else of the code:
+
+easier_with_noise           whether the error falls (True) or rises (False) with the noise; None: neither
+learns_without_signal       whether x_0 can be recovered where alpha is 0
+any_scale                   whether it is defined also where alpha^2 + sigma^2 is not 1
+"""
+
+from typing import Protocol
+
+import torch
+
+Coefficient = float | torch.Tensor
+
+
+class Parameterisation(Protocol):
+    """The contract. Tensors are (B, C, h, w); alpha and sigma are numbers or broadcast to that."""
+
+    easier_with_noise: bool | None
+    learns_without_signal: bool
+    any_scale: bool
+
+    def target(
+        self, latents: torch.Tensor, noise: torch.Tensor, alpha: Coefficient, sigma: Coefficient
+    ) -> torch.Tensor:
+        """What the network is trained to return for alpha latents + sigma noise."""
+
+    def to_pred_x0(
+        self, output: torch.Tensor, x_t: torch.Tensor, alpha: Coefficient, sigma: Coefficient
+    ) -> torch.Tensor:
+        """The network's output as an estimate of x_0."""
+
+    def from_pred_x0(
+        self, pred_x0: torch.Tensor, x_t: torch.Tensor, alpha: Coefficient, sigma: Coefficient
+    ) -> torch.Tensor:
+        """The output that `to_pred_x0` makes pred_x0 of."""
+
+    def error_ratio(self, snr: torch.Tensor) -> torch.Tensor | float:
+        """Squared error of the output per squared error of the estimate of x_0 that it means."""
+
+
+class Epsilon:
+    """The noise (Ho et al. 2020)."""
+
+    easier_with_noise = True
+    learns_without_signal = False
+    any_scale = True
+
+    def target(self, latents, noise, alpha, sigma):
+        return noise
+
+    def to_pred_x0(self, output, x_t, alpha, sigma):
+        return (x_t - sigma * output) / alpha
+
+    def from_pred_x0(self, pred_x0, x_t, alpha, sigma):
+        return (x_t - alpha * pred_x0) / sigma
+
+    def error_ratio(self, snr):
+        return snr
+
+
+class VPrediction:
+    """v = alpha eps - sigma x_0 (Salimans and Ho 2022), for alpha^2 + sigma^2 = 1."""
+
+    easier_with_noise = None
+    learns_without_signal = True
+    any_scale = False
+
+    def target(self, latents, noise, alpha, sigma):
+        return alpha * noise - sigma * latents
+
+    def to_pred_x0(self, output, x_t, alpha, sigma):
+        return alpha * x_t - sigma * output
+
+    def from_pred_x0(self, pred_x0, x_t, alpha, sigma):
+        return (alpha * x_t - pred_x0) / sigma
+
+    def error_ratio(self, snr):
+        return snr + 1
+
+
+class Sample:
+    """The clean latents themselves."""
+
+    easier_with_noise = False
+    learns_without_signal = True
+    any_scale = True
+
+    def target(self, latents, noise, alpha, sigma):
+        return latents
+
+    def to_pred_x0(self, output, x_t, alpha, sigma):
+        return output
+
+    def from_pred_x0(self, pred_x0, x_t, alpha, sigma):
+        return pred_x0
+
+    def error_ratio(self, snr):
+        return 1.0

@@ -1,0 +1,133 @@
+"""What a noise process is: how much signal and noise there is at each time, and at which times it is trained and sampled."""
+
+import torch
+from torch import nn
+
+
+def expand_to(values: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """(B,) -> (B, 1, ..., 1) with the rank, device and dtype of `like`; a scalar stays a scalar."""
+    values = values.to(like.device, like.dtype)
+    return values if values.ndim == 0 else values.view(-1, *[1] * (like.ndim - 1))
+
+
+class NoiseProcess(nn.Module):
+    """Subclasses set the attributes and implement `at`, `time_of`, `add_noise`, `training_times`, `timesteps`; what samplers
+    and guidance ask for follows from them.
+
+    num_train_timesteps     T: times are told to the network on a scale up to T
+    clean_time              where there is no noise
+    first_time, last_time   the least and the most noise that sampling starts from; the signal at last_time is above 0 for
+                            samplers that divide by it
+    variance_preserving     whether x_t is alpha x_0 + sigma eps with alpha^2 + sigma^2 = 1 also for the network
+    zero_terminal_snr       whether training reaches a time without signal
+
+    Samplers see every process variance preserving. Where the network was trained on x_t of another scale, `network_view`
+    brings it there.
+    """
+
+    num_train_timesteps: int
+    clean_time: float
+    first_time: float
+    last_time: float
+    variance_preserving = True
+    zero_terminal_snr = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._numbers: dict[float, tuple[float, float]] = {}
+
+    # -- what a process states ---------------------------------------------------------------------------------------
+
+    def at(self, t: float | torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """(alpha, sigma, log SNR) at a time in [clean_time, T], each float64 with the shape of t; alpha^2 + sigma^2 = 1."""
+        raise NotImplementedError
+
+    def time_of(self, level: float) -> float:
+        """The time at which sigma / alpha is `level`: the inverse of `at`."""
+        raise NotImplementedError
+
+    def training_times(self, uniform: torch.Tensor) -> torch.Tensor:
+        """Uniform numbers (B,) in [0, 1) float64 -> times to train at (B,); increasing, so that strata stay strata."""
+        raise NotImplementedError
+
+    def training_coefficients(self, timesteps: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(alpha, sigma) (B,) float64 of x_t = alpha x_0 + sigma eps as the network is trained on it."""
+        raise NotImplementedError
+
+    def timesteps(self, num_inference_steps: int, spacing: str = "trailing") -> torch.Tensor:
+        """S + 1 falling times (float64, CPU) that end in the clean image. Raises ValueError for a spacing it has not."""
+        raise NotImplementedError
+
+    def network_view(
+        self, x_t: torch.Tensor, t: float | torch.Tensor
+    ) -> tuple[torch.Tensor, float | torch.Tensor, float | torch.Tensor]:
+        """(x_t as the network was trained on it, alpha, sigma of that) for x_t variance preserving (B, C, h, w)."""
+        return x_t, *self.pair(t, x_t.float())
+
+    # -- what follows ----------------------------------------------------------------------------------------------------
+
+    def add_noise(self, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+        """x_t = alpha x_0 + sigma eps at training times (B,)   (DDPM, eq. 4)."""
+        alpha, sigma = self.training_coefficients(timesteps)
+        return expand_to(alpha, latents) * latents + expand_to(sigma, latents) * noise
+
+    def strata(self, indices: torch.Tensor) -> torch.Tensor:
+        """The times to train at in the middle of the strata 0 .. T - 1 of their density, for indices (B,)."""
+        return self.training_times((indices.double() + 0.5) / self.num_train_timesteps)
+
+    def signal_to_noise(self, timesteps: torch.Tensor) -> torch.Tensor:
+        """SNR at training times (B,), float64."""
+        alpha, sigma = self.training_coefficients(timesteps)
+        return alpha.square() / sigma.square()
+
+    def numbers(self, t: float) -> tuple[float, float]:
+        """(alpha, sigma) at one time as Python numbers, remembered: a sampler's step then touches neither small tensors nor
+        the device. Equal to `at`."""
+        if t not in self._numbers:
+            alpha, sigma, _ = self.at(t)
+            self._numbers[t] = float(alpha), float(sigma)
+        return self._numbers[t]
+
+    def pair(
+        self, t: float | torch.Tensor, like: torch.Tensor
+    ) -> tuple[float, float] | tuple[torch.Tensor, torch.Tensor]:
+        """(alpha, sigma) at a time or at times (B,), ready to be multiplied with `like` (B, C, h, w)."""
+        if not isinstance(t, torch.Tensor):
+            return self.numbers(float(t))
+        alpha, sigma, _ = self.at(t)
+        return expand_to(alpha, like), expand_to(sigma, like)
+
+    def coefficients(self, timesteps: torch.Tensor) -> tuple[list[float], list[float]]:
+        """(alphas, sigmas) at a sampler's times, as numbers: asked once, before the first step."""
+        times = timesteps.tolist()
+        if new := [t for t in times if t not in self._numbers]:
+            alphas, sigmas, _ = (v.tolist() for v in self.at(torch.tensor(new, dtype=torch.float64)))
+            self._numbers |= zip(new, zip(alphas, sigmas))
+        alphas, sigmas = zip(*(self._numbers[t] for t in times))
+        return list(alphas), list(sigmas)
+
+    def levels(self, timesteps: torch.Tensor) -> tuple[list[float], list[float]]:
+        """(alphas, noise levels sigma / alpha) at a sampler's times, as numbers.
+
+        Raises ValueError at zero signal: the level is infinite there, and no step can begin at it.
+        """
+        alphas, sigmas = self.coefficients(timesteps)
+        if min(alphas) < 1e-6:
+            raise ValueError(
+                "this model's schedule ends without signal (zero_terminal_snr), where the noise level is infinite; use "
+                "sampler=ddim, dpm_solver or unipc, which need no levels, and spacing=trailing"
+            )
+        return alphas, [sigma / alpha for alpha, sigma in zip(alphas, sigmas)]
+
+    @property
+    def max_level(self) -> float:
+        """The noise level that sampling starts from."""
+        return self.levels(torch.tensor([self.last_time], dtype=torch.float64))[1][0]
+
+    def karras_times(self, steps: int) -> torch.Tensor:
+        """Times (S,) whose noise levels are even in their 7th root from last_time to first_time (Karras et al. 2022, eq. 5)."""
+        ends = torch.tensor(
+            self.levels(torch.tensor([self.last_time, self.first_time], dtype=torch.float64))[1], dtype=torch.float64
+        ) ** (1 / 7)
+        levels = (ends[0] + torch.linspace(0, 1, steps, dtype=torch.float64) * (ends[1] - ends[0])) ** 7
+        return torch.tensor([self.time_of(v) for v in levels.tolist()], dtype=torch.float64)

@@ -1,0 +1,30 @@
+"""What a denoising network is; `UNet` and `DiT` are two of them, and one of your own needs no edit here or elsewhere."""
+
+from typing import Protocol
+
+import torch
+
+
+class Backbone(Protocol):
+    """A module with these attributes and this forward, chosen by `diffusion.network._target_`.
+
+    in_channels         of the latents, which it also returns
+    condition_widths    {"context": width of a token, "concat": channels, "vector": width}, 0 where it takes none
+    size_multiple       latents of (h, w) must be divisible by it
+    """
+
+    in_channels: int
+    condition_widths: dict[str, int]
+    size_multiple: int
+
+    def __call__(
+        self,
+        noisy_latents: torch.Tensor,
+        timesteps: torch.Tensor,
+        context: torch.Tensor | None = None,
+        context_mask: torch.Tensor | None = None,
+        concat: torch.Tensor | None = None,
+        vector: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """noisy_latents (B, C, h, w), timesteps (B,) up to T (`NoiseProcess.num_train_timesteps`), context (B, L, D) with mask
+        (B, L), concat (B, channels, h, w), vector (B, width). Returns (B, C, h, w)."""

@@ -1,0 +1,84 @@
+"""Names that have changed, in one table: read wherever something from before is read, so that old command lines, runs, recipes
+and model folders keep their meaning."""
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+PREDICTIONS = {
+    "epsilon": "ldm_train.diffusion.parameterisation.Epsilon",
+    "v_prediction": "ldm_train.diffusion.parameterisation.VPrediction",
+    "sample": "ldm_train.diffusion.parameterisation.Sample",
+}
+
+# Options of train.py by their path; a group of that path is renamed with it.
+OPTIONS = {
+    "diffusion.unet": "diffusion.network",
+    "diffusion.objective.prediction_type": "diffusion.objective.parameterisation._target_",
+}
+# Values of renamed options (by their old path) that are said otherwise today.
+VALUES: dict[str, dict[str, str]] = {"diffusion.objective.prediction_type": PREDICTIONS}
+# Classes and functions that a file asks for.
+PARTS: dict[str, str] = {}
+# Weights, by the beginning of their names.
+WEIGHTS = {"unet.": "network."}
+
+
+def argument(text: str) -> str:
+    """An argument of the command line in today's names. Texts that are no override come back as they are."""
+    match = re.fullmatch(r"([+~]*)([\w./@-]+)(?:=(.*))?", text, re.DOTALL)
+    if match is None or text.startswith("-"):
+        return text
+    prefix, name, value = match.groups()
+    for old, new in OPTIONS.items():
+        if name == old or name.startswith(f"{old}."):
+            if value is not None:
+                value = ",".join(VALUES.get(old, {}).get(v, v) for v in value.split(",")) if old in VALUES else value
+            name = new + name[len(old) :]
+        elif name == old.replace(".", "/"):
+            name = new.replace(".", "/")
+        if value is not None:
+            value = value.replace(f"${{{old}.", f"${{{new}.").replace(f"${{{old}}}", f"${{{new}}}")
+    return f"{prefix}{name}" + ("" if value is None else f"={value}")
+
+
+def options(tree: dict[str, Any]) -> dict[str, Any]:
+    """A copy of the nested options of a run, or of a part of them from the top, in today's names."""
+    tree = {k: _copied(v) for k, v in tree.items()}
+    for old, new in OPTIONS.items():
+        *way, last = old.split(".")
+        owner: Any = tree
+        for step in way:
+            owner = owner.get(step) if isinstance(owner, dict) else None
+        if not isinstance(owner, dict) or last not in owner:
+            continue
+        value = owner.pop(last)
+        if old in VALUES:
+            value = VALUES[old].get(value, value) if isinstance(value, str) else value
+        target = tree
+        *way, last = new.split(".")
+        for step in way:
+            target = target.setdefault(step, {})
+        target.setdefault(last, value)
+    return tree
+
+
+def _copied(value: Any) -> Any:
+    return {k: _copied(v) for k, v in value.items()} if isinstance(value, dict) else value
+
+
+def model(tree: dict[str, Any]) -> dict[str, Any]:
+    """The config of a model folder in today's names."""
+    if "unet" not in tree or "first_stage" not in tree:
+        return tree
+    kind = tree.get("prediction_type", "epsilon")
+    return {("network" if k == "unet" else k): v for k, v in tree.items() if k != "prediction_type"} | {
+        "parameterisation": {"_target_": PREDICTIONS.get(kind, kind)}
+    }
+
+
+def weights(state: Mapping[str, Any]) -> dict[str, Any]:
+    """Weights by today's names."""
+    for old, new in WEIGHTS.items():
+        state = {(new + k[len(old) :] if k.startswith(old) else k): v for k, v in state.items()}
+    return dict(state)

@@ -1,0 +1,92 @@
+"""What was written under old names is read under today's: command lines, configs, model folders, checkpoints, stage notes."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from chains import chain
+from safetensors.torch import load_file, save_file
+
+from ldm_train import names
+from ldm_train.checkpoints.native import load_model
+from ldm_train.data.shards import file_sha256
+from ldm_train.training import stages
+
+
+@pytest.mark.parametrize(
+    ("before", "today"),
+    [
+        ("diffusion/unet=tiny", "diffusion/network=tiny"),
+        ("diffusion.unet.channels=32", "diffusion.network.channels=32"),
+        ("+diffusion.unet.dropout=0.1", "+diffusion.network.dropout=0.1"),
+        ("~diffusion.unet.dropout", "~diffusion.network.dropout"),
+        ("diffusion.unet.channels=32,64", "diffusion.network.channels=32,64"),
+        (
+            "diffusion.objective.prediction_type=v_prediction",
+            "diffusion.objective.parameterisation._target_=ldm_train.diffusion.parameterisation.VPrediction",
+        ),
+        ("x=${diffusion.unet.channels}", "x=${diffusion.network.channels}"),
+        ("prompts=a diffusion.unet, seen", "prompts=a diffusion.unet, seen"),
+        ("diffusion.unets=1", "diffusion.unets=1"),
+        ("-m", "-m"),
+    ],
+)
+def test_arguments(before: str, today: str) -> None:
+    assert names.argument(before) == today
+    assert names.argument(today) == today
+
+
+def as_before(run: Path) -> None:
+    """Writes a run's files as they were before the network's name changed."""
+    for folder in (run / "diffusion" / "model", run / "export"):
+        if not folder.is_dir():
+            continue
+        tree = yaml.safe_load((folder / "config.yaml").read_text())
+        tree = {("unet" if k == "network" else k): v for k, v in tree.items() if k != "parameterisation"}
+        (folder / "config.yaml").write_text(yaml.safe_dump(tree | {"prediction_type": "epsilon"}, sort_keys=False))
+        weights = load_file(folder / "model.safetensors")
+        renamed = {k.replace("network.", "unet.", 1) if k.startswith("network.") else k: v for k, v in weights.items()}
+        save_file(renamed, folder / "model.safetensors")
+        metadata = json.loads((folder / "metadata.json").read_text())
+        metadata |= {
+            "sha256": file_sha256(folder / "model.safetensors"),
+            "config_sha256": file_sha256(folder / "config.yaml"),
+        }
+        (folder / "metadata.json").write_text(json.dumps(metadata))
+    last = run / "diffusion" / "last.ckpt"
+    if not last.is_file():
+        last = next((run / "diffusion").rglob("last.ckpt"))
+    state = torch.load(last, weights_only=True)
+    for tree in (state["state_dict"], state["ema"]["shadow"]):
+        for key in [k for k in tree if k.startswith("network.")]:
+            tree["unet." + key.removeprefix("network.")] = tree.pop(key)
+    torch.save(state, last)
+    note = json.loads((run / "diffusion" / "stage.json").read_text())
+    section = note["key"]["diffusion"]
+    section["unet"] = section.pop("network")
+    section["objective"]["prediction_type"] = "epsilon"
+    del section["objective"]["parameterisation"]
+    (run / "diffusion" / "stage.json").write_text(json.dumps(note))
+
+
+def test_a_run_of_before_continues_to_the_same_weights_and_its_model_loads(tmp_path: Path) -> None:
+    chain(tmp_path, "diffusion.max_steps=4", "stages=[autoencoder,latents,diffusion,export]").run()
+    run = tmp_path / "run"
+    x, t = torch.randn(1, 8, 8, 8), torch.tensor([3])
+    as_before(run)
+    loaded = load_model(run / "export")
+    x = torch.randn(1, loaded.network.in_channels, 8, 8)
+    condition = loaded.null_condition(1)
+    out = loaded.predict(x, t, condition)
+    assert stages.read_note(run / "diffusion")["key"]["diffusion"]["network"]["channels"] == 32
+    chain(tmp_path, "diffusion.max_steps=6", "stages=[autoencoder,latents,diffusion]", name="whole").run()
+    (run / "export" / "stage.json").unlink()
+    chain(tmp_path, "diffusion.max_steps=6", "stages=[autoencoder,latents,diffusion]").run()
+    resumed, whole = (
+        load_file(tmp_path / name / "diffusion" / "model" / "model.safetensors") for name in ("run", "whole")
+    )
+    assert resumed.keys() == whole.keys()
+    assert all(torch.equal(resumed[k], whole[k]) for k in whole)
+    assert not torch.equal(out, load_model(run / "diffusion" / "model").predict(x, t, condition))
