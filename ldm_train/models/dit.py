@@ -1,0 +1,170 @@
+"""The diffusion transformer (Peebles and Xie 2022, arXiv:2212.09748), with cross-attention where there is a context."""
+
+import torch
+from einops import rearrange
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from ldm_train.models.layers import timestep_embedding, zero_init
+from ldm_train.models.transformer import CrossAttention
+
+
+def position_embedding(height: int, width: int, dim: int, device: torch.device) -> torch.Tensor:
+    """Sines and cosines of both coordinates, (height * width, dim) float32: a half of the features for each, columns first."""
+    frequencies = 10_000.0 ** -(torch.arange(dim // 4, dtype=torch.float64, device=device) / (dim / 4))
+    parts = []
+    for coordinate in torch.meshgrid(
+        torch.arange(width, device=device), torch.arange(height, device=device), indexing="xy"
+    ):
+        angles = coordinate.flatten().double()[:, None] * frequencies
+        parts += [angles.sin(), angles.cos()]
+    return torch.cat(parts, dim=1).float()
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention with one projection for q, k and v."""
+
+    def __init__(self, dim: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.qkv, self.proj = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = rearrange(self.qkv(x), "b n (three h d) -> three b h n d", three=3, h=self.heads)
+        return self.proj(rearrange(F.scaled_dot_product_attention(q, k, v), "b h n d -> b n (h d)"))
+
+
+def modulated(x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """x (B, N, D) shifted and scaled per sample, (B, D) each."""
+    return x * (1 + scale[:, None]) + shift[:, None]
+
+
+class DiTBlock(nn.Module):
+    """Self-attention and an MLP whose norms and residuals the time modulates (adaLN-zero: the block starts as the identity);
+    between them attention to the context, which starts at zero as well (PixArt-alpha, Chen et al. 2023, section 2.3)."""
+
+    def __init__(self, dim: int, heads: int, context_dim: int | None, mlp_ratio: float, dropout: float):
+        super().__init__()
+        self.norm1, self.norm2 = (nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False) for _ in range(2))
+        self.attn = Attention(dim, heads)
+        if context_dim:
+            self.cross_attn = CrossAttention(dim, context_dim, heads, dim // heads)
+        inner = int(dim * mlp_ratio)
+        self.mlp = nn.Sequential(
+            nn.Linear(dim, inner), nn.GELU(approximate="tanh"), nn.Dropout(dropout), nn.Linear(inner, dim)
+        )
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
+
+    def forward(
+        self, x: torch.Tensor, emb: torch.Tensor, context: torch.Tensor | None, mask: torch.Tensor | None
+    ) -> torch.Tensor:
+        """x (B, N, D), emb (B, D) -> (B, N, D)"""
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(emb).chunk(6, dim=1)
+        x = x + gate1[:, None] * self.attn(modulated(self.norm1(x), shift1, scale1))
+        if context is not None:
+            x = x + self.cross_attn(x, context, mask)
+        return x + gate2[:, None] * self.mlp(modulated(self.norm2(x), shift2, scale2))
+
+
+class DiT(nn.Module):
+    """Predicts noise, velocity or x_0 from noisy latents, cut into patches.
+
+    in_channels                 channels of the latents
+    hidden_size, depth, num_heads, mlp_ratio    DiT-S 384, 12, 6; B 768, 12, 12; L 1024, 24, 16; XL 1152, 28, 16; 4.0
+    patch_size                  side of a patch in latent cells
+    context_dim                 width of cross-attention tokens (None: no cross-attention)
+    concat_channels             channels of the spatial condition appended to the input (0: none)
+    vector_dim                  width of the condition that joins the timestep embedding (None: none)
+    dropout                     in the MLPs
+    activation_checkpointing    recompute activations in the backward pass: less memory, about a third more time
+    Raises ValueError for a hidden_size that does not split into heads, or into sines and cosines of two coordinates.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        hidden_size: int,
+        depth: int,
+        num_heads: int,
+        patch_size: int = 2,
+        context_dim: int | None = None,
+        concat_channels: int = 0,
+        vector_dim: int | None = None,
+        mlp_ratio: float = 4.0,
+        dropout: float = 0.0,
+        activation_checkpointing: bool = False,
+    ):
+        super().__init__()
+        if hidden_size % num_heads or hidden_size % 4:
+            raise ValueError(
+                f"a DiT's hidden_size must be divisible by 4 and by num_heads {num_heads}, not {hidden_size}"
+            )
+        self.in_channels, self.hidden_size, self.patch_size = in_channels, hidden_size, patch_size
+        self.condition_widths = {"context": context_dim or 0, "concat": concat_channels, "vector": vector_dim or 0}
+        self.size_multiple = patch_size
+        self.activation_checkpointing = activation_checkpointing
+        self.x_embedder = nn.Conv2d(in_channels + concat_channels, hidden_size, patch_size, stride=patch_size)
+        self.t_embedder = nn.Sequential(nn.Linear(256, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size))
+        if vector_dim:
+            self.y_embedder = nn.Sequential(
+                nn.Linear(vector_dim, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size)
+            )
+        self.blocks = nn.ModuleList(
+            DiTBlock(hidden_size, num_heads, context_dim, mlp_ratio, dropout) for _ in range(depth)
+        )
+        self.norm_final = nn.LayerNorm(hidden_size, eps=1e-6, elementwise_affine=False)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 2 * hidden_size))
+        self.linear = nn.Linear(hidden_size, patch_size**2 * in_channels)
+        self._initialise()
+
+    def _initialise(self) -> None:
+        """As published: Xavier, small embeddings, and every block the identity."""
+        for layer in self.modules():
+            if isinstance(layer, nn.Linear):
+                nn.init.xavier_uniform_(layer.weight)
+                if layer.bias is not None:
+                    nn.init.zeros_(layer.bias)
+        nn.init.xavier_uniform_(self.x_embedder.weight.flatten(1))
+        nn.init.zeros_(self.x_embedder.bias)
+        for layer in (self.t_embedder[0], self.t_embedder[2]):
+            nn.init.normal_(layer.weight, std=0.02)
+        for module in self.modules():
+            if isinstance(module, DiTBlock | DiT):
+                zero_init(module.adaLN_modulation)
+            if isinstance(module, CrossAttention):
+                zero_init(module.to_out)
+        zero_init(self.linear)
+
+    def forward(
+        self,
+        noisy_latents: torch.Tensor,
+        timesteps: torch.Tensor,
+        context: torch.Tensor | None = None,
+        context_mask: torch.Tensor | None = None,
+        concat: torch.Tensor | None = None,
+        vector: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """As `Backbone`. Raises ValueError where h or w is not divisible by the patch size."""
+        height, width = noisy_latents.shape[-2:]
+        if height % self.patch_size or width % self.patch_size:
+            raise ValueError(
+                f"latents of {(height, width)} must be divisible by this DiT's patch size {self.patch_size}"
+            )
+        x = noisy_latents if concat is None else torch.cat([noisy_latents, concat.to(noisy_latents.dtype)], dim=1)
+        rows, columns = height // self.patch_size, width // self.patch_size
+        x = self.x_embedder(x).flatten(2).transpose(1, 2)  # (B, N, D)
+        x = x + position_embedding(rows, columns, self.hidden_size, x.device).to(x.dtype)
+        emb = self.t_embedder(timestep_embedding(timesteps, 256).to(x.dtype))
+        if vector is not None:
+            emb = emb + self.y_embedder(vector.to(emb.dtype))
+        for block in self.blocks:
+            if self.activation_checkpointing and self.training:
+                x = checkpoint(block, x, emb, context, context_mask, use_reentrant=False)
+            else:
+                x = block(x, emb, context, context_mask)
+        shift, scale = self.adaLN_modulation(emb).chunk(2, dim=1)
+        x = self.linear(modulated(self.norm_final(x), shift, scale))
+        return rearrange(
+            x, "b (h w) (p q c) -> b c (h p) (w q)", h=rows, w=columns, p=self.patch_size, q=self.patch_size
+        )
