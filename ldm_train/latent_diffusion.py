@@ -89,18 +89,6 @@ class LatentDiffusion(nn.Module):
                     f"diffusion.conditioning.{name}"
                 )
 
-    @classmethod
-    def from_pretrained(cls, path: str, trust: Sequence[str] = ()) -> "LatentDiffusion":
-        """A trained model with its run's sampling options: path is a run, its export/ folder, any model folder, or a
-        pipeline's folder in diffusers' layout.
-
-        The folder is data: it builds this package's models only, and parts of the packages that `trust` names.
-        Raises FileNotFoundError where there is none, ValueError for damaged weights or a config that asks for more.
-        """
-        from ldm_train.checkpoints.native import load_latent_diffusion  # which imports this module
-
-        return load_latent_diffusion(path, trust)
-
     @property
     def device(self) -> torch.device:
         return next(self.network.parameters()).device

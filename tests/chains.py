@@ -4,9 +4,9 @@ from pathlib import Path
 
 from hydra import compose, initialize_config_dir
 
-from ldm_train.cli import build
-from ldm_train.cli.chain import Chain
-from ldm_train.cli.common import config_folder
+from ldm_train.configuration import config_folder
+from ldm_train.pipeline import build
+from ldm_train.pipeline.run import Chain
 
 SMALL = [
     "logger=csv",

@@ -14,14 +14,15 @@ from hydra import compose, initialize_config_dir
 from PIL import Image
 
 from ldm_train import images as pictures
-from ldm_train.cli import build
-from ldm_train.cli.chain import Chain
-from ldm_train.cli.common import config_folder, run_command
-from ldm_train.cli.evaluate import evaluate
+from ldm_train.cli.common import run_command
 from ldm_train.cli.prepare import prepare
-from ldm_train.cli.sample import sample
-from ldm_train.cli.train import train
+from ldm_train.configuration import config_folder
 from ldm_train.data.loose import image_batches
+from ldm_train.evaluation.evaluate import evaluate
+from ldm_train.generation.sample import sample
+from ldm_train.pipeline import build
+from ldm_train.pipeline.run import Chain
+from ldm_train.pipeline.train import train
 
 # The recipe of the README, made so small that every stage takes seconds; nothing here speaks of channels.
 SMALL = [

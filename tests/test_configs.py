@@ -10,11 +10,11 @@ from hydra.utils import get_object, instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from ldm_train.checkpoints.parts import targets
-from ldm_train.cli.build import first_stage_tree, model_tree
-from ldm_train.cli.common import config_folder
-from ldm_train.cli.rehearsal import check_values
 from ldm_train.conditioning.text import TokenEncoder, train_tokenizer
+from ldm_train.configuration import config_folder
 from ldm_train.diffusion.objective import DiffusionObjective
+from ldm_train.pipeline.build import first_stage_tree, model_tree
+from ldm_train.pipeline.values import check_values
 
 EXPERIMENTS = sorted(p.stem for p in (config_folder() / "experiment").glob("*.yaml"))
 FILES = sorted(p for p in config_folder().rglob("*.yaml"))

@@ -20,7 +20,7 @@ from ldm_train.checkpoints.native import load_model
 from ldm_train.cli.common import USER_ERRORS
 from ldm_train.data.datamodule import Batching, ShardDataModule
 from ldm_train.data.latents import CachedLatents, verify_cache
-from ldm_train.training.stages import check_chain
+from ldm_train.pipeline.resume import check_chain
 
 FIELDS = ("image", "class_label", "caption", "boxes")
 VALUES = [None, True, -1, 0, 2**63, 1e308, "", "x", "é" * 50, "../x", [], [[]], {}, {"a": 1}, "pipe:id", "9" * 400, 0.5]

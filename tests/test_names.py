@@ -11,8 +11,8 @@ from safetensors.torch import load_file, save_file
 
 from ldm_train import names
 from ldm_train.checkpoints.native import load_model
-from ldm_train.data.shards import file_sha256
-from ldm_train.training import stages
+from ldm_train.pipeline import resume as stages
+from ldm_train.storage import file_sha256
 
 
 @pytest.mark.parametrize(

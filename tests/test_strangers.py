@@ -29,14 +29,15 @@ from PIL.PngImagePlugin import PngInfo
 import ldm_train
 from ldm_train.checkpoints.native import load_model, save_model
 from ldm_train.checkpoints.parts import build
-from ldm_train.cli import train
-from ldm_train.cli.chain import Chain
-from ldm_train.cli.common import USER_ERRORS, config_folder, quoted
-from ldm_train.cli.evaluate import evaluate
-from ldm_train.cli.sample import FREE, sample
-from ldm_train.cli.sweep import read_runs
-from ldm_train.latent_diffusion import LatentDiffusion
-from ldm_train.training import measurement
+from ldm_train.cli.common import USER_ERRORS, quoted
+from ldm_train.cli.sample import FREE
+from ldm_train.configuration import config_folder
+from ldm_train.evaluation import measurement
+from ldm_train.evaluation.evaluate import evaluate
+from ldm_train.generation.sample import sample
+from ldm_train.pipeline import train
+from ldm_train.pipeline.run import Chain
+from ldm_train.pipeline.sweep import read_runs
 
 SECONDS = 2.0  # a refusal takes no longer
 MODEL = {
@@ -241,7 +242,7 @@ PLACES: dict[str, Callable[[Any], Any]] = {
 def doors(folder: Path, honest: Path, tmp_path: Path) -> dict[str, Callable[[], Any]]:
     """Everything that loads a model folder."""
     return {
-        "from_pretrained": lambda: LatentDiffusion.from_pretrained(str(folder)),
+        "load": lambda: ldm_train.load(str(folder)),
         "load_model": lambda: load_model(folder),
         "ldm-sample run": lambda: sampled(f"run={folder}", "n=1", f"out={tmp_path}/out"),
         "ldm-sample weak": lambda: sampled(f"run={honest}", f"weak={folder}", "guidance_scale=2", "n=1", f"out={tmp_path}/out"),
@@ -278,7 +279,7 @@ def test_a_model_folder_brings_samplers_and_nothing_else(name: str, stranger: Ca
     mark = tmp_path / "mark"
     evil = filled(TREES[name], mark, tmp_path / "stranger")
     folder = stranger(metadata={"sampling": {**SAMPLING, "sampler": evil}})
-    for enter in (lambda: LatentDiffusion.from_pretrained(str(folder)), lambda: sampled(f"run={folder}", "n=1")):
+    for enter in (lambda: ldm_train.load(str(folder)), lambda: sampled(f"run={folder}", "n=1")):
         assert str(folder) in refused(enter, mark)
 
 
@@ -296,13 +297,13 @@ def test_metadata_of_another_shape_is_named(metadata: dict, stranger: Callable[.
 
 def test_weights_that_do_not_fit_their_config_are_named(stranger: Callable[..., Path], tmp_path: Path):
     folder = stranger(yaml.safe_dump({**MODEL, "latent_size": [8, 8], "unet": {**MODEL["unet"], "channels": 64}}))
-    message = refused(lambda: LatentDiffusion.from_pretrained(str(folder)), tmp_path / "mark")
+    message = refused(lambda: ldm_train.load(str(folder)), tmp_path / "mark")
     assert "does not fit the model of" in message
     (folder / "model.safetensors").write_bytes(b"\xff" * 64)
     whole = json.loads((folder / "metadata.json").read_text())
     whole["sha256"] = hashlib.sha256(b"\xff" * 64).hexdigest()
     (folder / "metadata.json").write_text(json.dumps(whole))
-    message = refused(lambda: LatentDiffusion.from_pretrained(str(folder)), tmp_path / "mark")
+    message = refused(lambda: ldm_train.load(str(folder)), tmp_path / "mark")
     assert "is no file of weights" in message
 
 
@@ -313,15 +314,15 @@ def test_a_part_of_ones_own_is_built_where_the_command_trusts_its_package(
         "from os import system\nfrom ldm_train.models.unet import UNet\n\n\nclass MyUNet(UNet):\n    pass\n"
     )
     folder = stranger(yaml.safe_dump({**MODEL, "unet": {**MODEL["unet"], "_target_": "my_parts.MyUNet"}}))
-    message = refused(lambda: LatentDiffusion.from_pretrained(str(folder)), tmp_path / "mark")
+    message = refused(lambda: ldm_train.load(str(folder)), tmp_path / "mark")
     assert "say trust=[my_parts]" in message
-    assert type(LatentDiffusion.from_pretrained(str(folder), trust=["my_parts"]).network).__name__ == "MyUNet"
+    assert type(ldm_train.load(str(folder), trust=["my_parts"]).network).__name__ == "MyUNet"
     sampled(f"run={folder}", "trust=[my_parts]", "n=1", f"out={tmp_path}/out")
     # What the trusted package has imported is not its own.
     evil = {"_target_": "my_parts.system", "_partial_": True, "command": "touch mark"}
     folder = stranger(yaml.safe_dump({**MODEL, "unet": evil}))
     with pytest.raises(ValueError, match=r"my_parts\.system, which is no class or sampler of my_parts"):
-        LatentDiffusion.from_pretrained(str(folder), trust=["my_parts"])
+        ldm_train.load(str(folder), trust=["my_parts"])
 
 
 # -- recipes -----------------------------------------------------------------------------------------------------------
@@ -537,7 +538,7 @@ def test_an_interrupted_measurement_is_no_program(honest_run: Path, tmp_path: Pa
         seen.append(path)
         return real(*arguments, **options)
 
-    monkeypatch.setattr("ldm_train.cli.evaluate.measure_samples", spoilt)
+    monkeypatch.setattr("ldm_train.evaluation.evaluate.measure_samples", spoilt)
     run = _copied(honest_run, tmp_path)
     with watched(tmp_path, honest_run):
         evaluated(f"run={run}", "n=2", f"runs_dir={tmp_path}", "metrics=[fid_tiny]")

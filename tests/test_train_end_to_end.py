@@ -19,14 +19,15 @@ from PIL import Image
 from ldm_train import images as pictures
 from ldm_train.checkpoints.native import load_model
 from ldm_train.cli import sample as sample_cli
-from ldm_train.cli.common import config_folder
-from ldm_train.cli.sample import sample
+from ldm_train.configuration import config_folder
 from ldm_train.data.latents import CachedLatents
 from ldm_train.data.prepare import build as build_module
 from ldm_train.data.prepare.build import build as build_shards
 from ldm_train.data.prepare.shapes import Shapes
 from ldm_train.data.shards import DataError
-from ldm_train.training.stages import Refused, read_note, set_aside
+from ldm_train.errors import Refused
+from ldm_train.generation.sample import sample
+from ldm_train.pipeline.resume import read_note, set_aside
 
 ROOT = Path(__file__).parents[1]
 

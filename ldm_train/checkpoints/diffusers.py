@@ -29,13 +29,13 @@ from ldm_train.checkpoints.diffusers_options import (
     refused,
 )
 from ldm_train.conditioning.text import FrozenText
-from ldm_train.data.shards import file_sha256
 from ldm_train.diffusion.parameterisation import Epsilon, Parameterisation, Sample, VPrediction
 from ldm_train.diffusion.schedule import NoiseSchedule
 from ldm_train.latent_diffusion import LatentDiffusion
 from ldm_train.models.autoencoder import AutoencoderKL, AutoencoderVQ
 from ldm_train.models.first_stage import FirstStage
 from ldm_train.models.unet import UNet
+from ldm_train.storage import file_sha256
 
 INDEX = "model_index.json"
 PIPELINES = ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline", "LDMPipeline")

@@ -14,9 +14,9 @@ from torch import nn
 
 from ldm_train import names
 from ldm_train.checkpoints.diffusers import diffusers_metadata, is_diffusers, load_diffusers
-from ldm_train.checkpoints.parts import build, build_sampler, no_larger_than, read_config, read_record
-from ldm_train.data.shards import file_sha256, write_atomically, write_json
+from ldm_train.checkpoints.parts import build, build_sampler, no_larger_than
 from ldm_train.latent_diffusion import LatentDiffusion
+from ldm_train.storage import file_sha256, read_config, read_record, write_atomically, write_json
 
 CONFIG, WEIGHTS, METADATA = "config.yaml", "model.safetensors", "metadata.json"
 

@@ -6,7 +6,6 @@ this package's model files declare, and the packages that the user's own command
 """
 
 import importlib
-import json
 import math
 import re
 import sys
@@ -16,7 +15,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import yaml
 from torch import nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
@@ -31,85 +29,8 @@ BUILDABLE = (
     "ldm_train.latent_diffusion",
 )
 
-LARGEST_FILE = 16 << 20  # bytes; a config that holds its tokenizer has 1 or 2 MB
-MOST_VALUES, DEEPEST = 200_000, 60  # of a tree, its aliases unfolded
 LARGEST_NUMBER = 1 << 20  # widths, counts, classes and words all stay below
 NAME = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+")
-
-try:
-    from yaml import CSafeLoader as Loader
-except ImportError:  # PyYAML without libyaml
-    from yaml import SafeLoader as Loader
-
-
-# -- reading -----------------------------------------------------------------------------------------------------------
-
-
-def plain_values(tree: Any, where: str | Path) -> Any:
-    """A copy of a tree that is nothing but dictionaries, lists, texts, numbers, booleans and nulls.
-
-    Raises ValueError, naming `where`, for anything else and for trees that are too deep or, unfolded, too large.
-    """
-    left = MOST_VALUES
-
-    def copied(value: Any, depth: int) -> Any:
-        nonlocal left
-        left -= 1
-        if left < 0 or depth > DEEPEST:
-            raise ValueError(f"{where} unfolds into more than {MOST_VALUES} values or {DEEPEST} levels; no config does")
-        if isinstance(value, dict):
-            if odd := next((k for k in value if not isinstance(k, str)), None):
-                raise ValueError(f"{where} has the key {odd!r}, which is no text")
-            return {k: copied(v, depth + 1) for k, v in value.items()}
-        if isinstance(value, list):
-            return [copied(v, depth + 1) for v in value]
-        if value is None or isinstance(value, str | bool | int | float):
-            return value
-        raise ValueError(f"{where} holds {value!r}, which is no plain value")
-
-    return copied(tree, 0)
-
-
-def _read(path: str | Path, parse: Callable[[str], Any], kind: str) -> dict[str, Any]:
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is not there")
-    if (size := path.stat().st_size) > LARGEST_FILE:
-        raise ValueError(f"{path} has {size} bytes; {kind} of this package stays below {LARGEST_FILE}")
-    try:
-        tree = parse(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, ValueError, RecursionError, MemoryError) as error:
-        raise ValueError(
-            f"{path} is no {kind} ({' '.join(str(error).split())[:200]}); take an undamaged copy"
-        ) from error
-    if not isinstance(tree, dict):
-        raise ValueError(f"{path} is no {kind}: it holds a {type(tree).__name__} where names with values are expected")
-    return plain_values(tree, path)
-
-
-def _parse_yaml(text: str) -> Any:
-    depth = 0
-    for event in yaml.parse(text, Loader):  # the C loader overflows its stack on deep nesting, events do not nest
-        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
-        if depth > DEEPEST:
-            raise ValueError(f"more than {DEEPEST} levels")
-    return yaml.load(text, Loader)
-
-
-def read_config(path: str | Path) -> dict[str, Any]:
-    """A YAML file as plain values: tags build nothing, `${...}` stays text, aliases are copies.
-
-    Raises FileNotFoundError, or ValueError naming the file.
-    """
-    return _read(path, _parse_yaml, "YAML file")
-
-
-def read_record(path: str | Path) -> dict[str, Any]:
-    """A JSON file that holds names with values. Raises FileNotFoundError, or ValueError naming the file."""
-    return _read(path, json.loads, "JSON file")
-
-
-# -- building ----------------------------------------------------------------------------------------------------------
 
 
 def _within(name: str, places: Sequence[str]) -> bool:

@@ -1,32 +1,27 @@
 """Shared by the commands: Hydra with readable errors, did-you-mean, and types checked before anything starts."""
 
 import difflib
-import functools
 import json
 import os
-import re
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException, InstantiationException
 from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf
+from hydra.utils import get_method
+from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-import ldm_train
 from ldm_train import interrupts, names
-from ldm_train.checkpoints.parts import read_config
-from ldm_train.data.shards import DataError
-from ldm_train.training.stages import Interrupted, Refused
+from ldm_train.configuration import ARGUMENTS, config_folder
+from ldm_train.errors import Interrupted, Refused
 
 # What a user can act on: printed as one message, without a traceback (HYDRA_FULL_ERROR=1 shows it).
 USER_ERRORS = (
-    DataError,
     Refused,
     FileNotFoundError,
     ValueError,
@@ -36,48 +31,7 @@ USER_ERRORS = (
     FloatingPointError,
 )
 
-ARGUMENTS = "LDM_TRAIN_ARGUMENTS"  # environment: the command line, also for the processes that run a sweep's jobs
 TRACEBACK = "LDM_TRAIN_TRACEBACK"  # environment: "1" where the user asked for tracebacks
-
-
-def config_folder() -> Path:
-    """conf/ beside the package in a checkout, inside it in a wheel."""
-    package = Path(ldm_train.__file__).parent
-    beside = package.parent / "conf"
-    return beside if (beside / "train.yaml").is_file() else package / "conf"
-
-
-def run_config(folder: Path) -> DictConfig:
-    """config.yaml of a run folder, which may be a stranger's: plain values. Raises FileNotFoundError, or ValueError where it
-    is none of a run or asks for interpolation (the config of a run is saved resolved)."""
-    path = folder / "config.yaml"
-    tree = read_config(path)
-    if not isinstance(tree.get("stages"), list):
-        raise ValueError(f"{path} is no config of a run: it names no stages")
-
-    def check(value: Any) -> None:
-        if isinstance(value, dict | list):
-            for inner in value.values() if isinstance(value, dict) else value:
-                check(inner)
-        elif isinstance(value, str) and "${" in value:
-            raise ValueError(f"{path} holds {value[:80]!r}; what a run has saved is resolved, this file is not its own")
-
-    check(tree)
-    return OmegaConf.create(names.options(tree))
-
-
-def literal(tree: dict[str, Any]) -> DictConfig:
-    """A config whose strings mean what they say: `${` in a caption asks for no other option."""
-
-    def escaped(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {k: escaped(v) for k, v in value.items()}
-        if isinstance(value, list):
-            return [escaped(v) for v in value]
-        # Backslashes before an interpolation escape each other, so each is doubled.
-        return re.sub(r"(\\*)\$\{", lambda m: m[1] * 2 + "\\${", value) if isinstance(value, str) else value
-
-    return OmegaConf.create(escaped(tree))
 
 
 def _keys(config: Any, prefix: str = "") -> list[str]:
@@ -150,9 +104,12 @@ def _raise_file_limit() -> None:
             resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
-def run_command(function: Callable[[DictConfig], Any], config_name: str) -> None:
+def run_command(function: Callable[[DictConfig], Any] | str, config_name: str) -> None:
     """Composes conf/<config_name>.yaml with the command line and calls `function`; exits with 1 and one readable
-    message where the user has to act, with 128 + signal and one line after an interruption."""
+    message where the user has to act, with 128 + signal and one line after an interruption.
+
+    function: or its dotted name, imported when it is called: torch takes seconds, which --help need not wait for.
+    """
     _raise_file_limit()
     sys.argv[1:] = [without(names.argument(a)) for a in sys.argv[1:]]
     os.environ[ARGUMENTS] = json.dumps(sys.argv[1:])
@@ -161,10 +118,9 @@ def run_command(function: Callable[[DictConfig], Any], config_name: str) -> None
     os.environ["HYDRA_FULL_ERROR"] = "1"
     failed: list[Exception] = []
 
-    @functools.wraps(function)
     def job(config: DictConfig) -> None:
         try:
-            function(config)
+            (get_method(function) if isinstance(function, str) else function)(config)
         except Exception as error:
             if HydraConfig.get().mode == RunMode.MULTIRUN:
                 raise

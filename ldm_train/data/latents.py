@@ -26,10 +26,10 @@ from ldm_train.data.shards import (
     noted_entry,
     read_index,
     split_index,
-    write_json,
     write_shard,
 )
 from ldm_train.interrupts import become_worker
+from ldm_train.storage import write_json
 
 STATISTICS = "statistics.json"
 REMEDY = "python train.py ... restart=latents"

@@ -1,13 +1,12 @@
 """Shards: plain tars in the WebDataset layout, written whole or not at all, read by offset. data/README.md has the schema."""
 
-import glob
 import hashlib
 import io
 import json
 import os
 import tarfile
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -17,50 +16,10 @@ from tqdm import tqdm
 from ldm_train.data.fields import captions_of, label_of, relabelled, relabelled_boxes
 from ldm_train.data.files import DataError
 from ldm_train.data.tars import entry_fault, is_count, is_remote, scan_tar
+from ldm_train.storage import file_sha256, write_atomically
 
 INDEX = "index.json"
 ENTRIES = ".entries"  # notes on finished shards, in a folder that is being written
-
-
-def _is_running(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass
-    return True
-
-
-def write_atomically(path: str | Path, write: Callable[[io.BufferedWriter], None]) -> None:
-    """Calls `write` on a temporary file beside `path`, syncs it to disk and renames it. On any error nothing remains;
-    what a killed process left behind goes with the next attempt."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    for stale in path.parent.glob(f".{glob.escape(path.name)}.*.partial"):
-        pid = stale.name.split(".")[-2]
-        if pid.isdigit() and not _is_running(int(pid)):
-            stale.unlink(missing_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        with open(partial, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    except OSError as error:
-        raise OSError(
-            error.errno,
-            f"could not write {path}: {error.strerror or error}; nothing half-written remains, free some "
-            "space or choose another folder, then run the same command to continue",
-        ) from error
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def write_json(path: str | Path, value: object) -> None:
-    """JSON that appears under its final name only when complete."""
-    write_atomically(path, lambda f: f.write((json.dumps(value, indent=1) + "\n").encode()))
 
 
 class _Hashing(io.RawIOBase):
@@ -101,11 +60,6 @@ def write_shard(path: str | Path, samples: Iterable[tuple[str, dict[str, bytes]]
 
     write_atomically(path, write)
     return {"file": path.name, "count": len(seen), **entry, "fields": dict(counts)}
-
-
-def file_sha256(path: str | Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 # One folder of shards, or several that are drawn from together.

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 from hydra import compose, initialize_config_dir
 
-from ldm_train.cli.bench import bench
-from ldm_train.cli.common import config_folder
+from ldm_train.bench import bench
+from ldm_train.configuration import config_folder
 
 
 def run(*options: str) -> dict:

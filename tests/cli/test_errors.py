@@ -13,10 +13,12 @@ import yaml
 from omegaconf import OmegaConf
 from PIL import Image
 
-from ldm_train.cli import build, prepare, train
-from ldm_train.cli.common import TRACEBACK, config_folder, run_command, suggestions
+from ldm_train.cli import prepare
+from ldm_train.cli.common import TRACEBACK, run_command, suggestions
+from ldm_train.configuration import config_folder
 from ldm_train.data.prepare.build import build as build_shards
 from ldm_train.data.prepare.image_folder import ImageFolder
+from ldm_train.pipeline import build, train
 
 ROOT = Path(__file__).parents[2]
 Command = Callable[..., str]

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ldm_train.data.shards import write_json, write_shard
+from ldm_train.data.shards import write_shard
+from ldm_train.storage import write_json
 
 
 def picture(i: int, size: int) -> np.ndarray:

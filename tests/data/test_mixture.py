@@ -12,7 +12,8 @@ import torch
 from ldm_train.data.datamodule import Batching, Mixture, ShardDataModule, StepBatches
 from ldm_train.data.fields import boxes_of, captions_of, label_of
 from ldm_train.data.latents import LatentDataModule, write_cache, write_cache_index
-from ldm_train.data.shards import DataError, IndexedShards, write_json, write_shard
+from ldm_train.data.shards import DataError, IndexedShards, write_shard
+from ldm_train.storage import write_json
 
 SETS = np.array([0] * 30 + [1] * 10)
 

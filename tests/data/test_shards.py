@@ -16,17 +16,9 @@ import webdataset as wds
 from ldm_train.data import shards as shards_module
 from ldm_train.data.datamodule import Batching, ShardDataModule
 from ldm_train.data.prepare.index import write_tar_index
-from ldm_train.data.shards import (
-    DataError,
-    IndexedShards,
-    file_sha256,
-    read_index,
-    scan_tar,
-    split_index,
-    write_json,
-    write_shard,
-)
+from ldm_train.data.shards import DataError, IndexedShards, read_index, scan_tar, split_index, write_shard
 from ldm_train.data.tars import StreamedTar, is_remote
+from ldm_train.storage import file_sha256, write_json
 
 SAMPLES = [(f"k{i}", {"bin": bytes([i]) * (100 + 700 * i), "txt": f"number {i}".encode()}) for i in range(6)]
 

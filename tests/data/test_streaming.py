@@ -15,7 +15,8 @@ import torch
 from ldm_train.data import tars
 from ldm_train.data.datamodule import Batching, ShardDataModule
 from ldm_train.data.prepare.index import write_tar_index
-from ldm_train.data.shards import DataError, read_index, write_json
+from ldm_train.data.shards import DataError, read_index
+from ldm_train.storage import write_json
 
 # 40 pictures in 5 shards, batches of 4: an epoch is 10 micro-batches.
 STEPS = 24

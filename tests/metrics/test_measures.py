@@ -151,7 +151,7 @@ def _rank(rank: int, file: str, out: str) -> None:
     import torch.distributed as dist
 
     dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=2)
-    from ldm_train.training.measurement import indices_of
+    from ldm_train.evaluation.measurement import indices_of
 
     sets = []
     for x, reference in ((A, True), (B, False)):

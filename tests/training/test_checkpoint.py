@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from ldm_train.cli.evaluate import load_weights
 from ldm_train.data.shards import DataError
+from ldm_train.evaluation.evaluate import load_weights
 from ldm_train.training import fit
 from ldm_train.training.callbacks import checkpoint as checkpoints
 from ldm_train.training.callbacks.checkpoint import AtomicCheckpointIO, read_checkpoint
@@ -116,8 +116,8 @@ def test_reading_a_checkpoint_runs_nothing(tmp_path: Path):
 
 
 def test_a_damaged_best_checkpoint_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("ldm_train.cli.evaluate.find_model", lambda folder: folder)
-    monkeypatch.setattr("ldm_train.cli.evaluate.load_latent_diffusion", lambda *_: torch.nn.Identity())
+    monkeypatch.setattr("ldm_train.evaluation.evaluate.find_model", lambda folder: folder)
+    monkeypatch.setattr("ldm_train.evaluation.evaluate.load_latent_diffusion", lambda *_: torch.nn.Identity())
     best = tmp_path / "diffusion" / "checkpoints" / "best.ckpt"
     AtomicCheckpointIO().save_checkpoint(state(1), best)
     best.write_bytes(best.read_bytes()[:-100])

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from ldm_train.data.shards import IndexedShards
-from ldm_train.training import stages
+from ldm_train.pipeline import resume as stages
 
 ROOT = Path(__file__).parents[2]
 OVERRIDES = [

@@ -14,8 +14,8 @@ from hydra.utils import instantiate
 from torch import nn
 from torch.utils.data import DataLoader
 
-from ldm_train.cli.build import health_facts
-from ldm_train.cli.common import config_folder
+from ldm_train.configuration import config_folder
+from ldm_train.pipeline.build import health_facts
 from ldm_train.training.callbacks import health
 from ldm_train.training.fit import Cadence, Machine, fit
 from ldm_train.training.task import SKIPS, NotFinite, Task

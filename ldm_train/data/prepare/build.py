@@ -13,8 +13,9 @@ from tqdm import tqdm
 from ldm_train.data.fields import check_fields
 from ldm_train.data.files import IMAGE_EXTENSIONS, open_image
 from ldm_train.data.prepare.arrays import decoded_npy
-from ldm_train.data.shards import ENTRIES, INDEX, DataError, finished_shard, write_json, write_shard
+from ldm_train.data.shards import ENTRIES, INDEX, DataError, finished_shard, write_shard
 from ldm_train.interrupts import become_worker
+from ldm_train.storage import write_json
 
 
 class Source(Protocol):

@@ -6,8 +6,9 @@ from pathlib import Path
 from tqdm import tqdm
 
 from ldm_train.data.prepare.build import write_index
-from ldm_train.data.shards import DataError, file_sha256, scan_tar
+from ldm_train.data.shards import DataError, scan_tar
 from ldm_train.data.tars import StreamedTar, is_remote
+from ldm_train.storage import file_sha256
 
 # File-name patterns of each split, most telling first.
 SPLITS = {"train": ("train*",), "val": ("val*", "validation*", "valid*", "test*")}

@@ -17,8 +17,9 @@ import torch.distributed as dist
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 
 from ldm_train import interrupts, names
-from ldm_train.data.shards import DataError, write_atomically
-from ldm_train.training.stages import Interrupted
+from ldm_train.data.shards import DataError
+from ldm_train.errors import Interrupted
+from ldm_train.storage import write_atomically
 from ldm_train.training.task import NotFinite, Task
 
 LAST, PREVIOUS = "last.ckpt", "last-previous.ckpt"

@@ -9,8 +9,8 @@ from typing import Any
 import lightning as L
 import torch
 
-from ldm_train.data.shards import write_json
 from ldm_train.distributed import rank
+from ldm_train.storage import write_json
 from ldm_train.training.task import Task
 
 FILE = "health.json"

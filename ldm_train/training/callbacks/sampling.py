@@ -7,11 +7,11 @@ from typing import Any
 import lightning as L
 from torch import nn
 
+from ldm_train.evaluation.measurement import Draw, Reference, measure_samples
 from ldm_train.metrics.measures import Metric
 from ldm_train.training.callbacks.checkpoint import Checkpoints
 from ldm_train.training.callbacks.monitor import Monitor
 from ldm_train.training.diffusion_task import DiffusionTask
-from ldm_train.training.measurement import Draw, Reference, measure_samples
 
 
 class SampleMetrics(L.Callback):

@@ -10,17 +10,17 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig
 from torch import nn
 
-from ldm_train.cli import build
 from ldm_train.data.datamodule import ShardDataModule
 from ldm_train.data.shards import data_hash
 from ldm_train.distributed import gathered, rank
+from ldm_train.evaluation.measurement import Reference, collect_reference, reference_from
+from ldm_train.evaluation.report import check_paired
 from ldm_train.images import groups_in_words, has_colours
 from ldm_train.metrics.features import Extractor, weights_hash
 from ldm_train.metrics.measures import FROM_MOMENTS, WITHOUT_REFERENCE, parse_metrics, read_reference
 from ldm_train.metrics.paired import MS_SSIM_SIDE
 from ldm_train.metrics.sets import GROUPS
-from ldm_train.training.evaluation import check_paired
-from ldm_train.training.measurement import Reference, collect_reference, reference_from
+from ldm_train.pipeline import build
 
 CACHE = ".references"  # below runs_dir: reference statistics, shared by all runs
 

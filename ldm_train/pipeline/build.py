@@ -17,13 +17,13 @@ from omegaconf import DictConfig, OmegaConf
 
 from ldm_train.checkpoints.native import load_model, read_metadata
 from ldm_train.checkpoints.parts import BUILDABLE, build, find_part, targets
-from ldm_train.cli.common import config_folder
-from ldm_train.cli.ranks import launch
 from ldm_train.conditioning.text import read_tokenizer, train_tokenizer
+from ldm_train.configuration import config_folder
 from ldm_train.data.datamodule import Batching, ShardDataModule
 from ldm_train.data.prepare.build import build as prepare
 from ldm_train.data.shards import INDEX
 from ldm_train.models.first_stage import FirstStage
+from ldm_train.pipeline.ranks import launch
 from ldm_train.training.diffusion_task import BINS
 from ldm_train.training.fit import Cadence, Machine, Onlooker
 

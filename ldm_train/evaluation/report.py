@@ -9,8 +9,10 @@ from torch import nn
 from tqdm import tqdm
 
 from ldm_train import images as pictures
-from ldm_train.data.shards import write_json
 from ldm_train.distributed import gathered, rank
+from ldm_train.evaluation.adherence import format_table, measure_obedience
+from ldm_train.evaluation.measurement import Draw, Reference, indices_of, measure_samples
+from ldm_train.evaluation.restoration import format_restoration, measure_restoration
 from ldm_train.images import groups_in_words, has_colours
 from ldm_train.latent_diffusion import LatentDiffusion
 from ldm_train.losses.perceptual import LPIPS, TinyPerceptual
@@ -21,9 +23,7 @@ from ldm_train.metrics.paired import ms_ssim, psnr, ssim
 from ldm_train.metrics.sets import FeatureSet
 from ldm_train.models.first_stage import FirstStage
 from ldm_train.rng import NoiseSource
-from ldm_train.training.measurement import Draw, Reference, indices_of, measure_samples
-from ldm_train.training.obedience import format_table, measure_obedience
-from ldm_train.training.restoration import format_restoration, measure_restoration
+from ldm_train.storage import write_json
 
 PAIRED = {"psnr": psnr, "ssim": ssim, "ms_ssim": ms_ssim}
 

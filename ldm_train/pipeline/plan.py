@@ -9,10 +9,10 @@ from omegaconf import DictConfig
 from torch.utils.flop_counter import FlopCounterMode
 
 from ldm_train.checkpoints.parts import build as build_part
-from ldm_train.cli import build
 from ldm_train.images import groups_in_words, has_colours
 from ldm_train.metrics.measures import parse_metrics
-from ldm_train.training import stages
+from ldm_train.pipeline import build
+from ldm_train.pipeline import resume as stages
 
 TRAINING_FLOPS = 3  # forward and backward cost about three forward passes
 

@@ -6,9 +6,7 @@ import torch
 from torch.nn import functional as F
 
 from ldm_train.data import shapes_world
-from ldm_train.images import from_uint8
-from ldm_train.metrics.paired import psnr
-from ldm_train.training.obedience import (
+from ldm_train.evaluation.adherence import (
     DETERMINES,
     box_iou,
     format_table,
@@ -17,7 +15,9 @@ from ldm_train.training.obedience import (
     measure_obedience,
     random_scenes,
 )
-from ldm_train.training.restoration import decibel, inpainting_errors, superresolution_values
+from ldm_train.evaluation.restoration import decibel, inpainting_errors, superresolution_values
+from ldm_train.images import from_uint8
+from ldm_train.metrics.paired import psnr
 
 SCENES = [scene for _, scene in random_scenes(shapes_world.COMBINATIONS, 40, seed=3)]
 

@@ -11,8 +11,16 @@ import torch
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from torch.nn import functional as F
 
-from ldm_train.cli.files import as_list, extended, read_bytes, read_image, read_map, read_mask, require_same_shape
 from ldm_train.data.masks import masked_image
+from ldm_train.generation.files import (
+    as_list,
+    extended,
+    read_bytes,
+    read_image,
+    read_map,
+    read_mask,
+    require_same_shape,
+)
 from ldm_train.latent_diffusion import LatentDiffusion
 
 # task: the condition it needs, None where any model can do it

@@ -13,9 +13,10 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from PIL import Image
 
-from ldm_train.cli import evaluate, search, sweep, train
-from ldm_train.cli.common import config_folder
-from ldm_train.cli.plan import _flops
+from ldm_train.configuration import config_folder
+from ldm_train.evaluation import evaluate
+from ldm_train.pipeline import search, sweep, train
+from ldm_train.pipeline.plan import _flops
 
 Command = Callable[..., tuple[int, str, str]]
 

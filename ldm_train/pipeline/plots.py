@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ldm_train.data.shards import write_atomically
+from ldm_train.storage import write_atomically
 
 # Distinguishable without colour vision, too (Okabe and Ito), with a marker each.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C8C00")

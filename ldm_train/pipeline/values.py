@@ -12,13 +12,14 @@ from torch import nn
 
 from ldm_train.checkpoints.native import CONFIG
 from ldm_train.checkpoints.parts import build as build_part
-from ldm_train.checkpoints.parts import build_sampler, read_config
-from ldm_train.cli import build
-from ldm_train.cli.instruments import check_reference
+from ldm_train.checkpoints.parts import build_sampler
 from ldm_train.conditioning.base import Conditioner
+from ldm_train.evaluation.instruments import check_reference
 from ldm_train.latent_diffusion import LatentDiffusion
 from ldm_train.models.first_stage import FirstStage
+from ldm_train.pipeline import build
 from ldm_train.rng import NoiseSource
+from ldm_train.storage import read_config
 
 TRAINED = ("autoencoder", "diffusion", "classifier")  # the stages with a section of their own
 

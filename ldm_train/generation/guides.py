@@ -10,10 +10,10 @@ import torch
 from omegaconf import DictConfig
 
 from ldm_train.checkpoints.native import load_latent_diffusion, load_model, read_metadata, weights_sha256
-from ldm_train.cli.inputs import Request
 from ldm_train.conditioning.clip_score import ClipScore
 from ldm_train.diffusion.guidance import Denoise, classifier_guidance, score_guidance
 from ldm_train.diffusion.schedule import NoiseSchedule
+from ldm_train.generation.requests import Request
 from ldm_train.latent_diffusion import LatentDiffusion
 from ldm_train.models.classifier import NoisyClassifier
 

@@ -15,13 +15,15 @@ from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from PIL import Image
 
+import ldm_train
 from ldm_train import images as pictures
 from ldm_train.checkpoints.native import save_model
-from ldm_train.cli.common import config_folder, quoted
-from ldm_train.cli.sample import FREE, sample
+from ldm_train.cli.common import quoted
+from ldm_train.cli.sample import FREE
 from ldm_train.conditioning.text import train_tokenizer
-from ldm_train.latent_diffusion import LatentDiffusion
-from ldm_train.training.stages import Refused
+from ldm_train.configuration import config_folder
+from ldm_train.errors import Refused
+from ldm_train.generation.sample import sample
 
 SPATIAL = "ldm_train.conditioning.spatial."
 TEXT = {
@@ -325,18 +327,18 @@ def test_what_cannot_be_is_named(
 
 
 def test_five_lines_of_python(model_folder: Callable[[str], Path]):
-    model = LatentDiffusion.from_pretrained(str(model_folder("text")))
+    model = ldm_train.load(str(model_folder("text")))
     images = model.sample({"caption": ["a red circle", "a cat"]}, seeds=[1, 2])
     assert images.shape == (2, 3, 32, 32)
     again = model.sample({"caption": ["a red circle"]}, seeds=[1], num_inference_steps=3, guidance_scale=2.0)
     torch.testing.assert_close(images[:1], again, rtol=1e-4, atol=1e-4)
     with pytest.raises(FileNotFoundError, match="holds no trained model"):
-        LatentDiffusion.from_pretrained(str(model_folder("text").parent / "nothing"))
+        ldm_train.load(str(model_folder("text").parent / "nothing"))
 
 
 def test_autoguidance_leads_away_from_a_weaker_model(model_folder: Callable[[str], Path]):
-    model = LatentDiffusion.from_pretrained(str(model_folder("none")))
-    weak = LatentDiffusion.from_pretrained(str(model_folder("none")))
+    model = ldm_train.load(str(model_folder("none")))
+    weak = ldm_train.load(str(model_folder("none")))
     alone = model.sample({}, [3], guidance_scale=1.0)
     torch.testing.assert_close(model.sample({}, [3], guidance_scale=3.0, weak=weak), alone, rtol=1e-3, atol=1e-3)
     with torch.no_grad():
@@ -347,7 +349,7 @@ def test_autoguidance_leads_away_from_a_weaker_model(model_folder: Callable[[str
 
 def test_guidance_keeps_pictures_that_training_never_dropped(model_folder: Callable[[str], Path]):
     """Both sides of guidance see the low-resolution picture: its null was never trained."""
-    model, seen = LatentDiffusion.from_pretrained(str(model_folder("superres"))), []
+    model, seen = ldm_train.load(str(model_folder("superres"))), []
     model.network.register_forward_pre_hook(lambda _, args, named: seen.append(named["concat"]), with_kwargs=True)
     lowres = torch.rand(1, 3, 8, 8) * 2 - 1
     model.sample({"lowres": lowres}, [0], guidance_scale=3.0)
@@ -386,7 +388,7 @@ def test_an_interrupted_job_continues_and_its_pixels_are_those_of_an_undisturbed
     run: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     whole = run("text", "prompts=a red circle", "n=5", "batch_size=2", out="whole")
-    from ldm_train.cli.job import Job
+    from ldm_train.generation.job import Job
 
     saved, batches = Job.save, []
 
@@ -577,7 +579,7 @@ def test_a_sweep_puts_every_job_into_its_own_folder(model_folder: Callable, tmp_
     command = [
         sys.executable,
         "-m",
-        "ldm_train.cli.sample",
+        "ldm_train.generation.sample",
         "-m",
         f"run={model_folder('text')}",
         "prompts=a red circle",
@@ -613,7 +615,7 @@ def test_a_recipe_builds_nothing_but_samplers_of_ours(run: Callable, model_folde
     run("text", "prompts=a red circle", "n=1")
     path = tmp_path / "out/recipe.json"
     recipe = json.loads(path.read_text())
-    for target in ("pathlib.Path.write_text", "ldm_train.training.stages.os.system"):
+    for target in ("pathlib.Path.write_text", "ldm_train.pipeline.resume.os.system"):
         recipe["config"]["sampler"] = {"_target_": target, "_args_": ["touch here"]}
         path.write_text(json.dumps(recipe))
         with (
@@ -644,7 +646,7 @@ def test_a_weaker_model_of_other_latents_is_refused(run: Callable, model_folder:
     # Away from itself: nothing changes.
     made = run("text", "prompts=a cat", f"weak={folder}", "guidance_scale=3")[0]
     assert (made - plain).abs().max() < 0.03
-    model = LatentDiffusion.from_pretrained(str(folder))
+    model = ldm_train.load(str(folder))
     model.first_stage.set_statistics(3.0)
     save_model(folder.parent / "other", model, yaml.safe_load((folder / "config.yaml").read_text()), {})
     with pytest.raises(ValueError, match=r"weak=.* was trained on latents of another scale"):

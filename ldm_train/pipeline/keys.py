@@ -6,10 +6,10 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from ldm_train.checkpoints.native import read_metadata
-from ldm_train.cli import build
 from ldm_train.data.shards import data_hash, read_index
 from ldm_train.metrics.measures import parse_metrics
-from ldm_train.training import stages
+from ldm_train.pipeline import build
+from ldm_train.pipeline import resume as stages
 from ldm_train.training.fit import Machine
 
 # Options that change how a stage runs but not what it computes; they may differ when it resumes.

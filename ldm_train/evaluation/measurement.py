@@ -14,7 +14,6 @@ from torch import nn
 from tqdm import tqdm
 
 from ldm_train import images as pictures
-from ldm_train.data.shards import write_atomically
 from ldm_train.distributed import gathered, rank, world_size
 from ldm_train.latent_diffusion import LatentDiffusion
 from ldm_train.metrics.distribution import Estimate
@@ -22,6 +21,7 @@ from ldm_train.metrics.features import weights_hash
 from ldm_train.metrics.measures import Collected, Metric, measure, read_reference, write_reference
 from ldm_train.metrics.sets import UNKNOWN, FeatureSet
 from ldm_train.rng import derive_seed
+from ldm_train.storage import write_atomically
 
 SAVE_EVERY = 60.0  # seconds between the states that an interrupted measurement continues from
 

@@ -9,10 +9,10 @@ from safetensors.torch import save
 
 from ldm_train import rng
 from ldm_train.checkpoints.native import read_metadata
-from ldm_train.cli import build
-from ldm_train.cli.guides import schedule_facts
-from ldm_train.data.shards import write_atomically
+from ldm_train.generation.guides import schedule_facts
 from ldm_train.losses.perceptual import TinyFeatures
+from ldm_train.pipeline import build
+from ldm_train.storage import write_atomically
 from ldm_train.training.classifier_task import ClassifierTask
 from ldm_train.training.perceptual_task import photos_in_memory, train_perceptual
 

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from ldm_train.training import stages
-from ldm_train.training.stages import (
-    Refused,
+from ldm_train.errors import Refused
+from ldm_train.pipeline import resume as stages
+from ldm_train.pipeline.resume import (
     Stage,
     advance,
     check_stages,
@@ -153,7 +153,7 @@ def test_two_restarts_in_one_second_keep_both(tmp_path: Path):
 
 def test_one_process_at_a_time_works_in_a_run(tmp_path: Path):
     code = (
-        "import sys; from pathlib import Path; from ldm_train.training.stages import Refused, run_lock\n"
+        "import sys; from pathlib import Path; from ldm_train.pipeline.resume import Refused, run_lock\n"
         f"try:\n    with run_lock(Path({str(tmp_path)!r})): print('inside')\nexcept Refused as error: print(error)"
     )
 

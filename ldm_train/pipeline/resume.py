@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from ldm_train import interrupts, names
-from ldm_train.checkpoints.parts import read_record
-from ldm_train.data.shards import write_json
+from ldm_train.errors import Busy, Refused
+from ldm_train.storage import read_record, write_json
 
 STAGES = (
     "autoencoder",
@@ -39,22 +39,6 @@ RESULT = {
     "diffusion": "sha256",
 }  # what identifies the outcome of a stage
 NOTE = "stage.json"
-
-
-class Refused(RuntimeError):
-    """A run that would silently reuse or overwrite something; the message names what differs and the choices."""
-
-
-class Busy(Refused):
-    """Another process works in the run's folder."""
-
-
-class Interrupted(Exception):
-    """Training stopped on a signal after saving; the same command continues it."""
-
-    def __init__(self, number: int, step: int):
-        super().__init__(interrupts.farewell(number, f"after step {step}"))
-        self.number = number
 
 
 @dataclass(frozen=True)

@@ -15,13 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from ldm_train import rng
 from ldm_train.checkpoints.native import CONFIG, copy_model, load_model, read_metadata, save_model
 from ldm_train.checkpoints.parts import build as build_part
-from ldm_train.checkpoints.parts import build_sampler, read_config
-from ldm_train.cli import apart, build
-from ldm_train.cli.film import denoising_film, film_of_grids
-from ldm_train.cli.instruments import Instruments, sampling_facts
-from ldm_train.cli.keys import Keys
-from ldm_train.cli.plan import print_plan
-from ldm_train.cli.rehearsal import rehearse
+from ldm_train.checkpoints.parts import build_sampler
 from ldm_train.data.latents import (
     STATISTICS,
     CachedLatents,
@@ -33,18 +27,25 @@ from ldm_train.data.latents import (
     write_cache_index,
     written_entries,
 )
-from ldm_train.data.shards import data_hash, file_sha256, read_index, write_atomically, write_json
+from ldm_train.data.shards import data_hash, read_index
+from ldm_train.evaluation.adherence import judged_fields
+from ldm_train.evaluation.instruments import Instruments, sampling_facts
+from ldm_train.evaluation.report import evaluate
+from ldm_train.evaluation.restoration import FIELDS as RESTORED
+from ldm_train.generation.film import denoising_film, film_of_grids
 from ldm_train.models.first_stage import FirstStage
-from ldm_train.training import stages
+from ldm_train.pipeline import apart, build
+from ldm_train.pipeline import resume as stages
+from ldm_train.pipeline.keys import Keys
+from ldm_train.pipeline.plan import print_plan
+from ldm_train.pipeline.resume import Stage
+from ldm_train.pipeline.values import rehearse
+from ldm_train.storage import file_sha256, read_config, write_atomically, write_json
 from ldm_train.training.autoencoder_task import AutoencoderTask
 from ldm_train.training.callbacks.sampling import SampleMetrics
 from ldm_train.training.diffusion_task import DiffusionTask
-from ldm_train.training.evaluation import evaluate
 from ldm_train.training.fit import fit
 from ldm_train.training.loggers import TensorBoardLogger, WandbRun
-from ldm_train.training.obedience import judged_fields
-from ldm_train.training.restoration import FIELDS as RESTORED
-from ldm_train.training.stages import Stage
 
 SHOWN = 36  # samples that an evaluation without metrics draws, to be looked at
 

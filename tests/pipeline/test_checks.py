@@ -11,10 +11,11 @@ from chains import SMALL
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 
-from ldm_train.cli import train
-from ldm_train.cli.chain import Chain
-from ldm_train.cli.common import TRACEBACK, USER_ERRORS, config_folder, run_command
-from ldm_train.training import stages
+from ldm_train.cli.common import TRACEBACK, USER_ERRORS, run_command
+from ldm_train.configuration import config_folder
+from ldm_train.pipeline import resume as stages
+from ldm_train.pipeline import train
+from ldm_train.pipeline.run import Chain
 
 Command = Callable[..., str]
 

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from ldm_train import images as pictures
-from ldm_train.data.shards import write_atomically
+from ldm_train.storage import write_atomically
 
 KINDS = ("gif", "mp4", "strip")
 MILLISECONDS = 80

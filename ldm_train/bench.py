@@ -1,0 +1,148 @@
+"""ldm-bench: speed against a peer in the same run; measurements take turns, so that a busy machine slows both."""
+
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from omegaconf import DictConfig
+from tqdm import tqdm
+
+from ldm_train.diffusion.denoiser import Denoiser
+from ldm_train.diffusion.guidance import classifier_free
+from ldm_train.diffusion.parameterisation import Epsilon
+from ldm_train.diffusion.schedule import NoiseSchedule
+from ldm_train.models.unet import UNet
+from ldm_train.rng import NoiseSource, reseed
+from ldm_train.samplers.ddim import ddim
+from ldm_train.storage import write_json
+
+SCHEDULE = {"beta_start": 0.00085, "beta_end": 0.012}
+
+
+def in_turns(
+    measured: Mapping[str, Callable[[], object]], runs: int, device: torch.device, progress: str
+) -> dict[str, float]:
+    """Median seconds of each function, called in turns; one round before them does not count."""
+    times: dict[str, list[float]] = {name: [] for name in measured}
+    for k in tqdm(range(runs + 1), desc=progress, unit="round", leave=False):
+        for name, function in measured.items():
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            begin = time.perf_counter()
+            function()
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            if k:
+                times[name].append(time.perf_counter() - begin)
+    return {name: median(values) for name, values in times.items()}
+
+
+def _diffusers_loop(
+    network: Callable[..., torch.Tensor],
+    condition: dict[str, torch.Tensor],
+    x_t: torch.Tensor,
+    steps: int,
+    scale: float,
+) -> torch.Tensor:
+    """What diffusers' pipelines do around their U-Net, by its own DDIM scheduler."""
+    from diffusers import DDIMScheduler
+
+    scheduler = DDIMScheduler(
+        beta_schedule="scaled_linear", clip_sample=False, set_alpha_to_one=True, timestep_spacing="trailing", **SCHEDULE
+    )
+    scheduler.set_timesteps(steps, device=x_t.device)
+    for t in scheduler.timesteps:
+        inputs = scheduler.scale_model_input(torch.cat([x_t] * 2), t)
+        output = network(inputs, t.expand(len(inputs)), condition)
+        with_condition, without = output.chunk(2)
+        x_t = scheduler.step(without + scale * (with_condition - without), t, x_t, return_dict=False)[0]
+    return x_t
+
+
+def _small_unet(device: torch.device) -> UNet:
+    reseed("bench", "weights")
+    return UNet(4, 64, (1, 2), 1, (0, 1), num_heads=4, context_dim=768).to(device).eval()
+
+
+@torch.no_grad()
+def sampling(config: DictConfig, device: torch.device) -> dict[str, Any]:
+    """Overhead per step outside the network, what cached keys and values save."""
+    schedule, b, steps = NoiseSchedule("scaled_linear", **SCHEDULE).to(device), config.batch_size, config.steps
+    x_t = NoiseSource(range(b)).normal((4, 16, 16), "start", device)
+    times = schedule.timesteps(steps)
+    context = torch.randn(2 * b, 77, 768, device=device)
+    mask = torch.ones(2 * b, 77, dtype=torch.bool, device=device)
+    halves = [{"context": c, "context_mask": m} for c, m in zip(context.chunk(2), mask.chunk(2))]
+    fixed = torch.randn(2 * b, 4, 16, 16, device=device)
+
+    def nothing(x: torch.Tensor, t: torch.Tensor, condition: dict[str, torch.Tensor]) -> torch.Tensor:
+        return fixed  # a network that costs nothing leaves what is around it
+
+    def ours(network: Callable[..., torch.Tensor]) -> torch.Tensor:
+        cond, uncond = (Denoiser(network, schedule, Epsilon(), c) for c in halves)
+        return ddim(classifier_free(cond, uncond, 3.0), x_t, times, schedule, NoiseSource(range(b)))
+
+    found: dict[str, Any] = {}
+    joined = {"context": context, "context_mask": mask}
+    loops = {"ours": lambda: ours(nothing), "diffusers": lambda: _diffusers_loop(nothing, joined, x_t, steps, 3.0)}
+    agreement = float((loops["ours"]() - loops["diffusers"]()).abs().max() / loops["diffusers"]().abs().max())
+    if agreement > 1e-3:
+        raise ValueError(f"the two loops do not compute the same ({agreement:.1e} apart); their times say nothing")
+    loop = in_turns(loops, config.runs, device, "loops")
+    found["overhead per step [ms]"] = {k: 1000 * v / steps for k, v in loop.items()}
+    unet = _small_unet(device)
+    network = unet_call(unet)
+
+    def forgets(x: torch.Tensor, t: torch.Tensor, condition: dict[str, torch.Tensor]) -> torch.Tensor:
+        return network(x, t, condition | {"context": condition["context"].clone()})
+
+    cached = in_turns(
+        {"kept": lambda: ours(network), "computed": lambda: ours(forgets)}, config.runs, device, "context"
+    )
+    found["keys and values of 77 tokens, per step [ms]"] = {k: 1000 * v / steps for k, v in cached.items()}
+    # diffusers' attention computes keys and values in every step.
+    whole = {"ours": lambda: ours(network), "diffusers": lambda: _diffusers_loop(forgets, joined, x_t, steps, 3.0)}
+    timed = in_turns(whole, config.runs, device, "U-Net and loop")
+    found["a whole step with a small text U-Net [ms]"] = {k: 1000 * v / steps for k, v in timed.items()}
+    return found
+
+
+def unet_call(unet: UNet) -> Callable[..., torch.Tensor]:
+    def network(x: torch.Tensor, t: torch.Tensor, condition: dict[str, torch.Tensor]) -> torch.Tensor:
+        return unet(x, t, **condition)
+
+    return network
+
+
+def format_table(found: Mapping[str, Mapping[str, float]]) -> str:
+    lines = []
+    for title, row in found.items():
+        (first, a), (second, b) = list(row.items())[:2]
+        lines.append(f"{title:<46}{first} {a:9.3f}   {second} {b:9.3f}   ratio {a / b:.2f}")
+    return "\n".join(lines)
+
+
+def bench(config: DictConfig) -> dict[str, Any]:
+    if config.what != "sampling":
+        raise ValueError(f"what=sampling is what can be measured, not {config.what!r}")
+    if config.runs < 1 or config.steps < 1 or config.batch_size < 1:
+        raise ValueError("runs, steps and batch_size must be at least 1")
+    if config.accelerator == "gpu" and not torch.cuda.is_available():
+        raise ValueError("accelerator=gpu, but no GPU is visible; use accelerator=cpu")
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    try:
+        import diffusers
+    except ModuleNotFoundError as error:
+        raise ValueError("ldm-bench measures against diffusers: pip install diffusers") from error
+    device = torch.device("cuda" if torch.cuda.is_available() and config.accelerator != "cpu" else "cpu")
+    name = torch.cuda.get_device_name() if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
+    print(f"{name}; torch {torch.__version__}, diffusers {diffusers.__version__}; medians of {config.runs}")
+    found = sampling(config, device)
+    print(format_table(found))
+    if config.out:
+        write_json(Path(config.out), {"device": name, "torch": torch.__version__, "results": found})
+    return found

@@ -1,0 +1,53 @@
+"""The configs: where they lie, and those that a run has saved."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+import ldm_train
+from ldm_train import names
+from ldm_train.storage import read_config
+
+ARGUMENTS = "LDM_TRAIN_ARGUMENTS"  # environment: the command line, also for the processes that run a sweep's jobs
+
+
+def config_folder() -> Path:
+    """conf/ beside the package in a checkout, inside it in a wheel."""
+    package = Path(ldm_train.__file__).parent
+    beside = package.parent / "conf"
+    return beside if (beside / "train.yaml").is_file() else package / "conf"
+
+
+def run_config(folder: Path) -> DictConfig:
+    """config.yaml of a run folder, which may be a stranger's: plain values. Raises FileNotFoundError, or ValueError where it
+    is none of a run or asks for interpolation (the config of a run is saved resolved)."""
+    path = folder / "config.yaml"
+    tree = read_config(path)
+    if not isinstance(tree.get("stages"), list):
+        raise ValueError(f"{path} is no config of a run: it names no stages")
+
+    def check(value: Any) -> None:
+        if isinstance(value, dict | list):
+            for inner in value.values() if isinstance(value, dict) else value:
+                check(inner)
+        elif isinstance(value, str) and "${" in value:
+            raise ValueError(f"{path} holds {value[:80]!r}; what a run has saved is resolved, this file is not its own")
+
+    check(tree)
+    return OmegaConf.create(names.options(tree))
+
+
+def literal(tree: dict[str, Any]) -> DictConfig:
+    """A config whose strings mean what they say: `${` in a caption asks for no other option."""
+
+    def escaped(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {k: escaped(v) for k, v in value.items()}
+        if isinstance(value, list):
+            return [escaped(v) for v in value]
+        # Backslashes before an interpolation escape each other, so each is doubled.
+        return re.sub(r"(\\*)\$\{", lambda m: m[1] * 2 + "\\${", value) if isinstance(value, str) else value
+
+    return OmegaConf.create(escaped(tree))

@@ -1,0 +1,390 @@
+"""ldm-evaluate: a run's samples, two sets of images, or an autoencoder alone, in numbers with intervals."""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+from tqdm import tqdm
+
+from ldm_train.checkpoints.native import CONFIG, find_model, load_latent_diffusion, load_model, read_metadata
+from ldm_train.checkpoints.parts import build as build_part
+from ldm_train.checkpoints.parts import targets
+from ldm_train.configuration import config_folder, literal, run_config
+from ldm_train.data.loose import image_batches
+from ldm_train.distributed import gathered, rank
+from ldm_train.evaluation.instruments import Instruments, sampling_facts
+from ldm_train.evaluation.measurement import Reference, measure_samples, reference_from
+from ldm_train.evaluation.report import evaluate_first_stage
+from ldm_train.generation.files import as_list
+from ldm_train.latent_diffusion import LatentDiffusion
+from ldm_train.metrics.measures import Collected, measure, write_reference
+from ldm_train.models.first_stage import FirstStage
+from ldm_train.pipeline import build
+from ldm_train.pipeline.build import join_devices
+from ldm_train.pipeline.run import Chain
+from ldm_train.storage import read_config, read_record, write_atomically, write_json
+from ldm_train.training.callbacks.checkpoint import read_checkpoint
+from ldm_train.training.fit import Machine
+
+# Options of this command that stand where the run's config has evaluation.<name>.
+EVALUATION = ("metrics", "paired", "reference", "reference_images", "predictors", "batch_size")
+# Networks that measure: built from this command's own config, never from a run's, whose files may be a stranger's.
+NETWORKS = ("extractors", "perceptual", "lpips")
+SAMPLING = ("num_inference_steps", "guidance_scale", "spacing")
+
+
+def run_folder(name: str, runs_dir: str) -> Path:
+    """Raises FileNotFoundError naming the runs there are."""
+    for folder in (Path(name), Path(runs_dir) / name):
+        if (folder / "config.yaml").is_file() and not (folder / "metadata.json").is_file():  # else a model folder
+            return folder
+    known = sorted(
+        str(p.parent.relative_to(runs_dir)) for p in Path(runs_dir).rglob("config.yaml") if ".replaced" not in p.parts
+    )
+    runs = [
+        k for k in known if (Path(runs_dir) / k / "diffusion").is_dir() or (Path(runs_dir) / k / "autoencoder").is_dir()
+    ]
+    raise FileNotFoundError(
+        f"{name} is no run (a folder with config.yaml); runs in {runs_dir}: {', '.join(runs) or 'none'}"
+    )
+
+
+def _perceptual_of(trained: DictConfig) -> dict[str, Any] | None:
+    """The perceptual network of this package that a run was trained with, in its usual form; None where it is another."""
+    tree = OmegaConf.select(trained, "autoencoder.loss.perceptual._target_")
+    for file in sorted((config_folder() / "autoencoder" / "loss" / "perceptual").glob("*.yaml")):
+        usual = OmegaConf.to_container(OmegaConf.load(file))
+        if tree is not None and usual.get("_target_") == tree:
+            return usual
+    return None
+
+
+def with_options(trained: DictConfig, config: DictConfig) -> DictConfig:
+    """The config of a run, this command's options in the place of its own.
+
+    From the run come plain values and the parts that `parts.build` allows; everything else that is built comes from here.
+    """
+    own = OmegaConf.to_container(config, resolve=True)
+    usual = OmegaConf.to_container(OmegaConf.load(config_folder() / "train.yaml").evaluation)
+    networks = {name: usual[name] for name in NETWORKS} | {"perceptual": _perceptual_of(trained)}
+    plain = {k: v for k, v in trained.get("evaluation", {}).items() if k not in NETWORKS}
+    trained.evaluation = OmegaConf.create({**usual, **plain, **networks})
+    for name in NETWORKS:
+        if own[name]:
+            trained.evaluation[name] = OmegaConf.merge(trained.evaluation[name] or {}, own[name])
+    for name in EVALUATION:
+        if own[name] is not None:
+            trained.evaluation[name] = own[name]
+    if own["n"] is not None:
+        trained.evaluation.images = own["n"]
+    for name in SAMPLING:
+        if own[name] is not None:
+            trained.sampling[name] = own[name]
+    if own.get("sampler"):
+        trained.sampler = own["sampler"]
+    for name in ("accelerator", "precision", "num_workers", "progress", "devices", "runs_dir", "trust"):
+        trained[name] = own[name]
+    for name, value in own["data"].items():
+        if value is not None:
+            trained.data[name] = value
+            if trained.autoencoder.data.get(name) is not None:
+                trained.autoencoder.data[name] = value
+    return literal(OmegaConf.to_container(trained, resolve=True))
+
+
+def load_weights(folder: Path, which: str, trust: Sequence[str] = ()) -> LatentDiffusion:
+    """The model of a run; which="best": with the averaged weights of its diffusion stage's best.ckpt."""
+    source = find_model(folder)
+    if source is None:
+        raise FileNotFoundError(f"{folder} has no trained model yet; finish its diffusion stage")
+    model = load_latent_diffusion(source, trust)
+    if which == "last":
+        return model
+    if which != "best":
+        raise ValueError(f"weights is last or best, not {which!r}")
+    path = folder / "diffusion" / "checkpoints" / "best.ckpt"
+    if not path.is_file():
+        raise FileNotFoundError(f"weights=best, but there is no {path}")
+    state = read_checkpoint(path)
+    trainable = model.trainable()
+    trainable.load_state_dict({k: v for k, v in state["state_dict"].items() if not k.startswith("objective.")})
+    with torch.no_grad():
+        for name, parameter in trainable.named_parameters():
+            if name in state.get("ema", {}).get("shadow", {}):
+                parameter.copy_(state["ema"]["shadow"][name])
+    return model
+
+
+def export_reference(path: str | None, reference: Reference) -> None:
+    if path is None or rank() > 0:
+        return
+    if len(reference.sets) != 1:
+        raise ValueError(f"export={path} is for one extractor, the metrics use {', '.join(sorted(reference.sets))}")
+    features = next(iter(reference.sets.values()))
+    write_atomically(path, lambda file: write_reference(features, file))
+    print(f"reference: {path}")
+
+
+# -- the three things that can be measured -----------------------------------------------------------------------------
+
+
+def evaluate_run(config: DictConfig, again: bool = True) -> tuple[dict[str, Any], Path | None, dict[str, Any]]:
+    """(metrics, folder for them, what they were measured with) of a run's samples. again: also where there is a file of
+    the same settings."""
+    folder = run_folder(config.run, config.runs_dir)
+    trained = with_options(run_config(folder), config)
+    trust = [*config.trust, *(targets(OmegaConf.to_container(config.sampler)) if config.get("sampler") else ())]
+
+    def check(machine: Machine) -> None:
+        chain = Chain(trained, folder, machine, trust)
+        chain.instruments.check(
+            chain.fields, (trained.evaluation.images,), trained.data.image_size, trained.data.channels
+        )
+
+    machine = join_devices(trained, "ldm_train.evaluation.evaluate", check)
+    chain = Chain(trained, folder, machine, trust)
+    tools, data = chain.instruments, chain.evaluation_data()
+    if not tools.metrics:
+        raise ValueError("metrics=[] measures nothing of samples; for example metrics=[fid_tiny]")
+    tools.check(chain.fields, (trained.evaluation.images,), trained.data.image_size, trained.data.channels)
+    reference = tools.reference(data, config.runs_dir, config.progress)
+    export_reference(config.export, reference)
+    source = find_model(folder)
+    facts = sampling_facts(trained) | {"seed": config.seed, "weights": config.weights}
+    asked = facts | {"n": trained.evaluation.images, "metrics": [m.name for m in tools.metrics]}
+    asked |= {"model": read_metadata(source)["sha256"], "references": reference.hashes, "precision": machine.precision}
+    asked |= {"conditions": tools.facts(data, trained.data.val_split, None), "extractors": tools.hashes}
+    kept = folder / "evaluations" / file_name(asked)
+    if not again and kept.is_file():
+        return {k: v for k, v in read_record(kept).items() if k != "settings"}, folder / "evaluations", asked
+    count = trained.evaluation.images
+    partial = folder / "evaluations" / f".{digest(asked)}.partial"
+    partial.parent.mkdir(exist_ok=True)
+    model = load_weights(folder, config.weights, trust).to(machine.device, memory_format=torch.channels_last)
+    measured = measure_samples(
+        model, chain.conditions(data, count), chain.draw(), reference, tools.metrics, tools.extractors,
+        trained.evaluation.batch_size, config.seed, progress=config.progress and machine.rank == 0,
+        total=-(-count // machine.world_size), partial=partial,
+    )  # fmt: skip
+    found = {
+        "samples": {m.name: measured.estimates[m.name].as_dict() | reference.facts(m) | facts for m in tools.metrics}
+    }
+    found["speed"] = {"images_per_second": measured.count / measured.seconds} if measured.seconds else {}
+    return found, folder / "evaluations", asked
+
+
+def evaluate_autoencoder(config: DictConfig) -> tuple[dict[str, Any], Path | None, dict[str, Any]]:
+    """The same of an autoencoder's reconstructions: of a run, or of a model folder with data.root and data.image_size."""
+    given = Path(config.reconstruct)
+    if (given / "model.safetensors").is_file():
+        folder, model_folder = given, given
+        if config.data.root is None or config.data.image_size is None:
+            raise ValueError("a model folder alone does not say on which images: add data.root= and data.image_size=")
+        trained = _config_of_folder(config)
+    else:
+        folder = run_folder(config.reconstruct, config.runs_dir)
+        trained = with_options(run_config(folder), config)
+        model_folder = folder / "autoencoder" / "model"
+    machine = join_devices(
+        trained,
+        "ldm_train.evaluation.evaluate",
+        lambda machine: Instruments.on_all_ranks(trained.evaluation, machine.device),
+    )
+    tools = Instruments.on_all_ranks(trained.evaluation, machine.device)
+    trained.evaluation.images = config.n  # all, where nothing is said
+    data = build.data_module(trained, "autoencoder", machine, ("image",), config.trust)
+    size, world = trained.evaluation.batch_size, machine.world_size
+    data.batching = build.Batching(size * world, None, world, machine.rank)
+    first_stage = FirstStage(load_model(model_folder, config.trust)).to(machine.device)
+    if (folder / "latents" / "statistics.json").is_file():
+        Chain(trained, folder, machine, config.trust).measured(first_stage)
+    else:  # what is said of latents is said of unit variance
+        sums = torch.zeros(3, dtype=torch.float64)
+        for batch in data.fixed_loader(trained.data.val_split, 256):
+            z = first_stage.posterior(first_stage.encode_moments(batch["image"].to(machine.device))).mean.double().cpu()
+            sums += torch.stack([torch.tensor(float(z.numel())), z.sum(), z.square().sum()]).double()
+        count, total, square = sum(gathered(sums)).tolist()
+        first_stage.set_statistics((square / count - (total / count) ** 2) ** -0.5)
+    reference = tools.reference(data, config.runs_dir, config.progress)
+    export_reference(config.export, reference)
+    found, _ = evaluate_first_stage(
+        first_stage, data.fixed_loader(trained.data.val_split, config.n), reference, tools.metrics, tools.extractors,
+        tools.paired, tools.networks, trained.evaluation.predictors, machine.device,
+        config.progress and machine.rank == 0,
+    )  # fmt: skip
+    asked = {"n": config.n, "metrics": [m.name for m in tools.metrics], "references": reference.hashes}
+    asked |= {"model": read_metadata(model_folder)["sha256"], "paired": list(tools.paired)}
+    return found, None if folder == model_folder else folder / "evaluations", asked
+
+
+def _config_of_folder(config: DictConfig) -> DictConfig:
+    """For an autoencoder without its run: the usual options, and the shipped perceptual network."""
+    before = GlobalHydra.instance().hydra
+    GlobalHydra.instance().clear()
+    try:
+        with initialize_config_dir(str(config_folder()), version_base="1.3"):
+            usual = compose("train", ["data=folder", "name=null"])
+    finally:
+        GlobalHydra.instance().hydra = before
+    OmegaConf.set_struct(usual, False)
+    usual.data.channels = _channels(Path(config.reconstruct), config.trust)
+    usual.autoencoder.loss.perceptual = {"_target_": "ldm_train.losses.perceptual.TinyPerceptual"}
+    return with_options(usual, config)
+
+
+def _channels(folder: Path, trust: Sequence[str]) -> int:
+    """Of the pictures that an autoencoder's model folder was trained on."""
+    with torch.device("meta"):
+        return build_part(read_config(folder / CONFIG), folder / CONFIG, trust).in_channels
+
+
+def evaluate_images(config: DictConfig) -> tuple[dict[str, Any], Path | None, dict[str, Any]]:
+    """The same of two sets of images."""
+    if config.against is None:
+        raise ValueError("images= are measured against=<folder, tar or .npz>")
+    if config.devices > 1:
+        raise ValueError("images= are measured on one device")
+    usual = OmegaConf.load(config_folder() / "train.yaml").evaluation
+    section = {"extractors": OmegaConf.merge(usual.extractors, config.extractors), "metrics": config.metrics}
+    machine = build.machine_of(config, {})
+    tools = Instruments(OmegaConf.create(section | {"paired": [], "perceptual": None, "lpips": None}), machine.device)
+    if not tools.metrics:
+        raise ValueError("metrics=[] measures nothing of two sets of images; for example metrics=[fid_tiny]")
+    batch_size, seen = config.batch_size or 64, {}
+
+    def collected(option: str, reference: bool) -> Collected:
+        nonlocal seen
+        into, position = Collected(tools.metrics, tools.extractors, reference), 0
+        sources = [str(s) for s in as_list(config[option], option)]
+        limit = None if reference else config.n
+        batches = tqdm(
+            image_batches(sources, config.image_size, batch_size),
+            desc=option,
+            unit="batch",
+            disable=not config.progress,
+        )
+        for images in batches:
+            images = images[: None if limit is None else limit - position].to(machine.device)
+            seen = tools.seen(images.shape[1])
+            into.add(images, torch.arange(position, position + len(images)))
+            position += len(images)
+            if limit is not None and position >= limit:
+                break
+        return into.gathered()
+
+    if str(config.against).endswith(".npz"):
+        reference = reference_from(config.against, tools.metrics)
+    else:
+        sets = collected("against", True).sets
+        hashes = {n: hashlib.sha256(s.moments.total.numpy().tobytes()).hexdigest()[:12] for n, s in sets.items()}
+        reference = Reference(sets, hashes)
+    export_reference(config.export, reference)
+    estimates = measure(tools.metrics, reference.sets, collected("images", False))
+    reference = replace(reference, seen=seen)
+    sources = {"images": as_list(config.images, "images"), "against": as_list(config.against, "against")}
+    found = {"images": {m.name: estimates[m.name].as_dict() | reference.facts(m) | sources for m in tools.metrics}}
+    asked = {k: OmegaConf.to_container(config)[k] for k in ("images", "against", "n", "image_size", "metrics")}
+    return found, None, asked
+
+
+# -- what is shown and kept --------------------------------------------------------------------------------------------
+
+
+def digest(asked: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(asked, sort_keys=True, default=str).encode()).hexdigest()[:8]
+
+
+def file_name(asked: Mapping[str, Any]) -> str:
+    """Says at a glance what was measured how; different settings never share a name."""
+    parts = ["reconstructions" if "paired" in asked else "samples", f"n{asked['n'] or 'all'}"]
+    if "sampler" in asked:
+        parts += [
+            f"{asked['sampler']}{asked['num_inference_steps']}",
+            f"g{asked['guidance_scale']:g}",
+            f"s{asked['seed']}",
+        ]
+    return "-".join([*parts, digest(asked)]) + ".json"
+
+
+def format_metrics(found: Mapping[str, Any]) -> str:
+    """One line per number: value, interval, n, reference."""
+    lines = []
+    for part, table in found.items():
+        lines.append(part)
+        for name, entry in table.items():
+            if not isinstance(entry, dict):
+                lines.append(f"  {name:<22}{entry:12.4g}")
+                continue
+            interval = "[{:.4g}, {:.4g}]".format(*entry["interval"]) if entry["interval"] else "too few for an interval"
+            against = (
+                f", against {entry['n_reference'] or 'unknown'} images ({entry['reference']})"
+                if "reference" in entry
+                else ""
+            )
+            against += f", {entry['channels']}" if "channels" in entry else ""
+            value = float("inf") if entry["value"] is None else entry["value"]
+            lines.append(f"  {name:<22}{value:12.4g}  {interval:<24} n {entry['n']}{against}")
+    return "\n".join(lines)
+
+
+def check(config: DictConfig) -> None:
+    given = [o for o in ("run", "reconstruct", "images") if config[o] is not None]
+    if len(given) != 1:
+        raise ValueError(
+            "say what to measure: run=<run>, reconstruct=<run or folder>, or images=<folder> against=<folder>"
+        )
+    for option in ("metrics", "paired"):
+        if not OmegaConf.is_list(config[option]):
+            raise ValueError(f"{option} is a list: {option}=[{config[option]}]")
+    for option, least in (
+        ("n", 2),
+        ("batch_size", 1),
+        ("devices", 1),
+        ("num_inference_steps", 1),
+        ("image_size", 1),
+        ("seed", 0),
+    ):
+        value = config[option]
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
+            raise ValueError(f"{option}={value!r} is no whole number of at least {least}")
+    if config.guidance_scale is not None and not isinstance(config.guidance_scale, int | float):
+        raise ValueError(f"guidance_scale={config.guidance_scale!r} is no number")
+
+
+def usual_options() -> DictConfig:
+    """This command's options as they are where nothing is said."""
+    usual = OmegaConf.load(config_folder() / "evaluate.yaml")
+    return OmegaConf.create({k: v for k, v in usual.items() if k not in ("defaults", "hydra")} | {"sampler": None})
+
+
+def measured_run(config: DictConfig) -> dict[str, Any]:
+    """`evaluate` of a run for other commands: what was measured with the same settings before is read again."""
+    found, folder, asked = evaluate_run(config, again=False)
+    if not (folder / file_name(asked)).is_file():
+        write_json(folder / file_name(asked), found | {"settings": asked})
+    return found
+
+
+def evaluate(config: DictConfig) -> dict[str, Any]:
+    check(config)
+    measured = evaluate_run if config.run else evaluate_autoencoder if config.reconstruct else evaluate_images
+    found, folder, asked = measured(config)
+    if rank() > 0:
+        return found
+    print(format_metrics(found))
+    out = Path(config.out) if config.out else folder / file_name(asked) if folder else None
+    if out and HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN and config.out:
+        out = out.with_name(f"{out.stem}-{digest(asked)}{out.suffix}")
+    if out:
+        write_json(out, found | {"settings": asked})
+        print(f"metrics: {out}")
+    return found

@@ -1,0 +1,312 @@
+"""ldm-sample: pictures from a trained model, one seed and one recipe per picture."""
+
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+from tqdm import tqdm
+
+from ldm_train import images as pictures
+from ldm_train.checkpoints.native import find_model, load_latent_diffusion, model_metadata, recorded_sampling
+from ldm_train.checkpoints.parts import build_sampler, targets
+from ldm_train.configuration import literal
+from ldm_train.data.masks import known_colour
+from ldm_train.data.samples import collate
+from ldm_train.diffusion.guidance import classifier_free
+from ldm_train.generation.film import Film
+from ldm_train.generation.guides import Guides, load_weak
+from ldm_train.generation.job import SHOWN, Job, folder_of, make_recipe, replayed
+from ldm_train.generation.requests import Request, check_types, chosen_task, latent_mask, picture_size, requests
+from ldm_train.latent_diffusion import LatentDiffusion
+from ldm_train.models.tiling import Tiles
+from ldm_train.rng import NoiseSource, slerp
+from ldm_train.samplers.ddim import ddim
+from ldm_train.samplers.resampling import resampled
+
+# For models that do not say how they are sampled.
+DEFAULTS = {
+    "num_inference_steps": 50,
+    "guidance_scale": 1.0,
+    "spacing": "trailing",
+    "sampler": {"_target_": "ldm_train.samplers.ddim.ddim", "_partial_": True},
+}
+PRECISIONS = ("32", "bf16", "16")
+COMPILE = {"default": "default", "cuda_graphs": "reduce-overhead"}
+
+
+def model_folder(run: str | None, runs_dir: str, option: str = "run") -> Path:
+    """A run (by name or folder), a model folder or one of diffusers -> the folder with its weights.
+
+    Raises FileNotFoundError naming the runs there are.
+    """
+    if run is None:
+        raise ValueError(f"say which model: {option}=<run or model folder>")
+    for base in (Path(run), Path(runs_dir) / run):
+        if folder := find_model(base):
+            return folder
+    known = sorted(str(p.parent.parent.relative_to(runs_dir)) for p in Path(runs_dir).rglob("diffusion/model"))
+    raise FileNotFoundError(
+        f"{option}={run} has no trained model (export/ or diffusion/model/); finished runs in {runs_dir}: {', '.join(known) or 'none'}"
+    )
+
+
+@dataclass
+class Drawing:
+    """How a job's pictures are drawn. options: of `LatentDiffusion.sample`."""
+
+    model: LatentDiffusion
+    task: str
+    config: DictConfig
+    options: dict[str, Any]
+    guides: Guides
+    tiles: Tiles | None
+    autocast: Callable[[], torch.autocast]
+
+    def __call__(
+        self, part: list[Request], callback: Callable[[int, torch.Tensor], None] | None = None
+    ) -> torch.Tensor:
+        """The pictures of some requests (B, C, H, W), on the CPU."""
+        with self.autocast():
+            return self._draw(part, callback).float().cpu()
+
+    def _draw(self, part: list[Request], callback: Callable[[int, torch.Tensor], None] | None) -> torch.Tensor:
+        model, config, f = self.model, self.config, self.model.first_stage.downsample_factor
+        images = None if part[0].image is None else torch.stack([r.image for r in part])
+        if self.task == "reconstruct":
+            return model.decode(model.encode(images, self.tiles), self.tiles)
+        height, width = picture_size(model, config.size) if images is None else images.shape[2:]
+        size = (height // f, width // f)
+        extra: dict[str, Any] = {"latent_size": size, "around": self.guides.around(part), "tiles": self.tiles}
+        extra["callback"] = callback
+        extra["overlap"] = self.overlap
+        if any(r.negative is not None for r in part):
+            extra["negative"] = {"caption": [r.negative or "" for r in part]}
+        mask, batch = None, _batch([r.fields for r in part])
+        if self.task == "img2img":
+            start = model.encode(images, self.tiles)
+            if config.invert:
+                source = {} if config.image_prompt is None else {"caption": [str(config.image_prompt)] * len(part)}
+                extra["initial_noise"] = self._inverted(start, source)
+            else:
+                extra |= {"start": start, "strength": config.strength}
+        elif self.task == "interpolate":
+            extra |= self._walk(part, size)
+        elif self.task in ("inpaint", "outpaint"):
+            mask = torch.stack([r.mask for r in part])
+            if "masked_image" not in model.fields:
+                # Not the hidden pixels: latents beside the hole would show them. Their mean colour disturbs the encoder least.
+                filled = images * (1 - mask) + known_colour(images, mask) * mask
+                extra["known"] = (model.encode(filled, self.tiles), latent_mask(mask, f).to(model.device))
+        drawn = model.sample(batch, [r.seed for r in part], **self.options, **extra).cpu()
+        # The known pixels as they were: decoding cannot give them back exactly.
+        return drawn if mask is None else drawn * mask + images * (1 - mask)
+
+    @property
+    def overlap(self) -> int | None:
+        """Of a panorama's windows, in latent cells."""
+        panorama = self.config.panorama
+        return None if panorama is None else round(panorama * min(self.model.latent_size))
+
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        with self.autocast():
+            return self.model.decode(latents, self.tiles)
+
+    def _inverted(self, latents: torch.Tensor, batch: dict[str, Any]) -> torch.Tensor:
+        steps, spacing = (self.options[k] for k in ("num_inference_steps", "spacing"))
+        return self.model.invert(latents, batch, steps, spacing, self.config.invert_iterations, overlap=self.overlap)
+
+    def _walk(self, part: list[Request], size: tuple[int, int]) -> dict[str, Any]:
+        """Noise between seeds or inverted pictures, and conditions between conditions, as `LatentDiffusion.sample` takes
+        them."""
+        found: dict[str, Any] = {}
+        if part[0].mix:
+            terms = zip(*(r.mix for r in part)) if len({len(r.mix) for r in part}) == 1 else None
+            if terms is None:  # a stop without a change beside one with: the second term weighs nothing
+                terms = zip(*((*r.mix, (0.0, r.mix[0][1]))[:2] for r in part))
+            weighted = [(torch.tensor([w for w, _ in t]), _batch([dict(f) for _, f in t])) for t in terms]
+            found["condition"] = self.model.mixture(weighted, size)
+        if part[0].walk is None:
+            return found
+        if part[0].images is not None:
+            ends = [self.model.encode(torch.stack([r.images[k] for r in part]), self.tiles) for k in (0, 1)]
+            noise = [self._inverted(z, {}) for z in ends]
+        else:
+            shape = (self.model.first_stage.latent_channels, *size)
+            noise = [NoiseSource([r.walk[k] for r in part]).normal(shape, "start") for k in (0, 1)]
+        found["initial_noise"] = slerp(*noise, torch.tensor([r.walk[2] for r in part]))
+        return found
+
+
+def _batch(fields: list[dict[str, Any]]) -> dict[str, Any]:
+    if not fields[0]:
+        return {}
+    batch = collate([dict(f) for f in fields])
+    batch.pop("replaced", None)
+    return batch
+
+
+def check(config: DictConfig, model: LatentDiffusion) -> dict[str, Any]:
+    """The options of classifier_free. Raises ValueError for values that mean nothing, before any work is done."""
+    model.schedule.timesteps(config.num_inference_steps, config.spacing)
+    guidance = {
+        k: v for k, v in OmegaConf.to_container(config.guidance).items() if v is not None and (k, v) != ("rescale", 0)
+    }
+    if (config.negative is not None or config.image_prompt is not None) and "caption" not in model.fields:
+        option = "negative" if config.negative is not None else "image_prompt"
+        raise ValueError(f"this model takes no captions, so {option}= means nothing to it")
+    if guidance and not model.conditioners and config.weak is None:
+        raise ValueError(
+            f"this model takes no condition that guidance could strengthen; leave guidance.{next(iter(guidance))} out"
+        )
+    if config.guidance_scale == 1 and (guidance or config.negative is not None or config.weak is not None):
+        named = ["negative"] * (config.negative is not None) + ["weak"] * (config.weak is not None)
+        named += [f"guidance.{k}" for k in guidance]
+        raise ValueError(f"{', '.join(named)} need guidance: set guidance_scale above 1")
+    if config.guidance_scale != 1:
+        classifier_free(model.denoiser({}), model.denoiser({}), config.guidance_scale, **guidance)
+    if not 0 <= config.strength <= 1:
+        raise ValueError(f"strength is a share between 0 and 1, not {config.strength}")
+    if config.panorama is not None and not 0 <= config.panorama < 1:
+        raise ValueError(
+            f"panorama is the share of a window that neighbours have in common, 0 to below 1, not {config.panorama}"
+        )
+    if config.compile is not None and config.compile not in COMPILE:
+        raise ValueError(f"compile is one of {', '.join(COMPILE)}, not {config.compile!r}")
+    if str(config.precision) not in PRECISIONS:
+        raise ValueError(f"precision is one of {', '.join(PRECISIONS)}, not {config.precision!r}")
+    if config.film is not None:
+        Film(model.decode, config.film)
+    if config.image_prompt is not None and not config.invert:
+        raise ValueError("image_prompt= describes the picture to be inverted; it needs invert=true")
+    if config.invert and config.strength != 0.7:
+        raise ValueError("invert=true begins from the picture's own noise; strength= means nothing to it")
+    for guide, option in (("classifier", "classes"), ("clip", "prompts")):
+        if config.guide[guide] is not None and config[option] is None:
+            raise ValueError(f"guide.{guide} leads to {option}=..., and there are none")
+    return guidance
+
+
+def check_wanted(config: DictConfig, task: str, wanted: list[Request], chosen: Any) -> None:
+    """Raises ValueError for options that do not go with what is drawn. chosen: the sampler that was asked for, if any."""
+    if any(r.negative is not None for r in wanted):
+        if config.guidance_scale == 1:
+            raise ValueError("negative need guidance: set guidance_scale above 1")
+        if config.weak is not None:
+            raise ValueError("weak= and negative= both say what guidance leads away from; leave one out")
+    still = task == "reconstruct" or (task == "img2img" and not config.invert and config.strength == 0)
+    if config.film is not None and still:
+        raise ValueError(f"film= shows how a picture is drawn, and nothing is drawn by task={task} here")
+    if config.invert or (task == "interpolate" and config.image is not None):
+        if chosen is not None and (not chosen["_target_"].endswith(".ddim") or chosen.get("eta")):
+            raise ValueError(
+                "an inverted picture is drawn by the sampler that is inverted; leave sampler= out (it is ddim, eta 0)"
+            )
+        if config.resample.repeats > 1:
+            raise ValueError("resample.repeats adds noise, which inversion has just taken out; leave one of them out")
+
+
+def sample(config: DictConfig) -> list[Path]:
+    recipe_before, only = None, None
+    if config.recipe is not None:
+        config, recipe_before, only = replayed(config)
+    check_types(config)
+    source = model_folder(config.run, config.runs_dir)
+    metadata = model_metadata(source)
+    trained = DEFAULTS | recorded_sampling(source)
+    tree = OmegaConf.to_container(config.sampler) if config.get("sampler") else trained["sampler"]
+    with_sampler = {"sampler": tree} | {
+        k: trained[k] for k in ("num_inference_steps", "guidance_scale", "spacing") if config[k] is None
+    }
+    chosen = OmegaConf.to_container(config.sampler) if config.get("sampler") and not recipe_before else None
+    config = literal(OmegaConf.to_container(config, resolve=True) | with_sampler)
+    trust = [*config.trust, *(targets(chosen) if chosen else ())]  # a sampler of the user's own
+    device = "cuda" if torch.cuda.is_available() and config.accelerator != "cpu" else "cpu"
+    model = load_latent_diffusion(source, trust).to(device, memory_format=torch.channels_last)
+    guidance, guides = check(config, model), Guides(config, model, device)
+    task = chosen_task(model, config, guides.parsers)
+    wanted = requests(model, config, guides.parsers)
+    if only is not None and only >= len(wanted):
+        raise ValueError(
+            f"recipe={config.recipe} is no recipe of ldm-sample: its picture {only} is none of {len(wanted)}"
+        )
+    check_wanted(config, task, wanted, chosen)
+    options = {k: config[k] for k in ("num_inference_steps", "guidance_scale", "spacing")}
+    options |= {
+        "sampler": build_sampler(tree, f"sampler of {config.recipe or source}", trust),
+        "guidance": partial(classifier_free, **guidance),
+    }
+    if config.resample.repeats > 1:
+        options["sampler"] = partial(resampled, sampler=options["sampler"], **config.resample)
+    if config.weak is not None:
+        weak = model_folder(config.weak, config.runs_dir, "weak")
+        options["weak"] = load_weak(weak, model, trust).to(device, memory_format=torch.channels_last)
+        guides.recipe["weak_sha256"] = model_metadata(weak)["sha256"]
+    if config.invert or (task == "interpolate" and config.image is not None):  # the sampler that inversion turns round
+        options["sampler"] = ddim
+    if config.compile:
+        model.network.compile(mode=COMPILE[config.compile])
+    dtype = torch.float16 if str(config.precision) == "16" else torch.bfloat16
+    tiles = None if config.tiles.cells is None else Tiles(**config.tiles)
+    if recipe_before and recipe_before["model_sha256"] != metadata["sha256"]:
+        raise ValueError(
+            f"{source} does not hold the weights that drew this recipe; say where they are with run=<folder>"
+        )
+    if recipe_before and device == "cpu" and (threads := recipe_before["machine"].get("threads")):
+        torch.set_num_threads(min(threads, 4 * (os.cpu_count() or 1)))
+    recipe = make_recipe(config, task, source, metadata["sha256"], device) | guides.recipe
+    changed = [k for k in guides.recipe if recipe_before and recipe_before.get(k) != guides.recipe[k]]
+    if changed:
+        raise ValueError(f"the {changed[0].removesuffix('_sha256')} does not hold the weights that drew this recipe")
+    if recipe_before and recipe["machine"] != recipe_before["machine"]:
+        print(f"drawn on {recipe_before['machine']}, here is {recipe['machine']}: pixels may differ slightly")
+    channels = model.first_stage.autoencoder.in_channels
+    job = Job(folder_of(config, source, recipe), recipe, wanted, config.overwrite, channels)
+    drawing = Drawing(
+        model, task, config, options, guides, tiles,
+        partial(torch.autocast, device, dtype, enabled=str(config.precision) != "32"),
+    )  # fmt: skip
+    return run_job(job, drawing, only, recipe_before)
+
+
+def run_job(job: Job, drawing: Drawing, only: int | None, recipe_before: dict[str, Any] | None) -> list[Path]:
+    """Draws what is missing, batch by batch; returns the pictures' paths. only: keep this one picture alone."""
+    config, size = drawing.config, drawing.config.batch_size
+    parts = [job.wanted[k : k + size] for k in range(0, len(job.wanted), size)]
+    if only is not None:
+        parts = [part for part in parts if any(r.number == only for r in part)]
+    shown, drawn, continued, begin = [], 0, 0, time.perf_counter()
+    with tqdm(total=sum(map(len, parts)), unit="img") as progress:
+        for part in parts:
+            film = Film(drawing.decode, config.film) if config.film else None
+            filmed = film is None or all(film.path(job.folder / r.name).is_file() for r in part)
+            if only is None and filmed and (made := job.done(part)) is not None:
+                continued += len(part)
+            else:
+                made = drawing(part, film)
+                kept = [(r, image) for r, image in zip(part, made) if only in (None, r.number)]
+                part, made = [r for r, _ in kept], torch.stack([image for _, image in kept])
+                job.save(part, made)
+                if film:
+                    film.save([job.folder / r.name for r in part])
+                drawn += len(part)
+            if len(shown) < SHOWN:
+                shown += list(made)
+            progress.update(len(made))
+    texts = [r.text for r in job.wanted][: len(shown)]
+    if only is not None:
+        texts = [job.wanted[only].text]
+    columns = config.n if any(texts) and 1 < config.n <= 16 else None
+    grid = job.close(pictures.grid(torch.stack(shown), columns, texts if any(texts) else None))
+    if continued:
+        print(f"{continued} pictures were there already")
+    rate = f", {drawn / (time.perf_counter() - begin):.2f} images/s" if drawn else ""
+    print(f"{len(job.digests)} pictures in {job.folder}{rate}; all of them: {grid}{job.colours}")
+    if recipe_before and (agreement := job.agreement(recipe_before)):
+        print(agreement)
+    return [job.folder / r.name for r in job.wanted if r.name in job.digests]

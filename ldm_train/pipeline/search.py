@@ -1,0 +1,188 @@
+"""ldm-search: Optuna over train.py, each trial a process and a run of its own."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from ldm_train import interrupts
+from ldm_train.pipeline.resume import flatten
+from ldm_train.pipeline.sweep import read_rows
+from ldm_train.storage import write_json
+
+POLL = 2.0  # seconds between looks at a trial's metrics.csv
+
+
+def parse_space(space: dict[str, Any]) -> dict[str, Callable[[Any], Any]]:
+    """{option: "a,b" | "(low,high)" | "log(low,high)" | "int(low,high)"} -> {option: trial -> value}.
+
+    Raises ValueError naming the option.
+    """
+    parsed: dict[str, Callable[[Any], Any]] = {}
+    for option, text in flatten(space).items():
+        match = re.fullmatch(r"\s*(log|int)?\s*\(([^,]+),([^,]+)\)\s*", str(text))
+        try:
+            if match:
+                kind, (low, high) = match[1], (float(v) for v in match.groups()[1:])
+                if not low < high or (kind == "log" and low <= 0):
+                    raise ValueError
+                if kind == "int":
+                    parsed[option] = lambda t, o=option, a=int(low), b=int(high): t.suggest_int(o, a, b)
+                else:
+                    log = kind == "log"
+                    parsed[option] = lambda t, o=option, a=low, b=high, g=log: t.suggest_float(o, a, b, log=g)
+                continue
+            values = [v.strip() for v in str(text).strip("[]").split(",")]
+            if len(values) < 2 or not all(values):
+                raise ValueError
+            parsed[option] = lambda t, o=option, v=tuple(values): t.suggest_categorical(o, v)
+        except ValueError:
+            raise ValueError(
+                f'space.{option}="{text}" is no range; write "a,b,c", "(low,high)", "log(low,high)" or "int(low,high)"'
+            ) from None
+    if not parsed:
+        raise ValueError('say what is searched: space={diffusion.lr: "log(1e-4,1e-2)"}')
+    return parsed
+
+
+def column(folder: Path, where: str) -> list[tuple[int, float]]:
+    """(step, value) of `stage:column` in a run's metrics.csv, as far as it has got."""
+    stage, _, name = where.partition(":")
+    return [(int(row["step"]), float(row[name])) for row in read_rows(folder / stage) if row.get(name)]
+
+
+def outcome(folder: Path, objective: str, minimize: bool) -> float:
+    """The objective of a finished run. Raises ValueError naming what there is."""
+    if ":" in objective:
+        values = [v for _, v in column(folder, objective)]
+        if not values:
+            raise ValueError(f"objective={objective} is in no row of {folder}; see its metrics.csv for the columns")
+        return min(values) if minimize else max(values)
+    flat = flatten(json.loads((folder / "evaluation" / "metrics.json").read_text()))
+    value = flat.get(objective, flat.get(f"{objective}.value"))
+    if not isinstance(value, int | float):
+        known = [k.removesuffix(".value") for k, v in flat.items() if isinstance(v, int | float)]
+        raise ValueError(f"objective={objective} is not in {folder}'s metrics.json; there are {', '.join(known[:20])}")
+    return float(value)
+
+
+def run_trial(trial: Any, config: DictConfig, space: dict[str, Callable[[Any], Any]], folder: Path) -> float:
+    """One training. Raises optuna.TrialPruned where it was stopped early, RuntimeError with its last words where it
+    failed."""
+    import optuna
+
+    values = {option: suggest(trial) for option, suggest in space.items()}
+    run = folder / f"{trial.number:03d}"
+    command = [
+        sys.executable, "-m", "ldm_train.cli.train", f"experiment={config.recipe}", f"runs_dir={folder.parent}",
+        f"name={folder.name}/{run.name}", "share=true", "progress=false", f"logger={config.logger}",
+        *config.overrides, *(f"{o}={v}" for o, v in values.items()),
+    ]  # fmt: skip
+    run.mkdir(parents=True, exist_ok=True)
+    # A signal stops the running trial first.
+    with open(run / "output.txt", "w") as output, interrupts.answered_by(interrupts.stop):
+        own = os.environ | {interrupts.PARENT: str(os.getpid())}
+        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=own)
+        reported = 0
+        try:
+            while process.poll() is None:
+                time.sleep(POLL)
+                if config.prune is None:
+                    continue
+                for step, value in column(run, config.prune)[reported:]:
+                    trial.report(value, step)
+                    reported += 1
+                if trial.should_prune():
+                    process.send_signal(signal.SIGTERM)  # saves, then leaves
+                    process.wait()
+                    raise optuna.TrialPruned
+        except BaseException:
+            if process.poll() is None:
+                process.send_signal(signal.SIGTERM)
+                process.wait()
+            raise
+    if process.returncode:
+        words = (run / "output.txt").read_text().strip().splitlines()
+        raise RuntimeError(
+            next((w for w in reversed(words) if w.startswith("error:")), words[-1] if words else "no output")
+        )
+    return outcome(run, config.objective, config.direction == "minimize")
+
+
+def search(config: DictConfig) -> dict[str, Any]:
+    try:
+        import optuna
+    except ModuleNotFoundError as error:
+        raise ValueError("ldm-search needs `pip install 'ldm-train[sweep]'`") from error
+    if config.direction not in ("minimize", "maximize"):
+        raise ValueError(f"direction is minimize or maximize, not {config.direction!r}")
+    algorithms = {"gp": optuna.samplers.GPSampler, "tpe": optuna.samplers.TPESampler}
+    if config.algorithm not in algorithms:
+        raise ValueError(f"algorithm is gp or tpe, not {config.algorithm!r}")
+    if not isinstance(config.trials, int) or config.trials < 1:
+        raise ValueError(f"trials={config.trials!r} is no count")
+    if config.prune is not None and ":" not in config.prune:
+        raise ValueError(f"prune={config.prune}: write stage:column, for example diffusion:val/loss")
+    space = parse_space({} if config.space is None else OmegaConf.to_container(config.space))
+    folder = Path(config.runs_dir).absolute() / (config.name or f"search_{config.recipe}")
+    folder.mkdir(parents=True, exist_ok=True)
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    storage = f"sqlite:///{folder / 'search.db'}"
+    known = optuna.get_all_study_names(storage)
+    before = len(optuna.load_study(study_name="search", storage=storage).trials) if known else 0  # draw on, not again
+    study = optuna.create_study(
+        storage=storage,
+        study_name="search",
+        load_if_exists=True,
+        direction=config.direction,
+        sampler=algorithms[config.algorithm](seed=config.seed + before, n_startup_trials=config.warmup_trials),
+        pruner=optuna.pruners.MedianPruner(n_startup_trials=config.warmup_trials)
+        if config.prune
+        else optuna.pruners.NopPruner(),
+    )
+    asked = {"space": flatten(OmegaConf.to_container(config.space)), "objective": config.objective}
+    asked |= {"recipe": config.recipe, "overrides": list(config.overrides)}
+    other = study.user_attrs.get("asked")
+    if other is not None and other != asked:
+        raise ValueError(f"{folder} holds another search ({other}); choose name=<new>")
+    study.set_user_attr("asked", asked)
+    # An interrupted trial is none; one that failed has said why.
+    states = optuna.trial.TrialState
+    ended = [
+        t
+        for t in study.get_trials(deepcopy=False)
+        if t.state in (states.COMPLETE, states.PRUNED) or "why" in t.user_attrs
+    ]
+    print(f"search {folder}: {len(ended)} of {config.trials} trials done", flush=True)
+
+    def said(study: Any, trial: Any) -> None:
+        state = trial.state.name.lower()
+        value = f"{trial.value:.5g}" if trial.value is not None else state
+        print(f"trial {trial.number:03d}: {config.objective} {value}   {trial.params}", flush=True)
+        if state == "fail":
+            print(f"  {trial.user_attrs.get('why', '')}", flush=True)
+
+    def objective(trial: Any) -> float:
+        try:
+            return run_trial(trial, config, space, folder)
+        except RuntimeError as error:
+            trial.set_user_attr("why", str(error))
+            raise
+
+    study.optimize(objective, n_trials=max(0, config.trials - len(ended)), callbacks=[said], catch=(RuntimeError,))
+    complete = study.get_trials(deepcopy=False, states=[optuna.trial.TrialState.COMPLETE])
+    if not complete:
+        raise ValueError(f"no trial of {folder} came to its end; see the output.txt of each")
+    best = {"trial": study.best_trial.number, "value": study.best_value, "params": study.best_params}
+    write_json(folder / "best.json", best)
+    print(f"best: trial {best['trial']:03d}, {config.objective} {best['value']:.5g}")
+    print("  " + " ".join(f"{k}={v}" for k, v in best["params"].items()))
+    return best

@@ -1,0 +1,298 @@
+"""ldm-sweep: the runs of a sweep, finished or not, as one table and as plots."""
+
+import csv
+import io
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hydra.experimental.callback import Callback
+from omegaconf import DictConfig, OmegaConf
+
+from ldm_train.configuration import run_config
+from ldm_train.pipeline.resume import flatten, read_note
+from ldm_train.storage import read_record, write_atomically
+from ldm_train.training.loggers import WandbRun, numbers
+
+FAILED = "failed.json"
+TABLE, CURVES = "sweep.csv", "curves.csv"
+# Options that differ from run to run without being what the sweep is about.
+INCIDENTAL = ("name", "trace", "progress", "logger", "runs_dir", "data_dir", "share")
+
+
+@dataclass
+class Run:
+    """One run of a sweep: its folder, config, what failed, and the metrics.csv of the stage that its curves come from."""
+
+    folder: Path
+    config: dict[str, Any]
+    failed: str | None
+    rows: list[dict[str, str]]
+
+    @property
+    def factor(self) -> int:
+        """The autoencoder's f."""
+        return 2 ** (len(self.config.get("autoencoder.network.channel_mult") or [1]) - 1)
+
+    def stage(self, name: str) -> str:
+        """ "done", the step it has reached, or "" where it has not begun."""
+        note = read_note(self.folder / name)
+        if note is None:
+            return ""
+        if note["finished"]:
+            return "done"
+        return f"step {read_rows(self.folder / name)[-1]['step']}" if read_rows(self.folder / name) else "begun"
+
+    def metrics(self) -> dict[str, float]:
+        """The numbers of metrics.json by their path; {} before the evaluation."""
+        path = self.folder / "evaluation" / "metrics.json"
+        if not path.is_file():
+            return {}
+        return {name.replace("/", "."): v for name, v in numbers(read_record(path)).items()}
+
+
+def read_rows(stage: Path) -> list[dict[str, str]]:
+    """The rows of a stage's metrics.csv; none where it has not begun."""
+    path = stage / "metrics.csv"
+    if not path.is_file():
+        return []
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def failure(folder: Path) -> str | None:
+    """What a job of a sweep failed with."""
+    return str(read_record(folder / FAILED).get("error")) if (folder / FAILED).is_file() else None
+
+
+def read_runs(folder: Path) -> list[Run]:
+    """The runs in a folder, by name. Raises FileNotFoundError where there is none."""
+    runs = []
+    for path in sorted(p.parent for p in folder.glob("*/config.yaml")):
+        if (path / "metadata.json").is_file():  # a model folder: an export that stands beside the jobs
+            continue
+        config = flatten(OmegaConf.to_container(run_config(path)))
+        failed = failure(path)
+        runs.append(Run(path, config, failed, read_rows(path / "diffusion")))
+    for path in sorted(p.parent for p in folder.glob(f"*/{FAILED}")):  # before it had a config
+        if not (path / "config.yaml").is_file():
+            runs.append(Run(path, {}, failure(path), []))
+    if not runs:
+        raise FileNotFoundError(
+            f"{folder} holds no runs; dir= is the folder of a sweep: <runs_dir>/<experiment or name>"
+        )
+    return runs
+
+
+def differing(runs: Sequence[Run]) -> list[str]:
+    """The options in which the runs differ."""
+    keys = sorted({k for run in runs for k in run.config})
+    known = [run for run in runs if run.config]
+    return [
+        k for k in keys
+        if k.split(".")[0] not in INCIDENTAL and len({json.dumps(r.config.get(k), default=str) for r in known}) > 1
+    ]  # fmt: skip
+
+
+def gather(runs: Sequence[Run]) -> list[dict[str, Any]]:
+    """A row per run: what differs, how far it is, what it took, every number of its evaluation, why it failed."""
+    options, table = differing(runs), []
+    for run in runs:
+        last = {k: v for row in run.rows for k, v in row.items() if v}
+        row: dict[str, Any] = {"run": run.folder.name, "f": run.factor if run.config else ""}
+        row |= {k: run.config.get(k, "") for k in options}
+        row |= {s: run.stage(s) for s in ("autoencoder", "diffusion", "evaluation")}
+        for key, name in (
+            ("step", "steps"),
+            ("train/seconds", "seconds"),
+            ("train/tflop", "tflop"),
+            ("train/images", "images"),
+        ):
+            row[name] = last.get(key, "")
+        row |= {k: v for k, v in last.items() if k.startswith("val/")} | run.metrics()
+        table.append(row | {"failed": run.failed or ""})
+    return table
+
+
+def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    columns = list(dict.fromkeys(k for row in rows for k in row))
+
+    def write(file: io.BufferedWriter) -> None:
+        text = io.TextIOWrapper(file, newline="", write_through=True)
+        writer = csv.DictWriter(text, columns, restval="")
+        writer.writeheader()
+        writer.writerows(rows)
+        text.detach()
+
+    write_atomically(path, write)
+
+
+def curve_metric(runs: Sequence[Run], asked: str | None) -> str | None:
+    """The column that curves show. Raises ValueError for one that no run has."""
+    there = list(
+        dict.fromkeys(k for run in runs for row in run.rows for k, v in row.items() if v and k.startswith("val/"))
+    )
+    if asked is not None:
+        if asked not in {k for run in runs for row in run.rows for k in row}:
+            raise ValueError(
+                f"metric={asked} is in no run's diffusion/metrics.csv; there are {', '.join(there) or 'none yet'}"
+            )
+        return asked
+    better = [k for k in there if k.startswith(("val/fid", "val/kid")) and not k.endswith(("_low", "_high"))]
+    return next(iter(better or there), None)
+
+
+def curves(runs: Sequence[Run], metric: str) -> list[dict[str, Any]]:
+    """A row per run and measurement: step, and the images, seconds and TFLOP it took so far."""
+    table = []
+    for run in runs:
+        spent: dict[str, str] = {}
+        for row in run.rows:
+            spent |= {k: row[k] for k in ("train/images", "train/seconds", "train/tflop") if row.get(k)}
+            if row.get(metric):
+                table.append(
+                    {"run": run.folder.name, "f": run.factor, "step": int(row["step"])}
+                    | {k.removeprefix("train/"): float(v) for k, v in spent.items()}
+                    | {k: float(row[k]) for k in (metric, f"{metric}_low", f"{metric}_high") if row.get(k)}
+                )
+    return table
+
+
+def label(run: Run, by_factor: bool) -> str:
+    """What tells a run from the others, short enough for a legend."""
+    return f"f = {run.factor}" if by_factor else run.folder.name[:40]
+
+
+def summarise(folder: Path, metric: str | None = None, final: str | None = None) -> list[Path]:
+    """Writes sweep.csv, curves.csv, curves.png and f.png of what there is; returns what was written."""
+    from ldm_train.pipeline import plots
+
+    runs = read_runs(folder)
+    table = gather(runs)
+    write_csv(folder / TABLE, table)
+    written = [folder / TABLE]
+    column = curve_metric(runs, metric)
+    factors = sorted({run.factor for run in runs if run.config})
+    by_factor = len(factors) == len([r for r in runs if r.config]) > 1
+    names = {run.folder.name: label(run, by_factor) for run in runs}
+    if column is not None and (rows := curves(runs, column)):
+        write_csv(folder / CURVES, rows)
+        written += [folder / CURVES, plots.curves(rows, column, names, folder / "curves.png")]
+    number = final or (f"samples.{column.removeprefix('val/')}" if column else None)
+    if number is not None and len(factors) > 1:
+        key = number if any(number in r for r in table) else f"{number}.value"
+        if points := [r for r in table if r.get(key) not in (None, "")]:
+            written.append(plots.against_factor(points, key, folder / "f.png"))
+    return written
+
+
+def speed(config: DictConfig, runs: Sequence[Run], folder: Path) -> list[dict[str, Any]]:
+    """Every finished run measured with each number of sampling steps: a row per run and number. Measurements that are
+    there already serve again; those of an interrupted call continue."""
+    from ldm_train.evaluation import evaluate
+
+    rows = []
+    for run in runs:
+        if not (run.folder / "diffusion" / "model" / "model.safetensors").is_file():
+            continue
+        for steps in config.steps:
+            asked = OmegaConf.merge(
+                evaluate.usual_options(),
+                {"run": str(run.folder), "runs_dir": str(folder.parent), "n": config.n, "num_inference_steps": steps,
+                 "metrics": run_metrics(run), "batch_size": config.batch_size, "accelerator": config.accelerator,
+                 "precision": config.precision, "progress": config.progress},
+            )  # fmt: skip
+            found = evaluate.measured_run(asked)
+            rows.append(
+                {"run": run.folder.name, "f": run.factor, "num_inference_steps": steps}
+                | {"images_per_second": found["speed"].get("images_per_second")}
+                | {f"{name}{end}": value for name, entry in found["samples"].items() for end, value in ends(entry)}
+            )
+            print(f"{run.folder.name}: {steps} steps measured", flush=True)
+    return rows
+
+
+def ends(entry: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    return [("", entry["value"]), *zip(("_low", "_high"), entry["interval"] or ())]
+
+
+def run_metrics(run: Run) -> list[str]:
+    return list(run.config.get("evaluation.metrics") or ["fid_tiny"])
+
+
+def format_table(table: Sequence[Mapping[str, Any]], number: str | None) -> str:
+    lines = []
+    for row in table:
+        state = row["failed"] and f"FAILED: {row['failed'].splitlines()[0]}"
+        where = next((f"{s} {row[s]}" for s in ("evaluation", "diffusion", "autoencoder") if row.get(s)), "not begun")
+        value = f"{number} {float(row[number]):.4g}" if number and row.get(number) not in (None, "") else ""
+        lines.append(f"{row['run']:<44} {where:<22} {value}  {state}".rstrip())
+    return "\n".join(lines)
+
+
+def sweep(config: DictConfig) -> list[Path]:
+    if config.dir is None:
+        raise ValueError("say which sweep: dir=<folder of its runs>")
+    if config.steps is not None and not OmegaConf.is_list(config.steps):
+        raise ValueError(f"steps is a list: steps=[{config.steps}]")
+    folder = Path(config.dir) if Path(config.dir).is_dir() else Path(config.runs_dir) / config.dir
+    if not folder.is_dir():
+        raise FileNotFoundError(f"dir={config.dir}: there is no such folder")
+    runs = read_runs(folder)
+    written = summarise(folder, config.metric, config.final)
+    column = curve_metric(runs, config.metric)
+    number = f"samples.{column.removeprefix('val/')}.value" if column else None
+    print(format_table(gather(runs), number))
+    if config.steps:
+        from ldm_train.pipeline import plots
+
+        rows = speed(config, runs, folder)
+        if not rows:
+            raise ValueError(
+                f"no run of {folder} has finished its diffusion stage: there is nothing to sample from yet"
+            )
+        write_csv(folder / "speed.csv", rows)
+        metric = column.removeprefix("val/") if column and rows and column.removeprefix("val/") in rows[0] else None
+        metric = metric or run_metrics(runs[0])[0]
+        written += [folder / "speed.csv", plots.speed(rows, metric, folder / "speed.png")]
+    if config.wandb:
+        upload(folder, gather(runs), written, config.project)
+    print("\n".join(f"wrote {path}" for path in written))
+    return written
+
+
+def upload(folder: Path, table: Sequence[Mapping[str, Any]], written: Sequence[Path], project: str) -> None:
+    """The table and the plots as a run of W&B."""
+    import wandb
+
+    run = WandbRun(folder, project, f"{folder.name}-sweep", {"sweep": folder.name})
+    columns = list(dict.fromkeys(k for row in table for k in row))
+    run.run.log({"sweep": wandb.Table(columns, [[str(row.get(c, "")) for c in columns] for row in table])})
+    run.run.log({path.stem: wandb.Image(str(path)) for path in written if path.suffix == ".png"})
+    run.finish()
+
+
+class Report(Callback):
+    """At the end of a multirun of train.py: which jobs failed and why, the table and the plots."""
+
+    def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
+        name = config.name or config.hydra.runtime.choices.get("experiment") or "run"
+        folder = Path(config.runs_dir) / name
+        if not folder.is_dir():
+            return
+        try:
+            written = summarise(folder)
+        except (FileNotFoundError, ValueError) as error:
+            print(f"no table or plots of the sweep: {error}")
+            written = []
+        print("\n".join(f"wrote {path}" for path in written))
+        failed = [run for run in read_runs(folder) if run.failed]
+        if failed:
+            lines = "\n".join(f"  {run.folder.name}: {run.failed}" for run in failed)
+            print(
+                f"\nerror: {len(failed)} of {len(read_runs(folder))} jobs failed:\n{lines}", file=sys.stderr, flush=True
+            )
+            sys.exit(1)

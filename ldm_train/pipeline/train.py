@@ -1,0 +1,116 @@
+"""train.py's work: compose the config, find this process's place among the devices, run the chain."""
+
+import hashlib
+import io
+import json
+import os
+import re
+import sys
+import traceback
+from contextlib import nullcontext, redirect_stdout
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from omegaconf import DictConfig
+
+from ldm_train import interrupts
+from ldm_train.configuration import ARGUMENTS
+from ldm_train.errors import Busy, Interrupted
+from ldm_train.pipeline import build
+from ldm_train.pipeline import resume as stages
+from ldm_train.pipeline.build import join_devices
+from ldm_train.pipeline.run import Chain
+from ldm_train.pipeline.sweep import FAILED
+from ldm_train.pipeline.values import check_values
+from ldm_train.storage import write_json
+from ldm_train.training.fit import Machine
+
+LONGEST = 150  # characters of a job's folder
+
+
+def _bare(override: str) -> str:
+    return re.sub(r"['\"\s]", "", override).lower()
+
+
+def run_name(config: DictConfig) -> str:
+    """name=..., else the experiment's; in a multirun <that>/<the overrides in which its jobs differ>."""
+    hydra_config = HydraConfig.get()
+    name = config.name if config.name is not None else hydra_config.runtime.choices.get("experiment") or "run"
+    if isinstance(name, bool) or not isinstance(name, str | int) or not str(name).strip("./ "):
+        raise ValueError(f"name={name} is no name of a folder")
+    if hydra_config.mode == RunMode.MULTIRUN:
+        # What was typed as it stands is the same for all jobs; Hydra writes it a little differently.
+        typed = {_bare(a) for a in json.loads(os.environ.get(ARGUMENTS, "[]"))}
+        differing = sorted(o for o in hydra_config.overrides.task if _bare(o) not in typed)
+        own = ",".join(differing).replace("/", "_") or "default"
+        if len(own) > LONGEST:
+            own = f"{own[: LONGEST - 9]}-{hashlib.sha256(own.encode()).hexdigest()[:8]}"
+        return f"{name}/{own}"
+    return str(name)
+
+
+def train(config: DictConfig) -> None:
+    interrupts.during("before training")
+    sweeping = HydraConfig.get().mode == RunMode.MULTIRUN
+    config.name = run_name(config)
+    folder = Path(config.runs_dir) / config.name
+    try:
+        _train(config, folder, sweeping)
+    except Interrupted as error:
+        if sweeping:  # which Hydra would take for a job that failed, and begin the next
+            interrupts.last_words(str(error))
+            sys.exit(128 + error.number)
+        raise
+    except Exception as error:
+        if not sweeping:
+            raise
+        # The other jobs of a sweep have done nothing wrong; the report at its end names this one.
+        if not isinstance(error, Busy):  # its folder is another process's
+            folder.mkdir(parents=True, exist_ok=True)
+            said = {"error": f"{type(error).__name__}: {error}", "traceback": traceback.format_exc()}
+            write_json(folder / FAILED, said)
+        print(
+            f"\n{config.name} failed ({type(error).__name__}: {error}); the sweep goes on", file=sys.stderr, flush=True
+        )
+
+
+def _make_data(config: DictConfig) -> None:
+    for stage in ("autoencoder", "diffusion"):
+        build.ensure_data(build.stage_data(config, stage))
+
+
+def _train(config: DictConfig, folder: Path, sweeping: bool) -> None:
+    check_values(config)
+    if config.devices > 1 and (sweeping or config.share):
+        raise ValueError(
+            "devices>1 goes together neither with -m nor with share=true: such jobs share a process, or wait for each other's "
+            "stages; use one device each, or start the multi-GPU runs one after the other"
+        )
+
+    def check(machine: Machine) -> None:
+        _make_data(config)
+        with redirect_stdout(io.StringIO()):  # the plan is the run's to print
+            Chain(config, folder, machine, build.own_parts(config)).prepare()
+
+    machine = join_devices(config, "ldm_train.cli.train", check)
+    world_size, rank = machine.world_size, machine.rank
+    torch.set_float32_matmul_precision("high")
+    if rank == 0:
+        _make_data(config)
+    if world_size > 1:
+        dist.barrier()
+    with stages.run_lock(folder) if rank == 0 else nullcontext():
+        (folder / FAILED).unlink(missing_ok=True)
+        try:
+            Chain(
+                config, folder, machine, build.own_parts(config), share=(sweeping or config.share) and world_size == 1
+            ).run()
+        except Interrupted:
+            if config.restart and rank == 0:
+                print(f"\nleave restart={config.restart} out when you continue: it would begin that stage anew")
+            raise
+    if world_size > 1:
+        dist.destroy_process_group()
