@@ -67,7 +67,7 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Pa
             torch.manual_seed(0)
             tree = {
                 "_target_": "ldm_train.latent_diffusion.LatentDiffusion",
-                "unet": {
+                "network": {
                     "_target_": "ldm_train.models.unet.UNet", "in_channels": 4, "channels": 32, "channel_mult": [1, 2],
                     "num_res_blocks": 1, "attention_levels": [1], "num_heads": 2,
                     "context_dim": 8 if kind in CONTEXT else None, "vector_dim": 8 if kind == "variation" else None,
