@@ -51,3 +51,8 @@ def literal(tree: dict[str, Any]) -> DictConfig:
         return re.sub(r"(\\*)\$\{", lambda m: m[1] * 2 + "\\${", value) if isinstance(value, str) else value
 
     return OmegaConf.create(escaped(tree))
+
+
+def plain(section: DictConfig) -> dict[str, Any]:
+    """A section as plain values, its interpolations resolved."""
+    return OmegaConf.to_container(section, resolve=True)

@@ -5,8 +5,9 @@ from pathlib import Path
 from hydra import compose, initialize_config_dir
 
 from ldm_train.configuration import config_folder
-from ldm_train.pipeline import build
-from ldm_train.pipeline.run import Chain
+from ldm_train.pipeline.data import ensure_data
+from ldm_train.pipeline.machine import machine_of
+from ldm_train.pipeline.run import Run
 
 SMALL = [
     "logger=csv",
@@ -38,9 +39,9 @@ SMALL = [
 ]
 
 
-def chain(folder: Path, *overrides: str, name: str = "run") -> Chain:
+def chain(folder: Path, *overrides: str, name: str = "run") -> Run:
     with initialize_config_dir(str(config_folder()), version_base="1.3"):
         config = compose("train", [*SMALL, f"name={name}", f"runs_dir={folder}", f"data_dir={folder}/data", *overrides])
-    build.ensure_data(config.data)
+    ensure_data(config.data)
     (folder / name).mkdir(exist_ok=True)
-    return Chain(config, folder / name, build.machine_of(config, {}))
+    return Run(config, folder / name, machine_of(config, {}))

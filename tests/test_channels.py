@@ -18,10 +18,10 @@ from ldm_train.cli.common import run_command
 from ldm_train.cli.prepare import prepare
 from ldm_train.configuration import config_folder
 from ldm_train.data.loose import image_batches
-from ldm_train.evaluation.evaluate import evaluate
 from ldm_train.generation.sample import sample
-from ldm_train.pipeline import build
-from ldm_train.pipeline.run import Chain
+from ldm_train.pipeline.machine import machine_of
+from ldm_train.pipeline.measure import evaluate
+from ldm_train.pipeline.run import Run
 from ldm_train.pipeline.train import train
 
 # The recipe of the README, made so small that every stage takes seconds; nothing here speaks of channels.
@@ -64,7 +64,7 @@ def chain(folder: Path, name: str, *overrides: str) -> Path:
         "train", *SMALL, *FIVE, f"name={name}", f"runs_dir={folder}", f"data.root={folder}/data", *overrides
     )
     (folder / name).mkdir(exist_ok=True)
-    Chain(config, folder / name, build.machine_of(config, {})).run()
+    Run(config, folder / name, machine_of(config, {})).execute()
     return folder / name
 
 

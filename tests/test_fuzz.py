@@ -20,6 +20,7 @@ from ldm_train.checkpoints.native import load_model
 from ldm_train.cli.common import USER_ERRORS
 from ldm_train.data.datamodule import Batching, ShardDataModule
 from ldm_train.data.latents import CachedLatents, verify_cache
+from ldm_train.pipeline.latents import encoder, give_statistics
 from ldm_train.pipeline.resume import check_chain
 
 FIELDS = ("image", "class_label", "caption", "boxes")
@@ -132,7 +133,7 @@ def attacked(
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run of few steps; its data are in data/ beside it."""
     folder = tmp_path_factory.mktemp("fuzzed")
-    chain(folder, "diffusion.evaluate_every=null", "stages=[autoencoder,latents,diffusion]").run()
+    chain(folder, "diffusion.evaluate_every=null", "stages=[autoencoder,latents,diffusion]").execute()
     return folder
 
 
@@ -198,7 +199,7 @@ def test_damaged_latent_caches_are_named(run: Path, tmp_path: Path, count: int):
         batch = cache.fetch([(0, i) for i in range(len(cache))], random=False)
         return {fingerprint(m, int(c), t) for m, c, t in zip(batch["moments"], batch["class_label"], batch["caption"])}
 
-    encode = chain(run).encoder()
+    encode = encoder(chain(run))
     files = lambda f: sorted(p for p in f.rglob("train*") if p.is_file()) + [f / "index.json"]  # noqa: E731
     named, _ = attacked(run / "run/latents", files, read, tmp_path, count)
     assert named
@@ -209,10 +210,10 @@ def test_damaged_notes_and_statistics_of_stages_are_named(run: Path, tmp_path: P
 
     def decided(folder: Path) -> set[str]:
         again = chain(run, "diffusion.evaluate_every=null", "stages=[autoencoder,latents,diffusion]")
-        again.folder = again.keys.folder = folder
-        check_chain(again.stages(), folder, {}, None)
+        again.folder = folder
+        check_chain(again.order, again.steps(), folder, {})
         model = load_model(folder / "diffusion" / "model")
-        again.measured(model.first_stage)
+        give_statistics(folder / "latents", model.first_stage, True)
         return {fingerprint(model.first_stage.scale, model.first_stage.shift)}
 
     def files(folder: Path) -> list[Path]:

@@ -72,7 +72,7 @@ def as_before(run: Path) -> None:
 
 
 def test_a_run_of_before_continues_to_the_same_weights_and_its_model_loads(tmp_path: Path) -> None:
-    chain(tmp_path, "diffusion.max_steps=4", "stages=[autoencoder,latents,diffusion,export]").run()
+    chain(tmp_path, "diffusion.max_steps=4", "stages=[autoencoder,latents,diffusion,export]").execute()
     run = tmp_path / "run"
     x, t = torch.randn(1, 8, 8, 8), torch.tensor([3])
     as_before(run)
@@ -81,9 +81,9 @@ def test_a_run_of_before_continues_to_the_same_weights_and_its_model_loads(tmp_p
     condition = loaded.null_condition(1)
     out = loaded.predict(x, t, condition)
     assert stages.read_note(run / "diffusion")["key"]["diffusion"]["network"]["channels"] == 32
-    chain(tmp_path, "diffusion.max_steps=6", "stages=[autoencoder,latents,diffusion]", name="whole").run()
+    chain(tmp_path, "diffusion.max_steps=6", "stages=[autoencoder,latents,diffusion]", name="whole").execute()
     (run / "export" / "stage.json").unlink()
-    chain(tmp_path, "diffusion.max_steps=6", "stages=[autoencoder,latents,diffusion]").run()
+    chain(tmp_path, "diffusion.max_steps=6", "stages=[autoencoder,latents,diffusion]").execute()
     resumed, whole = (
         load_file(tmp_path / name / "diffusion" / "model" / "model.safetensors") for name in ("run", "whole")
     )

@@ -33,10 +33,11 @@ from ldm_train.cli.common import USER_ERRORS, quoted
 from ldm_train.cli.sample import FREE
 from ldm_train.configuration import config_folder
 from ldm_train.evaluation import measurement
-from ldm_train.evaluation.evaluate import evaluate
 from ldm_train.generation.sample import sample
-from ldm_train.pipeline import train
-from ldm_train.pipeline.run import Chain
+from ldm_train.pipeline.data import ensure_data
+from ldm_train.pipeline.machine import machine_of
+from ldm_train.pipeline.measure import evaluate
+from ldm_train.pipeline.run import Run, own_parts
 from ldm_train.pipeline.sweep import read_runs
 
 SECONDS = 2.0  # a refusal takes no longer
@@ -210,12 +211,12 @@ def evaluated(*arguments: str) -> None:
     evaluate(config)
 
 
-def prepared(tmp_path: Path, *arguments: str) -> Chain:
+def prepared(tmp_path: Path, *arguments: str) -> Run:
     """train.py up to where the first stage would begin."""
     with initialize_config_dir(str(config_folder()), version_base="1.3"):
         config = compose("train", [*SMALL, f"runs_dir={tmp_path}", f"data_dir={tmp_path}/data", "name=run", *arguments])
-    train.build.ensure_data(config.data)
-    return Chain(config, tmp_path / "run", train.build.machine_of(config, {}), train.build.own_parts(config))
+    ensure_data(config.data)
+    return Run(config, tmp_path / "run", machine_of(config, {}), own_parts(config))
 
 
 def refused(action: Callable[[], Any], mark: Path, *allowed: Path) -> str:
@@ -438,7 +439,9 @@ def test_overwriting_removes_nothing_but_pictures_of_the_job(model: Path, honest
 def honest_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run of two steps; the folder that holds it and its data."""
     folder = tmp_path_factory.mktemp("honest_run")
-    prepared(folder, "autoencoder.max_steps=2", "diffusion.max_steps=2", "stages=[autoencoder,latents,diffusion]").run()
+    prepared(
+        folder, "autoencoder.max_steps=2", "diffusion.max_steps=2", "stages=[autoencoder,latents,diffusion]"
+    ).execute()
     return folder
 
 
@@ -498,7 +501,7 @@ def test_a_copied_run_is_continued_without_running_what_it_holds(
         base = tmp_path / part
         run = _copied(honest_run, base)
         reconfigured(run / part / "model", yaml.safe_dump(evil))
-        message = refused(lambda b=base, r=restart: prepared(b, *options, f"restart={r}").run(), mark, base)
+        message = refused(lambda b=base, r=restart: prepared(b, *options, f"restart={r}").execute(), mark, base)
         assert "write_tar_index" in message
     base = tmp_path / "checkpoint"
     run = _copied(honest_run, base)
@@ -507,7 +510,7 @@ def test_a_copied_run_is_continued_without_running_what_it_holds(
     for later in ("latents", "diffusion"):
         shutil.rmtree(run / later)
     (run / "autoencoder" / "checkpoints" / "last.ckpt").write_bytes(pickle.dumps(Evil(mark)))
-    assert "last.ckpt" in refused(lambda: prepared(base, *options).run(), mark, base)
+    assert "last.ckpt" in refused(lambda: prepared(base, *options).execute(), mark, base)
 
 
 @pytest.mark.parametrize(
@@ -516,7 +519,7 @@ def test_a_copied_run_is_continued_without_running_what_it_holds(
 def test_a_damaged_stage_note_is_named_with_the_way_on(text: str, honest_run: Path, tmp_path: Path):
     run = _copied(honest_run, tmp_path)
     (run / "autoencoder" / "stage.json").write_text(text)
-    message = refused(lambda: prepared(tmp_path, "autoencoder.max_steps=2").run(), tmp_path / "mark", tmp_path)
+    message = refused(lambda: prepared(tmp_path, "autoencoder.max_steps=2").execute(), tmp_path / "mark", tmp_path)
     assert "stage.json" in message
     assert "restart=autoencoder" in message
 

@@ -9,7 +9,7 @@ def main() -> None:
     free = ("run", "reconstruct", "images", "against", "reference", "out", "export", "runs_dir", "data.root")
     own = [f"+{a}" if a.startswith("extractors.") else a for a in sys.argv[1:]]  # which the config does not list
     sys.argv[1:] = [quoted(a, free) for a in own]
-    run_command("ldm_train.evaluation.evaluate.evaluate", "evaluate")
+    run_command("ldm_train.pipeline.measure.evaluate", "evaluate")
 
 
 if __name__ == "__main__":

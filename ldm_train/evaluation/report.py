@@ -11,6 +11,7 @@ from tqdm import tqdm
 from ldm_train import images as pictures
 from ldm_train.distributed import gathered, rank
 from ldm_train.evaluation.adherence import format_table, measure_obedience
+from ldm_train.evaluation.evaluator import PAIRED, Evaluator
 from ldm_train.evaluation.measurement import Draw, Reference, indices_of, measure_samples
 from ldm_train.evaluation.restoration import format_restoration, measure_restoration
 from ldm_train.images import groups_in_words, has_colours
@@ -19,43 +20,29 @@ from ldm_train.losses.perceptual import LPIPS, TinyPerceptual
 from ldm_train.metrics.distribution import frechet_estimate, mean_estimate
 from ldm_train.metrics.latent import decoder_sensitivity, equivariance_error, nearest_neighbours, spectrum_slope
 from ldm_train.metrics.measures import WITHOUT_REFERENCE, Collected, Metric, measure
-from ldm_train.metrics.paired import ms_ssim, psnr, ssim
 from ldm_train.metrics.sets import FeatureSet
 from ldm_train.models.first_stage import FirstStage
 from ldm_train.rng import NoiseSource
 from ldm_train.storage import write_json
-
-PAIRED = {"psnr": psnr, "ssim": ssim, "ms_ssim": ms_ssim}
-
-
-def check_paired(names: Sequence[str], networks: Mapping[str, nn.Module]) -> None:
-    """Raises ValueError for a name of a paired metric that is none."""
-    known = [*PAIRED, *networks]
-    if unknown := [n for n in names if n not in known]:
-        raise ValueError(f"paired metrics: {', '.join(unknown)} is none; choose from {', '.join(known)}")
 
 
 @torch.no_grad()
 def evaluate_first_stage(
     first_stage: FirstStage,
     batches: Iterable[dict[str, Any]],
+    evaluator: Evaluator,
     reference: Reference,
-    metrics: Sequence[Metric],
-    extractors: Mapping[str, nn.Module],
-    paired: Sequence[str],
-    networks: Mapping[str, nn.Module],
     predictors: int,
-    device: torch.device,
     progress: bool = True,
 ) -> tuple[dict[str, Any], torch.Tensor]:
     """An autoencoder alone, over this rank's share of the images: (metrics, the first images above what they became).
 
-    "reconstruction": paired metrics per image (psnr in dB, ssim, ms_ssim, and those of `networks`: images, images ->
-    distances). "reconstructions": distances of their set to the reference (rFID and its kin). "latents": what is known to
-    predict the diffusion model to come, on the first `predictors` images (0: not measured).
+    "reconstruction": paired metrics per image (psnr in dB, ssim, ms_ssim, and networks: images, images -> distances).
+    "reconstructions": distances of their set to the reference (rFID and its kin). "latents": what is known to predict the
+    diffusion model to come, on the first `predictors` images (0: not measured).
     """
-    check_paired(paired, networks)
-    used = [m for m in metrics if m.kind not in WITHOUT_REFERENCE]
+    extractors, paired, networks, device = evaluator.extractors, evaluator.paired, evaluator.networks, evaluator.device
+    used = [m for m in evaluator.metrics if m.kind not in WITHOUT_REFERENCE]
     rebuilt, values, kept, position = Collected(used, extractors), {}, [], 0
     shown = torch.empty(0)
     for batch in tqdm(batches, desc="reconstructions", unit="batch", disable=not progress):
@@ -121,54 +108,57 @@ def predict(
 @torch.no_grad()
 def evaluate(
     model: LatentDiffusion,
+    evaluator: Evaluator,
     images: Iterable[dict[str, Any]],
     conditions: Iterable[dict[str, Any]],
     draw: Draw,
     reference: Reference,
-    metrics: Sequence[Metric],
-    extractors: Mapping[str, nn.Module],
-    paired: Sequence[str],
-    networks: Mapping[str, nn.Module],
     folder: Path,
     settings: dict[str, Any],
+    *,
     batch_size: int = 128,
     predictors: int = 128,
-    obedience: dict[str, Any] | None = None,
+    adherence: dict[str, Any] | None = None,
     restoration: dict[str, Any] | None = None,
     progress: bool = True,
 ) -> dict[str, Any]:
     """Writes metrics.json, samples.png, reconstructions.png (and restorations.png) into `folder` and returns the metrics.
 
     images: batches that are reconstructed; conditions: batches under whose conditions one sample each is drawn; both this
-    rank's share, without randomness. networks: paired metrics that are networks (perceptual, lpips). settings: sampler,
-    steps and guidance, recorded beside each number. obedience: arguments of `measure_obedience`, on shapes.
-    restoration: of `measure_restoration`, its loader included, for super-resolution and inpainting. Both are measured by
-    rank 0 alone, which is the one that writes.
+    rank's share, without randomness. settings: sampler, steps and guidance, recorded beside each number. adherence:
+    arguments of `measure_obedience`, on shapes. restoration: of `measure_restoration`, its loader included, for
+    super-resolution and inpainting. Both are measured by rank 0 alone, which is the one that writes.
     """
-    found, shown = evaluate_first_stage(
-        model.first_stage, images, reference, metrics, extractors, paired, networks, predictors, model.device, progress
-    )
+    found, shown = evaluate_first_stage(model.first_stage, images, evaluator, reference, predictors, progress)
     sampled = measure_samples(
-        model, conditions, draw, reference, metrics, extractors, batch_size, progress=progress,
+        model,
+        conditions,
+        draw,
+        reference,
+        evaluator.metrics,
+        evaluator.extractors,
+        batch_size,
+        progress=progress,
         partial=folder / ".samples.partial",
-    )  # fmt: skip
+    )
     facts = settings | {"seed": 0}
-    found["samples"] = {m.name: sampled.estimates[m.name].as_dict() | reference.facts(m) | facts for m in metrics}
+    found["samples"] = {
+        m.name: sampled.estimates[m.name].as_dict() | reference.facts(m) | facts for m in evaluator.metrics
+    }
     if rank() > 0:
         return found
     drawn, texts = sampled.images, sampled.captions
-    if obedience:
+    if adherence:
         table, made, conditions = measure_obedience(
-            lambda fields, seeds: draw(model, fields, seeds=seeds).cpu(), **obedience
+            lambda fields, seeds: draw(model, fields, seeds=seeds).cpu(), **adherence
         )
         found["obedience"] = table | settings
         drawn = pictures.beside(model.picture(conditions, made.shape[2:]), made)[:36]
         texts = model.describe(conditions, len(made))[:36]
         print(format_table(table))
     if restoration:
-        table, rows = measure_restoration(
-            model, draw=draw, perceptual=networks.get("perceptual"), batch_size=batch_size, **restoration
-        )
+        perceptual = evaluator.networks.get("perceptual")
+        table, rows = measure_restoration(model, draw=draw, perceptual=perceptual, batch_size=batch_size, **restoration)
         found["restoration"] = table | settings
         pictures.save_png(pictures.grid(rows.flatten(0, 1), columns=rows.shape[1]), folder / "restorations.png")
         print(format_restoration(table))

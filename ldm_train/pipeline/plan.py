@@ -1,18 +1,17 @@
 """The plan printed before anything runs: what each stage will do, how large the models are, how long it may take."""
 
 import time
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
-from hydra.utils import instantiate
 from omegaconf import DictConfig
-from torch.utils.flop_counter import FlopCounterMode
 
-from ldm_train.checkpoints.parts import build as build_part
 from ldm_train.images import groups_in_words, has_colours
 from ldm_train.metrics.measures import parse_metrics
-from ldm_train.pipeline import build
-from ldm_train.pipeline import resume as stages
+from ldm_train.pipeline.resume import Step, read_note
+
+if TYPE_CHECKING:
+    from ldm_train.pipeline.run import Run
 
 TRAINING_FLOPS = 3  # forward and backward cost about three forward passes
 
@@ -49,21 +48,6 @@ def _rate(device: torch.device) -> float:
     return best
 
 
-def _flops(option: str, module: torch.nn.Module, *inputs: Any, **named: Any) -> int:
-    """Of one forward pass. Raises ValueError, naming the option, for a network that does not run."""
-    try:
-        with FlopCounterMode(display=False) as counter, torch.no_grad():
-            module(*inputs, **named)
-    except (RuntimeError, TypeError, IndexError, ZeroDivisionError) as error:
-        shapes = ", ".join("x".join(map(str, i.shape)) for i in inputs)
-        raise ValueError(f"{option} does not run on an input of {shapes}: {str(error).splitlines()[0]}") from error
-    return counter.get_total_flops()
-
-
-def _size(data: DictConfig) -> tuple[int, int]:
-    return (data.image_size,) * 2 if isinstance(data.image_size, int) else tuple(data.image_size)
-
-
 def _duration(seconds: float) -> str:
     if seconds < 90:
         return f"{seconds:.0f} s"
@@ -87,82 +71,39 @@ def _channels_in_words(config: DictConfig) -> str:
     return f"{text}; {groups_in_words(config.data.channels)}: {', '.join(seeing)}" if seeing else text
 
 
-def print_plan(chain: Any, todo: list[stages.Stage]) -> dict[str, tuple[float, float]]:
+def print_plan(run: "Run", steps: list[Step]) -> dict[str, tuple[float, float]]:
     """Prints one line per stage; sizes on the meta device, so nothing large is built. Returns for each that trains the
     FLOPs of training on one image (three forward passes of its network; the losses' networks and what is frozen are left
     out) and the peak of all devices.
 
-    What can be wrong with the config is found here, before hours of training. Memory is that of weights, gradients, two
-    Adam moments and the average, in float32; activations come on top.
+    Memory is that of weights, gradients, two Adam moments and the average, in float32; activations come on top.
     """
-    config, machine = chain.config, chain.machine
-    data = config.data
-    height, width = _size(data)
-    print(f"run {chain.folder} on {machine.world_size} x {machine.accelerator}, precision {machine.precision}")
-    if not has_colours(data.channels):
+    config, machine = run.config, run.machine
+    print(f"run {run.folder} on {machine.world_size} x {machine.accelerator}, precision {machine.precision}")
+    if not has_colours(config.data.channels):
         print(_channels_in_words(config))
-    lines = {}
-    with torch.device("meta"):
-        network = build_part(build.plain(config.autoencoder.network), "autoencoder.network", chain.trust).eval()
-        f = network.downsample_factor
-        for name, part in (("data", data), ("autoencoder.data", build.stage_data(config, "autoencoder"))):
-            h, w = _size(part)
-            if h % f or w % f:
-                raise ValueError(
-                    f"{name}.image_size {h}x{w} is not divisible by the autoencoder's downsample_factor {f}; use "
-                    f"{max(f, h // f * f)}x{max(f, w // f * f)} or another autoencoder"
-                )
-        lines["autoencoder"] = (network, _flops("autoencoder.network", network, torch.empty(1, data.channels, h, w)))
-        denoiser = build_part(build.plain(config.diffusion.network), "diffusion.network", chain.trust)
-        schedule = build_part(build.plain(config.diffusion.schedule), "diffusion.schedule", chain.trust)
-        instantiate(config.diffusion.objective, schedule)
-        sizes = {"context": (77, -1), "concat": (-1, height // f, width // f), "vector": (-1,)}
-        extra = {
-            slot: torch.empty(1, *(denoiser.condition_widths[slot] if n < 0 else n for n in shape))
-            for slot, shape in sizes.items()
-            if denoiser.condition_widths[slot]
-        }
-        g = f * denoiser.size_multiple
-        if height % g or width % g:
-            raise ValueError(
-                f"data.image_size {height}x{width} gives latents of {height // f}x{width // f}, and this network takes "
-                f"multiples of {denoiser.size_multiple}; use "
-                f"{max(g, height // g * g)}x{max(g, width // g * g)} or another diffusion/network"
-            )
-        latent = torch.empty(1, denoiser.in_channels, height // f, width // f)
-        lines["diffusion"] = (denoiser, _flops("diffusion.network", denoiser, latent, torch.empty(1), **extra))
+    plans = {step.name: run.stages[step.name].plan(run) for step in steps}
     measured = _rate(machine.device)
     peak = peak_flops(machine.device, machine.precision, measured) * machine.world_size
     rate = measured * machine.world_size * 0.4  # what training reaches of it, roughly
     effort = {}
-    anew = stages.STAGES[stages.STAGES.index(config.restart) :] if config.restart else ()
-    for stage in todo:
-        note = None if stage.name in anew else stages.read_note(chain.folder / stage.name)
-        state = (
-            "new"
-            if note is None
-            else ("finished" if note["finished"] and note["steps"] >= stage.steps else "to resume")
-        )
-        text = f"  {stage.name:<12}{state:<10}"
-        if stage.name in lines and stage.steps:
-            module, flops = lines[stage.name]
-            section = config[stage.name]
-            parameters = sum(p.numel() for p in module.parameters())
+    anew = [config.restart, *run.order.later_than(config.restart)] if config.restart else []
+    for step in steps:
+        note = None if step.name in anew else read_note(run.folder / step.name)
+        state = "new"
+        if note is not None:
+            state = "finished" if note["finished"] and note["steps"] >= step.steps else "to resume"
+        text = f"  {step.name:<12}{state:<10}"
+        if plan := plans[step.name]:
+            section = config[step.name]
+            parameters = sum(p.numel() for p in plan.network.parameters())
             memory = parameters * 4 * (5 if section.ema_decay else 4) / 2**30
-            seconds = stage.steps * section.batch_size * flops * TRAINING_FLOPS / rate
-            effort[stage.name] = (float(flops * TRAINING_FLOPS), peak)
-            fields = ("image", *chain.fields) if stage.name == "diffusion" else ("image",)
-            module_data = chain.data(stage.name, fields)
-            images = module_data.count(module_data.train_split)
-            if section.batch_size > images:
-                raise ValueError(
-                    f"{stage.name}.batch_size={section.batch_size} exceeds the {images} training images of {module_data.root}; "
-                    "lower it or prepare more data"
-                )
+            flops, samples = plan.flops * TRAINING_FLOPS, step.steps * section.batch_size
+            effort[step.name] = (float(flops), peak)
             text += (
-                f"{parameters / 1e6:.1f} M parameters, {flops * TRAINING_FLOPS / 1e9:.1f} GFLOP per image, "
-                f"{stage.steps} steps x {section.batch_size} = {stage.steps * section.batch_size / images:.1f} epochs, "
-                f"{memory:.2f} GiB of weights and optimiser, about {_duration(seconds)}"
+                f"{parameters / 1e6:.1f} M parameters, {flops / 1e9:.1f} GFLOP per image, "
+                f"{step.steps} steps x {section.batch_size} = {samples / plan.images:.1f} epochs, "
+                f"{memory:.2f} GiB of weights and optimiser, about {_duration(samples * flops / rate)}"
             )
         print(text, flush=True)
     return effort

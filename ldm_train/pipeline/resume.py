@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,42 +16,63 @@ from ldm_train import interrupts, names
 from ldm_train.errors import Busy, Refused
 from ldm_train.storage import read_record, write_json
 
-STAGES = (
-    "autoencoder",
-    "latents",
-    "diffusion",
-    "evaluation",
-    "export",
-    "classifier",
-    "perceptual",
-)  # the last two stand apart
-# What each stage makes its own from.
-UPSTREAM = {
-    "latents": "autoencoder",
-    "diffusion": "latents",
-    "evaluation": "diffusion",
-    "export": "diffusion",
-    "classifier": "latents",
-}
-RESULT = {
-    "autoencoder": "sha256",
-    "latents": "content",
-    "diffusion": "sha256",
-}  # what identifies the outcome of a stage
 NOTE = "stage.json"
 
 
 @dataclass(frozen=True)
-class Stage:
-    """name: its folder. key: () -> a tree of all it depends on (asked when its turn comes, upstream being finished).
-
-    run: (folder) -> what it made (JSON-able, kept in stage.json). steps: optimiser steps aimed at (0: no training).
-    """
+class Step:
+    """A stage of one run (see `stage.Stage`). key: () -> all it depends on. run: (folder) -> what it made. steps: optimiser
+    steps aimed at (0: no training)."""
 
     name: str
     key: Callable[[], dict[str, Any]]
     run: Callable[[Path], dict[str, Any]]
     steps: int = 0
+
+
+class Order:
+    """The stages there are, each after those it needs: {name: (needs, identity)}."""
+
+    def __init__(self, stages: Mapping[str, tuple[Sequence[str], str]]):
+        self.stages = dict(stages)
+
+    def chosen(self, names: Sequence[str]) -> list[str]:
+        """The stages asked for, in their order. Raises ValueError for a name that is none."""
+        if unknown := [s for s in names if s not in self.stages]:
+            raise ValueError(f"unknown stages {unknown}; choose from {', '.join(self.stages)}")
+        return [s for s in self.stages if s in names]
+
+    def needs(self, name: str) -> Sequence[str]:
+        return self.stages[name][0]
+
+    def later_than(self, stage: str) -> list[str]:
+        """The stages that follow from one, directly or not, in their order."""
+        found = [stage]
+        for name in self.stages:
+            if set(self.needs(name)) & set(found):
+                found.append(name)
+        return found[1:]
+
+    def leading_to(self, stage: str) -> list[str]:
+        """A stage and all that it needs, directly or not, in their order."""
+        found = {stage}
+        for name in reversed(self.stages):
+            if name in found:
+                found |= set(self.needs(name))
+        return [name for name in self.stages if name in found]
+
+    def result_of(self, run_folder: Path, stage: str, name: str | None = None) -> Any:
+        """What a finished stage has noted under a name, its identity where none is given. Raises Refused, with the way on,
+        where it is not finished or the note is damaged."""
+        note, name = read_note(run_folder / stage), name or self.stages[stage][1]
+        if note is None or not note["finished"]:
+            way = ",".join(self.leading_to(stage))
+            raise Refused(f"{run_folder} has no finished stage {stage!r} yet; run it first: stages=[{way}]")
+        if name not in note["result"]:
+            raise Refused(
+                f"{run_folder / stage / NOTE} is damaged: it lacks {name}; restart={stage} makes the stage anew"
+            )
+        return note["result"][name]
 
 
 def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
@@ -93,10 +114,10 @@ def read_note(folder: Path) -> dict[str, Any] | None:
     return note | {"key": names.options(note["key"])}
 
 
-def set_aside(run_folder: Path, stage: str) -> None:
-    """Moves a stage and all later ones to .replaced/, from where they can be taken back."""
+def set_aside(run_folder: Path, names: Sequence[str]) -> None:
+    """Moves stages to .replaced/, from where they can be taken back."""
     stamp = time.strftime("%Y%m%d-%H%M%S")
-    for name in STAGES[STAGES.index(stage) :]:
+    for name in names:
         if (run_folder / name).exists():
             target = run_folder / ".replaced" / f"{name}-{stamp}"
             while target.exists():  # a second restart within the second
@@ -119,7 +140,7 @@ def run_lock(run_folder: Path):
         yield
 
 
-def decide(stage: Stage, run_folder: Path, defaults: dict[str, Any]) -> str:
+def decide(stage: Step, run_folder: Path, defaults: dict[str, Any]) -> str:
     """ "skip", "resume" or "run". Raises Refused where the folder holds a stage with another key."""
     note = read_note(run_folder / stage.name)
     if note is None:
@@ -134,47 +155,57 @@ def decide(stage: Stage, run_folder: Path, defaults: dict[str, Any]) -> str:
     return "skip" if note["finished"] and note["steps"] >= stage.steps else "resume"
 
 
-def later_than(stage: str) -> list[str]:
-    """The stages that follow from one, directly or not, in their order."""
-    found = [stage]
-    for name in STAGES:  # each stands after the one it is made from
-        if UPSTREAM.get(name) in found:
-            found.append(name)
-    return found[1:]
-
-
-def check_chain(chain: Sequence[Stage], run_folder: Path, defaults: dict[str, Any], restart: str | None = None) -> None:
+def check_chain(
+    order: Order, chain: Sequence[Step], run_folder: Path, defaults: dict[str, Any], restart: str | None = None
+) -> None:
     """Raises Refused, before anything is touched, where a stage was made with other settings, or where training it further
-    would leave later ones behind with weights that are no longer there. restart: stages from it on count as absent."""
-    gone = set(STAGES[STAGES.index(restart) :]) if restart else set()
-    names = [stage.name for stage in chain]
-    for upstream in [UPSTREAM[name] for name in names if name in UPSTREAM]:
-        if upstream not in names:
-            result_of(run_folder, upstream, RESULT[upstream])  # which the run takes as it is
-    for stage in chain:
-        if stage.name in gone or decide(stage, run_folder, defaults) == "run":
-            return  # what follows depends on what is about to be made
-        note = read_note(run_folder / stage.name)
-        if note["finished"] and note["steps"] >= stage.steps:
+    would leave later ones behind with weights that are no longer there. restart: it and what follows from it count as
+    absent."""
+    names = [step.name for step in chain]
+    gone = [restart, *order.later_than(restart)] if restart else []
+    if restart and restart not in names:
+        raise Refused(f"restart={restart} would be made anew by nothing: it is not among stages=[{','.join(names)}]")
+    for name in names:
+        for needed in order.needs(name):
+            if needed not in names:
+                if needed in gone:
+                    raise Refused(
+                        f"restart={restart} sets {needed} aside, which {name} needs and stages=[{','.join(names)}] does not "
+                        f"make; add it to the stages. Nothing has been changed"
+                    )
+                order.result_of(run_folder, needed)  # which the run takes as it is
+    new: set[str] = set()  # what follows from these depends on what is about to be made
+    for step in chain:
+        if new & set(order.needs(step.name)):
+            new.add(step.name)
             continue
-        made = [s for s in later_than(stage.name) if s not in gone and read_note(run_folder / s)]
+        if step.name in gone or decide(step, run_folder, defaults) == "run":
+            new.add(step.name)
+            continue
+        note = read_note(run_folder / step.name)
+        if note["finished"] and note["steps"] >= step.steps:
+            continue
+        new.add(step.name)
+        made = [s for s in order.later_than(step.name) if s not in gone and read_note(run_folder / s)]
         if made:
             reached = f"has {note['steps']} steps" if note["finished"] else "is unfinished"
             raise Refused(
-                f"{run_folder / stage.name} {reached} and is to have {stage.steps}; {', '.join(made)} were made from it as it "
+                f"{run_folder / step.name} {reached} and is to have {step.steps}; {', '.join(made)} were made from it as it "
                 f"was and would no longer belong to it. Nothing has been changed. Choose restart={made[0]} to go on and make "
                 f"them anew (the old ones go to {run_folder}/.replaced), name=<new> for a new run, or "
-                f"{stage.name}.max_steps={note['steps'] or stage.steps} to keep what is there"
+                f"{step.name}.max_steps={note['steps'] or step.steps} to keep what is there"
             )
-        return
 
 
-def adopt(stage: Stage, run_folder: Path, defaults: dict[str, Any]) -> bool:
+def adopt(stage: Step, run_folder: Path, defaults: dict[str, Any]) -> bool:
     """Takes over the stage from a sibling run (of the same sweep) that finished it under an equal key with equal
     steps. Files are linked, not copied; a stage that trains never writes into existing files, it replaces them."""
     key = json.loads(json.dumps(stage.key()))
     for path in sorted(run_folder.parent.glob(f"*/{stage.name}/{NOTE}")):
-        note = read_note(path.parent)
+        try:
+            note = read_note(path.parent)
+        except Refused:  # damaged: its own run says so
+            continue
         if note and note["finished"] and note["steps"] == stage.steps and not differences(note["key"], key, defaults):
             partial = run_folder / f".{stage.name}.partial"
             shutil.rmtree(partial, ignore_errors=True)
@@ -185,7 +216,7 @@ def adopt(stage: Stage, run_folder: Path, defaults: dict[str, Any]) -> bool:
 
 
 @contextmanager
-def sibling_lock(stage: Stage, run_folder: Path):
+def sibling_lock(stage: Step, run_folder: Path):
     """Holds a stage of a sweep, as its key and steps make it, for this run: sibling runs that need the same one wait,
     and then take it over. The lock of a run that fails or is killed is free at once."""
     tree = json.dumps([stage.key(), stage.steps], sort_keys=True, default=str)
@@ -204,7 +235,7 @@ def sibling_lock(stage: Stage, run_folder: Path):
         yield
 
 
-def advance(stage: Stage, run_folder: Path, defaults: dict[str, Any], writer: bool, share: bool = False) -> str:
+def advance(stage: Step, run_folder: Path, defaults: dict[str, Any], writer: bool, share: bool = False) -> str:
     """Does what `decide` says and returns it, or "share" where a sibling run's stage served. Only the `writer` (rank 0)
     keeps stage.json."""
     folder = run_folder / stage.name
@@ -217,7 +248,7 @@ def advance(stage: Stage, run_folder: Path, defaults: dict[str, Any], writer: bo
         return _make(stage, folder, action, writer)
 
 
-def _make(stage: Stage, folder: Path, action: str, writer: bool) -> str:
+def _make(stage: Step, folder: Path, action: str, writer: bool) -> str:
     note = {"key": stage.key(), "finished": False, "steps": 0, "result": {}}
     if writer:
         folder.mkdir(parents=True, exist_ok=True)
@@ -227,23 +258,3 @@ def _make(stage: Stage, folder: Path, action: str, writer: bool) -> str:
     if writer:
         write_json(folder / NOTE, note | {"finished": True, "steps": stage.steps, "result": result})
     return action
-
-
-def result_of(run_folder: Path, stage: str, name: str) -> Any:
-    """What a finished stage has noted under a name. Raises Refused, with the way on, where it is not finished or the note is
-    damaged."""
-    note = read_note(run_folder / stage)
-    if note is None or not note["finished"]:
-        upto = list(STAGES[: STAGES.index(stage) + 1])
-        raise Refused(f"{run_folder} has no finished stage {stage!r} yet; run it first: stages=[{','.join(upto)}]")
-    if name not in note["result"]:
-        raise Refused(f"{run_folder / stage / NOTE} is damaged: it lacks {name}; restart={stage} makes the stage anew")
-    return note["result"][name]
-
-
-def check_stages(stages: Sequence[str]) -> list[str]:
-    """The stages asked for, in their order. Raises ValueError for a name that is none."""
-    unknown = [s for s in stages if s not in STAGES]
-    if unknown:
-        raise ValueError(f"unknown stages {unknown}; choose from {', '.join(STAGES)}")
-    return [s for s in STAGES if s in stages]

@@ -192,7 +192,7 @@ def summarise(folder: Path, metric: str | None = None, final: str | None = None)
 def speed(config: DictConfig, runs: Sequence[Run], folder: Path) -> list[dict[str, Any]]:
     """Every finished run measured with each number of sampling steps: a row per run and number. Measurements that are
     there already serve again; those of an interrupted call continue."""
-    from ldm_train.evaluation import evaluate
+    from ldm_train.pipeline import measure
 
     rows = []
     for run in runs:
@@ -200,12 +200,12 @@ def speed(config: DictConfig, runs: Sequence[Run], folder: Path) -> list[dict[st
             continue
         for steps in config.steps:
             asked = OmegaConf.merge(
-                evaluate.usual_options(),
+                measure.usual_options(),
                 {"run": str(run.folder), "runs_dir": str(folder.parent), "n": config.n, "num_inference_steps": steps,
                  "metrics": run_metrics(run), "batch_size": config.batch_size, "accelerator": config.accelerator,
                  "precision": config.precision, "progress": config.progress},
             )  # fmt: skip
-            found = evaluate.measured_run(asked)
+            found = measure.measured_run(asked)
             rows.append(
                 {"run": run.folder.name, "f": run.factor, "num_inference_steps": steps}
                 | {"images_per_second": found["speed"].get("images_per_second")}

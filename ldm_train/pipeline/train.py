@@ -1,4 +1,4 @@
-"""train.py's work: compose the config, find this process's place among the devices, run the chain."""
+"""train.py's work: compose the config, find this process's place among the devices, run the stages."""
 
 import hashlib
 import io
@@ -19,10 +19,10 @@ from omegaconf import DictConfig
 from ldm_train import interrupts
 from ldm_train.configuration import ARGUMENTS
 from ldm_train.errors import Busy, Interrupted
-from ldm_train.pipeline import build
-from ldm_train.pipeline import resume as stages
-from ldm_train.pipeline.build import join_devices
-from ldm_train.pipeline.run import Chain
+from ldm_train.pipeline.data import ensure_data, stage_data
+from ldm_train.pipeline.machine import join_devices
+from ldm_train.pipeline.resume import run_lock
+from ldm_train.pipeline.run import Run, own_parts
 from ldm_train.pipeline.sweep import FAILED
 from ldm_train.pipeline.values import check_values
 from ldm_train.storage import write_json
@@ -79,7 +79,7 @@ def train(config: DictConfig) -> None:
 
 def _make_data(config: DictConfig) -> None:
     for stage in ("autoencoder", "diffusion"):
-        build.ensure_data(build.stage_data(config, stage))
+        ensure_data(stage_data(config, stage))
 
 
 def _train(config: DictConfig, folder: Path, sweeping: bool) -> None:
@@ -93,7 +93,7 @@ def _train(config: DictConfig, folder: Path, sweeping: bool) -> None:
     def check(machine: Machine) -> None:
         _make_data(config)
         with redirect_stdout(io.StringIO()):  # the plan is the run's to print
-            Chain(config, folder, machine, build.own_parts(config)).prepare()
+            Run(config, folder, machine, own_parts(config)).prepare()
 
     machine = join_devices(config, "ldm_train.cli.train", check)
     world_size, rank = machine.world_size, machine.rank
@@ -102,12 +102,11 @@ def _train(config: DictConfig, folder: Path, sweeping: bool) -> None:
         _make_data(config)
     if world_size > 1:
         dist.barrier()
-    with stages.run_lock(folder) if rank == 0 else nullcontext():
+    with run_lock(folder) if rank == 0 else nullcontext():
         (folder / FAILED).unlink(missing_ok=True)
         try:
-            Chain(
-                config, folder, machine, build.own_parts(config), share=(sweeping or config.share) and world_size == 1
-            ).run()
+            share = (sweeping or config.share) and world_size == 1
+            Run(config, folder, machine, own_parts(config), share).execute()
         except Interrupted:
             if config.restart and rank == 0:
                 print(f"\nleave restart={config.restart} out when you continue: it would begin that stage anew")

@@ -1,25 +1,10 @@
-"""What can be known to be wrong with a run before it begins: every value, and every part of every stage of it, tried without
-training."""
+"""The values of a run's config: their types and ranges, before anything is made of them."""
 
 import math
 from pathlib import Path
 from typing import Any
 
-import torch
-from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
-from torch import nn
-
-from ldm_train.checkpoints.native import CONFIG
-from ldm_train.checkpoints.parts import build as build_part
-from ldm_train.checkpoints.parts import build_sampler
-from ldm_train.conditioning.base import Conditioner
-from ldm_train.evaluation.instruments import check_reference
-from ldm_train.latent_diffusion import LatentDiffusion
-from ldm_train.models.first_stage import FirstStage
-from ldm_train.pipeline import build
-from ldm_train.rng import NoiseSource
-from ldm_train.storage import read_config
 
 TRAINED = ("autoencoder", "diffusion", "classifier")  # the stages with a section of their own
 
@@ -150,108 +135,3 @@ def _number(config: DictConfig, key: str, least: float, most: float, whole: bool
         raise ValueError(f"{key}={value} is above {most}")
     if whole:
         OmegaConf.update(config, key, int(value))
-
-
-# -- the parts ---------------------------------------------------------------------------------------------------------
-
-
-def rehearse(chain: Any) -> None:
-    """Builds what each stage of a run will build, large networks without their memory, and tries what can be tried in a
-    moment. Raises ValueError, DataError or FileNotFoundError that names the option."""
-    config, todo = chain.config, set(chain.config.stages)
-    for stage in [s for s in TRAINED if s in todo]:
-        _optimisation(config, stage)
-    measuring = [config.diffusion.evaluate_images] if "diffusion" in todo and config.diffusion.evaluate_every else []
-    measuring += [config.evaluation.images] if "evaluation" in todo else []
-    if measuring:  # numbers of samples
-        chain.instruments.check(chain.fields, measuring, config.data.image_size, config.data.channels)
-        build.check_best_by(config)
-    if "autoencoder" in todo and not config.autoencoder.pretrained:
-        _decodes_a_sample(chain.data("autoencoder", ("image",)))
-        with torch.device("meta"):  # its perceptual network is the first thing that the stage itself loads
-            instantiate(build.plain(config.autoencoder.loss) | {"perceptual": None}, _convert_="all")
-    on_latents = todo & {"latents", "diffusion", "evaluation", "classifier"}
-    if config.latents.cache and config.data.crop != "center" and on_latents:
-        raise ValueError(
-            f"data.crop={config.data.crop} is random, one cached encoding cannot stand for it; set latents.cache=false or "
-            "data.crop=center (autoencoder.data.crop is free)"
-        )
-    if not on_latents:
-        return
-    with torch.device("meta"):
-        autoencoder = build_part(_autoencoder_tree(chain), "autoencoder.network", chain.trust)
-    if (channels := getattr(autoencoder, "in_channels", config.data.channels)) != config.data.channels:
-        raise ValueError(f"the autoencoder takes {channels} image channels, data.channels is {config.data.channels}")
-    if "classifier" in todo:
-        chain.data("classifier", ("image", "class_label")).check_conditions()
-    if todo & {"diffusion", "evaluation"}:
-        images = chain.data("diffusion", ("image", *chain.fields))
-        _latent_diffusion(chain, autoencoder, images)
-        _decodes_a_sample(images)
-        images.check_conditions()
-        _sampling(chain, autoencoder.latent_channels)
-    if measuring:
-        check_reference(str(config.evaluation.reference), images.index["splits"], images.root)
-
-
-def _decodes_a_sample(images: Any) -> None:
-    """One sample with all its fields. (The streaming reader's shards may be far away.)"""
-    if images.reader == "indexed":
-        images.samples(images.val_split, images.fields, random=False)[(0, 0)]
-
-
-def _optimisation(config: DictConfig, stage: str) -> None:
-    section = config[stage]
-    try:
-        instantiate(section.optimizer, lr=section.lr, _convert_="all")([nn.Parameter(torch.zeros(1))])
-    except Exception as error:  # optimisers raise whatever they like
-        raise ValueError(f"{stage}.optimizer: {error.__cause__ or error}") from error
-    instantiate(section.lr_schedule, max_steps=section.max_steps)
-
-
-def _autoencoder_tree(chain: Any) -> dict[str, Any]:
-    """The config of the autoencoder that the run will have: its own, or that of the model it takes instead."""
-    if pretrained := chain.config.autoencoder.pretrained:
-        return read_config(build.pretrained_folder(pretrained, chain.config.runs_dir) / CONFIG)
-    return build.plain(chain.config.autoencoder.network)
-
-
-def _latent_diffusion(chain: Any, autoencoder: nn.Module, images: Any) -> None:
-    """The whole model with its conditioners; only U-Net and first stage are large, and are built without memory."""
-    config = chain.config
-    with torch.device("meta"):
-        network = build_part(build.plain(config.diffusion.network), "diffusion.network", chain.trust)
-        first_stage = FirstStage(autoencoder)
-    tree = build.conditioner_tree(config, images, rehearsal=True)
-    conditioners = build_part(tree, "diffusion.conditioning.conditioners", chain.trust)
-    schedule = build_part(build.plain(config.diffusion.schedule), "diffusion.schedule", chain.trust)
-    parameterisation = build_part(
-        build.plain(config.diffusion.objective.parameterisation), "diffusion.objective.parameterisation", chain.trust
-    )
-    LatentDiffusion(network, first_stage, schedule, conditioners, parameterisation)
-    named = images.index.get("classes") or []
-    for name, conditioner in conditioners.items():
-        own = getattr(conditioner, "names", named)
-        if conditioner.field == "class_label" and len(own) < len(named):
-            raise ValueError(
-                f"diffusion.conditioning.conditioners.{name} knows {len(own)} classes, the data {images.root} have "
-                f"{len(named)}; set its classes={build.FROM_DATA}"
-            )
-    for conditioner in conditioners.values():
-        if isinstance(conditioner, Conditioner):
-            conditioner.require()
-
-
-def _sampling(chain: Any, channels: int) -> None:
-    """The sampler on latents of one cell, denoised to 0: it is there, takes its options and goes with the schedule."""
-    config = chain.config
-    schedule = build_part(build.plain(config.diffusion.schedule), "diffusion.schedule", chain.trust)
-    sampler = build_sampler(build.plain(config.sampler), "sampler", chain.trust)
-    timesteps = schedule.timesteps(config.sampling.num_inference_steps, config.sampling.spacing)
-    noise, shape = NoiseSource([0]), (channels, 1, 1)
-    try:
-        sampler(
-            lambda x, t: torch.zeros_like(x), noise.normal(shape, "start"), timesteps, schedule, noise, callback=None
-        )
-    except TypeError as error:
-        raise ValueError(f"sampler: {config.sampler._target_} does not take its options ({error})") from error

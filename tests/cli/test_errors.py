@@ -18,7 +18,7 @@ from ldm_train.cli.common import TRACEBACK, run_command, suggestions
 from ldm_train.configuration import config_folder
 from ldm_train.data.prepare.build import build as build_shards
 from ldm_train.data.prepare.image_folder import ImageFolder
-from ldm_train.pipeline import build, train
+from ldm_train.pipeline import machine, train
 
 ROOT = Path(__file__).parents[2]
 Command = Callable[..., str]
@@ -122,21 +122,21 @@ def test_with_several_devices_it_is_said_before_any_process_is_started(
     fails: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: tuple[str, ...], sentence: str
 ):
     monkeypatch.setattr(os, "cpu_count", lambda: 2)
-    monkeypatch.setattr(build, "launch", lambda count, module: pytest.fail("processes were started"))
+    monkeypatch.setattr(machine, "launch", lambda count, module: pytest.fail("processes were started"))
     assert sentence in fails("train", *SMALL, "accelerator=cpu", f"data_dir={tmp_path}", *options)
 
 
 def test_what_starts_the_processes_of_gpus_checks_their_run_without_a_gpu(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setattr(build, "launch", lambda count, module: 7)
+    monkeypatch.setattr(machine, "launch", lambda count, module: 7)
     config, seen = OmegaConf.create({"devices": 2, "accelerator": "gpu", "precision": "16-mixed"}), []
     with pytest.raises(SystemExit, match="7"):
-        build.join_devices(config, "command", seen.append)
+        machine.join_devices(config, "command", seen.append)
     assert (seen[0].precision, seen[0].world_size, seen[0].device.type) == ("16-mixed", 2, "cpu")  # keys hold precision
     config.devices = 3
     with pytest.raises(ValueError, match="devices=3, but 2 GPUs are visible; use devices=2"):
-        build.join_devices(config, "command", seen.append)
+        machine.join_devices(config, "command", seen.append)
 
 
 def test_a_sweep_over_several_devices_is_refused(fails: Command):

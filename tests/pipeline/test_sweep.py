@@ -14,9 +14,9 @@ from omegaconf import OmegaConf
 from PIL import Image
 
 from ldm_train.configuration import config_folder
-from ldm_train.evaluation import evaluate
+from ldm_train.pipeline import measure as evaluate
 from ldm_train.pipeline import search, sweep, train
-from ldm_train.pipeline.plan import _flops
+from ldm_train.pipeline.training import forward_flops
 
 Command = Callable[..., tuple[int, str, str]]
 
@@ -204,7 +204,7 @@ def test_every_point_of_a_sweep_over_f_has_its_factor_and_equal_compute(
             extra |= (
                 {"vector": torch.empty(1, unet.condition_widths["vector"])} if unet.condition_widths["vector"] else {}
             )
-            flops = _flops(
+            flops = forward_flops(
                 "diffusion.network", unet, torch.empty(1, unet.in_channels, side, side), torch.empty(1), **extra
             )
         totals.append(flops * config.diffusion.max_steps * config.diffusion.batch_size)

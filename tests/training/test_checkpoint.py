@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from ldm_train.data.shards import DataError
-from ldm_train.evaluation.evaluate import load_weights
+from ldm_train.pipeline.measure import load_weights
 from ldm_train.training import fit
 from ldm_train.training.callbacks import checkpoint as checkpoints
 from ldm_train.training.callbacks.checkpoint import AtomicCheckpointIO, read_checkpoint

@@ -15,13 +15,12 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from ldm_train.configuration import config_folder
-from ldm_train.pipeline.build import health_facts
 from ldm_train.training.callbacks import health
 from ldm_train.training.fit import Cadence, Machine, fit
 from ldm_train.training.task import SKIPS, NotFinite, Task
 
 STEPS = range(25, 1001, 25)
-BINS = {"prediction_type": "epsilon", "bins": 4, "settled": 200}
+BINS = {"easier_with_noise": True, "bins": 4, "settled": 200}
 HEALTHY = {
     "val/active_channels": [1.0], "val/posterior_std": [0.05], "val/latent_std_min": [0.8], "val/latent_std_max": [3.0],
     "train/disc_accuracy": [0.5 + 0.2 * (k % 2) for k in range(len(STEPS))], "train/adaptive_weight": [3.0] * len(STEPS),
@@ -73,7 +72,7 @@ def test_the_clamp_is_known_in_the_unit_that_is_logged(autoencoder: str) -> None
     model, loss = instantiate(config.autoencoder.network), instantiate(config.autoencoder.loss, disc_start=0)
     images = torch.rand(2, 3, 32, 32) * 2 - 1
     weight = loss(images, *model(images), model.last_layer, 1000)[1]["adaptive_weight"].item()
-    facts = health_facts(config, "autoencoder")
+    facts = {"max_adaptive_weight": config.autoencoder.loss.max_adaptive_weight}
     assert diagnosed({"train/adaptive_weight": [weight] * len(STEPS)}, facts) == ["adaptive_weight_at_clamp"]
     assert diagnosed({"train/adaptive_weight": [weight / 2] * len(STEPS)}, facts) == []
 
@@ -85,9 +84,9 @@ def test_a_short_lapse_of_the_discriminator_is_none() -> None:
 
 def test_what_is_hard_depends_on_what_is_predicted() -> None:
     rising = {"val/loss_t0": [0.003], "val/loss_t1": [0.01], "val/loss_t2": [0.03], "val/loss_t3": [0.07]}
-    assert diagnosed(rising, BINS | {"prediction_type": "sample"}) == []
+    assert diagnosed(rising, BINS | {"easier_with_noise": False}) == []
     assert diagnosed(rising) == ["loss_by_timestep"]
-    assert diagnosed(rising, BINS | {"prediction_type": "v_prediction"}) == []
+    assert diagnosed(rising, BINS | {"easier_with_noise": None}) == []
     assert diagnosed(rising, BINS | {"settled": 2000}) == []  # too early to say
 
 

@@ -59,8 +59,8 @@ def read(folder: Path) -> tuple[list[Any], list[dict[str, Any]]]:
 def test_an_offline_run_holds_what_was_logged_and_goes_on_after_a_resume(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setenv("WANDB_MODE", "offline")
     options = ("logger=[wandb,tensorboard]", "autoencoder.log_every=1", "diffusion.log_every=1", "wandb_artifact=true")
-    chain(tmp_path, *options, "stages=[autoencoder]", "autoencoder.max_steps=3").run()
-    chain(tmp_path, *options).run()
+    chain(tmp_path, *options, "stages=[autoencoder]", "autoencoder.max_steps=3").execute()
+    chain(tmp_path, *options).execute()
     folders = sorted((tmp_path / "run" / "wandb").glob("offline-run-*"), key=lambda p: p.stat().st_ctime_ns)
     assert len(folders) == 2
     rows, ids, found = [], set(), []

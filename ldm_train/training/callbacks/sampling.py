@@ -1,14 +1,13 @@
 """What the samples are worth while the U-Net trains."""
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import lightning as L
-from torch import nn
 
+from ldm_train.evaluation.evaluator import Evaluator
 from ldm_train.evaluation.measurement import Draw, Reference, measure_samples
-from ldm_train.metrics.measures import Metric
 from ldm_train.training.callbacks.checkpoint import Checkpoints
 from ldm_train.training.callbacks.monitor import Monitor
 from ldm_train.training.diffusion_task import DiffusionTask
@@ -28,14 +27,13 @@ class SampleMetrics(L.Callback):
         every: int,
         conditions: Any,
         draw: Draw,
-        metrics: Sequence[Metric],
-        extractors: Mapping[str, nn.Module],
+        evaluator: Evaluator,
         reference: Callable[[], Reference],
         batch_size: int,
         best_by: str | None = None,
     ):
-        self.every, self.conditions, self.draw, self.metrics = every, conditions, draw, metrics
-        self.extractors, self.make_reference, self.batch_size, self.best_by = extractors, reference, batch_size, best_by
+        self.every, self.conditions, self.draw, self.evaluator = every, conditions, draw, evaluator
+        self.make_reference, self.batch_size, self.best_by = reference, batch_size, best_by
         self._reference: Reference | None = None
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
@@ -59,8 +57,8 @@ class SampleMetrics(L.Callback):
         trained = pl_module.model.trainable().eval()
         with pl_module.with_ema():
             measured = measure_samples(
-                pl_module.model, self.conditions, self.draw, self._reference, self.metrics, self.extractors,
-                self.batch_size, progress=False,
+                pl_module.model, self.conditions, self.draw, self._reference, self.evaluator.metrics,
+                self.evaluator.extractors, self.batch_size, progress=False,
             )  # fmt: skip
         trained.train()
         for callback in trainer.callbacks:
@@ -73,6 +71,6 @@ class SampleMetrics(L.Callback):
                 logged |= {f"val/{name}_low": estimate.low, f"val/{name}_high": estimate.high}
         for logger in trainer.loggers:
             logger.log_metrics(logged, step)
-        for metric in self.metrics:
+        for metric in self.evaluator.metrics:
             if metric.name == self.best_by:
                 self._checkpoints(trainer).offer(trainer, metric.sign * measured.estimates[metric.name].value)

@@ -19,18 +19,21 @@ from ldm_train.checkpoints.native import CONFIG, find_model, load_latent_diffusi
 from ldm_train.checkpoints.parts import build as build_part
 from ldm_train.checkpoints.parts import targets
 from ldm_train.configuration import config_folder, literal, run_config
+from ldm_train.data.datamodule import Batching
 from ldm_train.data.loose import image_batches
 from ldm_train.distributed import gathered, rank
-from ldm_train.evaluation.instruments import Instruments, sampling_facts
+from ldm_train.evaluation.evaluator import Evaluator, sampling_facts
 from ldm_train.evaluation.measurement import Reference, measure_samples, reference_from
 from ldm_train.evaluation.report import evaluate_first_stage
 from ldm_train.generation.files import as_list
 from ldm_train.latent_diffusion import LatentDiffusion
 from ldm_train.metrics.measures import Collected, measure, write_reference
 from ldm_train.models.first_stage import FirstStage
-from ldm_train.pipeline import build
-from ldm_train.pipeline.build import join_devices
-from ldm_train.pipeline.run import Chain
+from ldm_train.pipeline.data import data_module
+from ldm_train.pipeline.diffusion import drawer
+from ldm_train.pipeline.latents import give_statistics
+from ldm_train.pipeline.machine import join_devices, machine_of
+from ldm_train.pipeline.run import Run
 from ldm_train.storage import read_config, read_record, write_atomically, write_json
 from ldm_train.training.callbacks.checkpoint import read_checkpoint
 from ldm_train.training.fit import Machine
@@ -145,17 +148,14 @@ def evaluate_run(config: DictConfig, again: bool = True) -> tuple[dict[str, Any]
     trust = [*config.trust, *(targets(OmegaConf.to_container(config.sampler)) if config.get("sampler") else ())]
 
     def check(machine: Machine) -> None:
-        chain = Chain(trained, folder, machine, trust)
-        chain.instruments.check(
-            chain.fields, (trained.evaluation.images,), trained.data.image_size, trained.data.channels
-        )
+        Run(trained, folder, machine, trust).check_metrics(trained.evaluation.images)
 
-    machine = join_devices(trained, "ldm_train.evaluation.evaluate", check)
-    chain = Chain(trained, folder, machine, trust)
-    tools, data = chain.instruments, chain.evaluation_data()
+    machine = join_devices(trained, "ldm_train.cli.evaluate", check)
+    run = Run(trained, folder, machine, trust)
+    tools, data = run.evaluator, run.evaluation_data()
     if not tools.metrics:
         raise ValueError("metrics=[] measures nothing of samples; for example metrics=[fid_tiny]")
-    tools.check(chain.fields, (trained.evaluation.images,), trained.data.image_size, trained.data.channels)
+    run.check_metrics(trained.evaluation.images)
     reference = tools.reference(data, config.runs_dir, config.progress)
     export_reference(config.export, reference)
     source = find_model(folder)
@@ -171,7 +171,7 @@ def evaluate_run(config: DictConfig, again: bool = True) -> tuple[dict[str, Any]
     partial.parent.mkdir(exist_ok=True)
     model = load_weights(folder, config.weights, trust).to(machine.device, memory_format=torch.channels_last)
     measured = measure_samples(
-        model, chain.conditions(data, count), chain.draw(), reference, tools.metrics, tools.extractors,
+        model, run.conditions(data, count), drawer(run), reference, tools.metrics, tools.extractors,
         trained.evaluation.batch_size, config.seed, progress=config.progress and machine.rank == 0,
         total=-(-count // machine.world_size), partial=partial,
     )  # fmt: skip
@@ -196,17 +196,17 @@ def evaluate_autoencoder(config: DictConfig) -> tuple[dict[str, Any], Path | Non
         model_folder = folder / "autoencoder" / "model"
     machine = join_devices(
         trained,
-        "ldm_train.evaluation.evaluate",
-        lambda machine: Instruments.on_all_ranks(trained.evaluation, machine.device),
+        "ldm_train.cli.evaluate",
+        lambda machine: Evaluator.on_all_ranks(trained.evaluation, machine.device),
     )
-    tools = Instruments.on_all_ranks(trained.evaluation, machine.device)
+    tools = Evaluator.on_all_ranks(trained.evaluation, machine.device)
     trained.evaluation.images = config.n  # all, where nothing is said
-    data = build.data_module(trained, "autoencoder", machine, ("image",), config.trust)
+    data = data_module(trained, "autoencoder", machine, ("image",), config.trust)
     size, world = trained.evaluation.batch_size, machine.world_size
-    data.batching = build.Batching(size * world, None, world, machine.rank)
+    data.batching = Batching(size * world, None, world, machine.rank)
     first_stage = FirstStage(load_model(model_folder, config.trust)).to(machine.device)
     if (folder / "latents" / "statistics.json").is_file():
-        Chain(trained, folder, machine, config.trust).measured(first_stage)
+        give_statistics(folder / "latents", first_stage, trained.latents.per_channel)
     else:  # what is said of latents is said of unit variance
         sums = torch.zeros(3, dtype=torch.float64)
         for batch in data.fixed_loader(trained.data.val_split, 256):
@@ -217,9 +217,8 @@ def evaluate_autoencoder(config: DictConfig) -> tuple[dict[str, Any], Path | Non
     reference = tools.reference(data, config.runs_dir, config.progress)
     export_reference(config.export, reference)
     found, _ = evaluate_first_stage(
-        first_stage, data.fixed_loader(trained.data.val_split, config.n), reference, tools.metrics, tools.extractors,
-        tools.paired, tools.networks, trained.evaluation.predictors, machine.device,
-        config.progress and machine.rank == 0,
+        first_stage, data.fixed_loader(trained.data.val_split, config.n), tools, reference,
+        trained.evaluation.predictors, config.progress and machine.rank == 0,
     )  # fmt: skip
     asked = {"n": config.n, "metrics": [m.name for m in tools.metrics], "references": reference.hashes}
     asked |= {"model": read_metadata(model_folder)["sha256"], "paired": list(tools.paired)}
@@ -255,8 +254,8 @@ def evaluate_images(config: DictConfig) -> tuple[dict[str, Any], Path | None, di
         raise ValueError("images= are measured on one device")
     usual = OmegaConf.load(config_folder() / "train.yaml").evaluation
     section = {"extractors": OmegaConf.merge(usual.extractors, config.extractors), "metrics": config.metrics}
-    machine = build.machine_of(config, {})
-    tools = Instruments(OmegaConf.create(section | {"paired": [], "perceptual": None, "lpips": None}), machine.device)
+    machine = machine_of(config, {})
+    tools = Evaluator(OmegaConf.create(section | {"paired": [], "perceptual": None, "lpips": None}), machine.device)
     if not tools.metrics:
         raise ValueError("metrics=[] measures nothing of two sets of images; for example metrics=[fid_tiny]")
     batch_size, seen = config.batch_size or 64, {}

@@ -1,6 +1,6 @@
 """What a run is measured with: metrics, extractors and reference, from the config's `evaluation` section."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,19 +10,27 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig
 from torch import nn
 
+from ldm_train.configuration import plain
 from ldm_train.data.datamodule import ShardDataModule
 from ldm_train.data.shards import data_hash
 from ldm_train.distributed import gathered, rank
 from ldm_train.evaluation.measurement import Reference, collect_reference, reference_from
-from ldm_train.evaluation.report import check_paired
 from ldm_train.images import groups_in_words, has_colours
 from ldm_train.metrics.features import Extractor, weights_hash
 from ldm_train.metrics.measures import FROM_MOMENTS, WITHOUT_REFERENCE, parse_metrics, read_reference
-from ldm_train.metrics.paired import MS_SSIM_SIDE
+from ldm_train.metrics.paired import MS_SSIM_SIDE, ms_ssim, psnr, ssim
 from ldm_train.metrics.sets import GROUPS
-from ldm_train.pipeline import build
 
 CACHE = ".references"  # below runs_dir: reference statistics, shared by all runs
+
+PAIRED = {"psnr": psnr, "ssim": ssim, "ms_ssim": ms_ssim}
+
+
+def check_paired(names: Sequence[str], networks: Mapping[str, nn.Module]) -> None:
+    """Raises ValueError for a name of a paired metric that is none."""
+    known = [*PAIRED, *networks]
+    if unknown := [n for n in names if n not in known]:
+        raise ValueError(f"paired metrics: {', '.join(unknown)} is none; choose from {', '.join(known)}")
 
 
 def check_reference(source: str, splits: Sequence[str], root: str) -> None:
@@ -36,7 +44,7 @@ def check_reference(source: str, splits: Sequence[str], root: str) -> None:
         )
 
 
-class Instruments:
+class Evaluator:
     """metrics (parsed), extractors by name, paired metrics and their networks, in eval mode on `device`.
 
     Made before training starts, so that a missing file of weights is named then and not after hours. Raises ValueError
@@ -68,7 +76,7 @@ class Instruments:
         }
 
     @classmethod
-    def on_all_ranks(cls, section: DictConfig, device: torch.device) -> "Instruments":
+    def on_all_ranks(cls, section: DictConfig, device: torch.device) -> "Evaluator":
         """Rank 0 first, which downloads what is to be downloaded; the others find it."""
         if rank() > 0:
             gathered(None)
@@ -161,6 +169,6 @@ class Instruments:
 
 def sampling_facts(config: DictConfig) -> dict[str, Any]:
     """What is recorded beside every number of samples."""
-    sampler = build.plain(config.sampler)
+    sampler = plain(config.sampler)
     own = {k: v for k, v in sampler.items() if not k.startswith("_")}
-    return build.plain(config.sampling) | {"sampler": sampler["_target_"].rpartition(".")[2]} | own
+    return plain(config.sampling) | {"sampler": sampler["_target_"].rpartition(".")[2]} | own

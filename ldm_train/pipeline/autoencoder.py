@@ -1,0 +1,138 @@
+"""Stage 1: the autoencoder, trained, or taken from another run."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from hydra.utils import instantiate
+from torch import nn
+
+from ldm_train import rng
+from ldm_train.checkpoints.native import CONFIG, copy_model, load_model, read_metadata
+from ldm_train.checkpoints.parts import build
+from ldm_train.configuration import plain
+from ldm_train.models.first_stage import FirstStage
+from ldm_train.pipeline import training
+from ldm_train.pipeline.data import data_key, mixture_key, sides, stage_data
+from ldm_train.pipeline.run import Run
+from ldm_train.pipeline.stage import Plan, Stage
+from ldm_train.storage import read_config
+from ldm_train.training.autoencoder_task import AutoencoderTask
+
+
+def model_folder(run: Run) -> Path:
+    """Where this run's autoencoder is, once its stage is finished."""
+    return run.folder / "autoencoder" / "model"
+
+
+def pretrained_folder(value: str, runs_dir: str) -> Path:
+    """autoencoder.pretrained -> the model folder: a run's name or folder, or a model folder itself.
+
+    Raises FileNotFoundError naming what was looked for.
+    """
+    candidates = [Path(value), Path(value) / "autoencoder" / "model", Path(runs_dir) / value / "autoencoder" / "model"]
+    for folder in candidates:
+        if (folder / "model.safetensors").is_file():
+            read_metadata(folder)
+            return folder
+    raise FileNotFoundError(
+        f"autoencoder.pretrained={value} is no run with a finished autoencoder and no model folder; looked in "
+        + ", ".join(map(str, candidates))
+    )
+
+
+def load_first_stage(run: Run) -> FirstStage:
+    """This run's autoencoder, on the CPU, its latents not yet scaled."""
+    return FirstStage(load_model(model_folder(run), run.trust))
+
+
+def on_meta(run: Run) -> nn.Module:
+    """The autoencoder that the run will have, without its memory: its own, or that of the model it takes instead."""
+    pretrained, where = run.config.autoencoder.pretrained, "autoencoder.network"
+    if pretrained:
+        where = pretrained_folder(pretrained, run.config.runs_dir) / CONFIG
+    tree = read_config(where) if pretrained else plain(run.config.autoencoder.network)
+    with torch.device("meta"):
+        network = build(tree, where, run.trust).eval()
+    for name, data in (("data", run.config.data), ("autoencoder.data", stage_data(run.config, "autoencoder"))):
+        (height, width), f = sides(data.image_size), network.downsample_factor
+        if height % f or width % f:
+            raise ValueError(
+                f"{name}.image_size {height}x{width} is not divisible by the autoencoder's downsample_factor {f}; use "
+                f"{max(f, height // f * f)}x{max(f, width // f * f)} or another autoencoder"
+            )
+    if (channels := getattr(network, "in_channels", run.config.data.channels)) != run.config.data.channels:
+        raise ValueError(
+            f"the autoencoder takes {channels} image channels, data.channels is {run.config.data.channels}"
+        )
+    return network
+
+
+class AutoencoderStage(Stage):
+    """KL or VQ, with perceptual and patch-GAN losses."""
+
+    name = "autoencoder"
+
+    def steps(self, run: Run) -> int:
+        section = run.config.autoencoder
+        taken = section.pretrained or section.network._target_.endswith("Identity")
+        return 0 if taken else section.max_steps
+
+    def key(self, run: Run) -> dict[str, Any]:
+        config = run.config
+        data = data_key(config, "autoencoder") | mixture_key(config, "autoencoder")
+        common = {"data": data, "seed": config.seed}
+        if pretrained := config.autoencoder.pretrained:
+            return common | {"pretrained": read_metadata(pretrained_folder(pretrained, config.runs_dir))["sha256"]}
+        section = training.section_key(run, "autoencoder")
+        return common | {"autoencoder": section, "precision": run.machine.precision}
+
+    def check(self, run: Run) -> None:
+        training.check_optimisation(run, "autoencoder")
+        on_meta(run)
+        if run.config.autoencoder.pretrained:
+            return
+        run.decode_one(run.data("autoencoder", ("image",)))
+        with torch.device("meta"):  # its perceptual network is the first thing that the stage itself loads
+            instantiate(plain(run.config.autoencoder.loss) | {"perceptual": None}, _convert_="all")
+
+    def plan(self, run: Run) -> Plan | None:
+        if not self.steps(run):
+            return None
+        network, data = on_meta(run), run.data("autoencoder", ("image",))
+        with torch.device("meta"):
+            picture = torch.empty(1, data.channels, *sides(stage_data(run.config, "autoencoder").image_size))
+        return Plan(
+            network,
+            training.forward_flops("autoencoder.network", network, picture),
+            run.enough_images(data, "autoencoder"),
+        )
+
+    def run(self, run: Run, folder: Path) -> dict[str, Any]:
+        config, section = run.config, run.config.autoencoder
+        if section.pretrained:
+            source = pretrained_folder(section.pretrained, config.runs_dir)
+            if run.machine.rank == 0:
+                copy_model(source, folder / "model")
+            return {"sha256": read_metadata(source)["sha256"], "pretrained": str(section.pretrained)}
+        rng.reseed(config.seed, "autoencoder", "weights")
+        data = run.data("autoencoder", ("image",))
+        network = instantiate(section.network, _convert_="all")
+        tree, metadata = plain(section.network), {"downsample_factor": network.downsample_factor}
+        if not list(network.parameters()):  # the identity
+            return {"sha256": training.save(run, folder / "model", network, tree, metadata)}
+        task = AutoencoderTask(
+            network,
+            instantiate(section.loss, _convert_="all"),
+            **training.optimisation(run, "autoencoder"),
+            image_folder=folder / "images",
+            disc_lr=section.disc_lr,
+            features=instantiate(config.evaluation.extractors.tiny) if config.evaluation.metrics else None,
+        )
+        if section.compile:  # in place; the last convolution stays eager, its gradient is taken by hand
+            network.encoder.compile()
+            network.decoder.compile()
+        network.to(memory_format=torch.channels_last)
+        health = {"max_adaptive_weight": section.loss.get("max_adaptive_weight")}
+        training.train(run, "autoencoder", task, data, folder, images=data.count(data.train_split), health=health)
+        return {"sha256": training.save(run, folder / "model", network, tree, metadata)}

@@ -1,0 +1,269 @@
+"""Stage 2: the conditional denoising network on latents of the frozen first stage."""
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from hydra.utils import instantiate
+from omegaconf import DictConfig
+from torch import nn
+
+from ldm_train import rng
+from ldm_train.checkpoints.native import CONFIG, load_model
+from ldm_train.checkpoints.parts import build, build_sampler
+from ldm_train.conditioning.base import Conditioner
+from ldm_train.conditioning.text import read_tokenizer, train_tokenizer
+from ldm_train.configuration import plain
+from ldm_train.data.datamodule import ShardDataModule
+from ldm_train.diffusion.parameterisation import Parameterisation
+from ldm_train.generation.film import film_of_grids
+from ldm_train.latent_diffusion import LatentDiffusion
+from ldm_train.models.first_stage import FirstStage
+from ldm_train.pipeline import autoencoder, latents, training
+from ldm_train.pipeline.data import CONDITIONERS, FROM_DATA, mixture_key, sides
+from ldm_train.pipeline.run import Run
+from ldm_train.pipeline.stage import Plan, Stage
+from ldm_train.rng import NoiseSource
+from ldm_train.storage import read_config
+from ldm_train.training.callbacks.sampling import SampleMetrics
+from ldm_train.training.diffusion_task import BINS, DiffusionTask
+
+
+def conditioner_tree(config: DictConfig, data: ShardDataModule, rehearsal: bool = False) -> dict[str, Any]:
+    """The conditioners' config with what comes from the data filled in; it goes into the model folder as it is.
+
+    rehearsal: the tokenizer is of no captions, so that nothing is read through.
+    """
+    tree = plain(config.diffusion.conditioning.conditioners)
+    for name, conditioner in tree.items():
+        for option in ("classes", "labels"):
+            if conditioner.get(option) != FROM_DATA:
+                continue
+            if not data.index.get("classes"):
+                raise ValueError(
+                    f"{data.root}/index.json names no classes for {CONDITIONERS}.{name}; set its "
+                    f"{option}=<number>, or choose diffusion/conditioning=none"
+                )
+            conditioner[option] = data.index["classes"]
+        size = conditioner.get("vocab_size", 0)
+        if type(size) is not int or not isinstance(conditioner.get("tokenizer", ""), str):
+            raise ValueError(f"{CONDITIONERS}.{name}: tokenizer is {FROM_DATA} or a file, vocab_size a whole number")
+        if conditioner.get("tokenizer") == FROM_DATA:
+            conditioner.pop("vocab_size")
+            captions = [] if rehearsal else data.shards(data.train_split).captions()
+            tokenizer = train_tokenizer(captions, size)
+            conditioner["tokenizer"] = tokenizer.to_str()
+        elif "tokenizer" in conditioner:
+            conditioner.pop("vocab_size", None)  # the file's own
+            conditioner["tokenizer"] = read_tokenizer(conditioner["tokenizer"]).to_str()
+    return tree
+
+
+def latent_size(config: DictConfig, first_stage: FirstStage) -> list[int]:
+    """(h, w) of the training images' latents."""
+    return [s // first_stage.downsample_factor for s in sides(config.data.image_size)]
+
+
+def first_stage_tree(autoencoder_config: dict[str, Any]) -> dict[str, Any]:
+    return {"_target_": "ldm_train.models.first_stage.FirstStage", "autoencoder": autoencoder_config}
+
+
+def model_tree(config: DictConfig, first_stage: dict[str, Any], conditioners: dict[str, Any]) -> dict[str, Any]:
+    """The whole LatentDiffusion as an instantiable tree."""
+    factor = 2 ** (len(first_stage["autoencoder"].get("channel_mult", [1])) - 1)
+    return {
+        "_target_": "ldm_train.latent_diffusion.LatentDiffusion",
+        "network": plain(config.diffusion.network),
+        "first_stage": first_stage,
+        "schedule": plain(config.diffusion.schedule),
+        "conditioners": conditioners,
+        "parameterisation": plain(config.diffusion.objective.parameterisation),
+        "latent_size": [s // factor for s in sides(config.data.image_size)],
+    }
+
+
+def parameterisation_of(run: Run) -> Parameterisation:
+    where = "diffusion.objective.parameterisation"
+    return build(plain(run.config.diffusion.objective.parameterisation), where, run.trust)
+
+
+def schedule_of(run: Run) -> nn.Module:
+    return build(plain(run.config.diffusion.schedule), "diffusion.schedule", run.trust)
+
+
+def network_on_meta(run: Run) -> nn.Module:
+    with torch.device("meta"):
+        return build(plain(run.config.diffusion.network), "diffusion.network", run.trust)
+
+
+def sampling_of(run: Run) -> dict[str, Any]:
+    """The run's own sampling options, which travel with its model."""
+    return plain(run.config.sampling) | {"sampler": plain(run.config.sampler)}
+
+
+def drawer(run: Run) -> Callable[..., torch.Tensor]:
+    """(model, fields, seeds) -> images with the configured sampler, in the training precision."""
+    sampling = run.config.sampling
+    sampler = build_sampler(plain(run.config.sampler), "sampler", run.trust)
+
+    def draw(model: LatentDiffusion, fields: dict[str, Any], seeds: list[int], callback: Any = None) -> torch.Tensor:
+        with run.machine.autocast():
+            return model.sample(
+                fields,
+                seeds,
+                sampler,
+                num_inference_steps=sampling.num_inference_steps,
+                guidance_scale=sampling.guidance_scale,
+                spacing=sampling.spacing,
+                callback=callback,
+            )
+
+    return draw
+
+
+def check_best_by(config: DictConfig) -> None:
+    """Raises ValueError for a diffusion.best_by that will not be measured, and where evaluate_every measures nothing."""
+    by, measured = config.diffusion.best_by, list(config.evaluation.metrics)
+    if config.diffusion.evaluate_every and not measured:
+        raise ValueError(
+            "diffusion.evaluate_every measures evaluation.metrics, and there are none; leave one of them out"
+        )
+    if by in (None, "loss"):
+        return
+    if not config.diffusion.evaluate_every:
+        raise ValueError(f"diffusion.best_by={by} is measured only with diffusion.evaluate_every=<steps>")
+    if by not in measured:
+        raise ValueError(f"diffusion.best_by={by} is not measured; choose loss or one of {', '.join(measured)}")
+
+
+def check_sampler(run: Run, channels: int) -> None:
+    """The sampler on latents of one cell, denoised to 0: it is there, takes its options and goes with the schedule."""
+    config, schedule = run.config, schedule_of(run)
+    sampler = build_sampler(plain(config.sampler), "sampler", run.trust)
+    timesteps = schedule.timesteps(config.sampling.num_inference_steps, config.sampling.spacing)
+    noise, shape = NoiseSource([0]), (channels, 1, 1)
+    try:
+        sampler(
+            lambda x, t: torch.zeros_like(x), noise.normal(shape, "start"), timesteps, schedule, noise, callback=None
+        )
+    except TypeError as error:
+        raise ValueError(f"sampler: {config.sampler._target_} does not take its options ({error})") from error
+
+
+def check_model(run: Run, images: ShardDataModule) -> None:
+    """The whole model with its conditioners; only network and first stage are large, and are built without memory."""
+    first_stage = FirstStage(autoencoder.on_meta(run))
+    tree = conditioner_tree(run.config, images, rehearsal=True)
+    conditioners = build(tree, CONDITIONERS, run.trust)
+    LatentDiffusion(network_on_meta(run), first_stage, schedule_of(run), conditioners, parameterisation_of(run))
+    named = images.index.get("classes") or []
+    for name, conditioner in conditioners.items():
+        own = getattr(conditioner, "names", named)
+        if conditioner.field == "class_label" and len(own) < len(named):
+            raise ValueError(
+                f"{CONDITIONERS}.{name} knows {len(own)} classes, the data {images.root} have {len(named)}; set its "
+                f"classes={FROM_DATA}"
+            )
+    for conditioner in conditioners.values():
+        if isinstance(conditioner, Conditioner):
+            conditioner.require()
+    check_sampler(run, first_stage.latent_channels)
+
+
+class DiffusionStage(Stage):
+    """Denoising on latents, with pictures and, where asked, metrics of samples while it trains."""
+
+    name, needs = "diffusion", ("latents",)
+
+    def steps(self, run: Run) -> int:
+        return run.config.diffusion.max_steps
+
+    def key(self, run: Run) -> dict[str, Any]:
+        return {
+            "diffusion": training.section_key(run, "diffusion"),
+            "latents": run.result("latents"),
+            "derived": plain(run.config.data.derived),
+            "data": mixture_key(run.config, "diffusion"),
+            "seed": run.config.seed,
+            "precision": run.machine.precision,
+        }
+
+    def check(self, run: Run) -> None:
+        config, section = run.config, run.config.diffusion
+        training.check_optimisation(run, "diffusion")
+        if section.evaluate_every:
+            run.check_metrics(section.evaluate_images)
+        check_best_by(config)
+        latents.check_crop(run)
+        images = run.data("diffusion", ("image", *run.fields))
+        check_model(run, images)
+        run.decode_one(images)
+        images.check_conditions()
+        if section.evaluate_every:
+            run.check_reference(images)
+
+    def plan(self, run: Run) -> Plan:
+        network, f = network_on_meta(run), autoencoder.on_meta(run).downsample_factor
+        instantiate(run.config.diffusion.objective, schedule_of(run))
+        height, width = sides(run.config.data.image_size)
+        h, w, multiple = height // f, width // f, f * network.size_multiple
+        if height % multiple or width % multiple:
+            raise ValueError(
+                f"data.image_size {height}x{width} gives latents of {h}x{w}, and this network takes multiples of "
+                f"{network.size_multiple}; use {max(multiple, height // multiple * multiple)}x"
+                f"{max(multiple, width // multiple * multiple)} or another diffusion/network"
+            )
+        widths = network.condition_widths
+        shapes = {"context": (77, widths["context"]), "concat": (widths["concat"], h, w), "vector": (widths["vector"],)}
+        with torch.device("meta"):
+            given = {slot: torch.empty(1, *shape) for slot, shape in shapes.items() if widths[slot]}
+            noisy = torch.empty(1, network.in_channels, h, w)
+            flops = training.forward_flops("diffusion.network", network, noisy, torch.empty(1), **given)
+        images = run.data("diffusion", ("image", *run.fields))
+        return Plan(network, flops, run.enough_images(images, "diffusion"))
+
+    def run(self, run: Run, folder: Path) -> dict[str, Any]:
+        config, section = run.config, run.config.diffusion
+        data, images, count = latents.latent_data(run, "diffusion", run.fields)
+        rng.reseed(config.seed, "diffusion", "weights")
+        source = autoencoder.model_folder(run)
+        first_stage = first_stage_tree(read_config(source / CONFIG))
+        tree = model_tree(config, first_stage, conditioner_tree(config, images))
+        model = build(tree, "the model's config", run.trust)
+        model.first_stage.autoencoder.load_state_dict(load_model(source, run.trust).state_dict())
+        per_channel = config.latents.per_channel
+        statistics = latents.give_statistics(run.folder / "latents", model.first_stage, per_channel)
+        model.to(memory_format=torch.channels_last)
+        task = DiffusionTask(
+            model,
+            instantiate(section.objective, model.schedule),
+            **training.optimisation(run, "diffusion"),
+            draw=drawer(run),
+            samples=section.samples,
+            image_folder=folder / "images",
+        )
+        if section.compile:
+            model.network.compile()
+        callbacks = [self._sample_metrics(run, images)] if section.evaluate_every else []
+        easier = model.parameterisation.easier_with_noise
+        health = {"easier_with_noise": easier, "bins": BINS, "settled": max(200, section.max_steps // 20)}
+        training.train(run, "diffusion", task, data, folder, images=count, callbacks=callbacks, health=health)
+        if run.machine.rank == 0:
+            film_of_grids(folder / "images")
+        metadata = {"scale_factor": statistics["scale_factor"], "sampling": sampling_of(run)}
+        return {"sha256": training.save(run, folder / "model", model, tree, metadata)}
+
+    def _sample_metrics(self, run: Run, images: ShardDataModule) -> SampleMetrics:
+        config, section = run.config, run.config.diffusion
+        best_by = section.best_by or config.evaluation.metrics[0]
+        return SampleMetrics(
+            section.evaluate_every,
+            run.conditions(images, section.evaluate_images),
+            drawer(run),
+            run.evaluator,
+            partial(run.evaluator.reference, run.evaluation_data(), config.runs_dir, False),
+            config.evaluation.batch_size,
+            None if best_by == "loss" else best_by,
+        )

@@ -1,0 +1,97 @@
+"""Evaluation: samples, reconstructions, latents and adherence to conditions in numbers, and pictures of them."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ldm_train.checkpoints.native import load_model
+from ldm_train.configuration import plain
+from ldm_train.data.datamodule import Batching
+from ldm_train.evaluation.adherence import judged_fields
+from ldm_train.evaluation.evaluator import sampling_facts
+from ldm_train.evaluation.report import evaluate
+from ldm_train.evaluation.restoration import FIELDS as RESTORED
+from ldm_train.generation.film import denoising_film
+from ldm_train.metrics.measures import parse_metrics
+from ldm_train.pipeline.data import data_key
+from ldm_train.pipeline.diffusion import check_model, drawer
+from ldm_train.pipeline.run import Run
+from ldm_train.pipeline.stage import Stage
+
+SHOWN = 36  # samples that an evaluation without metrics draws, to be looked at
+
+
+class EvaluationStage(Stage):
+    """Measures the trained model by the config's evaluation section."""
+
+    name, needs, identity = "evaluation", ("diffusion",), "samples"
+
+    def key(self, run: Run) -> dict[str, Any]:
+        return {
+            "weights": run.result("diffusion"),
+            "data": data_key(run.config, "diffusion"),
+            "evaluation": self._section(run),
+            "sampling": plain(run.config.sampling),
+            "sampler": plain(run.config.sampler),
+        }
+
+    def _section(self, run: Run) -> dict[str, Any]:
+        """The evaluation section with the extractors that its metrics use: another's path changes nothing."""
+        section = plain(run.config.evaluation)
+        used = {m.extractor for m in parse_metrics(section["metrics"], list(section["extractors"]))}
+        section["extractors"] = {name: tree for name, tree in section["extractors"].items() if name in used}
+        if section["reference"] == run.config.data.val_split:
+            section.pop("reference")  # as usual
+        if "lpips" not in section["paired"]:
+            section.pop("lpips")
+        return section
+
+    def check(self, run: Run) -> None:
+        run.check_metrics(run.config.evaluation.images)
+        images = run.data("diffusion", ("image", *run.fields))
+        if "diffusion" not in run.config.stages:
+            check_model(run, images)
+            run.decode_one(images)
+            images.check_conditions()
+        run.check_reference(images)
+
+    def run(self, run: Run, folder: Path) -> dict[str, Any]:
+        config, evaluator, data = run.config, run.evaluator, run.evaluation_data()
+        model = load_model(run.folder / "diffusion" / "model", run.trust).to(run.machine.device)
+        model.to(memory_format=torch.channels_last)
+        split, count, section = config.data.val_split, config.evaluation.images, config.evaluation
+        judged, writer = judged_fields(model.fields), run.machine.rank == 0
+        if section.obedience and not judged and writer:
+            print("adherence: not measured, this model has no condition that says what to draw")
+        restoration = None
+        if section.restoration and any(f in model.fields for f in RESTORED):
+            whole = run.data("diffusion", ("image", *run.fields))
+            whole.batching = Batching(section.batch_size)
+            restoration = plain(section.restoration) | {"loader": whole.fixed_loader(split)}
+        show, draw = config.progress and writer, drawer(run)
+        result = evaluate(
+            model,
+            evaluator,
+            data.fixed_loader(split, count),
+            run.conditions(data, count if evaluator.metrics else SHOWN),
+            draw,
+            evaluator.reference(data, config.runs_dir, show),
+            folder,
+            sampling_facts(config),
+            batch_size=section.batch_size,
+            predictors=section.predictors,
+            adherence=plain(section.obedience) | {"fields": judged} if judged and section.obedience else None,
+            restoration=restoration,
+            progress=show,
+        )
+        if writer:
+            batch = next(iter(data.fixed_loader(split, 4)))
+            film = denoising_film(model, draw, batch, folder / "denoising.gif")
+        if run.wandb:
+            run.wandb.log_evaluation(result)
+            for name in ("samples", "reconstructions"):
+                run.wandb.log_picture(f"evaluation/{name}", folder / f"{name}.png")
+            run.wandb.log_film("evaluation/denoising", film, "from noise to pictures")
+        run.barrier()
+        return result

@@ -1,0 +1,30 @@
+"""The finished model: everything needed to sample, nothing needed to train."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+from ldm_train.checkpoints.native import copy_model, load_model, read_metadata
+from ldm_train.pipeline.diffusion import sampling_of
+from ldm_train.pipeline.run import Run
+from ldm_train.pipeline.stage import Stage
+
+
+class ExportStage(Stage):
+    """Copies the model folder, and uploads it where W&B shall have it."""
+
+    name, needs, identity = "export", ("diffusion",), "folder"
+
+    def key(self, run: Run) -> dict[str, Any]:
+        return {"weights": run.result("diffusion")}
+
+    def run(self, run: Run, folder: Path) -> dict[str, Any]:
+        if run.machine.rank == 0:
+            source = run.folder / "diffusion" / "model"
+            load_model(source, run.trust)  # a folder that does not load must not be exported
+            copy_model(source, folder, {"sampling": sampling_of(run), "run": run.config.name})
+            if run.wandb and run.config.wandb_artifact:
+                name = re.sub(r"[^\w.-]", "-", run.config.name)
+                run.wandb.log_model(folder, name, {"sha256": read_metadata(folder)["sha256"]})
+        run.barrier()
+        return {"folder": "export"}

@@ -1,0 +1,152 @@
+"""The latents of all training images, encoded once, and their statistics."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning import LightningDataModule
+
+from ldm_train.checkpoints.native import CONFIG
+from ldm_train.checkpoints.parts import build
+from ldm_train.configuration import plain
+from ldm_train.data.datamodule import Batching, ShardDataModule
+from ldm_train.data.latents import (
+    STATISTICS,
+    CachedLatents,
+    LatentDataModule,
+    latent_statistics,
+    read_statistics,
+    verify_cache,
+    write_cache,
+    write_cache_index,
+    written_entries,
+)
+from ldm_train.data.shards import data_hash, read_index
+from ldm_train.models.first_stage import FirstStage
+from ldm_train.pipeline import autoencoder
+from ldm_train.pipeline.data import data_key
+from ldm_train.pipeline.resume import read_note
+from ldm_train.pipeline.run import Run
+from ldm_train.pipeline.stage import Stage
+from ldm_train.storage import file_sha256, read_config, write_json
+
+MEASURED = 10_000  # images whose latents are measured where none are cached
+
+
+def encoder(run: Run) -> Callable[[torch.Tensor], torch.Tensor]:
+    """images -> moments by the trained autoencoder, on this rank's device."""
+    first_stage = autoencoder.load_first_stage(run).to(run.machine.device)
+    # In float32 whatever the training precision: encoded once, used for all of training, and verified later.
+    return lambda images: first_stage.encode_moments(images.to(run.machine.device))
+
+
+def latent_data(run: Run, stage: str, fields: tuple[str, ...]) -> tuple[LightningDataModule, ShardDataModule, int]:
+    """(what a stage on latents trains on, the images behind it, training samples); a cache is verified first."""
+    config, section = run.config, run.config[stage]
+    images = run.data(stage, ("image", *fields))
+    if not config.latents.cache:
+        return images, images, images.count(config.data.train_split)
+    data = LatentDataModule(
+        run.folder / "latents",
+        images.batching,
+        section.max_steps,
+        fields,
+        config.seed,
+        train_split=config.data.train_split,
+        val_split=config.data.val_split,
+        val_images=section.val_images,
+        images=images,
+    )
+    verify_cache(images, config.data.train_split, data.train, encoder(run))
+    return data, images, len(data.train)
+
+
+def give_statistics(folder: Path, first_stage: FirstStage, per_channel: bool) -> dict[str, Any]:
+    """Gives a first stage the scale and shift that a latents stage in `folder` has measured; returns the statistics.
+
+    Raises ValueError where the file is not the recorded one.
+    """
+    statistics, note = read_statistics(folder), read_note(folder)
+    recorded = note["result"].get("statistics_sha256") if note else None  # older runs have none
+    if recorded is not None and file_sha256(folder / STATISTICS) != recorded:
+        raise ValueError(
+            f"{folder / STATISTICS} is damaged: its checksum is not the recorded one; make it anew with restart=latents"
+        )
+    if per_channel:
+        first_stage.set_statistics(1 / torch.tensor(statistics["std"]), torch.tensor(statistics["mean"]))
+    else:
+        first_stage.set_statistics(statistics["scale_factor"])
+    return statistics
+
+
+def check_crop(run: Run) -> None:
+    """Raises ValueError where one cached encoding cannot stand for all that training shows of a picture."""
+    config = run.config
+    if config.latents.cache and config.data.crop != "center":
+        raise ValueError(
+            f"data.crop={config.data.crop} is random, one cached encoding cannot stand for it; set latents.cache=false or "
+            "data.crop=center (autoencoder.data.crop is free)"
+        )
+
+
+class LatentsStage(Stage):
+    """Encodes what diffusion will train on; without a cache it measures the statistics alone."""
+
+    name, needs, identity = "latents", ("autoencoder",), "content"
+
+    def key(self, run: Run) -> dict[str, Any]:
+        return {
+            "autoencoder_weights": run.result("autoencoder"),
+            "data": data_key(run.config, "diffusion"),
+            "latents": plain(run.config.latents),
+        }
+
+    def check(self, run: Run) -> None:
+        check_crop(run)
+        autoencoder.on_meta(run)
+
+    def run(self, run: Run, folder: Path) -> dict[str, Any]:
+        config = run.config
+        data, encode = run.data("diffusion", ("image", *run.fields)), encoder(run)
+        splits = (config.data.train_split, config.data.val_split) if config.latents.cache else ()
+        statistics = {} if splits else self._measured(run, data, encode, folder)
+        for split in splits:
+            flips = config.data.flip and split == config.data.train_split
+            write_cache(data, split, encode, folder, config.latents.per_shard, flips)
+        run.barrier()
+        if run.machine.rank == 0 and splits:
+            entries = {s: written_entries(folder, s) for s in splits}
+            write_cache_index(folder, entries, data.index.get("classes"), self._stochastic(run))
+            statistics = latent_statistics(CachedLatents(folder, splits[0], (), config.seed))
+        if run.machine.rank == 0:
+            write_json(folder / STATISTICS, statistics)
+        run.barrier()
+        if splits:
+            content = data_hash(read_index(folder), *splits)
+        else:
+            content = f"{run.result('autoencoder')}/{data.content_hash}"
+        statistics, digest = read_statistics(folder), file_sha256(folder / STATISTICS)
+        return {"content": content, "scale_factor": statistics["scale_factor"], "statistics_sha256": digest}
+
+    def _stochastic(self, run: Run) -> bool:
+        """Whether this run's autoencoder has a posterior with a width."""
+        path = autoencoder.model_folder(run) / CONFIG
+        with torch.device("meta"):
+            return build(read_config(path), path, run.trust).moments_per_latent == 2
+
+    def _measured(self, run: Run, data: ShardDataModule, encode: Any, folder: Path) -> dict[str, Any]:
+        """Statistics without a cache, through a small one that is thrown away."""
+        if run.machine.rank > 0:
+            return {}
+        scratch = folder / "scratch"
+        limited = run.data("diffusion", ("image",))
+        limited.transform = limited.transform.deterministic()
+        limited.shards(limited.train_split).keep(MEASURED)
+        limited.batching = Batching(run.config.diffusion.batch_size)
+        entries = write_cache(limited, limited.train_split, encode, scratch)
+        write_cache_index(scratch, {"train": entries}, None, self._stochastic(run))
+        statistics = latent_statistics(CachedLatents(scratch, "train", (), run.config.seed))
+        shutil.rmtree(scratch)
+        return statistics

@@ -1,0 +1,64 @@
+"""Where a command runs: this process's place among the devices."""
+
+import os
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import astuple
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from omegaconf import DictConfig
+
+from ldm_train.pipeline.ranks import launch
+from ldm_train.training.fit import Machine, Onlooker
+
+
+def machine_of(config: DictConfig, environment: Mapping[str, str]) -> Machine:
+    """This process's place, from the config and torchrun's environment variables.
+
+    Raises ValueError where a GPU is asked for and none is there.
+    """
+    world_size, rank, local_rank, local_world_size = (
+        int(environment.get(name, default))
+        for name, default in (("WORLD_SIZE", 1), ("RANK", 0), ("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1))
+    )
+    accelerator = config.accelerator
+    if accelerator == "auto":
+        accelerator = "gpu" if torch.cuda.is_available() else "cpu"
+    if accelerator not in ("cpu", "gpu"):
+        raise ValueError(f"accelerator is auto, cpu or gpu, not {accelerator!r}")
+    if accelerator == "gpu" and torch.cuda.device_count() < min(world_size, local_rank + 1):
+        raise ValueError(f"accelerator=gpu, but {torch.cuda.device_count()} GPUs are visible; use accelerator=cpu")
+    precision = str(config.precision)
+    if precision == "auto":
+        precision = "32" if accelerator == "cpu" else "bf16-mixed"
+    return Machine(accelerator, precision, world_size, rank, local_rank, local_world_size)
+
+
+def join_devices(config: DictConfig, module: str, check: Callable[[Machine], None]) -> Machine:
+    """This process's place among `config.devices`. Outside torchrun and with more than one it has none: it runs this same
+    command once per device, and exits with what came of it. module: the command's, for that. check: raises what can be
+    known to be wrong, and makes what all need, before any process is started.
+
+    Raises ValueError for more devices than there are.
+    """
+    if config.devices > 1 and "WORLD_SIZE" not in os.environ:
+        everywhere = {"WORLD_SIZE": str(config.devices), "LOCAL_WORLD_SIZE": str(config.devices)}
+        machine = machine_of(config, everywhere)
+        gpus = machine.accelerator == "gpu"
+        there = torch.cuda.device_count() if gpus else os.cpu_count() or 1
+        if config.devices > there:
+            kind = "GPUs are visible" if gpus else "CPU cores are there"
+            raise ValueError(f"devices={config.devices}, but {there} {kind}; use devices={there}")
+        check(Onlooker(*astuple(machine)))
+        sys.exit(launch(config.devices, module))
+    machine = machine_of(config, os.environ)
+    if machine.world_size > 1:
+        if machine.accelerator == "gpu":
+            torch.cuda.set_device(machine.device)
+        if not dist.is_initialized():
+            # Ranks wait for each other through whole evaluations, far beyond the default ten minutes.
+            backend = "gloo" if machine.accelerator == "cpu" else "nccl"
+            dist.init_process_group(backend, timeout=timedelta(days=1))
+    return machine

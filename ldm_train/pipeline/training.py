@@ -1,0 +1,120 @@
+"""What all stages that train share: their keys, their checks, the optimiser, the loop, the model folder they leave."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from hydra.utils import instantiate
+from lightning import Callback, LightningDataModule
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from ldm_train.checkpoints.native import read_metadata, save_model
+from ldm_train.configuration import plain
+from ldm_train.pipeline.data import batching_of
+from ldm_train.pipeline.run import Run
+from ldm_train.training.fit import Cadence, fit
+from ldm_train.training.task import Task
+
+# Options that change how a stage runs but not what it computes; they may differ when it resumes.
+NOT_IN_KEY = (
+    "data",  # enters by content
+    "max_steps",
+    "micro_batch_size",
+    "val_every",
+    "val_images",
+    "checkpoint_every",
+    "log_every",
+    "compile",
+    "samples",
+    "evaluate_every",
+    "evaluate_images",
+    "best_by",
+)
+
+
+def section_key(run: Run, stage: str) -> dict[str, Any]:
+    """A stage's section of the config without what changes nothing."""
+    return {k: v for k, v in plain(run.config[stage]).items() if k not in NOT_IN_KEY}
+
+
+def check_optimisation(run: Run, stage: str) -> None:
+    """Raises ValueError where the optimiser or the schedule of the learning rate cannot be made."""
+    section = run.config[stage]
+    try:
+        instantiate(section.optimizer, lr=section.lr, _convert_="all")([nn.Parameter(torch.zeros(1))])
+    except Exception as error:  # optimisers raise whatever they like
+        raise ValueError(f"{stage}.optimizer: {error.__cause__ or error}") from error
+    try:
+        instantiate(section.lr_schedule, max_steps=section.max_steps)(0)
+    except Exception as error:
+        raise ValueError(f"{stage}.lr_schedule is no schedule of learning rates: {error.__cause__ or error}") from error
+
+
+def optimisation(run: Run, stage: str) -> dict[str, Any]:
+    """The arguments that every `Task` takes."""
+    section = run.config[stage]
+    return {
+        "seed": run.config.seed,
+        "optimizer": instantiate(section.optimizer, lr=section.lr, _convert_="all"),
+        "lr_factor": instantiate(section.lr_schedule, max_steps=section.max_steps),
+        "ema_decay": section.ema_decay,
+        "clip_norm": section.clip_norm,
+        "accumulate": batching_of(section, run.machine).accumulate,
+    }
+
+
+def train(
+    run: Run,
+    stage: str,
+    task: Task,
+    data: LightningDataModule,
+    folder: Path,
+    images: int,
+    callbacks: Sequence[Callback] = (),
+    health: Mapping[str, Any] | None = None,
+) -> None:
+    """Trains a task as its section of the config says. images: training images. health: what its checks must know."""
+    config, section = run.config, run.config[stage]
+    cadence = Cadence(
+        section.val_every,
+        section.checkpoint_every,
+        section.log_every,
+        config.progress and run.machine.rank == 0,
+        config.trace,
+    )
+    fit(
+        task,
+        data,
+        folder,
+        max_steps=section.max_steps,
+        batch_size=section.batch_size,
+        dataset_size=images,
+        cadence=cadence,
+        machine=run.machine,
+        loggers=run.loggers(stage),
+        max_bad_fraction=config.data.max_bad_fraction,
+        callbacks=callbacks,
+        effort=run.effort.get(stage, (None, None)),
+        facts=health,
+    )
+
+
+def save(run: Run, folder: Path, module: nn.Module, tree: dict[str, Any], metadata: dict[str, Any]) -> str:
+    """Writes a model folder, on rank 0; returns the weights' sha256."""
+    if run.machine.rank == 0:
+        save_model(folder, module, tree, metadata)
+    run.barrier()
+    return read_metadata(folder)["sha256"]
+
+
+def forward_flops(option: str, module: nn.Module, *inputs: Any, **named: Any) -> int:
+    """Of one forward pass. Raises ValueError, naming the option, for a network that does not run."""
+    try:
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            module(*inputs, **named)
+    except (RuntimeError, TypeError, IndexError, ZeroDivisionError) as error:
+        shapes = ", ".join("x".join(map(str, i.shape)) for i in inputs)
+        raise ValueError(f"{option} does not run on an input of {shapes}: {str(error).splitlines()[0]}") from error
+    return counter.get_total_flops()
