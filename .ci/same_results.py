@@ -145,12 +145,10 @@ def record(checkout: Path) -> dict[str, dict]:
             print(name, len(results[name]), "files", flush=True)
         for name, options in SAMPLINGS.items():
             folder = f"runs/{options[0].removeprefix('run=')}/samples/{name}"
-            call("-m", "ldm_train.generation.sample", *options, f"out={folder}", "accelerator=cpu")
+            call("-m", "ldm_train.cli.sample", *options, f"out={folder}", "accelerator=cpu")
             results[f"sample {name}"] = outcome(work / folder)
             print("sample", name, len(results[f"sample {name}"]), "files", flush=True)
-        replayed = call(
-            "-m", "ldm_train.generation.sample", "recipe=runs/quickstart/samples/first/recipe.json", "out=again"
-        )
+        replayed = call("-m", "ldm_train.cli.sample", "recipe=runs/quickstart/samples/first/recipe.json", "out=again")
         results["replay"] = {"said": re.findall(r"\d+ of \d+", replayed)}
     return results
 

@@ -56,3 +56,22 @@ def literal(tree: dict[str, Any]) -> DictConfig:
 def plain(section: DictConfig) -> dict[str, Any]:
     """A section as plain values, its interpolations resolved."""
     return OmegaConf.to_container(section, resolve=True)
+
+
+def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """{"a": {"b": 1}} -> {"a.b": 1}; lists are values."""
+    if isinstance(tree, dict):
+        return {k: v for name, value in tree.items() for k, v in flatten(value, f"{prefix}{name}.").items()}
+    return {prefix[:-1]: tree}
+
+
+def differences(old: dict[str, Any], new: dict[str, Any], defaults: dict[str, Any]) -> list[str]:
+    """Lines "option: old -> new". An option absent on one side counts as its default, so new options do not orphan
+    old runs."""
+    before, after, default = flatten(old), flatten(new), flatten(defaults)
+    lines = []
+    for key in sorted(before.keys() | after.keys()):
+        was, now = before.get(key, default.get(key)), after.get(key, default.get(key))
+        if was != now:
+            lines.append(f"{key}: {was} -> {now}")
+    return lines

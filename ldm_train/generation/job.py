@@ -16,11 +16,10 @@ from omegaconf import DictConfig, OmegaConf
 from PIL import Image
 
 from ldm_train import images as pictures
-from ldm_train.configuration import config_folder, literal
+from ldm_train.configuration import config_folder, differences, literal
 from ldm_train.errors import Refused
 from ldm_train.generation.files import as_list
 from ldm_train.generation.requests import Request
-from ldm_train.pipeline.resume import differences
 from ldm_train.rng import derive_seed
 from ldm_train.storage import file_sha256, plain_values, read_record, write_atomically, write_json
 

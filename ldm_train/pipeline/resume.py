@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ldm_train import interrupts, names
+from ldm_train.configuration import differences
 from ldm_train.errors import Busy, Refused
 from ldm_train.storage import read_record, write_json
 
@@ -73,25 +74,6 @@ class Order:
                 f"{run_folder / stage / NOTE} is damaged: it lacks {name}; restart={stage} makes the stage anew"
             )
         return note["result"][name]
-
-
-def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
-    """{"a": {"b": 1}} -> {"a.b": 1}; lists are values."""
-    if isinstance(tree, dict):
-        return {k: v for name, value in tree.items() for k, v in flatten(value, f"{prefix}{name}.").items()}
-    return {prefix[:-1]: tree}
-
-
-def differences(old: dict[str, Any], new: dict[str, Any], defaults: dict[str, Any]) -> list[str]:
-    """Lines "option: old -> new". An option absent on one side counts as its default, so new options do not orphan
-    old runs."""
-    before, after, default = flatten(old), flatten(new), flatten(defaults)
-    lines = []
-    for key in sorted(before.keys() | after.keys()):
-        was, now = before.get(key, default.get(key)), after.get(key, default.get(key))
-        if was != now:
-            lines.append(f"{key}: {was} -> {now}")
-    return lines
 
 
 NOTED = {"key": dict, "finished": bool, "steps": int, "result": dict}

@@ -14,7 +14,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from ldm_train import interrupts
-from ldm_train.pipeline.resume import flatten
+from ldm_train.configuration import flatten
 from ldm_train.pipeline.sweep import read_rows
 from ldm_train.storage import write_json
 

@@ -12,8 +12,8 @@ from typing import Any
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
-from ldm_train.configuration import run_config
-from ldm_train.pipeline.resume import flatten, read_note
+from ldm_train.configuration import flatten, run_config
+from ldm_train.pipeline.resume import read_note
 from ldm_train.storage import read_record, write_atomically
 from ldm_train.training.loggers import WandbRun, numbers
 

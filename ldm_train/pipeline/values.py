@@ -13,7 +13,10 @@ PARTS = (
     "data", "autoencoder", "autoencoder.network", "autoencoder.loss", "diffusion", "diffusion.network", "diffusion.objective",
     "diffusion.conditioning", "sampler",
 )  # fmt: skip
-SECTIONS = ("latents", "sampling", "evaluation")
+SECTIONS = (
+    "latents", "sampling", "evaluation", "evaluation.extractors", "autoencoder.data", "autoencoder.loss.discriminator",
+    *(f"{stage}.{name}" for stage in TRAINED for name in ("optimizer", "lr_schedule")),
+)  # fmt: skip
 # Whole numbers with the least that means something; None stands where the option may be left open.
 PER_STAGE = dict.fromkeys(
     ("max_steps", "batch_size", "micro_batch_size", "val_every", "val_images", "checkpoint_every", "log_every"), 1
@@ -58,14 +61,25 @@ def check_values(config: DictConfig) -> None:
     """Raises ValueError, naming the option, for a value of the wrong type or range. Turns 1e4 into 10000 where a count is
     meant, and a name of digits into text."""
     for part in (*PARTS, *SECTIONS):
+        owner, _, name = part.rpartition(".")
+        if part in SECTIONS and owner and name not in (OmegaConf.select(config, owner) or {}):
+            continue
         value = OmegaConf.select(config, part)
         if not isinstance(value, DictConfig):
             if part in SECTIONS:
                 raise ValueError(f"{part}={value}: it is a section, set the options in it: {part}.<option>=...")
             raise ValueError(f"{part}={value}: a part is chosen with a slash: {part.replace('.', '/')}={value}")
+    for name, tree in config.evaluation.extractors.items():
+        if not OmegaConf.is_dict(tree) or "_target_" not in tree:
+            raise ValueError(
+                f"evaluation.extractors.{name} has no _target_: the class or function that makes images features"
+            )
     for name in config.logger if OmegaConf.is_list(config.logger) else [config.logger]:
         if name not in ("wandb", "tensorboard", "csv"):
             raise ValueError(f"logger is wandb, tensorboard, csv or a list of them, not {name!r}")
+    for key in ("evaluation.obedience", "evaluation.restoration", "evaluation.perceptual", "evaluation.lpips"):
+        if (value := OmegaConf.select(config, key)) is not None and not OmegaConf.is_dict(value):
+            raise ValueError(f"{key}={value} is neither null nor a section with options")
     for key, kind in LISTS.items():
         value = OmegaConf.select(config, key)
         if value is None and key.endswith("weights"):
@@ -94,9 +108,6 @@ def check_values(config: DictConfig) -> None:
     for key in ("autoencoder.pretrained", "trace"):
         if (value := OmegaConf.select(config, key)) is not None and not isinstance(value, str):
             raise ValueError(f"{key}={value} is no name of a file or folder")
-    for key in ("evaluation.obedience", "evaluation.restoration", "evaluation.perceptual", "evaluation.lpips"):
-        if (value := OmegaConf.select(config, key)) is not None and not OmegaConf.is_dict(value):
-            raise ValueError(f"{key}={value} is neither null nor a section with options")
     if config.trace is not None and not Path(config.trace).absolute().parent.is_dir():
         raise ValueError(f"trace={config.trace}: there is no folder {Path(config.trace).absolute().parent}")
     for key in ("data.image_size", "autoencoder.data.image_size"):
@@ -116,7 +127,7 @@ def check_values(config: DictConfig) -> None:
 def _number(config: DictConfig, key: str, least: float, most: float, whole: bool) -> None:
     section, _, name = key.rpartition(".")
     owner = OmegaConf.select(config, section) if section else config
-    if owner is None or name not in owner:
+    if not isinstance(owner, DictConfig) or name not in owner:
         return
     value = owner[name]
     if value is None:

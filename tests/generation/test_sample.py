@@ -579,7 +579,7 @@ def test_a_sweep_puts_every_job_into_its_own_folder(model_folder: Callable, tmp_
     command = [
         sys.executable,
         "-m",
-        "ldm_train.generation.sample",
+        "ldm_train.cli.sample",
         "-m",
         f"run={model_folder('text')}",
         "prompts=a red circle",

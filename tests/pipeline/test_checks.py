@@ -70,6 +70,9 @@ REFUSED = {
     "autoencoder.network.z_channels=0": "autoencoder.network does not run on an input of 1x3x32x32",
     "autoencoder.network._target_=os.system": "autoencoder.network asks for os.system",
     "autoencoder.pretrained=nowhere": "autoencoder.pretrained=nowhere is no run with a finished autoencoder",
+    "autoencoder.data=null": "autoencoder.data=None: it is a section",
+    "autoencoder.lr_schedule=null": "autoencoder.lr_schedule=None: it is a section",
+    "autoencoder.loss.discriminator=false": "autoencoder.loss.discriminator=False: it is a section",
     # the latents
     "latents.per_shard=0": "latents.per_shard=0 is below 1",
     "latents.cache=maybe": "latents.cache='maybe' is neither true nor false",
@@ -90,9 +93,12 @@ REFUSED = {
     "diffusion.optimizer._target_=torch.optim.Nope": "diffusion.optimizer: Error loading 'torch.optim.Nope'",
     "diffusion.optimizer.betas=[2,3]": "diffusion.optimizer: Invalid beta parameter at index 0: 2",
     "diffusion.lr_schedule.schedule=odd": "lr_schedule.schedule is constant, cosine or linear",
+    "diffusion.lr_schedule=null": "diffusion.lr_schedule=None: it is a section",
+    "diffusion.lr_schedule._target_=builtins.len": "diffusion.lr_schedule is no schedule of learning rates",
+    "diffusion.optimizer=3": "diffusion.optimizer=3: it is a section",
     "diffusion.ema_decay=2": "diffusion.ema_decay=2 is above 1",
     "diffusion.objective.weighting=odd": "weighting 'odd' is none of",
-    "diffusion.schedule.zero_terminal_snr=true": "prediction_type=epsilon cannot learn a schedule with zero_terminal_snr",
+    "diffusion.schedule.zero_terminal_snr=true": "Epsilon cannot learn a schedule that ends without signal",
     f"{TEXT} diffusion.conditioning.conditioners.text.tokenizer=no.json": "tokenizer no.json is no file",
     "diffusion.conditioning.conditioners.class_label.classes=2": "knows 2 classes",
     "diffusion/conditioning=superres": "not every sample has a lowres",
@@ -106,6 +112,8 @@ REFUSED = {
     "evaluation.reference=missing.npz": "evaluation.reference=missing.npz: there is no such file",
     "evaluation.reference=none": "evaluation.reference=none is no .npz file and no split",
     "evaluation.obedience=abc": "evaluation.obedience=abc is neither null nor a section",
+    "evaluation.restoration=true": "evaluation.restoration=True is neither null nor a section",
+    "evaluation.extractors.tiny=null": "evaluation.extractors.tiny has no _target_",
     "evaluation.metrics=[odd]": "'odd' is none; choose from",
     "evaluation.paired=[odd]": "paired metrics: odd is none",
     "diffusion.best_by=odd": "diffusion.best_by=odd is not measured",
@@ -115,6 +123,8 @@ REFUSED = {
     "trace=/nowhere/at/all": "trace=/nowhere/at/all: there is no folder /nowhere/at",
     "stages=[evaluation]": "has no finished stage 'diffusion' yet",
     "restart=odd": "unknown stages ['odd']",
+    "stages=[autoencoder] restart=export": "restart=export would be made anew by nothing",
+    "+stage.mine._target_=ldm_train.pipeline.export.ExportStage": "is no stage of that name",
 }  # fmt: skip
 
 

@@ -9,18 +9,10 @@ from typing import Any
 
 import pytest
 
+from ldm_train.configuration import differences
 from ldm_train.errors import Refused
 from ldm_train.pipeline import resume as stages
-from ldm_train.pipeline.resume import (
-    Order,
-    Step,
-    advance,
-    decide,
-    differences,
-    read_note,
-    run_lock,
-    set_aside,
-)
+from ldm_train.pipeline.resume import Order, Step, advance, check_chain, decide, read_note, run_lock, set_aside
 
 KEY = {"autoencoder": {"lr": 1e-3, "loss": {"disc_start": 8, "betas": [0.5, 0.9]}}, "seed": 0}
 
@@ -151,6 +143,33 @@ def test_a_restart_sets_the_stage_and_later_ones_aside(tmp_path: Path):
     assert [p.name.split("-")[0] for p in kept] == ["diffusion", "latents"]
     assert [(p / "made").read_text() for p in kept] == ["diffusion", "latents"]
     assert decide(stage(Work(), name="latents", seed=1), tmp_path, {}) == "run"
+
+
+def test_a_restart_that_would_leave_nothing_to_go_on_from_is_refused_before_anything_moves(tmp_path: Path):
+    for name in ("autoencoder", "latents", "diffusion", "export"):
+        advance(stage(Work(), name=name), tmp_path, {}, True)
+    before = sorted(p.name for p in tmp_path.iterdir())
+    only = [stage(Work(), name="diffusion")]
+    with pytest.raises(Refused, match=r"not among stages=\[diffusion\]"):
+        check_chain(ORDER, only, tmp_path, {}, restart="latents")
+    both = [stage(Work(), name="autoencoder"), stage(Work(), name="diffusion")]
+    with pytest.raises(Refused, match="sets latents aside, which diffusion needs"):
+        check_chain(ORDER, both, tmp_path, {}, restart="autoencoder")
+    assert sorted(p.name for p in tmp_path.iterdir()) == before
+    check_chain(ORDER, [stage(Work(), name=n) for n in ("latents", "diffusion")], tmp_path, {}, restart="latents")
+
+
+def test_a_restart_leaves_alone_what_does_not_follow_from_it():
+    assert ORDER.later_than("evaluation") == []
+    assert ORDER.leading_to("export") == ["autoencoder", "latents", "diffusion", "export"]
+
+
+def test_a_damaged_sibling_of_a_sweep_is_passed_over(tmp_path: Path):
+    advance(stage(Work()), tmp_path / "b", {}, True, share=True)
+    (tmp_path / "a" / "autoencoder").mkdir(parents=True)
+    (tmp_path / "a" / "autoencoder" / "stage.json").write_text("{")
+    (tmp_path / "c").mkdir()
+    assert advance(stage(Work()), tmp_path / "c", {}, True, share=True) == "share"
 
 
 def test_two_restarts_in_one_second_keep_both(tmp_path: Path):
