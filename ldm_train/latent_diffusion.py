@@ -1,7 +1,7 @@
 """LatentDiffusion: denoising network, frozen first stage, conditioners and noise process as one object."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -18,6 +18,66 @@ from ldm_train.models.first_stage import FirstStage
 from ldm_train.models.tiling import Tiles, Windows
 from ldm_train.rng import NoiseSource
 from ldm_train.samplers.ddim import ddim_inversion
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How pictures are drawn. What is None is as the model's own run chose it.
+
+    sampler: a function of `samplers/`, its options bound (functools.partial). guidance_scale: 1 is off.
+    overlap: windows of the trained size, sharing so many cells, over larger latents (see `Panorama`)
+    tiles: of the decoder, for pictures too large for memory
+    """
+
+    sampler: Callable[..., torch.Tensor] | None = None
+    num_inference_steps: int | None = None
+    guidance_scale: float | None = None
+    spacing: str | None = None
+    overlap: int | None = None
+    tiles: Tiles | None = None
+
+    def over(self, usual: "Sampling") -> "Sampling":
+        """These choices, the usual ones where nothing is chosen."""
+        chosen = {f.name: getattr(self, f.name) for f in fields(self)}
+        return replace(usual, **{name: value for name, value in chosen.items() if value is not None})
+
+    def require(self, *names: str) -> None:
+        """Raises ValueError for an option that neither the model's run nor the call has chosen."""
+        if missing := [n for n in names if getattr(self, n) is None]:
+            raise ValueError(f"this model brings no sampling options of its own; say {' and '.join(missing)}")
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where sampling begins; without anything, at the noise of the seeds.
+
+    noise: (B, C, h, w) in the place of that of the seeds: for walks between seeds, and inverted pictures
+    latents: (B, C, h, w) of pictures to begin from (img2img). strength: how much of the way is done again: 1 begins with
+        noise alone, 0 returns the pictures decoded
+    known, mask: latents (B, C, h, w), and (B, 1, h, w) with 1 in the hole: inpainting by any model, see `keep_known`
+    """
+
+    noise: torch.Tensor | None = None
+    latents: torch.Tensor | None = None
+    strength: float = 1.0
+    known: torch.Tensor | None = None
+    mask: torch.Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Guidance:
+    """What guides the way, beside the condition itself.
+
+    negative: fields that guidance leads away from, in the place of the null condition
+    weaker_model: one that it leads away from, under the same condition (autoguidance, Karras et al. 2024)
+    rule: `classifier_free`, its options bound
+    outer: more guidance, each a function from denoiser to denoiser, the first one innermost
+    """
+
+    negative: Mapping[str, Any] | None = None
+    weaker_model: "LatentDiffusion | None" = None
+    rule: Callable[..., Denoise] = classifier_free
+    outer: Sequence[Callable[[Denoise], Denoise]] = ()
 
 
 @dataclass(frozen=True)
@@ -65,7 +125,8 @@ class LatentDiffusion(nn.Module):
         self.conditioners = nn.ModuleDict(conditioners or {})
         self.parameterisation, self.latent_size = parameterisation or Epsilon(), tuple(latent_size)
         check_compatible(self.parameterisation, schedule)
-        self.sampling: dict[str, Any] = {}  # what `sample` does by default; loaded models bring their run's choice
+        # What `sample` does by default; loaded models bring their run's choice.
+        self.sampling = Sampling(guidance_scale=1.0, spacing="trailing")
         if network.in_channels != first_stage.latent_channels:
             raise ValueError(
                 f"diffusion.network.in_channels is {network.in_channels}, the first stage's latents have "
@@ -191,118 +252,96 @@ class LatentDiffusion(nn.Module):
         posterior = self.first_stage.posterior(self.first_stage.encode_moments(images.to(self.device), tiles))
         return self.first_stage.scaled(posterior.mean)
 
-    def options(self, needed: Sequence[str] = ("sampler", "num_inference_steps"), **chosen: Any) -> dict[str, Any]:
-        """What `sample` does by default, with what is not None instead. Raises ValueError where something is missing."""
-        options = self.sampling | {name: value for name, value in chosen.items() if value is not None}
-        if missing := [n for n in needed if n not in options]:
-            raise ValueError(f"this model brings no sampling options of its own; say {' and '.join(missing)}")
-        return {"guidance_scale": 1.0, "spacing": "trailing"} | options
-
     @torch.no_grad()
     def sample(
         self,
         batch: Mapping[str, Any],
         seeds: Sequence[int],
-        sampler: Callable[..., torch.Tensor] | None = None,
-        num_inference_steps: int | None = None,
-        guidance_scale: float | None = None,
-        spacing: str | None = None,
-        latent_size: Sequence[int] | None = None,
-        callback: Callable[[int, torch.Tensor], None] | None = None,
+        sampling: Sampling | None = None,
+        start: Start | None = None,
+        guidance: Guidance | None = None,
         *,
         condition: dict[str, torch.Tensor] | None = None,
-        initial_noise: torch.Tensor | None = None,
-        negative: Mapping[str, Any] | None = None,
-        guidance: Callable[..., Denoise] = classifier_free,
-        weak: "LatentDiffusion | None" = None,
-        around: Sequence[Callable[[Denoise], Denoise]] = (),
-        start: torch.Tensor | None = None,
-        strength: float = 1.0,
-        known: tuple[torch.Tensor, torch.Tensor] | None = None,
-        overlap: int | None = None,
-        tiles: Tiles | None = None,
+        latent_size: Sequence[int] | None = None,
+        callback: Callable[[int, torch.Tensor], None] | None = None,
     ) -> torch.Tensor:
         """Images (B, C, H, W) in [-1, 1], one per seed, under the fields in `batch` (each with B entries).
 
-        sampler: a function of `samplers/`, its options bound (functools.partial). It, the steps, the guidance scale and
-            the spacing default to what the model's run chose (`sampling`).
+        sampling: how. start: from where. guidance: guided by what.
+        condition: what `condition` makes of a batch, in the place of one: for mixtures of conditions
         latent_size: (h, w) of the latents, default those it was trained at
         callback: (step, pred_x0 (B, C, h, w)) after each step
-        condition: what `condition` makes of a batch, in the place of one: for mixtures of conditions
-        initial_noise: (B, C, h, w) in the place of that of the seeds: for walks between seeds, and inverted pictures
-        negative: fields that guidance leads away from, in the place of the null condition. weak: a weaker model that it
-            leads away from, under the same condition (autoguidance). guidance: `classifier_free`, options bound.
-        around: more guidance, each a function from denoiser to denoiser, the first one innermost
-        start: latents (B, C, h, w) to begin from (img2img). strength: how much of the way is done again: 1 begins with
-            noise alone, 0 returns `start` decoded
-        known: (latents (B, C, h, w), mask (B, 1, h, w), 1 in the hole): inpainting by any model, see `keep_known`
-        overlap: windows of the trained size, sharing so many cells, over larger latents. tiles: of the decoder
         Raises ValueError where these do not fit each other.
         """
-        options = self.options(
-            sampler=sampler, num_inference_steps=num_inference_steps, guidance_scale=guidance_scale, spacing=spacing
-        )
-        if not 0 <= strength <= 1:
-            raise ValueError(f"strength is a share between 0 and 1, not {strength}")
-        for known_size in (start, initial_noise):
-            latent_size = latent_size if known_size is None else tuple(known_size.shape[2:])
-        noise, count = NoiseSource(seeds), len(seeds)
-        fields = {"batch": batch, "negative": negative or {}, "condition": condition or {}}
-        fields |= {k: {k: v} for k, v in (("start", start), ("initial_noise", initial_noise)) if v is not None}
-        for name, values in fields.items():
-            if any(len(v) != count for v in values.values()):
-                raise ValueError(f"{count} seeds but {name} of lengths {[len(v) for v in values.values()]}")
+        how, start, guidance = (sampling or Sampling()).over(self.sampling), start or Start(), guidance or Guidance()
+        how.require("sampler", "num_inference_steps")
+        if not 0 <= start.strength <= 1:
+            raise ValueError(f"strength is a share between 0 and 1, not {start.strength}")
+        for given in (start.latents, start.noise):
+            latent_size = latent_size if given is None else tuple(given.shape[2:])
+        _check_lengths(len(seeds), batch, condition, start, guidance)
+        noise = NoiseSource(seeds)
+        denoise = self._guided(batch, len(seeds), how, guidance, condition, latent_size)
+        if start.known is not None:
+            denoise = keep_known(denoise, start.known, start.mask)
+        shape = (self.first_stage.latent_channels, *(latent_size or self.latent_size))
+        x_t = noise.normal(shape, "start", self.device) if start.noise is None else start.noise.to(self.device)
+        timesteps = self.schedule.timesteps(how.num_inference_steps, how.spacing)
+        if start.latents is not None and start.strength < 1:
+            timesteps = timesteps[len(timesteps) - 1 - round((len(timesteps) - 1) * start.strength) :]
+            alpha, sigma = self.schedule.numbers(float(timesteps[0]))
+            x_t = alpha * start.latents.to(x_t) + sigma * x_t
+        if len(timesteps) > 1:
+            x_t = how.sampler(denoise, x_t, timesteps, self.schedule, noise, callback=callback)
+        else:
+            x_t = start.latents.to(self.device)
+        return self.decode(x_t, how.tiles)
+
+    def _guided(
+        self,
+        batch: Mapping[str, Any],
+        count: int,
+        how: Sampling,
+        guidance: Guidance,
+        condition: dict[str, torch.Tensor] | None,
+        latent_size: Sequence[int] | None,
+    ) -> Denoise:
+        """The denoiser of `count` samples with its guidance around it."""
+        weaker = guidance.weaker_model
+        if condition is not None and weaker is not None:
+            raise ValueError("a weaker model guides under the same fields; give them as batch, not as condition")
         given = condition
-        if condition is None:
-            condition = self._sampled(batch, count, latent_size)
-        elif weak is not None:
-            raise ValueError(
-                "weak leads away from another model under the same fields; give them as batch, not as condition"
-            )
-        denoise = self.denoiser(condition, overlap)
-        if (scale := float(options["guidance_scale"])) != 1 and (weak is not None or self.conditioners):
-            if weak is not None:
-                other = weak.denoiser(weak._sampled(batch, count, latent_size), overlap)
+        condition = self._sampled(batch, count, latent_size) if given is None else given
+        denoise = self.denoiser(condition, how.overlap)
+        if (scale := float(how.guidance_scale)) != 1 and (weaker is not None or self.conditioners):
+            if weaker is not None:
+                other = weaker.denoiser(weaker._sampled(batch, count, latent_size), how.overlap)
             else:
-                away = self._sampled(negative or {}, count, latent_size, batch)
+                away = self._sampled(guidance.negative or {}, count, latent_size, batch)
                 spatial = [c for c in self.conditioners.values() if "concat" in c.widths]
                 if given is not None and spatial and not any(c.dropout for c in spatial):
                     away["concat"] = given["concat"]  # as `_sampled` keeps those of a batch
-                other = self.denoiser(away, overlap)
-            denoise = guidance(denoise, other, scale)
-        for wrap in around:
+                other = self.denoiser(away, how.overlap)
+            denoise = guidance.rule(denoise, other, scale)
+        for wrap in guidance.outer:
             denoise = wrap(denoise)
-        if known is not None:
-            denoise = keep_known(denoise, *known)
-        shape = (self.first_stage.latent_channels, *(latent_size or self.latent_size))
-        x_t = noise.normal(shape, "start", self.device) if initial_noise is None else initial_noise.to(self.device)
-        timesteps = self.schedule.timesteps(options["num_inference_steps"], options["spacing"])
-        if start is not None and strength < 1:
-            timesteps = timesteps[len(timesteps) - 1 - round((len(timesteps) - 1) * strength) :]
-            alpha, sigma = self.schedule.numbers(float(timesteps[0]))
-            x_t = alpha * start.to(x_t) + sigma * x_t
-        if len(timesteps) > 1:
-            x_t = options["sampler"](denoise, x_t, timesteps, self.schedule, noise, callback=callback)
-        else:
-            x_t = start.to(self.device)
-        return self.decode(x_t, tiles)
+        return denoise
 
     @torch.no_grad()
     def invert(
         self,
         latents: torch.Tensor,
         batch: Mapping[str, Any],
-        num_inference_steps: int | None = None,
-        spacing: str | None = None,
+        sampling: Sampling | None = None,
         iterations: int = 5,
         callback: Callable[[int, torch.Tensor], None] | None = None,
-        overlap: int | None = None,
     ) -> torch.Tensor:
         """The noise (B, C, h, w) from which DDIM with eta 0 and without guidance draws `latents` under `batch`: the
-        `initial_noise` for changing a picture, see `ddim_inversion`."""
-        options = self.options(("num_inference_steps",), num_inference_steps=num_inference_steps, spacing=spacing)
-        timesteps = self.schedule.timesteps(options["num_inference_steps"], options["spacing"])
-        denoise = self.denoiser(self._sampled(batch, len(latents), latents.shape[2:]), overlap)
+        `Start.noise` for changing a picture, see `ddim_inversion`."""
+        how = (sampling or Sampling()).over(self.sampling)
+        how.require("num_inference_steps")
+        timesteps = self.schedule.timesteps(how.num_inference_steps, how.spacing)
+        denoise = self.denoiser(self._sampled(batch, len(latents), latents.shape[2:]), how.overlap)
         latents = latents.to(self.device)
         return ddim_inversion(denoise, latents, timesteps, self.schedule, iterations=iterations, callback=callback)
 
@@ -318,3 +357,18 @@ class LatentDiffusion(nn.Module):
         kept = {c.field for c in self.conditioners.values() if "concat" in c.widths and not c.dropout}
         fields = {**{k: v for k, v in (spatial or {}).items() if k in kept}, **batch}
         return self.condition(fields, None, latent_size) if fields else self.null_condition(count, latent_size)
+
+
+def _check_lengths(
+    count: int,
+    batch: Mapping[str, Any],
+    condition: Mapping[str, torch.Tensor] | None,
+    start: Start,
+    guidance: Guidance,
+) -> None:
+    """Raises ValueError where something has not one entry per seed."""
+    given = {"batch": batch, "negative": guidance.negative or {}, "condition": condition or {}}
+    given |= {k: {k: v} for k, v in (("start", start.latents), ("noise", start.noise)) if v is not None}
+    for name, values in given.items():
+        if any(len(v) != count for v in values.values()):
+            raise ValueError(f"{count} seeds but {name} of lengths {[len(v) for v in values.values()]}")

@@ -7,7 +7,7 @@ from ldm_train.conditioning.class_label import ClassLabel
 from ldm_train.conditioning.spatial import LowResolution
 from ldm_train.conditioning.text import TrainedText, train_tokenizer
 from ldm_train.diffusion.schedule import NoiseSchedule
-from ldm_train.latent_diffusion import LatentDiffusion, Panorama
+from ldm_train.latent_diffusion import LatentDiffusion, Panorama, Sampling, Start
 from ldm_train.models.autoencoder import AutoencoderKL
 from ldm_train.models.first_stage import FirstStage
 from ldm_train.models.unet import UNet
@@ -88,21 +88,21 @@ def test_trainable_is_the_unet_and_its_conditioners_alone() -> None:
 
 def test_seeds_and_conditions_must_be_as_many() -> None:
     with pytest.raises(ValueError, match=r"2 seeds but batch of lengths \[3\]"):
-        class_and_text().sample({"caption": ["a", "b", "c"]}, [0, 1], ddim, 2)
+        class_and_text().sample({"caption": ["a", "b", "c"]}, [0, 1], Sampling(ddim, 2))
 
 
 def test_guidance_pulls_away_from_the_null_condition() -> None:
     model = class_and_text()
     for p in model.network.parameters():
         torch.nn.init.normal_(p, std=0.1)
-    plain, guided, off = (model.sample({"caption": ["a cat"]}, [3], ddim, 3, guidance_scale=s) for s in (1.0, 4.0, 0.0))
-    null = model.sample({}, [3], ddim, 3)
+    plain, guided, off = (model.sample({"caption": ["a cat"]}, [3], Sampling(ddim, 3, s)) for s in (1.0, 4.0, 0.0))
+    null = model.sample({}, [3], Sampling(ddim, 3))
     torch.testing.assert_close(off, null, rtol=1e-4, atol=1e-4)
     assert not torch.allclose(guided, plain, atol=1e-4)
 
 
 def test_images_may_be_drawn_at_another_size() -> None:
-    assert build().sample({}, [0], ddim, 2, latent_size=(6, 10)).shape == (1, 3, 12, 20)
+    assert build().sample({}, [0], Sampling(ddim, 2), latent_size=(6, 10)).shape == (1, 3, 12, 20)
 
 
 def randomised(model: LatentDiffusion, std: float = 0.1) -> LatentDiffusion:
@@ -121,7 +121,7 @@ def calls(model: LatentDiffusion) -> list[int]:
 def test_a_guidance_scale_of_one_is_no_guidance_bit_for_bit_at_one_call_a_step() -> None:
     model = randomised(class_and_text())
     seen = calls(model)
-    off = model.sample({"caption": ["a cat"]}, [3], ddim, 4, guidance_scale=1.0)
+    off = model.sample({"caption": ["a cat"]}, [3], Sampling(ddim, 4, 1.0))
     assert seen == [1] * 4
     denoise = model.denoiser(model.condition({"caption": ["a cat"]}))
     times = model.schedule.timesteps(4)
@@ -129,16 +129,16 @@ def test_a_guidance_scale_of_one_is_no_guidance_bit_for_bit_at_one_call_a_step()
     x_t = noise.normal((2, 4, 4), "start")
     assert torch.equal(off, model.decode(ddim(denoise, x_t, times, model.schedule, noise)))
     seen.clear()
-    model.sample({"caption": ["a cat"]}, [3], ddim, 4, guidance_scale=2.0)
+    model.sample({"caption": ["a cat"]}, [3], Sampling(ddim, 4, 2.0))
     assert seen == [2] * 4
 
 
 def test_a_model_without_conditions_is_never_evaluated_twice() -> None:
     model = randomised(build())
     seen = calls(model)
-    guided = model.sample({}, [3], ddim, 3, guidance_scale=5.0)
+    guided = model.sample({}, [3], Sampling(ddim, 3, 5.0))
     assert seen == [1] * 3
-    assert torch.equal(guided, model.sample({}, [3], ddim, 3, guidance_scale=1.0))
+    assert torch.equal(guided, model.sample({}, [3], Sampling(ddim, 3, 1.0)))
 
 
 def test_a_mixture_is_its_parts_at_its_ends_and_keeps_every_token_that_counts() -> None:
@@ -154,18 +154,18 @@ def test_a_mixture_is_its_parts_at_its_ends_and_keeps_every_token_that_counts() 
     wanted = (model.condition(short)["context"] + model.condition(long)["context"]) / 2
     torch.testing.assert_close(halves["context"], wanted)
     assert halves["context_mask"].sum() == model.condition(long)["context_mask"].sum()
-    made = model.sample({}, [3], ddim, 3, condition=model.mixture([(one, short)]))
-    torch.testing.assert_close(made, model.sample(short, [3], ddim, 3))
+    made = model.sample({}, [3], Sampling(ddim, 3), condition=model.mixture([(one, short)]))
+    torch.testing.assert_close(made, model.sample(short, [3], Sampling(ddim, 3)))
 
 
 def test_what_is_inverted_is_drawn_again() -> None:
     model = randomised(class_and_text(), 0.02)
     batch, latents = {"caption": ["a cat", "a dog"]}, torch.randn(2, 2, 4, 4)
-    noise = model.invert(latents, batch, 20, iterations=20)
-    made = model.sample(batch, [0, 1], ddim, 20, initial_noise=noise)
+    noise = model.invert(latents, batch, Sampling(num_inference_steps=20), iterations=20)
+    made = model.sample(batch, [0, 1], Sampling(ddim, 20), Start(noise=noise))
     assert (made - model.decode(latents)).abs().max() < 0.02
     with pytest.raises(ValueError, match=r"1 seeds but batch of lengths \[2\]"):
-        model.sample(batch, [0], ddim, 2, initial_noise=noise)
+        model.sample(batch, [0], Sampling(ddim, 2), Start(noise=noise))
 
 
 @pytest.mark.parametrize("spatial", [False, True])
@@ -186,4 +186,4 @@ def test_a_panorama_of_one_window_is_the_model_itself_and_larger_ones_are_averag
     torch.testing.assert_close(windows[..., :2], model.predict(x_t[..., :4], t, small)[..., :2])
     assert wide.shares_model(model.denoiser(condition, overlap=2))
     assert not wide.shares_model(model.denoiser(condition))
-    assert model.sample({}, [3], ddim, 2, latent_size=(4, 10), overlap=2).shape == (1, 3, 8, 20)
+    assert model.sample({}, [3], Sampling(ddim, 2, overlap=2), latent_size=(4, 10)).shape == (1, 3, 8, 20)

@@ -15,7 +15,7 @@ from torch import nn
 from ldm_train import names
 from ldm_train.checkpoints.diffusers import diffusers_metadata, is_diffusers, load_diffusers
 from ldm_train.checkpoints.parts import build, build_sampler, no_larger_than
-from ldm_train.latent_diffusion import LatentDiffusion
+from ldm_train.latent_diffusion import LatentDiffusion, Sampling
 from ldm_train.storage import file_sha256, read_config, read_record, write_atomically, write_json
 
 CONFIG, WEIGHTS, METADATA = "config.yaml", "model.safetensors", "metadata.json"
@@ -109,9 +109,10 @@ def load_latent_diffusion(path: str | Path, trust: Sequence[str] = ()) -> Latent
     model = load_diffusers(folder) if is_diffusers(folder) else load_model(folder, trust)
     if not isinstance(model, LatentDiffusion):
         raise ValueError(f"{folder} holds a {type(model).__name__}, not a whole latent diffusion model")
-    model.sampling = recorded_sampling(folder)
-    if "sampler" in model.sampling:
-        model.sampling["sampler"] = build_sampler(model.sampling["sampler"], folder, trust)
+    recorded = recorded_sampling(folder)
+    if "sampler" in recorded:
+        recorded["sampler"] = build_sampler(recorded["sampler"], folder, trust)
+    model.sampling = Sampling(**recorded).over(model.sampling)
     return model
 
 

@@ -115,7 +115,7 @@ class Guides:
             return int(text)
         raise ValueError(f"unknown class {text!r}; the classifier knows {', '.join(names[:40])}")
 
-    def around(self, part: Sequence[Request]) -> list[Callable[[Denoise], Denoise]]:
+    def wrappers(self, part: Sequence[Request]) -> list[Callable[[Denoise], Denoise]]:
         """The wrappers for some requests, for `LatentDiffusion.sample`."""
         wraps: list[Callable[[Denoise], Denoise]] = []
         schedule = self.model.schedule

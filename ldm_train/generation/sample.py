@@ -2,8 +2,6 @@
 
 import os
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,16 +14,14 @@ from ldm_train import images as pictures
 from ldm_train.checkpoints.native import find_model, load_latent_diffusion, model_metadata, recorded_sampling
 from ldm_train.checkpoints.parts import build_sampler, targets
 from ldm_train.configuration import literal
-from ldm_train.data.masks import known_colour
-from ldm_train.data.samples import collate
 from ldm_train.diffusion.guidance import classifier_free
+from ldm_train.generation.drawing import Drawing
 from ldm_train.generation.film import Film
 from ldm_train.generation.guides import Guides, load_weak
 from ldm_train.generation.job import SHOWN, Job, folder_of, make_recipe, replayed
-from ldm_train.generation.requests import Request, check_types, chosen_task, latent_mask, picture_size, requests
-from ldm_train.latent_diffusion import LatentDiffusion
+from ldm_train.generation.requests import Request, check_types, chosen_task, requests
+from ldm_train.latent_diffusion import Guidance, LatentDiffusion, Sampling
 from ldm_train.models.tiling import Tiles
-from ldm_train.rng import NoiseSource, slerp
 from ldm_train.samplers.ddim import ddim
 from ldm_train.samplers.resampling import resampled
 
@@ -54,101 +50,6 @@ def model_folder(run: str | None, runs_dir: str, option: str = "run") -> Path:
     raise FileNotFoundError(
         f"{option}={run} has no trained model (export/ or diffusion/model/); finished runs in {runs_dir}: {', '.join(known) or 'none'}"
     )
-
-
-@dataclass
-class Drawing:
-    """How a job's pictures are drawn. options: of `LatentDiffusion.sample`."""
-
-    model: LatentDiffusion
-    task: str
-    config: DictConfig
-    options: dict[str, Any]
-    guides: Guides
-    tiles: Tiles | None
-    autocast: Callable[[], torch.autocast]
-
-    def __call__(
-        self, part: list[Request], callback: Callable[[int, torch.Tensor], None] | None = None
-    ) -> torch.Tensor:
-        """The pictures of some requests (B, C, H, W), on the CPU."""
-        with self.autocast():
-            return self._draw(part, callback).float().cpu()
-
-    def _draw(self, part: list[Request], callback: Callable[[int, torch.Tensor], None] | None) -> torch.Tensor:
-        model, config, f = self.model, self.config, self.model.first_stage.downsample_factor
-        images = None if part[0].image is None else torch.stack([r.image for r in part])
-        if self.task == "reconstruct":
-            return model.decode(model.encode(images, self.tiles), self.tiles)
-        height, width = picture_size(model, config.size) if images is None else images.shape[2:]
-        size = (height // f, width // f)
-        extra: dict[str, Any] = {"latent_size": size, "around": self.guides.around(part), "tiles": self.tiles}
-        extra["callback"] = callback
-        extra["overlap"] = self.overlap
-        if any(r.negative is not None for r in part):
-            extra["negative"] = {"caption": [r.negative or "" for r in part]}
-        mask, batch = None, _batch([r.fields for r in part])
-        if self.task == "img2img":
-            start = model.encode(images, self.tiles)
-            if config.invert:
-                source = {} if config.image_prompt is None else {"caption": [str(config.image_prompt)] * len(part)}
-                extra["initial_noise"] = self._inverted(start, source)
-            else:
-                extra |= {"start": start, "strength": config.strength}
-        elif self.task == "interpolate":
-            extra |= self._walk(part, size)
-        elif self.task in ("inpaint", "outpaint"):
-            mask = torch.stack([r.mask for r in part])
-            if "masked_image" not in model.fields:
-                # Not the hidden pixels: latents beside the hole would show them. Their mean colour disturbs the encoder least.
-                filled = images * (1 - mask) + known_colour(images, mask) * mask
-                extra["known"] = (model.encode(filled, self.tiles), latent_mask(mask, f).to(model.device))
-        drawn = model.sample(batch, [r.seed for r in part], **self.options, **extra).cpu()
-        # The known pixels as they were: decoding cannot give them back exactly.
-        return drawn if mask is None else drawn * mask + images * (1 - mask)
-
-    @property
-    def overlap(self) -> int | None:
-        """Of a panorama's windows, in latent cells."""
-        panorama = self.config.panorama
-        return None if panorama is None else round(panorama * min(self.model.latent_size))
-
-    def decode(self, latents: torch.Tensor) -> torch.Tensor:
-        with self.autocast():
-            return self.model.decode(latents, self.tiles)
-
-    def _inverted(self, latents: torch.Tensor, batch: dict[str, Any]) -> torch.Tensor:
-        steps, spacing = (self.options[k] for k in ("num_inference_steps", "spacing"))
-        return self.model.invert(latents, batch, steps, spacing, self.config.invert_iterations, overlap=self.overlap)
-
-    def _walk(self, part: list[Request], size: tuple[int, int]) -> dict[str, Any]:
-        """Noise between seeds or inverted pictures, and conditions between conditions, as `LatentDiffusion.sample` takes
-        them."""
-        found: dict[str, Any] = {}
-        if part[0].mix:
-            terms = zip(*(r.mix for r in part)) if len({len(r.mix) for r in part}) == 1 else None
-            if terms is None:  # a stop without a change beside one with: the second term weighs nothing
-                terms = zip(*((*r.mix, (0.0, r.mix[0][1]))[:2] for r in part))
-            weighted = [(torch.tensor([w for w, _ in t]), _batch([dict(f) for _, f in t])) for t in terms]
-            found["condition"] = self.model.mixture(weighted, size)
-        if part[0].walk is None:
-            return found
-        if part[0].images is not None:
-            ends = [self.model.encode(torch.stack([r.images[k] for r in part]), self.tiles) for k in (0, 1)]
-            noise = [self._inverted(z, {}) for z in ends]
-        else:
-            shape = (self.model.first_stage.latent_channels, *size)
-            noise = [NoiseSource([r.walk[k] for r in part]).normal(shape, "start") for k in (0, 1)]
-        found["initial_noise"] = slerp(*noise, torch.tensor([r.walk[2] for r in part]))
-        return found
-
-
-def _batch(fields: list[dict[str, Any]]) -> dict[str, Any]:
-    if not fields[0]:
-        return {}
-    batch = collate([dict(f) for f in fields])
-    batch.pop("replaced", None)
-    return batch
 
 
 def check(config: DictConfig, model: LatentDiffusion) -> dict[str, Any]:
@@ -236,23 +137,28 @@ def sample(config: DictConfig) -> list[Path]:
             f"recipe={config.recipe} is no recipe of ldm-sample: its picture {only} is none of {len(wanted)}"
         )
     check_wanted(config, task, wanted, chosen)
-    options = {k: config[k] for k in ("num_inference_steps", "guidance_scale", "spacing")}
-    options |= {
-        "sampler": build_sampler(tree, f"sampler of {config.recipe or source}", trust),
-        "guidance": partial(classifier_free, **guidance),
-    }
+    sampler = build_sampler(tree, f"sampler of {config.recipe or source}", trust)
     if config.resample.repeats > 1:
-        options["sampler"] = partial(resampled, sampler=options["sampler"], **config.resample)
+        sampler = partial(resampled, sampler=sampler, **config.resample)
+    if config.invert or (task == "interpolate" and config.image is not None):  # the sampler that inversion turns round
+        sampler = ddim
+    weaker = None
     if config.weak is not None:
         weak = model_folder(config.weak, config.runs_dir, "weak")
-        options["weak"] = load_weak(weak, model, trust).to(device, memory_format=torch.channels_last)
+        weaker = load_weak(weak, model, trust).to(device, memory_format=torch.channels_last)
         guides.recipe["weak_sha256"] = model_metadata(weak)["sha256"]
-    if config.invert or (task == "interpolate" and config.image is not None):  # the sampler that inversion turns round
-        options["sampler"] = ddim
+    panorama = config.panorama
+    sampling = Sampling(
+        sampler,
+        config.num_inference_steps,
+        config.guidance_scale,
+        config.spacing,
+        overlap=None if panorama is None else round(panorama * min(model.latent_size)),
+        tiles=None if config.tiles.cells is None else Tiles(**config.tiles),
+    )
     if config.compile:
         model.network.compile(mode=COMPILE[config.compile])
     dtype = torch.float16 if str(config.precision) == "16" else torch.bfloat16
-    tiles = None if config.tiles.cells is None else Tiles(**config.tiles)
     if recipe_before and recipe_before["model_sha256"] != metadata["sha256"]:
         raise ValueError(
             f"{source} does not hold the weights that drew this recipe; say where they are with run=<folder>"
@@ -267,10 +173,9 @@ def sample(config: DictConfig) -> list[Path]:
         print(f"drawn on {recipe_before['machine']}, here is {recipe['machine']}: pixels may differ slightly")
     channels = model.first_stage.autoencoder.in_channels
     job = Job(folder_of(config, source, recipe), recipe, wanted, config.overwrite, channels)
-    drawing = Drawing(
-        model, task, config, options, guides, tiles,
-        partial(torch.autocast, device, dtype, enabled=str(config.precision) != "32"),
-    )  # fmt: skip
+    guided = Guidance(weaker_model=weaker, rule=partial(classifier_free, **guidance))
+    autocast = partial(torch.autocast, device, dtype, enabled=str(config.precision) != "32")
+    drawing = Drawing(model, task, config, sampling, guided, guides, autocast)
     return run_job(job, drawing, only, recipe_before)
 
 

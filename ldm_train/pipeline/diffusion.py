@@ -19,7 +19,7 @@ from ldm_train.configuration import plain
 from ldm_train.data.datamodule import ShardDataModule
 from ldm_train.diffusion.parameterisation import Parameterisation
 from ldm_train.generation.film import film_of_grids
-from ldm_train.latent_diffusion import LatentDiffusion
+from ldm_train.latent_diffusion import LatentDiffusion, Sampling
 from ldm_train.models.first_stage import FirstStage
 from ldm_train.pipeline import autoencoder, latents, training
 from ldm_train.pipeline.data import CONDITIONERS, FROM_DATA, mixture_key, sides
@@ -105,20 +105,12 @@ def sampling_of(run: Run) -> dict[str, Any]:
 
 def drawer(run: Run) -> Callable[..., torch.Tensor]:
     """(model, fields, seeds) -> images with the configured sampler, in the training precision."""
-    sampling = run.config.sampling
     sampler = build_sampler(plain(run.config.sampler), "sampler", run.trust)
+    sampling = Sampling(sampler, **plain(run.config.sampling))
 
     def draw(model: LatentDiffusion, fields: dict[str, Any], seeds: list[int], callback: Any = None) -> torch.Tensor:
         with run.machine.autocast():
-            return model.sample(
-                fields,
-                seeds,
-                sampler,
-                num_inference_steps=sampling.num_inference_steps,
-                guidance_scale=sampling.guidance_scale,
-                spacing=sampling.spacing,
-                callback=callback,
-            )
+            return model.sample(fields, seeds, sampling, callback=callback)
 
     return draw
 

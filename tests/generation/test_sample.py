@@ -24,6 +24,7 @@ from ldm_train.conditioning.text import train_tokenizer
 from ldm_train.configuration import config_folder
 from ldm_train.errors import Refused
 from ldm_train.generation.sample import sample
+from ldm_train.latent_diffusion import Guidance, Sampling
 
 SPATIAL = "ldm_train.conditioning.spatial."
 TEXT = {
@@ -330,7 +331,9 @@ def test_five_lines_of_python(model_folder: Callable[[str], Path]):
     model = ldm_train.load(str(model_folder("text")))
     images = model.sample({"caption": ["a red circle", "a cat"]}, seeds=[1, 2])
     assert images.shape == (2, 3, 32, 32)
-    again = model.sample({"caption": ["a red circle"]}, seeds=[1], num_inference_steps=3, guidance_scale=2.0)
+    again = model.sample(
+        {"caption": ["a red circle"]}, seeds=[1], sampling=Sampling(num_inference_steps=3, guidance_scale=2.0)
+    )
     torch.testing.assert_close(images[:1], again, rtol=1e-4, atol=1e-4)
     with pytest.raises(FileNotFoundError, match="holds no trained model"):
         ldm_train.load(str(model_folder("text").parent / "nothing"))
@@ -339,12 +342,19 @@ def test_five_lines_of_python(model_folder: Callable[[str], Path]):
 def test_autoguidance_leads_away_from_a_weaker_model(model_folder: Callable[[str], Path]):
     model = ldm_train.load(str(model_folder("none")))
     weak = ldm_train.load(str(model_folder("none")))
-    alone = model.sample({}, [3], guidance_scale=1.0)
-    torch.testing.assert_close(model.sample({}, [3], guidance_scale=3.0, weak=weak), alone, rtol=1e-3, atol=1e-3)
+    alone = model.sample({}, [3], Sampling(guidance_scale=1.0))
+    torch.testing.assert_close(
+        model.sample({}, [3], Sampling(guidance_scale=3.0), guidance=Guidance(weaker_model=weak)),
+        alone,
+        rtol=1e-3,
+        atol=1e-3,
+    )
     with torch.no_grad():
         for p in weak.network.parameters():
             p.mul_(0.9)
-    assert (model.sample({}, [3], guidance_scale=3.0, weak=weak) - alone).abs().max() > 0.01
+    assert (
+        model.sample({}, [3], Sampling(guidance_scale=3.0), guidance=Guidance(weaker_model=weak)) - alone
+    ).abs().max() > 0.01
 
 
 def test_guidance_keeps_pictures_that_training_never_dropped(model_folder: Callable[[str], Path]):
@@ -352,12 +362,12 @@ def test_guidance_keeps_pictures_that_training_never_dropped(model_folder: Calla
     model, seen = ldm_train.load(str(model_folder("superres"))), []
     model.network.register_forward_pre_hook(lambda _, args, named: seen.append(named["concat"]), with_kwargs=True)
     lowres = torch.rand(1, 3, 8, 8) * 2 - 1
-    model.sample({"lowres": lowres}, [0], guidance_scale=3.0)
+    model.sample({"lowres": lowres}, [0], Sampling(guidance_scale=3.0))
     assert torch.equal(seen[0][0], lowres[0])
     assert torch.equal(seen[0][1], lowres[0])
     next(iter(model.conditioners.values())).dropout = 0.1  # trained with a null: guidance leads away from it
     seen.clear()
-    model.sample({"lowres": lowres}, [0], guidance_scale=3.0)
+    model.sample({"lowres": lowres}, [0], Sampling(guidance_scale=3.0))
     assert not seen[0][1].any()
 
 

@@ -12,7 +12,7 @@ from ldm_train.conditioning.class_label import ClassLabel
 from ldm_train.diffusion.denoiser import Denoiser
 from ldm_train.diffusion.parameterisation import Epsilon
 from ldm_train.diffusion.schedule import NoiseSchedule
-from ldm_train.latent_diffusion import LatentDiffusion
+from ldm_train.latent_diffusion import LatentDiffusion, Sampling
 from ldm_train.models.autoencoder import AutoencoderKL
 from ldm_train.models.first_stage import FirstStage
 from ldm_train.models.unet import UNet
@@ -162,23 +162,23 @@ def test_a_seed_gives_the_same_image_in_batches_of_one_four_and_sixteen(
 ) -> None:
     seeds, labels = list(range(100, 116)), torch.arange(16) % 4
     noise = NoiseSource(seeds).normal((2, 8, 8), "start")
-    together = model.sample({"class_label": labels}, seeds, sampler, 4, guidance_scale)
+    together = model.sample({"class_label": labels}, seeds, Sampling(sampler, 4, guidance_scale))
     assert together.shape == (16, 3, 16, 16)
     assert (together[0] - together[1]).abs().max() > 0.01
     for size in (1, 4):
         for i in (0, 4, 12):
             part = slice(i, i + size)
             assert torch.equal(NoiseSource(seeds[part]).normal((2, 8, 8), "start"), noise[part])
-            alone = model.sample({"class_label": labels[part]}, seeds[part], sampler, 4, guidance_scale)
+            alone = model.sample({"class_label": labels[part]}, seeds[part], Sampling(sampler, 4, guidance_scale))
             torch.testing.assert_close(together[part], alone, rtol=1e-4, atol=1e-4)
 
 
 def test_the_callback_sees_every_step_and_changes_nothing(model: LatentDiffusion) -> None:
     seen = []
     for sampler in (ddim, ddpm):
-        quiet = model.sample({}, [3], sampler, 5)
+        quiet = model.sample({}, [3], Sampling(sampler, 5))
         seen.clear()
-        told = model.sample({}, [3], sampler, 5, callback=lambda step, x0: seen.append((step, x0.shape)))
+        told = model.sample({}, [3], Sampling(sampler, 5), callback=lambda step, x0: seen.append((step, x0.shape)))
         assert torch.equal(quiet, told)
         assert seen == [(step, (1, 2, 8, 8)) for step in range(5)]
 

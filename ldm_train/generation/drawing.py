@@ -1,0 +1,112 @@
+"""How the pictures of a job are drawn: each task in terms of `LatentDiffusion.sample`."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from omegaconf import DictConfig
+
+from ldm_train.data.masks import known_colour
+from ldm_train.data.samples import collate
+from ldm_train.generation.guides import Guides
+from ldm_train.generation.requests import Request, latent_mask, picture_size
+from ldm_train.latent_diffusion import Guidance, LatentDiffusion, Sampling, Start
+from ldm_train.rng import NoiseSource, slerp
+
+Callback = Callable[[int, torch.Tensor], None]
+
+
+@dataclass
+class Drawing:
+    """How a job's pictures are drawn. guidance: without what differs from picture to picture. guides: from outside the model."""
+
+    model: LatentDiffusion
+    task: str
+    config: DictConfig
+    sampling: Sampling
+    guidance: Guidance
+    guides: Guides
+    autocast: Callable[[], torch.autocast]
+
+    def __call__(self, part: list[Request], callback: Callback | None = None) -> torch.Tensor:
+        """The pictures of some requests (B, C, H, W), on the CPU."""
+        with self.autocast():
+            return self._draw(part, callback).float().cpu()
+
+    def _draw(self, part: list[Request], callback: Callback | None) -> torch.Tensor:
+        model, tiles, f = self.model, self.sampling.tiles, self.model.first_stage.downsample_factor
+        images = None if part[0].image is None else torch.stack([r.image for r in part])
+        if self.task == "reconstruct":
+            return model.decode(model.encode(images, tiles), tiles)
+        height, width = picture_size(model, self.config.size) if images is None else images.shape[2:]
+        size = (height // f, width // f)
+        mask = torch.stack([r.mask for r in part]) if self.task in ("inpaint", "outpaint") else None
+        guidance = replace(self.guidance, outer=self.guides.wrappers(part))
+        if any(r.negative is not None for r in part):
+            guidance = replace(guidance, negative={"caption": [r.negative or "" for r in part]})
+        drawn = model.sample(
+            _batch([r.fields for r in part]),
+            [r.seed for r in part],
+            self.sampling,
+            self._start(part, images, mask, size),
+            guidance,
+            condition=self._mixture(part, size) if part[0].mix else None,
+            latent_size=size,
+            callback=callback,
+        ).cpu()
+        # The known pixels as they were: decoding cannot give them back exactly.
+        return drawn if mask is None else drawn * mask + images * (1 - mask)
+
+    def _start(
+        self, part: list[Request], images: torch.Tensor | None, mask: torch.Tensor | None, size: tuple[int, int]
+    ) -> Start:
+        model, config, tiles = self.model, self.config, self.sampling.tiles
+        if self.task == "img2img":
+            latents = model.encode(images, tiles)
+            if not config.invert:
+                return Start(latents=latents, strength=config.strength)
+            source = {} if config.image_prompt is None else {"caption": [str(config.image_prompt)] * len(part)}
+            return Start(noise=self._inverted(latents, source))
+        if self.task == "interpolate" and part[0].walk is not None:
+            return Start(noise=self._walk(part, size))
+        if mask is not None and "masked_image" not in model.fields:
+            # Not the hidden pixels: latents beside the hole would show them. Their mean colour disturbs the encoder least.
+            filled = images * (1 - mask) + known_colour(images, mask) * mask
+            hole = latent_mask(mask, model.first_stage.downsample_factor).to(model.device)
+            return Start(known=model.encode(filled, tiles), mask=hole)
+        return Start()
+
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        with self.autocast():
+            return self.model.decode(latents, self.sampling.tiles)
+
+    def _inverted(self, latents: torch.Tensor, batch: dict[str, Any]) -> torch.Tensor:
+        return self.model.invert(latents, batch, self.sampling, self.config.invert_iterations)
+
+    def _mixture(self, part: list[Request], size: tuple[int, int]) -> dict[str, torch.Tensor]:
+        """The conditions between conditions."""
+        terms = zip(*(r.mix for r in part)) if len({len(r.mix) for r in part}) == 1 else None
+        if terms is None:  # a stop without a change beside one with: the second term weighs nothing
+            terms = zip(*((*r.mix, (0.0, r.mix[0][1]))[:2] for r in part))
+        weighted = [(torch.tensor([w for w, _ in t]), _batch([dict(f) for _, f in t])) for t in terms]
+        return self.model.mixture(weighted, size)
+
+    def _walk(self, part: list[Request], size: tuple[int, int]) -> torch.Tensor:
+        """The noise between seeds or inverted pictures."""
+        if part[0].images is not None:
+            tiles = self.sampling.tiles
+            ends = [self.model.encode(torch.stack([r.images[k] for r in part]), tiles) for k in (0, 1)]
+            noise = [self._inverted(z, {}) for z in ends]
+        else:
+            shape = (self.model.first_stage.latent_channels, *size)
+            noise = [NoiseSource([r.walk[k] for r in part]).normal(shape, "start") for k in (0, 1)]
+        return slerp(*noise, torch.tensor([r.walk[2] for r in part]))
+
+
+def _batch(fields: list[dict[str, Any]]) -> dict[str, Any]:
+    if not fields[0]:
+        return {}
+    batch = collate([dict(f) for f in fields])
+    batch.pop("replaced", None)
+    return batch
