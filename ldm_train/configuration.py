@@ -55,7 +55,9 @@ def literal(tree: dict[str, Any]) -> DictConfig:
 
 def plain(section: DictConfig) -> dict[str, Any]:
     """A section as plain values, its interpolations resolved."""
-    return OmegaConf.to_container(section, resolve=True)
+    values = OmegaConf.to_container(section, resolve=True)
+    assert isinstance(values, dict)
+    return {str(name): value for name, value in values.items()}
 
 
 def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:

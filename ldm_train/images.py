@@ -5,6 +5,7 @@ import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
@@ -69,7 +70,7 @@ def to_pil(image: torch.Tensor) -> Image.Image:
     return Image.fromarray(array.permute(1, 2, 0).squeeze(-1).numpy())
 
 
-def _wrap(text: str, width: int, font: ImageFont.ImageFont) -> list[str]:
+def _wrap(text: str, width: int, font: "ImageFont.ImageFont | ImageFont.FreeTypeFont") -> list[str]:
     lines, line = [], ""
     for word in text.split():
         trial = f"{line} {word}".strip()
@@ -117,7 +118,7 @@ def beside(left: torch.Tensor | None, right: torch.Tensor) -> torch.Tensor:
     return torch.cat([left.to(right), right.new_ones(count, channels, height, max(1, width // 32)), right], dim=3)
 
 
-def save_png(image: Image.Image | torch.Tensor, path: str | Path, metadata: dict | None = None) -> Path:
+def save_png(image: Image.Image | torch.Tensor, path: str | Path, metadata: dict[str, Any] | None = None) -> Path:
     """Writes a PNG that appears under its final name only when complete.
 
     metadata: JSON-able, stored in the PNG's text chunk "recipe" (read back with `read_recipe`).
@@ -138,7 +139,7 @@ def save_png(image: Image.Image | torch.Tensor, path: str | Path, metadata: dict
     return path
 
 
-def read_recipe(path: str | Path) -> dict:
+def read_recipe(path: str | Path) -> dict[str, Any]:
     """The metadata `save_png` stored. Raises KeyError if the file has none."""
     with Image.open(path) as image:
-        return json.loads(image.text["recipe"])
+        return json.loads(image.text["recipe"])  # type: ignore[attr-defined]  # of PNGs

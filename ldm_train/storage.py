@@ -17,7 +17,7 @@ MOST_VALUES, DEEPEST = 200_000, 60  # of a tree, its aliases unfolded
 try:
     from yaml import CSafeLoader as Loader
 except ImportError:  # PyYAML without libyaml
-    from yaml import SafeLoader as Loader
+    from yaml import SafeLoader as Loader  # type: ignore[assignment]
 
 
 def _is_running(pid: int) -> bool:
@@ -30,7 +30,7 @@ def _is_running(pid: int) -> bool:
     return True
 
 
-def write_atomically(path: str | Path, write: Callable[[io.BufferedWriter], None]) -> None:
+def write_atomically(path: str | Path, write: Callable[[io.BufferedWriter], object]) -> None:
     """Calls `write` on a temporary file beside `path`, syncs it to disk and renames it. On any error nothing remains;
     what a killed process left behind goes with the next attempt."""
     path = Path(path)

@@ -37,8 +37,8 @@ TRACEBACK = "LDM_TRAIN_TRACEBACK"  # environment: "1" where the user asked for t
 def _keys(config: Any, prefix: str = "") -> list[str]:
     if not isinstance(config, DictConfig):
         return []
-    own = [f"{prefix}{k}" for k in config]
-    return own + [k for name in config for k in _keys(config._get_node(name), f"{prefix}{name}.")]
+    own = [prefix + str(k) for k in config]
+    return own + [k for name in config for k in _keys(config._get_node(name), prefix + str(name) + ".")]
 
 
 def suggestions(config_name: str, overrides: list[str]) -> str:

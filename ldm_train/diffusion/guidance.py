@@ -45,20 +45,21 @@ def classifier_free(
         )
     if guidance_scale == 1:
         return denoise
-    batched = isinstance(denoise, Denoiser) and denoise.shares_model(uncond)
+    model = denoise if isinstance(denoise, Denoiser) else None
+    together = [model, uncond] if model and isinstance(uncond, Denoiser) and model.shares_model(uncond) else None
 
     def guided(x_t: torch.Tensor, t: float | torch.Tensor) -> torch.Tensor:
-        if interval is not None:
-            alpha, sigma = (torch.as_tensor(v) for v in denoise.schedule.pair(t, x_t))
+        if interval is not None and model is not None:
+            alpha, sigma = (torch.as_tensor(v) for v in model.schedule.pair(t, x_t))
             if not interval[0] <= float((sigma / alpha).max()) <= interval[1]:
                 return denoise(x_t, t)
-        if batched:
-            with_condition, without = Denoiser.together([denoise, uncond], x_t, t)
+        if together:
+            with_condition, without = Denoiser.together(together, x_t, t)
         else:
             with_condition, without = denoise(x_t, t), uncond(x_t, t)
         mixed = without + guidance_scale * (with_condition - without)
-        if rescale:
-            mixed = _rescaled(denoise, with_condition, mixed, x_t, t, rescale)
+        if rescale and model is not None:
+            mixed = _rescaled(model, with_condition, mixed, x_t, t, rescale)
         return mixed if threshold is None else _thresholded(with_condition, mixed, threshold)
 
     return guided

@@ -20,6 +20,7 @@ class LinearFlow(NoiseProcess):
     Raises ValueError for other times and for a `last` outside (0, 1).
     """
 
+    place: torch.Tensor
     clean_time = 0.0
     variance_preserving = False
     zero_terminal_snr = True

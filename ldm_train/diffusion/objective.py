@@ -54,7 +54,8 @@ class DiffusionObjective(nn.Module):
             raise ValueError(f"weighting {weighting!r} is none of uniform, min_snr, learned")
         if loss not in ("l1", "l2"):
             raise ValueError(f"diffusion.objective.loss is l1 or l2, not {loss!r}")
-        self.schedule, self.parameterisation = schedule, parameterisation or Epsilon()
+        self.schedule = schedule
+        self.parameterisation: Parameterisation = parameterisation or Epsilon()
         check_compatible(self.parameterisation, schedule)
         self.weighting, self.min_snr_gamma, self.stratified = weighting, min_snr_gamma, stratified
         self.error = F.l1_loss if loss == "l1" else F.mse_loss

@@ -10,9 +10,9 @@ any_scale                   whether it is defined also where alpha^2 + sigma^2 i
 
 from typing import Protocol
 
-import torch
+from torch import Tensor
 
-Coefficient = float | torch.Tensor
+Coefficient = float | Tensor
 
 
 class Parameterisation(Protocol):
@@ -22,80 +22,74 @@ class Parameterisation(Protocol):
     learns_without_signal: bool
     any_scale: bool
 
-    def target(
-        self, latents: torch.Tensor, noise: torch.Tensor, alpha: Coefficient, sigma: Coefficient
-    ) -> torch.Tensor:
+    def target(self, latents: Tensor, noise: Tensor, alpha: Coefficient, sigma: Coefficient) -> Tensor:
         """What the network is trained to return for alpha latents + sigma noise."""
 
-    def to_pred_x0(
-        self, output: torch.Tensor, x_t: torch.Tensor, alpha: Coefficient, sigma: Coefficient
-    ) -> torch.Tensor:
+    def to_pred_x0(self, output: Tensor, x_t: Tensor, alpha: Coefficient, sigma: Coefficient) -> Tensor:
         """The network's output as an estimate of x_0."""
 
-    def from_pred_x0(
-        self, pred_x0: torch.Tensor, x_t: torch.Tensor, alpha: Coefficient, sigma: Coefficient
-    ) -> torch.Tensor:
+    def from_pred_x0(self, pred_x0: Tensor, x_t: Tensor, alpha: Coefficient, sigma: Coefficient) -> Tensor:
         """The output that `to_pred_x0` makes pred_x0 of."""
 
-    def error_ratio(self, snr: torch.Tensor) -> torch.Tensor | float:
+    def error_ratio(self, snr: Tensor) -> Tensor | float:
         """Squared error of the output per squared error of the estimate of x_0 that it means."""
 
 
 class Epsilon:
     """The noise (Ho et al. 2020)."""
 
-    easier_with_noise = True
+    easier_with_noise: bool | None = True
     learns_without_signal = False
     any_scale = True
 
-    def target(self, latents, noise, alpha, sigma):
+    def target(self, latents: Tensor, noise: Tensor, alpha: Coefficient, sigma: Coefficient) -> Tensor:
         return noise
 
-    def to_pred_x0(self, output, x_t, alpha, sigma):
+    def to_pred_x0(self, output: Tensor, x_t: Tensor, alpha: Coefficient, sigma: Coefficient) -> Tensor:
         return (x_t - sigma * output) / alpha
 
-    def from_pred_x0(self, pred_x0, x_t, alpha, sigma):
+    def from_pred_x0(self, pred_x0: Tensor, x_t: Tensor, alpha: Coefficient, sigma: Coefficient) -> Tensor:
         return (x_t - alpha * pred_x0) / sigma
 
-    def error_ratio(self, snr):
+    def error_ratio(self, snr: Tensor) -> Tensor:
         return snr
 
 
 class VPrediction:
     """v = alpha eps - sigma x_0 (Salimans and Ho 2022), for alpha^2 + sigma^2 = 1."""
 
-    easier_with_noise = None
+    easier_with_noise: bool | None = None
     learns_without_signal = True
     any_scale = False
 
-    def target(self, latents, noise, alpha, sigma):
+    def target(self, latents: Tensor, noise: Tensor, alpha: Coefficient, sigma: Coefficient) -> Tensor:
         return alpha * noise - sigma * latents
 
-    def to_pred_x0(self, output, x_t, alpha, sigma):
+    def to_pred_x0(self, output: Tensor, x_t: Tensor, alpha: Coefficient, sigma: Coefficient) -> Tensor:
         return alpha * x_t - sigma * output
 
-    def from_pred_x0(self, pred_x0, x_t, alpha, sigma):
+    def from_pred_x0(self, pred_x0: Tensor, x_t: Tensor, alpha: Coefficient, sigma: Coefficient) -> Tensor:
         return (alpha * x_t - pred_x0) / sigma
 
-    def error_ratio(self, snr):
+    def error_ratio(self, snr: Tensor) -> Tensor:
         return snr + 1
 
 
 class Sample:
     """The clean latents themselves."""
 
-    easier_with_noise = False
+    easier_with_noise: bool | None = False
     learns_without_signal = True
     any_scale = True
 
-    def target(self, latents, noise, alpha, sigma):
+    def target(self, latents: Tensor, noise: Tensor, alpha: Coefficient, sigma: Coefficient) -> Tensor:
         return latents
 
-    def to_pred_x0(self, output, x_t, alpha, sigma):
+    def to_pred_x0(self, output: Tensor, x_t: Tensor, alpha: Coefficient, sigma: Coefficient) -> Tensor:
         return output
 
-    def from_pred_x0(self, pred_x0, x_t, alpha, sigma):
+    def from_pred_x0(self, pred_x0: Tensor, x_t: Tensor, alpha: Coefficient, sigma: Coefficient) -> Tensor:
         return pred_x0
 
-    def error_ratio(self, snr):
+    def error_ratio(self, snr: Tensor) -> float:
         return 1.0

@@ -103,8 +103,8 @@ class NoiseProcess(nn.Module):
         if new := [t for t in times if t not in self._numbers]:
             alphas, sigmas, _ = (v.tolist() for v in self.at(torch.tensor(new, dtype=torch.float64)))
             self._numbers |= zip(new, zip(alphas, sigmas))
-        alphas, sigmas = zip(*(self._numbers[t] for t in times))
-        return list(alphas), list(sigmas)
+        pairs = [self._numbers[t] for t in times]
+        return [alpha for alpha, _ in pairs], [sigma for _, sigma in pairs]
 
     def levels(self, timesteps: torch.Tensor) -> tuple[list[float], list[float]]:
         """(alphas, noise levels sigma / alpha) at a sampler's times, as numbers.

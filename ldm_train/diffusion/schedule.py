@@ -1,5 +1,7 @@
 """The noise schedule: q(x_t | x_0) = N(alpha_t x_0, sigma_t^2), alpha^2 + sigma^2 = 1 (variance preserving)."""
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 
@@ -62,7 +64,10 @@ class NoiseSchedule(NoiseProcess):
         self.register_buffer("betas", betas, persistent=False)
         self.register_buffer("alphas_cumprod", torch.cumprod(1 - betas, dim=0), persistent=False)
 
-    def _apply(self, fn, recurse: bool = True):
+    betas: torch.Tensor
+    alphas_cumprod: torch.Tensor
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> "NoiseSchedule":
         # The tables follow the model between devices but stay float64, whatever precision the model is cast to.
         tables = (self.betas, self.alphas_cumprod)
         super()._apply(fn, recurse)

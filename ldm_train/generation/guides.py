@@ -12,7 +12,7 @@ from omegaconf import DictConfig
 from ldm_train.checkpoints.native import load_latent_diffusion, load_model, read_metadata, weights_sha256
 from ldm_train.conditioning.clip_score import ClipScore
 from ldm_train.diffusion.guidance import Denoise, classifier_guidance, score_guidance
-from ldm_train.diffusion.schedule import NoiseSchedule
+from ldm_train.diffusion.process import NoiseProcess
 from ldm_train.generation.requests import Request
 from ldm_train.latent_diffusion import LatentDiffusion
 from ldm_train.models.classifier import NoisyClassifier
@@ -50,12 +50,11 @@ def latents_of(model: LatentDiffusion) -> dict[str, Any]:
     } | schedule_facts(schedule)
 
 
-def schedule_facts(schedule: NoiseSchedule) -> dict[str, Any]:
-    every = max(1, schedule.num_train_timesteps // 10)
-    return {
-        "alphas_cumprod": schedule.alphas_cumprod[::every].tolist(),
-        "num_train_timesteps": schedule.num_train_timesteps,
-    }
+def schedule_facts(schedule: NoiseProcess) -> dict[str, Any]:
+    """How much signal there is along the way, as it is trained on."""
+    total = schedule.num_train_timesteps
+    alpha, _ = schedule.training_coefficients(schedule.strata(torch.arange(0, total, max(1, total // 10))))
+    return {"alphas_cumprod": alpha.square().tolist(), "num_train_timesteps": total}
 
 
 def _differs(model: LatentDiffusion, facts: dict[str, Any]) -> str | None:

@@ -126,9 +126,11 @@ class DiT(nn.Module):
                 if layer.bias is not None:
                     nn.init.zeros_(layer.bias)
         nn.init.xavier_uniform_(self.x_embedder.weight.flatten(1))
-        nn.init.zeros_(self.x_embedder.bias)
-        for layer in (self.t_embedder[0], self.t_embedder[2]):
-            nn.init.normal_(layer.weight, std=0.02)
+        if self.x_embedder.bias is not None:
+            nn.init.zeros_(self.x_embedder.bias)
+        for name, weight in self.t_embedder.named_parameters():
+            if name.endswith("weight"):
+                nn.init.normal_(weight, std=0.02)
         for module in self.modules():
             if isinstance(module, DiTBlock | DiT):
                 zero_init(module.adaLN_modulation)

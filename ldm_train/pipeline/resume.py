@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -109,7 +109,7 @@ def set_aside(run_folder: Path, names: Sequence[str]) -> None:
 
 
 @contextmanager
-def run_lock(run_folder: Path):
+def run_lock(run_folder: Path) -> Iterator[None]:
     """Holds a run folder for this process. Raises Refused where another process works in it."""
     run_folder.mkdir(parents=True, exist_ok=True)
     with open(run_folder / ".lock", "w") as file:
@@ -161,10 +161,10 @@ def check_chain(
         if new & set(order.needs(step.name)):
             new.add(step.name)
             continue
-        if step.name in gone or decide(step, run_folder, defaults) == "run":
+        note = read_note(run_folder / step.name)
+        if step.name in gone or note is None or decide(step, run_folder, defaults) == "run":
             new.add(step.name)
             continue
-        note = read_note(run_folder / step.name)
         if note["finished"] and note["steps"] >= step.steps:
             continue
         new.add(step.name)
@@ -198,7 +198,7 @@ def adopt(stage: Step, run_folder: Path, defaults: dict[str, Any]) -> bool:
 
 
 @contextmanager
-def sibling_lock(stage: Step, run_folder: Path):
+def sibling_lock(stage: Step, run_folder: Path) -> Iterator[None]:
     """Holds a stage of a sweep, as its key and steps make it, for this run: sibling runs that need the same one wait,
     and then take it over. The lock of a run that fails or is killed is free at once."""
     tree = json.dumps([stage.key(), stage.steps], sort_keys=True, default=str)

@@ -59,15 +59,14 @@ def ddim_inversion(
     (alphas, sigmas), times = schedule.coefficients(timesteps), timesteps.tolist()
     x, eps = latents, torch.zeros_like(latents)
     for step in reversed(range(len(times) - 1)):
-        alpha_t, sigma_t, alpha_s, sigma_s = alphas[step], sigmas[step], alphas[step + 1], sigmas[step + 1]
 
-        def up(eps: torch.Tensor, at=x, ratio=alpha_t / alpha_s, sigma_s=sigma_s, sigma_t=sigma_t) -> torch.Tensor:
-            return ratio * (at - sigma_s * eps) + sigma_t * eps
+        def up(eps: torch.Tensor, at: torch.Tensor = x, now: int = step) -> torch.Tensor:
+            return alphas[now] / alphas[now + 1] * (at - sigmas[now + 1] * eps) + sigmas[now] * eps
 
         for _ in range(iterations):
             guess = up(eps)
             pred_x0 = denoise(guess, times[step])
-            eps = (guess - alpha_t * pred_x0) / sigma_t
+            eps = (guess - alphas[step] * pred_x0) / sigmas[step]
         x = up(eps)
         if callback:
             callback(len(times) - 2 - step, pred_x0)

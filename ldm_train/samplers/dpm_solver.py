@@ -51,7 +51,9 @@ def dpm_solver(
         pred_x0 = denoise(x_t, times[step])
         last = lambdas[step + 1] == inf
         if kind == "2s":
-            if step % 2 and not last:  # complete the pair from its beginning, through this midpoint
+            if (
+                step % 2 and not last and before is not None
+            ):  # complete the pair from its beginning, through this midpoint
                 h = lambdas[step + 1] - lambdas[step - 1]
                 ratio = h / (lambdas[step] - lambdas[step - 1])
                 x_t = move(start, before + ratio / 2 * (pred_x0 - before), step - 1, step + 1)

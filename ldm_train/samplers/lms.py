@@ -43,7 +43,7 @@ def lms(
     if order < 1:
         raise ValueError(f"sampler.order is {order}; it must be at least 1")
     (alphas, levels), times = schedule.levels(timesteps), timesteps.tolist()
-    y, slopes = x_t / alphas[0], []
+    y, slopes = x_t / alphas[0], list[torch.Tensor]()
     for step in range(len(times) - 1):
         pred_x0 = denoise(y * alphas[step], times[step])
         slopes = [(y - pred_x0) / levels[step], *slopes[: order - 1]]

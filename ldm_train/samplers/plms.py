@@ -45,7 +45,7 @@ def plms(
             eps = (eps + (ahead - alphas[1] * denoise(ahead, times[1])) / sigmas[1]) / 2
         else:
             coefficients = ADAMS_BASHFORTH[len(history) - 1]
-            eps = sum(c * e for c, e in zip(coefficients, history))
+            eps = sum((c * e for c, e in zip(coefficients, history)), start=torch.zeros(()))
         x_t = move(x_t, eps, step)
         if callback:
             callback(step, pred_x0)
