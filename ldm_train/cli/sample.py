@@ -9,7 +9,8 @@ FREE = ("prompts", "run", "negative", "layout", "image_prompt", "recipe", "weak"
 
 
 def main() -> None:
-    sys.argv[1:] = [quoted(a, FREE) for a in sys.argv[1:]]
+    own = [f"+{a}" if a.startswith("fields.") else a for a in sys.argv[1:]]  # which the config does not list
+    sys.argv[1:] = [quoted(a, FREE) for a in own]
     run_command("ldm_train.generation.sample.sample", "sample")
 
 

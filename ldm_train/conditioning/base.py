@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ldm_train.data.batch import Field
 from ldm_train.models.first_stage import FirstStage
 
 
@@ -13,11 +14,13 @@ class Conditioner(nn.Module):
     """Subclasses set `field`, `widths` and implement `forward`.
 
     field   the batch field it reads (class_label, caption, ...)
+    declares    that field, where `data/batch.py` does not know it
     widths  which U-Net inputs it fills and how wide: "context" (with "context_mask"), "concat", "vector"
     dropout probability per sample that training replaces the condition by the null condition
     """
 
     field: str
+    declares: Field | None = None
     widths: dict[str, int]
 
     def __init__(self, dropout: float):

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import lightning as L
@@ -9,9 +10,9 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from ldm_train.data.fields import boxes_of, captions_of, label_of
+from ldm_train.data.batch import FIELDS, Derive, Field
 from ldm_train.data.files import IMAGE_EXTENSIONS
-from ldm_train.data.samples import SOURCES, Derive, SampleDecoder, collate, refuse_too_many, require_fields, sample_rng
+from ldm_train.data.samples import SampleDecoder, collate, refuse_too_many, require_fields, sample_rng
 from ldm_train.data.shards import (
     DataError,
     IndexedShards,
@@ -193,7 +194,7 @@ def check_channels(shards: Sequence[Mapping[str, Any]], counts: Mapping[str, int
         said = " and ".join(map(str, held))
         remedy = f"say data.channels={held[0]}" if len(held) == 1 else "prepare each kind in a folder of its own"
         raise DataError(f"{where} holds .npy pictures of {said} channels, data.channels is {channels}; {remedy}")
-    files = [e for e in (*IMAGE_EXTENSIONS, SOURCES["lowres"][0]) if e != "npy" and counts.get(e)]
+    files = [e for e in (*IMAGE_EXTENSIONS, *FIELDS["lowres"].extensions) if e != "npy" and counts.get(e)]
     if channels not in (1, 3) and files:
         raise DataError(
             f"{where} holds .{files[0]} files ({counts[files[0]]}), which have 1 or 3 channels, data.channels is {channels}; "
@@ -217,6 +218,7 @@ class ShardDataModule(L.LightningDataModule):
     remedy          the command that makes this data, for error messages
     labels          how many there are of "class_label" and "boxes", where the model says so; None: as many as classes are
                     named in the index
+    own_fields      further fields that conditioners declare, by name
     Raises FileNotFoundError or DataError before training starts, naming the remedy.
     """
 
@@ -244,8 +246,10 @@ class ShardDataModule(L.LightningDataModule):
         weights: Sequence[float] | None = None,
         balance_classes: bool = False,
         labels: Mapping[str, int | None] | None = None,
+        own_fields: Mapping[str, Field] | None = None,
     ):
         super().__init__()
+        self.known = FIELDS | dict(own_fields or {})
         if reader not in ("indexed", "streaming"):
             raise ValueError(f"data.reader is 'indexed' or 'streaming', not {reader!r}")
         self.root, self.batching, self.max_steps, self.fields = root, batching, max_steps, tuple(fields)
@@ -272,7 +276,7 @@ class ShardDataModule(L.LightningDataModule):
             total = sum(s["count"] for s in part["shards"])
             check_channels(part["shards"], counts, channels, f"{root}, split {split}")
             needed = (*self.fields, "class_label") if balance_classes else self.fields
-            require_fields(needed, counts, total, f"{root}, split {split}", self.derive)
+            require_fields(needed, counts, total, f"{root}, split {split}", list(self.derive), self.known)
         named = len(self.index.get("classes") or []) or None
         self.labels = {field: count or named for field, count in ({"class_label": None} | dict(labels or {})).items()}
         self._shards: dict[str, IndexedShards] = {}
@@ -300,39 +304,37 @@ class ShardDataModule(L.LightningDataModule):
             dataset,
             batch_sampler=batches,
             num_workers=self.num_workers,
-            collate_fn=collate,
+            collate_fn=partial(collate, known=self.known),
             pin_memory=torch.cuda.is_available(),
             persistent_workers=False,
             worker_init_fn=become_worker,
         )
 
+    def _decoder(self, transform: ImageTransform, fields: Sequence[str]) -> SampleDecoder:
+        return SampleDecoder(transform, fields, self.channels, self.derive, self.labels, self.known)
+
     def samples(self, split: str, fields: Sequence[str], random: bool) -> "ShardDataset":
         """Single samples by (epoch, index). random: with training's crops, flips and captions."""
         transform = self.transform if random else self.transform.deterministic()
-        decoder = SampleDecoder(transform, fields, self.channels, self.derive, self.labels)
+        decoder = self._decoder(transform, fields)
         return ShardDataset(self.shards(split), decoder, self.seed, random)
 
     def check_conditions(self, limit: int = 50_000) -> None:
         """Reads the captions, classes and boxes that `fields` ask for (of `limit` samples of a split, spread evenly),
         before hours are spent on training without them. Prints those that cannot be read; raises DataError where they
         are more than max_bad_fraction allows. Remote shards are read in training only."""
-        readers = {
-            "caption": captions_of,
-            "class_label": lambda raw: label_of(raw["cls"], self.labels["class_label"]),
-            "boxes": lambda raw: boxes_of(raw["json"], self.labels.get("boxes")),
-        }
-        wanted = [read for field, read in readers.items() if field in self.fields]
+        wanted = [self.known[name] for name in self.known if name in self.fields and self.known[name].members]
         for split in (self.train_split, self.val_split) if wanted else ():
             if any(is_remote(shard["file"]) for shard in self.index["splits"][split]["shards"]):
                 continue
             shards, bad = self.shards(split), 0
-            members = [e for e in ("txt", "json", "cls") if e in shards.extensions]
+            members = {e for field in wanted for e in field.members} & set(shards.extensions)
             picks = np.unique(np.linspace(0, len(shards) - 1, min(limit, len(shards))).round().astype(int)).tolist()
             for i in picks:
                 raw = {e: data for e in members if (data := shards.read(i, e)) is not None}
                 try:
-                    for read in wanted:
-                        read(raw)
+                    for field in wanted:
+                        field.check(raw, self.labels.get(field.name))
                 except (KeyError, ValueError) as error:
                     bad += 1
                     if bad <= 10 and self.batching.rank == 0:
@@ -343,7 +345,7 @@ class ShardDataModule(L.LightningDataModule):
         """Micro-batches from number `start` to the end of training."""
         stop = self.max_steps * self.batching.accumulate
         if self.reader == "streaming":
-            decoder = SampleDecoder(self.transform, self.fields, self.channels, self.derive, self.labels)
+            decoder = self._decoder(self.transform, self.fields)
             stream = StreamingBatches(
                 self.root,
                 self.index["splits"][self.train_split]["shards"],

@@ -14,9 +14,10 @@ import torch
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from ldm_train.data.batch import FIELDS
 from ldm_train.data.datamodule import Batching, Mixture, ShardDataModule, StepBatches, evaluation_batches
 from ldm_train.data.fields import label_of
-from ldm_train.data.samples import collate, refuse_too_many, require_fields, sample_rng, text_of
+from ldm_train.data.samples import collate, refuse_too_many, require_fields, sample_rng
 from ldm_train.data.shards import (
     ENTRIES,
     INDEX,
@@ -33,7 +34,8 @@ from ldm_train.storage import write_json
 
 STATISTICS = "statistics.json"
 REMEDY = "python train.py ... restart=latents"
-CACHED_FIELDS = ("class_label", "caption")  # the cache holds them; others come from the images' shards
+# The cache holds them; others come from the images' shards.
+CACHED_FIELDS = tuple(name for name, field in FIELDS.items() if field.cached)
 # images (B, C, H, W) in [-1, 1] -> moments (B, 2C, h, w), or latents (B, C, h, w) of deterministic models, float32
 Encode = Callable[[torch.Tensor], torch.Tensor]
 
@@ -217,10 +219,12 @@ class CachedLatents:
         if "class_label" in self.fields:
             batch["class_label"] = torch.tensor([self._read(i, lambda raw: label_of(raw["cls"])) for _, i in rows])
         if "caption" in self.fields:
-            batch["caption"] = [self._read(i, partial(text_of, rng=rng)) for (_, i), rng in zip(rows, rngs)]
+            batch["caption"] = [
+                self._read(i, partial(FIELDS["caption"].drawn, rng=rng)) for (_, i), rng in zip(rows, rngs)
+            ]
         if self._others is not None:
             samples = [self._others[random][(epoch, self._place[i])] for epoch, i in rows]
-            others = collate(samples)
+            others = collate(samples, self._others[random].decoder.known)
             batch["replaced"] = others.pop("replaced")
             batch |= {name: values for name, values in others.items() if name != "key"}
         return batch

@@ -6,10 +6,12 @@ from pathlib import Path
 
 import torch
 
+from ldm_train.data.batch import FIELDS
 from ldm_train.data.files import IMAGE_EXTENSIONS
 from ldm_train.data.transforms import ImageTransform, channels_of, decode_image, to_unit_range
 
-BESIDE = (".seg.png", ".mask.png", ".lowres.png", ".depth.png")  # of a sample in a shard, but not its image
+# Of a sample in a shard, but not its image.
+BESIDE = tuple(f".{e}" for field in FIELDS.values() for e in field.extensions if "." in e)
 
 
 def _files(source: str) -> Iterator[tuple[str, bytes]]:

@@ -152,5 +152,7 @@ class StreamingBatches(IterableDataset):
             for _ in range(within // self.workers * micro):
                 next(raw)
             while position < self.stop and position // self.batches_per_epoch == epoch:
-                yield collate([self._decoded(raw, epoch, position * micro + k) for k in range(micro)])
+                yield collate(
+                    [self._decoded(raw, epoch, position * micro + k) for k in range(micro)], self.decoder.known
+                )
                 position += self.workers

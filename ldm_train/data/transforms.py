@@ -2,6 +2,7 @@
 
 import io
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -149,3 +150,34 @@ class ImageTransform:
 def to_unit_range(image: torch.Tensor) -> torch.Tensor:
     """uint8 -> float32 in [-1, 1]; floats are there already, less what resizing overshot."""
     return image.float() / 127.5 - 1 if image.dtype == torch.uint8 else image.float().clamp(-1, 1)
+
+
+def read_bytes(path: str, option: str) -> bytes:
+    file = Path(path)
+    if not file.is_file():
+        raise FileNotFoundError(f"{option}={path}: there is no such file")
+    return file.read_bytes()
+
+
+def read_image(path: str, size: tuple[int, int], channels: int, option: str = "image") -> torch.Tensor:
+    """(C, H, W) in [-1, 1], cut to the middle and resized to `size`. Raises ValueError naming the file."""
+    try:
+        image = decode_image(read_bytes(path, option), Path(path).suffix.lower().lstrip("."), channels)
+    except FileNotFoundError:
+        raise
+    except (OSError, ValueError, SyntaxError) as error:
+        raise ValueError(f"{option}={path}: {error}") from error
+    transform = ImageTransform(size, "center")
+    return to_unit_range(transform.apply(image, transform.plan(*image.shape[1:], None)))
+
+
+def read_map(path: str, size: tuple[int, int]) -> torch.Tensor:
+    """(H, W) int64. A map keeps its labels: it is cut and resized by nearest neighbour."""
+    try:
+        labels = decode_labels(read_bytes(path, "map"))
+    except FileNotFoundError:
+        raise
+    except (OSError, ValueError, SyntaxError) as error:
+        raise ValueError(f"map={path}: {error}") from error
+    transform = ImageTransform(size, "center")
+    return transform.apply(labels, transform.plan(*labels.shape[1:], None), nearest=True)[0].long()

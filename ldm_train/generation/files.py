@@ -11,7 +11,7 @@ from omegaconf import ListConfig, OmegaConf
 from PIL import Image
 from torch.nn import functional as F
 
-from ldm_train.data.transforms import ImageTransform, decode_image, decode_labels, to_unit_range
+from ldm_train.data.transforms import read_image
 
 PROMPT_KEYS = ("prompt", "negative", "seed", "n")  # of a line of JSON, or an entry of a list
 
@@ -76,37 +76,6 @@ def as_list(value: Any, option: str) -> list[Any]:
     if " " not in path.name and path.suffix in {"prompts": (".txt", ".jsonl"), "classes": (".txt",)}.get(option, ()):
         return _prompt_file(path, option)
     return [str(value)]
-
-
-def read_bytes(path: str, option: str) -> bytes:
-    file = Path(path)
-    if not file.is_file():
-        raise FileNotFoundError(f"{option}={path}: there is no such file")
-    return file.read_bytes()
-
-
-def read_image(path: str, size: tuple[int, int], channels: int, option: str = "image") -> torch.Tensor:
-    """(C, H, W) in [-1, 1], cut to the middle and resized to `size`. Raises ValueError naming the file."""
-    try:
-        image = decode_image(read_bytes(path, option), Path(path).suffix.lower().lstrip("."), channels)
-    except FileNotFoundError:
-        raise
-    except (OSError, ValueError, SyntaxError) as error:
-        raise ValueError(f"{option}={path}: {error}") from error
-    transform = ImageTransform(size, "center")
-    return to_unit_range(transform.apply(image, transform.plan(*image.shape[1:], None)))
-
-
-def read_map(path: str, size: tuple[int, int]) -> torch.Tensor:
-    """(H, W) int64. A map keeps its labels: it is cut and resized by nearest neighbour."""
-    try:
-        labels = decode_labels(read_bytes(path, "map"))
-    except FileNotFoundError:
-        raise
-    except (OSError, ValueError, SyntaxError) as error:
-        raise ValueError(f"map={path}: {error}") from error
-    transform = ImageTransform(size, "center")
-    return transform.apply(labels, transform.plan(*labels.shape[1:], None), nearest=True)[0].long()
 
 
 def read_mask(path: str, size: tuple[int, int]) -> torch.Tensor:

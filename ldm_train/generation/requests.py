@@ -11,13 +11,12 @@ import torch
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from torch.nn import functional as F
 
+from ldm_train.data.batch import FIELDS, Field
 from ldm_train.data.masks import masked_image
 from ldm_train.generation.files import (
     as_list,
     extended,
-    read_bytes,
     read_image,
-    read_map,
     read_mask,
     require_same_shape,
 )
@@ -41,19 +40,6 @@ TASKS = {
 }
 # Which begin from the picture itself.
 FROM_IMAGE = ("inpaint", "outpaint", "img2img", "reconstruct", "interpolate")
-# field: the option that gives it
-OPTIONS = {
-    "caption": "prompts",
-    "class_label": "classes",
-    "boxes": "layout",
-    "segmentation": "map",
-    "depth": "depth",
-    "lowres": "image",
-    "reference": "image",
-    "masked_image": "image",
-}
-
-
 WHOLE = (
     "n", "seed", "batch_size", "num_inference_steps", "invert_iterations", "resample.jump_length", "resample.repeats",
     "tiles.cells", "tiles.overlap",
@@ -157,7 +143,7 @@ def chosen_task(model: LatentDiffusion, config: DictConfig, guided: Collection[s
         elif config.image is not None:
             task = next((t for t in ("superres", "variation") if TASKS[t] in fields), "img2img")
         else:
-            given = [t for t, f in TASKS.items() if f in fields and config[OPTIONS[f]] is not None]
+            given = [t for t, f in TASKS.items() if f in fields and config[_option(FIELDS[f])] is not None]
             task = given[-1] if given else "unconditional"
     if task not in TASKS:
         raise ValueError(f"unknown task {task!r}; this model can do {', '.join(possible_tasks(model, guided))}")
@@ -167,8 +153,8 @@ def chosen_task(model: LatentDiffusion, config: DictConfig, guided: Collection[s
             f"{', '.join(possible_tasks(model, guided))}"
         )
     needed = TASKS[task]
-    if needed and OPTIONS[needed] != "image" and config[OPTIONS[needed]] is None:
-        raise ValueError(f"task={task} needs {OPTIONS[needed]}=...")
+    if needed and (option := _option(FIELDS[needed])) != "image" and config[option] is None:
+        raise ValueError(f"task={task} needs {option}=...")
     for option, meant in (("mask", "inpaint"), ("extend", "outpaint")):
         if config[option] is not None and task != meant:
             raise ValueError(f"{option}= means nothing to task={task}, only to task={meant}")
@@ -211,24 +197,14 @@ def picture_size(model: LatentDiffusion, size: Any, option: str = "size") -> tup
     return height, width
 
 
-def _value(conditioner: Any, given: str, size: tuple[int, int], channels: int) -> Any:
-    """One entry of a conditioner's field from the command line."""
-    if conditioner.field == "boxes":
-        if given.endswith(".json"):
-            given = read_bytes(given, "layout").decode()
-        return conditioner.parse(given)
-    if conditioner.field == "segmentation":
-        labels = read_map(given, size)
-        conditioner.shares(labels[None].to(conditioner.device))  # complains about labels that it does not have
-        return labels
-    if conditioner.field == "depth":
-        return (read_image(given, size, 1, "depth") + 1) / 2
-    if conditioner.field == "lowres":
-        f = conditioner.factor
-        return read_image(given, (size[0] // f, size[1] // f), channels)
-    if conditioner.field == "reference":
-        return read_image(given, size, channels)
-    return conditioner.parse(given)
+def _option(field: Field) -> str:
+    """The option that gives a field."""
+    return field.option or f"fields.{field.name}"
+
+
+def _fields(model: LatentDiffusion) -> dict[str, Field]:
+    """The fields there are, with those that the model's conditioners declare."""
+    return FIELDS | {c.declares.name: c.declares for c in model.conditioners.values() if c.declares is not None}
 
 
 def requests(model: LatentDiffusion, config: DictConfig, guides: Mapping[str, Any] | None = None) -> list[Request]:
@@ -240,22 +216,24 @@ def requests(model: LatentDiffusion, config: DictConfig, guides: Mapping[str, An
     task, size = chosen_task(model, config, guides), picture_size(model, config.size)
     by_field = {c.field: c for c in model.conditioners.values()}
     channels = model.first_stage.autoencoder.in_channels
-    given = {o: as_list(config[o], o) for o in (*dict.fromkeys(OPTIONS.values()), "mask")}
-    used = {f: OPTIONS[f] for f in by_field if f != "masked_image" and given[OPTIONS[f]]}
-    guided = {f: OPTIONS[f] for f in guides if given[OPTIONS[f]]}
+    known = _fields(model)
+    option_of = {name: _option(field) for name, field in known.items() if name != "image"}
+    given = {o: as_list(OmegaConf.select(config, o), o) for o in (*dict.fromkeys(option_of.values()), "mask")}
+    used = {f: option_of[f] for f in by_field if f != "masked_image" and given[option_of[f]]}
+    guided = {f: option_of[f] for f in guides if given[option_of[f]]}
     if task in FROM_IMAGE:
         used = {f: option for f, option in used.items() if option != "image"}
     for option in ("prompts", "classes", "map", "layout", "depth"):
         if given[option] and option not in (*used.values(), *guided.values()):
-            needed = next(f for f, o in OPTIONS.items() if o == option)
-            known = sorted({f"{OPTIONS[f]}=" for f in (*by_field, *guides)}) or ["no condition"]
+            needed = next(f for f, o in option_of.items() if o == option)
+            takes = sorted({f"{option_of[f]}=" for f in (*by_field, *guides)}) or ["no condition"]
             raise ValueError(
-                f"this model has no {needed} conditioner, so {option}= means nothing to it; it takes {', '.join(known)}"
+                f"this model has no {needed} conditioner, so {option}= means nothing to it; it takes {', '.join(takes)}"
             )
     options = {*used.values(), *guided.values()} | {o for o in ("image", "mask") if given[o]}
 
     def fields_of(entries: dict[str, Any]) -> dict[str, Any]:
-        return {f: _value(by_field[f], entries[o], size, channels) for f, o in used.items()}
+        return {f: known[f].from_words(entries[o], by_field[f], size, channels) for f, o in used.items()}
 
     if task == "interpolate":
         return _walk(config, {o: given[o] for o in options}, fields_of, size, channels)
@@ -275,7 +253,7 @@ def requests(model: LatentDiffusion, config: DictConfig, guides: Mapping[str, An
         own = entries["prompts"] if isinstance(entries.get("prompts"), dict) else {}
         if own:
             entries["prompts"] = own["prompt"]
-        fields = {f: _value(by_field[f], entries[o], canvas, channels) for f, o in used.items()}
+        fields = {f: known[f].from_words(entries[o], by_field[f], canvas, channels) for f, o in used.items()}
         image, mask = None, None
         if task in FROM_IMAGE:
             image = read_image(entries["image"], size, channels)

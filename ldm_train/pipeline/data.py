@@ -9,6 +9,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from ldm_train.checkpoints.parts import BUILDABLE, build, find_part
 from ldm_train.configuration import plain
+from ldm_train.data.batch import Field
 from ldm_train.data.datamodule import Batching, ShardDataModule
 from ldm_train.data.prepare.build import build as prepare
 from ldm_train.data.shards import INDEX, data_hash, read_index
@@ -71,6 +72,7 @@ def data_module(
         weights=plain(data)["weights"],
         balance_classes=data.balance_classes,
         labels=label_counts(config, trust),
+        own_fields=own_fields(config, trust),
     )
 
 
@@ -91,6 +93,13 @@ def label_counts(config: DictConfig, trust: Sequence[str] = ()) -> dict[str, int
                     f"{CONDITIONERS}.{name}.{option} is a number, a list of names, or {FROM_DATA}, not {said!r}"
                 )
     return counts
+
+
+def own_fields(config: DictConfig, trust: Sequence[str] = ()) -> dict[str, Field]:
+    """The fields that the configured conditioners declare beside the package's."""
+    trees = plain(config.diffusion.conditioning.conditioners)
+    declared = [find_part(tree["_target_"], f"{CONDITIONERS}.{name}", trust).declares for name, tree in trees.items()]
+    return {field.name: field for field in declared if field is not None}
 
 
 def condition_fields(config: DictConfig, trust: Sequence[str] = ()) -> tuple[str, ...]:

@@ -1,0 +1,278 @@
+"""The fields of a batch, each declared once: where a shard holds it, how it is decoded and cut with its picture, what to do where
+it is missing, and how it is read from the command line.
+
+A further one is a subclass of `Field` beside the conditioner that reads it, which names it as its `declares`.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from ldm_train.data.fields import boxes_of, captions_of, label_of
+from ldm_train.data.files import IMAGE_EXTENSIONS
+from ldm_train.data.masks import masked_image
+from ldm_train.data.transforms import (
+    ImageTransform,
+    Plan,
+    decode_image,
+    decode_labels,
+    read_bytes,
+    read_image,
+    read_map,
+    to_unit_range,
+)
+from ldm_train.rng import derive_seed
+
+# (image (C, H, W) in [-1, 1], rng) -> the field, for fields that are made from the image
+Derive = Callable[[torch.Tensor, np.random.Generator], torch.Tensor]
+Raw = Mapping[str, bytes]  # the members of a sample by their extension
+
+
+class Sample:
+    """One sample on its way from a shard's members to tensors. All that is cut is cut alike: the first picture or map that is
+    asked for draws the plan."""
+
+    def __init__(
+        self,
+        key: str,
+        raw: Raw,
+        rng: np.random.Generator | None,
+        transform: ImageTransform,
+        channels: int,
+        derive: Mapping[str, Derive],
+        labels: Mapping[str, int | None],
+    ):
+        self.key, self.raw, self.rng, self.transform, self.channels = key, raw, rng, transform, channels
+        self.derive, self.labels = derive, labels
+        self.shape: tuple[int, ...] | None = None
+        self._plan: Plan | None = None
+        self._pixels: torch.Tensor | None = None
+
+    @property
+    def pixels(self) -> torch.Tensor:
+        """The picture, cut: float32 (C, H, W) in [-1, 1]."""
+        if self._pixels is None:
+            extension = next((e for e in IMAGE_EXTENSIONS if e in self.raw), None)
+            if extension is None:
+                raise ValueError(f"no image: it has {', '.join(f'.{e}' for e in self.raw)}")
+            image = decode_image(self.raw[extension], extension, self.channels)
+            self.shape = tuple(image.shape[1:])
+            self._plan = self.transform.plan(*self.shape, self.rng)
+            self._pixels = to_unit_range(self.transform.apply(image, self._plan))
+        return self._pixels
+
+    def plan(self, size: Sequence[int], what: str) -> Plan:
+        """How a map of `size` is cut. Raises ValueError where the picture has another size."""
+        if self.shape and tuple(size) != self.shape:
+            raise ValueError(f"image of {self.shape} but {what} of {tuple(size)} pixels")
+        if self._plan is None:
+            self._plan = self.transform.plan(*size, self.rng)
+        return self._plan
+
+    def derived(self, field: "Field") -> torch.Tensor:
+        """The field as it is made from the picture: by the config's data.derived, else by the field itself."""
+        own = self.rng if self.rng is not None else np.random.default_rng(derive_seed(field.name, self.key))
+        make = self.derive.get(field.name) or field.from_image
+        assert make is not None
+        return make(self.pixels, own)
+
+
+class Field:
+    """Subclasses state the attributes and implement `decode`.
+
+    name            in a batch, and as the `field` of the conditioner that reads it
+    extensions      of the members of a shard that can hold it
+    needs_pixels    whether decoding needs the picture
+    cached          whether the latent cache holds it
+    option          of ldm-sample, which gives it; other fields are given as fields.<name>=
+    members         what `check` reads
+    remedy          what to do where samples lack it
+    from_image      how it is made from the picture where a sample lacks it (also: data.derived)
+    """
+
+    name: str
+    extensions: tuple[str, ...]
+    needs_pixels = False
+    cached = False
+    option: str | None = None
+    members: tuple[str, ...] = ()
+    remedy = "prepare the data again with it"
+    from_image: Derive | None = None
+
+    def held(self, counts: Mapping[str, int]) -> int:
+        """How many samples have it, from the number of members of each extension."""
+        return max(counts.get(e, 0) for e in self.extensions)
+
+    def decode(self, sample: Sample) -> Any:
+        """Raises OSError or ValueError where it cannot be read."""
+        raise NotImplementedError
+
+    def check(self, raw: Raw, labels: int | None) -> None:
+        """Reads what can be wrong with it at little cost. labels: how many there are. Raises ValueError or KeyError."""
+
+    def collate(self, values: Sequence[Any]) -> Any:
+        """Stacks tensors, makes int64 of numbers; a list of anything else."""
+        if isinstance(values[0], torch.Tensor):
+            return torch.stack(list(values))
+        return torch.tensor(values) if isinstance(values[0], int) else list(values)
+
+    def from_words(self, given: str, conditioner: Any, size: tuple[int, int], channels: int) -> Any:
+        """One entry from the command line, for pictures of `size`. Raises ValueError or FileNotFoundError."""
+        return conditioner.parse(given)
+
+
+class Image(Field):
+    """image: float32 (C, H, W) in [-1, 1]."""
+
+    name, extensions, needs_pixels = "image", IMAGE_EXTENSIONS, True
+
+    def held(self, counts: Mapping[str, int]) -> int:
+        return sum(counts.get(e, 0) for e in self.extensions)  # a sample has one, under one of its extensions
+
+    def decode(self, sample: Sample) -> torch.Tensor:
+        return sample.pixels
+
+    def from_words(self, given: str, conditioner: Any, size: tuple[int, int], channels: int) -> torch.Tensor:
+        return read_image(given, size, channels)
+
+
+class Reference(Image):
+    """reference: the cut image itself, for conditioners that embed it."""
+
+    name, option = "reference", "image"
+
+
+class Segmentation(Field):
+    """segmentation: int64 (H, W), cut by nearest neighbour."""
+
+    name, extensions, option = "segmentation", ("seg.png",), "map"
+
+    def decode(self, sample: Sample) -> torch.Tensor:
+        labels = decode_labels(sample.raw[self.extensions[0]])
+        plan = sample.plan(labels.shape[1:], self.name)
+        return sample.transform.apply(labels, plan, nearest=True)[0].long()
+
+    def from_words(self, given: str, conditioner: Any, size: tuple[int, int], channels: int) -> torch.Tensor:
+        labels = read_map(given, size)
+        conditioner.shares(labels[None].to(conditioner.device))  # complains about labels that it does not have
+        return labels
+
+
+class Depth(Field):
+    """depth: float32 (1, H, W) in [0, 1]; files of 8 or 16 bits."""
+
+    name, extensions, option = "depth", ("depth.png",), "depth"
+
+    def decode(self, sample: Sample) -> torch.Tensor:
+        values = decode_labels(sample.raw[self.extensions[0]])
+        depth = sample.transform.apply(values.float(), sample.plan(values.shape[1:], self.name))
+        return (depth / (65535 if values.max() > 255 else 255)).clamp(0, 1)
+
+    def from_words(self, given: str, conditioner: Any, size: tuple[int, int], channels: int) -> torch.Tensor:
+        return (read_image(given, size, 1, "depth") + 1) / 2
+
+
+class Boxes(Field):
+    """boxes: float32 (N, 5), x, y, width, height in unit coordinates of the cut picture, label."""
+
+    name, extensions, needs_pixels, option, members = "boxes", ("json",), True, "layout", ("json",)
+
+    def decode(self, sample: Sample) -> torch.Tensor:
+        boxes = boxes_of(sample.raw.get("json", b"{}"), sample.labels.get(self.name))
+        plan, shape = sample.plan(sample.shape or (), self.name), sample.shape
+        return torch.from_numpy(sample.transform.apply_to_boxes(boxes, plan, shape)).float()
+
+    def check(self, raw: Raw, labels: int | None) -> None:
+        boxes_of(raw["json"], labels)
+
+    def collate(self, values: Sequence[Any]) -> list[torch.Tensor]:
+        return list(values)  # their number varies
+
+    def from_words(self, given: str, conditioner: Any, size: tuple[int, int], channels: int) -> Any:
+        return conditioner.parse(read_bytes(given, "layout").decode() if given.endswith(".json") else given)
+
+
+class MaskedImage(Field):
+    """masked_image: float32 (C + 1, H, W), the picture with its hole at -1, and the mask, 1 in the hole."""
+
+    name, extensions, needs_pixels, option = "masked_image", ("mask.png",), True, "image"
+    remedy = "store a .mask.png beside each image, or have masks drawn: data/derived=masks"
+
+    def decode(self, sample: Sample) -> torch.Tensor:
+        if (stored := sample.raw.get(self.extensions[0])) is None:
+            return sample.derived(self)
+        mask = decode_image(stored, "png", 1)
+        plan = sample.plan(mask.shape[1:], "mask")
+        return masked_image(sample.pixels, sample.transform.apply(mask, plan, nearest=True).float() / 255)
+
+
+class LowResolution(Field):
+    """lowres: float32 (C, h, w) in [-1, 1], the picture by a whole factor smaller."""
+
+    name, extensions, needs_pixels, option = "lowres", ("lowres.png",), True, "image"
+    remedy = "store a .lowres.png beside each image, or have it made: data/derived=bicubic_x4"
+
+    def decode(self, sample: Sample) -> torch.Tensor:
+        if (stored := sample.raw.get(self.extensions[0])) is None:
+            return sample.derived(self)
+        small, shape = decode_image(stored, "png", sample.channels), sample.shape or ()
+        factor = shape[0] // small.shape[1]
+        if (small.shape[1] * factor, small.shape[2] * factor) != shape:
+            raise ValueError(f"image of {shape} but low-resolution picture of {tuple(small.shape[1:])} pixels")
+        plan = sample.plan(shape, self.name).reduced(factor)
+        return to_unit_range(sample.transform.reduced(factor).apply(small, plan))
+
+    def from_words(self, given: str, conditioner: Any, size: tuple[int, int], channels: int) -> torch.Tensor:
+        return read_image(given, (size[0] // conditioner.factor, size[1] // conditioner.factor), channels)
+
+
+class ClassLabel(Field):
+    """class_label: int, below the number of classes."""
+
+    name, extensions, cached, option, members = "class_label", ("cls",), True, "classes", ("cls",)
+    remedy = "prepare the data with one folder per class, or choose diffusion/conditioning=none"
+
+    def decode(self, sample: Sample) -> int:
+        return label_of(sample.raw.get("cls", b""), sample.labels.get(self.name))
+
+    def check(self, raw: Raw, labels: int | None) -> None:
+        label_of(raw["cls"], labels)
+
+
+class Caption(Field):
+    """caption: str, one of a sample's captions: drawn by its random numbers, the first without."""
+
+    name, extensions, cached, option, members = "caption", ("txt", "json"), True, "prompts", ("txt", "json")
+    remedy = (
+        "prepare the data with captions (ldm-prepare source=csv, or .txt files beside the images), or choose conditioning "
+        "without text: diffusion/conditioning=class or diffusion/conditioning=none"
+    )
+
+    def decode(self, sample: Sample) -> str:
+        return self.drawn(sample.raw, sample.rng)
+
+    def drawn(self, raw: Raw, rng: np.random.Generator | None) -> str:
+        captions = captions_of(raw)
+        return captions[int(rng.integers(len(captions)))] if rng else captions[0]
+
+    def check(self, raw: Raw, labels: int | None) -> None:
+        captions_of(raw)
+
+
+# In the order in which a sample is decoded: they draw from its random numbers.
+FIELDS: dict[str, Field] = {
+    field.name: field
+    for field in (
+        Image(),
+        Reference(),
+        Segmentation(),
+        Depth(),
+        Boxes(),
+        MaskedImage(),
+        LowResolution(),
+        ClassLabel(),
+        Caption(),
+    )
+}
