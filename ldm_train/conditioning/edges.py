@@ -1,0 +1,67 @@
+"""Edges: where brightness changes, from a file of the shard or made from the image, as a condition beside the latents."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+
+from ldm_train.conditioning.spatial import SpatialConditioner
+from ldm_train.data.batch import Field, Sample
+from ldm_train.data.transforms import decode_image, read_image
+
+# Sobel's derivative across and down.
+SOBEL = torch.tensor([[1.0, 0, -1], [2, 0, -2], [1, 0, -1]]) / 4
+
+
+def edges_of(image: torch.Tensor, rng: np.random.Generator | None = None) -> torch.Tensor:
+    """image (C, H, W) in [-1, 1] -> (1, H, W) in [0, 1]: the length of the brightness' gradient (Sobel), 1 for a step from
+    black to white."""
+    grey = F.pad(image.mean(dim=0)[None, None], (1, 1, 1, 1), mode="replicate")
+    across, down = (F.conv2d(grey, kernel[None, None].to(grey)) for kernel in (SOBEL, SOBEL.T))
+    return ((across.square() + down.square()).sqrt()[0] / 2).clamp(0, 1)
+
+
+class Edges(Field):
+    """edges: float32 (1, H, W) in [0, 1]."""
+
+    name, extensions, needs_pixels = "edges", ("edges.png",), True
+
+    def from_image(self, image: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
+        return edges_of(image)
+
+    def decode(self, sample: Sample) -> torch.Tensor:
+        if (stored := sample.raw.get(self.extensions[0])) is None:
+            return sample.derived(self)
+        edges = decode_image(stored, "png", 1)
+        return sample.transform.apply(edges, sample.plan(edges.shape[1:], self.name)).float() / 255
+
+    def from_words(self, given: str, conditioner: Any, size: tuple[int, int], channels: int) -> torch.Tensor:
+        """The edges of a picture."""
+        return edges_of(read_image(given, size, channels, f"fields.{self.name}"))
+
+
+class EdgeMap(SpatialConditioner):
+    """Edges at latent size: each cell's f x f pixels become channels. The null condition is all -1.
+
+    factor: the first stage's f. dropout: probability of the null condition in training.
+    """
+
+    field, declares = Edges.name, Edges()
+
+    def __init__(self, factor: int, dropout: float = 0.1):
+        super().__init__(dropout)
+        self.factor, self.widths = factor, {"concat": factor**2}
+
+    def forward(self, values: torch.Tensor, drop: torch.Tensor) -> dict[str, torch.Tensor]:
+        """(B, 1, H, W) in [0, 1] -> concat (B, f^2, h, w)."""
+        edges = torch.as_tensor(values, device=self.device).float()
+        cells = F.pixel_unshuffle(edges, self.factor)
+        return {"concat": torch.where(drop.to(self.device).view(-1, 1, 1, 1), -1.0, cells)}
+
+    def picture(self, values: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
+        return F.interpolate(torch.as_tensor(values).cpu().float(), tuple(size), mode="nearest") * 2 - 1
+
+    def null_values(self, count: int, latent_size: Sequence[int]) -> torch.Tensor:
+        return torch.zeros(count, 1, *self.image_size(latent_size))
