@@ -153,8 +153,12 @@ def end_with(parent: int) -> None:
 
 
 def become_worker(number: int = 0) -> None:
-    """For a process of a pool or a loader (`number` there): leaves signals to its parent and ends with it."""
+    """For a process of a pool or a loader (`number` there): leaves signals to its parent and ends with it. (Under forkserver
+    that is the server, which ends with the command.)"""
     from multiprocessing import parent_process
 
     leave_signals_to_parent()
-    end_with(parent_process().pid)
+    expected, parent = parent_process(), os.getppid()
+    if expected is not None and parent == 1 != expected.pid:  # it ended before this line
+        os._exit(128 + signal.SIGKILL)
+    end_with(parent)

@@ -34,3 +34,9 @@ def datasets() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no real images at {folder}; set LDM_TRAIN_TEST_DATA to the folder that holds cifar10/")
     return folder
+
+
+@pytest.fixture(scope="session")
+def count(request: pytest.FixtureRequest) -> int:
+    """Cases of a fuzz test."""
+    return request.config.getoption("--fuzz")

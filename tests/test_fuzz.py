@@ -137,11 +137,6 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture
-def count(request: pytest.FixtureRequest) -> int:
-    return request.config.getoption("--fuzz")
-
-
 def _data(run: Path) -> Path:
     return next((run / "data").iterdir())
 

@@ -132,6 +132,19 @@ def test_commands_leave_at_once_with_one_line(tmp_path: Path):
         assert errors.strip() == f"stopped by {number.name}; run the same command to continue"
 
 
+def test_a_loading_process_of_a_fork_server_lives(tmp_path: Path):
+    (tmp_path / "loads.py").write_text(
+        "import multiprocessing, time\n"
+        "from ldm_train.interrupts import become_worker\n"
+        "def work():\n    become_worker()\n    time.sleep(2.5)\n"
+        "if __name__ == '__main__':\n"
+        "    child = multiprocessing.get_context('forkserver').Process(target=work)\n"
+        "    child.start()\n    child.join()\n    print(child.exitcode)\n"
+    )
+    process = start([sys.executable, "-u", str(tmp_path / "loads.py")], tmp_path)
+    assert process.communicate(timeout=60)[0].strip() == "0"
+
+
 def test_a_loading_process_outlives_the_first_signal_of_its_group_and_not_its_parent(tmp_path: Path):
     worker = (
         "import time; from ldm_train.interrupts import become_worker; become_worker(); print('there'); time.sleep(60)"

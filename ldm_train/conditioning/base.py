@@ -19,6 +19,8 @@ class Conditioner(nn.Module):
     dropout probability per sample that training replaces the condition by the null condition
     """
 
+    # Options of which the weights hold what they named: what a model folder says in their place.
+    in_weights: dict[str, Any] = {}
     field: str
     declares: Field | None = None
     widths: dict[str, int]

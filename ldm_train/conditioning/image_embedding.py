@@ -125,6 +125,7 @@ class ImageEmbedding(Conditioner):
         if noise_levels:
             self.noise = NoiseSchedule("cosine")
         self.per_image = statistics is None
+        self.in_weights = {} if self.per_image else {"statistics": "unit"}  # not the file, which is here alone
         if not self.per_image:
             unit = torch.zeros(encoder_dim), torch.ones(encoder_dim)
             mean, std = unit if statistics == "unit" else read_statistics(statistics, encoder_dim)

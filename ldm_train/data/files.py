@@ -2,8 +2,10 @@
 fast."""
 
 import io
+import math
 import tarfile
 
+import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "npy")
@@ -31,3 +33,29 @@ def open_image(data: bytes) -> Image.Image:
         raise ValueError(f"no image: {len(data)} bytes that begin with {data[:8]!r}") from None
     except Image.DecompressionBombError as error:  # neither an OSError nor a ValueError
         raise ValueError(str(error)) from error
+
+
+def npy_header(data: bytes) -> tuple[tuple[int, ...], np.dtype, int]:
+    """(shape, dtype, length of the header) of a .npy. Raises ValueError where it is none, is of Python objects, or does not hold
+    the bytes that it claims: a header may claim any size."""
+    file = io.BytesIO(data)
+    try:
+        version = np.lib.format.read_magic(file)
+        read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}.get(version)
+        if read is None:
+            raise ValueError(f"version {version}, expected 1.0 or 2.0")
+        shape, _, dtype = read(file)
+    except Exception as error:  # a damaged header makes numpy and Python's parser raise whatever comes first
+        raise ValueError(f"no .npy: {' '.join(str(error).split())[:200]}") from error
+    if dtype.hasobject:
+        raise ValueError("npy of Python objects, which are never unpickled (allow_pickle=False)")
+    if (claimed := dtype.itemsize * math.prod(shape)) != len(data) - file.tell():
+        raise ValueError(f"npy of {len(data) - file.tell()} bytes for {claimed} of shape {shape}")
+    return shape, dtype, file.tell()
+
+
+def read_npy(data: bytes) -> np.ndarray:
+    """The array of a .npy, in this machine's byte order. Raises ValueError as `npy_header`."""
+    npy_header(data)
+    array = np.load(io.BytesIO(data), allow_pickle=False)
+    return array.astype(array.dtype.newbyteorder("="), copy=False)

@@ -5,12 +5,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from omegaconf import ListConfig, OmegaConf
 from PIL import Image
 from torch.nn import functional as F
 
+from ldm_train.data.files import npy_header
 from ldm_train.data.transforms import read_image
 
 PROMPT_KEYS = ("prompt", "negative", "seed", "n")  # of a line of JSON, or an entry of a list
@@ -89,7 +89,7 @@ def read_mask(path: str, size: tuple[int, int]) -> torch.Tensor:
 def _size(path: str) -> tuple[int, int]:
     """(width, height) of a picture file."""
     if path.lower().endswith(".npy"):
-        height, width = np.load(path, allow_pickle=False).shape[:2]
+        height, width = npy_header(Path(path).read_bytes())[0][:2]
         return width, height
     with Image.open(path) as opened:
         return opened.size

@@ -269,7 +269,8 @@ def test_image_embeddings_are_noised_as_in_unclip(measured: bool, tmp_path: Path
     torch.testing.assert_close(found[:, 128:], told, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(conditioner.eval()(images, keep)["vector"][:, :128], bare[:, 0])
     # The weights carry the statistics, so a moved or changed file cannot change a trained model.
-    again = ImageEmbedding(encoder, 128, None, noise_levels=1000, statistics="unit")
+    assert conditioner.in_weights == {"statistics": "unit"}  # so a model folder loads where the file is not
+    again = ImageEmbedding(encoder, 128, None, noise_levels=1000, **conditioner.in_weights)
     again.load_state_dict(conditioner.state_dict())
     torch.testing.assert_close(again.std, normaliser.std[0].detach())
 

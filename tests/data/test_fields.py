@@ -1,11 +1,13 @@
 """What a sample's members say is read exactly, or refused."""
 
+import io
 import json
 
 import numpy as np
 import pytest
 
 from ldm_train.data.fields import boxes_of, captions_of, check_fields, label_of
+from ldm_train.data.files import read_npy
 
 
 @pytest.mark.parametrize(("data", "label"), [(b"0", 0), (b" 7\n", 7), (b"007", 7), (b"999", 999)])
@@ -107,3 +109,41 @@ def test_what_is_no_box_is_refused(boxes: object, match: str):
 def test_damaged_coco_objects_are_refused(record: dict):
     with pytest.raises(ValueError, match=r"its|box"):
         boxes_of(json.dumps(record).encode())
+
+
+def npy(array: np.ndarray) -> bytes:
+    file = io.BytesIO()
+    np.save(file, array)
+    return file.getvalue()
+
+
+def test_damaged_npy_headers_are_refused_or_change_nothing_but_say_so(count: int) -> None:
+    """Whatever numpy and Python's parser raise over a damaged header is one ValueError."""
+    array = np.arange(6 * 5 * 3, dtype=np.uint8).reshape(6, 5, 3)
+    whole, dice, refused = npy(array), np.random.default_rng(0), 0
+    for _ in range(20 * count):
+        damaged = bytearray(whole)
+        damaged[int(dice.integers(128))] = int(dice.integers(256))
+        try:
+            read_npy(bytes(damaged))
+        except ValueError:
+            refused += 1
+    assert refused > 10 * count
+    for data in (b"", whole[:50], b"PK\x03\x04" + whole, whole.replace(b"(6, 5, 3)", b"(9**9,5)")):
+        with pytest.raises(ValueError, match="npy"):
+            read_npy(data)
+
+
+def test_a_header_that_claims_more_than_there_is_allocates_nothing() -> None:
+    huge = npy(np.zeros((1, 1, 1), np.uint8)).replace(
+        b"(1, 1, 1), }          ", b"(1, 1, 70368744177664), }"[:22].ljust(22)
+    )
+    with pytest.raises(ValueError, match="npy"):
+        read_npy(huge)
+
+
+def test_arrays_of_the_other_byte_order_are_read_as_their_numbers() -> None:
+    array = np.array([[1, 2], [300, 65535]], ">u2")
+    read = read_npy(npy(array))
+    assert read.dtype == np.dtype("u2").newbyteorder("=")
+    assert read.tolist() == array.tolist()

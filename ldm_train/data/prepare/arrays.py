@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image, ImageOps
 
-from ldm_train.data.files import open_image
+from ldm_train.data.files import open_image, read_npy
 from ldm_train.data.shards import DataError
 
 EXTENSIONS = {".npy", ".tif", ".tiff"}
@@ -20,14 +20,6 @@ def encoded_npy(array: np.ndarray) -> bytes:
     buffer = io.BytesIO()
     np.save(buffer, np.ascontiguousarray(array), allow_pickle=False)
     return buffer.getvalue()
-
-
-def decoded_npy(data: bytes) -> np.ndarray:
-    """Raises ValueError where it is no .npy, or one of objects."""
-    try:
-        return np.load(io.BytesIO(data), allow_pickle=False)
-    except (EOFError, OSError, SyntaxError) as error:
-        raise ValueError(f"no .npy: {error}") from error
 
 
 def channels_last(array: np.ndarray, layout: str | None, name: str) -> np.ndarray:
@@ -106,7 +98,7 @@ def _viewed(data: bytes) -> bytes | None:
             buffer = io.BytesIO()
             image.save(buffer, format="PNG")
             return buffer.getvalue()
-    except ValueError:  # more bands than Pillow knows
+    except Exception:  # more bands than Pillow knows, or damage, which `_bands` names
         return None
 
 
@@ -131,7 +123,7 @@ def picture_of(
     Raises ValueError for a file that cannot be read, DataError where an option has to say what it means.
     """
     if extension == "npy":
-        array = channels_last(decoded_npy(data), layout, name)
+        array = channels_last(read_npy(data), layout, name)
     elif limits is None and (png := _viewed(data)) is not None:
         return "png", png
     else:

@@ -11,8 +11,7 @@ import numpy as np
 from tqdm import tqdm
 
 from ldm_train.data.fields import check_fields
-from ldm_train.data.files import IMAGE_EXTENSIONS, open_image
-from ldm_train.data.prepare.arrays import decoded_npy
+from ldm_train.data.files import IMAGE_EXTENSIONS, open_image, read_npy
 from ldm_train.data.shards import ENTRIES, INDEX, DataError, finished_shard, write_shard
 from ldm_train.interrupts import become_worker
 from ldm_train.storage import write_json
@@ -69,7 +68,7 @@ def _write(source: Source, out: Path, split: str, number: int, chunk: range) -> 
                 key, fields = made
                 extension = next((e for e in IMAGE_EXTENSIONS if e in fields), None)
                 if extension == "npy":
-                    array = decoded_npy(fields["npy"])
+                    array = read_npy(fields["npy"])
                     size = (array.shape[1], array.shape[0])
                     channels.add(array.shape[2] if array.ndim == 3 else 1)
                     ends = [float(array.min()), float(array.max())]

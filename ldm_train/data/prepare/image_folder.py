@@ -97,7 +97,8 @@ class ImageFolder:
     ):
         if layout is not None and layout not in arrays.LAYOUTS:
             raise ValueError(f"source.layout is hwc or chw, not {layout!r}")
-        if range is not None and not (isinstance(range, list | tuple) and len(range) == 2 and range[0] < range[1]):
+        numbers = isinstance(range, list | tuple) and len(range) == 2 and all(type(v) in (int, float) for v in range)
+        if range is not None and not (numbers and range[0] < range[1]):
             raise ValueError(f"source.range is [low,high], what black and white are, not {range}")
         self.layout, self.limits = layout, range
         root = Path(path)
@@ -118,6 +119,12 @@ class ImageFolder:
         files = {
             split: sorted(p for p in folder.rglob("*") if p.suffix.lower() in known and not p.name.startswith("."))
             for split, folder in folders.items()
+        }
+        # Beside a picture of a usual format an array of its name is something else: features, depth.
+        usual = {p.with_suffix("") for found in files.values() for p in found if p.suffix.lower() in EXTENSIONS}
+        files = {
+            split: [p for p in found if p.suffix.lower() in EXTENSIONS or p.with_suffix("") not in usual]
+            for split, found in files.items()
         }
         if not any(files.values()):
             raise FileNotFoundError(f"no images ({', '.join(sorted(known))}) in {path}")
