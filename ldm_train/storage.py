@@ -1,18 +1,21 @@
-"""Files: written whole or not at all, with checksums, and read as plain values whoever made them."""
+"""Files: written whole or not at all and where they are meant to be, with checksums, and read as plain values whoever made
+them."""
 
+import errno
 import glob
 import hashlib
 import io
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import yaml
 
 LARGEST_FILE = 16 << 20  # bytes; a config that holds its tokenizer has 1 or 2 MB
-MOST_VALUES, DEEPEST = 200_000, 60  # of a tree, its aliases unfolded
+MOST_VALUES = 200_000  # of a YAML tree, its aliases unfolded
+DEEPEST = 60  # levels of a tree
 
 try:
     from yaml import CSafeLoader as Loader
@@ -30,9 +33,36 @@ def _is_running(pid: int) -> bool:
     return True
 
 
+def check_links(folder: str | Path, beside: Sequence[Path] = ()) -> None:
+    """Raises ValueError for a link that leads out of the folder (and out of `beside`), naming it."""
+    roots = [Path(os.path.realpath(root)) for root in (folder, *beside)]
+    for path in Path(folder).rglob("*"):
+        if path.is_symlink() and not any(Path(os.path.realpath(path)).is_relative_to(root) for root in roots):
+            raise ValueError(f"{path} is a link that leads out of {folder}; put the file itself there")
+
+
+def inside(path: str | Path, folder: str | Path) -> Path:
+    """`path`, which is to be written below `folder`, a stranger's perhaps. Raises ValueError where a link on the way leads
+    elsewhere."""
+    if not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder)):
+        raise ValueError(f"{path} leads through a link out of {folder}, where nothing is written; remove the link")
+    return Path(path)
+
+
+def open_lock(path: str | Path) -> TextIO:
+    """A file to hold a lock on, for reading and writing from its beginning, made where it is not there. What another process
+    wrote into it stays until the lock is held. Raises ValueError for a link, which is not followed."""
+    try:
+        return os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666), "r+")
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise ValueError(f"{path} is a link, which nothing is written through; remove it") from error
+        raise
+
+
 def write_atomically(path: str | Path, write: Callable[[io.BufferedWriter], None]) -> None:
     """Calls `write` on a temporary file beside `path`, syncs it to disk and renames it. On any error nothing remains;
-    what a killed process left behind goes with the next attempt."""
+    what a killed process left behind goes with the next attempt. A link is replaced, not followed."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     for stale in path.parent.glob(f".{glob.escape(path.name)}.*.partial"):
@@ -41,7 +71,8 @@ def write_atomically(path: str | Path, write: Callable[[io.BufferedWriter], None
             stale.unlink(missing_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        with open(partial, "wb") as file:
+        partial.unlink(missing_ok=True)  # of a process with this number before, or a link
+        with open(partial, "xb") as file:
             write(file)
             file.flush()
             os.fsync(file.fileno())

@@ -38,11 +38,13 @@ from ldm_train.generation.sample import sample
 from ldm_train.pipeline import train
 from ldm_train.pipeline.run import Chain
 from ldm_train.pipeline.sweep import read_runs
+from ldm_train.storage import open_lock
+from ldm_train.training.loggers import MetricsCSV
 
 SECONDS = 2.0  # a refusal takes no longer
 MODEL = {
     "_target_": "ldm_train.latent_diffusion.LatentDiffusion",
-    "unet": {
+    "network": {
         "_target_": "ldm_train.models.unet.UNet", "in_channels": 4, "channels": 32, "channel_mult": [1, 1],
         "num_res_blocks": 1, "attention_levels": [], "num_heads": 2,
     },
@@ -94,8 +96,8 @@ TREES: dict[str, Any] = {
     "a function of ours, called": {"_target_": "ldm_train.samplers.ddim.ddim"},
     "a function that reads files": {"_target_": "ldm_train.conditioning.text.read_tokenizer", "path": "/etc/passwd"},
     "a number beyond measure": {"_target_": "ldm_train.diffusion.schedule.NoiseSchedule", "num_train_timesteps": 10**15},
-    "a model without end": {**MODEL["unet"], "num_res_blocks": 10**6},
-    "a model of terabytes": {**MODEL["unet"], "channels": 2**18},
+    "a model without end": {**MODEL["network"], "num_res_blocks": 10**6},
+    "a model of terabytes": {**MODEL["network"], "channels": 2**18},
 }  # fmt: skip
 # Files that are no tree at all.
 TEXTS = {
@@ -233,7 +235,7 @@ def refused(action: Callable[[], Any], mark: Path, *allowed: Path) -> str:
 
 PLACES: dict[str, Callable[[Any], Any]] = {
     "the whole": lambda evil: evil,
-    "the U-Net": lambda evil: {**MODEL, "unet": evil},
+    "the U-Net": lambda evil: {**MODEL, "network": evil},
     "a conditioner": lambda evil: {**MODEL, "conditioners": {"text": evil}},
     "an option": lambda evil: {**MODEL, "first_stage": {**MODEL["first_stage"], "scale_factor": evil}},
 }
@@ -296,7 +298,7 @@ def test_metadata_of_another_shape_is_named(metadata: dict, stranger: Callable[.
 
 
 def test_weights_that_do_not_fit_their_config_are_named(stranger: Callable[..., Path], tmp_path: Path):
-    folder = stranger(yaml.safe_dump({**MODEL, "latent_size": [8, 8], "unet": {**MODEL["unet"], "channels": 64}}))
+    folder = stranger(yaml.safe_dump({**MODEL, "latent_size": [8, 8], "network": {**MODEL["network"], "channels": 64}}))
     message = refused(lambda: ldm_train.load(str(folder)), tmp_path / "mark")
     assert "does not fit the model of" in message
     (folder / "model.safetensors").write_bytes(b"\xff" * 64)
@@ -313,14 +315,14 @@ def test_a_part_of_ones_own_is_built_where_the_command_trusts_its_package(
     (tmp_path / "my_parts.py").write_text(
         "from os import system\nfrom ldm_train.models.unet import UNet\n\n\nclass MyUNet(UNet):\n    pass\n"
     )
-    folder = stranger(yaml.safe_dump({**MODEL, "unet": {**MODEL["unet"], "_target_": "my_parts.MyUNet"}}))
+    folder = stranger(yaml.safe_dump({**MODEL, "network": {**MODEL["network"], "_target_": "my_parts.MyUNet"}}))
     message = refused(lambda: ldm_train.load(str(folder)), tmp_path / "mark")
     assert "say trust=[my_parts]" in message
     assert type(ldm_train.load(str(folder), trust=["my_parts"]).network).__name__ == "MyUNet"
     sampled(f"run={folder}", "trust=[my_parts]", "n=1", f"out={tmp_path}/out")
     # What the trusted package has imported is not its own.
     evil = {"_target_": "my_parts.system", "_partial_": True, "command": "touch mark"}
-    folder = stranger(yaml.safe_dump({**MODEL, "unet": evil}))
+    folder = stranger(yaml.safe_dump({**MODEL, "network": evil}))
     with pytest.raises(ValueError, match=r"my_parts\.system, which is no class or sampler of my_parts"):
         ldm_train.load(str(folder), trust=["my_parts"])
 
@@ -544,6 +546,66 @@ def test_an_interrupted_measurement_is_no_program(honest_run: Path, tmp_path: Pa
         evaluated(f"run={run}", "n=2", f"runs_dir={tmp_path}", "metrics=[fid_tiny]")
     assert seen
     assert not (tmp_path / "mark").exists()
+
+
+# -- links -------------------------------------------------------------------------------------------------------------
+
+
+def test_pictures_go_through_no_link(stranger: Callable[..., Path], tmp_path: Path):
+    """Neither below the model's folder nor where files of the same names lie, ready to be followed."""
+    folder, victim = stranger(), tmp_path / "victim"
+    victim.mkdir()
+    (victim / "thesis.tex").write_text("years of work")
+    (folder / "samples").symlink_to(victim)
+    message = refused(lambda: sampled(f"run={folder}", "n=1"), tmp_path / "mark")
+    assert f"{folder}/samples" in message
+    assert "through a link" in message
+    out = tmp_path / "out"
+    out.mkdir()
+    for name in ("00000_seed0.png", "grid.png"):
+        (out / name).symlink_to(victim / "thesis.tex")
+    for name in ("00000_seed0.png", "grid.png", "recipe.json"):
+        (out / f".{name}.{os.getpid()}.partial").symlink_to(victim / "thesis.tex")
+    sampled(f"run={folder}", "n=1", f"out={out}")
+    (out / "replay").symlink_to(victim)
+    assert "through a link" in refused(lambda: sampled(f"recipe={out}", f"run={folder}"), tmp_path / "mark")
+    assert [p.name for p in victim.iterdir()] == ["thesis.tex"]
+    assert (victim / "thesis.tex").read_text() == "years of work"
+    assert not any(p.is_symlink() for p in out.iterdir() if p.is_file())
+
+
+def test_measurements_go_through_no_link(honest_run: Path, tmp_path: Path):
+    run, victim = _copied(honest_run, tmp_path), tmp_path / "victim"
+    victim.mkdir()
+    (run / "evaluations").symlink_to(victim)
+    for what in ("run", "reconstruct"):
+        message = refused(
+            lambda what=what: evaluated(f"{what}={run}", "n=2", f"runs_dir={tmp_path}", "metrics=[fid_tiny]"),
+            tmp_path / "mark",
+            run,
+            tmp_path / ".references",
+        )
+        assert "through a link" in message
+    assert not list(victim.iterdir())
+
+
+def test_logs_go_through_no_link(tmp_path: Path):
+    victim = tmp_path / "victim"
+    victim.write_text("years of work")
+    (tmp_path / "metrics.csv").symlink_to(victim)
+    (tmp_path / f".metrics.csv.{os.getpid()}.partial").symlink_to(victim)
+    MetricsCSV(tmp_path / "metrics.csv").log_metrics({"loss": 1.0}, 1)
+    (tmp_path / "lock").symlink_to(victim)
+    with pytest.raises(ValueError, match=r"lock is a link"):
+        open_lock(tmp_path / "lock")
+    assert victim.read_text() == "years of work"
+
+
+def test_what_a_lock_says_stays_until_it_is_held(tmp_path: Path):
+    with open_lock(tmp_path / "lock") as first:
+        first.write("4711")
+    with open_lock(tmp_path / "lock") as second:
+        assert second.read() == "4711"
 
 
 # -- the package -------------------------------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ from ldm_train.generation.files import as_list
 from ldm_train.generation.requests import Request
 from ldm_train.pipeline.resume import differences
 from ldm_train.rng import derive_seed
-from ldm_train.storage import file_sha256, plain_values, read_record, write_atomically, write_json
+from ldm_train.storage import file_sha256, inside, plain_values, read_record, write_atomically, write_json
 
 RECIPE = "recipe.json"
 SHOWN = 256  # pictures in a grid
@@ -138,7 +138,9 @@ def replayed(config: DictConfig) -> tuple[DictConfig, dict[str, Any], int | None
     config.batch_size = recipe["machine"]["batch_size"]
     config.run = config.run or recipe["model"]
     only = recipe.get("number")
-    config.out = config.out or str(path.parent / ("replay" if only is None else f"replay-{only:05d}"))
+    config.out = config.out or str(
+        inside(path.parent / ("replay" if only is None else f"replay-{only:05d}"), path.parent)
+    )
     return config, recipe, only
 
 
@@ -150,12 +152,16 @@ def _nearby(model: str, recipe: Path, runs_dir: str) -> bool:
 
 
 def folder_of(config: DictConfig, source: Path, recipe: dict[str, Any]) -> Path:
-    """out=..., below it one folder per job of a sweep; by default <run>/samples/<task>-<what it follows from>."""
+    """out=..., below it one folder per job of a sweep; by default <run>/samples/<task>-<what it follows from>.
+
+    Raises ValueError where a link leads out of the folder that the command names."""
     sweeping = HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
     name = f"{recipe['task']}-{derive_seed(repr({k: v for k, v in recipe.items() if k != 'machine'})) % 16**8:08x}"
     if config.out:
-        return Path(config.out) / name if sweeping else Path(config.out)
-    return (source.parent if source.name == "export" else source) / "samples" / name
+        return inside(Path(config.out) / name, config.out) if sweeping else Path(config.out)
+    own = source.parent if source.name == "export" else source
+    named = next((f for f in (Path(config.run), Path(config.runs_dir, config.run)) if own.is_relative_to(f)), own)
+    return inside(own / "samples" / name, named)
 
 
 class Job:
@@ -236,23 +242,17 @@ class Job:
         return torch.stack(found)
 
     def save(self, part: Sequence[Request], images: torch.Tensor) -> None:
-        """Raises OSError, saying what stays, where the disk takes no more."""
+        """Raises OSError, naming the picture, where the disk takes no more."""
         if not self.digests:
             self._write(finished=False)
         for request, image in zip(part, images):
             picture, path = pictures.to_pil(image), self.folder / request.name
             content = picture.tobytes()
-            try:
-                if not pictures.has_colours(self.channels):
-                    array = image.permute(1, 2, 0).contiguous().numpy()
-                    content = array.tobytes()
-                    write_atomically(path.with_suffix(".npy"), lambda file, array=array: np.save(file, array))
-                pictures.save_png(picture, path, self._metadata(request))
-            except OSError as error:
-                raise OSError(
-                    f"cannot write {path}: {error.strerror or error}; the pictures before it are complete, make room and give "
-                    "the same command again to continue"
-                ) from error
+            if not pictures.has_colours(self.channels):
+                array = image.permute(1, 2, 0).contiguous().numpy()
+                content = array.tobytes()
+                write_atomically(path.with_suffix(".npy"), lambda file, array=array: np.save(file, array))
+            pictures.save_png(picture, path, self._metadata(request))
             self.digests[request.name] = hashlib.sha256(content).hexdigest()
 
     def close(self, grid: Image.Image) -> Path:

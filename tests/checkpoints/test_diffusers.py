@@ -21,9 +21,9 @@ from diffusers import VQModel as Quantised
 from safetensors.torch import load, load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+import ldm_train
 from ldm_train.checkpoints.diffusers import diffusers_metadata, load_diffusers
 from ldm_train.checkpoints.native import find_model, model_metadata
-from ldm_train.latent_diffusion import LatentDiffusion
 from ldm_train.samplers.ddim import ddim
 
 SCHEDULER = {
@@ -100,7 +100,7 @@ def text_pipeline(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], t
 @pytest.mark.parametrize("version", ["1", "2"])
 def test_a_text_pipeline_draws_what_diffusers_draws(version: str, text_pipeline: Callable) -> None:
     folder, pipeline = text_pipeline(version)
-    model = LatentDiffusion.from_pretrained(str(folder))
+    model = ldm_train.load(str(folder))
     assert model.sampling["guidance_scale"] == 7.5
     noise = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     captions = ["a red dog", "cat"]
@@ -124,7 +124,7 @@ def test_an_unconditional_pipeline_draws_what_diffusers_draws(tmp_path: Path) ->
     pipeline.save_pretrained(tmp_path)
     noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(3))
     theirs = pipeline(generator=torch.Generator().manual_seed(3), num_inference_steps=4, output_type="np").images
-    ours = LatentDiffusion.from_pretrained(str(tmp_path)).sample({}, [0], ddim, 4, 1.0, initial_noise=noise)
+    ours = ldm_train.load(str(tmp_path)).sample({}, [0], ddim, 4, 1.0, initial_noise=noise)
     torch.testing.assert_close(ours, torch.from_numpy(theirs).permute(0, 3, 1, 2) * 2 - 1, rtol=1e-3, atol=5e-3)
 
 
@@ -203,7 +203,7 @@ def test_what_cannot_be_loaded_is_named(file: str, options: dict, message: str, 
     (copy / "hostile.py").write_text("raise SystemExit('the folder was run')")
     change(copy / file, **options)
     with pytest.raises(ValueError, match=message):
-        LatentDiffusion.from_pretrained(str(copy))
+        ldm_train.load(str(copy))
 
 
 @pytest.mark.parametrize("content", ["", "{", "[1]", "7", '"x"', "null", "[" * 100_000, "1" * 5000, b"\xff\xfe{"])
@@ -290,7 +290,7 @@ def test_links_out_of_the_folder_are_refused_but_a_hubs_cache_is_read(copy: Path
     (copy / "unet/config.json").rename(outside / "1")
     (copy / "unet/config.json").symlink_to(outside / "1")
     for reader in (load_diffusers, diffusers_metadata):
-        with pytest.raises(ValueError, match=r"unet/config.json is a link that leads out of the model's folder"):
+        with pytest.raises(ValueError, match=r"unet/config.json is a link that leads out of "):
             reader(copy)
     (tmp_path / "snapshots").mkdir()
     cached = tmp_path / "snapshots" / "main"
@@ -355,8 +355,8 @@ def test_a_part_that_is_missing_is_named(text_pipeline: Callable, tmp_path: Path
     folder, _ = text_pipeline("1")
     (tmp_path / "model_index.json").write_text((folder / "model_index.json").read_text())
     with pytest.raises(FileNotFoundError, match=r"vae/config.json is missing; the diffusers folder is not complete"):
-        LatentDiffusion.from_pretrained(str(tmp_path))
+        ldm_train.load(str(tmp_path))
     (tmp_path / "vae").mkdir()
     (tmp_path / "vae/config.json").write_text((folder / "vae/config.json").read_text())
     with pytest.raises(FileNotFoundError, match=r"holds no weights \(diffusion_pytorch_model.safetensors\)"):
-        LatentDiffusion.from_pretrained(str(tmp_path))
+        ldm_train.load(str(tmp_path))

@@ -98,6 +98,18 @@ def test_the_one_before_is_kept_also_where_files_cannot_be_linked(tmp_path: Path
     assert sorted(p.name for p in tmp_path.iterdir()) == ["last-previous.ckpt", "last.ckpt"]
 
 
+def test_checkpoints_are_written_through_no_link(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    victim = tmp_path / "victim"
+    victim.write_text("years of work")
+    monkeypatch.setattr(checkpoints.os, "link", lambda *names: (_ for _ in ()).throw(PermissionError))
+    for name in ("last.ckpt", "last.ckpt.previous"):
+        (tmp_path / f".{name}.{os.getpid()}.partial").symlink_to(victim)
+    for step in (1, 2):
+        AtomicCheckpointIO().save_checkpoint(state(step), tmp_path / "last.ckpt")
+    assert victim.read_text() == "years of work"
+    assert equal(read_checkpoint(tmp_path / "last-previous.ckpt"), state(1))
+
+
 class Runs:
     """A pickle that would write a file."""
 
