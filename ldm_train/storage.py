@@ -6,16 +6,21 @@ import glob
 import hashlib
 import io
 import json
+import math
 import os
-from collections.abc import Callable, Sequence
+import reprlib
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
 import yaml
 
 LARGEST_FILE = 16 << 20  # bytes; a config that holds its tokenizer has 1 or 2 MB
+LARGEST_RECIPE = 256 << 20  # about a million pictures
 MOST_VALUES = 200_000  # of a YAML tree, its aliases unfolded
 DEEPEST = 60  # levels of a tree
+LONGEST_NUMBER = 8192  # bits; numbers of more than 4,300 digits Python does not even write
 
 try:
     from yaml import CSafeLoader as Loader
@@ -97,46 +102,60 @@ def file_sha256(path: str | Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def plain_values(tree: Any, where: str | Path) -> Any:
+def shown(value: Any) -> str:
+    """A value of a file in a message, which it must not fill."""
+    if isinstance(value, int) and value.bit_length() > LONGEST_NUMBER:
+        return f"a number of {value.bit_length()} bits"
+    return repr(value[:80]) if isinstance(value, str) else reprlib.repr(value)
+
+
+def plain_values(tree: Any, where: str | Path, most: float = math.inf) -> Any:
     """A copy of a tree that is nothing but dictionaries, lists, texts, numbers, booleans and nulls.
 
+    most: values that it may unfold into, where a small file can stand for any number of them (YAML's aliases).
     Raises ValueError, naming `where`, for anything else and for trees that are too deep or, unfolded, too large.
     """
-    left = MOST_VALUES
+    left = most
 
     def copied(value: Any, depth: int) -> Any:
         nonlocal left
         left -= 1
-        if left < 0 or depth > DEEPEST:
-            raise ValueError(f"{where} unfolds into more than {MOST_VALUES} values or {DEEPEST} levels; no config does")
+        if left < 0:
+            raise ValueError(f"{where} unfolds into more than {most} values; no config does")
+        if depth > DEEPEST:
+            raise ValueError(f"{where} unfolds into more than {DEEPEST} levels; no config does")
         if isinstance(value, dict):
-            if odd := next((k for k in value if not isinstance(k, str)), None):
-                raise ValueError(f"{where} has the key {odd!r}, which is no text")
+            if odd := [k for k in value if not isinstance(k, str)]:
+                raise ValueError(f"{where} has the key {shown(odd[0])}, which is no text")
             return {k: copied(v, depth + 1) for k, v in value.items()}
         if isinstance(value, list):
             return [copied(v, depth + 1) for v in value]
-        if value is None or isinstance(value, str | bool | int | float):
-            return value
-        raise ValueError(f"{where} holds {value!r}, which is no plain value")
+        plain = value is None or isinstance(value, str | bool | int | float)
+        if not plain or (isinstance(value, int) and value.bit_length() > LONGEST_NUMBER):
+            raise ValueError(f"{where} holds {shown(value)}, which is no plain value")
+        return value
 
     return copied(tree, 0)
 
 
-def _read(path: str | Path, parse: Callable[[str], Any], kind: str) -> dict[str, Any]:
+def _read(
+    path: str | Path, parse: Callable[[str], Any], kind: str, largest: int = LARGEST_FILE, most: float = math.inf
+) -> dict[str, Any]:
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"{path} is not there")
-    if (size := path.stat().st_size) > LARGEST_FILE:
-        raise ValueError(f"{path} has {size} bytes; {kind} of this package stays below {LARGEST_FILE}")
+        raise FileNotFoundError(f"{path} is missing; take a whole copy of its folder")
+    if (size := path.stat().st_size) > largest:
+        raise ValueError(f"{path} has {size} bytes; {kind} of this package stays below {largest}")
     try:
         tree = parse(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, ValueError, RecursionError, MemoryError) as error:
-        raise ValueError(
-            f"{path} is no {kind} ({' '.join(str(error).split())[:200]}); take an undamaged copy"
-        ) from error
+    except OSError:
+        raise
+    except Exception as error:  # a parser raises whatever its text leads it to
+        said = " ".join(str(error).split())[:200] or type(error).__name__
+        raise ValueError(f"{path} is no {kind} ({said}); take an undamaged copy") from error
     if not isinstance(tree, dict):
         raise ValueError(f"{path} is no {kind}: it holds a {type(tree).__name__} where names with values are expected")
-    return plain_values(tree, path)
+    return plain_values(tree, path, most)
 
 
 def _parse_yaml(text: str) -> Any:
@@ -145,17 +164,55 @@ def _parse_yaml(text: str) -> Any:
         depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
         if depth > DEEPEST:
             raise ValueError(f"more than {DEEPEST} levels")
+        if (tag := getattr(event, "tag", None)) is not None:
+            raise ValueError(f"it has the tag {tag[:80]}, and values say by themselves what they are")
     return yaml.load(text, Loader)
 
 
 def read_config(path: str | Path) -> dict[str, Any]:
-    """A YAML file as plain values: tags build nothing, `${...}` stays text, aliases are copies.
+    """A YAML file as plain values: tags are refused, `${...}` stays text, aliases are copies.
 
     Raises FileNotFoundError, or ValueError naming the file.
     """
-    return _read(path, _parse_yaml, "YAML file")
+    return _read(path, _parse_yaml, "YAML file", most=MOST_VALUES)
 
 
-def read_record(path: str | Path) -> dict[str, Any]:
-    """A JSON file that holds names with values. Raises FileNotFoundError, or ValueError naming the file."""
-    return _read(path, json.loads, "JSON file")
+def read_record(path: str | Path, largest: int = LARGEST_FILE) -> dict[str, Any]:
+    """A JSON file that holds names with values. Raises FileNotFoundError, or ValueError naming the file, also where it has
+    more than `largest` bytes."""
+    return _read(path, json.loads, "JSON file", largest)
+
+
+# What a value is to be, in words, and whether it is.
+KINDS: dict[type, tuple[str, Callable[[Any], bool]]] = {
+    bool: ("true or false", lambda v: isinstance(v, bool)),
+    int: ("a whole number", lambda v: type(v) is int),
+    float: ("a finite number", lambda v: type(v) in (int, float) and abs(v) <= sys.float_info.max),
+    str: ("a text", lambda v: isinstance(v, str)),
+    list: ("a list", lambda v: isinstance(v, list)),
+    dict: ("a section with options", lambda v: isinstance(v, dict)),
+}
+
+
+def check_kinds(
+    tree: dict[str, Any],
+    usual: Mapping[str, Any],
+    where: str | Path,
+    may_be: Mapping[str, Sequence[type]],
+    prefix: str = "",
+) -> None:
+    """Raises ValueError, naming file and option, for a value of another kind than in `usual`, a tree of the usual values.
+
+    may_be: {option by its dotted name: kinds} in the place of its usual value's, and of those that are usually null, which
+    they may stay. Other nulls in `usual`, and what the tree lacks, are not looked at.
+    """
+    for name in [n for n in usual if n in tree]:
+        option, value, normal = f"{prefix}{name}", tree[name], usual[name]
+        if normal is None and (value is None or option not in may_be):
+            continue
+        kinds = may_be.get(option, (type(normal),))
+        if not any(KINDS[kind][1](value) for kind in kinds):
+            expected = " or ".join(KINDS[kind][0] for kind in kinds)
+            raise ValueError(f"{where}: {option} is {shown(value)}, not {expected}")
+        if isinstance(normal, dict) and isinstance(value, dict):
+            check_kinds(value, normal, where, may_be, f"{option}.")

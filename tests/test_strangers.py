@@ -10,8 +10,10 @@ import json
 import os
 import pickle
 import shutil
+import struct
 import sys
 import time
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,6 +27,7 @@ from chains import SMALL
 from hydra import compose, initialize_config_dir
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
+from test_fuzz import damaged_json
 
 import ldm_train
 from ldm_train.checkpoints.native import load_model, save_model
@@ -110,6 +113,12 @@ TEXTS = {
     "a list": "- 1",
     "bytes": "\x00\x01\x02",
     "a number of ten thousand digits": "a: " + "9" * 10_000,
+    "a number of six thousand hexadecimal digits": "a: 0x" + "f" * 6_000,
+    "such a number for a name": "0x" + "f" * 6_000 + ": a",
+    "a tag that its value does not fit": "a: !!bool foo",
+    "a number without digits": 'a: !!int ""',
+    "a day that is none": "a: !!timestamp foo",
+    "a month that is none": "a: 2020-13-45",
 }
 
 # -- watching ----------------------------------------------------------------------------------------------------------
@@ -420,6 +429,68 @@ def test_a_recipe_of_another_shape_is_none(change: dict, model: Path, honest_rec
     (tmp_path / "recipe.json").write_text(json.dumps({**honest_recipe, **change}))
     message = refused(lambda: sampled(f"recipe={tmp_path}/recipe.json", f"run={model}"), tmp_path / "mark")
     assert "is no recipe of ldm-sample" in message
+
+
+KINDS = {
+    "a number for a section": {"guidance": 5},
+    "true for a section": {"guide": True},
+    "a text for a section": {"resample": "x"},
+    "nothing for a section": {"tiles": None},
+    "no number of pictures": {"n": None},
+    "no seed": {"seed": None},
+    "no strength": {"strength": None},
+    "no number in a section": {"resample": {"jump_length": 10, "repeats": None}},
+    "a number beyond measure": {"n": 10**12},
+    "a number beyond a float": {"guidance_scale": 10**400},
+    "a size beyond measure": {"size": [10**18, 8]},
+    "text for a sampler's number": {"sampler": {**SAMPLER, "eta": "x"}},
+    "an option that the sampler has not": {"sampler": {**SAMPLER, "x": 1}},
+    "what is handed to the sampler": {"sampler": {**SAMPLER, "denoise": None}},
+    "no pictures": {"image": []},
+    "an empty layout": {"layout": [[]]},
+}
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_a_recipe_of_other_kinds_of_values_is_named(name: str, model: Path, honest_recipe: dict, tmp_path: Path):
+    recipe = {**honest_recipe, "config": {**honest_recipe["config"], **KINDS[name]}}
+    for path in _recipes(recipe, tmp_path):
+        message = refused(lambda path=path: sampled(f"recipe={path}", f"run={model}"), tmp_path / "mark")
+        assert str(path) in message
+
+
+def test_a_model_whose_sampler_has_other_kinds_of_values_is_named(stranger: Callable[..., Path], tmp_path: Path):
+    folder = stranger(metadata={"sampling": {**SAMPLING, "sampler": {**SAMPLER, "eta": "x"}}})
+    for enter in (lambda: ldm_train.load(str(folder)), lambda: sampled(f"run={folder}", "n=1")):
+        message = refused(enter, tmp_path / "mark")
+        assert str(folder) in message
+        assert "eta is 'x', not a finite number" in message
+
+
+def test_a_picture_beyond_measure_is_no_recipe(model: Path, tmp_path: Path):
+    Image.new("L", (8, 8)).save(tmp_path / "recipe.png")
+    data = (tmp_path / "recipe.png").read_bytes()
+    header = b"IHDR" + struct.pack(">II", 60_000, 60_000) + data[24:29]
+    (tmp_path / "recipe.png").write_bytes(data[:12] + header + struct.pack(">I", zlib.crc32(header)) + data[33:])
+    message = refused(lambda: sampled(f"recipe={tmp_path}/recipe.png", f"run={model}"), tmp_path / "mark")
+    assert f"recipe={tmp_path}/recipe.png is no recipe" in message
+
+
+def test_a_recipe_with_any_value_replaced_draws_or_is_named(
+    model: Path, honest_recipe: dict, tmp_path: Path, request: pytest.FixtureRequest
+):
+    folder, faults = tmp_path / "copy", []
+    for number in range(request.config.getoption("--fuzz")):
+        rng = np.random.default_rng([number, 11])
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        (folder / "recipe.json").write_text(damaged_json(json.dumps(honest_recipe), rng))
+        try:
+            sampled(f"recipe={folder}/recipe.json", f"run={model}")
+        except Exception as error:
+            named = isinstance(error, USER_ERRORS) and str(folder) in str(error)
+            faults += [] if named else [f"case {number}: {type(error).__name__}: {error}"]
+    assert not faults
 
 
 def test_overwriting_removes_nothing_but_pictures_of_the_job(model: Path, honest_recipe: dict, tmp_path: Path):

@@ -22,7 +22,6 @@ from ldm_train.checkpoints.diffusers_options import (
     TOKENIZER,
     UNETS,
     read_class,
-    read_json,
     read_model,
     read_options,
     refused,
@@ -34,7 +33,7 @@ from ldm_train.latent_diffusion import LatentDiffusion
 from ldm_train.models.autoencoder import AutoencoderKL, AutoencoderVQ
 from ldm_train.models.first_stage import FirstStage
 from ldm_train.models.unet import UNet
-from ldm_train.storage import check_links, file_sha256
+from ldm_train.storage import check_links, file_sha256, read_record
 
 INDEX = "model_index.json"
 PIPELINES = ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline", "LDMPipeline")
@@ -109,7 +108,7 @@ def _files(folder: Path) -> list[Path]:
             if (folder / f"{stem}{suffix}").is_file():
                 return [folder / f"{stem}{suffix}"]
         if (index := folder / f"{stem}.safetensors.index.json").is_file():
-            shards = read_json(index).get("weight_map")
+            shards = read_record(index).get("weight_map")
             names = list(shards.values()) if isinstance(shards, dict) else [shards]
             for name in names:
                 if not isinstance(name, str) or Path(name).name != name or not (folder / name).is_file():
@@ -340,7 +339,7 @@ def load_diffusers(folder: str | Path) -> LatentDiffusion:
     """
     folder = Path(folder)
     _check_links(folder)
-    index = read_json(folder / INDEX)
+    index = read_record(folder / INDEX)
     if index.get("_class_name") not in PIPELINES:
         raise ValueError(f"{folder / INDEX} is for {index.get('_class_name')!r}; {', '.join(PIPELINES)} can be loaded")
     vae = _part(folder, index, "diffusers", "vae", "vqvae")
