@@ -2,7 +2,6 @@
 metadata."""
 
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,8 @@ from typing import Any
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
+
+from ldm_train.storage import write_atomically
 
 
 def to_uint8(images: torch.Tensor) -> torch.Tensor:
@@ -124,18 +125,12 @@ def save_png(image: Image.Image | torch.Tensor, path: str | Path, metadata: dict
     metadata: JSON-able, stored in the PNG's text chunk "recipe" (read back with `read_recipe`).
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     if isinstance(image, torch.Tensor):
         image = to_pil(image)
     info = PngInfo()
     if metadata is not None:
         info.add_text("recipe", json.dumps(metadata, sort_keys=True))
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        image.save(partial, format="PNG", pnginfo=info)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    write_atomically(path, lambda file: image.save(file, format="PNG", pnginfo=info))
     return path
 
 

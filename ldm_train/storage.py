@@ -1,18 +1,26 @@
-"""Files: written whole or not at all, with checksums, and read as plain values whoever made them."""
+"""Files: written whole or not at all and where they are meant to be, with checksums, and read as plain values whoever made
+them."""
 
+import errno
 import glob
 import hashlib
 import io
 import json
+import math
 import os
-from collections.abc import Callable
+import reprlib
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import yaml
 
 LARGEST_FILE = 16 << 20  # bytes; a config that holds its tokenizer has 1 or 2 MB
-MOST_VALUES, DEEPEST = 200_000, 60  # of a tree, its aliases unfolded
+LARGEST_RECIPE = 256 << 20  # about a million pictures
+MOST_VALUES = 200_000  # of a YAML tree, its aliases unfolded
+DEEPEST = 60  # levels of a tree
+LONGEST_NUMBER = 8192  # bits; numbers of more than 4,300 digits Python does not even write
 
 try:
     from yaml import CSafeLoader as Loader
@@ -30,9 +38,36 @@ def _is_running(pid: int) -> bool:
     return True
 
 
+def check_links(folder: str | Path, beside: Sequence[Path] = ()) -> None:
+    """Raises ValueError for a link that leads out of the folder (and out of `beside`), naming it."""
+    roots = [Path(os.path.realpath(root)) for root in (folder, *beside)]
+    for path in Path(folder).rglob("*"):
+        if path.is_symlink() and not any(Path(os.path.realpath(path)).is_relative_to(root) for root in roots):
+            raise ValueError(f"{path} is a link that leads out of {folder}; put the file itself there")
+
+
+def inside(path: str | Path, folder: str | Path) -> Path:
+    """`path`, which is to be written below `folder`, a stranger's perhaps. Raises ValueError where a link on the way leads
+    elsewhere."""
+    if not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder)):
+        raise ValueError(f"{path} leads through a link out of {folder}, where nothing is written; remove the link")
+    return Path(path)
+
+
+def open_lock(path: str | Path) -> TextIO:
+    """A file to hold a lock on, for reading and writing from its beginning, made where it is not there. What another process
+    wrote into it stays until the lock is held. Raises ValueError for a link, which is not followed."""
+    try:
+        return os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666), "r+")
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise ValueError(f"{path} is a link, which nothing is written through; remove it") from error
+        raise
+
+
 def write_atomically(path: str | Path, write: Callable[[io.BufferedWriter], object]) -> None:
     """Calls `write` on a temporary file beside `path`, syncs it to disk and renames it. On any error nothing remains;
-    what a killed process left behind goes with the next attempt."""
+    what a killed process left behind goes with the next attempt. A link is replaced, not followed."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     for stale in path.parent.glob(f".{glob.escape(path.name)}.*.partial"):
@@ -41,7 +76,8 @@ def write_atomically(path: str | Path, write: Callable[[io.BufferedWriter], obje
             stale.unlink(missing_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        with open(partial, "wb") as file:
+        partial.unlink(missing_ok=True)  # of a process with this number before, or a link
+        with open(partial, "xb") as file:
             write(file)
             file.flush()
             os.fsync(file.fileno())
@@ -66,46 +102,60 @@ def file_sha256(path: str | Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def plain_values(tree: Any, where: str | Path) -> Any:
+def shown(value: Any) -> str:
+    """A value of a file in a message, which it must not fill."""
+    if isinstance(value, int) and value.bit_length() > LONGEST_NUMBER:
+        return f"a number of {value.bit_length()} bits"
+    return repr(value[:80]) if isinstance(value, str) else reprlib.repr(value)
+
+
+def plain_values(tree: Any, where: str | Path, most: float = math.inf) -> Any:
     """A copy of a tree that is nothing but dictionaries, lists, texts, numbers, booleans and nulls.
 
+    most: values that it may unfold into, where a small file can stand for any number of them (YAML's aliases).
     Raises ValueError, naming `where`, for anything else and for trees that are too deep or, unfolded, too large.
     """
-    left = MOST_VALUES
+    left = most
 
     def copied(value: Any, depth: int) -> Any:
         nonlocal left
         left -= 1
-        if left < 0 or depth > DEEPEST:
-            raise ValueError(f"{where} unfolds into more than {MOST_VALUES} values or {DEEPEST} levels; no config does")
+        if left < 0:
+            raise ValueError(f"{where} unfolds into more than {most} values; no config does")
+        if depth > DEEPEST:
+            raise ValueError(f"{where} unfolds into more than {DEEPEST} levels; no config does")
         if isinstance(value, dict):
-            if odd := next((k for k in value if not isinstance(k, str)), None):
-                raise ValueError(f"{where} has the key {odd!r}, which is no text")
+            if odd := [k for k in value if not isinstance(k, str)]:
+                raise ValueError(f"{where} has the key {shown(odd[0])}, which is no text")
             return {k: copied(v, depth + 1) for k, v in value.items()}
         if isinstance(value, list):
             return [copied(v, depth + 1) for v in value]
-        if value is None or isinstance(value, str | bool | int | float):
-            return value
-        raise ValueError(f"{where} holds {value!r}, which is no plain value")
+        plain = value is None or isinstance(value, str | bool | int | float)
+        if not plain or (isinstance(value, int) and value.bit_length() > LONGEST_NUMBER):
+            raise ValueError(f"{where} holds {shown(value)}, which is no plain value")
+        return value
 
     return copied(tree, 0)
 
 
-def _read(path: str | Path, parse: Callable[[str], Any], kind: str) -> dict[str, Any]:
+def _read(
+    path: str | Path, parse: Callable[[str], Any], kind: str, largest: int = LARGEST_FILE, most: float = math.inf
+) -> dict[str, Any]:
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"{path} is not there")
-    if (size := path.stat().st_size) > LARGEST_FILE:
-        raise ValueError(f"{path} has {size} bytes; {kind} of this package stays below {LARGEST_FILE}")
+        raise FileNotFoundError(f"{path} is missing; take a whole copy of its folder")
+    if (size := path.stat().st_size) > largest:
+        raise ValueError(f"{path} has {size} bytes; {kind} of this package stays below {largest}")
     try:
         tree = parse(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, ValueError, RecursionError, MemoryError) as error:
-        raise ValueError(
-            f"{path} is no {kind} ({' '.join(str(error).split())[:200]}); take an undamaged copy"
-        ) from error
+    except OSError:
+        raise
+    except Exception as error:  # a parser raises whatever its text leads it to
+        said = " ".join(str(error).split())[:200] or type(error).__name__
+        raise ValueError(f"{path} is no {kind} ({said}); take an undamaged copy") from error
     if not isinstance(tree, dict):
         raise ValueError(f"{path} is no {kind}: it holds a {type(tree).__name__} where names with values are expected")
-    return plain_values(tree, path)
+    return plain_values(tree, path, most)
 
 
 def _parse_yaml(text: str) -> Any:
@@ -114,17 +164,55 @@ def _parse_yaml(text: str) -> Any:
         depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
         if depth > DEEPEST:
             raise ValueError(f"more than {DEEPEST} levels")
+        if (tag := getattr(event, "tag", None)) is not None:
+            raise ValueError(f"it has the tag {tag[:80]}, and values say by themselves what they are")
     return yaml.load(text, Loader)
 
 
 def read_config(path: str | Path) -> dict[str, Any]:
-    """A YAML file as plain values: tags build nothing, `${...}` stays text, aliases are copies.
+    """A YAML file as plain values: tags are refused, `${...}` stays text, aliases are copies.
 
     Raises FileNotFoundError, or ValueError naming the file.
     """
-    return _read(path, _parse_yaml, "YAML file")
+    return _read(path, _parse_yaml, "YAML file", most=MOST_VALUES)
 
 
-def read_record(path: str | Path) -> dict[str, Any]:
-    """A JSON file that holds names with values. Raises FileNotFoundError, or ValueError naming the file."""
-    return _read(path, json.loads, "JSON file")
+def read_record(path: str | Path, largest: int = LARGEST_FILE) -> dict[str, Any]:
+    """A JSON file that holds names with values. Raises FileNotFoundError, or ValueError naming the file, also where it has
+    more than `largest` bytes."""
+    return _read(path, json.loads, "JSON file", largest)
+
+
+# What a value is to be, in words, and whether it is.
+KINDS: dict[type, tuple[str, Callable[[Any], bool]]] = {
+    bool: ("true or false", lambda v: isinstance(v, bool)),
+    int: ("a whole number", lambda v: type(v) is int),
+    float: ("a finite number", lambda v: type(v) in (int, float) and abs(v) <= sys.float_info.max),
+    str: ("a text", lambda v: isinstance(v, str)),
+    list: ("a list", lambda v: isinstance(v, list)),
+    dict: ("a section with options", lambda v: isinstance(v, dict)),
+}
+
+
+def check_kinds(
+    tree: dict[str, Any],
+    usual: Mapping[str, Any],
+    where: str | Path,
+    may_be: Mapping[str, Sequence[type]],
+    prefix: str = "",
+) -> None:
+    """Raises ValueError, naming file and option, for a value of another kind than in `usual`, a tree of the usual values.
+
+    may_be: {option by its dotted name: kinds} in the place of its usual value's, and of those that are usually null, which
+    they may stay. Other nulls in `usual`, and what the tree lacks, are not looked at.
+    """
+    for name in [n for n in usual if n in tree]:
+        option, value, normal = f"{prefix}{name}", tree[name], usual[name]
+        if normal is None and (value is None or option not in may_be):
+            continue
+        kinds = may_be.get(option, (type(normal),))
+        if not any(KINDS[kind][1](value) for kind in kinds):
+            expected = " or ".join(KINDS[kind][0] for kind in kinds)
+            raise ValueError(f"{where}: {option} is {shown(value)}, not {expected}")
+        if isinstance(normal, dict) and isinstance(value, dict):
+            check_kinds(value, normal, where, may_be, f"{option}.")

@@ -10,8 +10,10 @@ import json
 import os
 import pickle
 import shutil
+import struct
 import sys
 import time
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,9 +27,10 @@ from chains import SMALL
 from hydra import compose, initialize_config_dir
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
+from test_fuzz import damaged_json
 
 import ldm_train
-from ldm_train.checkpoints.native import load_model, save_model
+from ldm_train.checkpoints.native import autoencoder_on_meta, load_model, save_model
 from ldm_train.checkpoints.parts import build
 from ldm_train.cli.common import USER_ERRORS, quoted
 from ldm_train.cli.sample import FREE
@@ -39,11 +42,13 @@ from ldm_train.pipeline.machine import machine_of
 from ldm_train.pipeline.measure import evaluate
 from ldm_train.pipeline.run import Run, own_parts
 from ldm_train.pipeline.sweep import read_runs
+from ldm_train.storage import open_lock
+from ldm_train.training.loggers import MetricsCSV
 
 SECONDS = 2.0  # a refusal takes no longer
 MODEL = {
     "_target_": "ldm_train.latent_diffusion.LatentDiffusion",
-    "unet": {
+    "network": {
         "_target_": "ldm_train.models.unet.UNet", "in_channels": 4, "channels": 32, "channel_mult": [1, 1],
         "num_res_blocks": 1, "attention_levels": [], "num_heads": 2,
     },
@@ -95,8 +100,8 @@ TREES: dict[str, Any] = {
     "a function of ours, called": {"_target_": "ldm_train.samplers.ddim.ddim"},
     "a function that reads files": {"_target_": "ldm_train.conditioning.text.read_tokenizer", "path": "/etc/passwd"},
     "a number beyond measure": {"_target_": "ldm_train.diffusion.schedule.NoiseSchedule", "num_train_timesteps": 10**15},
-    "a model without end": {**MODEL["unet"], "num_res_blocks": 10**6},
-    "a model of terabytes": {**MODEL["unet"], "channels": 2**18},
+    "a model without end": {**MODEL["network"], "num_res_blocks": 10**6},
+    "a model of terabytes": {**MODEL["network"], "channels": 2**18},
 }  # fmt: skip
 # Files that are no tree at all.
 TEXTS = {
@@ -109,6 +114,12 @@ TEXTS = {
     "a list": "- 1",
     "bytes": "\x00\x01\x02",
     "a number of ten thousand digits": "a: " + "9" * 10_000,
+    "a number of six thousand hexadecimal digits": "a: 0x" + "f" * 6_000,
+    "such a number for a name": "0x" + "f" * 6_000 + ": a",
+    "a tag that its value does not fit": "a: !!bool foo",
+    "a number without digits": 'a: !!int ""',
+    "a day that is none": "a: !!timestamp foo",
+    "a month that is none": "a: 2020-13-45",
 }
 
 # -- watching ----------------------------------------------------------------------------------------------------------
@@ -234,7 +245,7 @@ def refused(action: Callable[[], Any], mark: Path, *allowed: Path) -> str:
 
 PLACES: dict[str, Callable[[Any], Any]] = {
     "the whole": lambda evil: evil,
-    "the U-Net": lambda evil: {**MODEL, "unet": evil},
+    "the U-Net": lambda evil: {**MODEL, "network": evil},
     "a conditioner": lambda evil: {**MODEL, "conditioners": {"text": evil}},
     "an option": lambda evil: {**MODEL, "first_stage": {**MODEL["first_stage"], "scale_factor": evil}},
 }
@@ -245,6 +256,7 @@ def doors(folder: Path, honest: Path, tmp_path: Path) -> dict[str, Callable[[], 
     return {
         "load": lambda: ldm_train.load(str(folder)),
         "load_model": lambda: load_model(folder),
+        "pretrained and reconstruct": lambda: autoencoder_on_meta(folder),
         "ldm-sample run": lambda: sampled(f"run={folder}", "n=1", f"out={tmp_path}/out"),
         "ldm-sample weak": lambda: sampled(f"run={honest}", f"weak={folder}", "guidance_scale=2", "n=1", f"out={tmp_path}/out"),
         "ldm-sample guide": lambda: sampled(f"run={honest}", f"guide.classifier={folder}", "classes=[0]", f"out={tmp_path}/out"),
@@ -297,7 +309,7 @@ def test_metadata_of_another_shape_is_named(metadata: dict, stranger: Callable[.
 
 
 def test_weights_that_do_not_fit_their_config_are_named(stranger: Callable[..., Path], tmp_path: Path):
-    folder = stranger(yaml.safe_dump({**MODEL, "latent_size": [8, 8], "unet": {**MODEL["unet"], "channels": 64}}))
+    folder = stranger(yaml.safe_dump({**MODEL, "latent_size": [8, 8], "network": {**MODEL["network"], "channels": 64}}))
     message = refused(lambda: ldm_train.load(str(folder)), tmp_path / "mark")
     assert "does not fit the model of" in message
     (folder / "model.safetensors").write_bytes(b"\xff" * 64)
@@ -314,14 +326,14 @@ def test_a_part_of_ones_own_is_built_where_the_command_trusts_its_package(
     (tmp_path / "my_parts.py").write_text(
         "from os import system\nfrom ldm_train.models.unet import UNet\n\n\nclass MyUNet(UNet):\n    pass\n"
     )
-    folder = stranger(yaml.safe_dump({**MODEL, "unet": {**MODEL["unet"], "_target_": "my_parts.MyUNet"}}))
+    folder = stranger(yaml.safe_dump({**MODEL, "network": {**MODEL["network"], "_target_": "my_parts.MyUNet"}}))
     message = refused(lambda: ldm_train.load(str(folder)), tmp_path / "mark")
     assert "say trust=[my_parts]" in message
     assert type(ldm_train.load(str(folder), trust=["my_parts"]).network).__name__ == "MyUNet"
     sampled(f"run={folder}", "trust=[my_parts]", "n=1", f"out={tmp_path}/out")
     # What the trusted package has imported is not its own.
     evil = {"_target_": "my_parts.system", "_partial_": True, "command": "touch mark"}
-    folder = stranger(yaml.safe_dump({**MODEL, "unet": evil}))
+    folder = stranger(yaml.safe_dump({**MODEL, "network": evil}))
     with pytest.raises(ValueError, match=r"my_parts\.system, which is no class or sampler of my_parts"):
         ldm_train.load(str(folder), trust=["my_parts"])
 
@@ -419,6 +431,68 @@ def test_a_recipe_of_another_shape_is_none(change: dict, model: Path, honest_rec
     (tmp_path / "recipe.json").write_text(json.dumps({**honest_recipe, **change}))
     message = refused(lambda: sampled(f"recipe={tmp_path}/recipe.json", f"run={model}"), tmp_path / "mark")
     assert "is no recipe of ldm-sample" in message
+
+
+KINDS = {
+    "a number for a section": {"guidance": 5},
+    "true for a section": {"guide": True},
+    "a text for a section": {"resample": "x"},
+    "nothing for a section": {"tiles": None},
+    "no number of pictures": {"n": None},
+    "no seed": {"seed": None},
+    "no strength": {"strength": None},
+    "no number in a section": {"resample": {"jump_length": 10, "repeats": None}},
+    "a number beyond measure": {"n": 10**12},
+    "a number beyond a float": {"guidance_scale": 10**400},
+    "a size beyond measure": {"size": [10**18, 8]},
+    "text for a sampler's number": {"sampler": {**SAMPLER, "eta": "x"}},
+    "an option that the sampler has not": {"sampler": {**SAMPLER, "x": 1}},
+    "what is handed to the sampler": {"sampler": {**SAMPLER, "denoise": None}},
+    "no pictures": {"image": []},
+    "an empty layout": {"layout": [[]]},
+}
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_a_recipe_of_other_kinds_of_values_is_named(name: str, model: Path, honest_recipe: dict, tmp_path: Path):
+    recipe = {**honest_recipe, "config": {**honest_recipe["config"], **KINDS[name]}}
+    for path in _recipes(recipe, tmp_path):
+        message = refused(lambda path=path: sampled(f"recipe={path}", f"run={model}"), tmp_path / "mark")
+        assert str(path) in message
+
+
+def test_a_model_whose_sampler_has_other_kinds_of_values_is_named(stranger: Callable[..., Path], tmp_path: Path):
+    folder = stranger(metadata={"sampling": {**SAMPLING, "sampler": {**SAMPLER, "eta": "x"}}})
+    for enter in (lambda: ldm_train.load(str(folder)), lambda: sampled(f"run={folder}", "n=1")):
+        message = refused(enter, tmp_path / "mark")
+        assert str(folder) in message
+        assert "eta is 'x', not a finite number" in message
+
+
+def test_a_picture_beyond_measure_is_no_recipe(model: Path, tmp_path: Path):
+    Image.new("L", (8, 8)).save(tmp_path / "recipe.png")
+    data = (tmp_path / "recipe.png").read_bytes()
+    header = b"IHDR" + struct.pack(">II", 60_000, 60_000) + data[24:29]
+    (tmp_path / "recipe.png").write_bytes(data[:12] + header + struct.pack(">I", zlib.crc32(header)) + data[33:])
+    message = refused(lambda: sampled(f"recipe={tmp_path}/recipe.png", f"run={model}"), tmp_path / "mark")
+    assert f"recipe={tmp_path}/recipe.png is no recipe" in message
+
+
+def test_a_recipe_with_any_value_replaced_draws_or_is_named(
+    model: Path, honest_recipe: dict, tmp_path: Path, request: pytest.FixtureRequest
+):
+    folder, faults = tmp_path / "copy", []
+    for number in range(request.config.getoption("--fuzz")):
+        rng = np.random.default_rng([number, 11])
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        (folder / "recipe.json").write_text(damaged_json(json.dumps(honest_recipe), rng))
+        try:
+            sampled(f"recipe={folder}/recipe.json", f"run={model}")
+        except Exception as error:
+            named = isinstance(error, USER_ERRORS) and str(folder) in str(error)
+            faults += [] if named else [f"case {number}: {type(error).__name__}: {error}"]
+    assert not faults
 
 
 def test_overwriting_removes_nothing_but_pictures_of_the_job(model: Path, honest_recipe: dict, tmp_path: Path):
@@ -541,12 +615,72 @@ def test_an_interrupted_measurement_is_no_program(honest_run: Path, tmp_path: Pa
         seen.append(path)
         return real(*arguments, **options)
 
-    monkeypatch.setattr("ldm_train.evaluation.evaluate.measure_samples", spoilt)
+    monkeypatch.setattr("ldm_train.pipeline.measure.measure_samples", spoilt)
     run = _copied(honest_run, tmp_path)
     with watched(tmp_path, honest_run):
         evaluated(f"run={run}", "n=2", f"runs_dir={tmp_path}", "metrics=[fid_tiny]")
     assert seen
     assert not (tmp_path / "mark").exists()
+
+
+# -- links -------------------------------------------------------------------------------------------------------------
+
+
+def test_pictures_go_through_no_link(stranger: Callable[..., Path], tmp_path: Path):
+    """Neither below the model's folder nor where files of the same names lie, ready to be followed."""
+    folder, victim = stranger(), tmp_path / "victim"
+    victim.mkdir()
+    (victim / "thesis.tex").write_text("years of work")
+    (folder / "samples").symlink_to(victim)
+    message = refused(lambda: sampled(f"run={folder}", "n=1"), tmp_path / "mark")
+    assert f"{folder}/samples" in message
+    assert "through a link" in message
+    out = tmp_path / "out"
+    out.mkdir()
+    for name in ("00000_seed0.png", "grid.png"):
+        (out / name).symlink_to(victim / "thesis.tex")
+    for name in ("00000_seed0.png", "grid.png", "recipe.json"):
+        (out / f".{name}.{os.getpid()}.partial").symlink_to(victim / "thesis.tex")
+    sampled(f"run={folder}", "n=1", f"out={out}")
+    (out / "replay").symlink_to(victim)
+    assert "through a link" in refused(lambda: sampled(f"recipe={out}", f"run={folder}"), tmp_path / "mark")
+    assert [p.name for p in victim.iterdir()] == ["thesis.tex"]
+    assert (victim / "thesis.tex").read_text() == "years of work"
+    assert not any(p.is_symlink() for p in out.iterdir() if p.is_file())
+
+
+def test_measurements_go_through_no_link(honest_run: Path, tmp_path: Path):
+    run, victim = _copied(honest_run, tmp_path), tmp_path / "victim"
+    victim.mkdir()
+    (run / "evaluations").symlink_to(victim)
+    for what in ("run", "reconstruct"):
+        message = refused(
+            lambda what=what: evaluated(f"{what}={run}", "n=2", f"runs_dir={tmp_path}", "metrics=[fid_tiny]"),
+            tmp_path / "mark",
+            run,
+            tmp_path / ".references",
+        )
+        assert "through a link" in message
+    assert not list(victim.iterdir())
+
+
+def test_logs_go_through_no_link(tmp_path: Path):
+    victim = tmp_path / "victim"
+    victim.write_text("years of work")
+    (tmp_path / "metrics.csv").symlink_to(victim)
+    (tmp_path / f".metrics.csv.{os.getpid()}.partial").symlink_to(victim)
+    MetricsCSV(tmp_path / "metrics.csv").log_metrics({"loss": 1.0}, 1)
+    (tmp_path / "lock").symlink_to(victim)
+    with pytest.raises(ValueError, match=r"lock is a link"):
+        open_lock(tmp_path / "lock")
+    assert victim.read_text() == "years of work"
+
+
+def test_what_a_lock_says_stays_until_it_is_held(tmp_path: Path):
+    with open_lock(tmp_path / "lock") as first:
+        first.write("4711")
+    with open_lock(tmp_path / "lock") as second:
+        assert second.read() == "4711"
 
 
 # -- the package -------------------------------------------------------------------------------------------------------

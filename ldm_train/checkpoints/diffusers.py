@@ -5,7 +5,6 @@ outside it is read.
 """
 
 import hashlib
-import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -23,7 +22,6 @@ from ldm_train.checkpoints.diffusers_options import (
     TOKENIZER,
     UNETS,
     read_class,
-    read_json,
     read_model,
     read_options,
     refused,
@@ -35,7 +33,7 @@ from ldm_train.latent_diffusion import LatentDiffusion
 from ldm_train.models.autoencoder import AutoencoderKL, AutoencoderVQ
 from ldm_train.models.first_stage import FirstStage
 from ldm_train.models.unet import UNet
-from ldm_train.storage import file_sha256
+from ldm_train.storage import check_links, file_sha256, read_record
 
 INDEX = "model_index.json"
 PIPELINES = ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline", "LDMPipeline")
@@ -97,13 +95,10 @@ def autoencoder_key(key: str, levels: int) -> str:
     return re.sub(r"\.attn\.(\d+)\.(\w+)", lambda m: f".attentions.{m[1]}.{ATTENTION[m[2]]}", key)
 
 
-def check_links(folder: Path) -> None:
+def _check_links(folder: Path) -> None:
     """Raises ValueError for a link that leads out of the folder. (A hub's cache keeps its files in blobs/, beside.)"""
     root = folder.resolve()
-    roots = [root, root.parent.parent / "blobs"] if root.parent.name == "snapshots" else [root]
-    for path in folder.rglob("*"):
-        if path.is_symlink() and not any(Path(os.path.realpath(path)).is_relative_to(r) for r in roots):
-            raise ValueError(f"{path} is a link that leads out of the model's folder; put the file itself there")
+    check_links(folder, [root.parent.parent / "blobs"] if root.parent.name == "snapshots" else [])
 
 
 def _files(folder: Path) -> list[Path]:
@@ -113,7 +108,7 @@ def _files(folder: Path) -> list[Path]:
             if (folder / f"{stem}{suffix}").is_file():
                 return [folder / f"{stem}{suffix}"]
         if (index := folder / f"{stem}.safetensors.index.json").is_file():
-            shards = read_json(index).get("weight_map")
+            shards = read_record(index).get("weight_map")
             names = list(shards.values()) if isinstance(shards, dict) else [shards]
             for name in names:
                 if not isinstance(name, str) or Path(name).name != name or not (folder / name).is_file():
@@ -343,8 +338,8 @@ def load_diffusers(folder: str | Path) -> LatentDiffusion:
     Raises FileNotFoundError for a part that is missing, ValueError, naming file and option, for one not built here.
     """
     folder = Path(folder)
-    check_links(folder)
-    index = read_json(folder / INDEX)
+    _check_links(folder)
+    index = read_record(folder / INDEX)
     if index.get("_class_name") not in PIPELINES:
         raise ValueError(f"{folder / INDEX} is for {index.get('_class_name')!r}; {', '.join(PIPELINES)} can be loaded")
     vae = _part(folder, index, "diffusers", "vae", "vqvae")
@@ -362,7 +357,7 @@ def load_diffusers(folder: str | Path) -> LatentDiffusion:
 def diffusers_metadata(folder: str | Path) -> dict[str, Any]:
     """What a native folder's metadata.json would say: the sha256 of weights and configs, and how such models are usually sampled."""
     folder = Path(folder)
-    check_links(folder)
+    _check_links(folder)
     digest = hashlib.sha256()
     parts = [folder / n for n in ("unet", "vae", "vqvae", "text_encoder") if (folder / n).is_dir()]
     configs = [folder / INDEX, *sorted(folder.glob("*/*config.json"))]

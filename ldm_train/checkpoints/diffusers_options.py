@@ -4,16 +4,15 @@ A folder may come from anyone: a value counts only once its rule has let it thro
 refused, for its effect is unknown. Defaults are diffusers' own, which a config may leave out.
 """
 
-import json
-import reprlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from ldm_train.storage import read_record, shown
+
 # value -> the value to use; its ValueError says, behind the option's name, what can be loaded
 Rule = Callable[[Any], Any]
 Table = dict[str, tuple[Any, Rule]]  # name -> (default, rule)
-LARGEST_JSON = 16 * 2**20  # bytes
 
 
 def number(least: float, most: float, kinds: tuple[type, ...] = (int, float), name: str = "number") -> Rule:
@@ -231,25 +230,6 @@ TOKENIZER = without_effect(
 )  # fmt: skip
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """An object from a file. Raises FileNotFoundError or ValueError, naming it."""
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing; the diffusers folder is not complete")
-    try:
-        if path.stat().st_size > LARGEST_JSON:
-            raise ValueError(f"it has more than {LARGEST_JSON} bytes")
-        content = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(content, dict):
-            raise ValueError(f"it holds a {type(content).__name__} where an object belongs")
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} cannot be read ({error}); download it again") from error
-    return content
-
-
-def shown(value: Any) -> str:
-    return repr(value[:80]) if isinstance(value, str) else reprlib.repr(value)
-
-
 def refused(path: Path, name: str, value: Any, loadable: str) -> ValueError:
     return ValueError(f"{path} has {name}={shown(value)}; models with {name}{loadable} can be loaded")
 
@@ -259,7 +239,7 @@ def read_options(path: Path, table: Table, known: bool = True) -> dict[str, Any]
 
     Raises FileNotFoundError, or ValueError naming file and option.
     """
-    config, options = read_json(path), {}
+    config, options = read_record(path), {}
     for name, (default, rule) in table.items():
         try:
             options[name] = rule(value := config.get(name, default))
@@ -273,7 +253,7 @@ def read_options(path: Path, table: Table, known: bool = True) -> dict[str, Any]
 
 def read_class(path: Path, tables: dict[str, Table]) -> tuple[str, dict[str, Any]]:
     """The class that a config names, and its options."""
-    name = read_json(path).get("_class_name")
+    name = read_record(path).get("_class_name")
     if not isinstance(name, str) or name not in tables:
         raise ValueError(f"{path} is for {shown(name)}; {', '.join(tables)} can be loaded")
     return name, read_options(path, tables[name])

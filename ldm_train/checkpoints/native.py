@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
@@ -116,6 +117,34 @@ def load_latent_diffusion(path: str | Path, trust: Sequence[str] = ()) -> Latent
     return model
 
 
+def _built(folder: Path, trust: Sequence[str]) -> nn.Module:
+    """The module that a folder's config describes, no larger than its weights."""
+    try:
+        with safe_open(folder / WEIGHTS, framework="pt") as file:
+            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 - no mapping
+    except SafetensorError as error:
+        raise ValueError(f"{folder / WEIGHTS} is no file of weights ({error}); take an undamaged copy") from error
+    with no_larger_than(shapes, folder / CONFIG):
+        module = build(names.model(read_config(folder / CONFIG)), folder / CONFIG, trust)
+    if not isinstance(module, nn.Module):
+        raise ValueError(f"{folder / CONFIG} describes no model but a {type(module).__name__}")
+    return module
+
+
+def autoencoder_on_meta(folder: str | Path, trust: Sequence[str] = ()) -> nn.Module:
+    """The autoencoder of a native folder without its memory. Raises as `load_model`, and ValueError for another model."""
+    read_metadata(folder)
+    with torch.device("meta"):
+        module = _built(Path(folder), trust)
+    if missing := [
+        name for name in ("in_channels", "latent_channels", "downsample_factor") if not hasattr(module, name)
+    ]:
+        raise ValueError(
+            f"{Path(folder) / CONFIG} describes a {type(module).__name__} and no autoencoder: it lacks {missing[0]}"
+        )
+    return module.eval()
+
+
 def load_model(folder: str | Path, trust: Sequence[str] = ()) -> nn.Module:
     """The module of a native folder, in eval mode on the CPU.
 
@@ -132,15 +161,7 @@ def load_model(folder: str | Path, trust: Sequence[str] = ()) -> nn.Module:
     for name, expected in recorded.items():
         if expected is not None and (digest := file_sha256(folder / name)) != expected:
             raise ValueError(f"{folder / name} is damaged: sha256 {digest[:12]}, recorded {str(expected)[:12]}")
-    try:
-        with safe_open(folder / WEIGHTS, framework="pt") as file:
-            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 - no mapping
-    except SafetensorError as error:
-        raise ValueError(f"{folder / WEIGHTS} is no file of weights ({error}); take an undamaged copy") from error
-    with no_larger_than(shapes, folder / CONFIG):
-        module = build(names.model(read_config(folder / CONFIG)), folder / CONFIG, trust)
-    if not isinstance(module, nn.Module):
-        raise ValueError(f"{folder / CONFIG} describes no model but a {type(module).__name__}")
+    module = _built(folder, trust)
     try:
         module.load_state_dict(names.weights(load_file(folder / WEIGHTS)))
     except RuntimeError as error:  # missing, unexpected or of another shape

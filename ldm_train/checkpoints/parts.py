@@ -6,6 +6,7 @@ this package's model files declare, and the packages that the user's own command
 """
 
 import importlib
+import inspect
 import math
 import re
 import sys
@@ -19,6 +20,7 @@ from torch import nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from ldm_train import names
+from ldm_train.storage import KINDS, check_kinds
 
 # Folders (and one module) whose classes, and samplers, a file may ask for. Nothing in them writes files or runs commands.
 BUILDABLE = (
@@ -102,13 +104,23 @@ def build(tree: Any, where: str | Path, trust: Sequence[str] = (), places: Seque
 
 
 def build_sampler(tree: Any, where: str | Path, trust: Sequence[str] = ()) -> Callable[..., Any]:
-    """A sampler with its options bound. Raises ValueError as `build`, and where the tree describes anything else."""
+    """A sampler with its options bound. Raises ValueError as `build`, where the tree describes anything else, and for an
+    option of another kind than its default, which would be found out while the first picture is drawn."""
     if not isinstance(tree, dict) or tree.get("_partial_") is not True:
         raise ValueError(
             f"{where} asks for a sampler that is none (_target_ and _partial_: true); say sampler= yourself"
         )
-    if "_target_" in tree and isinstance(find_part(tree["_target_"], where, trust), type):
-        raise ValueError(f"{where} asks for {tree['_target_']}, which is no sampler")
+    if "_target_" in tree:
+        part = find_part(tree["_target_"], where, trust)
+        if isinstance(part, type):
+            raise ValueError(f"{where} asks for {tree['_target_']}, which is no sampler")
+        parameters = inspect.signature(part).parameters.values()
+        known = {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY or p.default is not p.empty}
+        odd = [k for k in tree if not k.startswith("_") and k not in known]
+        if odd and not any(p.kind is p.VAR_KEYWORD for p in parameters):
+            raise ValueError(f"{where}: {tree['_target_']} has no option {odd[0]}")
+        usual = {name: value for name, value in known.items() if type(value) in KINDS}
+        check_kinds(tree, usual, f"{where}: {tree['_target_']} does not take its options", {})
     with no_larger_than({}, where):
         return build(tree, where, trust)
 

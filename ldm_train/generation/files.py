@@ -66,7 +66,7 @@ def as_list(value: Any, option: str) -> list[Any]:
         raise ValueError(f"{option}=[] is an empty list; leave it out")
     if isinstance(value, list):
         # A list of layouts, or one layout written as YAML.
-        if option == "layout" and value and isinstance(value[0], list) and not isinstance(value[0][0], list):
+        if option == "layout" and isinstance(value[0], list) and not any(isinstance(v, list) for v in value[0]):
             return [json.dumps(value)]
         if option == "prompts":
             entries = enumerate(value, 1)

@@ -21,7 +21,16 @@ from ldm_train.errors import Refused
 from ldm_train.generation.files import as_list
 from ldm_train.generation.requests import Request
 from ldm_train.rng import derive_seed
-from ldm_train.storage import file_sha256, plain_values, read_record, write_atomically, write_json
+from ldm_train.storage import (
+    LARGEST_RECIPE,
+    check_kinds,
+    file_sha256,
+    inside,
+    plain_values,
+    read_record,
+    write_atomically,
+    write_json,
+)
 
 RECIPE = "recipe.json"
 SHOWN = 256  # pictures in a grid
@@ -31,6 +40,17 @@ NOT_DRAWN = (*WITH_REPLAY, "batch_size")
 FILES = ("image", "mask", "map", "depth", "layout")  # options that name files
 LISTS = ("prompts", "classes")  # options whose entries may stand in a file
 MODELS = ("weak", "guide.classifier", "guide.clip")  # and models beside run=
+# Kinds of what a recipe may set that is usually null, or may be said in two ways.
+OPEN: dict[str, Sequence[type]] = {
+    **dict.fromkeys(("task", "negative", "image_prompt", "spacing", "weak", "compile"), (str,)),
+    **dict.fromkeys(("guide.classifier", "guide.clip"), (str,)),
+    **dict.fromkeys((*FILES, *LISTS), (str, list)),
+    **dict.fromkeys(("num_inference_steps", "tiles.cells"), (int,)),
+    **dict.fromkeys(("guidance_scale", "panorama", "guidance.threshold"), (float,)),
+    **dict.fromkeys(("extend", "guidance.interval"), (list,)),
+    "size": (int, list),
+    "precision": (int, str),
+}
 OWN_FILE = re.compile(r"\d{5,}_seed\d+\.png")  # of a job's pictures
 
 
@@ -73,28 +93,36 @@ def _named_files(asked: dict[str, Any]) -> dict[str, list[str]]:
 
 
 def _read_recipe(path: Path, usual: dict[str, Any]) -> dict[str, Any]:
-    """A recipe as plain values. Raises ValueError where it is none, or sets what a recipe has no business with."""
+    """A recipe as plain values of the usual kinds. Raises ValueError where it is none, or sets what a recipe has no business
+    with."""
+    where = f"recipe={path} is no recipe of ldm-sample"
     try:
-        recipe = plain_values(pictures.read_recipe(path), path) if path.suffix == ".png" else read_record(path)
+        recipe = (
+            plain_values(pictures.read_recipe(path), path)
+            if path.suffix == ".png"
+            else read_record(path, LARGEST_RECIPE)
+        )
         asked, files, machine = recipe["config"], recipe["files"], recipe["machine"]
-        kinds = {"sampler": dict, **{k: dict for k, v in usual.items() if isinstance(v, dict)}}
         numbers = [machine["batch_size"], machine.get("threads", 1), recipe.get("number", 0)]
         well_formed = (
-            isinstance(recipe["model"], str) and isinstance(recipe["model_sha256"], str)
-            and all(isinstance(asked.get(k, {}), kind) for k, kind in kinds.items()) and "sampler" in asked
+            isinstance(recipe["model"], str) and isinstance(recipe["model_sha256"], str) and isinstance(asked, dict)
             and all(isinstance(v, str) for v in files.values())
             and all(type(n) is int and 0 <= n <= 65536 for n in numbers) and min(numbers[:2]) > 0
             and all(isinstance(e["file"], str) for e in recipe.get("images", []))
         )  # fmt: skip
-    except (KeyError, AttributeError, TypeError, ValueError, SyntaxError, OSError) as error:
-        raise ValueError(f"recipe={path} is no recipe of ldm-sample") from error
-    known = {k for k in usual if k not in NOT_DRAWN} | {"sampler"}
+    except Exception as error:  # Pillow raises whatever it likes on a file that is no picture
+        raise ValueError(where) from error
+    if not well_formed or not isinstance(asked.get("sampler"), dict):
+        raise ValueError(where)
+    known = {k: v for k, v in usual.items() if k not in NOT_DRAWN} | {"sampler": {}}
+    check_kinds(asked, known, where, OPEN)
     unknown = [k for k in asked if k not in known]
     unknown += [f"{k}.{o}" for k in asked if isinstance(usual.get(k), dict) for o in asked[k] if o not in usual[k]]
-    if not well_formed or unknown:
-        said = f": it sets {', '.join(unknown)}" if unknown else ""
-        raise ValueError(f"recipe={path} is no recipe of ldm-sample{said}")
-    return recipe
+    if unknown:
+        raise ValueError(f"{where}: it sets {', '.join(unknown)}")
+    # What was not there yet when an older recipe was written counts as usual.
+    sections = {k: {**usual[k], **v} for k, v in asked.items() if isinstance(usual.get(k), dict)}
+    return recipe | {"config": asked | sections}
 
 
 def replayed(config: DictConfig) -> tuple[DictConfig, dict[str, Any], int | None]:
@@ -137,7 +165,9 @@ def replayed(config: DictConfig) -> tuple[DictConfig, dict[str, Any], int | None
     config.batch_size = recipe["machine"]["batch_size"]
     config.run = config.run or recipe["model"]
     only = recipe.get("number")
-    config.out = config.out or str(path.parent / ("replay" if only is None else f"replay-{only:05d}"))
+    config.out = config.out or str(
+        inside(path.parent / ("replay" if only is None else f"replay-{only:05d}"), path.parent)
+    )
     return config, recipe, only
 
 
@@ -149,12 +179,16 @@ def _nearby(model: str, recipe: Path, runs_dir: str) -> bool:
 
 
 def folder_of(config: DictConfig, source: Path, recipe: dict[str, Any]) -> Path:
-    """out=..., below it one folder per job of a sweep; by default <run>/samples/<task>-<what it follows from>."""
+    """out=..., below it one folder per job of a sweep; by default <run>/samples/<task>-<what it follows from>.
+
+    Raises ValueError where a link leads out of the folder that the command names."""
     sweeping = HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
     name = f"{recipe['task']}-{derive_seed(repr({k: v for k, v in recipe.items() if k != 'machine'})) % 16**8:08x}"
     if config.out:
-        return Path(config.out) / name if sweeping else Path(config.out)
-    return (source.parent if source.name == "export" else source) / "samples" / name
+        return inside(Path(config.out) / name, config.out) if sweeping else Path(config.out)
+    own = source.parent if source.name == "export" else source
+    named = next((f for f in (Path(config.run), Path(config.runs_dir, config.run)) if own.is_relative_to(f)), own)
+    return inside(own / "samples" / name, named)
 
 
 class Job:
@@ -189,7 +223,7 @@ class Job:
         if not path.is_file():
             return None
         try:
-            before = read_record(path)
+            before = read_record(path, LARGEST_RECIPE)
             before["images"] = [e for e in before["images"] if OWN_FILE.fullmatch(e["file"])]
         except (ValueError, KeyError, TypeError) as error:
             raise Refused(f"{path} is no recipe of ldm-sample; remove it, or choose another out=<folder>") from error
@@ -228,30 +262,24 @@ class Job:
                     made = torch.from_numpy(array).permute(2, 0, 1)
                     if len(made) != self.channels or not np.array_equal(np.array(pictures.to_pil(made)), shown):
                         return None
-            except (OSError, EOFError, KeyError, AttributeError, RuntimeError, TypeError, ValueError, SyntaxError):
+            except Exception:  # damaged files make Pillow and numpy raise whatever comes first
                 return None
             self.digests[request.name] = hashlib.sha256(array.tobytes()).hexdigest()
             found.append(made)
         return torch.stack(found)
 
     def save(self, part: Sequence[Request], images: torch.Tensor) -> None:
-        """Raises OSError, saying what stays, where the disk takes no more."""
+        """Raises OSError, naming the picture, where the disk takes no more."""
         if not self.digests:
             self._write(finished=False)
         for request, image in zip(part, images):
             picture, path = pictures.to_pil(image), self.folder / request.name
             content = picture.tobytes()
-            try:
-                if not pictures.has_colours(self.channels):
-                    array = image.permute(1, 2, 0).contiguous().numpy()
-                    content = array.tobytes()
-                    write_atomically(path.with_suffix(".npy"), lambda file, array=array: np.save(file, array))
-                pictures.save_png(picture, path, self._metadata(request))
-            except OSError as error:
-                raise OSError(
-                    f"cannot write {path}: {error.strerror or error}; the pictures before it are complete, make room and give "
-                    "the same command again to continue"
-                ) from error
+            if not pictures.has_colours(self.channels):
+                array = image.permute(1, 2, 0).contiguous().numpy()
+                content = array.tobytes()
+                write_atomically(path.with_suffix(".npy"), lambda file, array=array: np.save(file, array))
+            pictures.save_png(picture, path, self._metadata(request))
             self.digests[request.name] = hashlib.sha256(content).hexdigest()
 
     def close(self, grid: Image.Image) -> Path:

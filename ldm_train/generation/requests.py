@@ -44,6 +44,7 @@ WHOLE = (
     "n", "seed", "batch_size", "num_inference_steps", "invert_iterations", "resample.jump_length", "resample.repeats",
     "tiles.cells", "tiles.overlap",
 )  # fmt: skip
+MOST = 1 << 20  # of any of them but the seed; pictures of one job
 LEAST = {"seed": 0, "num_inference_steps": 0, "tiles.overlap": 0}  # others 1; the schedule names its own limits
 NUMBERS = (
     "guidance_scale",
@@ -70,12 +71,15 @@ def check_types(config: DictConfig) -> None:
             raise ValueError(f"{key}={value!r} is no {'whole ' if key in WHOLE else ''}number")
         if value is not None and key in WHOLE and value < LEAST.get(key, 1):
             raise ValueError(f"{key}={value} is below {LEAST.get(key, 1)}; it must be at least that")
+        if value is not None and key in WHOLE and key != "seed" and value > MOST:
+            raise ValueError(f"{key}={value} is above {MOST}; it must be at most that")
     for key, count, whole in (("size", 2, True), ("extend", 4, True), ("guidance.interval", 2, False)):
         value = OmegaConf.select(config, key)
         values = list(value) if isinstance(value, ListConfig) else value
-        if value is None or (key == "size" and number(value, True)):
+        if value is None or (key == "size" and number(value, True) and value <= MOST):
             continue
-        if not isinstance(values, list) or len(values) != count or not all(number(v, whole) for v in values):
+        fits = isinstance(values, list) and len(values) == count and all(number(v, whole) for v in values)
+        if not fits or any(abs(v) > MOST for v in values):
             raise ValueError(f"{key}={values!r} is no list of {count} {'whole ' * whole}numbers")
     for key in (
         "task",
@@ -267,6 +271,8 @@ def requests(model: LatentDiffusion, config: DictConfig, guides: Mapping[str, An
         targets = {f: guides[f](entries[o]) for f, o in guided.items()}
         negative = own.get("negative", None if config.negative is None else str(config.negative))
         n, first = own.get("n", config.n), own.get("seed")
+        if len(found) + n > MOST:
+            raise ValueError(f"prompts asks for more than {MOST} pictures; make several jobs of them")
         for i in range(1 if task == "reconstruct" else n):  # which knows no chance
             number = len(found)
             seed = config.seed + number if first is None else first + i

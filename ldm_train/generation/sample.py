@@ -113,9 +113,16 @@ def check_wanted(config: DictConfig, task: str, wanted: list[Request], chosen: A
 
 
 def sample(config: DictConfig) -> list[Path]:
-    recipe_before, only = None, None
-    if config.recipe is not None:
-        config, recipe_before, only = replayed(config)
+    """Raises ValueError, FileNotFoundError or Refused for what cannot be drawn, naming the recipe where one was given."""
+    if config.recipe is None:
+        return _sample(config, None, None)
+    try:
+        return _sample(*replayed(config))
+    except ValueError as error:
+        raise error if "recipe=" in str(error) else ValueError(f"recipe={config.recipe}: {error}") from error
+
+
+def _sample(config: DictConfig, recipe_before: dict[str, Any] | None, only: int | None) -> list[Path]:
     check_types(config)
     source = model_folder(config.run, config.runs_dir)
     metadata = model_metadata(source)
@@ -133,9 +140,7 @@ def sample(config: DictConfig) -> list[Path]:
     task = chosen_task(model, config, guides.parsers)
     wanted = requests(model, config, guides.parsers)
     if only is not None and only >= len(wanted):
-        raise ValueError(
-            f"recipe={config.recipe} is no recipe of ldm-sample: its picture {only} is none of {len(wanted)}"
-        )
+        raise ValueError(f"this is no recipe of ldm-sample: its picture {only} is none of {len(wanted)}")
     check_wanted(config, task, wanted, chosen)
     sampler = build_sampler(tree, f"sampler of {config.recipe or source}", trust)
     if config.resample.repeats > 1:

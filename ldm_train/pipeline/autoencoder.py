@@ -8,7 +8,7 @@ from hydra.utils import instantiate
 from torch import nn
 
 from ldm_train import rng
-from ldm_train.checkpoints.native import CONFIG, copy_model, load_model, read_metadata
+from ldm_train.checkpoints.native import autoencoder_on_meta, copy_model, load_model, read_metadata
 from ldm_train.checkpoints.parts import build
 from ldm_train.configuration import plain
 from ldm_train.models.first_stage import FirstStage
@@ -16,7 +16,6 @@ from ldm_train.pipeline import training
 from ldm_train.pipeline.data import data_key, mixture_key, sides, stage_data
 from ldm_train.pipeline.run import Run
 from ldm_train.pipeline.stage import Plan, Stage
-from ldm_train.storage import read_config
 from ldm_train.training.autoencoder_task import AutoencoderTask
 
 
@@ -48,12 +47,11 @@ def load_first_stage(run: Run) -> FirstStage:
 
 def on_meta(run: Run) -> nn.Module:
     """The autoencoder that the run will have, without its memory: its own, or that of the model it takes instead."""
-    pretrained, where = run.config.autoencoder.pretrained, "autoencoder.network"
-    if pretrained:
-        where = pretrained_folder(pretrained, run.config.runs_dir) / CONFIG
-    tree = read_config(where) if pretrained else plain(run.config.autoencoder.network)
-    with torch.device("meta"):
-        network = build(tree, where, run.trust).eval()
+    if pretrained := run.config.autoencoder.pretrained:
+        network = autoencoder_on_meta(pretrained_folder(pretrained, run.config.runs_dir), run.trust)
+    else:
+        with torch.device("meta"):
+            network = build(plain(run.config.autoencoder.network), "autoencoder.network", run.trust).eval()
     for name, data in (("data", run.config.data), ("autoencoder.data", stage_data(run.config, "autoencoder"))):
         (height, width), f = sides(data.image_size), network.downsample_factor
         if height % f or width % f:

@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from lightning import LightningDataModule
 
-from ldm_train.checkpoints.native import CONFIG
-from ldm_train.checkpoints.parts import build
+from ldm_train.checkpoints.native import autoencoder_on_meta
 from ldm_train.configuration import plain
 from ldm_train.data.datamodule import Batching, ShardDataModule
 from ldm_train.data.latents import (
@@ -30,7 +29,7 @@ from ldm_train.pipeline.data import data_key
 from ldm_train.pipeline.resume import read_note
 from ldm_train.pipeline.run import Run
 from ldm_train.pipeline.stage import Stage
-from ldm_train.storage import file_sha256, read_config, write_json
+from ldm_train.storage import file_sha256, write_json
 
 MEASURED = 10_000  # images whose latents are measured where none are cached
 
@@ -132,9 +131,7 @@ class LatentsStage(Stage):
 
     def _stochastic(self, run: Run) -> bool:
         """Whether this run's autoencoder has a posterior with a width."""
-        path = autoencoder.model_folder(run) / CONFIG
-        with torch.device("meta"):
-            return build(read_config(path), path, run.trust).moments_per_latent == 2
+        return autoencoder_on_meta(autoencoder.model_folder(run), run.trust).moments_per_latent == 2
 
     def _measured(self, run: Run, data: ShardDataModule, encode: Any, folder: Path) -> dict[str, Any]:
         """Statistics without a cache, through a small one that is thrown away."""

@@ -15,8 +15,13 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from tqdm import tqdm
 
-from ldm_train.checkpoints.native import CONFIG, find_model, load_latent_diffusion, load_model, read_metadata
-from ldm_train.checkpoints.parts import build as build_part
+from ldm_train.checkpoints.native import (
+    autoencoder_on_meta,
+    find_model,
+    load_latent_diffusion,
+    load_model,
+    read_metadata,
+)
 from ldm_train.checkpoints.parts import targets
 from ldm_train.configuration import config_folder, literal, run_config
 from ldm_train.data.datamodule import Batching
@@ -34,7 +39,7 @@ from ldm_train.pipeline.diffusion import drawer
 from ldm_train.pipeline.latents import give_statistics
 from ldm_train.pipeline.machine import join_devices, machine_of
 from ldm_train.pipeline.run import Run
-from ldm_train.storage import read_config, read_record, write_atomically, write_json
+from ldm_train.storage import inside, read_record, write_atomically, write_json
 from ldm_train.training.callbacks.checkpoint import read_checkpoint
 from ldm_train.training.fit import Machine
 
@@ -163,11 +168,12 @@ def evaluate_run(config: DictConfig, again: bool = True) -> tuple[dict[str, Any]
     asked = facts | {"n": trained.evaluation.images, "metrics": [m.name for m in tools.metrics]}
     asked |= {"model": read_metadata(source)["sha256"], "references": reference.hashes, "precision": machine.precision}
     asked |= {"conditions": tools.facts(data, trained.data.val_split, None), "extractors": tools.hashes}
-    kept = folder / "evaluations" / file_name(asked)
+    results = inside(folder / "evaluations", folder)
+    kept = results / file_name(asked)
     if not again and kept.is_file():
-        return {k: v for k, v in read_record(kept).items() if k != "settings"}, folder / "evaluations", asked
+        return {k: v for k, v in read_record(kept).items() if k != "settings"}, results, asked
     count = trained.evaluation.images
-    partial = folder / "evaluations" / f".{digest(asked)}.partial"
+    partial = results / f".{digest(asked)}.partial"
     partial.parent.mkdir(exist_ok=True)
     model = load_weights(folder, config.weights, trust).to(machine.device, memory_format=torch.channels_last)
     measured = measure_samples(
@@ -179,21 +185,21 @@ def evaluate_run(config: DictConfig, again: bool = True) -> tuple[dict[str, Any]
         "samples": {m.name: measured.estimates[m.name].as_dict() | reference.facts(m) | facts for m in tools.metrics}
     }
     found["speed"] = {"images_per_second": measured.count / measured.seconds} if measured.seconds else {}
-    return found, folder / "evaluations", asked
+    return found, results, asked
 
 
 def evaluate_autoencoder(config: DictConfig) -> tuple[dict[str, Any], Path | None, dict[str, Any]]:
     """The same of an autoencoder's reconstructions: of a run, or of a model folder with data.root and data.image_size."""
     given = Path(config.reconstruct)
     if (given / "model.safetensors").is_file():
-        folder, model_folder = given, given
+        folder, model_folder, results = given, given, None
         if config.data.root is None or config.data.image_size is None:
             raise ValueError("a model folder alone does not say on which images: add data.root= and data.image_size=")
         trained = _config_of_folder(config)
     else:
         folder = run_folder(config.reconstruct, config.runs_dir)
         trained = with_options(run_config(folder), config)
-        model_folder = folder / "autoencoder" / "model"
+        model_folder, results = folder / "autoencoder" / "model", inside(folder / "evaluations", folder)
     machine = join_devices(
         trained,
         "ldm_train.cli.evaluate",
@@ -222,7 +228,7 @@ def evaluate_autoencoder(config: DictConfig) -> tuple[dict[str, Any], Path | Non
     )  # fmt: skip
     asked = {"n": config.n, "metrics": [m.name for m in tools.metrics], "references": reference.hashes}
     asked |= {"model": read_metadata(model_folder)["sha256"], "paired": list(tools.paired)}
-    return found, None if folder == model_folder else folder / "evaluations", asked
+    return found, results, asked
 
 
 def _config_of_folder(config: DictConfig) -> DictConfig:
@@ -235,15 +241,9 @@ def _config_of_folder(config: DictConfig) -> DictConfig:
     finally:
         GlobalHydra.instance().hydra = before
     OmegaConf.set_struct(usual, False)
-    usual.data.channels = _channels(Path(config.reconstruct), config.trust)
+    usual.data.channels = autoencoder_on_meta(config.reconstruct, config.trust).in_channels
     usual.autoencoder.loss.perceptual = {"_target_": "ldm_train.losses.perceptual.TinyPerceptual"}
     return with_options(usual, config)
-
-
-def _channels(folder: Path, trust: Sequence[str]) -> int:
-    """Of the pictures that an autoencoder's model folder was trained on."""
-    with torch.device("meta"):
-        return build_part(read_config(folder / CONFIG), folder / CONFIG, trust).in_channels
 
 
 def evaluate_images(config: DictConfig) -> tuple[dict[str, Any], Path | None, dict[str, Any]]:

@@ -15,7 +15,7 @@ from typing import Any
 from ldm_train import interrupts, names
 from ldm_train.configuration import differences
 from ldm_train.errors import Busy, Refused
-from ldm_train.storage import read_record, write_json
+from ldm_train.storage import check_links, open_lock, read_record, write_json
 
 NOTE = "stage.json"
 
@@ -110,13 +110,16 @@ def set_aside(run_folder: Path, names: Sequence[str]) -> None:
 
 @contextmanager
 def run_lock(run_folder: Path) -> Iterator[None]:
-    """Holds a run folder for this process. Raises Refused where another process works in it."""
+    """Holds a run folder for this process. Raises Refused where another process works in it, ValueError where a link in it leads
+    out of it: what a run writes stays below its folder, wherever that came from."""
     run_folder.mkdir(parents=True, exist_ok=True)
-    with open(run_folder / ".lock", "w") as file:
+    with open_lock(run_folder / ".lock") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             raise Busy(f"another process is working in {run_folder}; wait for it, or choose name=<new>") from error
+        check_links(run_folder)
+        file.truncate(0)
         file.write(str(os.getpid()))
         file.flush()
         yield
@@ -204,14 +207,14 @@ def sibling_lock(stage: Step, run_folder: Path) -> Iterator[None]:
     tree = json.dumps([stage.key(), stage.steps], sort_keys=True, default=str)
     path = run_folder.parent / ".locks" / f"{stage.name}-{hashlib.sha256(tree.encode()).hexdigest()[:16]}"
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "a+") as file:
+    with open_lock(path) as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            file.seek(0)
             print(f"{stage.name}: waiting for {file.read().strip() or 'another run'}, which makes the same", flush=True)
             fcntl.flock(file, fcntl.LOCK_EX)
-        file.truncate(0)
+        file.seek(0)
+        file.truncate()
         file.write(run_folder.name)
         file.flush()
         yield

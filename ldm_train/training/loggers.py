@@ -1,6 +1,7 @@
 """Where metrics go: metrics.csv always, Weights & Biases unless switched off, TensorBoard where asked for."""
 
 import csv
+import io
 import os
 import secrets
 import subprocess
@@ -15,6 +16,8 @@ import torch
 from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from PIL import Image
+
+from ldm_train.storage import inside, write_atomically
 
 
 class MetricsCSV(Logger):
@@ -38,13 +41,11 @@ class MetricsCSV(Logger):
 
     @rank_zero_only
     def _rewrite(self) -> None:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        partial = self.path.with_suffix(".partial")
-        with open(partial, "w", newline="") as file:
-            writer = csv.DictWriter(file, self.columns, restval="")
-            writer.writeheader()
-            writer.writerows(self.rows)
-        os.replace(partial, self.path)
+        text = io.StringIO(newline="")
+        writer = csv.DictWriter(text, self.columns, restval="")
+        writer.writeheader()
+        writer.writerows(self.rows)
+        write_atomically(self.path, lambda file: file.write(text.getvalue().encode()))
 
     @property
     def name(self) -> str:
@@ -110,10 +111,9 @@ class WandbRun:
         import wandb  # slow to import, and not needed with logger=csv
 
         self.folder = folder
-        id_file = folder / "wandb" / "run_id"
-        id_file.parent.mkdir(parents=True, exist_ok=True)
+        id_file = inside(folder / "wandb" / "run_id", folder)
         if not id_file.is_file():
-            id_file.write_text(secrets.token_hex(4))
+            write_atomically(id_file, lambda file: file.write(secrets.token_hex(4).encode()))
         if mode is None and not (mode := os.environ.get("WANDB_MODE")):
             mode = "online" if wandb.login(prompt=False, verify=False) else "offline"
         arguments = {
@@ -265,7 +265,7 @@ class TensorBoardLogger(Logger):
         except ModuleNotFoundError as error:
             raise ValueError("logger=tensorboard needs `pip install tensorboard`") from error
         self.logged: dict[int, set[str]] = {}
-        self.writer = SummaryWriter(str(folder / "tensorboard" / stage), flush_secs=10)
+        self.writer = SummaryWriter(str(inside(folder / "tensorboard" / stage, folder)), flush_secs=10)
 
     @property
     def name(self) -> str:

@@ -217,10 +217,10 @@ def test_what_cannot_be_loaded_is_named(file: str, options: dict, message: str, 
 )  # fmt: skip
 def test_a_json_file_that_is_none_is_named(file: str, content: str | bytes, copy: Path) -> None:
     replace(copy / file, content)
-    with pytest.raises(ValueError, match=rf"{file} cannot be read \(.*\); download it again"):
+    with pytest.raises(ValueError, match=rf"{file} is no JSON file(: | \(.*\); take an undamaged copy)"):
         load_diffusers(copy)
     (copy / file).unlink()
-    with pytest.raises(FileNotFoundError, match=f"{file} is missing; the diffusers folder is not complete"):
+    with pytest.raises(FileNotFoundError, match=f"{file} is missing; take a whole copy"):
         load_diffusers(copy)
 
 
@@ -291,7 +291,7 @@ def test_links_out_of_the_folder_are_refused_but_a_hubs_cache_is_read(copy: Path
     (copy / "unet/config.json").rename(outside / "1")
     (copy / "unet/config.json").symlink_to(outside / "1")
     for reader in (load_diffusers, diffusers_metadata):
-        with pytest.raises(ValueError, match=r"unet/config.json is a link that leads out of the model's folder"):
+        with pytest.raises(ValueError, match=r"unet/config.json is a link that leads out of "):
             reader(copy)
     (tmp_path / "snapshots").mkdir()
     cached = tmp_path / "snapshots" / "main"
@@ -355,7 +355,7 @@ def test_a_tokenizer_that_does_not_fit_is_refused(copy: Path) -> None:
 def test_a_part_that_is_missing_is_named(text_pipeline: Callable, tmp_path: Path) -> None:
     folder, _ = text_pipeline("1")
     (tmp_path / "model_index.json").write_text((folder / "model_index.json").read_text())
-    with pytest.raises(FileNotFoundError, match=r"vae/config.json is missing; the diffusers folder is not complete"):
+    with pytest.raises(FileNotFoundError, match=r"vae/config.json is missing; take a whole copy"):
         ldm_train.load(str(tmp_path))
     (tmp_path / "vae").mkdir()
     (tmp_path / "vae/config.json").write_text((folder / "vae/config.json").read_text())

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from ldm_train.checkpoints.diffusers import load_first_stage, load_schedule, load_unet
+from ldm_train.checkpoints.diffusers import PREDICTIONS, load_first_stage, load_schedule, load_unet
 from ldm_train.checkpoints.diffusers_options import SCHEDULERS
 
 TRUNK = {"block_out_channels": [128, 128], "layers_per_block": 1, "norm_num_groups": 32}
@@ -124,7 +124,7 @@ def assert_equal(kind: str, theirs: nn.Module, ours: nn.Module) -> None:
     generator = torch.Generator().manual_seed(2)
     x, t = torch.randn(2, 4, 8, 8, generator=generator), torch.tensor([3, 700])
     if kind == "UNet2DConditionModel":
-        context = torch.randn(2, 5, ours.context_dim, generator=generator)
+        context = torch.randn(2, 5, ours.condition_widths["context"], generator=generator)
         expected, got = theirs(x, t, context).sample, ours(x, t, context)
     elif kind == "UNet2DModel":
         expected, got = theirs(x, t).sample, ours(x, t)
@@ -245,7 +245,7 @@ def test_every_scheduler_has_the_schedule_it_has_in_diffusers(kind: str, tmp_pat
         theirs = make(**options)
         theirs.save_config(tmp_path)
         schedule, prediction = load_schedule(tmp_path)
-        assert prediction == theirs.config.prediction_type
+        assert type(prediction) is PREDICTIONS[theirs.config.prediction_type]
         torch.testing.assert_close(schedule.alphas_cumprod.float(), theirs.alphas_cumprod, rtol=1e-4, atol=1e-6)
 
 

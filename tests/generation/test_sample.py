@@ -519,6 +519,23 @@ def test_films_show_the_way_from_noise_to_the_picture(kind: str, run: Callable, 
         assert imageio.imread(paths[0]).shape == (15, 256, 256, 3)
 
 
+def test_a_job_of_very_many_pictures_is_continued_and_replayed(
+    run: Callable, model_folder: Callable, tmp_path: Path, capsys: pytest.CaptureFixture
+):
+    run("none")
+    recipe = json.loads((tmp_path / "out/recipe.json").read_text())
+    many = [{"file": f"{k:05d}_seed{k}.png", "seed": k, "condition": "x" * 400} for k in range(2, 50_000)]
+    (tmp_path / "out/recipe.json").write_text(json.dumps({**recipe, "images": [*recipe["images"], *many]}, indent=1))
+    assert (tmp_path / "out/recipe.json").stat().st_size > 16 << 20
+    with initialize_config_dir(str(config_folder()), version_base="1.3"):
+        again = compose("sample", [f"recipe={tmp_path}/out", f"run={model_folder('none')}", f"out={tmp_path}/again"])
+    capsys.readouterr()
+    sample(again)
+    assert "2 of 2 pictures are identical" in capsys.readouterr().out
+    run("none")
+    assert "2 pictures were there already" in capsys.readouterr().out
+
+
 def test_a_full_disk_leaves_nothing_half_written(run: Callable, tmp_path: Path):
     """Files may grow to less than a picture here; the recipe fits."""
     resource = pytest.importorskip("resource")
@@ -527,9 +544,7 @@ def test_a_full_disk_leaves_nothing_half_written(run: Callable, tmp_path: Path):
     size = (tmp_path / "probe/00000_seed0.png").stat().st_size
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (size - 100, hard))
-        with pytest.raises(
-            OSError, match=r"cannot write .*00000_seed0\.png: File too large; the pictures before it are complete"
-        ):
+        with pytest.raises(OSError, match=r"could not write .*00000_seed0\.png: File too large; nothing half-written"):
             run("none", "n=2")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
@@ -636,7 +651,7 @@ def test_a_recipe_builds_nothing_but_samplers_of_ours(run: Callable, model_folde
 
 
 def test_an_error_while_drawing_leaves_the_folder_free(run: Callable, tmp_path: Path):
-    with pytest.raises(TypeError):
+    with pytest.raises(ValueError, match="eta is 'abc', not a finite number"):
         run("text", "prompts=a cat", "sampler=ddim", "sampler.eta=abc", "overwrite=false")
     assert not (tmp_path / "out").exists()
     assert len(run("text", "prompts=a cat", "overwrite=false")) == 2

@@ -196,6 +196,17 @@ def test_one_process_at_a_time_works_in_a_run(tmp_path: Path):
     assert other() == "inside\n"
 
 
+@pytest.mark.parametrize("link", [".lock", "diffusion", "diffusion/images", "config.yaml"])
+def test_a_run_with_a_link_that_leads_out_of_it_writes_nothing(tmp_path: Path, link: str):
+    precious = tmp_path / "precious"
+    precious.write_text("kept")
+    (tmp_path / "run" / link).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / "run" / link).symlink_to(precious)
+    with pytest.raises(ValueError, match=rf"{link} is a link"), run_lock(tmp_path / "run"):
+        pytest.fail("the run began")
+    assert precious.read_text() == "kept"
+
+
 def test_stages_run_in_their_own_order():
     assert ORDER.chosen(["export", "diffusion"]) == ["diffusion", "export"]
     with pytest.raises(ValueError, match=r"unknown stages \['unet'\]; choose from .*autoencoder, latents, diffusion"):

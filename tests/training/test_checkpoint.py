@@ -98,6 +98,18 @@ def test_the_one_before_is_kept_also_where_files_cannot_be_linked(tmp_path: Path
     assert sorted(p.name for p in tmp_path.iterdir()) == ["last-previous.ckpt", "last.ckpt"]
 
 
+def test_checkpoints_are_written_through_no_link(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    victim = tmp_path / "victim"
+    victim.write_text("years of work")
+    monkeypatch.setattr(checkpoints.os, "link", lambda *names: (_ for _ in ()).throw(PermissionError))
+    for name in ("last.ckpt", "last.ckpt.previous"):
+        (tmp_path / f".{name}.{os.getpid()}.partial").symlink_to(victim)
+    for step in (1, 2):
+        AtomicCheckpointIO().save_checkpoint(state(step), tmp_path / "last.ckpt")
+    assert victim.read_text() == "years of work"
+    assert equal(read_checkpoint(tmp_path / "last-previous.ckpt"), state(1))
+
+
 class Runs:
     """A pickle that would write a file."""
 
@@ -116,8 +128,8 @@ def test_reading_a_checkpoint_runs_nothing(tmp_path: Path):
 
 
 def test_a_damaged_best_checkpoint_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("ldm_train.evaluation.evaluate.find_model", lambda folder: folder)
-    monkeypatch.setattr("ldm_train.evaluation.evaluate.load_latent_diffusion", lambda *_: torch.nn.Identity())
+    monkeypatch.setattr("ldm_train.pipeline.measure.find_model", lambda folder: folder)
+    monkeypatch.setattr("ldm_train.pipeline.measure.load_latent_diffusion", lambda *_: torch.nn.Identity())
     best = tmp_path / "diffusion" / "checkpoints" / "best.ckpt"
     AtomicCheckpointIO().save_checkpoint(state(1), best)
     best.write_bytes(best.read_bytes()[:-100])

@@ -65,6 +65,7 @@ class _Remembering:
 
 def _keep(path: Path) -> None:
     partial = path.with_name(f".{path.name}.previous.{os.getpid()}.partial")
+    partial.unlink(missing_ok=True)  # a link there would be followed
     try:
         os.link(path, partial)
     except OSError:  # not every file system has links
