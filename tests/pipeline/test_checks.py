@@ -104,7 +104,7 @@ REFUSED = {
     "diffusion/conditioning=superres": "not every sample has a lowres",
     # sampling and evaluation
     "sampler.eta=abc": "sampler: ldm_train.samplers.ddim.ddim does not take its options",
-    "+sampler.order=3": "unexpected keyword argument 'order'",
+    "+sampler.order=3": "has no option order",
     "sampler._target_=ldm_train.samplers.ddim.nothing": "sampler asks for ldm_train.samplers.ddim.nothing, which is not there",
     "sampling.spacing=odd": "unknown spacing 'odd'",
     "sampling.num_inference_steps=5000": "num_inference_steps is 5000",
