@@ -15,7 +15,7 @@ import sys
 import time
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -712,3 +712,47 @@ def test_nothing_in_the_package_reads_a_file_that_can_run_code():
             if "Auto" in called and called.endswith("from_pretrained") and options.get("trust_remote_code") != "False":
                 faults.append(f"{path}:{node.lineno} {called} without trust_remote_code=False")
     assert not faults
+
+
+SECTIONS = ("data", "autoencoder", "diffusion", "sampling", "latents", "evaluation", "data.derived", "autoencoder.data")
+VALUES = (
+    "data.root", "data.weights", "data.image_size", "data.channels", "data.reader", "data.crop", "data.scale", "data.val_split",
+    "data.max_bad_fraction", "evaluation.batch_size", "evaluation.metrics", "evaluation.predictors", "evaluation.restoration",
+    "sampling.num_inference_steps", "sampling.guidance_scale", "latents.per_channel", "diffusion.batch_size", "seed",
+    "diffusion.conditioning.conditioners", "diffusion.conditioning", "sampler",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("key", [*SECTIONS, *VALUES])
+def test_a_run_whose_config_is_damaged_is_named_and_one_that_lacks_options_is_measured(
+    key: str, stranger_run: Path, tmp_path: Path
+):
+    """Every value that is none of its kind is one message with the file's name, or one of what is read with it."""
+    text, (*way, last) = (stranger_run / "config.yaml").read_text(), key.split(".")
+    for value in (KeyError, 5, "x", ["a"], None, {"a": 1}):
+        tree = yaml.safe_load(text)
+        owner = tree
+        for step in way:
+            owner = owner[step]
+        if value is KeyError:
+            owner.pop(last)
+        else:
+            owner[last] = value
+        folder = tmp_path / "run"
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.copytree(stranger_run, folder)
+        (folder / "config.yaml").write_text(yaml.safe_dump(tree))
+        with suppress(*USER_ERRORS):  # anything else fails the test
+            evaluated(f"run={folder}", "n=2", f"runs_dir={tmp_path}", "metrics=[fid_tiny]")
+
+
+@pytest.fixture(scope="session")
+def stranger_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("run")
+    run = prepared(
+        folder, "diffusion.evaluate_every=null", "stages=[autoencoder,latents,diffusion]", "autoencoder.max_steps=2",
+        "diffusion.max_steps=2", "autoencoder.loss.disc_start=1", "sampling.num_inference_steps=1",
+    )  # fmt: skip
+    run.folder.mkdir(parents=True, exist_ok=True)
+    run.execute()
+    return run.folder

@@ -1,8 +1,8 @@
 """Shared by the commands: Hydra with readable errors, did-you-mean, and types checked before anything starts."""
 
-import difflib
 import json
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -17,6 +17,7 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from ldm_train import interrupts, names
+from ldm_train.cli.hints import suggestions
 from ldm_train.configuration import ARGUMENTS, config_folder
 from ldm_train.errors import Interrupted, Refused
 
@@ -32,48 +33,6 @@ USER_ERRORS = (
 )
 
 TRACEBACK = "LDM_TRAIN_TRACEBACK"  # environment: "1" where the user asked for tracebacks
-
-
-def _keys(config: Any, prefix: str = "") -> list[str]:
-    if not isinstance(config, DictConfig):
-        return []
-    own = [prefix + str(k) for k in config]
-    return own + [k for name in config for k in _keys(config._get_node(name), prefix + str(name) + ".")]
-
-
-def suggestions(config_name: str, overrides: list[str]) -> str:
-    """ "Did you mean ..." for every override whose key or group is unknown, else ""."""
-    from hydra import compose, initialize_config_dir
-
-    known: list[str] = []
-    with initialize_config_dir(str(config_folder()), version_base="1.3"):
-        for attempt in ([o for o in overrides if o.startswith("experiment=")], []):
-            try:
-                known = _keys(compose(config_name, overrides=attempt))
-                break
-            except HydraException:
-                continue
-    groups = {
-        str(p.parent.relative_to(config_folder())): p
-        for p in config_folder().rglob("*.yaml")
-        if p.parent != config_folder()
-    }
-    lines = []
-    for override in overrides:
-        name, _, value = override.partition("=")
-        name = name.lstrip("+~")
-        if name in groups or any(g.startswith(name + "/") for g in groups):
-            options = sorted(p.stem for p in (config_folder() / name).glob("*.yaml"))
-            for choice in value.split(","):
-                if choice and choice not in options and (close := difflib.get_close_matches(choice, options, 3)):
-                    lines.append(f"{name}={choice}: did you mean {' or '.join(close)}?")
-        elif name not in known:
-            candidates = known + list(groups)
-            ends = [k for k in known if k.endswith("." + name)]
-            close = list(dict.fromkeys(ends[:3] or difflib.get_close_matches(name, candidates, 3, cutoff=0.6)))
-            if close:
-                lines.append(f"{name}: did you mean {' or '.join(close)}?")
-    return "\n".join(lines)
 
 
 def quoted(argument: str, free: Sequence[str]) -> str:
@@ -102,6 +61,14 @@ def _raise_file_limit() -> None:
         wanted = 1 << 20 if hard == resource.RLIM_INFINITY else hard
         if soft < wanted:
             resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
+def _of_worker(message: str) -> str:
+    """A message without the traceback that a loading process puts around it."""
+    if not message.startswith("Caught "):
+        return message
+    last = [line for line in message.splitlines() if re.match(r"[A-Za-z_][\w.]*(Error|Exception)?: ", line)]
+    return message[message.rindex(last[-1]) :].partition(": ")[2].strip() if last else message
 
 
 def run_command(function: Callable[[DictConfig], Any] | str, config_name: str) -> None:
@@ -138,7 +105,7 @@ def run_command(function: Callable[[DictConfig], Any] | str, config_name: str) -
     except USER_ERRORS as error:
         if wants_traceback:
             raise
-        message = str(error)
+        message = _of_worker(str(error))
         if isinstance(error, InstantiationException) and isinstance(error.__cause__, USER_ERRORS):
             message = str(error.__cause__)
         elif isinstance(error, HydraException):

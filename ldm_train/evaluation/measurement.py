@@ -14,6 +14,7 @@ from torch import nn
 from tqdm import tqdm
 
 from ldm_train import images as pictures
+from ldm_train.checkpoints.parts import read_saved
 from ldm_train.distributed import gathered, rank, world_size
 from ldm_train.latent_diffusion import LatentDiffusion
 from ldm_train.metrics.distribution import Estimate
@@ -107,7 +108,7 @@ def _saved(partial: Path, empty: Mapping[str, Any], made: Collected) -> dict[str
     """The state that an interrupted measurement left, `made` filled with what it had collected; None where it ended
     inside a batch of another size, or the file is damaged, so that all is measured anew."""
     try:
-        saved = torch.load(partial, map_location="cpu", weights_only=True)
+        saved = read_saved(partial)
         state = saved["state"]
         if state.keys() != empty.keys() or any(not isinstance(state[k], type(v)) for k, v in empty.items()):
             raise ValueError("it holds something else")

@@ -118,8 +118,9 @@ class Collected:
         return {"sets": {name: features.state() for name, features in self.sets.items()}, "fits": self.fits}
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        self.sets = {name: FeatureSet.restored(saved) for name, saved in state["sets"].items()}
-        self.fits = state["fits"]
+        """Takes over what `state` gave; nothing where it is damaged."""
+        sets, fits = {name: FeatureSet.restored(saved) for name, saved in state["sets"].items()}, state["fits"]
+        self.sets, self.fits = sets, fits
 
 
 def write_reference(features: FeatureSet, file: io.BufferedWriter) -> None:

@@ -23,7 +23,7 @@ from ldm_train.checkpoints.native import (
     read_metadata,
 )
 from ldm_train.checkpoints.parts import targets
-from ldm_train.configuration import config_folder, literal, run_config
+from ldm_train.configuration import config_folder, run_config
 from ldm_train.data.datamodule import Batching
 from ldm_train.data.loose import image_batches
 from ldm_train.distributed import gathered, rank
@@ -39,74 +39,10 @@ from ldm_train.pipeline.diffusion import drawer
 from ldm_train.pipeline.latents import give_statistics
 from ldm_train.pipeline.machine import join_devices, machine_of
 from ldm_train.pipeline.run import Run
+from ldm_train.pipeline.trained import run_folder, with_options
 from ldm_train.storage import inside, read_record, write_atomically, write_json
 from ldm_train.training.callbacks.checkpoint import read_checkpoint
 from ldm_train.training.fit import Machine
-
-# Options of this command that stand where the run's config has evaluation.<name>.
-EVALUATION = ("metrics", "paired", "reference", "reference_images", "predictors", "batch_size")
-# Networks that measure: built from this command's own config, never from a run's, whose files may be a stranger's.
-NETWORKS = ("extractors", "perceptual", "lpips")
-SAMPLING = ("num_inference_steps", "guidance_scale", "spacing")
-
-
-def run_folder(name: str, runs_dir: str) -> Path:
-    """Raises FileNotFoundError naming the runs there are."""
-    for folder in (Path(name), Path(runs_dir) / name):
-        if (folder / "config.yaml").is_file() and not (folder / "metadata.json").is_file():  # else a model folder
-            return folder
-    known = sorted(
-        str(p.parent.relative_to(runs_dir)) for p in Path(runs_dir).rglob("config.yaml") if ".replaced" not in p.parts
-    )
-    runs = [
-        k for k in known if (Path(runs_dir) / k / "diffusion").is_dir() or (Path(runs_dir) / k / "autoencoder").is_dir()
-    ]
-    raise FileNotFoundError(
-        f"{name} is no run (a folder with config.yaml); runs in {runs_dir}: {', '.join(runs) or 'none'}"
-    )
-
-
-def _perceptual_of(trained: DictConfig) -> dict[str, Any] | None:
-    """The perceptual network of this package that a run was trained with, in its usual form; None where it is another."""
-    tree = OmegaConf.select(trained, "autoencoder.loss.perceptual._target_")
-    for file in sorted((config_folder() / "autoencoder" / "loss" / "perceptual").glob("*.yaml")):
-        usual = OmegaConf.to_container(OmegaConf.load(file))
-        if tree is not None and usual.get("_target_") == tree:
-            return usual
-    return None
-
-
-def with_options(trained: DictConfig, config: DictConfig) -> DictConfig:
-    """The config of a run, this command's options in the place of its own.
-
-    From the run come plain values and the parts that `parts.build` allows; everything else that is built comes from here.
-    """
-    own = OmegaConf.to_container(config, resolve=True)
-    usual = OmegaConf.to_container(OmegaConf.load(config_folder() / "train.yaml").evaluation)
-    networks = {name: usual[name] for name in NETWORKS} | {"perceptual": _perceptual_of(trained)}
-    plain = {k: v for k, v in trained.get("evaluation", {}).items() if k not in NETWORKS}
-    trained.evaluation = OmegaConf.create({**usual, **plain, **networks})
-    for name in NETWORKS:
-        if own[name]:
-            trained.evaluation[name] = OmegaConf.merge(trained.evaluation[name] or {}, own[name])
-    for name in EVALUATION:
-        if own[name] is not None:
-            trained.evaluation[name] = own[name]
-    if own["n"] is not None:
-        trained.evaluation.images = own["n"]
-    for name in SAMPLING:
-        if own[name] is not None:
-            trained.sampling[name] = own[name]
-    if own.get("sampler"):
-        trained.sampler = own["sampler"]
-    for name in ("accelerator", "precision", "num_workers", "progress", "devices", "runs_dir", "trust"):
-        trained[name] = own[name]
-    for name, value in own["data"].items():
-        if value is not None:
-            trained.data[name] = value
-            if trained.autoencoder.data.get(name) is not None:
-                trained.autoencoder.data[name] = value
-    return literal(OmegaConf.to_container(trained, resolve=True))
 
 
 def load_weights(folder: Path, which: str, trust: Sequence[str] = ()) -> LatentDiffusion:
@@ -149,7 +85,9 @@ def evaluate_run(config: DictConfig, again: bool = True) -> tuple[dict[str, Any]
     """(metrics, folder for them, what they were measured with) of a run's samples. again: also where there is a file of
     the same settings."""
     folder = run_folder(config.run, config.runs_dir)
-    trained = with_options(run_config(folder), config)
+    trained = with_options(run_config(folder), config, folder / "config.yaml")
+    if (source := find_model(folder)) is None:
+        raise FileNotFoundError(f"{folder} has no trained model yet; finish its diffusion stage")
     trust = [*config.trust, *(targets(OmegaConf.to_container(config.sampler)) if config.get("sampler") else ())]
 
     def check(machine: Machine) -> None:
@@ -163,7 +101,6 @@ def evaluate_run(config: DictConfig, again: bool = True) -> tuple[dict[str, Any]
     run.check_metrics(trained.evaluation.images)
     reference = tools.reference(data, config.runs_dir, config.progress)
     export_reference(config.export, reference)
-    source = find_model(folder)
     facts = sampling_facts(trained) | {"seed": config.seed, "weights": config.weights}
     asked = facts | {"n": trained.evaluation.images, "metrics": [m.name for m in tools.metrics]}
     asked |= {"model": read_metadata(source)["sha256"], "references": reference.hashes, "precision": machine.precision}
@@ -198,7 +135,7 @@ def evaluate_autoencoder(config: DictConfig) -> tuple[dict[str, Any], Path | Non
         trained = _config_of_folder(config)
     else:
         folder = run_folder(config.reconstruct, config.runs_dir)
-        trained = with_options(run_config(folder), config)
+        trained = with_options(run_config(folder), config, folder / "config.yaml")
         model_folder, results = folder / "autoencoder" / "model", inside(folder / "evaluations", folder)
     machine = join_devices(
         trained,
@@ -243,7 +180,7 @@ def _config_of_folder(config: DictConfig) -> DictConfig:
     OmegaConf.set_struct(usual, False)
     usual.data.channels = autoencoder_on_meta(config.reconstruct, config.trust).in_channels
     usual.autoencoder.loss.perceptual = {"_target_": "ldm_train.losses.perceptual.TinyPerceptual"}
-    return with_options(usual, config)
+    return with_options(usual, config, config_folder() / "train.yaml")
 
 
 def evaluate_images(config: DictConfig) -> tuple[dict[str, Any], Path | None, dict[str, Any]]:
@@ -359,7 +296,7 @@ def check(config: DictConfig) -> None:
         raise ValueError(f"guidance_scale={config.guidance_scale!r} is no number")
 
 
-def usual_options() -> DictConfig:
+def command_options() -> DictConfig:
     """This command's options as they are where nothing is said."""
     usual = OmegaConf.load(config_folder() / "evaluate.yaml")
     return OmegaConf.create({k: v for k, v in usual.items() if k not in ("defaults", "hydra")} | {"sampler": None})

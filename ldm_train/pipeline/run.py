@@ -7,12 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-import yaml
 from hydra.utils import get_object, instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from ldm_train.checkpoints.parts import targets
-from ldm_train.configuration import config_folder, plain
+from ldm_train.configuration import plain, usual_options
 from ldm_train.data.datamodule import Batching, ShardDataModule
 from ldm_train.evaluation.evaluator import Evaluator, check_reference
 from ldm_train.pipeline import resume
@@ -50,12 +49,7 @@ def loggers_of(config: DictConfig) -> list[str]:
 def option_defaults(config: DictConfig) -> dict[str, Any]:
     """What each option counts as where an older run lacks it: the base files' values, and for parts with a `_target_`
     their constructor's."""
-    top = yaml.safe_load((config_folder() / "train.yaml").read_text())
-    tree = {
-        group: yaml.safe_load((config_folder() / group / "base.yaml").read_text())
-        for group in ("autoencoder", "diffusion", "data", "classifier")
-    }
-    tree |= {section: top[section] for section in ("latents", "sampling", "evaluation")}
+    tree = usual_options()
     for section in {"autoencoder", "diffusion", "classifier", "sampler"} & config.keys():
         tree[section] = _with_signatures(plain(config[section]), tree.get(section, {}))
     return tree

@@ -200,7 +200,7 @@ def speed(config: DictConfig, runs: Sequence[Run], folder: Path) -> list[dict[st
             continue
         for steps in config.steps:
             asked = OmegaConf.merge(
-                measure.usual_options(),
+                measure.command_options(),
                 {"run": str(run.folder), "runs_dir": str(folder.parent), "n": config.n, "num_inference_steps": steps,
                  "metrics": run_metrics(run), "batch_size": config.batch_size, "accelerator": config.accelerator,
                  "precision": config.precision, "progress": config.progress},

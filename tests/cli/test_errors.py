@@ -14,7 +14,8 @@ from omegaconf import OmegaConf
 from PIL import Image
 
 from ldm_train.cli import prepare
-from ldm_train.cli.common import TRACEBACK, run_command, suggestions
+from ldm_train.cli.common import TRACEBACK, run_command
+from ldm_train.cli.hints import suggestions
 from ldm_train.configuration import config_folder
 from ldm_train.data.prepare.build import build as build_shards
 from ldm_train.data.prepare.image_folder import ImageFolder

@@ -1,0 +1,51 @@
+"""Did you mean: for options and groups that are unknown."""
+
+import difflib
+from typing import Any
+
+from hydra.errors import HydraException
+from omegaconf import DictConfig
+
+from ldm_train.configuration import config_folder
+
+
+def _keys(config: Any, prefix: str = "") -> list[str]:
+    if not isinstance(config, DictConfig):
+        return []
+    own = [prefix + str(k) for k in config]
+    return own + [k for name in config for k in _keys(config._get_node(name), prefix + str(name) + ".")]
+
+
+def suggestions(config_name: str, overrides: list[str]) -> str:
+    """ "Did you mean ..." for every override whose key or group is unknown, else ""."""
+    from hydra import compose, initialize_config_dir
+
+    known: list[str] = []
+    with initialize_config_dir(str(config_folder()), version_base="1.3"):
+        for attempt in ([o for o in overrides if o.startswith("experiment=")], []):
+            try:
+                known = _keys(compose(config_name, overrides=attempt))
+                break
+            except HydraException:
+                continue
+    groups = {
+        str(p.parent.relative_to(config_folder())): p
+        for p in config_folder().rglob("*.yaml")
+        if p.parent != config_folder()
+    }
+    lines = []
+    for override in overrides:
+        name, _, value = override.partition("=")
+        name = name.lstrip("+~")
+        if name in groups or any(g.startswith(name + "/") for g in groups):
+            options = sorted(p.stem for p in (config_folder() / name).glob("*.yaml"))
+            for choice in value.split(","):
+                if choice and choice not in options and (close := difflib.get_close_matches(choice, options, 3)):
+                    lines.append(f"{name}={choice}: did you mean {' or '.join(close)}?")
+        elif name not in known:
+            candidates = known + list(groups)
+            ends = [k for k in known if k.endswith("." + name)]
+            close = list(dict.fromkeys(ends[:3] or difflib.get_close_matches(name, candidates, 3, cutoff=0.6)))
+            if close:
+                lines.append(f"{name}: did you mean {' or '.join(close)}?")
+    return "\n".join(lines)

@@ -1,0 +1,114 @@
+"""The config of a run that others may have made: its values checked, this command's options in the place of its own."""
+
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from ldm_train.configuration import check_kinds, config_folder, literal, usual_options
+
+# Options of this command that stand where the run's config has evaluation.<name>.
+EVALUATION = ("metrics", "paired", "reference", "reference_images", "predictors", "batch_size")
+# Networks that measure: built from this command's own config, never from a run's, whose files may be a stranger's.
+NETWORKS = ("extractors", "perceptual", "lpips")
+SAMPLING = ("num_inference_steps", "guidance_scale", "spacing")
+
+
+# What a run's config must say, whatever its age.
+NEEDED = (
+    "autoencoder.network._target_", "diffusion.network._target_", "diffusion.schedule._target_", "sampler._target_",
+    "diffusion.conditioning.conditioners",
+)  # fmt: skip
+
+
+def run_folder(name: str, runs_dir: str) -> Path:
+    """Raises FileNotFoundError naming the runs there are."""
+    for folder in (Path(name), Path(runs_dir) / name):
+        if (folder / "config.yaml").is_file() and not (folder / "metadata.json").is_file():  # else a model folder
+            return folder
+    known = sorted(
+        str(p.parent.relative_to(runs_dir)) for p in Path(runs_dir).rglob("config.yaml") if ".replaced" not in p.parts
+    )
+    runs = [
+        k for k in known if (Path(runs_dir) / k / "diffusion").is_dir() or (Path(runs_dir) / k / "autoencoder").is_dir()
+    ]
+    raise FileNotFoundError(
+        f"{name} is no run (a folder with config.yaml); runs in {runs_dir}: {', '.join(runs) or 'none'}"
+    )
+
+
+def _perceptual_of(trained: DictConfig) -> dict[str, Any] | None:
+    """The perceptual network of this package that a run was trained with, in its usual form; None where it is another."""
+    tree = OmegaConf.select(trained, "autoencoder.loss.perceptual._target_")
+    for file in sorted((config_folder() / "autoencoder" / "loss" / "perceptual").glob("*.yaml")):
+        usual = OmegaConf.to_container(OmegaConf.load(file))
+        if tree is not None and usual.get("_target_") == tree:
+            return usual
+    return None
+
+
+def _whole(trained: DictConfig, path: Path) -> DictConfig:
+    """A run's config with the usual options where an older run lacks them, the kinds of its values checked."""
+    tree, usual = OmegaConf.to_container(trained), usual_options()
+    usual["data"] |= {"derived": {}}
+    networks = {name: usual["evaluation"].pop(name) for name in NETWORKS}
+    for name in ("data", "autoencoder", "diffusion", "latents", "sampling", "evaluation"):
+        if isinstance(tree.get(name, {}), dict):
+            tree[name] = usual[name] | tree.get(name, {})
+    usual["diffusion"] |= {"conditioning": {"conditioners": {}}, "network": {}, "schedule": {}, "objective": {}}
+    usual |= {"seed": 0, "sampler": {}}
+    check_kinds(tree, {k: v for k, v in usual.items() if k != "classifier"}, path)
+    usual["evaluation"] |= networks
+    for where in NEEDED:
+        part = tree
+        for step in where.split("."):
+            if not isinstance(part, dict) or step not in part:
+                raise ValueError(f"{path} is damaged: it lacks {where}")
+            part = part[step]
+    if unknown := sorted(set(tree["sampling"]) - set(usual["sampling"])):
+        raise ValueError(f"{path} is damaged: sampling.{unknown[0]} is no option of sampling")
+    root, weights = tree["data"]["root"], tree["data"]["weights"]
+    roots = root if isinstance(root, list) else [root]
+    if not roots or not all(isinstance(r, str) and r != "???" for r in roots):
+        raise ValueError(f"{path} is damaged: data.root is {root!r:.60}, which is no folder; say data.root= yourself")
+    if weights is not None and not (isinstance(weights, list) and all(type(w) in (int, float) for w in weights)):
+        raise ValueError(f"{path} is damaged: data.weights is {weights!r:.60}, which is no list of numbers")
+    for name, conditioner in tree["diffusion"]["conditioning"]["conditioners"].items():
+        if not isinstance(conditioner, dict) or "_target_" not in conditioner:
+            raise ValueError(f"{path} is damaged: the conditioner {name} is {conditioner!r:.60}, which has no _target_")
+    return OmegaConf.create(tree)
+
+
+def with_options(trained: DictConfig, config: DictConfig, path: Path) -> DictConfig:
+    """The config of a run, read from `path`, this command's options in the place of its own.
+
+    From the run come plain values and the parts that `parts.build` allows; everything else that is built comes from here.
+    Raises ValueError, naming the file, for values of other kinds than theirs.
+    """
+    trained = _whole(trained, path)
+    own = OmegaConf.to_container(config, resolve=True)
+    usual = OmegaConf.to_container(OmegaConf.load(config_folder() / "train.yaml").evaluation)
+    networks = {name: usual[name] for name in NETWORKS} | {"perceptual": _perceptual_of(trained)}
+    plain = {k: v for k, v in trained.get("evaluation", {}).items() if k not in NETWORKS}
+    trained.evaluation = OmegaConf.create({**usual, **plain, **networks})
+    for name in NETWORKS:
+        if own[name]:
+            trained.evaluation[name] = OmegaConf.merge(trained.evaluation[name] or {}, own[name])
+    for name in EVALUATION:
+        if own[name] is not None:
+            trained.evaluation[name] = own[name]
+    if own["n"] is not None:
+        trained.evaluation.images = own["n"]
+    for name in SAMPLING:
+        if own[name] is not None:
+            trained.sampling[name] = own[name]
+    if own.get("sampler"):
+        trained.sampler = own["sampler"]
+    for name in ("accelerator", "precision", "num_workers", "progress", "devices", "runs_dir", "trust"):
+        trained[name] = own[name]
+    for name, value in own["data"].items():
+        if value is not None:
+            trained.data[name] = value
+            if trained.autoencoder.data.get(name) is not None:
+                trained.autoencoder.data[name] = value
+    return literal(OmegaConf.to_container(trained, resolve=True))
