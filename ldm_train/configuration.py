@@ -11,11 +11,6 @@ from ldm_train import names
 from ldm_train.storage import read_config
 
 ARGUMENTS = "LDM_TRAIN_ARGUMENTS"  # environment: the command line, also for the processes that run a sweep's jobs
-# Options that may be null although they usually are not.
-OPEN = (
-    "micro_batch_size", "val_images", "evaluate_every", "reference_images", "ema_decay", "clip_norm", "disc_lr", "restoration",
-    "evaluate_images", "best_by", "network", "perceptual", "lpips", "obedience",
-)  # fmt: skip
 
 
 def config_folder() -> Path:
@@ -50,31 +45,6 @@ def usual_options() -> dict[str, Any]:
     groups = ("autoencoder", "diffusion", "data", "classifier")
     tree = {group: read_config(config_folder() / group / "base.yaml") for group in groups}
     return tree | {section: top[section] for section in ("latents", "sampling", "evaluation")}
-
-
-def check_kinds(tree: Any, usual: dict[str, Any], path: Path, where: str = "") -> None:
-    """Raises ValueError, naming the file, where its options are of other kinds than the usual ones: what is a section there is one
-    here, a number a number, a flag a flag, a text a text, a list a list."""
-    if not isinstance(tree, dict):
-        raise ValueError(
-            f"{path} is damaged: {where.rstrip('.') or 'all of it'} is {tree!r:.60} where a section is expected"
-        )
-    for name, expected in usual.items():
-        value = tree.get(name, expected)
-        if isinstance(expected, dict):
-            check_kinds(value, expected, path, f"{where}{name}.")
-            continue
-        if expected is None or (isinstance(expected, str) and ("${" in expected or expected == "???")):
-            continue
-        kinds: tuple[type, ...] = (type(expected),)
-        if isinstance(expected, int | float) and not isinstance(expected, bool):
-            kinds = (int, float)
-        several = name in ("root", "image_size")  # one, or a list
-        wrong = not isinstance(value, (*kinds, list) if several else kinds) or (
-            isinstance(value, bool) and kinds != (bool,)
-        )
-        if wrong and not (value is None and name in OPEN):
-            raise ValueError(f"{path} is damaged: {where}{name} is {value!r:.60}, which is not of its kind")
 
 
 def literal(tree: dict[str, Any]) -> DictConfig:

@@ -191,6 +191,7 @@ KINDS: dict[type, tuple[str, Callable[[Any], bool]]] = {
     str: ("a text", lambda v: isinstance(v, str)),
     list: ("a list", lambda v: isinstance(v, list)),
     dict: ("a section with options", lambda v: isinstance(v, dict)),
+    type(None): ("null", lambda v: v is None),
 }
 
 

@@ -1,11 +1,13 @@
 """The config of a run that others may have made: its values checked, this command's options in the place of its own."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from ldm_train.configuration import check_kinds, config_folder, literal, usual_options
+from ldm_train.configuration import config_folder, literal, usual_options
+from ldm_train.storage import check_kinds
 
 # Options of this command that stand where the run's config has evaluation.<name>.
 EVALUATION = ("metrics", "paired", "reference", "reference_images", "predictors", "batch_size")
@@ -14,6 +16,22 @@ NETWORKS = ("extractors", "perceptual", "lpips")
 SAMPLING = ("num_inference_steps", "guidance_scale", "spacing")
 
 
+SECTIONS = ("data", "autoencoder", "diffusion", "latents", "sampling", "evaluation")
+NULL = type(None)
+# Kinds of options that may be said in several ways.
+OPEN: dict[str, Sequence[type]] = {
+    "data.image_size": (int, list),
+    "sampling.guidance_scale": (float,),
+    "data.max_bad_fraction": (float,),
+    **dict.fromkeys(("autoencoder.lr", "diffusion.lr"), (float,)),
+    **{
+        f"{stage}.{name}": (float, NULL)
+        for stage in ("autoencoder", "diffusion")
+        for name in ("ema_decay", "clip_norm")
+    },
+    **{f"{stage}.val_images": (int, NULL) for stage in ("autoencoder", "diffusion")},
+    "evaluation.restoration": (dict, NULL),
+}
 # What a run's config must say, whatever its age.
 NEEDED = (
     "autoencoder.network._target_", "diffusion.network._target_", "diffusion.schedule._target_", "sampler._target_",
@@ -47,18 +65,22 @@ def _perceptual_of(trained: DictConfig) -> dict[str, Any] | None:
     return None
 
 
+def _said(tree: dict[str, Any]) -> dict[str, Any]:
+    """A copy in which what a base file leaves to others (`???`, `${...}`) and networks count as null."""
+    open_ended = {k for k, v in tree.items() if isinstance(v, str) and ("${" in v or v == "???")} | {*NETWORKS}
+    return {k: None if k in open_ended else _said(v) if isinstance(v, dict) else v for k, v in tree.items()}
+
+
 def _whole(trained: DictConfig, path: Path) -> DictConfig:
     """A run's config with the usual options where an older run lacks them, the kinds of its values checked."""
-    tree, usual = OmegaConf.to_container(trained), usual_options()
+    tree, usual = OmegaConf.to_container(trained), _said(usual_options())
     usual["data"] |= {"derived": {}}
-    networks = {name: usual["evaluation"].pop(name) for name in NETWORKS}
-    for name in ("data", "autoencoder", "diffusion", "latents", "sampling", "evaluation"):
+    for name in SECTIONS[:-1]:  # the evaluation's come from this command
         if isinstance(tree.get(name, {}), dict):
             tree[name] = usual[name] | tree.get(name, {})
     usual["diffusion"] |= {"conditioning": {"conditioners": {}}, "network": {}, "schedule": {}, "objective": {}}
-    usual |= {"seed": 0, "sampler": {}}
-    check_kinds(tree, {k: v for k, v in usual.items() if k != "classifier"}, path)
-    usual["evaluation"] |= networks
+    kinds = {name: usual[name] for name in SECTIONS} | {"seed": 0, "sampler": {}}
+    check_kinds({"seed": 0} | tree, kinds, f"{path} is damaged", OPEN)
     for where in NEEDED:
         part = tree
         for step in where.split("."):
