@@ -11,10 +11,13 @@ PREDICTIONS = {
     "sample": "ldm_train.diffusion.parameterisation.Sample",
 }
 
-# Options of train.py by their path; a group of that path is renamed with it.
+# Options of the commands by their path; a group of that path is renamed with it.
 OPTIONS = {
     "diffusion.unet": "diffusion.network",
     "diffusion.objective.prediction_type": "diffusion.objective.parameterisation._target_",
+    "evaluation.obedience": "evaluation.adherence",
+    "data.obedience": "data.adherence",
+    "weak": "weaker_model",
 }
 # Values of renamed options (by their old path) that are said otherwise today.
 VALUES: dict[str, dict[str, str]] = {"diffusion.objective.prediction_type": PREDICTIONS}
@@ -65,6 +68,12 @@ def options(tree: dict[str, Any]) -> dict[str, Any]:
 
 def _copied(value: Any) -> Any:
     return {k: _copied(v) for k, v in value.items()} if isinstance(value, dict) else value
+
+
+def recipe(tree: dict[str, Any]) -> dict[str, Any]:
+    """The recipe of pictures in today's names."""
+    renamed = {("weaker_model_sha256" if k == "weak_sha256" else k): v for k, v in tree.items()}
+    return renamed | {"config": options(tree["config"])}
 
 
 def model(tree: dict[str, Any]) -> dict[str, Any]:

@@ -33,9 +33,9 @@ SMALL = [
     "evaluation.images=8",
     "evaluation.reference_images=8",
     "evaluation.metrics=[fid_tiny,kid_tiny,precision_tiny,recall_tiny]",
-    "data.obedience.scenes=4",
-    "data.obedience.held_out=2",
-    "data.obedience.seeds=2",
+    "data.adherence.scenes=4",
+    "data.adherence.held_out=2",
+    "data.adherence.seeds=2",
 ]
 
 

@@ -258,7 +258,7 @@ def doors(folder: Path, honest: Path, tmp_path: Path) -> dict[str, Callable[[], 
         "load_model": lambda: load_model(folder),
         "pretrained and reconstruct": lambda: autoencoder_on_meta(folder),
         "ldm-sample run": lambda: sampled(f"run={folder}", "n=1", f"out={tmp_path}/out"),
-        "ldm-sample weak": lambda: sampled(f"run={honest}", f"weak={folder}", "guidance_scale=2", "n=1", f"out={tmp_path}/out"),
+        "ldm-sample weak": lambda: sampled(f"run={honest}", f"weaker_model={folder}", "guidance_scale=2", "n=1", f"out={tmp_path}/out"),
         "ldm-sample guide": lambda: sampled(f"run={honest}", f"guide.classifier={folder}", "classes=[0]", f"out={tmp_path}/out"),
     }  # fmt: skip
 
@@ -384,7 +384,7 @@ SET_BY_RECIPES = {
     "a picture": {"image": "{folder}/secret.png"},
     "a mask": {"image": "{folder}/secret.png", "mask": "{folder}/secret.png"},
     "a layout": {"layout": "{folder}/secret.json"},
-    "a weaker model": {"weak": "{folder}", "guidance_scale": 2},
+    "a weaker model": {"weaker_model": "{folder}", "guidance_scale": 2},
     "a classifier": {"guide": {"classifier": "{folder}", "classifier_scale": 1.0, "clip": None, "clip_scale": 1.0}},
     "a CLIP of the network": {"guide": {"classifier": None, "classifier_scale": 1.0, "clip": "evil/clip", "clip_scale": 1.0}},
     "text for a number": {"n": "many"},

@@ -60,7 +60,7 @@ def test_a_run_leaves_everything_the_design_names(finished: Path):
         assert (run / name).is_file(), name
     metrics = json.loads((run / "evaluation" / "metrics.json").read_text())
     assert metrics["samples"]["fid_tiny"]["n"] == 8
-    assert 0 <= metrics["obedience"]["trained"]["all"] <= metrics["obedience"]["trained"]["mean"] <= 1
+    assert 0 <= metrics["adherence"]["trained"]["all"] <= metrics["adherence"]["trained"]["mean"] <= 1
     model = load_model(run / "export")
     statistics = json.loads((run / "latents" / "statistics.json").read_text())
     torch.testing.assert_close(model.first_stage.scale.flatten(), 1 / torch.tensor(statistics["std"]))
@@ -115,7 +115,7 @@ def test_more_steps_continue_the_autoencoder_and_later_stages_ask_to_be_made_ane
 @pytest.mark.chain
 @pytest.mark.parametrize("autoencoder", ["vq_f4_tiny", "identity"])
 def test_the_chain_runs_on_deterministic_latents(tmp_path: Path, autoencoder: str):
-    chain(tmp_path, f"autoencoder={autoencoder}", "data.obedience=null", "evaluation.obedience=null").execute()
+    chain(tmp_path, f"autoencoder={autoencoder}", "data.adherence=null", "evaluation.adherence=null").execute()
     run = tmp_path / "run"
     model = load_model(run / "export")
     channels = model.first_stage.latent_channels
@@ -160,7 +160,7 @@ def test_the_chain_runs_under_every_kind_of_condition(tmp_path: Path, conditioni
 
 @pytest.mark.chain
 def test_bf16_goes_through_the_whole_chain(tmp_path: Path):
-    chain(tmp_path, "precision=bf16-mixed", "data.obedience=null", "evaluation.obedience=null").execute()
+    chain(tmp_path, "precision=bf16-mixed", "data.adherence=null", "evaluation.adherence=null").execute()
     assert read_note(tmp_path / "run" / "export")["finished"]
     for stage in ("autoencoder", "diffusion"):
         checkpoint = torch.load(tmp_path / "run" / stage / "checkpoints/last.ckpt", weights_only=True)
@@ -276,15 +276,15 @@ def test_a_changed_micro_batch_size_continues_with_the_same_samples(tmp_path: Pa
 
 
 @pytest.mark.chain
-def test_obedience_is_measured_on_the_condition_there_is(tmp_path: Path, capsys: pytest.CaptureFixture):
+def test_adherence_is_measured_on_the_condition_there_is(tmp_path: Path, capsys: pytest.CaptureFixture):
     chain(tmp_path, "diffusion/conditioning=class").execute()
-    table = json.loads((tmp_path / "run/evaluation/metrics.json").read_text())["obedience"]
+    table = json.loads((tmp_path / "run/evaluation/metrics.json").read_text())["adherence"]
     assert table["fields"] == ["class_label"]
     assert "position" not in table["trained"]
     set_aside(tmp_path / "run", ["diffusion", "evaluation", "export"])
     chain(tmp_path, "diffusion/conditioning=none").execute()
-    assert "obedience: not measured" in capsys.readouterr().out
-    assert "obedience" not in json.loads((tmp_path / "run/evaluation/metrics.json").read_text())
+    assert "adherence: not measured" in capsys.readouterr().out
+    assert "adherence" not in json.loads((tmp_path / "run/evaluation/metrics.json").read_text())
 
 
 @pytest.mark.chain

@@ -5,7 +5,17 @@ import sys
 from ldm_train.cli.common import quoted, run_command
 
 # Options whose values people type freely: commas, apostrophes and brackets mean something to Hydra, `=` in a run's name too.
-FREE = ("prompts", "run", "negative", "layout", "image_prompt", "recipe", "weak", "guide.classifier", "guide.clip")
+FREE = (
+    "prompts",
+    "run",
+    "negative",
+    "layout",
+    "image_prompt",
+    "recipe",
+    "weaker_model",
+    "guide.classifier",
+    "guide.clip",
+)
 
 
 def main() -> None:

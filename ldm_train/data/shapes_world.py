@@ -2,7 +2,7 @@
 
 A picture holds one object (or two) of a colour, shape, position and size on a background. `render` draws it,
 `captions` describes it, `read` recovers the attributes from pixels alone or answers None (unreadable), which is
-how obedience to a caption is judged without any outside model.
+how adherence to a caption is judged without any outside model.
 """
 
 import itertools

@@ -1,4 +1,4 @@
-"""Obedience on the shapes world: does the picture show what its condition says? Judged from pixels alone."""
+"""Adherence on the shapes world: does the picture show what its condition says? Judged from pixels alone."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -22,7 +22,7 @@ DETERMINES = {
 
 
 def judged_fields(fields: Sequence[str]) -> tuple[str, ...]:
-    """The conditions among `fields` that obedience is measured on: captions alone where there are captions."""
+    """The conditions among `fields` that adherence is measured on: captions alone where there are captions."""
     return ("caption",) if "caption" in fields else tuple(f for f in fields if f in DETERMINES)
 
 
@@ -93,7 +93,7 @@ def spread(values: np.ndarray) -> float:
     )
 
 
-def measure_obedience(
+def measure_adherence(
     sample: Callable[[dict[str, Any], list[int]], torch.Tensor],
     fields: Sequence[str],
     world_seed: int,
@@ -180,7 +180,7 @@ def format_table(result: dict[str, Any]) -> str:
     """The table people read at the end of the quickstart."""
     titles = {"all": "all of them", "box_iou": "box IoU", "object_pixels": "object px"}
     names = list(result["trained"])
-    lines = [f"{'obedience':<12}" + "".join(f"{titles.get(n, n):>12}" for n in names)]
+    lines = [f"{'adherence':<12}" + "".join(f"{titles.get(n, n):>12}" for n in names)]
     for group, label in (("trained", "trained"), ("held_out", "held out")):
         lines.append(f"{label:<12}" + "".join(f"{result[group][n]:>11.1%} " for n in names))
     if d := result.get("diversity"):

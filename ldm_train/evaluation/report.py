@@ -1,4 +1,4 @@
-"""The evaluation stage: reconstructions, latents, samples and, on shapes, obedience, as one metrics.json."""
+"""The evaluation stage: reconstructions, latents, samples and, on shapes, adherence, as one metrics.json."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from ldm_train import images as pictures
 from ldm_train.distributed import gathered, rank
-from ldm_train.evaluation.adherence import format_table, measure_obedience
+from ldm_train.evaluation.adherence import format_table, measure_adherence
 from ldm_train.evaluation.evaluator import PAIRED, Evaluator
 from ldm_train.evaluation.measurement import Draw, Reference, indices_of, measure_samples
 from ldm_train.evaluation.restoration import format_restoration, measure_restoration
@@ -126,7 +126,7 @@ def evaluate(
 
     images: batches that are reconstructed; conditions: batches under whose conditions one sample each is drawn; both this
     rank's share, without randomness. settings: sampler, steps and guidance, recorded beside each number. adherence:
-    arguments of `measure_obedience`, on shapes. restoration: of `measure_restoration`, its loader included, for
+    arguments of `measure_adherence`, on shapes. restoration: of `measure_restoration`, its loader included, for
     super-resolution and inpainting. Both are measured by rank 0 alone, which is the one that writes.
     """
     found, shown = evaluate_first_stage(model.first_stage, images, evaluator, reference, predictors, progress)
@@ -149,10 +149,10 @@ def evaluate(
         return found
     drawn, texts = sampled.images, sampled.captions
     if adherence:
-        table, made, conditions = measure_obedience(
+        table, made, conditions = measure_adherence(
             lambda fields, seeds: draw(model, fields, seeds=seeds).cpu(), **adherence
         )
-        found["obedience"] = table | settings
+        found["adherence"] = table | settings
         drawn = pictures.beside(model.picture(conditions, made.shape[2:]), made)[:36]
         texts = model.describe(conditions, len(made))[:36]
         print(format_table(table))

@@ -76,14 +76,14 @@ def _close(values: Any, ours: list[float], rtol: float, atol: float) -> bool:
     return numbers and len(values) == len(ours) and np.allclose(values, ours, rtol, atol)
 
 
-def load_weak(folder: Path, model: LatentDiffusion, trust: Sequence[str] = ()) -> LatentDiffusion:
+def load_weaker(folder: Path, model: LatentDiffusion, trust: Sequence[str] = ()) -> LatentDiffusion:
     """A weaker model for autoguidance. Raises ValueError for one of other latents or another schedule."""
-    weak = load_latent_diffusion(folder, trust)
-    if differs := _differs(model, latents_of(weak)):
+    weaker = load_latent_diffusion(folder, trust)
+    if differs := _differs(model, latents_of(weaker)):
         raise ValueError(
-            f"weak={folder} was trained on {differs} than the model; take an earlier or smaller one of its kind"
+            f"weaker_model={folder} was trained on {differs} than the model; take an earlier or smaller one of its kind"
         )
-    return weak
+    return weaker
 
 
 class Guides:

@@ -16,6 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from PIL import Image
 
 from ldm_train import images as pictures
+from ldm_train import names
 from ldm_train.configuration import config_folder, differences, literal
 from ldm_train.errors import Refused
 from ldm_train.generation.files import as_list
@@ -39,10 +40,10 @@ WITH_REPLAY = ("run", "runs_dir", "out", "recipe", "overwrite", "film", "acceler
 NOT_DRAWN = (*WITH_REPLAY, "batch_size")
 FILES = ("image", "mask", "map", "depth", "layout")  # options that name files
 LISTS = ("prompts", "classes")  # options whose entries may stand in a file
-MODELS = ("weak", "guide.classifier", "guide.clip")  # and models beside run=
+MODELS = ("weaker_model", "guide.classifier", "guide.clip")  # and models beside run=
 # Kinds of what a recipe may set that is usually null, or may be said in two ways.
 OPEN: dict[str, Sequence[type]] = {
-    **dict.fromkeys(("task", "negative", "image_prompt", "spacing", "weak", "compile"), (str,)),
+    **dict.fromkeys(("task", "negative", "image_prompt", "spacing", "weaker_model", "compile"), (str,)),
     **dict.fromkeys(("guide.classifier", "guide.clip"), (str,)),
     **dict.fromkeys((*FILES, *LISTS), (str, list)),
     **dict.fromkeys(("num_inference_steps", "tiles.cells"), (int,)),
@@ -114,6 +115,8 @@ def _read_recipe(path: Path, usual: dict[str, Any]) -> dict[str, Any]:
         raise ValueError(where) from error
     if not well_formed or not isinstance(asked.get("sampler"), dict):
         raise ValueError(where)
+    recipe = names.recipe(recipe)
+    asked = recipe["config"]
     known = {k: v for k, v in usual.items() if k not in NOT_DRAWN} | {"sampler": {}}
     check_kinds(asked, known, where, OPEN)
     unknown = [k for k in asked if k not in known]

@@ -88,7 +88,7 @@ def check_types(config: DictConfig) -> None:
         "image_prompt",
         "compile",
         "film",
-        "weak",
+        "weaker_model",
         "guide.classifier",
         "guide.clip",
     ):
@@ -173,9 +173,9 @@ def chosen_task(model: LatentDiffusion, config: DictConfig, guided: Collection[s
             raise ValueError(f"{option}= means nothing to task={task}, only to task=img2img")
     if task == "interpolate" and guided:
         raise ValueError("guide.* leads to one class or caption, task=interpolate from one to the next; leave one out")
-    if task == "interpolate" and config.weak is not None:
+    if task == "interpolate" and config.weaker_model is not None:
         raise ValueError(
-            "weak= and task=interpolate do not go together: the weaker model knows no mixtures of conditions"
+            "weaker_model= and task=interpolate do not go together: the weaker model knows no mixtures of conditions"
         )
     needs = ["image"] if task in (*FROM_IMAGE, "superres", "variation") and task != "interpolate" else []
     needs += {"inpaint": ["mask"], "outpaint": ["extend"]}.get(task, [])

@@ -17,7 +17,7 @@ from ldm_train.configuration import literal
 from ldm_train.diffusion.guidance import classifier_free
 from ldm_train.generation.drawing import Drawing
 from ldm_train.generation.film import Film
-from ldm_train.generation.guides import Guides, load_weak
+from ldm_train.generation.guides import Guides, load_weaker
 from ldm_train.generation.job import SHOWN, Job, folder_of, make_recipe, replayed
 from ldm_train.generation.requests import Request, check_types, chosen_task, requests
 from ldm_train.latent_diffusion import Guidance, LatentDiffusion, Sampling
@@ -61,12 +61,12 @@ def check(config: DictConfig, model: LatentDiffusion) -> dict[str, Any]:
     if (config.negative is not None or config.image_prompt is not None) and "caption" not in model.fields:
         option = "negative" if config.negative is not None else "image_prompt"
         raise ValueError(f"this model takes no captions, so {option}= means nothing to it")
-    if guidance and not model.conditioners and config.weak is None:
+    if guidance and not model.conditioners and config.weaker_model is None:
         raise ValueError(
             f"this model takes no condition that guidance could strengthen; leave guidance.{next(iter(guidance))} out"
         )
-    if config.guidance_scale == 1 and (guidance or config.negative is not None or config.weak is not None):
-        named = ["negative"] * (config.negative is not None) + ["weak"] * (config.weak is not None)
+    if config.guidance_scale == 1 and (guidance or config.negative is not None or config.weaker_model is not None):
+        named = ["negative"] * (config.negative is not None) + ["weaker_model"] * (config.weaker_model is not None)
         named += [f"guidance.{k}" for k in guidance]
         raise ValueError(f"{', '.join(named)} need guidance: set guidance_scale above 1")
     if config.guidance_scale != 1:
@@ -98,8 +98,8 @@ def check_wanted(config: DictConfig, task: str, wanted: list[Request], chosen: A
     if any(r.negative is not None for r in wanted):
         if config.guidance_scale == 1:
             raise ValueError("negative need guidance: set guidance_scale above 1")
-        if config.weak is not None:
-            raise ValueError("weak= and negative= both say what guidance leads away from; leave one out")
+        if config.weaker_model is not None:
+            raise ValueError("weaker_model= and negative= both say what guidance leads away from; leave one out")
     still = task == "reconstruct" or (task == "img2img" and not config.invert and config.strength == 0)
     if config.film is not None and still:
         raise ValueError(f"film= shows how a picture is drawn, and nothing is drawn by task={task} here")
@@ -148,10 +148,10 @@ def _sample(config: DictConfig, recipe_before: dict[str, Any] | None, only: int 
     if config.invert or (task == "interpolate" and config.image is not None):  # the sampler that inversion turns round
         sampler = ddim
     weaker = None
-    if config.weak is not None:
-        weak = model_folder(config.weak, config.runs_dir, "weak")
-        weaker = load_weak(weak, model, trust).to(device, memory_format=torch.channels_last)
-        guides.recipe["weak_sha256"] = model_metadata(weak)["sha256"]
+    if config.weaker_model is not None:
+        source_of_weaker = model_folder(config.weaker_model, config.runs_dir, "weaker_model")
+        weaker = load_weaker(source_of_weaker, model, trust).to(device, memory_format=torch.channels_last)
+        guides.recipe["weaker_model_sha256"] = model_metadata(source_of_weaker)["sha256"]
     panorama = config.panorama
     sampling = Sampling(
         sampler,

@@ -62,7 +62,7 @@ class EvaluationStage(Stage):
         model.to(memory_format=torch.channels_last)
         split, count, section = config.data.val_split, config.evaluation.images, config.evaluation
         judged, writer = judged_fields(model.fields), run.machine.rank == 0
-        if section.obedience and not judged and writer:
+        if section.adherence and not judged and writer:
             print("adherence: not measured, this model has no condition that says what to draw")
         restoration = None
         if section.restoration and any(f in model.fields for f in RESTORED):
@@ -81,7 +81,7 @@ class EvaluationStage(Stage):
             sampling_facts(config),
             batch_size=section.batch_size,
             predictors=section.predictors,
-            adherence=plain(section.obedience) | {"fields": judged} if judged and section.obedience else None,
+            adherence=plain(section.adherence) | {"fields": judged} if judged and section.adherence else None,
             restoration=restoration,
             progress=show,
         )

@@ -77,7 +77,7 @@ def check_values(config: DictConfig) -> None:
     for name in config.logger if OmegaConf.is_list(config.logger) else [config.logger]:
         if name not in ("wandb", "tensorboard", "csv"):
             raise ValueError(f"logger is wandb, tensorboard, csv or a list of them, not {name!r}")
-    for key in ("evaluation.obedience", "evaluation.restoration", "evaluation.perceptual", "evaluation.lpips"):
+    for key in ("evaluation.adherence", "evaluation.restoration", "evaluation.perceptual", "evaluation.lpips"):
         if (value := OmegaConf.select(config, key)) is not None and not OmegaConf.is_dict(value):
             raise ValueError(f"{key}={value} is neither null nor a section with options")
     for key, kind in LISTS.items():

@@ -68,7 +68,7 @@ def test_each_cell_of_the_latents_sees_its_pixels() -> None:
 def test_a_model_of_edges_trains_and_samples_without_a_word_elsewhere(tmp_path: Path) -> None:
     from ldm_train.cli import sample as command
 
-    chain(tmp_path, "diffusion/conditioning=edges", "evaluation.obedience=null").execute()
+    chain(tmp_path, "diffusion/conditioning=edges", "evaluation.adherence=null").execute()
     model = ldm_train.load(str(tmp_path / "run"))
     assert model.fields == ("edges",)
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8)).save(tmp_path / "p.png")

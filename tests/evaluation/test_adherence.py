@@ -1,4 +1,4 @@
-"""Obedience and restoration: a perfect painter scores fully, a wrong one where it is wrong, and baselines are what they say."""
+"""Adherence and restoration: a perfect painter scores fully, a wrong one where it is wrong, and baselines are what they say."""
 
 import numpy as np
 import pytest
@@ -12,7 +12,7 @@ from ldm_train.evaluation.adherence import (
     format_table,
     judge,
     judged_fields,
-    measure_obedience,
+    measure_adherence,
     random_scenes,
 )
 from ldm_train.evaluation.restoration import decibel, inpainting_errors, superresolution_values
@@ -111,7 +111,7 @@ def test_a_painter_that_reads_its_condition_scores_fully(field: str):
             scenes.append(shapes_world.Scene(ground, (o,)))
         return drawn(scenes)
 
-    table, shown, batch = measure_obedience(paint, (field,), 0, 32, scenes=30, held_out=6, seeds=2, batch_size=16)
+    table, shown, batch = measure_adherence(paint, (field,), 0, 32, scenes=30, held_out=6, seeds=2, batch_size=16)
     assert table["trained"]["all"] == 1
     assert table["held_out"]["all"] == 1
     if "pixels" in DETERMINES[field]:

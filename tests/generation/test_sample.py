@@ -284,7 +284,7 @@ def test_pairs_of_inputs(run: Callable, files: dict[str, str], tmp_path: Path):
         ("none", ("guide.classifier=nothing", "classes=[a]"), "guide.classifier=nothing is no run with a finished classifier"),
         ("none", ("guide.clip=/nothing/here", "prompts=x"), "the CLIP model /nothing/here is not there"),
         ("none", ("guide.clip=nothing/here",), r"guide\.clip leads to prompts="),
-        ("text", ("weak=nothing", "prompts=a cat"), "weak=nothing has no trained model"),
+        ("text", ("weaker_model=nothing", "prompts=a cat"), "weaker_model=nothing has no trained model"),
         ("text", ("image_prompt=a cat", "image={photo.png}"), "it needs invert=true"),
         ("text", ("prompts={blank.txt}",), r"blank\.txt, line 2 is blank; remove it, or write \"\" for an empty caption"),
         ("text", ("prompts={empty.txt}",), r"empty\.txt is empty"),
@@ -314,7 +314,7 @@ def test_pairs_of_inputs(run: Callable, files: dict[str, str], tmp_path: Path):
         ("none", ("accelerator=tpu",), "accelerator is auto, cpu or gpu"),
         ("none", ("tiles.cells=0",), r"tiles\.cells=0 is below 1"),
         ("none", ("image={photo.png}", "mask={wide.png}"), "give a mask of the picture's own proportions"),
-        ("text", ("task=interpolate", "prompts=[a,b]", "weak=x", "guidance_scale=2"), "the weaker model knows no mixtures"),
+        ("text", ("task=interpolate", "prompts=[a,b]", "weaker_model=x", "guidance_scale=2"), "the weaker model knows no mixtures"),
         ("none", ("recipe={photo.png}",), "is no recipe of ldm-sample"),
         ("none", ("recipe=nothing.json",), r"recipe=nothing\.json: there is no such file"),
     ],
@@ -669,12 +669,12 @@ def test_a_weaker_model_of_other_latents_is_refused(run: Callable, model_folder:
     folder = model_folder("text")
     plain = run("text", "prompts=a cat", "guidance_scale=1", out="plain")[0]
     # Away from itself: nothing changes.
-    made = run("text", "prompts=a cat", f"weak={folder}", "guidance_scale=3")[0]
+    made = run("text", "prompts=a cat", f"weaker_model={folder}", "guidance_scale=3")[0]
     assert (made - plain).abs().max() < 0.03
     model = ldm_train.load(str(folder))
     model.first_stage.set_statistics(3.0)
     save_model(folder.parent / "other", model, yaml.safe_load((folder / "config.yaml").read_text()), {})
-    with pytest.raises(ValueError, match=r"weak=.* was trained on latents of another scale"):
-        run("text", "prompts=a cat", f"weak={folder.parent / 'other'}", "guidance_scale=2")
-    with pytest.raises(ValueError, match=r"weak=.* was trained on another autoencoder"):
-        run("text", "prompts=a cat", f"weak={model_folder('none')}", "guidance_scale=2")
+    with pytest.raises(ValueError, match=r"weaker_model=.* was trained on latents of another scale"):
+        run("text", "prompts=a cat", f"weaker_model={folder.parent / 'other'}", "guidance_scale=2")
+    with pytest.raises(ValueError, match=r"weaker_model=.* was trained on another autoencoder"):
+        run("text", "prompts=a cat", f"weaker_model={model_folder('none')}", "guidance_scale=2")

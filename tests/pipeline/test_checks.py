@@ -111,7 +111,7 @@ REFUSED = {
     "sampling.guidance_scale=nan": "sampling.guidance_scale=nan is no finite number",
     "evaluation.reference=missing.npz": "evaluation.reference=missing.npz: there is no such file",
     "evaluation.reference=none": "evaluation.reference=none is no .npz file and no split",
-    "evaluation.obedience=abc": "evaluation.obedience=abc is neither null nor a section",
+    "evaluation.adherence=abc": "evaluation.adherence=abc is neither null nor a section",
     "evaluation.restoration=true": "evaluation.restoration=True is neither null nor a section",
     "evaluation.extractors.tiny=null": "evaluation.extractors.tiny has no _target_",
     "evaluation.metrics=[odd]": "'odd' is none; choose from",

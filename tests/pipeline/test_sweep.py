@@ -44,7 +44,7 @@ def swept(command: Callable[..., int], tmp_path_factory: pytest.TempPathFactory)
     folder = tmp_path_factory.mktemp("sweep")
     options = [o for o in SMALL if not o.startswith("diffusion.batch_size")]
     status = command("train", "-m", *options, f"runs_dir={folder}", f"data_dir={folder}/data", "name=mine",
-                     "diffusion.batch_size=8,4096,4", "data.obedience=null", "diffusion.log_every=1")  # fmt: skip
+                     "diffusion.batch_size=8,4096,4", "data.adherence=null", "diffusion.log_every=1")  # fmt: skip
     assert status == 1
     return folder / "mine"
 
@@ -243,7 +243,7 @@ def test_a_search_shares_stages_prunes_continues_and_finds_the_best(
     folder = swept.parent
     (tmp_path / "base").symlink_to(run_of(swept, 8))
     options = [o for o in SMALL if not o.startswith(("diffusion.max_steps", "logger", "progress"))]
-    overrides = [*options, f"data_dir={folder}/data", f"autoencoder.pretrained={tmp_path}/base", "data.obedience=null",
+    overrides = [*options, f"data_dir={folder}/data", f"autoencoder.pretrained={tmp_path}/base", "data.adherence=null",
                  "diffusion.max_steps=4", "diffusion.val_every=2", "stages=[autoencoder,latents,diffusion]"]  # fmt: skip
     arguments = (
         "recipe=quickstart", f"runs_dir={tmp_path}", "name=found", "objective=diffusion:val/loss", "warmup_trials=1",
