@@ -78,6 +78,17 @@ def test_every_experiment_makes_one_model(experiment: str):
 
 
 @pytest.mark.parametrize(
+    "experiment", ["quickstart", "shapes_layout", "cifar10_f4", "celebahq_f8", "inpainting_places_f4", "sd1"]
+)
+def test_another_backbone_takes_the_place_of_the_unet_in_any_recipe(experiment: str):
+    config = composed("train", f"experiment={experiment}", "diffusion/network=dit", "data.root=nowhere")
+    unet = on_meta(composed("train", f"experiment={experiment}", "data.root=nowhere").diffusion.network)
+    dit = on_meta(config.diffusion.network)
+    assert dit.condition_widths == unet.condition_widths
+    assert dit.in_channels == unet.in_channels
+
+
+@pytest.mark.parametrize(
     "group",
     [
         "autoencoder",

@@ -13,9 +13,10 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from PIL import Image
 
+from ldm_train.cli import evaluate, sweep, train
+from ldm_train.cli import search as search_command
 from ldm_train.configuration import config_folder
-from ldm_train.pipeline import measure as evaluate
-from ldm_train.pipeline import search, sweep, train
+from ldm_train.pipeline import search
 from ldm_train.pipeline.training import forward_flops
 
 Command = Callable[..., tuple[int, str, str]]
@@ -24,7 +25,7 @@ Command = Callable[..., tuple[int, str, str]]
 @pytest.fixture(scope="module")
 def command() -> Callable[..., int]:
     """command("train", override, ...) -> its exit status; in this process, so that it starts at once."""
-    mains = {"train": train.main, "sweep": sweep.main, "evaluate": evaluate.main, "search": search.main}
+    mains = {"train": train.main, "sweep": sweep.main, "evaluate": evaluate.main, "search": search_command.main}
 
     def run(name: str, *arguments: str) -> int:
         with pytest.MonkeyPatch.context() as patch:
