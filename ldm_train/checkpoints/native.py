@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
@@ -131,6 +132,18 @@ def load_model(folder: str | Path, trust: Sequence[str] = ()) -> nn.Module:
     for name, expected in recorded.items():
         if expected is not None and (digest := file_sha256(folder / name)) != expected:
             raise ValueError(f"{folder / name} is damaged: sha256 {digest[:12]}, recorded {str(expected)[:12]}")
+    module = _built(folder, trust)
+    try:
+        module.load_state_dict(names.weights(load_file(folder / WEIGHTS)))
+    except RuntimeError as error:  # missing, unexpected or of another shape
+        first = " ".join(str(error).split())[:300]
+        raise ValueError(f"{folder / WEIGHTS} does not fit the model of {folder / CONFIG}: {first}") from error
+    return module.eval()
+
+
+def _built(folder: Path, trust: Sequence[str]) -> nn.Module:
+    """The module that a folder's config describes, its weights not loaded. Raises ValueError as `load_model`, and where it
+    grows far beyond the shapes in the file of weights."""
     try:
         with safe_open(folder / WEIGHTS, framework="pt") as file:
             shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 - no mapping
@@ -140,9 +153,24 @@ def load_model(folder: str | Path, trust: Sequence[str] = ()) -> nn.Module:
         module = build(names.model(read_config(folder / CONFIG)), folder / CONFIG, trust)
     if not isinstance(module, nn.Module):
         raise ValueError(f"{folder / CONFIG} describes no model but a {type(module).__name__}")
-    try:
-        module.load_state_dict(names.weights(load_file(folder / WEIGHTS)))
-    except RuntimeError as error:  # missing, unexpected or of another shape
-        first = " ".join(str(error).split())[:300]
-        raise ValueError(f"{folder / WEIGHTS} does not fit the model of {folder / CONFIG}: {first}") from error
-    return module.eval()
+    return module
+
+
+def _autoencoder(module: nn.Module, folder: str | Path) -> nn.Module:
+    missing = [name for name in ("in_channels", "latent_channels", "encode_moments") if not hasattr(module, name)]
+    if missing:
+        raise ValueError(f"{folder} holds a {type(module).__name__} (without {missing[0]}), not an autoencoder")
+    return module
+
+
+def load_autoencoder(folder: str | Path, trust: Sequence[str] = ()) -> nn.Module:
+    """`load_model` of a folder that is to hold an autoencoder. Raises ValueError, naming it, where it holds another model."""
+    return _autoencoder(load_model(folder, trust), folder)
+
+
+def meta_autoencoder(folder: str | Path, trust: Sequence[str] = ()) -> nn.Module:
+    """The autoencoder of a folder without its weights, on the meta device: its shapes, in no time and no memory. Raises as
+    `load_autoencoder`."""
+    read_metadata(folder)
+    with torch.device("meta"):
+        return _autoencoder(_built(Path(folder), trust), folder)

@@ -15,8 +15,13 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from tqdm import tqdm
 
-from ldm_train.checkpoints.native import CONFIG, find_model, load_latent_diffusion, load_model, read_metadata
-from ldm_train.checkpoints.parts import build as build_part
+from ldm_train.checkpoints.native import (
+    find_model,
+    load_autoencoder,
+    load_latent_diffusion,
+    meta_autoencoder,
+    read_metadata,
+)
 from ldm_train.checkpoints.parts import targets
 from ldm_train.configuration import config_folder, literal, run_config
 from ldm_train.data.loose import image_batches
@@ -31,7 +36,7 @@ from ldm_train.models.first_stage import FirstStage
 from ldm_train.pipeline import build
 from ldm_train.pipeline.build import join_devices
 from ldm_train.pipeline.run import Chain
-from ldm_train.storage import inside, read_config, read_record, write_atomically, write_json
+from ldm_train.storage import inside, read_record, write_atomically, write_json
 from ldm_train.training.callbacks.checkpoint import read_checkpoint
 from ldm_train.training.fit import Machine
 
@@ -205,7 +210,7 @@ def evaluate_autoencoder(config: DictConfig) -> tuple[dict[str, Any], Path | Non
     data = build.data_module(trained, "autoencoder", machine, ("image",), config.trust)
     size, world = trained.evaluation.batch_size, machine.world_size
     data.batching = build.Batching(size * world, None, world, machine.rank)
-    first_stage = FirstStage(load_model(model_folder, config.trust)).to(machine.device)
+    first_stage = FirstStage(load_autoencoder(model_folder, config.trust)).to(machine.device)
     if (folder / "latents" / "statistics.json").is_file():
         Chain(trained, folder, machine, config.trust).measured(first_stage)
     else:  # what is said of latents is said of unit variance
@@ -237,15 +242,9 @@ def _config_of_folder(config: DictConfig) -> DictConfig:
     finally:
         GlobalHydra.instance().hydra = before
     OmegaConf.set_struct(usual, False)
-    usual.data.channels = _channels(Path(config.reconstruct), config.trust)
+    usual.data.channels = meta_autoencoder(config.reconstruct, config.trust).in_channels
     usual.autoencoder.loss.perceptual = {"_target_": "ldm_train.losses.perceptual.TinyPerceptual"}
     return with_options(usual, config)
-
-
-def _channels(folder: Path, trust: Sequence[str]) -> int:
-    """Of the pictures that an autoencoder's model folder was trained on."""
-    with torch.device("meta"):
-        return build_part(read_config(folder / CONFIG), folder / CONFIG, trust).in_channels
 
 
 def evaluate_images(config: DictConfig) -> tuple[dict[str, Any], Path | None, dict[str, Any]]:
