@@ -1,11 +1,12 @@
 """What a sample's members say: captions, class, boxes, arrays, each checked. Without torch, so that preparing processes
 start fast. All raise ValueError for a member that does not say what it should."""
 
-import io
 import json
 from collections.abc import Mapping
 
 import numpy as np
+
+from ldm_train.data.files import read_npy
 
 MOST_LABELS = 2**24  # boxes and their labels travel as float32, which is exact up to here
 
@@ -93,22 +94,11 @@ def _rows(boxes: object) -> np.ndarray:
 
 def array_of(data: bytes) -> np.ndarray:
     """The picture in a sample's .npy: (H, W, C), uint8, or float32 in [-1, 1]; never a pickle."""
-    file = io.BytesIO(data)
-    version = np.lib.format.read_magic(file)
-    if version not in ((1, 0), (2, 0)):
-        raise ValueError(f"npy of version {version}, expected 1.0 or 2.0")
-    header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-    shape, _, dtype = header(file)
-    if dtype.hasobject:
-        raise ValueError("npy of Python objects, which are never unpickled (allow_pickle=False)")
-    if dtype != np.uint8 and not np.issubdtype(dtype, np.floating):
-        raise ValueError(f"npy image of {dtype}, expected uint8 or float in [-1, 1]")
-    if len(shape) not in (2, 3) or min(shape) < 1:
-        raise ValueError(f"npy image of shape {shape}, expected (H, W, C)")
-    # Said before the array is allocated: a header may claim any size.
-    if (claimed := dtype.itemsize * int(np.prod(np.array(shape, object)))) != len(data) - file.tell():
-        raise ValueError(f"npy of {len(data) - file.tell()} bytes for {claimed} of shape {shape}")
-    array = np.load(io.BytesIO(data), allow_pickle=False)
+    array = read_npy(data)
+    if array.dtype != np.uint8 and array.dtype.kind != "f":
+        raise ValueError(f"npy image of {array.dtype}, expected uint8 or float in [-1, 1]")
+    if array.ndim not in (2, 3) or min(array.shape) < 1:
+        raise ValueError(f"npy image of shape {array.shape}, expected (H, W, C)")
     array = array[..., None] if array.ndim == 2 else array
     if array.dtype == np.uint8:
         return array

@@ -1,6 +1,5 @@
 """From encoded bytes to tensors: decoding every kind of image file, then crop, resize and flip as one plan per sample."""
 
-import io
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,12 +9,12 @@ from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as TF
 
 from ldm_train.data.fields import array_of
-from ldm_train.data.files import open_image
+from ldm_train.data.files import open_image, read_npy
 
 
 def channels_of(data: bytes) -> int:
     """Of a .npy picture, (H, W, C) or (H, W). Raises ValueError where it is none."""
-    shape = np.load(io.BytesIO(data), allow_pickle=False).shape
+    shape = read_npy(data).shape
     return shape[2] if len(shape) == 3 else 1
 
 

@@ -5,12 +5,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from omegaconf import ListConfig, OmegaConf
-from PIL import Image
 from torch.nn import functional as F
 
+from ldm_train.data.fields import array_of
+from ldm_train.data.files import open_image
 from ldm_train.data.transforms import ImageTransform, decode_image, decode_labels, to_unit_range
 
 PROMPT_KEYS = ("prompt", "negative", "seed", "n")  # of a line of JSON, or an entry of a list
@@ -91,7 +91,7 @@ def read_image(path: str, size: tuple[int, int], channels: int, option: str = "i
         image = decode_image(read_bytes(path, option), Path(path).suffix.lower().lstrip("."), channels)
     except FileNotFoundError:
         raise
-    except (OSError, ValueError, SyntaxError) as error:
+    except (OSError, ValueError) as error:
         raise ValueError(f"{option}={path}: {error}") from error
     transform = ImageTransform(size, "center")
     return to_unit_range(transform.apply(image, transform.plan(*image.shape[1:], None)))
@@ -103,7 +103,7 @@ def read_map(path: str, size: tuple[int, int]) -> torch.Tensor:
         labels = decode_labels(read_bytes(path, "map"))
     except FileNotFoundError:
         raise
-    except (OSError, ValueError, SyntaxError) as error:
+    except (OSError, ValueError) as error:
         raise ValueError(f"map={path}: {error}") from error
     transform = ImageTransform(size, "center")
     return transform.apply(labels, transform.plan(*labels.shape[1:], None), nearest=True)[0].long()
@@ -117,18 +117,22 @@ def read_mask(path: str, size: tuple[int, int]) -> torch.Tensor:
     return mask
 
 
-def _size(path: str) -> tuple[int, int]:
-    """(width, height) of a picture file."""
-    if path.lower().endswith(".npy"):
-        height, width = np.load(path, allow_pickle=False).shape[:2]
-        return width, height
-    with Image.open(path) as opened:
-        return opened.size
+def _size(path: str, option: str) -> tuple[int, int]:
+    """(width, height) of a picture file. Raises ValueError naming it."""
+    data = read_bytes(path, option)
+    try:
+        if path.lower().endswith(".npy"):
+            height, width = array_of(data).shape[:2]
+            return width, height
+        with open_image(data) as image:
+            return image.size
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{option}={path}: {error}") from error
 
 
 def require_same_shape(image: str, mask: str) -> None:
     """Raises ValueError where picture and mask would be cut differently."""
-    (w, h), (v, g) = _size(image), _size(mask)
+    (w, h), (v, g) = _size(image, "image"), _size(mask, "mask")
     if abs(w * g - v * h) > 0.02 * w * g:
         raise ValueError(
             f"mask={mask} is {v}x{g}, image={image} is {w}x{h}: give a mask of the picture's own proportions"

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import webdataset as wds
 
-from ldm_train.data import shards as shards_module
+from ldm_train import storage
 from ldm_train.data.datamodule import Batching, ShardDataModule
 from ldm_train.data.prepare.index import write_tar_index
 from ldm_train.data.shards import DataError, IndexedShards, read_index, scan_tar, split_index, write_shard
@@ -103,7 +103,7 @@ def test_a_full_disk_is_named_and_leaves_nothing(tmp_path: Path, monkeypatch: py
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             return super().write(data)
 
-    monkeypatch.setattr(shards_module, "open", lambda path, mode: Full(io.FileIO(path, mode)), raising=False)
+    monkeypatch.setattr(storage, "open", lambda path, mode: Full(io.FileIO(path, mode)), raising=False)
     assert_disk_full(tmp_path)
 
 
