@@ -5,7 +5,6 @@ import os
 import shutil
 import signal
 import time
-import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,7 +18,7 @@ from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from ldm_train import interrupts, names
 from ldm_train.data.shards import DataError
 from ldm_train.errors import Interrupted
-from ldm_train.storage import write_atomically
+from ldm_train.storage import read_tensors, write_atomically
 from ldm_train.training.task import NotFinite, Task
 
 LAST, PREVIOUS = "last.ckpt", "last-previous.ckpt"
@@ -75,11 +74,7 @@ def _keep(path: Path) -> None:
 
 
 def _read(path: Path, mmap: bool) -> dict[str, Any]:
-    """torch.save writes a zip archive with a CRC-32 of every part; torch.load does not look at them."""
-    with zipfile.ZipFile(path) as archive:
-        if (part := archive.testzip()) is not None:
-            raise zipfile.BadZipFile(f"the checksum of {part} differs")
-    state = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+    state = read_tensors(path, mmap)
     if not isinstance(state, dict) or not isinstance(state.get("global_step"), int) or "state_dict" not in state:
         raise ValueError("it holds no training state")
     state["state_dict"] = names.weights(state["state_dict"])
