@@ -15,7 +15,8 @@ from torch import nn
 
 from ldm_train import names
 from ldm_train.checkpoints.diffusers import diffusers_metadata, is_diffusers, load_diffusers
-from ldm_train.checkpoints.parts import build, build_sampler, no_larger_than
+from ldm_train.checkpoints.parts import build, build_sampler, find_part, no_larger_than, targets
+from ldm_train.conditioning.base import Conditioner
 from ldm_train.latent_diffusion import LatentDiffusion
 from ldm_train.storage import file_sha256, read_config, read_record, write_atomically, write_json
 
@@ -31,6 +32,20 @@ def weights_sha256(module: nn.Module) -> str:
     return hashlib.sha256(_serialised(module)).hexdigest()
 
 
+def _trained(config: dict[str, Any], where: str | Path, trust: Sequence[str]) -> dict[str, Any]:
+    """A model's config with its conditioners as training leaves them, see `Conditioner.trained_options`."""
+    conditioners = config.get("conditioners")
+    if not isinstance(conditioners, dict):
+        return config
+    own = dict(conditioners)
+    for name, options in conditioners.items():
+        if isinstance(options, dict) and "_target_" in options:
+            part = find_part(options["_target_"], where, trust)
+            if isinstance(part, type) and issubclass(part, Conditioner):
+                own[name] = part.trained_options(options)
+    return config | {"conditioners": own}
+
+
 def save_model(folder: str | Path, module: nn.Module, config: dict[str, Any], metadata: dict[str, Any]) -> str:
     """Writes a module with the config that builds it; the weights last but one, so a folder with metadata.json is whole.
 
@@ -38,6 +53,7 @@ def save_model(folder: str | Path, module: nn.Module, config: dict[str, Any], me
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
+    config = _trained(config, folder / CONFIG, list(targets(config)))  # which has just built the module
     weights, text = _serialised(module), yaml.safe_dump(config, sort_keys=False).encode()
     digests = {"sha256": hashlib.sha256(weights).hexdigest(), "config_sha256": hashlib.sha256(text).hexdigest()}
     write_atomically(folder / CONFIG, lambda f: f.write(text))
@@ -150,7 +166,8 @@ def _built(folder: Path, trust: Sequence[str]) -> nn.Module:
     except SafetensorError as error:
         raise ValueError(f"{folder / WEIGHTS} is no file of weights ({error}); take an undamaged copy") from error
     with no_larger_than(shapes, folder / CONFIG):
-        module = build(names.model(read_config(folder / CONFIG)), folder / CONFIG, trust)
+        tree = names.model(read_config(folder / CONFIG))
+        module = build(_trained(tree, folder / CONFIG, trust), folder / CONFIG, trust)
     if not isinstance(module, nn.Module):
         raise ValueError(f"{folder / CONFIG} describes no model but a {type(module).__name__}")
     return module

@@ -30,6 +30,11 @@ class Conditioner(nn.Module):
         """values: B entries of the field; drop (B,) bool: True where the condition is null."""
         raise NotImplementedError
 
+    @classmethod
+    def trained_options(cls, options: dict[str, Any]) -> dict[str, Any]:
+        """The options of a trained model's config: `options` but for files that its weights have taken the place of."""
+        return options
+
     def attach(self, first_stage: FirstStage) -> None:
         """Called once by the model that holds it: spatial conditioners need the size, or the encoder, of its latents."""
 

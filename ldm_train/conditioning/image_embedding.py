@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -130,6 +131,10 @@ class ImageEmbedding(Conditioner):
             mean, std = unit if statistics == "unit" else read_statistics(statistics, encoder_dim)
             self.register_buffer("mean", mean)
             self.register_buffer("std", std)
+
+    @classmethod
+    def trained_options(cls, options: dict[str, Any]) -> dict[str, Any]:
+        return options if options.get("statistics") is None else options | {"statistics": "unit"}
 
     @torch.no_grad()
     def embed(self, images: torch.Tensor) -> torch.Tensor:
