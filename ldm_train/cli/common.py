@@ -3,6 +3,7 @@
 import difflib
 import json
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -104,6 +105,15 @@ def _raise_file_limit() -> None:
             resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
+def _words(error: Exception) -> str:
+    """What an error says; of one from a loading process, which arrives with its traceback for a message, what it said there."""
+    message = str(error)
+    if re.match(r"Caught \w+ in [^\n]*\.\nOriginal Traceback", message):
+        said = list(re.finditer(rf"^(\w+\.)*{re.escape(type(error).__name__)}: ", message, re.MULTILINE))
+        return message[said[-1].end() :].strip() if said else message
+    return message
+
+
 def run_command(function: Callable[[DictConfig], Any] | str, config_name: str) -> None:
     """Composes conf/<config_name>.yaml with the command line and calls `function`; exits with 1 and one readable
     message where the user has to act, with 128 + signal and one line after an interruption.
@@ -138,9 +148,9 @@ def run_command(function: Callable[[DictConfig], Any] | str, config_name: str) -
     except USER_ERRORS as error:
         if wants_traceback:
             raise
-        message = str(error)
+        message = _words(error)
         if isinstance(error, InstantiationException) and isinstance(error.__cause__, USER_ERRORS):
-            message = str(error.__cause__)
+            message = _words(error.__cause__)
         elif isinstance(error, HydraException):
             arguments = [a for a in sys.argv[1:] if not a.startswith("-")]
             message += "\n" + (
