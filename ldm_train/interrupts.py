@@ -138,14 +138,14 @@ def leave_signals_to_parent() -> None:
     signal.signal(signal.SIGTERM, lambda number, frame: signal.signal(number, signal.SIG_DFL))
 
 
-def end_with(parent: int) -> None:
+def end_with(parent: int, alive: Callable[[], bool] = lambda: True) -> None:
     """Ends this process as soon as its parent has ended, by whatever means: on Linux through the kernel, elsewhere
-    within a second."""
+    within a second. alive: what else must be the case for it to go on."""
     with suppress(AttributeError, OSError, TypeError):
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
     def watch() -> None:
-        while os.getppid() == parent:
+        while os.getppid() == parent and alive():
             time.sleep(1)
         os._exit(128 + signal.SIGKILL)
 
@@ -153,12 +153,10 @@ def end_with(parent: int) -> None:
 
 
 def become_worker(number: int = 0) -> None:
-    """For a process of a pool or a loader (`number` there): leaves signals to its parent and ends with it. (Under forkserver
-    that is the server, which ends with the command.)"""
+    """For a process of a pool or a loader (`number` there): leaves signals to its parent and ends with it."""
     from multiprocessing import parent_process
 
     leave_signals_to_parent()
-    expected, parent = parent_process(), os.getppid()
-    if expected is not None and parent == 1 != expected.pid:  # it ended before this line
-        os._exit(128 + signal.SIGKILL)
-    end_with(parent)
+    # A server that forks the workers is not who they work for, and lives as long as one of them.
+    parent = parent_process()
+    end_with(os.getppid(), parent.is_alive if parent else lambda: True)

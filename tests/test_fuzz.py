@@ -5,8 +5,10 @@ number, which the message of a failure names.
 """
 
 import hashlib
+import io
 import json
 import shutil
+import struct
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,10 @@ from ldm_train.checkpoints.native import load_model
 from ldm_train.cli.common import USER_ERRORS
 from ldm_train.data.datamodule import Batching, ShardDataModule
 from ldm_train.data.latents import CachedLatents, verify_cache
+from ldm_train.data.prepare.arrays import picture_of
+from ldm_train.data.prepare.build import build
+from ldm_train.data.prepare.image_folder import ImageFolder
+from ldm_train.data.transforms import channels_of, decode_image
 from ldm_train.pipeline.latents import encoder, give_statistics
 from ldm_train.pipeline.resume import check_chain
 
@@ -124,6 +130,104 @@ def attacked(
                 faults.append(f"{where}: opened in silence, but it holds something else")
     assert not faults, f"{len(faults)} of {count}:\n" + "\n".join(faults[:20])
     return tally["named"], tally["as before"]
+
+
+# -- pictures ----------------------------------------------------------------------------------------------------------
+
+# What a header of numpy's own text may say.
+SHAPES = [
+    "(4, 6, 3)",
+    "(4, 6)",
+    "(1 << 40, 1 << 40)",
+    "(70368744177664, 1)",
+    "(-4, -6, 3)",
+    "(True, 6)",
+    "4",
+    "()",
+    "(4.0, 6)",
+]
+TYPES = ["'<f4'", "'|u1'", "'>u2'", "'|O'", "'|V0'", "'<M8[D]'", "[('a', '<f4')]", "'x'", "None", "('<f4', (2,))"]
+TEXTS = ["{", "(", '"', "\\", "{'descr': ", "\n", "#", "__import__('os')", "[" * 200, "0" * 5000, "\0", "é"]
+
+
+def npy_of(number: int) -> bytes:
+    """A .npy whose header is odd, or whole and then damaged."""
+    rng = np.random.default_rng([number, 3])
+    if rng.random() < 0.3:
+        buffer = io.BytesIO()
+        np.save(buffer, np.zeros((4, 6, 3), [">u2", "<f4", "u1"][number % 3]))
+        return damaged_bytes(buffer.getvalue(), rng)
+    pick = lambda options: options[int(rng.integers(len(options)))]  # noqa: E731
+    text = f"{{'descr': {pick(TYPES)}, 'fortran_order': {pick(['False', 'True', '2'])}, 'shape': {pick(SHAPES)}, }}"
+    if rng.random() < 0.3:
+        at = int(rng.integers(len(text)))
+        text = text[:at] + pick(TEXTS) + text[at + int(rng.integers(3)) :]
+    header = text.encode("latin1", "replace") + b"\n"
+    version = pick([b"\x01\x00", b"\x01\x00", b"\x02\x00", b"\x03\x00", b"\x09\x09"])
+    length = struct.pack("<H" if version[:1] == b"\x01" else "<I", len(header) if rng.random() < 0.9 else 60_000)
+    data = b"\x93NUMPY" + version + length + header + bytes(pick([0, 24, 72, 288]))
+    return damaged_bytes(data, rng) if rng.random() < 0.3 else data
+
+
+def tif_of(number: int) -> bytes:
+    tifffile = pytest.importorskip("tifffile")
+    rng = np.random.default_rng([number, 5])
+    array = rng.integers(0, 255, [(8, 6), (8, 6, 3), (5, 8, 6)][number % 3]).astype(
+        ["u1", "<u2", ">u2", "<f4"][number % 4]
+    )
+    buffer = io.BytesIO()
+    tifffile.imwrite(buffer, array, byteorder=">" if number % 4 == 2 else "<", compression=[None, "zlib"][number % 2])
+    data = bytearray(buffer.getvalue())
+    for _ in range(int(rng.integers(1, 4))):  # where the header and its tags are, oftener than pixels
+        data[int(rng.integers(len(data)) if rng.random() < 0.3 else rng.integers(min(300, len(data))))] = rng.integers(
+            256
+        )
+    return bytes(data)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("make", [npy_of, tif_of])
+def test_damaged_arrays_are_pictures_or_refused(make: Callable[[int], bytes], count: int):
+    """By all who read them; the largest that 288 bytes can be is small."""
+    extension, faults, kinds = make.__name__[:3], [], set()
+    doors = {
+        "ldm-prepare": lambda data: picture_of(data, extension, None, "hwc", (0, 255), "x"),
+        "a viewer's": lambda data: picture_of(data, extension, 4, None, None, "x"),
+    }
+    if extension == "npy":
+        doors |= {"channels": channels_of, "ldm-sample": lambda data: decode_image(data, "npy", 3)}
+    for number in range(5 * count):
+        for door, enter in doors.items():
+            try:
+                enter(make(number))
+                kinds.add("read")
+            except (ValueError, OSError):
+                kinds.add("refused")
+            except Exception as error:
+                faults.append(f"case {number}, {door}: {type(error).__name__}: {error}")
+    assert not faults, "\n".join(faults[:20])
+    assert kinds == {"read", "refused"}
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_damaged_arrays_are_left_out_of_prepared_data_and_listed(tmp_path: Path):
+    for split in ("train", "val"):
+        (tmp_path / "in" / split).mkdir(parents=True)
+        np.save(tmp_path / "in" / split / f"{split}.npy", np.zeros((4, 6), ">u2"))
+    header = b"{'descr': '|u1', 'fortran_order': False, 'shape': (70368744177664, 1), }\n"
+    odd = {
+        "cut.npy": b"\x93NUMPY\x01\x00",
+        "unfinished.npy": b"\x93NUMPY\x01\x00" + struct.pack("<H", 2) + b"{(",
+        "of_terabytes.npy": b"\x93NUMPY\x01\x00" + struct.pack("<H", len(header)) + header,
+        "empty.tif": b"",
+        "none.tif": b"II*\0" + bytes(20),
+    }
+    for name, data in odd.items():
+        (tmp_path / "in" / "train" / name).write_bytes(data)
+    index = build(ImageFolder(str(tmp_path / "in"), labels=False), tmp_path / "out")
+    assert index["splits"]["train"]["count"] == 1
+    listed = (tmp_path / "out" / "skipped.txt").read_text()
+    assert all(f"in/train/{name}: " in listed for name in odd)
 
 
 # -- what is damaged ---------------------------------------------------------------------------------------------------

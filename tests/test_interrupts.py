@@ -132,34 +132,28 @@ def test_commands_leave_at_once_with_one_line(tmp_path: Path):
         assert errors.strip() == f"stopped by {number.name}; run the same command to continue"
 
 
-def test_a_loading_process_of_a_fork_server_lives(tmp_path: Path):
-    (tmp_path / "loads.py").write_text(
-        "import multiprocessing, time\n"
-        "from ldm_train.interrupts import become_worker\n"
-        "def work():\n    become_worker()\n    time.sleep(2.5)\n"
-        "if __name__ == '__main__':\n"
-        "    child = multiprocessing.get_context('forkserver').Process(target=work)\n"
-        "    child.start()\n    child.join()\n    print(child.exitcode)\n"
-    )
-    process = start([sys.executable, "-u", str(tmp_path / "loads.py")], tmp_path)
-    assert process.communicate(timeout=60)[0].strip() == "0"
+LOADING = """
+import multiprocessing, sys, time
+from ldm_train.interrupts import become_worker
 
-
-def test_a_loading_process_outlives_the_first_signal_of_its_group_and_not_its_parent(tmp_path: Path):
-    worker = (
-        "import time; from ldm_train.interrupts import become_worker; become_worker(); print('there'); time.sleep(60)"
-    )
-    parent = f"""
-import multiprocessing, os, sys, time
 def work():
-    {worker.replace("; ", chr(10) + "    ")}
+    become_worker()
+    time.sleep(1.5)  # longer than it takes to miss a parent
+    print("there", flush=True)
+    time.sleep(60)
+
 if __name__ == "__main__":
-    child = multiprocessing.get_context("fork").Process(target=work)
+    child = multiprocessing.get_context(sys.argv[1]).Process(target=work)
     child.start()
-    print(child.pid)
+    print(child.pid, flush=True)
     time.sleep(60)
 """
-    process = start([sys.executable, "-u", "-c", parent], tmp_path)
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
+def test_a_loading_process_outlives_the_first_signal_of_its_group_and_not_its_parent(method: str, tmp_path: Path):
+    (tmp_path / "loading.py").write_text(LOADING)
+    process = start([sys.executable, "loading.py", method], tmp_path)
     lines = {process.stdout.readline().strip() for _ in range(2)}
     child = int(next(line for line in lines if line != "there"))
     for number in SIGNALS:
@@ -167,7 +161,7 @@ if __name__ == "__main__":
     time.sleep(0.3)
     assert Path(f"/proc/{child}").exists()
     process.kill()
-    for _ in range(40):
+    for _ in range(100):
         if not Path(f"/proc/{child}").exists() or ") Z" in Path(f"/proc/{child}/stat").read_text():
             return
         time.sleep(0.05)

@@ -30,7 +30,7 @@ from PIL.PngImagePlugin import PngInfo
 from test_fuzz import damaged_json
 
 import ldm_train
-from ldm_train.checkpoints.native import autoencoder_on_meta, load_model, save_model
+from ldm_train.checkpoints.native import load_model, meta_autoencoder, save_model
 from ldm_train.checkpoints.parts import build
 from ldm_train.cli.common import USER_ERRORS, quoted
 from ldm_train.cli.sample import FREE
@@ -256,7 +256,10 @@ def doors(folder: Path, honest: Path, tmp_path: Path) -> dict[str, Callable[[], 
     return {
         "load": lambda: ldm_train.load(str(folder)),
         "load_model": lambda: load_model(folder),
-        "pretrained and reconstruct": lambda: autoencoder_on_meta(folder),
+        "meta_autoencoder": lambda: meta_autoencoder(folder),
+        "ldm-evaluate reconstruct": lambda: evaluated(
+            f"reconstruct={folder}", f"data.root={tmp_path}", "data.image_size=32", "metrics=[]"
+        ),
         "ldm-sample run": lambda: sampled(f"run={folder}", "n=1", f"out={tmp_path}/out"),
         "ldm-sample weak": lambda: sampled(f"run={honest}", f"weaker_model={folder}", "guidance_scale=2", "n=1", f"out={tmp_path}/out"),
         "ldm-sample guide": lambda: sampled(f"run={honest}", f"guide.classifier={folder}", "classes=[0]", f"out={tmp_path}/out"),
@@ -318,6 +321,14 @@ def test_weights_that_do_not_fit_their_config_are_named(stranger: Callable[..., 
     (folder / "metadata.json").write_text(json.dumps(whole))
     message = refused(lambda: ldm_train.load(str(folder)), tmp_path / "mark")
     assert "is no file of weights" in message
+
+
+def test_another_model_is_no_autoencoder(model: Path, tmp_path: Path):
+    message = refused(
+        lambda: evaluated(f"reconstruct={model}", f"data.root={tmp_path}", "data.image_size=32"), tmp_path / "mark"
+    )
+    assert f"{model} holds a LatentDiffusion" in message
+    assert "not an autoencoder" in message
 
 
 def test_a_part_of_ones_own_is_built_where_the_command_trusts_its_package(

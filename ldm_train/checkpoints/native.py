@@ -15,7 +15,8 @@ from torch import nn
 
 from ldm_train import names
 from ldm_train.checkpoints.diffusers import diffusers_metadata, is_diffusers, load_diffusers
-from ldm_train.checkpoints.parts import build, build_sampler, no_larger_than
+from ldm_train.checkpoints.parts import build, build_sampler, find_part, no_larger_than, targets
+from ldm_train.conditioning.base import Conditioner
 from ldm_train.latent_diffusion import LatentDiffusion, Sampling
 from ldm_train.storage import file_sha256, read_config, read_record, write_atomically, write_json
 
@@ -31,6 +32,20 @@ def weights_sha256(module: nn.Module) -> str:
     return hashlib.sha256(_serialised(module)).hexdigest()
 
 
+def _trained(config: dict[str, Any], where: str | Path, trust: Sequence[str]) -> dict[str, Any]:
+    """A model's config with its conditioners as training leaves them, see `Conditioner.trained_options`."""
+    conditioners = config.get("conditioners")
+    if not isinstance(conditioners, dict):
+        return config
+    own = dict(conditioners)
+    for name, options in conditioners.items():
+        if isinstance(options, dict) and "_target_" in options:
+            part = find_part(options["_target_"], where, trust)
+            if isinstance(part, type) and issubclass(part, Conditioner):
+                own[name] = part.trained_options(options)
+    return config | {"conditioners": own}
+
+
 def save_model(folder: str | Path, module: nn.Module, config: dict[str, Any], metadata: dict[str, Any]) -> str:
     """Writes a module with the config that builds it; the weights last but one, so a folder with metadata.json is whole.
 
@@ -38,6 +53,7 @@ def save_model(folder: str | Path, module: nn.Module, config: dict[str, Any], me
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
+    config = _trained(config, folder / CONFIG, list(targets(config)))  # which has just built the module
     weights, text = _serialised(module), yaml.safe_dump(config, sort_keys=False).encode()
     digests = {"sha256": hashlib.sha256(weights).hexdigest(), "config_sha256": hashlib.sha256(text).hexdigest()}
     write_atomically(folder / CONFIG, lambda f: f.write(text))
@@ -117,34 +133,6 @@ def load_latent_diffusion(path: str | Path, trust: Sequence[str] = ()) -> Latent
     return model
 
 
-def _built(folder: Path, trust: Sequence[str]) -> nn.Module:
-    """The module that a folder's config describes, no larger than its weights."""
-    try:
-        with safe_open(folder / WEIGHTS, framework="pt") as file:
-            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 - no mapping
-    except SafetensorError as error:
-        raise ValueError(f"{folder / WEIGHTS} is no file of weights ({error}); take an undamaged copy") from error
-    with no_larger_than(shapes, folder / CONFIG):
-        module = build(names.model(read_config(folder / CONFIG)), folder / CONFIG, trust)
-    if not isinstance(module, nn.Module):
-        raise ValueError(f"{folder / CONFIG} describes no model but a {type(module).__name__}")
-    return module
-
-
-def autoencoder_on_meta(folder: str | Path, trust: Sequence[str] = ()) -> nn.Module:
-    """The autoencoder of a native folder without its memory. Raises as `load_model`, and ValueError for another model."""
-    read_metadata(folder)
-    with torch.device("meta"):
-        module = _built(Path(folder), trust)
-    if missing := [
-        name for name in ("in_channels", "latent_channels", "downsample_factor") if not hasattr(module, name)
-    ]:
-        raise ValueError(
-            f"{Path(folder) / CONFIG} describes a {type(module).__name__} and no autoencoder: it lacks {missing[0]}"
-        )
-    return module.eval()
-
-
 def load_model(folder: str | Path, trust: Sequence[str] = ()) -> nn.Module:
     """The module of a native folder, in eval mode on the CPU.
 
@@ -168,3 +156,39 @@ def load_model(folder: str | Path, trust: Sequence[str] = ()) -> nn.Module:
         first = " ".join(str(error).split())[:300]
         raise ValueError(f"{folder / WEIGHTS} does not fit the model of {folder / CONFIG}: {first}") from error
     return module.eval()
+
+
+def _built(folder: Path, trust: Sequence[str]) -> nn.Module:
+    """The module that a folder's config describes, its weights not loaded. Raises ValueError as `load_model`, and where it
+    grows far beyond the shapes in the file of weights."""
+    try:
+        with safe_open(folder / WEIGHTS, framework="pt") as file:
+            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 - no mapping
+    except SafetensorError as error:
+        raise ValueError(f"{folder / WEIGHTS} is no file of weights ({error}); take an undamaged copy") from error
+    with no_larger_than(shapes, folder / CONFIG):
+        tree = names.model(read_config(folder / CONFIG))
+        module = build(_trained(tree, folder / CONFIG, trust), folder / CONFIG, trust)
+    if not isinstance(module, nn.Module):
+        raise ValueError(f"{folder / CONFIG} describes no model but a {type(module).__name__}")
+    return module
+
+
+def _autoencoder(module: nn.Module, folder: str | Path) -> nn.Module:
+    missing = [name for name in ("in_channels", "latent_channels", "encode_moments") if not hasattr(module, name)]
+    if missing:
+        raise ValueError(f"{folder} holds a {type(module).__name__} (without {missing[0]}), not an autoencoder")
+    return module
+
+
+def load_autoencoder(folder: str | Path, trust: Sequence[str] = ()) -> nn.Module:
+    """`load_model` of a folder that is to hold an autoencoder. Raises ValueError, naming it, where it holds another model."""
+    return _autoencoder(load_model(folder, trust), folder)
+
+
+def meta_autoencoder(folder: str | Path, trust: Sequence[str] = ()) -> nn.Module:
+    """The autoencoder of a folder without its weights, on the meta device: its shapes, in no time and no memory. Raises as
+    `load_autoencoder`."""
+    read_metadata(folder)
+    with torch.device("meta"):
+        return _autoencoder(_built(Path(folder), trust), folder)

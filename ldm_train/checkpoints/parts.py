@@ -10,14 +10,12 @@ import inspect
 import math
 import re
 import sys
-import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
@@ -35,15 +33,6 @@ BUILDABLE = (
 
 LARGEST_NUMBER = 1 << 20  # widths, counts, classes and words all stay below
 NAME = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+")
-
-
-def read_saved(path: str | Path, mmap: bool = False) -> Any:
-    """What torch.save wrote, on the CPU: tensors and plain values, no code is run. Its archive has a CRC-32 of every part, which
-    torch.load does not look at. Raises BadZipFile where one differs, and whatever torch raises over other damage."""
-    with zipfile.ZipFile(path) as archive:
-        if (part := archive.testzip()) is not None:
-            raise zipfile.BadZipFile(f"the checksum of {part} differs")
-    return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
 
 
 def _within(name: str, places: Sequence[str]) -> bool:

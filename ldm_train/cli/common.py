@@ -63,12 +63,13 @@ def _raise_file_limit() -> None:
             resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
-def _of_worker(message: str) -> str:
-    """A message without the traceback that a loading process puts around it."""
-    if not message.startswith("Caught "):
-        return message
-    last = [line for line in message.splitlines() if re.match(r"[A-Za-z_][\w.]*(Error|Exception)?: ", line)]
-    return message[message.rindex(last[-1]) :].partition(": ")[2].strip() if last else message
+def _words(error: Exception) -> str:
+    """What an error says; of one from a loading process, which arrives with its traceback for a message, what it said there."""
+    message = str(error)
+    if re.match(r"Caught \w+ in [^\n]*\.\nOriginal Traceback", message):
+        said = list(re.finditer(rf"^(\w+\.)*{re.escape(type(error).__name__)}: ", message, re.MULTILINE))
+        return message[said[-1].end() :].strip() if said else message
+    return message
 
 
 def run_command(function: Callable[[DictConfig], Any] | str, config_name: str) -> None:
@@ -105,9 +106,9 @@ def run_command(function: Callable[[DictConfig], Any] | str, config_name: str) -
     except USER_ERRORS as error:
         if wants_traceback:
             raise
-        message = _of_worker(str(error))
+        message = _words(error)
         if isinstance(error, InstantiationException) and isinstance(error.__cause__, USER_ERRORS):
-            message = str(error.__cause__)
+            message = _words(error.__cause__)
         elif isinstance(error, HydraException):
             arguments = [a for a in sys.argv[1:] if not a.startswith("-")]
             message += "\n" + (

@@ -19,8 +19,6 @@ class Conditioner(nn.Module):
     dropout probability per sample that training replaces the condition by the null condition
     """
 
-    # Options of which the weights hold what they named: what a model folder says in their place.
-    in_weights: dict[str, Any] = {}
     field: str
     declares: Field | None = None
     widths: dict[str, int]
@@ -34,6 +32,11 @@ class Conditioner(nn.Module):
     def forward(self, values: Any, drop: torch.Tensor) -> dict[str, torch.Tensor]:
         """values: B entries of the field; drop (B,) bool: True where the condition is null."""
         raise NotImplementedError
+
+    @classmethod
+    def trained_options(cls, options: dict[str, Any]) -> dict[str, Any]:
+        """The options of a trained model's config: `options` but for files that its weights have taken the place of."""
+        return options
 
     def attach(self, first_stage: FirstStage) -> None:
         """Called once by the model that holds it: spatial conditioners need the size, or the encoder, of its latents."""

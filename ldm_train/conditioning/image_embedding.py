@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -125,12 +126,15 @@ class ImageEmbedding(Conditioner):
         if noise_levels:
             self.noise = NoiseSchedule("cosine")
         self.per_image = statistics is None
-        self.in_weights = {} if self.per_image else {"statistics": "unit"}  # not the file, which is here alone
         if not self.per_image:
             unit = torch.zeros(encoder_dim), torch.ones(encoder_dim)
             mean, std = unit if statistics == "unit" else read_statistics(statistics, encoder_dim)
             self.register_buffer("mean", mean)
             self.register_buffer("std", std)
+
+    @classmethod
+    def trained_options(cls, options: dict[str, Any]) -> dict[str, Any]:
+        return options if options.get("statistics") is None else options | {"statistics": "unit"}
 
     @torch.no_grad()
     def embed(self, images: torch.Tensor) -> torch.Tensor:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from ldm_train.data.files import npy_header, read_npy
+from ldm_train.data.files import read_npy
 
 MOST_LABELS = 2**24  # boxes and their labels travel as float32, which is exact up to here
 
@@ -94,12 +94,11 @@ def _rows(boxes: object) -> np.ndarray:
 
 def array_of(data: bytes) -> np.ndarray:
     """The picture in a sample's .npy: (H, W, C), uint8, or float32 in [-1, 1]; never a pickle."""
-    shape, dtype, _ = npy_header(data)
-    if dtype != np.uint8 and not np.issubdtype(dtype, np.floating):
-        raise ValueError(f"npy image of {dtype}, expected uint8 or float in [-1, 1]")
-    if len(shape) not in (2, 3) or min(shape) < 1:
-        raise ValueError(f"npy image of shape {shape}, expected (H, W, C)")
     array = read_npy(data)
+    if array.dtype != np.uint8 and array.dtype.kind != "f":
+        raise ValueError(f"npy image of {array.dtype}, expected uint8 or float in [-1, 1]")
+    if array.ndim not in (2, 3) or min(array.shape) < 1:
+        raise ValueError(f"npy image of shape {array.shape}, expected (H, W, C)")
     array = array[..., None] if array.ndim == 2 else array
     if array.dtype == np.uint8:
         return array

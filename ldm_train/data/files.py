@@ -4,11 +4,15 @@ fast."""
 import io
 import math
 import tarfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "npy")
+ARRAYS = {".npy", ".tif", ".tiff"}  # files that hold a picture of any number of channels, or something else altogether
 
 
 class DataError(ValueError):
@@ -25,37 +29,53 @@ def sample_and_field(member: str) -> tuple[str, str]:
     return f"{folder}/{stem}" if folder else stem, extension
 
 
-def open_image(data: bytes) -> Image.Image:
-    """The image of an encoded file, its pixels not yet read. Raises ValueError where it is no image."""
+def pictures_among(files: Sequence[Path]) -> list[Path]:
+    """Those of a folder's files that are its pictures, in their order. An array beside a picture of its name is not another
+    picture: it holds features or the like. Where ldm-sample has drawn arrays, it is they: the PNGs are false colours."""
+    drawn = {f for f in {p.parent for p in files if p.suffix.lower() == ".npy"} if (f / "recipe.json").is_file()}
+    usual = {p.with_suffix("") for p in files if p.suffix.lower() not in ARRAYS}
+
+    def is_picture(path: Path) -> bool:
+        if path.parent in drawn:
+            return path.suffix.lower() == ".npy"
+        return path.suffix.lower() not in ARRAYS or path.with_suffix("") not in usual
+
+    return [p for p in files if is_picture(p)]
+
+
+@contextmanager
+def open_image(data: bytes) -> Iterator[Image.Image]:
+    """The image of an encoded file, its pixels not yet read. Raises ValueError where it is no image, also for what Pillow
+    raises within the block while it reads pixels; OSError where it is cut short."""
     try:
-        return Image.open(io.BytesIO(data))
+        with Image.open(io.BytesIO(data)) as image:
+            yield image
     except UnidentifiedImageError:  # whose own message is the address of a BytesIO
         raise ValueError(f"no image: {len(data)} bytes that begin with {data[:8]!r}") from None
-    except Image.DecompressionBombError as error:  # neither an OSError nor a ValueError
-        raise ValueError(str(error)) from error
-
-
-def npy_header(data: bytes) -> tuple[tuple[int, ...], np.dtype, int]:
-    """(shape, dtype, length of the header) of a .npy. Raises ValueError where it is none, is of Python objects, or does not hold
-    the bytes that it claims: a header may claim any size."""
-    file = io.BytesIO(data)
-    try:
-        version = np.lib.format.read_magic(file)
-        read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}.get(version)
-        if read is None:
-            raise ValueError(f"version {version}, expected 1.0 or 2.0")
-        shape, _, dtype = read(file)
-    except Exception as error:  # a damaged header makes numpy and Python's parser raise whatever comes first
-        raise ValueError(f"no .npy: {' '.join(str(error).split())[:200]}") from error
-    if dtype.hasobject:
-        raise ValueError("npy of Python objects, which are never unpickled (allow_pickle=False)")
-    if (claimed := dtype.itemsize * math.prod(shape)) != len(data) - file.tell():
-        raise ValueError(f"npy of {len(data) - file.tell()} bytes for {claimed} of shape {shape}")
-    return shape, dtype, file.tell()
+    except (OSError, ValueError):
+        raise
+    except Exception as error:  # of a bomb, and whatever damaged data lead its decoders to
+        raise ValueError(f"no image that can be read: {str(error) or type(error).__name__}") from error
 
 
 def read_npy(data: bytes) -> np.ndarray:
-    """The array of a .npy, in this machine's byte order. Raises ValueError as `npy_header`."""
-    npy_header(data)
-    array = np.load(io.BytesIO(data), allow_pickle=False)
+    """The array of a .npy file, in this machine's order of bytes; never a pickle.
+
+    Raises ValueError for everything else, before memory is taken for it: a header may claim any shape.
+    """
+    file = io.BytesIO(data)
+    try:
+        version = np.lib.format.read_magic(file)
+        header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}[version]
+        shape, _, dtype = header(file)
+    except Exception as error:  # headers are Python's own text: numpy raises whatever reading that can raise
+        raise ValueError(f"no .npy of version 1.0 or 2.0: {str(error)[:100] or type(error).__name__}") from error
+    if dtype.hasobject:
+        raise ValueError("npy of Python objects, which are never unpickled (allow_pickle=False)")
+    if (claimed := dtype.itemsize * math.prod(shape)) != len(data) - file.tell() or min(shape, default=0) < 0:
+        raise ValueError(f"npy of {len(data) - file.tell()} bytes for {claimed} of shape {shape}")
+    try:
+        array = np.load(io.BytesIO(data), allow_pickle=False)
+    except Exception as error:
+        raise ValueError(f"no .npy: {str(error)[:100] or type(error).__name__}") from error
     return array.astype(array.dtype.newbyteorder("="), copy=False)

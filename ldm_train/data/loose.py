@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from ldm_train.data.batch import FIELDS
-from ldm_train.data.files import IMAGE_EXTENSIONS
+from ldm_train.data.files import IMAGE_EXTENSIONS, pictures_among
 from ldm_train.data.transforms import ImageTransform, channels_of, decode_image, to_unit_range
 
 # Of a sample in a shard, but not its image.
@@ -18,10 +18,10 @@ def _files(source: str) -> Iterator[tuple[str, bytes]]:
     """(name, content) of the images of one folder (with its folders) or tar, in the order of their names or members."""
     path = Path(source).expanduser()
     if path.is_dir():
-        drawn = {p.parent for p in path.rglob("*.npy") if (p.parent / "recipe.json").is_file()}  # by ldm-sample
-        for file in sorted(p for p in path.rglob("*") if p.suffix.lower().lstrip(".") in IMAGE_EXTENSIONS):
-            if file.parent not in drawn or file.suffix == ".npy":  # beside which PNGs are false colours
-                yield str(file), file.read_bytes()
+        for file in pictures_among(
+            sorted(p for p in path.rglob("*") if p.suffix.lower().lstrip(".") in IMAGE_EXTENSIONS)
+        ):
+            yield str(file), file.read_bytes()
     elif path.is_file() and tarfile.is_tarfile(path):
         with tarfile.open(path) as tar:
             for member in tar:

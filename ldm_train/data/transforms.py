@@ -10,12 +10,12 @@ from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as TF
 
 from ldm_train.data.fields import array_of
-from ldm_train.data.files import npy_header, open_image
+from ldm_train.data.files import open_image, read_npy
 
 
 def channels_of(data: bytes) -> int:
     """Of a .npy picture, (H, W, C) or (H, W). Raises ValueError where it is none."""
-    shape, _, _ = npy_header(data)
+    shape = read_npy(data).shape
     return shape[2] if len(shape) == 3 else 1
 
 

@@ -14,7 +14,6 @@ from torch import nn
 from tqdm import tqdm
 
 from ldm_train import images as pictures
-from ldm_train.checkpoints.parts import read_saved
 from ldm_train.distributed import gathered, rank, world_size
 from ldm_train.latent_diffusion import LatentDiffusion
 from ldm_train.metrics.distribution import Estimate
@@ -22,7 +21,7 @@ from ldm_train.metrics.features import weights_hash
 from ldm_train.metrics.measures import Collected, Metric, measure, read_reference, write_reference
 from ldm_train.metrics.sets import UNKNOWN, FeatureSet
 from ldm_train.rng import derive_seed
-from ldm_train.storage import write_atomically
+from ldm_train.storage import read_tensors, write_atomically
 
 SAVE_EVERY = 60.0  # seconds between the states that an interrupted measurement continues from
 
@@ -108,7 +107,7 @@ def _saved(partial: Path, empty: Mapping[str, Any], made: Collected) -> dict[str
     """The state that an interrupted measurement left, `made` filled with what it had collected; None where it ended
     inside a batch of another size, or the file is damaged, so that all is measured anew."""
     try:
-        saved = read_saved(partial)
+        saved = read_tensors(partial)
         state = saved["state"]
         if state.keys() != empty.keys() or any(not isinstance(state[k], type(v)) for k, v in empty.items()):
             raise ValueError("it holds something else")

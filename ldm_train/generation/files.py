@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 from omegaconf import ListConfig, OmegaConf
-from PIL import Image
 from torch.nn import functional as F
 
-from ldm_train.data.files import npy_header
-from ldm_train.data.transforms import read_image
+from ldm_train.data.fields import array_of
+from ldm_train.data.files import open_image
+from ldm_train.data.transforms import read_bytes, read_image
 
 PROMPT_KEYS = ("prompt", "negative", "seed", "n")  # of a line of JSON, or an entry of a list
 
@@ -86,18 +86,22 @@ def read_mask(path: str, size: tuple[int, int]) -> torch.Tensor:
     return mask
 
 
-def _size(path: str) -> tuple[int, int]:
-    """(width, height) of a picture file."""
-    if path.lower().endswith(".npy"):
-        height, width = npy_header(Path(path).read_bytes())[0][:2]
-        return width, height
-    with Image.open(path) as opened:
-        return opened.size
+def _size(path: str, option: str) -> tuple[int, int]:
+    """(width, height) of a picture file. Raises ValueError naming it."""
+    data = read_bytes(path, option)
+    try:
+        if path.lower().endswith(".npy"):
+            height, width = array_of(data).shape[:2]
+            return width, height
+        with open_image(data) as image:
+            return image.size
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{option}={path}: {error}") from error
 
 
 def require_same_shape(image: str, mask: str) -> None:
     """Raises ValueError where picture and mask would be cut differently."""
-    (w, h), (v, g) = _size(image), _size(mask)
+    (w, h), (v, g) = _size(image, "image"), _size(mask, "mask")
     if abs(w * g - v * h) > 0.02 * w * g:
         raise ValueError(
             f"mask={mask} is {v}x{g}, image={image} is {w}x{h}: give a mask of the picture's own proportions"

@@ -18,6 +18,7 @@ from PIL import Image
 from ldm_train import images as pictures
 from ldm_train import names
 from ldm_train.configuration import config_folder, differences, literal
+from ldm_train.data.files import read_npy
 from ldm_train.errors import Refused
 from ldm_train.generation.files import as_list
 from ldm_train.generation.requests import Request
@@ -261,7 +262,7 @@ class Job:
                     array = np.atleast_3d(np.array(image))
                 made = pictures.from_uint8(torch.from_numpy(array).permute(2, 0, 1))
                 if not pictures.has_colours(self.channels):
-                    shown, array = array, np.load(path.with_suffix(".npy"), allow_pickle=False)
+                    shown, array = array, read_npy(path.with_suffix(".npy").read_bytes())
                     made = torch.from_numpy(array).permute(2, 0, 1)
                     if len(made) != self.channels or not np.array_equal(np.array(pictures.to_pil(made)), shown):
                         return None

@@ -118,8 +118,9 @@ class Collected:
         return {"sets": {name: features.state() for name, features in self.sets.items()}, "fits": self.fits}
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Takes over what `state` gave; nothing where it is damaged."""
-        sets, fits = {name: FeatureSet.restored(saved) for name, saved in state["sets"].items()}, state["fits"]
+        """Raises whatever a state of another kind leads to, with nothing changed."""
+        sets = {name: FeatureSet.restored(saved) for name, saved in state["sets"].items()}
+        fits = [(indices.long(), values.double()) for indices, values in state["fits"]]
         self.sets, self.fits = sets, fits
 
 

@@ -8,7 +8,7 @@ from hydra.utils import instantiate
 from torch import nn
 
 from ldm_train import rng
-from ldm_train.checkpoints.native import autoencoder_on_meta, copy_model, load_model, read_metadata
+from ldm_train.checkpoints.native import copy_model, load_model, meta_autoencoder, read_metadata
 from ldm_train.checkpoints.parts import build
 from ldm_train.configuration import plain
 from ldm_train.models.first_stage import FirstStage
@@ -48,7 +48,7 @@ def load_first_stage(run: Run) -> FirstStage:
 def on_meta(run: Run) -> nn.Module:
     """The autoencoder that the run will have, without its memory: its own, or that of the model it takes instead."""
     if pretrained := run.config.autoencoder.pretrained:
-        network = autoencoder_on_meta(pretrained_folder(pretrained, run.config.runs_dir), run.trust)
+        network = meta_autoencoder(pretrained_folder(pretrained, run.config.runs_dir), run.trust)
     else:
         with torch.device("meta"):
             network = build(plain(run.config.autoencoder.network), "autoencoder.network", run.trust).eval()

@@ -244,8 +244,6 @@ class DiffusionStage(Stage):
         training.train(run, "diffusion", task, data, folder, images=count, callbacks=callbacks, health=health)
         if run.machine.rank == 0:
             film_of_grids(folder / "images")
-        for name, conditioner in model.conditioners.items():
-            tree["conditioners"][name] |= conditioner.in_weights
         metadata = {"scale_factor": statistics["scale_factor"], "sampling": sampling_of(run)}
         return {"sha256": training.save(run, folder / "model", model, tree, metadata)}
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from lightning import LightningDataModule
 
-from ldm_train.checkpoints.native import autoencoder_on_meta
+from ldm_train.checkpoints.native import meta_autoencoder
 from ldm_train.configuration import plain
 from ldm_train.data.datamodule import Batching, ShardDataModule
 from ldm_train.data.latents import (
@@ -131,7 +131,7 @@ class LatentsStage(Stage):
 
     def _stochastic(self, run: Run) -> bool:
         """Whether this run's autoencoder has a posterior with a width."""
-        return autoencoder_on_meta(autoencoder.model_folder(run), run.trust).moments_per_latent == 2
+        return meta_autoencoder(autoencoder.model_folder(run), run.trust).moments_per_latent == 2
 
     def _measured(self, run: Run, data: ShardDataModule, encode: Any, folder: Path) -> dict[str, Any]:
         """Statistics without a cache, through a small one that is thrown away."""

@@ -16,10 +16,10 @@ from omegaconf import DictConfig, OmegaConf
 from tqdm import tqdm
 
 from ldm_train.checkpoints.native import (
-    autoencoder_on_meta,
     find_model,
+    load_autoencoder,
     load_latent_diffusion,
-    load_model,
+    meta_autoencoder,
     read_metadata,
 )
 from ldm_train.checkpoints.parts import targets
@@ -147,7 +147,7 @@ def evaluate_autoencoder(config: DictConfig) -> tuple[dict[str, Any], Path | Non
     data = data_module(trained, "autoencoder", machine, ("image",), config.trust)
     size, world = trained.evaluation.batch_size, machine.world_size
     data.batching = Batching(size * world, None, world, machine.rank)
-    first_stage = FirstStage(load_model(model_folder, config.trust)).to(machine.device)
+    first_stage = FirstStage(load_autoencoder(model_folder, config.trust)).to(machine.device)
     if (folder / "latents" / "statistics.json").is_file():
         give_statistics(folder / "latents", first_stage, trained.latents.per_channel)
     else:  # what is said of latents is said of unit variance
@@ -178,7 +178,7 @@ def _config_of_folder(config: DictConfig) -> DictConfig:
     finally:
         GlobalHydra.instance().hydra = before
     OmegaConf.set_struct(usual, False)
-    usual.data.channels = autoencoder_on_meta(config.reconstruct, config.trust).in_channels
+    usual.data.channels = meta_autoencoder(config.reconstruct, config.trust).in_channels
     usual.autoencoder.loss.perceptual = {"_target_": "ldm_train.losses.perceptual.TinyPerceptual"}
     return with_options(usual, config, config_folder() / "train.yaml")
 

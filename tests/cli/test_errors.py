@@ -12,11 +12,13 @@ import torch
 import yaml
 from omegaconf import OmegaConf
 from PIL import Image
+from torch.utils.data import DataLoader, Dataset
 
 from ldm_train.cli import prepare
 from ldm_train.cli.common import TRACEBACK, run_command
 from ldm_train.cli.hints import suggestions
 from ldm_train.configuration import config_folder
+from ldm_train.data.files import DataError
 from ldm_train.data.prepare.build import build as build_shards
 from ldm_train.data.prepare.image_folder import ImageFolder
 from ldm_train.pipeline import machine, train
@@ -299,6 +301,29 @@ def test_the_commands_leave_with_one_message(tmp_path: Path):
         assert sentence in message
         assert "Traceback" not in message
     assert list(tmp_path.iterdir()) == []
+
+
+class Damaged(Dataset):
+    def __len__(self) -> int:
+        return 1
+
+    def __getitem__(self, index: int) -> None:
+        try:
+            raise DataError("the first")
+        except DataError as error:
+            raise DataError("a.tar is damaged;\ncopy it again") from error
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_what_a_loading_process_says_is_shown_without_its_traceback(
+    workers: int, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
+):
+    monkeypatch.setattr(sys, "argv", ["bench.py"])
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
+    monkeypatch.setenv(TRACEBACK, "0")
+    with pytest.raises(SystemExit):
+        run_command(lambda config: list(DataLoader(Damaged(), num_workers=workers)), "bench")
+    assert capfd.readouterr().err.strip() == "error: a.tar is damaged;\ncopy it again"
 
 
 def test_tracebacks_are_there_for_those_who_ask(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

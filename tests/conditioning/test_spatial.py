@@ -1,9 +1,11 @@
 """Conditions that are pictures, layouts and embeddings: null is a full drop, values land where they belong."""
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from diffusers import DDPMScheduler
 from diffusers.models.embeddings import get_timestep_embedding
 from diffusers.pipelines.stable_diffusion.stable_unclip_image_normalizer import StableUnCLIPImageNormalizer
@@ -17,6 +19,8 @@ from transformers import (
     ViTModel,
 )
 
+from ldm_train.checkpoints.native import load_model, save_model
+from ldm_train.checkpoints.parts import build
 from ldm_train.conditioning.base import Conditioner
 from ldm_train.conditioning.image_embedding import ImageEmbedding, PretrainedVision, TinyVision
 from ldm_train.conditioning.layout import LayoutBoxes
@@ -269,10 +273,47 @@ def test_image_embeddings_are_noised_as_in_unclip(measured: bool, tmp_path: Path
     torch.testing.assert_close(found[:, 128:], told, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(conditioner.eval()(images, keep)["vector"][:, :128], bare[:, 0])
     # The weights carry the statistics, so a moved or changed file cannot change a trained model.
-    assert conditioner.in_weights == {"statistics": "unit"}  # so a model folder loads where the file is not
-    again = ImageEmbedding(encoder, 128, None, noise_levels=1000, **conditioner.in_weights)
+    again = ImageEmbedding(encoder, 128, None, noise_levels=1000, statistics="unit")
     again.load_state_dict(conditioner.state_dict())
     torch.testing.assert_close(again.std, normaliser.std[0].detach())
+
+
+def test_a_trained_model_needs_no_file_of_statistics(tmp_path: Path) -> None:
+    """Wherever its folder is taken, and whichever file the config of an older folder names."""
+    file = tmp_path / "statistics.safetensors"
+    save_file({"mean": torch.randn(128), "std": torch.rand(128) + 0.5}, file)
+    part = "ldm_train.conditioning.image_embedding."
+    options = {
+        "_target_": f"{part}ImageEmbedding", "encoder": {"_target_": f"{part}TinyVision"}, "encoder_dim": 128, "dim": None,
+        "noise_levels": 10, "statistics": str(file),
+    }  # fmt: skip
+    tree = {
+        "_target_": "ldm_train.latent_diffusion.LatentDiffusion",
+        "network": {
+            "_target_": "ldm_train.models.unet.UNet", "in_channels": 4, "channels": 32, "channel_mult": [1],
+            "num_res_blocks": 1, "attention_levels": [], "num_heads": 2, "vector_dim": 256,
+        },
+        "first_stage": {
+            "_target_": "ldm_train.models.first_stage.FirstStage",
+            "autoencoder": {
+                "_target_": "ldm_train.models.autoencoder.AutoencoderKL", "z_channels": 4, "channels": 16,
+                "channel_mult": [1, 1], "num_res_blocks": 1, "mid_attention": False,
+            },
+        },
+        "schedule": {"_target_": "ldm_train.diffusion.schedule.NoiseSchedule"},
+        "conditioners": {"image": options}, "latent_size": [8, 8],
+    }  # fmt: skip
+    model = build(tree, "test")
+    save_model(tmp_path / "model", model, tree, {})
+    assert str(file) not in (tmp_path / "model" / "config.yaml").read_text()
+    older = yaml.safe_dump(tree)
+    file.unlink()
+    assert torch.equal(load_model(tmp_path / "model").conditioners["image"].std, model.conditioners["image"].std)
+    (tmp_path / "model" / "config.yaml").write_text(older)
+    metadata = json.loads((tmp_path / "model" / "metadata.json").read_text())
+    del metadata["config_sha256"]
+    (tmp_path / "model" / "metadata.json").write_text(json.dumps(metadata))
+    assert torch.equal(load_model(tmp_path / "model").conditioners["image"].mean, model.conditioners["image"].mean)
 
 
 def test_embedding_statistics_that_cannot_be_are_named(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from ldm_train.data.loose import image_batches
 from ldm_train.data.prepare import cifar10, fashion_mnist
 from ldm_train.data.prepare.build import build, in_validation
 from ldm_train.data.prepare.cifar10 import CIFAR10
@@ -127,12 +128,13 @@ def test_an_array_whose_channels_could_be_either_axis_is_refused_until_said(tmp_
     ("array", "limits", "expected"),
     [
         (np.array([0, 65535], np.uint16), None, [-1, 1]),
+        (np.array([0, 65535], ">u2"), None, [-1, 1]),
         (np.array([0, 4095], np.uint16), [0, 4095], [-1, 1]),
         (np.array([-2000, -1000, 0, 1000, 3000], np.int16), [-1000, 1000], [-1, -1, 0, 1, 1]),
         (np.array([0.0, 0.25, 1.0]), [0, 1], [-1, -0.5, 1]),
         (np.array([-0.5, 0.5], np.float16), None, [-0.5, 0.5]),
     ],
-    ids=["uint16", "12_bit", "hounsfield", "unit", "half"],
+    ids=["uint16", "big_endian", "12_bit", "hounsfield", "unit", "half"],
 )
 def test_values_of_arrays_become_unit_range(tmp_path: Path, array: np.ndarray, limits: list | None, expected: list):
     folder = array_folder(tmp_path / "in", [np.broadcast_to(array[None], (20, len(array))).copy()])
@@ -140,6 +142,36 @@ def test_values_of_arrays_become_unit_range(tmp_path: Path, array: np.ndarray, l
     (found,) = stored(tmp_path / "out")
     assert (found.dtype, found.shape) == (np.float32, (20, len(array), 1))
     assert found[0, :, 0].tolist() == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.parametrize("range", [["a", "b"], [0, None], [0, [1]], [True, 2], [0, float("inf")], [1, 0], [0], 5, "ab"])
+def test_a_range_is_two_numbers(tmp_path: Path, range: object):
+    folder = array_folder(tmp_path / "in", [np.zeros((4, 4))])
+    with pytest.raises(ValueError, match=r"source\.range is \[low,high\]"):
+        ImageFolder(folder, range=range)
+
+
+def test_arrays_beside_pictures_of_their_names_are_no_pictures(tmp_path: Path, capsys: pytest.CaptureFixture):
+    for k in (0, 1, 2):
+        for split in ("train", "val"):
+            save(tmp_path / "in" / split / f"{split}{k}.png")
+            np.save(tmp_path / "in" / split / f"{split}{k}.npy", np.zeros(768))
+    np.save(tmp_path / "in" / "train" / "alone.npy", np.zeros((30, 40)))
+    source = ImageFolder(str(tmp_path / "in"))
+    assert source.splits() == {"train": 4, "val": 3}
+    assert "6 files beside pictures of the same name are left out" in capsys.readouterr().out
+    assert sum(len(batch) for batch in image_batches([str(tmp_path / "in" / "val")])) == 3
+
+
+def test_arrays_that_were_drawn_are_the_pictures_and_not_their_false_colours(tmp_path: Path):
+    for k in (0, 1):
+        save(tmp_path / "drawn" / f"{k}.png")
+        np.save(tmp_path / "drawn" / f"{k}.npy", np.zeros((30, 40, 5), np.float32))
+    save(tmp_path / "drawn" / "grid.png")
+    (tmp_path / "drawn" / "recipe.json").write_text("{}")
+    source = ImageFolder(str(tmp_path / "drawn"), val_fraction=0.5)
+    assert {p.suffix for items in source.items.values() for _, p, _ in items} == {".npy"}
+    assert next(image_batches([str(tmp_path / "drawn")])).shape == (2, 5, 30, 40)
 
 
 @pytest.mark.parametrize("array", [np.array([[0.0, 200.0]]), np.array([[-5, 5]])], ids=["float", "int"])

@@ -2,6 +2,7 @@
 [-1, 1]."""
 
 import io
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -10,8 +11,8 @@ from PIL import Image, ImageOps
 from ldm_train.data.files import open_image, read_npy
 from ldm_train.data.shards import DataError
 
-EXTENSIONS = {".npy", ".tif", ".tiff"}
 LAYOUTS = ("hwc", "chw")
+MOST_COMPRESSED, LEAST_CLAIM = 2_000, 1 << 28  # deflate reaches 1,032; what need not be asked, in bytes
 # Modes of single-page TIFFs that are pictures as any viewer shows them; others are arrays.
 VIEWED = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "I;16", "I;16B", "I;16L")
 
@@ -76,7 +77,11 @@ def _bands(data: bytes) -> np.ndarray:
     try:
         with tifffile.TiffFile(io.BytesIO(data)) as file:
             series = file.series[0]
+            # Said before the array is allocated: no compression in use makes so much of so little.
+            if math.prod(series.shape) * series.dtype.itemsize > max(LEAST_CLAIM, MOST_COMPRESSED * len(data)):
+                raise ValueError(f"{len(data)} bytes for the shape {series.shape}")
             axes, array = series.axes, series.asarray()
+            array = array.astype(array.dtype.newbyteorder("="), copy=False)
     except Exception as error:  # its decoders raise whatever they like on damaged data
         raise ValueError(f"no TIFF that can be read: {error}") from error
     if not {"Y", "X"} <= set(axes):

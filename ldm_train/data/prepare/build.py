@@ -10,8 +10,8 @@ from typing import Protocol
 import numpy as np
 from tqdm import tqdm
 
-from ldm_train.data.fields import check_fields
-from ldm_train.data.files import IMAGE_EXTENSIONS, open_image, read_npy
+from ldm_train.data.fields import array_of, check_fields
+from ldm_train.data.files import IMAGE_EXTENSIONS, open_image
 from ldm_train.data.shards import ENTRIES, INDEX, DataError, finished_shard, write_shard
 from ldm_train.interrupts import become_worker
 from ldm_train.storage import write_json
@@ -68,9 +68,9 @@ def _write(source: Source, out: Path, split: str, number: int, chunk: range) -> 
                 key, fields = made
                 extension = next((e for e in IMAGE_EXTENSIONS if e in fields), None)
                 if extension == "npy":
-                    array = read_npy(fields["npy"])
+                    array = array_of(fields["npy"])
                     size = (array.shape[1], array.shape[0])
-                    channels.add(array.shape[2] if array.ndim == 3 else 1)
+                    channels.add(array.shape[2])
                     ends = [float(array.min()), float(array.max())]
                     values.extend(v / 127.5 - 1 if array.dtype == np.uint8 else v for v in ends)
                 elif extension:
@@ -83,7 +83,7 @@ def _write(source: Source, out: Path, split: str, number: int, chunk: range) -> 
                     sizes.append(size)
             except DataError:  # an option is missing, no picture damaged
                 raise
-            except (OSError, ValueError, SyntaxError) as error:  # PIL raises SyntaxError for broken PNGs
+            except (OSError, ValueError) as error:
                 skipped.append(f"{split} {key}: {error}")
                 if getattr(error, "passing", False):
                     passing.append(str(error))

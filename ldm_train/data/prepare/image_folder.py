@@ -1,12 +1,13 @@
 """A folder of images, with folders as classes and .txt files beside the images as captions."""
 
 import io
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
 from PIL import Image, ImageOps
 
-from ldm_train.data.files import open_image
+from ldm_train.data.files import ARRAYS, open_image, pictures_among
 from ldm_train.data.prepare import arrays
 from ldm_train.data.prepare.build import digest, in_validation
 from ldm_train.data.shards import DataError
@@ -23,7 +24,7 @@ def image_bytes(
     Reduced images become JPEG (quality 95) if they were, PNG otherwise. Raises OSError or ValueError naming the file.
     """
     data, extension = path.read_bytes(), path.suffix.lower().lstrip(".")
-    if path.suffix.lower() in arrays.EXTENSIONS:
+    if path.suffix.lower() in ARRAYS:
         try:
             extension, data = arrays.picture_of(data, extension, max_size, layout, limits, str(path))
         except DataError:
@@ -39,7 +40,7 @@ def reduced(data: bytes, extension: str, max_size: int | None, name: str) -> tup
         return extension, data
     try:
         return _reduced(data, extension, max_size)
-    except (OSError, ValueError, SyntaxError) as error:  # PIL raises SyntaxError for broken PNGs
+    except (OSError, ValueError) as error:
         raise ValueError(f"{name}: {error}") from error
 
 
@@ -79,7 +80,8 @@ class ImageFolder:
     and val (or validation, test) are splits. val_fraction: of the images, where there is no validation folder.
     max_size: reduce the short side to so many pixels. labels: false for folders that mean nothing.
     expect: the number of images of a data set of known size (None: any).
-    layout, range: of .npy and .tif files, see `arrays.channels_last` and `arrays.in_unit_range`.
+    layout, range: of .npy and .tif files, see `arrays.channels_last` and `arrays.in_unit_range`. Such a file beside a picture
+    of its name is left out (see `pictures_among`).
 
     Raises FileNotFoundError where there is no folder or no image, DataError where two files would get one key or the
     number of images is not the expected one, ValueError for a layout or range that is none.
@@ -97,8 +99,8 @@ class ImageFolder:
     ):
         if layout is not None and layout not in arrays.LAYOUTS:
             raise ValueError(f"source.layout is hwc or chw, not {layout!r}")
-        numbers = isinstance(range, list | tuple) and len(range) == 2 and all(type(v) in (int, float) for v in range)
-        if range is not None and not (numbers and range[0] < range[1]):
+        numbers = isinstance(range, list | tuple) and all(type(v) in (int, float) and math.isfinite(v) for v in range)
+        if range is not None and not (numbers and len(range) == 2 and range[0] < range[1]):
             raise ValueError(f"source.range is [low,high], what black and white are, not {range}")
         self.layout, self.limits = layout, range
         root = Path(path)
@@ -115,17 +117,16 @@ class ImageFolder:
         if not (folders["train"].is_dir() and "val" in folders):
             only_train = [p.name for p in root.iterdir() if not p.name.startswith(".")] == ["train"]
             folders = {"all": folders["train"] if only_train else root}
-        known = EXTENSIONS | arrays.EXTENSIONS
-        files = {
+        known = EXTENSIONS | ARRAYS
+        there = {
             split: sorted(p for p in folder.rglob("*") if p.suffix.lower() in known and not p.name.startswith("."))
             for split, folder in folders.items()
         }
-        # Beside a picture of a usual format an array of its name is something else: features, depth.
-        usual = {p.with_suffix("") for found in files.values() for p in found if p.suffix.lower() in EXTENSIONS}
-        files = {
-            split: [p for p in found if p.suffix.lower() in EXTENSIONS or p.with_suffix("") not in usual]
-            for split, found in files.items()
-        }
+        files = {split: pictures_among(paths) for split, paths in there.items()}
+        if beside := sorted(
+            {p for paths in there.values() for p in paths} - {p for paths in files.values() for p in paths}
+        ):
+            print(f"{len(beside)} files beside pictures of the same name are left out (first: {beside[0]})")
         if not any(files.values()):
             raise FileNotFoundError(f"no images ({', '.join(sorted(known))}) in {path}")
         check_count(path, sum(map(len, files.values())), expect)

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from PIL import Image
 
+from ldm_train.data.files import open_image
 from ldm_train.data.prepare.build import digest, in_validation
 from ldm_train.data.prepare.image_folder import EXTENSIONS, encoded_png, image_bytes
 from ldm_train.data.shards import DataError
@@ -69,7 +70,7 @@ class ImagesWithMaps:
     def sample(self, split: str, i: int) -> tuple[str, dict[str, bytes]]:
         key, path, map_path = self.items[split][i]
         extension, data = image_bytes(path, self.max_size)
-        with Image.open(path) as image, Image.open(map_path) as labels:
+        with open_image(path.read_bytes()) as image, open_image(map_path.read_bytes()) as labels:
             if labels.mode not in ("L", "P", "I;16", "I", "1"):
                 raise ValueError(f"{map_path} is {labels.mode}; a label map is a grey or palette PNG")
             if image.size != labels.size:

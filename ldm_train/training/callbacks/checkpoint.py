@@ -16,10 +16,9 @@ import torch.distributed as dist
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 
 from ldm_train import interrupts, names
-from ldm_train.checkpoints.parts import read_saved
 from ldm_train.data.shards import DataError
 from ldm_train.errors import Interrupted
-from ldm_train.storage import write_atomically
+from ldm_train.storage import read_tensors, write_atomically
 from ldm_train.training.task import NotFinite, Task
 
 LAST, PREVIOUS = "last.ckpt", "last-previous.ckpt"
@@ -75,7 +74,7 @@ def _keep(path: Path) -> None:
 
 
 def _read(path: Path, mmap: bool) -> dict[str, Any]:
-    state = read_saved(path, mmap)
+    state = read_tensors(path, mmap)
     if not isinstance(state, dict) or not isinstance(state.get("global_step"), int) or "state_dict" not in state:
         raise ValueError("it holds no training state")
     state["state_dict"] = names.weights(state["state_dict"])
