@@ -1,6 +1,6 @@
 """python train.py [experiment=...] [option=value ...]: from data to a trained latent diffusion model in one command.
 
-The composition root is ldm_train/cli/train.py, so that an installed package has it too (ldm-train).
+An installed package has the same command as ldm-train (ldm_train/cli/train.py).
 """
 
 if __name__ == "__main__":

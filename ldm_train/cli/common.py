@@ -13,11 +13,11 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException, InstantiationException
 from hydra.types import RunMode
 from hydra.utils import get_method
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from ldm_train import interrupts, names
-from ldm_train.cli.hints import suggestions
+from ldm_train.cli.hints import recipes, suggestions
 from ldm_train.configuration import ARGUMENTS, config_folder
 from ldm_train.errors import Interrupted, Refused
 
@@ -79,6 +79,7 @@ def run_command(function: Callable[[DictConfig], Any] | str, config_name: str) -
     function: or its dotted name, imported when it is called: torch takes seconds, which --help need not wait for.
     """
     _raise_file_limit()
+    OmegaConf.register_new_resolver("recipes", recipes, replace=True)  # for --help
     sys.argv[1:] = [without(names.argument(a)) for a in sys.argv[1:]]
     os.environ[ARGUMENTS] = json.dumps(sys.argv[1:])
     # Hydra shall raise, not print. What the user wanted is kept apart, also for the processes that torchrun starts.

@@ -1,4 +1,4 @@
-"""Did you mean: for options and groups that are unknown."""
+"""What --help lists beside the options: the recipes; and did-you-mean for options and groups that are unknown."""
 
 import difflib
 from typing import Any
@@ -49,3 +49,25 @@ def suggestions(config_name: str, overrides: list[str]) -> str:
             if close:
                 lines.append(f"{name}: did you mean {' or '.join(close)}?")
     return "\n".join(lines)
+
+
+# A recipe belongs to the first family whose words its name or its first line holds.
+FAMILIES = {
+    "Classifiers, to guide by": ("classifier_",),
+    "On a CPU, in minutes": ("CPU", "quickstart", "shapes_"),
+    "The paper's sweep over f": ("sweep over f", "paper_f_sweep"),
+    "Stable Diffusion's family": ("sd1", "sd2_", "upscaler_", "unclip_"),
+    "From text, boxes, maps, small pictures, holes": ("text2img", "layout_", "semantic_", "superres_", "inpainting_"),
+    "Pictures, by class or without any condition": ("",),
+}
+
+
+def recipes() -> str:
+    """The recipes by family, each with the first line of its file."""
+    found: dict[str, list[str]] = {family: [] for family in FAMILIES}
+    for path in sorted((config_folder() / "experiment").glob("*.yaml")):
+        lines = (line[2:] for line in path.read_text().splitlines() if line.startswith("# ") and "@package" not in line)
+        text = next(lines, "").split(". ")[0].split("; ")[0]
+        family = next(f for f, words in FAMILIES.items() if any(w in f"{path.stem} {text}" for w in words))
+        found[family].append(f"  {path.stem:<26}{text}")
+    return "\n".join(line for family, members in found.items() if members for line in (f"{family}:", *members))

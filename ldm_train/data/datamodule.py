@@ -209,7 +209,7 @@ class ShardDataModule(L.LightningDataModule):
     weights         share of each root (None: by their sizes). balance_classes: equal shares of the classes of a root
     batching        Batching; accumulation included
     max_steps       optimiser steps of the stage
-    fields          batch fields needed: "image" and what the conditioners read (see data/samples.py)
+    fields          batch fields needed: "image" and what the conditioners read (see data/batch.py)
     derive          how fields are made from the image where the shards lack them: {field: callable}
     image_size, crop, scale, flip   see ImageTransform;  channels: of the image
     reader          "indexed" (local or shared disk) or "streaming" (remote or very large sets)

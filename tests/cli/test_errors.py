@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from ldm_train.cli import prepare
 from ldm_train.cli.common import TRACEBACK, run_command
-from ldm_train.cli.hints import suggestions
+from ldm_train.cli.hints import recipes, suggestions
 from ldm_train.configuration import config_folder
 from ldm_train.data.files import DataError
 from ldm_train.data.prepare.build import build as build_shards
@@ -336,3 +336,15 @@ def test_tracebacks_are_there_for_those_who_ask(tmp_path: Path, monkeypatch: pyt
         assert os.environ[TRACEBACK] == "1"  # also in the processes that torchrun starts
     finally:
         os.environ.pop(TRACEBACK, None)
+
+
+def test_help_lists_every_recipe_once_with_what_it_is():
+    listed = [line.split(maxsplit=1) for line in recipes().splitlines() if line.startswith("  ")]
+    assert sorted(name for name, _ in listed) == sorted(p.stem for p in (config_folder() / "experiment").glob("*.yaml"))
+    assert all(len(text) > 20 for _, text in listed)
+
+
+def test_help_does_not_wait_for_torch():
+    """It answers in about a second; torch alone takes several."""
+    code = "import sys; import ldm_train.cli.train, ldm_train.cli.sample, ldm_train.cli.evaluate; print('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"
