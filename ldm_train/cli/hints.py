@@ -69,5 +69,5 @@ def recipes() -> str:
         lines = (line[2:] for line in path.read_text().splitlines() if line.startswith("# ") and "@package" not in line)
         text = next(lines, "").split(". ")[0].split("; ")[0]
         family = next(f for f, words in FAMILIES.items() if any(w in f"{path.stem} {text}" for w in words))
-        found[family].append(f"  {path.stem:<26}{text}")
+        found[family].append(f"  {path.stem:<27} {text}")
     return "\n".join(line for family, members in found.items() if members for line in (f"{family}:", *members))
