@@ -61,8 +61,9 @@ def options(tree: dict[str, Any]) -> dict[str, Any]:
         target = tree
         *way, last = new.split(".")
         for step in way:
-            target = target.setdefault(step, {})
-        target.setdefault(last, value)
+            target = target.setdefault(step, {}) if isinstance(target, dict) else None
+        if isinstance(target, dict):  # else whoever reads the options finds what stands there
+            target.setdefault(last, value)
     return tree
 
 

@@ -90,3 +90,10 @@ def test_a_run_of_before_continues_to_the_same_weights_and_its_model_loads(tmp_p
     assert resumed.keys() == whole.keys()
     assert all(torch.equal(resumed[k], whole[k]) for k in whole)
     assert not torch.equal(out, load_model(run / "diffusion" / "model").predict(x, t, condition))
+
+
+@pytest.mark.parametrize("odd", ["x", 5, None, []])
+def test_a_place_that_is_no_section_takes_no_renamed_option(odd: object):
+    """It stays as it is, for whoever reads the options to name it."""
+    section = {"prediction_type": "epsilon", "parameterisation": odd}
+    assert names.options({"diffusion": {"objective": section}})["diffusion"]["objective"] == {"parameterisation": odd}
