@@ -39,11 +39,17 @@ def _is_running(pid: int) -> bool:
     return True
 
 
-def check_links(folder: str | Path, beside: Sequence[Path] = ()) -> None:
-    """Raises ValueError for a link that leads out of the folder (and out of `beside`), naming it."""
+def check_links(folder: str | Path, beside: Sequence[Path] = (), but: Sequence[str] = ()) -> None:
+    """Raises ValueError for a link that leads out of the folder (and out of `beside`), naming it. but: folders directly below
+    that may hold such links, and may be none themselves."""
     roots = [Path(os.path.realpath(root)) for root in (folder, *beside)]
     for path in Path(folder).rglob("*"):
-        if path.is_symlink() and not any(Path(os.path.realpath(path)).is_relative_to(root) for root in roots):
+        top, *below = path.relative_to(folder).parts
+        if (
+            path.is_symlink()
+            and not (below and top in but)
+            and not any(Path(os.path.realpath(path)).is_relative_to(root) for root in roots)
+        ):
             raise ValueError(f"{path} is a link that leads out of {folder}; put the file itself there")
 
 

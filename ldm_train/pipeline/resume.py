@@ -118,7 +118,7 @@ def run_lock(run_folder: Path) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             raise Busy(f"another process is working in {run_folder}; wait for it, or choose name=<new>") from error
-        check_links(run_folder)
+        check_links(run_folder, but=["wandb"])  # whose own logs are links into the user's cache
         file.truncate(0)
         file.write(str(os.getpid()))
         file.flush()

@@ -196,7 +196,15 @@ def test_one_process_at_a_time_works_in_a_run(tmp_path: Path):
     assert other() == "inside\n"
 
 
-@pytest.mark.parametrize("link", [".lock", "diffusion", "diffusion/images", "config.yaml"])
+def test_the_links_of_wandbs_own_logs_do_not_keep_a_run_from_being_continued(tmp_path: Path):
+    logs = tmp_path / "run" / "wandb" / "run-1" / "logs"
+    logs.mkdir(parents=True)
+    (logs / "debug-core.log").symlink_to(tmp_path / "core-debug.log")
+    with run_lock(tmp_path / "run"):
+        assert (tmp_path / "run" / ".lock").is_file()
+
+
+@pytest.mark.parametrize("link", [".lock", "diffusion", "diffusion/images", "config.yaml", "wandb"])
 def test_a_run_with_a_link_that_leads_out_of_it_writes_nothing(tmp_path: Path, link: str):
     precious = tmp_path / "precious"
     precious.write_text("kept")
