@@ -757,6 +757,25 @@ def test_a_run_whose_config_is_damaged_is_named_and_one_that_lacks_options_is_me
             evaluated(f"run={folder}", "n=2", f"runs_dir={tmp_path}", "metrics=[fid_tiny]")
 
 
+def test_a_run_with_any_value_of_its_config_replaced_is_measured_or_refused(
+    stranger_run: Path, tmp_path: Path, request: pytest.FixtureRequest
+):
+    """With one message, in either of the ways in which ldm-evaluate takes a run."""
+    text, folder, faults = json.dumps(yaml.safe_load((stranger_run / "config.yaml").read_text())), tmp_path / "run", []
+    shutil.copytree(stranger_run, folder)
+    for number in range(request.config.getoption("--fuzz")):
+        damaged = damaged_json(text, np.random.default_rng([number, 17]))
+        (folder / "config.yaml").write_text(yaml.safe_dump(json.loads(damaged)))
+        way = ("run", "reconstruct")[number % 2]
+        try:
+            evaluated(f"{way}={folder}", "n=2", f"runs_dir={tmp_path}", "metrics=[fid_tiny]")
+        except USER_ERRORS:
+            continue
+        except Exception as error:
+            faults.append(f"case {number}, {way}: {type(error).__name__}: {error}")
+    assert not faults, "\n".join(faults)
+
+
 @pytest.fixture(scope="session")
 def stranger_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("run")

@@ -29,7 +29,13 @@ OPEN: dict[str, Sequence[type]] = {
         for stage in ("autoencoder", "diffusion")
         for name in ("ema_decay", "clip_norm")
     },
-    **{f"{stage}.val_images": (int, NULL) for stage in ("autoencoder", "diffusion")},
+    **{
+        f"{stage}.{name}": (int, NULL)
+        for stage in ("autoencoder", "diffusion")
+        for name in ("val_images", "micro_batch_size")
+    },
+    "evaluation.reference_images": (int,),
+    "autoencoder.loss.perceptual": (dict,),
     "evaluation.restoration": (dict, NULL),
 }
 # What a run's config must say, whatever its age.
@@ -75,11 +81,12 @@ def _whole(trained: DictConfig, path: Path) -> DictConfig:
     """A run's config with the usual options where an older run lacks them, the kinds of its values checked."""
     tree, usual = OmegaConf.to_container(trained), _said(usual_options())
     usual["data"] |= {"derived": {}}
+    usual["autoencoder"] |= {"loss": {"perceptual": None}}
     for name in SECTIONS[:-1]:  # the evaluation's come from this command
         if isinstance(tree.get(name, {}), dict):
             tree[name] = usual[name] | tree.get(name, {})
     usual["diffusion"] |= {"conditioning": {"conditioners": {}}, "network": {}, "schedule": {}, "objective": {}}
-    kinds = {name: usual[name] for name in SECTIONS} | {"seed": 0, "sampler": {}}
+    kinds = {name: usual[name] for name in SECTIONS} | {"seed": 0, "sampler": {"_target_": ""}}
     check_kinds({"seed": 0} | tree, kinds, f"{path} is damaged", OPEN)
     for where in NEEDED:
         part = tree
@@ -89,12 +96,14 @@ def _whole(trained: DictConfig, path: Path) -> DictConfig:
             part = part[step]
     if unknown := sorted(set(tree["sampling"]) - set(usual["sampling"])):
         raise ValueError(f"{path} is damaged: sampling.{unknown[0]} is no option of sampling")
-    root, weights = tree["data"]["root"], tree["data"]["weights"]
+    root = tree["data"]["root"]
     roots = root if isinstance(root, list) else [root]
     if not roots or not all(isinstance(r, str) and r != "???" for r in roots):
         raise ValueError(f"{path} is damaged: data.root is {root!r:.60}, which is no folder; say data.root= yourself")
-    if weights is not None and not (isinstance(weights, list) and all(type(w) in (int, float) for w in weights)):
-        raise ValueError(f"{path} is damaged: data.weights is {weights!r:.60}, which is no list of numbers")
+    for option, section in (("data.weights", tree), ("autoencoder.data.weights", tree["autoencoder"])):
+        weights = section["data"].get("weights")
+        if weights is not None and not (isinstance(weights, list) and all(type(w) in (int, float) for w in weights)):
+            raise ValueError(f"{path} is damaged: {option} is {weights!r:.60}, which is no list of numbers")
     for name, conditioner in tree["diffusion"]["conditioning"]["conditioners"].items():
         if not isinstance(conditioner, dict) or "_target_" not in conditioner:
             raise ValueError(f"{path} is damaged: the conditioner {name} is {conditioner!r:.60}, which has no _target_")
