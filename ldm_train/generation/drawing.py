@@ -10,7 +10,7 @@ from omegaconf import DictConfig
 from ldm_train.data.masks import known_colour
 from ldm_train.data.samples import collate
 from ldm_train.generation.guides import Guides
-from ldm_train.generation.requests import Request, latent_mask, picture_size
+from ldm_train.generation.requests import Request, known_fields, latent_mask, picture_size
 from ldm_train.latent_diffusion import Guidance, LatentDiffusion, Sampling, Start
 from ldm_train.rng import NoiseSource, slerp
 
@@ -46,7 +46,7 @@ class Drawing:
         if any(r.negative is not None for r in part):
             guidance = replace(guidance, negative={"caption": [r.negative or "" for r in part]})
         drawn = model.sample(
-            _batch([r.fields for r in part]),
+            self._batch([r.fields for r in part]),
             [r.seed for r in part],
             self.sampling,
             self._start(part, images, mask, size),
@@ -89,7 +89,7 @@ class Drawing:
         terms = zip(*(r.mix for r in part)) if len({len(r.mix) for r in part}) == 1 else None
         if terms is None:  # a stop without a change beside one with: the second term weighs nothing
             terms = zip(*((*r.mix, (0.0, r.mix[0][1]))[:2] for r in part))
-        weighted = [(torch.tensor([w for w, _ in t]), _batch([dict(f) for _, f in t])) for t in terms]
+        weighted = [(torch.tensor([w for w, _ in t]), self._batch([f for _, f in t])) for t in terms]
         return self.model.mixture(weighted, size)
 
     def _walk(self, part: list[Request], size: tuple[int, int]) -> torch.Tensor:
@@ -103,10 +103,9 @@ class Drawing:
             noise = [NoiseSource([r.walk[k] for r in part]).normal(shape, "start") for k in (0, 1)]
         return slerp(*noise, torch.tensor([r.walk[2] for r in part]))
 
-
-def _batch(fields: list[dict[str, Any]]) -> dict[str, Any]:
-    if not fields[0]:
-        return {}
-    batch = collate([dict(f) for f in fields])
-    batch.pop("replaced", None)
-    return batch
+    def _batch(self, fields: list[dict[str, Any]]) -> dict[str, Any]:
+        if not fields[0]:
+            return {}
+        batch = collate([dict(f) for f in fields], known_fields(self.model))
+        batch.pop("replaced", None)
+        return batch

@@ -41,6 +41,7 @@ WITH_REPLAY = ("run", "runs_dir", "out", "recipe", "overwrite", "film", "acceler
 NOT_DRAWN = (*WITH_REPLAY, "batch_size")
 FILES = ("image", "mask", "map", "depth", "layout")  # options that name files
 LISTS = ("prompts", "classes")  # options whose entries may stand in a file
+FIELD = "fields."  # begins the options that give a field of a model's own, as a file or in words
 MODELS = ("weaker_model", "guide.classifier", "guide.clip")  # and models beside run=
 # Kinds of what a recipe may set that is usually null, or may be said in two ways.
 OPEN: dict[str, Sequence[type]] = {
@@ -69,28 +70,33 @@ def make_recipe(config: DictConfig, task: str, source: Path, sha256: str, device
     asked = {k: v for k, v in tree.items() if k not in NOT_DRAWN and v is not None}
     for option in {"prompts", "classes"} & asked.keys():
         asked[option] = as_list(config[option], option)  # the file's content, not its name
-    files = {}
-    for option in FILES:
-        values = [v for v in as_list(config[option], option) if option != "layout" or v.endswith(".json")]
-        paths = [Path(v) for v in values]
-        files |= {str(p): file_sha256(p) for p in paths if p.is_file()}
+    paths = [Path(v) for values in _input_files(asked).values() for v in values]
+    files = {str(p): file_sha256(p) for p in paths if p.is_file()}
     recipe = {"model": str(source), "model_sha256": sha256, "task": task, "config": asked, "files": files}
     return json.loads(json.dumps(recipe | {"machine": machine(device, config.batch_size)}))
 
 
-def _option(tree: dict[str, Any], name: str) -> Any:
-    """An option of a plain config by its dotted name, None where it is not set."""
-    section, _, last = name.rpartition(".")
-    return (tree.get(section) or {} if section else tree).get(last)
+def _options(tree: dict[str, Any]) -> dict[str, Any]:
+    """A plain config's options, those of `guide` and `fields` by their dotted names."""
+    sections = {s: tree[s] for s in ("guide", "fields") if isinstance(tree.get(s), dict)}
+    return {k: v for k, v in tree.items() if k not in sections} | {
+        f"{s}.{k}": v for s, section in sections.items() for k, v in section.items()
+    }
+
+
+def _input_files(asked: dict[str, Any]) -> dict[str, list[str]]:
+    """The pictures and maps that a job's options name, by option. What a field of a model's own is given may be words, too."""
+    named = {o: as_list(v, o) for o, v in _options(asked).items() if o in FILES or o.startswith(FIELD)}
+    return named | {"layout": [v for v in named.get("layout", []) if v.endswith(".json")]}
 
 
 def _named_files(asked: dict[str, Any]) -> dict[str, list[str]]:
-    """The files and models that a job's options name, by option."""
-    named = {o: [v for v in as_list(asked.get(o), o) if o != "layout" or v.endswith(".json")] for o in FILES}
+    """All files and models that a job's options name, by option."""
+    named, options = _input_files(asked), _options(asked)
     for option in LISTS:  # a list is what is meant, a text may be a file
-        value = asked.get(option)
+        value = options.get(option)
         named[option] = [value] if isinstance(value, str) and Path(value).suffix in (".txt", ".jsonl") else []
-    named |= {o: [str(value)] if (value := _option(asked, o)) is not None else [] for o in MODELS}
+    named |= {o: [str(value)] for o in MODELS if (value := options.get(o)) is not None}
     return {option: values for option, values in named.items() if values}
 
 
@@ -121,12 +127,14 @@ def _read_recipe(path: Path, usual: dict[str, Any]) -> dict[str, Any]:
     known = {k: v for k, v in usual.items() if k not in NOT_DRAWN} | {"sampler": {}}
     check_kinds(asked, known, where, OPEN)
     unknown = [k for k in asked if k not in known]
-    unknown += [f"{k}.{o}" for k in asked if isinstance(usual.get(k), dict) for o in asked[k] if o not in usual[k]]
+    own = asked.get("fields") or {}  # whose names the model alone knows
+    sections = [k for k in asked if isinstance(usual.get(k), dict) and k != "fields"]
+    unknown += [f"{k}.{o}" for k in sections for o in asked[k] if o not in usual[k]]
     if unknown:
         raise ValueError(f"{where}: it sets {', '.join(unknown)}")
+    check_kinds(own, dict.fromkeys(own, ""), where, dict.fromkeys((f"{FIELD}{k}" for k in own), (str, list)), FIELD)
     # What was not there yet when an older recipe was written counts as usual.
-    sections = {k: {**usual[k], **v} for k, v in asked.items() if isinstance(usual.get(k), dict)}
-    return recipe | {"config": asked | sections}
+    return recipe | {"config": asked | {k: {**usual[k], **asked[k]} for k in sections}}
 
 
 def replayed(config: DictConfig) -> tuple[DictConfig, dict[str, Any], int | None]:
@@ -144,11 +152,10 @@ def replayed(config: DictConfig) -> tuple[DictConfig, dict[str, Any], int | None
     usual = yaml.safe_load((config_folder() / "sample.yaml").read_text())
     recipe = _read_recipe(path, usual)
     asked, given = recipe["config"], OmegaConf.to_container(config, resolve=True)
-    needed = _named_files(asked)
-    said = {o: v for o in (*FILES, *LISTS, *MODELS) if (v := _option(given, o)) is not None}
-    options = {**given, **{f"guide.{k}": v for k, v in given["guide"].items()}}
-    usual_options = {**usual, **{f"guide.{k}": v for k, v in usual["guide"].items()}}
-    changed = [k for k, v in options.items() if v != usual_options.get(k) and k not in (*WITH_REPLAY, *needed, "guide")]
+    needed, options, usual_options = _named_files(asked), _options(given), _options(usual)
+    files = (*FILES, *(o for o in options if o.startswith(FIELD)))
+    said = {o: v for o in (*files, *LISTS, *MODELS) if (v := options.get(o)) is not None}
+    changed = [k for k, v in options.items() if v != usual_options.get(k) and k not in (*WITH_REPLAY, *needed)]
     if changed:
         raise ValueError(f"recipe= draws again what was drawn; {', '.join(changed)}= cannot change it, leave it out")
     unsaid = [f"{o}={v[0] if len(v) == 1 else '[' + ','.join(v) + ']'}" for o, v in needed.items() if o not in said]
@@ -160,8 +167,8 @@ def replayed(config: DictConfig) -> tuple[DictConfig, dict[str, Any], int | None
             f"they are right: {' '.join(unsaid)}"
         )
     for option, value in said.items():
-        now = [file_sha256(name) if Path(name).is_file() else None for name in as_list(value, option)]
-        if option in FILES and now != [recipe["files"].get(name) for name in needed[option]]:
+        now = [file_sha256(name) if Path(name).is_file() else name for name in as_list(value, option)]
+        if option in files and now != [recipe["files"].get(name, name) for name in needed[option]]:
             raise ValueError(f"recipe={path} was drawn from {needed[option]}; {option}= is no longer the same file")
         section, _, name = option.rpartition(".")
         (asked[section] if section else asked)[name] = value

@@ -56,6 +56,9 @@ NUMBERS = (
     "guide.clip_scale",
 )
 
+# Options with options of their own, and one of these.
+SECTIONS = {"guidance": "rescale", "guide": "classifier", "resample": "repeats", "tiles": "cells", "fields": "<name>"}
+
 
 def check_types(config: DictConfig) -> None:
     """Raises ValueError, naming the option, for a value of the wrong type."""
@@ -63,6 +66,9 @@ def check_types(config: DictConfig) -> None:
     def number(value: Any, whole: bool) -> bool:
         return (isinstance(value, int) and not isinstance(value, bool)) or (not whole and isinstance(value, float))
 
+    for section, option in SECTIONS.items():
+        if not OmegaConf.is_dict(config[section]):
+            raise ValueError(f"{section}={config[section]!r} is no section with options; say {section}.{option}=")
     for key in (*WHOLE, *NUMBERS):
         value = OmegaConf.select(config, key)
         if isinstance(value, float) and not math.isfinite(value):
@@ -206,7 +212,7 @@ def _option(field: Field) -> str:
     return field.option or f"fields.{field.name}"
 
 
-def _fields(model: LatentDiffusion) -> dict[str, Field]:
+def known_fields(model: LatentDiffusion) -> dict[str, Field]:
     """The fields there are, with those that the model's conditioners declare."""
     return FIELDS | {c.declares.name: c.declares for c in model.conditioners.values() if c.declares is not None}
 
@@ -220,16 +226,17 @@ def requests(model: LatentDiffusion, config: DictConfig, guides: Mapping[str, An
     task, size = chosen_task(model, config, guides), picture_size(model, config.size)
     by_field = {c.field: c for c in model.conditioners.values()}
     channels = model.first_stage.autoencoder.in_channels
-    known = _fields(model)
+    known = known_fields(model)
     option_of = {name: _option(field) for name, field in known.items() if name != "image"}
-    given = {o: as_list(OmegaConf.select(config, o), o) for o in (*dict.fromkeys(option_of.values()), "mask")}
+    own = [f"fields.{name}" for name in config.fields]
+    given = {o: as_list(OmegaConf.select(config, o), o) for o in (*dict.fromkeys(option_of.values()), "mask", *own)}
     used = {f: option_of[f] for f in by_field if f != "masked_image" and given[option_of[f]]}
     guided = {f: option_of[f] for f in guides if given[option_of[f]]}
     if task in FROM_IMAGE:
         used = {f: option for f, option in used.items() if option != "image"}
-    for option in ("prompts", "classes", "map", "layout", "depth"):
+    for option in ("prompts", "classes", "map", "layout", "depth", *own):
         if given[option] and option not in (*used.values(), *guided.values()):
-            needed = next(f for f, o in option_of.items() if o == option)
+            needed = next((f for f, o in option_of.items() if o == option), option.removeprefix("fields."))
             takes = sorted({f"{option_of[f]}=" for f in (*by_field, *guides)}) or ["no condition"]
             raise ValueError(
                 f"this model has no {needed} conditioner, so {option}= means nothing to it; it takes {', '.join(takes)}"

@@ -47,6 +47,7 @@ CONDITIONERS = {
     "superres": {"lowres": {"_target_": SPATIAL + "LowResolution", "factor": 4}},
     "inpaint": {"masked": {"_target_": SPATIAL + "MaskedImageCondition"}},
     "depth": {"depth": {"_target_": SPATIAL + "DepthMap"}},
+    "edges": {"edges": {"_target_": "ldm_train.conditioning.edges.EdgeMap", "factor": 4}},
     "variation": {
         "image": {
             "_target_": "ldm_train.conditioning.image_embedding.ImageEmbedding",
@@ -56,7 +57,8 @@ CONDITIONERS = {
     },
 }  # fmt: skip
 CONDITIONERS["calm"] = CONDITIONERS["text"]  # with small weights, as inversion needs them
-CONTEXT, CONCAT = {"text", "calm", "class", "layout"}, {"semantic": 3, "superres": 3, "inpaint": 5, "depth": 1}
+CONTEXT = {"text", "calm", "class", "layout"}
+CONCAT = {"semantic": 3, "superres": 3, "inpaint": 5, "depth": 1, "edges": 16}
 
 
 @pytest.fixture(scope="module")
@@ -170,6 +172,7 @@ REPLAYED = TASKS | {
     "inversion": ("calm", ("image={photo.png}", "invert=true", "panorama=0.5", "size=[64,64]", "guidance_scale=1")),
     "walk": ("calm", ("task=interpolate", "image=[{photo.png},{photo.png}]", "n=3", "guidance_scale=1")),
     "jumps": ("none", ("image={photo.png}", "mask={mask.png}", "resample.repeats=2", "resample.jump_length=1")),
+    "a field of the model's own": ("edges", ("+fields.edges={photo.png}",)),
     "captions that mean something elsewhere": (
         "text",
         ("prompts=${a}, 'b' and [c]", "negative=${d}", "guidance_scale=2"),
@@ -251,6 +254,12 @@ def test_pairs_of_inputs(run: Callable, files: dict[str, str], tmp_path: Path):
     [
         ("none", ("task=paint",), "unknown task 'paint'; this model can do unconditional, inpaint, outpaint, img2img"),
         ("none", ("task=superres", "image={photo.png}"), "no lowres conditioner, so it cannot do task=superres; it can do"),
+        ("none", ("+fields.edges=x.png",), r"no edges conditioner, so fields\.edges= means nothing to it"),
+        ("edges", ("+fields.edge=x.png",), r"no edge conditioner, so fields\.edge= .*; it takes fields\.edges="),
+        ("edges", ("+fields.edges=x.png",), r"fields\.edges=x\.png: there is no such file"),
+        ("none", ("fields=5",), "fields=5 is no section with options; say fields.<name>="),
+        ("none", ("tiles=5",), r"tiles=5 is no section with options; say tiles\.cells="),
+        ("none", ("guide=null",), r"guide=None is no section with options; say guide\.classifier="),
         ("none", ("prompts=a cat",), "no caption conditioner, so prompts= means nothing to it; it takes no condition"),
         ("class", ("classes=[cow]",), "unknown class 'cow'; this model knows cat, dog"),
         ("none", ("task=inpaint", "image={photo.png}"), r"task=inpaint needs mask=<file>"),
@@ -465,11 +474,13 @@ def test_a_recipe_replays_to_identical_bytes(
         assert path.read_bytes() == (tmp_path / "out" / path.name).read_bytes()
     assert [p.name for p in single] == ["00002_seed2.png"]
     assert single[0].read_bytes() == (tmp_path / "out/00002_seed2.png").read_bytes()
-    with (
-        pytest.raises(ValueError, match="recipe= draws again what was drawn; guidance_scale= cannot change it"),
-        initialize_config_dir(str(config_folder()), version_base="1.3"),
-    ):
-        sample(compose("sample", [f'recipe="{tmp_path}/out"', "guidance_scale=5"]))
+    for other in ("guidance_scale=5", "+fields.edges=x.png", "fields=5", "guide=5"):
+        option = other.strip("+").partition("=")[0]
+        with (
+            pytest.raises(ValueError, match=f"recipe= draws again what was drawn; {option}= cannot change it"),
+            initialize_config_dir(str(config_folder()), version_base="1.3"),
+        ):
+            sample(compose("sample", [f'recipe="{tmp_path}/out"', other]))
     Image.new("RGB", (40, 40)).save(files["photo.png"])
     with (
         pytest.raises(ValueError, match="image= is no longer the same file"),
