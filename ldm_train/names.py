@@ -23,7 +23,7 @@ OPTIONS = {
 VALUES: dict[str, dict[str, str]] = {"diffusion.objective.prediction_type": PREDICTIONS}
 # Classes and functions that a file asks for.
 PARTS: dict[str, str] = {}
-# Weights, by the beginning of their names.
+# Weights of latent diffusion models, by the beginning of their names.
 WEIGHTS = {"unet.": "network."}
 
 
@@ -88,7 +88,14 @@ def model(tree: dict[str, Any]) -> dict[str, Any]:
 
 
 def weights(state: Mapping[str, Any]) -> dict[str, Any]:
-    """Weights by today's names."""
+    """A latent diffusion model's weights by today's names."""
     for old, new in WEIGHTS.items():
         state = {(new + k[len(old) :] if k.startswith(old) else k): v for k, v in state.items()}
     return dict(state)
+
+
+def rename_in_checkpoint(checkpoint: dict[str, Any]) -> None:
+    """Gives today's names to the weights in a checkpoint of a latent diffusion model's training."""
+    for holder, name in ((checkpoint, "state_dict"), (checkpoint.get("ema", {}), "shadow")):
+        if name in holder:
+            holder[name] = weights(holder[name])

@@ -10,9 +10,11 @@ from chains import chain
 from safetensors.torch import load_file, save_file
 
 from ldm_train import names
-from ldm_train.checkpoints.native import load_model
+from ldm_train.checkpoints.native import load_model, save_model
 from ldm_train.pipeline import resume as stages
+from ldm_train.pipeline.measure import load_weights
 from ldm_train.storage import file_sha256
+from ldm_train.training.callbacks.checkpoint import read_checkpoint
 
 
 @pytest.mark.parametrize(
@@ -55,14 +57,14 @@ def as_before(run: Path) -> None:
             "config_sha256": file_sha256(folder / "config.yaml"),
         }
         (folder / "metadata.json").write_text(json.dumps(metadata))
-    last = run / "diffusion" / "last.ckpt"
-    if not last.is_file():
-        last = next((run / "diffusion").rglob("last.ckpt"))
-    state = torch.load(last, weights_only=True)
-    for tree in (state["state_dict"], state["ema"]["shadow"]):
-        for key in [k for k in tree if k.startswith("network.")]:
-            tree["unet." + key.removeprefix("network.")] = tree.pop(key)
-    torch.save(state, last)
+    checkpoints = sorted((run / "diffusion" / "checkpoints").glob("*.ckpt"))
+    assert "best.ckpt" in [c.name for c in checkpoints]
+    for checkpoint in checkpoints:
+        state = torch.load(checkpoint, weights_only=True)
+        for tree in (state["state_dict"], state["ema"]["shadow"]):
+            for key in [k for k in tree if k.startswith("network.")]:
+                tree["unet." + key.removeprefix("network.")] = tree.pop(key)
+        torch.save(state, checkpoint)
     note = json.loads((run / "diffusion" / "stage.json").read_text())
     section = note["key"]["diffusion"]
     section["unet"] = section.pop("network")
@@ -74,8 +76,9 @@ def as_before(run: Path) -> None:
 def test_a_run_of_before_continues_to_the_same_weights_and_its_model_loads(tmp_path: Path) -> None:
     chain(tmp_path, "diffusion.max_steps=4", "stages=[autoencoder,latents,diffusion,export]").execute()
     run = tmp_path / "run"
-    x, t = torch.randn(1, 8, 8, 8), torch.tensor([3])
+    t, best = torch.tensor([3]), load_weights(run, "best").state_dict()
     as_before(run)
+    assert all(torch.equal(v, best[k]) for k, v in load_weights(run, "best").state_dict().items())
     loaded = load_model(run / "export")
     x = torch.randn(1, loaded.network.in_channels, 8, 8)
     condition = loaded.null_condition(1)
@@ -97,3 +100,21 @@ def test_a_place_that_is_no_section_takes_no_renamed_option(odd: object):
     """It stays as it is, for whoever reads the options to name it."""
     section = {"prediction_type": "epsilon", "parameterisation": odd}
     assert names.options({"diffusion": {"objective": section}})["diffusion"]["objective"] == {"parameterisation": odd}
+
+
+class Own(torch.nn.Module):
+    """A module of a user's own that calls its part as the network was called before."""
+
+    def __init__(self):
+        super().__init__()
+        self.unet = torch.nn.Linear(2, 2)
+
+
+def test_other_modules_keep_their_names(tmp_path: Path):
+    own = Own()
+    save_model(tmp_path / "own", own, {"_target_": f"{__name__}.Own"}, {})
+    assert load_model(tmp_path / "own", (__name__,)).state_dict().keys() == own.state_dict().keys()
+    weights = own.state_dict()
+    torch.save({"global_step": 1, "state_dict": weights, "ema": {"shadow": weights}}, tmp_path / "last.ckpt")
+    state = read_checkpoint(tmp_path / "last.ckpt")
+    assert state["state_dict"].keys() == state["ema"]["shadow"].keys() == weights.keys()

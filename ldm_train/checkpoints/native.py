@@ -149,9 +149,9 @@ def load_model(folder: str | Path, trust: Sequence[str] = ()) -> nn.Module:
     for name, expected in recorded.items():
         if expected is not None and (digest := file_sha256(folder / name)) != expected:
             raise ValueError(f"{folder / name} is damaged: sha256 {digest[:12]}, recorded {str(expected)[:12]}")
-    module = _built(folder, trust)
+    module, weights = _built(folder, trust), load_file(folder / WEIGHTS)
     try:
-        module.load_state_dict(names.weights(load_file(folder / WEIGHTS)))
+        module.load_state_dict(names.weights(weights) if isinstance(module, LatentDiffusion) else weights)
     except RuntimeError as error:  # missing, unexpected or of another shape
         first = " ".join(str(error).split())[:300]
         raise ValueError(f"{folder / WEIGHTS} does not fit the model of {folder / CONFIG}: {first}") from error

@@ -15,6 +15,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from tqdm import tqdm
 
+from ldm_train import names
 from ldm_train.checkpoints.native import (
     find_model,
     load_autoencoder,
@@ -59,6 +60,7 @@ def load_weights(folder: Path, which: str, trust: Sequence[str] = ()) -> LatentD
     if not path.is_file():
         raise FileNotFoundError(f"weights=best, but there is no {path}")
     state = read_checkpoint(path)
+    names.rename_in_checkpoint(state)
     trainable = model.trainable()
     trainable.load_state_dict({k: v for k, v in state["state_dict"].items() if not k.startswith("objective.")})
     with torch.no_grad():

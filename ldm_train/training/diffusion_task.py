@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from ldm_train import images as pictures
+from ldm_train import names
 from ldm_train.diffusion.objective import DiffusionObjective
 from ldm_train.latent_diffusion import LatentDiffusion
 from ldm_train.rng import NoiseSource, derive_seed
@@ -63,6 +64,10 @@ class DiffusionTask(Task):
         if uncertainty := list(self.objective.parameters()):
             groups.append({"params": uncertainty, "name": "uncertainty", "weight_decay": 0.0})
         return groups
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        names.rename_in_checkpoint(checkpoint)
+        super().on_load_checkpoint(checkpoint)
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> torch.Tensor:
         latents = self.model.latents_from(batch)

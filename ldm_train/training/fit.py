@@ -183,8 +183,8 @@ def fit(
     else:
         task.setup("fit")
         state = read_checkpoint(last)
-        task.load_state_dict(state["state_dict"])
         task.on_load_checkpoint(state)
+        task.load_state_dict(state["state_dict"])
     task.to(machine.device)
     if task.ema is not None:
         with torch.no_grad():

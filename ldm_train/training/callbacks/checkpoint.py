@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 
-from ldm_train import interrupts, names
+from ldm_train import interrupts
 from ldm_train.data.shards import DataError
 from ldm_train.errors import Interrupted
 from ldm_train.storage import read_tensors, write_atomically
@@ -77,9 +77,6 @@ def _read(path: Path, mmap: bool) -> dict[str, Any]:
     state = read_tensors(path, mmap)
     if not isinstance(state, dict) or not isinstance(state.get("global_step"), int) or "state_dict" not in state:
         raise ValueError("it holds no training state")
-    state["state_dict"] = names.weights(state["state_dict"])
-    if "ema" in state:
-        state["ema"]["shadow"] = names.weights(state["ema"]["shadow"])
     return state
 
 
