@@ -195,9 +195,8 @@ def read_tensors(path: str | Path, mmap: bool = False) -> Any:
     damage leads zipfile and torch to, also where the checksum of a part differs."""
     import torch  # which takes seconds, and preparing data does without
 
-    with zipfile.ZipFile(
-        path
-    ) as archive:  # torch.save's archives hold a CRC-32 of every part; torch.load does not look
+    # torch.save's archives hold a CRC-32 of every part; torch.load does not look.
+    with zipfile.ZipFile(path) as archive:
         if (part := archive.testzip()) is not None:
             raise zipfile.BadZipFile(f"the checksum of {part} differs")
     return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)

@@ -217,6 +217,7 @@ def test_damaged_arrays_are_left_out_of_prepared_data_and_listed(tmp_path: Path)
     header = b"{'descr': '|u1', 'fortran_order': False, 'shape': (70368744177664, 1), }\n"
     odd = {
         "cut.npy": b"\x93NUMPY\x01\x00",
+        "zip.npy": b"PK\x03\x04" + bytes(60),
         "unfinished.npy": b"\x93NUMPY\x01\x00" + struct.pack("<H", 2) + b"{(",
         "of_terabytes.npy": b"\x93NUMPY\x01\x00" + struct.pack("<H", len(header)) + header,
         "empty.tif": b"",

@@ -12,7 +12,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from ldm_train import names
-from ldm_train.cli.common import quoted, without
+from ldm_train.cli.common import null_as_none, quoted
 from ldm_train.cli.sample import FREE
 from ldm_train.configuration import config_folder
 
@@ -53,7 +53,7 @@ def test_a_command_of_a_guide_composes(guide: str, line: str) -> None:
     command, arguments = words[0], [re.sub(r"[<>…]", "x", w) for w in words[1:] if w not in ("-m", "--help")]
     if command == "ldm-bench":
         arguments = [f"what={a}" if a.isidentifier() else a for a in arguments]
-    arguments = [without(names.argument(quoted(a, FREE))) for a in arguments]
+    arguments = [null_as_none(names.argument(quoted(a, FREE))) for a in arguments]
     arguments = [f"+{a}" if a.startswith(ADDED) else a for a in arguments if not a.startswith("hydra")]
     if "-m" in words:
         arguments = [first_of_each(a) for a in arguments]

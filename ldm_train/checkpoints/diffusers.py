@@ -27,12 +27,14 @@ from ldm_train.checkpoints.diffusers_options import (
     refused,
 )
 from ldm_train.conditioning.text import FrozenText
-from ldm_train.diffusion.parameterisation import Epsilon, Parameterisation, Sample, VPrediction
+from ldm_train.diffusion import parameterisation
+from ldm_train.diffusion.parameterisation import Parameterisation
 from ldm_train.diffusion.schedule import NoiseSchedule
 from ldm_train.latent_diffusion import LatentDiffusion
 from ldm_train.models.autoencoder import AutoencoderKL, AutoencoderVQ
 from ldm_train.models.first_stage import FirstStage
 from ldm_train.models.unet import UNet
+from ldm_train.names import PREDICTIONS
 from ldm_train.storage import check_links, file_sha256, read_record
 
 INDEX = "model_index.json"
@@ -301,9 +303,6 @@ def _text(folder: Path, dim: int) -> FrozenText:
     return FrozenText(str(encoder), dim, max_length=options["max_position_embeddings"], pretrained=(tokenizer, model))
 
 
-PREDICTIONS = {"epsilon": Epsilon, "v_prediction": VPrediction, "sample": Sample}
-
-
 def load_schedule(folder: Path) -> tuple[NoiseSchedule, Parameterisation]:
     """The schedule, and what the U-Net predicts."""
     path = folder / "scheduler_config.json"
@@ -311,9 +310,10 @@ def load_schedule(folder: Path) -> tuple[NoiseSchedule, Parameterisation]:
     prediction, zero_snr = options["prediction_type"], options["rescale_betas_zero_snr"]
     if zero_snr and prediction == "epsilon":  # no image can be told from noise alone
         raise refused(path, "rescale_betas_zero_snr", zero_snr, "=False, or with prediction_type='v_prediction',")
+    predicts: Parameterisation = getattr(parameterisation, PREDICTIONS[prediction].rpartition(".")[2])()
     ends = options["beta_start"], options["beta_end"], options["num_train_timesteps"]
     try:
-        return NoiseSchedule(BETAS[options["beta_schedule"]], *ends, zero_snr), PREDICTIONS[prediction]()
+        return NoiseSchedule(BETAS[options["beta_schedule"]], *ends, zero_snr), predicts
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
 

@@ -46,7 +46,7 @@ def quoted(argument: str, free: Sequence[str]) -> str:
     return f'{option}="' + value.replace("\\", "\\\\").replace('"', '\\"').replace("${", "\\${") + '"'
 
 
-def without(argument: str) -> str:
+def null_as_none(argument: str) -> str:
     """`group=null`, which Hydra does not take, as `group=none` where the group has such an option."""
     group, _, value = argument.partition("=")
     return f"{group}=none" if value == "null" and (config_folder() / group / "none.yaml").is_file() else argument
@@ -80,7 +80,7 @@ def run_command(function: Callable[[DictConfig], Any] | str, config_name: str) -
     """
     _raise_file_limit()
     OmegaConf.register_new_resolver("recipes", recipes, replace=True)  # for --help
-    sys.argv[1:] = [without(names.argument(a)) for a in sys.argv[1:]]
+    sys.argv[1:] = [null_as_none(names.argument(a)) for a in sys.argv[1:]]
     os.environ[ARGUMENTS] = json.dumps(sys.argv[1:])
     # Hydra shall raise, not print. What the user wanted is kept apart, also for the processes that torchrun starts.
     wants_traceback = os.environ.setdefault(TRACEBACK, os.environ.get("HYDRA_FULL_ERROR", "0")) == "1"

@@ -1,4 +1,4 @@
-"""What a conditioner is: a network that turns one field of a batch into inputs of the U-Net."""
+"""What a conditioner is: a network that turns one field of a batch into inputs of the denoising network."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -15,7 +15,7 @@ class Conditioner(nn.Module):
 
     field   the batch field it reads (class_label, caption, ...)
     declares    that field, where `data/batch.py` does not know it
-    widths  which U-Net inputs it fills and how wide: "context" (with "context_mask"), "concat", "vector"
+    widths  which of the network's inputs it fills and how wide: "context" (with "context_mask"), "concat", "vector"
     dropout probability per sample that training replaces the condition by the null condition
     """
 

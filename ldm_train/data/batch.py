@@ -39,7 +39,7 @@ class Sample:
         key: str,
         raw: Raw,
         rng: np.random.Generator | None,
-        transform: ImageTransform,
+        transform: ImageTransform | None,
         channels: int,
         derive: Mapping[str, Derive],
         labels: Mapping[str, int | None],
@@ -251,11 +251,8 @@ class Caption(Field):
     )
 
     def decode(self, sample: Sample) -> str:
-        return self.drawn(sample.raw, sample.rng)
-
-    def drawn(self, raw: Raw, rng: np.random.Generator | None) -> str:
-        captions = captions_of(raw)
-        return captions[int(rng.integers(len(captions)))] if rng else captions[0]
+        captions = captions_of(sample.raw)
+        return captions[int(sample.rng.integers(len(captions)))] if sample.rng else captions[0]
 
     def check(self, raw: Raw, labels: int | None) -> None:
         captions_of(raw)

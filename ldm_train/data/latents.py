@@ -4,7 +4,6 @@ import io
 import json
 import math
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +13,9 @@ import torch
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from ldm_train.data.batch import FIELDS
+from ldm_train.data.batch import FIELDS, Field
 from ldm_train.data.datamodule import Batching, Mixture, ShardDataModule, StepBatches, evaluation_batches
-from ldm_train.data.fields import label_of
-from ldm_train.data.samples import collate, refuse_too_many, require_fields, sample_rng
+from ldm_train.data.samples import SampleDecoder, collate, refuse_too_many, require_fields, sample_rng
 from ldm_train.data.shards import (
     ENTRIES,
     INDEX,
@@ -122,10 +120,14 @@ def _encoded(
             fields = {"moments.npy": _npy(moments[k].cpu().numpy())}
             if mirrored is not None:
                 fields["flipped.npy"] = _npy(mirrored[k].cpu().numpy())
-            raw = {e: shards.read(i, e) for e in ("cls", "txt", "json") if e in shards.extensions}
-            fields |= {e: value for e, value in raw.items() if value is not None}
-            yield keys[i], fields
+            yield keys[i], fields | _members(shards, i, [FIELDS[f] for f in CACHED_FIELDS])
         progress.update(len(rows))
+
+
+def _members(shards: IndexedShards, i: int, fields: Sequence[Field]) -> dict[str, bytes]:
+    """What a sample holds of some fields, as it stands in the shard."""
+    found = {e: shards.read(i, e) for field in fields for e in field.extensions if e in shards.extensions}
+    return {e: value for e, value in found.items() if value is not None}
 
 
 def write_cache_index(
@@ -152,14 +154,14 @@ class CachedLatents:
             self.shards = IndexedShards(folder, split, REMEDY)
         except (DataError, FileNotFoundError) as error:
             raise DataError(f"the latent cache is damaged: {error}; make it anew with: {REMEDY}") from error
-        self.fields, self.seed = tuple(fields), seed
+        self.decoder, self.seed = SampleDecoder(None, [f for f in fields if f in CACHED_FIELDS]), seed
         self.flips = "flipped.npy" in self.shards.extensions
         self.stochastic = read_index(folder, REMEDY).get("stochastic")
         if not isinstance(self.stochastic, bool):
             raise DataError(f'{folder}/{INDEX} does not say whether it is "stochastic"; make it anew with: {REMEDY}')
         self._read_header()
         self._maps = [np.memmap(path, np.uint8, "r") if path.stat().st_size else None for path in self.shards.paths]
-        others = [f for f in self.fields if f not in (*CACHED_FIELDS, "image")]
+        others = [f for f in fields if f not in (*CACHED_FIELDS, "image")]
         self._others = None
         if others:
             self._place = places_in(images.shards(split), self.shards)
@@ -211,17 +213,8 @@ class CachedLatents:
         place = range(len(self)) if self._others is None else self._place
         rngs = [sample_rng(self.seed, epoch, place[i]) if random else None for epoch, i in rows]
         flipped = [bool(self.flips and rng is not None and rng.random() < 0.5) for rng in rngs]
-        batch: dict[str, Any] = {
-            "moments": torch.from_numpy(np.stack([self.moments(i, f) for (_, i), f in zip(rows, flipped)])),
-            "key": [str(self.shards.keys[i]) for _, i in rows],
-            "replaced": [],
-        }
-        if "class_label" in self.fields:
-            batch["class_label"] = torch.tensor([self._read(i, lambda raw: label_of(raw["cls"])) for _, i in rows])
-        if "caption" in self.fields:
-            batch["caption"] = [
-                self._read(i, partial(FIELDS["caption"].drawn, rng=rng)) for (_, i), rng in zip(rows, rngs)
-            ]
+        batch = collate([self._decoded(i, rng) for (_, i), rng in zip(rows, rngs)])
+        batch["moments"] = torch.from_numpy(np.stack([self.moments(i, f) for (_, i), f in zip(rows, flipped)]))
         if self._others is not None:
             samples = [self._others[random][(epoch, self._place[i])] for epoch, i in rows]
             others = collate(samples, self._others[random].decoder.known)
@@ -229,12 +222,12 @@ class CachedLatents:
             batch |= {name: values for name, values in others.items() if name != "key"}
         return batch
 
-    def _read(self, i: int, read: Callable[[dict[str, bytes]], Any]) -> Any:
-        """What `read` makes of a sample's class and texts. Raises DataError, naming the sample, where it cannot."""
-        found = {e: self.shards.read(i, e) for e in ("cls", "txt", "json") if e in self.shards.extensions}
+    def _decoded(self, i: int, rng: np.random.Generator | None) -> dict[str, Any]:
+        """A sample's key and cached fields. Raises DataError, naming the sample, where it cannot be read."""
         try:
-            return read({e: value for e, value in found.items() if value is not None})
-        except (KeyError, ValueError) as error:
+            raw = _members(self.shards, i, self.decoder.fields)
+            return self.decoder(str(self.shards.keys[i]), raw, rng)
+        except ValueError as error:
             raise DataError(
                 f"{self.shards.root}, {self.shards.where(i)}: {error}; leave it out with: {REMEDY}"
             ) from error

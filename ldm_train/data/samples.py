@@ -52,7 +52,7 @@ class SampleDecoder:
     """Turns raw members into a sample: its key, and the fields asked for as `data/batch.py` declares them. Crop and flip act
     on all of them alike.
 
-    transform: ImageTransform. fields: what to decode beside "key". channels: image channels.
+    transform: None where no field is cut from a picture or map. fields: what to decode beside "key". channels: image channels.
     derive: how fields are made from the image where the sample does not hold them.
     labels: how many there are, of "class_label" and of "boxes" (None: any). known: the fields there are.
     Raises OSError or ValueError for a sample that cannot be read.
@@ -60,7 +60,7 @@ class SampleDecoder:
 
     def __init__(
         self,
-        transform: ImageTransform,
+        transform: ImageTransform | None,
         fields: Sequence[str],
         channels: int = 3,
         derive: Mapping[str, Derive] | None = None,

@@ -164,7 +164,7 @@ def read_image(path: str, size: tuple[int, int], channels: int, option: str = "i
         image = decode_image(read_bytes(path, option), Path(path).suffix.lower().lstrip("."), channels)
     except FileNotFoundError:
         raise
-    except (OSError, ValueError, SyntaxError) as error:
+    except (OSError, ValueError) as error:
         raise ValueError(f"{option}={path}: {error}") from error
     transform = ImageTransform(size, "center")
     return to_unit_range(transform.apply(image, transform.plan(*image.shape[1:], None)))
@@ -176,7 +176,7 @@ def read_map(path: str, size: tuple[int, int]) -> torch.Tensor:
         labels = decode_labels(read_bytes(path, "map"))
     except FileNotFoundError:
         raise
-    except (OSError, ValueError, SyntaxError) as error:
+    except (OSError, ValueError) as error:
         raise ValueError(f"map={path}: {error}") from error
     transform = ImageTransform(size, "center")
     return transform.apply(labels, transform.plan(*labels.shape[1:], None), nearest=True)[0].long()

@@ -21,7 +21,6 @@ class LinearFlow(NoiseProcess):
     """
 
     place: torch.Tensor
-    clean_time = 0.0
     variance_preserving = False
     zero_terminal_snr = True
 

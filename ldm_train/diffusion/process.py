@@ -11,11 +11,10 @@ def expand_to(values: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
 
 
 class NoiseProcess(nn.Module):
-    """Subclasses set the attributes and implement `at`, `time_of`, `add_noise`, `training_times`, `timesteps`; what samplers
-    and guidance ask for follows from them.
+    """Subclasses set the attributes and implement the methods of the first part; what samplers and guidance ask for
+    follows from them.
 
     num_train_timesteps     T: times are told to the network on a scale up to T
-    clean_time              where there is no noise
     first_time, last_time   the least and the most noise that sampling starts from; the signal at last_time is above 0 for
                             samplers that divide by it
     variance_preserving     whether x_t is alpha x_0 + sigma eps with alpha^2 + sigma^2 = 1 also for the network
@@ -26,7 +25,6 @@ class NoiseProcess(nn.Module):
     """
 
     num_train_timesteps: int
-    clean_time: float
     first_time: float
     last_time: float
     variance_preserving = True
@@ -39,7 +37,7 @@ class NoiseProcess(nn.Module):
     # -- what a process states ---------------------------------------------------------------------------------------
 
     def at(self, t: float | torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """(alpha, sigma, log SNR) at a time in [clean_time, T], each float64 with the shape of t; alpha^2 + sigma^2 = 1."""
+        """(alpha, sigma, log SNR) at a time from the clean image's to T, each float64 with the shape of t; alpha^2 + sigma^2 = 1."""
         raise NotImplementedError
 
     def time_of(self, level: float) -> float:

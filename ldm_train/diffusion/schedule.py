@@ -57,7 +57,7 @@ class NoiseSchedule(NoiseProcess):
     ):
         super().__init__()
         self.num_train_timesteps, self.zero_terminal_snr = num_train_timesteps, zero_terminal_snr
-        self.clean_time, self.first_time, self.last_time = -1.0, 0.0, num_train_timesteps - 1.0
+        self.first_time, self.last_time = 0.0, num_train_timesteps - 1.0
         betas = make_betas(kind, beta_start, beta_end, num_train_timesteps)
         if zero_terminal_snr:
             betas = rescale_zero_terminal_snr(betas)

@@ -24,7 +24,7 @@ INCIDENTAL = ("name", "trace", "progress", "logger", "runs_dir", "data_dir", "sh
 
 
 @dataclass
-class Run:
+class SweptRun:
     """One run of a sweep: its folder, config, what failed, and the metrics.csv of the stage that its curves come from."""
 
     folder: Path
@@ -68,7 +68,7 @@ def failure(folder: Path) -> str | None:
     return str(read_record(folder / FAILED).get("error")) if (folder / FAILED).is_file() else None
 
 
-def read_runs(folder: Path) -> list[Run]:
+def read_runs(folder: Path) -> list[SweptRun]:
     """The runs in a folder, by name. Raises FileNotFoundError where there is none."""
     runs = []
     for path in sorted(p.parent for p in folder.glob("*/config.yaml")):
@@ -76,10 +76,10 @@ def read_runs(folder: Path) -> list[Run]:
             continue
         config = flatten(OmegaConf.to_container(run_config(path)))
         failed = failure(path)
-        runs.append(Run(path, config, failed, read_rows(path / "diffusion")))
+        runs.append(SweptRun(path, config, failed, read_rows(path / "diffusion")))
     for path in sorted(p.parent for p in folder.glob(f"*/{FAILED}")):  # before it had a config
         if not (path / "config.yaml").is_file():
-            runs.append(Run(path, {}, failure(path), []))
+            runs.append(SweptRun(path, {}, failure(path), []))
     if not runs:
         raise FileNotFoundError(
             f"{folder} holds no runs; dir= is the folder of a sweep: <runs_dir>/<experiment or name>"
@@ -87,7 +87,7 @@ def read_runs(folder: Path) -> list[Run]:
     return runs
 
 
-def differing(runs: Sequence[Run]) -> list[str]:
+def differing(runs: Sequence[SweptRun]) -> list[str]:
     """The options in which the runs differ."""
     keys = sorted({k for run in runs for k in run.config})
     known = [run for run in runs if run.config]
@@ -97,7 +97,7 @@ def differing(runs: Sequence[Run]) -> list[str]:
     ]  # fmt: skip
 
 
-def gather(runs: Sequence[Run]) -> list[dict[str, Any]]:
+def gather(runs: Sequence[SweptRun]) -> list[dict[str, Any]]:
     """A row per run: what differs, how far it is, what it took, every number of its evaluation, why it failed."""
     options, table = differing(runs), []
     for run in runs:
@@ -130,7 +130,7 @@ def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     write_atomically(path, write)
 
 
-def curve_metric(runs: Sequence[Run], asked: str | None) -> str | None:
+def curve_metric(runs: Sequence[SweptRun], asked: str | None) -> str | None:
     """The column that curves show. Raises ValueError for one that no run has."""
     there = list(
         dict.fromkeys(k for run in runs for row in run.rows for k, v in row.items() if v and k.startswith("val/"))
@@ -145,7 +145,7 @@ def curve_metric(runs: Sequence[Run], asked: str | None) -> str | None:
     return next(iter(better or there), None)
 
 
-def curves(runs: Sequence[Run], metric: str) -> list[dict[str, Any]]:
+def curves(runs: Sequence[SweptRun], metric: str) -> list[dict[str, Any]]:
     """A row per run and measurement: step, and the images, seconds and TFLOP it took so far."""
     table = []
     for run in runs:
@@ -161,7 +161,7 @@ def curves(runs: Sequence[Run], metric: str) -> list[dict[str, Any]]:
     return table
 
 
-def label(run: Run, by_factor: bool) -> str:
+def label(run: SweptRun, by_factor: bool) -> str:
     """What tells a run from the others, short enough for a legend."""
     return f"f = {run.factor}" if by_factor else run.folder.name[:40]
 
@@ -189,7 +189,7 @@ def summarise(folder: Path, metric: str | None = None, final: str | None = None)
     return written
 
 
-def speed(config: DictConfig, runs: Sequence[Run], folder: Path) -> list[dict[str, Any]]:
+def speed(config: DictConfig, runs: Sequence[SweptRun], folder: Path) -> list[dict[str, Any]]:
     """Every finished run measured with each number of sampling steps: a row per run and number. Measurements that are
     there already serve again; those of an interrupted call continue."""
     from ldm_train.pipeline import measure
@@ -219,7 +219,7 @@ def ends(entry: Mapping[str, Any]) -> list[tuple[str, Any]]:
     return [("", entry["value"]), *zip(("_low", "_high"), entry["interval"] or ())]
 
 
-def run_metrics(run: Run) -> list[str]:
+def run_metrics(run: SweptRun) -> list[str]:
     return list(run.config.get("evaluation.metrics") or ["fid_tiny"])
 
 

@@ -121,6 +121,7 @@ def with_options(trained: DictConfig, config: DictConfig, path: Path) -> DictCon
     usual = OmegaConf.to_container(OmegaConf.load(config_folder() / "train.yaml").evaluation)
     networks = {name: usual[name] for name in NETWORKS} | {"perceptual": _perceptual_of(trained)}
     plain = {k: v for k, v in trained.get("evaluation", {}).items() if k not in NETWORKS}
+    trained["stage"] = {}  # a measurement runs none
     trained.evaluation = OmegaConf.create({**usual, **plain, **networks})
     for name in NETWORKS:
         if own[name]:

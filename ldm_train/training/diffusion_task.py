@@ -1,4 +1,4 @@
-"""Stage 2: the conditional U-Net on latents of the frozen first stage."""
+"""Stage 2: the conditional network on latents of the frozen first stage."""
 
 from collections.abc import Callable
 from functools import partial
@@ -19,7 +19,7 @@ BINS = 4
 
 
 class DiffusionTask(Task):
-    """Epsilon-MSE (or another objective) on latents; the averaged weights cover U-Net and conditioners.
+    """Epsilon-MSE (or another objective) on latents; the averaged weights cover network and conditioners.
 
     model: LatentDiffusion, its first stage frozen. objective: DiffusionObjective.
     draw: (model, batch of conditions, seeds) -> images, for the sample grids; None draws none.

@@ -117,29 +117,16 @@ def npy(array: np.ndarray) -> bytes:
     return file.getvalue()
 
 
-def test_damaged_npy_headers_are_refused_or_change_nothing_but_say_so(count: int) -> None:
-    """Whatever numpy and Python's parser raise over a damaged header is one ValueError."""
-    array = np.arange(6 * 5 * 3, dtype=np.uint8).reshape(6, 5, 3)
-    whole, dice, refused = npy(array), np.random.default_rng(0), 0
-    for _ in range(20 * count):
-        damaged = bytearray(whole)
-        damaged[int(dice.integers(128))] = int(dice.integers(256))
-        try:
-            read_npy(bytes(damaged))
-        except ValueError:
-            refused += 1
-    assert refused > 10 * count
-    for data in (b"", whole[:50], b"PK\x03\x04" + whole, whole.replace(b"(6, 5, 3)", b"(9**9,5)")):
+def test_damaged_npy_headers_are_refused_without_reserving_what_they_claim() -> None:
+    whole = npy(np.zeros((1, 1, 1), np.uint8))
+    huge = (
+        whole.replace(b"(1, 1, 1), }          ", b"(1, 1, 70368744177664)"),
+        whole.replace(b"(1, 1, 1)", b"(9**9, 5)"),
+    )
+    for data in (b"", whole[:50], b"PK\x03\x04" + whole, *huge):
+        assert data != whole
         with pytest.raises(ValueError, match="npy"):
             read_npy(data)
-
-
-def test_a_header_that_claims_more_than_there_is_allocates_nothing() -> None:
-    huge = npy(np.zeros((1, 1, 1), np.uint8)).replace(
-        b"(1, 1, 1), }          ", b"(1, 1, 70368744177664), }"[:22].ljust(22)
-    )
-    with pytest.raises(ValueError, match="npy"):
-        read_npy(huge)
 
 
 def test_arrays_of_the_other_byte_order_are_read_as_their_numbers() -> None:
