@@ -1,29 +1,57 @@
 """What a run is measured with: metrics, extractors and reference, from the config's `evaluation` section."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from hydra.utils import instantiate
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
-from ldm_train.configuration import plain
+from ldm_train.configuration import config_folder, plain
 from ldm_train.data.datamodule import ShardDataModule
 from ldm_train.data.shards import data_hash
 from ldm_train.distributed import gathered, rank
 from ldm_train.evaluation.measurement import Reference, collect_reference, reference_from
 from ldm_train.images import groups_in_words, has_colours
 from ldm_train.metrics.features import Extractor, weights_hash
-from ldm_train.metrics.measures import FROM_MOMENTS, WITHOUT_REFERENCE, parse_metrics, read_reference
+from ldm_train.metrics.measures import read_reference
+from ldm_train.metrics.metric import REFERENCE, Metric
 from ldm_train.metrics.paired import MS_SSIM_SIDE, ms_ssim, psnr, ssim
-from ldm_train.metrics.sets import GROUPS
 
 CACHE = ".references"  # below runs_dir: reference statistics, shared by all runs
 
 PAIRED = {"psnr": psnr, "ssim": ssim, "ms_ssim": ms_ssim}
+
+
+def metric_kinds(own: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """The kinds there are, each as what Hydra builds it from. own: `evaluation.kinds`, of the user's own command."""
+    shipped = {f.stem: OmegaConf.to_container(OmegaConf.load(f)) for f in sorted(config_folder().glob("metric/*.yaml"))}
+    return shipped | dict(own or {})
+
+
+def parse_metrics(
+    names: Sequence[str], extractors: Sequence[str], own: Mapping[str, Any] | None = None
+) -> list[Metric]:
+    """A name is `<kind>_<extractor>` (fid_tiny, kid_mine), or a kind alone on the network it is published with (fid on
+    Inception). Raises ValueError for a name that is none, listing those there are."""
+    kinds, found = metric_kinds(own), []
+    makers = {kind: instantiate(tree, _partial_=True, _convert_="all") for kind, tree in kinds.items()}
+    published = {kind: maker.func.published_with for kind, maker in makers.items() if maker.func.published_with}
+    for name in names:
+        pairs = [(k, name[len(k) + 1 :]) for k in sorted(kinds, key=len, reverse=True) if name.startswith(f"{k}_")]
+        if name in published:
+            pairs = [(name, published[name])]
+        kind, extractor = next((pair for pair in pairs if pair[1] in extractors), (None, None))
+        if kind is None:
+            tiny = [f"{k}_tiny" for k in ("fid", "kid", "precision", "recall") if "tiny" in extractors]
+            raise ValueError(
+                f"metrics: {name!r} is none; choose from {', '.join([*published, *tiny])}, or <kind>_<extractor> with a kind of "
+                f"{', '.join(kinds)} and an extractor of {', '.join(extractors)} (more: evaluation.extractors.<name>)"
+            )
+        found.append(makers[kind](name, kind, extractor))
+    return found
 
 
 def check_paired(names: Sequence[str], networks: Mapping[str, nn.Module]) -> None:
@@ -54,7 +82,7 @@ class Evaluator:
     def __init__(self, section: DictConfig, device: torch.device):
         if isinstance(section.metrics, str) or isinstance(section.paired, str):
             raise ValueError("metrics and paired are lists: metrics=[fid_tiny,kid_tiny]")
-        self.metrics = parse_metrics(list(section.metrics), list(section.extractors))
+        self.metrics = parse_metrics(list(section.metrics), list(section.extractors), section.get("kinds"))
         self.device, self.section = device, section
         needed = {m.extractor for m in self.metrics}
         self.extractors: dict[str, nn.Module] = {
@@ -111,22 +139,16 @@ class Evaluator:
             known = read_reference(source)
         moments_only = known is not None and not len(known.kept()[0])
         for metric in self.metrics:
-            extractor = self.extractors[metric.extractor]
-            if metric.kind == "is" and not hasattr(extractor, "logits"):
-                raise ValueError(f"{metric.name} needs class probabilities, which {type(extractor).__name__} has not")
-            if metric.kind == "clip_score" and not hasattr(extractor, "texts"):
-                raise ValueError(f"{metric.name} needs embeddings of texts, which {type(extractor).__name__} has not")
-            if metric.kind == "clip_score" and "caption" not in fields:
-                raise ValueError(f"{metric.name} judges pictures by their captions, and this model takes none")
-            if metric.kind == "fid_inf" and min(counts) < 6 * GROUPS:
-                raise ValueError(f"{metric.name} needs at least {6 * GROUPS} samples, not {min(counts)}")
-            if moments_only and metric.kind not in FROM_MOMENTS:
+            metric.check(self.extractors[metric.extractor], fields)
+            if min(counts) < metric.least:
+                raise ValueError(f"{metric.name} needs at least {metric.least} samples, not {min(counts)}")
+            if moments_only and metric.needs_features and REFERENCE in metric.compared_with:
                 raise ValueError(f"{metric.name} needs features, and {source} holds mu and sigma only")
         sides = [size, size] if isinstance(size, int) else list(size)
         for name, extractor in self.extractors.items():
             if not isinstance(extractor, Extractor) or known is not None:
                 features = self._tried(name, (channels, *sides))
-                compared = [m.name for m in self.metrics if m.extractor == name and m.kind not in WITHOUT_REFERENCE]
+                compared = [m.name for m in self.metrics if m.extractor == name and REFERENCE in m.compared_with]
                 if known is not None and compared and features != len(known.groups[0].total):
                     raise ValueError(
                         f"{compared[0]}: {source} has {len(known.groups[0].total)} features per image, the extractor "
@@ -149,16 +171,32 @@ class Evaluator:
         }
 
     def reference(self, data: ShardDataModule, runs_dir: str, progress: bool = True) -> Reference:
-        """evaluation.reference: a .npz file, or a split of the data (its first evaluation.reference_images)."""
-        source, limit = str(self.section.reference), self.section.reference_images
+        """evaluation.reference: a .npz file, or a split of the data (its first evaluation.reference_images). Beside it, whole,
+        the splits that metrics compare with."""
+
+        def collected(name: str, split: str, limit: int | None) -> Reference:
+            return collect_reference(
+                lambda: data.fixed_loader(split, limit, ("image",)), self.metrics, self.extractors,
+                self.facts(data, split, limit), Path(runs_dir) / CACHE, self.device, progress, name,
+            )  # fmt: skip
+
+        source = str(self.section.reference)
         if source.endswith(".npz"):
-            return replace(reference_from(source, self.metrics), seen=self.seen(data.channels))
-        check_reference(source, data.index["splits"], data.root)
-        collected = collect_reference(
-            lambda: data.fixed_loader(source, limit, ("image",)), self.metrics, self.extractors,
-            self.facts(data, source, limit), Path(runs_dir) / CACHE, self.device, progress,
-        )  # fmt: skip
-        return replace(collected, seen=self.seen(data.channels))
+            reference = reference_from(source, self.metrics)
+        else:
+            check_reference(source, data.index["splits"], data.root)
+            reference = collected(REFERENCE, source, self.section.reference_images)
+        sets, hashes = dict(reference.sets), dict(reference.hashes)
+        for name in sorted({name for m in self.metrics for name in m.compared_with} - {REFERENCE}):
+            other = collected(name, getattr(data, name), None)
+            sets |= other.sets
+            hashes |= other.hashes
+        return Reference(
+            sets,
+            hashes,
+            self.seen(data.channels),
+            lambda name, index: data.samples(getattr(data, name), ("image",), random=False)[(0, index)]["image"],
+        )
 
 
 def sampling_facts(config: DictConfig) -> dict[str, Any]:

@@ -18,8 +18,9 @@ from ldm_train.distributed import gathered, rank, world_size
 from ldm_train.latent_diffusion import LatentDiffusion
 from ldm_train.metrics.distribution import Estimate
 from ldm_train.metrics.features import weights_hash
-from ldm_train.metrics.measures import Collected, Metric, measure, read_reference, write_reference
-from ldm_train.metrics.sets import UNKNOWN, FeatureSet
+from ldm_train.metrics.measures import Collected, compared, measure, read_reference, write_reference
+from ldm_train.metrics.metric import REFERENCE, Metric
+from ldm_train.metrics.sets import KEPT, UNKNOWN, FeatureSet
 from ldm_train.rng import derive_seed
 from ldm_train.storage import read_tensors, write_atomically
 
@@ -29,6 +30,11 @@ SAVE_EVERY = 60.0  # seconds between the states that an interrupted measurement 
 Draw = Callable[..., torch.Tensor]
 
 
+def seeds_of(keys: Sequence[str], seed: int = 0) -> list[int]:
+    """The seeds of samples that are measured, from the keys of their conditions."""
+    return [derive_seed("evaluation", *([seed] if seed else []), key) for key in keys]
+
+
 def indices_of(position: int, count: int) -> torch.Tensor:
     """Indices in the whole set of `count` samples that begin at `position` of this rank's share: ranks take turns."""
     return torch.arange(position, position + count) * world_size() + rank()
@@ -36,32 +42,39 @@ def indices_of(position: int, count: int) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class Reference:
-    """What samples are compared with. sets: features by extractor. hashes: what identifies each, by extractor. seen: how
-    extractors of three channels saw pictures of other numbers, in words, by extractor."""
+    """What samples are compared with. sets: features by the set's name (see `Metric.compared_with`) and extractor. hashes: what
+    identifies each, by extractor, those of splits by <set>/<extractor>. seen: how extractors of three channels saw pictures
+    of other numbers, in words, by extractor. image_of: (a split's name there, an index) -> its picture."""
 
-    sets: dict[str, FeatureSet]
+    sets: dict[str, dict[str, FeatureSet]]
     hashes: dict[str, str]
     seen: dict[str, str] = field(default_factory=dict)
+    image_of: Callable[[str, int], torch.Tensor] | None = None
 
     def facts(self, metric: Metric) -> dict[str, Any]:
         """What is recorded beside a number."""
         found = {"extractor": metric.extractor}
         if metric.extractor in self.seen:
             found["channels"] = self.seen[metric.extractor]
-        if metric.extractor not in self.sets:
+        if not metric.compared_with:
             return found
-        n = self.sets[metric.extractor].groups[0].count
+        name = metric.compared_with[0]
+        n = self.sets[name][metric.extractor].groups[0].count
         known = n if n != UNKNOWN else None
-        return found | {"reference": self.hashes[metric.extractor], "n_reference": known}
+        return found | {"reference": self.hashes[_key(name, metric.extractor)], "n_reference": known}
+
+
+def _key(name: str, extractor: str) -> str:
+    return extractor if name == REFERENCE else f"{name}/{extractor}"
 
 
 def reference_from(path: str | Path, metrics: Sequence[Metric]) -> Reference:
     """A file of statistics as the reference of the one extractor that the metrics use."""
-    names = {m.extractor for m in metrics if m.kind not in ("is", "clip_score")}
+    names = {m.extractor for m in metrics if REFERENCE in m.compared_with}
     if len(names) > 1:
         raise ValueError(f"{path} is of one extractor, but the metrics use {', '.join(sorted(names))}; ask for one's")
     digest = hashlib.sha256(Path(path).read_bytes()).hexdigest()[:12]
-    return Reference({n: read_reference(path) for n in names}, dict.fromkeys(names, digest))
+    return Reference({REFERENCE: {n: read_reference(path) for n in names}}, dict.fromkeys(names, digest))
 
 
 @torch.no_grad()
@@ -73,34 +86,37 @@ def collect_reference(
     cache: Path,
     device: torch.device,
     progress: bool = True,
+    name: str = REFERENCE,
 ) -> Reference:
     """Features of real images through training's own transform, kept in `cache` under a hash of what they follow from.
 
     loader: () -> batches of this rank's share, asked for only where the cache does not serve. identity: all that the
-    images follow from (content hash of the data, split, transform, number); the extractors' weights are added.
+    images follow from (content hash of the data, split, transform, number); the extractors' weights are added. name: the set
+    that they are (see `Metric.compared_with`).
     """
-    wanted = Collected(metrics, extractors, reference=True)
-    hashes = {
-        name: hashlib.sha256(
-            json.dumps([dict(identity), name, weights_hash(e)], sort_keys=True, default=str).encode()
-        ).hexdigest()[:12]
-        for name, e in wanted.extractors.items()
-    }
-    paths = {name: cache / f"{name}-{digest}.npz" for name, digest in hashes.items()}
+    wanted = Collected(metrics, extractors, compared=name)
+    hashes = {}
+    for extractor, network in wanted.extractors.items():
+        follows = [dict(identity), extractor, weights_hash(network)]
+        follows += [wanted.keep[extractor]] if wanted.keep[extractor] != KEPT else []
+        text = json.dumps(follows, sort_keys=True, default=str)
+        hashes[extractor] = hashlib.sha256(text.encode()).hexdigest()[:12]
+    paths = {extractor: cache / f"{extractor}-{digest}.npz" for extractor, digest in hashes.items()}
     there = gathered([path.is_file() for path in paths.values()])[0]  # rank 0 decides for all
     if not all(there):
         position = 0
-        for batch in tqdm(loader(), desc="reference", unit="batch", disable=not progress):
+        for batch in tqdm(loader(), desc=name.removesuffix("_split"), unit="batch", disable=not progress):
             images = batch["image"].to(device)
             wanted.add(images, indices_of(position, len(images)))
             position += len(images)
         wanted.gathered()
         if rank() == 0:
             cache.mkdir(parents=True, exist_ok=True)
-            for name, path in paths.items():
-                write_atomically(path, lambda file, name=name: write_reference(wanted.sets[name], file))
+            for extractor, path in paths.items():
+                write_atomically(path, lambda file, e=extractor: write_reference(wanted.sets[e], file))
         gathered(None)  # nobody reads before it is written
-    return Reference({name: read_reference(path) for name, path in paths.items()}, hashes)
+    sets = {extractor: read_reference(path) for extractor, path in paths.items()}
+    return Reference({name: sets}, {_key(name, extractor): digest for extractor, digest in hashes.items()})
 
 
 def _saved(partial: Path, empty: Mapping[str, Any], made: Collected) -> dict[str, Any] | None:
@@ -121,13 +137,29 @@ def _saved(partial: Path, empty: Mapping[str, Any], made: Collected) -> dict[str
 
 @dataclass
 class Measured:
-    """estimates by metric; the first samples as pictures, beside what can be seen of their conditions; what sampling took."""
+    """estimates by metric; the first samples as pictures, beside what can be seen of their conditions; seconds of sampling;
+    pairs: by metric, samples beside the pictures of the data that it says to look at, one above the other (2 N, C, H, W)."""
 
     estimates: dict[str, Estimate]
     images: torch.Tensor
     captions: list[str]
     seconds: float
     count: int
+    pairs: dict[str, torch.Tensor] = field(default_factory=dict)
+
+
+def _drawn_again(
+    model: LatentDiffusion, batches: Iterable[dict[str, Any]], draw: Draw, wanted: set[int], seed: int
+) -> dict[int, torch.Tensor]:
+    """Some samples of `measure_samples` by their indices, on every rank: their seeds follow from their keys."""
+    fields, mine, position = set(model.fields), {}, 0
+    for batch in batches:
+        indices = indices_of(position, len(batch["key"])).tolist()
+        position += len(indices)
+        for k in (k for k, index in enumerate(indices) if index in wanted):
+            condition = {f: batch[f][k : k + 1] for f in fields if f in batch}
+            (mine[indices[k]],) = draw(model, condition, seeds=seeds_of([batch["key"][k]], seed)).cpu()
+    return {index: image for part in gathered(mine) for index, image in part.items()}
 
 
 @torch.no_grad()
@@ -169,8 +201,7 @@ def measure_samples(
                 continue
             condition = {f: batch[f][k : k + batch_size] for f in fields if f in batch}
             begin = time.perf_counter()
-            seeds = [derive_seed("evaluation", *([seed] if seed else []), key) for key in keys]
-            images = draw(model, condition, seeds=seeds).to(model.device)
+            images = draw(model, condition, seeds=seeds_of(keys, seed)).to(model.device)
             if images.is_cuda:
                 torch.cuda.synchronize()
             state["seconds"] += time.perf_counter() - begin
@@ -188,8 +219,15 @@ def measure_samples(
                 saved_at = time.monotonic()
     bar.close()
     estimates = measure(metrics, reference.sets, made.gathered())
+    pairs = {}
+    for metric in metrics if reference.image_of else ():
+        if found := metric.pairs(made.sets[metric.extractor], *compared(metric, reference.sets)):
+            drawn = _drawn_again(model, batches, draw, {sample for sample, _ in found}, seed)
+            real = [reference.image_of(metric.compared_with[0], index) for _, index in found]
+            rows = [drawn[sample] for sample, _ in found], real
+            pairs[metric.name] = torch.stack([image for row in rows for image in row])
     count = sum(gathered(state["done"]))
     if partial is not None and partial.is_file():
         os.unlink(partial)
     shown_images = torch.cat(state["images"]) if state["images"] else torch.empty(0)
-    return Measured(estimates, shown_images, state["captions"], max(gathered(state["seconds"])), count)
+    return Measured(estimates, shown_images, state["captions"], max(gathered(state["seconds"])), count, pairs)

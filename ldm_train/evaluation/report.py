@@ -18,8 +18,10 @@ from ldm_train.images import groups_in_words, has_colours
 from ldm_train.latent_diffusion import LatentDiffusion
 from ldm_train.losses.perceptual import LPIPS, TinyPerceptual
 from ldm_train.metrics.distribution import frechet_estimate, mean_estimate
+from ldm_train.metrics.kinds import FrechetDistance
 from ldm_train.metrics.latent import decoder_sensitivity, equivariance_error, nearest_neighbours, spectrum_slope
-from ldm_train.metrics.measures import WITHOUT_REFERENCE, Collected, Metric, measure
+from ldm_train.metrics.measures import Collected, measure
+from ldm_train.metrics.metric import REFERENCE, Metric
 from ldm_train.metrics.sets import FeatureSet
 from ldm_train.models.first_stage import FirstStage
 from ldm_train.rng import NoiseSource
@@ -42,7 +44,7 @@ def evaluate_first_stage(
     diffusion model to come, on the first `predictors` images (0: not measured).
     """
     extractors, paired, networks, device = evaluator.extractors, evaluator.paired, evaluator.networks, evaluator.device
-    used = [m for m in evaluator.metrics if m.kind not in WITHOUT_REFERENCE]
+    used = [m for m in evaluator.metrics if m.compared_with == (REFERENCE,)]
     rebuilt, values, kept, position = Collected(used, extractors), {}, [], 0
     shown = torch.empty(0)
     for batch in tqdm(batches, desc="reconstructions", unit="batch", disable=not progress):
@@ -98,11 +100,16 @@ def predict(
     neighbours = latents[nearest_neighbours(latents)]
     middles = [first_stage.decode((a + b) / 2) for a, b in zip(latents.split(32), neighbours.split(32))]
     for metric in metrics:
-        if metric.kind in ("fid", "fd"):
+        if type(metric).measure is FrechetDistance.measure:
             features = FeatureSet.of(torch.cat([extractors[metric.extractor](m).cpu() for m in middles]))
-            estimate = frechet_estimate(reference.sets[metric.extractor].moments, features)
+            estimate = frechet_estimate(reference.sets[REFERENCE][metric.extractor].moments, features)
             found[f"i{metric.name}"] = estimate.as_dict() | reference.facts(metric)
     return found
+
+
+def save_pairs(rows: torch.Tensor, path: Path) -> None:
+    """`Measured.pairs` as a picture."""
+    pictures.save_png(pictures.grid(rows, columns=len(rows) // 2), path)
 
 
 @torch.no_grad()
@@ -147,6 +154,8 @@ def evaluate(
     }
     if rank() > 0:
         return found
+    for name, rows in sampled.pairs.items():
+        save_pairs(rows, folder / f"{name}.png")
     drawn, texts = sampled.images, sampled.captions
     if adherence:
         table, made, conditions = measure_adherence(

@@ -9,11 +9,10 @@ from ldm_train.checkpoints.native import load_model
 from ldm_train.configuration import plain
 from ldm_train.data.datamodule import Batching
 from ldm_train.evaluation.adherence import judged_fields
-from ldm_train.evaluation.evaluator import sampling_facts
+from ldm_train.evaluation.evaluator import parse_metrics, sampling_facts
 from ldm_train.evaluation.report import evaluate
 from ldm_train.evaluation.restoration import FIELDS as RESTORED
 from ldm_train.generation.film import denoising_film
-from ldm_train.metrics.measures import parse_metrics
 from ldm_train.pipeline.data import data_key
 from ldm_train.pipeline.diffusion import check_model, drawer
 from ldm_train.pipeline.run import Run
@@ -39,8 +38,11 @@ class EvaluationStage(Stage):
     def _section(self, run: Run) -> dict[str, Any]:
         """The evaluation section with the extractors that its metrics use: another's path changes nothing."""
         section = plain(run.config.evaluation)
-        used = {m.extractor for m in parse_metrics(section["metrics"], list(section["extractors"]))}
+        metrics = parse_metrics(section["metrics"], list(section["extractors"]), section["kinds"])
+        used = {m.extractor for m in metrics}
         section["extractors"] = {name: tree for name, tree in section["extractors"].items() if name in used}
+        if not section["kinds"]:
+            section.pop("kinds")  # as usual
         if section["reference"] == run.config.data.val_split:
             section.pop("reference")  # as usual
         if "lpips" not in section["paired"]:
@@ -90,8 +92,8 @@ class EvaluationStage(Stage):
             film = denoising_film(model, draw, batch, folder / "denoising.gif")
         if run.wandb:
             run.wandb.log_evaluation(result)
-            for name in ("samples", "reconstructions"):
-                run.wandb.log_picture(f"evaluation/{name}", folder / f"{name}.png")
+            for path in sorted(folder.glob("*.png")):
+                run.wandb.log_picture(f"evaluation/{path.stem}", path)
             run.wandb.log_film("evaluation/denoising", film, "from noise to pictures")
         run.barrier()
         return result

@@ -30,10 +30,11 @@ from ldm_train.data.loose import image_batches
 from ldm_train.distributed import gathered, rank
 from ldm_train.evaluation.evaluator import Evaluator, sampling_facts
 from ldm_train.evaluation.measurement import Reference, measure_samples, reference_from
-from ldm_train.evaluation.report import evaluate_first_stage
+from ldm_train.evaluation.report import evaluate_first_stage, save_pairs
 from ldm_train.generation.files import as_list
 from ldm_train.latent_diffusion import LatentDiffusion
 from ldm_train.metrics.measures import Collected, measure, write_reference
+from ldm_train.metrics.metric import REFERENCE
 from ldm_train.models.first_stage import FirstStage
 from ldm_train.pipeline.data import data_module
 from ldm_train.pipeline.diffusion import drawer
@@ -73,9 +74,10 @@ def load_weights(folder: Path, which: str, trust: Sequence[str] = ()) -> LatentD
 def export_reference(path: str | None, reference: Reference) -> None:
     if path is None or rank() > 0:
         return
-    if len(reference.sets) != 1:
-        raise ValueError(f"export={path} is for one extractor, the metrics use {', '.join(sorted(reference.sets))}")
-    features = next(iter(reference.sets.values()))
+    sets = reference.sets[REFERENCE]
+    if len(sets) != 1:
+        raise ValueError(f"export={path} is for one extractor, the metrics use {', '.join(sorted(sets))}")
+    features = next(iter(sets.values()))
     write_atomically(path, lambda file: write_reference(features, file))
     print(f"reference: {path}")
 
@@ -123,6 +125,9 @@ def evaluate_run(config: DictConfig, again: bool = True) -> tuple[dict[str, Any]
     found = {
         "samples": {m.name: measured.estimates[m.name].as_dict() | reference.facts(m) | facts for m in tools.metrics}
     }
+    if machine.rank == 0:
+        for name, rows in measured.pairs.items():
+            save_pairs(rows, kept.with_name(f"{kept.stem}-{name}.png"))
     found["speed"] = {"images_per_second": measured.count / measured.seconds} if measured.seconds else {}
     return found, results, asked
 
@@ -193,17 +198,18 @@ def evaluate_images(config: DictConfig) -> tuple[dict[str, Any], Path | None, di
         raise ValueError("images= are measured on one device")
     usual = OmegaConf.load(config_folder() / "train.yaml").evaluation
     section = {"extractors": OmegaConf.merge(usual.extractors, config.extractors), "metrics": config.metrics}
+    section["kinds"] = config.kinds
     machine = machine_of(config, {})
     tools = Evaluator(OmegaConf.create(section | {"paired": [], "perceptual": None, "lpips": None}), machine.device)
     if not tools.metrics:
         raise ValueError("metrics=[] measures nothing of two sets of images; for example metrics=[fid_tiny]")
     batch_size, seen = config.batch_size or 64, {}
 
-    def collected(option: str, reference: bool) -> Collected:
+    def collected(option: str, compared: str | None) -> Collected:
         nonlocal seen
-        into, position = Collected(tools.metrics, tools.extractors, reference), 0
+        into, position = Collected(tools.metrics, tools.extractors, compared), 0
         sources = [str(s) for s in as_list(config[option], option)]
-        limit = None if reference else config.n
+        limit = config.n if compared is None else None
         batches = tqdm(
             image_batches(sources, config.image_size, batch_size),
             desc=option,
@@ -222,11 +228,11 @@ def evaluate_images(config: DictConfig) -> tuple[dict[str, Any], Path | None, di
     if str(config.against).endswith(".npz"):
         reference = reference_from(config.against, tools.metrics)
     else:
-        sets = collected("against", True).sets
+        sets = collected("against", REFERENCE).sets
         hashes = {n: hashlib.sha256(s.moments.total.numpy().tobytes()).hexdigest()[:12] for n, s in sets.items()}
-        reference = Reference(sets, hashes)
+        reference = Reference({REFERENCE: sets}, hashes)
     export_reference(config.export, reference)
-    estimates = measure(tools.metrics, reference.sets, collected("images", False))
+    estimates = measure(tools.metrics, reference.sets, collected("images", None))
     reference = replace(reference, seen=seen)
     sources = {"images": as_list(config.images, "images"), "against": as_list(config.against, "against")}
     found = {"images": {m.name: estimates[m.name].as_dict() | reference.facts(m) | sources for m in tools.metrics}}

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 import torch
 from omegaconf import DictConfig
 
+from ldm_train.evaluation.evaluator import parse_metrics
 from ldm_train.images import groups_in_words, has_colours
-from ldm_train.metrics.measures import parse_metrics
 from ldm_train.pipeline.resume import Step, read_note
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ def _channels_in_words(config: DictConfig) -> str:
     seeing = []
     if perceptual is not None and perceptual._target_.startswith("ldm_train."):
         seeing.append("the perceptual distance (autoencoder/loss/perceptual=none leaves it out)")
-    for metric in parse_metrics(list(evaluation.metrics), list(evaluation.extractors)):
+    for metric in parse_metrics(list(evaluation.metrics), list(evaluation.extractors), evaluation.kinds):
         if evaluation.extractors[metric.extractor]._target_.startswith("ldm_train."):
             seeing.append(metric.name)
     text = (

@@ -11,8 +11,8 @@ from ldm_train.storage import check_kinds
 
 # Options of this command that stand where the run's config has evaluation.<name>.
 EVALUATION = ("metrics", "paired", "reference", "reference_images", "predictors", "batch_size")
-# Networks that measure: built from this command's own config, never from a run's, whose files may be a stranger's.
-NETWORKS = ("extractors", "perceptual", "lpips")
+# What measures: built from this command's own config, never from a run's, whose files may be a stranger's.
+NETWORKS = ("extractors", "kinds", "perceptual", "lpips")
 SAMPLING = ("num_inference_steps", "guidance_scale", "spacing")
 
 

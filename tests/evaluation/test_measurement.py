@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 import torch
 
+from ldm_train.evaluation.evaluator import parse_metrics
 from ldm_train.evaluation.measurement import _saved
 from ldm_train.metrics.features import TinyEval
-from ldm_train.metrics.measures import Collected, parse_metrics
+from ldm_train.metrics.measures import Collected
 
 EMPTY = {"done": 0, "batch_size": 4, "images": [], "captions": [], "seconds": 0.0}
 
@@ -48,10 +49,10 @@ def test_a_damaged_state_changes_no_number(extractor: TinyEval, tmp_path: Path, 
     assert refused
 
 
-@pytest.mark.parametrize("change", [{"fits": [1]}, {"fits": None}, {"sets": {"tiny": {}}}, {"sets": []}])
+@pytest.mark.parametrize("change", [{"values": [1]}, {"values": {"a": [1]}}, {"sets": {"tiny": {}}}, {"sets": []}])
 def test_a_state_of_another_kind_leaves_nothing_behind(change: dict, extractor: TinyEval, tmp_path: Path):
     torch.save({"state": EMPTY, "made": collected(extractor, 8).state() | change}, tmp_path / "partial")
     made = collected(extractor)
     assert _saved(tmp_path / "partial", EMPTY, made) is None
     assert not made.sets
-    assert not made.fits
+    assert not made.values

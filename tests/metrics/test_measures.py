@@ -12,18 +12,22 @@ from torch_fidelity.metric_isc import isc_features_to_metric
 from torch_fidelity.metric_kid import kid_features_to_metric
 from torch_fidelity.metric_prc import prc_features_to_metric
 
+from ldm_train.evaluation.evaluator import parse_metrics
 from ldm_train.metrics.distribution import (
+    Estimate,
     Frechet,
     frechet_at_infinity,
     frechet_estimate,
     gaussian,
     inception_score,
     kernel_estimate,
+    mean_estimate,
     precision_estimate,
     recall_estimate,
 )
 from ldm_train.metrics.features import DinoV2, Inception, TinyEval, weights_hash
-from ldm_train.metrics.measures import Collected, measure, parse_metrics, read_reference, write_reference
+from ldm_train.metrics.measures import Collected, measure, read_reference, write_reference
+from ldm_train.metrics.metric import REFERENCE, Metric
 from ldm_train.metrics.sets import FLUSH, FeatureSet, Moments
 
 QUIET = {"verbose": False}
@@ -133,7 +137,7 @@ def test_the_distance_at_infinity_has_lost_its_bias() -> None:
 
 
 def collected(x: torch.Tensor, batch: int, names: list[str] = NAMES, reference: bool = False) -> Collected:
-    into, position = Collected(parse_metrics(names, ["mine"]), EXTRACTORS, reference), 0
+    into, position = Collected(parse_metrics(names, ["mine"]), EXTRACTORS, REFERENCE if reference else None), 0
     for part in x.split(batch):
         into.add(pictures(part), torch.arange(position, position + len(part)))
         position += len(part)
@@ -141,7 +145,7 @@ def collected(x: torch.Tensor, batch: int, names: list[str] = NAMES, reference: 
 
 
 def test_batches_do_not_matter() -> None:
-    reference = collected(A, 500, reference=True).sets
+    reference = {REFERENCE: collected(A, 500, reference=True).sets}
     one, many = (measure(parse_metrics(NAMES, ["mine"]), reference, collected(B, size)) for size in (400, 7))
     for name in NAMES:
         assert (many[name].value, many[name].low) == pytest.approx((one[name].value, one[name].low), rel=1e-9)
@@ -155,12 +159,12 @@ def _rank(rank: int, file: str, out: str) -> None:
 
     sets = []
     for x, reference in ((A, True), (B, False)):
-        into, position = Collected(parse_metrics(NAMES, ["mine"]), EXTRACTORS, reference), 0
+        into, position = Collected(parse_metrics(NAMES, ["mine"]), EXTRACTORS, REFERENCE if reference else None), 0
         for part in x[rank::2].split(64):  # as evaluation batches are dealt out
             into.add(pictures(part), indices_of(position, len(part)))
             position += len(part)
         sets.append(into.gathered())
-    found = measure(parse_metrics(NAMES, ["mine"]), sets[0].sets, sets[1])
+    found = measure(parse_metrics(NAMES, ["mine"]), {REFERENCE: sets[0].sets}, sets[1])
     if rank == 1:
         torch.save({k: (e.value, e.low, e.high, e.n) for k, e in found.items()}, out)
     dist.destroy_process_group()
@@ -169,7 +173,7 @@ def _rank(rank: int, file: str, out: str) -> None:
 def test_two_ranks_measure_what_one_does(tmp_path: Path) -> None:
     mp.spawn(_rank, (str(tmp_path / "group"), str(tmp_path / "out.pt")), nprocs=2)
     two = torch.load(tmp_path / "out.pt")
-    one = measure(parse_metrics(NAMES, ["mine"]), collected(A, 64, reference=True).sets, collected(B, 64))
+    one = measure(parse_metrics(NAMES, ["mine"]), {REFERENCE: collected(A, 64, reference=True).sets}, collected(B, 64))
     for name, estimate in one.items():
         expected = (estimate.value, estimate.low, estimate.high, estimate.n)
         assert two[name] == pytest.approx(expected, rel=1e-9, abs=1e-12), name
@@ -194,14 +198,16 @@ def test_a_reference_survives_its_file(tmp_path: Path) -> None:
     with open(tmp_path / "a.npz", "wb") as file:
         write_reference(reference, file)
     metrics, made = parse_metrics(NAMES, ["mine"]), collected(B, 100)
-    before, after = (measure(metrics, {"mine": r}, made) for r in (reference, read_reference(tmp_path / "a.npz")))
+    before, after = (
+        measure(metrics, {REFERENCE: {"mine": r}}, made) for r in (reference, read_reference(tmp_path / "a.npz"))
+    )
     for name in NAMES:
         assert after[name].value == pytest.approx(before[name].value, rel=1e-6)
 
 
 def test_statistics_of_others_serve_for_frechet_distances_only(tmp_path: Path) -> None:
     np.savez(tmp_path / "b.npz", mu=A.double().mean(0).numpy(), sigma=np.cov(A.double().numpy().T))
-    reference, made = {"mine": read_reference(tmp_path / "b.npz")}, collected(B, 100)
+    reference, made = {REFERENCE: {"mine": read_reference(tmp_path / "b.npz")}}, collected(B, 100)
     found = measure(parse_metrics(["fid_mine", "is_mine"], ["mine"]), reference, made)
     assert found["fid_mine"].value == pytest.approx(Frechet(Moments.of([A]))(made.sets["mine"].moments), rel=1e-6)
     with pytest.raises(ValueError, match="kid_mine needs features; this reference holds mean and covariance only"):
@@ -226,8 +232,39 @@ def test_names_say_kind_and_extractor() -> None:
     ]  # fmt: skip
     assert [m.sign for m in found] == [1, 1, 1, 1, -1]
     for name in ("fidd", "fid_other", "tiny", "fid_"):
-        with pytest.raises(ValueError, match=f"'{name}' is none; choose from fid, fid_inf"):
+        with pytest.raises(ValueError, match=f"'{name}' is none; choose from .*fid, fid_inf"):
             parse_metrics([name], ["tiny", "inception"])
+
+
+class Spread(Metric):
+    """A metric of a user's own: it collects a number of each image and compares with nothing."""
+
+    compared_with, higher_is_better = (), True
+
+    def __init__(self, *named: str, power: int = 1):
+        super().__init__(*named)
+        self.power = power
+
+    def collect(self, extractor: nn.Module, features: torch.Tensor, captions: object) -> torch.Tensor:
+        return features.norm(dim=1) ** self.power
+
+    def measure(self, made: FeatureSet, values: torch.Tensor, *others: FeatureSet) -> Estimate:
+        return mean_estimate(values)
+
+
+def test_a_metric_of_ones_own_is_measured_beside_the_others() -> None:
+    kinds = {"spread": {"_target_": f"{__name__}.Spread", "power": 2}}
+    metrics = parse_metrics(["fid_mine", "spread_mine"], ["mine"], kinds)
+    made, position = Collected(metrics, EXTRACTORS), 0
+    for part in B.split(70):
+        made.add(pictures(part), torch.arange(position, position + len(part)))
+        position += len(part)
+    reference = {REFERENCE: collected(A, 500, ["fid_mine"], reference=True).sets}
+    found = measure(metrics, reference, made)
+    assert found["spread_mine"].value == pytest.approx(float((B.norm(dim=1) ** 2).double().mean()))
+    assert metrics[1].sign == -1
+    with pytest.raises(ValueError, match=r"a kind of .*recall, spread and an extractor of mine"):
+        parse_metrics(["spread"], ["mine"], kinds)
 
 
 def test_what_an_extractor_lacks_is_named() -> None:

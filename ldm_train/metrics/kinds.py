@@ -1,0 +1,106 @@
+"""The published metrics: what each compares, and what it needs."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from ldm_train.metrics.distribution import (
+    Estimate,
+    frechet_at_infinity,
+    frechet_estimate,
+    gaussian,
+    inception_score,
+    kernel_estimate,
+    mean_estimate,
+    precision_estimate,
+    recall_estimate,
+)
+from ldm_train.metrics.metric import Metric
+from ldm_train.metrics.sets import GROUPS, FeatureSet
+
+
+class FrechetDistance(Metric):
+    """fd: on any extractor (FD-DINOv2, Stein et al. 2023)."""
+
+    needs_features = False
+
+    def measure(self, made: FeatureSet, values: torch.Tensor, *others: FeatureSet) -> Estimate:
+        return frechet_estimate(others[0].moments, made)
+
+
+class FrechetInceptionDistance(FrechetDistance):
+    """fid (Heusel et al. 2017)."""
+
+    published_with = "inception"
+
+
+class FrechetAtInfinity(FrechetInceptionDistance):
+    """fid_inf: extrapolated to infinitely many images (Chong and Forsyth 2020)."""
+
+    least = 6 * GROUPS
+
+    def measure(self, made: FeatureSet, values: torch.Tensor, *others: FeatureSet) -> Estimate:
+        return frechet_at_infinity(others[0].moments, made)
+
+
+class KernelInceptionDistance(Metric):
+    """kid (Binkowski et al. 2018)."""
+
+    published_with = "inception"
+
+    def measure(self, made: FeatureSet, values: torch.Tensor, *others: FeatureSet) -> Estimate:
+        return kernel_estimate(others[0].kept()[0], made.kept()[0])
+
+
+class ClipMaximumMeanDiscrepancy(Metric):
+    """cmmd, in thousandths (Jayasumana et al. 2024)."""
+
+    published_with = "clip"
+
+    def measure(self, made: FeatureSet, values: torch.Tensor, *others: FeatureSet) -> Estimate:
+        return kernel_estimate(others[0].kept()[0], made.kept()[0], gaussian, 1000.0)
+
+
+class InceptionScore(Metric):
+    """is (Salimans et al. 2016), of all images as one split."""
+
+    published_with, higher_is_better, needs_classes, compared_with = "inception", True, True, ()
+
+    def measure(self, made: FeatureSet, values: torch.Tensor, *others: FeatureSet) -> Estimate:
+        return inception_score(made)
+
+
+class Precision(Metric):
+    """precision, improved (Kynkaanniemi et al. 2019)."""
+
+    published_with, higher_is_better = "inception", True
+
+    def measure(self, made: FeatureSet, values: torch.Tensor, *others: FeatureSet) -> Estimate:
+        return precision_estimate(others[0].kept()[0], made.kept()[0])
+
+
+class Recall(Precision):
+    """recall, improved."""
+
+    def measure(self, made: FeatureSet, values: torch.Tensor, *others: FeatureSet) -> Estimate:
+        return recall_estimate(others[0].kept()[0], *made.kept())
+
+
+class ClipScore(Metric):
+    """clip_score: 100 max(cos, 0) of images and the captions they were drawn from (Hessel et al. 2021)."""
+
+    published_with, higher_is_better, compared_with = "clip", True, ()
+
+    def check(self, extractor: Any, fields: Sequence[str]) -> None:
+        if "caption" not in fields:
+            raise ValueError(f"{self.name} judges pictures by their captions, and this model takes none")
+        if not hasattr(extractor, "texts"):
+            raise ValueError(f"{self.name} needs embeddings of texts, which {type(extractor).__name__} has not")
+
+    def collect(self, extractor: Any, features: torch.Tensor, captions: Sequence[str] | None) -> torch.Tensor | None:
+        self.check(extractor, ["caption"] if captions and all(captions) else [])
+        return 100 * (features * extractor.texts(captions)).sum(dim=1).clamp(min=0).double()
+
+    def measure(self, made: FeatureSet, values: torch.Tensor, *others: FeatureSet) -> Estimate:
+        return mean_estimate(values)
