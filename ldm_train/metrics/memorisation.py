@@ -1,0 +1,41 @@
+"""Whether a model draws its training pictures again."""
+
+import torch
+
+from ldm_train.metrics.distribution import BLOCK, Estimate, mean_estimate
+from ldm_train.metrics.metric import HELD_OUT, TRAINING, Metric
+from ldm_train.metrics.sets import FeatureSet
+
+SHOWN = 12  # pairs
+
+
+def nearest(features: torch.Tensor, among: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(distances, rows) of the nearest of `among` (M, D) to each of features (N, D), float64."""
+    among = among.double()
+    found = [torch.cdist(part.double(), among).min(dim=1) for part in features.split(BLOCK)]
+    return torch.cat([f.values for f in found]), torch.cat([f.indices for f in found])
+
+
+class Memorisation(Metric):
+    """memorisation: the probability that a sample is nearer to its nearest training picture than a held-out picture is to
+    its own, ties counted half. 0.5: samples are as new as held-out pictures; 1: copies; below 0.5: further from the training
+    pictures than real ones (the test of Meehan, Chaudhuri and Dasgupta 2020, arXiv:2004.05675, over the whole space).
+    The interval is for other samples of the model, both sets of pictures fixed.
+    """
+
+    compared_with, keep = (TRAINING, HELD_OUT), 1_000_000
+
+    def measure(self, made: FeatureSet, values: torch.Tensor, *others: FeatureSet) -> Estimate:
+        training, held_out = (other.kept()[0] for other in others)
+        ours = nearest(made.kept()[0], training)[0]
+        theirs = nearest(held_out, training)[0].sort().values
+        above = len(theirs) - torch.searchsorted(theirs, ours, right=True)
+        equal = torch.searchsorted(theirs, ours, right=True) - torch.searchsorted(theirs, ours)
+        return mean_estimate((above + equal / 2).double() / len(theirs))
+
+    def pairs(self, made: FeatureSet, *others: FeatureSet) -> list[tuple[int, int]]:
+        """The samples nearest to a training picture, beside it."""
+        features, indices = made.kept()
+        training, places = others[0].kept()
+        distances, rows = nearest(features, training)
+        return [(int(indices[k]), int(places[rows[k]])) for k in distances.argsort()[:SHOWN].tolist()]
