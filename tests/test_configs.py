@@ -13,7 +13,7 @@ from ldm_train.checkpoints.parts import targets
 from ldm_train.conditioning.text import TokenEncoder, train_tokenizer
 from ldm_train.configuration import config_folder
 from ldm_train.diffusion.objective import DiffusionObjective
-from ldm_train.pipeline.diffusion import first_stage_tree, model_tree
+from ldm_train.pipeline.diffusion import first_stage_tree, latent_size, model_tree
 from ldm_train.pipeline.values import check_values
 
 EXPERIMENTS = sorted(p.stem for p in (config_folder() / "experiment").glob("*.yaml"))
@@ -69,7 +69,8 @@ def test_every_experiment_makes_one_model(experiment: str):
         if conditioner.get("tokenizer") == "from_data":
             conditioner["tokenizer"] = train_tokenizer(["a red circle"], conditioner.pop("vocab_size")).to_str()
     network = OmegaConf.to_container(config.autoencoder.network, resolve=True)
-    tree = model_tree(config, first_stage_tree(network), conditioners)
+    first_stage = on_meta(OmegaConf.create(network))
+    tree = model_tree(config, first_stage_tree(network), conditioners, latent_size(config, first_stage))
     model = on_meta(OmegaConf.create(tree))
     f, size = model.first_stage.downsample_factor, config.data.image_size
     assert model.latent_size == (size // f, size // f)

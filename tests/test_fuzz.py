@@ -311,7 +311,7 @@ def test_damaged_notes_and_statistics_of_stages_are_named(run: Path, tmp_path: P
     def decided(folder: Path) -> set[str]:
         again = chain(run, "diffusion.evaluate_every=null", "stages=[autoencoder,latents,diffusion]")
         again.folder = folder
-        check_chain(again.order, again.steps(), folder, {})
+        check_chain(again.order, again.chosen(), folder, {})
         model = load_model(folder / "diffusion" / "model")
         give_statistics(folder / "latents", model.first_stage, True)
         return {fingerprint(model.first_stage.scale, model.first_stage.shift)}

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import pytest
 import torch
 from chains import SMALL, chain
 from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
 from PIL import Image
 
 from ldm_train import images as pictures
@@ -110,6 +112,29 @@ def test_more_steps_continue_the_autoencoder_and_later_stages_ask_to_be_made_ane
     checkpoint = torch.load(tmp_path / "run/autoencoder/checkpoints/last.ckpt", weights_only=True)
     assert checkpoint["global_step"] == 9
     assert read_note(tmp_path / "run" / "export")["finished"]
+    before = read_note(tmp_path / "run" / "export")["result"]["sha256"]
+    chain(tmp_path, "autoencoder.max_steps=9", "diffusion.max_steps=8", "restart=evaluation").execute()
+    assert read_note(tmp_path / "run" / "export")["result"]["sha256"] != before
+    with pytest.raises(Refused, match=r"sampling.guidance_scale: .* -> 1.5"):  # an export says how to sample
+        chain(tmp_path, "autoencoder.max_steps=9", "diffusion.max_steps=8", "sampling.guidance_scale=1.5").execute()
+
+
+@pytest.mark.chain
+def test_the_record_is_of_what_was_trained_with_what(finished: Path, tmp_path: Path):
+    """Later stages under another condition are on record; the autoencoder's options stay those it was trained with."""
+    shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
+    options = ("stages=[latents,diffusion]", "restart=latents", "autoencoder.lr=0.5", "diffusion.evaluate_every=null")
+    chain(tmp_path, *options, "diffusion/conditioning=none").execute()
+    record = OmegaConf.load(tmp_path / "run" / "config.yaml")
+    assert record.diffusion.conditioning.conditioners == {}
+    assert record.autoencoder.lr == OmegaConf.load(finished / "run" / "config.yaml").autoencoder.lr
+
+
+@pytest.mark.chain
+def test_a_model_is_not_measured_without_the_conditions_it_reads(finished: Path, tmp_path: Path):
+    shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
+    with pytest.raises(ValueError, match=r"the model reads .*class_label.* options that it was trained with"):
+        chain(tmp_path, "stages=[evaluation]", "restart=evaluation", "diffusion/conditioning=none").execute()
 
 
 @pytest.mark.chain

@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
+from ldm_train import names
 from ldm_train.checkpoints.diffusers_options import (
     AUTOENCODERS,
     BETAS,
@@ -34,7 +35,6 @@ from ldm_train.latent_diffusion import LatentDiffusion
 from ldm_train.models.autoencoder import AutoencoderKL, AutoencoderVQ
 from ldm_train.models.first_stage import FirstStage
 from ldm_train.models.unet import UNet
-from ldm_train.names import PREDICTIONS
 from ldm_train.storage import check_links, file_sha256, read_record
 
 INDEX = "model_index.json"
@@ -303,6 +303,11 @@ def _text(folder: Path, dim: int) -> FrozenText:
     return FrozenText(str(encoder), dim, max_length=options["max_position_embeddings"], pretrained=(tokenizer, model))
 
 
+PREDICTIONS: dict[str, type[Parameterisation]] = {
+    kind: getattr(parameterisation, path.rpartition(".")[2]) for kind, path in names.PREDICTIONS.items()
+}
+
+
 def load_schedule(folder: Path) -> tuple[NoiseSchedule, Parameterisation]:
     """The schedule, and what the U-Net predicts."""
     path = folder / "scheduler_config.json"
@@ -310,10 +315,9 @@ def load_schedule(folder: Path) -> tuple[NoiseSchedule, Parameterisation]:
     prediction, zero_snr = options["prediction_type"], options["rescale_betas_zero_snr"]
     if zero_snr and prediction == "epsilon":  # no image can be told from noise alone
         raise refused(path, "rescale_betas_zero_snr", zero_snr, "=False, or with prediction_type='v_prediction',")
-    predicts: Parameterisation = getattr(parameterisation, PREDICTIONS[prediction].rpartition(".")[2])()
     ends = options["beta_start"], options["beta_end"], options["num_train_timesteps"]
     try:
-        return NoiseSchedule(BETAS[options["beta_schedule"]], *ends, zero_snr), predicts
+        return NoiseSchedule(BETAS[options["beta_schedule"]], *ends, zero_snr), PREDICTIONS[prediction]()
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
 

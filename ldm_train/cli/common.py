@@ -1,4 +1,4 @@
-"""Shared by the commands: Hydra with readable errors, did-you-mean, and types checked before anything starts."""
+"""Shared by the commands: Hydra with readable errors and did-you-mean."""
 
 import json
 import os

@@ -38,6 +38,11 @@ def parse_metrics(
     Inception). Raises ValueError for a name that is none, listing those there are."""
     kinds, found = metric_kinds(own), []
     makers = {kind: instantiate(tree, _partial_=True, _convert_="all") for kind, tree in kinds.items()}
+    for kind, maker in makers.items():
+        if not (isinstance(maker.func, type) and issubclass(maker.func, Metric)):
+            raise ValueError(
+                f"evaluation.kinds.{kind}: {kinds[kind]['_target_']} is no class of a metric (metrics/metric.py)"
+            )
     published = {kind: maker.func.published_with for kind, maker in makers.items() if maker.func.published_with}
     for name in names:
         pairs = [(k, name[len(k) + 1 :]) for k in sorted(kinds, key=len, reverse=True) if name.startswith(f"{k}_")]

@@ -192,6 +192,11 @@ def measure_samples(
     saved_at, position = time.monotonic(), 0
     bar = tqdm(total=total, desc="samples", unit="img", disable=not progress)
     for batch in batches:
+        if missing := sorted(fields - batch.keys()):
+            raise ValueError(
+                f"the model reads {', '.join(missing)}, which the configured diffusion/conditioning does not: use the "
+                "options that it was trained with"
+            )
         for k in range(0, len(batch["key"]), batch_size):
             keys = batch["key"][k : k + batch_size]
             indices = indices_of(position, len(keys))

@@ -127,14 +127,15 @@ def evaluate(
     predictors: int = 128,
     adherence: dict[str, Any] | None = None,
     restoration: dict[str, Any] | None = None,
+    precision: str = "32",
     progress: bool = True,
 ) -> dict[str, Any]:
     """Writes metrics.json, samples.png, reconstructions.png (and restorations.png) into `folder` and returns the metrics.
 
     images: batches that are reconstructed; conditions: batches under whose conditions one sample each is drawn; both this
-    rank's share, without randomness. settings: sampler, steps and guidance, recorded beside each number. adherence:
-    arguments of `measure_adherence`, on shapes. restoration: of `measure_restoration`, its loader included, for
-    super-resolution and inpainting. Both are measured by rank 0 alone, which is the one that writes.
+    rank's share, without randomness. precision: that `draw` works in. settings: sampler, steps and guidance, recorded beside
+    each number. adherence: arguments of `measure_adherence`, on shapes. restoration: of `measure_restoration`, its loader
+    included, for super-resolution and inpainting. Both are measured by rank 0 alone, which is the one that writes.
     """
     found, shown = evaluate_first_stage(model.first_stage, images, evaluator, reference, predictors, progress)
     sampled = measure_samples(
@@ -146,7 +147,7 @@ def evaluate(
         evaluator.extractors,
         batch_size,
         progress=progress,
-        partial=folder / ".samples.partial",
+        partial=folder / f".samples-{precision}.partial",
     )
     facts = settings | {"seed": 0}
     found["samples"] = {

@@ -5,10 +5,12 @@ from typing import Any
 
 import torch
 from hydra.utils import instantiate
+from omegaconf import DictConfig
 
 from ldm_train import rng
 from ldm_train.checkpoints.native import read_metadata
 from ldm_train.configuration import plain
+from ldm_train.data.datamodule import ShardDataModule
 from ldm_train.generation.guides import schedule_facts
 from ldm_train.pipeline import autoencoder, latents, training
 from ldm_train.pipeline.data import FROM_DATA, mixture_key
@@ -16,6 +18,17 @@ from ldm_train.pipeline.diffusion import latent_size, schedule_of
 from ldm_train.pipeline.run import Run
 from ldm_train.pipeline.stage import Stage
 from ldm_train.training.classifier_task import ClassifierTask
+
+
+def classifier_tree(config: DictConfig, images: ShardDataModule, first_stage: Any) -> dict[str, Any]:
+    """The network's config with what comes from the data filled in."""
+    tree = plain(config.classifier.network)
+    filled = {"classes": images.index.get("classes"), "latent_size": latent_size(config, first_stage)}
+    if filled["classes"] is None and tree["classes"] == FROM_DATA:
+        raise ValueError(
+            f"{images.root}/index.json names no classes; set classifier.network.classes=<number> if there are labels"
+        )
+    return tree | {k: v for k, v in filled.items() if tree[k] == FROM_DATA}
 
 
 class ClassifierStage(Stage):
@@ -41,21 +54,19 @@ class ClassifierStage(Stage):
             raise ValueError("the stage classifier needs its section: choose an experiment=classifier_...")
         training.check_optimisation(run, "classifier")
         latents.check_crop(run)
-        autoencoder.on_meta(run)
-        run.data("classifier", ("image", "class_label")).check_conditions()
+        images = run.data("classifier", ("image", "class_label"))
+        tree = classifier_tree(run.config, images, autoencoder.on_meta(run))
+        with torch.device("meta"):
+            instantiate(tree, _convert_="all")
+        run.enough_images(images, "classifier")
+        images.check_conditions()
 
     def run(self, run: Run, folder: Path) -> dict[str, Any]:
         config = run.config
         data, images, count = latents.latent_data(run, "classifier", ("class_label",))
         first_stage = autoencoder.load_first_stage(run)
         latents.give_statistics(run.folder / "latents", first_stage, config.latents.per_channel)
-        tree = plain(config.classifier.network)
-        filled = {"classes": images.index.get("classes"), "latent_size": latent_size(config, first_stage)}
-        if filled["classes"] is None and tree["classes"] == FROM_DATA:
-            raise ValueError(
-                f"{images.root}/index.json names no classes; set classifier.network.classes=<number> if there are labels"
-            )
-        tree |= {k: v for k, v in filled.items() if tree[k] == FROM_DATA}
+        tree = classifier_tree(config, images, first_stage)
         rng.reseed(config.seed, "classifier", "weights")
         network = instantiate(tree, _convert_="all").to(memory_format=torch.channels_last)
         schedule = schedule_of(run)

@@ -46,7 +46,7 @@ def ensure_data(data: DictConfig) -> None:
 def data_module(
     config: DictConfig, stage: str, machine: Machine, fields: tuple[str, ...], trust: Sequence[str] = ()
 ) -> ShardDataModule:
-    """The images for a stage ("autoencoder" or "diffusion")."""
+    """The images for a stage that has a section in the config."""
     section, data = config[stage], stage_data(config, stage)
     size = data.image_size if isinstance(data.image_size, int) else tuple(data.image_size)
     return ShardDataModule(

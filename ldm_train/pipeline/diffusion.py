@@ -1,6 +1,7 @@
 """Stage 2: the conditional denoising network on latents of the frozen first stage."""
 
 from collections.abc import Callable
+from dataclasses import fields
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -61,8 +62,8 @@ def conditioner_tree(config: DictConfig, data: ShardDataModule, rehearsal: bool 
     return tree
 
 
-def latent_size(config: DictConfig, first_stage: FirstStage) -> list[int]:
-    """(h, w) of the training images' latents."""
+def latent_size(config: DictConfig, first_stage: Any) -> list[int]:
+    """(h, w) of the training images' latents. first_stage: or its autoencoder."""
     return [s // first_stage.downsample_factor for s in sides(config.data.image_size)]
 
 
@@ -70,9 +71,10 @@ def first_stage_tree(autoencoder_config: dict[str, Any]) -> dict[str, Any]:
     return {"_target_": "ldm_train.models.first_stage.FirstStage", "autoencoder": autoencoder_config}
 
 
-def model_tree(config: DictConfig, first_stage: dict[str, Any], conditioners: dict[str, Any]) -> dict[str, Any]:
-    """The whole LatentDiffusion as an instantiable tree."""
-    factor = 2 ** (len(first_stage["autoencoder"].get("channel_mult", [1])) - 1)
+def model_tree(
+    config: DictConfig, first_stage: dict[str, Any], conditioners: dict[str, Any], size: list[int]
+) -> dict[str, Any]:
+    """The whole LatentDiffusion as an instantiable tree. size: (h, w) of the latents."""
     return {
         "_target_": "ldm_train.latent_diffusion.LatentDiffusion",
         "network": plain(config.diffusion.network),
@@ -80,7 +82,7 @@ def model_tree(config: DictConfig, first_stage: dict[str, Any], conditioners: di
         "schedule": plain(config.diffusion.schedule),
         "conditioners": conditioners,
         "parameterisation": plain(config.diffusion.objective.parameterisation),
-        "latent_size": [s // factor for s in sides(config.data.image_size)],
+        "latent_size": size,
     }
 
 
@@ -134,6 +136,8 @@ def check_sampler(run: Run, channels: int) -> None:
     """The sampler on latents of one cell, denoised to 0: it is there, takes its options and goes with the schedule."""
     config, schedule = run.config, schedule_of(run)
     sampler = build_sampler(plain(config.sampler), "sampler", run.trust)
+    if unknown := sorted({*config.sampling} - {f.name for f in fields(Sampling)}):
+        raise ValueError(f"sampling.{unknown[0]} is no option of sampling; those of a sampler are sampler.<option>")
     timesteps = schedule.timesteps(config.sampling.num_inference_steps, config.sampling.spacing)
     noise, shape = NoiseSource([0]), (channels, 1, 1)
     try:
@@ -222,7 +226,8 @@ class DiffusionStage(Stage):
         rng.reseed(config.seed, "diffusion", "weights")
         source = autoencoder.model_folder(run)
         first_stage = first_stage_tree(read_config(source / CONFIG))
-        tree = model_tree(config, first_stage, conditioner_tree(config, images))
+        size = latent_size(config, autoencoder.on_meta(run))
+        tree = model_tree(config, first_stage, conditioner_tree(config, images), size)
         model = build(tree, "the model's config", run.trust)
         model.first_stage.autoencoder.load_state_dict(load_model(source, run.trust).state_dict())
         per_channel = config.latents.per_channel

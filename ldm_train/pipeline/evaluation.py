@@ -85,6 +85,7 @@ class EvaluationStage(Stage):
             predictors=section.predictors,
             adherence=plain(section.adherence) | {"fields": judged} if judged and section.adherence else None,
             restoration=restoration,
+            precision=run.machine.precision,
             progress=show,
         )
         if writer:

@@ -13,10 +13,10 @@ from ldm_train.pipeline.stage import Stage
 class ExportStage(Stage):
     """Copies the model folder, and uploads it where W&B shall have it."""
 
-    name, needs, identity = "export", ("diffusion",), "folder"
+    name, needs = "export", ("diffusion",)
 
     def key(self, run: Run) -> dict[str, Any]:
-        return {"weights": run.result("diffusion")}
+        return {"weights": run.result("diffusion"), "sampling": sampling_of(run)}
 
     def run(self, run: Run, folder: Path) -> dict[str, Any]:
         if run.machine.rank == 0:
@@ -27,4 +27,4 @@ class ExportStage(Stage):
                 name = re.sub(r"[^\w.-]", "-", run.config.name)
                 run.wandb.log_model(folder, name, {"sha256": read_metadata(folder)["sha256"]})
         run.barrier()
-        return {"folder": "export"}
+        return {"sha256": read_metadata(folder)["sha256"]}

@@ -33,6 +33,7 @@ from ldm_train.evaluation.measurement import Reference, measure_samples, referen
 from ldm_train.evaluation.report import evaluate_first_stage, save_pairs
 from ldm_train.generation.files import as_list
 from ldm_train.latent_diffusion import LatentDiffusion
+from ldm_train.metrics.features import weights_hash
 from ldm_train.metrics.measures import Collected, measure, write_reference
 from ldm_train.metrics.metric import REFERENCE
 from ldm_train.models.first_stage import FirstStage
@@ -42,9 +43,17 @@ from ldm_train.pipeline.latents import give_statistics
 from ldm_train.pipeline.machine import join_devices, machine_of
 from ldm_train.pipeline.run import Run
 from ldm_train.pipeline.trained import run_folder, with_options
-from ldm_train.storage import inside, read_record, write_atomically, write_json
+from ldm_train.storage import file_sha256, inside, read_record, write_atomically, write_json
 from ldm_train.training.callbacks.checkpoint import read_checkpoint
 from ldm_train.training.fit import Machine
+
+
+def best_checkpoint(folder: Path) -> Path:
+    """Raises FileNotFoundError where there is none."""
+    path = folder / "diffusion" / "checkpoints" / "best.ckpt"
+    if not path.is_file():
+        raise FileNotFoundError(f"weights=best, but there is no {path}")
+    return path
 
 
 def load_weights(folder: Path, which: str, trust: Sequence[str] = ()) -> LatentDiffusion:
@@ -57,10 +66,7 @@ def load_weights(folder: Path, which: str, trust: Sequence[str] = ()) -> LatentD
         return model
     if which != "best":
         raise ValueError(f"weights is last or best, not {which!r}")
-    path = folder / "diffusion" / "checkpoints" / "best.ckpt"
-    if not path.is_file():
-        raise FileNotFoundError(f"weights=best, but there is no {path}")
-    state = read_checkpoint(path)
+    state = read_checkpoint(best_checkpoint(folder))
     names.rename_in_checkpoint(state)
     trainable = model.trainable()
     trainable.load_state_dict({k: v for k, v in state["state_dict"].items() if not k.startswith("objective.")})
@@ -108,6 +114,8 @@ def evaluate_run(config: DictConfig, again: bool = True) -> tuple[dict[str, Any]
     facts = sampling_facts(trained) | {"seed": config.seed, "weights": config.weights}
     asked = facts | {"n": trained.evaluation.images, "metrics": [m.name for m in tools.metrics]}
     asked |= {"model": read_metadata(source)["sha256"], "references": reference.hashes, "precision": machine.precision}
+    if config.weights == "best":  # which changes while training goes on
+        asked["weights"] = file_sha256(best_checkpoint(folder))
     asked |= {"conditions": tools.facts(data, trained.data.val_split, None), "extractors": tools.hashes}
     results = inside(folder / "evaluations", folder)
     kept = results / file_name(asked)
@@ -172,6 +180,9 @@ def evaluate_autoencoder(config: DictConfig) -> tuple[dict[str, Any], Path | Non
     )  # fmt: skip
     asked = {"n": config.n, "metrics": [m.name for m in tools.metrics], "references": reference.hashes}
     asked |= {"model": read_metadata(model_folder)["sha256"], "paired": list(tools.paired)}
+    asked |= {"images": tools.facts(data, trained.data.val_split, config.n), "extractors": tools.hashes}
+    asked |= {"networks": {n: weights_hash(network)[:12] for n, network in tools.networks.items()}}
+    asked["predictors"] = trained.evaluation.predictors
     return found, results, asked
 
 

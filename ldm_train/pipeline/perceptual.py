@@ -11,7 +11,7 @@ from ldm_train.losses.perceptual import TinyFeatures
 from ldm_train.pipeline.data import data_key
 from ldm_train.pipeline.run import Run
 from ldm_train.pipeline.stage import Stage
-from ldm_train.storage import write_atomically
+from ldm_train.storage import file_sha256, write_atomically
 from ldm_train.training.perceptual_task import photos_in_memory, train_perceptual
 
 
@@ -27,6 +27,11 @@ class PerceptualStage(Stage):
             "seed": run.config.seed,
         }
 
+    def check(self, run: Run) -> None:
+        if "perceptual" not in run.config:
+            raise ValueError("the stage perceptual needs its section: choose experiment=tiny_perceptual")
+        run.data("autoencoder", ("image", "class_label")).check_conditions()
+
     def run(self, run: Run, folder: Path) -> dict[str, Any]:
         options = plain(run.config.perceptual)
         data = run.data("autoencoder", ("image", "class_label"))
@@ -36,6 +41,7 @@ class PerceptualStage(Stage):
         name = options.pop("name")
         accuracies = train_perceptual(features, photos, val_photos, seed=run.config.seed, **options)
         state = {k: v.contiguous() for k, v in features.state_dict().items()}
-        write_atomically(folder / f"{name}.safetensors", lambda file: file.write(save(state)))
+        path = folder / f"{name}.safetensors"
+        write_atomically(path, lambda file: file.write(save(state)))
         print("\n".join(f"{head:<12}{value:.1%}" for head, value in accuracies.items()))
-        return accuracies
+        return accuracies | {"sha256": file_sha256(path)}

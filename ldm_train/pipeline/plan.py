@@ -8,7 +8,7 @@ from omegaconf import DictConfig
 
 from ldm_train.evaluation.evaluator import parse_metrics
 from ldm_train.images import groups_in_words, has_colours
-from ldm_train.pipeline.resume import Step, read_note
+from ldm_train.pipeline.resume import Step, made_anew, read_note
 
 if TYPE_CHECKING:
     from ldm_train.pipeline.run import Run
@@ -74,20 +74,22 @@ def _channels_in_words(config: DictConfig) -> str:
 def print_plan(run: "Run", steps: list[Step]) -> dict[str, tuple[float, float]]:
     """Prints one line per stage; sizes on the meta device, so nothing large is built. Returns for each that trains the
     FLOPs of training on one image (three forward passes of its network; the losses' networks and what is frozen are left
-    out) and the peak of all devices.
+    out) and the peak of all devices. Ranks but the first check the plans alone: {}.
 
     Memory is that of weights, gradients, two Adam moments and the average, in float32; activations come on top.
     """
     config, machine = run.config, run.machine
+    plans = {step.name: run.stages[step.name].plan(run) for step in steps}
+    if machine.rank > 0:
+        return {}
     print(f"run {run.folder} on {machine.world_size} x {machine.accelerator}, precision {machine.precision}")
     if not has_colours(config.data.channels):
         print(_channels_in_words(config))
-    plans = {step.name: run.stages[step.name].plan(run) for step in steps}
     measured = _rate(machine.device)
     peak = peak_flops(machine.device, machine.precision, measured) * machine.world_size
     rate = measured * machine.world_size * 0.4  # what training reaches of it, roughly
     effort = {}
-    anew = [config.restart, *run.order.later_than(config.restart)] if config.restart else []
+    anew = made_anew(run.order, steps, run.folder, config.restart)
     for step in steps:
         note = None if step.name in anew else read_note(run.folder / step.name)
         state = "new"

@@ -22,7 +22,7 @@ NOTE = "stage.json"
 
 @dataclass(frozen=True)
 class Step:
-    """A stage of one run (see `stage.Stage`). key: () -> all it depends on. run: (folder) -> what it made. steps: optimiser
+    """A stage of one run (see `stage.Stage`), bound to it. key: () -> all it depends on. run: (folder) -> what it made. steps: optimiser
     steps aimed at (0: no training)."""
 
     name: str
@@ -96,6 +96,19 @@ def read_note(folder: Path) -> dict[str, Any] | None:
     return note | {"key": names.options(note["key"])}
 
 
+def made_anew(order: Order, chain: Sequence[Step], run_folder: Path, restart: str | None) -> list[str]:
+    """The stages that `restart` sets aside, in their order: it, what follows from it, and what follows from a stage that is
+    trained further, which would no longer belong to it."""
+    if restart is None:
+        return []
+    gone = {restart, *order.later_than(restart)}
+    for step in chain:
+        note = None if step.name in gone else read_note(run_folder / step.name)
+        if note is not None and not (note["finished"] and note["steps"] >= step.steps):
+            gone |= {*order.later_than(step.name)}
+    return [name for name in order.stages if name in gone]
+
+
 def set_aside(run_folder: Path, names: Sequence[str]) -> None:
     """Moves stages to .replaced/, from where they can be taken back."""
     stamp = time.strftime("%Y%m%d-%H%M%S")
@@ -144,10 +157,8 @@ def check_chain(
     order: Order, chain: Sequence[Step], run_folder: Path, defaults: dict[str, Any], restart: str | None = None
 ) -> None:
     """Raises Refused, before anything is touched, where a stage was made with other settings, or where training it further
-    would leave later ones behind with weights that are no longer there. restart: it and what follows from it count as
-    absent."""
-    names = [step.name for step in chain]
-    gone = [restart, *order.later_than(restart)] if restart else []
+    would leave later ones behind with weights that are no longer there. restart: what it makes anew counts as absent."""
+    names, gone = [step.name for step in chain], made_anew(order, chain, run_folder, restart)
     if restart and restart not in names:
         raise Refused(f"restart={restart} would be made anew by nothing: it is not among stages=[{','.join(names)}]")
     for name in names:

@@ -11,7 +11,7 @@ from hydra.utils import get_object, instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from ldm_train.checkpoints.parts import targets
-from ldm_train.configuration import plain, usual_options
+from ldm_train.configuration import plain, run_config, usual_options
 from ldm_train.data.datamodule import Batching, ShardDataModule
 from ldm_train.evaluation.evaluator import Evaluator, check_reference
 from ldm_train.pipeline import resume
@@ -24,7 +24,7 @@ from ldm_train.training.fit import Machine
 from ldm_train.training.loggers import TensorBoardLogger, WandbRun
 
 # Sections whose parts the folders of a run may name.
-PARTS = (
+NAMEABLE = (
     "autoencoder.network",
     "diffusion.network",
     "diffusion.schedule",
@@ -38,7 +38,7 @@ PARTS = (
 
 def own_parts(config: DictConfig) -> list[str]:
     """What the folders of a run may name beside this package's parts: `trust=` and the parts of the user's own config."""
-    trees = [plain(found) for s in PARTS if (found := OmegaConf.select(config, s)) is not None]
+    trees = [plain(found) for s in NAMEABLE if (found := OmegaConf.select(config, s)) is not None]
     return [*config.trust, *dict.fromkeys(targets(trees))]
 
 
@@ -169,7 +169,7 @@ class Run:
     def order(self) -> Order:
         return Order({name: (stage.needs, stage.identity) for name, stage in self.stages.items()})
 
-    def steps(self) -> list[Step]:
+    def chosen(self) -> list[Step]:
         """The stages that this run is asked for. Raises ValueError for a name that is none."""
         chosen = [self.stages[name] for name in self.order.chosen(list(self.config.stages))]
         return [Step(s.name, partial(s.key, self), partial(s.run, self), s.steps(self)) for s in chosen]
@@ -179,7 +179,7 @@ class Run:
 
         Prints the plan. Raises what a user can act on: Refused, ValueError, FileNotFoundError, DataError.
         """
-        steps, restart = self.steps(), self.config.restart
+        steps, restart = self.chosen(), self.config.restart
         if restart:
             self.order.chosen([restart])
         for step in steps:
@@ -194,7 +194,7 @@ class Run:
         steps, defaults = self.prepare(), option_defaults(config)
         self.barrier()
         if config.restart and writer:
-            resume.set_aside(self.folder, [config.restart, *self.order.later_than(config.restart)])
+            resume.set_aside(self.folder, resume.made_anew(self.order, steps, self.folder, config.restart))
         self.barrier()
         if writer:
             self._record()
@@ -213,13 +213,19 @@ class Run:
 
     def _record(self) -> None:
         """The config beside what it makes, and the run of W&B."""
-        config = self.config
-        # Later stages alone leave the record of what the weights were trained with as it is.
-        if "autoencoder" in config.stages or not (self.folder / "config.yaml").is_file():
-            text = OmegaConf.to_yaml(config, resolve=True).encode()
-            write_atomically(self.folder / "config.yaml", lambda file: file.write(text))
+        config, path = self.config, self.folder / "config.yaml"
+        trained = [name for name, stage in self.stages.items() if name in config and stage.steps(self)]
+        made = [name for name in trained if name in config.stages]
+        if made or not path.is_file():
+            record = plain(config)
+            # What this command does not train stays on record as it was trained.
+            others = [name for name in trained if name not in made]
+            before = OmegaConf.to_container(run_config(self.folder)) if others and path.is_file() else {}
+            record |= {name: before[name] for name in others if name in before}
+            text = OmegaConf.to_yaml(record).encode()
+            write_atomically(path, lambda file: file.write(text))
         if "wandb" in loggers_of(config):
-            if config.restart:  # its steps begin again: another run
+            if config.restart and self.stages[config.restart].steps(self):  # its steps begin again: another run
                 (self.folder / "wandb" / "run_id").unlink(missing_ok=True)
             self.wandb = WandbRun(self.folder, config.project, config.name, plain(config))
 

@@ -153,6 +153,8 @@ def search(config: DictConfig) -> dict[str, Any]:
     other = study.user_attrs.get("asked")
     if other is not None and other != asked:
         raise ValueError(f"{folder} holds another search ({other}); choose name=<new>")
+    if (direction := study.direction.name.lower()) != config.direction:
+        raise ValueError(f"{folder} holds a search with direction={direction}; choose name=<new>")
     study.set_user_attr("asked", asked)
     # An interrupted trial is none; one that failed has said why.
     states = optuna.trial.TrialState

@@ -13,6 +13,7 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
 from ldm_train.configuration import flatten, run_config
+from ldm_train.errors import Refused
 from ldm_train.pipeline.resume import read_note
 from ldm_train.storage import read_record, write_atomically
 from ldm_train.training.loggers import WandbRun, numbers
@@ -280,19 +281,19 @@ class Report(Callback):
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
         name = config.name or config.hydra.runtime.choices.get("experiment") or "run"
-        folder = Path(config.runs_dir) / name
+        folder = Path(config.runs_dir) / str(name)
         if not folder.is_dir():
             return
         try:
             written = summarise(folder)
-        except (FileNotFoundError, ValueError) as error:
+        except (FileNotFoundError, ValueError, Refused) as error:
             print(f"no table or plots of the sweep: {error}")
             written = []
         print("\n".join(f"wrote {path}" for path in written))
-        failed = [run for run in read_runs(folder) if run.failed]
+        failed = sorted(path.parent for path in folder.glob(f"*/{FAILED}"))
         if failed:
-            lines = "\n".join(f"  {run.folder.name}: {run.failed}" for run in failed)
-            print(
-                f"\nerror: {len(failed)} of {len(read_runs(folder))} jobs failed:\n{lines}", file=sys.stderr, flush=True
-            )
+            jobs = {path.parent for name in ("config.yaml", FAILED) for path in folder.glob(f"*/{name}")}
+            jobs = {job for job in jobs if not (job / "metadata.json").is_file()}
+            lines = "\n".join(f"  {job.name}: {failure(job)}" for job in failed)
+            print(f"\nerror: {len(failed)} of {len(jobs)} jobs failed:\n{lines}", file=sys.stderr, flush=True)
             sys.exit(1)

@@ -56,7 +56,7 @@ def train(config: DictConfig) -> None:
     interrupts.during("before training")
     sweeping = HydraConfig.get().mode == RunMode.MULTIRUN
     config.name = run_name(config)
-    folder = Path(config.runs_dir) / config.name
+    folder = Path(str(config.runs_dir)) / config.name
     try:
         _train(config, folder, sweeping)
     except Interrupted as error:

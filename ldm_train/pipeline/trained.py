@@ -12,7 +12,7 @@ from ldm_train.storage import check_kinds
 # Options of this command that stand where the run's config has evaluation.<name>.
 EVALUATION = ("metrics", "paired", "reference", "reference_images", "predictors", "batch_size")
 # What measures: built from this command's own config, never from a run's, whose files may be a stranger's.
-NETWORKS = ("extractors", "kinds", "perceptual", "lpips")
+BUILT = ("extractors", "kinds", "perceptual", "lpips")
 SAMPLING = ("num_inference_steps", "guidance_scale", "spacing")
 
 
@@ -73,7 +73,7 @@ def _perceptual_of(trained: DictConfig) -> dict[str, Any] | None:
 
 def _said(tree: dict[str, Any]) -> dict[str, Any]:
     """A copy in which what a base file leaves to others (`???`, `${...}`) and networks count as null."""
-    open_ended = {k for k, v in tree.items() if isinstance(v, str) and ("${" in v or v == "???")} | {*NETWORKS}
+    open_ended = {k for k, v in tree.items() if isinstance(v, str) and ("${" in v or v == "???")} | {*BUILT}
     return {k: None if k in open_ended else _said(v) if isinstance(v, dict) else v for k, v in tree.items()}
 
 
@@ -119,11 +119,11 @@ def with_options(trained: DictConfig, config: DictConfig, path: Path) -> DictCon
     trained = _whole(trained, path)
     own = OmegaConf.to_container(config, resolve=True)
     usual = OmegaConf.to_container(OmegaConf.load(config_folder() / "train.yaml").evaluation)
-    networks = {name: usual[name] for name in NETWORKS} | {"perceptual": _perceptual_of(trained)}
-    plain = {k: v for k, v in trained.get("evaluation", {}).items() if k not in NETWORKS}
+    built = {name: usual[name] for name in BUILT} | {"perceptual": _perceptual_of(trained)}
+    plain = {k: v for k, v in trained.get("evaluation", {}).items() if k not in BUILT}
     trained["stage"] = {}  # a measurement runs none
-    trained.evaluation = OmegaConf.create({**usual, **plain, **networks})
-    for name in NETWORKS:
+    trained.evaluation = OmegaConf.create({**usual, **plain, **built})
+    for name in BUILT:
         if own[name]:
             trained.evaluation[name] = OmegaConf.merge(trained.evaluation[name] or {}, own[name])
     for name in EVALUATION:

@@ -11,12 +11,20 @@ TRAINED = ("autoencoder", "diffusion", "classifier")  # the stages with a sectio
 # Parts, chosen with a slash.
 PARTS = (
     "data", "autoencoder", "autoencoder.network", "autoencoder.loss", "diffusion", "diffusion.network", "diffusion.objective",
-    "diffusion.conditioning", "sampler",
+    "diffusion.conditioning", "diffusion.schedule", "sampler", "data.derived", "stage",
 )  # fmt: skip
 SECTIONS = (
-    "latents", "sampling", "evaluation", "evaluation.extractors", "autoencoder.data", "autoencoder.loss.discriminator",
+    "latents", "sampling", "evaluation", "evaluation.extractors", "evaluation.kinds", "diffusion.conditioning.conditioners",
+    "autoencoder.data", "autoencoder.loss.discriminator",
     *(f"{stage}.{name}" for stage in TRAINED for name in ("optimizer", "lr_schedule")),
 )  # fmt: skip
+# Sections of things that are built, each with a `_target_`.
+BUILT = {
+    "evaluation.extractors": "the class or function that makes images features",
+    "evaluation.kinds": "the class of a metric",
+    "diffusion.conditioning.conditioners": "the class of a conditioner; leave it out of another by diffusion/conditioning=",
+    "stage": "the class of a stage; leave it out by stages=[...]",
+}
 # Whole numbers with the least that means something; None stands where the option may be left open.
 PER_STAGE = dict.fromkeys(
     ("max_steps", "batch_size", "micro_batch_size", "val_every", "val_images", "checkpoint_every", "log_every"), 1
@@ -69,10 +77,14 @@ def check_values(config: DictConfig) -> None:
             if part in SECTIONS:
                 raise ValueError(f"{part}={value}: it is a section, set the options in it: {part}.<option>=...")
             raise ValueError(f"{part}={value}: a part is chosen with a slash: {part.replace('.', '/')}={value}")
-    for name, tree in config.evaluation.extractors.items():
-        if not OmegaConf.is_dict(tree) or "_target_" not in tree:
+    for section, meant in BUILT.items():
+        for name, tree in OmegaConf.select(config, section).items():
+            if not OmegaConf.is_dict(tree) or not isinstance(tree.get("_target_"), str):
+                raise ValueError(f"{section}.{name} has no _target_: {meant}")
+    for section in ("autoencoder.network", "diffusion.network", "diffusion.schedule", "sampler"):
+        if not isinstance(target := OmegaConf.select(config, f"{section}._target_"), str):
             raise ValueError(
-                f"evaluation.extractors.{name} has no _target_: the class or function that makes images features"
+                f"{section}._target_={target}: it names a class or function; choose {section.replace('.', '/')}="
             )
     for name in config.logger if OmegaConf.is_list(config.logger) else [config.logger]:
         if name not in ("wandb", "tensorboard", "csv"):

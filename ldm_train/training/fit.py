@@ -1,4 +1,4 @@
-"""One stage's training run: Trainer, callbacks and resume, the same for both stages."""
+"""One stage's training run: Trainer, callbacks and resume, the same for all of them."""
 
 import logging
 import warnings

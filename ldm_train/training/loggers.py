@@ -300,4 +300,4 @@ class TensorBoardLogger(Logger):
 
     @rank_zero_only
     def finalize(self, status: str) -> None:
-        self.writer.flush()
+        self.writer.close()  # which opens its file again where more is logged

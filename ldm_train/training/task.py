@@ -1,4 +1,4 @@
-"""What both stages share: reseeding, averaging, clipping, checkpoints of exactly the trained parts, validation sums."""
+"""What the stages that train share: reseeding, averaging, clipping, checkpoints of exactly the trained parts, validation sums."""
 
 from collections import defaultdict
 from collections.abc import Callable, Mapping

@@ -124,6 +124,18 @@ REFUSED = {
     "stages=[evaluation]": "has no finished stage 'diffusion' yet",
     "restart=odd": "unknown stages ['odd']",
     "stages=[autoencoder] restart=export": "restart=export would be made anew by nothing",
+    "runs_dir=5": "runs_dir=5 is no text",
+    "+sampling.eta=0.5": "sampling.eta is no option of sampling; those of a sampler are sampler.<option>",
+    "data.derived=masks": "a part is chosen with a slash: data/derived=masks",
+    "diffusion.schedule=null": "a part is chosen with a slash: diffusion/schedule=",
+    "diffusion.conditioning.conditioners.class_label=null": "conditioners.class_label has no _target_",
+    "autoencoder.network._target_=null": "autoencoder.network._target_=None: it names a class or function",
+    "stage.export=null": "stage.export has no _target_",
+    "evaluation.kinds=5": "evaluation.kinds=5: it is a section",
+    "+evaluation.kinds.mine=null": "evaluation.kinds.mine has no _target_",
+    "+evaluation.kinds.mine._target_=builtins.dict": "evaluation.kinds.mine: builtins.dict is no class of a metric",
+    "stages=[perceptual]": "the stage perceptual needs its section: choose experiment=tiny_perceptual",
+    "experiment=classifier_shapes autoencoder.pretrained=null stages=[autoencoder,latents,classifier] classifier.batch_size=100000": "classifier.batch_size=100000 exceeds the",
     "+stage.mine._target_=ldm_train.pipeline.export.ExportStage": "is no stage of that name",
 }  # fmt: skip
 

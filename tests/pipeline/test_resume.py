@@ -12,7 +12,17 @@ import pytest
 from ldm_train.configuration import differences
 from ldm_train.errors import Refused
 from ldm_train.pipeline import resume as stages
-from ldm_train.pipeline.resume import Order, Step, advance, check_chain, decide, read_note, run_lock, set_aside
+from ldm_train.pipeline.resume import (
+    Order,
+    Step,
+    advance,
+    check_chain,
+    decide,
+    made_anew,
+    read_note,
+    run_lock,
+    set_aside,
+)
 
 KEY = {"autoencoder": {"lr": 1e-3, "loss": {"disc_start": 8, "betas": [0.5, 0.9]}}, "seed": 0}
 
@@ -157,6 +167,20 @@ def test_a_restart_that_would_leave_nothing_to_go_on_from_is_refused_before_anyt
         check_chain(ORDER, both, tmp_path, {}, restart="autoencoder")
     assert sorted(p.name for p in tmp_path.iterdir()) == before
     check_chain(ORDER, [stage(Work(), name=n) for n in ("latents", "diffusion")], tmp_path, {}, restart="latents")
+
+
+def test_training_further_needs_one_restart_which_sets_all_aside_that_would_no_longer_belong(tmp_path: Path):
+    names = ("autoencoder", "latents", "diffusion", "evaluation", "export")
+    for name in names:
+        advance(stage(Work(), name=name, steps=10 if name in ("autoencoder", "diffusion") else 0), tmp_path, {}, True)
+    further = [stage(Work(), name=n, steps={"autoencoder": 10, "diffusion": 20}.get(n, 0)) for n in names]
+    with pytest.raises(Refused, match="Choose restart=evaluation"):
+        check_chain(ORDER, further, tmp_path, {})
+    check_chain(ORDER, further, tmp_path, {}, restart="evaluation")
+    assert made_anew(ORDER, further, tmp_path, "evaluation") == ["evaluation", "export"]
+    same = [stage(Work(), name=n, steps=10 if n in ("autoencoder", "diffusion") else 0) for n in names]
+    assert made_anew(ORDER, same, tmp_path, "evaluation") == ["evaluation"]
+    assert made_anew(ORDER, same, tmp_path, None) == []
 
 
 def test_a_restart_leaves_alone_what_does_not_follow_from_it():

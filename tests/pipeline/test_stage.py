@@ -67,6 +67,6 @@ def test_a_stage_of_ones_own_runs_after_what_it_needs(tmp_path: Path, capsys: py
 def test_a_stage_that_stands_before_what_it_needs_or_is_none_is_named(tmp_path: Path) -> None:
     run = chain(tmp_path, *OWN, "~stage.diffusion", "~stage.evaluation", "~stage.export")
     with pytest.raises(ValueError, match=r"stage\.sizes needs diffusion, which is none of the stages before it"):
-        run.steps()
+        run.chosen()
     with pytest.raises(ValueError, match=r"stage\.mine: builtins\.dict is no stage of that name"):
-        chain(tmp_path, "+stage.mine._target_=builtins.dict").steps()
+        chain(tmp_path, "+stage.mine._target_=builtins.dict").chosen()

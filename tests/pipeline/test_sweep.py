@@ -17,6 +17,7 @@ from ldm_train.cli import evaluate, sweep, train
 from ldm_train.cli import search as search_command
 from ldm_train.configuration import config_folder
 from ldm_train.pipeline import search
+from ldm_train.pipeline import sweep as sweep_module
 from ldm_train.pipeline.training import forward_flops
 
 Command = Callable[..., tuple[int, str, str]]
@@ -60,6 +61,21 @@ def test_a_failed_job_is_named_and_the_others_come_to_their_end(swept: Path) -> 
     for size in (8, 4):
         assert (run_of(swept, size) / "evaluation" / "metrics.json").is_file()
         assert not (run_of(swept, size) / "failed.json").exists()
+
+
+def test_a_sweep_with_failed_jobs_fails_whatever_else_is_damaged(tmp_path: Path, capsys) -> None:
+    config = OmegaConf.create({"name": 5, "runs_dir": str(tmp_path)})
+    for job, failed in (("a", "ValueError: no"), ("b", None), ("c", None)):
+        (tmp_path / "5" / job / "diffusion").mkdir(parents=True)
+        (tmp_path / "5" / job / "config.yaml").write_text("name: 5" if job != "c" else "[")
+        if failed:
+            (tmp_path / "5" / job / "failed.json").write_text(json.dumps({"error": failed}))
+    (tmp_path / "5" / "b" / "diffusion" / "stage.json").write_text("{")
+    with pytest.raises(SystemExit):
+        sweep_module.Report().on_multirun_end(config)
+    said = capsys.readouterr()
+    assert "no table or plots of the sweep" in said.out
+    assert "1 of 3 jobs failed:\n  a: ValueError: no" in said.err
 
 
 @pytest.mark.chain
@@ -138,6 +154,11 @@ def test_an_autoencoder_and_two_sets_of_images_are_measured(
     assert command("evaluate", f"reconstruct={model}", *quiet) == 1
     assert "add data.root= and data.image_size=" in capsys.readouterr().err
     assert command("evaluate", f"reconstruct={model}", f"data.root={data}", "data.image_size=32", *quiet) == 0
+    kept = {p.name for p in (run / "evaluations").glob("reconstructions-*.json")}
+    for changed in ("predictors=4", "data.image_size=16", f"data.root={data}"):
+        options = (f"reconstruct={run}", "metrics=[]", "paired=[psnr]", "n=4", changed, *quiet)
+        assert command("evaluate", *options, "+kinds.mine._target_=ldm_train.metrics.kinds.Recall") == 0
+    assert len({p.name for p in (run / "evaluations").glob("reconstructions-*.json")} - kept) == 3
     tars = f"images={data}/val-000000.tar", f"against={data}/train-000000.tar"
     assert command("evaluate", *tars, f"export={tmp_path}/r.npz", f"out={tmp_path}/b.json", *quiet) == 0
     assert command("evaluate", tars[0], f"against={tmp_path}/r.npz", f"out={tmp_path}/c.json", *quiet) == 0
@@ -155,7 +176,7 @@ def test_an_autoencoder_and_two_sets_of_images_are_measured(
         (("images=/tmp",), "are measured against="),
         (("run=x", "metrics=fid"), "metrics is a list: metrics=[fid]"),
         (("run=x", "n=many"), "n='many' is no whole number"),
-        (("images=a", "against=b", "metrics=[fidd]"), "'fidd' is none; choose from fid"),
+        (("images=a", "against=b", "metrics=[fidd]"), "'fidd' is none; choose from"),
     ],
 )
 def test_what_cannot_be_measured_is_said(
@@ -262,3 +283,5 @@ def test_a_search_shares_stages_prunes_continues_and_finds_the_best(
     assert OmegaConf.load(tmp_path / "found" / f"{best['trial']:03d}" / "config.yaml").diffusion.batch_size == 8
     assert command("search", *arguments[:-2], "space={diffusion.lr: '1,2'}", "trials=3") == 1
     assert "holds another search" in capfd.readouterr().err
+    assert command("search", *arguments, "direction=maximize", "trials=3") == 1
+    assert "holds a search with direction=minimize; choose name=<new>" in capfd.readouterr().err

@@ -1,4 +1,4 @@
-"""What the samples are worth while the U-Net trains."""
+"""What the samples are worth while the denoising network trains."""
 
 import time
 from collections.abc import Callable
