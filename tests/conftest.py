@@ -1,11 +1,15 @@
 """What every test shares: one thread, no progress bars, and the way to the real images where they are present."""
 
 import os
+import socket
 from pathlib import Path
 
 os.environ["TQDM_DISABLE"] = "1"  # read when tqdm is imported
 # Sums depend on the number of threads: the processes that tests start, and compare to the bit, have one as well.
 os.environ |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+
+# Which servers of this machine ask a name server for, whose silence may last 20 s.
+socket.getfqdn = lambda name="": name or "localhost"
 
 import pytest
 import torch
@@ -15,6 +19,16 @@ ROOT = Path(__file__).parents[1]
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--fuzz", type=int, default=60, help="cases of each fuzz test; 1000 looks closely")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with long tests first, so that no process is left alone with one at the end. A file's tests run in one process,
+    which trains what they share once."""
+    long: dict[str, int] = {}
+    for item in items:
+        marks = {mark.name for mark in item.iter_markers()}
+        long[item.path.name] = long.get(item.path.name, 0) + ("chain" in marks) + 10 * ("slow" in marks)
+    items.sort(key=lambda item: -long[item.path.name])
 
 
 @pytest.fixture(scope="session", autouse=True)

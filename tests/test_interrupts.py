@@ -52,7 +52,7 @@ def weights(run: Path, stage: str) -> dict[str, torch.Tensor]:
     return checkpoint["state_dict"] | {f"ema.{k}": v for k, v in checkpoint["ema"]["shadow"].items()}
 
 
-@pytest.mark.chain
+@pytest.mark.slow
 def test_signals_at_any_moment_leave_with_their_status_and_the_same_command_continues_to_the_same_weights(
     tmp_path: Path,
 ):
@@ -106,7 +106,12 @@ main()
 @pytest.mark.parametrize(
     ("hook", "said", "steps"),
     [
-        ("on_train_start", "stopped by SIGTERM in the stage autoencoder; run the same command to continue", None),
+        pytest.param(
+            "on_train_start",
+            "stopped by SIGTERM in the stage autoencoder; run the same command to continue",
+            None,
+            marks=pytest.mark.slow,
+        ),
         ("on_train_batch_end", "stopped by SIGTERM after step 1; run the same command to continue", 1),
     ],
 )

@@ -73,6 +73,7 @@ def as_before(run: Path) -> None:
     (run / "diffusion" / "stage.json").write_text(json.dumps(note))
 
 
+@pytest.mark.slow
 def test_a_run_of_before_continues_to_the_same_weights_and_its_model_loads(tmp_path: Path) -> None:
     chain(tmp_path, "diffusion.max_steps=4", "stages=[autoencoder,latents,diffusion,export]").execute()
     run = tmp_path / "run"

@@ -762,6 +762,7 @@ def test_a_run_whose_config_is_damaged_is_named_and_one_that_lacks_options_is_me
             evaluated(f"run={folder}", "n=2", f"runs_dir={tmp_path}", "metrics=[fid_tiny]")
 
 
+@pytest.mark.slow
 def test_a_run_with_any_value_of_its_config_replaced_is_measured_or_refused(
     stranger_run: Path, tmp_path: Path, request: pytest.FixtureRequest
 ):

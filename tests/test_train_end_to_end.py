@@ -100,7 +100,7 @@ def test_a_changed_option_is_refused_by_name_and_restart_starts_that_stage_anew(
     assert list((finished / "run" / ".replaced").glob("evaluation-*"))
 
 
-@pytest.mark.chain
+@pytest.mark.slow
 def test_more_steps_continue_the_autoencoder_and_later_stages_ask_to_be_made_anew(tmp_path: Path):
     chain(tmp_path).execute()
     before = {p: p.stat().st_mtime_ns for p in (tmp_path / "run").rglob("*") if p.is_file()}
@@ -137,7 +137,7 @@ def test_a_model_is_not_measured_without_the_conditions_it_reads(finished: Path,
         chain(tmp_path, "stages=[evaluation]", "restart=evaluation", "diffusion/conditioning=none").execute()
 
 
-@pytest.mark.chain
+@pytest.mark.slow
 @pytest.mark.parametrize("autoencoder", ["vq_f4_tiny", "identity"])
 def test_the_chain_runs_on_deterministic_latents(tmp_path: Path, autoencoder: str):
     chain(tmp_path, f"autoencoder={autoencoder}", "data.adherence=null", "evaluation.adherence=null").execute()
@@ -183,7 +183,7 @@ def test_the_chain_runs_under_every_kind_of_condition(tmp_path: Path, conditioni
     assert metrics["samples"]["fid_tiny"]["n"] == 8
 
 
-@pytest.mark.chain
+@pytest.mark.slow
 def test_bf16_goes_through_the_whole_chain(tmp_path: Path):
     chain(tmp_path, "precision=bf16-mixed", "data.adherence=null", "evaluation.adherence=null").execute()
     assert read_note(tmp_path / "run" / "export")["finished"]
@@ -275,7 +275,7 @@ def test_samples_carry_their_recipe_and_repeat(finished: Path, tmp_path: Path):
     assert (tmp_path / "a" / "grid.png").is_file()
 
 
-@pytest.mark.chain
+@pytest.mark.slow
 def test_a_changed_micro_batch_size_continues_with_the_same_samples(tmp_path: Path):
     """An interrupted run whose micro-batches were too large for the memory goes on with smaller ones, step for step."""
 
@@ -300,7 +300,7 @@ def test_a_changed_micro_batch_size_continues_with_the_same_samples(tmp_path: Pa
     assert rows[0] == rows[1] == rows[2] == ["step", "3", "6", "9"]
 
 
-@pytest.mark.chain
+@pytest.mark.slow
 def test_adherence_is_measured_on_the_condition_there_is(tmp_path: Path, capsys: pytest.CaptureFixture):
     chain(tmp_path, "diffusion/conditioning=class").execute()
     table = json.loads((tmp_path / "run/evaluation/metrics.json").read_text())["adherence"]
@@ -312,7 +312,7 @@ def test_adherence_is_measured_on_the_condition_there_is(tmp_path: Path, capsys:
     assert "adherence" not in json.loads((tmp_path / "run/evaluation/metrics.json").read_text())
 
 
-@pytest.mark.chain
+@pytest.mark.slow
 def test_several_roots_and_an_autoencoder_with_its_own(tmp_path: Path):
     for seed in (0, 1):
         build_shards(Shapes(size=32, count=24 + 8 * seed, val_count=8, seed=seed), tmp_path / f"shapes{seed}")
@@ -384,7 +384,7 @@ def test_samples_take_the_runs_own_settings_and_captions_as_typed(finished: Path
     assert (asked["num_inference_steps"], asked["guidance_scale"], asked["sampler"]["eta"]) == (2, 3.0, 1.0)
 
 
-@pytest.mark.chain
+@pytest.mark.slow
 def test_sigterm_saves_and_the_same_line_continues(tmp_path: Path):
     command = [
         sys.executable, str(ROOT / "train.py"), *SMALL, "name=run", f"runs_dir={tmp_path}", f"data_dir={tmp_path}/data",

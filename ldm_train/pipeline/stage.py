@@ -15,8 +15,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a stage that trains will cost; its section of the config, of its name, has `batch_size` and `ema_decay`. network: what is trained, perhaps on the meta device. flops: of one forward pass on
-    one image. images: training images."""
+    """What a stage that trains will cost; its section of the config, of its name, has `batch_size` and `ema_decay`.
+
+    network: what is trained, perhaps on the meta device. flops: of one forward pass on one image. images: training images.
+    """
 
     network: nn.Module
     flops: int

@@ -64,7 +64,7 @@ def test_each_cell_of_the_latents_sees_its_pixels() -> None:
     assert (told[1] == -1).all()
 
 
-@pytest.mark.chain
+@pytest.mark.slow
 def test_a_model_of_edges_trains_and_samples_without_a_word_elsewhere(tmp_path: Path) -> None:
     from ldm_train.cli import sample as command
 

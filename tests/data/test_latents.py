@@ -135,6 +135,7 @@ test_latents.cache(Path(sys.argv[2]), Path(sys.argv[3]), per_shard=8, encode=slo
 """
 
 
+@pytest.mark.slow
 def test_a_cache_killed_while_writing_is_completed_by_the_next_run(data_root: Path, tmp_path: Path):
     arguments = [sys.executable, "-c", SLOW_CACHE, str(Path(__file__).parent), str(data_root), str(tmp_path / "killed")]
     process = subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)

@@ -562,6 +562,7 @@ def test_a_full_disk_leaves_nothing_half_written(run: Callable, tmp_path: Path):
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["recipe.json"]
 
 
+@pytest.mark.slow
 def test_walks_begin_and_end_at_their_ends(run: Callable, files: dict[str, str], tmp_path: Path):
     by_prompt = run("text", "task=interpolate", "prompts=[a red circle,a cat]", "n=3")
     first, last = (
@@ -591,6 +592,7 @@ def test_arithmetic_adds_and_subtracts_conditions(run: Callable):
     assert (other - plain).abs().max() > 0.1
 
 
+@pytest.mark.slow
 def test_inversion_edits_from_the_pictures_own_noise(run: Callable, files: dict[str, str]):
     image = f"image={files['photo.png']}"
     rebuilt = run("calm", image, "task=reconstruct", out="r")[0]
@@ -611,6 +613,7 @@ def test_panoramas_and_tiles_draw_large_pictures(run: Callable):
     assert (wide - run("none", "n=1", "size=[32,96]", out="whole")[0]).abs().max() > 0.02
 
 
+@pytest.mark.slow
 def test_a_sweep_puts_every_job_into_its_own_folder(model_folder: Callable, tmp_path: Path):
     command = [
         sys.executable,
@@ -668,6 +671,7 @@ def test_an_error_while_drawing_leaves_the_folder_free(run: Callable, tmp_path: 
     assert len(run("text", "prompts=a cat", "overwrite=false")) == 2
 
 
+@pytest.mark.slow
 def test_inversion_and_panorama_go_together(run: Callable, files: dict[str, str]):
     options = (f"image={files['photo.png']}", "size=[64,64]", "n=1")
     rebuilt = run("calm", *options, "task=reconstruct", out="r")[0]

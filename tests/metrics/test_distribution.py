@@ -180,6 +180,7 @@ def test_the_interval_of_a_mean_is_the_usual_one() -> None:
     assert found.as_dict() == {"value": found.value, "interval": [found.low, found.high], "n": 400}
 
 
+@pytest.mark.slow
 def test_intervals_cover_on_real_photos(datasets: Path) -> None:
     """Features of CIFAR-10 by the shipped network: of 60 disjoint draws of 80 photos, nine in ten intervals of FID, KID,
     precision and recall hold the mean over all draws (the reference being other photos)."""

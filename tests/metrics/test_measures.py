@@ -170,6 +170,7 @@ def _rank(rank: int, file: str, out: str) -> None:
     dist.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_two_ranks_measure_what_one_does(tmp_path: Path) -> None:
     mp.spawn(_rank, (str(tmp_path / "group"), str(tmp_path / "out.pt")), nprocs=2)
     two = torch.load(tmp_path / "out.pt")

@@ -55,6 +55,7 @@ def test_pairs_are_the_nearest_ones_wherever_the_copy_stands() -> None:
     assert len(pairs) == 12
 
 
+@pytest.mark.slow
 def test_a_run_measures_it_and_shows_the_closest_pairs(tmp_path: Path) -> None:
     run = chain(tmp_path, "evaluation.metrics=[fid_tiny,memorisation_tiny]", "evaluation.paired=[]")
     run.execute()

@@ -58,6 +58,7 @@ def test_a_run_that_is_right_begins(begin: Command):
 
 
 TEXT = "diffusion/conditioning=text"
+CLASSIFIER = "experiment=classifier_shapes autoencoder.pretrained=null stages=[autoencoder,latents,classifier]"
 REFUSED = {
     # the first stage
     "autoencoder.batch_size=inf": "autoencoder.batch_size=inf is no finite number",
@@ -135,7 +136,7 @@ REFUSED = {
     "+evaluation.kinds.mine=null": "evaluation.kinds.mine has no _target_",
     "+evaluation.kinds.mine._target_=builtins.dict": "evaluation.kinds.mine: builtins.dict is no class of a metric",
     "stages=[perceptual]": "the stage perceptual needs its section: choose experiment=tiny_perceptual",
-    "experiment=classifier_shapes autoencoder.pretrained=null stages=[autoencoder,latents,classifier] classifier.batch_size=100000": "classifier.batch_size=100000 exceeds the",
+    f"{CLASSIFIER} classifier.batch_size=100000": "classifier.batch_size=100000 exceeds the",
     "+stage.mine._target_=ldm_train.pipeline.export.ExportStage": "is no stage of that name",
 }  # fmt: skip
 

@@ -43,7 +43,7 @@ def _own_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     sys.modules.pop("my_stage", None)
 
 
-@pytest.mark.chain
+@pytest.mark.slow
 @pytest.mark.usefixtures("_own_package")
 def test_a_stage_of_ones_own_runs_after_what_it_needs(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     stages = "stages=[autoencoder,latents,diffusion,sizes]"

@@ -257,7 +257,7 @@ def test_a_space_says_its_kind() -> None:
             search.parse_space({"lr": wrong})
 
 
-@pytest.mark.chain
+@pytest.mark.slow
 def test_a_search_shares_stages_prunes_continues_and_finds_the_best(
     swept: Path, command: Callable[..., int], tmp_path: Path, capfd
 ) -> None:

@@ -71,7 +71,7 @@ def environment(folder: Path, name: str) -> dict[str, str]:
     return os.environ | {"OMP_NUM_THREADS": "1", "DIGESTS": str(folder / f"{name}.digests")}
 
 
-@pytest.mark.chain
+@pytest.mark.slow
 def test_two_ranks_agree_and_the_chain_runs_under_devices_2_and_torchrun(tmp_path: Path):
     worker = tmp_path / "worker.py"
     worker.write_text(WORKER)
@@ -141,7 +141,7 @@ def descendants(process: int) -> list[int]:
     return own + [p for child in own for p in descendants(child)]
 
 
-@pytest.mark.chain
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="reads /proc")
 def test_ranks_and_loading_processes_end_with_their_command_and_sigterm_saves_on_all(tmp_path: Path):
     process = start(tmp_path, "num_workers=1")
@@ -165,7 +165,7 @@ def test_ranks_and_loading_processes_end_with_their_command_and_sigterm_saves_on
     assert f"after step {saved};" in errors
 
 
-@pytest.mark.chain
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="reads /proc")
 def test_a_rank_that_fails_says_so_once_and_last(tmp_path: Path):
     (tmp_path / "run").mkdir()

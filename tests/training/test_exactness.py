@@ -10,6 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from chains import chain
+from lightning import Trainer
+
+from ldm_train.training.callbacks.monitor import Monitor
+from ldm_train.training.task import Task
 
 ROOT = Path(__file__).parents[2]
 STEPS = 30
@@ -85,14 +90,47 @@ def keys_per_micro_batch(trace: Path) -> dict[str, str]:
     return seen
 
 
-def weights(folder: Path, name: str, stage: str) -> dict[str, torch.Tensor]:
+def weights(folder: Path, name: str, stage: str, steps: int = STEPS) -> dict[str, torch.Tensor]:
     checkpoint = torch.load(folder / name / stage / "checkpoints" / "last.ckpt", weights_only=True)
-    assert checkpoint["global_step"] == STEPS
+    assert checkpoint["global_step"] == steps
     return checkpoint["state_dict"] | {f"ema.{k}": v for k, v in checkpoint["ema"]["shadow"].items()}
 
 
-# 60 micro-batches a stage; the numbers say how many pass between two kills.
+class Stopped(Exception):
+    """What ends a training in its middle."""
+
+
 @pytest.mark.chain
+def test_interrupted_training_continues_to_the_same_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """The short form of what follows: stopped once in each stage, between two checkpoints."""
+    options = (
+        "data.source.count=32", "data.flip=true", "autoencoder.max_steps=12", "autoencoder.micro_batch_size=4",
+        "autoencoder.checkpoint_every=4", "diffusion.max_steps=8", "diffusion.checkpoint_every=3",
+        "diffusion.evaluate_every=null", "stages=[autoencoder,latents,diffusion]",
+    )  # fmt: skip
+    chain(tmp_path, *options, name="calm").execute()
+    ended = Monitor.on_train_batch_end
+    for steps in (5, 8 + 5):  # the second time from step 4, the last checkpoint of the first
+        done = iter(range(steps - 1))
+
+        def stop(self: Monitor, trainer: Trainer, task: Task, outputs: object, batch: object, index: int, left=done):
+            ended(self, trainer, task, outputs, batch, index)
+            if (index + 1) % task.accumulate == 0 and next(left, None) is None:
+                raise Stopped
+
+        monkeypatch.setattr(Monitor, "on_train_batch_end", stop)
+        with pytest.raises(Stopped):
+            chain(tmp_path, *options, name="stopped").execute()
+        monkeypatch.undo()
+    chain(tmp_path, *options, name="stopped").execute()
+    for stage, steps in (("autoencoder", 12), ("diffusion", 8)):
+        calm, stopped = (weights(tmp_path, name, stage, steps) for name in ("calm", "stopped"))
+        assert calm.keys() == stopped.keys()
+        assert all(torch.equal(calm[k], stopped[k]) for k in calm)
+
+
+# 60 micro-batches a stage; the numbers say how many pass between two kills.
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("overrides", "between_kills"),
     [

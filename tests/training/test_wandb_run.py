@@ -55,7 +55,7 @@ def read(folder: Path) -> tuple[list[Any], list[dict[str, Any]]]:
     return found, rows
 
 
-@pytest.mark.chain
+@pytest.mark.slow
 def test_an_offline_run_holds_what_was_logged_and_goes_on_after_a_resume(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setenv("WANDB_MODE", "offline")
     options = ("logger=[wandb,tensorboard]", "autoencoder.log_every=1", "diffusion.log_every=1", "wandb_artifact=true")
