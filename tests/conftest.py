@@ -8,13 +8,12 @@ os.environ["TQDM_DISABLE"] = "1"  # read when tqdm is imported
 # Sums depend on the number of threads: the processes that tests start, and compare to the bit, have one as well.
 os.environ |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 
-# Which servers of this machine ask a name server for, whose silence may last 20 s.
-socket.getfqdn = lambda name="": name or "localhost"
-
 import pytest
 import torch
 
 ROOT = Path(__file__).parents[1]
+# Which servers of this machine ask a name server for, whose silence may last 20 s.
+socket.getfqdn = lambda name="": name or "localhost"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
