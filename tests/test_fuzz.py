@@ -209,6 +209,12 @@ def test_damaged_arrays_are_pictures_or_refused(make: Callable[[int], bytes], co
     assert kinds == {"read", "refused"}
 
 
+def test_a_small_file_that_claims_much_is_refused_before_it_is_read():
+    data = tif_of(9)  # its tags speak of 16 million rows
+    with pytest.raises(ValueError, match=rf"{len(data)} bytes for the shape \(16252936, 6\)"):
+        picture_of(data, "tif", 4, None, None, "x")
+
+
 @pytest.mark.filterwarnings("ignore")
 def test_damaged_arrays_are_left_out_of_prepared_data_and_listed(tmp_path: Path):
     for split in ("train", "val"):

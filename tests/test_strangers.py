@@ -739,6 +739,7 @@ VALUES = (
 )  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("key", [*SECTIONS, *VALUES])
 def test_a_run_whose_config_is_damaged_is_named_and_one_that_lacks_options_is_measured(
     key: str, stranger_run: Path, tmp_path: Path

@@ -167,7 +167,10 @@ DERIVED = {"superres": "data/derived=bicubic_x4", "inpainting": "data/derived=ma
 
 
 @pytest.mark.chain
-@pytest.mark.parametrize("conditioning", CONDITIONS)
+@pytest.mark.parametrize(
+    "conditioning",
+    [c if c in ("layout", "inpainting") else pytest.param(c, marks=pytest.mark.slow) for c in CONDITIONS],
+)
 def test_the_chain_runs_under_every_kind_of_condition(tmp_path: Path, conditioning: str):
     options = [f"diffusion.conditioning.conditioners.{o}" for o in CONDITIONS[conditioning]]
     made = chain(

@@ -1,6 +1,7 @@
 """The plan printed before anything runs: what each stage will do, how large the models are, how long it may take."""
 
 import time
+from functools import cache
 from typing import TYPE_CHECKING
 
 import torch
@@ -34,6 +35,7 @@ def peak_flops(device: torch.device, precision: str, measured: float) -> float:
     return measured
 
 
+@cache
 def _rate(device: torch.device) -> float:
     """Measured matmul speed of this device in FLOP/s (a fraction of a second)."""
     size = 1024 if device.type == "cpu" else 8192

@@ -12,7 +12,7 @@ from ldm_train.data.files import open_image, read_npy
 from ldm_train.data.shards import DataError
 
 LAYOUTS = ("hwc", "chw")
-MOST_COMPRESSED, LEAST_CLAIM = 2_000, 1 << 28  # deflate reaches 1,032; what need not be asked, in bytes
+MOST_COMPRESSED, LEAST_CLAIM = 2_000, 1 << 25  # deflate reaches 1,032; what need not be asked, in bytes
 # Modes of single-page TIFFs that are pictures as any viewer shows them; others are arrays.
 VIEWED = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "I;16", "I;16B", "I;16L")
 
