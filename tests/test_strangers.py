@@ -550,6 +550,7 @@ WHERE = {
     "lpips": lambda tree, evil: tree["evaluation"].update(lpips=evil, paired=["lpips"]),
     "a field made from the image": lambda tree, evil: tree["data"].update(derived={"lowres": evil}),
     "the sampler": lambda tree, evil: tree.update(sampler=evil),
+    "the data module": lambda tree, evil: tree["data"].update(module=evil),
     "a stage": lambda tree, evil: tree["stage"].update(diffusion=evil),
     "a conditioner": lambda tree, evil: tree["diffusion"]["conditioning"]["conditioners"].update(text=evil),
 }
@@ -577,7 +578,7 @@ def test_a_run_builds_nothing_where_it_is_evaluated(
                 error = str(caught)
         assert not mark.exists()
         # What measures is this command's own, so that the run's is not even looked at; all else is refused.
-        elsewhere = ("an extractor", "the perceptual network", "lpips", "a stage")
+        elsewhere = ("an extractor", "the perceptual network", "lpips", "a stage", "the data module")
         unused = where in elsewhere and not name.startswith("interpolation")
         assert unused if error is None else any(w in error for w in ("asks for", "${", "cannot be built")), error
 

@@ -16,7 +16,6 @@ from ldm_train.pipeline import training
 from ldm_train.pipeline.data import data_key, mixture_key, sides, stage_data
 from ldm_train.pipeline.run import Run
 from ldm_train.pipeline.stage import Plan, Stage
-from ldm_train.training.autoencoder_task import AutoencoderTask
 
 
 def model_folder(run: Run) -> Path:
@@ -119,7 +118,7 @@ class AutoencoderStage(Stage):
         tree, metadata = plain(section.network), {"downsample_factor": network.downsample_factor}
         if not list(network.parameters()):  # the identity
             return {"sha256": training.save(run, folder / "model", network, tree, metadata)}
-        task = AutoencoderTask(
+        task = instantiate(section.task)(
             network,
             instantiate(section.loss, _convert_="all"),
             **training.optimisation(run, "autoencoder"),

@@ -17,7 +17,6 @@ from ldm_train.pipeline.data import FROM_DATA, mixture_key
 from ldm_train.pipeline.diffusion import latent_size, schedule_of
 from ldm_train.pipeline.run import Run
 from ldm_train.pipeline.stage import Stage
-from ldm_train.training.classifier_task import ClassifierTask
 
 
 def classifier_tree(config: DictConfig, images: ShardDataModule, first_stage: Any) -> dict[str, Any]:
@@ -70,7 +69,9 @@ class ClassifierStage(Stage):
         rng.reseed(config.seed, "classifier", "weights")
         network = instantiate(tree, _convert_="all").to(memory_format=torch.channels_last)
         schedule = schedule_of(run)
-        task = ClassifierTask(network, first_stage, schedule, **training.optimisation(run, "classifier"))
+        task = instantiate(config.classifier.task)(
+            network, first_stage, schedule, **training.optimisation(run, "classifier")
+        )
         training.train(run, "classifier", task, data, folder, images=count)
         # What a model must share with it to be guided by it.
         metadata = {

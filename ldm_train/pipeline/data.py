@@ -49,7 +49,7 @@ def data_module(
     """The images for a stage that has a section in the config."""
     section, data = config[stage], stage_data(config, stage)
     size = data.image_size if isinstance(data.image_size, int) else tuple(data.image_size)
-    return ShardDataModule(
+    return instantiate(data.module)(
         plain(data)["root"],
         batching_of(section, machine),
         section.max_steps,

@@ -29,7 +29,7 @@ from ldm_train.pipeline.stage import Plan, Stage
 from ldm_train.rng import NoiseSource
 from ldm_train.storage import read_config
 from ldm_train.training.callbacks.sampling import SampleMetrics
-from ldm_train.training.diffusion_task import BINS, DiffusionTask
+from ldm_train.training.diffusion_task import BINS
 
 
 def conditioner_tree(config: DictConfig, data: ShardDataModule, rehearsal: bool = False) -> dict[str, Any]:
@@ -233,7 +233,7 @@ class DiffusionStage(Stage):
         per_channel = config.latents.per_channel
         statistics = latents.give_statistics(run.folder / "latents", model.first_stage, per_channel)
         model.to(memory_format=torch.channels_last)
-        task = DiffusionTask(
+        task = instantiate(section.task)(
             model,
             instantiate(section.objective, model.schedule),
             **training.optimisation(run, "diffusion"),

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch.distributed as dist
 from hydra.utils import get_object, instantiate
+from lightning.pytorch.loggers.logger import Logger
 from omegaconf import DictConfig, OmegaConf
 
 from ldm_train.checkpoints.parts import targets
@@ -21,7 +22,7 @@ from ldm_train.pipeline.resume import Order, Step
 from ldm_train.pipeline.stage import Stage
 from ldm_train.storage import write_atomically
 from ldm_train.training.fit import Machine
-from ldm_train.training.loggers import TensorBoardLogger, WandbRun
+from ldm_train.training.loggers import Recorder, StockLogger, WandbRun
 
 # Sections whose parts the folders of a run may name.
 NAMEABLE = (
@@ -40,10 +41,6 @@ def own_parts(config: DictConfig) -> list[str]:
     """What the folders of a run may name beside this package's parts: `trust=` and the parts of the user's own config."""
     trees = [plain(found) for s in NAMEABLE if (found := OmegaConf.select(config, s)) is not None]
     return [*config.trust, *dict.fromkeys(targets(trees))]
-
-
-def loggers_of(config: DictConfig) -> list[str]:
-    return [config.logger] if isinstance(config.logger, str) else list(config.logger)
 
 
 def option_defaults(config: DictConfig) -> dict[str, Any]:
@@ -68,6 +65,12 @@ def _with_signatures(node: dict[str, Any], known: dict[str, Any]) -> dict[str, A
             inner = defaults.get(name)
             defaults[name] = _with_signatures(value, inner if isinstance(inner, dict) else {})
     return defaults
+
+
+def _placed(value: Any, **places: Any) -> Any:
+    for name, place in places.items():
+        value = value.replace(f"{{{name}}}", str(place)) if isinstance(value, str) else value
+    return value
 
 
 class Run:
@@ -100,11 +103,20 @@ class Run:
         if self.machine.world_size > 1:
             dist.barrier()
 
-    def loggers(self, stage: str) -> list:
-        found: list = [self.wandb.stage(stage, self.config[stage].batch_size)] if self.wandb else []
-        if "tensorboard" in loggers_of(self.config) and self.machine.rank == 0:
-            found.append(TensorBoardLogger(self.folder, stage))
-        return found
+    def loggers(self, stage: str) -> list[Logger]:
+        """A stage's loggers beside metrics.csv, on the first rank. In the options of Lightning's own, "{folder}" is the run's
+        folder and "{stage}" the stage."""
+        if self.machine.rank > 0:
+            return []
+        loggers: list[Logger] = [self.wandb.stage(stage, self.config[stage].batch_size)] if self.wandb else []
+        for name, tree in plain(self.config.logger).items():
+            if name == "wandb":
+                continue
+            placed = {k: _placed(v, folder=self.folder, stage=stage) for k, v in tree.items()}
+            logger = instantiate(placed, _convert_="all")
+            logger = logger if isinstance(logger, Logger) else logger(self.folder, stage)
+            loggers.append(logger if isinstance(logger, Recorder) else StockLogger(logger))
+        return loggers
 
     @cached_property
     def evaluator(self) -> Evaluator:
@@ -224,10 +236,10 @@ class Run:
             record |= {name: before[name] for name in others if name in before}
             text = OmegaConf.to_yaml(record).encode()
             write_atomically(path, lambda file: file.write(text))
-        if "wandb" in loggers_of(config):
+        if "wandb" in config.logger:
             if config.restart and self.stages[config.restart].steps(self):  # its steps begin again: another run
                 (self.folder / "wandb" / "run_id").unlink(missing_ok=True)
-            self.wandb = WandbRun(self.folder, config.project, config.name, plain(config))
+            self.wandb = instantiate(config.logger.wandb)(self.folder, config.project, config.name, plain(config))
 
     def _closing_words(self) -> None:
         samples = self.folder / "evaluation" / "samples.png"

@@ -6,12 +6,15 @@ from typing import Any
 
 import torch
 from hydra.utils import instantiate
-from lightning import Callback, LightningDataModule
+from lightning import Callback, LightningDataModule, Trainer
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import Checkpoint
+from omegaconf import OmegaConf
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from ldm_train.checkpoints.native import read_metadata, save_model
-from ldm_train.configuration import plain
+from ldm_train.configuration import config_folder, plain
 from ldm_train.pipeline.data import batching_of
 from ldm_train.pipeline.run import Run
 from ldm_train.training.fit import Cadence, fit
@@ -39,9 +42,43 @@ def section_key(run: Run, stage: str) -> dict[str, Any]:
     return {k: v for k, v in plain(run.config[stage]).items() if k not in NOT_IN_KEY}
 
 
+def trainer_options(run: Run) -> dict[str, Any]:
+    """The options of Lightning's Trainer that `trainer` holds. Raises ValueError for one that follows from a stage's own."""
+    known = OmegaConf.load(config_folder() / "trainer" / "default.yaml")
+    if others := sorted({*run.config.trainer} - {*known}):
+        raise ValueError(
+            f"trainer.{others[0]}: a stage sets it itself (max_steps, micro_batch_size, clip_norm, val_every, ...); here go "
+            f"{', '.join(known)}"
+        )
+    return instantiate(plain(run.config.trainer), _convert_="all")
+
+
+def own_callbacks(run: Run) -> list[Callback]:
+    """The callbacks of `callbacks`. Raises ValueError for what is none, and for one that would save beside ours."""
+    callbacks = []
+    for name, tree in plain(run.config.callbacks).items():
+        callback = instantiate(tree, _convert_="all")
+        if not isinstance(callback, Callback) or isinstance(callback, Checkpoint):
+            why = (
+                "saves checkpoints, which training does itself"
+                if isinstance(callback, Checkpoint)
+                else "is no callback"
+            )
+            raise ValueError(f"callbacks.{name}: {tree['_target_']} {why}")
+        callbacks.append(callback)
+    return callbacks
+
+
 def check_optimisation(run: Run, stage: str) -> None:
-    """Raises ValueError where the optimiser or the schedule of the learning rate cannot be made."""
+    """Raises ValueError where the optimiser, the schedule of the learning rate, or what is handed to the Trainer cannot be
+    made."""
     section = run.config[stage]
+    own_callbacks(run)
+    try:
+        Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, enable_model_summary=False,
+                enable_progress_bar=False, **trainer_options(run))  # fmt: skip
+    except (TypeError, MisconfigurationException) as error:
+        raise ValueError(f"trainer: {error}") from error
     try:
         instantiate(section.optimizer, lr=section.lr, _convert_="all")([nn.Parameter(torch.zeros(1))])
     except Exception as error:  # optimisers raise whatever they like
@@ -95,9 +132,10 @@ def train(
         machine=run.machine,
         loggers=run.loggers(stage),
         max_bad_fraction=config.data.max_bad_fraction,
-        callbacks=callbacks,
+        callbacks=[*own_callbacks(run), *callbacks],
         effort=run.effort.get(stage, (None, None)),
         facts=health,
+        options=trainer_options(run),
     )
 
 

@@ -6,12 +6,14 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from ldm_train.configuration import config_folder
+
 TRAINED = ("autoencoder", "diffusion", "classifier")  # the stages with a section of their own
 
 # Parts, chosen with a slash.
 PARTS = (
     "data", "autoencoder", "autoencoder.network", "autoencoder.loss", "diffusion", "diffusion.network", "diffusion.objective",
-    "diffusion.conditioning", "diffusion.schedule", "sampler", "data.derived", "stage",
+    "diffusion.conditioning", "diffusion.schedule", "sampler", "data.derived", "stage", "trainer", "callbacks",
 )  # fmt: skip
 SECTIONS = (
     "latents", "sampling", "evaluation", "evaluation.extractors", "evaluation.kinds", "diffusion.conditioning.conditioners",
@@ -24,6 +26,8 @@ BUILT = {
     "evaluation.kinds": "the class of a metric",
     "diffusion.conditioning.conditioners": "the class of a conditioner; leave it out of another by diffusion/conditioning=",
     "stage": "the class of a stage; leave it out by stages=[...]",
+    "logger": "the class of a logger; leave it out by logger=csv",
+    "callbacks": "the class of a callback",
 }
 # Whole numbers with the least that means something; None stands where the option may be left open.
 PER_STAGE = dict.fromkeys(
@@ -65,6 +69,17 @@ LISTS: dict[str, Any] = {
 CHOICES = {"data.crop": ("center", "random", "random_resized"), "data.reader": ("indexed", "streaming")}
 
 
+def _loggers(names: Any) -> DictConfig:
+    """The section of loggers that are named. Raises ValueError for a name that is none."""
+    chosen = {}
+    for name in names if OmegaConf.is_list(names) else [names]:
+        path = config_folder() / "logger" / f"{name}.yaml"
+        if not path.is_file():
+            raise ValueError(f"logger is wandb, tensorboard, csv or a list of them, not {name!r}")
+        chosen |= OmegaConf.to_container(OmegaConf.load(path))
+    return OmegaConf.create(chosen)
+
+
 def check_values(config: DictConfig) -> None:
     """Raises ValueError, naming the option, for a value of the wrong type or range. Turns 1e4 into 10000 where a count is
     meant, and a name of digits into text."""
@@ -77,6 +92,8 @@ def check_values(config: DictConfig) -> None:
             if part in SECTIONS:
                 raise ValueError(f"{part}={value}: it is a section, set the options in it: {part}.<option>=...")
             raise ValueError(f"{part}={value}: a part is chosen with a slash: {part.replace('.', '/')}={value}")
+    if not OmegaConf.is_dict(config.logger):  # names, as in recipes of before
+        config.logger = _loggers(config.logger)
     for section, meant in BUILT.items():
         for name, tree in OmegaConf.select(config, section).items():
             if not OmegaConf.is_dict(tree) or not isinstance(tree.get("_target_"), str):
@@ -86,9 +103,6 @@ def check_values(config: DictConfig) -> None:
             raise ValueError(
                 f"{section}._target_={target}: it names a class or function; choose {section.replace('.', '/')}="
             )
-    for name in config.logger if OmegaConf.is_list(config.logger) else [config.logger]:
-        if name not in ("wandb", "tensorboard", "csv"):
-            raise ValueError(f"logger is wandb, tensorboard, csv or a list of them, not {name!r}")
     for key in ("evaluation.adherence", "evaluation.restoration", "evaluation.perceptual", "evaluation.lpips"):
         if (value := OmegaConf.select(config, key)) is not None and not OmegaConf.is_dict(value):
             raise ValueError(f"{key}={value} is neither null nor a section with options")

@@ -10,19 +10,19 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import TQDMProgressBar
-from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.plugins import MixedPrecision, Precision
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy, Strategy
 
 from ldm_train.training.callbacks.checkpoint import LAST, AtomicCheckpointIO, Checkpoints, read_checkpoint, steps_done
 from ldm_train.training.callbacks.health import Health
 from ldm_train.training.callbacks.monitor import Monitor
-from ldm_train.training.loggers import MetricsCSV
+from ldm_train.training.loggers import MetricsCSV, Recorder
 from ldm_train.training.task import NotFinite, Task
 
 # What Lightning says of every run and nobody can act on. (The frozen parts are in eval mode on purpose; the loaders
 # resume by position, not by state.)
 logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+logging.getLogger("lightning.pytorch.profilers").setLevel(logging.INFO)  # whoever asks for a profiler wants its report
 for message in (
     ".*in eval mode at the start of training",
     ".*dataloader is not resumable",
@@ -111,18 +111,20 @@ def fit(
     dataset_size: int,
     cadence: Cadence,
     machine: Machine,
-    loggers: Sequence[Logger] = (),
+    loggers: Sequence[Recorder] = (),
     max_bad_fraction: float = 0.01,
     callbacks: Sequence[L.Callback] = (),
     effort: tuple[float | None, float | None] = (None, None),
     facts: Mapping[str, Any] | None = None,
+    options: Mapping[str, Any] | None = None,
 ) -> None:
     """Trains `task` to `max_steps` optimiser steps in `folder`, from checkpoints/last.ckpt if it is there.
 
     effort: FLOPs of training on one image and the devices' peak per second, for train/tflop and train/mfu. facts: what
-    the health checks must know of the configuration. Where gradients stay non-finite, goes back to the last checkpoint,
-    REWINDS times. Afterwards the task holds the averaged weights where it averages. Raises Interrupted on a signal,
-    NotFinite where going back did not help.
+    the health checks must know of the configuration. options: of the Trainer, beside those that are set here.
+
+    Where gradients stay non-finite, goes back to the last checkpoint, REWINDS times. Afterwards the task holds the averaged
+    weights where it averages. Raises Interrupted on a signal, NotFinite where going back did not help.
     """
     last = folder / "checkpoints" / LAST
     start = steps_done(last)
@@ -157,6 +159,7 @@ def fit(
                 enable_model_summary=False,
                 enable_progress_bar=cadence.progress,
                 default_root_dir=folder,
+                **(options or {}),
             )
             # Its SIGTERM handler would take the place of ours, and leave without saving.
             trainer._signal_connector.register_signal_handlers = lambda: None

@@ -20,7 +20,32 @@ from PIL import Image
 from ldm_train.storage import inside, write_atomically
 
 
-class MetricsCSV(Logger):
+class Recorder(Logger):
+    """A logger that training also gives pictures (files already), histograms and alerts; subclasses take what they have room
+    for.
+
+    logged: what an earlier process logged beyond the checkpoint this one continues from (see `MetricsCSV`): a resumed
+    training, being exact, would only repeat it.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.logged: Mapping[int, set[str]] = {}
+
+    def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    def log_picture(self, name: str, path: Path, step: int, caption: str) -> None:
+        pass
+
+    def log_histogram(self, name: str, values: torch.Tensor, step: int) -> None:
+        pass
+
+    def log_alert(self, title: str, text: str) -> None:
+        pass
+
+
+class MetricsCSV(Recorder):
     """One row per logged step; survives resume: rows after the checkpoint's step are cut, then it goes on.
 
     path: the file. start: the step training starts or resumes from. `cut`: what was logged after it, {step: names}: a
@@ -55,18 +80,6 @@ class MetricsCSV(Logger):
     def version(self) -> str:
         return ""
 
-    def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
-        pass
-
-    def log_picture(self, name: str, path: Path, step: int, caption: str) -> None:
-        pass  # the picture is a file already
-
-    def log_histogram(self, name: str, values: torch.Tensor, step: int) -> None:
-        pass  # a row has no room for it
-
-    def log_alert(self, title: str, text: str) -> None:
-        pass  # it is on the terminal, and findings are in health.json
-
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         row = {"step": step} | {k: v for k, v in metrics.items() if k != "epoch"}
@@ -95,6 +108,37 @@ def code_version() -> dict[str, str]:
             )  # fmt: skip
             found["commit"] = described.stdout.strip()
     return found
+
+
+class StockLogger(Recorder):
+    """A logger of Lightning's or of a user's own: it takes the metrics."""
+
+    def __init__(self, logger: Logger):
+        super().__init__()
+        self.logger = logger
+
+    @property
+    def name(self) -> str | None:
+        return self.logger.name
+
+    @property
+    def version(self) -> str | int | None:
+        return self.logger.version
+
+    @property
+    def experiment(self) -> Any:
+        return self.logger.experiment
+
+    @rank_zero_only
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        if new := picked(metrics, step, self.logged):
+            self.logger.log_metrics(new, step)
+
+    def save(self) -> None:
+        self.logger.save()
+
+    def finalize(self, status: str) -> None:
+        self.logger.finalize(status)
 
 
 class WandbRun:
@@ -198,18 +242,13 @@ SUMMARIES = {
 }  # fmt: skip
 
 
-class StageLogger(Logger):
-    """A stage's metrics as `<stage>/...` over an honest axis: that stage's optimiser steps; its images seen are beside
-    them as `<stage>/images`, to choose instead.
-
-    logged: what an earlier process logged beyond the checkpoint this one continues from (see `MetricsCSV`): a resumed
-    training, being exact, would only repeat it.
-    """
+class StageLogger(Recorder):
+    """A stage's metrics as `<stage>/...` over that stage's optimiser steps; its images seen are beside them as
+    `<stage>/images`, to choose instead."""
 
     def __init__(self, run: Any, stage: str, batch_size: int):
         super().__init__()
         self.run, self.stage, self.batch_size = run, stage, batch_size
-        self.logged: dict[int, set[str]] = {}
         step = f"{stage}/step"
         run.define_metric(step)
         run.define_metric(f"{stage}/*", step_metric=step)
@@ -223,9 +262,6 @@ class StageLogger(Logger):
     @property
     def version(self) -> str:
         return self.run.id
-
-    def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
-        pass
 
     def _log(self, values: dict[str, Any], step: int) -> None:
         axes = {f"{self.stage}/step": step, f"{self.stage}/images": step * self.batch_size}
@@ -255,7 +291,7 @@ class StageLogger(Logger):
         self.run.alert(title=f"{self.stage}: {title}", text=text, level="WARN")
 
 
-class TensorBoardLogger(Logger):
+class TensorBoardLogger(Recorder):
     """A stage's metrics, pictures and histograms in <folder>/tensorboard/<stage>, for `tensorboard --logdir`."""
 
     def __init__(self, folder: Path, stage: str):
@@ -264,7 +300,6 @@ class TensorBoardLogger(Logger):
             from torch.utils.tensorboard import SummaryWriter
         except ModuleNotFoundError as error:
             raise ValueError("logger=tensorboard needs `pip install tensorboard`") from error
-        self.logged: dict[int, set[str]] = {}
         self.writer = SummaryWriter(str(inside(folder / "tensorboard" / stage, folder)), flush_secs=10)
 
     @property
@@ -274,9 +309,6 @@ class TensorBoardLogger(Logger):
     @property
     def version(self) -> str:
         return ""
-
-    def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
-        pass
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
