@@ -9,13 +9,13 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import TQDMProgressBar
 from lightning.pytorch.plugins import MixedPrecision, Precision
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy, Strategy
 
 from ldm_train.training.callbacks.checkpoint import LAST, AtomicCheckpointIO, Checkpoints, read_checkpoint, steps_done
 from ldm_train.training.callbacks.health import Health
 from ldm_train.training.callbacks.monitor import Monitor
+from ldm_train.training.callbacks.progress import StepBar
 from ldm_train.training.loggers import MetricsCSV, Recorder
 from ldm_train.training.task import NotFinite, Task
 
@@ -137,7 +137,7 @@ def fit(
             monitor = Monitor(batch_size, dataset_size, max_bad_fraction, cadence.trace, *effort)
             watching = [*callbacks, monitor, Health(folder, facts or {}), checkpoints]
             if cadence.progress:
-                watching.append(TQDMProgressBar(refresh_rate=max(1, cadence.log_every // 2)))
+                watching.append(StepBar(batch_size))
             trainer = L.Trainer(
                 accelerator="cpu" if machine.accelerator == "cpu" else "gpu",
                 strategy=machine.strategy(),

@@ -1,0 +1,72 @@
+"""The bar on the terminal."""
+
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.callbacks import ProgressBar
+from tqdm import tqdm
+
+from ldm_train.training.task import Task
+
+SHOWN = 5  # losses beside the speed
+
+
+class StepBar(ProgressBar):
+    """One bar per stage over its optimiser steps, from where a resumed training stands, with the losses and the images per
+    second of the last logged step; a second one while validation runs.
+
+    batch_size: the global one.
+    """
+
+    def __init__(self, batch_size: int):
+        super().__init__()
+        self.batch_size = batch_size
+        self.bar: Any = None
+        self.validation: Any = None
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: Task) -> None:
+        start = trainer.global_step
+        self.bar = tqdm(
+            total=trainer.max_steps,
+            initial=start,
+            desc=pl_module.stage,
+            unit="step",
+            dynamic_ncols=True,
+            mininterval=0.5,
+        )
+        if start:
+            self.bar.set_postfix_str(f"resumed at step {start}")
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: Task, *batch: Any) -> None:
+        step = trainer.global_step
+        if step == self.bar.n:  # a micro-batch of it
+            return
+        if step % trainer.log_every_n_steps == 0:
+            metrics = trainer.callback_metrics
+            shown = [f"{n.removeprefix('train/')} {float(metrics[n]):.3g}" for n in pl_module.losses[:SHOWN]]
+            if rate := self.bar.format_dict["rate"]:
+                shown.append(f"{rate * self.batch_size:.0f} img/s")
+            self.bar.set_postfix_str(", ".join(shown), refresh=False)
+        self.bar.update(step - self.bar.n)
+
+    def on_validation_start(self, trainer: L.Trainer, pl_module: Task) -> None:
+        self.validation = tqdm(
+            total=int(sum(trainer.num_val_batches)), desc="validation", unit="batch", leave=False, dynamic_ncols=True
+        )
+
+    def on_validation_batch_end(self, trainer: L.Trainer, pl_module: Task, *batch: Any) -> None:
+        self.validation.update()
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: Task) -> None:
+        self.validation.close()
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: Task) -> None:
+        self.bar.close()
+
+    def on_exception(self, trainer: L.Trainer, pl_module: Task, exception: BaseException) -> None:
+        for bar in (self.validation, self.bar):
+            if bar is not None:
+                bar.close()
+
+    def print(self, *words: Any, **options: Any) -> None:
+        tqdm.write(" ".join(map(str, words)))
