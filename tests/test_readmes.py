@@ -72,6 +72,14 @@ def test_python_of_a_guide_compiles_and_imports_what_there_is(guide: Path) -> No
                 assert all(hasattr(module, alias.name) for alias in node.names), block
 
 
+@pytest.mark.chain
+def test_both_stages_train_from_python_as_the_guide_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (code,) = (b for b in blocks((ROOT / "ldm_train/README.md").read_text(), "python") if "fit(" in b)
+    exec(code.replace("STEPS, BATCH, folder = 200", "STEPS, BATCH, folder = 3").replace("count=512", "count=64"), {})
+    assert (tmp_path / "runs/by_hand/samples.png").is_file()
+
+
 @pytest.mark.parametrize("guide", GUIDES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_links_and_files_of_a_guide_are_there(guide: Path) -> None:
     for target in re.findall(r"\]\(([^)#\s]+)", guide.read_text()):

@@ -38,6 +38,8 @@ class AutoencoderTask(Task):
 
     monitor = "score"
 
+    shown = ("l1", "perceptual", "kl", "codebook", "generator", "disc")
+
     def __init__(
         self,
         autoencoder: Autoencoder,

@@ -26,6 +26,8 @@ class ClassifierTask(Task):
 
     monitor = "loss"
 
+    shown = ("loss", "accuracy")
+
     def __init__(
         self,
         network: NoisyClassifier,

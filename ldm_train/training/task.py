@@ -54,6 +54,8 @@ class Task(L.LightningModule):
     raises NotFinite, and `fit` goes back to the last checkpoint with `attempt` raised, which changes all that is random.
     """
 
+    shown: tuple[str, ...] = ("loss",)  # of what it logs, on the progress bar
+
     def __init__(
         self,
         stage: str,
@@ -68,7 +70,6 @@ class Task(L.LightningModule):
         self.stage, self.seed, self.optimizer, self.lr_factor = stage, seed, optimizer, lr_factor
         self.ema_decay, self.clip_norm, self.accumulate = ema_decay, clip_norm, accumulate
         self.ema: EMA | None = None
-        self.losses: tuple[str, ...] = ()  # the names they are logged by
         self.attempt = self.skipped = self._skipped_in_row = 0
         self._sums: dict[str, tuple[float, int]] = {}
 
@@ -138,7 +139,6 @@ class Task(L.LightningModule):
 
     def log_training(self, logs: Mapping[str, torch.Tensor]) -> None:
         self.log("step", float(self.global_step + 1))
-        self.losses = tuple(f"train/{k}" for k in logs)
         self.log_dict({f"train/{k}": v for k, v in logs.items()}, on_step=True)
         self.log("train/lr", self.trainer.optimizers[0].param_groups[0]["lr"])
         if self.skipped:

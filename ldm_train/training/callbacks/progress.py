@@ -8,8 +8,6 @@ from tqdm import tqdm
 
 from ldm_train.training.task import Task
 
-SHOWN = 5  # losses beside the speed
-
 
 class StepBar(ProgressBar):
     """One bar per stage over its optimiser steps, from where a resumed training stands, with the losses and the images per
@@ -43,7 +41,7 @@ class StepBar(ProgressBar):
             return
         if step % trainer.log_every_n_steps == 0:
             metrics = trainer.callback_metrics
-            shown = [f"{n.removeprefix('train/')} {float(metrics[n]):.3g}" for n in pl_module.losses[:SHOWN]]
+            shown = [f"{n} {float(metrics[f'train/{n}']):.3g}" for n in pl_module.shown if f"train/{n}" in metrics]
             if rate := self.bar.format_dict["rate"]:
                 shown.append(f"{rate * self.batch_size:.0f} img/s")
             self.bar.set_postfix_str(", ".join(shown), refresh=False)
