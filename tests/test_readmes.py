@@ -1,15 +1,20 @@
-"""What the guides tell people to type is understood: every command of every README composes, every Python block compiles and
-imports what it names, every link leads somewhere."""
+"""What the guides tell people to type works: every command of every README composes, and runs where its model can be made in
+seconds; every Python block compiles and imports what it names, every link leads somewhere."""
 
 import ast
 import importlib
+import json
 import re
 import shlex
+import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+from chains import SMALL
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
+from PIL import Image
 
 from ldm_train import names
 from ldm_train.cli.common import null_as_none, quoted
@@ -61,6 +66,76 @@ def test_a_command_of_a_guide_composes(guide: str, line: str) -> None:
         config = compose(COMMANDS[command], arguments)
     for key in config:
         OmegaConf.to_container(config._get_node(key)) if OmegaConf.is_config(config._get_node(key)) else None
+
+
+# The models that commands name, each with the recipe that makes one of its kind in seconds; the data of all others are elsewhere.
+MODELS = {
+    "quickstart": ["experiment=quickstart"],
+    "mine": ["experiment=shapes_class"],
+    "shapes_layout": ["experiment=shapes_layout"],
+    "scenes_semantic_small": ["experiment=shapes_semantic"],
+    "clothing_superres_small": ["experiment=shapes_superres"],
+    "shapes_unconditional": ["experiment=shapes_unconditional"],
+    "classifier_shapes": ["experiment=classifier_shapes", "classifier.max_steps=2", "classifier.batch_size=8"],
+}
+QUICK = [*SMALL, "autoencoder.max_steps=2", "diffusion.max_steps=2", "autoencoder.val_every=2", "diffusion.val_every=2",
+         "diffusion.evaluate_every=null", "evaluation.metrics=[fid_tiny]"]  # fmt: skip
+BRIEFLY = {
+    "train.py": [*QUICK, "stages=[autoencoder,latents,diffusion,export]"],
+    "ldm-sample": ["num_inference_steps=2", "accelerator=cpu"],
+    "ldm-evaluate": ["progress=false", "accelerator=cpu"],
+    "ldm-prepare": ["workers=1"],
+    "ldm-sweep": [],
+    "ldm-search": [],
+}
+ELSEWHERE = r"celebahq|clothing_f8|my_package|ldm-search|ldm-sweep dir=runs/shapes_f_sweep|ldm-bench|_f_sweep"
+
+
+def typed(monkeypatch: pytest.MonkeyPatch, words: list[str]) -> None:
+    """Runs a command in this process."""
+    name = "train" if words[0] == "train.py" else words[0].removeprefix("ldm-")
+    monkeypatch.setattr(sys, "argv", words)
+    importlib.import_module(f"ldm_train.cli.{name}").main()
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the models, pictures and lists that commands name."""
+    folder = tmp_path_factory.mktemp("guides")
+    noise = np.random.default_rng(0)
+    for name in ("photo.png", "photos/a/1.png", "photos/a/2.png", "photos/b/3.png", "photos/b/4.png", "samples/1.png",
+                 "samples/2.png"):  # fmt: skip
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(noise.integers(0, 255, (32, 32, 3), np.uint8)).save(folder / name)
+    Image.fromarray(noise.integers(0, 255, (8, 8, 3), np.uint8)).save(folder / "small.png")
+    Image.fromarray((np.indices((32, 32)).sum(0) > 40).astype(np.uint8) * 255).save(folder / "hole.png")
+    Image.fromarray(np.zeros((32, 32), np.uint8)).save(folder / "map.png")
+    lines = [{"prompt": "a red circle", "negative": "blue", "seed": 7, "n": 2}, {"prompt": "a blue square"}]
+    (folder / "prompts.jsonl").write_text("\n".join(json.dumps(line) for line in lines))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        for name, recipe in MODELS.items():
+            stages = "[latents,classifier]" if name == "classifier_shapes" else "[autoencoder,latents,diffusion,export]"
+            more = ["autoencoder.pretrained=shapes_unconditional"] if name == "classifier_shapes" else []
+            stages = stages.replace("[latents", "[autoencoder,latents")
+            typed(patch, ["train.py", *QUICK, *recipe, *more, f"name={name}", f"stages={stages}"])
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("guide", "line"), [pair for pair in commands() if not re.search(ELSEWHERE, pair[1])], ids=lambda text: text[:60]
+)
+def test_a_command_of_a_guide_runs(guide: str, line: str, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(place)
+    monkeypatch.setenv("HOME", str(place))
+    words = [w.replace("$HOME", str(place)) for w in shlex.split(line, comments=True)]
+    words = words[1:] if words[0] == "python" else words
+    sizes = [re.sub(r"^n=\d+$", "n=4", w) for w in words]
+    brief = [o for o in BRIEFLY[words[0]] if f" {o.partition('=')[0]}=" not in f" {' '.join(words)}"]
+    name = [f"name={abs(hash(line))}"] if words[0] == "train.py" and not re.search("name=| -m ", line) else []
+    out = [f"out={place}/{abs(hash(line))}"] if words[0] in ("ldm-sample", "ldm-prepare") else []
+    typed(monkeypatch, [*sizes, *brief, *name, *[o for o in out if " out=" not in line]])
 
 
 @pytest.mark.parametrize("guide", GUIDES, ids=lambda p: str(p.relative_to(ROOT)))
