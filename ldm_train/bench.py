@@ -85,14 +85,14 @@ def sampling(config: DictConfig, device: torch.device) -> dict[str, Any]:
         cond, uncond = (Denoiser(network, schedule, Epsilon(), c) for c in halves)
         return ddim(classifier_free(cond, uncond, 3.0), x_t, times, schedule, NoiseSource(range(b)))
 
-    found: dict[str, Any] = {}
+    results: dict[str, Any] = {}
     joined = {"context": context, "context_mask": mask}
     loops = {"ours": lambda: ours(nothing), "diffusers": lambda: _diffusers_loop(nothing, joined, x_t, steps, 3.0)}
     agreement = float((loops["ours"]() - loops["diffusers"]()).abs().max() / loops["diffusers"]().abs().max())
     if agreement > 1e-3:
         raise ValueError(f"the two loops do not compute the same ({agreement:.1e} apart); their times say nothing")
     loop = in_turns(loops, config.runs, device, "loops")
-    found["overhead per step [ms]"] = {k: 1000 * v / steps for k, v in loop.items()}
+    results["overhead per step [ms]"] = {k: 1000 * v / steps for k, v in loop.items()}
     unet = _small_unet(device)
     network = unet_call(unet)
 
@@ -102,12 +102,12 @@ def sampling(config: DictConfig, device: torch.device) -> dict[str, Any]:
     cached = in_turns(
         {"kept": lambda: ours(network), "computed": lambda: ours(forgets)}, config.runs, device, "context"
     )
-    found["keys and values of 77 tokens, per step [ms]"] = {k: 1000 * v / steps for k, v in cached.items()}
+    results["keys and values of 77 tokens, per step [ms]"] = {k: 1000 * v / steps for k, v in cached.items()}
     # diffusers' attention computes keys and values in every step.
     whole = {"ours": lambda: ours(network), "diffusers": lambda: _diffusers_loop(forgets, joined, x_t, steps, 3.0)}
     timed = in_turns(whole, config.runs, device, "U-Net and loop")
-    found["a whole step with a small text U-Net [ms]"] = {k: 1000 * v / steps for k, v in timed.items()}
-    return found
+    results["a whole step with a small text U-Net [ms]"] = {k: 1000 * v / steps for k, v in timed.items()}
+    return results
 
 
 def unet_call(unet: UNet) -> Callable[..., torch.Tensor]:
@@ -117,9 +117,9 @@ def unet_call(unet: UNet) -> Callable[..., torch.Tensor]:
     return network
 
 
-def format_table(found: Mapping[str, Mapping[str, float]]) -> str:
+def format_table(results: Mapping[str, Mapping[str, float]]) -> str:
     lines = []
-    for title, row in found.items():
+    for title, row in results.items():
         (first, a), (second, b) = list(row.items())[:2]
         lines.append(f"{title:<46}{first} {a:9.3f}   {second} {b:9.3f}   ratio {a / b:.2f}")
     return "\n".join(lines)
@@ -141,8 +141,8 @@ def bench(config: DictConfig) -> dict[str, Any]:
     device = torch.device("cuda" if torch.cuda.is_available() and config.accelerator != "cpu" else "cpu")
     name = torch.cuda.get_device_name() if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
     print(f"{name}; torch {torch.__version__}, diffusers {diffusers.__version__}; medians of {config.runs}")
-    found = sampling(config, device)
-    print(format_table(found))
+    results = sampling(config, device)
+    print(format_table(results))
     if config.out:
-        write_json(Path(config.out), {"device": name, "torch": torch.__version__, "results": found})
-    return found
+        write_json(Path(config.out), {"device": name, "torch": torch.__version__, "results": results})
+    return results

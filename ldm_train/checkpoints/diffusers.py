@@ -127,7 +127,7 @@ def _first_line(error: Exception) -> str:
 
 def _weights(folder: Path) -> dict[str, torch.Tensor]:
     """Under the names of today. Raises ValueError for a file that cannot be read."""
-    found: dict[str, torch.Tensor] = {}
+    weights: dict[str, torch.Tensor] = {}
     for path in _files(folder):
         try:
             # No code is run from a pickle.
@@ -138,9 +138,9 @@ def _weights(folder: Path) -> dict[str, torch.Tensor]:
             raise ValueError(
                 f"{path} cannot be read ({_first_line(error)}); download it again, as .safetensors"
             ) from error
-        found |= read
+        weights |= read
     older = r"(.*\.attentions\.\d+)\.(query|key|value|proj_attn)\.(weight|bias)"
-    return {re.sub(older, lambda m: f"{m[1]}.{OLDER_ATTENTION[m[2]]}.{m[3]}", key): v for key, v in found.items()}
+    return {re.sub(older, lambda m: f"{m[1]}.{OLDER_ATTENTION[m[2]]}.{m[3]}", key): v for key, v in weights.items()}
 
 
 def _built(path: Path, kind: Callable[..., nn.Module], options: dict[str, Any], **arguments: Any) -> nn.Module:
@@ -175,10 +175,10 @@ def _load(module: nn.Module, folder: Path, name: Callable[[str], str]) -> None:
             raise ValueError(f"{folder} lacks {missing[0]}, which its config asks for")
         shape = [value.shape[0] // len(names), *value.shape[1:]]
         for part in names:
-            found = weights[part]
-            if [n for n in found.shape if n != 1] != [n for n in shape if n != 1] or not found.is_floating_point():
+            tensor = weights[part]
+            if [n for n in tensor.shape if n != 1] != [n for n in shape if n != 1] or not tensor.is_floating_point():
                 raise ValueError(
-                    f"{folder}: {part} has shape {tuple(found.shape)} and type {found.dtype}, its config asks for "
+                    f"{folder}: {part} has shape {tuple(tensor.shape)} and type {tensor.dtype}, its config asks for "
                     f"{tuple(shape)} and floating point"
                 )
         left -= set(names)

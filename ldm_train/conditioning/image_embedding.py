@@ -80,10 +80,10 @@ def read_statistics(path: str, dim: int) -> tuple[torch.Tensor, torch.Tensor]:
         state = load_file(path)
     except (OSError, SafetensorError):
         state = {}
-    found = [state[name].float().flatten() for name in ("mean", "std") if name in state]
-    if [len(part) for part in found] != [dim, dim] or not (found[1] > 0).all():
+    statistics = [state[name].float().flatten() for name in ("mean", "std") if name in state]
+    if [len(part) for part in statistics] != [dim, dim] or not (statistics[1] > 0).all():
         raise ValueError(f"{path} does not hold `mean` and `std` (above 0) of {dim} values each in safetensors format")
-    return found[0], found[1]
+    return statistics[0], statistics[1]
 
 
 class ImageEmbedding(Conditioner):

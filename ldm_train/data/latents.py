@@ -126,8 +126,8 @@ def _encoded(
 
 def _members(shards: IndexedShards, i: int, fields: Sequence[Field]) -> dict[str, bytes]:
     """What a sample holds of some fields, as it stands in the shard."""
-    found = {e: shards.read(i, e) for field in fields for e in field.extensions if e in shards.extensions}
-    return {e: value for e, value in found.items() if value is not None}
+    members = {e: shards.read(i, e) for field in fields for e in field.extensions if e in shards.extensions}
+    return {e: value for e, value in members.items() if value is not None}
 
 
 def write_cache_index(
@@ -341,15 +341,15 @@ def read_statistics(folder: str | Path) -> dict[str, Any]:
     """What `latent_statistics` found, from the file beside a cache. Raises DataError where that holds something else."""
     path = Path(folder) / STATISTICS
     try:
-        found = json.loads(path.read_bytes())
-        numbers = [found["scale_factor"], *found["std"], *found["mean"]]
-        ours = all(type(n) in (int, float) and math.isfinite(n) for n in numbers) and found["scale_factor"] > 0
-        ours = ours and len(found["std"]) == len(found["mean"]) > 0
+        statistics = json.loads(path.read_bytes())
+        numbers = [statistics["scale_factor"], *statistics["std"], *statistics["mean"]]
+        ours = all(type(n) in (int, float) and math.isfinite(n) for n in numbers) and statistics["scale_factor"] > 0
+        ours = ours and len(statistics["std"]) == len(statistics["mean"]) > 0
     except (OSError, ValueError, TypeError, KeyError, OverflowError, RecursionError) as error:
         raise DataError(f"{path} holds no statistics of latents ({error}); make it anew with: {REMEDY}") from error
     if not ours:
         raise DataError(f"{path} holds no statistics of latents; make it anew with: {REMEDY}")
-    return found
+    return statistics
 
 
 def verify_cache(data: ShardDataModule, split: str, latents: CachedLatents, encode: Encode, count: int = 8) -> float:

@@ -204,8 +204,8 @@ def _load_offsets(root: Path, path: Path, entry: dict) -> Offsets:
     stat = os.stat(path)
     kept = root / ".offsets" / f"{path.name}.npz"
     stamp = np.array([stat.st_size, stat.st_mtime_ns], np.int64)
-    if (found := _kept_offsets(kept, stamp, entry)) is not None:
-        return found
+    if (cached := _kept_offsets(kept, stamp, entry)) is not None:
+        return cached
     if stat.st_size != entry["bytes"]:
         raise DataError(
             f"{path} has {stat.st_size} bytes, its index says {entry['bytes']}: truncated or changed; copy or prepare it again"
@@ -325,8 +325,8 @@ class IndexedShards:
 
     def fields(self, i: int) -> dict[str, bytes]:
         """All fields of a sample, {extension: bytes}."""
-        found = {e: self.read(i, e) for e in self.extensions}
-        return {e: data for e, data in found.items() if data is not None}
+        fields = {e: self.read(i, e) for e in self.extensions}
+        return {e: data for e, data in fields.items() if data is not None}
 
     def where(self, i: int) -> str:
         """The sample's name for messages: shard and key."""

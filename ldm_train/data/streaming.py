@@ -93,9 +93,9 @@ class StreamingBatches(IterableDataset):
             for key, fields in tar:
                 yield fields | {"__key__": key, "__url__": tar.file}
             for what in ("bytes", "sha256", "count", "fields"):
-                if (found := getattr(tar, what)) != entry[what]:
+                if (actual := getattr(tar, what)) != entry[what]:
                     raise DataError(
-                        f"{tar.file} does not match its index.json: {what} {found}, there {entry[what]}; copy or prepare it "
+                        f"{tar.file} does not match its index.json: {what} {actual}, there {entry[what]}; copy or prepare it "
                         "again, or make the index anew with: ldm-prepare source=index"
                     )
 

@@ -83,9 +83,9 @@ def _rescaled(
 
 def _thresholded(plain: torch.Tensor, mixed: torch.Tensor, percentile: float) -> torch.Tensor:
     limits = [torch.quantile(x.abs().flatten(1), percentile / 100, dim=1) for x in (plain, mixed)]
-    usual, found = (expand_to(v, mixed) for v in limits)
-    clipped = torch.maximum(torch.minimum(mixed, found), -found)
-    return torch.where(found > usual, clipped * usual / found.clamp(min=1e-8), mixed)
+    plain_limit, mixed_limit = (expand_to(v, mixed) for v in limits)
+    clipped = torch.maximum(torch.minimum(mixed, mixed_limit), -mixed_limit)
+    return torch.where(mixed_limit > plain_limit, clipped * plain_limit / mixed_limit.clamp(min=1e-8), mixed)
 
 
 def classifier_guidance(

@@ -70,16 +70,16 @@ def judge(images: torch.Tensor, scenes: Sequence[shapes_world.Scene]) -> dict[st
         name: [] for name in (*ATTRIBUTES, "unreadable", "x", "y", "r", "box_iou", "pixels", "object_pixels")
     }
     for picture, scene in zip(pixels, scenes):
-        found, wanted = shapes_world.read(picture), scene.objects[0]
+        actual, wanted = shapes_world.read(picture), scene.objects[0]
         drawn, labels = shapes_world.read_labels(picture), shapes_world.render(scene, len(picture))[1]
-        right = {a: found is not None and getattr(found.objects[0], a) == getattr(wanted, a) for a in ATTRIBUTES[:3]}
-        right["background"] = found is not None and found.background == scene.background
+        right = {a: actual is not None and getattr(actual.objects[0], a) == getattr(wanted, a) for a in ATTRIBUTES[:3]}
+        right["background"] = actual is not None and actual.background == scene.background
         same = np.zeros_like(labels, bool) if drawn is None else drawn == labels
-        right["box_iou"] = 0.0 if found is None else box_iou(found.objects[0], wanted)
+        right["box_iou"] = 0.0 if actual is None else box_iou(actual.objects[0], wanted)
         right["pixels"], right["object_pixels"] = float(same.mean()), float(same[labels > 0].mean())
-        right["unreadable"] = found is None
+        right["unreadable"] = actual is None
         for name in ("x", "y", "r"):
-            right[name] = np.nan if found is None else getattr(found.objects[0], name)
+            right[name] = np.nan if actual is None else getattr(actual.objects[0], name)
         for name, value in right.items():
             table[name].append(value)
     return {name: np.array(values) for name, values in table.items()}
@@ -165,11 +165,11 @@ def _diversity(
             twin = shapes_world.random_object(rng, combination)
             while wanted.size in text and twin.size != wanted.size:  # the caption names the size
                 twin = shapes_world.random_object(rng, combination)
-            found = shapes_world.read(
+            twin_read = shapes_world.read(
                 shapes_world.render(shapes_world.Scene(scene.background, (twin,)), image_size, rng)[0]
             )
             for n in ("x", "y", "r"):
-                data[n][i, j] = np.nan if found is None else getattr(found.objects[0], n)
+                data[n][i, j] = np.nan if twin_read is None else getattr(twin_read.objects[0], n)
     ours = {"position": (spread(by_caption["x"]) + spread(by_caption["y"])) / 2, "size": spread(by_caption["r"])}
     theirs = {"position": (spread(data["x"]) + spread(data["y"])) / 2, "size": spread(data["r"])}
     table = {f"{n}_samples": ours[n] for n in ours} | {f"{n}_data": theirs[n] for n in theirs}

@@ -36,7 +36,7 @@ def parse_metrics(
 ) -> list[Metric]:
     """A name is `<kind>_<extractor>` (fid_tiny, kid_mine), or a kind alone on the network it is published with (fid on
     Inception). Raises ValueError for a name that is none, listing those there are."""
-    kinds, found = metric_kinds(own), []
+    kinds, metrics = metric_kinds(own), []
     makers = {kind: instantiate(tree, _partial_=True, _convert_="all") for kind, tree in kinds.items()}
     for kind, maker in makers.items():
         if not (isinstance(maker.func, type) and issubclass(maker.func, Metric)):
@@ -55,8 +55,8 @@ def parse_metrics(
                 f"metrics: {name!r} is none; choose from {', '.join([*published, *tiny])}, or <kind>_<extractor> with a kind of "
                 f"{', '.join(kinds)} and an extractor of {', '.join(extractors)} (more: evaluation.extractors.<name>)"
             )
-        found.append(makers[kind](name, kind, extractor))
-    return found
+        metrics.append(makers[kind](name, kind, extractor))
+    return metrics
 
 
 def check_paired(names: Sequence[str], networks: Mapping[str, nn.Module]) -> None:

@@ -53,15 +53,15 @@ class Reference:
 
     def facts(self, metric: Metric) -> dict[str, Any]:
         """What is recorded beside a number."""
-        found = {"extractor": metric.extractor}
+        details = {"extractor": metric.extractor}
         if metric.extractor in self.seen:
-            found["channels"] = self.seen[metric.extractor]
+            details["channels"] = self.seen[metric.extractor]
         if not metric.compared_with:
-            return found
+            return details
         name = metric.compared_with[0]
         n = self.sets[name][metric.extractor].groups[0].count
         known = n if n != UNKNOWN else None
-        return found | {"reference": self.hashes[_key(name, metric.extractor)], "n_reference": known}
+        return details | {"reference": self.hashes[_key(name, metric.extractor)], "n_reference": known}
 
 
 def _key(name: str, extractor: str) -> str:
@@ -226,10 +226,10 @@ def measure_samples(
     estimates = measure(metrics, reference.sets, made.gathered())
     pairs = {}
     for metric in metrics if reference.image_of else ():
-        if found := metric.pairs(made.sets[metric.extractor], *compared(metric, reference.sets)):
-            drawn = _drawn_again(model, batches, draw, {sample for sample, _ in found}, seed)
-            real = [reference.image_of(metric.compared_with[0], index) for _, index in found]
-            rows = [drawn[sample] for sample, _ in found], real
+        if matches := metric.pairs(made.sets[metric.extractor], *compared(metric, reference.sets)):
+            drawn = _drawn_again(model, batches, draw, {sample for sample, _ in matches}, seed)
+            real = [reference.image_of(metric.compared_with[0], index) for _, index in matches]
+            rows = [drawn[sample] for sample, _ in matches], real
             pairs[metric.name] = torch.stack([image for row in rows for image in row])
     count = sum(gathered(state["done"]))
     if partial is not None and partial.is_file():

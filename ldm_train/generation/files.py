@@ -42,19 +42,19 @@ def _prompt_file(path: Path, option: str) -> list[Any]:
         raise ValueError(f"{path} is not UTF-8 text ({error}); save it as UTF-8") from error
     if not lines:
         raise ValueError(f"{option}={path} is empty")
-    found = []
+    prompts = []
     for number, line in enumerate(map(str.strip, lines), 1):
         where = f"{path}, line {number}"
         if not line:
             raise ValueError(f'{where} is blank; remove it, or write "" for an empty caption')
         if path.suffix == ".txt":
-            found.append("" if line == '""' else line)
+            prompts.append("" if line == '""' else line)
             continue
         try:
-            found.append(_prompt(json.loads(line), where))
+            prompts.append(_prompt(json.loads(line), where))
         except json.JSONDecodeError as error:
             raise ValueError(f"{where} is no JSON: {error}") from error
-    return found
+    return prompts
 
 
 def as_list(value: Any, option: str) -> list[Any]:

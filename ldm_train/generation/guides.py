@@ -96,10 +96,10 @@ class Guides:
         self.classifier: NoisyClassifier | None = None
         self.clip: ClipScore | None = None
         if config.guide.classifier is not None:
-            found, self.recipe["classifier_sha256"] = load_classifier(
+            classifier, self.recipe["classifier_sha256"] = load_classifier(
                 config.guide.classifier, config.runs_dir, model, config.trust
             )
-            self.classifier = found.to(device)
+            self.classifier = classifier.to(device)
             self.parsers["class_label"] = self._class
         if config.guide.clip is not None:
             self.clip = ClipScore(config.guide.clip).to(device)

@@ -259,7 +259,7 @@ class Job:
     def done(self, part: Sequence[Request]) -> torch.Tensor | None:
         """The pictures of a whole batch that an earlier run of this job made, else None. A batch is drawn as a whole: its
         pixels follow from its company."""
-        found = []
+        images = []
         for request in part:
             path = self.folder / request.name
             try:
@@ -276,8 +276,8 @@ class Job:
             except Exception:  # damaged files make Pillow and numpy raise whatever comes first
                 return None
             self.digests[request.name] = hashlib.sha256(array.tobytes()).hexdigest()
-            found.append(made)
-        return torch.stack(found)
+            images.append(made)
+        return torch.stack(images)
 
     def save(self, part: Sequence[Request], images: torch.Tensor) -> None:
         """Raises OSError, naming the picture, where the disk takes no more."""

@@ -255,7 +255,7 @@ def requests(model: LatentDiffusion, config: DictConfig, guides: Mapping[str, An
                 f"{option} has {len(given[option])} entries, others {count}: they are paired, give equally many or one"
             )
     listed = {o: given[o] * count if len(given[o]) == 1 else given[o] for o in options}
-    canvas, found = size, []
+    canvas, all_requests = size, []
     if task == "outpaint":
         top, right, bottom, left = (list(config.extend) + [0] * 4)[:4]
         canvas = picture_size(model, (size[0] + top + bottom, size[1] + left + right), "the extended picture's size")
@@ -278,14 +278,14 @@ def requests(model: LatentDiffusion, config: DictConfig, guides: Mapping[str, An
         targets = {f: guides[f](entries[o]) for f, o in guided.items()}
         negative = own.get("negative", None if config.negative is None else str(config.negative))
         n, first = own.get("n", config.n), own.get("seed")
-        if len(found) + n > MOST:
+        if len(all_requests) + n > MOST:
             raise ValueError(f"prompts asks for more than {MOST} pictures; make several jobs of them")
         for i in range(1 if task == "reconstruct" else n):  # which knows no chance
-            number = len(found)
+            number = len(all_requests)
             seed = config.seed + number if first is None else first + i
             text = _words(entries, fields, by_field)
-            found.append(Request(seed, fields, text, number, image, mask, negative, targets))
-    return found
+            all_requests.append(Request(seed, fields, text, number, image, mask, negative, targets))
+    return all_requests
 
 
 def _words(entries: Mapping[str, str], fields: Mapping[str, Any], by_field: Mapping[str, Any]) -> str:
@@ -334,21 +334,21 @@ def _walk(
     stops = [{o: listed[o][j] for o in sorted(listed) if o != "image"} for j in range(ends)]
     fields = [fields_of(stop) for stop in stops]
     pictures = [read_image(path, size, channels) for path in listed.get("image", [])]
-    found: list[Request] = []
+    all_requests: list[Request] = []
     for j in range(ends - 1):
         for i in range(config.n if j == 0 else config.n - 1):
             t = (i if j == 0 else i + 1) / (config.n - 1)
             mix = ((1 - t, fields[j]), (t, fields[j + 1])) if stops[j] != stops[j + 1] else ((1.0, fields[j]),)
             words = " to ".join(dict.fromkeys(" / ".join(stop.values()) for stop in (stops[j], stops[j + 1])))
-            found.append(
+            all_requests.append(
                 Request(
                     # One seed along the walk: samplers that draw noise in every step draw the same.
-                    config.seed, {}, f"{words} {t:.2f}".strip(), len(found), negative=negative,
+                    config.seed, {}, f"{words} {t:.2f}".strip(), len(all_requests), negative=negative,
                     mix=mix if stops[j] else (), walk=(config.seed + j, config.seed + j + 1, t),
                     images=(pictures[j], pictures[j + 1]) if pictures else None,
                 )
             )  # fmt: skip
-    return found
+    return all_requests
 
 
 def latent_mask(mask: torch.Tensor, factor: int) -> torch.Tensor:

@@ -218,11 +218,11 @@ def recall_estimate(reference: torch.Tensor, features: torch.Tensor, indices: to
 
     skips = [None] if m < 3 * GROUPS else [None, *range(GROUPS)]
     circles = [radii(skip) for skip in skips]
-    found = torch.zeros(len(skips), dtype=torch.float64)
+    covered = torch.zeros(len(skips), dtype=torch.float64)
     for part in a.split(BLOCK):
         gaps = torch.cdist(part, b)
-        found += torch.stack([(gaps <= circle).any(dim=1).sum() for circle in circles])
-    value, *left = (found / len(a)).tolist()
+        covered += torch.stack([(gaps <= circle).any(dim=1).sum() for circle in circles])
+    value, *left = (covered / len(a)).tolist()
     return _jackknife(value, left, m) if left else _too_few(value, m)
 
 

@@ -87,15 +87,15 @@ def read_reference(path: str | Path) -> FeatureSet:
     Raises ValueError where it is none.
     """
     try:
-        with np.load(path) as found:
-            mean, covariance = torch.from_numpy(found["mu"]), torch.from_numpy(found["sigma"])
+        with np.load(path) as archive:
+            mean, covariance = torch.from_numpy(archive["mu"]), torch.from_numpy(archive["sigma"])
             if mean.ndim != 1 or covariance.shape != (len(mean), len(mean)):
                 raise KeyError
-            kept = len(found["features"]) if "features" in found else 0
+            kept = len(archive["features"]) if "features" in archive else 0
             features = FeatureSet(len(mean), groups=1, keep=max(KEPT, kept))
-            features.groups[0] = Moments.stated(mean, covariance, int(found["n"]) if "n" in found else UNKNOWN)
-            if "features" in found:
-                features.add_kept(torch.from_numpy(found["features"]), torch.from_numpy(found["indices"]))
+            features.groups[0] = Moments.stated(mean, covariance, int(archive["n"]) if "n" in archive else UNKNOWN)
+            if "features" in archive:
+                features.add_kept(torch.from_numpy(archive["features"]), torch.from_numpy(archive["indices"]))
             return features
     except (KeyError, OSError, ValueError, zipfile.BadZipFile, EOFError, TypeError) as error:
         if isinstance(error, FileNotFoundError):
@@ -110,23 +110,23 @@ def compared(metric: Metric, sets: Sets) -> list[FeatureSet]:
     """The sets that a metric compares with, from those there are, by their names there and by extractor.
 
     Raises ValueError where one is missing, or holds moments alone and the metric needs features."""
-    found = []
+    feature_sets = []
     for name in metric.compared_with:
         if metric.extractor not in sets.get(name, {}):
             raise ValueError(
                 f"{metric.name} compares with a run's training and validation pictures: ldm-evaluate run=<run>"
             )
-        found.append(sets[name][metric.extractor])
-        if metric.needs_features and not len(found[-1].kept()[0]):
+        feature_sets.append(sets[name][metric.extractor])
+        if metric.needs_features and not len(feature_sets[-1].kept()[0]):
             raise ValueError(
                 f"{metric.name} needs features; this reference holds mean and covariance only (fid and fd work)"
             )
-    return found
+    return feature_sets
 
 
 def measure(metrics: Sequence[Metric], sets: Sets, made: Collected) -> dict[str, Estimate]:
     """Every metric of a set of images; all sets gathered over ranks. Raises ValueError as `compared` does."""
-    found = {}
+    estimates = {}
     for metric in metrics:
         ours, others = made.sets[metric.extractor], compared(metric, sets)
         for theirs in others:
@@ -135,5 +135,5 @@ def measure(metrics: Sequence[Metric], sets: Sets, made: Collected) -> dict[str,
                 raise ValueError(
                     f"{metric.name}: the reference has {dims[0]} features per image, the extractor {dims[1]}"
                 )
-        found[metric.name] = metric.measure(ours, made.values_of(metric), *others)
-    return found
+        estimates[metric.name] = metric.measure(ours, made.values_of(metric), *others)
+    return estimates

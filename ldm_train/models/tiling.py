@@ -157,17 +157,17 @@ class Tiles:
         """
         windows = Windows(size, (self.cells, self.cells), self.overlap, blend=0.25)
         waiting = [(x[..., rows, columns],) for rows, columns in windows.slices(input_scale)]
-        found = _Statistics()
+        statistics = _Statistics()
         if steps[0].norm is not None:
             for state, place in zip(waiting, windows.places):
-                found.add(state[-1], steps[0].norm.num_groups, place)
+                statistics.add(state[-1], steps[0].norm.num_groups, place)
         for step, then in zip(steps, [*steps[1:], None]):
             following = _Statistics()
             for i, place in enumerate(windows.places):
                 state = tuple(part.to(x.device) for part in waiting[i])
-                state = step.run(state, None if step.norm is None else found.normalise(state[-1], step.norm))
+                state = step.run(state, None if step.norm is None else statistics.normalise(state[-1], step.norm))
                 if then is not None and then.norm is not None:
                     following.add(state[-1], then.norm.num_groups, place)
                 waiting[i] = tuple(part.cpu() for part in state)
-            found = following
+            statistics = following
         return windows.average((state[-1].to(x.device) for state in waiting), output_scale)

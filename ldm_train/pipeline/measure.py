@@ -130,14 +130,14 @@ def evaluate_run(config: DictConfig, again: bool = True) -> tuple[dict[str, Any]
         trained.evaluation.batch_size, config.seed, progress=config.progress and machine.rank == 0,
         total=-(-count // machine.world_size), partial=partial,
     )  # fmt: skip
-    found = {
+    metrics = {
         "samples": {m.name: measured.estimates[m.name].as_dict() | reference.facts(m) | facts for m in tools.metrics}
     }
     if machine.rank == 0:
         for name, rows in measured.pairs.items():
             save_pairs(rows, kept.with_name(f"{kept.stem}-{name}.png"))
-    found["speed"] = {"images_per_second": measured.count / measured.seconds} if measured.seconds else {}
-    return found, results, asked
+    metrics["speed"] = {"images_per_second": measured.count / measured.seconds} if measured.seconds else {}
+    return metrics, results, asked
 
 
 def evaluate_autoencoder(config: DictConfig) -> tuple[dict[str, Any], Path | None, dict[str, Any]]:
@@ -174,7 +174,7 @@ def evaluate_autoencoder(config: DictConfig) -> tuple[dict[str, Any], Path | Non
         first_stage.set_statistics((square / count - (total / count) ** 2) ** -0.5)
     reference = tools.reference(data, config.runs_dir, config.progress)
     export_reference(config.export, reference)
-    found, _ = evaluate_first_stage(
+    metrics, _ = evaluate_first_stage(
         first_stage, data.fixed_loader(trained.data.val_split, config.n), tools, reference,
         trained.evaluation.predictors, config.progress and machine.rank == 0,
     )  # fmt: skip
@@ -183,7 +183,7 @@ def evaluate_autoencoder(config: DictConfig) -> tuple[dict[str, Any], Path | Non
     asked |= {"images": tools.facts(data, trained.data.val_split, config.n), "extractors": tools.hashes}
     asked |= {"networks": {n: weights_hash(network)[:12] for n, network in tools.networks.items()}}
     asked["predictors"] = trained.evaluation.predictors
-    return found, results, asked
+    return metrics, results, asked
 
 
 def _config_of_folder(config: DictConfig) -> DictConfig:
@@ -246,9 +246,9 @@ def evaluate_images(config: DictConfig) -> tuple[dict[str, Any], Path | None, di
     estimates = measure(tools.metrics, reference.sets, collected("images", None))
     reference = replace(reference, seen=seen)
     sources = {"images": as_list(config.images, "images"), "against": as_list(config.against, "against")}
-    found = {"images": {m.name: estimates[m.name].as_dict() | reference.facts(m) | sources for m in tools.metrics}}
+    metrics = {"images": {m.name: estimates[m.name].as_dict() | reference.facts(m) | sources for m in tools.metrics}}
     asked = {k: OmegaConf.to_container(config)[k] for k in ("images", "against", "n", "image_size", "metrics")}
-    return found, None, asked
+    return metrics, None, asked
 
 
 # -- what is shown and kept --------------------------------------------------------------------------------------------
@@ -270,10 +270,10 @@ def file_name(asked: Mapping[str, Any]) -> str:
     return "-".join([*parts, digest(asked)]) + ".json"
 
 
-def format_metrics(found: Mapping[str, Any]) -> str:
+def format_metrics(metrics: Mapping[str, Any]) -> str:
     """One line per number: value, interval, n, reference."""
     lines = []
-    for part, table in found.items():
+    for part, table in metrics.items():
         lines.append(part)
         for name, entry in table.items():
             if not isinstance(entry, dict):
@@ -323,23 +323,23 @@ def command_options() -> DictConfig:
 
 def measured_run(config: DictConfig) -> dict[str, Any]:
     """`evaluate` of a run for other commands: what was measured with the same settings before is read again."""
-    found, folder, asked = evaluate_run(config, again=False)
+    metrics, folder, asked = evaluate_run(config, again=False)
     if not (folder / file_name(asked)).is_file():
-        write_json(folder / file_name(asked), found | {"settings": asked})
-    return found
+        write_json(folder / file_name(asked), metrics | {"settings": asked})
+    return metrics
 
 
 def evaluate(config: DictConfig) -> dict[str, Any]:
     check(config)
     measured = evaluate_run if config.run else evaluate_autoencoder if config.reconstruct else evaluate_images
-    found, folder, asked = measured(config)
+    metrics, folder, asked = measured(config)
     if rank() > 0:
-        return found
-    print(format_metrics(found))
+        return metrics
+    print(format_metrics(metrics))
     out = Path(config.out) if config.out else folder / file_name(asked) if folder else None
     if out and HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN and config.out:
         out = out.with_name(f"{out.stem}-{digest(asked)}{out.suffix}")
     if out:
-        write_json(out, found | {"settings": asked})
+        write_json(out, metrics | {"settings": asked})
         print(f"metrics: {out}")
-    return found
+    return metrics

@@ -48,19 +48,19 @@ class Order:
 
     def later_than(self, stage: str) -> list[str]:
         """The stages that follow from one, directly or not, in their order."""
-        found = [stage]
+        affected = [stage]
         for name in self.stages:
-            if set(self.needs(name)) & set(found):
-                found.append(name)
-        return found[1:]
+            if set(self.needs(name)) & set(affected):
+                affected.append(name)
+        return affected[1:]
 
     def leading_to(self, stage: str) -> list[str]:
         """A stage and all that it needs, directly or not, in their order."""
-        found = {stage}
+        needed = {stage}
         for name in reversed(self.stages):
-            if name in found:
-                found |= set(self.needs(name))
-        return [name for name in self.stages if name in found]
+            if name in needed:
+                needed |= set(self.needs(name))
+        return [name for name in self.stages if name in needed]
 
     def result_of(self, run_folder: Path, stage: str, name: str | None = None) -> Any:
         """What a finished stage has noted under a name, its identity where none is given. Raises Refused, with the way on,

@@ -39,7 +39,7 @@ NAMEABLE = (
 
 def own_parts(config: DictConfig) -> list[str]:
     """What the folders of a run may name beside this package's parts: `trust=` and the parts of the user's own config."""
-    trees = [plain(found) for s in NAMEABLE if (found := OmegaConf.select(config, s)) is not None]
+    trees = [plain(section) for s in NAMEABLE if (section := OmegaConf.select(config, s)) is not None]
     return [*config.trust, *dict.fromkeys(targets(trees))]
 
 

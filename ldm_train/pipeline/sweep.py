@@ -206,11 +206,11 @@ def speed(config: DictConfig, runs: Sequence[SweptRun], folder: Path) -> list[di
                  "metrics": run_metrics(run), "batch_size": config.batch_size, "accelerator": config.accelerator,
                  "precision": config.precision, "progress": config.progress},
             )  # fmt: skip
-            found = measure.measured_run(asked)
+            metrics = measure.measured_run(asked)
             rows.append(
                 {"run": run.folder.name, "f": run.factor, "num_inference_steps": steps}
-                | {"images_per_second": found["speed"].get("images_per_second")}
-                | {f"{name}{end}": value for name, entry in found["samples"].items() for end, value in ends(entry)}
+                | {"images_per_second": metrics["speed"].get("images_per_second")}
+                | {f"{name}{end}": value for name, entry in metrics["samples"].items() for end, value in ends(entry)}
             )
             print(f"{run.folder.name}: {steps} steps measured", flush=True)
     return rows

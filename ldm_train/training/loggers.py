@@ -98,7 +98,7 @@ class MetricsCSV(Recorder):
 
 def code_version() -> dict[str, str]:
     """What ran: the installed version, and the commit (with + where files differ from it) in a checkout."""
-    found = {"ldm_train": metadata.version("ldm-train"), "torch": torch.__version__}
+    versions = {"ldm_train": metadata.version("ldm-train"), "torch": torch.__version__}
     root = Path(__file__).parents[2]
     if (root / ".git").exists():
         with suppress(OSError, subprocess.SubprocessError):
@@ -106,8 +106,8 @@ def code_version() -> dict[str, str]:
                 ["git", "describe", "--always", "--dirty=+", "--abbrev=12", "--exclude=*"], cwd=root, capture_output=True,
                 text=True, timeout=5, check=True,
             )  # fmt: skip
-            found["commit"] = described.stdout.strip()
-    return found
+            versions["commit"] = described.stdout.strip()
+    return versions
 
 
 class StockLogger(Recorder):
@@ -214,15 +214,15 @@ class WandbRun:
 
 def numbers(tree: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
     """The numbers of nested metrics by their path; an interval [low, high] as two."""
-    found: dict[str, float] = {}
+    flat: dict[str, float] = {}
     for name, value in tree.items():
         if isinstance(value, Mapping):
-            found |= numbers(value, f"{prefix}{name}/")
+            flat |= numbers(value, f"{prefix}{name}/")
         elif name == "interval" and value:
-            found |= {f"{prefix}low": value[0], f"{prefix}high": value[1]}
+            flat |= {f"{prefix}low": value[0], f"{prefix}high": value[1]}
         elif isinstance(value, int | float) and not isinstance(value, bool):
-            found[f"{prefix}{name}"] = value
-    return found
+            flat[f"{prefix}{name}"] = value
+    return flat
 
 
 def picked(metrics: Mapping[str, float], step: int, logged: Mapping[int, set[str]]) -> dict[str, float]:

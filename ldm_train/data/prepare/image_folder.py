@@ -50,11 +50,11 @@ def encoded_png(image: Image.Image) -> bytes:
     return buffer.getvalue()
 
 
-def check_count(where: str, found: int, expected: int | None) -> None:
+def check_count(where: str, count: int, expected: int | None) -> None:
     """Raises DataError where a data set of known size has another one."""
-    if expected is not None and found != expected:
+    if expected is not None and count != expected:
         raise DataError(
-            f"{where} has {found} images, the data set as published {expected}; complete the download, or take what there "
+            f"{where} has {count} images, the data set as published {expected}; complete the download, or take what there "
             "is with source.expect=null"
         )
 

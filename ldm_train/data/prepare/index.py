@@ -31,8 +31,7 @@ def _remote_entry(url: str) -> dict:
     tar = StreamedTar(url)
     for _ in tar:
         pass
-    found = {"count": tar.count, "bytes": tar.bytes, "sha256": tar.sha256, "fields": dict(tar.fields)}
-    return {"file": url} | found
+    return {"file": url, "count": tar.count, "bytes": tar.bytes, "sha256": tar.sha256, "fields": dict(tar.fields)}
 
 
 def write_tar_index(

@@ -76,13 +76,13 @@ def public_addresses(host: str, port: int, allow_private: bool = False) -> list[
     The addresses themselves are connected to, so that a name cannot mean something else a moment later.
     """
     try:
-        found = [entry[4][0] for entry in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)]
+        addresses = [entry[4][0] for entry in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)]
     except OSError as error:
         raise Unfetchable(f"{host}: {error}", True) from error
-    for address in found:
+    for address in addresses:
         if not allow_private and not is_public(address):
             raise Unfetchable(f"{host} is {address}, a private address; allow it with source.allow_private=true")
-    return list(dict.fromkeys(found))
+    return list(dict.fromkeys(addresses))
 
 
 class _Connections:
@@ -93,11 +93,11 @@ class _Connections:
         self.opened = opened
 
         def connected(connection: http.client.HTTPConnection) -> socket.socket:
-            for address in (found := public_addresses(connection.host, connection.port, allow_private)):
+            for address in (addresses := public_addresses(connection.host, connection.port, allow_private)):
                 try:
                     made = socket.create_connection((address, connection.port), connection.timeout)
                 except OSError:
-                    if address == found[-1]:
+                    if address == addresses[-1]:
                         raise
                     continue
                 opened.append(made)
@@ -180,10 +180,10 @@ def fetch(
 
 def _follow(opener: Any, url: str, timeout: float, max_bytes: int) -> bytes:
     for _ in range(MAX_REDIRECTS + 1):
-        found = _read(opener, checked_url(url), timeout, max_bytes)
-        if isinstance(found, bytes):
-            return found
-        url = urljoin(url, found)
+        answer = _read(opener, checked_url(url), timeout, max_bytes)
+        if isinstance(answer, bytes):
+            return answer
+        url = urljoin(url, answer)
     raise Unfetchable(f"more than {MAX_REDIRECTS} redirects")
 
 

@@ -191,15 +191,15 @@ class Health(L.Callback):
     def __init__(self, folder: Path, facts: Mapping[str, Any]):
         self.path, self.facts = folder / FILE, facts
         self.history: dict[str, list[tuple[int, float]]] = defaultdict(list)
-        self.found: dict[str, dict[str, Any]] = {}
+        self.findings: dict[str, dict[str, Any]] = {}
         self._before: tuple[torch.Tensor, torch.Tensor] | None = None
         self._last_step = -1
 
     def state_dict(self) -> dict[str, Any]:
-        return {"found": self.found, "history": {k: list(v) for k, v in self.history.items()}}
+        return {"found": self.findings, "history": {k: list(v) for k, v in self.history.items()}}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.found = state_dict["found"]
+        self.findings = state_dict["found"]
         self.history = defaultdict(list, {k: [tuple(p) for p in v] for k, v in state_dict["history"].items()})
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Task, outputs: Any, batch: Any, batch_idx: int) -> None:
@@ -235,15 +235,15 @@ class Health(L.Callback):
                 self._add(key, step, float(value))
         for check in CHECKS:
             finding = check(self.history, self.facts)
-            if finding is not None and finding.name not in self.found:
+            if finding is not None and finding.name not in self.findings:
                 self.report(trainer, finding, step)
 
     def report(self, trainer: L.Trainer, finding: Finding, step: int) -> None:
         """Says it once: further ones of the same name are known."""
-        self.found[finding.name] = {"step": step} | asdict(finding)
+        self.findings[finding.name] = {"step": step} | asdict(finding)
         if rank() > 0:
             return
         print(f"\nhealth: {finding.name} at step {step}: {finding.what}\n  remedy: {finding.remedy}", flush=True)
-        write_json(self.path, self.found)
+        write_json(self.path, self.findings)
         for logger in trainer.loggers:
             logger.log_alert(finding.name, f"step {step}: {finding.what}. Remedy: {finding.remedy}")
