@@ -164,8 +164,8 @@ class Evaluator:
                 f"ms_ssim needs sides of at least {MS_SSIM_SIDE} pixels, not {min(sides)}; leave it out of paired"
             )
 
-    def facts(self, data: ShardDataModule, split: str, limit: int | None) -> dict[str, Any]:
-        """What a split's images follow from, as the training transform without its randomness makes them."""
+    def images_identity(self, data: ShardDataModule, split: str, limit: int | None) -> dict[str, Any]:
+        """What identifies the images of a split, as the training transform makes them without its randomness."""
         return {
             "data": data_hash(data.index, split),
             "split": split,
@@ -182,7 +182,7 @@ class Evaluator:
         def collected(name: str, split: str, limit: int | None) -> Reference:
             return collect_reference(
                 lambda: data.fixed_loader(split, limit, ("image",)), self.metrics, self.extractors,
-                self.facts(data, split, limit), Path(runs_dir) / CACHE, self.device, progress, name,
+                self.images_identity(data, split, limit), Path(runs_dir) / CACHE, self.device, progress, name,
             )  # fmt: skip
 
         source = str(self.section.reference)
@@ -204,8 +204,8 @@ class Evaluator:
         )
 
 
-def sampling_facts(config: DictConfig) -> dict[str, Any]:
-    """What is recorded beside every number of samples."""
+def sampling_options(config: DictConfig) -> dict[str, Any]:
+    """The sampler, its own options and the sampling section: recorded beside every metric of samples."""
     sampler = plain(config.sampler)
     own = {k: v for k, v in sampler.items() if not k.startswith("_")}
     return plain(config.sampling) | {"sampler": sampler["_target_"].rpartition(".")[2]} | own

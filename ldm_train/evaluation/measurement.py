@@ -51,8 +51,8 @@ class Reference:
     seen: dict[str, str] = field(default_factory=dict)
     image_of: Callable[[str, int], torch.Tensor] | None = None
 
-    def facts(self, metric: Metric) -> dict[str, Any]:
-        """What is recorded beside a number."""
+    def details(self, metric: Metric) -> dict[str, Any]:
+        """What is recorded beside a metric: its extractor, the reference's hash and number of images."""
         details = {"extractor": metric.extractor}
         if metric.extractor in self.seen:
             details["channels"] = self.seen[metric.extractor]

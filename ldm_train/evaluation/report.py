@@ -69,7 +69,7 @@ def evaluate_first_stage(
     ]:
         metrics["reconstruction"][name]["channels"] = groups_in_words(channels)
     estimates = measure(used, reference.sets, rebuilt.gathered())
-    metrics["reconstructions"] = {m.name: estimates[m.name].as_dict() | reference.facts(m) for m in used}
+    metrics["reconstructions"] = {m.name: estimates[m.name].as_dict() | reference.details(m) for m in used}
     kept = [pair for part in gathered(kept) for pair in part]
     if len(kept) > 1:
         latents = torch.stack([z for _, z in sorted(kept, key=lambda pair: pair[0])]).to(device)
@@ -103,7 +103,7 @@ def predict(
         if type(metric).measure is FrechetDistance.measure:
             features = FeatureSet.of(torch.cat([extractors[metric.extractor](m).cpu() for m in middles]))
             estimate = frechet_estimate(reference.sets[REFERENCE][metric.extractor].moments, features)
-            estimates[f"i{metric.name}"] = estimate.as_dict() | reference.facts(metric)
+            estimates[f"i{metric.name}"] = estimate.as_dict() | reference.details(metric)
     return estimates
 
 
@@ -149,9 +149,9 @@ def evaluate(
         progress=progress,
         partial=folder / f".samples-{precision}.partial",
     )
-    facts = settings | {"seed": 0}
+    options = settings | {"seed": 0}
     metrics["samples"] = {
-        m.name: sampled.estimates[m.name].as_dict() | reference.facts(m) | facts for m in evaluator.metrics
+        m.name: sampled.estimates[m.name].as_dict() | reference.details(m) | options for m in evaluator.metrics
     }
     if rank() > 0:
         return metrics

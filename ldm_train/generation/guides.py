@@ -47,25 +47,25 @@ def latents_of(model: LatentDiffusion) -> dict[str, Any]:
         "autoencoder": weights_sha256(first.autoencoder),
         "scale": first.scale.flatten().tolist(),
         "shift": first.shift.flatten().tolist(),
-    } | schedule_facts(schedule)
+    } | schedule_identity(schedule)
 
 
-def schedule_facts(schedule: NoiseProcess) -> dict[str, Any]:
-    """How much signal there is along the way, as it is trained on."""
+def schedule_identity(schedule: NoiseProcess) -> dict[str, Any]:
+    """What identifies a noise schedule: alphas_cumprod at ten training timesteps, and the number of timesteps."""
     total = schedule.num_train_timesteps
     alpha, _ = schedule.training_coefficients(schedule.strata(torch.arange(0, total, max(1, total // 10))))
     return {"alphas_cumprod": alpha.square().tolist(), "num_train_timesteps": total}
 
 
-def _differs(model: LatentDiffusion, facts: dict[str, Any]) -> str | None:
-    """What of `latents_of` another network was trained on."""
+def _differs(model: LatentDiffusion, recorded: dict[str, Any]) -> str | None:
+    """How another network's recorded `latents_of` differ from the model's, in words; None where they agree."""
     ours = latents_of(model)
-    if facts.get("autoencoder") != ours["autoencoder"]:
+    if recorded.get("autoencoder") != ours["autoencoder"]:
         return "another autoencoder"
-    if not all(_close(facts.get(n), ours[n], 1e-3, 1e-4) for n in ("scale", "shift")):
+    if not all(_close(recorded.get(n), ours[n], 1e-3, 1e-4) for n in ("scale", "shift")):
         return "latents of another scale (another data set, or another latents.per_channel)"
-    same = facts.get("num_train_timesteps") == ours["num_train_timesteps"]
-    if not same or not _close(facts.get("alphas_cumprod"), ours["alphas_cumprod"], 1e-5, 1e-8):
+    same = recorded.get("num_train_timesteps") == ours["num_train_timesteps"]
+    if not same or not _close(recorded.get("alphas_cumprod"), ours["alphas_cumprod"], 1e-5, 1e-8):
         return "another noise schedule"
     return None
 

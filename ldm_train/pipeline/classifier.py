@@ -11,7 +11,7 @@ from ldm_train import rng
 from ldm_train.checkpoints.native import read_metadata
 from ldm_train.configuration import plain
 from ldm_train.data.datamodule import ShardDataModule
-from ldm_train.generation.guides import schedule_facts
+from ldm_train.generation.guides import schedule_identity
 from ldm_train.pipeline import autoencoder, latents, training
 from ldm_train.pipeline.data import FROM_DATA, mixture_key
 from ldm_train.pipeline.diffusion import latent_size, schedule_of
@@ -78,5 +78,5 @@ class ClassifierStage(Stage):
             "autoencoder": read_metadata(autoencoder.model_folder(run))["sha256"],
             "scale": first_stage.scale.flatten().tolist(),
             "shift": first_stage.shift.flatten().tolist(),
-        } | schedule_facts(schedule)
+        } | schedule_identity(schedule)
         return {"sha256": training.save(run, folder / "model", network, tree, metadata)}

@@ -9,7 +9,7 @@ from ldm_train.checkpoints.native import load_model
 from ldm_train.configuration import plain
 from ldm_train.data.datamodule import Batching
 from ldm_train.evaluation.adherence import judged_fields
-from ldm_train.evaluation.evaluator import parse_metrics, sampling_facts
+from ldm_train.evaluation.evaluator import parse_metrics, sampling_options
 from ldm_train.evaluation.report import evaluate
 from ldm_train.evaluation.restoration import FIELDS as RESTORED
 from ldm_train.generation.film import denoising_film
@@ -80,7 +80,7 @@ class EvaluationStage(Stage):
             draw,
             evaluator.reference(data, config.runs_dir, show),
             folder,
-            sampling_facts(config),
+            sampling_options(config),
             batch_size=section.batch_size,
             predictors=section.predictors,
             adherence=plain(section.adherence) | {"fields": judged} if judged and section.adherence else None,

@@ -28,7 +28,7 @@ from ldm_train.configuration import config_folder, run_config
 from ldm_train.data.datamodule import Batching
 from ldm_train.data.loose import image_batches
 from ldm_train.distributed import gathered, rank
-from ldm_train.evaluation.evaluator import Evaluator, sampling_facts
+from ldm_train.evaluation.evaluator import Evaluator, sampling_options
 from ldm_train.evaluation.measurement import Reference, measure_samples, reference_from
 from ldm_train.evaluation.report import evaluate_first_stage, save_pairs
 from ldm_train.generation.files import as_list
@@ -111,12 +111,12 @@ def evaluate_run(config: DictConfig, again: bool = True) -> tuple[dict[str, Any]
     run.check_metrics(trained.evaluation.images)
     reference = tools.reference(data, config.runs_dir, config.progress)
     export_reference(config.export, reference)
-    facts = sampling_facts(trained) | {"seed": config.seed, "weights": config.weights}
-    asked = facts | {"n": trained.evaluation.images, "metrics": [m.name for m in tools.metrics]}
+    options = sampling_options(trained) | {"seed": config.seed, "weights": config.weights}
+    asked = options | {"n": trained.evaluation.images, "metrics": [m.name for m in tools.metrics]}
     asked |= {"model": read_metadata(source)["sha256"], "references": reference.hashes, "precision": machine.precision}
     if config.weights == "best":  # which changes while training goes on
         asked["weights"] = file_sha256(best_checkpoint(folder))
-    asked |= {"conditions": tools.facts(data, trained.data.val_split, None), "extractors": tools.hashes}
+    asked |= {"conditions": tools.images_identity(data, trained.data.val_split, None), "extractors": tools.hashes}
     results = inside(folder / "evaluations", folder)
     kept = results / file_name(asked)
     if not again and kept.is_file():
@@ -130,9 +130,8 @@ def evaluate_run(config: DictConfig, again: bool = True) -> tuple[dict[str, Any]
         trained.evaluation.batch_size, config.seed, progress=config.progress and machine.rank == 0,
         total=-(-count // machine.world_size), partial=partial,
     )  # fmt: skip
-    metrics = {
-        "samples": {m.name: measured.estimates[m.name].as_dict() | reference.facts(m) | facts for m in tools.metrics}
-    }
+    samples = {m.name: measured.estimates[m.name].as_dict() | reference.details(m) | options for m in tools.metrics}
+    metrics = {"samples": samples}
     if machine.rank == 0:
         for name, rows in measured.pairs.items():
             save_pairs(rows, kept.with_name(f"{kept.stem}-{name}.png"))
@@ -180,7 +179,7 @@ def evaluate_autoencoder(config: DictConfig) -> tuple[dict[str, Any], Path | Non
     )  # fmt: skip
     asked = {"n": config.n, "metrics": [m.name for m in tools.metrics], "references": reference.hashes}
     asked |= {"model": read_metadata(model_folder)["sha256"], "paired": list(tools.paired)}
-    asked |= {"images": tools.facts(data, trained.data.val_split, config.n), "extractors": tools.hashes}
+    asked |= {"images": tools.images_identity(data, trained.data.val_split, config.n), "extractors": tools.hashes}
     asked |= {"networks": {n: weights_hash(network)[:12] for n, network in tools.networks.items()}}
     asked["predictors"] = trained.evaluation.predictors
     return metrics, results, asked
@@ -246,7 +245,7 @@ def evaluate_images(config: DictConfig) -> tuple[dict[str, Any], Path | None, di
     estimates = measure(tools.metrics, reference.sets, collected("images", None))
     reference = replace(reference, seen=seen)
     sources = {"images": as_list(config.images, "images"), "against": as_list(config.against, "against")}
-    metrics = {"images": {m.name: estimates[m.name].as_dict() | reference.facts(m) | sources for m in tools.metrics}}
+    metrics = {"images": {m.name: estimates[m.name].as_dict() | reference.details(m) | sources for m in tools.metrics}}
     asked = {k: OmegaConf.to_container(config)[k] for k in ("images", "against", "n", "image_size", "metrics")}
     return metrics, None, asked
 

@@ -134,7 +134,7 @@ def train(
         max_bad_fraction=config.data.max_bad_fraction,
         callbacks=[*own_callbacks(run), *callbacks],
         effort=run.effort.get(stage, (None, None)),
-        facts=health,
+        health_settings=health,
         options=trainer_options(run),
     )
 

@@ -115,13 +115,13 @@ def fit(
     max_bad_fraction: float = 0.01,
     callbacks: Sequence[L.Callback] = (),
     effort: tuple[float | None, float | None] = (None, None),
-    facts: Mapping[str, Any] | None = None,
+    health_settings: Mapping[str, Any] | None = None,
     options: Mapping[str, Any] | None = None,
 ) -> None:
     """Trains `task` to `max_steps` optimiser steps in `folder`, from checkpoints/last.ckpt if it is there.
 
-    effort: FLOPs of training on one image and the devices' peak per second, for train/tflop and train/mfu. facts: what
-    the health checks must know of the configuration. options: of the Trainer, beside those that are set here.
+    effort: FLOPs of training on one image and the devices' peak per second, for train/tflop and train/mfu. health_settings:
+    the options that the health checks need. options: of the Trainer, beside those that are set here.
 
     Where gradients stay non-finite, goes back to the last checkpoint, REWINDS times. Afterwards the task holds the averaged
     weights where it averages. Raises Interrupted on a signal, NotFinite where going back did not help.
@@ -135,7 +135,7 @@ def fit(
         while True:
             checkpoints = Checkpoints(folder / "checkpoints", cadence.checkpoint_every, task.monitor)
             monitor = Monitor(batch_size, dataset_size, max_bad_fraction, cadence.trace, *effort)
-            watching = [*callbacks, monitor, Health(folder, facts or {}), checkpoints]
+            watching = [*callbacks, monitor, Health(folder, health_settings or {}), checkpoints]
             if cadence.progress:
                 watching.append(TQDMProgressBar(refresh_rate=max(1, cadence.log_every // 2)))
             trainer = L.Trainer(
