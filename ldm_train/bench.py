@@ -1,4 +1,4 @@
-"""ldm-bench: speed against a peer in the same run; measurements take turns, so that a busy machine slows both."""
+"""ldm-bench: speed compared with diffusers in the same process; the two are timed in turns, so that a busy machine slows both."""
 
 import time
 from collections.abc import Callable, Mapping
@@ -25,7 +25,7 @@ SCHEDULE = {"beta_start": 0.00085, "beta_end": 0.012}
 def in_turns(
     measured: Mapping[str, Callable[[], object]], runs: int, device: torch.device, progress: str
 ) -> dict[str, float]:
-    """Median seconds of each function, called in turns; one round before them does not count."""
+    """Median seconds of each function, called in turns, after one warm-up round."""
     times: dict[str, list[float]] = {name: [] for name in measured}
     for k in tqdm(range(runs + 1), desc=progress, unit="round", leave=False):
         for name, function in measured.items():
@@ -47,7 +47,7 @@ def _diffusers_loop(
     steps: int,
     scale: float,
 ) -> torch.Tensor:
-    """What diffusers' pipelines do around their U-Net, by its own DDIM scheduler."""
+    """The sampling loop of diffusers' pipelines, with diffusers' own DDIM scheduler."""
     from diffusers import DDIMScheduler
 
     scheduler = DDIMScheduler(
@@ -69,7 +69,7 @@ def _small_unet(device: torch.device) -> UNet:
 
 @torch.no_grad()
 def sampling(config: DictConfig, device: torch.device) -> dict[str, Any]:
-    """Overhead per step outside the network, what cached keys and values save."""
+    """Times in ms per step: the loop without the network, cached against recomputed keys and values, and a whole step."""
     schedule, b, steps = NoiseSchedule("scaled_linear", **SCHEDULE).to(device), config.batch_size, config.steps
     x_t = NoiseSource(range(b)).normal((4, 16, 16), "start", device)
     times = schedule.timesteps(steps)
@@ -79,7 +79,7 @@ def sampling(config: DictConfig, device: torch.device) -> dict[str, Any]:
     fixed = torch.randn(2 * b, 4, 16, 16, device=device)
 
     def nothing(x: torch.Tensor, t: torch.Tensor, condition: dict[str, torch.Tensor]) -> torch.Tensor:
-        return fixed  # a network that costs nothing leaves what is around it
+        return fixed  # a network without cost, so that only the loop is timed
 
     def ours(network: Callable[..., torch.Tensor]) -> torch.Tensor:
         cond, uncond = (Denoiser(network, schedule, Epsilon(), c) for c in halves)

@@ -51,7 +51,7 @@ def suggestions(config_name: str, overrides: list[str]) -> str:
     return "\n".join(lines)
 
 
-# A recipe belongs to the first family whose words its name or its first line holds.
+# A recipe belongs to the first family with a word that occurs in its name or first line.
 FAMILIES = {
     "Classifiers, to guide by": ("classifier_",),
     "On a CPU, in minutes": ("CPU", "quickstart", "shapes_"),

@@ -1,4 +1,4 @@
-"""How well a picture fits a caption by CLIP (Radford et al. 2021): for guidance and for judging."""
+"""How well a picture fits a caption by CLIP (Radford et al. 2021): for guidance and for metrics."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,7 +12,7 @@ from ldm_train.images import in_threes, mean_over_groups
 
 class ClipScore(nn.Module):
     """path: a folder of a CLIP model (config.json, weights, tokenizer, preprocessor_config.json), or a name that
-    transformers can download. Frozen. Raises FileNotFoundError where it is not to be had."""
+    transformers can download. Frozen. Raises FileNotFoundError where it cannot be obtained."""
 
     def __init__(self, path: str):
         super().__init__()
@@ -35,7 +35,7 @@ class ClipScore(nn.Module):
 
     @property
     def logit_scale(self) -> float:
-        """The factor that makes log-probabilities of cosines, as CLIP was trained."""
+        """CLIP's trained factor from cosines to logits."""
         return float(self.model.logit_scale.exp())
 
     @torch.no_grad()

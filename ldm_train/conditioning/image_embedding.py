@@ -1,4 +1,4 @@
-"""Images as conditions by their meaning: the embedding of a frozen vision encoder, for variations (as unCLIP)."""
+"""Image embeddings of a frozen vision encoder as a condition, for variations of a picture (as unCLIP)."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -33,7 +33,7 @@ class PretrainedVision(nn.Module):
     channels.
 
     path: a local folder, or a name that transformers can download. hidden: all hidden states; otherwise the pooled
-    (for CLIP projected) embedding, L = 1. Raises FileNotFoundError where it is not to be had.
+    (for CLIP projected) embedding, L = 1. Raises FileNotFoundError where it cannot be obtained.
     """
 
     def __init__(self, path: str, hidden: bool = False):

@@ -11,7 +11,7 @@ from ldm_train.data.samples import collate
 from ldm_train.images import from_uint8, to_uint8
 
 ATTRIBUTES = ("colour", "shape", "position", "background")
-# What each condition says of the picture, beside how it is measured: shares of attributes, IoU of boxes, pixels of maps.
+# The properties of the picture that each condition determines: attributes (share right), IoU of boxes, pixels of maps.
 DETERMINES = {
     "caption": ATTRIBUTES,
     "class_label": ATTRIBUTES[:2],
@@ -60,7 +60,7 @@ def box_iou(a: shapes_world.Object, b: shapes_world.Object) -> float:
 
 
 def judge(images: torch.Tensor, scenes: Sequence[shapes_world.Scene]) -> dict[str, np.ndarray]:
-    """Per image: attributes right (bool each), "unreadable", what was read of x, y, r (NaN if not), and against the
+    """Per image: attributes right (bool each), "unreadable", x, y, r as read from it (NaN if unreadable), and against the
     scene's own drawing: "box_iou", "pixels" (share of pixels with the right label), "object_pixels" (of the object's).
 
     images (B, 3, H, W) in [-1, 1]. An unreadable picture is wrong in every attribute and every pixel.
@@ -108,7 +108,7 @@ def measure_adherence(
     `seeds` times each.
 
     sample: (fields, seeds) -> images. fields: of `judged_fields`. Returns (table, the first images, their conditions).
-    The table has what the conditions determine (see DETERMINES), the mean of the attributes and "all" of them right,
+    The table has the properties that the conditions determine (DETERMINES), the mean of the attributes and "all" of them right,
     for both kinds of scenes; and for captions the diversity: the spread of position (x, y) and size (r) within a
     caption, for samples and for pictures of the data.
     """
@@ -177,7 +177,7 @@ def _diversity(
 
 
 def format_table(result: dict[str, Any]) -> str:
-    """The table people read at the end of the quickstart."""
+    """The result as a printed table, as at the end of the quickstart."""
     titles = {"all": "all of them", "box_iou": "box IoU", "object_pixels": "object px"}
     names = list(result["trained"])
     lines = [f"{'adherence':<12}" + "".join(f"{titles.get(n, n):>12}" for n in names)]

@@ -37,11 +37,11 @@ def evaluate_first_stage(
     predictors: int,
     progress: bool = True,
 ) -> tuple[dict[str, Any], torch.Tensor]:
-    """An autoencoder alone, over this rank's share of the images: (metrics, the first images above what they became).
+    """An autoencoder alone, over this rank's share of the images: (metrics, the first images above their reconstructions).
 
     "reconstruction": paired metrics per image (psnr in dB, ssim, ms_ssim, and networks: images, images -> distances).
-    "reconstructions": distances of their set to the reference (rFID and its kin). "latents": what is known to predict the
-    diffusion model to come, on the first `predictors` images (0: not measured).
+    "reconstructions": distances of their set to the reference (rFID and the like). "latents": measures that predict the quality of a
+    diffusion model on these latents, on the first `predictors` images (0: not measured).
     """
     extractors, paired, networks, device = evaluator.extractors, evaluator.paired, evaluator.networks, evaluator.device
     used = [m for m in evaluator.metrics if m.compared_with == (REFERENCE,)]
@@ -85,7 +85,7 @@ def predict(
     metrics: Sequence[Metric],
     extractors: Mapping[str, nn.Module],
 ) -> dict[str, Any]:
-    """What latents (N, C, h, w), scaled, say of the diffusion model to come: spectrum slope, equivariance error, decoder
+    """Measures of latents (N, C, h, w), scaled, that predict the quality of a diffusion model: spectrum slope, equivariance error, decoder
     sensitivity, and the Frechet distance of decoded midpoints between nearest neighbours (ifid, arXiv:2603.05630)."""
     estimates: dict[str, Any] = {}
     noise = NoiseSource(range(len(latents))).normal(latents.shape[1:], "predictor", latents.device)

@@ -41,7 +41,7 @@ def load_classifier(
 
 
 def latents_of(model: LatentDiffusion) -> dict[str, Any]:
-    """What two models must share to work on the same noisy latents; a classifier's metadata records the same."""
+    """What identifies a model's noisy latents: autoencoder, scale, shift and schedule; a classifier's metadata records the same."""
     first, schedule = model.first_stage, model.schedule
     return {
         "autoencoder": weights_sha256(first.autoencoder),
@@ -71,7 +71,7 @@ def _differs(model: LatentDiffusion, recorded: dict[str, Any]) -> str | None:
 
 
 def _close(values: Any, ours: list[float], rtol: float, atol: float) -> bool:
-    """Whether recorded values are ours; what a file records may be anything."""
+    """Whether recorded values are close to ours; values from a file may be of any type."""
     numbers = isinstance(values, list) and all(isinstance(v, int | float) for v in values)
     return numbers and len(values) == len(ours) and np.allclose(values, ours, rtol, atol)
 
@@ -87,7 +87,7 @@ def load_weaker(folder: Path, model: LatentDiffusion, trust: Sequence[str] = ())
 
 
 class Guides:
-    """The guides a job asks for. parsers: what each reads of the command line, by field. recipe: what identifies them."""
+    """The guides of a job. parsers: of each guide's targets on the command line, by field. recipe: hashes of their weights."""
 
     def __init__(self, config: DictConfig, model: LatentDiffusion, device: str):
         self.model, self.scales = model, {"classifier": config.guide.classifier_scale, "clip": config.guide.clip_scale}

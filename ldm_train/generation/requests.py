@@ -1,4 +1,4 @@
-"""What ldm-sample is asked for: the task, and from files and words the conditions of every picture."""
+"""The requests to ldm-sample: the task, and the conditions of every picture, read from files and texts."""
 
 import math
 import re
@@ -38,14 +38,14 @@ TASKS = {
     "interpolate": None,
     "reconstruct": None,
 }
-# Which begin from the picture itself.
+# Tasks that start from a picture.
 FROM_IMAGE = ("inpaint", "outpaint", "img2img", "reconstruct", "interpolate")
 WHOLE = (
     "n", "seed", "batch_size", "num_inference_steps", "invert_iterations", "resample.jump_length", "resample.repeats",
     "tiles.cells", "tiles.overlap",
 )  # fmt: skip
-MOST = 1 << 20  # of any of them but the seed; pictures of one job
-LEAST = {"seed": 0, "num_inference_steps": 0, "tiles.overlap": 0}  # others 1; the schedule names its own limits
+MOST = 1 << 20  # largest value of any of them but the seed; most pictures of one job
+LEAST = {"seed": 0, "num_inference_steps": 0, "tiles.overlap": 0}  # others 1; the schedule has its own limits
 NUMBERS = (
     "guidance_scale",
     "strength",
@@ -56,7 +56,7 @@ NUMBERS = (
     "guide.clip_scale",
 )
 
-# Options with options of their own, and one of these.
+# Sections of options, each with one of its options as an example.
 SECTIONS = {"guidance": "rescale", "guide": "classifier", "resample": "repeats", "tiles": "cells", "fields": "<name>"}
 
 
@@ -114,10 +114,10 @@ def check_types(config: DictConfig) -> None:
 
 @dataclass
 class Request:
-    """One picture: its seed, the fields it is conditioned on, how people read them, and what it begins from.
+    """One picture: its seed, the fields of its condition, these as text, and the picture and mask it starts from.
 
-    targets: what outside guides (classifier, CLIP) lead to, by field. mix: weighted fields, in the place of `fields`.
-    walk: (first seed, second seed, how far between them). images: the two pictures that a walk leads between.
+    targets: of outside guides (classifier, CLIP), by field. mix: weighted fields, in the place of `fields`.
+    walk: (first seed, second seed, how far between them). images: the two pictures at the ends of a walk.
     """
 
     seed: int
@@ -138,12 +138,12 @@ class Request:
 
 
 def possible_tasks(model: LatentDiffusion, guided: Collection[str] = ()) -> list[str]:
-    """guided: fields that outside guides understand."""
+    """The tasks that a model can do. guided: fields that outside guides read."""
     return [task for task, needed in TASKS.items() if needed is None or needed in (*model.fields, *guided)]
 
 
 def chosen_task(model: LatentDiffusion, config: DictConfig, guided: Collection[str] = ()) -> str:
-    """The task asked for, or what the given inputs mean. Raises ValueError where this model cannot do it."""
+    """The task of the config, or the one that the given inputs imply. Raises ValueError where this model cannot do it."""
     task, fields = config.task, (*model.fields, *guided)
     if task is None:
         if config.mask is not None:
@@ -280,7 +280,7 @@ def requests(model: LatentDiffusion, config: DictConfig, guides: Mapping[str, An
         n, first = own.get("n", config.n), own.get("seed")
         if len(all_requests) + n > MOST:
             raise ValueError(f"prompts asks for more than {MOST} pictures; make several jobs of them")
-        for i in range(1 if task == "reconstruct" else n):  # which knows no chance
+        for i in range(1 if task == "reconstruct" else n):  # which has no randomness
             number = len(all_requests)
             seed = config.seed + number if first is None else first + i
             text = _words(entries, fields, by_field)
@@ -289,7 +289,7 @@ def requests(model: LatentDiffusion, config: DictConfig, guides: Mapping[str, An
 
 
 def _words(entries: Mapping[str, str], fields: Mapping[str, Any], by_field: Mapping[str, Any]) -> str:
-    """How people read a condition."""
+    """The condition as readable text."""
     words = [entries[o] if o in ("prompts", "classes") else Path(entries[o]).name for o in entries if o != "layout"]
     boxes = [by_field[f].describe([fields[f]])[0] for f in fields if f == "boxes"]
     return " / ".join(filter(None, words + boxes))

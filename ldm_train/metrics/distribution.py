@@ -1,4 +1,4 @@
-"""What sets of features say of two sets of images: Frechet and kernel distances, precision and recall, Inception score.
+"""Metrics of sets of features: Frechet and kernel distances, precision and recall, Inception score.
 
 All in float64, each as an `Estimate` with its 95 % interval. Sets are accumulated in a stream (`FeatureSet`).
 """
@@ -20,8 +20,8 @@ NORMAL_QUANTILE = 1.959963984540054
 
 @dataclass(frozen=True)
 class Estimate:
-    """A number measured on n samples, and the 95 % interval of its expectation at that n: what other samples of the same
-    model would give on average. (A Frechet distance's expectation falls with n; the interval says nothing of infinite n.)"""
+    """A number measured on n samples, and the 95 % interval of its expectation at that n: the mean over other samples of the
+    same model. (A Frechet distance's expectation falls with n; the interval does not cover the limit of infinite n.)"""
 
     value: float
     low: float

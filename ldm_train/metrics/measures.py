@@ -1,4 +1,4 @@
-"""What metrics need of sets of images, collected in a stream, and what they say of it."""
+"""Collects in a stream the features of image sets that metrics need, and computes the metrics."""
 
 import io
 import zipfile
@@ -16,7 +16,7 @@ from ldm_train.metrics.sets import GROUPS, KEPT, UNKNOWN, FeatureSet, Moments
 
 
 class Collected:
-    """What the metrics need to know of a set of images, in a stream; the same for any batches and ranks.
+    """Features and values of a set of images for the metrics, in a stream; equal for any batches and ranks.
 
     metrics: decide which extractors see the images. extractors: name -> images -> features. compared: the set is one that
     metrics compare with, by its name there; it is not resampled. None: the set that is measured.
@@ -33,7 +33,7 @@ class Collected:
     def add(self, images: torch.Tensor, indices: torch.Tensor, captions: Sequence[str] | None = None) -> None:
         """images (B, C, H, W) in [-1, 1], indices (B,) in the whole set, captions they were drawn from.
 
-        Raises ValueError where a metric needs what is not there: captions, or an extractor with classes or texts.
+        Raises ValueError where a metric needs captions, or an extractor with classes or texts, and there are none.
         """
         for name, extractor in self.extractors.items():
             features, logits = extractor(images), None
@@ -57,23 +57,23 @@ class Collected:
         return self
 
     def values_of(self, metric: Metric) -> torch.Tensor:
-        """What a metric has kept of each image, (N,)."""
+        """The values that a metric collected, one per image (N,)."""
         pairs = self.values.get(metric.name, [])
         return torch.cat([values for _, values in pairs]) if pairs else torch.empty(0)
 
     def state(self) -> dict[str, Any]:
-        """What an interrupted collection continues from: tensors, numbers and names."""
+        """The state from which an interrupted collection continues: tensors, numbers and names."""
         return {"sets": {name: features.state() for name, features in self.sets.items()}, "values": self.values}
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Raises whatever a state of another kind leads to, with nothing changed."""
+        """Continues from a `state`. Raises errors of any type for an invalid one, and then changes nothing."""
         sets = {name: FeatureSet.restored(saved) for name, saved in state["sets"].items()}
         values = {n: [(i.long(), v.double()) for i, v in state["values"][n]] for n in state["values"]}
         self.sets, self.values = sets, values
 
 
 def write_reference(features: FeatureSet, file: io.BufferedWriter) -> None:
-    """As .npz with mu and sigma, as pytorch-fid and its kin read and write it, beside n and the features kept."""
+    """Writes .npz with mu and sigma, in the format of pytorch-fid and others, and also n and the features kept."""
     moments, (kept, indices) = features.moments, features.kept()
     np.savez(
         file, mu=moments.mean.numpy(), sigma=moments.covariance.numpy(), n=moments.count, features=kept.float().numpy(),
@@ -82,9 +82,9 @@ def write_reference(features: FeatureSet, file: io.BufferedWriter) -> None:
 
 
 def read_reference(path: str | Path) -> FeatureSet:
-    """A file of `write_reference`, or anyone's with mu and sigma (then without features: Frechet distances only).
+    """Reads a file of `write_reference`, or another one with mu and sigma (then without features: Frechet distances only).
 
-    Raises ValueError where it is none.
+    Raises ValueError for any other file.
     """
     try:
         with np.load(path) as archive:
@@ -107,7 +107,7 @@ Sets = Mapping[str, Mapping[str, FeatureSet]]
 
 
 def compared(metric: Metric, sets: Sets) -> list[FeatureSet]:
-    """The sets that a metric compares with, from those there are, by their names there and by extractor.
+    """The sets that a metric compares with, out of `sets`: {name: {extractor: features}}.
 
     Raises ValueError where one is missing, or holds moments alone and the metric needs features."""
     feature_sets = []

@@ -20,7 +20,7 @@ from ldm_train.pipeline.stage import Stage
 
 
 def classifier_tree(config: DictConfig, images: ShardDataModule, first_stage: Any) -> dict[str, Any]:
-    """The network's config with what comes from the data filled in."""
+    """The network's config with the values that come from the data."""
     tree = plain(config.classifier.network)
     filled = {"classes": images.index.get("classes"), "latent_size": latent_size(config, first_stage)}
     if filled["classes"] is None and tree["classes"] == FROM_DATA:
@@ -31,7 +31,7 @@ def classifier_tree(config: DictConfig, images: ShardDataModule, first_stage: An
 
 
 class ClassifierStage(Stage):
-    """Trains on the latents of a run, apart from the model that it will guide."""
+    """Trains on the latents of a run, independently of the model that it will guide."""
 
     name, needs = "classifier", ("latents",)
 
@@ -73,7 +73,7 @@ class ClassifierStage(Stage):
             network, first_stage, schedule, **training.optimisation(run, "classifier")
         )
         training.train(run, "classifier", task, data, folder, images=count)
-        # What a model must share with it to be guided by it.
+        # A model must have the same values to be guided by it, see `latents_of`.
         metadata = {
             "autoencoder": read_metadata(autoencoder.model_folder(run))["sha256"],
             "scale": first_stage.scale.flatten().tolist(),

@@ -1,4 +1,4 @@
-"""Evaluation: samples, reconstructions, latents and adherence to conditions in numbers, and pictures of them."""
+"""The evaluation stage: metrics of samples, reconstructions, latents and adherence to conditions, and pictures."""
 
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from ldm_train.pipeline.diffusion import check_model, drawer
 from ldm_train.pipeline.run import Run
 from ldm_train.pipeline.stage import Stage
 
-SHOWN = 36  # samples that an evaluation without metrics draws, to be looked at
+SHOWN = 36  # samples that an evaluation without metrics draws, for samples.png
 
 
 class EvaluationStage(Stage):
@@ -36,7 +36,7 @@ class EvaluationStage(Stage):
         }
 
     def _section(self, run: Run) -> dict[str, Any]:
-        """The evaluation section with the extractors that its metrics use: another's path changes nothing."""
+        """The evaluation section with only the extractors that its metrics use: the path of another changes nothing."""
         section = plain(run.config.evaluation)
         metrics = parse_metrics(section["metrics"], list(section["extractors"]), section["kinds"])
         used = {m.extractor for m in metrics}

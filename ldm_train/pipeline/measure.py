@@ -1,4 +1,4 @@
-"""ldm-evaluate: a run's samples, two sets of images, or an autoencoder alone, in numbers with intervals."""
+"""ldm-evaluate: metrics with intervals of a run's samples, two sets of images, or an autoencoder alone."""
 
 import hashlib
 import json
@@ -92,8 +92,8 @@ def export_reference(path: str | None, reference: Reference) -> None:
 
 
 def evaluate_run(config: DictConfig, again: bool = True) -> tuple[dict[str, Any], Path | None, dict[str, Any]]:
-    """(metrics, folder for them, what they were measured with) of a run's samples. again: also where there is a file of
-    the same settings."""
+    """(metrics, folder for them, settings of the measurement) of a run's samples. again: measure also where there is a file
+    of the same settings."""
     folder = run_folder(config.run, config.runs_dir)
     trained = with_options(run_config(folder), config, folder / "config.yaml")
     if (source := find_model(folder)) is None:
@@ -114,7 +114,7 @@ def evaluate_run(config: DictConfig, again: bool = True) -> tuple[dict[str, Any]
     options = sampling_options(trained) | {"seed": config.seed, "weights": config.weights}
     asked = options | {"n": trained.evaluation.images, "metrics": [m.name for m in tools.metrics]}
     asked |= {"model": read_metadata(source)["sha256"], "references": reference.hashes, "precision": machine.precision}
-    if config.weights == "best":  # which changes while training goes on
+    if config.weights == "best":  # these weights change while training goes on
         asked["weights"] = file_sha256(best_checkpoint(folder))
     asked |= {"conditions": tools.images_identity(data, trained.data.val_split, None), "extractors": tools.hashes}
     results = inside(folder / "evaluations", folder)
@@ -140,7 +140,7 @@ def evaluate_run(config: DictConfig, again: bool = True) -> tuple[dict[str, Any]
 
 
 def evaluate_autoencoder(config: DictConfig) -> tuple[dict[str, Any], Path | None, dict[str, Any]]:
-    """The same of an autoencoder's reconstructions: of a run, or of a model folder with data.root and data.image_size."""
+    """The same for an autoencoder's reconstructions: of a run, or of a model folder with data.root and data.image_size."""
     given = Path(config.reconstruct)
     if (given / "model.safetensors").is_file():
         folder, model_folder, results = given, given, None
@@ -157,14 +157,14 @@ def evaluate_autoencoder(config: DictConfig) -> tuple[dict[str, Any], Path | Non
         lambda machine: Evaluator.on_all_ranks(trained.evaluation, machine.device),
     )
     tools = Evaluator.on_all_ranks(trained.evaluation, machine.device)
-    trained.evaluation.images = config.n  # all, where nothing is said
+    trained.evaluation.images = config.n  # all where n is null
     data = data_module(trained, "autoencoder", machine, ("image",), config.trust)
     size, world = trained.evaluation.batch_size, machine.world_size
     data.batching = Batching(size * world, None, world, machine.rank)
     first_stage = FirstStage(load_autoencoder(model_folder, config.trust)).to(machine.device)
     if (folder / "latents" / "statistics.json").is_file():
         give_statistics(folder / "latents", first_stage, trained.latents.per_channel)
-    else:  # what is said of latents is said of unit variance
+    else:  # measures of latents are for unit variance
         sums = torch.zeros(3, dtype=torch.float64)
         for batch in data.fixed_loader(trained.data.val_split, 256):
             z = first_stage.posterior(first_stage.encode_moments(batch["image"].to(machine.device))).mean.double().cpu()
@@ -186,7 +186,7 @@ def evaluate_autoencoder(config: DictConfig) -> tuple[dict[str, Any], Path | Non
 
 
 def _config_of_folder(config: DictConfig) -> DictConfig:
-    """For an autoencoder without its run: the usual options, and the shipped perceptual network."""
+    """The config for an autoencoder without its run: the default options, and the shipped perceptual network."""
     before = GlobalHydra.instance().hydra
     GlobalHydra.instance().clear()
     try:
@@ -201,7 +201,7 @@ def _config_of_folder(config: DictConfig) -> DictConfig:
 
 
 def evaluate_images(config: DictConfig) -> tuple[dict[str, Any], Path | None, dict[str, Any]]:
-    """The same of two sets of images."""
+    """The same for two sets of images."""
     if config.against is None:
         raise ValueError("images= are measured against=<folder, tar or .npz>")
     if config.devices > 1:
@@ -258,7 +258,7 @@ def digest(asked: Mapping[str, Any]) -> str:
 
 
 def file_name(asked: Mapping[str, Any]) -> str:
-    """Says at a glance what was measured how; different settings never share a name."""
+    """The main settings of a measurement in readable form, and a hash: different settings never share a name."""
     parts = ["reconstructions" if "paired" in asked else "samples", f"n{asked['n'] or 'all'}"]
     if "sampler" in asked:
         parts += [
@@ -315,13 +315,13 @@ def check(config: DictConfig) -> None:
 
 
 def command_options() -> DictConfig:
-    """This command's options as they are where nothing is said."""
+    """The default options of this command."""
     usual = OmegaConf.load(config_folder() / "evaluate.yaml")
     return OmegaConf.create({k: v for k, v in usual.items() if k not in ("defaults", "hydra")} | {"sampler": None})
 
 
 def measured_run(config: DictConfig) -> dict[str, Any]:
-    """`evaluate` of a run for other commands: what was measured with the same settings before is read again."""
+    """`evaluate` of a run for other commands: an earlier result with the same settings is read from its file."""
     metrics, folder, asked = evaluate_run(config, again=False)
     if not (folder / file_name(asked)).is_file():
         write_json(folder / file_name(asked), metrics | {"settings": asked})

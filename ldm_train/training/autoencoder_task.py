@@ -90,7 +90,7 @@ class AutoencoderTask(Task):
     def on_validation_epoch_start(self) -> None:
         super().on_validation_epoch_start()
         self._moments: dict[str, Moments] = {}
-        self._codes: torch.Tensor | None = None  # how often each was used
+        self._codes: torch.Tensor | None = None  # how often each code was used
         # Per-channel sums of posterior means, of their squares and of variances, and the number of each.
         self._mean_moments = [0.0, 0.0, 0.0, 0]
 

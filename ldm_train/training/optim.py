@@ -58,7 +58,7 @@ class EMA:
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """The averaged weights in the module, the raw ones back afterwards."""
+        """A context in which the module has the averaged weights; the raw ones return after it."""
         raw = {name: p.detach().clone() for name, p in self.live.items()}
         with torch.no_grad():
             for name, p in self.live.items():

@@ -1,4 +1,4 @@
-"""An index for tars that already exist, local or remote; the tars themselves stay where they are."""
+"""An index for tars that already exist, local or remote; the tars themselves are not moved."""
 
 from fnmatch import fnmatch
 from pathlib import Path

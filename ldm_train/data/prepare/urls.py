@@ -33,7 +33,7 @@ FORMATS = {
     "GIF": None,
     "BMP": None,
     "TIFF": None,
-}  # what is decoded at all
+}  # the only formats that are decoded
 MAX_REDIRECTS = 5
 
 
@@ -58,8 +58,8 @@ NAT64 = ipaddress.ip_network("64:ff9b::/96")  # where networks without IPv4 reac
 
 
 def is_public(address: str) -> bool:
-    """Whether an IP address is global unicast. Those that stand for an IPv4 address (mapped, NAT64) are what that is;
-    the retired forms (IPv4-compatible, 6to4, Teredo) are not public, whatever they stand for."""
+    """Whether an IP address is global unicast. Those that embed an IPv4 address (mapped, NAT64) are public where it is; the
+    retired forms (IPv4-compatible, 6to4, Teredo) never are."""
     ip = ipaddress.ip_address(address.split("%")[0])
     if ip.version == 6:
         embedded = ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF) if ip in NAT64 else ip.ipv4_mapped
@@ -73,7 +73,7 @@ def is_public(address: str) -> bool:
 def public_addresses(host: str, port: int, allow_private: bool = False) -> list[str]:
     """The addresses to connect to. Raises Unfetchable where the host is unknown, or any of its addresses is not public.
 
-    The addresses themselves are connected to, so that a name cannot mean something else a moment later.
+    Connections are made to these addresses, so that a changed DNS answer has no effect.
     """
     try:
         addresses = [entry[4][0] for entry in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)]
@@ -127,11 +127,11 @@ class _Connections:
 
             http_error_301 = http_error_303 = http_error_307 = http_error_308 = http_error_302
 
-        # Proxies of the environment would hide the address that is connected to.
+        # Proxies from the environment are not used: they would hide the address that is connected to.
         self.opener = urllib.request.build_opener(urllib.request.ProxyHandler({}), HTTP(), HTTPS(), NoRedirects())
 
     def cut(self) -> None:
-        """Ends whatever still waits for an answer."""
+        """Closes all sockets that are still open."""
         self.was_cut = True
         for sock in self.opened:
             with suppress(OSError):
@@ -166,7 +166,7 @@ def fetch(
         alarm.start()
         try:
             data = _follow(connections.opener, url, timeout, max_bytes)
-            if connections.was_cut:  # which looks like the end of an answer
+            if connections.was_cut:  # a cut connection looks like the end of an answer
                 raise Unfetchable(f"not finished after {6 * timeout:.0f} s", True)
             return data
         except Unfetchable as error:
@@ -188,7 +188,7 @@ def _follow(opener: Any, url: str, timeout: float, max_bytes: int) -> bytes:
 
 
 def _read(opener: Any, url: str, timeout: float, max_bytes: int) -> bytes | str:
-    """The bytes, or where the answer points to."""
+    """The bytes, or the address that the answer redirects to."""
     request = urllib.request.Request(url, headers={"User-Agent": AGENT, "Accept": "image/*,*/*;q=0.5"})
     end = time.monotonic() + 6 * timeout
     try:

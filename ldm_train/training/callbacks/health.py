@@ -1,4 +1,4 @@
-"""What goes wrong with a training, said by name with its remedy, while it can still be mended."""
+"""Diagnoses of faults during training, each with a name and a remedy, while they can still be fixed."""
 
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
@@ -14,7 +14,7 @@ from ldm_train.storage import write_json
 from ldm_train.training.task import Task
 
 FILE = "health.json"
-PATIENCE = 500  # optimiser steps that a state of the discriminator must last before it is one
+PATIENCE = 500  # optimiser steps that a state of the discriminator must last before it is reported
 WINDOW = 10  # logged values that must agree
 
 History = Mapping[str, Sequence[tuple[int, float]]]
@@ -22,7 +22,7 @@ History = Mapping[str, Sequence[tuple[int, float]]]
 
 @dataclass(frozen=True)
 class Finding:
-    """name: of the diagnosis. what: the numbers it follows from. remedy: what to change."""
+    """name: of the diagnosis. what: the numbers behind it, in words. remedy: what to change."""
 
     name: str
     what: str
@@ -182,7 +182,7 @@ CHECKS = (
 
 
 class Health(L.Callback):
-    """Looks at what is logged and says, once each, what is wrong: on the terminal, in health.json, as an alert in W&B.
+    """Checks the logged metrics and reports each fault once: on the terminal, in health.json, as an alert in W&B.
 
     folder: of the stage. settings: the options that the checks need. Non-finite gradients are handled by `Task`: they are
     skipped and counted, and training goes back to the last checkpoint after several in a row.
@@ -239,7 +239,7 @@ class Health(L.Callback):
                 self.report(trainer, finding, step)
 
     def report(self, trainer: L.Trainer, finding: Finding, step: int) -> None:
-        """Says it once: further ones of the same name are known."""
+        """Reports a finding and records its name, so that later ones of that name are not reported."""
         self.findings[finding.name] = {"step": step} | asdict(finding)
         if rank() > 0:
             return
