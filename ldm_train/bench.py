@@ -1,4 +1,4 @@
-"""ldm-bench: speed against a peer in the same run; measurements take turns, so that a busy machine slows both."""
+"""ldm-bench: speed compared with diffusers in the same process; the two are timed in turns, so that a busy machine slows both."""
 
 import time
 from collections.abc import Callable, Mapping
@@ -25,7 +25,7 @@ SCHEDULE = {"beta_start": 0.00085, "beta_end": 0.012}
 def in_turns(
     measured: Mapping[str, Callable[[], object]], runs: int, device: torch.device, progress: str
 ) -> dict[str, float]:
-    """Median seconds of each function, called in turns; one round before them does not count."""
+    """Median seconds of each function, called in turns, after one warm-up round."""
     times: dict[str, list[float]] = {name: [] for name in measured}
     for k in tqdm(range(runs + 1), desc=progress, unit="round", leave=False):
         for name, function in measured.items():
@@ -47,7 +47,7 @@ def _diffusers_loop(
     steps: int,
     scale: float,
 ) -> torch.Tensor:
-    """What diffusers' pipelines do around their U-Net, by its own DDIM scheduler."""
+    """The sampling loop of diffusers' pipelines, with diffusers' own DDIM scheduler."""
     from diffusers import DDIMScheduler
 
     scheduler = DDIMScheduler(
@@ -69,7 +69,7 @@ def _small_unet(device: torch.device) -> UNet:
 
 @torch.no_grad()
 def sampling(config: DictConfig, device: torch.device) -> dict[str, Any]:
-    """Overhead per step outside the network, what cached keys and values save."""
+    """Times in ms per step: the loop without the network, cached against recomputed keys and values, and a whole step."""
     schedule, b, steps = NoiseSchedule("scaled_linear", **SCHEDULE).to(device), config.batch_size, config.steps
     x_t = NoiseSource(range(b)).normal((4, 16, 16), "start", device)
     times = schedule.timesteps(steps)
@@ -79,20 +79,20 @@ def sampling(config: DictConfig, device: torch.device) -> dict[str, Any]:
     fixed = torch.randn(2 * b, 4, 16, 16, device=device)
 
     def nothing(x: torch.Tensor, t: torch.Tensor, condition: dict[str, torch.Tensor]) -> torch.Tensor:
-        return fixed  # a network that costs nothing leaves what is around it
+        return fixed  # a network without cost, so that only the loop is timed
 
     def ours(network: Callable[..., torch.Tensor]) -> torch.Tensor:
         cond, uncond = (Denoiser(network, schedule, Epsilon(), c) for c in halves)
         return ddim(classifier_free(cond, uncond, 3.0), x_t, times, schedule, NoiseSource(range(b)))
 
-    found: dict[str, Any] = {}
+    results: dict[str, Any] = {}
     joined = {"context": context, "context_mask": mask}
     loops = {"ours": lambda: ours(nothing), "diffusers": lambda: _diffusers_loop(nothing, joined, x_t, steps, 3.0)}
     agreement = float((loops["ours"]() - loops["diffusers"]()).abs().max() / loops["diffusers"]().abs().max())
     if agreement > 1e-3:
         raise ValueError(f"the two loops do not compute the same ({agreement:.1e} apart); their times say nothing")
     loop = in_turns(loops, config.runs, device, "loops")
-    found["overhead per step [ms]"] = {k: 1000 * v / steps for k, v in loop.items()}
+    results["overhead per step [ms]"] = {k: 1000 * v / steps for k, v in loop.items()}
     unet = _small_unet(device)
     network = unet_call(unet)
 
@@ -102,12 +102,12 @@ def sampling(config: DictConfig, device: torch.device) -> dict[str, Any]:
     cached = in_turns(
         {"kept": lambda: ours(network), "computed": lambda: ours(forgets)}, config.runs, device, "context"
     )
-    found["keys and values of 77 tokens, per step [ms]"] = {k: 1000 * v / steps for k, v in cached.items()}
+    results["keys and values of 77 tokens, per step [ms]"] = {k: 1000 * v / steps for k, v in cached.items()}
     # diffusers' attention computes keys and values in every step.
     whole = {"ours": lambda: ours(network), "diffusers": lambda: _diffusers_loop(forgets, joined, x_t, steps, 3.0)}
     timed = in_turns(whole, config.runs, device, "U-Net and loop")
-    found["a whole step with a small text U-Net [ms]"] = {k: 1000 * v / steps for k, v in timed.items()}
-    return found
+    results["a whole step with a small text U-Net [ms]"] = {k: 1000 * v / steps for k, v in timed.items()}
+    return results
 
 
 def unet_call(unet: UNet) -> Callable[..., torch.Tensor]:
@@ -117,9 +117,9 @@ def unet_call(unet: UNet) -> Callable[..., torch.Tensor]:
     return network
 
 
-def format_table(found: Mapping[str, Mapping[str, float]]) -> str:
+def format_table(results: Mapping[str, Mapping[str, float]]) -> str:
     lines = []
-    for title, row in found.items():
+    for title, row in results.items():
         (first, a), (second, b) = list(row.items())[:2]
         lines.append(f"{title:<46}{first} {a:9.3f}   {second} {b:9.3f}   ratio {a / b:.2f}")
     return "\n".join(lines)
@@ -141,8 +141,8 @@ def bench(config: DictConfig) -> dict[str, Any]:
     device = torch.device("cuda" if torch.cuda.is_available() and config.accelerator != "cpu" else "cpu")
     name = torch.cuda.get_device_name() if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
     print(f"{name}; torch {torch.__version__}, diffusers {diffusers.__version__}; medians of {config.runs}")
-    found = sampling(config, device)
-    print(format_table(found))
+    results = sampling(config, device)
+    print(format_table(results))
     if config.out:
-        write_json(Path(config.out), {"device": name, "torch": torch.__version__, "results": found})
-    return found
+        write_json(Path(config.out), {"device": name, "torch": torch.__version__, "results": results})
+    return results

@@ -1,4 +1,4 @@
-"""The configs: where they lie, and those that a run has saved."""
+"""The configs: the folder that holds them, and the config that a run has saved."""
 
 import re
 from pathlib import Path
@@ -40,7 +40,7 @@ def run_config(folder: Path) -> DictConfig:
 
 
 def usual_options() -> dict[str, Any]:
-    """What the base files of conf/ say of data, both stages, the classifier, latents, sampling and evaluation."""
+    """The default options of data, both stages, the classifier, latents, sampling and evaluation, from the base files of conf/."""
     top = read_config(config_folder() / "train.yaml")
     groups = ("autoencoder", "diffusion", "data", "classifier")
     tree = {group: read_config(config_folder() / group / "base.yaml") for group in groups}
@@ -48,7 +48,7 @@ def usual_options() -> dict[str, Any]:
 
 
 def literal(tree: dict[str, Any]) -> DictConfig:
-    """A config whose strings mean what they say: `${` in a caption asks for no other option."""
+    """A config whose strings are literal: `${` in a caption is no interpolation."""
 
     def escaped(value: Any) -> Any:
         if isinstance(value, dict):

@@ -1,4 +1,4 @@
-"""What ends a command with one message, beside the errors of Python that say it as well."""
+"""Errors that end a command with one message, as do some of Python's own."""
 
 from ldm_train import interrupts
 

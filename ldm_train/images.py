@@ -1,4 +1,4 @@
-"""Pictures in and out: uint8 <-> [-1, 1], any number of channels for eyes and networks, captioned grids, PNG files with
+"""Pictures: uint8 <-> [-1, 1], any number of channels for viewing and for networks of three, captioned grids, PNG files with
 metadata."""
 
 import json
@@ -24,7 +24,7 @@ def from_uint8(images: torch.Tensor) -> torch.Tensor:
 
 
 def has_colours(channels: int) -> bool:
-    """Whether pictures of so many channels are grey or RGB, and so what a viewer and a network of RGB take."""
+    """Whether pictures of so many channels are grey or RGB, which viewers and networks of RGB take as they are."""
     return channels in (1, 3)
 
 
@@ -45,13 +45,13 @@ def in_threes(images: torch.Tensor) -> torch.Tensor:
 
 
 def mean_over_groups(values: torch.Tensor, channels: int) -> torch.Tensor:
-    """What a network made of `in_threes`, (B * groups, ...) -> (B, ...)."""
+    """The mean of a network's output for `in_threes`: (B * groups, ...) -> (B, ...)."""
     groups = len(channel_groups(channels))
     return values if groups == 1 else values.unflatten(0, (-1, groups)).mean(dim=1)
 
 
 def groups_in_words(channels: int) -> str:
-    """How networks of three channels see pictures of so many; channels count from 1, as people do."""
+    """How networks of three channels see pictures of so many, in words; channels are counted from 1."""
     return "mean over channels " + ", ".join(f"{a + 1}-{b + 1}" for a, _, b in channel_groups(channels))
 
 

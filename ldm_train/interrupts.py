@@ -1,4 +1,4 @@
-"""How a process of ours ends: at once and with one line on SIGTERM, SIGINT (Ctrl-C) and SIGUSR1, and with its parent.
+"""Ends a process of this package at once, with one line, on SIGTERM, SIGINT (Ctrl-C) and SIGUSR1, and when its parent ends.
 
 Imports nothing heavy: the commands install it before they import torch, which takes seconds.
 """
@@ -16,13 +16,13 @@ from contextlib import contextmanager, suppress
 from typing import Any
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-PARENT = "LDM_TRAIN_PARENT"  # environment: the process that this one ends with
-REPORT = "LDM_TRAIN_REPORT"  # environment: the file for this process's last words, which its parent shows
+PARENT = "LDM_TRAIN_PARENT"  # environment: id of the parent process; this one ends when it ends
+REPORT = "LDM_TRAIN_REPORT"  # environment: the file for this process's final message, which its parent shows
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 class Stopped(BaseException):
-    """Raised by the handler `stop`, for what has to be put in order before it leaves."""
+    """Raised by the handler `stop`, so that code can clean up before the process ends."""
 
     def __init__(self, number: int):
         super().__init__(farewell(number))
@@ -33,7 +33,7 @@ _when = ""
 
 
 def during(words: str) -> None:
-    """Says when a signal will have stopped this process, from now on: "before training"."""
+    """Sets the phase that the message of a signal names from now on, such as "before training"."""
     global _when
     _when = words
 
@@ -44,8 +44,8 @@ def farewell(number: int, when: str | None = None) -> str:
 
 
 def last_words(text: str) -> None:
-    """Writes why this process ends; of several, what comes first stands where a parent shows it. Callable in a handler."""
-    with suppress(Exception):  # the interrupted code may be writing just now
+    """Writes why this process ends. Only the first message goes to the file that the parent shows. Callable in a handler."""
+    with suppress(Exception):  # the interrupted code may be in the middle of a write
         sys.stdout.flush()
     if path := os.environ.get(REPORT):
         with suppress(OSError):
@@ -59,7 +59,7 @@ def last_words(text: str) -> None:
 
 
 def leave(number: int) -> None:
-    """The usual answer to a signal. Files appear whole or not at all, so nothing has to be put in order."""
+    """The usual handling of a signal. Files are written atomically, so no clean-up is needed."""
     if os.environ.get(REPORT) or os.environ.get("RANK", "0") == "0":
         last_words(farewell(number))
     os._exit(128 + number)
@@ -82,7 +82,7 @@ def _on_signal(number: int, frame: Any) -> None:
 
 @contextmanager
 def answered_by(act: Callable[[int], None]) -> Iterator[None]:
-    """Within it, signals call `act(number)` in the main thread."""
+    """A context in which signals call `act(number)` in the main thread."""
     global _act
     before, _act = _act, act
     try:
@@ -93,7 +93,7 @@ def answered_by(act: Callable[[int], None]) -> Iterator[None]:
 
 @contextmanager
 def handled() -> Iterator[None]:
-    """Within it, signals are answered; afterwards as before. In another thread than the main one it does nothing."""
+    """A context in which signals are handled; the old handlers return after it. Does nothing outside the main thread."""
     global _owner
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -109,7 +109,7 @@ def handled() -> Iterator[None]:
 
 
 def install() -> None:
-    """For a process that is one command: signals are answered from here to its end."""
+    """For the process of a command: signals are handled from here to its end."""
     global _owner
     if parent := os.environ.pop(PARENT, None):
         end_with(int(parent))
@@ -125,7 +125,7 @@ def install() -> None:
 
 
 def _ignore() -> None:
-    """All is done and said; in what remains, Python would put the system's own answers back."""
+    """Ignores signals at the very end of the process, where Python would restore the system's own handlers."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
@@ -139,8 +139,8 @@ def leave_signals_to_parent() -> None:
 
 
 def end_with(parent: int, alive: Callable[[], bool] = lambda: True) -> None:
-    """Ends this process as soon as its parent has ended, by whatever means: on Linux through the kernel, elsewhere
-    within a second. alive: what else must be the case for it to go on."""
+    """Ends this process when its parent ends, for any reason: on Linux through the kernel, elsewhere within a second.
+    alive: a further condition for this process to continue."""
     with suppress(AttributeError, OSError, TypeError):
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
@@ -157,6 +157,6 @@ def become_worker(number: int = 0) -> None:
     from multiprocessing import parent_process
 
     leave_signals_to_parent()
-    # A server that forks the workers is not who they work for, and lives as long as one of them.
+    # With a fork server the direct parent is the server, which lives as long as a worker: the real parent is checked too.
     parent = parent_process()
     end_with(os.getppid(), parent.is_alive if parent else lambda: True)

@@ -22,7 +22,7 @@ from ldm_train.samplers.ddim import ddim_inversion
 
 @dataclass(frozen=True)
 class Sampling:
-    """How pictures are drawn. What is None is as the model's own run chose it.
+    """Options of sampling. None stands for the choice of the model's own run.
 
     sampler: a function of `samplers/`, its options bound (functools.partial). guidance_scale: 1 is off.
     overlap: windows of the trained size, sharing so many cells, over larger latents (see `Panorama`)
@@ -37,7 +37,7 @@ class Sampling:
     tiles: Tiles | None = None
 
     def over(self, usual: "Sampling") -> "Sampling":
-        """These choices, the usual ones where nothing is chosen."""
+        """These options, with those of `usual` in the place of None."""
         chosen = {f.name: getattr(self, f.name) for f in fields(self)}
         return replace(usual, **{name: value for name, value in chosen.items() if value is not None})
 
@@ -49,10 +49,10 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Start:
-    """Where sampling begins; without anything, at the noise of the seeds.
+    """The start of sampling; by default the noise of the seeds.
 
     noise: (B, C, h, w) in the place of that of the seeds: for walks between seeds, and inverted pictures
-    latents: (B, C, h, w) of pictures to begin from (img2img). strength: how much of the way is done again: 1 begins with
+    latents: (B, C, h, w) of pictures to begin from (img2img). strength: share of the steps that is done: 1 begins with
         noise alone, 0 returns the pictures decoded
     known, mask: latents (B, C, h, w), and (B, 1, h, w) with 1 in the hole: inpainting by any model, see `keep_known`
     """
@@ -66,7 +66,7 @@ class Start:
 
 @dataclass(frozen=True)
 class Guidance:
-    """What guides the way, beside the condition itself.
+    """The guidance of sampling, beside the condition itself.
 
     negative: fields that guidance leads away from, in the place of the null condition
     weaker_model: one that it leads away from, under the same condition (autoguidance, Karras et al. 2024)
@@ -103,7 +103,7 @@ class Panorama:
 
 
 class LatentDiffusion(nn.Module):
-    """What training, evaluation, sampling and export all hold.
+    """The model that training, evaluation, sampling and export share.
 
     network, first_stage, schedule: the parts. conditioners: by name, in the order in which their outputs are joined.
     parameterisation: what the network predicts (default: the noise). latent_size: (h, w) it was trained at, the default
@@ -211,7 +211,7 @@ class LatentDiffusion(nn.Module):
         return mixed
 
     def describe(self, batch: Mapping[str, Any], count: int) -> list[str]:
-        """A caption per sample for pictures: what the last conditioner found in the batch ("" where none did)."""
+        """A caption per sample for pictures: the description by the last conditioner that has one ("" where none has)."""
         for conditioner in reversed(self.conditioners.values()):
             if conditioner.field in batch and any(texts := conditioner.describe(batch[conditioner.field])):
                 return texts
@@ -267,8 +267,8 @@ class LatentDiffusion(nn.Module):
     ) -> torch.Tensor:
         """Images (B, C, H, W) in [-1, 1], one per seed, under the fields in `batch` (each with B entries).
 
-        sampling: how. start: from where. guidance: guided by what.
-        condition: what `condition` makes of a batch, in the place of one: for mixtures of conditions
+        sampling, start, guidance: see these classes.
+        condition: an output of `condition` or `mixture`, in the place of a batch
         latent_size: (h, w) of the latents, default those it was trained at
         callback: (step, pred_x0 (B, C, h, w)) after each step
         Raises ValueError where these do not fit each other.
@@ -306,7 +306,7 @@ class LatentDiffusion(nn.Module):
         condition: dict[str, torch.Tensor] | None,
         latent_size: Sequence[int] | None,
     ) -> Denoise:
-        """The denoiser of `count` samples with its guidance around it."""
+        """The guided denoiser of `count` samples."""
         weaker = guidance.weaker_model
         if condition is not None and weaker is not None:
             raise ValueError("a weaker model guides under the same fields; give them as batch, not as condition")
@@ -352,8 +352,8 @@ class LatentDiffusion(nn.Module):
         latent_size: Sequence[int] | None,
         spatial: Mapping[str, Any] | None = None,
     ) -> dict[str, torch.Tensor]:
-        """The condition of `count` samples. spatial: a batch whose pictures and maps stay, whatever guidance does: they
-        say where things are, and models are seldom trained without them."""
+        """The condition of `count` samples. spatial: a batch whose pictures and maps are kept under any guidance, as
+        models are seldom trained without them."""
         kept = {c.field for c in self.conditioners.values() if "concat" in c.widths and not c.dropout}
         fields = {**{k: v for k, v in (spatial or {}).items() if k in kept}, **batch}
         return self.condition(fields, None, latent_size) if fields else self.null_condition(count, latent_size)
@@ -366,7 +366,7 @@ def _check_lengths(
     start: Start,
     guidance: Guidance,
 ) -> None:
-    """Raises ValueError where something has not one entry per seed."""
+    """Raises ValueError where an argument does not have one entry per seed."""
     given = {"batch": batch, "negative": guidance.negative or {}, "condition": condition or {}}
     given |= {k: {k: v} for k, v in (("start", start.latents), ("noise", start.noise)) if v is not None}
     for name, values in given.items():

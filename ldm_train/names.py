@@ -1,5 +1,5 @@
-"""Names that have changed, in one table: read wherever something from before is read, so that old command lines, runs, recipes
-and model folders keep their meaning."""
+"""The names that have changed, in one table. Every reader of command lines, runs, recipes and model folders applies it, so that old
+ones keep their meaning."""
 
 import re
 from collections.abc import Mapping
@@ -19,16 +19,16 @@ OPTIONS = {
     "data.obedience": "data.adherence",
     "weak": "weaker_model",
 }
-# Values of renamed options (by their old path) that are said otherwise today.
+# Values of renamed options (by their old path) that have changed too: {old: new}.
 VALUES: dict[str, dict[str, str]] = {"diffusion.objective.prediction_type": PREDICTIONS}
-# Classes and functions that a file asks for.
+# Classes and functions that a file names as `_target_`.
 PARTS: dict[str, str] = {}
-# Weights of latent diffusion models, by the beginning of their names.
+# Prefixes of the names of a latent diffusion model's weights.
 WEIGHTS = {"unet.": "network."}
 
 
 def argument(text: str) -> str:
-    """An argument of the command line in today's names. Texts that are no override come back as they are."""
+    """An argument of the command line in today's names. Texts that are no override are returned unchanged."""
     match = re.fullmatch(r"([+~]*)([\w./@-]+)(?:=(.*))?", text, re.DOTALL)
     if match is None or text.startswith("-"):
         return text
@@ -62,7 +62,7 @@ def options(tree: dict[str, Any]) -> dict[str, Any]:
         *way, last = new.split(".")
         for step in way:
             target = target.setdefault(step, {}) if isinstance(target, dict) else None
-        if isinstance(target, dict):  # else whoever reads the options finds what stands there
+        if isinstance(target, dict):  # else the reader of the options reports the invalid value
             target.setdefault(last, value)
     return tree
 

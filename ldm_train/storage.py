@@ -1,5 +1,4 @@
-"""Files: written whole or not at all and where they are meant to be, with checksums, and read as plain values whoever made
-them."""
+"""Files: written atomically and only below their folder, with checksums, and read as plain values even from strangers."""
 
 import errno
 import glob
@@ -40,8 +39,8 @@ def _is_running(pid: int) -> bool:
 
 
 def check_links(folder: str | Path, beside: Sequence[Path] = (), but: Sequence[str] = ()) -> None:
-    """Raises ValueError for a link that leads out of the folder (and out of `beside`), naming it. but: folders directly below
-    that may hold such links, and may be none themselves."""
+    """Raises ValueError for a link that leads out of the folder (and out of `beside`), naming it. but: folders directly
+    below that may hold such links, but may not be links themselves."""
     roots = [Path(os.path.realpath(root)) for root in (folder, *beside)]
     for path in Path(folder).rglob("*"):
         top, *below = path.relative_to(folder).parts
@@ -54,7 +53,7 @@ def check_links(folder: str | Path, beside: Sequence[Path] = (), but: Sequence[s
 
 
 def inside(path: str | Path, folder: str | Path) -> Path:
-    """`path`, which is to be written below `folder`, a stranger's perhaps. Raises ValueError where a link on the way leads
+    """`path`, which will be written below `folder`, perhaps one from a stranger. Raises ValueError where a link on the way leads
     elsewhere."""
     if not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder)):
         raise ValueError(f"{path} leads through a link out of {folder}, where nothing is written; remove the link")
@@ -62,8 +61,8 @@ def inside(path: str | Path, folder: str | Path) -> Path:
 
 
 def open_lock(path: str | Path) -> TextIO:
-    """A file to hold a lock on, for reading and writing from its beginning, made where it is not there. What another process
-    wrote into it stays until the lock is held. Raises ValueError for a link, which is not followed."""
+    """A file to hold a lock on, for reading and writing from its beginning, made where it is not there. Its content is
+    kept until the lock is held. Raises ValueError for a link, which is not followed."""
     try:
         return os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666), "r+")
     except OSError as error:
@@ -73,8 +72,8 @@ def open_lock(path: str | Path) -> TextIO:
 
 
 def write_atomically(path: str | Path, write: Callable[[io.BufferedWriter], object]) -> None:
-    """Calls `write` on a temporary file beside `path`, syncs it to disk and renames it. On any error nothing remains;
-    what a killed process left behind goes with the next attempt. A link is replaced, not followed."""
+    """Calls `write` on a temporary file beside `path`, syncs it to disk and renames it. On any error nothing
+    remains; the temporary file of a killed process is removed by the next attempt. A link is replaced, not followed."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     for stale in path.parent.glob(f".{glob.escape(path.name)}.*.partial"):
@@ -83,7 +82,7 @@ def write_atomically(path: str | Path, write: Callable[[io.BufferedWriter], obje
             stale.unlink(missing_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        partial.unlink(missing_ok=True)  # of a process with this number before, or a link
+        partial.unlink(missing_ok=True)  # left by an earlier process with this id, or a link
         with open(partial, "xb") as file:
             write(file)
             file.flush()
@@ -110,7 +109,7 @@ def file_sha256(path: str | Path) -> str:
 
 
 def shown(value: Any) -> str:
-    """A value of a file in a message, which it must not fill."""
+    """A value from a file as short text for a message."""
     if isinstance(value, int) and value.bit_length() > LONGEST_NUMBER:
         return f"a number of {value.bit_length()} bits"
     return repr(value[:80]) if isinstance(value, str) else reprlib.repr(value)
@@ -157,7 +156,7 @@ def _read(
         tree = parse(path.read_text(encoding="utf-8"))
     except OSError:
         raise
-    except Exception as error:  # a parser raises whatever its text leads it to
+    except Exception as error:  # on invalid text the parser raises errors of any type
         said = " ".join(str(error).split())[:200] or type(error).__name__
         raise ValueError(f"{path} is no {kind} ({said}); take an undamaged copy") from error
     if not isinstance(tree, dict):
@@ -191,18 +190,18 @@ def read_record(path: str | Path, largest: int = LARGEST_FILE) -> dict[str, Any]
 
 
 def read_tensors(path: str | Path, mmap: bool = False) -> Any:
-    """What torch.save wrote, on the CPU; no code is run from it. mmap: tensors are read when they are used. Raises whatever
-    damage leads zipfile and torch to, also where the checksum of a part differs."""
-    import torch  # which takes seconds, and preparing data does without
+    """The content of a file of torch.save, on the CPU; no code is run from it. mmap: tensors are read when they are used.
+    On damage, also where the checksum of a part differs, zipfile and torch raise errors of any type."""
+    import torch  # the import takes seconds, and preparing data does not need it
 
-    # torch.save's archives hold a CRC-32 of every part; torch.load does not look.
+    # torch.save's archives hold a CRC-32 of every part; torch.load does not check it.
     with zipfile.ZipFile(path) as archive:
         if (part := archive.testzip()) is not None:
             raise zipfile.BadZipFile(f"the checksum of {part} differs")
     return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
 
 
-# What a value is to be, in words, and whether it is.
+# By type: its name in messages, and the test of a value.
 KINDS: dict[type, tuple[str, Callable[[Any], bool]]] = {
     bool: ("true or false", lambda v: isinstance(v, bool)),
     int: ("a whole number", lambda v: type(v) is int),
@@ -221,10 +220,10 @@ def check_kinds(
     may_be: Mapping[str, Sequence[type]],
     prefix: str = "",
 ) -> None:
-    """Raises ValueError, naming file and option, for a value of another kind than in `usual`, a tree of the usual values.
+    """Raises ValueError, naming file and option, for a value of another type than in `usual`, a tree of default values.
 
-    may_be: {option by its dotted name: kinds} in the place of its usual value's, and of those that are usually null, which
-    they may stay. Other nulls in `usual`, and what the tree lacks, are not looked at.
+    may_be: {option by its dotted name: types} that replace the default's type; an option whose default is null may also
+    stay null. Other options that are null in `usual`, and options that the tree lacks, are not checked.
     """
     for name in [n for n in usual if n in tree]:
         option, value, normal = f"{prefix}{name}", tree[name], usual[name]

@@ -126,8 +126,8 @@ def _first_line(error: Exception) -> str:
 
 
 def _weights(folder: Path) -> dict[str, torch.Tensor]:
-    """Under the names of today. Raises ValueError for a file that cannot be read."""
-    found: dict[str, torch.Tensor] = {}
+    """The tensors of a folder, by diffusers' current names. Raises ValueError for a file that cannot be read."""
+    weights: dict[str, torch.Tensor] = {}
     for path in _files(folder):
         try:
             # No code is run from a pickle.
@@ -138,13 +138,13 @@ def _weights(folder: Path) -> dict[str, torch.Tensor]:
             raise ValueError(
                 f"{path} cannot be read ({_first_line(error)}); download it again, as .safetensors"
             ) from error
-        found |= read
+        weights |= read
     older = r"(.*\.attentions\.\d+)\.(query|key|value|proj_attn)\.(weight|bias)"
-    return {re.sub(older, lambda m: f"{m[1]}.{OLDER_ATTENTION[m[2]]}.{m[3]}", key): v for key, v in found.items()}
+    return {re.sub(older, lambda m: f"{m[1]}.{OLDER_ATTENTION[m[2]]}.{m[3]}", key): v for key, v in weights.items()}
 
 
 def _built(path: Path, kind: Callable[..., nn.Module], options: dict[str, Any], **arguments: Any) -> nn.Module:
-    """A network without memory of its own: its weights bring it, and a config may ask for any size."""
+    """A network on the meta device, since a config may ask for any size; its memory comes with its weights."""
     widths, groups = options["block_out_channels"], options["norm_num_groups"]
     arguments |= {"channels": widths[0], "channel_mult": [width // widths[0] for width in widths]}
     try:
@@ -162,8 +162,8 @@ def _built(path: Path, kind: Callable[..., nn.Module], options: dict[str, Any], 
 
 
 def _load(module: nn.Module, folder: Path, name: Callable[[str], str]) -> None:
-    """Fills a module from a folder's tensors, which have other names. Raises ValueError for one that is missing, left
-    over or of another shape."""
+    """Loads a folder's tensors, which have other names, into a module. Raises ValueError for a tensor that is missing,
+    unexpected or of another shape."""
     weights = _weights(folder)
     state, left = {}, set(weights)
     for key, value in module.state_dict().items():
@@ -175,10 +175,10 @@ def _load(module: nn.Module, folder: Path, name: Callable[[str], str]) -> None:
             raise ValueError(f"{folder} lacks {missing[0]}, which its config asks for")
         shape = [value.shape[0] // len(names), *value.shape[1:]]
         for part in names:
-            found = weights[part]
-            if [n for n in found.shape if n != 1] != [n for n in shape if n != 1] or not found.is_floating_point():
+            tensor = weights[part]
+            if [n for n in tensor.shape if n != 1] != [n for n in shape if n != 1] or not tensor.is_floating_point():
                 raise ValueError(
-                    f"{folder}: {part} has shape {tuple(found.shape)} and type {found.dtype}, its config asks for "
+                    f"{folder}: {part} has shape {tuple(tensor.shape)} and type {tensor.dtype}, its config asks for "
                     f"{tuple(shape)} and floating point"
                 )
         left -= set(names)
@@ -313,7 +313,7 @@ def load_schedule(folder: Path) -> tuple[NoiseSchedule, Parameterisation]:
     path = folder / "scheduler_config.json"
     _, options = read_class(path, SCHEDULERS)
     prediction, zero_snr = options["prediction_type"], options["rescale_betas_zero_snr"]
-    if zero_snr and prediction == "epsilon":  # no image can be told from noise alone
+    if zero_snr and prediction == "epsilon":  # pure noise says nothing of the image
         raise refused(path, "rescale_betas_zero_snr", zero_snr, "=False, or with prediction_type='v_prediction',")
     ends = options["beta_start"], options["beta_end"], options["num_train_timesteps"]
     try:
@@ -359,7 +359,7 @@ def load_diffusers(folder: str | Path) -> LatentDiffusion:
 
 
 def diffusers_metadata(folder: str | Path) -> dict[str, Any]:
-    """What a native folder's metadata.json would say: the sha256 of weights and configs, and how such models are usually sampled."""
+    """As the metadata.json of a native folder: the sha256 of weights and configs, and the usual sampling options of such models."""
     folder = Path(folder)
     _check_links(folder)
     digest = hashlib.sha256()

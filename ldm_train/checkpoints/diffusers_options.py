@@ -1,7 +1,7 @@
 """The options in diffusers' configs: those that are used, those without effect here, those refused by name.
 
-A folder may come from anyone: a value counts only once its rule has let it through, and an option without a rule is
-refused, for its effect is unknown. Defaults are diffusers' own, which a config may leave out.
+A folder may come from anyone: a value is used only after its rule has accepted it, and an option without a rule is refused, because
+its effect is unknown. Defaults are diffusers' own, which a config may leave out.
 """
 
 from collections.abc import Callable

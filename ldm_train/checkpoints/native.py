@@ -53,7 +53,7 @@ def save_model(folder: str | Path, module: nn.Module, config: dict[str, Any], me
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    config = _trained(config, folder / CONFIG, list(targets(config)))  # which has just built the module
+    config = _trained(config, folder / CONFIG, list(targets(config)))  # the module was built from it
     weights, text = _serialised(module), yaml.safe_dump(config, sort_keys=False).encode()
     digests = {"sha256": hashlib.sha256(weights).hexdigest(), "config_sha256": hashlib.sha256(text).hexdigest()}
     write_atomically(folder / CONFIG, lambda f: f.write(text))
@@ -104,7 +104,7 @@ SAMPLING = {"num_inference_steps": int, "guidance_scale": int | float, "spacing"
 
 
 def recorded_sampling(folder: str | Path) -> dict[str, Any]:
-    """The sampling options in a model folder's metadata, plain values. Raises ValueError for other types than theirs."""
+    """The sampling options in a model folder's metadata, plain values. Raises ValueError for values of a wrong type."""
     sampling = model_metadata(Path(folder)).get("sampling") or {}
     for name, value in sampling.items():
         known = name in SAMPLING and isinstance(value, SAMPLING[name]) and not isinstance(value, bool)
@@ -182,12 +182,12 @@ def _autoencoder(module: nn.Module, folder: str | Path) -> nn.Module:
 
 
 def load_autoencoder(folder: str | Path, trust: Sequence[str] = ()) -> nn.Module:
-    """`load_model` of a folder that is to hold an autoencoder. Raises ValueError, naming it, where it holds another model."""
+    """`load_model` of a folder that must hold an autoencoder. Raises ValueError, naming it, where it holds another model."""
     return _autoencoder(load_model(folder, trust), folder)
 
 
 def meta_autoencoder(folder: str | Path, trust: Sequence[str] = ()) -> nn.Module:
-    """The autoencoder of a folder without its weights, on the meta device: its shapes, in no time and no memory. Raises as
+    """The autoencoder of a folder without its weights, on the meta device: only its shapes, without time or memory. Raises as
     `load_autoencoder`."""
     read_metadata(folder)
     with torch.device("meta"):

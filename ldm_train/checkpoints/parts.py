@@ -71,7 +71,7 @@ def find_part(name: Any, where: str | Path, trust: Sequence[str] = (), places: S
 
 def build(tree: Any, where: str | Path, trust: Sequence[str] = (), places: Sequence[str] = BUILDABLE) -> Any:
     """The object that a tree of plain values describes: `_target_` with the options beside it, from the inside out.
-    `_partial_: true` binds the options instead of calling; functions can only be bound. Texts mean what they say.
+    `_partial_: true` binds the options instead of calling; functions can only be bound. Texts are not interpolated.
 
     Raises ValueError, naming `where`, for parts that may not be built (see `find_part`), options they do not have, values
     they refuse, and numbers that no model has.
@@ -105,7 +105,7 @@ def build(tree: Any, where: str | Path, trust: Sequence[str] = (), places: Seque
 
 def build_sampler(tree: Any, where: str | Path, trust: Sequence[str] = ()) -> Callable[..., Any]:
     """A sampler with its options bound. Raises ValueError as `build`, where the tree describes anything else, and for an
-    option of another kind than its default, which would be found out while the first picture is drawn."""
+    option of another type than its default, which would otherwise fail only while the first picture is drawn."""
     if not isinstance(tree, dict) or tree.get("_partial_") is not True:
         raise ValueError(
             f"{where} asks for a sampler that is none (_target_ and _partial_: true); say sampler= yourself"
@@ -139,7 +139,7 @@ def targets(tree: Any) -> Iterator[str]:
 
 @contextmanager
 def no_larger_than(weights: dict[str, tuple[int, ...]], where: str | Path) -> Iterator[None]:
-    """While a model is built, stops it where it grows far beyond the weights it is to be filled with.
+    """Stops the building of a model that grows far beyond the weights that it will be filled with.
 
     weights: shapes by name. Frozen encoders are not among a model's weights, hence the room beyond. Raises ValueError.
     """

@@ -1,5 +1,5 @@
-"""The commands. What has to stand before their imports: how they end, and for logs that are no terminal a line of progress
-every ten seconds, not ten a second."""
+"""The commands. Set up before their imports: how they handle signals, and, where the output is no terminal, a line of progress every
+ten seconds instead of ten a second."""
 
 import os
 import sys

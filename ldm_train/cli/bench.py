@@ -1,4 +1,4 @@
-"""ldm-bench: speed against a peer in the same run."""
+"""ldm-bench: speed compared with diffusers in the same process."""
 
 import sys
 

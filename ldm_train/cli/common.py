@@ -21,7 +21,7 @@ from ldm_train.cli.hints import recipes, suggestions
 from ldm_train.configuration import ARGUMENTS, config_folder
 from ldm_train.errors import Interrupted, Refused
 
-# What a user can act on: printed as one message, without a traceback (HYDRA_FULL_ERROR=1 shows it).
+# Errors that a user can act on: printed as one message, without a traceback (HYDRA_FULL_ERROR=1 shows it).
 USER_ERRORS = (
     Refused,
     FileNotFoundError,
@@ -64,7 +64,7 @@ def _raise_file_limit() -> None:
 
 
 def _words(error: Exception) -> str:
-    """What an error says; of one from a loading process, which arrives with its traceback for a message, what it said there."""
+    """The message of an error; of one from a loading process, whose message is a whole traceback, the original message."""
     message = str(error)
     if re.match(r"Caught \w+ in [^\n]*\.\nOriginal Traceback", message):
         said = list(re.finditer(rf"^(\w+\.)*{re.escape(type(error).__name__)}: ", message, re.MULTILINE))
@@ -82,7 +82,7 @@ def run_command(function: Callable[[DictConfig], Any] | str, config_name: str) -
     OmegaConf.register_new_resolver("recipes", recipes, replace=True)  # for --help
     sys.argv[1:] = [null_as_none(names.argument(a)) for a in sys.argv[1:]]
     os.environ[ARGUMENTS] = json.dumps(sys.argv[1:])
-    # Hydra shall raise, not print. What the user wanted is kept apart, also for the processes that torchrun starts.
+    # Hydra must raise, not print. The user's own setting is kept in TRACEBACK, also for the processes that torchrun starts.
     wants_traceback = os.environ.setdefault(TRACEBACK, os.environ.get("HYDRA_FULL_ERROR", "0")) == "1"
     os.environ["HYDRA_FULL_ERROR"] = "1"
     failed: list[Exception] = []

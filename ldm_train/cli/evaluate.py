@@ -1,4 +1,4 @@
-"""ldm-evaluate: a run's samples, two sets of images, or an autoencoder alone, in numbers with intervals."""
+"""ldm-evaluate: metrics with intervals of a run's samples, two sets of images, or an autoencoder alone."""
 
 import sys
 

@@ -51,7 +51,7 @@ def suggestions(config_name: str, overrides: list[str]) -> str:
     return "\n".join(lines)
 
 
-# A recipe belongs to the first family whose words its name or its first line holds.
+# A recipe belongs to the first family with a word that occurs in its name or first line.
 FAMILIES = {
     "Classifiers, to guide by": ("classifier_",),
     "On a CPU, in minutes": ("CPU", "quickstart", "shapes_"),
@@ -64,10 +64,10 @@ FAMILIES = {
 
 def recipes() -> str:
     """The recipes by family, each with the first line of its file."""
-    found: dict[str, list[str]] = {family: [] for family in FAMILIES}
+    by_family: dict[str, list[str]] = {family: [] for family in FAMILIES}
     for path in sorted((config_folder() / "experiment").glob("*.yaml")):
         lines = (line[2:] for line in path.read_text().splitlines() if line.startswith("# ") and "@package" not in line)
         text = next(lines, "").split(". ")[0].split("; ")[0]
         family = next(f for f, words in FAMILIES.items() if any(w in f"{path.stem} {text}" for w in words))
-        found[family].append(f"  {path.stem:<27} {text}")
-    return "\n".join(line for family, members in found.items() if members for line in (f"{family}:", *members))
+        by_family[family].append(f"  {path.stem:<27} {text}")
+    return "\n".join(line for family, members in by_family.items() if members for line in (f"{family}:", *members))

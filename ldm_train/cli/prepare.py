@@ -17,7 +17,7 @@ def prepare(config: DictConfig) -> None:
     if config.source._target_ == INDEX_ONLY:
         index = instantiate(config.source, out=config.out, _convert_="all")
     else:
-        get_class(config.source._target_)  # a typo here must not look like bad data
+        get_class(config.source._target_)  # so that a typo is not reported as bad data
         index = build(instantiate(config.source, _convert_="all"), config.out, config.per_shard, config.workers)
     counts = ", ".join(f"{part['count']} {split}" for split, part in index["splits"].items())
     classes = f", {len(index['classes'])} classes" if "classes" in index else ""

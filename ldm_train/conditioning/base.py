@@ -1,4 +1,4 @@
-"""What a conditioner is: a network that turns one field of a batch into inputs of the denoising network."""
+"""The contract of conditioners: networks that turn one field of a batch into inputs of the denoising network."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -35,15 +35,15 @@ class Conditioner(nn.Module):
 
     @classmethod
     def trained_options(cls, options: dict[str, Any]) -> dict[str, Any]:
-        """The options of a trained model's config: `options` but for files that its weights have taken the place of."""
+        """`options` as a trained model's config has them: without the files whose contents are now in its weights."""
         return options
 
     def attach(self, first_stage: FirstStage) -> None:
         """Called once by the model that holds it: spatial conditioners need the size, or the encoder, of its latents."""
 
     def require(self) -> None:
-        """Called before training: fetches or reads what comes from outside, and raises FileNotFoundError where it is not
-        to be had."""
+        """Called before training: downloads or reads external files. Raises FileNotFoundError where one cannot be
+        obtained."""
 
     def null_values(self, count: int, latent_size: Sequence[int]) -> Any:
         """`count` placeholder entries, for use with drop = True."""
@@ -62,11 +62,11 @@ class Conditioner(nn.Module):
         raise NotImplementedError
 
     def picture(self, values: Any, size: Sequence[int]) -> torch.Tensor | None:
-        """Entries as people see them, (B, C, H, W) in [-1, 1] of `size` (H, W); None where there is nothing to see."""
+        """Entries as pictures, (B, C, H, W) in [-1, 1] of `size` (H, W); None where they cannot be shown."""
         return None
 
     def describe(self, values: Sequence[Any]) -> list[str]:
-        """Entries as people read them, for captions under pictures."""
+        """Entries as readable text, for captions under pictures."""
         return [str(v) for v in values]
 
 

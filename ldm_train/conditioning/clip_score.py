@@ -1,4 +1,4 @@
-"""How well a picture fits a caption by CLIP (Radford et al. 2021): for guidance and for judging."""
+"""How well a picture fits a caption by CLIP (Radford et al. 2021): for guidance and for metrics."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,7 +12,7 @@ from ldm_train.images import in_threes, mean_over_groups
 
 class ClipScore(nn.Module):
     """path: a folder of a CLIP model (config.json, weights, tokenizer, preprocessor_config.json), or a name that
-    transformers can download. Frozen. Raises FileNotFoundError where it is not to be had."""
+    transformers can download. Frozen. Raises FileNotFoundError where it cannot be obtained."""
 
     def __init__(self, path: str):
         super().__init__()
@@ -35,7 +35,7 @@ class ClipScore(nn.Module):
 
     @property
     def logit_scale(self) -> float:
-        """The factor that makes log-probabilities of cosines, as CLIP was trained."""
+        """CLIP's trained factor from cosines to logits."""
         return float(self.model.logit_scale.exp())
 
     @torch.no_grad()
@@ -45,16 +45,16 @@ class ClipScore(nn.Module):
         tokens = self.tokenizer(
             list(captions), padding=True, truncation=True, max_length=length, return_tensors="pt"
         ).to(self.mean.device)
-        found = self.model.get_text_features(input_ids=tokens["input_ids"], attention_mask=tokens["attention_mask"])
-        return F.normalize(getattr(found, "pooler_output", found).float(), dim=1)
+        output = self.model.get_text_features(input_ids=tokens["input_ids"], attention_mask=tokens["attention_mask"])
+        return F.normalize(getattr(output, "pooler_output", output).float(), dim=1)
 
     def embedded(self, images: torch.Tensor) -> torch.Tensor:
         """images (B, C, H, W) in [-1, 1] -> (B, D) of length 1, the mean over groups of channels; differentiable."""
         side = self.model.config.vision_config.image_size
         seen = F.interpolate(in_threes(images), (side, side), mode="bicubic", antialias=True, align_corners=False)
-        found = self.model.get_image_features(pixel_values=((seen + 1) / 2 - self.mean) / self.std)
-        found = mean_over_groups(getattr(found, "pooler_output", found).float(), images.shape[1])
-        return F.normalize(found, dim=1)
+        output = self.model.get_image_features(pixel_values=((seen + 1) / 2 - self.mean) / self.std)
+        features = mean_over_groups(getattr(output, "pooler_output", output).float(), images.shape[1])
+        return F.normalize(features, dim=1)
 
     def forward(self, images: torch.Tensor, texts: torch.Tensor) -> torch.Tensor:
         """images (B, C, H, W) in [-1, 1], texts (B, D) of `texts` -> cosines (B,); differentiable."""

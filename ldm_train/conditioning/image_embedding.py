@@ -1,4 +1,4 @@
-"""Images as conditions by their meaning: the embedding of a frozen vision encoder, for variations (as unCLIP)."""
+"""Image embeddings of a frozen vision encoder as a condition, for variations of a picture (as unCLIP)."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -33,7 +33,7 @@ class PretrainedVision(nn.Module):
     channels.
 
     path: a local folder, or a name that transformers can download. hidden: all hidden states; otherwise the pooled
-    (for CLIP projected) embedding, L = 1. Raises FileNotFoundError where it is not to be had.
+    (for CLIP projected) embedding, L = 1. Raises FileNotFoundError where it cannot be obtained.
     """
 
     def __init__(self, path: str, hidden: bool = False):
@@ -80,10 +80,10 @@ def read_statistics(path: str, dim: int) -> tuple[torch.Tensor, torch.Tensor]:
         state = load_file(path)
     except (OSError, SafetensorError):
         state = {}
-    found = [state[name].float().flatten() for name in ("mean", "std") if name in state]
-    if [len(part) for part in found] != [dim, dim] or not (found[1] > 0).all():
+    statistics = [state[name].float().flatten() for name in ("mean", "std") if name in state]
+    if [len(part) for part in statistics] != [dim, dim] or not (statistics[1] > 0).all():
         raise ValueError(f"{path} does not hold `mean` and `std` (above 0) of {dim} values each in safetensors format")
-    return found[0], found[1]
+    return statistics[0], statistics[1]
 
 
 class ImageEmbedding(Conditioner):

@@ -94,7 +94,7 @@ class LayoutBoxes(Conditioner):
         except (json.JSONDecodeError, TypeError, IndexError) as error:
             raise ValueError(f"{text!r} is no layout; write [[x, y, width, height, label], ...]") from error
         boxes = torch.tensor(rows).reshape(-1, 5)
-        self.tokens(boxes)  # complains about what cannot be
+        self.tokens(boxes)  # raises ValueError for labels and boxes that do not exist
         return boxes
 
     def _label(self, label: Any) -> int:

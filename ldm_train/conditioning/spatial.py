@@ -14,7 +14,7 @@ from ldm_train.models.layers import timestep_embedding
 
 
 class SpatialConditioner(Conditioner):
-    """Knows the first stage of the model that holds it, without owning it."""
+    """Refers to the first stage of the model that holds it; the first stage is not one of its submodules."""
 
     def __init__(self, dropout: float):
         super().__init__(dropout)
@@ -149,7 +149,7 @@ class LowResolution(SpatialConditioner):
 
 
 class InpaintingForm(NamedTuple):
-    """How the U-Net is told of a hole.
+    """How the hole and the mask are encoded for the U-Net.
 
     hole: value of its pixels in the encoded image. span: value of the mask outside it and in it
     nearest: the mask is resized by nearest neighbour; otherwise a latent cell counts as hole as soon as any pixel is one

@@ -229,7 +229,7 @@ class FrozenText(Conditioner):
         return self._place.device
 
     def pretrained(self) -> tuple[Any, nn.Module]:
-        """Tokenizer and encoder, loaded at first use. Raises FileNotFoundError where they are not to be had."""
+        """Tokenizer and encoder, loaded at first use. Raises FileNotFoundError where they cannot be obtained."""
         if self._pretrained is None:
             from transformers import AutoConfig, AutoModel, AutoTokenizer, CLIPTextModel
 
@@ -237,7 +237,7 @@ class FrozenText(Conditioner):
                 tokenizer = AutoTokenizer.from_pretrained(
                     self.tokenizer_path, local_files_only=Path(self.tokenizer_path).is_dir(), trust_remote_code=False
                 )
-                local = Path(self.path).is_dir()  # a folder is enough by itself
+                local = Path(self.path).is_dir()  # a local folder needs no network
                 kind = AutoConfig.from_pretrained(self.path, local_files_only=local, trust_remote_code=False).model_type
                 model = (CLIPTextModel if kind.startswith("clip") else AutoModel).from_pretrained(
                     self.path, local_files_only=local, trust_remote_code=False

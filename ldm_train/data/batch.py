@@ -31,8 +31,8 @@ Raw = Mapping[str, bytes]  # the members of a sample by their extension
 
 
 class Sample:
-    """One sample on its way from a shard's members to tensors. All that is cut is cut alike: the first picture or map that is
-    asked for draws the plan."""
+    """One sample on its way from a shard's members to tensors. All its pictures and maps get the same crop: the first one that is
+    asked for draws it."""
 
     def __init__(
         self,
@@ -72,7 +72,7 @@ class Sample:
         return self._plan
 
     def derived(self, field: "Field") -> torch.Tensor:
-        """The field as it is made from the picture: by the config's data.derived, else by the field itself."""
+        """The field made from the picture: by the config's data.derived, else by the field itself."""
         own = self.rng if self.rng is not None else np.random.default_rng(derive_seed(field.name, self.key))
         make = self.derive.get(field.name) or field.from_image
         assert make is not None
@@ -110,7 +110,7 @@ class Field:
         raise NotImplementedError
 
     def check(self, raw: Raw, labels: int | None) -> None:
-        """Reads what can be wrong with it at little cost. labels: how many there are. Raises ValueError or KeyError."""
+        """Reads the field where that is cheap, to check it. labels: how many there are. Raises ValueError or KeyError."""
 
     def collate(self, values: Sequence[Any]) -> Any:
         """Stacks tensors, makes int64 of numbers; a list of anything else."""
@@ -156,7 +156,7 @@ class Segmentation(Field):
 
     def from_words(self, given: str, conditioner: Any, size: tuple[int, int], channels: int) -> torch.Tensor:
         labels = read_map(given, size)
-        conditioner.shares(labels[None].to(conditioner.device))  # complains about labels that it does not have
+        conditioner.shares(labels[None].to(conditioner.device))  # raises ValueError for labels that it does not have
         return labels
 
 

@@ -32,7 +32,7 @@ from ldm_train.interrupts import become_worker
 class Batching:
     """How a global batch is cut: batch_size = micro_batch_size x world_size x accumulate.
 
-    Raises ValueError where that does not come out whole.
+    Raises ValueError where that is no whole number.
     """
 
     batch_size: int
@@ -165,7 +165,7 @@ class ShardDataset(Dataset):
             try:
                 key = str(self.shards.keys[candidate])
                 sample = self.decoder(key, self.shards.fields(candidate), rng if self.random else None)
-            except Exception as error:  # decoders raise whatever they like on damaged data
+            except Exception as error:  # on damaged data decoders raise errors of any type
                 replaced.append(f"{self.shards.where(candidate)}: {type(error).__name__}: {error}")
                 candidate = int(np.random.default_rng([self.seed, epoch, index, attempt]).integers(len(self)))
                 continue
@@ -216,7 +216,7 @@ class ShardDataModule(L.LightningDataModule):
     val_images      validation uses the first so many (None: all)
     max_bad_fraction    stop when more than this share of the samples read could not be decoded
     remedy          the command that makes this data, for error messages
-    labels          how many there are of "class_label" and "boxes", where the model says so; None: as many as classes are
+    labels          how many there are of "class_label" and "boxes", where the model sets it; None: as many as classes are
                     named in the index
     own_fields      further fields that conditioners declare, by name
     Raises FileNotFoundError or DataError before training starts, naming the remedy.

@@ -43,7 +43,7 @@ def gaussian_kernel(width: int, sigma_x: float, sigma_y: float, angle: float) ->
 
 
 def _compressed(image: torch.Tensor, quality: int) -> torch.Tensor:
-    """(C, H, W) in [-1, 1], C = 1 or 3, as JPEG of this quality leaves it."""
+    """(C, H, W) in [-1, 1], C = 1 or 3, after JPEG compression of this quality."""
     array = ((image.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(1, 2, 0).numpy()
     buffer = io.BytesIO()
     Image.fromarray(array[..., 0] if array.shape[2] == 1 else array).save(buffer, "JPEG", quality=quality)
@@ -87,7 +87,7 @@ class BSR:
 
     def _jpeg(self, image: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
         quality = int(rng.integers(80 if self.light else 30, 96))
-        if len(image) not in (1, 3):  # which JPEG does not know: each channel by itself
+        if len(image) not in (1, 3):  # JPEG has 1 or 3 channels: each channel is compressed alone
             return torch.cat([_compressed(channel, quality) for channel in image.split(1)])
         return _compressed(image, quality)
 

@@ -1,5 +1,5 @@
-"""What a sample's members say: captions, class, boxes, arrays, each checked. Without torch, so that preparing processes
-start fast. All raise ValueError for a member that does not say what it should."""
+"""Reads the members of a sample: captions, class, boxes, arrays, each checked. Without torch, so that preparing processes
+start fast. All raise ValueError for an invalid member."""
 
 import json
 from collections.abc import Mapping
@@ -108,7 +108,7 @@ def array_of(data: bytes) -> np.ndarray:
 
 
 def relabelled(data: bytes, relabel: list[int]) -> bytes:
-    """A class label among the names of all roots; one that its own root does not name stays one that nobody takes."""
+    """A class label of one root as the label among the names of all roots; an unknown one stays invalid."""
     try:
         return str(relabel[label_of(data, len(relabel))]).encode()
     except ValueError:
@@ -116,7 +116,7 @@ def relabelled(data: bytes, relabel: list[int]) -> bytes:
 
 
 def relabelled_boxes(data: bytes, relabel: list[int]) -> bytes:
-    """The same of boxes. What cannot be read is left to its reader to refuse."""
+    """The same for boxes. Invalid data are returned unchanged, for the reader to refuse."""
     try:
         record = record_of(data)
     except ValueError:
@@ -132,7 +132,7 @@ def relabelled_boxes(data: bytes, relabel: list[int]) -> bytes:
 
 
 def check_fields(fields: Mapping[str, bytes], classes: int | None) -> None:
-    """Raises ValueError where training could not use a member of a sample, its picture apart. classes: how many."""
+    """Raises ValueError where training could not use a member of a sample other than its picture. classes: how many."""
     if "npy" in fields:
         array_of(fields["npy"])
     if "cls" in fields:

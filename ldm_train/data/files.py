@@ -12,11 +12,11 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "npy")
-ARRAYS = {".npy", ".tif", ".tiff"}  # files that hold a picture of any number of channels, or something else altogether
+ARRAYS = {".npy", ".tif", ".tiff"}  # files that hold a picture of any number of channels, or other data
 
 
 class DataError(ValueError):
-    """Data that training must not start on; the message names the file and the remedy."""
+    """Data that cannot be trained on; the message names the file and the remedy."""
 
 
 def sample_and_field(member: str) -> tuple[str, str]:
@@ -50,11 +50,11 @@ def open_image(data: bytes) -> Iterator[Image.Image]:
     try:
         with Image.open(io.BytesIO(data)) as image:
             yield image
-    except UnidentifiedImageError:  # whose own message is the address of a BytesIO
+    except UnidentifiedImageError:  # Pillow's message would be the address of a BytesIO
         raise ValueError(f"no image: {len(data)} bytes that begin with {data[:8]!r}") from None
     except (OSError, ValueError):
         raise
-    except Exception as error:  # of a bomb, and whatever damaged data lead its decoders to
+    except Exception as error:  # a decompression bomb, or any error of a decoder on damaged data
         raise ValueError(f"no image that can be read: {str(error) or type(error).__name__}") from error
 
 
@@ -68,7 +68,7 @@ def read_npy(data: bytes) -> np.ndarray:
         version = np.lib.format.read_magic(file)
         header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}[version]
         shape, _, dtype = header(file)
-    except Exception as error:  # headers are Python's own text: numpy raises whatever reading that can raise
+    except Exception as error:  # headers are Python literals: numpy raises errors of many types on damaged ones
         raise ValueError(f"no .npy of version 1.0 or 2.0: {str(error)[:100] or type(error).__name__}") from error
     if dtype.hasobject:
         raise ValueError("npy of Python objects, which are never unpickled (allow_pickle=False)")

@@ -32,7 +32,7 @@ from ldm_train.storage import write_json
 
 STATISTICS = "statistics.json"
 REMEDY = "python train.py ... restart=latents"
-# The cache holds them; others come from the images' shards.
+# Fields that the cache holds; others are read from the images' shards.
 CACHED_FIELDS = tuple(name for name, field in FIELDS.items() if field.cached)
 # images (B, C, H, W) in [-1, 1] -> moments (B, 2C, h, w), or latents (B, C, h, w) of deterministic models, float32
 Encode = Callable[[torch.Tensor], torch.Tensor]
@@ -89,7 +89,7 @@ def write_cache(
 
 
 def written_entries(folder: Path, split: str) -> list[dict]:
-    """The notes that all ranks left on the shards of a split. Raises DataError, naming one that is damaged."""
+    """The entries of a split's shards that all ranks have written. Raises DataError, naming an entry that is damaged."""
     entries = []
     for note in sorted((folder / ENTRIES).glob(f"{split}-*.json")):
         if (entry := noted_entry(folder, note.stem)) is None:
@@ -125,9 +125,9 @@ def _encoded(
 
 
 def _members(shards: IndexedShards, i: int, fields: Sequence[Field]) -> dict[str, bytes]:
-    """What a sample holds of some fields, as it stands in the shard."""
-    found = {e: shards.read(i, e) for field in fields for e in field.extensions if e in shards.extensions}
-    return {e: value for e, value in found.items() if value is not None}
+    """The raw members of a sample that hold some fields: {extension: bytes}."""
+    members = {e: shards.read(i, e) for field in fields for e in field.extensions if e in shards.extensions}
+    return {e: value for e, value in members.items() if value is not None}
 
 
 def write_cache_index(
@@ -168,7 +168,7 @@ class CachedLatents:
             self._others = {r: images.samples(split, others, random=r) for r in (False, True)}
 
     def _read_header(self) -> None:
-        """What all arrays of the cache have in common: length of the header, shape and type."""
+        """Reads the header that all arrays of the cache share: its length, shape and dtype."""
         folder, first = self.shards.root, self.shards.read(0, "moments.npy") if self._has("moments.npy") else b""
         header = io.BytesIO(first)
         try:
@@ -234,7 +234,7 @@ class CachedLatents:
 
 
 def places_in(shards: IndexedShards, cached: IndexedShards) -> list[int]:
-    """Where the samples of a cache stand in the data. Raises DataError for one that is not there."""
+    """The positions of a cache's samples in the data. Raises DataError for one that is not there."""
     place = {key: i for i, key in enumerate(_cache_keys(shards))}
     if absent := [str(key) for key in cached.keys if str(key) not in place]:
         raise DataError(
@@ -338,18 +338,18 @@ def latent_statistics(latents: CachedLatents, limit: int = 50_000) -> dict[str, 
 
 
 def read_statistics(folder: str | Path) -> dict[str, Any]:
-    """What `latent_statistics` found, from the file beside a cache. Raises DataError where that holds something else."""
+    """The result of `latent_statistics`, from the file beside a cache. Raises DataError where the file is invalid."""
     path = Path(folder) / STATISTICS
     try:
-        found = json.loads(path.read_bytes())
-        numbers = [found["scale_factor"], *found["std"], *found["mean"]]
-        ours = all(type(n) in (int, float) and math.isfinite(n) for n in numbers) and found["scale_factor"] > 0
-        ours = ours and len(found["std"]) == len(found["mean"]) > 0
+        statistics = json.loads(path.read_bytes())
+        numbers = [statistics["scale_factor"], *statistics["std"], *statistics["mean"]]
+        ours = all(type(n) in (int, float) and math.isfinite(n) for n in numbers) and statistics["scale_factor"] > 0
+        ours = ours and len(statistics["std"]) == len(statistics["mean"]) > 0
     except (OSError, ValueError, TypeError, KeyError, OverflowError, RecursionError) as error:
         raise DataError(f"{path} holds no statistics of latents ({error}); make it anew with: {REMEDY}") from error
     if not ours:
         raise DataError(f"{path} holds no statistics of latents; make it anew with: {REMEDY}")
-    return found
+    return statistics
 
 
 def verify_cache(data: ShardDataModule, split: str, latents: CachedLatents, encode: Encode, count: int = 8) -> float:

@@ -1,4 +1,4 @@
-"""Images that are in no prepared shards: folders and tars as they are."""
+"""Images from folders and tars that were not prepared as shards."""
 
 import tarfile
 from collections.abc import Iterator, Sequence
@@ -10,7 +10,7 @@ from ldm_train.data.batch import FIELDS
 from ldm_train.data.files import IMAGE_EXTENSIONS, pictures_among
 from ldm_train.data.transforms import ImageTransform, channels_of, decode_image, to_unit_range
 
-# Of a sample in a shard, but not its image.
+# File endings of a sample's members that are not its image.
 BESIDE = tuple(f".{e}" for field in FIELDS.values() for e in field.extensions if "." in e)
 
 
@@ -35,7 +35,7 @@ def _files(source: str) -> Iterator[tuple[str, bytes]]:
 def image_batches(sources: Sequence[str], size: int | None = None, batch_size: int = 64) -> Iterator[torch.Tensor]:
     """(B, C, H, W) in [-1, 1] of folders and tars; consecutive images of one size share a batch.
 
-    The first file says C: a .npy its own, any other 3. size: side of the square that each is cut and resized to, as in
+    C is set by the first file: a .npy's own number, 3 for any other. size: side of the square that each is cut and resized to, as in
     training; None: as they are. Raises ValueError naming the file that is no image, FileNotFoundError for a source that is
     not there or holds none.
     """

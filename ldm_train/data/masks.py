@@ -83,7 +83,7 @@ class MaskedImage:
         self.most = most
 
     def mask(self, size: tuple[int, int], rng: np.random.Generator) -> np.ndarray:
-        """(H, W) uint8, 1 in the hole; never empty, never everything."""
+        """(H, W) uint8, 1 in the hole; neither empty nor full."""
         names, weights = list(self.kinds), np.array(list(self.kinds.values()), float)
         for _ in range(100):
             kind = str(rng.choice(names, p=weights / weights.sum()))

@@ -9,7 +9,7 @@ from ldm_train.data.batch import FIELDS, Derive, Field, Sample
 from ldm_train.data.shards import DataError
 from ldm_train.data.transforms import ImageTransform
 
-PLAIN = Field()  # how what is no field (keys, moments) is collated
+PLAIN = Field()  # collates what is not a field (keys, moments)
 
 
 def require_fields(
@@ -80,7 +80,7 @@ class SampleDecoder:
 
 
 def collate(samples: Sequence[dict[str, Any]], known: Mapping[str, Field] = FIELDS) -> dict[str, Any]:
-    """Samples as a batch, each field in its way; gathers notes on replaced samples in "replaced"."""
+    """Samples as a batch, each field by its own `collate`; notes on replaced samples are collected in "replaced"."""
     batch: dict[str, Any] = {"replaced": [note for s in samples for note in s.pop("replaced", [])]}
     for name in samples[0]:
         field = known.get(name, PLAIN)

@@ -155,8 +155,8 @@ def _components(mask: np.ndarray) -> list[np.ndarray]:
         if (spread == labels).all():
             break
         labels = spread
-    found = [labels == value for value in np.unique(labels[labels > 0])]
-    return sorted(found, key=lambda m: -m.sum())
+    components = [labels == value for value in np.unique(labels[labels > 0])]
+    return sorted(components, key=lambda m: -m.sum())
 
 
 def _read_object(image: np.ndarray, distance: np.ndarray, region: np.ndarray, scale: float) -> Object | None:
@@ -215,12 +215,12 @@ def read(image: np.ndarray, objects: int = 1) -> Scene | None:
     solid = [m for m in regions if m.sum() >= least]
     if len(solid) != objects or sum(m.sum() for m in regions) > 1.15 * sum(m.sum() for m in solid):
         return None
-    found = []
+    objects_read = []
     for region in solid:
         grown = np.pad(region, 1)  # the soft edge belongs to the object
         grown = grown[:-2, 1:-1] | grown[2:, 1:-1] | grown[1:-1, :-2] | grown[1:-1, 2:] | region
-        found.append(_read_object(image, distance, grown, scale))
-    return None if None in found else Scene(background, tuple(found))
+        objects_read.append(_read_object(image, distance, grown, scale))
+    return None if None in objects_read else Scene(background, tuple(objects_read))
 
 
 def read_labels(image: np.ndarray, objects: int = 1) -> np.ndarray | None:

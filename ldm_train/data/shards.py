@@ -94,7 +94,7 @@ def read_index(root: Roots, remedy: str = "ldm-prepare source=index path=<folder
 
 
 def _index_fault(index: object) -> str | None:
-    """What keeps parsed JSON from being an index of shards."""
+    """Why parsed JSON is no index of shards, in words; None where it is one."""
     if not isinstance(index, dict) or not isinstance(index.get("splits"), dict):
         return 'no "splits"'
     classes = index.get("classes")
@@ -110,7 +110,7 @@ def _index_fault(index: object) -> str | None:
 
 
 def noted_entry(folder: Path, name: str) -> dict | None:
-    """The entry of a shard from the note that was left when it was finished; None where there is none, or no such thing."""
+    """The entry of a shard, written when it was finished; None where there is none or it is invalid."""
     try:
         entry = json.loads((folder / ENTRIES / f"{name}.json").read_bytes())
     except (FileNotFoundError, ValueError, RecursionError):
@@ -119,7 +119,7 @@ def noted_entry(folder: Path, name: str) -> dict | None:
 
 
 def finished_shard(folder: Path, name: str) -> dict | None:
-    """The entry of a shard that is there already, whole, else None: it is made again."""
+    """The entry of a shard that is finished and complete, else None: it is then made again."""
     entry = noted_entry(folder, name)
     whole = entry and (folder / name).is_file() and file_sha256(folder / name) == entry["sha256"]
     return entry if whole else None
@@ -169,12 +169,12 @@ Offsets = tuple[np.ndarray, dict[str, np.ndarray], dict[str, np.ndarray]]  # key
 
 
 def _counted(offsets: Offsets) -> tuple[int, dict[str, int]]:
-    """(samples, {extension: number}), as an index says them."""
+    """(number of samples, {extension: number}), as in an index entry."""
     return len(offsets[0]), {e: int((starts >= 0).sum()) for e, starts in offsets[1].items()}
 
 
 def _kept_offsets(kept: Path, stamp: np.ndarray, entry: dict) -> Offsets | None:
-    """What an earlier scan kept; None where that is of another file, damaged, or cannot be."""
+    """The offsets that an earlier scan saved; None where they are of another file, damaged or impossible."""
     try:
         with np.load(kept, allow_pickle=False) as saved:
             if (saved["stamp"] != stamp).any() or str(saved["sha256"]) != entry["sha256"]:
@@ -182,7 +182,7 @@ def _kept_offsets(kept: Path, stamp: np.ndarray, entry: dict) -> Offsets | None:
             names = [n.removeprefix("offset.") for n in saved.files if n.startswith("offset.")]
             offsets, sizes = ({n: saved[f"{what}.{n}"] for n in names} for what in ("offset", "size"))
             keys = saved["keys"]
-    except Exception:  # a damaged file raises whatever it likes
+    except Exception:  # a damaged file raises errors of any type
         return None
     if keys.dtype.kind != "U" or keys.ndim != 1:
         return None
@@ -204,8 +204,8 @@ def _load_offsets(root: Path, path: Path, entry: dict) -> Offsets:
     stat = os.stat(path)
     kept = root / ".offsets" / f"{path.name}.npz"
     stamp = np.array([stat.st_size, stat.st_mtime_ns], np.int64)
-    if (found := _kept_offsets(kept, stamp, entry)) is not None:
-        return found
+    if (cached := _kept_offsets(kept, stamp, entry)) is not None:
+        return cached
     if stat.st_size != entry["bytes"]:
         raise DataError(
             f"{path} has {stat.st_size} bytes, its index says {entry['bytes']}: truncated or changed; copy or prepare it again"
@@ -325,8 +325,8 @@ class IndexedShards:
 
     def fields(self, i: int) -> dict[str, bytes]:
         """All fields of a sample, {extension: bytes}."""
-        found = {e: self.read(i, e) for e in self.extensions}
-        return {e: data for e, data in found.items() if data is not None}
+        fields = {e: self.read(i, e) for e in self.extensions}
+        return {e: data for e, data in fields.items() if data is not None}
 
     def where(self, i: int) -> str:
         """The sample's name for messages: shard and key."""

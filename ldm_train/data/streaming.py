@@ -28,15 +28,15 @@ class _Lookahead:
 
 
 def _whole(root: str, shard: dict) -> Path:
-    """The path of a local shard. Raises FileNotFoundError or DataError where it is missing or cut short, which shall not
-    show in the middle of training only."""
+    """The path of a local shard. Raises FileNotFoundError or DataError where it is missing or cut short, so that
+    this is known before training."""
     path = shard_paths(root, [shard])[0]
     if path.stat().st_size != shard["bytes"]:
         raise DataError(
             f"{path} has {path.stat().st_size} bytes, its index says {shard['bytes']}: truncated or changed; copy or "
             "prepare it again"
         )
-    return path.absolute()  # which cannot look like an address
+    return path.absolute()  # so that it cannot be taken for an address
 
 
 class StreamingBatches(IterableDataset):
@@ -93,9 +93,9 @@ class StreamingBatches(IterableDataset):
             for key, fields in tar:
                 yield fields | {"__key__": key, "__url__": tar.file}
             for what in ("bytes", "sha256", "count", "fields"):
-                if (found := getattr(tar, what)) != entry[what]:
+                if (actual := getattr(tar, what)) != entry[what]:
                     raise DataError(
-                        f"{tar.file} does not match its index.json: {what} {found}, there {entry[what]}; copy or prepare it "
+                        f"{tar.file} does not match its index.json: {what} {actual}, there {entry[what]}; copy or prepare it "
                         "again, or make the index anew with: ldm-prepare source=index"
                     )
 
@@ -130,7 +130,7 @@ class StreamingBatches(IterableDataset):
             rng = sample_rng(self.seed, epoch, position * self.batching.world_size + self.batching.rank)
             try:
                 decoded = self.decoder(sample["__key__"].rpartition("/")[2], fields, rng)
-            except Exception as error:  # decoders raise whatever they like on damaged data
+            except Exception as error:  # on damaged data decoders raise errors of any type
                 replaced.append(f"{sample['__url__']}:{sample['__key__']}: {type(error).__name__}: {error}")
                 if len(replaced) >= 20:
                     raise DataError("20 unreadable samples in a row:\n" + "\n".join(replaced[:5])) from error

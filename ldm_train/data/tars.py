@@ -1,5 +1,5 @@
-"""Tars of samples: scanned for offsets, or read front to back, from here or from afar. Which addresses are opened at all,
-and how: nothing goes through a shell or another program."""
+"""Tars of samples: scanned for offsets, or read front to back, local or remote; and which addresses are opened. Nothing goes
+through a shell or another program."""
 
 import hashlib
 import http.client
@@ -32,7 +32,7 @@ def is_remote(file: str) -> bool:
 
 def address_fault(file: str) -> str | None:
     """Why a shard's `file` is not opened; None where it may be. Paths are those of files below the index, or absolute;
-    addresses http, https, s3, gs and hf. What a name could make another program do does not come into it: none is run."""
+    addresses http, https, s3, gs and hf. No name can run another program."""
     if not file or not file.isprintable():
         return f"is {file!r}, no path and no address"
     if not is_remote(file):
@@ -52,7 +52,7 @@ def is_count(value: object) -> bool:
 
 
 def entry_fault(entry: object) -> str | None:
-    """What keeps parsed JSON from being a shard's index entry."""
+    """Why parsed JSON is no index entry of a shard, in words; None where it is one."""
     entry = entry if isinstance(entry, dict) else {}
     if not all(isinstance(entry.get(name), str) for name in ("file", "sha256")):
         return 'has no "file" and "sha256"'
@@ -79,7 +79,7 @@ def open_shard(file: str) -> BinaryIO:
         return fsspec.filesystem(scheme).open(file, "rb")
     except ImportError as error:
         raise DataError(f"{file} needs the package {SCHEMES[scheme]}: pip install {SCHEMES[scheme]}") from error
-    except Exception as error:  # every service has errors of its own
+    except Exception as error:  # each service raises its own error types
         raise ConnectionError(f"{file} cannot be opened: {type(error).__name__}: {error}") from error
 
 
@@ -124,7 +124,7 @@ class _Web(io.RawIOBase):
         response = opener.open(urllib.request.Request(address, headers=headers), timeout=TIMEOUT)
         done = self.position if response.status == 206 else 0
         self.total = done + int(response.headers.get("Content-Length") or 0)
-        while done < self.position:  # a server that knows no ranges begins again
+        while done < self.position:  # a server without range requests begins again
             if not (skipped := response.read(min(1 << 20, self.position - done))):
                 raise ConnectionError(f"the connection broke at {done} of {self.total} bytes")
             done += len(skipped)
@@ -151,7 +151,7 @@ def scan_tar(path: str | Path) -> tuple[list[str], dict[str, np.ndarray], dict[s
     try:
         with tarfile.open(path, mode="r:") as tar:
             for member in tar:
-                if member.size < 0:  # which would lead round and round
+                if member.size < 0:  # it would make the reader loop for ever
                     raise tarfile.ReadError(f"{member.name!r} has a negative size")
                 if not member.isfile():
                     continue

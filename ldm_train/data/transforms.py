@@ -147,7 +147,7 @@ class ImageTransform:
 
 
 def to_unit_range(image: torch.Tensor) -> torch.Tensor:
-    """uint8 -> float32 in [-1, 1]; floats are there already, less what resizing overshot."""
+    """uint8 -> float32 in [-1, 1]; floats are in that range already, apart from overshoot of resizing, which is clamped."""
     return image.float() / 127.5 - 1 if image.dtype == torch.uint8 else image.float().clamp(-1, 1)
 
 

@@ -83,9 +83,9 @@ def _rescaled(
 
 def _thresholded(plain: torch.Tensor, mixed: torch.Tensor, percentile: float) -> torch.Tensor:
     limits = [torch.quantile(x.abs().flatten(1), percentile / 100, dim=1) for x in (plain, mixed)]
-    usual, found = (expand_to(v, mixed) for v in limits)
-    clipped = torch.maximum(torch.minimum(mixed, found), -found)
-    return torch.where(found > usual, clipped * usual / found.clamp(min=1e-8), mixed)
+    plain_limit, mixed_limit = (expand_to(v, mixed) for v in limits)
+    clipped = torch.maximum(torch.minimum(mixed, mixed_limit), -mixed_limit)
+    return torch.where(mixed_limit > plain_limit, clipped * plain_limit / mixed_limit.clamp(min=1e-8), mixed)
 
 
 def classifier_guidance(
@@ -121,7 +121,7 @@ def classifier_guidance(
 def score_guidance(
     denoise: Denoise, score: Callable[[torch.Tensor], torch.Tensor], schedule: NoiseProcess, guidance_scale: float
 ) -> Denoise:
-    """x0 + s (1 - abar) grad_x0 score(x0): guidance by something that judges clean latents, as CLIP does after decoding.
+    """x0 + s (1 - abar) grad_x0 score(x0): guidance by a score of clean latents, for example CLIP after decoding.
 
     It is classifier guidance with p(y | x_t) taken at the estimate x0, whose change with x_t is taken to be alpha, as it is
     for latents of unit variance; nothing is differentiated through the model itself. score: (B, C, h, w) -> (B,), a
@@ -149,8 +149,8 @@ def keep_known(denoise: Denoise, known: torch.Tensor, mask: torch.Tensor) -> Den
     """Inpainting by a model that was not trained for it: the estimate of x_0 is `known` outside the hole (as RePaint,
     Lugmayr et al. 2022, with the estimate replaced, not the noisy latents).
 
-    known: latents (B, C, h, w); mask: (B, 1, h, w), 1 in the hole. What a sampler arrives at equals `known` outside
-    the hole, exactly where its last step returns the estimate (all of ours that end at the clean image).
+    known: latents (B, C, h, w); mask: (B, 1, h, w), 1 in the hole. The sampled latents equal `known` outside the
+    hole, exactly so where the sampler's last step returns the estimate (all of ours that end at the clean image).
     """
 
     def kept(x_t: torch.Tensor, t: float | torch.Tensor) -> torch.Tensor:

@@ -11,7 +11,7 @@ from ldm_train.diffusion.process import NoiseProcess, expand_to
 
 
 def check_compatible(parameterisation: Parameterisation, schedule: NoiseProcess) -> None:
-    """Raises ValueError for a parameterisation that this process gives no meaning."""
+    """Raises ValueError for a parameterisation that is not defined for this process."""
     if schedule.zero_terminal_snr and not parameterisation.learns_without_signal:
         raise ValueError(
             f"{type(parameterisation).__name__} cannot learn a schedule that ends without signal (zero_terminal_snr): there the "
@@ -36,7 +36,7 @@ class DiffusionObjective(nn.Module):
     offset_noise: adds so many standard deviations of noise that is constant over the picture, per channel, so that
         very dark and very bright pictures are learned (0: none)
     stratified: draw each time of a global batch from its own slice of the density; same expectation, less variance
-    Raises ValueError for another weighting or loss, and for a parameterisation that the process gives no meaning.
+    Raises ValueError for another weighting or loss, and for a parameterisation that is not defined for the process.
     """
 
     def __init__(

@@ -1,7 +1,7 @@
-"""What the network predicts. Each class says what its target is and how an output becomes an estimate of x_0.
+"""What the network predicts. Each class defines its training target and converts an output to an estimate of x_0.
 
-All of them are written for x_t = alpha x_0 + sigma eps with the coefficients of the process at the network's door
-(`NoiseProcess.network_view`). A further one needs these attributes and methods, and nothing else of the code:
+All of them are written for x_t = alpha x_0 + sigma eps as the network receives it (`NoiseProcess.network_view`). A new
+one needs these attributes and methods, and nothing else of the code:
 
 easier_with_noise           whether the error falls (True) or rises (False) with the noise; None: neither
 learns_without_signal       whether x_0 can be recovered where alpha is 0
@@ -29,10 +29,10 @@ class Parameterisation(Protocol):
         """The network's output as an estimate of x_0."""
 
     def from_pred_x0(self, pred_x0: Tensor, x_t: Tensor, alpha: Coefficient, sigma: Coefficient) -> Tensor:
-        """The output that `to_pred_x0` makes pred_x0 of."""
+        """The inverse of `to_pred_x0`: the output that gives pred_x0."""
 
     def error_ratio(self, snr: Tensor) -> Tensor | float:
-        """Squared error of the output per squared error of the estimate of x_0 that it means."""
+        """Squared error of the output over the squared error of the estimate of x_0 that it gives."""
 
 
 class Epsilon:

@@ -1,4 +1,4 @@
-"""What a noise process is: how much signal and noise there is at each time, and at which times it is trained and sampled."""
+"""The contract of noise processes: the signal and noise at each time, and the times of training and sampling."""
 
 import torch
 from torch import nn
@@ -11,8 +11,8 @@ def expand_to(values: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
 
 
 class NoiseProcess(nn.Module):
-    """Subclasses set the attributes and implement the methods of the first part; what samplers and guidance ask for
-    follows from them.
+    """Subclasses set the attributes and implement the methods of the first part; the methods that samplers and guidance call
+    are derived from them.
 
     num_train_timesteps     T: times are told to the network on a scale up to T
     first_time, last_time   the least and the most noise that sampling starts from; the signal at last_time is above 0 for
@@ -53,7 +53,7 @@ class NoiseProcess(nn.Module):
         raise NotImplementedError
 
     def timesteps(self, num_inference_steps: int, spacing: str = "trailing") -> torch.Tensor:
-        """S + 1 falling times (float64, CPU) that end in the clean image. Raises ValueError for a spacing it has not."""
+        """S + 1 falling times (float64, CPU) that end in the clean image. Raises ValueError for an unknown spacing."""
         raise NotImplementedError
 
     def network_view(

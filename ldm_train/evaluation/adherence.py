@@ -11,7 +11,7 @@ from ldm_train.data.samples import collate
 from ldm_train.images import from_uint8, to_uint8
 
 ATTRIBUTES = ("colour", "shape", "position", "background")
-# What each condition says of the picture, beside how it is measured: shares of attributes, IoU of boxes, pixels of maps.
+# The properties of the picture that each condition determines: attributes (share right), IoU of boxes, pixels of maps.
 DETERMINES = {
     "caption": ATTRIBUTES,
     "class_label": ATTRIBUTES[:2],
@@ -60,7 +60,7 @@ def box_iou(a: shapes_world.Object, b: shapes_world.Object) -> float:
 
 
 def judge(images: torch.Tensor, scenes: Sequence[shapes_world.Scene]) -> dict[str, np.ndarray]:
-    """Per image: attributes right (bool each), "unreadable", what was read of x, y, r (NaN if not), and against the
+    """Per image: attributes right (bool each), "unreadable", x, y, r as read from it (NaN if unreadable), and against the
     scene's own drawing: "box_iou", "pixels" (share of pixels with the right label), "object_pixels" (of the object's).
 
     images (B, 3, H, W) in [-1, 1]. An unreadable picture is wrong in every attribute and every pixel.
@@ -70,16 +70,16 @@ def judge(images: torch.Tensor, scenes: Sequence[shapes_world.Scene]) -> dict[st
         name: [] for name in (*ATTRIBUTES, "unreadable", "x", "y", "r", "box_iou", "pixels", "object_pixels")
     }
     for picture, scene in zip(pixels, scenes):
-        found, wanted = shapes_world.read(picture), scene.objects[0]
+        actual, wanted = shapes_world.read(picture), scene.objects[0]
         drawn, labels = shapes_world.read_labels(picture), shapes_world.render(scene, len(picture))[1]
-        right = {a: found is not None and getattr(found.objects[0], a) == getattr(wanted, a) for a in ATTRIBUTES[:3]}
-        right["background"] = found is not None and found.background == scene.background
+        right = {a: actual is not None and getattr(actual.objects[0], a) == getattr(wanted, a) for a in ATTRIBUTES[:3]}
+        right["background"] = actual is not None and actual.background == scene.background
         same = np.zeros_like(labels, bool) if drawn is None else drawn == labels
-        right["box_iou"] = 0.0 if found is None else box_iou(found.objects[0], wanted)
+        right["box_iou"] = 0.0 if actual is None else box_iou(actual.objects[0], wanted)
         right["pixels"], right["object_pixels"] = float(same.mean()), float(same[labels > 0].mean())
-        right["unreadable"] = found is None
+        right["unreadable"] = actual is None
         for name in ("x", "y", "r"):
-            right[name] = np.nan if found is None else getattr(found.objects[0], name)
+            right[name] = np.nan if actual is None else getattr(actual.objects[0], name)
         for name, value in right.items():
             table[name].append(value)
     return {name: np.array(values) for name, values in table.items()}
@@ -108,7 +108,7 @@ def measure_adherence(
     `seeds` times each.
 
     sample: (fields, seeds) -> images. fields: of `judged_fields`. Returns (table, the first images, their conditions).
-    The table has what the conditions determine (see DETERMINES), the mean of the attributes and "all" of them right,
+    The table has the properties that the conditions determine (DETERMINES), the mean of the attributes and "all" of them right,
     for both kinds of scenes; and for captions the diversity: the spread of position (x, y) and size (r) within a
     caption, for samples and for pictures of the data.
     """
@@ -165,11 +165,11 @@ def _diversity(
             twin = shapes_world.random_object(rng, combination)
             while wanted.size in text and twin.size != wanted.size:  # the caption names the size
                 twin = shapes_world.random_object(rng, combination)
-            found = shapes_world.read(
+            twin_read = shapes_world.read(
                 shapes_world.render(shapes_world.Scene(scene.background, (twin,)), image_size, rng)[0]
             )
             for n in ("x", "y", "r"):
-                data[n][i, j] = np.nan if found is None else getattr(found.objects[0], n)
+                data[n][i, j] = np.nan if twin_read is None else getattr(twin_read.objects[0], n)
     ours = {"position": (spread(by_caption["x"]) + spread(by_caption["y"])) / 2, "size": spread(by_caption["r"])}
     theirs = {"position": (spread(data["x"]) + spread(data["y"])) / 2, "size": spread(data["r"])}
     table = {f"{n}_samples": ours[n] for n in ours} | {f"{n}_data": theirs[n] for n in theirs}
@@ -177,7 +177,7 @@ def _diversity(
 
 
 def format_table(result: dict[str, Any]) -> str:
-    """The table people read at the end of the quickstart."""
+    """The result as a printed table, as at the end of the quickstart."""
     titles = {"all": "all of them", "box_iou": "box IoU", "object_pixels": "object px"}
     names = list(result["trained"])
     lines = [f"{'adherence':<12}" + "".join(f"{titles.get(n, n):>12}" for n in names)]

@@ -1,4 +1,4 @@
-"""What a run is measured with: metrics, extractors and reference, from the config's `evaluation` section."""
+"""Metrics, extractors and reference of a run, built from the config's `evaluation` section."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -26,7 +26,7 @@ PAIRED = {"psnr": psnr, "ssim": ssim, "ms_ssim": ms_ssim}
 
 
 def metric_kinds(own: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """The kinds there are, each as what Hydra builds it from. own: `evaluation.kinds`, of the user's own command."""
+    """The kinds of metric, each as the tree that Hydra instantiates. own: `evaluation.kinds`, of the user's own command."""
     shipped = {f.stem: OmegaConf.to_container(OmegaConf.load(f)) for f in sorted(config_folder().glob("metric/*.yaml"))}
     return shipped | dict(own or {})
 
@@ -35,8 +35,8 @@ def parse_metrics(
     names: Sequence[str], extractors: Sequence[str], own: Mapping[str, Any] | None = None
 ) -> list[Metric]:
     """A name is `<kind>_<extractor>` (fid_tiny, kid_mine), or a kind alone on the network it is published with (fid on
-    Inception). Raises ValueError for a name that is none, listing those there are."""
-    kinds, found = metric_kinds(own), []
+    Inception). Raises ValueError for an unknown name, listing the known ones."""
+    kinds, metrics = metric_kinds(own), []
     makers = {kind: instantiate(tree, _partial_=True, _convert_="all") for kind, tree in kinds.items()}
     for kind, maker in makers.items():
         if not (isinstance(maker.func, type) and issubclass(maker.func, Metric)):
@@ -55,12 +55,12 @@ def parse_metrics(
                 f"metrics: {name!r} is none; choose from {', '.join([*published, *tiny])}, or <kind>_<extractor> with a kind of "
                 f"{', '.join(kinds)} and an extractor of {', '.join(extractors)} (more: evaluation.extractors.<name>)"
             )
-        found.append(makers[kind](name, kind, extractor))
-    return found
+        metrics.append(makers[kind](name, kind, extractor))
+    return metrics
 
 
 def check_paired(names: Sequence[str], networks: Mapping[str, nn.Module]) -> None:
-    """Raises ValueError for a name of a paired metric that is none."""
+    """Raises ValueError for an unknown name of a paired metric."""
     known = [*PAIRED, *networks]
     if unknown := [n for n in names if n not in known]:
         raise ValueError(f"paired metrics: {', '.join(unknown)} is none; choose from {', '.join(known)}")
@@ -80,8 +80,8 @@ def check_reference(source: str, splits: Sequence[str], root: str) -> None:
 class Evaluator:
     """metrics (parsed), extractors by name, paired metrics and their networks, in eval mode on `device`.
 
-    Made before training starts, so that a missing file of weights is named then and not after hours. Raises ValueError
-    for a metric that is none and FileNotFoundError for weights that are not to be had.
+    Made before training starts, so that a missing file of weights is reported then and not after hours. Raises ValueError
+    for an unknown metric and FileNotFoundError for weights that cannot be obtained.
     """
 
     def __init__(self, section: DictConfig, device: torch.device):
@@ -104,7 +104,7 @@ class Evaluator:
 
     @classmethod
     def on_all_ranks(cls, section: DictConfig, device: torch.device) -> "Evaluator":
-        """Rank 0 first, which downloads what is to be downloaded; the others find it."""
+        """Built on rank 0 first, which downloads missing weights, then on the others."""
         if rank() > 0:
             gathered(None)
         made = cls(section, device)
@@ -117,16 +117,16 @@ class Evaluator:
         return {name: weights_hash(e)[:12] for name, e in self.extractors.items()}
 
     def seen(self, channels: int) -> dict[str, str]:
-        """How this package's extractors, which know three channels, see pictures of so many; none for grey and RGB."""
+        """By extractor of this package, how it sees pictures of so many channels, in words; empty for grey and RGB."""
         ours = [name for name, extractor in self.extractors.items() if isinstance(extractor, Extractor)]
         return {} if has_colours(channels) else dict.fromkeys(ours, groups_in_words(channels))
 
     @torch.no_grad()
     def _tried(self, name: str, shape: tuple[int, ...]) -> int:
-        """How many features an extractor makes of a picture (C, H, W). Raises ValueError where it makes none."""
+        """The number of features that an extractor gives for a picture (C, H, W). Raises ValueError where it fails."""
         try:
             features = self.extractors[name](torch.zeros(2, *shape, device=self.device))
-        except Exception as error:  # it may raise whatever it likes
+        except Exception as error:  # it may raise errors of any type
             raise ValueError(
                 f"evaluation.extractors.{name} does not take pictures of {shape[0]} channels, {shape[1]}x{shape[2]}: {error}"
             ) from error
@@ -164,8 +164,8 @@ class Evaluator:
                 f"ms_ssim needs sides of at least {MS_SSIM_SIDE} pixels, not {min(sides)}; leave it out of paired"
             )
 
-    def facts(self, data: ShardDataModule, split: str, limit: int | None) -> dict[str, Any]:
-        """What a split's images follow from, as the training transform without its randomness makes them."""
+    def images_identity(self, data: ShardDataModule, split: str, limit: int | None) -> dict[str, Any]:
+        """What identifies the images of a split, as the training transform makes them without its randomness."""
         return {
             "data": data_hash(data.index, split),
             "split": split,
@@ -182,7 +182,7 @@ class Evaluator:
         def collected(name: str, split: str, limit: int | None) -> Reference:
             return collect_reference(
                 lambda: data.fixed_loader(split, limit, ("image",)), self.metrics, self.extractors,
-                self.facts(data, split, limit), Path(runs_dir) / CACHE, self.device, progress, name,
+                self.images_identity(data, split, limit), Path(runs_dir) / CACHE, self.device, progress, name,
             )  # fmt: skip
 
         source = str(self.section.reference)
@@ -204,8 +204,8 @@ class Evaluator:
         )
 
 
-def sampling_facts(config: DictConfig) -> dict[str, Any]:
-    """What is recorded beside every number of samples."""
+def sampling_options(config: DictConfig) -> dict[str, Any]:
+    """The sampler, its own options and the sampling section: recorded beside every metric of samples."""
     sampler = plain(config.sampler)
     own = {k: v for k, v in sampler.items() if not k.startswith("_")}
     return plain(config.sampling) | {"sampler": sampler["_target_"].rpartition(".")[2]} | own

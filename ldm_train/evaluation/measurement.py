@@ -1,4 +1,4 @@
-"""A model measured against a reference: the one way that the training loop, the evaluation stage and ldm-evaluate share."""
+"""Measures a model against a reference, in the same way for the training loop, the evaluation stage and ldm-evaluate."""
 
 import hashlib
 import json
@@ -24,7 +24,7 @@ from ldm_train.metrics.sets import KEPT, UNKNOWN, FeatureSet
 from ldm_train.rng import derive_seed
 from ldm_train.storage import read_tensors, write_atomically
 
-SAVE_EVERY = 60.0  # seconds between the states that an interrupted measurement continues from
+SAVE_EVERY = 60.0  # seconds between saves of the state that an interrupted measurement continues from
 
 # (model, fields, seeds) -> images
 Draw = Callable[..., torch.Tensor]
@@ -42,26 +42,26 @@ def indices_of(position: int, count: int) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class Reference:
-    """What samples are compared with. sets: features by the set's name (see `Metric.compared_with`) and extractor. hashes: what
-    identifies each, by extractor, those of splits by <set>/<extractor>. seen: how extractors of three channels saw pictures
-    of other numbers, in words, by extractor. image_of: (a split's name there, an index) -> its picture."""
+    """The image sets that samples are compared with. sets: features by the set's name (see `Metric.compared_with`) and extractor.
+    hashes: the hash of each, by extractor, those of splits by <set>/<extractor>. seen: how extractors of three channels saw
+    pictures of other numbers, in words, by extractor. image_of: (a split's name there, an index) -> its picture."""
 
     sets: dict[str, dict[str, FeatureSet]]
     hashes: dict[str, str]
     seen: dict[str, str] = field(default_factory=dict)
     image_of: Callable[[str, int], torch.Tensor] | None = None
 
-    def facts(self, metric: Metric) -> dict[str, Any]:
-        """What is recorded beside a number."""
-        found = {"extractor": metric.extractor}
+    def details(self, metric: Metric) -> dict[str, Any]:
+        """What is recorded beside a metric: its extractor, the reference's hash and number of images."""
+        details = {"extractor": metric.extractor}
         if metric.extractor in self.seen:
-            found["channels"] = self.seen[metric.extractor]
+            details["channels"] = self.seen[metric.extractor]
         if not metric.compared_with:
-            return found
+            return details
         name = metric.compared_with[0]
         n = self.sets[name][metric.extractor].groups[0].count
         known = n if n != UNKNOWN else None
-        return found | {"reference": self.hashes[_key(name, metric.extractor)], "n_reference": known}
+        return details | {"reference": self.hashes[_key(name, metric.extractor)], "n_reference": known}
 
 
 def _key(name: str, extractor: str) -> str:
@@ -88,11 +88,11 @@ def collect_reference(
     progress: bool = True,
     name: str = REFERENCE,
 ) -> Reference:
-    """Features of real images through training's own transform, kept in `cache` under a hash of what they follow from.
+    """Features of real images through training's own transform, kept in `cache` under a hash of everything they depend on.
 
-    loader: () -> batches of this rank's share, asked for only where the cache does not serve. identity: all that the
-    images follow from (content hash of the data, split, transform, number); the extractors' weights are added. name: the set
-    that they are (see `Metric.compared_with`).
+    loader: () -> batches of this rank's share, called only where the cache lacks them. identity: all that the images
+    depend on (content hash of the data, split, transform, number); the extractors' weights are added. name: of the set
+    (see `Metric.compared_with`).
     """
     wanted = Collected(metrics, extractors, compared=name)
     hashes = {}
@@ -130,15 +130,15 @@ def _saved(partial: Path, empty: Mapping[str, Any], made: Collected) -> dict[str
         if state["batch_size"] == empty["batch_size"]:
             made.restore(saved["made"])
             return state
-    except Exception as error:  # unpicklers raise whatever they like on damaged data
+    except Exception as error:  # on damaged data unpicklers raise errors of any type
         print(f"{partial} cannot be continued from ({str(error).splitlines()[0]}); measured anew", flush=True)
     return None
 
 
 @dataclass
 class Measured:
-    """estimates by metric; the first samples as pictures, beside what can be seen of their conditions; seconds of sampling;
-    pairs: by metric, samples beside the pictures of the data that it says to look at, one above the other (2 N, C, H, W)."""
+    """estimates by metric; the first samples as pictures, beside those conditions that can be shown; seconds of sampling;
+    pairs: by metric, samples beside the pictures of the data that `Metric.pairs` names, one above the other (2 N, C, H, W)."""
 
     estimates: dict[str, Estimate]
     images: torch.Tensor
@@ -226,10 +226,10 @@ def measure_samples(
     estimates = measure(metrics, reference.sets, made.gathered())
     pairs = {}
     for metric in metrics if reference.image_of else ():
-        if found := metric.pairs(made.sets[metric.extractor], *compared(metric, reference.sets)):
-            drawn = _drawn_again(model, batches, draw, {sample for sample, _ in found}, seed)
-            real = [reference.image_of(metric.compared_with[0], index) for _, index in found]
-            rows = [drawn[sample] for sample, _ in found], real
+        if matches := metric.pairs(made.sets[metric.extractor], *compared(metric, reference.sets)):
+            drawn = _drawn_again(model, batches, draw, {sample for sample, _ in matches}, seed)
+            real = [reference.image_of(metric.compared_with[0], index) for _, index in matches]
+            rows = [drawn[sample] for sample, _ in matches], real
             pairs[metric.name] = torch.stack([image for row in rows for image in row])
     count = sum(gathered(state["done"]))
     if partial is not None and partial.is_file():

@@ -37,11 +37,11 @@ def evaluate_first_stage(
     predictors: int,
     progress: bool = True,
 ) -> tuple[dict[str, Any], torch.Tensor]:
-    """An autoencoder alone, over this rank's share of the images: (metrics, the first images above what they became).
+    """An autoencoder alone, over this rank's share of the images: (metrics, the first images above their reconstructions).
 
     "reconstruction": paired metrics per image (psnr in dB, ssim, ms_ssim, and networks: images, images -> distances).
-    "reconstructions": distances of their set to the reference (rFID and its kin). "latents": what is known to predict the
-    diffusion model to come, on the first `predictors` images (0: not measured).
+    "reconstructions": distances of their set to the reference (rFID and the like). "latents": measures that predict the quality of a
+    diffusion model on these latents, on the first `predictors` images (0: not measured).
     """
     extractors, paired, networks, device = evaluator.extractors, evaluator.paired, evaluator.networks, evaluator.device
     used = [m for m in evaluator.metrics if m.compared_with == (REFERENCE,)]
@@ -62,19 +62,19 @@ def evaluate_first_stage(
         if not len(shown):
             shown = torch.cat([x[:8], rec[:8]]).cpu()
     joint = {n: torch.cat([p for part in gathered(values.get(n, [])) for p in part]) for n in paired}
-    found: dict[str, Any] = {"reconstruction": {name: mean_estimate(v).as_dict() for name, v in joint.items()}}
+    metrics: dict[str, Any] = {"reconstruction": {name: mean_estimate(v).as_dict() for name, v in joint.items()}}
     channels = first_stage.autoencoder.in_channels
     for name in [
         n for n in paired if isinstance(networks.get(n), LPIPS | TinyPerceptual) and not has_colours(channels)
     ]:
-        found["reconstruction"][name]["channels"] = groups_in_words(channels)
+        metrics["reconstruction"][name]["channels"] = groups_in_words(channels)
     estimates = measure(used, reference.sets, rebuilt.gathered())
-    found["reconstructions"] = {m.name: estimates[m.name].as_dict() | reference.facts(m) for m in used}
+    metrics["reconstructions"] = {m.name: estimates[m.name].as_dict() | reference.details(m) for m in used}
     kept = [pair for part in gathered(kept) for pair in part]
     if len(kept) > 1:
         latents = torch.stack([z for _, z in sorted(kept, key=lambda pair: pair[0])]).to(device)
-        found["latents"] = predict(first_stage, latents, reference, used, extractors)
-    return found, shown
+        metrics["latents"] = predict(first_stage, latents, reference, used, extractors)
+    return metrics, shown
 
 
 @torch.no_grad()
@@ -85,26 +85,26 @@ def predict(
     metrics: Sequence[Metric],
     extractors: Mapping[str, nn.Module],
 ) -> dict[str, Any]:
-    """What latents (N, C, h, w), scaled, say of the diffusion model to come: spectrum slope, equivariance error, decoder
+    """Measures of latents (N, C, h, w), scaled, that predict the quality of a diffusion model: spectrum slope, equivariance error, decoder
     sensitivity, and the Frechet distance of decoded midpoints between nearest neighbours (ifid, arXiv:2603.05630)."""
-    found: dict[str, Any] = {}
+    estimates: dict[str, Any] = {}
     noise = NoiseSource(range(len(latents))).normal(latents.shape[1:], "predictor", latents.device)
     parts = list(zip(latents.split(32), noise.split(32)))
     if min(latents.shape[2:]) >= 8:
-        found["spectrum_slope"] = mean_estimate(spectrum_slope(latents).cpu()).as_dict()
+        estimates["spectrum_slope"] = mean_estimate(spectrum_slope(latents).cpu()).as_dict()
     for name, values in {
         "equivariance_error": [equivariance_error(first_stage, z) for z, _ in parts],
         "decoder_sensitivity": [decoder_sensitivity(first_stage, z, e) for z, e in parts],
     }.items():
-        found[name] = mean_estimate(torch.cat(values).cpu()).as_dict()
+        estimates[name] = mean_estimate(torch.cat(values).cpu()).as_dict()
     neighbours = latents[nearest_neighbours(latents)]
     middles = [first_stage.decode((a + b) / 2) for a, b in zip(latents.split(32), neighbours.split(32))]
     for metric in metrics:
         if type(metric).measure is FrechetDistance.measure:
             features = FeatureSet.of(torch.cat([extractors[metric.extractor](m).cpu() for m in middles]))
             estimate = frechet_estimate(reference.sets[REFERENCE][metric.extractor].moments, features)
-            found[f"i{metric.name}"] = estimate.as_dict() | reference.facts(metric)
-    return found
+            estimates[f"i{metric.name}"] = estimate.as_dict() | reference.details(metric)
+    return estimates
 
 
 def save_pairs(rows: torch.Tensor, path: Path) -> None:
@@ -137,7 +137,7 @@ def evaluate(
     each number. adherence: arguments of `measure_adherence`, on shapes. restoration: of `measure_restoration`, its loader
     included, for super-resolution and inpainting. Both are measured by rank 0 alone, which is the one that writes.
     """
-    found, shown = evaluate_first_stage(model.first_stage, images, evaluator, reference, predictors, progress)
+    metrics, shown = evaluate_first_stage(model.first_stage, images, evaluator, reference, predictors, progress)
     sampled = measure_samples(
         model,
         conditions,
@@ -149,12 +149,12 @@ def evaluate(
         progress=progress,
         partial=folder / f".samples-{precision}.partial",
     )
-    facts = settings | {"seed": 0}
-    found["samples"] = {
-        m.name: sampled.estimates[m.name].as_dict() | reference.facts(m) | facts for m in evaluator.metrics
+    options = settings | {"seed": 0}
+    metrics["samples"] = {
+        m.name: sampled.estimates[m.name].as_dict() | reference.details(m) | options for m in evaluator.metrics
     }
     if rank() > 0:
-        return found
+        return metrics
     for name, rows in sampled.pairs.items():
         save_pairs(rows, folder / f"{name}.png")
     drawn, texts = sampled.images, sampled.captions
@@ -162,17 +162,17 @@ def evaluate(
         table, made, conditions = measure_adherence(
             lambda fields, seeds: draw(model, fields, seeds=seeds).cpu(), **adherence
         )
-        found["adherence"] = table | settings
+        metrics["adherence"] = table | settings
         drawn = pictures.beside(model.picture(conditions, made.shape[2:]), made)[:36]
         texts = model.describe(conditions, len(made))[:36]
         print(format_table(table))
     if restoration:
         perceptual = evaluator.networks.get("perceptual")
         table, rows = measure_restoration(model, draw=draw, perceptual=perceptual, batch_size=batch_size, **restoration)
-        found["restoration"] = table | settings
+        metrics["restoration"] = table | settings
         pictures.save_png(pictures.grid(rows.flatten(0, 1), columns=rows.shape[1]), folder / "restorations.png")
         print(format_restoration(table))
     pictures.save_png(pictures.grid(shown, columns=len(shown) // 2), folder / "reconstructions.png")
     pictures.save_png(pictures.grid(drawn, columns=6, captions=texts if any(texts) else None), folder / "samples.png")
-    write_json(folder / "metrics.json", found)
-    return found
+    write_json(folder / "metrics.json", metrics)
+    return metrics

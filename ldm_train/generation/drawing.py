@@ -1,4 +1,4 @@
-"""How the pictures of a job are drawn: each task in terms of `LatentDiffusion.sample`."""
+"""Draws the pictures of a job: each task as a call of `LatentDiffusion.sample`."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -19,7 +19,7 @@ Callback = Callable[[int, torch.Tensor], None]
 
 @dataclass
 class Drawing:
-    """How a job's pictures are drawn. guidance: without what differs from picture to picture. guides: from outside the model."""
+    """Draws a job's pictures. guidance: the part that all pictures share. guides: guides from outside the model."""
 
     model: LatentDiffusion
     task: str
@@ -55,7 +55,7 @@ class Drawing:
             latent_size=size,
             callback=callback,
         ).cpu()
-        # The known pixels as they were: decoding cannot give them back exactly.
+        # The known pixels are pasted back: decoding does not reproduce them exactly.
         return drawn if mask is None else drawn * mask + images * (1 - mask)
 
     def _start(
@@ -85,15 +85,15 @@ class Drawing:
         return self.model.invert(latents, batch, self.sampling, self.config.invert_iterations)
 
     def _mixture(self, part: list[Request], size: tuple[int, int]) -> dict[str, torch.Tensor]:
-        """The conditions between conditions."""
+        """Weighted mixtures of conditions, for interpolation and arithmetic."""
         terms = zip(*(r.mix for r in part)) if len({len(r.mix) for r in part}) == 1 else None
-        if terms is None:  # a stop without a change beside one with: the second term weighs nothing
+        if terms is None:  # requests with one term get a second one of weight 0, as the others have two
             terms = zip(*((*r.mix, (0.0, r.mix[0][1]))[:2] for r in part))
         weighted = [(torch.tensor([w for w, _ in t]), self._batch([f for _, f in t])) for t in terms]
         return self.model.mixture(weighted, size)
 
     def _walk(self, part: list[Request], size: tuple[int, int]) -> torch.Tensor:
-        """The noise between seeds or inverted pictures."""
+        """Noise interpolated between two seeds or two inverted pictures."""
         if part[0].images is not None:
             tiles = self.sampling.tiles
             ends = [self.model.encode(torch.stack([r.images[k] for r in part]), tiles) for k in (0, 1)]

@@ -33,7 +33,7 @@ def _prompt(entry: Any, where: str) -> str | dict[str, Any]:
 
 
 def _prompt_file(path: Path, option: str) -> list[Any]:
-    """The lines of a .txt or .jsonl file. Raises ValueError for a line that says nothing."""
+    """The lines of a .txt or .jsonl file. Raises ValueError for a blank or invalid line."""
     if not path.is_file():
         raise FileNotFoundError(f"{option}={path}: there is no such file")
     try:
@@ -42,19 +42,19 @@ def _prompt_file(path: Path, option: str) -> list[Any]:
         raise ValueError(f"{path} is not UTF-8 text ({error}); save it as UTF-8") from error
     if not lines:
         raise ValueError(f"{option}={path} is empty")
-    found = []
+    prompts = []
     for number, line in enumerate(map(str.strip, lines), 1):
         where = f"{path}, line {number}"
         if not line:
             raise ValueError(f'{where} is blank; remove it, or write "" for an empty caption')
         if path.suffix == ".txt":
-            found.append("" if line == '""' else line)
+            prompts.append("" if line == '""' else line)
             continue
         try:
-            found.append(_prompt(json.loads(line), where))
+            prompts.append(_prompt(json.loads(line), where))
         except json.JSONDecodeError as error:
             raise ValueError(f"{where} is no JSON: {error}") from error
-    return found
+    return prompts
 
 
 def as_list(value: Any, option: str) -> list[Any]:
@@ -100,7 +100,7 @@ def _size(path: str, option: str) -> tuple[int, int]:
 
 
 def require_same_shape(image: str, mask: str) -> None:
-    """Raises ValueError where picture and mask would be cut differently."""
+    """Raises ValueError where picture and mask would be cropped differently."""
     (w, h), (v, g) = _size(image, "image"), _size(mask, "mask")
     if abs(w * g - v * h) > 0.02 * w * g:
         raise ValueError(
@@ -109,9 +109,9 @@ def require_same_shape(image: str, mask: str) -> None:
 
 
 def extended(image: torch.Tensor, extend: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
-    """An image (C, H, W) in the middle of a larger one, and the mask (1, H', W') of what is new.
+    """An image (C, H, W) in the middle of a larger one, and the mask (1, H', W') of the added pixels.
 
-    extend: pixels added at the top, right, bottom and left. Raises ValueError where nothing is.
+    extend: pixels added at the top, right, bottom and left. Raises ValueError where none are.
     """
     if len(extend) != 4 or min(extend) < 0 or not any(extend):
         raise ValueError(

@@ -1,4 +1,4 @@
-"""The denoising film: what the model thinks the picture is, step by step."""
+"""The denoising film: the model's estimate of the picture after each step."""
 
 import io
 from collections.abc import Callable, Sequence
@@ -17,7 +17,7 @@ LAST_HELD = 12  # frames for which the finished picture stays
 
 
 def enlarged(image: torch.Tensor) -> Image.Image:
-    """(C, H, W) as a picture of about 256 pixels, its pixels visible."""
+    """(C, H, W) enlarged to a picture of about 256 pixels with hard edges."""
     factor = max(1, 256 // image.shape[-1])
     size = (image.shape[2] * factor, image.shape[1] * factor)
     return pictures.to_pil(image).convert("RGB").resize(size, Image.Resampling.NEAREST)
@@ -33,7 +33,7 @@ def save_gif(frames: Sequence[Image.Image], path: Path, milliseconds: int = MILL
 
 
 def film_of_grids(folder: Path) -> Path | None:
-    """samples.gif of a stage's sample grids, which have the same seeds and conditions: how the model learned."""
+    """samples.gif of a stage's sample grids, which have the same seeds and conditions: progress of training."""
     grids = sorted(folder.glob("samples_*.png"))
     if len(grids) < 2:
         return None
@@ -94,7 +94,7 @@ class Film:
 
 
 def denoising_film(model: Any, draw: Callable[..., torch.Tensor], batch: dict[str, Any], path: Path) -> Path:
-    """How samples under the conditions of a batch came about, side by side in one GIF."""
+    """The estimates after each step of samples under the conditions of a batch, side by side in one GIF."""
     film = Film(model.decode, "gif")
     draw(model, {f: batch[f] for f in model.fields if f in batch}, list(range(len(batch["key"]))), film)
     frames = [enlarged(torch.cat(list(model.decode(x_0).float().cpu()), dim=2)) for x_0 in film.kept]

@@ -41,37 +41,37 @@ def load_classifier(
 
 
 def latents_of(model: LatentDiffusion) -> dict[str, Any]:
-    """What two models must share to work on the same noisy latents; a classifier's metadata records the same."""
+    """What identifies a model's noisy latents: autoencoder, scale, shift and schedule; a classifier's metadata records the same."""
     first, schedule = model.first_stage, model.schedule
     return {
         "autoencoder": weights_sha256(first.autoencoder),
         "scale": first.scale.flatten().tolist(),
         "shift": first.shift.flatten().tolist(),
-    } | schedule_facts(schedule)
+    } | schedule_identity(schedule)
 
 
-def schedule_facts(schedule: NoiseProcess) -> dict[str, Any]:
-    """How much signal there is along the way, as it is trained on."""
+def schedule_identity(schedule: NoiseProcess) -> dict[str, Any]:
+    """What identifies a noise schedule: alphas_cumprod at ten training timesteps, and the number of timesteps."""
     total = schedule.num_train_timesteps
     alpha, _ = schedule.training_coefficients(schedule.strata(torch.arange(0, total, max(1, total // 10))))
     return {"alphas_cumprod": alpha.square().tolist(), "num_train_timesteps": total}
 
 
-def _differs(model: LatentDiffusion, facts: dict[str, Any]) -> str | None:
-    """What of `latents_of` another network was trained on."""
+def _differs(model: LatentDiffusion, recorded: dict[str, Any]) -> str | None:
+    """How another network's recorded `latents_of` differ from the model's, in words; None where they agree."""
     ours = latents_of(model)
-    if facts.get("autoencoder") != ours["autoencoder"]:
+    if recorded.get("autoencoder") != ours["autoencoder"]:
         return "another autoencoder"
-    if not all(_close(facts.get(n), ours[n], 1e-3, 1e-4) for n in ("scale", "shift")):
+    if not all(_close(recorded.get(n), ours[n], 1e-3, 1e-4) for n in ("scale", "shift")):
         return "latents of another scale (another data set, or another latents.per_channel)"
-    same = facts.get("num_train_timesteps") == ours["num_train_timesteps"]
-    if not same or not _close(facts.get("alphas_cumprod"), ours["alphas_cumprod"], 1e-5, 1e-8):
+    same = recorded.get("num_train_timesteps") == ours["num_train_timesteps"]
+    if not same or not _close(recorded.get("alphas_cumprod"), ours["alphas_cumprod"], 1e-5, 1e-8):
         return "another noise schedule"
     return None
 
 
 def _close(values: Any, ours: list[float], rtol: float, atol: float) -> bool:
-    """Whether recorded values are ours; what a file records may be anything."""
+    """Whether recorded values are close to ours; values from a file may be of any type."""
     numbers = isinstance(values, list) and all(isinstance(v, int | float) for v in values)
     return numbers and len(values) == len(ours) and np.allclose(values, ours, rtol, atol)
 
@@ -87,7 +87,7 @@ def load_weaker(folder: Path, model: LatentDiffusion, trust: Sequence[str] = ())
 
 
 class Guides:
-    """The guides a job asks for. parsers: what each reads of the command line, by field. recipe: what identifies them."""
+    """The guides of a job. parsers: of each guide's targets on the command line, by field. recipe: hashes of their weights."""
 
     def __init__(self, config: DictConfig, model: LatentDiffusion, device: str):
         self.model, self.scales = model, {"classifier": config.guide.classifier_scale, "clip": config.guide.clip_scale}
@@ -96,10 +96,10 @@ class Guides:
         self.classifier: NoisyClassifier | None = None
         self.clip: ClipScore | None = None
         if config.guide.classifier is not None:
-            found, self.recipe["classifier_sha256"] = load_classifier(
+            classifier, self.recipe["classifier_sha256"] = load_classifier(
                 config.guide.classifier, config.runs_dir, model, config.trust
             )
-            self.classifier = found.to(device)
+            self.classifier = classifier.to(device)
             self.parsers["class_label"] = self._class
         if config.guide.clip is not None:
             self.clip = ClipScore(config.guide.clip).to(device)

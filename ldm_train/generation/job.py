@@ -36,14 +36,14 @@ from ldm_train.storage import (
 
 RECIPE = "recipe.json"
 SHOWN = 256  # pictures in a grid
-# What says where and how a job runs, not what it draws. batch_size enters the recipe as part of the machine.
+# Options of where and how a job runs, which its pictures do not depend on. batch_size is recorded as part of the machine.
 WITH_REPLAY = ("run", "runs_dir", "out", "recipe", "overwrite", "film", "accelerator", "trust", "hydra", "defaults")
 NOT_DRAWN = (*WITH_REPLAY, "batch_size")
 FILES = ("image", "mask", "map", "depth", "layout")  # options that name files
 LISTS = ("prompts", "classes")  # options whose entries may stand in a file
-FIELD = "fields."  # begins the options that give a field of a model's own, as a file or in words
-MODELS = ("weaker_model", "guide.classifier", "guide.clip")  # and models beside run=
-# Kinds of what a recipe may set that is usually null, or may be said in two ways.
+FIELD = "fields."  # prefix of options for fields that a model's own conditioner declares, given as a file or as text
+MODELS = ("weaker_model", "guide.classifier", "guide.clip")  # options that name further models
+# Types of options in a recipe whose default is null or that take more than one type.
 OPEN: dict[str, Sequence[type]] = {
     **dict.fromkeys(("task", "negative", "image_prompt", "spacing", "weaker_model", "compile"), (str,)),
     **dict.fromkeys(("guide.classifier", "guide.clip"), (str,)),
@@ -58,14 +58,14 @@ OWN_FILE = re.compile(r"\d{5,}_seed\d+\.png")  # of a job's pictures
 
 
 def machine(device: str, batch_size: int) -> dict[str, Any]:
-    """What pixels depend on beside the recipe: float sums run in another order on another machine."""
+    """The parts of the machine that pixels depend on: float sums are ordered differently on another machine."""
     name = torch.cuda.get_device_name() if device == "cuda" else "cpu"
     threads = {} if device == "cuda" else {"threads": torch.get_num_threads()}
     return {"device": name, "batch_size": batch_size, "torch": torch.__version__} | threads
 
 
 def make_recipe(config: DictConfig, task: str, source: Path, sha256: str, device: str) -> dict[str, Any]:
-    """All that a job's pictures follow from. config: with the run's own sampling options filled in."""
+    """All that a job's pictures depend on. config: with the run's own sampling options filled in."""
     tree = OmegaConf.to_container(config, resolve=True)
     asked = {k: v for k, v in tree.items() if k not in NOT_DRAWN and v is not None}
     for option in {"prompts", "classes"} & asked.keys():
@@ -85,7 +85,7 @@ def _options(tree: dict[str, Any]) -> dict[str, Any]:
 
 
 def _input_files(asked: dict[str, Any]) -> dict[str, list[str]]:
-    """The pictures and maps that a job's options name, by option. What a field of a model's own is given may be words, too."""
+    """The pictures and maps that a job's options name, by option. Entries of a model's own fields may also be text."""
     named = {o: as_list(v, o) for o, v in _options(asked).items() if o in FILES or o.startswith(FIELD)}
     return named | {"layout": [v for v in named.get("layout", []) if v.endswith(".json")]}
 
@@ -93,7 +93,7 @@ def _input_files(asked: dict[str, Any]) -> dict[str, list[str]]:
 def _named_files(asked: dict[str, Any]) -> dict[str, list[str]]:
     """All files and models that a job's options name, by option."""
     named, options = _input_files(asked), _options(asked)
-    for option in LISTS:  # a list is what is meant, a text may be a file
+    for option in LISTS:  # a list holds the entries themselves, a text may name a file
         value = options.get(option)
         named[option] = [value] if isinstance(value, str) and Path(value).suffix in (".txt", ".jsonl") else []
     named |= {o: [str(value)] for o in MODELS if (value := options.get(o)) is not None}
@@ -101,8 +101,8 @@ def _named_files(asked: dict[str, Any]) -> dict[str, list[str]]:
 
 
 def _read_recipe(path: Path, usual: dict[str, Any]) -> dict[str, Any]:
-    """A recipe as plain values of the usual kinds. Raises ValueError where it is none, or sets what a recipe has no business
-    with."""
+    """A recipe as plain values of the usual kinds. Raises ValueError where it is none, or sets an option that a recipe may not
+    set."""
     where = f"recipe={path} is no recipe of ldm-sample"
     try:
         recipe = (
@@ -118,7 +118,7 @@ def _read_recipe(path: Path, usual: dict[str, Any]) -> dict[str, Any]:
             and all(type(n) is int and 0 <= n <= 65536 for n in numbers) and min(numbers[:2]) > 0
             and all(isinstance(e["file"], str) for e in recipe.get("images", []))
         )  # fmt: skip
-    except Exception as error:  # Pillow raises whatever it likes on a file that is no picture
+    except Exception as error:  # Pillow raises errors of any type on a file that is no picture
         raise ValueError(where) from error
     if not well_formed or not isinstance(asked.get("sampler"), dict):
         raise ValueError(where)
@@ -127,22 +127,22 @@ def _read_recipe(path: Path, usual: dict[str, Any]) -> dict[str, Any]:
     known = {k: v for k, v in usual.items() if k not in NOT_DRAWN} | {"sampler": {}}
     check_kinds(asked, known, where, OPEN)
     unknown = [k for k in asked if k not in known]
-    own = asked.get("fields") or {}  # whose names the model alone knows
+    own = asked.get("fields") or {}  # only the model knows their names
     sections = [k for k in asked if isinstance(usual.get(k), dict) and k != "fields"]
     unknown += [f"{k}.{o}" for k in sections for o in asked[k] if o not in usual[k]]
     if unknown:
         raise ValueError(f"{where}: it sets {', '.join(unknown)}")
     check_kinds(own, dict.fromkeys(own, ""), where, dict.fromkeys((f"{FIELD}{k}" for k in own), (str, list)), FIELD)
-    # What was not there yet when an older recipe was written counts as usual.
+    # Options that an older recipe lacks take their defaults.
     return recipe | {"config": asked | {k: {**usual[k], **asked[k]} for k in sections}}
 
 
 def replayed(config: DictConfig) -> tuple[DictConfig, dict[str, Any], int | None]:
-    """recipe=<recipe.json or one of its pictures> -> (the config it was made with, the recipe, which picture alone).
+    """recipe=<recipe.json or one of its pictures> -> (the config of that job, the recipe, the number of the one picture to draw or None).
 
-    A recipe is data: it says a sampler, numbers, words and seeds. Files and models that it names are read where the
-    command names them too; the model alone is also found in the folder that holds the recipe, and below runs_dir.
-    Raises FileNotFoundError or ValueError where it is none, where its input files changed, and for other options.
+    A recipe is data: a sampler, numbers, texts and seeds. Files and models that it names are read only where the command
+    names them too; the model is also looked for in the recipe's own folder, and below runs_dir.
+    Raises FileNotFoundError or ValueError for a file that is no recipe, for changed input files, and for other options.
     """
     path = Path(config.recipe)
     if path.is_dir():
@@ -183,7 +183,7 @@ def replayed(config: DictConfig) -> tuple[DictConfig, dict[str, Any], int | None
 
 
 def _nearby(model: str, recipe: Path, runs_dir: str) -> bool:
-    """Whether a model's folder is that which holds the recipe, or lies among the user's runs."""
+    """Whether a model's folder is the one that holds the recipe, or lies in runs_dir."""
     folder = Path(model).resolve()
     own = folder.parent if folder.name == "export" else folder
     return own in recipe.resolve().parents or folder.is_relative_to(Path(runs_dir).resolve())
@@ -205,7 +205,7 @@ def folder_of(config: DictConfig, source: Path, recipe: dict[str, Any]) -> Path:
 class Job:
     """The folder of one job. Pictures appear under their final name when complete, recipe.json first and last.
 
-    channels: of the pictures. Of others than grey and RGB the PNG shows false colours and carries the recipe; what was drawn
+    channels: of the pictures. Of others than grey and RGB the PNG shows false colours and carries the recipe; the picture itself
     is the .npy beside it, (H, W, C) float32 in [-1, 1], written first.
     Raises Refused where the folder holds pictures of another recipe, naming what differs.
     """
@@ -257,9 +257,9 @@ class Job:
         return self.recipe | {"number": request.number, "seed": request.seed, "condition": request.text}
 
     def done(self, part: Sequence[Request]) -> torch.Tensor | None:
-        """The pictures of a whole batch that an earlier run of this job made, else None. A batch is drawn as a whole: its
-        pixels follow from its company."""
-        found = []
+        """The pictures of a whole batch that an earlier run of this job made, else None. A batch is drawn as a whole, because its pixels
+        depend on the batch."""
+        images = []
         for request in part:
             path = self.folder / request.name
             try:
@@ -273,14 +273,14 @@ class Job:
                     made = torch.from_numpy(array).permute(2, 0, 1)
                     if len(made) != self.channels or not np.array_equal(np.array(pictures.to_pil(made)), shown):
                         return None
-            except Exception:  # damaged files make Pillow and numpy raise whatever comes first
+            except Exception:  # on damaged files Pillow and numpy raise errors of any type
                 return None
             self.digests[request.name] = hashlib.sha256(array.tobytes()).hexdigest()
-            found.append(made)
-        return torch.stack(found)
+            images.append(made)
+        return torch.stack(images)
 
     def save(self, part: Sequence[Request], images: torch.Tensor) -> None:
-        """Raises OSError, naming the picture, where the disk takes no more."""
+        """Raises OSError, naming the picture, where the disk is full."""
         if not self.digests:
             self._write(finished=False)
         for request, image in zip(part, images):
@@ -301,7 +301,7 @@ class Job:
 
     @property
     def colours(self) -> str:
-        """What is to be said of pictures that are neither grey nor RGB, else nothing."""
+        """A note for pictures that are neither grey nor RGB, else ""."""
         if pictures.has_colours(self.channels):
             return ""
         return (

@@ -1,4 +1,4 @@
-"""What ldm-sample is asked for: the task, and from files and words the conditions of every picture."""
+"""The requests to ldm-sample: the task, and the conditions of every picture, read from files and texts."""
 
 import math
 import re
@@ -38,14 +38,14 @@ TASKS = {
     "interpolate": None,
     "reconstruct": None,
 }
-# Which begin from the picture itself.
+# Tasks that start from a picture.
 FROM_IMAGE = ("inpaint", "outpaint", "img2img", "reconstruct", "interpolate")
 WHOLE = (
     "n", "seed", "batch_size", "num_inference_steps", "invert_iterations", "resample.jump_length", "resample.repeats",
     "tiles.cells", "tiles.overlap",
 )  # fmt: skip
-MOST = 1 << 20  # of any of them but the seed; pictures of one job
-LEAST = {"seed": 0, "num_inference_steps": 0, "tiles.overlap": 0}  # others 1; the schedule names its own limits
+MOST = 1 << 20  # largest value of any of them but the seed; most pictures of one job
+LEAST = {"seed": 0, "num_inference_steps": 0, "tiles.overlap": 0}  # others 1; the schedule has its own limits
 NUMBERS = (
     "guidance_scale",
     "strength",
@@ -56,7 +56,7 @@ NUMBERS = (
     "guide.clip_scale",
 )
 
-# Options with options of their own, and one of these.
+# Sections of options, each with one of its options as an example.
 SECTIONS = {"guidance": "rescale", "guide": "classifier", "resample": "repeats", "tiles": "cells", "fields": "<name>"}
 
 
@@ -114,10 +114,10 @@ def check_types(config: DictConfig) -> None:
 
 @dataclass
 class Request:
-    """One picture: its seed, the fields it is conditioned on, how people read them, and what it begins from.
+    """One picture: its seed, the fields of its condition, these as text, and the picture and mask it starts from.
 
-    targets: what outside guides (classifier, CLIP) lead to, by field. mix: weighted fields, in the place of `fields`.
-    walk: (first seed, second seed, how far between them). images: the two pictures that a walk leads between.
+    targets: of outside guides (classifier, CLIP), by field. mix: weighted fields, in the place of `fields`.
+    walk: (first seed, second seed, how far between them). images: the two pictures at the ends of a walk.
     """
 
     seed: int
@@ -138,12 +138,12 @@ class Request:
 
 
 def possible_tasks(model: LatentDiffusion, guided: Collection[str] = ()) -> list[str]:
-    """guided: fields that outside guides understand."""
+    """The tasks that a model can do. guided: fields that outside guides read."""
     return [task for task, needed in TASKS.items() if needed is None or needed in (*model.fields, *guided)]
 
 
 def chosen_task(model: LatentDiffusion, config: DictConfig, guided: Collection[str] = ()) -> str:
-    """The task asked for, or what the given inputs mean. Raises ValueError where this model cannot do it."""
+    """The task of the config, or the one that the given inputs imply. Raises ValueError where this model cannot do it."""
     task, fields = config.task, (*model.fields, *guided)
     if task is None:
         if config.mask is not None:
@@ -255,7 +255,7 @@ def requests(model: LatentDiffusion, config: DictConfig, guides: Mapping[str, An
                 f"{option} has {len(given[option])} entries, others {count}: they are paired, give equally many or one"
             )
     listed = {o: given[o] * count if len(given[o]) == 1 else given[o] for o in options}
-    canvas, found = size, []
+    canvas, all_requests = size, []
     if task == "outpaint":
         top, right, bottom, left = (list(config.extend) + [0] * 4)[:4]
         canvas = picture_size(model, (size[0] + top + bottom, size[1] + left + right), "the extended picture's size")
@@ -278,18 +278,18 @@ def requests(model: LatentDiffusion, config: DictConfig, guides: Mapping[str, An
         targets = {f: guides[f](entries[o]) for f, o in guided.items()}
         negative = own.get("negative", None if config.negative is None else str(config.negative))
         n, first = own.get("n", config.n), own.get("seed")
-        if len(found) + n > MOST:
+        if len(all_requests) + n > MOST:
             raise ValueError(f"prompts asks for more than {MOST} pictures; make several jobs of them")
-        for i in range(1 if task == "reconstruct" else n):  # which knows no chance
-            number = len(found)
+        for i in range(1 if task == "reconstruct" else n):  # which has no randomness
+            number = len(all_requests)
             seed = config.seed + number if first is None else first + i
             text = _words(entries, fields, by_field)
-            found.append(Request(seed, fields, text, number, image, mask, negative, targets))
-    return found
+            all_requests.append(Request(seed, fields, text, number, image, mask, negative, targets))
+    return all_requests
 
 
 def _words(entries: Mapping[str, str], fields: Mapping[str, Any], by_field: Mapping[str, Any]) -> str:
-    """How people read a condition."""
+    """The condition as readable text."""
     words = [entries[o] if o in ("prompts", "classes") else Path(entries[o]).name for o in entries if o != "layout"]
     boxes = [by_field[f].describe([fields[f]])[0] for f in fields if f == "boxes"]
     return " / ".join(filter(None, words + boxes))
@@ -334,21 +334,21 @@ def _walk(
     stops = [{o: listed[o][j] for o in sorted(listed) if o != "image"} for j in range(ends)]
     fields = [fields_of(stop) for stop in stops]
     pictures = [read_image(path, size, channels) for path in listed.get("image", [])]
-    found: list[Request] = []
+    all_requests: list[Request] = []
     for j in range(ends - 1):
         for i in range(config.n if j == 0 else config.n - 1):
             t = (i if j == 0 else i + 1) / (config.n - 1)
             mix = ((1 - t, fields[j]), (t, fields[j + 1])) if stops[j] != stops[j + 1] else ((1.0, fields[j]),)
             words = " to ".join(dict.fromkeys(" / ".join(stop.values()) for stop in (stops[j], stops[j + 1])))
-            found.append(
+            all_requests.append(
                 Request(
                     # One seed along the walk: samplers that draw noise in every step draw the same.
-                    config.seed, {}, f"{words} {t:.2f}".strip(), len(found), negative=negative,
+                    config.seed, {}, f"{words} {t:.2f}".strip(), len(all_requests), negative=negative,
                     mix=mix if stops[j] else (), walk=(config.seed + j, config.seed + j + 1, t),
                     images=(pictures[j], pictures[j + 1]) if pictures else None,
                 )
             )  # fmt: skip
-    return found
+    return all_requests
 
 
 def latent_mask(mask: torch.Tensor, factor: int) -> torch.Tensor:

@@ -25,7 +25,7 @@ from ldm_train.models.tiling import Tiles
 from ldm_train.samplers.ddim import ddim
 from ldm_train.samplers.resampling import resampled
 
-# For models that do not say how they are sampled.
+# Defaults for models without recorded sampling options.
 DEFAULTS = {
     "num_inference_steps": 50,
     "guidance_scale": 1.0,
@@ -53,7 +53,7 @@ def model_folder(run: str | None, runs_dir: str, option: str = "run") -> Path:
 
 
 def check(config: DictConfig, model: LatentDiffusion) -> dict[str, Any]:
-    """The options of classifier_free. Raises ValueError for values that mean nothing, before any work is done."""
+    """The options of classifier_free. Raises ValueError for invalid values, before any work is done."""
     model.schedule.timesteps(config.num_inference_steps, config.spacing)
     guidance = {
         k: v for k, v in OmegaConf.to_container(config.guidance).items() if v is not None and (k, v) != ("rescale", 0)
@@ -94,7 +94,7 @@ def check(config: DictConfig, model: LatentDiffusion) -> dict[str, Any]:
 
 
 def check_wanted(config: DictConfig, task: str, wanted: list[Request], chosen: Any) -> None:
-    """Raises ValueError for options that do not go with what is drawn. chosen: the sampler that was asked for, if any."""
+    """Raises ValueError for options that do not fit the task. chosen: the sampler of the command, if any."""
     if any(r.negative is not None for r in wanted):
         if config.guidance_scale == 1:
             raise ValueError("negative need guidance: set guidance_scale above 1")
@@ -113,7 +113,7 @@ def check_wanted(config: DictConfig, task: str, wanted: list[Request], chosen: A
 
 
 def sample(config: DictConfig) -> list[Path]:
-    """Raises ValueError, FileNotFoundError or Refused for what cannot be drawn, naming the recipe where one was given."""
+    """Raises ValueError, FileNotFoundError or Refused for a job that cannot be drawn, naming the recipe where one is given."""
     if config.recipe is None:
         return _sample(config, None, None)
     try:
@@ -145,7 +145,7 @@ def _sample(config: DictConfig, recipe_before: dict[str, Any] | None, only: int 
     sampler = build_sampler(tree, f"sampler of {config.recipe or source}", trust)
     if config.resample.repeats > 1:
         sampler = partial(resampled, sampler=sampler, **config.resample)
-    if config.invert or (task == "interpolate" and config.image is not None):  # the sampler that inversion turns round
+    if config.invert or (task == "interpolate" and config.image is not None):  # inversion is of this sampler
         sampler = ddim
     weaker = None
     if config.weaker_model is not None:

@@ -81,7 +81,7 @@ class AutoencoderLoss(nn.Module):
         last_layer: nn.Conv2d,
         step: int,
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """Returns (scalar, logs). The scalar's gradient is right, its value means nothing; the logs hold true losses.
+        """Returns (scalar, logs). Only the scalar's gradient is meaningful, not its value; the logs hold the losses.
 
         images, reconstructions (B, C, H, W) in [-1, 1]; features: the input of `last_layer`; step: optimiser steps
         done. The gradients of both generator losses are taken at a copy of the reconstruction, so the graphs of
@@ -91,7 +91,7 @@ class AutoencoderLoss(nn.Module):
         with torch.autocast(images.device.type, enabled=False):
             images, leaf = images.float(), reconstructions.detach().float().requires_grad_()
             size = images[0].numel()
-            unit = size if self.reduction == "mean" else 1  # what the generator's sums over C, H, W are divided by
+            unit = size if self.reduction == "mean" else 1  # divisor of the generator's sums over C, H, W
             per_image, distance = self.reconstruction(images, leaf)
             nll = (per_image / self.logvar.detach().exp()).mean()
             (direction,) = torch.autograd.grad(nll / unit, leaf)

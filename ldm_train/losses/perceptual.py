@@ -108,9 +108,9 @@ class TinyPerceptual(nn.Module):
 def hub_file(label: str, name: str, url: str, path: str | Path | None, option: str, without: str) -> Path:
     """A file of weights: `path` if given, else torch.hub's cache, downloaded with a progress bar and checksum if absent.
 
-    label: what they are of. name: as torch.hub has them, ending in the start of the file's sha256. option, without: how a
-    user names a local file, and how he does without one. Raises FileNotFoundError, naming file, folder and both ways out,
-    when there is no network.
+    label: what they are of. name: as torch.hub has them, ending in the start of the file's sha256. option, without: the option for a
+    local file, and the way to do without one, both for the message. Raises FileNotFoundError, naming file and folder, when
+    there is no network.
     """
     target = Path(path).expanduser() if path else Path(torch.hub.get_dir()) / "checkpoints" / name
     prefix = name.rsplit("-", 1)[1].partition(".")[0]
@@ -152,7 +152,7 @@ class LPIPS(nn.Module):
 
     def __init__(self, weights: str | Path | None = None):
         super().__init__()
-        from torchvision.models.vgg import cfgs, make_layers  # here: the shipped network does without torchvision's ops
+        from torchvision.models.vgg import cfgs, make_layers  # here: the shipped network does not need torchvision
 
         path = vgg16_weights(weights)
         trunk = make_layers(cfgs["D"])

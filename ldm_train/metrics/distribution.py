@@ -1,4 +1,4 @@
-"""What sets of features say of two sets of images: Frechet and kernel distances, precision and recall, Inception score.
+"""Metrics of sets of features: Frechet and kernel distances, precision and recall, Inception score.
 
 All in float64, each as an `Estimate` with its 95 % interval. Sets are accumulated in a stream (`FeatureSet`).
 """
@@ -20,8 +20,8 @@ NORMAL_QUANTILE = 1.959963984540054
 
 @dataclass(frozen=True)
 class Estimate:
-    """A number measured on n samples, and the 95 % interval of its expectation at that n: what other samples of the same
-    model would give on average. (A Frechet distance's expectation falls with n; the interval says nothing of infinite n.)"""
+    """A number measured on n samples, and the 95 % interval of its expectation at that n: the mean over other samples of the
+    same model. (A Frechet distance's expectation falls with n; the interval does not cover the limit of infinite n.)"""
 
     value: float
     low: float
@@ -218,11 +218,11 @@ def recall_estimate(reference: torch.Tensor, features: torch.Tensor, indices: to
 
     skips = [None] if m < 3 * GROUPS else [None, *range(GROUPS)]
     circles = [radii(skip) for skip in skips]
-    found = torch.zeros(len(skips), dtype=torch.float64)
+    covered = torch.zeros(len(skips), dtype=torch.float64)
     for part in a.split(BLOCK):
         gaps = torch.cdist(part, b)
-        found += torch.stack([(gaps <= circle).any(dim=1).sum() for circle in circles])
-    value, *left = (found / len(a)).tolist()
+        covered += torch.stack([(gaps <= circle).any(dim=1).sum() for circle in circles])
+    value, *left = (covered / len(a)).tolist()
     return _jackknife(value, left, m) if left else _too_few(value, m)
 
 

@@ -1,6 +1,6 @@
 """Feature extractors: images (B, C, H, W) in [-1, 1] -> features (B, D).
 
-What the config calls it is what the metrics' names carry. One with classes also has `logits` (features -> (B, classes)), for the
+Its name in the config is part of the metrics' names. One with classes also has `logits` (features -> (B, classes)), for the
 Inception score; one of texts has `texts` (captions -> (B, D)), for CLIPScore. A module of a user's own needs no more
 than the call.
 """
@@ -22,7 +22,7 @@ INCEPTION_URL = f"https://github.com/toshas/torch-fidelity/releases/download/v0.
 
 
 def weights_hash(module: nn.Module) -> str:
-    """sha256 over names and values of a module's weights: which extractor it is that measured."""
+    """sha256 over names and values of a module's weights: identifies an extractor."""
     digest = hashlib.sha256()
     for name, value in sorted(module.state_dict().items()):
         digest.update(name.encode())
@@ -89,7 +89,7 @@ class Inception(Extractor):
 
 
 def _named(option: str, path: str, load: Callable[[str], nn.Module]) -> nn.Module:
-    """Raises FileNotFoundError with the option to change, where the model is not to be had."""
+    """The result of `load`. Raises FileNotFoundError, naming the option to change, where the model cannot be obtained."""
     try:
         return load(str(Path(path).expanduser()) if path.startswith("~") else path)
     except FileNotFoundError as error:

@@ -1,4 +1,4 @@
-"""The published metrics: what each compares, and what it needs."""
+"""The published metrics: the sets that each compares, and the features it needs."""
 
 from collections.abc import Sequence
 from typing import Any

@@ -1,7 +1,7 @@
-"""What a first stage's latents say of the diffusion model to come, before it is trained.
+"""Measures of a first stage's latents that predict the quality of a diffusion model before it is trained.
 
-Reconstruction no longer ranks autoencoders for generation; these do better (the shape of the spectrum, equivariance,
-the decoder's tolerance, decoded interpolations), and each costs seconds.
+Reconstruction error ranks autoencoders badly for generation; these do better (the shape of the spectrum, equivariance,
+the decoder's tolerance, decoded interpolations), and each takes seconds.
 """
 
 import torch
@@ -39,7 +39,7 @@ def _halved(x: torch.Tensor) -> torch.Tensor:
 
 @torch.no_grad()
 def equivariance_error(first_stage: FirstStage, latents: torch.Tensor) -> torch.Tensor:
-    """Mean squared difference between decoding transformed latents and transforming what is decoded, over the variance of
+    """Mean squared difference between decoding transformed latents and transforming decoded pictures, over the variance of
     the pictures, for a quarter turn and half the size (Kouzelis et al. 2025). latents (B, C, h, w) scaled -> (B,)."""
     images = first_stage.decode(latents)
     variance = images.var(dim=(1, 2, 3)).clamp(min=1e-6)
@@ -55,7 +55,7 @@ def equivariance_error(first_stage: FirstStage, latents: torch.Tensor) -> torch.
 
 @torch.no_grad()
 def decoder_sensitivity(first_stage: FirstStage, latents: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
-    """How much more the decoder makes of a small error than its share of the latents: relative squared change of the
+    """How much the decoder amplifies a small error of the latents: relative squared change of the
     picture over that of the latents, at noise of 0.1 standard deviations. latents, noise (B, C, h, w) -> (B,)."""
     images = first_stage.decode(latents)
     change = (first_stage.decode(latents + NOISE * noise) - images).square().mean(dim=(1, 2, 3))

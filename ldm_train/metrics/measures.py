@@ -1,4 +1,4 @@
-"""What metrics need of sets of images, collected in a stream, and what they say of it."""
+"""Collects in a stream the features of image sets that metrics need, and computes the metrics."""
 
 import io
 import zipfile
@@ -16,7 +16,7 @@ from ldm_train.metrics.sets import GROUPS, KEPT, UNKNOWN, FeatureSet, Moments
 
 
 class Collected:
-    """What the metrics need to know of a set of images, in a stream; the same for any batches and ranks.
+    """Features and values of a set of images for the metrics, in a stream; equal for any batches and ranks.
 
     metrics: decide which extractors see the images. extractors: name -> images -> features. compared: the set is one that
     metrics compare with, by its name there; it is not resampled. None: the set that is measured.
@@ -33,7 +33,7 @@ class Collected:
     def add(self, images: torch.Tensor, indices: torch.Tensor, captions: Sequence[str] | None = None) -> None:
         """images (B, C, H, W) in [-1, 1], indices (B,) in the whole set, captions they were drawn from.
 
-        Raises ValueError where a metric needs what is not there: captions, or an extractor with classes or texts.
+        Raises ValueError where a metric needs captions, or an extractor with classes or texts, and there are none.
         """
         for name, extractor in self.extractors.items():
             features, logits = extractor(images), None
@@ -57,23 +57,23 @@ class Collected:
         return self
 
     def values_of(self, metric: Metric) -> torch.Tensor:
-        """What a metric has kept of each image, (N,)."""
+        """The values that a metric collected, one per image (N,)."""
         pairs = self.values.get(metric.name, [])
         return torch.cat([values for _, values in pairs]) if pairs else torch.empty(0)
 
     def state(self) -> dict[str, Any]:
-        """What an interrupted collection continues from: tensors, numbers and names."""
+        """The state from which an interrupted collection continues: tensors, numbers and names."""
         return {"sets": {name: features.state() for name, features in self.sets.items()}, "values": self.values}
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Raises whatever a state of another kind leads to, with nothing changed."""
+        """Continues from a `state`. Raises errors of any type for an invalid one, and then changes nothing."""
         sets = {name: FeatureSet.restored(saved) for name, saved in state["sets"].items()}
         values = {n: [(i.long(), v.double()) for i, v in state["values"][n]] for n in state["values"]}
         self.sets, self.values = sets, values
 
 
 def write_reference(features: FeatureSet, file: io.BufferedWriter) -> None:
-    """As .npz with mu and sigma, as pytorch-fid and its kin read and write it, beside n and the features kept."""
+    """Writes .npz with mu and sigma, in the format of pytorch-fid and others, and also n and the features kept."""
     moments, (kept, indices) = features.moments, features.kept()
     np.savez(
         file, mu=moments.mean.numpy(), sigma=moments.covariance.numpy(), n=moments.count, features=kept.float().numpy(),
@@ -82,20 +82,20 @@ def write_reference(features: FeatureSet, file: io.BufferedWriter) -> None:
 
 
 def read_reference(path: str | Path) -> FeatureSet:
-    """A file of `write_reference`, or anyone's with mu and sigma (then without features: Frechet distances only).
+    """Reads a file of `write_reference`, or another one with mu and sigma (then without features: Frechet distances only).
 
-    Raises ValueError where it is none.
+    Raises ValueError for any other file.
     """
     try:
-        with np.load(path) as found:
-            mean, covariance = torch.from_numpy(found["mu"]), torch.from_numpy(found["sigma"])
+        with np.load(path) as archive:
+            mean, covariance = torch.from_numpy(archive["mu"]), torch.from_numpy(archive["sigma"])
             if mean.ndim != 1 or covariance.shape != (len(mean), len(mean)):
                 raise KeyError
-            kept = len(found["features"]) if "features" in found else 0
+            kept = len(archive["features"]) if "features" in archive else 0
             features = FeatureSet(len(mean), groups=1, keep=max(KEPT, kept))
-            features.groups[0] = Moments.stated(mean, covariance, int(found["n"]) if "n" in found else UNKNOWN)
-            if "features" in found:
-                features.add_kept(torch.from_numpy(found["features"]), torch.from_numpy(found["indices"]))
+            features.groups[0] = Moments.stated(mean, covariance, int(archive["n"]) if "n" in archive else UNKNOWN)
+            if "features" in archive:
+                features.add_kept(torch.from_numpy(archive["features"]), torch.from_numpy(archive["indices"]))
             return features
     except (KeyError, OSError, ValueError, zipfile.BadZipFile, EOFError, TypeError) as error:
         if isinstance(error, FileNotFoundError):
@@ -107,26 +107,26 @@ Sets = Mapping[str, Mapping[str, FeatureSet]]
 
 
 def compared(metric: Metric, sets: Sets) -> list[FeatureSet]:
-    """The sets that a metric compares with, from those there are, by their names there and by extractor.
+    """The sets that a metric compares with, out of `sets`: {name: {extractor: features}}.
 
     Raises ValueError where one is missing, or holds moments alone and the metric needs features."""
-    found = []
+    feature_sets = []
     for name in metric.compared_with:
         if metric.extractor not in sets.get(name, {}):
             raise ValueError(
                 f"{metric.name} compares with a run's training and validation pictures: ldm-evaluate run=<run>"
             )
-        found.append(sets[name][metric.extractor])
-        if metric.needs_features and not len(found[-1].kept()[0]):
+        feature_sets.append(sets[name][metric.extractor])
+        if metric.needs_features and not len(feature_sets[-1].kept()[0]):
             raise ValueError(
                 f"{metric.name} needs features; this reference holds mean and covariance only (fid and fd work)"
             )
-    return found
+    return feature_sets
 
 
 def measure(metrics: Sequence[Metric], sets: Sets, made: Collected) -> dict[str, Estimate]:
     """Every metric of a set of images; all sets gathered over ranks. Raises ValueError as `compared` does."""
-    found = {}
+    estimates = {}
     for metric in metrics:
         ours, others = made.sets[metric.extractor], compared(metric, sets)
         for theirs in others:
@@ -135,5 +135,5 @@ def measure(metrics: Sequence[Metric], sets: Sets, made: Collected) -> dict[str,
                 raise ValueError(
                     f"{metric.name}: the reference has {dims[0]} features per image, the extractor {dims[1]}"
                 )
-        found[metric.name] = metric.measure(ours, made.values_of(metric), *others)
-    return found
+        estimates[metric.name] = metric.measure(ours, made.values_of(metric), *others)
+    return estimates

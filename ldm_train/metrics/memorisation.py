@@ -12,8 +12,8 @@ SHOWN = 12  # pairs
 def nearest(features: torch.Tensor, among: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """(distances, rows) of the nearest of `among` (M, D) to each of features (N, D), float64."""
     among = among.double()
-    found = [torch.cdist(part.double(), among).min(dim=1) for part in features.split(BLOCK)]
-    return torch.cat([f.values for f in found]), torch.cat([f.indices for f in found])
+    minima = [torch.cdist(part.double(), among).min(dim=1) for part in features.split(BLOCK)]
+    return torch.cat([m.values for m in minima]), torch.cat([m.indices for m in minima])
 
 
 class Memorisation(Metric):

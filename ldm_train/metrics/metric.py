@@ -1,4 +1,4 @@
-"""What a metric of a set of images is. A kind of metric is a class and a file `conf/metric/<kind>.yaml` that names it."""
+"""The contract of metrics of a set of images. A kind of metric is a class and a file `conf/metric/<kind>.yaml` that names it."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -13,7 +13,7 @@ TRAINING, HELD_OUT = "train_split", "val_split"  # of the data
 
 
 class Metric:
-    """A number of a set of images by the features of one extractor. Subclasses state the attributes and implement `measure`.
+    """A number computed from a set of images by the features of one extractor. Subclasses state the attributes and implement `measure`.
 
     published_with    the extractor that the kind alone stands for; None: always say one
     higher_is_better
@@ -43,16 +43,16 @@ class Metric:
         return -1 if self.higher_is_better else 1
 
     def check(self, extractor: Any, fields: Sequence[str]) -> None:
-        """Raises ValueError where it cannot be measured by this extractor, of a model with these condition fields."""
+        """Raises ValueError where it cannot be measured with this extractor, for a model with these condition fields."""
         if self.needs_classes and not hasattr(extractor, "logits"):
             raise ValueError(f"{self.name} needs class probabilities, which {type(extractor).__name__} has not")
 
     def collect(self, extractor: Any, features: torch.Tensor, captions: Sequence[str] | None) -> torch.Tensor | None:
-        """Numbers (B,) to keep of each image beside its features (B, D); None for none."""
+        """Values (B,), one per image, to keep beside the features (B, D); None for none."""
         return None
 
     def measure(self, made: FeatureSet, values: torch.Tensor, *others: FeatureSet) -> Estimate:
-        """values: what `collect` has kept of all images (N,). others: the sets that it is compared with."""
+        """values: those of `collect` for all images (N,). others: the sets that it is compared with."""
         raise NotImplementedError
 
     def pairs(self, made: FeatureSet, *others: FeatureSet) -> list[tuple[int, int]]:

@@ -8,8 +8,8 @@ import torch
 from ldm_train.distributed import gathered, world_size
 
 GROUPS = 20  # of the jackknife
-UNKNOWN = 2  # the count of moments that someone else has measured without saying of how many
-KEPT = 10_000  # features of a set that are kept one by one, for what moments do not give
+UNKNOWN = 2  # the count of moments from elsewhere whose number of samples is not known
+KEPT = 10_000  # features of a set that are kept one by one, for metrics that moments do not suffice for
 FLUSH = 2048  # rows collected before they enter the groups' sums
 
 
@@ -69,7 +69,7 @@ class Moments:
 
     @classmethod
     def stated(cls, mean: torch.Tensor, covariance: torch.Tensor, count: int) -> "Moments":
-        """Moments that someone else has measured: mean (dim,), unbiased covariance (dim, dim)."""
+        """Moments from elsewhere: mean (dim,), unbiased covariance (dim, dim)."""
         moments = cls(len(mean))
         moments.count, moments.total = count, mean.double() * count
         moments.outer = covariance.double() * (count - 1) + count * torch.outer(mean.double(), mean.double())
@@ -165,7 +165,7 @@ class FeatureSet:
         return self._kept, self._kept_indices
 
     def state(self) -> dict[str, Any]:
-        """What `restored` makes the same set of: tensors and numbers."""
+        """The state from which `restored` makes an equal set: tensors and numbers."""
         self._flush()
         sums = [(group.count, group.total, group.outer) for group in self.groups]
         return {"groups": sums, "keep": self.keep, "class_sums": self.class_sums, "kept": self.kept()}
@@ -202,7 +202,7 @@ class FeatureSet:
 
     @classmethod
     def of(cls, features: torch.Tensor, groups: int = GROUPS, keep: int = KEPT) -> "FeatureSet":
-        """Features (N, dim) that are there already."""
+        """A set of features (N, dim)."""
         made = cls(features.shape[1], groups, keep)
         made.add(features, torch.arange(len(features)))
         return made

@@ -139,7 +139,7 @@ class Encoder(nn.Module):
         self.conv_out = nn.Conv2d(width, out_channels, 3, padding=1)
 
     def forward(self, images: torch.Tensor, tiles: Tiles | None = None) -> torch.Tensor:
-        """tiles: how to take the part of high resolution apart; the middle, which sees everything, stays whole."""
+        """tiles: computes the levels in tiles; the middle, which sees the whole picture, is never tiled."""
         if tiles is not None:
             f = 2 ** (len(self.down) - 1)
             steps = [Step(None, lambda state, _: (self.conv_in(state[0]),))]
@@ -194,7 +194,7 @@ class Decoder(nn.Module):
         return F.silu(self.norm_out(x))
 
     def tiled(self, latents: torch.Tensor, tiles: Tiles) -> torch.Tensor:
-        """-> images (B, out_channels, H, W). The middle, which sees everything, stays whole."""
+        """-> images (B, out_channels, H, W). The middle, which sees the whole picture, is never tiled."""
         steps = [step for stage in reversed(self.up) for step in stage.steps()]
         steps.append(Step(self.norm_out, lambda state, normed: (self.conv_out(F.silu(normed)),)))
         x = self.mid(self.conv_in(latents))
@@ -202,7 +202,7 @@ class Decoder(nn.Module):
 
 
 class Autoencoder(nn.Module):
-    """Encoder and decoder with 1x1 projections around the latents. Subclasses say what lies between.
+    """Encoder and decoder with 1x1 projections around the latents. Subclasses define the posterior between them.
 
     Its latents are unscaled; the first stage scales them.
 
@@ -241,7 +241,7 @@ class Autoencoder(nn.Module):
         self.post_quant_conv = nn.Conv2d(embed_dim, z_channels, 1)
 
     def encode_moments(self, images: torch.Tensor, tiles: Tiles | None = None) -> torch.Tensor:
-        """images (B, C, H, W) in [-1, 1] -> what the posterior is made of and the latent cache stores.
+        """images (B, C, H, W) in [-1, 1] -> the moments of the posterior, which the latent cache stores.
 
         (B, 2 * latent_channels, H/f, W/f), mean and log-variance, from the KL autoencoder; the latents themselves,
         (B, latent_channels, H/f, W/f), from deterministic ones. Raises ValueError where the size is not divisible by

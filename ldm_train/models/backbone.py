@@ -1,4 +1,4 @@
-"""What a denoising network is; `UNet` and `DiT` are two of them, and one of your own needs no edit here or elsewhere."""
+"""The contract of denoising networks such as `UNet` and `DiT`; one of your own needs no edit here or elsewhere."""
 
 from typing import Protocol
 

@@ -1,4 +1,4 @@
-"""What an encoder says of an image: a Gaussian, or a point."""
+"""Posteriors of encoders: a Gaussian, or a point."""
 
 import torch
 

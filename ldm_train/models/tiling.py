@@ -34,8 +34,8 @@ class _Side:
     length: int
 
     def weights(self, blend: float, scale: int) -> torch.Tensor:
-        """Per row: falling linearly over `blend` cells about each inner edge. What lies beyond, nearest to the window's
-        border, saw the border's padding and counts for nothing."""
+        """Per row: falling linearly over `blend` cells about each inner edge. Rows beyond, next to
+        the window's border, have weight 0, as they saw the border's padding."""
         place = self.begin + (torch.arange((self.end - self.begin) * scale) + 0.5) / scale
         ramp, blend = torch.ones(len(place)), max(blend, 1 / scale)
         for inner, distance in ((self.low > 0, place - self.low), (self.high < self.length, self.high - place)):
@@ -44,7 +44,7 @@ class _Side:
         return ramp
 
     def own(self, rows: int) -> slice:
-        """The part from low to high among the `rows` that the window has at some resolution."""
+        """The slice from `low` to `high` where the window has `rows` rows."""
         scale = rows / (self.end - self.begin)
         # Halves go up for both neighbours; `round` would send them to the even row, which may be another in each.
         return slice(*(floor((edge - self.begin) * scale + 0.5) for edge in (self.low, self.high)))
@@ -81,7 +81,7 @@ class Windows:
         return [(rows.at(scale), columns.at(scale)) for rows, columns in self.places]
 
     def average(self, parts: Iterable[torch.Tensor], scale: int = 1) -> torch.Tensor:
-        """The feathered average of what each window holds, (B, C, its rows * scale, its columns * scale), in the order of
+        """The feathered average of the windows' contents, (B, C, its rows * scale, its columns * scale), in the order of
         `slices`. Returns (B, C, h * scale, w * scale)."""
         total, weights = None, None
         for part, place, (rows, columns) in zip(parts, self.places, self.slices(scale)):
@@ -133,9 +133,9 @@ class _Statistics:
 
 @dataclass(frozen=True)
 class Tiles:
-    """How the autoencoder takes large pictures apart. In latent cells: `cells` a side, sharing `overlap`.
+    """Tiled computation of the autoencoder for large pictures. In latent cells: `cells` a side, sharing `overlap`.
 
-    All tiles go through the network in step and wait for each other at every group norm, which takes its statistics over
+    All tiles go through the network in step and wait for each other at every group norm, whose statistics are over
     the whole picture; a tile on its own would have its own contrast and colour. Between the steps they wait in the CPU's
     memory. The result equals the untiled one to rounding where the overlap covers what a pixel sees: 3/8 of it is left out
     on each side. (Attention outside the middle, where a network has some, sees its own tile only.)
@@ -157,17 +157,17 @@ class Tiles:
         """
         windows = Windows(size, (self.cells, self.cells), self.overlap, blend=0.25)
         waiting = [(x[..., rows, columns],) for rows, columns in windows.slices(input_scale)]
-        found = _Statistics()
+        statistics = _Statistics()
         if steps[0].norm is not None:
             for state, place in zip(waiting, windows.places):
-                found.add(state[-1], steps[0].norm.num_groups, place)
+                statistics.add(state[-1], steps[0].norm.num_groups, place)
         for step, then in zip(steps, [*steps[1:], None]):
             following = _Statistics()
             for i, place in enumerate(windows.places):
                 state = tuple(part.to(x.device) for part in waiting[i])
-                state = step.run(state, None if step.norm is None else found.normalise(state[-1], step.norm))
+                state = step.run(state, None if step.norm is None else statistics.normalise(state[-1], step.norm))
                 if then is not None and then.norm is not None:
                     following.add(state[-1], then.norm.num_groups, place)
                 waiting[i] = tuple(part.cpu() for part in state)
-            found = following
+            statistics = following
         return windows.average((state[-1].to(x.device) for state in waiting), output_scale)

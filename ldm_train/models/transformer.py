@@ -38,7 +38,7 @@ class CrossAttention(nn.Module):
         kept = self._kept
         if kept is None or kept[0]() is not context or kept[1] != state:
             made = self._split(self.to_k(context)), self._split(self.to_v(context))
-            # They go with their context, not with the next one.
+            # They are freed with their context, not only at the next one.
             kept = self._kept = (weakref.ref(context, self._forget), state, made)
         return kept[2]
 

@@ -180,7 +180,7 @@ class UNet(nn.Module):
         """noisy_latents (B, C, h, w), timesteps (B,) in [0, T), context (B, L, D) with mask (B, L),
         concat (B, concat_channels, h, w), vector (B, vector_dim). Returns (B, out_channels, h, w).
 
-        Raises ValueError where h or w does not survive the halvings.
+        Raises ValueError where the halvings do not divide h and w.
         """
         if noisy_latents.shape[-1] % self.size_multiple or noisy_latents.shape[-2] % self.size_multiple:
             raise ValueError(

@@ -26,7 +26,7 @@ def model_folder(run: Run) -> Path:
 def pretrained_folder(value: str, runs_dir: str) -> Path:
     """autoencoder.pretrained -> the model folder: a run's name or folder, or a model folder itself.
 
-    Raises FileNotFoundError naming what was looked for.
+    Raises FileNotFoundError naming the paths that were tried.
     """
     candidates = [Path(value), Path(value) / "autoencoder" / "model", Path(runs_dir) / value / "autoencoder" / "model"]
     for folder in candidates:
@@ -45,7 +45,7 @@ def load_first_stage(run: Run) -> FirstStage:
 
 
 def on_meta(run: Run) -> nn.Module:
-    """The autoencoder that the run will have, without its memory: its own, or that of the model it takes instead."""
+    """The run's autoencoder, its own or a pretrained one, on the meta device."""
     if pretrained := run.config.autoencoder.pretrained:
         network = meta_autoencoder(pretrained_folder(pretrained, run.config.runs_dir), run.trust)
     else:
@@ -90,7 +90,7 @@ class AutoencoderStage(Stage):
         if run.config.autoencoder.pretrained:
             return
         run.decode_one(run.data("autoencoder", ("image",)))
-        with torch.device("meta"):  # its perceptual network is the first thing that the stage itself loads
+        with torch.device("meta"):  # without its perceptual network, which the stage loads first when it runs
             instantiate(plain(run.config.autoencoder.loss) | {"perceptual": None}, _convert_="all")
 
     def plan(self, run: Run) -> Plan | None:
@@ -116,7 +116,7 @@ class AutoencoderStage(Stage):
         data = run.data("autoencoder", ("image",))
         network = instantiate(section.network, _convert_="all")
         tree, metadata = plain(section.network), {"downsample_factor": network.downsample_factor}
-        if not list(network.parameters()):  # the identity
+        if not list(network.parameters()):  # the identity has nothing to train
             return {"sha256": training.save(run, folder / "model", network, tree, metadata)}
         task = instantiate(section.task)(
             network,

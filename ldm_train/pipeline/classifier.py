@@ -11,7 +11,7 @@ from ldm_train import rng
 from ldm_train.checkpoints.native import read_metadata
 from ldm_train.configuration import plain
 from ldm_train.data.datamodule import ShardDataModule
-from ldm_train.generation.guides import schedule_facts
+from ldm_train.generation.guides import schedule_identity
 from ldm_train.pipeline import autoencoder, latents, training
 from ldm_train.pipeline.data import FROM_DATA, mixture_key
 from ldm_train.pipeline.diffusion import latent_size, schedule_of
@@ -20,7 +20,7 @@ from ldm_train.pipeline.stage import Stage
 
 
 def classifier_tree(config: DictConfig, images: ShardDataModule, first_stage: Any) -> dict[str, Any]:
-    """The network's config with what comes from the data filled in."""
+    """The network's config with the values that come from the data."""
     tree = plain(config.classifier.network)
     filled = {"classes": images.index.get("classes"), "latent_size": latent_size(config, first_stage)}
     if filled["classes"] is None and tree["classes"] == FROM_DATA:
@@ -31,7 +31,7 @@ def classifier_tree(config: DictConfig, images: ShardDataModule, first_stage: An
 
 
 class ClassifierStage(Stage):
-    """Trains on the latents of a run, apart from the model that it will guide."""
+    """Trains on the latents of a run, independently of the model that it will guide."""
 
     name, needs = "classifier", ("latents",)
 
@@ -73,10 +73,10 @@ class ClassifierStage(Stage):
             network, first_stage, schedule, **training.optimisation(run, "classifier")
         )
         training.train(run, "classifier", task, data, folder, images=count)
-        # What a model must share with it to be guided by it.
+        # A model must have the same values to be guided by it, see `latents_of`.
         metadata = {
             "autoencoder": read_metadata(autoencoder.model_folder(run))["sha256"],
             "scale": first_stage.scale.flatten().tolist(),
             "shift": first_stage.shift.flatten().tolist(),
-        } | schedule_facts(schedule)
+        } | schedule_identity(schedule)
         return {"sha256": training.save(run, folder / "model", network, tree, metadata)}

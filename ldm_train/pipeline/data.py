@@ -1,4 +1,4 @@
-"""The images of a run: which data each stage takes, and the fields that its conditions need."""
+"""The images of a run: the data of each stage, and the fields that its conditioners need."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,8 +15,8 @@ from ldm_train.data.prepare.build import build as prepare
 from ldm_train.data.shards import INDEX, data_hash, read_index
 from ldm_train.training.fit import Machine
 
-FROM_DATA = "from_data"  # a value that only the data can give: class names, a tokenizer
-DERIVING = ("ldm_train.data.masks", "ldm_train.data.degradations")  # what makes fields from images
+FROM_DATA = "from_data"  # stands for a value that comes from the data: class names, a tokenizer
+DERIVING = ("ldm_train.data.masks", "ldm_train.data.degradations")  # modules that make fields from images
 CONDITIONERS = "diffusion.conditioning.conditioners"
 
 
@@ -32,13 +32,13 @@ def sides(size: Any) -> tuple[int, int]:
 def stage_data(config: DictConfig, stage: str) -> DictConfig:
     """The data section of a stage: the autoencoder's own options (autoencoder.data) come before the common ones."""
     own = {k: v for k, v in config.autoencoder.data.items() if v is not None} if stage == "autoencoder" else {}
-    if "root" in own:  # shares are those of its own roots, and they are not made on the spot
+    if "root" in own:  # data.weights and data.source belong to the common roots
         own = {"weights": None, "balance_classes": False, "source": None} | own
     return OmegaConf.merge(config.data, own) if own else config.data
 
 
 def ensure_data(data: DictConfig) -> None:
-    """Prepares data that needs nothing from outside (data.source) where it is not there yet."""
+    """Prepares data from a source that needs no files (data.source), if there are none yet."""
     if data.source is not None and isinstance(data.root, str) and not (Path(data.root) / INDEX).is_file():
         prepare(instantiate(data.source), data.root, data.per_shard)
 
@@ -77,7 +77,7 @@ def data_module(
 
 
 def label_counts(config: DictConfig, trust: Sequence[str] = ()) -> dict[str, int | None]:
-    """{batch field: how many labels the conditioner or classifier of it knows}, None where the data say so."""
+    """{batch field: how many labels the conditioner or classifier of it knows}, None where the data set it."""
     counts: dict[str, int | None] = {}
     if "classifier" in config and isinstance(config.classifier.network.classes, int):
         counts["class_label"] = config.classifier.network.classes
@@ -111,7 +111,7 @@ def condition_fields(config: DictConfig, trust: Sequence[str] = ()) -> tuple[str
 
 
 def data_key(config: DictConfig, stage: str) -> dict[str, Any]:
-    """What a stage's images follow from."""
+    """Everything that a stage's images depend on."""
     data = stage_data(config, stage)
     index = read_index(plain(data)["root"], data.remedy)
     used = {k: data[k] for k in ("image_size", "crop", "scale", "flip", "channels", "reader", "shuffle_buffer")}
@@ -122,6 +122,6 @@ def data_key(config: DictConfig, stage: str) -> dict[str, Any]:
 
 
 def mixture_key(config: DictConfig, stage: str) -> dict[str, Any]:
-    """How training draws from several sets of data."""
+    """The options by which training draws from several data sets."""
     data = plain(stage_data(config, stage))
     return {k: data[k] for k in ("weights", "balance_classes")}

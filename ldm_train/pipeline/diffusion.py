@@ -33,9 +33,9 @@ from ldm_train.training.diffusion_task import BINS
 
 
 def conditioner_tree(config: DictConfig, data: ShardDataModule, rehearsal: bool = False) -> dict[str, Any]:
-    """The conditioners' config with what comes from the data filled in; it goes into the model folder as it is.
+    """The conditioners' config with the values that come from the data, as the model folder stores it.
 
-    rehearsal: the tokenizer is of no captions, so that nothing is read through.
+    rehearsal: the tokenizer is trained on no captions, so that the data are not read.
     """
     tree = plain(config.diffusion.conditioning.conditioners)
     for name, conditioner in tree.items():
@@ -57,7 +57,7 @@ def conditioner_tree(config: DictConfig, data: ShardDataModule, rehearsal: bool 
             tokenizer = train_tokenizer(captions, size)
             conditioner["tokenizer"] = tokenizer.to_str()
         elif "tokenizer" in conditioner:
-            conditioner.pop("vocab_size", None)  # the file's own
+            conditioner.pop("vocab_size", None)  # the tokenizer file sets it
             conditioner["tokenizer"] = read_tokenizer(conditioner["tokenizer"]).to_str()
     return tree
 
@@ -101,7 +101,7 @@ def network_on_meta(run: Run) -> nn.Module:
 
 
 def sampling_of(run: Run) -> dict[str, Any]:
-    """The run's own sampling options, which travel with its model."""
+    """The run's own sampling options, which are stored with its model."""
     return plain(run.config.sampling) | {"sampler": plain(run.config.sampler)}
 
 
@@ -118,7 +118,7 @@ def drawer(run: Run) -> Callable[..., torch.Tensor]:
 
 
 def check_best_by(config: DictConfig) -> None:
-    """Raises ValueError for a diffusion.best_by that will not be measured, and where evaluate_every measures nothing."""
+    """Raises ValueError for a diffusion.best_by that is not among the measured metrics, and for evaluate_every without metrics."""
     by, measured = config.diffusion.best_by, list(config.evaluation.metrics)
     if config.diffusion.evaluate_every and not measured:
         raise ValueError(
@@ -133,7 +133,7 @@ def check_best_by(config: DictConfig) -> None:
 
 
 def check_sampler(run: Run, channels: int) -> None:
-    """The sampler on latents of one cell, denoised to 0: it is there, takes its options and goes with the schedule."""
+    """Runs the sampler on latents of one cell, denoised to 0: it can be imported, takes its options and fits the schedule."""
     config, schedule = run.config, schedule_of(run)
     sampler = build_sampler(plain(config.sampler), "sampler", run.trust)
     if unknown := sorted({*config.sampling} - {f.name for f in fields(Sampling)}):

@@ -1,4 +1,4 @@
-"""Evaluation: samples, reconstructions, latents and adherence to conditions in numbers, and pictures of them."""
+"""The evaluation stage: metrics of samples, reconstructions, latents and adherence to conditions, and pictures."""
 
 from pathlib import Path
 from typing import Any
@@ -9,7 +9,7 @@ from ldm_train.checkpoints.native import load_model
 from ldm_train.configuration import plain
 from ldm_train.data.datamodule import Batching
 from ldm_train.evaluation.adherence import judged_fields
-from ldm_train.evaluation.evaluator import parse_metrics, sampling_facts
+from ldm_train.evaluation.evaluator import parse_metrics, sampling_options
 from ldm_train.evaluation.report import evaluate
 from ldm_train.evaluation.restoration import FIELDS as RESTORED
 from ldm_train.generation.film import denoising_film
@@ -18,7 +18,7 @@ from ldm_train.pipeline.diffusion import check_model, drawer
 from ldm_train.pipeline.run import Run
 from ldm_train.pipeline.stage import Stage
 
-SHOWN = 36  # samples that an evaluation without metrics draws, to be looked at
+SHOWN = 36  # samples that an evaluation without metrics draws, for samples.png
 
 
 class EvaluationStage(Stage):
@@ -36,7 +36,7 @@ class EvaluationStage(Stage):
         }
 
     def _section(self, run: Run) -> dict[str, Any]:
-        """The evaluation section with the extractors that its metrics use: another's path changes nothing."""
+        """The evaluation section with only the extractors that its metrics use: the path of another changes nothing."""
         section = plain(run.config.evaluation)
         metrics = parse_metrics(section["metrics"], list(section["extractors"]), section["kinds"])
         used = {m.extractor for m in metrics}
@@ -80,7 +80,7 @@ class EvaluationStage(Stage):
             draw,
             evaluator.reference(data, config.runs_dir, show),
             folder,
-            sampling_facts(config),
+            sampling_options(config),
             batch_size=section.batch_size,
             predictors=section.predictors,
             adherence=plain(section.adherence) | {"fields": judged} if judged and section.adherence else None,

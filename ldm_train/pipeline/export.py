@@ -1,4 +1,4 @@
-"""The finished model: everything needed to sample, nothing needed to train."""
+"""The exported model: everything needed for sampling, nothing that only training needs."""
 
 import re
 from pathlib import Path
@@ -11,7 +11,7 @@ from ldm_train.pipeline.stage import Stage
 
 
 class ExportStage(Stage):
-    """Copies the model folder, and uploads it where W&B shall have it."""
+    """Copies the model folder, and uploads it to W&B where the config asks for it."""
 
     name, needs = "export", ("diffusion",)
 

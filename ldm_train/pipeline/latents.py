@@ -31,18 +31,18 @@ from ldm_train.pipeline.run import Run
 from ldm_train.pipeline.stage import Stage
 from ldm_train.storage import file_sha256, write_json
 
-MEASURED = 10_000  # images whose latents are measured where none are cached
+MEASURED = 10_000  # images from which the statistics of latents are computed without a cache
 
 
 def encoder(run: Run) -> Callable[[torch.Tensor], torch.Tensor]:
     """images -> moments by the trained autoencoder, on this rank's device."""
     first_stage = autoencoder.load_first_stage(run).to(run.machine.device)
-    # In float32 whatever the training precision: encoded once, used for all of training, and verified later.
+    # In float32 whatever the training precision: the latents are encoded once, used for all of training, and verified later.
     return lambda images: first_stage.encode_moments(images.to(run.machine.device))
 
 
 def latent_data(run: Run, stage: str, fields: tuple[str, ...]) -> tuple[LightningDataModule, ShardDataModule, int]:
-    """(what a stage on latents trains on, the images behind it, training samples); a cache is verified first."""
+    """(the training data of a stage on latents, their images, number of training samples); a cache is verified first."""
     config, section = run.config, run.config[stage]
     images = run.data(stage, ("image", *fields))
     if not config.latents.cache:
@@ -81,7 +81,7 @@ def give_statistics(folder: Path, first_stage: FirstStage, per_channel: bool) ->
 
 
 def check_crop(run: Run) -> None:
-    """Raises ValueError where one cached encoding cannot stand for all that training shows of a picture."""
+    """Raises ValueError where training uses random crops, which one cached encoding cannot represent."""
     config = run.config
     if config.latents.cache and config.data.crop != "center":
         raise ValueError(
@@ -91,7 +91,7 @@ def check_crop(run: Run) -> None:
 
 
 class LatentsStage(Stage):
-    """Encodes what diffusion will train on; without a cache it measures the statistics alone."""
+    """Encodes the training data of the diffusion stage; without a cache it computes only the statistics."""
 
     name, needs, identity = "latents", ("autoencoder",), "content"
 
@@ -130,11 +130,11 @@ class LatentsStage(Stage):
         return {"content": content, "scale_factor": statistics["scale_factor"], "statistics_sha256": digest}
 
     def _stochastic(self, run: Run) -> bool:
-        """Whether this run's autoencoder has a posterior with a width."""
+        """Whether this run's autoencoder has a posterior with a variance."""
         return meta_autoencoder(autoencoder.model_folder(run), run.trust).moments_per_latent == 2
 
     def _measured(self, run: Run, data: ShardDataModule, encode: Any, folder: Path) -> dict[str, Any]:
-        """Statistics without a cache, through a small one that is thrown away."""
+        """Statistics without a cache, computed from a small temporary one."""
         if run.machine.rank > 0:
             return {}
         scratch = folder / "scratch"

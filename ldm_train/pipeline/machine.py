@@ -1,4 +1,4 @@
-"""Where a command runs: this process's place among the devices."""
+"""The devices of a command, and this process's rank among them."""
 
 import os
 import sys
@@ -15,9 +15,9 @@ from ldm_train.training.fit import Machine, Onlooker
 
 
 def machine_of(config: DictConfig, environment: Mapping[str, str]) -> Machine:
-    """This process's place, from the config and torchrun's environment variables.
+    """This process's device and rank, from the config and torchrun's environment variables.
 
-    Raises ValueError where a GPU is asked for and none is there.
+    Raises ValueError where a GPU is requested and none is visible.
     """
     world_size, rank, local_rank, local_world_size = (
         int(environment.get(name, default))
@@ -37,9 +37,9 @@ def machine_of(config: DictConfig, environment: Mapping[str, str]) -> Machine:
 
 
 def join_devices(config: DictConfig, module: str, check: Callable[[Machine], None]) -> Machine:
-    """This process's place among `config.devices`. Outside torchrun and with more than one it has none: it runs this same
-    command once per device, and exits with what came of it. module: the command's, for that. check: raises what can be
-    known to be wrong, and makes what all need, before any process is started.
+    """This process's device and rank among `config.devices`. With several devices and outside torchrun it runs this same command
+    once per device and exits with their exit status. module: the command's module. check: called before any process is
+    started; raises errors known beforehand, and prepares what all ranks need.
 
     Raises ValueError for more devices than there are.
     """
@@ -58,7 +58,7 @@ def join_devices(config: DictConfig, module: str, check: Callable[[Machine], Non
         if machine.accelerator == "gpu":
             torch.cuda.set_device(machine.device)
         if not dist.is_initialized():
-            # Ranks wait for each other through whole evaluations, far beyond the default ten minutes.
+            # Ranks wait for each other for whole evaluations, longer than the default ten minutes.
             backend = "gloo" if machine.accelerator == "cpu" else "nccl"
             dist.init_process_group(backend, timeout=timedelta(days=1))
     return machine

@@ -1,4 +1,4 @@
-"""ldm-evaluate: a run's samples, two sets of images, or an autoencoder alone, in numbers with intervals."""
+"""ldm-evaluate: metrics with intervals of a run's samples, two sets of images, or an autoencoder alone."""
 
 import hashlib
 import json
@@ -28,7 +28,7 @@ from ldm_train.configuration import config_folder, run_config
 from ldm_train.data.datamodule import Batching
 from ldm_train.data.loose import image_batches
 from ldm_train.distributed import gathered, rank
-from ldm_train.evaluation.evaluator import Evaluator, sampling_facts
+from ldm_train.evaluation.evaluator import Evaluator, sampling_options
 from ldm_train.evaluation.measurement import Reference, measure_samples, reference_from
 from ldm_train.evaluation.report import evaluate_first_stage, save_pairs
 from ldm_train.generation.files import as_list
@@ -92,8 +92,8 @@ def export_reference(path: str | None, reference: Reference) -> None:
 
 
 def evaluate_run(config: DictConfig, again: bool = True) -> tuple[dict[str, Any], Path | None, dict[str, Any]]:
-    """(metrics, folder for them, what they were measured with) of a run's samples. again: also where there is a file of
-    the same settings."""
+    """(metrics, folder for them, settings of the measurement) of a run's samples. again: measure also where there is a file
+    of the same settings."""
     folder = run_folder(config.run, config.runs_dir)
     trained = with_options(run_config(folder), config, folder / "config.yaml")
     if (source := find_model(folder)) is None:
@@ -111,12 +111,12 @@ def evaluate_run(config: DictConfig, again: bool = True) -> tuple[dict[str, Any]
     run.check_metrics(trained.evaluation.images)
     reference = tools.reference(data, config.runs_dir, config.progress)
     export_reference(config.export, reference)
-    facts = sampling_facts(trained) | {"seed": config.seed, "weights": config.weights}
-    asked = facts | {"n": trained.evaluation.images, "metrics": [m.name for m in tools.metrics]}
+    options = sampling_options(trained) | {"seed": config.seed, "weights": config.weights}
+    asked = options | {"n": trained.evaluation.images, "metrics": [m.name for m in tools.metrics]}
     asked |= {"model": read_metadata(source)["sha256"], "references": reference.hashes, "precision": machine.precision}
-    if config.weights == "best":  # which changes while training goes on
+    if config.weights == "best":  # these weights change while training goes on
         asked["weights"] = file_sha256(best_checkpoint(folder))
-    asked |= {"conditions": tools.facts(data, trained.data.val_split, None), "extractors": tools.hashes}
+    asked |= {"conditions": tools.images_identity(data, trained.data.val_split, None), "extractors": tools.hashes}
     results = inside(folder / "evaluations", folder)
     kept = results / file_name(asked)
     if not again and kept.is_file():
@@ -130,18 +130,17 @@ def evaluate_run(config: DictConfig, again: bool = True) -> tuple[dict[str, Any]
         trained.evaluation.batch_size, config.seed, progress=config.progress and machine.rank == 0,
         total=-(-count // machine.world_size), partial=partial,
     )  # fmt: skip
-    found = {
-        "samples": {m.name: measured.estimates[m.name].as_dict() | reference.facts(m) | facts for m in tools.metrics}
-    }
+    samples = {m.name: measured.estimates[m.name].as_dict() | reference.details(m) | options for m in tools.metrics}
+    metrics = {"samples": samples}
     if machine.rank == 0:
         for name, rows in measured.pairs.items():
             save_pairs(rows, kept.with_name(f"{kept.stem}-{name}.png"))
-    found["speed"] = {"images_per_second": measured.count / measured.seconds} if measured.seconds else {}
-    return found, results, asked
+    metrics["speed"] = {"images_per_second": measured.count / measured.seconds} if measured.seconds else {}
+    return metrics, results, asked
 
 
 def evaluate_autoencoder(config: DictConfig) -> tuple[dict[str, Any], Path | None, dict[str, Any]]:
-    """The same of an autoencoder's reconstructions: of a run, or of a model folder with data.root and data.image_size."""
+    """The same for an autoencoder's reconstructions: of a run, or of a model folder with data.root and data.image_size."""
     given = Path(config.reconstruct)
     if (given / "model.safetensors").is_file():
         folder, model_folder, results = given, given, None
@@ -158,14 +157,14 @@ def evaluate_autoencoder(config: DictConfig) -> tuple[dict[str, Any], Path | Non
         lambda machine: Evaluator.on_all_ranks(trained.evaluation, machine.device),
     )
     tools = Evaluator.on_all_ranks(trained.evaluation, machine.device)
-    trained.evaluation.images = config.n  # all, where nothing is said
+    trained.evaluation.images = config.n  # all where n is null
     data = data_module(trained, "autoencoder", machine, ("image",), config.trust)
     size, world = trained.evaluation.batch_size, machine.world_size
     data.batching = Batching(size * world, None, world, machine.rank)
     first_stage = FirstStage(load_autoencoder(model_folder, config.trust)).to(machine.device)
     if (folder / "latents" / "statistics.json").is_file():
         give_statistics(folder / "latents", first_stage, trained.latents.per_channel)
-    else:  # what is said of latents is said of unit variance
+    else:  # measures of latents are for unit variance
         sums = torch.zeros(3, dtype=torch.float64)
         for batch in data.fixed_loader(trained.data.val_split, 256):
             z = first_stage.posterior(first_stage.encode_moments(batch["image"].to(machine.device))).mean.double().cpu()
@@ -174,20 +173,20 @@ def evaluate_autoencoder(config: DictConfig) -> tuple[dict[str, Any], Path | Non
         first_stage.set_statistics((square / count - (total / count) ** 2) ** -0.5)
     reference = tools.reference(data, config.runs_dir, config.progress)
     export_reference(config.export, reference)
-    found, _ = evaluate_first_stage(
+    metrics, _ = evaluate_first_stage(
         first_stage, data.fixed_loader(trained.data.val_split, config.n), tools, reference,
         trained.evaluation.predictors, config.progress and machine.rank == 0,
     )  # fmt: skip
     asked = {"n": config.n, "metrics": [m.name for m in tools.metrics], "references": reference.hashes}
     asked |= {"model": read_metadata(model_folder)["sha256"], "paired": list(tools.paired)}
-    asked |= {"images": tools.facts(data, trained.data.val_split, config.n), "extractors": tools.hashes}
+    asked |= {"images": tools.images_identity(data, trained.data.val_split, config.n), "extractors": tools.hashes}
     asked |= {"networks": {n: weights_hash(network)[:12] for n, network in tools.networks.items()}}
     asked["predictors"] = trained.evaluation.predictors
-    return found, results, asked
+    return metrics, results, asked
 
 
 def _config_of_folder(config: DictConfig) -> DictConfig:
-    """For an autoencoder without its run: the usual options, and the shipped perceptual network."""
+    """The config for an autoencoder without its run: the default options, and the shipped perceptual network."""
     before = GlobalHydra.instance().hydra
     GlobalHydra.instance().clear()
     try:
@@ -202,7 +201,7 @@ def _config_of_folder(config: DictConfig) -> DictConfig:
 
 
 def evaluate_images(config: DictConfig) -> tuple[dict[str, Any], Path | None, dict[str, Any]]:
-    """The same of two sets of images."""
+    """The same for two sets of images."""
     if config.against is None:
         raise ValueError("images= are measured against=<folder, tar or .npz>")
     if config.devices > 1:
@@ -246,9 +245,9 @@ def evaluate_images(config: DictConfig) -> tuple[dict[str, Any], Path | None, di
     estimates = measure(tools.metrics, reference.sets, collected("images", None))
     reference = replace(reference, seen=seen)
     sources = {"images": as_list(config.images, "images"), "against": as_list(config.against, "against")}
-    found = {"images": {m.name: estimates[m.name].as_dict() | reference.facts(m) | sources for m in tools.metrics}}
+    metrics = {"images": {m.name: estimates[m.name].as_dict() | reference.details(m) | sources for m in tools.metrics}}
     asked = {k: OmegaConf.to_container(config)[k] for k in ("images", "against", "n", "image_size", "metrics")}
-    return found, None, asked
+    return metrics, None, asked
 
 
 # -- what is shown and kept --------------------------------------------------------------------------------------------
@@ -259,7 +258,7 @@ def digest(asked: Mapping[str, Any]) -> str:
 
 
 def file_name(asked: Mapping[str, Any]) -> str:
-    """Says at a glance what was measured how; different settings never share a name."""
+    """The main settings of a measurement in readable form, and a hash: different settings never share a name."""
     parts = ["reconstructions" if "paired" in asked else "samples", f"n{asked['n'] or 'all'}"]
     if "sampler" in asked:
         parts += [
@@ -270,10 +269,10 @@ def file_name(asked: Mapping[str, Any]) -> str:
     return "-".join([*parts, digest(asked)]) + ".json"
 
 
-def format_metrics(found: Mapping[str, Any]) -> str:
+def format_metrics(metrics: Mapping[str, Any]) -> str:
     """One line per number: value, interval, n, reference."""
     lines = []
-    for part, table in found.items():
+    for part, table in metrics.items():
         lines.append(part)
         for name, entry in table.items():
             if not isinstance(entry, dict):
@@ -316,30 +315,30 @@ def check(config: DictConfig) -> None:
 
 
 def command_options() -> DictConfig:
-    """This command's options as they are where nothing is said."""
+    """The default options of this command."""
     usual = OmegaConf.load(config_folder() / "evaluate.yaml")
     return OmegaConf.create({k: v for k, v in usual.items() if k not in ("defaults", "hydra")} | {"sampler": None})
 
 
 def measured_run(config: DictConfig) -> dict[str, Any]:
-    """`evaluate` of a run for other commands: what was measured with the same settings before is read again."""
-    found, folder, asked = evaluate_run(config, again=False)
+    """`evaluate` of a run for other commands: an earlier result with the same settings is read from its file."""
+    metrics, folder, asked = evaluate_run(config, again=False)
     if not (folder / file_name(asked)).is_file():
-        write_json(folder / file_name(asked), found | {"settings": asked})
-    return found
+        write_json(folder / file_name(asked), metrics | {"settings": asked})
+    return metrics
 
 
 def evaluate(config: DictConfig) -> dict[str, Any]:
     check(config)
     measured = evaluate_run if config.run else evaluate_autoencoder if config.reconstruct else evaluate_images
-    found, folder, asked = measured(config)
+    metrics, folder, asked = measured(config)
     if rank() > 0:
-        return found
-    print(format_metrics(found))
+        return metrics
+    print(format_metrics(metrics))
     out = Path(config.out) if config.out else folder / file_name(asked) if folder else None
     if out and HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN and config.out:
         out = out.with_name(f"{out.stem}-{digest(asked)}{out.suffix}")
     if out:
-        write_json(out, found | {"settings": asked})
+        write_json(out, metrics | {"settings": asked})
         print(f"metrics: {out}")
-    return found
+    return metrics

@@ -1,4 +1,4 @@
-"""A small perceptual network (experiment=tiny_perceptual), as those that ship with the package."""
+"""Trains a small perceptual network (experiment=tiny_perceptual) like those that ship with the package."""
 
 from pathlib import Path
 from typing import Any

@@ -1,4 +1,4 @@
-"""The plan printed before anything runs: what each stage will do, how large the models are, how long it may take."""
+"""The plan printed before anything runs: the work of each stage, the size of its model, and an estimate of the time."""
 
 import time
 from functools import cache
@@ -26,7 +26,7 @@ PEAKS = {
 
 
 def peak_flops(device: torch.device, precision: str, measured: float) -> float:
-    """FLOP/s that MFU is in relation to: the data sheet's for known GPUs in 16 bits, else a measured matrix product."""
+    """The FLOP/s that MFU is relative to: the data sheet's for known GPUs in 16 bits, else those of a measured matrix product."""
     if device.type == "cuda" and precision != "32":
         name = torch.cuda.get_device_name(device)
         for part, peak in PEAKS.items():
@@ -59,7 +59,7 @@ def _duration(seconds: float) -> str:
 
 
 def _channels_in_words(config: DictConfig) -> str:
-    """How what knows grey and RGB only sees pictures of other channels."""
+    """How networks for grey and RGB see pictures of other channels, in words."""
     perceptual, evaluation = config.autoencoder.loss.perceptual, config.evaluation
     seeing = []
     if perceptual is not None and perceptual._target_.startswith("ldm_train."):
@@ -89,7 +89,7 @@ def print_plan(run: "Run", steps: list[Step]) -> dict[str, tuple[float, float]]:
         print(_channels_in_words(config))
     measured = _rate(machine.device)
     peak = peak_flops(machine.device, machine.precision, measured) * machine.world_size
-    rate = measured * machine.world_size * 0.4  # what training reaches of it, roughly
+    rate = measured * machine.world_size * 0.4  # training reaches about 40 % of it
     effort = {}
     anew = made_anew(run.order, steps, run.folder, config.restart)
     for step in steps:

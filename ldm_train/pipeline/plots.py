@@ -6,7 +6,7 @@ from typing import Any
 
 from ldm_train.storage import write_atomically
 
-# Distinguishable without colour vision, too (Okabe and Ito), with a marker each.
+# Distinguishable without colour vision too (Okabe and Ito), each with its own marker.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C8C00")
 MARKERS = "osD^vPX*"
 

@@ -1,4 +1,4 @@
-"""One command on several devices of this machine: a process per device, which end together, with one message."""
+"""Runs one command on several devices of this machine: a process per device; all end together, with one message."""
 
 import os
 import signal
@@ -17,11 +17,11 @@ GRACE = 30.0  # seconds for the others to end, once a rank has failed or left on
 
 class Ranks:
     """The processes of one command, `count` times `python -m module` with this process's arguments and torchrun's
-    environment variables. Each writes its last words to `reports`, and is ended by the kernel if this process is."""
+    environment variables. Each writes its final message to `reports`, and is ended by the kernel when this process ends."""
 
     def __init__(self, count: int, module: str, reports: Path):
         self.reports, self.signal, self._signal_time = reports, 0, 0.0
-        self.fallen: int | None = None  # the first rank that something outside ended
+        self.fallen: int | None = None  # the first rank that was ended by a signal from outside
         self._store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # on a free port
         common = {
             "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(self._store.port), "TORCHELASTIC_USE_AGENT_STORE": "True",
@@ -36,7 +36,7 @@ class Ranks:
             self.processes.append(subprocess.Popen(command, env=os.environ | common | own))
 
     def pass_on(self, number: int) -> None:
-        """Of a second signal no rank is left; one that comes at once is the same, sent to the whole group."""
+        """Passes a signal to all ranks. A second one after more than 2 s kills them; before, it is a repeat of the first."""
         if self.signal and time.monotonic() - self._signal_time > 2:
             self.kill()
         if not self.signal:
@@ -49,7 +49,7 @@ class Ranks:
             process.kill()
 
     def wait(self) -> None:
-        """Until all have ended; what has not, GRACE after the first that did not succeed, is killed."""
+        """Waits until all have ended. Those that still run GRACE seconds after the first failure are killed."""
         end = float("inf")
         while True:
             running = [p for p in self.processes if p.poll() is None]
@@ -65,8 +65,8 @@ class Ranks:
             time.sleep(0.1)
 
     def outcome(self) -> tuple[int, str]:
-        """(exit status, last words) of the rank that was the first to fail: the others fail because of it. One that was
-        ended from outside can say nothing, and was before those that speak."""
+        """(exit status, final message) of the first rank that failed, since the others fail because of it. A rank that was
+        ended from outside leaves no message, and counts as the first."""
         if not any(p.returncode for p in self.processes):
             return 0, ""
         if self.fallen is not None and not self.signal:
@@ -79,7 +79,7 @@ class Ranks:
             return (status if status > 0 else 1), spoken[0].read_text().rstrip()
         if self.signal:
             return 128 + self.signal, interrupts.farewell(self.signal)
-        return max(p.returncode for p in self.processes), ""  # who failed has said why
+        return max(p.returncode for p in self.processes), ""  # the failed rank has printed its message
 
 
 def launch(count: int, module: str) -> int:

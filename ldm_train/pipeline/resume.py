@@ -1,4 +1,4 @@
-"""The chain of stages: each has a key (what it depends on), and is skipped, resumed, run or refused accordingly."""
+"""The chain of stages: each has a key (everything it depends on), and is skipped, resumed, run or refused accordingly."""
 
 import fcntl
 import hashlib
@@ -22,8 +22,8 @@ NOTE = "stage.json"
 
 @dataclass(frozen=True)
 class Step:
-    """A stage of one run (see `stage.Stage`), bound to it. key: () -> all it depends on. run: (folder) -> what it made. steps: optimiser
-    steps aimed at (0: no training)."""
+    """A stage of one run (see `stage.Stage`), bound to it. key: () -> everything it depends on. run: (folder) -> its result.
+    steps: optimiser steps to reach (0: no training)."""
 
     name: str
     key: Callable[[], dict[str, Any]]
@@ -32,13 +32,13 @@ class Step:
 
 
 class Order:
-    """The stages there are, each after those it needs: {name: (needs, identity)}."""
+    """All stages, each after those it needs: {name: (needs, identity)}."""
 
     def __init__(self, stages: Mapping[str, tuple[Sequence[str], str]]):
         self.stages = dict(stages)
 
     def chosen(self, names: Sequence[str]) -> list[str]:
-        """The stages asked for, in their order. Raises ValueError for a name that is none."""
+        """The stages of these names, in their order. Raises ValueError for an unknown name."""
         if unknown := [s for s in names if s not in self.stages]:
             raise ValueError(f"unknown stages {unknown}; choose from {', '.join(self.stages)}")
         return [s for s in self.stages if s in names]
@@ -47,24 +47,24 @@ class Order:
         return self.stages[name][0]
 
     def later_than(self, stage: str) -> list[str]:
-        """The stages that follow from one, directly or not, in their order."""
-        found = [stage]
+        """The stages that depend on one, directly or not, in their order."""
+        affected = [stage]
         for name in self.stages:
-            if set(self.needs(name)) & set(found):
-                found.append(name)
-        return found[1:]
+            if set(self.needs(name)) & set(affected):
+                affected.append(name)
+        return affected[1:]
 
     def leading_to(self, stage: str) -> list[str]:
         """A stage and all that it needs, directly or not, in their order."""
-        found = {stage}
+        needed = {stage}
         for name in reversed(self.stages):
-            if name in found:
-                found |= set(self.needs(name))
-        return [name for name in self.stages if name in found]
+            if name in needed:
+                needed |= set(self.needs(name))
+        return [name for name in self.stages if name in needed]
 
     def result_of(self, run_folder: Path, stage: str, name: str | None = None) -> Any:
-        """What a finished stage has noted under a name, its identity where none is given. Raises Refused, with the way on,
-        where it is not finished or the note is damaged."""
+        """The entry `name` of a finished stage's result, by default its identity. Raises Refused, with the remedy, where the
+        stage is not finished or its stage.json is damaged."""
         note, name = read_note(run_folder / stage), name or self.stages[stage][1]
         if note is None or not note["finished"]:
             way = ",".join(self.leading_to(stage))
@@ -97,8 +97,8 @@ def read_note(folder: Path) -> dict[str, Any] | None:
 
 
 def made_anew(order: Order, chain: Sequence[Step], run_folder: Path, restart: str | None) -> list[str]:
-    """The stages that `restart` sets aside, in their order: it, what follows from it, and what follows from a stage that is
-    trained further, which would no longer belong to it."""
+    """The stages that `restart` sets aside, in their order: the stage itself, those that depend on it, and those that depend
+    on a stage that is trained further, which would no longer match it."""
     if restart is None:
         return []
     gone = {restart, *order.later_than(restart)}
@@ -110,12 +110,12 @@ def made_anew(order: Order, chain: Sequence[Step], run_folder: Path, restart: st
 
 
 def set_aside(run_folder: Path, names: Sequence[str]) -> None:
-    """Moves stages to .replaced/, from where they can be taken back."""
+    """Moves stages to .replaced/, from where they can be restored."""
     stamp = time.strftime("%Y%m%d-%H%M%S")
     for name in names:
         if (run_folder / name).exists():
             target = run_folder / ".replaced" / f"{name}-{stamp}"
-            while target.exists():  # a second restart within the second
+            while target.exists():  # a second restart within the same second
                 target = target.with_name(f"{target.name}+")
             target.parent.mkdir(exist_ok=True)
             shutil.move(run_folder / name, target)
@@ -124,7 +124,7 @@ def set_aside(run_folder: Path, names: Sequence[str]) -> None:
 @contextmanager
 def run_lock(run_folder: Path) -> Iterator[None]:
     """Holds a run folder for this process. Raises Refused where another process works in it, ValueError where a link in it leads
-    out of it: what a run writes stays below its folder, wherever that came from."""
+    out of it: a run writes only below its own folder, even one from a stranger."""
     run_folder.mkdir(parents=True, exist_ok=True)
     with open_lock(run_folder / ".lock") as file:
         try:
@@ -156,8 +156,8 @@ def decide(stage: Step, run_folder: Path, defaults: dict[str, Any]) -> str:
 def check_chain(
     order: Order, chain: Sequence[Step], run_folder: Path, defaults: dict[str, Any], restart: str | None = None
 ) -> None:
-    """Raises Refused, before anything is touched, where a stage was made with other settings, or where training it further
-    would leave later ones behind with weights that are no longer there. restart: what it makes anew counts as absent."""
+    """Raises Refused, before anything is changed, where a stage was made with other settings, or where training it further
+    would leave later stages that were made from its old weights. restart: the stages it makes anew count as absent."""
     names, gone = [step.name for step in chain], made_anew(order, chain, run_folder, restart)
     if restart and restart not in names:
         raise Refused(f"restart={restart} would be made anew by nothing: it is not among stages=[{','.join(names)}]")
@@ -169,8 +169,8 @@ def check_chain(
                         f"restart={restart} sets {needed} aside, which {name} needs and stages=[{','.join(names)}] does not "
                         f"make; add it to the stages. Nothing has been changed"
                     )
-                order.result_of(run_folder, needed)  # which the run takes as it is
-    new: set[str] = set()  # what follows from these depends on what is about to be made
+                order.result_of(run_folder, needed)  # the run uses it as it is
+    new: set[str] = set()  # stages that will be made by this command
     for step in chain:
         if new & set(order.needs(step.name)):
             new.add(step.name)
@@ -200,7 +200,7 @@ def adopt(stage: Step, run_folder: Path, defaults: dict[str, Any]) -> bool:
     for path in sorted(run_folder.parent.glob(f"*/{stage.name}/{NOTE}")):
         try:
             note = read_note(path.parent)
-        except Refused:  # damaged: its own run says so
+        except Refused:  # damaged: its own run reports it
             continue
         if note and note["finished"] and note["steps"] == stage.steps and not differences(note["key"], key, defaults):
             partial = run_folder / f".{stage.name}.partial"

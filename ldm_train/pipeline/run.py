@@ -1,4 +1,4 @@
-"""A run: its config, its folder, its machine, and the stages that make something of them."""
+"""A run: its config, folder, machine and stages."""
 
 import inspect
 from collections.abc import Sequence
@@ -24,7 +24,7 @@ from ldm_train.storage import write_atomically
 from ldm_train.training.fit import Machine
 from ldm_train.training.loggers import Recorder, StockLogger, WandbRun
 
-# Sections whose parts the folders of a run may name.
+# Sections whose `_target_`s the folders of a run may name.
 NAMEABLE = (
     "autoencoder.network",
     "diffusion.network",
@@ -38,14 +38,14 @@ NAMEABLE = (
 
 
 def own_parts(config: DictConfig) -> list[str]:
-    """What the folders of a run may name beside this package's parts: `trust=` and the parts of the user's own config."""
-    trees = [plain(found) for s in NAMEABLE if (found := OmegaConf.select(config, s)) is not None]
+    """The parts that a run's folders may name beside this package's: those of `trust=` and of the user's own config."""
+    trees = [plain(section) for s in NAMEABLE if (section := OmegaConf.select(config, s)) is not None]
     return [*config.trust, *dict.fromkeys(targets(trees))]
 
 
 def option_defaults(config: DictConfig) -> dict[str, Any]:
-    """What each option counts as where an older run lacks it: the base files' values, and for parts with a `_target_`
-    their constructor's."""
+    """The defaults of options that an older run lacks: the base files' values, and for parts with a `_target_` those of
+    their constructor."""
     tree = usual_options()
     for section in {"autoencoder", "diffusion", "classifier", "sampler"} & config.keys():
         tree[section] = _with_signatures(plain(config[section]), tree.get(section, {}))
@@ -74,7 +74,7 @@ def _placed(value: Any, **places: Any) -> Any:
 
 
 class Run:
-    """What stages work with.
+    """The context in which stages work.
 
     config, folder, machine: of this process. trust: parts outside this package's models that the run's folders may name (see
     `own_parts`). share: take stages that a sibling folder has finished under an equal key (runs of one sweep).
@@ -88,14 +88,14 @@ class Run:
         self.wandb: WandbRun | None = None
         self.effort: dict[str, tuple[float, float]] = {}  # per stage: training FLOPs per image, peak of the devices
 
-    # -- what stages ask for -----------------------------------------------------------------------------------------
+    # -- for the stages' work -----------------------------------------------------------------------------------------
 
     def data(self, stage: str, fields: tuple[str, ...]) -> ShardDataModule:
         """The images of a stage that has a section in the config."""
         return data_module(self.config, stage, self.machine, fields, self.trust)
 
     def result(self, stage: str, name: str | None = None) -> Any:
-        """What a finished stage has noted. Raises Refused where it is not finished."""
+        """An entry of a finished stage's result. Raises Refused where the stage is not finished."""
         return self.order.result_of(self.folder, stage, name)
 
     def barrier(self) -> None:
@@ -120,7 +120,7 @@ class Run:
 
     @cached_property
     def evaluator(self) -> Evaluator:
-        """What this run is measured with."""
+        """The metrics, extractors and reference of this run."""
         return Evaluator.on_all_ranks(self.config.evaluation, self.machine.device)
 
     def evaluation_data(self) -> ShardDataModule:
@@ -134,7 +134,7 @@ class Run:
         """Validation samples whose conditions `count` samples are drawn under, going round where there are fewer."""
         return data.fixed_loader(self.config.data.val_split, count, repeat=True)
 
-    # -- what their checks share -------------------------------------------------------------------------------------
+    # -- for the stages' checks -------------------------------------------------------------------------------------
 
     def check_metrics(self, samples: int) -> None:
         """Raises ValueError where the metrics cannot be measured of so many samples."""
@@ -162,7 +162,7 @@ class Run:
 
     @cached_property
     def stages(self) -> dict[str, Stage]:
-        """All that there are, each after those it needs. Raises ValueError for one that stands before its needs."""
+        """All stages, each after those it needs. Raises ValueError for a stage that comes before one it needs."""
         stages: dict[str, Stage] = {}
         for name, tree in self.config.stage.items():
             stage = instantiate(tree)
@@ -182,14 +182,14 @@ class Run:
         return Order({name: (stage.needs, stage.identity) for name, stage in self.stages.items()})
 
     def chosen(self) -> list[Step]:
-        """The stages that this run is asked for. Raises ValueError for a name that is none."""
+        """The stages named in `stages`. Raises ValueError for an unknown name."""
         chosen = [self.stages[name] for name in self.order.chosen(list(self.config.stages))]
         return [Step(s.name, partial(s.key, self), partial(s.run, self), s.steps(self)) for s in chosen]
 
     def prepare(self) -> list[Step]:
-        """The stages asked for, after everything that can be known to be wrong has been looked for; nothing is touched.
+        """The chosen stages, after all checks that are possible beforehand; nothing is changed.
 
-        Prints the plan. Raises what a user can act on: Refused, ValueError, FileNotFoundError, DataError.
+        Prints the plan. Raises errors that a user can act on: Refused, ValueError, FileNotFoundError, DataError.
         """
         steps, restart = self.chosen(), self.config.restart
         if restart:
@@ -201,7 +201,7 @@ class Run:
         return steps
 
     def execute(self) -> None:
-        """Runs what is asked for, stage by stage, from where it stands."""
+        """Runs the chosen stages one after the other, and continues interrupted ones."""
         config, writer = self.config, self.machine.rank == 0
         steps, defaults = self.prepare(), option_defaults(config)
         self.barrier()
@@ -224,13 +224,13 @@ class Run:
             self._closing_words()
 
     def _record(self) -> None:
-        """The config beside what it makes, and the run of W&B."""
+        """Writes the config into the run folder, and starts the W&B run."""
         config, path = self.config, self.folder / "config.yaml"
         trained = [name for name, stage in self.stages.items() if name in config and stage.steps(self)]
         made = [name for name in trained if name in config.stages]
         if made or not path.is_file():
             record = plain(config)
-            # What this command does not train stays on record as it was trained.
+            # Sections that this command does not train keep their recorded options.
             others = [name for name in trained if name not in made]
             before = OmegaConf.to_container(run_config(self.folder)) if others and path.is_file() else {}
             record |= {name: before[name] for name in others if name in before}

@@ -54,13 +54,13 @@ def parse_space(space: dict[str, Any]) -> dict[str, Callable[[Any], Any]]:
 
 
 def column(folder: Path, where: str) -> list[tuple[int, float]]:
-    """(step, value) of `stage:column` in a run's metrics.csv, as far as it has got."""
+    """(step, value) of `stage:column` in a run's metrics.csv, for the rows written so far."""
     stage, _, name = where.partition(":")
     return [(int(row["step"]), float(row[name])) for row in read_rows(folder / stage) if row.get(name)]
 
 
 def outcome(folder: Path, objective: str, minimize: bool) -> float:
-    """The objective of a finished run. Raises ValueError naming what there is."""
+    """The objective of a finished run. Raises ValueError naming the values there are."""
     if ":" in objective:
         values = [v for _, v in column(folder, objective)]
         if not values:
@@ -75,7 +75,7 @@ def outcome(folder: Path, objective: str, minimize: bool) -> float:
 
 
 def run_trial(trial: Any, config: DictConfig, space: dict[str, Callable[[Any], Any]], folder: Path) -> float:
-    """One training. Raises optuna.TrialPruned where it was stopped early, RuntimeError with its last words where it
+    """One training. Raises optuna.TrialPruned where it was stopped early, RuntimeError with its final message where it
     failed."""
     import optuna
 
@@ -137,7 +137,7 @@ def search(config: DictConfig) -> dict[str, Any]:
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     storage = f"sqlite:///{folder / 'search.db'}"
     known = optuna.get_all_study_names(storage)
-    before = len(optuna.load_study(study_name="search", storage=storage).trials) if known else 0  # draw on, not again
+    before = len(optuna.load_study(study_name="search", storage=storage).trials) if known else 0  # draws new values
     study = optuna.create_study(
         storage=storage,
         study_name="search",
@@ -156,7 +156,7 @@ def search(config: DictConfig) -> dict[str, Any]:
     if (direction := study.direction.name.lower()) != config.direction:
         raise ValueError(f"{folder} holds a search with direction={direction}; choose name=<new>")
     study.set_user_attr("asked", asked)
-    # An interrupted trial is none; one that failed has said why.
+    # An interrupted trial does not count; a failed one has printed its message.
     states = optuna.trial.TrialState
     ended = [
         t

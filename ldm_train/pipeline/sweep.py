@@ -20,13 +20,13 @@ from ldm_train.training.loggers import WandbRun, numbers
 
 FAILED = "failed.json"
 TABLE, CURVES = "sweep.csv", "curves.csv"
-# Options that differ from run to run without being what the sweep is about.
+# Options that differ between runs but are not swept.
 INCIDENTAL = ("name", "trace", "progress", "logger", "runs_dir", "data_dir", "share")
 
 
 @dataclass
 class SweptRun:
-    """One run of a sweep: its folder, config, what failed, and the metrics.csv of the stage that its curves come from."""
+    """One run of a sweep: its folder, config, error message if it failed, and the metrics.csv of the stage for its curves."""
 
     folder: Path
     config: dict[str, Any]
@@ -65,7 +65,7 @@ def read_rows(stage: Path) -> list[dict[str, str]]:
 
 
 def failure(folder: Path) -> str | None:
-    """What a job of a sweep failed with."""
+    """The error message of a failed job of a sweep."""
     return str(read_record(folder / FAILED).get("error")) if (folder / FAILED).is_file() else None
 
 
@@ -99,7 +99,7 @@ def differing(runs: Sequence[SweptRun]) -> list[str]:
 
 
 def gather(runs: Sequence[SweptRun]) -> list[dict[str, Any]]:
-    """A row per run: what differs, how far it is, what it took, every number of its evaluation, why it failed."""
+    """A row per run: differing options, progress, steps, seconds, TFLOP and images, all metrics, and the error if it failed."""
     options, table = differing(runs), []
     for run in runs:
         last = {k: v for row in run.rows for k, v in row.items() if v}
@@ -163,12 +163,12 @@ def curves(runs: Sequence[SweptRun], metric: str) -> list[dict[str, Any]]:
 
 
 def label(run: SweptRun, by_factor: bool) -> str:
-    """What tells a run from the others, short enough for a legend."""
+    """The legend of a run: its f, or the first 40 characters of its folder's name."""
     return f"f = {run.factor}" if by_factor else run.folder.name[:40]
 
 
 def summarise(folder: Path, metric: str | None = None, final: str | None = None) -> list[Path]:
-    """Writes sweep.csv, curves.csv, curves.png and f.png of what there is; returns what was written."""
+    """Writes sweep.csv, curves.csv, curves.png and f.png of the runs so far; returns the paths written."""
     from ldm_train.pipeline import plots
 
     runs = read_runs(folder)
@@ -191,8 +191,8 @@ def summarise(folder: Path, metric: str | None = None, final: str | None = None)
 
 
 def speed(config: DictConfig, runs: Sequence[SweptRun], folder: Path) -> list[dict[str, Any]]:
-    """Every finished run measured with each number of sampling steps: a row per run and number. Measurements that are
-    there already serve again; those of an interrupted call continue."""
+    """Every finished run measured with each number of sampling steps: a row per run and number. Existing
+    measurements are used again; interrupted ones continue."""
     from ldm_train.pipeline import measure
 
     rows = []
@@ -206,11 +206,11 @@ def speed(config: DictConfig, runs: Sequence[SweptRun], folder: Path) -> list[di
                  "metrics": run_metrics(run), "batch_size": config.batch_size, "accelerator": config.accelerator,
                  "precision": config.precision, "progress": config.progress},
             )  # fmt: skip
-            found = measure.measured_run(asked)
+            metrics = measure.measured_run(asked)
             rows.append(
                 {"run": run.folder.name, "f": run.factor, "num_inference_steps": steps}
-                | {"images_per_second": found["speed"].get("images_per_second")}
-                | {f"{name}{end}": value for name, entry in found["samples"].items() for end, value in ends(entry)}
+                | {"images_per_second": metrics["speed"].get("images_per_second")}
+                | {f"{name}{end}": value for name, entry in metrics["samples"].items() for end, value in ends(entry)}
             )
             print(f"{run.folder.name}: {steps} steps measured", flush=True)
     return rows

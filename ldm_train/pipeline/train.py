@@ -1,4 +1,4 @@
-"""train.py's work: compose the config, find this process's place among the devices, run the stages."""
+"""train.py's work: compose the config, find this process's device and rank, run the stages."""
 
 import hashlib
 import io
@@ -42,7 +42,7 @@ def run_name(config: DictConfig) -> str:
     if isinstance(name, bool) or not isinstance(name, str | int) or not str(name).strip("./ "):
         raise ValueError(f"name={name} is no name of a folder")
     if hydra_config.mode == RunMode.MULTIRUN:
-        # What was typed as it stands is the same for all jobs; Hydra writes it a little differently.
+        # Overrides typed on the command line without a sweep are equal for all jobs; Hydra only formats them differently.
         typed = {_bare(a) for a in json.loads(os.environ.get(ARGUMENTS, "[]"))}
         differing = sorted(o for o in hydra_config.overrides.task if _bare(o) not in typed)
         own = ",".join(differing).replace("/", "_") or "default"
@@ -60,14 +60,14 @@ def train(config: DictConfig) -> None:
     try:
         _train(config, folder, sweeping)
     except Interrupted as error:
-        if sweeping:  # which Hydra would take for a job that failed, and begin the next
+        if sweeping:  # Hydra would take it for a failed job and begin the next one
             interrupts.last_words(str(error))
             sys.exit(128 + error.number)
         raise
     except Exception as error:
         if not sweeping:
             raise
-        # The other jobs of a sweep have done nothing wrong; the report at its end names this one.
+        # The other jobs of a sweep go on; the report at its end names this one.
         if not isinstance(error, Busy):  # its folder is another process's
             folder.mkdir(parents=True, exist_ok=True)
             said = {"error": f"{type(error).__name__}: {error}", "traceback": traceback.format_exc()}
@@ -92,7 +92,7 @@ def _train(config: DictConfig, folder: Path, sweeping: bool) -> None:
 
     def check(machine: Machine) -> None:
         _make_data(config)
-        with redirect_stdout(io.StringIO()):  # the plan is the run's to print
+        with redirect_stdout(io.StringIO()):  # the run prints the plan
             Run(config, folder, machine, own_parts(config)).prepare()
 
     machine = join_devices(config, "ldm_train.cli.train", check)

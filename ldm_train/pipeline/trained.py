@@ -1,4 +1,4 @@
-"""The config of a run that others may have made: its values checked, this command's options in the place of its own."""
+"""The config of a run that may come from someone else: its values checked, this command's options in the place of its own."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,16 +9,16 @@ from omegaconf import DictConfig, OmegaConf
 from ldm_train.configuration import config_folder, literal, usual_options
 from ldm_train.storage import check_kinds
 
-# Options of this command that stand where the run's config has evaluation.<name>.
+# Options of this command that replace evaluation.<name> of the run's config.
 EVALUATION = ("metrics", "paired", "reference", "reference_images", "predictors", "batch_size")
-# What measures: built from this command's own config, never from a run's, whose files may be a stranger's.
+# Parts that measure: built from this command's own config, never from a run's, which may come from a stranger.
 BUILT = ("extractors", "kinds", "perceptual", "lpips")
 SAMPLING = ("num_inference_steps", "guidance_scale", "spacing")
 
 
 SECTIONS = ("data", "autoencoder", "diffusion", "latents", "sampling", "evaluation")
 NULL = type(None)
-# Kinds of options that may be said in several ways.
+# Types of options that take more than one.
 OPEN: dict[str, Sequence[type]] = {
     "data.image_size": (int, list),
     "sampling.guidance_scale": (float,),
@@ -38,7 +38,7 @@ OPEN: dict[str, Sequence[type]] = {
     "autoencoder.loss.perceptual": (dict,),
     "evaluation.restoration": (dict, NULL),
 }
-# What a run's config must say, whatever its age.
+# Options that every run's config must have, old or new.
 NEEDED = (
     "autoencoder.network._target_", "diffusion.network._target_", "diffusion.schedule._target_", "sampler._target_",
     "diffusion.conditioning.conditioners",
@@ -72,7 +72,7 @@ def _perceptual_of(trained: DictConfig) -> dict[str, Any] | None:
 
 
 def _said(tree: dict[str, Any]) -> dict[str, Any]:
-    """A copy in which what a base file leaves to others (`???`, `${...}`) and networks count as null."""
+    """A copy in which options without a value of their own (`???`, `${...}`) and networks are null."""
     open_ended = {k for k, v in tree.items() if isinstance(v, str) and ("${" in v or v == "???")} | {*BUILT}
     return {k: None if k in open_ended else _said(v) if isinstance(v, dict) else v for k, v in tree.items()}
 
@@ -113,8 +113,8 @@ def _whole(trained: DictConfig, path: Path) -> DictConfig:
 def with_options(trained: DictConfig, config: DictConfig, path: Path) -> DictConfig:
     """The config of a run, read from `path`, this command's options in the place of its own.
 
-    From the run come plain values and the parts that `parts.build` allows; everything else that is built comes from here.
-    Raises ValueError, naming the file, for values of other kinds than theirs.
+    The run supplies plain values and the parts that `parts.build` allows; everything else is built from this command's config.
+    Raises ValueError, naming the file, for values of a wrong type.
     """
     trained = _whole(trained, path)
     own = OmegaConf.to_container(config, resolve=True)

@@ -1,4 +1,4 @@
-"""What all stages that train share: their keys, their checks, the optimiser, the loop, the model folder they leave."""
+"""Shared by all stages that train: their keys, checks, optimiser, training loop, and the model folder they write."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -22,7 +22,7 @@ from ldm_train.training.task import Task
 
 # Options that change how a stage runs but not what it computes; they may differ when it resumes.
 NOT_IN_KEY = (
-    "data",  # enters by content
+    "data",  # enters the key by its content
     "max_steps",
     "micro_batch_size",
     "val_every",
@@ -38,12 +38,12 @@ NOT_IN_KEY = (
 
 
 def section_key(run: Run, stage: str) -> dict[str, Any]:
-    """A stage's section of the config without what changes nothing."""
+    """A stage's section of the config without options that do not change its result."""
     return {k: v for k, v in plain(run.config[stage]).items() if k not in NOT_IN_KEY}
 
 
 def trainer_options(run: Run) -> dict[str, Any]:
-    """The options of Lightning's Trainer that `trainer` holds. Raises ValueError for one that follows from a stage's own."""
+    """The options of Lightning's Trainer that `trainer` holds. Raises ValueError for one that a stage sets."""
     known = OmegaConf.load(config_folder() / "trainer" / "default.yaml")
     if others := sorted({*run.config.trainer} - {*known}):
         raise ValueError(
@@ -54,7 +54,7 @@ def trainer_options(run: Run) -> dict[str, Any]:
 
 
 def own_callbacks(run: Run) -> list[Callback]:
-    """The callbacks of `callbacks`. Raises ValueError for what is none, and for one that would save beside ours."""
+    """The callbacks of `callbacks`. Raises ValueError for a part that is no callback, and for one that saves checkpoints."""
     callbacks = []
     for name, tree in plain(run.config.callbacks).items():
         callback = instantiate(tree, _convert_="all")
@@ -70,8 +70,8 @@ def own_callbacks(run: Run) -> list[Callback]:
 
 
 def check_optimisation(run: Run, stage: str) -> None:
-    """Raises ValueError where the optimiser, the schedule of the learning rate, or what is handed to the Trainer cannot be
-    made."""
+    """Raises ValueError where the optimiser, the learning-rate schedule, or the options and callbacks of the Trainer cannot
+    be built."""
     section = run.config[stage]
     own_callbacks(run)
     try:
@@ -81,7 +81,7 @@ def check_optimisation(run: Run, stage: str) -> None:
         raise ValueError(f"trainer: {error}") from error
     try:
         instantiate(section.optimizer, lr=section.lr, _convert_="all")([nn.Parameter(torch.zeros(1))])
-    except Exception as error:  # optimisers raise whatever they like
+    except Exception as error:  # optimisers raise errors of any type
         raise ValueError(f"{stage}.optimizer: {error.__cause__ or error}") from error
     try:
         instantiate(section.lr_schedule, max_steps=section.max_steps)(0)
@@ -112,7 +112,7 @@ def train(
     callbacks: Sequence[Callback] = (),
     health: Mapping[str, Any] | None = None,
 ) -> None:
-    """Trains a task as its section of the config says. images: training images. health: what its checks must know."""
+    """Trains a task by the options of its section. images: training images. health: the options that the health checks need."""
     config, section = run.config, run.config[stage]
     cadence = Cadence(
         section.val_every,
@@ -134,7 +134,7 @@ def train(
         max_bad_fraction=config.data.max_bad_fraction,
         callbacks=[*own_callbacks(run), *callbacks],
         effort=run.effort.get(stage, (None, None)),
-        facts=health,
+        health_settings=health,
         options=trainer_options(run),
     )
 
@@ -148,7 +148,7 @@ def save(run: Run, folder: Path, module: nn.Module, tree: dict[str, Any], metada
 
 
 def forward_flops(option: str, module: nn.Module, *inputs: Any, **named: Any) -> int:
-    """Of one forward pass. Raises ValueError, naming the option, for a network that does not run."""
+    """FLOPs of one forward pass. Raises ValueError, naming the option, for a network that does not run."""
     try:
         with FlopCounterMode(display=False) as counter, torch.no_grad():
             module(*inputs, **named)

@@ -1,4 +1,4 @@
-"""The values of a run's config: their types and ranges, before anything is made of them."""
+"""Checks the values of a run's config, their types and ranges, before anything is built from them."""
 
 import math
 from pathlib import Path
@@ -20,7 +20,7 @@ SECTIONS = (
     "autoencoder.data", "autoencoder.loss.discriminator",
     *(f"{stage}.{name}" for stage in TRAINED for name in ("optimizer", "lr_schedule")),
 )  # fmt: skip
-# Sections of things that are built, each with a `_target_`.
+# Sections of parts that are built, each with a `_target_`.
 BUILT = {
     "evaluation.extractors": "the class or function that makes images features",
     "evaluation.kinds": "the class of a metric",
@@ -92,7 +92,7 @@ def check_values(config: DictConfig) -> None:
             if part in SECTIONS:
                 raise ValueError(f"{part}={value}: it is a section, set the options in it: {part}.<option>=...")
             raise ValueError(f"{part}={value}: a part is chosen with a slash: {part.replace('.', '/')}={value}")
-    if not OmegaConf.is_dict(config.logger):  # names, as in recipes of before
+    if not OmegaConf.is_dict(config.logger):  # a list of names, as in older recipes
         config.logger = _loggers(config.logger)
     for section, meant in BUILT.items():
         for name, tree in OmegaConf.select(config, section).items():

@@ -1,4 +1,4 @@
-"""DDIM (Song et al. 2021, arXiv:2010.02502), and the way back: which noise it would draw a picture from."""
+"""DDIM (Song et al. 2021, arXiv:2010.02502), and its inversion: the noise from which it draws a given picture."""
 
 from collections.abc import Callable
 

@@ -36,7 +36,7 @@ def euler(
         level, following, t = levels[step], levels[step + 1], times[step]
         if churn and churn_between[0] <= level <= churn_between[1]:
             raised = level * (1 + min(churn / steps, 2**0.5 - 1))
-            # The schedule ends somewhere: there is no more noise than at its last step.
+            # Noise cannot exceed that of the schedule's last step.
             raised = max(level, min(raised, schedule.max_level))
             y = y + (raised**2 - level**2) ** 0.5 * noise.normal(y.shape[1:], f"churn {step}", y.device)
             level, t = raised, schedule.time_of(raised)

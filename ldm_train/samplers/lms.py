@@ -14,15 +14,15 @@ def weights(levels: list[float], step: int, order: int) -> list[float]:
     """Integrals from levels[step] to levels[step + 1] of the Lagrange polynomials through the last `order` levels,
     the newest first."""
     nodes = levels[step - order + 1 : step + 1][::-1]
-    found = []
+    integrals = []
     for k, node in enumerate(nodes):
         others = [other for j, other in enumerate(nodes) if j != k]
         # Shifted to the newest node, where the numbers are small against each other.
         polynomial = np.polynomial.Polynomial.fromroots([o - nodes[0] for o in others]) if others else None
         integral = (polynomial if polynomial is not None else np.polynomial.Polynomial([1.0])).integ()
         scale = float(np.prod([node - other for other in others])) if others else 1.0
-        found.append(float(integral(levels[step + 1] - nodes[0]) - integral(levels[step] - nodes[0])) / scale)
-    return found
+        integrals.append(float(integral(levels[step + 1] - nodes[0]) - integral(levels[step] - nodes[0])) / scale)
+    return integrals
 
 
 def lms(

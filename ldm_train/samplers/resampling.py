@@ -1,4 +1,4 @@
-"""Resampling jumps (RePaint, Lugmayr et al. 2022, arXiv:2201.09865, section 4.2), around any sampler."""
+"""Resampling jumps (RePaint, Lugmayr et al. 2022, arXiv:2201.09865, section 4.2), with any sampler."""
 
 from collections.abc import Callable
 
@@ -22,7 +22,7 @@ def resampled(
     callback: Callable[[int, torch.Tensor], None] | None = None,
 ) -> torch.Tensor:
     """Goes down `jump_length` steps by `sampler`, adds the noise of those steps again and repeats, `repeats` times in all,
-    before it goes on: what is drawn anew gets time to agree with what is known.
+    before it goes on: the drawn part then agrees better with the known part.
 
     As many evaluations as `repeats` runs of the sampler. Multistep samplers begin each stretch anew.
     callback(step, pred_x0) counts every step. Returns latents at timesteps[-1]. Raises ValueError for counts below 1.

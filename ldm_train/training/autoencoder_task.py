@@ -92,7 +92,7 @@ class AutoencoderTask(Task):
     def on_validation_epoch_start(self) -> None:
         super().on_validation_epoch_start()
         self._moments: dict[str, Moments] = {}
-        self._codes: torch.Tensor | None = None  # how often each was used
+        self._codes: torch.Tensor | None = None  # how often each code was used
         # Per-channel sums of posterior means, of their squares and of variances, and the number of each.
         self._mean_moments = [0.0, 0.0, 0.0, 0]
 
@@ -140,14 +140,14 @@ class AutoencoderTask(Task):
         self.finish_validation()
         if count:
             variance = square / count - (total / count) ** 2
-            found = {
+            metrics = {
                 "active_channels": (variance > ACTIVE_VARIANCE).double().mean(),
                 "latent_std_min": variance.clamp(min=0).sqrt().min(),
                 "latent_std_max": variance.clamp(min=0).sqrt().max(),
             }
             if isinstance(within, torch.Tensor):  # a posterior with a width
-                found["posterior_std"] = (within / count / variance.clamp(min=1e-12)).mean().sqrt()
-            self.log_dict({f"val/{k}": v.item() for k, v in found.items()}, rank_zero_only=False)
+                metrics["posterior_std"] = (within / count / variance.clamp(min=1e-12)).mean().sqrt()
+            self.log_dict({f"val/{k}": v.item() for k, v in metrics.items()}, rank_zero_only=False)
         if used := [c for c in gathered(self._codes) if c is not None]:
             counts = torch.stack(used).sum(dim=0)
             self.log("val/perplexity", perplexity(counts), rank_zero_only=False)

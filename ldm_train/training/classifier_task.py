@@ -1,4 +1,4 @@
-"""The classifier stage: which class noisy latents belong to, for classifier guidance."""
+"""The classifier stage: trains a classifier of noisy latents, for classifier guidance."""
 
 from collections.abc import Callable
 from functools import partial

@@ -19,10 +19,10 @@ from ldm_train.training.callbacks.progress import StepBar
 from ldm_train.training.loggers import MetricsCSV, Recorder
 from ldm_train.training.task import NotFinite, Task
 
-# What Lightning says of every run and nobody can act on. (The frozen parts are in eval mode on purpose; the loaders
-# resume by position, not by state.)
+# Messages of Lightning that do not apply here. (The frozen parts are in eval mode on purpose; the loaders resume by
+# position, not by state.)
 logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-logging.getLogger("lightning.pytorch.profilers").setLevel(logging.INFO)  # whoever asks for a profiler wants its report
+logging.getLogger("lightning.pytorch.profilers").setLevel(logging.INFO)  # a configured profiler prints its report
 for message in (
     ".*in eval mode at the start of training",
     ".*dataloader is not resumable",
@@ -33,13 +33,13 @@ for message in (
 ):
     warnings.filterwarnings("ignore", message)
 
-REWINDS = 3  # to the last checkpoint, of one training
+REWINDS = 3  # returns to the last checkpoint, at most, in one training
 PRECISIONS = ("32", "bf16-mixed", "16-mixed")
 
 
 @dataclass(frozen=True)
 class Machine:
-    """Where training runs. accelerator: "cpu" or "gpu". rank, world_size and their local_ forms as torchrun sets them.
+    """The devices of training. accelerator: "cpu" or "gpu". rank, world_size and their local_ forms as torchrun sets them.
 
     precision: 32, bf16-mixed or 16-mixed; weights and optimiser state are float32 in all of them.
     """
@@ -84,7 +84,7 @@ class Machine:
 
 
 class Onlooker(Machine):
-    """The place of a process that checks what others will do, and takes up no GPU itself."""
+    """The Machine of a process that only checks before others start; it uses no GPU itself."""
 
     @property
     def device(self) -> torch.device:
@@ -115,13 +115,13 @@ def fit(
     max_bad_fraction: float = 0.01,
     callbacks: Sequence[L.Callback] = (),
     effort: tuple[float | None, float | None] = (None, None),
-    facts: Mapping[str, Any] | None = None,
+    health_settings: Mapping[str, Any] | None = None,
     options: Mapping[str, Any] | None = None,
 ) -> None:
     """Trains `task` to `max_steps` optimiser steps in `folder`, from checkpoints/last.ckpt if it is there.
 
-    effort: FLOPs of training on one image and the devices' peak per second, for train/tflop and train/mfu. facts: what
-    the health checks must know of the configuration. options: of the Trainer, beside those that are set here.
+    effort: FLOPs of training on one image and the devices' peak per second, for train/tflop and train/mfu. health_settings:
+    the options that the health checks need. options: of the Trainer, beside those that are set here.
 
     Where gradients stay non-finite, goes back to the last checkpoint, REWINDS times. Afterwards the task holds the averaged
     weights where it averages. Raises Interrupted on a signal, NotFinite where going back did not help.
@@ -135,7 +135,7 @@ def fit(
         while True:
             checkpoints = Checkpoints(folder / "checkpoints", cadence.checkpoint_every, task.monitor)
             monitor = Monitor(batch_size, dataset_size, max_bad_fraction, cadence.trace, *effort)
-            watching = [*callbacks, monitor, Health(folder, facts or {}), checkpoints]
+            watching = [*callbacks, monitor, Health(folder, health_settings or {}), checkpoints]
             if cadence.progress:
                 watching.append(StepBar(batch_size))
             trainer = L.Trainer(
@@ -161,7 +161,7 @@ def fit(
                 default_root_dir=folder,
                 **(options or {}),
             )
-            # Its SIGTERM handler would take the place of ours, and leave without saving.
+            # Lightning's SIGTERM handler would replace ours, and exit without saving.
             trainer._signal_connector.register_signal_handlers = lambda: None
             try:
                 with checkpoints.signals():
@@ -182,7 +182,7 @@ def fit(
                         logger.log_alert("not_finite", f"{error}; {again}")
                 rows = MetricsCSV(folder / "metrics.csv", start)
                 for logger in loggers:
-                    logger.logged = {}  # other random numbers, other values: what can take nothing back shows both
+                    logger.logged = {}  # the repeated steps differ; loggers that cannot remove rows show both
     else:
         task.setup("fit")
         state = read_checkpoint(last)

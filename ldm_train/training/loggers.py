@@ -1,4 +1,4 @@
-"""Where metrics go: metrics.csv always, Weights & Biases unless switched off, TensorBoard where asked for."""
+"""Loggers of metrics: metrics.csv always, Weights & Biases unless switched off, TensorBoard where configured."""
 
 import csv
 import io
@@ -21,11 +21,10 @@ from ldm_train.storage import inside, write_atomically
 
 
 class Recorder(Logger):
-    """A logger that training also gives pictures (files already), histograms and alerts; subclasses take what they have room
-    for.
+    """A logger that also receives pictures (as files), histograms and alerts; subclasses implement those they support.
 
-    logged: what an earlier process logged beyond the checkpoint this one continues from (see `MetricsCSV`): a resumed
-    training, being exact, would only repeat it.
+    logged: the metrics that an earlier process logged after the checkpoint this one continues from (see `MetricsCSV`). A resumed
+    training is exact and would only repeat them.
     """
 
     def __init__(self) -> None:
@@ -46,10 +45,10 @@ class Recorder(Logger):
 
 
 class MetricsCSV(Recorder):
-    """One row per logged step; survives resume: rows after the checkpoint's step are cut, then it goes on.
+    """One row per logged step; survives resume: rows after the checkpoint's step are removed first.
 
-    path: the file. start: the step training starts or resumes from. `cut`: what was logged after it, {step: names}: a
-    logger that cannot take rows back leaves these out when they come again.
+    path: the file. start: the step training starts or resumes from. `cut`: the metrics logged after it,
+    {step: names}; a logger that cannot remove rows skips these when they come again.
     """
 
     def __init__(self, path: str | Path, start: int = 0):
@@ -97,8 +96,8 @@ class MetricsCSV(Recorder):
 
 
 def code_version() -> dict[str, str]:
-    """What ran: the installed version, and the commit (with + where files differ from it) in a checkout."""
-    found = {"ldm_train": metadata.version("ldm-train"), "torch": torch.__version__}
+    """Versions of the package and of torch, and in a checkout the commit (with + where files differ from it)."""
+    versions = {"ldm_train": metadata.version("ldm-train"), "torch": torch.__version__}
     root = Path(__file__).parents[2]
     if (root / ".git").exists():
         with suppress(OSError, subprocess.SubprocessError):
@@ -106,8 +105,8 @@ def code_version() -> dict[str, str]:
                 ["git", "describe", "--always", "--dirty=+", "--abbrev=12", "--exclude=*"], cwd=root, capture_output=True,
                 text=True, timeout=5, check=True,
             )  # fmt: skip
-            found["commit"] = described.stdout.strip()
-    return found
+            versions["commit"] = described.stdout.strip()
+    return versions
 
 
 class StockLogger(Recorder):
@@ -214,19 +213,19 @@ class WandbRun:
 
 def numbers(tree: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
     """The numbers of nested metrics by their path; an interval [low, high] as two."""
-    found: dict[str, float] = {}
+    flat: dict[str, float] = {}
     for name, value in tree.items():
         if isinstance(value, Mapping):
-            found |= numbers(value, f"{prefix}{name}/")
+            flat |= numbers(value, f"{prefix}{name}/")
         elif name == "interval" and value:
-            found |= {f"{prefix}low": value[0], f"{prefix}high": value[1]}
+            flat |= {f"{prefix}low": value[0], f"{prefix}high": value[1]}
         elif isinstance(value, int | float) and not isinstance(value, bool):
-            found[f"{prefix}{name}"] = value
-    return found
+            flat[f"{prefix}{name}"] = value
+    return flat
 
 
 def picked(metrics: Mapping[str, float], step: int, logged: Mapping[int, set[str]]) -> dict[str, float]:
-    """Without Lightning's epoch, and without what an earlier process logged for this step already."""
+    """The metrics without Lightning's epoch and without those that an earlier process logged for this step already."""
     return {k: v for k, v in metrics.items() if k != "epoch" and k not in logged.get(step, ())}
 
 
@@ -235,7 +234,7 @@ def validated(step: int, logged: Mapping[int, set[str]]) -> bool:
     return any(name.startswith("val/") for name in logged.get(step, ()))
 
 
-# Where a run's best, not its last value is what one looks for.
+# Metrics whose summary is a run's best value, not its last.
 SUMMARIES = {
     "val/loss": "min", "val/score": "min", "val/perceptual": "min", "val/l1": "min", "val/psnr": "max", "val/ssim": "max",
     "val/fid_tiny": "min", "val/fid": "min", "val/kid_tiny": "min", "val/kid": "min", "val/accuracy": "max",
@@ -243,8 +242,8 @@ SUMMARIES = {
 
 
 class StageLogger(Recorder):
-    """A stage's metrics as `<stage>/...` over that stage's optimiser steps; its images seen are beside them as
-    `<stage>/images`, to choose instead."""
+    """A stage's metrics as `<stage>/...` over that stage's optimiser steps; the images seen are logged too, as
+    `<stage>/images`, as another axis to choose."""
 
     def __init__(self, run: Any, stage: str, batch_size: int):
         super().__init__()
@@ -332,4 +331,4 @@ class TensorBoardLogger(Recorder):
 
     @rank_zero_only
     def finalize(self, status: str) -> None:
-        self.writer.close()  # which opens its file again where more is logged
+        self.writer.close()  # the writer reopens its file for later values

@@ -58,7 +58,7 @@ class EMA:
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """The averaged weights in the module, the raw ones back afterwards."""
+        """A context in which the module has the averaged weights; the raw ones return after it."""
         raw = {name: p.detach().clone() for name, p in self.live.items()}
         with torch.no_grad():
             for name, p in self.live.items():
@@ -91,8 +91,8 @@ def clip_by_group(groups: Iterable[dict], max_norm: float) -> dict[str, torch.Te
 
 def norms_by_group(groups: Iterable[dict]) -> dict[str, torch.Tensor]:
     """The gradient's norm of each parameter group by its name."""
-    found = {}
+    norms = {}
     for i, group in enumerate(groups):
         gradients = [p.grad for p in group["params"] if p.grad is not None]
-        found[group.get("name", str(i))] = nn.utils.get_total_norm(gradients) if gradients else torch.zeros(())
-    return found
+        norms[group.get("name", str(i))] = nn.utils.get_total_norm(gradients) if gradients else torch.zeros(())
+    return norms

@@ -1,4 +1,4 @@
-"""What the stages that train share: reseeding, averaging, clipping, checkpoints of exactly the trained parts, validation sums."""
+"""Shared by the tasks of all training stages: reseeding, averaging, clipping, checkpoints of exactly the trained parts, validation sums."""
 
 from collections import defaultdict
 from collections.abc import Callable, Mapping
@@ -16,11 +16,11 @@ from ldm_train.distributed import gathered
 from ldm_train.training.optim import EMA, clip_by_group, norms_by_group
 
 SKIPS = 10  # steps in a row without a finite gradient, before training goes back to the last checkpoint
-SCALER_SKIPS = 50  # in 16-mixed, where the first ones are how the scaler finds its scale
+SCALER_SKIPS = 50  # in 16-mixed, where the scaler needs the first ones to find its scale
 
 
 class NotFinite(FloatingPointError):
-    """A training that has left the numbers; the message says what to change."""
+    """Raised where gradients or weights stay non-finite; the message says what to change."""
 
     def __init__(self, stage: str, what: str, step: int):
         super().__init__(
@@ -78,7 +78,7 @@ class Task(L.LightningModule):
         raise NotImplementedError
 
     def averaged(self) -> nn.Module:
-        """The part whose weights are averaged and shipped."""
+        """The part whose weights are averaged and saved as the model."""
         raise NotImplementedError
 
     def groups(self) -> list[dict]:
@@ -125,10 +125,10 @@ class Task(L.LightningModule):
         if self._skipped_in_row >= (SKIPS if scaler is None else SCALER_SKIPS):
             self._skipped_in_row = 0
             raise NotFinite(self.stage, "gradient is", self.global_step)
-        if scaler is None:  # which skips by itself
+        if scaler is None:  # the scaler skips such steps itself
             for group in optimizer.param_groups:
                 for parameter in group["params"]:
-                    parameter.grad = None  # an optimiser leaves alone what has no gradient
+                    parameter.grad = None  # an optimiser skips parameters without a gradient
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         super().optimizer_step(*args, **kwargs)
@@ -145,7 +145,7 @@ class Task(L.LightningModule):
             self.log("train/skipped_steps", float(self.skipped))
 
     def with_ema(self) -> AbstractContextManager:
-        """Averaged weights in place, where there are any."""
+        """A context with the averaged weights, where there are any."""
         return self.ema.applied() if self.ema is not None else nullcontext()
 
     # -- validation: sums over samples, equal for any batch size and number of ranks -----------------------------------
@@ -191,7 +191,7 @@ class Task(L.LightningModule):
             if isinstance(counters, dict):
                 counters.update(dict.fromkeys(counters, checkpoint["global_step"] * self.accumulate))
         if "epoch_loop.state_dict" in fit_loop:
-            # What it logs by; a checkpoint made at the end of a batch holds one too few, and every later row would shift.
+            # The step that Lightning logs by; a checkpoint made at the end of a batch holds one too few, which would shift later rows.
             fit_loop["epoch_loop.state_dict"]["_batches_that_stepped"] = checkpoint["global_step"]
         if self.ema is not None:
             self.ema.load_state_dict(checkpoint["ema"])

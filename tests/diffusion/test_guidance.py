@@ -42,9 +42,9 @@ def test_batched_and_two_calls_agree(kind) -> None:
     cond, uncond = (Denoiser(network, SCHEDULE, kind, condition()) for _ in range(2))
     batched = classifier_free(cond, uncond, 4.0)(x_t, t)
     assert network.calls == 1
-    apart = classifier_free(lambda x, s: cond(x, s), lambda x, s: uncond(x, s), 4.0)(x_t, t)
+    separate = classifier_free(lambda x, s: cond(x, s), lambda x, s: uncond(x, s), 4.0)(x_t, t)
     assert network.calls == 3
-    torch.testing.assert_close(batched, apart)
+    torch.testing.assert_close(batched, separate)
     torch.testing.assert_close(batched, uncond(x_t, t) + 4.0 * (cond(x_t, t) - uncond(x_t, t)))
 
 

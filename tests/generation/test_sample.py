@@ -350,19 +350,19 @@ def test_five_lines_of_python(model_folder: Callable[[str], Path]):
 
 def test_autoguidance_leads_away_from_a_weaker_model(model_folder: Callable[[str], Path]):
     model = ldm_train.load(str(model_folder("none")))
-    weak = ldm_train.load(str(model_folder("none")))
+    weaker = ldm_train.load(str(model_folder("none")))
     alone = model.sample({}, [3], Sampling(guidance_scale=1.0))
     torch.testing.assert_close(
-        model.sample({}, [3], Sampling(guidance_scale=3.0), guidance=Guidance(weaker_model=weak)),
+        model.sample({}, [3], Sampling(guidance_scale=3.0), guidance=Guidance(weaker_model=weaker)),
         alone,
         rtol=1e-3,
         atol=1e-3,
     )
     with torch.no_grad():
-        for p in weak.network.parameters():
+        for p in weaker.network.parameters():
             p.mul_(0.9)
     assert (
-        model.sample({}, [3], Sampling(guidance_scale=3.0), guidance=Guidance(weaker_model=weak)) - alone
+        model.sample({}, [3], Sampling(guidance_scale=3.0), guidance=Guidance(weaker_model=weaker)) - alone
     ).abs().max() > 0.01
 
 

@@ -41,14 +41,14 @@ FAULTS = {
 }
 
 
-def diagnosed(values: dict[str, list[float]], facts: dict | None = None) -> list[str]:
+def diagnosed(values: dict[str, list[float]], settings: dict | None = None) -> list[str]:
     """Names of what the checks find when these are logged."""
     history = {}
     for key, row in values.items():
         steps = list(STEPS)[: len(row)] if key.startswith("train/") else [1000]
         history[key] = list(zip(steps, row))
-    facts = BINS | {"max_adaptive_weight": 1e4} if facts is None else facts
-    found = [check(history, facts) for check in health.CHECKS]
+    settings = BINS | {"max_adaptive_weight": 1e4} if settings is None else settings
+    found = [check(history, settings) for check in health.CHECKS]
     assert all(f is None or (len(f.what) > 20 and len(f.remedy) > 20) for f in found)
     return [f.name for f in found if f is not None]
 
@@ -72,9 +72,9 @@ def test_the_clamp_is_known_in_the_unit_that_is_logged(autoencoder: str) -> None
     model, loss = instantiate(config.autoencoder.network), instantiate(config.autoencoder.loss, disc_start=0)
     images = torch.rand(2, 3, 32, 32) * 2 - 1
     weight = loss(images, *model(images), model.last_layer, 1000)[1]["adaptive_weight"].item()
-    facts = {"max_adaptive_weight": config.autoencoder.loss.max_adaptive_weight}
-    assert diagnosed({"train/adaptive_weight": [weight] * len(STEPS)}, facts) == ["adaptive_weight_at_clamp"]
-    assert diagnosed({"train/adaptive_weight": [weight / 2] * len(STEPS)}, facts) == []
+    settings = {"max_adaptive_weight": config.autoencoder.loss.max_adaptive_weight}
+    assert diagnosed({"train/adaptive_weight": [weight] * len(STEPS)}, settings) == ["adaptive_weight_at_clamp"]
+    assert diagnosed({"train/adaptive_weight": [weight / 2] * len(STEPS)}, settings) == []
 
 
 def test_a_short_lapse_of_the_discriminator_is_none() -> None:

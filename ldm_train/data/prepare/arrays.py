@@ -12,8 +12,8 @@ from ldm_train.data.files import open_image, read_npy
 from ldm_train.data.shards import DataError
 
 LAYOUTS = ("hwc", "chw")
-MOST_COMPRESSED, LEAST_CLAIM = 2_000, 1 << 25  # deflate reaches 1,032; what need not be asked, in bytes
-# Modes of single-page TIFFs that are pictures as any viewer shows them; others are arrays.
+MOST_COMPRESSED, LEAST_CLAIM = 2_000, 1 << 25  # ratio (deflate reaches 1,032); bytes that pass unchecked
+# Modes of single-page TIFFs that image viewers show; TIFFs of other modes are read as arrays.
 VIEWED = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "I;16", "I;16B", "I;16L")
 
 
@@ -77,12 +77,12 @@ def _bands(data: bytes) -> np.ndarray:
     try:
         with tifffile.TiffFile(io.BytesIO(data)) as file:
             series = file.series[0]
-            # Said before the array is allocated: no compression in use makes so much of so little.
+            # Checked before the array is allocated: no compression in use has such a ratio.
             if math.prod(series.shape) * series.dtype.itemsize > max(LEAST_CLAIM, MOST_COMPRESSED * len(data)):
                 raise ValueError(f"{len(data)} bytes for the shape {series.shape}")
             axes, array = series.axes, series.asarray()
             array = array.astype(array.dtype.newbyteorder("="), copy=False)
-    except Exception as error:  # its decoders raise whatever they like on damaged data
+    except Exception as error:  # on damaged data its decoders raise errors of any type
         raise ValueError(f"no TIFF that can be read: {error}") from error
     if not {"Y", "X"} <= set(axes):
         raise ValueError(f"a TIFF with the axes {axes} is no picture")
@@ -91,7 +91,7 @@ def _bands(data: bytes) -> np.ndarray:
 
 
 def _viewed(data: bytes) -> bytes | None:
-    """A TIFF that is a picture of a viewer as PNG, else None."""
+    """A single-page TIFF of a mode in VIEWED as PNG, else None."""
     try:
         with open_image(data) as image:
             if getattr(image, "n_frames", 1) > 1 or image.mode not in VIEWED:

@@ -46,12 +46,12 @@ def digest(items: object) -> str:
 
 
 def in_validation(key: str, fraction: float) -> bool:
-    """Whether a sample belongs to validation: a function of its key alone, so that growing a folder moves nobody."""
+    """Whether a sample belongs to validation: a function of its key alone, so that new files do not move old ones."""
     return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "little") < fraction * 2**64
 
 
 def _write(source: Source, out: Path, split: str, number: int, chunk: range) -> dict:
-    """Writes one shard and the note that it is complete. Returns its entry with skipped samples and image sizes, of .npy
+    """Writes one shard and the entry that marks it as complete. Returns its entry with skipped samples and image sizes, of .npy
     pictures also the numbers of channels and the least and largest value."""
     sizes, skipped, passing = [], [], []
     channels, values = set(), []
@@ -166,7 +166,7 @@ def build(source: Source, out: str | Path, per_shard: int = 1000, workers: int =
 
 
 def _is_complete(entry: dict) -> bool:
-    """Whether a shard's note also has what the index is made from beside the shard itself."""
+    """Whether a shard's entry also has the image sizes and other values that the index is made from."""
     sides = [side for pair in entry.get("image_size", ()) for side in pair]
     return isinstance(entry.get("skipped"), list) and all(isinstance(side, int) for side in sides)
 

@@ -51,6 +51,6 @@ def download(url: str, path: str | Path, md5: str, timeout: float = 30.0) -> Pat
 def check_md5(path: Path, md5: str) -> None:
     """Raises ValueError, naming the file and the remedy, where the checksum differs."""
     with open(path, "rb") as file:
-        found = hashlib.file_digest(file, "md5").hexdigest()
-    if found != md5:
-        raise ValueError(f"{path} has md5 {found}, expected {md5}; delete it and download it again")
+        actual = hashlib.file_digest(file, "md5").hexdigest()
+    if actual != md5:
+        raise ValueError(f"{path} has md5 {actual}, expected {md5}; delete it and download it again")

@@ -50,11 +50,11 @@ def encoded_png(image: Image.Image) -> bytes:
     return buffer.getvalue()
 
 
-def check_count(where: str, found: int, expected: int | None) -> None:
-    """Raises DataError where a data set of known size has another one."""
-    if expected is not None and found != expected:
+def check_count(where: str, count: int, expected: int | None) -> None:
+    """Raises DataError where a data set of known size has another number of images."""
+    if expected is not None and count != expected:
         raise DataError(
-            f"{where} has {found} images, the data set as published {expected}; complete the download, or take what there "
+            f"{where} has {count} images, the data set as published {expected}; complete the download, or take what there "
             "is with source.expect=null"
         )
 
@@ -108,7 +108,7 @@ class ImageFolder:
             raise FileNotFoundError(f"path={path} is no folder; give a folder of images")
         inner = [p for p in root.iterdir() if not p.name.startswith(".")]
         if len(inner) == 1 and (inner[0] / "train").is_dir() and (inner[0] / "val").is_dir():
-            root = inner[0]  # an archive's own folder
+            root = inner[0]  # the archive has one top folder
         folders = {"train": root / "train"}
         for name in ("val", "validation", "valid", "test"):
             if (root / name).is_dir():

@@ -1,4 +1,4 @@
-"""An index for tars that already exist, local or remote; the tars themselves stay where they are."""
+"""An index for tars that already exist, local or remote; the tars themselves are not moved."""
 
 from fnmatch import fnmatch
 from pathlib import Path
@@ -31,8 +31,7 @@ def _remote_entry(url: str) -> dict:
     tar = StreamedTar(url)
     for _ in tar:
         pass
-    found = {"count": tar.count, "bytes": tar.bytes, "sha256": tar.sha256, "fields": dict(tar.fields)}
-    return {"file": url} | found
+    return {"file": url, "count": tar.count, "bytes": tar.bytes, "sha256": tar.sha256, "fields": dict(tar.fields)}
 
 
 def write_tar_index(

@@ -33,7 +33,7 @@ FORMATS = {
     "GIF": None,
     "BMP": None,
     "TIFF": None,
-}  # what is decoded at all
+}  # the only formats that are decoded
 MAX_REDIRECTS = 5
 
 
@@ -58,8 +58,8 @@ NAT64 = ipaddress.ip_network("64:ff9b::/96")  # where networks without IPv4 reac
 
 
 def is_public(address: str) -> bool:
-    """Whether an IP address is global unicast. Those that stand for an IPv4 address (mapped, NAT64) are what that is;
-    the retired forms (IPv4-compatible, 6to4, Teredo) are not public, whatever they stand for."""
+    """Whether an IP address is global unicast. Those that embed an IPv4 address (mapped, NAT64) are public where it is; the
+    retired forms (IPv4-compatible, 6to4, Teredo) never are."""
     ip = ipaddress.ip_address(address.split("%")[0])
     if ip.version == 6:
         embedded = ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF) if ip in NAT64 else ip.ipv4_mapped
@@ -73,16 +73,16 @@ def is_public(address: str) -> bool:
 def public_addresses(host: str, port: int, allow_private: bool = False) -> list[str]:
     """The addresses to connect to. Raises Unfetchable where the host is unknown, or any of its addresses is not public.
 
-    The addresses themselves are connected to, so that a name cannot mean something else a moment later.
+    Connections are made to these addresses, so that a changed DNS answer has no effect.
     """
     try:
-        found = [entry[4][0] for entry in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)]
+        addresses = [entry[4][0] for entry in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)]
     except OSError as error:
         raise Unfetchable(f"{host}: {error}", True) from error
-    for address in found:
+    for address in addresses:
         if not allow_private and not is_public(address):
             raise Unfetchable(f"{host} is {address}, a private address; allow it with source.allow_private=true")
-    return list(dict.fromkeys(found))
+    return list(dict.fromkeys(addresses))
 
 
 class _Connections:
@@ -93,11 +93,11 @@ class _Connections:
         self.opened = opened
 
         def connected(connection: http.client.HTTPConnection) -> socket.socket:
-            for address in (found := public_addresses(connection.host, connection.port, allow_private)):
+            for address in (addresses := public_addresses(connection.host, connection.port, allow_private)):
                 try:
                     made = socket.create_connection((address, connection.port), connection.timeout)
                 except OSError:
-                    if address == found[-1]:
+                    if address == addresses[-1]:
                         raise
                     continue
                 opened.append(made)
@@ -127,11 +127,11 @@ class _Connections:
 
             http_error_301 = http_error_303 = http_error_307 = http_error_308 = http_error_302
 
-        # Proxies of the environment would hide the address that is connected to.
+        # Proxies from the environment are not used: they would hide the address that is connected to.
         self.opener = urllib.request.build_opener(urllib.request.ProxyHandler({}), HTTP(), HTTPS(), NoRedirects())
 
     def cut(self) -> None:
-        """Ends whatever still waits for an answer."""
+        """Closes all sockets that are still open."""
         self.was_cut = True
         for sock in self.opened:
             with suppress(OSError):
@@ -166,7 +166,7 @@ def fetch(
         alarm.start()
         try:
             data = _follow(connections.opener, url, timeout, max_bytes)
-            if connections.was_cut:  # which looks like the end of an answer
+            if connections.was_cut:  # a cut connection looks like the end of an answer
                 raise Unfetchable(f"not finished after {6 * timeout:.0f} s", True)
             return data
         except Unfetchable as error:
@@ -180,15 +180,15 @@ def fetch(
 
 def _follow(opener: Any, url: str, timeout: float, max_bytes: int) -> bytes:
     for _ in range(MAX_REDIRECTS + 1):
-        found = _read(opener, checked_url(url), timeout, max_bytes)
-        if isinstance(found, bytes):
-            return found
-        url = urljoin(url, found)
+        answer = _read(opener, checked_url(url), timeout, max_bytes)
+        if isinstance(answer, bytes):
+            return answer
+        url = urljoin(url, answer)
     raise Unfetchable(f"more than {MAX_REDIRECTS} redirects")
 
 
 def _read(opener: Any, url: str, timeout: float, max_bytes: int) -> bytes | str:
-    """The bytes, or where the answer points to."""
+    """The bytes, or the address that the answer redirects to."""
     request = urllib.request.Request(url, headers={"User-Agent": AGENT, "Accept": "image/*,*/*;q=0.5"})
     end = time.monotonic() + 6 * timeout
     try:

@@ -26,7 +26,7 @@ LAST, PREVIOUS = "last.ckpt", "last-previous.ckpt"
 
 class AtomicCheckpointIO(TorchCheckpointIO):
     """Checkpoints appear under their final name only when complete, also when the disk fills up or power fails. The
-    last.ckpt of before stays as last-previous.ckpt."""
+    previous last.ckpt is kept as last-previous.ckpt."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
         def write(file: io.BufferedWriter) -> None:
@@ -34,7 +34,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             try:
                 torch.save(checkpoint, remembering)
                 file.flush()
-            except RuntimeError as error:  # torch's own, in the place of what the disk said
+            except RuntimeError as error:  # torch raises its own error instead of the disk's
                 raise (remembering.error or error) from None
             if Path(path).name == LAST and Path(path).is_file():
                 _keep(Path(path))
@@ -46,7 +46,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
 
 class _Remembering:
-    """A file that knows what the disk said when it took no more."""
+    """A file that keeps the first OSError of its writes, such as a full disk."""
 
     def __init__(self, file: io.BufferedWriter):
         self.file, self.error = file, None
@@ -81,7 +81,7 @@ def _read(path: Path, mmap: bool) -> dict[str, Any]:
 
 
 def read_checkpoint(path: str | Path, mmap: bool = False) -> dict[str, Any]:
-    """What was saved, on the CPU; no code is run from it. mmap: tensors are read when they are used.
+    """The state in a checkpoint, on the CPU; no code is run from it. mmap: tensors are read when they are used.
 
     Raises DataError, with the file and the choices, where it is damaged or no checkpoint.
     """
@@ -90,7 +90,7 @@ def read_checkpoint(path: str | Path, mmap: bool = False) -> dict[str, Any]:
         return _read(path, mmap)
     except (FileNotFoundError, PermissionError, MemoryError):
         raise
-    except Exception as error:  # damage makes zipfile and torch raise whatever comes first
+    except Exception as error:  # on damage zipfile and torch raise errors of any type
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise DataError(f"{path} is damaged or no checkpoint ({reason}); {_choices(path)}") from error
 
@@ -108,7 +108,7 @@ def _choices(path: Path) -> str:
 
 
 def steps_done(last: Path) -> int:
-    """Optimiser steps behind last.ckpt, 0 where training has not begun. Raises DataError as `read_checkpoint`, and where
+    """Optimiser steps done at last.ckpt, 0 where training has not begun. Raises DataError as `read_checkpoint`, and where
     it is missing though it was there."""
     if last.is_file():
         return read_checkpoint(last, mmap=True)["global_step"]
@@ -138,13 +138,13 @@ class Checkpoints(L.Callback):
         return {"best": self.best, "by": self.by}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        if state_dict.get("by", self._usual) == self.by:  # the best of another measure says nothing
+        if state_dict.get("by", self._usual) == self.by:  # the best value of another metric does not compare
             self.best = state_dict["best"]
 
     @contextmanager
     def signals(self) -> Iterator[None]:
-        """Around Trainer.fit. Raises Interrupted for a signal that came after the last step, and where what followed it
-        kept the step from being finished (other ranks or loading processes that it ended)."""
+        """The context of Trainer.fit. Raises Interrupted for a signal after the last step, and for one that ended other ranks or
+        loading processes before the step was finished."""
         with interrupts.handled(), interrupts.answered_by(self._on_signal):
             try:
                 yield
@@ -162,13 +162,13 @@ class Checkpoints(L.Callback):
         if not self._training:  # nothing to save yet
             interrupts.leave(number)
         if self._signal:
-            if time.monotonic() - self._signal_time > 2:  # a launcher passes on what the terminal sent already
+            if time.monotonic() - self._signal_time > 2:  # a launcher may repeat the terminal's signal
                 interrupts.leave(number)
             return
         self._signal, self._signal_time = number, time.monotonic()
         if os.environ.get("RANK", "0") == "0":
             said = "saving at the next step, then leaving (once more: leave at once)"
-            os.write(1, f"\n{signal.Signals(number).name}: {said}\n".encode())  # print may be what was interrupted
+            os.write(1, f"\n{signal.Signals(number).name}: {said}\n".encode())  # a print may have been interrupted
 
     def _agreed_signal(self, trainer: L.Trainer) -> int:
         if trainer.world_size == 1:
@@ -185,7 +185,7 @@ class Checkpoints(L.Callback):
         if number or (self._due(trainer) and not validates):
             self._save_last(trainer, pl_module)
         if number:
-            # What this step logged would only be written after this hook, and the resumed run begins with the next.
+            # This step's metrics would only be written after this hook, and the resumed run begins with the next step.
             trainer._logger_connector.update_train_step_metrics()
             raise Interrupted(number, self._step)
 

@@ -1,4 +1,4 @@
-"""What goes wrong with a training, said by name with its remedy, while it can still be mended."""
+"""Diagnoses of faults during training, each with a name and a remedy, while they can still be fixed."""
 
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
@@ -14,7 +14,7 @@ from ldm_train.storage import write_json
 from ldm_train.training.task import Task
 
 FILE = "health.json"
-PATIENCE = 500  # optimiser steps that a state of the discriminator must last before it is one
+PATIENCE = 500  # optimiser steps that a state of the discriminator must last before it is reported
 WINDOW = 10  # logged values that must agree
 
 History = Mapping[str, Sequence[tuple[int, float]]]
@@ -22,7 +22,7 @@ History = Mapping[str, Sequence[tuple[int, float]]]
 
 @dataclass(frozen=True)
 class Finding:
-    """name: of the diagnosis. what: the numbers it follows from. remedy: what to change."""
+    """name: of the diagnosis. what: the numbers behind it, in words. remedy: what to change."""
 
     name: str
     what: str
@@ -43,7 +43,7 @@ def _lasting(history: History, key: str, state: Callable[[float], bool]) -> floa
     return recent[-1] if all(map(state, recent)) else None
 
 
-def posterior_collapse(history: History, facts: Mapping[str, Any]) -> Finding | None:
+def posterior_collapse(history: History, settings: Mapping[str, Any]) -> Finding | None:
     active = _last(history, "val/active_channels")
     if active is None or active >= 0.5:
         return None
@@ -54,7 +54,7 @@ def posterior_collapse(history: History, facts: Mapping[str, Any]) -> Finding | 
     )
 
 
-def no_posterior(history: History, facts: Mapping[str, Any]) -> Finding | None:
+def no_posterior(history: History, settings: Mapping[str, Any]) -> Finding | None:
     ratio = _last(history, "val/posterior_std")
     if ratio is None or ratio >= 1e-5:
         return None
@@ -66,7 +66,7 @@ def no_posterior(history: History, facts: Mapping[str, Any]) -> Finding | None:
     )
 
 
-def scale_drift(history: History, facts: Mapping[str, Any]) -> Finding | None:
+def scale_drift(history: History, settings: Mapping[str, Any]) -> Finding | None:
     low, high = _last(history, "val/latent_std_min"), _last(history, "val/latent_std_max")
     if low is None or high is None or (high < 20 and high < 20 * max(low, 1e-12)):
         return None
@@ -77,7 +77,7 @@ def scale_drift(history: History, facts: Mapping[str, Any]) -> Finding | None:
     )
 
 
-def discriminator_overpowering(history: History, facts: Mapping[str, Any]) -> Finding | None:
+def discriminator_overpowering(history: History, settings: Mapping[str, Any]) -> Finding | None:
     accuracy = _lasting(history, "train/disc_accuracy", lambda v: v > 0.95)
     if accuracy is None:
         return None
@@ -88,7 +88,7 @@ def discriminator_overpowering(history: History, facts: Mapping[str, Any]) -> Fi
     )
 
 
-def discriminator_useless(history: History, facts: Mapping[str, Any]) -> Finding | None:
+def discriminator_useless(history: History, settings: Mapping[str, Any]) -> Finding | None:
     accuracy = _lasting(history, "train/disc_accuracy", lambda v: abs(v - 0.5) < 0.02)
     weight = _lasting(history, "train/adaptive_weight", lambda v: True)
     if accuracy is None or weight is None:
@@ -101,8 +101,8 @@ def discriminator_useless(history: History, facts: Mapping[str, Any]) -> Finding
     )
 
 
-def adaptive_weight_at_clamp(history: History, facts: Mapping[str, Any]) -> Finding | None:
-    clamp = facts.get("max_adaptive_weight")
+def adaptive_weight_at_clamp(history: History, settings: Mapping[str, Any]) -> Finding | None:
+    clamp = settings.get("max_adaptive_weight")
     weight = _lasting(history, "train/adaptive_weight", lambda v: v >= 0.999 * clamp) if clamp else None
     if weight is None:
         return None
@@ -114,13 +114,13 @@ def adaptive_weight_at_clamp(history: History, facts: Mapping[str, Any]) -> Find
     )
 
 
-def loss_by_timestep(history: History, facts: Mapping[str, Any]) -> Finding | None:
+def loss_by_timestep(history: History, settings: Mapping[str, Any]) -> Finding | None:
     """Predicting noise is easiest where there is most of it; predicting the picture where there is least."""
-    easier = facts.get("easier_with_noise")
+    easier = settings.get("easier_with_noise")
     sign = None if easier is None else 1 if easier else -1
-    bins = [_last(history, f"val/loss_t{k}") for k in range(facts.get("bins", 0))]
+    bins = [_last(history, f"val/loss_t{k}") for k in range(settings.get("bins", 0))]
     step = history["val/loss_t0"][-1][0] if history.get("val/loss_t0") else 0
-    if sign is None or len(bins) < 2 or None in bins or step < facts.get("settled", 200):
+    if sign is None or len(bins) < 2 or None in bins or step < settings.get("settled", 200):
         return None
     wrong = [k for k in range(len(bins) - 1) if sign * (bins[k + 1] - bins[k]) > 0.1 * abs(bins[k])]
     if not wrong:
@@ -134,7 +134,7 @@ def loss_by_timestep(history: History, facts: Mapping[str, Any]) -> Finding | No
     )
 
 
-def ema_not_moving(history: History, facts: Mapping[str, Any]) -> Finding | None:
+def ema_not_moving(history: History, settings: Mapping[str, Any]) -> Finding | None:
     share = _last(history, "val/ema_moved")
     if share is None or share >= 1e-3:
         return None
@@ -145,7 +145,7 @@ def ema_not_moving(history: History, facts: Mapping[str, Any]) -> Finding | None
     )
 
 
-def latents_disagree(history: History, facts: Mapping[str, Any]) -> Finding | None:
+def latents_disagree(history: History, settings: Mapping[str, Any]) -> Finding | None:
     values = [v for _, v in history.get("train/latent_std", ())][-3:]
     if len(values) < 3 or all(0.7 <= v <= 1.4 for v in values):
         return None
@@ -156,7 +156,7 @@ def latents_disagree(history: History, facts: Mapping[str, Any]) -> Finding | No
     )
 
 
-def data_starving(history: History, facts: Mapping[str, Any]) -> Finding | None:
+def data_starving(history: History, settings: Mapping[str, Any]) -> Finding | None:
     waits = [v for _, v in history.get("train/data_wait", ())][-5:]
     if len(waits) < 5 or min(waits) < 0.3:
         return None
@@ -182,24 +182,24 @@ CHECKS = (
 
 
 class Health(L.Callback):
-    """Looks at what is logged and says, once each, what is wrong: on the terminal, in health.json, as an alert in W&B.
+    """Checks the logged metrics and reports each fault once: on the terminal, in health.json, as an alert in W&B.
 
-    folder: of the stage. facts: what the checks must know of the configuration. Non-finite gradients are the task's own
-    affair (`Task`): they are skipped and counted, and training goes back to the last checkpoint after several in a row.
+    folder: of the stage. settings: the options that the checks need. Non-finite gradients are handled by `Task`: they are
+    skipped and counted, and training goes back to the last checkpoint after several in a row.
     """
 
-    def __init__(self, folder: Path, facts: Mapping[str, Any]):
-        self.path, self.facts = folder / FILE, facts
+    def __init__(self, folder: Path, settings: Mapping[str, Any]):
+        self.path, self.settings = folder / FILE, settings
         self.history: dict[str, list[tuple[int, float]]] = defaultdict(list)
-        self.found: dict[str, dict[str, Any]] = {}
+        self.findings: dict[str, dict[str, Any]] = {}
         self._before: tuple[torch.Tensor, torch.Tensor] | None = None
         self._last_step = -1
 
     def state_dict(self) -> dict[str, Any]:
-        return {"found": self.found, "history": {k: list(v) for k, v in self.history.items()}}
+        return {"found": self.findings, "history": {k: list(v) for k, v in self.history.items()}}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.found = state_dict["found"]
+        self.findings = state_dict["found"]
         self.history = defaultdict(list, {k: [tuple(p) for p in v] for k, v in state_dict["history"].items()})
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Task, outputs: Any, batch: Any, batch_idx: int) -> None:
@@ -234,16 +234,16 @@ class Health(L.Callback):
             if key.startswith(prefix):
                 self._add(key, step, float(value))
         for check in CHECKS:
-            finding = check(self.history, self.facts)
-            if finding is not None and finding.name not in self.found:
+            finding = check(self.history, self.settings)
+            if finding is not None and finding.name not in self.findings:
                 self.report(trainer, finding, step)
 
     def report(self, trainer: L.Trainer, finding: Finding, step: int) -> None:
-        """Says it once: further ones of the same name are known."""
-        self.found[finding.name] = {"step": step} | asdict(finding)
+        """Reports a finding and records its name, so that later ones of that name are not reported."""
+        self.findings[finding.name] = {"step": step} | asdict(finding)
         if rank() > 0:
             return
         print(f"\nhealth: {finding.name} at step {step}: {finding.what}\n  remedy: {finding.remedy}", flush=True)
-        write_json(self.path, self.found)
+        write_json(self.path, self.findings)
         for logger in trainer.loggers:
             logger.log_alert(finding.name, f"step {step}: {finding.what}. Remedy: {finding.remedy}")

@@ -1,4 +1,4 @@
-"""What a run does with its time and data: images per second, waiting for data, replaced samples, memory."""
+"""Logs a run's speed and use of data: images per second, waiting for data, replaced samples, memory."""
 
 import resource
 import time
@@ -19,7 +19,7 @@ class Monitor(L.Callback):
 
     flops: of training on one image; None: compute and MFU are not logged. peak_flops: of all devices together.
     batch_size: the global one. dataset_size: training samples. trace: a file that gets one line per micro-batch,
-    "stage step micro-batch rank|keys", for those who want to know what the model saw when.
+    "stage step micro-batch rank|keys", a record of the order of the samples.
     """
 
     def __init__(
@@ -49,14 +49,14 @@ class Monitor(L.Callback):
         self._steps, self._waited = trainer.global_step, 0.0
 
     def exclude(self, seconds: float) -> None:
-        """Time that went into something else than training."""
+        """Excludes `seconds` spent on other work than training."""
         self._since += seconds
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._validation = time.perf_counter()
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._batch_end = time.perf_counter()  # what comes next is waiting again
+        self._batch_end = time.perf_counter()  # from here on it waits for data again
         self.exclude(self._batch_end - self._validation)
 
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: Task, batch: Any, batch_idx: int) -> None:

@@ -1,4 +1,4 @@
-"""What the samples are worth while the denoising network trains."""
+"""Metrics of samples while the denoising network trains."""
 
 import time
 from collections.abc import Callable
@@ -18,8 +18,8 @@ class SampleMetrics(L.Callback):
     all ranks, measured by the evaluation stage's own function, and logged as val/<metric> with val/<metric>_low and _high
     (the 95 % interval).
 
-    conditions: this rank's share of what to sample under. reference: () -> what samples are compared with, asked for once.
-    best_by: the metric that best.ckpt is kept by; None leaves that to the validation loss.
+    conditions: this rank's share of the conditions of the samples. reference: () -> the reference, called once.
+    best_by: the metric that best.ckpt is kept by; with None, the validation loss.
     """
 
     def __init__(
