@@ -81,7 +81,7 @@ def give_statistics(folder: Path, first_stage: FirstStage, per_channel: bool) ->
 
 
 def check_crop(run: Run) -> None:
-    """Raises ValueError where training uses random crops, which one cached encoding cannot represent."""
+    """Raises ValueError for random crops with a cache: one cached encoding cannot represent them."""
     config = run.config
     if config.latents.cache and config.data.crop != "center":
         raise ValueError(
