@@ -83,7 +83,7 @@ def model(tree: dict[str, Any]) -> dict[str, Any]:
         return tree
     kind = tree.get("prediction_type", "epsilon")
     return {("network" if k == "unet" else k): v for k, v in tree.items() if k != "prediction_type"} | {
-        "parameterisation": {"_target_": PREDICTIONS.get(kind, kind)}
+        "parameterisation": {"_target_": PREDICTIONS.get(kind, kind) if isinstance(kind, str) else kind}
     }
 
 

@@ -47,6 +47,12 @@ def test_every_experiment_composes_whole(experiment: str):
     check_values(config)
 
 
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_every_experiment_takes_a_flow(experiment: str):
+    section = composed("train", f"experiment={experiment}", "diffusion/objective=flow").diffusion
+    DiffusionObjective(instantiate(section.schedule), instantiate(section.objective.parameterisation))
+
+
 @pytest.mark.parametrize("file", FILES, ids=lambda f: str(f.relative_to(config_folder())))
 def test_every_target_exists(file: Path):
     for target in targets(yaml.safe_load(file.read_text())):

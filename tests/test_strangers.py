@@ -583,6 +583,19 @@ def test_a_run_builds_nothing_where_it_is_evaluated(
         assert unused if error is None else any(w in error for w in ("asks for", "${", "cannot be built")), error
 
 
+def test_a_run_builds_nothing_where_its_autoencoder_is_measured(honest_run: Path, tmp_path: Path):
+    mark = tmp_path / "mark"
+    evil = {"_target_": "shutil.copyfile", "src": __file__, "dst": str(mark), "_partial_": False}
+
+    def change(tree: dict[str, Any]) -> None:
+        tree["autoencoder"]["data"].update(module=evil)
+        tree["data"].update(module=evil)
+
+    run = _copied(honest_run, tmp_path, change)
+    evaluated(f"reconstruct={run}", "n=2", f"runs_dir={run.parent}", "metrics=[fid_tiny]")
+    assert not mark.exists()
+
+
 def test_a_copied_run_is_continued_without_running_what_it_holds(
     honest_run: Path, stranger: Callable[..., Path], tmp_path: Path
 ):

@@ -2,6 +2,7 @@
 
 import sys
 
+from ldm_train import names
 from ldm_train.cli.common import quoted, run_command
 
 # Options whose values people type freely: commas, apostrophes and brackets mean something to Hydra, `=` in a run's name too.
@@ -19,8 +20,10 @@ FREE = (
 
 
 def main() -> None:
-    own = [f"+{a}" if a.startswith("fields.") else a for a in sys.argv[1:]]  # which the config does not list
-    sys.argv[1:] = [quoted(a, FREE) for a in own]
+    arguments = [quoted(names.argument(a), FREE) for a in sys.argv[1:]]
+    # Fields of a model's own, which the config does not list.
+    own = [f"+{quoted(a, [a.partition('=')[0]])}" if a.startswith("fields.") else a for a in arguments]
+    sys.argv[1:] = own
     run_command("ldm_train.generation.sample.sample", "sample")
 
 

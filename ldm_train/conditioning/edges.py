@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from ldm_train.conditioning.spatial import SpatialConditioner
 from ldm_train.data.batch import Field, Sample
 from ldm_train.data.transforms import decode_image, read_image
+from ldm_train.models.first_stage import FirstStage
 
 # Sobel's derivative across and down.
 SOBEL = torch.tensor([[1.0, 0, -1], [2, 0, -2], [1, 0, -1]]) / 4
@@ -53,6 +54,14 @@ class EdgeMap(SpatialConditioner):
     def __init__(self, factor: int, dropout: float = 0.1):
         super().__init__(dropout)
         self.factor, self.widths = factor, {"concat": factor**2}
+
+    def attach(self, first_stage: FirstStage) -> None:
+        super().attach(first_stage)
+        if self.factor != (f := first_stage.downsample_factor):
+            raise ValueError(
+                f"the edges have factor {self.factor}, the autoencoder {f}; set diffusion.conditioning.conditioners.edges.factor="
+                f"{f} diffusion.conditioning.concat_channels={f * f}"
+            )
 
     def forward(self, values: torch.Tensor, drop: torch.Tensor) -> dict[str, torch.Tensor]:
         """(B, 1, H, W) in [0, 1] -> concat (B, f^2, h, w)."""

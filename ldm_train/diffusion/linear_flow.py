@@ -1,6 +1,8 @@
 """The straight path between picture and noise: x_t = (1 - t) x_0 + t eps (rectified flow, Liu et al. 2022, arXiv:2209.03003;
 Lipman et al. 2022, arXiv:2210.02747)."""
 
+import math
+
 import torch
 
 from ldm_train.diffusion.process import NoiseProcess, expand_to
@@ -70,16 +72,17 @@ class LinearFlow(NoiseProcess):
     def network_view(
         self, x_t: torch.Tensor, t: float | torch.Tensor
     ) -> tuple[torch.Tensor, float | torch.Tensor, float | torch.Tensor]:
+        if not isinstance(t, torch.Tensor):  # without small tensors on the device
+            share = float(t) / self.num_train_timesteps
+            return math.hypot(share, 1 - share) * x_t, 1 - share, share
         noise = self._share(t)
         length = (noise.square() + (1 - noise).square()).sqrt()
-        if noise.ndim == 0:
-            return float(length) * x_t, 1 - float(noise), float(noise)
         alpha, sigma = expand_to(1 - noise, x_t), expand_to(noise, x_t)
         return expand_to(length, x_t) * x_t, alpha, sigma
 
     def timesteps(self, num_inference_steps: int, spacing: str = "trailing") -> torch.Tensor:
-        """S + 1 falling times that end at 0. spacing: "trailing" starts at `last` and takes even steps; "leading" the same one
-        step lower, and half a step above 0 at the end; "linspace" from `last` to 0.001; "karras" as for other processes.
+        """S + 1 falling times that end at 0. spacing: "trailing" starts at `last` and takes even steps; "leading" the same half
+        a step lower, half a step above 0 at the end; "linspace" from `last` to 0.001; "karras" as for other processes.
         Raises ValueError for another spacing or a number of steps below 1."""
         steps = num_inference_steps
         if not 1 <= steps <= self.num_train_timesteps:

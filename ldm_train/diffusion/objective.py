@@ -12,14 +12,14 @@ from ldm_train.diffusion.process import NoiseProcess, expand_to
 
 def check_compatible(parameterisation: Parameterisation, schedule: NoiseProcess) -> None:
     """Raises ValueError for a parameterisation that is not defined for this process."""
-    if schedule.zero_terminal_snr and not parameterisation.learns_without_signal:
-        raise ValueError(
-            f"{type(parameterisation).__name__} cannot learn a schedule that ends without signal (zero_terminal_snr): there the "
-            "noise says nothing about the image; use diffusion/objective=v"
-        )
     if not (schedule.variance_preserving or parameterisation.any_scale):
         raise ValueError(
             f"{type(parameterisation).__name__} is defined for variance-preserving processes; use diffusion/objective=flow"
+        )
+    if schedule.zero_terminal_snr and not parameterisation.learns_without_signal:
+        raise ValueError(
+            f"{type(parameterisation).__name__} cannot learn a schedule that ends without signal (zero_terminal_snr): there the "
+            f"noise says nothing about the image; use diffusion/objective={'v' if schedule.variance_preserving else 'flow'}"
         )
 
 

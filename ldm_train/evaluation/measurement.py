@@ -176,6 +176,7 @@ def measure_samples(
     progress: bool = True,
     total: int | None = None,
     partial: Path | None = None,
+    pairs: bool = False,
 ) -> Measured:
     """One sample under the conditions of each entry of `batches` (this rank's share), with a seed that is a function of
     its key: the same samples, so the same numbers, for any batch size and number of ranks.
@@ -224,15 +225,15 @@ def measure_samples(
                 saved_at = time.monotonic()
     bar.close()
     estimates = measure(metrics, reference.sets, made.gathered())
-    pairs = {}
-    for metric in metrics if reference.image_of else ():
+    shown_pairs = {}
+    for metric in metrics if pairs else ():
         if matches := metric.pairs(made.sets[metric.extractor], *compared(metric, reference.sets)):
             drawn = _drawn_again(model, batches, draw, {sample for sample, _ in matches}, seed)
             real = [reference.image_of(metric.compared_with[0], index) for _, index in matches]
             rows = [drawn[sample] for sample, _ in matches], real
-            pairs[metric.name] = torch.stack([image for row in rows for image in row])
+            shown_pairs[metric.name] = torch.stack([image for row in rows for image in row])
     count = sum(gathered(state["done"]))
     if partial is not None and partial.is_file():
         os.unlink(partial)
     shown_images = torch.cat(state["images"]) if state["images"] else torch.empty(0)
-    return Measured(estimates, shown_images, state["captions"], max(gathered(state["seconds"])), count, pairs)
+    return Measured(estimates, shown_images, state["captions"], max(gathered(state["seconds"])), count, shown_pairs)

@@ -148,6 +148,7 @@ def evaluate(
         batch_size,
         progress=progress,
         partial=folder / f".samples-{precision}.partial",
+        pairs=True,
     )
     options = settings | {"seed": 0}
     metrics["samples"] = {

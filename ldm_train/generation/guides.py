@@ -51,9 +51,10 @@ def latents_of(model: LatentDiffusion) -> dict[str, Any]:
 
 
 def schedule_identity(schedule: NoiseProcess) -> dict[str, Any]:
-    """What identifies a noise schedule: alphas_cumprod at ten training timesteps, and the number of timesteps."""
+    """What identifies a noise schedule, however it draws its training timesteps: alphas_cumprod at ten of them, and their
+    number."""
     total = schedule.num_train_timesteps
-    alpha, _ = schedule.training_coefficients(schedule.strata(torch.arange(0, total, max(1, total // 10))))
+    alpha, _ = schedule.training_coefficients(torch.arange(0, total, max(1, total // 10)))
     return {"alphas_cumprod": alpha.square().tolist(), "num_train_timesteps": total}
 
 
@@ -122,7 +123,8 @@ class Guides:
             labels = torch.tensor([r.targets["class_label"] for r in part], device=self.model.device)[:, None]
 
             def log_probability(x_t: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
-                return self.classifier(x_t, timesteps).float().log_softmax(dim=1).gather(1, labels)[:, 0]
+                seen = schedule.network_view(x_t, timesteps)[0]  # as the classifier was trained on it
+                return self.classifier(seen, timesteps).float().log_softmax(dim=1).gather(1, labels)[:, 0]
 
             wraps.append(
                 partial(

@@ -131,12 +131,6 @@ def gaussian(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     return torch.exp(-torch.cdist(x, y).square() / 200)
 
 
-def kernel_distance(a: torch.Tensor, b: torch.Tensor) -> float:
-    """Unbiased squared maximum mean discrepancy of features (N, dim), (M, dim) under KID's kernel. May be slightly
-    negative for equal distributions."""
-    return kernel_estimate(a, b).value
-
-
 def kernel_estimate(
     reference: torch.Tensor, features: torch.Tensor, kernel: Kernel = polynomial, scale: float = 1.0
 ) -> Estimate:

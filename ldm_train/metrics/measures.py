@@ -26,7 +26,8 @@ class Collected:
         self.metrics = [m for m in metrics if compared is None or compared in m.compared_with]
         self.extractors = {m.extractor: extractors[m.extractor] for m in self.metrics}
         self.resampled, self.groups = compared is None, GROUPS if compared is None else 1
-        self.keep = {name: max(m.keep for m in self.metrics if m.extractor == name) for name in self.extractors}
+        mine = {name: [m for m in self.metrics if m.extractor == name] for name in self.extractors}
+        self.keep = {name: KEPT if compared is None else max(m.keep for m in mine[name]) for name in mine}
         self.sets: dict[str, FeatureSet] = {}
         self.values: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = {}  # by metric: (indices, numbers) of batches
 

@@ -20,7 +20,7 @@ class Metric:
     compared_with     the sets it compares with: REFERENCE, TRAINING, HELD_OUT
     needs_features    of these one by one; False: mean and covariance will do
     needs_classes     an extractor with `logits`
-    keep              how many features of each set are kept
+    keep              how many features are kept of each set that it compares with
     least             images it can be measured on
 
     An extractor is a callable, images (B, C, H, W) in [-1, 1] -> features (B, D), perhaps with `logits` or `texts`.

@@ -8,7 +8,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from ldm_train.checkpoints.parts import BUILDABLE, build, find_part
-from ldm_train.configuration import plain
+from ldm_train.configuration import plain, usual_options
 from ldm_train.data.batch import Field
 from ldm_train.data.datamodule import Batching, ShardDataModule
 from ldm_train.data.prepare.build import build as prepare
@@ -117,6 +117,8 @@ def data_key(config: DictConfig, stage: str) -> dict[str, Any]:
     used = {k: data[k] for k in ("image_size", "crop", "scale", "flip", "channels", "reader", "shuffle_buffer")}
     if data.reader == "streaming":  # its order depends on the number of its readers
         used["num_workers"] = config.num_workers
+    if plain(data)["module"] != usual_options()["data"]["module"]:
+        used["module"] = plain(data)["module"]
     content = data_hash(index, data.train_split, data.val_split)
     return OmegaConf.to_container(OmegaConf.create(used)) | {"content": content}
 

@@ -128,7 +128,7 @@ def evaluate_run(config: DictConfig, again: bool = True) -> tuple[dict[str, Any]
     measured = measure_samples(
         model, run.conditions(data, count), drawer(run), reference, tools.metrics, tools.extractors,
         trained.evaluation.batch_size, config.seed, progress=config.progress and machine.rank == 0,
-        total=-(-count // machine.world_size), partial=partial,
+        total=-(-count // machine.world_size), partial=partial, pairs=True,
     )  # fmt: skip
     samples = {m.name: measured.estimates[m.name].as_dict() | reference.details(m) | options for m in tools.metrics}
     metrics = {"samples": samples}
@@ -157,6 +157,8 @@ def evaluate_autoencoder(config: DictConfig) -> tuple[dict[str, Any], Path | Non
         lambda machine: Evaluator.on_all_ranks(trained.evaluation, machine.device),
     )
     tools = Evaluator.on_all_ranks(trained.evaluation, machine.device)
+    if others := [m.name for m in tools.metrics if m.compared_with != (REFERENCE,)]:
+        raise ValueError(f"metrics: {', '.join(others)} says nothing of reconstructions; it is for run=<run>")
     trained.evaluation.images = config.n  # all where n is null
     data = data_module(trained, "autoencoder", machine, ("image",), config.trust)
     size, world = trained.evaluation.batch_size, machine.world_size

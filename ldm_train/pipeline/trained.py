@@ -122,7 +122,9 @@ def with_options(trained: DictConfig, config: DictConfig, path: Path) -> DictCon
     built = {name: usual[name] for name in BUILT} | {"perceptual": _perceptual_of(trained)}
     plain = {k: v for k, v in trained.get("evaluation", {}).items() if k not in BUILT}
     trained["stage"] = {}  # a measurement runs none
-    trained.data["module"] = usual_options()["data"]["module"]
+    known = usual_options()
+    trained.data["module"] = known["data"]["module"]
+    trained.autoencoder.data = {k: v for k, v in trained.autoencoder.data.items() if k in known["autoencoder"]["data"]}
     trained.evaluation = OmegaConf.create({**usual, **plain, **built})
     for name in BUILT:
         if own[name]:

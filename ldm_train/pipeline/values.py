@@ -29,6 +29,8 @@ BUILT = {
     "logger": "the class of a logger; leave it out by logger=csv",
     "callbacks": "the class of a callback",
 }
+# Classes that are called with further arguments.
+PARTIAL = ("data.module", "autoencoder.task", "diffusion.task")
 # Whole numbers with the least that means something; None stands where the option may be left open.
 PER_STAGE = dict.fromkeys(
     ("max_steps", "batch_size", "micro_batch_size", "val_every", "val_images", "checkpoint_every", "log_every"), 1
@@ -98,11 +100,12 @@ def check_values(config: DictConfig) -> None:
         for name, tree in OmegaConf.select(config, section).items():
             if not OmegaConf.is_dict(tree) or not isinstance(tree.get("_target_"), str):
                 raise ValueError(f"{section}.{name} has no _target_: {meant}")
-    for section in ("autoencoder.network", "diffusion.network", "diffusion.schedule", "sampler"):
+    for section in ("autoencoder.network", "diffusion.network", "diffusion.schedule", "sampler", *PARTIAL):
         if not isinstance(target := OmegaConf.select(config, f"{section}._target_"), str):
-            raise ValueError(
-                f"{section}._target_={target}: it names a class or function; choose {section.replace('.', '/')}="
-            )
+            raise ValueError(f"{section}._target_={target}: it names a class or function")
+    for section in PARTIAL:
+        if OmegaConf.select(config, f"{section}._partial_") is not True:
+            raise ValueError(f"{section}._partial_ is true: training adds the other arguments")
     for key in ("evaluation.adherence", "evaluation.restoration", "evaluation.perceptual", "evaluation.lpips"):
         if (value := OmegaConf.select(config, key)) is not None and not OmegaConf.is_dict(value):
             raise ValueError(f"{key}={value} is neither null nor a section with options")

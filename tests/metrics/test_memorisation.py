@@ -8,6 +8,8 @@ from chains import chain
 from PIL import Image
 from scipy.stats import mannwhitneyu
 
+from ldm_train.evaluation.evaluator import parse_metrics
+from ldm_train.metrics.measures import Collected
 from ldm_train.metrics.memorisation import Memorisation, nearest
 from ldm_train.metrics.sets import FeatureSet
 from ldm_train.storage import read_record
@@ -53,6 +55,18 @@ def test_pairs_are_the_nearest_ones_wherever_the_copy_stands() -> None:
     pairs = METRIC.pairs(made, *OTHERS)
     assert {*pairs[:2]} == {(40, 7), (41, 250)}
     assert len(pairs) == 12
+
+
+def test_it_changes_no_other_metric() -> None:
+    """Kernel distances are of at most 10,000 samples, whatever is measured beside them."""
+    extractors = {"tiny": lambda images: images.flatten(1)}
+    samples = drawn(12_000, 7).view(-1, 8, 1, 1)
+    counts = []
+    for names in (["kid_tiny"], ["kid_tiny", "memorisation_tiny"]):
+        made = Collected(parse_metrics(names, ["tiny"]), extractors)
+        made.add(samples, torch.arange(len(samples)))
+        counts.append(len(made.sets["tiny"].kept()[0]))
+    assert counts == [10_000, 10_000]
 
 
 @pytest.mark.slow

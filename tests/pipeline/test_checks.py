@@ -125,6 +125,9 @@ REFUSED = {
     "stages=[evaluation]": "has no finished stage 'diffusion' yet",
     "restart=odd": "unknown stages ['odd']",
     "stages=[autoencoder] restart=export": "restart=export would be made anew by nothing",
+    "diffusion/conditioning=edges autoencoder=kl_f8_small autoencoder/loss/perceptual=tiny":
+        "the edges have factor 4, the autoencoder 8; set diffusion.conditioning.conditioners.edges.factor=8",
+    "diffusion/schedule=linear_flow": "noise says nothing about the image; use diffusion/objective=flow",
     "runs_dir=5": "runs_dir=5 is no text",
     "+sampling.eta=0.5": "sampling.eta is no option of sampling; those of a sampler are sampler.<option>",
     "data.derived=masks": "a part is chosen with a slash: data/derived=masks",

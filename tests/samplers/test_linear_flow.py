@@ -2,6 +2,7 @@
 
 from itertools import pairwise
 from math import log2
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,6 +17,8 @@ from ldm_train.diffusion.linear_flow import LinearFlow
 from ldm_train.diffusion.objective import DiffusionObjective
 from ldm_train.diffusion.parameterisation import Epsilon, Sample, VPrediction
 from ldm_train.diffusion.process import expand_to
+from ldm_train.diffusion.schedule import NoiseSchedule
+from ldm_train.generation.guides import Guides, schedule_identity
 from ldm_train.rng import NoiseSource
 from ldm_train.samplers.ddim import ddim, ddim_inversion
 from ldm_train.samplers.ddpm import ddpm
@@ -191,8 +194,31 @@ def test_guidance_acts_on_a_flow() -> None:
     assert not torch.allclose(guided, cond(x, t))
 
 
+def test_a_classifier_sees_on_a_flow_what_it_was_trained_on() -> None:
+    flow, seen = LinearFlow(), []
+    latents, noise = torch.randn(2, 4, 8, 8), torch.randn(2, 4, 8, 8)
+
+    def classifier(x_t: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+        seen.append(x_t.detach())
+        return x_t.flatten(1)[:, :3]
+
+    guides = Guides.__new__(Guides)
+    guides.model = SimpleNamespace(schedule=flow, device="cpu")
+    guides.classifier, guides.clip, guides.scales = classifier, None, {"classifier": 1.0}
+    (wrap,) = guides.wrappers([SimpleNamespace(targets={"class_label": k}) for k in (0, 2)])
+    alpha, sigma = flow.pair(700.0, latents)
+    wrap(lambda x, t: x)(alpha * latents + sigma * noise, 700.0)
+    torch.testing.assert_close(seen[0], flow.add_noise(latents, noise, torch.tensor([700.0, 700.0])))
+
+
+def test_flows_of_one_path_are_one_schedule_however_they_draw_times() -> None:
+    uniform, normal = (schedule_identity(LinearFlow(times)) for times in ("uniform", "logit_normal"))
+    assert uniform == normal
+    assert uniform != schedule_identity(NoiseSchedule())
+
+
 def test_what_a_flow_cannot_be_trained_with_is_refused() -> None:
-    with pytest.raises(ValueError, match="Epsilon cannot learn"):
+    with pytest.raises(ValueError, match=r"Epsilon cannot learn .* use diffusion/objective=flow"):
         DiffusionObjective(FLOW, Epsilon())
     with pytest.raises(ValueError, match="VPrediction is defined for variance-preserving"):
         DiffusionObjective(FLOW, VPrediction())
