@@ -233,7 +233,7 @@ def test_an_existing_run_is_neither_reused_nor_overwritten(
         (("diffusion.network.channel_mult=[1,2,2,2,2]",), "data.image_size 32x32 gives latents of 8x8"),
         (("data.image_size=4", "data.source.size=32"), "use 8x8 or another"),
         (("autoencoder.network=kl_f4",), "a part is chosen with a slash: autoencoder/network=kl_f4"),
-        (("logger=wanbd",), "logger is wandb, tensorboard, csv or a list of them, not 'wanbd'"),
+        (("logger=wanbd",), "logger=wanbd: did you mean wandb?"),
         (("stages=diffusion",), r"stages is a list: stages=[diffusion]"),
     ],
 )
