@@ -137,7 +137,7 @@ def fit(
             monitor = Monitor(batch_size, dataset_size, max_bad_fraction, cadence.trace, *effort)
             watching = [*callbacks, monitor, Health(folder, health_settings or {}), checkpoints]
             if cadence.progress:
-                watching.append(StepBar(batch_size))
+                watching.append(StepBar())
             trainer = L.Trainer(
                 accelerator="cpu" if machine.accelerator == "cpu" else "gpu",
                 strategy=machine.strategy(),

@@ -11,14 +11,10 @@ from ldm_train.training.task import Task
 
 class StepBar(ProgressBar):
     """One bar per stage over its optimiser steps, from where a resumed training stands, with the losses and the images per
-    second of the last logged step; a second one while validation runs.
+    second of the last logged step; a second one while validation runs."""
 
-    batch_size: the global one.
-    """
-
-    def __init__(self, batch_size: int):
+    def __init__(self) -> None:
         super().__init__()
-        self.batch_size = batch_size
         self.bar: Any = None
         self.validation: Any = None
 
@@ -42,8 +38,8 @@ class StepBar(ProgressBar):
         if step % trainer.log_every_n_steps == 0:
             metrics = trainer.callback_metrics
             shown = [f"{n} {float(metrics[f'train/{n}']):.3g}" for n in pl_module.shown if f"train/{n}" in metrics]
-            if rate := self.bar.format_dict["rate"]:
-                shown.append(f"{rate * self.batch_size:.0f} img/s")
+            if (speed := metrics.get("train/images_per_second")) is not None:  # of the Monitor, which comes before
+                shown.append(f"{float(speed):.0f} img/s")
             self.bar.set_postfix_str(", ".join(shown), refresh=False)
         self.bar.update(step - self.bar.n)
 
