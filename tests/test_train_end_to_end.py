@@ -91,6 +91,21 @@ def test_the_same_line_again_skips_every_stage(finished: Path):
 
 
 @pytest.mark.chain
+def test_an_export_whose_key_lacks_the_sampling_options_is_known_by_its_metadata(
+    finished: Path, tmp_path: Path, capsys
+):
+    shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
+    path = tmp_path / "run" / "export" / "stage.json"
+    note = json.loads(path.read_text())
+    del note["key"]["sampling"]
+    path.write_text(json.dumps(note))
+    chain(tmp_path, "stages=[export]").execute()
+    assert "export: finished before, skipped" in capsys.readouterr().out
+    with pytest.raises(Refused, match=r"settings:\n  sampling.guidance_scale: 3.0 -> 1.5\nChoose .*restart=export"):
+        chain(tmp_path, "stages=[export]", "sampling.guidance_scale=1.5").execute()
+
+
+@pytest.mark.chain
 def test_a_changed_option_is_refused_by_name_and_restart_starts_that_stage_anew(finished: Path):
     with pytest.raises(Refused, match=r"(?s)diffusion\.lr: 0\.0015 -> 0\.002.*name=<new>.*restart=diffusion"):
         chain(finished, "diffusion.lr=0.002").execute()

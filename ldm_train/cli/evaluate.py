@@ -7,9 +7,8 @@ from ldm_train.cli.common import quoted, run_command
 
 def main() -> None:
     free = ("run", "reconstruct", "images", "against", "reference", "out", "export", "runs_dir", "data.root")
-    own = [
-        f"+{a}" if a.startswith(("extractors.", "kinds.")) else a for a in sys.argv[1:]
-    ]  # which the config does not list
+    # Sections whose entries the config does not list.
+    own = [f"+{a}" if a.startswith(("extractors.", "kinds.")) else a for a in sys.argv[1:]]
     sys.argv[1:] = [quoted(a, free) for a in own]
     run_command("ldm_train.pipeline.measure.evaluate", "evaluate")
 

@@ -6,6 +6,7 @@ from typing import Any
 
 from ldm_train.checkpoints.native import copy_model, load_model, read_metadata
 from ldm_train.pipeline.diffusion import sampling_of
+from ldm_train.pipeline.resume import read_note
 from ldm_train.pipeline.run import Run
 from ldm_train.pipeline.stage import Stage
 
@@ -16,7 +17,13 @@ class ExportStage(Stage):
     name, needs = "export", ("diffusion",)
 
     def key(self, run: Run) -> dict[str, Any]:
-        return {"weights": run.result("diffusion"), "sampling": sampling_of(run)}
+        key = {"weights": run.result("diffusion"), "sampling": sampling_of(run)}
+        note = read_note(run.folder / self.name)
+        if note is not None and note["finished"] and "sampling" not in note["key"]:
+            # The key of an older export lacks them; its metadata have them.
+            recorded = read_metadata(run.folder / self.name).get("sampling", {})
+            key["sampling"] = {k: v for k, v in key["sampling"].items() if recorded.get(k) != v}
+        return key
 
     def run(self, run: Run, folder: Path) -> dict[str, Any]:
         if run.machine.rank == 0:

@@ -1,5 +1,6 @@
 """Shared by all stages that train: their keys, checks, optimiser, training loop, and the model folder they write."""
 
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -75,8 +76,9 @@ def check_optimisation(run: Run, stage: str) -> None:
     section = run.config[stage]
     own_callbacks(run)
     try:
-        Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, enable_model_summary=False,
-                enable_progress_bar=False, **trainer_options(run))  # fmt: skip
+        with warnings.catch_warnings(action="ignore"):  # of GPUs that this Trainer does not use
+            Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, enable_model_summary=False,
+                    enable_progress_bar=False, **trainer_options(run))  # fmt: skip
     except (TypeError, MisconfigurationException) as error:
         raise ValueError(f"trainer: {error}") from error
     try:

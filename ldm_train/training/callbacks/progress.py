@@ -20,14 +20,7 @@ class StepBar(ProgressBar):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: Task) -> None:
         start = trainer.global_step
-        self.bar = tqdm(
-            total=trainer.max_steps,
-            initial=start,
-            desc=pl_module.stage,
-            unit="step",
-            dynamic_ncols=True,
-            mininterval=0.5,
-        )
+        self.bar = tqdm(total=trainer.max_steps, initial=start, desc=pl_module.stage, unit="step", dynamic_ncols=True)
         if start:
             self.bar.set_postfix_str(f"resumed at step {start}")
 
