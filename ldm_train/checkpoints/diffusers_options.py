@@ -74,9 +74,9 @@ def fixed(**values: Any) -> Table:
     return {name: (value, only(value)) for name, value in values.items()}
 
 
-def without_effect(*names: str) -> Table:
-    """Options that do not change what a loaded model computes in float32."""
-    return {name: (None, lambda value: value) for name in names}
+def without_effect(names: str) -> Table:
+    """Options that do not change what a loaded model computes in float32. names: separated by blanks."""
+    return {name: (None, lambda value: value) for name in names.split()}
 
 
 def blocks(*kinds: str) -> Table:
@@ -101,12 +101,19 @@ UNET: Table = (
         "resnet_time_scale_shift": ("default", only("default", "scale_shift")),
     }
     | fixed(
-        center_input_sample=False, flip_sin_to_cos=True, freq_shift=0, time_embedding_type="positional",
-        norm_eps=1e-5, time_embedding_dim=None, downsample_padding=1, mid_block_scale_factor=1, class_embed_type=None,
+        center_input_sample=False,
+        flip_sin_to_cos=True,
+        freq_shift=0,
+        time_embedding_type="positional",
+        norm_eps=1e-5,
+        time_embedding_dim=None,
+        downsample_padding=1,
+        mid_block_scale_factor=1,
+        class_embed_type=None,
         num_class_embeds=None,
     )
     | without_effect("dropout")
-)  # fmt: skip
+)
 CONDITIONAL: Table = (
     UNET
     | blocks("CrossAttnDownBlock2D", "DownBlock2D")
@@ -121,18 +128,30 @@ CONDITIONAL: Table = (
         "use_linear_projection": (False, FLAG),
     }
     | fixed(
-        mid_block_type="UNetMidBlock2DCrossAttn", reverse_transformer_layers_per_block=None, encoder_hid_dim=None,
-        encoder_hid_dim_type=None, num_attention_heads=None, dual_cross_attention=False, addition_embed_type=None,
-        time_embedding_act_fn=None, timestep_post_act=None, time_cond_proj_dim=None, conv_in_kernel=3,
-        conv_out_kernel=3, attention_type="default", class_embeddings_concat=False,
+        mid_block_type="UNetMidBlock2DCrossAttn",
+        reverse_transformer_layers_per_block=None,
+        encoder_hid_dim=None,
+        encoder_hid_dim_type=None,
+        num_attention_heads=None,
+        dual_cross_attention=False,
+        addition_embed_type=None,
+        time_embedding_act_fn=None,
+        timestep_post_act=None,
+        time_cond_proj_dim=None,
+        conv_in_kernel=3,
+        conv_out_kernel=3,
+        attention_type="default",
+        class_embeddings_concat=False,
     )
     # These belong to embeddings and to blocks that are refused above.
     | without_effect(
-        "upcast_attention", "addition_embed_type_num_heads", "addition_time_embed_dim", "cross_attention_norm",
-        "mid_block_only_cross_attention", "projection_class_embeddings_input_dim", "resnet_out_scale_factor",
-        "resnet_skip_time_act",
+        """
+        upcast_attention addition_embed_type_num_heads addition_time_embed_dim cross_attention_norm
+        mid_block_only_cross_attention projection_class_embeddings_input_dim resnet_out_scale_factor
+        resnet_skip_time_act
+        """
     )
-)  # fmt: skip
+)
 UNCONDITIONAL: Table = (
     UNET
     | blocks("DownBlock2D", "AttnDownBlock2D")
@@ -152,7 +171,7 @@ AUTOENCODER: Table = (
         "scaling_factor": (0.18215, number(1e-6, 1e6)),
         "mid_block_add_attention": (True, FLAG),
     }
-    | without_effect("sample_size", "force_upcast")
+    | without_effect("sample_size force_upcast")
 )
 KL = AUTOENCODER | fixed(
     shift_factor=None,
@@ -189,26 +208,23 @@ SCHEDULE: Table = (
     }
     | fixed(trained_betas=None, thresholding=False, use_flow_sigmas=False, timestep_type="discrete")
     | without_effect(
-        "algorithm_type", "clip_sample", "clip_sample_range", "disable_corrector", "dynamic_thresholding_ratio",
-        "euler_at_final", "final_sigmas_type", "flow_shift", "interpolation_type", "lambda_min_clipped",
-        "lower_order_final", "noise_sampler_seed", "predict_x0", "sample_max_value", "set_alpha_to_one",
-        "shift_terminal", "sigma_max", "sigma_min", "skip_prk_steps", "solver_order", "solver_p", "solver_type",
-        "steps_offset", "tensor_format", "time_shift_type", "timestep_spacing", "timestep_values", "use_beta_sigmas",
-        "use_dynamic_shifting", "use_exponential_sigmas", "use_karras_sigmas", "use_lu_lambdas",
+        """
+        algorithm_type clip_sample clip_sample_range disable_corrector dynamic_thresholding_ratio euler_at_final
+        final_sigmas_type flow_shift interpolation_type lambda_min_clipped lower_order_final noise_sampler_seed
+        predict_x0 sample_max_value set_alpha_to_one shift_terminal sigma_max sigma_min skip_prk_steps solver_order
+        solver_p solver_type steps_offset tensor_format time_shift_type timestep_spacing timestep_values
+        use_beta_sigmas use_dynamic_shifting use_exponential_sigmas use_karras_sigmas use_lu_lambdas
+        """
     )
-)  # fmt: skip
+)
 KARRAS = SCHEDULE | {"beta_start": (0.00085, number(0, 1)), "beta_end": (0.012, number(0, 1))}
-SCHEDULERS = dict.fromkeys(
-    (
-        "DDIMScheduler", "DDPMScheduler", "PNDMScheduler", "LMSDiscreteScheduler", "EulerDiscreteScheduler",
-        "EulerAncestralDiscreteScheduler", "DPMSolverMultistepScheduler", "DPMSolverSinglestepScheduler",
-        "DEISMultistepScheduler", "UniPCMultistepScheduler",
-    ),
-    SCHEDULE,
-) | dict.fromkeys(
-    ("HeunDiscreteScheduler", "KDPM2DiscreteScheduler", "KDPM2AncestralDiscreteScheduler", "DPMSolverSDEScheduler"),
-    KARRAS,
-)  # fmt: skip
+KINDS = """
+    DDIM DDPM PNDM LMSDiscrete EulerDiscrete EulerAncestralDiscrete DPMSolverMultistep DPMSolverSinglestep DEISMultistep
+    UniPCMultistep
+"""
+SCHEDULERS = {f"{kind}Scheduler": SCHEDULE for kind in KINDS.split()} | {
+    f"{kind}Scheduler": KARRAS for kind in ("HeunDiscrete", "KDPM2Discrete", "KDPM2AncestralDiscrete", "DPMSolverSDE")
+}
 CLIP: Table = {
     "model_type": (None, only("clip_text_model")),
     "vocab_size": (49408, whole(1, 2**20)),
@@ -222,12 +238,13 @@ CLIP: Table = {
 }
 # None that names files or arguments: the tokenizer reads its own folder only.
 TOKENIZER = without_effect(
-    "add_bos_token", "add_eos_token", "add_prefix_space", "added_tokens_decoder", "additional_special_tokens",
-    "auto_map", "backend", "bos_token", "clean_up_tokenization_spaces", "do_lower_case", "eos_token", "errors",
-    "extra_special_tokens", "is_local", "local_files_only", "model_max_length", "model_input_names", "name_or_path",
-    "pad_token", "padding_side", "processor_class", "special_tokens_map_file", "split_special_tokens",
-    "tokenizer_class", "truncation_side", "unk_token",
-)  # fmt: skip
+    """
+    add_bos_token add_eos_token add_prefix_space added_tokens_decoder additional_special_tokens auto_map backend
+    bos_token clean_up_tokenization_spaces do_lower_case eos_token errors extra_special_tokens is_local
+    local_files_only model_max_length model_input_names name_or_path pad_token padding_side processor_class
+    special_tokens_map_file split_special_tokens tokenizer_class truncation_side unk_token
+    """
+)
 
 
 def refused(path: Path, name: str, value: Any, loadable: str) -> ValueError:

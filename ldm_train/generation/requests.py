@@ -1,14 +1,13 @@
 """The requests to ldm-sample: the task, and the conditions of every picture, read from files and texts."""
 
-import math
 import re
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from torch.nn import functional as F
 
 from ldm_train.data.batch import FIELDS, Field
@@ -21,6 +20,7 @@ from ldm_train.generation.files import (
     require_same_shape,
 )
 from ldm_train.latent_diffusion import LatentDiffusion
+from ldm_train.rules import Rule, check, either, flag, number, numbers, one_of, optional, scalar, section, whole
 
 # task: the condition it needs, None where any model can do it
 TASKS = {
@@ -40,72 +40,41 @@ TASKS = {
 }
 # Tasks that start from a picture.
 FROM_IMAGE = ("inpaint", "outpaint", "img2img", "reconstruct", "interpolate")
-WHOLE = (
-    "n", "seed", "batch_size", "num_inference_steps", "invert_iterations", "resample.jump_length", "resample.repeats",
-    "tiles.cells", "tiles.overlap",
-)  # fmt: skip
-MOST = 1 << 20  # largest value of any of them but the seed; most pictures of one job
-LEAST = {"seed": 0, "num_inference_steps": 0, "tiles.overlap": 0}  # others 1; the schedule has its own limits
-NUMBERS = (
-    "guidance_scale",
-    "strength",
-    "panorama",
-    "guidance.rescale",
-    "guidance.threshold",
-    "guide.classifier_scale",
-    "guide.clip_scale",
-)
-
-# Sections of options, each with one of its options as an example.
+MOST = 1 << 20  # largest value of a count; most pictures of one job
+COUNT, NOT_NEGATIVE = optional(whole(1, MOST)), optional(whole(0, MOST))
+PIXELS = whole(-MOST, MOST)
 SECTIONS = {"guidance": "rescale", "guide": "classifier", "resample": "repeats", "tiles": "cells", "fields": "<name>"}
+NUMBERS = ("guidance_scale", "strength", "panorama", "guidance.rescale", "guidance.threshold")
+TEXTS = (
+    "task",
+    "spacing",
+    "negative",
+    "image_prompt",
+    "compile",
+    "film",
+    "weaker_model",
+    "guide.classifier",
+    "guide.clip",
+)
+RULES: dict[str, Rule] = {
+    **{name: section(f" is no section with options; say {{name}}.{option}=") for name, option in SECTIONS.items()},
+    "seed": optional(whole(0)),
+    **dict.fromkeys(("n", "batch_size", "invert_iterations", "resample.jump_length", "resample.repeats"), COUNT),
+    "tiles.cells": COUNT,
+    **dict.fromkeys(("num_inference_steps", "tiles.overlap"), NOT_NEGATIVE),
+    **dict.fromkeys((*NUMBERS, "guide.classifier_scale", "guide.clip_scale"), optional(number())),
+    "size": optional(either(whole(-MOST, MOST), numbers(2, PIXELS, "whole numbers"))),
+    "extend": optional(numbers(4, PIXELS, "whole numbers")),
+    "guidance.interval": optional(numbers(2, number(-MOST, MOST))),
+    **dict.fromkeys(TEXTS, scalar),
+    **dict.fromkeys(("invert", "overwrite"), flag),
+    "accelerator": one_of("auto", "cpu", "gpu"),
+}
 
 
 def check_types(config: DictConfig) -> None:
     """Raises ValueError, naming the option, for a value of the wrong type."""
-
-    def number(value: Any, whole: bool) -> bool:
-        return (isinstance(value, int) and not isinstance(value, bool)) or (not whole and isinstance(value, float))
-
-    for section, option in SECTIONS.items():
-        if not OmegaConf.is_dict(config[section]):
-            raise ValueError(f"{section}={config[section]!r} is no section with options; say {section}.{option}=")
-    for key in (*WHOLE, *NUMBERS):
-        value = OmegaConf.select(config, key)
-        if isinstance(value, float) and not math.isfinite(value):
-            raise ValueError(f"{key}={value} is no finite number")
-        if value is not None and not number(value, key in WHOLE):
-            raise ValueError(f"{key}={value!r} is no {'whole ' if key in WHOLE else ''}number")
-        if value is not None and key in WHOLE and value < LEAST.get(key, 1):
-            raise ValueError(f"{key}={value} is below {LEAST.get(key, 1)}; it must be at least that")
-        if value is not None and key in WHOLE and key != "seed" and value > MOST:
-            raise ValueError(f"{key}={value} is above {MOST}; it must be at most that")
-    for key, count, whole in (("size", 2, True), ("extend", 4, True), ("guidance.interval", 2, False)):
-        value = OmegaConf.select(config, key)
-        values = list(value) if isinstance(value, ListConfig) else value
-        if value is None or (key == "size" and number(value, True) and value <= MOST):
-            continue
-        fits = isinstance(values, list) and len(values) == count and all(number(v, whole) for v in values)
-        if not fits or any(abs(v) > MOST for v in values):
-            raise ValueError(f"{key}={values!r} is no list of {count} {'whole ' * whole}numbers")
-    for key in (
-        "task",
-        "spacing",
-        "negative",
-        "image_prompt",
-        "compile",
-        "film",
-        "weaker_model",
-        "guide.classifier",
-        "guide.clip",
-    ):
-        value = OmegaConf.select(config, key)
-        if OmegaConf.is_config(value):
-            raise ValueError(f"{key}={OmegaConf.to_container(value)!r} is no text")
-    for key in ("invert", "overwrite"):
-        if not isinstance(config[key], bool):
-            raise ValueError(f"{key}={config[key]!r} is neither true nor false")
-    if config.accelerator not in ("auto", "cpu", "gpu"):
-        raise ValueError(f"accelerator is auto, cpu or gpu, not {config.accelerator!r}")
+    check(config, RULES)
     if config.accelerator == "gpu" and not torch.cuda.is_available():
         raise ValueError("accelerator=gpu, but no GPU is visible; use accelerator=cpu")
     if config.out is not None and Path(config.out).is_file():
@@ -212,9 +181,67 @@ def _option(field: Field) -> str:
     return field.option or f"fields.{field.name}"
 
 
+def _by_field(model: LatentDiffusion) -> dict[str, Any]:
+    """The model's conditioners by the batch field that each reads."""
+    return {c.field: c for c in model.conditioners.values()}
+
+
 def known_fields(model: LatentDiffusion) -> dict[str, Field]:
     """The fields there are, with those that the model's conditioners declare."""
     return FIELDS | {c.declares.name: c.declares for c in model.conditioners.values() if c.declares is not None}
+
+
+@dataclass
+class _Inputs:
+    """What a job is given. given: entries by option; used: the option that fills each field of the condition; guided: the one
+    that each outside guide reads."""
+
+    model: LatentDiffusion
+    given: dict[str, list[Any]]
+    used: dict[str, str]
+    guided: dict[str, str]
+
+    @classmethod
+    def of(cls, model: LatentDiffusion, config: DictConfig, task: str, guides: Collection[str]) -> "_Inputs":
+        """Raises ValueError for an option that means nothing to this model."""
+        by_field = _by_field(model)
+        option_of = {name: _option(field) for name, field in known_fields(model).items() if name != "image"}
+        own = [f"fields.{name}" for name in config.fields]
+        given = {o: as_list(OmegaConf.select(config, o), o) for o in (*dict.fromkeys(option_of.values()), "mask", *own)}
+        used = {f: option_of[f] for f in by_field if f != "masked_image" and given[option_of[f]]}
+        guided = {f: option_of[f] for f in guides if given[option_of[f]]}
+        if task in FROM_IMAGE:
+            used = {f: option for f, option in used.items() if option != "image"}
+        filling = {*used.values(), *guided.values()}
+        for option in ("prompts", "classes", "map", "layout", "depth", *own):
+            if given[option] and option not in filling:
+                needed = next((f for f, o in option_of.items() if o == option), option.removeprefix("fields."))
+                takes = sorted({f"{option_of[f]}=" for f in (*by_field, *guides)}) or ["no condition"]
+                raise ValueError(
+                    f"this model has no {needed} conditioner, so {option}= means nothing to it; it takes "
+                    f"{', '.join(takes)}"
+                )
+        options = filling | {o for o in ("image", "mask") if given[o]}
+        return cls(model, {o: given[o] for o in sorted(options)}, used, guided)
+
+    def paired(self, count: int) -> list[dict[str, Any]]:
+        """`count` entries of each option. Raises ValueError where an option has neither as many nor one."""
+        for option, values in self.given.items():
+            if len(values) not in (1, count):
+                raise ValueError(
+                    f"{option} has {len(values)} entries, others {count}: they are paired, give equally many or one"
+                )
+        return [{o: values[j if len(values) > 1 else 0] for o, values in self.given.items()} for j in range(count)]
+
+    def fields(self, entries: Mapping[str, Any], size: tuple[int, int]) -> dict[str, Any]:
+        """The condition that entries by option describe."""
+        known, channels = known_fields(self.model), self.model.first_stage.autoencoder.in_channels
+        by_field = _by_field(self.model)
+        return {
+            f: known[f].from_words(entries[o], by_field[f], size, channels)
+            for f, o in self.used.items()
+            if o in entries
+        }
 
 
 def requests(model: LatentDiffusion, config: DictConfig, guides: Mapping[str, Any] | None = None) -> list[Request]:
@@ -224,58 +251,24 @@ def requests(model: LatentDiffusion, config: DictConfig, guides: Mapping[str, An
     """
     guides = guides or {}
     task, size = chosen_task(model, config, guides), picture_size(model, config.size)
-    by_field = {c.field: c for c in model.conditioners.values()}
-    channels = model.first_stage.autoencoder.in_channels
-    known = known_fields(model)
-    option_of = {name: _option(field) for name, field in known.items() if name != "image"}
-    own = [f"fields.{name}" for name in config.fields]
-    given = {o: as_list(OmegaConf.select(config, o), o) for o in (*dict.fromkeys(option_of.values()), "mask", *own)}
-    used = {f: option_of[f] for f in by_field if f != "masked_image" and given[option_of[f]]}
-    guided = {f: option_of[f] for f in guides if given[option_of[f]]}
-    if task in FROM_IMAGE:
-        used = {f: option for f, option in used.items() if option != "image"}
-    for option in ("prompts", "classes", "map", "layout", "depth", *own):
-        if given[option] and option not in (*used.values(), *guided.values()):
-            needed = next((f for f, o in option_of.items() if o == option), option.removeprefix("fields."))
-            takes = sorted({f"{option_of[f]}=" for f in (*by_field, *guides)}) or ["no condition"]
-            raise ValueError(
-                f"this model has no {needed} conditioner, so {option}= means nothing to it; it takes {', '.join(takes)}"
-            )
-    options = {*used.values(), *guided.values()} | {o for o in ("image", "mask") if given[o]}
-
-    def fields_of(entries: dict[str, Any]) -> dict[str, Any]:
-        return {f: known[f].from_words(entries[o], by_field[f], size, channels) for f, o in used.items()}
-
+    inputs = _Inputs.of(model, config, task, guides)
     if task == "interpolate":
-        return _walk(config, {o: given[o] for o in options}, fields_of, size, channels)
-    count = max((len(given[o]) for o in options), default=1)
-    for option in options:
-        if len(given[option]) not in (1, count):
-            raise ValueError(
-                f"{option} has {len(given[option])} entries, others {count}: they are paired, give equally many or one"
-            )
-    listed = {o: given[o] * count if len(given[o]) == 1 else given[o] for o in options}
-    canvas, all_requests = size, []
+        return _walk(config, inputs, size)
+    canvas = size
     if task == "outpaint":
-        top, right, bottom, left = (list(config.extend) + [0] * 4)[:4]
+        top, right, bottom, left = config.extend
         canvas = picture_size(model, (size[0] + top + bottom, size[1] + left + right), "the extended picture's size")
-    for j in range(count):
-        entries = {o: listed[o][j] for o in sorted(options)}
+    all_requests: list[Request] = []
+    for entries in inputs.paired(max(map(len, inputs.given.values()), default=1)):
         own = entries["prompts"] if isinstance(entries.get("prompts"), dict) else {}
         if own:
             entries["prompts"] = own["prompt"]
-        fields = {f: known[f].from_words(entries[o], by_field[f], canvas, channels) for f, o in used.items()}
-        image, mask = None, None
-        if task in FROM_IMAGE:
-            image = read_image(entries["image"], size, channels)
-        if task == "outpaint":
-            image, mask = extended(image, config.extend)
-        elif task == "inpaint":
-            require_same_shape(entries["image"], entries["mask"])
-            mask = read_mask(entries["mask"], size)
-        if mask is not None and "masked_image" in by_field:
+        image, mask = _start(model, config, task, entries, size)
+        fields = inputs.fields(entries, canvas)
+        if mask is not None and "masked_image" in _by_field(model):
             fields["masked_image"] = masked_image(image, mask)
-        targets = {f: guides[f](entries[o]) for f, o in guided.items()}
+        text = _words(entries, fields, _by_field(model))
+        targets = {f: guides[f](entries[o]) for f, o in inputs.guided.items()}
         negative = own.get("negative", None if config.negative is None else str(config.negative))
         n, first = own.get("n", config.n), own.get("seed")
         if len(all_requests) + n > MOST:
@@ -283,9 +276,23 @@ def requests(model: LatentDiffusion, config: DictConfig, guides: Mapping[str, An
         for i in range(1 if task == "reconstruct" else n):  # which has no randomness
             number = len(all_requests)
             seed = config.seed + number if first is None else first + i
-            text = _words(entries, fields, by_field)
             all_requests.append(Request(seed, fields, text, number, image, mask, negative, targets))
     return all_requests
+
+
+def _start(
+    model: LatentDiffusion, config: DictConfig, task: str, entries: Mapping[str, Any], size: tuple[int, int]
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """The picture and the mask that sampling starts from, where the task has them."""
+    if task not in FROM_IMAGE:
+        return None, None
+    image = read_image(entries["image"], size, model.first_stage.autoencoder.in_channels)
+    if task == "outpaint":
+        return extended(image, config.extend)
+    if task == "inpaint":
+        require_same_shape(entries["image"], entries["mask"])
+        return image, read_mask(entries["mask"], size)
+    return image, None
 
 
 def _words(entries: Mapping[str, str], fields: Mapping[str, Any], by_field: Mapping[str, Any]) -> str:
@@ -302,52 +309,47 @@ def _weighted(text: str) -> tuple[float, str]:
     return (sign * float(head), tail.strip()) if re.fullmatch(r"\d+\.\d+", head) else (sign, rest)
 
 
-def _walk(
-    config: DictConfig,
-    given: dict[str, list[Any]],
-    fields_of: Callable[[dict[str, Any]], dict[str, Any]],
-    size: tuple[int, int],
-    channels: int,
-) -> list[Request]:
+def _walk(config: DictConfig, inputs: _Inputs, size: tuple[int, int]) -> list[Request]:
     """task=interpolate: sums of conditions (+prompt -prompt), or n steps from each condition, seed or picture to the next."""
-    prompts = given.get("prompts", [])
+    given, prompts = inputs.given, inputs.given.get("prompts", [])
     if any(isinstance(p, dict) for p in prompts):
         raise ValueError("task=interpolate takes plain prompts, without a seed or n of their own")
     negative = None if config.negative is None else str(config.negative)
     if len(prompts) > 1 and all(p[:1] in "+-" and p for p in prompts):
-        if set(given) != {"prompts"}:
-            raise ValueError(f"arithmetic takes prompts alone, not {', '.join(sorted(set(given) - {'prompts'}))}")
-        mix = tuple((w, fields_of({"prompts": text})) for w, text in map(_weighted, prompts))
+        if others := sorted(set(given) - {"prompts"}):
+            raise ValueError(f"arithmetic takes prompts alone, not {', '.join(others)}")
+        mix = tuple((w, inputs.fields({"prompts": text}, size)) for w, text in map(_weighted, prompts))
         words = " ".join(prompts)
         return [Request(config.seed + i, {}, words, i, negative=negative, mix=mix) for i in range(config.n)]
-    ends = max((len(v) for v in given.values()), default=1)
-    if ends == 1 and not given.get("image"):
+    ends = max(map(len, given.values()), default=1)
+    if ends == 1 and "image" not in given:
         ends = 2  # from the noise of one seed to that of the next, under one condition
     if ends < 2:
         raise ValueError("task=interpolate needs two pictures or more: image=[a.png,b.png]")
-    for option, values in given.items():
-        if len(values) not in (1, ends):
-            raise ValueError(f"{option} has {len(values)} entries, others {ends}: give equally many or one")
-    listed = {o: v * ends if len(v) == 1 else v for o, v in given.items()}
+    stops = inputs.paired(ends)
     if config.n < 2:
         raise ValueError("task=interpolate needs n of at least 2: the pictures from one end to the next, both included")
-    stops = [{o: listed[o][j] for o in sorted(listed) if o != "image"} for j in range(ends)]
-    fields = [fields_of(stop) for stop in stops]
-    pictures = [read_image(path, size, channels) for path in listed.get("image", [])]
+    channels = inputs.model.first_stage.autoencoder.in_channels
+    pictures = [read_image(stop.pop("image"), size, channels) for stop in stops if "image" in stop]
+    fields = [inputs.fields(stop, size) for stop in stops]
     all_requests: list[Request] = []
     for j in range(ends - 1):
-        for i in range(config.n if j == 0 else config.n - 1):
-            t = (i if j == 0 else i + 1) / (config.n - 1)
-            mix = ((1 - t, fields[j]), (t, fields[j + 1])) if stops[j] != stops[j + 1] else ((1.0, fields[j]),)
+        changes = stops[j] != stops[j + 1]
+        for i in range(0 if j == 0 else 1, config.n):
+            t = i / (config.n - 1)
+            mix = ((1 - t, fields[j]), (t, fields[j + 1])) if changes else ((1.0, fields[j]),)
             words = " to ".join(dict.fromkeys(" / ".join(stop.values()) for stop in (stops[j], stops[j + 1])))
-            all_requests.append(
-                Request(
-                    # One seed along the walk: samplers that draw noise in every step draw the same.
-                    config.seed, {}, f"{words} {t:.2f}".strip(), len(all_requests), negative=negative,
-                    mix=mix if stops[j] else (), walk=(config.seed + j, config.seed + j + 1, t),
-                    images=(pictures[j], pictures[j + 1]) if pictures else None,
-                )
-            )  # fmt: skip
+            request = Request(
+                seed=config.seed,  # one along the walk: samplers that draw noise in every step draw the same
+                fields={},
+                text=f"{words} {t:.2f}".strip(),
+                number=len(all_requests),
+                negative=negative,
+                mix=mix if stops[j] else (),
+                walk=(config.seed + j, config.seed + j + 1, t),
+                images=(pictures[j], pictures[j + 1]) if pictures else None,
+            )
+            all_requests.append(request)
     return all_requests
 
 

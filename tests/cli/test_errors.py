@@ -93,7 +93,7 @@ def test_known_options_get_no_suggestions():
         ("autoencoder.lr=abc", "autoencoder.lr='abc' is no number"),
         ("diffusion.max_steps=2.5", "diffusion.max_steps=2.5 is no whole number"),
         ("diffusion.batch_size=0", "diffusion.batch_size=0 is below 1"),
-        ("autoencoder.max_steps=true", "autoencoder.max_steps=True is no number"),
+        ("autoencoder.max_steps=true", "autoencoder.max_steps=True is no whole number"),
         ("accelerator=tpu", "accelerator is auto, cpu or gpu, not 'tpu'"),
         ("precision=16", "precision is one of 32, bf16-mixed, 16-mixed, not 16"),
         ("stages=[unet]", "unknown stages ['unet']; choose from autoencoder"),

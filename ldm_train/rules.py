@@ -1,0 +1,157 @@
+"""What the options of a command accept: tables of option names with rules, checked before anything is built from them."""
+
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+# value -> the value to use. Its ValueError holds a sentence, in which {name} and {value} stand for the option's, {value!r} for
+# the value as Python writes it and {group} for the name with slashes.
+Rule = Callable[[Any], Any]
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def number(least: float = -math.inf, most: float = math.inf, kind: str = "number") -> Rule:
+    """A finite number in a range, both ends included."""
+
+    def rule(value: Any) -> Any:
+        if value is None:
+            raise ValueError(f"{{name}}=null: it needs a {kind}")
+        if not _is_number(value):
+            raise ValueError(f"{{name}}={{value!r}} is no {kind}")
+        if not math.isfinite(value):
+            raise ValueError("{name}={value} is no finite number")
+        if value < least:
+            raise ValueError(f"{{name}}={{value}} is below {least}; it must be at least that")
+        if value > most:
+            raise ValueError(f"{{name}}={{value}} is above {most}; it must be at most that")
+        return value
+
+    return rule
+
+
+def whole(least: float = -math.inf, most: float = math.inf) -> Rule:
+    """A whole number, which may be written as 1e4."""
+
+    def rule(value: Any) -> int:
+        if number(least, most, "whole number")(value) != int(value):
+            raise ValueError("{name}={value} is no whole number")
+        return int(value)
+
+    return rule
+
+
+def flag(value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise ValueError("{name}={value!r} is neither true nor false")
+    return value
+
+
+def one_of(*values: Any) -> Rule:
+    def rule(value: Any) -> Any:
+        if value not in values:
+            raise ValueError(f"{{name}} is {', '.join(map(str, values[:-1]))} or {values[-1]}, not {{value!r}}")
+        return value
+
+    return rule
+
+
+def text(meant: str = "text") -> Rule:
+    """A text that is not empty. meant: what it is, for the message."""
+
+    def rule(value: Any) -> str:
+        if not isinstance(value, str) or not value:
+            raise ValueError(f"{{name}}={{value}} is no {meant}")
+        return value
+
+    return rule
+
+
+def scalar(value: Any) -> Any:
+    """Anything but a section or a list."""
+    if isinstance(value, dict | list):
+        raise ValueError("{name}={value} is no text")
+    return value
+
+
+def list_of(*kinds: type, example: str = "[{value}]") -> Rule:
+    """A list whose entries are of some types (true and false are no numbers)."""
+
+    def rule(value: Any) -> list[Any]:
+        if not isinstance(value, list) or not all(isinstance(v, kinds) and not isinstance(v, bool) for v in value):
+            raise ValueError(f"{{name}} is a list: {{name}}={example}")
+        return value
+
+    return rule
+
+
+def numbers(count: int, entry: Rule, kind: str = "numbers") -> Rule:
+    """A list of `count` numbers that each follow the rule `entry`."""
+
+    def rule(value: Any) -> list[Any]:
+        try:
+            if isinstance(value, list) and len(value) == count:
+                return [entry(v) for v in value]
+        except ValueError:
+            pass  # the sentence about the whole list says more than that about one entry
+        raise ValueError(f"{{name}}={{value}} is no list of {count} {kind}")
+
+    return rule
+
+
+def section(meant: str) -> Rule:
+    """A section with options of its own. meant: what stands in its place otherwise, and the remedy."""
+
+    def rule(value: Any) -> Any:
+        if not isinstance(value, dict):
+            raise ValueError(f"{{name}}={{value}}{meant}")
+        return value
+
+    return rule
+
+
+def optional(rule: Rule) -> Rule:
+    return lambda value: None if value is None else rule(value)
+
+
+def either(first: Rule, second: Rule) -> Rule:
+    """What one of two rules accepts; the message is the second's."""
+
+    def rule(value: Any) -> Any:
+        try:
+            return first(value)
+        except ValueError:
+            return second(value)
+
+    return rule
+
+
+def _sentence(template: str, name: str, value: Any) -> str:
+    words = {"{name}": name, "{group}": name.replace(".", "/"), "{value!r}": repr(value), "{value}": str(value)}
+    return re.sub("|".join(map(re.escape, words)), lambda match: words[match[0]], template)
+
+
+def check(config: DictConfig, rules: Mapping[str, Rule], required: Sequence[str] = ()) -> None:
+    """Puts every option of `rules` that is there through its rule, and what the rule returns in its place. required: options
+    that must be there.
+
+    Raises ValueError, naming the option, for a value that its rule does not accept.
+    """
+    for name, rule in rules.items():
+        owner, _, last = name.rpartition(".")
+        options = OmegaConf.select(config, owner) if owner else config
+        if not OmegaConf.is_dict(options) or (last not in options and name not in required):
+            continue
+        value = options.get(last)
+        plain = OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
+        try:
+            accepted = rule(plain)
+        except ValueError as error:
+            raise ValueError(_sentence(str(error), name, plain)) from None
+        if type(accepted) is not type(plain):
+            OmegaConf.update(config, name, accepted)
