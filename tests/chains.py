@@ -1,8 +1,12 @@
 """A chain small enough for tests: every stage in seconds."""
 
+from functools import cache
 from pathlib import Path
 
 from hydra import compose, initialize_config_dir
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import DictConfig
 
 from ldm_train.configuration import config_folder
 from ldm_train.pipeline.data import ensure_data
@@ -39,9 +43,23 @@ SMALL = [
 ]
 
 
-def chain(folder: Path, *overrides: str, name: str = "run") -> Run:
+@cache
+def _chosen(name: str, choices: tuple[str, ...]) -> DictConfig:
     with initialize_config_dir(str(config_folder()), version_base="1.3"):
-        config = compose("train", [*SMALL, f"name={name}", f"runs_dir={folder}", f"data_dir={folder}/data", *overrides])
+        return compose(name, list(choices))
+
+
+def composed(name: str, *overrides: str) -> DictConfig:
+    """A command's config as Hydra composes it. Files are read once for each choice of groups; values are set in a copy."""
+    parsed = OverridesParser.create().parse_overrides(list(overrides))
+    choices = [(config_folder() / o.key_or_group).is_dir() for o in parsed]
+    config = _chosen(name, tuple(text for text, choice in zip(overrides, choices) if choice)).copy()
+    ConfigLoaderImpl._apply_overrides_to_config([o for o, choice in zip(parsed, choices) if not choice], config)
+    return config
+
+
+def chain(folder: Path, *overrides: str, name: str = "run") -> Run:
+    config = composed("train", *SMALL, f"name={name}", f"runs_dir={folder}", f"data_dir={folder}/data", *overrides)
     ensure_data(config.data)
     (folder / name).mkdir(exist_ok=True)
     return Run(config, folder / name, machine_of(config, {}))

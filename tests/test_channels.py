@@ -10,13 +10,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
+from chains import composed
 from PIL import Image
 
 from ldm_train import images as pictures
 from ldm_train.cli.common import run_command
 from ldm_train.cli.prepare import prepare
-from ldm_train.configuration import config_folder
 from ldm_train.data.loose import image_batches
 from ldm_train.generation.sample import sample
 from ldm_train.pipeline.machine import machine_of
@@ -34,11 +33,6 @@ SMALL = [
 ]  # fmt: skip
 FIVE = ["data.channels=5", "data.image_size=[32,48]"]
 GROUPS = "mean over channels 1-3, 3-5"
-
-
-def composed(name: str, *overrides: str):
-    with initialize_config_dir(str(config_folder()), version_base="1.3"):
-        return compose(name, list(overrides))
 
 
 @pytest.fixture(scope="module")

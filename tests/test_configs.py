@@ -1,11 +1,11 @@
 """Every config composes, names things that exist, and builds the models its comments promise."""
 
-from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from chains import composed
 from hydra import compose, initialize_config_dir
 from hydra.utils import get_object, instantiate
 from omegaconf import DictConfig, OmegaConf
@@ -19,16 +19,6 @@ from ldm_train.pipeline.values import check_values
 
 EXPERIMENTS = sorted(p.stem for p in (config_folder() / "experiment").glob("*.yaml"))
 FILES = sorted(p for p in config_folder().rglob("*.yaml"))
-
-
-@cache
-def _composed(name: str, *overrides: str) -> DictConfig:
-    with initialize_config_dir(str(config_folder()), version_base="1.3"):
-        return compose(name, overrides=list(overrides))
-
-
-def composed(name: str, *overrides: str) -> DictConfig:
-    return _composed(name, *overrides).copy()
 
 
 def on_meta(section: DictConfig) -> torch.nn.Module:
@@ -261,3 +251,17 @@ def test_unets_of_the_sweep_have_the_published_sizes(which: tuple, millions: flo
 )
 def test_the_command_line_has_the_last_word(overrides: tuple[str, ...]):
     assert parameters(on_meta(composed("train", *overrides).autoencoder.network)) == 55_312_063
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ("experiment=celebahq_f8", "autoencoder=vq_f4", "autoencoder.lr=1e-3", "+sampler.order=3", "name=x"),
+        ("experiment=shapes_f_sweep", "ablation=shapes_f8", "logger=csv", "~callbacks", "stages=[autoencoder]"),
+        ("diffusion/conditioning=text", "diffusion.conditioning.conditioners.text.dim=8", "data.root='a b'"),
+    ],
+)
+def test_the_configs_of_these_tests_are_those_that_hydra_composes(overrides: tuple[str, ...]):
+    ours = composed("train", *overrides)
+    with initialize_config_dir(str(config_folder()), version_base="1.3"):
+        assert ours == compose("train", list(overrides))

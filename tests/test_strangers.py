@@ -23,8 +23,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from chains import SMALL
-from hydra import compose, initialize_config_dir
+from chains import SMALL, composed
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from test_fuzz import damaged_json
@@ -34,7 +33,6 @@ from ldm_train.checkpoints.native import load_model, meta_autoencoder, save_mode
 from ldm_train.checkpoints.parts import build
 from ldm_train.cli.common import USER_ERRORS, quoted
 from ldm_train.cli.sample import FREE
-from ldm_train.configuration import config_folder
 from ldm_train.evaluation import measurement
 from ldm_train.generation.sample import sample
 from ldm_train.pipeline.data import ensure_data
@@ -211,21 +209,16 @@ def stranger(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Ca
 
 
 def sampled(*arguments: str) -> None:
-    with initialize_config_dir(str(config_folder()), version_base="1.3"):
-        config = compose("sample", [quoted(a, FREE) for a in arguments])
-    sample(config)
+    sample(composed("sample", *[quoted(a, FREE) for a in arguments]))
 
 
 def evaluated(*arguments: str) -> None:
-    with initialize_config_dir(str(config_folder()), version_base="1.3"):
-        config = compose("evaluate", ["progress=false", *arguments])
-    evaluate(config)
+    evaluate(composed("evaluate", "progress=false", *arguments))
 
 
 def prepared(tmp_path: Path, *arguments: str) -> Run:
     """train.py up to where the first stage would begin."""
-    with initialize_config_dir(str(config_folder()), version_base="1.3"):
-        config = compose("train", [*SMALL, f"runs_dir={tmp_path}", f"data_dir={tmp_path}/data", "name=run", *arguments])
+    config = composed("train", *SMALL, f"runs_dir={tmp_path}", f"data_dir={tmp_path}/data", "name=run", *arguments)
     ensure_data(config.data)
     return Run(config, tmp_path / "run", machine_of(config, {}), own_parts(config))
 

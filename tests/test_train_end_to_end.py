@@ -13,15 +13,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from chains import SMALL, chain
-from hydra import compose, initialize_config_dir
+from chains import SMALL, chain, composed
 from omegaconf import OmegaConf
 from PIL import Image
 
 from ldm_train import images as pictures
 from ldm_train.checkpoints.native import load_model
 from ldm_train.cli import sample as sample_cli
-from ldm_train.configuration import config_folder
 from ldm_train.data.latents import CachedLatents
 from ldm_train.data.prepare import build as build_module
 from ldm_train.data.prepare.build import build as build_shards
@@ -251,8 +249,7 @@ def test_a_classifier_of_the_same_latents_guides_and_one_of_others_is_refused(fi
             f"runs_dir={tmp_path}",
             *options,
         )
-        with initialize_config_dir(str(config_folder()), version_base="1.3"):
-            paths = sample(compose("sample", arguments))
+        paths = sample(composed("sample", *arguments))
         with Image.open(paths[0]) as image:
             return pictures.from_uint8(torch.from_numpy(np.array(image)).permute(2, 0, 1))
 
@@ -278,9 +275,8 @@ def test_a_classifier_of_the_same_latents_guides_and_one_of_others_is_refused(fi
 @pytest.mark.chain
 def test_samples_carry_their_recipe_and_repeat(finished: Path, tmp_path: Path):
     def draw(out: Path, batch_size: int) -> list[Path]:
-        with initialize_config_dir(str(config_folder()), version_base="1.3"):
-            overrides = [f"run={finished}/run", "prompts=a red circle in the center", "n=3", f"out={out}"]
-            return sample(compose("sample", [*overrides, "num_inference_steps=2", f"batch_size={batch_size}"]))
+        overrides = [f"run={finished}/run", "prompts=a red circle in the center", "n=3", f"out={out}"]
+        return sample(composed("sample", *overrides, "num_inference_steps=2", f"batch_size={batch_size}"))
 
     together, alone = draw(tmp_path / "a", 3), draw(tmp_path / "b", 1)
     assert len(together) == 3

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from hydra import compose, initialize_config_dir
+from chains import composed
 from hydra.utils import instantiate
 from PIL import Image
 
@@ -21,7 +21,6 @@ from ldm_train.checkpoints.native import save_model
 from ldm_train.cli.common import quoted
 from ldm_train.cli.sample import FREE
 from ldm_train.conditioning.text import train_tokenizer
-from ldm_train.configuration import config_folder
 from ldm_train.errors import Refused
 from ldm_train.generation.sample import sample
 from ldm_train.latent_diffusion import Guidance, Sampling
@@ -136,8 +135,7 @@ def run(model_folder: Callable[[str], Path], tmp_path: Path) -> Callable[..., li
             quoted(a, FREE)
             for a in (f"run={model_folder(kind)}", f"out={tmp_path / out}", "n=2", "overwrite=true", *options)
         ]
-        with initialize_config_dir(str(config_folder()), version_base="1.3"):
-            paths = sample(compose("sample", arguments))
+        paths = sample(composed("sample", *arguments))
         made = []
         for path in paths:
             with Image.open(path) as image:
@@ -464,11 +462,8 @@ def test_a_recipe_replays_to_identical_bytes(
     )
     run("text", *options)
     inputs = [f"run={model_folder('text')}", f"image={files['photo.png']}"]
-    with initialize_config_dir(str(config_folder()), version_base="1.3"):
-        replay = sample(compose("sample", [f'recipe="{tmp_path}/out/recipe.json"', *inputs]))
-        single = sample(
-            compose("sample", [f'recipe="{tmp_path}/out/00002_seed2.png"', f"out={tmp_path}/single", *inputs])
-        )
+    replay = sample(composed("sample", f'recipe="{tmp_path}/out/recipe.json"', *inputs))
+    single = sample(composed("sample", f'recipe="{tmp_path}/out/00002_seed2.png"', f"out={tmp_path}/single", *inputs))
     assert "3 of 3 pictures are identical to the recipe's" in capsys.readouterr().out
     for path in replay:
         assert path.read_bytes() == (tmp_path / "out" / path.name).read_bytes()
@@ -476,17 +471,11 @@ def test_a_recipe_replays_to_identical_bytes(
     assert single[0].read_bytes() == (tmp_path / "out/00002_seed2.png").read_bytes()
     for other in ("guidance_scale=5", "+fields.edges=x.png", "fields=5", "guide=5"):
         option = other.strip("+").partition("=")[0]
-        with (
-            pytest.raises(ValueError, match=f"recipe= draws again what was drawn; {option}= cannot change it"),
-            initialize_config_dir(str(config_folder()), version_base="1.3"),
-        ):
-            sample(compose("sample", [f'recipe="{tmp_path}/out"', other]))
+        with pytest.raises(ValueError, match=f"recipe= draws again what was drawn; {option}= cannot change it"):
+            sample(composed("sample", f'recipe="{tmp_path}/out"', other))
     Image.new("RGB", (40, 40)).save(files["photo.png"])
-    with (
-        pytest.raises(ValueError, match="image= is no longer the same file"),
-        initialize_config_dir(str(config_folder()), version_base="1.3"),
-    ):
-        sample(compose("sample", [f'recipe="{tmp_path}/out"', f"out={tmp_path}/changed", *inputs]))
+    with pytest.raises(ValueError, match="image= is no longer the same file"):
+        sample(composed("sample", f'recipe="{tmp_path}/out"', f"out={tmp_path}/changed", *inputs))
 
 
 def test_a_replay_elsewhere_says_that_pixels_may_differ(
@@ -498,16 +487,12 @@ def test_a_replay_elsewhere_says_that_pixels_may_differ(
     recipe = json.loads(path.read_text())
     recipe["machine"]["torch"] = "1.0"
     path.write_text(json.dumps(recipe))
-    with initialize_config_dir(str(config_folder()), version_base="1.3"):
-        sample(compose("sample", [f'recipe="{path}"', f"out={tmp_path}/elsewhere", model]))
+    sample(composed("sample", f'recipe="{path}"', f"out={tmp_path}/elsewhere", model))
     assert "pixels may differ" in capsys.readouterr().out
     recipe["model_sha256"] = "0"
     path.write_text(json.dumps(recipe))
-    with (
-        pytest.raises(ValueError, match="does not hold the weights that drew this recipe"),
-        initialize_config_dir(str(config_folder()), version_base="1.3"),
-    ):
-        sample(compose("sample", [f'recipe="{path}"', f"out={tmp_path}/other", model]))
+    with pytest.raises(ValueError, match="does not hold the weights that drew this recipe"):
+        sample(composed("sample", f'recipe="{path}"', f"out={tmp_path}/other", model))
 
 
 @pytest.mark.parametrize("kind", ["gif", "mp4", "strip"])
@@ -538,8 +523,7 @@ def test_a_job_of_very_many_pictures_is_continued_and_replayed(
     many = [{"file": f"{k:05d}_seed{k}.png", "seed": k, "condition": "x" * 400} for k in range(2, 50_000)]
     (tmp_path / "out/recipe.json").write_text(json.dumps({**recipe, "images": [*recipe["images"], *many]}, indent=1))
     assert (tmp_path / "out/recipe.json").stat().st_size > 16 << 20
-    with initialize_config_dir(str(config_folder()), version_base="1.3"):
-        again = compose("sample", [f"recipe={tmp_path}/out", f"run={model_folder('none')}", f"out={tmp_path}/again"])
+    again = composed("sample", f"recipe={tmp_path}/out", f"run={model_folder('none')}", f"out={tmp_path}/again")
     capsys.readouterr()
     sample(again)
     assert "2 of 2 pictures are identical" in capsys.readouterr().out
@@ -643,8 +627,7 @@ def test_every_task_replays_to_identical_bytes(
     kind, options = REPLAYED[task]
     run(kind, "num_inference_steps=4", *named(options, files))
     inputs = [f"run={model_folder(kind)}", *(o for o in named(options, files) if str(tmp_path) in o)]
-    with initialize_config_dir(str(config_folder()), version_base="1.3"):
-        replay = sample(compose("sample", [f'recipe="{tmp_path}/out/recipe.json"', *inputs]))
+    replay = sample(composed("sample", f'recipe="{tmp_path}/out/recipe.json"', *inputs))
     assert replay
     for path in replay:
         assert path.read_bytes() == (tmp_path / "out" / path.name).read_bytes()
@@ -657,11 +640,8 @@ def test_a_recipe_builds_nothing_but_samplers_of_ours(run: Callable, model_folde
     for target in ("pathlib.Path.write_text", "ldm_train.pipeline.resume.os.system"):
         recipe["config"]["sampler"] = {"_target_": target, "_args_": ["touch here"]}
         path.write_text(json.dumps(recipe))
-        with (
-            pytest.raises(ValueError, match="asks for"),
-            initialize_config_dir(str(config_folder()), version_base="1.3"),
-        ):
-            sample(compose("sample", [f'recipe="{path}"', f"out={tmp_path}/evil", f"run={model_folder('text')}"]))
+        with pytest.raises(ValueError, match="asks for"):
+            sample(composed("sample", f'recipe="{path}"', f"out={tmp_path}/evil", f"run={model_folder('text')}"))
 
 
 def test_an_error_while_drawing_leaves_the_folder_free(run: Callable, tmp_path: Path):
