@@ -1,5 +1,6 @@
 """One data module for all images: shards in, batches out, in an order that is a pure function of the seed and the step."""
 
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -12,7 +13,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from ldm_train.data.batch import FIELDS, Derive, Field
 from ldm_train.data.files import IMAGE_EXTENSIONS
-from ldm_train.data.samples import SampleDecoder, collate, refuse_too_many, require_fields, sample_rng
+from ldm_train.data.samples import SampleDecoder, collate, note_unreadable, refuse_too_many, require_fields, sample_rng
 from ldm_train.data.shards import (
     DataError,
     IndexedShards,
@@ -20,8 +21,10 @@ from ldm_train.data.shards import (
     as_roots,
     data_hash,
     is_remote,
+    member_counts,
     read_index,
     split_index,
+    spread,
 )
 from ldm_train.data.streaming import StreamingBatches
 from ldm_train.data.transforms import ImageTransform
@@ -161,20 +164,19 @@ class ShardDataset(Dataset):
         epoch, index = item
         rng = sample_rng(self.seed, epoch, index)
         replaced, candidate = [], index
-        for attempt in range(20):
+        for attempt in itertools.count():
             try:
                 key = str(self.shards.keys[candidate])
                 sample = self.decoder(key, self.shards.fields(candidate), rng if self.random else None)
+                break
             except Exception as error:  # on damaged data decoders raise errors of any type
-                replaced.append(f"{self.shards.where(candidate)}: {type(error).__name__}: {error}")
+                note_unreadable(replaced, self.shards.where(candidate), error)
                 candidate = int(np.random.default_rng([self.seed, epoch, index, attempt]).integers(len(self)))
-                continue
-            if replaced:
-                sample["replaced"] = replaced
-            if epoch and not self.random:
-                sample["key"] += f"#{epoch}"
-            return sample
-        raise DataError("20 unreadable samples in a row:\n" + "\n".join(replaced[:5]))
+        if replaced:
+            sample["replaced"] = replaced
+        if epoch and not self.random:
+            sample["key"] += f"#{epoch}"
+        return sample
 
 
 def evaluation_batches(
@@ -266,14 +268,10 @@ class ShardDataModule(L.LightningDataModule):
         self.train_split, self.val_split, self.val_images = train_split, val_split, val_images
         self.max_bad_fraction, self.shuffle_buffer, self.remedy = max_bad_fraction, shuffle_buffer, remedy
         self.derive = dict(derive or {})
-        self.index = read_index(root, remedy) if remedy else read_index(root)
+        self.index = read_index(root, remedy)
         for split in (train_split, val_split):
             part = split_index(self.index, split, root)
-            counts = {}
-            for shard in part["shards"]:
-                for extension, n in shard["fields"].items():
-                    counts[extension] = counts.get(extension, 0) + n
-            total = sum(s["count"] for s in part["shards"])
+            counts, total = member_counts(part["shards"]), self.count(split)
             check_channels(part["shards"], counts, channels, f"{root}, split {split}")
             needed = (*self.fields, "class_label") if balance_classes else self.fields
             require_fields(needed, counts, total, f"{root}, split {split}", list(self.derive), self.known)
@@ -299,16 +297,14 @@ class ShardDataModule(L.LightningDataModule):
         shards = self.shards(self.train_split)
         return Mixture.of(shards.sets, self.weights, shards.labels() if self.balance_classes else None)
 
-    def _loader(self, dataset: Dataset, batches: Any) -> DataLoader:
+    def _loader(self, dataset: Dataset, **options: Any) -> DataLoader:
+        pin = torch.cuda.is_available()
         return DataLoader(
-            dataset,
-            batch_sampler=batches,
-            num_workers=self.num_workers,
-            collate_fn=partial(collate, known=self.known),
-            pin_memory=torch.cuda.is_available(),
-            persistent_workers=False,
-            worker_init_fn=become_worker,
+            dataset, num_workers=self.num_workers, pin_memory=pin, worker_init_fn=become_worker, **options
         )
+
+    def _batch_loader(self, dataset: Dataset, batches: Any) -> DataLoader:
+        return self._loader(dataset, batch_sampler=batches, collate_fn=partial(collate, known=self.known))
 
     def _decoder(self, transform: ImageTransform, fields: Sequence[str]) -> SampleDecoder:
         return SampleDecoder(transform, fields, self.channels, self.derive, self.labels, self.known)
@@ -328,10 +324,10 @@ class ShardDataModule(L.LightningDataModule):
             if any(is_remote(shard["file"]) for shard in self.index["splits"][split]["shards"]):
                 continue
             shards, bad = self.shards(split), 0
-            members = {e for field in wanted for e in field.members} & set(shards.extensions)
-            picks = np.unique(np.linspace(0, len(shards) - 1, min(limit, len(shards))).round().astype(int)).tolist()
+            members = {e for field in wanted for e in field.members}
+            picks = spread(len(shards), limit).tolist()
             for i in picks:
-                raw = {e: data for e in members if (data := shards.read(i, e)) is not None}
+                raw = shards.members(i, members)
                 try:
                     for field in wanted:
                         field.check(raw, self.labels.get(field.name))
@@ -345,28 +341,20 @@ class ShardDataModule(L.LightningDataModule):
         """Micro-batches from number `start` to the end of training."""
         stop = self.max_steps * self.batching.accumulate
         if self.reader == "streaming":
-            decoder = self._decoder(self.transform, self.fields)
             stream = StreamingBatches(
                 self.root,
                 self.index["splits"][self.train_split]["shards"],
-                decoder,
+                self._decoder(self.transform, self.fields),
                 self.batching,
-                self.seed,
-                start,
-                stop,
-                self.shuffle_buffer,
-                max(1, self.num_workers),
+                seed=self.seed,
+                micro_batches=range(start, stop),
+                shuffle_buffer=self.shuffle_buffer,
+                workers=max(1, self.num_workers),
             )
-            return DataLoader(
-                stream,
-                batch_size=None,
-                num_workers=self.num_workers,
-                pin_memory=torch.cuda.is_available(),
-                worker_init_fn=become_worker,
-            )
-        shards = self.shards(self.train_split)
-        batches = StepBatches(len(shards), self.batching, self.seed, start, stop, self.mixture)
-        return self._loader(self.samples(self.train_split, self.fields, random=True), batches)
+            return self._loader(stream, batch_size=None)
+        dataset = self.samples(self.train_split, self.fields, random=True)
+        batches = StepBatches(len(dataset), self.batching, self.seed, start, stop, self.mixture)
+        return self._batch_loader(dataset, batches)
 
     def train_dataloader(self) -> DataLoader:
         return self.train_loader(self.trainer.global_step * self.batching.accumulate if self.trainer else 0)
@@ -378,7 +366,7 @@ class ShardDataModule(L.LightningDataModule):
         samples, going round; those of the second round have keys that end in #1, and so on."""
         shards, b = self.shards(split), self.batching
         batches = evaluation_batches(len(shards), b.micro, b.rank, b.world_size, limit, repeat)
-        return self._loader(self.samples(split, fields or self.fields, random=False), batches)
+        return self._batch_loader(self.samples(split, fields or self.fields, random=False), batches)
 
     def val_dataloader(self) -> DataLoader:
         return self.fixed_loader(self.val_split, self.val_images)

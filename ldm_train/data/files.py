@@ -1,12 +1,14 @@
-"""The files of a sample: their names in a shard, and opening an image. Without torch, so that preparing processes start
+"""The files of a sample: their names in a shard, reading and writing them. Without torch, so that preparing processes start
 fast."""
 
+import importlib
 import io
 import math
 import tarfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
@@ -79,3 +81,27 @@ def read_npy(data: bytes) -> np.ndarray:
     except Exception as error:
         raise ValueError(f"no .npy: {str(error)[:100] or type(error).__name__}") from error
     return array.astype(array.dtype.newbyteorder("="), copy=False)
+
+
+def encoded_npy(array: np.ndarray) -> bytes:
+    """A .npy in C order, which its readers may map into memory."""
+    buffer = io.BytesIO()
+    np.save(buffer, np.ascontiguousarray(array), allow_pickle=False)
+    return buffer.getvalue()
+
+
+def encoded_png(image: Image.Image | np.ndarray, **options: int) -> bytes:
+    """image: also an array (H, W) or (H, W, 3) of uint8. options: of Pillow's PNG writer."""
+    buffer = io.BytesIO()
+    image = Image.fromarray(image) if isinstance(image, np.ndarray) else image
+    image.save(buffer, format="PNG", **options)
+    return buffer.getvalue()
+
+
+def optional_package(name: str, user: str) -> ModuleType:
+    """A module of a package that only some data need. Raises DataError, which begins with `user` ("LSUN needs")."""
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        package = name.partition(".")[0]
+        raise DataError(f"{user} the package {package}: pip install 'ldm-train[prepare]'") from error

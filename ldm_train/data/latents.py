@@ -3,7 +3,7 @@
 import io
 import json
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from ldm_train.data.batch import FIELDS, Field
 from ldm_train.data.datamodule import Batching, Mixture, ShardDataModule, StepBatches, evaluation_batches
+from ldm_train.data.files import encoded_npy
 from ldm_train.data.samples import SampleDecoder, collate, refuse_too_many, require_fields, sample_rng
 from ldm_train.data.shards import (
     ENTRIES,
@@ -22,9 +23,12 @@ from ldm_train.data.shards import (
     DataError,
     IndexedShards,
     finished_shard,
+    member_counts,
     noted_entry,
     read_index,
+    shard_name,
     split_index,
+    spread,
     write_shard,
 )
 from ldm_train.interrupts import become_worker
@@ -36,12 +40,6 @@ REMEDY = "python train.py ... restart=latents"
 CACHED_FIELDS = tuple(name for name, field in FIELDS.items() if field.cached)
 # images (B, C, H, W) in [-1, 1] -> moments (B, 2C, h, w), or latents (B, C, h, w) of deterministic models, float32
 Encode = Callable[[torch.Tensor], torch.Tensor]
-
-
-def _npy(array: np.ndarray) -> bytes:
-    buffer = io.BytesIO()
-    np.save(buffer, np.ascontiguousarray(array))  # channels_last moments may be Fortran-ordered, memory maps are not
-    return buffer.getvalue()
 
 
 def _cache_keys(shards: IndexedShards) -> list[str]:
@@ -73,7 +71,7 @@ def write_cache(
         total=sum(len(c) for _, c in mine), desc=f"caching {split} latents", unit="img", disable=b.rank != 0
     )
     for number, chunk in mine:
-        name = f"{split}-{number:06d}.tar"
+        name = shard_name(split, number)
         entry = finished_shard(folder, name)
         if entry is None:
             entry = write_shard(folder / name, _encoded(data, split, encode, chunk, flips, progress))
@@ -117,17 +115,15 @@ def _encoded(
         for k, (_, i) in enumerate(rows):
             if batch["key"][k] != str(shards.keys[i]):  # unreadable, replaced by another sample
                 continue
-            fields = {"moments.npy": _npy(moments[k].cpu().numpy())}
+            fields = {"moments.npy": encoded_npy(moments[k].cpu().numpy())}
             if mirrored is not None:
-                fields["flipped.npy"] = _npy(mirrored[k].cpu().numpy())
-            yield keys[i], fields | _members(shards, i, [FIELDS[f] for f in CACHED_FIELDS])
+                fields["flipped.npy"] = encoded_npy(mirrored[k].cpu().numpy())
+            yield keys[i], fields | shards.members(i, _extensions(FIELDS[f] for f in CACHED_FIELDS))
         progress.update(len(rows))
 
 
-def _members(shards: IndexedShards, i: int, fields: Sequence[Field]) -> dict[str, bytes]:
-    """The raw members of a sample that hold some fields: {extension: bytes}."""
-    members = {e: shards.read(i, e) for field in fields for e in field.extensions if e in shards.extensions}
-    return {e: value for e, value in members.items() if value is not None}
+def _extensions(fields: Iterable[Field]) -> list[str]:
+    return [extension for field in fields for extension in field.extensions]
 
 
 def write_cache_index(
@@ -225,7 +221,7 @@ class CachedLatents:
     def _decoded(self, i: int, rng: np.random.Generator | None) -> dict[str, Any]:
         """A sample's key and cached fields. Raises DataError, naming the sample, where it cannot be read."""
         try:
-            raw = _members(self.shards, i, self.decoder.fields)
+            raw = self.shards.members(i, _extensions(self.decoder.fields))
             return self.decoder(str(self.shards.keys[i]), raw, rng)
         except ValueError as error:
             raise DataError(
@@ -280,12 +276,8 @@ class LatentDataModule(L.LightningDataModule):
         index = read_index(folder, REMEDY)
         for split in (train_split, val_split):
             part = split_index(index, split, folder)
-            counts: dict[str, int] = {}
-            for shard in part["shards"]:
-                for extension, n in shard["fields"].items():
-                    counts[extension] = counts.get(extension, 0) + n
             held = [f for f in fields if f in CACHED_FIELDS]
-            require_fields(held, counts, part["count"], f"{folder}, split {split}")
+            require_fields(held, member_counts(part["shards"]), part["count"], f"{folder}, split {split}")
         self.folder, self.batching, self.max_steps, self.seed = folder, batching, max_steps, seed
         self.val_images = val_images
         self.train = CachedLatents(folder, train_split, fields, seed, images)
@@ -318,12 +310,11 @@ def latent_statistics(latents: CachedLatents, limit: int = 50_000) -> dict[str, 
     Returns per-channel "mean" and "std", the scalar "scale_factor" = 1 / std about the mean over all axes (Rombach
     et al. 2022, appendix G) and "count".
     """
-    count = min(limit, len(latents))
-    picks = np.unique(np.linspace(0, len(latents) - 1, count).round().astype(int))
+    picks = spread(len(latents), limit)
     channels = len(latents.mean_and_std(0)[0])
     total, square, elements = np.zeros(channels), np.zeros(channels), 0
-    for i in picks:
-        mean, std = latents.mean_and_std(int(i))
+    for i in picks.tolist():
+        mean, std = latents.mean_and_std(i)
         total += mean.sum(axis=(1, 2))
         square += (mean**2 + std**2).sum(axis=(1, 2))
         elements += mean[0].size
@@ -362,16 +353,16 @@ def verify_cache(data: ShardDataModule, split: str, latents: CachedLatents, enco
     keys = _cache_keys(shards)
     rows = {k: i for i, k in enumerate(keys)} if len(shards) != len(latents) else None
     worst = 0.0
-    for j in np.unique(np.linspace(0, len(latents) - 1, count).round().astype(int)):
+    for j in spread(len(latents), count).tolist():
         key = str(latents.shards.keys[j])
-        i = int(j) if rows is None else rows.get(key, -1)
+        i = j if rows is None else rows.get(key, -1)
         if i < 0 or keys[i] != key:
             raise DataError(
                 f"latent cache {latents.shards.root}: sample {key} is not in the data; run again with restart=latents"
             )
         again = encode(dataset[(0, i)]["image"][None])[0].cpu().numpy().astype(np.float64)
-        cached, spread = latents.mean_and_std(int(j))
-        tolerance = spread + 0.01 * cached.std()
+        cached, std = latents.mean_and_std(j)
+        tolerance = std + 0.01 * cached.std()
         worst = max(worst, float((np.abs(again[: len(cached)] - cached) / tolerance).max()))
     if worst > 1:
         raise DataError(

@@ -43,6 +43,13 @@ def refuse_too_many(bad: int, seen: int, total: int, max_bad_fraction: float) ->
         )
 
 
+def note_unreadable(notes: list[str], where: str, error: Exception) -> None:
+    """Adds a sample that could not be read to the notes on those before it. Raises DataError at the 20th in a row."""
+    notes.append(f"{where}: {type(error).__name__}: {error}")
+    if len(notes) == 20:
+        raise DataError("20 unreadable samples in a row:\n" + "\n".join(notes[:5])) from error
+
+
 def sample_rng(seed: int, epoch: int, index: int) -> np.random.Generator:
     """Augmentation and caption choice of a sample: a function of (seed, epoch, sample) only, not of workers."""
     return np.random.default_rng([seed, epoch, index])

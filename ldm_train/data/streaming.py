@@ -2,15 +2,14 @@
 
 from collections import deque
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from torch.utils.data import IterableDataset, get_worker_info
 
 from ldm_train.data.files import DataError
-from ldm_train.data.samples import SampleDecoder, collate, sample_rng
-from ldm_train.data.shards import shard_paths
+from ldm_train.data.samples import SampleDecoder, collate, note_unreadable, sample_rng
+from ldm_train.data.shards import check_size, shard_paths
 from ldm_train.data.tars import StreamedTar, is_remote
 
 
@@ -27,20 +26,8 @@ class _Lookahead:
         self.returned.extendleft(reversed(items))
 
 
-def _whole(root: str, shard: dict) -> Path:
-    """The path of a local shard. Raises FileNotFoundError or DataError where it is missing or cut short, so that
-    this is known before training."""
-    path = shard_paths(root, [shard])[0]
-    if path.stat().st_size != shard["bytes"]:
-        raise DataError(
-            f"{path} has {path.stat().st_size} bytes, its index says {shard['bytes']}: truncated or changed; copy or "
-            "prepare it again"
-        )
-    return path.absolute()  # so that it cannot be taken for an address
-
-
 class StreamingBatches(IterableDataset):
-    """Micro-batches `start` to `stop` of one rank.
+    """Some `micro_batches` of one rank, by their numbers in training.
 
     Each epoch permutes the shards by (seed, epoch) before they are split by rank and worker, then shuffles through a
     buffer. Every worker delivers the same number of batches per epoch on every rank, so ranks never wait for each
@@ -58,8 +45,7 @@ class StreamingBatches(IterableDataset):
         decoder: SampleDecoder,
         batching: Any,
         seed: int,
-        start: int,
-        stop: int,
+        micro_batches: range,
         shuffle_buffer: int,
         workers: int,
     ):
@@ -70,10 +56,17 @@ class StreamingBatches(IterableDataset):
                 f"{len(shards)} shards cannot feed {batching.world_size} ranks x {workers} workers; lower num_workers, "
                 "prepare more shards (ldm-prepare per_shard=...) or use data.reader=indexed"
             )
-        self.urls = [s["file"] if is_remote(s["file"]) else str(_whole(root, s)) for s in shards]
         self.shards, self.counts = shards, [s["count"] for s in shards]
+        self.urls = [s["file"] for s in shards]
+        local = [i for i, url in enumerate(self.urls) if not is_remote(url)]
+        for i, path in zip(
+            local, shard_paths(root, [shards[i] for i in local])
+        ):  # known before training, not when it is read
+            check_size(path, shards[i])
+            self.urls[i] = str(path.absolute())  # so that it cannot be taken for an address
         self.decoder, self.batching, self.seed = decoder, batching, seed
-        self.start, self.stop, self.shuffle_buffer, self.workers = start, stop, shuffle_buffer, workers
+        self.start, self.stop = micro_batches.start, micro_batches.stop
+        self.shuffle_buffer, self.workers = shuffle_buffer, workers
         # A multiple of accumulate x workers, so that every epoch begins at the same worker and at an optimiser step.
         whole = sum(self.counts) // batching.batch_size * batching.accumulate
         self.batches_per_epoch = whole // (batching.accumulate * workers) * (batching.accumulate * workers)
@@ -92,8 +85,8 @@ class StreamingBatches(IterableDataset):
             entry, tar = self.shards[i], StreamedTar(self.urls[i], self.shards[i]["bytes"])
             for key, fields in tar:
                 yield fields | {"__key__": key, "__url__": tar.file}
-            for what in ("bytes", "sha256", "count", "fields"):
-                if (actual := getattr(tar, what)) != entry[what]:
+            for what, actual in tar.entry.items():
+                if actual != entry[what]:
                     raise DataError(
                         f"{tar.file} does not match its index.json: {what} {actual}, there {entry[what]}; copy or prepare it "
                         "again, or make the index anew with: ldm-prepare source=index"
@@ -131,9 +124,7 @@ class StreamingBatches(IterableDataset):
             try:
                 decoded = self.decoder(sample["__key__"].rpartition("/")[2], fields, rng)
             except Exception as error:  # on damaged data decoders raise errors of any type
-                replaced.append(f"{sample['__url__']}:{sample['__key__']}: {type(error).__name__}: {error}")
-                if len(replaced) >= 20:
-                    raise DataError("20 unreadable samples in a row:\n" + "\n".join(replaced[:5])) from error
+                note_unreadable(replaced, f"{sample['__url__']}:{sample['__key__']}", error)
                 looked_at.append(next(raw))
                 continue
             raw.put_back(looked_at[1:])

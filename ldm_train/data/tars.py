@@ -4,6 +4,7 @@ through a shell or another program."""
 import hashlib
 import http.client
 import io
+import itertools
 import os
 import re
 import tarfile
@@ -94,7 +95,7 @@ class _Web(io.RawIOBase):
         return True
 
     def read(self, size: int = -1) -> bytes:
-        for attempt in range(ATTEMPTS):
+        for attempt in itertools.count(1):
             try:
                 self.response = self.response or self._connected()
                 data = self.response.read(size) if size >= 0 else self.response.read()
@@ -106,10 +107,9 @@ class _Web(io.RawIOBase):
                 self.close_response()
                 code = getattr(error, "code", 0)
                 refused = isinstance(error, ValueError) or (0 < code < 500 and code not in (408, 429))
-                if refused or attempt == ATTEMPTS - 1:
+                if refused or attempt == ATTEMPTS:
                     raise ConnectionError(f"{self.address}: {error}") from error
-                time.sleep(2**attempt)
-        raise AssertionError("unreachable")
+                time.sleep(2 ** (attempt - 1))
 
     def _connected(self) -> Any:
         opener = urllib.request.OpenerDirector()  # without file:, ftp: and data:, also where a server redirects there
@@ -195,8 +195,8 @@ class _Measured(io.RawIOBase):
 class StreamedTar:
     """A tar read front to back: iterating gives its samples, (key, {extension: bytes}).
 
-    limit: bytes that it may have. After its last sample `bytes`, `sha256`, `count` and `fields` say what was read, as an
-    entry of an index does. Raises DataError, naming it, where it is truncated, larger, or no tar; OSError where it cannot be
+    limit: bytes that it may have. After its last sample `entry` says what was read, as the entry of an index does, without
+    its "file". Raises DataError, naming it, where it is truncated, larger, or no tar; OSError where it cannot be
     read.
     """
 
@@ -204,17 +204,18 @@ class StreamedTar:
         self.file, self.limit = file, limit
 
     def __iter__(self) -> Iterator[tuple[str, dict[str, bytes]]]:
-        self.count, self.fields = 0, Counter()
+        count, held = 0, Counter()
         with open_shard(self.file) as raw:
             stream = _Measured(raw, self.limit)
             try:
                 for key, fields in self._samples(stream):
-                    self.count += 1
-                    self.fields.update(fields.keys())
+                    count += 1
+                    held.update(fields.keys())
                     yield key, fields
             except (tarfile.TarError, ValueError, OverflowError) as error:
                 raise DataError(f"{self.file} is truncated or no tar ({error}); copy or prepare it again") from error
-        self.bytes, self.sha256, self.fields = stream.size, stream.sha256.hexdigest(), dict(self.fields)
+        checksum = stream.sha256.hexdigest()
+        self.entry = {"count": count, "bytes": stream.size, "sha256": checksum, "fields": dict(held)}
 
     def _samples(self, stream: _Measured) -> Iterator[tuple[str, dict[str, bytes]]]:
         from webdataset.tariterators import group_by_keys  # which imports torch: preparing does without

@@ -3,6 +3,7 @@
 import http.client
 import io
 import ipaddress
+import itertools
 import socket
 import threading
 import time
@@ -17,23 +18,15 @@ from urllib.parse import quote, urljoin, urlsplit
 
 from PIL import Image
 
-from ldm_train.data.prepare.build import digest
-from ldm_train.data.prepare.image_folder import encoded_png, reduced
-from ldm_train.data.shards import DataError
+from ldm_train.data.files import DataError, encoded_png, optional_package
+from ldm_train.data.prepare.build import Source, digest
+from ldm_train.data.prepare.image_folder import reduced
 
 AGENT = "ldm-train/0.1 (image download for model training)"
 OPT_OUT = {"noai", "noimageai", "noindex", "noimageindex"}
 PERMANENT = {400, 401, 403, 404, 405, 406, 410, 414, 451}  # asking again does not help
-
-
-FORMATS = {
-    "JPEG": "jpg",
-    "PNG": "png",
-    "WEBP": "webp",
-    "GIF": None,
-    "BMP": None,
-    "TIFF": None,
-}  # the only formats that are decoded
+# The only formats that are decoded; those without an extension are stored as PNG.
+FORMATS = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp", "GIF": None, "BMP": None, "TIFF": None}
 MAX_REDIRECTS = 5
 
 
@@ -89,8 +82,8 @@ class _Connections:
     """An opener that connects to checked addresses only and follows no redirect, and the sockets it opened."""
 
     def __init__(self, allow_private: bool):
-        opened, self.was_cut = [], False
-        self.opened = opened
+        self.was_cut = False
+        self.opened = opened = []
 
         def connected(connection: http.client.HTTPConnection) -> socket.socket:
             for address in (addresses := public_addresses(connection.host, connection.port, allow_private)):
@@ -159,7 +152,7 @@ def fetch(
     Raises Unfetchable, after `retries` more attempts where these may help; pages that opt out of use for machine
     learning (X-Robots-Tag: noai, noindex, ...) are not fetched.
     """
-    for attempt in range(retries + 1):
+    for attempt in itertools.count():
         connections = _Connections(allow_private)
         alarm = threading.Timer(6 * timeout, connections.cut)
         alarm.daemon = True
@@ -170,12 +163,11 @@ def fetch(
                 raise Unfetchable(f"not finished after {6 * timeout:.0f} s", True)
             return data
         except Unfetchable as error:
-            if not error.passing or attempt == retries:
+            if not error.passing or attempt >= retries:
                 raise
         finally:
             alarm.cancel()
         time.sleep(0.5 * 2**attempt)
-    raise AssertionError("unreachable")
 
 
 def _follow(opener: Any, url: str, timeout: float, max_bytes: int) -> bytes:
@@ -221,7 +213,7 @@ def _read(opener: Any, url: str, timeout: float, max_bytes: int) -> bytes | str:
         raise Unfetchable(f"{type(error).__name__}: {error}", True) from error
 
 
-class URLList:
+class URLList(Source):
     """path: a parquet file, or a folder of them, with a column of addresses and one of captions.
 
     url_column, caption_column (null: none). width_column, height_column: where the table has them, pictures below
@@ -231,8 +223,6 @@ class URLList:
     What could not be fetched is left out and listed with the reason in skipped.txt; finished shards are never fetched
     again. Where most of a shard fails for reasons that may pass (no network), it is not written.
     """
-
-    classes: list[str] | None = None
 
     def __init__(
         self,
@@ -251,10 +241,7 @@ class URLList:
         max_pixels: int = 50_000_000,
         allow_private: bool = False,
     ):
-        try:
-            import pyarrow.parquet as parquet
-        except ImportError as error:
-            raise DataError("parquet needs the package pyarrow: pip install 'ldm-train[prepare]'") from error
+        parquet = optional_package("pyarrow.parquet", "parquet needs")
         source = Path(path)
         self.files = sorted(source.glob("*.parquet")) if source.is_dir() else [source]
         if not self.files or not self.files[0].is_file():
