@@ -18,9 +18,8 @@ def _files(source: str) -> Iterator[tuple[str, bytes]]:
     """(name, content) of the images of one folder (with its folders) or tar, in the order of their names or members."""
     path = Path(source).expanduser()
     if path.is_dir():
-        for file in pictures_among(
-            sorted(p for p in path.rglob("*") if p.suffix.lower().lstrip(".") in IMAGE_EXTENSIONS)
-        ):
+        images = sorted(p for p in path.rglob("*") if p.suffix.lower().lstrip(".") in IMAGE_EXTENSIONS)
+        for file in pictures_among(images):
             yield str(file), file.read_bytes()
     elif path.is_file() and tarfile.is_tarfile(path):
         with tarfile.open(path) as tar:

@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
@@ -114,12 +115,17 @@ def _index_fault(index: object) -> str | None:
     return None
 
 
-def noted_entry(folder: Path, name: str) -> dict | None:
-    """The entry of a shard, written when it was finished; None where there is none or it is invalid."""
+def read_note(path: Path) -> Any:
+    """The JSON that was noted while a folder was written; None where there is none or it is damaged."""
     try:
-        entry = json.loads((folder / ENTRIES / f"{name}.json").read_bytes())
+        return json.loads(path.read_bytes())
     except (FileNotFoundError, ValueError, RecursionError):
         return None
+
+
+def noted_entry(folder: Path, name: str) -> dict | None:
+    """The entry of a shard, written when it was finished; None where there is none or it is invalid."""
+    entry = read_note(folder / ENTRIES / f"{name}.json")
     return entry if entry_fault(entry) is None and entry["file"] == name else None
 
 

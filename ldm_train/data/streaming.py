@@ -1,7 +1,8 @@
 """The streaming reader: shards read front to back, local or remote, with exact resume by skipping."""
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -11,19 +12,6 @@ from ldm_train.data.files import DataError
 from ldm_train.data.samples import SampleDecoder, collate, note_unreadable, sample_rng
 from ldm_train.data.shards import check_size, shard_paths
 from ldm_train.data.tars import StreamedTar, is_remote
-
-
-class _Lookahead:
-    """An iterator to which items can be given back."""
-
-    def __init__(self, source: Iterator[Any]):
-        self.source, self.returned = source, deque()
-
-    def __next__(self) -> Any:
-        return self.returned.popleft() if self.returned else next(self.source)
-
-    def put_back(self, items: list[Any]) -> None:
-        self.returned.extendleft(reversed(items))
 
 
 class StreamingBatches(IterableDataset):
@@ -113,37 +101,39 @@ class StreamingBatches(IterableDataset):
             while buffer:
                 yield drawn()
 
-    def _decoded(self, raw: "_Lookahead", epoch: int, position: int) -> dict[str, Any]:
-        """The next sample, or the next readable one in its place. The substitute is not consumed: it comes again in
-        its own turn, so that skipping raw samples after a resume lands on the same place."""
-        replaced, looked_at = [], [next(raw)]
-        while True:
-            sample = looked_at[-1]
-            fields = {k: v for k, v in sample.items() if not k.startswith("__")}
-            rng = sample_rng(self.seed, epoch, position * self.batching.world_size + self.batching.rank)
-            try:
-                decoded = self.decoder(sample["__key__"].rpartition("/")[2], fields, rng)
-            except Exception as error:  # on damaged data decoders raise errors of any type
-                note_unreadable(replaced, f"{sample['__url__']}:{sample['__key__']}", error)
-                looked_at.append(next(raw))
-                continue
-            raw.put_back(looked_at[1:])
-            return decoded | ({"replaced": replaced} if replaced else {})
+    def _decoded(self, raw: Iterator[dict[str, Any]], epoch: int, positions: Iterable[int]) -> Iterator[dict[str, Any]]:
+        """A sample for each position: the next one, or the next readable one in its place. The substitute is not consumed: it
+        comes again in its own turn, so that skipping raw samples after a resume lands on the same place."""
+        ahead: deque[dict[str, Any]] = deque()  # the samples from this position on that were looked at
+        for position in positions:
+            replaced: list[str] = []
+            while True:
+                if len(ahead) == len(replaced):
+                    ahead.append(next(raw))
+                sample = ahead[len(replaced)]
+                fields = {k: v for k, v in sample.items() if not k.startswith("__")}
+                rng = sample_rng(self.seed, epoch, position * self.batching.world_size + self.batching.rank)
+                try:
+                    decoded = self.decoder(sample["__key__"].rpartition("/")[2], fields, rng)
+                    break
+                except Exception as error:  # on damaged data decoders raise errors of any type
+                    note_unreadable(replaced, f"{sample['__url__']}:{sample['__key__']}", error)
+            ahead.popleft()
+            yield decoded | ({"replaced": replaced} if replaced else {})
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         info = get_worker_info()
-        own = info.id if info else 0
+        own, micro = info.id if info else 0, self.batching.micro
         # The loader always asks worker 0 first; after a resume batch `start` must come from it.
         turn = (self.start + own) % self.workers
         position = self.start + own
         while position < self.stop:
             epoch, within = divmod(position, self.batches_per_epoch)
-            raw = _Lookahead(self._shuffled(epoch, turn))
-            micro = self.batching.micro
+            raw = self._shuffled(epoch, turn)
             for _ in range(within // self.workers * micro):
                 next(raw)
-            while position < self.stop and position // self.batches_per_epoch == epoch:
-                yield collate(
-                    [self._decoded(raw, epoch, position * micro + k) for k in range(micro)], self.decoder.known
-                )
-                position += self.workers
+            mine = range(position, min(self.stop, (epoch + 1) * self.batches_per_epoch), self.workers)
+            samples = self._decoded(raw, epoch, (batch * micro + k for batch in mine for k in range(micro)))
+            for _ in mine:
+                yield collate(list(islice(samples, micro)), self.decoder.known)
+            position = mine[-1] + self.workers

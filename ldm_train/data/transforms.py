@@ -1,6 +1,8 @@
 """From encoded bytes to tensors: decoding every kind of image file, then crop, resize and flip as one plan per sample."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -42,9 +44,7 @@ def decode_image(data: bytes, extension: str, channels: int) -> torch.Tensor:
         if channels not in (1, 3):
             raise ValueError(f"image files have 1 or 3 channels, the data asks for {channels}; store arrays as .npy")
         array = np.array(image.convert("L" if channels == 1 else "RGB"))
-    return torch.from_numpy(array if channels == 1 else array.transpose(2, 0, 1).copy()).view(
-        channels, *array.shape[:2]
-    )
+    return torch.from_numpy(array[None] if channels == 1 else array.transpose(2, 0, 1).copy())
 
 
 def decode_labels(data: bytes) -> torch.Tensor:
@@ -95,7 +95,7 @@ class ImageTransform:
 
     def deterministic(self) -> "ImageTransform":
         """The same size by centre crop, without flips: for validation, caching and reference statistics."""
-        return ImageTransform(self.size, "center", False)
+        return ImageTransform(self.size)
 
     @property
     def cacheable(self) -> bool:
@@ -110,9 +110,8 @@ class ImageTransform:
             fit *= rng.uniform(*self.scale) ** 0.5
         box_h, box_w = max(1, round(target_h * fit)), max(1, round(target_w * fit))
         free_h, free_w = height - box_h, width - box_w
-        if self.crop == "center":
-            top, left = free_h // 2, free_w // 2
-        else:
+        top, left = free_h // 2, free_w // 2
+        if self.crop != "center":
             top, left = int(rng.integers(free_h + 1)), int(rng.integers(free_w + 1))
         return Plan(top, left, box_h, box_w, bool(self.flip and rng.random() < 0.5))
 
@@ -158,25 +157,27 @@ def read_bytes(path: str, option: str) -> bytes:
     return file.read_bytes()
 
 
-def read_image(path: str, size: tuple[int, int], channels: int, option: str = "image") -> torch.Tensor:
-    """(C, H, W) in [-1, 1], cut to the middle and resized to `size`. Raises ValueError naming the file."""
+def _read_cut(
+    path: str, option: str, decode: Callable[[bytes], torch.Tensor], size: tuple[int, int], nearest: bool = False
+) -> torch.Tensor:
+    """The picture in a file that `option` names, cut to the middle and resized to `size`. Raises ValueError or
+    FileNotFoundError, naming both."""
     try:
-        image = decode_image(read_bytes(path, option), Path(path).suffix.lower().lstrip("."), channels)
+        image = decode(read_bytes(path, option))
     except FileNotFoundError:
         raise
     except (OSError, ValueError) as error:
         raise ValueError(f"{option}={path}: {error}") from error
-    transform = ImageTransform(size, "center")
-    return to_unit_range(transform.apply(image, transform.plan(*image.shape[1:], None)))
+    transform = ImageTransform(size)
+    return transform.apply(image, transform.plan(*image.shape[1:], None), nearest)
+
+
+def read_image(path: str, size: tuple[int, int], channels: int, option: str = "image") -> torch.Tensor:
+    """(C, H, W) in [-1, 1], see `_read_cut`."""
+    decode = partial(decode_image, extension=Path(path).suffix.lower().lstrip("."), channels=channels)
+    return to_unit_range(_read_cut(path, option, decode, size))
 
 
 def read_map(path: str, size: tuple[int, int]) -> torch.Tensor:
-    """(H, W) int64. A map keeps its labels: it is cut and resized by nearest neighbour."""
-    try:
-        labels = decode_labels(read_bytes(path, "map"))
-    except FileNotFoundError:
-        raise
-    except (OSError, ValueError) as error:
-        raise ValueError(f"map={path}: {error}") from error
-    transform = ImageTransform(size, "center")
-    return transform.apply(labels, transform.plan(*labels.shape[1:], None), nearest=True)[0].long()
+    """(H, W) int64, see `_read_cut`. A map keeps its labels: it is resized by nearest neighbour."""
+    return _read_cut(path, "map", decode_labels, size, nearest=True)[0].long()

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from ldm_train.data.fields import array_of, check_fields
 from ldm_train.data.files import IMAGE_EXTENSIONS, open_image
-from ldm_train.data.shards import ENTRIES, INDEX, DataError, finished_shard, shard_name, write_shard
+from ldm_train.data.shards import ENTRIES, INDEX, DataError, finished_shard, read_note, shard_name, write_shard
 from ldm_train.interrupts import become_worker
 from ldm_train.storage import write_json
 
@@ -146,7 +146,7 @@ def build(source: Source, out: str | Path, per_shard: int = 1000, workers: int =
         raise DataError(f"the source has {counts} samples; both train and val need at least one (see val_fraction)")
     identity = {"source": source.identity, "per_shard": per_shard, "counts": counts}
     note = out / ENTRIES / "source.json"
-    if note.is_file() and _read(note) != json.loads(json.dumps(identity)):
+    if note.is_file() and read_note(note) != json.loads(json.dumps(identity)):
         raise DataError(
             f"{out} holds data prepared with other options or from other files; choose another out=<folder> or delete this one"
         )
@@ -189,13 +189,6 @@ def _is_complete(entry: dict) -> bool:
     """Whether a shard's entry also has the image sizes and other values that the index is made from."""
     sides = [side for pair in entry.get("image_size", ()) for side in pair]
     return isinstance(entry.get("skipped"), list) and all(isinstance(side, int) for side in sides)
-
-
-def _read(note: Path) -> object:
-    try:
-        return json.loads(note.read_bytes())
-    except (ValueError, RecursionError):
-        return None  # which is nothing that data are prepared from
 
 
 def write_index(out: Path, shards: list[tuple[str, dict]], classes: list[str] | None) -> dict:

@@ -39,7 +39,20 @@ def reduced(data: bytes, extension: str, max_size: int | None, name: str) -> tup
     if max_size is None:
         return extension, data
     try:
-        return _reduced(data, extension, max_size)
+        with open_image(data) as image:
+            if min(image.size) <= max_size:
+                return extension, data
+            image = ImageOps.exif_transpose(image)
+            if image.mode in ("1", "P"):  # which cannot be interpolated
+                image = image.convert("RGBA" if "transparency" in image.info else "RGB")
+            factor = max_size / min(image.size)
+            size = (round(image.width * factor), round(image.height * factor))
+            image = image.resize(size, Image.Resampling.LANCZOS)
+            if extension not in ("jpg", "jpeg"):
+                return "png", encoded_png(image)
+            buffer = io.BytesIO()
+            image.convert("RGB").save(buffer, format="JPEG", quality=95)
+            return "jpg", buffer.getvalue()
     except (OSError, ValueError) as error:
         raise ValueError(f"{name}: {error}") from error
 
@@ -51,22 +64,6 @@ def check_count(where: str, count: int, expected: int | None) -> None:
             f"{where} has {count} images, the data set as published {expected}; complete the download, or take what there "
             "is with source.expect=null"
         )
-
-
-def _reduced(data: bytes, extension: str, max_size: int) -> tuple[str, bytes]:
-    with open_image(data) as image:
-        if min(image.size) <= max_size:
-            return extension, data
-        image = ImageOps.exif_transpose(image)
-        if image.mode in ("1", "P"):  # which cannot be interpolated
-            image = image.convert("RGBA" if "transparency" in image.info else "RGB")
-        factor = max_size / min(image.size)
-        image = image.resize((round(image.width * factor), round(image.height * factor)), Image.Resampling.LANCZOS)
-        if extension in ("jpg", "jpeg"):
-            buffer = io.BytesIO()
-            image.convert("RGB").save(buffer, format="JPEG", quality=95)
-            return "jpg", buffer.getvalue()
-        return "png", encoded_png(image)
 
 
 def _folders(root: Path) -> dict[str | None, Path]:
