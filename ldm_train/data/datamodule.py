@@ -33,10 +33,8 @@ from ldm_train.interrupts import become_worker
 
 @dataclass(frozen=True)
 class Batching:
-    """How a global batch is cut: batch_size = micro_batch_size x world_size x accumulate.
-
-    Raises ValueError where that is no whole number.
-    """
+    """How a global batch is cut: batch_size = micro_batch_size x world_size x accumulate. Raises ValueError where that is no
+    whole number."""
 
     batch_size: int
     micro_batch_size: int | None = None
@@ -62,19 +60,15 @@ class Batching:
 
 @dataclass(frozen=True)
 class Mixture:
-    """Groups of samples that are drawn from in given shares, whatever their sizes.
+    """Groups of samples that are drawn from in given shares, whatever their sizes."""
 
-    members: per group the indices of its samples. shares: per group, their sum is 1.
-    """
-
-    members: list[np.ndarray]
-    shares: np.ndarray
+    members: list[np.ndarray]  # per group the indices of its samples
+    shares: np.ndarray  # per group; their sum is 1
 
     @classmethod
     def of(cls, sets: np.ndarray, weights: Sequence[float] | None, labels: np.ndarray | None) -> "Mixture | None":
         """sets (N,): which set each sample belongs to. weights: of the sets (None: by their sizes). labels (N,): where
-        given, each class of a set has the same share of it. None where every sample is drawn alike.
-        """
+        given, each class of a set has the same share of it. None where every sample is drawn alike."""
         if weights is None and labels is None:
             return None
         sizes = np.bincount(sets)
@@ -124,7 +118,7 @@ class StepBatches(Sampler):
                 f"batch_size {batching.batch_size} exceeds the {count} training images; lower autoencoder.batch_size / "
                 "diffusion.batch_size or prepare more data"
             )
-        self._epoch, self._visits, self._order = -1, np.empty(0, np.int64), np.empty(0, np.int64)
+        self._epoch = -1  # whose samples are in _visits and _order
 
     def __len__(self) -> int:
         return self.stop  # Lightning counts micro-batches from the beginning of training, also after a resume
@@ -146,8 +140,7 @@ class StepBatches(Sampler):
         return list(zip(self._visits[rows].tolist(), self._order[rows].tolist()))
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        for micro_batch in range(self.start, self.stop):
-            yield self.rows(micro_batch)
+        return map(self.rows, range(self.start, self.stop))
 
 
 class ShardDataset(Dataset):
@@ -189,14 +182,15 @@ def evaluation_batches(
     return [[divmod(i, count) for i in mine[k : k + micro]] for k in range(0, len(mine), micro)]
 
 
-def check_channels(shards: Sequence[Mapping[str, Any]], counts: Mapping[str, int], channels: int, where: str) -> None:
-    """Raises DataError where shards, whose fields are counted in `counts`, hold pictures that cannot have so many channels."""
+def check_channels(shards: list[dict], channels: int, where: str) -> None:
+    """Raises DataError where shards, of which these are the entries, hold pictures that cannot have so many channels."""
+    counts = member_counts(shards)
     held = sorted({c for shard in shards for c in shard.get("channels", [])})
     if held and held != [channels]:
         said = " and ".join(map(str, held))
         remedy = f"say data.channels={held[0]}" if len(held) == 1 else "prepare each kind in a folder of its own"
         raise DataError(f"{where} holds .npy pictures of {said} channels, data.channels is {channels}; {remedy}")
-    files = [e for e in (*IMAGE_EXTENSIONS, *FIELDS["lowres"].extensions) if e != "npy" and counts.get(e)]
+    files = [e for e in (*IMAGE_EXTENSIONS, *FIELDS["lowres"].extensions) if e != "npy" and counts[e]]
     if channels not in (1, 3) and files:
         raise DataError(
             f"{where} holds .{files[0]} files ({counts[files[0]]}), which have 1 or 3 channels, data.channels is {channels}; "
@@ -251,30 +245,26 @@ class ShardDataModule(L.LightningDataModule):
         own_fields: Mapping[str, Field] | None = None,
     ):
         super().__init__()
-        self.known = FIELDS | dict(own_fields or {})
+        roots = len(as_roots(root))
         if reader not in ("indexed", "streaming"):
             raise ValueError(f"data.reader is 'indexed' or 'streaming', not {reader!r}")
-        self.root, self.batching, self.max_steps, self.fields = root, batching, max_steps, tuple(fields)
-        self.weights, self.balance_classes = weights, balance_classes
-        if reader == "streaming" and (len(as_roots(root)) > 1 or weights is not None or balance_classes):
+        if reader == "streaming" and (roots > 1 or weights is not None or balance_classes):
             raise ValueError("several data.root, data.weights and data.balance_classes need data.reader=indexed")
-        if weights is not None and (len(weights) != len(as_roots(root)) or min(weights) <= 0):
-            raise ValueError(
-                f"data.weights {list(weights)} must be positive numbers, one per data.root ({len(as_roots(root))})"
-            )
-        size = image_size if isinstance(image_size, int) else tuple(image_size)
-        self.transform = ImageTransform(size, crop, flip, tuple(scale))
+        if weights is not None and (len(weights) != roots or min(weights) <= 0):
+            raise ValueError(f"data.weights {list(weights)} must be positive numbers, one per data.root ({roots})")
+        self.root, self.batching, self.max_steps, self.fields = root, batching, max_steps, tuple(fields)
+        self.weights, self.balance_classes, self.known = weights, balance_classes, FIELDS | dict(own_fields or {})
+        self.transform = ImageTransform(image_size, crop, flip, scale)
         self.channels, self.reader, self.num_workers, self.seed = channels, reader, num_workers, seed
         self.train_split, self.val_split, self.val_images = train_split, val_split, val_images
         self.max_bad_fraction, self.shuffle_buffer, self.remedy = max_bad_fraction, shuffle_buffer, remedy
         self.derive = dict(derive or {})
         self.index = read_index(root, remedy)
         for split in (train_split, val_split):
-            part = split_index(self.index, split, root)
-            counts, total = member_counts(part["shards"]), self.count(split)
-            check_channels(part["shards"], counts, channels, f"{root}, split {split}")
+            shards, where = split_index(self.index, split, root)["shards"], f"{root}, split {split}"
+            check_channels(shards, channels, where)
             needed = (*self.fields, "class_label") if balance_classes else self.fields
-            require_fields(needed, counts, total, f"{root}, split {split}", list(self.derive), self.known)
+            require_fields(needed, member_counts(shards), self.count(split), where, list(self.derive), self.known)
         named = len(self.index.get("classes") or []) or None
         self.labels = {field: count or named for field, count in ({"class_label": None} | dict(labels or {})).items()}
         self._shards: dict[str, IndexedShards] = {}
@@ -306,25 +296,24 @@ class ShardDataModule(L.LightningDataModule):
     def _batch_loader(self, dataset: Dataset, batches: Any) -> DataLoader:
         return self._loader(dataset, batch_sampler=batches, collate_fn=partial(collate, known=self.known))
 
-    def _decoder(self, transform: ImageTransform, fields: Sequence[str]) -> SampleDecoder:
+    def _decoder(self, fields: Sequence[str], random: bool) -> SampleDecoder:
+        transform = self.transform if random else self.transform.deterministic()
         return SampleDecoder(transform, fields, self.channels, self.derive, self.labels, self.known)
 
-    def samples(self, split: str, fields: Sequence[str], random: bool) -> "ShardDataset":
+    def samples(self, split: str, fields: Sequence[str], random: bool) -> ShardDataset:
         """Single samples by (epoch, index). random: with training's crops, flips and captions."""
-        transform = self.transform if random else self.transform.deterministic()
-        decoder = self._decoder(transform, fields)
-        return ShardDataset(self.shards(split), decoder, self.seed, random)
+        return ShardDataset(self.shards(split), self._decoder(fields, random), self.seed, random)
 
     def check_conditions(self, limit: int = 50_000) -> None:
         """Reads the captions, classes and boxes that `fields` ask for (of `limit` samples of a split, spread evenly),
         before hours are spent on training without them. Prints those that cannot be read; raises DataError where they
         are more than max_bad_fraction allows. Remote shards are read in training only."""
-        wanted = [self.known[name] for name in self.known if name in self.fields and self.known[name].members]
+        wanted = [field for name, field in self.known.items() if name in self.fields and field.members]
+        members = {e for field in wanted for e in field.members}
         for split in (self.train_split, self.val_split) if wanted else ():
             if any(is_remote(shard["file"]) for shard in self.index["splits"][split]["shards"]):
                 continue
             shards, bad = self.shards(split), 0
-            members = {e for field in wanted for e in field.members}
             picks = spread(len(shards), limit).tolist()
             for i in picks:
                 raw = shards.members(i, members)
@@ -344,7 +333,7 @@ class ShardDataModule(L.LightningDataModule):
             stream = StreamingBatches(
                 self.root,
                 self.index["splits"][self.train_split]["shards"],
-                self._decoder(self.transform, self.fields),
+                self._decoder(self.fields, random=True),
                 self.batching,
                 seed=self.seed,
                 micro_batches=range(start, stop),

@@ -67,9 +67,8 @@ def write_cache(
     chunks = [range(i, min(i + per_shard, len(shards))) for i in range(0, len(shards), per_shard)]
     mine = list(enumerate(chunks))[b.rank :: b.world_size]
     entries, seen = [], 0
-    progress = tqdm(
-        total=sum(len(c) for _, c in mine), desc=f"caching {split} latents", unit="img", disable=b.rank != 0
-    )
+    total = sum(len(chunk) for _, chunk in mine)
+    progress = tqdm(total=total, desc=f"caching {split} latents", unit="img", disable=b.rank != 0)
     for number, chunk in mine:
         name = shard_name(split, number)
         entry = finished_shard(folder, name)
@@ -81,7 +80,7 @@ def write_cache(
         entries.append(entry)
         seen += len(chunk)
         bad = seen - sum(e["count"] for e in entries)
-        refuse_too_many(bad, seen, sum(len(c) for _, c in mine), data.max_bad_fraction)
+        refuse_too_many(bad, seen, total, data.max_bad_fraction)
     progress.close()
     return entries
 
@@ -100,8 +99,7 @@ def _encoded(
     data: ShardDataModule, split: str, encode: Encode, chunk: range, flips: bool, progress: tqdm
 ) -> Iterator[tuple[str, dict[str, bytes]]]:
     shards, stored = data.shards(split), [f for f in CACHED_FIELDS if f in data.fields]
-    dataset = data.fixed_loader(split, fields=("image", *stored)).dataset
-    keys = _cache_keys(shards)
+    dataset, keys = data.samples(split, ("image", *stored), random=False), _cache_keys(shards)
     micro = max(1, min(64, data.batching.micro))
     batches = [[(0, i) for i in chunk[k : k + micro]] for k in range(0, len(chunk), micro)]
     loader = DataLoader(
@@ -165,7 +163,7 @@ class CachedLatents:
 
     def _read_header(self) -> None:
         """Reads the header that all arrays of the cache share: its length, shape and dtype."""
-        folder, first = self.shards.root, self.shards.read(0, "moments.npy") if self._has("moments.npy") else b""
+        first = self.shards.members(0, ["moments.npy"]).get("moments.npy", b"") if len(self) else b""
         header = io.BytesIO(first)
         try:
             version = np.lib.format.read_magic(header)
@@ -176,15 +174,12 @@ class CachedLatents:
             if self.dtype != np.float32 or fortran or len(self.shape) != 3 or (self.stochastic and self.shape[0] % 2):
                 raise ValueError(f"{self.dtype} of shape {self.shape} are no latents")
             for extension in ("moments.npy", "flipped.npy") if self.flips else ("moments.npy",):
-                if not self._has(extension) or (self.shards.sizes[extension] != len(first)).any():
+                if (self.shards.sizes[extension] != len(first)).any():
                     raise ValueError(f"not every sample has {extension} of {len(first)} bytes")
             if self.header + 4 * int(np.prod(self.shape)) != len(first):
                 raise ValueError(f"{len(first)} bytes for shape {self.shape}")
         except ValueError as error:
-            raise DataError(f"{folder}: {error}; run again with restart=latents") from error
-
-    def _has(self, extension: str) -> bool:
-        return len(self.shards) > 0 and extension in self.shards.extensions
+            raise DataError(f"{self.shards.root}: {error}; run again with restart=latents") from error
 
     def __len__(self) -> int:
         return len(self.shards)
@@ -229,18 +224,20 @@ class CachedLatents:
             ) from error
 
 
+def _not_in_data(cached: IndexedShards, key: str) -> DataError:
+    return DataError(f"latent cache {cached.root}: sample {key} is not in the data; run again with restart=latents")
+
+
 def places_in(shards: IndexedShards, cached: IndexedShards) -> list[int]:
     """The positions of a cache's samples in the data. Raises DataError for one that is not there."""
     place = {key: i for i, key in enumerate(_cache_keys(shards))}
     if absent := [str(key) for key in cached.keys if str(key) not in place]:
-        raise DataError(
-            f"latent cache {cached.root}: sample {absent[0]} is not in the data; run again with restart=latents"
-        )
+        raise _not_in_data(cached, absent[0])
     return [place[str(key)] for key in cached.keys]
 
 
 class _Batches:
-    """A re-iterable list of lazily fetched batches; `length` is what Lightning counts to."""
+    """A re-iterable list of lazily fetched batches; its length is what Lightning counts to."""
 
     def __init__(self, latents: CachedLatents, rows: Any, random: bool):
         self.latents, self.rows, self.random = latents, rows, random
@@ -299,9 +296,8 @@ class LatentDataModule(L.LightningDataModule):
 
     def val_dataloader(self) -> _Batches:
         b = self.batching
-        return _Batches(
-            self.val, evaluation_batches(len(self.val), b.micro, b.rank, b.world_size, self.val_images), False
-        )
+        rows = evaluation_batches(len(self.val), b.micro, b.rank, b.world_size, self.val_images)
+        return _Batches(self.val, rows, random=False)
 
 
 def latent_statistics(latents: CachedLatents, limit: int = 50_000) -> dict[str, Any]:
@@ -311,13 +307,12 @@ def latent_statistics(latents: CachedLatents, limit: int = 50_000) -> dict[str, 
     et al. 2022, appendix G) and "count".
     """
     picks = spread(len(latents), limit)
-    channels = len(latents.mean_and_std(0)[0])
-    total, square, elements = np.zeros(channels), np.zeros(channels), 0
+    channels, height, width = latents.mean_and_std(0)[0].shape
+    total, square, elements = np.zeros(channels), np.zeros(channels), len(picks) * height * width
     for i in picks.tolist():
         mean, std = latents.mean_and_std(i)
         total += mean.sum(axis=(1, 2))
         square += (mean**2 + std**2).sum(axis=(1, 2))
-        elements += mean[0].size
     mean = total / elements
     std = np.sqrt(square / elements - mean**2)
     overall = float(np.sqrt(square.sum() / elements / channels - (total.sum() / elements / channels) ** 2))
@@ -349,17 +344,15 @@ def verify_cache(data: ShardDataModule, split: str, latents: CachedLatents, enco
 
     Raises DataError where that exceeds 1: the cache does not belong to this autoencoder or data.
     """
-    shards, dataset = data.shards(split), data.fixed_loader(split, fields=("image",)).dataset
-    keys = _cache_keys(shards)
-    rows = {k: i for i, k in enumerate(keys)} if len(shards) != len(latents) else None
+    dataset = data.samples(split, ("image",), random=False)
+    keys = _cache_keys(data.shards(split))
+    rows = {k: i for i, k in enumerate(keys)} if len(keys) != len(latents) else None
     worst = 0.0
     for j in spread(len(latents), count).tolist():
         key = str(latents.shards.keys[j])
         i = j if rows is None else rows.get(key, -1)
         if i < 0 or keys[i] != key:
-            raise DataError(
-                f"latent cache {latents.shards.root}: sample {key} is not in the data; run again with restart=latents"
-            )
+            raise _not_in_data(latents.shards, key)
         again = encode(dataset[(0, i)]["image"][None])[0].cpu().numpy().astype(np.float64)
         cached, std = latents.mean_and_std(j)
         tolerance = std + 0.01 * cached.std()

@@ -1,6 +1,6 @@
 """From encoded bytes to tensors: decoding every kind of image file, then crop, resize and flip as one plan per sample."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -83,10 +83,10 @@ class ImageTransform:
 
     def __init__(
         self,
-        image_size: int | tuple[int, int],
+        image_size: int | Sequence[int],
         crop: str = "center",
         flip: bool = False,
-        scale: tuple[float, float] = (0.5, 1.0),
+        scale: Sequence[float] = (0.5, 1.0),
     ):
         if crop not in ("center", "random", "random_resized"):
             raise ValueError(f"data.crop is center, random or random_resized, not {crop!r}")

@@ -55,12 +55,8 @@ class _Boxes(Source):
         records = hashlib.sha256()
         for key, _, record in (item for items in self.items.values() for item in items):
             records.update(f"{key} {len(record)} ".encode() + record)
-        self.identity = {
-            "source": name,
-            "max_size": self.max_size,
-            "classes": self.classes,
-            "records": records.hexdigest()[:16],
-        }
+        options = {"source": name, "max_size": self.max_size, "classes": self.classes}
+        self.identity = options | {"records": records.hexdigest()[:16]}
 
     def sample(self, split: str, i: int) -> tuple[str, dict[str, bytes]]:
         key, path, record = self.items[split][i]

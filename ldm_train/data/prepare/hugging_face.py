@@ -55,12 +55,9 @@ class HuggingFace(Source):
         else:
             held_out = [in_validation(f"{i:09d}", val_fraction) for i in rows]
             self.items = {split: [i for i in rows if held_out[i] == (split == "val")] for split in self.parts}
-        self.identity = {
-            "source": "hugging_face",
-            "columns": self.columns,
-            "max_size": max_size,
-            "data": digest([getattr(data[s], "_fingerprint", s) for s in sorted(data)]),
-        }
+        fingerprints = [getattr(data[split], "_fingerprint", split) for split in sorted(data)]
+        options = {"source": "hugging_face", "columns": self.columns, "max_size": max_size}
+        self.identity = options | {"data": digest(fingerprints)}
 
     def __getstate__(self) -> dict:
         return self.__dict__ | {"_data": None}  # each process opens the data itself

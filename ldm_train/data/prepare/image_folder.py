@@ -146,13 +146,14 @@ class ImageFolder(Source):
         for key, file, _ in listed:
             if files_by_key.setdefault(key, file) != file:
                 raise DataError(f"{files_by_key[key]} and {file} would both get the key {key}; rename one of them")
-        self.identity = {
+        options = {
             "source": "image_folder",
             "val_fraction": val_fraction,
             "max_size": max_size,
             "classes": self.classes,
-            "files": digest([[key, file.stat().st_size] for key, file, _ in listed]),
-        } | {name: value for name, value in (("layout", layout), ("range", range)) if value is not None}
+        }
+        self.identity = options | {"files": digest([[key, file.stat().st_size] for key, file, _ in listed])}
+        self.identity |= {k: v for k, v in (("layout", layout), ("range", range)) if v is not None}
 
     def sample(self, split: str, i: int) -> tuple[str, dict[str, bytes]]:
         key, path, label = self.items[split][i]

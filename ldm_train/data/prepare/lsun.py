@@ -44,12 +44,8 @@ class LSUN(Source):
         if expected and limit is None:
             for split, count in expected.items():
                 check_count(str(self.folders[split]), len(self.items[split]), count)
-        self.identity = {
-            "source": "lsun",
-            "scene": scene,
-            "max_size": max_size,
-            "keys": {split: digest([k.hex() for k in keys]) for split, keys in self.items.items()},
-        }
+        options = {"source": "lsun", "scene": scene, "max_size": max_size}
+        self.identity = options | {"keys": {s: digest([k.hex() for k in keys]) for s, keys in self.items.items()}}
 
     def _keys(self, split: str, limit: int | None) -> list[bytes]:
         with _database(str(self.folders[split])).begin() as transaction:

@@ -56,12 +56,9 @@ class ImagesWithMaps(Source):
         keys = Counter(key for items in self.items.values() for key, _, _ in items)
         if twice := [key for key, count in keys.items() if count > 1]:
             raise DataError(f"two images below {path} would both get the key {twice[0]}; rename one of them")
-        self.identity = {
-            "source": "images_with_maps",
-            "max_size": max_size,
-            "val_fraction": val_fraction,
-            "files": digest([[k, a.stat().st_size, b.stat().st_size] for i in self.items.values() for k, a, b in i]),
-        }
+        options = {"source": "images_with_maps", "max_size": max_size, "val_fraction": val_fraction}
+        sizes = [[k, a.stat().st_size, b.stat().st_size] for items in self.items.values() for k, a, b in items]
+        self.identity = options | {"files": digest(sizes)}
 
     def sample(self, split: str, i: int) -> tuple[str, dict[str, bytes]]:
         key, path, map_path = self.items[split][i]

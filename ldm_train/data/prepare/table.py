@@ -93,13 +93,8 @@ class Table(Source):
             key = name.replace("/", "_").replace(".", "_")
             split = item["split"] or ("val" if in_validation(key, val_fraction) else "train")
             self.items[split].append((key, name, item))
-        self.identity = {
-            "source": "table",
-            "columns": wanted,
-            "val_fraction": val_fraction,
-            "max_size": max_size,
-            "rows": digest(self.items),
-        }
+        options = {"source": "table", "columns": wanted, "val_fraction": val_fraction, "max_size": max_size}
+        self.identity = options | {"rows": digest(self.items)}
 
     def sample(self, split: str, i: int) -> tuple[str, dict[str, bytes]]:
         key, name, item = self.items[split][i]

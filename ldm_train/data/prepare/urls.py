@@ -19,7 +19,7 @@ from urllib.parse import quote, urljoin, urlsplit
 from PIL import Image
 
 from ldm_train.data.files import DataError, encoded_png, optional_package
-from ldm_train.data.prepare.build import Source, digest
+from ldm_train.data.prepare.build import Source, class_and_captions, digest
 from ldm_train.data.prepare.image_folder import reduced
 
 AGENT = "ldm-train/0.1 (image download for model training)"
@@ -86,16 +86,14 @@ class _Connections:
         self.opened = opened = []
 
         def connected(connection: http.client.HTTPConnection) -> socket.socket:
-            for address in (addresses := public_addresses(connection.host, connection.port, allow_private)):
+            failure: Exception = Unfetchable(f"{connection.host} has no address", True)
+            for address in public_addresses(connection.host, connection.port, allow_private):
                 try:
-                    made = socket.create_connection((address, connection.port), connection.timeout)
-                except OSError:
-                    if address == addresses[-1]:
-                        raise
-                    continue
-                opened.append(made)
-                return made
-            raise Unfetchable(f"{connection.host} has no address", True)
+                    opened.append(socket.create_connection((address, connection.port), connection.timeout))
+                    return opened[-1]
+                except OSError as error:
+                    failure = error
+            raise failure
 
         class Plain(http.client.HTTPConnection):
             def connect(self) -> None:
@@ -191,17 +189,16 @@ def _read(opener: Any, url: str, timeout: float, max_bytes: int) -> bytes | str:
             length = response.headers.get("Content-Length", "")
             if length.isdigit() and int(length) > max_bytes:
                 raise Unfetchable(f"{length} bytes, more than max_bytes={max_bytes}")
-            blocks, size = [], 0
+            data = bytearray()
             while block := response.read1(1 << 16):
-                blocks.append(block)
-                size += len(block)
-                if size > max_bytes:
+                data += block
+                if len(data) > max_bytes:
                     raise Unfetchable(f"more than max_bytes={max_bytes}")
                 if time.monotonic() > end:
                     raise Unfetchable(f"not finished after {6 * timeout:.0f} s", True)
-            if length.isdigit() and size < int(length):
-                raise Unfetchable(f"the connection broke at {size} of {length} bytes", True)
-            return b"".join(blocks)
+            if length.isdigit() and len(data) < int(length):
+                raise Unfetchable(f"the connection broke at {len(data)} of {length} bytes", True)
+            return bytes(data)
     except urllib.error.HTTPError as error:
         with error:  # it holds the connection
             if error.code in (301, 302, 303, 307, 308) and (target := error.headers.get("Location")):
@@ -260,9 +257,7 @@ class URLList(Source):
                     f"{file} has the columns {', '.join(names)}, not {', '.join(missing)}; set source.url_column, "
                     "source.caption_column (null for none)"
                 )
-            for column in ("width", "height"):
-                if self.columns[column] not in names:
-                    self.columns[column] = None
+            self.columns |= {side: None for side in ("width", "height") if self.columns[side] not in names}
             for group in range(table.num_row_groups):
                 self.groups.append((rows, number, group))
                 rows += table.metadata.row_group(group).num_rows
@@ -270,14 +265,9 @@ class URLList(Source):
         self.min_size, self.max_size, self.max_pixels, self.threads = min_size, max_size, max_pixels, threads
         self.options = {"timeout": timeout, "retries": retries, "max_bytes": max_bytes, "allow_private": allow_private}
         self._table: tuple[int, Any] = (-1, None)
-        self.identity = {
-            "source": "urls",
-            "columns": self.columns,
-            "min_size": min_size,
-            "max_size": max_size,
-            "every": self.every,
-            "files": digest([[f.name, f.stat().st_size] for f in self.files]),
-        }
+        options = {"source": "urls", "columns": self.columns, "min_size": min_size, "max_size": max_size}
+        files = digest([[f.name, f.stat().st_size] for f in self.files])
+        self.identity = options | {"every": self.every, "files": files}
 
     def __getstate__(self) -> dict:
         return self.__dict__ | {"_table": (-1, None)}
@@ -290,28 +280,29 @@ class URLList(Source):
         """Row of sample i: rows 0, k, 2k, ... validate, the others train in order."""
         return i * self.every if split == "val" else i + i // (self.every - 1) + 1
 
-    def _record(self, row: int) -> dict[str, Any]:
+    def _record(self, split: str, i: int) -> tuple[int, dict[str, Any]]:
+        """(row, its values) of sample i."""
         import pyarrow.parquet as parquet
 
+        row = self.row(split, i)
         place = max(k for k, (first, _, _) in enumerate(self.groups) if first <= row)
         if self._table[0] != place:
             _, file, group = self.groups[place]
             columns = [c for c in self.columns.values() if c]
             self._table = (place, parquet.ParquetFile(self.files[file]).read_row_group(group, columns=columns))
-        table = self._table[1]
-        return {n: table[c][row - self.groups[place][0]].as_py() if c else None for n, c in self.columns.items()}
+        table, line = self._table[1], row - self.groups[place][0]
+        return row, {name: table[c][line].as_py() if c else None for name, c in self.columns.items()}
 
     def sample(self, split: str, i: int) -> tuple[str, dict[str, bytes]]:
-        row = self.row(split, i)
-        return self._fetched(row, self._record(row))
+        return self._fetched(*self._record(split, i))
 
     def samples(self, split: str, chunk: range) -> Iterator[tuple[str, dict[str, bytes]] | Exception]:
         """The samples of a shard in order, fetched by several threads; an exception stands for one that failed."""
-        records = [(row, self._record(row)) for row in (self.row(split, i) for i in chunk)]
+        records = [self._record(split, i) for i in chunk]
 
-        def attempt(task: tuple[int, dict]) -> tuple[str, dict[str, bytes]] | Exception:
+        def attempt(record: tuple[int, dict]) -> tuple[str, dict[str, bytes]] | Exception:
             try:
-                return self._fetched(*task)
+                return self._fetched(*record)
             except (OSError, ValueError, SyntaxError) as error:
                 return error
 
@@ -337,7 +328,5 @@ class URLList(Source):
             extension, data = reduced(data, kind, self.max_size, url)
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
             raise Unfetchable(f"{url}: {error}", getattr(error, "passing", False)) from None
-        fields = {extension: data}
-        if self.columns["caption"]:
-            fields["txt"] = str(record["caption"] or "").strip().encode()
-        return f"{row:012d}", fields
+        captions = [str(record["caption"] or "").strip()] if self.columns["caption"] else []
+        return f"{row:012d}", {extension: data} | class_and_captions(captions=captions)
