@@ -61,10 +61,8 @@ def open_image(data: bytes) -> Iterator[Image.Image]:
 
 
 def read_npy(data: bytes) -> np.ndarray:
-    """The array of a .npy file, in this machine's order of bytes; never a pickle.
-
-    Raises ValueError for everything else, before memory is taken for it: a header may claim any shape.
-    """
+    """The array of a .npy file, in this machine's order of bytes; never a pickle. Raises ValueError for everything else,
+    before memory is taken for it: a header may claim any shape."""
     file = io.BytesIO(data)
     try:
         version = np.lib.format.read_magic(file)

@@ -156,10 +156,10 @@ class CachedLatents:
         self._read_header()
         self._maps = [np.memmap(path, np.uint8, "r") if path.stat().st_size else None for path in self.shards.paths]
         others = [f for f in fields if f not in (*CACHED_FIELDS, "image")]
-        self._others = None
+        self._place: Sequence[int] = range(len(self))  # of each sample in the data
         if others:
             self._place = places_in(images.shards(split), self.shards)
-            self._others = {r: images.samples(split, others, random=r) for r in (False, True)}
+        self._others = {r: images.samples(split, others, random=r) for r in (False, True)} if others else {}
 
     def _read_header(self) -> None:
         """Reads the header that all arrays of the cache share: its length, shape and dtype."""
@@ -201,16 +201,14 @@ class CachedLatents:
 
     def fetch(self, rows: Sequence[tuple[int, int]], random: bool) -> dict[str, Any]:
         """rows: (epoch, index) per sample -> moments (B, 2C or C, h, w) and the fields asked for. random: flips, captions."""
-        place = range(len(self)) if self._others is None else self._place
-        rngs = [sample_rng(self.seed, epoch, place[i]) if random else None for epoch, i in rows]
+        rngs = [sample_rng(self.seed, epoch, self._place[i]) if random else None for epoch, i in rows]
         flipped = [bool(self.flips and rng is not None and rng.random() < 0.5) for rng in rngs]
         batch = collate([self._decoded(i, rng) for (_, i), rng in zip(rows, rngs)])
         batch["moments"] = torch.from_numpy(np.stack([self.moments(i, f) for (_, i), f in zip(rows, flipped)]))
-        if self._others is not None:
-            samples = [self._others[random][(epoch, self._place[i])] for epoch, i in rows]
-            others = collate(samples, self._others[random].decoder.known)
-            batch["replaced"] = others.pop("replaced")
-            batch |= {name: values for name, values in others.items() if name != "key"}
+        if self._others:
+            images = self._others[random]
+            samples = [images[(epoch, self._place[i])] for epoch, i in rows]
+            batch |= collate(samples, images.decoder.known) | {"key": batch["key"]}
         return batch
 
     def _decoded(self, i: int, rng: np.random.Generator | None) -> dict[str, Any]:

@@ -113,10 +113,8 @@ def _coverage(shape: str, x: float, y: float, r: float, size: int, oversample: i
 
 
 def render(scene: Scene, size: int = 32, rng: np.random.Generator | None = None) -> tuple[np.ndarray, np.ndarray]:
-    """Draws a scene: image (size, size, 3) uint8 and label map (size, size) uint8 (0 background, class index + 1).
-
-    rng: if given, background and colours vary slightly, as in the training data.
-    """
+    """Draws a scene: image (size, size, 3) uint8 and label map (size, size) uint8 (0 background, class index + 1). rng: if
+    given, background and colours vary slightly, as in the training data."""
 
     def shade(n: int) -> np.ndarray:
         return rng.uniform(-0.04, 0.04, size=n) if rng else np.zeros(n)
@@ -233,10 +231,8 @@ def read(image: np.ndarray, objects: int = 1) -> Scene | None:
 
 
 def read_labels(image: np.ndarray, objects: int = 1) -> np.ndarray | None:
-    """The label map (H, W) uint8 of a picture (0 background, class index + 1), or None where `read` cannot read it.
-
-    A pixel belongs to an object where it is nearer to the object's colour than to the background's.
-    """
+    """The label map (H, W) uint8 of a picture (0 background, class index + 1), or None where `read` cannot read it. A pixel
+    belongs to an object where it is nearer to the object's colour than to the background's."""
     scene = read(image, objects)
     if scene is None:
         return None

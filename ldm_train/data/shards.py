@@ -16,22 +16,12 @@ from tqdm import tqdm
 
 from ldm_train.data.fields import captions_of, label_of, relabelled, relabelled_boxes
 from ldm_train.data.files import DataError
-from ldm_train.data.tars import entry_fault, is_count, is_remote, scan_tar
+from ldm_train.data.tars import Measured, entry_fault, is_count, is_remote, scan_tar
 from ldm_train.storage import file_sha256, write_atomically
 
 INDEX = "index.json"
 REMEDY = "ldm-prepare source=index path=<folder of tars> out={root}"
 ENTRIES = ".entries"  # notes on finished shards, in a folder that is being written
-
-
-class _Hashing(io.RawIOBase):
-    def __init__(self, file: io.BufferedWriter):
-        self.file, self.sha256, self.size = file, hashlib.sha256(), 0
-
-    def write(self, data: bytes) -> int:
-        self.sha256.update(data)
-        self.size += len(data)
-        return self.file.write(data)
 
 
 def write_shard(path: str | Path, samples: Iterable[tuple[str, dict[str, bytes]]]) -> dict:
@@ -44,7 +34,7 @@ def write_shard(path: str | Path, samples: Iterable[tuple[str, dict[str, bytes]]
     entry: dict = {}
 
     def write(file: io.BufferedWriter) -> None:
-        out = _Hashing(file)
+        out = Measured(file)
         # PAX is byte for byte USTAR except for names that USTAR cannot hold: over 100 bytes or not ASCII.
         with tarfile.open(fileobj=out, mode="w|", format=tarfile.PAX_FORMAT, bufsize=1 << 16) as tar:
             for key, fields in samples:
@@ -208,10 +198,8 @@ def _kept_offsets(kept: Path, stamp: np.ndarray, entry: dict) -> Offsets | None:
 
 
 def _load_offsets(root: Path, path: Path, entry: dict) -> Offsets:
-    """Offsets of one shard, from the file kept beside the index if size and mtime still match, else scanned anew.
-
-    A scan also compares the shard with what its index says. Raises DataError where that differs.
-    """
+    """Offsets of one shard, from the file kept beside the index if size and mtime still match, else scanned anew. A scan
+    also compares the shard with what its index says. Raises DataError where that differs."""
     stat = os.stat(path)
     kept = root / ".offsets" / f"{path.name}.npz"
     stamp = np.array([stat.st_size, stat.st_mtime_ns], np.int64)
@@ -244,13 +232,10 @@ def check_size(path: Path, entry: dict) -> None:
 
 
 def shard_paths(root: str | Path, shards: list[dict]) -> list[Path]:
-    """Where local shards lie: `file` is relative to the index's folder, or absolute where they live elsewhere.
-
-    Raises FileNotFoundError, naming the first, where some are missing.
-    """
+    """Where local shards lie: `file` is relative to the index's folder, or absolute where they live elsewhere. Raises
+    FileNotFoundError, naming the first, where some are missing."""
     paths = [Path(shard.get("root", root)) / shard["file"] for shard in shards]
-    missing = [p for p in paths if not p.is_file()]
-    if missing:
+    if missing := [p for p in paths if not p.is_file()]:
         raise FileNotFoundError(
             f"{len(missing)} of {len(paths)} shards of {root} are missing, first {missing[0]}; copy them back or prepare "
             "the data again"
@@ -306,8 +291,11 @@ class IndexedShards:
         self._files: dict[int, int] = {}
         self._relabel = [e.get("relabel") for e in entries]
         self.sets = np.array([e.get("set", 0) for e in entries], np.int32)[self.shard]
-        place = np.concatenate([(np.arange(n) + 0.5) / n for n in np.bincount(self.sets)])  # within its set, in (0, 1)
-        self._take(np.argsort(place, kind="stable"))
+        if self.sets.any():
+            place = np.concatenate(
+                [(np.arange(n) + 0.5) / n for n in np.bincount(self.sets)]
+            )  # within its set, in (0, 1)
+            self._take(np.argsort(place, kind="stable"))
 
     def __len__(self) -> int:
         return len(self.keys)

@@ -48,10 +48,8 @@ def decode_image(data: bytes, extension: str, channels: int) -> torch.Tensor:
 
 
 def decode_labels(data: bytes) -> torch.Tensor:
-    """An encoded label map -> int32 (1, H, W): the numbers in the file, whatever colours a palette gives them.
-
-    Raises ValueError for files with colour channels.
-    """
+    """An encoded label map -> int32 (1, H, W): the numbers in the file, whatever colours a palette gives them. Raises
+    ValueError for files with colour channels."""
     with open_image(data) as image:
         if image.mode not in ("L", "P", "1") and not image.mode.startswith("I"):
             raise ValueError(f"label map with {image.mode} pixels, expected one channel of indices (grey or palette)")
@@ -121,10 +119,8 @@ class ImageTransform:
         return ImageTransform((height // factor, width // factor), self.crop, self.flip, self.scale)
 
     def apply_to_boxes(self, boxes: np.ndarray, plan: Plan, shape: tuple[int, int], least: float = 0.2) -> np.ndarray:
-        """(N, 5) in unit coordinates of a picture of `shape` -> those of the cut picture.
-
-        Boxes are clipped to it; those of which less than `least` of their area is left are dropped.
-        """
+        """(N, 5) in unit coordinates of a picture of `shape` -> those of the cut picture. Boxes are clipped to it; those of
+        which less than `least` of their area is left are dropped."""
         height, width = shape
         scale = np.array([width, height, width, height], float)
         corners = np.concatenate([boxes[:, :2], boxes[:, :2] + boxes[:, 2:4]], axis=1) * scale

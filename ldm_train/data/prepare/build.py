@@ -137,9 +137,7 @@ def _write_held(*task) -> dict:
 
 def build(source: Source, out: str | Path, per_shard: int = 1000, workers: int = 1) -> dict:
     """Writes every split of `source` into `out` and returns the index. Run again after an interruption, it continues.
-
-    Raises DataError if `out` holds data prepared otherwise, or a split would be empty.
-    """
+    Raises DataError if `out` holds data prepared otherwise, or a split would be empty."""
     out = Path(out)
     counts = source.splits()
     if min(counts.values()) == 0 or "train" not in counts:
@@ -192,10 +190,8 @@ def _is_complete(entry: dict) -> bool:
 
 
 def write_index(out: Path, shards: list[tuple[str, dict]], classes: list[str] | None) -> dict:
-    """Writes index.json from (split, entry) pairs and lists skipped samples in skipped.txt.
-
-    Raises DataError where a split holds no sample.
-    """
+    """Writes index.json from (split, entry) pairs and lists skipped samples in skipped.txt. Raises DataError where a split
+    holds no sample."""
     splits: dict[str, dict] = {}
     skipped, smallest, largest, values = [], [], [], []
     for split, entry in shards:

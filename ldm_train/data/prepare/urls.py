@@ -65,9 +65,7 @@ def is_public(address: str) -> bool:
 
 def public_addresses(host: str, port: int, allow_private: bool = False) -> list[str]:
     """The addresses to connect to. Raises Unfetchable where the host is unknown, or any of its addresses is not public.
-
-    Connections are made to these addresses, so that a changed DNS answer has no effect.
-    """
+    Connections are made to these addresses, so that a changed DNS answer has no effect."""
     try:
         addresses = [entry[4][0] for entry in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)]
     except OSError as error:
