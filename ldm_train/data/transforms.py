@@ -72,18 +72,13 @@ class Plan:
 
 
 class ImageTransform:
-    """Crop to the target's aspect ratio, resize with antialiasing, flip; never distorts.
-
-    image_size: target side, or (height, width)
-    crop: "center" and "random" take the largest box that fits; "random_resized" one of `scale` times its area
-    flip: mirror half of the samples
-    """
+    """Crop to the target's aspect ratio, resize with antialiasing, flip; never distorts."""
 
     def __init__(
         self,
-        image_size: int | Sequence[int],
-        crop: str = "center",
-        flip: bool = False,
+        image_size: int | Sequence[int],  # target side, or (height, width)
+        crop: str = "center",  # or "random", the largest box that fits; "random_resized": one of `scale` times its area
+        flip: bool = False,  # mirror half of the samples
         scale: Sequence[float] = (0.5, 1.0),
     ):
         if crop not in ("center", "random", "random_resized"):
