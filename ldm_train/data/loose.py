@@ -34,9 +34,9 @@ def _files(source: str) -> Iterator[tuple[str, bytes]]:
 def image_batches(sources: Sequence[str], size: int | None = None, batch_size: int = 64) -> Iterator[torch.Tensor]:
     """(B, C, H, W) in [-1, 1] of folders and tars; consecutive images of one size share a batch.
 
-    C is set by the first file: a .npy's own number, 3 for any other. size: side of the square that each is cut and resized to, as in
-    training; None: as they are. Raises ValueError naming the file that is no image, FileNotFoundError for a source that is
-    not there or holds none.
+    C is set by the first file: a .npy's own number, 3 for any other. size: side of the square that each is cut and resized
+    to, as in training; None: as they are. Raises ValueError naming the file that is no image, FileNotFoundError for a
+    source that is not there or holds none.
     """
     transform, waiting, channels = ImageTransform(size) if size else None, [], None
     for source in sources:

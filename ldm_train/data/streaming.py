@@ -45,13 +45,12 @@ class StreamingBatches(IterableDataset):
                 "prepare more shards (ldm-prepare per_shard=...) or use data.reader=indexed"
             )
         self.shards, self.counts = shards, [s["count"] for s in shards]
-        self.urls = [s["file"] for s in shards]
-        local = [i for i, url in enumerate(self.urls) if not is_remote(url)]
-        for i, path in zip(
-            local, shard_paths(root, [shards[i] for i in local])
-        ):  # known before training, not when it is read
-            check_size(path, shards[i])
-            self.urls[i] = str(path.absolute())  # so that it cannot be taken for an address
+        # Local shards are checked before training, and absolute so that none can be taken for an address.
+        local = [s for s in shards if not is_remote(s["file"])]
+        paths = {s["file"]: path for s, path in zip(local, shard_paths(root, local))}
+        for shard in local:
+            check_size(paths[shard["file"]], shard)
+        self.urls = [str(paths[s["file"]].absolute()) if s["file"] in paths else s["file"] for s in shards]
         self.decoder, self.batching, self.seed = decoder, batching, seed
         self.start, self.stop = micro_batches.start, micro_batches.stop
         self.shuffle_buffer, self.workers = shuffle_buffer, workers
@@ -73,8 +72,8 @@ class StreamingBatches(IterableDataset):
             entry, tar = self.shards[i], StreamedTar(self.urls[i], self.shards[i]["bytes"])
             for key, fields in tar:
                 yield fields | {"__key__": key, "__url__": tar.file}
-            for what, actual in tar.entry.items():
-                if actual != entry[what]:
+            for what in ("bytes", "sha256", "count", "fields"):
+                if (actual := tar.entry[what]) != entry[what]:
                     raise DataError(
                         f"{tar.file} does not match its index.json: {what} {actual}, there {entry[what]}; copy or prepare it "
                         "again, or make the index anew with: ldm-prepare source=index"

@@ -92,13 +92,18 @@ def _viewed(data: bytes) -> bytes | None:
         return None
 
 
+def reduced_size(size: tuple[int, int], max_size: int | None) -> tuple[int, int] | None:
+    """(width, height) with the short side reduced to `max_size` pixels; None where nothing is to be reduced."""
+    if max_size is None or min(size) <= max_size:
+        return None
+    factor = max_size / min(size)
+    return round(size[0] * factor), round(size[1] * factor)
+
+
 def _reduced(array: np.ndarray, max_size: int | None) -> np.ndarray:
     """(H, W, C) with its short side reduced to `max_size` pixels, each channel by itself."""
-    height, width = array.shape[:2]
-    if max_size is None or min(height, width) <= max_size:
+    if (size := reduced_size((array.shape[1], array.shape[0]), max_size)) is None:
         return array
-    factor = max_size / min(height, width)
-    size = (round(width * factor), round(height * factor))
     bands = [Image.fromarray(np.ascontiguousarray(band)) for band in np.moveaxis(array, 2, 0)]
     resized = np.stack([np.asarray(band.resize(size, Image.Resampling.LANCZOS)) for band in bands], axis=2)
     return resized if array.dtype == np.uint8 else resized.clip(-1, 1)

@@ -45,9 +45,7 @@ def reduced(data: bytes, extension: str, max_size: int | None, name: str) -> tup
             image = ImageOps.exif_transpose(image)
             if image.mode in ("1", "P"):  # which cannot be interpolated
                 image = image.convert("RGBA" if "transparency" in image.info else "RGB")
-            factor = max_size / min(image.size)
-            size = (round(image.width * factor), round(image.height * factor))
-            image = image.resize(size, Image.Resampling.LANCZOS)
+            image = image.resize(arrays.reduced_size(image.size, max_size), Image.Resampling.LANCZOS)
             if extension not in ("jpg", "jpeg"):
                 return "png", encoded_png(image)
             buffer = io.BytesIO()

@@ -7,6 +7,7 @@ from pathlib import Path
 from PIL import Image
 
 from ldm_train.data.files import encoded_png, open_image
+from ldm_train.data.prepare.arrays import reduced_size
 from ldm_train.data.prepare.build import Source, digest, in_validation
 from ldm_train.data.prepare.image_folder import EXTENSIONS, image_bytes
 from ldm_train.data.shards import DataError
@@ -64,8 +65,6 @@ class ImagesWithMaps(Source):
                 raise ValueError(f"{map_path} is {labels.mode}; a label map is a grey or palette PNG")
             if image.size != labels.size:
                 raise ValueError(f"{path} has {image.size} pixels, {map_path} {labels.size}")
-            if self.max_size and min(labels.size) > self.max_size:
-                factor = self.max_size / min(labels.size)
-                size = (round(labels.width * factor), round(labels.height * factor))
+            if size := reduced_size(labels.size, self.max_size):
                 return key, {extension: data, "seg.png": encoded_png(labels.resize(size, Image.Resampling.NEAREST))}
         return key, {extension: data, "seg.png": map_path.read_bytes()}
