@@ -21,10 +21,15 @@ class DataError(ValueError):
     """Data that cannot be trained on; the message names the file and the remedy."""
 
 
+def has_surrogates(text: str) -> bool:
+    """Whether it holds halves of surrogate pairs, which are no text."""
+    return any("\ud800" <= letter <= "\udfff" for letter in text)
+
+
 def sample_and_field(member: str) -> tuple[str, str]:
     """A tar member's name -> (key of its sample, extension): the file's own name is cut at its first dot. Raises
     tarfile.ReadError for a name that is no text."""
-    if any("\ud800" <= letter <= "\udfff" for letter in member):  # bytes that are not UTF-8
+    if has_surrogates(member):  # bytes that are not UTF-8
         raise tarfile.ReadError(f"a member's name is not UTF-8: {member!r}")
     folder, _, name = member.rpartition("/")
     stem, _, extension = name.partition(".")

@@ -15,13 +15,12 @@ from ldm_train.data.tars import StreamedTar, is_remote
 
 
 class StreamingBatches(IterableDataset):
-    """Some `micro_batches` of one rank, by their numbers in training.
+    """Some `micro_batches` of one rank.
 
     Each epoch permutes the shards by (seed, epoch) before they are split by rank and worker, then shuffles through a
     buffer. Every worker delivers the same number of batches per epoch on every rank, so ranks never wait for each
     other; a worker whose shards run out begins them again. A resumed run skips, without decoding, what was consumed.
 
-    shards: entries of index.json, whose `file` may be an address (https://, s3://, ...).
     Raises DataError where there are fewer shards than ranks x workers, or a local shard is truncated; while it streams,
     where a shard is not what its index says.
     """
@@ -29,11 +28,11 @@ class StreamingBatches(IterableDataset):
     def __init__(
         self,
         root: str,
-        shards: list[dict],
+        shards: list[dict],  # entries of index.json, whose `file` may be an address (https://, s3://, ...)
         decoder: SampleDecoder,
         batching: Any,
         seed: int,
-        micro_batches: range,
+        micro_batches: range,  # by their numbers in training
         shuffle_buffer: int,
         workers: int,
     ):
