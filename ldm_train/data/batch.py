@@ -5,6 +5,8 @@ A further one is a subclass of `Field` beside the conditioner that reads it, whi
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -30,38 +32,31 @@ Derive = Callable[[torch.Tensor, np.random.Generator], torch.Tensor]
 Raw = Mapping[str, bytes]  # the members of a sample by their extension
 
 
+@dataclass
 class Sample:
     """One sample on its way from a shard's members to tensors. All its pictures and maps get the same crop: the first one that is
     asked for draws it."""
 
-    def __init__(
-        self,
-        key: str,
-        raw: Raw,
-        rng: np.random.Generator | None,
-        transform: ImageTransform | None,
-        channels: int,
-        derive: Mapping[str, Derive],
-        labels: Mapping[str, int | None],
-    ):
-        self.key, self.raw, self.rng, self.transform, self.channels = key, raw, rng, transform, channels
-        self.derive, self.labels = derive, labels
-        self.shape: tuple[int, ...] | None = None
-        self._plan: Plan | None = None
-        self._pixels: torch.Tensor | None = None
+    key: str
+    raw: Raw
+    rng: np.random.Generator | None
+    transform: ImageTransform | None
+    channels: int
+    derive: Mapping[str, Derive]
+    labels: Mapping[str, int | None]
+    shape: tuple[int, ...] | None = None  # (H, W) of the picture in its file, once it was read
+    _plan: Plan | None = None
 
-    @property
+    @cached_property
     def pixels(self) -> torch.Tensor:
         """The picture, cut: float32 (C, H, W) in [-1, 1]."""
-        if self._pixels is None:
-            extension = next((e for e in IMAGE_EXTENSIONS if e in self.raw), None)
-            if extension is None:
-                raise ValueError(f"no image: it has {', '.join(f'.{e}' for e in self.raw)}")
-            image = decode_image(self.raw[extension], extension, self.channels)
-            self.shape = tuple(image.shape[1:])
-            self._plan = self.transform.plan(*self.shape, self.rng)
-            self._pixels = to_unit_range(self.transform.apply(image, self._plan))
-        return self._pixels
+        extension = next((e for e in IMAGE_EXTENSIONS if e in self.raw), None)
+        if extension is None:
+            raise ValueError(f"no image: it has {', '.join(f'.{e}' for e in self.raw)}")
+        image = decode_image(self.raw[extension], extension, self.channels)
+        self.shape = tuple(image.shape[1:])
+        self._plan = self.transform.plan(*self.shape, self.rng)
+        return to_unit_range(self.transform.apply(image, self._plan))
 
     def plan(self, size: Sequence[int], what: str) -> Plan:
         """How a map of `size` is cut. Raises ValueError where the picture has another size."""
@@ -80,26 +75,16 @@ class Sample:
 
 
 class Field:
-    """Subclasses state the attributes and implement `decode`.
+    """Subclasses state the attributes and implement `decode`."""
 
-    name            in a batch, and as the `field` of the conditioner that reads it
-    extensions      of the members of a shard that can hold it
-    needs_pixels    whether decoding needs the picture
-    cached          whether the latent cache holds it
-    option          of ldm-sample, which gives it; other fields are given as fields.<name>=
-    members         what `check` reads
-    remedy          what to do where samples lack it
-    from_image      how it is made from the picture where a sample lacks it (also: data.derived)
-    """
-
-    name: str
-    extensions: tuple[str, ...]
-    needs_pixels = False
-    cached = False
-    option: str | None = None
-    members: tuple[str, ...] = ()
-    remedy = "prepare the data again with it"
-    from_image: Derive | None = None
+    name: str  # in a batch, and as the `field` of the conditioner that reads it
+    extensions: tuple[str, ...]  # of the members of a shard that can hold it
+    needs_pixels = False  # whether decoding needs the picture
+    cached = False  # whether the latent cache holds it
+    option: str | None = None  # of ldm-sample, which gives it; other fields are given as fields.<name>=
+    members: tuple[str, ...] = ()  # what `check` reads
+    remedy = "prepare the data again with it"  # what to do where samples lack it
+    from_image: Derive | None = None  # how it is made from the picture where a sample lacks it (also: data.derived)
 
     def held(self, counts: Mapping[str, int]) -> int:
         """How many samples have it, from the number of members of each extension."""
@@ -258,18 +243,6 @@ class Caption(Field):
         captions_of(raw)
 
 
+KINDS = (Image, Reference, Segmentation, Depth, Boxes, MaskedImage, LowResolution, ClassLabel, Caption)
 # In the order in which a sample is decoded: they draw from its random numbers.
-FIELDS: dict[str, Field] = {
-    field.name: field
-    for field in (
-        Image(),
-        Reference(),
-        Segmentation(),
-        Depth(),
-        Boxes(),
-        MaskedImage(),
-        LowResolution(),
-        ClassLabel(),
-        Caption(),
-    )
-}
+FIELDS: dict[str, Field] = {kind.name: kind() for kind in KINDS}

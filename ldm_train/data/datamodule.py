@@ -1,5 +1,6 @@
 """One data module for all images: shards in, batches out, in an order that is a pure function of the seed and the step."""
 
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -12,7 +13,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from ldm_train.data.batch import FIELDS, Derive, Field
 from ldm_train.data.files import IMAGE_EXTENSIONS
-from ldm_train.data.samples import SampleDecoder, collate, refuse_too_many, require_fields, sample_rng
+from ldm_train.data.samples import SampleDecoder, collate, note_unreadable, refuse_too_many, require_fields, sample_rng
 from ldm_train.data.shards import (
     DataError,
     IndexedShards,
@@ -20,8 +21,10 @@ from ldm_train.data.shards import (
     as_roots,
     data_hash,
     is_remote,
+    member_counts,
     read_index,
     split_index,
+    spread,
 )
 from ldm_train.data.streaming import StreamingBatches
 from ldm_train.data.transforms import ImageTransform
@@ -30,10 +33,8 @@ from ldm_train.interrupts import become_worker
 
 @dataclass(frozen=True)
 class Batching:
-    """How a global batch is cut: batch_size = micro_batch_size x world_size x accumulate.
-
-    Raises ValueError where that is no whole number.
-    """
+    """How a global batch is cut: batch_size = micro_batch_size x world_size x accumulate. Raises ValueError where that is no
+    whole number."""
 
     batch_size: int
     micro_batch_size: int | None = None
@@ -59,19 +60,15 @@ class Batching:
 
 @dataclass(frozen=True)
 class Mixture:
-    """Groups of samples that are drawn from in given shares, whatever their sizes.
+    """Groups of samples that are drawn from in given shares, whatever their sizes."""
 
-    members: per group the indices of its samples. shares: per group, their sum is 1.
-    """
-
-    members: list[np.ndarray]
-    shares: np.ndarray
+    members: list[np.ndarray]  # per group the indices of its samples
+    shares: np.ndarray  # per group; their sum is 1
 
     @classmethod
     def of(cls, sets: np.ndarray, weights: Sequence[float] | None, labels: np.ndarray | None) -> "Mixture | None":
         """sets (N,): which set each sample belongs to. weights: of the sets (None: by their sizes). labels (N,): where
-        given, each class of a set has the same share of it. None where every sample is drawn alike.
-        """
+        given, each class of a set has the same share of it. None where every sample is drawn alike."""
         if weights is None and labels is None:
             return None
         sizes = np.bincount(sets)
@@ -121,7 +118,7 @@ class StepBatches(Sampler):
                 f"batch_size {batching.batch_size} exceeds the {count} training images; lower autoencoder.batch_size / "
                 "diffusion.batch_size or prepare more data"
             )
-        self._epoch, self._visits, self._order = -1, np.empty(0, np.int64), np.empty(0, np.int64)
+        self._epoch = -1  # whose samples are in _visits and _order
 
     def __len__(self) -> int:
         return self.stop  # Lightning counts micro-batches from the beginning of training, also after a resume
@@ -143,8 +140,7 @@ class StepBatches(Sampler):
         return list(zip(self._visits[rows].tolist(), self._order[rows].tolist()))
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        for micro_batch in range(self.start, self.stop):
-            yield self.rows(micro_batch)
+        return map(self.rows, range(self.start, self.stop))
 
 
 class ShardDataset(Dataset):
@@ -161,20 +157,19 @@ class ShardDataset(Dataset):
         epoch, index = item
         rng = sample_rng(self.seed, epoch, index)
         replaced, candidate = [], index
-        for attempt in range(20):
+        for attempt in itertools.count():
             try:
                 key = str(self.shards.keys[candidate])
                 sample = self.decoder(key, self.shards.fields(candidate), rng if self.random else None)
+                break
             except Exception as error:  # on damaged data decoders raise errors of any type
-                replaced.append(f"{self.shards.where(candidate)}: {type(error).__name__}: {error}")
+                note_unreadable(replaced, self.shards.where(candidate), error)
                 candidate = int(np.random.default_rng([self.seed, epoch, index, attempt]).integers(len(self)))
-                continue
-            if replaced:
-                sample["replaced"] = replaced
-            if epoch and not self.random:
-                sample["key"] += f"#{epoch}"
-            return sample
-        raise DataError("20 unreadable samples in a row:\n" + "\n".join(replaced[:5]))
+        if replaced:
+            sample["replaced"] = replaced
+        if epoch and not self.random:
+            sample["key"] += f"#{epoch}"
+        return sample
 
 
 def evaluation_batches(
@@ -187,14 +182,15 @@ def evaluation_batches(
     return [[divmod(i, count) for i in mine[k : k + micro]] for k in range(0, len(mine), micro)]
 
 
-def check_channels(shards: Sequence[Mapping[str, Any]], counts: Mapping[str, int], channels: int, where: str) -> None:
-    """Raises DataError where shards, whose fields are counted in `counts`, hold pictures that cannot have so many channels."""
+def check_channels(shards: list[dict], channels: int, where: str) -> None:
+    """Raises DataError where shards, of which these are the entries, hold pictures that cannot have so many channels."""
+    counts = member_counts(shards)
     held = sorted({c for shard in shards for c in shard.get("channels", [])})
     if held and held != [channels]:
         said = " and ".join(map(str, held))
         remedy = f"say data.channels={held[0]}" if len(held) == 1 else "prepare each kind in a folder of its own"
         raise DataError(f"{where} holds .npy pictures of {said} channels, data.channels is {channels}; {remedy}")
-    files = [e for e in (*IMAGE_EXTENSIONS, *FIELDS["lowres"].extensions) if e != "npy" and counts.get(e)]
+    files = [e for e in (*IMAGE_EXTENSIONS, *FIELDS["lowres"].extensions) if e != "npy" and counts[e]]
     if channels not in (1, 3) and files:
         raise DataError(
             f"{where} holds .{files[0]} files ({counts[files[0]]}), which have 1 or 3 channels, data.channels is {channels}; "
@@ -203,80 +199,57 @@ def check_channels(shards: Sequence[Mapping[str, Any]], counts: Mapping[str, int
 
 
 class ShardDataModule(L.LightningDataModule):
-    """Images (and what the shards hold beside them) for one stage.
-
-    root            folder with index.json, or several: their samples are drawn from together
-    weights         share of each root (None: by their sizes). balance_classes: equal shares of the classes of a root
-    batching        Batching; accumulation included
-    max_steps       optimiser steps of the stage
-    fields          batch fields needed: "image" and what the conditioners read (see data/batch.py)
-    derive          how fields are made from the image where the shards lack them: {field: callable}
-    image_size, crop, scale, flip   see ImageTransform;  channels: of the image
-    reader          "indexed" (local or shared disk) or "streaming" (remote or very large sets)
-    val_images      validation uses the first so many (None: all)
-    max_bad_fraction    stop when more than this share of the samples read could not be decoded
-    remedy          the command that makes this data, for error messages
-    labels          how many there are of "class_label" and "boxes", where the model sets it; None: as many as classes are
-                    named in the index
-    own_fields      further fields that conditioners declare, by name
-    Raises FileNotFoundError or DataError before training starts, naming the remedy.
-    """
+    """Images (and what the shards hold beside them) for one stage. Raises FileNotFoundError or DataError before training
+    starts, naming the remedy."""
 
     def __init__(
         self,
-        root: Roots,
+        root: Roots,  # a folder with index.json, or several: their samples are drawn from together
         batching: Batching,
-        max_steps: int,
-        fields: Sequence[str] = ("image",),
-        image_size: int | Sequence[int] = 256,
+        max_steps: int,  # optimiser steps of the stage
+        fields: Sequence[str] = ("image",),  # and what the conditioners read
+        image_size: int | Sequence[int] = 256,  # this, crop, scale and flip: see ImageTransform
         crop: str = "center",
         scale: Sequence[float] = (0.5, 1.0),
         flip: bool = False,
-        channels: int = 3,
-        reader: str = "indexed",
+        channels: int = 3,  # of the image
+        reader: str = "indexed",  # local or on a shared disk; "streaming": remote or very large sets
         train_split: str = "train",
         val_split: str = "val",
-        val_images: int | None = None,
+        val_images: int | None = None,  # validation uses the first so many (None: all)
         num_workers: int = 0,
-        max_bad_fraction: float = 0.01,
+        max_bad_fraction: float = 0.01,  # of the samples read, that may be unreadable
         shuffle_buffer: int = 2000,
         seed: int = 0,
-        remedy: str | None = None,
-        derive: Mapping[str, Derive] | None = None,
-        weights: Sequence[float] | None = None,
-        balance_classes: bool = False,
-        labels: Mapping[str, int | None] | None = None,
-        own_fields: Mapping[str, Field] | None = None,
+        remedy: str | None = None,  # the command that makes this data, for error messages
+        derive: Mapping[str, Derive] | None = None,  # how fields are made from the image where the shards lack them
+        weights: Sequence[float] | None = None,  # share of each root (None: by their sizes)
+        balance_classes: bool = False,  # equal shares of the classes of a root
+        labels: Mapping[str, int | None]
+        | None = None,  # number of "class_label" and "boxes" (None: of classes in the index)
+        own_fields: Mapping[str, Field] | None = None,  # that conditioners declare, by name
     ):
         super().__init__()
-        self.known = FIELDS | dict(own_fields or {})
+        roots = len(as_roots(root))
         if reader not in ("indexed", "streaming"):
             raise ValueError(f"data.reader is 'indexed' or 'streaming', not {reader!r}")
-        self.root, self.batching, self.max_steps, self.fields = root, batching, max_steps, tuple(fields)
-        self.weights, self.balance_classes = weights, balance_classes
-        if reader == "streaming" and (len(as_roots(root)) > 1 or weights is not None or balance_classes):
+        if reader == "streaming" and (roots > 1 or weights is not None or balance_classes):
             raise ValueError("several data.root, data.weights and data.balance_classes need data.reader=indexed")
-        if weights is not None and (len(weights) != len(as_roots(root)) or min(weights) <= 0):
-            raise ValueError(
-                f"data.weights {list(weights)} must be positive numbers, one per data.root ({len(as_roots(root))})"
-            )
-        size = image_size if isinstance(image_size, int) else tuple(image_size)
-        self.transform = ImageTransform(size, crop, flip, tuple(scale))
+        if weights is not None and (len(weights) != roots or min(weights) <= 0):
+            raise ValueError(f"data.weights {list(weights)} must be positive numbers, one per data.root ({roots})")
+        self.root, self.batching, self.max_steps, self.fields = root, batching, max_steps, tuple(fields)
+        self.weights, self.balance_classes, self.known = weights, balance_classes, FIELDS | dict(own_fields or {})
+        self.transform = ImageTransform(image_size, crop, flip, scale)
         self.channels, self.reader, self.num_workers, self.seed = channels, reader, num_workers, seed
         self.train_split, self.val_split, self.val_images = train_split, val_split, val_images
         self.max_bad_fraction, self.shuffle_buffer, self.remedy = max_bad_fraction, shuffle_buffer, remedy
         self.derive = dict(derive or {})
-        self.index = read_index(root, remedy) if remedy else read_index(root)
+        self.index = read_index(root, remedy)
         for split in (train_split, val_split):
-            part = split_index(self.index, split, root)
-            counts = {}
-            for shard in part["shards"]:
-                for extension, n in shard["fields"].items():
-                    counts[extension] = counts.get(extension, 0) + n
-            total = sum(s["count"] for s in part["shards"])
-            check_channels(part["shards"], counts, channels, f"{root}, split {split}")
+            shards, where = split_index(self.index, split, root)["shards"], f"{root}, split {split}"
+            check_channels(shards, channels, where)
             needed = (*self.fields, "class_label") if balance_classes else self.fields
-            require_fields(needed, counts, total, f"{root}, split {split}", list(self.derive), self.known)
+            require_fields(needed, member_counts(shards), self.count(split), where, list(self.derive), self.known)
         named = len(self.index.get("classes") or []) or None
         self.labels = {field: count or named for field, count in ({"class_label": None} | dict(labels or {})).items()}
         self._shards: dict[str, IndexedShards] = {}
@@ -299,39 +272,36 @@ class ShardDataModule(L.LightningDataModule):
         shards = self.shards(self.train_split)
         return Mixture.of(shards.sets, self.weights, shards.labels() if self.balance_classes else None)
 
-    def _loader(self, dataset: Dataset, batches: Any) -> DataLoader:
+    def _loader(self, dataset: Dataset, **options: Any) -> DataLoader:
+        pin = torch.cuda.is_available()
         return DataLoader(
-            dataset,
-            batch_sampler=batches,
-            num_workers=self.num_workers,
-            collate_fn=partial(collate, known=self.known),
-            pin_memory=torch.cuda.is_available(),
-            persistent_workers=False,
-            worker_init_fn=become_worker,
+            dataset, num_workers=self.num_workers, pin_memory=pin, worker_init_fn=become_worker, **options
         )
 
-    def _decoder(self, transform: ImageTransform, fields: Sequence[str]) -> SampleDecoder:
+    def _batch_loader(self, dataset: Dataset, batches: Any) -> DataLoader:
+        return self._loader(dataset, batch_sampler=batches, collate_fn=partial(collate, known=self.known))
+
+    def _decoder(self, fields: Sequence[str], random: bool) -> SampleDecoder:
+        transform = self.transform if random else self.transform.deterministic()
         return SampleDecoder(transform, fields, self.channels, self.derive, self.labels, self.known)
 
-    def samples(self, split: str, fields: Sequence[str], random: bool) -> "ShardDataset":
+    def samples(self, split: str, fields: Sequence[str], random: bool) -> ShardDataset:
         """Single samples by (epoch, index). random: with training's crops, flips and captions."""
-        transform = self.transform if random else self.transform.deterministic()
-        decoder = self._decoder(transform, fields)
-        return ShardDataset(self.shards(split), decoder, self.seed, random)
+        return ShardDataset(self.shards(split), self._decoder(fields, random), self.seed, random)
 
     def check_conditions(self, limit: int = 50_000) -> None:
         """Reads the captions, classes and boxes that `fields` ask for (of `limit` samples of a split, spread evenly),
         before hours are spent on training without them. Prints those that cannot be read; raises DataError where they
         are more than max_bad_fraction allows. Remote shards are read in training only."""
-        wanted = [self.known[name] for name in self.known if name in self.fields and self.known[name].members]
+        wanted = [field for name, field in self.known.items() if name in self.fields and field.members]
+        members = {e for field in wanted for e in field.members}
         for split in (self.train_split, self.val_split) if wanted else ():
             if any(is_remote(shard["file"]) for shard in self.index["splits"][split]["shards"]):
                 continue
             shards, bad = self.shards(split), 0
-            members = {e for field in wanted for e in field.members} & set(shards.extensions)
-            picks = np.unique(np.linspace(0, len(shards) - 1, min(limit, len(shards))).round().astype(int)).tolist()
+            picks = spread(len(shards), limit).tolist()
             for i in picks:
-                raw = {e: data for e in members if (data := shards.read(i, e)) is not None}
+                raw = shards.members(i, members)
                 try:
                     for field in wanted:
                         field.check(raw, self.labels.get(field.name))
@@ -345,28 +315,20 @@ class ShardDataModule(L.LightningDataModule):
         """Micro-batches from number `start` to the end of training."""
         stop = self.max_steps * self.batching.accumulate
         if self.reader == "streaming":
-            decoder = self._decoder(self.transform, self.fields)
             stream = StreamingBatches(
                 self.root,
                 self.index["splits"][self.train_split]["shards"],
-                decoder,
+                self._decoder(self.fields, random=True),
                 self.batching,
-                self.seed,
-                start,
-                stop,
-                self.shuffle_buffer,
-                max(1, self.num_workers),
+                seed=self.seed,
+                micro_batches=range(start, stop),
+                shuffle_buffer=self.shuffle_buffer,
+                workers=max(1, self.num_workers),
             )
-            return DataLoader(
-                stream,
-                batch_size=None,
-                num_workers=self.num_workers,
-                pin_memory=torch.cuda.is_available(),
-                worker_init_fn=become_worker,
-            )
-        shards = self.shards(self.train_split)
-        batches = StepBatches(len(shards), self.batching, self.seed, start, stop, self.mixture)
-        return self._loader(self.samples(self.train_split, self.fields, random=True), batches)
+            return self._loader(stream, batch_size=None)
+        dataset = self.samples(self.train_split, self.fields, random=True)
+        batches = StepBatches(len(dataset), self.batching, self.seed, start, stop, self.mixture)
+        return self._batch_loader(dataset, batches)
 
     def train_dataloader(self) -> DataLoader:
         return self.train_loader(self.trainer.global_step * self.batching.accumulate if self.trainer else 0)
@@ -378,7 +340,7 @@ class ShardDataModule(L.LightningDataModule):
         samples, going round; those of the second round have keys that end in #1, and so on."""
         shards, b = self.shards(split), self.batching
         batches = evaluation_batches(len(shards), b.micro, b.rank, b.world_size, limit, repeat)
-        return self._loader(self.samples(split, fields or self.fields, random=False), batches)
+        return self._batch_loader(self.samples(split, fields or self.fields, random=False), batches)
 
     def val_dataloader(self) -> DataLoader:
         return self.fixed_loader(self.val_split, self.val_images)

@@ -8,11 +8,11 @@ import torch
 from PIL import Image
 from torch.nn import functional as F
 
+from ldm_train.images import from_uint8, to_pil
+
 
 def _resized(image: torch.Tensor, size: tuple[int, int], mode: str) -> torch.Tensor:
-    smooth = mode in ("bilinear", "bicubic")
-    extra = {"antialias": True, "align_corners": False} if smooth else {}
-    return F.interpolate(image[None], size, mode=mode, **extra)[0]
+    return F.interpolate(image[None], size, mode=mode, antialias=mode != "nearest")[0]
 
 
 class Bicubic:
@@ -44,12 +44,10 @@ def gaussian_kernel(width: int, sigma_x: float, sigma_y: float, angle: float) ->
 
 def _compressed(image: torch.Tensor, quality: int) -> torch.Tensor:
     """(C, H, W) in [-1, 1], C = 1 or 3, after JPEG compression of this quality."""
-    array = ((image.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(1, 2, 0).numpy()
     buffer = io.BytesIO()
-    Image.fromarray(array[..., 0] if array.shape[2] == 1 else array).save(buffer, "JPEG", quality=quality)
-    decoded = np.array(Image.open(buffer))
-    decoded = decoded[..., None] if decoded.ndim == 2 else decoded
-    return torch.from_numpy(decoded).permute(2, 0, 1).float() / 127.5 - 1
+    to_pil(image).save(buffer, "JPEG", quality=quality)
+    decoded = np.atleast_3d(np.array(Image.open(buffer)))
+    return from_uint8(torch.from_numpy(decoded).permute(2, 0, 1))
 
 
 class BSR:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from ldm_train.data.files import read_npy
+from ldm_train.data.files import has_surrogates, read_npy
 
 MOST_LABELS = 2**24  # boxes and their labels travel as float32, which is exact up to here
 
@@ -27,7 +27,7 @@ def captions_of(raw: Mapping[str, bytes]) -> list[str]:
     if "json" in raw and (captions := record_of(raw["json"]).get("captions")):
         if not isinstance(captions, list) or not all(isinstance(caption, str) for caption in captions):
             raise ValueError(f'"captions" in its .json is no list of texts: {captions!r:.80}')
-        if any("\ud800" <= letter <= "\udfff" for caption in captions for letter in caption):
+        if any(has_surrogates(caption) for caption in captions):
             raise ValueError('half a surrogate pair in its "captions", which JSON allows, but is no text')
         return captions
     if "txt" not in raw:
@@ -79,17 +79,13 @@ def boxes_of(raw: bytes, labels: int | None = None) -> np.ndarray:
 
 def _rows(boxes: object) -> np.ndarray:
     """(N, 5) float64 of a list of lists of five finite numbers."""
-    if isinstance(boxes, list):
-        wrong = [
-            row
-            for row in boxes
-            if not (isinstance(row, list) and len(row) == 5 and all(type(v) in (int, float) for v in row))
-            or not all(abs(v) < 1e9 for v in row)  # false for NaN, too
-        ]
-        if not wrong:
-            return np.array(boxes, float).reshape(-1, 5)
-        boxes = wrong[0]
-    raise ValueError(f"{boxes!r:.80} in its .json is no box of five numbers")
+    if not isinstance(boxes, list):
+        raise ValueError(f"{boxes!r:.80} in its .json is no box of five numbers")
+    for row in boxes:
+        numbers = isinstance(row, list) and all(type(v) in (int, float) and abs(v) < 1e9 for v in row)  # no NaN, too
+        if not (numbers and len(row) == 5):
+            raise ValueError(f"{row!r:.80} in its .json is no box of five numbers")
+    return np.array(boxes, float).reshape(-1, 5)
 
 
 def array_of(data: bytes) -> np.ndarray:

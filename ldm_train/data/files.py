@@ -1,12 +1,14 @@
-"""The files of a sample: their names in a shard, and opening an image. Without torch, so that preparing processes start
+"""The files of a sample: their names in a shard, reading and writing them. Without torch, so that preparing processes start
 fast."""
 
+import importlib
 import io
 import math
 import tarfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
@@ -19,10 +21,15 @@ class DataError(ValueError):
     """Data that cannot be trained on; the message names the file and the remedy."""
 
 
+def has_surrogates(text: str) -> bool:
+    """Whether it holds halves of surrogate pairs, which are no text."""
+    return any("\ud800" <= letter <= "\udfff" for letter in text)
+
+
 def sample_and_field(member: str) -> tuple[str, str]:
     """A tar member's name -> (key of its sample, extension): the file's own name is cut at its first dot. Raises
     tarfile.ReadError for a name that is no text."""
-    if any("\ud800" <= letter <= "\udfff" for letter in member):  # bytes that are not UTF-8
+    if has_surrogates(member):  # bytes that are not UTF-8
         raise tarfile.ReadError(f"a member's name is not UTF-8: {member!r}")
     folder, _, name = member.rpartition("/")
     stem, _, extension = name.partition(".")
@@ -59,10 +66,8 @@ def open_image(data: bytes) -> Iterator[Image.Image]:
 
 
 def read_npy(data: bytes) -> np.ndarray:
-    """The array of a .npy file, in this machine's order of bytes; never a pickle.
-
-    Raises ValueError for everything else, before memory is taken for it: a header may claim any shape.
-    """
+    """The array of a .npy file, in this machine's order of bytes; never a pickle. Raises ValueError for everything else,
+    before memory is taken for it: a header may claim any shape."""
     file = io.BytesIO(data)
     try:
         version = np.lib.format.read_magic(file)
@@ -79,3 +84,27 @@ def read_npy(data: bytes) -> np.ndarray:
     except Exception as error:
         raise ValueError(f"no .npy: {str(error)[:100] or type(error).__name__}") from error
     return array.astype(array.dtype.newbyteorder("="), copy=False)
+
+
+def encoded_npy(array: np.ndarray) -> bytes:
+    """A .npy in C order, which its readers may map into memory."""
+    buffer = io.BytesIO()
+    np.save(buffer, np.ascontiguousarray(array), allow_pickle=False)
+    return buffer.getvalue()
+
+
+def encoded_png(image: Image.Image | np.ndarray, **options: int) -> bytes:
+    """image: also an array (H, W) or (H, W, 3) of uint8. options: of Pillow's PNG writer."""
+    buffer = io.BytesIO()
+    image = Image.fromarray(image) if isinstance(image, np.ndarray) else image
+    image.save(buffer, format="PNG", **options)
+    return buffer.getvalue()
+
+
+def optional_package(name: str, user: str) -> ModuleType:
+    """A module of a package that only some data need. Raises DataError, which begins with `user` ("LSUN needs")."""
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        package = name.partition(".")[0]
+        raise DataError(f"{user} the package {package}: pip install 'ldm-train[prepare]'") from error

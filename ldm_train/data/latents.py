@@ -3,7 +3,7 @@
 import io
 import json
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from ldm_train.data.batch import FIELDS, Field
 from ldm_train.data.datamodule import Batching, Mixture, ShardDataModule, StepBatches, evaluation_batches
+from ldm_train.data.files import encoded_npy
 from ldm_train.data.samples import SampleDecoder, collate, refuse_too_many, require_fields, sample_rng
 from ldm_train.data.shards import (
     ENTRIES,
@@ -22,9 +23,12 @@ from ldm_train.data.shards import (
     DataError,
     IndexedShards,
     finished_shard,
+    member_counts,
     noted_entry,
     read_index,
+    shard_name,
     split_index,
+    spread,
     write_shard,
 )
 from ldm_train.interrupts import become_worker
@@ -36,12 +40,6 @@ REMEDY = "python train.py ... restart=latents"
 CACHED_FIELDS = tuple(name for name, field in FIELDS.items() if field.cached)
 # images (B, C, H, W) in [-1, 1] -> moments (B, 2C, h, w), or latents (B, C, h, w) of deterministic models, float32
 Encode = Callable[[torch.Tensor], torch.Tensor]
-
-
-def _npy(array: np.ndarray) -> bytes:
-    buffer = io.BytesIO()
-    np.save(buffer, np.ascontiguousarray(array))  # channels_last moments may be Fortran-ordered, memory maps are not
-    return buffer.getvalue()
 
 
 def _cache_keys(shards: IndexedShards) -> list[str]:
@@ -69,11 +67,10 @@ def write_cache(
     chunks = [range(i, min(i + per_shard, len(shards))) for i in range(0, len(shards), per_shard)]
     mine = list(enumerate(chunks))[b.rank :: b.world_size]
     entries, seen = [], 0
-    progress = tqdm(
-        total=sum(len(c) for _, c in mine), desc=f"caching {split} latents", unit="img", disable=b.rank != 0
-    )
+    total = sum(len(chunk) for _, chunk in mine)
+    progress = tqdm(total=total, desc=f"caching {split} latents", unit="img", disable=b.rank != 0)
     for number, chunk in mine:
-        name = f"{split}-{number:06d}.tar"
+        name = shard_name(split, number)
         entry = finished_shard(folder, name)
         if entry is None:
             entry = write_shard(folder / name, _encoded(data, split, encode, chunk, flips, progress))
@@ -83,7 +80,7 @@ def write_cache(
         entries.append(entry)
         seen += len(chunk)
         bad = seen - sum(e["count"] for e in entries)
-        refuse_too_many(bad, seen, sum(len(c) for _, c in mine), data.max_bad_fraction)
+        refuse_too_many(bad, seen, total, data.max_bad_fraction)
     progress.close()
     return entries
 
@@ -102,8 +99,7 @@ def _encoded(
     data: ShardDataModule, split: str, encode: Encode, chunk: range, flips: bool, progress: tqdm
 ) -> Iterator[tuple[str, dict[str, bytes]]]:
     shards, stored = data.shards(split), [f for f in CACHED_FIELDS if f in data.fields]
-    dataset = data.fixed_loader(split, fields=("image", *stored)).dataset
-    keys = _cache_keys(shards)
+    dataset, keys = data.samples(split, ("image", *stored), random=False), _cache_keys(shards)
     micro = max(1, min(64, data.batching.micro))
     batches = [[(0, i) for i in chunk[k : k + micro]] for k in range(0, len(chunk), micro)]
     loader = DataLoader(
@@ -117,17 +113,15 @@ def _encoded(
         for k, (_, i) in enumerate(rows):
             if batch["key"][k] != str(shards.keys[i]):  # unreadable, replaced by another sample
                 continue
-            fields = {"moments.npy": _npy(moments[k].cpu().numpy())}
+            fields = {"moments.npy": encoded_npy(moments[k].cpu().numpy())}
             if mirrored is not None:
-                fields["flipped.npy"] = _npy(mirrored[k].cpu().numpy())
-            yield keys[i], fields | _members(shards, i, [FIELDS[f] for f in CACHED_FIELDS])
+                fields["flipped.npy"] = encoded_npy(mirrored[k].cpu().numpy())
+            yield keys[i], fields | shards.members(i, _extensions(FIELDS[f] for f in CACHED_FIELDS))
         progress.update(len(rows))
 
 
-def _members(shards: IndexedShards, i: int, fields: Sequence[Field]) -> dict[str, bytes]:
-    """The raw members of a sample that hold some fields: {extension: bytes}."""
-    members = {e: shards.read(i, e) for field in fields for e in field.extensions if e in shards.extensions}
-    return {e: value for e, value in members.items() if value is not None}
+def _extensions(fields: Iterable[Field]) -> list[str]:
+    return [extension for field in fields for extension in field.extensions]
 
 
 def write_cache_index(
@@ -162,14 +156,14 @@ class CachedLatents:
         self._read_header()
         self._maps = [np.memmap(path, np.uint8, "r") if path.stat().st_size else None for path in self.shards.paths]
         others = [f for f in fields if f not in (*CACHED_FIELDS, "image")]
-        self._others = None
+        self._place: Sequence[int] = range(len(self))  # of each sample in the data
         if others:
             self._place = places_in(images.shards(split), self.shards)
-            self._others = {r: images.samples(split, others, random=r) for r in (False, True)}
+        self._others = {r: images.samples(split, others, random=r) for r in (False, True)} if others else {}
 
     def _read_header(self) -> None:
         """Reads the header that all arrays of the cache share: its length, shape and dtype."""
-        folder, first = self.shards.root, self.shards.read(0, "moments.npy") if self._has("moments.npy") else b""
+        first = self.shards.members(0, ["moments.npy"]).get("moments.npy", b"") if len(self) else b""
         header = io.BytesIO(first)
         try:
             version = np.lib.format.read_magic(header)
@@ -180,15 +174,12 @@ class CachedLatents:
             if self.dtype != np.float32 or fortran or len(self.shape) != 3 or (self.stochastic and self.shape[0] % 2):
                 raise ValueError(f"{self.dtype} of shape {self.shape} are no latents")
             for extension in ("moments.npy", "flipped.npy") if self.flips else ("moments.npy",):
-                if not self._has(extension) or (self.shards.sizes[extension] != len(first)).any():
+                if (self.shards.sizes[extension] != len(first)).any():
                     raise ValueError(f"not every sample has {extension} of {len(first)} bytes")
             if self.header + 4 * int(np.prod(self.shape)) != len(first):
                 raise ValueError(f"{len(first)} bytes for shape {self.shape}")
         except ValueError as error:
-            raise DataError(f"{folder}: {error}; run again with restart=latents") from error
-
-    def _has(self, extension: str) -> bool:
-        return len(self.shards) > 0 and extension in self.shards.extensions
+            raise DataError(f"{self.shards.root}: {error}; run again with restart=latents") from error
 
     def __len__(self) -> int:
         return len(self.shards)
@@ -210,22 +201,20 @@ class CachedLatents:
 
     def fetch(self, rows: Sequence[tuple[int, int]], random: bool) -> dict[str, Any]:
         """rows: (epoch, index) per sample -> moments (B, 2C or C, h, w) and the fields asked for. random: flips, captions."""
-        place = range(len(self)) if self._others is None else self._place
-        rngs = [sample_rng(self.seed, epoch, place[i]) if random else None for epoch, i in rows]
+        rngs = [sample_rng(self.seed, epoch, self._place[i]) if random else None for epoch, i in rows]
         flipped = [bool(self.flips and rng is not None and rng.random() < 0.5) for rng in rngs]
         batch = collate([self._decoded(i, rng) for (_, i), rng in zip(rows, rngs)])
         batch["moments"] = torch.from_numpy(np.stack([self.moments(i, f) for (_, i), f in zip(rows, flipped)]))
-        if self._others is not None:
-            samples = [self._others[random][(epoch, self._place[i])] for epoch, i in rows]
-            others = collate(samples, self._others[random].decoder.known)
-            batch["replaced"] = others.pop("replaced")
-            batch |= {name: values for name, values in others.items() if name != "key"}
+        if self._others:
+            images = self._others[random]
+            samples = [images[(epoch, self._place[i])] for epoch, i in rows]
+            batch |= collate(samples, images.decoder.known) | {"key": batch["key"]}
         return batch
 
     def _decoded(self, i: int, rng: np.random.Generator | None) -> dict[str, Any]:
         """A sample's key and cached fields. Raises DataError, naming the sample, where it cannot be read."""
         try:
-            raw = _members(self.shards, i, self.decoder.fields)
+            raw = self.shards.members(i, _extensions(self.decoder.fields))
             return self.decoder(str(self.shards.keys[i]), raw, rng)
         except ValueError as error:
             raise DataError(
@@ -233,18 +222,20 @@ class CachedLatents:
             ) from error
 
 
+def _not_in_data(cached: IndexedShards, key: str) -> DataError:
+    return DataError(f"latent cache {cached.root}: sample {key} is not in the data; run again with restart=latents")
+
+
 def places_in(shards: IndexedShards, cached: IndexedShards) -> list[int]:
     """The positions of a cache's samples in the data. Raises DataError for one that is not there."""
     place = {key: i for i, key in enumerate(_cache_keys(shards))}
     if absent := [str(key) for key in cached.keys if str(key) not in place]:
-        raise DataError(
-            f"latent cache {cached.root}: sample {absent[0]} is not in the data; run again with restart=latents"
-        )
+        raise _not_in_data(cached, absent[0])
     return [place[str(key)] for key in cached.keys]
 
 
 class _Batches:
-    """A re-iterable list of lazily fetched batches; `length` is what Lightning counts to."""
+    """A re-iterable list of lazily fetched batches; its length is what Lightning counts to."""
 
     def __init__(self, latents: CachedLatents, rows: Any, random: bool):
         self.latents, self.rows, self.random = latents, rows, random
@@ -258,34 +249,26 @@ class _Batches:
 
 
 class LatentDataModule(L.LightningDataModule):
-    """Cached latents for stage 2, in the same order as ShardDataModule would deliver the images.
-
-    folder: the cache. fields: conditions needed. images: the data it was made of, for fields that it does not hold.
-    val_images: as in ShardDataModule.
-    """
+    """Cached latents for stage 2, in the same order as ShardDataModule would deliver the images."""
 
     def __init__(
         self,
         folder: str | Path,
         batching: Batching,
         max_steps: int,
-        fields: Sequence[str],
+        fields: Sequence[str],  # conditions needed
         seed: int,
         train_split: str = "train",
         val_split: str = "val",
-        val_images: int | None = None,
-        images: ShardDataModule | None = None,
+        val_images: int | None = None,  # as in ShardDataModule
+        images: ShardDataModule | None = None,  # the data the cache was made of, for fields that it does not hold
     ):
         super().__init__()
         index = read_index(folder, REMEDY)
         for split in (train_split, val_split):
             part = split_index(index, split, folder)
-            counts: dict[str, int] = {}
-            for shard in part["shards"]:
-                for extension, n in shard["fields"].items():
-                    counts[extension] = counts.get(extension, 0) + n
             held = [f for f in fields if f in CACHED_FIELDS]
-            require_fields(held, counts, part["count"], f"{folder}, split {split}")
+            require_fields(held, member_counts(part["shards"]), part["count"], f"{folder}, split {split}")
         self.folder, self.batching, self.max_steps, self.seed = folder, batching, max_steps, seed
         self.val_images = val_images
         self.train = CachedLatents(folder, train_split, fields, seed, images)
@@ -307,9 +290,8 @@ class LatentDataModule(L.LightningDataModule):
 
     def val_dataloader(self) -> _Batches:
         b = self.batching
-        return _Batches(
-            self.val, evaluation_batches(len(self.val), b.micro, b.rank, b.world_size, self.val_images), False
-        )
+        rows = evaluation_batches(len(self.val), b.micro, b.rank, b.world_size, self.val_images)
+        return _Batches(self.val, rows, random=False)
 
 
 def latent_statistics(latents: CachedLatents, limit: int = 50_000) -> dict[str, Any]:
@@ -318,15 +300,13 @@ def latent_statistics(latents: CachedLatents, limit: int = 50_000) -> dict[str, 
     Returns per-channel "mean" and "std", the scalar "scale_factor" = 1 / std about the mean over all axes (Rombach
     et al. 2022, appendix G) and "count".
     """
-    count = min(limit, len(latents))
-    picks = np.unique(np.linspace(0, len(latents) - 1, count).round().astype(int))
-    channels = len(latents.mean_and_std(0)[0])
-    total, square, elements = np.zeros(channels), np.zeros(channels), 0
-    for i in picks:
-        mean, std = latents.mean_and_std(int(i))
+    picks = spread(len(latents), limit)
+    channels, height, width = latents.mean_and_std(0)[0].shape
+    total, square, elements = np.zeros(channels), np.zeros(channels), len(picks) * height * width
+    for i in picks.tolist():
+        mean, std = latents.mean_and_std(i)
         total += mean.sum(axis=(1, 2))
         square += (mean**2 + std**2).sum(axis=(1, 2))
-        elements += mean[0].size
     mean = total / elements
     std = np.sqrt(square / elements - mean**2)
     overall = float(np.sqrt(square.sum() / elements / channels - (total.sum() / elements / channels) ** 2))
@@ -358,20 +338,18 @@ def verify_cache(data: ShardDataModule, split: str, latents: CachedLatents, enco
 
     Raises DataError where that exceeds 1: the cache does not belong to this autoencoder or data.
     """
-    shards, dataset = data.shards(split), data.fixed_loader(split, fields=("image",)).dataset
-    keys = _cache_keys(shards)
-    rows = {k: i for i, k in enumerate(keys)} if len(shards) != len(latents) else None
+    dataset = data.samples(split, ("image",), random=False)
+    keys = _cache_keys(data.shards(split))
+    rows = {k: i for i, k in enumerate(keys)} if len(keys) != len(latents) else None
     worst = 0.0
-    for j in np.unique(np.linspace(0, len(latents) - 1, count).round().astype(int)):
+    for j in spread(len(latents), count).tolist():
         key = str(latents.shards.keys[j])
-        i = int(j) if rows is None else rows.get(key, -1)
+        i = j if rows is None else rows.get(key, -1)
         if i < 0 or keys[i] != key:
-            raise DataError(
-                f"latent cache {latents.shards.root}: sample {key} is not in the data; run again with restart=latents"
-            )
+            raise _not_in_data(latents.shards, key)
         again = encode(dataset[(0, i)]["image"][None])[0].cpu().numpy().astype(np.float64)
-        cached, spread = latents.mean_and_std(int(j))
-        tolerance = spread + 0.01 * cached.std()
+        cached, std = latents.mean_and_std(j)
+        tolerance = std + 0.01 * cached.std()
         worst = max(worst, float((np.abs(again[: len(cached)] - cached) / tolerance).max()))
     if worst > 1:
         raise DataError(

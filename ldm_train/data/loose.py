@@ -18,9 +18,8 @@ def _files(source: str) -> Iterator[tuple[str, bytes]]:
     """(name, content) of the images of one folder (with its folders) or tar, in the order of their names or members."""
     path = Path(source).expanduser()
     if path.is_dir():
-        for file in pictures_among(
-            sorted(p for p in path.rglob("*") if p.suffix.lower().lstrip(".") in IMAGE_EXTENSIONS)
-        ):
+        images = sorted(p for p in path.rglob("*") if p.suffix.lower().lstrip(".") in IMAGE_EXTENSIONS)
+        for file in pictures_among(images):
             yield str(file), file.read_bytes()
     elif path.is_file() and tarfile.is_tarfile(path):
         with tarfile.open(path) as tar:
@@ -35,9 +34,9 @@ def _files(source: str) -> Iterator[tuple[str, bytes]]:
 def image_batches(sources: Sequence[str], size: int | None = None, batch_size: int = 64) -> Iterator[torch.Tensor]:
     """(B, C, H, W) in [-1, 1] of folders and tars; consecutive images of one size share a batch.
 
-    C is set by the first file: a .npy's own number, 3 for any other. size: side of the square that each is cut and resized to, as in
-    training; None: as they are. Raises ValueError naming the file that is no image, FileNotFoundError for a source that is
-    not there or holds none.
+    C is set by the first file: a .npy's own number, 3 for any other. size: side of the square that each is cut and resized
+    to, as in training; None: as they are. Raises ValueError naming the file that is no image, FileNotFoundError for a
+    source that is not there or holds none.
     """
     transform, waiting, channels = ImageTransform(size) if size else None, [], None
     for source in sources:

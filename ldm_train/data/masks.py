@@ -54,17 +54,11 @@ def _strokes(draw: ImageDraw.ImageDraw, size: tuple[int, int], kind: Strokes, rn
 
 
 def _border(size: tuple[int, int], side: str, share: float) -> np.ndarray:
-    height, width = size
     mask = np.zeros(size, np.uint8)
-    rows, columns = max(1, round(share * height)), max(1, round(share * width))
-    if side in ("top", "all"):
-        mask[:rows] = 1
-    if side in ("bottom", "all"):
-        mask[-rows:] = 1
-    if side in ("left", "all"):
-        mask[:, :columns] = 1
-    if side in ("right", "all"):
-        mask[:, -columns:] = 1
+    rows, columns = (max(1, round(share * length)) for length in size)
+    edges = {"top": np.s_[:rows], "bottom": np.s_[-rows:], "left": np.s_[:, :columns], "right": np.s_[:, -columns:]}
+    for edge in edges if side == "all" else (side,):
+        mask[edges[edge]] = 1
     return mask
 
 

@@ -26,9 +26,8 @@ def require_fields(
         if name not in known:
             raise DataError(f"unknown batch field {name!r}; shards can provide {', '.join(known)}")
         field = known[name]
-        if name in derived or field.from_image is not None:
-            continue
-        if field.held(counts) < total:
+        made = name in derived or field.from_image is not None
+        if not made and field.held(counts) < total:
             have = ", ".join(f".{e} ({n})" for e, n in sorted(counts.items()))
             raise DataError(f"{where}: not every sample has a {name}: {total} samples with {have}; {field.remedy}")
 
@@ -43,6 +42,13 @@ def refuse_too_many(bad: int, seen: int, total: int, max_bad_fraction: float) ->
         )
 
 
+def note_unreadable(notes: list[str], where: str, error: Exception) -> None:
+    """Adds a sample that could not be read to the notes on those before it. Raises DataError at the 20th in a row."""
+    notes.append(f"{where}: {type(error).__name__}: {error}")
+    if len(notes) == 20:
+        raise DataError("20 unreadable samples in a row:\n" + "\n".join(notes[:5])) from error
+
+
 def sample_rng(seed: int, epoch: int, index: int) -> np.random.Generator:
     """Augmentation and caption choice of a sample: a function of (seed, epoch, sample) only, not of workers."""
     return np.random.default_rng([seed, epoch, index])
@@ -50,22 +56,16 @@ def sample_rng(seed: int, epoch: int, index: int) -> np.random.Generator:
 
 class SampleDecoder:
     """Turns raw members into a sample: its key, and the fields asked for as `data/batch.py` declares them. Crop and flip act
-    on all of them alike.
-
-    transform: None where no field is cut from a picture or map. fields: what to decode beside "key". channels: image channels.
-    derive: how fields are made from the image where the sample does not hold them.
-    labels: how many there are, of "class_label" and of "boxes" (None: any). known: the fields there are.
-    Raises OSError or ValueError for a sample that cannot be read.
-    """
+    on all of them alike. Raises OSError or ValueError for a sample that cannot be read."""
 
     def __init__(
         self,
-        transform: ImageTransform | None,
-        fields: Sequence[str],
-        channels: int = 3,
-        derive: Mapping[str, Derive] | None = None,
-        labels: Mapping[str, int | None] | None = None,
-        known: Mapping[str, Field] = FIELDS,
+        transform: ImageTransform | None,  # None where no field is cut from a picture or map
+        fields: Sequence[str],  # to decode
+        channels: int = 3,  # of the image
+        derive: Mapping[str, Derive] | None = None,  # how fields are made from the image where the sample lacks them
+        labels: Mapping[str, int | None] | None = None,  # number of "class_label" and "boxes" (None: any)
+        known: Mapping[str, Field] = FIELDS,  # the fields there are
     ):
         self.transform, self.channels, self.known = transform, channels, known
         self.derive, self.labels = dict(derive or {}), dict(labels or {})

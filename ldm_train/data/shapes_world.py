@@ -59,6 +59,11 @@ class Object:
     y: float
     r: float
 
+    @property
+    def label(self) -> int:
+        """Its place in CLASSES."""
+        return CLASSES.index(f"{self.colour} {self.shape}")
+
 
 @dataclass(frozen=True)
 class Scene:
@@ -94,34 +99,33 @@ def random_scene(rng: np.random.Generator, combinations: list[tuple[str, str, st
     return Scene(first[3], (random_object(rng, first, PAIR_SCALE), random_object(rng, second, PAIR_SCALE)))
 
 
-def _coverage(shape: str, x: np.ndarray, y: np.ndarray, r: np.ndarray, size: int, oversample: int = 4) -> np.ndarray:
-    """Anti-aliased masks (N, size, size) in [0, 1] of one shape at bounding boxes (N,) in unit coordinates."""
+def _coverage(shape: str, x: float, y: float, r: float, size: int, oversample: int = 4) -> np.ndarray:
+    """Anti-aliased mask (size, size) in [0, 1] of a shape in a bounding box in unit coordinates."""
     grid = (np.arange(size * oversample) + 0.5) / (size * oversample)
-    u = (grid[None, None, :] - x[:, None, None]) / r[:, None, None]
-    v = (grid[None, :, None] - y[:, None, None]) / r[:, None, None]
+    u, v = (grid[None, :] - x) / r, (grid[:, None] - y) / r
     if shape == "circle":
         inside = u**2 + v**2 <= 1
     elif shape == "square":
         inside = (np.abs(u) <= 1) & (np.abs(v) <= 1)
     else:  # apex up: the half width grows from 0 at v = -1 to 1 at v = 1
         inside = (np.abs(v) <= 1) & (np.abs(u) <= (v + 1) / 2)
-    n = len(inside)
-    return inside.reshape(n, size, oversample, size, oversample).mean(axis=(2, 4), dtype=np.float32)
+    return inside.reshape(size, oversample, size, oversample).mean(axis=(1, 3), dtype=np.float32)
 
 
 def render(scene: Scene, size: int = 32, rng: np.random.Generator | None = None) -> tuple[np.ndarray, np.ndarray]:
-    """Draws a scene: image (size, size, 3) uint8 and label map (size, size) uint8 (0 background, class index + 1).
+    """Draws a scene: image (size, size, 3) uint8 and label map (size, size) uint8 (0 background, class index + 1). rng: if
+    given, background and colours vary slightly, as in the training data."""
 
-    rng: if given, background and colours vary slightly, as in the training data.
-    """
-    shade = (lambda n: rng.uniform(-0.04, 0.04, size=n)) if rng else (lambda n: np.zeros(n))
+    def shade(n: int) -> np.ndarray:
+        return rng.uniform(-0.04, 0.04, size=n) if rng else np.zeros(n)
+
     image = np.broadcast_to(BACKGROUNDS[scene.background] + shade(1), (size, size, 3)).astype(np.float32)
     labels = np.zeros((size, size), np.uint8)
     for o in scene.objects:
-        mask = _coverage(o.shape, np.array([o.x]), np.array([o.y]), np.array([o.r]), size)[0]
+        mask = _coverage(o.shape, o.x, o.y, o.r, size)
         colour = np.clip(np.array(COLOURS[o.colour]) + shade(3), 0, 1).astype(np.float32)
         image = image + mask[..., None] * (colour - image)
-        labels[mask > 0.5] = CLASSES.index(f"{o.colour} {o.shape}") + 1
+        labels[mask > 0.5] = o.label + 1
     return (np.clip(image, 0, 1) * 255).round().astype(np.uint8), labels
 
 
@@ -142,16 +146,20 @@ def captions(scene: Scene) -> list[str]:
 
 def boxes(scene: Scene) -> list[list[float]]:
     """[x, y, w, h, class index] per object, in unit coordinates, x and y the top left corner."""
-    return [[o.x - o.r, o.y - o.r, 2 * o.r, 2 * o.r, CLASSES.index(f"{o.colour} {o.shape}")] for o in scene.objects]
+    return [[o.x - o.r, o.y - o.r, 2 * o.r, 2 * o.r, o.label] for o in scene.objects]
+
+
+def _neighbours(pixels: np.ndarray) -> list[np.ndarray]:
+    """What lies above, below, left and right of each pixel of (H, W); 0 beyond the edges."""
+    padded = np.pad(pixels, 1)
+    return [padded[:-2, 1:-1], padded[2:, 1:-1], padded[1:-1, :-2], padded[1:-1, 2:]]
 
 
 def _components(mask: np.ndarray) -> list[np.ndarray]:
     """The 4-connected components of a boolean mask (H, W), largest first."""
     labels = np.where(mask, np.arange(1, mask.size + 1).reshape(mask.shape), 0)
     while True:
-        padded = np.pad(labels, 1)
-        neighbours = [padded[:-2, 1:-1], padded[2:, 1:-1], padded[1:-1, :-2], padded[1:-1, 2:]]
-        spread = np.where(mask, np.maximum.reduce([labels, *neighbours]), 0)
+        spread = np.where(mask, np.maximum.reduce([labels, *_neighbours(labels)]), 0)
         if (spread == labels).all():
             break
         labels = spread
@@ -174,7 +182,7 @@ def _read_object(image: np.ndarray, distance: np.ndarray, region: np.ndarray, sc
     for shape in SHAPES:
         r = float(np.sqrt(area / (4 * _FILL[shape])))
         top = y - _CENTROID[shape] * r
-        template = _coverage(shape, np.array([x]), np.array([top]), np.array([r]), size)[0]
+        template = _coverage(shape, x, top, r, size)
         overlap = np.minimum(alpha, template).sum() / np.maximum(alpha, template).sum()
         fits.append((float(overlap), shape, top, r))
     fits.sort(reverse=True)
@@ -215,19 +223,16 @@ def read(image: np.ndarray, objects: int = 1) -> Scene | None:
     solid = [m for m in regions if m.sum() >= least]
     if len(solid) != objects or sum(m.sum() for m in regions) > 1.15 * sum(m.sum() for m in solid):
         return None
-    objects_read = []
-    for region in solid:
-        grown = np.pad(region, 1)  # the soft edge belongs to the object
-        grown = grown[:-2, 1:-1] | grown[2:, 1:-1] | grown[1:-1, :-2] | grown[1:-1, 2:] | region
-        objects_read.append(_read_object(image, distance, grown, scale))
+    grown = [
+        np.logical_or.reduce([region, *_neighbours(region)]) for region in solid
+    ]  # the soft edge belongs to the object
+    objects_read = [_read_object(image, distance, region, scale) for region in grown]
     return None if None in objects_read else Scene(background, tuple(objects_read))
 
 
 def read_labels(image: np.ndarray, objects: int = 1) -> np.ndarray | None:
-    """The label map (H, W) uint8 of a picture (0 background, class index + 1), or None where `read` cannot read it.
-
-    A pixel belongs to an object where it is nearer to the object's colour than to the background's.
-    """
+    """The label map (H, W) uint8 of a picture (0 background, class index + 1), or None where `read` cannot read it. A pixel
+    belongs to an object where it is nearer to the object's colour than to the background's."""
     scene = read(image, objects)
     if scene is None:
         return None
@@ -241,5 +246,5 @@ def read_labels(image: np.ndarray, objects: int = 1) -> np.ndarray | None:
     for k, o in enumerate(scene.objects):
         colour = np.array(COLOURS[o.colour], np.float32)
         inside = np.linalg.norm(pixels - colour, axis=2) < np.linalg.norm(pixels - ground, axis=2)
-        labels[inside & (owner == k)] = CLASSES.index(f"{o.colour} {o.shape}") + 1
+        labels[inside & (owner == k)] = o.label + 1
     return labels

@@ -9,27 +9,19 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
 from ldm_train.data.fields import captions_of, label_of, relabelled, relabelled_boxes
 from ldm_train.data.files import DataError
-from ldm_train.data.tars import entry_fault, is_count, is_remote, scan_tar
+from ldm_train.data.tars import Measured, entry_fault, is_count, is_remote, scan_tar
 from ldm_train.storage import file_sha256, write_atomically
 
 INDEX = "index.json"
+REMEDY = "ldm-prepare source=index path=<folder of tars> out={root}"
 ENTRIES = ".entries"  # notes on finished shards, in a folder that is being written
-
-
-class _Hashing(io.RawIOBase):
-    def __init__(self, file: io.BufferedWriter):
-        self.file, self.sha256, self.size = file, hashlib.sha256(), 0
-
-    def write(self, data: bytes) -> int:
-        self.sha256.update(data)
-        self.size += len(data)
-        return self.file.write(data)
 
 
 def write_shard(path: str | Path, samples: Iterable[tuple[str, dict[str, bytes]]]) -> dict:
@@ -42,7 +34,7 @@ def write_shard(path: str | Path, samples: Iterable[tuple[str, dict[str, bytes]]
     entry: dict = {}
 
     def write(file: io.BufferedWriter) -> None:
-        out = _Hashing(file)
+        out = Measured(file)
         # PAX is byte for byte USTAR except for names that USTAR cannot hold: over 100 bytes or not ASCII.
         with tarfile.open(fileobj=out, mode="w|", format=tarfile.PAX_FORMAT, bufsize=1 << 16) as tar:
             for key, fields in samples:
@@ -62,6 +54,10 @@ def write_shard(path: str | Path, samples: Iterable[tuple[str, dict[str, bytes]]
     return {"file": path.name, "count": len(seen), **entry, "fields": dict(counts)}
 
 
+def shard_name(split: str, number: int) -> str:
+    return f"{split}-{number:06d}.tar"
+
+
 # One folder of shards, or several that are drawn from together.
 Roots = str | Path | Sequence[str]
 
@@ -70,7 +66,7 @@ def as_roots(root: Roots) -> list[str]:
     return [str(root)] if isinstance(root, str | Path) else [str(r) for r in root]
 
 
-def read_index(root: Roots, remedy: str = "ldm-prepare source=index path=<folder of tars> out={root}") -> dict:
+def read_index(root: Roots, remedy: str | None = None) -> dict:
     """The index.json in `root`; of several roots one index of all their shards, each with the number of its "set", its
     "root", and the labels of its classes among all names ("relabel").
 
@@ -80,16 +76,16 @@ def read_index(root: Roots, remedy: str = "ldm-prepare source=index path=<folder
     if len(roots) > 1:
         return _merged({r: read_index(r, remedy) for r in roots})
     (root,) = roots
-    path = Path(root) / INDEX
+    path, remedy = Path(root) / INDEX, (remedy or REMEDY).format(root=root)
     if not path.is_file():
         what = "has no index.json" if Path(root).is_dir() else "does not exist"
-        raise FileNotFoundError(f"data folder {root} {what}; make it with: {remedy.format(root=root)}")
+        raise FileNotFoundError(f"data folder {root} {what}; make it with: {remedy}")
     try:
         fault = _index_fault(index := json.loads(path.read_bytes()))
     except (ValueError, RecursionError) as error:
         fault = str(error)
     if fault:
-        raise DataError(f"{path} is no shard index ({fault}); make it anew with: {remedy.format(root=root)}")
+        raise DataError(f"{path} is no shard index ({fault}); make it anew with: {remedy}")
     return index
 
 
@@ -109,12 +105,17 @@ def _index_fault(index: object) -> str | None:
     return None
 
 
-def noted_entry(folder: Path, name: str) -> dict | None:
-    """The entry of a shard, written when it was finished; None where there is none or it is invalid."""
+def read_note(path: Path) -> Any:
+    """The JSON that was noted while a folder was written; None where there is none or it is damaged."""
     try:
-        entry = json.loads((folder / ENTRIES / f"{name}.json").read_bytes())
+        return json.loads(path.read_bytes())
     except (FileNotFoundError, ValueError, RecursionError):
         return None
+
+
+def noted_entry(folder: Path, name: str) -> dict | None:
+    """The entry of a shard, written when it was finished; None where there is none or it is invalid."""
+    entry = read_note(folder / ENTRIES / f"{name}.json")
     return entry if entry_fault(entry) is None and entry["file"] == name else None
 
 
@@ -168,7 +169,7 @@ def data_hash(index: dict, *splits: str) -> str:
 Offsets = tuple[np.ndarray, dict[str, np.ndarray], dict[str, np.ndarray]]  # keys, offsets and sizes of the members
 
 
-def _counted(offsets: Offsets) -> tuple[int, dict[str, int]]:
+def counted(offsets: Offsets) -> tuple[int, dict[str, int]]:
     """(number of samples, {extension: number}), as in an index entry."""
     return len(offsets[0]), {e: int((starts >= 0).sum()) for e, starts in offsets[1].items()}
 
@@ -192,29 +193,24 @@ def _kept_offsets(kept: Path, stamp: np.ndarray, entry: dict) -> Offsets | None:
         inside = (start >= 0) & (size >= 0) & (start <= stamp[0]) & (size <= stamp[0] - start)
         if not (inside | (start == -1) & (size == -1)).all():
             return None
-    same = _counted((keys, offsets, sizes)) == (entry["count"], entry["fields"])
+    same = counted((keys, offsets, sizes)) == (entry["count"], entry["fields"])
     return (keys, offsets, sizes) if same else None
 
 
 def _load_offsets(root: Path, path: Path, entry: dict) -> Offsets:
-    """Offsets of one shard, from the file kept beside the index if size and mtime still match, else scanned anew.
-
-    A scan also compares the shard with what its index says. Raises DataError where that differs.
-    """
+    """Offsets of one shard, from the file kept beside the index if size and mtime still match, else scanned anew. A scan
+    also compares the shard with what its index says. Raises DataError where that differs."""
     stat = os.stat(path)
     kept = root / ".offsets" / f"{path.name}.npz"
     stamp = np.array([stat.st_size, stat.st_mtime_ns], np.int64)
     if (cached := _kept_offsets(kept, stamp, entry)) is not None:
         return cached
-    if stat.st_size != entry["bytes"]:
-        raise DataError(
-            f"{path} has {stat.st_size} bytes, its index says {entry['bytes']}: truncated or changed; copy or prepare it again"
-        )
+    check_size(path, entry)
     if file_sha256(path) != entry["sha256"]:
         raise DataError(f"{path} does not match the sha256 in its index.json; copy or prepare it again")
     names, offsets, sizes = scan_tar(path)
     keys = np.array(names, str)
-    count, fields = _counted((keys, offsets, sizes))
+    count, fields = counted((keys, offsets, sizes))
     if (count, fields) != (entry["count"], entry["fields"]):
         raise DataError(
             f"{path} has {count} samples with {fields}, its index.json says {entry['count']} with {entry['fields']}; make "
@@ -227,19 +223,37 @@ def _load_offsets(root: Path, path: Path, entry: dict) -> Offsets:
     return keys, offsets, sizes
 
 
-def shard_paths(root: str | Path, shards: list[dict]) -> list[Path]:
-    """Where local shards lie: `file` is relative to the index's folder, or absolute where they live elsewhere.
+def check_size(path: Path, entry: dict) -> None:
+    """Raises DataError where a shard has another length than its index says."""
+    if (size := path.stat().st_size) != entry["bytes"]:
+        raise DataError(
+            f"{path} has {size} bytes, its index says {entry['bytes']}: truncated or changed; copy or prepare it again"
+        )
 
-    Raises FileNotFoundError, naming the first, where some are missing.
-    """
-    paths = [Path(root) / shard["file"] for shard in shards]
-    missing = [p for p in paths if not p.is_file()]
-    if missing:
+
+def shard_paths(root: str | Path, shards: list[dict]) -> list[Path]:
+    """Where local shards lie: `file` is relative to the index's folder, or absolute where they live elsewhere. Raises
+    FileNotFoundError, naming the first, where some are missing."""
+    paths = [Path(shard.get("root", root)) / shard["file"] for shard in shards]
+    if missing := [p for p in paths if not p.is_file()]:
         raise FileNotFoundError(
             f"{len(missing)} of {len(paths)} shards of {root} are missing, first {missing[0]}; copy them back or prepare "
             "the data again"
         )
     return paths
+
+
+def spread(total: int, count: int) -> np.ndarray:
+    """At most `count` of the numbers below `total`, evenly spread, in order."""
+    return np.unique(np.linspace(0, total - 1, min(count, total)).round().astype(int))
+
+
+def member_counts(shards: list[dict]) -> Counter[str]:
+    """How many samples of some shards have each extension, from their entries."""
+    counts: Counter[str] = Counter()
+    for shard in shards:
+        counts.update(shard["fields"])
+    return counts
 
 
 class IndexedShards:
@@ -252,16 +266,15 @@ class IndexedShards:
 
     def __init__(self, root: Roots, split: str, remedy: str | None = None):
         self.root = " + ".join(as_roots(root))
-        index = read_index(root, remedy) if remedy else read_index(root)
+        index = read_index(root, remedy)
         entries = split_index(index, split, root)["shards"]
         self.classes: list[str] | None = index.get("classes")
-        remote = [e["file"] for e in entries if is_remote(e["file"])]
-        if remote:
+        if remote := [e["file"] for e in entries if is_remote(e["file"])]:
             raise DataError(
                 f"{remote[0]} ({split} of {root}) is remote and cannot be read by offset; copy the tars to a local folder "
                 "and index that (only training batches can come from afar, with data.reader=streaming)"
             )
-        self.paths = [shard_paths(e.get("root", self.root), [e])[0] for e in entries]
+        self.paths = shard_paths(self.root, entries)
         slow = sum(e["bytes"] for e in entries) > 2**30
         loaded = [
             _load_offsets(Path(entry.get("root", self.root)), path, entry)
@@ -270,27 +283,26 @@ class IndexedShards:
         self.keys = np.concatenate([keys for keys, _, _ in loaded])
         self.shard = np.concatenate([np.full(len(keys), i, np.int32) for i, (keys, _, _) in enumerate(loaded)])
         self.extensions = sorted({e for _, offsets, _ in loaded for e in offsets})
-
-        def joined(which: int, extension: str) -> np.ndarray:
-            return np.concatenate([part[which].get(extension, np.full(len(part[0]), -1, np.int64)) for part in loaded])
-
-        self.offsets = {e: joined(1, e) for e in self.extensions}
-        self.sizes = {e: joined(2, e) for e in self.extensions}
+        absent = [np.full(len(keys), -1, np.int64) for keys, _, _ in loaded]
+        self.offsets, self.sizes = (
+            {e: np.concatenate([part[k].get(e, gap) for part, gap in zip(loaded, absent)]) for e in self.extensions}
+            for k in (1, 2)
+        )
         self._files: dict[int, int] = {}
         self._relabel = [e.get("relabel") for e in entries]
-        sets = np.array([e.get("set", 0) for e in entries], np.int32)
-        self.sets = sets[self.shard]
-        if len(set(sets.tolist())) > 1:
-            counts = np.bincount(self.sets)
-            place = np.concatenate([(np.arange(n) + 0.5) / n for n in counts if n])
-            self._take(np.argsort(place[np.argsort(np.argsort(self.sets, kind="stable"))], kind="stable"))
+        self.sets = np.array([e.get("set", 0) for e in entries], np.int32)[self.shard]
+        if self.sets.any():
+            place = np.concatenate(
+                [(np.arange(n) + 0.5) / n for n in np.bincount(self.sets)]
+            )  # within its set, in (0, 1)
+            self._take(np.argsort(place, kind="stable"))
 
     def __len__(self) -> int:
         return len(self.keys)
 
     def keep(self, count: int) -> None:
         """Reduces this view to at most `count` samples, spread evenly: shards are often sorted by class."""
-        self._take(np.unique(np.linspace(0, len(self) - 1, min(count, len(self))).round().astype(int)))
+        self._take(spread(len(self), count))
 
     def _take(self, picks: np.ndarray) -> None:
         self.keys, self.shard, self.sets = self.keys[picks], self.shard[picks], self.sets[picks]
@@ -325,8 +337,11 @@ class IndexedShards:
 
     def fields(self, i: int) -> dict[str, bytes]:
         """All fields of a sample, {extension: bytes}."""
-        fields = {e: self.read(i, e) for e in self.extensions}
-        return {e: data for e, data in fields.items() if data is not None}
+        return self.members(i, self.extensions)
+
+    def members(self, i: int, extensions: Iterable[str]) -> dict[str, bytes]:
+        """Those of some fields that a sample has, {extension: bytes}."""
+        return {e: data for e in extensions if e in self.extensions and (data := self.read(i, e)) is not None}
 
     def where(self, i: int) -> str:
         """The sample's name for messages: shard and key."""
@@ -335,6 +350,5 @@ class IndexedShards:
     def captions(self, limit: int = 100_000) -> Iterator[str]:
         """Every caption of the first `limit` samples; those that cannot be read are left out, as in training."""
         for i in range(min(limit, len(self))):
-            raw = {e: data for e in ("txt", "json") if e in self.extensions and (data := self.read(i, e)) is not None}
             with suppress(ValueError):
-                yield from captions_of(raw)
+                yield from captions_of(self.members(i, ("txt", "json")))

@@ -1,52 +1,26 @@
 """The streaming reader: shards read front to back, local or remote, with exact resume by skipping."""
 
 from collections import deque
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Iterable, Iterator
+from itertools import islice
 from typing import Any
 
 import numpy as np
 from torch.utils.data import IterableDataset, get_worker_info
 
 from ldm_train.data.files import DataError
-from ldm_train.data.samples import SampleDecoder, collate, sample_rng
-from ldm_train.data.shards import shard_paths
+from ldm_train.data.samples import SampleDecoder, collate, note_unreadable, sample_rng
+from ldm_train.data.shards import check_size, shard_paths
 from ldm_train.data.tars import StreamedTar, is_remote
 
 
-class _Lookahead:
-    """An iterator to which items can be given back."""
-
-    def __init__(self, source: Iterator[Any]):
-        self.source, self.returned = source, deque()
-
-    def __next__(self) -> Any:
-        return self.returned.popleft() if self.returned else next(self.source)
-
-    def put_back(self, items: list[Any]) -> None:
-        self.returned.extendleft(reversed(items))
-
-
-def _whole(root: str, shard: dict) -> Path:
-    """The path of a local shard. Raises FileNotFoundError or DataError where it is missing or cut short, so that
-    this is known before training."""
-    path = shard_paths(root, [shard])[0]
-    if path.stat().st_size != shard["bytes"]:
-        raise DataError(
-            f"{path} has {path.stat().st_size} bytes, its index says {shard['bytes']}: truncated or changed; copy or "
-            "prepare it again"
-        )
-    return path.absolute()  # so that it cannot be taken for an address
-
-
 class StreamingBatches(IterableDataset):
-    """Micro-batches `start` to `stop` of one rank.
+    """Some `micro_batches` of one rank.
 
     Each epoch permutes the shards by (seed, epoch) before they are split by rank and worker, then shuffles through a
     buffer. Every worker delivers the same number of batches per epoch on every rank, so ranks never wait for each
     other; a worker whose shards run out begins them again. A resumed run skips, without decoding, what was consumed.
 
-    shards: entries of index.json, whose `file` may be an address (https://, s3://, ...).
     Raises DataError where there are fewer shards than ranks x workers, or a local shard is truncated; while it streams,
     where a shard is not what its index says.
     """
@@ -54,12 +28,11 @@ class StreamingBatches(IterableDataset):
     def __init__(
         self,
         root: str,
-        shards: list[dict],
+        shards: list[dict],  # entries of index.json, whose `file` may be an address (https://, s3://, ...)
         decoder: SampleDecoder,
         batching: Any,
         seed: int,
-        start: int,
-        stop: int,
+        micro_batches: range,  # by their numbers in training
         shuffle_buffer: int,
         workers: int,
     ):
@@ -70,10 +43,16 @@ class StreamingBatches(IterableDataset):
                 f"{len(shards)} shards cannot feed {batching.world_size} ranks x {workers} workers; lower num_workers, "
                 "prepare more shards (ldm-prepare per_shard=...) or use data.reader=indexed"
             )
-        self.urls = [s["file"] if is_remote(s["file"]) else str(_whole(root, s)) for s in shards]
         self.shards, self.counts = shards, [s["count"] for s in shards]
+        # Local shards are checked before training, and absolute so that none can be taken for an address.
+        local = [s for s in shards if not is_remote(s["file"])]
+        paths = {s["file"]: path for s, path in zip(local, shard_paths(root, local))}
+        for shard in local:
+            check_size(paths[shard["file"]], shard)
+        self.urls = [str(paths[s["file"]].absolute()) if s["file"] in paths else s["file"] for s in shards]
         self.decoder, self.batching, self.seed = decoder, batching, seed
-        self.start, self.stop, self.shuffle_buffer, self.workers = start, stop, shuffle_buffer, workers
+        self.start, self.stop = micro_batches.start, micro_batches.stop
+        self.shuffle_buffer, self.workers = shuffle_buffer, workers
         # A multiple of accumulate x workers, so that every epoch begins at the same worker and at an optimiser step.
         whole = sum(self.counts) // batching.batch_size * batching.accumulate
         self.batches_per_epoch = whole // (batching.accumulate * workers) * (batching.accumulate * workers)
@@ -93,7 +72,7 @@ class StreamingBatches(IterableDataset):
             for key, fields in tar:
                 yield fields | {"__key__": key, "__url__": tar.file}
             for what in ("bytes", "sha256", "count", "fields"):
-                if (actual := getattr(tar, what)) != entry[what]:
+                if (actual := tar.entry[what]) != entry[what]:
                     raise DataError(
                         f"{tar.file} does not match its index.json: {what} {actual}, there {entry[what]}; copy or prepare it "
                         "again, or make the index anew with: ldm-prepare source=index"
@@ -120,39 +99,39 @@ class StreamingBatches(IterableDataset):
             while buffer:
                 yield drawn()
 
-    def _decoded(self, raw: "_Lookahead", epoch: int, position: int) -> dict[str, Any]:
-        """The next sample, or the next readable one in its place. The substitute is not consumed: it comes again in
-        its own turn, so that skipping raw samples after a resume lands on the same place."""
-        replaced, looked_at = [], [next(raw)]
-        while True:
-            sample = looked_at[-1]
-            fields = {k: v for k, v in sample.items() if not k.startswith("__")}
-            rng = sample_rng(self.seed, epoch, position * self.batching.world_size + self.batching.rank)
-            try:
-                decoded = self.decoder(sample["__key__"].rpartition("/")[2], fields, rng)
-            except Exception as error:  # on damaged data decoders raise errors of any type
-                replaced.append(f"{sample['__url__']}:{sample['__key__']}: {type(error).__name__}: {error}")
-                if len(replaced) >= 20:
-                    raise DataError("20 unreadable samples in a row:\n" + "\n".join(replaced[:5])) from error
-                looked_at.append(next(raw))
-                continue
-            raw.put_back(looked_at[1:])
-            return decoded | ({"replaced": replaced} if replaced else {})
+    def _decoded(self, raw: Iterator[dict[str, Any]], epoch: int, positions: Iterable[int]) -> Iterator[dict[str, Any]]:
+        """A sample for each position: the next one, or the next readable one in its place. The substitute is not consumed: it
+        comes again in its own turn, so that skipping raw samples after a resume lands on the same place."""
+        ahead: deque[dict[str, Any]] = deque()  # the samples from this position on that were looked at
+        for position in positions:
+            replaced: list[str] = []
+            while True:
+                if len(ahead) == len(replaced):
+                    ahead.append(next(raw))
+                sample = ahead[len(replaced)]
+                fields = {k: v for k, v in sample.items() if not k.startswith("__")}
+                rng = sample_rng(self.seed, epoch, position * self.batching.world_size + self.batching.rank)
+                try:
+                    decoded = self.decoder(sample["__key__"].rpartition("/")[2], fields, rng)
+                    break
+                except Exception as error:  # on damaged data decoders raise errors of any type
+                    note_unreadable(replaced, f"{sample['__url__']}:{sample['__key__']}", error)
+            ahead.popleft()
+            yield decoded | ({"replaced": replaced} if replaced else {})
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         info = get_worker_info()
-        own = info.id if info else 0
+        own, micro = info.id if info else 0, self.batching.micro
         # The loader always asks worker 0 first; after a resume batch `start` must come from it.
         turn = (self.start + own) % self.workers
         position = self.start + own
         while position < self.stop:
             epoch, within = divmod(position, self.batches_per_epoch)
-            raw = _Lookahead(self._shuffled(epoch, turn))
-            micro = self.batching.micro
+            raw = self._shuffled(epoch, turn)
             for _ in range(within // self.workers * micro):
                 next(raw)
-            while position < self.stop and position // self.batches_per_epoch == epoch:
-                yield collate(
-                    [self._decoded(raw, epoch, position * micro + k) for k in range(micro)], self.decoder.known
-                )
-                position += self.workers
+            mine = range(position, min(self.stop, (epoch + 1) * self.batches_per_epoch), self.workers)
+            samples = self._decoded(raw, epoch, (batch * micro + k for batch in mine for k in range(micro)))
+            for _ in mine:
+                yield collate(list(islice(samples, micro)), self.decoder.known)
+            position = mine[-1] + self.workers

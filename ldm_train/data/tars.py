@@ -4,6 +4,8 @@ through a shell or another program."""
 import hashlib
 import http.client
 import io
+import itertools
+import math
 import os
 import re
 import tarfile
@@ -94,7 +96,7 @@ class _Web(io.RawIOBase):
         return True
 
     def read(self, size: int = -1) -> bytes:
-        for attempt in range(ATTEMPTS):
+        for attempt in itertools.count(1):
             try:
                 self.response = self.response or self._connected()
                 data = self.response.read(size) if size >= 0 else self.response.read()
@@ -106,10 +108,9 @@ class _Web(io.RawIOBase):
                 self.close_response()
                 code = getattr(error, "code", 0)
                 refused = isinstance(error, ValueError) or (0 < code < 500 and code not in (408, 429))
-                if refused or attempt == ATTEMPTS - 1:
+                if refused or attempt == ATTEMPTS:
                     raise ConnectionError(f"{self.address}: {error}") from error
-                time.sleep(2**attempt)
-        raise AssertionError("unreachable")
+                time.sleep(2 ** (attempt - 1))
 
     def _connected(self) -> Any:
         opener = urllib.request.OpenerDirector()  # without file:, ftp: and data:, also where a server redirects there
@@ -140,21 +141,23 @@ class _Web(io.RawIOBase):
         super().close()
 
 
-def scan_tar(path: str | Path) -> tuple[list[str], dict[str, np.ndarray], dict[str, np.ndarray]]:
-    """(keys, {extension: data offsets}, {extension: sizes}), -1 where a sample lacks a field.
+def _files(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
+    for member in tar:
+        if member.size < 0:  # it would make the reader loop for ever
+            raise tarfile.ReadError(f"{member.name!r} has a negative size")
+        if member.isfile():
+            yield member
 
-    Raises DataError for a truncated or unreadable tar, which tar readers otherwise accept in silence.
-    """
+
+def scan_tar(path: str | Path) -> tuple[list[str], dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """(keys, {extension: data offsets}, {extension: sizes}), -1 where a sample lacks a field. Raises DataError for a
+    truncated or unreadable tar, which tar readers otherwise accept in silence."""
     length = os.path.getsize(path)
     keys: list[str] = []
     rows: list[dict[str, tuple[int, int]]] = []
     try:
         with tarfile.open(path, mode="r:") as tar:
-            for member in tar:
-                if member.size < 0:  # it would make the reader loop for ever
-                    raise tarfile.ReadError(f"{member.name!r} has a negative size")
-                if not member.isfile():
-                    continue
+            for member in _files(tar):
                 key, extension = sample_and_field(member.name)
                 if member.offset_data + member.size > length:
                     raise tarfile.ReadError("unexpected end of data")
@@ -172,65 +175,70 @@ def scan_tar(path: str | Path) -> tuple[list[str], dict[str, np.ndarray], dict[s
         if file.read(512) != bytes(512):
             raise DataError(f"{path} is truncated (no end-of-archive marker); copy or prepare it again")
     extensions = sorted({e for row in rows for e in row})
-    offsets = {e: np.array([row.get(e, (-1, -1))[0] for row in rows], np.int64) for e in extensions}
-    sizes = {e: np.array([row.get(e, (-1, -1))[1] for row in rows], np.int64) for e in extensions}
+    absent = (-1, -1)
+    offsets, sizes = (
+        {e: np.array([row.get(e, absent)[k] for row in rows], np.int64) for e in extensions} for k in (0, 1)
+    )
     return keys, offsets, sizes
 
 
-class _Measured(io.RawIOBase):
-    """Counts and hashes what is read of a stream, and refuses more than `limit` bytes."""
+class Measured(io.RawIOBase):
+    """Counts and hashes what is read from a stream or written to it, and refuses more than `limit` bytes."""
 
-    def __init__(self, stream: BinaryIO, limit: int | None):
+    def __init__(self, stream: BinaryIO, limit: float = math.inf):
         self.stream, self.limit, self.size, self.sha256 = stream, limit, 0, hashlib.sha256()
+
+    def _measure(self, data: bytes) -> None:
+        self.size += len(data)
+        self.sha256.update(data)
+        if self.size > self.limit:
+            raise tarfile.ReadError(f"more than the {self.limit} bytes of its index")
 
     def read(self, size: int = -1) -> bytes:
         data = self.stream.read(size)
-        self.size += len(data)
-        self.sha256.update(data)
-        if self.limit is not None and self.size > self.limit:
-            raise tarfile.ReadError(f"more than the {self.limit} bytes of its index")
+        self._measure(data)
         return data
+
+    def write(self, data: bytes) -> int:
+        self._measure(data)
+        return self.stream.write(data)
 
 
 class StreamedTar:
     """A tar read front to back: iterating gives its samples, (key, {extension: bytes}).
 
-    limit: bytes that it may have. After its last sample `bytes`, `sha256`, `count` and `fields` say what was read, as an
-    entry of an index does. Raises DataError, naming it, where it is truncated, larger, or no tar; OSError where it cannot be
+    limit: bytes that it may have. After its last sample `entry` says what was read, as the entry of an index does, without
+    its "file". Raises DataError, naming it, where it is truncated, larger, or no tar; OSError where it cannot be
     read.
     """
 
-    def __init__(self, file: str, limit: int | None = None):
+    def __init__(self, file: str, limit: float = math.inf):
         self.file, self.limit = file, limit
 
     def __iter__(self) -> Iterator[tuple[str, dict[str, bytes]]]:
-        self.count, self.fields = 0, Counter()
+        count, held = 0, Counter()
         with open_shard(self.file) as raw:
-            stream = _Measured(raw, self.limit)
+            stream = Measured(raw, self.limit)
             try:
                 for key, fields in self._samples(stream):
-                    self.count += 1
-                    self.fields.update(fields.keys())
+                    count += 1
+                    held.update(fields.keys())
                     yield key, fields
             except (tarfile.TarError, ValueError, OverflowError) as error:
                 raise DataError(f"{self.file} is truncated or no tar ({error}); copy or prepare it again") from error
-        self.bytes, self.sha256, self.fields = stream.size, stream.sha256.hexdigest(), dict(self.fields)
+        checksum = stream.sha256.hexdigest()
+        self.entry = {"count": count, "bytes": stream.size, "sha256": checksum, "fields": dict(held)}
 
-    def _samples(self, stream: _Measured) -> Iterator[tuple[str, dict[str, bytes]]]:
+    def _samples(self, stream: Measured) -> Iterator[tuple[str, dict[str, bytes]]]:
         from webdataset.tariterators import group_by_keys  # which imports torch: preparing does without
 
-        members = group_by_keys(self._members(stream), keys=sample_and_field, lcase=False)
-        for sample in members:  # webdataset's: consecutive members of one key
+        for sample in group_by_keys(self._members(stream), keys=sample_and_field, lcase=False):
             yield sample["__key__"], {e: data for e, data in sample.items() if not e.startswith("__")}
 
-    def _members(self, stream: _Measured) -> Iterator[dict[str, Any]]:
+    def _members(self, stream: Measured) -> Iterator[dict[str, Any]]:
         """(webdataset's own iteration takes truncated archives and negative sizes in silence.)"""
         with tarfile.open(fileobj=stream, mode="r|", bufsize=1 << 18) as tar:
-            for member in tar:
-                if member.size < 0:
-                    raise tarfile.ReadError(f"{member.name!r} has a negative size")
-                if not member.isfile():
-                    continue
+            for member in _files(tar):
                 if member.issparse():  # a few bytes could stand for any number of zeros
                     raise tarfile.ReadError(f"{member.name} is a sparse file")
                 yield {"fname": member.name, "data": tar.extractfile(member).read(), "__url__": self.file}

@@ -1,6 +1,8 @@
 """From encoded bytes to tensors: decoding every kind of image file, then crop, resize and flip as one plan per sample."""
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -42,16 +44,12 @@ def decode_image(data: bytes, extension: str, channels: int) -> torch.Tensor:
         if channels not in (1, 3):
             raise ValueError(f"image files have 1 or 3 channels, the data asks for {channels}; store arrays as .npy")
         array = np.array(image.convert("L" if channels == 1 else "RGB"))
-    return torch.from_numpy(array if channels == 1 else array.transpose(2, 0, 1).copy()).view(
-        channels, *array.shape[:2]
-    )
+    return torch.from_numpy(array[None] if channels == 1 else array.transpose(2, 0, 1).copy())
 
 
 def decode_labels(data: bytes) -> torch.Tensor:
-    """An encoded label map -> int32 (1, H, W): the numbers in the file, whatever colours a palette gives them.
-
-    Raises ValueError for files with colour channels.
-    """
+    """An encoded label map -> int32 (1, H, W): the numbers in the file, whatever colours a palette gives them. Raises
+    ValueError for files with colour channels."""
     with open_image(data) as image:
         if image.mode not in ("L", "P", "1") and not image.mode.startswith("I"):
             raise ValueError(f"label map with {image.mode} pixels, expected one channel of indices (grey or palette)")
@@ -74,19 +72,14 @@ class Plan:
 
 
 class ImageTransform:
-    """Crop to the target's aspect ratio, resize with antialiasing, flip; never distorts.
-
-    image_size: target side, or (height, width)
-    crop: "center" and "random" take the largest box that fits; "random_resized" one of `scale` times its area
-    flip: mirror half of the samples
-    """
+    """Crop to the target's aspect ratio, resize with antialiasing, flip; never distorts."""
 
     def __init__(
         self,
-        image_size: int | tuple[int, int],
-        crop: str = "center",
-        flip: bool = False,
-        scale: tuple[float, float] = (0.5, 1.0),
+        image_size: int | Sequence[int],  # target side, or (height, width)
+        crop: str = "center",  # or "random", the largest box that fits; "random_resized": one of `scale` times its area
+        flip: bool = False,  # mirror half of the samples
+        scale: Sequence[float] = (0.5, 1.0),
     ):
         if crop not in ("center", "random", "random_resized"):
             raise ValueError(f"data.crop is center, random or random_resized, not {crop!r}")
@@ -95,7 +88,7 @@ class ImageTransform:
 
     def deterministic(self) -> "ImageTransform":
         """The same size by centre crop, without flips: for validation, caching and reference statistics."""
-        return ImageTransform(self.size, "center", False)
+        return ImageTransform(self.size)
 
     @property
     def cacheable(self) -> bool:
@@ -110,9 +103,8 @@ class ImageTransform:
             fit *= rng.uniform(*self.scale) ** 0.5
         box_h, box_w = max(1, round(target_h * fit)), max(1, round(target_w * fit))
         free_h, free_w = height - box_h, width - box_w
-        if self.crop == "center":
-            top, left = free_h // 2, free_w // 2
-        else:
+        top, left = free_h // 2, free_w // 2
+        if self.crop != "center":
             top, left = int(rng.integers(free_h + 1)), int(rng.integers(free_w + 1))
         return Plan(top, left, box_h, box_w, bool(self.flip and rng.random() < 0.5))
 
@@ -122,10 +114,8 @@ class ImageTransform:
         return ImageTransform((height // factor, width // factor), self.crop, self.flip, self.scale)
 
     def apply_to_boxes(self, boxes: np.ndarray, plan: Plan, shape: tuple[int, int], least: float = 0.2) -> np.ndarray:
-        """(N, 5) in unit coordinates of a picture of `shape` -> those of the cut picture.
-
-        Boxes are clipped to it; those of which less than `least` of their area is left are dropped.
-        """
+        """(N, 5) in unit coordinates of a picture of `shape` -> those of the cut picture. Boxes are clipped to it; those of
+        which less than `least` of their area is left are dropped."""
         height, width = shape
         scale = np.array([width, height, width, height], float)
         corners = np.concatenate([boxes[:, :2], boxes[:, :2] + boxes[:, 2:4]], axis=1) * scale
@@ -158,25 +148,27 @@ def read_bytes(path: str, option: str) -> bytes:
     return file.read_bytes()
 
 
-def read_image(path: str, size: tuple[int, int], channels: int, option: str = "image") -> torch.Tensor:
-    """(C, H, W) in [-1, 1], cut to the middle and resized to `size`. Raises ValueError naming the file."""
+def _read_cut(
+    path: str, option: str, decode: Callable[[bytes], torch.Tensor], size: tuple[int, int], nearest: bool = False
+) -> torch.Tensor:
+    """The picture in a file that `option` names, cut to the middle and resized to `size`. Raises ValueError or
+    FileNotFoundError, naming both."""
     try:
-        image = decode_image(read_bytes(path, option), Path(path).suffix.lower().lstrip("."), channels)
+        image = decode(read_bytes(path, option))
     except FileNotFoundError:
         raise
     except (OSError, ValueError) as error:
         raise ValueError(f"{option}={path}: {error}") from error
-    transform = ImageTransform(size, "center")
-    return to_unit_range(transform.apply(image, transform.plan(*image.shape[1:], None)))
+    transform = ImageTransform(size)
+    return transform.apply(image, transform.plan(*image.shape[1:], None), nearest)
+
+
+def read_image(path: str, size: tuple[int, int], channels: int, option: str = "image") -> torch.Tensor:
+    """(C, H, W) in [-1, 1], see `_read_cut`."""
+    decode = partial(decode_image, extension=Path(path).suffix.lower().lstrip("."), channels=channels)
+    return to_unit_range(_read_cut(path, option, decode, size))
 
 
 def read_map(path: str, size: tuple[int, int]) -> torch.Tensor:
-    """(H, W) int64. A map keeps its labels: it is cut and resized by nearest neighbour."""
-    try:
-        labels = decode_labels(read_bytes(path, "map"))
-    except FileNotFoundError:
-        raise
-    except (OSError, ValueError) as error:
-        raise ValueError(f"map={path}: {error}") from error
-    transform = ImageTransform(size, "center")
-    return transform.apply(labels, transform.plan(*labels.shape[1:], None), nearest=True)[0].long()
+    """(H, W) int64, see `_read_cut`. A map keeps its labels: it is resized by nearest neighbour."""
+    return _read_cut(path, "map", decode_labels, size, nearest=True)[0].long()

@@ -84,7 +84,7 @@ def test_lsun_databases(lsun: Path, tmp_path: Path):
     index = build(source, tmp_path / "out", per_shard=3, workers=2)
     assert {s: p["count"] for s, p in index["splits"].items()} == {"train": 7, "val": 3}
     assert index["image_size"]["max"] == [43, 32]
-    assert len(LSUN(str(lsun), "church_outdoor", limit=2).keys["train"]) == 2
+    assert LSUN(str(lsun), "church_outdoor", limit=2).splits()["train"] == 2
     with pytest.raises(
         FileNotFoundError, match=r"bedroom_train_lmdb is no LMDB folder; unpack bedroom_train_lmdb\.zip"
     ):

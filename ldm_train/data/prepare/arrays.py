@@ -8,19 +8,12 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image, ImageOps
 
-from ldm_train.data.files import open_image, read_npy
-from ldm_train.data.shards import DataError
+from ldm_train.data.files import DataError, encoded_npy, encoded_png, open_image, optional_package, read_npy
 
 LAYOUTS = ("hwc", "chw")
 MOST_COMPRESSED, LEAST_CLAIM = 2_000, 1 << 25  # ratio (deflate reaches 1,032); bytes that pass unchecked
 # Modes of single-page TIFFs that image viewers show; TIFFs of other modes are read as arrays.
 VIEWED = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "I;16", "I;16B", "I;16L")
-
-
-def encoded_npy(array: np.ndarray) -> bytes:
-    buffer = io.BytesIO()
-    np.save(buffer, np.ascontiguousarray(array), allow_pickle=False)
-    return buffer.getvalue()
 
 
 def channels_last(array: np.ndarray, layout: str | None, name: str) -> np.ndarray:
@@ -40,7 +33,8 @@ def channels_last(array: np.ndarray, layout: str | None, name: str) -> np.ndarra
             f"{name}: the shape {array.shape} does not say which axis holds the channels; say source.layout=hwc (the last) "
             "or source.layout=chw (the first), which source=image_folder has"
         )
-    return np.moveaxis(array, 0, 2) if (layout or ("hwc" if last else "chw")) == "chw" else array
+    layout = layout or ("hwc" if last else "chw")
+    return np.moveaxis(array, 0, 2) if layout == "chw" else array
 
 
 def in_unit_range(array: np.ndarray, limits: Sequence[float] | None, name: str) -> np.ndarray:
@@ -68,12 +62,7 @@ def in_unit_range(array: np.ndarray, limits: Sequence[float] | None, name: str) 
 
 def _bands(data: bytes) -> np.ndarray:
     """The first series of a TIFF as (H, W, C): its bands and pages are the channels."""
-    try:
-        import tifffile
-    except ModuleNotFoundError as error:
-        raise DataError(
-            "TIFFs with several pages or bands need the package tifffile: pip install 'ldm-train[prepare]'"
-        ) from error
+    tifffile = optional_package("tifffile", "TIFFs with several pages or bands need")
     try:
         with tifffile.TiffFile(io.BytesIO(data)) as file:
             series = file.series[0]
@@ -97,23 +86,24 @@ def _viewed(data: bytes) -> bytes | None:
             if getattr(image, "n_frames", 1) > 1 or image.mode not in VIEWED:
                 return None
             image = ImageOps.exif_transpose(image)
-            image = (
-                image.convert("RGB") if image.mode == "CMYK" else image.convert("RGBA") if image.mode == "PA" else image
-            )
-            buffer = io.BytesIO()
-            image.save(buffer, format="PNG")
-            return buffer.getvalue()
+            written = {"CMYK": "RGB", "PA": "RGBA"}.get(image.mode, image.mode)  # PNGs have neither
+            return encoded_png(image.convert(written))
     except Exception:  # more bands than Pillow knows, or damage, which `_bands` names
         return None
 
 
+def reduced_size(size: tuple[int, int], max_size: int | None) -> tuple[int, int] | None:
+    """(width, height) with the short side reduced to `max_size` pixels; None where nothing is to be reduced."""
+    if max_size is None or min(size) <= max_size:
+        return None
+    factor = max_size / min(size)
+    return round(size[0] * factor), round(size[1] * factor)
+
+
 def _reduced(array: np.ndarray, max_size: int | None) -> np.ndarray:
     """(H, W, C) with its short side reduced to `max_size` pixels, each channel by itself."""
-    height, width = array.shape[:2]
-    if max_size is None or min(height, width) <= max_size:
+    if (size := reduced_size((array.shape[1], array.shape[0]), max_size)) is None:
         return array
-    factor = max_size / min(height, width)
-    size = (round(width * factor), round(height * factor))
     bands = [Image.fromarray(np.ascontiguousarray(band)) for band in np.moveaxis(array, 2, 0)]
     resized = np.stack([np.asarray(band.resize(size, Image.Resampling.LANCZOS)) for band in bands], axis=2)
     return resized if array.dtype == np.uint8 else resized.clip(-1, 1)

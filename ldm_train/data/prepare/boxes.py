@@ -3,12 +3,14 @@
 import csv
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
-from typing import Any
 
 from tqdm import tqdm
 
+from ldm_train.data.prepare.build import Source
 from ldm_train.data.prepare.image_folder import image_bytes
 from ldm_train.data.shards import DataError
 
@@ -28,27 +30,24 @@ def _inside(x: float, y: float, w: float, h: float) -> list[float]:
     return [left, top, min(x + w, 1.0) - left, min(y + h, 1.0) - top]
 
 
-class _Boxes:
+class _Boxes(Source):
     """What COCO and Open Images share: `items[split]` = (key, path below `root`, record), the record being what goes into
     .json, encoded: a million of them as objects would be gigabytes, in every process."""
-
-    classes: list[str] | None
-    identity: dict[str, Any]
 
     def __init__(self, root: Path, max_size: int | None, min_objects: int, max_objects: int, min_area: float):
         self.root, self.max_size, self.min_objects, self.max_objects = root, max_size, min_objects, max_objects
         self.min_area = min_area
-        self.items: dict[str, list[tuple[str, str, bytes]]] = {"train": [], "val": []}
+        self.items = {"train": [], "val": []}
 
-    def _kept(self, boxes: list[list[float]]) -> list[list[float]] | None:
-        """Boxes that are large enough, or None where the picture has too few or too many of them."""
+    def _add(self, split: str, key: str, path: Path, boxes: list[list[float]], captions: Sequence[str] = ()) -> None:
+        """Takes a picture with its boxes that are large enough, unless these are too few or too many."""
         large = [b for b in boxes if b[2] > 0 and b[3] > 0 and b[2] * b[3] >= self.min_area]
-        return large if self.min_objects <= len(large) <= self.max_objects else None
-
-    def _add(self, split: str, key: str, path: Path, record: dict) -> None:
-        self.items[split].append((key, str(path.relative_to(self.root)), json.dumps(record).encode()))
+        if self.min_objects <= len(large) <= self.max_objects:
+            record = {"boxes": large} | ({"captions": captions} if captions else {})
+            self.items[split].append((key, str(path.relative_to(self.root)), json.dumps(record).encode()))
 
     def _settle(self, name: str, path: str) -> None:
+        """Sorts what was added and sets `identity`. Raises DataError where a split is empty."""
         for split, items in self.items.items():
             items.sort(key=lambda item: item[0])
             if not items:
@@ -56,15 +55,8 @@ class _Boxes:
         records = hashlib.sha256()
         for key, _, record in (item for items in self.items.values() for item in items):
             records.update(f"{key} {len(record)} ".encode() + record)
-        self.identity = {
-            "source": name,
-            "max_size": self.max_size,
-            "classes": self.classes,
-            "records": records.hexdigest()[:16],
-        }
-
-    def splits(self) -> dict[str, int]:
-        return {split: len(items) for split, items in self.items.items()}
+        options = {"source": name, "max_size": self.max_size, "classes": self.classes}
+        self.identity = options | {"records": records.hexdigest()[:16]}
 
     def sample(self, split: str, i: int) -> tuple[str, dict[str, bytes]]:
         key, path, record = self.items[split][i]
@@ -76,30 +68,26 @@ class _Boxes:
 
 
 class COCO(_Boxes):
-    """path: folder with train2017/, val2017/ and annotations/ (instances, and where present stuff and captions).
-
-    A box's label is its category id - 1, of 183 labels: things 0..90, stuff 91..181, "other" 182. crowds: also take
-    boxes of crowds. Raises FileNotFoundError naming what to download.
-    """
+    """A box's label is its category id - 1, of 183 labels: things 0..90, stuff 91..181, "other" 182. Raises FileNotFoundError
+    naming what to download."""
 
     def __init__(
         self,
-        path: str,
+        path: str,  # folder with train2017/, val2017/ and annotations/ (instances, and where present stuff and captions)
         max_size: int | None = 256,
         stuff: bool = True,
-        crowds: bool = False,
+        crowds: bool = False,  # also take boxes of crowds
         min_objects: int = 1,
         max_objects: int = 1000,
         min_area: float = 0.0,
     ):
         super().__init__(Path(path), max_size, min_objects, max_objects, min_area)
-        root, names = self.root, {}
         origin = (
             "download it from cocodataset.org (2017 train and val images, train/val annotations, stuff annotations)"
         )
+        notes, names = self.root / "annotations", {}
         for split, year in (("train", "train2017"), ("val", "val2017")):
-            notes = root / "annotations"
-            kinds = ["instances"] + (["stuff"] if stuff else [])
+            kinds = ("instances", "stuff") if stuff else ("instances",)
             files = [_existing(notes / f"{kind}_{year}.json", origin) for kind in kinds]
             records: dict[int, dict] = {}
             for file in files:
@@ -111,37 +99,31 @@ class COCO(_Boxes):
                     image = records[note["image_id"]]
                     if crowds or not note.get("iscrowd"):
                         x, y, w, h = note["bbox"]
-                        size = (image["width"], image["height"])
-                        unit = _inside(x / size[0], y / size[1], w / size[0], h / size[1])
+                        width, height = image["width"], image["height"]
+                        unit = _inside(x / width, y / height, w / width, h / height)
                         image["boxes"].append([*unit, note["category_id"] - 1])
             captions = notes / f"captions_{year}.json"
             if captions.is_file():
                 for note in json.loads(captions.read_text())["annotations"]:
                     if note["image_id"] in records:
                         records[note["image_id"]]["captions"].append(note["caption"].strip())
-            folder = _existing(root / year, origin)
+            folder = _existing(self.root / year, origin)
             for number, image in tqdm(records.items(), desc=f"COCO {split}", unit="img"):
-                if (boxes := self._kept(image["boxes"])) is not None:
-                    record = {"boxes": boxes} | ({"captions": image["captions"]} if image["captions"] else {})
-                    self._add(split, f"{number:012d}", folder / image["file_name"], record)
+                self._add(split, f"{number:012d}", folder / image["file_name"], image["boxes"], image["captions"])
         self.classes = [names.get(i + 1, f"unused {i + 1}") for i in range(183)]
         self._settle("coco", path)
 
 
 class OpenImagesBoxes(_Boxes):
-    """path: folder with the images in train/ and validation/, the box tables of Open Images V7 (
-    oidv6-train-annotations-bbox.csv, validation-annotations-bbox.csv) and class-descriptions-boxable.csv.
-
-    Labels are the rows of the class descriptions. groups, depictions: also take boxes around groups, and of drawings.
-    Defaults for numbers and sizes follow the layout models of VQGAN: 2 to 30 objects of at least 1e-5 of the picture.
-    """
+    """Labels are the rows of the class descriptions. Defaults for numbers and sizes follow the layout models of VQGAN: 2 to 30
+    objects of at least 1e-5 of the picture."""
 
     def __init__(
         self,
-        path: str,
+        path: str,  # folder with train/, validation/, and of V7 class-descriptions-boxable.csv and the tables OPENIMAGES_CSV
         max_size: int | None = 256,
-        groups: bool = True,
-        depictions: bool = True,
+        groups: bool = True,  # also take boxes around groups
+        depictions: bool = True,  # also take boxes of drawings
         min_objects: int = 2,
         max_objects: int = 30,
         min_area: float = 1e-5,
@@ -171,8 +153,7 @@ class OpenImagesBoxes(_Boxes):
                         continue
                     left, right, top, bottom = (float(row[c]) for c in ("XMin", "XMax", "YMin", "YMax"))
                     boxes.append([*_inside(left, top, right - left, bottom - top), label_of[row["LabelName"]]])
-                if (kept := self._kept(boxes)) is not None:
-                    self._add(split, number, folder / present[number], {"boxes": kept})
+                self._add(split, number, folder / present[number], boxes)
             if absent:
                 print(f"{absent} pictures of {name} are not in {folder}; taken without them")
         self._settle("openimages_boxes", path)
@@ -181,15 +162,9 @@ class OpenImagesBoxes(_Boxes):
     def _by_image(path: Path) -> Iterator[tuple[str, list[dict[str, str]]]]:
         """(image id, its rows): the tables are sorted by image, and too long to hold."""
         with open(path, newline="", encoding="utf-8") as file:
-            rows: list[dict[str, str]] = []
             seen: set[str] = set()
-            for row in csv.DictReader(file):
-                if rows and row["ImageID"] != rows[0]["ImageID"]:
-                    seen.add(rows[0]["ImageID"])
-                    yield rows[0]["ImageID"], rows
-                    rows = []
-                    if row["ImageID"] in seen:
-                        raise DataError(f"{path} is not sorted by ImageID ({row['ImageID']} comes twice); sort it")
-                rows.append(row)
-            if rows:
-                yield rows[0]["ImageID"], rows
+            for number, rows in groupby(csv.DictReader(file), itemgetter("ImageID")):
+                if number in seen:
+                    raise DataError(f"{path} is not sorted by ImageID ({number} comes twice); sort it")
+                seen.add(number)
+                yield number, list(rows)

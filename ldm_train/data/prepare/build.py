@@ -2,33 +2,37 @@
 
 import hashlib
 import json
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Protocol
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
 from ldm_train.data.fields import array_of, check_fields
 from ldm_train.data.files import IMAGE_EXTENSIONS, open_image
-from ldm_train.data.shards import ENTRIES, INDEX, DataError, finished_shard, write_shard
+from ldm_train.data.shards import ENTRIES, INDEX, DataError, finished_shard, read_note, shard_name, write_shard
 from ldm_train.interrupts import become_worker
 from ldm_train.storage import write_json
 
 
-class Source(Protocol):
-    """Samples by number. A source is picklable and deterministic, so that any process can write any shard.
+class Source:
+    """Samples by number. A source is picklable and deterministic, so that any process can write any shard. One of your own
+    need not be a subclass.
 
     classes: names of the class indices, or None. identity: what the samples depend on, JSON-able.
+    items: what `splits` counts and `sample` makes samples of.
     """
 
-    classes: list[str] | None
-    identity: dict
+    classes: list[str] | None = None
+    identity: dict[str, Any]
+    items: dict[str, Sequence[Any]]
 
     def splits(self) -> dict[str, int]:
         """Number of samples per split."""
-        ...
+        return {split: len(items) for split, items in self.items.items()}
 
     def sample(self, split: str, i: int) -> tuple[str, dict[str, bytes]]:
         """(key, {extension: bytes}). Raises OSError or ValueError for a sample that cannot be read; where the error has
@@ -37,7 +41,17 @@ class Source(Protocol):
         A source that is slow one by one may also have `samples(split, chunk)`: an iterator of the same in order, with
         the exception in the place of a sample that cannot be read.
         """
-        ...
+        raise NotImplementedError
+
+
+def class_and_captions(label: int | None = None, captions: Sequence[str] = ()) -> dict[str, bytes]:
+    """The members of a sample that say what it shows: .cls, .txt (the first caption), .json (where there are several)."""
+    members = {} if label is None else {"cls": str(label).encode()}
+    if captions:
+        members["txt"] = captions[0].encode()
+    if len(captions) > 1:
+        members["json"] = json.dumps({"captions": captions}).encode()
+    return members
 
 
 def digest(items: object) -> str:
@@ -50,15 +64,30 @@ def in_validation(key: str, fraction: float) -> bool:
     return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "little") < fraction * 2**64
 
 
-def _write(source: Source, out: Path, split: str, number: int, chunk: range) -> dict:
+def _checked_picture(fields: dict[str, bytes]) -> dict[str, Any]:
+    """Reads a sample's picture whole: a truncated file must not reach training. Returns its "size" (width, height), and of a
+    .npy its "channels", "least" and "largest" value in [-1, 1]; {} where it has none."""
+    extension = next((e for e in IMAGE_EXTENSIONS if e in fields), None)
+    if extension is None:
+        return {}
+    if extension == "npy":
+        array = array_of(fields["npy"])
+        ends = [float(array.min()), float(array.max())]
+        least, largest = [v / 127.5 - 1 for v in ends] if array.dtype == np.uint8 else ends
+        height, width, channels = array.shape
+        return {"size": (width, height), "channels": channels, "least": least, "largest": largest}
+    with open_image(fields[extension]) as image:
+        image.load()
+        return {"size": image.size}
+
+
+def _write(source: Source, out: Path, name: str, split: str, chunk: range) -> dict:
     """Writes one shard and the entry that marks it as complete. Returns its entry with skipped samples and image sizes, of .npy
     pictures also the numbers of channels and the least and largest value."""
-    sizes, skipped, passing = [], [], []
-    channels, values = set(), []
-
+    pictures, skipped, passing = [], [], []
     together = source.samples(split, chunk) if hasattr(source, "samples") else None
 
-    def samples():
+    def samples() -> Iterator[tuple[str, dict[str, bytes]]]:
         for i in chunk:
             key = f"sample {i}"
             try:
@@ -66,21 +95,9 @@ def _write(source: Source, out: Path, split: str, number: int, chunk: range) -> 
                 if isinstance(made, Exception):
                     raise made
                 key, fields = made
-                extension = next((e for e in IMAGE_EXTENSIONS if e in fields), None)
-                if extension == "npy":
-                    array = array_of(fields["npy"])
-                    size = (array.shape[1], array.shape[0])
-                    channels.add(array.shape[2])
-                    ends = [float(array.min()), float(array.max())]
-                    values.extend(v / 127.5 - 1 if array.dtype == np.uint8 else v for v in ends)
-                elif extension:
-                    with open_image(fields[extension]) as image:
-                        image.load()  # a truncated file must not reach training
-                        size = image.size
+                picture = _checked_picture(fields)
                 key.encode()  # a file's name need not be text
                 check_fields(fields, len(source.classes) if source.classes else None)
-                if extension:
-                    sizes.append(size)
             except DataError:  # an option is missing, no picture damaged
                 raise
             except (OSError, ValueError) as error:
@@ -88,6 +105,7 @@ def _write(source: Source, out: Path, split: str, number: int, chunk: range) -> 
                 if getattr(error, "passing", False):
                     passing.append(str(error))
                 continue
+            pictures.append(picture)
             yield key, fields
         if len(passing) > max(1, len(chunk) // 2):  # raised here, the shard is not written
             raise DataError(
@@ -95,13 +113,12 @@ def _write(source: Source, out: Path, split: str, number: int, chunk: range) -> 
                 "the network and run the same command to continue"
             )
 
-    name = f"{split}-{number:06d}.tar"
-    entry = write_shard(out / name, samples())
-    entry["skipped"] = skipped
-    if sizes:
-        entry["image_size"] = [[min(s[k] for s in sizes) for k in (0, 1)], [max(s[k] for s in sizes) for k in (0, 1)]]
-    if channels:
-        entry |= {"channels": sorted(channels), "values": [min(values), max(values)]}
+    entry = write_shard(out / name, samples()) | {"skipped": skipped}
+    if sizes := [picture["size"] for picture in pictures if picture]:
+        entry["image_size"] = [[extreme(side) for side in zip(*sizes)] for extreme in (min, max)]
+    if arrays := [picture for picture in pictures if "channels" in picture]:
+        entry["channels"] = sorted({picture["channels"] for picture in arrays})
+        entry["values"] = [min(picture["least"] for picture in arrays), max(picture["largest"] for picture in arrays)]
     write_json(out / ENTRIES / f"{name}.json", entry)
     return entry
 
@@ -120,49 +137,50 @@ def _write_held(*task) -> dict:
 
 def build(source: Source, out: str | Path, per_shard: int = 1000, workers: int = 1) -> dict:
     """Writes every split of `source` into `out` and returns the index. Run again after an interruption, it continues.
-
-    Raises DataError if `out` holds data prepared otherwise, or a split would be empty.
-    """
+    Raises DataError if `out` holds data prepared otherwise, or a split would be empty."""
     out = Path(out)
     counts = source.splits()
     if min(counts.values()) == 0 or "train" not in counts:
         raise DataError(f"the source has {counts} samples; both train and val need at least one (see val_fraction)")
     identity = {"source": source.identity, "per_shard": per_shard, "counts": counts}
     note = out / ENTRIES / "source.json"
-    if note.is_file() and _read(note) != json.loads(json.dumps(identity)):
+    if note.is_file() and read_note(note) != json.loads(json.dumps(identity)):
         raise DataError(
             f"{out} holds data prepared with other options or from other files; choose another out=<folder> or delete this one"
         )
     if (out / INDEX).is_file() and not note.is_file():
         raise DataError(f"{out} holds data of another origin; choose another out=<folder>")
     write_json(note, identity)
-    tasks = [
-        (split, number, range(first, min(first + per_shard, count)))
+    tasks = {
+        shard_name(split, number): (split, range(first, min(first + per_shard, count)))
         for split, count in counts.items()
         for number, first in enumerate(range(0, count, per_shard))
-    ]
+    }
     done: dict[str, dict] = {}
     with tqdm(total=sum(counts.values()), desc=f"preparing {out.name}", unit="img") as progress:
-        todo = []
-        for split, number, chunk in tasks:
-            name = f"{split}-{number:06d}.tar"
+        for name, (_, chunk) in tasks.items():
             if (entry := finished_shard(out, name)) and _is_complete(entry):
                 done[name] = entry
                 progress.update(len(chunk))
-            else:
-                todo.append((split, number, chunk))
-        if workers <= 1:
-            for split, number, chunk in todo:
-                done[f"{split}-{number:06d}.tar"] = _write(source, out, split, number, chunk)
-                progress.update(len(chunk))
-        else:
-            with ProcessPoolExecutor(workers, get_context("spawn"), _hold, (source,)) as pool:
-                running = {pool.submit(_write_held, out, *task): task for task in todo}
-                for future in as_completed(running):
-                    split, number, chunk = running[future]
-                    done[f"{split}-{number:06d}.tar"] = future.result()
-                    progress.update(len(chunk))
-    return write_index(out, [(split, done[f"{split}-{number:06d}.tar"]) for split, number, _ in tasks], source.classes)
+        todo = {name: task for name, task in tasks.items() if name not in done}
+        for name, entry in _written(source, out, todo, workers):
+            done[name] = entry
+            progress.update(len(tasks[name][1]))
+    return write_index(out, [(split, done[name]) for name, (split, _) in tasks.items()], source.classes)
+
+
+def _written(
+    source: Source, out: Path, tasks: dict[str, tuple[str, range]], workers: int
+) -> Iterator[tuple[str, dict]]:
+    """Writes shards, in several processes if asked; yields (name, entry) of each when it is finished."""
+    if workers <= 1:
+        for name, task in tasks.items():
+            yield name, _write(source, out, name, *task)
+        return
+    with ProcessPoolExecutor(workers, get_context("spawn"), _hold, (source,)) as pool:
+        running = {pool.submit(_write_held, out, name, *task): name for name, task in tasks.items()}
+        for future in as_completed(running):
+            yield running[future], future.result()
 
 
 def _is_complete(entry: dict) -> bool:
@@ -171,36 +189,27 @@ def _is_complete(entry: dict) -> bool:
     return isinstance(entry.get("skipped"), list) and all(isinstance(side, int) for side in sides)
 
 
-def _read(note: Path) -> object:
-    try:
-        return json.loads(note.read_bytes())
-    except (ValueError, RecursionError):
-        return None  # which is nothing that data are prepared from
-
-
 def write_index(out: Path, shards: list[tuple[str, dict]], classes: list[str] | None) -> dict:
-    """Writes index.json from (split, entry) pairs and lists skipped samples in skipped.txt.
-
-    Raises DataError where a split holds no sample.
-    """
+    """Writes index.json from (split, entry) pairs and lists skipped samples in skipped.txt. Raises DataError where a split
+    holds no sample."""
     splits: dict[str, dict] = {}
-    skipped, ranges, values = [], [], []
+    skipped, smallest, largest, values = [], [], [], []
     for split, entry in shards:
-        entry = dict(entry)
-        skipped += entry.pop("skipped", [])
+        skipped += entry.get("skipped", [])
+        values += entry.get("values", [])
         if "image_size" in entry:
-            ranges.append(entry.pop("image_size"))
-        values += entry.pop("values", [])
+            smallest.append(entry["image_size"][0])
+            largest.append(entry["image_size"][1])
         part = splits.setdefault(split, {"count": 0, "shards": []})
-        part["shards"].append(entry)
+        part["shards"].append({k: v for k, v in entry.items() if k not in ("skipped", "values", "image_size")})
         part["count"] += entry["count"]
     index: dict = {"splits": splits}
     if classes:
         index["classes"] = classes
-    if ranges:
+    if smallest:
         index["image_size"] = {
-            "min": [min(r[0][k] for r in ranges) for k in (0, 1)],
-            "max": [max(r[1][k] for r in ranges) for k in (0, 1)],
+            "min": [min(side) for side in zip(*smallest)],
+            "max": [max(side) for side in zip(*largest)],
         }
     (out / "skipped.txt").unlink(missing_ok=True)
     if skipped:

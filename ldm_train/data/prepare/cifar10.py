@@ -1,12 +1,12 @@
 """CIFAR-10 from its owners' archive (Krizhevsky 2009), binary version."""
 
-import io
 import tarfile
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
+from ldm_train.data.files import encoded_png
+from ldm_train.data.prepare.build import Source, class_and_captions
 from ldm_train.data.prepare.download import check_md5, download
 
 URL = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
@@ -16,13 +16,13 @@ FILES = {"train": [f"data_batch_{i}.bin" for i in range(1, 6)], "val": ["test_ba
 RECORD = 1 + 3 * 32 * 32  # label, then the planes of a 32x32 image
 
 
-class CIFAR10:
+class CIFAR10(Source):
     """path: a local cifar-10-binary.tar.gz, or the folder with its .bin files; None downloads the archive to `cache`."""
 
     classes: list[str] | None = CLASSES
 
     def __init__(self, path: str | None = None, cache: str = "data/downloads", md5: str = MD5):
-        self.records: dict[str, np.ndarray] = {}
+        self.items = {}
         source = Path(path) if path else download(URL, Path(cache) / Path(URL).name, md5)
         if source.is_dir():
             read = self._folder(source)
@@ -37,7 +37,7 @@ class CIFAR10:
                 raise ValueError(
                     f"{source}: {split} files are no whole number of {RECORD}-byte records; fetch them again"
                 )
-            self.records[split] = np.frombuffer(joined, np.uint8).reshape(-1, RECORD)
+            self.items[split] = np.frombuffer(joined, np.uint8).reshape(-1, RECORD)
         self.identity = {"source": "cifar10"}
 
     @staticmethod
@@ -52,13 +52,8 @@ class CIFAR10:
         with tarfile.open(path) as tar:
             return {Path(m.name).name: tar.extractfile(m).read() for m in tar if m.name.endswith(".bin")}
 
-    def splits(self) -> dict[str, int]:
-        return {split: len(records) for split, records in self.records.items()}
-
     def sample(self, split: str, i: int) -> tuple[str, dict[str, bytes]]:
-        record = self.records[split][i]
+        record = self.items[split][i]
         label, pixels = int(record[0]), record[1:].reshape(3, 32, 32).transpose(1, 2, 0)
-        buffer = io.BytesIO()
-        Image.fromarray(np.ascontiguousarray(pixels)).save(buffer, format="PNG")
-        caption = f"a photo of a {CLASSES[label]}"
-        return f"{split}_{i:05d}", {"png": buffer.getvalue(), "cls": str(label).encode(), "txt": caption.encode()}
+        picture = {"png": encoded_png(np.ascontiguousarray(pixels))}
+        return f"{split}_{i:05d}", picture | class_and_captions(label, [f"a photo of a {CLASSES[label]}"])

@@ -1,14 +1,14 @@
 """Fashion-MNIST (Xiao et al. 2017): 28x28 grey pictures of clothes, from its IDX files."""
 
 import gzip
-import io
 import struct
 import zlib
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
+from ldm_train.data.files import encoded_png
+from ldm_train.data.prepare.build import Source, class_and_captions
 from ldm_train.data.prepare.download import download
 
 URL = "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/"
@@ -38,24 +38,19 @@ def read_idx(path: Path) -> np.ndarray:
     return np.frombuffer(body, np.uint8).reshape(shape)
 
 
-class FashionMNIST:
+class FashionMNIST(Source):
     """path: a folder with the four IDX files (gzipped or not); None downloads them to `cache`."""
 
     classes: list[str] | None = CLASSES
 
     def __init__(self, path: str | None = None, cache: str = "data/downloads/fashion_mnist"):
         files = {name: self._file(name, path, cache) for name in MD5}
-        self.images = {
-            "train": read_idx(files["train-images-idx3-ubyte"]),
-            "val": read_idx(files["t10k-images-idx3-ubyte"]),
-        }
-        self.labels = {
-            "train": read_idx(files["train-labels-idx1-ubyte"]),
-            "val": read_idx(files["t10k-labels-idx1-ubyte"]),
-        }
-        for split in self.images:
-            if len(self.images[split]) != len(self.labels[split]):
-                raise ValueError(f"{split}: {len(self.images[split])} images but {len(self.labels[split])} labels")
+        self.items, self.labels = {}, {}
+        for split, prefix in (("train", "train"), ("val", "t10k")):
+            self.items[split] = read_idx(files[f"{prefix}-images-idx3-ubyte"])
+            self.labels[split] = read_idx(files[f"{prefix}-labels-idx1-ubyte"])
+            if len(self.items[split]) != len(self.labels[split]):
+                raise ValueError(f"{split}: {len(self.items[split])} images but {len(self.labels[split])} labels")
         self.identity = {"source": "fashion_mnist"}
 
     @staticmethod
@@ -69,12 +64,6 @@ class FashionMNIST:
             f"{path} lacks {name}.gz; put the four IDX files there or leave path out to download them"
         )
 
-    def splits(self) -> dict[str, int]:
-        return {split: len(images) for split, images in self.images.items()}
-
     def sample(self, split: str, i: int) -> tuple[str, dict[str, bytes]]:
-        buffer = io.BytesIO()
-        Image.fromarray(self.images[split][i]).save(buffer, format="PNG")
-        label = int(self.labels[split][i])
-        caption = f"a picture of a {CLASSES[label]}"
-        return f"{split}_{i:05d}", {"png": buffer.getvalue(), "cls": str(label).encode(), "txt": caption.encode()}
+        picture, label = {"png": encoded_png(self.items[split][i])}, int(self.labels[split][i])
+        return f"{split}_{i:05d}", picture | class_and_captions(label, [f"a picture of a {CLASSES[label]}"])

@@ -1,35 +1,28 @@
 """Data sets of the Hugging Face hub, or saved by its library."""
 
-import json
 from pathlib import Path
 from typing import Any
 
-from ldm_train.data.files import open_image
-from ldm_train.data.prepare.build import digest, in_validation
-from ldm_train.data.prepare.image_folder import encoded_png, reduced
+from ldm_train.data.files import encoded_png, open_image, optional_package
+from ldm_train.data.prepare.build import Source, class_and_captions, digest, in_validation
+from ldm_train.data.prepare.image_folder import reduced
 from ldm_train.data.shards import DataError
 
 
-class HuggingFace:
-    """path: a name on the hub, a folder written by `save_to_disk`, or anything `datasets.load_dataset` reads.
-
-    image_column, caption_column (one text or several), class_column: as the data set calls them; null for none.
-    train_split, val_split: of the data set; without the latter val_fraction of the former. name: its configuration.
-    max_size: as for ImageFolder.
-    Raises FileNotFoundError where it cannot be loaded, DataError naming the columns there are.
-    """
+class HuggingFace(Source):
+    """Raises FileNotFoundError where the data set cannot be loaded, DataError naming the columns there are."""
 
     def __init__(
         self,
-        path: str,
-        name: str | None = None,
+        path: str,  # a name on the hub, a folder written by `save_to_disk`, or anything `datasets.load_dataset` reads
+        name: str | None = None,  # the data set's configuration
         image_column: str = "image",
-        caption_column: str | None = None,
+        caption_column: str | None = None,  # one text or several; null: none
         class_column: str | None = None,
         train_split: str = "train",
-        val_split: str | None = None,
+        val_split: str | None = None,  # null: val_fraction of train_split
         val_fraction: float = 0.05,
-        max_size: int | None = None,
+        max_size: int | None = None,  # as for ImageFolder
     ):
         self.path, self.name, self.max_size = path, name, max_size
         self.columns = {"image": image_column, "caption": caption_column, "class": class_column}
@@ -45,38 +38,29 @@ class HuggingFace:
                 "source.caption_column, source.class_column"
             )
         names = getattr(features[class_column], "names", None) if class_column else None
-        self.classes: list[str] | None = list(names) if names else None
-        if class_column and not names:
-            self.classes = sorted({str(v) for v in data[train_split][class_column]})
+        self.classes = list(names) if names else None
         self.by_name = bool(class_column) and not names
-        count = len(data[train_split])
+        if self.by_name:
+            self.classes = sorted({str(v) for v in data[train_split][class_column]})
+        rows = range(len(data[train_split]))
+        self.parts = {"train": train_split, "val": val_split or train_split}  # where the rows of `items` are
         if val_split:
-            self.rows = {"train": (train_split, range(count)), "val": (val_split, range(len(data[val_split])))}
+            self.items = {"train": rows, "val": range(len(data[val_split]))}
         else:
-            held_out = [in_validation(f"{i:09d}", val_fraction) for i in range(count)]
-            self.rows = {
-                "train": (train_split, [i for i in range(count) if not held_out[i]]),
-                "val": (train_split, [i for i in range(count) if held_out[i]]),
-            }
-        self.identity = {
-            "source": "hugging_face",
-            "columns": self.columns,
-            "max_size": max_size,
-            "data": digest([getattr(data[s], "_fingerprint", s) for s in sorted(data)]),
-        }
+            held_out = [in_validation(f"{i:09d}", val_fraction) for i in rows]
+            self.items = {split: [i for i in rows if held_out[i] == (split == "val")] for split in self.parts}
+        fingerprints = [getattr(data[split], "_fingerprint", split) for split in sorted(data)]
+        options = {"source": "hugging_face", "columns": self.columns, "max_size": max_size}
+        self.identity = options | {"data": digest(fingerprints)}
 
     def __getstate__(self) -> dict:
         return self.__dict__ | {"_data": None}  # each process opens the data itself
 
     def _load(self) -> Any:
         if self._data is None:
+            datasets = optional_package("datasets", "this source needs")
             try:
-                import datasets
-            except ImportError as error:
-                raise DataError("this source needs the package datasets: pip install 'ldm-train[prepare]'") from error
-            try:
-                saved = Path(self.path) / "dataset_dict.json"
-                if saved.is_file():
+                if (Path(self.path) / "dataset_dict.json").is_file():
                     data = datasets.load_from_disk(self.path)
                 else:
                     data = datasets.load_dataset(self.path, self.name)
@@ -85,43 +69,35 @@ class HuggingFace:
                     f"path={self.path} cannot be loaded ({str(error).splitlines()[0]}); give a name on the hub, or a "
                     "folder written by DatasetDict.save_to_disk on a machine that has a network"
                 ) from error
-            self._data = datasets.DatasetDict(
-                {
-                    split: part.cast_column(self.columns["image"], datasets.Image(decode=False))
-                    if self.columns["image"] in part.features
-                    else part
-                    for split, part in data.items()
-                }
-            )
+            column, encoded = self.columns["image"], datasets.Image(decode=False)
+            for split, part in data.items():
+                data[split] = part.cast_column(column, encoded) if column in part.features else part
+            self._data = data
         return self._data
 
-    def splits(self) -> dict[str, int]:
-        return {split: len(rows) for split, (_, rows) in self.rows.items()}
-
     def sample(self, split: str, i: int) -> tuple[str, dict[str, bytes]]:
-        part, rows = self.rows[split]
-        row = self._load()[part][rows[i]]
-        key, image = f"{part}_{rows[i]:09d}", row[self.columns["image"]]
+        part, number = self.parts[split], self.items[split][i]
+        row, key = self._load()[part][number], f"{part}_{number:09d}"
+        image = row[self.columns["image"]]
         if image is None or not (image["bytes"] or image["path"]):
-            raise ValueError(f"row {rows[i]} has no image")
-        fields = dict([self._encoded(image["bytes"] or Path(image["path"]).read_bytes(), key)])
+            raise ValueError(f"row {number} has no image")
+        extension, data = self._encoded(image["bytes"] or Path(image["path"]).read_bytes(), key)
+        fields = {extension: data}
         for name in ("caption", "class"):
             if (column := self.columns[name]) and row[column] in (None, "", []):
-                raise ValueError(f"row {rows[i]} has no {column}")
+                raise ValueError(f"row {number} has no {column}")
         if column := self.columns["caption"]:
-            given = row[column] if isinstance(row[column], list) else [row[column]]
-            if None in given:
-                raise ValueError(f"row {rows[i]} has no {column} among several")
-            captions = [str(c).strip() for c in given]
-            fields["txt"] = captions[0].encode()
-            if len(captions) > 1:
-                fields["json"] = json.dumps({"captions": captions}).encode()
+            captions = row[column] if isinstance(row[column], list) else [row[column]]
+            if None in captions:
+                raise ValueError(f"row {number} has no {column} among several")
+            fields |= class_and_captions(captions=[str(caption).strip() for caption in captions])
         if column := self.columns["class"]:
             label = self.classes.index(str(row[column])) if self.by_name else int(row[column])
-            fields["cls"] = str(label).encode()
+            fields |= class_and_captions(label)
         return key, fields
 
     def _encoded(self, data: bytes, key: str) -> tuple[str, bytes]:
+        """(extension, bytes) of a picture as shards hold it."""
         with open_image(data) as image:
             kind = (image.format or "").lower()
             if kind not in ("jpeg", "png", "webp"):  # TIFF and the like

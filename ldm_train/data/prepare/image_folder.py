@@ -7,9 +7,9 @@ from pathlib import Path
 
 from PIL import Image, ImageOps
 
-from ldm_train.data.files import ARRAYS, open_image, pictures_among
+from ldm_train.data.files import ARRAYS, encoded_png, open_image, pictures_among
 from ldm_train.data.prepare import arrays
-from ldm_train.data.prepare.build import digest, in_validation
+from ldm_train.data.prepare.build import Source, class_and_captions, digest, in_validation
 from ldm_train.data.shards import DataError
 
 EXTENSIONS = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}
@@ -39,15 +39,20 @@ def reduced(data: bytes, extension: str, max_size: int | None, name: str) -> tup
     if max_size is None:
         return extension, data
     try:
-        return _reduced(data, extension, max_size)
+        with open_image(data) as image:
+            if min(image.size) <= max_size:
+                return extension, data
+            image = ImageOps.exif_transpose(image)
+            if image.mode in ("1", "P"):  # which cannot be interpolated
+                image = image.convert("RGBA" if "transparency" in image.info else "RGB")
+            image = image.resize(arrays.reduced_size(image.size, max_size), Image.Resampling.LANCZOS)
+            if extension not in ("jpg", "jpeg"):
+                return "png", encoded_png(image)
+            buffer = io.BytesIO()
+            image.convert("RGB").save(buffer, format="JPEG", quality=95)
+            return "jpg", buffer.getvalue()
     except (OSError, ValueError) as error:
         raise ValueError(f"{name}: {error}") from error
-
-
-def encoded_png(image: Image.Image) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, format="PNG")
-    return buffer.getvalue()
 
 
 def check_count(where: str, count: int, expected: int | None) -> None:
@@ -59,123 +64,92 @@ def check_count(where: str, count: int, expected: int | None) -> None:
         )
 
 
-def _reduced(data: bytes, extension: str, max_size: int) -> tuple[str, bytes]:
-    with open_image(data) as image:
-        if min(image.size) <= max_size:
-            return extension, data
-        image = ImageOps.exif_transpose(image)
-        if image.mode in ("1", "P"):  # which cannot be interpolated
-            image = image.convert("RGBA" if "transparency" in image.info else "RGB")
-        factor = max_size / min(image.size)
-        image = image.resize((round(image.width * factor), round(image.height * factor)), Image.Resampling.LANCZOS)
-        if extension in ("jpg", "jpeg"):
-            buffer = io.BytesIO()
-            image.convert("RGB").save(buffer, format="JPEG", quality=95)
-            return "jpg", buffer.getvalue()
-        return "png", encoded_png(image)
+def _folders(root: Path) -> dict[str | None, Path]:
+    """The folders of the splits below `root`; {None: the folder of all images} where they are not split."""
+    inner = [p for p in root.iterdir() if not p.name.startswith(".")]
+    if len(inner) == 1 and (inner[0] / "train").is_dir() and (inner[0] / "val").is_dir():
+        root = inner[0]  # the archive has one top folder
+    train = root / "train"
+    validation = [root / name for name in ("val", "validation", "valid", "test") if (root / name).is_dir()]
+    if train.is_dir() and validation:
+        return {"train": train, "val": validation[0]}
+    return {None: train if train.is_dir() and inner == [train] else root}
 
 
-class ImageFolder:
-    """path: a folder; its subfolders are classes (nested ones belong to their topmost folder). Subfolders named train
-    and val (or validation, test) are splits. val_fraction: of the images, where there is no validation folder.
-    max_size: reduce the short side to so many pixels. labels: false for folders that mean nothing.
-    expect: the number of images of a data set of known size (None: any).
-    layout, range: of .npy and .tif files, see `arrays.channels_last` and `arrays.in_unit_range`. Such a file beside a picture
-    of its name is left out (see `pictures_among`).
+def _files(folders: dict[str | None, Path]) -> list[tuple[str | None, Path, Path]]:
+    """(split, path below its folder, path) of all pictures. Prints how many files beside pictures are left out."""
+    files, beside = [], []
+    for split, folder in folders.items():
+        known = [p for p in folder.rglob("*") if p.suffix.lower() in EXTENSIONS | ARRAYS and not p.name.startswith(".")]
+        pictures = pictures_among(sorted(known))
+        files += [(split, p.relative_to(folder), p) for p in pictures]
+        beside += set(known).difference(pictures)
+    if beside:
+        print(f"{len(beside)} files beside pictures of the same name are left out (first: {min(beside)})")
+    return files
 
-    Raises FileNotFoundError where there is no folder or no image, DataError where two files would get one key or the
-    number of images is not the expected one, ValueError for a layout or range that is none.
-    """
+
+def _classes(files: Sequence[tuple[str | None, Path, Path]]) -> list[str] | None:
+    """The names of the folders that hold all files; None, and said why, where some lie outside of folders."""
+    names = sorted({relative.parts[0] for _, relative, _ in files if len(relative.parts) > 1})
+    outside = [path for _, relative, path in files if len(relative.parts) == 1]
+    if names and outside:
+        print(f"no classes: {len(outside)} images lie outside the class folders (first: {outside[0]})")
+    return names if names and not outside else None
+
+
+class ImageFolder(Source):
+    """A folder's subfolders are classes (nested ones belong to their topmost folder); those named train and val (or
+    validation, test) are splits. Raises FileNotFoundError where there is no folder or no image, DataError where two files would
+    get one key or their number is not the expected one, ValueError for a layout or range that is none."""
 
     def __init__(
         self,
         path: str,
-        val_fraction: float = 0.05,
-        max_size: int | None = None,
-        labels: bool = True,
-        expect: int | None = None,
-        layout: str | None = None,
-        range: Sequence[float] | None = None,
+        val_fraction: float = 0.05,  # of the images, where there is no validation folder
+        max_size: int | None = None,  # reduce the short side to so many pixels
+        labels: bool = True,  # false for folders that mean nothing
+        expect: int | None = None,  # the number of images of a data set of known size (None: any)
+        layout: str | None = None,  # of .npy and .tif files, see `arrays.channels_last`
+        range: Sequence[float] | None = None,  # of .npy and .tif files, see `arrays.in_unit_range`
     ):
         if layout is not None and layout not in arrays.LAYOUTS:
             raise ValueError(f"source.layout is hwc or chw, not {layout!r}")
         numbers = isinstance(range, list | tuple) and all(type(v) in (int, float) and math.isfinite(v) for v in range)
         if range is not None and not (numbers and len(range) == 2 and range[0] < range[1]):
             raise ValueError(f"source.range is [low,high], what black and white are, not {range}")
-        self.layout, self.limits = layout, range
-        root = Path(path)
-        if not root.is_dir():
+        self.layout, self.limits, self.max_size = layout, range, max_size
+        if not Path(path).is_dir():
             raise FileNotFoundError(f"path={path} is no folder; give a folder of images")
-        inner = [p for p in root.iterdir() if not p.name.startswith(".")]
-        if len(inner) == 1 and (inner[0] / "train").is_dir() and (inner[0] / "val").is_dir():
-            root = inner[0]  # the archive has one top folder
-        folders = {"train": root / "train"}
-        for name in ("val", "validation", "valid", "test"):
-            if (root / name).is_dir():
-                folders["val"] = root / name
-                break
-        if not (folders["train"].is_dir() and "val" in folders):
-            only_train = [p.name for p in root.iterdir() if not p.name.startswith(".")] == ["train"]
-            folders = {"all": folders["train"] if only_train else root}
-        known = EXTENSIONS | ARRAYS
-        there = {
-            split: sorted(p for p in folder.rglob("*") if p.suffix.lower() in known and not p.name.startswith("."))
-            for split, folder in folders.items()
-        }
-        files = {split: pictures_among(paths) for split, paths in there.items()}
-        if beside := sorted(
-            {p for paths in there.values() for p in paths} - {p for paths in files.values() for p in paths}
-        ):
-            print(f"{len(beside)} files beside pictures of the same name are left out (first: {beside[0]})")
-        if not any(files.values()):
-            raise FileNotFoundError(f"no images ({', '.join(sorted(known))}) in {path}")
-        check_count(path, sum(map(len, files.values())), expect)
-        self.max_size = max_size
-        tops = sorted(
-            {
-                p.relative_to(folders[s]).parts[0]
-                for s, paths in files.items()
-                for p in paths
-                if len(p.relative_to(folders[s]).parts) > 1
-            }
-        )
-        loose = [p for s, paths in files.items() for p in paths if len(p.relative_to(folders[s]).parts) == 1]
-        self.classes = tops if tops and not loose and labels else None
-        if tops and loose and labels:
-            print(f"no classes: {len(loose)} images lie outside the class folders (first: {loose[0]})")
-        self.items: dict[str, list[tuple[str, Path, int | None]]] = {"train": [], "val": []}
-        for split, paths in files.items():
-            for p in paths:
-                relative = p.relative_to(folders[split])
-                key = (
-                    "_".join(relative.with_suffix("").parts).replace(".", "_")
-                    + f"_{relative.suffix.lstrip('.').lower()}"
-                )
-                label = self.classes.index(relative.parts[0]) if self.classes else None
-                target = split if split != "all" else ("val" if in_validation(key, val_fraction) else "train")
-                self.items[target].append((key, p, label))
+        files = _files(_folders(Path(path)))
+        if not files:
+            raise FileNotFoundError(f"no images ({', '.join(sorted(EXTENSIONS | ARRAYS))}) in {path}")
+        check_count(path, len(files), expect)
+        self.classes = _classes(files) if labels else None
+        self.items = {"train": [], "val": []}
+        for split, relative, file in files:
+            stem = "_".join(relative.with_suffix("").parts).replace(".", "_")
+            key = f"{stem}_{relative.suffix.lstrip('.').lower()}"
+            own = split or ("val" if in_validation(key, val_fraction) else "train")
+            self.items[own].append((key, file, self.classes.index(relative.parts[0]) if self.classes else None))
+        listed = [item for items in self.items.values() for item in items]
         files_by_key: dict[str, Path] = {}
-        for key, p, _ in (item for items in self.items.values() for item in items):
-            if files_by_key.setdefault(key, p) != p:
-                raise DataError(f"{files_by_key[key]} and {p} would both get the key {key}; rename one of them")
-        listing = [[key, p.stat().st_size] for items in self.items.values() for key, p, _ in items]
-        self.identity = {
+        for key, file, _ in listed:
+            if files_by_key.setdefault(key, file) != file:
+                raise DataError(f"{files_by_key[key]} and {file} would both get the key {key}; rename one of them")
+        options = {
             "source": "image_folder",
             "val_fraction": val_fraction,
             "max_size": max_size,
             "classes": self.classes,
-            "files": digest(listing),
-        } | {name: value for name, value in (("layout", layout), ("range", range)) if value is not None}
-
-    def splits(self) -> dict[str, int]:
-        return {split: len(items) for split, items in self.items.items()}
+        }
+        self.identity = options | {"files": digest([[key, file.stat().st_size] for key, file, _ in listed])}
+        self.identity |= {k: v for k, v in (("layout", layout), ("range", range)) if v is not None}
 
     def sample(self, split: str, i: int) -> tuple[str, dict[str, bytes]]:
         key, path, label = self.items[split][i]
         extension, data = image_bytes(path, self.max_size, self.layout, self.limits)
-        fields = {extension: data}
-        if label is not None:
-            fields["cls"] = str(label).encode()
+        fields = {extension: data} | class_and_captions(label)
         if (caption := path.with_suffix(".txt")).is_file():
             fields["txt"] = caption.read_bytes().strip()
         return key, fields

@@ -6,7 +6,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from ldm_train.data.prepare.build import write_index
-from ldm_train.data.shards import DataError, scan_tar
+from ldm_train.data.shards import DataError, counted, scan_tar
 from ldm_train.data.tars import StreamedTar, is_remote
 from ldm_train.storage import file_sha256
 
@@ -14,40 +14,29 @@ from ldm_train.storage import file_sha256
 SPLITS = {"train": ("train*",), "val": ("val*", "validation*", "valid*", "test*")}
 
 
-def _local_entry(path: Path, out: Path) -> dict:
-    keys, _, sizes = scan_tar(path)
-    fields = {e: int((s >= 0).sum()) for e, s in sizes.items()}
+def _entry(file: str, out: Path) -> dict:
+    """The index entry of a tar, which is read whole."""
+    if is_remote(file):
+        tar = StreamedTar(file)
+        for _ in tar:
+            pass
+        return {"file": file} | tar.entry
+    path = Path(file)
+    count, fields = counted(scan_tar(path))
     name = path.name if path.parent.resolve() == out.resolve() else str(path.resolve())
-    return {
-        "file": name,
-        "count": len(keys),
-        "bytes": path.stat().st_size,
-        "sha256": file_sha256(path),
-        "fields": fields,
-    }
-
-
-def _remote_entry(url: str) -> dict:
-    tar = StreamedTar(url)
-    for _ in tar:
-        pass
-    return {"file": url, "count": tar.count, "bytes": tar.bytes, "sha256": tar.sha256, "fields": dict(tar.fields)}
+    size, checksum = path.stat().st_size, file_sha256(path)
+    return {"file": name, "count": count, "bytes": size, "sha256": checksum, "fields": fields}
 
 
 def write_tar_index(
-    path: str | list[str],
+    path: str | list[str],  # a folder of tars, or a list of files or addresses (http, https, s3, gs, hf)
     out: str | Path,
-    train: str | None = None,
-    val: str | None = None,
-    classes: str | None = None,
+    train: str | None = None,  # pattern of the split's file names (None: they begin with train)
+    val: str | None = None,  # (None: they begin with val, validation or test)
+    classes: str | None = None,  # a text file, one class name per line (None: classes.txt beside the tars)
 ) -> dict:
-    """Reads every tar once (counts, fields, checksums) and writes index.json into `out`.
-
-    path: a folder of tars, or a list of files or addresses (http, https, s3, gs, hf). train, val: file-name patterns of
-    the splits (default: names that begin with train, and with val, validation or test). classes: a text file, one class
-    name per line (default: classes.txt beside the tars).
-    Raises DataError, naming the tar, where one is truncated or its address is not opened, or no tar fits a split.
-    """
+    """Reads every tar once (counts, fields, checksums) and writes index.json into `out`. Raises DataError, naming the tar,
+    where one is truncated or its address is not opened, or no tar fits a split."""
     out = Path(out)
     if isinstance(path, str) and Path(path).is_dir():
         names = sorted(str(p) for p in Path(path).glob("*.tar"))
@@ -58,8 +47,8 @@ def write_tar_index(
     if not names:
         raise DataError(f"no .tar files in {path}")
     shards = []
-    chosen = {"train": (train,) if train else SPLITS["train"], "val": (val,) if val else SPLITS["val"]}
-    for split, patterns in chosen.items():
+    for split, own in (("train", train), ("val", val)):
+        patterns = (own,) if own else SPLITS[split]
         # The first pattern that any tar fits decides: with validation*.tar present, test*.tar stays unused.
         fitting = next((f for p in patterns if (f := [n for n in names if fnmatch(n.rpartition("/")[2], p)])), [])
         if not fitting:
@@ -67,9 +56,6 @@ def write_tar_index(
                 f"no tar in {path} fits split {split!r} (patterns {', '.join(patterns)}); set source.{split}=<pattern>"
             )
         shards += [(split, name) for name in fitting]
-    entries = [
-        (split, _remote_entry(name) if is_remote(name) else _local_entry(Path(name), out))
-        for split, name in tqdm(shards, desc="indexing", unit="tar")
-    ]
-    labels = label_file.read_text().split("\n") if label_file and label_file.is_file() else None
-    return write_index(out, entries, [line.strip() for line in labels if line.strip()] if labels else None)
+    entries = [(split, _entry(name, out)) for split, name in tqdm(shards, desc="indexing", unit="tar")]
+    lines = label_file.read_text().split("\n") if label_file and label_file.is_file() else []
+    return write_index(out, entries, [line.strip() for line in lines if line.strip()])

@@ -4,39 +4,28 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from ldm_train.data.prepare.build import digest
+from ldm_train.data.files import optional_package
+from ldm_train.data.prepare.build import Source, digest
 from ldm_train.data.prepare.image_folder import check_count, reduced
-from ldm_train.data.shards import DataError
 
 EXPECTED = {"bedroom": {"train": 3_033_042, "val": 300}, "church_outdoor": {"train": 126_227, "val": 300}}
 
 
 @cache  # LMDB must not be opened twice in one process
 def _database(folder: str) -> Any:
-    try:
-        import lmdb
-    except ImportError as error:
-        raise DataError("LSUN's databases need the package lmdb: pip install 'ldm-train[prepare]'") from error
-    return lmdb.open(folder, readonly=True, lock=False, readahead=False)
+    return optional_package("lmdb", "LSUN's databases need").open(folder, readonly=True, lock=False, readahead=False)
 
 
-class LSUN:
-    """path: folder with `<scene>_train_lmdb` and `<scene>_val_lmdb`, unpacked from the owners' zips.
-
-    scene: bedroom, church_outdoor, or another scene, whose numbers are not checked. max_size: as for ImageFolder.
-    limit: only the first so many training images (None: all). expect: {split: number}, None for no check.
-    Raises FileNotFoundError where a database is missing, DataError for an unexpected number of images.
-    """
-
-    classes: list[str] | None = None
+class LSUN(Source):
+    """Raises FileNotFoundError where a database is missing, DataError for an unexpected number of images."""
 
     def __init__(
         self,
-        path: str,
-        scene: str = "bedroom",
-        max_size: int | None = 256,
-        limit: int | None = None,
-        expect: dict[str, int] | str | None = "published",
+        path: str,  # folder with `<scene>_train_lmdb` and `<scene>_val_lmdb`, unpacked from the owners' zips
+        scene: str = "bedroom",  # or church_outdoor, or another, whose numbers are not checked
+        max_size: int | None = 256,  # as for ImageFolder
+        limit: int | None = None,  # only the first so many training images (None: all)
+        expect: dict[str, int] | str | None = "published",  # {split: number}, None for no check
     ):
         self.folders = {split: Path(path) / f"{scene}_{split}_lmdb" for split in ("train", "val")}
         for folder in self.folders.values():
@@ -45,30 +34,26 @@ class LSUN:
                     f"{folder} is no LMDB folder; unpack {folder.name}.zip of LSUN (github.com/fyu/lsun) into {path}"
                 )
         self.max_size = max_size
-        self.keys = {split: self._keys(split, limit if split == "train" else None) for split in self.folders}
+        self.items = {split: self._keys(split, limit if split == "train" else None) for split in self.folders}
         expected = EXPECTED.get(scene) if expect == "published" else expect
         if expected and limit is None:
             for split, count in expected.items():
-                check_count(str(self.folders[split]), len(self.keys[split]), count)
-        self.identity = {
-            "source": "lsun",
-            "scene": scene,
-            "max_size": max_size,
-            "keys": {split: digest([k.hex() for k in keys]) for split, keys in self.keys.items()},
-        }
+                check_count(str(self.folders[split]), len(self.items[split]), count)
+        options = {"source": "lsun", "scene": scene, "max_size": max_size}
+        self.identity = options | {"keys": {s: digest([k.hex() for k in keys]) for s, keys in self.items.items()}}
 
     def _keys(self, split: str, limit: int | None) -> list[bytes]:
         with _database(str(self.folders[split])).begin() as transaction:
             cursor = transaction.cursor().iternext(keys=True, values=False)
             return [bytes(k) for k, _ in zip(cursor, range(limit))] if limit else [bytes(k) for k in cursor]
 
-    def splits(self) -> dict[str, int]:
-        return {split: len(keys) for split, keys in self.keys.items()}
-
     def sample(self, split: str, i: int) -> tuple[str, dict[str, bytes]]:
-        key = self.keys[split][i]
+        key = self.items[split][i]
         with _database(str(self.folders[split])).begin() as transaction:
             data = bytes(transaction.get(key))
-        extension = "jpg" if data[:3] == b"\xff\xd8\xff" else ("webp" if data[8:12] == b"WEBP" else "png")
+        if data[:3] == b"\xff\xd8\xff":
+            extension = "jpg"
+        else:
+            extension = "webp" if data[8:12] == b"WEBP" else "png"
         extension, data = reduced(data, extension, self.max_size, f"{self.folders[split]} {key!r}")
         return f"{split}_{key.decode('ascii', 'replace')}".replace(".", "_"), {extension: data}

@@ -1,21 +1,15 @@
 """Procedural shapes: pictures with captions, classes, boxes and label maps, from a seed. See data/shapes_world.py."""
 
-import io
 import json
 
 import numpy as np
-from PIL import Image
 
 from ldm_train.data import shapes_world
+from ldm_train.data.files import encoded_png
+from ldm_train.data.prepare.build import Source
 
 
-def _png(array: np.ndarray) -> bytes:
-    buffer = io.BytesIO()
-    Image.fromarray(array).save(buffer, format="PNG", compress_level=1)
-    return buffer.getvalue()
-
-
-class Shapes:
+class Shapes(Source):
     """size: pixels. objects: 1 or 2 per picture. count, val_count: samples. seed: everything is a function of it.
 
     A tenth of the (colour, shape, position, background) combinations never occurs, in either split: they are held
@@ -30,13 +24,10 @@ class Shapes:
         if size < 24:
             raise ValueError(f"source.size is {size}; below 24 pixels shapes cannot be told apart")
         self.size, self.objects, self.seed = size, objects, seed
-        self.counts = {"train": count, "val": val_count}
+        self.items = {"train": range(count), "val": range(val_count)}
         held_out = shapes_world.held_out_combinations(seed)
         self.combinations = [c for c in shapes_world.COMBINATIONS if c not in held_out]
         self.identity = {"source": "shapes", "size": size, "objects": objects, "seed": seed}
-
-    def splits(self) -> dict[str, int]:
-        return dict(self.counts)
 
     def sample(self, split: str, i: int) -> tuple[str, dict[str, bytes]]:
         rng = np.random.default_rng([self.seed, ("train", "val").index(split), i])
@@ -44,8 +35,8 @@ class Shapes:
         image, labels = shapes_world.render(scene, self.size, rng)
         texts, boxes = shapes_world.captions(scene), shapes_world.boxes(scene)
         fields = {
-            "png": _png(image),
-            "seg.png": _png(labels),
+            "png": encoded_png(image, compress_level=1),
+            "seg.png": encoded_png(labels, compress_level=1),
             "txt": texts[0].encode(),
             "json": json.dumps({"captions": texts, "boxes": boxes, "scene": scene.as_dict()}).encode(),
         }

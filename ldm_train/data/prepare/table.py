@@ -2,9 +2,10 @@
 
 import csv
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
-from ldm_train.data.prepare.build import digest, in_validation
+from ldm_train.data.prepare.build import Source, class_and_captions, digest, in_validation
 from ldm_train.data.prepare.image_folder import image_bytes
 from ldm_train.data.shards import DataError
 
@@ -28,85 +29,71 @@ def _rows(table: Path) -> list[tuple[int, dict]]:
         return [(reader.line_num, row) for row in reader]
 
 
-class Table:
-    """path: the table. Image paths are relative to it (or to `images`). Several rows with one image are several
-    captions of it. split_column: "train" / "val" where the table says so, else val_fraction.
+def _checked_rows(table: Path, path: str, needed: Sequence[str], wanted: Sequence[str]) -> list[dict]:
+    """The rows of a table that has the columns `wanted`, each with one value in those `needed`. Raises DataError."""
+    try:
+        rows = _rows(table)
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise DataError(f"{path} is no UTF-8 text in rows ({error}); save it as UTF-8") from error
+    if not rows:
+        raise DataError(f"{path} has no rows")
+    columns = rows[0][1]
+    if missing := [c for c in wanted if c not in columns]:
+        raise DataError(
+            f"{path} has the columns {', '.join(columns)}, not {', '.join(missing)}; set source.image_column, "
+            "source.caption_column, source.class_column (null for none)"
+        )
+    for line, row in rows:
+        if absent := [c for c in needed if row.get(c) in (None, "")]:
+            raise DataError(f"{path}, line {line}: no {' and no '.join(absent)}")
+        if wrong := [c for c in wanted if not isinstance(row.get(c), str | int | float | None)]:
+            raise DataError(f"{path}, line {line}: {wrong[0]} is {row[wrong[0]]!r:.60}, one text was expected")
+    return [row for _, row in rows]
 
-    Raises DataError, naming the line, for a missing column, image or value.
-    """
+
+class Table(Source):
+    """Several rows with one image are several captions of it. Raises DataError, naming the line, for a missing column, image
+    or value."""
 
     def __init__(
         self,
         path: str,
-        image_column: str = "image",
+        image_column: str = "image",  # paths relative to the table (or to `images`)
         caption_column: str | None = "caption",
         class_column: str | None = None,
-        split_column: str | None = None,
+        split_column: str | None = None,  # says "train" or "val"; null: val_fraction
         images: str | None = None,
         val_fraction: float = 0.05,
-        max_size: int | None = None,
+        max_size: int | None = None,  # as for ImageFolder
     ):
         table = Path(path)
         if not table.is_file():
             raise FileNotFoundError(f"path={path} is no file; give a .csv, .tsv or .jsonl table")
         self.folder, self.max_size = Path(images) if images else table.parent, max_size
-        try:
-            rows = _rows(table)
-        except (UnicodeDecodeError, csv.Error) as error:
-            raise DataError(f"{path} is no UTF-8 text in rows ({error}); save it as UTF-8") from error
-        if not rows:
-            raise DataError(f"{path} has no rows")
-        wanted = [c for c in (image_column, caption_column, class_column, split_column) if c]
-        first = rows[0][1]
-        missing = [c for c in wanted if c not in first]
-        if missing:
-            raise DataError(
-                f"{path} has the columns {', '.join(first)}, not {', '.join(missing)}; set source.image_column, "
-                "source.caption_column, source.class_column (null for none)"
-            )
         needed = [c for c in (image_column, class_column, split_column) if c]
-        for line, row in rows:
-            if absent := [c for c in needed if row.get(c) in (None, "")]:
-                raise DataError(f"{path}, line {line}: no {' and no '.join(absent)}")
-            if wrong := [c for c in wanted if not isinstance(row.get(c), str | int | float | None)]:
-                raise DataError(f"{path}, line {line}: {wrong[0]} is {row[wrong[0]]!r:.60}, one text was expected")
-        names = sorted({str(r[class_column]) for _, r in rows}) if class_column else None
-        self.classes = names
+        wanted = [c for c in (image_column, caption_column, class_column, split_column) if c]
+        rows = _checked_rows(table, path, needed, wanted)
+        self.classes = sorted({str(row[class_column]) for row in rows}) if class_column else None
         grouped: dict[str, dict] = {}
-        for _, row in rows:
+        for row in rows:
             item = grouped.setdefault(str(row[image_column]), {"captions": [], "split": None, "label": None})
             if caption_column and row.get(caption_column):
                 item["captions"].append(str(row[caption_column]).strip())
             if class_column:
-                item["label"] = names.index(str(row[class_column]))
+                item["label"] = self.classes.index(str(row[class_column]))
             if split_column:
                 item["split"] = "train" if row[split_column] == "train" else "val"
-        self.items: dict[str, list[tuple[str, str, dict]]] = {"train": [], "val": []}
+        self.items = {"train": [], "val": []}
         for name, item in grouped.items():
             if not (self.folder / name).is_file():
                 raise DataError(f"{path} names {name}, which is not in {self.folder}; set source.images=<folder>")
             key = name.replace("/", "_").replace(".", "_")
             split = item["split"] or ("val" if in_validation(key, val_fraction) else "train")
             self.items[split].append((key, name, item))
-        self.identity = {
-            "source": "table",
-            "columns": wanted,
-            "val_fraction": val_fraction,
-            "max_size": max_size,
-            "rows": digest(self.items),
-        }
-
-    def splits(self) -> dict[str, int]:
-        return {split: len(items) for split, items in self.items.items()}
+        options = {"source": "table", "columns": wanted, "val_fraction": val_fraction, "max_size": max_size}
+        self.identity = options | {"rows": digest(self.items)}
 
     def sample(self, split: str, i: int) -> tuple[str, dict[str, bytes]]:
         key, name, item = self.items[split][i]
         extension, data = image_bytes(self.folder / name, self.max_size)
-        fields = {extension: data}
-        if item["label"] is not None:
-            fields["cls"] = str(item["label"]).encode()
-        if item["captions"]:
-            fields["txt"] = item["captions"][0].encode()
-        if len(item["captions"]) > 1:
-            fields["json"] = json.dumps({"captions": item["captions"]}).encode()
-        return key, fields
+        return key, {extension: data} | class_and_captions(item["label"], item["captions"])

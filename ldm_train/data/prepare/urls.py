@@ -3,6 +3,7 @@
 import http.client
 import io
 import ipaddress
+import itertools
 import socket
 import threading
 import time
@@ -17,23 +18,15 @@ from urllib.parse import quote, urljoin, urlsplit
 
 from PIL import Image
 
-from ldm_train.data.prepare.build import digest
-from ldm_train.data.prepare.image_folder import encoded_png, reduced
-from ldm_train.data.shards import DataError
+from ldm_train.data.files import DataError, encoded_png, optional_package
+from ldm_train.data.prepare.build import Source, class_and_captions, digest
+from ldm_train.data.prepare.image_folder import reduced
 
 AGENT = "ldm-train/0.1 (image download for model training)"
 OPT_OUT = {"noai", "noimageai", "noindex", "noimageindex"}
 PERMANENT = {400, 401, 403, 404, 405, 406, 410, 414, 451}  # asking again does not help
-
-
-FORMATS = {
-    "JPEG": "jpg",
-    "PNG": "png",
-    "WEBP": "webp",
-    "GIF": None,
-    "BMP": None,
-    "TIFF": None,
-}  # the only formats that are decoded
+# The only formats that are decoded; those without an extension are stored as PNG.
+FORMATS = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp", "GIF": None, "BMP": None, "TIFF": None}
 MAX_REDIRECTS = 5
 
 
@@ -72,9 +65,7 @@ def is_public(address: str) -> bool:
 
 def public_addresses(host: str, port: int, allow_private: bool = False) -> list[str]:
     """The addresses to connect to. Raises Unfetchable where the host is unknown, or any of its addresses is not public.
-
-    Connections are made to these addresses, so that a changed DNS answer has no effect.
-    """
+    Connections are made to these addresses, so that a changed DNS answer has no effect."""
     try:
         addresses = [entry[4][0] for entry in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)]
     except OSError as error:
@@ -89,20 +80,18 @@ class _Connections:
     """An opener that connects to checked addresses only and follows no redirect, and the sockets it opened."""
 
     def __init__(self, allow_private: bool):
-        opened, self.was_cut = [], False
-        self.opened = opened
+        self.was_cut = False
+        self.opened = opened = []
 
         def connected(connection: http.client.HTTPConnection) -> socket.socket:
-            for address in (addresses := public_addresses(connection.host, connection.port, allow_private)):
+            failure: Exception = Unfetchable(f"{connection.host} has no address", True)
+            for address in public_addresses(connection.host, connection.port, allow_private):
                 try:
-                    made = socket.create_connection((address, connection.port), connection.timeout)
-                except OSError:
-                    if address == addresses[-1]:
-                        raise
-                    continue
-                opened.append(made)
-                return made
-            raise Unfetchable(f"{connection.host} has no address", True)
+                    opened.append(socket.create_connection((address, connection.port), connection.timeout))
+                    return opened[-1]
+                except OSError as error:
+                    failure = error
+            raise failure
 
         class Plain(http.client.HTTPConnection):
             def connect(self) -> None:
@@ -159,7 +148,7 @@ def fetch(
     Raises Unfetchable, after `retries` more attempts where these may help; pages that opt out of use for machine
     learning (X-Robots-Tag: noai, noindex, ...) are not fetched.
     """
-    for attempt in range(retries + 1):
+    for attempt in itertools.count():
         connections = _Connections(allow_private)
         alarm = threading.Timer(6 * timeout, connections.cut)
         alarm.daemon = True
@@ -170,12 +159,11 @@ def fetch(
                 raise Unfetchable(f"not finished after {6 * timeout:.0f} s", True)
             return data
         except Unfetchable as error:
-            if not error.passing or attempt == retries:
+            if not error.passing or attempt >= retries:
                 raise
         finally:
             alarm.cancel()
         time.sleep(0.5 * 2**attempt)
-    raise AssertionError("unreachable")
 
 
 def _follow(opener: Any, url: str, timeout: float, max_bytes: int) -> bytes:
@@ -199,17 +187,16 @@ def _read(opener: Any, url: str, timeout: float, max_bytes: int) -> bytes | str:
             length = response.headers.get("Content-Length", "")
             if length.isdigit() and int(length) > max_bytes:
                 raise Unfetchable(f"{length} bytes, more than max_bytes={max_bytes}")
-            blocks, size = [], 0
+            data = bytearray()
             while block := response.read1(1 << 16):
-                blocks.append(block)
-                size += len(block)
-                if size > max_bytes:
+                data += block
+                if len(data) > max_bytes:
                     raise Unfetchable(f"more than max_bytes={max_bytes}")
                 if time.monotonic() > end:
                     raise Unfetchable(f"not finished after {6 * timeout:.0f} s", True)
-            if length.isdigit() and size < int(length):
-                raise Unfetchable(f"the connection broke at {size} of {length} bytes", True)
-            return b"".join(blocks)
+            if length.isdigit() and len(data) < int(length):
+                raise Unfetchable(f"the connection broke at {len(data)} of {length} bytes", True)
+            return bytes(data)
     except urllib.error.HTTPError as error:
         with error:  # it holds the connection
             if error.code in (301, 302, 303, 307, 308) and (target := error.headers.get("Location")):
@@ -221,40 +208,29 @@ def _read(opener: Any, url: str, timeout: float, max_bytes: int) -> bytes | str:
         raise Unfetchable(f"{type(error).__name__}: {error}", True) from error
 
 
-class URLList:
-    """path: a parquet file, or a folder of them, with a column of addresses and one of captions.
-
-    url_column, caption_column (null: none). width_column, height_column: where the table has them, pictures below
-    min_size are not even fetched. max_size: reduce the short side. Every k-th row validates, k = 1 / val_fraction.
-    max_pixels: larger pictures are refused undecoded. threads: connections at a time per process.
-    timeout, retries, max_bytes, allow_private: see `fetch`.
-    What could not be fetched is left out and listed with the reason in skipped.txt; finished shards are never fetched
-    again. Where most of a shard fails for reasons that may pass (no network), it is not written.
-    """
-
-    classes: list[str] | None = None
+class URLList(Source):
+    """Pictures from lists of addresses. Every k-th row validates, k = 1 / val_fraction. What could not be fetched is left out and
+    listed with the reason in skipped.txt; finished shards are never fetched again. Where most of a shard fails for reasons
+    that may pass (no network), it is not written."""
 
     def __init__(
         self,
-        path: str,
+        path: str,  # a parquet file, or a folder of them
         url_column: str = "URL",
-        caption_column: str | None = "TEXT",
-        width_column: str | None = "WIDTH",
+        caption_column: str | None = "TEXT",  # null: none
+        width_column: str | None = "WIDTH",  # where the table has sizes, pictures below min_size are not even fetched
         height_column: str | None = "HEIGHT",
         min_size: int = 0,
-        max_size: int | None = 512,
+        max_size: int | None = 512,  # as for ImageFolder
         val_fraction: float = 0.01,
-        threads: int = 32,
-        timeout: float = 10.0,
+        threads: int = 32,  # connections at a time per process
+        timeout: float = 10.0,  # this, retries, max_bytes and allow_private: see `fetch`
         retries: int = 2,
         max_bytes: int = 50_000_000,
-        max_pixels: int = 50_000_000,
+        max_pixels: int = 50_000_000,  # larger pictures are refused undecoded
         allow_private: bool = False,
     ):
-        try:
-            import pyarrow.parquet as parquet
-        except ImportError as error:
-            raise DataError("parquet needs the package pyarrow: pip install 'ldm-train[prepare]'") from error
+        parquet = optional_package("pyarrow.parquet", "parquet needs")
         source = Path(path)
         self.files = sorted(source.glob("*.parquet")) if source.is_dir() else [source]
         if not self.files or not self.files[0].is_file():
@@ -273,9 +249,7 @@ class URLList:
                     f"{file} has the columns {', '.join(names)}, not {', '.join(missing)}; set source.url_column, "
                     "source.caption_column (null for none)"
                 )
-            for column in ("width", "height"):
-                if self.columns[column] not in names:
-                    self.columns[column] = None
+            self.columns |= {side: None for side in ("width", "height") if self.columns[side] not in names}
             for group in range(table.num_row_groups):
                 self.groups.append((rows, number, group))
                 rows += table.metadata.row_group(group).num_rows
@@ -283,14 +257,9 @@ class URLList:
         self.min_size, self.max_size, self.max_pixels, self.threads = min_size, max_size, max_pixels, threads
         self.options = {"timeout": timeout, "retries": retries, "max_bytes": max_bytes, "allow_private": allow_private}
         self._table: tuple[int, Any] = (-1, None)
-        self.identity = {
-            "source": "urls",
-            "columns": self.columns,
-            "min_size": min_size,
-            "max_size": max_size,
-            "every": self.every,
-            "files": digest([[f.name, f.stat().st_size] for f in self.files]),
-        }
+        options = {"source": "urls", "columns": self.columns, "min_size": min_size, "max_size": max_size}
+        files = digest([[f.name, f.stat().st_size] for f in self.files])
+        self.identity = options | {"every": self.every, "files": files}
 
     def __getstate__(self) -> dict:
         return self.__dict__ | {"_table": (-1, None)}
@@ -303,28 +272,29 @@ class URLList:
         """Row of sample i: rows 0, k, 2k, ... validate, the others train in order."""
         return i * self.every if split == "val" else i + i // (self.every - 1) + 1
 
-    def _record(self, row: int) -> dict[str, Any]:
+    def _record(self, split: str, i: int) -> tuple[int, dict[str, Any]]:
+        """(row, its values) of sample i."""
         import pyarrow.parquet as parquet
 
+        row = self.row(split, i)
         place = max(k for k, (first, _, _) in enumerate(self.groups) if first <= row)
         if self._table[0] != place:
             _, file, group = self.groups[place]
             columns = [c for c in self.columns.values() if c]
             self._table = (place, parquet.ParquetFile(self.files[file]).read_row_group(group, columns=columns))
-        table = self._table[1]
-        return {n: table[c][row - self.groups[place][0]].as_py() if c else None for n, c in self.columns.items()}
+        table, line = self._table[1], row - self.groups[place][0]
+        return row, {name: table[c][line].as_py() if c else None for name, c in self.columns.items()}
 
     def sample(self, split: str, i: int) -> tuple[str, dict[str, bytes]]:
-        row = self.row(split, i)
-        return self._fetched(row, self._record(row))
+        return self._fetched(*self._record(split, i))
 
     def samples(self, split: str, chunk: range) -> Iterator[tuple[str, dict[str, bytes]] | Exception]:
         """The samples of a shard in order, fetched by several threads; an exception stands for one that failed."""
-        records = [(row, self._record(row)) for row in (self.row(split, i) for i in chunk)]
+        records = [self._record(split, i) for i in chunk]
 
-        def attempt(task: tuple[int, dict]) -> tuple[str, dict[str, bytes]] | Exception:
+        def attempt(record: tuple[int, dict]) -> tuple[str, dict[str, bytes]] | Exception:
             try:
-                return self._fetched(*task)
+                return self._fetched(*record)
             except (OSError, ValueError, SyntaxError) as error:
                 return error
 
@@ -350,7 +320,5 @@ class URLList:
             extension, data = reduced(data, kind, self.max_size, url)
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
             raise Unfetchable(f"{url}: {error}", getattr(error, "passing", False)) from None
-        fields = {extension: data}
-        if self.columns["caption"]:
-            fields["txt"] = str(record["caption"] or "").strip().encode()
-        return f"{row:012d}", fields
+        captions = [str(record["caption"] or "").strip()] if self.columns["caption"] else []
+        return f"{row:012d}", {extension: data} | class_and_captions(captions=captions)
