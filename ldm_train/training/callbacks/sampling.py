@@ -62,7 +62,7 @@ class SampleMetrics(L.Callback):
         logged: dict[str, float] = {"val/sampled_images": measured.count}
         for name, estimate in measured.estimates.items():
             logged[f"val/{name}"] = estimate.value
-            if estimate.low == estimate.low:  # not NaN: enough samples for an interval
+            if estimate.has_interval:
                 logged |= {f"val/{name}_low": estimate.low, f"val/{name}_high": estimate.high}
         for logger in trainer.loggers:
             logger.log_metrics(logged, step)
