@@ -72,11 +72,7 @@ class Machine:
         backend = "gloo" if self.accelerator == "cpu" else "nccl"
         # Buffers are equal on all ranks by construction; broadcasting them in every forward pass would hang a validation
         # in which ranks have different numbers of batches.
-        return DDPStrategy(
-            process_group_backend=backend,
-            gradient_as_bucket_view=True,
-            broadcast_buffers=False,
-        )
+        return DDPStrategy(process_group_backend=backend, gradient_as_bucket_view=True, broadcast_buffers=False)
 
     def precision_plugin(self) -> Precision:
         return Precision() if self.precision == "32" else MixedPrecision(self.precision, self.device.type)
