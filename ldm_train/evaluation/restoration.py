@@ -41,10 +41,8 @@ def superresolution_values(
     mean = samples.mean(dim=0)
     enlarged = _resized(lowres, tuple(images.shape[2:]))
     made = {"mean": mean, "sample": samples[0], "bicubic": autoencode(enlarged), "ceiling": autoencode(images)}
-    values = {f"psnr_{name}": psnr(picture, images) for name, picture in made.items()}
-    values |= {f"ssim_{name}": ssim(picture, images) for name, picture in made.items()}
-    if perceptual is not None:
-        values |= {f"perceptual_{name}": perceptual(picture, images) for name, picture in made.items()}
+    measures = {"psnr": psnr, "ssim": ssim} | ({} if perceptual is None else {"perceptual": perceptual})
+    values = {f"{kind}_{name}": m(picture, images) for kind, m in measures.items() for name, picture in made.items()}
     values["psnr_gain"] = values["psnr_mean"] - values["psnr_bicubic"]
     values["consistency"] = torch.stack([psnr(_resized(s, tuple(lowres.shape[2:])), lowres) for s in samples]).mean(0)
     values["consistency_ceiling"] = psnr(_resized(made["ceiling"], tuple(lowres.shape[2:])), lowres)
@@ -79,6 +77,26 @@ def inpainting_errors(
     }
 
 
+def pooled_psnr(errors: dict[str, torch.Tensor]) -> dict[str, float]:
+    """PSNR in dB of `inpainting_errors`, pooled over the pixels of all images."""
+    sums = {name: error.sum() for name, error in errors.items()}
+    table = {f"psnr_hole_{n}": decibel(sums[n], sums["hole"]) for n in ("mean", "sample", "mean_fill", "ceiling")}
+    table["psnr_gain"] = table["psnr_hole_mean"] - table["psnr_hole_mean_fill"]
+    return table | {f"psnr_known_{n}": decibel(sums[f"known_{n}"], sums["known"]) for n in ("sample", "ceiling")}
+
+
+def _restored(
+    model: LatentDiffusion, draw: Callable[..., torch.Tensor], conditions: dict[str, Any], keys: list[str], samples: int
+) -> torch.Tensor:
+    """`samples` pictures under each of B conditions, (samples, B, C, H, W); their seeds follow from the keys."""
+    repeated = {
+        name: torch.cat([values] * samples) if isinstance(values, torch.Tensor) else list(values) * samples
+        for name, values in conditions.items()
+    }
+    seeds = [derive_seed("restoration", key, i) for i in range(samples) for key in keys]
+    return draw(model, repeated, seeds=seeds).cpu().unflatten(0, (samples, -1))
+
+
 @torch.no_grad()
 def measure_restoration(
     model: LatentDiffusion,
@@ -97,49 +115,34 @@ def measure_restoration(
     """
     field = next(f for f in FIELDS if f in model.fields)
     restored, originals, conditions = [], [], []
-    bar = tqdm(total=images, desc="restorations", unit="img")
-    seen = 0
-    for batch in loader:
-        take = min(len(batch["key"]), images - seen)
-        step = max(1, batch_size // samples)
-        for k in range(0, take, step):
-            stop = min(k + step, take)
-            keys = batch["key"][k:stop]
-            repeated = {}
-            for name in (f for f in model.fields if f in batch):
-                part = batch[name][k:stop]
-                repeated[name] = torch.cat([part] * samples) if isinstance(part, torch.Tensor) else list(part) * samples
-            seeds = [derive_seed("restoration", key, i) for i in range(samples) for key in keys]
-            made = draw(model, repeated, seeds=seeds).cpu()
-            restored.append(made.view(samples, len(keys), *made.shape[1:]))
-            originals.append(batch["image"][k:stop])
-            conditions.append(batch[field][k:stop])
-            bar.update(len(keys))
-        seen += take
-        if seen >= images:
-            break
-    bar.close()
+    size, left = max(1, batch_size // samples), images
+    with tqdm(total=images, desc="restorations", unit="img") as bar:
+        for batch in loader:
+            for k in range(0, min(len(batch["key"]), left), size):
+                part = slice(k, min(k + size, left))
+                given, keys = {f: batch[f][part] for f in model.fields if f in batch}, batch["key"][part]
+                restored.append(_restored(model, draw, given, keys, samples))
+                originals.append(batch["image"][part])
+                conditions.append(batch[field][part])
+                bar.update(len(keys))
+            left -= len(batch["key"])
+            if left <= 0:
+                break
     drawn, real, given = torch.cat(restored, dim=1), torch.cat(originals), torch.cat(conditions)
 
     def autoencode(pictures: torch.Tensor) -> torch.Tensor:
         return torch.cat([model.decode(model.encode(part)).cpu() for part in pictures.split(batch_size)])
 
+    def distance(ours: torch.Tensor, originals: torch.Tensor) -> torch.Tensor:
+        pairs = zip(ours.split(batch_size), originals.split(batch_size))
+        return torch.cat([perceptual(a.to(model.device), b.to(model.device)).cpu() for a, b in pairs])
+
     table: dict[str, float] = {"n": len(real), "samples": samples}
     if field == "lowres":
-
-        def distance(ours: torch.Tensor, originals: torch.Tensor) -> torch.Tensor:
-            pairs = zip(ours.split(batch_size), originals.split(batch_size))
-            return torch.cat([perceptual(a.to(model.device), b.to(model.device)).cpu() for a, b in pairs])
-
         values = superresolution_values(real, given, drawn, autoencode, distance if perceptual is not None else None)
         table |= {name: float(v.double().mean()) for name, v in values.items()}
     else:
-        sums = {n: v.sum() for n, v in inpainting_errors(real, given[:, -1:], drawn, autoencode).items()}
-        for name in ("mean", "sample", "mean_fill", "ceiling"):
-            table[f"psnr_hole_{name}"] = decibel(sums[name], sums["hole"])
-        table["psnr_gain"] = table["psnr_hole_mean"] - table["psnr_hole_mean_fill"]
-        for name in ("sample", "ceiling"):
-            table[f"psnr_known_{name}"] = decibel(sums[f"known_{name}"], sums["known"])
+        table |= pooled_psnr(inpainting_errors(real, given[:, -1:], drawn, autoencode))
     condition = model.picture({field: given[:shown]}, tuple(real.shape[2:]))
     return table, torch.stack([condition, *drawn[:3, :shown], drawn[:, :shown].mean(dim=0), real[:shown]], dim=1)
 
