@@ -143,10 +143,9 @@ class Evaluator:
             if not isinstance(extractor, Extractor) or known is not None:
                 features = self._tried(name, (channels, *sides))
                 compared = [m.name for m in self.metrics if m.extractor == name and REFERENCE in m.compared_with]
-                if known is not None and compared and features != len(known.groups[0].total):
+                if known is not None and compared and features != known.dim:
                     raise ValueError(
-                        f"{compared[0]}: {source} has {len(known.groups[0].total)} features per image, the extractor "
-                        f"{features}; it is of another one"
+                        f"{compared[0]}: {source} has {known.dim} features per image, the extractor {features}; it is of another one"
                     )
         if "ms_ssim" in self.paired and min(sides) < MS_SSIM_SIDE:
             raise ValueError(

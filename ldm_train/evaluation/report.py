@@ -1,11 +1,10 @@
 """The evaluation stage: reconstructions, latents, samples and, on shapes, adherence, as one metrics.json."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 from tqdm import tqdm
 
 from ldm_train import images as pictures
@@ -28,6 +27,11 @@ from ldm_train.rng import NoiseSource
 from ldm_train.storage import write_json
 
 
+def of_reconstructions(evaluator: Evaluator) -> list[Metric]:
+    """The metrics that say something of reconstructions."""
+    return [m for m in evaluator.metrics if m.compared_with == (REFERENCE,)]
+
+
 @torch.no_grad()
 def evaluate_first_stage(
     first_stage: FirstStage,
@@ -44,7 +48,7 @@ def evaluate_first_stage(
     diffusion model on these latents, on the first `predictors` images (0: not measured).
     """
     paired = {name: PAIRED.get(name) or evaluator.networks[name] for name in evaluator.paired}
-    used = [m for m in evaluator.metrics if m.compared_with == (REFERENCE,)]
+    used = of_reconstructions(evaluator)
     rebuilt, values, kept, position = Collected(used, evaluator.extractors), {n: [] for n in paired}, {}, 0
     shown = torch.empty(0)
     for batch in tqdm(batches, desc="reconstructions", unit="batch", disable=not progress):
@@ -70,17 +74,13 @@ def evaluate_first_stage(
     kept = {i: z for part in gathered(kept) for i, z in part.items()}
     if len(kept) > 1:
         latents = torch.stack([kept[i] for i in sorted(kept)]).to(evaluator.device)
-        metrics["latents"] = predict(first_stage, latents, reference, used, evaluator.extractors)
+        metrics["latents"] = predict(first_stage, latents, reference, evaluator)
     return metrics, shown
 
 
 @torch.no_grad()
 def predict(
-    first_stage: FirstStage,
-    latents: torch.Tensor,
-    reference: Reference,
-    metrics: Sequence[Metric],
-    extractors: Mapping[str, nn.Module],
+    first_stage: FirstStage, latents: torch.Tensor, reference: Reference, evaluator: Evaluator
 ) -> dict[str, Any]:
     """Measures of latents (N, C, h, w), scaled, that predict the quality of a diffusion model: spectrum slope, equivariance error, decoder
     sensitivity, and the Frechet distance of decoded midpoints between nearest neighbours (ifid, arXiv:2603.05630)."""
@@ -92,9 +92,10 @@ def predict(
     estimates = {name: mean_estimate(torch.cat(v).cpu()).as_dict() for name, v in values.items()}
     neighbours = latents[nearest_neighbours(latents)]
     middles = [first_stage.decode((a + b) / 2) for a, b in zip(parts, neighbours.split(32))]
-    for metric in metrics:
+    for metric in of_reconstructions(evaluator):
         if type(metric).measure is FrechetDistance.measure:
-            features = FeatureSet.of(torch.cat([extractors[metric.extractor](m).cpu() for m in middles]))
+            extractor = evaluator.extractors[metric.extractor]
+            features = FeatureSet.of(torch.cat([extractor(m).cpu() for m in middles]))
             estimate = frechet_estimate(reference.sets[REFERENCE][metric.extractor].moments, features)
             estimates[f"i{metric.name}"] = estimate.as_dict() | reference.details(metric)
     return estimates

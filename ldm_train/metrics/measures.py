@@ -26,8 +26,8 @@ class Collected:
         self.metrics = [m for m in metrics if compared is None or compared in m.compared_with]
         self.extractors = {m.extractor: extractors[m.extractor] for m in self.metrics}
         self.resampled, self.groups = compared is None, GROUPS if compared is None else 1
-        mine = {name: [m for m in self.metrics if m.extractor == name] for name in self.extractors}
-        self.keep = {name: KEPT if compared is None else max(m.keep for m in mine[name]) for name in mine}
+        kept = [(m.keep if compared else KEPT, m.extractor) for m in self.metrics]
+        self.keep = {extractor: keep for keep, extractor in sorted(kept)}  # of several metrics the largest
         self.sets: dict[str, FeatureSet] = {}
         self.values: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = {}  # by metric: (indices, numbers) of batches
 
@@ -50,11 +50,10 @@ class Collected:
 
     def gathered(self) -> "Collected":
         """The joint set of all ranks, on every rank."""
-        for name in self.extractors:
-            self.sets[name] = FeatureSet.gathered(self.sets.get(name), self.groups)
-        parts = gathered(self.values)
-        names = dict.fromkeys(name for part in parts for name in part)
-        self.values = {name: [pair for part in parts for pair in part.get(name, [])] for name in names}
+        self.sets = {name: FeatureSet.gathered(self.sets.get(name), self.groups) for name in self.extractors}
+        parts, self.values = gathered(self.values), {}
+        for name, pairs in (item for part in parts for item in part.items()):
+            self.values.setdefault(name, []).extend(pairs)
         return self
 
     def values_of(self, metric: Metric) -> torch.Tensor:
@@ -76,10 +75,8 @@ class Collected:
 def write_reference(features: FeatureSet, file: io.BufferedWriter) -> None:
     """Writes .npz with mu and sigma, in the format of pytorch-fid and others, and also n and the features kept."""
     moments, (kept, indices) = features.moments, features.kept()
-    np.savez(
-        file, mu=moments.mean.numpy(), sigma=moments.covariance.numpy(), n=moments.count, features=kept.float().numpy(),
-        indices=indices.numpy(),
-    )  # fmt: skip
+    mu, sigma = moments.mean.numpy(), moments.covariance.numpy()
+    np.savez(file, mu=mu, sigma=sigma, n=moments.count, features=kept.float().numpy(), indices=indices.numpy())
 
 
 def read_reference(path: str | Path) -> FeatureSet:
@@ -98,9 +95,9 @@ def read_reference(path: str | Path) -> FeatureSet:
             if "features" in archive:
                 features.add_kept(torch.from_numpy(archive["features"]), torch.from_numpy(archive["indices"]))
             return features
+    except FileNotFoundError:
+        raise
     except (KeyError, OSError, ValueError, zipfile.BadZipFile, EOFError, TypeError) as error:
-        if isinstance(error, FileNotFoundError):
-            raise
         raise ValueError(f"{path} is no file of reference statistics (.npz with mu (D,) and sigma (D, D))") from error
 
 
@@ -111,18 +108,16 @@ def compared(metric: Metric, sets: Sets) -> list[FeatureSet]:
     """The sets that a metric compares with, out of `sets`: {name: {extractor: features}}.
 
     Raises ValueError where one is missing, or holds moments alone and the metric needs features."""
-    feature_sets = []
-    for name in metric.compared_with:
-        if metric.extractor not in sets.get(name, {}):
-            raise ValueError(
-                f"{metric.name} compares with a run's training and validation pictures: ldm-evaluate run=<run>"
-            )
-        feature_sets.append(sets[name][metric.extractor])
-        if metric.needs_features and not len(feature_sets[-1].kept()[0]):
-            raise ValueError(
-                f"{metric.name} needs features; this reference holds mean and covariance only (fid and fd work)"
-            )
-    return feature_sets
+    others = [sets.get(name, {}).get(metric.extractor) for name in metric.compared_with]
+    if None in others:
+        raise ValueError(
+            f"{metric.name} compares with a run's training and validation pictures: ldm-evaluate run=<run>"
+        )
+    if metric.needs_features and not all(len(other.kept()[0]) for other in others):
+        raise ValueError(
+            f"{metric.name} needs features; this reference holds mean and covariance only (fid and fd work)"
+        )
+    return others
 
 
 def measure(metrics: Sequence[Metric], sets: Sets, made: Collected) -> dict[str, Estimate]:
@@ -131,10 +126,9 @@ def measure(metrics: Sequence[Metric], sets: Sets, made: Collected) -> dict[str,
     for metric in metrics:
         ours, others = made.sets[metric.extractor], compared(metric, sets)
         for theirs in others:
-            dims = len(theirs.groups[0].total), len(ours.groups[0].total)
-            if dims[0] != dims[1]:
+            if theirs.dim != ours.dim:
                 raise ValueError(
-                    f"{metric.name}: the reference has {dims[0]} features per image, the extractor {dims[1]}"
+                    f"{metric.name}: the reference has {theirs.dim} features per image, the extractor {ours.dim}"
                 )
         estimates[metric.name] = metric.measure(ours, made.values_of(metric), *others)
     return estimates

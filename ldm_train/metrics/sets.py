@@ -142,6 +142,10 @@ class FeatureSet:
         self._kept, self._kept_indices = features[chosen], indices[chosen]
 
     @property
+    def dim(self) -> int:
+        return len(self.groups[0].total)
+
+    @property
     def count(self) -> int:
         self._flush()
         return sum(group.count for group in self.groups)
@@ -181,7 +185,7 @@ class FeatureSet:
         samples passes None."""
         if world_size() == 1 and own is not None:
             return own
-        shapes = [shape for shape in gathered(own and (own._kept.shape[1], own.keep)) if shape]
+        shapes = [shape for shape in gathered(own and (own.dim, own.keep)) if shape]
         if not shapes:
             raise ValueError("no features")
         dim, keep = shapes[0]

@@ -157,7 +157,7 @@ class WandbRun:
     ):
         import wandb  # slow to import, and not needed with logger=csv
 
-        self.folder = folder
+        self.wandb = wandb
         id_file = inside(folder / "wandb" / "run_id", folder)
         if not id_file.is_file():
             write_atomically(id_file, lambda file: file.write(secrets.token_hex(4).encode()))
@@ -193,20 +193,14 @@ class WandbRun:
         self.run.log({f"evaluation/{name}": value for name, value in numbers(metrics).items()})
 
     def log_picture(self, name: str, path: Path) -> None:
-        import wandb
-
-        self.run.log({name: wandb.Image(str(path))})
+        self.run.log({name: self.wandb.Image(str(path))})
 
     def log_film(self, name: str, path: Path, caption: str) -> None:
-        import wandb
-
-        self.run.log({name: wandb.Video(str(path), caption=caption, format="gif")})
+        self.run.log({name: self.wandb.Video(str(path), caption=caption, format="gif")})
 
     def log_model(self, folder: Path, name: str, metadata: Mapping[str, Any]) -> None:
         """A model folder as an artifact."""
-        import wandb
-
-        artifact = wandb.Artifact(name, type="model", metadata=dict(metadata))
+        artifact = self.wandb.Artifact(name, type="model", metadata=dict(metadata))
         artifact.add_dir(str(folder))
         self.run.log_artifact(artifact)
 
