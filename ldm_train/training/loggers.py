@@ -34,7 +34,7 @@ class Recorder(Logger):
         super().__init__()
         self.logged: Mapping[int, set[str]] = {}
 
-    def new(self, metrics: Mapping[str, float], step: int) -> dict[str, float]:
+    def unlogged(self, metrics: Mapping[str, float], step: int) -> dict[str, float]:
         """The metrics without Lightning's epoch and without those that an earlier process logged for this step already."""
         return {k: v for k, v in metrics.items() if k != "epoch" and k not in self.logged.get(step, ())}
 
@@ -86,7 +86,7 @@ class MetricsCSV(Recorder):
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        row = {"step": step} | self.new(metrics, step)
+        row = {"step": step} | self.unlogged(metrics, step)
         if self.rows and int(self.rows[-1]["step"]) == step:
             self.rows[-1] |= row
         else:
@@ -134,8 +134,8 @@ class StockLogger(Recorder):
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        if new := self.new(metrics, step):
-            self.logger.log_metrics(new, step)
+        if unlogged := self.unlogged(metrics, step):
+            self.logger.log_metrics(unlogged, step)
 
     def save(self) -> None:
         self.logger.save()
@@ -256,8 +256,8 @@ class StageLogger(Recorder):
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        if new := self.new(metrics, step):
-            self._log(new, step)
+        if unlogged := self.unlogged(metrics, step):
+            self._log(unlogged, step)
 
     @rank_zero_only
     def log_picture(self, name: str, path: Path, step: int, caption: str) -> None:
@@ -293,7 +293,7 @@ class TensorBoardLogger(Recorder):
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        for name, value in self.new(metrics, step).items():
+        for name, value in self.unlogged(metrics, step).items():
             self.writer.add_scalar(name, value, step)
 
     @rank_zero_only
