@@ -29,7 +29,7 @@ class Collected:
         kept = [(m.keep if compared else KEPT, m.extractor) for m in self.metrics]
         self.keep = {extractor: keep for keep, extractor in sorted(kept)}  # of several metrics the largest
         self.sets: dict[str, FeatureSet] = {}
-        self.values: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = {}  # by metric: (indices, numbers) of batches
+        self.values: dict[str, list[torch.Tensor]] = {}  # by metric: numbers (B,), one per image, of each batch
 
     def add(self, images: torch.Tensor, indices: torch.Tensor, captions: Sequence[str] | None = None) -> None:
         """images (B, C, H, W) in [-1, 1], indices (B,) in the whole set, captions they were drawn from.
@@ -43,7 +43,7 @@ class Collected:
                     metric.check(extractor, ())
                     logits = extractor.logits(features)
                 if (values := metric.collect(extractor, features, captions)) is not None:
-                    self.values.setdefault(metric.name, []).append((indices.cpu(), values.cpu()))
+                    self.values.setdefault(metric.name, []).append(values.cpu())
             if name not in self.sets:
                 self.sets[name] = FeatureSet(features.shape[1], self.groups, self.keep[name])
             self.sets[name].add(features, indices, logits)
@@ -52,14 +52,9 @@ class Collected:
         """The joint set of all ranks, on every rank."""
         self.sets = {name: FeatureSet.gathered(self.sets.get(name), self.groups) for name in self.extractors}
         parts, self.values = gathered(self.values), {}
-        for name, pairs in (item for part in parts for item in part.items()):
-            self.values.setdefault(name, []).extend(pairs)
+        for name, values in (item for part in parts for item in part.items()):
+            self.values.setdefault(name, []).extend(values)
         return self
-
-    def values_of(self, metric: Metric) -> torch.Tensor:
-        """The values that a metric collected, one per image (N,)."""
-        pairs = self.values.get(metric.name, [])
-        return torch.cat([values for _, values in pairs]) if pairs else torch.empty(0)
 
     def state(self) -> dict[str, Any]:
         """The state from which an interrupted collection continues: tensors, numbers and names."""
@@ -68,7 +63,7 @@ class Collected:
     def restore(self, state: Mapping[str, Any]) -> None:
         """Continues from a `state`. Raises errors of any type for an invalid one, and then changes nothing."""
         sets = {name: FeatureSet.restored(saved) for name, saved in state["sets"].items()}
-        values = {n: [(i.long(), v.double()) for i, v in state["values"][n]] for n in state["values"]}
+        values = {name: [v.double() for v in batches] for name, batches in state["values"].items()}
         self.sets, self.values = sets, values
 
 
@@ -130,5 +125,7 @@ def measure(metrics: Sequence[Metric], sets: Sets, made: Collected) -> dict[str,
                 raise ValueError(
                     f"{metric.name}: the reference has {theirs.dim} features per image, the extractor {ours.dim}"
                 )
-        estimates[metric.name] = metric.measure(ours, made.values_of(metric), *others)
+        batches = made.values.get(metric.name)
+        values = torch.cat(batches) if batches else torch.empty(0)
+        estimates[metric.name] = metric.measure(ours, values, *others)
     return estimates

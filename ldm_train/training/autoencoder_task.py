@@ -27,9 +27,8 @@ class AutoencoderTask(Task):
     disc_lr: the discriminator's own learning rate (default: the autoencoder's, as published).
     Validation measures posterior means of the averaged weights: l1, psnr (dB), ssim, perceptual, kl or codebook, score
     (perceptual + l1, the criterion of best.ckpt), the share of active latent channels, the smallest and largest deviation
-    of a channel, the posterior's deviation in relation to them and, with `features` (images ->
-    features, with a name), the Frechet distance between images and reconstructions. Of a VQ model also the codes'
-    perplexity and the share of them in use.
+    of a channel, the posterior's deviation in relation to them and, with `features` (images -> features, with a name), the
+    Frechet distance between images and reconstructions. Of a VQ model also the codes' perplexity and the share in use.
     """
 
     monitor = "score"
@@ -50,10 +49,7 @@ class AutoencoderTask(Task):
         self.features = features
 
     def trained(self) -> nn.ModuleDict:
-        parts: dict[str, nn.Module] = {
-            "autoencoder": self.autoencoder,
-            "likelihood": nn.ParameterList([self.loss.logvar]),
-        }
+        parts = {"autoencoder": self.autoencoder, "likelihood": nn.ParameterList([self.loss.logvar])}
         if self.loss.discriminator is not None:
             parts["discriminator"] = self.loss.discriminator
         return nn.ModuleDict(parts)

@@ -1,5 +1,6 @@
 """Shared by the tasks of all training stages: reseeding, averaging, clipping, checkpoints of the trained parts, validation sums."""
 
+import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -30,16 +31,6 @@ class NotFinite(FloatingPointError):
             f"the {stage} {what} not finite at step {step}. Make the stage anew with a lower {stage}.lr, gradient clipping or "
             f"precision=32: restart={stage} {stage}.clip_norm=1 (what is there goes to .replaced)"
         )
-
-
-def reduce_sums(sums: Mapping[str, tuple[float, int]]) -> dict[str, float]:
-    """Means of (sum, count) pairs over all ranks; a rank without samples may lack keys."""
-    joint: dict[str, tuple[float, int]] = {}
-    for part in gathered(dict(sums)):
-        for key, (total, count) in part.items():
-            before = joint.get(key, (0.0, 0))
-            joint[key] = (before[0] + total, before[1] + count)
-    return {k: total / count if count else float("nan") for k, (total, count) in sorted(joint.items())}
 
 
 class Task(L.LightningModule):
@@ -167,7 +158,12 @@ class Task(L.LightningModule):
     def finish_validation(self) -> dict[str, float]:
         """Logs the validation means over all ranks and returns them; brings the raw weights back."""
         self._ema_context.__exit__(None, None, None)
-        means = reduce_sums(self._sums)
+        totals, counts = defaultdict(float), defaultdict(int)
+        for sums in gathered(dict(self._sums)):  # a rank without samples may lack names
+            for name, (total, count) in sums.items():
+                totals[name] += total
+                counts[name] += count
+        means = {name: totals[name] / counts[name] if counts[name] else math.nan for name in sorted(totals)}
         self.log("step", float(self.global_step), rank_zero_only=False)
         self.log_dict({f"val/{k}": v for k, v in means.items()}, rank_zero_only=False)
         return means
