@@ -103,11 +103,11 @@ def compared(metric: Metric, sets: Sets) -> list[FeatureSet]:
     """The sets that a metric compares with, out of `sets`: {name: {extractor: features}}.
 
     Raises ValueError where one is missing, or holds moments alone and the metric needs features."""
-    others = [sets.get(name, {}).get(metric.extractor) for name in metric.compared_with]
-    if None in others:
+    if not all(metric.extractor in sets.get(name, {}) for name in metric.compared_with):
         raise ValueError(
             f"{metric.name} compares with a run's training and validation pictures: ldm-evaluate run=<run>"
         )
+    others = [sets[name][metric.extractor] for name in metric.compared_with]
     if metric.needs_features and not all(len(other.kept()[0]) for other in others):
         raise ValueError(
             f"{metric.name} needs features; this reference holds mean and covariance only (fid and fd work)"
