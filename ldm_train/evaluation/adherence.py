@@ -11,6 +11,7 @@ from ldm_train.data.samples import collate
 from ldm_train.images import from_uint8, to_uint8
 
 ATTRIBUTES = ("colour", "shape", "position", "background")
+PLACE = ("x", "y", "r")  # of an object, and its size
 # The properties of the picture that each condition determines: attributes (share right), IoU of boxes, pixels of maps.
 DETERMINES = {
     "caption": ATTRIBUTES,
@@ -66,31 +67,39 @@ def judge(images: torch.Tensor, scenes: Sequence[shapes_world.Scene]) -> dict[st
     images (B, 3, H, W) in [-1, 1]. An unreadable picture is wrong in every attribute and every pixel.
     """
     pixels = to_uint8(images).permute(0, 2, 3, 1).numpy()
-    table: dict[str, list] = {
-        name: [] for name in (*ATTRIBUTES, "unreadable", "x", "y", "r", "box_iou", "pixels", "object_pixels")
-    }
+    rows = []
     for picture, scene in zip(pixels, scenes):
         actual, wanted = shapes_world.read(picture), scene.objects[0]
         drawn, labels = shapes_world.read_labels(picture), shapes_world.render(scene, len(picture))[1]
-        right = {a: actual is not None and getattr(actual.objects[0], a) == getattr(wanted, a) for a in ATTRIBUTES[:3]}
-        right["background"] = actual is not None and actual.background == scene.background
         same = np.zeros_like(labels, bool) if drawn is None else drawn == labels
-        right["box_iou"] = 0.0 if actual is None else box_iou(actual.objects[0], wanted)
-        right["pixels"], right["object_pixels"] = float(same.mean()), float(same[labels > 0].mean())
-        right["unreadable"] = actual is None
-        for name in ("x", "y", "r"):
-            right[name] = np.nan if actual is None else getattr(actual.objects[0], name)
-        for name, value in right.items():
-            table[name].append(value)
-    return {name: np.array(values) for name, values in table.items()}
+        row = {
+            "pixels": float(same.mean()),
+            "object_pixels": float(same[labels > 0].mean()),
+            "unreadable": actual is None,
+        }
+        if actual is None:
+            row |= dict.fromkeys(ATTRIBUTES, False) | dict.fromkeys(PLACE, np.nan) | {"box_iou": 0.0}
+        else:
+            found = actual.objects[0]
+            row |= {a: getattr(found, a) == getattr(wanted, a) for a in ATTRIBUTES[:3]}
+            row |= {n: getattr(found, n) for n in PLACE}
+            row |= {"background": actual.background == scene.background, "box_iou": box_iou(found, wanted)}
+        rows.append(row)
+    return {name: np.array([row[name] for row in rows]) for name in rows[0]}
 
 
 def spread(values: np.ndarray) -> float:
     """Pooled within-caption standard deviation of (captions, seeds) values; rows with a NaN do not count."""
     complete = values[~np.isnan(values).any(axis=1)]
-    return (
-        float(np.sqrt(complete.var(axis=1, ddof=1).mean())) if len(complete) and values.shape[1] > 1 else float("nan")
-    )
+    if not len(complete) or values.shape[1] < 2:
+        return float("nan")
+    return float(np.sqrt(complete.var(axis=1, ddof=1).mean()))
+
+
+def _batch(conditions: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    batch = collate([dict(c) for c in conditions])
+    batch.pop("replaced")
+    return batch
 
 
 def measure_adherence(
@@ -126,17 +135,12 @@ def measure_adherence(
             condition(fields, scene, text, image_size, np.random.default_rng([scene_seed, 0x5CE2E, i]))
             for i, (text, scene) in enumerate(pairs)
         ]
-        rows = [(i, seed) for seed in range(seeds) for i in range(len(pairs))]
-        images = []
-        for k in range(0, len(rows), batch_size):
-            part = rows[k : k + batch_size]
-            # One seed per (scene, repetition), so that no two pictures share their noise.
-            part_seeds = [seed * 1_000_003 + k + j for j, (_, seed) in enumerate(part)]
-            batch = collate([dict(conditions[i]) for i, _ in part])
-            batch.pop("replaced")
-            images.append(sample(batch, part_seeds))
-        drawn = torch.cat(images)
-        table = judge(drawn, [pairs[i][1] for i, _ in rows])
+        rows = conditions * seeds
+        # One seed per (scene, repetition), so that no two pictures share their noise.
+        noise = [k // len(pairs) * 1_000_003 + k for k in range(len(rows))]
+        parts = [slice(k, k + batch_size) for k in range(0, len(rows), batch_size)]
+        drawn = torch.cat([sample(_batch(rows[part]), noise[part]) for part in parts])
+        table = judge(drawn, [scene for _, scene in pairs] * seeds)
         result[group] = {name: float(table[name].mean()) for name in determined} | {
             "mean": float(np.mean([table[a].mean() for a in attributes])),
             "all": float(np.all([table[a] for a in attributes], axis=0).mean()),
@@ -144,36 +148,38 @@ def measure_adherence(
         }
         if group == "trained":
             first = min(64, scenes)
-            shown, shown_batch = drawn[:first], collate([dict(c) for c in conditions[:first]])
-            shown_batch.pop("replaced")
+            shown, shown_batch = drawn[:first], _batch(conditions[:first])
             if "caption" in fields:
-                by_caption = {n: table[n].reshape(seeds, scenes).T for n in ("x", "y", "r")}
-                result["diversity"] = _diversity(by_caption, pairs, image_size, seeds)
+                samples = {n: table[n].reshape(seeds, scenes).T for n in PLACE}
+                result["diversity"] = _diversity(samples, _twins(pairs, image_size, seeds))
     return result, shown, shown_batch
 
 
-def _diversity(
-    by_caption: dict[str, np.ndarray], pairs: list[tuple[str, shapes_world.Scene]], image_size: int, seeds: int
-) -> dict[str, float]:
-    """Spread of samples and of data within captions, and their ratio, for position and size."""
-    data = {n: np.full((len(pairs), seeds), np.nan) for n in ("x", "y", "r")}
+def _twins(pairs: list[tuple[str, shapes_world.Scene]], image_size: int, seeds: int) -> dict[str, np.ndarray]:
+    """Place and size, as read, of pictures of the data under the same captions: (captions, seeds)."""
+    data = {n: np.full((len(pairs), seeds), np.nan) for n in PLACE}
     for i, (text, scene) in enumerate(pairs):
         wanted = scene.objects[0]
+        combination = (wanted.colour, wanted.shape, wanted.position, scene.background)
         for j in range(seeds):
             rng = np.random.default_rng([0xD17E, i, j])
-            combination = (wanted.colour, wanted.shape, wanted.position, scene.background)
             twin = shapes_world.random_object(rng, combination)
             while wanted.size in text and twin.size != wanted.size:  # the caption names the size
                 twin = shapes_world.random_object(rng, combination)
-            twin_read = shapes_world.read(
-                shapes_world.render(shapes_world.Scene(scene.background, (twin,)), image_size, rng)[0]
-            )
-            for n in ("x", "y", "r"):
-                data[n][i, j] = np.nan if twin_read is None else getattr(twin_read.objects[0], n)
-    ours = {"position": (spread(by_caption["x"]) + spread(by_caption["y"])) / 2, "size": spread(by_caption["r"])}
-    theirs = {"position": (spread(data["x"]) + spread(data["y"])) / 2, "size": spread(data["r"])}
-    table = {f"{n}_samples": ours[n] for n in ours} | {f"{n}_data": theirs[n] for n in theirs}
-    return table | {f"{n}_ratio": ours[n] / theirs[n] for n in ours}
+            picture, _ = shapes_world.render(shapes_world.Scene(scene.background, (twin,)), image_size, rng)
+            if (actual := shapes_world.read(picture)) is not None:
+                for n in PLACE:
+                    data[n][i, j] = getattr(actual.objects[0], n)
+    return data
+
+
+def _diversity(samples: dict[str, np.ndarray], data: dict[str, np.ndarray]) -> dict[str, float]:
+    """Spread of samples and of data within captions, and their ratio, for position and size."""
+    table = {}
+    for kind, values in (("samples", samples), ("data", data)):
+        table[f"position_{kind}"] = (spread(values["x"]) + spread(values["y"])) / 2
+        table[f"size_{kind}"] = spread(values["r"])
+    return table | {f"{n}_ratio": table[f"{n}_samples"] / table[f"{n}_data"] for n in ("position", "size")}
 
 
 def format_table(result: dict[str, Any]) -> str:

@@ -1,6 +1,7 @@
 """Metrics, extractors and reference of a run, built from the config's `evaluation` section."""
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from ldm_train.distributed import gathered, rank
 from ldm_train.evaluation.measurement import Reference, collect_reference, reference_from
 from ldm_train.images import groups_in_words, has_colours
 from ldm_train.metrics.features import Extractor, weights_hash
-from ldm_train.metrics.measures import read_reference
+from ldm_train.metrics.measures import Collected, read_reference
 from ldm_train.metrics.metric import REFERENCE, Metric
 from ldm_train.metrics.paired import MS_SSIM_SIDE, ms_ssim, psnr, ssim
 
@@ -25,18 +26,14 @@ CACHE = ".references"  # below runs_dir: reference statistics, shared by all run
 PAIRED = {"psnr": psnr, "ssim": ssim, "ms_ssim": ms_ssim}
 
 
-def metric_kinds(own: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """The kinds of metric, each as the tree that Hydra instantiates. own: `evaluation.kinds`, of the user's own command."""
-    shipped = {f.stem: OmegaConf.to_container(OmegaConf.load(f)) for f in sorted(config_folder().glob("metric/*.yaml"))}
-    return shipped | dict(own or {})
-
-
 def parse_metrics(
     names: Sequence[str], extractors: Sequence[str], own: Mapping[str, Any] | None = None
 ) -> list[Metric]:
     """A name is `<kind>_<extractor>` (fid_tiny, kid_mine), or a kind alone on the network it is published with (fid on
-    Inception). Raises ValueError for an unknown name, listing the known ones."""
-    kinds, metrics = metric_kinds(own), []
+    Inception). own: `evaluation.kinds`, of the user's own command. Raises ValueError for an unknown name, listing the known
+    ones."""
+    kinds = {f.stem: OmegaConf.to_container(OmegaConf.load(f)) for f in sorted(config_folder().glob("metric/*.yaml"))}
+    kinds |= own or {}
     makers = {kind: instantiate(tree, _partial_=True, _convert_="all") for kind, tree in kinds.items()}
     for kind, maker in makers.items():
         if not (isinstance(maker.func, type) and issubclass(maker.func, Metric)):
@@ -44,12 +41,12 @@ def parse_metrics(
                 f"evaluation.kinds.{kind}: {kinds[kind]['_target_']} is no class of a metric (metrics/metric.py)"
             )
     published = {kind: maker.func.published_with for kind, maker in makers.items() if maker.func.published_with}
+    known = {f"{kind}_{extractor}": (kind, extractor) for kind in sorted(kinds, key=len) for extractor in extractors}
+    known |= {kind: (kind, extractor) for kind, extractor in published.items()}
+    metrics = []
     for name in names:
-        pairs = [(k, name[len(k) + 1 :]) for k in sorted(kinds, key=len, reverse=True) if name.startswith(f"{k}_")]
-        if name in published:
-            pairs = [(name, published[name])]
-        kind, extractor = next((pair for pair in pairs if pair[1] in extractors), (None, None))
-        if kind is None:
+        kind, extractor = known.get(name, (None, None))
+        if extractor not in extractors:
             tiny = [f"{k}_tiny" for k in ("fid", "kid", "precision", "recall") if "tiny" in extractors]
             raise ValueError(
                 f"metrics: {name!r} is none; choose from {', '.join([*published, *tiny])}, or <kind>_<extractor> with a kind of "
@@ -57,13 +54,6 @@ def parse_metrics(
             )
         metrics.append(makers[kind](name, kind, extractor))
     return metrics
-
-
-def check_paired(names: Sequence[str], networks: Mapping[str, nn.Module]) -> None:
-    """Raises ValueError for an unknown name of a paired metric."""
-    known = [*PAIRED, *networks]
-    if unknown := [n for n in names if n not in known]:
-        raise ValueError(f"paired metrics: {', '.join(unknown)} is none; choose from {', '.join(known)}")
 
 
 def check_reference(source: str, splits: Sequence[str], root: str) -> None:
@@ -89,18 +79,17 @@ class Evaluator:
             raise ValueError("metrics and paired are lists: metrics=[fid_tiny,kid_tiny]")
         self.metrics = parse_metrics(list(section.metrics), list(section.extractors), section.get("kinds"))
         self.device, self.section = device, section
-        needed = {m.extractor for m in self.metrics}
-        self.extractors: dict[str, nn.Module] = {
-            name: instantiate(section.extractors[name], _convert_="all").to(device) for name in sorted(needed)
-        }
+
+        def built(trees: Mapping[str, DictConfig]) -> dict[str, nn.Module]:
+            return {name: instantiate(tree, _convert_="all").to(device) for name, tree in trees.items()}
+
+        self.extractors = built({n: section.extractors[n] for n in sorted({m.extractor for m in self.metrics})})
         self.paired = [p for p in section.paired if p != "perceptual" or section.perceptual is not None]
-        check_paired(self.paired, {"perceptual": nn.Identity(), "lpips": nn.Identity()})
+        known = [*PAIRED, "perceptual", "lpips"]
+        if unknown := [p for p in self.paired if p not in known]:
+            raise ValueError(f"paired metrics: {', '.join(unknown)} is none; choose from {', '.join(known)}")
         networks = {"perceptual": section.perceptual, "lpips": section.lpips}
-        self.networks: dict[str, nn.Module] = {
-            name: instantiate(tree, _convert_="all").to(device)
-            for name, tree in networks.items()
-            if tree is not None and name in self.paired
-        }
+        self.networks = built({n: tree for n, tree in networks.items() if tree is not None and n in self.paired})
 
     @classmethod
     def on_all_ranks(cls, section: DictConfig, device: torch.device) -> "Evaluator":
@@ -154,10 +143,9 @@ class Evaluator:
             if not isinstance(extractor, Extractor) or known is not None:
                 features = self._tried(name, (channels, *sides))
                 compared = [m.name for m in self.metrics if m.extractor == name and REFERENCE in m.compared_with]
-                if known is not None and compared and features != len(known.groups[0].total):
+                if known is not None and compared and features != known.dim:
                     raise ValueError(
-                        f"{compared[0]}: {source} has {len(known.groups[0].total)} features per image, the extractor "
-                        f"{features}; it is of another one"
+                        f"{compared[0]}: {source} has {known.dim} features per image, the extractor {features}; it is of another one"
                     )
         if "ms_ssim" in self.paired and min(sides) < MS_SSIM_SIDE:
             raise ValueError(
@@ -180,10 +168,13 @@ class Evaluator:
         the splits that metrics compare with."""
 
         def collected(name: str, split: str, limit: int | None) -> Reference:
-            return collect_reference(
-                lambda: data.fixed_loader(split, limit, ("image",)), self.metrics, self.extractors,
-                self.images_identity(data, split, limit), Path(runs_dir) / CACHE, self.device, progress, name,
-            )  # fmt: skip
+            wanted = Collected(self.metrics, self.extractors, compared=name)
+            identity, cache = self.images_identity(data, split, limit), Path(runs_dir) / CACHE
+            loader = partial(data.fixed_loader, split, limit, ("image",))
+            return collect_reference(name, wanted, loader, identity, cache, self.device, progress)
+
+        def image_of(name: str, index: int) -> torch.Tensor:
+            return data.samples(getattr(data, name), ("image",), random=False)[(0, index)]["image"]
 
         source = str(self.section.reference)
         if source.endswith(".npz"):
@@ -196,12 +187,7 @@ class Evaluator:
             other = collected(name, getattr(data, name), None)
             sets |= other.sets
             hashes |= other.hashes
-        return Reference(
-            sets,
-            hashes,
-            self.seen(data.channels),
-            lambda name, index: data.samples(getattr(data, name), ("image",), random=False)[(0, index)]["image"],
-        )
+        return Reference(sets, hashes, self.seen(data.channels), image_of)
 
 
 def sampling_options(config: DictConfig) -> dict[str, Any]:

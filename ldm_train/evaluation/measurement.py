@@ -2,9 +2,8 @@
 
 import hashlib
 import json
-import os
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ from ldm_train.metrics.sets import KEPT, UNKNOWN, FeatureSet
 from ldm_train.rng import derive_seed
 from ldm_train.storage import read_tensors, write_atomically
 
+SHOWN = 36  # samples, as pictures
 SAVE_EVERY = 60.0  # seconds between saves of the state that an interrupted measurement continues from
 
 # (model, fields, seeds) -> images
@@ -53,15 +53,19 @@ class Reference:
 
     def details(self, metric: Metric) -> dict[str, Any]:
         """What is recorded beside a metric: its extractor, the reference's hash and number of images."""
-        details = {"extractor": metric.extractor}
+        details: dict[str, Any] = {"extractor": metric.extractor}
         if metric.extractor in self.seen:
             details["channels"] = self.seen[metric.extractor]
-        if not metric.compared_with:
-            return details
-        name = metric.compared_with[0]
-        n = self.sets[name][metric.extractor].groups[0].count
-        known = n if n != UNKNOWN else None
-        return details | {"reference": self.hashes[_key(name, metric.extractor)], "n_reference": known}
+        if metric.compared_with:
+            name = metric.compared_with[0]
+            details["reference"] = self.hashes[_key(name, metric.extractor)]
+            n = self.sets[name][metric.extractor].groups[0].count
+            details["n_reference"] = n if n != UNKNOWN else None
+        return details
+
+    def table(self, metrics: Sequence[Metric], estimates: Mapping[str, Estimate]) -> dict[str, dict[str, Any]]:
+        """Estimates as they are recorded, each with its `details`."""
+        return {m.name: estimates[m.name].as_dict() | self.details(m) for m in metrics}
 
 
 def _key(name: str, extractor: str) -> str:
@@ -79,27 +83,26 @@ def reference_from(path: str | Path, metrics: Sequence[Metric]) -> Reference:
 
 @torch.no_grad()
 def collect_reference(
+    name: str,
+    wanted: Collected,
     loader: Callable[[], Iterable[dict[str, Any]]],
-    metrics: Sequence[Metric],
-    extractors: Mapping[str, nn.Module],
     identity: Mapping[str, Any],
     cache: Path,
     device: torch.device,
     progress: bool = True,
-    name: str = REFERENCE,
 ) -> Reference:
     """Features of real images through training's own transform, kept in `cache` under a hash of everything they depend on.
 
-    loader: () -> batches of this rank's share, called only where the cache lacks them. identity: all that the images
-    depend on (content hash of the data, split, transform, number); the extractors' weights are added. name: of the set
-    (see `Metric.compared_with`).
+    name: of the set (see `Metric.compared_with`). wanted: what to collect, still empty. loader: () -> batches of this
+    rank's share, called only where the cache lacks them. identity: all that the images depend on (content hash of the
+    data, split, transform, number); the extractors' weights are added.
     """
-    wanted = Collected(metrics, extractors, compared=name)
     hashes = {}
     for extractor, network in wanted.extractors.items():
-        follows = [dict(identity), extractor, weights_hash(network)]
-        follows += [wanted.keep[extractor]] if wanted.keep[extractor] != KEPT else []
-        text = json.dumps(follows, sort_keys=True, default=str)
+        depends_on = [dict(identity), extractor, weights_hash(network)]
+        if wanted.keep[extractor] != KEPT:
+            depends_on.append(wanted.keep[extractor])
+        text = json.dumps(depends_on, sort_keys=True, default=str)
         hashes[extractor] = hashlib.sha256(text.encode()).hexdigest()[:12]
     paths = {extractor: cache / f"{extractor}-{digest}.npz" for extractor, digest in hashes.items()}
     there = gathered([path.is_file() for path in paths.values()])[0]  # rank 0 decides for all
@@ -148,18 +151,21 @@ class Measured:
     pairs: dict[str, torch.Tensor] = field(default_factory=dict)
 
 
-def _drawn_again(
-    model: LatentDiffusion, batches: Iterable[dict[str, Any]], draw: Draw, wanted: set[int], seed: int
-) -> dict[int, torch.Tensor]:
-    """Some samples of `measure_samples` by their indices, on every rank: their seeds follow from their keys."""
-    fields, mine, position = set(model.fields), {}, 0
+def _parts(
+    model: LatentDiffusion, batches: Iterable[dict[str, Any]], size: int
+) -> Iterator[tuple[list[str], torch.Tensor, dict[str, Any]]]:
+    """(keys, indices in the whole set, conditions) of this rank's share, at most `size` samples at a time."""
+    position = 0
     for batch in batches:
-        indices = indices_of(position, len(batch["key"])).tolist()
-        position += len(indices)
-        for k in (k for k, index in enumerate(indices) if index in wanted):
-            condition = {f: batch[f][k : k + 1] for f in fields if f in batch}
-            (mine[indices[k]],) = draw(model, condition, seeds=seeds_of([batch["key"][k]], seed)).cpu()
-    return {index: image for part in gathered(mine) for index, image in part.items()}
+        if missing := sorted(set(model.fields) - batch.keys()):
+            raise ValueError(
+                f"the model reads {', '.join(missing)}, which the configured diffusion/conditioning does not: use the "
+                "options that it was trained with"
+            )
+        for k in range(0, len(batch["key"]), size):
+            keys = batch["key"][k : k + size]
+            yield keys, indices_of(position, len(keys)), {f: batch[f][k : k + size] for f in model.fields}
+            position += len(keys)
 
 
 @torch.no_grad()
@@ -172,7 +178,6 @@ def measure_samples(
     extractors: Mapping[str, nn.Module],
     batch_size: int,
     seed: int = 0,
-    shown: int = 36,
     progress: bool = True,
     total: int | None = None,
     partial: Path | None = None,
@@ -184,56 +189,62 @@ def measure_samples(
     extractors: name -> images -> features. total: of this rank's share, for the bar. partial: a file, unique to the
     job, from which an interrupted measurement continues; it is removed at the end.
     """
-    fields, made = set(model.fields), Collected(metrics, extractors)
+    made = Collected(metrics, extractors)
     state: dict[str, Any] = {"done": 0, "batch_size": batch_size, "images": [], "captions": [], "seconds": 0.0}
     if partial is not None:
         partial = partial.with_name(f"{partial.name}.{rank()}-{world_size()}")
-        if partial.is_file() and (saved := _saved(partial, state, made)):
-            state = saved
-    saved_at, position = time.monotonic(), 0
+        if partial.is_file():
+            state = _saved(partial, state, made) or state
+    saved_at, done = time.monotonic(), 0
     bar = tqdm(total=total, desc="samples", unit="img", disable=not progress)
-    for batch in batches:
-        if missing := sorted(fields - batch.keys()):
-            raise ValueError(
-                f"the model reads {', '.join(missing)}, which the configured diffusion/conditioning does not: use the "
-                "options that it was trained with"
-            )
-        for k in range(0, len(batch["key"]), batch_size):
-            keys = batch["key"][k : k + batch_size]
-            indices = indices_of(position, len(keys))
-            position += len(keys)
-            if position <= state["done"]:
-                bar.update(len(keys))
-                continue
-            condition = {f: batch[f][k : k + batch_size] for f in fields if f in batch}
+    for keys, indices, condition in _parts(model, batches, batch_size):
+        done += len(keys)
+        if done > state["done"]:
             begin = time.perf_counter()
             images = draw(model, condition, seeds=seeds_of(keys, seed)).to(model.device)
             if images.is_cuda:
                 torch.cuda.synchronize()
             state["seconds"] += time.perf_counter() - begin
+            state["done"] = done
             made.add(images, indices, condition.get("caption"))
-            if len(state["captions"]) < shown:
-                room = shown - len(state["captions"])
+            if (room := SHOWN - len(state["captions"])) > 0:
                 both = pictures.beside(model.picture(condition, images.shape[2:]), images.cpu())
                 state["images"].append(both[:room])
                 state["captions"] += model.describe(condition, len(images))[:room]
-            state["done"] = position
-            bar.update(len(keys))
             if partial is not None and time.monotonic() - saved_at > SAVE_EVERY:
                 whole = {"state": state, "made": made.state()}
                 write_atomically(partial, lambda file, whole=whole: torch.save(whole, file))
                 saved_at = time.monotonic()
+        bar.update(len(keys))
     bar.close()
     estimates = measure(metrics, reference.sets, made.gathered())
-    shown_pairs = {}
-    for metric in metrics if pairs else ():
-        if matches := metric.pairs(made.sets[metric.extractor], *compared(metric, reference.sets)):
-            drawn = _drawn_again(model, batches, draw, {sample for sample, _ in matches}, seed)
-            real = [reference.image_of(metric.compared_with[0], index) for _, index in matches]
-            rows = [drawn[sample] for sample, _ in matches], real
-            shown_pairs[metric.name] = torch.stack([image for row in rows for image in row])
-    count = sum(gathered(state["done"]))
+    shown_pairs = _pairs(model, batches, draw, reference, made, seed) if pairs else {}
     if partial is not None and partial.is_file():
-        os.unlink(partial)
-    shown_images = torch.cat(state["images"]) if state["images"] else torch.empty(0)
-    return Measured(estimates, shown_images, state["captions"], max(gathered(state["seconds"])), count, shown_pairs)
+        partial.unlink()
+    shown = torch.cat(state["images"]) if state["images"] else torch.empty(0)
+    seconds, count = max(gathered(state["seconds"])), sum(gathered(state["done"]))
+    return Measured(estimates, shown, state["captions"], seconds, count, shown_pairs)
+
+
+def _pairs(
+    model: LatentDiffusion,
+    batches: Iterable[dict[str, Any]],
+    draw: Draw,
+    reference: Reference,
+    made: Collected,
+    seed: int,
+) -> dict[str, torch.Tensor]:
+    """`Measured.pairs`, on every rank; the samples are drawn again, for their seeds follow from their keys."""
+    pairs = {}
+    for metric in made.metrics:
+        matches = metric.pairs(made.sets[metric.extractor], *compared(metric, reference.sets))
+        if not matches:
+            continue
+        wanted, drawn = {sample for sample, _ in matches}, {}
+        for keys, indices, condition in _parts(model, batches, 1):
+            if (index := int(indices)) in wanted:
+                (drawn[index],) = draw(model, condition, seeds=seeds_of(keys, seed)).cpu()
+        drawn = {index: image for part in gathered(drawn) for index, image in part.items()}
+        real = [reference.image_of(metric.compared_with[0], index) for _, index in matches]
+        pairs[metric.name] = torch.stack([*(drawn[sample] for sample, _ in matches), *real])
+    return pairs

@@ -1,11 +1,10 @@
 """The evaluation stage: reconstructions, latents, samples and, on shapes, adherence, as one metrics.json."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 from tqdm import tqdm
 
 from ldm_train import images as pictures
@@ -28,6 +27,11 @@ from ldm_train.rng import NoiseSource
 from ldm_train.storage import write_json
 
 
+def of_reconstructions(evaluator: Evaluator) -> list[Metric]:
+    """The metrics that say something of reconstructions."""
+    return [m for m in evaluator.metrics if m.compared_with == (REFERENCE,)]
+
+
 @torch.no_grad()
 def evaluate_first_stage(
     first_stage: FirstStage,
@@ -43,72 +47,62 @@ def evaluate_first_stage(
     "reconstructions": distances of their set to the reference (rFID and the like). "latents": measures that predict the quality of a
     diffusion model on these latents, on the first `predictors` images (0: not measured).
     """
-    extractors, paired, networks, device = evaluator.extractors, evaluator.paired, evaluator.networks, evaluator.device
-    used = [m for m in evaluator.metrics if m.compared_with == (REFERENCE,)]
-    rebuilt, values, kept, position = Collected(used, extractors), {}, [], 0
+    paired = {name: PAIRED.get(name) or evaluator.networks[name] for name in evaluator.paired}
+    used = of_reconstructions(evaluator)
+    rebuilt, values, kept, position = Collected(used, evaluator.extractors), {n: [] for n in paired}, {}, 0
     shown = torch.empty(0)
     for batch in tqdm(batches, desc="reconstructions", unit="batch", disable=not progress):
-        x = batch["image"].to(device)
-        moments = first_stage.encode_moments(x)
-        latents = first_stage.scaled(first_stage.posterior(moments).mean)
+        x = batch["image"].to(evaluator.device)
+        latents = first_stage.scaled(first_stage.posterior(first_stage.encode_moments(x)).mean)
         rec = first_stage.decode(latents)
+        for name, function in paired.items():
+            values[name].append(function(rec, x).double().cpu())
         indices = indices_of(position, len(x))
         position += len(x)
-        for name in paired:
-            function = PAIRED.get(name) or networks[name]
-            values.setdefault(name, []).append(function(rec, x).double().cpu())
         rebuilt.add(rec, indices)
-        kept += [(i, z.cpu()) for i, z in zip(indices.tolist(), latents) if i < predictors]
+        kept |= {i: z.cpu() for i, z in zip(indices.tolist(), latents) if i < predictors}
         if not len(shown):
             shown = torch.cat([x[:8], rec[:8]]).cpu()
-    joint = {n: torch.cat([p for part in gathered(values.get(n, [])) for p in part]) for n in paired}
-    metrics: dict[str, Any] = {"reconstruction": {name: mean_estimate(v).as_dict() for name, v in joint.items()}}
+    metrics: dict[str, Any] = {"reconstruction": {}}
     channels = first_stage.autoencoder.in_channels
-    for name in [
-        n for n in paired if isinstance(networks.get(n), LPIPS | TinyPerceptual) and not has_colours(channels)
-    ]:
-        metrics["reconstruction"][name]["channels"] = groups_in_words(channels)
-    estimates = measure(used, reference.sets, rebuilt.gathered())
-    metrics["reconstructions"] = {m.name: estimates[m.name].as_dict() | reference.details(m) for m in used}
-    kept = [pair for part in gathered(kept) for pair in part]
+    for name, own in values.items():
+        joint = torch.cat([part for parts in gathered(own) for part in parts])
+        metrics["reconstruction"][name] = mean_estimate(joint).as_dict()
+        if isinstance(paired[name], LPIPS | TinyPerceptual) and not has_colours(channels):
+            metrics["reconstruction"][name]["channels"] = groups_in_words(channels)
+    metrics["reconstructions"] = reference.table(used, measure(used, reference.sets, rebuilt.gathered()))
+    kept = {i: z for part in gathered(kept) for i, z in part.items()}
     if len(kept) > 1:
-        latents = torch.stack([z for _, z in sorted(kept, key=lambda pair: pair[0])]).to(device)
-        metrics["latents"] = predict(first_stage, latents, reference, used, extractors)
+        latents = torch.stack([kept[i] for i in sorted(kept)]).to(evaluator.device)
+        metrics["latents"] = predict(first_stage, latents, reference, evaluator)
     return metrics, shown
 
 
 @torch.no_grad()
 def predict(
-    first_stage: FirstStage,
-    latents: torch.Tensor,
-    reference: Reference,
-    metrics: Sequence[Metric],
-    extractors: Mapping[str, nn.Module],
+    first_stage: FirstStage, latents: torch.Tensor, reference: Reference, evaluator: Evaluator
 ) -> dict[str, Any]:
     """Measures of latents (N, C, h, w), scaled, that predict the quality of a diffusion model: spectrum slope, equivariance error, decoder
     sensitivity, and the Frechet distance of decoded midpoints between nearest neighbours (ifid, arXiv:2603.05630)."""
-    estimates: dict[str, Any] = {}
     noise = NoiseSource(range(len(latents))).normal(latents.shape[1:], "predictor", latents.device)
-    parts = list(zip(latents.split(32), noise.split(32)))
-    if min(latents.shape[2:]) >= 8:
-        estimates["spectrum_slope"] = mean_estimate(spectrum_slope(latents).cpu()).as_dict()
-    for name, values in {
-        "equivariance_error": [equivariance_error(first_stage, z) for z, _ in parts],
-        "decoder_sensitivity": [decoder_sensitivity(first_stage, z, e) for z, e in parts],
-    }.items():
-        estimates[name] = mean_estimate(torch.cat(values).cpu()).as_dict()
+    parts = latents.split(32)
+    values = {"spectrum_slope": [spectrum_slope(latents)]} if min(latents.shape[2:]) >= 8 else {}
+    values["equivariance_error"] = [equivariance_error(first_stage, z) for z in parts]
+    values["decoder_sensitivity"] = [decoder_sensitivity(first_stage, z, e) for z, e in zip(parts, noise.split(32))]
+    estimates = {name: mean_estimate(torch.cat(v).cpu()).as_dict() for name, v in values.items()}
     neighbours = latents[nearest_neighbours(latents)]
-    middles = [first_stage.decode((a + b) / 2) for a, b in zip(latents.split(32), neighbours.split(32))]
-    for metric in metrics:
+    middles = [first_stage.decode((a + b) / 2) for a, b in zip(parts, neighbours.split(32))]
+    for metric in of_reconstructions(evaluator):
         if type(metric).measure is FrechetDistance.measure:
-            features = FeatureSet.of(torch.cat([extractors[metric.extractor](m).cpu() for m in middles]))
+            extractor = evaluator.extractors[metric.extractor]
+            features = FeatureSet.of(torch.cat([extractor(m).cpu() for m in middles]))
             estimate = frechet_estimate(reference.sets[REFERENCE][metric.extractor].moments, features)
             estimates[f"i{metric.name}"] = estimate.as_dict() | reference.details(metric)
     return estimates
 
 
 def save_pairs(rows: torch.Tensor, path: Path) -> None:
-    """`Measured.pairs` as a picture."""
+    """Two rows of pictures, one batch (2 N, C, H, W), as a picture."""
     pictures.save_png(pictures.grid(rows, columns=len(rows) // 2), path)
 
 
@@ -138,26 +132,17 @@ def evaluate(
     included, for super-resolution and inpainting. Both are measured by rank 0 alone, which is the one that writes.
     """
     metrics, shown = evaluate_first_stage(model.first_stage, images, evaluator, reference, predictors, progress)
+    partial, used, extractors = folder / f".samples-{precision}.partial", evaluator.metrics, evaluator.extractors
     sampled = measure_samples(
-        model,
-        conditions,
-        draw,
-        reference,
-        evaluator.metrics,
-        evaluator.extractors,
-        batch_size,
-        progress=progress,
-        partial=folder / f".samples-{precision}.partial",
-        pairs=True,
+        model, conditions, draw, reference, used, extractors, batch_size, progress=progress, partial=partial, pairs=True
     )
-    options = settings | {"seed": 0}
-    metrics["samples"] = {
-        m.name: sampled.estimates[m.name].as_dict() | reference.details(m) | options for m in evaluator.metrics
-    }
+    table = reference.table(used, sampled.estimates)
+    metrics["samples"] = {name: estimate | settings | {"seed": 0} for name, estimate in table.items()}
     if rank() > 0:
         return metrics
     for name, rows in sampled.pairs.items():
         save_pairs(rows, folder / f"{name}.png")
+    save_pairs(shown, folder / "reconstructions.png")
     drawn, texts = sampled.images, sampled.captions
     if adherence:
         table, made, conditions = measure_adherence(
@@ -173,7 +158,6 @@ def evaluate(
         metrics["restoration"] = table | settings
         pictures.save_png(pictures.grid(rows.flatten(0, 1), columns=rows.shape[1]), folder / "restorations.png")
         print(format_restoration(table))
-    pictures.save_png(pictures.grid(shown, columns=len(shown) // 2), folder / "reconstructions.png")
     pictures.save_png(pictures.grid(drawn, columns=6, captions=texts if any(texts) else None), folder / "samples.png")
     write_json(folder / "metrics.json", metrics)
     return metrics

@@ -1,9 +1,10 @@
 """How well super-resolution and inpainting models restore pictures whose originals are known."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
@@ -12,26 +13,24 @@ from ldm_train.latent_diffusion import LatentDiffusion
 from ldm_train.metrics.paired import psnr, ssim
 from ldm_train.rng import derive_seed
 
+Autoencode = Callable[[Tensor], Tensor]  # images -> the same through the autoencoder
+Distance = Callable[[Tensor, Tensor], Tensor]  # of pairs of images, (B,)
 FIELDS = ("lowres", "masked_image")
 PEAK = 2.0  # images span [-1, 1]
 
 
-def _resized(images: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-    return F.interpolate(images, size, mode="bicubic", antialias=True, align_corners=False).clamp(-1, 1)
+def _resized(images: Tensor, size: Sequence[int]) -> Tensor:
+    return F.interpolate(images, tuple(size), mode="bicubic", antialias=True, align_corners=False).clamp(-1, 1)
 
 
-def decibel(squared_error: torch.Tensor, count: torch.Tensor) -> float:
+def decibel(squared_error: Tensor, count: Tensor) -> float:
     """PSNR in dB of summed squared errors over `count` values in [-1, 1]: pooled, not a mean of logarithms."""
     return float(10 * torch.log10(PEAK**2 * count / squared_error.clamp(min=1e-12)))
 
 
 def superresolution_values(
-    images: torch.Tensor,
-    lowres: torch.Tensor,
-    samples: torch.Tensor,
-    autoencode: Callable[[torch.Tensor], torch.Tensor],
-    perceptual: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None,
-) -> dict[str, torch.Tensor]:
+    images: Tensor, lowres: Tensor, samples: Tensor, autoencode: Autoencode, perceptual: Distance | None
+) -> dict[str, Tensor]:
     """One value per image (B,): images (B, C, H, W), lowres (B, C, h, w), samples (n, B, C, H, W), all in [-1, 1].
 
     psnr and ssim of the mean of the samples, of one sample, and of bicubic enlargement through the autoencoder, which
@@ -39,21 +38,18 @@ def superresolution_values(
     the samples, reduced again, against `lowres`. perceptual: a distance.
     """
     mean = samples.mean(dim=0)
-    enlarged = _resized(lowres, tuple(images.shape[2:]))
+    enlarged = _resized(lowres, images.shape[2:])
     made = {"mean": mean, "sample": samples[0], "bicubic": autoencode(enlarged), "ceiling": autoencode(images)}
-    values = {f"psnr_{name}": psnr(picture, images) for name, picture in made.items()}
-    values |= {f"ssim_{name}": ssim(picture, images) for name, picture in made.items()}
-    if perceptual is not None:
-        values |= {f"perceptual_{name}": perceptual(picture, images) for name, picture in made.items()}
+    measures = {"psnr": psnr, "ssim": ssim} | ({} if perceptual is None else {"perceptual": perceptual})
+    values = {f"{kind}_{name}": m(picture, images) for kind, m in measures.items() for name, picture in made.items()}
     values["psnr_gain"] = values["psnr_mean"] - values["psnr_bicubic"]
-    values["consistency"] = torch.stack([psnr(_resized(s, tuple(lowres.shape[2:])), lowres) for s in samples]).mean(0)
-    values["consistency_ceiling"] = psnr(_resized(made["ceiling"], tuple(lowres.shape[2:])), lowres)
+    size = lowres.shape[2:]
+    values["consistency"] = torch.stack([psnr(_resized(sample, size), lowres) for sample in samples]).mean(0)
+    values["consistency_ceiling"] = psnr(_resized(made["ceiling"], size), lowres)
     return values
 
 
-def inpainting_errors(
-    images: torch.Tensor, masks: torch.Tensor, samples: torch.Tensor, autoencode: Callable[[torch.Tensor], torch.Tensor]
-) -> dict[str, torch.Tensor]:
+def inpainting_errors(images: Tensor, masks: Tensor, samples: Tensor, autoencode: Autoencode) -> dict[str, Tensor]:
     """Squared errors (B,) per image, summed over pixels: images (B, C, H, W), masks (B, 1, H, W) with 1 in the hole,
     samples (n, B, C, H, W), before any composite of known pixels.
 
@@ -63,7 +59,7 @@ def inpainting_errors(
     known = 1 - masks
     rebuilt = autoencode(images)
 
-    def error(picture: torch.Tensor, where: torch.Tensor) -> torch.Tensor:
+    def error(picture: Tensor, where: Tensor) -> Tensor:
         return ((picture - images).double().square() * where).sum(dim=(1, 2, 3))
 
     channels = images.shape[1]
@@ -79,17 +75,37 @@ def inpainting_errors(
     }
 
 
+def pooled_psnr(errors: dict[str, Tensor]) -> dict[str, float]:
+    """PSNR in dB of `inpainting_errors`, pooled over the pixels of all images."""
+    sums = {name: error.sum() for name, error in errors.items()}
+    table = {f"psnr_hole_{n}": decibel(sums[n], sums["hole"]) for n in ("mean", "sample", "mean_fill", "ceiling")}
+    table["psnr_gain"] = table["psnr_hole_mean"] - table["psnr_hole_mean_fill"]
+    return table | {f"psnr_known_{n}": decibel(sums[f"known_{n}"], sums["known"]) for n in ("sample", "ceiling")}
+
+
+def _restored(
+    model: LatentDiffusion, draw: Callable[..., Tensor], conditions: dict[str, Any], keys: list[str], samples: int
+) -> Tensor:
+    """`samples` pictures under each of B conditions, (samples, B, C, H, W); their seeds follow from the keys."""
+    repeated = {
+        name: torch.cat([values] * samples) if isinstance(values, Tensor) else list(values) * samples
+        for name, values in conditions.items()
+    }
+    seeds = [derive_seed("restoration", key, i) for i in range(samples) for key in keys]
+    return draw(model, repeated, seeds=seeds).cpu().unflatten(0, (samples, -1))
+
+
 @torch.no_grad()
 def measure_restoration(
     model: LatentDiffusion,
     loader: Iterable[dict[str, Any]],
-    draw: Callable[..., torch.Tensor],
-    perceptual: torch.nn.Module | None,
+    draw: Callable[..., Tensor],
+    perceptual: nn.Module | None,
     images: int = 64,
     samples: int = 8,
     batch_size: int = 64,
     shown: int = 8,
-) -> tuple[dict[str, float], torch.Tensor]:
+) -> tuple[dict[str, float], Tensor]:
     """Draws `samples` pictures for each of the first `images` of `loader` under its own conditions.
 
     Returns (table, pictures): means over images for super-resolution; PSNR in dB pooled over pixels for inpainting.
@@ -97,49 +113,34 @@ def measure_restoration(
     """
     field = next(f for f in FIELDS if f in model.fields)
     restored, originals, conditions = [], [], []
-    bar = tqdm(total=images, desc="restorations", unit="img")
-    seen = 0
-    for batch in loader:
-        take = min(len(batch["key"]), images - seen)
-        step = max(1, batch_size // samples)
-        for k in range(0, take, step):
-            stop = min(k + step, take)
-            keys = batch["key"][k:stop]
-            repeated = {}
-            for name in (f for f in model.fields if f in batch):
-                part = batch[name][k:stop]
-                repeated[name] = torch.cat([part] * samples) if isinstance(part, torch.Tensor) else list(part) * samples
-            seeds = [derive_seed("restoration", key, i) for i in range(samples) for key in keys]
-            made = draw(model, repeated, seeds=seeds).cpu()
-            restored.append(made.view(samples, len(keys), *made.shape[1:]))
-            originals.append(batch["image"][k:stop])
-            conditions.append(batch[field][k:stop])
-            bar.update(len(keys))
-        seen += take
-        if seen >= images:
-            break
-    bar.close()
+    size, left = max(1, batch_size // samples), images
+    with tqdm(total=images, desc="restorations", unit="img") as bar:
+        for batch in loader:
+            for k in range(0, min(len(batch["key"]), left), size):
+                part = slice(k, min(k + size, left))
+                given, keys = {f: batch[f][part] for f in model.fields if f in batch}, batch["key"][part]
+                restored.append(_restored(model, draw, given, keys, samples))
+                originals.append(batch["image"][part])
+                conditions.append(batch[field][part])
+                bar.update(len(keys))
+            left -= len(batch["key"])
+            if left <= 0:
+                break
     drawn, real, given = torch.cat(restored, dim=1), torch.cat(originals), torch.cat(conditions)
 
-    def autoencode(pictures: torch.Tensor) -> torch.Tensor:
+    def autoencode(pictures: Tensor) -> Tensor:
         return torch.cat([model.decode(model.encode(part)).cpu() for part in pictures.split(batch_size)])
+
+    def distance(ours: Tensor, originals: Tensor) -> Tensor:
+        pairs = zip(ours.split(batch_size), originals.split(batch_size))
+        return torch.cat([perceptual(a.to(model.device), b.to(model.device)).cpu() for a, b in pairs])
 
     table: dict[str, float] = {"n": len(real), "samples": samples}
     if field == "lowres":
-
-        def distance(ours: torch.Tensor, originals: torch.Tensor) -> torch.Tensor:
-            pairs = zip(ours.split(batch_size), originals.split(batch_size))
-            return torch.cat([perceptual(a.to(model.device), b.to(model.device)).cpu() for a, b in pairs])
-
         values = superresolution_values(real, given, drawn, autoencode, distance if perceptual is not None else None)
         table |= {name: float(v.double().mean()) for name, v in values.items()}
     else:
-        sums = {n: v.sum() for n, v in inpainting_errors(real, given[:, -1:], drawn, autoencode).items()}
-        for name in ("mean", "sample", "mean_fill", "ceiling"):
-            table[f"psnr_hole_{name}"] = decibel(sums[name], sums["hole"])
-        table["psnr_gain"] = table["psnr_hole_mean"] - table["psnr_hole_mean_fill"]
-        for name in ("sample", "ceiling"):
-            table[f"psnr_known_{name}"] = decibel(sums[f"known_{name}"], sums["known"])
+        table |= pooled_psnr(inpainting_errors(real, given[:, -1:], drawn, autoencode))
     condition = model.picture({field: given[:shown]}, tuple(real.shape[2:]))
     return table, torch.stack([condition, *drawn[:3, :shown], drawn[:, :shown].mean(dim=0), real[:shown]], dim=1)
 

@@ -28,18 +28,26 @@ class Estimate:
     high: float
     n: int
 
+    @classmethod
+    def around(cls, value: float, spread: float, n: int) -> "Estimate":
+        """value ± spread; NaN: there are too few samples for an interval."""
+        return cls(value, value - spread, value + spread, n)
+
+    @property
+    def has_interval(self) -> bool:
+        return not math.isnan(self.low)
+
     def as_dict(self) -> dict[str, Any]:
-        known = self.low == self.low  # not NaN, which JSON does not have
         value = self.value if math.isfinite(self.value) else None  # the PSNR of equal pictures
-        return {"value": value, "interval": [self.low, self.high] if known else None, "n": self.n}
+        return {"value": value, "interval": [self.low, self.high] if self.has_interval else None, "n": self.n}
 
 
 def mean_estimate(values: torch.Tensor) -> Estimate:
     """The mean of values (N,), one per sample. One sample has no interval (NaN)."""
     values = values.double()
-    mean, n = float(values.mean()), len(values)
-    spread = NORMAL_QUANTILE * float(values.std()) / n**0.5 if n > 1 else float("nan")
-    return Estimate(mean, mean - spread, mean + spread, n)
+    n = len(values)
+    spread = NORMAL_QUANTILE * float(values.std()) / n**0.5 if n > 1 else math.nan
+    return Estimate.around(float(values.mean()), spread, n)
 
 
 def _root(matrix: torch.Tensor) -> torch.Tensor:
@@ -70,15 +78,12 @@ def frechet_distance(a: Moments, b: Moments) -> float:
 
 
 def _jackknife(value: float, left: Sequence[float], n: int) -> Estimate:
-    """The interval of a delete-a-group jackknife, Student's t with GROUPS - 1 degrees of freedom."""
+    """The interval of a delete-a-group jackknife, Student's t with GROUPS - 1 degrees of freedom. left: the values without
+    each group; none where there are too few samples for an interval."""
     rest = torch.tensor(left, dtype=torch.float64)
-    groups = len(rest)
-    spread = T_QUANTILE * float(((groups - 1) / groups * (rest - rest.mean()).square().sum()).sqrt())
-    return Estimate(value, value - spread, value + spread, n)
-
-
-def _too_few(value: float, n: int) -> Estimate:
-    return Estimate(value, float("nan"), float("nan"), n)
+    squares = (rest - rest.mean()).square().sum()
+    spread = T_QUANTILE * float(((len(rest) - 1) / len(rest) * squares).sqrt()) if left else math.nan
+    return Estimate.around(value, spread, n)
 
 
 def frechet_estimate(reference: Moments, made: FeatureSet) -> Estimate:
@@ -89,10 +94,8 @@ def frechet_estimate(reference: Moments, made: FeatureSet) -> Estimate:
     tests. Fewer than 60 samples have no interval (NaN).
     """
     distance, joint = Frechet(reference), made.moments
-    value = distance(joint)
-    if joint.count < 3 * GROUPS:
-        return _too_few(value, joint.count)
-    return _jackknife(value, [distance(rest) for rest in made.left_out()], joint.count)
+    left = [distance(rest) for rest in made.left_out()] if joint.count >= 3 * GROUPS else []
+    return _jackknife(distance(joint), left, joint.count)
 
 
 def frechet_at_infinity(reference: Moments, made: FeatureSet) -> Estimate:
@@ -105,13 +108,12 @@ def frechet_at_infinity(reference: Moments, made: FeatureSet) -> Estimate:
     distance = Frechet(reference)
 
     def extrapolated(groups: list[Moments]) -> float:
-        joint = Moments.joined(groups)
-        halves = [Moments.joined(groups[k::2]) for k in range(2)]
-        halves += [Moments.joined(groups[: len(groups) // 2]), Moments.joined(groups[len(groups) // 2 :])]
-        values = [distance(half) for half in halves]
+        joint, middle = Moments.joined(groups), len(groups) // 2
+        halves = [Moments.joined(part) for part in (groups[::2], groups[1::2], groups[:middle], groups[middle:])]
+        value, mean = distance(joint), sum(distance(half) for half in halves) / len(halves)
         inverse = sum(1 / half.count for half in halves) / len(halves)
-        slope = (sum(values) / len(values) - distance(joint)) / (inverse - 1 / joint.count)
-        return distance(joint) - slope / joint.count
+        slope = (mean - value) / (inverse - 1 / joint.count)
+        return value - slope / joint.count
 
     groups = made.groups
     left = [extrapolated(groups[:k] + groups[k + 1 :]) for k in range(len(groups))]
@@ -152,10 +154,10 @@ def kernel_estimate(
     within, own, across = own_sums(a).sum() / (n * (n - 1)), own_sums(b), row_sums(b, a) / n
     value = scale * float(within + own.sum() / (m * (m - 1)) - 2 * across.mean())
     if m < 3:
-        return _too_few(value, m)
+        return Estimate.around(value, math.nan, m)
     left = (own.sum() - 2 * own) / ((m - 1) * (m - 2)) - 2 * (across.sum() - across) / (m - 1)
     spread = scale * NORMAL_QUANTILE * float(((m - 1) / m * (left - left.mean()).square().sum()).sqrt())
-    return Estimate(value, value - spread, value + spread, m)
+    return Estimate.around(value, spread, m)
 
 
 def inception_score(made: FeatureSet) -> Estimate:
@@ -164,24 +166,22 @@ def inception_score(made: FeatureSet) -> Estimate:
     if not made.class_sums:
         raise ValueError("an Inception score needs an extractor with classes (a method `logits`)")
     n_made = made.count  # before the groups' counts: it brings them up to date
-    counts = [m.count for m in made.groups]
+    groups = range(len(made.groups))
 
     def score(skip: int | None) -> float:
-        chosen = [k for k in range(len(counts)) if k != skip]
-        n = sum(counts[k] for k in chosen)
+        chosen = [k for k in groups if k != skip]
+        n = sum(made.groups[k].count for k in chosen)
         p = sum(made.class_sums[k][0] for k in chosen) / n
         entropy = sum(made.class_sums[k][1] for k in chosen) / n
         return float(torch.exp(entropy - torch.special.xlogy(p, p).sum()))
 
-    value = score(None)
-    if n_made < 3 * GROUPS:
-        return _too_few(value, n_made)
-    return _jackknife(value, [score(k) for k in range(len(counts))], n_made)
+    left = [score(k) for k in groups] if n_made >= 3 * GROUPS else []
+    return _jackknife(score(None), left, n_made)
 
 
-def _radii(features: torch.Tensor, k: int) -> torch.Tensor:
-    """Distance of each of (N, dim) to its k-th neighbour."""
-    return torch.cat([torch.cdist(part, features).kthvalue(k + 1, dim=1).values for part in features.split(BLOCK)])
+def _enough(a: torch.Tensor, b: torch.Tensor, k: int) -> None:
+    if min(len(a), len(b)) < k + 1:
+        raise ValueError(f"precision and recall need at least {k + 1} samples a side, got {len(a)} and {len(b)}")
 
 
 def precision_estimate(reference: torch.Tensor, features: torch.Tensor, k: int = 3) -> Estimate:
@@ -189,7 +189,7 @@ def precision_estimate(reference: torch.Tensor, features: torch.Tensor, k: int =
     feature (N, dim) to its k-th neighbour."""
     a, b = reference.double(), features.double()
     _enough(a, b, k)
-    radii = _radii(a, k)
+    radii = torch.cat([torch.cdist(part, a).kthvalue(k + 1, dim=1).values for part in a.split(BLOCK)])
     return mean_estimate(torch.cat([(torch.cdist(part, a) <= radii).any(dim=1) for part in b.split(BLOCK)]))
 
 
@@ -201,14 +201,13 @@ def recall_estimate(reference: torch.Tensor, features: torch.Tensor, indices: to
     groups, m = indices % GROUPS, len(b)
     nearest = [torch.cdist(part, b).topk(min(m, NEAREST), dim=1, largest=False) for part in b.split(BLOCK)]
     distances, neighbours = (torch.cat(part) for part in zip(*nearest))
-    outside = torch.full((m,), -1.0, dtype=torch.float64)
 
     def radii(skip: int | None) -> torch.Tensor:
         if skip is None:
             return distances[:, k]
         among = (groups[neighbours] != skip).cumsum(dim=1) > k  # itself is the first neighbour
         chosen = distances.gather(1, among.long().argmax(dim=1, keepdim=True)).squeeze(1)
-        return torch.where(groups == skip, outside, chosen)
+        return chosen.masked_fill(groups == skip, -1.0)  # a sample that is left out covers nothing
 
     skips = [None] if m < 3 * GROUPS else [None, *range(GROUPS)]
     circles = [radii(skip) for skip in skips]
@@ -217,9 +216,4 @@ def recall_estimate(reference: torch.Tensor, features: torch.Tensor, indices: to
         gaps = torch.cdist(part, b)
         covered += torch.stack([(gaps <= circle).any(dim=1).sum() for circle in circles])
     value, *left = (covered / len(a)).tolist()
-    return _jackknife(value, left, m) if left else _too_few(value, m)
-
-
-def _enough(a: torch.Tensor, b: torch.Tensor, k: int) -> None:
-    if min(len(a), len(b)) < k + 1:
-        raise ValueError(f"precision and recall need at least {k + 1} samples a side, got {len(a)} and {len(b)}")
+    return _jackknife(value, left, m)

@@ -17,6 +17,7 @@ from ldm_train.conditioning.image_embedding import PretrainedVision
 from ldm_train.images import in_threes, mean_over_groups
 from ldm_train.losses.perceptual import hub_file, load_tiny
 
+WITHOUT = "measure without a download: metrics=[fid_tiny,kid_tiny]"
 INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"
 INCEPTION_URL = f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{INCEPTION_FILE}"
 
@@ -31,26 +32,28 @@ def weights_hash(module: nn.Module) -> str:
 
 
 class Extractor(nn.Module):
-    """Frozen, and in eval mode also inside a task that trains. Of pictures that are neither grey nor RGB the features are the
-    mean over `channel_groups`."""
+    """A network, frozen, and in eval mode also inside a task that trains. Of pictures that are neither grey nor RGB the
+    features are the mean over `channel_groups`."""
 
     name: str
+
+    def __init__(self, network: nn.Module):
+        super().__init__()
+        self.network = network
+        self.eval().requires_grad_(False)
 
     def train(self, mode: bool = True) -> "Extractor":
         return super().train(False)
 
 
 class TinyEval(Extractor):
-    """The shipped `tiny_eval` network, never used in a loss. Its numbers are called fid_tiny and kid_tiny, never fid.
-
-    Images are resized to 64 pixels first.
-    """
+    """The shipped `tiny_eval` network, on images resized to 64 pixels, never used in a loss. Its numbers are called
+    fid_tiny and kid_tiny, never fid."""
 
     name = "tiny"
 
     def __init__(self):
-        super().__init__()
-        self.network = load_tiny("tiny_eval")
+        super().__init__(load_tiny("tiny_eval"))
 
     @torch.no_grad()
     def forward(self, images: torch.Tensor) -> torch.Tensor:
@@ -67,16 +70,11 @@ class Inception(Extractor):
     name = "inception"
 
     def __init__(self, weights: str | Path | None = None):
-        super().__init__()
         from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
-        path = hub_file(
-            "Inception", INCEPTION_FILE, INCEPTION_URL, weights,
-            "extractors.inception.weights=<file> (in training evaluation.extractors...)",
-            "measure without a download: metrics=[fid_tiny,kid_tiny]",
-        )  # fmt: skip
-        self.network = FeatureExtractorInceptionV3("inception", ["2048"], feature_extractor_weights_path=str(path))
-        self.eval().requires_grad_(False)
+        option = "extractors.inception.weights=<file> (in training evaluation.extractors...)"
+        path = hub_file("Inception", INCEPTION_FILE, INCEPTION_URL, weights, option, WITHOUT)
+        super().__init__(FeatureExtractorInceptionV3("inception", ["2048"], feature_extractor_weights_path=str(path)))
 
     @torch.no_grad()
     def forward(self, images: torch.Tensor) -> torch.Tensor:
@@ -94,7 +92,7 @@ def _named(option: str, path: str, load: Callable[[str], nn.Module]) -> nn.Modul
         return load(str(Path(path).expanduser()) if path.startswith("~") else path)
     except FileNotFoundError as error:
         raise FileNotFoundError(
-            f"{error}: {option}=<folder> (in training evaluation.{option}); or measure without a download: metrics=[fid_tiny,kid_tiny]"
+            f"{error}: {option}=<folder> (in training evaluation.{option}); or {WITHOUT}"
         ) from error
 
 
@@ -107,9 +105,7 @@ class DinoV2(Extractor):
     name = "dinov2"
 
     def __init__(self, path: str = "facebook/dinov2-large"):
-        super().__init__()
-        self.network = _named("extractors.dinov2.path", path, PretrainedVision)
-        self.eval().requires_grad_(False)
+        super().__init__(_named("extractors.dinov2.path", path, PretrainedVision))
 
     @torch.no_grad()
     def forward(self, images: torch.Tensor) -> torch.Tensor:
@@ -125,8 +121,7 @@ class Clip(Extractor):
     name = "clip"
 
     def __init__(self, path: str = "openai/clip-vit-large-patch14-336"):
-        super().__init__()
-        self.network = _named("extractors.clip.path", path, ClipScore)
+        super().__init__(_named("extractors.clip.path", path, ClipScore))
 
     @torch.no_grad()
     def forward(self, images: torch.Tensor) -> torch.Tensor:

@@ -26,10 +26,10 @@ class Collected:
         self.metrics = [m for m in metrics if compared is None or compared in m.compared_with]
         self.extractors = {m.extractor: extractors[m.extractor] for m in self.metrics}
         self.resampled, self.groups = compared is None, GROUPS if compared is None else 1
-        mine = {name: [m for m in self.metrics if m.extractor == name] for name in self.extractors}
-        self.keep = {name: KEPT if compared is None else max(m.keep for m in mine[name]) for name in mine}
+        kept = [(m.keep if compared else KEPT, m.extractor) for m in self.metrics]
+        self.keep = {extractor: keep for keep, extractor in sorted(kept)}  # of several metrics the largest
         self.sets: dict[str, FeatureSet] = {}
-        self.values: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = {}  # by metric: (indices, numbers) of batches
+        self.values: dict[str, list[torch.Tensor]] = {}  # by metric: numbers (B,), one per image, of each batch
 
     def add(self, images: torch.Tensor, indices: torch.Tensor, captions: Sequence[str] | None = None) -> None:
         """images (B, C, H, W) in [-1, 1], indices (B,) in the whole set, captions they were drawn from.
@@ -43,24 +43,18 @@ class Collected:
                     metric.check(extractor, ())
                     logits = extractor.logits(features)
                 if (values := metric.collect(extractor, features, captions)) is not None:
-                    self.values.setdefault(metric.name, []).append((indices.cpu(), values.cpu()))
+                    self.values.setdefault(metric.name, []).append(values.cpu())
             if name not in self.sets:
                 self.sets[name] = FeatureSet(features.shape[1], self.groups, self.keep[name])
             self.sets[name].add(features, indices, logits)
 
     def gathered(self) -> "Collected":
         """The joint set of all ranks, on every rank."""
-        for name in self.extractors:
-            self.sets[name] = FeatureSet.gathered(self.sets.get(name), self.groups)
-        parts = gathered(self.values)
-        names = dict.fromkeys(name for part in parts for name in part)
-        self.values = {name: [pair for part in parts for pair in part.get(name, [])] for name in names}
+        self.sets = {name: FeatureSet.gathered(self.sets.get(name), self.groups) for name in self.extractors}
+        parts, self.values = gathered(self.values), {}
+        for name, values in (item for part in parts for item in part.items()):
+            self.values.setdefault(name, []).extend(values)
         return self
-
-    def values_of(self, metric: Metric) -> torch.Tensor:
-        """The values that a metric collected, one per image (N,)."""
-        pairs = self.values.get(metric.name, [])
-        return torch.cat([values for _, values in pairs]) if pairs else torch.empty(0)
 
     def state(self) -> dict[str, Any]:
         """The state from which an interrupted collection continues: tensors, numbers and names."""
@@ -69,17 +63,15 @@ class Collected:
     def restore(self, state: Mapping[str, Any]) -> None:
         """Continues from a `state`. Raises errors of any type for an invalid one, and then changes nothing."""
         sets = {name: FeatureSet.restored(saved) for name, saved in state["sets"].items()}
-        values = {n: [(i.long(), v.double()) for i, v in state["values"][n]] for n in state["values"]}
+        values = {name: [v.double() for v in batches] for name, batches in state["values"].items()}
         self.sets, self.values = sets, values
 
 
 def write_reference(features: FeatureSet, file: io.BufferedWriter) -> None:
     """Writes .npz with mu and sigma, in the format of pytorch-fid and others, and also n and the features kept."""
     moments, (kept, indices) = features.moments, features.kept()
-    np.savez(
-        file, mu=moments.mean.numpy(), sigma=moments.covariance.numpy(), n=moments.count, features=kept.float().numpy(),
-        indices=indices.numpy(),
-    )  # fmt: skip
+    mu, sigma = moments.mean.numpy(), moments.covariance.numpy()
+    np.savez(file, mu=mu, sigma=sigma, n=moments.count, features=kept.float().numpy(), indices=indices.numpy())
 
 
 def read_reference(path: str | Path) -> FeatureSet:
@@ -98,9 +90,9 @@ def read_reference(path: str | Path) -> FeatureSet:
             if "features" in archive:
                 features.add_kept(torch.from_numpy(archive["features"]), torch.from_numpy(archive["indices"]))
             return features
+    except FileNotFoundError:
+        raise
     except (KeyError, OSError, ValueError, zipfile.BadZipFile, EOFError, TypeError) as error:
-        if isinstance(error, FileNotFoundError):
-            raise
         raise ValueError(f"{path} is no file of reference statistics (.npz with mu (D,) and sigma (D, D))") from error
 
 
@@ -111,18 +103,16 @@ def compared(metric: Metric, sets: Sets) -> list[FeatureSet]:
     """The sets that a metric compares with, out of `sets`: {name: {extractor: features}}.
 
     Raises ValueError where one is missing, or holds moments alone and the metric needs features."""
-    feature_sets = []
-    for name in metric.compared_with:
-        if metric.extractor not in sets.get(name, {}):
-            raise ValueError(
-                f"{metric.name} compares with a run's training and validation pictures: ldm-evaluate run=<run>"
-            )
-        feature_sets.append(sets[name][metric.extractor])
-        if metric.needs_features and not len(feature_sets[-1].kept()[0]):
-            raise ValueError(
-                f"{metric.name} needs features; this reference holds mean and covariance only (fid and fd work)"
-            )
-    return feature_sets
+    if not all(metric.extractor in sets.get(name, {}) for name in metric.compared_with):
+        raise ValueError(
+            f"{metric.name} compares with a run's training and validation pictures: ldm-evaluate run=<run>"
+        )
+    others = [sets[name][metric.extractor] for name in metric.compared_with]
+    if metric.needs_features and not all(len(other.kept()[0]) for other in others):
+        raise ValueError(
+            f"{metric.name} needs features; this reference holds mean and covariance only (fid and fd work)"
+        )
+    return others
 
 
 def measure(metrics: Sequence[Metric], sets: Sets, made: Collected) -> dict[str, Estimate]:
@@ -131,10 +121,11 @@ def measure(metrics: Sequence[Metric], sets: Sets, made: Collected) -> dict[str,
     for metric in metrics:
         ours, others = made.sets[metric.extractor], compared(metric, sets)
         for theirs in others:
-            dims = len(theirs.groups[0].total), len(ours.groups[0].total)
-            if dims[0] != dims[1]:
+            if theirs.dim != ours.dim:
                 raise ValueError(
-                    f"{metric.name}: the reference has {dims[0]} features per image, the extractor {dims[1]}"
+                    f"{metric.name}: the reference has {theirs.dim} features per image, the extractor {ours.dim}"
                 )
-        estimates[metric.name] = metric.measure(ours, made.values_of(metric), *others)
+        batches = made.values.get(metric.name)
+        values = torch.cat(batches) if batches else torch.empty(0)
+        estimates[metric.name] = metric.measure(ours, values, *others)
     return estimates

@@ -29,9 +29,8 @@ class Memorisation(Metric):
         training, held_out = (other.kept()[0] for other in others)
         ours = nearest(made.kept()[0], training)[0]
         theirs = nearest(held_out, training)[0].sort().values
-        above = len(theirs) - torch.searchsorted(theirs, ours, right=True)
-        equal = torch.searchsorted(theirs, ours, right=True) - torch.searchsorted(theirs, ours)
-        return mean_estimate((above + equal / 2).double() / len(theirs))
+        below, not_above = (torch.searchsorted(theirs, ours, right=right) for right in (False, True))
+        return mean_estimate((len(theirs) - (below + not_above) / 2).double() / len(theirs))
 
     def pairs(self, made: FeatureSet, *others: FeatureSet) -> list[tuple[int, int]]:
         """The samples nearest to a training picture, beside it."""

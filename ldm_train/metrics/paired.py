@@ -1,5 +1,7 @@
 """Metrics of an image against its reconstruction, one value per image. Images (B, C, H, W) in [-1, 1] -> (B,)."""
 
+from typing import Any
+
 import torch
 from torchmetrics.functional.image import (
     multiscale_structural_similarity_index_measure,
@@ -7,29 +9,23 @@ from torchmetrics.functional.image import (
     structural_similarity_index_measure,
 )
 
+PER_IMAGE: dict[str, Any] = {"data_range": (-1.0, 1.0), "reduction": "none"}
 MS_SSIM_SIDE = 161  # five scales, each halving, of windows of 11 pixels
 
 
 def psnr(reconstructions: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
     """Peak signal-to-noise ratio in dB, infinite for equal images."""
-    return peak_signal_noise_ratio(
-        reconstructions.float(), images.float(), data_range=(-1.0, 1.0), reduction="none", dim=(1, 2, 3)
-    )
+    return peak_signal_noise_ratio(reconstructions.float(), images.float(), dim=(1, 2, 3), **PER_IMAGE)
 
 
 def ssim(reconstructions: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
     """Structural similarity (Wang et al. 2004), Gaussian window of 11 pixels."""
-    value = structural_similarity_index_measure(
-        reconstructions.float(), images.float(), data_range=(-1.0, 1.0), reduction="none"
-    )
-    return value.reshape(-1)
+    return structural_similarity_index_measure(reconstructions.float(), images.float(), **PER_IMAGE).reshape(-1)
 
 
 def ms_ssim(reconstructions: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
     """Structural similarity over five scales (Wang et al. 2003). Raises ValueError for sides below 161 pixels."""
     if min(images.shape[2:]) < MS_SSIM_SIDE:
         raise ValueError(f"ms_ssim needs sides of at least {MS_SSIM_SIDE} pixels, not {tuple(images.shape[2:])}")
-    value = multiscale_structural_similarity_index_measure(
-        reconstructions.float(), images.float(), data_range=(-1.0, 1.0), reduction="none", normalize="relu"
-    )
-    return value.reshape(-1)
+    pairs = reconstructions.float(), images.float()
+    return multiscale_structural_similarity_index_measure(*pairs, normalize="relu", **PER_IMAGE).reshape(-1)

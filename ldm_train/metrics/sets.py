@@ -14,10 +14,7 @@ FLUSH = 2048  # rows collected before they enter the groups' sums
 
 
 class Moments:
-    """Mean and covariance of features, streaming: no list of features is kept.
-
-    dim: features per sample.
-    """
+    """Mean and covariance of features (B, dim), streaming: no list of features is kept."""
 
     def __init__(self, dim: int):
         self.count = 0
@@ -25,7 +22,6 @@ class Moments:
         self.outer = torch.zeros(dim, dim, dtype=torch.float64)
 
     def add(self, features: torch.Tensor) -> None:
-        """features (B, dim)."""
         features = features.detach().double().cpu()
         self.count += len(features)
         self.total += features.sum(dim=0)
@@ -78,7 +74,7 @@ class Moments:
     @classmethod
     def of(cls, batches: Iterable[torch.Tensor]) -> "Moments":
         """Moments of batches of features (B, dim)."""
-        moments: Moments | None = None
+        moments = None
         for features in batches:
             moments = moments or cls(features.shape[1])
             moments.add(features)
@@ -117,16 +113,17 @@ class FeatureSet:
             )
         self._waiting.append((features, indices))
         if logits is not None:
-            p = logits.detach().double().cpu().softmax(dim=1)
-            entropy = torch.special.xlogy(p, p).sum(dim=1)
-            if not self.class_sums:
-                self.class_sums = [(torch.zeros(p.shape[1], dtype=torch.float64), 0.0) for _ in self.groups]
-            for k in range(len(self.groups)):
-                mine = indices % len(self.groups) == k
-                total, sum_entropy = self.class_sums[k]
-                self.class_sums[k] = (total + p[mine].sum(dim=0), sum_entropy + float(entropy[mine].sum()))
+            self._add_classes(logits.detach().double().cpu().softmax(dim=1), indices)
         if sum(len(f) for f, _ in self._waiting) >= FLUSH:
             self._flush()
+
+    def _add_classes(self, p: torch.Tensor, indices: torch.Tensor) -> None:
+        entropy = torch.special.xlogy(p, p).sum(dim=1)
+        if not self.class_sums:
+            self.class_sums = [(torch.zeros(p.shape[1], dtype=torch.float64), 0.0) for _ in self.groups]
+        for k, (total, sum_entropy) in enumerate(self.class_sums):
+            mine = indices % len(self.groups) == k
+            self.class_sums[k] = (total + p[mine].sum(dim=0), sum_entropy + float(entropy[mine].sum()))
 
     def _flush(self) -> None:
         if not self._waiting:
@@ -145,16 +142,20 @@ class FeatureSet:
         self._kept, self._kept_indices = features[chosen], indices[chosen]
 
     @property
+    def dim(self) -> int:
+        return len(self.groups[0].total)
+
+    @property
     def count(self) -> int:
         self._flush()
         return sum(group.count for group in self.groups)
 
     @property
-    def moments(self) -> "Moments":
+    def moments(self) -> Moments:
         self._flush()
         return Moments.joined(self.groups)
 
-    def left_out(self) -> list["Moments"]:
+    def left_out(self) -> list[Moments]:
         """The moments without each group in turn."""
         joint = self.moments
         return [joint.without(part) for part in self.groups]
@@ -165,14 +166,13 @@ class FeatureSet:
         return self._kept, self._kept_indices
 
     def state(self) -> dict[str, Any]:
-        """The state from which `restored` makes an equal set: tensors and numbers."""
+        """Tensors and numbers, from which `restored` makes an equal set."""
         self._flush()
         sums = [(group.count, group.total, group.outer) for group in self.groups]
         return {"groups": sums, "keep": self.keep, "class_sums": self.class_sums, "kept": self.kept()}
 
     @classmethod
     def restored(cls, state: Mapping[str, Any]) -> "FeatureSet":
-        """The set that `state` describes."""
         made = cls(state["kept"][0].shape[1], len(state["groups"]), state["keep"])
         for group, (count, total, outer) in zip(made.groups, state["groups"]):
             group.count, group.total, group.outer = count, total, outer
@@ -185,24 +185,24 @@ class FeatureSet:
         samples passes None."""
         if world_size() == 1 and own is not None:
             return own
-        shapes = [s for s in gathered(None if own is None else (own._kept.shape[1], own.keep)) if s is not None]
+        shapes = [shape for shape in gathered(own and (own.dim, own.keep)) if shape]
         if not shapes:
             raise ValueError("no features")
-        joint = cls(shapes[0][0], groups, shapes[0][1])
+        dim, keep = shapes[0]
+        joint = cls(dim, groups, keep)
         if own is not None:
             own._flush()
-        for k in range(groups):
-            joint.groups[k] = Moments.gathered(own.groups[k] if own is not None else None)
-        for kept in gathered(own.kept() if own is not None else None):
+        joint.groups = [Moments.gathered(own and own.groups[k]) for k in range(groups)]
+        for kept in gathered(own and own.kept()):
             if kept is not None:
                 joint.add_kept(*kept)
-        sums = [part for part in gathered(own.class_sums if own is not None else None) if part]
+        sums = [part for part in gathered(own and own.class_sums) if part]
         joint.class_sums = [(sum(t for t, _ in group), sum(e for _, e in group)) for group in zip(*sums)]
         return joint
 
     @classmethod
-    def of(cls, features: torch.Tensor, groups: int = GROUPS, keep: int = KEPT) -> "FeatureSet":
+    def of(cls, features: torch.Tensor, groups: int = GROUPS) -> "FeatureSet":
         """A set of features (N, dim)."""
-        made = cls(features.shape[1], groups, keep)
+        made = cls(features.shape[1], groups)
         made.add(features, torch.arange(len(features)))
         return made

@@ -1,7 +1,5 @@
 """Stage 1: the autoencoder with perceptual and patch-GAN losses."""
 
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,25 +17,21 @@ from ldm_train.models.posterior import Point
 from ldm_train.models.quantizer import perplexity
 from ldm_train.training.task import Task
 
-ACTIVE_VARIANCE = (
-    0.01  # a latent channel is active if its posterior mean varies by more over the data (Burda et al. 2016)
-)
+ACTIVE_VARIANCE = 0.01  # an active latent channel's posterior mean varies by more over the data (Burda et al. 2016)
 
 
 class AutoencoderTask(Task):
     """One autoencoder forward, one LPIPS backward and one discriminator pass per batch (see AutoencoderLoss).
 
-    autoencoder: KL or VQ. loss: AutoencoderLoss. image_folder: where reconstruction grids go.
+    autoencoder: KL or VQ. image_folder: where reconstruction grids go. optimisation: the other options of `Task`.
     disc_lr: the discriminator's own learning rate (default: the autoencoder's, as published).
     Validation measures posterior means of the averaged weights: l1, psnr (dB), ssim, perceptual, kl or codebook, score
     (perceptual + l1, the criterion of best.ckpt), the share of active latent channels, the smallest and largest deviation
-    of a channel, the posterior's deviation in relation to them and, with `features` (images ->
-    features, with a name), the Frechet distance between images and reconstructions. Of a VQ model also the codes'
-    perplexity and the share of them in use.
+    of a channel, the posterior's deviation in relation to them and, with `features` (images -> features, with a name), the
+    Frechet distance between images and reconstructions. Of a VQ model also the codes' perplexity and the share in use.
     """
 
     monitor = "score"
-
     shown = ("l1", "perceptual", "kl", "codebook", "generator", "disc")
 
     def __init__(
@@ -45,25 +39,17 @@ class AutoencoderTask(Task):
         autoencoder: Autoencoder,
         loss: AutoencoderLoss,
         *,
-        seed: int,
-        optimizer: partial,
-        lr_factor: Callable[[int], float],
-        ema_decay: float | None = None,
-        clip_norm: float | None = None,
-        accumulate: int = 1,
         image_folder: Path | None = None,
         disc_lr: float | None = None,
         features: nn.Module | None = None,
+        **optimisation: Any,
     ):
-        super().__init__("autoencoder", seed, optimizer, lr_factor, ema_decay, clip_norm, accumulate)
+        super().__init__("autoencoder", **optimisation)
         self.autoencoder, self.loss, self.image_folder, self.disc_lr = autoencoder, loss, image_folder, disc_lr
         self.features = features
 
     def trained(self) -> nn.ModuleDict:
-        parts: dict[str, nn.Module] = {
-            "autoencoder": self.autoencoder,
-            "likelihood": nn.ParameterList([self.loss.logvar]),
-        }
+        parts = {"autoencoder": self.autoencoder, "likelihood": nn.ParameterList([self.loss.logvar])}
         if self.loss.discriminator is not None:
             parts["discriminator"] = self.loss.discriminator
         return nn.ModuleDict(parts)
@@ -101,17 +87,13 @@ class AutoencoderTask(Task):
         reconstructions, _, posterior = self.autoencoder(images, sample=False)
         reconstructions = reconstructions.float().clamp(-1, 1)
         l1 = (images - reconstructions).abs().flatten(1).mean(dim=1)
-        self.add("l1", l1)
-        self.add("psnr", psnr(reconstructions, images))
-        self.add("ssim", ssim(reconstructions, images))
-        for name, value in posterior.regularisation().items():
-            self.add(name, value)
-        score = l1
+        values = {"l1": l1, "psnr": psnr(reconstructions, images), "ssim": ssim(reconstructions, images), "score": l1}
+        values |= posterior.regularisation()
         if self.loss.perceptual is not None:
-            distance = self.loss.perceptual(reconstructions, images)
-            self.add("perceptual", distance)
-            score = l1 + distance
-        self.add("score", score)
+            values["perceptual"] = self.loss.perceptual(reconstructions, images)
+            values["score"] = l1 + values["perceptual"]
+        for name, value in values.items():
+            self.add(name, value)
         if self.features is not None:
             with torch.autocast(images.device.type, enabled=False):  # the evaluation stage measures in float32 too
                 for name, pictured in (("images", images), ("reconstructions", reconstructions)):
@@ -127,12 +109,9 @@ class AutoencoderTask(Task):
             self._mean_moments[2] += posterior.std.double().cpu().square().sum(dim=(0, 2, 3))
         self._mean_moments[3] += mean[:, 0].numel()
         if batch_idx == 0 and self.global_rank == 0 and self.image_folder:
-            shown = min(8, len(images))
-            both = torch.cat([images[:shown], reconstructions[:shown]])
-            grid = pictures.grid(both, columns=shown)
-            path = pictures.save_png(grid, self.image_folder / f"reconstructions_{self.global_step:07d}.png")
+            grid = pictures.grid(torch.cat([images[:8], reconstructions[:8]]), columns=min(8, len(images)))
+            self.log_picture("reconstructions", grid, self.image_folder, "above: images, below: reconstructions")
             for logger in self.loggers:
-                logger.log_picture("reconstructions", path, self.global_step, "above: images, below: reconstructions")
                 logger.log_histogram("latents", posterior.mean, self.global_step)
 
     def on_validation_epoch_end(self) -> None:

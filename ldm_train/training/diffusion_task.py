@@ -1,7 +1,6 @@
 """Stage 2: the conditional network on latents of the frozen first stage."""
 
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +10,23 @@ from torch import nn
 from ldm_train import images as pictures
 from ldm_train import names
 from ldm_train.diffusion.objective import DiffusionObjective
+from ldm_train.diffusion.process import NoiseProcess
 from ldm_train.latent_diffusion import LatentDiffusion
+from ldm_train.models.first_stage import FirstStage
 from ldm_train.rng import NoiseSource, derive_seed
-from ldm_train.training.task import Task
+from ldm_train.training.task import BINS, Task
 
-BINS = 4
+
+def moments_of(batch: dict[str, Any], first_stage: FirstStage) -> torch.Tensor:
+    """The cached moments of a batch, else those of its encoded images."""
+    return batch["moments"] if "moments" in batch else first_stage.encode_moments(batch["image"])
+
+
+def validation_draws(keys: Sequence[str], schedule: NoiseProcess) -> tuple[NoiseSource, torch.Tensor]:
+    """The noise and the timesteps (B,) of validation, a function of the samples' keys."""
+    seeds = [derive_seed("validation", key) for key in keys]
+    strata = torch.tensor([seed % schedule.num_train_timesteps for seed in seeds])
+    return NoiseSource(seeds), schedule.strata(strata)
 
 
 class DiffusionTask(Task):
@@ -23,7 +34,7 @@ class DiffusionTask(Task):
 
     model: LatentDiffusion, its first stage frozen. objective: DiffusionObjective.
     draw: (model, batch of conditions, seeds) -> images, for the sample grids; None draws none.
-    samples: conditions shown, from the beginning of the validation set.
+    samples: conditions shown, from the beginning of the validation set. optimisation: the other options of `Task`.
     Validation: the unweighted loss at noise and timesteps that are a function of the sample, also per quarter of
     the schedule.
     """
@@ -35,20 +46,16 @@ class DiffusionTask(Task):
         model: LatentDiffusion,
         objective: DiffusionObjective,
         *,
-        seed: int,
-        optimizer: partial,
-        lr_factor: Callable[[int], float],
-        ema_decay: float | None = 0.9999,
-        clip_norm: float | None = None,
-        accumulate: int = 1,
         draw: Callable[..., torch.Tensor] | None = None,
         samples: int = 16,
         image_folder: Path | None = None,
+        ema_decay: float | None = 0.9999,
+        **optimisation: Any,
     ):
-        super().__init__("diffusion", seed, optimizer, lr_factor, ema_decay, clip_norm, accumulate)
+        super().__init__("diffusion", ema_decay=ema_decay, **optimisation)
         self.model, self.objective = model, objective
         self.draw, self.samples, self.image_folder = draw, samples, image_folder
-        self._shown: dict[str, Any] = {}
+        self._shown: tuple[dict[str, Any], int] | None = None  # the conditions of the sample grids, and how many
 
     def trained(self) -> nn.ModuleDict:
         parts = dict(self.model.trainable().items())
@@ -90,36 +97,28 @@ class DiffusionTask(Task):
         return weighted.mean()
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
-        seeds = [derive_seed("validation", key) for key in batch["key"]]
-        source = NoiseSource(seeds)
-        moments = batch["moments"] if "moments" in batch else self.model.first_stage.encode_moments(batch["image"])
-        posterior = self.model.first_stage.posterior(moments.to(self.device))
+        first_stage, schedule = self.model.first_stage, self.objective.schedule
+        source, timesteps = validation_draws(batch["key"], schedule)
+        posterior = first_stage.posterior(moments_of(batch, first_stage).to(self.device))
         z = posterior.mean + posterior.std * source.normal(posterior.mean.shape[1:], "posterior", self.device)
-        latents = self.model.first_stage.scaled(z)
-        noise = source.normal(latents.shape[1:], "noise", latents.device)
-        total = self.objective.schedule.num_train_timesteps
-        strata = torch.tensor([s % total for s in seeds])
-        timesteps = self.objective.schedule.strata(strata).to(latents.device)
+        latents = first_stage.scaled(z)
+        timesteps, noise = timesteps.to(latents.device), source.normal(latents.shape[1:], "noise", latents.device)
         condition = self.model.condition(batch)
         loss = self.objective(lambda x, t: self.model.predict(x, t, condition), latents, noise, timesteps)
-        self.add("loss", loss)
-        for k in range(BINS):
-            self.add(f"loss_t{k}", loss[timesteps * BINS // total == k])
+        self.add_by_timestep("loss", loss, timesteps * BINS // schedule.num_train_timesteps)
         if batch_idx == 0:
             for logger in self.loggers:
                 logger.log_histogram("latents", latents, self.global_step)
-        if batch_idx == 0 and not self._shown:
-            fields = [f for f in self.model.fields if f in batch]
-            self._shown = {f: batch[f][: self.samples] for f in fields}
-            self._shown_count = min(self.samples, len(latents))
+            if self._shown is None:
+                conditions = {f: batch[f][: self.samples] for f in self.model.fields if f in batch}
+                self._shown = conditions, min(self.samples, len(latents))
 
     def on_validation_epoch_end(self) -> None:
-        if self.draw is not None and self.image_folder and self.global_rank == 0 and hasattr(self, "_shown_count"):
-            drawn = self.draw(self.model, self._shown, seeds=list(range(self._shown_count)))
-            captions = self.model.describe(self._shown, self._shown_count)
-            shown = pictures.beside(self.model.picture(self._shown, drawn.shape[2:]), drawn)
+        if self.draw is not None and self.image_folder and self.global_rank == 0 and self._shown is not None:
+            conditions, count = self._shown
+            drawn = self.draw(self.model, conditions, seeds=list(range(count)))
+            captions = self.model.describe(conditions, count)
+            shown = pictures.beside(self.model.picture(conditions, drawn.shape[2:]), drawn)
             grid = pictures.grid(shown, captions=captions if any(captions) else None)
-            path = pictures.save_png(grid, self.image_folder / f"samples_{self.global_step:07d}.png")
-            for logger in self.loggers:
-                logger.log_picture("samples", path, self.global_step, "fixed seeds and conditions, averaged weights")
+            self.log_picture("samples", grid, self.image_folder, "fixed seeds and conditions, averaged weights")
         self.finish_validation()

@@ -72,12 +72,7 @@ class Machine:
         backend = "gloo" if self.accelerator == "cpu" else "nccl"
         # Buffers are equal on all ranks by construction; broadcasting them in every forward pass would hang a validation
         # in which ranks have different numbers of batches.
-        return DDPStrategy(
-            process_group_backend=backend,
-            find_unused_parameters=False,
-            gradient_as_bucket_view=True,
-            broadcast_buffers=False,
-        )
+        return DDPStrategy(process_group_backend=backend, gradient_as_bucket_view=True, broadcast_buffers=False)
 
     def precision_plugin(self) -> Precision:
         return Precision() if self.precision == "32" else MixedPrecision(self.precision, self.device.type)
@@ -100,6 +95,42 @@ class Cadence:
     log_every: int
     progress: bool = True
     trace: str | None = None
+
+
+def new_trainer(task: Task, folder: Path, max_steps: int, cadence: Cadence, machine: Machine, **own: Any) -> L.Trainer:
+    """Lightning's Trainer for one stage. own: its options beside those that are set here."""
+    trainer = L.Trainer(
+        accelerator="cpu" if machine.accelerator == "cpu" else "gpu",
+        strategy=machine.strategy(),
+        devices=machine.local_world_size,
+        num_nodes=machine.world_size // machine.local_world_size,
+        plugins=[AtomicCheckpointIO(), machine.precision_plugin()],
+        max_steps=max_steps,
+        max_epochs=-1,
+        accumulate_grad_batches=task.accumulate,
+        val_check_interval=cadence.val_every * task.accumulate,
+        check_val_every_n_epoch=None,
+        num_sanity_val_steps=0,
+        log_every_n_steps=cadence.log_every,
+        use_distributed_sampler=False,
+        sync_batchnorm=machine.accelerator == "gpu" and machine.world_size > 1,
+        enable_checkpointing=False,
+        enable_model_summary=False,
+        enable_progress_bar=cadence.progress,
+        default_root_dir=folder,
+        **own,
+    )
+    # Lightning's SIGTERM handler would replace ours, and exit without saving.
+    trainer._signal_connector.register_signal_handlers = lambda: None
+    return trainer
+
+
+def load_trained(task: Task, last: Path) -> None:
+    """Gives a task what a checkpoint holds."""
+    task.setup("fit")
+    state = read_checkpoint(last)
+    task.on_load_checkpoint(state)
+    task.load_state_dict(state["state_dict"])
 
 
 def fit(
@@ -128,68 +159,37 @@ def fit(
     """
     last = folder / "checkpoints" / LAST
     start = steps_done(last)
-    if start < max_steps:
+    if start >= max_steps:
+        load_trained(task, last)
+    rewound = False
+    while start < max_steps:
         rows = MetricsCSV(folder / "metrics.csv", start)
         for logger in loggers:
-            logger.logged = rows.cut  # a resumed training logs again what came after its checkpoint
-        while True:
-            checkpoints = Checkpoints(folder / "checkpoints", cadence.checkpoint_every, task.monitor)
-            monitor = Monitor(batch_size, dataset_size, max_bad_fraction, cadence.trace, *effort)
-            watching = [*callbacks, monitor, Health(folder, health_settings or {}), checkpoints]
-            if cadence.progress:
-                watching.append(StepBar())
-            trainer = L.Trainer(
-                accelerator="cpu" if machine.accelerator == "cpu" else "gpu",
-                strategy=machine.strategy(),
-                devices=machine.local_world_size,
-                num_nodes=machine.world_size // machine.local_world_size,
-                plugins=[AtomicCheckpointIO(), machine.precision_plugin()],
-                max_steps=max_steps,
-                max_epochs=-1,
-                accumulate_grad_batches=task.accumulate,
-                val_check_interval=cadence.val_every * task.accumulate,
-                check_val_every_n_epoch=None,
-                num_sanity_val_steps=0,
-                log_every_n_steps=cadence.log_every,
-                logger=[rows, *loggers],
-                callbacks=watching,
-                use_distributed_sampler=False,
-                sync_batchnorm=machine.accelerator == "gpu" and machine.world_size > 1,
-                enable_checkpointing=False,
-                enable_model_summary=False,
-                enable_progress_bar=cadence.progress,
-                default_root_dir=folder,
-                **(options or {}),
-            )
-            # Lightning's SIGTERM handler would replace ours, and exit without saving.
-            trainer._signal_connector.register_signal_handlers = lambda: None
-            try:
-                with checkpoints.signals():
-                    trainer.fit(
-                        task, datamodule=data, ckpt_path=str(last) if start else None,
-                        weights_only=True if start else None,
-                    )  # fmt: skip
-                break
-            except NotFinite as error:
-                if (not start and not last.is_file()) or task.attempt >= REWINDS:
-                    raise
-                task.attempt += 1
-                start = steps_done(last)
-                again = f"rewinding to step {start}, attempt {task.attempt} of {REWINDS}"
-                if machine.rank == 0:
-                    print(f"\nhealth: {error}\n  {again}, with other random numbers", flush=True)
-                    for logger in loggers:
-                        logger.log_alert("not_finite", f"{error}; {again}")
-                rows = MetricsCSV(folder / "metrics.csv", start)
+            # A resumed training logs again what came after its checkpoint. Steps that are repeated after going back differ: loggers
+            # that cannot remove rows show both.
+            logger.logged = {} if rewound else rows.cut
+        checkpoints = Checkpoints(last.parent, cadence.checkpoint_every, task.monitor)
+        monitor = Monitor(batch_size, dataset_size, max_bad_fraction, cadence.trace, *effort)
+        watching = [*callbacks, monitor, Health(folder, health_settings or {}), checkpoints]
+        if cadence.progress:
+            watching.append(StepBar())
+        own = {"logger": [rows, *loggers], "callbacks": watching}
+        trainer = new_trainer(task, folder, max_steps, cadence, machine, **own, **(options or {}))
+        begin = {"ckpt_path": str(last), "weights_only": True} if start else {}
+        try:
+            with checkpoints.signals():
+                trainer.fit(task, datamodule=data, **begin)
+            break
+        except NotFinite as error:
+            if (not start and not last.is_file()) or task.attempt >= REWINDS:
+                raise
+            task.attempt += 1
+            start, rewound = steps_done(last), True
+            again = f"rewinding to step {start}, attempt {task.attempt} of {REWINDS}"
+            if machine.rank == 0:
+                print(f"\nhealth: {error}\n  {again}, with other random numbers", flush=True)
                 for logger in loggers:
-                    logger.logged = {}  # the repeated steps differ; loggers that cannot remove rows show both
-    else:
-        task.setup("fit")
-        state = read_checkpoint(last)
-        task.on_load_checkpoint(state)
-        task.load_state_dict(state["state_dict"])
+                    logger.log_alert("not_finite", f"{error}; {again}")
     task.to(machine.device)
     if task.ema is not None:
-        with torch.no_grad():
-            for name, parameter in task.ema.live.items():
-                parameter.copy_(task.ema.shadow[name])
+        task.ema.give(task.ema.shadow)

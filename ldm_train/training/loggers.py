@@ -7,6 +7,7 @@ import secrets
 import subprocess
 from collections.abc import Mapping
 from contextlib import suppress
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -27,9 +28,19 @@ class Recorder(Logger):
     training is exact and would only repeat them.
     """
 
+    name, version = "", ""  # what Lightning asks of a logger
+
     def __init__(self) -> None:
         super().__init__()
         self.logged: Mapping[int, set[str]] = {}
+
+    def unlogged(self, metrics: Mapping[str, float], step: int) -> dict[str, float]:
+        """The metrics without Lightning's epoch and without those that an earlier process logged for this step already."""
+        return {k: v for k, v in metrics.items() if k != "epoch" and k not in self.logged.get(step, ())}
+
+    def validated(self, step: int) -> bool:
+        """Whether an earlier process came to the end of this step's validation, pictures included."""
+        return any(name.startswith("val/") for name in self.logged.get(step, ()))
 
     def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
         pass
@@ -47,9 +58,11 @@ class Recorder(Logger):
 class MetricsCSV(Recorder):
     """One row per logged step; survives resume: rows after the checkpoint's step are removed first.
 
-    path: the file. start: the step training starts or resumes from. `cut`: the metrics logged after it,
-    {step: names}; a logger that cannot remove rows skips these when they come again.
+    start: the step training starts or resumes from. `cut`: the metrics logged after it, {step: names}; a logger that
+    cannot remove rows skips these when they come again.
     """
+
+    name = "metrics"
 
     def __init__(self, path: str | Path, start: int = 0):
         super().__init__()
@@ -60,7 +73,7 @@ class MetricsCSV(Recorder):
                 rows = list(csv.DictReader(file))
             self.rows = [row for row in rows if int(row["step"]) <= start]
             self.cut = {int(row["step"]): {k for k, v in row.items() if v} for row in rows if int(row["step"]) > start}
-            self.columns += sorted({c for row in self.rows for c in row} - {"step"})
+            self.columns += sorted({name for row in self.rows for name in row} - {"step"})
         self._rewrite()
 
     @rank_zero_only
@@ -71,24 +84,16 @@ class MetricsCSV(Recorder):
         writer.writerows(self.rows)
         write_atomically(self.path, lambda file: file.write(text.getvalue().encode()))
 
-    @property
-    def name(self) -> str:
-        return "metrics"
-
-    @property
-    def version(self) -> str:
-        return ""
-
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        row = {"step": step} | {k: v for k, v in metrics.items() if k != "epoch"}
+        row = {"step": step} | self.unlogged(metrics, step)
         if self.rows and int(self.rows[-1]["step"]) == step:
             self.rows[-1] |= row
         else:
             self.rows.append(row)
-        new = [k for k in row if k not in self.columns]
-        self.columns += sorted(new)
-        if new or self.rows[-1] is not row:
+        columns = sorted(row.keys() - set(self.columns))
+        self.columns += columns
+        if columns or self.rows[-1] is not row:
             self._rewrite()
         else:
             with open(self.path, "a", newline="") as file:
@@ -100,12 +105,11 @@ def code_version() -> dict[str, str]:
     versions = {"ldm_train": metadata.version("ldm-train"), "torch": torch.__version__}
     root = Path(__file__).parents[2]
     if (root / ".git").exists():
+        describe = ["git", "describe", "--always", "--dirty=+", "--abbrev=12", "--exclude=*"]
         with suppress(OSError, subprocess.SubprocessError):
-            described = subprocess.run(
-                ["git", "describe", "--always", "--dirty=+", "--abbrev=12", "--exclude=*"], cwd=root, capture_output=True,
-                text=True, timeout=5, check=True,
-            )  # fmt: skip
-            versions["commit"] = described.stdout.strip()
+            versions["commit"] = subprocess.check_output(
+                describe, cwd=root, text=True, timeout=5, stderr=subprocess.DEVNULL
+            ).strip()
     return versions
 
 
@@ -130,8 +134,8 @@ class StockLogger(Recorder):
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        if new := picked(metrics, step, self.logged):
-            self.logger.log_metrics(new, step)
+        if unlogged := self.unlogged(metrics, step):
+            self.logger.log_metrics(unlogged, step)
 
     def save(self) -> None:
         self.logger.save()
@@ -153,30 +157,32 @@ class WandbRun:
     ):
         import wandb  # slow to import, and not needed with logger=csv
 
-        self.folder = folder
+        self.wandb = wandb
         id_file = inside(folder / "wandb" / "run_id", folder)
         if not id_file.is_file():
             write_atomically(id_file, lambda file: file.write(secrets.token_hex(4).encode()))
         if mode is None and not (mode := os.environ.get("WANDB_MODE")):
             mode = "online" if wandb.login(prompt=False, verify=False) else "offline"
-        arguments = {
-            "project": project,
-            "name": name,
-            "config": config | {"code": code_version()},
-            "dir": str(folder),
-            "id": id_file.read_text(),
-            "resume": "allow",
-        }
+        config = config | {"code": code_version()}
         quiet = wandb.Settings(silent=True, init_timeout=timeout, console="off")
-        if mode == "online":
-            try:
-                self.run = wandb.init(mode="online", settings=quiet, **arguments)
+        begin = partial(
+            wandb.init,
+            project=project,
+            name=name,
+            config=config,
+            dir=str(folder),
+            id=id_file.read_text(),
+            resume="allow",
+        )
+        try:
+            self.run = begin(mode=mode, settings=quiet)
+            if mode == "online":
                 print(f"W&B: {self.run.url} (server {quiet.base_url})")
-            except (wandb.errors.CommError, wandb.errors.AuthenticationError, wandb.errors.UsageError) as error:
-                print(f"W&B: no answer from {quiet.base_url} ({error}); logging offline")
-                self.run = wandb.init(mode="offline", settings=quiet, **arguments)
-        else:
-            self.run = wandb.init(mode=mode, settings=quiet, **arguments)
+        except (wandb.errors.CommError, wandb.errors.AuthenticationError, wandb.errors.UsageError) as error:
+            if mode != "online":
+                raise
+            print(f"W&B: no answer from {quiet.base_url} ({error}); logging offline")
+            self.run = begin(mode="offline", settings=quiet)
         self.offline = mode != "disabled" and self.run.settings.mode == "offline"
 
     def stage(self, stage: str, batch_size: int) -> "StageLogger":
@@ -187,20 +193,14 @@ class WandbRun:
         self.run.log({f"evaluation/{name}": value for name, value in numbers(metrics).items()})
 
     def log_picture(self, name: str, path: Path) -> None:
-        import wandb
-
-        self.run.log({name: wandb.Image(str(path))})
+        self.run.log({name: self.wandb.Image(str(path))})
 
     def log_film(self, name: str, path: Path, caption: str) -> None:
-        import wandb
-
-        self.run.log({name: wandb.Video(str(path), caption=caption, format="gif")})
+        self.run.log({name: self.wandb.Video(str(path), caption=caption, format="gif")})
 
     def log_model(self, folder: Path, name: str, metadata: Mapping[str, Any]) -> None:
         """A model folder as an artifact."""
-        import wandb
-
-        artifact = wandb.Artifact(name, type="model", metadata=dict(metadata))
+        artifact = self.wandb.Artifact(name, type="model", metadata=dict(metadata))
         artifact.add_dir(str(folder))
         self.run.log_artifact(artifact)
 
@@ -224,16 +224,6 @@ def numbers(tree: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
     return flat
 
 
-def picked(metrics: Mapping[str, float], step: int, logged: Mapping[int, set[str]]) -> dict[str, float]:
-    """The metrics without Lightning's epoch and without those that an earlier process logged for this step already."""
-    return {k: v for k, v in metrics.items() if k != "epoch" and k not in logged.get(step, ())}
-
-
-def validated(step: int, logged: Mapping[int, set[str]]) -> bool:
-    """Whether an earlier process came to the end of this step's validation, pictures included."""
-    return any(name.startswith("val/") for name in logged.get(step, ()))
-
-
 # Metrics whose summary is a run's best value, not its last.
 SUMMARIES = {
     "val/loss": "min", "val/score": "min", "val/perceptual": "min", "val/l1": "min", "val/psnr": "max", "val/ssim": "max",
@@ -245,6 +235,8 @@ class StageLogger(Recorder):
     """A stage's metrics as `<stage>/...` over that stage's optimiser steps; the images seen are logged too, as
     `<stage>/images`, as another axis to choose."""
 
+    name = "wandb"
+
     def __init__(self, run: Any, stage: str, batch_size: int):
         super().__init__()
         self.run, self.stage, self.batch_size = run, stage, batch_size
@@ -253,10 +245,6 @@ class StageLogger(Recorder):
         run.define_metric(f"{stage}/*", step_metric=step)
         for name, summary in SUMMARIES.items():
             run.define_metric(f"{stage}/{name}", step_metric=step, summary=f"{summary},last")
-
-    @property
-    def name(self) -> str:
-        return "wandb"
 
     @property
     def version(self) -> str:
@@ -268,21 +256,21 @@ class StageLogger(Recorder):
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        if new := picked(metrics, step, self.logged):
-            self._log(new, step)
+        if unlogged := self.unlogged(metrics, step):
+            self._log(unlogged, step)
 
     @rank_zero_only
     def log_picture(self, name: str, path: Path, step: int, caption: str) -> None:
         import wandb
 
-        if not validated(step, self.logged):
+        if not self.validated(step):
             self._log({name: wandb.Image(str(path), caption=caption)}, step)
 
     @rank_zero_only
     def log_histogram(self, name: str, values: torch.Tensor, step: int) -> None:
         import wandb
 
-        if not validated(step, self.logged):
+        if not self.validated(step):
             self._log({name: wandb.Histogram(values.detach().float().flatten().cpu().numpy(), num_bins=64)}, step)
 
     @rank_zero_only
@@ -293,6 +281,8 @@ class StageLogger(Recorder):
 class TensorBoardLogger(Recorder):
     """A stage's metrics, pictures and histograms in <folder>/tensorboard/<stage>, for `tensorboard --logdir`."""
 
+    name = "tensorboard"
+
     def __init__(self, folder: Path, stage: str):
         super().__init__()
         try:
@@ -301,28 +291,20 @@ class TensorBoardLogger(Recorder):
             raise ValueError("logger=tensorboard needs `pip install tensorboard`") from error
         self.writer = SummaryWriter(str(inside(folder / "tensorboard" / stage, folder)), flush_secs=10)
 
-    @property
-    def name(self) -> str:
-        return "tensorboard"
-
-    @property
-    def version(self) -> str:
-        return ""
-
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        for name, value in picked(metrics, step, self.logged).items():
+        for name, value in self.unlogged(metrics, step).items():
             self.writer.add_scalar(name, value, step)
 
     @rank_zero_only
     def log_picture(self, name: str, path: Path, step: int, caption: str) -> None:
-        if not validated(step, self.logged):
+        if not self.validated(step):
             with Image.open(path) as picture:
                 self.writer.add_image(name, np.array(picture.convert("RGB")), step, dataformats="HWC")
 
     @rank_zero_only
     def log_histogram(self, name: str, values: torch.Tensor, step: int) -> None:
-        if not validated(step, self.logged):
+        if not self.validated(step):
             self.writer.add_histogram(name, values.detach().float().flatten().cpu().numpy(), step)
 
     @rank_zero_only

@@ -50,25 +50,25 @@ class EMA:
         """After each optimiser step."""
         self.updates += 1
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
-        shadow = list(self.shadow.values())
-        if shadow and shadow[0].device != next(iter(self.live.values())).device:
-            self.shadow = {name: s.to(self.live[name].device) for name, s in self.shadow.items()}
-            shadow = list(self.shadow.values())
-        torch._foreach_lerp_(shadow, list(self.live.values()), 1 - decay)
+        moved = [name for name, p in self.live.items() if self.shadow[name].device != p.device]
+        self.shadow |= {name: self.shadow[name].to(self.live[name].device) for name in moved}
+        torch._foreach_lerp_(list(self.shadow.values()), list(self.live.values()), 1 - decay)
+
+    @torch.no_grad()
+    def give(self, weights: dict[str, torch.Tensor]) -> None:
+        """Gives the module weights by their names."""
+        for name, value in weights.items():
+            self.live[name].copy_(value)
 
     @contextmanager
     def applied(self) -> Iterator[None]:
         """A context in which the module has the averaged weights; the raw ones return after it."""
         raw = {name: p.detach().clone() for name, p in self.live.items()}
-        with torch.no_grad():
-            for name, p in self.live.items():
-                p.copy_(self.shadow[name])
+        self.give(self.shadow)
         try:
             yield
         finally:
-            with torch.no_grad():
-                for name, p in self.live.items():
-                    p.copy_(raw[name])
+            self.give(raw)
 
     def state_dict(self) -> dict:
         return {"updates": self.updates, "shadow": self.shadow}
@@ -81,18 +81,13 @@ class EMA:
             self.shadow[name].copy_(value)
 
 
-def clip_by_group(groups: Iterable[dict], max_norm: float) -> dict[str, torch.Tensor]:
-    """Clips each parameter group to its own norm, so that one player's gradient never scales the other's. Returns the
-    norms before clipping by group name."""
-    return {
-        group.get("name", str(i)): nn.utils.clip_grad_norm_(group["params"], max_norm) for i, group in enumerate(groups)
-    }
-
-
-def norms_by_group(groups: Iterable[dict]) -> dict[str, torch.Tensor]:
-    """The gradient's norm of each parameter group by its name."""
+def clip_by_group(groups: Iterable[dict], max_norm: float | None) -> dict[str, torch.Tensor]:
+    """Clips each parameter group to its own norm, so that one player's gradient never scales the other's; None only
+    measures. Returns the norms before clipping by group name."""
     norms = {}
     for i, group in enumerate(groups):
-        gradients = [p.grad for p in group["params"] if p.grad is not None]
-        norms[group.get("name", str(i))] = nn.utils.get_total_norm(gradients) if gradients else torch.zeros(())
+        norm = nn.utils.get_total_norm([p.grad for p in group["params"] if p.grad is not None])
+        if max_norm is not None:
+            nn.utils.clip_grads_with_norm_(group["params"], max_norm, norm)
+        norms[group.get("name", str(i))] = norm
     return norms

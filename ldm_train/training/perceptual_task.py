@@ -21,6 +21,7 @@ from ldm_train.losses.perceptual import TinyFeatures
 from ldm_train.rng import derive_seed, generator, reseed
 
 IGNORE = -100  # cross_entropy's default ignore_index
+WARMUP_STEPS, ACTIVITY = 50, 0.05
 SHAPE_HEADS = {
     "colour": tuple(shapes_world.COLOURS),
     "shape": shapes_world.SHAPES,
@@ -41,8 +42,9 @@ def unchanged(x: Tensor, g: torch.Generator) -> Tensor:
     return x
 
 
-def blur(x: Tensor, g: torch.Generator, low: float = 0.6, high: float = 2.5) -> Tensor:
-    """Gaussian blur, sigma in pixels drawn from [low, high] per image."""
+def blur(x: Tensor, g: torch.Generator) -> Tensor:
+    """Gaussian blur, sigma drawn from 0.6 to 2.5 pixels per image."""
+    low, high = 0.6, 2.5
     n, c, h, w = x.shape
     radius = math.ceil(3 * high)
     taps = torch.arange(-radius, radius + 1.0)
@@ -92,17 +94,16 @@ def warp(x: Tensor, g: torch.Generator) -> Tensor:
     return F.grid_sample(x, grid + flow, mode="bicubic", padding_mode="reflection", align_corners=False)
 
 
-DISTORTIONS: dict[str, Callable[[Tensor, torch.Generator], Tensor]] = {
-    "none": unchanged, "blur": blur, "noise": noise, "pixelate": pixelate,
-    "recolour": recolour, "quantise": quantise, "warp": warp,
-}  # fmt: skip
+DISTORTIONS: tuple[Callable[[Tensor, torch.Generator], Tensor], ...] = (
+    unchanged, blur, noise, pixelate, recolour, quantise, warp
+)  # fmt: skip
 
 
 def distort(images: Tensor, g: torch.Generator) -> tuple[Tensor, Tensor]:
     """images (B, 3, s, s) in [0, 1] -> each under one distortion drawn evenly, and which (B,)."""
     kinds = torch.randint(len(DISTORTIONS), (len(images),), generator=g)
     out = images.clone()
-    for i, distortion in enumerate(DISTORTIONS.values()):
+    for i, distortion in enumerate(DISTORTIONS):
         if (kinds == i).any():
             out[kinds == i] = distortion(images[kinds == i], g)
     return out.clamp(0, 1), kinds
@@ -184,17 +185,12 @@ def validation_batches(shapes: Shapes, photos: Photos, heads: Sequence[str], see
 class PerceptualTask(L.LightningModule):
     """Linear heads on the pooled last map; the distortion head sees the pooled maps of all stages.
 
-    Logs val/<head>: accuracy. activity_weight: strength of a hinge that keeps every channel's mean above `activity`.
+    Logs val/<head>: accuracy. A hinge in the loss keeps every channel's mean above ACTIVITY.
     """
 
-    def __init__(
-        self, features: TinyFeatures, heads: dict[str, int], *, lr: float, weight_decay: float, max_steps: int,
-        warmup_steps: int = 50, activity_weight: float = 1.0, activity: float = 0.05,
-    ):  # fmt: skip
+    def __init__(self, features: TinyFeatures, heads: dict[str, int], lr: float, weight_decay: float, max_steps: int):
         super().__init__()
-        self.features = features
-        self.lr, self.weight_decay, self.max_steps, self.warmup_steps = lr, weight_decay, max_steps, warmup_steps
-        self.activity_weight, self.activity = activity_weight, activity
+        self.features, self.lr, self.weight_decay, self.max_steps = features, lr, weight_decay, max_steps
         width = {head: sum(features.widths) if head == "distortion" else features.widths[-1] for head in heads}
         self.heads = nn.ModuleDict({head: nn.Linear(width[head], classes) for head, classes in heads.items()})
 
@@ -207,7 +203,7 @@ class PerceptualTask(L.LightningModule):
 
     def training_step(self, batch: dict, index: int) -> Tensor:
         logits, pooled = self(batch["images"])
-        loss = self.activity_weight * F.relu(self.activity - pooled.mean(dim=0)).sum()
+        loss = F.relu(ACTIVITY - pooled.mean(dim=0)).sum()
         for head, target in batch["targets"].items():
             loss = loss + F.cross_entropy(logits[head], target)
         self.log("train/loss", loss, prog_bar=True)
@@ -227,7 +223,7 @@ class PerceptualTask(L.LightningModule):
         def schedule(step: int) -> float:
             """Linear warm-up, then half a cosine down to 0."""
             done = min(1.0, step / self.max_steps)
-            return min(1.0, (step + 1) / self.warmup_steps) * 0.5 * (1 + math.cos(math.pi * done))
+            return min(1.0, (step + 1) / WARMUP_STEPS) * 0.5 * (1 + math.cos(math.pi * done))
 
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimiser, schedule)
         return {"optimizer": optimiser, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
@@ -258,7 +254,7 @@ def train_perceptual(
     validation = validation_batches(val_shapes, val_photos, list(heads), seed)
 
     reseed(seed, "perceptual", "heads")
-    task = PerceptualTask(features, heads, lr=lr, weight_decay=weight_decay, max_steps=max_steps)
+    task = PerceptualTask(features, heads, lr, weight_decay, max_steps)
     task.to(memory_format=torch.channels_last)  # about 1.7 times faster on a CPU
     trainer = L.Trainer(
         max_steps=max_steps, accelerator=accelerator, devices=1, logger=False, enable_checkpointing=False,

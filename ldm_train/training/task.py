@@ -1,20 +1,24 @@
-"""Shared by the tasks of all training stages: reseeding, averaging, clipping, checkpoints of exactly the trained parts, validation sums."""
+"""Shared by the tasks of all training stages: reseeding, averaging, clipping, checkpoints of the trained parts, validation sums."""
 
+import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
+from PIL import Image
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
-from ldm_train import rng
+from ldm_train import images, rng
 from ldm_train.distributed import gathered
-from ldm_train.training.optim import EMA, clip_by_group, norms_by_group
+from ldm_train.training.optim import EMA, clip_by_group
 
+BINS = 4  # parts of the schedule that validation tells apart
 SKIPS = 10  # steps in a row without a finite gradient, before training goes back to the last checkpoint
 SCALER_SKIPS = 50  # in 16-mixed, where the scaler needs the first ones to find its scale
 
@@ -27,16 +31,6 @@ class NotFinite(FloatingPointError):
             f"the {stage} {what} not finite at step {step}. Make the stage anew with a lower {stage}.lr, gradient clipping or "
             f"precision=32: restart={stage} {stage}.clip_norm=1 (what is there goes to .replaced)"
         )
-
-
-def reduce_sums(sums: Mapping[str, tuple[float, int]]) -> dict[str, float]:
-    """Means of (sum, count) pairs over all ranks; a rank without samples may lack keys."""
-    joint: dict[str, tuple[float, int]] = {}
-    for part in gathered(dict(sums)):
-        for key, (total, count) in part.items():
-            before = joint.get(key, (0.0, 0))
-            joint[key] = (before[0] + total, before[1] + count)
-    return {k: total / count if count else float("nan") for k, (total, count) in sorted(joint.items())}
 
 
 class Task(L.LightningModule):
@@ -62,9 +56,9 @@ class Task(L.LightningModule):
         seed: int,
         optimizer: partial,
         lr_factor: Callable[[int], float],
-        ema_decay: float | None,
-        clip_norm: float | None,
-        accumulate: int,
+        ema_decay: float | None = None,
+        clip_norm: float | None = None,
+        accumulate: int = 1,
     ):
         super().__init__()
         self.stage, self.seed, self.optimizer, self.lr_factor = stage, seed, optimizer, lr_factor
@@ -89,10 +83,8 @@ class Task(L.LightningModule):
 
     def configure_optimizers(self) -> dict[str, Any]:
         optimizer = self.optimizer(self.groups())
-        return {
-            "optimizer": optimizer,
-            "lr_scheduler": {"scheduler": LambdaLR(optimizer, self.lr_factor), "interval": "step"},
-        }
+        schedule = {"scheduler": LambdaLR(optimizer, self.lr_factor), "interval": "step"}
+        return {"optimizer": optimizer, "lr_scheduler": schedule}
 
     def setup(self, stage: str) -> None:
         if self.ema_decay is not None and self.ema is None:
@@ -103,32 +95,23 @@ class Task(L.LightningModule):
         again = (self.attempt,) if self.attempt else ()
         rng.reseed(self.seed, self.stage, self.global_step, batch_idx % self.accumulate, self.global_rank, *again)
 
-    def configure_gradient_clipping(
-        self,
-        optimizer: torch.optim.Optimizer,
-        gradient_clip_val: float | None = None,
-        gradient_clip_algorithm: Any = None,
-    ) -> None:
+    def configure_gradient_clipping(self, optimizer: torch.optim.Optimizer, *options: Any, **named: Any) -> None:
         # Lightning leaves fused optimisers to unscale 16-mixed gradients themselves, which would be after clipping.
         scaler = getattr(self.trainer.precision_plugin, "scaler", None)
         if scaler is not None and getattr(optimizer, "_step_supports_amp_scaling", False):
             scaler.unscale_(optimizer)
-        if self.clip_norm is None:
-            norms = norms_by_group(optimizer.param_groups)
-        else:
-            norms = clip_by_group(optimizer.param_groups, self.clip_norm)
+        norms = clip_by_group(optimizer.param_groups, self.clip_norm)
         self.log_dict({f"train/grad_norm_{name}": norm for name, norm in norms.items()})
-        if bool(torch.stack(list(norms.values())).isfinite().all()):
+        if torch.stack(list(norms.values())).isfinite().all():
             self._skipped_in_row = 0
             return
-        self.skipped, self._skipped_in_row = self.skipped + 1, self._skipped_in_row + 1
+        self.skipped += 1
+        self._skipped_in_row += 1
         if self._skipped_in_row >= (SKIPS if scaler is None else SCALER_SKIPS):
             self._skipped_in_row = 0
             raise NotFinite(self.stage, "gradient is", self.global_step)
         if scaler is None:  # the scaler skips such steps itself
-            for group in optimizer.param_groups:
-                for parameter in group["params"]:
-                    parameter.grad = None  # an optimiser skips parameters without a gradient
+            optimizer.zero_grad(set_to_none=True)  # an optimiser skips parameters without a gradient
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         super().optimizer_step(*args, **kwargs)
@@ -143,6 +126,12 @@ class Task(L.LightningModule):
         self.log("train/lr", self.trainer.optimizers[0].param_groups[0]["lr"])
         if self.skipped:
             self.log("train/skipped_steps", float(self.skipped))
+
+    def log_picture(self, name: str, picture: Image.Image, folder: Path, caption: str) -> None:
+        """Saves a picture as <name>_<step>.png and gives it to the loggers."""
+        path = images.save_png(picture, folder / f"{name}_{self.global_step:07d}.png")
+        for logger in self.loggers:
+            logger.log_picture(name, path, self.global_step, caption)
 
     def with_ema(self) -> AbstractContextManager:
         """A context with the averaged weights, where there are any."""
@@ -160,10 +149,21 @@ class Task(L.LightningModule):
         total, count = self._sums[name]
         self._sums[name] = (total + float(values.double().sum()), count + values.numel())
 
+    def add_by_timestep(self, name: str, values: torch.Tensor, bins: torch.Tensor) -> None:
+        """`add`, also to the means per quarter of the schedule. values, bins (B,): of each sample, 0 to BINS - 1."""
+        self.add(name, values)
+        for k in range(BINS):
+            self.add(f"{name}_t{k}", values[bins == k])
+
     def finish_validation(self) -> dict[str, float]:
-        """Validation means over all ranks; brings the raw weights back."""
+        """Logs the validation means over all ranks and returns them; brings the raw weights back."""
         self._ema_context.__exit__(None, None, None)
-        means = reduce_sums(self._sums)
+        totals, counts = defaultdict(float), defaultdict(int)
+        for sums in gathered(dict(self._sums)):  # a rank without samples may lack names
+            for name, (total, count) in sums.items():
+                totals[name] += total
+                counts[name] += count
+        means = {name: totals[name] / counts[name] if counts[name] else math.nan for name in sorted(totals)}
         self.log("step", float(self.global_step), rank_zero_only=False)
         self.log_dict({f"val/{k}": v for k, v in means.items()}, rank_zero_only=False)
         return means
@@ -186,8 +186,7 @@ class Task(L.LightningModule):
         self.attempt, self.skipped = max(self.attempt, health.get("attempt", 0)), health.get("skipped", 0)
         # Lightning counts micro-batches; their number per step may have changed since (another micro_batch_size).
         fit_loop = checkpoint.get("loops", {}).get("fit_loop", {})
-        progress = fit_loop.get("epoch_loop.batch_progress")
-        for counters in (progress or {}).values():
+        for counters in (fit_loop.get("epoch_loop.batch_progress") or {}).values():
             if isinstance(counters, dict):
                 counters.update(dict.fromkeys(counters, checkpoint["global_step"] * self.accumulate))
         if "epoch_loop.state_dict" in fit_loop:

@@ -29,6 +29,8 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     previous last.ckpt is kept as last-previous.ckpt."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
+        path = Path(path)
+
         def write(file: io.BufferedWriter) -> None:
             remembering = _Remembering(file)
             try:
@@ -36,8 +38,8 @@ class AtomicCheckpointIO(TorchCheckpointIO):
                 file.flush()
             except RuntimeError as error:  # torch raises its own error instead of the disk's
                 raise (remembering.error or error) from None
-            if Path(path).name == LAST and Path(path).is_file():
-                _keep(Path(path))
+            if path.name == LAST and path.is_file():
+                _keep(path)
 
         write_atomically(path, write)
 
@@ -128,9 +130,8 @@ class Checkpoints(L.Callback):
     """
 
     def __init__(self, folder: str | Path, every: int, monitor: str | None):
-        self.folder, self.every, self.monitor, self.by = Path(folder), every, monitor, monitor
-        self._usual = monitor
-        self.best = float("inf")
+        self.folder, self.every, self.best = Path(folder), every, float("inf")
+        self.monitor = self.by = self._usual = monitor
         self._training, self._signal, self._signal_time = False, 0, 0.0
         self._step = self._saved = 0  # the last step, and that of last.ckpt
 
@@ -156,7 +157,8 @@ class Checkpoints(L.Callback):
             raise Interrupted(self._signal, self._step)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._training, self._step, self._saved = True, trainer.global_step, trainer.global_step
+        self._training = True
+        self._step = self._saved = trainer.global_step
 
     def _on_signal(self, number: int) -> None:
         if not self._training:  # nothing to save yet
@@ -190,8 +192,7 @@ class Checkpoints(L.Callback):
             raise Interrupted(number, self._step)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: Task) -> None:
-        value = trainer.callback_metrics.get(f"val/{self.monitor}") if self.monitor else None
-        if value is not None:
+        if self.monitor and (value := trainer.callback_metrics.get(f"val/{self.monitor}")) is not None:
             self.offer(trainer, float(value))
         if self._due(trainer):
             self._save_last(trainer, pl_module)

@@ -3,6 +3,8 @@
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import wraps
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,8 @@ FILE = "health.json"
 PATIENCE = 500  # optimiser steps that a state of the discriminator must last before it is reported
 WINDOW = 10  # logged values that must agree
 
-History = Mapping[str, Sequence[tuple[int, float]]]
+History = Mapping[str, Sequence[tuple[int, float]]]  # by logged name: (step, value)
+Settings = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -27,6 +30,24 @@ class Finding:
     name: str
     what: str
     remedy: str
+
+
+CHECKS: list[Callable[[History, Settings], Finding | None]] = []
+
+
+def remedy(words: str) -> Callable[[Callable[[History, Settings], str | None]], Callable]:
+    """Makes a check, one of CHECKS, of a function that returns the fault in words, or None where there is none."""
+
+    def decorated(fault: Callable[[History, Settings], str | None]) -> Callable[[History, Settings], Finding | None]:
+        @wraps(fault)
+        def check(history: History, settings: Settings) -> Finding | None:
+            what = fault(history, settings)
+            return None if what is None else Finding(fault.__name__, what, words)
+
+        CHECKS.append(check)
+        return check
+
+    return decorated
 
 
 def _last(history: History, key: str) -> float | None:
@@ -43,142 +64,109 @@ def _lasting(history: History, key: str, state: Callable[[float], bool]) -> floa
     return recent[-1] if all(map(state, recent)) else None
 
 
-def posterior_collapse(history: History, settings: Mapping[str, Any]) -> Finding | None:
+@remedy("lower autoencoder.loss.kl_weight (published: 1e-6), or use fewer z_channels")
+def posterior_collapse(history: History, settings: Settings) -> str | None:
     active = _last(history, "val/active_channels")
     if active is None or active >= 0.5:
         return None
-    return Finding(
-        "posterior_collapse",
-        f"only {active:.0%} of the latent channels vary over the data; the others carry nothing (active units)",
-        "lower autoencoder.loss.kl_weight (published: 1e-6), or use fewer z_channels",
-    )
+    return f"only {active:.0%} of the latent channels vary over the data; the others carry nothing (active units)"
 
 
-def no_posterior(history: History, settings: Mapping[str, Any]) -> Finding | None:
+@remedy("raise autoencoder.loss.kl_weight (ten times at a time)")
+def no_posterior(history: History, settings: Settings) -> str | None:
     ratio = _last(history, "val/posterior_std")
     if ratio is None or ratio >= 1e-5:
         return None
-    return Finding(
-        "no_posterior",
+    return (
         f"the posterior's deviation is {ratio:.1e} of the latents' own: the decoder sees points, and small errors of the "
-        "diffusion model fall between them",
-        "raise autoencoder.loss.kl_weight (ten times at a time)",
+        "diffusion model fall between them"
     )
 
 
-def scale_drift(history: History, settings: Mapping[str, Any]) -> Finding | None:
+@remedy(
+    "latents.per_channel=true gives each channel unit variance; raise autoencoder.loss.kl_weight to keep them near 1"
+)
+def scale_drift(history: History, settings: Settings) -> str | None:
     low, high = _last(history, "val/latent_std_min"), _last(history, "val/latent_std_max")
     if low is None or high is None or (high < 20 and high < 20 * max(low, 1e-12)):
         return None
-    return Finding(
-        "scale_drift",
-        f"deviations of the latent channels are {low:.2g} to {high:.2g}",
-        "latents.per_channel=true gives each channel unit variance; raise autoencoder.loss.kl_weight to keep them near 1",
-    )
+    return f"deviations of the latent channels are {low:.2g} to {high:.2g}"
 
 
-def discriminator_overpowering(history: History, settings: Mapping[str, Any]) -> Finding | None:
+@remedy("lower autoencoder.disc_lr, or autoencoder.loss.discriminator.spectral_norm=true")
+def discriminator_overpowering(history: History, settings: Settings) -> str | None:
     accuracy = _lasting(history, "train/disc_accuracy", lambda v: v > 0.95)
     if accuracy is None:
         return None
-    return Finding(
-        "discriminator_overpowering",
-        f"the discriminator has been right in {accuracy:.0%} for {PATIENCE} steps; its gradient teaches nothing any more",
-        "lower autoencoder.disc_lr, or autoencoder.loss.discriminator.spectral_norm=true",
-    )
+    return f"the discriminator has been right in {accuracy:.0%} for {PATIENCE} steps; its gradient teaches nothing any more"
 
 
-def discriminator_useless(history: History, settings: Mapping[str, Any]) -> Finding | None:
+@remedy(
+    "raise autoencoder.disc_lr, give it a head start with autoencoder.loss.disc_warmup, or a larger "
+    "autoencoder.loss.discriminator.channels; without it the reconstructions stay as blurred as L1 and LPIPS leave them"
+)
+def discriminator_useless(history: History, settings: Settings) -> str | None:
     accuracy = _lasting(history, "train/disc_accuracy", lambda v: abs(v - 0.5) < 0.02)
     weight = _lasting(history, "train/adaptive_weight", lambda v: True)
     if accuracy is None or weight is None:
         return None
-    return Finding(
-        "discriminator_useless",
-        f"the discriminator has told pictures from reconstructions no better than a coin ({accuracy:.0%}) for {PATIENCE} steps",
-        "raise autoencoder.disc_lr, give it a head start with autoencoder.loss.disc_warmup, or a larger "
-        "autoencoder.loss.discriminator.channels; without it the reconstructions stay as blurred as L1 and LPIPS leave them",
-    )
+    return f"the discriminator has told pictures from reconstructions no better than a coin ({accuracy:.0%}) for {PATIENCE} steps"
 
 
-def adaptive_weight_at_clamp(history: History, settings: Mapping[str, Any]) -> Finding | None:
+@remedy(
+    "lower autoencoder.loss.max_adaptive_weight, or raise autoencoder.loss.disc_start so that it meets better pictures"
+)
+def adaptive_weight_at_clamp(history: History, settings: Settings) -> str | None:
     clamp = settings.get("max_adaptive_weight")
     weight = _lasting(history, "train/adaptive_weight", lambda v: v >= 0.999 * clamp) if clamp else None
     if weight is None:
         return None
-    return Finding(
-        "adaptive_weight_at_clamp",
+    return (
         f"the adaptive weight has been at its limit ({weight:g}) for {PATIENCE} steps: the discriminator's gradient at the last "
-        "layer has all but vanished, and what is left of it is multiplied",
-        "lower autoencoder.loss.max_adaptive_weight, or raise autoencoder.loss.disc_start so that it meets better pictures",
+        "layer has all but vanished, and what is left of it is multiplied"
     )
 
 
-def loss_by_timestep(history: History, settings: Mapping[str, Any]) -> Finding | None:
+@remedy(
+    "the U-Net sees other noise levels than it is told, or latents of another scale: check diffusion.schedule, that the "
+    "latents have unit variance (train/latent_std) and that the loss is still falling (lower diffusion.lr)"
+)
+def loss_by_timestep(history: History, settings: Settings) -> str | None:
     """Predicting noise is easiest where there is most of it; predicting the picture where there is least."""
     easier = settings.get("easier_with_noise")
-    sign = None if easier is None else 1 if easier else -1
     bins = [_last(history, f"val/loss_t{k}") for k in range(settings.get("bins", 0))]
     step = history["val/loss_t0"][-1][0] if history.get("val/loss_t0") else 0
-    if sign is None or len(bins) < 2 or None in bins or step < settings.get("settled", 200):
+    if easier is None or len(bins) < 2 or None in bins or step < settings.get("settled", 200):
         return None
-    wrong = [k for k in range(len(bins) - 1) if sign * (bins[k + 1] - bins[k]) > 0.1 * abs(bins[k])]
-    if not wrong:
+    sign = 1 if easier else -1
+    if not any(sign * (noisier - cleaner) > 0.1 * abs(cleaner) for cleaner, noisier in pairwise(bins)):
         return None
     shown = ", ".join(f"{b:.3g}" for b in bins)
-    return Finding(
-        "loss_by_timestep",
-        f"the validation loss per quarter of the schedule is out of order: {shown} from little noise to much",
-        "the U-Net sees other noise levels than it is told, or latents of another scale: check diffusion.schedule, that the "
-        "latents have unit variance (train/latent_std) and that the loss is still falling (lower diffusion.lr)",
-    )
+    return f"the validation loss per quarter of the schedule is out of order: {shown} from little noise to much"
 
 
-def ema_not_moving(history: History, settings: Mapping[str, Any]) -> Finding | None:
+@remedy("lower ema_decay: an average over 1 / (1 - ema_decay) steps must be short beside the training")
+def ema_not_moving(history: History, settings: Settings) -> str | None:
     share = _last(history, "val/ema_moved")
     if share is None or share >= 1e-3:
         return None
-    return Finding(
-        "ema_not_moving",
-        f"since the last validation the averaged weights moved {share:.1e} times as far as the trained ones",
-        "lower ema_decay: an average over 1 / (1 - ema_decay) steps must be short beside the training",
-    )
+    return f"since the last validation the averaged weights moved {share:.1e} times as far as the trained ones"
 
 
-def latents_disagree(history: History, settings: Mapping[str, Any]) -> Finding | None:
+@remedy("statistics and latents are of different autoencoders or data: restart=latents measures and encodes anew")
+def latents_disagree(history: History, settings: Settings) -> str | None:
     values = [v for _, v in history.get("train/latent_std", ())][-3:]
     if len(values) < 3 or all(0.7 <= v <= 1.4 for v in values):
         return None
-    return Finding(
-        "latents_disagree",
-        f"the latents' deviation is {values[-1]:.2f}, where the first stage's statistics promise 1",
-        "statistics and latents are of different autoencoders or data: restart=latents measures and encodes anew",
-    )
+    return f"the latents' deviation is {values[-1]:.2f}, where the first stage's statistics promise 1"
 
 
-def data_starving(history: History, settings: Mapping[str, Any]) -> Finding | None:
+@remedy("raise num_workers, keep the shards on a local disk, or prepare them at the training size")
+def data_starving(history: History, settings: Settings) -> str | None:
     waits = [v for _, v in history.get("train/data_wait", ())][-5:]
     if len(waits) < 5 or min(waits) < 0.3:
         return None
-    return Finding(
-        "data_starving",
-        f"{waits[-1]:.0%} of the time goes into waiting for data",
-        "raise num_workers, keep the shards on a local disk, or prepare them at the training size",
-    )
-
-
-CHECKS = (
-    posterior_collapse,
-    no_posterior,
-    scale_drift,
-    discriminator_overpowering,
-    discriminator_useless,
-    adaptive_weight_at_clamp,
-    loss_by_timestep,
-    ema_not_moving,
-    latents_disagree,
-    data_starving,
-)
+    return f"{waits[-1]:.0%} of the time goes into waiting for data"
 
 
 class Health(L.Callback):
@@ -188,7 +176,7 @@ class Health(L.Callback):
     skipped and counted, and training goes back to the last checkpoint after several in a row.
     """
 
-    def __init__(self, folder: Path, settings: Mapping[str, Any]):
+    def __init__(self, folder: Path, settings: Settings):
         self.path, self.settings = folder / FILE, settings
         self.history: dict[str, list[tuple[int, float]]] = defaultdict(list)
         self.findings: dict[str, dict[str, Any]] = {}
@@ -204,10 +192,9 @@ class Health(L.Callback):
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Task, outputs: Any, batch: Any, batch_idx: int) -> None:
         step = trainer.global_step
-        if step == self._last_step or step % trainer.log_every_n_steps:
-            return
-        self._last_step = step
-        self._take(trainer, "train/", step)
+        if step != self._last_step and step % trainer.log_every_n_steps == 0:
+            self._last_step = step
+            self._take(trainer, "train/")
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: Task) -> None:
         if pl_module.ema is None:
@@ -221,7 +208,7 @@ class Health(L.Callback):
         self._before = now
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: Task) -> None:
-        self._take(trainer, "val/", trainer.global_step)
+        self._take(trainer, "val/")
 
     def _add(self, key: str, step: int, value: float) -> None:
         self.history[key].append((step, value))
@@ -229,7 +216,8 @@ class Health(L.Callback):
         while len(values) > 200 and values[0][0] < step - 2 * PATIENCE:
             del values[0]
 
-    def _take(self, trainer: L.Trainer, prefix: str, step: int) -> None:
+    def _take(self, trainer: L.Trainer, prefix: str) -> None:
+        step = trainer.global_step
         for key, value in trainer.callback_metrics.items():
             if key.startswith(prefix):
                 self._add(key, step, float(value))

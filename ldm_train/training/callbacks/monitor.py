@@ -31,12 +31,11 @@ class Monitor(L.Callback):
         flops: float | None = None,
         peak_flops: float | None = None,
     ):
-        self.trace, self.flops, self.peak_flops, self.seconds = trace, flops, peak_flops, 0.0
+        self.trace, self.flops, self.peak_flops = trace, flops, peak_flops
         self.batch_size, self.dataset_size, self.max_bad_fraction = batch_size, dataset_size, max_bad_fraction
-        self.seen, self.bad, self._mentioned = 0, 0, 0
-        self._window = self._waited = 0.0
+        self.seen = self.bad = self._steps = 0  # samples, unreadable ones of them, the step of the last log
+        self.seconds = self._waited = 0.0
         self._batch_end = self._since = time.perf_counter()
-        self._steps = 0
 
     def state_dict(self) -> dict[str, Any]:
         return {"seconds": self.seconds + time.perf_counter() - self._since}
@@ -68,37 +67,33 @@ class Monitor(L.Callback):
                 file.write(f"{pl_module.stage} {trainer.global_step} {micro} {rank}|{','.join(batch['key'])}\n")
         for note in batch["replaced"]:
             self.bad += 1
-            if self._mentioned < 10:
-                self._mentioned += 1
+            if self.bad <= 10:
                 print(f"replaced an unreadable sample: {note}")
         refuse_too_many(self.bad, self.seen, self.dataset_size, self.max_bad_fraction)
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Task, outputs: Any, batch: Any, batch_idx: int) -> None:
-        now = time.perf_counter()
-        self._batch_end = now
+        now = self._batch_end = time.perf_counter()
         step = trainer.global_step
-        if (batch_idx + 1) % pl_module.accumulate == 0 and step % trainer.log_every_n_steps == 0:
-            elapsed = now - self._since
-            rate, images = (step - self._steps) * self.batch_size / elapsed, step * self.batch_size
-            self.seconds += elapsed
-            compute = {}
-            if self.flops:
-                compute["train/tflop"] = self.flops * images / 1e12
-                if self.peak_flops:
-                    compute["train/mfu"] = self.flops * rate / self.peak_flops
-            memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-            if torch.cuda.is_available():
-                memory = torch.cuda.max_memory_allocated()
-            pl_module.log_dict(
-                compute
-                | {
-                    "train/images_per_second": rate,
-                    "train/images": float(images),
-                    "train/seconds": self.seconds,
-                    "train/peak_memory_gib": memory / 2**30,
-                    "train/data_wait": self._waited / elapsed,
-                    "train/epoch": step * self.batch_size / self.dataset_size,
-                    "train/bad_fraction": self.bad / max(1, self.seen),
-                }
-            )
-            self._since, self._steps, self._waited = now, step, 0.0
+        if (batch_idx + 1) % pl_module.accumulate or step % trainer.log_every_n_steps:
+            return
+        elapsed, images = now - self._since, step * self.batch_size
+        rate = (step - self._steps) * self.batch_size / elapsed
+        self.seconds += elapsed
+        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        if torch.cuda.is_available():
+            memory = torch.cuda.max_memory_allocated()
+        metrics = {
+            "images_per_second": rate,
+            "images": float(images),
+            "seconds": self.seconds,
+            "peak_memory_gib": memory / 2**30,
+            "data_wait": self._waited / elapsed,
+            "epoch": images / self.dataset_size,
+            "bad_fraction": self.bad / max(1, self.seen),
+        }
+        if self.flops:
+            metrics["tflop"] = self.flops * images / 1e12
+            if self.peak_flops:
+                metrics["mfu"] = self.flops * rate / self.peak_flops
+        pl_module.log_dict({f"train/{name}": value for name, value in metrics.items()})
+        self._since, self._steps, self._waited = now, step, 0.0

@@ -37,9 +37,8 @@ class StepBar(ProgressBar):
         self.bar.update(step - self.bar.n)
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: Task) -> None:
-        self.validation = tqdm(
-            total=int(sum(trainer.num_val_batches)), desc="validation", unit="batch", leave=False, dynamic_ncols=True
-        )
+        batches = int(sum(trainer.num_val_batches))
+        self.validation = tqdm(total=batches, desc="validation", unit="batch", leave=False, dynamic_ncols=True)
 
     def on_validation_batch_end(self, trainer: L.Trainer, pl_module: Task, *batch: Any) -> None:
         self.validation.update()

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import lightning as L
@@ -33,17 +34,12 @@ class SampleMetrics(L.Callback):
         best_by: str | None = None,
     ):
         self.every, self.conditions, self.draw, self.evaluator = every, conditions, draw, evaluator
-        self.make_reference, self.batch_size, self.best_by = reference, batch_size, best_by
-        self._reference: Reference | None = None
+        self.reference, self.batch_size, self.best_by = cache(reference), batch_size, best_by
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        self._checkpoints = next(c for c in trainer.callbacks if isinstance(c, Checkpoints))
         if self.best_by:
-            checkpoints = self._checkpoints(trainer)
-            checkpoints.monitor, checkpoints.by = None, self.best_by
-
-    @staticmethod
-    def _checkpoints(trainer: L.Trainer) -> Checkpoints:
-        return next(c for c in trainer.callbacks if isinstance(c, Checkpoints))
+            self._checkpoints.monitor, self._checkpoints.by = None, self.best_by
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: DiffusionTask, outputs: Any, batch: Any, batch_idx: int
@@ -52,25 +48,24 @@ class SampleMetrics(L.Callback):
         if (batch_idx + 1) % pl_module.accumulate or step % self.every:
             return
         begin = time.perf_counter()
-        if self._reference is None:
-            self._reference = self.make_reference()
-        trained = pl_module.model.trainable().eval()
+        reference, metrics, extractors = self.reference(), self.evaluator.metrics, self.evaluator.extractors
+        model = pl_module.model
+        trained = model.trainable().eval()
         with pl_module.with_ema():
             measured = measure_samples(
-                pl_module.model, self.conditions, self.draw, self._reference, self.evaluator.metrics,
-                self.evaluator.extractors, self.batch_size, progress=False,
-            )  # fmt: skip
+                model, self.conditions, self.draw, reference, metrics, extractors, self.batch_size, progress=False
+            )
         trained.train()
         for callback in trainer.callbacks:
             if isinstance(callback, Monitor):
                 callback.exclude(time.perf_counter() - begin)
         logged: dict[str, float] = {"val/sampled_images": measured.count}
         for name, estimate in measured.estimates.items():
-            logged |= {f"val/{name}": estimate.value}
-            if estimate.low == estimate.low:  # not NaN: enough samples for an interval
+            logged[f"val/{name}"] = estimate.value
+            if estimate.has_interval:
                 logged |= {f"val/{name}_low": estimate.low, f"val/{name}_high": estimate.high}
         for logger in trainer.loggers:
             logger.log_metrics(logged, step)
-        for metric in self.evaluator.metrics:
+        for metric in metrics:
             if metric.name == self.best_by:
-                self._checkpoints(trainer).offer(trainer, metric.sign * measured.estimates[metric.name].value)
+                self._checkpoints.offer(trainer, metric.sign * measured.estimates[metric.name].value)
