@@ -7,7 +7,7 @@ from einops import rearrange
 from torch import nn
 from torch.nn import functional as F
 
-from ldm_train.models.layers import ResBlock, group_norm, timestep_embedding
+from ldm_train.models.layers import ResBlock, embedding_mlp, group_norm, timestep_embedding
 from ldm_train.models.transformer import AttentionBlock
 from ldm_train.models.unet import Downsample, Layers
 
@@ -74,7 +74,7 @@ class NoisyClassifier(nn.Module):
                 raise ValueError(f"classifier: width {width} does not split into heads of {head_dim} channels")
             return AttentionBlock(width, width // head_dim)
 
-        self.time_embed = nn.Sequential(nn.Linear(channels, emb_dim), nn.SiLU(), nn.Linear(emb_dim, emb_dim))
+        self.time_embed = embedding_mlp(channels, emb_dim)
         width = channels * channel_mult[0]
         self.input_blocks = nn.ModuleList([nn.Conv2d(in_channels, width, 3, padding=1)])
         for level, mult in enumerate(channel_mult):
