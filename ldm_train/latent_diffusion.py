@@ -132,19 +132,14 @@ class LatentDiffusion(nn.Module):
                 f"diffusion.network.in_channels is {network.in_channels}, the first stage's latents have "
                 f"{first_stage.latent_channels} channels"
             )
-        widths: dict[str, set[int]] = {}
-        total = {"vector": 0, "concat": 0}
         for conditioner in self.conditioners.values():
             conditioner.attach(first_stage)
-            for slot, width in conditioner.widths.items():
-                widths.setdefault(slot, set()).add(width)
-                if slot in total:
-                    total[slot] += width
-        context = sorted(widths.get("context", {0}))
-        given = {"context": context[0] if len(context) == 1 else context} | total
         for slot, name in (("context", "context_dim"), ("vector", "vector_dim"), ("concat", "concat_channels")):
-            width, got = network.condition_widths[slot], given[slot]
-            if width != got:
+            widths = [c.widths[slot] for c in self.conditioners.values() if slot in c.widths]
+            got: int | list[int] = sum(widths)
+            if slot == "context" and widths:  # joined along the tokens, which are therefore equally wide
+                got = widths[0] if len(set(widths)) == 1 else sorted(set(widths))
+            if (width := network.condition_widths[slot]) != got:
                 raise ValueError(
                     f"diffusion.network.{name} is {width}, the conditioners {list(self.conditioners)} give {got}; set "
                     f"diffusion.conditioning.{name}"
