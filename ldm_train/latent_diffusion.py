@@ -17,6 +17,7 @@ from ldm_train.models.backbone import Backbone
 from ldm_train.models.first_stage import FirstStage
 from ldm_train.models.tiling import Tiles, Windows
 from ldm_train.rng import NoiseSource
+from ldm_train.samplers import Callback
 from ldm_train.samplers.ddim import ddim_inversion
 
 
@@ -258,7 +259,7 @@ class LatentDiffusion(nn.Module):
         *,
         condition: dict[str, torch.Tensor] | None = None,
         latent_size: Sequence[int] | None = None,
-        callback: Callable[[int, torch.Tensor], None] | None = None,
+        callback: Callback | None = None,
     ) -> torch.Tensor:
         """Images (B, C, H, W) in [-1, 1], one per seed, under the fields in `batch` (each with B entries).
 
@@ -329,7 +330,7 @@ class LatentDiffusion(nn.Module):
         batch: Mapping[str, Any],
         sampling: Sampling | None = None,
         iterations: int = 5,
-        callback: Callable[[int, torch.Tensor], None] | None = None,
+        callback: Callback | None = None,
     ) -> torch.Tensor:
         """The noise (B, C, h, w) from which DDIM with eta 0 and without guidance draws `latents` under `batch`: the
         `Start.noise` for changing a picture, see `ddim_inversion`."""

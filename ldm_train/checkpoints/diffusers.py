@@ -39,6 +39,13 @@ from ldm_train.storage import check_links, file_sha256, read_record
 
 INDEX = "model_index.json"
 PIPELINES = ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline", "LDMPipeline")
+# Sampling options of models that record none.
+USUAL_SAMPLING = {
+    "num_inference_steps": 50,
+    "guidance_scale": 1.0,
+    "spacing": "trailing",
+    "sampler": {"_target_": "ldm_train.samplers.ddim.ddim", "_partial_": True},
+}
 WEIGHTS = ("diffusion_pytorch_model", "model", "pytorch_model")
 UNET_OUTSIDE = {
     "time_embed.0": "time_embedding.linear_1",
@@ -367,7 +374,5 @@ def diffusers_metadata(folder: str | Path) -> dict[str, Any]:
     configs = [folder / INDEX, *sorted(folder.glob("*/*config.json"))]
     for path in (*configs, *(p for part in parts for p in _files(part))):
         digest.update(file_sha256(path).encode())
-    text = (folder / "text_encoder").is_dir()
-    sampling = {"num_inference_steps": 50, "guidance_scale": 7.5 if text else 1.0, "spacing": "trailing"}
-    sampling["sampler"] = {"_target_": "ldm_train.samplers.ddim.ddim", "_partial_": True}
-    return {"sha256": digest.hexdigest(), "sampling": sampling}
+    scale = 7.5 if (folder / "text_encoder").is_dir() else 1.0
+    return {"sha256": digest.hexdigest(), "sampling": USUAL_SAMPLING | {"guidance_scale": scale}}

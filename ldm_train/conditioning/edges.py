@@ -15,7 +15,7 @@ from ldm_train.models.first_stage import FirstStage
 SOBEL = torch.tensor([[1.0, 0, -1], [2, 0, -2], [1, 0, -1]]) / 4
 
 
-def edges_of(image: torch.Tensor, rng: np.random.Generator | None = None) -> torch.Tensor:
+def edges_of(image: torch.Tensor) -> torch.Tensor:
     """image (C, H, W) in [-1, 1] -> (1, H, W) in [0, 1]: the length of the brightness' gradient (Sobel), 1 for a step from
     black to white."""
     grey = F.pad(image.mean(dim=0)[None, None], (1, 1, 1, 1), mode="replicate")

@@ -21,9 +21,9 @@ VGG16_FILE = "vgg16-397923af.pth"  # torchvision IMAGENET1K_V1; the name carries
 VGG16_URL = f"https://download.pytorch.org/models/{VGG16_FILE}"
 
 
-def _normalise(features: torch.Tensor, eps: float = 1e-10) -> torch.Tensor:
-    # eps inside the root: the gradient of sqrt at 0 is infinite (CompVis/latent-diffusion issue 176)
-    return features / torch.sqrt(features.square().sum(dim=1, keepdim=True) + eps)
+def _normalise(features: torch.Tensor) -> torch.Tensor:
+    # 1e-10 inside the root: the gradient of sqrt at 0 is infinite (CompVis/latent-diffusion issue 176)
+    return features / torch.sqrt(features.square().sum(dim=1, keepdim=True) + 1e-10)
 
 
 class TinyFeatures(nn.Module):

@@ -25,10 +25,10 @@ def zero_init(module: nn.Module) -> nn.Module:
     return module
 
 
-def timestep_embedding(timesteps: torch.Tensor, dim: int, max_period: float = 10_000.0) -> torch.Tensor:
+def timestep_embedding(timesteps: torch.Tensor, dim: int) -> torch.Tensor:
     """Sinusoidal embedding (B,) -> (B, dim) float32: cosines first, then sines (DDPM; order as in LDM). dim is even."""
     half = dim // 2
-    frequencies = torch.exp(-math.log(max_period) * torch.arange(half, device=timesteps.device).float() / half)
+    frequencies = torch.exp(-math.log(10_000.0) * torch.arange(half, device=timesteps.device).float() / half)
     angles = timesteps.float()[:, None] * frequencies[None]
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
