@@ -28,16 +28,19 @@ def in_turns(
 ) -> dict[str, float]:
     """Median seconds of each function, called in turns, after one warm-up round."""
     times: dict[str, list[float]] = {name: [] for name in measured}
+
+    def now() -> float:
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
     for k in tqdm(range(runs + 1), desc=progress, unit="round", leave=False):
         for name, function in measured.items():
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            begin = time.perf_counter()
+            begin = now()
             function()
-            if device.type == "cuda":
-                torch.cuda.synchronize()
+            taken = now() - begin
             if k:
-                times[name].append(time.perf_counter() - begin)
+                times[name].append(taken)
     return {name: median(values) for name, values in times.items()}
 
 

@@ -1,7 +1,7 @@
 """LatentDiffusion: denoising network, frozen first stage, conditioners and noise process as one object."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -39,8 +39,7 @@ class Sampling:
 
     def over(self, usual: "Sampling") -> "Sampling":
         """These options, with those of `usual` in the place of None."""
-        chosen = {f.name: getattr(self, f.name) for f in fields(self)}
-        return replace(usual, **{name: value for name, value in chosen.items() if value is not None})
+        return replace(usual, **{name: value for name, value in vars(self).items() if value is not None})
 
     def require(self, *names: str) -> None:
         """Raises ValueError for an option that neither the model's run nor the call has chosen."""
@@ -356,11 +355,7 @@ class LatentDiffusion(nn.Module):
 
 
 def _check_lengths(
-    count: int,
-    batch: Mapping[str, Any],
-    condition: Mapping[str, torch.Tensor] | None,
-    start: Start,
-    guidance: Guidance,
+    count: int, batch: Mapping[str, Any], condition: Mapping[str, torch.Tensor] | None, start: Start, guidance: Guidance
 ) -> None:
     """Raises ValueError where an argument does not have one entry per seed."""
     given = {"batch": batch, "negative": guidance.negative or {}, "condition": condition or {}}

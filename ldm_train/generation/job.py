@@ -301,6 +301,6 @@ class Job:
     def agreement(self, recipe: dict[str, Any]) -> str:
         """How many pictures of a replay equal the recipe's own, in words."""
         recorded = {e["file"]: e["sha256"] for e in recipe.get("images", []) if "sha256" in e}
-        same = [name for name, digest in self.digests.items() if recorded.get(name) == digest]
         known = [name for name in self.digests if name in recorded]
+        same = [name for name in known if recorded[name] == self.digests[name]]
         return f"{len(same)} of {len(known)} pictures are identical to the recipe's" if known else ""

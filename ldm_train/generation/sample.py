@@ -50,16 +50,16 @@ def check(config: DictConfig, model: LatentDiffusion) -> dict[str, Any]:
     """The options of classifier_free. Raises ValueError for invalid values, before any work is done."""
     model.schedule.timesteps(config.num_inference_steps, config.spacing)
     guidance = {k: v for k, v in plain(config.guidance).items() if v is not None and (k, v) != ("rescale", 0)}
-    if (config.negative is not None or config.image_prompt is not None) and "caption" not in model.fields:
-        option = "negative" if config.negative is not None else "image_prompt"
-        raise ValueError(f"this model takes no captions, so {option}= means nothing to it")
+    captions = [option for option in ("negative", "image_prompt") if config[option] is not None]
+    if captions and "caption" not in model.fields:
+        raise ValueError(f"this model takes no captions, so {captions[0]}= means nothing to it")
     if guidance and not model.conditioners and config.weaker_model is None:
         raise ValueError(
             f"this model takes no condition that guidance could strengthen; leave guidance.{next(iter(guidance))} out"
         )
-    if config.guidance_scale == 1 and (guidance or config.negative is not None or config.weaker_model is not None):
-        named = ["negative"] * (config.negative is not None) + ["weaker_model"] * (config.weaker_model is not None)
-        named += [f"guidance.{k}" for k in guidance]
+    named = [option for option in ("negative", "weaker_model") if config[option] is not None]
+    named += [f"guidance.{option}" for option in guidance]
+    if config.guidance_scale == 1 and named:
         raise ValueError(f"{', '.join(named)} need guidance: set guidance_scale above 1")
     if config.guidance_scale != 1:
         classifier_free(model.denoiser({}), model.denoiser({}), config.guidance_scale, **guidance)

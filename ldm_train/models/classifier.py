@@ -87,8 +87,8 @@ class NoisyClassifier(nn.Module):
             if level < len(channel_mult) - 1:
                 down = ResBlock(width, width, emb_dim, dropout, scale_shift, "down")
                 self.input_blocks.append(Layers([down if resblock_resample else Downsample(width)]))
-        middle = [ResBlock(width, width, emb_dim, dropout, scale_shift) for _ in range(2)]
-        self.middle_block = Layers([middle[0], attention(width), middle[1]])
+        first, second = (ResBlock(width, width, emb_dim, dropout, scale_shift) for _ in range(2))
+        self.middle_block = Layers([first, attention(width), second])
         f = 2 ** (len(channel_mult) - 1)
         pool = AttentionPool(width, width // head_dim, len(self.names), [s // f for s in latent_size])
         self.out = nn.Sequential(group_norm(width, 1e-5), nn.SiLU(), pool)

@@ -123,7 +123,8 @@ class DiT(nn.Module):
                 if layer.bias is not None:
                     nn.init.zeros_(layer.bias)
         nn.init.xavier_uniform_(self.x_embedder.weight.flatten(1))
-        nn.init.zeros_(self.x_embedder.bias)
+        if self.x_embedder.bias is not None:
+            nn.init.zeros_(self.x_embedder.bias)
         for name, weight in self.t_embedder.named_parameters():
             if name.endswith("weight"):
                 nn.init.normal_(weight, std=0.02)
