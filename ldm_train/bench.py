@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -10,7 +11,7 @@ import torch
 from omegaconf import DictConfig
 from tqdm import tqdm
 
-from ldm_train.diffusion.denoiser import Denoiser
+from ldm_train.diffusion.denoiser import Denoiser, Network
 from ldm_train.diffusion.guidance import classifier_free
 from ldm_train.diffusion.parameterisation import Epsilon
 from ldm_train.diffusion.schedule import NoiseSchedule
@@ -27,25 +28,24 @@ def in_turns(
 ) -> dict[str, float]:
     """Median seconds of each function, called in turns, after one warm-up round."""
     times: dict[str, list[float]] = {name: [] for name in measured}
+
+    def now() -> float:
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
     for k in tqdm(range(runs + 1), desc=progress, unit="round", leave=False):
         for name, function in measured.items():
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            begin = time.perf_counter()
+            begin = now()
             function()
-            if device.type == "cuda":
-                torch.cuda.synchronize()
+            taken = now() - begin
             if k:
-                times[name].append(time.perf_counter() - begin)
+                times[name].append(taken)
     return {name: median(values) for name, values in times.items()}
 
 
 def _diffusers_loop(
-    network: Callable[..., torch.Tensor],
-    condition: dict[str, torch.Tensor],
-    x_t: torch.Tensor,
-    steps: int,
-    scale: float,
+    network: Network, condition: dict[str, torch.Tensor], x_t: torch.Tensor, steps: int, scale: float
 ) -> torch.Tensor:
     """The sampling loop of diffusers' pipelines, with diffusers' own DDIM scheduler."""
     from diffusers import DDIMScheduler
@@ -62,11 +62,6 @@ def _diffusers_loop(
     return x_t
 
 
-def _small_unet(device: torch.device) -> UNet:
-    reseed("bench", "weights")
-    return UNet(4, 64, (1, 2), 1, (0, 1), num_heads=4, context_dim=768).to(device).eval()
-
-
 @torch.no_grad()
 def sampling(config: DictConfig, device: torch.device) -> dict[str, Any]:
     """Times in ms per step: the loop without the network, cached against recomputed keys and values, and a whole step."""
@@ -76,45 +71,47 @@ def sampling(config: DictConfig, device: torch.device) -> dict[str, Any]:
     context = torch.randn(2 * b, 77, 768, device=device)
     mask = torch.ones(2 * b, 77, dtype=torch.bool, device=device)
     halves = [{"context": c, "context_mask": m} for c, m in zip(context.chunk(2), mask.chunk(2))]
+    joined = {"context": context, "context_mask": mask}
     fixed = torch.randn(2 * b, 4, 16, 16, device=device)
+    reseed("bench", "weights")
+    unet = UNet(4, 64, (1, 2), 1, (0, 1), num_heads=4, context_dim=768).to(device).eval()
 
     def nothing(x: torch.Tensor, t: torch.Tensor, condition: dict[str, torch.Tensor]) -> torch.Tensor:
         return fixed  # a network without cost, so that only the loop is timed
 
-    def ours(network: Callable[..., torch.Tensor]) -> torch.Tensor:
-        cond, uncond = (Denoiser(network, schedule, Epsilon(), c) for c in halves)
-        return ddim(classifier_free(cond, uncond, 3.0), x_t, times, schedule, NoiseSource(range(b)))
-
-    results: dict[str, Any] = {}
-    joined = {"context": context, "context_mask": mask}
-    loops = {"ours": lambda: ours(nothing), "diffusers": lambda: _diffusers_loop(nothing, joined, x_t, steps, 3.0)}
-    agreement = float((loops["ours"]() - loops["diffusers"]()).abs().max() / loops["diffusers"]().abs().max())
-    if agreement > 1e-3:
-        raise ValueError(f"the two loops do not compute the same ({agreement:.1e} apart); their times say nothing")
-    loop = in_turns(loops, config.runs, device, "loops")
-    results["overhead per step [ms]"] = {k: 1000 * v / steps for k, v in loop.items()}
-    unet = _small_unet(device)
-    network = unet_call(unet)
-
-    def forgets(x: torch.Tensor, t: torch.Tensor, condition: dict[str, torch.Tensor]) -> torch.Tensor:
-        return network(x, t, condition | {"context": condition["context"].clone()})
-
-    cached = in_turns(
-        {"kept": lambda: ours(network), "computed": lambda: ours(forgets)}, config.runs, device, "context"
-    )
-    results["keys and values of 77 tokens, per step [ms]"] = {k: 1000 * v / steps for k, v in cached.items()}
-    # diffusers' attention computes keys and values in every step.
-    whole = {"ours": lambda: ours(network), "diffusers": lambda: _diffusers_loop(forgets, joined, x_t, steps, 3.0)}
-    timed = in_turns(whole, config.runs, device, "U-Net and loop")
-    results["a whole step with a small text U-Net [ms]"] = {k: 1000 * v / steps for k, v in timed.items()}
-    return results
-
-
-def unet_call(unet: UNet) -> Callable[..., torch.Tensor]:
     def network(x: torch.Tensor, t: torch.Tensor, condition: dict[str, torch.Tensor]) -> torch.Tensor:
         return unet(x, t, **condition)
 
-    return network
+    def forgets(x: torch.Tensor, t: torch.Tensor, condition: dict[str, torch.Tensor]) -> torch.Tensor:
+        return unet(x, t, condition["context"].clone(), condition["context_mask"])
+
+    def ours(network: Network) -> torch.Tensor:
+        cond, uncond = (Denoiser(network, schedule, Epsilon(), c) for c in halves)
+        return ddim(classifier_free(cond, uncond, 3.0), x_t, times, schedule, NoiseSource(range(b)))
+
+    def theirs(network: Network) -> torch.Tensor:
+        return _diffusers_loop(network, joined, x_t, steps, 3.0)
+
+    agreement = float((ours(nothing) - theirs(nothing)).abs().max() / theirs(nothing).abs().max())
+    if agreement > 1e-3:
+        raise ValueError(f"the two loops do not compute the same ({agreement:.1e} apart); their times say nothing")
+    compared = {
+        "overhead per step [ms]": {"ours": partial(ours, nothing), "diffusers": partial(theirs, nothing)},
+        "keys and values of 77 tokens, per step [ms]": {
+            "kept": partial(ours, network),
+            "computed": partial(ours, forgets),
+        },
+        # diffusers' attention computes keys and values in every step.
+        "a whole step with a small text U-Net [ms]": {
+            "ours": partial(ours, network),
+            "diffusers": partial(theirs, forgets),
+        },
+    }
+    results = {}
+    for title, functions in compared.items():
+        seconds = in_turns(functions, config.runs, device, title)
+        results[title] = {name: 1000 * value / steps for name, value in seconds.items()}
+    return results
 
 
 def format_table(results: Mapping[str, Mapping[str, float]]) -> str:

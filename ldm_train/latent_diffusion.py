@@ -1,7 +1,7 @@
 """LatentDiffusion: denoising network, frozen first stage, conditioners and noise process as one object."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from ldm_train.models.backbone import Backbone
 from ldm_train.models.first_stage import FirstStage
 from ldm_train.models.tiling import Tiles, Windows
 from ldm_train.rng import NoiseSource
+from ldm_train.samplers import Callback
 from ldm_train.samplers.ddim import ddim_inversion
 
 
@@ -38,8 +39,7 @@ class Sampling:
 
     def over(self, usual: "Sampling") -> "Sampling":
         """These options, with those of `usual` in the place of None."""
-        chosen = {f.name: getattr(self, f.name) for f in fields(self)}
-        return replace(usual, **{name: value for name, value in chosen.items() if value is not None})
+        return replace(usual, **{name: value for name, value in vars(self).items() if value is not None})
 
     def require(self, *names: str) -> None:
         """Raises ValueError for an option that neither the model's run nor the call has chosen."""
@@ -132,19 +132,14 @@ class LatentDiffusion(nn.Module):
                 f"diffusion.network.in_channels is {network.in_channels}, the first stage's latents have "
                 f"{first_stage.latent_channels} channels"
             )
-        widths: dict[str, set[int]] = {}
-        total = {"vector": 0, "concat": 0}
         for conditioner in self.conditioners.values():
             conditioner.attach(first_stage)
-            for slot, width in conditioner.widths.items():
-                widths.setdefault(slot, set()).add(width)
-                if slot in total:
-                    total[slot] += width
-        context = sorted(widths.get("context", {0}))
-        given = {"context": context[0] if len(context) == 1 else context} | total
         for slot, name in (("context", "context_dim"), ("vector", "vector_dim"), ("concat", "concat_channels")):
-            width, got = network.condition_widths[slot], given[slot]
-            if width != got:
+            widths = [c.widths[slot] for c in self.conditioners.values() if slot in c.widths]
+            got: int | list[int] = sum(widths)
+            if slot == "context" and widths:  # joined along the tokens, which are therefore equally wide
+                got = widths[0] if len(set(widths)) == 1 else sorted(set(widths))
+            if (width := network.condition_widths[slot]) != got:
                 raise ValueError(
                     f"diffusion.network.{name} is {width}, the conditioners {list(self.conditioners)} give {got}; set "
                     f"diffusion.conditioning.{name}"
@@ -263,7 +258,7 @@ class LatentDiffusion(nn.Module):
         *,
         condition: dict[str, torch.Tensor] | None = None,
         latent_size: Sequence[int] | None = None,
-        callback: Callable[[int, torch.Tensor], None] | None = None,
+        callback: Callback | None = None,
     ) -> torch.Tensor:
         """Images (B, C, H, W) in [-1, 1], one per seed, under the fields in `batch` (each with B entries).
 
@@ -334,7 +329,7 @@ class LatentDiffusion(nn.Module):
         batch: Mapping[str, Any],
         sampling: Sampling | None = None,
         iterations: int = 5,
-        callback: Callable[[int, torch.Tensor], None] | None = None,
+        callback: Callback | None = None,
     ) -> torch.Tensor:
         """The noise (B, C, h, w) from which DDIM with eta 0 and without guidance draws `latents` under `batch`: the
         `Start.noise` for changing a picture, see `ddim_inversion`."""
@@ -360,11 +355,7 @@ class LatentDiffusion(nn.Module):
 
 
 def _check_lengths(
-    count: int,
-    batch: Mapping[str, Any],
-    condition: Mapping[str, torch.Tensor] | None,
-    start: Start,
-    guidance: Guidance,
+    count: int, batch: Mapping[str, Any], condition: Mapping[str, torch.Tensor] | None, start: Start, guidance: Guidance
 ) -> None:
     """Raises ValueError where an argument does not have one entry per seed."""
     given = {"batch": batch, "negative": guidance.negative or {}, "condition": condition or {}}

@@ -3,6 +3,7 @@ ones keep their meaning."""
 
 import re
 from collections.abc import Mapping
+from copy import deepcopy
 from typing import Any
 
 PREDICTIONS = {
@@ -35,8 +36,8 @@ def argument(text: str) -> str:
     prefix, name, value = match.groups()
     for old, new in OPTIONS.items():
         if name == old or name.startswith(f"{old}."):
-            if value is not None:
-                value = ",".join(VALUES.get(old, {}).get(v, v) for v in value.split(",")) if old in VALUES else value
+            if value is not None and old in VALUES:
+                value = ",".join(VALUES[old].get(v, v) for v in value.split(","))
             name = new + name[len(old) :]
         elif name == old.replace(".", "/"):
             name = new.replace(".", "/")
@@ -47,28 +48,28 @@ def argument(text: str) -> str:
 
 def options(tree: dict[str, Any]) -> dict[str, Any]:
     """A copy of the nested options of a run, or of a part of them from the top, in today's names."""
-    tree = {k: _copied(v) for k, v in tree.items()}
+    tree = deepcopy(tree)
     for old, new in OPTIONS.items():
-        *way, last = old.split(".")
-        owner: Any = tree
-        for step in way:
-            owner = owner.get(step) if isinstance(owner, dict) else None
-        if not isinstance(owner, dict) or last not in owner:
+        owner, name = _section(tree, old)
+        if name not in owner:
             continue
-        value = owner.pop(last)
-        if old in VALUES:
-            value = VALUES[old].get(value, value) if isinstance(value, str) else value
-        target = tree
-        *way, last = new.split(".")
-        for step in way:
-            target = target.setdefault(step, {}) if isinstance(target, dict) else None
-        if isinstance(target, dict):  # else the reader of the options reports the invalid value
-            target.setdefault(last, value)
+        value = owner.pop(name)
+        if isinstance(value, str):
+            value = VALUES.get(old, {}).get(value, value)
+        target, name = _section(tree, new, make=True)
+        target.setdefault(name, value)
     return tree
 
 
-def _copied(value: Any) -> Any:
-    return {k: _copied(v) for k, v in value.items()} if isinstance(value, dict) else value
+def _section(tree: Any, option: str, make: bool = False) -> tuple[dict[str, Any], str]:
+    """The section that holds an option, and the option's name there. Where another value stands in the way the section is
+    empty and not of the tree: the reader of the options reports that value."""
+    *way, name = option.split(".")
+    for step in way:
+        if not isinstance(tree, dict):
+            break
+        tree = tree.setdefault(step, {}) if make else tree.get(step)
+    return (tree if isinstance(tree, dict) else {}), name
 
 
 def recipe(tree: dict[str, Any]) -> dict[str, Any]:

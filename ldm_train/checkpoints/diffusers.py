@@ -15,18 +15,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from ldm_train import names
-from ldm_train.checkpoints.diffusers_options import (
-    AUTOENCODERS,
-    BETAS,
-    CLIP,
-    SCHEDULERS,
-    TOKENIZER,
-    UNETS,
-    read_class,
-    read_model,
-    read_options,
-    refused,
-)
+from ldm_train.checkpoints import diffusers_options as rules
 from ldm_train.conditioning.text import FrozenText
 from ldm_train.diffusion import parameterisation
 from ldm_train.diffusion.parameterisation import Parameterisation
@@ -39,6 +28,13 @@ from ldm_train.storage import check_links, file_sha256, read_record
 
 INDEX = "model_index.json"
 PIPELINES = ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline", "LDMPipeline")
+# Sampling options of models that record none.
+USUAL_SAMPLING = {
+    "num_inference_steps": 50,
+    "guidance_scale": 1.0,
+    "spacing": "trailing",
+    "sampler": {"_target_": "ldm_train.samplers.ddim.ddim", "_partial_": True},
+}
 WEIGHTS = ("diffusion_pytorch_model", "model", "pytorch_model")
 UNET_OUTSIDE = {
     "time_embed.0": "time_embedding.linear_1",
@@ -199,20 +195,20 @@ def _head_size(path: Path, options: dict[str, Any], levels: list[int], condition
         return {"num_heads": 1}
     numbers = asked if isinstance(asked, list) else [asked] * len(widths)
     if len(numbers) != len(widths):
-        raise refused(path, "attention_head_dim", asked, f" of {len(widths)} entries")
+        raise rules.refused(path, "attention_head_dim", asked, f" of {len(widths)} entries")
     if wrong := [level for level in levels if widths[level] % numbers[level]]:
-        raise refused(path, "attention_head_dim", asked, f" that divides the width {widths[wrong[0]]}")
+        raise rules.refused(path, "attention_head_dim", asked, f" that divides the width {widths[wrong[0]]}")
     if len({numbers[level] for level in levels}) <= 1:
         return {"num_heads" if conditional else "head_dim": numbers[-1]}
     if len(head_widths := {widths[level] // numbers[level] for level in levels}) > 1:
-        raise refused(path, "attention_head_dim", asked, " that gives heads of equal width, or of equal number,")
+        raise rules.refused(path, "attention_head_dim", asked, " that gives heads of equal width, or of equal number,")
     return {"head_dim": head_widths.pop()}
 
 
 def load_unet(folder: Path, latent_channels: int) -> tuple[UNet, list[int]]:
     """The U-Net, and the size of the latents that it was trained on."""
     path = folder / "config.json"
-    kind, options = read_model(path, UNETS)
+    kind, options = rules.read_model(path, rules.UNETS)
     for name in ("in_channels", "out_channels"):
         if options[name] != latent_channels:
             raise ValueError(
@@ -234,7 +230,7 @@ def load_unet(folder: Path, latent_channels: int) -> tuple[UNet, list[int]]:
         groups = options["norm_num_groups"]
         allowed = (None, groups) if options["resnet_time_scale_shift"] == "default" else (groups,)
         if mid_attention and options["attn_norm_num_groups"] not in allowed:
-            raise refused(path, "attn_norm_num_groups", options["attn_norm_num_groups"], f"={groups}")
+            raise rules.refused(path, "attn_norm_num_groups", options["attn_norm_num_groups"], f"={groups}")
     middle = [len(options["block_out_channels"]) - 1] if mid_attention else []
     unet = _built(
         path,
@@ -254,7 +250,7 @@ def load_unet(folder: Path, latent_channels: int) -> tuple[UNet, list[int]]:
 
 def load_first_stage(folder: Path) -> FirstStage:
     path = folder / "config.json"
-    kind, options = read_model(path, AUTOENCODERS)
+    kind, options = rules.read_model(path, rules.AUTOENCODERS)
     if options["out_channels"] != options["in_channels"]:
         raise ValueError(
             f"{path} has in_channels={options['in_channels']} and out_channels={options['out_channels']}; autoencoders "
@@ -278,10 +274,11 @@ def _text(folder: Path, dim: int) -> FrozenText:
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
     encoder, words = folder / "text_encoder", folder / "tokenizer"
-    options = read_options(encoder / "config.json", CLIP, known=False)
+    path = encoder / "config.json"
+    options = rules.read_options(path, rules.CLIP, known=False)
     if options["hidden_size"] != dim:
-        raise refused(encoder / "config.json", "hidden_size", options["hidden_size"], f"={dim}, as the U-Net asks,")
-    read_options(words / "tokenizer_config.json", TOKENIZER)
+        raise rules.refused(path, "hidden_size", options["hidden_size"], f"={dim}, as the U-Net asks,")
+    rules.read_options(words / "tokenizer_config.json", rules.TOKENIZER)
     if not (words / "tokenizer.json").is_file() and not all(
         (words / n).is_file() for n in ("vocab.json", "merges.txt")
     ):
@@ -311,13 +308,13 @@ PREDICTIONS: dict[str, type[Parameterisation]] = {
 def load_schedule(folder: Path) -> tuple[NoiseSchedule, Parameterisation]:
     """The schedule, and what the U-Net predicts."""
     path = folder / "scheduler_config.json"
-    _, options = read_class(path, SCHEDULERS)
+    _, options = rules.read_class(path, rules.SCHEDULERS)
     prediction, zero_snr = options["prediction_type"], options["rescale_betas_zero_snr"]
     if zero_snr and prediction == "epsilon":  # pure noise says nothing of the image
-        raise refused(path, "rescale_betas_zero_snr", zero_snr, "=False, or with prediction_type='v_prediction',")
+        raise rules.refused(path, "rescale_betas_zero_snr", zero_snr, "=False, or with prediction_type='v_prediction',")
     ends = options["beta_start"], options["beta_end"], options["num_train_timesteps"]
     try:
-        return NoiseSchedule(BETAS[options["beta_schedule"]], *ends, zero_snr), PREDICTIONS[prediction]()
+        return NoiseSchedule(rules.BETAS[options["beta_schedule"]], *ends, zero_snr), PREDICTIONS[prediction]()
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
 
@@ -367,7 +364,5 @@ def diffusers_metadata(folder: str | Path) -> dict[str, Any]:
     configs = [folder / INDEX, *sorted(folder.glob("*/*config.json"))]
     for path in (*configs, *(p for part in parts for p in _files(part))):
         digest.update(file_sha256(path).encode())
-    text = (folder / "text_encoder").is_dir()
-    sampling = {"num_inference_steps": 50, "guidance_scale": 7.5 if text else 1.0, "spacing": "trailing"}
-    sampling["sampler"] = {"_target_": "ldm_train.samplers.ddim.ddim", "_partial_": True}
-    return {"sha256": digest.hexdigest(), "sampling": sampling}
+    scale = 7.5 if (folder / "text_encoder").is_dir() else 1.0
+    return {"sha256": digest.hexdigest(), "sampling": USUAL_SAMPLING | {"guidance_scale": scale}}

@@ -142,11 +142,8 @@ def load_model(folder: str | Path, trust: Sequence[str] = ()) -> nn.Module:
     """
     folder = Path(folder)
     metadata = read_metadata(folder)
-    recorded = {
-        WEIGHTS: metadata["sha256"],
-        CONFIG: metadata.get("config_sha256"),
-    }  # older folders record the first alone
-    for name, expected in recorded.items():
+    # Older folders record the first alone.
+    for name, expected in ((WEIGHTS, metadata["sha256"]), (CONFIG, metadata.get("config_sha256"))):
         if expected is not None and (digest := file_sha256(folder / name)) != expected:
             raise ValueError(f"{folder / name} is damaged: sha256 {digest[:12]}, recorded {str(expected)[:12]}")
     module, weights = _built(folder, trust), load_file(folder / WEIGHTS)

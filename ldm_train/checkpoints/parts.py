@@ -97,9 +97,9 @@ def build(tree: Any, where: str | Path, trust: Sequence[str] = (), places: Seque
         return partial(part, **made) if bound is True else part(**made)
     except ValueError as error:  # which the part words itself, where it is
         raise error if str(where) in str(error) else ValueError(f"{where}: {error}") from error
+    except FileNotFoundError:
+        raise
     except (TypeError, AttributeError, LookupError, ArithmeticError, RuntimeError, AssertionError, OSError) as error:
-        if isinstance(error, FileNotFoundError):
-            raise
         raise ValueError(f"{where}: {name} cannot be built from its options ({error})") from error
 
 

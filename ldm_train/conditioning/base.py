@@ -1,10 +1,12 @@
 """The contract of conditioners: networks that turn one field of a batch into inputs of the denoising network."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from ldm_train.data.batch import Field
 from ldm_train.models.first_stage import FirstStage
@@ -68,6 +70,23 @@ class Conditioner(nn.Module):
     def describe(self, values: Sequence[Any]) -> list[str]:
         """Entries as readable text, for captions under pictures."""
         return [str(v) for v in values]
+
+
+def enlarged(values: Any, size: Sequence[int]) -> torch.Tensor:
+    """Pictures or maps (B, C, h, w) at `size` (H, W) on the CPU, with hard edges."""
+    return F.interpolate(torch.as_tensor(values).cpu().float(), tuple(size), mode="nearest")
+
+
+@contextmanager
+def loading(what: str, path: str, holds: str) -> Iterator[None]:
+    """A context in which transformers loads a pretrained model: raises FileNotFoundError, saying what its folder holds,
+    where it cannot be obtained."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        raise FileNotFoundError(
+            f"the {what} {path} is not there ({str(error).splitlines()[0]}); give a folder that holds {holds}"
+        ) from error
 
 
 def merge(outputs: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:

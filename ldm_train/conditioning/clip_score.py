@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from ldm_train.conditioning.base import loading
 from ldm_train.images import in_threes, mean_over_groups
 
 
@@ -18,17 +19,13 @@ class ClipScore(nn.Module):
         super().__init__()
         from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel
 
-        try:
+        holds = "config.json, weights, tokenizer and preprocessor_config.json"
+        with loading("CLIP model", path, holds):
             if path.startswith(("/", ".", "~")) and not Path(path).is_dir():
                 raise OSError("no such folder")  # not a name to ask the network for
             self.model = CLIPModel.from_pretrained(path)
             self.tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
             processor = AutoImageProcessor.from_pretrained(path, trust_remote_code=False)
-        except (OSError, ValueError) as error:
-            raise FileNotFoundError(
-                f"the CLIP model {path} is not there ({str(error).splitlines()[0]}); give a folder that holds config.json, "
-                "weights, tokenizer and preprocessor_config.json"
-            ) from error
         self.register_buffer("mean", torch.tensor(processor.image_mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(processor.image_std).view(1, 3, 1, 1), persistent=False)
         self.eval().requires_grad_(False)

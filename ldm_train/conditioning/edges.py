@@ -1,6 +1,5 @@
 """Edges: where brightness changes, from a file of the shard or made from the image, as a condition beside the latents."""
 
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -16,7 +15,7 @@ from ldm_train.models.first_stage import FirstStage
 SOBEL = torch.tensor([[1.0, 0, -1], [2, 0, -2], [1, 0, -1]]) / 4
 
 
-def edges_of(image: torch.Tensor, rng: np.random.Generator | None = None) -> torch.Tensor:
+def edges_of(image: torch.Tensor) -> torch.Tensor:
     """image (C, H, W) in [-1, 1] -> (1, H, W) in [0, 1]: the length of the brightness' gradient (Sobel), 1 for a step from
     black to white."""
     grey = F.pad(image.mean(dim=0)[None, None], (1, 1, 1, 1), mode="replicate")
@@ -68,9 +67,3 @@ class EdgeMap(SpatialConditioner):
         edges = torch.as_tensor(values, device=self.device).float()
         cells = F.pixel_unshuffle(edges, self.factor)
         return {"concat": torch.where(drop.to(self.device).view(-1, 1, 1, 1), -1.0, cells)}
-
-    def picture(self, values: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
-        return F.interpolate(torch.as_tensor(values).cpu().float(), tuple(size), mode="nearest") * 2 - 1
-
-    def null_values(self, count: int, latent_size: Sequence[int]) -> torch.Tensor:
-        return torch.zeros(count, 1, *self.image_size(latent_size))

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.nn import functional as F
 
-from ldm_train.conditioning.base import Conditioner
+from ldm_train.conditioning.base import Conditioner, enlarged, loading
 from ldm_train.diffusion.schedule import NoiseSchedule
 from ldm_train.images import in_threes, mean_over_groups
 from ldm_train.losses.perceptual import load_tiny
@@ -40,7 +40,7 @@ class PretrainedVision(nn.Module):
         super().__init__()
         from transformers import AutoConfig, AutoImageProcessor, AutoModel, CLIPVisionModelWithProjection
 
-        try:
+        with loading("vision encoder", path, "config.json, preprocessor_config.json and weights"):
             if path.startswith(("/", ".")) and not Path(path).is_dir():
                 raise OSError("no such folder")  # not a name to ask the network for
             clip = AutoConfig.from_pretrained(path, trust_remote_code=False).model_type.startswith("clip")
@@ -48,11 +48,6 @@ class PretrainedVision(nn.Module):
                 path, trust_remote_code=False
             )
             processor = AutoImageProcessor.from_pretrained(path, trust_remote_code=False)
-        except (OSError, ValueError) as error:
-            raise FileNotFoundError(
-                f"the vision encoder {path} is not there ({str(error).splitlines()[0]}); give a folder that holds "
-                "config.json, preprocessor_config.json and weights"
-            ) from error
         self.hidden = hidden
         sizes = processor.crop_size if getattr(processor, "do_center_crop", False) else processor.size
         self.side = int(sizes.get("height") or sizes.get("shortest_edge"))
@@ -159,10 +154,8 @@ class ImageEmbedding(Conditioner):
             if self.training:
                 levels = torch.randint(self.noise_levels, (len(features),))
                 features = self.noised(features, levels.to(features.device))
-            told = timestep_embedding(levels.to(features.device), self.level_dim)[:, None].expand(
-                -1, features.shape[1], -1
-            )
-            features = torch.cat([features, told], dim=2)
+            told = timestep_embedding(levels.to(features.device), self.level_dim)  # to every token
+            features = torch.cat([features, told[:, None].expand(-1, features.shape[1], -1)], dim=2)
         projected = torch.where(drop.to(self.device)[:, None, None], self.null_embedding, self.projection(features))
         if self.slot == "vector":
             return {"vector": projected.mean(dim=1)}
@@ -173,7 +166,7 @@ class ImageEmbedding(Conditioner):
         return torch.zeros(count, self.channels, 64, 64)
 
     def picture(self, values: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
-        return F.interpolate(torch.as_tensor(values).cpu(), tuple(size), mode="nearest")
+        return enlarged(values, size)
 
     def describe(self, values: torch.Tensor) -> list[str]:
         return [""] * len(values)

@@ -8,7 +8,7 @@ import torch
 from PIL import Image, ImageDraw
 
 from ldm_train.conditioning.base import Conditioner
-from ldm_train.conditioning.text import TokenEncoder
+from ldm_train.conditioning.text import TokenEncoder, mean_of
 
 
 class LayoutBoxes(Conditioner):
@@ -80,8 +80,7 @@ class LayoutBoxes(Conditioner):
         x = self.encoder(ids)
         condition = {"context": x, "context_mask": torch.ones_like(ids, dtype=torch.bool)}
         if self.pooled:
-            share = (ids != self.padding)[..., None].to(x.dtype)
-            condition["vector"] = (x * share).sum(dim=1) / share.sum(dim=1)
+            condition["vector"] = mean_of(x, ids != self.padding)
         return condition
 
     def null_values(self, count: int, latent_size: Sequence[int]) -> list[torch.Tensor]:

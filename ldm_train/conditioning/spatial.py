@@ -7,16 +7,19 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from ldm_train.conditioning.base import Conditioner
+from ldm_train.conditioning.base import Conditioner, enlarged
 from ldm_train.diffusion.schedule import NoiseSchedule
 from ldm_train.models.first_stage import FirstStage
 from ldm_train.models.layers import timestep_embedding
 
 
 class SpatialConditioner(Conditioner):
-    """Refers to the first stage of the model that holds it; the first stage is not one of its submodules."""
+    """Refers to the first stage of the model that holds it; the first stage is not one of its submodules.
 
-    def __init__(self, dropout: float):
+    Null entries and pictures are those of a map, (B, 1, H, W) in [0, 1], unless a subclass says otherwise.
+    """
+
+    def __init__(self, dropout: float = 0.0):
         super().__init__(dropout)
         self._attached: tuple[FirstStage, ...] = ()  # a tuple hides it from state_dict and optimisers
 
@@ -41,6 +44,12 @@ class SpatialConditioner(Conditioner):
     def image_size(self, latent_size: Sequence[int]) -> tuple[int, int]:
         f = self.first_stage.downsample_factor
         return latent_size[0] * f, latent_size[1] * f
+
+    def null_values(self, count: int, latent_size: Sequence[int]) -> torch.Tensor:
+        return torch.zeros(count, 1, *self.image_size(latent_size))
+
+    def picture(self, values: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
+        return enlarged(values, size) * 2 - 1
 
     def describe(self, values: Any) -> list[str]:
         return [""] * len(values)
@@ -96,7 +105,7 @@ class SemanticMap(SpatialConditioner):
         palette = torch.cos(hues[:, None] + phases).float()
         palette[0] = -1
         labels = torch.as_tensor(values).cpu().clamp(max=self.num_labels)
-        return F.interpolate(palette[labels].permute(0, 3, 1, 2), tuple(size), mode="nearest")
+        return enlarged(palette[labels].permute(0, 3, 1, 2), size)
 
     def null_values(self, count: int, latent_size: Sequence[int]) -> torch.Tensor:
         return torch.zeros(count, *self.image_size(latent_size), dtype=torch.long)
@@ -141,7 +150,7 @@ class LowResolution(SpatialConditioner):
         return {"concat": _kept(images, drop), "vector": _kept(embedded, drop)}
 
     def picture(self, values: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
-        return F.interpolate(torch.as_tensor(values).cpu(), tuple(size), mode="nearest")
+        return enlarged(values, size)
 
     def null_values(self, count: int, latent_size: Sequence[int]) -> torch.Tensor:
         height, width = self.image_size(latent_size)
@@ -217,9 +226,6 @@ class DepthMap(SpatialConditioner):
 
     field, widths = "depth", {"concat": 1}
 
-    def __init__(self, dropout: float = 0.0):
-        super().__init__(dropout)
-
     def forward(self, values: torch.Tensor, drop: torch.Tensor) -> dict[str, torch.Tensor]:
         """(B, 1, H, W), any range -> concat (B, 1, h, w)."""
         values = torch.as_tensor(values, device=self.device).float()
@@ -227,9 +233,3 @@ class DepthMap(SpatialConditioner):
         depth = F.interpolate(values, size, mode="bicubic", align_corners=False)  # published: not antialiased
         low, high = depth.amin(dim=(2, 3), keepdim=True), depth.amax(dim=(2, 3), keepdim=True)
         return {"concat": _kept(2 * (depth - low) / (high - low + 0.001) - 1, drop)}
-
-    def picture(self, values: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
-        return F.interpolate(torch.as_tensor(values).cpu().float(), tuple(size), mode="nearest") * 2 - 1
-
-    def null_values(self, count: int, latent_size: Sequence[int]) -> torch.Tensor:
-        return torch.zeros(count, 1, *self.image_size(latent_size))

@@ -11,7 +11,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from torch import nn
 from torch.nn import functional as F
 
-from ldm_train.conditioning.base import Conditioner
+from ldm_train.conditioning.base import Conditioner, loading
 from ldm_train.models.transformer import CrossAttention
 
 
@@ -72,6 +72,12 @@ class TokenEncoder(nn.Module):
         return self.norm(self.transformer(x, src_key_padding_mask=None if mask is None else ~mask))
 
 
+def mean_of(x: torch.Tensor, counted: torch.Tensor) -> torch.Tensor:
+    """The mean hidden state (B, dim) of x (B, L, dim) over the tokens that count, (B, L) bool."""
+    share = counted[..., None].to(x.dtype)
+    return (x * share).sum(dim=1) / share.sum(dim=1)
+
+
 PAD, START, END = "<pad>", "<start>", "<end>"
 SPECIAL = ((PAD, START, END), ("[PAD]", "[CLS]", "[SEP]"))  # ours, BERT's
 
@@ -115,7 +121,19 @@ def read_tokenizer(path: str) -> Tokenizer:
         raise ValueError(f"{path} is no tokenizer: {error}") from error
 
 
-class TrainedText(Conditioner):
+class Captions(Conditioner):
+    """What conditioners of captions share. The null condition is the empty caption."""
+
+    field = "caption"
+
+    def null_values(self, count: int, latent_size: Sequence[int]) -> list[str]:
+        return [""] * count
+
+    def parse(self, text: str) -> str:
+        return text
+
+
+class TrainedText(Captions):
     """Tokens, learned positions and a pre-norm transformer; its hidden states are the cross-attention context.
 
     tokenizer: a Tokenizer with the special tokens of `train_tokenizer` or of BERT, or its JSON (as model folders keep it)
@@ -123,10 +141,7 @@ class TrainedText(Conditioner):
     depth, heads, head_dim: of the transformer (see TokenEncoder). max_length: tokens, longer captions are cut
     masked: attention, here and in the U-Net, ignores padding. LDM's published text models let it be seen
     pooled: also fill the vector slot with the mean hidden state, which joins the timestep embedding
-    The null condition is the empty caption.
     """
-
-    field = "caption"
 
     def __init__(
         self,
@@ -170,18 +185,11 @@ class TrainedText(Conditioner):
         x = self.encoder(ids, mask if self.masked else None)
         condition = {"context": x, "context_mask": mask if self.masked else torch.ones_like(mask)}
         if self.pooled:
-            share = mask[..., None].to(x.dtype)
-            condition["vector"] = (x * share).sum(dim=1) / share.sum(dim=1)
+            condition["vector"] = mean_of(x, mask)
         return condition
 
-    def null_values(self, count: int, latent_size: Sequence[int]) -> list[str]:
-        return [""] * count
 
-    def parse(self, text: str) -> str:
-        return text
-
-
-class FrozenText(Conditioner):
+class FrozenText(Captions):
     """Hidden states of a pretrained text encoder (CLIP, OpenCLIP in transformers' layout, T5, BERT, any AutoModel).
 
     path: a local folder, or a name that transformers can download
@@ -194,10 +202,8 @@ class FrozenText(Conditioner):
     pad_id: the token that padding shows, where it is not the tokenizer's own (Stable Diffusion 2: 0, as open_clip; a
         caption's own tokens stay as they are)
     pretrained: (tokenizer, encoder), where they are loaded already
-    The encoder is not part of the model's weights; the model folder names it. The null condition is the empty caption.
+    The encoder is not part of the model's weights; the model folder names it.
     """
-
-    field = "caption"
 
     def __init__(
         self,
@@ -233,20 +239,16 @@ class FrozenText(Conditioner):
         if self._pretrained is None:
             from transformers import AutoConfig, AutoModel, AutoTokenizer, CLIPTextModel
 
-            try:
-                tokenizer = AutoTokenizer.from_pretrained(
-                    self.tokenizer_path, local_files_only=Path(self.tokenizer_path).is_dir(), trust_remote_code=False
-                )
-                local = Path(self.path).is_dir()  # a local folder needs no network
-                kind = AutoConfig.from_pretrained(self.path, local_files_only=local, trust_remote_code=False).model_type
-                model = (CLIPTextModel if kind.startswith("clip") else AutoModel).from_pretrained(
-                    self.path, local_files_only=local, trust_remote_code=False
-                )
-            except (OSError, ValueError) as error:
-                raise FileNotFoundError(
-                    f"the text encoder {self.path} is not there ({str(error).splitlines()[0]}); give a folder that holds "
-                    "config.json, weights and tokenizer as diffusion.conditioning.conditioners.text.path=<folder>"
-                ) from error
+            holds = "config.json, weights and tokenizer as diffusion.conditioning.conditioners.text.path=<folder>"
+            with loading("text encoder", self.path, holds):
+
+                def loaded(kind: type, path: str) -> Any:
+                    local = Path(path).is_dir()  # a local folder needs no network
+                    return kind.from_pretrained(path, local_files_only=local, trust_remote_code=False)
+
+                tokenizer = loaded(AutoTokenizer, self.tokenizer_path)
+                clip = loaded(AutoConfig, self.path).model_type.startswith("clip")
+                model = loaded(CLIPTextModel if clip else AutoModel, self.path)
             if self.pad_id is not None and not 0 <= self.pad_id < len(tokenizer):
                 raise ValueError(f"pad_id={self.pad_id} is none of the tokenizer's {len(tokenizer)} tokens")
             model = model.get_encoder() if model.config.is_encoder_decoder else model
@@ -294,9 +296,3 @@ class FrozenText(Conditioner):
             self._cache.popitem(last=False)
         context, mask = (torch.stack(part).to(self.device) for part in zip(*pairs))
         return {"context": context, "context_mask": mask if self.masked else torch.ones_like(mask)}
-
-    def null_values(self, count: int, latent_size: Sequence[int]) -> list[str]:
-        return [""] * count
-
-    def parse(self, text: str) -> str:
-        return text

@@ -124,8 +124,7 @@ class NoiseProcess(nn.Module):
 
     def karras_times(self, steps: int) -> torch.Tensor:
         """Times (S,) whose noise levels are even in their 7th root from last_time to first_time (Karras et al. 2022, eq. 5)."""
-        ends = torch.tensor(
-            self.levels(torch.tensor([self.last_time, self.first_time], dtype=torch.float64))[1], dtype=torch.float64
-        ) ** (1 / 7)
-        levels = (ends[0] + torch.linspace(0, 1, steps, dtype=torch.float64) * (ends[1] - ends[0])) ** 7
+        _, ends = self.levels(torch.tensor([self.last_time, self.first_time], dtype=torch.float64))
+        first, last = torch.tensor(ends, dtype=torch.float64) ** (1 / 7)
+        levels = (first + torch.linspace(0, 1, steps, dtype=torch.float64) * (last - first)) ** 7
         return torch.tensor([self.time_of(v) for v in levels.tolist()], dtype=torch.float64)

@@ -13,8 +13,7 @@ from ldm_train.generation.guides import Guides
 from ldm_train.generation.requests import Request, known_fields, latent_mask, picture_size
 from ldm_train.latent_diffusion import Guidance, LatentDiffusion, Sampling, Start
 from ldm_train.rng import NoiseSource, slerp
-
-Callback = Callable[[int, torch.Tensor], None]
+from ldm_train.samplers import Callback
 
 
 @dataclass
@@ -86,10 +85,10 @@ class Drawing:
 
     def _mixture(self, part: list[Request], size: tuple[int, int]) -> dict[str, torch.Tensor]:
         """Weighted mixtures of conditions, for interpolation and arithmetic."""
-        terms = zip(*(r.mix for r in part)) if len({len(r.mix) for r in part}) == 1 else None
-        if terms is None:  # requests with one term get a second one of weight 0, as the others have two
-            terms = zip(*((*r.mix, (0.0, r.mix[0][1]))[:2] for r in part))
-        weighted = [(torch.tensor([w for w, _ in t]), self._batch([f for _, f in t])) for t in terms]
+        most = max(len(r.mix) for r in part)
+        # Requests with fewer terms get more of weight 0.
+        mixes = [(*r.mix, *[(0.0, r.mix[0][1])] * (most - len(r.mix))) for r in part]
+        weighted = [(torch.tensor([w for w, _ in t]), self._batch([f for _, f in t])) for t in zip(*mixes)]
         return self.model.mixture(weighted, size)
 
     def _walk(self, part: list[Request], size: tuple[int, int]) -> torch.Tensor:

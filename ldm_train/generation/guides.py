@@ -126,14 +126,8 @@ class Guides:
                 seen = schedule.network_view(x_t, timesteps)[0]  # as the classifier was trained on it
                 return self.classifier(seen, timesteps).float().log_softmax(dim=1).gather(1, labels)[:, 0]
 
-            wraps.append(
-                partial(
-                    classifier_guidance,
-                    log_probability=log_probability,
-                    schedule=schedule,
-                    guidance_scale=self.scales["classifier"],
-                )
-            )
+            guide = partial(classifier_guidance, schedule=schedule, guidance_scale=self.scales["classifier"])
+            wraps.append(partial(guide, log_probability=log_probability))
         if self.clip is not None and "caption" in part[0].targets:
             texts = self.clip.texts([r.targets["caption"] for r in part])
 

@@ -16,23 +16,13 @@ from omegaconf import DictConfig, OmegaConf
 from PIL import Image
 
 from ldm_train import images as pictures
-from ldm_train import names
+from ldm_train import names, storage
 from ldm_train.configuration import config_folder, differences, literal
 from ldm_train.data.files import read_npy
 from ldm_train.errors import Refused
 from ldm_train.generation.files import as_list
 from ldm_train.generation.requests import Request
 from ldm_train.rng import derive_seed
-from ldm_train.storage import (
-    LARGEST_RECIPE,
-    check_kinds,
-    file_sha256,
-    inside,
-    plain_values,
-    read_record,
-    write_atomically,
-    write_json,
-)
 
 RECIPE = "recipe.json"
 SHOWN = 256  # pictures in a grid
@@ -45,8 +35,7 @@ FIELD = "fields."  # prefix of options for fields that a model's own conditioner
 MODELS = ("weaker_model", "guide.classifier", "guide.clip")  # options that name further models
 # Types of options in a recipe whose default is null or that take more than one type.
 OPEN: dict[str, Sequence[type]] = {
-    **dict.fromkeys(("task", "negative", "image_prompt", "spacing", "weaker_model", "compile"), (str,)),
-    **dict.fromkeys(("guide.classifier", "guide.clip"), (str,)),
+    **dict.fromkeys(("task", "negative", "image_prompt", "spacing", "compile", *MODELS), (str,)),
     **dict.fromkeys((*FILES, *LISTS), (str, list)),
     **dict.fromkeys(("num_inference_steps", "tiles.cells"), (int,)),
     **dict.fromkeys(("guidance_scale", "panorama", "guidance.threshold"), (float,)),
@@ -71,17 +60,18 @@ def make_recipe(config: DictConfig, task: str, source: Path, sha256: str, device
     for option in {"prompts", "classes"} & asked.keys():
         asked[option] = as_list(config[option], option)  # the file's content, not its name
     paths = [Path(v) for values in _input_files(asked).values() for v in values]
-    files = {str(p): file_sha256(p) for p in paths if p.is_file()}
+    files = {str(p): storage.file_sha256(p) for p in paths if p.is_file()}
     recipe = {"model": str(source), "model_sha256": sha256, "task": task, "config": asked, "files": files}
     return json.loads(json.dumps(recipe | {"machine": machine(device, config.batch_size)}))
 
 
 def _options(tree: dict[str, Any]) -> dict[str, Any]:
     """A plain config's options, those of `guide` and `fields` by their dotted names."""
-    sections = {s: tree[s] for s in ("guide", "fields") if isinstance(tree.get(s), dict)}
-    return {k: v for k, v in tree.items() if k not in sections} | {
-        f"{s}.{k}": v for s, section in sections.items() for k, v in section.items()
-    }
+    options = dict(tree)
+    for section in ("guide", "fields"):
+        if isinstance(tree.get(section), dict):
+            options |= {f"{section}.{name}": value for name, value in options.pop(section).items()}
+    return options
 
 
 def _input_files(asked: dict[str, Any]) -> dict[str, list[str]]:
@@ -105,34 +95,35 @@ def _read_recipe(path: Path, usual: dict[str, Any]) -> dict[str, Any]:
     set."""
     where = f"recipe={path} is no recipe of ldm-sample"
     try:
-        recipe = (
-            plain_values(pictures.read_recipe(path), path)
-            if path.suffix == ".png"
-            else read_record(path, LARGEST_RECIPE)
-        )
-        asked, files, machine = recipe["config"], recipe["files"], recipe["machine"]
+        if path.suffix == ".png":
+            recipe = storage.plain_values(pictures.read_recipe(path), path)
+        else:
+            recipe = storage.read_record(path, storage.LARGEST_RECIPE)
+        asked, machine, images = recipe["config"], recipe["machine"], recipe.get("images", [])
+        texts = [recipe["model"], recipe["model_sha256"], *recipe["files"].values(), *(e["file"] for e in images)]
         numbers = [machine["batch_size"], machine.get("threads", 1), recipe.get("number", 0)]
         well_formed = (
-            isinstance(recipe["model"], str) and isinstance(recipe["model_sha256"], str) and isinstance(asked, dict)
-            and all(isinstance(v, str) for v in files.values())
-            and all(type(n) is int and 0 <= n <= 65536 for n in numbers) and min(numbers[:2]) > 0
-            and all(isinstance(e["file"], str) for e in recipe.get("images", []))
-        )  # fmt: skip
+            all(isinstance(text, str) for text in texts)
+            and all(isinstance(section, dict) for section in (asked, asked["sampler"]))
+            and all(type(n) is int and 0 <= n <= 65536 for n in numbers)
+            and min(numbers[:2]) > 0
+        )
     except Exception as error:  # Pillow raises errors of any type on a file that is no picture
         raise ValueError(where) from error
-    if not well_formed or not isinstance(asked.get("sampler"), dict):
+    if not well_formed:
         raise ValueError(where)
     recipe = names.recipe(recipe)
     asked = recipe["config"]
     known = {k: v for k, v in usual.items() if k not in NOT_DRAWN} | {"sampler": {}}
-    check_kinds(asked, known, where, OPEN)
+    storage.check_kinds(asked, known, where, OPEN)
     unknown = [k for k in asked if k not in known]
     own = asked.get("fields") or {}  # only the model knows their names
     sections = [k for k in asked if isinstance(usual.get(k), dict) and k != "fields"]
     unknown += [f"{k}.{o}" for k in sections for o in asked[k] if o not in usual[k]]
     if unknown:
         raise ValueError(f"{where}: it sets {', '.join(unknown)}")
-    check_kinds(own, dict.fromkeys(own, ""), where, dict.fromkeys((f"{FIELD}{k}" for k in own), (str, list)), FIELD)
+    kinds = dict.fromkeys((f"{FIELD}{k}" for k in own), (str, list))
+    storage.check_kinds(own, dict.fromkeys(own, ""), where, kinds, FIELD)
     # Options that an older recipe lacks take their defaults.
     return recipe | {"config": asked | {k: {**usual[k], **asked[k]} for k in sections}}
 
@@ -167,7 +158,7 @@ def replayed(config: DictConfig) -> tuple[DictConfig, dict[str, Any], int | None
             f"they are right: {' '.join(unsaid)}"
         )
     for option, value in said.items():
-        now = [file_sha256(name) if Path(name).is_file() else name for name in as_list(value, option)]
+        now = [storage.file_sha256(name) if Path(name).is_file() else name for name in as_list(value, option)]
         if option in files and now != [recipe["files"].get(name, name) for name in needed[option]]:
             raise ValueError(f"recipe={path} was drawn from {needed[option]}; {option}= is no longer the same file")
         section, _, name = option.rpartition(".")
@@ -176,9 +167,8 @@ def replayed(config: DictConfig) -> tuple[DictConfig, dict[str, Any], int | None
     config.batch_size = recipe["machine"]["batch_size"]
     config.run = config.run or recipe["model"]
     only = recipe.get("number")
-    config.out = config.out or str(
-        inside(path.parent / ("replay" if only is None else f"replay-{only:05d}"), path.parent)
-    )
+    beside = path.parent / ("replay" if only is None else f"replay-{only:05d}")
+    config.out = config.out or str(storage.inside(beside, path.parent))
     return config, recipe, only
 
 
@@ -196,10 +186,10 @@ def folder_of(config: DictConfig, source: Path, recipe: dict[str, Any]) -> Path:
     sweeping = HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
     name = f"{recipe['task']}-{derive_seed(repr({k: v for k, v in recipe.items() if k != 'machine'})) % 16**8:08x}"
     if config.out:
-        return inside(Path(config.out) / name, config.out) if sweeping else Path(config.out)
+        return storage.inside(Path(config.out) / name, config.out) if sweeping else Path(config.out)
     own = source.parent if source.name == "export" else source
     named = next((f for f in (Path(config.run), Path(config.runs_dir, config.run)) if own.is_relative_to(f)), own)
-    return inside(own / "samples" / name, named)
+    return storage.inside(own / "samples" / name, named)
 
 
 class Job:
@@ -216,8 +206,6 @@ class Job:
         self.folder, self.recipe, self.wanted, self.channels = folder, recipe, list(wanted), channels
         self.digests: dict[str, str] = {}
         before = self._before()
-        if before is not None and not any((folder / e["file"]).is_file() for e in before["images"]):
-            before = None  # nothing was drawn
         if before is not None and (changed := differences(self._key(before), self._key(recipe), {})):
             if not overwrite:
                 listed = "\n  ".join(changed[:8] + (["..."] if len(changed) > 8 else []))
@@ -229,16 +217,17 @@ class Job:
                     old.unlink()
 
     def _before(self) -> dict[str, Any] | None:
-        """The recipe in the folder. Raises Refused where a file of that name is none."""
+        """The recipe of the pictures in the folder, None where there are none. Raises Refused where a file of that name is
+        no recipe."""
         path = self.folder / RECIPE
         if not path.is_file():
             return None
         try:
-            before = read_record(path, LARGEST_RECIPE)
+            before = storage.read_record(path, storage.LARGEST_RECIPE)
             before["images"] = [e for e in before["images"] if OWN_FILE.fullmatch(e["file"])]
         except (ValueError, KeyError, TypeError) as error:
             raise Refused(f"{path} is no recipe of ldm-sample; remove it, or choose another out=<folder>") from error
-        return before
+        return before if any((self.folder / e["file"]).is_file() for e in before["images"]) else None
 
     @staticmethod
     def _key(recipe: dict[str, Any]) -> dict[str, Any]:
@@ -251,7 +240,7 @@ class Job:
             for r in self.wanted
             if not finished or r.name in self.digests
         ]
-        write_json(self.folder / RECIPE, self.recipe | {"finished": finished, "images": entries})
+        storage.write_json(self.folder / RECIPE, self.recipe | {"finished": finished, "images": entries})
 
     def _metadata(self, request: Request) -> dict[str, Any]:
         return self.recipe | {"number": request.number, "seed": request.seed, "condition": request.text}
@@ -289,7 +278,7 @@ class Job:
             if not pictures.has_colours(self.channels):
                 array = image.permute(1, 2, 0).contiguous().numpy()
                 content = array.tobytes()
-                write_atomically(path.with_suffix(".npy"), lambda file, array=array: np.save(file, array))
+                storage.write_atomically(path.with_suffix(".npy"), lambda file, array=array: np.save(file, array))
             pictures.save_png(picture, path, self._metadata(request))
             self.digests[request.name] = hashlib.sha256(content).hexdigest()
 
@@ -312,6 +301,6 @@ class Job:
     def agreement(self, recipe: dict[str, Any]) -> str:
         """How many pictures of a replay equal the recipe's own, in words."""
         recorded = {e["file"]: e["sha256"] for e in recipe.get("images", []) if "sha256" in e}
-        same = [name for name, digest in self.digests.items() if recorded.get(name) == digest]
         known = [name for name in self.digests if name in recorded]
+        same = [name for name in known if recorded[name] == self.digests[name]]
         return f"{len(same)} of {len(known)} pictures are identical to the recipe's" if known else ""

@@ -11,9 +11,10 @@ from omegaconf import DictConfig, OmegaConf
 from tqdm import tqdm
 
 from ldm_train import images as pictures
+from ldm_train.checkpoints.diffusers import USUAL_SAMPLING
 from ldm_train.checkpoints.native import find_model, load_latent_diffusion, model_metadata, recorded_sampling
 from ldm_train.checkpoints.parts import build_sampler, targets
-from ldm_train.configuration import literal
+from ldm_train.configuration import literal, plain
 from ldm_train.diffusion.guidance import classifier_free
 from ldm_train.generation.drawing import Drawing
 from ldm_train.generation.film import Film
@@ -25,13 +26,6 @@ from ldm_train.models.tiling import Tiles
 from ldm_train.samplers.ddim import ddim
 from ldm_train.samplers.resampling import resampled
 
-# Defaults for models without recorded sampling options.
-DEFAULTS = {
-    "num_inference_steps": 50,
-    "guidance_scale": 1.0,
-    "spacing": "trailing",
-    "sampler": {"_target_": "ldm_train.samplers.ddim.ddim", "_partial_": True},
-}
 PRECISIONS = ("32", "bf16", "16")
 COMPILE = {"default": "default", "cuda_graphs": "reduce-overhead"}
 
@@ -55,19 +49,17 @@ def model_folder(run: str | None, runs_dir: str, option: str = "run") -> Path:
 def check(config: DictConfig, model: LatentDiffusion) -> dict[str, Any]:
     """The options of classifier_free. Raises ValueError for invalid values, before any work is done."""
     model.schedule.timesteps(config.num_inference_steps, config.spacing)
-    guidance = {
-        k: v for k, v in OmegaConf.to_container(config.guidance).items() if v is not None and (k, v) != ("rescale", 0)
-    }
-    if (config.negative is not None or config.image_prompt is not None) and "caption" not in model.fields:
-        option = "negative" if config.negative is not None else "image_prompt"
-        raise ValueError(f"this model takes no captions, so {option}= means nothing to it")
+    guidance = {k: v for k, v in plain(config.guidance).items() if v is not None and (k, v) != ("rescale", 0)}
+    captions = [option for option in ("negative", "image_prompt") if config[option] is not None]
+    if captions and "caption" not in model.fields:
+        raise ValueError(f"this model takes no captions, so {captions[0]}= means nothing to it")
     if guidance and not model.conditioners and config.weaker_model is None:
         raise ValueError(
             f"this model takes no condition that guidance could strengthen; leave guidance.{next(iter(guidance))} out"
         )
-    if config.guidance_scale == 1 and (guidance or config.negative is not None or config.weaker_model is not None):
-        named = ["negative"] * (config.negative is not None) + ["weaker_model"] * (config.weaker_model is not None)
-        named += [f"guidance.{k}" for k in guidance]
+    named = [option for option in ("negative", "weaker_model") if config[option] is not None]
+    named += [f"guidance.{option}" for option in guidance]
+    if config.guidance_scale == 1 and named:
         raise ValueError(f"{', '.join(named)} need guidance: set guidance_scale above 1")
     if config.guidance_scale != 1:
         classifier_free(model.denoiser({}), model.denoiser({}), config.guidance_scale, **guidance)
@@ -93,6 +85,11 @@ def check(config: DictConfig, model: LatentDiffusion) -> dict[str, Any]:
     return guidance
 
 
+def inverts(config: DictConfig, task: str) -> bool:
+    """Whether pictures are drawn from the noise of given ones."""
+    return config.invert or (task == "interpolate" and config.image is not None)
+
+
 def check_wanted(config: DictConfig, task: str, wanted: list[Request], chosen: Any) -> None:
     """Raises ValueError for options that do not fit the task. chosen: the sampler of the command, if any."""
     if any(r.negative is not None for r in wanted):
@@ -103,7 +100,7 @@ def check_wanted(config: DictConfig, task: str, wanted: list[Request], chosen: A
     still = task == "reconstruct" or (task == "img2img" and not config.invert and config.strength == 0)
     if config.film is not None and still:
         raise ValueError(f"film= shows how a picture is drawn, and nothing is drawn by task={task} here")
-    if config.invert or (task == "interpolate" and config.image is not None):
+    if inverts(config, task):
         if chosen is not None and (not chosen["_target_"].endswith(".ddim") or chosen.get("eta")):
             raise ValueError(
                 "an inverted picture is drawn by the sampler that is inverted; leave sampler= out (it is ddim, eta 0)"
@@ -126,13 +123,11 @@ def _sample(config: DictConfig, recipe_before: dict[str, Any] | None, only: int 
     check_types(config)
     source = model_folder(config.run, config.runs_dir)
     metadata = model_metadata(source)
-    trained = DEFAULTS | recorded_sampling(source)
-    tree = OmegaConf.to_container(config.sampler) if config.get("sampler") else trained["sampler"]
-    with_sampler = {"sampler": tree} | {
-        k: trained[k] for k in ("num_inference_steps", "guidance_scale", "spacing") if config[k] is None
-    }
-    chosen = OmegaConf.to_container(config.sampler) if config.get("sampler") and not recipe_before else None
-    config = literal(OmegaConf.to_container(config, resolve=True) | with_sampler)
+    trained = USUAL_SAMPLING | recorded_sampling(source)
+    given = OmegaConf.to_container(config.sampler) if config.get("sampler") else None
+    chosen, tree = None if recipe_before else given, given or trained["sampler"]
+    unsaid = {k: trained[k] for k in ("num_inference_steps", "guidance_scale", "spacing") if config[k] is None}
+    config = literal(OmegaConf.to_container(config, resolve=True) | unsaid | {"sampler": tree})
     trust = [*config.trust, *(targets(chosen) if chosen else ())]  # a sampler of the user's own
     device = "cuda" if torch.cuda.is_available() and config.accelerator != "cpu" else "cpu"
     model = load_latent_diffusion(source, trust).to(device, memory_format=torch.channels_last)
@@ -145,7 +140,7 @@ def _sample(config: DictConfig, recipe_before: dict[str, Any] | None, only: int 
     sampler = build_sampler(tree, f"sampler of {config.recipe or source}", trust)
     if config.resample.repeats > 1:
         sampler = partial(resampled, sampler=sampler, **config.resample)
-    if config.invert or (task == "interpolate" and config.image is not None):  # inversion is of this sampler
+    if inverts(config, task):  # inversion is of this sampler
         sampler = ddim
     weaker = None
     if config.weaker_model is not None:

@@ -109,9 +109,7 @@ class AutoencoderLoss(nn.Module):
                 loss = loss + likelihood / unit
                 logs["logvar"] = self.logvar.detach().clone()
             if self.discriminator is not None:
-                extra, adversarial_loss = self._adversarial(
-                    images, leaf, features, last_layer, direction, self.generator_factor(step), step, logs
-                )
+                extra, adversarial_loss = self._adversarial(images, leaf, features, last_layer, direction, step, logs)
                 direction, loss = direction + extra, loss + adversarial_loss
             return loss + (reconstructions.float() * direction.detach()).sum(), logs
 
@@ -122,7 +120,6 @@ class AutoencoderLoss(nn.Module):
         features: torch.Tensor,
         last_layer: nn.Conv2d,
         g_rec: torch.Tensor,
-        factor: float,
         step: int,
         logs: dict[str, torch.Tensor],
     ) -> tuple[torch.Tensor | float, torch.Tensor]:
@@ -139,7 +136,7 @@ class AutoencoderLoss(nn.Module):
             "disc_accuracy": 0.5 * ((logits_real > 0).float().mean() + (logits_fake < 0).float().mean()),
         }
         extra: torch.Tensor | float = 0.0
-        if factor > 0:
+        if (factor := self.generator_factor(step)) > 0:
             generator_loss = -logits_fake.mean()
             (g_gan,) = torch.autograd.grad(generator_loss, leaf, retain_graph=True)
             weight = adaptive_weight(last_layer, features, g_rec, g_gan, self.max_adaptive_weight)

@@ -4,9 +4,8 @@ Both map (images, targets), each (B, C, H, W) in [-1, 1], to a distance per imag
 numbers than three it is the mean over `channel_groups`.
 """
 
-import hashlib
-import os
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -15,15 +14,16 @@ from torch import nn
 from torch.nn import functional as F
 
 from ldm_train.images import in_threes, mean_over_groups
+from ldm_train.storage import file_sha256
 
 WEIGHTS = Path(__file__).parent / "weights"
 VGG16_FILE = "vgg16-397923af.pth"  # torchvision IMAGENET1K_V1; the name carries the start of its sha256
 VGG16_URL = f"https://download.pytorch.org/models/{VGG16_FILE}"
 
 
-def _normalise(features: torch.Tensor, eps: float = 1e-10) -> torch.Tensor:
-    # eps inside the root: the gradient of sqrt at 0 is infinite (CompVis/latent-diffusion issue 176)
-    return features / torch.sqrt(features.square().sum(dim=1, keepdim=True) + eps)
+def _normalise(features: torch.Tensor) -> torch.Tensor:
+    # 1e-10 inside the root: the gradient of sqrt at 0 is infinite (CompVis/latent-diffusion issue 176)
+    return features / torch.sqrt(features.square().sum(dim=1, keepdim=True) + 1e-10)
 
 
 class TinyFeatures(nn.Module):
@@ -35,20 +35,12 @@ class TinyFeatures(nn.Module):
     def __init__(self, widths: Sequence[int] = (16, 32, 64, 96)):
         super().__init__()
         self.widths = tuple(widths)
-        stages, previous = [], 3
-        for width in widths:
-            stages.append(
-                nn.Sequential(
-                    nn.Conv2d(previous, width, 3, padding=1, bias=False),
-                    nn.BatchNorm2d(width),
-                    nn.ReLU(),
-                    nn.Conv2d(width, width, 3, padding=1, bias=False),
-                    nn.BatchNorm2d(width),
-                    nn.ReLU(),
-                )
-            )
-            previous = width
-        self.stages = nn.ModuleList(stages)
+        self.stages = nn.ModuleList()
+        for previous, width in pairwise((3, *widths)):
+            layers = []
+            for channels in (previous, width):
+                layers += [nn.Conv2d(channels, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU()]
+            self.stages.append(nn.Sequential(*layers))
 
     def forward(self, images: torch.Tensor) -> list[torch.Tensor]:
         """images (B, 3, H, W) in [-1, 1] -> one map per stage, (B, widths[i], H / 2^i, W / 2^i)."""
@@ -115,7 +107,7 @@ def hub_file(label: str, name: str, url: str, path: str | Path | None, option: s
     target = Path(path).expanduser() if path else Path(torch.hub.get_dir()) / "checkpoints" / name
     prefix = name.rsplit("-", 1)[1].partition(".")[0]
     if target.is_file():
-        digest = hashlib.sha256(target.read_bytes()).hexdigest()
+        digest = file_sha256(target)
         if path is None and not digest.startswith(prefix):
             raise ValueError(f"{target} is damaged (sha256 {digest[:8]}, expected {prefix}); delete it and run again")
         return target
@@ -162,8 +154,7 @@ class LPIPS(nn.Module):
             if isinstance(layer, nn.ReLU):
                 layer.inplace = False  # the maps are kept
         self.trunk = trunk[: self.taps[-1] + 1]
-        heads = load_lpips_heads()
-        self.heads = nn.ParameterList([nn.Parameter(h) for h in heads])
+        self.heads = nn.ParameterList(nn.Parameter(head) for head in load_lpips_heads())
         self.register_buffer("shift", torch.tensor([-0.030, -0.088, -0.188]).view(1, 3, 1, 1))
         self.register_buffer("scale", torch.tensor([0.458, 0.448, 0.450]).view(1, 3, 1, 1))
         self.eval().requires_grad_(False)
@@ -193,6 +184,6 @@ def load_lpips_heads() -> list[torch.Tensor]:
     """The five linear heads of LPIPS-VGG, each (1, C, 1, 1), non-negative."""
     import torchmetrics.functional.image as tm
 
-    path = Path(os.path.dirname(tm.__file__)) / "lpips_models" / "vgg.pth"
+    path = Path(tm.__file__).parent / "lpips_models" / "vgg.pth"
     state = torch.load(path, map_location="cpu", weights_only=True)
     return [state[f"lin{i}.model.1.weight"] for i in range(5)]

@@ -77,25 +77,29 @@ class Downsample(nn.Module):
 class Level(nn.Module):
     """One resolution of the encoder or decoder: blocks, attention after each where asked, a resampler at its end."""
 
-    def __init__(self, widths: list[int], attention: bool, dropout: float):
+    def __init__(self, widths: list[int], attention: bool, dropout: float, down: bool = False, up: bool = False):
         super().__init__()
         self.block = nn.ModuleList(ResnetBlock(a, b, dropout) for a, b in pairwise(widths))
         self.attn = nn.ModuleList(AttnBlock(w) for w in widths[1:] if attention)
+        self.downsample = Downsample(widths[-1]) if down else nn.Identity()
+        self.upsample = Upsample(widths[-1]) if up else nn.Identity()
+        self.resamples = down or up
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         for i, block in enumerate(self.block):
             x = block(x)
             if self.attn:
                 x = self.attn[i](x)
-        return x
+        return self.upsample(self.downsample(x))
 
     def steps(self) -> list[Step]:
-        """The same in steps, with its resampler: what `Tiles` runs."""
+        """The same in steps: what `Tiles` runs."""
         steps = []
         for i, block in enumerate(self.block):
             steps += block.steps() + (self.attn[i].steps() if self.attn else [])
-        resample = getattr(self, "downsample", None) or getattr(self, "upsample", None)
-        return steps + ([Step(None, lambda state, _: (resample(state[0]),))] if resample else [])
+        if self.resamples:
+            steps.append(Step(None, lambda state, _: (self.upsample(self.downsample(state[0])),)))
+        return steps
 
 
 class Middle(nn.Module):
@@ -129,11 +133,9 @@ class Encoder(nn.Module):
         width = channels
         for level, mult in enumerate(channel_mult):
             widths = [width] + [channels * mult] * num_res_blocks
-            stage = Level(widths, level in attention_levels, dropout)
+            last = level == len(channel_mult) - 1
+            self.down.append(Level(widths, level in attention_levels, dropout, down=not last))
             width = widths[-1]
-            if level < len(channel_mult) - 1:
-                stage.downsample = Downsample(width)
-            self.down.append(stage)
         self.mid = Middle(width, mid_attention, dropout)
         self.norm_out = group_norm(width, 1e-6)
         self.conv_out = nn.Conv2d(width, out_channels, 3, padding=1)
@@ -147,10 +149,8 @@ class Encoder(nn.Module):
             x = tiles.run(steps, images, [s // f for s in images.shape[-2:]], f, 1)
         else:
             x = self.conv_in(images)
-            for level, stage in enumerate(self.down):
+            for stage in self.down:
                 x = stage(x)
-                if level < len(self.down) - 1:
-                    x = stage.downsample(x)
         return self.conv_out(F.silu(self.norm_out(self.mid(x))))
 
 
@@ -175,11 +175,8 @@ class Decoder(nn.Module):
         stages = []
         for level, mult in reversed(list(enumerate(channel_mult))):
             widths = [width] + [channels * mult] * (num_res_blocks + 1)
-            stage = Level(widths, level in attention_levels, dropout)
+            stages.append(Level(widths, level in attention_levels, dropout, up=level > 0))
             width = widths[-1]
-            if level:
-                stage.upsample = Upsample(width)
-            stages.append(stage)
         self.up = nn.ModuleList(reversed(stages))  # up.0 is the highest resolution, as published
         self.norm_out = group_norm(width, 1e-6)
         self.conv_out = nn.Conv2d(width, out_channels, 3, padding=1)
@@ -187,10 +184,8 @@ class Decoder(nn.Module):
     def forward(self, latents: torch.Tensor) -> torch.Tensor:
         """-> (B, channels * channel_mult[0], H, W), the input of `conv_out`."""
         x = self.mid(self.conv_in(latents))
-        for level in reversed(range(len(self.up))):
-            x = self.up[level](x)
-            if level:
-                x = self.up[level].upsample(x)
+        for stage in reversed(self.up):
+            x = stage(x)
         return F.silu(self.norm_out(x))
 
     def tiled(self, latents: torch.Tensor, tiles: Tiles) -> torch.Tensor:

@@ -7,7 +7,7 @@ from einops import rearrange
 from torch import nn
 from torch.nn import functional as F
 
-from ldm_train.models.layers import ResBlock, group_norm, timestep_embedding
+from ldm_train.models.layers import ResBlock, embedding_mlp, group_norm, timestep_embedding
 from ldm_train.models.transformer import AttentionBlock
 from ldm_train.models.unet import Downsample, Layers
 
@@ -74,7 +74,7 @@ class NoisyClassifier(nn.Module):
                 raise ValueError(f"classifier: width {width} does not split into heads of {head_dim} channels")
             return AttentionBlock(width, width // head_dim)
 
-        self.time_embed = nn.Sequential(nn.Linear(channels, emb_dim), nn.SiLU(), nn.Linear(emb_dim, emb_dim))
+        self.time_embed = embedding_mlp(channels, emb_dim)
         width = channels * channel_mult[0]
         self.input_blocks = nn.ModuleList([nn.Conv2d(in_channels, width, 3, padding=1)])
         for level, mult in enumerate(channel_mult):
@@ -87,8 +87,8 @@ class NoisyClassifier(nn.Module):
             if level < len(channel_mult) - 1:
                 down = ResBlock(width, width, emb_dim, dropout, scale_shift, "down")
                 self.input_blocks.append(Layers([down if resblock_resample else Downsample(width)]))
-        middle = [ResBlock(width, width, emb_dim, dropout, scale_shift) for _ in range(2)]
-        self.middle_block = Layers([middle[0], attention(width), middle[1]])
+        first, second = (ResBlock(width, width, emb_dim, dropout, scale_shift) for _ in range(2))
+        self.middle_block = Layers([first, attention(width), second])
         f = 2 ** (len(channel_mult) - 1)
         pool = AttentionPool(width, width // head_dim, len(self.names), [s // f for s in latent_size])
         self.out = nn.Sequential(group_norm(width, 1e-5), nn.SiLU(), pool)

@@ -6,7 +6,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from ldm_train.models.layers import timestep_embedding, zero_init
+from ldm_train.models.layers import embedding_mlp, timestep_embedding, zero_init
 from ldm_train.models.transformer import CrossAttention
 
 
@@ -14,9 +14,8 @@ def position_embedding(height: int, width: int, dim: int, device: torch.device) 
     """Sines and cosines of both coordinates, (height * width, dim) float32: a half of the features for each, columns first."""
     frequencies = 10_000.0 ** -(torch.arange(dim // 4, dtype=torch.float64, device=device) / (dim / 4))
     parts = []
-    for coordinate in torch.meshgrid(
-        torch.arange(width, device=device), torch.arange(height, device=device), indexing="xy"
-    ):
+    columns, rows = torch.arange(width, device=device), torch.arange(height, device=device)
+    for coordinate in torch.meshgrid(columns, rows, indexing="xy"):
         angles = coordinate.flatten().double()[:, None] * frequencies
         parts += [angles.sin(), angles.cos()]
     return torch.cat(parts, dim=1).float()
@@ -105,11 +104,9 @@ class DiT(nn.Module):
         self.size_multiple = patch_size
         self.activation_checkpointing = activation_checkpointing
         self.x_embedder = nn.Conv2d(in_channels + concat_channels, hidden_size, patch_size, stride=patch_size)
-        self.t_embedder = nn.Sequential(nn.Linear(256, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size))
+        self.t_embedder = embedding_mlp(256, hidden_size)
         if vector_dim:
-            self.y_embedder = nn.Sequential(
-                nn.Linear(vector_dim, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size)
-            )
+            self.y_embedder = embedding_mlp(vector_dim, hidden_size)
         self.blocks = nn.ModuleList(
             DiTBlock(hidden_size, num_heads, context_dim, mlp_ratio, dropout) for _ in range(depth)
         )
@@ -166,7 +163,5 @@ class DiT(nn.Module):
             else:
                 x = block(x, emb, context, context_mask)
         shift, scale = self.adaLN_modulation(emb).chunk(2, dim=1)
-        x = self.linear(modulated(self.norm_final(x), shift, scale))
-        return rearrange(
-            x, "b (h w) (p q c) -> b c (h p) (w q)", h=rows, w=columns, p=self.patch_size, q=self.patch_size
-        )
+        patches = self.linear(modulated(self.norm_final(x), shift, scale)).unflatten(1, (rows, columns))
+        return rearrange(patches, "b h w (p q c) -> b c (h p) (w q)", p=self.patch_size, q=self.patch_size)

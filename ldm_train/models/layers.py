@@ -25,20 +25,25 @@ def zero_init(module: nn.Module) -> nn.Module:
     return module
 
 
-def timestep_embedding(timesteps: torch.Tensor, dim: int, max_period: float = 10_000.0) -> torch.Tensor:
+def timestep_embedding(timesteps: torch.Tensor, dim: int) -> torch.Tensor:
     """Sinusoidal embedding (B,) -> (B, dim) float32: cosines first, then sines (DDPM; order as in LDM). dim is even."""
     half = dim // 2
-    frequencies = torch.exp(-math.log(max_period) * torch.arange(half, device=timesteps.device).float() / half)
+    frequencies = torch.exp(-math.log(10_000.0) * torch.arange(half, device=timesteps.device).float() / half)
     angles = timesteps.float()[:, None] * frequencies[None]
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
 
-class Upsample(nn.Module):
-    """Nearest-neighbour x2, then a 3x3 convolution unless `with_conv` is False."""
+def embedding_mlp(in_dim: int, dim: int) -> nn.Sequential:
+    """From an embedding or a vector to the width of the network's time embedding."""
+    return nn.Sequential(nn.Linear(in_dim, dim), nn.SiLU(), nn.Linear(dim, dim))
 
-    def __init__(self, channels: int, with_conv: bool = True):
+
+class Upsample(nn.Module):
+    """Nearest-neighbour x2, then a 3x3 convolution."""
+
+    def __init__(self, channels: int):
         super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1) if with_conv else nn.Identity()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(B, C, h, w) -> (B, C, 2h, 2w)"""
@@ -73,8 +78,7 @@ class ResBlock(nn.Module):
             nn.Dropout(dropout),
             zero_init(nn.Conv2d(out_channels, out_channels, 3, padding=1)),
         )
-        same = channels == out_channels
-        self.skip_connection = nn.Identity() if same else nn.Conv2d(channels, out_channels, 1)
+        self.skip_connection = nn.Identity() if channels == out_channels else nn.Conv2d(channels, out_channels, 1)
 
     def _resampled(self, x: torch.Tensor) -> torch.Tensor:
         if self.resample == "up":

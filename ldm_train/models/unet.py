@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from ldm_train.models.layers import ResBlock, Upsample, group_norm, timestep_embedding, zero_init
+from ldm_train.models.layers import ResBlock, Upsample, embedding_mlp, group_norm, timestep_embedding, zero_init
 from ldm_train.models.transformer import AttentionBlock, SpatialTransformer
 
 
@@ -106,25 +106,16 @@ class UNet(nn.Module):
             heads = num_heads or width // head_dim
             if heads < 1 or width % heads:
                 raise ValueError(f"width {width} does not split into heads of {head_dim or width / heads} channels")
-            if depth:
-                return SpatialTransformer(
-                    width,
-                    heads,
-                    width // heads,
-                    context_dim,
-                    depth,
-                    dropout,
-                    linear_projection,
-                    level in cross_only_levels,
-                )
-            return AttentionBlock(width, heads)
+            if not depth:
+                return AttentionBlock(width, heads)
+            options = {"linear_projection": linear_projection, "cross_only": level in cross_only_levels}
+            return SpatialTransformer(width, heads, width // heads, context_dim, depth, dropout, **options)
 
-        self.time_embed = nn.Sequential(nn.Linear(channels, emb_dim), nn.SiLU(), nn.Linear(emb_dim, emb_dim))
+        self.time_embed = embedding_mlp(channels, emb_dim)
         if vector_classes:
             self.label_emb = nn.Embedding(vector_classes, emb_dim)
         elif vector_dim:
-            vector_mlp = nn.Sequential(nn.Linear(vector_dim, emb_dim), nn.SiLU(), nn.Linear(emb_dim, emb_dim))
-            self.label_emb = nn.Sequential(vector_mlp)
+            self.label_emb = nn.Sequential(embedding_mlp(vector_dim, emb_dim))
 
         width = channels * channel_mult[0]
         self.input_blocks = nn.ModuleList([Layers([nn.Conv2d(in_channels + concat_channels, width, 3, padding=1)])])

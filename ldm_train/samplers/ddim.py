@@ -1,12 +1,11 @@
 """DDIM (Song et al. 2021, arXiv:2010.02502), and its inversion: the noise from which it draws a given picture."""
 
-from collections.abc import Callable
-
 import torch
 
 from ldm_train.diffusion.guidance import Denoise
 from ldm_train.diffusion.process import NoiseProcess
 from ldm_train.rng import NoiseSource
+from ldm_train.samplers import Callback
 
 
 def ddim(
@@ -17,12 +16,11 @@ def ddim(
     noise: NoiseSource,
     *,
     eta: float = 0.0,
-    callback: Callable[[int, torch.Tensor], None] | None = None,
+    callback: Callback | None = None,
 ) -> torch.Tensor:
     """x_s = alpha_s x_0 + sqrt(sigma_s^2 - v) eps + sqrt(v) z   (eq. 12), v = eta^2 times the posterior's variance.
 
-    x_t: (B, C, h, w) at timesteps[0]. timesteps: falling, (S + 1,). eta: 0 deterministic, 1 ancestral.
-    callback(step, pred_x0) after each step. Returns latents at timesteps[-1].
+    eta: 0 deterministic, 1 ancestral.
     """
     (alphas, sigmas), times = schedule.coefficients(timesteps), timesteps.tolist()
     for step in range(len(times) - 1):
@@ -45,14 +43,14 @@ def ddim_inversion(
     schedule: NoiseProcess,
     *,
     iterations: int = 5,
-    callback: Callable[[int, torch.Tensor], None] | None = None,
+    callback: Callback | None = None,
 ) -> torch.Tensor:
     """x_T from which `ddim` with eta 0 draws `latents` (B, C, h, w) at the same falling `timesteps` (S + 1,).
 
     Each step upwards solves  x_t = alpha_t (x_s - sigma_s eps) / alpha_s + sigma_t eps  with eps = eps(x_t, t) by fixed-point
     iteration: DDIM's own step, turned round. One iteration is the usual approximation, eps taken where the step begins
     (Dhariwal and Nichol 2021, appendix F); more converge the faster the smaller the steps are.
-    callback(step, pred_x0) after each step. Raises ValueError for less than one iteration.
+    Raises ValueError for less than one iteration.
     """
     if iterations < 1:
         raise ValueError(f"inversion needs at least one iteration, not {iterations}")

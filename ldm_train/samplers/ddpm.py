@@ -1,12 +1,11 @@
 """Ancestral sampling (DDPM, Ho et al. 2020, arXiv:2006.11239)."""
 
-from collections.abc import Callable
-
 import torch
 
 from ldm_train.diffusion.guidance import Denoise
 from ldm_train.diffusion.process import NoiseProcess
 from ldm_train.rng import NoiseSource
+from ldm_train.samplers import Callback
 
 
 def ddpm(
@@ -17,12 +16,12 @@ def ddpm(
     noise: NoiseSource,
     *,
     variance: str = "small",
-    callback: Callable[[int, torch.Tensor], None] | None = None,
+    callback: Callback | None = None,
 ) -> torch.Tensor:
-    """x_s ~ q(x_s | x_t, x_0 = pred_x0)   (eq. 6 and 7), on any falling list of timesteps (S + 1,).
+    """x_s ~ q(x_s | x_t, x_0 = pred_x0)   (eq. 6 and 7), on any falling list of timesteps.
 
     variance: "small" is the posterior's, right for a Dirac data distribution; "large" is beta, right for a unit
-    Gaussian one. x_t (B, C, h, w) at timesteps[0]; returns latents at timesteps[-1]. callback(step, pred_x0).
+    Gaussian one.
     """
     if variance not in ("small", "large"):
         raise ValueError(f"variance is 'small' or 'large', not {variance!r}")

@@ -1,6 +1,5 @@
 """DPM-Solver++ (Lu et al. 2022, arXiv:2211.01095): exponential integrators in half the log-SNR, for pred_x0."""
 
-from collections.abc import Callable
 from math import exp, expm1, inf, log
 
 import torch
@@ -8,6 +7,7 @@ import torch
 from ldm_train.diffusion.guidance import Denoise
 from ldm_train.diffusion.process import NoiseProcess
 from ldm_train.rng import NoiseSource
+from ldm_train.samplers import Callback
 
 KINDS = ("2m", "2s", "sde_2m")
 
@@ -20,15 +20,14 @@ def dpm_solver(
     noise: NoiseSource,
     *,
     kind: str = "2m",
-    callback: Callable[[int, torch.Tensor], None] | None = None,
+    callback: Callback | None = None,
 ) -> torch.Tensor:
     """x_s = sigma_s / sigma_t x_t - alpha_s (e^-h - 1) D,  h = lambda_s - lambda_t,  lambda = log(alpha / sigma).
 
     kind: "2m" extrapolates D from the step before (algorithm 2 of the paper); "2s" takes steps in pairs, the first of
     a pair being the midpoint of the second (algorithm 1); "sde_2m" is 2m with fresh noise. One evaluation a step. The
     step to the clean image, where lambda is infinite, is of first order.
-    x_t: (B, C, h, w) at timesteps[0]. timesteps: falling, (S + 1,). callback(step, pred_x0) after each step. Returns
-    latents at timesteps[-1]. Raises ValueError for another kind.
+    Raises ValueError for another kind.
     """
     if kind not in KINDS:
         raise ValueError(f"sampler.kind is one of {', '.join(KINDS)}, not {kind!r}")
@@ -51,9 +50,8 @@ def dpm_solver(
         pred_x0 = denoise(x_t, times[step])
         last = lambdas[step + 1] == inf
         if kind == "2s":
-            if (
-                step % 2 and not last and before is not None
-            ):  # complete the pair from its beginning, through this midpoint
+            if step % 2 and not last and before is not None:
+                # Complete the pair from its beginning, through this midpoint.
                 h = lambdas[step + 1] - lambdas[step - 1]
                 ratio = h / (lambdas[step] - lambdas[step - 1])
                 x_t = move(start, before + ratio / 2 * (pred_x0 - before), step - 1, step + 1)

@@ -1,12 +1,11 @@
 """Euler's method in the noise level, with and without fresh noise (Karras et al. 2022, arXiv:2206.00364)."""
 
-from collections.abc import Callable
-
 import torch
 
 from ldm_train.diffusion.guidance import Denoise
 from ldm_train.diffusion.process import NoiseProcess
 from ldm_train.rng import NoiseSource
+from ldm_train.samplers import Callback
 
 
 def euler(
@@ -19,15 +18,13 @@ def euler(
     ancestral: float = 0.0,
     churn: float = 0.0,
     churn_between: tuple[float, float] = (0.0, float("inf")),
-    callback: Callable[[int, torch.Tensor], None] | None = None,
+    callback: Callback | None = None,
 ) -> torch.Tensor:
     """dy/dsigma = (y - x_0) / sigma for y = x / alpha, where sigma is the noise over the signal.
 
     ancestral: share of the ancestral step's variance that is replaced by fresh noise (1: Euler ancestral).
     churn: S_churn of Karras' stochastic sampler (algorithm 2): before a step with sigma in `churn_between`, noise is
     added back as if to sigma (1 + min(churn / S, sqrt(2) - 1)).
-    x_t: (B, C, h, w) at timesteps[0]. timesteps: falling, (S + 1,). callback(step, pred_x0) after each step. Returns
-    latents at timesteps[-1].
     """
     (alphas, levels), times = schedule.levels(timesteps), timesteps.tolist()
     steps = len(times) - 1

@@ -1,12 +1,11 @@
 """Heun's method in the noise level (Karras et al. 2022, arXiv:2206.00364, algorithm 1)."""
 
-from collections.abc import Callable
-
 import torch
 
 from ldm_train.diffusion.guidance import Denoise
 from ldm_train.diffusion.process import NoiseProcess
 from ldm_train.rng import NoiseSource
+from ldm_train.samplers import Callback
 
 
 def heun(
@@ -16,12 +15,10 @@ def heun(
     schedule: NoiseProcess,
     noise: NoiseSource,
     *,
-    callback: Callable[[int, torch.Tensor], None] | None = None,
+    callback: Callback | None = None,
 ) -> torch.Tensor:
     """Each step averages the slopes at its two ends: two evaluations a step, one in the last step to the clean image.
-
-    x_t: (B, C, h, w) at timesteps[0]. timesteps: falling, (S + 1,). callback(step, pred_x0) after each step. Returns
-    latents at timesteps[-1]. No noise is drawn.
+    No noise is drawn.
     """
     (alphas, levels), times = schedule.levels(timesteps), timesteps.tolist()
     y = x_t / alphas[0]

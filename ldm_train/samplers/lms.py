@@ -1,13 +1,13 @@
 """Linear multistep in the noise level: Adams-Bashforth on the actual, uneven steps."""
 
-from collections.abc import Callable
-
 import numpy as np
 import torch
+from numpy.polynomial.polynomial import Polynomial, polyfromroots
 
 from ldm_train.diffusion.guidance import Denoise
 from ldm_train.diffusion.process import NoiseProcess
 from ldm_train.rng import NoiseSource
+from ldm_train.samplers import Callback
 
 
 def weights(levels: list[float], step: int, order: int) -> list[float]:
@@ -18,9 +18,8 @@ def weights(levels: list[float], step: int, order: int) -> list[float]:
     for k, node in enumerate(nodes):
         others = [other for j, other in enumerate(nodes) if j != k]
         # Shifted to the newest node, where the numbers are small against each other.
-        polynomial = np.polynomial.Polynomial.fromroots([o - nodes[0] for o in others]) if others else None
-        integral = (polynomial if polynomial is not None else np.polynomial.Polynomial([1.0])).integ()
-        scale = float(np.prod([node - other for other in others])) if others else 1.0
+        integral = Polynomial(polyfromroots([other - nodes[0] for other in others])).integ()
+        scale = float(np.prod([node - other for other in others]))
         integrals.append(float(integral(levels[step + 1] - nodes[0]) - integral(levels[step] - nodes[0])) / scale)
     return integrals
 
@@ -33,12 +32,11 @@ def lms(
     noise: NoiseSource,
     *,
     order: int = 4,
-    callback: Callable[[int, torch.Tensor], None] | None = None,
+    callback: Callback | None = None,
 ) -> torch.Tensor:
     """y = x / alpha is moved along the polynomial through the last `order` slopes (y - x_0) / sigma.
 
-    x_t: (B, C, h, w) at timesteps[0]. timesteps: falling, (S + 1,). callback(step, pred_x0) after each step. Returns
-    latents at timesteps[-1]. No noise is drawn. Raises ValueError for an order below 1.
+    No noise is drawn. Raises ValueError for an order below 1.
     """
     if order < 1:
         raise ValueError(f"sampler.order is {order}; it must be at least 1")

@@ -1,12 +1,11 @@
 """PLMS: pseudo linear multistep (Liu et al. 2022, arXiv:2202.09778), as CompVis samples."""
 
-from collections.abc import Callable
-
 import torch
 
 from ldm_train.diffusion.guidance import Denoise
 from ldm_train.diffusion.process import NoiseProcess
 from ldm_train.rng import NoiseSource
+from ldm_train.samplers import Callback
 
 # Adams-Bashforth, the newest first.
 ADAMS_BASHFORTH = ((1.0,), (3 / 2, -1 / 2), (23 / 12, -16 / 12, 5 / 12), (55 / 24, -59 / 24, 37 / 24, -9 / 24))
@@ -19,13 +18,11 @@ def plms(
     schedule: NoiseProcess,
     noise: NoiseSource,
     *,
-    callback: Callable[[int, torch.Tensor], None] | None = None,
+    callback: Callback | None = None,
 ) -> torch.Tensor:
     """DDIM's step with a noise estimate that is extrapolated over even steps in t from the last four; the first step
-    averages the estimates at its two ends, for one more evaluation.
-
-    x_t: (B, C, h, w) at timesteps[0]. timesteps: falling, (S + 1,). callback(step, pred_x0) after each step. Returns
-    latents at timesteps[-1]. No noise is drawn.
+       averages the estimates at its two ends, for one more evaluation.
+    No noise is drawn.
     """
     (alphas, levels), times = schedule.levels(timesteps), timesteps.tolist()
     sigmas = [alpha * level for alpha, level in zip(alphas, levels)]

@@ -7,6 +7,7 @@ import torch
 from ldm_train.diffusion.guidance import Denoise
 from ldm_train.diffusion.process import NoiseProcess
 from ldm_train.rng import NoiseSource
+from ldm_train.samplers import Callback
 
 
 def resampled(
@@ -19,13 +20,13 @@ def resampled(
     sampler: Callable[..., torch.Tensor],
     jump_length: int = 10,
     repeats: int = 10,
-    callback: Callable[[int, torch.Tensor], None] | None = None,
+    callback: Callback | None = None,
 ) -> torch.Tensor:
     """Goes down `jump_length` steps by `sampler`, adds the noise of those steps again and repeats, `repeats` times in all,
     before it goes on: the drawn part then agrees better with the known part.
 
     As many evaluations as `repeats` runs of the sampler. Multistep samplers begin each stretch anew.
-    callback(step, pred_x0) counts every step. Returns latents at timesteps[-1]. Raises ValueError for counts below 1.
+    callback counts every step. Raises ValueError for counts below 1.
     """
     if jump_length < 1 or repeats < 1:
         raise ValueError(f"resampling needs a jump_length and repeats of at least 1, not {jump_length} and {repeats}")

@@ -1,6 +1,5 @@
 """UniPC (Zhao et al. 2023, arXiv:2302.04867): a predictor and a corrector of one family, one evaluation a step."""
 
-from collections.abc import Callable
 from math import expm1, inf, log
 
 import numpy as np
@@ -9,6 +8,7 @@ import torch
 from ldm_train.diffusion.guidance import Denoise
 from ldm_train.diffusion.process import NoiseProcess
 from ldm_train.rng import NoiseSource
+from ldm_train.samplers import Callback
 
 
 def unipc(
@@ -19,13 +19,12 @@ def unipc(
     noise: NoiseSource,
     *,
     order: int = 2,
-    callback: Callable[[int, torch.Tensor], None] | None = None,
+    callback: Callback | None = None,
 ) -> torch.Tensor:
     """Multistep UniPC on pred_x0 with B(h) = e^h - 1 (the paper's B2), steps near the ends of lower order.
 
     Each estimate first corrects the point it was taken at, then predicts the next.
-    x_t: (B, C, h, w) at timesteps[0]. timesteps: falling, (S + 1,). order: 1 to 3. callback(step, pred_x0) after each
-    step. Returns latents at timesteps[-1]. No noise is drawn.
+    order: 1 to 3. No noise is drawn.
     """
     if not 1 <= order <= 3:
         raise ValueError(f"sampler.order of unipc is 1, 2 or 3, not {order}")
