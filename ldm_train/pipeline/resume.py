@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from ldm_train import interrupts, names
 from ldm_train.configuration import differences
@@ -126,14 +126,6 @@ def set_aside(run_folder: Path, names: Sequence[str]) -> None:
             shutil.move(run_folder / name, target)
 
 
-def _sign(lock: TextIO, text: str) -> None:
-    """Writes into a lock that is held who holds it."""
-    lock.seek(0)
-    lock.truncate()
-    lock.write(text)
-    lock.flush()
-
-
 @contextmanager
 def run_lock(run_folder: Path) -> Iterator[None]:
     """Holds a run folder for this process. Raises Refused where another process works in it, ValueError where a link in it leads
@@ -145,7 +137,9 @@ def run_lock(run_folder: Path) -> Iterator[None]:
         except OSError as error:
             raise Busy(f"another process is working in {run_folder}; wait for it, or choose name=<new>") from error
         check_links(run_folder, but=["wandb"])  # whose own logs are links into the user's cache
-        _sign(file, str(os.getpid()))
+        file.truncate(0)
+        file.write(str(os.getpid()))
+        file.flush()
         yield
 
 
@@ -233,7 +227,10 @@ def sibling_lock(stage: Step, run_folder: Path) -> Iterator[None]:
         except OSError:
             print(f"{stage.name}: waiting for {file.read().strip() or 'another run'}, which makes the same", flush=True)
             fcntl.flock(file, fcntl.LOCK_EX)
-        _sign(file, run_folder.name)
+        file.seek(0)
+        file.truncate()
+        file.write(run_folder.name)
+        file.flush()
         yield
 
 

@@ -37,10 +37,7 @@ def _suggestion(option: str, text: str) -> Callable[[Any], Any]:
 
 
 def parse_space(space: dict[str, Any]) -> dict[str, Callable[[Any], Any]]:
-    """{option: "a,b" | "(low,high)" | "log(low,high)" | "int(low,high)"} -> {option: trial -> value}.
-
-    Raises ValueError naming the option.
-    """
+    """{option: "a,b" | "(low,high)" | "log(low,high)" | "int(low,high)"} -> {option: trial -> value}. Raises ValueError."""
     parsed: dict[str, Callable[[Any], Any]] = {}
     for option, text in flatten(space).items():
         try:
@@ -129,18 +126,14 @@ def open_study(config: DictConfig, sampler: Callable[..., Any], folder: Path) ->
     """The study in the folder's search.db, new or continued. Raises ValueError where it is another search."""
     import optuna
 
-    storage = f"sqlite:///{folder / 'search.db'}"
-    known = optuna.get_all_study_names(storage)
-    before = len(optuna.load_study(study_name="search", storage=storage).trials) if known else 0  # draws new values
-    pruners = optuna.pruners
+    warmup, pruners = config.warmup_trials, optuna.pruners
+    pruner = pruners.MedianPruner(n_startup_trials=warmup) if config.prune else pruners.NopPruner()
+    storage, name = f"sqlite:///{folder / 'search.db'}", "search"
     study = optuna.create_study(
-        storage=storage,
-        study_name="search",
-        load_if_exists=True,
-        direction=config.direction,
-        sampler=sampler(seed=config.seed + before, n_startup_trials=config.warmup_trials),
-        pruner=pruners.MedianPruner(config.warmup_trials) if config.prune else pruners.NopPruner(),
+        storage=storage, study_name=name, load_if_exists=True, direction=config.direction, pruner=pruner
     )
+    # A continued search draws new values.
+    study.sampler = sampler(seed=config.seed + len(study.trials), n_startup_trials=warmup)
     asked = {"space": flatten(OmegaConf.to_container(config.space)), "objective": config.objective}
     asked |= {"recipe": config.recipe, "overrides": list(config.overrides)}
     other = study.user_attrs.get("asked")
