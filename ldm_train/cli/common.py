@@ -22,16 +22,7 @@ from ldm_train.configuration import ARGUMENTS, config_folder
 from ldm_train.errors import Interrupted, Refused
 
 # Errors that a user can act on: printed as one message, without a traceback (HYDRA_FULL_ERROR=1 shows it).
-USER_ERRORS = (
-    Refused,
-    FileNotFoundError,
-    ValueError,
-    OSError,
-    HydraException,
-    OmegaConfBaseException,
-    FloatingPointError,
-)
-
+USER_ERRORS = (Refused, ValueError, OSError, HydraException, OmegaConfBaseException, FloatingPointError)
 TRACEBACK = "LDM_TRAIN_TRACEBACK"  # environment: "1" where the user asked for tracebacks
 
 
@@ -111,10 +102,9 @@ def run_command(function: Callable[[DictConfig], Any] | str, config_name: str) -
         if isinstance(error, InstantiationException) and isinstance(error.__cause__, USER_ERRORS):
             message = _words(error.__cause__)
         elif isinstance(error, HydraException):
-            arguments = [a for a in sys.argv[1:] if not a.startswith("-")]
-            message += "\n" + (
-                suggestions(config_name, arguments) or f"python -m ldm_train.cli.{config_name} --help lists the options"
-            )
+            help_command = f"python -m ldm_train.cli.{config_name} --help"
+            meant = suggestions(config_name, [a for a in sys.argv[1:] if not a.startswith("-")])
+            message += f"\n{meant or f'{help_command} lists the options'}"
             if error.__cause__ is not None and not isinstance(error.__cause__, HydraException):
                 message = f"{error.__cause__}\n{message}"
         interrupts.last_words(f"error: {message}")

@@ -1,6 +1,7 @@
 """What --help lists beside the options: the recipes; and did-you-mean for options and groups that are unknown."""
 
 import difflib
+from contextlib import suppress
 from typing import Any
 
 from hydra.errors import HydraException
@@ -23,16 +24,10 @@ def suggestions(config_name: str, overrides: list[str]) -> str:
     known: list[str] = []
     with initialize_config_dir(str(config_folder()), version_base="1.3"):
         for attempt in ([o for o in overrides if o.startswith("experiment=")], []):
-            try:
+            with suppress(HydraException):
                 known = _keys(compose(config_name, overrides=attempt))
                 break
-            except HydraException:
-                continue
-    groups = {
-        str(p.parent.relative_to(config_folder())): p
-        for p in config_folder().rglob("*.yaml")
-        if p.parent != config_folder()
-    }
+    groups = {str(p.parent.relative_to(config_folder())) for p in config_folder().rglob("*/*.yaml")}
     lines = []
     for override in overrides:
         name, _, value = override.partition("=")
@@ -43,10 +38,8 @@ def suggestions(config_name: str, overrides: list[str]) -> str:
                 if choice and choice not in options and (close := difflib.get_close_matches(choice, options, 3)):
                     lines.append(f"{name}={choice}: did you mean {' or '.join(close)}?")
         elif name not in known:
-            candidates = known + list(groups)
             ends = [k for k in known if k.endswith("." + name)]
-            close = list(dict.fromkeys(ends[:3] or difflib.get_close_matches(name, candidates, 3, cutoff=0.6)))
-            if close:
+            if close := list(dict.fromkeys(ends[:3] or difflib.get_close_matches(name, [*known, *groups], 3))):
                 lines.append(f"{name}: did you mean {' or '.join(close)}?")
     return "\n".join(lines)
 

@@ -8,6 +8,14 @@ from omegaconf import DictConfig
 from ldm_train.cli.common import run_command
 from ldm_train.data.prepare.build import build
 
+INDEX_ONLY = "ldm_train.data.prepare.index.write_tar_index"
+
+
+def _needs_path(source: DictConfig) -> bool:
+    """Sources that can download leave `path` out; the others take it without a default."""
+    parameter = inspect.signature(get_object(source._target_)).parameters["path"]
+    return parameter.default is inspect.Parameter.empty
+
 
 def prepare(config: DictConfig) -> None:
     if config.out is None:
@@ -27,15 +35,6 @@ def prepare(config: DictConfig) -> None:
         f"{config.out}: {counts} images{classes}. Train on them with: python train.py experiment=<recipe> "
         f"data.root={config.out}{channels}"
     )
-
-
-def _needs_path(source: DictConfig) -> bool:
-    """Sources that can download leave `path` out; the others take it without a default."""
-    parameter = inspect.signature(get_object(source._target_)).parameters["path"]
-    return parameter.default is inspect.Parameter.empty
-
-
-INDEX_ONLY = "ldm_train.data.prepare.index.write_tar_index"
 
 
 def main() -> None:

@@ -6,24 +6,14 @@ from ldm_train import names
 from ldm_train.cli.common import quoted, run_command
 
 # Options whose values people type freely: commas, apostrophes and brackets mean something to Hydra, `=` in a run's name too.
-FREE = (
-    "prompts",
-    "run",
-    "negative",
-    "layout",
-    "image_prompt",
-    "recipe",
-    "weaker_model",
-    "guide.classifier",
-    "guide.clip",
-)
+TEXTS = ("prompts", "negative", "layout", "image_prompt")
+FREE = (*TEXTS, "run", "recipe", "weaker_model", "guide.classifier", "guide.clip")
 
 
 def main() -> None:
     arguments = [quoted(names.argument(a), FREE) for a in sys.argv[1:]]
     # Fields of a model's own, which the config does not list.
-    own = [f"+{quoted(a, [a.partition('=')[0]])}" if a.startswith("fields.") else a for a in arguments]
-    sys.argv[1:] = own
+    sys.argv[1:] = [f"+{quoted(a, [a.partition('=')[0]])}" if a.startswith("fields.") else a for a in arguments]
     run_command("ldm_train.generation.sample.sample", "sample")
 
 

@@ -9,7 +9,6 @@ from torch import nn
 
 from ldm_train import rng
 from ldm_train.checkpoints.native import copy_model, load_model, meta_autoencoder, read_metadata
-from ldm_train.checkpoints.parts import build
 from ldm_train.configuration import plain
 from ldm_train.models.first_stage import FirstStage
 from ldm_train.pipeline import training
@@ -24,18 +23,16 @@ def model_folder(run: Run) -> Path:
 
 
 def pretrained_folder(value: str, runs_dir: str) -> Path:
-    """autoencoder.pretrained -> the model folder: a run's name or folder, or a model folder itself.
-
-    Raises FileNotFoundError naming the paths that were tried.
-    """
+    """autoencoder.pretrained -> the model folder: a run's name or folder, or a model folder itself. Raises FileNotFoundError
+    naming the paths that were tried."""
     candidates = [Path(value), Path(value) / "autoencoder" / "model", Path(runs_dir) / value / "autoencoder" / "model"]
     for folder in candidates:
         if (folder / "model.safetensors").is_file():
             read_metadata(folder)
             return folder
+    tried = ", ".join(map(str, candidates))
     raise FileNotFoundError(
-        f"autoencoder.pretrained={value} is no run with a finished autoencoder and no model folder; looked in "
-        + ", ".join(map(str, candidates))
+        f"autoencoder.pretrained={value} is no run with a finished autoencoder and no model folder; looked in {tried}"
     )
 
 
@@ -50,7 +47,7 @@ def on_meta(run: Run) -> nn.Module:
         network = meta_autoencoder(pretrained_folder(pretrained, run.config.runs_dir), run.trust)
     else:
         with torch.device("meta"):
-            network = build(plain(run.config.autoencoder.network), "autoencoder.network", run.trust).eval()
+            network = run.part("autoencoder.network").eval()
     for name, data in (("data", run.config.data), ("autoencoder.data", stage_data(run.config, "autoencoder"))):
         (height, width), f = sides(data.image_size), network.downsample_factor
         if height % f or width % f:
@@ -58,10 +55,9 @@ def on_meta(run: Run) -> nn.Module:
                 f"{name}.image_size {height}x{width} is not divisible by the autoencoder's downsample_factor {f}; use "
                 f"{max(f, height // f * f)}x{max(f, width // f * f)} or another autoencoder"
             )
-    if (channels := getattr(network, "in_channels", run.config.data.channels)) != run.config.data.channels:
-        raise ValueError(
-            f"the autoencoder takes {channels} image channels, data.channels is {run.config.data.channels}"
-        )
+    channels = run.config.data.channels
+    if (taken := getattr(network, "in_channels", channels)) != channels:
+        raise ValueError(f"the autoencoder takes {taken} image channels, data.channels is {channels}")
     return network
 
 
@@ -77,12 +73,11 @@ class AutoencoderStage(Stage):
 
     def key(self, run: Run) -> dict[str, Any]:
         config = run.config
-        data = data_key(config, "autoencoder") | mixture_key(config, "autoencoder")
-        common = {"data": data, "seed": config.seed}
+        data = {"data": data_key(config, "autoencoder") | mixture_key(config, "autoencoder")}
         if pretrained := config.autoencoder.pretrained:
-            return common | {"pretrained": read_metadata(pretrained_folder(pretrained, config.runs_dir))["sha256"]}
-        section = training.section_key(run, "autoencoder")
-        return common | {"autoencoder": section, "precision": run.machine.precision}
+            sha256 = read_metadata(pretrained_folder(pretrained, config.runs_dir))["sha256"]
+            return data | {"pretrained": sha256, "seed": config.seed}
+        return data | training.training_key(run, "autoencoder")
 
     def check(self, run: Run) -> None:
         training.check_optimisation(run, "autoencoder")
@@ -97,13 +92,10 @@ class AutoencoderStage(Stage):
         if not self.steps(run):
             return None
         network, data = on_meta(run), run.data("autoencoder", ("image",))
-        with torch.device("meta"):
-            picture = torch.empty(1, data.channels, *sides(stage_data(run.config, "autoencoder").image_size))
-        return Plan(
-            network,
-            training.forward_flops("autoencoder.network", network, picture),
-            run.enough_images(data, "autoencoder"),
-        )
+        size = sides(stage_data(run.config, "autoencoder").image_size)
+        picture = torch.empty(1, data.channels, *size, device="meta")
+        flops = training.forward_flops("autoencoder.network", network, picture)
+        return Plan(network, flops, run.enough_images(data, "autoencoder"))
 
     def run(self, run: Run, folder: Path) -> dict[str, Any]:
         config, section = run.config, run.config.autoencoder

@@ -14,7 +14,7 @@ from ldm_train.data.datamodule import ShardDataModule
 from ldm_train.generation.guides import schedule_identity
 from ldm_train.pipeline import autoencoder, latents, training
 from ldm_train.pipeline.data import FROM_DATA, mixture_key
-from ldm_train.pipeline.diffusion import latent_size, schedule_of
+from ldm_train.pipeline.diffusion import latent_size
 from ldm_train.pipeline.run import Run
 from ldm_train.pipeline.stage import Stage
 
@@ -39,13 +39,10 @@ class ClassifierStage(Stage):
         return run.config.classifier.max_steps if "classifier" in run.config else 0
 
     def key(self, run: Run) -> dict[str, Any]:
-        return {
-            "classifier": training.section_key(run, "classifier"),
+        return training.training_key(run, "classifier") | {
             "schedule": plain(run.config.diffusion.schedule),
             "latents": run.result("latents"),
             "data": mixture_key(run.config, "diffusion"),
-            "seed": run.config.seed,
-            "precision": run.machine.precision,
         }
 
     def check(self, run: Run) -> None:
@@ -68,10 +65,8 @@ class ClassifierStage(Stage):
         tree = classifier_tree(config, images, first_stage)
         rng.reseed(config.seed, "classifier", "weights")
         network = instantiate(tree, _convert_="all").to(memory_format=torch.channels_last)
-        schedule = schedule_of(run)
-        task = instantiate(config.classifier.task)(
-            network, first_stage, schedule, **training.optimisation(run, "classifier")
-        )
+        schedule, options = run.part("diffusion.schedule"), training.optimisation(run, "classifier")
+        task = instantiate(config.classifier.task)(network, first_stage, schedule, **options)
         training.train(run, "classifier", task, data, folder, images=count)
         # A model must have the same values to be guided by it, see `latents_of`.
         metadata = {

@@ -18,7 +18,6 @@ from ldm_train.conditioning.base import Conditioner
 from ldm_train.conditioning.text import read_tokenizer, train_tokenizer
 from ldm_train.configuration import plain
 from ldm_train.data.datamodule import ShardDataModule
-from ldm_train.diffusion.parameterisation import Parameterisation
 from ldm_train.generation.film import film_of_grids
 from ldm_train.latent_diffusion import LatentDiffusion, Sampling
 from ldm_train.models.first_stage import FirstStage
@@ -33,10 +32,8 @@ from ldm_train.training.diffusion_task import BINS
 
 
 def conditioner_tree(config: DictConfig, data: ShardDataModule, rehearsal: bool = False) -> dict[str, Any]:
-    """The conditioners' config with the values that come from the data, as the model folder stores it.
-
-    rehearsal: the tokenizer is trained on no captions, so that the data are not read.
-    """
+    """The conditioners' config with the values that come from the data, as the model folder stores it. rehearsal: the
+    tokenizer is trained on no captions, so that the data are not read."""
     tree = plain(config.diffusion.conditioning.conditioners)
     for name, conditioner in tree.items():
         for option in ("classes", "labels"):
@@ -48,17 +45,16 @@ def conditioner_tree(config: DictConfig, data: ShardDataModule, rehearsal: bool 
                     f"{option}=<number>, or choose diffusion/conditioning=none"
                 )
             conditioner[option] = data.index["classes"]
-        size = conditioner.get("vocab_size", 0)
-        if type(size) is not int or not isinstance(conditioner.get("tokenizer", ""), str):
+        size, source = conditioner.get("vocab_size", 0), conditioner.get("tokenizer", "")
+        if type(size) is not int or not isinstance(source, str):
             raise ValueError(f"{CONDITIONERS}.{name}: tokenizer is {FROM_DATA} or a file, vocab_size a whole number")
-        if conditioner.get("tokenizer") == FROM_DATA:
-            conditioner.pop("vocab_size")
-            captions = [] if rehearsal else data.shards(data.train_split).captions()
-            tokenizer = train_tokenizer(captions, size)
+        if "tokenizer" in conditioner:
+            conditioner.pop("vocab_size", None)  # the tokenizer says it
+            if source == FROM_DATA:
+                tokenizer = train_tokenizer([] if rehearsal else data.shards(data.train_split).captions(), size)
+            else:
+                tokenizer = read_tokenizer(source)
             conditioner["tokenizer"] = tokenizer.to_str()
-        elif "tokenizer" in conditioner:
-            conditioner.pop("vocab_size", None)  # the tokenizer file sets it
-            conditioner["tokenizer"] = read_tokenizer(conditioner["tokenizer"]).to_str()
     return tree
 
 
@@ -86,18 +82,13 @@ def model_tree(
     }
 
 
-def parameterisation_of(run: Run) -> Parameterisation:
-    where = "diffusion.objective.parameterisation"
-    return build(plain(run.config.diffusion.objective.parameterisation), where, run.trust)
-
-
-def schedule_of(run: Run) -> nn.Module:
-    return build(plain(run.config.diffusion.schedule), "diffusion.schedule", run.trust)
-
-
 def network_on_meta(run: Run) -> nn.Module:
     with torch.device("meta"):
-        return build(plain(run.config.diffusion.network), "diffusion.network", run.trust)
+        return run.part("diffusion.network")
+
+
+def sampler_of(run: Run) -> Callable[..., torch.Tensor]:
+    return build_sampler(plain(run.config.sampler), "sampler", run.trust)
 
 
 def sampling_of(run: Run) -> dict[str, Any]:
@@ -107,8 +98,7 @@ def sampling_of(run: Run) -> dict[str, Any]:
 
 def drawer(run: Run) -> Callable[..., torch.Tensor]:
     """(model, fields, seeds) -> images with the configured sampler, in the training precision."""
-    sampler = build_sampler(plain(run.config.sampler), "sampler", run.trust)
-    sampling = Sampling(sampler, **plain(run.config.sampling))
+    sampling = Sampling(sampler_of(run), **plain(run.config.sampling))
 
     def draw(model: LatentDiffusion, fields: dict[str, Any], seeds: list[int], callback: Any = None) -> torch.Tensor:
         with run.machine.autocast():
@@ -134,26 +124,26 @@ def check_best_by(config: DictConfig) -> None:
 
 def check_sampler(run: Run, channels: int) -> None:
     """Runs the sampler on latents of one cell, denoised to 0: it can be imported, takes its options and fits the schedule."""
-    config, schedule = run.config, schedule_of(run)
-    sampler = build_sampler(plain(config.sampler), "sampler", run.trust)
+    config, schedule, sampler = run.config, run.part("diffusion.schedule"), sampler_of(run)
     if unknown := sorted({*config.sampling} - {f.name for f in fields(Sampling)}):
         raise ValueError(f"sampling.{unknown[0]} is no option of sampling; those of a sampler are sampler.<option>")
     timesteps = schedule.timesteps(config.sampling.num_inference_steps, config.sampling.spacing)
-    noise, shape = NoiseSource([0]), (channels, 1, 1)
+    noise = NoiseSource([0])
+    start = noise.normal((channels, 1, 1), "start")
     try:
-        sampler(
-            lambda x, t: torch.zeros_like(x), noise.normal(shape, "start"), timesteps, schedule, noise, callback=None
-        )
+        sampler(lambda x, t: torch.zeros_like(x), start, timesteps, schedule, noise, callback=None)
     except TypeError as error:
         raise ValueError(f"sampler: {config.sampler._target_} does not take its options ({error})") from error
 
 
 def check_model(run: Run, images: ShardDataModule) -> None:
-    """The whole model with its conditioners; only network and first stage are large, and are built without memory."""
+    """The whole model with its conditioners, and the conditions in the images; only network and first stage are large, and are
+    built without memory."""
     first_stage = FirstStage(autoencoder.on_meta(run))
     tree = conditioner_tree(run.config, images, rehearsal=True)
     conditioners = build(tree, CONDITIONERS, run.trust)
-    LatentDiffusion(network_on_meta(run), first_stage, schedule_of(run), conditioners, parameterisation_of(run))
+    schedule, parameterisation = run.part("diffusion.schedule"), run.part("diffusion.objective.parameterisation")
+    LatentDiffusion(network_on_meta(run), first_stage, schedule, conditioners, parameterisation)
     named = images.index.get("classes") or []
     for name, conditioner in conditioners.items():
         own = getattr(conditioner, "names", named)
@@ -166,6 +156,8 @@ def check_model(run: Run, images: ShardDataModule) -> None:
         if isinstance(conditioner, Conditioner):
             conditioner.require()
     check_sampler(run, first_stage.latent_channels)
+    run.decode_one(images)
+    images.check_conditions()
 
 
 class DiffusionStage(Stage):
@@ -177,13 +169,10 @@ class DiffusionStage(Stage):
         return run.config.diffusion.max_steps
 
     def key(self, run: Run) -> dict[str, Any]:
-        return {
-            "diffusion": training.section_key(run, "diffusion"),
+        return training.training_key(run, "diffusion") | {
             "latents": run.result("latents"),
             "derived": plain(run.config.data.derived),
             "data": mixture_key(run.config, "diffusion"),
-            "seed": run.config.seed,
-            "precision": run.machine.precision,
         }
 
     def check(self, run: Run) -> None:
@@ -195,14 +184,12 @@ class DiffusionStage(Stage):
         latents.check_crop(run)
         images = run.data("diffusion", ("image", *run.fields))
         check_model(run, images)
-        run.decode_one(images)
-        images.check_conditions()
         if section.evaluate_every:
             run.check_reference(images)
 
     def plan(self, run: Run) -> Plan:
         network, f = network_on_meta(run), autoencoder.on_meta(run).downsample_factor
-        instantiate(run.config.diffusion.objective, schedule_of(run))
+        instantiate(run.config.diffusion.objective, run.part("diffusion.schedule"))
         height, width = sides(run.config.data.image_size)
         h, w, multiple = height // f, width // f, f * network.size_multiple
         if height % multiple or width % multiple:

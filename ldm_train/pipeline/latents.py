@@ -63,10 +63,8 @@ def latent_data(run: Run, stage: str, fields: tuple[str, ...]) -> tuple[Lightnin
 
 
 def give_statistics(folder: Path, first_stage: FirstStage, per_channel: bool) -> dict[str, Any]:
-    """Gives a first stage the scale and shift that a latents stage in `folder` has measured; returns the statistics.
-
-    Raises ValueError where the file is not the recorded one.
-    """
+    """Gives a first stage the scale and shift that a latents stage in `folder` has measured; returns the statistics. Raises
+    ValueError where the file is not the recorded one."""
     statistics, note = read_statistics(folder), read_note(folder)
     recorded = note["result"].get("statistics_sha256") if note else None  # older runs have none
     if recorded is not None and file_sha256(folder / STATISTICS) != recorded:
@@ -107,43 +105,41 @@ class LatentsStage(Stage):
         autoencoder.on_meta(run)
 
     def run(self, run: Run, folder: Path) -> dict[str, Any]:
-        config = run.config
         data, encode = run.data("diffusion", ("image", *run.fields)), encoder(run)
-        splits = (config.data.train_split, config.data.val_split) if config.latents.cache else ()
-        statistics = {} if splits else self._measured(run, data, encode, folder)
-        for split in splits:
-            flips = config.data.flip and split == config.data.train_split
-            write_cache(data, split, encode, folder, config.latents.per_shard, flips)
-        run.barrier()
-        if run.machine.rank == 0 and splits:
-            entries = {s: written_entries(folder, s) for s in splits}
-            write_cache_index(folder, entries, data.index.get("classes"), self._stochastic(run))
-            statistics = latent_statistics(CachedLatents(folder, splits[0], (), config.seed))
+        splits = (data.train_split, data.val_split)
+        if run.config.latents.cache:
+            for split in splits:
+                flips = run.config.data.flip and split == data.train_split
+                write_cache(data, split, encode, folder, run.config.latents.per_shard, flips)
+            run.barrier()
         if run.machine.rank == 0:
+            if run.config.latents.cache:
+                entries = {split: written_entries(folder, split) for split in splits}
+                statistics = self._statistics(run, folder, entries, data.index.get("classes"))
+            else:
+                statistics = self._measured(run, encode, folder / "scratch")
             write_json(folder / STATISTICS, statistics)
         run.barrier()
-        if splits:
+        if run.config.latents.cache:
             content = data_hash(read_index(folder), *splits)
         else:
             content = f"{run.result('autoencoder')}/{data.content_hash}"
         statistics, digest = read_statistics(folder), file_sha256(folder / STATISTICS)
         return {"content": content, "scale_factor": statistics["scale_factor"], "statistics_sha256": digest}
 
-    def _stochastic(self, run: Run) -> bool:
-        """Whether this run's autoencoder has a posterior with a variance."""
-        return meta_autoencoder(autoencoder.model_folder(run), run.trust).moments_per_latent == 2
-
-    def _measured(self, run: Run, data: ShardDataModule, encode: Any, folder: Path) -> dict[str, Any]:
+    def _measured(self, run: Run, encode: Any, scratch: Path) -> dict[str, Any]:
         """Statistics without a cache, computed from a small temporary one."""
-        if run.machine.rank > 0:
-            return {}
-        scratch = folder / "scratch"
         limited = run.data("diffusion", ("image",))
         limited.transform = limited.transform.deterministic()
         limited.shards(limited.train_split).keep(MEASURED)
         limited.batching = Batching(run.config.diffusion.batch_size)
         entries = write_cache(limited, limited.train_split, encode, scratch)
-        write_cache_index(scratch, {"train": entries}, None, self._stochastic(run))
-        statistics = latent_statistics(CachedLatents(scratch, "train", (), run.config.seed))
+        statistics = self._statistics(run, scratch, {limited.train_split: entries}, None)
         shutil.rmtree(scratch)
         return statistics
+
+    def _statistics(self, run: Run, folder: Path, entries: dict[str, list[dict]], classes: Any) -> dict[str, Any]:
+        """Of the cache that these shards are, once they have their index."""
+        stochastic = meta_autoencoder(autoencoder.model_folder(run), run.trust).moments_per_latent == 2
+        write_cache_index(folder, entries, classes, stochastic)
+        return latent_statistics(CachedLatents(folder, next(iter(entries)), (), run.config.seed))

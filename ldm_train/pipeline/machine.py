@@ -15,10 +15,8 @@ from ldm_train.training.fit import Machine, Onlooker
 
 
 def machine_of(config: DictConfig, environment: Mapping[str, str]) -> Machine:
-    """This process's device and rank, from the config and torchrun's environment variables.
-
-    Raises ValueError where a GPU is requested and none is visible.
-    """
+    """This process's device and rank, from the config and torchrun's environment variables. Raises ValueError where a GPU
+    is requested and none is visible."""
     world_size, rank, local_rank, local_world_size = (
         int(environment.get(name, default))
         for name, default in (("WORLD_SIZE", 1), ("RANK", 0), ("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1))
@@ -36,13 +34,10 @@ def machine_of(config: DictConfig, environment: Mapping[str, str]) -> Machine:
     return Machine(accelerator, precision, world_size, rank, local_rank, local_world_size)
 
 
-def join_devices(config: DictConfig, module: str, check: Callable[[Machine], None]) -> Machine:
+def join_devices(config: DictConfig, module: str, check: Callable[[Machine], object]) -> Machine:
     """This process's device and rank among `config.devices`. With several devices and outside torchrun it runs this same command
     once per device and exits with their exit status. module: the command's module. check: called before any process is
-    started; raises errors known beforehand, and prepares what all ranks need.
-
-    Raises ValueError for more devices than there are.
-    """
+    started; raises errors known beforehand, and prepares what all ranks need. Raises ValueError for more devices than there are."""
     if config.devices > 1 and "WORLD_SIZE" not in os.environ:
         everywhere = {"WORLD_SIZE": str(config.devices), "LOCAL_WORLD_SIZE": str(config.devices)}
         machine = machine_of(config, everywhere)

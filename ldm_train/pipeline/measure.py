@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,8 +24,7 @@ from ldm_train.checkpoints.native import (
     read_metadata,
 )
 from ldm_train.checkpoints.parts import targets
-from ldm_train.configuration import config_folder, run_config
-from ldm_train.data.datamodule import Batching
+from ldm_train.configuration import config_folder, run_config, usual_options
 from ldm_train.data.loose import image_batches
 from ldm_train.distributed import gathered, rank
 from ldm_train.evaluation.evaluator import Evaluator, sampling_options
@@ -37,7 +36,7 @@ from ldm_train.metrics.features import weights_hash
 from ldm_train.metrics.measures import Collected, measure, write_reference
 from ldm_train.metrics.metric import REFERENCE
 from ldm_train.models.first_stage import FirstStage
-from ldm_train.pipeline.data import data_module
+from ldm_train.pipeline.data import data_module, evaluation_batching
 from ldm_train.pipeline.diffusion import drawer
 from ldm_train.pipeline.latents import give_statistics
 from ldm_train.pipeline.machine import join_devices, machine_of
@@ -46,6 +45,18 @@ from ldm_train.pipeline.trained import run_folder, with_options
 from ldm_train.storage import file_sha256, inside, read_record, write_atomically, write_json
 from ldm_train.training.callbacks.checkpoint import read_checkpoint
 from ldm_train.training.fit import Machine
+
+# What is measured: its metrics, the folder for them (None: shown only), and the settings that tell it from others.
+Measured = tuple[dict[str, Any], Path | None, dict[str, Any]]
+# Options that are whole numbers, with the least of each.
+LEAST = {"n": 2, "batch_size": 1, "devices": 1, "num_inference_steps": 1, "image_size": 1, "seed": 0}
+
+
+def trained_model(folder: Path) -> Path:
+    """The model folder of a run. Raises FileNotFoundError where there is none."""
+    if (source := find_model(folder)) is None:
+        raise FileNotFoundError(f"{folder} has no trained model yet; finish its diffusion stage")
+    return source
 
 
 def best_checkpoint(folder: Path) -> Path:
@@ -58,22 +69,19 @@ def best_checkpoint(folder: Path) -> Path:
 
 def load_weights(folder: Path, which: str, trust: Sequence[str] = ()) -> LatentDiffusion:
     """The model of a run; which="best": with the averaged weights of its diffusion stage's best.ckpt."""
-    source = find_model(folder)
-    if source is None:
-        raise FileNotFoundError(f"{folder} has no trained model yet; finish its diffusion stage")
-    model = load_latent_diffusion(source, trust)
+    model = load_latent_diffusion(trained_model(folder), trust)
     if which == "last":
         return model
     if which != "best":
         raise ValueError(f"weights is last or best, not {which!r}")
     state = read_checkpoint(best_checkpoint(folder))
     names.rename_in_checkpoint(state)
-    trainable = model.trainable()
+    trainable, averaged = model.trainable(), state.get("ema", {}).get("shadow", {})
     trainable.load_state_dict({k: v for k, v in state["state_dict"].items() if not k.startswith("objective.")})
     with torch.no_grad():
         for name, parameter in trainable.named_parameters():
-            if name in state.get("ema", {}).get("shadow", {}):
-                parameter.copy_(state["ema"]["shadow"][name])
+            if name in averaged:
+                parameter.copy_(averaged[name])
     return model
 
 
@@ -91,37 +99,41 @@ def export_reference(path: str | None, reference: Reference) -> None:
 # -- the three things that can be measured -----------------------------------------------------------------------------
 
 
-def evaluate_run(config: DictConfig, again: bool = True) -> tuple[dict[str, Any], Path | None, dict[str, Any]]:
-    """(metrics, folder for them, settings of the measurement) of a run's samples. again: measure also where there is a file
-    of the same settings."""
+def evaluate_run(config: DictConfig, again: bool = True) -> Measured:
+    """A run's samples. again: measure also where there is a file of the same settings."""
     folder = run_folder(config.run, config.runs_dir)
     trained = with_options(run_config(folder), config, folder / "config.yaml")
-    if (source := find_model(folder)) is None:
-        raise FileNotFoundError(f"{folder} has no trained model yet; finish its diffusion stage")
+    source, count = trained_model(folder), trained.evaluation.images
     trust = [*config.trust, *(targets(OmegaConf.to_container(config.sampler)) if config.get("sampler") else ())]
 
-    def check(machine: Machine) -> None:
-        Run(trained, folder, machine, trust).check_metrics(trained.evaluation.images)
+    def prepared(machine: Machine) -> Run:
+        run = Run(trained, folder, machine, trust)
+        run.check_metrics(count)
+        return run
 
-    machine = join_devices(trained, "ldm_train.cli.evaluate", check)
-    run = Run(trained, folder, machine, trust)
+    machine = join_devices(trained, "ldm_train.cli.evaluate", prepared)
+    run = prepared(machine)
     tools, data = run.evaluator, run.evaluation_data()
     if not tools.metrics:
         raise ValueError("metrics=[] measures nothing of samples; for example metrics=[fid_tiny]")
-    run.check_metrics(trained.evaluation.images)
     reference = tools.reference(data, config.runs_dir, config.progress)
     export_reference(config.export, reference)
     options = sampling_options(trained) | {"seed": config.seed, "weights": config.weights}
-    asked = options | {"n": trained.evaluation.images, "metrics": [m.name for m in tools.metrics]}
-    asked |= {"model": read_metadata(source)["sha256"], "references": reference.hashes, "precision": machine.precision}
+    asked = options | {
+        "n": count,
+        "metrics": [m.name for m in tools.metrics],
+        "model": read_metadata(source)["sha256"],
+        "references": reference.hashes,
+        "precision": machine.precision,
+        "conditions": tools.images_identity(data, trained.data.val_split, None),
+        "extractors": tools.hashes,
+    }
     if config.weights == "best":  # these weights change while training goes on
         asked["weights"] = file_sha256(best_checkpoint(folder))
-    asked |= {"conditions": tools.images_identity(data, trained.data.val_split, None), "extractors": tools.hashes}
     results = inside(folder / "evaluations", folder)
     kept = results / file_name(asked)
     if not again and kept.is_file():
         return {k: v for k, v in read_record(kept).items() if k != "settings"}, results, asked
-    count = trained.evaluation.images
     partial = results / f".{digest(asked)}.partial"
     partial.parent.mkdir(exist_ok=True)
     model = load_weights(folder, config.weights, trust).to(machine.device, memory_format=torch.channels_last)
@@ -131,16 +143,15 @@ def evaluate_run(config: DictConfig, again: bool = True) -> tuple[dict[str, Any]
         total=-(-count // machine.world_size), partial=partial, pairs=True,
     )  # fmt: skip
     samples = {m.name: measured.estimates[m.name].as_dict() | reference.details(m) | options for m in tools.metrics}
-    metrics = {"samples": samples}
     if machine.rank == 0:
         for name, rows in measured.pairs.items():
             save_pairs(rows, kept.with_name(f"{kept.stem}-{name}.png"))
-    metrics["speed"] = {"images_per_second": measured.count / measured.seconds} if measured.seconds else {}
-    return metrics, results, asked
+    speed = {"images_per_second": measured.count / measured.seconds} if measured.seconds else {}
+    return {"samples": samples, "speed": speed}, results, asked
 
 
-def evaluate_autoencoder(config: DictConfig) -> tuple[dict[str, Any], Path | None, dict[str, Any]]:
-    """The same for an autoencoder's reconstructions: of a run, or of a model folder with data.root and data.image_size."""
+def evaluate_autoencoder(config: DictConfig) -> Measured:
+    """An autoencoder's reconstructions: of a run, or of a model folder with data.root and data.image_size."""
     given = Path(config.reconstruct)
     if (given / "model.safetensors").is_file():
         folder, model_folder, results = given, given, None
@@ -151,40 +162,50 @@ def evaluate_autoencoder(config: DictConfig) -> tuple[dict[str, Any], Path | Non
         folder = run_folder(config.reconstruct, config.runs_dir)
         trained = with_options(run_config(folder), config, folder / "config.yaml")
         model_folder, results = folder / "autoencoder" / "model", inside(folder / "evaluations", folder)
-    machine = join_devices(
-        trained,
-        "ldm_train.cli.evaluate",
-        lambda machine: Evaluator.on_all_ranks(trained.evaluation, machine.device),
-    )
-    tools = Evaluator.on_all_ranks(trained.evaluation, machine.device)
+
+    def built(machine: Machine) -> Evaluator:
+        return Evaluator.on_all_ranks(trained.evaluation, machine.device)
+
+    machine = join_devices(trained, "ldm_train.cli.evaluate", built)
+    tools = built(machine)
     if others := [m.name for m in tools.metrics if m.compared_with != (REFERENCE,)]:
         raise ValueError(f"metrics: {', '.join(others)} says nothing of reconstructions; it is for run=<run>")
     trained.evaluation.images = config.n  # all where n is null
     data = data_module(trained, "autoencoder", machine, ("image",), config.trust)
-    size, world = trained.evaluation.batch_size, machine.world_size
-    data.batching = Batching(size * world, None, world, machine.rank)
+    data.batching = evaluation_batching(trained, machine)
     first_stage = FirstStage(load_autoencoder(model_folder, config.trust)).to(machine.device)
     if (folder / "latents" / "statistics.json").is_file():
         give_statistics(folder / "latents", first_stage, trained.latents.per_channel)
-    else:  # measures of latents are for unit variance
-        sums = torch.zeros(3, dtype=torch.float64)
-        for batch in data.fixed_loader(trained.data.val_split, 256):
-            z = first_stage.posterior(first_stage.encode_moments(batch["image"].to(machine.device))).mean.double().cpu()
-            sums += torch.stack([torch.tensor(float(z.numel())), z.sum(), z.square().sum()]).double()
-        count, total, square = sum(gathered(sums)).tolist()
-        first_stage.set_statistics((square / count - (total / count) ** 2) ** -0.5)
+    else:
+        _give_unit_variance(first_stage, data.fixed_loader(trained.data.val_split, 256), machine)
     reference = tools.reference(data, config.runs_dir, config.progress)
     export_reference(config.export, reference)
     metrics, _ = evaluate_first_stage(
         first_stage, data.fixed_loader(trained.data.val_split, config.n), tools, reference,
         trained.evaluation.predictors, config.progress and machine.rank == 0,
     )  # fmt: skip
-    asked = {"n": config.n, "metrics": [m.name for m in tools.metrics], "references": reference.hashes}
-    asked |= {"model": read_metadata(model_folder)["sha256"], "paired": list(tools.paired)}
-    asked |= {"images": tools.images_identity(data, trained.data.val_split, config.n), "extractors": tools.hashes}
-    asked |= {"networks": {n: weights_hash(network)[:12] for n, network in tools.networks.items()}}
-    asked["predictors"] = trained.evaluation.predictors
+    asked = {
+        "n": config.n,
+        "metrics": [m.name for m in tools.metrics],
+        "references": reference.hashes,
+        "model": read_metadata(model_folder)["sha256"],
+        "paired": list(tools.paired),
+        "images": tools.images_identity(data, trained.data.val_split, config.n),
+        "extractors": tools.hashes,
+        "networks": {n: weights_hash(network)[:12] for n, network in tools.networks.items()},
+        "predictors": trained.evaluation.predictors,
+    }
     return metrics, results, asked
+
+
+def _give_unit_variance(first_stage: FirstStage, batches: Iterable[dict[str, Any]], machine: Machine) -> None:
+    """Scales latents by what these images show, where no stage has measured it: measures of latents are for unit variance."""
+    sums = torch.zeros(3, dtype=torch.float64)
+    for batch in batches:
+        z = first_stage.posterior(first_stage.encode_moments(batch["image"].to(machine.device))).mean.double().cpu()
+        sums += torch.stack([torch.tensor(float(z.numel())), z.sum(), z.square().sum()]).double()
+    count, total, square = sum(gathered(sums)).tolist()
+    first_stage.set_statistics((square / count - (total / count) ** 2) ** -0.5)
 
 
 def _config_of_folder(config: DictConfig) -> DictConfig:
@@ -202,15 +223,14 @@ def _config_of_folder(config: DictConfig) -> DictConfig:
     return with_options(usual, config, config_folder() / "train.yaml")
 
 
-def evaluate_images(config: DictConfig) -> tuple[dict[str, Any], Path | None, dict[str, Any]]:
-    """The same for two sets of images."""
+def evaluate_images(config: DictConfig) -> Measured:
+    """Two sets of images."""
     if config.against is None:
         raise ValueError("images= are measured against=<folder, tar or .npz>")
     if config.devices > 1:
         raise ValueError("images= are measured on one device")
-    usual = OmegaConf.load(config_folder() / "train.yaml").evaluation
-    section = {"extractors": OmegaConf.merge(usual.extractors, config.extractors), "metrics": config.metrics}
-    section["kinds"] = config.kinds
+    extractors = OmegaConf.merge(usual_options()["evaluation"]["extractors"], config.extractors)
+    section = {"extractors": extractors, "metrics": config.metrics, "kinds": config.kinds}
     machine = machine_of(config, {})
     tools = Evaluator(OmegaConf.create(section | {"paired": [], "perceptual": None, "lpips": None}), machine.device)
     if not tools.metrics:
@@ -222,13 +242,8 @@ def evaluate_images(config: DictConfig) -> tuple[dict[str, Any], Path | None, di
         into, position = Collected(tools.metrics, tools.extractors, compared), 0
         sources = [str(s) for s in as_list(config[option], option)]
         limit = config.n if compared is None else None
-        batches = tqdm(
-            image_batches(sources, config.image_size, batch_size),
-            desc=option,
-            unit="batch",
-            disable=not config.progress,
-        )
-        for images in batches:
+        batches = image_batches(sources, config.image_size, batch_size)
+        for images in tqdm(batches, desc=option, unit="batch", disable=not config.progress):
             images = images[: None if limit is None else limit - position].to(machine.device)
             seen = tools.seen(images.shape[1])
             into.add(images, torch.arange(position, position + len(images)))
@@ -263,11 +278,8 @@ def file_name(asked: Mapping[str, Any]) -> str:
     """The main settings of a measurement in readable form, and a hash: different settings never share a name."""
     parts = ["reconstructions" if "paired" in asked else "samples", f"n{asked['n'] or 'all'}"]
     if "sampler" in asked:
-        parts += [
-            f"{asked['sampler']}{asked['num_inference_steps']}",
-            f"g{asked['guidance_scale']:g}",
-            f"s{asked['seed']}",
-        ]
+        steps, guidance = asked["num_inference_steps"], asked["guidance_scale"]
+        parts += [f"{asked['sampler']}{steps}", f"g{guidance:g}", f"s{asked['seed']}"]
     return "-".join([*parts, digest(asked)]) + ".json"
 
 
@@ -281,14 +293,13 @@ def format_metrics(metrics: Mapping[str, Any]) -> str:
                 lines.append(f"  {name:<22}{entry:12.4g}")
                 continue
             interval = "[{:.4g}, {:.4g}]".format(*entry["interval"]) if entry["interval"] else "too few for an interval"
-            against = (
-                f", against {entry['n_reference'] or 'unknown'} images ({entry['reference']})"
-                if "reference" in entry
-                else ""
-            )
-            against += f", {entry['channels']}" if "channels" in entry else ""
             value = float("inf") if entry["value"] is None else entry["value"]
-            lines.append(f"  {name:<22}{value:12.4g}  {interval:<24} n {entry['n']}{against}")
+            line = f"  {name:<22}{value:12.4g}  {interval:<24} n {entry['n']}"
+            if "reference" in entry:
+                line += f", against {entry['n_reference'] or 'unknown'} images ({entry['reference']})"
+            if "channels" in entry:
+                line += f", {entry['channels']}"
+            lines.append(line)
     return "\n".join(lines)
 
 
@@ -301,14 +312,7 @@ def check(config: DictConfig) -> None:
     for option in ("metrics", "paired"):
         if not OmegaConf.is_list(config[option]):
             raise ValueError(f"{option} is a list: {option}=[{config[option]}]")
-    for option, least in (
-        ("n", 2),
-        ("batch_size", 1),
-        ("devices", 1),
-        ("num_inference_steps", 1),
-        ("image_size", 1),
-        ("seed", 0),
-    ):
+    for option, least in LEAST.items():
         value = config[option]
         if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
             raise ValueError(f"{option}={value!r} is no whole number of at least {least}")

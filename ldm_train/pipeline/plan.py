@@ -9,7 +9,7 @@ from omegaconf import DictConfig
 
 from ldm_train.evaluation.evaluator import parse_metrics
 from ldm_train.images import groups_in_words, has_colours
-from ldm_train.pipeline.resume import Step, made_anew, read_note
+from ldm_train.pipeline.resume import Step, is_done, made_anew, read_note
 
 if TYPE_CHECKING:
     from ldm_train.pipeline.run import Run
@@ -27,12 +27,8 @@ PEAKS = {
 
 def peak_flops(device: torch.device, precision: str, measured: float) -> float:
     """The FLOP/s that MFU is relative to: the data sheet's for known GPUs in 16 bits, else those of a measured matrix product."""
-    if device.type == "cuda" and precision != "32":
-        name = torch.cuda.get_device_name(device)
-        for part, peak in PEAKS.items():
-            if part in name:
-                return peak * 1e12
-    return measured
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" and precision != "32" else ""
+    return next((peak * 1e12 for part, peak in PEAKS.items() if part in name), measured)
 
 
 @cache
@@ -60,26 +56,22 @@ def _duration(seconds: float) -> str:
 
 def _channels_in_words(config: DictConfig) -> str:
     """How networks for grey and RGB see pictures of other channels, in words."""
-    perceptual, evaluation = config.autoencoder.loss.perceptual, config.evaluation
+    perceptual, evaluation, channels = config.autoencoder.loss.perceptual, config.evaluation, config.data.channels
     seeing = []
     if perceptual is not None and perceptual._target_.startswith("ldm_train."):
         seeing.append("the perceptual distance (autoencoder/loss/perceptual=none leaves it out)")
     for metric in parse_metrics(list(evaluation.metrics), list(evaluation.extractors), evaluation.kinds):
         if evaluation.extractors[metric.extractor]._target_.startswith("ldm_train."):
             seeing.append(metric.name)
-    text = (
-        f"  {config.data.channels} channels: pictures are shown in false colours, the first channel red, the last blue"
-    )
-    return f"{text}; {groups_in_words(config.data.channels)}: {', '.join(seeing)}" if seeing else text
+    text = f"  {channels} channels: pictures are shown in false colours, the first channel red, the last blue"
+    return f"{text}; {groups_in_words(channels)}: {', '.join(seeing)}" if seeing else text
 
 
 def print_plan(run: "Run", steps: list[Step]) -> dict[str, tuple[float, float]]:
     """Prints one line per stage; sizes on the meta device, so nothing large is built. Returns for each that trains the
     FLOPs of training on one image (three forward passes of its network; the losses' networks and what is frozen are left
     out) and the peak of all devices. Ranks but the first check the plans alone: {}.
-
-    Memory is that of weights, gradients, two Adam moments and the average, in float32; activations come on top.
-    """
+    Memory is that of weights, gradients, two Adam moments and the average, in float32; activations come on top."""
     config, machine = run.config, run.machine
     plans = {step.name: run.stages[step.name].plan(run) for step in steps}
     if machine.rank > 0:
@@ -94,9 +86,7 @@ def print_plan(run: "Run", steps: list[Step]) -> dict[str, tuple[float, float]]:
     anew = made_anew(run.order, steps, run.folder, config.restart)
     for step in steps:
         note = None if step.name in anew else read_note(run.folder / step.name)
-        state = "new"
-        if note is not None:
-            state = "finished" if note["finished"] and note["steps"] >= step.steps else "to resume"
+        state = "new" if note is None else "finished" if is_done(note, step) else "to resume"
         text = f"  {step.name:<12}{state:<10}"
         if plan := plans[step.name]:
             section = config[step.name]

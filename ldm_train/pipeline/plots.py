@@ -36,12 +36,12 @@ def _save(figure: Any, path: Path) -> Path:
     return path
 
 
-def _spread(axis: Any, xs: list[float], rows: Rows, metric: str, colour: str) -> None:
-    """The 95 % intervals, where there are any."""
-    known = [
-        (x, r[f"{metric}_low"], r[f"{metric}_high"]) for x, r in zip(xs, rows) if r.get(f"{metric}_low") is not None
-    ]
-    if known:
+def _line(axis: Any, number: int, name: str, xs: list[float], rows: Rows, metric: str) -> None:
+    """A run's metric over `xs`, with its 95 % intervals where there are any. number: of the run, for its look."""
+    colour, marker = COLOURS[number % len(COLOURS)], MARKERS[number % len(MARKERS)]
+    axis.plot(xs, [r[metric] for r in rows], f"{marker}-", color=colour, label=name, markersize=4)
+    low, high = f"{metric}_low", f"{metric}_high"
+    if known := [(x, r[low], r[high]) for x, r in zip(xs, rows) if r.get(low) is not None]:
         axis.fill_between(*zip(*known), color=colour, alpha=0.15, linewidth=0)
 
 
@@ -53,22 +53,14 @@ def _scale(axis: Any, values: Sequence[float]) -> None:
 
 def curves(rows: Rows, metric: str, names: Mapping[str, str], path: Path) -> Path:
     """A metric against optimiser steps, training time and compute, a line per run."""
-    wanted = (
-        ("step", "optimiser steps"),
-        ("seconds", "training time in seconds"),
-        ("tflop", "training compute in TFLOP"),
-    )
-    shown = [(key, text) for key, text in wanted if all(r.get(key) is not None for r in rows)]
+    wanted = {"step": "optimiser steps", "seconds": "training time in seconds", "tflop": "training compute in TFLOP"}
+    shown = [key for key in wanted if all(r.get(key) is not None for r in rows)]
     figure, axes = _figure(len(shown))
-    for axis, (key, text) in zip(axes, shown):
-        for k, (run, name) in enumerate(names.items()):
+    for axis, key in zip(axes, shown):
+        for number, (run, name) in enumerate(names.items()):
             mine = [r for r in rows if r["run"] == run]
-            colour, xs = COLOURS[k % len(COLOURS)], [float(r[key]) for r in mine]
-            axis.plot(
-                xs, [r[metric] for r in mine], MARKERS[k % len(MARKERS)] + "-", color=colour, label=name, markersize=4
-            )
-            _spread(axis, xs, mine, metric, colour)
-        axis.set_xlabel(text)
+            _line(axis, number, name, [float(r[key]) for r in mine], mine, metric)
+        axis.set_xlabel(wanted[key])
         axis.set_ylabel(metric.removeprefix("val/"))
         _scale(axis, [r[metric] for r in rows])
     axes[-1].legend(fontsize=8)
@@ -81,9 +73,9 @@ def against_factor(rows: Rows, number: str, path: Path) -> Path:
     rows = sorted(rows, key=lambda r: r["f"])
     base = number.removesuffix("value")
     values = [float(r[number]) for r in rows]
-    low, high = ([float(r.get(f"{base}{end}") or v) for r, v in zip(rows, values)] for end in ("low", "high"))
-    errors = [[max(0.0, v - a) for v, a in zip(values, low)], [max(0.0, b - v) for v, b in zip(values, high)]]
-    axis.errorbar([r["f"] for r in rows], values, errors, fmt="o-", color=COLOURS[0], capsize=3)
+    below = [max(0.0, v - float(r.get(f"{base}low") or v)) for r, v in zip(rows, values)]
+    above = [max(0.0, float(r.get(f"{base}high") or v) - v) for r, v in zip(rows, values)]
+    axis.errorbar([r["f"] for r in rows], values, [below, above], fmt="o-", color=COLOURS[0], capsize=3)
     axis.set_xscale("log", base=2)
     axis.set_xticks([r["f"] for r in rows], [str(r["f"]) for r in rows])
     axis.set_xlabel("downsampling factor f")
@@ -97,18 +89,13 @@ def speed(rows: Rows, metric: str, path: Path) -> Path:
     figure, (axis,) = _figure(1)
     runs = list(dict.fromkeys(r["run"] for r in rows))
     distinct = len({r["f"] for r in rows}) == len(runs)
-    for k, run in enumerate(runs):
+    for number, run in enumerate(runs):
         mine = [r for r in rows if r["run"] == run]
-        xs, colour = [r["images_per_second"] for r in mine], COLOURS[k % len(COLOURS)]
         name = f"f = {mine[0]['f']}" if distinct else run[:40]
-        axis.plot(
-            xs, [r[metric] for r in mine], MARKERS[k % len(MARKERS)] + "-", color=colour, label=name, markersize=4
-        )
-        _spread(axis, xs, mine, metric, colour)
-        for row, x in zip(mine, xs):
-            axis.annotate(
-                row["num_inference_steps"], (x, row[metric]), fontsize=6, xytext=(3, 3), textcoords="offset points"
-            )
+        _line(axis, number, name, [r["images_per_second"] for r in mine], mine, metric)
+        for row in mine:
+            place = (row["images_per_second"], row[metric])
+            axis.annotate(row["num_inference_steps"], place, fontsize=6, xytext=(3, 3), textcoords="offset points")
     axis.set_xscale("log")
     axis.set_xlabel("samples per second (beside each point: sampling steps)")
     axis.set_ylabel(metric)

@@ -60,8 +60,7 @@ class Ranks:
             if not running:
                 return
             if time.monotonic() > end:
-                for process in running:
-                    process.kill()
+                self.kill()
             time.sleep(0.1)
 
     def outcome(self) -> tuple[int, str]:

@@ -96,6 +96,11 @@ def read_note(folder: Path) -> dict[str, Any] | None:
     return note | {"key": names.options(note["key"])}
 
 
+def is_done(note: dict[str, Any], stage: Step) -> bool:
+    """Whether a stage is finished with all the steps it is to have."""
+    return bool(note["finished"] and note["steps"] >= stage.steps)
+
+
 def made_anew(order: Order, chain: Sequence[Step], run_folder: Path, restart: str | None) -> list[str]:
     """The stages that `restart` sets aside, in their order: the stage itself, those that depend on it, and those that depend
     on a stage that is trained further, which would no longer match it."""
@@ -104,7 +109,7 @@ def made_anew(order: Order, chain: Sequence[Step], run_folder: Path, restart: st
     gone = {restart, *order.later_than(restart)}
     for step in chain:
         note = None if step.name in gone else read_note(run_folder / step.name)
-        if note is not None and not (note["finished"] and note["steps"] >= step.steps):
+        if note is not None and not is_done(note, step):
             gone |= {*order.later_than(step.name)}
     return [name for name in order.stages if name in gone]
 
@@ -143,14 +148,13 @@ def decide(stage: Step, run_folder: Path, defaults: dict[str, Any]) -> str:
     note = read_note(run_folder / stage.name)
     if note is None:
         return "run"
-    changed = differences(note["key"], json.loads(json.dumps(stage.key())), defaults)
-    if changed:
+    if changed := differences(note["key"], json.loads(json.dumps(stage.key())), defaults):
         listed = "\n  ".join(changed[:12] + (["..."] if len(changed) > 12 else []))
         raise Refused(
             f"{run_folder / stage.name} was made with other settings:\n  {listed}\nChoose name=<new> for a new run, or "
             f"restart={stage.name} to make this stage and the later ones anew (the old ones go to {run_folder}/.replaced)"
         )
-    return "skip" if note["finished"] and note["steps"] >= stage.steps else "resume"
+    return "skip" if is_done(note, stage) else "resume"
 
 
 def check_chain(
@@ -161,36 +165,35 @@ def check_chain(
     names, gone = [step.name for step in chain], made_anew(order, chain, run_folder, restart)
     if restart and restart not in names:
         raise Refused(f"restart={restart} would be made anew by nothing: it is not among stages=[{','.join(names)}]")
-    for name in names:
-        for needed in order.needs(name):
-            if needed not in names:
-                if needed in gone:
-                    raise Refused(
-                        f"restart={restart} sets {needed} aside, which {name} needs and stages=[{','.join(names)}] does not "
-                        f"make; add it to the stages. Nothing has been changed"
-                    )
-                order.result_of(run_folder, needed)  # the run uses it as it is
+    for name, needed in [(n, needed) for n in names for needed in order.needs(n) if needed not in names]:
+        if needed in gone:
+            raise Refused(
+                f"restart={restart} sets {needed} aside, which {name} needs and stages=[{','.join(names)}] does not "
+                f"make; add it to the stages. Nothing has been changed"
+            )
+        order.result_of(run_folder, needed)  # the run uses it as it is
     new: set[str] = set()  # stages that will be made by this command
     for step in chain:
-        if new & set(order.needs(step.name)):
+        anew = step.name in gone or bool(new & set(order.needs(step.name)))
+        action = "run" if anew else decide(step, run_folder, defaults)
+        if action != "skip":
             new.add(step.name)
-            continue
-        note = read_note(run_folder / step.name)
-        if step.name in gone or note is None or decide(step, run_folder, defaults) == "run":
-            new.add(step.name)
-            continue
-        if note["finished"] and note["steps"] >= step.steps:
-            continue
-        new.add(step.name)
-        made = [s for s in order.later_than(step.name) if s not in gone and read_note(run_folder / s)]
-        if made:
-            reached = f"has {note['steps']} steps" if note["finished"] else "is unfinished"
-            raise Refused(
-                f"{run_folder / step.name} {reached} and is to have {step.steps}; {', '.join(made)} were made from it as it "
-                f"was and would no longer belong to it. Nothing has been changed. Choose restart={made[0]} to go on and make "
-                f"them anew (the old ones go to {run_folder}/.replaced), name=<new> for a new run, or "
-                f"{step.name}.max_steps={note['steps'] or step.steps} to keep what is there"
-            )
+        if action == "resume":
+            _check_later(order, step, run_folder, gone)
+
+
+def _check_later(order: Order, step: Step, run_folder: Path, gone: Sequence[str]) -> None:
+    """Raises Refused where stages that were made from a stage's old weights would remain when it is trained further."""
+    made = [s for s in order.later_than(step.name) if s not in gone and read_note(run_folder / s)]
+    note = read_note(run_folder / step.name)
+    if note and made:
+        reached = f"has {note['steps']} steps" if note["finished"] else "is unfinished"
+        raise Refused(
+            f"{run_folder / step.name} {reached} and is to have {step.steps}; {', '.join(made)} were made from it as it "
+            f"was and would no longer belong to it. Nothing has been changed. Choose restart={made[0]} to go on and make "
+            f"them anew (the old ones go to {run_folder}/.replaced), name=<new> for a new run, or "
+            f"{step.name}.max_steps={note['steps'] or step.steps} to keep what is there"
+        )
 
 
 def adopt(stage: Step, run_folder: Path, defaults: dict[str, Any]) -> bool:
@@ -234,23 +237,18 @@ def sibling_lock(stage: Step, run_folder: Path) -> Iterator[None]:
 def advance(stage: Step, run_folder: Path, defaults: dict[str, Any], writer: bool, share: bool = False) -> str:
     """Does what `decide` says and returns it, or "share" where a sibling run's stage served. Only the `writer` (rank 0)
     keeps stage.json."""
-    folder = run_folder / stage.name
-    action = decide(stage, run_folder, defaults)
+    folder, action = run_folder / stage.name, decide(stage, run_folder, defaults)
     if action == "skip":
         return action
     with sibling_lock(stage, run_folder) if share else nullcontext():
         if action == "run" and share and adopt(stage, run_folder, defaults):
             return "share"
-        return _make(stage, folder, action, writer)
-
-
-def _make(stage: Step, folder: Path, action: str, writer: bool) -> str:
-    note = {"key": stage.key(), "finished": False, "steps": 0, "result": {}}
-    if writer:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_json(folder / NOTE, note)
-    interrupts.during(f"in the stage {stage.name}")
-    result = stage.run(folder)
-    if writer:
-        write_json(folder / NOTE, note | {"finished": True, "steps": stage.steps, "result": result})
-    return action
+        note = {"key": stage.key(), "finished": False, "steps": 0, "result": {}}
+        if writer:
+            folder.mkdir(parents=True, exist_ok=True)
+            write_json(folder / NOTE, note)
+        interrupts.during(f"in the stage {stage.name}")
+        result = stage.run(folder)
+        if writer:
+            write_json(folder / NOTE, note | {"finished": True, "steps": stage.steps, "result": result})
+        return action

@@ -3,6 +3,7 @@
 import inspect
 from collections.abc import Sequence
 from functools import cached_property, partial
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,12 @@ from hydra.utils import get_object, instantiate
 from lightning.pytorch.loggers.logger import Logger
 from omegaconf import DictConfig, OmegaConf
 
-from ldm_train.checkpoints.parts import targets
+from ldm_train.checkpoints.parts import build, targets
 from ldm_train.configuration import plain, run_config, usual_options
-from ldm_train.data.datamodule import Batching, ShardDataModule
+from ldm_train.data.datamodule import ShardDataModule
 from ldm_train.evaluation.evaluator import Evaluator, check_reference
 from ldm_train.pipeline import resume
-from ldm_train.pipeline.data import condition_fields, data_module
+from ldm_train.pipeline.data import conditioner_classes, data_module, evaluation_batching
 from ldm_train.pipeline.plan import print_plan
 from ldm_train.pipeline.resume import Order, Step
 from ldm_train.pipeline.stage import Stage
@@ -25,16 +26,8 @@ from ldm_train.training.fit import Machine
 from ldm_train.training.loggers import Recorder, StockLogger, WandbRun
 
 # Sections whose `_target_`s the folders of a run may name.
-NAMEABLE = (
-    "autoencoder.network",
-    "diffusion.network",
-    "diffusion.schedule",
-    "diffusion.objective",
-    "diffusion.conditioning",
-    "sampler",
-    "data.derived",
-    "classifier.network",
-)
+DENOISING = ("diffusion.network", "diffusion.schedule", "diffusion.objective", "diffusion.conditioning")
+NAMEABLE = ("autoencoder.network", *DENOISING, "sampler", "data.derived", "classifier.network")
 
 
 def own_parts(config: DictConfig) -> list[str]:
@@ -67,12 +60,6 @@ def _with_signatures(node: dict[str, Any], known: dict[str, Any]) -> dict[str, A
     return defaults
 
 
-def _placed(value: Any, **places: Any) -> Any:
-    for name, place in places.items():
-        value = value.replace(f"{{{name}}}", str(place)) if isinstance(value, str) else value
-    return value
-
-
 class Run:
     """The context in which stages work.
 
@@ -84,7 +71,7 @@ class Run:
         self, config: DictConfig, folder: Path, machine: Machine, trust: Sequence[str] = (), share: bool = False
     ):
         self.config, self.folder, self.machine, self.trust, self.share = config, folder, machine, trust, share
-        self.fields = condition_fields(config, trust)
+        self.fields = tuple(conditioner.field for conditioner in conditioner_classes(config, trust).values())
         self.wandb: WandbRun | None = None
         self.effort: dict[str, tuple[float, float]] = {}  # per stage: training FLOPs per image, peak of the devices
 
@@ -93,6 +80,10 @@ class Run:
     def data(self, stage: str, fields: tuple[str, ...]) -> ShardDataModule:
         """The images of a stage that has a section in the config."""
         return data_module(self.config, stage, self.machine, fields, self.trust)
+
+    def part(self, option: str) -> Any:
+        """The object that a section of the config describes, see `parts.build`."""
+        return build(plain(attrgetter(option)(self.config)), option, self.trust)
 
     def result(self, stage: str, name: str | None = None) -> Any:
         """An entry of a finished stage's result. Raises Refused where the stage is not finished."""
@@ -112,8 +103,10 @@ class Run:
         for name, tree in plain(self.config.logger).items():
             if name == "wandb":
                 continue
-            placed = {k: _placed(v, folder=self.folder, stage=stage) for k, v in tree.items()}
-            logger = instantiate(placed, _convert_="all")
+            for option, value in tree.items():
+                if isinstance(value, str):
+                    tree[option] = value.replace("{folder}", str(self.folder)).replace("{stage}", stage)
+            logger = instantiate(tree, _convert_="all")
             logger = logger if isinstance(logger, Logger) else logger(self.folder, stage)
             loggers.append(logger if isinstance(logger, Recorder) else StockLogger(logger))
         return loggers
@@ -126,8 +119,7 @@ class Run:
     def evaluation_data(self) -> ShardDataModule:
         """The images behind an evaluation, cut over ranks in batches of evaluation.batch_size."""
         data = self.data("diffusion", ("image", *self.fields))
-        size, world = self.config.evaluation.batch_size, self.machine.world_size
-        data.batching = Batching(size * world, None, world, self.machine.rank)
+        data.batching = evaluation_batching(self.config, self.machine)
         return data
 
     def conditions(self, data: ShardDataModule, count: int) -> Any:
@@ -187,10 +179,8 @@ class Run:
         return [Step(s.name, partial(s.key, self), partial(s.run, self), s.steps(self)) for s in chosen]
 
     def prepare(self) -> list[Step]:
-        """The chosen stages, after all checks that are possible beforehand; nothing is changed.
-
-        Prints the plan. Raises errors that a user can act on: Refused, ValueError, FileNotFoundError, DataError.
-        """
+        """The chosen stages, after all checks that are possible beforehand; prints the plan and changes nothing. Raises errors
+        that a user can act on: Refused, ValueError, FileNotFoundError, DataError."""
         steps, restart = self.chosen(), self.config.restart
         if restart:
             self.order.chosen([restart])
@@ -204,6 +194,7 @@ class Run:
         """Runs the chosen stages one after the other, and continues interrupted ones."""
         config, writer = self.config, self.machine.rank == 0
         steps, defaults = self.prepare(), option_defaults(config)
+        said = {"skip": "finished before, skipped", "share": "taken from another run of this sweep"}
         self.barrier()
         if config.restart and writer:
             resume.set_aside(self.folder, resume.made_anew(self.order, steps, self.folder, config.restart))
@@ -215,7 +206,6 @@ class Run:
                 action = resume.advance(step, self.folder, defaults, writer, self.share)
                 self.barrier()
                 if writer:
-                    said = {"skip": "finished before, skipped", "share": "taken from another run of this sweep"}
                     print(f"{step.name}: {said.get(action, 'done')}")
         finally:
             if self.wandb:

@@ -3,11 +3,11 @@
 import json
 import os
 import re
-import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from operator import methodcaller
 from pathlib import Path
 from typing import Any
 
@@ -21,29 +21,27 @@ from ldm_train.storage import write_json
 POLL = 2.0  # seconds between looks at a trial's metrics.csv
 
 
-def parse_space(space: dict[str, Any]) -> dict[str, Callable[[Any], Any]]:
-    """{option: "a,b" | "(low,high)" | "log(low,high)" | "int(low,high)"} -> {option: trial -> value}.
+def _suggestion(option: str, text: str) -> Callable[[Any], Any]:
+    """trial -> value. Raises ValueError for a text that is no range."""
+    if match := re.fullmatch(r"\s*(log|int)?\s*\(([^,]+),([^,]+)\)\s*", text):
+        kind, low, high = match[1], float(match[2]), float(match[3])
+        if not low < high or (kind == "log" and low <= 0):
+            raise ValueError
+        if kind == "int":
+            return methodcaller("suggest_int", option, int(low), int(high))
+        return methodcaller("suggest_float", option, low, high, log=kind == "log")
+    values = [v.strip() for v in text.strip("[]").split(",")]
+    if len(values) < 2 or not all(values):
+        raise ValueError
+    return methodcaller("suggest_categorical", option, tuple(values))
 
-    Raises ValueError naming the option.
-    """
+
+def parse_space(space: dict[str, Any]) -> dict[str, Callable[[Any], Any]]:
+    """{option: "a,b" | "(low,high)" | "log(low,high)" | "int(low,high)"} -> {option: trial -> value}. Raises ValueError."""
     parsed: dict[str, Callable[[Any], Any]] = {}
     for option, text in flatten(space).items():
-        match = re.fullmatch(r"\s*(log|int)?\s*\(([^,]+),([^,]+)\)\s*", str(text))
         try:
-            if match:
-                kind, (low, high) = match[1], (float(v) for v in match.groups()[1:])
-                if not low < high or (kind == "log" and low <= 0):
-                    raise ValueError
-                if kind == "int":
-                    parsed[option] = lambda t, o=option, a=int(low), b=int(high): t.suggest_int(o, a, b)
-                else:
-                    log = kind == "log"
-                    parsed[option] = lambda t, o=option, a=low, b=high, g=log: t.suggest_float(o, a, b, log=g)
-                continue
-            values = [v.strip() for v in str(text).strip("[]").split(",")]
-            if len(values) < 2 or not all(values):
-                raise ValueError
-            parsed[option] = lambda t, o=option, v=tuple(values): t.suggest_categorical(o, v)
+            parsed[option] = _suggestion(option, str(text))
         except ValueError:
             raise ValueError(
                 f'space.{option}="{text}" is no range; write "a,b,c", "(low,high)", "log(low,high)" or "int(low,high)"'
@@ -101,53 +99,41 @@ def run_trial(trial: Any, config: DictConfig, space: dict[str, Callable[[Any], A
                     trial.report(value, step)
                     reported += 1
                 if trial.should_prune():
-                    process.send_signal(signal.SIGTERM)  # saves, then leaves
-                    process.wait()
                     raise optuna.TrialPruned
-        except BaseException:
+        finally:
             if process.poll() is None:
-                process.send_signal(signal.SIGTERM)
+                process.terminate()  # it saves, then leaves
                 process.wait()
-            raise
     if process.returncode:
-        words = (run / "output.txt").read_text().strip().splitlines()
-        raise RuntimeError(
-            next((w for w in reversed(words) if w.startswith("error:")), words[-1] if words else "no output")
-        )
+        words = (run / "output.txt").read_text().strip().splitlines() or ["no output"]
+        raise RuntimeError(next((w for w in reversed(words) if w.startswith("error:")), words[-1]))
     return outcome(run, config.objective, config.direction == "minimize")
 
 
-def search(config: DictConfig) -> dict[str, Any]:
-    try:
-        import optuna
-    except ModuleNotFoundError as error:
-        raise ValueError("ldm-search needs `pip install 'ldm-train[sweep]'`") from error
+def check(config: DictConfig, algorithms: Sequence[str]) -> None:
+    """Raises ValueError, naming the option, for values that no search can have."""
     if config.direction not in ("minimize", "maximize"):
         raise ValueError(f"direction is minimize or maximize, not {config.direction!r}")
-    algorithms = {"gp": optuna.samplers.GPSampler, "tpe": optuna.samplers.TPESampler}
     if config.algorithm not in algorithms:
-        raise ValueError(f"algorithm is gp or tpe, not {config.algorithm!r}")
+        raise ValueError(f"algorithm is {' or '.join(algorithms)}, not {config.algorithm!r}")
     if not isinstance(config.trials, int) or config.trials < 1:
         raise ValueError(f"trials={config.trials!r} is no count")
     if config.prune is not None and ":" not in config.prune:
         raise ValueError(f"prune={config.prune}: write stage:column, for example diffusion:val/loss")
-    space = parse_space({} if config.space is None else OmegaConf.to_container(config.space))
-    folder = Path(config.runs_dir).absolute() / (config.name or f"search_{config.recipe}")
-    folder.mkdir(parents=True, exist_ok=True)
-    optuna.logging.set_verbosity(optuna.logging.ERROR)
-    storage = f"sqlite:///{folder / 'search.db'}"
-    known = optuna.get_all_study_names(storage)
-    before = len(optuna.load_study(study_name="search", storage=storage).trials) if known else 0  # draws new values
+
+
+def open_study(config: DictConfig, sampler: Callable[..., Any], folder: Path) -> Any:
+    """The study in the folder's search.db, new or continued. Raises ValueError where it is another search."""
+    import optuna
+
+    warmup, pruners = config.warmup_trials, optuna.pruners
+    pruner = pruners.MedianPruner(n_startup_trials=warmup) if config.prune else pruners.NopPruner()
+    storage, name = f"sqlite:///{folder / 'search.db'}", "search"
     study = optuna.create_study(
-        storage=storage,
-        study_name="search",
-        load_if_exists=True,
-        direction=config.direction,
-        sampler=algorithms[config.algorithm](seed=config.seed + before, n_startup_trials=config.warmup_trials),
-        pruner=optuna.pruners.MedianPruner(n_startup_trials=config.warmup_trials)
-        if config.prune
-        else optuna.pruners.NopPruner(),
+        storage=storage, study_name=name, load_if_exists=True, direction=config.direction, pruner=pruner
     )
+    # A continued search draws new values.
+    study.sampler = sampler(seed=config.seed + len(study.trials), n_startup_trials=warmup)
     asked = {"space": flatten(OmegaConf.to_container(config.space)), "objective": config.objective}
     asked |= {"recipe": config.recipe, "overrides": list(config.overrides)}
     other = study.user_attrs.get("asked")
@@ -156,14 +142,25 @@ def search(config: DictConfig) -> dict[str, Any]:
     if (direction := study.direction.name.lower()) != config.direction:
         raise ValueError(f"{folder} holds a search with direction={direction}; choose name=<new>")
     study.set_user_attr("asked", asked)
+    return study
+
+
+def search(config: DictConfig) -> dict[str, Any]:
+    try:
+        import optuna
+    except ModuleNotFoundError as error:
+        raise ValueError("ldm-search needs `pip install 'ldm-train[sweep]'`") from error
+    algorithms = {"gp": optuna.samplers.GPSampler, "tpe": optuna.samplers.TPESampler}
+    check(config, list(algorithms))
+    space = parse_space({} if config.space is None else OmegaConf.to_container(config.space))
+    folder = Path(config.runs_dir).absolute() / (config.name or f"search_{config.recipe}")
+    folder.mkdir(parents=True, exist_ok=True)
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    study = open_study(config, algorithms[config.algorithm], folder)
     # An interrupted trial does not count; a failed one has printed its message.
-    states = optuna.trial.TrialState
-    ended = [
-        t
-        for t in study.get_trials(deepcopy=False)
-        if t.state in (states.COMPLETE, states.PRUNED) or "why" in t.user_attrs
-    ]
-    print(f"search {folder}: {len(ended)} of {config.trials} trials done", flush=True)
+    trials, states = study.get_trials(deepcopy=False), optuna.trial.TrialState
+    ended = sum(t.state in (states.COMPLETE, states.PRUNED) or "why" in t.user_attrs for t in trials)
+    print(f"search {folder}: {ended} of {config.trials} trials done", flush=True)
 
     def said(study: Any, trial: Any) -> None:
         state = trial.state.name.lower()
@@ -179,9 +176,8 @@ def search(config: DictConfig) -> dict[str, Any]:
             trial.set_user_attr("why", str(error))
             raise
 
-    study.optimize(objective, n_trials=max(0, config.trials - len(ended)), callbacks=[said], catch=(RuntimeError,))
-    complete = study.get_trials(deepcopy=False, states=[optuna.trial.TrialState.COMPLETE])
-    if not complete:
+    study.optimize(objective, n_trials=max(0, config.trials - ended), callbacks=[said], catch=(RuntimeError,))
+    if not study.get_trials(deepcopy=False, states=[states.COMPLETE]):
         raise ValueError(f"no trial of {folder} came to its end; see the output.txt of each")
     best = {"trial": study.best_trial.number, "value": study.best_value, "params": study.best_params}
     write_json(folder / "best.json", best)

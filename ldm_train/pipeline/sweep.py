@@ -4,8 +4,7 @@ import csv
 import io
 import json
 import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,24 +13,29 @@ from omegaconf import DictConfig, OmegaConf
 
 from ldm_train.configuration import flatten, run_config
 from ldm_train.errors import Refused
+from ldm_train.pipeline import plots
+from ldm_train.pipeline.plots import Rows
 from ldm_train.pipeline.resume import read_note
 from ldm_train.storage import read_record, write_atomically
 from ldm_train.training.loggers import WandbRun, numbers
 
 FAILED = "failed.json"
-TABLE, CURVES = "sweep.csv", "curves.csv"
 # Options that differ between runs but are not swept.
 INCIDENTAL = ("name", "trace", "progress", "logger", "runs_dir", "data_dir", "share")
+# Columns of a stage's metrics.csv whose last value the table holds, and their names there.
+SPENT = {"step": "steps", "train/seconds": "seconds", "train/tflop": "tflop", "train/images": "images"}
 
 
-@dataclass
 class SweptRun:
-    """One run of a sweep: its folder, config, error message if it failed, and the metrics.csv of the stage for its curves."""
+    """One run of a sweep: its folder, options (none where it failed before it had a config), error message if it failed, and the
+    rows of its diffusion stage's metrics.csv."""
 
-    folder: Path
-    config: dict[str, Any]
-    failed: str | None
-    rows: list[dict[str, str]]
+    def __init__(self, folder: Path):
+        self.folder = folder
+        known = (folder / "config.yaml").is_file()
+        self.config = flatten(OmegaConf.to_container(run_config(folder))) if known else {}
+        self.failed = failure(folder)
+        self.rows = read_rows(folder / "diffusion")
 
     @property
     def factor(self) -> int:
@@ -40,19 +44,22 @@ class SweptRun:
 
     def stage(self, name: str) -> str:
         """ "done", the step it has reached, or "" where it has not begun."""
-        note = read_note(self.folder / name)
-        if note is None:
+        if (note := read_note(self.folder / name)) is None:
             return ""
         if note["finished"]:
             return "done"
-        return f"step {read_rows(self.folder / name)[-1]['step']}" if read_rows(self.folder / name) else "begun"
+        rows = read_rows(self.folder / name)
+        return f"step {rows[-1]['step']}" if rows else "begun"
 
     def metrics(self) -> dict[str, float]:
         """The numbers of metrics.json by their path; {} before the evaluation."""
         path = self.folder / "evaluation" / "metrics.json"
-        if not path.is_file():
-            return {}
-        return {name.replace("/", "."): v for name, v in numbers(read_record(path)).items()}
+        tree = read_record(path) if path.is_file() else {}
+        return {name.replace("/", "."): v for name, v in numbers(tree).items()}
+
+    def measured(self) -> list[str]:
+        """The metrics of its evaluation."""
+        return list(self.config.get("evaluation.metrics") or ["fid_tiny"])
 
 
 def read_rows(stage: Path) -> list[dict[str, str]]:
@@ -69,18 +76,16 @@ def failure(folder: Path) -> str | None:
     return str(read_record(folder / FAILED).get("error")) if (folder / FAILED).is_file() else None
 
 
+def jobs(folder: Path) -> list[Path]:
+    """The folders of a sweep's jobs, by name; last those that failed before they had a config."""
+    known = sorted(p.parent for p in folder.glob("*/config.yaml"))
+    failed = sorted(p.parent for p in folder.glob(f"*/{FAILED}") if p.parent not in known)
+    return [job for job in (*known, *failed) if not (job / "metadata.json").is_file()]  # an export beside the jobs
+
+
 def read_runs(folder: Path) -> list[SweptRun]:
-    """The runs in a folder, by name. Raises FileNotFoundError where there is none."""
-    runs = []
-    for path in sorted(p.parent for p in folder.glob("*/config.yaml")):
-        if (path / "metadata.json").is_file():  # a model folder: an export that stands beside the jobs
-            continue
-        config = flatten(OmegaConf.to_container(run_config(path)))
-        failed = failure(path)
-        runs.append(SweptRun(path, config, failed, read_rows(path / "diffusion")))
-    for path in sorted(p.parent for p in folder.glob(f"*/{FAILED}")):  # before it had a config
-        if not (path / "config.yaml").is_file():
-            runs.append(SweptRun(path, {}, failure(path), []))
+    """The runs in a folder. Raises FileNotFoundError where there is none."""
+    runs = [SweptRun(job) for job in jobs(folder)]
     if not runs:
         raise FileNotFoundError(
             f"{folder} holds no runs; dir= is the folder of a sweep: <runs_dir>/<experiment or name>"
@@ -90,12 +95,9 @@ def read_runs(folder: Path) -> list[SweptRun]:
 
 def differing(runs: Sequence[SweptRun]) -> list[str]:
     """The options in which the runs differ."""
-    keys = sorted({k for run in runs for k in run.config})
-    known = [run for run in runs if run.config]
-    return [
-        k for k in keys
-        if k.split(".")[0] not in INCIDENTAL and len({json.dumps(r.config.get(k), default=str) for r in known}) > 1
-    ]  # fmt: skip
+    known = [run.config for run in runs if run.config]
+    keys = sorted({k for config in known for k in config if k.split(".")[0] not in INCIDENTAL})
+    return [k for k in keys if len({json.dumps(config.get(k), default=str) for config in known}) > 1]
 
 
 def gather(runs: Sequence[SweptRun]) -> list[dict[str, Any]]:
@@ -106,41 +108,28 @@ def gather(runs: Sequence[SweptRun]) -> list[dict[str, Any]]:
         row: dict[str, Any] = {"run": run.folder.name, "f": run.factor if run.config else ""}
         row |= {k: run.config.get(k, "") for k in options}
         row |= {s: run.stage(s) for s in ("autoencoder", "diffusion", "evaluation")}
-        for key, name in (
-            ("step", "steps"),
-            ("train/seconds", "seconds"),
-            ("train/tflop", "tflop"),
-            ("train/images", "images"),
-        ):
-            row[name] = last.get(key, "")
+        row |= {name: last.get(column, "") for column, name in SPENT.items()}
         row |= {k: v for k, v in last.items() if k.startswith("val/")} | run.metrics()
         table.append(row | {"failed": run.failed or ""})
     return table
 
 
-def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    columns = list(dict.fromkeys(k for row in rows for k in row))
-
-    def write(file: io.BufferedWriter) -> None:
-        text = io.TextIOWrapper(file, newline="", write_through=True)
-        writer = csv.DictWriter(text, columns, restval="")
-        writer.writeheader()
-        writer.writerows(rows)
-        text.detach()
-
-    write_atomically(path, write)
+def write_csv(path: Path, rows: Rows) -> None:
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, list(dict.fromkeys(k for row in rows for k in row)), restval="")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_atomically(path, lambda file: file.write(text.getvalue().encode()))
 
 
 def curve_metric(runs: Sequence[SweptRun], asked: str | None) -> str | None:
     """The column that curves show. Raises ValueError for one that no run has."""
-    there = list(
-        dict.fromkeys(k for run in runs for row in run.rows for k, v in row.items() if v and k.startswith("val/"))
-    )
+    rows = [row for run in runs for row in run.rows]
+    there = list(dict.fromkeys(k for row in rows for k, v in row.items() if v and k.startswith("val/")))
     if asked is not None:
-        if asked not in {k for run in runs for row in run.rows for k in row}:
-            raise ValueError(
-                f"metric={asked} is in no run's diffusion/metrics.csv; there are {', '.join(there) or 'none yet'}"
-            )
+        if not any(asked in row for row in rows):
+            known = ", ".join(there) or "none yet"
+            raise ValueError(f"metric={asked} is in no run's diffusion/metrics.csv; there are {known}")
         return asked
     better = [k for k in there if k.startswith(("val/fid", "val/kid")) and not k.endswith(("_low", "_high"))]
     return next(iter(better or there), None)
@@ -162,28 +151,21 @@ def curves(runs: Sequence[SweptRun], metric: str) -> list[dict[str, Any]]:
     return table
 
 
-def label(run: SweptRun, by_factor: bool) -> str:
-    """The legend of a run: its f, or the first 40 characters of its folder's name."""
-    return f"f = {run.factor}" if by_factor else run.folder.name[:40]
-
-
-def summarise(folder: Path, metric: str | None = None, final: str | None = None) -> list[Path]:
+def summarise(
+    folder: Path, runs: Sequence[SweptRun], table: Rows, metric: str | None = None, final: str | None = None
+) -> list[Path]:
     """Writes sweep.csv, curves.csv, curves.png and f.png of the runs so far; returns the paths written."""
-    from ldm_train.pipeline import plots
-
-    runs = read_runs(folder)
-    table = gather(runs)
-    write_csv(folder / TABLE, table)
-    written = [folder / TABLE]
+    written = [folder / "sweep.csv"]
+    write_csv(written[0], table)
     column = curve_metric(runs, metric)
-    factors = sorted({run.factor for run in runs if run.config})
-    by_factor = len(factors) == len([r for r in runs if r.config]) > 1
-    names = {run.folder.name: label(run, by_factor) for run in runs}
+    factors = [run.factor for run in runs if run.config]
+    by_factor = len(set(factors)) == len(factors) > 1
+    names = {run.folder.name: f"f = {run.factor}" if by_factor else run.folder.name[:40] for run in runs}
     if column is not None and (rows := curves(runs, column)):
-        write_csv(folder / CURVES, rows)
-        written += [folder / CURVES, plots.curves(rows, column, names, folder / "curves.png")]
+        write_csv(folder / "curves.csv", rows)
+        written += [folder / "curves.csv", plots.curves(rows, column, names, folder / "curves.png")]
     number = final or (f"samples.{column.removeprefix('val/')}" if column else None)
-    if number is not None and len(factors) > 1:
+    if number is not None and len(set(factors)) > 1:
         key = number if any(number in r for r in table) else f"{number}.value"
         if points := [r for r in table if r.get(key) not in (None, "")]:
             written.append(plots.against_factor(points, key, folder / "f.png"))
@@ -195,36 +177,26 @@ def speed(config: DictConfig, runs: Sequence[SweptRun], folder: Path) -> list[di
     measurements are used again; interrupted ones continue."""
     from ldm_train.pipeline import measure
 
+    options = {k: config[k] for k in ("n", "batch_size", "accelerator", "precision", "progress")}
     rows = []
     for run in runs:
         if not (run.folder / "diffusion" / "model" / "model.safetensors").is_file():
             continue
         for steps in config.steps:
-            asked = OmegaConf.merge(
-                measure.command_options(),
-                {"run": str(run.folder), "runs_dir": str(folder.parent), "n": config.n, "num_inference_steps": steps,
-                 "metrics": run_metrics(run), "batch_size": config.batch_size, "accelerator": config.accelerator,
-                 "precision": config.precision, "progress": config.progress},
-            )  # fmt: skip
-            metrics = measure.measured_run(asked)
-            rows.append(
-                {"run": run.folder.name, "f": run.factor, "num_inference_steps": steps}
-                | {"images_per_second": metrics["speed"].get("images_per_second")}
-                | {f"{name}{end}": value for name, entry in metrics["samples"].items() for end, value in ends(entry)}
-            )
+            own = {"run": str(run.folder), "runs_dir": str(folder.parent), "metrics": run.measured()}
+            asked = options | own | {"num_inference_steps": steps}
+            metrics = measure.measured_run(OmegaConf.merge(measure.command_options(), asked))
+            row: dict[str, Any] = {"run": run.folder.name, "f": run.factor, "num_inference_steps": steps}
+            row["images_per_second"] = metrics["speed"].get("images_per_second")
+            for name, entry in metrics["samples"].items():
+                row[name] = entry["value"]
+                row.update(zip((f"{name}_low", f"{name}_high"), entry["interval"] or ()))
+            rows.append(row)
             print(f"{run.folder.name}: {steps} steps measured", flush=True)
     return rows
 
 
-def ends(entry: Mapping[str, Any]) -> list[tuple[str, Any]]:
-    return [("", entry["value"]), *zip(("_low", "_high"), entry["interval"] or ())]
-
-
-def run_metrics(run: SweptRun) -> list[str]:
-    return list(run.config.get("evaluation.metrics") or ["fid_tiny"])
-
-
-def format_table(table: Sequence[Mapping[str, Any]], number: str | None) -> str:
+def format_table(table: Rows, number: str | None) -> str:
     lines = []
     for row in table:
         state = row["failed"] and f"FAILED: {row['failed'].splitlines()[0]}"
@@ -243,29 +215,26 @@ def sweep(config: DictConfig) -> list[Path]:
     if not folder.is_dir():
         raise FileNotFoundError(f"dir={config.dir}: there is no such folder")
     runs = read_runs(folder)
-    written = summarise(folder, config.metric, config.final)
-    column = curve_metric(runs, config.metric)
-    number = f"samples.{column.removeprefix('val/')}.value" if column else None
-    print(format_table(gather(runs), number))
+    table = gather(runs)
+    written = summarise(folder, runs, table, config.metric, config.final)
+    name = (curve_metric(runs, config.metric) or "").removeprefix("val/")
+    print(format_table(table, f"samples.{name}.value" if name else None))
     if config.steps:
-        from ldm_train.pipeline import plots
-
         rows = speed(config, runs, folder)
         if not rows:
             raise ValueError(
                 f"no run of {folder} has finished its diffusion stage: there is nothing to sample from yet"
             )
         write_csv(folder / "speed.csv", rows)
-        metric = column.removeprefix("val/") if column and rows and column.removeprefix("val/") in rows[0] else None
-        metric = metric or run_metrics(runs[0])[0]
+        metric = name if name in rows[0] else runs[0].measured()[0]
         written += [folder / "speed.csv", plots.speed(rows, metric, folder / "speed.png")]
     if config.wandb:
-        upload(folder, gather(runs), written, config.project)
+        upload(folder, table, written, config.project)
     print("\n".join(f"wrote {path}" for path in written))
     return written
 
 
-def upload(folder: Path, table: Sequence[Mapping[str, Any]], written: Sequence[Path], project: str) -> None:
+def upload(folder: Path, table: Rows, written: Sequence[Path], project: str) -> None:
     """The table and the plots as a run of W&B."""
     import wandb
 
@@ -285,15 +254,13 @@ class Report(Callback):
         if not folder.is_dir():
             return
         try:
-            written = summarise(folder)
+            runs = read_runs(folder)
+            written = summarise(folder, runs, gather(runs))
         except (FileNotFoundError, ValueError, Refused) as error:
             print(f"no table or plots of the sweep: {error}")
             written = []
         print("\n".join(f"wrote {path}" for path in written))
-        failed = sorted(path.parent for path in folder.glob(f"*/{FAILED}"))
-        if failed:
-            jobs = {path.parent for name in ("config.yaml", FAILED) for path in folder.glob(f"*/{name}")}
-            jobs = {job for job in jobs if not (job / "metadata.json").is_file()}
+        if failed := sorted(path.parent for path in folder.glob(f"*/{FAILED}")):
             lines = "\n".join(f"  {job.name}: {failure(job)}" for job in failed)
-            print(f"\nerror: {len(failed)} of {len(jobs)} jobs failed:\n{lines}", file=sys.stderr, flush=True)
+            print(f"\nerror: {len(failed)} of {len(jobs(folder))} jobs failed:\n{lines}", file=sys.stderr, flush=True)
             sys.exit(1)

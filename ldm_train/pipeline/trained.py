@@ -7,37 +7,30 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from ldm_train.configuration import config_folder, literal, usual_options
-from ldm_train.storage import check_kinds
+from ldm_train.storage import check_kinds, read_config
 
-# Options of this command that replace evaluation.<name> of the run's config.
+# Options of this command that replace evaluation.<name> and sampling.<name> of the run's config.
 EVALUATION = ("metrics", "paired", "reference", "reference_images", "predictors", "batch_size")
+SAMPLING = ("num_inference_steps", "guidance_scale", "spacing")
 # Parts that measure: built from this command's own config, never from a run's, which may come from a stranger.
 BUILT = ("extractors", "kinds", "perceptual", "lpips")
-SAMPLING = ("num_inference_steps", "guidance_scale", "spacing")
-
+# Options that are of this machine and this command alone.
+OWN = ("accelerator", "precision", "num_workers", "progress", "devices", "runs_dir", "trust")
 
 SECTIONS = ("data", "autoencoder", "diffusion", "latents", "sampling", "evaluation")
 NULL = type(None)
 # Types of options that take more than one.
 OPEN: dict[str, Sequence[type]] = {
     "data.image_size": (int, list),
-    "sampling.guidance_scale": (float,),
     "data.max_bad_fraction": (float,),
-    **dict.fromkeys(("autoencoder.lr", "diffusion.lr"), (float,)),
-    **{
-        f"{stage}.{name}": (float, NULL)
-        for stage in ("autoencoder", "diffusion")
-        for name in ("ema_decay", "clip_norm")
-    },
-    **{
-        f"{stage}.{name}": (int, NULL)
-        for stage in ("autoencoder", "diffusion")
-        for name in ("val_images", "micro_batch_size")
-    },
+    "sampling.guidance_scale": (float,),
     "evaluation.reference_images": (int,),
-    "autoencoder.loss.perceptual": (dict,),
     "evaluation.restoration": (dict, NULL),
+    "autoencoder.loss.perceptual": (dict,),
 }
+for stage in ("autoencoder", "diffusion"):
+    OPEN |= {f"{stage}.lr": (float,), f"{stage}.ema_decay": (float, NULL), f"{stage}.clip_norm": (float, NULL)}
+    OPEN |= {f"{stage}.val_images": (int, NULL), f"{stage}.micro_batch_size": (int, NULL)}
 # Options that every run's config must have, old or new.
 NEEDED = (
     "autoencoder.network._target_", "diffusion.network._target_", "diffusion.schedule._target_", "sampler._target_",
@@ -50,23 +43,20 @@ def run_folder(name: str, runs_dir: str) -> Path:
     for folder in (Path(name), Path(runs_dir) / name):
         if (folder / "config.yaml").is_file() and not (folder / "metadata.json").is_file():  # else a model folder
             return folder
-    known = sorted(
-        str(p.parent.relative_to(runs_dir)) for p in Path(runs_dir).rglob("config.yaml") if ".replaced" not in p.parts
-    )
-    runs = [
-        k for k in known if (Path(runs_dir) / k / "diffusion").is_dir() or (Path(runs_dir) / k / "autoencoder").is_dir()
-    ]
+    known = [p.parent for p in Path(runs_dir).rglob("config.yaml") if ".replaced" not in p.parts]
+    trained = [f for f in known if (f / "diffusion").is_dir() or (f / "autoencoder").is_dir()]
+    runs = sorted(str(folder.relative_to(runs_dir)) for folder in trained)
     raise FileNotFoundError(
         f"{name} is no run (a folder with config.yaml); runs in {runs_dir}: {', '.join(runs) or 'none'}"
     )
 
 
-def _perceptual_of(trained: DictConfig) -> dict[str, Any] | None:
+def _perceptual_of(tree: dict[str, Any]) -> dict[str, Any] | None:
     """The perceptual network of this package that a run was trained with, in its usual form; None where it is another."""
-    tree = OmegaConf.select(trained, "autoencoder.loss.perceptual._target_")
-    for file in sorted((config_folder() / "autoencoder" / "loss" / "perceptual").glob("*.yaml")):
-        usual = OmegaConf.to_container(OmegaConf.load(file))
-        if tree is not None and usual.get("_target_") == tree:
+    target = (tree["autoencoder"]["loss"].get("perceptual") or {}).get("_target_")
+    for file in sorted(config_folder().glob("autoencoder/loss/perceptual/*.yaml")):
+        usual = read_config(file)
+        if target is not None and usual.get("_target_") == target:
             return usual
     return None
 
@@ -77,7 +67,7 @@ def _said(tree: dict[str, Any]) -> dict[str, Any]:
     return {k: None if k in open_ended else _said(v) if isinstance(v, dict) else v for k, v in tree.items()}
 
 
-def _whole(trained: DictConfig, path: Path) -> DictConfig:
+def _whole(trained: DictConfig, path: Path) -> dict[str, Any]:
     """A run's config with the usual options where an older run lacks them, the kinds of its values checked."""
     tree, usual = OmegaConf.to_container(trained), _said(usual_options())
     usual["data"] |= {"derived": {}}
@@ -107,43 +97,34 @@ def _whole(trained: DictConfig, path: Path) -> DictConfig:
     for name, conditioner in tree["diffusion"]["conditioning"]["conditioners"].items():
         if not isinstance(conditioner, dict) or "_target_" not in conditioner:
             raise ValueError(f"{path} is damaged: the conditioner {name} is {conditioner!r:.60}, which has no _target_")
-    return OmegaConf.create(tree)
+    return tree
 
 
 def with_options(trained: DictConfig, config: DictConfig, path: Path) -> DictConfig:
-    """The config of a run, read from `path`, this command's options in the place of its own.
-
-    The run supplies plain values and the parts that `parts.build` allows; everything else is built from this command's config.
-    Raises ValueError, naming the file, for values of a wrong type.
-    """
-    trained = _whole(trained, path)
-    own = OmegaConf.to_container(config, resolve=True)
-    usual = OmegaConf.to_container(OmegaConf.load(config_folder() / "train.yaml").evaluation)
-    built = {name: usual[name] for name in BUILT} | {"perceptual": _perceptual_of(trained)}
-    plain = {k: v for k, v in trained.get("evaluation", {}).items() if k not in BUILT}
-    trained["stage"] = {}  # a measurement runs none
-    known = usual_options()
-    trained.data["module"] = known["data"]["module"]
-    trained.autoencoder.data = {k: v for k, v in trained.autoencoder.data.items() if k in known["autoencoder"]["data"]}
-    trained.evaluation = OmegaConf.create({**usual, **plain, **built})
+    """The config of a run, read from `path`, this command's options in the place of its own. The run supplies plain values and
+    the parts that `parts.build` allows; everything else is built from this command's config. Raises ValueError, naming the
+    file, for values of a wrong type."""
+    tree, own, known = _whole(trained, path), OmegaConf.to_container(config, resolve=True), usual_options()
+    given = {name: value for name, value in own.items() if value is not None}
+    usual, recorded = known["evaluation"], tree.get("evaluation", {})
+    built = {name: usual[name] for name in BUILT} | {"perceptual": _perceptual_of(tree)}
     for name in BUILT:
         if own[name]:
-            trained.evaluation[name] = OmegaConf.merge(trained.evaluation[name] or {}, own[name])
-    for name in EVALUATION:
-        if own[name] is not None:
-            trained.evaluation[name] = own[name]
-    if own["n"] is not None:
-        trained.evaluation.images = own["n"]
-    for name in SAMPLING:
-        if own[name] is not None:
-            trained.sampling[name] = own[name]
+            built[name] = OmegaConf.to_container(OmegaConf.merge(built[name] or {}, own[name]))
+    evaluation = usual | recorded | built | {name: given[name] for name in EVALUATION if name in given}
+    if "n" in given:
+        evaluation["images"] = given["n"]
+    tree |= {"stage": {}, "evaluation": evaluation}  # a measurement runs no stage
+    tree["sampling"] |= {name: given[name] for name in SAMPLING if name in given}
+    tree |= {name: own[name] for name in OWN}
     if own.get("sampler"):
-        trained.sampler = own["sampler"]
-    for name in ("accelerator", "precision", "num_workers", "progress", "devices", "runs_dir", "trust"):
-        trained[name] = own[name]
+        tree["sampler"] = own["sampler"]
+    tree["data"]["module"] = known["data"]["module"]
+    first = {k: v for k, v in tree["autoencoder"]["data"].items() if k in known["autoencoder"]["data"]}
+    tree["autoencoder"]["data"] = first
     for name, value in own["data"].items():
         if value is not None:
-            trained.data[name] = value
-            if trained.autoencoder.data.get(name) is not None:
-                trained.autoencoder.data[name] = value
-    return literal(OmegaConf.to_container(trained, resolve=True))
+            tree["data"][name] = value
+            if first.get(name) is not None:
+                first[name] = value
+    return literal(OmegaConf.to_container(OmegaConf.create(tree), resolve=True))

@@ -22,25 +22,15 @@ from ldm_train.training.fit import Cadence, fit
 from ldm_train.training.task import Task
 
 # Options that change how a stage runs but not what it computes; they may differ when it resumes.
-NOT_IN_KEY = (
-    "data",  # enters the key by its content
-    "max_steps",
-    "micro_batch_size",
-    "val_every",
-    "val_images",
-    "checkpoint_every",
-    "log_every",
-    "compile",
-    "samples",
-    "evaluate_every",
-    "evaluate_images",
-    "best_by",
-)
+PACE = ("max_steps", "micro_batch_size", "checkpoint_every", "compile")
+WATCHED = ("val_every", "val_images", "log_every", "samples", "evaluate_every", "evaluate_images", "best_by")
+NOT_IN_KEY = ("data", *PACE, *WATCHED)  # the data enter the key by their content
 
 
-def section_key(run: Run, stage: str) -> dict[str, Any]:
-    """A stage's section of the config without options that do not change its result."""
-    return {k: v for k, v in plain(run.config[stage]).items() if k not in NOT_IN_KEY}
+def training_key(run: Run, stage: str) -> dict[str, Any]:
+    """What the training of a stage depends on beside its data: its options that change the result, seed and precision."""
+    section = {k: v for k, v in plain(run.config[stage]).items() if k not in NOT_IN_KEY}
+    return {stage: section, "seed": run.config.seed, "precision": run.machine.precision}
 
 
 def trainer_options(run: Run) -> dict[str, Any]:
@@ -59,13 +49,10 @@ def own_callbacks(run: Run) -> list[Callback]:
     callbacks = []
     for name, tree in plain(run.config.callbacks).items():
         callback = instantiate(tree, _convert_="all")
-        if not isinstance(callback, Callback) or isinstance(callback, Checkpoint):
-            why = (
-                "saves checkpoints, which training does itself"
-                if isinstance(callback, Checkpoint)
-                else "is no callback"
-            )
-            raise ValueError(f"callbacks.{name}: {tree['_target_']} {why}")
+        if not isinstance(callback, Callback):
+            raise ValueError(f"callbacks.{name}: {tree['_target_']} is no callback")
+        if isinstance(callback, Checkpoint):
+            raise ValueError(f"callbacks.{name}: {tree['_target_']} saves checkpoints, which training does itself")
         callbacks.append(callback)
     return callbacks
 
@@ -75,10 +62,10 @@ def check_optimisation(run: Run, stage: str) -> None:
     be built."""
     section = run.config[stage]
     own_callbacks(run)
+    bare = dict.fromkeys(("logger", "enable_checkpointing", "enable_model_summary", "enable_progress_bar"), False)
     try:
         with warnings.catch_warnings(action="ignore"):  # of GPUs that this Trainer does not use
-            Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, enable_model_summary=False,
-                    enable_progress_bar=False, **trainer_options(run))  # fmt: skip
+            Trainer(accelerator="cpu", **bare, **trainer_options(run))
     except (TypeError, MisconfigurationException) as error:
         raise ValueError(f"trainer: {error}") from error
     try:
@@ -116,13 +103,8 @@ def train(
 ) -> None:
     """Trains a task by the options of its section. images: training images. health: the options that the health checks need."""
     config, section = run.config, run.config[stage]
-    cadence = Cadence(
-        section.val_every,
-        section.checkpoint_every,
-        section.log_every,
-        config.progress and run.machine.rank == 0,
-        config.trace,
-    )
+    progress = config.progress and run.machine.rank == 0
+    cadence = Cadence(section.val_every, section.checkpoint_every, section.log_every, progress, config.trace)
     fit(
         task,
         data,
