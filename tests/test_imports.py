@@ -11,7 +11,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 # The floors of the house: a part may import those of its own floor and of the floors below.
 FLOORS = (
-    {"names", "storage", "distributed", "rng", "images", "interrupts", "errors", "configuration"},
+    {"names", "storage", "distributed", "rng", "images", "interrupts", "errors", "configuration", "rules"},
     {"models", "diffusion"},
     {"losses", "conditioning", "metrics", "data", "samplers"},
     {"latent_diffusion"},
@@ -80,7 +80,7 @@ def test_every_part_of_the_package_has_a_floor() -> None:
 
 def test_only_the_upper_floors_see_a_config() -> None:
     users = {part_of(f) for f in FILES if {"hydra", "omegaconf"} & theirs(f)}
-    assert users <= {"configuration", "evaluation", "generation", "pipeline", "bench", "cli"}
+    assert users <= {"configuration", "rules", "evaluation", "generation", "pipeline", "bench", "cli"}
 
 
 def test_commands_are_short() -> None:
