@@ -22,10 +22,12 @@ from ldm_train.cli.sample import FREE
 from ldm_train.configuration import config_folder
 
 ROOT = Path(__file__).parents[1]
-GUIDES = sorted({p for p in ROOT.rglob("*.md") if not {"runs", ".venv", ".git"} & set(p.relative_to(ROOT).parts)})
+GUIDES = sorted(
+    {p for p in ROOT.rglob("*.md") if not {"runs", ".venv", ".git", ".pytest_cache"} & set(p.relative_to(ROOT).parts)}
+)
 COMMANDS = {
     "train.py": "train", "ldm-sample": "sample", "ldm-evaluate": "evaluate", "ldm-prepare": "prepare", "ldm-sweep": "sweep",
-    "ldm-search": "search", "ldm-bench": "bench",
+    "ldm-search": "search", "ldm-bench": "bench", "ldm-convert": "convert",
 }  # fmt: skip
 ADDED = ("extractors.", "fields.")  # options that a command's main adds with a +
 
@@ -88,7 +90,9 @@ BRIEFLY = {
     "ldm-sweep": [],
     "ldm-search": [],
 }
-ELSEWHERE = r"celebahq|clothing_f8|my_package|ldm-search|ldm-sweep dir=runs/shapes_f_sweep|ldm-bench|_f_sweep"
+ELSEWHERE = (
+    r"celebahq|ldm-convert|clothing_f8|my_package|ldm-search|ldm-sweep dir=runs/shapes_f_sweep|ldm-bench|_f_sweep"
+)
 
 
 def typed(monkeypatch: pytest.MonkeyPatch, words: list[str]) -> None:

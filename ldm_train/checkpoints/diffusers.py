@@ -16,14 +16,13 @@ from torch import nn
 
 from ldm_train import names
 from ldm_train.checkpoints import diffusers_options as rules
+from ldm_train.checkpoints.parts import build
 from ldm_train.conditioning.text import FrozenText
 from ldm_train.diffusion import parameterisation
 from ldm_train.diffusion.parameterisation import Parameterisation
 from ldm_train.diffusion.schedule import NoiseSchedule
 from ldm_train.latent_diffusion import LatentDiffusion
-from ldm_train.models.autoencoder import AutoencoderKL, AutoencoderVQ
 from ldm_train.models.first_stage import FirstStage
-from ldm_train.models.unet import UNet
 from ldm_train.storage import check_links, file_sha256, read_record
 
 INDEX = "model_index.json"
@@ -99,7 +98,7 @@ def _check_links(folder: Path) -> None:
     check_links(folder, [root.parent.parent / "blobs"] if root.parent.name == "snapshots" else [])
 
 
-def _files(folder: Path) -> list[Path]:
+def weight_files(folder: Path) -> list[Path]:
     """The weights of one component: whole or in shards, safetensors before pickles."""
     for stem in WEIGHTS:
         for suffix in (".safetensors", ".fp16.safetensors"):
@@ -124,7 +123,7 @@ def _first_line(error: Exception) -> str:
 def _weights(folder: Path) -> dict[str, torch.Tensor]:
     """The tensors of a folder, by diffusers' current names. Raises ValueError for a file that cannot be read."""
     weights: dict[str, torch.Tensor] = {}
-    for path in _files(folder):
+    for path in weight_files(folder):
         try:
             # No code is run from a pickle.
             read = torch.load(path, "cpu", weights_only=True) if path.suffix == ".bin" else load_file(path)
@@ -139,15 +138,18 @@ def _weights(folder: Path) -> dict[str, torch.Tensor]:
     return {re.sub(older, lambda m: f"{m[1]}.{OLDER_ATTENTION[m[2]]}.{m[3]}", key): v for key, v in weights.items()}
 
 
-def _built(path: Path, kind: Callable[..., nn.Module], options: dict[str, Any], **arguments: Any) -> nn.Module:
+def _trunk(options: dict[str, Any]) -> dict[str, Any]:
+    """What U-Nets and autoencoders have in common, in our names."""
+    widths = options["block_out_channels"]
+    mult = [width // widths[0] for width in widths]
+    return {"channels": widths[0], "channel_mult": mult, "num_res_blocks": options["layers_per_block"]}
+
+
+def _built(path: Path, tree: dict[str, Any]) -> nn.Module:
     """A network on the meta device, since a config may ask for any size; its memory comes with its weights."""
-    widths, groups = options["block_out_channels"], options["norm_num_groups"]
-    arguments |= {"channels": widths[0], "channel_mult": [width // widths[0] for width in widths]}
-    try:
-        with torch.device("meta"):
-            module = kind(**arguments, num_res_blocks=options["layers_per_block"])
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
+    with torch.device("meta"):
+        module = build(tree, path)
+    groups = rules.read_groups(path)
     for norm in module.modules():  # groups are not in the weights; ours follow the published widths, see `group_norm`
         if isinstance(norm, nn.GroupNorm) and norm.num_groups != groups:
             raise ValueError(
@@ -205,8 +207,8 @@ def _head_size(path: Path, options: dict[str, Any], levels: list[int], condition
     return {"head_dim": head_widths.pop()}
 
 
-def load_unet(folder: Path, latent_channels: int) -> tuple[UNet, list[int]]:
-    """The U-Net, and the size of the latents that it was trained on."""
+def unet_tree(folder: Path, latent_channels: int) -> tuple[dict[str, Any], list[int]]:
+    """The tree of a U-Net, and the size of the latents that it was trained on."""
     path = folder / "config.json"
     kind, options = rules.read_model(path, rules.UNETS)
     for name in ("in_channels", "out_channels"):
@@ -223,7 +225,7 @@ def load_unet(folder: Path, latent_channels: int) -> tuple[UNet, list[int]]:
             "context_dim": options["cross_attention_dim"],
             "transformer_depth": options["transformer_layers_per_block"],
             "linear_projection": options["use_linear_projection"],
-            "cross_only_levels": attention if options["only_cross_attention"] else (),
+            "cross_only_levels": attention if options["only_cross_attention"] else [],
         }
     else:  # with scale_shift, the middle attention there has no norm unless its groups are given
         extra = {"mid_attention": mid_attention}
@@ -232,23 +234,27 @@ def load_unet(folder: Path, latent_channels: int) -> tuple[UNet, list[int]]:
         if mid_attention and options["attn_norm_num_groups"] not in allowed:
             raise rules.refused(path, "attn_norm_num_groups", options["attn_norm_num_groups"], f"={groups}")
     middle = [len(options["block_out_channels"]) - 1] if mid_attention else []
-    unet = _built(
-        path,
-        UNet,
-        options,
-        in_channels=options["in_channels"],
-        out_channels=options["out_channels"],
-        attention_levels=attention,
-        scale_shift=options["resnet_time_scale_shift"] == "scale_shift",
-        **_head_size(path, options, attention + middle, conditional),
-        **extra,
-    )
-    _load(unet, folder, lambda key: unet_key(key, options["layers_per_block"]))
+    tree = {
+        "_target_": "ldm_train.models.unet.UNet",
+        "in_channels": options["in_channels"],
+        "out_channels": options["out_channels"],
+        "attention_levels": attention,
+        "scale_shift": options["resnet_time_scale_shift"] == "scale_shift",
+    }
     size = options["sample_size"] or 64
-    return unet, size if isinstance(size, list) else [size, size]
+    tree |= _trunk(options) | _head_size(path, options, attention + middle, conditional) | extra
+    return tree, size if isinstance(size, list) else [size, size]
 
 
-def load_first_stage(folder: Path) -> FirstStage:
+def load_unet(folder: Path, latent_channels: int) -> tuple[nn.Module, list[int]]:
+    """The U-Net, and the size of the latents that it was trained on."""
+    tree, size = unet_tree(folder, latent_channels)
+    unet = _built(folder / "config.json", tree)
+    _load(unet, folder, lambda key: unet_key(key, tree["num_res_blocks"]))
+    return unet, size
+
+
+def first_stage_tree(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
     kind, options = rules.read_model(path, rules.AUTOENCODERS)
     if options["out_channels"] != options["in_channels"]:
@@ -256,17 +262,29 @@ def load_first_stage(folder: Path) -> FirstStage:
             f"{path} has in_channels={options['in_channels']} and out_channels={options['out_channels']}; autoencoders "
             "with equal numbers can be loaded"
         )
-    arguments = {
+    vq = kind == "VQModel"
+    tree = {
+        "_target_": f"ldm_train.models.autoencoder.{'AutoencoderVQ' if vq else 'AutoencoderKL'}",
         "z_channels": options["latent_channels"],
         "attention_levels": [n for n, block in enumerate(options["down_block_types"]) if "Attn" in block],
         "mid_attention": options["mid_block_add_attention"],
         "in_channels": options["in_channels"],
     }
-    if kind == "VQModel":
-        arguments |= {"embed_dim": options["vq_embed_dim"], "num_codes": options["num_vq_embeddings"]}
-    network = _built(path, AutoencoderVQ if kind == "VQModel" else AutoencoderKL, options, **arguments)
-    _load(network, folder, lambda key: autoencoder_key(key, len(options["block_out_channels"])))
-    return FirstStage(network, options["scaling_factor"])
+    if vq:
+        tree |= {"embed_dim": options["vq_embed_dim"], "num_codes": options["num_vq_embeddings"]}
+    scale = options["scaling_factor"]
+    return {
+        "_target_": "ldm_train.models.first_stage.FirstStage",
+        "autoencoder": tree | _trunk(options),
+        "scale_factor": scale,
+    }
+
+
+def load_first_stage(folder: Path) -> FirstStage:
+    tree = first_stage_tree(folder)
+    network = _built(folder / "config.json", tree["autoencoder"])
+    _load(network, folder, lambda key: autoencoder_key(key, len(tree["autoencoder"]["channel_mult"])))
+    return FirstStage(network, tree["scale_factor"])
 
 
 def _text(folder: Path, dim: int) -> FrozenText:
@@ -362,7 +380,7 @@ def diffusers_metadata(folder: str | Path) -> dict[str, Any]:
     digest = hashlib.sha256()
     parts = [folder / n for n in ("unet", "vae", "vqvae", "text_encoder") if (folder / n).is_dir()]
     configs = [folder / INDEX, *sorted(folder.glob("*/*config.json"))]
-    for path in (*configs, *(p for part in parts for p in _files(part))):
+    for path in (*configs, *(p for part in parts for p in weight_files(part))):
         digest.update(file_sha256(path).encode())
     scale = 7.5 if (folder / "text_encoder").is_dir() else 1.0
     return {"sha256": digest.hexdigest(), "sampling": USUAL_SAMPLING | {"guidance_scale": scale}}

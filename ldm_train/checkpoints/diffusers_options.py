@@ -268,6 +268,11 @@ def read_options(path: Path, table: Table, known: bool = True) -> dict[str, Any]
     return options
 
 
+def read_groups(path: Path) -> int:
+    """The groups of a network's norms."""
+    return read_options(path, {"norm_num_groups": TRUNK["norm_num_groups"]}, known=False)["norm_num_groups"]
+
+
 def read_class(path: Path, tables: dict[str, Table]) -> tuple[str, dict[str, Any]]:
     """The class that a config names, and its options."""
     name = read_record(path).get("_class_name")

@@ -1,0 +1,253 @@
+"""Models of CompVis/latent-diffusion and of its relatives, both ways: a checkpoint (.ckpt or .safetensors) with the YAML that
+trained it, as a model of this package, and back. Every tensor has a place in the model, is left out by name, or is refused.
+
+The names of our networks' tensors are those of CompVis (parity is tested), so little moves.
+"""
+
+import re
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from ldm_train.checkpoints.compvis_yaml import Published, published
+from ldm_train.checkpoints.parts import build, no_larger_than
+from ldm_train.latent_diffusion import LatentDiffusion
+from ldm_train.storage import read_config, shown
+
+# Beginnings of names of tensors that a model here does not need.
+SCHEDULE = ("betas", "alphas_cumprod", "sqrt_", "log_one_minus_", "posterior_", "logvar", "lvlb_weights", "ddim_")
+LEFT_OUT = {
+    "tables of the noise schedule": SCHEDULE,
+    "counters of the averaging": ("model_ema.decay", "model_ema.num_updates"),
+    "only stage 1 trains with them": ("loss.", "first_stage_model.loss.", "colorize", "first_stage_model.colorize"),
+    "logits that nothing uses": ("cond_stage_model.transformer.to_logits.",),
+    "position numbers": ("cond_stage_model.transformer.text_model.embeddings.position_ids",),
+}
+
+
+@dataclass
+class Report:
+    """What a conversion did. mapped: tensors that have a place. left_out: names by reason."""
+
+    mapped: int = 0
+    left_out: dict[str, list[str]] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        lines = [f"{self.mapped} tensors mapped"]
+        for reason, left in self.left_out.items():
+            more = f" and {len(left) - 3} more" if len(left) > 3 else ""
+            lines.append(f"left out, {reason}: {', '.join(left[:3])}{more}")
+        return "\n  ".join(lines)
+
+
+Tensors = dict[str, torch.Tensor]
+
+
+def read_tensors(path: Path) -> Tensors:
+    """The tensors of a checkpoint. Raises FileNotFoundError, or ValueError, naming the file, for one that is damaged, holds no
+    tensors, or needs code of its own to be read, which is not run."""
+    if not path.is_file():
+        raise FileNotFoundError(f"from={path}: there is no such file")
+    if path.suffix not in (".ckpt", ".safetensors", ".pt", ".pth", ".bin"):
+        raise ValueError(f"{path} is neither .ckpt nor .safetensors")
+    try:
+        state = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
+    except Exception as error:  # the libraries raise many kinds
+        words = (str(error) or type(error).__name__).splitlines()[0][:200]
+        raise ValueError(
+            f"{path} cannot be read without running code that it brings, or is damaged ({words}); take it as .safetensors, or "
+            "download it again"
+        ) from error
+    state = state.get("state_dict", state) if isinstance(state, dict) else {}
+    tensors = {k: v for k, v in state.items() if isinstance(k, str) and isinstance(v, torch.Tensor)}
+    if not tensors or len(tensors) < len(state):
+        raise ValueError(f"{path} holds no state_dict of tensors by name")
+    return tensors
+
+
+def _to_ours(tensor: torch.Tensor, heads: int) -> torch.Tensor:
+    """Rows of a joint projection ordered (head, q | k | v, channel) -> (q | k | v, head, channel)."""
+    return tensor.view(heads, 3, -1, *tensor.shape[1:]).transpose(0, 1).reshape(tensor.shape)
+
+
+def _to_older(tensor: torch.Tensor, heads: int) -> torch.Tensor:
+    return tensor.view(3, heads, -1, *tensor.shape[1:]).transpose(0, 1).reshape(tensor.shape)
+
+
+@dataclass
+class Place:
+    """Where a tensor of ours stands in a checkpoint. theirs: names whose tensors, one after the other, make ours; none for a
+    tensor that is zero there. ours, back: ours from theirs and theirs from ours, where order or shape differ."""
+
+    theirs: Sequence[str]
+    ours: Callable[[torch.Tensor], torch.Tensor] = lambda tensor: tensor
+    back: Callable[[torch.Tensor], torch.Tensor] = lambda tensor: tensor
+
+
+def _bert_keys(key: str) -> list[str]:
+    """A TokenEncoder's name -> x-transformers'."""
+    whole = {"token_embedding.weight": "token_emb.weight", "position_embedding": "pos_emb.emb.weight"}
+    if not key.startswith("transformer."):
+        return [whole.get(key, key)]
+    number, part = re.fullmatch(r"transformer\.layers\.(\d+)\.(.+)", key).groups()
+    attention, forward = (f"attn_layers.layers.{2 * int(number) + k}" for k in (0, 1))
+    if part == "self_attn.in_proj_weight":
+        return [f"{attention}.1.to_{letter}.weight" for letter in "qkv"]
+    if part == "self_attn.in_proj_bias":  # x-transformers has none
+        return []
+    name, _, kind = part.rpartition(".")
+    layers = {"norm1": f"{attention}.0", "norm2": f"{forward}.0", "linear1": f"{forward}.1.net.0.0"}
+    layers |= {"linear2": f"{forward}.1.net.2", "self_attn.out_proj": f"{attention}.1.to_out"}
+    layers |= {"attention.to_out.0": f"{attention}.1.to_out"}
+    layers |= {f"attention.to_{letter}": f"{attention}.1.to_{letter}" for letter in "qkv"}
+    return [f"{layers[name]}.{kind}"]
+
+
+def _class_rows(rows: int) -> Place:
+    """The class embedding of a model that knows no "no class": its row here is zero."""
+
+    def ours(tensor: torch.Tensor) -> torch.Tensor:
+        return torch.cat([tensor, tensor.new_zeros(1, tensor.shape[1])])
+
+    return Place(["cond_stage_model.embedding.weight"], ours, lambda tensor: tensor[:rows])
+
+
+def places(model: nn.Module, described: Published, averaged: bool = False) -> dict[str, Place]:
+    """Where each tensor of a model stands, but for scale and shift of the first stage. averaged: the U-Net's are the moving
+    average's."""
+    if not isinstance(model, LatentDiffusion):
+        return {key: Place([key]) for key in model.state_dict() if not key.startswith("quantize.ema_")}
+    heads = {f"{name}.qkv": module.heads for name, module in model.named_modules() if hasattr(module, "qkv")}
+    placed = {}
+    for key, tensor in model.state_dict().items():
+        if "quantize.ema_" in key:  # only training needs them
+            continue
+        part, _, rest = key.partition(".")
+        inner = rest.partition(".")[2]
+        if part == "network":
+            name = f"diffusion_model.{rest}"
+            theirs = [f"model_ema.{name.replace('.', '')}" if averaged else f"model.{name}"]
+            placed[key] = Place(theirs)
+            if described.older_attention and (n := heads.get(key.rpartition(".")[0])):
+                placed[key] = Place(theirs, partial(_to_ours, heads=n), partial(_to_older, heads=n))
+        elif rest.startswith("autoencoder."):
+            placed[key] = Place([f"first_stage_model.{inner}"])
+        elif part == "conditioners" and inner == "embedding.weight" and described.class_rows not in (None, len(tensor)):
+            placed[key] = _class_rows(described.class_rows)
+        elif part == "conditioners" and inner.startswith("encoder."):
+            keys = _bert_keys(inner.removeprefix("encoder."))
+            placed[key] = Place([f"cond_stage_model.transformer.{k}" for k in keys])
+        elif part == "conditioners":
+            placed[key] = Place([f"cond_stage_model.{inner}"])
+    return placed
+
+
+def left_out(name: str, described: Published, others: Collection[str] = ()) -> str | None:
+    """Why a tensor is not needed, or None where it is unknown. others: names of the U-Net's weights in the form, live or averaged,
+    that is not taken."""
+    if name in others:
+        return "the averaged weights" if name.startswith("model_ema.") else "the weights that were not averaged"
+    reasons = dict(LEFT_OUT)
+    if "masked_image" in described.tree.get("conditioners", {}):
+        reasons["the autoencoder a second time"] = ("cond_stage_model.",)
+    return next((reason for reason, starts in reasons.items() if name.startswith(starts)), None)
+
+
+def _filled(described: Published, tensors: Tensors, averaged: bool, path: Path, yaml: Path) -> tuple[nn.Module, Report]:
+    """The model, its weights loaded. Raises ValueError for a tensor that is missing, unknown or of another shape."""
+    with no_larger_than({name: tuple(tensor.shape) for name, tensor in tensors.items()}, yaml):
+        model = build(described.tree, yaml)
+    report, state, left = Report(), model.state_dict(), dict(tensors)
+    for key, place in places(model, described, averaged).items():
+        wanted = state[key].shape
+        if missing := [name for name in place.theirs if name not in tensors]:
+            raise ValueError(f"{path} lacks {missing[0]}, which {yaml} asks for")
+        parts = [left.pop(name) for name in place.theirs]
+        try:
+            made = place.ours(torch.cat(parts)) if parts else torch.zeros(wanted)
+            fits = made.shape == wanted and made.is_floating_point()
+        except RuntimeError:  # they cannot be joined or divided
+            fits = False
+        if not fits:
+            raise ValueError(
+                f"{path}: {place.theirs[0]} has shape {tuple(parts[0].shape)} and type {parts[0].dtype}, {yaml} asks for "
+                f"{tuple(wanted)}{f' in {len(parts)} parts' if len(parts) > 1 else ''} and floating point"
+            )
+        state[key] = made.float()
+        report.mapped += len(parts)
+    others = {name for place in places(model, described, not averaged).values() for name in place.theirs}
+    for name in left:
+        if (reason := left_out(name, described, others)) is None:
+            raise ValueError(f"{path} holds {name}, which no model of {yaml} has")
+        report.left_out.setdefault(reason, []).append(name)
+    if isinstance(model, LatentDiffusion):
+        scale = described.tree["first_stage"]["scale_factor"]
+        state["first_stage.scale"] = torch.full_like(model.first_stage.scale, scale)
+    model.load_state_dict(state, assign=True)
+    return model.eval(), report
+
+
+def load(
+    path: Path, yaml: Path, which: str | None = None, needs: Mapping[str, Any] | None = None
+) -> tuple[nn.Module, Published, Report]:
+    """A checkpoint and its YAML as a model of ours, float32, in eval mode.
+
+    which: "averaged" or "live" weights of the U-Net; None: averaged where the YAML says use_ema. needs: see `published`.
+    Raises FileNotFoundError, or ValueError naming what is missing, unknown or of another shape.
+    """
+    described, tensors = published(read_config(yaml), str(yaml), needs), read_tensors(path)
+    averaged = described.latent and (which == "averaged" or (which is None and described.uses_ema))
+    if averaged and not any(name.startswith("model_ema.") for name in tensors):
+        raise ValueError(
+            f"{path} holds no averaged weights (model_ema.*), which {yaml} speaks of; weights=live takes the others"
+        )
+    scale = tensors.pop("scale_factor", None)  # measured when training began
+    if described.latent and scale is not None:
+        if scale.numel() != 1 or not scale.isfinite().all() or scale <= 0:
+            raise ValueError(f"{path} has the scale_factor {shown(scale.tolist())}, which is no scale of latents")
+        described.tree["first_stage"]["scale_factor"] = float(scale)
+    model, report = _filled(described, tensors, averaged, path, yaml)
+    return model, described, report
+
+
+def load_autoencoder(path: Path, yaml: Path) -> tuple[nn.Module, dict[str, Any]]:
+    """(the autoencoder, its tree) of a checkpoint of one, or of a whole model. Raises as `load`."""
+    config, tensors = read_config(yaml), read_tensors(path)
+    with suppress(KeyError, TypeError):
+        config = {"model": config["model"]["params"]["first_stage_config"]}
+        prefix = "first_stage_model."
+        tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+    described = published(config, str(yaml))
+    if described.latent:
+        raise ValueError(f"{yaml} describes no autoencoder")
+    model, _ = _filled(described, tensors, False, path, yaml)
+    return model, described.tree
+
+
+def state_dict(model: nn.Module, described: Published) -> Tensors:
+    """The tensors of a checkpoint whose YAML `described` is of. Raises ValueError for what such a file cannot hold."""
+    tensors = {}
+    state = model.state_dict()
+    for key, place in places(model, described).items():
+        if not place.theirs:
+            if state[key].any():
+                raise ValueError(f"{key} is not zero, and a checkpoint of CompVis has no place for it")
+            continue
+        parts = place.back(state[key].cpu()).chunk(len(place.theirs))
+        tensors |= {name: part.contiguous() for name, part in zip(place.theirs, parts)}
+    if isinstance(model, LatentDiffusion):
+        scale, shift = model.first_stage.scale.flatten(), model.first_stage.shift
+        if shift.any() or (scale != scale[0]).any():
+            raise ValueError(
+                "this model's latents have a mean and a scale for each channel, a checkpoint of CompVis has one scale; train "
+                "with latents.per_channel=false"
+            )
+        tensors["scale_factor"] = scale[0].cpu().clone()
+    return tensors

@@ -1,0 +1,179 @@
+"""Models of ours in the words of CompVis' YAML."""
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+from ldm_train import names
+from ldm_train.checkpoints.compvis_yaml import BETAS, PREDICTIONS, Published, needs_of, published
+from ldm_train.checkpoints.parts import find_part
+from ldm_train.conditioning.text import TrainedText
+from ldm_train.models.autoencoder import Autoencoder
+from ldm_train.models.unet import UNet
+from ldm_train.storage import shown
+
+# Our options and theirs, where a number, a flag or a list means the same.
+DDCONFIG = {
+    "z_channels": "z_channels", "channels": "ch", "channel_mult": "ch_mult", "num_res_blocks": "num_res_blocks",
+    "in_channels": "in_channels", "dropout": "dropout",
+}  # fmt: skip
+UNET = {
+    "out_channels": "out_channels", "channels": "model_channels", "channel_mult": "channel_mult", "dropout": "dropout",
+    "num_res_blocks": "num_res_blocks", "scale_shift": "use_scale_shift_norm", "resblock_resample": "resblock_updown",
+    "linear_projection": "use_linear_in_transformer", "context_dim": "context_dim", "transformer_depth": "transformer_depth",
+}  # fmt: skip
+
+
+def _autoencoder_yaml(tree: Mapping[str, Any]) -> dict[str, Any]:
+    vq, levels = tree["_target_"].endswith("VQ"), len(tree["channel_mult"])
+    dd = {theirs: tree[ours] for ours, theirs in DDCONFIG.items()} | {"out_ch": tree["in_channels"], "double_z": not vq}
+    dd |= {"resolution": 2**levels, "attn_resolutions": [2 ** (levels - level) for level in tree["attention_levels"]]}
+    if not tree["mid_attention"]:
+        dd["attn_type"] = "none"
+    params = {"embed_dim": tree["embed_dim"], "ddconfig": dd, "lossconfig": {"target": "torch.nn.Identity"}}
+    kind = "AutoencoderKL"
+    if vq:
+        params["n_embed"], kind = tree["num_codes"], "VQModelInterface"
+    return {"target": f"ldm.models.autoencoder.{kind}", "params": params}
+
+
+def _unet_yaml(tree: Mapping[str, Any], size: int) -> dict[str, Any]:
+    params: dict[str, Any] = {"image_size": size}
+    params |= {theirs: tree[ours] for ours, theirs in UNET.items() if tree[ours] is not None}
+    params["in_channels"] = tree["in_channels"] + tree["concat_channels"]
+    params["attention_resolutions"] = [2**level for level in tree["attention_levels"]]
+    params |= {"num_head_channels": tree["head_dim"]} if tree["head_dim"] else {"num_heads": tree["num_heads"]}
+    if tree["context_dim"] or tree["transformer_depth"]:
+        params["use_spatial_transformer"] = True
+    if tree["cross_only_levels"]:
+        params["disable_self_attentions"] = [n in tree["cross_only_levels"] for n in range(len(tree["channel_mult"]))]
+    if tree["vector_classes"]:
+        params["num_classes"] = tree["vector_classes"]
+    elif tree["vector_dim"]:
+        params |= {"num_classes": "sequential", "adm_in_channels": tree["vector_dim"]}
+    return {"target": "ldm.modules.diffusionmodules.openaimodel.UNetModel", "params": params}
+
+
+def _conditioner_yaml(conditioners: Mapping[str, Mapping[str, Any]], levels: int, null_class: bool) -> dict[str, Any]:
+    """The options of a model that say how its condition is made. levels: halvings of the first stage."""
+    if not conditioners:
+        return {"cond_stage_config": "__is_unconditional__"}
+    if len(conditioners) > 1:
+        raise ValueError(f"this model has the conditioners {', '.join(conditioners)}; a checkpoint of CompVis has one")
+    ((name, tree),) = conditioners.items()
+    kind, modules = tree["_target_"].rpartition(".")[2], "ldm.modules.encoders.modules"
+    made: Any = None
+    if kind == "ClassLabel":
+        rows = (tree["classes"] if isinstance(tree["classes"], int) else len(tree["classes"])) + null_class
+        key, made = (
+            "class_label",
+            {"target": f"{modules}.ClassEmbedder", "params": {"n_classes": rows, "embed_dim": tree["dim"]}},
+        )
+    elif kind == "SemanticMap":
+        params = {"n_stages": levels, "in_channels": tree["num_labels"], "out_channels": tree["channels"]}
+        key, made = "segmentation", {"target": f"{modules}.SpatialRescaler", "params": params}
+    elif kind == "LowResolution":
+        key, made = "LR_image", {"target": "torch.nn.Identity"}
+    elif kind == "MaskedImageCondition":
+        key, made = "masked_image", "__is_first_stage__"
+    elif kind in ("TrainedText", "LayoutBoxes"):
+        params = {"n_embed": tree["dim"], "n_layer": tree["depth"]}
+        if kind == "LayoutBoxes":
+            params |= {
+                "use_tokenizer": False,
+                "vocab_size": tree["vocab_size"],
+                "max_seq_len": 3 * tree["max_objects"] + 2,
+            }
+        else:
+            params |= {"max_seq_len": tree["max_length"]}
+        key = "coordinates_bbox" if kind == "LayoutBoxes" else "caption"
+        made = {"target": f"{modules}.BERTEmbedder", "params": params}
+    else:
+        raise ValueError(f"the conditioner {name} is a {kind}, which no checkpoint of CompVis can hold")
+    return {"cond_stage_key": key, "cond_stage_config": made}
+
+
+# Options that only training reads, and what a file of weights does not hold.
+UNHELD = (
+    *("initial_logvar", "commitment_weight", "codebook_weight", "codebook_ema", "restart_after", "dropout"),
+    *("activation_checkpointing", "tokenizer", "labels", "classes", "ignore"),
+)
+
+
+def _whole(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """A part's tree with the options that it leaves out."""
+    part = find_part(tree["_target_"], "")
+    classes = [part, Autoencoder] if issubclass(part, Autoencoder) else [part]
+    signatures = [inspect.signature(kind).parameters.values() for kind in classes]
+    defaults = {p.name: p.default for ps in signatures for p in ps if p.default is not p.empty}
+    whole = {k: list(v) if isinstance(v, list | tuple) else v for k, v in (defaults | dict(tree)).items()}
+    if issubclass(part, Autoencoder):
+        whole["embed_dim"] = whole["embed_dim"] or whole["z_channels"]
+    if issubclass(part, UNet):
+        whole["out_channels"] = whole["out_channels"] or whole["in_channels"]
+        whole["context_dim"], depth = whole["context_dim"] or None, whole["transformer_depth"]
+        whole["transformer_depth"] = depth or (1 if whole["context_dim"] else None)
+    if issubclass(part, TrainedText):
+        whole["head_dim"] = whole["head_dim"] or whole["dim"] // whole["heads"]
+    return whole
+
+
+def _check_same(ours: Mapping[str, Any], theirs: Mapping[str, Any], name: str) -> None:
+    """Raises ValueError where an option of ours reads otherwise in the YAML that describes it."""
+    ours, theirs = _whole(ours), _whole(theirs)
+    for option in sorted(ours.keys() - set(UNHELD)):
+        if ours[option] != theirs.get(option):
+            raise ValueError(
+                f"{name}.{option} is {shown(ours[option])}; a checkpoint of CompVis can hold {shown(theirs.get(option))} only"
+            )
+
+
+def describe(tree: Mapping[str, Any], null_class: bool = True) -> Published:
+    """A model of ours, from its tree, as CompVis' YAML describes it. null_class: its class embedding has a row for "no class".
+    Raises ValueError, naming the option, for a model that no such YAML describes."""
+    kind = tree["_target_"].rpartition(".")[2]
+    if kind in ("AutoencoderKL", "AutoencoderVQ"):
+        described = published({"model": _autoencoder_yaml(_whole(tree))}, "the autoencoder")
+        _check_same(tree, described.tree, "autoencoder.network")
+        return described
+    if kind != "LatentDiffusion":
+        raise ValueError(f"a {kind} has no form in CompVis' code")
+    autoencoder, network, schedule = tree["first_stage"]["autoencoder"], tree["network"], _whole(tree["schedule"])
+    for part in (autoencoder, network, schedule):
+        if (name := part["_target_"].rpartition(".")[2]) not in (
+            "AutoencoderKL",
+            "AutoencoderVQ",
+            "UNet",
+            "NoiseSchedule",
+        ):
+            raise ValueError(f"a {name} has no form in CompVis' code")
+    network = _whole(network)
+    concat, context = network["concat_channels"], network["context_dim"]
+    prediction = (tree.get("parameterisation") or {"_target_": names.PREDICTIONS["epsilon"]})["_target_"]
+    ours = {path: kind for kind, path in names.PREDICTIONS.items()}
+    params = {
+        "linear_start": schedule["beta_start"],
+        "linear_end": schedule["beta_end"],
+        "timesteps": schedule["num_train_timesteps"],
+        "beta_schedule": next(t for t, kind in BETAS.items() if kind == schedule["kind"]),
+        "parameterization": next(t for t, kind in PREDICTIONS.items() if kind == ours.get(prediction)),
+        "channels": network["in_channels"],
+        "image_size": tree["latent_size"][0] if len(set(tree["latent_size"])) == 1 else list(tree["latent_size"]),
+        "use_ema": False,  # the weights are those that were averaged
+        "first_stage_config": _autoencoder_yaml(_whole(autoencoder)),
+        "unet_config": _unet_yaml(network, max(tree["latent_size"])),
+    }
+    if concat or context:
+        params["conditioning_key"] = "hybrid" if concat and context else "concat" if concat else "crossattn"
+    conditioners = {name: _whole(part) for name, part in (tree.get("conditioners") or {}).items()}
+    params |= _conditioner_yaml(conditioners, len(autoencoder["channel_mult"]) - 1, null_class)
+    yaml = {"model": {"target": "ldm.models.diffusion.ddpm.LatentDiffusion", "params": params}}
+    described = published(yaml, "the model", needs_of(tree) | {"null_class": null_class})
+    theirs = described.tree
+    if schedule["zero_terminal_snr"]:
+        raise ValueError("diffusion.schedule.zero_terminal_snr is true, which CompVis' code does not know")
+    _check_same(network, theirs["network"], "diffusion.network")
+    _check_same(autoencoder, theirs["first_stage"]["autoencoder"], "autoencoder.network")
+    for (name, part), other in zip(conditioners.items(), theirs["conditioners"].values()):
+        _check_same(part, other, f"diffusion.conditioning.conditioners.{name}")
+    return described

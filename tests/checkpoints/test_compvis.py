@@ -1,0 +1,262 @@
+"""Checkpoints of CompVis/latent-diffusion load strictly, compute what they did and are written back to the bit."""
+
+import os
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from chains import composed
+from published_yaml import AUTOENCODERS, DIFFUSION, autoencoder_config, diffusion_config, tensors
+from safetensors.torch import load_file, save_file
+
+from ldm_train.checkpoints import compvis
+from ldm_train.checkpoints.compvis_yaml import published
+from ldm_train.checkpoints.native import load_latent_diffusion, load_model
+from ldm_train.checkpoints.parts import build
+from ldm_train.conditioning.text import read_tokenizer
+from ldm_train.latent_diffusion import Sampling
+from ldm_train.pipeline.convert import convert
+
+State = dict[str, torch.Tensor]
+
+
+def vocabulary(folder: Path, size: int = 40) -> Path:
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *(f"word{i}" for i in range(size - 4))]
+    (folder / "vocab.txt").write_text("\n".join(words))
+    return folder / "vocab.txt"
+
+
+def checkpoint(folder: Path, model: dict[str, Any], suffix: str = ".ckpt") -> tuple[Path, State]:
+    """A checkpoint with random weights as released ones are, its YAML beside it."""
+    generator = torch.Generator().manual_seed(0)
+    state = {name: torch.randn(shape, generator=generator) * 0.05 for name, shape in tensors(model).items()}
+    if "scale_factor" in state:
+        state["scale_factor"] = torch.tensor(0.7)
+    path = folder / f"model{suffix}"
+    path.with_suffix(".yaml").write_text(yaml.safe_dump({"model": model}))
+    if suffix == ".safetensors":
+        save_file(state, path)
+    else:
+        torch.save({"state_dict": state, "global_step": 1, "epoch": 0}, path)
+    return path, state
+
+
+def converted(source: Path, target: Path, *options: str) -> Path:
+    return convert(composed("convert", f"from={source}", f"to={target}", *options))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [*AUTOENCODERS, *DIFFUSION])
+def test_every_tensor_of_a_published_model_has_its_place_at_full_size(name: str, tmp_path: Path):
+    model = autoencoder_config(name) if name in AUTOENCODERS else diffusion_config(name)
+    needs = {"labels": 601, "tokenizer": read_tokenizer(str(vocabulary(tmp_path, 30522))).to_str()}
+    described = published({"model": model}, name, needs)
+    theirs = tensors(model)
+    with torch.device("meta"):
+        ours = build(described.tree, name)
+    for averaged in (False, True)[: 1 + (described.latent and described.uses_ema)]:
+        left = dict(theirs)
+        state = ours.state_dict()
+        for key, place in compvis.places(ours, described, averaged).items():
+            shapes = [left.pop(part) for part in place.theirs]
+            rows = sum(shape[0] for shape in shapes)
+            if shapes and key != "conditioners.class_label.embedding.weight":
+                assert (rows, *shapes[0][1:]) == state[key].shape, key
+        others = {part for place in compvis.places(ours, described, not averaged).values() for part in place.theirs}
+        reasons = {part: compvis.left_out(part, described, others) for part in left if part != "scale_factor"}
+        assert None not in reasons.values(), [part for part, reason in reasons.items() if reason is None]
+
+
+@pytest.mark.parametrize("name", AUTOENCODERS)
+def test_autoencoders_load_and_come_back_to_the_bit(name: str, tmp_path: Path):
+    source, state = checkpoint(tmp_path, autoencoder_config(name, 32, 16), ".safetensors")
+    folder = converted(source, tmp_path / "native", "verify=true")
+    model, f = load_model(folder), 2 ** (len(AUTOENCODERS[name][0]) - 1)
+    assert model.downsample_factor == f
+    assert model(torch.zeros(1, 3, 2 * f, 2 * f), sample=False)[0].isfinite().all()
+    again = load_file(converted(folder, tmp_path / "again.safetensors", "format=compvis", "verify=true"))
+    assert again.keys() == state.keys()
+    assert all(torch.equal(again[key], state[key]) for key in state)
+
+
+CONDITIONS = {
+    "class_label": torch.tensor([3]), "caption": ["word1 word2"], "segmentation": torch.zeros(1, 256, 256, dtype=torch.long),
+    "boxes": [torch.tensor([[0.1, 0.1, 0.5, 0.5, 3.0]])],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", DIFFUSION)
+def test_diffusion_models_load_sample_and_come_back_to_the_bit(name: str, tmp_path: Path):
+    model = diffusion_config(name, small=True)
+    source, state = checkpoint(tmp_path, model)
+    folder = converted(source, tmp_path / "native", f"tokenizer={vocabulary(tmp_path)}", "labels=100", "verify=true")
+    latent = load_latent_diffusion(folder)
+    latent.latent_size = (16, 16)
+    f = latent.first_stage.downsample_factor
+    conditions = CONDITIONS | {
+        "lowres": torch.zeros(1, 3, 16, 16), "masked_image": torch.zeros(1, 4, 16 * f, 16 * f),
+        "segmentation": torch.zeros(1, 16 * f, 16 * f, dtype=torch.long),
+    }  # fmt: skip
+    batch = {field: conditions[field] for field in latent.fields}
+    images = latent.sample(batch, [0], Sampling(num_inference_steps=2))
+    assert images.shape == (1, 3, 16 * f, 16 * f)
+    assert images.isfinite().all()
+    assert float(latent.first_stage.scale[0, 0]) == pytest.approx(
+        float(state["scale_factor"])
+        if model["params"].get("scale_by_std")
+        else model["params"].get("scale_factor", 1.0)
+    )
+    again = load_file(converted(folder, tmp_path / "again.safetensors", "format=compvis", "verify=true"))
+    averaged = model["params"].get("use_ema", True)
+    for key, tensor in again.items():
+        if key == "scale_factor":
+            continue
+        theirs = (
+            f"model_ema.{key.removeprefix('model.').replace('.', '')}" if averaged and key.startswith("model.") else key
+        )
+        assert torch.equal(tensor, state[theirs]), key
+    left = [k for k in state if k.startswith(("model.", "first_stage_model.")) and k not in again]
+    assert not left
+
+
+def test_older_attention_mixes_heads_otherwise_and_is_reordered():
+    """(head, q | k | v, channel), as QKVAttentionLegacy cuts it, -> q of all heads, then k, then v."""
+    heads, width = 4, 32
+    x, weight = torch.randn(2, width, 5), torch.randn(3 * width, width)
+    qkv = torch.einsum("oc,bcn->bon", weight, x)
+    q, k, v = qkv.reshape(2 * heads, 3 * width // heads, 5).split(width // heads, dim=1)  # the published lines
+    ours = torch.einsum("oc,bcn->bon", compvis._to_ours(weight, heads), x)
+    for theirs, part in zip((q, k, v), ours.chunk(3, dim=1)):
+        assert torch.equal(part.reshape(2 * heads, width // heads, 5), theirs)
+    assert torch.equal(compvis._to_older(compvis._to_ours(weight, heads), heads), weight)
+
+
+class Evil:
+    def __init__(self, mark: Path):
+        self.mark = mark
+
+    def __reduce__(self) -> tuple:
+        return os.system, (f"touch {self.mark}",)
+
+
+def changed(model: dict[str, Any], place: str, value: Any) -> dict[str, Any]:
+    tree = yaml.safe_load(yaml.safe_dump(model))
+    *sections, last = place.split(".")
+    owner = tree
+    for part in sections:
+        owner = owner[part]
+    owner[last] = value
+    return tree
+
+
+DAMAGE: dict[str, tuple[Callable[[State], Any], str]] = {
+    "an unknown key": (lambda s: s | {"model.diffusion_model.extra": torch.zeros(2)}, "holds model.diffusion_model.extra"),
+    "a missing key": (lambda s: {k: v for k, v in s.items() if "out.2.bias" not in k and "out2bias" not in k}, "lacks model"),
+    "another shape": (lambda s: s | {"first_stage_model.quant_conv.weight": torch.zeros(3, 4, 1, 1)}, "quant_conv.weight has shape"),
+    "whole numbers": (lambda s: s | {"first_stage_model.quant_conv.bias": torch.zeros(3, dtype=torch.long)}, "floating point"),
+    "no averaged weights": (lambda s: {k: v for k, v in s.items() if "ema" not in k}, "holds no averaged weights"),
+    "used codes": (lambda s: s | {"first_stage_model.quantize.used": torch.zeros(4)}, "holds first_stage_model.quantize.used"),
+    "no tensors": (lambda s: {"a": 1}, "holds no state_dict"),
+    "a list": (lambda s: [1], "holds no state_dict"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", DAMAGE)
+def test_a_checkpoint_that_does_not_fit_is_refused_by_name(name: str, tmp_path: Path):
+    source, state = checkpoint(tmp_path, diffusion_config("celeba256", small=True))
+    damage, words = DAMAGE[name]
+    torch.save(damage(state), source)
+    with pytest.raises(ValueError, match=words):
+        converted(source, tmp_path / "native")
+    assert not (tmp_path / "native").exists()
+
+
+def test_files_that_run_code_or_end_early_are_refused(tmp_path: Path):
+    source, _ = checkpoint(tmp_path, autoencoder_config("kl-f4", 32))
+    whole = source.read_bytes()
+    for data in (whole[: len(whole) // 2], b"", pickle.dumps(Evil(tmp_path / "mark"))):
+        source.write_bytes(data)
+        with pytest.raises(ValueError, match="without running code that it brings, or is damaged"):
+            converted(source, tmp_path / "native")
+    torch.save({"state_dict": {"a": Evil(tmp_path / "mark")}}, source)
+    with pytest.raises(ValueError, match="without running code"):
+        converted(source, tmp_path / "native")
+    assert not (tmp_path / "mark").exists()
+    assert not (tmp_path / "native").exists()
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "words"),
+    [
+        ("target", "os.system", "model.target is 'system'"),
+        ("params.first_stage_config.target", "subprocess.Popen", "is of 'Popen'"),
+        ("params.unet_config.params.dims", 3, "dims is 3; models with 2"),
+        ("params.unet_config.params.surprise", 1, "surprise=1 is unknown"),
+        ("params.unet_config.params.channel_mult", "many", "channel_mult is 'many'"),
+        ("params.unet_config.params.model_channels", 10**9, "no option of a model is that large"),
+        ("params.first_stage_config.params.ddconfig.attn_type", "linear", "attn_type is 'linear'"),
+        ("params.first_stage_config.params.ddconfig.z_channels", None, "z_channels is None"),
+        ("params.parameterization", "score", "parameterization is 'score'"),
+        (
+            "params.cond_stage_config",
+            {"target": "a.FrozenT5Embedder"},
+            "'FrozenT5Embedder' for 'image'; it cannot be converted yet",
+        ),
+        ("params", 5, "no section with options"),
+    ],
+)
+def test_a_yaml_that_describes_another_model_is_refused_by_name(place: str, value: Any, words: str, tmp_path: Path):
+    source, _ = checkpoint(tmp_path, diffusion_config("celeba256", small=True))
+    model = changed(diffusion_config("celeba256", small=True), place, value)
+    source.with_suffix(".yaml").write_text(yaml.safe_dump({"model": model}))
+    with pytest.raises(ValueError, match=words):
+        converted(source, tmp_path / "native")
+    assert not (tmp_path / "native").exists()
+
+
+def test_what_stage_1_trained_with_is_left_out_by_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    source, state = checkpoint(tmp_path, autoencoder_config("kl-f4", 32))
+    torch.save(state | {"loss.logvar": torch.zeros(()), "loss.discriminator.main.0.weight": torch.zeros(3)}, source)
+    converted(source, tmp_path / "native")
+    assert (
+        "left out, only stage 1 trains with them: loss.logvar, loss.discriminator.main.0.weight"
+        in capsys.readouterr().out
+    )
+
+
+def test_the_live_weights_are_taken_where_they_are_asked_for(tmp_path: Path):
+    source, state = checkpoint(tmp_path, diffusion_config("celeba256", small=True))
+    model = load_model(converted(source, tmp_path / "native", "weights=live"))
+    assert torch.equal(model.state_dict()["network.out.2.bias"], state["model.diffusion_model.out.2.bias"])
+
+
+def test_nothing_is_overwritten_or_written_in_a_dry_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    source, _ = checkpoint(tmp_path, autoencoder_config("kl-f4", 32))
+    converted(source, tmp_path / "native", "dry_run=true")
+    assert "a model folder" in capsys.readouterr().out
+    assert not (tmp_path / "native").exists()
+    converted(source, tmp_path / "native")
+    with pytest.raises(FileExistsError, match="exists; choose another, or overwrite=true"):
+        converted(source, tmp_path / "native")
+    half = load_file(converted(tmp_path / "native", tmp_path / "half.safetensors", "format=compvis", "dtype=float16"))
+    assert {tensor.dtype for tensor in half.values()} == {torch.float16}
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("to=x", "from=nothing.ckpt"), r"from=nothing\.ckpt: there is no such file"),
+        (("to=x", "from=nowhere"), "is no checkpoint"),
+        (("to=x",), "from=null|from=None is no path"),
+        (("from=x", "to=y", "format=compvis"), "a checkpoint of CompVis is a file"),
+        (("from=x", "to=y", "dtype=float16"), "dtype= is for format=compvis"),
+        (("from=x", "to=y", "format=onnx"), "format is native or compvis"),
+    ],
+)
+def test_a_command_that_cannot_be_carried_out_says_why(options: tuple[str, ...], words: str):
+    with pytest.raises((ValueError, FileNotFoundError), match=words):
+        convert(composed("convert", *options))
