@@ -174,6 +174,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("honest") / "model"
     torch.manual_seed(0)
     save_model(folder, build(MODEL, "test"), MODEL, {"sampling": SAMPLING})
+    ldm_train.load(str(folder))  # what the first load imports is the command's start, not the refusal
     return folder
 
 

@@ -143,7 +143,7 @@ def no_larger_than(weights: dict[str, tuple[int, ...]], where: str | Path) -> It
 
     weights: shapes by name. Frozen encoders are not among a model's weights, hence the room beyond. Raises ValueError.
     """
-    most_tensors = 2 * len(weights) + 4_000
+    most_tensors = 2 * len(weights) + 2_000
     most_values = 2 * sum(math.prod(shape) for shape in weights.values()) + (1 << 31)
 
     def count(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
