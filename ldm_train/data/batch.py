@@ -75,16 +75,26 @@ class Sample:
 
 
 class Field:
-    """Subclasses state the attributes and implement `decode`."""
+    """Subclasses state the attributes and implement `decode`.
 
-    name: str  # in a batch, and as the `field` of the conditioner that reads it
-    extensions: tuple[str, ...]  # of the members of a shard that can hold it
-    needs_pixels = False  # whether decoding needs the picture
-    cached = False  # whether the latent cache holds it
-    option: str | None = None  # of ldm-sample, which gives it; other fields are given as fields.<name>=
-    members: tuple[str, ...] = ()  # what `check` reads
-    remedy = "prepare the data again with it"  # what to do where samples lack it
-    from_image: Derive | None = None  # how it is made from the picture where a sample lacks it (also: data.derived)
+    name            in a batch, and as the `field` of the conditioner that reads it
+    extensions      of the members of a shard that can hold it
+    needs_pixels    whether decoding needs the picture
+    cached          whether the latent cache holds it
+    option          of ldm-sample, which gives it; other fields are given as fields.<name>=
+    members         what `check` reads
+    remedy          what to do where samples lack it
+    from_image      how it is made from the picture where a sample lacks it (also: data.derived)
+    """
+
+    name: str
+    extensions: tuple[str, ...]
+    needs_pixels = False
+    cached = False
+    option: str | None = None
+    members: tuple[str, ...] = ()
+    remedy = "prepare the data again with it"
+    from_image: Derive | None = None
 
     def held(self, counts: Mapping[str, int]) -> int:
         """How many samples have it, from the number of members of each extension."""

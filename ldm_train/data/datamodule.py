@@ -60,10 +60,13 @@ class Batching:
 
 @dataclass(frozen=True)
 class Mixture:
-    """Groups of samples that are drawn from in given shares, whatever their sizes."""
+    """Groups of samples that are drawn from in given shares, whatever their sizes.
 
-    members: list[np.ndarray]  # per group the indices of its samples
-    shares: np.ndarray  # per group; their sum is 1
+    members: per group the indices of its samples. shares: per group, their sum is 1.
+    """
+
+    members: list[np.ndarray]
+    shares: np.ndarray
 
     @classmethod
     def of(cls, sets: np.ndarray, weights: Sequence[float] | None, labels: np.ndarray | None) -> "Mixture | None":
@@ -199,35 +202,50 @@ def check_channels(shards: list[dict], channels: int, where: str) -> None:
 
 
 class ShardDataModule(L.LightningDataModule):
-    """Images (and what the shards hold beside them) for one stage. Raises FileNotFoundError or DataError before training
-    starts, naming the remedy."""
+    """Images (and what the shards hold beside them) for one stage.
+
+    root            folder with index.json, or several: their samples are drawn from together
+    weights         share of each root (None: by their sizes). balance_classes: equal shares of the classes of a root
+    batching        Batching; accumulation included
+    max_steps       optimiser steps of the stage
+    fields          batch fields needed: "image" and what the conditioners read (see data/batch.py)
+    derive          how fields are made from the image where the shards lack them: {field: callable}
+    image_size, crop, scale, flip   see ImageTransform;  channels: of the image
+    reader          "indexed" (local or shared disk) or "streaming" (remote or very large sets)
+    val_images      validation uses the first so many (None: all)
+    max_bad_fraction    stop when more than this share of the samples read could not be decoded
+    remedy          the command that makes this data, for error messages
+    labels          how many there are of "class_label" and "boxes", where the model sets it; None: as many as classes are
+                    named in the index
+    own_fields      further fields that conditioners declare, by name
+    Raises FileNotFoundError or DataError before training starts, naming the remedy.
+    """
 
     def __init__(
         self,
-        root: Roots,  # a folder with index.json, or several: their samples are drawn from together
+        root: Roots,
         batching: Batching,
-        max_steps: int,  # optimiser steps of the stage
-        fields: Sequence[str] = ("image",),  # and what the conditioners read
-        image_size: int | Sequence[int] = 256,  # this, crop, scale and flip: see ImageTransform
+        max_steps: int,
+        fields: Sequence[str] = ("image",),
+        image_size: int | Sequence[int] = 256,
         crop: str = "center",
         scale: Sequence[float] = (0.5, 1.0),
         flip: bool = False,
-        channels: int = 3,  # of the image
-        reader: str = "indexed",  # local or on a shared disk; "streaming": remote or very large sets
+        channels: int = 3,
+        reader: str = "indexed",
         train_split: str = "train",
         val_split: str = "val",
-        val_images: int | None = None,  # validation uses the first so many (None: all)
+        val_images: int | None = None,
         num_workers: int = 0,
-        max_bad_fraction: float = 0.01,  # of the samples read, that may be unreadable
+        max_bad_fraction: float = 0.01,
         shuffle_buffer: int = 2000,
         seed: int = 0,
-        remedy: str | None = None,  # the command that makes this data, for error messages
-        derive: Mapping[str, Derive] | None = None,  # how fields are made from the image where the shards lack them
-        weights: Sequence[float] | None = None,  # share of each root (None: by their sizes)
-        balance_classes: bool = False,  # equal shares of the classes of a root
-        labels: Mapping[str, int | None]
-        | None = None,  # number of "class_label" and "boxes" (None: of classes in the index)
-        own_fields: Mapping[str, Field] | None = None,  # that conditioners declare, by name
+        remedy: str | None = None,
+        derive: Mapping[str, Derive] | None = None,
+        weights: Sequence[float] | None = None,
+        balance_classes: bool = False,
+        labels: Mapping[str, int | None] | None = None,
+        own_fields: Mapping[str, Field] | None = None,
     ):
         super().__init__()
         roots = len(as_roots(root))

@@ -249,19 +249,23 @@ class _Batches:
 
 
 class LatentDataModule(L.LightningDataModule):
-    """Cached latents for stage 2, in the same order as ShardDataModule would deliver the images."""
+    """Cached latents for stage 2, in the same order as ShardDataModule would deliver the images.
+
+    folder: the cache. fields: conditions needed. images: the data it was made of, for fields that it does not hold.
+    val_images: as in ShardDataModule.
+    """
 
     def __init__(
         self,
         folder: str | Path,
         batching: Batching,
         max_steps: int,
-        fields: Sequence[str],  # conditions needed
+        fields: Sequence[str],
         seed: int,
         train_split: str = "train",
         val_split: str = "val",
-        val_images: int | None = None,  # as in ShardDataModule
-        images: ShardDataModule | None = None,  # the data the cache was made of, for fields that it does not hold
+        val_images: int | None = None,
+        images: ShardDataModule | None = None,
     ):
         super().__init__()
         index = read_index(folder, REMEDY)

@@ -56,16 +56,22 @@ def sample_rng(seed: int, epoch: int, index: int) -> np.random.Generator:
 
 class SampleDecoder:
     """Turns raw members into a sample: its key, and the fields asked for as `data/batch.py` declares them. Crop and flip act
-    on all of them alike. Raises OSError or ValueError for a sample that cannot be read."""
+    on all of them alike.
+
+    transform: None where no field is cut from a picture or map. fields: what to decode beside "key". channels: image channels.
+    derive: how fields are made from the image where the sample does not hold them.
+    labels: how many there are, of "class_label" and of "boxes" (None: any). known: the fields there are.
+    Raises OSError or ValueError for a sample that cannot be read.
+    """
 
     def __init__(
         self,
-        transform: ImageTransform | None,  # None where no field is cut from a picture or map
-        fields: Sequence[str],  # to decode
-        channels: int = 3,  # of the image
-        derive: Mapping[str, Derive] | None = None,  # how fields are made from the image where the sample lacks them
-        labels: Mapping[str, int | None] | None = None,  # number of "class_label" and "boxes" (None: any)
-        known: Mapping[str, Field] = FIELDS,  # the fields there are
+        transform: ImageTransform | None,
+        fields: Sequence[str],
+        channels: int = 3,
+        derive: Mapping[str, Derive] | None = None,
+        labels: Mapping[str, int | None] | None = None,
+        known: Mapping[str, Field] = FIELDS,
     ):
         self.transform, self.channels, self.known = transform, channels, known
         self.derive, self.labels = dict(derive or {}), dict(labels or {})

@@ -72,13 +72,18 @@ class Plan:
 
 
 class ImageTransform:
-    """Crop to the target's aspect ratio, resize with antialiasing, flip; never distorts."""
+    """Crop to the target's aspect ratio, resize with antialiasing, flip; never distorts.
+
+    image_size: target side, or (height, width)
+    crop: "center" and "random" take the largest box that fits; "random_resized" one of `scale` times its area
+    flip: mirror half of the samples
+    """
 
     def __init__(
         self,
-        image_size: int | Sequence[int],  # target side, or (height, width)
-        crop: str = "center",  # or "random", the largest box that fits; "random_resized": one of `scale` times its area
-        flip: bool = False,  # mirror half of the samples
+        image_size: int | Sequence[int],
+        crop: str = "center",
+        flip: bool = False,
         scale: Sequence[float] = (0.5, 1.0),
     ):
         if crop not in ("center", "random", "random_resized"):
@@ -164,7 +169,7 @@ def _read_cut(
 
 
 def read_image(path: str, size: tuple[int, int], channels: int, option: str = "image") -> torch.Tensor:
-    """(C, H, W) in [-1, 1], see `_read_cut`."""
+    """(C, H, W) in [-1, 1], cut to the middle and resized to `size`. Raises ValueError naming the file."""
     decode = partial(decode_image, extension=Path(path).suffix.lower().lstrip("."), channels=channels)
     return to_unit_range(_read_cut(path, option, decode, size))
 

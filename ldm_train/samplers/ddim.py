@@ -21,6 +21,7 @@ def ddim(
     """x_s = alpha_s x_0 + sqrt(sigma_s^2 - v) eps + sqrt(v) z   (eq. 12), v = eta^2 times the posterior's variance.
 
     eta: 0 deterministic, 1 ancestral.
+    The other arguments: see `ldm_train.samplers`.
     """
     (alphas, sigmas), times = schedule.coefficients(timesteps), timesteps.tolist()
     for step in range(len(times) - 1):

@@ -22,6 +22,7 @@ def ddpm(
 
     variance: "small" is the posterior's, right for a Dirac data distribution; "large" is beta, right for a unit
     Gaussian one.
+    The other arguments: see `ldm_train.samplers`.
     """
     if variance not in ("small", "large"):
         raise ValueError(f"variance is 'small' or 'large', not {variance!r}")

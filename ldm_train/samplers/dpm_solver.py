@@ -28,6 +28,7 @@ def dpm_solver(
     a pair being the midpoint of the second (algorithm 1); "sde_2m" is 2m with fresh noise. One evaluation a step. The
     step to the clean image, where lambda is infinite, is of first order.
     Raises ValueError for another kind.
+    The other arguments: see `ldm_train.samplers`.
     """
     if kind not in KINDS:
         raise ValueError(f"sampler.kind is one of {', '.join(KINDS)}, not {kind!r}")

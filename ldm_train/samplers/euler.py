@@ -25,6 +25,7 @@ def euler(
     ancestral: share of the ancestral step's variance that is replaced by fresh noise (1: Euler ancestral).
     churn: S_churn of Karras' stochastic sampler (algorithm 2): before a step with sigma in `churn_between`, noise is
     added back as if to sigma (1 + min(churn / S, sqrt(2) - 1)).
+    The other arguments: see `ldm_train.samplers`.
     """
     (alphas, levels), times = schedule.levels(timesteps), timesteps.tolist()
     steps = len(times) - 1

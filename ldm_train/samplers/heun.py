@@ -19,6 +19,7 @@ def heun(
 ) -> torch.Tensor:
     """Each step averages the slopes at its two ends: two evaluations a step, one in the last step to the clean image.
     No noise is drawn.
+    The other arguments: see `ldm_train.samplers`.
     """
     (alphas, levels), times = schedule.levels(timesteps), timesteps.tolist()
     y = x_t / alphas[0]

@@ -37,6 +37,7 @@ def lms(
     """y = x / alpha is moved along the polynomial through the last `order` slopes (y - x_0) / sigma.
 
     No noise is drawn. Raises ValueError for an order below 1.
+    The other arguments: see `ldm_train.samplers`.
     """
     if order < 1:
         raise ValueError(f"sampler.order is {order}; it must be at least 1")

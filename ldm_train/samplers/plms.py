@@ -23,6 +23,7 @@ def plms(
     """DDIM's step with a noise estimate that is extrapolated over even steps in t from the last four; the first step
        averages the estimates at its two ends, for one more evaluation.
     No noise is drawn.
+    The other arguments: see `ldm_train.samplers`.
     """
     (alphas, levels), times = schedule.levels(timesteps), timesteps.tolist()
     sigmas = [alpha * level for alpha, level in zip(alphas, levels)]

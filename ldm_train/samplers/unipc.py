@@ -25,6 +25,7 @@ def unipc(
 
     Each estimate first corrects the point it was taken at, then predicts the next.
     order: 1 to 3. No noise is drawn.
+    The other arguments: see `ldm_train.samplers`.
     """
     if not 1 <= order <= 3:
         raise ValueError(f"sampler.order of unipc is 1, 2 or 3, not {order}")

@@ -68,15 +68,18 @@ class _Boxes(Source):
 
 
 class COCO(_Boxes):
-    """A box's label is its category id - 1, of 183 labels: things 0..90, stuff 91..181, "other" 182. Raises FileNotFoundError
-    naming what to download."""
+    """path: folder with train2017/, val2017/ and annotations/ (instances, and where present stuff and captions).
+
+    A box's label is its category id - 1, of 183 labels: things 0..90, stuff 91..181, "other" 182. crowds: also take
+    boxes of crowds. Raises FileNotFoundError naming what to download.
+    """
 
     def __init__(
         self,
-        path: str,  # folder with train2017/, val2017/ and annotations/ (instances, and where present stuff and captions)
+        path: str,
         max_size: int | None = 256,
         stuff: bool = True,
-        crowds: bool = False,  # also take boxes of crowds
+        crowds: bool = False,
         min_objects: int = 1,
         max_objects: int = 1000,
         min_area: float = 0.0,
@@ -115,15 +118,19 @@ class COCO(_Boxes):
 
 
 class OpenImagesBoxes(_Boxes):
-    """Labels are the rows of the class descriptions. Defaults for numbers and sizes follow the layout models of VQGAN: 2 to 30
-    objects of at least 1e-5 of the picture."""
+    """path: folder with the images in train/ and validation/, the box tables of Open Images V7 (
+    oidv6-train-annotations-bbox.csv, validation-annotations-bbox.csv) and class-descriptions-boxable.csv.
+
+    Labels are the rows of the class descriptions. groups, depictions: also take boxes around groups, and of drawings.
+    Defaults for numbers and sizes follow the layout models of VQGAN: 2 to 30 objects of at least 1e-5 of the picture.
+    """
 
     def __init__(
         self,
-        path: str,  # folder with train/, validation/, and of V7 class-descriptions-boxable.csv and the tables OPENIMAGES_CSV
+        path: str,
         max_size: int | None = 256,
-        groups: bool = True,  # also take boxes around groups
-        depictions: bool = True,  # also take boxes of drawings
+        groups: bool = True,
+        depictions: bool = True,
         min_objects: int = 2,
         max_objects: int = 30,
         min_area: float = 1e-5,

@@ -10,19 +10,25 @@ from ldm_train.data.shards import DataError
 
 
 class HuggingFace(Source):
-    """Raises FileNotFoundError where the data set cannot be loaded, DataError naming the columns there are."""
+    """path: a name on the hub, a folder written by `save_to_disk`, or anything `datasets.load_dataset` reads.
+
+    image_column, caption_column (one text or several), class_column: as the data set calls them; null for none.
+    train_split, val_split: of the data set; without the latter val_fraction of the former. name: its configuration.
+    max_size: as for ImageFolder.
+    Raises FileNotFoundError where it cannot be loaded, DataError naming the columns there are.
+    """
 
     def __init__(
         self,
-        path: str,  # a name on the hub, a folder written by `save_to_disk`, or anything `datasets.load_dataset` reads
-        name: str | None = None,  # the data set's configuration
+        path: str,
+        name: str | None = None,
         image_column: str = "image",
-        caption_column: str | None = None,  # one text or several; null: none
+        caption_column: str | None = None,
         class_column: str | None = None,
         train_split: str = "train",
-        val_split: str | None = None,  # null: val_fraction of train_split
+        val_split: str | None = None,
         val_fraction: float = 0.05,
-        max_size: int | None = None,  # as for ImageFolder
+        max_size: int | None = None,
     ):
         self.path, self.name, self.max_size = path, name, max_size
         self.columns = {"image": image_column, "caption": caption_column, "class": class_column}

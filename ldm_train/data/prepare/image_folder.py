@@ -99,19 +99,26 @@ def _classes(files: Sequence[tuple[str | None, Path, Path]]) -> list[str] | None
 
 
 class ImageFolder(Source):
-    """A folder's subfolders are classes (nested ones belong to their topmost folder); those named train and val (or
-    validation, test) are splits. Raises FileNotFoundError where there is no folder or no image, DataError where two files would
-    get one key or their number is not the expected one, ValueError for a layout or range that is none."""
+    """path: a folder; its subfolders are classes (nested ones belong to their topmost folder). Subfolders named train
+    and val (or validation, test) are splits. val_fraction: of the images, where there is no validation folder.
+    max_size: reduce the short side to so many pixels. labels: false for folders that mean nothing.
+    expect: the number of images of a data set of known size (None: any).
+    layout, range: of .npy and .tif files, see `arrays.channels_last` and `arrays.in_unit_range`. Such a file beside a picture
+    of its name is left out (see `pictures_among`).
+
+    Raises FileNotFoundError where there is no folder or no image, DataError where two files would get one key or the
+    number of images is not the expected one, ValueError for a layout or range that is none.
+    """
 
     def __init__(
         self,
         path: str,
-        val_fraction: float = 0.05,  # of the images, where there is no validation folder
-        max_size: int | None = None,  # reduce the short side to so many pixels
-        labels: bool = True,  # false for folders that mean nothing
-        expect: int | None = None,  # the number of images of a data set of known size (None: any)
-        layout: str | None = None,  # of .npy and .tif files, see `arrays.channels_last`
-        range: Sequence[float] | None = None,  # of .npy and .tif files, see `arrays.in_unit_range`
+        val_fraction: float = 0.05,
+        max_size: int | None = None,
+        labels: bool = True,
+        expect: int | None = None,
+        layout: str | None = None,
+        range: Sequence[float] | None = None,
     ):
         if layout is not None and layout not in arrays.LAYOUTS:
             raise ValueError(f"source.layout is hwc or chw, not {layout!r}")

@@ -29,14 +29,19 @@ def _entry(file: str, out: Path) -> dict:
 
 
 def write_tar_index(
-    path: str | list[str],  # a folder of tars, or a list of files or addresses (http, https, s3, gs, hf)
+    path: str | list[str],
     out: str | Path,
-    train: str | None = None,  # pattern of the split's file names (None: they begin with train)
-    val: str | None = None,  # (None: they begin with val, validation or test)
-    classes: str | None = None,  # a text file, one class name per line (None: classes.txt beside the tars)
+    train: str | None = None,
+    val: str | None = None,
+    classes: str | None = None,
 ) -> dict:
-    """Reads every tar once (counts, fields, checksums) and writes index.json into `out`. Raises DataError, naming the tar,
-    where one is truncated or its address is not opened, or no tar fits a split."""
+    """Reads every tar once (counts, fields, checksums) and writes index.json into `out`.
+
+    path: a folder of tars, or a list of files or addresses (http, https, s3, gs, hf). train, val: file-name patterns of
+    the splits (default: names that begin with train, and with val, validation or test). classes: a text file, one class
+    name per line (default: classes.txt beside the tars).
+    Raises DataError, naming the tar, where one is truncated or its address is not opened, or no tar fits a split.
+    """
     out = Path(out)
     if isinstance(path, str) and Path(path).is_dir():
         names = sorted(str(p) for p in Path(path).glob("*.tar"))

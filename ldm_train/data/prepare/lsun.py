@@ -17,15 +17,20 @@ def _database(folder: str) -> Any:
 
 
 class LSUN(Source):
-    """Raises FileNotFoundError where a database is missing, DataError for an unexpected number of images."""
+    """path: folder with `<scene>_train_lmdb` and `<scene>_val_lmdb`, unpacked from the owners' zips.
+
+    scene: bedroom, church_outdoor, or another scene, whose numbers are not checked. max_size: as for ImageFolder.
+    limit: only the first so many training images (None: all). expect: {split: number}, None for no check.
+    Raises FileNotFoundError where a database is missing, DataError for an unexpected number of images.
+    """
 
     def __init__(
         self,
-        path: str,  # folder with `<scene>_train_lmdb` and `<scene>_val_lmdb`, unpacked from the owners' zips
-        scene: str = "bedroom",  # or church_outdoor, or another, whose numbers are not checked
-        max_size: int | None = 256,  # as for ImageFolder
-        limit: int | None = None,  # only the first so many training images (None: all)
-        expect: dict[str, int] | str | None = "published",  # {split: number}, None for no check
+        path: str,
+        scene: str = "bedroom",
+        max_size: int | None = 256,
+        limit: int | None = None,
+        expect: dict[str, int] | str | None = "published",
     ):
         self.folders = {split: Path(path) / f"{scene}_{split}_lmdb" for split in ("train", "val")}
         for folder in self.folders.values():

@@ -29,18 +29,22 @@ def _pairs(images: Path, maps: Path, path: str) -> Iterator[tuple[str, Path, Pat
 
 
 class ImagesWithMaps(Source):
-    """The same file stem in both folders means one sample; maps are PNGs whose pixel value is the label. Raises
-    FileNotFoundError for a missing folder, DataError naming an image without a map."""
+    """path: folder with `images` and `maps`, the same file stem below both meaning one sample; maps are PNGs whose
+    pixel value is the label. max_size: reduce the short side of both (maps by nearest neighbour).
+
+    val_images, val_maps: folders of validation samples; without them val_fraction of all.
+    Raises FileNotFoundError for a missing folder, DataError naming an image without a map.
+    """
 
     def __init__(
         self,
-        path: str,  # of the folder that holds those that follow
+        path: str,
         images: str = "images",
         maps: str = "segmentations",
-        val_images: str | None = None,  # folder of validation samples; null: val_fraction of all
-        val_maps: str | None = None,  # null: they are in `maps`
+        val_images: str | None = None,
+        val_maps: str | None = None,
         val_fraction: float = 0.05,
-        max_size: int | None = 512,  # reduce the short side of both (maps by nearest neighbour)
+        max_size: int | None = 512,
     ):
         self.max_size, self.items = max_size, {"train": [], "val": []}
         folders = [(None if val_images is None else "train", images, maps)]

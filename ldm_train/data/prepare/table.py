@@ -52,19 +52,22 @@ def _checked_rows(table: Path, path: str, needed: Sequence[str], wanted: Sequenc
 
 
 class Table(Source):
-    """Several rows with one image are several captions of it. Raises DataError, naming the line, for a missing column, image
-    or value."""
+    """path: the table. Image paths are relative to it (or to `images`). Several rows with one image are several
+    captions of it. split_column: "train" / "val" where the table says so, else val_fraction.
+
+    Raises DataError, naming the line, for a missing column, image or value.
+    """
 
     def __init__(
         self,
         path: str,
-        image_column: str = "image",  # paths relative to the table (or to `images`)
+        image_column: str = "image",
         caption_column: str | None = "caption",
         class_column: str | None = None,
-        split_column: str | None = None,  # says "train" or "val"; null: val_fraction
+        split_column: str | None = None,
         images: str | None = None,
         val_fraction: float = 0.05,
-        max_size: int | None = None,  # as for ImageFolder
+        max_size: int | None = None,
     ):
         table = Path(path)
         if not table.is_file():

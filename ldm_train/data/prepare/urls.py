@@ -209,25 +209,31 @@ def _read(opener: Any, url: str, timeout: float, max_bytes: int) -> bytes | str:
 
 
 class URLList(Source):
-    """Pictures from lists of addresses. Every k-th row validates, k = 1 / val_fraction. What could not be fetched is left out and
-    listed with the reason in skipped.txt; finished shards are never fetched again. Where most of a shard fails for reasons
-    that may pass (no network), it is not written."""
+    """path: a parquet file, or a folder of them, with a column of addresses and one of captions.
+
+    url_column, caption_column (null: none). width_column, height_column: where the table has them, pictures below
+    min_size are not even fetched. max_size: reduce the short side. Every k-th row validates, k = 1 / val_fraction.
+    max_pixels: larger pictures are refused undecoded. threads: connections at a time per process.
+    timeout, retries, max_bytes, allow_private: see `fetch`.
+    What could not be fetched is left out and listed with the reason in skipped.txt; finished shards are never fetched
+    again. Where most of a shard fails for reasons that may pass (no network), it is not written.
+    """
 
     def __init__(
         self,
-        path: str,  # a parquet file, or a folder of them
+        path: str,
         url_column: str = "URL",
-        caption_column: str | None = "TEXT",  # null: none
-        width_column: str | None = "WIDTH",  # where the table has sizes, pictures below min_size are not even fetched
+        caption_column: str | None = "TEXT",
+        width_column: str | None = "WIDTH",
         height_column: str | None = "HEIGHT",
         min_size: int = 0,
-        max_size: int | None = 512,  # as for ImageFolder
+        max_size: int | None = 512,
         val_fraction: float = 0.01,
-        threads: int = 32,  # connections at a time per process
-        timeout: float = 10.0,  # this, retries, max_bytes and allow_private: see `fetch`
+        threads: int = 32,
+        timeout: float = 10.0,
         retries: int = 2,
         max_bytes: int = 50_000_000,
-        max_pixels: int = 50_000_000,  # larger pictures are refused undecoded
+        max_pixels: int = 50_000_000,
         allow_private: bool = False,
     ):
         parquet = optional_package("pyarrow.parquet", "parquet needs")
