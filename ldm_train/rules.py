@@ -153,5 +153,5 @@ def check(config: DictConfig, rules: Mapping[str, Rule], required: Sequence[str]
             accepted = rule(plain)
         except ValueError as error:
             raise ValueError(_sentence(str(error), name, plain)) from None
-        if type(accepted) is not type(plain):
+        if accepted is not plain:
             OmegaConf.update(config, name, accepted)

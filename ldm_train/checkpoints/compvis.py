@@ -21,6 +21,7 @@ from ldm_train.checkpoints.parts import build, no_larger_than
 from ldm_train.latent_diffusion import LatentDiffusion
 from ldm_train.storage import read_config, shown
 
+FILES = (".ckpt", ".safetensors", ".pt", ".pth", ".bin")
 # Beginnings of names of tensors that a model here does not need.
 SCHEDULE = ("betas", "alphas_cumprod", "sqrt_", "log_one_minus_", "posterior_", "logvar", "lvlb_weights", "ddim_")
 LEFT_OUT = {
@@ -28,7 +29,6 @@ LEFT_OUT = {
     "counters of the averaging": ("model_ema.decay", "model_ema.num_updates"),
     "only stage 1 trains with them": ("loss.", "first_stage_model.loss.", "colorize", "first_stage_model.colorize"),
     "logits that nothing uses": ("cond_stage_model.transformer.to_logits.",),
-    "position numbers": ("cond_stage_model.transformer.text_model.embeddings.position_ids",),
 }
 
 
@@ -54,9 +54,9 @@ def read_tensors(path: Path) -> Tensors:
     """The tensors of a checkpoint. Raises FileNotFoundError, or ValueError, naming the file, for one that is damaged, holds no
     tensors, or needs code of its own to be read, which is not run."""
     if not path.is_file():
-        raise FileNotFoundError(f"from={path}: there is no such file")
-    if path.suffix not in (".ckpt", ".safetensors", ".pt", ".pth", ".bin"):
-        raise ValueError(f"{path} is neither .ckpt nor .safetensors")
+        raise FileNotFoundError(f"{path}: there is no such file")
+    if path.suffix not in FILES:
+        raise ValueError(f"{path} is none of {', '.join(FILES)}")
     try:
         state = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
     except Exception as error:  # the libraries raise many kinds
@@ -231,8 +231,9 @@ def load_autoencoder(path: Path, yaml: Path) -> tuple[nn.Module, dict[str, Any]]
     return model, described.tree
 
 
-def state_dict(model: nn.Module, described: Published) -> Tensors:
-    """The tensors of a checkpoint whose YAML `described` is of. Raises ValueError for what such a file cannot hold."""
+def state_dict(model: nn.Module, described: Published, dtype: torch.dtype = torch.float32) -> Tensors:
+    """The tensors of a checkpoint whose YAML `described` is of, its scale in float32. Raises ValueError for what such a file, or
+    this dtype, cannot hold."""
     tensors = {}
     state = model.state_dict()
     for key, place in places(model, described).items():
@@ -241,7 +242,9 @@ def state_dict(model: nn.Module, described: Published) -> Tensors:
                 raise ValueError(f"{key} is not zero, and a checkpoint of CompVis has no place for it")
             continue
         parts = place.back(state[key].cpu()).chunk(len(place.theirs))
-        tensors |= {name: part.contiguous() for name, part in zip(place.theirs, parts)}
+        tensors |= {name: part.to(dtype).contiguous() for name, part in zip(place.theirs, parts)}
+        if not all(tensors[name].isfinite().all() for name in place.theirs):
+            raise ValueError(f"{key} has values that are not finite in {dtype}; choose another dtype")
     if isinstance(model, LatentDiffusion):
         scale, shift = model.first_stage.scale.flatten(), model.first_stage.shift
         if shift.any() or (scale != scale[0]).any():

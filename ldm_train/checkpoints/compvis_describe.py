@@ -12,6 +12,7 @@ from ldm_train.models.autoencoder import Autoencoder
 from ldm_train.models.unet import UNet
 from ldm_train.storage import shown
 
+KNOWN = ("AutoencoderKL", "AutoencoderVQ", "UNet", "NoiseSchedule")
 # Our options and theirs, where a number, a flag or a list means the same.
 DDCONFIG = {
     "z_channels": "z_channels", "channels": "ch", "channel_mult": "ch_mult", "num_res_blocks": "num_res_blocks",
@@ -139,24 +140,20 @@ def describe(tree: Mapping[str, Any], null_class: bool = True) -> Published:
     if kind != "LatentDiffusion":
         raise ValueError(f"a {kind} has no form in CompVis' code")
     autoencoder, network, schedule = tree["first_stage"]["autoencoder"], tree["network"], _whole(tree["schedule"])
-    for part in (autoencoder, network, schedule):
-        if (name := part["_target_"].rpartition(".")[2]) not in (
-            "AutoencoderKL",
-            "AutoencoderVQ",
-            "UNet",
-            "NoiseSchedule",
-        ):
-            raise ValueError(f"a {name} has no form in CompVis' code")
+    prediction = (tree.get("parameterisation") or {"_target_": names.PREDICTIONS["epsilon"]})["_target_"]
+    theirs = {names.PREDICTIONS[kind]: word for word, kind in PREDICTIONS.items()}
+    named = [part["_target_"].rpartition(".")[2] for part in (autoencoder, network, schedule)]
+    named += [] if prediction in theirs else [prediction]
+    if unknown := [name for name in named if name not in KNOWN]:
+        raise ValueError(f"a {unknown[0]} has no form in CompVis' code")
     network = _whole(network)
     concat, context = network["concat_channels"], network["context_dim"]
-    prediction = (tree.get("parameterisation") or {"_target_": names.PREDICTIONS["epsilon"]})["_target_"]
-    ours = {path: kind for kind, path in names.PREDICTIONS.items()}
     params = {
         "linear_start": schedule["beta_start"],
         "linear_end": schedule["beta_end"],
         "timesteps": schedule["num_train_timesteps"],
-        "beta_schedule": next(t for t, kind in BETAS.items() if kind == schedule["kind"]),
-        "parameterization": next(t for t, kind in PREDICTIONS.items() if kind == ours.get(prediction)),
+        "beta_schedule": {ours: word for word, ours in BETAS.items()}[schedule["kind"]],
+        "parameterization": theirs[prediction],
         "channels": network["in_channels"],
         "image_size": tree["latent_size"][0] if len(set(tree["latent_size"])) == 1 else list(tree["latent_size"]),
         "use_ema": False,  # the weights are those that were averaged
@@ -169,11 +166,11 @@ def describe(tree: Mapping[str, Any], null_class: bool = True) -> Published:
     params |= _conditioner_yaml(conditioners, len(autoencoder["channel_mult"]) - 1, null_class)
     yaml = {"model": {"target": "ldm.models.diffusion.ddpm.LatentDiffusion", "params": params}}
     described = published(yaml, "the model", needs_of(tree) | {"null_class": null_class})
-    theirs = described.tree
+    again = described.tree
     if schedule["zero_terminal_snr"]:
         raise ValueError("diffusion.schedule.zero_terminal_snr is true, which CompVis' code does not know")
-    _check_same(network, theirs["network"], "diffusion.network")
-    _check_same(autoencoder, theirs["first_stage"]["autoencoder"], "autoencoder.network")
-    for (name, part), other in zip(conditioners.items(), theirs["conditioners"].values()):
+    _check_same(network, again["network"], "diffusion.network")
+    _check_same(autoencoder, again["first_stage"]["autoencoder"], "autoencoder.network")
+    for (name, part), other in zip(conditioners.items(), again["conditioners"].values()):
         _check_same(part, other, f"diffusion.conditioning.conditioners.{name}")
     return described

@@ -92,7 +92,7 @@ def autoencoder_key(key: str, levels: int) -> str:
     return re.sub(r"\.attn\.(\d+)\.(\w+)", lambda m: f".attentions.{m[1]}.{ATTENTION[m[2]]}", key)
 
 
-def _check_links(folder: Path) -> None:
+def check_folder_links(folder: Path) -> None:
     """Raises ValueError for a link that leads out of the folder. (A hub's cache keeps its files in blobs/, beside.)"""
     root = folder.resolve()
     check_links(folder, [root.parent.parent / "blobs"] if root.parent.name == "snapshots" else [])
@@ -357,7 +357,7 @@ def load_diffusers(folder: str | Path) -> LatentDiffusion:
     Raises FileNotFoundError for a part that is missing, ValueError, naming file and option, for one not built here.
     """
     folder = Path(folder)
-    _check_links(folder)
+    check_folder_links(folder)
     index = read_record(folder / INDEX)
     if index.get("_class_name") not in PIPELINES:
         raise ValueError(f"{folder / INDEX} is for {index.get('_class_name')!r}; {', '.join(PIPELINES)} can be loaded")
@@ -376,7 +376,7 @@ def load_diffusers(folder: str | Path) -> LatentDiffusion:
 def diffusers_metadata(folder: str | Path) -> dict[str, Any]:
     """As the metadata.json of a native folder: the sha256 of weights and configs, and the usual sampling options of such models."""
     folder = Path(folder)
-    _check_links(folder)
+    check_folder_links(folder)
     digest = hashlib.sha256()
     parts = [folder / n for n in ("unet", "vae", "vqvae", "text_encoder") if (folder / n).is_dir()]
     configs = [folder / INDEX, *sorted(folder.glob("*/*config.json"))]

@@ -15,16 +15,23 @@ from torch import nn
 
 from ldm_train import names
 from ldm_train.checkpoints import compvis
+from ldm_train.checkpoints.compvis import FILES
 from ldm_train.checkpoints.compvis_describe import describe
 from ldm_train.checkpoints.compvis_yaml import needs_of
-from ldm_train.checkpoints.diffusers import first_stage_tree, is_diffusers, load_first_stage, weight_files
+from ldm_train.checkpoints.diffusers import (
+    USUAL_SAMPLING,
+    check_folder_links,
+    first_stage_tree,
+    is_diffusers,
+    load_first_stage,
+    weight_files,
+)
 from ldm_train.checkpoints.native import CONFIG, METADATA, find_model, load_model, read_metadata, save_model
 from ldm_train.conditioning.text import read_tokenizer
 from ldm_train.latent_diffusion import LatentDiffusion
 from ldm_train.rules import Rule, check, either, flag, list_of, one_of, optional, text, whole
 from ldm_train.storage import file_sha256, read_config, write_atomically
 
-FILES = (".ckpt", ".safetensors", ".pt", ".pth", ".bin")
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 RULES: dict[str, Rule] = {
     **dict.fromkeys(("from", "to"), text("path; give from=<model> to=<folder or file>")),
@@ -36,21 +43,12 @@ RULES: dict[str, Rule] = {
     "dtype": one_of(*DTYPES),
     **dict.fromkeys(("verify", "dry_run", "overwrite"), flag),
 }
-# How samples of the published models are drawn where nobody says otherwise.
-SAMPLING = {
-    "num_inference_steps": 50,
-    "guidance_scale": 1.0,
-    "spacing": "compvis",
-    "sampler": {"_target_": "ldm_train.samplers.ddim.ddim", "_partial_": True},
-}
+SAMPLING = USUAL_SAMPLING | {"spacing": "compvis"}  # as the published models' own script draws
 
 
 def yaml_beside(path: Path) -> Path:
-    """The YAML of a checkpoint: of its name, or the only one in its folder. Raises FileNotFoundError with the remedy, and where
-    there is no checkpoint."""
+    """The YAML of a checkpoint: of its name, or the only one in its folder. Raises FileNotFoundError with the remedy."""
     named = path.with_suffix(".yaml")
-    if not path.is_file():
-        raise FileNotFoundError(f"from={path}: there is no such file")
     others = sorted(path.parent.glob("[!.]*.yaml"))
     if named.is_file():
         return named
@@ -65,6 +63,8 @@ def read(config: DictConfig) -> tuple[nn.Module, dict[str, Any], dict[str, Any],
     """(the model, its tree, metadata for a native folder, what was mapped) of `from`."""
     source = Path(config["from"])
     if source.suffix in FILES:
+        if not source.is_file():
+            raise FileNotFoundError(f"from={source}: there is no such file")
         labels = OmegaConf.to_container(config.labels) if OmegaConf.is_list(config.labels) else config.labels
         tokenizer = None if config.tokenizer is None else read_tokenizer(config.tokenizer).to_str()
         needs = {"labels": labels, "tokenizer": tokenizer, "null_class": config.null_class}
@@ -103,6 +103,7 @@ def adopted_autoencoder(path: Path, cache: Path) -> Path:
         yaml = yaml_beside(path)
         files = [path, yaml]
     else:
+        check_folder_links(path)
         folder = next((path / name for name in ("vae", "vqvae") if is_diffusers(path) and (path / name).is_dir()), path)
         files = [folder / "config.json", *weight_files(folder)]
     digest = hashlib.sha256("".join(map(file_sha256, files)).encode()).hexdigest()
@@ -173,7 +174,7 @@ def convert(config: DictConfig) -> Path:
     else:
         null_class = has_null_class(model, metadata)
         described = describe(tree, null_class)
-        tensors = {name: tensor.to(dtype) for name, tensor in compvis.state_dict(model, described).items()}
+        tensors = compvis.state_dict(model, described, dtype)
         megabytes = sum(tensor.nbytes for tensor in tensors.values()) / 1e6
         print(f"to: {target} and {written[1].name}, {len(tensors)} tensors, {megabytes:,.1f} MB, {config.dtype}")
         if config.dry_run:

@@ -14,12 +14,14 @@ from published_yaml import AUTOENCODERS, DIFFUSION, autoencoder_config, diffusio
 from safetensors.torch import load_file, save_file
 
 from ldm_train.checkpoints import compvis
+from ldm_train.checkpoints.compvis_describe import describe
 from ldm_train.checkpoints.compvis_yaml import published
-from ldm_train.checkpoints.native import load_latent_diffusion, load_model
+from ldm_train.checkpoints.native import load_latent_diffusion, load_model, save_model
 from ldm_train.checkpoints.parts import build
 from ldm_train.conditioning.text import read_tokenizer
 from ldm_train.latent_diffusion import Sampling
 from ldm_train.pipeline.convert import convert
+from ldm_train.storage import read_config
 
 State = dict[str, torch.Tensor]
 
@@ -242,8 +244,61 @@ def test_nothing_is_overwritten_or_written_in_a_dry_run(tmp_path: Path, capsys: 
     converted(source, tmp_path / "native")
     with pytest.raises(FileExistsError, match="exists; choose another, or overwrite=true"):
         converted(source, tmp_path / "native")
-    half = load_file(converted(tmp_path / "native", tmp_path / "half.safetensors", "format=compvis", "dtype=float16"))
-    assert {tensor.dtype for tensor in half.values()} == {torch.float16}
+    (tmp_path / "mine.yaml").write_text("mine: true")
+    with pytest.raises(FileExistsError, match=r"mine\.yaml exists"):
+        converted(tmp_path / "native", tmp_path / "mine.safetensors", "format=compvis")
+    assert (tmp_path / "mine.yaml").read_text() == "mine: true"
+
+
+def test_half_precision_keeps_the_scale_and_refuses_what_it_cannot_hold(tmp_path: Path):
+    source, _ = checkpoint(tmp_path, diffusion_config("lsun_churches256", small=True))
+    folder = converted(source, tmp_path / "native")
+    half = load_file(converted(folder, tmp_path / "half.safetensors", "format=compvis", "dtype=float16", "verify=true"))
+    assert half["scale_factor"] == torch.tensor(0.7)
+    assert {tensor.dtype for name, tensor in half.items() if name != "scale_factor"} == {torch.float16}
+    model = load_model(folder)
+    model.network.out[2].bias.data[0] = 1e6
+    save_model(tmp_path / "large", model, read_config(folder / "config.yaml"), {})
+    with pytest.raises(ValueError, match=r"network\.out\.2\.bias has values that are not finite in torch\.float16"):
+        converted(tmp_path / "large", tmp_path / "large.safetensors", "format=compvis", "dtype=float16")
+    assert not (tmp_path / "large.safetensors").exists()
+
+
+UNFIT: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
+    "a flow": (
+        lambda t: t.update(
+            schedule={"_target_": "ldm_train.diffusion.linear_flow.LinearFlow"},
+            parameterisation={"_target_": "ldm_train.diffusion.flow_prediction.FlowPrediction"},
+        ),
+        "a LinearFlow has no form",
+    ),
+    "a prediction of ones own": (
+        lambda t: t.update(parameterisation={"_target_": "mine.Score"}), "a mine.Score has no form in CompVis' code"
+    ),
+    "no attention in the middle": (
+        lambda t: t["network"].update(mid_attention=False), "diffusion.network.mid_attention is False; a checkpoint of CompVis"
+    ),
+    "an end without signal": (
+        lambda t: t["schedule"].update(zero_terminal_snr=True), "zero_terminal_snr is true, which CompVis' code does not know"
+    ),
+    "two conditions": (
+        lambda t: t.update(conditioners={"a": {"_target_": "ldm_train.conditioning.spatial.DepthMap"}} | {"b": {
+            "_target_": "ldm_train.conditioning.spatial.DepthMap"}}), "this model has the conditioners a, b"
+    ),
+    "a depth map": (
+        lambda t: t.update(conditioners={"a": {"_target_": "ldm_train.conditioning.spatial.DepthMap"}}),
+        "the conditioner a is a DepthMap",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", UNFIT)
+def test_a_model_that_no_yaml_describes_is_refused_by_name(name: str):
+    tree = published({"model": diffusion_config("celeba256", small=True)}, "x").tree
+    change, words = UNFIT[name]
+    change(tree)
+    with pytest.raises(ValueError, match=words):
+        describe(tree)
 
 
 @pytest.mark.parametrize(

@@ -314,6 +314,7 @@ def test_pairs_of_inputs(run: Callable, files: dict[str, str], tmp_path: Path):
         ("text", ("guidance.threshold=0",), r"guidance\.threshold is a percentile"),
         ("text", ("guidance.interval=5",), r"guidance\.interval=5 is no list of 2 numbers"),
         ("none", ("size=[64]",), r"size=\[64\] is no list of 2 whole numbers"),
+        ("none", ("image={photo.png}", "extend=[0.5,0,0,0]"), r"extend=\[0\.5, 0, 0, 0\] is no list of 4 whole numbers"),
         ("none", ("n=abc",), "n='abc' is no whole number"),
         ("none", ("seed=1.5",), "seed=1.5 is no whole number"),
         ("none", ("batch_size=0",), "batch_size=0 is below 1"),
