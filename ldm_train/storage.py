@@ -8,6 +8,7 @@ import json
 import math
 import os
 import reprlib
+import shutil
 import sys
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
@@ -96,6 +97,25 @@ def write_atomically(path: str | Path, write: Callable[[io.BufferedWriter], obje
         ) from error
     finally:
         partial.unlink(missing_ok=True)
+
+
+def write_folder(path: str | Path, write: Callable[[Path], None], replace: bool = False) -> None:
+    """Calls `write` on a new folder beside `path` and renames it, so that a folder under its final name is whole. replace: one
+    that stands there is taken away, once the new one is. Raises FileExistsError otherwise."""
+    path = Path(path)
+    partial, old = (path.with_name(f".{path.name}.{os.getpid()}.{word}") for word in ("partial", "old"))
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        write(partial)
+        if path.exists() and not replace:
+            raise FileExistsError(f"{path} exists; choose another folder")
+        if path.exists():
+            os.replace(path, old)
+        os.replace(partial, path)
+        shutil.rmtree(old, ignore_errors=True)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def write_json(path: str | Path, value: object) -> None:

@@ -19,6 +19,8 @@ from torch import nn
 from ldm_train.checkpoints.compvis_yaml import Published, published
 from ldm_train.checkpoints.parts import build, no_larger_than
 from ldm_train.latent_diffusion import LatentDiffusion
+from ldm_train.models.autoencoder import AutoencoderKL
+from ldm_train.models.first_stage import fold_statistics
 from ldm_train.storage import read_config, shown
 
 FILES = (".ckpt", ".safetensors", ".pt", ".pth", ".bin")
@@ -234,8 +236,16 @@ def load_autoencoder(path: Path, yaml: Path) -> tuple[nn.Module, dict[str, Any]]
 def state_dict(model: nn.Module, described: Published, dtype: torch.dtype = torch.float32) -> Tensors:
     """The tensors of a checkpoint whose YAML `described` is of, its scale in float32. Raises ValueError for what such a file, or
     this dtype, cannot hold."""
-    tensors = {}
-    state = model.state_dict()
+    tensors, state = {}, model.state_dict()
+    if isinstance(model, LatentDiffusion) and model.first_stage.one_scale is None:
+        state, first = dict(state), model.first_stage
+        if not isinstance(first.autoencoder, AutoencoderKL):
+            raise ValueError(
+                "this model's latents have a mean and a scale for each channel and a codebook, a checkpoint of CompVis has one scale; "
+                "train with latents.per_channel=false"
+            )
+        folded = fold_statistics(first.autoencoder.state_dict(), first.scale, first.shift)
+        state |= {f"first_stage.autoencoder.{key}": tensor for key, tensor in folded.items()}
     for key, place in places(model, described).items():
         if not place.theirs:
             if state[key].any():
@@ -246,11 +256,6 @@ def state_dict(model: nn.Module, described: Published, dtype: torch.dtype = torc
         if not all(tensors[name].isfinite().all() for name in place.theirs):
             raise ValueError(f"{key} has values that are not finite in {dtype}; choose another dtype")
     if isinstance(model, LatentDiffusion):
-        scale, shift = model.first_stage.scale.flatten(), model.first_stage.shift
-        if shift.any() or (scale != scale[0]).any():
-            raise ValueError(
-                "this model's latents have a mean and a scale for each channel, a checkpoint of CompVis has one scale; train "
-                "with latents.per_channel=false"
-            )
-        tensors["scale_factor"] = scale[0].cpu().clone()
+        scale = model.first_stage.one_scale
+        tensors["scale_factor"] = torch.tensor(1.0 if scale is None else scale)
     return tensors

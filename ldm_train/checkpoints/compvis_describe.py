@@ -1,15 +1,11 @@
 """Models of ours in the words of CompVis' YAML."""
 
-import inspect
 from collections.abc import Mapping
 from typing import Any
 
 from ldm_train import names
 from ldm_train.checkpoints.compvis_yaml import BETAS, PREDICTIONS, Published, needs_of, published
-from ldm_train.checkpoints.parts import find_part
-from ldm_train.conditioning.text import TrainedText
-from ldm_train.models.autoencoder import Autoencoder
-from ldm_train.models.unet import UNet
+from ldm_train.checkpoints.parts import whole
 from ldm_train.storage import shown
 
 KNOWN = ("AutoencoderKL", "AutoencoderVQ", "UNet", "NoiseSchedule")
@@ -101,27 +97,9 @@ UNHELD = (
 )
 
 
-def _whole(tree: Mapping[str, Any]) -> dict[str, Any]:
-    """A part's tree with the options that it leaves out."""
-    part = find_part(tree["_target_"], "")
-    classes = [part, Autoencoder] if issubclass(part, Autoencoder) else [part]
-    signatures = [inspect.signature(kind).parameters.values() for kind in classes]
-    defaults = {p.name: p.default for ps in signatures for p in ps if p.default is not p.empty}
-    whole = {k: list(v) if isinstance(v, list | tuple) else v for k, v in (defaults | dict(tree)).items()}
-    if issubclass(part, Autoencoder):
-        whole["embed_dim"] = whole["embed_dim"] or whole["z_channels"]
-    if issubclass(part, UNet):
-        whole["out_channels"] = whole["out_channels"] or whole["in_channels"]
-        whole["context_dim"], depth = whole["context_dim"] or None, whole["transformer_depth"]
-        whole["transformer_depth"] = depth or (1 if whole["context_dim"] else None)
-    if issubclass(part, TrainedText):
-        whole["head_dim"] = whole["head_dim"] or whole["dim"] // whole["heads"]
-    return whole
-
-
 def _check_same(ours: Mapping[str, Any], theirs: Mapping[str, Any], name: str) -> None:
     """Raises ValueError where an option of ours reads otherwise in the YAML that describes it."""
-    ours, theirs = _whole(ours), _whole(theirs)
+    ours, theirs = whole(ours), whole(theirs)
     for option in sorted(ours.keys() - set(UNHELD)):
         if ours[option] != theirs.get(option):
             raise ValueError(
@@ -134,19 +112,19 @@ def describe(tree: Mapping[str, Any], null_class: bool = True) -> Published:
     Raises ValueError, naming the option, for a model that no such YAML describes."""
     kind = tree["_target_"].rpartition(".")[2]
     if kind in ("AutoencoderKL", "AutoencoderVQ"):
-        described = published({"model": _autoencoder_yaml(_whole(tree))}, "the autoencoder")
+        described = published({"model": _autoencoder_yaml(whole(tree))}, "the autoencoder")
         _check_same(tree, described.tree, "autoencoder.network")
         return described
     if kind != "LatentDiffusion":
         raise ValueError(f"a {kind} has no form in CompVis' code")
-    autoencoder, network, schedule = tree["first_stage"]["autoencoder"], tree["network"], _whole(tree["schedule"])
+    autoencoder, network, schedule = tree["first_stage"]["autoencoder"], tree["network"], whole(tree["schedule"])
     prediction = (tree.get("parameterisation") or {"_target_": names.PREDICTIONS["epsilon"]})["_target_"]
     theirs = {names.PREDICTIONS[kind]: word for word, kind in PREDICTIONS.items()}
     named = [part["_target_"].rpartition(".")[2] for part in (autoencoder, network, schedule)]
     named += [] if prediction in theirs else [prediction]
     if unknown := [name for name in named if name not in KNOWN]:
         raise ValueError(f"a {unknown[0]} has no form in CompVis' code")
-    network = _whole(network)
+    network = whole(network)
     concat, context = network["concat_channels"], network["context_dim"]
     params = {
         "linear_start": schedule["beta_start"],
@@ -157,12 +135,12 @@ def describe(tree: Mapping[str, Any], null_class: bool = True) -> Published:
         "channels": network["in_channels"],
         "image_size": tree["latent_size"][0] if len(set(tree["latent_size"])) == 1 else list(tree["latent_size"]),
         "use_ema": False,  # the weights are those that were averaged
-        "first_stage_config": _autoencoder_yaml(_whole(autoencoder)),
+        "first_stage_config": _autoencoder_yaml(whole(autoencoder)),
         "unet_config": _unet_yaml(network, max(tree["latent_size"])),
     }
     if concat or context:
         params["conditioning_key"] = "hybrid" if concat and context else "concat" if concat else "crossattn"
-    conditioners = {name: _whole(part) for name, part in (tree.get("conditioners") or {}).items()}
+    conditioners = {name: whole(part) for name, part in (tree.get("conditioners") or {}).items()}
     params |= _conditioner_yaml(conditioners, len(autoencoder["channel_mult"]) - 1, null_class)
     yaml = {"model": {"target": "ldm.models.diffusion.ddpm.LatentDiffusion", "params": params}}
     described = published(yaml, "the model", needs_of(tree) | {"null_class": null_class})

@@ -10,7 +10,7 @@ import inspect
 import math
 import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -20,6 +20,9 @@ from torch import nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from ldm_train import names
+from ldm_train.conditioning.text import TrainedText
+from ldm_train.models.autoencoder import Autoencoder
+from ldm_train.models.unet import UNet
 from ldm_train.storage import KINDS, check_kinds
 
 # Folders (and one module) whose classes, and samplers, a file may ask for. Nothing in them writes files or runs commands.
@@ -123,6 +126,24 @@ def build_sampler(tree: Any, where: str | Path, trust: Sequence[str] = ()) -> Ca
         check_kinds(tree, usual, f"{where}: {tree['_target_']} does not take its options", {})
     with no_larger_than({}, where):
         return build(tree, where, trust)
+
+
+def whole(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """A part's tree with the options that it leaves out."""
+    part = find_part(tree["_target_"], "the model")
+    classes = [part, Autoencoder] if issubclass(part, Autoencoder) else [part]
+    signatures = [inspect.signature(kind).parameters.values() for kind in classes]
+    defaults = {p.name: p.default for ps in signatures for p in ps if p.default is not p.empty}
+    full = {k: list(v) if isinstance(v, list | tuple) else v for k, v in (defaults | dict(tree)).items()}
+    if issubclass(part, Autoencoder):
+        full["embed_dim"] = full["embed_dim"] or full["z_channels"]
+    if issubclass(part, UNet):
+        full["out_channels"] = full["out_channels"] or full["in_channels"]
+        full["context_dim"], depth = full["context_dim"] or None, full["transformer_depth"]
+        full["transformer_depth"] = depth or (1 if full["context_dim"] else None)
+    if issubclass(part, TrainedText):
+        full["head_dim"] = full["head_dim"] or full["dim"] // full["heads"]
+    return full
 
 
 def targets(tree: Any) -> Iterator[str]:

@@ -1,5 +1,7 @@
 """The frozen first stage: an autoencoder and the shift and scale that make its latents unit-variance."""
 
+from collections.abc import Mapping
+
 import torch
 from torch import nn
 
@@ -30,6 +32,12 @@ class FirstStage(nn.Module):
     @property
     def latent_channels(self) -> int:
         return self.autoencoder.latent_channels
+
+    @property
+    def one_scale(self) -> float | None:
+        """The scale, where it is one for all channels without a shift."""
+        scale = self.scale.flatten()
+        return float(scale[0]) if (scale == scale[0]).all() and not self.shift.any() else None
 
     def train(self, mode: bool = True) -> "FirstStage":
         return super().train(False)
@@ -69,3 +77,23 @@ class FirstStage(nn.Module):
         """Scaled latents (B, C, h, w) -> images (B, C, h*f, w*f) in [-1, 1], float32, `chunk` at a time, in tiles where they
         are larger than one."""
         return torch.cat([self.decoded(part, tiles).clamp(-1, 1) for part in latents.split(chunk)])
+
+
+def fold_statistics(
+    state: Mapping[str, torch.Tensor], scale: torch.Tensor, shift: torch.Tensor
+) -> dict[str, torch.Tensor]:
+    """The weights of a KL autoencoder whose own latents are (z - shift) * scale: its 1x1 convolutions take them over, for
+    programs that know one scale for all channels.
+
+    state: an AutoencoderKL's. scale, shift: C values. Computed in float64, rounded once.
+    """
+    folded, (scale, shift) = dict(state), (t.double().flatten() for t in (scale, shift))
+    weight, bias = (state[f"quant_conv.{leaf}"].double() for leaf in ("weight", "bias"))
+    factor = torch.cat([scale, torch.ones_like(scale)])  # of the mean; the log-variance moves by 2 log(scale)
+    folded["quant_conv.weight"] = weight * factor[:, None, None, None]
+    mean, logvar = bias.chunk(2)
+    folded["quant_conv.bias"] = torch.cat([(mean - shift) * scale, logvar + 2 * scale.log()])
+    weight, bias = (state[f"post_quant_conv.{leaf}"].double() for leaf in ("weight", "bias"))
+    folded["post_quant_conv.weight"] = weight / scale[None, :, None, None]
+    folded["post_quant_conv.bias"] = bias + weight[:, :, 0, 0] @ shift
+    return {key: tensor.to(state[key].dtype) for key, tensor in folded.items()}

@@ -12,7 +12,7 @@ from ldm_train.checkpoints.native import copy_model, load_model, meta_autoencode
 from ldm_train.configuration import plain
 from ldm_train.models.first_stage import FirstStage
 from ldm_train.pipeline import training
-from ldm_train.pipeline.convert import adopted_autoencoder, is_foreign
+from ldm_train.pipeline.adopt import adopted_autoencoder, is_foreign
 from ldm_train.pipeline.data import data_key, mixture_key, sides, stage_data
 from ldm_train.pipeline.run import Run
 from ldm_train.pipeline.stage import Plan, Stage
@@ -27,7 +27,7 @@ def model_folder(run: Run) -> Path:
 
 def pretrained_folder(value: str, runs_dir: str) -> Path:
     """autoencoder.pretrained -> the model folder: of a run by its name or folder, a model folder itself, or that of a foreign
-    model (see `convert.adopted_autoencoder`). Raises FileNotFoundError naming the paths that were tried."""
+    model (see `adopt.adopted_autoencoder`). Raises FileNotFoundError naming the paths that were tried."""
     candidates = [Path(value), Path(value) / "autoencoder" / "model", Path(runs_dir) / value / "autoencoder" / "model"]
     for folder in candidates:
         if (folder / "model.safetensors").is_file():

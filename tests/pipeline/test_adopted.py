@@ -12,7 +12,7 @@ from published_yaml import autoencoder_config, diffusion_config, tensors
 from safetensors.torch import load_file, save_file
 
 from ldm_train.checkpoints.native import load_autoencoder
-from ldm_train.pipeline.convert import adopted_autoencoder
+from ldm_train.pipeline.adopt import adopted_autoencoder
 
 STAGES = ("stages=[autoencoder,latents]", "data.image_size=32")
 OLDER = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}

@@ -1,0 +1,262 @@
+"""Models of ours as folders that diffusers opens.
+
+A model goes into a pipeline of diffusers' own where one computes the same. Others get the files of `for_diffusers/` beside their
+weights: diffusers runs these with trust_remote_code=True; this package never runs what stands in such a folder.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from ldm_train.checkpoints import diffusers_describe as describe
+from ldm_train.checkpoints.diffusers import INDEX, autoencoder_key, unet_key
+from ldm_train.checkpoints.parts import whole
+from ldm_train.conditioning.class_label import ClassLabel
+from ldm_train.conditioning.spatial import LowResolution, MaskedImageCondition, SemanticMap
+from ldm_train.conditioning.text import FrozenText, TrainedText
+from ldm_train.latent_diffusion import LatentDiffusion
+from ldm_train.models.autoencoder import AutoencoderIdentity, AutoencoderKL
+from ldm_train.models.first_stage import FirstStage, fold_statistics
+from ldm_train.storage import write_json
+
+FILES = Path(__file__).with_name("for_diffusers")
+NARROW, CONDITIONERS, PIPELINE = "narrow", "conditioners", "pipeline"
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+Tensors = dict[str, torch.Tensor]
+
+
+@dataclass
+class Component:
+    """One folder of a pipeline. source: the library, or the file of `for_diffusers`, whose class it is."""
+
+    source: str
+    kind: str
+    config: dict[str, Any]
+    tensors: Tensors = field(default_factory=dict)
+    text: FrozenText | None = None  # saved by transformers
+
+    @property
+    def code(self) -> str | None:
+        """The file that comes with it."""
+        return f"{self.source}.py" if self.source in (NARROW, CONDITIONERS) else None
+
+
+@dataclass
+class Pipeline:
+    """kind: the class; `options`: of its model_index.json beside the components."""
+
+    kind: str
+    components: dict[str, Component | None]
+    options: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def own(self) -> bool:
+        """Whether it needs code that comes with it."""
+        return self.kind == "LatentDiffusionPipeline" or any(c and c.code for c in self.components.values())
+
+
+def autoencoder_tensors(state: Mapping[str, torch.Tensor], levels: int) -> Tensors:
+    """By diffusers' names. Its attention has linear layers where ours has 1x1 convolutions."""
+    made = {}
+    for key, tensor in state.items():
+        if key.startswith("quantize.") and key != "quantize.embedding.weight":
+            continue  # the counts of a codebook's moving averages: only training reads them
+        linear = tensor.ndim == 4 and (".attn." in key or ".attn_1." in key)
+        made[autoencoder_key(key, levels)] = tensor[:, :, 0, 0] if linear else tensor
+    return made
+
+
+def unet_tensors(state: Mapping[str, torch.Tensor], per_level: int) -> Tensors:
+    """By diffusers' names; the fused qkv of attention without a context are three there."""
+    made = {}
+    for key, tensor in state.items():
+        theirs = unet_key(key, per_level)
+        if f"{key.rsplit('.', 2)[0]}.qkv.weight" in state:
+            theirs = theirs.replace(".norm.", ".group_norm.").replace(".proj_out.", ".to_out.0.")
+            tensor = tensor[:, :, 0] if tensor.ndim == 3 else tensor
+        if ".qkv." in theirs:
+            made |= {theirs.replace("qkv", name): part for name, part in zip(("to_q", "to_k", "to_v"), tensor.chunk(3))}
+        else:
+            made[theirs] = tensor
+    return made
+
+
+def _network(network: nn.Module, kind: str, config: dict[str, Any], tensors: Tensors) -> Component:
+    narrow = describe.is_narrow(network)
+    return Component(NARROW if narrow else "diffusers", f"Narrow{kind}" if narrow else kind, config, tensors)
+
+
+def autoencoder(tree: Mapping[str, Any], first: FirstStage) -> Component:
+    """One scale is diffusers' scaling_factor; a scale and a shift per channel are folded into the convolutions of a KL
+    autoencoder. (With a codebook they stay apart: the nearest code depends on them.)"""
+    state, tree = first.autoencoder.state_dict(), whole(tree)
+    if first.one_scale is None and isinstance(first.autoencoder, AutoencoderKL):
+        state = fold_statistics(state, first.scale, first.shift)
+    factor = 1.0 if first.one_scale is None else first.one_scale
+    kind, config = describe.autoencoder_config(tree, first.autoencoder, factor)
+    return _network(first.autoencoder, kind, config, autoencoder_tensors(state, len(tree["channel_mult"])))
+
+
+def _conditioner(name: str, module: nn.Module, downsample_factor: int) -> tuple[str, dict[str, Any]]:
+    """The name and the options of a conditioner in `for_diffusers/conditioners.py`. Raises ValueError where it has none."""
+    options: dict[str, Any]
+    if isinstance(module, ClassLabel):
+        ((slot, dim),) = module.widths.items()
+        kind, options = "class_label", {"classes": module.names, "dim": dim, "slot": slot}
+    elif isinstance(module, TrainedText):
+        kind, options = "prompt", {"tokenizer": module.tokenizer.to_str(), "special": module.special}
+        options |= {"max_length": module.max_length, "pooled": module.pooled, "masked": module.masked}
+    elif isinstance(module, LowResolution) and not module.noise_levels:
+        kind, options = "low_resolution", {"factor": module.factor, "channels": module.channels}
+    elif isinstance(module, SemanticMap):
+        kind, options = "segmentation", {"num_labels": module.num_labels, "ignore": module.ignore}
+        options["channels"] = module.widths["concat"]
+    elif isinstance(module, MaskedImageCondition):
+        form = module.form
+        kind, options = "masked_image", {"hole": form.hole, "span": list(form.span), "nearest": form.nearest}
+        options["first"] = form.first
+    else:
+        raise ValueError(
+            f"the conditioner {name} is a {type(module).__name__} that has no counterpart for diffusers yet"
+        )
+    if kind in ("low_resolution", "segmentation", "masked_image"):
+        options["downsample_factor"] = downsample_factor
+    return kind, options | {"dropped": module.dropout > 0}
+
+
+def conditioners(model: LatentDiffusion, trees: Mapping[str, Mapping[str, Any]], projected: bool) -> Component:
+    """projected: the projection of the vector is among them, not in the U-Net."""
+    parts, tensors = {}, {"place": torch.zeros(1)}
+    for name, module in model.conditioners.items():
+        kind, options = _conditioner(name, module, model.first_stage.downsample_factor)
+        if kind == "prompt":
+            options |= {k: v for k, v in whole(trees[name]).items() if k in ("dim", "depth", "heads", "head_dim")}
+        parts[kind] = options
+        tensors |= {f"conditions.{kind}.{key}": tensor for key, tensor in module.state_dict().items()}
+    config: dict[str, Any] = {"parts": parts}
+    if projected:
+        projection = model.network.label_emb[0].state_dict()
+        config["vector"] = list(projection["0.weight"].shape[::-1])
+        tensors |= {f"projection.{key}": tensor for key, tensor in projection.items()}
+    return Component(CONDITIONERS, "Conditioners", config, tensors)
+
+
+def pipeline(model: LatentDiffusion, tree: Mapping[str, Any], sampling: Mapping[str, Any]) -> Pipeline:
+    """A model, with its tree and its usual sampling options, as a pipeline. Raises ValueError, naming the option, for what
+    diffusers cannot express."""
+    network, first = whole(tree["network"]), model.first_stage
+    kind, config = describe.unet_config(network, model.network, list(model.latent_size))
+    identity = config.get("class_embed_type") == "identity"
+    state = {k: v for k, v in model.network.state_dict().items() if not (identity and k.startswith("label_emb."))}
+    unet = _network(model.network, kind, config, unet_tensors(state, network["num_res_blocks"]))
+    prediction = f"{type(model.parameterisation).__module__}.{type(model.parameterisation).__name__}"
+    spacing = sampling.get("spacing", "trailing")
+    schedule = describe.scheduler_config(whole(tree["schedule"]), prediction, spacing)
+    scheduler = Component("diffusers", "DDIMScheduler", schedule)
+    pixels, kl = (isinstance(first.autoencoder, kind) for kind in (AutoencoderIdentity, AutoencoderKL))
+    vae = None if pixels else autoencoder(tree["first_stage"]["autoencoder"], first)
+    parts: dict[str, Component | None] = {"unet": unet, "scheduler": scheduler}
+    given, square = list(model.conditioners.values()), len(set(model.latent_size)) == 1
+    if not given and square and vae is not None and (kl or first.one_scale is not None):
+        return Pipeline("LDMPipeline", {"vqvae": vae} | parts)
+    if not given and square and pixels and first.one_scale == 1:
+        return Pipeline("DDPMPipeline", parts)
+    if len(given) == 1 and isinstance(given[0], FrozenText) and kl:
+        return _stable_diffusion(given[0], {"vae": vae} | parts)
+    made = conditioners(model, tree.get("conditioners") or {}, identity) if given else None
+    scale, shift = first.scale.flatten(), first.shift.flatten()
+    if kl and first.one_scale is None:  # folded
+        scale, shift = torch.ones(1), torch.zeros(1)
+    usual = {"num_inference_steps": sampling.get("num_inference_steps", 50)}
+    usual["guidance_scale"] = sampling.get("guidance_scale", 1.0)
+    options = {"latents": {"scale": scale.tolist(), "shift": shift.tolist()}, "sampling": usual}
+    return Pipeline("LatentDiffusionPipeline", {"vae": vae} | parts | {"conditioners": made}, options)
+
+
+def _stable_diffusion(text: FrozenText, components: dict[str, Component | None]) -> Pipeline:
+    from transformers import CLIPTextModel
+
+    tokenizer, encoder = text.pretrained()
+    if not isinstance(encoder, CLIPTextModel) or text.masked:
+        raise ValueError(
+            f"the text encoder {text.path} is a {type(encoder).__name__}{' with masked padding' if text.masked else ''}; Stable "
+            "Diffusion's pipelines have a CLIPTextModel that sees padding"
+        )
+    components["text_encoder"] = Component("transformers", "CLIPTextModel", {}, text=text)
+    components["tokenizer"] = Component("transformers", type(tokenizer).__name__, {}, text=text)
+    components |= {"safety_checker": None, "feature_extractor": None, "image_encoder": None}
+    return Pipeline("StableDiffusionPipeline", components, {"requires_safety_checker": False})
+
+
+def _save_text(text: FrozenText, folder: Path, kind: str, dtype: torch.dtype) -> None:
+    from copy import deepcopy
+
+    tokenizer, encoder = text.pretrained()
+    if kind != "CLIPTextModel":
+        tokenizer = deepcopy(tokenizer)
+        tokenizer.model_max_length = text.max_length
+        if text.pad_id is not None:
+            tokenizer.pad_token = tokenizer.convert_ids_to_tokens(text.pad_id)
+        tokenizer.save_pretrained(folder)
+        return
+    config = deepcopy(encoder.config)
+    state = encoder.state_dict()
+    if text.layer == "penultimate":  # the last layer is not run; the final norm is
+        config.num_hidden_layers -= 1
+        state = {k: v for k, v in state.items() if f"layers.{config.num_hidden_layers}." not in k}
+    shortened = type(encoder)(config)
+    shortened.load_state_dict(state)
+    shortened.to(dtype).save_pretrained(folder)
+
+
+def cast(tensors: Mapping[str, torch.Tensor], dtype: torch.dtype) -> Tensors:
+    """Raises ValueError for values that a dtype cannot hold."""
+    made = {k: (t.to(dtype) if t.is_floating_point() else t).cpu().contiguous().clone() for k, t in tensors.items()}
+    for name, tensor in made.items():
+        if not tensor.isfinite().all():
+            raise ValueError(f"{name} has values that are not finite in {dtype}; choose another dtype")
+    return made
+
+
+def _version() -> str:
+    try:
+        return version("diffusers")
+    except PackageNotFoundError:
+        return "0.35.0"
+
+
+def write_component(folder: Path, part: Component, dtype: torch.dtype) -> None:
+    """One folder, as `from_pretrained` of its class reads it."""
+    folder.mkdir(parents=True)
+    if part.text is not None:
+        _save_text(part.text, folder, part.kind, dtype)
+        return
+    name = "scheduler_config.json" if part.kind == "DDIMScheduler" else "config.json"
+    write_json(folder / name, {"_class_name": part.kind, "_diffusers_version": _version()} | part.config)
+    if part.tensors:
+        save_file(cast(part.tensors, dtype), folder / WEIGHTS, {"format": "pt"})
+    if part.code:
+        (folder / part.code).write_bytes((FILES / part.code).read_bytes())
+
+
+def write_pipeline(folder: Path, made: Pipeline, dtype: torch.dtype) -> None:
+    """All components and, last, model_index.json."""
+    own = made.kind == "LatentDiffusionPipeline"
+    index: dict[str, Any] = {
+        "_class_name": [PIPELINE, made.kind] if own else made.kind,
+        "_diffusers_version": _version(),
+    }
+    for name, part in made.components.items():
+        index[name] = [None, None] if part is None else [part.source, part.kind]
+        if part is not None:
+            write_component(folder / name, part, dtype)
+    if own:
+        (folder / f"{PIPELINE}.py").write_bytes((FILES / f"{PIPELINE}.py").read_bytes())
+    (folder / INDEX).write_text(json.dumps(index | made.options, indent=1) + "\n")

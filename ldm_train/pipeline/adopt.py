@@ -1,0 +1,57 @@
+"""Autoencoders from the files of others: converted at their first use."""
+
+import hashlib
+from pathlib import Path
+
+from ldm_train.checkpoints import compvis
+from ldm_train.checkpoints.compvis import FILES
+from ldm_train.checkpoints.diffusers import (
+    check_folder_links,
+    first_stage_tree,
+    is_diffusers,
+    load_first_stage,
+    weight_files,
+)
+from ldm_train.checkpoints.native import METADATA, save_model
+from ldm_train.storage import file_sha256
+
+
+def yaml_beside(path: Path) -> Path:
+    """The YAML of a checkpoint: of its name, or the only one in its folder. Raises FileNotFoundError with the remedy."""
+    named = path.with_suffix(".yaml")
+    others = sorted(path.parent.glob("[!.]*.yaml"))
+    if named.is_file():
+        return named
+    if len(others) == 1:
+        return others[0]
+    raise FileNotFoundError(
+        f"{path} needs the YAML that describes its model: config=<file.yaml>, or {named.name} beside it"
+    )
+
+
+def is_foreign(path: Path) -> bool:
+    """Whether a path is a checkpoint of CompVis' code, a pipeline of diffusers or one of its autoencoders."""
+    return (path.suffix in FILES and path.is_file()) or is_diffusers(path) or (path / "config.json").is_file()
+
+
+def adopted_autoencoder(path: Path, cache: Path) -> Path:
+    """The native model folder of a foreign autoencoder, alone or in a whole model: below `cache`, converted at its first use.
+    Raises FileNotFoundError or ValueError, naming what cannot be converted."""
+    if path.is_file():
+        yaml = yaml_beside(path)
+        files = [path, yaml]
+    else:
+        check_folder_links(path)
+        folder = next((path / name for name in ("vae", "vqvae") if is_diffusers(path) and (path / name).is_dir()), path)
+        files = [folder / "config.json", *weight_files(folder)]
+    digest = hashlib.sha256("".join(map(file_sha256, files)).encode()).hexdigest()
+    target = cache / f"{path.stem}-{digest[:12]}"
+    if (target / METADATA).is_file():
+        return target
+    if path.is_file():
+        network, tree = compvis.load_autoencoder(path, yaml)
+    else:
+        network, tree = load_first_stage(folder).autoencoder, first_stage_tree(folder)["autoencoder"]
+    metadata = {"downsample_factor": network.downsample_factor, "converted_from": path.name}
+    save_model(target, network, tree, metadata)
+    return target

@@ -1,0 +1,206 @@
+"""The forms that a model can be written in: what each writes, and how it is read again."""
+
+import importlib
+import io
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml as yaml_library
+from safetensors.torch import save
+from torch import nn
+
+from ldm_train.checkpoints import compvis, diffusers_export
+from ldm_train.checkpoints.compvis_describe import describe
+from ldm_train.checkpoints.compvis_yaml import needs_of
+from ldm_train.checkpoints.native import load_model, save_model
+from ldm_train.latent_diffusion import LatentDiffusion
+from ldm_train.models.first_stage import FirstStage
+from ldm_train.storage import write_atomically, write_folder
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+Outputs = dict[str, torch.Tensor]
+
+
+@dataclass
+class Model:
+    """A model that is to be written. tree: what builds it. metadata: of its native folder."""
+
+    module: nn.Module
+    tree: dict[str, Any]
+    metadata: dict[str, Any]
+
+    @property
+    def null_class(self) -> bool:
+        """Whether the last row of the class embedding, if there is one, says something."""
+        rows = [
+            tensor[-1]
+            for key, tensor in self.module.state_dict().items()
+            if re.fullmatch(r"conditioners\.\w+\.embedding\.weight", key)
+        ]
+        return self.metadata.get("null_class") is not False or any(row.any() for row in rows)
+
+
+@dataclass
+class Form:
+    """A model in one form, not yet written.
+
+    files: what it takes the place of. says: for the report. again: what the written one computes from fixed noise, beside
+    what the model itself computes (see `outputs`). tolerance: between the two, in float32
+    """
+
+    files: list[Path]
+    says: str
+    write: Callable[[], None]
+    again: Callable[[], Outputs]
+    tolerance: float = 0.0
+    hint: str = ""
+
+
+def _noise(*shape: int) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0))
+
+
+def network_inputs(model: LatentDiffusion) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """(noisy latents, a condition) of one sample for the network, from fixed noise."""
+    side, widths = 2 * model.network.size_multiple, model.network.condition_widths
+    given = {}
+    if widths["context"]:
+        given["context"] = _noise(1, 4, widths["context"])
+    if widths["concat"]:
+        given["concat"] = _noise(1, widths["concat"], side, side)
+    if widths["vector"]:
+        given["vector"] = torch.ones(1, widths["vector"])
+    return _noise(1, model.network.in_channels, side, side), given
+
+
+def autoencoder_images(autoencoder: nn.Module) -> torch.Tensor:
+    side = 2 * autoencoder.downsample_factor
+    return _noise(1, autoencoder.in_channels, side, side).clamp(-1, 1)
+
+
+def outputs(model: nn.Module) -> Outputs:
+    """What a model computes from fixed noise: its U-Net's prediction, its decoding, an autoencoder's reconstruction."""
+    with torch.inference_mode():
+        if not isinstance(model, LatentDiffusion):
+            return {"reconstruction": model(autoencoder_images(model), sample=False)[0]}
+        x, given = network_inputs(model)
+        return {"prediction": model.network(x, torch.tensor([500.0]), **given), "decoding": model.decode(x)}
+
+
+def native(model: Model, target: Path, dtype: torch.dtype) -> Form:
+    """A model folder of this package."""
+    if dtype != torch.float32:
+        raise ValueError("dtype= is for other forms; native folders hold float32")
+    megabytes = 4e-6 * sum(parameter.numel() for parameter in model.module.parameters())
+
+    def write() -> None:
+        save_model(target, model.module, model.tree, model.metadata)
+
+    says = f"{target}, a model folder ({megabytes:,.1f} MB of weights)"
+    return Form([target], says, write, lambda: outputs(load_model(target)))
+
+
+def of_compvis(model: Model, target: Path, dtype: torch.dtype) -> Form:
+    """A checkpoint of CompVis' code, with its YAML beside it."""
+    if target.suffix not in compvis.FILES[:2]:
+        raise ValueError(f"to={target}: a checkpoint of CompVis is a file, {' or '.join(compvis.FILES[:2])}")
+    described = describe(model.tree, model.null_class)
+    tensors = compvis.state_dict(model.module, described, dtype)
+    megabytes = sum(tensor.nbytes for tensor in tensors.values()) / 1e6
+    beside = target.with_suffix(".yaml")
+    yaml = yaml_library.safe_dump(described.yaml, sort_keys=False).encode()
+
+    def write() -> None:
+        data = save(tensors, {"format": "pt"}) if target.suffix == ".safetensors" else _pickled(tensors)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(beside, lambda file: file.write(yaml))
+        write_atomically(target, lambda file: file.write(data))
+
+    def again() -> Outputs:
+        needs = needs_of(model.tree) | {"null_class": model.null_class}
+        return outputs(compvis.load(target, beside, needs=needs)[0])
+
+    says = f"{target} and {beside.name}, {len(tensors)} tensors, {megabytes:,.1f} MB, {dtype}".replace("torch.", "")
+    folded = isinstance(model.module, LatentDiffusion) and model.module.first_stage.one_scale is None
+    return Form([target, beside], says, write, again, 1e-4 if folded else 0.0)
+
+
+def _pickled(tensors: dict[str, torch.Tensor]) -> bytes:
+    buffer = io.BytesIO()
+    torch.save({"state_dict": tensors}, buffer)
+    return buffer.getvalue()
+
+
+def of_diffusers(model: Model, target: Path, dtype: torch.dtype) -> Form:
+    """A pipeline's folder for diffusers, or the folder of an autoencoder."""
+    module = model.module
+    if isinstance(module, LatentDiffusion):
+        made = diffusers_export.pipeline(module, model.tree, model.metadata.get("sampling", {}))
+        says = f"a {made.kind}, for diffusers"
+        parts = {name: part for name, part in made.components.items() if part is not None}
+        option = ", trust_remote_code=True" if made.own else ""
+        hint = f'open it: diffusers.DiffusionPipeline.from_pretrained("{target}"{option})'
+
+        def write(folder: Path) -> None:
+            diffusers_export.write_pipeline(folder, made, dtype)
+    else:
+        part = diffusers_export.autoencoder(model.tree, FirstStage(module))
+        says, parts = f"an {part.kind}, for diffusers", {"": part}
+        hint = f'open it: diffusers.{part.kind}.from_pretrained("{target}")' if part.code is None else ""
+
+        def write(folder: Path) -> None:
+            folder.rmdir()
+            diffusers_export.write_component(folder, part, dtype)
+
+    megabytes = sum(t.numel() for part in parts.values() for t in part.tensors.values()) * dtype.itemsize / 1e6
+    says = f"{target}, {says}, {megabytes:,.1f} MB, {dtype}".replace("torch.", "")
+    # Sums of another order; about 1e-6 was measured, and pictures of [-1, 1] are meant.
+    return Form(
+        [target], says, lambda: write_folder(target, write, replace=True),
+        lambda: _diffusers_outputs(module, target, parts), 1e-4, hint,
+    )  # fmt: skip
+
+
+def _diffusers_outputs(model: nn.Module, folder: Path, parts: Mapping[str, diffusers_export.Component]) -> Outputs:
+    """`outputs` as diffusers' own networks compute it from what was written. Raises ValueError without diffusers."""
+
+    def loaded(name: str, part: diffusers_export.Component) -> nn.Module:
+        ours = f"ldm_train.checkpoints.for_diffusers.{part.source}"  # equal to the file beside its weights, which is not run
+        try:
+            kinds = importlib.import_module(ours if part.code else part.source)
+        except ImportError as error:
+            raise ValueError("verify=true compares with diffusers: pip install diffusers") from error
+        return getattr(kinds, part.kind).from_pretrained(folder / name, low_cpu_mem_usage=False).float().eval()
+
+    with torch.inference_mode():
+        if not isinstance(model, LatentDiffusion):
+            vae, images = loaded("", parts[""]), autoencoder_images(model)
+            encoded = vae.encode(images)
+            z = encoded.latents if hasattr(encoded, "latents") else encoded.latent_dist.mode()
+            return {"reconstruction": vae.decode(z).sample}
+        x, given = network_inputs(model)
+        unet, inputs = loaded("unet", parts["unet"]), torch.cat([x, given["concat"]], 1) if "concat" in given else x
+        own = {"encoder_hidden_states": given.get("context"), "class_labels": given.get("vector")}
+        if "vector" in given and parts["unet"].config.get("class_embed_type") == "identity":
+            own["class_labels"] = loaded("conditioners", parts["conditioners"]).projection(given["vector"])
+        own = {k: v for k, v in own.items() if v is not None}
+        made = {"prediction": unet(inputs, torch.tensor([500.0]), **own).sample}
+        for name in {"vae", "vqvae"} & parts.keys():
+            vae, first = loaded(name, parts[name]), model.first_stage
+            if first.one_scale is not None or not hasattr(vae, "quantize"):
+                z = x / vae.config.scaling_factor
+            else:
+                z = x / first.scale + first.shift
+            made["decoding"] = vae.decode(z).sample.clamp(-1, 1)
+        return made
+
+
+FORMS: dict[str, Callable[[Model, Path, torch.dtype], Form]] = {
+    "native": native,
+    "compvis": of_compvis,
+    "diffusers": of_diffusers,
+}
