@@ -233,6 +233,14 @@ def load_autoencoder(path: Path, yaml: Path) -> tuple[nn.Module, dict[str, Any]]
     return model, described.tree
 
 
+def read_discriminator(path: Path) -> tuple[Tensors, torch.Tensor | None]:
+    """(a patch discriminator's weights by our names, the likelihood's log-variance) of the checkpoint of an autoencoder's
+    training; ({}, None) where it has none."""
+    tensors = read_tensors(path)
+    found = {k: v for k, v in tensors.items() if k.startswith("loss.discriminator.")}
+    return {k.removeprefix("loss.discriminator."): v for k, v in found.items()}, tensors.get("loss.logvar")
+
+
 def state_dict(model: nn.Module, described: Published, dtype: torch.dtype = torch.float32) -> Tensors:
     """The tensors of a checkpoint whose YAML `described` is of, its scale in float32. Raises ValueError for what such a file, or
     this dtype, cannot hold."""

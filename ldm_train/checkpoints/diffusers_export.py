@@ -5,7 +5,8 @@ weights: diffusers runs these with trust_remote_code=True; this package never ru
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from copy import deepcopy
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -16,11 +17,12 @@ from safetensors.torch import save_file
 from torch import nn
 
 from ldm_train.checkpoints import diffusers_describe as describe
-from ldm_train.checkpoints.diffusers import INDEX, autoencoder_key, unet_key
+from ldm_train.checkpoints.diffusers import INDEX, bert_key
+from ldm_train.checkpoints.diffusers_networks import autoencoder_key, unet_key
 from ldm_train.checkpoints.parts import whole
 from ldm_train.conditioning.class_label import ClassLabel
-from ldm_train.conditioning.spatial import LowResolution, MaskedImageCondition, SemanticMap
-from ldm_train.conditioning.text import FrozenText, TrainedText
+from ldm_train.conditioning.spatial import INPAINTING_FORMS, LowResolution, MaskedImageCondition, SemanticMap
+from ldm_train.conditioning.text import FrozenText, NarrowTransformer, TrainedText
 from ldm_train.latent_diffusion import LatentDiffusion
 from ldm_train.models.autoencoder import AutoencoderIdentity, AutoencoderKL
 from ldm_train.models.first_stage import FirstStage, fold_statistics
@@ -34,13 +36,18 @@ Tensors = dict[str, torch.Tensor]
 
 @dataclass
 class Component:
-    """One folder of a pipeline. source: the library, or the file of `for_diffusers`, whose class it is."""
+    """One folder of a pipeline.
+
+    source: the library, or the file of `for_diffusers`, whose class it is. save: writes it, where its class belongs to
+    transformers
+    """
 
     source: str
     kind: str
-    config: dict[str, Any]
+    config: dict[str, Any] = field(default_factory=dict)
     tensors: Tensors = field(default_factory=dict)
-    text: FrozenText | None = None  # saved by transformers
+    weights: str = WEIGHTS
+    save: Callable[[Path, torch.dtype], None] | None = None
 
     @property
     def code(self) -> str | None:
@@ -93,14 +100,14 @@ def _network(network: nn.Module, kind: str, config: dict[str, Any], tensors: Ten
     return Component(NARROW if narrow else "diffusers", f"Narrow{kind}" if narrow else kind, config, tensors)
 
 
-def autoencoder(tree: Mapping[str, Any], first: FirstStage) -> Component:
+def autoencoder(tree: Mapping[str, Any], first: FirstStage, fold: bool = False) -> Component:
     """One scale is diffusers' scaling_factor; a scale and a shift per channel are folded into the convolutions of a KL
-    autoencoder. (With a codebook they stay apart: the nearest code depends on them.)"""
+    autoencoder. (With a codebook they stay apart: the nearest code depends on them.) fold: one scale too."""
     state, tree = first.autoencoder.state_dict(), whole(tree)
-    if first.one_scale is None and isinstance(first.autoencoder, AutoencoderKL):
+    one = None if fold else first.one_scale
+    if fold or (one is None and isinstance(first.autoencoder, AutoencoderKL)):
         state = fold_statistics(state, first.scale, first.shift)
-    factor = 1.0 if first.one_scale is None else first.one_scale
-    kind, config = describe.autoencoder_config(tree, first.autoencoder, factor)
+    kind, config = describe.autoencoder_config(tree, first.autoencoder, 1.0 if one is None else one)
     return _network(first.autoencoder, kind, config, autoencoder_tensors(state, len(tree["channel_mult"])))
 
 
@@ -155,22 +162,17 @@ def pipeline(model: LatentDiffusion, tree: Mapping[str, Any], sampling: Mapping[
     kind, config = describe.unet_config(network, model.network, list(model.latent_size))
     identity = config.get("class_embed_type") == "identity"
     state = {k: v for k, v in model.network.state_dict().items() if not (identity and k.startswith("label_emb."))}
-    unet = _network(model.network, kind, config, unet_tensors(state, network["num_res_blocks"]))
     prediction = f"{type(model.parameterisation).__module__}.{type(model.parameterisation).__name__}"
-    spacing = sampling.get("spacing", "trailing")
-    schedule = describe.scheduler_config(whole(tree["schedule"]), prediction, spacing)
-    scheduler = Component("diffusers", "DDIMScheduler", schedule)
+    schedule = describe.scheduler_config(whole(tree["schedule"]), prediction, sampling.get("spacing", "trailing"))
+    parts: dict[str, Component | None] = {
+        "unet": _network(model.network, kind, config, unet_tensors(state, network["num_res_blocks"])),
+        "scheduler": Component("diffusers", "DDIMScheduler", schedule),
+    }
+    if (known := _known(model, tree, parts)) is not None:
+        return known
     pixels, kl = (isinstance(first.autoencoder, kind) for kind in (AutoencoderIdentity, AutoencoderKL))
     vae = None if pixels else autoencoder(tree["first_stage"]["autoencoder"], first)
-    parts: dict[str, Component | None] = {"unet": unet, "scheduler": scheduler}
-    given, square = list(model.conditioners.values()), len(set(model.latent_size)) == 1
-    if not given and square and vae is not None and (kl or first.one_scale is not None):
-        return Pipeline("LDMPipeline", {"vqvae": vae} | parts)
-    if not given and square and pixels and first.one_scale == 1:
-        return Pipeline("DDPMPipeline", parts)
-    if len(given) == 1 and isinstance(given[0], FrozenText) and kl:
-        return _stable_diffusion(given[0], {"vae": vae} | parts)
-    made = conditioners(model, tree.get("conditioners") or {}, identity) if given else None
+    made = conditioners(model, tree.get("conditioners") or {}, identity) if model.conditioners else None
     scale, shift = first.scale.flatten(), first.shift.flatten()
     if kl and first.one_scale is None:  # folded
         scale, shift = torch.ones(1), torch.zeros(1)
@@ -180,7 +182,40 @@ def pipeline(model: LatentDiffusion, tree: Mapping[str, Any], sampling: Mapping[
     return Pipeline("LatentDiffusionPipeline", {"vae": vae} | parts | {"conditioners": made}, options)
 
 
-def _stable_diffusion(text: FrozenText, components: dict[str, Component | None]) -> Pipeline:
+def _known(model: LatentDiffusion, tree: Mapping[str, Any], parts: dict[str, Component | None]) -> Pipeline | None:
+    """The pipeline of diffusers' own that computes the same, where there is one. parts: U-Net and scheduler."""
+    first, kinds = model.first_stage, {type(c): c for c in model.conditioners.values()}
+    f, square = first.downsample_factor, len(set(model.latent_size)) == 1
+    if isinstance(first.autoencoder, AutoencoderIdentity):
+        plain = square and first.one_scale == 1 and first.latent_channels == 3
+        return Pipeline("DDPMPipeline", parts) if plain and not kinds else None
+    kl, one = isinstance(first.autoencoder, AutoencoderKL), first.one_scale is not None
+    own = tree["first_stage"]["autoencoder"]
+    if not kinds and square and (kl or one):
+        return Pipeline("LDMPipeline", {"vqvae": autoencoder(own, first)} | parts)
+    if FrozenText in kinds and kl and kinds.keys() <= {FrozenText, MaskedImageCondition}:
+        parts = {"vae": autoencoder(own, first)} | parts | _clip(kinds[FrozenText])
+        masked = kinds.get(MaskedImageCondition)
+        if masked is not None and masked.form != INPAINTING_FORMS["sd2"]:
+            raise ValueError("diffusers' inpainting pipeline knows the form sd2 of the masked picture only")
+        kind = "StableDiffusionPipeline" if masked is None else "StableDiffusionInpaintPipeline"
+        return Pipeline(kind, parts, {"requires_safety_checker": False})
+    if kinds.keys() == {TrainedText} and (kl or one) and f == 8:
+        text = kinds[TrainedText]
+        narrow = isinstance(text.encoder.transformer, NarrowTransformer)
+        if narrow and not text.masked and not text.pooled and text.max_length == 77:
+            (own_text,) = tree["conditioners"].values()
+            return Pipeline(
+                "LDMTextToImagePipeline", {"vqvae": autoencoder(own, first)} | parts | _bert(text, whole(own_text))
+            )
+    if kinds.keys() == {LowResolution} and (kl or one):
+        small = kinds[LowResolution]
+        if not small.noise_levels and small.factor == f and small.channels == first.latent_channels == 3:
+            return Pipeline("LDMSuperResolutionPipeline", {"vqvae": autoencoder(own, first, fold=True)} | parts)
+    return None
+
+
+def _clip(text: FrozenText) -> dict[str, Component | None]:
     from transformers import CLIPTextModel
 
     tokenizer, encoder = text.pretrained()
@@ -189,31 +224,59 @@ def _stable_diffusion(text: FrozenText, components: dict[str, Component | None])
             f"the text encoder {text.path} is a {type(encoder).__name__}{' with masked padding' if text.masked else ''}; Stable "
             "Diffusion's pipelines have a CLIPTextModel that sees padding"
         )
-    components["text_encoder"] = Component("transformers", "CLIPTextModel", {}, text=text)
-    components["tokenizer"] = Component("transformers", type(tokenizer).__name__, {}, text=text)
-    components |= {"safety_checker": None, "feature_extractor": None, "image_encoder": None}
-    return Pipeline("StableDiffusionPipeline", components, {"requires_safety_checker": False})
 
+    def save_encoder(folder: Path, dtype: torch.dtype) -> None:
+        config, state = deepcopy(encoder.config), encoder.state_dict()
+        if text.layer == "penultimate":  # the last layer is not run; the final norm is
+            config.num_hidden_layers -= 1
+            state = {k: v for k, v in state.items() if f"layers.{config.num_hidden_layers}." not in k}
+        saved = CLIPTextModel(config)
+        saved.load_state_dict(state)
+        saved.to(dtype).save_pretrained(folder)
 
-def _save_text(text: FrozenText, folder: Path, kind: str, dtype: torch.dtype) -> None:
-    from copy import deepcopy
-
-    tokenizer, encoder = text.pretrained()
-    if kind != "CLIPTextModel":
-        tokenizer = deepcopy(tokenizer)
-        tokenizer.model_max_length = text.max_length
+    def save_tokenizer(folder: Path, dtype: torch.dtype) -> None:
+        saved = deepcopy(tokenizer)
+        saved.model_max_length = text.max_length
         if text.pad_id is not None:
-            tokenizer.pad_token = tokenizer.convert_ids_to_tokens(text.pad_id)
-        tokenizer.save_pretrained(folder)
-        return
-    config = deepcopy(encoder.config)
-    state = encoder.state_dict()
-    if text.layer == "penultimate":  # the last layer is not run; the final norm is
-        config.num_hidden_layers -= 1
-        state = {k: v for k, v in state.items() if f"layers.{config.num_hidden_layers}." not in k}
-    shortened = type(encoder)(config)
-    shortened.load_state_dict(state)
-    shortened.to(dtype).save_pretrained(folder)
+            saved.pad_token = saved.convert_ids_to_tokens(text.pad_id)
+        saved.save_pretrained(folder)
+
+    return {
+        "text_encoder": Component("transformers", "CLIPTextModel", save=save_encoder),
+        "tokenizer": Component("transformers", "CLIPTokenizer", save=save_tokenizer),
+        **dict.fromkeys(("safety_checker", "feature_extractor", "image_encoder")),
+    }
+
+
+def _bert(text: TrainedText, tree: Mapping[str, Any]) -> dict[str, Component | None]:
+    """tree: whole."""
+    words, dim = text.tokenizer.get_vocab_size(), tree["dim"]
+    config = {
+        "model_type": "ldmbert", "architectures": ["LDMBertModel"], "vocab_size": words, "d_model": dim,
+        "encoder_ffn_dim": 4 * dim, "encoder_layers": tree["depth"], "encoder_attention_heads": tree["heads"],
+        "head_dim": tree["head_dim"], "max_position_embeddings": text.max_length, "activation_function": "gelu",
+        "pad_token_id": text.special[0],
+    }  # fmt: skip
+    tensors = {bert_key(key): tensor for key, tensor in text.state_dict().items()}
+    # That class has logits, which nothing reads.
+    tensors |= {"to_logits.weight": torch.zeros(words, dim), "to_logits.bias": torch.zeros(words)}
+
+    def save_tokenizer(folder: Path, dtype: torch.dtype) -> None:
+        from tokenizers import Tokenizer, processors
+        from transformers import PreTrainedTokenizerFast
+
+        own = Tokenizer.from_str(text.tokenizer.to_str())
+        pad, start, end = (own.id_to_token(token) for token in text.special)
+        ends = [(start, text.special[1]), (end, text.special[2])]
+        own.post_processor = processors.TemplateProcessing(single=f"{start} $A {end}", special_tokens=ends)
+        names = {"pad_token": pad, "cls_token": start, "sep_token": end}
+        length = {"model_max_length": text.max_length}
+        PreTrainedTokenizerFast(tokenizer_object=own, **names, **length).save_pretrained(folder)
+
+    return {
+        "bert": Component("latent_diffusion", "LDMBertModel", config, tensors, "model.safetensors"),
+        "tokenizer": Component("transformers", "PreTrainedTokenizerFast", save=save_tokenizer),
+    }
 
 
 def cast(tensors: Mapping[str, torch.Tensor], dtype: torch.dtype) -> Tensors:
@@ -235,13 +298,13 @@ def _version() -> str:
 def write_component(folder: Path, part: Component, dtype: torch.dtype) -> None:
     """One folder, as `from_pretrained` of its class reads it."""
     folder.mkdir(parents=True)
-    if part.text is not None:
-        _save_text(part.text, folder, part.kind, dtype)
+    if part.save is not None:
+        part.save(folder, dtype)
         return
     name = "scheduler_config.json" if part.kind == "DDIMScheduler" else "config.json"
     write_json(folder / name, {"_class_name": part.kind, "_diffusers_version": _version()} | part.config)
     if part.tensors:
-        save_file(cast(part.tensors, dtype), folder / WEIGHTS, {"format": "pt"})
+        save_file(cast(part.tensors, dtype), folder / part.weights, {"format": "pt"})
     if part.code:
         (folder / part.code).write_bytes((FILES / part.code).read_bytes())
 

@@ -236,6 +236,17 @@ CLIP: Table = {
     "hidden_act": ("quick_gelu", only("quick_gelu", "gelu")),
     "layer_norm_eps": (1e-5, number(0, 1)),
 }
+BERT: Table = {
+    "vocab_size": (30522, whole(1, 2**20)),
+    "d_model": (1280, whole(1, 2**14)),
+    "encoder_ffn_dim": (5120, whole(1, 2**16)),
+    "encoder_layers": (32, whole(1, 64)),
+    "encoder_attention_heads": (8, whole(1, 1024)),
+    "head_dim": (64, whole(1, 1024)),
+    "max_position_embeddings": (77, whole(2, 4096)),
+    "activation_function": ("gelu", only("gelu")),
+    "scale_embedding": (False, only(False)),
+}
 # None that names files or arguments: the tokenizer reads its own folder only.
 TOKENIZER = without_effect(
     """

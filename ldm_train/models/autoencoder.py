@@ -212,6 +212,7 @@ class Autoencoder(nn.Module):
     """
 
     moments_per_latent: int  # channels of `encode_moments` for each channel of the latents
+    frozen: tuple[nn.Module, ...] = ()  # parts that stay as they are, in eval mode
 
     def __init__(
         self,
@@ -234,6 +235,20 @@ class Autoencoder(nn.Module):
         self.decoder = Decoder(z_channels, in_channels, *trunk)
         self.quant_conv = nn.Conv2d(k * z_channels, k * embed_dim, 1)
         self.post_quant_conv = nn.Conv2d(embed_dim, z_channels, 1)
+
+    def encoding_parts(self) -> dict[str, nn.Module]:
+        """The parts by name that decide what the latents are."""
+        return {"encoder": self.encoder, "quant_conv": self.quant_conv}
+
+    def freeze_encoder(self) -> None:
+        """From now on only the way back from the latents is trained."""
+        self.frozen = tuple(part.eval().requires_grad_(False) for part in self.encoding_parts().values())
+
+    def train(self, mode: bool = True) -> "Autoencoder":
+        super().train(mode)
+        for part in self.frozen:
+            part.eval()
+        return self
 
     def encode_moments(self, images: torch.Tensor, tiles: Tiles | None = None) -> torch.Tensor:
         """images (B, C, H, W) in [-1, 1] -> the moments of the posterior, which the latent cache stores.
@@ -333,6 +348,9 @@ class AutoencoderVQ(Autoencoder):
         self.quantize = VectorQuantizer(
             num_codes, self.latent_channels, commitment_weight, codebook_weight, codebook_ema, restart_after
         )
+
+    def encoding_parts(self) -> dict[str, nn.Module]:
+        return super().encoding_parts() | {"quantize": self.quantize}
 
     def posterior(self, moments: torch.Tensor) -> Point:
         return Point(moments)

@@ -9,6 +9,8 @@ from ldm_train.models.autoencoder import Autoencoder, AutoencoderIdentity
 from ldm_train.models.posterior import Posterior
 from ldm_train.models.tiling import Tiles
 
+CODES = "quantize.embedding.weight"  # of an AutoencoderVQ
+
 
 class FirstStage(nn.Module):
     """latents = (z - shift) * scale, z ~ q(z | images). Always frozen and in eval mode.
@@ -82,18 +84,27 @@ class FirstStage(nn.Module):
 def fold_statistics(
     state: Mapping[str, torch.Tensor], scale: torch.Tensor, shift: torch.Tensor
 ) -> dict[str, torch.Tensor]:
-    """The weights of a KL autoencoder whose own latents are (z - shift) * scale: its 1x1 convolutions take them over, for
-    programs that know one scale for all channels.
+    """The weights of an autoencoder whose own latents are (z - shift) * scale: its 1x1 convolutions take them over, for
+    programs that know one scale for all channels, or none.
 
-    state: an AutoencoderKL's. scale, shift: C values. Computed in float64, rounded once.
+    state: of an AutoencoderKL, or an AutoencoderVQ, whose nearest codes stay the same under one scale for all channels only.
+    scale, shift: C values. Computed in float64, rounded once.
     """
     folded, (scale, shift) = dict(state), (t.double().flatten() for t in (scale, shift))
     weight, bias = (state[f"quant_conv.{leaf}"].double() for leaf in ("weight", "bias"))
-    factor = torch.cat([scale, torch.ones_like(scale)])  # of the mean; the log-variance moves by 2 log(scale)
+    channels = len(scale)
+    factor = torch.ones(len(bias), dtype=torch.float64)
+    factor[:channels] = scale
+    added = torch.zeros_like(factor)
+    added[:channels], added[channels:] = (
+        -shift * scale,
+        2 * scale.log() if len(bias) > channels else 0,
+    )  # of the log-variance
     folded["quant_conv.weight"] = weight * factor[:, None, None, None]
-    mean, logvar = bias.chunk(2)
-    folded["quant_conv.bias"] = torch.cat([(mean - shift) * scale, logvar + 2 * scale.log()])
+    folded["quant_conv.bias"] = bias * factor + added
     weight, bias = (state[f"post_quant_conv.{leaf}"].double() for leaf in ("weight", "bias"))
     folded["post_quant_conv.weight"] = weight / scale[None, :, None, None]
     folded["post_quant_conv.bias"] = bias + weight[:, :, 0, 0] @ shift
+    if (codes := state.get(CODES)) is not None:
+        folded[CODES] = (codes.double() - shift) * scale
     return {key: tensor.to(state[key].dtype) for key, tensor in folded.items()}

@@ -5,10 +5,10 @@ from pathlib import Path
 
 from ldm_train.checkpoints import compvis
 from ldm_train.checkpoints.compvis import FILES
-from ldm_train.checkpoints.diffusers import (
+from ldm_train.checkpoints.diffusers import is_diffusers
+from ldm_train.checkpoints.diffusers_networks import (
     check_folder_links,
     first_stage_tree,
-    is_diffusers,
     load_first_stage,
     weight_files,
 )

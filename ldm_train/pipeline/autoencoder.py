@@ -5,17 +5,29 @@ from typing import Any
 
 import torch
 from hydra.utils import instantiate
+from omegaconf import DictConfig
 from torch import nn
 
 from ldm_train import rng
-from ldm_train.checkpoints.native import copy_model, load_model, meta_autoencoder, read_metadata
+from ldm_train.checkpoints.compvis import read_discriminator
+from ldm_train.checkpoints.native import (
+    CONFIG,
+    copy_model,
+    load_autoencoder,
+    load_model,
+    meta_autoencoder,
+    read_metadata,
+)
 from ldm_train.configuration import plain
+from ldm_train.losses.autoencoder import AutoencoderLoss
 from ldm_train.models.first_stage import FirstStage
 from ldm_train.pipeline import training
 from ldm_train.pipeline.adopt import adopted_autoencoder, is_foreign
 from ldm_train.pipeline.data import data_key, mixture_key, sides, stage_data
 from ldm_train.pipeline.run import Run
 from ldm_train.pipeline.stage import Plan, Stage
+from ldm_train.storage import read_config
+from ldm_train.training.callbacks.checkpoint import LAST, read_checkpoint
 
 ADOPTED = ".adopted"  # below runs_dir: foreign autoencoders, converted
 
@@ -25,9 +37,9 @@ def model_folder(run: Run) -> Path:
     return run.folder / "autoencoder" / "model"
 
 
-def pretrained_folder(value: str, runs_dir: str) -> Path:
-    """autoencoder.pretrained -> the model folder: of a run by its name or folder, a model folder itself, or that of a foreign
-    model (see `adopt.adopted_autoencoder`). Raises FileNotFoundError naming the paths that were tried."""
+def pretrained_folder(value: str, runs_dir: str, option: str = "autoencoder.pretrained") -> Path:
+    """An option's value -> the model folder: of a run by its name or folder, a model folder itself, or that of a foreign model
+    (see `adopt.adopted_autoencoder`). Raises FileNotFoundError naming the paths that were tried."""
     candidates = [Path(value), Path(value) / "autoencoder" / "model", Path(runs_dir) / value / "autoencoder" / "model"]
     for folder in candidates:
         if (folder / "model.safetensors").is_file():
@@ -37,9 +49,65 @@ def pretrained_folder(value: str, runs_dir: str) -> Path:
         return adopted_autoencoder(Path(value), Path(runs_dir) / ADOPTED)
     tried = ", ".join(map(str, candidates))
     raise FileNotFoundError(
-        f"autoencoder.pretrained={value} is no run with a finished autoencoder, no model folder, no checkpoint and no folder "
+        f"{option}={value} is no run with a finished autoencoder, no model folder, no checkpoint and no folder "
         f"of diffusers; looked in {tried}"
     )
+
+
+def taken_folder(run: Run) -> Path | None:
+    """The model folder of the autoencoder that this run takes (autoencoder.pretrained) or begins from (autoencoder.init)."""
+    section = run.config.autoencoder
+    for option in ("pretrained", "init"):
+        if value := section[option]:
+            return pretrained_folder(value, run.config.runs_dir, f"autoencoder.{option}")
+    return None
+
+
+def latents_of(folder: Path) -> str:
+    """What identifies the latents of an autoencoder's folder: its own weights, or those of the one whose encoder it has kept
+    (autoencoder.train=decoder)."""
+    metadata = read_metadata(folder)
+    return str(metadata.get("latents_of", metadata["sha256"]))
+
+
+def check_start(section: DictConfig) -> None:
+    """Raises ValueError for options that do not go together."""
+    if section.pretrained and section.init:
+        raise ValueError(
+            "autoencoder.pretrained takes an autoencoder as it is, autoencoder.init trains it on; give one of them"
+        )
+    if section.train == "decoder" and not section.init:
+        raise ValueError("autoencoder.train=decoder needs autoencoder.init=<the run whose decoder is to be trained on>")
+    if section.init_discriminator and not section.init:
+        raise ValueError("autoencoder.init_discriminator=true needs autoencoder.init=<the run that it is taken from>")
+
+
+def give_discriminator(run: Run, loss: AutoencoderLoss) -> None:
+    """Gives the loss the discriminator, and a learned log-variance, of autoencoder.init, where its training left them. Raises
+    ValueError where autoencoder.init_discriminator=true and there is none that fits."""
+    section, wanted = run.config.autoencoder, run.config.autoencoder.init_discriminator
+    if loss.discriminator is None or wanted is False:
+        return
+    path, weights, logvar = Path(section.init), {}, None
+    if path.is_file():
+        weights, logvar = read_discriminator(path)
+    elif (last := taken_folder(run).parent / "checkpoints" / LAST).is_file():
+        state = read_checkpoint(last)["state_dict"]
+        weights = {k.removeprefix("discriminator."): v for k, v in state.items() if k.startswith("discriminator.")}
+        logvar = state.get("likelihood.0")
+    reason = "it brings none"
+    try:
+        if weights:
+            loss.discriminator.load_state_dict(weights)
+            if logvar is not None and loss.logvar.requires_grad:
+                loss.logvar.data.copy_(logvar.view(()))
+            return
+    except RuntimeError as error:
+        reason = f"that of autoencoder.init does not fit ({' '.join(str(error).split())[:160]})"
+    if wanted:
+        raise ValueError(f"autoencoder.init_discriminator=true, but {reason}; leave it out for a new one")
+    if run.machine.rank == 0:
+        print(f"  discriminator: a new one, {reason}", flush=True)
 
 
 def load_first_stage(run: Run) -> FirstStage:
@@ -49,8 +117,8 @@ def load_first_stage(run: Run) -> FirstStage:
 
 def on_meta(run: Run) -> nn.Module:
     """The run's autoencoder, its own or a pretrained one, on the meta device."""
-    if pretrained := run.config.autoencoder.pretrained:
-        network = meta_autoencoder(pretrained_folder(pretrained, run.config.runs_dir), run.trust)
+    if (taken := taken_folder(run)) is not None:
+        network = meta_autoencoder(taken, run.trust)
     else:
         with torch.device("meta"):
             network = run.part("autoencoder.network").eval()
@@ -80,13 +148,17 @@ class AutoencoderStage(Stage):
     def key(self, run: Run) -> dict[str, Any]:
         config = run.config
         data = {"data": data_key(config, "autoencoder") | mixture_key(config, "autoencoder")}
-        if pretrained := config.autoencoder.pretrained:
-            sha256 = read_metadata(pretrained_folder(pretrained, config.runs_dir))["sha256"]
+        sha256 = None if (taken := taken_folder(run)) is None else read_metadata(taken)["sha256"]
+        if config.autoencoder.pretrained:
             return data | {"pretrained": sha256, "seed": config.seed}
-        return data | training.training_key(run, "autoencoder")
+        key = data | training.training_key(run, "autoencoder")
+        if sha256 is not None:  # by its content; and its network is that of `init`
+            key["autoencoder"] = {k: v for k, v in key["autoencoder"].items() if k != "network"} | {"init": sha256}
+        return key
 
     def check(self, run: Run) -> None:
         training.check_optimisation(run, "autoencoder")
+        check_start(run.config.autoencoder)
         on_meta(run)
         if run.config.autoencoder.pretrained:
             return
@@ -101,7 +173,10 @@ class AutoencoderStage(Stage):
         size = sides(stage_data(run.config, "autoencoder").image_size)
         picture = torch.empty(1, data.channels, *size, device="meta")
         flops = training.forward_flops("autoencoder.network", network, picture)
-        return Plan(network, flops, run.enough_images(data, "autoencoder"))
+        section = run.config.autoencoder
+        kept = ", its encoder kept" if section.train == "decoder" else ""
+        begins = f"begins from {section.init}{kept}" if section.init else ""
+        return Plan(network, flops, run.enough_images(data, "autoencoder"), begins)
 
     def run(self, run: Run, folder: Path) -> dict[str, Any]:
         config, section = run.config, run.config.autoencoder
@@ -111,14 +186,23 @@ class AutoencoderStage(Stage):
                 copy_model(source, folder / "model")
             return {"sha256": read_metadata(source)["sha256"], "pretrained": str(section.pretrained)}
         rng.reseed(config.seed, "autoencoder", "weights")
-        data = run.data("autoencoder", ("image",))
-        network = instantiate(section.network, _convert_="all")
-        tree, metadata = plain(section.network), {"downsample_factor": network.downsample_factor}
+        data, taken = run.data("autoencoder", ("image",)), taken_folder(run)
+        if taken is None:
+            network, tree = instantiate(section.network, _convert_="all"), plain(section.network)
+        else:
+            network, tree = load_autoencoder(taken, run.trust), read_config(taken / CONFIG)
+        metadata = {"downsample_factor": network.downsample_factor}
+        if section.train == "decoder":
+            network.freeze_encoder()
+            metadata["latents_of"] = latents_of(taken)
         if not list(network.parameters()):  # the identity has nothing to train
             return {"sha256": training.save(run, folder / "model", network, tree, metadata)}
+        loss = instantiate(section.loss, _convert_="all")
+        if taken is not None:
+            give_discriminator(run, loss)
         task = instantiate(section.task)(
             network,
-            instantiate(section.loss, _convert_="all"),
+            loss,
             **training.optimisation(run, "autoencoder"),
             image_folder=folder / "images",
             disc_lr=section.disc_lr,

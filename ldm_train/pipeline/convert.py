@@ -9,7 +9,8 @@ from omegaconf import DictConfig, OmegaConf
 from ldm_train import names
 from ldm_train.checkpoints import compvis
 from ldm_train.checkpoints.compvis import FILES
-from ldm_train.checkpoints.diffusers import USUAL_SAMPLING
+from ldm_train.checkpoints.diffusers import USUAL_SAMPLING, diffusers_metadata, is_diffusers, read_pipeline
+from ldm_train.checkpoints.diffusers_networks import check_folder_links, first_stage_tree, load_first_stage
 from ldm_train.checkpoints.native import CONFIG, METADATA, find_model, load_model, read_metadata
 from ldm_train.conditioning.text import read_tokenizer
 from ldm_train.pipeline.adopt import yaml_beside
@@ -47,6 +48,16 @@ def read(config: DictConfig) -> tuple[Model, compvis.Report | None]:
         if (classes := described.tree.get("conditioners", {}).get("class_label")) is not None:
             metadata["null_class"] = described.class_rows == classes["classes"] + 1
         return Model(model, described.tree, metadata), report
+    if is_diffusers(source):
+        module, tree = read_pipeline(source)
+        return Model(
+            module, tree, {"sampling": diffusers_metadata(source)["sampling"], "converted_from": source.name}
+        ), None
+    if (source / "config.json").is_file():
+        check_folder_links(source)
+        tree = first_stage_tree(source)["autoencoder"]
+        module = load_first_stage(source).autoencoder
+        return Model(module, tree, {"downsample_factor": module.downsample_factor, "converted_from": source.name}), None
     folder = native_folder(source)
     metadata = {k: v for k, v in read_metadata(folder).items() if k not in ("sha256", "config_sha256")}
     return Model(load_model(folder), names.model(read_config(folder / CONFIG)), metadata), None

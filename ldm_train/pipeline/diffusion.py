@@ -11,8 +11,15 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig
 from torch import nn
 
-from ldm_train import rng
-from ldm_train.checkpoints.native import CONFIG, load_model
+from ldm_train import names, rng
+from ldm_train.checkpoints.native import (
+    CONFIG,
+    METADATA,
+    find_model,
+    load_latent_diffusion,
+    load_model,
+    read_metadata,
+)
 from ldm_train.checkpoints.parts import build, build_sampler
 from ldm_train.conditioning.base import Conditioner
 from ldm_train.conditioning.text import read_tokenizer, train_tokenizer
@@ -20,6 +27,7 @@ from ldm_train.configuration import plain
 from ldm_train.data.datamodule import ShardDataModule
 from ldm_train.generation.film import film_of_grids
 from ldm_train.latent_diffusion import LatentDiffusion, Sampling
+from ldm_train.models.autoencoder import Autoencoder
 from ldm_train.models.first_stage import FirstStage
 from ldm_train.pipeline import autoencoder, latents, training
 from ldm_train.pipeline.data import CONDITIONERS, FROM_DATA, mixture_key, sides
@@ -160,15 +168,49 @@ def check_model(run: Run, images: ShardDataModule) -> None:
     images.check_conditions()
 
 
+def pretrained_model(run: Run) -> Path | None:
+    """The model folder of diffusion.pretrained: of a run by its name or folder, or itself. Raises FileNotFoundError naming the
+    paths that were tried."""
+    if not (value := run.config.diffusion.pretrained):
+        return None
+    candidates = [Path(value), Path(run.config.runs_dir) / value]
+    for candidate in candidates:
+        folder = find_model(candidate)
+        if folder is not None and (folder / METADATA).is_file():
+            return folder
+    raise FileNotFoundError(
+        f"diffusion.pretrained={value} is no run with a trained model and no model folder; looked in "
+        f"{', '.join(map(str, candidates))}. Checkpoints and folders of diffusers become one by ldm-convert"
+    )
+
+
+def with_decoder(model: LatentDiffusion, network: nn.Module, where: Path) -> None:
+    """Gives a trained model an autoencoder whose latents are those it knows. Raises ValueError where they are not."""
+    theirs, ours = (
+        {f"{name}.{k}": v for name, part in a.encoding_parts().items() for k, v in part.state_dict().items()}
+        if isinstance(a, Autoencoder)  # the identity has none
+        else {}
+        for a in (model.first_stage.autoencoder, network)
+    )
+    if theirs.keys() != ours.keys() or not all(torch.equal(theirs[key], ours[key]) for key in ours):
+        raise ValueError(
+            f"diffusion.pretrained={where} was trained on the latents of another autoencoder than this run's; take that one too "
+            "(autoencoder.pretrained=), or train its decoder on (autoencoder.init=, autoencoder.train=decoder)"
+        )
+    model.first_stage.autoencoder.load_state_dict(network.state_dict())
+
+
 class DiffusionStage(Stage):
     """Denoising on latents, with pictures and, where asked, metrics of samples while it trains."""
 
     name, needs = "diffusion", ("latents",)
 
     def steps(self, run: Run) -> int:
-        return run.config.diffusion.max_steps
+        return 0 if run.config.diffusion.pretrained else run.config.diffusion.max_steps
 
     def key(self, run: Run) -> dict[str, Any]:
+        if (taken := pretrained_model(run)) is not None:
+            return {"pretrained": read_metadata(taken)["sha256"], "autoencoder": run.result("autoencoder")}
         return training.training_key(run, "diffusion") | {
             "latents": run.result("latents"),
             "derived": plain(run.config.data.derived),
@@ -177,6 +219,9 @@ class DiffusionStage(Stage):
 
     def check(self, run: Run) -> None:
         config, section = run.config, run.config.diffusion
+        if pretrained_model(run) is not None:
+            check_sampler(run, autoencoder.on_meta(run).latent_channels)
+            return
         training.check_optimisation(run, "diffusion")
         if section.evaluate_every:
             run.check_metrics(section.evaluate_images)
@@ -187,7 +232,9 @@ class DiffusionStage(Stage):
         if section.evaluate_every:
             run.check_reference(images)
 
-    def plan(self, run: Run) -> Plan:
+    def plan(self, run: Run) -> Plan | None:
+        if not self.steps(run):
+            return None
         network, f = network_on_meta(run), autoencoder.on_meta(run).downsample_factor
         instantiate(run.config.diffusion.objective, run.part("diffusion.schedule"))
         height, width = sides(run.config.data.image_size)
@@ -209,6 +256,8 @@ class DiffusionStage(Stage):
 
     def run(self, run: Run, folder: Path) -> dict[str, Any]:
         config, section = run.config, run.config.diffusion
+        if (taken := pretrained_model(run)) is not None:
+            return self._taken(run, taken, folder)
         data, images, count = latents.latent_data(run, "diffusion", run.fields)
         rng.reseed(config.seed, "diffusion", "weights")
         source = autoencoder.model_folder(run)
@@ -238,6 +287,19 @@ class DiffusionStage(Stage):
             film_of_grids(folder / "images")
         metadata = {"scale_factor": statistics["scale_factor"], "sampling": sampling_of(run)}
         return {"sha256": training.save(run, folder / "model", model, tree, metadata)}
+
+    def _taken(self, run: Run, source: Path, folder: Path) -> dict[str, Any]:
+        """A trained model with this run's decoder."""
+        model = load_latent_diffusion(source, run.trust)
+        if sorted(model.fields) != sorted(run.fields):
+            raise ValueError(
+                f"diffusion.pretrained={source} is conditioned on {', '.join(model.fields) or 'nothing'}, this run on "
+                f"{', '.join(run.fields) or 'nothing'}; choose the same diffusion/conditioning="
+            )
+        with_decoder(model, load_model(autoencoder.model_folder(run), run.trust), source)
+        tree, metadata = names.model(read_config(source / CONFIG)), read_metadata(source)
+        metadata = {k: v for k, v in metadata.items() if "sha256" not in k} | {"sampling": sampling_of(run)}
+        return {"sha256": training.save(run, folder / "model", model, tree, metadata), "pretrained": str(source)}
 
     def _sample_metrics(self, run: Run, images: ShardDataModule) -> SampleMetrics:
         config, section = run.config, run.config.diffusion

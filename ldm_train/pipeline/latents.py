@@ -1,7 +1,9 @@
 """The latents of all training images, encoded once, and their statistics."""
 
+import json
+import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +11,7 @@ import torch
 from lightning import LightningDataModule
 
 from ldm_train.checkpoints.native import meta_autoencoder
-from ldm_train.configuration import plain
+from ldm_train.configuration import differences, plain
 from ldm_train.data.datamodule import Batching, ShardDataModule
 from ldm_train.data.latents import (
     STATISTICS,
@@ -23,10 +25,11 @@ from ldm_train.data.latents import (
     written_entries,
 )
 from ldm_train.data.shards import data_hash, read_index
+from ldm_train.errors import Refused
 from ldm_train.models.first_stage import FirstStage
 from ldm_train.pipeline import autoencoder
 from ldm_train.pipeline.data import data_key
-from ldm_train.pipeline.resume import read_note
+from ldm_train.pipeline.resume import NOTE, read_note
 from ldm_train.pipeline.run import Run
 from ldm_train.pipeline.stage import Stage
 from ldm_train.storage import file_sha256, write_json
@@ -88,23 +91,58 @@ def check_crop(run: Run) -> None:
         )
 
 
+def _autoencoder(run: Run) -> str:
+    """What identifies the latents of this run's autoencoder. Raises Refused where its stage is not finished."""
+    run.result("autoencoder")
+    return autoencoder.latents_of(autoencoder.model_folder(run))
+
+
+def earlier_cache(run: Run, key: Mapping[str, Any]) -> Path | None:
+    """The latents stage of the run in autoencoder.init whose encoder was kept, where it made the same."""
+    if run.config.autoencoder.train != "decoder":
+        return None
+    folder = autoencoder.taken_folder(run).parent.parent / "latents"
+    try:
+        note = read_note(folder)
+    except Refused:  # damaged: its own run reports it
+        return None
+    same = note is not None and note["finished"] and not differences(note["key"], json.loads(json.dumps(key)), {})
+    return folder if same else None
+
+
+def _linked(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # another file system
+        shutil.copy2(source, target)
+
+
 class LatentsStage(Stage):
     """Encodes the training data of the diffusion stage; without a cache it computes only the statistics."""
 
     name, needs, identity = "latents", ("autoencoder",), "content"
 
     def key(self, run: Run) -> dict[str, Any]:
-        return {
-            "autoencoder_weights": run.result("autoencoder"),
+        key = {
+            "autoencoder_weights": _autoencoder(run),
             "data": data_key(run.config, "diffusion"),
             "latents": plain(run.config.latents),
         }
+        return key | {"unused": True} if self._unused(run) else key
+
+    def _unused(self, run: Run) -> bool:
+        """Whether nothing trains on them."""
+        return bool(run.config.diffusion.pretrained) and "classifier" not in run.config.stages
 
     def check(self, run: Run) -> None:
         check_crop(run)
         autoencoder.on_meta(run)
 
     def run(self, run: Run, folder: Path) -> dict[str, Any]:
+        if self._unused(run):
+            return {"content": f"{_autoencoder(run)}/unused", "scale_factor": None, "statistics_sha256": None}
+        if (earlier := earlier_cache(run, self.key(run))) is not None:
+            return self._taken(run, earlier, folder)
         data, encode = run.data("diffusion", ("image", *run.fields)), encoder(run)
         splits = (data.train_split, data.val_split)
         if run.config.latents.cache:
@@ -123,9 +161,21 @@ class LatentsStage(Stage):
         if run.config.latents.cache:
             content = data_hash(read_index(folder), *splits)
         else:
-            content = f"{run.result('autoencoder')}/{data.content_hash}"
+            content = f"{_autoencoder(run)}/{data.content_hash}"
         statistics, digest = read_statistics(folder), file_sha256(folder / STATISTICS)
         return {"content": content, "scale_factor": statistics["scale_factor"], "statistics_sha256": digest}
+
+    def _taken(self, run: Run, earlier: Path, folder: Path) -> dict[str, Any]:
+        """Links the files of a cache with the same latents."""
+        if run.machine.rank == 0:
+            for path in sorted(p for p in earlier.rglob("*") if p.is_file() and p.name != NOTE):
+                target = folder / path.relative_to(earlier)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                target.unlink(missing_ok=True)
+                _linked(str(path), str(target))
+            print(f"latents: those of {earlier.parent}, whose encoder this run has kept", flush=True)
+        run.barrier()
+        return read_note(earlier)["result"]
 
     def _measured(self, run: Run, encode: Any, scratch: Path) -> dict[str, Any]:
         """Statistics without a cache, computed from a small temporary one."""

@@ -91,6 +91,7 @@ def print_plan(run: "Run", steps: list[Step]) -> dict[str, tuple[float, float]]:
         if plan := plans[step.name]:
             section = config[step.name]
             parameters = sum(p.numel() for p in plan.network.parameters())
+            text += f"{plan.begins}, " if plan.begins else ""
             memory = parameters * 4 * (5 if section.ema_decay else 4) / 2**30
             flops, samples = plan.flops * TRAINING_FLOPS, step.steps * section.batch_size
             effort[step.name] = (float(flops), peak)

@@ -18,11 +18,13 @@ class Plan:
     """The cost of a stage that trains; the section of the config with its name has `batch_size` and `ema_decay`.
 
     network: the trained network, perhaps on the meta device. flops: of one forward pass on one image. images: training images.
+    begins: what it begins from, in words
     """
 
     network: nn.Module
     flops: int
     images: int
+    begins: str = ""
 
 
 class Stage:

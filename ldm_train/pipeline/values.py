@@ -109,7 +109,12 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(("project", "runs_dir"), text()),
     "data.root": _roots,
     "autoencoder.data.root": optional(_roots),
-    "autoencoder.pretrained": optional(text("name of a file or folder")),
+    **dict.fromkeys(
+        ("autoencoder.pretrained", "autoencoder.init", "diffusion.pretrained"),
+        optional(text("name of a file or folder")),
+    ),
+    "autoencoder.init_discriminator": optional(flag),
+    "autoencoder.train": one_of("all", "decoder"),
     "trace": optional(_trace),
     **dict.fromkeys(("data.image_size", "autoencoder.data.image_size"), optional(_image_size)),
     **dict.fromkeys(("data.scale", "autoencoder.data.scale"), optional(_area)),

@@ -58,7 +58,7 @@ class AutoencoderTask(Task):
         return self.autoencoder
 
     def groups(self) -> list[dict]:
-        generator = list(self.autoencoder.parameters())
+        generator = [p for p in self.autoencoder.parameters() if p.requires_grad]
         if self.loss.logvar.requires_grad:
             generator.append(self.loss.logvar)
         groups = [{"params": generator, "name": "autoencoder"}]

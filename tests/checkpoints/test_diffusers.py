@@ -162,7 +162,7 @@ def change(path: Path, **options: Any) -> None:
         (
             "unet/config.json",
             {"in_channels": 9},
-            "in_channels=9, the latents have 4 channels: inpainting, depth and upsc",
+            "in_channels=9, the latents have 4 channels: depth and x4 upsc",
         ),
         ("unet/config.json", {"layers_per_block": 2}, r"unet lacks down_blocks"),
         ("unet/config.json", {"block_out_channels": [2**14, 2**14]}, r"unet: .* has shape \(512, 128\)"),

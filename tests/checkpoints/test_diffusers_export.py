@@ -4,14 +4,13 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from chains import composed
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from ldm_train.checkpoints import diffusers_export
 from ldm_train.checkpoints.native import load_latent_diffusion, load_model, save_model
@@ -69,7 +68,8 @@ TREES: dict[str, dict[str, Any]] = {
         {"context_dim": 16, "linear_projection": True, "cross_only_levels": [1], "attention_levels": [0, 1]},
     ),
     "small pictures": tree(
-        {"lowres": {"_target_": f"{SPATIAL}.LowResolution", "factor": 4}}, {"concat_channels": 3, "mid_attention": False}
+        {"lowres": {"_target_": f"{SPATIAL}.LowResolution", "factor": 4}},
+        {"concat_channels": 3, "mid_attention": False},
     ),
     "label maps": tree({"segmentation": MAP}, {"concat_channels": 2}),
     "masked pictures": tree({"masked": {"_target_": f"{SPATIAL}.MaskedImageCondition"}}, {"concat_channels": 4}),
@@ -165,6 +165,7 @@ def drawn(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[str, torc
 KINDS = {"a codebook alone": "LDMPipeline", "nothing": "LDMPipeline", "pixels": "DDPMPipeline"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TREES)
 def test_diffusers_draws_what_we_draw(name: str, drawn: dict[str, Any]):
     kind, ours, theirs = drawn[name]
@@ -172,3 +173,226 @@ def test_diffusers_draws_what_we_draw(name: str, drawn: dict[str, Any]):
     assert ours.std() > 0.02
     # 2/255 of the range [0, 1] is promised; sums of another order and a codebook's ties are all that differs.
     torch.testing.assert_close(theirs, ours, rtol=0, atol=4 / 255 if "codebook" in name or "token" in name else 1e-3)
+
+
+TRUNK = {"norm_num_groups": 32, "block_out_channels": (128, 128), "layers_per_block": 1}
+SCHEDULER = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "clip_sample": False}
+
+
+def randomised(module: torch.nn.Module) -> torch.nn.Module:
+    generator = torch.Generator().manual_seed(1)
+    for p in module.parameters():
+        if p.ndim > 1:
+            p.data = torch.randn(p.shape, generator=generator) * (0.5 / p[0].numel() ** 0.5)
+    return module.eval()
+
+
+def published(kind: str, folder: Path) -> Any:
+    """A small pipeline of diffusers' own with random weights, saved."""
+    import diffusers
+    from diffusers.pipelines.latent_diffusion.pipeline_latent_diffusion import LDMBertConfig, LDMBertModel
+    from test_diffusers import tokenizer as clip_words
+    from transformers import BertTokenizer, CLIPTextConfig, CLIPTextModel
+
+    torch.manual_seed(0)
+    levels, inpainting = 4 if kind == "LDMTextToImagePipeline" else 2, kind == "StableDiffusionInpaintPipeline"
+    vq, trunk = kind == "LDMSuperResolutionPipeline", TRUNK | {"block_out_channels": (128,) * levels}
+    channels = 3 if vq else 4
+    vae = randomised(
+        (diffusers.VQModel if vq else diffusers.AutoencoderKL)(
+            down_block_types=["DownEncoderBlock2D"] * levels, up_block_types=["UpDecoderBlock2D"] * levels,
+            latent_channels=channels, scaling_factor=0.3, **trunk, **({"num_vq_embeddings": 32} if vq else {}),
+        )
+    )  # fmt: skip
+    scheduler = diffusers.DDIMScheduler(timestep_spacing="trailing", set_alpha_to_one=True, **SCHEDULER)
+    if vq:
+        unet = diffusers.UNet2DModel(
+            sample_size=8, in_channels=6, out_channels=3, down_block_types=["DownBlock2D", "AttnDownBlock2D"],
+            up_block_types=["AttnUpBlock2D", "UpBlock2D"], attention_head_dim=32, **TRUNK,
+        )  # fmt: skip
+        made = diffusers.LDMSuperResolutionPipeline(vae, randomised(unet), scheduler)
+    else:
+        unet = diffusers.UNet2DConditionModel(
+            sample_size=8, in_channels=9 if inpainting else 4, out_channels=4, cross_attention_dim=48, attention_head_dim=4,
+            down_block_types=["CrossAttnDownBlock2D", "DownBlock2D"], up_block_types=["UpBlock2D", "CrossAttnUpBlock2D"],
+            **TRUNK,
+        )  # fmt: skip
+        if kind == "LDMTextToImagePipeline":
+            words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "red", "dog", "cat"]
+            (folder.parent / "vocab.txt").write_text("\n".join(words))
+            config = LDMBertConfig(
+                vocab_size=len(words),
+                encoder_layers=2,
+                encoder_ffn_dim=192,
+                encoder_attention_heads=2,
+                head_dim=16,
+                d_model=48,
+            )
+            text = BertTokenizer(str(folder.parent / "vocab.txt"))
+            bert = randomised(LDMBertModel(config))
+            made = diffusers.LDMTextToImagePipeline(vae, bert, text, randomised(unet), scheduler)
+        else:
+            words = clip_words(folder.parent)
+            config = CLIPTextConfig(
+                vocab_size=len(words), hidden_size=48, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+                max_position_embeddings=16, bos_token_id=0, eos_token_id=1, pad_token_id=1,
+            )  # fmt: skip
+            parts = (vae, randomised(CLIPTextModel(config)), words, randomised(unet), scheduler, None, None)
+            made = getattr(diffusers, kind)(*parts, requires_safety_checker=False)
+    made.set_progress_bar_config(disable=True)
+    made.save_pretrained(folder)
+    return made
+
+
+def drawn_by(kind: str, pipeline: Any, noise: torch.Tensor) -> torch.Tensor:
+    captions, steps = ["a red dog", "cat"], {"num_inference_steps": 4}
+    if kind == "LDMSuperResolutionPipeline":
+        import diffusers.pipelines.latent_diffusion.pipeline_latent_diffusion_superresolution as module
+
+        module.randn_tensor = lambda shape, **_: noise
+        return pipeline(torch.linspace(-1, 1, 384).view(2, 3, 8, 8), output_type="pt", **steps).images
+    given = {"image": PICTURES / 2 + 0.5, "mask_image": HOLE, "height": 16, "width": 16} if "Inpaint" in kind else {}
+    return pipeline(captions, latents=noise, guidance_scale=2.0, output_type="pt", **given, **steps).images
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "StableDiffusionPipeline",
+        "StableDiffusionInpaintPipeline",
+        "LDMTextToImagePipeline",
+        "LDMSuperResolutionPipeline",
+    ],
+)
+def test_a_published_pipeline_is_read_and_comes_back_to_the_bit(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    import diffusers
+
+    pipeline = published(kind, tmp_path / "theirs")
+    convert(composed("convert", f"from={tmp_path}/theirs", f"to={tmp_path}/native", "verify=true"))
+    ours, channels = load_latent_diffusion(tmp_path / "native"), 3 if "Super" in kind else 4
+    noise = torch.randn(2, channels, 8, 8, generator=torch.Generator().manual_seed(0))
+    batch = {"caption": ["a red dog", "cat"]}
+    if "Super" in kind:
+        batch = {"lowres": torch.linspace(-1, 1, 384).view(2, 3, 8, 8)}
+    if "Inpaint" in kind:
+        batch["masked_image"] = torch.cat([PICTURES.masked_fill(HOLE > 0.5, -1), HOLE], 1)
+        # Theirs encodes the picture with noise, ours with the mean; and prepares latents of the whole picture beside.
+        kept = diffusers.AutoencoderKL.encode
+        monkeypatch.setattr(
+            diffusers.AutoencoderKL,
+            "encode",
+            lambda self, x: type("Mean", (), {"latents": kept(self, x).latent_dist.mode()}),
+        )
+    theirs = drawn_by(kind, pipeline, noise) * 2 - 1
+    scale = 1.0 if "Super" in kind else 2.0
+    drawn = ours.sample(batch, [0, 1], Sampling(ddim, 4, scale, spacing="trailing"), Start(noise=noise))
+    torch.testing.assert_close(drawn, theirs, rtol=1e-3, atol=4e-3)
+    monkeypatch.undo()
+    folder = convert(
+        composed("convert", f"from={tmp_path}/native", f"to={tmp_path}/again", "format=diffusers", "verify=true")
+    )
+    again = getattr(diffusers, kind).from_pretrained(folder, low_cpu_mem_usage=False)
+    again.set_progress_bar_config(disable=True)
+    for name in ("unet", "vae", "vqvae", "bert", "text_encoder"):
+        for file in (tmp_path / "theirs" / name).glob("*.safetensors"):
+            before, after = load_file(file), load_file(next((folder / name).glob("*.safetensors")))
+            before = {k: v for k, v in before.items() if "to_logits" not in k}
+            assert all(torch.equal(after[key], before[key]) for key in before), name
+    assert torch.equal(drawn_by(kind, again, noise), drawn_by(kind, pipeline, noise)) or "Inpaint" in kind
+
+
+@pytest.mark.parametrize("name", ["classes and captions", "classes as a vector", "a codebook alone"])
+def test_what_was_written_computes_what_the_model_does(name: str, tmp_path: Path, capsys: pytest.CaptureFixture):
+    folder = exported(name, tmp_path, "verify=true")
+    assert "verified: read again" in capsys.readouterr().out
+    index = json.loads((folder / "model_index.json").read_text())
+    own = isinstance(index["_class_name"], list)
+    assert (folder / "pipeline.py").exists() == own == (name != "a codebook alone")
+    for code in folder.rglob("*.py"):  # only what this package brings
+        assert code.read_bytes() == (diffusers_export.FILES / code.name).read_bytes()
+    if own:
+        with pytest.raises(ValueError, match=r"is for .*; the model folder that it was exported from can be loaded"):
+            load_latent_diffusion(folder)
+    else:
+        assert torch.equal(load_latent_diffusion(folder).network.out[2].weight, model(name).network.out[2].weight)
+
+
+@pytest.mark.parametrize("name", ["nothing", "a codebook alone"])
+def test_folded_statistics_leave_latents_and_pictures_as_they_were(name: str):
+    first, one = model(name).first_stage, name == "a codebook alone"
+    other = FirstStage(build(TREES[name]["first_stage"]["autoencoder"], name))
+    other.autoencoder.load_state_dict(fold_statistics(first.autoencoder.state_dict(), first.scale, first.shift))
+    moments, theirs = (stage.encode_moments(PICTURES) for stage in (first, other))
+    torch.testing.assert_close(other.posterior(theirs).mean, first.scaled(first.posterior(moments).mean))
+    if not one:
+        spread, kept = other.posterior(theirs), first.posterior(moments)
+        torch.testing.assert_close(spread.std, kept.std * first.scale)
+    latents = torch.randn(2, 3, 8, 8)
+    torch.testing.assert_close(other.decode(latents), first.decode(latents), rtol=0, atol=1e-5)
+
+
+REFUSED = {
+    "diffusion.network is a DiT": {
+        "network": {
+            "_target_": "ldm_train.models.dit.DiT", "in_channels": 3, "hidden_size": 32, "depth": 1, "num_heads": 2
+        }
+    },
+    "a LinearFlow with FlowPrediction has no counterpart": {
+        "schedule": {"_target_": "ldm_train.diffusion.linear_flow.LinearFlow"},
+        "parameterisation": {"_target_": "ldm_train.diffusion.flow_prediction.FlowPrediction"},
+    },
+    r"diffusion.schedule.kind is sqrt; diffusers knows scaled_linear": {
+        "schedule": {"_target_": "ldm_train.diffusion.schedule.NoiseSchedule", "kind": "sqrt"}
+    },
+    "the conditioner boxes is a LayoutBoxes that has no counterpart": {
+        "conditioners": {
+            "boxes": {"_target_": f"{CONDITIONERS}.layout.LayoutBoxes", "dim": 16, "labels": 3, "depth": 1, "heads": 2}
+        },
+        "network": tree({}, {"context_dim": 16})["network"],
+    },
+    "diffusion.network.resblock_resample is True": {"network": tree({}, {"resblock_resample": True})["network"]},
+    "diffusion.network.channel_mult begins with 2": {"network": tree({}, {"channel_mult": [2, 2]})["network"]},
+    r"heads of \[32, 64\] channels; in diffusers": {"network": tree({}, {"head_dim": None, "num_heads": 1})["network"] | {
+        "num_heads": 2, "attention_levels": [0, 1], "channels": 64}},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("message", REFUSED)
+def test_what_diffusers_cannot_express_is_refused_by_name_and_nothing_is_written(message: str, tmp_path: Path):
+    own = tree({}, {}) | REFUSED[message]
+    save_model(tmp_path / "native", build(own, "test"), own, {})
+    with pytest.raises(ValueError, match=message):
+        convert(composed("convert", f"from={tmp_path}/native", f"to={tmp_path}/theirs", "format=diffusers"))
+    assert [path.name for path in tmp_path.iterdir()] == ["native"]
+
+
+def test_an_interrupted_export_leaves_nothing_and_what_stood_there_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    folder = exported("nothing", tmp_path)
+    before = (folder / "model_index.json").stat().st_mtime_ns
+    with pytest.raises(FileExistsError, match="exists; choose another, or overwrite=true"):
+        exported("nothing", tmp_path)
+    monkeypatch.setattr(diffusers_export, "save_file", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+    with pytest.raises(OSError, match="disk full"):
+        exported("nothing", tmp_path, "overwrite=true")
+    assert (folder / "model_index.json").stat().st_mtime_ns == before
+    monkeypatch.undo()
+    exported("nothing", tmp_path, "overwrite=true", "dtype=float16")
+    assert load_file(folder / "unet" / diffusers_export.WEIGHTS)["conv_in.weight"].dtype == torch.float16
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["native", "theirs"]
+
+
+def test_an_autoencoder_alone_comes_and_goes(tmp_path: Path):
+    own = TREES["nothing"]["first_stage"]["autoencoder"]
+    save_model(tmp_path / "native", build(own, "test"), own, {})
+    folder = convert(
+        composed("convert", f"from={tmp_path}/native", f"to={tmp_path}/theirs", "format=diffusers", "verify=true")
+    )
+    assert sorted(path.name for path in folder.iterdir()) == ["config.json", diffusers_export.WEIGHTS]
+    convert(composed("convert", f"from={folder}", f"to={tmp_path}/again", "verify=true"))
+    before, after = (load_model(tmp_path / name).state_dict() for name in ("native", "again"))
+    assert all(torch.equal(after[key], before[key]) for key in before)

@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import nn
 
-from ldm_train.checkpoints.diffusers import PREDICTIONS, load_first_stage, load_schedule, load_unet
+from ldm_train.checkpoints.diffusers import PREDICTIONS, load_schedule
+from ldm_train.checkpoints.diffusers_networks import load_first_stage, load_unet
 from ldm_train.checkpoints.diffusers_options import SCHEDULERS
 
 TRUNK = {"block_out_channels": [128, 128], "layers_per_block": 1, "norm_num_groups": 32}

@@ -4,7 +4,7 @@ import pytest
 import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL as Reference
 
-from ldm_train.checkpoints.diffusers import autoencoder_key
+from ldm_train.checkpoints.diffusers_networks import autoencoder_key
 from ldm_train.models.autoencoder import AutoencoderKL
 from ldm_train.models.posterior import DiagonalGaussian
 

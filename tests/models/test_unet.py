@@ -6,7 +6,7 @@ import pytest
 import torch
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 
-from ldm_train.checkpoints.diffusers import unet_key
+from ldm_train.checkpoints.diffusers_networks import unet_key
 from ldm_train.models.transformer import CrossAttention
 from ldm_train.models.unet import UNet
 

@@ -1,0 +1,188 @@
+"""Training that begins from what was trained before: an autoencoder, its decoder alone, a whole U-Net."""
+
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from chains import chain
+from hydra.utils import instantiate
+from published_yaml import autoencoder_config, tensors
+
+from ldm_train.checkpoints.native import load_autoencoder, load_latent_diffusion, load_model
+from ldm_train.configuration import plain
+from ldm_train.models.autoencoder import AutoencoderVQ
+from ldm_train.pipeline.autoencoder import give_discriminator
+from ldm_train.pipeline.resume import read_note
+from ldm_train.pipeline.run import Run
+from ldm_train.pipeline.values import check_values
+
+SHORT = ("stages=[autoencoder,latents,diffusion]",)
+DECODER = ("autoencoder.train=decoder", "autoencoder.lr=1e-2")
+
+
+@pytest.fixture(scope="module")
+def first(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    run = chain(tmp_path_factory.mktemp("start"), *SHORT, name="first")
+    run.execute()
+    return run
+
+
+def following(first: Run, name: str, *options: str) -> Run:
+    return chain(first.folder.parent, *SHORT, "autoencoder.init=first", *options, name=name)
+
+
+def encoding(folder: Path) -> dict[str, torch.Tensor]:
+    parts = load_autoencoder(folder / "autoencoder" / "model").encoding_parts()
+    return {f"{name}.{key}": value for name, part in parts.items() for key, value in part.state_dict().items()}
+
+
+def test_a_decoder_is_trained_on_while_latents_and_unet_stay(first: Run):
+    before = {path: path.read_bytes() for path in first.folder.rglob("*") if path.is_file()}
+    run = following(first, "decoder", *DECODER, "diffusion.pretrained=first", "autoencoder.ema_decay=0.9")
+    run.execute()
+    old, new = encoding(first.folder), encoding(run.folder)
+    assert old.keys() == new.keys()
+    assert all(torch.equal(old[key], new[key]) for key in old)
+    models = [load_latent_diffusion(r.folder / "diffusion" / "model") for r in (first, run)]
+    for key, value in models[0].network.state_dict().items():
+        assert torch.equal(models[1].network.state_dict()[key], value)
+    assert torch.equal(models[0].first_stage.scale, models[1].first_stage.scale)
+    trained = load_autoencoder(run.folder / "autoencoder" / "model")
+    for name, value in models[1].first_stage.autoencoder.state_dict().items():
+        assert torch.equal(value, trained.state_dict()[name])
+    assert not torch.equal(models[0].decode(torch.ones(1, 4, 8, 8)), models[1].decode(torch.ones(1, 4, 8, 8)))
+    assert not (run.folder / "latents" / "index.json").exists()  # nothing trains on them
+    assert {path: path.read_bytes() for path in before} == before
+    again = following(first, "decoder", *DECODER, "diffusion.pretrained=first", "autoencoder.ema_decay=0.9")
+    again.execute()  # everything is finished
+
+
+def test_the_cache_of_a_kept_encoder_is_taken_over(first: Run, capsys: pytest.CaptureFixture):
+    run = following(first, "cached", *DECODER)
+    run.execute()
+    assert f"latents: those of {first.folder}" in capsys.readouterr().out
+    notes = [read_note(r.folder / "latents") for r in (first, run)]
+    assert notes[0]["key"] == notes[1]["key"]
+    assert notes[0]["result"] == notes[1]["result"]
+    shards = sorted((run.folder / "latents").rglob("*.tar"))
+    assert shards
+    assert all(s.samefile(first.folder / "latents" / s.relative_to(run.folder / "latents")) for s in shards)
+    # A further run from this one still shares them: the first encoder is theirs.
+    other = chain(first.folder.parent, *SHORT, *DECODER, "autoencoder.init=cached", name="further")
+    other.execute()
+    assert read_note(other.folder / "latents")["key"] == notes[0]["key"]
+
+
+def test_a_whole_autoencoder_goes_on_with_its_own_network(first: Run):
+    # The network that the config chooses is another; that of `init` is trained on.
+    run = following(first, "on", "stages=[autoencoder]", "autoencoder/network=vq_f4_tiny", "autoencoder.lr=1e-5")
+    run.execute()
+    trained, source = (load_autoencoder(r.folder / "autoencoder" / "model") for r in (run, first))
+    assert type(trained) is type(source)
+    old, new = encoding(first.folder), encoding(run.folder)
+    assert old.keys() == new.keys()
+    moved = max(float((old[key] - new[key]).abs().max()) for key in old)
+    assert 0 < moved < 1e-2
+
+
+def test_the_discriminator_comes_along_or_is_new(first: Run, tmp_path: Path, capsys: pytest.CaptureFixture):
+    run = following(first, "with", "stages=[autoencoder]")
+    state = torch.load(first.folder / "autoencoder/checkpoints/last.ckpt", weights_only=False)["state_dict"]
+    loss, other = (instantiate(plain(run.config.autoencoder.loss), _convert_="all") for _ in range(2))
+    give_discriminator(run, loss)
+    theirs = loss.discriminator.state_dict()
+    assert all(torch.equal(theirs[k], state[f"discriminator.{k}"]) for k in theirs)
+    run.config.autoencoder.init_discriminator = False
+    before = {k: v.clone() for k, v in other.discriminator.state_dict().items()}
+    give_discriminator(run, other)
+    assert all(torch.equal(other.discriminator.state_dict()[k], v) for k, v in before.items())
+    run.config.autoencoder.init_discriminator = None
+    run.config.autoencoder.init = str(first.folder / "autoencoder" / "model")
+    give_discriminator(run, other)  # the model folder lies in its run
+    wide = following(first, "wide", "stages=[autoencoder]", "autoencoder.loss.discriminator.channels=8")
+    mine = instantiate(plain(wide.config.autoencoder.loss), _convert_="all")
+    give_discriminator(wide, mine)
+    assert "discriminator: a new one, that of autoencoder.init does not fit" in capsys.readouterr().out
+    wide.config.autoencoder.init_discriminator = True
+    with pytest.raises(ValueError, match=r"autoencoder.init_discriminator=true, but that of autoencoder.init does not"):
+        give_discriminator(wide, mine)
+
+
+def test_a_checkpoint_of_compvis_brings_its_discriminator_and_log_variance(tmp_path: Path):
+    model = autoencoder_config("kl-f4", 32)
+    state = {key: torch.randn(shape) * 0.02 for key, shape in tensors(model).items()}
+    options = ("stages=[autoencoder]", f"autoencoder.init={tmp_path}/model.ckpt", "autoencoder.loss.learn_logvar=true")
+    run = chain(tmp_path, *options)
+    loss = instantiate(plain(run.config.autoencoder.loss), _convert_="all")
+    weights = {
+        k: torch.randn_like(v) if v.is_floating_point() else v for k, v in loss.discriminator.state_dict().items()
+    }
+    state |= {f"loss.discriminator.{k}": v for k, v in weights.items()} | {"loss.logvar": torch.tensor(-1.5)}
+    torch.save({"state_dict": state}, tmp_path / "model.ckpt")
+    (tmp_path / "model.yaml").write_text(yaml.safe_dump({"model": model}))
+    give_discriminator(run, loss)
+    assert all(torch.equal(loss.discriminator.state_dict()[k], v) for k, v in weights.items())
+    assert float(loss.logvar) == -1.5
+    run.execute()
+    trained = load_autoencoder(run.folder / "autoencoder" / "model").state_dict()
+    assert all(
+        0 < (trained[k] - state[k]).abs().max() < 0.1 for k in ("encoder.conv_in.weight", "decoder.conv_in.weight")
+    )
+
+
+def test_a_frozen_codebook_stays_in_training_mode_too():
+    torch.manual_seed(0)
+    network = AutoencoderVQ(3, 8, [1, 2], 16, codebook_ema=0.5, restart_after=1, dropout=0.5)
+    network.freeze_encoder()
+    network.train()
+    before = {k: v.clone() for k, v in network.state_dict().items()}
+    images = torch.rand(2, 3, 16, 16) * 2 - 1
+    latents = [network.encode_moments(images) for _ in range(2)]
+    network(images)[0].sum().backward()
+    assert torch.equal(*latents)  # without dropout
+    assert all(torch.equal(network.state_dict()[k], v) for k, v in before.items())
+    assert all(p.grad is None for part in network.encoding_parts().values() for p in part.parameters())
+    assert network.decoder.conv_in.weight.grad.abs().max() > 0
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            ("autoencoder.train=decoder", "autoencoder.init=null"),
+            r"autoencoder.train=decoder needs autoencoder.init=<the run",
+        ),
+        (
+            ("autoencoder.pretrained=first",),
+            "takes an autoencoder as it is, autoencoder.init trains it on; give one of them",
+        ),
+        (("autoencoder.init=nowhere",), r"autoencoder.init=nowhere is no run with a finished autoencoder"),
+        (
+            ("autoencoder.train=encoder",),
+            "autoencoder.train=encoder",
+        ),
+        (("diffusion.pretrained=nowhere",), r"diffusion.pretrained=nowhere is no run with a trained model"),
+    ],
+)
+def test_options_that_do_not_go_together_are_named_before_anything_runs(options: tuple, message: str, first: Run):
+    run = following(first, "wrong", *options)
+
+    def checked() -> None:
+        check_values(run.config)
+        run.prepare()
+
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        checked()
+    assert not list((first.folder.parent / "wrong").iterdir())
+
+
+def test_a_unet_on_other_latents_or_conditions_is_refused(first: Run):
+    with pytest.raises(ValueError, match="was trained on the latents of another autoencoder than this run's"):
+        following(first, "moved", "diffusion.pretrained=first").execute()
+    other = following(first, "uncaptioned", *DECODER, "diffusion.pretrained=first", "diffusion/conditioning=none")
+    with pytest.raises(
+        ValueError, match="is conditioned on class_label, caption, this run on nothing; choose the same"
+    ):
+        other.execute()
+    assert load_model(first.folder / "diffusion" / "model") is not None
