@@ -197,9 +197,8 @@ class Decoder(nn.Module):
 
 
 class Autoencoder(nn.Module):
-    """Encoder and decoder with 1x1 projections around the latents. Subclasses define the posterior between them.
-
-    Its latents are unscaled; the first stage scales them.
+    """Encoder and decoder with 1x1 projections around the latents, which are unscaled: the first stage scales them. Subclasses
+    define the posterior between the two.
 
     in_channels        image channels (3; 1 and any other number work)
     z_channels         channels between encoder, decoder and their 1x1 projections

@@ -160,7 +160,7 @@ def test_a_frozen_codebook_stays_in_training_mode_too():
         (("autoencoder.init=nowhere",), r"autoencoder.init=nowhere is no run with a finished autoencoder"),
         (
             ("autoencoder.train=encoder",),
-            "autoencoder.train=encoder",
+            "autoencoder.train is all or decoder",
         ),
         (("diffusion.pretrained=nowhere",), r"diffusion.pretrained=nowhere is no run with a trained model"),
     ],
