@@ -2,6 +2,7 @@
 the YAML by the rules of the published code (openaimodel.py, model.py, x_transformer.py), without a line of ours."""
 
 from collections.abc import Iterator, Mapping
+from functools import partial
 from typing import Any
 
 Shapes = dict[str, tuple[int, ...]]
@@ -54,6 +55,18 @@ RESCALER = {
     "target": f"{ENCODERS}.SpatialRescaler", "params": {"n_stages": 2, "in_channels": 182, "out_channels": 3},
 }  # fmt: skip
 LAYOUT = {"n_embed": 512, "n_layer": 16, "vocab_size": 8192, "max_seq_len": 92, "use_tokenizer": False}
+SD1 = {
+    "model_channels": 320, "channel_mult": [1, 2, 4, 4], "attention_resolutions": [4, 2, 1], "num_heads": 8,
+    "use_spatial_transformer": True, "transformer_depth": 1, "context_dim": 768, "use_checkpoint": True, "legacy": False,
+}  # fmt: skip
+SD2 = {k: v for k, v in SD1.items() if k != "num_heads"} | {
+    "num_head_channels": 64, "use_linear_in_transformer": True, "context_dim": 1024, "use_fp16": True,
+}  # fmt: skip
+OPENCLIP = {"target": f"{ENCODERS}.FrozenOpenCLIPEmbedder", "params": {"freeze": True, "layer": "penultimate"}}
+STABLE = {
+    "cond_stage_key": "txt", "conditioning_key": "crossattn", "scale_factor": 0.18215, "linear_start": 0.00085,
+    "linear_end": 0.012, "use_ema": False, "cond_stage_trainable": False,
+}  # fmt: skip
 # autoencoder, U-Net, condition, other options of the model
 DIFFUSION: dict[str, tuple[str, dict[str, Any], Any, dict[str, Any]]] = {
     "celeba256": ("vq-f4", FACES, "__is_unconditional__", {}),
@@ -101,6 +114,16 @@ DIFFUSION: dict[str, tuple[str, dict[str, Any], Any, dict[str, Any]]] = {
         {"target": BERT, "params": {"n_embed": 1280, "n_layer": 32}},
         {"cond_stage_key": "caption", "use_ema": False, "scale_factor": 0.18215, "linear_start": 0.00085, "linear_end": 0.012},
     ),
+    "sd-v1": ("kl-f8", SD1, {"target": f"{ENCODERS}.FrozenCLIPEmbedder"}, STABLE),
+    "sd-v1-inpainting": (
+        "kl-f8", SD1 | {"in_channels": 9}, {"target": f"{ENCODERS}.FrozenCLIPEmbedder"},
+        STABLE | {"conditioning_key": "hybrid", "finetune_keys": None},
+    ),
+    "sd-v2-base": ("kl-f8", SD2, OPENCLIP, STABLE),
+    "sd-v2-v": ("kl-f8", SD2, OPENCLIP, STABLE | {"parameterization": "v"}),
+    "sd-v2-inpainting": (
+        "kl-f8", SD2 | {"in_channels": 9}, OPENCLIP, STABLE | {"conditioning_key": "hybrid", "finetune_keys": None},
+    ),
 }  # fmt: skip
 
 
@@ -128,7 +151,9 @@ def diffusion_config(name: str, small: bool = False) -> dict[str, Any]:
     first = autoencoder_config(autoencoder, *((32, 16) if small else ()))
     unet = {"image_size": latents, "in_channels": channels, "out_channels": channels, "num_res_blocks": 2} | unet
     if small:
-        unet = unet | {"model_channels": 32}
+        unet = unet | {"model_channels": 64 if unet.get("num_head_channels") == 64 else 32}
+    if small and options.get("cond_stage_key") == "txt":
+        unet["context_dim"] = 64
     if small and isinstance(condition, dict) and "params" in condition:
         changed = {k: v for k, v in {"n_layer": 2, "vocab_size": 200}.items() if k in condition["params"]}
         if condition["target"] == BERT and "vocab_size" not in changed:
@@ -139,7 +164,8 @@ def diffusion_config(name: str, small: bool = False) -> dict[str, Any]:
         "monitor": "val/loss_simple_ema", "first_stage_key": "image", "cond_stage_config": condition, "log_every_t": 200,
         "first_stage_config": first, "unet_config": {"target": "ldm.modules.diffusionmodules.openaimodel.UNetModel", "params": unet},
     }  # fmt: skip
-    return {"target": "ldm.models.diffusion.ddpm.LatentDiffusion", "params": params | options}
+    kind = "LatentInpaintDiffusion" if name.startswith("sd") and "inpainting" in name else "LatentDiffusion"
+    return {"target": f"ldm.models.diffusion.ddpm.{kind}", "params": params | options}
 
 
 # -- tensors -----------------------------------------------------------------------------------------------------------
@@ -228,7 +254,9 @@ def _attention(name: str, width: int, p: Mapping[str, Any]) -> Iterator[tuple[st
         yield from _layer(f"{name}.qkv", 3 * width, width, 1)
         yield from _layer(f"{name}.proj_out", width, width, 1)
         return
-    yield from _conv(f"{name}.proj_in", width, width, 1)
+    linear = p.get("use_linear_in_transformer", False)
+    project = _layer if linear else partial(_conv, size=1)
+    yield from project(f"{name}.proj_in", width, width)
     for depth in range(p.get("transformer_depth", 1)):
         block = f"{name}.transformer_blocks.{depth}"
         for attn, context in (("attn1", width), ("attn2", p["context_dim"])):
@@ -239,7 +267,7 @@ def _attention(name: str, width: int, p: Mapping[str, Any]) -> Iterator[tuple[st
         yield from _layer(f"{block}.ff.net.2", width, 4 * width)
         for norm in ("norm1", "norm2", "norm3"):
             yield from _layer(f"{block}.{norm}", width)
-    yield from _conv(f"{name}.proj_out", width, width, 1)
+    yield from project(f"{name}.proj_out", width, width)
 
 
 def unet_tensors(p: Mapping[str, Any]) -> Shapes:
@@ -289,6 +317,37 @@ def bert_tensors(p: Mapping[str, Any]) -> Shapes:
     return made | dict(_layer("norm", dim)) | dict(_layer("to_logits", vocabulary, dim))
 
 
+def clip_tensors(width: int, layers: int, words: int) -> Shapes:
+    """SD 1: transformers' CLIPTextModel, with the buffer that its older versions saved."""
+    made: Shapes = {
+        "embeddings.position_ids": (1, 77),
+        "embeddings.token_embedding.weight": (words, width),
+        "embeddings.position_embedding.weight": (77, width),
+    }
+    for n in range(layers):
+        layer = f"encoder.layers.{n}"
+        for part in ("k_proj", "v_proj", "q_proj", "out_proj"):
+            made |= _layer(f"{layer}.self_attn.{part}", width, width)
+        made |= dict(_layer(f"{layer}.layer_norm1", width)) | dict(_layer(f"{layer}.layer_norm2", width))
+        made |= dict(_layer(f"{layer}.mlp.fc1", 4 * width, width)) | dict(_layer(f"{layer}.mlp.fc2", width, 4 * width))
+    return made | dict(_layer("final_layer_norm", width))
+
+
+def openclip_tensors(width: int, layers: int, words: int) -> Shapes:
+    """SD 2: the text part of open_clip's model."""
+    made: Shapes = {
+        "positional_embedding": (77, width), "token_embedding.weight": (words, width), "text_projection": (width, width),
+        "logit_scale": (),
+    }  # fmt: skip
+    for n in range(layers):
+        block = f"transformer.resblocks.{n}"
+        made |= {f"{block}.attn.in_proj_weight": (3 * width, width), f"{block}.attn.in_proj_bias": (3 * width,)}
+        made |= dict(_layer(f"{block}.attn.out_proj", width, width)) | dict(_layer(f"{block}.ln_1", width))
+        made |= dict(_layer(f"{block}.ln_2", width)) | dict(_layer(f"{block}.mlp.c_fc", 4 * width, width))
+        made |= _layer(f"{block}.mlp.c_proj", width, 4 * width)
+    return made | dict(_layer("ln_final", width))
+
+
 def tensors(model: Mapping[str, Any]) -> Shapes:
     """Every tensor of a released checkpoint, {name: shape}."""
     if "unet_config" not in model["params"]:
@@ -307,6 +366,16 @@ def tensors(model: Mapping[str, Any]) -> Shapes:
     condition = p["cond_stage_config"]
     if condition == "__is_first_stage__":
         made |= {f"cond_stage_model.{k}": shape for k, shape in first.items()}
+    elif isinstance(condition, dict) and "Frozen" in condition["target"]:
+        width, openclip = p["unet_config"]["params"]["context_dim"], "OpenCLIP" in condition["target"]
+        size = (
+            (width, 24 if openclip else 12, 49408) if width > 64 else (width, 2, 20)
+        )  # small: of the tests' tokenizer
+        if openclip:
+            made |= {f"cond_stage_model.model.{k}": shape for k, shape in openclip_tensors(*size).items()}
+        else:
+            text = clip_tensors(*size).items()
+            made |= {f"cond_stage_model.transformer.text_model.{k}": shape for k, shape in text}
     elif isinstance(condition, dict) and "params" in condition:
         kind, own = condition["target"].rpartition(".")[2], condition["params"]
         if kind == "ClassEmbedder":

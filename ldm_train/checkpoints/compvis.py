@@ -16,8 +16,10 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
+from ldm_train.checkpoints.clip import read_clip_tokenizer, read_text_encoder, text_encoder_tensors
 from ldm_train.checkpoints.compvis_yaml import Published, published
 from ldm_train.checkpoints.parts import build, no_larger_than
+from ldm_train.conditioning.text import FrozenText
 from ldm_train.latent_diffusion import LatentDiffusion
 from ldm_train.models.autoencoder import AutoencoderKL
 from ldm_train.models.first_stage import fold_statistics
@@ -31,6 +33,7 @@ LEFT_OUT = {
     "counters of the averaging": ("model_ema.decay", "model_ema.num_updates"),
     "only stage 1 trains with them": ("loss.", "first_stage_model.loss.", "colorize", "first_stage_model.colorize"),
     "logits that nothing uses": ("cond_stage_model.transformer.to_logits.",),
+    "signs for other programs": ("v_pred", "ztsnr"),
 }
 
 
@@ -215,7 +218,18 @@ def load(
         if scale.numel() != 1 or not scale.isfinite().all() or scale <= 0:
             raise ValueError(f"{path} has the scale_factor {shown(scale.tolist())}, which is no scale of latents")
         described.tree["first_stage"]["scale_factor"] = float(scale)
+    text, unused = None, []
+    if any(part["_target_"].endswith(".FrozenText") for part in described.tree.get("conditioners", {}).values()):
+        encoder, used, unused = read_text_encoder(tensors, path)
+        words = described.tree["conditioners"]["text"]["tokenizer"]
+        text = (read_clip_tokenizer(words) if isinstance(words, str) else words, encoder)
+        tensors = {name: tensor for name, tensor in tensors.items() if name not in used and name not in unused}
     model, report = _filled(described, tensors, averaged, path, yaml)
+    if text is not None:
+        model.conditioners["text"].take(*text)
+        report.mapped += len(used)
+        if unused:
+            report.left_out["of the text encoder, nothing needs them"] = unused
     return model, described, report
 
 
@@ -263,6 +277,10 @@ def state_dict(model: nn.Module, described: Published, dtype: torch.dtype = torc
         tensors |= {name: part.to(dtype).contiguous() for name, part in zip(place.theirs, parts)}
         if not all(tensors[name].isfinite().all() for name in place.theirs):
             raise ValueError(f"{key} has values that are not finite in {dtype}; choose another dtype")
+    for conditioner in getattr(model, "conditioners", {}).values():
+        if isinstance(conditioner, FrozenText):
+            theirs = text_encoder_tensors(conditioner.pretrained()[1])
+            tensors |= {name: tensor.to(dtype).cpu().contiguous() for name, tensor in theirs.items()}
     if isinstance(model, LatentDiffusion):
         scale = model.first_stage.one_scale
         tensors["scale_factor"] = torch.tensor(1.0 if scale is None else scale)

@@ -51,8 +51,18 @@ def _unet_yaml(tree: Mapping[str, Any], size: int) -> dict[str, Any]:
     return {"target": "ldm.modules.diffusionmodules.openaimodel.UNetModel", "params": params}
 
 
-def _conditioner_yaml(conditioners: Mapping[str, Mapping[str, Any]], levels: int, null_class: bool) -> dict[str, Any]:
+def is_inpainting(conditioners: Mapping[str, Mapping[str, Any]]) -> bool:
+    """Whether captions and a masked picture are the condition, as in Stable Diffusion's inpainting models."""
+    kinds = sorted(tree["_target_"].rpartition(".")[2] for tree in conditioners.values())
+    return kinds == ["FrozenText", "MaskedImageCondition"]
+
+
+def _conditioner_yaml(
+    conditioners: Mapping[str, Mapping[str, Any]], levels: int, null_class: bool, openclip: bool
+) -> dict[str, Any]:
     """The options of a model that say how its condition is made. levels: halvings of the first stage."""
+    if is_inpainting(conditioners):
+        conditioners = {name: tree for name, tree in conditioners.items() if "form" not in tree}
     if not conditioners:
         return {"cond_stage_config": "__is_unconditional__"}
     if len(conditioners) > 1:
@@ -73,6 +83,9 @@ def _conditioner_yaml(conditioners: Mapping[str, Mapping[str, Any]], levels: int
         key, made = "LR_image", {"target": "torch.nn.Identity"}
     elif kind == "MaskedImageCondition":
         key, made = "masked_image", "__is_first_stage__"
+    elif kind == "FrozenText":
+        part = "FrozenOpenCLIPEmbedder" if openclip else "FrozenCLIPEmbedder"
+        key, made = "txt", {"target": f"{modules}.{part}", "params": {k: tree[k] for k in ("max_length", "layer")}}
     elif kind in ("TrainedText", "LayoutBoxes"):
         params = {"n_embed": tree["dim"], "n_layer": tree["depth"]}
         if kind == "LayoutBoxes":
@@ -94,6 +107,7 @@ def _conditioner_yaml(conditioners: Mapping[str, Mapping[str, Any]], levels: int
 UNHELD = (
     *("initial_logvar", "commitment_weight", "codebook_weight", "codebook_ema", "restart_after", "dropout"),
     *("activation_checkpointing", "tokenizer", "labels", "classes", "ignore"),
+    *("path", "cache_size", "pretrained", "pad_id"),
 )
 
 
@@ -107,8 +121,9 @@ def _check_same(ours: Mapping[str, Any], theirs: Mapping[str, Any], name: str) -
             )
 
 
-def describe(tree: Mapping[str, Any], null_class: bool = True) -> Published:
+def describe(tree: Mapping[str, Any], null_class: bool = True, openclip: bool = False) -> Published:
     """A model of ours, from its tree, as CompVis' YAML describes it. null_class: its class embedding has a row for "no class".
+    openclip: its frozen text encoder is one of OpenCLIP.
     Raises ValueError, naming the option, for a model that no such YAML describes."""
     kind = tree["_target_"].rpartition(".")[2]
     if kind in ("AutoencoderKL", "AutoencoderVQ"):
@@ -141,8 +156,9 @@ def describe(tree: Mapping[str, Any], null_class: bool = True) -> Published:
     if concat or context:
         params["conditioning_key"] = "hybrid" if concat and context else "concat" if concat else "crossattn"
     conditioners = {name: whole(part) for name, part in (tree.get("conditioners") or {}).items()}
-    params |= _conditioner_yaml(conditioners, len(autoencoder["channel_mult"]) - 1, null_class)
-    yaml = {"model": {"target": "ldm.models.diffusion.ddpm.LatentDiffusion", "params": params}}
+    params |= _conditioner_yaml(conditioners, len(autoencoder["channel_mult"]) - 1, null_class, openclip)
+    kind = "LatentInpaintDiffusion" if is_inpainting(conditioners) else "LatentDiffusion"
+    yaml = {"model": {"target": f"ldm.models.diffusion.ddpm.{kind}", "params": params}}
     described = published(yaml, "the model", needs_of(tree) | {"null_class": null_class})
     again = described.tree
     if schedule["zero_terminal_snr"]:

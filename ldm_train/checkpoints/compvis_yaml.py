@@ -7,6 +7,7 @@ is used, left out because it does not change what the model computes, or refused
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from ldm_train import names
@@ -171,8 +172,10 @@ class Published:
 
 def needs_of(tree: Mapping[str, Any]) -> dict[str, Any]:
     """What `published` needs to know beside the YAML, of a model of ours."""
-    conditioners = (tree.get("conditioners") or {}).values()
-    return {option: part[option] for part in conditioners for option in ("tokenizer", "labels") if option in part}
+    conditioners = list((tree.get("conditioners") or {}).values())
+    needs = {option: part[option] for part in conditioners for option in ("tokenizer", "labels") if part.get(option)}
+    frozen = [part["path"] for part in conditioners if "path" in part]  # a text encoder's folder has its tokenizer
+    return {"tokenizer": frozen[0]} | needs if frozen else needs
 
 
 Tree = dict[str, Any]
@@ -211,11 +214,38 @@ def _bert(own: _Options, needs: Mapping[str, Any]) -> Tree:
     return {"_target_": f"{PARTS}.text.TrainedText"} | words | common
 
 
-CONDITIONERS = {"ClassEmbedder": _class_embedder, "SpatialRescaler": _rescaler, "BERTEmbedder": _bert}
-NAMES = {"ClassLabel": "class_label", "SemanticMap": "segmentation", "LayoutBoxes": "boxes", "TrainedText": "text"}
+def _frozen_text(own: _Options, needs: Mapping[str, Any], openclip: bool) -> Tree:
+    own.ignore("version", "arch", "device", "freeze")
+    length, layer = own.take("max_length", int, 77), own.take("layer", str, "last")
+    if layer not in ("last", "penultimate"):
+        raise ValueError(f"{own.where}.layer is {layer!r}; last and penultimate can be converted")
+    own.only(layer_idx=None)
+    if not needs.get("tokenizer"):
+        raise ValueError(
+            "this model reads captions with CLIP's tokenizer; give tokenizer=<folder with vocab.json and merges.txt>"
+        )
+    words = {"path": "text_encoder", "tokenizer": needs["tokenizer"]}  # it comes with the checkpoint
+    padding = {"pad_id": 0} if openclip else {}  # open_clip's
+    return {"_target_": f"{PARTS}.text.FrozenText", "max_length": length, "layer": layer} | words | padding
 
 
-def _conditioners(options: _Options, needs: Mapping[str, Any]) -> dict[str, Tree]:
+CONDITIONERS = {
+    "ClassEmbedder": _class_embedder,
+    "SpatialRescaler": _rescaler,
+    "BERTEmbedder": _bert,
+    "FrozenCLIPEmbedder": partial(_frozen_text, openclip=False),
+    "FrozenOpenCLIPEmbedder": partial(_frozen_text, openclip=True),
+}
+NAMES = {
+    "ClassLabel": "class_label",
+    "SemanticMap": "segmentation",
+    "LayoutBoxes": "boxes",
+    "TrainedText": "text",
+    "FrozenText": "text",
+}
+
+
+def _conditioners(options: _Options, needs: Mapping[str, Any], context_dim: int | None) -> dict[str, Tree]:
     """The conditioners' trees. needs: see `published`."""
     key, value = options.take("cond_stage_key", str, "image"), options.left.get("cond_stage_config")
     options.ignore("cond_stage_trainable", "cond_stage_forward", "conditioning_key", "concat_mode")
@@ -233,6 +263,8 @@ def _conditioners(options: _Options, needs: Mapping[str, Any]) -> dict[str, Tree
         raise ValueError(f"{own.where} is of {kind!r} for {key!r}; it cannot be converted yet")
     tree = CONDITIONERS[kind](own, needs)
     own.done()
+    if kind.startswith("Frozen"):
+        tree["dim"] = context_dim
     return {NAMES[tree["_target_"].rpartition(".")[2]]: tree}
 
 
@@ -240,7 +272,7 @@ def _conditioners(options: _Options, needs: Mapping[str, Any]) -> dict[str, Tree
 TRAINING = """
     log_every_t monitor first_stage_key image_size_key num_timesteps_cond loss_type scheduler_config original_elbo_weight
     l_simple_weight learn_logvar logvar_init ckpt_path ignore_keys load_only_unet use_positional_encodings clip_denoised
-    base_learning_rate unconditional_guidance_scale unconditional_guidance_label v_posterior scale_by_std
+    base_learning_rate make_it_fit unconditional_guidance_scale unconditional_guidance_label v_posterior scale_by_std
 """
 
 
@@ -261,7 +293,17 @@ def published(config: Mapping[str, Any], where: str, needs: Mapping[str, Any] | 
     options.only(channels=autoencoder["embed_dim"])
     _, unet_options = options.part("unet_config")
     unet, older = _unet(unet_options, autoencoder["embed_dim"])
-    conditioners = _conditioners(options, needs or {})
+    conditioners = _conditioners(options, needs or {}, unet.get("context_dim"))
+    if kind == "LatentInpaintDiffusion":
+        options.ignore(
+            "concat_keys",
+            "masked_image_key",
+            "finetune_keys",
+            "keep_finetune_dims",
+            "c_concat_log_start",
+            "c_concat_log_end",
+        )
+        conditioners["masked"] = {"_target_": f"{PARTS}.spatial.MaskedImageCondition", "form": "sd2"}
     size = options.take("image_size", (int, list), 64)
     prediction, betas = options.take("parameterization", str, "eps"), options.take("beta_schedule", str, "linear")
     for name, value, known in (("parameterization", prediction, PREDICTIONS), ("beta_schedule", betas, BETAS)):

@@ -227,12 +227,16 @@ class FrozenText(Captions):
         self._cache: OrderedDict[str, tuple[torch.Tensor, torch.Tensor]] = OrderedDict()
         self._pretrained: tuple[Any, nn.Module] | None = None  # a tuple hides it from state_dict and optimisers
         if pretrained is not None:
-            self._pretrained = (pretrained[0], pretrained[1].eval().requires_grad_(False))
+            self.take(*pretrained)
         self.register_buffer("_place", torch.zeros(()), persistent=False)
 
     @property
     def device(self) -> torch.device:
         return self._place.device
+
+    def take(self, tokenizer: Any, encoder: nn.Module) -> None:
+        """Uses these instead of loading them."""
+        self._pretrained = (tokenizer, encoder.eval().requires_grad_(False))
 
     def pretrained(self) -> tuple[Any, nn.Module]:
         """Tokenizer and encoder, loaded at first use. Raises FileNotFoundError where they cannot be obtained."""

@@ -38,8 +38,7 @@ def read(config: DictConfig) -> tuple[Model, compvis.Report | None]:
         if not source.is_file():
             raise FileNotFoundError(f"from={source}: there is no such file")
         labels = OmegaConf.to_container(config.labels) if OmegaConf.is_list(config.labels) else config.labels
-        tokenizer = None if config.tokenizer is None else read_tokenizer(config.tokenizer).to_str()
-        needs = {"labels": labels, "tokenizer": tokenizer, "null_class": config.null_class}
+        needs = {"labels": labels, "tokenizer": _tokenizer(config.tokenizer), "null_class": config.null_class}
         yaml = Path(config.config) if config.config is not None else yaml_beside(source)
         model, described, report = compvis.load(source, yaml, config.weights, needs)
         metadata: dict[str, Any] = {"converted_from": source.name}
@@ -47,7 +46,7 @@ def read(config: DictConfig) -> tuple[Model, compvis.Report | None]:
             metadata["sampling"] = SAMPLING
         if (classes := described.tree.get("conditioners", {}).get("class_label")) is not None:
             metadata["null_class"] = described.class_rows == classes["classes"] + 1
-        return Model(model, described.tree, metadata), report
+        return Model(model, described.tree, metadata, brings_text=True), report
     if is_diffusers(source):
         module, tree = read_pipeline(source)
         return Model(
@@ -61,6 +60,13 @@ def read(config: DictConfig) -> tuple[Model, compvis.Report | None]:
     folder = native_folder(source)
     metadata = {k: v for k, v in read_metadata(folder).items() if k not in ("sha256", "config_sha256")}
     return Model(load_model(folder), names.model(read_config(folder / CONFIG)), metadata), None
+
+
+def _tokenizer(value: str | None) -> str | None:
+    """The path of a folder (CLIP's), or the content of a file."""
+    if value is None:
+        return None
+    return str(Path(value).resolve()) if Path(value).is_dir() else read_tokenizer(value).to_str()
 
 
 def native_folder(source: Path) -> Path:

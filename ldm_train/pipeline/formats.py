@@ -4,6 +4,7 @@ import importlib
 import io
 import re
 from collections.abc import Callable, Mapping
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,24 +15,31 @@ from safetensors.torch import save
 from torch import nn
 
 from ldm_train.checkpoints import compvis, diffusers_export
+from ldm_train.checkpoints.clip import is_openclip
 from ldm_train.checkpoints.compvis_describe import describe
-from ldm_train.checkpoints.compvis_yaml import needs_of
+from ldm_train.checkpoints.compvis_yaml import Published, needs_of
 from ldm_train.checkpoints.native import load_model, save_model
+from ldm_train.conditioning.text import FrozenText
 from ldm_train.latent_diffusion import LatentDiffusion
-from ldm_train.models.first_stage import FirstStage
+from ldm_train.models.autoencoder import AutoencoderKL
+from ldm_train.models.first_stage import FirstStage, fold_statistics
 from ldm_train.storage import write_atomically, write_folder
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+TEXT_ENCODER = "text_encoder"  # in the native folder of a model whose checkpoint held one
+SD_SCALE = 0.18215
 Outputs = dict[str, torch.Tensor]
 
 
 @dataclass
 class Model:
-    """A model that is to be written. tree: what builds it. metadata: of its native folder."""
+    """A model that is to be written. tree: what builds it. metadata: of its native folder. brings_text: its frozen text encoder
+    came with it, and belongs into its native folder."""
 
     module: nn.Module
     tree: dict[str, Any]
     metadata: dict[str, Any]
+    brings_text: bool = False
 
     @property
     def null_class(self) -> bool:
@@ -42,6 +50,16 @@ class Model:
             if re.fullmatch(r"conditioners\.\w+\.embedding\.weight", key)
         ]
         return self.metadata.get("null_class") is not False or any(row.any() for row in rows)
+
+    @property
+    def frozen_text(self) -> FrozenText | None:
+        conditioners = getattr(self.module, "conditioners", {}).values()
+        return next((c for c in conditioners if isinstance(c, FrozenText)), None)
+
+    def described(self) -> Published:
+        """As CompVis' YAML has it. Raises ValueError where none does."""
+        text = self.frozen_text
+        return describe(self.tree, self.null_class, text is not None and is_openclip(text.pretrained()[1]))
 
 
 @dataclass
@@ -88,7 +106,11 @@ def outputs(model: nn.Module) -> Outputs:
         if not isinstance(model, LatentDiffusion):
             return {"reconstruction": model(autoencoder_images(model), sample=False)[0]}
         x, given = network_inputs(model)
-        return {"prediction": model.network(x, torch.tensor([500.0]), **given), "decoding": model.decode(x)}
+        made = {"prediction": model.network(x, torch.tensor([500.0]), **given), "decoding": model.decode(x)}
+        for conditioner in model.conditioners.values():
+            if isinstance(conditioner, FrozenText):
+                made["caption"] = conditioner.encode(["a"])[0]
+        return made
 
 
 def native(model: Model, target: Path, dtype: torch.dtype) -> Form:
@@ -97,8 +119,21 @@ def native(model: Model, target: Path, dtype: torch.dtype) -> Form:
         raise ValueError("dtype= is for other forms; native folders hold float32")
     megabytes = 4e-6 * sum(parameter.numel() for parameter in model.module.parameters())
 
+    tree, text = deepcopy(model.tree), model.frozen_text
+
+    def save_text(folder: Path) -> None:
+        for part in reversed(text.pretrained()):
+            part.save_pretrained(folder)
+
     def write() -> None:
-        save_model(target, model.module, model.tree, model.metadata)
+        if text is not None and model.brings_text:
+            path = target / TEXT_ENCODER
+            write_folder(path, save_text, replace=True)
+            for part in tree["conditioners"].values():
+                if part["_target_"].endswith(".FrozenText"):
+                    part.pop("tokenizer", None)
+                    part["path"] = str(path.resolve())
+        save_model(target, model.module, tree, model.metadata)
 
     says = f"{target}, a model folder ({megabytes:,.1f} MB of weights)"
     return Form([target], says, write, lambda: outputs(load_model(target)))
@@ -108,31 +143,69 @@ def of_compvis(model: Model, target: Path, dtype: torch.dtype) -> Form:
     """A checkpoint of CompVis' code, with its YAML beside it."""
     if target.suffix not in compvis.FILES[:2]:
         raise ValueError(f"to={target}: a checkpoint of CompVis is a file, {' or '.join(compvis.FILES[:2])}")
-    described = describe(model.tree, model.null_class)
-    tensors = compvis.state_dict(model.module, described, dtype)
-    megabytes = sum(tensor.nbytes for tensor in tensors.values()) / 1e6
+    described = model.described()
+    return _checkpoint(model, target, described, compvis.state_dict(model.module, described, dtype), {"format": "pt"})
+
+
+def _checkpoint(
+    model: Model, target: Path, described: Published, tensors: dict[str, torch.Tensor], says: dict[str, str]
+) -> Form:
+    """says: metadata of a file of safetensors."""
+    megabytes, dtype = sum(tensor.nbytes for tensor in tensors.values()) / 1e6, next(iter(tensors.values())).dtype
     beside = target.with_suffix(".yaml")
     yaml = yaml_library.safe_dump(described.yaml, sort_keys=False).encode()
 
     def write() -> None:
-        data = save(tensors, {"format": "pt"}) if target.suffix == ".safetensors" else _pickled(tensors)
+        data = save(tensors, says) if target.suffix == ".safetensors" else _pickled(tensors)
         target.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(beside, lambda file: file.write(yaml))
         write_atomically(target, lambda file: file.write(data))
 
     def again() -> Outputs:
         needs = needs_of(model.tree) | {"null_class": model.null_class}
+        if model.frozen_text is not None:
+            needs["tokenizer"] = model.frozen_text.pretrained()[0]
         return outputs(compvis.load(target, beside, needs=needs)[0])
 
-    says = f"{target} and {beside.name}, {len(tensors)} tensors, {megabytes:,.1f} MB, {dtype}".replace("torch.", "")
+    text = f"{target} and {beside.name}, {len(tensors)} tensors, {megabytes:,.1f} MB, {dtype}".replace("torch.", "")
     folded = isinstance(model.module, LatentDiffusion) and model.module.first_stage.one_scale is None
-    return Form([target, beside], says, write, again, 1e-4 if folded else 0.0)
+    return Form([target, beside], text, write, again, 1e-4 if folded else 0.0)
 
 
 def _pickled(tensors: dict[str, torch.Tensor]) -> bytes:
     buffer = io.BytesIO()
     torch.save({"state_dict": tensors}, buffer)
     return buffer.getvalue()
+
+
+def single_file(model: Model, target: Path, dtype: torch.dtype) -> Form:
+    """Stable Diffusion's one file of safetensors, as ComfyUI and stable-diffusion-webui read it; the YAML comes beside it."""
+    text, first = model.frozen_text, getattr(model.module, "first_stage", None)
+    shaped = first is not None and first.latent_channels == 4 and first.downsample_factor == 8
+    if text is None or not shaped or not isinstance(first.autoencoder, AutoencoderKL):
+        raise ValueError(
+            "format=single_file is for models of Stable Diffusion's shape: captions by CLIP, a KL autoencoder with f = 8 and 4 "
+            "channels; format=compvis writes others"
+        )
+    if target.suffix != ".safetensors":
+        raise ValueError(f"to={target}: a single file is one of .safetensors")
+    described = model.described()
+    tensors = compvis.state_dict(model.module, described, dtype)
+    del tensors["scale_factor"]
+    described.yaml["model"]["params"]["scale_factor"] = SD_SCALE
+    if first.one_scale is None or abs(first.one_scale - SD_SCALE) > 1e-6:  # these programs know no other
+        folded = fold_statistics(first.autoencoder.state_dict(), first.scale / SD_SCALE, first.shift)
+        tensors |= {f"first_stage_model.{k}": folded[k].to(dtype) for k in folded if "quant_conv" in k}
+    if described.yaml["model"]["params"]["parameterization"] == "v":
+        tensors["v_pred"] = torch.zeros(0)  # how ComfyUI knows it
+    says = {
+        "format": "pt", "modelspec.sai_model_spec": "1.0.0", "modelspec.title": target.stem, "modelspec.architecture":
+        "stable-diffusion-v2" if is_openclip(text.pretrained()[1]) else "stable-diffusion-v1",
+        "modelspec.prediction_type": described.yaml["model"]["params"]["parameterization"].replace("eps", "epsilon"),
+    }  # fmt: skip
+    form = _checkpoint(model, target, described, tensors, says)
+    form.tolerance = 1e-4
+    return form
 
 
 def of_diffusers(model: Model, target: Path, dtype: torch.dtype) -> Form:
@@ -203,4 +276,5 @@ FORMS: dict[str, Callable[[Model, Path, torch.dtype], Form]] = {
     "native": native,
     "compvis": of_compvis,
     "diffusers": of_diffusers,
+    "single_file": single_file,
 }

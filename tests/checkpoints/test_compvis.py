@@ -1,5 +1,6 @@
 """Checkpoints of CompVis/latent-diffusion load strictly, compute what they did and are written back to the bit."""
 
+import json
 import os
 import pickle
 from collections.abc import Callable
@@ -10,17 +11,22 @@ import pytest
 import torch
 import yaml
 from chains import composed
+from diffusers import DDIMScheduler
 from published_yaml import AUTOENCODERS, DIFFUSION, autoencoder_config, diffusion_config, tensors
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from torch.nn import functional as F
 
 from ldm_train.checkpoints import compvis
+from ldm_train.checkpoints.clip import read_text_encoder
 from ldm_train.checkpoints.compvis_describe import describe
 from ldm_train.checkpoints.compvis_yaml import published
 from ldm_train.checkpoints.native import load_latent_diffusion, load_model, save_model
 from ldm_train.checkpoints.parts import build
 from ldm_train.conditioning.text import read_tokenizer
-from ldm_train.latent_diffusion import Sampling
+from ldm_train.latent_diffusion import Sampling, Start
 from ldm_train.pipeline.convert import convert
+from ldm_train.samplers.ddim import ddim
 from ldm_train.storage import read_config
 
 State = dict[str, torch.Tensor]
@@ -47,6 +53,15 @@ def checkpoint(folder: Path, model: dict[str, Any], suffix: str = ".ckpt") -> tu
     return path, state
 
 
+def clip_words(folder: Path) -> Path:
+    """A small tokenizer of CLIP's kind."""
+    words = ["<|startoftext|>", "<|endoftext|>", *(f"{c}{end}" for c in "acdegiort" for end in ("", "</w>"))]
+    (folder / "words").mkdir()
+    (folder / "words/vocab.json").write_text(json.dumps({w: i for i, w in enumerate(words)}))
+    (folder / "words/merges.txt").write_text("#version: 0.2\n")
+    return folder / "words"
+
+
 def converted(source: Path, target: Path, *options: str) -> Path:
     return convert(composed("convert", f"from={source}", f"to={target}", *options))
 
@@ -60,6 +75,12 @@ def test_every_tensor_of_a_published_model_has_its_place_at_full_size(name: str,
     theirs = tensors(model)
     with torch.device("meta"):
         ours = build(described.tree, name)
+    if name.startswith("sd-"):  # the text encoder is a model of transformers, which makes its own places
+        given = {k: torch.empty(shape, device="meta") for k, shape in theirs.items()}
+        _, used, unused = read_text_encoder(given, tmp_path)
+        assert len(used) == (196 if "v1" in name else 12 * 24 + 4)
+        assert all("position_ids" in k or "text_projection" in k or "logit_scale" in k for k in unused)
+        theirs = {k: shape for k, shape in theirs.items() if k not in used | set(unused)}
     for averaged in (False, True)[: 1 + (described.latent and described.uses_ema)]:
         left = dict(theirs)
         state = ours.state_dict()
@@ -95,7 +116,8 @@ CONDITIONS = {
 def test_diffusion_models_load_sample_and_come_back_to_the_bit(name: str, tmp_path: Path):
     model = diffusion_config(name, small=True)
     source, state = checkpoint(tmp_path, model)
-    folder = converted(source, tmp_path / "native", f"tokenizer={vocabulary(tmp_path)}", "labels=100", "verify=true")
+    words = clip_words(tmp_path) if name.startswith("sd-") else vocabulary(tmp_path)
+    folder = converted(source, tmp_path / "native", f"tokenizer={words}", "labels=100", "verify=true")
     latent = load_latent_diffusion(folder)
     latent.latent_size = (16, 16)
     f = latent.first_stage.downsample_factor
@@ -123,6 +145,92 @@ def test_diffusion_models_load_sample_and_come_back_to_the_bit(name: str, tmp_pa
         assert torch.equal(tensor, state[theirs]), key
     left = [k for k in state if k.startswith(("model.", "first_stage_model.")) and k not in again]
     assert not left
+    if name.startswith("sd-"):
+        unused = {k for k in state if k.startswith("cond_stage_model") and k not in again}
+        assert all(k.endswith(("position_ids", "text_projection", "logit_scale")) for k in unused)
+
+
+def test_openclips_text_encoder_computes_what_it_did(tmp_path: Path):
+    """Beside open_clip's own forward, written with torch's attention: pre-norm blocks, GELU, causal, the last block not run."""
+    model = diffusion_config("sd-v2-base", small=True)
+    source, state = checkpoint(tmp_path, model)
+    folder = converted(source, tmp_path / "native", f"tokenizer={clip_words(tmp_path)}")
+    text = load_latent_diffusion(folder).conditioners["text"]
+    assert text.path == str((folder / "text_encoder").resolve())
+    tokens = [0, 2, 1, *[0] * 74]  # start, "a", end, and open_clip's padding
+    assert text.pretrained()[0](["a"])["input_ids"][0][1] in (2, 3)
+    tokens[1] = text.pretrained()[0](["a"])["input_ids"][0][1]
+    own = {k.removeprefix("cond_stage_model.model."): v for k, v in state.items() if k.startswith("cond_stage_model.")}
+    x = own["token_embedding.weight"][tokens][None] + own["positional_embedding"]
+    mask = torch.full((77, 77), float("-inf")).triu(1)
+
+    def norm(x: torch.Tensor, name: str) -> torch.Tensor:
+        return F.layer_norm(x, (64,), own[f"{name}.weight"], own[f"{name}.bias"])
+
+    block = "transformer.resblocks.0"  # the first of two: the last is left out
+    attention = torch.nn.MultiheadAttention(64, 1, batch_first=True)
+    attention.load_state_dict(
+        {k.removeprefix(f"{block}.attn."): v for k, v in own.items() if k.startswith(f"{block}.attn.")}
+    )
+    y = norm(x, f"{block}.ln_1")
+    x = x + attention(y, y, y, attn_mask=mask, need_weights=False)[0]
+    y = F.gelu(F.linear(norm(x, f"{block}.ln_2"), own[f"{block}.mlp.c_fc.weight"], own[f"{block}.mlp.c_fc.bias"]))
+    x = x + F.linear(y, own[f"{block}.mlp.c_proj.weight"], own[f"{block}.mlp.c_proj.bias"])
+    with torch.no_grad():
+        torch.testing.assert_close(text.encode(["a"])[0], norm(x, "ln_final"), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["sd-v1", "sd-v2-v"])
+def test_the_single_file_opens_in_diffusers_and_draws_the_same(name: str, tmp_path: Path):
+    from diffusers import StableDiffusionPipeline
+
+    model = diffusion_config(name, small=True)
+    shallow = {"channel_mult": [1, 1, 1, 1], "num_res_blocks": 1}  # at the least width at which norms have 32 groups
+    model["params"]["unet_config"]["params"] |= shallow | {"model_channels": 128}
+    dd = model["params"]["first_stage_config"]["params"]["ddconfig"]
+    dd |= {"ch_mult": [1, 1, 1, 1], "num_res_blocks": 1, "ch": 128}
+    source, _ = checkpoint(tmp_path, model)
+    folder = converted(source, tmp_path / "native", f"tokenizer={clip_words(tmp_path)}")
+    config = converted(
+        folder, tmp_path / "config", "format=diffusers", "verify=true"
+    )  # from_single_file needs it offline
+    file = converted(folder, tmp_path / "one.safetensors", "format=single_file", "verify=true")
+    with safe_open(file, framework="pt") as opened:
+        assert opened.metadata()["modelspec.architecture"] == f"stable-diffusion-{name[3:5]}"
+        assert ("v_pred" in opened.keys()) == (name == "sd-v2-v")  # noqa: SIM118 - no mapping
+    pipelines = [
+        StableDiffusionPipeline.from_single_file(
+            str(file), config=str(config), local_files_only=True, low_cpu_mem_usage=False
+        ),
+        StableDiffusionPipeline.from_pretrained(config, low_cpu_mem_usage=False),
+    ]
+    noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    options = {"num_inference_steps": 3, "guidance_scale": 2.0, "output_type": "pt", "height": 64, "width": 64}
+    theirs = [pipeline("a cat", latents=noise, **options).images for pipeline in pipelines]
+    torch.testing.assert_close(*theirs, rtol=0, atol=1e-4)
+    latent = load_latent_diffusion(folder)
+    ours = latent.sample({"caption": ["a cat"]}, [0], Sampling(ddim, 3, 2.0, spacing="trailing"), Start(noise=noise))
+    other = StableDiffusionPipeline.from_pretrained(config, low_cpu_mem_usage=False)
+    other.scheduler = DDIMScheduler.from_config(
+        other.scheduler.config, timestep_spacing="trailing", set_alpha_to_one=True
+    )
+    torch.testing.assert_close(other("a cat", latents=noise, **options).images * 2 - 1, ours, rtol=0, atol=1e-3)
+
+
+def test_a_single_file_is_for_models_of_stable_diffusions_shape(tmp_path: Path):
+    source, _ = checkpoint(tmp_path, diffusion_config("lsun_churches256", small=True))
+    folder = converted(source, tmp_path / "native")
+    with pytest.raises(ValueError, match="format=single_file is for models of Stable Diffusion's shape"):
+        converted(folder, tmp_path / "one.safetensors", "format=single_file")
+    source, _ = checkpoint(tmp_path, diffusion_config("sd-v1", small=True))
+    with pytest.raises(
+        ValueError, match=r"reads captions with CLIP's tokenizer; give tokenizer=<folder with vocab.json"
+    ):
+        converted(source, tmp_path / "other")
+    folder = converted(source, tmp_path / "other", f"tokenizer={clip_words(tmp_path)}")
+    with pytest.raises(ValueError, match=r"one.ckpt: a single file is one of .safetensors"):
+        converted(folder, tmp_path / "one.ckpt", "format=single_file")
 
 
 def test_older_attention_mixes_heads_otherwise_and_is_reordered():
