@@ -14,7 +14,7 @@ from ldm_train.checkpoints.diffusers_networks import check_folder_links, first_s
 from ldm_train.checkpoints.native import CONFIG, METADATA, find_model, load_model, read_metadata
 from ldm_train.conditioning.text import read_tokenizer
 from ldm_train.pipeline.adopt import yaml_beside
-from ldm_train.pipeline.formats import DTYPES, FORMS, Model, outputs
+from ldm_train.pipeline.formats import DTYPES, FORMS, Model, check_target, outputs
 from ldm_train.rules import Rule, check, either, flag, list_of, one_of, optional, text, whole
 from ldm_train.storage import read_config
 
@@ -84,6 +84,7 @@ def convert(config: DictConfig) -> Path:
     written."""
     check(config, RULES, tuple(RULES))
     target, dtype = Path(config.to), DTYPES[config.dtype]
+    check_target(config.format, target, dtype)
     if target.exists() and not config.overwrite:
         raise FileExistsError(f"to={target} exists; choose another, or overwrite=true")
     model, report = read(config)

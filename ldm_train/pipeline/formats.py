@@ -115,8 +115,6 @@ def outputs(model: nn.Module) -> Outputs:
 
 def native(model: Model, target: Path, dtype: torch.dtype) -> Form:
     """A model folder of this package."""
-    if dtype != torch.float32:
-        raise ValueError("dtype= is for other forms; native folders hold float32")
     megabytes = 4e-6 * sum(parameter.numel() for parameter in model.module.parameters())
 
     tree, text = deepcopy(model.tree), model.frozen_text
@@ -141,8 +139,6 @@ def native(model: Model, target: Path, dtype: torch.dtype) -> Form:
 
 def of_compvis(model: Model, target: Path, dtype: torch.dtype) -> Form:
     """A checkpoint of CompVis' code, with its YAML beside it."""
-    if target.suffix not in compvis.FILES[:2]:
-        raise ValueError(f"to={target}: a checkpoint of CompVis is a file, {' or '.join(compvis.FILES[:2])}")
     described = model.described()
     return _checkpoint(model, target, described, compvis.state_dict(model.module, described, dtype), {"format": "pt"})
 
@@ -187,8 +183,6 @@ def single_file(model: Model, target: Path, dtype: torch.dtype) -> Form:
             "format=single_file is for models of Stable Diffusion's shape: captions by CLIP, a KL autoencoder with f = 8 and 4 "
             "channels; format=compvis writes others"
         )
-    if target.suffix != ".safetensors":
-        raise ValueError(f"to={target}: a single file is one of .safetensors")
     described = model.described()
     tensors = compvis.state_dict(model.module, described, dtype)
     del tensors["scale_factor"]
@@ -278,3 +272,15 @@ FORMS: dict[str, Callable[[Model, Path, torch.dtype], Form]] = {
     "diffusers": of_diffusers,
     "single_file": single_file,
 }
+
+
+def check_target(form: str, target: Path, dtype: torch.dtype) -> None:
+    """Raises ValueError where a model cannot be written there in this form, before it is read."""
+    if form == "native" and dtype != torch.float32:
+        raise ValueError("dtype= is for other forms; native folders hold float32")
+    if form == "compvis" and target.suffix not in compvis.FILES[:2]:
+        raise ValueError(f"to={target}: a checkpoint of CompVis is a file, {' or '.join(compvis.FILES[:2])}")
+    if form == "single_file" and target.suffix != ".safetensors":
+        raise ValueError(f"to={target}: a single file is one of .safetensors")
+    if form in ("native", "diffusers") and target.suffix in compvis.FILES:
+        raise ValueError(f"to={target}: format={form} is a folder; say format=compvis or single_file for a file")
