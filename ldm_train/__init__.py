@@ -10,8 +10,8 @@ __version__ = "0.1.0"
 
 
 def load(path: str, trust: Sequence[str] = ()) -> "LatentDiffusion":
-    """A trained model with its run's sampling options: path is a run, its export/ folder, any model folder, or a pipeline's
-    folder in diffusers' layout.
+    """A trained model with its run's sampling options: path is a run, its export/ folder, any model folder, a pipeline's
+    folder in diffusers' layout, or "org/name" on the Hugging Face Hub.
 
     The folder is data: it builds this package's models only, and parts of the packages that `trust` names.
     Raises FileNotFoundError where there is none, ValueError for damaged weights or a config that asks for more.

@@ -15,6 +15,7 @@ from torch import nn
 
 from ldm_train import names
 from ldm_train.checkpoints.diffusers import diffusers_metadata, is_diffusers, load_diffusers
+from ldm_train.checkpoints.hub import downloaded, is_repo
 from ldm_train.checkpoints.parts import build, build_sampler, find_part, no_larger_than, targets
 from ldm_train.conditioning.base import Conditioner
 from ldm_train.latent_diffusion import LatentDiffusion, Sampling
@@ -116,8 +117,10 @@ def recorded_sampling(folder: str | Path) -> dict[str, Any]:
 
 
 def load_latent_diffusion(path: str | Path, trust: Sequence[str] = ()) -> LatentDiffusion:
-    """A LatentDiffusion with the sampling options that its run chose. path: a run, its export, a model folder, or a folder
-    in diffusers' layout. trust: see `load_model`. Raises as `load_model` and `load_diffusers`."""
+    """A LatentDiffusion with the sampling options that its run chose. path: a run, its export, a model folder, a folder in
+    diffusers' layout, or "org/name" on the Hub. trust: see `load_model`. Raises as `load_model` and `load_diffusers`."""
+    if is_repo(path):
+        path = downloaded(str(path))
     folder = find_model(path)
     if folder is None:
         raise FileNotFoundError(

@@ -12,8 +12,8 @@ from ldm_train.checkpoints.diffusers_networks import (
     load_first_stage,
     weight_files,
 )
-from ldm_train.checkpoints.native import METADATA, save_model
-from ldm_train.storage import file_sha256
+from ldm_train.checkpoints.native import CONFIG, METADATA, WEIGHTS, load_latent_diffusion, save_model
+from ldm_train.storage import file_sha256, read_config
 
 
 def yaml_beside(path: Path) -> Path:
@@ -34,12 +34,21 @@ def is_foreign(path: Path) -> bool:
     return (path.suffix in FILES and path.is_file()) or is_diffusers(path) or (path / "config.json").is_file()
 
 
+def is_whole(folder: Path) -> bool:
+    """Whether a native model folder holds a whole latent diffusion model."""
+    return "first_stage" in read_config(folder / CONFIG)
+
+
 def adopted_autoencoder(path: Path, cache: Path) -> Path:
-    """The native model folder of a foreign autoencoder, alone or in a whole model: below `cache`, converted at its first use.
+    """The native model folder of a foreign autoencoder, alone or in a whole model, or of that in a whole native model: below
+    `cache`, converted at its first use.
     Raises FileNotFoundError or ValueError, naming what cannot be converted."""
+    native = (path / METADATA).is_file()
     if path.is_file():
         yaml = yaml_beside(path)
         files = [path, yaml]
+    elif native:
+        files = [path / CONFIG, path / WEIGHTS]
     else:
         check_folder_links(path)
         folder = next((path / name for name in ("vae", "vqvae") if is_diffusers(path) and (path / name).is_dir()), path)
@@ -50,6 +59,9 @@ def adopted_autoencoder(path: Path, cache: Path) -> Path:
         return target
     if path.is_file():
         network, tree = compvis.load_autoencoder(path, yaml)
+    elif native:
+        network = load_latent_diffusion(path).first_stage.autoencoder
+        tree = read_config(path / CONFIG)["first_stage"]["autoencoder"]
     else:
         network, tree = load_first_stage(folder).autoencoder, first_stage_tree(folder)["autoencoder"]
     metadata = {"downsample_factor": network.downsample_factor, "converted_from": path.name}

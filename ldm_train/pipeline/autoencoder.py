@@ -10,6 +10,7 @@ from torch import nn
 
 from ldm_train import rng
 from ldm_train.checkpoints.compvis import read_discriminator
+from ldm_train.checkpoints.hub import downloaded, is_repo
 from ldm_train.checkpoints.native import (
     CONFIG,
     copy_model,
@@ -22,7 +23,7 @@ from ldm_train.configuration import plain
 from ldm_train.losses.autoencoder import AutoencoderLoss
 from ldm_train.models.first_stage import FirstStage
 from ldm_train.pipeline import training
-from ldm_train.pipeline.adopt import adopted_autoencoder, is_foreign
+from ldm_train.pipeline.adopt import adopted_autoencoder, is_foreign, is_whole
 from ldm_train.pipeline.data import data_key, mixture_key, sides, stage_data
 from ldm_train.pipeline.run import Run
 from ldm_train.pipeline.stage import Plan, Stage
@@ -41,10 +42,12 @@ def pretrained_folder(value: str, runs_dir: str, option: str = "autoencoder.pret
     """An option's value -> the model folder: of a run by its name or folder, a model folder itself, or that of a foreign model
     (see `adopt.adopted_autoencoder`). Raises FileNotFoundError naming the paths that were tried."""
     candidates = [Path(value), Path(value) / "autoencoder" / "model", Path(runs_dir) / value / "autoencoder" / "model"]
+    if is_repo(value) and not (Path(runs_dir) / value).exists():
+        return pretrained_folder(str(downloaded(value)), runs_dir, option)
     for folder in candidates:
         if (folder / "model.safetensors").is_file():
             read_metadata(folder)
-            return folder
+            return adopted_autoencoder(folder, Path(runs_dir) / ADOPTED) if is_whole(folder) else folder
     if is_foreign(Path(value)):
         return adopted_autoencoder(Path(value), Path(runs_dir) / ADOPTED)
     tried = ", ".join(map(str, candidates))

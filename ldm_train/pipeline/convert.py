@@ -1,6 +1,7 @@
 """ldm-convert: a model from one form into another."""
 
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -11,9 +12,11 @@ from ldm_train.checkpoints import compvis
 from ldm_train.checkpoints.compvis import FILES
 from ldm_train.checkpoints.diffusers import USUAL_SAMPLING, diffusers_metadata, is_diffusers, read_pipeline
 from ldm_train.checkpoints.diffusers_networks import check_folder_links, first_stage_tree, load_first_stage
+from ldm_train.checkpoints.hub import REPO, downloaded, is_repo, upload
 from ldm_train.checkpoints.native import CONFIG, METADATA, find_model, load_model, read_metadata
 from ldm_train.conditioning.text import read_tokenizer
 from ldm_train.pipeline.adopt import yaml_beside
+from ldm_train.pipeline.card import write_card
 from ldm_train.pipeline.formats import DTYPES, FORMS, Model, check_target, outputs
 from ldm_train.rules import Rule, check, either, flag, list_of, one_of, optional, text, whole
 from ldm_train.storage import read_config
@@ -26,8 +29,10 @@ RULES: dict[str, Rule] = {
     "labels": optional(either(whole(1), list_of(str))),
     "null_class": optional(flag),
     "dtype": one_of(*DTYPES),
-    **dict.fromkeys(("verify", "dry_run", "overwrite"), flag),
+    "repo": optional(text("name, <organisation or user>/<name>")),
+    **dict.fromkeys(("verify", "dry_run", "overwrite", "private"), flag),
 }
+HUB = "hub"  # in the place of a path
 SAMPLING = USUAL_SAMPLING | {"spacing": "compvis"}  # as the published models' own script draws
 
 
@@ -47,6 +52,8 @@ def read(config: DictConfig) -> tuple[Model, compvis.Report | None]:
         if (classes := described.tree.get("conditioners", {}).get("class_label")) is not None:
             metadata["null_class"] = described.class_rows == classes["classes"] + 1
         return Model(model, described.tree, metadata, brings_text=True), report
+    if is_repo(source):
+        source = downloaded(str(source))
     if is_diffusers(source):
         module, tree = read_pipeline(source)
         return Model(
@@ -79,10 +86,53 @@ def native_folder(source: Path) -> Path:
     )
 
 
+def _published(config: DictConfig) -> Path:
+    """Writes the model and its card into a temporary folder, and uploads that. Returns where it was."""
+    if config.repo is None or REPO.fullmatch(config.repo) is None:
+        raise ValueError(f"to=hub needs repo=<organisation or user>/<name>, not {config.repo}")
+    form, (_, name) = config.format, config.repo.split("/")
+    with TemporaryDirectory() as scratch:
+        folder = Path(scratch) / name
+        suffix = f"{name}.safetensors" if form in ("compvis", "single_file") else "."
+        inner = OmegaConf.merge(config, {"to": str((folder / suffix).resolve())})
+        folder.parent.mkdir(exist_ok=True)
+        convert(inner)
+        if config.dry_run:
+            print(f"dry run: this and its card would go to {config.repo}{' (private)' if config.private else ''}")
+            return folder
+        source = Path(config["from"])
+        run = source if (source / "config.yaml").is_file() and (source / "diffusion").is_dir() else None
+        write_card(folder, run, config.repo, _opening(folder, config.repo, form))
+        files = sorted(path for path in folder.rglob("*") if path.is_file())
+        for path in files:
+            print(f"  {path.stat().st_size / 1e6:10,.1f} MB  {path.relative_to(folder)}")
+        print(f"uploaded: {upload(folder, config.repo, config.private, f'ldm_train: {source.name}')}")
+        return folder
+
+
+def _opening(folder: Path, repo: str, form: str) -> list[str]:
+    """Lines of Python that open what was published."""
+    if form == "native":
+        return [
+            "import ldm_train",
+            f'model = ldm_train.load("{repo}")',
+            "images = model.sample({}, seeds=[0, 1, 2, 3])",
+        ]
+    if form == "diffusers":
+        code = ", trust_remote_code=True" if any(folder.rglob("*.py")) else ""
+        return [
+            "from diffusers import DiffusionPipeline",
+            f'pipeline = DiffusionPipeline.from_pretrained("{repo}"{code})',
+        ]
+    return ["from huggingface_hub import hf_hub_download", f'hf_hub_download("{repo}", "{folder.name}.safetensors")']
+
+
 def convert(config: DictConfig) -> Path:
     """Reads `from`, writes `to`. Raises ValueError or FileNotFoundError naming what cannot be converted; then nothing is
     written."""
     check(config, RULES, tuple(RULES))
+    if config.to == HUB:
+        return _published(config)
     target, dtype = Path(config.to), DTYPES[config.dtype]
     check_target(config.format, target, dtype)
     if target.exists() and not config.overwrite:

@@ -12,14 +12,7 @@ from omegaconf import DictConfig
 from torch import nn
 
 from ldm_train import names, rng
-from ldm_train.checkpoints.native import (
-    CONFIG,
-    METADATA,
-    find_model,
-    load_latent_diffusion,
-    load_model,
-    read_metadata,
-)
+from ldm_train.checkpoints.native import CONFIG, load_latent_diffusion, load_model, read_metadata
 from ldm_train.checkpoints.parts import build, build_sampler
 from ldm_train.conditioning.base import Conditioner
 from ldm_train.conditioning.text import read_tokenizer, train_tokenizer
@@ -30,6 +23,7 @@ from ldm_train.latent_diffusion import LatentDiffusion, Sampling
 from ldm_train.models.autoencoder import Autoencoder
 from ldm_train.models.first_stage import FirstStage
 from ldm_train.pipeline import autoencoder, latents, training
+from ldm_train.pipeline.begin import begin_from, model_folder, tokenizers_of, what_grows
 from ldm_train.pipeline.data import CONDITIONERS, FROM_DATA, mixture_key, sides
 from ldm_train.pipeline.run import Run
 from ldm_train.pipeline.stage import Plan, Stage
@@ -168,31 +162,27 @@ def check_model(run: Run, images: ShardDataModule) -> None:
     images.check_conditions()
 
 
-def pretrained_model(run: Run) -> Path | None:
-    """The model folder of diffusion.pretrained: of a run by its name or folder, or itself. Raises FileNotFoundError naming the
-    paths that were tried."""
-    if not (value := run.config.diffusion.pretrained):
+def taken_model(run: Run, option: str) -> Path | None:
+    """The model folder of diffusion.pretrained or diffusion.init. Raises FileNotFoundError."""
+    if not (value := run.config.diffusion[option]):
         return None
-    candidates = [Path(value), Path(run.config.runs_dir) / value]
-    for candidate in candidates:
-        folder = find_model(candidate)
-        if folder is not None and (folder / METADATA).is_file():
-            return folder
-    raise FileNotFoundError(
-        f"diffusion.pretrained={value} is no run with a trained model and no model folder; looked in "
-        f"{', '.join(map(str, candidates))}. Checkpoints and folders of diffusers become one by ldm-convert"
+    return model_folder(value, run.config.runs_dir, f"diffusion.{option}")
+
+
+def same_latents(theirs: nn.Module, ours: nn.Module) -> bool:
+    """Whether two autoencoders have the same latents: their encoding parts are equal."""
+    first, second = (
+        {f"{name}.{k}": v for name, part in a.encoding_parts().items() for k, v in part.state_dict().items()}
+        if isinstance(a, Autoencoder)  # the identity has none
+        else {}
+        for a in (theirs, ours)
     )
+    return first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
 
 
 def with_decoder(model: LatentDiffusion, network: nn.Module, where: Path) -> None:
     """Gives a trained model an autoencoder whose latents are those it knows. Raises ValueError where they are not."""
-    theirs, ours = (
-        {f"{name}.{k}": v for name, part in a.encoding_parts().items() for k, v in part.state_dict().items()}
-        if isinstance(a, Autoencoder)  # the identity has none
-        else {}
-        for a in (model.first_stage.autoencoder, network)
-    )
-    if theirs.keys() != ours.keys() or not all(torch.equal(theirs[key], ours[key]) for key in ours):
+    if not same_latents(model.first_stage.autoencoder, network):
         raise ValueError(
             f"diffusion.pretrained={where} was trained on the latents of another autoencoder than this run's; take that one too "
             "(autoencoder.pretrained=), or train its decoder on (autoencoder.init=, autoencoder.train=decoder)"
@@ -209,9 +199,12 @@ class DiffusionStage(Stage):
         return 0 if run.config.diffusion.pretrained else run.config.diffusion.max_steps
 
     def key(self, run: Run) -> dict[str, Any]:
-        if (taken := pretrained_model(run)) is not None:
+        if (taken := taken_model(run, "pretrained")) is not None:
             return {"pretrained": read_metadata(taken)["sha256"], "autoencoder": run.result("autoencoder")}
-        return training.training_key(run, "diffusion") | {
+        key = training.training_key(run, "diffusion")
+        if (begun := taken_model(run, "init")) is not None:  # by its content
+            key["diffusion"] = key["diffusion"] | {"init": read_metadata(begun)["sha256"]}
+        return key | {
             "latents": run.result("latents"),
             "derived": plain(run.config.data.derived),
             "data": mixture_key(run.config, "diffusion"),
@@ -219,7 +212,7 @@ class DiffusionStage(Stage):
 
     def check(self, run: Run) -> None:
         config, section = run.config, run.config.diffusion
-        if pretrained_model(run) is not None:
+        if taken_model(run, "pretrained") is not None:
             check_sampler(run, autoencoder.on_meta(run).latent_channels)
             return
         training.check_optimisation(run, "diffusion")
@@ -251,23 +244,32 @@ class DiffusionStage(Stage):
             given = {slot: torch.empty(1, *shape) for slot, shape in shapes.items() if widths[slot]}
             noisy = torch.empty(1, network.in_channels, h, w)
             flops = training.forward_flops("diffusion.network", network, noisy, torch.empty(1), **given)
-        images = run.data("diffusion", ("image", *run.fields))
-        return Plan(network, flops, run.enough_images(images, "diffusion"))
+        images, begins = run.data("diffusion", ("image", *run.fields)), ""
+        if (begun := taken_model(run, "init")) is not None:
+            begins = ", ".join([f"begins from {run.config.diffusion.init}", *what_grows(network, begun)])
+        return Plan(network, flops, run.enough_images(images, "diffusion"), begins)
 
     def run(self, run: Run, folder: Path) -> dict[str, Any]:
         config, section = run.config, run.config.diffusion
-        if (taken := pretrained_model(run)) is not None:
+        if (taken := taken_model(run, "pretrained")) is not None:
             return self._taken(run, taken, folder)
         data, images, count = latents.latent_data(run, "diffusion", run.fields)
         rng.reseed(config.seed, "diffusion", "weights")
         source = autoencoder.model_folder(run)
         first_stage = first_stage_tree(read_config(source / CONFIG))
         size = latent_size(config, autoencoder.on_meta(run))
-        tree = model_tree(config, first_stage, conditioner_tree(config, images), size)
+        conditioners, begun = conditioner_tree(config, images), taken_model(run, "init")
+        if begun is not None:
+            conditioners = tokenizers_of(begun, conditioners)
+        tree = model_tree(config, first_stage, conditioners, size)
         model = build(tree, "the model's config", run.trust)
         model.first_stage.autoencoder.load_state_dict(load_model(source, run.trust).state_dict())
         per_channel = config.latents.per_channel
         statistics = latents.give_statistics(run.folder / "latents", model.first_stage, per_channel)
+        if begun is not None:
+            other = begin_from(model, begun, list(run.trust)).first_stage
+            if same_latents(other.autoencoder, model.first_stage.autoencoder):  # scaled as the network knows them
+                model.first_stage.set_statistics(other.scale.flatten(), other.shift.flatten())
         model.to(memory_format=torch.channels_last)
         task = instantiate(section.task)(
             model,

@@ -5,10 +5,18 @@ from pathlib import Path
 from typing import Any
 
 from ldm_train.checkpoints.native import copy_model, load_model, read_metadata
+from ldm_train.pipeline.card import write_card
 from ldm_train.pipeline.diffusion import sampling_of
 from ldm_train.pipeline.resume import read_note
 from ldm_train.pipeline.run import Run
 from ldm_train.pipeline.stage import Stage
+
+# As the card says it.
+OPENED = [
+    "import ldm_train",
+    'model = ldm_train.load("<this folder, or its name on the Hub>")',
+    "images = model.sample({}, seeds=[0, 1, 2, 3])      # (4, C, H, W) in [-1, 1]; {field: entries} to say what is drawn",
+]
 
 
 class ExportStage(Stage):
@@ -30,6 +38,7 @@ class ExportStage(Stage):
             source = run.folder / "diffusion" / "model"
             load_model(source, run.trust)  # a folder that does not load must not be exported
             copy_model(source, folder, {"sampling": sampling_of(run), "run": run.config.name})
+            write_card(folder, run.folder, run.config.name, OPENED)
             if run.wandb and run.config.wandb_artifact:
                 name = re.sub(r"[^\w.-]", "-", run.config.name)
                 run.wandb.log_model(folder, name, {"sha256": read_metadata(folder)["sha256"]})

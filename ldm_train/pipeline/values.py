@@ -110,7 +110,7 @@ RULES: dict[str, Rule] = {
     "data.root": _roots,
     "autoencoder.data.root": optional(_roots),
     **dict.fromkeys(
-        ("autoencoder.pretrained", "autoencoder.init", "diffusion.pretrained"),
+        ("autoencoder.pretrained", "autoencoder.init", "diffusion.pretrained", "diffusion.init"),
         optional(text("name of a file or folder")),
     ),
     "autoencoder.init_discriminator": optional(flag),

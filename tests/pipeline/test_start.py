@@ -9,10 +9,13 @@ from chains import chain
 from hydra.utils import instantiate
 from published_yaml import autoencoder_config, tensors
 
-from ldm_train.checkpoints.native import load_autoencoder, load_latent_diffusion, load_model
+from ldm_train.checkpoints.native import load_autoencoder, load_latent_diffusion, load_model, save_model
+from ldm_train.checkpoints.parts import build
 from ldm_train.configuration import plain
+from ldm_train.latent_diffusion import LatentDiffusion
 from ldm_train.models.autoencoder import AutoencoderVQ
 from ldm_train.pipeline.autoencoder import give_discriminator
+from ldm_train.pipeline.begin import begin_from, what_grows
 from ldm_train.pipeline.resume import read_note
 from ldm_train.pipeline.run import Run
 from ldm_train.pipeline.values import check_values
@@ -186,3 +189,92 @@ def test_a_unet_on_other_latents_or_conditions_is_refused(first: Run):
     ):
         other.execute()
     assert load_model(first.folder / "diffusion" / "model") is not None
+
+
+def latent_model(classes: list[str], labels: int = 0, vector: bool = True) -> tuple[LatentDiffusion, dict]:
+    """labels: of a label map that is a condition too."""
+    network = {
+        "_target_": "ldm_train.models.unet.UNet", "in_channels": 3, "channels": 16, "channel_mult": [1, 2], "num_res_blocks": 1,
+        "attention_levels": [1], "num_heads": 2, "context_dim": 8, "concat_channels": 2 * bool(labels),
+    }  # fmt: skip
+    parts = "ldm_train.conditioning"
+    text = {"_target_": f"{parts}.class_label.ClassLabel", "classes": ["x", "y", "z"], "dim": 8, "slot": "context"}
+    conditioners = {"other": text}
+    if vector:
+        conditioners["class_label"] = {"_target_": f"{parts}.class_label.ClassLabel", "classes": classes, "dim": 4}
+        network["vector_dim"] = 4
+    if labels:
+        conditioners["map"] = {"_target_": f"{parts}.spatial.SemanticMap", "num_labels": labels, "channels": 2}
+    autoencoder = {
+        "_target_": "ldm_train.models.autoencoder.AutoencoderKL", "z_channels": 3, "channels": 8, "channel_mult": [1, 2],
+        "num_res_blocks": 1,
+    }  # fmt: skip
+    tree = {
+        "_target_": "ldm_train.latent_diffusion.LatentDiffusion", "network": network, "conditioners": conditioners,
+        "first_stage": {"_target_": "ldm_train.models.first_stage.FirstStage", "autoencoder": autoencoder},
+        "schedule": {"_target_": "ldm_train.diffusion.schedule.NoiseSchedule"}, "latent_size": [8, 8],
+    }  # fmt: skip
+    model = build(tree, "test")
+    for p in model.parameters():
+        p.data = torch.randn(p.shape) * 0.1
+    return model.eval(), tree
+
+
+def test_a_network_with_more_inputs_computes_what_the_first_did(tmp_path: Path):
+    torch.manual_seed(0)
+    first, tree = latent_model(["cat", "dog"])
+    save_model(tmp_path / "first", first, tree, {})
+    more, _ = latent_model(["bird", "dog", "cat"], labels=3)
+    assert what_grows(more.network, tmp_path / "first") == ["channels of pictures or maps 3 -> 5 (zeros)"]
+    begin_from(more, tmp_path / "first", [])
+    x, t = torch.randn(2, 3, 8, 8), torch.tensor([3.0, 700.0])
+    old = first.condition({"class_label": torch.tensor([0, 1])})  # cat, dog, here by their new numbers
+    new = more.condition({"class_label": torch.tensor([2, 1]), "segmentation": torch.randint(0, 3, (2, 16, 16))})
+    new["context"] = old["context"]
+    with torch.no_grad():
+        torch.testing.assert_close(more.predict(x, t, new), first.predict(x, t, old), rtol=0, atol=1e-6)
+    table = more.conditioners["class_label"].embedding.weight
+    assert torch.equal(table[3], first.conditioners["class_label"].embedding.weight[2])  # no class
+    assert not table[0].any()
+    # A vector where there was none: its projection begins as zeros.
+    bare, tree = latent_model([], vector=False)
+    save_model(tmp_path / "bare", bare, tree, {})
+    with_vector, _ = latent_model(["cat"])
+    assert what_grows(with_vector.network, tmp_path / "bare") == ["a vector beside the timestep new (zeros)"]
+    begin_from(with_vector, tmp_path / "bare", [])
+    with torch.no_grad():
+        given = {"context": torch.randn(2, 1, 8)}
+        expected = bare.predict(x, t, given)
+        torch.testing.assert_close(with_vector.predict(x, t, given | {"vector": torch.randn(2, 4)}), expected)
+    with pytest.raises(
+        ValueError, match=r"diffusion.init=.*first has label_emb.0.0.bias, which this run's network lacks"
+    ):
+        what_grows(bare.network, tmp_path / "first")
+    wider = build(tree["network"] | {"channels": 32}, "test")
+    with pytest.raises(ValueError, match=r"has shape \(64, 16\), this run's network has \(128, 32\); choose"):
+        what_grows(wider, tmp_path / "bare")
+
+
+def test_training_begins_from_another_runs_unet(first: Run, capsys: pytest.CaptureFixture):
+    run = chain(
+        first.folder.parent,
+        *SHORT,
+        "autoencoder.pretrained=first",
+        "diffusion.init=first",
+        "diffusion.lr=1e-6",
+        name="tuned",
+    )
+    run.execute()
+    assert "begins from first" in capsys.readouterr().out
+    models = [load_latent_diffusion(r.folder / "diffusion" / "model") for r in (first, run)]
+    assert models[0].conditioners["text"].tokenizer.to_str() == models[1].conditioners["text"].tokenizer.to_str()
+    assert torch.equal(models[0].first_stage.scale, models[1].first_stage.scale)
+    old, new = (m.network.state_dict() for m in models)
+    assert 0 < max(float((old[k] - new[k]).abs().max()) for k in old) < 1e-3
+    whole = chain(
+        first.folder.parent, "stages=[autoencoder]", f"autoencoder.pretrained={run.folder}/diffusion/model", name="of"
+    )
+    whole.execute()  # the autoencoder within a whole model
+    trained = load_autoencoder(whole.folder / "autoencoder" / "model").state_dict()
+    theirs = models[0].first_stage.autoencoder.state_dict()
+    assert all(torch.equal(trained[k], theirs[k]) for k in theirs)

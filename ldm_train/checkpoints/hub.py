@@ -1,0 +1,51 @@
+"""Models on the Hugging Face Hub: down as data, up as folders."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+REPO = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+# What a model of ours or a pipeline of diffusers is read from; code is not among it.
+DATA = ("*.json", "*.safetensors", "*.yaml", "*.txt", "*.model")
+
+
+def is_repo(path: str | Path) -> bool:
+    """Whether a path that is not there, nor its first folder, may be a model on the Hub: org/name."""
+    first = Path(path).parts[:1]
+    return REPO.fullmatch(str(path)) is not None and not Path(path).exists() and not Path(*first).is_dir()
+
+
+def downloaded(repo: str) -> Path:
+    """The folder of a model from the Hub, resumed where an earlier download stopped; one that is there is not fetched again.
+    Raises FileNotFoundError with the remedy."""
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(repo, allow_patterns=list(DATA)))
+    except Exception as error:  # the library raises many kinds
+        try:
+            return Path(snapshot_download(repo, allow_patterns=list(DATA), local_files_only=True))
+        except Exception:
+            reason = (str(error) or type(error).__name__).splitlines()[0]
+            raise FileNotFoundError(
+                f"{repo} is no folder here, and it could not be downloaded from the Hub ({reason}); check the name and the "
+                "network, or download it elsewhere and give its folder"
+            ) from error
+
+
+def upload(folder: Path, repo: str, private: bool, message: str) -> str:
+    """Makes the repository where it is not there, and uploads a folder. Returns its address. Raises ConnectionError with the
+    remedy."""
+    from huggingface_hub import HfApi
+
+    api: Any = HfApi()
+    try:
+        api.create_repo(repo, private=private, exist_ok=True)
+        api.upload_folder(repo_id=repo, folder_path=folder, commit_message=message)
+    except Exception as error:  # the library raises many kinds
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise ConnectionError(
+            f"{repo} could not be uploaded ({reason}); sign in with `hf auth login`, check the name and the network, then run the "
+            "same command again"
+        ) from error
+    return f"https://huggingface.co/{repo}"

@@ -1,0 +1,138 @@
+"""A U-Net that begins from another's weights, perhaps with more inputs than that had."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import nn
+
+from ldm_train import names
+from ldm_train.checkpoints.hub import downloaded, is_repo
+from ldm_train.checkpoints.native import CONFIG, METADATA, WEIGHTS, find_model, load_latent_diffusion
+from ldm_train.conditioning.class_label import ClassLabel
+from ldm_train.latent_diffusion import LatentDiffusion
+from ldm_train.storage import read_config
+
+Shape = tuple[int, ...]
+# Layers that read an input of the network, by the end of their names: only their second dimension may grow.
+INPUTS = {
+    "input_blocks.0.0.weight": "channels of pictures or maps",
+    "attn2.to_k.weight": "width of the context",
+    "attn2.to_v.weight": "width of the context",
+    "attn1.to_k.weight": "width of the context",
+    "attn1.to_v.weight": "width of the context",
+    "label_emb.0.0.weight": "width of the vector",
+}
+
+
+def model_folder(value: str, runs_dir: str, option: str) -> Path:
+    """The model folder of a run by its name or folder, of a model on the Hub, or itself. Raises FileNotFoundError naming the paths
+    that were tried."""
+    candidates = [Path(value), Path(runs_dir) / value]
+    if is_repo(value) and not candidates[1].exists():
+        candidates = [downloaded(value)]
+    for candidate in candidates:
+        folder = find_model(candidate)
+        if folder is not None and (folder / METADATA).is_file():
+            return folder
+    raise FileNotFoundError(
+        f"{option}={value} is no run with a trained model and no model folder; looked in {', '.join(map(str, candidates))}. "
+        "Checkpoints and folders of diffusers become one by ldm-convert"
+    )
+
+
+def _network_shapes(folder: Path) -> dict[str, Shape]:
+    with safe_open(folder / WEIGHTS, framework="pt") as file:
+        shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 - no mapping
+    return {
+        name.removeprefix("network."): shape
+        for name, shape in names.weights(shapes).items()
+        if name.startswith("network.")
+    }
+
+
+def grown(ours: Mapping[str, Shape], theirs: Mapping[str, Shape], where: Path) -> list[str]:
+    """What a network has more than the one that it begins from, in words. Raises ValueError for any difference that zeros
+    cannot bridge."""
+    more: dict[str, str] = {}
+    for name, shape in ours.items():
+        before = theirs.get(name)
+        if before == shape:
+            continue
+        what = next((words for end, words in INPUTS.items() if name.endswith(end)), None)
+        if before is None and name.startswith("label_emb."):
+            more["a vector beside the timestep"] = "new"
+        elif before and what and (before[0], *before[2:]) == (shape[0], *shape[2:]) and shape[1] > before[1]:
+            more[what] = f"{before[1]} -> {shape[1]}"
+        else:
+            raise ValueError(
+                f"diffusion.init={where}: its {name} {'has shape ' + str(before) if before else 'does not exist'}, this run's network "
+                f"has {shape}; choose the diffusion/network= that it was trained with (only inputs may grow)"
+            )
+    if left := sorted(theirs.keys() - ours.keys()):
+        raise ValueError(
+            f"diffusion.init={where} has {left[0]}, which this run's network lacks; choose its diffusion/network="
+        )
+    return [f"{what} {change} (zeros)" for what, change in more.items()]
+
+
+def what_grows(network: nn.Module, folder: Path) -> list[str]:
+    """See `grown`. network: perhaps on the meta device."""
+    return grown({k: tuple(v.shape) for k, v in network.state_dict().items()}, _network_shapes(folder), folder)
+
+
+def tokenizers_of(folder: Path, conditioners: dict[str, Any]) -> dict[str, Any]:
+    """Conditioners with the tokenizers that a model's embeddings belong to, in the place of ones made from the data."""
+    theirs = names.model(read_config(folder / CONFIG)).get("conditioners") or {}
+    return {
+        name: options | {"tokenizer": theirs[name]["tokenizer"]}
+        if "tokenizer" in options and "tokenizer" in theirs.get(name, {}) and "path" not in options
+        else options
+        for name, options in conditioners.items()
+    }
+
+
+def _into(ours: torch.Tensor, theirs: torch.Tensor) -> torch.Tensor:
+    made = torch.zeros_like(ours)
+    made[tuple(slice(0, size) for size in theirs.shape)] = theirs
+    return made
+
+
+def _class_rows(ours: ClassLabel, theirs: ClassLabel) -> torch.Tensor:
+    """Classes by their names; a new one begins as zeros."""
+    weight, known = torch.zeros_like(ours.embedding.weight), theirs.embedding.weight
+    for row, name in enumerate(ours.names):
+        if name in theirs.names:
+            weight[row] = known[theirs.names.index(name)]
+    weight[-1] = known[-1]
+    return weight
+
+
+@torch.no_grad()
+def begin_from(model: LatentDiffusion, folder: Path, trust: list[str]) -> LatentDiffusion:
+    """Gives a model the weights of another's network and of those conditioners that both have; what is new begins as zeros, or,
+    in a conditioner of its own, as it is. Returns the other. Raises ValueError where they do not fit."""
+    other = load_latent_diffusion(folder, trust)
+    what_grows(model.network, folder)
+    theirs = other.network.state_dict()
+    state = {k: _into(v, theirs[k]) if k in theirs else v for k, v in model.network.state_dict().items()}
+    if "label_emb.0.2.weight" in state and "label_emb.0.2.weight" not in theirs:
+        for leaf in ("weight", "bias"):
+            state[f"label_emb.0.2.{leaf}"] = torch.zeros_like(state[f"label_emb.0.2.{leaf}"])
+    model.network.load_state_dict(state)
+    known = dict(other.conditioners.items())
+    for name, conditioner in model.conditioners.items():
+        before = known.get(name)
+        if isinstance(conditioner, ClassLabel) and isinstance(before, ClassLabel):
+            if conditioner.embedding.weight.shape[1] != before.embedding.weight.shape[1]:
+                raise ValueError(f"diffusion.init={folder}: the conditioner {name} has another width there")
+            conditioner.embedding.weight.copy_(_class_rows(conditioner, before))
+        elif before is not None:
+            try:
+                conditioner.load_state_dict(before.state_dict())
+            except RuntimeError as error:
+                reason = " ".join(str(error).split())[:200]
+                raise ValueError(f"diffusion.init={folder}: the conditioner {name} does not fit ({reason})") from error
+    return other

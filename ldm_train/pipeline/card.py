@@ -1,0 +1,160 @@
+"""The card of a model: README.md with metadata for the Hub, its samples and metrics, data, recipe and commands."""
+
+import json
+import shutil
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import yaml
+from huggingface_hub import EvalResult, ModelCardData
+
+from ldm_train import names
+from ldm_train.checkpoints.parts import find_part
+from ldm_train.conditioning.base import Conditioner
+from ldm_train.data.shards import DataError, read_index
+from ldm_train.pipeline.resume import read_note
+from ldm_train.storage import read_config, write_atomically
+
+CARD, RECIPE, SAMPLES = "README.md", "training.yaml", "samples.png"
+EXAMPLES = {
+    "caption": "prompts='a few words'",
+    "class_label": "classes=[0,1]",
+    "lowres": "images=small.png",
+    "masked_image": "images=photo.png mask=hole.png",
+    "segmentation": "maps=labels.png",
+}
+
+
+def _fields(tree: Mapping[str, Any], where: Path) -> list[str]:
+    """What a model is conditioned on."""
+    fields = []
+    for options in (tree.get("conditioners") or {}).values():
+        with suppress(ValueError):  # a part of the user's own
+            part = find_part(options["_target_"], where)
+            fields += [part.field] if issubclass(part, Conditioner) else []
+    return fields
+
+
+def _task(fields: list[str]) -> str:
+    """The Hub's word."""
+    if {"lowres", "masked_image", "segmentation", "edges", "depth"} & set(fields):
+        return "image-to-image"
+    return "text-to-image" if "caption" in fields else "unconditional-image-generation"
+
+
+def _without_folders(tree: Any) -> Any:
+    """Paths of this machine, shortened to their last part: a card goes to others."""
+    if isinstance(tree, dict):
+        return {k: _without_folders(v) for k, v in tree.items()}
+    if isinstance(tree, list):
+        return [_without_folders(v) for v in tree]
+    return Path(tree).name if isinstance(tree, str) and tree.startswith("/") else tree
+
+
+def _measured(run: Path) -> dict[str, Any]:
+    """metrics.json of a finished evaluation of a run's model, or {}."""
+    note = read_note(run / "evaluation")
+    path = run / "evaluation" / "metrics.json"
+    return json.loads(path.read_text()) if note and note["finished"] and path.is_file() else {}
+
+
+def _rows(metrics: Mapping[str, Any]) -> list[tuple[str, str, float, str, int]]:
+    """(of what, metric, value, 95 % interval, number of images)."""
+    rows = []
+    for of, measures in metrics.items():
+        for name, entry in measures.items() if isinstance(measures, dict) else ():
+            if isinstance(entry, dict) and "value" in entry:
+                interval = " to ".join(f"{v:.4g}" for v in entry.get("interval") or [])
+                rows.append((of, name, float(entry["value"]), interval, int(entry.get("n", 0))))
+    for name, shares in metrics.get("adherence", {}).items():
+        if isinstance(shares, dict) and "mean" in shares:
+            rows.append(("adherence", name.replace("_", " "), float(shares["mean"]), "", 0))
+    return rows
+
+
+def _data(config: Mapping[str, Any]) -> tuple[str, str]:
+    """(the data's name, a sentence)."""
+    data = config["data"]
+    roots = data["root"] if isinstance(data["root"], list) else [data["root"]]
+    name, size = " and ".join(Path(root).name for root in roots), data["image_size"]
+    size = size if isinstance(size, list) else [size, size]
+    text = f"{name}, at {size[0]}x{size[1]} pixels of {data['channels']} channels"
+    with suppress(FileNotFoundError, DataError, KeyError, TypeError):
+        split = read_index(data["root"])["splits"][data["train_split"]]
+        shards = split["shards"] if isinstance(split, dict) else split
+        text += f", {sum(shard['count'] for shard in shards):,} training images"
+    return name, text
+
+
+def _trained(config: Mapping[str, Any]) -> list[str]:
+    lines = []
+    for stage in ("autoencoder", "diffusion"):
+        section = config[stage]
+        if section.get("pretrained"):
+            lines.append(f"- {stage}: taken from {Path(section['pretrained']).name}")
+        elif not section["network"]["_target_"].endswith("Identity"):
+            begun = f", begun from {Path(section['init']).name}" if section.get("init") else ""
+            network = section["network"]["_target_"].rpartition(".")[2]
+            lines.append(
+                f"- {stage}: {network}, {section['max_steps']:,} steps of {section['batch_size']} images, learning rate "
+                f"{section['lr']:g}{begun}"
+            )
+    return lines
+
+
+def write_card(folder: Path, run: Path | None, title: str, commands: list[str]) -> None:
+    """Writes README.md into a model's folder, with the samples, metrics and recipe of the run that made it, where one did.
+
+    title: the model's name. commands: lines of Python that open it
+    """
+    path = folder / "config.yaml"
+    tree = names.model(read_config(path)) if path.is_file() else {}
+    fields, metrics, data = _fields(tree, path), {}, "unknown"
+    text = [f"# {title}", "", "A latent diffusion model, trained with ldm_train."]
+    results: list[EvalResult] = []
+    if fields:
+        text[-1] = (
+            f"A latent diffusion model conditioned on {', '.join(fields).replace('_', ' ')}, trained with ldm_train."
+        )
+    if run is not None:
+        metrics, grid = _measured(run), run / "evaluation" / SAMPLES
+        if metrics and grid.is_file():
+            shutil.copyfile(grid, folder / SAMPLES)
+            text += ["", f"![samples, not picked]({SAMPLES})"]
+    text += [
+        "",
+        "## Use",
+        "```bash",
+        f"ldm-sample run={title} n=8 {EXAMPLES.get(next(iter(fields), ''), '')}".rstrip(),
+        "```",
+    ]
+    text += ["```python", *commands, "```", "To go on training from it:", "```bash"]
+    text += [
+        f"python train.py name=mine autoencoder.pretrained={title} diffusion.init={title}   # and the recipe's other options",
+        "```",
+    ]
+    if run is not None:
+        config = read_config(run / "config.yaml")
+        data, sentence = _data(config)
+        recipe = yaml.safe_dump(_without_folders(config), sort_keys=False).encode()
+        write_atomically(folder / RECIPE, lambda file: file.write(recipe))
+        text += ["", "## Training", f"- data: {sentence}", *_trained(config), f"- every option: {RECIPE}"]
+    if rows := _rows(metrics):
+        text += ["", "## Measured", "| of | metric | value | 95 % interval | images |", "|---|---|---|---|---|"]
+        text += [f"| {of} | {name} | {value:.4g} | {spread} | {n or ''} |" for of, name, value, spread, n in rows]
+        text += [
+            "",
+            "Features named `tiny` are the project's own small network: such numbers compare models on these data only.",
+        ]
+        for of, name, value, _, _ in rows:
+            if of == "samples":
+                results.append(EvalResult(_task(fields), "webdataset", data, name, value))
+    text += ["", "## Licence", "To be filled in by whoever publishes it: here and as `license` above.", ""]
+    head = ModelCardData(
+        license="unknown", library_name="ldm_train", pipeline_tag=_task(fields), tags=["latent-diffusion", "diffusion"],
+        model_name=title if results else None, eval_results=results or None,
+    )  # fmt: skip
+    card = f"---\n{head.to_yaml()}\n---\n" + "\n".join(text)
+    write_atomically(folder / CARD, lambda file: file.write(card.encode()))

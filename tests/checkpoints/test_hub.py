@@ -1,0 +1,120 @@
+"""Models go to the Hub with a card, and come from it as data. No network is used: the library's calls are replaced."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from chains import chain, composed
+
+import ldm_train
+from ldm_train.checkpoints.hub import DATA, is_repo
+from ldm_train.pipeline.convert import convert
+from ldm_train.pipeline.run import Run
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    made = chain(tmp_path_factory.mktemp("hub"), "autoencoder.max_steps=2", "diffusion.max_steps=2")
+    made.execute()
+    return made
+
+
+def card(folder: Path) -> tuple[dict[str, Any], str]:
+    _, head, text = (folder / "README.md").read_text().split("---\n", 2)
+    return yaml.safe_load(head), text
+
+
+def test_an_export_is_a_complete_folder_with_its_card(run: Run):
+    folder = run.folder / "export"
+    head, text = card(folder)
+    assert head["library_name"] == "ldm_train"
+    assert head["pipeline_tag"] == "text-to-image"
+    assert head["license"] == "unknown"
+    measured = json.loads((run.folder / "evaluation/metrics.json").read_text())
+    named = {m["type"]: m["value"] for m in head["model-index"][0]["results"][0]["metrics"]}
+    assert named == {name: entry["value"] for name, entry in measured["samples"].items()}
+    low, high = measured["reconstruction"]["psnr"]["interval"]
+    assert f"{low:.4g} to {high:.4g}" in text
+    assert "64 training images" in text
+    assert (folder / "samples.png").read_bytes() == (run.folder / "evaluation/samples.png").read_bytes()
+    recipe = (folder / "training.yaml").read_text()
+    assert yaml.safe_load(recipe)["diffusion"]["max_steps"] == 2
+    assert str(run.folder.parent) not in recipe + text  # nothing of this machine
+    assert ldm_train.load(str(folder)).sample({}, [0]).shape == (1, 3, 32, 32)
+
+
+class Uploads:
+    """Stands for the library's door: keeps what would have been sent."""
+
+    def __init__(self, keep: Path, fails: str = ""):
+        self.keep, self.fails, self.made = keep, fails, {}
+
+    def __call__(self) -> "Uploads":
+        return self
+
+    def create_repo(self, repo: str, **options: Any) -> None:
+        if self.fails:
+            raise RuntimeError(self.fails)
+        self.made[repo] = options
+
+    def upload_folder(self, repo_id: str, folder_path: Path, commit_message: str) -> None:
+        shutil.copytree(folder_path, self.keep / repo_id)
+
+
+@pytest.mark.parametrize("form", ["native", "diffusers"])
+def test_a_model_is_uploaded_whole_and_comes_back(
+    form: str, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+):
+    uploads = Uploads(tmp_path)
+    monkeypatch.setattr("huggingface_hub.HfApi", uploads)
+    options = (f"from={run.folder}", "to=hub", "repo=me/shapes", f"format={form}", "private=true")
+    convert(composed("convert", *options, "dry_run=true"))
+    assert "dry run: this and its card would go to me/shapes (private)" in capsys.readouterr().out
+    assert not uploads.made
+    convert(composed("convert", *options))
+    assert uploads.made == {"me/shapes": {"private": True, "exist_ok": True}}
+    head, text = card(tmp_path / "me/shapes")
+    assert head["model-index"][0]["results"]
+    assert ("trust_remote_code=True" in text) == (form == "diffusers")
+    if form == "native":
+        asked = {}
+
+        def snapshot(repo: str, **options: Any) -> str:
+            asked.update(options)
+            return str(tmp_path / repo)
+
+        monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
+        monkeypatch.chdir(run.folder)
+        first = ldm_train.load("me/shapes").network.out[2].weight
+        assert torch.equal(first, ldm_train.load(str(run.folder)).network.out[2].weight)
+        assert asked == {"allow_patterns": list(DATA)}
+        assert not any(pattern.endswith(".py") for pattern in DATA)
+
+
+def test_what_cannot_be_reached_is_said(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+
+    def offline(*_: Any, **__: Any) -> None:
+        raise ConnectionError("no route to host")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", offline)
+    with pytest.raises(
+        FileNotFoundError, match=r"me/shapes is no folder here, and it could not be downloaded .*no route"
+    ):
+        ldm_train.load("me/shapes")
+    (tmp_path / "runs").mkdir()
+    assert not is_repo("runs/typing-error")
+    with pytest.raises(FileNotFoundError, match="runs/typing-error holds no trained model"):
+        ldm_train.load("runs/typing-error")
+    monkeypatch.setattr("huggingface_hub.HfApi", Uploads(tmp_path, "401 Unauthorized"))
+    with pytest.raises(
+        ConnectionError, match=r"could not be uploaded \(401 Unauthorized\); sign in with `hf auth login`"
+    ):
+        convert(composed("convert", f"from={run.folder}", "to=hub", "repo=me/shapes"))
+    for repo in ("null", "shapes", "../x/y"):
+        with pytest.raises(ValueError, match="to=hub needs repo=<organisation or user>/<name>"):
+            convert(composed("convert", f"from={run.folder}", "to=hub", f"repo={repo}"))
