@@ -18,6 +18,9 @@ socket.getfqdn = lambda name="": name or "localhost"
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--fuzz", type=int, default=60, help="cases of each fuzz test; 1000 looks closely")
+    parser.addoption(
+        "--full-size", action="store_true", help="parity at the published widths too; needs 20 GB of memory"
+    )
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
