@@ -13,6 +13,7 @@ AUTOENCODERS: dict[str, tuple[list[int], int, int | None, list[int], str | None]
     "kl-f8": ([1, 2, 4, 4], 4, None, [], None),
     "kl-f16": ([1, 1, 2, 2, 4], 16, None, [16], None),
     "kl-f32": ([1, 1, 2, 2, 4, 4], 64, None, [16, 8], None),
+    "kl-f4-z4": ([1, 2, 4], 4, None, [], None),  # of the x4 upscaler
     "vq-f4": ([1, 2, 4], 3, 8192, [], None),
     "vq-f4-noattn": ([1, 2, 4], 3, 8192, [], "none"),
     "vq-f8": ([1, 2, 2, 4], 4, 16384, [32], None),
@@ -124,6 +125,29 @@ DIFFUSION: dict[str, tuple[str, dict[str, Any], Any, dict[str, Any]]] = {
     "sd-v2-inpainting": (
         "kl-f8", SD2 | {"in_channels": 9}, OPENCLIP, STABLE | {"conditioning_key": "hybrid", "finetune_keys": None},
     ),
+    "sd-v2-depth": (
+        "kl-f8", SD2 | {"in_channels": 5}, OPENCLIP,
+        STABLE | {
+            "conditioning_key": "hybrid", "finetune_keys": None,
+            "depth_stage_config": {"target": "ldm.modules.midas.api.MiDaSInference", "params": {"model_type": "dpt_hybrid"}},
+        },
+    ),
+    "sd-x4-upscaler": (
+        "kl-f4-z4",
+        {"model_channels": 256, "channel_mult": [1, 2, 2, 4], "attention_resolutions": [2, 4, 8], "num_heads": 8,
+         "use_spatial_transformer": True, "transformer_depth": 1, "context_dim": 1024, "use_linear_in_transformer": True,
+         "in_channels": 7, "num_classes": 1000, "disable_self_attentions": [True, True, True, False],
+         "disable_middle_self_attn": False, "legacy": False, "use_checkpoint": True},
+        OPENCLIP,
+        STABLE | {
+            "conditioning_key": "hybrid-adm", "parameterization": "v", "low_scale_key": "lr", "linear_start": 1e-4,
+            "linear_end": 0.02, "scale_factor": 0.08333,
+            "low_scale_config": {
+                "target": "ldm.modules.diffusionmodules.upscaling.ImageConcatWithNoiseAugmentation",
+                "params": {"noise_schedule_config": {"linear_start": 1e-4, "linear_end": 0.02}, "max_noise_level": 350},
+            },
+        },
+    ),
 }  # fmt: skip
 
 
@@ -164,7 +188,12 @@ def diffusion_config(name: str, small: bool = False) -> dict[str, Any]:
         "monitor": "val/loss_simple_ema", "first_stage_key": "image", "cond_stage_config": condition, "log_every_t": 200,
         "first_stage_config": first, "unet_config": {"target": "ldm.modules.diffusionmodules.openaimodel.UNetModel", "params": unet},
     }  # fmt: skip
-    kind = "LatentInpaintDiffusion" if name.startswith("sd") and "inpainting" in name else "LatentDiffusion"
+    kinds = {
+        "inpainting": "LatentInpaintDiffusion",
+        "depth": "LatentDepth2ImageDiffusion",
+        "upscaler": "LatentUpscaleDiffusion",
+    }
+    kind = next((k for word, k in kinds.items() if name.startswith("sd-") and name.endswith(word)), "LatentDiffusion")
     return {"target": f"ldm.models.diffusion.ddpm.{kind}", "params": params | options}
 
 
@@ -248,7 +277,9 @@ def _res(name: str, a: int, b: int, emb: int, scale_shift: bool) -> Iterator[tup
         yield from _conv(f"{name}.skip_connection", a, b, 1)
 
 
-def _attention(name: str, width: int, p: Mapping[str, Any]) -> Iterator[tuple[str, tuple[int, ...]]]:
+def _attention(
+    name: str, width: int, p: Mapping[str, Any], cross_only: bool = False
+) -> Iterator[tuple[str, tuple[int, ...]]]:
     yield from _layer(f"{name}.norm", width)
     if not p.get("use_spatial_transformer"):
         yield from _layer(f"{name}.qkv", 3 * width, width, 1)
@@ -259,7 +290,7 @@ def _attention(name: str, width: int, p: Mapping[str, Any]) -> Iterator[tuple[st
     yield from project(f"{name}.proj_in", width, width)
     for depth in range(p.get("transformer_depth", 1)):
         block = f"{name}.transformer_blocks.{depth}"
-        for attn, context in (("attn1", width), ("attn2", p["context_dim"])):
+        for attn, context in (("attn1", p["context_dim"] if cross_only else width), ("attn2", p["context_dim"])):
             for part, inner in (("to_q", width), ("to_k", context), ("to_v", context)):
                 yield from _layer(f"{block}.{attn}.{part}", width, inner, bias=False)
             yield from _layer(f"{block}.{attn}.to_out.0", width, width)
@@ -275,13 +306,16 @@ def unet_tensors(p: Mapping[str, Any]) -> Shapes:
     shift, updown = p.get("use_scale_shift_norm", False), p.get("resblock_updown", False)
     made: Shapes = dict(_layer("time_embed.0", emb, ch)) | dict(_layer("time_embed.2", emb, emb))
     made |= _conv("input_blocks.0.0", p["in_channels"], ch)
+    alone = p.get("disable_self_attentions", [False] * len(mult))
+    if isinstance(p.get("num_classes"), int):
+        made["label_emb.weight"] = (p["num_classes"], emb)
     skips, width, index = [ch], ch, 1
     for level, m in enumerate(mult):
         for _ in range(blocks):
             made |= _res(f"input_blocks.{index}.0", width, ch * m, emb, shift)
             width = ch * m
             if 2**level in p["attention_resolutions"]:
-                made |= _attention(f"input_blocks.{index}.1", width, p)
+                made |= _attention(f"input_blocks.{index}.1", width, p, alone[level])
             skips.append(width)
             index += 1
         if level < len(mult) - 1:
@@ -296,7 +330,7 @@ def unet_tensors(p: Mapping[str, Any]) -> Shapes:
         made |= _res(f"output_blocks.{index}.0", width + skips.pop(), ch * mult[level], emb, shift)
         width, last = ch * mult[level], 1
         if 2**level in p["attention_resolutions"]:
-            made |= _attention(f"output_blocks.{index}.1", width, p)
+            made |= _attention(f"output_blocks.{index}.1", width, p, alone[level])
             last = 2
         if level and index % (blocks + 1) == blocks:
             up = f"output_blocks.{index}.{last}"
@@ -364,6 +398,13 @@ def tensors(model: Mapping[str, Any]) -> Shapes:
     if p.get("scale_by_std"):
         made["scale_factor"] = ()
     condition = p["cond_stage_config"]
+    if "low_scale_config" in p:
+        made |= {"low_scale_model.betas": (1000,), "low_scale_model.sqrt_alphas_cumprod": (1000,)}
+    if "depth_stage_config" in p:
+        made |= {
+            "depth_model.model.pretrained.model.cls_token": (1, 1, 768),
+            "depth_model.model.scratch.a.weight": (8, 8, 3, 3),
+        }
     if condition == "__is_first_stage__":
         made |= {f"cond_stage_model.{k}": shape for k, shape in first.items()}
     elif isinstance(condition, dict) and "Frozen" in condition["target"]:

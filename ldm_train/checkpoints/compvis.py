@@ -29,7 +29,8 @@ FILES = (".ckpt", ".safetensors", ".pt", ".pth", ".bin")
 # Beginnings of names of tensors that a model here does not need.
 SCHEDULE = ("betas", "alphas_cumprod", "sqrt_", "log_one_minus_", "posterior_", "logvar", "lvlb_weights", "ddim_")
 LEFT_OUT = {
-    "tables of the noise schedule": SCHEDULE,
+    "tables of the noise schedule": (*SCHEDULE, "low_scale_model."),
+    "the depth estimator, since depth maps are given": ("depth_model.",),
     "counters of the averaging": ("model_ema.decay", "model_ema.num_updates"),
     "only stage 1 trains with them": ("loss.", "first_stage_model.loss.", "colorize", "first_stage_model.colorize"),
     "logits that nothing uses": ("cond_stage_model.transformer.to_logits.",),

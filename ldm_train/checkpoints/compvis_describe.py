@@ -4,7 +4,15 @@ from collections.abc import Mapping
 from typing import Any
 
 from ldm_train import names
-from ldm_train.checkpoints.compvis_yaml import BETAS, PREDICTIONS, Published, needs_of, published
+from ldm_train.checkpoints.compvis_yaml import (
+    BESIDE,
+    BETAS,
+    PREDICTIONS,
+    UPSCALER_NOISE,
+    Published,
+    needs_of,
+    published,
+)
 from ldm_train.checkpoints.parts import whole
 from ldm_train.storage import shown
 
@@ -51,25 +59,45 @@ def _unet_yaml(tree: Mapping[str, Any], size: int) -> dict[str, Any]:
     return {"target": "ldm.modules.diffusionmodules.openaimodel.UNetModel", "params": params}
 
 
-def is_inpainting(conditioners: Mapping[str, Mapping[str, Any]]) -> bool:
-    """Whether captions and a masked picture are the condition, as in Stable Diffusion's inpainting models."""
-    kinds = sorted(tree["_target_"].rpartition(".")[2] for tree in conditioners.values())
-    return kinds == ["FrozenText", "MaskedImageCondition"]
+def beside_captions(conditioners: Mapping[str, Mapping[str, Any]]) -> str | None:
+    """The class of a model that has a picture beside CLIP's captions, as some of Stable Diffusion's have."""
+    kinds = {tree["_target_"].rpartition(".")[2] for tree in conditioners.values()}
+    others = kinds - {"FrozenText"}
+    known = {part: name for name, part in BESIDE.items()}
+    return known.get(others.pop()) if len(kinds) == len(conditioners) == 2 and len(others) == 1 else None
+
+
+def _beside_yaml(kind: str, tree: Mapping[str, Any]) -> dict[str, Any]:
+    if kind == "LatentDepth2ImageDiffusion":
+        return {
+            "depth_stage_config": {
+                "target": "ldm.modules.midas.api.MiDaSInference",
+                "params": {"model_type": "dpt_hybrid"},
+            }
+        }
+    if kind == "LatentInpaintDiffusion":
+        return {"finetune_keys": None}
+    module = "ldm.modules.diffusionmodules.upscaling.ImageConcatWithNoiseAugmentation"
+    noise = {"noise_schedule_config": dict(UPSCALER_NOISE), "max_noise_level": tree["noise_levels"]}
+    return {"low_scale_key": "lr", "low_scale_config": {"target": module, "params": noise}}
 
 
 def _conditioner_yaml(
     conditioners: Mapping[str, Mapping[str, Any]], levels: int, null_class: bool, openclip: bool
 ) -> dict[str, Any]:
     """The options of a model that say how its condition is made. levels: halvings of the first stage."""
-    if is_inpainting(conditioners):
-        conditioners = {name: tree for name, tree in conditioners.items() if "form" not in tree}
+    made: Any = None
+    if (beside := beside_captions(conditioners)) is not None:
+        parts = {tree["_target_"].rpartition(".")[2]: (name, tree) for name, tree in conditioners.items()}
+        own = _beside_yaml(beside, parts[BESIDE[beside]][1])
+        name, tree = parts["FrozenText"]
+        return own | _conditioner_yaml({name: tree}, levels, null_class, openclip)
     if not conditioners:
         return {"cond_stage_config": "__is_unconditional__"}
     if len(conditioners) > 1:
         raise ValueError(f"this model has the conditioners {', '.join(conditioners)}; a checkpoint of CompVis has one")
     ((name, tree),) = conditioners.items()
     kind, modules = tree["_target_"].rpartition(".")[2], "ldm.modules.encoders.modules"
-    made: Any = None
     if kind == "ClassLabel":
         rows = (tree["classes"] if isinstance(tree["classes"], int) else len(tree["classes"])) + null_class
         key, made = (
@@ -157,7 +185,7 @@ def describe(tree: Mapping[str, Any], null_class: bool = True, openclip: bool = 
         params["conditioning_key"] = "hybrid" if concat and context else "concat" if concat else "crossattn"
     conditioners = {name: whole(part) for name, part in (tree.get("conditioners") or {}).items()}
     params |= _conditioner_yaml(conditioners, len(autoencoder["channel_mult"]) - 1, null_class, openclip)
-    kind = "LatentInpaintDiffusion" if is_inpainting(conditioners) else "LatentDiffusion"
+    kind = beside_captions(conditioners) or "LatentDiffusion"
     yaml = {"model": {"target": f"ldm.models.diffusion.ddpm.{kind}", "params": params}}
     described = published(yaml, "the model", needs_of(tree) | {"null_class": null_class})
     again = described.tree

@@ -268,6 +268,38 @@ def _conditioners(options: _Options, needs: Mapping[str, Any], context_dim: int 
     return {NAMES[tree["_target_"].rpartition(".")[2]]: tree}
 
 
+# Models with a picture beside the captions, and the class of its conditioner.
+BESIDE = {
+    "LatentInpaintDiffusion": "MaskedImageCondition",
+    "LatentDepth2ImageDiffusion": "DepthMap",
+    "LatentUpscaleDiffusion": "LowResolution",
+}
+UPSCALER_NOISE = {"linear_start": 1e-4, "linear_end": 0.02}
+
+
+def _beside(kind: str, options: _Options, channels: int) -> dict[str, Tree]:
+    """The conditioner of the picture. channels: that it adds to the latents."""
+    options.ignore("concat_keys", "finetune_keys", "keep_finetune_dims", "c_concat_log_start", "c_concat_log_end")
+    target = f"{PARTS}.spatial.{BESIDE[kind]}"
+    if kind == "LatentInpaintDiffusion":
+        options.ignore("masked_image_key")
+        return {"masked": {"_target_": target, "form": "sd2"}}
+    if kind == "LatentDepth2ImageDiffusion":
+        options.ignore("depth_stage_config")  # the estimator; depth maps are given
+        return {"depth": {"_target_": target}}
+    options.ignore("low_scale_key")
+    noise, own = options.part("low_scale_config")
+    if noise != "ImageConcatWithNoiseAugmentation":
+        raise ValueError(f"{own.where} is of {noise!r}; ImageConcatWithNoiseAugmentation can be converted")
+    schedule = _Options(own.take("noise_schedule_config", dict, {}), f"{own.where}.noise_schedule_config")
+    schedule.only(**UPSCALER_NOISE, timesteps=1000, beta_schedule="linear")
+    schedule.done()
+    levels = own.take("max_noise_level", int, 1000)
+    own.done()
+    tree = {"channels": channels, "factor": 4, "noise_levels": levels, "vector_dim": 1}
+    return {"lowres": {"_target_": target} | tree}
+
+
 # What only training and logging read.
 TRAINING = """
     log_every_t monitor first_stage_key image_size_key num_timesteps_cond loss_type scheduler_config original_elbo_weight
@@ -282,10 +314,9 @@ def published(config: Mapping[str, Any], where: str, needs: Mapping[str, Any] | 
     kind, options = _Options(config, where).part("model")
     if kind in AUTOENCODERS:
         return Published({"model": config["model"]}, _autoencoder(kind, options), latent=False)
-    if kind not in ("LatentDiffusion", "LatentInpaintDiffusion"):
-        raise ValueError(
-            f"{where}: model.target is {kind!r}; LatentDiffusion, {', '.join(AUTOENCODERS)} can be converted"
-        )
+    if kind not in ("LatentDiffusion", *BESIDE):
+        known = ", ".join(("LatentDiffusion", *BESIDE, *AUTOENCODERS))
+        raise ValueError(f"{where}: model.target is {kind!r}; {known} can be converted")
     options.ignore(*TRAINING.split())
     options.only(given_betas=None, cosine_s=0.008)
     first_kind, first_options = options.part("first_stage_config")
@@ -294,16 +325,8 @@ def published(config: Mapping[str, Any], where: str, needs: Mapping[str, Any] | 
     _, unet_options = options.part("unet_config")
     unet, older = _unet(unet_options, autoencoder["embed_dim"])
     conditioners = _conditioners(options, needs or {}, unet.get("context_dim"))
-    if kind == "LatentInpaintDiffusion":
-        options.ignore(
-            "concat_keys",
-            "masked_image_key",
-            "finetune_keys",
-            "keep_finetune_dims",
-            "c_concat_log_start",
-            "c_concat_log_end",
-        )
-        conditioners["masked"] = {"_target_": f"{PARTS}.spatial.MaskedImageCondition", "form": "sd2"}
+    if kind in BESIDE:
+        conditioners |= _beside(kind, options, unet["concat_channels"])
     size = options.take("image_size", (int, list), 64)
     prediction, betas = options.take("parameterization", str, "eps"), options.take("beta_schedule", str, "linear")
     for name, value, known in (("parameterization", prediction, PREDICTIONS), ("beta_schedule", betas, BETAS)):

@@ -123,7 +123,7 @@ def test_diffusion_models_load_sample_and_come_back_to_the_bit(name: str, tmp_pa
     f = latent.first_stage.downsample_factor
     conditions = CONDITIONS | {
         "lowres": torch.zeros(1, 3, 16, 16), "masked_image": torch.zeros(1, 4, 16 * f, 16 * f),
-        "segmentation": torch.zeros(1, 16 * f, 16 * f, dtype=torch.long),
+        "segmentation": torch.zeros(1, 16 * f, 16 * f, dtype=torch.long), "depth": torch.rand(1, 1, 16 * f, 16 * f),
     }  # fmt: skip
     batch = {field: conditions[field] for field in latent.fields}
     images = latent.sample(batch, [0], Sampling(num_inference_steps=2))
