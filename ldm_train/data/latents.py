@@ -50,11 +50,18 @@ def _cache_keys(shards: IndexedShards) -> list[str]:
 
 
 def write_cache(
-    data: ShardDataModule, split: str, encode: Encode, folder: str | Path, per_shard: int = 1024, flips: bool = False
+    data: ShardDataModule,
+    split: str,
+    encode: Encode,
+    folder: str | Path,
+    per_shard: int = 1024,
+    flips: bool = False,
+    known: Callable[[str], torch.Tensor] | None = None,
 ) -> list[dict]:
     """Encodes this rank's part of a split, shard by shard; shards that are complete are kept. Returns their entries.
 
-    flips: also store the moments of the mirror image. Samples whose picture, class or caption (where `data` ask for them)
+    flips: also store the moments of the mirror image. known: key in the cache -> moments that are there already, in the place
+    of encoding. Samples whose picture, class or caption (where `data` ask for them)
     cannot be read are left out and named. Raises DataError where they are more than data.max_bad_fraction allows,
     ValueError for transforms that are random beyond a flip.
     """
@@ -73,7 +80,7 @@ def write_cache(
         name = shard_name(split, number)
         entry = finished_shard(folder, name)
         if entry is None:
-            entry = write_shard(folder / name, _encoded(data, split, encode, chunk, flips, progress))
+            entry = write_shard(folder / name, _encoded(data, split, encode, chunk, flips, progress, known))
             write_json(folder / ENTRIES / f"{name}.json", entry)
         else:
             progress.update(len(chunk))
@@ -83,6 +90,13 @@ def write_cache(
         refuse_too_many(bad, seen, total, data.max_bad_fraction)
     progress.close()
     return entries
+
+
+def few_samples(data: ShardDataModule, split: str, count: int = 8) -> Iterator[tuple[str, torch.Tensor]]:
+    """(key in the cache, picture) of samples spread over a split."""
+    dataset, keys = data.samples(split, ("image",), random=False), _cache_keys(data.shards(split))
+    for i in spread(len(keys), count).tolist():
+        yield keys[i], dataset[(0, i)]["image"]
 
 
 def written_entries(folder: Path, split: str) -> list[dict]:
@@ -96,7 +110,13 @@ def written_entries(folder: Path, split: str) -> list[dict]:
 
 
 def _encoded(
-    data: ShardDataModule, split: str, encode: Encode, chunk: range, flips: bool, progress: tqdm
+    data: ShardDataModule,
+    split: str,
+    encode: Encode,
+    chunk: range,
+    flips: bool,
+    progress: tqdm,
+    known: Callable[[str], torch.Tensor] | None,
 ) -> Iterator[tuple[str, dict[str, bytes]]]:
     shards, stored = data.shards(split), [f for f in CACHED_FIELDS if f in data.fields]
     dataset, keys = data.samples(split, ("image", *stored), random=False), _cache_keys(shards)
@@ -106,7 +126,7 @@ def _encoded(
         dataset, batch_sampler=batches, num_workers=data.num_workers, collate_fn=collate, worker_init_fn=become_worker
     )
     for rows, batch in zip(batches, loader):
-        moments = encode(batch["image"])
+        moments = encode(batch["image"]) if known is None else torch.stack([known(keys[i]) for _, i in rows])
         mirrored = encode(batch["image"].flip(3)) if flips else None
         for note in batch["replaced"]:
             tqdm.write(f"latent cache: leaving out unreadable {note}")

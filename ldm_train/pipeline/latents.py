@@ -13,10 +13,12 @@ from lightning import LightningDataModule
 from ldm_train.checkpoints.native import meta_autoencoder
 from ldm_train.configuration import differences, plain
 from ldm_train.data.datamodule import Batching, ShardDataModule
+from ldm_train.data.foreign_latents import ForeignLatents
 from ldm_train.data.latents import (
     STATISTICS,
     CachedLatents,
     LatentDataModule,
+    few_samples,
     latent_statistics,
     read_statistics,
     verify_cache,
@@ -28,7 +30,7 @@ from ldm_train.data.shards import data_hash, read_index
 from ldm_train.errors import Refused
 from ldm_train.models.first_stage import FirstStage
 from ldm_train.pipeline import autoencoder
-from ldm_train.pipeline.data import data_key
+from ldm_train.pipeline.data import data_key, sides
 from ldm_train.pipeline.resume import NOTE, read_note
 from ldm_train.pipeline.run import Run
 from ldm_train.pipeline.stage import Stage
@@ -137,6 +139,13 @@ class LatentsStage(Stage):
     def check(self, run: Run) -> None:
         check_crop(run)
         autoencoder.on_meta(run)
+        section = run.config.latents
+        if section.source is not None:
+            if not section.cache or run.config.data.flip:
+                raise ValueError(
+                    "latents.source fills the cache, and knows no mirror images: latents.cache=true data.flip=false"
+                )
+            self._known(run)
 
     def run(self, run: Run, folder: Path) -> dict[str, Any]:
         if self._unused(run):
@@ -146,9 +155,11 @@ class LatentsStage(Stage):
         data, encode = run.data("diffusion", ("image", *run.fields)), encoder(run)
         splits = (data.train_split, data.val_split)
         if run.config.latents.cache:
+            if (known := self._known(run)) is not None:
+                known.verify(few_samples(data, data.train_split), encode)
             for split in splits:
                 flips = run.config.data.flip and split == data.train_split
-                write_cache(data, split, encode, folder, run.config.latents.per_shard, flips)
+                write_cache(data, split, encode, folder, run.config.latents.per_shard, flips, known)
             run.barrier()
         if run.machine.rank == 0:
             if run.config.latents.cache:
@@ -164,6 +175,15 @@ class LatentsStage(Stage):
             content = f"{_autoencoder(run)}/{data.content_hash}"
         statistics, digest = read_statistics(folder), file_sha256(folder / STATISTICS)
         return {"content": content, "scale_factor": statistics["scale_factor"], "statistics_sha256": digest}
+
+    def _known(self, run: Run) -> ForeignLatents | None:
+        """The latents that others have made, where latents.source names them."""
+        if (source := run.config.latents.source) is None:
+            return None
+        network = autoencoder.on_meta(run)
+        size = [side // network.downsample_factor for side in sides(run.config.data.image_size)]
+        shape, stochastic = (network.latent_channels, *size), network.moments_per_latent == 2
+        return ForeignLatents(source, shape, stochastic, run.config.latents.source_scale)
 
     def _taken(self, run: Run, earlier: Path, folder: Path) -> dict[str, Any]:
         """Links the files of a cache with the same latents."""

@@ -110,9 +110,10 @@ RULES: dict[str, Rule] = {
     "data.root": _roots,
     "autoencoder.data.root": optional(_roots),
     **dict.fromkeys(
-        ("autoencoder.pretrained", "autoencoder.init", "diffusion.pretrained", "diffusion.init"),
+        ("autoencoder.pretrained", "autoencoder.init", "diffusion.pretrained", "diffusion.init", "latents.source"),
         optional(text("name of a file or folder")),
     ),
+    "latents.source_scale": number(1e-6, 1e6),
     "autoencoder.init_discriminator": optional(flag),
     "autoencoder.train": one_of("all", "decoder"),
     "trace": optional(_trace),

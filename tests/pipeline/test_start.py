@@ -1,17 +1,22 @@
 """Training that begins from what was trained before: an autoencoder, its decoder alone, a whole U-Net."""
 
+import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
 from chains import chain
 from hydra.utils import instantiate
 from published_yaml import autoencoder_config, tensors
+from safetensors.torch import save_file
 
 from ldm_train.checkpoints.native import load_autoencoder, load_latent_diffusion, load_model, save_model
 from ldm_train.checkpoints.parts import build
 from ldm_train.configuration import plain
+from ldm_train.data.foreign_latents import ForeignLatents
+from ldm_train.data.latents import CachedLatents
 from ldm_train.latent_diffusion import LatentDiffusion
 from ldm_train.models.autoencoder import AutoencoderVQ
 from ldm_train.pipeline.autoencoder import give_discriminator
@@ -278,3 +283,69 @@ def test_training_begins_from_another_runs_unet(first: Run, capsys: pytest.Captu
     trained = load_autoencoder(whole.folder / "autoencoder" / "model").state_dict()
     theirs = models[0].first_stage.autoencoder.state_dict()
     assert all(torch.equal(trained[k], theirs[k]) for k in theirs)
+
+
+@pytest.fixture(scope="module")
+def others(first: Run, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The latents of a run as another program may hand them over: half in .npy files, half in one file of safetensors, scaled."""
+    folder, tensors = tmp_path_factory.mktemp("others"), {}
+    for split in ("train", "val"):
+        latents = CachedLatents(first.folder / "latents", split, (), 0)
+        for i in range(len(latents)):
+            key, moments = str(latents.shards.keys[i]), torch.from_numpy(latents.moments(i).copy())
+            channels = len(moments) // 2
+            moments[:channels] *= 0.5
+            moments[channels:] += 2 * math.log(0.5)
+            if i % 2:
+                tensors[key] = moments
+            else:
+                (folder / split).mkdir(exist_ok=True)
+                np.save(folder / split / f"{key}.npy", moments.numpy())
+    save_file(tensors, folder / "rest.safetensors")
+    return folder
+
+
+def test_latents_that_others_have_made_fill_the_cache(first: Run, others: Path):
+    options = (
+        "stages=[autoencoder,latents]",
+        "autoencoder.pretrained=first",
+        f"latents.source={others}",
+        "data.flip=false",
+    )
+    run = chain(first.folder.parent, *options, "latents.source_scale=0.5", name="given")
+    run.execute()
+    ours, theirs = (CachedLatents(r.folder / "latents", "train", (), 0) for r in (first, run))
+    assert len(ours) == len(theirs)
+    for i in range(len(ours)):
+        np.testing.assert_allclose(theirs.moments(i), ours.moments(i), rtol=1e-5, atol=1e-5)
+    wrong = chain(first.folder.parent, *options, "latents.source_scale=0.25", name="wrong_scale")
+    with pytest.raises(ValueError, match=r"are not this autoencoder's .* check the autoencoder, latents.source_scale"):
+        wrong.execute()
+    flipped = chain(first.folder.parent, *options, "data.flip=true", name="flipped")
+    with pytest.raises(ValueError, match=r"knows no mirror images: latents.cache=true data.flip=false"):
+        flipped.prepare()
+
+
+def test_latents_that_are_missing_or_unfit_are_named(others: Path, tmp_path: Path):
+    with pytest.raises(ValueError, match=r"latents.source=.*holds no .npy and no .safetensors files"):
+        ForeignLatents(tmp_path, (4, 8, 8), True)
+    np.save(tmp_path / "a.npy", np.zeros((3, 8, 8)))
+    np.save(tmp_path / "b.npy", np.full((4, 8, 8), np.nan))
+    np.save(tmp_path / "c.npy", np.array([{}], dtype=object), allow_pickle=True)
+    np.save(tmp_path / "d.npy", np.ones((1, 4, 8, 8)))
+    latents = ForeignLatents(tmp_path, (4, 8, 8), True, scale=2.0)
+    with pytest.raises(ValueError, match=r"has no latents for the sample x \(x.npy, or that key\)"):
+        latents("x")
+    for key in "ab":
+        with pytest.raises(
+            ValueError, match=rf"{key}.npy: the latents of {key} have shape .*; this autoencoder's are \(4, 8, 8\) or"
+        ):
+            latents(key)
+    with pytest.raises(ValueError, match=r"c.npy: the latents of c cannot be read"):
+        latents("c")  # a pickle is not run
+    mean, logvar = latents("d").chunk(2)  # a mean alone
+    assert torch.equal(mean, torch.full((4, 8, 8), 0.5))
+    assert torch.equal(logvar, torch.full((4, 8, 8), -30.0))
+    (tmp_path / "e.safetensors").write_bytes(b"x" * 20)
+    with pytest.raises(ValueError, match=r"e.safetensors cannot be read"):
+        ForeignLatents(tmp_path, (4, 8, 8), True)

@@ -1,0 +1,84 @@
+"""Latents that other programs have made: .npy files by key, or .safetensors with a tensor per key."""
+
+import math
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+
+from ldm_train.data.files import DataError
+
+NO_WIDTH = -30.0  # log-variance of a posterior that is known by its mean alone
+
+
+def _plain(key: str) -> str:
+    return key.replace("/", "_").replace(".", "_")
+
+
+class ForeignLatents:
+    """folder: any number of `<key>.npy` and of `.safetensors` files, also in folders within it; keys are those of the images'
+    shards (dots and slashes in them as "_").
+
+    shape: (C, h, w) of the latents. stochastic: the cache holds means and log-variances, (2C, h, w), as of a KL autoencoder; a
+    mean alone then stands for a posterior without a width. scale: that they were multiplied by, as Stable Diffusion's by 0.18215.
+    Raises DataError, naming the folder, where it holds none.
+    """
+
+    def __init__(self, folder: str | Path, shape: tuple[int, int, int], stochastic: bool, scale: float = 1.0):
+        self.folder, self.shape, self.stochastic, self.scale = Path(folder), shape, stochastic, scale
+        # Key -> file, and the name in it.
+        self.places: dict[str, tuple[Path, str]] = {_plain(f.stem): (f, "") for f in sorted(self.folder.rglob("*.npy"))}
+        for path in sorted(self.folder.rglob("*.safetensors")):
+            try:
+                with safe_open(path, framework="pt") as file:
+                    self.places |= {_plain(name): (path, name) for name in file.keys()}  # noqa: SIM118 - no mapping
+            except SafetensorError as error:
+                raise DataError(f"{path} cannot be read ({error}); make it anew") from error
+        if not self.places:
+            raise DataError(f"latents.source={folder} holds no .npy and no .safetensors files")
+
+    def __call__(self, key: str) -> torch.Tensor:
+        """The moments of a sample, (2C or C, h, w) float32. Raises DataError, naming file and key, for missing or unfit ones."""
+        if key not in self.places:
+            raise DataError(
+                f"latents.source={self.folder} has no latents for the sample {key} ({key}.npy, or that key)"
+            )
+        path, name = self.places[key]
+        try:
+            if name:
+                with safe_open(path, framework="pt") as file:
+                    latents = file.get_tensor(name).float()
+            else:
+                latents = torch.from_numpy(np.load(path, allow_pickle=False)).float()
+        except (OSError, ValueError, TypeError, SafetensorError) as error:
+            raise DataError(f"{path}: the latents of {key} cannot be read ({error})") from error
+        latents = latents[0] if latents.ndim == 4 and len(latents) == 1 else latents
+        channels, *size = self.shape
+        wanted = [self.shape, (2 * channels, *size)] if self.stochastic else [self.shape]
+        if tuple(latents.shape) not in wanted or not latents.isfinite().all():
+            raise DataError(
+                f"{path}: the latents of {key} have shape {tuple(latents.shape)}, or values that are not finite; this "
+                f"autoencoder's are {' or '.join(map(str, wanted))}"
+            )
+        mean, logvar = latents[:channels] / self.scale, latents[channels:] - 2 * math.log(self.scale)
+        if self.stochastic and not len(logvar):
+            logvar = torch.full_like(mean, NO_WIDTH)
+        return torch.cat([mean, logvar])
+
+    def verify(
+        self, samples: Iterable[tuple[str, torch.Tensor]], encode: Callable[[torch.Tensor], torch.Tensor]
+    ) -> None:
+        """Raises DataError where pictures (C, H, W) by key, encoded by this autoencoder, are not these latents: further from them
+        than their posterior's standard deviation and a twentieth of their spread."""
+        channels = self.shape[0]
+        for key, picture in samples:
+            ours, theirs = encode(picture[None])[0].cpu(), self(key)
+            width = torch.exp(0.5 * ours[channels:].clamp(-30, 20)) if self.stochastic else torch.zeros(())
+            error = (ours[:channels] - theirs[:channels]).abs() / (width + 0.05 * ours[:channels].std())
+            if (share := float((error > 3).float().mean())) > 0.01:
+                raise DataError(
+                    f"latents.source={self.folder}: those of {key} are not this autoencoder's ({share:.0%} of them lie far off); "
+                    "check the autoencoder, latents.source_scale, and that the pictures were cut alike"
+                )
