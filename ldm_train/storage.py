@@ -100,12 +100,17 @@ def write_atomically(path: str | Path, write: Callable[[io.BufferedWriter], obje
 
 
 def write_folder(path: str | Path, write: Callable[[Path], None], replace: bool = False) -> None:
-    """Calls `write` on a new folder beside `path` and renames it, so that a folder under its final name is whole. replace: one
-    that stands there is taken away, once the new one is. Raises FileExistsError otherwise."""
+    """Calls `write` on a new folder beside `path` and renames it, so that a folder under its final name is whole. replace: a
+    folder that stands there is deleted, after the new one has its place; else FileExistsError is raised."""
     path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for stale in path.parent.glob(f".{glob.escape(path.name)}.*.partial"):
+        pid = stale.name.split(".")[-2]
+        if pid.isdigit() and not _is_running(int(pid)):
+            shutil.rmtree(stale, ignore_errors=True)
     partial, old = (path.with_name(f".{path.name}.{os.getpid()}.{word}") for word in ("partial", "old"))
     shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+    partial.mkdir()
     try:
         write(partial)
         if path.exists() and not replace:
@@ -115,6 +120,8 @@ def write_folder(path: str | Path, write: Callable[[Path], None], replace: bool 
         os.replace(partial, path)
         shutil.rmtree(old, ignore_errors=True)
     finally:
+        if old.exists() and not path.exists():
+            os.replace(old, path)
         shutil.rmtree(partial, ignore_errors=True)
 
 

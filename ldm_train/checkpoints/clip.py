@@ -76,8 +76,8 @@ def read_text_encoder(tensors: Mapping[str, torch.Tensor], where: Path) -> tuple
     names = {name.removeprefix(prefix): name for name in tensors if name.startswith(prefix)}
     unused = sorted(name for own, name in names.items() if own in UNUSED)
     own = {key: tensors[name].float() for key, name in names.items() if key not in UNUSED}
-    own = _from_openclip(own) if prefix == OPENCLIP else own
     try:
+        own = _from_openclip(own) if prefix == OPENCLIP else own
         words, width = own["embeddings.token_embedding.weight"].shape
         layers = 1 + max(int(m[1]) for key in own if (m := re.match(r"encoder\.layers\.(\d+)\.", key)))
         options: dict[str, Any] = {
@@ -93,7 +93,7 @@ def read_text_encoder(tensors: Mapping[str, torch.Tensor], where: Path) -> tuple
         wrapped = any(key.startswith("text_model.") for key in model.state_dict())
         model.load_state_dict({f"text_model.{k}" if wrapped else k: v for k, v in own.items()}, assign=True)
         model = _with_positions(model)
-    except (KeyError, RuntimeError, ValueError, TypeError) as error:
+    except (KeyError, RuntimeError, ValueError, TypeError, IndexError) as error:
         reason = " ".join(str(error).split())[:200]
         raise ValueError(f"{where}: {prefix}* is no text encoder of CLIP ({reason})") from error
     return model.eval().requires_grad_(False), set(names.values()) - set(unused), unused

@@ -219,6 +219,10 @@ def load(
         if scale.numel() != 1 or not scale.isfinite().all() or scale <= 0:
             raise ValueError(f"{path} has the scale_factor {shown(scale.tolist())}, which is no scale of latents")
         described.tree["first_stage"]["scale_factor"] = float(scale)
+    if "ztsnr" in tensors:  # its noise ends without signal
+        described.tree["schedule"]["zero_terminal_snr"] = True
+    if "v_pred" in tensors and not described.tree["parameterisation"]["_target_"].endswith("VPrediction"):
+        raise ValueError(f"{path} says that it predicts velocity (v_pred), {yaml} says otherwise; give its own YAML")
     text, unused = None, []
     if any(part["_target_"].endswith(".FrozenText") for part in described.tree.get("conditioners", {}).values()):
         encoder, used, unused = read_text_encoder(tensors, path)

@@ -9,11 +9,10 @@ from torch import nn
 from ldm_train import names
 from ldm_train.checkpoints.diffusers_options import BETAS
 
+# Those at which diffusers' DDIM takes the same steps, where their number divides that of training.
 SPACINGS = {
-    "trailing": {"timestep_spacing": "trailing"},
-    "leading": {"timestep_spacing": "leading"},
-    "linspace": {"timestep_spacing": "linspace"},
-    "karras": {"timestep_spacing": "trailing"},
+    "trailing": {"timestep_spacing": "trailing", "steps_offset": 0},
+    "leading": {"timestep_spacing": "leading", "steps_offset": 0},
     "compvis": {"timestep_spacing": "leading", "steps_offset": 1, "set_alpha_to_one": False},
 }
 
@@ -137,4 +136,4 @@ def scheduler_config(tree: Mapping[str, Any], prediction: str, spacing: str) -> 
         "beta_schedule": theirs[tree["kind"]], "prediction_type": predictions[prediction],
         "rescale_betas_zero_snr": tree["zero_terminal_snr"], "clip_sample": False, "set_alpha_to_one": True,
     }  # fmt: skip
-    return config | SPACINGS[spacing]
+    return config | SPACINGS.get(spacing, SPACINGS["trailing"])

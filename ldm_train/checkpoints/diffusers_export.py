@@ -159,6 +159,9 @@ def pipeline(model: LatentDiffusion, tree: Mapping[str, Any], sampling: Mapping[
     """A model, with its tree and its usual sampling options, as a pipeline. Raises ValueError, naming the option, for what
     diffusers cannot express."""
     network, first = whole(tree["network"]), model.first_stage
+    kinds = [type(conditioner).__name__ for conditioner in model.conditioners.values()]
+    if twice := [kind for kind in kinds if kinds.count(kind) > 1]:
+        raise ValueError(f"this model has two conditioners that are a {twice[0]}; one of a kind can be exported")
     kind, config = describe.unet_config(network, model.network, list(model.latent_size))
     identity = config.get("class_embed_type") == "identity"
     state = {k: v for k, v in model.network.state_dict().items() if not (identity and k.startswith("label_emb."))}
@@ -178,8 +181,24 @@ def pipeline(model: LatentDiffusion, tree: Mapping[str, Any], sampling: Mapping[
         scale, shift = torch.ones(1), torch.zeros(1)
     usual = {"num_inference_steps": sampling.get("num_inference_steps", 50)}
     usual["guidance_scale"] = sampling.get("guidance_scale", 1.0)
+    usual["eta"] = (sampling.get("sampler") or {}).get("eta", 0.0)
     options = {"latents": {"scale": scale.tolist(), "shift": shift.tolist()}, "sampling": usual}
     return Pipeline("LatentDiffusionPipeline", {"vae": vae} | parts | {"conditioners": made}, options)
+
+
+def replaced_sampling(sampling: Mapping[str, Any]) -> list[str]:
+    """What a pipeline of diffusers does otherwise than the model's own usual options, in words."""
+    notes, spacing = [], sampling.get("spacing", "trailing")
+    if spacing not in describe.SPACINGS:
+        notes.append(f"its usual spacing {spacing} becomes trailing: diffusers' DDIM steps otherwise there")
+    sampler = str((sampling.get("sampler") or {}).get("_target_", "ddim")).rpartition(".")[2]
+    if sampler != "ddim":
+        notes.append(f"its usual sampler {sampler} becomes DDIM; set pipeline.scheduler for another")
+    usual = {k: v for k, v in sampling.items() if k in ("num_inference_steps", "guidance_scale")}
+    usual |= {k: v for k, v in (sampling.get("sampler") or {}).items() if k == "eta"}
+    if usual:
+        notes.append(f"it usually draws with {', '.join(f'{k}={v}' for k, v in usual.items())}")
+    return notes
 
 
 def _known(model: LatentDiffusion, tree: Mapping[str, Any], parts: dict[str, Component | None]) -> Pipeline | None:
@@ -200,7 +219,7 @@ def _known(model: LatentDiffusion, tree: Mapping[str, Any], parts: dict[str, Com
             raise ValueError("diffusers' inpainting pipeline knows the form sd2 of the masked picture only")
         kind = "StableDiffusionPipeline" if masked is None else "StableDiffusionInpaintPipeline"
         return Pipeline(kind, parts, {"requires_safety_checker": False})
-    if kinds.keys() == {TrainedText} and (kl or one) and f == 8:
+    if kinds.keys() == {TrainedText} and (kl or one) and f == 8 and square:
         text = kinds[TrainedText]
         narrow = isinstance(text.encoder.transformer, NarrowTransformer)
         if narrow and not text.masked and not text.pooled and text.max_length == 77:

@@ -1,12 +1,14 @@
 """Models on the Hugging Face Hub: down as data, up as folders."""
 
 import re
+from functools import cache
 from pathlib import Path
 from typing import Any
 
-REPO = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-# What a model of ours or a pipeline of diffusers is read from; code is not among it.
-DATA = ("*.json", "*.safetensors", "*.yaml", "*.txt", "*.model")
+REPO = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w.-]+)?")
+# What a model of ours or a pipeline of diffusers is read from; code is not among it, nor are its weights in one file.
+DATA = ("*.json", "config.yaml", "*.txt", "model.safetensors", "diffusion_pytorch_model.safetensors", "*/*.safetensors")
+OTHERS = ("*.fp16.*", "*non_ema*", "*flax*", "*openvino*")
 
 
 def is_repo(path: str | Path) -> bool:
@@ -15,16 +17,19 @@ def is_repo(path: str | Path) -> bool:
     return REPO.fullmatch(str(path)) is not None and not Path(path).exists() and not Path(*first).is_dir()
 
 
+@cache
 def downloaded(repo: str) -> Path:
-    """The folder of a model from the Hub, resumed where an earlier download stopped; one that is there is not fetched again.
-    Raises FileNotFoundError with the remedy."""
+    """The folder of a model from the Hub, org/name or org/name@revision; files that are there are not fetched again, and without a
+    network the newest that was fetched is taken. Raises FileNotFoundError with the remedy."""
     from huggingface_hub import snapshot_download
 
+    name, _, revision = repo.partition("@")
+    options = {"revision": revision or None, "allow_patterns": list(DATA), "ignore_patterns": list(OTHERS)}
     try:
-        return Path(snapshot_download(repo, allow_patterns=list(DATA)))
+        return Path(snapshot_download(name, **options))
     except Exception as error:  # the library raises many kinds
         try:
-            return Path(snapshot_download(repo, allow_patterns=list(DATA), local_files_only=True))
+            return Path(snapshot_download(name, **options, local_files_only=True))
         except Exception:
             reason = (str(error) or type(error).__name__).splitlines()[0]
             raise FileNotFoundError(

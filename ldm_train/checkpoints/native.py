@@ -19,7 +19,7 @@ from ldm_train.checkpoints.hub import downloaded, is_repo
 from ldm_train.checkpoints.parts import build, build_sampler, find_part, no_larger_than, targets
 from ldm_train.conditioning.base import Conditioner
 from ldm_train.latent_diffusion import LatentDiffusion, Sampling
-from ldm_train.storage import file_sha256, read_config, read_record, write_atomically, write_json
+from ldm_train.storage import file_sha256, inside, read_config, read_record, write_atomically, write_json
 
 CONFIG, WEIGHTS, METADATA = "config.yaml", "model.safetensors", "metadata.json"
 
@@ -61,6 +61,18 @@ def save_model(folder: str | Path, module: nn.Module, config: dict[str, Any], me
     write_atomically(folder / WEIGHTS, lambda f: f.write(weights))
     write_json(folder / METADATA, metadata | digests)
     return digests["sha256"]
+
+
+def read_tree(folder: str | Path) -> dict[str, Any]:
+    """A model folder's config in today's names. Encoders that it brings ("./text_encoder") have their path. Raises ValueError
+    for a path that leads out of the folder."""
+    folder = Path(folder)
+    tree = names.model(read_config(folder / CONFIG))
+    conditioners = tree.get("conditioners")
+    for options in conditioners.values() if isinstance(conditioners, dict) else ():
+        if isinstance(options, dict) and str(options.get("path", "")).startswith("./"):
+            options["path"] = str(inside(folder / options["path"], folder).resolve())
+    return tree
 
 
 def copy_model(source: str | Path, folder: str | Path, extra: dict[str, Any] | None = None) -> None:
@@ -167,7 +179,7 @@ def _built(folder: Path, trust: Sequence[str]) -> nn.Module:
     except SafetensorError as error:
         raise ValueError(f"{folder / WEIGHTS} is no file of weights ({error}); take an undamaged copy") from error
     with no_larger_than(shapes, folder / CONFIG):
-        tree = names.model(read_config(folder / CONFIG))
+        tree = read_tree(folder)
         module = build(_trained(tree, folder / CONFIG, trust), folder / CONFIG, trust)
     if not isinstance(module, nn.Module):
         raise ValueError(f"{folder / CONFIG} describes no model but a {type(module).__name__}")

@@ -1,6 +1,7 @@
 """Autoencoders from the files of others: converted at their first use."""
 
 import hashlib
+from collections.abc import Sequence
 from pathlib import Path
 
 from ldm_train.checkpoints import compvis
@@ -12,7 +13,7 @@ from ldm_train.checkpoints.diffusers_networks import (
     load_first_stage,
     weight_files,
 )
-from ldm_train.checkpoints.native import CONFIG, METADATA, WEIGHTS, load_latent_diffusion, save_model
+from ldm_train.checkpoints.native import CONFIG, METADATA, WEIGHTS, load_latent_diffusion, read_tree, save_model
 from ldm_train.storage import file_sha256, read_config
 
 
@@ -39,7 +40,7 @@ def is_whole(folder: Path) -> bool:
     return "first_stage" in read_config(folder / CONFIG)
 
 
-def adopted_autoencoder(path: Path, cache: Path) -> Path:
+def adopted_autoencoder(path: Path, cache: Path, trust: Sequence[str] = ()) -> Path:
     """The native model folder of a foreign autoencoder, alone or in a whole model, or of that in a whole native model: below
     `cache`, converted at its first use.
     Raises FileNotFoundError or ValueError, naming what cannot be converted."""
@@ -60,8 +61,8 @@ def adopted_autoencoder(path: Path, cache: Path) -> Path:
     if path.is_file():
         network, tree = compvis.load_autoencoder(path, yaml)
     elif native:
-        network = load_latent_diffusion(path).first_stage.autoencoder
-        tree = read_config(path / CONFIG)["first_stage"]["autoencoder"]
+        network = load_latent_diffusion(path, trust).first_stage.autoencoder
+        tree = read_tree(path)["first_stage"]["autoencoder"]
     else:
         network, tree = load_first_stage(folder).autoencoder, first_stage_tree(folder)["autoencoder"]
     metadata = {"downsample_factor": network.downsample_factor, "converted_from": path.name}

@@ -1,5 +1,6 @@
 """Stage 1: the autoencoder, trained, or taken from another run."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,16 +39,18 @@ def model_folder(run: Run) -> Path:
     return run.folder / "autoencoder" / "model"
 
 
-def pretrained_folder(value: str, runs_dir: str, option: str = "autoencoder.pretrained") -> Path:
+def pretrained_folder(
+    value: str, runs_dir: str, option: str = "autoencoder.pretrained", trust: Sequence[str] = ()
+) -> Path:
     """An option's value -> the model folder: of a run by its name or folder, a model folder itself, or that of a foreign model
     (see `adopt.adopted_autoencoder`). Raises FileNotFoundError naming the paths that were tried."""
     candidates = [Path(value), Path(value) / "autoencoder" / "model", Path(runs_dir) / value / "autoencoder" / "model"]
     if is_repo(value) and not (Path(runs_dir) / value).exists():
-        return pretrained_folder(str(downloaded(value)), runs_dir, option)
+        return pretrained_folder(str(downloaded(value)), runs_dir, option, trust)
     for folder in candidates:
         if (folder / "model.safetensors").is_file():
             read_metadata(folder)
-            return adopted_autoencoder(folder, Path(runs_dir) / ADOPTED) if is_whole(folder) else folder
+            return adopted_autoencoder(folder, Path(runs_dir) / ADOPTED, trust) if is_whole(folder) else folder
     if is_foreign(Path(value)):
         return adopted_autoencoder(Path(value), Path(runs_dir) / ADOPTED)
     tried = ", ".join(map(str, candidates))
@@ -62,7 +65,7 @@ def taken_folder(run: Run) -> Path | None:
     section = run.config.autoencoder
     for option in ("pretrained", "init"):
         if value := section[option]:
-            return pretrained_folder(value, run.config.runs_dir, f"autoencoder.{option}")
+            return pretrained_folder(value, run.config.runs_dir, f"autoencoder.{option}", run.trust)
     return None
 
 
@@ -165,6 +168,10 @@ class AutoencoderStage(Stage):
         on_meta(run)
         if run.config.autoencoder.pretrained:
             return
+        if run.config.autoencoder.init_discriminator:
+            give_discriminator(
+                run, instantiate(plain(run.config.autoencoder.loss) | {"perceptual": None}, _convert_="all")
+            )
         run.decode_one(run.data("autoencoder", ("image",)))
         with torch.device("meta"):  # without its perceptual network, which the stage loads first when it runs
             instantiate(plain(run.config.autoencoder.loss) | {"perceptual": None}, _convert_="all")
@@ -184,7 +191,7 @@ class AutoencoderStage(Stage):
     def run(self, run: Run, folder: Path) -> dict[str, Any]:
         config, section = run.config, run.config.autoencoder
         if section.pretrained:
-            source = pretrained_folder(section.pretrained, config.runs_dir)
+            source = taken_folder(run)
             if run.machine.rank == 0:
                 copy_model(source, folder / "model")
             return {"sha256": read_metadata(source)["sha256"], "pretrained": str(section.pretrained)}

@@ -117,14 +117,23 @@ def begin_from(model: LatentDiffusion, folder: Path, trust: list[str]) -> Latent
     other = load_latent_diffusion(folder, trust)
     what_grows(model.network, folder)
     theirs = other.network.state_dict()
+    for slot in ("concat", "vector"):  # joined in order: what is new must come behind
+        before, now = ([n for n, c in m.conditioners.items() if slot in c.widths] for m in (other, model))
+        if now[: len(before)] != before:
+            raise ValueError(
+                f"diffusion.init={folder}: its conditioners {', '.join(before)} must come first, by these names; this run has "
+                f"{', '.join(now) or 'none'}"
+            )
     state = {k: _into(v, theirs[k]) if k in theirs else v for k, v in model.network.state_dict().items()}
-    if "label_emb.0.2.weight" in state and "label_emb.0.2.weight" not in theirs:
-        for leaf in ("weight", "bias"):
-            state[f"label_emb.0.2.{leaf}"] = torch.zeros_like(state[f"label_emb.0.2.{leaf}"])
+    for key in ("label_emb.0.2.weight", "label_emb.0.2.bias", "label_emb.weight"):
+        if key in state and key not in theirs:
+            state[key] = torch.zeros_like(state[key])
     model.network.load_state_dict(state)
     known = dict(other.conditioners.items())
     for name, conditioner in model.conditioners.items():
         before = known.get(name)
+        if before is None:
+            print(f"  conditioner {name}: a new one, the model in diffusion.init has none of that name", flush=True)
         if isinstance(conditioner, ClassLabel) and isinstance(before, ClassLabel):
             if conditioner.embedding.weight.shape[1] != before.embedding.weight.shape[1]:
                 raise ValueError(f"diffusion.init={folder}: the conditioner {name} has another width there")

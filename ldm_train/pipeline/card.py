@@ -10,7 +10,6 @@ from typing import Any
 import yaml
 from huggingface_hub import EvalResult, ModelCardData
 
-from ldm_train import names
 from ldm_train.checkpoints.parts import find_part
 from ldm_train.conditioning.base import Conditioner
 from ldm_train.data.shards import DataError, read_index
@@ -44,13 +43,16 @@ def _task(fields: list[str]) -> str:
     return "text-to-image" if "caption" in fields else "unconditional-image-generation"
 
 
+PRIVATE = ("logger", "runs_dir", "data_dir", "project", "trace", "callbacks")
+
+
 def _without_folders(tree: Any) -> Any:
-    """Paths of this machine, shortened to their last part: a card goes to others."""
+    """Paths of this machine, shortened to their last part, and without options of it: a card goes to others."""
     if isinstance(tree, dict):
-        return {k: _without_folders(v) for k, v in tree.items()}
+        return {k: _without_folders(v) for k, v in tree.items() if k not in PRIVATE}
     if isinstance(tree, list):
         return [_without_folders(v) for v in tree]
-    return Path(tree).name if isinstance(tree, str) and tree.startswith("/") else tree
+    return Path(tree).name if isinstance(tree, str) and "/" in tree else tree
 
 
 def _measured(run: Path) -> dict[str, Any]:
@@ -104,37 +106,32 @@ def _trained(config: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def write_card(folder: Path, run: Path | None, title: str, commands: list[str]) -> None:
+def write_card(
+    folder: Path, run: Path | None, title: str, tree: Mapping[str, Any], commands: list[str], native: bool = True
+) -> None:
     """Writes README.md into a model's folder, with the samples, metrics and recipe of the run that made it, where one did.
 
-    title: the model's name. commands: lines of Python that open it
+    title: the model's name. tree: that builds it. commands: lines of Python that open it. native: in this package's own form
     """
-    path = folder / "config.yaml"
-    tree = names.model(read_config(path)) if path.is_file() else {}
-    fields, metrics, data = _fields(tree, path), {}, "unknown"
-    text = [f"# {title}", "", "A latent diffusion model, trained with ldm_train."]
-    results: list[EvalResult] = []
-    if fields:
-        text[-1] = (
-            f"A latent diffusion model conditioned on {', '.join(fields).replace('_', ' ')}, trained with ldm_train."
-        )
+    whole, fields, data = "first_stage" in tree, _fields(tree, folder), "unknown"
+    run, metrics, results = run if whole else None, {}, []
+    what = f"A latent diffusion model{' conditioned on ' if fields else ''}{', '.join(fields).replace('_', ' ')}"
+    text = [
+        f"# {title}",
+        "",
+        f"{what if whole else 'The autoencoder of latent diffusion models'}, trained with ldm_train.",
+    ]
     if run is not None:
         metrics, grid = _measured(run), run / "evaluation" / SAMPLES
         if metrics and grid.is_file():
             shutil.copyfile(grid, folder / SAMPLES)
             text += ["", f"![samples, not picked]({SAMPLES})"]
-    text += [
-        "",
-        "## Use",
-        "```bash",
-        f"ldm-sample run={title} n=8 {EXAMPLES.get(next(iter(fields), ''), '')}".rstrip(),
-        "```",
-    ]
-    text += ["```python", *commands, "```", "To go on training from it:", "```bash"]
-    text += [
-        f"python train.py name=mine autoencoder.pretrained={title} diffusion.init={title}   # and the recipe's other options",
-        "```",
-    ]
+    text += ["", "## Use", "```python", *commands, "```"]
+    if native:
+        shell = ["ldm-sample run=<this folder> n=8 " + EXAMPLES.get(next(iter(fields), ""), "")] if whole else []
+        own = f" diffusion.init={title}" if whole else ""
+        shell += [f"python train.py name=mine autoencoder.pretrained={title}{own}   # and the recipe's options"]
+        text += ["```bash", *(line.rstrip() for line in shell), "```"]
     if run is not None:
         config = read_config(run / "config.yaml")
         data, sentence = _data(config)
@@ -153,7 +150,8 @@ def write_card(folder: Path, run: Path | None, title: str, commands: list[str]) 
                 results.append(EvalResult(_task(fields), "webdataset", data, name, value))
     text += ["", "## Licence", "To be filled in by whoever publishes it: here and as `license` above.", ""]
     head = ModelCardData(
-        license="unknown", library_name="ldm_train", pipeline_tag=_task(fields), tags=["latent-diffusion", "diffusion"],
+        license="unknown", library_name="ldm_train" if native else "diffusers", tags=["latent-diffusion", "diffusion"],
+        pipeline_tag=_task(fields) if whole else "image-to-image",
         model_name=title if results else None, eval_results=results or None,
     )  # fmt: skip
     card = f"---\n{head.to_yaml()}\n---\n" + "\n".join(text)

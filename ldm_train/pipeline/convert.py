@@ -1,5 +1,6 @@
 """ldm-convert: a model from one form into another."""
 
+import json
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -7,19 +8,18 @@ from typing import Any
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from ldm_train import names
 from ldm_train.checkpoints import compvis
 from ldm_train.checkpoints.compvis import FILES
 from ldm_train.checkpoints.diffusers import USUAL_SAMPLING, diffusers_metadata, is_diffusers, read_pipeline
 from ldm_train.checkpoints.diffusers_networks import check_folder_links, first_stage_tree, load_first_stage
 from ldm_train.checkpoints.hub import REPO, downloaded, is_repo, upload
-from ldm_train.checkpoints.native import CONFIG, METADATA, find_model, load_model, read_metadata
+from ldm_train.checkpoints.native import METADATA, find_model, load_model, read_metadata, read_tree
 from ldm_train.conditioning.text import read_tokenizer
+from ldm_train.latent_diffusion import LatentDiffusion
 from ldm_train.pipeline.adopt import yaml_beside
 from ldm_train.pipeline.card import write_card
 from ldm_train.pipeline.formats import DTYPES, FORMS, Model, check_target, outputs
 from ldm_train.rules import Rule, check, either, flag, list_of, one_of, optional, text, whole
-from ldm_train.storage import read_config
 
 RULES: dict[str, Rule] = {
     **dict.fromkeys(("from", "to"), text("path; give from=<model> to=<folder or file>")),
@@ -66,7 +66,13 @@ def read(config: DictConfig) -> tuple[Model, compvis.Report | None]:
         return Model(module, tree, {"downsample_factor": module.downsample_factor, "converted_from": source.name}), None
     folder = native_folder(source)
     metadata = {k: v for k, v in read_metadata(folder).items() if k not in ("sha256", "config_sha256")}
-    return Model(load_model(folder), names.model(read_config(folder / CONFIG)), metadata), None
+    tree = read_tree(folder)
+    brought = any(
+        Path(str(part.get("path", ""))).is_dir()
+        for part in (tree.get("conditioners") or {}).values()
+        if part.get("path")
+    )
+    return Model(load_model(folder), tree, metadata, brings_text=brought), None
 
 
 def _tokenizer(value: str | None) -> str | None:
@@ -88,42 +94,38 @@ def native_folder(source: Path) -> Path:
 
 def _published(config: DictConfig) -> Path:
     """Writes the model and its card into a temporary folder, and uploads that. Returns where it was."""
-    if config.repo is None or REPO.fullmatch(config.repo) is None:
+    if config.repo is None or REPO.fullmatch(config.repo) is None or "@" in config.repo:
         raise ValueError(f"to=hub needs repo=<organisation or user>/<name>, not {config.repo}")
     form, (_, name) = config.format, config.repo.split("/")
     with TemporaryDirectory() as scratch:
-        folder = Path(scratch) / name
-        suffix = f"{name}.safetensors" if form in ("compvis", "single_file") else "."
-        inner = OmegaConf.merge(config, {"to": str((folder / suffix).resolve())})
-        folder.parent.mkdir(exist_ok=True)
-        convert(inner)
+        folder, one_file = Path(scratch) / name, form in ("compvis", "single_file")
+        target = folder / f"{name}.safetensors" if one_file else folder
+        model = _converted(OmegaConf.merge(config, {"to": str(target.resolve())}))
         if config.dry_run:
             print(f"dry run: this and its card would go to {config.repo}{' (private)' if config.private else ''}")
             return folder
         source = Path(config["from"])
         run = source if (source / "config.yaml").is_file() and (source / "diffusion").is_dir() else None
-        write_card(folder, run, config.repo, _opening(folder, config.repo, form))
-        files = sorted(path for path in folder.rglob("*") if path.is_file())
-        for path in files:
+        lines = _opening(folder, config.repo, form, isinstance(model.module, LatentDiffusion))
+        write_card(folder, run, config.repo, model.tree, lines, form == "native")
+        for path in sorted(path for path in folder.rglob("*") if path.is_file()):
             print(f"  {path.stat().st_size / 1e6:10,.1f} MB  {path.relative_to(folder)}")
         print(f"uploaded: {upload(folder, config.repo, config.private, f'ldm_train: {source.name}')}")
         return folder
 
 
-def _opening(folder: Path, repo: str, form: str) -> list[str]:
+def _opening(folder: Path, repo: str, form: str, whole: bool) -> list[str]:
     """Lines of Python that open what was published."""
     if form == "native":
-        return [
-            "import ldm_train",
-            f'model = ldm_train.load("{repo}")',
-            "images = model.sample({}, seeds=[0, 1, 2, 3])",
-        ]
+        drawn = ["images = model.sample({}, seeds=[0, 1, 2, 3])"] if whole else []
+        opened = (
+            f'model = ldm_train.load("{repo}")' if whole else "# its folder is autoencoder.pretrained= of a training"
+        )
+        return ["import ldm_train", opened, *drawn]
     if form == "diffusers":
         code = ", trust_remote_code=True" if any(folder.rglob("*.py")) else ""
-        return [
-            "from diffusers import DiffusionPipeline",
-            f'pipeline = DiffusionPipeline.from_pretrained("{repo}"{code})',
-        ]
+        kind = "DiffusionPipeline" if whole else json.loads((folder / "config.json").read_text())["_class_name"]
+        return [f"from diffusers import {kind}", f'model = {kind}.from_pretrained("{repo}"{code})']
     return ["from huggingface_hub import hf_hub_download", f'hf_hub_download("{repo}", "{folder.name}.safetensors")']
 
 
@@ -133,6 +135,11 @@ def convert(config: DictConfig) -> Path:
     check(config, RULES, tuple(RULES))
     if config.to == HUB:
         return _published(config)
+    _converted(config)
+    return Path(config.to)
+
+
+def _converted(config: DictConfig) -> Model:
     target, dtype = Path(config.to), DTYPES[config.dtype]
     check_target(config.format, target, dtype)
     if target.exists() and not config.overwrite:
@@ -147,14 +154,16 @@ def convert(config: DictConfig) -> Path:
         raise FileExistsError(f"{there[0]} exists; choose another to=, or overwrite=true")
     print(f"to: {form.says}")
     if config.dry_run:
-        return target
+        return model
     form.write()
     if config.verify:
         expected, computed = outputs(model.module), form.again()
-        error = max(float((computed[name] - expected[name]).abs().max()) for name in computed)
+        error = float(
+            torch.stack([(computed[name] - expected[name]).abs().max() for name in computed]).max()
+        )  # NaN stays
         print(f"verified: read again, its outputs differ by at most {error:.1e}")
         if not error <= (form.tolerance if dtype == torch.float32 else 0.1):
             raise ValueError(f"{target} computes something else than {config['from']}; do not use it")
     if form.hint:
         print(form.hint)
-    return target
+    return model

@@ -11,9 +11,9 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig
 from torch import nn
 
-from ldm_train import names, rng
-from ldm_train.checkpoints.native import CONFIG, load_latent_diffusion, load_model, read_metadata
-from ldm_train.checkpoints.parts import build, build_sampler
+from ldm_train import rng
+from ldm_train.checkpoints.native import CONFIG, load_latent_diffusion, load_model, read_metadata, read_tree
+from ldm_train.checkpoints.parts import build, build_sampler, find_part
 from ldm_train.conditioning.base import Conditioner
 from ldm_train.conditioning.text import read_tokenizer, train_tokenizer
 from ldm_train.configuration import plain
@@ -169,15 +169,27 @@ def taken_model(run: Run, option: str) -> Path | None:
     return model_folder(value, run.config.runs_dir, f"diffusion.{option}")
 
 
+def check_fields(run: Run, source: Path) -> None:
+    """Raises ValueError where a trained model is conditioned on other fields than this run."""
+    conditioners = (read_tree(source).get("conditioners") or {}).values()
+    theirs = [find_part(tree["_target_"], source, run.trust).field for tree in conditioners]
+    if sorted(theirs) != sorted(run.fields):
+        raise ValueError(
+            f"diffusion.pretrained={source} is conditioned on {', '.join(theirs) or 'nothing'}, this run on "
+            f"{', '.join(run.fields) or 'nothing'}; choose the same diffusion/conditioning="
+        )
+
+
 def same_latents(theirs: nn.Module, ours: nn.Module) -> bool:
     """Whether two autoencoders have the same latents: their encoding parts are equal."""
     first, second = (
         {f"{name}.{k}": v for name, part in a.encoding_parts().items() for k, v in part.state_dict().items()}
-        if isinstance(a, Autoencoder)  # the identity has none
-        else {}
+        if isinstance(a, Autoencoder)
+        else a.state_dict()  # the identity's is empty; of a user's own, whole
         for a in (theirs, ours)
     )
-    return first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
+    equal = first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
+    return type(theirs) is type(ours) and equal
 
 
 def with_decoder(model: LatentDiffusion, network: nn.Module, where: Path) -> None:
@@ -204,6 +216,8 @@ class DiffusionStage(Stage):
         key = training.training_key(run, "diffusion")
         if (begun := taken_model(run, "init")) is not None:  # by its content
             key["diffusion"] = key["diffusion"] | {"init": read_metadata(begun)["sha256"]}
+        if run.config.autoencoder.train == "decoder":  # its latents do not tell it from another; the model holds it
+            key["autoencoder"] = run.result("autoencoder")
         return key | {
             "latents": run.result("latents"),
             "derived": plain(run.config.data.derived),
@@ -214,6 +228,7 @@ class DiffusionStage(Stage):
         config, section = run.config, run.config.diffusion
         if taken_model(run, "pretrained") is not None:
             check_sampler(run, autoencoder.on_meta(run).latent_channels)
+            check_fields(run, taken_model(run, "pretrained"))
             return
         training.check_optimisation(run, "diffusion")
         if section.evaluate_every:
@@ -287,19 +302,15 @@ class DiffusionStage(Stage):
         training.train(run, "diffusion", task, data, folder, images=count, callbacks=callbacks, health=health)
         if run.machine.rank == 0:
             film_of_grids(folder / "images")
-        metadata = {"scale_factor": statistics["scale_factor"], "sampling": sampling_of(run)}
+        one = model.first_stage.one_scale
+        metadata = {"scale_factor": statistics["scale_factor"] if one is None else one, "sampling": sampling_of(run)}
         return {"sha256": training.save(run, folder / "model", model, tree, metadata)}
 
     def _taken(self, run: Run, source: Path, folder: Path) -> dict[str, Any]:
         """A trained model with this run's decoder."""
         model = load_latent_diffusion(source, run.trust)
-        if sorted(model.fields) != sorted(run.fields):
-            raise ValueError(
-                f"diffusion.pretrained={source} is conditioned on {', '.join(model.fields) or 'nothing'}, this run on "
-                f"{', '.join(run.fields) or 'nothing'}; choose the same diffusion/conditioning="
-            )
         with_decoder(model, load_model(autoencoder.model_folder(run), run.trust), source)
-        tree, metadata = names.model(read_config(source / CONFIG)), read_metadata(source)
+        tree, metadata = read_tree(source), read_metadata(source)
         metadata = {k: v for k, v in metadata.items() if "sha256" not in k} | {"sampling": sampling_of(run)}
         return {"sha256": training.save(run, folder / "model", model, tree, metadata), "pretrained": str(source)}
 

@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from ldm_train.checkpoints.native import copy_model, load_model, read_metadata
+from ldm_train.checkpoints.native import copy_model, load_model, read_metadata, read_tree
 from ldm_train.pipeline.card import write_card
 from ldm_train.pipeline.diffusion import sampling_of
 from ldm_train.pipeline.resume import read_note
@@ -38,7 +38,7 @@ class ExportStage(Stage):
             source = run.folder / "diffusion" / "model"
             load_model(source, run.trust)  # a folder that does not load must not be exported
             copy_model(source, folder, {"sampling": sampling_of(run), "run": run.config.name})
-            write_card(folder, run.folder, run.config.name, OPENED)
+            write_card(folder, run.folder, run.config.name, read_tree(folder), OPENED)
             if run.wandb and run.config.wandb_artifact:
                 name = re.sub(r"[^\w.-]", "-", run.config.name)
                 run.wandb.log_model(folder, name, {"sha256": read_metadata(folder)["sha256"]})

@@ -18,12 +18,13 @@ from ldm_train.checkpoints import compvis, diffusers_export
 from ldm_train.checkpoints.clip import is_openclip
 from ldm_train.checkpoints.compvis_describe import describe
 from ldm_train.checkpoints.compvis_yaml import Published, needs_of
+from ldm_train.checkpoints.diffusers import is_diffusers
 from ldm_train.checkpoints.native import load_model, save_model
 from ldm_train.conditioning.text import FrozenText
 from ldm_train.latent_diffusion import LatentDiffusion
 from ldm_train.models.autoencoder import AutoencoderKL
 from ldm_train.models.first_stage import FirstStage, fold_statistics
-from ldm_train.storage import write_atomically, write_folder
+from ldm_train.storage import read_record, write_atomically, write_folder
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 TEXT_ENCODER = "text_encoder"  # in the native folder of a model whose checkpoint held one
@@ -110,6 +111,9 @@ def outputs(model: nn.Module) -> Outputs:
         for conditioner in model.conditioners.values():
             if isinstance(conditioner, FrozenText):
                 made["caption"] = conditioner.encode(["a"])[0]
+        if not any("concat" in conditioner.widths for conditioner in model.conditioners.values()):
+            null = model.null_condition(1)
+            made |= {f"null {slot}": null[slot] for slot in ("context", "vector") if slot in null}
         return made
 
 
@@ -130,7 +134,7 @@ def native(model: Model, target: Path, dtype: torch.dtype) -> Form:
             for part in tree["conditioners"].values():
                 if part["_target_"].endswith(".FrozenText"):
                     part.pop("tokenizer", None)
-                    part["path"] = str(path.resolve())
+                    part["path"] = f"./{TEXT_ENCODER}"
         save_model(target, model.module, tree, model.metadata)
 
     says = f"{target}, a model folder ({megabytes:,.1f} MB of weights)"
@@ -184,12 +188,27 @@ def single_file(model: Model, target: Path, dtype: torch.dtype) -> Form:
             "channels; format=compvis writes others"
         )
     described = model.described()
+    params = described.yaml["model"]["params"]
+    for option, known in (
+        ("linear_start", 0.00085),
+        ("linear_end", 0.012),
+        ("beta_schedule", "linear"),
+        ("timesteps", 1000),
+    ):
+        if params[option] != known:
+            raise ValueError(
+                f"format=single_file: programs that read it know Stable Diffusion's noise only, this model's {option} is "
+                f"{params[option]}, not {known}"
+            )
+    if params["parameterization"] not in ("eps", "v"):
+        raise ValueError("format=single_file: programs that read it know models that predict noise or velocity only")
     tensors = compvis.state_dict(model.module, described, dtype)
     del tensors["scale_factor"]
     described.yaml["model"]["params"]["scale_factor"] = SD_SCALE
     if first.one_scale is None or abs(first.one_scale - SD_SCALE) > 1e-6:  # these programs know no other
         folded = fold_statistics(first.autoencoder.state_dict(), first.scale / SD_SCALE, first.shift)
-        tensors |= {f"first_stage_model.{k}": folded[k].to(dtype) for k in folded if "quant_conv" in k}
+        moved = {f"first_stage_model.{k}": folded[k] for k in folded if "quant_conv" in k}
+        tensors |= diffusers_export.cast(moved, dtype)
     if described.yaml["model"]["params"]["parameterization"] == "v":
         tensors["v_pred"] = torch.zeros(0)  # how ComfyUI knows it
     says = {
@@ -198,6 +217,11 @@ def single_file(model: Model, target: Path, dtype: torch.dtype) -> Form:
         "modelspec.prediction_type": described.yaml["model"]["params"]["parameterization"].replace("eps", "epsilon"),
     }  # fmt: skip
     form = _checkpoint(model, target, described, tensors, says)
+    unet = model.tree["network"]
+    if (unet["channels"], unet.get("context_dim")) not in ((320, 768), (320, 1024)):
+        form.hint = (
+            "not of Stable Diffusion's own widths, by which ComfyUI and webui tell models: they will not know it"
+        )
     form.tolerance = 1e-4
     return form
 
@@ -210,7 +234,9 @@ def of_diffusers(model: Model, target: Path, dtype: torch.dtype) -> Form:
         says = f"a {made.kind}, for diffusers"
         parts = {name: part for name, part in made.components.items() if part is not None}
         option = ", trust_remote_code=True" if made.own else ""
-        hint = f'open it: diffusers.DiffusionPipeline.from_pretrained("{target}"{option})'
+        usual = model.metadata.get("sampling", {})
+        hint = "".join(f"{note}\n" for note in diffusers_export.replaced_sampling(usual))
+        hint += f'open it: diffusers.DiffusionPipeline.from_pretrained("{target}"{option})'
 
         def write(folder: Path) -> None:
             diffusers_export.write_pipeline(folder, made, dtype)
@@ -225,9 +251,18 @@ def of_diffusers(model: Model, target: Path, dtype: torch.dtype) -> Form:
 
     megabytes = sum(t.numel() for part in parts.values() for t in part.tensors.values()) * dtype.itemsize / 1e6
     says = f"{target}, {says}, {megabytes:,.1f} MB, {dtype}".replace("torch.", "")
+
     # Sums of another order; about 1e-6 was measured, and pictures of [-1, 1] are meant.
+    def replaced() -> None:
+        theirs = is_diffusers(target) or "_class_name" in (
+            read_record(c) if (c := target / "config.json").is_file() else {}
+        )
+        if target.exists() and not theirs:
+            raise FileExistsError(f"to={target} is there and no folder of diffusers; it is not replaced")
+        write_folder(target, write, replace=True)
+
     return Form(
-        [target], says, lambda: write_folder(target, write, replace=True),
+        [target], says, replaced,
         lambda: _diffusers_outputs(module, target, parts), 1e-4, hint,
     )  # fmt: skip
 
@@ -255,7 +290,7 @@ def _diffusers_outputs(model: nn.Module, folder: Path, parts: Mapping[str, diffu
         if "vector" in given and parts["unet"].config.get("class_embed_type") == "identity":
             own["class_labels"] = loaded("conditioners", parts["conditioners"]).projection(given["vector"])
         own = {k: v for k, v in own.items() if v is not None}
-        made = {"prediction": unet(inputs, torch.tensor([500.0]), **own).sample}
+        made = _null_condition(model, loaded, parts) | {"prediction": unet(inputs, torch.tensor([500.0]), **own).sample}
         for name in {"vae", "vqvae"} & parts.keys():
             vae, first = loaded(name, parts[name]), model.first_stage
             if first.one_scale is not None or not hasattr(vae, "quantize"):
@@ -264,6 +299,17 @@ def _diffusers_outputs(model: nn.Module, folder: Path, parts: Mapping[str, diffu
                 z = x / first.scale + first.shift
             made["decoding"] = vae.decode(z).sample.clamp(-1, 1)
         return made
+
+
+def _null_condition(model: LatentDiffusion, loaded: Callable[..., nn.Module], parts: Mapping[str, Any]) -> Outputs:
+    """What the exported conditioners say where nothing is asked for, if no picture is needed for that."""
+    if "conditioners" not in parts or any("concat" in c.widths for c in model.conditioners.values()):
+        return {}
+    made = loaded("conditioners", parts["conditioners"])({}, 1, True, None)
+    theirs = {"context": made.get("encoder_hidden_states")}
+    if not parts["conditioners"].config.get("vector"):
+        theirs["vector"] = made.get("class_labels")
+    return {f"null {slot}": value for slot, value in theirs.items() if value is not None}
 
 
 FORMS: dict[str, Callable[[Model, Path, torch.dtype], Form]] = {

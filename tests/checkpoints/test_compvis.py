@@ -424,3 +424,26 @@ def test_a_model_that_no_yaml_describes_is_refused_by_name(name: str):
 def test_a_command_that_cannot_be_carried_out_says_why(options: tuple[str, ...], words: str):
     with pytest.raises((ValueError, FileNotFoundError), match=words):
         convert(composed("convert", *options))
+
+
+def test_signs_of_velocity_and_zero_snr_are_heeded(tmp_path: Path):
+    words = clip_words(tmp_path)
+    source, state = checkpoint(tmp_path, diffusion_config("sd-v2-v", small=True))
+    torch.save({"state_dict": state | {"v_pred": torch.zeros(0), "ztsnr": torch.zeros(0)}}, source)
+    model = load_latent_diffusion(converted(source, tmp_path / "native", f"tokenizer={words}"))
+    assert model.schedule.zero_terminal_snr
+    source, state = checkpoint(tmp_path, diffusion_config("sd-v2-base", small=True))
+    torch.save({"state_dict": state | {"v_pred": torch.zeros(0)}}, source)
+    with pytest.raises(
+        ValueError, match=r"says that it predicts velocity \(v_pred\), .* says otherwise; give its own YAML"
+    ):
+        converted(source, tmp_path / "other", f"tokenizer={words}")
+
+
+def test_a_single_file_has_stable_diffusions_noise(tmp_path: Path):
+    model = diffusion_config("sd-v1", small=True)
+    model["params"]["linear_end"] = 0.02
+    source, _ = checkpoint(tmp_path, model)
+    folder = converted(source, tmp_path / "native", f"tokenizer={clip_words(tmp_path)}")
+    with pytest.raises(ValueError, match=r"know Stable Diffusion's noise only, this model's linear_end is 0.02"):
+        converted(folder, tmp_path / "one.safetensors", "format=single_file")

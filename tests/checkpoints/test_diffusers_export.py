@@ -396,3 +396,43 @@ def test_an_autoencoder_alone_comes_and_goes(tmp_path: Path):
     convert(composed("convert", f"from={folder}", f"to={tmp_path}/again", "verify=true"))
     before, after = (load_model(tmp_path / name).state_dict() for name in ("native", "again"))
     assert all(torch.equal(after[key], before[key]) for key in before)
+
+
+def test_two_conditioners_of_a_kind_are_not_merged(tmp_path: Path):
+    own = tree({"a": CLASS, "b": CLASS | {"slot": "context"}}, {"context_dim": 16, "vector_dim": 16})
+    save_model(tmp_path / "native", build(own, "test"), own, {})
+    with pytest.raises(ValueError, match="two conditioners that are a ClassLabel; one of a kind can be exported"):
+        convert(composed("convert", f"from={tmp_path}/native", f"to={tmp_path}/theirs", "format=diffusers"))
+
+
+def test_what_diffusers_does_otherwise_is_said(tmp_path: Path, capsys: pytest.CaptureFixture):
+    sampler = {"_target_": "ldm_train.samplers.unipc.unipc", "_partial_": True}
+    usual = {"num_inference_steps": 7, "guidance_scale": 1.5, "spacing": "karras", "sampler": sampler}
+    save_model(tmp_path / "native", model("nothing"), TREES["nothing"], {"sampling": usual})
+    convert(composed("convert", f"from={tmp_path}/native", f"to={tmp_path}/theirs", "format=diffusers"))
+    said = capsys.readouterr().out
+    for words in (
+        "spacing karras becomes trailing",
+        "sampler unipc becomes DDIM",
+        "num_inference_steps=7, guidance_scale=1.5",
+    ):
+        assert words in said
+
+
+def test_a_folder_of_something_else_is_never_replaced(tmp_path: Path):
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / "theirs/thesis.txt").write_text("three years")
+    with pytest.raises(FileExistsError, match="is there and no folder of diffusers; it is not replaced"):
+        exported("nothing", tmp_path, "overwrite=true")
+    assert (tmp_path / "theirs/thesis.txt").read_text() == "three years"
+
+
+def test_verify_does_not_overlook_nan(tmp_path: Path):
+    broken = model("nothing")
+    broken.first_stage.autoencoder.decoder.conv_out.bias.data[0] = float("nan")
+    save_model(tmp_path / "native", broken, TREES["nothing"], {})
+    options = (f"from={tmp_path}/native", f"to={tmp_path}/theirs")
+    with pytest.raises(ValueError, match=r"not finite|computes something else"):
+        convert(composed("convert", *options, "format=diffusers", "verify=true"))
+    with pytest.raises(ValueError, match="computes something else"):
+        convert(composed("convert", *options, "verify=true"))

@@ -9,9 +9,12 @@ import pytest
 import torch
 import yaml
 from chains import chain, composed
+from published_yaml import diffusion_config
+from test_compvis import checkpoint, clip_words
 
 import ldm_train
 from ldm_train.checkpoints.hub import DATA, is_repo
+from ldm_train.pipeline.card import _without_folders
 from ldm_train.pipeline.convert import convert
 from ldm_train.pipeline.run import Run
 
@@ -79,6 +82,9 @@ def test_a_model_is_uploaded_whole_and_comes_back(
     assert uploads.made == {"me/shapes": {"private": True, "exist_ok": True}}
     head, text = card(tmp_path / "me/shapes")
     assert head["model-index"][0]["results"]
+    assert head["library_name"] == ("ldm_train" if form == "native" else "diffusers")
+    assert head["pipeline_tag"] == "text-to-image"
+    assert ("ldm-sample" in text) == (form == "native")
     assert ("trust_remote_code=True" in text) == (form == "diffusers")
     if form == "native":
         asked = {}
@@ -91,7 +97,9 @@ def test_a_model_is_uploaded_whole_and_comes_back(
         monkeypatch.chdir(run.folder)
         first = ldm_train.load("me/shapes").network.out[2].weight
         assert torch.equal(first, ldm_train.load(str(run.folder)).network.out[2].weight)
-        assert asked == {"allow_patterns": list(DATA)}
+        assert asked["allow_patterns"] == list(DATA)
+        assert ldm_train.load("me/shapes@main").latent_size == (8, 8)
+        assert asked["revision"] == "main"
         assert not any(pattern.endswith(".py") for pattern in DATA)
 
 
@@ -103,9 +111,9 @@ def test_what_cannot_be_reached_is_said(run: Run, tmp_path: Path, monkeypatch: p
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", offline)
     with pytest.raises(
-        FileNotFoundError, match=r"me/shapes is no folder here, and it could not be downloaded .*no route"
+        FileNotFoundError, match=r"me/nowhere is no folder here, and it could not be downloaded .*no route"
     ):
-        ldm_train.load("me/shapes")
+        ldm_train.load("me/nowhere")
     (tmp_path / "runs").mkdir()
     assert not is_repo("runs/typing-error")
     with pytest.raises(FileNotFoundError, match="runs/typing-error holds no trained model"):
@@ -118,3 +126,34 @@ def test_what_cannot_be_reached_is_said(run: Run, tmp_path: Path, monkeypatch: p
     for repo in ("null", "shapes", "../x/y"):
         with pytest.raises(ValueError, match="to=hub needs repo=<organisation or user>/<name>"):
             convert(composed("convert", f"from={run.folder}", "to=hub", f"repo={repo}"))
+
+
+def test_a_card_says_nothing_of_this_machine():
+    tree = {
+        "logger": {"wandb": {"entity": "me"}}, "runs_dir": "/home/me/runs", "data": {"root": ["~/photos/a", "../b/c"]},
+        "path": "file:///home/me/clip", "n": 3, "_target_": "ldm_train.models.unet.UNet",
+    }  # fmt: skip
+    assert _without_folders(tree) == {
+        "data": {"root": ["a", "c"]}, "path": "clip", "n": 3, "_target_": "ldm_train.models.unet.UNet"
+    }  # fmt: skip
+
+
+def test_a_text_encoder_travels_with_its_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    uploads = Uploads(tmp_path)
+    monkeypatch.setattr("huggingface_hub.HfApi", uploads)
+    source, _ = checkpoint(tmp_path, diffusion_config("sd-v1", small=True))
+    convert(composed("convert", f"from={source}", f"tokenizer={clip_words(tmp_path)}", "to=hub", "repo=me/sd"))
+    config = (tmp_path / "me/sd/config.yaml").read_text()
+    assert "path: ./text_encoder" in config
+    assert str(tmp_path) not in config
+    (tmp_path / "me/sd").rename(tmp_path / "moved")
+    text = ldm_train.load(str(tmp_path / "moved")).conditioners["text"]
+    assert text.path == str((tmp_path / "moved/text_encoder").resolve())
+    assert text.encode(["a"])[0].shape == (1, 77, 64)
+    changed = (tmp_path / "moved/config.yaml").read_text().replace("./text_encoder", "./../words")
+    (tmp_path / "moved/config.yaml").write_text(changed)
+    record = json.loads((tmp_path / "moved/metadata.json").read_text())
+    record.pop("config_sha256")
+    (tmp_path / "moved/metadata.json").write_text(json.dumps(record))
+    with pytest.raises(ValueError, match=r"words"):
+        ldm_train.load(str(tmp_path / "moved"))

@@ -18,9 +18,10 @@ from ldm_train.configuration import plain
 from ldm_train.data.foreign_latents import ForeignLatents
 from ldm_train.data.latents import CachedLatents
 from ldm_train.latent_diffusion import LatentDiffusion
-from ldm_train.models.autoencoder import AutoencoderVQ
+from ldm_train.models.autoencoder import AutoencoderIdentity, AutoencoderVQ
 from ldm_train.pipeline.autoencoder import give_discriminator
 from ldm_train.pipeline.begin import begin_from, what_grows
+from ldm_train.pipeline.diffusion import same_latents
 from ldm_train.pipeline.resume import read_note
 from ldm_train.pipeline.run import Run
 from ldm_train.pipeline.values import check_values
@@ -349,3 +350,18 @@ def test_latents_that_are_missing_or_unfit_are_named(others: Path, tmp_path: Pat
     (tmp_path / "e.safetensors").write_bytes(b"x" * 20)
     with pytest.raises(ValueError, match=r"e.safetensors cannot be read"):
         ForeignLatents(tmp_path, (4, 8, 8), True)
+
+
+def test_the_stage_of_another_decoder_is_not_shared(first: Run):
+    runs = [following(first, "decoder", *DECODER), following(first, "another", *DECODER, "autoencoder.lr=2e-2")]
+    runs[1].execute()
+    keys = [run.stages["diffusion"].key(run) for run in runs]
+    assert keys[0] != keys[1]
+    assert keys[0]["latents"] == keys[1]["latents"] or runs[0].result("latents") != runs[1].result("latents")
+
+
+def test_other_autoencoders_have_the_same_latents_only_if_they_are_the_same():
+    a, b = torch.nn.Conv2d(3, 3, 1), torch.nn.Conv2d(3, 3, 1)
+    assert not same_latents(a, b)
+    assert same_latents(a, a)
+    assert same_latents(AutoencoderIdentity(), AutoencoderIdentity())

@@ -15,15 +15,20 @@ from diffusers.utils.torch_utils import randn_tensor
 
 
 def as_picture(image: Any) -> torch.Tensor:
-    """A PIL image, or a tensor (B, C, H, W) in [-1, 1]."""
+    """A PIL image, a list of them, or a tensor (B, C, H, W) in [-1, 1]."""
+    if isinstance(image, list | tuple):
+        return torch.cat([as_picture(one) for one in image])
     if isinstance(image, PIL.Image.Image):
+        image = image if image.mode == "L" else image.convert("RGB")
         pixels = torch.from_numpy(np.array(image)).float() / 127.5 - 1
         return (pixels if pixels.ndim == 3 else pixels[..., None]).permute(2, 0, 1)[None]
     return image
 
 
 def as_mask(mask: Any) -> torch.Tensor:
-    """A PIL image, white in the hole, or a tensor (B, 1, H, W) with 1 in the hole."""
+    """A PIL image, white in the hole, a list of them, or a tensor (B, 1, H, W) with 1 in the hole."""
+    if isinstance(mask, list | tuple):
+        return torch.cat([as_mask(one) for one in mask])
     return (as_picture(mask.convert("L")) + 1) / 2 if isinstance(mask, PIL.Image.Image) else mask
 
 
@@ -66,13 +71,13 @@ class LatentDiffusionPipeline(DiffusionPipeline):
         num_images: int | None = None,
         num_inference_steps: int | None = None,
         guidance_scale: float | None = None,
-        eta: float = 0.0,
+        eta: float | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
         latents: torch.Tensor | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
     ) -> Any:
-        """Pictures under the conditions that this model knows; one that is not given is left out.
+        """Pictures under the conditions that this model knows. Captions and classes may be left out, pictures and maps not.
 
         prompt: caption(s). class_label: name(s) or number(s). segmentation: (B, H, W) of whole numbers
         image: the small picture of a super-resolution model; with `mask` (1 or white in the hole) the one to be filled.
@@ -97,6 +102,7 @@ class LatentDiffusionPipeline(DiffusionPipeline):
         given = {name: repeated(value, count, name) for name, value in given.items()}
         steps = num_inference_steps or int(self.config.sampling["num_inference_steps"])
         scale = self.config.sampling["guidance_scale"] if guidance_scale is None else guidance_scale
+        eta = self.config.sampling["eta"] if eta is None else eta
         size = (self.conditioners.size(given) if given else None) or self.unet.config.sample_size
         size = (size, size) if isinstance(size, int) else tuple(size)
         if latents is None:
