@@ -38,7 +38,7 @@ SAMPLING = USUAL_SAMPLING | {"spacing": "compvis"}  # as the published models' o
 
 def read(config: DictConfig) -> tuple[Model, compvis.Report | None]:
     """The model of `from`, and what was mapped of a checkpoint."""
-    source = Path(config["from"])
+    source, metadata = Path(config["from"]), dict[str, Any]()
     if source.suffix in FILES:
         if not source.is_file():
             raise FileNotFoundError(f"from={source}: there is no such file")
@@ -46,7 +46,7 @@ def read(config: DictConfig) -> tuple[Model, compvis.Report | None]:
         needs = {"labels": labels, "tokenizer": _tokenizer(config.tokenizer), "null_class": config.null_class}
         yaml = Path(config.config) if config.config is not None else yaml_beside(source)
         model, described, report = compvis.load(source, yaml, config.weights, needs)
-        metadata: dict[str, Any] = {"converted_from": source.name}
+        metadata = {"converted_from": source.name}
         if described.latent:
             metadata["sampling"] = SAMPLING
         if (classes := described.tree.get("conditioners", {}).get("class_label")) is not None:
@@ -56,9 +56,8 @@ def read(config: DictConfig) -> tuple[Model, compvis.Report | None]:
         source = downloaded(str(source))
     if is_diffusers(source):
         module, tree = read_pipeline(source)
-        return Model(
-            module, tree, {"sampling": diffusers_metadata(source)["sampling"], "converted_from": source.name}
-        ), None
+        metadata = {"sampling": diffusers_metadata(source)["sampling"], "converted_from": source.name}
+        return Model(module, tree, metadata, brings_text=True), None
     if (source / "config.json").is_file():
         check_folder_links(source)
         tree = first_stage_tree(source)["autoencoder"]

@@ -68,7 +68,7 @@ class Form:
     """A model in one form, not yet written.
 
     files: what it takes the place of. says: for the report. again: what the written one computes from fixed noise, beside
-    what the model itself computes (see `outputs`). tolerance: between the two, in float32
+    what the model itself computes (see `outputs`). tolerance: between the two, in float32. hint: said at the end
     """
 
     files: list[Path]
@@ -120,7 +120,6 @@ def outputs(model: nn.Module) -> Outputs:
 def native(model: Model, target: Path, dtype: torch.dtype) -> Form:
     """A model folder of this package."""
     megabytes = 4e-6 * sum(parameter.numel() for parameter in model.module.parameters())
-
     tree, text = deepcopy(model.tree), model.frozen_text
 
     def save_text(folder: Path) -> None:
@@ -252,7 +251,6 @@ def of_diffusers(model: Model, target: Path, dtype: torch.dtype) -> Form:
     megabytes = sum(t.numel() for part in parts.values() for t in part.tensors.values()) * dtype.itemsize / 1e6
     says = f"{target}, {says}, {megabytes:,.1f} MB, {dtype}".replace("torch.", "")
 
-    # Sums of another order; about 1e-6 was measured, and pictures of [-1, 1] are meant.
     def replaced() -> None:
         theirs = is_diffusers(target) or "_class_name" in (
             read_record(c) if (c := target / "config.json").is_file() else {}
@@ -261,10 +259,8 @@ def of_diffusers(model: Model, target: Path, dtype: torch.dtype) -> Form:
             raise FileExistsError(f"to={target} is there and no folder of diffusers; it is not replaced")
         write_folder(target, write, replace=True)
 
-    return Form(
-        [target], says, replaced,
-        lambda: _diffusers_outputs(module, target, parts), 1e-4, hint,
-    )  # fmt: skip
+    # Sums in another order: about 1e-6 was measured.
+    return Form([target], says, replaced, lambda: _diffusers_outputs(module, target, parts), 1e-4, hint)
 
 
 def _diffusers_outputs(model: nn.Module, folder: Path, parts: Mapping[str, diffusers_export.Component]) -> Outputs:
