@@ -60,6 +60,26 @@ class LatentDiffusionPipeline(DiffusionPipeline):
         z = latents / scale + shift
         return (z if self.vae is None else self.vae.decode(z.to(self.vae.dtype)).sample).clamp(-1, 1)
 
+    def given(
+        self, prompt: Any, class_label: Any, image: Any, mask: Any, segmentation: torch.Tensor | None
+    ) -> dict[str, Any]:
+        """The conditions by their names. Raises ValueError for one that this model does not know."""
+        given: dict[str, Any] = {}
+        for name, value in (("prompt", prompt), ("class_label", class_label)):
+            if value is not None:
+                given[name] = list(value) if isinstance(value, list | tuple) else [value]
+        if segmentation is not None:
+            given["segmentation"] = segmentation
+        if image is not None:
+            picture = as_picture(image).to(self.unet.device, self.unet.dtype)
+            given["low_resolution" if mask is None else "masked_image"] = (
+                picture if mask is None else (picture, as_mask(mask).to(picture))
+            )
+        known = {} if self.conditioners is None else self.conditioners.config.parts
+        if unknown := [name for name in given if name not in known]:
+            raise ValueError(f"this model knows no {unknown[0].replace('_', ' ')}, only: {', '.join(known) or 'noise'}")
+        return given
+
     @torch.no_grad()
     def __call__(
         self,
@@ -84,20 +104,7 @@ class LatentDiffusionPipeline(DiffusionPipeline):
             PIL images, or tensors (B, C, H, W) in [-1, 1]
         num_images: default one for each entry. latents: the noise to begin with, (B, C, h, w)
         """
-        given: dict[str, Any] = {}
-        for name, value in (("prompt", prompt), ("class_label", class_label)):
-            if value is not None:
-                given[name] = list(value) if isinstance(value, list | tuple) else [value]
-        if segmentation is not None:
-            given["segmentation"] = segmentation
-        if image is not None:
-            picture = as_picture(image).to(self.unet.device, self.unet.dtype)
-            given["low_resolution" if mask is None else "masked_image"] = (
-                picture if mask is None else (picture, as_mask(mask).to(picture))
-            )
-        known = {} if self.conditioners is None else self.conditioners.config.parts
-        if unknown := [name for name in given if name not in known]:
-            raise ValueError(f"this model knows no {unknown[0].replace('_', ' ')}, only: {', '.join(known) or 'noise'}")
+        given = self.given(prompt, class_label, image, mask, segmentation)
         count = num_images or max([1, *(len(v[0] if isinstance(v, tuple) else v) for v in given.values())])
         given = {name: repeated(value, count, name) for name, value in given.items()}
         steps = num_inference_steps or int(self.config.sampling["num_inference_steps"])
