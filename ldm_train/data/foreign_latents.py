@@ -13,7 +13,8 @@ from ldm_train.data.files import DataError
 NO_WIDTH = -30.0  # log-variance of a posterior that is known by its mean alone
 
 
-def _plain(key: str) -> str:
+def cache_key(key: str) -> str:
+    """A sample's key as it stands in a cache of latents."""
     return key.replace("/", "_").replace(".", "_")
 
 
@@ -29,11 +30,13 @@ class ForeignLatents:
     def __init__(self, folder: str | Path, shape: tuple[int, int, int], stochastic: bool, scale: float = 1.0):
         self.folder, self.shape, self.stochastic, self.scale = Path(folder), shape, stochastic, scale
         # Key -> file, and the name in it.
-        self.places: dict[str, tuple[Path, str]] = {_plain(f.stem): (f, "") for f in sorted(self.folder.rglob("*.npy"))}
+        self.places: dict[str, tuple[Path, str]] = {
+            cache_key(f.stem): (f, "") for f in sorted(self.folder.rglob("*.npy"))
+        }
         for path in sorted(self.folder.rglob("*.safetensors")):
             try:
                 with safe_open(path, framework="pt") as file:
-                    self.places |= {_plain(name): (path, name) for name in file.keys()}  # noqa: SIM118 - no mapping
+                    self.places |= {cache_key(name): (path, name) for name in file.keys()}  # noqa: SIM118 - no mapping
             except SafetensorError as error:
                 raise DataError(f"{path} cannot be read ({error}); make it anew") from error
         if not self.places:

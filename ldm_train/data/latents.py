@@ -16,6 +16,7 @@ from tqdm import tqdm
 from ldm_train.data.batch import FIELDS, Field
 from ldm_train.data.datamodule import Batching, Mixture, ShardDataModule, StepBatches, evaluation_batches
 from ldm_train.data.files import encoded_npy
+from ldm_train.data.foreign_latents import cache_key
 from ldm_train.data.samples import SampleDecoder, collate, refuse_too_many, require_fields, sample_rng
 from ldm_train.data.shards import (
     ENTRIES,
@@ -45,7 +46,7 @@ Encode = Callable[[torch.Tensor], torch.Tensor]
 def _cache_keys(shards: IndexedShards) -> list[str]:
     """The samples' keys in the cache: the data's without dots and slashes, with the shard's number before them where
     the data use a key in several shards."""
-    keys = [str(key).replace("/", "_").replace(".", "_") for key in shards.keys]
+    keys = [cache_key(str(key)) for key in shards.keys]
     return keys if len(set(keys)) == len(keys) else [f"{shards.shard[i]}_{key}" for i, key in enumerate(keys)]
 
 

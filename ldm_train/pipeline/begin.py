@@ -10,10 +10,9 @@ from torch import nn
 
 from ldm_train import names
 from ldm_train.checkpoints.hub import downloaded, is_repo
-from ldm_train.checkpoints.native import CONFIG, METADATA, WEIGHTS, find_model, load_latent_diffusion
+from ldm_train.checkpoints.native import METADATA, WEIGHTS, find_model, load_latent_diffusion, read_tree
 from ldm_train.conditioning.class_label import ClassLabel
 from ldm_train.latent_diffusion import LatentDiffusion
-from ldm_train.storage import read_config
 
 Shape = tuple[int, ...]
 # Layers that read an input of the network, by the end of their names: only their second dimension may grow.
@@ -85,7 +84,7 @@ def what_grows(network: nn.Module, folder: Path) -> list[str]:
 
 def tokenizers_of(folder: Path, conditioners: dict[str, Any]) -> dict[str, Any]:
     """Conditioners with the tokenizers that a model's embeddings belong to, in the place of ones made from the data."""
-    theirs = names.model(read_config(folder / CONFIG)).get("conditioners") or {}
+    theirs = read_tree(folder).get("conditioners") or {}
     return {
         name: options | {"tokenizer": theirs[name]["tokenizer"]}
         if "tokenizer" in options and "tokenizer" in theirs.get(name, {}) and "path" not in options
@@ -111,9 +110,10 @@ def _class_rows(ours: ClassLabel, theirs: ClassLabel) -> torch.Tensor:
 
 
 @torch.no_grad()
-def begin_from(model: LatentDiffusion, folder: Path, trust: list[str]) -> LatentDiffusion:
+def begin_from(model: LatentDiffusion, folder: Path, trust: list[str], say: bool = True) -> LatentDiffusion:
     """Gives a model the weights of another's network and of those conditioners that both have; what is new begins as zeros, or,
-    in a conditioner of its own, as it is. Returns the other. Raises ValueError where they do not fit."""
+    in a conditioner of its own, as it is. Returns the other. say: print which conditioners are new. Raises ValueError where they
+    do not fit."""
     other = load_latent_diffusion(folder, trust)
     what_grows(model.network, folder)
     theirs = other.network.state_dict()
@@ -132,7 +132,7 @@ def begin_from(model: LatentDiffusion, folder: Path, trust: list[str]) -> Latent
     known = dict(other.conditioners.items())
     for name, conditioner in model.conditioners.items():
         before = known.get(name)
-        if before is None:
+        if before is None and say:
             print(f"  conditioner {name}: a new one, the model in diffusion.init has none of that name", flush=True)
         if isinstance(conditioner, ClassLabel) and isinstance(before, ClassLabel):
             if conditioner.embedding.weight.shape[1] != before.embedding.weight.shape[1]:

@@ -17,12 +17,13 @@ from ldm_train.pipeline.resume import read_note
 from ldm_train.storage import read_config, write_atomically
 
 CARD, RECIPE, SAMPLES = "README.md", "training.yaml", "samples.png"
+# What ldm-sample is told, by field.
 EXAMPLES = {
     "caption": "prompts='a few words'",
     "class_label": "classes=[0,1]",
-    "lowres": "images=small.png",
-    "masked_image": "images=photo.png mask=hole.png",
-    "segmentation": "maps=labels.png",
+    "lowres": "image=small.png",
+    "masked_image": "image=photo.png mask=hole.png",
+    "segmentation": "map=labels.png",
 }
 
 

@@ -282,7 +282,7 @@ class DiffusionStage(Stage):
         per_channel = config.latents.per_channel
         statistics = latents.give_statistics(run.folder / "latents", model.first_stage, per_channel)
         if begun is not None:
-            other = begin_from(model, begun, list(run.trust)).first_stage
+            other = begin_from(model, begun, list(run.trust), run.machine.rank == 0).first_stage
             if same_latents(other.autoencoder, model.first_stage.autoencoder):  # scaled as the network knows them
                 model.first_stage.set_statistics(other.scale.flatten(), other.shift.flatten())
         model.to(memory_format=torch.channels_last)

@@ -11,6 +11,8 @@ import pytest
 import torch
 from chains import composed
 from safetensors.torch import load_file
+from test_diffusers import randomised
+from test_diffusers import tokenizer as clip_words
 
 from ldm_train.checkpoints import diffusers_export
 from ldm_train.checkpoints.native import load_latent_diffusion, load_model, save_model
@@ -179,19 +181,10 @@ TRUNK = {"norm_num_groups": 32, "block_out_channels": (128, 128), "layers_per_bl
 SCHEDULER = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "clip_sample": False}
 
 
-def randomised(module: torch.nn.Module) -> torch.nn.Module:
-    generator = torch.Generator().manual_seed(1)
-    for p in module.parameters():
-        if p.ndim > 1:
-            p.data = torch.randn(p.shape, generator=generator) * (0.5 / p[0].numel() ** 0.5)
-    return module.eval()
-
-
 def published(kind: str, folder: Path) -> Any:
     """A small pipeline of diffusers' own with random weights, saved."""
     import diffusers
     from diffusers.pipelines.latent_diffusion.pipeline_latent_diffusion import LDMBertConfig, LDMBertModel
-    from test_diffusers import tokenizer as clip_words
     from transformers import BertTokenizer, CLIPTextConfig, CLIPTextModel
 
     torch.manual_seed(0)

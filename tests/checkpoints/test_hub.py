@@ -14,7 +14,8 @@ from test_compvis import checkpoint, clip_words
 
 import ldm_train
 from ldm_train.checkpoints.hub import DATA, is_repo
-from ldm_train.pipeline.card import _without_folders
+from ldm_train.data.batch import FIELDS
+from ldm_train.pipeline.card import EXAMPLES, _without_folders
 from ldm_train.pipeline.convert import convert
 from ldm_train.pipeline.run import Run
 
@@ -157,3 +158,11 @@ def test_a_text_encoder_travels_with_its_model(tmp_path: Path, monkeypatch: pyte
     (tmp_path / "moved/metadata.json").write_text(json.dumps(record))
     with pytest.raises(ValueError, match=r"words"):
         ldm_train.load(str(tmp_path / "moved"))
+
+
+@pytest.mark.parametrize("field", EXAMPLES)
+def test_the_cards_command_composes_and_gives_the_field_as_declared(field: str):
+    options = EXAMPLES[field].replace("'a few words'", "words").split()
+    composed("sample", "run=x", "n=8", *options)
+    declared = FIELDS[field].option
+    assert declared is None or any(option.startswith(f"{declared}=") for option in options)
