@@ -78,6 +78,7 @@ MODELS = {
     "scenes_semantic_small": ["experiment=shapes_semantic"],
     "clothing_superres_small": ["experiment=shapes_superres"],
     "shapes_unconditional": ["experiment=shapes_unconditional"],
+    "shapes_text": ["experiment=shapes_text"],
     "classifier_shapes": ["experiment=classifier_shapes", "classifier.max_steps=2", "classifier.batch_size=8"],
 }
 QUICK = [*SMALL, "autoencoder.max_steps=2", "diffusion.max_steps=2", "autoencoder.val_every=2", "diffusion.val_every=2",
@@ -120,7 +121,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
         patch.chdir(folder)
         for name, recipe in MODELS.items():
             stages = "[latents,classifier]" if name == "classifier_shapes" else "[autoencoder,latents,diffusion,export]"
-            more = ["autoencoder.pretrained=shapes_unconditional"] if name == "classifier_shapes" else []
+            taking = name in ("classifier_shapes", "shapes_text")
+            more = ["autoencoder.pretrained=shapes_unconditional"] if taking else []
             stages = stages.replace("[latents", "[autoencoder,latents")
             typed(patch, ["train.py", *QUICK, *recipe, *more, f"name={name}", f"stages={stages}"])
     return folder

@@ -1,6 +1,7 @@
 """The card of a model: README.md with metadata for the Hub, its samples and metrics, data, recipe and commands."""
 
 import json
+import math
 import shutil
 from collections.abc import Mapping
 from contextlib import suppress
@@ -70,7 +71,8 @@ def _rows(metrics: Mapping[str, Any]) -> list[tuple[str, str, float, str, int]]:
         for name, entry in measures.items() if isinstance(measures, dict) else ():
             if isinstance(entry, dict) and "value" in entry:
                 interval = " to ".join(f"{v:.4g}" for v in entry.get("interval") or [])
-                rows.append((of, name, float(entry["value"]), interval, int(entry.get("n", 0))))
+                value = math.inf if entry["value"] is None else float(entry["value"])  # the PSNR of equal pictures
+                rows.append((of, name, value, interval, int(entry.get("n", 0))))
     for name, shares in metrics.get("adherence", {}).items():
         if isinstance(shares, dict) and "mean" in shares:
             rows.append(("adherence", name.replace("_", " "), float(shares["mean"]), "", 0))
@@ -147,7 +149,7 @@ def write_card(
             "Features named `tiny` are the project's own small network: such numbers compare models on these data only.",
         ]
         for of, name, value, _, _ in rows:
-            if of == "samples":
+            if of == "samples" and math.isfinite(value):
                 results.append(EvalResult(_task(fields), "webdataset", data, name, value))
     text += ["", "## Licence", "To be filled in by whoever publishes it: here and as `license` above.", ""]
     head = ModelCardData(
