@@ -2,6 +2,7 @@
 the YAML by the rules of the published code (openaimodel.py, model.py, x_transformer.py), without a line of ours."""
 
 from collections.abc import Iterator, Mapping
+from copy import deepcopy
 from functools import partial
 from typing import Any
 
@@ -68,6 +69,22 @@ STABLE = {
     "cond_stage_key": "txt", "conditioning_key": "crossattn", "scale_factor": 0.18215, "linear_start": 0.00085,
     "linear_end": 0.012, "use_ema": False, "cond_stage_trainable": False,
 }  # fmt: skip
+
+
+def unclip(kind: str, dim: int) -> dict[str, Any]:
+    """What SD 2 unCLIP adds. kind: H (OpenCLIP's encoder of pictures) or L (CLIP's)."""
+    noise = {"timestep_dim": dim, "noise_schedule_config": {"timesteps": 1000, "beta_schedule": "squaredcos_cap_v2"}}
+    embedder: dict[str, Any] = {"target": f"{ENCODERS}.FrozenOpenCLIPImageEmbedder"}
+    if kind == "L":
+        noise["clip_stats_path"] = "checkpoints/karlo_models/ViT-L-14_stats.th"
+        embedder = {"target": f"{ENCODERS}.ClipImageEmbedder", "params": {"model": "ViT-L/14"}}
+    return STABLE | {
+        "embedding_dropout": 0.25, "parameterization": "v", "conditioning_key": "crossattn-adm", "image_size": 96,
+        "first_stage_key": "jpg", "embedder_config": embedder,
+        "noise_aug_config": {"target": f"{ENCODERS}.CLIPEmbeddingNoiseAugmentation", "params": noise},
+    }  # fmt: skip
+
+
 # autoencoder, U-Net, condition, other options of the model
 DIFFUSION: dict[str, tuple[str, dict[str, Any], Any, dict[str, Any]]] = {
     "celeba256": ("vq-f4", FACES, "__is_unconditional__", {}),
@@ -132,6 +149,17 @@ DIFFUSION: dict[str, tuple[str, dict[str, Any], Any, dict[str, Any]]] = {
             "depth_stage_config": {"target": "ldm.modules.midas.api.MiDaSInference", "params": {"model_type": "dpt_hybrid"}},
         },
     ),
+    "sd-v2-unclip-h": ("kl-f8", SD2 | {"num_classes": "sequential", "adm_in_channels": 2048}, OPENCLIP, unclip("H", 1024)),
+    "sd-v2-unclip-l": ("kl-f8", SD2 | {"num_classes": "sequential", "adm_in_channels": 1536}, OPENCLIP, unclip("L", 768)),
+    "rdm-768x768": (
+        "kl-f16",
+        {"model_channels": 448, "channel_mult": [1, 2, 3, 4], "attention_resolutions": [4, 2, 1], "num_head_channels": 32,
+         "use_scale_shift_norm": False, "resblock_updown": False, "use_spatial_transformer": True, "transformer_depth": 1,
+         "context_dim": 768, "use_checkpoint": True},
+        {"target": "torch.nn.Identity"},
+        {"cond_stage_key": "nix", "conditioning_key": "crossattn", "linear_end": 0.015, "scale_by_std": False,
+         "scale_factor": 0.22765929, "first_stage_key": "jpg", "num_timesteps_cond": 1, "image_size": 48},
+    ),
     "sd-x4-upscaler": (
         "kl-f4-z4",
         {"model_channels": 256, "channel_mult": [1, 2, 2, 4], "attention_resolutions": [2, 4, 8], "num_heads": 8,
@@ -192,7 +220,12 @@ def diffusion_config(name: str, small: bool = False) -> dict[str, Any]:
         "inpainting": "LatentInpaintDiffusion",
         "depth": "LatentDepth2ImageDiffusion",
         "upscaler": "LatentUpscaleDiffusion",
+        "unclip-h": "ImageEmbeddingConditionedLatentDiffusion",
+        "unclip-l": "ImageEmbeddingConditionedLatentDiffusion",
     }
+    if small and "noise_aug_config" in options:
+        unet["adm_in_channels"], options = 64, deepcopy(options)
+        options["noise_aug_config"]["params"]["timestep_dim"] = 32
     kind = next((k for word, k in kinds.items() if name.startswith("sd-") and name.endswith(word)), "LatentDiffusion")
     return {"target": f"ldm.models.diffusion.ddpm.{kind}", "params": params | options}
 
@@ -309,6 +342,8 @@ def unet_tensors(p: Mapping[str, Any]) -> Shapes:
     alone = p.get("disable_self_attentions", [False] * len(mult))
     if isinstance(p.get("num_classes"), int):
         made["label_emb.weight"] = (p["num_classes"], emb)
+    elif p.get("num_classes") == "sequential":
+        made |= dict(_layer("label_emb.0.0", emb, p["adm_in_channels"])) | dict(_layer("label_emb.0.2", emb, emb))
     skips, width, index = [ch], ch, 1
     for level, m in enumerate(mult):
         for _ in range(blocks):
@@ -373,13 +408,28 @@ def openclip_tensors(width: int, layers: int, words: int) -> Shapes:
         "positional_embedding": (77, width), "token_embedding.weight": (words, width), "text_projection": (width, width),
         "logit_scale": (),
     }  # fmt: skip
+    return made | blocks_of_openclip(width, layers) | dict(_layer("ln_final", width))
+
+
+def blocks_of_openclip(width: int, layers: int) -> Shapes:
+    made: Shapes = {}
     for n in range(layers):
         block = f"transformer.resblocks.{n}"
         made |= {f"{block}.attn.in_proj_weight": (3 * width, width), f"{block}.attn.in_proj_bias": (3 * width,)}
         made |= dict(_layer(f"{block}.attn.out_proj", width, width)) | dict(_layer(f"{block}.ln_1", width))
         made |= dict(_layer(f"{block}.ln_2", width)) | dict(_layer(f"{block}.mlp.c_fc", 4 * width, width))
         made |= _layer(f"{block}.mlp.c_proj", width, 4 * width)
-    return made | dict(_layer("ln_final", width))
+    return made
+
+
+def vision_tensors(width: int, layers: int, patch: int, side: int, dim: int) -> Shapes:
+    """SD 2 unCLIP: the pictures' part of CLIP's and open_clip's models."""
+    made: Shapes = {
+        "class_embedding": (width,), "positional_embedding": ((side // patch) ** 2 + 1, width), "proj": (width, dim),
+        "conv1.weight": (width, 3, patch, patch),
+    }  # fmt: skip
+    made |= dict(_layer("ln_pre", width)) | dict(_layer("ln_post", width))
+    return made | blocks_of_openclip(width, layers)
 
 
 def tensors(model: Mapping[str, Any]) -> Shapes:
@@ -405,6 +455,20 @@ def tensors(model: Mapping[str, Any]) -> Shapes:
             "depth_model.model.pretrained.model.cls_token": (1, 1, 768),
             "depth_model.model.scratch.a.weight": (8, 8, 3, 3),
         }
+    if "embedder_config" in p:
+        dim, openclip = p["noise_aug_config"]["params"]["timestep_dim"], "OpenCLIP" in p["embedder_config"]["target"]
+        large = {1024: (1280, 32, 14, 224), 768: (1024, 24, 14, 224)}.get(dim, (64, 2, 8, 32))
+        vision = vision_tensors(*large, dim)
+        rest = {
+            "logit_scale": (),
+            "token_embedding.weight": (20, 64),
+            "ln_final.weight": (64,),
+            "text_projection": (64, dim),
+        }
+        rest |= {} if openclip else {"transformer.resblocks.0.ln_1.weight": (64,)}  # CLIP's text comes along, unused
+        made |= {f"embedder.model.visual.{k}": shape for k, shape in vision.items()}
+        made |= {f"embedder.model.{k}": shape for k, shape in rest.items()}
+        made |= {"noise_augmentor.betas": (1000,), "noise_augmentor.sqrt_alphas_cumprod": (1000,)}
     if condition == "__is_first_stage__":
         made |= {f"cond_stage_model.{k}": shape for k, shape in first.items()}
     elif isinstance(condition, dict) and "Frozen" in condition["target"]:

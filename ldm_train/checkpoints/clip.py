@@ -1,5 +1,7 @@
-"""The text encoders inside Stable Diffusion's checkpoints: CLIP as transformers names it (SD 1), OpenCLIP by its own names (SD 2)."""
+"""The encoders inside Stable Diffusion's checkpoints: CLIP's text as transformers names it (SD 1), OpenCLIP's by its own names
+(SD 2), and CLIP's or OpenCLIP's pictures (SD 2 unCLIP)."""
 
+import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,8 +11,9 @@ import torch
 from torch import nn
 
 Tensors = dict[str, torch.Tensor]
-CLIP, OPENCLIP = "cond_stage_model.transformer.text_model.", "cond_stage_model.model."
-HEAD = 64  # channels of a head in both
+CLIP, OPENCLIP, EMBEDDER = "cond_stage_model.transformer.text_model.", "cond_stage_model.model.", "embedder.model."
+HEAD = 64  # channels of a text encoder's head
+VISION_HEADS = 16  # at most; a head has at least 64 channels
 # OpenCLIP's names -> transformers', inside a layer.
 LAYER = {
     "ln_1": "layer_norm1",
@@ -25,15 +28,22 @@ WHOLE = {
     "ln_final.weight": "final_layer_norm.weight",
     "ln_final.bias": "final_layer_norm.bias",
 }
+VISION = {
+    "class_embedding": "embeddings.class_embedding",
+    "conv1.weight": "embeddings.patch_embedding.weight",
+    "positional_embedding": "embeddings.position_embedding.weight",
+    **{f"{theirs}.{part}": f"{ours}.{part}" for theirs, ours in (("ln_pre", "pre_layrnorm"), ("ln_post", "post_layernorm"))
+       for part in ("weight", "bias")},
+}  # fmt: skip
 UNUSED = ("text_projection", "logit_scale", "attn_mask", "embeddings.position_ids")
 
 
-def _from_openclip(tensors: Mapping[str, torch.Tensor]) -> Tensors:
-    """By transformers' names, without what is unused."""
+def _from_openclip(tensors: Mapping[str, torch.Tensor], whole: Mapping[str, str]) -> Tensors:
+    """By transformers' names. whole: those outside the layers."""
     made: Tensors = {}
     for name, tensor in tensors.items():
-        if name in WHOLE:
-            made[WHOLE[name]] = tensor
+        if name in whole:
+            made[whole[name]] = tensor
         elif layer := re.fullmatch(r"transformer\.resblocks\.(\d+)\.(.+)", name):
             number, inner = layer.groups()
             if joint := re.fullmatch(r"attn\.in_proj_(weight|bias)", inner):
@@ -47,8 +57,8 @@ def _from_openclip(tensors: Mapping[str, torch.Tensor]) -> Tensors:
     return made
 
 
-def _to_openclip(tensors: Mapping[str, torch.Tensor]) -> Tensors:
-    theirs = {ours: name for name, ours in WHOLE.items()}
+def _to_openclip(tensors: Mapping[str, torch.Tensor], whole: Mapping[str, str]) -> Tensors:
+    theirs = {ours: name for name, ours in whole.items()}
     inside = {ours: name for name, ours in LAYER.items()}
     made: Tensors = {}
     for name, tensor in tensors.items():
@@ -77,9 +87,9 @@ def read_text_encoder(tensors: Mapping[str, torch.Tensor], where: Path) -> tuple
     unused = sorted(name for own, name in names.items() if own in UNUSED)
     own = {key: tensors[name].float() for key, name in names.items() if key not in UNUSED}
     try:
-        own = _from_openclip(own) if prefix == OPENCLIP else own
+        own = _from_openclip(own, WHOLE) if prefix == OPENCLIP else own
         words, width = own["embeddings.token_embedding.weight"].shape
-        layers = 1 + max(int(m[1]) for key in own if (m := re.match(r"encoder\.layers\.(\d+)\.", key)))
+        layers = _layers(own)
         options: dict[str, Any] = {
             "vocab_size": words, "hidden_size": width, "num_hidden_layers": layers, "num_attention_heads": width // HEAD,
             "intermediate_size": len(own["encoder.layers.0.mlp.fc1.bias"]),
@@ -97,6 +107,55 @@ def read_text_encoder(tensors: Mapping[str, torch.Tensor], where: Path) -> tuple
         reason = " ".join(str(error).split())[:200]
         raise ValueError(f"{where}: {prefix}* is no text encoder of CLIP ({reason})") from error
     return model.eval().requires_grad_(False), set(names.values()) - set(unused), unused
+
+
+def _layers(tensors: Mapping[str, Any]) -> int:
+    return 1 + max(int(m[1]) for key in tensors if (m := re.match(r"encoder\.layers\.(\d+)\.", key)))
+
+
+def read_image_encoder(
+    tensors: Mapping[str, torch.Tensor], openclip: bool, where: Path
+) -> tuple[Any, nn.Module, set[str], list[str]]:
+    """(CLIP's preparation of pictures, a CLIPVisionModelWithProjection, the names of the tensors that it is made of, those that
+    nothing needs) of a checkpoint of SD 2 unCLIP. Raises ValueError as `read_text_encoder`."""
+    from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWithProjection
+
+    prefix = f"{EMBEDDER}visual."
+    names = {name.removeprefix(prefix): name for name in tensors if name.startswith(prefix)}
+    unused = sorted(name for name in tensors if name.startswith(EMBEDDER) and not name.startswith(prefix))
+    if not names:
+        raise ValueError(f"{where} holds no image encoder ({prefix}*)")
+    own = {key: tensors[name].float() for key, name in names.items()}
+    try:
+        projection = own.pop("proj").T.contiguous()
+        own = _from_openclip(own, VISION)
+        width, channels, patch, _ = own["embeddings.patch_embedding.weight"].shape
+        side = patch * math.isqrt(len(own["embeddings.position_embedding.weight"]) - 1)
+        options: dict[str, Any] = {
+            "hidden_size": width, "num_hidden_layers": _layers(own), "num_attention_heads": min(width // HEAD, VISION_HEADS),
+            "intermediate_size": len(own["encoder.layers.0.mlp.fc1.bias"]), "patch_size": patch, "image_size": side,
+            "num_channels": channels, "projection_dim": len(projection), "hidden_act": "gelu" if openclip else "quick_gelu",
+        }  # fmt: skip
+        if width % options["num_attention_heads"] or options["num_hidden_layers"] > 64 or max(width, side) > 1 << 14:
+            raise ValueError(f"{options['num_hidden_layers']} layers of width {width}")
+        with torch.device("meta"):
+            model = CLIPVisionModelWithProjection(CLIPVisionConfig(**options))
+        state = {f"vision_model.{k}": v for k, v in own.items()} | {"visual_projection.weight": projection}
+        model.load_state_dict(state, assign=True)
+        model = _with_positions(model)
+    except (KeyError, RuntimeError, ValueError, TypeError, IndexError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"{where}: {prefix}* is no image encoder of CLIP ({reason})") from error
+    processor = CLIPImageProcessor(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
+    return processor, model.eval().requires_grad_(False), set(names.values()), unused
+
+
+def image_encoder_tensors(encoder: nn.Module) -> Tensors:
+    """A CLIPVisionModelWithProjection by the names of Stable Diffusion 2 unCLIP's checkpoints."""
+    state = {k: v for k, v in encoder.state_dict().items() if "position_ids" not in k}
+    projection = state.pop("visual_projection.weight")
+    own = _to_openclip({k.removeprefix("vision_model."): v for k, v in state.items()}, VISION)
+    return {f"{EMBEDDER}visual.{k}": v for k, v in (own | {"proj": projection.T}).items()}
 
 
 def _with_positions(model: nn.Module) -> nn.Module:
@@ -117,7 +176,7 @@ def text_encoder_tensors(encoder: nn.Module) -> Tensors:
     """A CLIPTextModel by the names of Stable Diffusion's checkpoints."""
     own = {k.removeprefix("text_model."): v for k, v in encoder.state_dict().items() if "position_ids" not in k}
     if is_openclip(encoder):
-        return {f"{OPENCLIP}{k}": v for k, v in _to_openclip(own).items()}
+        return {f"{OPENCLIP}{k}": v for k, v in _to_openclip(own, WHOLE).items()}
     return {f"{CLIP}{k}": v for k, v in own.items()}
 
 

@@ -16,9 +16,16 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from ldm_train.checkpoints.clip import read_clip_tokenizer, read_text_encoder, text_encoder_tensors
-from ldm_train.checkpoints.compvis_yaml import Published, published
+from ldm_train.checkpoints.clip import (
+    image_encoder_tensors,
+    read_clip_tokenizer,
+    read_image_encoder,
+    read_text_encoder,
+    text_encoder_tensors,
+)
+from ldm_train.checkpoints.compvis_yaml import HELD_TEXT, Published, published
 from ldm_train.checkpoints.parts import build, no_larger_than
+from ldm_train.conditioning.image_embedding import ImageEmbedding
 from ldm_train.conditioning.text import FrozenText
 from ldm_train.latent_diffusion import LatentDiffusion
 from ldm_train.models.autoencoder import AutoencoderKL
@@ -29,7 +36,7 @@ FILES = (".ckpt", ".safetensors", ".pt", ".pth", ".bin")
 # Beginnings of names of tensors that a model here does not need.
 SCHEDULE = ("betas", "alphas_cumprod", "sqrt_", "log_one_minus_", "posterior_", "logvar", "lvlb_weights", "ddim_")
 LEFT_OUT = {
-    "tables of the noise schedule": (*SCHEDULE, "low_scale_model."),
+    "tables of the noise schedule": (*SCHEDULE, "low_scale_model.", "noise_augmentor."),
     "the depth estimator, since depth maps are given": ("depth_model.",),
     "counters of the averaging": ("model_ema.decay", "model_ema.num_updates"),
     "only stage 1 trains with them": ("loss.", "first_stage_model.loss.", "colorize", "first_stage_model.colorize"),
@@ -133,9 +140,10 @@ def places(model: nn.Module, described: Published, averaged: bool = False) -> di
     heads = {f"{name}.qkv": module.heads for name, module in model.named_modules() if hasattr(module, "qkv")}
     placed = {}
     for key, tensor in model.state_dict().items():
-        if "quantize.ema_" in key:  # only training needs them
-            continue
         part, _, rest = key.partition(".")
+        own = part == "conditioners" and isinstance(model.conditioners[rest.partition(".")[0]], ImageEmbedding)
+        if "quantize.ema_" in key or own:  # only training needs the first, the YAML says the others
+            continue
         inner = rest.partition(".")[2]
         if part == "network":
             name = f"diffusion_model.{rest}"
@@ -208,6 +216,7 @@ def load(
     which: "averaged" or "live" weights of the U-Net; None: averaged where the YAML says use_ema. needs: see `published`.
     Raises FileNotFoundError, or ValueError naming what is missing, unknown or of another shape.
     """
+    needs = {"folder": path.parent} | dict(needs or {})
     described, tensors = published(read_config(yaml), str(yaml), needs), read_tensors(path)
     averaged = described.latent and (which == "averaged" or (which is None and described.uses_ema))
     if averaged and not any(name.startswith("model_ema.") for name in tensors):
@@ -223,19 +232,36 @@ def load(
         described.tree["schedule"]["zero_terminal_snr"] = True
     if "v_pred" in tensors and not described.tree["parameterisation"]["_target_"].endswith("VPrediction"):
         raise ValueError(f"{path} says that it predicts velocity (v_pred), {yaml} says otherwise; give its own YAML")
-    text, unused = None, []
-    if any(part["_target_"].endswith(".FrozenText") for part in described.tree.get("conditioners", {}).values()):
-        encoder, used, unused = read_text_encoder(tensors, path)
-        words = described.tree["conditioners"]["text"]["tokenizer"]
-        text = (read_clip_tokenizer(words) if isinstance(words, str) else words, encoder)
-        tensors = {name: tensor for name, tensor in tensors.items() if name not in used and name not in unused}
+    encoders, used, unused = _encoders(described, tensors, path)
+    tensors = {name: tensor for name, tensor in tensors.items() if name not in used and name not in unused}
     model, report = _filled(described, tensors, averaged, path, yaml)
-    if text is not None:
-        model.conditioners["text"].take(*text)
-        report.mapped += len(used)
-        if unused:
-            report.left_out["of the text encoder, nothing needs them"] = unused
+    report.mapped += len(used)
+    if unused:
+        report.left_out["of the encoders, nothing needs them"] = unused
+    for name, encoder in encoders.items():
+        conditioner = model.conditioners[name]
+        (conditioner.encoder if isinstance(conditioner, ImageEmbedding) else conditioner).take(*encoder)
     return model, described, report
+
+
+def _encoders(
+    described: Published, tensors: Tensors, path: Path
+) -> tuple[dict[str, tuple[Any, nn.Module]], set[str], list[str]]:
+    """({conditioner: (what prepares its input, its encoder)}, the names of their tensors, those that nothing needs)."""
+    conditioners, made, used, unused = described.tree.get("conditioners", {}), {}, set[str](), list[str]()
+    if conditioners.get("text", {}).get("path") == HELD_TEXT:
+        encoder, used, unused = read_text_encoder(tensors, path)
+        words = conditioners["text"]["tokenizer"]
+        made["text"] = (read_clip_tokenizer(words) if isinstance(words, str) else words, encoder)
+    if conditioners.get("image", {}).get("encoder"):
+        openclip = "OpenCLIP" in described.yaml["model"]["params"]["embedder_config"]["target"]
+        processor, vision, more, left = read_image_encoder(tensors, openclip, path)
+        made["image"], used, unused = (processor, vision), used | more, unused + left
+        if vision.config.projection_dim != (dim := conditioners["image"]["encoder_dim"]):
+            raise ValueError(
+                f"{path}: its image encoder gives {vision.config.projection_dim} values, its YAML says {dim}"
+            )
+    return made, used, unused
 
 
 def load_autoencoder(path: Path, yaml: Path) -> tuple[nn.Module, dict[str, Any]]:
@@ -283,8 +309,12 @@ def state_dict(model: nn.Module, described: Published, dtype: torch.dtype = torc
         if not all(tensors[name].isfinite().all() for name in place.theirs):
             raise ValueError(f"{key} has values that are not finite in {dtype}; choose another dtype")
     for conditioner in getattr(model, "conditioners", {}).values():
-        if isinstance(conditioner, FrozenText):
+        theirs = {}
+        if isinstance(conditioner, FrozenText) and conditioner.layer != "projected":
             theirs = text_encoder_tensors(conditioner.pretrained()[1])
+        elif isinstance(conditioner, ImageEmbedding):
+            theirs = image_encoder_tensors(conditioner.encoder.loaded().model)
+        if theirs:
             tensors |= {name: tensor.to(dtype).cpu().contiguous() for name, tensor in theirs.items()}
     if isinstance(model, LatentDiffusion):
         scale = model.first_stage.one_scale

@@ -1,12 +1,14 @@
 """Models of ours in the words of CompVis' YAML."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from ldm_train import names
 from ldm_train.checkpoints.compvis_yaml import (
     BESIDE,
     BETAS,
+    EMBEDDERS,
     PREDICTIONS,
     UPSCALER_NOISE,
     Published,
@@ -67,7 +69,41 @@ def beside_captions(conditioners: Mapping[str, Mapping[str, Any]]) -> str | None
     return known.get(others.pop()) if len(kinds) == len(conditioners) == 2 and len(others) == 1 else None
 
 
-def _beside_yaml(kind: str, tree: Mapping[str, Any]) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Weights:
+    """What a model's weights say and its tree does not. null_class: its class embedding has a row for "no class". openclip: its
+    frozen text encoder is one of OpenCLIP. openclip_images: so is that of pictures. statistics: its image embeddings have a mean
+    and deviation other than 0 and 1."""
+
+    null_class: bool = True
+    openclip: bool = False
+    openclip_images: bool = False
+    statistics: bool = False
+
+
+STATISTICS = "clip_stats.th"  # a name for the file of an image embedding's mean and deviation
+
+
+def _image_embedding_yaml(tree: Mapping[str, Any], weights: Weights) -> dict[str, Any]:
+    module = "ldm.modules.encoders.modules"
+    if not tree["encoder"]["_target_"].endswith(".PretrainedVision"):
+        raise ValueError(
+            "the image embedding is of no pretrained vision encoder, a checkpoint of CompVis has one of CLIP"
+        )
+    noise = {"timestep_dim": tree["encoder_dim"]}
+    noise |= {"noise_schedule_config": {"timesteps": 1000, "beta_schedule": "squaredcos_cap_v2"}}
+    noise |= {"clip_stats_path": STATISTICS} if weights.statistics else {}
+    return {
+        "embedding_dropout": tree["dropout"],
+        "embedder_config": {"target": f"{module}.{EMBEDDERS[weights.openclip_images]}"}
+        | ({} if weights.openclip_images else {"params": {"model": "ViT-L/14"}}),
+        "noise_aug_config": {"target": f"{module}.CLIPEmbeddingNoiseAugmentation", "params": noise},
+    }
+
+
+def _beside_yaml(kind: str, tree: Mapping[str, Any], weights: Weights) -> dict[str, Any]:
+    if kind == "ImageEmbeddingConditionedLatentDiffusion":
+        return _image_embedding_yaml(tree, weights)
     if kind == "LatentDepth2ImageDiffusion":
         return {
             "depth_stage_config": {
@@ -82,16 +118,14 @@ def _beside_yaml(kind: str, tree: Mapping[str, Any]) -> dict[str, Any]:
     return {"low_scale_key": "lr", "low_scale_config": {"target": module, "params": noise}}
 
 
-def _conditioner_yaml(
-    conditioners: Mapping[str, Mapping[str, Any]], levels: int, null_class: bool, openclip: bool
-) -> dict[str, Any]:
+def _conditioner_yaml(conditioners: Mapping[str, Mapping[str, Any]], levels: int, weights: Weights) -> dict[str, Any]:
     """The options of a model that say how its condition is made. levels: halvings of the first stage."""
     made: Any = None
     if (beside := beside_captions(conditioners)) is not None:
         parts = {tree["_target_"].rpartition(".")[2]: (name, tree) for name, tree in conditioners.items()}
-        own = _beside_yaml(beside, parts[BESIDE[beside]][1])
+        own = _beside_yaml(beside, parts[BESIDE[beside]][1], weights)
         name, tree = parts["FrozenText"]
-        return own | _conditioner_yaml({name: tree}, levels, null_class, openclip)
+        return own | _conditioner_yaml({name: tree}, levels, weights)
     if not conditioners:
         return {"cond_stage_config": "__is_unconditional__"}
     if len(conditioners) > 1:
@@ -99,7 +133,7 @@ def _conditioner_yaml(
     ((name, tree),) = conditioners.items()
     kind, modules = tree["_target_"].rpartition(".")[2], "ldm.modules.encoders.modules"
     if kind == "ClassLabel":
-        rows = (tree["classes"] if isinstance(tree["classes"], int) else len(tree["classes"])) + null_class
+        rows = (tree["classes"] if isinstance(tree["classes"], int) else len(tree["classes"])) + weights.null_class
         key, made = (
             "class_label",
             {"target": f"{modules}.ClassEmbedder", "params": {"n_classes": rows, "embed_dim": tree["dim"]}},
@@ -111,8 +145,10 @@ def _conditioner_yaml(
         key, made = "LR_image", {"target": "torch.nn.Identity"}
     elif kind == "MaskedImageCondition":
         key, made = "masked_image", "__is_first_stage__"
+    elif kind == "FrozenText" and tree["layer"] == "projected":
+        key, made = "nix", {"target": "torch.nn.Identity"}
     elif kind == "FrozenText":
-        part = "FrozenOpenCLIPEmbedder" if openclip else "FrozenCLIPEmbedder"
+        part = "FrozenOpenCLIPEmbedder" if weights.openclip else "FrozenCLIPEmbedder"
         key, made = "txt", {"target": f"{modules}.{part}", "params": {k: tree[k] for k in ("max_length", "layer")}}
     elif kind in ("TrainedText", "LayoutBoxes"):
         params = {"n_embed": tree["dim"], "n_layer": tree["depth"]}
@@ -135,7 +171,7 @@ def _conditioner_yaml(
 UNHELD = (
     *("initial_logvar", "commitment_weight", "codebook_weight", "codebook_ema", "restart_after", "dropout"),
     *("activation_checkpointing", "tokenizer", "labels", "classes", "ignore"),
-    *("path", "cache_size", "pretrained", "pad_id"),
+    *("path", "cache_size", "pretrained", "pad_id", "encoder", "statistics"),
 )
 
 
@@ -149,10 +185,9 @@ def _check_same(ours: Mapping[str, Any], theirs: Mapping[str, Any], name: str) -
             )
 
 
-def describe(tree: Mapping[str, Any], null_class: bool = True, openclip: bool = False) -> Published:
-    """A model of ours, from its tree, as CompVis' YAML describes it. null_class: its class embedding has a row for "no class".
-    openclip: its frozen text encoder is one of OpenCLIP.
-    Raises ValueError, naming the option, for a model that no such YAML describes."""
+def describe(tree: Mapping[str, Any], weights: Weights = Weights()) -> Published:
+    """A model of ours, from its tree and what its weights say, as CompVis' YAML describes it. Raises ValueError, naming the option,
+    for a model that no such YAML describes."""
     kind = tree["_target_"].rpartition(".")[2]
     if kind in ("AutoencoderKL", "AutoencoderVQ"):
         described = published({"model": _autoencoder_yaml(whole(tree))}, "the autoencoder")
@@ -184,10 +219,10 @@ def describe(tree: Mapping[str, Any], null_class: bool = True, openclip: bool = 
     if concat or context:
         params["conditioning_key"] = "hybrid" if concat and context else "concat" if concat else "crossattn"
     conditioners = {name: whole(part) for name, part in (tree.get("conditioners") or {}).items()}
-    params |= _conditioner_yaml(conditioners, len(autoencoder["channel_mult"]) - 1, null_class, openclip)
+    params |= _conditioner_yaml(conditioners, len(autoencoder["channel_mult"]) - 1, weights)
     kind = beside_captions(conditioners) or "LatentDiffusion"
     yaml = {"model": {"target": f"ldm.models.diffusion.ddpm.{kind}", "params": params}}
-    described = published(yaml, "the model", needs_of(tree) | {"null_class": null_class})
+    described = published(yaml, "the model", needs_of(tree) | {"null_class": weights.null_class, "statistics": "unit"})
     again = described.tree
     if schedule["zero_terminal_snr"]:
         raise ValueError("diffusion.schedule.zero_terminal_snr is true, which CompVis' code does not know")

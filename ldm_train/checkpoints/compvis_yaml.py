@@ -8,6 +8,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from ldm_train import names
@@ -175,10 +176,11 @@ def needs_of(tree: Mapping[str, Any]) -> dict[str, Any]:
     conditioners = list((tree.get("conditioners") or {}).values())
     needs = {option: part[option] for part in conditioners for option in ("tokenizer", "labels") if part.get(option)}
     frozen = [part["path"] for part in conditioners if "path" in part]  # a text encoder's folder has its tokenizer
-    return {"tokenizer": frozen[0]} | needs if frozen else needs
+    return {"tokenizer": frozen[0], "text_encoder": frozen[0]} | needs if frozen else needs
 
 
 Tree = dict[str, Any]
+HELD_TEXT, HELD_VISION = "text_encoder", "image_encoder"  # the path of an encoder that the checkpoint itself holds
 PARTS = "ldm_train.conditioning"
 
 
@@ -224,7 +226,7 @@ def _frozen_text(own: _Options, needs: Mapping[str, Any], openclip: bool) -> Tre
         raise ValueError(
             "this model reads captions with CLIP's tokenizer; give tokenizer=<folder with vocab.json and merges.txt>"
         )
-    words = {"path": "text_encoder", "tokenizer": needs["tokenizer"]}  # it comes with the checkpoint
+    words = {"path": HELD_TEXT, "tokenizer": needs["tokenizer"]}
     padding = {"pad_id": 0} if openclip else {}  # open_clip's
     return {"_target_": f"{PARTS}.text.FrozenText", "max_length": length, "layer": layer} | words | padding
 
@@ -257,6 +259,10 @@ def _conditioners(options: _Options, needs: Mapping[str, Any], context_dim: int 
             raise ValueError(f"{options.where}.cond_stage_key is {key!r}; __is_first_stage__ can be of masked_image")
         return {"masked_image": {"_target_": f"{PARTS}.spatial.MaskedImageCondition", "form": "ldm"}}
     kind, own = options.part("cond_stage_config")
+    if kind == "Identity" and context_dim is not None:  # RDM: CLIP's embeddings, of neighbours or of a caption
+        path = needs.get("text_encoder") or "openai/clip-vit-large-patch14"
+        text = {"_target_": f"{PARTS}.text.FrozenText", "path": path, "dim": context_dim, "layer": "projected"}
+        return {"text": text}
     if kind == "Identity" and key in ("LR_image", "lr"):
         return {"lowres": {"_target_": f"{PARTS}.spatial.LowResolution", "factor": 4}}
     if kind not in CONDITIONERS:
@@ -273,12 +279,52 @@ BESIDE = {
     "LatentInpaintDiffusion": "MaskedImageCondition",
     "LatentDepth2ImageDiffusion": "DepthMap",
     "LatentUpscaleDiffusion": "LowResolution",
+    "ImageEmbeddingConditionedLatentDiffusion": "ImageEmbedding",
 }
+EMBEDDERS = ("ClipImageEmbedder", "FrozenOpenCLIPImageEmbedder")
 UPSCALER_NOISE = {"linear_start": 1e-4, "linear_end": 0.02}
 
 
-def _beside(kind: str, options: _Options, channels: int) -> dict[str, Tree]:
-    """The conditioner of the picture. channels: that it adds to the latents."""
+def _image_embedding(options: _Options, width: int, needs: Mapping[str, Any]) -> dict[str, Tree]:
+    """The conditioner of SD 2 unCLIP. width: of its vector, the embedding and its noise level side by side."""
+    options.ignore("embedding_key", "freeze_embedder")
+    dropout = options.take("embedding_dropout", (int, float), 0.5)
+    embedder, own = options.part("embedder_config")
+    if embedder not in EMBEDDERS:
+        raise ValueError(f"{own.where} is of {embedder!r}; {' and '.join(EMBEDDERS)} can be converted")
+    own.ignore("model", "jit", "device", "antialias", "ucg_rate", "arch", "version", "max_length", "freeze")
+    own.only(layer="pooled")
+    own.done()
+    noise, own = options.part("noise_aug_config")
+    if noise != "CLIPEmbeddingNoiseAugmentation":
+        raise ValueError(f"{own.where} is of {noise!r}; CLIPEmbeddingNoiseAugmentation can be converted")
+    schedule = _Options(own.take("noise_schedule_config", dict), f"{own.where}.noise_schedule_config")
+    schedule.only(beta_schedule="squaredcos_cap_v2", timesteps=1000)
+    schedule.done()
+    own.only(max_noise_level=1000)
+    dim, statistics = own.take("timestep_dim", int, 256), own.take("clip_stats_path", str, None)
+    own.done()
+    if 2 * dim != width:
+        raise ValueError(f"{own.where}.timestep_dim is {dim}; half of adm_in_channels={width} can be converted")
+    if statistics is not None:
+        statistics = needs.get("statistics") or Path(needs.get("folder", ".")) / Path(statistics).name
+        if isinstance(statistics, Path) and not statistics.is_file():
+            raise FileNotFoundError(
+                f"{options.where} speaks of {statistics.name}; put it beside the checkpoint: {statistics}"
+            )
+    tree = {
+        "_target_": f"{PARTS}.image_embedding.ImageEmbedding",
+        "encoder": {"_target_": f"{PARTS}.image_embedding.PretrainedVision", "path": HELD_VISION},
+        "encoder_dim": dim, "dim": None, "slot": "vector", "noise_levels": 1000, "dropout": float(dropout),
+        "statistics": str(statistics or "unit"),
+    }  # fmt: skip
+    return {"image": tree}
+
+
+def _beside(kind: str, options: _Options, network: Tree, needs: Mapping[str, Any]) -> dict[str, Tree]:
+    """The conditioner of the picture. network: the U-Net that it conditions."""
+    if kind == "ImageEmbeddingConditionedLatentDiffusion":
+        return _image_embedding(options, network.get("vector_dim", 0), needs)
     options.ignore("concat_keys", "finetune_keys", "keep_finetune_dims", "c_concat_log_start", "c_concat_log_end")
     target = f"{PARTS}.spatial.{BESIDE[kind]}"
     if kind == "LatentInpaintDiffusion":
@@ -296,7 +342,7 @@ def _beside(kind: str, options: _Options, channels: int) -> dict[str, Tree]:
     schedule.done()
     levels = own.take("max_noise_level", int, 1000)
     own.done()
-    tree = {"channels": channels, "factor": 4, "noise_levels": levels, "vector_dim": 1}
+    tree = {"channels": network["concat_channels"], "factor": 4, "noise_levels": levels, "vector_dim": 1}
     return {"lowres": {"_target_": target} | tree}
 
 
@@ -310,7 +356,8 @@ TRAINING = """
 
 def published(config: Mapping[str, Any], where: str, needs: Mapping[str, Any] | None = None) -> Published:
     """A model from the `model` section of its YAML. where: for messages. needs: {"tokenizer": .., "labels": .., "null_class":
-    ..}, which no YAML says. Raises ValueError, naming the option, for what cannot be converted."""
+    .., "text_encoder": .., "folder": .. of the checkpoint, "statistics": ..}, which no YAML says. Raises ValueError, naming the
+    option, for what cannot be converted, FileNotFoundError for a file that it speaks of."""
     kind, options = _Options(config, where).part("model")
     if kind in AUTOENCODERS:
         return Published({"model": config["model"]}, _autoencoder(kind, options), latent=False)
@@ -326,7 +373,7 @@ def published(config: Mapping[str, Any], where: str, needs: Mapping[str, Any] | 
     unet, older = _unet(unet_options, autoencoder["embed_dim"])
     conditioners = _conditioners(options, needs or {}, unet.get("context_dim"))
     if kind in BESIDE:
-        conditioners |= _beside(kind, options, unet["concat_channels"])
+        conditioners |= _beside(kind, options, unet, needs or {})
     size = options.take("image_size", (int, list), 64)
     prediction, betas = options.take("parameterization", str, "eps"), options.take("beta_schedule", str, "linear")
     for name, value, known in (("parameterization", prediction, PREDICTIONS), ("beta_schedule", betas, BETAS)):

@@ -69,7 +69,10 @@ def read_tree(folder: str | Path) -> dict[str, Any]:
     folder = Path(folder)
     tree = names.model(read_config(folder / CONFIG))
     conditioners = tree.get("conditioners")
-    for options in conditioners.values() if isinstance(conditioners, dict) else ():
+    sections = (
+        [part for part in conditioners.values() if isinstance(part, dict)] if isinstance(conditioners, dict) else []
+    )
+    for options in [*sections, *(part.get("encoder") for part in sections)]:
         if isinstance(options, dict) and str(options.get("path", "")).startswith("./"):
             options["path"] = str(inside(folder / options["path"], folder).resolve())
     return tree

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 from torch.nn import functional as F
@@ -32,29 +31,45 @@ class PretrainedVision(nn.Module):
     """A vision encoder of transformers (CLIP, DINOv2, ViT): (B, C, H, W) in [-1, 1] -> (B, L, dim), the mean over groups of
     channels.
 
-    path: a local folder, or a name that transformers can download. hidden: all hidden states; otherwise the pooled
-    (for CLIP projected) embedding, L = 1. Raises FileNotFoundError where it cannot be obtained.
+    path: a local folder, or a name that transformers can download, at first use. hidden: all hidden states; otherwise the
+    pooled (for CLIP projected) embedding, L = 1
     """
 
     def __init__(self, path: str, hidden: bool = False):
         super().__init__()
-        from transformers import AutoConfig, AutoImageProcessor, AutoModel, CLIPVisionModelWithProjection
+        self.path, self.hidden = path, hidden
+        self.model: nn.Module | None = None
 
-        with loading("vision encoder", path, "config.json, preprocessor_config.json and weights"):
-            if path.startswith(("/", ".")) and not Path(path).is_dir():
-                raise OSError("no such folder")  # not a name to ask the network for
-            clip = AutoConfig.from_pretrained(path, trust_remote_code=False).model_type.startswith("clip")
-            self.model = (CLIPVisionModelWithProjection if clip else AutoModel).from_pretrained(
-                path, trust_remote_code=False
-            )
-            processor = AutoImageProcessor.from_pretrained(path, trust_remote_code=False)
-        self.hidden = hidden
+    def take(self, processor: Any, model: nn.Module) -> None:
+        """Uses these instead of loading them."""
+        self.processor, self.model = processor, model.eval().requires_grad_(False)
         sizes = processor.crop_size if getattr(processor, "do_center_crop", False) else processor.size
         self.side = int(sizes.get("height") or sizes.get("shortest_edge"))
         self.register_buffer("mean", torch.tensor(processor.image_mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(processor.image_std).view(1, 3, 1, 1), persistent=False)
 
+    def loaded(self) -> "PretrainedVision":
+        """Itself, its weights there. Raises FileNotFoundError where they cannot be obtained."""
+        if self.model is None:
+            from transformers import AutoConfig, AutoImageProcessor, AutoModel, CLIPVisionModelWithProjection
+
+            path = self.path
+            with loading("vision encoder", path, "config.json, preprocessor_config.json and weights"):
+                if path.startswith(("/", ".")) and not Path(path).is_dir():
+                    raise OSError("no such folder")  # not a name to ask the network for
+                clip = AutoConfig.from_pretrained(path, trust_remote_code=False).model_type.startswith("clip")
+                kind = CLIPVisionModelWithProjection if clip else AutoModel
+                model = kind.from_pretrained(path, trust_remote_code=False)
+                self.take(AutoImageProcessor.from_pretrained(path, trust_remote_code=False), model)
+        return self
+
+    @property
+    def is_local(self) -> bool:
+        """Whether no network is needed for it."""
+        return self.model is not None or Path(self.path).is_dir()
+
     def forward(self, images: torch.Tensor) -> torch.Tensor:
+        self.loaded().to(images.device)
         seen = F.interpolate(in_threes(images), (self.side,) * 2, mode="bicubic", antialias=True, align_corners=False)
         output = self.model(pixel_values=((seen.clamp(-1, 1) + 1) / 2 - self.mean) / self.std)
         if self.hidden:
@@ -64,20 +79,26 @@ class PretrainedVision(nn.Module):
 
 
 def read_statistics(path: str, dim: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean and standard deviation (dim,) of an encoder's embeddings, from a .safetensors file that holds `mean` and `std`
-    (as the image_normalizer of diffusers' unCLIP pipelines). Raises FileNotFoundError or ValueError, naming the file."""
+    """Mean and standard deviation (dim,) of an encoder's embeddings, from a .safetensors file that holds `mean` and `std` (as
+    the image_normalizer of diffusers' unCLIP pipelines), or a .th file of the two (as Stable Diffusion 2 unCLIP has). Raises
+    FileNotFoundError or ValueError, naming the file."""
     if not Path(path).is_file():
         raise FileNotFoundError(
             f"{path} is no file; set statistics to a .safetensors file, or to 'unit' (mean 0, std 1; a trained model's own "
             "come with its weights)"
         )
     try:
-        state = load_file(path)
-    except (OSError, SafetensorError):
-        state = {}
-    statistics = [state[name].float().flatten() for name in ("mean", "std") if name in state]
+        if path.endswith(".th"):
+            state = dict(zip(("mean", "std"), torch.load(path, "cpu", weights_only=True)))
+        else:
+            state = load_file(path)
+        statistics = [state[name].float().flatten() for name in ("mean", "std")]
+    except Exception:  # the libraries raise many kinds
+        statistics = []
     if [len(part) for part in statistics] != [dim, dim] or not (statistics[1] > 0).all():
-        raise ValueError(f"{path} does not hold `mean` and `std` (above 0) of {dim} values each in safetensors format")
+        raise ValueError(
+            f"{path} does not hold `mean` and `std` (above 0) of {dim} values each, as .safetensors or a .th file of both"
+        )
     return statistics[0], statistics[1]
 
 
@@ -131,10 +152,18 @@ class ImageEmbedding(Conditioner):
     def trained_options(cls, options: dict[str, Any]) -> dict[str, Any]:
         return options if options.get("statistics") is None else options | {"statistics": "unit"}
 
+    @property
+    def encoder(self) -> nn.Module:
+        return self._encoder[0]
+
+    def require(self) -> None:
+        if isinstance(self.encoder, PretrainedVision):
+            self.encoder.loaded()
+
     @torch.no_grad()
     def embed(self, images: torch.Tensor) -> torch.Tensor:
         """(B, C, H, W) in [-1, 1] -> (B, L, encoder_dim), without `statistics` each with mean 0 and variance 1."""
-        features = self._encoder[0].to(self.device)(images.to(self.device)).float()
+        features = self.encoder.to(self.device)(images.to(self.device)).float()
         if features.shape[2] != self.encoder_dim:
             raise ValueError(
                 f"the image encoder gives {features.shape[2]} features, the config says {self.encoder_dim}"

@@ -194,7 +194,9 @@ class FrozenText(Captions):
 
     path: a local folder, or a name that transformers can download
     dim: width of its hidden states; must equal the U-Net's context_dim
-    layer: "last", or "penultimate" with the encoder's final norm applied, as Stable Diffusion 2
+    layer: "last", or "penultimate" with the encoder's final norm applied, as Stable Diffusion 2, or "projected": CLIP's one
+        embedding of a caption, of length 1, its null condition being zero, as retrieval-augmented models (Blattmann et al.
+        2022) are asked in words
     max_length: tokens, longer captions are cut. masked: let attention ignore padding (CLIP models were trained with
         it visible, so Stable Diffusion uses false)
     cache_size: captions whose hidden states are kept in memory
@@ -219,8 +221,8 @@ class FrozenText(Captions):
         pretrained: tuple[Any, nn.Module] | None = None,
     ):
         super().__init__(dropout)
-        if layer not in ("last", "penultimate"):
-            raise ValueError(f"layer is 'last' or 'penultimate', not {layer!r}")
+        if layer not in ("last", "penultimate", "projected"):
+            raise ValueError(f"layer is 'last', 'penultimate' or 'projected', not {layer!r}")
         self.path, self.dim, self.layer, self.max_length, self.masked = path, dim, layer, max_length, masked
         self.pad_id = pad_id
         self.cache_size, self.widths, self.tokenizer_path = cache_size, {"context": dim}, tokenizer or path
@@ -241,7 +243,7 @@ class FrozenText(Captions):
     def pretrained(self) -> tuple[Any, nn.Module]:
         """Tokenizer and encoder, loaded at first use. Raises FileNotFoundError where they cannot be obtained."""
         if self._pretrained is None:
-            from transformers import AutoConfig, AutoModel, AutoTokenizer, CLIPTextModel
+            from transformers import AutoConfig, AutoModel, AutoTokenizer, CLIPTextModel, CLIPTextModelWithProjection
 
             holds = "config.json, weights and tokenizer as diffusion.conditioning.conditioners.text.path=<folder>"
             with loading("text encoder", self.path, holds):
@@ -252,7 +254,10 @@ class FrozenText(Captions):
 
                 tokenizer = loaded(AutoTokenizer, self.tokenizer_path)
                 clip = loaded(AutoConfig, self.path).model_type.startswith("clip")
-                model = loaded(CLIPTextModel if clip else AutoModel, self.path)
+                if self.layer == "projected" and not clip:
+                    raise ValueError("layer=projected is for models of CLIP")
+                kind = CLIPTextModelWithProjection if self.layer == "projected" else CLIPTextModel
+                model = loaded(kind if clip else AutoModel, self.path)
             if self.pad_id is not None and not 0 <= self.pad_id < len(tokenizer):
                 raise ValueError(f"pad_id={self.pad_id} is none of the tokenizer's {len(tokenizer)} tokens")
             model = model.get_encoder() if model.config.is_encoder_decoder else model
@@ -260,12 +265,17 @@ class FrozenText(Captions):
         tokenizer, model = self._pretrained
         return tokenizer, model.to(self.device)
 
+    @property
+    def is_local(self) -> bool:
+        """Whether no network is needed for the encoder."""
+        return self._pretrained is not None or Path(self.path).is_dir()
+
     def require(self) -> None:
         self.pretrained()
 
     @torch.no_grad()
     def encode(self, captions: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
-        """B captions -> hidden states (B, L, dim) and attention mask (B, L) on the CPU."""
+        """B captions -> hidden states (B, L, dim) and attention mask (B, L) on the CPU; L = 1 for `projected`."""
         tokenizer, model = self.pretrained()
         tokens = tokenizer(
             list(captions), padding="max_length", truncation=True, max_length=self.max_length, return_tensors="pt"
@@ -275,7 +285,11 @@ class FrozenText(Captions):
             ids = ids.masked_fill(tokens["attention_mask"] == 0, self.pad_id)
         arguments = {"attention_mask": tokens["attention_mask"]} if self.masked else {}
         output = model(input_ids=ids, output_hidden_states=self.layer == "penultimate", **arguments)
-        hidden = output.last_hidden_state
+        seen = tokens["attention_mask"].bool()
+        if self.layer == "projected":
+            hidden, seen = F.normalize(output.text_embeds, dim=1)[:, None], seen[:, :1]
+        else:
+            hidden = output.last_hidden_state
         if self.layer == "penultimate":
             hidden = output.hidden_states[-2]
             text = getattr(model, "text_model", model)
@@ -285,17 +299,19 @@ class FrozenText(Captions):
             raise ValueError(
                 f"{self.path} gives hidden states of width {hidden.shape[2]}, the config says dim={self.dim}"
             )
-        return hidden.float().cpu(), tokens["attention_mask"].bool().cpu()
+        return hidden.float().cpu(), seen.cpu()
 
     def forward(self, values: Sequence[str], drop: torch.Tensor) -> dict[str, torch.Tensor]:
         """B captions -> context (B, L, dim), context_mask (B, L)."""
-        captions = ["" if dropped else text for text, dropped in zip(values, drop.tolist())]
-        missing = sorted({c for c in captions if c not in self._cache})
+        empty = None if self.layer == "projected" else ""
+        captions = [empty if dropped else text for text, dropped in zip(values, drop.tolist())]
+        missing = sorted({c for c in captions if c is not None and c not in self._cache})
         if missing:
             self._cache |= dict(zip(missing, zip(*self.encode(missing))))
-        for caption in captions:
+        for caption in (c for c in captions if c is not None):
             self._cache.move_to_end(caption)
-        pairs = [self._cache[c] for c in captions]
+        zero = torch.zeros(1, self.dim), torch.ones(1, dtype=torch.bool)
+        pairs = [zero if c is None else self._cache[c] for c in captions]
         while len(self._cache) > self.cache_size:
             self._cache.popitem(last=False)
         context, mask = (torch.stack(part).to(self.device) for part in zip(*pairs))

@@ -105,7 +105,7 @@ class DinoV2(Extractor):
     name = "dinov2"
 
     def __init__(self, path: str = "facebook/dinov2-large"):
-        super().__init__(_named("extractors.dinov2.path", path, PretrainedVision))
+        super().__init__(_named("extractors.dinov2.path", path, lambda path: PretrainedVision(path).loaded()))
 
     @torch.no_grad()
     def forward(self, images: torch.Tensor) -> torch.Tensor:

@@ -24,6 +24,7 @@ from ldm_train.rules import Rule, check, either, flag, list_of, one_of, optional
 RULES: dict[str, Rule] = {
     **dict.fromkeys(("from", "to"), text("path; give from=<model> to=<folder or file>")),
     **dict.fromkeys(("config", "tokenizer"), optional(text("file"))),
+    "text_encoder": optional(text("folder or name")),
     "format": one_of(*FORMS),
     "weights": optional(one_of("averaged", "live")),
     "labels": optional(either(whole(1), list_of(str))),
@@ -44,6 +45,7 @@ def read(config: DictConfig) -> tuple[Model, compvis.Report | None]:
             raise FileNotFoundError(f"from={source}: there is no such file")
         labels = OmegaConf.to_container(config.labels) if OmegaConf.is_list(config.labels) else config.labels
         needs = {"labels": labels, "tokenizer": _tokenizer(config.tokenizer), "null_class": config.null_class}
+        needs["text_encoder"] = config.text_encoder
         yaml = Path(config.config) if config.config is not None else yaml_beside(source)
         model, described, report = compvis.load(source, yaml, config.weights, needs)
         metadata = {"converted_from": source.name}
@@ -51,13 +53,13 @@ def read(config: DictConfig) -> tuple[Model, compvis.Report | None]:
             metadata["sampling"] = SAMPLING
         if (classes := described.tree.get("conditioners", {}).get("class_label")) is not None:
             metadata["null_class"] = described.class_rows == classes["classes"] + 1
-        return Model(model, described.tree, metadata, brings_text=True), report
+        return Model(model, described.tree, metadata), report
     if is_repo(source):
         source = downloaded(str(source))
     if is_diffusers(source):
         module, tree = read_pipeline(source)
         metadata = {"sampling": diffusers_metadata(source)["sampling"], "converted_from": source.name}
-        return Model(module, tree, metadata, brings_text=True), None
+        return Model(module, tree, metadata), None
     if (source / "config.json").is_file():
         check_folder_links(source)
         tree = first_stage_tree(source)["autoencoder"]
@@ -65,13 +67,7 @@ def read(config: DictConfig) -> tuple[Model, compvis.Report | None]:
         return Model(module, tree, {"downsample_factor": module.downsample_factor, "converted_from": source.name}), None
     folder = native_folder(source)
     metadata = {k: v for k, v in read_metadata(folder).items() if k not in ("sha256", "config_sha256")}
-    tree = read_tree(folder)
-    brought = any(
-        Path(str(part.get("path", ""))).is_dir()
-        for part in (tree.get("conditioners") or {}).values()
-        if part.get("path")
-    )
-    return Model(load_model(folder), tree, metadata, brings_text=brought), None
+    return Model(load_model(folder), read_tree(folder), metadata), None
 
 
 def _tokenizer(value: str | None) -> str | None:

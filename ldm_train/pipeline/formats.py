@@ -3,7 +3,7 @@
 import importlib
 import io
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,10 +16,11 @@ from torch import nn
 
 from ldm_train.checkpoints import compvis, diffusers_export
 from ldm_train.checkpoints.clip import is_openclip
-from ldm_train.checkpoints.compvis_describe import describe
-from ldm_train.checkpoints.compvis_yaml import Published, needs_of
+from ldm_train.checkpoints.compvis_describe import STATISTICS, Weights, describe
+from ldm_train.checkpoints.compvis_yaml import HELD_TEXT, HELD_VISION, Published, needs_of
 from ldm_train.checkpoints.diffusers import is_diffusers
 from ldm_train.checkpoints.native import load_model, save_model
+from ldm_train.conditioning.image_embedding import ImageEmbedding, PretrainedVision, TinyVision
 from ldm_train.conditioning.text import FrozenText
 from ldm_train.latent_diffusion import LatentDiffusion
 from ldm_train.models.autoencoder import AutoencoderKL
@@ -27,20 +28,17 @@ from ldm_train.models.first_stage import FirstStage, fold_statistics
 from ldm_train.storage import read_record, write_atomically, write_folder
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-TEXT_ENCODER = "text_encoder"  # in the native folder of a model whose checkpoint held one
 SD_SCALE = 0.18215
 Outputs = dict[str, torch.Tensor]
 
 
 @dataclass
 class Model:
-    """A model that is to be written. tree: what builds it. metadata: of its native folder. brings_text: its frozen text encoder
-    came with it, and belongs into its native folder."""
+    """A model that is to be written. tree: what builds it. metadata: of its native folder."""
 
     module: nn.Module
     tree: dict[str, Any]
     metadata: dict[str, Any]
-    brings_text: bool = False
 
     @property
     def null_class(self) -> bool:
@@ -57,10 +55,20 @@ class Model:
         conditioners = getattr(self.module, "conditioners", {}).values()
         return next((c for c in conditioners if isinstance(c, FrozenText)), None)
 
+    @property
+    def image_embedding(self) -> ImageEmbedding | None:
+        conditioners = getattr(self.module, "conditioners", {}).values()
+        return next((c for c in conditioners if isinstance(c, ImageEmbedding)), None)
+
     def described(self) -> Published:
         """As CompVis' YAML has it. Raises ValueError where none does."""
-        text = self.frozen_text
-        return describe(self.tree, self.null_class, text is not None and is_openclip(text.pretrained()[1]))
+        text, image = self.frozen_text, self.image_embedding
+        held = text is not None and text.layer != "projected"
+        says = {"null_class": self.null_class, "openclip": held and is_openclip(text.pretrained()[1])}
+        if image is not None and isinstance(image.encoder, PretrainedVision):
+            says["openclip_images"] = is_openclip(image.encoder.loaded().model)
+            says["statistics"] = not image.per_image and bool(image.mean.any() or (image.std != 1).any())
+        return describe(self.tree, Weights(**says))
 
 
 @dataclass
@@ -109,8 +117,10 @@ def outputs(model: nn.Module) -> Outputs:
         x, given = network_inputs(model)
         made = {"prediction": model.network(x, torch.tensor([500.0]), **given), "decoding": model.decode(x)}
         for conditioner in model.conditioners.values():
-            if isinstance(conditioner, FrozenText):
+            if isinstance(conditioner, FrozenText) and conditioner.is_local:
                 made["caption"] = conditioner.encode(["a"])[0]
+            if isinstance(conditioner, ImageEmbedding) and not isinstance(conditioner.encoder, TinyVision):
+                made["picture"] = conditioner.embed(_noise(1, 3, 64, 64).clamp(-1, 1))
         if not any("concat" in conditioner.widths for conditioner in model.conditioners.values()):
             null = model.null_condition(1)
             made |= {f"null {slot}": null[slot] for slot in ("context", "vector") if slot in null}
@@ -120,24 +130,32 @@ def outputs(model: nn.Module) -> Outputs:
 def native(model: Model, target: Path, dtype: torch.dtype) -> Form:
     """A model folder of this package."""
     megabytes = 4e-6 * sum(parameter.numel() for parameter in model.module.parameters())
-    tree, text = deepcopy(model.tree), model.frozen_text
-
-    def save_text(folder: Path) -> None:
-        for part in reversed(text.pretrained()):
-            part.save_pretrained(folder)
+    tree = deepcopy(model.tree)
 
     def write() -> None:
-        if text is not None and model.brings_text:
-            path = target / TEXT_ENCODER
-            write_folder(path, save_text, replace=True)
-            for part in tree["conditioners"].values():
-                if part["_target_"].endswith(".FrozenText"):
-                    part.pop("tokenizer", None)
-                    part["path"] = f"./{TEXT_ENCODER}"
+        for name, conditioner in getattr(model.module, "conditioners", {}).items():
+            part, encoder = tree["conditioners"][name], getattr(conditioner, "encoder", None)
+            if isinstance(conditioner, FrozenText) and conditioner.is_local:
+                part.pop("tokenizer", None)
+                part["path"] = _along(target / HELD_TEXT, conditioner.pretrained())
+            elif isinstance(encoder, PretrainedVision) and encoder.is_local:
+                taken = encoder.loaded()
+                part["encoder"]["path"] = _along(target / HELD_VISION, (taken.processor, taken.model))
         save_model(target, model.module, tree, model.metadata)
 
     says = f"{target}, a model folder ({megabytes:,.1f} MB of weights)"
     return Form([target], says, write, lambda: outputs(load_model(target)))
+
+
+def _along(folder: Path, parts: Sequence[Any]) -> str:
+    """Writes a frozen encoder and what prepares its input into a folder of a model folder. Returns its path there."""
+
+    def save_parts(folder: Path) -> None:
+        for part in reversed(parts):
+            part.save_pretrained(folder)
+
+    write_folder(folder, save_parts, replace=True)
+    return f"./{folder.name}"
 
 
 def of_compvis(model: Model, target: Path, dtype: torch.dtype) -> Form:
@@ -151,29 +169,35 @@ def _checkpoint(
 ) -> Form:
     """says: metadata of a file of safetensors."""
     megabytes, dtype = sum(tensor.nbytes for tensor in tensors.values()) / 1e6, next(iter(tensors.values())).dtype
-    beside = target.with_suffix(".yaml")
+    beside, written = target.with_suffix(".yaml"), {}
+    if (noise := described.yaml["model"]["params"].get("noise_aug_config", {}).get("params", {})).get(
+        "clip_stats_path"
+    ):
+        statistics = target.with_name(f"{target.stem}.{STATISTICS}")
+        image, noise["clip_stats_path"] = model.image_embedding, statistics.name
+        written[statistics] = _pickled((image.mean.cpu(), image.std.cpu()))
     yaml = yaml_library.safe_dump(described.yaml, sort_keys=False).encode()
 
     def write() -> None:
-        data = save(tensors, says) if target.suffix == ".safetensors" else _pickled(tensors)
+        data = save(tensors, says) if target.suffix == ".safetensors" else _pickled({"state_dict": tensors})
         target.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(beside, lambda file: file.write(yaml))
-        write_atomically(target, lambda file: file.write(data))
+        for path, content in {**written, beside: yaml, target: data}.items():
+            write_atomically(path, lambda file, content=content: file.write(content))
 
     def again() -> Outputs:
         needs = needs_of(model.tree) | {"null_class": model.null_class}
-        if model.frozen_text is not None:
+        if model.frozen_text is not None and model.frozen_text.layer != "projected":
             needs["tokenizer"] = model.frozen_text.pretrained()[0]
         return outputs(compvis.load(target, beside, needs=needs)[0])
 
     text = f"{target} and {beside.name}, {len(tensors)} tensors, {megabytes:,.1f} MB, {dtype}".replace("torch.", "")
     folded = isinstance(model.module, LatentDiffusion) and model.module.first_stage.one_scale is None
-    return Form([target, beside], text, write, again, 1e-4 if folded else 0.0)
+    return Form([target, beside, *written], text, write, again, 1e-4 if folded else 0.0)
 
 
-def _pickled(tensors: dict[str, torch.Tensor]) -> bytes:
+def _pickled(content: Any) -> bytes:
     buffer = io.BytesIO()
-    torch.save({"state_dict": tensors}, buffer)
+    torch.save(content, buffer)
     return buffer.getvalue()
 
 

@@ -16,9 +16,10 @@ from published_yaml import AUTOENCODERS, DIFFUSION, autoencoder_config, diffusio
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
+from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
 from ldm_train.checkpoints import compvis
-from ldm_train.checkpoints.clip import read_text_encoder
+from ldm_train.checkpoints.clip import read_clip_tokenizer, read_image_encoder, read_text_encoder
 from ldm_train.checkpoints.compvis_describe import describe
 from ldm_train.checkpoints.compvis_yaml import published
 from ldm_train.checkpoints.native import load_latent_diffusion, load_model, save_model
@@ -62,6 +63,22 @@ def clip_words(folder: Path) -> Path:
     return folder / "words"
 
 
+def clip_of_text(folder: Path) -> Path:
+    """A small text model of CLIP whose embeddings have 768 values, with its tokenizer."""
+    sizes = {
+        "hidden_size": 64,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "vocab_size": 20,
+    }
+    torch.manual_seed(0)
+    config = CLIPTextConfig(**sizes, projection_dim=768, bos_token_id=0, eos_token_id=1)
+    CLIPTextModelWithProjection(config).save_pretrained(folder / "clip")
+    read_clip_tokenizer(clip_words(folder)).save_pretrained(folder / "clip")
+    return folder / "clip"
+
+
 def converted(source: Path, target: Path, *options: str) -> Path:
     return convert(composed("convert", f"from={source}", f"to={target}", *options))
 
@@ -70,16 +87,26 @@ def converted(source: Path, target: Path, *options: str) -> Path:
 @pytest.mark.parametrize("name", [*AUTOENCODERS, *DIFFUSION])
 def test_every_tensor_of_a_published_model_has_its_place_at_full_size(name: str, tmp_path: Path):
     model = autoencoder_config(name) if name in AUTOENCODERS else diffusion_config(name)
-    needs = {"labels": 601, "tokenizer": read_tokenizer(str(vocabulary(tmp_path, 30522))).to_str()}
+    needs = {
+        "labels": 601,
+        "tokenizer": read_tokenizer(str(vocabulary(tmp_path, 30522))).to_str(),
+        "statistics": "unit",
+    }
     described = published({"model": model}, name, needs)
     theirs = tensors(model)
     with torch.device("meta"):
         ours = build(described.tree, name)
+    given = {k: torch.empty(shape, device="meta") for k, shape in theirs.items()}
     if name.startswith("sd-"):  # the text encoder is a model of transformers, which makes its own places
-        given = {k: torch.empty(shape, device="meta") for k, shape in theirs.items()}
         _, used, unused = read_text_encoder(given, tmp_path)
         assert len(used) == (196 if "v1" in name else 12 * 24 + 4)
         assert all("position_ids" in k or "text_projection" in k or "logit_scale" in k for k in unused)
+        theirs = {k: shape for k, shape in theirs.items() if k not in used | set(unused)}
+    if "unclip" in name:
+        _, vision, used, unused = read_image_encoder(
+            given, "OpenCLIP" in str(model["params"]["embedder_config"]), tmp_path
+        )
+        assert sum(p.numel() for p in vision.parameters()) == {"h": 632_076_800, "l": 303_966_208}[name[-1]]
         theirs = {k: shape for k, shape in theirs.items() if k not in used | set(unused)}
     for averaged in (False, True)[: 1 + (described.latent and described.uses_ema)]:
         left = dict(theirs)
@@ -117,13 +144,21 @@ def test_diffusion_models_load_sample_and_come_back_to_the_bit(name: str, tmp_pa
     model = diffusion_config(name, small=True)
     source, state = checkpoint(tmp_path, model)
     words = clip_words(tmp_path) if name.startswith("sd-") else vocabulary(tmp_path)
-    folder = converted(source, tmp_path / "native", f"tokenizer={words}", "labels=100", "verify=true")
+    options = [f"text_encoder={clip_of_text(tmp_path)}"] if name.startswith("rdm") else []
+    if name.endswith("unclip-l"):
+        with pytest.raises(FileNotFoundError, match=r"speaks of ViT-L-14_stats.th; put it beside the checkpoint"):
+            converted(source, tmp_path / "native", f"tokenizer={words}")
+        torch.save((torch.arange(32.0)[None], torch.full((1, 32), 2.0)), tmp_path / "ViT-L-14_stats.th")
+    folder = converted(source, tmp_path / "native", f"tokenizer={words}", "labels=100", "verify=true", *options)
+    for name_in_folder in [n for n in ("words", "clip", "ViT-L-14_stats.th") if (tmp_path / n).exists()]:
+        (tmp_path / name_in_folder).rename(tmp_path / f"moved_{name_in_folder}")  # the model has its own
     latent = load_latent_diffusion(folder)
     latent.latent_size = (16, 16)
     f = latent.first_stage.downsample_factor
     conditions = CONDITIONS | {
         "lowres": torch.zeros(1, 3, 16, 16), "masked_image": torch.zeros(1, 4, 16 * f, 16 * f),
         "segmentation": torch.zeros(1, 16 * f, 16 * f, dtype=torch.long), "depth": torch.rand(1, 1, 16 * f, 16 * f),
+        "reference": torch.rand(1, 3, 40, 40),
     }  # fmt: skip
     batch = {field: conditions[field] for field in latent.fields}
     images = latent.sample(batch, [0], Sampling(num_inference_steps=2))
@@ -148,6 +183,13 @@ def test_diffusion_models_load_sample_and_come_back_to_the_bit(name: str, tmp_pa
     if name.startswith("sd-"):
         unused = {k for k in state if k.startswith("cond_stage_model") and k not in again}
         assert all(k.endswith(("position_ids", "text_projection", "logit_scale")) for k in unused)
+    if "unclip" in name:
+        assert {k for k in state if k.startswith("embedder.model.visual.")} == {k for k in again if "embedder" in k}
+        assert yaml.safe_load((tmp_path / "again.yaml").read_text())["model"]["target"] == model["target"]
+    if name.endswith("unclip-l"):
+        mean, std = torch.load(tmp_path / "again.clip_stats.th", weights_only=True)
+        assert torch.equal(mean, torch.arange(32.0))
+        assert torch.equal(std, torch.full((32,), 2.0))
 
 
 def test_openclips_text_encoder_computes_what_it_did(tmp_path: Path):
@@ -178,6 +220,43 @@ def test_openclips_text_encoder_computes_what_it_did(tmp_path: Path):
     x = x + F.linear(y, own[f"{block}.mlp.c_proj.weight"], own[f"{block}.mlp.c_proj.bias"])
     with torch.no_grad():
         torch.testing.assert_close(text.encode(["a"])[0], norm(x, "ln_final"), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["h", "l"])
+def test_unclips_encoder_of_pictures_computes_what_it_did(kind: str, tmp_path: Path):
+    """Beside open_clip's own forward, written with torch's attention: pre-norm blocks, GELU (L: its approximation), class token."""
+    source, state = checkpoint(tmp_path, diffusion_config(f"sd-v2-unclip-{kind}", small=True))
+    torch.save((torch.zeros(32), torch.ones(32)), tmp_path / "ViT-L-14_stats.th")
+    folder = converted(source, tmp_path / "native", f"tokenizer={clip_words(tmp_path)}")
+    image = load_latent_diffusion(folder).conditioners["image"]
+    assert image.encoder.path == str((folder / "image_encoder").resolve())
+    own = {k.removeprefix("embedder.model.visual."): v for k, v in state.items() if "visual." in k}
+    pictures = torch.rand(2, 3, 32, 32) * 2 - 1
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (
+        (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+    ))  # fmt: skip
+    x = F.conv2d(((pictures + 1) / 2 - mean) / std, own["conv1.weight"], stride=8).flatten(2).mT
+    x = torch.cat([own["class_embedding"].expand(2, 1, -1), x], 1) + own["positional_embedding"]
+
+    def norm(x: torch.Tensor, name: str) -> torch.Tensor:
+        return F.layer_norm(x, (64,), own[f"{name}.weight"], own[f"{name}.bias"])
+
+    x = norm(x, "ln_pre")
+    for n in range(2):
+        block = f"transformer.resblocks.{n}"
+        attention = torch.nn.MultiheadAttention(64, 1, batch_first=True)
+        attention.load_state_dict(
+            {k.removeprefix(f"{block}.attn."): v for k, v in own.items() if f"{block}.attn." in k}
+        )
+        y = norm(x, f"{block}.ln_1")
+        x = x + attention(y, y, y, need_weights=False)[0]
+        y = F.linear(norm(x, f"{block}.ln_2"), own[f"{block}.mlp.c_fc.weight"], own[f"{block}.mlp.c_fc.bias"])
+        y = F.gelu(y) if kind == "h" else y * torch.sigmoid(1.702 * y)
+        x = x + F.linear(y, own[f"{block}.mlp.c_proj.weight"], own[f"{block}.mlp.c_proj.bias"])
+    with torch.no_grad():
+        torch.testing.assert_close(
+            image.embed(pictures)[:, 0], norm(x[:, 0], "ln_post") @ own["proj"], rtol=1e-4, atol=1e-5
+        )
 
 
 @pytest.mark.slow

@@ -364,4 +364,4 @@ def test_pretrained_vision_gives_the_embeddings_of_transformers(tmp_path: Path) 
     conditioner = ImageEmbedding(PretrainedVision(str(tmp_path / "clip")), 12, 8)
     assert conditioner(images, torch.tensor([False, True]))["vector"].shape == (2, 8)
     with pytest.raises(FileNotFoundError, match=r"vision encoder .*nowhere is not there"):
-        PretrainedVision(str(tmp_path / "nowhere"))
+        ImageEmbedding(PretrainedVision(str(tmp_path / "nowhere")), 12, 8).require()
