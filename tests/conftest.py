@@ -1,8 +1,12 @@
 """What every test shares: one thread, no progress bars, and the way to the real images where they are present."""
 
+import copy
+import gc
 import os
 import socket
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 os.environ["TQDM_DISABLE"] = "1"  # read when tqdm is imported
 # Sums depend on the number of threads: the processes that tests start, and compare to the bit, have one as well.
@@ -10,6 +14,8 @@ os.environ |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 
 import pytest
 import torch
+from hydra._internal.config_repository import ConfigRepository
+from hydra.core.object_type import ObjectType
 
 ROOT = Path(__file__).parents[1]
 # Which servers of this machine ask a name server for, whose silence may last 20 s.
@@ -36,6 +42,30 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(scope="session", autouse=True)
 def one_thread() -> None:
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def configs_are_read_once() -> Iterator[None]:
+    """Hydra reads and parses each file of conf/ for each command, which takes most of a short command's time."""
+    read, kept = ConfigRepository.load_config, dict[tuple[str, str, int], Any]()
+
+    def load_config(repository: ConfigRepository, config_path: str) -> Any:
+        source = repository._find_object_source(config_path, ObjectType.CONFIG)
+        file = Path(str(getattr(source, "path", ""))) / f"{config_path}.yaml"
+        if not file.is_file():
+            return read(repository, config_path)
+        key = (source.provider, str(file), file.stat().st_mtime_ns)
+        if key not in kept:
+            kept[key] = read(repository, config_path)
+        result = copy.copy(kept[key])
+        result.config = copy.deepcopy(result.config)  # Hydra sets options in it
+        return result
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ConfigRepository, "load_config", load_config)
+        gc.freeze()  # what is imported by now stays; looking through it again and again is slow
+        yield
+        gc.unfreeze()
 
 
 @pytest.fixture(autouse=True)

@@ -1,7 +1,7 @@
 """The models of CompVis/latent-diffusion as their YAML describes them, and the names and shapes of their tensors, generated from
 the YAML by the rules of the published code (openaimodel.py, model.py, x_transformer.py), without a line of ours."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from copy import deepcopy
 from functools import partial
 from typing import Any
@@ -203,7 +203,8 @@ def diffusion_config(name: str, small: bool = False) -> dict[str, Any]:
     first = autoencoder_config(autoencoder, *((32, 16) if small else ()))
     unet = {"image_size": latents, "in_channels": channels, "out_channels": channels, "num_res_blocks": 2} | unet
     if small:
-        unet = unet | {"model_channels": 64 if unet.get("num_head_channels") == 64 else 32}
+        unet = unet | {"model_channels": 64 if unet.get("num_head_channels") == 64 else 32, "num_res_blocks": 1}
+        first["params"]["ddconfig"]["num_res_blocks"] = 1
     if small and options.get("cond_stage_key") == "txt":
         unet["context_dim"] = 64
     if small and isinstance(condition, dict) and "params" in condition:
@@ -228,6 +229,21 @@ def diffusion_config(name: str, small: bool = False) -> dict[str, Any]:
         options["noise_aug_config"]["params"]["timestep_dim"] = 32
     kind = next((k for word, k in kinds.items() if name.startswith("sd-") and name.endswith(word)), "LatentDiffusion")
     return {"target": f"ldm.models.diffusion.ddpm.{kind}", "params": params | options}
+
+
+def of_one_architecture(names: Iterable[str]) -> set[str]:
+    """Those of `names` whose model another before them has as well, but for sizes that a small model does not have."""
+    seen, again = list[dict[str, Any]](), set[str]()
+    for name in names:
+        params = diffusion_config(name, small=True)["params"]
+        made = {
+            k: params[k]
+            for k in ("unet_config", "first_stage_config", "cond_stage_config", "scale_by_std", "embedder_config")
+            if k in params
+        }
+        again |= {name} if made in seen else set()
+        seen.append(made)
+    return again
 
 
 # -- tensors -----------------------------------------------------------------------------------------------------------

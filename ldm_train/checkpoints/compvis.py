@@ -23,7 +23,8 @@ from ldm_train.checkpoints.clip import (
     read_text_encoder,
     text_encoder_tensors,
 )
-from ldm_train.checkpoints.compvis_yaml import HELD_TEXT, Published, published
+from ldm_train.checkpoints.compvis_conditioners import HELD_TEXT
+from ldm_train.checkpoints.compvis_yaml import Published, published
 from ldm_train.checkpoints.parts import build, no_larger_than
 from ldm_train.conditioning.image_embedding import ImageEmbedding
 from ldm_train.conditioning.text import FrozenText

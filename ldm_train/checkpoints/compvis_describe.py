@@ -5,12 +5,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from ldm_train import names
+from ldm_train.checkpoints.compvis_conditioners import BESIDE, EMBEDDERS, UPSCALER_NOISE
 from ldm_train.checkpoints.compvis_yaml import (
-    BESIDE,
     BETAS,
-    EMBEDDERS,
     PREDICTIONS,
-    UPSCALER_NOISE,
     Published,
     needs_of,
     published,

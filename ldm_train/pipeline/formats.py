@@ -16,8 +16,9 @@ from torch import nn
 
 from ldm_train.checkpoints import compvis, diffusers_export
 from ldm_train.checkpoints.clip import is_openclip
+from ldm_train.checkpoints.compvis_conditioners import HELD_TEXT, HELD_VISION
 from ldm_train.checkpoints.compvis_describe import STATISTICS, Weights, describe
-from ldm_train.checkpoints.compvis_yaml import HELD_TEXT, HELD_VISION, Published, needs_of
+from ldm_train.checkpoints.compvis_yaml import Published, needs_of
 from ldm_train.checkpoints.diffusers import is_diffusers
 from ldm_train.checkpoints.native import load_model, save_model
 from ldm_train.conditioning.image_embedding import ImageEmbedding, PretrainedVision, TinyVision

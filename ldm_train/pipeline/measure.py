@@ -210,6 +210,7 @@ def _give_unit_variance(first_stage: FirstStage, batches: Iterable[dict[str, Any
 
 def _config_of_folder(config: DictConfig) -> DictConfig:
     """The config for an autoencoder without its run: the default options, and the shipped perceptual network."""
+    channels = meta_autoencoder(config.reconstruct, config.trust).in_channels
     before = GlobalHydra.instance().hydra
     GlobalHydra.instance().clear()
     try:
@@ -218,7 +219,7 @@ def _config_of_folder(config: DictConfig) -> DictConfig:
     finally:
         GlobalHydra.instance().hydra = before
     OmegaConf.set_struct(usual, False)
-    usual.data.channels = meta_autoencoder(config.reconstruct, config.trust).in_channels
+    usual.data.channels = channels
     usual.autoencoder.loss.perceptual = {"_target_": "ldm_train.losses.perceptual.TinyPerceptual"}
     return with_options(usual, config, config_folder() / "train.yaml")
 

@@ -12,7 +12,7 @@ import torch
 import yaml
 from chains import composed
 from diffusers import DDIMScheduler
-from published_yaml import AUTOENCODERS, DIFFUSION, autoencoder_config, diffusion_config, tensors
+from published_yaml import AUTOENCODERS, DIFFUSION, autoencoder_config, diffusion_config, of_one_architecture, tensors
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
@@ -139,7 +139,10 @@ CONDITIONS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", DIFFUSION)
+SEEN = of_one_architecture(DIFFUSION)
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n in SEEN else n for n in DIFFUSION])
 def test_diffusion_models_load_sample_and_come_back_to_the_bit(name: str, tmp_path: Path):
     model = diffusion_config(name, small=True)
     source, state = checkpoint(tmp_path, model)

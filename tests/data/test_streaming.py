@@ -27,7 +27,12 @@ def batches(root: Path, start: int = 0, workers: int = 0, batching: Batching | N
     data = ShardDataModule(
         str(root), batching or Batching(4), STEPS, reader="streaming", num_workers=workers, shuffle_buffer=10, **options
     )
-    return list(data.train_loader(start))
+    iterator = iter(data.train_loader(start))
+    try:
+        return list(iterator)
+    finally:
+        if workers:  # left to the garbage collector after an error, each worker is waited for for 10 s
+            iterator._shutdown_workers()
 
 
 def all_same(left: list[dict], right: list[dict]) -> bool:

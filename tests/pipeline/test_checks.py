@@ -1,13 +1,14 @@
 """What can be known to be wrong with a run is said before anything is trained, for every stage of it."""
 
 import random
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from chains import SMALL
+from chains import SMALL, composed
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 
@@ -43,7 +44,12 @@ def begin(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: py
     monkeypatch.setattr(stages, "advance", advance)
 
     def run(*overrides: str) -> str:
-        monkeypatch.setattr(sys, "argv", ["train.py", *SMALL, f"data_dir={data}", *overrides])
+        options = [*SMALL, f"data_dir={data}", *overrides]
+        if all(re.match(r"[a-z]\w*\.", option) for option in overrides):  # values alone: nothing of Hydra's is asked
+            with pytest.raises(USER_ERRORS) as refused:
+                train._train(composed("train", "name=run", *options), tmp_path / "runs/run", sweeping=False)
+            return str(refused.value)
+        monkeypatch.setattr(sys, "argv", ["train.py", *options])
         with pytest.raises(SystemExit) as caught:
             run_command(train.train, "train")
         assert caught.value.code == 1

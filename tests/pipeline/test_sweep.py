@@ -201,7 +201,8 @@ def test_a_folder_without_runs_is_said(command: Callable[..., int], tmp_path: Pa
 
 
 @pytest.mark.parametrize(
-    ("experiment", "points"), [("shapes_f_sweep", (1, 2, 4, 8)), ("paper_f_sweep", (1, 2, 4, 8, 16, 32))]
+    ("experiment", "points"),
+    [("shapes_f_sweep", (1, 2, 4, 8)), pytest.param("paper_f_sweep", (1, 2, 4, 8, 16, 32), marks=pytest.mark.slow)],
 )
 def test_every_point_of_a_sweep_over_f_has_its_factor_and_equal_compute(
     experiment: str, points: tuple[int, ...]
