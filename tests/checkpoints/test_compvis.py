@@ -260,6 +260,12 @@ def test_unclips_encoder_of_pictures_computes_what_it_did(kind: str, tmp_path: P
         torch.testing.assert_close(
             image.embed(pictures)[:, 0], norm(x[:, 0], "ln_post") @ own["proj"], rtol=1e-4, atol=1e-5
         )
+    changed = (folder / "config.yaml").read_text().replace("./image_encoder", "./../words")
+    (folder / "config.yaml").write_text(changed)
+    record = json.loads((folder / "metadata.json").read_text())
+    (folder / "metadata.json").write_text(json.dumps({k: v for k, v in record.items() if k != "config_sha256"}))
+    with pytest.raises(ValueError, match="words"):
+        load_latent_diffusion(folder)
 
 
 @pytest.mark.slow
