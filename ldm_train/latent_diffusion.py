@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from ldm_train.conditioning.base import Conditioner, merge
+from ldm_train.devices import uploaded
 from ldm_train.diffusion.denoiser import Denoiser, Network
 from ldm_train.diffusion.guidance import Denoise, classifier_free, keep_known
 from ldm_train.diffusion.objective import check_compatible
@@ -162,7 +163,7 @@ class LatentDiffusion(nn.Module):
         """batch["moments"] (see `Autoencoder.encode_moments`) where cached, else batch["image"] is encoded; a fresh posterior sample each
         time. Returns scaled latents (B, C, h, w)."""
         moments = batch["moments"] if "moments" in batch else self.first_stage.encode_moments(batch["image"])
-        return self.first_stage.latents(moments.to(self.device), generator)
+        return self.first_stage.latents(uploaded(moments, self.device), generator)
 
     def condition(
         self,
@@ -181,7 +182,7 @@ class LatentDiffusion(nn.Module):
             if conditioner.field not in batch:
                 outputs.append(conditioner.null(count, latent_size or self.latent_size))
                 continue
-            mask = (drop or {}).get(name, torch.zeros(count, dtype=torch.bool)).to(self.device)
+            mask = (drop or {}).get(name, torch.zeros(count, dtype=torch.bool))
             outputs.append(conditioner(batch[conditioner.field], mask))
         return merge(outputs)
 
@@ -195,7 +196,7 @@ class LatentDiffusion(nn.Module):
         mixed = {k: v.clone() for k, v in null.items()}
         if "context_mask" in mixed:
             total = sum(w for w, _ in terms)
-            mixed["context_mask"] &= (total - 1).abs().to(self.device)[:, None] > 1e-6
+            mixed["context_mask"] &= uploaded((total - 1).abs(), self.device)[:, None] > 1e-6
         for weights, batch in terms:
             for name, value in self.condition(batch, None, latent_size).items():
                 w = weights.to(value.device).view(-1, *[1] * (value.ndim - 1))
@@ -244,7 +245,7 @@ class LatentDiffusion(nn.Module):
     @torch.no_grad()
     def encode(self, images: torch.Tensor, tiles: Tiles | None = None) -> torch.Tensor:
         """images (B, C, H, W) in [-1, 1] -> scaled latents (B, C, h, w), the posterior's mean."""
-        posterior = self.first_stage.posterior(self.first_stage.encode_moments(images.to(self.device), tiles))
+        posterior = self.first_stage.posterior(self.first_stage.encode_moments(uploaded(images, self.device), tiles))
         return self.first_stage.scaled(posterior.mean)
 
     @torch.no_grad()
@@ -278,18 +279,19 @@ class LatentDiffusion(nn.Module):
         noise = NoiseSource(seeds)
         denoise = self._guided(batch, len(seeds), how, guidance, condition, latent_size)
         if start.known is not None:
-            denoise = keep_known(denoise, start.known, start.mask)
+            known, mask = (uploaded(given, self.device) for given in (start.known, start.mask))
+            denoise = keep_known(denoise, known, mask)
         shape = (self.first_stage.latent_channels, *(latent_size or self.latent_size))
-        x_t = noise.normal(shape, "start", self.device) if start.noise is None else start.noise.to(self.device)
+        x_t = noise.normal(shape, "start", self.device) if start.noise is None else uploaded(start.noise, self.device)
         timesteps = self.schedule.timesteps(how.num_inference_steps, how.spacing)
         if start.latents is not None and start.strength < 1:
             timesteps = timesteps[len(timesteps) - 1 - round((len(timesteps) - 1) * start.strength) :]
             alpha, sigma = self.schedule.numbers(float(timesteps[0]))
-            x_t = alpha * start.latents.to(x_t) + sigma * x_t
+            x_t = alpha * uploaded(start.latents, self.device).to(x_t) + sigma * x_t
         if len(timesteps) > 1:
             x_t = how.sampler(denoise, x_t, timesteps, self.schedule, noise, callback=callback)
         else:
-            x_t = start.latents.to(self.device)
+            x_t = uploaded(start.latents, self.device)
         return self.decode(x_t, how.tiles)
 
     def _guided(
@@ -337,7 +339,7 @@ class LatentDiffusion(nn.Module):
         how.require("num_inference_steps")
         timesteps = self.schedule.timesteps(how.num_inference_steps, how.spacing)
         denoise = self.denoiser(self._sampled(batch, len(latents), latents.shape[2:]), how.overlap)
-        latents = latents.to(self.device)
+        latents = uploaded(latents, self.device)
         return ddim_inversion(denoise, latents, timesteps, self.schedule, iterations=iterations, callback=callback)
 
     def _sampled(

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
+from ldm_train.devices import uploaded
+
 
 def derive_seed(*parts: int | str) -> int:
     """A 63-bit seed that is a pure function of `parts`, e.g. (seed, "autoencoder", step, rank)."""
@@ -46,7 +48,7 @@ class NoiseSource:
     def normal(self, shape: Sequence[int], step: int | str, device: torch.device | str = "cpu") -> torch.Tensor:
         """Standard normal noise (B, *shape), float32. `step` names the draw: "start", "posterior", or a sampler's step."""
         draws = [torch.randn(*shape, generator=generator(seed, *self.scope, step)) for seed in self.seeds]
-        return torch.stack(draws).to(device)
+        return uploaded(torch.stack(draws), device)
 
     def scoped(self, name: int | str) -> "NoiseSource":
         """The same images with streams of their own, for a sampler that runs several times."""

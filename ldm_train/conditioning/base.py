@@ -32,7 +32,7 @@ class Conditioner(nn.Module):
         self.dropout = dropout
 
     def forward(self, values: Any, drop: torch.Tensor) -> dict[str, torch.Tensor]:
-        """values: B entries of the field; drop (B,) bool: True where the condition is null."""
+        """values: B entries of the field, on the host; drop (B,) bool, on the host: True where the condition is null."""
         raise NotImplementedError
 
     @classmethod
@@ -53,7 +53,7 @@ class Conditioner(nn.Module):
 
     def null(self, count: int, latent_size: Sequence[int] = (8, 8)) -> dict[str, torch.Tensor]:
         """The null condition for `count` samples of latents (h, w): the same as a full drop mask."""
-        return self(self.null_values(count, latent_size), torch.ones(count, dtype=torch.bool, device=self.device))
+        return self(self.null_values(count, latent_size), torch.ones(count, dtype=torch.bool))
 
     @property
     def device(self) -> torch.device:

@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from ldm_train.conditioning.base import Conditioner, enlarged, loading
+from ldm_train.devices import uploaded
 from ldm_train.diffusion.schedule import NoiseSchedule
 from ldm_train.images import in_threes, mean_over_groups
 from ldm_train.losses.perceptual import load_tiny
@@ -163,7 +164,7 @@ class ImageEmbedding(Conditioner):
     @torch.no_grad()
     def embed(self, images: torch.Tensor) -> torch.Tensor:
         """(B, C, H, W) in [-1, 1] -> (B, L, encoder_dim), without `statistics` each with mean 0 and variance 1."""
-        features = self.encoder.to(self.device)(images.to(self.device)).float()
+        features = self.encoder.to(self.device)(uploaded(images, self.device)).float()
         if features.shape[2] != self.encoder_dim:
             raise ValueError(
                 f"the image encoder gives {features.shape[2]} features, the config says {self.encoder_dim}"
@@ -182,10 +183,14 @@ class ImageEmbedding(Conditioner):
             levels = torch.zeros(len(features), dtype=torch.long)
             if self.training:
                 levels = torch.randint(self.noise_levels, (len(features),))
-                features = self.noised(features, levels.to(features.device))
-            told = timestep_embedding(levels.to(features.device), self.level_dim)  # to every token
+            levels = uploaded(levels, features.device)
+            if self.training:
+                features = self.noised(features, levels)
+            told = timestep_embedding(levels, self.level_dim)  # to every token
             features = torch.cat([features, told[:, None].expand(-1, features.shape[1], -1)], dim=2)
-        projected = torch.where(drop.to(self.device)[:, None, None], self.null_embedding, self.projection(features))
+        projected = torch.where(
+            uploaded(drop, self.device)[:, None, None], self.null_embedding, self.projection(features)
+        )
         if self.slot == "vector":
             return {"vector": projected.mean(dim=1)}
         mask = torch.ones(projected.shape[:2], dtype=torch.bool, device=projected.device)

@@ -9,6 +9,7 @@ from PIL import Image, ImageDraw
 
 from ldm_train.conditioning.base import Conditioner
 from ldm_train.conditioning.text import TokenEncoder, mean_of
+from ldm_train.devices import uploaded
 
 
 class LayoutBoxes(Conditioner):
@@ -76,7 +77,7 @@ class LayoutBoxes(Conditioner):
         """B layouts (N_i, 5) -> context (B, L, dim) and its mask (padding counts, as published), perhaps vector (B, dim)."""
         empty = torch.zeros(0, 5)
         rows = [self.tokens(empty if dropped else boxes.cpu()) for boxes, dropped in zip(values, drop.tolist())]
-        ids = torch.stack(rows).to(self.device)
+        ids = uploaded(torch.stack(rows), self.device)
         x = self.encoder(ids)
         condition = {"context": x, "context_mask": torch.ones_like(ids, dtype=torch.bool)}
         if self.pooled:

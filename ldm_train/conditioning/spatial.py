@@ -8,6 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from ldm_train.conditioning.base import Conditioner, enlarged
+from ldm_train.devices import uploaded
 from ldm_train.diffusion.schedule import NoiseSchedule
 from ldm_train.models.first_stage import FirstStage
 from ldm_train.models.layers import timestep_embedding
@@ -57,7 +58,7 @@ class SpatialConditioner(Conditioner):
 
 def _kept(values: torch.Tensor, drop: torch.Tensor) -> torch.Tensor:
     """`values` (B, ...) with zeros where dropped."""
-    return values.masked_fill(drop.to(values.device).view(-1, *[1] * (values.ndim - 1)), 0)
+    return values.masked_fill(uploaded(drop, values.device).view(-1, *[1] * (values.ndim - 1)), 0)
 
 
 class SemanticMap(SpatialConditioner):
@@ -86,16 +87,16 @@ class SemanticMap(SpatialConditioner):
                 f"label {int(labels.max())} in a segmentation map, this model has {self.num_labels} labels "
                 f"(0 to {self.num_labels - 1}); set diffusion.conditioning.conditioners.segmentation.num_labels"
             )
+        counted, f = uploaded(counted, self.device), self.first_stage.downsample_factor
         h, w = self.latent_size(*labels.shape[1:])
-        f = self.first_stage.downsample_factor
         cells = counted.view(-1, h, f, w, f).permute(0, 1, 3, 2, 4).reshape(-1, h, w, f * f)
-        counts = torch.zeros(*cells.shape[:3], self.num_labels + 1, device=labels.device)
+        counts = torch.zeros(*cells.shape[:3], self.num_labels + 1, device=self.device)
         counts.scatter_add_(3, cells, torch.ones_like(cells, dtype=counts.dtype))
         return counts[..., : self.num_labels].permute(0, 3, 1, 2) / f**2
 
     def forward(self, values: torch.Tensor, drop: torch.Tensor) -> dict[str, torch.Tensor]:
         """labels (B, H, W) int64 -> concat (B, channels, h, w)."""
-        shares = self.shares(torch.as_tensor(values, device=self.device))
+        shares = self.shares(torch.as_tensor(values))
         return {"concat": self.channel_mapper(_kept(shares, drop))}
 
     def picture(self, values: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
@@ -135,7 +136,7 @@ class LowResolution(SpatialConditioner):
 
         Noise is added in training mode only; sampling conditions on the clean image at level 0.
         """
-        images = torch.as_tensor(values, device=self.device)
+        images = uploaded(torch.as_tensor(values), self.device)
         size = self.latent_size(images.shape[2] * self.factor, images.shape[3] * self.factor)
         if images.shape[2:] != size:
             images = F.interpolate(images, size, mode="bicubic", antialias=True, align_corners=False)
@@ -144,8 +145,9 @@ class LowResolution(SpatialConditioner):
         levels = torch.zeros(len(images), dtype=torch.long)
         if self.training:
             levels = torch.randint(self.noise_levels, (len(images),))
-            images = self.noise.add_noise(images, torch.randn_like(images), levels.to(images.device))
-        levels = levels.to(images.device)
+        levels = uploaded(levels, images.device)
+        if self.training:
+            images = self.noise.add_noise(images, torch.randn_like(images), levels)
         embedded = levels.float()[:, None] if self.vector_dim == 1 else timestep_embedding(levels, self.vector_dim)
         return {"concat": _kept(images, drop), "vector": _kept(embedded, drop)}
 
@@ -203,9 +205,9 @@ class MaskedImageCondition(SpatialConditioner):
 
     def forward(self, values: torch.Tensor, drop: torch.Tensor) -> dict[str, torch.Tensor]:
         """(B, C + 1, H, W), image with the hole at -1 and mask -> concat (B, latent channels + 1, h, w)."""
-        values = torch.as_tensor(values, device=self.device)
+        values = uploaded(torch.as_tensor(values), self.device)
         size = self.latent_size(*values.shape[2:])
-        mask = values[:, -1:].masked_fill(drop.to(values.device).view(-1, 1, 1, 1), 1.0)
+        mask = values[:, -1:].masked_fill(uploaded(drop, values.device).view(-1, 1, 1, 1), 1.0)
         images = values[:, :-1].masked_fill(mask > 0.5, self.form.hole)
         posterior = self.first_stage.posterior(self.first_stage.encode_moments(images))
         latents = posterior.sample() if self.form.sampled and self.training else posterior.mean
@@ -228,7 +230,7 @@ class DepthMap(SpatialConditioner):
 
     def forward(self, values: torch.Tensor, drop: torch.Tensor) -> dict[str, torch.Tensor]:
         """(B, 1, H, W), any range -> concat (B, 1, h, w)."""
-        values = torch.as_tensor(values, device=self.device).float()
+        values = uploaded(torch.as_tensor(values), self.device).float()
         size = self.latent_size(*values.shape[2:])
         depth = F.interpolate(values, size, mode="bicubic", align_corners=False)  # published: not antialiased
         low, high = depth.amin(dim=(2, 3), keepdim=True), depth.amax(dim=(2, 3), keepdim=True)

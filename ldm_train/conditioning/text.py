@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from ldm_train.conditioning.base import Conditioner, loading
+from ldm_train.devices import uploaded
 from ldm_train.models.transformer import CrossAttention
 
 
@@ -181,7 +182,7 @@ class TrainedText(Captions):
     def forward(self, values: Sequence[str], drop: torch.Tensor) -> dict[str, torch.Tensor]:
         """B captions -> context (B, L, dim), context_mask (B, L), with `pooled` also vector (B, dim)."""
         captions = ["" if dropped else text for text, dropped in zip(values, drop.tolist())]
-        ids, mask = (t.to(self.device, non_blocking=True) for t in self.tokenize(captions))
+        ids, mask = (uploaded(t, self.device) for t in self.tokenize(captions))
         x = self.encoder(ids, mask if self.masked else None)
         condition = {"context": x, "context_mask": mask if self.masked else torch.ones_like(mask)}
         if self.pooled:
@@ -314,5 +315,5 @@ class FrozenText(Captions):
         pairs = [zero if c is None else self._cache[c] for c in captions]
         while len(self._cache) > self.cache_size:
             self._cache.popitem(last=False)
-        context, mask = (torch.stack(part).to(self.device) for part in zip(*pairs))
+        context, mask = (uploaded(torch.stack(part), self.device) for part in zip(*pairs))
         return {"context": context, "context_mask": mask if self.masked else torch.ones_like(mask)}

@@ -111,7 +111,10 @@ def classifier_guidance(
     def guided(x_t: torch.Tensor, t: float | torch.Tensor) -> torch.Tensor:
         pred_x0 = denoise(x_t, t)
         alpha, sigma = schedule.pair(t, pred_x0)
-        times = torch.as_tensor(t, dtype=torch.float32, device=x_t.device).clamp(min=0).expand(len(x_t))
+        if isinstance(t, torch.Tensor):
+            times = t.to(x_t.device, torch.float32).clamp(min=0).expand(len(x_t))
+        else:
+            times = torch.full((len(x_t),), max(0.0, float(t)), device=x_t.device)
         gradient = _gradient(lambda x: log_probability(x, times), x_t)
         return pred_x0 + guidance_scale * sigma**2 / alpha * gradient
 

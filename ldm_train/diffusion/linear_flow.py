@@ -44,10 +44,9 @@ class LinearFlow(NoiseProcess):
         self.times, self.mean, self.std = times, mean, std
         self.num_train_timesteps = num_train_timesteps
         self.first_time, self.last_time = 1.0, last * num_train_timesteps
-        self.register_buffer("place", torch.empty(0), persistent=False)  # its device is that of the model
 
     def _share(self, t: float | torch.Tensor) -> torch.Tensor:
-        return torch.as_tensor(t, dtype=torch.float64, device=self.place.device) / self.num_train_timesteps
+        return torch.as_tensor(t, dtype=torch.float64) / self.num_train_timesteps
 
     def at(self, t: float | torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         noise = self._share(t)

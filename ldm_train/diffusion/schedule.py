@@ -61,6 +61,9 @@ class NoiseSchedule(NoiseProcess):
         betas = make_betas(kind, beta_start, beta_end, num_train_timesteps)
         if zero_terminal_snr:
             betas = rescale_zero_terminal_snr(betas)
+        self.host_table = torch.cumprod(
+            1 - betas, dim=0
+        )  # stays there: the numbers of sampling are not read back from a device
         self.register_buffer("betas", betas, persistent=False)
         self.register_buffer("alphas_cumprod", torch.cumprod(1 - betas, dim=0), persistent=False)
 
@@ -96,14 +99,16 @@ class NoiseSchedule(NoiseProcess):
 
         Between table entries the log-SNR is linear in t; between the clean image (t = -1) and entry 0 it is sigma.
         """
-        t = torch.as_tensor(t, dtype=torch.float64, device=self.alphas_cumprod.device)
+        t = torch.as_tensor(t, dtype=torch.float64)
+        table = self.host_table if t.device == self.host_table.device else self.alphas_cumprod
+        t = t.to(table.device)
         # Zero signal would be an infinite log-SNR, which cannot be interpolated; 1e-20 is zero to every float32.
-        log_snr_table = torch.log(self.alphas_cumprod.clamp(min=1e-20)) - torch.log1p(-self.alphas_cumprod)
+        log_snr_table = torch.log(table.clamp(min=1e-20)) - torch.log1p(-table)
         low = t.floor().clamp(0, self.num_train_timesteps - 1).long()
         high = (low + 1).clamp(max=self.num_train_timesteps - 1)
         weight = (t - low).clamp(0, 1)
         log_snr = torch.lerp(log_snr_table[low], log_snr_table[high], weight)
-        near_clean = (1 - self.alphas_cumprod[0]).sqrt() * (t + 1).clamp(0, 1)
+        near_clean = (1 - table[0]).sqrt() * (t + 1).clamp(0, 1)
         sigma = torch.where(t >= 0, torch.sigmoid(-log_snr).sqrt(), near_clean)
         alpha = torch.where(t >= 0, torch.sigmoid(log_snr).sqrt(), (1 - near_clean.square()).sqrt())
         return alpha, sigma, 2 * (alpha.log() - sigma.log())
@@ -111,9 +116,9 @@ class NoiseSchedule(NoiseProcess):
     def time_of(self, level: float) -> float:
         if level <= 0:
             return -1.0
-        table = (1 / self.alphas_cumprod - 1).sqrt().cpu().numpy()
+        table = (1 / self.host_table - 1).sqrt().numpy()
         if level < table[0]:
-            first = float((1 - self.alphas_cumprod[0]).sqrt())
+            first = float((1 - self.host_table[0]).sqrt())
             return level / (1 + level**2) ** 0.5 / first - 1
         return float(np.interp(np.log(level), np.log(table), np.arange(len(table))))
 

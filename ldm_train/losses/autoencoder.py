@@ -3,6 +3,7 @@
 import torch
 from torch import nn
 
+from ldm_train.devices import full_precision
 from ldm_train.losses.adversarial import adaptive_weight, hinge_loss, vanilla_loss
 from ldm_train.models.posterior import Posterior
 
@@ -88,7 +89,7 @@ class AutoencoderLoss(nn.Module):
         generator and discriminator never meet: nothing leaks, and one backward pass serves both. It equals the
         simultaneous update in which both players see the same state.
         """
-        with torch.autocast(images.device.type, enabled=False):
+        with full_precision(images.device):
             images, leaf = images.float(), reconstructions.detach().float().requires_grad_()
             size = images[0].numel()
             unit = size if self.reduction == "mean" else 1  # divisor of the generator's sums over C, H, W

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.nn import functional as F
 
+from ldm_train.devices import full_precision
 from ldm_train.images import in_threes, mean_over_groups
 from ldm_train.storage import file_sha256
 
@@ -91,7 +92,7 @@ class TinyPerceptual(nn.Module):
 
     def forward(self, images: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         """(B, C, H, W) twice, in [-1, 1] -> (B,). Gradients flow to both arguments."""
-        with torch.autocast(images.device.type, enabled=False):
+        with full_precision(images.device):
             ours, theirs = self.features(in_threes(images.float())), self.features(in_threes(targets.float()))
             gaps = [(_normalise(a) - _normalise(b)).square().sum(1).mean(dim=(1, 2)) for a, b in zip(ours, theirs)]
             return mean_over_groups(self.scale * torch.stack(gaps).sum(dim=0), images.shape[1])
@@ -172,7 +173,7 @@ class LPIPS(nn.Module):
 
     def forward(self, images: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         """(B, C, H, W) twice, in [-1, 1] -> (B,). Runs in float32 even under autocast."""
-        with torch.autocast(images.device.type, enabled=False):
+        with full_precision(images.device):
             gaps = [
                 (head * (a - b).square()).sum(dim=1).mean(dim=(1, 2))
                 for head, a, b in zip(self.heads, self._maps(images), self._maps(targets))

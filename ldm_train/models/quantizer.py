@@ -6,6 +6,8 @@ from einops import rearrange
 from torch import nn
 from torch.nn import functional as F
 
+from ldm_train.devices import uploaded
+
 
 def _summed(values: torch.Tensor) -> torch.Tensor:
     """In place over all ranks, where there are several."""
@@ -80,7 +82,8 @@ class VectorQuantizer(nn.Module):
     @torch.no_grad()
     def _update(self, latents: torch.Tensor, indices: torch.Tensor) -> None:
         flat, chosen = rearrange(latents, "b c h w -> (b h w) c").float(), indices.flatten()
-        count = _summed(torch.bincount(chosen, minlength=self.num_codes).float())
+        count = torch.zeros(self.num_codes, device=flat.device)
+        count = _summed(count.index_add_(0, chosen, torch.ones_like(chosen, dtype=count.dtype)))
         if self.ema_decay is not None:
             total = _summed(torch.zeros_like(self.ema_sum).index_add_(0, chosen, flat))
             self.ema_count.lerp_(count, 1 - self.ema_decay)
@@ -88,15 +91,17 @@ class VectorQuantizer(nn.Module):
             self.embedding.weight.copy_(self.ema_sum / self.ema_count.clamp(min=1e-5)[:, None])
         if self.restart_after is not None:
             self.unused_steps.add_(1).masked_fill_(count > 0, 0)
-            dead = (self.unused_steps >= self.restart_after).nonzero().flatten()
-            if len(dead):
-                fresh = flat[torch.randint(len(flat), (len(dead),)).to(flat.device)]
-                if dist.is_available() and dist.is_initialized():
-                    dist.broadcast(fresh, src=0)
-                self.embedding.weight[dead] = fresh.to(self.embedding.weight.dtype)
-                self.unused_steps[dead] = 0
-                if self.ema_decay is not None:
-                    self.ema_count[dead], self.ema_sum[dead] = 1.0, fresh
+            # A latent for each code, of which the dead ones take theirs: how many they are is not asked of the device.
+            dead = self.unused_steps >= self.restart_after
+            fresh = flat[uploaded(torch.randint(len(flat), (self.num_codes,)), flat.device)]
+            if dist.is_available() and dist.is_initialized():
+                dist.broadcast(fresh, src=0)
+            weight = self.embedding.weight
+            weight.copy_(torch.where(dead[:, None], fresh.to(weight.dtype), weight))
+            self.unused_steps.masked_fill_(dead, 0)
+            if self.ema_decay is not None:
+                self.ema_count.masked_fill_(dead, 1.0)
+                self.ema_sum.copy_(torch.where(dead[:, None], fresh, self.ema_sum))
 
 
 def perplexity(counts: torch.Tensor) -> float:

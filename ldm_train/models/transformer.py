@@ -34,7 +34,8 @@ class CrossAttention(nn.Module):
         if torch.is_grad_enabled() or self.training or torch.compiler.is_compiling() or untracked:
             return self._split(self.to_k(context)), self._split(self.to_v(context))
         state = (context._version, *(w._version for w in weights), *(w.data_ptr() for w in weights))
-        state += (torch.get_autocast_dtype(context.device.type), torch.is_autocast_enabled(context.device.type))
+        if torch.amp.is_autocast_available(kind := context.device.type):
+            state += (torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind))
         kept = self._kept
         if kept is None or kept[0]() is not context or kept[1] != state:
             made = self._split(self.to_k(context)), self._split(self.to_v(context))

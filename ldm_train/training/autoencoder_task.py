@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from ldm_train import images as pictures
+from ldm_train.devices import full_precision
 from ldm_train.distributed import gathered
 from ldm_train.losses.autoencoder import AutoencoderLoss
 from ldm_train.metrics.distribution import frechet_distance
@@ -95,7 +96,7 @@ class AutoencoderTask(Task):
         for name, value in values.items():
             self.add(name, value)
         if self.features is not None:
-            with torch.autocast(images.device.type, enabled=False):  # the evaluation stage measures in float32 too
+            with full_precision(images.device):  # the evaluation stage measures in float32 too
                 for name, pictured in (("images", images), ("reconstructions", reconstructions)):
                     features = self.features(pictured)
                     self._moments.setdefault(name, Moments(features.shape[1])).add(features)

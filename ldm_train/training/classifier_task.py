@@ -6,6 +6,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from ldm_train.devices import uploaded
 from ldm_train.diffusion.process import NoiseProcess
 from ldm_train.models.classifier import NoisyClassifier
 from ldm_train.models.first_stage import FirstStage
@@ -37,22 +38,25 @@ class ClassifierTask(Task):
         return [{"params": list(self.network.parameters()), "name": "classifier"}]
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> torch.Tensor:
-        latents = self.first_stage.latents(moments_of(batch, self.first_stage).to(self.device))
-        labels = torch.as_tensor(batch["class_label"], device=latents.device)
+        latents = self.first_stage.latents(uploaded(moments_of(batch, self.first_stage), self.device))
+        labels = uploaded(torch.as_tensor(batch["class_label"]), latents.device)
         strata = torch.randint(self.schedule.num_train_timesteps, (len(latents),))
-        timesteps = self.schedule.strata(strata).to(latents.device)
-        noise = torch.randn(latents.shape).to(latents)
+        timesteps = uploaded(self.schedule.strata(strata), latents.device)
+        noise = uploaded(torch.randn(latents.shape), latents.device).to(latents)
         logits = self.network(self.schedule.add_noise(latents, noise, timesteps), timesteps)
         loss = F.cross_entropy(logits.float(), labels)
         self.log_training({"loss": loss.detach(), "accuracy": (logits.argmax(1) == labels).float().mean()})
         return loss
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
-        moments = moments_of(batch, self.first_stage).to(self.device)
+        moments = uploaded(moments_of(batch, self.first_stage), self.device)
         latents = self.first_stage.scaled(self.first_stage.posterior(moments).mean)
-        labels = torch.as_tensor(batch["class_label"], device=latents.device)
+        labels = uploaded(torch.as_tensor(batch["class_label"]), latents.device)
         source, timesteps = validation_draws(batch["key"], self.schedule)
-        timesteps, noise = timesteps.to(latents.device), source.normal(latents.shape[1:], "noise", latents.device)
+        timesteps, noise = (
+            uploaded(timesteps, latents.device),
+            source.normal(latents.shape[1:], "noise", latents.device),
+        )
         logits = self.network(self.schedule.add_noise(latents, noise, timesteps), timesteps).float()
         right = (logits.argmax(1) == labels).float()
         self.add("loss", F.cross_entropy(logits, labels, reduction="none"))

@@ -15,6 +15,7 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from ldm_train import images, rng
+from ldm_train.devices import uploaded
 from ldm_train.distributed import gathered
 from ldm_train.training.optim import EMA, clip_by_group
 
@@ -65,6 +66,8 @@ class Task(L.LightningModule):
         self.ema_decay, self.clip_norm, self.accumulate = ema_decay, clip_norm, accumulate
         self.ema: EMA | None = None
         self.attempt = self.skipped = self._skipped_in_row = 0
+        # On an accelerator, since they were last read: steps skipped, those in a row until now, the longest row.
+        self._skips: torch.Tensor | None = None
         self._sums: dict[str, tuple[float, int]] = {}
 
     def trained(self) -> nn.ModuleDict:
@@ -101,17 +104,47 @@ class Task(L.LightningModule):
         if scaler is not None and getattr(optimizer, "_step_supports_amp_scaling", False):
             scaler.unscale_(optimizer)
         norms = clip_by_group(optimizer.param_groups, self.clip_norm)
-        self.log_dict({f"train/grad_norm_{name}": norm for name, norm in norms.items()})
-        if torch.stack(list(norms.values())).isfinite().all():
+        if self.logs_now:
+            self.log_dict({f"train/grad_norm_{name}": norm for name, norm in norms.items()})
+        finite, most = torch.stack(list(norms.values())).isfinite().all(), SKIPS if scaler is None else SCALER_SKIPS
+        if self._leaves_skipping_to(optimizer):
+            if scaler is None:
+                optimizer.found_inf = (~finite).float()  # type: ignore[attr-defined]
+            return self._count_on_device(finite, most)
+        if finite:
             self._skipped_in_row = 0
             return
         self.skipped += 1
         self._skipped_in_row += 1
-        if self._skipped_in_row >= (SKIPS if scaler is None else SCALER_SKIPS):
+        if self._skipped_in_row >= most:
             self._skipped_in_row = 0
             raise NotFinite(self.stage, "gradient is", self.global_step)
         if scaler is None:  # the scaler skips such steps itself
             optimizer.zero_grad(set_to_none=True)  # an optimiser skips parameters without a gradient
+
+    def _leaves_skipping_to(self, optimizer: torch.optim.Optimizer) -> bool:
+        """Whether the optimiser itself leaves weights and state alone where a tensor says that a gradient is not finite, so that
+        the host need not wait for it: fused ones on an accelerator."""
+        return self.device.type != "cpu" and getattr(optimizer, "_step_supports_amp_scaling", False)
+
+    def _count_on_device(self, finite: torch.Tensor, most: int) -> None:
+        """Counts a step. The counts are read, and NotFinite is raised, where the step's metrics are written."""
+        total, row, longest = torch.zeros(3, device=finite.device) if self._skips is None else self._skips
+        bad = (~finite).float()
+        row = (row + 1) * bad
+        self._skips = torch.stack([total + bad, row, torch.maximum(longest, row)])
+        if self.logs_now and self._read_skips() >= most:
+            self._skips = None
+            raise NotFinite(self.stage, "gradient is", self.global_step)
+
+    def _read_skips(self) -> int:
+        """Takes the counts over from the device; returns the longest row."""
+        if self._skips is None:
+            return 0
+        (total, row, longest), device = self._skips.tolist(), self._skips.device
+        self.skipped += int(total)
+        self._skips = uploaded(torch.tensor([0.0, row, 0.0]), device)
+        return int(longest)
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         super().optimizer_step(*args, **kwargs)
@@ -120,7 +153,15 @@ class Task(L.LightningModule):
 
     # "step" is Lightning's name for the axis of what is logged with it; its own counts from 0.
 
+    @property
+    def logs_now(self) -> bool:
+        """Whether this step's metrics are written. Those of others are left out: Lightning copies each number to the device, and
+        waits for that."""
+        return (self.global_step + 1) % self.trainer.log_every_n_steps == 0
+
     def log_training(self, logs: Mapping[str, torch.Tensor]) -> None:
+        if not self.logs_now:
+            return
         self.log("step", float(self.global_step + 1))
         self.log_dict({f"train/{k}": v for k, v in logs.items()}, on_step=True)
         self.log("train/lr", self.trainer.optimizers[0].param_groups[0]["lr"])
@@ -177,6 +218,7 @@ class Task(L.LightningModule):
         return self.trained().load_state_dict(state_dict, strict=True, assign=assign)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self._read_skips()
         checkpoint["health"] = {"attempt": self.attempt, "skipped": self.skipped}
         if self.ema is not None:
             checkpoint["ema"] = self.ema.state_dict()

@@ -111,7 +111,7 @@ def test_16_mixed_clips_the_unscaled_gradient(fused: bool) -> None:
         task.optimizer = partial(torch.optim.Adam, lr=1e-4, fused=fused)
         logged: list[float] = []
         task.log = lambda name, value, **_: logged.append(float(value)) if "grad_norm" in name else None
-        trainer(max_steps=2, plugins=precision).fit(task, loader(8))
+        trainer(max_steps=2, plugins=precision, log_every_n_steps=1).fit(task, loader(8))
         return logged
 
     scaler = torch.amp.GradScaler("cpu", init_scale=4.0)

@@ -141,26 +141,41 @@ def run(task: Task, folder: Path, steps: int = 60, **options) -> None:
     )  # fmt: skip
 
 
-def test_a_step_without_a_finite_gradient_changes_nothing(tmp_path: Path) -> None:
+class FusedLine(Line):
+    """As on an accelerator: its optimiser is told by a tensor which steps to leave out."""
+
+    def __init__(self, poison=lambda task, step: False):
+        super().__init__(poison)
+        self.optimizer = partial(torch.optim.AdamW, lr=0.01, fused=True)
+
+    def _leaves_skipping_to(self, optimizer: torch.optim.Optimizer) -> bool:
+        return True
+
+
+@pytest.mark.parametrize("kind", [Line, FusedLine])
+def test_a_step_without_a_finite_gradient_changes_nothing(kind: type[Line], tmp_path: Path) -> None:
     before = {}
 
     def poison(task: Line, step: int) -> bool:
-        if step in (7, 8):
-            before.setdefault(step, task.layer.weight.item())
-        elif step == 9:
-            before[9] = task.layer.weight.item()
+        if step in (7, 8, 9):
+            state = task.trainer.optimizers[0].state[task.layer.weight]
+            before[step] = [task.layer.weight.item(), *(v.item() for v in state.values() if v is not None)]
         return step in (7, 8)
 
-    task = Line(poison)
+    task = kind(poison)
     run(task, tmp_path)
     assert before[7] == before[8] == before[9]
+    assert len(before[7]) == 1 + 3 * (kind is FusedLine)  # two moments, and the steps
     assert task.skipped == 2
     assert task.layer.weight.isfinite().all()
     assert "2.0" in (tmp_path / "metrics.csv").read_text()  # train/skipped_steps
 
 
-def test_many_in_a_row_rewind_to_the_checkpoint_with_other_random_numbers(tmp_path: Path, capsys) -> None:
-    task = Line(lambda task, step: task.attempt == 0 and step >= 30)
+@pytest.mark.parametrize("kind", [Line, FusedLine])
+def test_many_in_a_row_rewind_to_the_checkpoint_with_other_random_numbers(
+    kind: type[Line], tmp_path: Path, capsys
+) -> None:
+    task = kind(lambda task, step: task.attempt == 0 and step >= 30)
     run(task, tmp_path)
     said = capsys.readouterr().out
     assert "gradient is not finite at step 39" in said

@@ -134,6 +134,7 @@ class Checkpoints(L.Callback):
         self.monitor = self.by = self._usual = monitor
         self._training, self._signal, self._signal_time = False, 0, 0.0
         self._step = self._saved = 0  # the last step, and that of last.ckpt
+        self._hosts: dist.ProcessGroup | None = None  # of the ranks' hosts; None: the usual one
 
     def state_dict(self) -> dict[str, Any]:
         return {"best": self.best, "by": self.by}
@@ -159,6 +160,10 @@ class Checkpoints(L.Callback):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._training = True
         self._step = self._saved = trainer.global_step
+        if trainer.world_size > 1 and self._hosts is None and dist.get_backend() != "gloo":
+            self._hosts = dist.new_group(
+                backend="gloo"
+            )  # the ranks agree in every step, and no host waits for its GPU for that
 
     def _on_signal(self, number: int) -> None:
         if not self._training:  # nothing to save yet
@@ -175,8 +180,8 @@ class Checkpoints(L.Callback):
     def _agreed_signal(self, trainer: L.Trainer) -> int:
         if trainer.world_size == 1:
             return self._signal
-        flag = torch.tensor(self._signal, device=trainer.strategy.root_device)
-        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+        flag = torch.tensor(self._signal)
+        dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self._hosts)
         return int(flag)
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Task, outputs: Any, batch: Any, batch_idx: int) -> None:
@@ -207,7 +212,7 @@ class Checkpoints(L.Callback):
         return trainer.global_step % self.every == 0 or trainer.global_step >= trainer.max_steps
 
     def _save_last(self, trainer: L.Trainer, pl_module: Task) -> None:
-        if not all(p.isfinite().all() for p in pl_module.trained().parameters()):
+        if not torch.stack([p.isfinite().all() for p in pl_module.trained().parameters()]).all():
             raise NotFinite(pl_module.stage, "weights are", trainer.global_step)
         trainer.save_checkpoint(self.folder / LAST, weights_only=False)
         self._saved = trainer.global_step

@@ -1,0 +1,73 @@
+"""The meta device in the place of a GPU: what would wait for the device, or mix devices, is seen without one."""
+
+import traceback
+from typing import Any
+
+import torch
+from torch.fx.experimental import _config as config
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+aten = torch.ops.aten
+# Whose result has a size that only the device knows.
+SIZED_BY_VALUES = (aten.nonzero, aten.masked_select, aten.bincount, aten._unique2, aten.repeat_interleave)
+COPIES = (aten._to_copy, aten.copy_)
+
+
+class Watched(TorchDispatchMode):
+    """Notes in `waits` every place of the package at which the host waits for the meta device: values that it reads, results whose
+    size it must know, and blocking copies in either direction. Raises AssertionError for an operation that mixes devices
+    (numbers on the CPU, tensors without dimensions, may join any)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.waits: list[str] = []
+
+    def __enter__(self) -> "Watched":
+        self._assumed = config.patch(meta_nonzero_assume_all_nonzero=True)  # so that what is noted goes on
+        self._assumed.__enter__()
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        self._assumed.__exit__(*error)
+
+    def _wait(self, what: str) -> None:
+        frames = [f for f in traceback.extract_stack() if "/ldm_train/" in f.filename and "/tests/" not in f.filename]
+        place = f"{frames[-1].filename.partition('/ldm_train/')[2]}: {frames[-1].line}" if frames else "outside"
+        self.waits.append(f"{what} at {place}")
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs, packet = kwargs or {}, func.overloadpacket
+        given = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
+        there = [t for t in given if t.is_meta]
+        if packet is aten._local_scalar_dense and there:
+            self._wait("a value is read")
+            dtype = there[0].dtype
+            return False if dtype == torch.bool else 1 if not dtype.is_floating_point else 0.5
+        if packet is aten._to_copy:
+            target = torch.device(kwargs.get("device") or args[0].device)
+            if target.type == "cpu" and args[0].is_meta:
+                self._wait("a tensor is read")
+                return torch.zeros(args[0].shape, dtype=kwargs.get("dtype") or args[0].dtype)
+            if target.type == "meta" and not args[0].is_meta and args[0].numel() and not kwargs.get("non_blocking"):
+                self._wait("a blocking copy to the device")
+            return func(*args, **kwargs)
+        if packet is aten.copy_:
+            into, source = args[0], args[1]
+            blocking = not (args[2] if len(args) > 2 else kwargs.get("non_blocking", False))
+            if into.is_meta != source.is_meta and source.ndim and blocking:
+                self._wait("a blocking copy")
+            return into if into.is_meta or source.is_meta else func(*args, **kwargs)
+        if there and packet in SIZED_BY_VALUES:
+            self._wait(f"{packet} sizes its result by values")
+        if there and packet in (aten.index, aten.index_put, aten.index_put_):
+            indices = [t for t in tree_leaves(args[1]) if isinstance(t, torch.Tensor)]
+            if any(t.dtype == torch.bool for t in indices):
+                self._wait("indexing by a mask")
+            if any(not t.is_meta for t in indices):
+                self._wait("indexing by an index on the host")
+            given = [t for t in given if not any(t is i for i in indices)]
+        mixed = [t for t in given if not t.is_meta and t.ndim]
+        assert not (there and mixed), f"{func} mixes devices: {[(t.device.type, tuple(t.shape)) for t in given]}"
+        return func(*args, **kwargs)

@@ -1,0 +1,230 @@
+"""Nothing waits for an accelerator and nothing mixes devices: every family's steps on the meta device, which has no values.
+
+At most one wait for the device per picture batch in sampling (the pictures themselves), none in a training step.
+"""
+
+from contextlib import suppress
+from functools import cache, partial
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from chains import composed
+from devices import Watched
+from hydra.utils import instantiate
+from omegaconf import OmegaConf
+
+from ldm_train.conditioning.image_embedding import ImageEmbedding
+from ldm_train.conditioning.text import train_tokenizer
+from ldm_train.configuration import config_folder
+from ldm_train.devices import uploaded
+from ldm_train.diffusion.guidance import classifier_free, classifier_guidance, score_guidance
+from ldm_train.diffusion.objective import DiffusionObjective
+from ldm_train.latent_diffusion import Guidance, LatentDiffusion, Sampling, Start
+from ldm_train.losses.autoencoder import AutoencoderLoss
+from ldm_train.losses.perceptual import TinyPerceptual
+from ldm_train.models.autoencoder import AutoencoderKL, AutoencoderVQ
+from ldm_train.models.classifier import NoisyClassifier
+from ldm_train.models.discriminator import PatchDiscriminator
+from ldm_train.pipeline.diffusion import first_stage_tree, latent_size, model_tree
+from ldm_train.training.autoencoder_task import AutoencoderTask
+from ldm_train.training.classifier_task import ClassifierTask
+from ldm_train.training.diffusion_task import DiffusionTask
+from ldm_train.training.task import NotFinite, Task
+
+RECIPES = {
+    "nothing": ("shapes_unconditional",),
+    "classes and captions": ("quickstart",),
+    "classes": ("shapes_class",),
+    "captions": ("shapes_text",),
+    "layouts": ("shapes_layout",),
+    "label maps": ("shapes_semantic",),
+    "small pictures": ("shapes_superres",),
+    "masked pictures": ("shapes_inpainting",),
+    "pictures": ("shapes_image",),
+    "edges": ("shapes_unconditional", "diffusion/conditioning=edges"),
+    "depth": ("shapes_unconditional", "diffusion/conditioning=depth"),
+    "a flow": ("shapes_class", "diffusion/objective=flow"),
+    "velocity": ("shapes_class", "diffusion/objective=v"),
+    "learned uncertainty": ("shapes_class", "diffusion/objective=epsilon_learned"),
+    "a transformer": ("shapes_text", "diffusion/network=dit"),
+    "noised small pictures": ("shapes_superres", "diffusion.conditioning.conditioners.lowres.noise_levels=100",
+                              "diffusion.conditioning.vector_dim=256"),
+}  # fmt: skip
+# One entry each of every field, as the loader gives it: on the host.
+FIELDS: dict[str, Any] = {
+    "class_label": torch.tensor([1, 0]), "caption": ["a red circle", "a blue square"],
+    "boxes": [torch.tensor([[0.1, 0.1, 0.5, 0.5, 1.0]]), torch.zeros(0, 5)],
+    "segmentation": torch.ones(2, 32, 32, dtype=torch.long), "lowres": torch.zeros(2, 3, 8, 8),
+    "masked_image": torch.zeros(2, 4, 32, 32), "edges": torch.rand(2, 1, 32, 32), "depth": torch.rand(2, 1, 32, 32),
+    "reference": torch.zeros(2, 3, 32, 32),
+}  # fmt: skip
+
+
+@cache
+def model_of(recipe: str) -> tuple[LatentDiffusion, DiffusionObjective]:
+    """A recipe's model, on the meta device, and its objective."""
+    experiment, *options = RECIPES[recipe]
+    config = composed("train", f"experiment={experiment}", *options)
+    conditioners = OmegaConf.to_container(config.diffusion.conditioning.conditioners, resolve=True)
+    for conditioner in conditioners.values():
+        conditioner |= {option: 7 for option in ("classes", "labels") if conditioner.get(option) == "from_data"}
+        if conditioner.get("tokenizer") == "from_data":
+            conditioner["tokenizer"] = train_tokenizer(["a red circle"], conditioner.pop("vocab_size")).to_str()
+    network = OmegaConf.to_container(config.autoencoder.network, resolve=True)
+    size = latent_size(config, instantiate(network, _convert_="all"))
+    model = instantiate(model_tree(config, first_stage_tree(network), conditioners, size), _convert_="all")
+    options = OmegaConf.to_container(config.diffusion.objective, resolve=True)
+    options = {k: v for k, v in options.items() if k not in ("_target_", "parameterisation")}
+    objective = DiffusionObjective(model.schedule, model.parameterisation, **options).to("meta")
+    for conditioner in model.conditioners.values():
+        if isinstance(conditioner, ImageEmbedding):
+            conditioner.encoder.to("meta")  # else the first batch takes it there
+    return model.to("meta"), objective
+
+
+def stepped(task: Task, batch: dict[str, Any]) -> list[str]:
+    """The waits of one training step: forward, backward, clipping, averaging. batch: as the loader gives it."""
+    task._trainer = SimpleNamespace(
+        world_size=1, global_rank=0, global_step=100, log_every_n_steps=50, precision_plugin=None
+    )
+    logged: dict[str, Any] = {}
+    task.log_training = logged.update
+    task.to("meta").train()
+    batch = task.transfer_batch_to_device(batch, torch.device("meta"), 0)
+    task.setup("fit")  # its averages
+    optimizer = task.optimizer(task.groups())
+    optimizer._step_supports_amp_scaling = True  # as a fused one, of which there is none for this device
+    with Watched() as watched:
+        task.training_step(batch, 0).backward()
+        task.configure_gradient_clipping(optimizer)
+        task.ema.update()
+    assert optimizer.found_inf.is_meta
+    assert "loss" in logged or "nll" in logged
+    assert all(p.grad is not None for group in task.groups() for p in group["params"])
+    return watched.waits
+
+
+OPTIMISATION = {"seed": 0, "optimizer": partial(torch.optim.Adam, lr=1e-3), "lr_factor": lambda step: 1.0,
+                "ema_decay": 0.9, "clip_norm": 1.0}  # fmt: skip
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_step_of_the_denoiser_waits_for_nothing(recipe: str):
+    model, objective = model_of(recipe)
+    batch = {k: FIELDS[k] for k in model.fields} | {"key": ["a", "b"], "loss_weight": torch.ones(2)}
+    batch["moments"] = torch.zeros(2, 2 * model.first_stage.latent_channels, *model.latent_size)
+    assert stepped(DiffusionTask(model, objective, **OPTIMISATION), batch) == []
+
+
+SAMPLERS = {
+    path.stem: instantiate(OmegaConf.load(path), _convert_="all")
+    for path in sorted((config_folder() / "sampler").glob("*.yaml"))
+}
+
+
+def drawn(model: LatentDiffusion, how: Sampling, start: Start | None = None, **guidance: Any) -> list[str]:
+    """The waits of one batch of pictures."""
+    with Watched() as watched:
+        images = model.sample({k: FIELDS[k] for k in model.fields}, [0, 1], how, start, Guidance(**guidance))
+    assert images.is_meta
+    return watched.waits
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_sampling_waits_for_nothing(recipe: str):
+    model, _ = model_of(recipe)
+    rule = partial(classifier_free, interval=(0.5, 5.0), rescale=0.5, threshold=99.0)
+    assert drawn(model.eval(), Sampling(partial(SAMPLERS["ddim"], eta=1.0), 4, 3.0), rule=rule) == []
+
+
+@pytest.mark.parametrize("process", ["classes", "a flow"])
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_no_sampler_waits(sampler: str, process: str):
+    model, _ = model_of(process)
+    assert (
+        drawn(model.eval(), Sampling(SAMPLERS[sampler], 4, 3.0, "trailing" if process == "classes" else "linspace"))
+        == []
+    )
+
+
+def test_pictures_to_begin_from_and_holes_are_not_waited_for():
+    model, _ = model_of("classes")
+    model.eval()
+    given = torch.zeros(2, model.first_stage.latent_channels, *model.latent_size)
+    how = Sampling(SAMPLERS["ddim"], 4, 1.0)
+    assert drawn(model, how, Start(latents=given, strength=0.5)) == []
+    assert drawn(model, how, Start(known=given, mask=given[:, :1])) == []
+    with Watched() as watched:
+        model.invert(given, {"class_label": FIELDS["class_label"]}, how)
+    assert watched.waits == []
+
+
+def test_guides_are_not_waited_for():
+    model, _ = model_of("classes")
+    classifier = NoisyClassifier(
+        model.first_stage.latent_channels, model.latent_size, 3, channels=32, channel_mult=(1, 2)
+    ).to("meta")
+    labels = torch.zeros(2, dtype=torch.long, device="meta")
+
+    def log_probability(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        return classifier(x, t).log_softmax(dim=1).gather(1, labels[:, None])[:, 0]
+
+    outer = (partial(classifier_guidance, log_probability=log_probability, schedule=model.schedule, guidance_scale=2.0),
+             partial(score_guidance, score=lambda x0: model.first_stage.decoded(x0).mean(dim=(1, 2, 3)), schedule=model.schedule,
+                     guidance_scale=2.0))  # fmt: skip
+    assert drawn(model.eval(), Sampling(SAMPLERS["ddim"], 4, 2.0), outer=outer) == []
+
+
+def test_a_step_of_the_classifier_waits_for_nothing():
+    model, _ = model_of("classes")
+    network = NoisyClassifier(model.first_stage.latent_channels, model.latent_size, 3, channels=32, channel_mult=(1, 2))
+    batch = {"class_label": FIELDS["class_label"], "image": torch.zeros(2, 3, 32, 32)}
+    assert stepped(ClassifierTask(network, model.first_stage, model.schedule, **OPTIMISATION), batch) == []
+
+
+@pytest.mark.parametrize("step", [0, 60, 100], ids=["alone", "discriminator", "both"])
+@pytest.mark.parametrize("kind", ["kl", "vq", "vq averaged and restarted"])
+def test_a_step_of_the_autoencoder_waits_for_nothing(kind: str, step: int):
+    sizes = {"z_channels": 4, "channels": 32, "channel_mult": (1, 2), "num_res_blocks": 1}
+    averaged = {"codebook_ema": 0.9, "restart_after": 2} if "averaged" in kind else {}
+    autoencoder = AutoencoderKL(**sizes) if kind == "kl" else AutoencoderVQ(**sizes, num_codes=16, **averaged)
+    loss = AutoencoderLoss(
+        TinyPerceptual(), PatchDiscriminator(channels=8, num_layers=2), disc_start=200 - step, disc_warmup=40,
+        reduction="sum" if kind == "kl" else "mean", learn_logvar=True,
+    )  # fmt: skip
+    assert stepped(AutoencoderTask(autoencoder, loss, **OPTIMISATION), {"image": torch.zeros(2, 3, 32, 32)}) == []
+
+
+def test_metrics_are_waited_for_once_where_they_are_written():
+    model, objective = model_of("classes")
+    task = DiffusionTask(model, objective, **OPTIMISATION).to("meta")
+    task._trainer = SimpleNamespace(global_step=49, log_every_n_steps=50, precision_plugin=None)
+    task.log_dict = lambda logs: None
+    optimizer = task.optimizer(task.groups())
+    optimizer._step_supports_amp_scaling = True
+    for p in (p for group in task.groups() for p in group["params"]):
+        p.grad = torch.zeros_like(p)
+    with Watched() as watched, suppress(NotFinite):  # by a value that the meta device does not have
+        task.configure_gradient_clipping(optimizer)
+    assert len(watched.waits) == 1
+
+
+def test_what_waits_and_what_mixes_is_seen():
+    x, mask = torch.zeros(3, device="meta"), torch.zeros(3, dtype=torch.bool, device="meta")
+    waiting = [
+        lambda: float(x.sum()), lambda: bool(mask.any()), lambda: x.tolist(), lambda: x.cpu(), lambda: x[mask], lambda: mask.nonzero(),
+        lambda: torch.zeros(3).to("meta"), lambda: x.copy_(torch.zeros(3)), lambda: torch.zeros(3).copy_(x),
+        lambda: x[torch.tensor([0])],
+    ]  # fmt: skip
+    for act in waiting:
+        with Watched() as watched:
+            act()
+        assert len(watched.waits) == 1
+    with Watched() as watched:
+        uploaded(torch.zeros(3), "meta")
+        assert (x + torch.tensor(1.0)).is_meta
+    assert watched.waits == []
+    with Watched(), pytest.raises(AssertionError, match="mixes devices"):
+        x + torch.zeros(3)
