@@ -6,8 +6,6 @@ from einops import rearrange
 from torch import nn
 from torch.nn import functional as F
 
-from ldm_train.devices import uploaded
-
 
 def _summed(values: torch.Tensor) -> torch.Tensor:
     """In place over all ranks, where there are several."""
@@ -93,7 +91,7 @@ class VectorQuantizer(nn.Module):
             self.unused_steps.add_(1).masked_fill_(count > 0, 0)
             # A latent for each code, of which the dead ones take theirs: how many they are is not asked of the device.
             dead = self.unused_steps >= self.restart_after
-            fresh = flat[uploaded(torch.randint(len(flat), (self.num_codes,)), flat.device)]
+            fresh = flat[torch.randint(len(flat), (self.num_codes,), device=flat.device)]
             if dist.is_available() and dist.is_initialized():
                 dist.broadcast(fresh, src=0)
             weight = self.embedding.weight
