@@ -11,6 +11,7 @@ from omegaconf import DictConfig
 
 from ldm_train.checkpoints.native import load_latent_diffusion, load_model, read_metadata, weights_sha256
 from ldm_train.conditioning.clip_score import ClipScore
+from ldm_train.devices import uploaded
 from ldm_train.diffusion.guidance import Denoise, classifier_guidance, score_guidance
 from ldm_train.diffusion.process import NoiseProcess
 from ldm_train.generation.requests import Request
@@ -120,7 +121,7 @@ class Guides:
         wraps: list[Callable[[Denoise], Denoise]] = []
         schedule = self.model.schedule
         if self.classifier is not None and "class_label" in part[0].targets:
-            labels = torch.tensor([r.targets["class_label"] for r in part], device=self.model.device)[:, None]
+            labels = uploaded(torch.tensor([[r.targets["class_label"]] for r in part]), self.model.device)
 
             def log_probability(x_t: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
                 seen = schedule.network_view(x_t, timesteps)[0]  # as the classifier was trained on it
@@ -129,10 +130,10 @@ class Guides:
             guide = partial(classifier_guidance, schedule=schedule, guidance_scale=self.scales["classifier"])
             wraps.append(partial(guide, log_probability=log_probability))
         if self.clip is not None and "caption" in part[0].targets:
-            texts = self.clip.texts([r.targets["caption"] for r in part])
+            texts, scale = self.clip.texts([r.targets["caption"] for r in part]), self.clip.logit_scale
 
             def score(latents: torch.Tensor) -> torch.Tensor:
-                return self.clip.logit_scale * self.clip(self.model.first_stage.decoded(latents), texts)
+                return scale * self.clip(self.model.first_stage.decoded(latents), texts)
 
             wraps.append(partial(score_guidance, score=score, schedule=schedule, guidance_scale=self.scales["clip"]))
         return wraps
