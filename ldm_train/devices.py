@@ -12,7 +12,7 @@ def uploaded(tensor: torch.Tensor, device: torch.device | str) -> torch.Tensor:
     if device.type in ("cpu", "mps") or tensor.device.type != "cpu":
         return tensor.to(device)
     if device.type == "cuda" and not tensor.is_pinned():
-        tensor = tensor.pin_memory()
+        tensor = tensor.contiguous().pin_memory()
     return tensor.to(device, non_blocking=True)
 
 

@@ -31,6 +31,7 @@ from ldm_train.pipeline.diffusion import first_stage_tree, latent_size, model_tr
 from ldm_train.training.autoencoder_task import AutoencoderTask
 from ldm_train.training.classifier_task import ClassifierTask
 from ldm_train.training.diffusion_task import DiffusionTask
+from ldm_train.training.fit import Machine
 from ldm_train.training.task import NotFinite, Task
 
 RECIPES = {
@@ -209,6 +210,11 @@ def test_metrics_are_waited_for_once_where_they_are_written():
     with Watched() as watched, suppress(NotFinite):  # by a value that the meta device does not have
         task.configure_gradient_clipping(optimizer)
     assert len(watched.waits) == 1
+
+
+def test_ranks_leave_what_is_on_the_host_there():
+    strategy = Machine("gpu", "32", world_size=2, local_world_size=2).strategy()
+    assert strategy.determine_ddp_device_ids() is None  # DDP moves the inputs to these
 
 
 def test_what_waits_and_what_mixes_is_seen():

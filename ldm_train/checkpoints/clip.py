@@ -132,7 +132,7 @@ def read_image_encoder(
         width, channels, patch, _ = own["embeddings.patch_embedding.weight"].shape
         side = patch * math.isqrt(len(own["embeddings.position_embedding.weight"]) - 1)
         options: dict[str, Any] = {
-            "hidden_size": width, "num_hidden_layers": _layers(own), "num_attention_heads": min(width // HEAD, VISION_HEADS),
+            "hidden_size": width, "num_hidden_layers": _layers(own), "num_attention_heads": min(max(1, width // HEAD), VISION_HEADS),
             "intermediate_size": len(own["encoder.layers.0.mlp.fc1.bias"]), "patch_size": patch, "image_size": side,
             "num_channels": channels, "projection_dim": len(projection), "hidden_act": "gelu" if openclip else "quick_gelu",
         }  # fmt: skip

@@ -250,7 +250,8 @@ def _encoders(
 ) -> tuple[dict[str, tuple[Any, nn.Module]], set[str], list[str]]:
     """({conditioner: (what prepares its input, its encoder)}, the names of their tensors, those that nothing needs)."""
     conditioners, made, used, unused = described.tree.get("conditioners", {}), {}, set[str](), list[str]()
-    if conditioners.get("text", {}).get("path") == HELD_TEXT:
+    text = conditioners.get("text", {})
+    if text.get("path") == HELD_TEXT and text.get("layer") != "projected":
         encoder, used, unused = read_text_encoder(tensors, path)
         words = conditioners["text"]["tokenizer"]
         made["text"] = (read_clip_tokenizer(words) if isinstance(words, str) else words, encoder)

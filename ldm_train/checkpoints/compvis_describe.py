@@ -88,6 +88,10 @@ def _image_embedding_yaml(tree: Mapping[str, Any], weights: Weights) -> dict[str
         raise ValueError(
             "the image embedding is of no pretrained vision encoder, a checkpoint of CompVis has one of CLIP"
         )
+    if tree["encoder"].get("hidden") or tree["statistics"] is None:
+        raise ValueError(
+            "the image embedding is of hidden states, or normalised by itself; a checkpoint of CompVis has neither"
+        )
     noise = {"timestep_dim": tree["encoder_dim"]}
     noise |= {"noise_schedule_config": {"timesteps": 1000, "beta_schedule": "squaredcos_cap_v2"}}
     noise |= {"clip_stats_path": STATISTICS} if weights.statistics else {}

@@ -65,6 +65,16 @@ class PretrainedVision(nn.Module):
         return self
 
     @property
+    def is_taken(self) -> bool:
+        """Whether it was given or loaded."""
+        return self.model is not None
+
+    def savable(self) -> tuple[Any, nn.Module]:
+        """What prepares pictures and the model, to be written into a folder that `path` may name."""
+        taken = self.loaded()
+        return taken.processor, taken.model
+
+    @property
     def is_local(self) -> bool:
         """Whether no network is needed for it."""
         return self.model is not None or Path(self.path).is_dir()

@@ -229,6 +229,7 @@ class FrozenText(Captions):
         self.cache_size, self.widths, self.tokenizer_path = cache_size, {"context": dim}, tokenizer or path
         self._cache: OrderedDict[str, tuple[torch.Tensor, torch.Tensor]] = OrderedDict()
         self._pretrained: tuple[Any, nn.Module] | None = None  # a tuple hides it from state_dict and optimisers
+        self._whole: tuple[nn.Module, ...] = ()  # what the encoder is part of
         if pretrained is not None:
             self.take(*pretrained)
         self.register_buffer("_place", torch.zeros(()), persistent=False)
@@ -240,6 +241,7 @@ class FrozenText(Captions):
     def take(self, tokenizer: Any, encoder: nn.Module) -> None:
         """Uses these instead of loading them."""
         self._pretrained = (tokenizer, encoder.eval().requires_grad_(False))
+        self._whole = (encoder,)
 
     def pretrained(self) -> tuple[Any, nn.Module]:
         """Tokenizer and encoder, loaded at first use. Raises FileNotFoundError where they cannot be obtained."""
@@ -261,10 +263,21 @@ class FrozenText(Captions):
                 model = loaded(kind if clip else AutoModel, self.path)
             if self.pad_id is not None and not 0 <= self.pad_id < len(tokenizer):
                 raise ValueError(f"pad_id={self.pad_id} is none of the tokenizer's {len(tokenizer)} tokens")
+            self._whole = (model,)
             model = model.get_encoder() if model.config.is_encoder_decoder else model
             self._pretrained = (tokenizer, model.eval().requires_grad_(False))
         tokenizer, model = self._pretrained
         return tokenizer, model.to(self.device)
+
+    def savable(self) -> tuple[Any, nn.Module]:
+        """Tokenizer and model, to be written into a folder that `path` may name: of models that decode too (T5) the whole."""
+        tokenizer, _ = self.pretrained()
+        return tokenizer, self._whole[0]
+
+    @property
+    def is_taken(self) -> bool:
+        """Whether it was given or loaded."""
+        return self._pretrained is not None
 
     @property
     def is_local(self) -> bool:

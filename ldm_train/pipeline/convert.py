@@ -31,7 +31,7 @@ RULES: dict[str, Rule] = {
     "null_class": optional(flag),
     "dtype": one_of(*DTYPES),
     "repo": optional(text("name, <organisation or user>/<name>")),
-    **dict.fromkeys(("verify", "dry_run", "overwrite", "private"), flag),
+    **dict.fromkeys(("verify", "dry_run", "overwrite", "private", "encoders"), flag),
 }
 HUB = "hub"  # in the place of a path
 SAMPLING = USUAL_SAMPLING | {"spacing": "compvis"}  # as the published models' own script draws
@@ -53,7 +53,8 @@ def read(config: DictConfig) -> tuple[Model, compvis.Report | None]:
             metadata["sampling"] = SAMPLING
         if (classes := described.tree.get("conditioners", {}).get("class_label")) is not None:
             metadata["null_class"] = described.class_rows == classes["classes"] + 1
-        return Model(model, described.tree, metadata), report
+        named = [Path(config.text_encoder)] if config.text_encoder is not None else []
+        return Model(model, described.tree, metadata, _folders(config, *named)), report
     if is_repo(source):
         source = downloaded(str(source))
     if is_diffusers(source):
@@ -67,7 +68,12 @@ def read(config: DictConfig) -> tuple[Model, compvis.Report | None]:
         return Model(module, tree, {"downsample_factor": module.downsample_factor, "converted_from": source.name}), None
     folder = native_folder(source)
     metadata = {k: v for k, v in read_metadata(folder).items() if k not in ("sha256", "config_sha256")}
-    return Model(load_model(folder), read_tree(folder), metadata), None
+    return Model(load_model(folder), read_tree(folder), metadata, _folders(config, folder)), None
+
+
+def _folders(config: DictConfig, *folders: Path) -> list[Path]:
+    """Whence encoders may be copied: a model's own folder, what the command names, and with encoders=true from anywhere."""
+    return [Path("/")] if config.encoders else list(folders)
 
 
 def _tokenizer(value: str | None) -> str | None:
@@ -147,6 +153,10 @@ def _converted(config: DictConfig) -> Model:
     form = FORMS[config.format](model, target, dtype)
     if (there := [path for path in form.files if path.exists()]) and not config.overwrite:
         raise FileExistsError(f"{there[0]} exists; choose another to=, or overwrite=true")
+    if form.elsewhere and config.repo is not None:
+        raise ValueError(
+            f"{config['from']} names the encoder {form.elsewhere[0]} of this machine; encoders=true publishes it with the model"
+        )
     print(f"to: {form.says}")
     if config.dry_run:
         return model

@@ -21,7 +21,7 @@ from ldm_train.checkpoints.compvis_describe import STATISTICS, Weights, describe
 from ldm_train.checkpoints.compvis_yaml import Published, needs_of
 from ldm_train.checkpoints.diffusers import is_diffusers
 from ldm_train.checkpoints.native import load_model, save_model
-from ldm_train.conditioning.image_embedding import ImageEmbedding, PretrainedVision, TinyVision
+from ldm_train.conditioning.image_embedding import ImageEmbedding, PretrainedVision
 from ldm_train.conditioning.text import FrozenText
 from ldm_train.latent_diffusion import LatentDiffusion
 from ldm_train.models.autoencoder import AutoencoderKL
@@ -35,11 +35,13 @@ Outputs = dict[str, torch.Tensor]
 
 @dataclass
 class Model:
-    """A model that is to be written. tree: what builds it. metadata: of its native folder."""
+    """A model that is to be written. tree: what builds it. metadata: of its native folder. folders: from which encoders may be
+    copied along; those that the model names elsewhere stay there."""
 
     module: nn.Module
     tree: dict[str, Any]
     metadata: dict[str, Any]
+    folders: Sequence[Path] = ()
 
     @property
     def null_class(self) -> bool:
@@ -67,7 +69,11 @@ class Model:
         held = text is not None and text.layer != "projected"
         says = {"null_class": self.null_class, "openclip": held and is_openclip(text.pretrained()[1])}
         if image is not None and isinstance(image.encoder, PretrainedVision):
-            says["openclip_images"] = is_openclip(image.encoder.loaded().model)
+            if (kind := type(image.encoder.loaded().model).__name__) != "CLIPVisionModelWithProjection":
+                raise ValueError(
+                    f"the image encoder {image.encoder.path} is a {kind}; a checkpoint of CompVis has one of CLIP"
+                )
+            says["openclip_images"] = is_openclip(image.encoder.model)
             says["statistics"] = not image.per_image and bool(image.mean.any() or (image.std != 1).any())
         return describe(self.tree, Weights(**says))
 
@@ -77,7 +83,8 @@ class Form:
     """A model in one form, not yet written.
 
     files: what it takes the place of. says: for the report. again: what the written one computes from fixed noise, beside
-    what the model itself computes (see `outputs`). tolerance: between the two, in float32. hint: said at the end
+    what the model itself computes (see `outputs`). tolerance: between the two, in float32. hint: said at the end.
+    elsewhere: folders of this machine that it names
     """
 
     files: list[Path]
@@ -86,6 +93,7 @@ class Form:
     again: Callable[[], Outputs]
     tolerance: float = 0.0
     hint: str = ""
+    elsewhere: Sequence[str] = ()
 
 
 def _noise(*shape: int) -> torch.Tensor:
@@ -120,7 +128,8 @@ def outputs(model: nn.Module) -> Outputs:
         for conditioner in model.conditioners.values():
             if isinstance(conditioner, FrozenText) and conditioner.is_local:
                 made["caption"] = conditioner.encode(["a"])[0]
-            if isinstance(conditioner, ImageEmbedding) and not isinstance(conditioner.encoder, TinyVision):
+            encoder = getattr(conditioner, "encoder", None)
+            if isinstance(encoder, PretrainedVision) and encoder.is_local:
                 made["picture"] = conditioner.embed(_noise(1, 3, 64, 64).clamp(-1, 1))
         if not any("concat" in conditioner.widths for conditioner in model.conditioners.values()):
             null = model.null_condition(1)
@@ -131,21 +140,28 @@ def outputs(model: nn.Module) -> Outputs:
 def native(model: Model, target: Path, dtype: torch.dtype) -> Form:
     """A model folder of this package."""
     megabytes = 4e-6 * sum(parameter.numel() for parameter in model.module.parameters())
-    tree = deepcopy(model.tree)
+    tree, along, stay = deepcopy(model.tree), [], []
+    for name, conditioner in getattr(model.module, "conditioners", {}).items():
+        part, encoder, inside = tree["conditioners"][name], conditioner, HELD_TEXT
+        if isinstance(getattr(conditioner, "encoder", None), PretrainedVision):
+            part, encoder, inside = part["encoder"], conditioner.encoder, HELD_VISION
+        elif not isinstance(conditioner, FrozenText):
+            continue
+        place = Path(encoder.path).resolve()
+        if encoder.is_taken or any(place.is_relative_to(Path(folder).resolve()) for folder in model.folders):
+            along.append((part, encoder, inside))
+        elif place.is_dir():
+            stay.append(encoder.path)
 
     def write() -> None:
-        for name, conditioner in getattr(model.module, "conditioners", {}).items():
-            part, encoder = tree["conditioners"][name], getattr(conditioner, "encoder", None)
-            if isinstance(conditioner, FrozenText) and conditioner.is_local:
-                part.pop("tokenizer", None)
-                part["path"] = _along(target / HELD_TEXT, conditioner.pretrained())
-            elif isinstance(encoder, PretrainedVision) and encoder.is_local:
-                taken = encoder.loaded()
-                part["encoder"]["path"] = _along(target / HELD_VISION, (taken.processor, taken.model))
+        for part, encoder, inside in along:
+            part.pop("tokenizer", None)
+            part["path"] = _along(target / inside, encoder.savable())
         save_model(target, model.module, tree, model.metadata)
 
     says = f"{target}, a model folder ({megabytes:,.1f} MB of weights)"
-    return Form([target], says, write, lambda: outputs(load_model(target)))
+    hint = f"it names {' and '.join(stay)}, which stay where they are; encoders=true copies them along" if stay else ""
+    return Form([target], says, write, lambda: outputs(load_model(target)), hint=hint, elsewhere=stay)
 
 
 def _along(folder: Path, parts: Sequence[Any]) -> str:

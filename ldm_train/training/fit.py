@@ -37,6 +37,13 @@ REWINDS = 3  # returns to the last checkpoint, at most, in one training
 PRECISIONS = ("32", "bf16-mixed", "16-mixed")
 
 
+class HostInputs(DDPStrategy):
+    """DDP that leaves inputs where they are: a task has moved its batch, and keeps conditions on the host."""
+
+    def determine_ddp_device_ids(self) -> None:
+        return None
+
+
 @dataclass(frozen=True)
 class Machine:
     """The devices of training. accelerator: "cpu" or "gpu". rank, world_size and their local_ forms as torchrun sets them.
@@ -72,7 +79,7 @@ class Machine:
         backend = "gloo" if self.accelerator == "cpu" else "nccl"
         # Buffers are equal on all ranks by construction; broadcasting them in every forward pass would hang a validation
         # in which ranks have different numbers of batches.
-        return DDPStrategy(process_group_backend=backend, gradient_as_bucket_view=True, broadcast_buffers=False)
+        return HostInputs(process_group_backend=backend, gradient_as_bucket_view=True, broadcast_buffers=False)
 
     def precision_plugin(self) -> Precision:
         return Precision() if self.precision == "32" else MixedPrecision(self.precision, self.device.type)

@@ -68,6 +68,7 @@ class Task(L.LightningModule):
         self.attempt = self.skipped = self._skipped_in_row = 0
         # On an accelerator, since they were last read: steps skipped, those in a row until now, the longest row.
         self._skips: torch.Tensor | None = None
+        self._most_skips = SKIPS
         self._sums: dict[str, tuple[float, int]] = {}
 
     def trained(self) -> nn.ModuleDict:
@@ -128,12 +129,18 @@ class Task(L.LightningModule):
         return self.device.type != "cpu" and getattr(optimizer, "_step_supports_amp_scaling", False)
 
     def _count_on_device(self, finite: torch.Tensor, most: int) -> None:
-        """Counts a step. The counts are read, and NotFinite is raised, where the step's metrics are written."""
+        """Counts a step. The counts are read, and NotFinite is raised, where metrics are written and before checkpoints are."""
         total, row, longest = torch.zeros(3, device=finite.device) if self._skips is None else self._skips
         bad = (~finite).float()
         row = (row + 1) * bad
         self._skips = torch.stack([total + bad, row, torch.maximum(longest, row)])
-        if self.logs_now and self._read_skips() >= most:
+        self._most_skips = most
+        if self.logs_now:
+            self.check_skips()
+
+    def check_skips(self) -> None:
+        """Reads how many steps were skipped. Raises NotFinite where that were too many in a row."""
+        if self._read_skips() >= self._most_skips:
             self._skips = None
             raise NotFinite(self.stage, "gradient is", self.global_step)
 
@@ -143,7 +150,7 @@ class Task(L.LightningModule):
             return 0
         (total, row, longest), device = self._skips.tolist(), self._skips.device
         self.skipped += int(total)
-        self._skips = uploaded(torch.tensor([0.0, row, 0.0]), device)
+        self._skips = uploaded(torch.tensor([0.0, row, longest]), device)
         return int(longest)
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:

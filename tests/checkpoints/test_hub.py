@@ -160,6 +160,29 @@ def test_a_text_encoder_travels_with_its_model(tmp_path: Path, monkeypatch: pyte
         ldm_train.load(str(tmp_path / "moved"))
 
 
+def test_an_encoder_elsewhere_on_this_machine_is_copied_where_the_command_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+):
+    monkeypatch.setattr("huggingface_hub.HfApi", Uploads(tmp_path))
+    source, _ = checkpoint(tmp_path, diffusion_config("sd-v1", small=True))
+    convert(composed("convert", f"from={source}", f"tokenizer={clip_words(tmp_path)}", f"to={tmp_path}/model"))
+    (tmp_path / "model/text_encoder").rename(tmp_path / "private")
+    config = (tmp_path / "model/config.yaml").read_text().replace("./text_encoder", str(tmp_path / "private"))
+    (tmp_path / "model/config.yaml").write_text(config)
+    record = json.loads((tmp_path / "model/metadata.json").read_text())
+    (tmp_path / "model/metadata.json").write_text(json.dumps({k: v for k, v in record.items() if k != "config_sha256"}))
+    options = (f"from={tmp_path}/model",)
+    with pytest.raises(ValueError, match=r"names the encoder .*private of this machine; encoders=true publishes it"):
+        convert(composed("convert", *options, "to=hub", "repo=me/sd"))
+    convert(composed("convert", *options, f"to={tmp_path}/plain"))
+    assert "private, which stay where they are; encoders=true copies them along" in capsys.readouterr().out
+    assert not (tmp_path / "plain/text_encoder").exists()
+    convert(composed("convert", *options, f"to={tmp_path}/whole", "encoders=true"))
+    assert str(tmp_path) not in (tmp_path / "whole/config.yaml").read_text()
+    (tmp_path / "private").rename(tmp_path / "gone")
+    assert ldm_train.load(str(tmp_path / "whole")).conditioners["text"].encode(["a"])[0].shape == (1, 77, 64)
+
+
 @pytest.mark.parametrize("field", EXAMPLES)
 def test_the_cards_command_composes_and_gives_the_field_as_declared(field: str):
     options = EXAMPLES[field].replace("'a few words'", "words").split()

@@ -7,7 +7,16 @@ from pathlib import Path
 import pytest
 import torch
 from torch.nn import functional as F
-from transformers import AutoTokenizer, BertTokenizer, CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerFast
+from transformers import (
+    AutoTokenizer,
+    BertTokenizer,
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    PreTrainedTokenizerFast,
+    T5Config,
+    T5Model,
+)
 
 from ldm_train.conditioning.base import Conditioner, merge
 from ldm_train.conditioning.class_label import ClassLabel
@@ -275,6 +284,39 @@ def pretrained_text(tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Path
         tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<start>", eos_token="<end>"
     ).save_pretrained(folder)
     return folder
+
+
+@torch.no_grad()
+def test_an_encoder_that_is_half_of_a_model_is_written_whole_and_read_again(
+    pretrained_text: Path, tmp_path: Path
+) -> None:
+    sizes = {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 2, "num_heads": 2}
+    words = AutoTokenizer.from_pretrained(pretrained_text)
+    T5Model(T5Config(**sizes, vocab_size=len(words), decoder_start_token_id=0)).save_pretrained(tmp_path / "t5")
+    words.save_pretrained(tmp_path / "t5")
+    text = FrozenText(str(tmp_path / "t5"), 16, max_length=24)
+    for part in reversed(text.savable()):
+        part.save_pretrained(tmp_path / "again")
+    again = FrozenText(str(tmp_path / "again"), 16, max_length=24)
+    assert torch.equal(text.encode(CAPTIONS)[0], again.encode(CAPTIONS)[0])
+
+
+@torch.no_grad()
+def test_projected_captions_are_clips_embeddings_of_length_one(pretrained_text: Path, tmp_path: Path) -> None:
+    config = CLIPTextConfig.from_pretrained(pretrained_text, projection_dim=8)
+    model = CLIPTextModelWithProjection(config).eval()
+    words = AutoTokenizer.from_pretrained(pretrained_text)
+    for part in (model, words):
+        part.save_pretrained(tmp_path)
+    text = FrozenText(str(tmp_path), 8, "projected", max_length=24)
+    tokens = words(CAPTIONS, padding="max_length", truncation=True, max_length=24, return_tensors="pt")
+    expected = torch.nn.functional.normalize(model(input_ids=tokens["input_ids"]).text_embeds, dim=1)
+    drop = torch.tensor([False, True, False, False])
+    found = text(CAPTIONS, drop)
+    assert found["context_mask"].shape == (4, 1)
+    torch.testing.assert_close(found["context"][~drop, 0], expected[~drop], rtol=1e-5, atol=1e-6)
+    assert not found["context"][1].any()
+    assert not FrozenText("nowhere", 8, "projected").null(2)["context"].any()  # needs no encoder
 
 
 @torch.no_grad()

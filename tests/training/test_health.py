@@ -198,6 +198,17 @@ def test_where_going_back_does_not_help_the_run_ends_with_a_remedy(tmp_path: Pat
         run(Line(lambda task, step: True), tmp_path / "new")
 
 
+def test_a_training_without_finite_gradients_ends_however_seldom_it_logs(tmp_path: Path) -> None:
+    seldom = Cadence(1000, 40, 100, progress=False)
+    for poison in (
+        lambda task, step: step >= 5,
+        lambda task, step: 5 <= step < 5 + SKIPS,
+    ):  # to the end, or over by then
+        with pytest.raises(NotFinite):
+            fit(FusedLine(poison), Data(60), tmp_path, 60, 1, 60, seldom, Machine("cpu", "32"))
+        assert not (tmp_path / "checkpoints/last.ckpt").exists()
+
+
 def test_findings_are_kept_said_once_and_sent_as_alerts(tmp_path: Path, capsys) -> None:
     class Alerts:
         sent: list[tuple[str, str]] = []

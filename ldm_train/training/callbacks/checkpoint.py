@@ -119,6 +119,17 @@ def steps_done(last: Path) -> int:
     return 0
 
 
+def group_of_hosts() -> dist.ProcessGroup | None:
+    """Over which ranks agree in every step without a wait for their GPUs: the usual group where that is one of hosts, else one more.
+    None where there can be none (gloo finds no way between the hosts; GLOO_SOCKET_IFNAME names the interface)."""
+    if dist.get_backend() == "gloo":
+        return dist.group.WORLD
+    try:
+        return dist.new_group(backend="gloo")
+    except RuntimeError:
+        return None
+
+
 class Checkpoints(L.Callback):
     """folder/last.ckpt every `every` optimiser steps, at the end and on SIGTERM, SIGINT or SIGUSR1; folder/best.ckpt
     when validation's `monitor` (lower is better) improves; None leaves that to those who `offer` values.
@@ -134,7 +145,7 @@ class Checkpoints(L.Callback):
         self.monitor = self.by = self._usual = monitor
         self._training, self._signal, self._signal_time = False, 0, 0.0
         self._step = self._saved = 0  # the last step, and that of last.ckpt
-        self._hosts: dist.ProcessGroup | None = None  # of the ranks' hosts; None: the usual one
+        self._hosts: dist.ProcessGroup | None = None
 
     def state_dict(self) -> dict[str, Any]:
         return {"best": self.best, "by": self.by}
@@ -160,10 +171,7 @@ class Checkpoints(L.Callback):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._training = True
         self._step = self._saved = trainer.global_step
-        if trainer.world_size > 1 and self._hosts is None and dist.get_backend() != "gloo":
-            self._hosts = dist.new_group(
-                backend="gloo"
-            )  # the ranks agree in every step, and no host waits for its GPU for that
+        self._hosts = group_of_hosts() if trainer.world_size > 1 else None
 
     def _on_signal(self, number: int) -> None:
         if not self._training:  # nothing to save yet
@@ -180,7 +188,8 @@ class Checkpoints(L.Callback):
     def _agreed_signal(self, trainer: L.Trainer) -> int:
         if trainer.world_size == 1:
             return self._signal
-        flag = torch.tensor(self._signal)
+        device = torch.device("cpu") if self._hosts is not None else trainer.strategy.root_device
+        flag = torch.tensor(self._signal, device=device)
         dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self._hosts)
         return int(flag)
 
@@ -212,6 +221,7 @@ class Checkpoints(L.Callback):
         return trainer.global_step % self.every == 0 or trainer.global_step >= trainer.max_steps
 
     def _save_last(self, trainer: L.Trainer, pl_module: Task) -> None:
+        pl_module.check_skips()  # no checkpoint is made amid steps that change nothing
         if not torch.stack([p.isfinite().all() for p in pl_module.trained().parameters()]).all():
             raise NotFinite(pl_module.stage, "weights are", trainer.global_step)
         trainer.save_checkpoint(self.folder / LAST, weights_only=False)
