@@ -16,6 +16,8 @@ from ldm_train.checkpoints.diffusers_networks import (
 from ldm_train.checkpoints.native import CONFIG, METADATA, WEIGHTS, load_latent_diffusion, read_tree, save_model
 from ldm_train.storage import file_sha256, read_config
 
+ADOPTED = ".adopted"  # below runs_dir: what was converted
+
 
 def yaml_beside(path: Path) -> Path:
     """The YAML of a checkpoint: of its name, or the only one in its folder. Raises FileNotFoundError with the remedy."""

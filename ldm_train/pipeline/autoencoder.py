@@ -24,14 +24,12 @@ from ldm_train.configuration import plain
 from ldm_train.losses.autoencoder import AutoencoderLoss
 from ldm_train.models.first_stage import FirstStage
 from ldm_train.pipeline import training
-from ldm_train.pipeline.adopt import adopted_autoencoder, is_foreign, is_whole
+from ldm_train.pipeline.adopt import ADOPTED, adopted_autoencoder, is_foreign, is_whole
 from ldm_train.pipeline.data import data_key, mixture_key, sides, stage_data
 from ldm_train.pipeline.run import Run
 from ldm_train.pipeline.stage import Plan, Stage
 from ldm_train.storage import read_config
 from ldm_train.training.callbacks.checkpoint import LAST, read_checkpoint
-
-ADOPTED = ".adopted"  # below runs_dir: foreign autoencoders, converted
 
 
 def model_folder(run: Run) -> Path:

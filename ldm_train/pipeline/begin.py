@@ -13,6 +13,8 @@ from ldm_train.checkpoints.hub import downloaded, is_repo
 from ldm_train.checkpoints.native import METADATA, WEIGHTS, find_model, load_latent_diffusion, read_tree
 from ldm_train.conditioning.class_label import ClassLabel
 from ldm_train.latent_diffusion import LatentDiffusion
+from ldm_train.pipeline.adopt import ADOPTED, is_foreign
+from ldm_train.pipeline.convert import adopted_model
 
 Shape = tuple[int, ...]
 # Layers that read an input of the network, by the end of their names: only their second dimension may grow.
@@ -27,8 +29,8 @@ INPUTS = {
 
 
 def model_folder(value: str, runs_dir: str, option: str) -> Path:
-    """The model folder of a run by its name or folder, of a model on the Hub, or itself. Raises FileNotFoundError naming the paths
-    that were tried."""
+    """The model folder of a run by its name or folder, of a model on the Hub, of a checkpoint or pipeline of others (converted at
+    its first use), or itself. Raises FileNotFoundError naming the paths that were tried."""
     candidates = [Path(value), Path(runs_dir) / value]
     if is_repo(value) and not candidates[1].exists():
         candidates = [downloaded(value)]
@@ -36,9 +38,11 @@ def model_folder(value: str, runs_dir: str, option: str) -> Path:
         folder = find_model(candidate)
         if folder is not None and (folder / METADATA).is_file():
             return folder
+        if is_foreign(candidate):
+            return adopted_model(candidate, Path(runs_dir) / ADOPTED)
     raise FileNotFoundError(
-        f"{option}={value} is no run with a trained model and no model folder; looked in {', '.join(map(str, candidates))}. "
-        "Checkpoints and folders of diffusers become one by ldm-convert"
+        f"{option}={value} is no run with a trained model, no model folder, no checkpoint and no pipeline of diffusers; looked in "
+        f"{', '.join(map(str, candidates))}"
     )
 
 

@@ -1,6 +1,8 @@
 """ldm-convert: a model from one form into another."""
 
+import hashlib
 import json
+from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -15,11 +17,13 @@ from ldm_train.checkpoints.diffusers_networks import check_folder_links, first_s
 from ldm_train.checkpoints.hub import REPO, downloaded, is_repo, upload
 from ldm_train.checkpoints.native import METADATA, find_model, load_model, read_metadata, read_tree
 from ldm_train.conditioning.text import read_tokenizer
+from ldm_train.configuration import config_folder
 from ldm_train.latent_diffusion import LatentDiffusion
 from ldm_train.pipeline.adopt import yaml_beside
 from ldm_train.pipeline.card import write_card
 from ldm_train.pipeline.formats import DTYPES, FORMS, Model, check_target, outputs
 from ldm_train.rules import Rule, check, either, flag, list_of, one_of, optional, text, whole
+from ldm_train.storage import file_sha256
 
 RULES: dict[str, Rule] = {
     **dict.fromkeys(("from", "to"), text("path; give from=<model> to=<folder or file>")),
@@ -128,6 +132,34 @@ def _opening(folder: Path, repo: str, form: str, whole: bool) -> list[str]:
         kind = "DiffusionPipeline" if whole else json.loads((folder / "config.json").read_text())["_class_name"]
         return [f"from diffusers import {kind}", f'model = {kind}.from_pretrained("{repo}"{code})']
     return ["from huggingface_hub import hf_hub_download", f'hf_hub_download("{repo}", "{folder.name}.safetensors")']
+
+
+@cache
+def adopted_model(path: Path, place: Path) -> Path:
+    """The native model folder of a checkpoint or pipeline of a whole model: below `place`, converted at its first use. Raises
+    FileNotFoundError or ValueError, naming what cannot be converted."""
+    if path.is_file():
+        files = [path, yaml_beside(path)]
+    else:
+        check_folder_links(path)
+        files = sorted(
+            p for p in path.rglob("*") if p.is_file() and p.suffix in (".json", ".safetensors", ".bin", ".txt")
+        )
+    digest = hashlib.sha256("".join(map(file_sha256, files)).encode()).hexdigest()
+    target = place / f"{path.stem}-{digest[:12]}-model"
+    if (target / METADATA).is_file():
+        return target
+    config = OmegaConf.load(config_folder() / "convert.yaml")
+    try:
+        model, _ = read(OmegaConf.merge(config, {"from": str(path), "to": str(target)}))
+    except ValueError as error:
+        raise ValueError(
+            f"{error}. ldm-convert from={path} takes such options, and makes a model folder of it"
+        ) from error
+    if not isinstance(model.module, LatentDiffusion):
+        raise ValueError(f"{path} holds an autoencoder alone")
+    FORMS["native"](model, target, DTYPES["float32"]).write()
+    return target
 
 
 def convert(config: DictConfig) -> Path:

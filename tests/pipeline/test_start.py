@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from chains import chain
+from chains import chain, composed
 from hydra.utils import instantiate
 from published_yaml import autoencoder_config, tensors
 from safetensors.torch import save_file
@@ -21,6 +21,7 @@ from ldm_train.latent_diffusion import LatentDiffusion
 from ldm_train.models.autoencoder import AutoencoderIdentity, AutoencoderVQ
 from ldm_train.pipeline.autoencoder import give_discriminator
 from ldm_train.pipeline.begin import begin_from, what_grows
+from ldm_train.pipeline.convert import adopted_model, convert
 from ldm_train.pipeline.diffusion import same_latents
 from ldm_train.pipeline.resume import read_note
 from ldm_train.pipeline.run import Run
@@ -284,6 +285,41 @@ def test_training_begins_from_another_runs_unet(first: Run, capsys: pytest.Captu
     trained = load_autoencoder(whole.folder / "autoencoder" / "model").state_dict()
     theirs = models[0].first_stage.autoencoder.state_dict()
     assert all(torch.equal(trained[k], theirs[k]) for k in theirs)
+
+
+@pytest.mark.parametrize("form", ["compvis", pytest.param("diffusers", marks=pytest.mark.slow)])
+def test_training_begins_from_a_whole_model_of_others_in_one_command(form: str, tmp_path: Path):
+    plain = (
+        "diffusion/network=tiny_4x4_plain",
+        "diffusion/conditioning=none",
+        "diffusion.network.transformer_depth=0",
+        "latents.per_channel=false",
+        "data.adherence=null",
+    )
+    if form == "diffusers":  # at widths whose norms have the groups that diffusers' own networks have
+        plain += ("autoencoder.network.channels=128", "autoencoder.network.channel_mult=[1,1,1]", "autoencoder.network.num_res_blocks=1",
+                  "diffusion.network.channels=128", "diffusion.network.channel_mult=[1,1]", "diffusion.network.num_res_blocks=1",
+                  "autoencoder.max_steps=2", "autoencoder.batch_size=4", "autoencoder.val_every=2")  # fmt: skip
+    other = chain(tmp_path, *SHORT, *plain, name="other")
+    other.execute()
+    path = tmp_path / ("other.safetensors" if form == "compvis" else "pipeline")
+    convert(composed("convert", f"from={other.folder}", f"to={path}", f"format={form}"))
+    options = (f"autoencoder.pretrained={path}", f"diffusion.init={path}", "diffusion.lr=1e-6", "diffusion.max_steps=2")
+    run = chain(tmp_path, *SHORT, *plain, *options, name="mine")
+    run.execute()
+    models = [load_latent_diffusion(r.folder / "diffusion" / "model") for r in (other, run)]
+    old, new = (m.network.state_dict() for m in models)
+    assert 0 < max(float((old[k] - new[k]).abs().max()) for k in old) < 1e-3
+    taken = chain(
+        tmp_path, *SHORT, *plain, f"autoencoder.pretrained={path}", f"diffusion.pretrained={path}", name="taken"
+    )
+    taken.execute()
+    again = load_latent_diffusion(taken.folder / "diffusion" / "model").network.state_dict()
+    assert all(torch.equal(again[k], old[k]) for k in old)
+    path.with_suffix(".yaml").unlink(missing_ok=True)
+    if form == "compvis":
+        with pytest.raises(FileNotFoundError, match=r"needs the YAML that describes its model"):
+            adopted_model.__wrapped__(path, tmp_path)
 
 
 @pytest.fixture(scope="module")
