@@ -182,13 +182,13 @@ def _converted(config: DictConfig) -> Model:
     print(f"from: {config['from']}, {type(model.module).__name__} of {size:,} parameters")
     if report is not None:
         print(f"  {report}")
+    if config.repo is not None and (named := model.elsewhere()):
+        raise ValueError(
+            f"{config['from']} names the encoder {named[0]} of this machine; encoders=true publishes it with the model"
+        )
     form = FORMS[config.format](model, target, dtype)
     if (there := [path for path in form.files if path.exists()]) and not config.overwrite:
         raise FileExistsError(f"{there[0]} exists; choose another to=, or overwrite=true")
-    if form.elsewhere and config.repo is not None:
-        raise ValueError(
-            f"{config['from']} names the encoder {form.elsewhere[0]} of this machine; encoders=true publishes it with the model"
-        )
     print(f"to: {form.says}")
     if config.dry_run:
         return model

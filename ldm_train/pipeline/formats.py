@@ -63,6 +63,20 @@ class Model:
         conditioners = getattr(self.module, "conditioners", {}).values()
         return next((c for c in conditioners if isinstance(c, ImageEmbedding)), None)
 
+    def encoders(self) -> list[tuple[str, FrozenText | PretrainedVision]]:
+        """Its frozen encoders, by their conditioners' names."""
+        parts = [(name, getattr(c, "encoder", c)) for name, c in getattr(self.module, "conditioners", {}).items()]
+        return [(name, part) for name, part in parts if isinstance(part, FrozenText | PretrainedVision)]
+
+    def has(self, encoder: FrozenText | PretrainedVision) -> bool:
+        """Whether an encoder came with the model, or lies in one of its folders."""
+        place = Path(encoder.path).resolve()
+        return encoder.is_taken or any(place.is_relative_to(folder.resolve()) for folder in self.folders)
+
+    def elsewhere(self) -> list[str]:
+        """The folders of this machine from which it takes encoders beside those it has."""
+        return [e.path for _, e in self.encoders() if not self.has(e) and Path(e.path).is_dir()]
+
     def described(self) -> Published:
         """As CompVis' YAML has it. Raises ValueError where none does."""
         text, image = self.frozen_text, self.image_embedding
@@ -83,8 +97,7 @@ class Form:
     """A model in one form, not yet written.
 
     files: what it takes the place of. says: for the report. again: what the written one computes from fixed noise, beside
-    what the model itself computes (see `outputs`). tolerance: between the two, in float32. hint: said at the end.
-    elsewhere: folders of this machine that it names
+    what the model itself computes (see `outputs`). tolerance: between the two, in float32. hint: said at the end
     """
 
     files: list[Path]
@@ -93,7 +106,6 @@ class Form:
     again: Callable[[], Outputs]
     tolerance: float = 0.0
     hint: str = ""
-    elsewhere: Sequence[str] = ()
 
 
 def _noise(*shape: int) -> torch.Tensor:
@@ -140,28 +152,21 @@ def outputs(model: nn.Module) -> Outputs:
 def native(model: Model, target: Path, dtype: torch.dtype) -> Form:
     """A model folder of this package."""
     megabytes = 4e-6 * sum(parameter.numel() for parameter in model.module.parameters())
-    tree, along, stay = deepcopy(model.tree), [], []
-    for name, conditioner in getattr(model.module, "conditioners", {}).items():
-        part, encoder, inside = tree["conditioners"][name], conditioner, HELD_TEXT
-        if isinstance(getattr(conditioner, "encoder", None), PretrainedVision):
-            part, encoder, inside = part["encoder"], conditioner.encoder, HELD_VISION
-        elif not isinstance(conditioner, FrozenText):
-            continue
-        place = Path(encoder.path).resolve()
-        if encoder.is_taken or any(place.is_relative_to(Path(folder).resolve()) for folder in model.folders):
-            along.append((part, encoder, inside))
-        elif place.is_dir():
-            stay.append(encoder.path)
+    tree = deepcopy(model.tree)
+    along = [(name, encoder) for name, encoder in model.encoders() if model.has(encoder)]
 
     def write() -> None:
-        for part, encoder, inside in along:
+        for name, encoder in along:
+            part, vision = tree["conditioners"][name], isinstance(encoder, PretrainedVision)
+            part = part["encoder"] if vision else part
             part.pop("tokenizer", None)
-            part["path"] = _along(target / inside, encoder.savable())
+            part["path"] = _along(target / (HELD_VISION if vision else HELD_TEXT), encoder.savable())
         save_model(target, model.module, tree, model.metadata)
 
     says = f"{target}, a model folder ({megabytes:,.1f} MB of weights)"
+    stay = model.elsewhere()
     hint = f"it names {' and '.join(stay)}, which stay where they are; encoders=true copies them along" if stay else ""
-    return Form([target], says, write, lambda: outputs(load_model(target)), hint=hint, elsewhere=stay)
+    return Form([target], says, write, lambda: outputs(load_model(target)), hint=hint)
 
 
 def _along(folder: Path, parts: Sequence[Any]) -> str:

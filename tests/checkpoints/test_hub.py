@@ -172,8 +172,11 @@ def test_an_encoder_elsewhere_on_this_machine_is_copied_where_the_command_says_s
     record = json.loads((tmp_path / "model/metadata.json").read_text())
     (tmp_path / "model/metadata.json").write_text(json.dumps({k: v for k, v in record.items() if k != "config_sha256"}))
     options = (f"from={tmp_path}/model",)
-    with pytest.raises(ValueError, match=r"names the encoder .*private of this machine; encoders=true publishes it"):
-        convert(composed("convert", *options, "to=hub", "repo=me/sd"))
+    for form in ("native", "compvis", "diffusers"):
+        with pytest.raises(
+            ValueError, match=r"names the encoder .*private of this machine; encoders=true publishes it"
+        ):
+            convert(composed("convert", *options, "to=hub", "repo=me/sd", f"format={form}"))
     convert(composed("convert", *options, f"to={tmp_path}/plain"))
     assert "private, which stay where they are; encoders=true copies them along" in capsys.readouterr().out
     assert not (tmp_path / "plain/text_encoder").exists()
