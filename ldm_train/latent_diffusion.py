@@ -27,6 +27,7 @@ class Sampling:
     """Options of sampling. None stands for the choice of the model's own run.
 
     sampler: a function of `samplers/`, its options bound (functools.partial). guidance_scale: 1 is off.
+    guidance_interval: guide only between these noise levels sigma / alpha (Kynkaanniemi et al. 2024); None: at all of them
     overlap: windows of the trained size, sharing so many cells, over larger latents (see `Panorama`)
     tiles: of the decoder, for pictures too large for memory
     """
@@ -35,6 +36,7 @@ class Sampling:
     num_inference_steps: int | None = None
     guidance_scale: float | None = None
     spacing: str | None = None
+    guidance_interval: Sequence[float] | None = None
     overlap: int | None = None
     tiles: Tiles | None = None
 
@@ -319,7 +321,8 @@ class LatentDiffusion(nn.Module):
                 if given is not None and spatial and not any(c.dropout for c in spatial):
                     away["concat"] = given["concat"]  # as `_sampled` keeps those of a batch
                 other = self.denoiser(away, how.overlap)
-            denoise = guidance.rule(denoise, other, scale)
+            interval = {} if how.guidance_interval is None else {"interval": tuple(how.guidance_interval)}
+            denoise = guidance.rule(denoise, other, scale, **interval)
         for wrap in guidance.outer:
             denoise = wrap(denoise)
         return denoise

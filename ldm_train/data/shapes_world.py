@@ -45,6 +45,14 @@ _PHRASES = (
     "on {background} there is a {size} {colour} {shape} in the {position}",
     "a {colour} {shape} at the {position} over {background}",
 )
+# Prompts as people type them, which leave something out.
+_PARTIAL_PHRASES = (
+    "a {colour} {shape}",
+    "a {colour} {shape} on a {background} background",
+    "a {colour} {shape} in the {position}",
+)
+SHADE = 0.04  # how far colours and backgrounds vary in the data, either way
+EVEN = 0.04  # and how far beyond that a picture's background may lie to be one of the data's
 
 
 @dataclass(frozen=True)
@@ -117,7 +125,7 @@ def render(scene: Scene, size: int = 32, rng: np.random.Generator | None = None)
     given, background and colours vary slightly, as in the training data."""
 
     def shade(n: int) -> np.ndarray:
-        return rng.uniform(-0.04, 0.04, size=n) if rng else np.zeros(n)
+        return rng.uniform(-SHADE, SHADE, size=n) if rng else np.zeros(n)
 
     image = np.broadcast_to(BACKGROUNDS[scene.background] + shade(1), (size, size, 3)).astype(np.float32)
     labels = np.zeros((size, size), np.uint8)
@@ -130,7 +138,7 @@ def render(scene: Scene, size: int = 32, rng: np.random.Generator | None = None)
 
 
 def captions(scene: Scene) -> list[str]:
-    """Every phrasing of the scene, in a fixed order. Half of them mention the size."""
+    """Every complete phrasing of the scene, in a fixed order. Half of them mention the size."""
     if len(scene.objects) == 1:
         o = scene.objects[0]
         return [p.format(**asdict(o), background=scene.background) for p in _PHRASES]
@@ -142,6 +150,11 @@ def captions(scene: Scene) -> list[str]:
         f"{sized[0]} and {sized[1]} {ground}",
         f"{ground}: {parts[1]} with {parts[0]}",
     ]
+
+
+def partial_captions(scene: Scene) -> list[str]:
+    """Phrasings of a scene with one object that name its colour and shape, and at most one attribute more."""
+    return [p.format(**asdict(scene.objects[0]), background=scene.background) for p in _PARTIAL_PHRASES]
 
 
 def boxes(scene: Scene) -> list[list[float]]:
@@ -206,8 +219,7 @@ def read(image: np.ndarray, objects: int = 1) -> Scene | None:
     or no clear winner), a place near no named position.
     """
     image = image.astype(np.float32) / 255
-    frame = np.concatenate([image[0], image[-1], image[:, 0], image[:, -1]])
-    ground = np.median(frame, axis=0)
+    frame, ground = np.concatenate([image[0], image[-1], image[:, 0], image[:, -1]]), _ground(image)
     if (np.abs(frame - ground).max(axis=1) < 0.15).mean() < 0.9 or np.ptp(ground) > 0.2:
         return None
     gaps = {name: abs(float(ground.mean()) - value) for name, value in BACKGROUNDS.items()}
@@ -228,6 +240,44 @@ def read(image: np.ndarray, objects: int = 1) -> Scene | None:
     ]  # the soft edge belongs to the object
     objects_read = [_read_object(image, distance, region, scale) for region in grown]
     return None if None in objects_read else Scene(background, tuple(objects_read))
+
+
+def _ground(image: np.ndarray) -> np.ndarray:
+    """The median colour (3,) of a picture's frame."""
+    return np.median(np.concatenate([image[0], image[-1], image[:, 0], image[:, -1]]), axis=0)
+
+
+def background_of(image: np.ndarray) -> str | None:
+    """The background of a picture (H, W, 3) uint8 if it is one of the data's: without colour, and of a brightness that occurs there.
+    `read` is more lenient: a grey nearer to black than to white is black there."""
+    ground = _ground(image.astype(np.float32) / 255)
+    for name, value in BACKGROUNDS.items():
+        if np.abs(ground - value).max() <= SHADE + EVEN:
+            return name
+    return None
+
+
+def fidelity(image: np.ndarray, shape: str) -> float:
+    """How well what a picture (H, W, 3) uint8 shows is the ideal outline of a shape: the soft intersection over union of its
+    coverage (0 to 1 per pixel, by colour) with the drawn shape of the place and size that fit best; 0 for an empty picture."""
+    image = image.astype(np.float32) / 255
+    distance = np.abs(image - _ground(image)).max(axis=2)
+    if distance.max() < 0.3:
+        return 0.0
+    alpha = np.clip(distance / np.median(distance[distance > 0.8 * distance.max()]), 0, 1)
+    alpha[alpha < 0.12] = 0  # shades of the background are no part of the shape
+    centre = (np.arange(len(image)) + 0.5) / len(image)
+    x, y = (alpha.sum(0) * centre).sum() / alpha.sum(), (alpha.sum(1) * centre).sum() / alpha.sum()
+    r = float(np.sqrt(alpha.mean() / (4 * _FILL[shape])))
+    best, place = 0.0, (x, y - _CENTROID[shape] * r, r)
+    for reach in (0.12, 0.05, 0.02):  # in half boxes; each round around the best of the one before
+        moves = np.array(list(itertools.product((-1, 0, 1), repeat=3))) * reach * place[2]
+        for candidate in place + moves:
+            template = _coverage(shape, *candidate, len(image))
+            overlap = float(np.minimum(alpha, template).sum() / np.maximum(alpha, template).sum())
+            if overlap > best:
+                best, place = overlap, tuple(candidate)
+    return best
 
 
 def read_labels(image: np.ndarray, objects: int = 1) -> np.ndarray | None:

@@ -35,6 +35,10 @@ class DiffusionObjective(nn.Module):
         latent diffusion's learn_logvar)
     offset_noise: adds so many standard deviations of noise that is constant over the picture, per channel, so that
         very dark and very bright pictures are learned (0: none)
+    input_perturbation: deviation of more noise in the network's input that the target does not know, while training (DDPM-IP,
+        Ning et al. 2023, arXiv:2301.11706, algorithm 1): the network learns to see through its own errors (0: none)
+    immiscible: noises to choose from for each picture, of which the one nearest to it is taken (Li et al. 2024,
+        arXiv:2406.12303, each picture by itself): paths cross less (1: no choice)
     stratified: draw each time of a global batch from its own slice of the density; same expectation, less variance
     Raises ValueError for another weighting or loss, and for a parameterisation that is not defined for the process.
     """
@@ -48,6 +52,8 @@ class DiffusionObjective(nn.Module):
         stratified: bool = True,
         loss: str = "l2",
         offset_noise: float = 0.0,
+        input_perturbation: float = 0.0,
+        immiscible: int = 1,
     ):
         super().__init__()
         if weighting not in ("uniform", "min_snr", "learned"):
@@ -59,7 +65,11 @@ class DiffusionObjective(nn.Module):
         check_compatible(self.parameterisation, schedule)
         self.weighting, self.min_snr_gamma, self.stratified = weighting, min_snr_gamma, stratified
         self.error = F.l1_loss if loss == "l1" else F.mse_loss
-        self.offset_noise = offset_noise
+        if input_perturbation < 0:
+            raise ValueError(f"diffusion.objective.input_perturbation={input_perturbation} is a deviation: at least 0")
+        if not isinstance(immiscible, int) or immiscible < 1:
+            raise ValueError(f"diffusion.objective.immiscible={immiscible} is a number of noises: 1 or more")
+        self.offset_noise, self.input_perturbation, self.immiscible = offset_noise, input_perturbation, immiscible
         if weighting == "learned":
             self.uncertainty = nn.Parameter(torch.zeros(schedule.num_train_timesteps))
 
@@ -78,7 +88,12 @@ class DiffusionObjective(nn.Module):
 
     def draw_noise(self, latents: torch.Tensor) -> torch.Tensor:
         """Training noise like `latents`, from the global generator."""
-        noise = torch.randn_like(latents)
+        if self.immiscible > 1:
+            choices = torch.randn((self.immiscible, *latents.shape), device=latents.device, dtype=latents.dtype)
+            nearest = (choices - latents).flatten(2).square().sum(dim=2).argmin(dim=0)
+            noise = choices.gather(0, nearest.view(1, -1, *[1] * (latents.ndim - 1)).expand(1, *latents.shape))[0]
+        else:
+            noise = torch.randn_like(latents)
         if self.offset_noise:
             noise = noise + self.offset_noise * torch.randn_like(latents[:, :, :1, :1])
         return noise
@@ -108,7 +123,10 @@ class DiffusionObjective(nn.Module):
         timesteps: torch.Tensor,
     ) -> torch.Tensor:
         """Mean error per sample, (B,) float32, unweighted. predict: (noisy_latents, timesteps) -> output."""
-        noisy_latents = self.schedule.add_noise(latents, noise, timesteps)
+        given = noise
+        if self.input_perturbation and self.training:
+            given = noise + self.input_perturbation * torch.randn_like(noise)
+        noisy_latents = self.schedule.add_noise(latents, given, timesteps)
         output = predict(noisy_latents, timesteps)
         error = self.error(output.float(), self.target(latents, noise, timesteps).float(), reduction="none")
         return error.flatten(1).mean(dim=1)

@@ -8,6 +8,7 @@ import torch
 
 from ldm_train.data import shapes_world
 from ldm_train.data.samples import collate
+from ldm_train.evaluation import impression
 from ldm_train.images import from_uint8, to_uint8
 
 ATTRIBUTES = ("colour", "shape", "position", "background")
@@ -61,7 +62,8 @@ def box_iou(a: shapes_world.Object, b: shapes_world.Object) -> float:
 
 
 def judge(images: torch.Tensor, scenes: Sequence[shapes_world.Scene]) -> dict[str, np.ndarray]:
-    """Per image: attributes right (bool each), "unreadable", x, y, r as read from it (NaN if unreadable), and against the
+    """Per image: attributes right (bool each), "unreadable", x, y, r and "bright" (the background, 0 or 1)
+    as read from it (NaN if unreadable), and against the
     scene's own drawing: "box_iou", "pixels" (share of pixels with the right label), "object_pixels" (of the object's).
 
     images (B, 3, H, W) in [-1, 1]. An unreadable picture is wrong in every attribute and every pixel.
@@ -78,22 +80,15 @@ def judge(images: torch.Tensor, scenes: Sequence[shapes_world.Scene]) -> dict[st
             "unreadable": actual is None,
         }
         if actual is None:
-            row |= dict.fromkeys(ATTRIBUTES, False) | dict.fromkeys(PLACE, np.nan) | {"box_iou": 0.0}
+            row |= dict.fromkeys(ATTRIBUTES, False) | dict.fromkeys((*PLACE, "bright"), np.nan) | {"box_iou": 0.0}
         else:
             found = actual.objects[0]
             row |= {a: getattr(found, a) == getattr(wanted, a) for a in ATTRIBUTES[:3]}
             row |= {n: getattr(found, n) for n in PLACE}
             row |= {"background": actual.background == scene.background, "box_iou": box_iou(found, wanted)}
+            row |= {"bright": float(shapes_world.BACKGROUNDS[actual.background] > 0.5)}
         rows.append(row)
     return {name: np.array([row[name] for row in rows]) for name in rows[0]}
-
-
-def spread(values: np.ndarray) -> float:
-    """Pooled within-caption standard deviation of (captions, seeds) values; rows with a NaN do not count."""
-    complete = values[~np.isnan(values).any(axis=1)]
-    if not len(complete) or values.shape[1] < 2:
-        return float("nan")
-    return float(np.sqrt(complete.var(axis=1, ddof=1).mean()))
 
 
 def _batch(conditions: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -112,18 +107,21 @@ def measure_adherence(
     seeds: int = 3,
     batch_size: int = 256,
     scene_seed: int = 1,
+    reconstruct: Callable[[torch.Tensor], torch.Tensor] | None = None,
 ) -> tuple[dict[str, Any], torch.Tensor, dict[str, Any]]:
     """Samples under the conditions of `scenes` fresh scenes of trained combinations and `held_out` of held-out ones,
     `seeds` times each.
 
     sample: (fields, seeds) -> images. fields: of `judged_fields`. Returns (table, the first images, their conditions).
     The table has the properties that the conditions determine (DETERMINES), the mean of the attributes and "all" of them right,
-    for both kinds of scenes; and for captions the diversity: the spread of position (x, y) and size (r) within a
-    caption, for samples and for pictures of the data.
+    for both kinds of scenes; for captions the diversity: the spread of position (x, y) and size (r) within a caption, for
+    samples and for pictures of the data; and the first impression ("impression", see `evaluation.impression`) where shapes are
+    determined and `reconstruct` (images -> images through the autoencoder) is given, also of incomplete captions.
     """
     excluded = shapes_world.held_out_combinations(world_seed)
+    known = [c for c in shapes_world.COMBINATIONS if c not in excluded]
     groups = {
-        "trained": random_scenes([c for c in shapes_world.COMBINATIONS if c not in excluded], scenes, scene_seed),
+        "trained": random_scenes(known, scenes, scene_seed),
         "held_out": random_scenes(sorted(excluded), held_out, scene_seed + 1),
     }
     determined = list(dict.fromkeys(name for field in fields for name in DETERMINES[field]))
@@ -135,11 +133,7 @@ def measure_adherence(
             condition(fields, scene, text, image_size, np.random.default_rng([scene_seed, 0x5CE2E, i]))
             for i, (text, scene) in enumerate(pairs)
         ]
-        rows = conditions * seeds
-        # One seed per (scene, repetition), so that no two pictures share their noise.
-        noise = [k // len(pairs) * 1_000_003 + k for k in range(len(rows))]
-        parts = [slice(k, k + batch_size) for k in range(0, len(rows), batch_size)]
-        drawn = torch.cat([sample(_batch(rows[part]), noise[part]) for part in parts])
+        drawn = _draw(sample, conditions, seeds, batch_size)
         table = judge(drawn, [scene for _, scene in pairs] * seeds)
         result[group] = {name: float(table[name].mean()) for name in determined} | {
             "mean": float(np.mean([table[a].mean() for a in attributes])),
@@ -150,36 +144,45 @@ def measure_adherence(
             first = min(64, scenes)
             shown, shown_batch = drawn[:first], _batch(conditions[:first])
             if "caption" in fields:
-                samples = {n: table[n].reshape(seeds, scenes).T for n in PLACE}
-                result["diversity"] = _diversity(samples, _twins(pairs, image_size, seeds))
+                samples = {n: table[n].reshape(seeds, scenes).T for n in (*PLACE, "bright")}
+                samples["background"] = samples.pop("bright")
+                result["diversity"] = impression.ratios(samples, _twins(pairs, image_size, seeds))
+            if reconstruct is not None and "shape" in attributes:
+                result["impression"] = impression.measure_impression(drawn, pairs, reconstruct, scene_seed)
+    if "impression" in result and "caption" in fields:
+        prompts = [{"caption": text} for text in impression.partial_prompts()]
+        drawn = _draw(sample, prompts, impression.PARTIAL_SEEDS, batch_size)
+        result["impression"]["partial"] = impression.measure_partial(drawn, known, scene_seed)
     return result, shown, shown_batch
 
 
-def _twins(pairs: list[tuple[str, shapes_world.Scene]], image_size: int, seeds: int) -> dict[str, np.ndarray]:
+def _draw(
+    sample: Callable[[dict[str, Any], list[int]], torch.Tensor],
+    conditions: Sequence[dict[str, Any]],
+    seeds: int,
+    batch_size: int,
+) -> torch.Tensor:
+    """Samples of all conditions, `seeds` times."""
+    rows = list(conditions) * seeds
+    # One seed per (condition, repetition), so that no two pictures share their noise.
+    noise = [k // len(conditions) * 1_000_003 + k for k in range(len(rows))]
+    parts = [slice(k, k + batch_size) for k in range(0, len(rows), batch_size)]
+    return torch.cat([sample(_batch(rows[part]), noise[part]) for part in parts])
+
+
+def _twins(pairs: list[tuple[str, shapes_world.Scene]], image_size: int, seeds: int) -> impression.Place:
     """Place and size, as read, of pictures of the data under the same captions: (captions, seeds)."""
-    data = {n: np.full((len(pairs), seeds), np.nan) for n in PLACE}
-    for i, (text, scene) in enumerate(pairs):
-        wanted = scene.objects[0]
-        combination = (wanted.colour, wanted.shape, wanted.position, scene.background)
-        for j in range(seeds):
+    drawn = []
+    for j in range(seeds):
+        for i, (text, scene) in enumerate(pairs):
+            wanted = scene.objects[0]
+            combination = (wanted.colour, wanted.shape, wanted.position, scene.background)
             rng = np.random.default_rng([0xD17E, i, j])
             twin = shapes_world.random_object(rng, combination)
             while wanted.size in text and twin.size != wanted.size:  # the caption names the size
                 twin = shapes_world.random_object(rng, combination)
-            picture, _ = shapes_world.render(shapes_world.Scene(scene.background, (twin,)), image_size, rng)
-            if (actual := shapes_world.read(picture)) is not None:
-                for n in PLACE:
-                    data[n][i, j] = getattr(actual.objects[0], n)
-    return data
-
-
-def _diversity(samples: dict[str, np.ndarray], data: dict[str, np.ndarray]) -> dict[str, float]:
-    """Spread of samples and of data within captions, and their ratio, for position and size."""
-    table = {}
-    for kind, values in (("samples", samples), ("data", data)):
-        table[f"position_{kind}"] = (spread(values["x"]) + spread(values["y"])) / 2
-        table[f"size_{kind}"] = spread(values["r"])
-    return table | {f"{n}_ratio": table[f"{n}_samples"] / table[f"{n}_data"] for n in ("position", "size")}
+            drawn.append(shapes_world.render(shapes_world.Scene(scene.background, (twin,)), image_size, rng)[0])
+    return impression.places(drawn, len(pairs))
 
 
 def format_table(result: dict[str, Any]) -> str:
@@ -193,4 +196,6 @@ def format_table(result: dict[str, Any]) -> str:
         lines.append(
             f"diversity within a caption, samples / data: position {d['position_ratio']:.2f}, size {d['size_ratio']:.2f}"
         )
+    if first := result.get("impression"):
+        lines += impression.format_impression(first)
     return "\n".join(lines)

@@ -8,6 +8,27 @@ from ldm_train.losses.adversarial import adaptive_weight, hinge_loss, vanilla_lo
 from ldm_train.models.posterior import Posterior
 
 
+class RunningLogits(nn.Module):
+    """Running means of a discriminator's logits of real and of reconstructed pictures, and LeCAM's distance from them."""
+
+    real: torch.Tensor
+    fake: torch.Tensor
+
+    def __init__(self, decay: float = 0.99):
+        super().__init__()
+        self.decay = decay
+        for name in ("real", "fake"):
+            self.register_buffer(name, torch.zeros(()))
+
+    def forward(self, logits_real: torch.Tensor, logits_fake: torch.Tensor) -> torch.Tensor:
+        """E relu(D(x) - fake)^2 + E relu(real - D(G))^2, a scalar; then the means move by 1 - decay."""
+        distance = (logits_real - self.fake).relu().square().mean() + (self.real - logits_fake).relu().square().mean()
+        with torch.no_grad():
+            self.real.lerp_(logits_real.detach().mean(), 1 - self.decay)
+            self.fake.lerp_(logits_fake.detach().mean(), 1 - self.decay)
+        return distance
+
+
 class AutoencoderLoss(nn.Module):
     """As published (Rombach et al. 2022, appendix G): of KL models sums over C, H, W per image, of VQ models means; means
     over the batch.
@@ -27,6 +48,10 @@ class AutoencoderLoss(nn.Module):
     disc_loss          "hinge" or "vanilla"
     max_adaptive_weight    clamp of the adaptive weight
     learn_logvar       learn the likelihood's log-variance, a scalar that starts at 0
+    lecam_weight       of LeCAM (Tseng et al. 2021, arXiv:2104.03310, eq. 4): the discriminator's logits stay near the running
+                       means of those of the other kind of pictures, for small sets
+    r1_weight          of the discriminator's squared gradient at real pictures over 2 (Mescheder et al. 2018, arXiv:1801.04406,
+                       eq. 9), summed over C, H, W
     """
 
     def __init__(
@@ -45,6 +70,8 @@ class AutoencoderLoss(nn.Module):
         max_adaptive_weight: float = 1e4,
         learn_logvar: bool = False,
         reduction: str = "sum",
+        lecam_weight: float = 0.0,
+        r1_weight: float = 0.0,
     ):
         super().__init__()
         if disc_loss not in ("hinge", "vanilla"):
@@ -58,6 +85,8 @@ class AutoencoderLoss(nn.Module):
         self.disc_start, self.disc_ramp, self.disc_warmup = disc_start, disc_ramp, disc_warmup
         self.discriminator_loss = hinge_loss if disc_loss == "hinge" else vanilla_loss
         self.logvar = nn.Parameter(torch.zeros(()), requires_grad=learn_logvar)
+        self.lecam_weight, self.r1_weight = lecam_weight, r1_weight
+        self.usual_logits = RunningLogits()
 
     def generator_factor(self, step: int) -> float:
         """0 before disc_start, then a ramp to 1 over disc_ramp optimiser steps."""
@@ -128,7 +157,8 @@ class AutoencoderLoss(nn.Module):
         if step < self.disc_start - self.disc_warmup:
             # Zero gradients keep every parameter in the graph, which DDP asks for, at no cost.
             return 0.0, 0.0 * sum(p.sum() for p in self.discriminator.parameters())
-        logits_real, logits_fake = self.discriminator(images), self.discriminator(leaf)
+        real = images.detach().requires_grad_() if self.r1_weight else images
+        logits_real, logits_fake = self.discriminator(real), self.discriminator(leaf)
         disc = self.discriminator_loss(logits_real, logits_fake)
         logs |= {
             "disc": disc.detach(),
@@ -136,6 +166,13 @@ class AutoencoderLoss(nn.Module):
             "logits_fake": logits_fake.detach().mean(),
             "disc_accuracy": 0.5 * ((logits_real > 0).float().mean() + (logits_fake < 0).float().mean()),
         }
+        if self.lecam_weight:
+            disc = disc + self.lecam_weight * self.usual_logits(logits_real, logits_fake)
+        if self.r1_weight:
+            (slope,) = torch.autograd.grad(logits_real.mean(dim=(1, 2, 3)).sum(), real, create_graph=True)
+            penalty = slope.square().sum(dim=(1, 2, 3)).mean()
+            disc = disc + 0.5 * self.r1_weight * penalty
+            logs["r1"] = penalty.detach()
         extra: torch.Tensor | float = 0.0
         if (factor := self.generator_factor(step)) > 0:
             generator_loss = -logits_fake.mean()

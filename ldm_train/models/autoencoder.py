@@ -1,6 +1,6 @@
 """The autoencoders of latent diffusion (Rombach et al. 2022, appendix G): KL, VQ and identity, keys as published."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -13,6 +13,8 @@ from ldm_train.models.layers import Upsample, group_norm
 from ldm_train.models.posterior import DiagonalGaussian, Point, Posterior
 from ldm_train.models.quantizer import VectorQuantizer
 from ldm_train.models.tiling import Step, Tiles
+
+Change = Callable[[torch.Tensor], torch.Tensor]  # of latents, between encoder and decoder
 
 
 class ResnetBlock(nn.Module):
@@ -314,10 +316,14 @@ class AutoencoderKL(Autoencoder):
     def posterior(self, moments: torch.Tensor) -> DiagonalGaussian:
         return DiagonalGaussian(moments)
 
-    def forward(self, images: torch.Tensor, sample: bool = True) -> tuple[torch.Tensor, torch.Tensor, DiagonalGaussian]:
-        """-> (reconstruction, features before the last convolution, posterior); latents sampled, or their mean."""
+    def forward(
+        self, images: torch.Tensor, sample: bool = True, change: Change | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor, DiagonalGaussian]:
+        """-> (reconstruction, features before the last convolution, posterior); latents sampled, or their mean. change: of the
+        latents before they are decoded."""
         posterior = self.encode(images)
-        features = self.decode_features(posterior.sample() if sample else posterior.mean)
+        latents = posterior.sample() if sample else posterior.mean
+        features = self.decode_features(latents if change is None else change(latents))
         return self.decoder.conv_out(features), features, posterior
 
 
@@ -361,11 +367,14 @@ class AutoencoderVQ(Autoencoder):
             codes = latents + (codes - latents).detach()
         return super().decode(codes.to(latents.dtype), tiles)
 
-    def forward(self, images: torch.Tensor, sample: bool = True) -> tuple[torch.Tensor, torch.Tensor, Point]:
-        """-> (reconstruction, features before the last convolution, posterior with codebook loss and indices)."""
+    def forward(
+        self, images: torch.Tensor, sample: bool = True, change: Change | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor, Point]:
+        """-> (reconstruction, features before the last convolution, posterior with codebook loss and indices). change: of the
+        codes before they are decoded."""
         latents = self.encode_moments(images).float()
         codes, loss, indices = self.quantize(latents)
-        features = self.decode_features(codes)
+        features = self.decode_features(codes if change is None else change(codes))
         return self.decoder.conv_out(features), features, Point(latents, loss, indices)
 
 

@@ -135,6 +135,11 @@ class DiT(nn.Module):
                 zero_init(module.to_out)
         zero_init(self.linear)
 
+    @property
+    def middle(self) -> tuple[nn.Module, int]:
+        """The block in the middle, and the width of its output."""
+        return self.blocks[len(self.blocks) // 2], self.hidden_size
+
     def forward(
         self,
         noisy_latents: torch.Tensor,

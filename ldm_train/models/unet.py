@@ -91,7 +91,7 @@ class UNet(nn.Module):
             raise ValueError(
                 f"attention_levels {unknown} do not exist: channel_mult has levels 0 to {len(channel_mult) - 1}"
             )
-        self.in_channels, self.channels = in_channels, channels
+        self.in_channels, self.channels, self.middle_mult = in_channels, channels, channel_mult[-1]
         self.condition_widths = {"context": context_dim or 0, "concat": concat_channels, "vector": vector_dim or 0}
         self.size_multiple = 2 ** (len(channel_mult) - 1)
         self.vector_classes = vector_classes
@@ -153,6 +153,11 @@ class UNet(nn.Module):
             nn.SiLU(),
             zero_init(nn.Conv2d(width, out_channels or in_channels, 3, padding=1)),
         )
+
+    @property
+    def middle(self) -> tuple[nn.Module, int]:
+        """The part that sees the whole picture at once, and the width of its output."""
+        return self.middle_block, self.channels * self.middle_mult
 
     def _run(self, layers: Layers, *args: torch.Tensor | None) -> torch.Tensor:
         if self.activation_checkpointing and self.training:

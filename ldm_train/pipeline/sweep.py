@@ -228,6 +228,10 @@ def sweep(config: DictConfig) -> list[Path]:
         write_csv(folder / "speed.csv", rows)
         metric = name if name in rows[0] else runs[0].measured()[0]
         written += [folder / "speed.csv", plots.speed(rows, metric, folder / "speed.png")]
+    if config.ledger:
+        from ldm_train.pipeline.ledger import ledger
+
+        written.append(ledger(runs, folder))
     if config.wandb:
         upload(folder, table, written, config.project)
     print("\n".join(f"wrote {path}" for path in written))

@@ -86,6 +86,7 @@ def optimisation(run: Run, stage: str) -> dict[str, Any]:
         "optimizer": instantiate(section.optimizer, lr=section.lr, _convert_="all"),
         "lr_factor": instantiate(section.lr_schedule, max_steps=section.max_steps),
         "ema_decay": section.ema_decay,
+        "ema_width": section.get("ema_width"),
         "clip_norm": section.clip_norm,
         "accumulate": batching_of(section, run.machine).accumulate,
     }

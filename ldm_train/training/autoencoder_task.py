@@ -16,6 +16,7 @@ from ldm_train.metrics.sets import Moments
 from ldm_train.models.autoencoder import Autoencoder
 from ldm_train.models.posterior import Point
 from ldm_train.models.quantizer import perplexity
+from ldm_train.training.latent_augmentation import LatentAugmentation
 from ldm_train.training.task import Task
 
 ACTIVE_VARIANCE = 0.01  # an active latent channel's posterior mean varies by more over the data (Burda et al. 2016)
@@ -25,6 +26,7 @@ class AutoencoderTask(Task):
     """One autoencoder forward, one LPIPS backward and one discriminator pass per batch (see AutoencoderLoss).
 
     autoencoder: KL or VQ. image_folder: where reconstruction grids go. optimisation: the other options of `Task`.
+    augmentation: of the latents while the decoder trains.
     disc_lr: the discriminator's own learning rate (default: the autoencoder's, as published).
     Validation measures posterior means of the averaged weights: l1, psnr (dB), ssim, perceptual, kl or codebook, score
     (perceptual + l1, the criterion of best.ckpt), the share of active latent channels, the smallest and largest deviation
@@ -43,16 +45,19 @@ class AutoencoderTask(Task):
         image_folder: Path | None = None,
         disc_lr: float | None = None,
         features: nn.Module | None = None,
+        augmentation: LatentAugmentation | None = None,
         **optimisation: Any,
     ):
         super().__init__("autoencoder", **optimisation)
         self.autoencoder, self.loss, self.image_folder, self.disc_lr = autoencoder, loss, image_folder, disc_lr
-        self.features = features
+        self.features, self.augmentation = features, augmentation or LatentAugmentation()
 
     def trained(self) -> nn.ModuleDict:
         parts = {"autoencoder": self.autoencoder, "likelihood": nn.ParameterList([self.loss.logvar])}
         if self.loss.discriminator is not None:
             parts["discriminator"] = self.loss.discriminator
+        if self.loss.lecam_weight:
+            parts["lecam"] = self.loss.usual_logits
         return nn.ModuleDict(parts)
 
     def averaged(self) -> nn.Module:
@@ -69,9 +74,10 @@ class AutoencoderTask(Task):
         return groups
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> torch.Tensor:
-        reconstructions, features, posterior = self.autoencoder(batch["image"])
+        change, images = self.augmentation.draw(batch["image"], self.autoencoder.downsample_factor)
+        reconstructions, features, posterior = self.autoencoder(batch["image"], change=change)
         loss, logs = self.loss(
-            batch["image"], reconstructions, features, posterior, self.autoencoder.last_layer, self.global_step
+            images, reconstructions, features, posterior, self.autoencoder.last_layer, self.global_step
         )
         self.log_training(logs)
         return loss

@@ -15,6 +15,7 @@ from ldm_train.diffusion.process import NoiseProcess
 from ldm_train.latent_diffusion import LatentDiffusion
 from ldm_train.models.first_stage import FirstStage
 from ldm_train.rng import NoiseSource, derive_seed
+from ldm_train.training.alignment import Alignment
 from ldm_train.training.task import BINS, Task
 
 
@@ -35,6 +36,7 @@ class DiffusionTask(Task):
 
     model: LatentDiffusion, its first stage frozen. objective: DiffusionObjective.
     draw: (model, batch of conditions, seeds) -> images, for the sample grids; None draws none.
+    alignment: weight of the middle's alignment with the autoencoder's features, see `Alignment`; 0: none.
     samples: conditions shown, from the beginning of the validation set. optimisation: the other options of `Task`.
     Validation: the unweighted loss at noise and timesteps that are a function of the sample, also per quarter of
     the schedule.
@@ -51,17 +53,21 @@ class DiffusionTask(Task):
         samples: int = 16,
         image_folder: Path | None = None,
         ema_decay: float | None = 0.9999,
+        alignment: float = 0.0,
         **optimisation: Any,
     ):
         super().__init__("diffusion", ema_decay=ema_decay, **optimisation)
         self.model, self.objective = model, objective
         self.draw, self.samples, self.image_folder = draw, samples, image_folder
+        self.alignment = Alignment(alignment, model.network, model.first_stage) if alignment else None
         self._shown: tuple[dict[str, Any], int] | None = None  # the conditions of the sample grids, and how many
 
     def trained(self) -> nn.ModuleDict:
         parts = dict(self.model.trainable().items())
         if list(self.objective.parameters()):
             parts["objective"] = self.objective
+        if self.alignment is not None:
+            parts["alignment"] = self.alignment
         return nn.ModuleDict(parts)
 
     def averaged(self) -> nn.Module:
@@ -71,6 +77,8 @@ class DiffusionTask(Task):
         groups = [{"params": [p for p in self.model.trainable().parameters() if p.requires_grad], "name": "network"}]
         if uncertainty := list(self.objective.parameters()):
             groups.append({"params": uncertainty, "name": "uncertainty", "weight_decay": 0.0})
+        if self.alignment is not None:
+            groups.append({"params": list(self.alignment.parameters()), "name": "alignment"})
         return groups
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -96,9 +104,17 @@ class DiffusionTask(Task):
         condition = self.model.condition(batch, drop=self.model.random_drop(count))
         loss = self.objective(lambda x, t: self.model.predict(x, t, condition), latents, noise, timesteps)
         weighted = self.objective.weighted(loss, timesteps)
+        extra = {}
+        if self.alignment is not None:
+            distance = self.alignment(latents, self.model.first_stage)
+            weighted, extra = weighted + distance, {"alignment": distance.detach().mean()}
         if "loss_weight" in batch:
             weighted = weighted * uploaded(batch["loss_weight"], weighted.device)
-        logs = {"loss": loss.detach().mean(), "weighted_loss": weighted.detach().mean(), "latent_std": latents.std()}
+        logs = extra | {
+            "loss": loss.detach().mean(),
+            "weighted_loss": weighted.detach().mean(),
+            "latent_std": latents.std(),
+        }
         # Which samples are in which quarter is known on the host, before the device has computed anything.
         inside = (drawn * BINS // self.objective.schedule.num_train_timesteps)[:, None] == torch.arange(BINS)
         counts = inside.sum(dim=0)

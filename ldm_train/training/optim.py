@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -32,15 +33,28 @@ def lr_multiplier(
     return factor
 
 
-class EMA:
-    """Exponential moving average of a module's trainable parameters, with LDM's warm-up min(decay, (1 + n) / (10 + n)).
+def power_of_width(width: float) -> float:
+    """The exponent gamma of the profile t^gamma on [0, 1] whose deviation is `width`."""
+    roots = np.roots([1, 7, 16 - width**-2, 12 - width**-2])
+    return float(roots.real.max())
 
-    Parameters keep their names. Buffers are not averaged.
+
+class EMA:
+    """Moving average of a module's trainable parameters: exponential, with LDM's warm-up min(decay, (1 + n) / (10 + n)), or, with a
+    width, of the power-function profile whose deviation is that share of the training so far (Karras et al. 2024, arXiv:2312.02696,
+    eq. 4 and 126), which neither needs a warm-up nor grows old.
+
+    Parameters keep their names. Buffers are not averaged. Raises ValueError for a decay outside [0, 1) and a width outside (0, 0.28].
     """
 
-    def __init__(self, module: nn.Module, decay: float):
+    def __init__(self, module: nn.Module, decay: float, width: float | None = None):
         if not 0 <= decay < 1:
             raise ValueError(f"ema_decay must be in [0, 1), got {decay}")
+        if width is not None and not 0 < width <= 0.28:
+            raise ValueError(
+                f"ema_width={width} is the average's deviation as a share of the training: above 0, up to 0.28"
+            )
+        self.exponent = None if width is None else power_of_width(width)
         self.decay, self.updates = decay, 0
         self.live = {name: p for name, p in module.named_parameters() if p.requires_grad}
         self.shadow = {name: p.detach().clone() for name, p in self.live.items()}
@@ -49,7 +63,10 @@ class EMA:
     def update(self) -> None:
         """After each optimiser step."""
         self.updates += 1
-        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
+        if self.exponent is None:
+            decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
+        else:
+            decay = (1 - 1 / self.updates) ** (self.exponent + 1)
         moved = [name for name, p in self.live.items() if self.shadow[name].device != p.device]
         self.shadow |= {name: self.shadow[name].to(self.live[name].device) for name in moved}
         torch._foreach_lerp_(list(self.shadow.values()), list(self.live.values()), 1 - decay)

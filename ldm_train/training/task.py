@@ -41,7 +41,7 @@ class Task(L.LightningModule):
     seed        of the run
     optimizer   partial: parameter groups -> optimiser (its lr is the one that reaches the optimiser)
     lr_factor   step -> factor on the learning rate
-    ema_decay   None: no averaging
+    ema_decay   None: no averaging. ema_width: another profile of the average, see `EMA`
     clip_norm   gradient norm limit per parameter group; None: no clipping
     accumulate  micro-batches per optimiser step
 
@@ -58,12 +58,14 @@ class Task(L.LightningModule):
         optimizer: partial,
         lr_factor: Callable[[int], float],
         ema_decay: float | None = None,
+        ema_width: float | None = None,
         clip_norm: float | None = None,
         accumulate: int = 1,
     ):
         super().__init__()
         self.stage, self.seed, self.optimizer, self.lr_factor = stage, seed, optimizer, lr_factor
-        self.ema_decay, self.clip_norm, self.accumulate = ema_decay, clip_norm, accumulate
+        self.ema_decay, self.ema_width = ema_decay, ema_width
+        self.clip_norm, self.accumulate = clip_norm, accumulate
         self.ema: EMA | None = None
         self.attempt = self.skipped = self._skipped_in_row = 0
         # On an accelerator, since they were last read: steps skipped, those in a row until now, the longest row.
@@ -92,7 +94,7 @@ class Task(L.LightningModule):
 
     def setup(self, stage: str) -> None:
         if self.ema_decay is not None and self.ema is None:
-            self.ema = EMA(self.averaged(), self.ema_decay)
+            self.ema = EMA(self.averaged(), self.ema_decay, self.ema_width)
 
     def on_train_batch_start(self, batch: dict[str, Any], batch_idx: int) -> None:
         # Everything random in a micro-batch is a function of this; a resumed run repeats an undisturbed one.

@@ -13,7 +13,7 @@ class Shapes(Source):
     """size: pixels. objects: 1 or 2 per picture. count, val_count: samples. seed: everything is a function of it.
 
     A tenth of the (colour, shape, position, background) combinations never occurs, in either split: they are held
-    out to test composition.
+    out to test composition. A third of the captions of single objects is incomplete, as people's prompts are.
     """
 
     classes: list[str] | None = list(shapes_world.CLASSES)
@@ -34,6 +34,8 @@ class Shapes(Source):
         scene = shapes_world.random_scene(rng, self.combinations, self.objects)
         image, labels = shapes_world.render(scene, self.size, rng)
         texts, boxes = shapes_world.captions(scene), shapes_world.boxes(scene)
+        if self.objects == 1:
+            texts = texts + shapes_world.partial_captions(scene)
         fields = {
             "png": encoded_png(image, compress_level=1),
             "seg.png": encoded_png(labels, compress_level=1),

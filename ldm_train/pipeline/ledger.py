@@ -1,0 +1,183 @@
+"""The ledger: what each technique gains, from the runs of a sweep over `technique` and `seed`."""
+
+import math
+import subprocess
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+from ldm_train.configuration import config_folder
+from ldm_train.pipeline.sweep import SweptRun, read_rows
+from ldm_train.storage import write_atomically
+
+BEGIN, END = "<!-- rows of ldm-sweep ledger=true -->", "<!-- end of rows -->"
+# Two-sided 95 % quantiles of Student's t by degrees of freedom; beyond them the normal one is near enough.
+T_QUANTILES = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
+
+
+@dataclass(frozen=True)
+class Measure:
+    """A number of metrics.json that arms are compared by. key: its path. relative: effects are shares of the base's value, else
+    differences. better: "lower" or "higher"."""
+
+    title: str
+    key: str
+    better: str
+    relative: bool = False
+
+    def of(self, metrics: Mapping[str, float]) -> float | None:
+        value = metrics.get(self.key)
+        return None if value is None or math.isnan(value) else value
+
+
+# Those that a run has are shown; a verdict is made of each, none is left out afterwards.
+MEASURES = (
+    Measure("fid_tiny", "samples.fid_tiny.value", "lower", relative=True),
+    Measure("adherence", "adherence.trained.all", "higher"),
+    Measure("held out", "adherence.held_out.all", "higher"),
+    Measure("shape fidelity", "adherence.impression.shape_fidelity.ratio", "higher"),
+    Measure("partial prompts", "adherence.impression.partial.right", "higher"),
+    Measure("their backgrounds", "adherence.impression.partial.backgrounds", "higher"),
+    Measure("diversity", "adherence.diversity.position_ratio", "higher"),
+    Measure("rFID_tiny", "reconstructions.fid_tiny.value", "lower", relative=True),
+)
+
+
+def interval(values: Sequence[float]) -> tuple[float, float]:
+    """(mean, half width of its 95 % interval) by Student's t; the half width of a single value is infinite."""
+    if len(values) < 2:
+        return values[0], math.inf
+    quantile = T_QUANTILES[len(values) - 2] if len(values) - 2 < len(T_QUANTILES) else 1.96
+    return fmean(values), quantile * stdev(values) / math.sqrt(len(values))
+
+
+def arm_of(run: SweptRun) -> tuple[str, ...]:
+    """The techniques that are on in a run."""
+    return tuple(
+        sorted(k.removeprefix("techniques.") for k, v in run.config.items() if k.startswith("techniques.") and v)
+    )
+
+
+def arms(runs: Sequence[SweptRun]) -> dict[tuple[str, ...], dict[int, SweptRun]]:
+    """Finished runs by their techniques and seed. Raises ValueError where none is without techniques, which is what the others are
+    compared with, and where runs with the same techniques and seed differ in anything else."""
+    found: dict[tuple[str, ...], dict[int, SweptRun]] = {}
+    for run in runs:
+        if run.failed or not run.metrics():
+            continue
+        arm, seed = arm_of(run), int(run.config["seed"])
+        if (other := found.setdefault(arm, {}).get(seed)) is not None:
+            raise ValueError(
+                f"{run.folder} and {other.folder} have the same techniques and seed; an arm has one run per seed"
+            )
+        found[arm][seed] = run
+    if () not in found:
+        raise ValueError(
+            "no finished run without techniques: the ledger compares with technique=[], add it to the sweep"
+        )
+    return found
+
+
+def effect(
+    measure: Measure, arm: Mapping[int, SweptRun], base: Mapping[int, SweptRun]
+) -> tuple[float, float, int] | None:
+    """(mean effect, half width of its 95 % interval, seeds), from differences between runs of the same seed."""
+    differences = []
+    for seed in sorted(arm.keys() & base.keys()):
+        ours, theirs = measure.of(arm[seed].metrics()), measure.of(base[seed].metrics())
+        if ours is None or not theirs:
+            continue
+        differences.append(ours / theirs - 1 if measure.relative else ours - theirs)
+    return (*interval(differences), len(differences)) if differences else None
+
+
+def verdict(effects: Mapping[str, tuple[float, float, int] | None]) -> str:
+    """What is certain at 95 %: the measures that got better, and those that got worse."""
+    words: dict[str, list[str]] = {"better": [], "worse": []}
+    for measure in MEASURES:
+        found = effects.get(measure.title)
+        if found is None or abs(found[0]) <= found[1]:
+            continue
+        words["better" if (found[0] < 0) == (measure.better == "lower") else "worse"].append(measure.title)
+    said = "; ".join(f"{word}: {', '.join(names)}" for word, names in words.items() if names)
+    return said or "no difference seen"
+
+
+def _percent(effect: tuple[float, float, int] | None) -> str:
+    if effect is None:
+        return ""
+    mean, half, _ = effect
+    return f"{100 * mean:+.1f} ± {100 * half:.1f} %" if math.isfinite(half) else f"{100 * mean:+.1f} %"
+
+
+def _spent(run: SweptRun) -> float:
+    """Training FLOPs, in units of 1e12, of both stages."""
+    total = 0.0
+    for stage in ("autoencoder", "diffusion"):
+        rows = reversed(read_rows(run.folder / stage))
+        total += next((float(row["train/tflop"]) for row in rows if row.get("train/tflop")), 0.0)
+    return total
+
+
+def rows(runs: Sequence[SweptRun], command: str = "", commit: str = "") -> list[dict[str, Any]]:
+    """A row per arm but the base: effects with intervals, the work against the base's, and the verdict."""
+    found = arms(runs)
+    base, table = found[()], []
+    for arm, ours in sorted(found.items()):
+        effects = {m.title: effect(m, ours, base) for m in MEASURES}
+        seeds = sorted(ours.keys() & base.keys())
+        work = [_spent(ours[s]) / _spent(base[s]) for s in seeds if _spent(base[s])]
+        row: dict[str, Any] = {"technique": " + ".join(arm) or "(base)", "seeds": len(seeds)}
+        if arm:
+            row |= {title: _percent(e) for title, e in effects.items()}
+            row |= {"work": f"{fmean(work):.2f}" if work else "", "verdict": verdict(effects)}
+        else:
+            values = {m.title: [v for r in base.values() if (v := m.of(r.metrics())) is not None] for m in MEASURES}
+            row |= {m.title: f"{fmean(v):.3f}" if (v := values[m.title]) else "" for m in MEASURES}
+            row |= {"work": "1", "verdict": ""}
+        table.append(row | {"commit": commit, "command": command})
+    return table
+
+
+def markdown(table: Sequence[Mapping[str, Any]]) -> str:
+    """The rows as a table of markdown, without columns that are empty everywhere."""
+    columns = [c for c in dict.fromkeys(k for row in table for k in row) if any(row.get(c) for row in table)]
+    lines = ["| " + " | ".join(columns) + " |", "| " + " | ".join("---" for _ in columns) + " |"]
+    lines += ["| " + " | ".join(str(row.get(c, "")).replace("|", "\\|") for c in columns) + " |" for row in table]
+    return "\n".join(lines)
+
+
+def commit_of(folder: Path) -> str:
+    """The short hash of the commit that a folder is at, with "+" where it was changed since; "" outside of git."""
+    try:
+        said = subprocess.run(
+            ["git", "-C", str(folder), "describe", "--always", "--dirty=+"], capture_output=True, text=True, check=True
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+    return said.stdout.strip()
+
+
+def write_table(table: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Writes the rows between the marks of a file that has them, or the whole file. Raises ValueError for a file without marks."""
+    text = markdown(table)
+    if path.is_file():
+        old = path.read_text()
+        before, begin, rest = old.partition(BEGIN)
+        _, end, after = rest.partition(END)
+        if not begin or not end:
+            raise ValueError(f"{path} is there and has no place for the table; put the lines {BEGIN} and {END} into it")
+        text = f"{before}{BEGIN}\n{text}\n{END}{after}"
+    else:
+        text = f"{BEGIN}\n{text}\n{END}\n"
+    write_atomically(path, lambda file: file.write(text.encode()))
+
+
+def ledger(runs: Sequence[SweptRun], folder: Path) -> Path:
+    """Prints the ledger of a sweep's runs and writes it into its folder, as ledger.md."""
+    table = rows(runs, commit=commit_of(config_folder()))
+    write_table(table, folder / "ledger.md")
+    print(markdown(table))
+    return folder / "ledger.md"

@@ -1,0 +1,50 @@
+"""Alignment of the denoising network's middle with features of the clean picture, as a second loss."""
+
+from typing import Any
+
+import torch
+from einops import rearrange
+from torch import nn
+from torch.nn import functional as F
+
+from ldm_train.models.autoencoder import Autoencoder
+from ldm_train.models.first_stage import FirstStage
+
+
+class Alignment(nn.Module):
+    """1 - the cosine between what the network's middle says of the noisy latents, through a small projection, and what the frozen
+    decoder's first layers say of the clean ones: REPA (Yu et al. 2025, arXiv:2410.06940, eq. 8) with the autoencoder in the place
+    of an outside teacher. The projection is trained beside the network and is no part of the model.
+
+    weight: of the loss, a mean over places. Raises ValueError for an autoencoder without a decoder of convolutions.
+    """
+
+    def __init__(self, weight: float, network: nn.Module, first_stage: FirstStage):
+        super().__init__()
+        if not isinstance(first_stage.autoencoder, Autoencoder):
+            raise ValueError("diffusion.task.alignment needs a KL or VQ autoencoder, whose features it aligns with")
+        self.weight = weight
+        middle, width = network.middle
+        channels = first_stage.autoencoder.decoder.conv_in.out_channels
+        self.project = nn.Sequential(nn.Conv2d(width, width, 1), nn.SiLU(), nn.Conv2d(width, channels, 1))
+        self._said: torch.Tensor | None = None
+        middle.register_forward_hook(self._listen)
+
+    def _listen(self, module: nn.Module, inputs: Any, output: torch.Tensor) -> None:
+        self._said = output if self.training else None
+
+    def forward(self, latents: torch.Tensor, first_stage: FirstStage) -> torch.Tensor:
+        """The weighted loss of the last forward pass, (B,) float32. latents (B, C, h, w): the clean ones, scaled."""
+        said, self._said = self._said, None
+        if said.ndim == 3:  # tokens (B, N, D) of a picture of the latents' proportions
+            rows = round((said.shape[1] * latents.shape[2] / latents.shape[3]) ** 0.5)
+            said = rearrange(said, "b (h w) d -> b d h w", h=rows)
+        wanted = F.adaptive_avg_pool2d(self._features(latents, first_stage), said.shape[2:])
+        return self.weight * (1 - F.cosine_similarity(self.project(said).float(), wanted, dim=1)).mean(dim=(1, 2))
+
+    @torch.no_grad()
+    def _features(self, latents: torch.Tensor, first_stage: FirstStage) -> torch.Tensor:
+        autoencoder = first_stage.autoencoder
+        first = autoencoder.post_quant_conv(latents / first_stage.scale + first_stage.shift)
+        features = autoencoder.decoder.mid(autoencoder.decoder.conv_in(first)).float()
+        return features - features.mean(dim=(2, 3), keepdim=True)  # what tells the places apart
