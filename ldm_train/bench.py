@@ -79,14 +79,14 @@ def sampling(config: DictConfig, device: torch.device) -> dict[str, Any]:
     def nothing(x: torch.Tensor, t: torch.Tensor, condition: dict[str, torch.Tensor]) -> torch.Tensor:
         return fixed  # a network without cost, so that only the loop is timed
 
-    def network(x: torch.Tensor, t: torch.Tensor, condition: dict[str, torch.Tensor]) -> torch.Tensor:
+    def network(x: torch.Tensor, t: torch.Tensor, condition: dict[str, Any]) -> torch.Tensor:
         return unet(x, t, **condition)
 
-    def forgets(x: torch.Tensor, t: torch.Tensor, condition: dict[str, torch.Tensor]) -> torch.Tensor:
-        return unet(x, t, condition["context"].clone(), condition["context_mask"])
+    def keep(condition: dict[str, torch.Tensor]) -> dict[str, Any]:
+        return condition | {"context": unet.projected(condition["context"])}
 
-    def ours(network: Network) -> torch.Tensor:
-        cond, uncond = (Denoiser(network, schedule, Epsilon(), c) for c in halves)
+    def ours(network: Network, prepare: Callable[[dict[str, Any]], dict[str, Any]] | None = None) -> torch.Tensor:
+        cond, uncond = (Denoiser(network, schedule, Epsilon(), c, prepare) for c in halves)
         return ddim(classifier_free(cond, uncond, 3.0), x_t, times, schedule, NoiseSource(range(b)))
 
     def theirs(network: Network) -> torch.Tensor:
@@ -98,13 +98,13 @@ def sampling(config: DictConfig, device: torch.device) -> dict[str, Any]:
     compared = {
         "overhead per step [ms]": {"ours": partial(ours, nothing), "diffusers": partial(theirs, nothing)},
         "keys and values of 77 tokens, per step [ms]": {
-            "kept": partial(ours, network),
-            "computed": partial(ours, forgets),
+            "kept": partial(ours, network, keep),
+            "computed": partial(ours, network),
         },
         # diffusers' attention computes keys and values in every step.
         "a whole step with a small text U-Net [ms]": {
-            "ours": partial(ours, network),
-            "diffusers": partial(theirs, forgets),
+            "ours": partial(ours, network, keep),
+            "diffusers": partial(theirs, network),
         },
     }
     results = {}

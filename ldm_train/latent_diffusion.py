@@ -14,7 +14,7 @@ from ldm_train.diffusion.guidance import Denoise, classifier_free, keep_known
 from ldm_train.diffusion.objective import check_compatible
 from ldm_train.diffusion.parameterisation import Epsilon, Parameterisation
 from ldm_train.diffusion.process import NoiseProcess
-from ldm_train.models.backbone import Backbone
+from ldm_train.models.backbone import Backbone, ProjectsContext
 from ldm_train.models.first_stage import FirstStage
 from ldm_train.models.tiling import Tiles, Windows
 from ldm_train.rng import NoiseSource
@@ -95,7 +95,7 @@ class Panorama:
     window: tuple[int, int]
     overlap: int
 
-    def __call__(self, x_t: torch.Tensor, timesteps: torch.Tensor, condition: dict[str, torch.Tensor]) -> torch.Tensor:
+    def __call__(self, x_t: torch.Tensor, timesteps: torch.Tensor, condition: dict[str, Any]) -> torch.Tensor:
         windows = Windows(x_t.shape[-2:], self.window, self.overlap)
 
         def part(rows: slice, columns: slice) -> torch.Tensor:
@@ -231,14 +231,20 @@ class LatentDiffusion(nn.Module):
     def null_condition(self, count: int, latent_size: Sequence[int] | None = None) -> dict[str, torch.Tensor]:
         return merge([c.null(count, latent_size or self.latent_size) for c in self.conditioners.values()])
 
-    def predict(self, x_t: torch.Tensor, timesteps: torch.Tensor, condition: dict[str, torch.Tensor]) -> torch.Tensor:
-        """The network under a condition: (B, C, h, w), (B,) -> (B, C, h, w)."""
+    def predict(self, x_t: torch.Tensor, timesteps: torch.Tensor, condition: dict[str, Any]) -> torch.Tensor:
+        """The network under a condition, or one that is `prepared`: (B, C, h, w), (B,) -> (B, C, h, w)."""
         return self.network(x_t, timesteps, **condition)
+
+    def prepared(self, condition: dict[str, torch.Tensor]) -> dict[str, Any]:
+        """A condition with the network's projections of its context, where it makes some."""
+        if "context" not in condition or not isinstance(self.network, ProjectsContext):
+            return condition
+        return condition | {"context": self.network.projected(condition["context"])}
 
     def denoiser(self, condition: dict[str, torch.Tensor], overlap: int | None = None) -> Denoiser:
         """overlap: evaluate larger latents in windows of the trained size that share so many cells, see `Panorama`."""
         network = self.predict if overlap is None else Panorama(self.predict, self.latent_size, overlap)
-        return Denoiser(network, self.schedule, self.parameterisation, condition)
+        return Denoiser(network, self.schedule, self.parameterisation, condition, self.prepared)
 
     def decode(self, latents: torch.Tensor, tiles: Tiles | None = None) -> torch.Tensor:
         """Scaled latents -> images (B, C, H, W) in [-1, 1]. tiles: for pictures too large for memory."""

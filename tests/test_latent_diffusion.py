@@ -10,6 +10,7 @@ from ldm_train.diffusion.schedule import NoiseSchedule
 from ldm_train.latent_diffusion import LatentDiffusion, Panorama, Sampling, Start
 from ldm_train.models.autoencoder import AutoencoderKL
 from ldm_train.models.first_stage import FirstStage
+from ldm_train.models.transformer import CrossAttention
 from ldm_train.models.unet import UNet
 from ldm_train.rng import NoiseSource
 from ldm_train.samplers.ddim import ddim
@@ -131,6 +132,25 @@ def test_a_guidance_scale_of_one_is_no_guidance_bit_for_bit_at_one_call_a_step()
     seen.clear()
     model.sample({"caption": ["a cat"]}, [3], Sampling(ddim, 4, 2.0))
     assert seen == [2] * 4
+
+
+def test_keys_and_values_of_a_context_are_computed_once_in_a_sampling_and_in_every_step_under_gradients() -> None:
+    model = randomised(class_and_text())
+    keys = [m for m in model.network.modules() if isinstance(m, CrossAttention)]
+    seen: list[int] = []
+    for attention in keys:
+        if attention.to_k.in_features != attention.to_q.in_features:
+            attention.to_k.register_forward_hook(lambda *_: seen.append(1))
+    model.sample({"caption": ["a cat"]}, [3], Sampling(ddim, 1, 2.0))
+    once = len(seen)
+    model.sample({"caption": ["a cat"]}, [3], Sampling(ddim, 4, 2.0))
+    assert len(seen) == 2 * once > 0
+    x_t, denoise = torch.randn(1, 2, 4, 4), model.denoiser(model.condition({"caption": ["a cat"]}))
+    with torch.no_grad():
+        kept = denoise(x_t, 500.0)
+    denoise(x_t, 500.0).sum().backward()
+    assert all(attention.to_k.weight.grad is not None for attention in keys)
+    assert torch.equal(denoise(x_t, 500.0), kept)
 
 
 def test_a_model_without_conditions_is_never_evaluated_twice() -> None:

@@ -1,6 +1,7 @@
 """The contract for sampling: denoise(x_t, t) -> pred_x0."""
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 
@@ -8,13 +9,15 @@ from ldm_train.diffusion.parameterisation import Parameterisation
 from ldm_train.diffusion.process import NoiseProcess
 
 # (noisy_latents, timesteps (B,), condition) -> network output
-Network = Callable[[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]], torch.Tensor]
+Network = Callable[[torch.Tensor, torch.Tensor, dict[str, Any]], torch.Tensor]
 
 
 class Denoiser:
     """One model under one condition: x_t (B, C, h, w) variance preserving, t a float or (B,) -> pred_x0 float32.
 
     network: called with (x_t, timesteps, condition); the condition holds context, context_mask, concat, vector
+    prepare: condition -> the same with what the network computes from it alone: called once, as the condition and the weights
+        stay as they are while a denoiser lives. Not where gradients are asked for
     """
 
     def __init__(
@@ -23,10 +26,12 @@ class Denoiser:
         schedule: NoiseProcess,
         parameterisation: Parameterisation,
         condition: dict[str, torch.Tensor],
+        prepare: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
     ):
         self.network, self.schedule, self.parameterisation = network, schedule, parameterisation
-        self.condition = condition
+        self.condition, self.prepare = condition, prepare
         self._joined: tuple[tuple[Denoiser, ...], dict[str, torch.Tensor]] | None = None
+        self._prepared: dict[str, Any] | None = None  # of the joined ones
 
     def __call__(self, x_t: torch.Tensor, t: float | torch.Tensor) -> torch.Tensor:
         return self.together([self], x_t, t)[0]
@@ -35,15 +40,18 @@ class Denoiser:
         """Whether both can be evaluated in one batched call."""
         return isinstance(other, Denoiser) and other.network == self.network and other.schedule is self.schedule
 
-    def _together_with(self, denoisers: tuple["Denoiser", ...]) -> dict[str, torch.Tensor]:
-        """The joined conditions, made once: the same tensors in every step, so that attention can keep their keys and
-        values."""
+    def _together_with(self, denoisers: tuple["Denoiser", ...]) -> dict[str, Any]:
+        """The joined conditions, made once and prepared once."""
         if self._joined is None or self._joined[0] != denoisers[1:]:
             joined = self.condition
             if len(denoisers) > 1:
                 joined = {k: torch.cat([d.condition[k] for d in denoisers]) for k in self.condition}
-            self._joined = (denoisers[1:], joined)
-        return self._joined[1]
+            self._joined, self._prepared = (denoisers[1:], joined), None
+        if self.prepare is None or torch.is_grad_enabled():
+            return self._joined[1]
+        if self._prepared is None:
+            self._prepared = self.prepare(self._joined[1])
+        return self._prepared
 
     @staticmethod
     def together(denoisers: Sequence["Denoiser"], x_t: torch.Tensor, t: float | torch.Tensor) -> list[torch.Tensor]:

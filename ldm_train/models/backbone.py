@@ -1,6 +1,6 @@
 """The contract of denoising networks such as `UNet` and `DiT`; one of your own needs no edit here or elsewhere."""
 
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 
@@ -28,3 +28,11 @@ class Backbone(Protocol):
     ) -> torch.Tensor:
         """noisy_latents (B, C, h, w), timesteps (B,) up to T (`NoiseProcess.num_train_timesteps`), context (B, L, D) with mask
         (B, L), concat (B, channels, h, w), vector (B, width). Returns (B, C, h, w)."""
+
+
+@runtime_checkable
+class ProjectsContext(Protocol):
+    """What a `Backbone` may also have: its share of the work that depends on the context alone, which sampling does once."""
+
+    def projected(self, context: torch.Tensor) -> tuple:
+        """context (B, L, D) -> what `forward` takes in its place: tuples, at any depth, of tensors."""

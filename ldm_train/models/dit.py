@@ -7,7 +7,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from ldm_train.models.layers import embedding_mlp, timestep_embedding, zero_init
-from ldm_train.models.transformer import CrossAttention
+from ldm_train.models.transformer import CrossAttention, KeysValues
 
 
 def position_embedding(height: int, width: int, dim: int, device: torch.device) -> torch.Tensor:
@@ -56,7 +56,7 @@ class DiTBlock(nn.Module):
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
 
     def forward(
-        self, x: torch.Tensor, emb: torch.Tensor, context: torch.Tensor | None, mask: torch.Tensor | None
+        self, x: torch.Tensor, emb: torch.Tensor, context: torch.Tensor | KeysValues | None, mask: torch.Tensor | None
     ) -> torch.Tensor:
         """x (B, N, D), emb (B, D) -> (B, N, D)"""
         shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(emb).chunk(6, dim=1)
@@ -140,11 +140,16 @@ class DiT(nn.Module):
         """The block in the middle, and the width of its output."""
         return self.blocks[len(self.blocks) // 2], self.hidden_size
 
+    def projected(self, context: torch.Tensor) -> tuple[KeysValues, ...]:
+        """The keys and values of a context (B, L, context_dim) for each block. `forward` takes them in its place: sampling
+        computes them once."""
+        return tuple(block.cross_attn.projected(context) for block in self.blocks)
+
     def forward(
         self,
         noisy_latents: torch.Tensor,
         timesteps: torch.Tensor,
-        context: torch.Tensor | None = None,
+        context: torch.Tensor | tuple | None = None,
         context_mask: torch.Tensor | None = None,
         concat: torch.Tensor | None = None,
         vector: torch.Tensor | None = None,
@@ -162,11 +167,12 @@ class DiT(nn.Module):
         emb = self.t_embedder(timestep_embedding(timesteps, 256).to(x.dtype))
         if vector is not None:
             emb = emb + self.y_embedder(vector.to(emb.dtype))
-        for block in self.blocks:
+        own = context if isinstance(context, tuple) else (context,) * len(self.blocks)
+        for block, given in zip(self.blocks, own):
             if self.activation_checkpointing and self.training:
-                x = checkpoint(block, x, emb, context, context_mask, use_reentrant=False)
+                x = checkpoint(block, x, emb, given, context_mask, use_reentrant=False)
             else:
-                x = block(x, emb, context, context_mask)
+                x = block(x, emb, given, context_mask)
         shift, scale = self.adaLN_modulation(emb).chunk(2, dim=1)
         patches = self.linear(modulated(self.norm_final(x), shift, scale)).unflatten(1, (rows, columns))
         return rearrange(patches, "b h w (p q c) -> b c (h p) (w q)", p=self.patch_size, q=self.patch_size)

@@ -1,14 +1,14 @@
 """Attention: the SpatialTransformer of latent diffusion (self-, cross-attention, GEGLU) and plain self-attention blocks."""
 
-import weakref
-from typing import Any
-
 import torch
 from einops import rearrange
 from torch import nn
 from torch.nn import functional as F
 
 from ldm_train.models.layers import group_norm, zero_init
+
+
+KeysValues = tuple[torch.Tensor, torch.Tensor]  # (B, heads, L, head_dim) each
 
 
 class CrossAttention(nn.Module):
@@ -21,41 +21,21 @@ class CrossAttention(nn.Module):
         self.to_k = nn.Linear(context_dim or dim, inner, bias=False)
         self.to_v = nn.Linear(context_dim or dim, inner, bias=False)
         self.to_out = nn.Sequential(nn.Linear(inner, dim), nn.Dropout(dropout))
-        self._kept: tuple[Any, tuple, tuple[torch.Tensor, torch.Tensor]] | None = None
 
     def _split(self, a: torch.Tensor) -> torch.Tensor:
         return rearrange(a, "b n (h d) -> b h n d", h=self.heads)
 
-    def keys_values(self, context: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """(B, heads, L, head_dim) each. Without gradients those of the last context are kept: a sampler asks with the
-        same tensor in every step."""
-        weights = (self.to_k.weight, self.to_v.weight)
-        untracked = context.is_inference() or weights[0].is_inference()  # inference mode counts no changes
-        if torch.is_grad_enabled() or self.training or torch.compiler.is_compiling() or untracked:
-            return self._split(self.to_k(context)), self._split(self.to_v(context))
-        state = (context._version, *(w._version for w in weights), *(w.data_ptr() for w in weights))
-        if torch.amp.is_autocast_available(kind := context.device.type):
-            state += (torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind))
-        kept = self._kept
-        if kept is None or kept[0]() is not context or kept[1] != state:
-            made = self._split(self.to_k(context)), self._split(self.to_v(context))
-            # They are freed with their context, not only at the next one.
-            kept = self._kept = (weakref.ref(context, self._forget), state, made)
-        return kept[2]
-
-    def _forget(self, gone: weakref.ref) -> None:
-        if self._kept is not None and self._kept[0] is gone:
-            self._kept = None
-
-    def __getstate__(self) -> dict:
-        return self.__dict__ | {"_kept": None}  # weak references cannot be copied
+    def projected(self, context: torch.Tensor) -> KeysValues:
+        """The keys and values of a context (B, L, context_dim), which `forward` takes in its place."""
+        return self._split(self.to_k(context)), self._split(self.to_v(context))
 
     def forward(
-        self, x: torch.Tensor, context: torch.Tensor | None = None, mask: torch.Tensor | None = None
+        self, x: torch.Tensor, context: torch.Tensor | KeysValues | None = None, mask: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """x (B, N, dim), context (B, L, context_dim), mask (B, L) bool with True where a token counts -> (B, N, dim)"""
+        """x (B, N, dim), context (B, L, context_dim) or what `projected` made of it, mask (B, L) bool with True where a token
+        counts -> (B, N, dim)"""
         q = self._split(self.to_q(x))
-        k, v = (self._split(self.to_k(x)), self._split(self.to_v(x))) if context is None else self.keys_values(context)
+        k, v = context if isinstance(context, tuple) else self.projected(x if context is None else context)
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=None if mask is None else mask[:, None, None, :])
         return self.to_out(rearrange(out, "b h n d -> b n (h d)"))
 
@@ -103,9 +83,14 @@ class TransformerBlock(nn.Module):
         self.ff = FeedForward(dim, dropout=dropout)
         self.norm1, self.norm2, self.norm3 = nn.LayerNorm(dim), nn.LayerNorm(dim), nn.LayerNorm(dim)
 
-    def forward(self, x: torch.Tensor, context: torch.Tensor | None, mask: torch.Tensor | None) -> torch.Tensor:
-        x = x + (self.attn1(self.norm1(x), context, mask) if self.cross_only else self.attn1(self.norm1(x)))
-        x = x + self.attn2(self.norm2(x), context, mask)
+    def projected(self, context: torch.Tensor) -> tuple[KeysValues | None, KeysValues]:
+        """Of each attention that goes to the context."""
+        return self.attn1.projected(context) if self.cross_only else None, self.attn2.projected(context)
+
+    def forward(self, x: torch.Tensor, context: torch.Tensor | tuple | None, mask: torch.Tensor | None) -> torch.Tensor:
+        first, second = context if isinstance(context, tuple) else (context if self.cross_only else None, context)
+        x = x + (self.attn1(self.norm1(x), first, mask) if self.cross_only else self.attn1(self.norm1(x)))
+        x = x + self.attn2(self.norm2(x), second, mask)
         return x + self.ff(self.norm3(x))
 
 
@@ -136,18 +121,23 @@ class SpatialTransformer(nn.Module):
         )
         self.proj_out = zero_init(nn.Linear(inner, channels) if linear_projection else nn.Conv2d(inner, channels, 1))
 
+    def projected(self, context: torch.Tensor) -> tuple:
+        """Of each block."""
+        return tuple(block.projected(context) for block in self.transformer_blocks)
+
     def forward(
-        self, x: torch.Tensor, context: torch.Tensor | None = None, mask: torch.Tensor | None = None
+        self, x: torch.Tensor, context: torch.Tensor | tuple | None = None, mask: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """x (B, C, h, w), context (B, L, D), mask (B, L) -> (B, C, h, w)"""
+        """x (B, C, h, w), context (B, L, D) or what `projected` made of it, mask (B, L) -> (B, C, h, w)"""
         h, w = x.shape[-2:]
         tokens = self.norm(x)
         if self.linear_projection:
             tokens = self.proj_in(rearrange(tokens, "b c h w -> b (h w) c"))
         else:
             tokens = rearrange(self.proj_in(tokens), "b c h w -> b (h w) c")  # (B, h*w, inner)
-        for block in self.transformer_blocks:
-            tokens = block(tokens, context, mask)
+        own = context if isinstance(context, tuple) else (context,) * len(self.transformer_blocks)
+        for block, given in zip(self.transformer_blocks, own):
+            tokens = block(tokens, given, mask)
         if self.linear_projection:
             return x + rearrange(self.proj_out(tokens), "b (h w) c -> b c h w", h=h, w=w)
         return x + self.proj_out(rearrange(tokens, "b (h w) c -> b c h w", h=h, w=w))

@@ -24,8 +24,12 @@ class Downsample(nn.Module):
 class Layers(nn.ModuleList):
     """One step of the U-Net: a residual block, perhaps attention, perhaps a resampler, in this order."""
 
+    def projected(self, context: torch.Tensor) -> tuple | None:
+        """Of its attention, where that is to the context."""
+        return next((layer.projected(context) for layer in self if isinstance(layer, SpatialTransformer)), None)
+
     def forward(
-        self, x: torch.Tensor, emb: torch.Tensor, context: torch.Tensor | None, mask: torch.Tensor | None
+        self, x: torch.Tensor, emb: torch.Tensor, context: torch.Tensor | tuple | None, mask: torch.Tensor | None
     ) -> torch.Tensor:
         for layer in self:
             if isinstance(layer, ResBlock):
@@ -159,7 +163,14 @@ class UNet(nn.Module):
         """The part that sees the whole picture at once, and the width of its output."""
         return self.middle_block, self.channels * self.middle_mult
 
-    def _run(self, layers: Layers, *args: torch.Tensor | None) -> torch.Tensor:
+    def projected(self, context: torch.Tensor) -> tuple:
+        """The keys and values of a context (B, L, context_dim) for each attention to it. `forward` takes them in its place:
+        sampling computes them once."""
+        return tuple(
+            layers.projected(context) for layers in (*self.input_blocks, self.middle_block, *self.output_blocks)
+        )
+
+    def _run(self, layers: Layers, *args: torch.Tensor | tuple | None) -> torch.Tensor:
         if self.activation_checkpointing and self.training:
             return checkpoint(layers, *args, use_reentrant=False)
         return layers(*args)
@@ -168,13 +179,13 @@ class UNet(nn.Module):
         self,
         noisy_latents: torch.Tensor,
         timesteps: torch.Tensor,
-        context: torch.Tensor | None = None,
+        context: torch.Tensor | tuple | None = None,
         context_mask: torch.Tensor | None = None,
         concat: torch.Tensor | None = None,
         vector: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """noisy_latents (B, C, h, w), timesteps (B,) in [0, T), context (B, L, D) with mask (B, L),
-        concat (B, concat_channels, h, w), vector (B, vector_dim). Returns (B, out_channels, h, w).
+        """noisy_latents (B, C, h, w), timesteps (B,) in [0, T), context (B, L, D), or its `projected`, with
+        mask (B, L), concat (B, concat_channels, h, w), vector (B, vector_dim). Returns (B, out_channels, h, w).
 
         Raises ValueError where the halvings do not divide h and w.
         """
@@ -188,14 +199,17 @@ class UNet(nn.Module):
         elif self.condition_widths["vector"]:
             emb = emb + self.label_emb(vector.to(emb.dtype))
         x = noisy_latents if concat is None else torch.cat([noisy_latents, concat.to(noisy_latents.dtype)], dim=1)
+        count = len(self.input_blocks) + 1 + len(self.output_blocks)
+        own = list(reversed(context)) if isinstance(context, tuple) else [context] * count
         skips = []
         for layers in self.input_blocks:
+            given = own.pop()
             if isinstance(layers[0], nn.Conv2d):
                 x = layers[0](x)
             else:
-                x = self._run(layers, x, emb, context, context_mask)
+                x = self._run(layers, x, emb, given, context_mask)
             skips.append(x)
-        x = self._run(self.middle_block, x, emb, context, context_mask)
+        x = self._run(self.middle_block, x, emb, own.pop(), context_mask)
         for layers in self.output_blocks:
-            x = self._run(layers, torch.cat([x, skips.pop()], dim=1), emb, context, context_mask)
+            x = self._run(layers, torch.cat([x, skips.pop()], dim=1), emb, own.pop(), context_mask)
         return self.out(x)

@@ -111,3 +111,9 @@ def test_what_does_not_fit_is_named() -> None:
         DiT(4, 32, 1, 2)(torch.randn(1, 4, 7, 8), torch.tensor([1]))
     with pytest.raises(ValueError, match="divisible by 4 and by num_heads 5"):
         DiT(4, 32, 1, 5)
+
+
+def test_what_is_projected_of_a_context_stands_for_it_to_the_bit() -> None:
+    model = randomised(DiT(4, 16, 2, 2, context_dim=6))
+    x, t, context = torch.randn(2, 4, 8, 8), torch.tensor([3.0, 700.0]), torch.randn(2, 3, 6)
+    assert torch.equal(model(x, t, model.projected(context)), model(x, t, context))

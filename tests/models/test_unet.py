@@ -1,13 +1,10 @@
 """The U-Net is the published one: its sizes, its arithmetic (diffusers with the same weights), its behaviour."""
 
-import copy
-
 import pytest
 import torch
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 
 from ldm_train.checkpoints.diffusers_networks import unet_key
-from ldm_train.models.transformer import CrossAttention
 from ldm_train.models.unet import UNet
 
 TINY = {"in_channels": 4, "channels": 32, "channel_mult": (1, 2), "num_res_blocks": 1, "num_heads": 2}
@@ -196,35 +193,10 @@ def test_wrong_arguments_are_named(arguments: dict, message: str) -> None:
         UNet(**TINY | {"attention_levels": (1,)} | arguments)
 
 
-def test_keys_and_values_of_a_context_are_computed_once_and_never_stale() -> None:
-    """As sampling asks: without gradients, the same context tensor in every step."""
-    attention = CrossAttention(8, 6, 2, 4).eval()
-    x, context = torch.randn(2, 5, 8), torch.randn(2, 3, 6)
-    calls = []
-    attention.to_k.register_forward_hook(lambda *_: calls.append(1))
-    with torch.no_grad():
-        first = attention(x, context)
-        assert torch.equal(attention(x, context), first)
-        assert len(calls) == 1
-        assert torch.equal(attention(x, context.clone()), first)
-        assert len(calls) == 2
-        changed = context.clone()
-        attention(x, changed)
-        changed.add_(1)  # the same tensor with other values
-        assert not torch.allclose(attention(x, changed), first)
-        before = attention(x, context)
-        attention.to_k.weight.copy_(torch.randn_like(attention.to_k.weight))  # as averaged weights are put in place
-        assert not torch.allclose(attention(x, context), before)
-    with torch.enable_grad():  # training never keeps
-        count = len(calls)
-        attention(x, context).sum().backward()
-        attention(x, context)
-        assert len(calls) == count + 2
-    assert copy.deepcopy(attention)._kept is None
-    with torch.no_grad():
-        attention(x, context)
-    assert attention._kept is not None
-    del context
-    assert attention._kept is None  # gone with its context
-    with torch.inference_mode():
-        assert torch.equal(attention(x, fresh := torch.randn(2, 3, 6)), attention(x, fresh))
+@pytest.mark.parametrize("options", [{}, {"cross_only_levels": (0,)}, {"transformer_depth": 2}])
+def test_what_is_projected_of_a_context_stands_for_it_to_the_bit(options: dict) -> None:
+    unet = UNet(**TINY | {"attention_levels": (0, 1), "context_dim": 6} | options).eval()
+    for p in unet.parameters():
+        torch.nn.init.normal_(p, std=0.1)
+    x, t, context, mask = torch.randn(2, 4, 8, 8), torch.tensor([3.0, 700.0]), torch.randn(2, 3, 6), torch.ones(2, 3).bool()
+    assert torch.equal(unet(x, t, unet.projected(context), mask), unet(x, t, context, mask))
