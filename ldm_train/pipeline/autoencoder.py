@@ -210,7 +210,7 @@ class AutoencoderStage(Stage):
             loss = instantiate(section.loss, _convert_="all")
         size = sides(stage_data(run.config, "autoencoder").image_size)
         task = self.task(run, network, loss, run.folder / "autoencoder")
-        return Rehearsal(task, network, {"image": (run.config.data.channels, *size)})
+        return Rehearsal(task, {"image": (run.config.data.channels, *size)})
 
     def run(self, run: Run, folder: Path) -> dict[str, Any]:
         config, section = run.config, run.config.autoencoder

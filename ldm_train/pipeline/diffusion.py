@@ -316,7 +316,7 @@ class DiffusionStage(Stage):
             return {c.field: c.null_values(count, size) for c in conditioners.values()}
 
         task = self.task(run, model, run.folder / "diffusion")
-        return Rehearsal(task, model.network, shapes, conditions, beside, unknown)
+        return Rehearsal(task, shapes, conditions, beside, unknown)
 
     def run(self, run: Run, folder: Path) -> dict[str, Any]:
         config, section = run.config, run.config.diffusion

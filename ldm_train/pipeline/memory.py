@@ -31,23 +31,26 @@ ALIKE = {
     *(aten.gelu_backward, aten.relu, aten.threshold_backward, aten.abs, aten.exp),
 }  # fmt: skip
 # What autocast computes in 16 bits, and what a GPU's computes in float32 (a CPU's as it comes), among that which networks call.
-IN_16_BITS = [(F, n) for n in ("linear", "conv1d", "conv2d", "conv3d", "conv_transpose2d", "scaled_dot_product_attention")]
+IN_16_BITS = [
+    (F, n) for n in ("linear", "conv1d", "conv2d", "conv3d", "conv_transpose2d", "scaled_dot_product_attention")
+]
 IN_16_BITS += [(torch, n) for n in ("matmul", "bmm", "baddbmm", "addmm", "einsum")] + [(torch.Tensor, "__matmul__")]
-IN_FLOAT32 = [(F, n) for n in ("group_norm", "layer_norm", "softmax", "log_softmax", "interpolate", "mse_loss", "l1_loss")]
+IN_FLOAT32 = [
+    (F, n) for n in ("group_norm", "layer_norm", "softmax", "log_softmax", "interpolate", "mse_loss", "l1_loss")
+]
 
 
 @dataclass
 class Rehearsal:
     """The training of a stage, with placeholders for all that has values: what a step of it takes can be seen before it runs.
 
-    task: the stage's own, which moves to the meta device. network: the one it trains.
+    task: the stage's own, which moves to the meta device.
     shapes: batch field on the device -> its shape for one sample. conditions: count -> the fields that stay on the host.
     beside: networks that the device holds though the task does not name them. unknown: what says of others why their size is
     not known
     """
 
     task: Task
-    network: nn.Module
     shapes: dict[str, Sequence[int]]
     conditions: Callable[[int], dict[str, Any]] = lambda count: {}
     beside: Sequence[nn.Module] = ()
@@ -142,7 +145,9 @@ class Kernels:
 
     def __init__(self, gpu: bool):
         self.gpu = gpu
-        self.cast: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # weights in 16 bits, by their ids, until the forward pass ends
+        self.cast: dict[
+            int, tuple[torch.Tensor, torch.Tensor]
+        ] = {}  # weights in 16 bits, by their ids, until the forward pass ends
 
     @contextmanager
     def installed(self) -> Iterator[None]:
@@ -154,7 +159,9 @@ class Kernels:
                 stack.enter_context(patch.object(owner, name, self._under(_raised, getattr(owner, name))))
             yield
 
-    def _under(self, convert: Callable[[torch.Tensor], torch.Tensor], function: Callable[..., Any]) -> Callable[..., Any]:
+    def _under(
+        self, convert: Callable[[torch.Tensor], torch.Tensor], function: Callable[..., Any]
+    ) -> Callable[..., Any]:
         def converted(*args: Any, **kwargs: Any) -> Any:
             if torch.is_autocast_enabled("cpu"):
                 args, kwargs = tree_map_only(torch.Tensor, convert, (args, kwargs))
@@ -176,7 +183,9 @@ class Kernels:
 _attend = F.scaled_dot_product_attention
 
 
-def _attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, attn_mask: Any = None, *args: Any, **kwargs: Any) -> Any:
+def _attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, attn_mask: Any = None, *args: Any, **kwargs: Any
+) -> Any:
     if not q.is_meta:
         return _attend(q, k, v, attn_mask, *args, **kwargs)
     if attn_mask is not None and attn_mask.dtype == torch.bool:
@@ -229,9 +238,7 @@ def step_memory(rehearsal: Rehearsal, micro: int, accumulate: int, machine: Mach
         tracker.belongs(FROZEN, (*module.parameters(), *module.buffers()))
     tracker.belongs(WEIGHTS, (*task.trained().parameters(), *task.trained().buffers()))
     tracker.belongs(AVERAGES, task.ema.shadow.values() if task.ema is not None else ())
-    handles = [
-        p.register_post_accumulate_grad_hook(lambda p: tracker.belongs(GRADIENTS, [p.grad])) for p in trained
-    ]
+    handles = [p.register_post_accumulate_grad_hook(lambda p: tracker.belongs(GRADIENTS, [p.grad])) for p in trained]
     try:
         with _rehearsing(kernels), tracker:
             _step(rehearsal, optimizer, tracker, kernels, micro, machine)

@@ -220,6 +220,19 @@ class Run:
         resume.check_chain(self.order, steps, self.folder, option_defaults(self.config), restart)
         return steps
 
+    def plan(self) -> None:
+        """Prints the plan in full; reads no pictures, loads no weights and changes nothing. Raises ValueError for options that are
+        wrong, and for a step that takes more memory than there is."""
+        steps = self.chosen()
+        if self.config.restart:
+            self.order.chosen([self.config.restart])
+        try:
+            print_plan(self, steps)
+        finally:
+            for what in self.missing:
+                print(f"not there yet: {what}")
+        print("plan=only: nothing was written; data, weights and downloads are checked when it runs")
+
     def execute(self) -> None:
         """Runs the chosen stages one after the other, and continues interrupted ones."""
         config, writer = self.config, self.machine.rank == 0
