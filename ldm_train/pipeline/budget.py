@@ -21,6 +21,15 @@ if TYPE_CHECKING:
 GIB = 2**30
 # What is counted on of a memory: libraries need workspaces, an allocator leaves gaps, a GPU keeps its context.
 USABLE = 0.9
+BESIDE = (
+    "name",
+    "runs_dir",
+    "stages",
+    "memory",
+    "plan",
+    "price_per_hour",
+    "restart",
+)  # options that memory does not depend on
 _KNOWN: dict[str, dict[str, int]] = {}  # of this process, by all that a step's memory depends on
 
 
@@ -63,6 +72,10 @@ class Budget:
         self.rehearses = True  # until a part of the user's own says otherwise
         self.unknown: tuple[str, ...] = ()
         self._rehearsals: dict[bool, Rehearsal | None] = {}
+        tree = {k: v for k, v in plain(run.config).items() if k not in BESIDE}
+        tree[stage] = {k: v for k, v in tree[stage].items() if k != "micro_batch_size"}
+        tree[stage]["network"] = tree[stage]["network"] | {"activation_checkpointing": None}  # `Choice` says these
+        self._kind = json.dumps([stage, run.machine.accelerator, run.machine.precision, run.machine.world_size, tree])
 
     def _rehearsal(self, recomputing: bool) -> Rehearsal | None:
         if recomputing not in self._rehearsals:
@@ -79,9 +92,8 @@ class Budget:
 
     def memory(self, choice: Choice) -> dict[str, int] | None:
         """Bytes by part at the peak of a step; None for a stage without a rehearsal."""
-        machine, config = self.run.machine, self.run.config
-        tree = {k: v for k, v in plain(config).items() if k not in ("name", "runs_dir", "memory", "plan")}
-        key = json.dumps([self.stage, str(choice), machine.accelerator, machine.precision, machine.world_size, tree])
+        machine = self.run.machine
+        key = f"{self._kind} {choice}"
         if key not in _KNOWN:
             if (rehearsal := self._rehearsal(choice.recomputing)) is None:
                 return None
@@ -107,18 +119,22 @@ class Budget:
         sizes = [n for n in range(1, self.share + 1) if self.share % n == 0]
         low, high = -1, len(sizes)  # the first fits, the second does not
         points: dict[int, float] = {}
+        guess = sizes.index(self.chosen.micro)
         while high - low > 1:
-            guess = _predicted(points, sizes, memory) if len(points) > 1 else (0 if not points else len(sizes) // 2)
             k = min(max(guess, low + 1), high - 1)
             points[sizes[k]] = self.peak(self._choice(sizes[k], recomputing))
             low, high = (k, high) if points[sizes[k]] <= memory else (low, k)
+            guess = _predicted(points, sizes, memory) if len(points) > 1 else (0 if high == k else len(sizes) - 1)
         return self._choice(sizes[low], recomputing) if low >= 0 else None
 
     def alternatives(self, memory: float) -> list[Choice]:
         """What fits: without recomputing, then with it, where that takes larger micro-batches."""
-        ways = [False, True] if self.can_recompute() else [self._own]
-        found = [choice for way in ways if (choice := self.largest(memory, way)) is not None]
-        return found[:1] + [c for c in found[1:] if c.micro > found[0].micro]
+        found: list[Choice] = []
+        for way in [False, True] if self.can_recompute() else [self._own]:
+            most = found[0].micro if found else 0
+            if most < self.share and (choice := self.largest(memory, way)) is not None and choice.micro > most:
+                found.append(choice)
+        return found
 
     def typed(self, choice: Choice) -> str:
         """A choice as options to type."""

@@ -154,14 +154,15 @@ class Run:
             images.samples(images.val_split, images.fields, random=False)[(0, 0)]
 
     def index(self, stage: str) -> "Index | ShardDataModule":
-        """The index of a stage's images; where only a plan is asked for and they are not there, a stand-in of 1000 classes."""
+        """The index of a stage's images; where only a plan is asked for and they are not there, a stand-in with two classes: how many does
+        not tell in the memory."""
         try:
             return self.data(stage, ("image",))
         except (FileNotFoundError, DataError) as error:
             if not self.plans_only:
                 raise
             self.missing[str(error)] = None
-            return Index({"classes": [str(i) for i in range(1000)]}, str(stage_data(self.config, stage).root))
+            return Index({"classes": ["0", "1"]}, str(stage_data(self.config, stage).root))
 
     def enough_images(self, stage: str, fields: tuple[str, ...]) -> int | None:
         """How many training images there are; None where only a plan is asked for and they are not there. Raises ValueError where
