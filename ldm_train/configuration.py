@@ -10,6 +10,7 @@ import ldm_train
 from ldm_train import names
 from ldm_train.storage import read_config
 
+RECOMPUTING = ".network.activation_checkpointing"  # an option of networks: memory against time
 ARGUMENTS = "LDM_TRAIN_ARGUMENTS"  # environment: the command line, also for the processes that run a sweep's jobs
 
 
@@ -77,10 +78,10 @@ def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
 
 def differences(old: dict[str, Any], new: dict[str, Any], defaults: dict[str, Any]) -> list[str]:
     """Lines "option: old -> new". An option absent on one side counts as its default, so new options do not orphan
-    old runs."""
+    old runs. What changes how something is computed, but not what (RECOMPUTING), may differ."""
     before, after, default = flatten(old), flatten(new), flatten(defaults)
     lines = []
-    for key in sorted(before.keys() | after.keys()):
+    for key in sorted(k for k in before.keys() | after.keys() if not k.endswith(RECOMPUTING)):
         was, now = before.get(key, default.get(key)), after.get(key, default.get(key))
         if was != now:
             lines.append(f"{key}: {was} -> {now}")

@@ -47,6 +47,12 @@ class Conditioner(nn.Module):
         """Called before training: downloads or reads external files. Raises FileNotFoundError where one cannot be
         obtained."""
 
+    def rehearse(self) -> Sequence[nn.Module]:
+        """Called where a training is only planned: from now on the null condition asks for no external files. Returns the
+        networks that it holds beside its own weights, without memory where they are not loaded. Raises FileNotFoundError
+        where their size is not known here."""
+        return ()
+
     def null_values(self, count: int, latent_size: Sequence[int]) -> Any:
         """`count` placeholder entries, for use with drop = True."""
         raise NotImplementedError

@@ -89,6 +89,17 @@ class PretrainedVision(nn.Module):
         return mean_over_groups(pooled[:, None], images.shape[1])
 
 
+class Absent(nn.Module):
+    """Stands for an encoder that is not there: (B, C, H, W) -> zeros (B, 1, dim)."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.dim = dim
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return torch.zeros(len(images), 1, self.dim)
+
+
 def read_statistics(path: str, dim: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean and standard deviation (dim,) of an encoder's embeddings, from a .safetensors file that holds `mean` and `std` (as
     the image_normalizer of diffusers' unCLIP pipelines), or a .th file of the two (as Stable Diffusion 2 unCLIP has). Raises
@@ -170,6 +181,13 @@ class ImageEmbedding(Conditioner):
     def require(self) -> None:
         if isinstance(self.encoder, PretrainedVision):
             self.encoder.loaded()
+
+    def rehearse(self) -> Sequence[nn.Module]:
+        encoder = self.encoder
+        if isinstance(encoder, PretrainedVision) and not encoder.is_local:
+            self._encoder = (Absent(self.encoder_dim),)
+            raise FileNotFoundError(f"the vision encoder {encoder.path} is not there")
+        return [encoder.loaded() if isinstance(encoder, PretrainedVision) else encoder]
 
     @torch.no_grad()
     def embed(self, images: torch.Tensor) -> torch.Tensor:

@@ -287,6 +287,19 @@ class FrozenText(Captions):
     def require(self) -> None:
         self.pretrained()
 
+    def rehearse(self) -> Sequence[nn.Module]:
+        length = 1 if self.layer == "projected" else self.max_length
+        self._cache[""] = torch.zeros(length, self.dim), torch.ones(length, dtype=torch.bool)
+        if self._pretrained is not None:
+            return [self._pretrained[1]]
+        from transformers import AutoConfig, AutoModel, CLIPTextModel
+
+        with loading("text encoder", self.path, "config.json"), torch.device("meta"):
+            config = AutoConfig.from_pretrained(self.path, local_files_only=True, trust_remote_code=False)
+            if config.model_type.startswith("clip"):
+                return [CLIPTextModel(getattr(config, "text_config", config))]
+            return [AutoModel.from_config(config, trust_remote_code=False)]
+
     @torch.no_grad()
     def encode(self, captions: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
         """B captions -> hidden states (B, L, dim) and attention mask (B, L) on the CPU; L = 1 for `projected`."""

@@ -147,10 +147,11 @@ class LPIPS(nn.Module):
         super().__init__()
         from torchvision.models.vgg import cfgs, make_layers  # here: the shipped network does not need torchvision
 
-        path = vgg16_weights(weights)
         trunk = make_layers(cfgs["D"])
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        trunk.load_state_dict({k.removeprefix("features."): v for k, v in state.items() if k.startswith("features.")})
+        if torch.get_default_device().type != "meta":  # where only its size is asked for
+            state = torch.load(vgg16_weights(weights), map_location="cpu", weights_only=True)
+            state = {k.removeprefix("features."): v for k, v in state.items() if k.startswith("features.")}
+            trunk.load_state_dict(state)
         for layer in trunk:
             if isinstance(layer, nn.ReLU):
                 layer.inplace = False  # the maps are kept

@@ -9,7 +9,7 @@ from einops import rearrange
 from torch import nn
 from torch.nn import functional as F
 
-from ldm_train.models.layers import Upsample, group_norm
+from ldm_train.models.layers import PaddedDownsample, Upsample, group_norm, recomputed
 from ldm_train.models.posterior import DiagonalGaussian, Point, Posterior
 from ldm_train.models.quantizer import VectorQuantizer
 from ldm_train.models.tiling import Step, Tiles
@@ -18,6 +18,8 @@ Change = Callable[[torch.Tensor], torch.Tensor]  # of latents, between encoder a
 
 
 class ResnetBlock(nn.Module):
+    recomputes = False
+
     def __init__(self, channels: int, out_channels: int, dropout: float = 0.0):
         super().__init__()
         self.norm1 = group_norm(channels, 1e-6)
@@ -46,6 +48,8 @@ class ResnetBlock(nn.Module):
 class AttnBlock(nn.Module):
     """Single-head self-attention over positions, projections as 1x1 convolutions."""
 
+    recomputes = False
+
     def __init__(self, channels: int):
         super().__init__()
         self.norm = group_norm(channels, 1e-6)
@@ -65,17 +69,6 @@ class AttnBlock(nn.Module):
         return x + self.proj_out(out)
 
 
-class Downsample(nn.Module):
-    """A 3x3 convolution of stride 2, padded on the right and bottom only, as published."""
-
-    def __init__(self, channels: int):
-        super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.conv(F.pad(x, (0, 1, 0, 1)))
-
-
 class Level(nn.Module):
     """One resolution of the encoder or decoder: blocks, attention after each where asked, a resampler at its end."""
 
@@ -83,15 +76,15 @@ class Level(nn.Module):
         super().__init__()
         self.block = nn.ModuleList(ResnetBlock(a, b, dropout) for a, b in pairwise(widths))
         self.attn = nn.ModuleList(AttnBlock(w) for w in widths[1:] if attention)
-        self.downsample = Downsample(widths[-1]) if down else nn.Identity()
+        self.downsample = PaddedDownsample(widths[-1]) if down else nn.Identity()
         self.upsample = Upsample(widths[-1]) if up else nn.Identity()
         self.resamples = down or up
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         for i, block in enumerate(self.block):
-            x = block(x)
+            x = recomputed(block, x)
             if self.attn:
-                x = self.attn[i](x)
+                x = recomputed(self.attn[i], x)
         return self.upsample(self.downsample(x))
 
     def steps(self) -> list[Step]:
@@ -112,7 +105,9 @@ class Middle(nn.Module):
         self.block_2 = ResnetBlock(width, width, dropout)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.block_2(self.attn_1(self.block_1(x)))
+        for block in (self.block_1, self.attn_1, self.block_2):
+            x = recomputed(block, x)
+        return x
 
 
 class Encoder(nn.Module):
@@ -210,6 +205,7 @@ class Autoencoder(nn.Module):
     num_res_blocks     residual blocks per level (one more in the decoder)
     attention_levels   levels with self-attention, 0 being the image resolution
     mid_attention      self-attention at the lowest resolution
+    activation_checkpointing    recompute activations in the backward pass: less memory, about a third more time
     """
 
     moments_per_latent: int  # channels of `encode_moments` for each channel of the latents
@@ -226,6 +222,7 @@ class Autoencoder(nn.Module):
         in_channels: int = 3,
         embed_dim: int | None = None,
         dropout: float = 0.0,
+        activation_checkpointing: bool = False,
     ):
         super().__init__()
         embed_dim, k = embed_dim or z_channels, self.moments_per_latent
@@ -236,6 +233,9 @@ class Autoencoder(nn.Module):
         self.decoder = Decoder(z_channels, in_channels, *trunk)
         self.quant_conv = nn.Conv2d(k * z_channels, k * embed_dim, 1)
         self.post_quant_conv = nn.Conv2d(embed_dim, z_channels, 1)
+        for block in self.modules():
+            if isinstance(block, ResnetBlock | AttnBlock):
+                block.recomputes = activation_checkpointing
 
     def encoding_parts(self) -> dict[str, nn.Module]:
         """The parts by name that decide what the latents are."""

@@ -5,6 +5,7 @@ import math
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 
 def group_norm(channels: int, eps: float) -> nn.GroupNorm:
@@ -33,9 +34,27 @@ def timestep_embedding(timesteps: torch.Tensor, dim: int) -> torch.Tensor:
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
 
+def recomputed(block: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """block(x); where the block `recomputes`, training keeps its input alone and computes the rest again in the backward pass."""
+    if getattr(block, "recomputes", False) and block.training:
+        return checkpoint(block, x, use_reentrant=False)
+    return block(x)
+
+
 def embedding_mlp(in_dim: int, dim: int) -> nn.Sequential:
     """From an embedding or a vector to the width of the network's time embedding."""
     return nn.Sequential(nn.Linear(in_dim, dim), nn.SiLU(), nn.Linear(dim, dim))
+
+
+class PaddedDownsample(nn.Module):
+    """A 3x3 convolution of stride 2, padded on the right and bottom only, as published."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.conv(F.pad(x, (0, 1, 0, 1)))
 
 
 class Upsample(nn.Module):

@@ -26,10 +26,12 @@ from ldm_train.models.first_stage import FirstStage
 from ldm_train.pipeline import training
 from ldm_train.pipeline.adopt import ADOPTED, adopted_autoencoder, is_foreign, is_whole
 from ldm_train.pipeline.data import data_key, mixture_key, sides, stage_data
+from ldm_train.pipeline.memory import Rehearsal
 from ldm_train.pipeline.run import Run
 from ldm_train.pipeline.stage import Plan, Stage
 from ldm_train.storage import read_config
 from ldm_train.training.callbacks.checkpoint import LAST, read_checkpoint
+from ldm_train.training.task import Task
 
 
 def model_folder(run: Run) -> Path:
@@ -177,14 +179,38 @@ class AutoencoderStage(Stage):
     def plan(self, run: Run) -> Plan | None:
         if not self.steps(run):
             return None
-        network, data = on_meta(run), run.data("autoencoder", ("image",))
+        network = on_meta(run)
         size = sides(stage_data(run.config, "autoencoder").image_size)
-        picture = torch.empty(1, data.channels, *size, device="meta")
+        picture = torch.empty(1, run.config.data.channels, *size, device="meta")
         flops = training.forward_flops("autoencoder.network", network, picture)
         section = run.config.autoencoder
         kept = ", its encoder kept" if section.train == "decoder" else ""
         begins = f"begins from {section.init}{kept}" if section.init else ""
-        return Plan(network, flops, run.enough_images(data, "autoencoder"), begins)
+        return Plan(network, flops, run.enough_images("autoencoder", ("image",)), begins)
+
+    def task(self, run: Run, network: nn.Module, loss: AutoencoderLoss, folder: Path) -> Task:
+        """The LightningModule that trains it."""
+        config, section = run.config, run.config.autoencoder
+        return instantiate(section.task)(
+            network,
+            loss,
+            **training.optimisation(run, "autoencoder"),
+            image_folder=folder / "images",
+            disc_lr=section.disc_lr,
+            features=instantiate(config.evaluation.extractors.tiny) if config.evaluation.metrics else None,
+        )
+
+    def rehearsal(self, run: Run) -> Rehearsal | None:
+        if not self.steps(run):
+            return None
+        section, network = run.config.autoencoder, on_meta(run).to(memory_format=torch.channels_last).train()
+        if section.train == "decoder":
+            network.freeze_encoder()
+        with torch.device("meta"):
+            loss = instantiate(section.loss, _convert_="all")
+        size = sides(stage_data(run.config, "autoencoder").image_size)
+        task = self.task(run, network, loss, run.folder / "autoencoder")
+        return Rehearsal(task, {"image": (run.config.data.channels, *size)})
 
     def run(self, run: Run, folder: Path) -> dict[str, Any]:
         config, section = run.config, run.config.autoencoder
@@ -208,14 +234,7 @@ class AutoencoderStage(Stage):
         loss = instantiate(section.loss, _convert_="all")
         if taken is not None:
             give_discriminator(run, loss)
-        task = instantiate(section.task)(
-            network,
-            loss,
-            **training.optimisation(run, "autoencoder"),
-            image_folder=folder / "images",
-            disc_lr=section.disc_lr,
-            features=instantiate(config.evaluation.extractors.tiny) if config.evaluation.metrics else None,
-        )
+        task = self.task(run, network, loss, folder)
         if section.compile:  # in place; the last convolution stays eager, its gradient is taken by hand
             network.encoder.compile()
             network.decoder.compile()

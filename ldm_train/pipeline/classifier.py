@@ -54,7 +54,7 @@ class ClassifierStage(Stage):
         tree = classifier_tree(run.config, images, autoencoder.on_meta(run))
         with torch.device("meta"):
             instantiate(tree, _convert_="all")
-        run.enough_images(images, "classifier")
+        run.enough_images("classifier", ("image", "class_label"))
         images.check_conditions()
 
     def run(self, run: Run, folder: Path) -> dict[str, Any]:

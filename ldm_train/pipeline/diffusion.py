@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig
+from tokenizers import Tokenizer
 from torch import nn
 
 from ldm_train import rng
@@ -25,15 +26,17 @@ from ldm_train.models.first_stage import FirstStage
 from ldm_train.pipeline import autoencoder, latents, training
 from ldm_train.pipeline.begin import begin_from, model_folder, tokenizers_of, what_grows
 from ldm_train.pipeline.data import CONDITIONERS, FROM_DATA, mixture_key, sides
-from ldm_train.pipeline.run import Run
+from ldm_train.pipeline.memory import Rehearsal
+from ldm_train.pipeline.run import Index, Run
 from ldm_train.pipeline.stage import Plan, Stage
 from ldm_train.rng import NoiseSource
 from ldm_train.storage import read_config
 from ldm_train.training.callbacks.sampling import SampleMetrics
 from ldm_train.training.diffusion_task import BINS
+from ldm_train.training.task import Task
 
 
-def conditioner_tree(config: DictConfig, data: ShardDataModule, rehearsal: bool = False) -> dict[str, Any]:
+def conditioner_tree(config: DictConfig, data: ShardDataModule | Index, rehearsal: bool = False) -> dict[str, Any]:
     """The conditioners' config with the values that come from the data, as the model folder stores it. rehearsal: the
     tokenizer is trained on no captions, so that the data are not read."""
     tree = plain(config.diffusion.conditioning.conditioners)
@@ -57,6 +60,16 @@ def conditioner_tree(config: DictConfig, data: ShardDataModule, rehearsal: bool 
             else:
                 tokenizer = read_tokenizer(source)
             conditioner["tokenizer"] = tokenizer.to_str()
+    return tree
+
+
+def with_whole_vocabularies(tree: dict[str, Any], config: DictConfig) -> dict[str, Any]:
+    """A rehearsal's conditioners with tokenizers as large as those that the captions will fill at most."""
+    for name, options in plain(config.diffusion.conditioning.conditioners).items():
+        if options.get("tokenizer") == FROM_DATA:
+            tokenizer = Tokenizer.from_str(tree[name]["tokenizer"])
+            tokenizer.add_tokens([f"<{i}>" for i in range(options["vocab_size"] - tokenizer.get_vocab_size())])
+            tree[name]["tokenizer"] = tokenizer  # as it is: its text is long
     return tree
 
 
@@ -259,10 +272,51 @@ class DiffusionStage(Stage):
             given = {slot: torch.empty(1, *shape) for slot, shape in shapes.items() if widths[slot]}
             noisy = torch.empty(1, network.in_channels, h, w)
             flops = training.forward_flops("diffusion.network", network, noisy, torch.empty(1), **given)
-        images, begins = run.data("diffusion", ("image", *run.fields)), ""
+        begins = ""
         if (begun := taken_model(run, "init")) is not None:
             begins = ", ".join([f"begins from {run.config.diffusion.init}", *what_grows(network, begun)])
-        return Plan(network, flops, run.enough_images(images, "diffusion"), begins)
+        return Plan(network, flops, run.enough_images("diffusion", ("image", *run.fields)), begins)
+
+    def task(self, run: Run, model: LatentDiffusion, folder: Path) -> Task:
+        """The LightningModule that trains it."""
+        section = run.config.diffusion
+        return instantiate(section.task)(
+            model,
+            instantiate(section.objective, model.schedule),
+            **training.optimisation(run, "diffusion"),
+            draw=drawer(run),
+            samples=section.samples,
+            image_folder=folder / "images",
+        )
+
+    def rehearsal(self, run: Run) -> Rehearsal | None:
+        if not self.steps(run):
+            return None
+        first_stage = FirstStage(autoencoder.on_meta(run))
+        tree = conditioner_tree(run.config, run.index("diffusion"), rehearsal=True)
+        conditioners = build(with_whole_vocabularies(tree, run.config), CONDITIONERS, run.trust)
+        beside, unknown = [], []
+        for conditioner in conditioners.values():
+            try:
+                beside += conditioner.rehearse()
+            except FileNotFoundError as error:
+                unknown.append(str(error))
+        schedule, parameterisation = run.part("diffusion.schedule"), run.part("diffusion.objective.parameterisation")
+        size = latent_size(run.config, first_stage)
+        model = LatentDiffusion(
+            network_on_meta(run), first_stage, schedule, conditioners, parameterisation, size
+        ).to(memory_format=torch.channels_last)  # fmt: skip
+        if run.config.latents.cache:
+            moments = first_stage.autoencoder.moments_per_latent * first_stage.latent_channels
+            shapes = {"moments": (moments, *size)}
+        else:
+            shapes = {"image": (run.config.data.channels, *sides(run.config.data.image_size))}
+
+        def conditions(count: int) -> dict[str, Any]:
+            return {c.field: c.null_values(count, size) for c in conditioners.values()}
+
+        task = self.task(run, model, run.folder / "diffusion")
+        return Rehearsal(task, shapes, conditions, beside, unknown)
 
     def run(self, run: Run, folder: Path) -> dict[str, Any]:
         config, section = run.config, run.config.diffusion
@@ -286,14 +340,7 @@ class DiffusionStage(Stage):
             if same_latents(other.autoencoder, model.first_stage.autoencoder):  # scaled as the network knows them
                 model.first_stage.set_statistics(other.scale.flatten(), other.shift.flatten())
         model.to(memory_format=torch.channels_last)
-        task = instantiate(section.task)(
-            model,
-            instantiate(section.objective, model.schedule),
-            **training.optimisation(run, "diffusion"),
-            draw=drawer(run),
-            samples=section.samples,
-            image_folder=folder / "images",
-        )
+        task = self.task(run, model, folder)
         if section.compile:
             model.network.compile()
         callbacks = [self._sample_metrics(run, images)] if section.evaluate_every else []

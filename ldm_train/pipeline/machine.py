@@ -14,6 +14,16 @@ from ldm_train.pipeline.ranks import launch
 from ldm_train.training.fit import Machine, Onlooker
 
 
+def _check_accelerator(accelerator: str) -> None:
+    if accelerator not in ("cpu", "gpu"):
+        raise ValueError(f"accelerator is auto, cpu or gpu, not {accelerator!r}")
+
+
+def _precision(config: DictConfig, accelerator: str) -> str:
+    automatic = "32" if accelerator == "cpu" else "bf16-mixed"
+    return automatic if config.precision == "auto" else str(config.precision)
+
+
 def machine_of(config: DictConfig, environment: Mapping[str, str]) -> Machine:
     """This process's device and rank, from the config and torchrun's environment variables. Raises ValueError where a GPU
     is requested and none is visible."""
@@ -24,14 +34,21 @@ def machine_of(config: DictConfig, environment: Mapping[str, str]) -> Machine:
     accelerator = config.accelerator
     if accelerator == "auto":
         accelerator = "gpu" if torch.cuda.is_available() else "cpu"
-    if accelerator not in ("cpu", "gpu"):
-        raise ValueError(f"accelerator is auto, cpu or gpu, not {accelerator!r}")
+    _check_accelerator(accelerator)
     if accelerator == "gpu" and torch.cuda.device_count() < min(world_size, local_rank + 1):
         raise ValueError(f"accelerator=gpu, but {torch.cuda.device_count()} GPUs are visible; use accelerator=cpu")
-    precision = str(config.precision)
-    if precision == "auto":
-        precision = "32" if accelerator == "cpu" else "bf16-mixed"
-    return Machine(accelerator, precision, world_size, rank, local_rank, local_world_size)
+    return Machine(accelerator, _precision(config, accelerator), world_size, rank, local_rank, local_world_size)
+
+
+def planned_machine(config: DictConfig) -> Machine:
+    """The devices that a command would use, whether or not they are there."""
+    accelerator = config.accelerator
+    if accelerator == "auto":
+        accelerator = "gpu" if torch.cuda.is_available() else "cpu"
+    _check_accelerator(accelerator)
+    world_size = int(os.environ.get("WORLD_SIZE", config.devices))
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", config.devices))
+    return Onlooker(accelerator, _precision(config, accelerator), world_size, local_world_size=local)
 
 
 def join_devices(config: DictConfig, module: str, check: Callable[[Machine], object]) -> Machine:

@@ -1,4 +1,4 @@
-"""The plan printed before anything runs: the work of each stage, the size of its model, and an estimate of the time."""
+"""The plan printed before anything runs: the work of each stage, the size of its model, the memory of a step, time and cost."""
 
 import time
 from functools import cache
@@ -9,7 +9,12 @@ from omegaconf import DictConfig
 
 from ldm_train.evaluation.evaluator import parse_metrics
 from ldm_train.images import groups_in_words, has_colours
+from ldm_train.pipeline.budget import GIB, Budget, in_full, offered
 from ldm_train.pipeline.resume import Step, is_done, made_anew, read_note
+from ldm_train.pipeline.stage import Plan
+from ldm_train.training.callbacks.checkpoint import LAST, steps_done
+from ldm_train.training.callbacks.pace import cost, duration
+from ldm_train.training.fit import Machine
 
 if TYPE_CHECKING:
     from ldm_train.pipeline.run import Run
@@ -46,14 +51,6 @@ def _rate(device: torch.device) -> float:
     return best
 
 
-def _duration(seconds: float) -> str:
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    if seconds < 5400:
-        return f"{seconds / 60:.0f} min"
-    return f"{seconds / 3600:.1f} h" if seconds < 48 * 3600 else f"{seconds / 86400:.1f} days"
-
-
 def _channels_in_words(config: DictConfig) -> str:
     """How networks for grey and RGB see pictures of other channels, in words."""
     perceptual, evaluation, channels = config.autoencoder.loss.perceptual, config.evaluation, config.data.channels
@@ -67,11 +64,34 @@ def _channels_in_words(config: DictConfig) -> str:
     return f"{text}; {groups_in_words(channels)}: {', '.join(seeing)}" if seeing else text
 
 
+def _peak_memory(run: "Run", budget: Budget) -> str:
+    """The peak of a step in words; whatever a part of the user's own raises that the meta device cannot run, is said."""
+    try:
+        return f"{budget.peak(budget.chosen) / GIB:.2f} GiB at the peak of a step"
+    except Exception as error:
+        budget.rehearses = False
+        return f"memory not known beforehand ({type(error).__name__}: {str(error).splitlines()[0][:120]})"
+
+
+def _device(machine: Machine) -> torch.device | None:
+    """The device of training, where it is there."""
+    if machine.accelerator == "cpu":
+        return torch.device("cpu")
+    return torch.device("cuda", machine.local_rank) if torch.cuda.is_available() else None
+
+
+def _left(run: "Run", stage: str, steps: int, state: str) -> int:
+    """Optimiser steps that are still to do."""
+    if state == "finished":
+        return 0
+    return max(0, steps - (steps_done(run.folder / stage / "checkpoints" / LAST) if state == "to resume" else 0))
+
+
 def print_plan(run: "Run", steps: list[Step]) -> dict[str, tuple[float, float]]:
-    """Prints one line per stage; sizes on the meta device, so nothing large is built. Returns for each that trains the
-    FLOPs of training on one image (three forward passes of its network; the losses' networks and what is frozen are left
-    out) and the peak of all devices. Ranks but the first check the plans alone: {}.
-    Memory is that of weights, gradients, two Adam moments and the average, in float32; activations come on top."""
+    """Prints one line per stage, and what its memory is made of where nothing else is asked for (plan=only). Sizes are found on
+    the meta device, so nothing large is built. Returns for each that trains the FLOPs of training on one image (three forward
+    passes of its network; the losses' networks and what is frozen are left out) and the peak of all devices. Ranks but the
+    first check the plans alone: {}. Raises ValueError for a step that takes more memory than there is."""
     config, machine = run.config, run.machine
     plans = {step.name: run.stages[step.name].plan(run) for step in steps}
     if machine.rank > 0:
@@ -79,26 +99,47 @@ def print_plan(run: "Run", steps: list[Step]) -> dict[str, tuple[float, float]]:
     print(f"run {run.folder} on {machine.world_size} x {machine.accelerator}, precision {machine.precision}")
     if not has_colours(config.data.channels):
         print(_channels_in_words(config))
-    measured = _rate(machine.device)
-    peak = peak_flops(machine.device, machine.precision, measured) * machine.world_size
-    rate = measured * machine.world_size * 0.4  # training reaches about 40 % of it
-    effort = {}
+    device = _device(machine)
+    measured = None if device is None else _rate(device)
+    effort, memory, budgets = {}, offered(run), []
     anew = made_anew(run.order, steps, run.folder, config.restart)
     for step in steps:
         note = None if step.name in anew else read_note(run.folder / step.name)
         state = "new" if note is None else "finished" if is_done(note, step) else "to resume"
         text = f"  {step.name:<12}{state:<10}"
         if plan := plans[step.name]:
-            section = config[step.name]
-            parameters = sum(p.numel() for p in plan.network.parameters())
             text += f"{plan.begins}, " if plan.begins else ""
-            memory = parameters * 4 * (5 if section.ema_decay else 4) / 2**30
-            flops, samples = plan.flops * TRAINING_FLOPS, step.steps * section.batch_size
-            effort[step.name] = (float(flops), peak)
-            text += (
-                f"{parameters / 1e6:.1f} M parameters, {flops / 1e9:.1f} GFLOP per image, "
-                f"{step.steps} steps x {section.batch_size} = {samples / plan.images:.1f} epochs, "
-                f"{memory:.2f} GiB of weights and optimiser, about {_duration(samples * flops / rate)}"
-            )
+            text += _in_words(run, step, plan)
+            if left := _left(run, step.name, step.steps, state):
+                budgets.append(Budget(run, step.name))
+                text += f", {_peak_memory(run, budgets[-1])}"
+            if measured is not None and device is not None:
+                peak = peak_flops(device, machine.precision, measured) * machine.world_size
+                effort[step.name] = (float(plan.flops * TRAINING_FLOPS), peak)
+                # Training reaches about 40 % of the measured rate.
+                rate = measured * machine.world_size * 0.4 / (plan.flops * TRAINING_FLOPS)
+                seconds = left * config[step.name].batch_size / rate
+                text += (
+                    f", about {rate:.3g} images/s, {duration(seconds)}{cost(config.price_per_hour, seconds)}"
+                    if left
+                    else ""
+                )
         print(text, flush=True)
+        if config.plan == "only" and budgets and budgets[-1].stage == step.name and budgets[-1].rehearses:
+            for line in in_full(budgets[-1], memory):
+                print(f"    {line}", flush=True)
+    for budget in budgets:
+        if budget.rehearses and memory is not None:
+            budget.check(memory)
     return effort
+
+
+def _in_words(run: "Run", step: Step, plan: Plan) -> str:
+    """The size of a stage's training."""
+    section = run.config[step.name]
+    parameters = sum(p.numel() for p in plan.network.parameters())
+    epochs = "" if plan.images is None else f" = {step.steps * section.batch_size / plan.images:.1f} epochs"
+    return (
+        f"{parameters / 1e6:.1f} M parameters, {plan.flops / 1e9:.1f} GFLOP per image, "
+        f"{step.steps} steps x {section.batch_size}{epochs}"
+    )

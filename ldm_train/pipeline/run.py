@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cached_property, partial
 from operator import attrgetter
 from pathlib import Path
@@ -15,9 +16,10 @@ from omegaconf import DictConfig, OmegaConf
 from ldm_train.checkpoints.parts import build, targets
 from ldm_train.configuration import plain, run_config, usual_options
 from ldm_train.data.datamodule import ShardDataModule
+from ldm_train.data.shards import DataError
 from ldm_train.evaluation.evaluator import Evaluator, check_reference
 from ldm_train.pipeline import resume
-from ldm_train.pipeline.data import conditioner_classes, data_module, evaluation_batching
+from ldm_train.pipeline.data import conditioner_classes, data_module, evaluation_batching, stage_data
 from ldm_train.pipeline.plan import print_plan
 from ldm_train.pipeline.resume import Order, Step
 from ldm_train.pipeline.stage import Stage
@@ -60,6 +62,14 @@ def _with_signatures(node: dict[str, Any], known: dict[str, Any]) -> dict[str, A
     return defaults
 
 
+@dataclass(frozen=True)
+class Index:
+    """What is known of images without them."""
+
+    index: dict[str, Any]
+    root: str
+
+
 class Run:
     """The context in which stages work.
 
@@ -73,6 +83,8 @@ class Run:
         self.config, self.folder, self.machine, self.trust, self.share = config, folder, machine, trust, share
         self.fields = tuple(conditioner.field for conditioner in conditioner_classes(config, trust).values())
         self.wandb: WandbRun | None = None
+        self.plans_only = config.plan == "only"
+        self.missing: dict[str, None] = {}  # what a plan alone did without, in order
         self.effort: dict[str, tuple[float, float]] = {}  # per stage: training FLOPs per image, peak of the devices
 
     # -- for the stages' work -----------------------------------------------------------------------------------------
@@ -141,8 +153,27 @@ class Run:
         if images.reader == "indexed":
             images.samples(images.val_split, images.fields, random=False)[(0, 0)]
 
-    def enough_images(self, images: ShardDataModule, stage: str) -> int:
-        """How many training images there are. Raises ValueError where they do not fill a batch."""
+    def index(self, stage: str) -> "Index | ShardDataModule":
+        """The index of a stage's images; where only a plan is asked for and they are not there, a stand-in with two classes: how many does
+        not tell in the memory."""
+        try:
+            return self.data(stage, ("image",))
+        except (FileNotFoundError, DataError) as error:
+            if not self.plans_only:
+                raise
+            self.missing[str(error)] = None
+            return Index({"classes": ["0", "1"]}, str(stage_data(self.config, stage).root))
+
+    def enough_images(self, stage: str, fields: tuple[str, ...]) -> int | None:
+        """How many training images there are; None where only a plan is asked for and they are not there. Raises ValueError where
+        they do not fill a batch."""
+        try:
+            images = self.data(stage, fields)
+        except (FileNotFoundError, DataError) as error:
+            if not self.plans_only:
+                raise
+            self.missing[str(error)] = None
+            return None
         count, size = images.count(images.train_split), self.config[stage].batch_size
         if size > count:
             raise ValueError(
@@ -189,6 +220,19 @@ class Run:
         self.effort = print_plan(self, steps)
         resume.check_chain(self.order, steps, self.folder, option_defaults(self.config), restart)
         return steps
+
+    def plan(self) -> None:
+        """Prints the plan in full; reads no pictures, loads no weights and changes nothing. Raises ValueError for options that are
+        wrong, and for a step that takes more memory than there is."""
+        steps = self.chosen()
+        if self.config.restart:
+            self.order.chosen([self.config.restart])
+        try:
+            print_plan(self, steps)
+        finally:
+            for what in self.missing:
+                print(f"not there yet: {what}")
+        print("plan=only: nothing was written; data, weights and downloads are checked when it runs")
 
     def execute(self) -> None:
         """Runs the chosen stages one after the other, and continues interrupted ones."""

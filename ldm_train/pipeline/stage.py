@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 if TYPE_CHECKING:
+    from ldm_train.pipeline.memory import Rehearsal
     from ldm_train.pipeline.run import Run
 
 
@@ -17,13 +18,13 @@ if TYPE_CHECKING:
 class Plan:
     """The cost of a stage that trains; the section of the config with its name has `batch_size` and `ema_decay`.
 
-    network: the trained network, perhaps on the meta device. flops: of one forward pass on one image. images: training images.
-    begins: what it begins from, in words
+    network: the trained network, perhaps on the meta device. flops: of one forward pass on one image. images: training images, None
+    where they are not there and only a plan is asked for. begins: what it begins from, in words
     """
 
     network: nn.Module
     flops: int
-    images: int
+    images: int | None
     begins: str = ""
 
 
@@ -53,6 +54,10 @@ class Stage:
 
     def plan(self, run: "Run") -> Plan | None:
         """The cost of its training; None for a stage that does not train."""
+        return None
+
+    def rehearsal(self, run: "Run") -> "Rehearsal | None":
+        """The same training with placeholders, by which its memory is known beforehand; None where it is not."""
         return None
 
     def run(self, run: "Run", folder: Path) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from ldm_train import interrupts
 from ldm_train.configuration import ARGUMENTS
 from ldm_train.errors import Busy, Interrupted
 from ldm_train.pipeline.data import ensure_data, stage_data
-from ldm_train.pipeline.machine import join_devices
+from ldm_train.pipeline.machine import join_devices, planned_machine
 from ldm_train.pipeline.resume import run_lock
 from ldm_train.pipeline.run import Run, own_parts
 from ldm_train.pipeline.sweep import FAILED
@@ -89,6 +89,9 @@ def _train(config: DictConfig, folder: Path, sweeping: bool) -> None:
             "devices>1 goes together neither with -m nor with share=true: such jobs share a process, or wait for each other's "
             "stages; use one device each, or start the multi-GPU runs one after the other"
         )
+
+    if config.plan == "only":
+        return Run(config, folder, planned_machine(config), own_parts(config)).plan()
 
     def check(machine: Machine) -> None:
         _make_data(config)

@@ -18,6 +18,7 @@ from ldm_train.checkpoints.native import read_metadata, save_model
 from ldm_train.configuration import config_folder, plain
 from ldm_train.pipeline.data import batching_of
 from ldm_train.pipeline.run import Run
+from ldm_train.training.callbacks.pace import Pace
 from ldm_train.training.fit import Cadence, fit
 from ldm_train.training.task import Task
 
@@ -106,6 +107,7 @@ def train(
     config, section = run.config, run.config[stage]
     progress = config.progress and run.machine.rank == 0
     cadence = Cadence(section.val_every, section.checkpoint_every, section.log_every, progress, config.trace)
+    pace = [Pace(section.batch_size, config.price_per_hour)] if run.machine.rank == 0 else []
     fit(
         task,
         data,
@@ -117,7 +119,7 @@ def train(
         machine=run.machine,
         loggers=run.loggers(stage),
         max_bad_fraction=config.data.max_bad_fraction,
-        callbacks=[*own_callbacks(run), *callbacks],
+        callbacks=[*own_callbacks(run), *callbacks, *pace],
         effort=run.effort.get(stage, (None, None)),
         health_settings=health,
         options=trainer_options(run),

@@ -60,6 +60,12 @@ def _trace(value: Any) -> Any:
     return value
 
 
+def _only(value: Any) -> str:
+    if value != "only":
+        raise ValueError("{name}={value} is not known: plan=only says what the run takes and ends, leave it out to run")
+    return value
+
+
 COUNT, POSITIVE = whole(1), number(0)
 PER_STAGE: dict[str, Rule] = {
     **dict.fromkeys(("max_steps", "batch_size", "val_every", "checkpoint_every", "log_every"), COUNT),
@@ -117,6 +123,9 @@ RULES: dict[str, Rule] = {
     "autoencoder.init_discriminator": optional(flag),
     "autoencoder.train": one_of("all", "decoder"),
     "trace": optional(_trace),
+    "plan": optional(_only),
+    "memory": optional(number(0.001)),
+    "price_per_hour": optional(POSITIVE),
     **dict.fromkeys(("data.image_size", "autoencoder.data.image_size"), optional(_image_size)),
     **dict.fromkeys(("data.scale", "autoencoder.data.scale"), optional(_area)),
 }

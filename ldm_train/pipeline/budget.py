@@ -1,0 +1,194 @@
+"""What a stage's training asks of the memory, and what fits: the largest micro-batch, and whether activations are to be recomputed."""
+
+import inspect
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import psutil
+import torch
+from hydra.utils import get_object
+from omegaconf import OmegaConf, open_dict
+
+from ldm_train.configuration import RECOMPUTING, plain
+from ldm_train.pipeline.data import batching_of
+from ldm_train.pipeline.memory import PARTS, Rehearsal, step_memory
+
+if TYPE_CHECKING:
+    from ldm_train.pipeline.run import Run
+
+GIB = 2**30
+# What is counted on of a memory: libraries need workspaces, an allocator leaves gaps, a GPU keeps its context.
+USABLE = 0.9
+BESIDE = (
+    "name",
+    "runs_dir",
+    "stages",
+    "memory",
+    "plan",
+    "price_per_hour",
+    "restart",
+)  # options that memory does not depend on
+_KNOWN: dict[str, dict[str, int]] = {}  # of this process, by all that a step's memory depends on
+
+
+def offered(run: "Run") -> float | None:
+    """Bytes of memory that a device has for training: `memory`, else a GPU's own, else of the machine's available memory each
+    process's share; None for GPUs that are not there."""
+    machine, said = run.machine, run.config.memory
+    if said is not None:
+        return float(said) * GIB
+    if machine.accelerator == "cpu":
+        return psutil.virtual_memory().available / machine.local_world_size
+    if not torch.cuda.is_available():
+        return None
+    return float(torch.cuda.get_device_properties(machine.local_rank).total_memory)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A way to train at the same batch_size: micro-batch, backward passes per step, activations recomputed or not."""
+
+    micro: int
+    accumulate: int
+    recomputing: bool
+
+    def __str__(self) -> str:
+        text = f"micro-batch {self.micro}, {self.accumulate} accumulated"
+        return f"{text}, activations recomputed" if self.recomputing else text
+
+
+class Budget:
+    """The memory of one stage's step under different choices. Raises whatever a task raises that cannot rehearse."""
+
+    def __init__(self, run: "Run", stage: str):
+        self.run, self.stage, self.section = run, stage, run.config[stage]
+        batching = batching_of(self.section, run.machine)
+        self.share = batching.micro * batching.accumulate  # samples per device and step
+        self._named = "activation_checkpointing" in self.section.network
+        self._own = bool(self.section.network.get("activation_checkpointing", False))
+        self.chosen = Choice(batching.micro, batching.accumulate, self._own)
+        self.rehearses = True  # until a part of the user's own says otherwise
+        self.unknown: tuple[str, ...] = ()
+        self._rehearsals: dict[bool, Rehearsal | None] = {}
+        tree = {k: v for k, v in plain(run.config).items() if k not in BESIDE}
+        tree[stage] = {k: v for k, v in tree[stage].items() if k != "micro_batch_size"}
+        tree[stage]["network"] = tree[stage]["network"] | {"activation_checkpointing": None}  # `Choice` says these
+        self._kind = json.dumps([stage, run.machine.accelerator, run.machine.precision, run.machine.world_size, tree])
+
+    def _rehearsal(self, recomputing: bool) -> Rehearsal | None:
+        if recomputing not in self._rehearsals:
+            whole = self.section.network
+            with open_dict(self.section):
+                self.section.network = OmegaConf.merge(
+                    whole, {"activation_checkpointing": recomputing} if recomputing != self._own else {}
+                )
+                try:
+                    self._rehearsals[recomputing] = self.run.stages[self.stage].rehearsal(self.run)
+                finally:
+                    self.section.network = whole
+        return self._rehearsals[recomputing]
+
+    def memory(self, choice: Choice) -> dict[str, int] | None:
+        """Bytes by part at the peak of a step; None for a stage without a rehearsal."""
+        machine = self.run.machine
+        key = f"{self._kind} {choice}"
+        if key not in _KNOWN:
+            if (rehearsal := self._rehearsal(choice.recomputing)) is None:
+                return None
+            self.unknown = tuple(rehearsal.unknown)
+            last = self.section.max_steps - 1  # by then all terms of a loss are on
+            _KNOWN[key] = step_memory(rehearsal, choice.micro, choice.accumulate, machine, last)
+        return _KNOWN[key]
+
+    def peak(self, choice: Choice) -> float:
+        return float(sum((self.memory(choice) or {}).values()))
+
+    def can_recompute(self) -> bool:
+        """Whether the network has the option."""
+        target = get_object(self.section.network._target_)
+        chain = target.__mro__ if isinstance(target, type) else [target]
+        return any("activation_checkpointing" in inspect.signature(part).parameters for part in chain[:-1])
+
+    def _choice(self, micro: int, recomputing: bool) -> Choice:
+        return Choice(micro, self.share // micro, recomputing)
+
+    def largest(self, memory: float, recomputing: bool) -> Choice | None:
+        """That with the largest micro-batch among those that fit."""
+        sizes = [n for n in range(1, self.share + 1) if self.share % n == 0]
+        low, high = -1, len(sizes)  # the first fits, the second does not
+        points: dict[int, float] = {}
+        guess = sizes.index(self.chosen.micro)
+        while high - low > 1:
+            k = min(max(guess, low + 1), high - 1)
+            points[sizes[k]] = self.peak(self._choice(sizes[k], recomputing))
+            low, high = (k, high) if points[sizes[k]] <= memory else (low, k)
+            guess = _predicted(points, sizes, memory) if len(points) > 1 else (0 if high == k else len(sizes) - 1)
+        return self._choice(sizes[low], recomputing) if low >= 0 else None
+
+    def alternatives(self, memory: float) -> list[Choice]:
+        """What fits: without recomputing, then with it, where that takes larger micro-batches."""
+        found: list[Choice] = []
+        for way in [False, True] if self.can_recompute() else [self._own]:
+            most = found[0].micro if found else 0
+            if most < self.share and (choice := self.largest(memory, way)) is not None and choice.micro > most:
+                found.append(choice)
+        return found
+
+    def typed(self, choice: Choice) -> str:
+        """A choice as options to type."""
+        words = [f"{self.stage}.micro_batch_size={choice.micro}"]
+        if choice.recomputing != self._own:
+            plus = "" if self._named else "+"
+            words.append(f"{plus}{self.stage}{RECOMPUTING}={str(choice.recomputing).lower()}")
+        return f"{' '.join(words)} ({choice.accumulate} accumulated)"
+
+    def table(self) -> Iterator[str]:
+        """The peak by part, in lines."""
+        memory = self.memory(self.chosen) or {}
+        yield f"{self.chosen}: {_gib(sum(memory.values()))} at the peak of a step"
+        yield ", ".join(f"{part} {_gib(memory[part])}" for part in PARTS if memory.get(part))
+        for reason in self.unknown:
+            yield f"not counted: {reason}"
+
+    def check(self, memory: float) -> None:
+        """Raises ValueError, with options to type, where a step needs more than there is."""
+        if (peak := self.peak(self.chosen)) <= memory:
+            return
+        said = f"{self.stage}: a training step takes {_gib(peak)} ({self.chosen}), and there are {_gib(memory)}"
+        options = [self.typed(choice) for choice in self.alternatives(USABLE * memory)]
+        if not options:
+            least = self.peak(self._choice(1, self.can_recompute()))
+            raise ValueError(
+                f"{said}; the least it can do with is {_gib(least / USABLE)}, at micro-batch 1: choose a smaller network or "
+                "data.image_size, more memory, or say memory=<GiB> if there is more than that"
+            )
+        raise ValueError(f"{said}. What fits, at the same batch_size: {', or '.join(options)}")
+
+
+def _predicted(points: dict[int, float], sizes: list[int], memory: float) -> int:
+    """The index of the size at which the line through the two points next to `memory` meets it: peaks grow about linearly."""
+    (a, low), (b, high) = sorted(sorted(points.items(), key=lambda point: abs(point[1] - memory))[:2])
+    meets = a + (memory - low) * (b - a) / max(high - low, 1.0)
+    return sum(size <= meets for size in sizes) - 1
+
+
+def _gib(size: float) -> str:
+    return f"{size / GIB:.2f} GiB" if size >= 0.1 * GIB else f"{size / 2**20:.1f} MiB"
+
+
+def in_full(budget: Budget, memory: float | None) -> Iterator[str]:
+    """All that a plan says of a stage's memory, in lines."""
+    yield from budget.table()
+    if memory is None:
+        yield "memory=<GiB> says what fits on a GPU that is not there"
+        return
+    fits = budget.peak(budget.chosen) <= USABLE * memory
+    best = budget.alternatives(USABLE * memory)
+    needed = bool(best) and best[0].recomputing
+    yield (
+        f"of {_gib(memory)}: {'fits' if fits else 'does not fit'} into {USABLE:.0%}; largest micro-batch: "
+        + ("none" if not best else ", or ".join(map(budget.typed, best)))
+        + ("; activations have to be recomputed" if needed else "")
+    )

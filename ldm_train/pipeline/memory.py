@@ -1,0 +1,285 @@
+"""The memory that a training step takes, by part, without taking it: the stage's own task runs a step on torch's meta device, whose
+tensors have shapes and no values. What is alive is counted storage by storage, so that no formula has to know the networks."""
+
+import weakref
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import cache
+from types import SimpleNamespace
+from typing import Any
+from unittest.mock import patch
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from ldm_train.training.fit import Machine
+from ldm_train.training.task import Task
+
+aten = torch.ops.aten
+WEIGHTS, GRADIENTS, STATES, AVERAGES = "weights", "gradients", "optimiser states", "averaged weights"
+FROZEN, INPUTS, ACTIVATIONS, TEMPORARIES = "frozen networks", "inputs", "activations", "temporaries"
+PARTS = (WEIGHTS, GRADIENTS, STATES, AVERAGES, FROZEN, INPUTS, ACTIVATIONS, TEMPORARIES)
+# Operations whose result is like their arguments, where these are alike.
+ALIKE = {
+    *(aten.add, aten.sub, aten.mul, aten.div, aten.sqrt, aten.square, aten.silu, aten.silu_backward, aten.gelu, aten.neg),
+    *(aten.gelu_backward, aten.relu, aten.threshold_backward, aten.abs, aten.exp),
+}  # fmt: skip
+# What autocast computes in 16 bits, and what a GPU's computes in float32 (a CPU's as it comes), among that which networks call.
+IN_16_BITS = [
+    (F, n) for n in ("linear", "conv1d", "conv2d", "conv3d", "conv_transpose2d", "scaled_dot_product_attention")
+]
+IN_16_BITS += [(torch, n) for n in ("matmul", "bmm", "baddbmm", "addmm", "einsum")] + [(torch.Tensor, "__matmul__")]
+IN_FLOAT32 = [
+    (F, n) for n in ("group_norm", "layer_norm", "softmax", "log_softmax", "interpolate", "mse_loss", "l1_loss")
+]
+
+
+@dataclass
+class Rehearsal:
+    """The training of a stage, with placeholders for all that has values: what a step of it takes can be seen before it runs.
+
+    task: the stage's own, which moves to the meta device.
+    shapes: batch field on the device -> its shape for one sample. conditions: count -> the fields that stay on the host.
+    beside: networks that the device holds though the task does not name them. unknown: what says of others why their size is
+    not known
+    """
+
+    task: Task
+    shapes: dict[str, Sequence[int]]
+    conditions: Callable[[int], dict[str, Any]] = lambda count: {}
+    beside: Sequence[nn.Module] = ()
+    unknown: Sequence[str] = ()
+
+    def __post_init__(self) -> None:
+        for module in (self.task, *self.beside):
+            module.to("meta")
+        self.task.train()
+
+
+def _are_alike(tensors: Sequence[torch.Tensor]) -> bool:
+    """Whether these are floating-point tensors of one kind and size on the meta device."""
+    kinds = {(t.device.type, t.dtype, t.shape, t.stride()) for t in tensors}
+    return len(kinds) == 1 and tensors[0].is_meta and tensors[0].is_floating_point()
+
+
+@cache
+def _is_in_place(func: Any) -> bool:
+    """Whether an operation only writes new values into its first argument."""
+    name = func.overloadpacket.__name__
+    return name.endswith("_") and (torch.Tag.pointwise in func.tags or name.startswith("_foreach_") or name == "copy_")
+
+
+class Tracker(TorchDispatchMode):
+    """Counts the bytes of the meta device's tensors that are alive, by part, and keeps the counts of the moment of the peak.
+
+    phase: the part that new tensors belong to. (The MemTracker of torch.distributed._tools does the like for each module; it
+    refuses a network that is called twice from outside, and knows no frozen networks and no averages.)
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.phase = TEMPORARIES
+        self.alive: Counter[str] = Counter()
+        self.peak: Counter[str] = Counter()
+        self._total = self._most = 0
+        self._known: dict[int, tuple[str, int, weakref.ref]] = {}  # by the storage's address: its part and bytes
+
+    def belongs(self, part: str, tensors: Iterable[Any]) -> None:
+        """Counts tensors as a part, whatever they were before."""
+        for tensor in tensors:
+            if isinstance(tensor, torch.Tensor) and tensor.is_meta:
+                self._add(tensor, part)
+                address = tensor.untyped_storage()._cdata
+                before, size, alive = self._known[address]
+                self._known[address] = (part, size, alive)
+                self.alive[before] -= size
+                self.alive[part] += size
+
+    def begin(self) -> None:
+        """From now on the peak is that of what follows."""
+        self.peak, self._most = self.alive.copy(), self._total
+
+    def _add(self, tensor: torch.Tensor, part: str) -> None:
+        storage = tensor.untyped_storage()
+        if (address := storage._cdata) not in self._known:
+            size = storage.nbytes()
+            self._known[address] = (part, size, weakref.ref(storage, lambda _: self._remove(address)))
+            self.alive[part] += size
+            self._total += size
+
+    def _remove(self, address: int) -> None:
+        part, size, _ = self._known.pop(address)
+        self.alive[part] -= size
+        self._total -= size
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.overloadpacket is aten._local_scalar_dense and args[0].is_meta:
+            return True if args[0].dtype == torch.bool else 1.0 if args[0].is_floating_point() else 1  # all is finite
+        if _is_in_place(func) and all(t.is_meta for t in tree_leaves(args[0])):
+            # It makes nothing, and would take most of the time here.
+            return args[0] if isinstance(args[0], torch.Tensor) else None
+        if func.overloadpacket in ALIKE and _are_alike(tensors := [t for t in args if isinstance(t, torch.Tensor)]):
+            result = torch.empty_like(tensors[0])  # the same, far faster
+        else:
+            result = func(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, tuple | list) else (result,):
+            if isinstance(tensor, torch.Tensor) and tensor.is_meta:
+                self._add(tensor, self.phase)
+        if self._total > self._most:
+            self.begin()
+        return result
+
+
+class Kernels:
+    """What the meta device lacks: attention without the matrix of all pairs, and autocast, in the place of which that of the CPU
+    says whether it is on.
+
+    gpu: a GPU's autocast, which computes more in float32.
+    """
+
+    def __init__(self, gpu: bool):
+        self.gpu = gpu
+        self.cast: dict[
+            int, tuple[torch.Tensor, torch.Tensor]
+        ] = {}  # weights in 16 bits, by their ids, until the forward pass ends
+
+    @contextmanager
+    def installed(self) -> Iterator[None]:
+        with ExitStack() as stack:
+            stack.enter_context(patch.object(F, "scaled_dot_product_attention", _attention))
+            for owner, name in IN_16_BITS:
+                stack.enter_context(patch.object(owner, name, self._under(self._lowered, getattr(owner, name))))
+            for owner, name in IN_FLOAT32 if self.gpu else ():
+                stack.enter_context(patch.object(owner, name, self._under(_raised, getattr(owner, name))))
+            yield
+
+    def _under(
+        self, convert: Callable[[torch.Tensor], torch.Tensor], function: Callable[..., Any]
+    ) -> Callable[..., Any]:
+        def converted(*args: Any, **kwargs: Any) -> Any:
+            if torch.is_autocast_enabled("cpu"):
+                args, kwargs = tree_map_only(torch.Tensor, convert, (args, kwargs))
+            return function(*args, **kwargs)
+
+        return converted
+
+    def _lowered(self, tensor: torch.Tensor) -> torch.Tensor:
+        dtype = torch.get_autocast_dtype("cpu")
+        if tensor.dtype != torch.float32 or not tensor.is_meta:
+            return tensor
+        if not (tensor.is_leaf and tensor.requires_grad):
+            return tensor.to(dtype)
+        if id(tensor) not in self.cast:
+            self.cast[id(tensor)] = tensor, tensor.to(dtype)
+        return self.cast[id(tensor)][1]
+
+
+_attend = F.scaled_dot_product_attention
+
+
+def _attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, attn_mask: Any = None, *args: Any, **kwargs: Any
+) -> Any:
+    if not q.is_meta:
+        return _attend(q, k, v, attn_mask, *args, **kwargs)
+    if attn_mask is not None and attn_mask.dtype == torch.bool:
+        attn_mask = torch.zeros_like(attn_mask, dtype=q.dtype)
+    return aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, attn_mask=attn_mask)[0]
+
+
+def _raised(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.float() if tensor.dtype in (torch.bfloat16, torch.float16) else tensor
+
+
+@contextmanager
+def _rehearsing(kernels: Kernels) -> Iterator[None]:
+    """Ranks do not meet, and random numbers are left as they were."""
+    with ExitStack() as stack:
+        stack.enter_context(torch.random.fork_rng(devices=[]))
+        stack.enter_context(patch.object(dist, "is_initialized", lambda: False))
+        stack.enter_context(kernels.installed())
+        yield
+
+
+def _unfused(optimizer: torch.optim.Optimizer, gpu: bool) -> torch.optim.Optimizer:
+    """As the meta device can run it: parameter by parameter, which takes as little as a fused one. On GPUs others take all at
+    once, with copies of them all."""
+    for group in optimizer.param_groups:
+        if group.get("foreach", False) is None:
+            group["foreach"] = gpu and not group.get("fused")
+        if "fused" in group:
+            group["fused"] = False
+    optimizer._step_supports_amp_scaling = False  # type: ignore[attr-defined]
+    return optimizer
+
+
+def step_memory(rehearsal: Rehearsal, micro: int, accumulate: int, machine: Machine, step: int) -> dict[str, int]:
+    """Bytes by part at the peak of an optimiser step of a training that is under way.
+
+    micro: samples per device and backward pass. accumulate: backward passes per step. step: which one; terms of a loss may be
+    off in others.
+    """
+    task, tracker, kernels = rehearsal.task, Tracker(), Kernels(machine.accelerator == "gpu")
+    task.accumulate = accumulate
+    task._trainer = SimpleNamespace(
+        world_size=machine.world_size, global_rank=0, global_step=step, log_every_n_steps=step + 2,
+        precision_plugin=None, optimizers=[],
+    )  # fmt: skip
+    task.setup("fit")  # its averages
+    optimizer = _unfused(task.optimizer(task.groups()), kernels.gpu)
+    trained = [p for group in optimizer.param_groups for p in group["params"]]
+    for module in (task, *rehearsal.beside):
+        tracker.belongs(FROZEN, (*module.parameters(), *module.buffers()))
+    tracker.belongs(WEIGHTS, (*task.trained().parameters(), *task.trained().buffers()))
+    tracker.belongs(AVERAGES, task.ema.shadow.values() if task.ema is not None else ())
+    handles = [p.register_post_accumulate_grad_hook(lambda p: tracker.belongs(GRADIENTS, [p.grad])) for p in trained]
+    try:
+        with _rehearsing(kernels), tracker:
+            _step(rehearsal, optimizer, tracker, kernels, micro, machine)
+    finally:
+        for handle in handles:
+            handle.remove()
+        for parameter in trained:
+            parameter.grad = None
+    return {part: tracker.peak[part] for part in PARTS}
+
+
+def _step(
+    rehearsal: Rehearsal,
+    optimizer: torch.optim.Optimizer,
+    tracker: Tracker,
+    kernels: Kernels,
+    micro: int,
+    machine: Machine,
+) -> None:
+    """As Lightning has it: the gradients of the step before are there until this one's forward pass is done. With
+    accumulation, or the buckets of several ranks, they are there all the time."""
+    task, trained = rehearsal.task, [p for group in optimizer.param_groups for p in group["params"]]
+    for parameter in trained:
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    tracker.belongs(GRADIENTS, (p.grad for p in trained))
+    tracker.belongs(STATES, tree_leaves(list(optimizer.state.values())))
+    tracker.phase = INPUTS
+    batch: dict[str, Any] = {n: torch.zeros(micro, *shape, device="meta") for n, shape in rehearsal.shapes.items()}
+    batch |= rehearsal.conditions(micro) | {"key": [""] * micro, "replaced": []}
+    tracker.begin()
+    tracker.phase = ACTIVATIONS
+    dtype = torch.float16 if machine.precision == "16-mixed" else torch.bfloat16
+    with torch.autocast("cpu", dtype, enabled=machine.precision != "32"):
+        loss = task.training_step(batch, task.accumulate - 1) / task.accumulate
+    kernels.cast.clear()
+    tracker.phase = TEMPORARIES
+    if task.accumulate == 1 and machine.world_size == 1:
+        optimizer.zero_grad()
+    loss.backward()
+    task.configure_gradient_clipping(optimizer)
+    optimizer.step()
+    if task.ema is not None:
+        task.ema.update()
