@@ -1,4 +1,4 @@
-"""ldm-bench: speed compared with diffusers in the same process."""
+"""ldm-bench: speed compared with peers in the same process."""
 
 import sys
 
@@ -7,7 +7,7 @@ from ldm_train.cli.common import run_command
 
 def main() -> None:
     sys.argv[1:] = [f"what={a}" if a.isidentifier() else a for a in sys.argv[1:]]  # ldm-bench sampling
-    run_command("ldm_train.bench.bench", "bench")
+    run_command("ldm_train.bench.run.bench", "bench")
 
 
 if __name__ == "__main__":
