@@ -158,10 +158,16 @@ class UNet(nn.Module):
             zero_init(nn.Conv2d(width, out_channels or in_channels, 3, padding=1)),
         )
 
+    def regions(self) -> list[nn.Module]:
+        """The parts to compile: blocks, of which many are alike."""
+        return [m for m in self.modules() if isinstance(m, ResBlock | SpatialTransformer | AttentionBlock)]
+
     def projected(self, context: torch.Tensor) -> tuple:
         """The keys and values of a context (B, L, context_dim) for each attention to it. `forward` takes them in its place:
         sampling computes them once."""
-        return tuple(layers.projected(context) for layers in (*self.input_blocks, self.middle_block, *self.output_blocks))
+        return tuple(
+            layers.projected(context) for layers in (*self.input_blocks, self.middle_block, *self.output_blocks)
+        )
 
     def _run(self, layers: Layers, *args: torch.Tensor | tuple | None) -> torch.Tensor:
         if self.activation_checkpointing and self.training:
