@@ -11,7 +11,19 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 # The floors of the house: a part may import those of its own floor and of the floors below.
 FLOORS = (
-    {"names", "storage", "distributed", "devices", "rng", "images", "interrupts", "errors", "configuration", "rules"},
+    {
+        "names",
+        "storage",
+        "distributed",
+        "devices",
+        "compiling",
+        "rng",
+        "images",
+        "interrupts",
+        "errors",
+        "configuration",
+        "rules",
+    },
     {"models", "diffusion"},
     {"losses", "conditioning", "metrics", "data", "samplers"},
     {"latent_diffusion"},

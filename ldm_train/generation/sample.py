@@ -14,6 +14,7 @@ from ldm_train import images as pictures
 from ldm_train.checkpoints.diffusers import USUAL_SAMPLING
 from ldm_train.checkpoints.native import find_model, load_latent_diffusion, model_metadata, recorded_sampling
 from ldm_train.checkpoints.parts import build_sampler, targets
+from ldm_train.compiling import check_compiler, compile_sampling, record_cuda_graphs
 from ldm_train.configuration import literal, plain
 from ldm_train.diffusion.guidance import classifier_free
 from ldm_train.generation.drawing import Drawing
@@ -27,7 +28,7 @@ from ldm_train.samplers.ddim import ddim
 from ldm_train.samplers.resampling import resampled
 
 PRECISIONS = ("32", "bf16", "16")
-COMPILE = {"default": "default", "cuda_graphs": "reduce-overhead"}
+COMPILE = ("default", "cuda_graphs")
 
 
 def model_folder(run: str | None, runs_dir: str, option: str = "run") -> Path:
@@ -71,6 +72,12 @@ def check(config: DictConfig, model: LatentDiffusion) -> dict[str, Any]:
         )
     if config.compile is not None and config.compile not in COMPILE:
         raise ValueError(f"compile is one of {', '.join(COMPILE)}, not {config.compile!r}")
+    if config.compile == "cuda_graphs" and model.device.type != "cuda":
+        raise ValueError(
+            "compile=cuda_graphs needs an NVIDIA or AMD GPU, and none is used here; say compile=default or leave it out"
+        )
+    if config.compile:
+        check_compiler(f"compile={config.compile}", model.device)
     if str(config.precision) not in PRECISIONS:
         raise ValueError(f"precision is one of {', '.join(PRECISIONS)}, not {config.precision!r}")
     if config.film is not None:
@@ -131,6 +138,8 @@ def _sample(config: DictConfig, recipe_before: dict[str, Any] | None, only: int 
     trust = [*config.trust, *(targets(chosen) if chosen else ())]  # a sampler of the user's own
     device = "cuda" if torch.cuda.is_available() and config.accelerator != "cpu" else "cpu"
     model = load_latent_diffusion(source, trust).to(device, memory_format=torch.channels_last)
+    if recipe_before and config.compile == "cuda_graphs" and device != "cuda":
+        config.compile = None  # the same pictures, but for rounding
     guidance, guides = check(config, model), Guides(config, model, device)
     task = chosen_task(model, config, guides.parsers)
     wanted = requests(model, config, guides.parsers)
@@ -157,7 +166,8 @@ def _sample(config: DictConfig, recipe_before: dict[str, Any] | None, only: int 
         tiles=None if config.tiles.cells is None else Tiles(**config.tiles),
     )
     if config.compile:
-        model.network.compile(mode=COMPILE[config.compile])
+        for drawn_from in filter(None, (model, weaker)):
+            (record_cuda_graphs if config.compile == "cuda_graphs" else compile_sampling)(drawn_from.network)
     dtype = torch.float16 if str(config.precision) == "16" else torch.bfloat16
     if recipe_before and recipe_before["model_sha256"] != metadata["sha256"]:
         raise ValueError(

@@ -5,7 +5,6 @@ from itertools import pairwise
 from typing import Any
 
 import torch
-from einops import rearrange
 from torch import nn
 from torch.nn import functional as F
 
@@ -64,8 +63,8 @@ class AttnBlock(nn.Module):
 
     def _attended(self, x: torch.Tensor, normed: torch.Tensor) -> torch.Tensor:
         h, w = x.shape[-2:]
-        q, k, v = (rearrange(layer(normed), "b c h w -> b 1 (h w) c") for layer in (self.q, self.k, self.v))
-        out = rearrange(F.scaled_dot_product_attention(q, k, v), "b 1 (h w) c -> b c h w", h=h, w=w)
+        q, k, v = (layer(normed).flatten(2).transpose(1, 2)[:, None] for layer in (self.q, self.k, self.v))  # B 1 hw C
+        out = F.scaled_dot_product_attention(q, k, v)[:, 0].transpose(1, 2).unflatten(2, (h, w))
         return x + self.proj_out(out)
 
 

@@ -30,8 +30,9 @@ class Attention(nn.Module):
         self.qkv, self.proj = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        q, k, v = rearrange(self.qkv(x), "b n (three h d) -> three b h n d", three=3, h=self.heads)
-        return self.proj(rearrange(F.scaled_dot_product_attention(q, k, v), "b h n d -> b n (h d)"))
+        qkv = self.qkv(x).unflatten(2, (3, self.heads, -1))  # (B, N, 3, heads, d)
+        q, k, v = qkv.transpose(1, 3).unbind(2)
+        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
 
 
 def modulated(x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
@@ -139,6 +140,10 @@ class DiT(nn.Module):
     def middle(self) -> tuple[nn.Module, int]:
         """The block in the middle, and the width of its output."""
         return self.blocks[len(self.blocks) // 2], self.hidden_size
+
+    def regions(self) -> list[nn.Module]:
+        """The parts to compile: the blocks, which are alike and compiled once."""
+        return list(self.blocks)
 
     def projected(self, context: torch.Tensor) -> tuple[KeysValues, ...]:
         """The keys and values of a context (B, L, context_dim) for each block. `forward` takes them in its place: sampling

@@ -1,12 +1,13 @@
-"""Attention: the SpatialTransformer of latent diffusion (self-, cross-attention, GEGLU) and plain self-attention blocks."""
+"""Attention: the SpatialTransformer of latent diffusion (self-, cross-attention, GEGLU) and plain self-attention blocks.
+
+Reshaped by torch's own methods: torch.compile takes most of its tracing time for einops' patterns.
+"""
 
 import torch
-from einops import rearrange
 from torch import nn
 from torch.nn import functional as F
 
 from ldm_train.models.layers import group_norm, zero_init
-
 
 KeysValues = tuple[torch.Tensor, torch.Tensor]  # (B, heads, L, head_dim) each
 
@@ -23,7 +24,7 @@ class CrossAttention(nn.Module):
         self.to_out = nn.Sequential(nn.Linear(inner, dim), nn.Dropout(dropout))
 
     def _split(self, a: torch.Tensor) -> torch.Tensor:
-        return rearrange(a, "b n (h d) -> b h n d", h=self.heads)
+        return a.unflatten(2, (self.heads, -1)).transpose(1, 2)
 
     def projected(self, context: torch.Tensor) -> KeysValues:
         """The keys and values of a context (B, L, context_dim), which `forward` takes in its place."""
@@ -37,7 +38,7 @@ class CrossAttention(nn.Module):
         q = self._split(self.to_q(x))
         k, v = context if isinstance(context, tuple) else self.projected(x if context is None else context)
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=None if mask is None else mask[:, None, None, :])
-        return self.to_out(rearrange(out, "b h n d -> b n (h d)"))
+        return self.to_out(out.transpose(1, 2).flatten(2))
 
 
 class GEGLU(nn.Module):
@@ -94,6 +95,11 @@ class TransformerBlock(nn.Module):
         return x + self.ff(self.norm3(x))
 
 
+def _as_map(tokens: torch.Tensor, h: int, w: int) -> torch.Tensor:
+    """(B, h*w, C) -> (B, C, h, w)"""
+    return tokens.unflatten(1, (h, w)).permute(0, 3, 1, 2)
+
+
 class SpatialTransformer(nn.Module):
     """A transformer over the positions of a feature map (LDM, appendix E.2.1), added to its input.
 
@@ -132,15 +138,15 @@ class SpatialTransformer(nn.Module):
         h, w = x.shape[-2:]
         tokens = self.norm(x)
         if self.linear_projection:
-            tokens = self.proj_in(rearrange(tokens, "b c h w -> b (h w) c"))
+            tokens = self.proj_in(tokens.flatten(2).transpose(1, 2))
         else:
-            tokens = rearrange(self.proj_in(tokens), "b c h w -> b (h w) c")  # (B, h*w, inner)
+            tokens = self.proj_in(tokens).flatten(2).transpose(1, 2)  # (B, h*w, inner)
         own = context if isinstance(context, tuple) else (context,) * len(self.transformer_blocks)
         for block, given in zip(self.transformer_blocks, own):
             tokens = block(tokens, given, mask)
         if self.linear_projection:
-            return x + rearrange(self.proj_out(tokens), "b (h w) c -> b c h w", h=h, w=w)
-        return x + self.proj_out(rearrange(tokens, "b (h w) c -> b c h w", h=h, w=w))
+            return x + _as_map(self.proj_out(tokens), h, w)
+        return x + self.proj_out(_as_map(tokens, h, w))
 
 
 class AttentionBlock(nn.Module):
@@ -160,7 +166,7 @@ class AttentionBlock(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(B, C, h, w) -> (B, C, h, w)"""
         h, w = x.shape[-2:]
-        qkv = self.qkv(rearrange(self.norm(x), "b c h w -> b c (h w)"))
-        q, k, v = rearrange(qkv, "b (three heads d) n -> three b heads n d", three=3, heads=self.heads)
-        out = rearrange(F.scaled_dot_product_attention(q, k, v), "b heads n d -> b (heads d) n")
-        return x + rearrange(self.proj_out(out), "b c (h w) -> b c h w", h=h, w=w)
+        qkv = self.qkv(self.norm(x).flatten(2)).unflatten(1, (3, self.heads, -1))  # (B, 3, heads, d, h*w)
+        q, k, v = qkv.transpose(3, 4).unbind(1)
+        out = F.scaled_dot_product_attention(q, k, v).transpose(2, 3).flatten(1, 2)
+        return x + self.proj_out(out).unflatten(2, (h, w))

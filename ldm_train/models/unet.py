@@ -163,6 +163,10 @@ class UNet(nn.Module):
         """The part that sees the whole picture at once, and the width of its output."""
         return self.middle_block, self.channels * self.middle_mult
 
+    def regions(self) -> list[nn.Module]:
+        """The parts to compile: blocks, of which many are alike."""
+        return [m for m in self.modules() if isinstance(m, ResBlock | SpatialTransformer | AttentionBlock)]
+
     def projected(self, context: torch.Tensor) -> tuple:
         """The keys and values of a context (B, L, context_dim) for each attention to it. `forward` takes them in its place:
         sampling computes them once."""

@@ -20,6 +20,7 @@ from ldm_train.checkpoints.native import (
     meta_autoencoder,
     read_metadata,
 )
+from ldm_train.compiling import compile_training
 from ldm_train.configuration import plain
 from ldm_train.losses.autoencoder import AutoencoderLoss
 from ldm_train.models.first_stage import FirstStage
@@ -235,9 +236,8 @@ class AutoencoderStage(Stage):
         if taken is not None:
             give_discriminator(run, loss)
         task = self.task(run, network, loss, folder)
-        if section.compile:  # in place; the last convolution stays eager, its gradient is taken by hand
-            network.encoder.compile()
-            network.decoder.compile()
+        if section.compile:  # not the last convolution: its gradient is taken by hand
+            compile_training(network.encoder, network.decoder)
         network.to(memory_format=torch.channels_last)
         health = {"max_adaptive_weight": section.loss.get("max_adaptive_weight")}
         training.train(run, "autoencoder", task, data, folder, images=data.count(data.train_split), health=health)

@@ -15,6 +15,7 @@ from torch import nn
 from ldm_train import rng
 from ldm_train.checkpoints.native import CONFIG, load_latent_diffusion, load_model, read_metadata, read_tree
 from ldm_train.checkpoints.parts import build, build_sampler, find_part
+from ldm_train.compiling import compile_training
 from ldm_train.conditioning.base import Conditioner
 from ldm_train.conditioning.text import read_tokenizer, train_tokenizer
 from ldm_train.configuration import plain
@@ -342,7 +343,7 @@ class DiffusionStage(Stage):
         model.to(memory_format=torch.channels_last)
         task = self.task(run, model, folder)
         if section.compile:
-            model.network.compile()
+            compile_training(model.network)
         callbacks = [self._sample_metrics(run, images)] if section.evaluate_every else []
         easier = model.parameterisation.easier_with_noise
         health = {"easier_with_noise": easier, "bins": BINS, "settled": max(200, section.max_steps // 20)}

@@ -15,11 +15,12 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from ldm_train.checkpoints.native import read_metadata, save_model
+from ldm_train.compiling import check_compiler
 from ldm_train.configuration import config_folder, plain
 from ldm_train.pipeline.data import batching_of
 from ldm_train.pipeline.run import Run
 from ldm_train.training.callbacks.pace import Pace
-from ldm_train.training.fit import Cadence, fit
+from ldm_train.training.fit import Cadence, Onlooker, fit
 from ldm_train.training.task import Task
 
 # Options that change how a stage runs but not what it computes; they may differ when it resumes.
@@ -60,8 +61,10 @@ def own_callbacks(run: Run) -> list[Callback]:
 
 def check_optimisation(run: Run, stage: str) -> None:
     """Raises ValueError where the optimiser, the learning-rate schedule, or the options and callbacks of the Trainer cannot
-    be built."""
+    be built, and where compile=true finds no compiler."""
     section = run.config[stage]
+    if section.get("compile") and not isinstance(run.machine, Onlooker):
+        check_compiler(f"{stage}.compile", run.machine.device)
     own_callbacks(run)
     bare = dict.fromkeys(("logger", "enable_checkpointing", "enable_model_summary", "enable_progress_bar"), False)
     try:

@@ -198,5 +198,10 @@ def test_what_is_projected_of_a_context_stands_for_it_to_the_bit(options: dict) 
     unet = UNet(**TINY | {"attention_levels": (0, 1), "context_dim": 6} | options).eval()
     for p in unet.parameters():
         torch.nn.init.normal_(p, std=0.1)
-    x, t, context, mask = torch.randn(2, 4, 8, 8), torch.tensor([3.0, 700.0]), torch.randn(2, 3, 6), torch.ones(2, 3).bool()
+    x, t, context, mask = (
+        torch.randn(2, 4, 8, 8),
+        torch.tensor([3.0, 700.0]),
+        torch.randn(2, 3, 6),
+        torch.ones(2, 3).bool(),
+    )
     assert torch.equal(unet(x, t, unet.projected(context), mask), unet(x, t, context, mask))
