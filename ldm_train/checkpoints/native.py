@@ -116,7 +116,13 @@ def model_metadata(folder: Path) -> dict[str, Any]:
     return diffusers_metadata(folder) if is_diffusers(folder) else read_metadata(folder)
 
 
-SAMPLING = {"num_inference_steps": int, "guidance_scale": int | float, "spacing": str, "sampler": dict}
+SAMPLING = {
+    "num_inference_steps": int,
+    "guidance_scale": int | float,
+    "spacing": str,
+    "sampler": dict,
+    "guidance_interval": list,
+}
 
 
 def recorded_sampling(folder: str | Path) -> dict[str, Any]:
@@ -124,6 +130,8 @@ def recorded_sampling(folder: str | Path) -> dict[str, Any]:
     sampling = model_metadata(Path(folder)).get("sampling") or {}
     for name, value in sampling.items():
         known = name in SAMPLING and isinstance(value, SAMPLING[name]) and not isinstance(value, bool)
+        if isinstance(value, list):
+            known = known and len(value) == 2 and all(type(v) in (int, float) and 0 <= v < math.inf for v in value)
         if not known or (isinstance(value, float) and not math.isfinite(value)):
             raise ValueError(
                 f"{folder} records the sampling option {name}={value!r}, which is none; say {name}= yourself"

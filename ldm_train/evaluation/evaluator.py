@@ -194,4 +194,5 @@ def sampling_options(config: DictConfig) -> dict[str, Any]:
     """The sampler, its own options and the sampling section: recorded beside every metric of samples."""
     sampler = plain(config.sampler)
     own = {k: v for k, v in sampler.items() if not k.startswith("_")}
-    return plain(config.sampling) | {"sampler": sampler["_target_"].rpartition(".")[2]} | own
+    said = {name: value for name, value in plain(config.sampling).items() if value is not None}
+    return said | {"sampler": sampler["_target_"].rpartition(".")[2]} | own

@@ -134,6 +134,8 @@ def _sample(config: DictConfig, recipe_before: dict[str, Any] | None, only: int 
     given = OmegaConf.to_container(config.sampler) if config.get("sampler") else None
     chosen, tree = None if recipe_before else given, given or trained["sampler"]
     unsaid = {k: trained[k] for k in ("num_inference_steps", "guidance_scale", "spacing") if config[k] is None}
+    if config.guidance.interval is None and trained.get("guidance_interval"):
+        unsaid["guidance"] = plain(config.guidance) | {"interval": trained["guidance_interval"]}
     config = literal(OmegaConf.to_container(config, resolve=True) | unsaid | {"sampler": tree})
     trust = [*config.trust, *(targets(chosen) if chosen else ())]  # a sampler of the user's own
     device = "cuda" if torch.cuda.is_available() and config.accelerator != "cpu" else "cpu"
@@ -162,6 +164,7 @@ def _sample(config: DictConfig, recipe_before: dict[str, Any] | None, only: int 
         config.num_inference_steps,
         config.guidance_scale,
         config.spacing,
+        config.guidance.interval,
         overlap=None if panorama is None else round(panorama * min(model.latent_size)),
         tiles=None if config.tiles.cells is None else Tiles(**config.tiles),
     )

@@ -148,13 +148,14 @@ class DiT(nn.Module):
     def projected(self, context: torch.Tensor) -> tuple[KeysValues, ...]:
         """The keys and values of a context (B, L, context_dim) for each block. `forward` takes them in its place: sampling
         computes them once."""
-        return tuple(block.cross_attn.projected(context) for block in self.blocks)
+        blocks = (block for block in self.blocks if isinstance(block, DiTBlock))
+        return tuple(block.cross_attn.projected(context) for block in blocks)
 
     def forward(
         self,
         noisy_latents: torch.Tensor,
         timesteps: torch.Tensor,
-        context: torch.Tensor | tuple | None = None,
+        context: torch.Tensor | tuple[KeysValues, ...] | None = None,
         context_mask: torch.Tensor | None = None,
         concat: torch.Tensor | None = None,
         vector: torch.Tensor | None = None,

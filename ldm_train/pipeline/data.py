@@ -12,6 +12,7 @@ from ldm_train.configuration import plain, usual_options
 from ldm_train.data.datamodule import Batching, ShardDataModule
 from ldm_train.data.prepare.build import build as prepare
 from ldm_train.data.shards import INDEX, data_hash, read_index
+from ldm_train.training.callbacks.clock import UNENDING
 from ldm_train.training.fit import Machine
 
 FROM_DATA = "from_data"  # stands for a value that comes from the data: class names, a tokenizer
@@ -51,6 +52,11 @@ def ensure_data(data: DictConfig) -> None:
         prepare(instantiate(data.source), data.root, data.per_shard)
 
 
+def loaded_steps(section: DictConfig) -> int:
+    """Optimiser steps that a stage's loader has batches for."""
+    return UNENDING if section.get("max_time") else section.max_steps
+
+
 def data_module(
     config: DictConfig, stage: str, machine: Machine, fields: tuple[str, ...], trust: Sequence[str]
 ) -> ShardDataModule:
@@ -60,7 +66,7 @@ def data_module(
     return instantiate(data["module"])(
         data["root"],
         batching_of(section, machine),
-        section.max_steps,
+        loaded_steps(section),
         fields=fields,
         val_images=section.val_images,
         num_workers=config.num_workers,

@@ -109,7 +109,8 @@ def sampler_of(run: Run) -> Callable[..., torch.Tensor]:
 
 def sampling_of(run: Run) -> dict[str, Any]:
     """The run's own sampling options, which are stored with its model."""
-    return plain(run.config.sampling) | {"sampler": plain(run.config.sampler)}
+    said = {name: value for name, value in plain(run.config.sampling).items() if value is not None}
+    return said | {"sampler": plain(run.config.sampler)}
 
 
 def drawer(run: Run) -> Callable[..., torch.Tensor]:

@@ -30,7 +30,7 @@ from ldm_train.data.shards import data_hash, read_index
 from ldm_train.errors import Refused
 from ldm_train.models.first_stage import FirstStage
 from ldm_train.pipeline import autoencoder
-from ldm_train.pipeline.data import data_key, sides
+from ldm_train.pipeline.data import data_key, loaded_steps, sides
 from ldm_train.pipeline.resume import NOTE, read_note
 from ldm_train.pipeline.run import Run
 from ldm_train.pipeline.stage import Stage
@@ -55,7 +55,7 @@ def latent_data(run: Run, stage: str, fields: tuple[str, ...]) -> tuple[Lightnin
     data = LatentDataModule(
         run.folder / "latents",
         images.batching,
-        section.max_steps,
+        loaded_steps(section),
         fields,
         config.seed,
         train_split=config.data.train_split,

@@ -119,6 +119,8 @@ def print_plan(run: "Run", steps: list[Step]) -> dict[str, tuple[float, float]]:
                 # Training reaches about 40 % of the measured rate.
                 rate = measured * machine.world_size * 0.4 / (plan.flops * TRAINING_FLOPS)
                 seconds = left * config[step.name].batch_size / rate
+                if (until := config[step.name].get("max_time")) is not None and left:
+                    text += f", ended by the clock after {until}"
                 text += (
                     f", about {rate:.3g} images/s, {duration(seconds)}{cost(config.price_per_hour, seconds)}"
                     if left

@@ -24,6 +24,7 @@ OPEN: dict[str, Sequence[type]] = {
     "data.image_size": (int, list),
     "data.max_bad_fraction": (float,),
     "sampling.guidance_scale": (float,),
+    "sampling.guidance_interval": (list,),
     "evaluation.reference_images": (int,),
     "evaluation.restoration": (dict, NULL),
     "autoencoder.loss.perceptual": (dict,),

@@ -19,6 +19,7 @@ from ldm_train.compiling import check_compiler
 from ldm_train.configuration import config_folder, plain
 from ldm_train.pipeline.data import batching_of
 from ldm_train.pipeline.run import Run
+from ldm_train.training.callbacks.clock import Clock, seconds_of
 from ldm_train.training.callbacks.pace import Pace
 from ldm_train.training.fit import Cadence, Onlooker, fit
 from ldm_train.training.task import Task
@@ -110,7 +111,8 @@ def train(
     config, section = run.config, run.config[stage]
     progress = config.progress and run.machine.rank == 0
     cadence = Cadence(section.val_every, section.checkpoint_every, section.log_every, progress, config.trace)
-    pace = [Pace(section.batch_size, config.price_per_hour)] if run.machine.rank == 0 else []
+    clock = None if section.get("max_time") is None else Clock(seconds_of(section.max_time), section.max_steps)
+    pace = [Pace(section.batch_size, config.price_per_hour)] if run.machine.rank == 0 and clock is None else []
     fit(
         task,
         data,
@@ -126,6 +128,7 @@ def train(
         effort=run.effort.get(stage, (None, None)),
         health_settings=health,
         options=trainer_options(run),
+        clock=clock,
     )
 
 

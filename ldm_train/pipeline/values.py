@@ -7,6 +7,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from ldm_train.configuration import config_folder
 from ldm_train.rules import Rule, check, flag, list_of, number, numbers, one_of, optional, section, text, whole
+from ldm_train.training.callbacks.clock import seconds_of
 
 TRAINED = ("autoencoder", "diffusion", "classifier")  # the stages with a section of their own
 # Groups of conf/, chosen with a slash.
@@ -66,6 +67,14 @@ def _only(value: Any) -> str:
     return value
 
 
+def _time(value: Any) -> str:
+    try:
+        seconds_of(str(value))
+    except ValueError as error:
+        raise ValueError("{name}={value} is no time; write 90s, 30min or 1.5h") from error
+    return str(value)
+
+
 COUNT, POSITIVE = whole(1), number(0)
 PER_STAGE: dict[str, Rule] = {
     **dict.fromkeys(("max_steps", "batch_size", "val_every", "checkpoint_every", "log_every"), COUNT),
@@ -74,6 +83,8 @@ PER_STAGE: dict[str, Rule] = {
     "lr": POSITIVE,
     "clip_norm": optional(POSITIVE),
     "ema_decay": optional(number(0, 1)),
+    "ema_width": optional(number(0, 0.28)),
+    "max_time": optional(_time),
 }
 LOSS_WEIGHTS = (
     "kl_weight",
@@ -108,6 +119,8 @@ RULES: dict[str, Rule] = {
     "autoencoder.disc_lr": optional(POSITIVE),
     **{f"autoencoder.loss.{name}": POSITIVE for name in LOSS_WEIGHTS},
     "sampling.guidance_scale": POSITIVE,
+    "sampling.guidance_interval": optional(numbers(2, number(0))),
+    **{f"autoencoder.loss.{name}": optional(POSITIVE) for name in ("lecam_weight", "r1_weight")},
     "data.max_bad_fraction": number(0, 1),
     **dict.fromkeys(FLAGS, optional(flag)),
     "data.crop": one_of("center", "random", "random_resized"),

@@ -77,7 +77,7 @@ class AutoencoderTask(Task):
         change, images = self.augmentation.draw(batch["image"], self.autoencoder.downsample_factor)
         reconstructions, features, posterior = self.autoencoder(batch["image"], change=change)
         loss, logs = self.loss(
-            images, reconstructions, features, posterior, self.autoencoder.last_layer, self.global_step
+            images, reconstructions, features, posterior, self.autoencoder.last_layer, self.schedule_step
         )
         self.log_training(logs)
         return loss

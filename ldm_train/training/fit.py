@@ -13,6 +13,7 @@ from lightning.pytorch.plugins import MixedPrecision, Precision
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy, Strategy
 
 from ldm_train.training.callbacks.checkpoint import LAST, AtomicCheckpointIO, Checkpoints, read_checkpoint, steps_done
+from ldm_train.training.callbacks.clock import UNENDING, Clock
 from ldm_train.training.callbacks.health import Health
 from ldm_train.training.callbacks.monitor import Monitor
 from ldm_train.training.callbacks.progress import StepBar
@@ -155,21 +156,24 @@ def fit(
     effort: tuple[float | None, float | None] = (None, None),
     health_settings: Mapping[str, Any] | None = None,
     options: Mapping[str, Any] | None = None,
+    clock: Clock | None = None,
 ) -> None:
     """Trains `task` to `max_steps` optimiser steps in `folder`, from checkpoints/last.ckpt if it is there.
 
     effort: FLOPs of training on one image and the devices' peak per second, for train/tflop and train/mfu. health_settings:
-    the options that the health checks need. options: of the Trainer, beside those that are set here.
+    the options that the health checks need. options: of the Trainer, beside those that are set here. clock: ends the training in
+    the place of max_steps, which its schedules still go by.
 
     Where gradients stay non-finite, goes back to the last checkpoint, REWINDS times. Afterwards the task holds the averaged
     weights where it averages. Raises Interrupted on a signal, NotFinite where going back did not help.
     """
     last = folder / "checkpoints" / LAST
     start = steps_done(last)
-    if start >= max_steps:
+    done = start >= max_steps if clock is None else clock.is_over(last)
+    if done:
         load_trained(task, last)
     rewound = False
-    while start < max_steps:
+    while not done:
         rows = MetricsCSV(folder / "metrics.csv", start)
         for logger in loggers:
             # A resumed training logs again what came after its checkpoint. Steps that are repeated after going back differ: loggers
@@ -177,16 +181,24 @@ def fit(
             logger.logged = {} if rewound else rows.cut
         checkpoints = Checkpoints(last.parent, cadence.checkpoint_every, task.monitor)
         monitor = Monitor(batch_size, dataset_size, max_bad_fraction, cadence.trace, *effort)
-        watching = [*callbacks, monitor, Health(folder, health_settings or {}), checkpoints]
+        watching = [
+            *([clock] if clock else []),
+            *callbacks,
+            monitor,
+            Health(folder, health_settings or {}),
+            checkpoints,
+        ]
         if cadence.progress:
             watching.append(StepBar())
         own = {"logger": [rows, *loggers], "callbacks": watching}
-        trainer = new_trainer(task, folder, max_steps, cadence, machine, **own, **(options or {}))
+        trainer = new_trainer(
+            task, folder, UNENDING if clock else max_steps, cadence, machine, **own, **(options or {})
+        )
         begin = {"ckpt_path": str(last), "weights_only": True} if start else {}
         try:
             with checkpoints.signals():
                 trainer.fit(task, datamodule=data, **begin)
-            break
+            done = True
         except NotFinite as error:
             if (not start and not last.is_file()) or task.attempt >= REWINDS:
                 raise

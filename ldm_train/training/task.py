@@ -72,6 +72,7 @@ class Task(L.LightningModule):
         self._skips: torch.Tensor | None = None
         self._most_skips = SKIPS
         self._sums: dict[str, tuple[float, int]] = {}
+        self._clocked: int | None = None
 
     def trained(self) -> nn.ModuleDict:
         """The parts this stage trains: what its checkpoints hold, strictly."""
@@ -89,8 +90,18 @@ class Task(L.LightningModule):
 
     def configure_optimizers(self) -> dict[str, Any]:
         optimizer = self.optimizer(self.groups())
-        schedule = {"scheduler": LambdaLR(optimizer, self.lr_factor), "interval": "step"}
+        factor = LambdaLR(optimizer, lambda step: self.lr_factor(step if self._clocked is None else self._clocked))
+        schedule = {"scheduler": factor, "interval": "step"}
         return {"optimizer": optimizer, "lr_scheduler": schedule}
+
+    @property
+    def schedule_step(self) -> int:
+        """The step that schedules go by: the optimiser's, or where the clock says that they are (see `Clock`)."""
+        return self.global_step if self._clocked is None else self._clocked
+
+    @schedule_step.setter
+    def schedule_step(self, step: int) -> None:
+        self._clocked = step
 
     def setup(self, stage: str) -> None:
         if self.ema_decay is not None and self.ema is None:

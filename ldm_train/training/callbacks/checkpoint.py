@@ -197,7 +197,7 @@ class Checkpoints(L.Callback):
         if (batch_idx + 1) % pl_module.accumulate:
             return
         self._step, number = trainer.global_step, self._agreed_signal(trainer)
-        validates = (batch_idx + 1) % trainer.val_check_batch == 0
+        validates = trainer.should_stop or (batch_idx + 1) % trainer.val_check_batch == 0
         if number or (self._due(trainer) and not validates):
             self._save_last(trainer, pl_module)
         if number:
@@ -218,7 +218,7 @@ class Checkpoints(L.Callback):
             trainer.save_checkpoint(self.folder / "best.ckpt", weights_only=False)
 
     def _due(self, trainer: L.Trainer) -> bool:
-        return trainer.global_step % self.every == 0 or trainer.global_step >= trainer.max_steps
+        return trainer.global_step % self.every == 0 or trainer.global_step >= trainer.max_steps or trainer.should_stop
 
     def _save_last(self, trainer: L.Trainer, pl_module: Task) -> None:
         pl_module.check_skips()  # no checkpoint is made amid steps that change nothing

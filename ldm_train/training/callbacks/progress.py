@@ -6,6 +6,7 @@ import lightning as L
 from lightning.pytorch.callbacks import ProgressBar
 from tqdm import tqdm
 
+from ldm_train.training.callbacks.clock import UNENDING
 from ldm_train.training.task import Task
 
 
@@ -20,7 +21,8 @@ class StepBar(ProgressBar):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: Task) -> None:
         start = trainer.global_step
-        self.bar = tqdm(total=trainer.max_steps, initial=start, desc=pl_module.stage, unit="step", dynamic_ncols=True)
+        total = trainer.max_steps if trainer.max_steps < UNENDING else None
+        self.bar = tqdm(total=total, initial=start, desc=pl_module.stage, unit="step", dynamic_ncols=True)
         if start:
             self.bar.set_postfix_str(f"resumed at step {start}")
 
