@@ -14,7 +14,7 @@ import struct
 import sys
 import time
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -550,18 +550,24 @@ WHERE = {
 }
 
 
-@pytest.mark.parametrize("where", WHERE)
+BUILT = ("a command, bound", "a process", "a shell behind tars", "a module beside", "interpolation that creates")
+
+
+@pytest.mark.parametrize(
+    ("where", "names"),
+    [
+        *((where, (BUILT[i % 4], BUILT[4])) for i, where in enumerate(WHERE)),
+        *(
+            pytest.param(where, [n for j, n in enumerate(BUILT[:4]) if j != i % 4], marks=pytest.mark.slow)
+            for i, where in enumerate(WHERE)
+        ),
+    ],
+)
 def test_a_run_builds_nothing_where_it_is_evaluated(
-    where: str, honest_run: Path, stranger: Callable[..., Path], tmp_path: Path
+    where: str, names: Sequence[str], honest_run: Path, stranger: Callable[..., Path], tmp_path: Path
 ):
     mark = tmp_path / "mark"
-    for name in (
-        "a command, bound",
-        "a process",
-        "a shell behind tars",
-        "a module beside",
-        "interpolation that creates",
-    ):
+    for name in names:
         evil = filled(TREES[name], mark, stranger())
         run = _copied(honest_run, tmp_path / f"case{len(name)}", lambda tree, e=evil: WHERE[where](tree, e))
         error = None
@@ -612,8 +618,12 @@ def test_a_copied_run_is_continued_without_running_what_it_holds(
 
 
 @pytest.mark.parametrize(
-    "text", ["[]", "5", "null", "{}", '{"key": 1}', "{", '{"key": {}, "finished": "yes"}', "[" * 10_000]
-)
+    "text",
+    [
+        "[]", "{", '{"key": {}, "finished": "yes"}', "[" * 10_000,
+        *(pytest.param(text, marks=pytest.mark.slow) for text in ("5", "null", "{}", '{"key": 1}')),
+    ],
+)  # fmt: skip
 def test_a_damaged_stage_note_is_named_with_the_way_on(text: str, honest_run: Path, tmp_path: Path):
     run = _copied(honest_run, tmp_path)
     (run / "autoencoder" / "stage.json").write_text(text)
