@@ -260,27 +260,39 @@ def doors(folder: Path, honest: Path, tmp_path: Path) -> dict[str, Callable[[], 
     }  # fmt: skip
 
 
+# In the fast tier each file goes through the package's own door, and in turn through those of the commands.
+EVERY_DOOR = pytest.mark.parametrize("all_doors", [False, pytest.param(True, marks=pytest.mark.slow)])
+
+
+def chosen_doors(number: int, all_doors: bool, *arguments: Path) -> dict[str, Callable[[], Any]]:
+    every = doors(*arguments)
+    turn = list(every)[1 + number % (len(every) - 1)]
+    return every if all_doors else {name: every[name] for name in ("load", turn)}
+
+
+@EVERY_DOOR
 @pytest.mark.parametrize("name", TREES)
 def test_a_model_folder_builds_models_and_nothing_else(
-    name: str, stranger: Callable[..., Path], model: Path, tmp_path: Path
+    name: str, all_doors: bool, stranger: Callable[..., Path], model: Path, tmp_path: Path
 ):
     mark, place = tmp_path / "mark", list(PLACES)[len(name) % len(PLACES)]
     if not isinstance(TREES[name], dict):
         place = "an option"
     config = PLACES[place](filled(TREES[name], mark, tmp_path / "stranger"))
     folder = stranger(yaml.safe_dump(config))
-    for door, enter in doors(folder, model, tmp_path).items():
+    for door, enter in chosen_doors(list(TREES).index(name), all_doors, folder, model, tmp_path).items():
         message = refused(enter, mark)
         assert str(folder) in message or "guide.classifier" in message, f"{door}: {message}"
     assert not (tmp_path / "out").exists()
 
 
+@EVERY_DOOR
 @pytest.mark.parametrize("name", TEXTS)
 def test_a_config_that_is_no_tree_of_plain_values_is_named(
-    name: str, stranger: Callable[..., Path], model: Path, tmp_path: Path
+    name: str, all_doors: bool, stranger: Callable[..., Path], model: Path, tmp_path: Path
 ):
     folder = stranger(TEXTS[name].format(mark=tmp_path / "mark"))
-    for enter in doors(folder, model, tmp_path).values():
+    for enter in chosen_doors(list(TEXTS).index(name), all_doors, folder, model, tmp_path).values():
         assert "config.yaml" in refused(enter, tmp_path / "mark")
 
 
