@@ -23,7 +23,7 @@ socket.getfqdn = lambda name="": name or "localhost"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--fuzz", type=int, default=60, help="cases of each fuzz test; 1000 looks closely")
+    parser.addoption("--fuzz", type=int, default=40, help="cases of each fuzz test; 1000 looks closely")
     parser.addoption(
         "--full-size", action="store_true", help="parity at the published widths too; needs 20 GB of memory"
     )
@@ -64,7 +64,10 @@ def configs_are_read_once() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ConfigRepository, "load_config", load_config)
         gc.freeze()  # what is imported by now stays; looking through it again and again is slow
+        usual = gc.get_threshold()
+        gc.set_threshold(20_000, 20, 50)
         yield
+        gc.set_threshold(*usual)
         gc.unfreeze()
 
 

@@ -1,17 +1,56 @@
 """The meta device in the place of a GPU: what would wait for the device, or mix devices, is seen without one."""
 
 import traceback
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch.fx.experimental import _config as config
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 aten = torch.ops.aten
 # Whose result has a size that only the device knows.
 SIZED_BY_VALUES = (aten.nonzero, aten.masked_select, aten.bincount, aten._unique2, aten.repeat_interleave)
 COPIES = (aten._to_copy, aten.copy_)
+
+
+def _tensors(values: Iterable[Any]) -> Iterator[torch.Tensor]:
+    for value in values:
+        if isinstance(value, torch.Tensor):
+            yield value
+        elif isinstance(value, list | tuple):
+            yield from _tensors(value)
+
+
+def _group_norm(x: torch.Tensor, weight: Any, bias: Any, n: int, c: int, size: int, groups: int, eps: float) -> Any:
+    return torch.empty_like(x), x.new_empty((n, groups)), x.new_empty((n, groups))
+
+
+def _group_norm_backward(
+    grad: torch.Tensor,
+    x: torch.Tensor,
+    mean: Any,
+    rstd: Any,
+    weight: Any,
+    n: int,
+    c: int,
+    size: int,
+    groups: int,
+    wanted: list[bool],
+) -> Any:
+    made = (torch.empty_like(x), x.new_empty(c), x.new_empty(c))
+    return tuple(tensor if is_wanted else None for tensor, is_wanted in zip(made, wanted))
+
+
+def _layer_norm(x: torch.Tensor, shape: Sequence[int], weight: Any, bias: Any, eps: float) -> Any:
+    outer = (*x.shape[: x.ndim - len(shape)], *(1 for _ in shape))
+    return torch.empty_like(x), x.new_empty(outer), x.new_empty(outer)
+
+
+# Whose shapes the meta device finds in a hundred small steps.
+SHAPED = {
+    aten.native_group_norm: _group_norm, aten.native_group_norm_backward: _group_norm_backward, aten.native_layer_norm: _layer_norm,
+}  # fmt: skip
 
 
 class Watched(TorchDispatchMode):
@@ -39,7 +78,7 @@ class Watched(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs, packet = kwargs or {}, func.overloadpacket
-        given = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
+        given = [*_tensors(args), *_tensors(kwargs.values())]
         there = [t for t in given if t.is_meta]
         if packet is aten._local_scalar_dense and there:
             self._wait("a value is read")
@@ -62,7 +101,7 @@ class Watched(TorchDispatchMode):
         if there and packet in SIZED_BY_VALUES:
             self._wait(f"{packet} sizes its result by values")
         if there and packet in (aten.index, aten.index_put, aten.index_put_):
-            indices = [t for t in tree_leaves(args[1]) if isinstance(t, torch.Tensor)]
+            indices = list(_tensors(args[1]))
             if any(t.dtype == torch.bool for t in indices):
                 self._wait("indexing by a mask")
             if any(not t.is_meta for t in indices):
@@ -70,4 +109,6 @@ class Watched(TorchDispatchMode):
             given = [t for t in given if not any(t is i for i in indices)]
         mixed = [t for t in given if not t.is_meta and t.ndim]
         assert not (there and mixed), f"{func} mixes devices: {[(t.device.type, tuple(t.shape)) for t in given]}"
+        if there and packet in SHAPED:
+            return SHAPED[packet](*args, **kwargs)
         return func(*args, **kwargs)

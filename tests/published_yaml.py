@@ -211,6 +211,10 @@ def diffusion_config(name: str, small: bool = False) -> dict[str, Any]:
         changed = {k: v for k, v in {"n_layer": 2, "vocab_size": 200}.items() if k in condition["params"]}
         if condition["target"] == BERT and "vocab_size" not in changed:
             changed["vocab_size"] = 40  # of the tokenizer that the test makes
+        if condition["params"].get("use_tokenizer", True) and (
+            width := {"n_embed", "embed_dim"} & condition["params"].keys()
+        ):
+            unet["context_dim"] = changed[width.pop()] = 64
         condition = {"target": condition["target"], "params": condition["params"] | changed}
     params = {
         "linear_start": 0.0015, "linear_end": 0.0195, "timesteps": 1000, "channels": channels, "image_size": latents,

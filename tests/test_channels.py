@@ -195,7 +195,7 @@ def test_a_run_may_measure_no_distances_and_know_no_perceptual_term(folder: Path
 @pytest.mark.parametrize(
     ("kind", "parts"),
     [
-        ("superres", ["data/derived=bsr_x4"]),
+        pytest.param("superres", ["data/derived=bsr_x4"], marks=pytest.mark.slow),
         ("inpainting", ["data/derived=masks"]),
         ("image_embedding", ["diffusion.evaluate_every=2", "diffusion.evaluate_images=4"]),
     ],

@@ -181,7 +181,7 @@ def test_a_mixture_is_its_parts_at_its_ends_and_keeps_every_token_that_counts() 
 def test_what_is_inverted_is_drawn_again() -> None:
     model = randomised(class_and_text(), 0.02)
     batch, latents = {"caption": ["a cat", "a dog"]}, torch.randn(2, 2, 4, 4)
-    noise = model.invert(latents, batch, Sampling(num_inference_steps=20), iterations=20)
+    noise = model.invert(latents, batch, Sampling(num_inference_steps=20), iterations=8)
     made = model.sample(batch, [0, 1], Sampling(ddim, 20), Start(noise=noise))
     assert (made - model.decode(latents)).abs().max() < 0.02
     with pytest.raises(ValueError, match=r"1 seeds but batch of lengths \[2\]"):

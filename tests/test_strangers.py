@@ -14,7 +14,7 @@ import struct
 import sys
 import time
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -260,27 +260,39 @@ def doors(folder: Path, honest: Path, tmp_path: Path) -> dict[str, Callable[[], 
     }  # fmt: skip
 
 
+# In the fast tier each file goes through the package's own door, and in turn through those of the commands.
+EVERY_DOOR = pytest.mark.parametrize("all_doors", [False, pytest.param(True, marks=pytest.mark.slow)])
+
+
+def chosen_doors(number: int, all_doors: bool, *arguments: Path) -> dict[str, Callable[[], Any]]:
+    every = doors(*arguments)
+    turn = list(every)[1 + number % (len(every) - 1)]
+    return every if all_doors else {name: every[name] for name in ("load", turn)}
+
+
+@EVERY_DOOR
 @pytest.mark.parametrize("name", TREES)
 def test_a_model_folder_builds_models_and_nothing_else(
-    name: str, stranger: Callable[..., Path], model: Path, tmp_path: Path
+    name: str, all_doors: bool, stranger: Callable[..., Path], model: Path, tmp_path: Path
 ):
     mark, place = tmp_path / "mark", list(PLACES)[len(name) % len(PLACES)]
     if not isinstance(TREES[name], dict):
         place = "an option"
     config = PLACES[place](filled(TREES[name], mark, tmp_path / "stranger"))
     folder = stranger(yaml.safe_dump(config))
-    for door, enter in doors(folder, model, tmp_path).items():
+    for door, enter in chosen_doors(list(TREES).index(name), all_doors, folder, model, tmp_path).items():
         message = refused(enter, mark)
         assert str(folder) in message or "guide.classifier" in message, f"{door}: {message}"
     assert not (tmp_path / "out").exists()
 
 
+@EVERY_DOOR
 @pytest.mark.parametrize("name", TEXTS)
 def test_a_config_that_is_no_tree_of_plain_values_is_named(
-    name: str, stranger: Callable[..., Path], model: Path, tmp_path: Path
+    name: str, all_doors: bool, stranger: Callable[..., Path], model: Path, tmp_path: Path
 ):
     folder = stranger(TEXTS[name].format(mark=tmp_path / "mark"))
-    for enter in doors(folder, model, tmp_path).values():
+    for enter in chosen_doors(list(TEXTS).index(name), all_doors, folder, model, tmp_path).values():
         assert "config.yaml" in refused(enter, tmp_path / "mark")
 
 
@@ -550,18 +562,24 @@ WHERE = {
 }
 
 
-@pytest.mark.parametrize("where", WHERE)
+BUILT = ("a command, bound", "a process", "a shell behind tars", "a module beside", "interpolation that creates")
+
+
+@pytest.mark.parametrize(
+    ("where", "names"),
+    [
+        *((where, (BUILT[i % 4], BUILT[4])) for i, where in enumerate(WHERE)),
+        *(
+            pytest.param(where, [n for j, n in enumerate(BUILT[:4]) if j != i % 4], marks=pytest.mark.slow)
+            for i, where in enumerate(WHERE)
+        ),
+    ],
+)
 def test_a_run_builds_nothing_where_it_is_evaluated(
-    where: str, honest_run: Path, stranger: Callable[..., Path], tmp_path: Path
+    where: str, names: Sequence[str], honest_run: Path, stranger: Callable[..., Path], tmp_path: Path
 ):
     mark = tmp_path / "mark"
-    for name in (
-        "a command, bound",
-        "a process",
-        "a shell behind tars",
-        "a module beside",
-        "interpolation that creates",
-    ):
+    for name in names:
         evil = filled(TREES[name], mark, stranger())
         run = _copied(honest_run, tmp_path / f"case{len(name)}", lambda tree, e=evil: WHERE[where](tree, e))
         error = None
@@ -612,8 +630,12 @@ def test_a_copied_run_is_continued_without_running_what_it_holds(
 
 
 @pytest.mark.parametrize(
-    "text", ["[]", "5", "null", "{}", '{"key": 1}', "{", '{"key": {}, "finished": "yes"}', "[" * 10_000]
-)
+    "text",
+    [
+        "[]", "{", '{"key": {}, "finished": "yes"}', "[" * 10_000,
+        *(pytest.param(text, marks=pytest.mark.slow) for text in ("5", "null", "{}", '{"key": 1}')),
+    ],
+)  # fmt: skip
 def test_a_damaged_stage_note_is_named_with_the_way_on(text: str, honest_run: Path, tmp_path: Path):
     run = _copied(honest_run, tmp_path)
     (run / "autoencoder" / "stage.json").write_text(text)

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from ldm_train.devices import shapes_only
+
 Tensors = dict[str, torch.Tensor]
 CLIP, OPENCLIP, EMBEDDER = "cond_stage_model.transformer.text_model.", "cond_stage_model.model.", "embedder.model."
 HEAD = 64  # channels of a text encoder's head
@@ -98,7 +100,7 @@ def read_text_encoder(tensors: Mapping[str, torch.Tensor], where: Path) -> tuple
         }  # fmt: skip
         if width % HEAD or layers > 64 or width > 1 << 14:
             raise ValueError(f"{layers} layers of width {width}")
-        with torch.device("meta"):
+        with shapes_only():
             model = CLIPTextModel(CLIPTextConfig(**options))
         wrapped = any(key.startswith("text_model.") for key in model.state_dict())
         model.load_state_dict({f"text_model.{k}" if wrapped else k: v for k, v in own.items()}, assign=True)
@@ -138,7 +140,7 @@ def read_image_encoder(
         }  # fmt: skip
         if width % options["num_attention_heads"] or options["num_hidden_layers"] > 64 or max(width, side) > 1 << 14:
             raise ValueError(f"{options['num_hidden_layers']} layers of width {width}")
-        with torch.device("meta"):
+        with shapes_only():
             model = CLIPVisionModelWithProjection(CLIPVisionConfig(**options))
         state = {f"vision_model.{k}": v for k, v in own.items()} | {"visual_projection.weight": projection}
         model.load_state_dict(state, assign=True)

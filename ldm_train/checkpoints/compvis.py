@@ -28,6 +28,7 @@ from ldm_train.checkpoints.compvis_yaml import Published, published
 from ldm_train.checkpoints.parts import build, no_larger_than
 from ldm_train.conditioning.image_embedding import ImageEmbedding
 from ldm_train.conditioning.text import FrozenText
+from ldm_train.devices import Uninitialised
 from ldm_train.latent_diffusion import LatentDiffusion
 from ldm_train.models.autoencoder import AutoencoderKL
 from ldm_train.models.first_stage import fold_statistics
@@ -177,7 +178,7 @@ def left_out(name: str, described: Published, others: Collection[str] = ()) -> s
 
 def _filled(described: Published, tensors: Tensors, averaged: bool, path: Path, yaml: Path) -> tuple[nn.Module, Report]:
     """The model, its weights loaded. Raises ValueError for a tensor that is missing, unknown or of another shape."""
-    with no_larger_than({name: tuple(tensor.shape) for name, tensor in tensors.items()}, yaml):
+    with no_larger_than({name: tuple(tensor.shape) for name, tensor in tensors.items()}, yaml), Uninitialised():
         model = build(described.tree, yaml)
     report, state, left = Report(), model.state_dict(), dict(tensors)
     for key, place in places(model, described, averaged).items():

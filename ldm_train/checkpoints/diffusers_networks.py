@@ -15,6 +15,7 @@ from torch import nn
 
 from ldm_train.checkpoints import diffusers_options as rules
 from ldm_train.checkpoints.parts import build
+from ldm_train.devices import shapes_only
 from ldm_train.models.first_stage import FirstStage
 from ldm_train.storage import check_links, read_record
 
@@ -127,7 +128,7 @@ def _trunk(options: dict[str, Any]) -> dict[str, Any]:
 
 def built(path: Path, tree: dict[str, Any]) -> nn.Module:
     """A network on the meta device, since a config may ask for any size; its memory comes with its weights."""
-    with torch.device("meta"):
+    with shapes_only():
         module = build(tree, path)
     groups = rules.read_groups(path)
     for norm in module.modules():  # groups are not in the weights; ours follow the published widths, see `group_norm`

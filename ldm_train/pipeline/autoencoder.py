@@ -19,9 +19,11 @@ from ldm_train.checkpoints.native import (
     load_model,
     meta_autoencoder,
     read_metadata,
+    read_tree,
 )
 from ldm_train.compiling import compile_training
 from ldm_train.configuration import plain
+from ldm_train.devices import shapes_only
 from ldm_train.losses.autoencoder import AutoencoderLoss
 from ldm_train.models.first_stage import FirstStage
 from ldm_train.pipeline import training
@@ -127,7 +129,7 @@ def on_meta(run: Run) -> nn.Module:
     if (taken := taken_folder(run)) is not None:
         network = meta_autoencoder(taken, run.trust)
     else:
-        with torch.device("meta"):
+        with shapes_only():
             network = run.part("autoencoder.network").eval()
     for name, data in (("data", run.config.data), ("autoencoder.data", stage_data(run.config, "autoencoder"))):
         (height, width), f = sides(data.image_size), network.downsample_factor
@@ -174,7 +176,7 @@ class AutoencoderStage(Stage):
                 run, instantiate(plain(run.config.autoencoder.loss) | {"perceptual": None}, _convert_="all")
             )
         run.decode_one(run.data("autoencoder", ("image",)))
-        with torch.device("meta"):  # without its perceptual network, which the stage loads first when it runs
+        with shapes_only():  # without its perceptual network, which the stage loads first when it runs
             instantiate(plain(run.config.autoencoder.loss) | {"perceptual": None}, _convert_="all")
 
     def plan(self, run: Run) -> Plan | None:
@@ -183,8 +185,9 @@ class AutoencoderStage(Stage):
         network = on_meta(run)
         size = sides(stage_data(run.config, "autoencoder").image_size)
         picture = torch.empty(1, run.config.data.channels, *size, device="meta")
-        flops = training.forward_flops("autoencoder.network", network, picture)
-        section = run.config.autoencoder
+        section, taken = run.config.autoencoder, taken_folder(run)
+        tree = plain(section.network) if taken is None else read_tree(taken)
+        flops = training.forward_flops("autoencoder.network", tree, network, picture)
         kept = ", its encoder kept" if section.train == "decoder" else ""
         begins = f"begins from {section.init}{kept}" if section.init else ""
         return Plan(network, flops, run.enough_images("autoencoder", ("image",)), begins)

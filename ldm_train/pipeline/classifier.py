@@ -11,6 +11,7 @@ from ldm_train import rng
 from ldm_train.checkpoints.native import read_metadata
 from ldm_train.configuration import plain
 from ldm_train.data.datamodule import ShardDataModule
+from ldm_train.devices import shapes_only
 from ldm_train.generation.guides import schedule_identity
 from ldm_train.pipeline import autoencoder, latents, training
 from ldm_train.pipeline.data import FROM_DATA, mixture_key
@@ -52,7 +53,7 @@ class ClassifierStage(Stage):
         latents.check_crop(run)
         images = run.data("classifier", ("image", "class_label"))
         tree = classifier_tree(run.config, images, autoencoder.on_meta(run))
-        with torch.device("meta"):
+        with shapes_only():
             instantiate(tree, _convert_="all")
         run.enough_images("classifier", ("image", "class_label"))
         images.check_conditions()

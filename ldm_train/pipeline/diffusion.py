@@ -20,6 +20,7 @@ from ldm_train.conditioning.base import Conditioner
 from ldm_train.conditioning.text import read_tokenizer, train_tokenizer
 from ldm_train.configuration import plain
 from ldm_train.data.datamodule import ShardDataModule
+from ldm_train.devices import shapes_only
 from ldm_train.generation.film import film_of_grids
 from ldm_train.latent_diffusion import LatentDiffusion, Sampling
 from ldm_train.models.autoencoder import Autoencoder
@@ -99,7 +100,7 @@ def model_tree(
 
 
 def network_on_meta(run: Run) -> nn.Module:
-    with torch.device("meta"):
+    with shapes_only():
         return run.part("diffusion.network")
 
 
@@ -273,7 +274,9 @@ class DiffusionStage(Stage):
         with torch.device("meta"):
             given = {slot: torch.empty(1, *shape) for slot, shape in shapes.items() if widths[slot]}
             noisy = torch.empty(1, network.in_channels, h, w)
-            flops = training.forward_flops("diffusion.network", network, noisy, torch.empty(1), **given)
+            flops = training.forward_flops(
+                "diffusion.network", plain(run.config.diffusion.network), network, noisy, torch.empty(1), **given
+            )
         begins = ""
         if (begun := taken_model(run, "init")) is not None:
             begins = ", ".join([f"begins from {run.config.diffusion.init}", *what_grows(network, begun)])

@@ -140,12 +140,20 @@ def save(run: Run, folder: Path, module: nn.Module, tree: dict[str, Any], metada
     return read_metadata(folder)["sha256"]
 
 
-def forward_flops(option: str, module: nn.Module, *inputs: Any, **named: Any) -> int:
-    """FLOPs of one forward pass. Raises ValueError, naming the option, for a network that does not run."""
+_counted: dict[Any, int] = {}
+
+
+def forward_flops(option: str, tree: Mapping[str, Any], module: nn.Module, *inputs: Any, **named: Any) -> int:
+    """FLOPs of one forward pass, counted once for the networks of equal trees that the jobs of a sweep plan. Raises ValueError,
+    naming the option, for a network that does not run."""
+    shapes = [(name, tuple(i.shape)) for name, i in (*enumerate(inputs), *named.items())]
+    alike = (repr(tree), str(shapes), tuple(type(part) for part in module.modules()))
+    if alike in _counted:
+        return _counted[alike]
     try:
         with FlopCounterMode(display=False) as counter, torch.no_grad():
             module(*inputs, **named)
     except (RuntimeError, TypeError, IndexError, ZeroDivisionError) as error:
         shapes = ", ".join("x".join(map(str, i.shape)) for i in inputs)
         raise ValueError(f"{option} does not run on an input of {shapes}: {str(error).splitlines()[0]}") from error
-    return counter.get_total_flops()
+    return _counted.setdefault(alike, counter.get_total_flops())

@@ -207,14 +207,19 @@ def test_what_cannot_be_loaded_is_named(file: str, options: dict, message: str, 
         ldm_train.load(str(copy))
 
 
-@pytest.mark.parametrize("content", ["", "{", "[1]", "7", '"x"', "null", "[" * 100_000, "1" * 5000, b"\xff\xfe{"])
+JSON_FILES = ("model_index.json", "unet/config.json", "vae/config.json", "scheduler/scheduler_config.json", "text_encoder/config.json",
+              "tokenizer/tokenizer_config.json")  # fmt: skip
+NO_JSON = ("", "{", "[1]", "7", '"x"', "null", "[" * 100_000, "1" * 5000, b"\xff\xfe{")
+
+
 @pytest.mark.parametrize(
-    "file",
-    [
-        "model_index.json", "unet/config.json", "vae/config.json", "scheduler/scheduler_config.json", "text_encoder/config.json",
-        "tokenizer/tokenizer_config.json",
+    ("file", "content"),
+    [  # in the fast tier all contents in one file, and some in each
+        pytest.param(file, content, marks=() if file == "unet/config.json" or (i + j) % 3 == 0 else pytest.mark.slow)
+        for i, file in enumerate(JSON_FILES)
+        for j, content in enumerate(NO_JSON)
     ],
-)  # fmt: skip
+)
 def test_a_json_file_that_is_none_is_named(file: str, content: str | bytes, copy: Path) -> None:
     replace(copy / file, content)
     with pytest.raises(ValueError, match=rf"{file} is no JSON file(: | \(.*\); take an undamaged copy)"):

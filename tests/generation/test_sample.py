@@ -626,7 +626,7 @@ def test_every_task_replays_to_identical_bytes(
     task: str, run: Callable, model_folder: Callable, files: dict[str, str], tmp_path: Path
 ):
     kind, options = REPLAYED[task]
-    run(kind, "num_inference_steps=4", *named(options, files))
+    run(kind, "num_inference_steps=2", *named(options, files))
     inputs = [f"run={model_folder(kind)}", *(o for o in named(options, files) if str(tmp_path) in o)]
     replay = sample(composed("sample", f'recipe="{tmp_path}/out/recipe.json"', *inputs))
     assert replay

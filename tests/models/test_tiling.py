@@ -63,7 +63,7 @@ def pictures(f: int) -> torch.Tensor:
     return x
 
 
-@pytest.mark.parametrize("levels", [2, 3])
+@pytest.mark.parametrize("levels", [2, pytest.param(3, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("kind", ["kl", "vq"])
 def test_a_tiled_autoencoder_equals_the_untiled_one(kind: str, levels: int) -> None:
     """To rounding (85 dB and more), where the overlap covers what a pixel sees; and without a jump where tiles meet."""

@@ -28,6 +28,7 @@ from ldm_train.pipeline.run import Run
 from ldm_train.pipeline.values import check_values
 
 SHORT = ("stages=[autoencoder,latents,diffusion]",)
+BRIEF = ("autoencoder.max_steps=3", "diffusion.max_steps=2", "diffusion.evaluate_every=null")
 DECODER = ("autoencoder.train=decoder", "autoencoder.lr=1e-2")
 
 
@@ -39,7 +40,7 @@ def first(tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 
 def following(first: Run, name: str, *options: str) -> Run:
-    return chain(first.folder.parent, *SHORT, "autoencoder.init=first", *options, name=name)
+    return chain(first.folder.parent, *SHORT, *BRIEF, "autoencoder.init=first", *options, name=name)
 
 
 def encoding(folder: Path) -> dict[str, torch.Tensor]:
@@ -79,7 +80,7 @@ def test_the_cache_of_a_kept_encoder_is_taken_over(first: Run, capsys: pytest.Ca
     assert shards
     assert all(s.samefile(first.folder / "latents" / s.relative_to(run.folder / "latents")) for s in shards)
     # A further run from this one still shares them: the first encoder is theirs.
-    other = chain(first.folder.parent, *SHORT, *DECODER, "autoencoder.init=cached", name="further")
+    other = chain(first.folder.parent, *SHORT, *BRIEF, *DECODER, "autoencoder.init=cached", name="further")
     other.execute()
     assert read_note(other.folder / "latents")["key"] == notes[0]["key"]
 
@@ -122,7 +123,12 @@ def test_the_discriminator_comes_along_or_is_new(first: Run, tmp_path: Path, cap
 def test_a_checkpoint_of_compvis_brings_its_discriminator_and_log_variance(tmp_path: Path):
     model = autoencoder_config("kl-f4", 32)
     state = {key: torch.randn(shape) * 0.02 for key, shape in tensors(model).items()}
-    options = ("stages=[autoencoder]", f"autoencoder.init={tmp_path}/model.ckpt", "autoencoder.loss.learn_logvar=true")
+    options = (
+        "stages=[autoencoder]",
+        *BRIEF,
+        f"autoencoder.init={tmp_path}/model.ckpt",
+        "autoencoder.loss.learn_logvar=true",
+    )
     run = chain(tmp_path, *options)
     loss = instantiate(plain(run.config.autoencoder.loss), _convert_="all")
     weights = {
@@ -269,6 +275,7 @@ def test_training_begins_from_another_runs_unet(first: Run, capsys: pytest.Captu
         "autoencoder.pretrained=first",
         "diffusion.init=first",
         "diffusion.lr=1e-6",
+        *BRIEF,
         name="tuned",
     )
     run.execute()
@@ -295,6 +302,7 @@ def test_training_begins_from_a_whole_model_of_others_in_one_command(form: str, 
         "diffusion.network.transformer_depth=0",
         "latents.per_channel=false",
         "data.adherence=null",
+        *BRIEF,
     )
     if form == "diffusers":  # at widths whose norms have the groups that diffusers' own networks have
         plain += ("autoencoder.network.channels=128", "autoencoder.network.channel_mult=[1,1,1]", "autoencoder.network.num_res_blocks=1",

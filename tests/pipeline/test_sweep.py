@@ -15,7 +15,7 @@ from PIL import Image
 
 from ldm_train.cli import evaluate, sweep, train
 from ldm_train.cli import search as search_command
-from ldm_train.configuration import config_folder
+from ldm_train.configuration import config_folder, plain
 from ldm_train.pipeline import search
 from ldm_train.pipeline import sweep as sweep_module
 from ldm_train.pipeline.training import forward_flops
@@ -214,6 +214,7 @@ def test_every_point_of_a_sweep_over_f_has_its_factor_and_equal_compute(
         with initialize_config_dir(str(config_folder()), version_base="1.3"):
             point = f"shapes_f{f}" if experiment.startswith("shapes") else f"f{f}"
             config = compose("train", [f"experiment={experiment}", f"ablation={point}"])
+        tree = plain(config.diffusion.network)
         with torch.device("meta"):
             network = instantiate(config.autoencoder.network, _convert_="all")
             unet = instantiate(config.diffusion.network, _convert_="all")
@@ -228,7 +229,7 @@ def test_every_point_of_a_sweep_over_f_has_its_factor_and_equal_compute(
                 {"vector": torch.empty(1, unet.condition_widths["vector"])} if unet.condition_widths["vector"] else {}
             )
             flops = forward_flops(
-                "diffusion.network", unet, torch.empty(1, unet.in_channels, side, side), torch.empty(1), **extra
+                "diffusion.network", tree, unet, torch.empty(1, unet.in_channels, side, side), torch.empty(1), **extra
             )
         totals.append(flops * config.diffusion.max_steps * config.diffusion.batch_size)
         assert config.diffusion.max_steps % config.diffusion.evaluate_every == 0

@@ -6,6 +6,8 @@ import subprocess
 import sys
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from chains import chain
@@ -14,17 +16,23 @@ from tqdm import tqdm
 from ldm_train.training.callbacks import progress
 
 
-def test_a_log_gets_a_line_in_ten_seconds_and_not_in_each(tmp_path: Path) -> None:
+def test_a_log_gets_a_line_in_ten_seconds_and_not_in_each(monkeypatch: pytest.MonkeyPatch) -> None:
     """tqdm's own interval counts, which the commands set for outputs that are no terminal."""
     code = (
         "import os, sys; sys.argv = ['ldm-train']; os.environ.pop('TQDM_DISABLE', None); import ldm_train.cli\n"
-        "from types import SimpleNamespace as N; from ldm_train.training.callbacks.progress import StepBar\n"
-        "bar, task = StepBar(), N(stage='diffusion', shown=()); trainer = N(global_step=0, max_steps=9, log_every_n_steps=5)\n"
-        "bar.on_train_start(trainer, task); print(bar.bar.mininterval)"
+        "from tqdm import tqdm; print(tqdm().mininterval)"
     )
     environment = {k: v for k, v in os.environ.items() if not k.startswith("TQDM")}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)
     assert float(done.stdout) == 10
+
+    def usual(*arguments: Any, mininterval: float = 10, **options: Any) -> tqdm:
+        return tqdm(*arguments, mininterval=mininterval, **options | {"disable": False, "file": io.StringIO()})
+
+    monkeypatch.setattr(progress, "tqdm", usual)
+    bar, task = progress.StepBar(), SimpleNamespace(stage="diffusion", shown=())
+    bar.on_train_start(SimpleNamespace(global_step=0, max_steps=9, log_every_n_steps=5), task)
+    assert bar.bar.mininterval == 10
 
 
 @pytest.mark.chain
