@@ -1,7 +1,7 @@
 """Copies to an accelerator for which the host does not wait; full precision on any device; modules without first weights."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -21,9 +21,9 @@ def uploaded(tensor: torch.Tensor, device: torch.device | str) -> torch.Tensor:
 
 
 def full_precision(device: torch.device) -> AbstractContextManager:
-    """A context without autocast."""
+    """A context without autocast. (Of a device that has none, the CPU's is switched off: a rehearsal on the meta device asks that.)"""
     known = torch.amp.is_autocast_available(device.type)
-    return torch.autocast(device.type, enabled=False) if known else nullcontext()
+    return torch.autocast(device.type if known else "cpu", enabled=False)
 
 
 class Uninitialised(TorchFunctionMode):

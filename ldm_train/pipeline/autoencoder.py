@@ -1,5 +1,6 @@
 """Stage 1: the autoencoder, trained, or taken from another run."""
 
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -210,7 +211,7 @@ class AutoencoderStage(Stage):
         section, network = run.config.autoencoder, on_meta(run).to(memory_format=torch.channels_last).train()
         if section.train == "decoder":
             network.freeze_encoder()
-        with torch.device("meta"):
+        with torch.device("meta"), warnings.catch_warnings(action="ignore"):  # of weights that are not kept
             loss = instantiate(section.loss, _convert_="all")
         size = sides(stage_data(run.config, "autoencoder").image_size)
         task = self.task(run, network, loss, run.folder / "autoencoder")

@@ -69,7 +69,6 @@ class Budget:
         self._named = "activation_checkpointing" in self.section.network
         self._own = bool(self.section.network.get("activation_checkpointing", False))
         self.chosen = Choice(batching.micro, batching.accumulate, self._own)
-        self.rehearses = True  # until a part of the user's own says otherwise
         self.unknown: tuple[str, ...] = ()
         self._rehearsals: dict[bool, Rehearsal | None] = {}
         tree = {k: v for k, v in plain(run.config).items() if k not in BESIDE}

@@ -19,6 +19,7 @@ from ldm_train.training.fit import Machine
 if TYPE_CHECKING:
     from ldm_train.pipeline.run import Run
 
+REACHED = 0.4  # of the measured speed of matrix products by training, about
 TRAINING_FLOPS = 3  # forward and backward cost about three forward passes
 
 # Dense peak of 16-bit matrix products with 32-bit sums, TFLOP/s, by a part of the device's name (makers' data sheets; the
@@ -64,13 +65,17 @@ def _channels_in_words(config: DictConfig) -> str:
     return f"{text}; {groups_in_words(channels)}: {', '.join(seeing)}" if seeing else text
 
 
-def _peak_memory(run: "Run", budget: Budget) -> str:
-    """The peak of a step in words; whatever a part of the user's own raises that the meta device cannot run, is said."""
+def _budget(run: "Run", stage: str) -> tuple[Budget | None, str]:
+    """(a stage's memory, its peak in words); None where the stage does not rehearse, or a part of the user's own does what the
+    meta device cannot, which is said."""
     try:
-        return f"{budget.peak(budget.chosen) / GIB:.2f} GiB at the peak of a step"
+        budget = Budget(run, stage)
+        if budget.memory(budget.chosen) is None:
+            return None, ""
+        return budget, f", {budget.peak(budget.chosen) / GIB:.2f} GiB at the peak of a step"
     except Exception as error:
-        budget.rehearses = False
-        return f"memory not known beforehand ({type(error).__name__}: {str(error).splitlines()[0][:120]})"
+        reason = (str(error).splitlines() or [""])[0][:120]
+        return None, f", memory not known beforehand ({type(error).__name__}: {reason})"
 
 
 def _device(machine: Machine) -> torch.device | None:
@@ -99,39 +104,35 @@ def print_plan(run: "Run", steps: list[Step]) -> dict[str, tuple[float, float]]:
     print(f"run {run.folder} on {machine.world_size} x {machine.accelerator}, precision {machine.precision}")
     if not has_colours(config.data.channels):
         print(_channels_in_words(config))
-    device = _device(machine)
-    measured = None if device is None else _rate(device)
-    effort, memory, budgets = {}, offered(run), []
+    effort, budgets, device, memory = {}, [], _device(machine), offered(run)
     anew = made_anew(run.order, steps, run.folder, config.restart)
     for step in steps:
         note = None if step.name in anew else read_note(run.folder / step.name)
         state = "new" if note is None else "finished" if is_done(note, step) else "to resume"
         text = f"  {step.name:<12}{state:<10}"
+        budget = None
         if plan := plans[step.name]:
             text += f"{plan.begins}, " if plan.begins else ""
             text += _in_words(run, step, plan)
-            if left := _left(run, step.name, step.steps, state):
-                budgets.append(Budget(run, step.name))
-                text += f", {_peak_memory(run, budgets[-1])}"
-            if measured is not None and device is not None:
-                peak = peak_flops(device, machine.precision, measured) * machine.world_size
-                effort[step.name] = (float(plan.flops * TRAINING_FLOPS), peak)
-                # Training reaches about 40 % of the measured rate.
-                rate = measured * machine.world_size * 0.4 / (plan.flops * TRAINING_FLOPS)
+            left, flops = _left(run, step.name, step.steps, state), float(plan.flops * TRAINING_FLOPS)
+            if left:
+                budget, peak_in_words = _budget(run, step.name)
+                text += peak_in_words
+            if device is not None:
+                effort[step.name] = flops, peak_flops(device, machine.precision, _rate(device)) * machine.world_size
+            if left and device is not None:
+                rate = REACHED * _rate(device) * machine.world_size / flops
                 seconds = left * config[step.name].batch_size / rate
-                if (until := config[step.name].get("max_time")) is not None and left:
+                text += f", about {rate:.3g} images/s, {duration(seconds)}{cost(config.price_per_hour, seconds)}"
+                if (until := config[step.name].get("max_time")) is not None:
                     text += f", ended by the clock after {until}"
-                text += (
-                    f", about {rate:.3g} images/s, {duration(seconds)}{cost(config.price_per_hour, seconds)}"
-                    if left
-                    else ""
-                )
         print(text, flush=True)
-        if config.plan == "only" and budgets and budgets[-1].stage == step.name and budgets[-1].rehearses:
-            for line in in_full(budgets[-1], memory):
+        if budget is not None:
+            budgets.append(budget)
+            for line in in_full(budget, memory) if run.plans_only else ():
                 print(f"    {line}", flush=True)
     for budget in budgets:
-        if budget.rehearses and memory is not None:
+        if memory is not None:
             budget.check(memory)
     return effort
 

@@ -57,6 +57,8 @@ def train(config: DictConfig) -> None:
     sweeping = HydraConfig.get().mode == RunMode.MULTIRUN
     config.name = run_name(config)
     folder = Path(str(config.runs_dir)) / config.name
+    if config.plan == "only":
+        return _train(config, folder, sweeping)
     try:
         _train(config, folder, sweeping)
     except Interrupted as error:
