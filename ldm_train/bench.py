@@ -11,6 +11,7 @@ import torch
 from omegaconf import DictConfig
 from tqdm import tqdm
 
+from ldm_train.devices import device_of
 from ldm_train.diffusion.denoiser import Denoiser, Network
 from ldm_train.diffusion.guidance import classifier_free
 from ldm_train.diffusion.parameterisation import Epsilon
@@ -30,8 +31,8 @@ def in_turns(
     times: dict[str, list[float]] = {name: [] for name in measured}
 
     def now() -> float:
-        if device.type == "cuda":
-            torch.cuda.synchronize()
+        if device.type != "cpu":
+            torch.accelerator.synchronize()
         return time.perf_counter()
 
     for k in tqdm(range(runs + 1), desc=progress, unit="round", leave=False):
@@ -127,16 +128,16 @@ def bench(config: DictConfig) -> dict[str, Any]:
         raise ValueError(f"what=sampling is what can be measured, not {config.what!r}")
     if config.runs < 1 or config.steps < 1 or config.batch_size < 1:
         raise ValueError("runs, steps and batch_size must be at least 1")
-    if config.accelerator == "gpu" and not torch.cuda.is_available():
-        raise ValueError("accelerator=gpu, but no GPU is visible; use accelerator=cpu")
+    device = device_of(config.accelerator)
     if config.threads:
         torch.set_num_threads(config.threads)
     try:
         import diffusers
     except ModuleNotFoundError as error:
         raise ValueError("ldm-bench measures against diffusers: pip install diffusers") from error
-    device = torch.device("cuda" if torch.cuda.is_available() and config.accelerator != "cpu" else "cpu")
-    name = torch.cuda.get_device_name() if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
+    name = (
+        torch.cuda.get_device_name() if device.type == "cuda" else f"{device.type}, {torch.get_num_threads()} threads"
+    )
     print(f"{name}; torch {torch.__version__}, diffusers {diffusers.__version__}; medians of {config.runs}")
     results = sampling(config, device)
     print(format_table(results))

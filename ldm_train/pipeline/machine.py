@@ -10,27 +10,27 @@ import torch
 import torch.distributed as dist
 from omegaconf import DictConfig
 
+from ldm_train.devices import device_of
 from ldm_train.pipeline.ranks import launch
 from ldm_train.training.fit import Machine, Onlooker
 
 
 def machine_of(config: DictConfig, environment: Mapping[str, str]) -> Machine:
-    """This process's device and rank, from the config and torchrun's environment variables. Raises ValueError where a GPU
-    is requested and none is visible."""
+    """This process's device and rank, from the config and torchrun's environment variables. Raises ValueError where a device
+    is requested that is not there."""
     world_size, rank, local_rank, local_world_size = (
         int(environment.get(name, default))
         for name, default in (("WORLD_SIZE", 1), ("RANK", 0), ("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1))
     )
-    accelerator = config.accelerator
-    if accelerator == "auto":
-        accelerator = "gpu" if torch.cuda.is_available() else "cpu"
-    if accelerator not in ("cpu", "gpu"):
-        raise ValueError(f"accelerator is auto, cpu or gpu, not {accelerator!r}")
+    kind = device_of(config.accelerator).type
+    accelerator = "gpu" if kind == "cuda" else kind
+    if accelerator == "mps" and world_size > 1:
+        raise ValueError(f"devices={world_size}, but mps is one device; use devices=1")
     if accelerator == "gpu" and torch.cuda.device_count() < min(world_size, local_rank + 1):
         raise ValueError(f"accelerator=gpu, but {torch.cuda.device_count()} GPUs are visible; use accelerator=cpu")
     precision = str(config.precision)
     if precision == "auto":
-        precision = "32" if accelerator == "cpu" else "bf16-mixed"
+        precision = "bf16-mixed" if accelerator == "gpu" else "32"
     return Machine(accelerator, precision, world_size, rank, local_rank, local_world_size)
 
 
