@@ -2,11 +2,17 @@
 
 import traceback
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
+import pytest
 import torch
 from torch.fx.experimental import _config as config
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from ldm_train import devices
+from ldm_train.diffusion import process
+from ldm_train.models import layers
 
 aten = torch.ops.aten
 # Whose result has a size that only the device knows.
@@ -53,14 +59,25 @@ SHAPED = {
 }  # fmt: skip
 
 
+@contextmanager
+def without_float64() -> Iterator[None]:
+    """A context in which the meta device has no float64, as Apple's has none. Models are taken there inside it."""
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (devices, process, layers):
+            patch.setattr(module, "WITHOUT_FLOAT64", {"mps", "meta"})
+        yield
+
+
 class Watched(TorchDispatchMode):
     """Notes in `waits` every place of the package at which the host waits for the meta device: values that it reads, results whose
-    size it must know, and blocking copies in either direction. Raises AssertionError for an operation that mixes devices
-    (numbers on the CPU, tensors without dimensions, may join any)."""
+    size it must know, and blocking copies in either direction. What is read before the device was asked for more is one wait:
+    it has done everything by then. Raises AssertionError for an operation that mixes devices (numbers on the CPU, tensors
+    without dimensions, may join any), and for float64 on the device under `without_float64`."""
 
     def __init__(self) -> None:
         super().__init__()
         self.waits: list[str] = []
+        self._idle = False
 
     def __enter__(self) -> "Watched":
         self._assumed = config.patch(meta_nonzero_assume_all_nonzero=True)  # so that what is noted goes on
@@ -71,13 +88,30 @@ class Watched(TorchDispatchMode):
         super().__exit__(*error)
         self._assumed.__exit__(*error)
 
-    def _wait(self, what: str) -> None:
+    def _place(self) -> str:
         frames = [f for f in traceback.extract_stack() if "/ldm_train/" in f.filename and "/tests/" not in f.filename]
-        place = f"{frames[-1].filename.partition('/ldm_train/')[2]}: {frames[-1].line}" if frames else "outside"
+        return f"{frames[-1].filename.partition('/ldm_train/')[2]}: {frames[-1].line}" if frames else "outside"
+
+    def _wait(self, what: str) -> None:
+        if self._idle and what.endswith("is read"):
+            return
+        self._idle = True
+        place = self._place()
         self.waits.append(f"{what} at {place}")
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs, packet = kwargs or {}, func.overloadpacket
+        made = self._done(func, args, kwargs or {})
+        there = [t for t in _tensors((args, list((kwargs or {}).values()), made)) if t.is_meta]
+        if "meta" in devices.WITHOUT_FLOAT64 and any(t.dtype == torch.float64 for t in there):
+            # torch.quantile ranks in float64 on its own account; what it does on a device without is torch's.
+            assert "torch.quantile(" in self._place(), f"{func} has float64 on the device at {self._place()}"
+        returned = [t for t in _tensors([made]) if t.is_meta]
+        if returned and not all(r.alias_info is not None and not r.alias_info.is_write for r in func._schema.returns):
+            self._idle = False  # more than a view
+        return made
+
+    def _done(self, func: Any, args: Any, kwargs: Any) -> Any:
+        packet = func.overloadpacket
         given = [*_tensors(args), *_tensors(kwargs.values())]
         there = [t for t in given if t.is_meta]
         if packet is aten._local_scalar_dense and there:

@@ -1,8 +1,11 @@
-"""Nothing waits for an accelerator and nothing mixes devices: every family's steps on the meta device, which has no values.
+"""Nothing waits for an accelerator, mixes devices or needs float64 there: every family's steps on the meta device, which has no
+values, and here no float64, as Apple's GPUs.
 
-At most one wait for the device per picture batch in sampling (the pictures themselves), none in a training step.
+None in a training step and in sampling; one wait per batch where pictures are encoded or measured. What the host still reads, and
+why, is the table in ldm_train/README.md under "Devices".
 """
 
+from collections.abc import Iterator
 from contextlib import suppress
 from functools import cache, partial
 from types import SimpleNamespace
@@ -11,23 +14,32 @@ from typing import Any
 import pytest
 import torch
 from chains import composed
-from devices import Watched
+from devices import Watched, without_float64
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
 from ldm_train.conditioning.image_embedding import ImageEmbedding
 from ldm_train.conditioning.text import train_tokenizer
 from ldm_train.configuration import config_folder
-from ldm_train.devices import uploaded
+from ldm_train.data.latents import both_encoded
+from ldm_train.devices import device_of, uploaded
 from ldm_train.diffusion.guidance import classifier_free, classifier_guidance, score_guidance
 from ldm_train.diffusion.objective import DiffusionObjective
+from ldm_train.evaluation.evaluator import parse_metrics
+from ldm_train.evaluation.report import measure_reconstructions
 from ldm_train.latent_diffusion import Guidance, LatentDiffusion, Sampling, Start
 from ldm_train.losses.autoencoder import AutoencoderLoss
 from ldm_train.losses.perceptual import TinyPerceptual
+from ldm_train.metrics.features import TinyEval
+from ldm_train.metrics.measures import Collected
 from ldm_train.models.autoencoder import AutoencoderKL, AutoencoderVQ
 from ldm_train.models.classifier import NoisyClassifier
 from ldm_train.models.discriminator import PatchDiscriminator
+from ldm_train.models.first_stage import FirstStage
+from ldm_train.models.tiling import Tiles
 from ldm_train.pipeline.diffusion import first_stage_tree, latent_size, model_tree
+from ldm_train.pipeline.latents import encoded_on
+from ldm_train.pipeline.machine import machine_of
 from ldm_train.training.autoencoder_task import AutoencoderTask
 from ldm_train.training.classifier_task import ClassifierTask
 from ldm_train.training.diffusion_task import DiffusionTask
@@ -61,6 +73,12 @@ FIELDS: dict[str, Any] = {
     "masked_image": torch.zeros(2, 4, 32, 32), "edges": torch.rand(2, 1, 32, 32), "depth": torch.rand(2, 1, 32, 32),
     "reference": torch.zeros(2, 3, 32, 32),
 }  # fmt: skip
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _without_float64() -> Iterator[None]:
+    with without_float64():
+        yield
 
 
 @cache
@@ -185,17 +203,73 @@ def test_a_step_of_the_classifier_waits_for_nothing():
     assert stepped(ClassifierTask(network, model.first_stage, model.schedule, **OPTIMISATION), batch) == []
 
 
+SIZES = {"z_channels": 4, "channels": 32, "channel_mult": (1, 2), "num_res_blocks": 1}
+AUTOENCODERS = {
+    "kl": partial(AutoencoderKL, **SIZES),
+    "vq": partial(AutoencoderVQ, **SIZES, num_codes=16),
+    "vq averaged and restarted": partial(AutoencoderVQ, **SIZES, num_codes=16, codebook_ema=0.9, restart_after=2),
+}
+
+
 @pytest.mark.parametrize("step", [0, 60, 100], ids=["alone", "discriminator", "both"])
-@pytest.mark.parametrize("kind", ["kl", "vq", "vq averaged and restarted"])
+@pytest.mark.parametrize("kind", AUTOENCODERS)
 def test_a_step_of_the_autoencoder_waits_for_nothing(kind: str, step: int):
-    sizes = {"z_channels": 4, "channels": 32, "channel_mult": (1, 2), "num_res_blocks": 1}
-    averaged = {"codebook_ema": 0.9, "restart_after": 2} if "averaged" in kind else {}
-    autoencoder = AutoencoderKL(**sizes) if kind == "kl" else AutoencoderVQ(**sizes, num_codes=16, **averaged)
     loss = AutoencoderLoss(
         TinyPerceptual(), PatchDiscriminator(channels=8, num_layers=2), disc_start=200 - step, disc_warmup=40,
         reduction="sum" if kind == "kl" else "mean", learn_logvar=True,
     )  # fmt: skip
-    assert stepped(AutoencoderTask(autoencoder, loss, **OPTIMISATION), {"image": torch.zeros(2, 3, 32, 32)}) == []
+    assert (
+        stepped(AutoencoderTask(AUTOENCODERS[kind](), loss, **OPTIMISATION), {"image": torch.zeros(2, 3, 32, 32)}) == []
+    )
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_measured_batch_of_samples_is_waited_for_once(recipe: str):
+    model, _ = model_of(recipe)
+    metrics = parse_metrics(["fid_tiny", "kid_tiny", "precision_tiny", "recall_tiny"], ["tiny"])
+    made = Collected(metrics, {"tiny": TinyEval().to("meta")})
+    how = Sampling(SAMPLERS["ddim"], 2, 3.0)
+    with Watched() as watched:
+        images = model.eval().sample({k: FIELDS[k] for k in model.fields}, [0, 1], how)
+        made.add(images, torch.arange(2), FIELDS["caption"])
+    assert len(watched.waits) == 1
+    assert not made.sets["tiny"].kept()[0].is_meta
+
+
+@pytest.mark.parametrize("kind", AUTOENCODERS)
+def test_a_measured_batch_of_reconstructions_is_waited_for_once(kind: str):
+    first_stage = FirstStage(AUTOENCODERS[kind]()).to("meta")
+    evaluator = SimpleNamespace(
+        device=torch.device("meta"), paired=["psnr", "ssim", "perceptual"], metrics=parse_metrics(["fid_tiny"], ["tiny"]),
+        extractors={"tiny": TinyEval().to("meta")}, networks={"perceptual": TinyPerceptual().to("meta")},
+    )  # fmt: skip
+    values: dict[str, list[torch.Tensor]] = {name: [] for name in evaluator.paired}
+    rebuilt = Collected(evaluator.metrics, evaluator.extractors)
+    with Watched() as watched, torch.no_grad():
+        latents, _ = measure_reconstructions(
+            first_stage, torch.zeros(2, 3, 32, 32), torch.arange(2), evaluator, values, rebuilt
+        )
+        latents.cpu()
+    assert len(watched.waits) == 1
+    assert not any(v[0].is_meta for v in values.values())
+
+
+@pytest.mark.parametrize("kind", AUTOENCODERS)
+def test_a_cached_batch_is_waited_for_once(kind: str):
+    first_stage = FirstStage(AUTOENCODERS[kind]()).to("meta")
+    images = torch.zeros(2, 3, 32, 32)
+    with Watched() as watched:
+        moments, mirrored = both_encoded(partial(encoded_on, first_stage, torch.device("meta")), images, flips=True)
+    assert len(watched.waits) == 1
+    assert moments.shape == mirrored.shape
+    assert not moments.is_meta
+
+
+@pytest.mark.parametrize("kind", AUTOENCODERS)
+def test_tiled_decoding_mixes_no_devices(kind: str):
+    first_stage = FirstStage(AUTOENCODERS[kind]()).to("meta")
+    with Watched():  # it waits for every tile, to keep it on the host
+        first_stage.decode(torch.zeros(1, 4, 24, 24, device="meta"), tiles=Tiles(16, 4))
 
 
 def test_metrics_are_waited_for_once_where_they_are_written():
@@ -217,6 +291,27 @@ def test_ranks_leave_what_is_on_the_host_there():
     assert strategy.determine_ddp_device_ids() is None  # DDP moves the inputs to these
 
 
+def test_apples_device_is_chosen_where_it_is_there_and_named_where_it_is_not(monkeypatch: pytest.MonkeyPatch):
+    config = OmegaConf.create({"accelerator": "auto", "precision": "auto"})
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    machine = machine_of(config, {})
+    assert (machine.accelerator, machine.device.type, machine.precision) == ("mps", "mps", "32")
+    with pytest.raises(ValueError, match="devices=2, but mps is one device; use devices=1"):
+        machine_of(config, {"WORLD_SIZE": "2"})
+    with pytest.raises(ValueError, match="precision=16-mixed needs a CUDA GPU; use precision=32 on mps"):
+        Machine("mps", "16-mixed")
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    assert device_of("auto").type == "cpu"
+    with pytest.raises(ValueError, match=r"accelerator=mps, but .* is there.*; use accelerator=cpu"):
+        device_of("mps")
+
+
+def test_what_is_uploaded_becomes_float32_where_there_is_no_float64():
+    assert uploaded(torch.zeros(2, dtype=torch.float64), "meta").dtype == torch.float32
+    assert uploaded(torch.zeros(2, dtype=torch.float64), "cpu").dtype == torch.float64
+
+
 def test_what_waits_and_what_mixes_is_seen():
     x, mask = torch.zeros(3, device="meta"), torch.zeros(3, dtype=torch.bool, device="meta")
     waiting = [
@@ -234,3 +329,11 @@ def test_what_waits_and_what_mixes_is_seen():
     assert watched.waits == []
     with Watched(), pytest.raises(AssertionError, match="mixes devices"):
         x + torch.zeros(3)
+    with Watched(), pytest.raises(AssertionError, match="float64 on the device"):
+        x.double()
+    with Watched() as watched:
+        (x + 1).cpu(), x.cpu(), x[:1].cpu()
+    assert len(watched.waits) == 1  # all of it was done when the first had come
+    with Watched() as watched:
+        (x + 1).cpu(), (x + 2).cpu()
+    assert len(watched.waits) == 2

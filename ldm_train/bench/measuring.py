@@ -77,8 +77,8 @@ class Table:
 
 def synchronised(device: torch.device) -> float:
     """The time, in seconds, once the device has done what it was asked for."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    if device.type != "cpu":
+        torch.accelerator.synchronize()
     return time.perf_counter()
 
 

@@ -110,6 +110,12 @@ def written_entries(folder: Path, split: str) -> list[dict]:
     return entries
 
 
+def both_encoded(encode: Encode, images: torch.Tensor, flips: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The moments of pictures and, with `flips`, of their mirror images, on the host. Read when both are asked of the device."""
+    moments, mirrored = encode(images), encode(images.flip(3)) if flips else None
+    return moments.cpu(), None if mirrored is None else mirrored.cpu()
+
+
 def _encoded(
     data: ShardDataModule,
     split: str,
@@ -127,16 +133,18 @@ def _encoded(
         dataset, batch_sampler=batches, num_workers=data.num_workers, collate_fn=collate, worker_init_fn=become_worker
     )
     for rows, batch in zip(batches, loader):
-        moments = encode(batch["image"]) if known is None else torch.stack([known(keys[i]) for _, i in rows])
-        mirrored = encode(batch["image"].flip(3)) if flips else None
+        if known is None:
+            moments, mirrored = both_encoded(encode, batch["image"], flips)
+        else:
+            moments, mirrored = torch.stack([known(keys[i]) for _, i in rows]), None
         for note in batch["replaced"]:
             tqdm.write(f"latent cache: leaving out unreadable {note}")
         for k, (_, i) in enumerate(rows):
             if batch["key"][k] != str(shards.keys[i]):  # unreadable, replaced by another sample
                 continue
-            fields = {"moments.npy": encoded_npy(moments[k].cpu().numpy())}
+            fields = {"moments.npy": encoded_npy(moments[k].numpy())}
             if mirrored is not None:
-                fields["flipped.npy"] = encoded_npy(mirrored[k].cpu().numpy())
+                fields["flipped.npy"] = encoded_npy(mirrored[k].numpy())
             yield keys[i], fields | shards.members(i, _extensions(FIELDS[f] for f in CACHED_FIELDS))
         progress.update(len(rows))
 

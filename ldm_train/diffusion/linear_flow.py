@@ -5,7 +5,7 @@ import math
 
 import torch
 
-from ldm_train.diffusion.process import NoiseProcess, expand_to
+from ldm_train.diffusion.process import NoiseProcess, expand_to, widest
 
 
 class LinearFlow(NoiseProcess):
@@ -46,7 +46,8 @@ class LinearFlow(NoiseProcess):
         self.first_time, self.last_time = 1.0, last * num_train_timesteps
 
     def _share(self, t: float | torch.Tensor) -> torch.Tensor:
-        return torch.as_tensor(t, dtype=torch.float64) / self.num_train_timesteps
+        dtype = widest(t.device) if isinstance(t, torch.Tensor) else torch.float64
+        return torch.as_tensor(t, dtype=dtype) / self.num_train_timesteps
 
     def at(self, t: float | torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         noise = self._share(t)

@@ -3,6 +3,13 @@
 import torch
 from torch import nn
 
+WITHOUT_FLOAT64 = {"mps"}  # kinds of devices
+
+
+def widest(device: torch.device) -> torch.dtype:
+    """float64 where the device has it."""
+    return torch.float32 if device.type in WITHOUT_FLOAT64 else torch.float64
+
 
 def expand_to(values: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     """(B,) -> (B, 1, ..., 1) with the rank, device and dtype of `like`; a scalar stays a scalar."""

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from ldm_train.diffusion.process import NoiseProcess
+from ldm_train.diffusion.process import NoiseProcess, widest
 
 
 def make_betas(kind: str, beta_start: float, beta_end: float, num_train_timesteps: int) -> torch.Tensor:
@@ -61,26 +61,27 @@ class NoiseSchedule(NoiseProcess):
         betas = make_betas(kind, beta_start, beta_end, num_train_timesteps)
         if zero_terminal_snr:
             betas = rescale_zero_terminal_snr(betas)
-        self.host_table = torch.cumprod(
-            1 - betas, dim=0
-        )  # stays there: the numbers of sampling are not read back from a device
-        self.register_buffer("betas", betas, persistent=False)
-        self.register_buffer("alphas_cumprod", torch.cumprod(1 - betas, dim=0), persistent=False)
+        self.betas = betas
+        self.host_table = torch.cumprod(1 - betas, dim=0)  # the numbers of sampling are not read back from a device
+        self.register_buffer("place", torch.zeros(()), persistent=False)  # where the model is
+        self._make_tables()
 
-    betas: torch.Tensor
-    alphas_cumprod: torch.Tensor
+    place: torch.Tensor
+
+    def _make_tables(self) -> None:
+        # They follow the model between devices but stay float64, whatever precision the model is cast to; on devices without
+        # float64 they are rounded once all is computed.
+        abar = self.host_table
+        tables = abar, abar.sqrt(), (1 - abar).sqrt(), abar / (1 - abar)
+        there = (t.to(self.place.device, widest(self.place.device)) for t in tables)
+        self.alphas_cumprod, self.alphas, self.sigmas, self.snr = there
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> "NoiseSchedule":
-        # The tables follow the model between devices but stay float64, whatever precision the model is cast to.
-        tables = (self.betas, self.alphas_cumprod)
+        before = self.place.device
         super()._apply(fn, recurse)
-        self.betas, self.alphas_cumprod = (table.to(self.betas.device) for table in tables)
+        if self.place.device != before:
+            self._make_tables()
         return self
-
-    @property
-    def snr(self) -> torch.Tensor:
-        """alphas_cumprod / (1 - alphas_cumprod), (T,)."""
-        return self.alphas_cumprod / (1 - self.alphas_cumprod)
 
     def training_times(self, uniform: torch.Tensor) -> torch.Tensor:
         """Whole timesteps 0 .. T - 1, int64."""
@@ -88,8 +89,7 @@ class NoiseSchedule(NoiseProcess):
 
     def training_coefficients(self, timesteps: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """sqrt(abar_t), sqrt(1 - abar_t); timesteps (B,) integer."""
-        abar = self.alphas_cumprod[timesteps]
-        return abar.sqrt(), (1 - abar).sqrt()
+        return self.alphas[timesteps], self.sigmas[timesteps]
 
     def signal_to_noise(self, timesteps: torch.Tensor) -> torch.Tensor:
         return self.snr[timesteps]
@@ -99,7 +99,7 @@ class NoiseSchedule(NoiseProcess):
 
         Between table entries the log-SNR is linear in t; between the clean image (t = -1) and entry 0 it is sigma.
         """
-        t = torch.as_tensor(t, dtype=torch.float64)
+        t = torch.as_tensor(t, dtype=widest(t.device) if isinstance(t, torch.Tensor) else torch.float64)
         table = self.host_table if t.device == self.host_table.device else self.alphas_cumprod
         t = t.to(table.device)
         # Zero signal would be an infinite log-SNR, which cannot be interpolated; 1e-20 is zero to every float32.

@@ -13,6 +13,7 @@ from torch import nn
 from tqdm import tqdm
 
 from ldm_train import images as pictures
+from ldm_train.devices import uploaded
 from ldm_train.distributed import gathered, rank, world_size
 from ldm_train.latent_diffusion import LatentDiffusion
 from ldm_train.metrics.distribution import Estimate
@@ -109,7 +110,7 @@ def collect_reference(
     if not all(there):
         position = 0
         for batch in tqdm(loader(), desc=name.removesuffix("_split"), unit="batch", disable=not progress):
-            images = batch["image"].to(device)
+            images = uploaded(batch["image"], device)
             wanted.add(images, indices_of(position, len(images)))
             position += len(images)
         wanted.gathered()

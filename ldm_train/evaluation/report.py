@@ -8,6 +8,7 @@ import torch
 from tqdm import tqdm
 
 from ldm_train import images as pictures
+from ldm_train.devices import uploaded
 from ldm_train.distributed import gathered, rank
 from ldm_train.evaluation.adherence import format_table, measure_adherence
 from ldm_train.evaluation.evaluator import PAIRED, Evaluator
@@ -32,6 +33,26 @@ def of_reconstructions(evaluator: Evaluator) -> list[Metric]:
     return [m for m in evaluator.metrics if m.compared_with == (REFERENCE,)]
 
 
+def measure_reconstructions(
+    first_stage: FirstStage,
+    images: torch.Tensor,
+    indices: torch.Tensor,
+    evaluator: Evaluator,
+    values: dict[str, list[torch.Tensor]],
+    rebuilt: Collected,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Adds a batch of images (B, C, H, W) on the host to the paired metrics' `values` and to the set of reconstructions. Returns
+    its latents (B, C, h, w) and reconstructions, on the device, which is waited for once."""
+    x = uploaded(images, evaluator.device)
+    latents = first_stage.scaled(first_stage.posterior(first_stage.encode_moments(x)).mean)
+    rec = first_stage.decode(latents)
+    measured = {name: (PAIRED.get(name) or evaluator.networks[name])(rec, x) for name in values}
+    rebuilt.add(rec, indices)
+    for name, value in measured.items():
+        values[name].append(value.cpu().double())
+    return latents, rec
+
+
 @torch.no_grad()
 def evaluate_first_stage(
     first_stage: FirstStage,
@@ -52,17 +73,12 @@ def evaluate_first_stage(
     rebuilt, values, kept, position = Collected(used, evaluator.extractors), {n: [] for n in paired}, {}, 0
     shown = torch.empty(0)
     for batch in tqdm(batches, desc="reconstructions", unit="batch", disable=not progress):
-        x = batch["image"].to(evaluator.device)
-        latents = first_stage.scaled(first_stage.posterior(first_stage.encode_moments(x)).mean)
-        rec = first_stage.decode(latents)
-        for name, function in paired.items():
-            values[name].append(function(rec, x).double().cpu())
-        indices = indices_of(position, len(x))
-        position += len(x)
-        rebuilt.add(rec, indices)
-        kept |= {i: z.cpu() for i, z in zip(indices.tolist(), latents) if i < predictors}
+        indices = indices_of(position, len(batch["image"]))
+        position += len(indices)
+        latents, rec = measure_reconstructions(first_stage, batch["image"], indices, evaluator, values, rebuilt)
+        kept |= {i: z for i, z in zip(indices.tolist(), latents.cpu()) if i < predictors}
         if not len(shown):
-            shown = torch.cat([x[:8], rec[:8]]).cpu()
+            shown = torch.cat([batch["image"][:8], rec[:8].cpu()])
     metrics: dict[str, Any] = {"reconstruction": {}}
     channels = first_stage.autoencoder.in_channels
     for name, own in values.items():

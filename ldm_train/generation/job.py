@@ -48,8 +48,8 @@ OWN_FILE = re.compile(r"\d{5,}_seed\d+\.png")  # of a job's pictures
 
 def machine(device: str, batch_size: int) -> dict[str, Any]:
     """The parts of the machine that pixels depend on: float sums are ordered differently on another machine."""
-    name = torch.cuda.get_device_name() if device == "cuda" else "cpu"
-    threads = {} if device == "cuda" else {"threads": torch.get_num_threads()}
+    name = torch.cuda.get_device_name() if device == "cuda" else device
+    threads = {} if device != "cpu" else {"threads": torch.get_num_threads()}
     return {"device": name, "batch_size": batch_size, "torch": torch.__version__} | threads
 
 

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from ldm_train.data.batch import FIELDS, Field
 from ldm_train.data.masks import masked_image
+from ldm_train.devices import device_of
 from ldm_train.generation.files import (
     as_list,
     extended,
@@ -68,15 +69,14 @@ RULES: dict[str, Rule] = {
     "guidance.interval": optional(numbers(2, number(-MOST, MOST))),
     **dict.fromkeys(TEXTS, scalar),
     **dict.fromkeys(("invert", "overwrite"), flag),
-    "accelerator": one_of("auto", "cpu", "gpu"),
+    "accelerator": one_of("auto", "cpu", "gpu", "mps"),
 }
 
 
 def check_types(config: DictConfig) -> None:
     """Raises ValueError, naming the option, for a value of the wrong type."""
     check(config, RULES)
-    if config.accelerator == "gpu" and not torch.cuda.is_available():
-        raise ValueError("accelerator=gpu, but no GPU is visible; use accelerator=cpu")
+    device_of(config.accelerator)
     if config.out is not None and Path(config.out).is_file():
         raise ValueError(f"out={config.out} is a file; name a folder")
 

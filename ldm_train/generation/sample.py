@@ -16,6 +16,7 @@ from ldm_train.checkpoints.native import find_model, load_latent_diffusion, mode
 from ldm_train.checkpoints.parts import build_sampler, targets
 from ldm_train.compiling import check_compiler, compile_sampling, record_cuda_graphs
 from ldm_train.configuration import literal, plain
+from ldm_train.devices import device_of
 from ldm_train.diffusion.guidance import classifier_free
 from ldm_train.generation.drawing import Drawing
 from ldm_train.generation.film import Film
@@ -138,7 +139,7 @@ def _sample(config: DictConfig, recipe_before: dict[str, Any] | None, only: int 
         unsaid["guidance"] = plain(config.guidance) | {"interval": trained["guidance_interval"]}
     config = literal(OmegaConf.to_container(config, resolve=True) | unsaid | {"sampler": tree})
     trust = [*config.trust, *(targets(chosen) if chosen else ())]  # a sampler of the user's own
-    device = "cuda" if torch.cuda.is_available() and config.accelerator != "cpu" else "cpu"
+    device = device_of(config.accelerator).type
     model = load_latent_diffusion(source, trust).to(device, memory_format=torch.channels_last)
     if recipe_before and config.compile == "cuda_graphs" and device != "cuda":
         config.compile = None  # the same pictures, but for rounding

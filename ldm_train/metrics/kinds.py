@@ -100,7 +100,7 @@ class ClipScore(Metric):
 
     def collect(self, extractor: Any, features: torch.Tensor, captions: Sequence[str] | None) -> torch.Tensor | None:
         self.check(extractor, ["caption"] if captions and all(captions) else [])
-        return 100 * (features * extractor.texts(captions)).sum(dim=1).clamp(min=0).double()
+        return 100 * (features * extractor.texts(captions)).sum(dim=1).clamp(min=0)
 
     def measure(self, made: FeatureSet, values: torch.Tensor, *others: FeatureSet) -> Estimate:
         return mean_estimate(values)

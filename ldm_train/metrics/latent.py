@@ -21,12 +21,13 @@ def spectrum_slope(latents: torch.Tensor) -> torch.Tensor:
     height, width = latents.shape[2:]
     if min(height, width) < 8:
         raise ValueError(f"a spectrum needs latents of at least 8 x 8, not {height} x {width}")
-    x = latents.double() - latents.double().mean(dim=(2, 3), keepdim=True)
+    latents = latents.cpu().double()
+    x = latents - latents.mean(dim=(2, 3), keepdim=True)
     power = torch.fft.fft2(x).abs().square().mean(dim=1)
-    rows, columns = (torch.fft.fftfreq(n, 1 / n, dtype=torch.float64).to(x.device) for n in (height, width))
+    rows, columns = (torch.fft.fftfreq(n, 1 / n, dtype=torch.float64) for n in (height, width))
     shortest = min(height, width)
     radius = ((rows[:, None] / height) ** 2 + (columns[None] / width) ** 2).sqrt() * shortest
-    rings = torch.arange(1, shortest // 2 + 1, device=x.device)
+    rings = torch.arange(1, shortest // 2 + 1)
     means = torch.stack([power[:, radius.round() == r].mean(dim=1) for r in rings], dim=1).clamp(min=1e-20).log()
     position = rings.double().log()
     position = position - position.mean()

@@ -36,14 +36,19 @@ class Collected:
 
         Raises ValueError where a metric needs captions, or an extractor with classes or texts, and there are none.
         """
+        asked: list[tuple[str, torch.Tensor, torch.Tensor | None, dict[str, torch.Tensor]]] = []
         for name, extractor in self.extractors.items():
-            features, logits = extractor(images), None
+            features, logits, own = extractor(images), None, {}
             for metric in (m for m in self.metrics if m.extractor == name and self.resampled):
                 if metric.needs_classes and logits is None:
                     metric.check(extractor, ())
                     logits = extractor.logits(features)
                 if (values := metric.collect(extractor, features, captions)) is not None:
-                    self.values.setdefault(metric.name, []).append(values.cpu())
+                    own[metric.name] = values
+            asked.append((name, features, logits, own))
+        for name, features, logits, own in asked:  # read when all is asked of the device, which is waited for once
+            for metric_name, values in own.items():
+                self.values.setdefault(metric_name, []).append(values.cpu().double())
             if name not in self.sets:
                 self.sets[name] = FeatureSet(features.shape[1], self.groups, self.keep[name])
             self.sets[name].add(features, indices, logits)

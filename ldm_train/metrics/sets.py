@@ -22,7 +22,7 @@ class Moments:
         self.outer = torch.zeros(dim, dim, dtype=torch.float64)
 
     def add(self, features: torch.Tensor) -> None:
-        features = features.detach().double().cpu()
+        features = features.detach().cpu().double()
         self.count += len(features)
         self.total += features.sum(dim=0)
         self.outer += features.T @ features
@@ -113,7 +113,7 @@ class FeatureSet:
             )
         self._waiting.append((features, indices))
         if logits is not None:
-            self._add_classes(logits.detach().double().cpu().softmax(dim=1), indices)
+            self._add_classes(logits.detach().cpu().double().softmax(dim=1), indices)
         if sum(len(f) for f, _ in self._waiting) >= FLUSH:
             self._flush()
 

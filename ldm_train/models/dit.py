@@ -6,17 +6,17 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from ldm_train.models.layers import embedding_mlp, timestep_embedding, zero_init
+from ldm_train.models.layers import embedding_mlp, timestep_embedding, widest, zero_init
 from ldm_train.models.transformer import CrossAttention, KeysValues
 
 
 def position_embedding(height: int, width: int, dim: int, device: torch.device) -> torch.Tensor:
     """Sines and cosines of both coordinates, (height * width, dim) float32: a half of the features for each, columns first."""
-    frequencies = 10_000.0 ** -(torch.arange(dim // 4, dtype=torch.float64, device=device) / (dim / 4))
+    frequencies = 10_000.0 ** -(torch.arange(dim // 4, dtype=(dtype := widest(device)), device=device) / (dim / 4))
     parts = []
     columns, rows = torch.arange(width, device=device), torch.arange(height, device=device)
     for coordinate in torch.meshgrid(columns, rows, indexing="xy"):
-        angles = coordinate.flatten().double()[:, None] * frequencies
+        angles = coordinate.flatten().to(dtype)[:, None] * frequencies
         parts += [angles.sin(), angles.cos()]
     return torch.cat(parts, dim=1).float()
 

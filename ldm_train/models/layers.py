@@ -7,6 +7,13 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+WITHOUT_FLOAT64 = {"mps"}  # kinds of devices
+
+
+def widest(device: torch.device) -> torch.dtype:
+    """float64 where the device has it."""
+    return torch.float32 if device.type in WITHOUT_FLOAT64 else torch.float64
+
 
 def group_norm(channels: int, eps: float) -> nn.GroupNorm:
     """GroupNorm with the published 32 groups; layers under 128 channels keep groups of four.

@@ -8,6 +8,8 @@ from math import ceil, floor
 import torch
 from torch import nn
 
+from ldm_train.models.layers import widest
+
 
 def window_starts(length: int, window: int, overlap: int) -> list[int]:
     """Where windows begin that cover `length` evenly, each sharing at least `overlap` with the next.
@@ -106,7 +108,7 @@ class Step:
 
 
 class _Statistics:
-    """Mean and variance per sample and group over several windows, joined in float64 (Chan et al. 1979)."""
+    """Mean and variance per sample and group over several windows, joined in float64 where there is one (Chan et al. 1979)."""
 
     def __init__(self) -> None:
         self.count, self.mean, self.spread = 0, 0.0, 0.0
@@ -115,7 +117,7 @@ class _Statistics:
         """The part of x (B, C, h, w) that is the window's own."""
         own = x[..., place[0].own(x.shape[2]), place[1].own(x.shape[3])]
         values = own.float().unflatten(1, (groups, -1)).flatten(2)
-        variance, mean = (v.double() for v in torch.var_mean(values, dim=2, correction=0))
+        variance, mean = (v.to(widest(v.device)) for v in torch.var_mean(values, dim=2, correction=0))
         count = values.shape[2]
         total = self.count + count
         difference = mean - self.mean

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from ldm_train.data.latents import (
     written_entries,
 )
 from ldm_train.data.shards import data_hash, read_index
+from ldm_train.devices import uploaded
 from ldm_train.errors import Refused
 from ldm_train.models.first_stage import FirstStage
 from ldm_train.pipeline import autoencoder
@@ -43,7 +45,12 @@ def encoder(run: Run) -> Callable[[torch.Tensor], torch.Tensor]:
     """images -> moments by the trained autoencoder, on this rank's device."""
     first_stage = autoencoder.load_first_stage(run).to(run.machine.device)
     # In float32 whatever the training precision: the latents are encoded once, used for all of training, and verified later.
-    return lambda images: first_stage.encode_moments(images.to(run.machine.device))
+    return partial(encoded_on, first_stage, run.machine.device)
+
+
+def encoded_on(first_stage: FirstStage, device: torch.device, images: torch.Tensor) -> torch.Tensor:
+    """images (B, C, H, W) on the host -> moments on the device."""
+    return first_stage.encode_moments(uploaded(images, device))
 
 
 def latent_data(run: Run, stage: str, fields: tuple[str, ...]) -> tuple[LightningDataModule, ShardDataModule, int]:

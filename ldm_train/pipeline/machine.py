@@ -10,31 +10,32 @@ import torch
 import torch.distributed as dist
 from omegaconf import DictConfig
 
+from ldm_train.devices import device_of
 from ldm_train.pipeline.ranks import launch
 from ldm_train.training.fit import Machine, Onlooker
 
 
-def _check_accelerator(accelerator: str) -> None:
-    if accelerator not in ("cpu", "gpu"):
-        raise ValueError(f"accelerator is auto, cpu or gpu, not {accelerator!r}")
+def kind_of(accelerator: str) -> str:
+    """What `accelerator` stands for here: cpu, gpu or mps. Raises ValueError for one that is unknown or not there."""
+    kind = device_of(accelerator).type
+    return "gpu" if kind == "cuda" else kind
 
 
 def _precision(config: DictConfig, accelerator: str) -> str:
-    automatic = "32" if accelerator == "cpu" else "bf16-mixed"
+    automatic = "bf16-mixed" if accelerator == "gpu" else "32"
     return automatic if config.precision == "auto" else str(config.precision)
 
 
 def machine_of(config: DictConfig, environment: Mapping[str, str]) -> Machine:
-    """This process's device and rank, from the config and torchrun's environment variables. Raises ValueError where a GPU
-    is requested and none is visible."""
+    """This process's device and rank, from the config and torchrun's environment variables. Raises ValueError where a device
+    is requested that is not there."""
     world_size, rank, local_rank, local_world_size = (
         int(environment.get(name, default))
         for name, default in (("WORLD_SIZE", 1), ("RANK", 0), ("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1))
     )
-    accelerator = config.accelerator
-    if accelerator == "auto":
-        accelerator = "gpu" if torch.cuda.is_available() else "cpu"
-    _check_accelerator(accelerator)
+    accelerator = kind_of(config.accelerator)
+    if accelerator == "mps" and world_size > 1:
+        raise ValueError(f"devices={world_size}, but mps is one device; use devices=1")
     if accelerator == "gpu" and torch.cuda.device_count() < min(world_size, local_rank + 1):
         raise ValueError(f"accelerator=gpu, but {torch.cuda.device_count()} GPUs are visible; use accelerator=cpu")
     return Machine(accelerator, _precision(config, accelerator), world_size, rank, local_rank, local_world_size)
@@ -43,9 +44,7 @@ def machine_of(config: DictConfig, environment: Mapping[str, str]) -> Machine:
 def planned_machine(config: DictConfig) -> Machine:
     """The devices that a command would use, whether or not they are there."""
     accelerator = config.accelerator
-    if accelerator == "auto":
-        accelerator = "gpu" if torch.cuda.is_available() else "cpu"
-    _check_accelerator(accelerator)
+    accelerator = accelerator if accelerator in ("cpu", "gpu", "mps") else kind_of(accelerator)
     world_size = int(os.environ.get("WORLD_SIZE", config.devices))
     local = int(os.environ.get("LOCAL_WORLD_SIZE", config.devices))
     return Onlooker(accelerator, _precision(config, accelerator), world_size, local_world_size=local)

@@ -26,6 +26,7 @@ from ldm_train.checkpoints.native import (
 from ldm_train.checkpoints.parts import targets
 from ldm_train.configuration import config_folder, run_config, usual_options
 from ldm_train.data.loose import image_batches
+from ldm_train.devices import uploaded
 from ldm_train.distributed import gathered, rank
 from ldm_train.evaluation.evaluator import Evaluator, sampling_options
 from ldm_train.evaluation.measurement import Reference, measure_samples, reference_from
@@ -202,7 +203,11 @@ def _give_unit_variance(first_stage: FirstStage, batches: Iterable[dict[str, Any
     """Scales latents by what these images show, where no stage has measured it: measures of latents are for unit variance."""
     sums = torch.zeros(3, dtype=torch.float64)
     for batch in batches:
-        z = first_stage.posterior(first_stage.encode_moments(batch["image"].to(machine.device))).mean.double().cpu()
+        z = (
+            first_stage.posterior(first_stage.encode_moments(uploaded(batch["image"], machine.device)))
+            .mean.cpu()
+            .double()
+        )
         sums += torch.stack([torch.tensor(float(z.numel())), z.sum(), z.square().sum()]).double()
     count, total, square = sum(gathered(sums)).tolist()
     first_stage.set_statistics((square / count - (total / count) ** 2) ** -0.5)

@@ -109,11 +109,11 @@ class AutoencoderTask(Task):
         if isinstance(posterior, Point):
             used = torch.bincount(posterior.indices.flatten(), minlength=self.autoencoder.quantize.num_codes)
             self._codes = used.cpu() if self._codes is None else self._codes + used.cpu()
-        mean = posterior.mean.double().cpu()
+        mean = posterior.mean.cpu().double()
         self._mean_moments[0] += mean.sum(dim=(0, 2, 3))
         self._mean_moments[1] += mean.square().sum(dim=(0, 2, 3))
         if not isinstance(posterior, Point):
-            self._mean_moments[2] += posterior.std.double().cpu().square().sum(dim=(0, 2, 3))
+            self._mean_moments[2] += posterior.std.cpu().double().square().sum(dim=(0, 2, 3))
         self._mean_moments[3] += mean[:, 0].numel()
         if batch_idx == 0 and self.global_rank == 0 and self.image_folder:
             grid = pictures.grid(torch.cat([images[:8], reconstructions[:8]]), columns=min(8, len(images)))

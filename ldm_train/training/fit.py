@@ -47,7 +47,7 @@ class HostInputs(DDPStrategy):
 
 @dataclass(frozen=True)
 class Machine:
-    """The devices of training. accelerator: "cpu" or "gpu". rank, world_size and their local_ forms as torchrun sets them.
+    """The devices of training. accelerator: "cpu", "gpu" (CUDA) or "mps". rank, world_size and their local_ forms as torchrun sets them.
 
     precision: 32, bf16-mixed or 16-mixed; weights and optimiser state are float32 in all of them.
     """
@@ -62,12 +62,13 @@ class Machine:
     def __post_init__(self):
         if self.precision not in PRECISIONS:
             raise ValueError(f"precision is one of {', '.join(PRECISIONS)}, not {self.precision}")
-        if self.precision == "16-mixed" and self.accelerator == "cpu":
-            raise ValueError("precision=16-mixed needs a GPU; use precision=32 on a CPU")
+        if self.precision == "16-mixed" and self.accelerator != "gpu":
+            where = "a CPU" if self.accelerator == "cpu" else "mps"
+            raise ValueError(f"precision=16-mixed needs a CUDA GPU; use precision=32 on {where}")
 
     @property
     def device(self) -> torch.device:
-        return torch.device("cuda", self.local_rank) if self.accelerator == "gpu" else torch.device("cpu")
+        return torch.device("cuda", self.local_rank) if self.accelerator == "gpu" else torch.device(self.accelerator)
 
     def autocast(self) -> torch.autocast:
         """For forward passes outside a Trainer, in the training precision."""
@@ -108,7 +109,7 @@ class Cadence:
 def new_trainer(task: Task, folder: Path, max_steps: int, cadence: Cadence, machine: Machine, **own: Any) -> L.Trainer:
     """Lightning's Trainer for one stage. own: its options beside those that are set here."""
     trainer = L.Trainer(
-        accelerator="cpu" if machine.accelerator == "cpu" else "gpu",
+        accelerator=machine.accelerator,
         strategy=machine.strategy(),
         devices=machine.local_world_size,
         num_nodes=machine.world_size // machine.local_world_size,

@@ -208,7 +208,7 @@ class Task(L.LightningModule):
     def add(self, name: str, values: torch.Tensor) -> None:
         """Adds values per sample (B,) to a validation mean."""
         total, count = self._sums[name]
-        self._sums[name] = (total + float(values.double().sum()), count + values.numel())
+        self._sums[name] = (total + float(values.detach().cpu().double().sum()), count + values.numel())
 
     def add_by_timestep(self, name: str, values: torch.Tensor, bins: torch.Tensor) -> None:
         """`add`, also to the means per quarter of the schedule. values, bins (B,): of each sample, 0 to BINS - 1."""

@@ -94,7 +94,7 @@ def test_known_options_get_no_suggestions():
         ("diffusion.max_steps=2.5", "diffusion.max_steps=2.5 is no whole number"),
         ("diffusion.batch_size=0", "diffusion.batch_size=0 is below 1"),
         ("autoencoder.max_steps=true", "autoencoder.max_steps=True is no whole number"),
-        ("accelerator=tpu", "accelerator is auto, cpu or gpu, not 'tpu'"),
+        ("accelerator=tpu", "accelerator is auto, cpu, gpu or mps, not 'tpu'"),
         ("precision=16", "precision is one of 32, bf16-mixed, 16-mixed, not 16"),
         ("stages=[unet]", "unknown stages ['unet']; choose from autoencoder"),
     ],
@@ -104,7 +104,7 @@ def test_impossible_values_are_named(fails: Command, tmp_path: Path, override: s
 
 
 def test_half_precision_on_a_cpu_is_refused(fails: Command):
-    assert "precision=16-mixed needs a GPU; use precision=32 on a CPU" in fails(
+    assert "precision=16-mixed needs a CUDA GPU; use precision=32 on a CPU" in fails(
         "train", "accelerator=cpu", "precision=16-mixed"
     )
 

@@ -319,7 +319,7 @@ def test_pairs_of_inputs(run: Callable, files: dict[str, str], tmp_path: Path):
         ("none", ("seed=1.5",), "seed=1.5 is no whole number"),
         ("none", ("batch_size=0",), "batch_size=0 is below 1"),
         ("none", ("strength=abc",), "strength='abc' is no number"),
-        ("none", ("accelerator=tpu",), "accelerator is auto, cpu or gpu"),
+        ("none", ("accelerator=tpu",), "accelerator is auto, cpu, gpu or mps"),
         ("none", ("tiles.cells=0",), r"tiles\.cells=0 is below 1"),
         ("none", ("image={photo.png}", "mask={wide.png}"), "give a mask of the picture's own proportions"),
         ("text", ("task=interpolate", "prompts=[a,b]", "weaker_model=x", "guidance_scale=2"), "the weaker model knows no mixtures"),
