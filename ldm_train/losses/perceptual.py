@@ -151,9 +151,6 @@ class LPIPS(nn.Module):
         trunk = make_layers(cfgs["D"])
         state = torch.load(path, map_location="cpu", weights_only=True)
         trunk.load_state_dict({k.removeprefix("features."): v for k, v in state.items() if k.startswith("features.")})
-        for layer in trunk:
-            if isinstance(layer, nn.ReLU):
-                layer.inplace = False  # the maps are kept
         self.trunk = trunk[: self.taps[-1] + 1]
         self.heads = nn.ParameterList(nn.Parameter(head) for head in load_lpips_heads())
         self.register_buffer("shift", torch.tensor([-0.030, -0.088, -0.188]).view(1, 3, 1, 1))

@@ -9,7 +9,7 @@ from einops import rearrange
 from torch import nn
 from torch.nn import functional as F
 
-from ldm_train.models.layers import Upsample, group_norm
+from ldm_train.models.layers import Upsample, as_tokens, group_norm, pointwise
 from ldm_train.models.posterior import DiagonalGaussian, Point, Posterior
 from ldm_train.models.quantizer import VectorQuantizer
 from ldm_train.models.tiling import Step, Tiles
@@ -57,10 +57,10 @@ class AttnBlock(nn.Module):
         return [Step(self.norm, lambda state, normed: (self._attended(state[0], normed),))]
 
     def _attended(self, x: torch.Tensor, normed: torch.Tensor) -> torch.Tensor:
-        h, w = x.shape[-2:]
-        q, k, v = (rearrange(layer(normed), "b c h w -> b 1 (h w) c") for layer in (self.q, self.k, self.v))
-        out = rearrange(F.scaled_dot_product_attention(q, k, v), "b 1 (h w) c -> b c h w", h=h, w=w)
-        return x + self.proj_out(out)
+        weight, bias = (torch.cat([getattr(p, name) for p in (self.q, self.k, self.v)]) for name in ("weight", "bias"))
+        q, k, v = F.linear(as_tokens(normed)[:, None], weight.flatten(1), bias).chunk(3, dim=-1)  # (B, 1, h*w, C) each
+        out = pointwise(self.proj_out, F.scaled_dot_product_attention(q, k, v)[:, 0])
+        return x + rearrange(out, "b (h w) c -> b c h w", h=x.shape[2])
 
 
 class Downsample(nn.Module):

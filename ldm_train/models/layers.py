@@ -3,6 +3,7 @@
 import math
 
 import torch
+from einops import rearrange
 from torch import nn
 from torch.nn import functional as F
 
@@ -36,6 +37,17 @@ def timestep_embedding(timesteps: torch.Tensor, dim: int) -> torch.Tensor:
 def embedding_mlp(in_dim: int, dim: int) -> nn.Sequential:
     """From an embedding or a vector to the width of the network's time embedding."""
     return nn.Sequential(nn.Linear(in_dim, dim), nn.SiLU(), nn.Linear(dim, dim))
+
+
+def as_tokens(x: torch.Tensor) -> torch.Tensor:
+    """(B, C, h, w) -> (B, h*w, C): a view where x is channels_last."""
+    return rearrange(x, "b c h w -> b (h w) c")
+
+
+def pointwise(layer: nn.Conv1d | nn.Conv2d, tokens: torch.Tensor) -> torch.Tensor:
+    """A convolution over single positions as the matrix product that it is: (B, N, C) -> (B, N, C'). Published checkpoints
+    hold convolutions; a product of tokens costs less than half of one on a CPU, and no change of layout on any device."""
+    return F.linear(tokens, layer.weight.flatten(1), layer.bias)
 
 
 class Upsample(nn.Module):

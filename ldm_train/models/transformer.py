@@ -8,7 +8,7 @@ from einops import rearrange
 from torch import nn
 from torch.nn import functional as F
 
-from ldm_train.models.layers import group_norm, zero_init
+from ldm_train.models.layers import as_tokens, group_norm, pointwise, zero_init
 
 
 class CrossAttention(nn.Module):
@@ -54,8 +54,11 @@ class CrossAttention(nn.Module):
         self, x: torch.Tensor, context: torch.Tensor | None = None, mask: torch.Tensor | None = None
     ) -> torch.Tensor:
         """x (B, N, dim), context (B, L, context_dim), mask (B, L) bool with True where a token counts -> (B, N, dim)"""
-        q = self._split(self.to_q(x))
-        k, v = (self._split(self.to_k(x)), self._split(self.to_v(x))) if context is None else self.keys_values(context)
+        if context is None:  # one product in the place of three, each way
+            weight = torch.cat([self.to_q.weight, self.to_k.weight, self.to_v.weight])
+            q, k, v = (self._split(part) for part in F.linear(x, weight).chunk(3, dim=-1))
+        else:
+            q, (k, v) = self._split(self.to_q(x)), self.keys_values(context)
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=None if mask is None else mask[:, None, None, :])
         return self.to_out(rearrange(out, "b h n d -> b n (h d)"))
 
@@ -141,16 +144,13 @@ class SpatialTransformer(nn.Module):
     ) -> torch.Tensor:
         """x (B, C, h, w), context (B, L, D), mask (B, L) -> (B, C, h, w)"""
         h, w = x.shape[-2:]
-        tokens = self.norm(x)
-        if self.linear_projection:
-            tokens = self.proj_in(rearrange(tokens, "b c h w -> b (h w) c"))
-        else:
-            tokens = rearrange(self.proj_in(tokens), "b c h w -> b (h w) c")  # (B, h*w, inner)
+        into, out_of = self.proj_in, self.proj_out
+        tokens = as_tokens(self.norm(x))
+        tokens = into(tokens) if self.linear_projection else pointwise(into, tokens)  # (B, h*w, inner)
         for block in self.transformer_blocks:
             tokens = block(tokens, context, mask)
-        if self.linear_projection:
-            return x + rearrange(self.proj_out(tokens), "b (h w) c -> b c h w", h=h, w=w)
-        return x + self.proj_out(rearrange(tokens, "b (h w) c -> b c h w", h=h, w=w))
+        tokens = out_of(tokens) if self.linear_projection else pointwise(out_of, tokens)
+        return x + rearrange(tokens, "b (h w) c -> b c h w", h=h, w=w)
 
 
 class AttentionBlock(nn.Module):
@@ -170,7 +170,7 @@ class AttentionBlock(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(B, C, h, w) -> (B, C, h, w)"""
         h, w = x.shape[-2:]
-        qkv = self.qkv(rearrange(self.norm(x), "b c h w -> b c (h w)"))
-        q, k, v = rearrange(qkv, "b (three heads d) n -> three b heads n d", three=3, heads=self.heads)
-        out = rearrange(F.scaled_dot_product_attention(q, k, v), "b heads n d -> b (heads d) n")
-        return x + rearrange(self.proj_out(out), "b c (h w) -> b c h w", h=h, w=w)
+        qkv = pointwise(self.qkv, as_tokens(self.norm(x)))
+        q, k, v = rearrange(qkv, "b n (three heads d) -> three b heads n d", three=3, heads=self.heads)
+        out = rearrange(F.scaled_dot_product_attention(q, k, v), "b heads n d -> b n (heads d)")
+        return x + rearrange(pointwise(self.proj_out, out), "b (h w) c -> b c h w", h=h, w=w)
