@@ -172,7 +172,7 @@ def measure(settings: Settings, name: str) -> list[Table]:
             "webdataset": lambda: webdataset_loader(there),
             "ours, cached latents": lambda: there.cached().train_loader(0),
         }
-        clock = Clock(settings.device, settings.runs, observe=False)
+        clock = Clock(settings.device, settings.runs, observe=False, waiting=True)
         clock.run({who: partial(consumed, loader) for who, loader in loaders.items()}, f"data {name}")
         rows = clock.rows(there.images)
         rates = {who: rows[k].images_per_second for who, k in (("stage 1", 0), ("stage 2", 3))}

@@ -103,7 +103,8 @@ def write_guide(path: Path, tables: Sequence[Table], about: Mapping[str, Any], c
         f"Written by `{command}`: {in_words(about)}.",
         "*Times ours*: a contender's time divided by ours in the same round, the median over the rounds; above 1, ours is "
         "faster. *First call*: compilation, choice of kernels and allocation. *GFLOP*: counted, of one round. *MFU*: these "
-        "against the peak. *Memory*: the most in a round beyond weights, optimiser state and batches.",
+        "against the peak. With one thread of a CPU, times are the processor's, but for loading, the cache and start-up. "
+        "*Memory*: the most in a round beyond weights, optimiser state and batches.",
     ]
     for kind in dict.fromkeys(table.kind for table in tables):
         parts += [INTRODUCTIONS[kind], *(_as_markdown(table) for table in tables if table.kind == kind)]

@@ -39,7 +39,7 @@ def storing(there: Place, first: FirstStage) -> Table:
     def written() -> None:
         there.cache(first, Path(there.folder) / f"again{next(number)}")
 
-    clock = Clock(there.settings.device, there.settings.runs, observe=False).run(
+    clock = Clock(there.settings.device, there.settings.runs, observe=False, waiting=True).run(
         {
             "loaded, encoded and written": written,
             "read back": lambda: consumed(lambda: there.cached().train_loader(0)),

@@ -26,7 +26,7 @@ def startup(settings: Settings) -> list[Table]:
         if done.returncode:
             raise ValueError(f"python {' '.join(arguments)} fails: {done.stderr.strip().splitlines()[-1]}")
 
-    clock = Clock(settings.device, settings.runs, observe=False)
+    clock = Clock(settings.device, settings.runs, observe=False, waiting=True)
     clock.run({name: lambda a=arguments: started(a) for name, arguments in commands.items()}, "startup")
     rows = [replace(row, against=None) for row in clock.rows()]
     return [Table("startup", "until a process has ended", rows)]

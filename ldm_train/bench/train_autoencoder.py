@@ -54,7 +54,8 @@ def our_task(
     if compiled:
         autoencoder.encoder.compile()
         autoencoder.decoder.compile()
-    autoencoder.to(memory_format=torch.channels_last)
+    for part in (autoencoder, loss):
+        part.to(memory_format=torch.channels_last)
     return AutoencoderTask(autoencoder, loss, seed=0, optimizer=optimizer, lr_factor=lambda step: 1.0)
 
 

@@ -44,9 +44,6 @@ class Repeated(L.LightningDataModule):
     def train_dataloader(self) -> "Repeated":
         return self
 
-    def val_dataloader(self) -> list:
-        return []
-
     def __len__(self) -> int:
         return self.steps
 
@@ -69,5 +66,5 @@ def train_in_turns(
     with tempfile.TemporaryDirectory() as folder:
         fit(
             task, Repeated(batch, clock.rounds), Path(folder), clock.rounds, batch_size, batch_size, cadence, machine,
-            callbacks=[Turns(clock, name, others)],
+            callbacks=[Turns(clock, name, others)], options={"limit_val_batches": 0},
         )  # fmt: skip

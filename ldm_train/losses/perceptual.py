@@ -152,9 +152,6 @@ class LPIPS(nn.Module):
             state = torch.load(vgg16_weights(weights), map_location="cpu", weights_only=True)
             state = {k.removeprefix("features."): v for k, v in state.items() if k.startswith("features.")}
             trunk.load_state_dict(state)
-        for layer in trunk:
-            if isinstance(layer, nn.ReLU):
-                layer.inplace = False  # the maps are kept
         self.trunk = trunk[: self.taps[-1] + 1]
         self.heads = nn.ParameterList(nn.Parameter(head) for head in load_lpips_heads())
         self.register_buffer("shift", torch.tensor([-0.030, -0.088, -0.188]).view(1, 3, 1, 1))

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from ldm_train.models.layers import PaddedDownsample, Upsample, group_norm, recomputed
+from ldm_train.models.layers import PaddedDownsample, Upsample, as_map, as_tokens, group_norm, pointwise, recomputed
 from ldm_train.models.posterior import DiagonalGaussian, Point, Posterior
 from ldm_train.models.quantizer import VectorQuantizer
 from ldm_train.models.tiling import Step, Tiles
@@ -62,10 +62,10 @@ class AttnBlock(nn.Module):
         return [Step(self.norm, lambda state, normed: (self._attended(state[0], normed),))]
 
     def _attended(self, x: torch.Tensor, normed: torch.Tensor) -> torch.Tensor:
-        h, w = x.shape[-2:]
-        q, k, v = (layer(normed).flatten(2).transpose(1, 2)[:, None] for layer in (self.q, self.k, self.v))  # B 1 hw C
-        out = F.scaled_dot_product_attention(q, k, v)[:, 0].transpose(1, 2).unflatten(2, (h, w))
-        return x + self.proj_out(out)
+        weight, bias = (torch.cat([getattr(p, name) for p in (self.q, self.k, self.v)]) for name in ("weight", "bias"))
+        q, k, v = F.linear(as_tokens(normed)[:, None], weight.flatten(1), bias).chunk(3, dim=-1)  # (B, 1, h*w, C) each
+        out = pointwise(self.proj_out, F.scaled_dot_product_attention(q, k, v)[:, 0])
+        return x + as_map(out, x.shape[2], x.shape[3])
 
 
 class Level(nn.Module):

@@ -32,12 +32,12 @@ class PatchDiscriminator(nn.Module):
         def normalisation(width: int) -> nn.Module:
             return group_norm(width, 1e-5) if norm == "group" else nn.BatchNorm2d(width)
 
-        layers = [wrap(nn.Conv2d(in_channels, channels, 4, stride=2, padding=1)), nn.LeakyReLU(0.2)]
+        layers = [wrap(nn.Conv2d(in_channels, channels, 4, stride=2, padding=1)), nn.LeakyReLU(0.2, inplace=True)]
         width = channels
         for n in range(1, num_layers + 1):
             out, stride = channels * min(2**n, 8), 2 if n < num_layers else 1
             conv = nn.Conv2d(width, out, 4, stride=stride, padding=1, bias=norm != "batch")
-            layers += [wrap(conv), normalisation(out), nn.LeakyReLU(0.2)]
+            layers += [wrap(conv), normalisation(out), nn.LeakyReLU(0.2, inplace=True)]
             width = out
         layers.append(wrap(nn.Conv2d(width, 1, 4, stride=1, padding=1)))
         self.main = nn.Sequential(*layers)

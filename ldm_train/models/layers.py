@@ -64,6 +64,22 @@ class PaddedDownsample(nn.Module):
         return self.conv(F.pad(x, (0, 1, 0, 1)))
 
 
+def as_tokens(x: torch.Tensor) -> torch.Tensor:
+    """(B, C, h, w) -> (B, h*w, C): a view where x is channels_last."""
+    return x.flatten(2).transpose(1, 2)
+
+
+def as_map(tokens: torch.Tensor, h: int, w: int) -> torch.Tensor:
+    """(B, h*w, C) -> (B, C, h, w), channels_last."""
+    return tokens.transpose(1, 2).unflatten(2, (h, w))
+
+
+def pointwise(layer: nn.Conv1d | nn.Conv2d, tokens: torch.Tensor) -> torch.Tensor:
+    """A convolution over single positions as the matrix product that it is: (B, N, C) -> (B, N, C'). Published checkpoints
+    hold convolutions; a product of tokens costs less than half of one on a CPU, and no change of layout on any device."""
+    return F.linear(tokens, layer.weight.flatten(1), layer.bias)
+
+
 class Upsample(nn.Module):
     """Nearest-neighbour x2, then a 3x3 convolution."""
 

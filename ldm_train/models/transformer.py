@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from ldm_train.models.layers import group_norm, zero_init
+from ldm_train.models.layers import as_map, as_tokens, group_norm, pointwise, zero_init
 
 KeysValues = tuple[torch.Tensor, torch.Tensor]  # (B, heads, L, head_dim) each
 
@@ -35,8 +35,12 @@ class CrossAttention(nn.Module):
     ) -> torch.Tensor:
         """x (B, N, dim), context (B, L, context_dim) or what `projected` made of it, mask (B, L) bool with True where a token
         counts -> (B, N, dim)"""
-        q = self._split(self.to_q(x))
-        k, v = context if isinstance(context, tuple) else self.projected(x if context is None else context)
+        if context is None:  # one product in the place of three, each way
+            weight = torch.cat([self.to_q.weight, self.to_k.weight, self.to_v.weight])
+            q, k, v = (self._split(part) for part in F.linear(x, weight).chunk(3, dim=-1))
+        else:
+            q = self._split(self.to_q(x))
+            k, v = context if isinstance(context, tuple) else self.projected(context)
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=None if mask is None else mask[:, None, None, :])
         return self.to_out(out.transpose(1, 2).flatten(2))
 
@@ -95,11 +99,6 @@ class TransformerBlock(nn.Module):
         return x + self.ff(self.norm3(x))
 
 
-def _as_map(tokens: torch.Tensor, h: int, w: int) -> torch.Tensor:
-    """(B, h*w, C) -> (B, C, h, w)"""
-    return tokens.unflatten(1, (h, w)).permute(0, 3, 1, 2)
-
-
 class SpatialTransformer(nn.Module):
     """A transformer over the positions of a feature map (LDM, appendix E.2.1), added to its input.
 
@@ -136,17 +135,14 @@ class SpatialTransformer(nn.Module):
     ) -> torch.Tensor:
         """x (B, C, h, w), context (B, L, D) or what `projected` made of it, mask (B, L) -> (B, C, h, w)"""
         h, w = x.shape[-2:]
-        tokens = self.norm(x)
-        if self.linear_projection:
-            tokens = self.proj_in(tokens.flatten(2).transpose(1, 2))
-        else:
-            tokens = self.proj_in(tokens).flatten(2).transpose(1, 2)  # (B, h*w, inner)
+        into, out_of = self.proj_in, self.proj_out
+        tokens = as_tokens(self.norm(x))
+        tokens = into(tokens) if self.linear_projection else pointwise(into, tokens)  # (B, h*w, inner)
         own = context if isinstance(context, tuple) else (context,) * len(self.transformer_blocks)
         for block, given in zip(self.transformer_blocks, own):
             tokens = block(tokens, given, mask)
-        if self.linear_projection:
-            return x + _as_map(self.proj_out(tokens), h, w)
-        return x + self.proj_out(_as_map(tokens, h, w))
+        tokens = out_of(tokens) if self.linear_projection else pointwise(out_of, tokens)
+        return x + as_map(tokens, h, w)
 
 
 class AttentionBlock(nn.Module):
@@ -166,7 +162,7 @@ class AttentionBlock(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(B, C, h, w) -> (B, C, h, w)"""
         h, w = x.shape[-2:]
-        qkv = self.qkv(self.norm(x).flatten(2)).unflatten(1, (3, self.heads, -1))  # (B, 3, heads, d, h*w)
-        q, k, v = qkv.transpose(3, 4).unbind(1)
-        out = F.scaled_dot_product_attention(q, k, v).transpose(2, 3).flatten(1, 2)
-        return x + self.proj_out(out).unflatten(2, (h, w))
+        qkv = pointwise(self.qkv, as_tokens(self.norm(x))).unflatten(2, (3, self.heads, -1))  # (B, h*w, 3, heads, d)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)
+        out = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        return x + as_map(pointwise(self.proj_out, out), h, w)

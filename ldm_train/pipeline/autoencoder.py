@@ -242,7 +242,8 @@ class AutoencoderStage(Stage):
         task = self.task(run, network, loss, folder)
         if section.compile:  # not the last convolution: its gradient is taken by hand
             compile_training(network.encoder, network.decoder)
-        network.to(memory_format=torch.channels_last)
+        for part in (network, loss):  # the losses' networks too, or each of their weights is copied in every pass
+            part.to(memory_format=torch.channels_last)
         health = {"max_adaptive_weight": section.loss.get("max_adaptive_weight")}
         training.train(run, "autoencoder", task, data, folder, images=data.count(data.train_split), health=health)
         return {"sha256": training.save(run, folder / "model", network, tree, metadata)}

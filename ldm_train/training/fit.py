@@ -12,6 +12,7 @@ import torch
 from lightning.pytorch.plugins import MixedPrecision, Precision
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy, Strategy
 
+from ldm_train.devices import kept_memory
 from ldm_train.training.callbacks.checkpoint import LAST, AtomicCheckpointIO, Checkpoints, read_checkpoint, steps_done
 from ldm_train.training.callbacks.clock import UNENDING, Clock
 from ldm_train.training.callbacks.health import Health
@@ -31,6 +32,7 @@ for message in (
     ".*number of training batches",
     ".*isinstance\\(treespec, LeafSpec\\)",
     ".*broadcast_buffers",
+    ".*overridden `transfer_batch_to_device`",
 ):
     warnings.filterwarnings("ignore", message)
 
@@ -197,7 +199,7 @@ def fit(
         )
         begin = {"ckpt_path": str(last), "weights_only": True} if start else {}
         try:
-            with checkpoints.signals():
+            with checkpoints.signals(), kept_memory(machine.device):
                 trainer.fit(task, datamodule=data, **begin)
             done = True
         except NotFinite as error:
