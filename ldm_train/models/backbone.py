@@ -1,6 +1,6 @@
 """The contract of denoising networks such as `UNet` and `DiT`; one of your own needs no edit here or elsewhere."""
 
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 
@@ -34,5 +34,5 @@ class Backbone(Protocol):
 class ProjectsContext(Protocol):
     """What a `Backbone` may also have: its share of the work that depends on the context alone, which sampling does once."""
 
-    def projected(self, context: torch.Tensor) -> tuple:
+    def projected(self, context: torch.Tensor) -> tuple[Any, ...]:
         """context (B, L, D) -> what `forward` takes in its place: tuples, at any depth, of tensors."""

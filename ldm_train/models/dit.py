@@ -143,13 +143,13 @@ class DiT(nn.Module):
     def projected(self, context: torch.Tensor) -> tuple[KeysValues, ...]:
         """The keys and values of a context (B, L, context_dim) for each block. `forward` takes them in its place: sampling
         computes them once."""
-        return tuple(block.cross_attn.projected(context) for block in self.blocks)
+        return tuple(m.projected(context) for m in self.modules() if isinstance(m, CrossAttention))
 
     def forward(
         self,
         noisy_latents: torch.Tensor,
         timesteps: torch.Tensor,
-        context: torch.Tensor | tuple | None = None,
+        context: torch.Tensor | tuple[KeysValues, ...] | None = None,
         context_mask: torch.Tensor | None = None,
         concat: torch.Tensor | None = None,
         vector: torch.Tensor | None = None,
