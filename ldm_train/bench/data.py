@@ -139,7 +139,7 @@ class Fed(Callback):
 def fed(who: str, task: Task, data: LightningDataModule, steps: int, place: Place) -> Row:
     """Trains for so many steps on a loader: how fast, and how much of the time waits for it."""
     machine, watch = place.settings.machine, Fed(place.settings.device)
-    cadence = Cadence(10**9, 10**9, log_every=10, progress=False)
+    cadence = Cadence(10**9, 10**9, log_every=10**9, progress=False)
     with tempfile.TemporaryDirectory() as folder:
         fit(task, data, Path(folder), steps, place.batch, place.images, cadence, machine, callbacks=[watch])
     seconds = watch.taken / watch.steps

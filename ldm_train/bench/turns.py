@@ -1,6 +1,7 @@
 """Our training as it runs, Lightning, callbacks and loader included, in turns with steps of others."""
 
 import tempfile
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -62,8 +63,8 @@ def train_in_turns(
     name: str = OURS,
 ) -> None:
     """Trains `task` by `fit` for the rounds of the clock, each followed by the work of the others."""
-    cadence = Cadence(10**9, 10**9, log_every=10, progress=False)
-    with tempfile.TemporaryDirectory() as folder:
+    cadence = Cadence(10**9, 10**9, log_every=10**9, progress=False)
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings(action="ignore"):  # of no validation
         fit(
             task, Repeated(batch, clock.rounds), Path(folder), clock.rounds, batch_size, batch_size, cadence, machine,
             callbacks=[Turns(clock, name, others)], options={"limit_val_batches": 0},

@@ -8,6 +8,7 @@ import lightning as L
 import torch
 
 from ldm_train.data.samples import refuse_too_many
+from ldm_train.training.callbacks.verdict import verdict
 from ldm_train.training.task import Task
 
 
@@ -15,7 +16,7 @@ class Monitor(L.Callback):
     """Logs train/images_per_second, train/data_wait (share of time), train/epoch (passes over the data), train/images and
     train/seconds (so far, over all resumes, without validation and samples), train/tflop (so far), train/mfu,
     train/peak_memory_gib (of the GPU, else of the process) and train/bad_fraction; stops with DataError when more than
-    `max_bad_fraction` of the samples were unreadable.
+    `max_bad_fraction` of the samples were unreadable. At the end it prints what limited the speed.
 
     flops: of training on one image; None: compute and MFU are not logged. peak_flops: of all devices together.
     batch_size: the global one. dataset_size: training samples. trace: a file that gets one line per micro-batch,
@@ -36,6 +37,8 @@ class Monitor(L.Callback):
         self.seen = self.bad = self._steps = 0  # samples, unreadable ones of them, the step of the last log
         self.seconds = self._waited = 0.0
         self._batch_end = self._since = time.perf_counter()
+        # Between logged steps: (seconds, images, seconds of waiting), for the verdict.
+        self._stretches: list[tuple[float, int, float]] = []
 
     def state_dict(self) -> dict[str, Any]:
         return {"seconds": self.seconds + time.perf_counter() - self._since}
@@ -96,4 +99,15 @@ class Monitor(L.Callback):
             if self.peak_flops:
                 metrics["mfu"] = self.flops * rate / self.peak_flops
         pl_module.log_dict({f"train/{name}": value for name, value in metrics.items()})
+        self._stretches.append((elapsed, (step - self._steps) * self.batch_size, self._waited))
         self._since, self._steps, self._waited = now, step, 0.0
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: Task) -> None:
+        stretches = self._stretches[1:]  # the first holds compilation and the choice of kernels
+        if trainer.global_rank or not stretches:
+            return
+        seconds, images, waited = (sum(parts) for parts in zip(*stretches))
+        known = self.flops and self.peak_flops
+        mfu = self.flops * images / seconds / self.peak_flops if known else None
+        accelerated = pl_module.device.type != "cpu"
+        print(verdict(pl_module.stage, images / seconds, waited / seconds, mfu, accelerated), flush=True)

@@ -1,0 +1,29 @@
+"""One paragraph at the end of a training: what limited its speed, and which option to change."""
+
+WAITING = 0.15  # share of the time spent waiting for data from which the data are what limits
+BUSY = 0.35  # MFU from which the arithmetic is; the best trainings of diffusion models reach about half
+
+
+def verdict(stage: str, rate: float, waits: float, mfu: float | None, accelerated: bool) -> str:
+    """stage: its name. rate: images/s. waits: share of the time that waited for data. mfu: of the network's own FLOPs, None where
+    they are not known. accelerated: trained on a GPU."""
+    used = "" if mfu is None else f", {mfu:.0%} of the peak in the network's own arithmetic"
+    begin = f"{stage}: {rate:.3g} images/s, {waits:.0%} of the time waiting for data{used}. "
+    if waits >= WAITING:
+        return begin + (
+            "Data limit it: raise num_workers, keep the shards on a local disk, or prepare them at the training size."
+        )
+    if mfu is None:
+        return begin + "Data do not limit it; what does, trainer.profiler=pytorch shows."
+    if mfu >= BUSY:
+        faster = "more devices or a smaller network" if accelerated else "a GPU or a smaller network"
+        return begin + f"Arithmetic limits it: {faster} makes it faster, other options hardly."
+    if accelerated:
+        return begin + (
+            f"Neither data nor arithmetic limit it, so starting kernels or moving memory does: try {stage}.compile=true and a "
+            f"larger {stage}.micro_batch_size; trainer.profiler=pytorch tells the two apart."
+        )
+    return begin + (
+        "Neither data nor arithmetic limit it, so moving memory does, or other work on the machine; trainer.profiler=pytorch "
+        "shows where the time goes. (Losses' own networks are not counted as arithmetic.)"
+    )

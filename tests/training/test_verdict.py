@@ -1,0 +1,24 @@
+"""What limited a training is told from its own figures, with the option to change."""
+
+import pytest
+
+from ldm_train.training.callbacks.verdict import verdict
+
+
+@pytest.mark.parametrize(
+    ("waits", "mfu", "accelerated", "said"),
+    [
+        (0.4, 0.5, True, "Data limit it: raise num_workers"),
+        (0.02, 0.5, True, "Arithmetic limits it: more devices"),
+        (0.02, 0.5, False, "Arithmetic limits it: a GPU"),
+        (0.02, 0.1, True, "diffusion.compile=true and a larger diffusion.micro_batch_size"),
+        (0.02, 0.1, False, "moving memory does, or other work on the machine"),
+        (0.02, None, True, "what does, trainer.profiler=pytorch shows"),
+    ],
+)
+def test_the_verdict_names_the_limit_and_the_option(
+    waits: float, mfu: float | None, accelerated: bool, said: str
+) -> None:
+    text = verdict("diffusion", 123.0, waits, mfu, accelerated)
+    assert said in text
+    assert text.startswith(f"diffusion: 123 images/s, {waits:.0%} of the time waiting for data")
