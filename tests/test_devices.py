@@ -18,9 +18,10 @@ from omegaconf import OmegaConf
 from ldm_train.conditioning.image_embedding import ImageEmbedding
 from ldm_train.conditioning.text import train_tokenizer
 from ldm_train.configuration import config_folder
-from ldm_train.devices import uploaded
+from ldm_train.devices import Uninitialised, uploaded
 from ldm_train.diffusion.guidance import classifier_free, classifier_guidance, score_guidance
 from ldm_train.diffusion.objective import DiffusionObjective
+from ldm_train.diffusion.schedule import NoiseSchedule
 from ldm_train.latent_diffusion import Guidance, LatentDiffusion, Sampling, Start
 from ldm_train.losses.autoencoder import AutoencoderLoss
 from ldm_train.losses.perceptual import TinyPerceptual
@@ -215,6 +216,16 @@ def test_metrics_are_waited_for_once_where_they_are_written():
 def test_ranks_leave_what_is_on_the_host_there():
     strategy = Machine("gpu", "32", world_size=2, local_world_size=2).strategy()
     assert strategy.determine_ddp_device_ids() is None  # DDP moves the inputs to these
+
+
+def test_parameters_that_are_read_next_are_not_drawn_and_buffers_are_made():
+    state = torch.get_rng_state()
+    with Uninitialised():
+        torch.nn.Linear(64, 64), torch.nn.Embedding(9, 64)
+        made = [NoiseSchedule(), torch.nn.BatchNorm2d(8)]
+    assert torch.equal(torch.get_rng_state(), state)
+    for module, usual in zip(made, (NoiseSchedule(), torch.nn.BatchNorm2d(8))):
+        assert all(torch.equal(a, b) for a, b in zip(module.buffers(), usual.buffers(), strict=True))
 
 
 def test_what_waits_and_what_mixes_is_seen():
