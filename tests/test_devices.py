@@ -22,9 +22,10 @@ from ldm_train.conditioning.image_embedding import ImageEmbedding
 from ldm_train.conditioning.text import train_tokenizer
 from ldm_train.configuration import config_folder
 from ldm_train.data.latents import both_encoded
-from ldm_train.devices import device_of, uploaded
+from ldm_train.devices import Uninitialised, device_of, uploaded
 from ldm_train.diffusion.guidance import classifier_free, classifier_guidance, score_guidance
 from ldm_train.diffusion.objective import DiffusionObjective
+from ldm_train.diffusion.schedule import NoiseSchedule
 from ldm_train.evaluation.evaluator import parse_metrics
 from ldm_train.evaluation.report import measure_reconstructions
 from ldm_train.latent_diffusion import Guidance, LatentDiffusion, Sampling, Start
@@ -310,6 +311,16 @@ def test_apples_device_is_chosen_where_it_is_there_and_named_where_it_is_not(mon
 def test_what_is_uploaded_becomes_float32_where_there_is_no_float64():
     assert uploaded(torch.zeros(2, dtype=torch.float64), "meta").dtype == torch.float32
     assert uploaded(torch.zeros(2, dtype=torch.float64), "cpu").dtype == torch.float64
+
+
+def test_parameters_that_are_read_next_are_not_drawn_and_buffers_are_made():
+    state = torch.get_rng_state()
+    with Uninitialised():
+        torch.nn.Linear(64, 64), torch.nn.Embedding(9, 64)
+        made = [NoiseSchedule(), torch.nn.BatchNorm2d(8)]
+    assert torch.equal(torch.get_rng_state(), state)
+    for module, usual in zip(made, (NoiseSchedule(), torch.nn.BatchNorm2d(8))):
+        assert all(torch.equal(a, b) for a, b in zip(module.buffers(), usual.buffers(), strict=True))
 
 
 def test_what_waits_and_what_mixes_is_seen():

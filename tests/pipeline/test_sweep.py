@@ -236,6 +236,22 @@ def test_every_point_of_a_sweep_over_f_has_its_factor_and_equal_compute(
     assert max(totals) / min(totals) < 1.02
 
 
+def test_flops_are_counted_anew_for_another_network_or_input() -> None:
+    import torch
+
+    def counted(network: torch.nn.Module, side: int) -> int:
+        return forward_flops("network", {"_target_": "mine.Network"}, network, torch.empty(1, 4, side, side))
+
+    class Twice(torch.nn.Conv2d):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(super().forward(x))
+
+    once = counted(torch.nn.Conv2d(4, 4, 1), 8)
+    assert counted(torch.nn.Conv2d(4, 4, 1), 8) == once > 0
+    assert counted(torch.nn.Conv2d(4, 4, 1), 16) == 4 * once
+    assert counted(Twice(4, 4, 1), 8) == 2 * once
+
+
 def test_a_sweep_names_all_its_points() -> None:
     with initialize_config_dir(str(config_folder()), version_base="1.3"):
         for experiment, expected in (("shapes_f_sweep", "shapes_f8"), ("paper_f_sweep", "f32")):
