@@ -30,7 +30,8 @@ class HalfTask(DiffusionTask):
     """Half the loss of the package's task."""
 
     def training_step(self, batch: dict, batch_idx: int) -> torch.Tensor:
-        COUNTED.append("task")
+        if self.device.type != "meta":  # where the plan rehearses it
+            COUNTED.append("task")
         return super().training_step(batch, batch_idx) / 2
 
 
