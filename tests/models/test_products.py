@@ -10,7 +10,8 @@ from einops import rearrange
 from torch import nn
 from torch.nn import functional as F
 
-from ldm_train.models.autoencoder import AttnBlock, AutoencoderKL
+from ldm_train.models.autoencoder import AutoencoderKL
+from ldm_train.models.autoencoder_blocks import AttnBlock
 from ldm_train.models.layers import as_tokens, pointwise
 from ldm_train.models.transformer import AttentionBlock, CrossAttention, SpatialTransformer
 from ldm_train.models.unet import UNet
