@@ -1,0 +1,114 @@
+"""The ledger against effects worked out by hand."""
+
+import csv
+import json
+import math
+from pathlib import Path
+
+import pytest
+from chains import composed
+from omegaconf import OmegaConf
+from scipy import stats
+
+from ldm_train.configuration import config_folder
+from ldm_train.pipeline import ledger
+from ldm_train.pipeline.sweep import SweptRun, read_runs
+
+
+def run(folder: Path, techniques: list[str], seed: int, fid: float, adherence: float, tflop: float = 2.0) -> None:
+    (folder / "evaluation").mkdir(parents=True)
+    (folder / "diffusion").mkdir()
+    config = {"stages": [], "seed": seed, "techniques": dict.fromkeys(techniques, True), "autoencoder": {"network": {}}}
+    OmegaConf.save(OmegaConf.create(config), folder / "config.yaml")
+    metrics = {"samples": {"fid_tiny": {"value": fid}}, "adherence": {"trained": {"all": adherence}}}
+    (folder / "evaluation" / "metrics.json").write_text(json.dumps(metrics))
+    with open(folder / "diffusion" / "metrics.csv", "w", newline="") as file:
+        writer = csv.DictWriter(file, ["step", "train/tflop"])
+        writer.writeheader()
+        writer.writerow({"step": 10, "train/tflop": tflop})
+
+
+@pytest.fixture
+def runs(tmp_path: Path) -> list[SweptRun]:
+    base, flow = [20.0, 25.0, 30.0], [10.0, 13.0, 15.0]
+    for seed in range(3):
+        run(tmp_path / f"base{seed}", [], seed, base[seed], 0.90)
+        run(tmp_path / f"flow{seed}", ["flow"], seed, flow[seed], 0.90 + 0.01 * (-1) ** seed, 3.0)
+    run(tmp_path / "both0", ["flow", "alignment"], 0, 5.0, 0.99)
+    return read_runs(tmp_path)
+
+
+def test_effects_are_paired_by_seed_with_students_interval(runs: list[SweptRun]) -> None:
+    found = ledger.arms(runs)
+    assert set(found) == {(), ("flow",), ("alignment", "flow")}
+    mean, half, seeds = ledger.effect(ledger.MEASURES[0], found["flow",], found[()])
+    shares = [10 / 20 - 1, 13 / 25 - 1, 15 / 30 - 1]
+    wanted = stats.t.interval(0.95, 2, loc=sum(shares) / 3, scale=stats.sem(shares))
+    assert seeds == 3
+    assert (mean - half, mean + half) == pytest.approx(wanted, rel=1e-3)
+
+
+@pytest.mark.parametrize("count", range(2, 14))
+def test_quantiles_against_scipys(count: int) -> None:
+    values = [0.3 * k**2 for k in range(count)]
+    mean, half = ledger.interval(values)
+    assert mean == pytest.approx(sum(values) / count)
+    assert half == pytest.approx(stats.t.ppf(0.975, count - 1) * stats.sem(values), rel=1e-3)
+
+
+def test_a_verdict_names_what_is_certain_and_nothing_else(runs: list[SweptRun]) -> None:
+    table = {row["technique"]: row for row in ledger.rows(runs)}
+    assert table["flow"]["verdict"] == "better: fid_tiny"  # adherence went up and down
+    assert table["flow"]["work"] == "1.50"
+    assert table["alignment + flow"]["verdict"] == "no difference seen"  # one seed has no interval
+    assert table["alignment + flow"]["seeds"] == 1
+    assert table["(base)"]["fid_tiny"] == "25.000"
+
+
+def test_the_table_goes_where_its_marks_are(runs: list[SweptRun], tmp_path: Path) -> None:
+    guide = tmp_path / "README.md"
+    guide.write_text(f"before\n{ledger.BEGIN}\nold rows\n{ledger.END}\nafter\n")
+    ledger.write_table(ledger.rows(runs), guide)
+    text = guide.read_text()
+    assert text.startswith("before\n")
+    assert text.endswith("after\n")
+    assert "old rows" not in text
+    assert "| flow |" in text
+    guide.write_text("no marks")
+    with pytest.raises(ValueError, match="no place for the table"):
+        ledger.write_table(ledger.rows(runs), guide)
+    assert guide.read_text() == "no marks"
+
+
+def test_without_a_base_or_with_two_runs_of_a_seed_there_is_no_ledger(tmp_path: Path) -> None:
+    run(tmp_path / "a", ["flow"], 0, 3.0, 0.9)
+    with pytest.raises(ValueError, match=r"technique=\[\]"):
+        ledger.rows(read_runs(tmp_path))
+    run(tmp_path / "b", ["flow"], 0, 3.0, 0.9)
+    with pytest.raises(ValueError, match="same techniques and seed"):
+        ledger.rows(read_runs(tmp_path))
+
+
+def test_a_number_that_is_none_is_left_out() -> None:
+    assert ledger.Measure("x", "x", "lower").of({"x": math.nan}) is None
+    assert ledger.Measure("x", "x", "lower").of({}) is None
+
+
+TECHNIQUES = sorted(path.stem for path in (config_folder() / "technique").glob("*.yaml"))
+
+
+def test_every_technique_is_recorded_combines_and_is_told_of_in_the_guide() -> None:
+    guide = (config_folder() / "technique" / "README.md").read_text()
+    usual = composed("train", "experiment=ledger")
+    assert not usual.techniques
+    for name in TECHNIQUES:
+        config = composed("train", "experiment=ledger", f"technique=[{name}]")
+        assert dict(config.techniques) == {name: True}
+        changed = {k for k in config if config[k] != usual[k]} - {"techniques"}
+        assert changed, name
+        assert f"`{name}`" in guide
+    stage_two = composed("train", "experiment=ledger", "technique=[latent_noise,flow,alignment]")
+    assert dict(stage_two.techniques) == {"latent_noise": True, "flow": True, "alignment": True}
+    assert stage_two.autoencoder.task.augmentation.noise > 0
+    assert stage_two.diffusion.schedule._target_.endswith("LinearFlow")
+    assert stage_two.diffusion.task.alignment > 0
