@@ -120,7 +120,8 @@ def _image_embedding(options: Options, width: int, needs: Mapping[str, Any]) -> 
     embedder, own = options.part("embedder_config")
     if embedder not in EMBEDDERS:
         raise ValueError(f"{own.where} is of {embedder!r}; {' and '.join(EMBEDDERS)} can be converted")
-    own.ignore("model", "jit", "device", "antialias", "ucg_rate", "arch", "version", "max_length", "freeze")
+    own.ignore("model", "jit", "device", "antialias", "ucg_rate")  # of pictures
+    own.ignore("arch", "version", "max_length", "freeze")  # of texts
     own.only(layer="pooled")
     own.done()
     noise, own = options.part("noise_aug_config")

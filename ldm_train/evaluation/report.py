@@ -161,15 +161,10 @@ def evaluate(
     save_pairs(shown, folder / "reconstructions.png")
     drawn, texts = sampled.images, sampled.captions
     if adherence:
-
-        def reconstruct(images: torch.Tensor) -> torch.Tensor:
-            first = model.first_stage
-            return first.decode(
-                first.scaled(first.posterior(first.encode_moments(images.to(evaluator.device))).mean)
-            ).cpu()
-
         table, made, conditions = measure_adherence(
-            lambda fields, seeds: draw(model, fields, seeds=seeds).cpu(), **adherence, reconstruct=reconstruct
+            lambda fields, seeds: draw(model, fields, seeds=seeds).cpu(),
+            reconstruct=lambda images: model.decode(model.encode(images)).cpu(),
+            **adherence,
         )
         metrics["adherence"] = table | settings
         drawn = pictures.beside(model.picture(conditions, made.shape[2:]), made)[:36]

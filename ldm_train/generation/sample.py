@@ -127,6 +127,14 @@ def sample(config: DictConfig) -> list[Path]:
         raise error if "recipe=" in str(error) else ValueError(f"recipe={config.recipe}: {error}") from error
 
 
+def unsaid(config: DictConfig, trained: dict[str, Any]) -> dict[str, Any]:
+    """The options of sampling that the command leaves open, from the model's own run."""
+    options = {k: trained[k] for k in ("num_inference_steps", "guidance_scale", "spacing") if config[k] is None}
+    if config.guidance.interval is None and trained.get("guidance_interval"):
+        options["guidance"] = plain(config.guidance) | {"interval": trained["guidance_interval"]}
+    return options
+
+
 def _sample(config: DictConfig, recipe_before: dict[str, Any] | None, only: int | None) -> list[Path]:
     check_types(config)
     source = model_folder(config.run, config.runs_dir)
@@ -134,10 +142,7 @@ def _sample(config: DictConfig, recipe_before: dict[str, Any] | None, only: int 
     trained = USUAL_SAMPLING | recorded_sampling(source)
     given = OmegaConf.to_container(config.sampler) if config.get("sampler") else None
     chosen, tree = None if recipe_before else given, given or trained["sampler"]
-    unsaid = {k: trained[k] for k in ("num_inference_steps", "guidance_scale", "spacing") if config[k] is None}
-    if config.guidance.interval is None and trained.get("guidance_interval"):
-        unsaid["guidance"] = plain(config.guidance) | {"interval": trained["guidance_interval"]}
-    config = literal(OmegaConf.to_container(config, resolve=True) | unsaid | {"sampler": tree})
+    config = literal(OmegaConf.to_container(config, resolve=True) | unsaid(config, trained) | {"sampler": tree})
     trust = [*config.trust, *(targets(chosen) if chosen else ())]  # a sampler of the user's own
     device = device_of(config.accelerator).type
     model = load_latent_diffusion(source, trust).to(device, memory_format=torch.channels_last)

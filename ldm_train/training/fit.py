@@ -144,6 +144,13 @@ def load_trained(task: Task, last: Path) -> None:
     task.load_state_dict(state["state_dict"])
 
 
+def _say_rewound(error: NotFinite, step: int, attempt: int, loggers: Sequence[Recorder]) -> None:
+    again = f"rewinding to step {step}, attempt {attempt} of {REWINDS}"
+    print(f"\nhealth: {error}\n  {again}, with other random numbers", flush=True)
+    for logger in loggers:
+        logger.log_alert("not_finite", f"{error}; {again}")
+
+
 def fit(
     task: Task,
     data: L.LightningDataModule,
@@ -175,7 +182,7 @@ def fit(
     done = start >= max_steps if clock is None else clock.is_over(last)
     if done:
         load_trained(task, last)
-    rewound = False
+    steps, timed, rewound = (max_steps, [], False) if clock is None else (UNENDING, [clock], False)
     while not done:
         rows = MetricsCSV(folder / "metrics.csv", start)
         for logger in loggers:
@@ -184,19 +191,9 @@ def fit(
             logger.logged = {} if rewound else rows.cut
         checkpoints = Checkpoints(last.parent, cadence.checkpoint_every, task.monitor)
         monitor = Monitor(batch_size, dataset_size, max_bad_fraction, cadence.trace, *effort)
-        watching = [
-            *([clock] if clock else []),
-            *callbacks,
-            monitor,
-            Health(folder, health_settings or {}),
-            checkpoints,
-        ]
-        if cadence.progress:
-            watching.append(StepBar())
-        own = {"logger": [rows, *loggers], "callbacks": watching}
-        trainer = new_trainer(
-            task, folder, UNENDING if clock else max_steps, cadence, machine, **own, **(options or {})
-        )
+        watching = [*timed, *callbacks, monitor, Health(folder, health_settings or {}), checkpoints]
+        own = {"logger": [rows, *loggers], "callbacks": [*watching, *([StepBar()] if cadence.progress else [])]}
+        trainer = new_trainer(task, folder, steps, cadence, machine, **own, **(options or {}))
         begin = {"ckpt_path": str(last), "weights_only": True} if start else {}
         try:
             with checkpoints.signals(), kept_memory(machine.device):
@@ -207,11 +204,8 @@ def fit(
                 raise
             task.attempt += 1
             start, rewound = steps_done(last), True
-            again = f"rewinding to step {start}, attempt {task.attempt} of {REWINDS}"
             if machine.rank == 0:
-                print(f"\nhealth: {error}\n  {again}, with other random numbers", flush=True)
-                for logger in loggers:
-                    logger.log_alert("not_finite", f"{error}; {again}")
+                _say_rewound(error, start, task.attempt, loggers)
     task.to(machine.device)
     if task.ema is not None:
         task.ema.give(task.ema.shadow)
