@@ -78,7 +78,12 @@ def _unet(setup: Setup) -> UNet:
 @torch.no_grad()
 def sampling(settings: Settings) -> list[Table]:
     """A step of DDIM: the loop without the network, cached against recomputed keys and values, and a whole step. Raises
-    ValueError where the two loops do not compute the same."""
+    ValueError where the two loops do not compute the same, and for steps that do not divide the schedule."""
+    if 1000 % settings.steps:
+        raise ValueError(
+            f"steps={settings.steps} does not divide the schedule's 1000 timesteps: diffusers would round to others than ours; "
+            "use 5, 8, 10 or 20"
+        )
     setup = Setup(settings.device, settings.batch_size or BATCH, settings.steps)
     fixed, unet = torch.randn(2 * setup.batch, 4, 16, 16, device=setup.device), _unet(setup)
 

@@ -164,14 +164,13 @@ def _sample(config: DictConfig, recipe_before: dict[str, Any] | None, only: int 
         source_of_weaker = model_folder(config.weaker_model, config.runs_dir, "weaker_model")
         weaker = load_weaker(source_of_weaker, model, trust).to(device, memory_format=torch.channels_last)
         guides.recipe["weaker_model_sha256"] = model_metadata(source_of_weaker)["sha256"]
-    panorama = config.panorama
     sampling = Sampling(
         sampler,
         config.num_inference_steps,
         config.guidance_scale,
         config.spacing,
         config.guidance.interval,
-        overlap=None if panorama is None else round(panorama * min(model.latent_size)),
+        overlap=None if config.panorama is None else round(config.panorama * min(model.latent_size)),
         tiles=None if config.tiles.cells is None else Tiles(**config.tiles),
     )
     if config.compile:
