@@ -127,6 +127,8 @@ RULES: dict[str, Rule] = {
     "data.reader": one_of("indexed", "streaming"),
     **dict.fromkeys(("project", "runs_dir"), text()),
     "data.root": _roots,
+    **dict.fromkeys(("data.train_split", "data.val_split"), text("name of a split")),
+    **{f"autoencoder.data.{name}": optional(text("name of a split")) for name in ("train_split", "val_split")},
     "autoencoder.data.root": optional(_roots),
     **dict.fromkeys(
         ("autoencoder.pretrained", "autoencoder.init", "diffusion.pretrained", "diffusion.init", "latents.source"),

@@ -66,7 +66,7 @@ def test_start_up_is_that_of_processes_of_their_own(monkeypatch: pytest.MonkeyPa
         ("what=everything", "one of train_unet, train_autoencoder, sampling, decode, data, latent_cache, startup, or all"),
         ("runs=0", "runs=0 must be at least 1"),
         ("precision=8", "precision is one of 32, bf16-mixed"),
-        ("accelerator=tpu", "accelerator is auto, cpu or gpu"),
+        ("accelerator=tpu", "accelerator is auto, cpu, gpu or mps"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_measured_is_named(option: str, message: str) -> None:
