@@ -245,6 +245,16 @@ def test_trains_may_be_a_class(tmp_path: Path):
     assert ImageFolder(str(tmp_path)).classes == ["car", "train"]
 
 
+def test_one_name_in_two_splits_is_two_samples(tmp_path: Path):
+    for split in ("train", "val"):
+        (tmp_path / split / "cats").mkdir(parents=True)
+        for k in range(3):
+            Image.new("RGB", (8, 8), (k, 0, 200 if split == "val" else 0)).save(tmp_path / split / "cats" / f"{k}.png")
+    source = ImageFolder(str(tmp_path))
+    keys = {split: [key for key, _, _ in items] for split, items in source.items.items()}
+    assert keys == {"train": [f"cats_{k}_png" for k in range(3)], "val": [f"val_cats_{k}_png" for k in range(3)]}
+
+
 def test_growing_a_folder_moves_no_picture_between_splits(tmp_path: Path):
     def split_of() -> dict[str, str]:
         source = ImageFolder(str(tmp_path), val_fraction=0.2)

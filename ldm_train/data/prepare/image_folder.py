@@ -139,6 +139,9 @@ class ImageFolder(Source):
             key = f"{stem}_{relative.suffix.lstrip('.').lower()}"
             own = split or ("val" if in_validation(key, val_fraction) else "train")
             self.items[own].append((key, file, self.classes.index(relative.parts[0]) if self.classes else None))
+        # train/cats/0.jpg and val/cats/0.jpg, a common layout, are two samples.
+        trained = {key for key, _, _ in self.items["train"]}
+        self.items["val"] = [(f"val_{k}" if k in trained else k, file, label) for k, file, label in self.items["val"]]
         listed = [item for items in self.items.values() for item in items]
         files_by_key: dict[str, Path] = {}
         for key, file, _ in listed:
