@@ -50,6 +50,8 @@ def commands() -> list[tuple[str, str]]:
 def first_of_each(argument: str) -> str:
     """One job of a sweep: the first choice of a value that is no list."""
     name, _, value = argument.partition("=")
+    if "],[" in value:
+        return f"{name}={value.split('],[')[0]}]"
     return argument if value[:1] in "[{'\"" or "," not in value else f"{name}={value.split(',')[0]}"
 
 

@@ -130,7 +130,8 @@ def sample(config: DictConfig) -> list[Path]:
 def unsaid(config: DictConfig, trained: dict[str, Any]) -> dict[str, Any]:
     """The options of sampling that the command leaves open, from the model's own run."""
     options = {k: trained[k] for k in ("num_inference_steps", "guidance_scale", "spacing") if config[k] is None}
-    if config.guidance.interval is None and trained.get("guidance_interval"):
+    guided = options.get("guidance_scale", config.guidance_scale) != 1
+    if guided and config.guidance.interval is None and trained.get("guidance_interval"):
         options["guidance"] = plain(config.guidance) | {"interval": trained["guidance_interval"]}
     return options
 

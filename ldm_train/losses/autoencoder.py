@@ -4,6 +4,7 @@ import torch
 from torch import nn
 
 from ldm_train.devices import full_precision
+from ldm_train.distributed import mean_over_ranks
 from ldm_train.losses.adversarial import adaptive_weight, hinge_loss, vanilla_loss
 from ldm_train.models.posterior import Posterior
 
@@ -24,8 +25,9 @@ class RunningLogits(nn.Module):
         """E relu(D(x) - fake)^2 + E relu(real - D(G))^2, a scalar; then the means move by 1 - decay."""
         distance = (logits_real - self.fake).relu().square().mean() + (self.real - logits_fake).relu().square().mean()
         with torch.no_grad():
-            self.real.lerp_(logits_real.detach().mean(), 1 - self.decay)
-            self.fake.lerp_(logits_fake.detach().mean(), 1 - self.decay)
+            real, fake = mean_over_ranks(torch.stack([logits_real.detach().mean(), logits_fake.detach().mean()]))
+            self.real.lerp_(real, 1 - self.decay)
+            self.fake.lerp_(fake, 1 - self.decay)
         return distance
 
 

@@ -2,12 +2,13 @@
 
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from hydra.utils import instantiate
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from ldm_train import rng
@@ -169,6 +170,12 @@ class AutoencoderStage(Stage):
     def check(self, run: Run) -> None:
         training.check_optimisation(run, "autoencoder")
         check_start(run.config.autoencoder)
+        equivariance = OmegaConf.select(run.config, "autoencoder.task.augmentation.equivariance")
+        if run.config.autoencoder.compile and equivariance:
+            raise ValueError(
+                f"autoencoder.compile=true compiles each size of picture anew, and task.augmentation.equivariance={equivariance} "
+                "draws many; leave one of them out"
+            )
         on_meta(run)
         if run.config.autoencoder.pretrained:
             return
@@ -215,6 +222,8 @@ class AutoencoderStage(Stage):
             loss = instantiate(section.loss, _convert_="all")
         size = sides(stage_data(run.config, "autoencoder").image_size)
         task = self.task(run, network, loss, run.folder / "autoencoder")
+        # Whole pictures take the most memory of those that equivariance draws.
+        task.augmentation = replace(task.augmentation, equivariance=0.0)
         return Rehearsal(task, {"image": (run.config.data.channels, *size)})
 
     def run(self, run: Run, folder: Path) -> dict[str, Any]:

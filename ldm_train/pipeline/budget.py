@@ -30,7 +30,7 @@ BESIDE = (
     "price_per_hour",
     "restart",
 )  # options that memory does not depend on
-_KNOWN: dict[str, dict[str, int]] = {}  # of this process, by all that a step's memory depends on
+_KNOWN: dict[str, tuple[dict[str, int], tuple[str, ...]]] = {}  # of this process, by all that a step's memory depends on
 
 
 def offered(run: "Run") -> float | None:
@@ -96,10 +96,11 @@ class Budget:
         if key not in _KNOWN:
             if (rehearsal := self._rehearsal(choice.recomputing)) is None:
                 return None
-            self.unknown = tuple(rehearsal.unknown)
             last = self.section.max_steps - 1  # by then all terms of a loss are on
-            _KNOWN[key] = step_memory(rehearsal, choice.micro, choice.accumulate, machine, last)
-        return _KNOWN[key]
+            found = step_memory(rehearsal, choice.micro, choice.accumulate, machine, last)
+            _KNOWN[key] = found, tuple(rehearsal.unknown)
+        found, self.unknown = _KNOWN[key]
+        return found
 
     def peak(self, choice: Choice) -> float:
         return float(sum((self.memory(choice) or {}).values()))

@@ -102,8 +102,11 @@ def _trained(config: Mapping[str, Any]) -> list[str]:
         elif not section["network"]["_target_"].endswith("Identity"):
             begun = f", begun from {Path(section['init']).name}" if section.get("init") else ""
             network = section["network"]["_target_"].rpartition(".")[2]
+            length = (
+                f"{section['max_steps']:,} steps" if not section.get("max_time") else f"{section['max_time']} of steps"
+            )
             lines.append(
-                f"- {stage}: {network}, {section['max_steps']:,} steps of {section['batch_size']} images, learning rate "
+                f"- {stage}: {network}, {length} of {section['batch_size']} images, learning rate "
                 f"{section['lr']:g}{begun}"
             )
     return lines

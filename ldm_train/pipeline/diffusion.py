@@ -33,6 +33,7 @@ from ldm_train.pipeline.run import Index, Run
 from ldm_train.pipeline.stage import Plan, Stage
 from ldm_train.rng import NoiseSource
 from ldm_train.storage import read_config
+from ldm_train.training.alignment import check_alignment
 from ldm_train.training.callbacks.sampling import SampleMetrics
 from ldm_train.training.diffusion_task import BINS
 from ldm_train.training.task import Task
@@ -111,6 +112,8 @@ def sampler_of(run: Run) -> Callable[..., torch.Tensor]:
 def sampling_of(run: Run) -> dict[str, Any]:
     """The run's own sampling options, which are stored with its model."""
     said = {name: value for name, value in plain(run.config.sampling).items() if value is not None}
+    if not run.fields:  # nothing that guidance could strengthen
+        said.pop("guidance_interval", None)
     return said | {"sampler": plain(run.config.sampler)}
 
 
@@ -251,6 +254,8 @@ class DiffusionStage(Stage):
             run.check_metrics(section.evaluate_images)
         check_best_by(config)
         latents.check_crop(run)
+        if section.task.get("alignment"):
+            check_alignment(network_on_meta(run), autoencoder.on_meta(run))
         images = run.data("diffusion", ("image", *run.fields))
         check_model(run, images)
         if section.evaluate_every:

@@ -94,7 +94,7 @@ def effect(
     differences = []
     for seed in sorted(arm.keys() & base.keys()):
         ours, theirs = measure.of(arm[seed].metrics()), measure.of(base[seed].metrics())
-        if ours is None or not theirs:
+        if ours is None or theirs is None or (measure.relative and not theirs):
             continue
         differences.append(ours / theirs - 1 if measure.relative else ours - theirs)
     return (*interval(differences), len(differences)) if differences else None
@@ -128,7 +128,7 @@ def _spent(run: SweptRun) -> float:
     return total
 
 
-def rows(runs: Sequence[SweptRun], command: str = "", commit: str = "") -> list[dict[str, Any]]:
+def rows(runs: Sequence[SweptRun], commit: str = "") -> list[dict[str, Any]]:
     """A row per arm but the base: effects with intervals, the work against the base's, and the verdict."""
     found = arms(runs)
     base, table = found[()], []
@@ -144,7 +144,7 @@ def rows(runs: Sequence[SweptRun], command: str = "", commit: str = "") -> list[
             values = {m.title: [v for r in base.values() if (v := m.of(r.metrics())) is not None] for m in MEASURES}
             row |= {m.title: f"{fmean(v):.3f}" if (v := values[m.title]) else "" for m in MEASURES}
             row |= {"work": "1", "verdict": ""}
-        table.append(row | {"commit": commit, "command": command})
+        table.append(row | {"commit": commit})
     return table
 
 

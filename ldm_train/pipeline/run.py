@@ -57,7 +57,7 @@ def _with_signatures(node: dict[str, Any], known: dict[str, Any]) -> dict[str, A
             defaults |= {p.name: p.default for p in parameters if p.default is not inspect.Parameter.empty}
     for name, value in node.items():
         if isinstance(value, dict):
-            inner = defaults.get(name)
+            inner = known.get(name)  # of the base files, whose section says more than a signature's None
             defaults[name] = _with_signatures(value, inner if isinstance(inner, dict) else {})
     return defaults
 
@@ -83,7 +83,7 @@ class Run:
         self.config, self.folder, self.machine, self.trust, self.share = config, folder, machine, trust, share
         self.fields = tuple(conditioner.field for conditioner in conditioner_classes(config, trust).values())
         self.wandb: WandbRun | None = None
-        self.plans_only = config.plan == "only"
+        self.plans_only = config.get("plan") == "only"  # runs of before have no such option
         self.missing: dict[str, None] = {}  # what a plan alone did without, in order
         self.effort: dict[str, tuple[float, float]] = {}  # per stage: training FLOPs per image, peak of the devices
 

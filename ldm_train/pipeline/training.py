@@ -66,6 +66,10 @@ def check_optimisation(run: Run, stage: str) -> None:
     section = run.config[stage]
     if section.get("compile") and not isinstance(run.machine, Onlooker):
         check_compiler(f"{stage}.compile", run.machine.device)
+    if section.get("ema_width") is not None and section.ema_decay is None:
+        raise ValueError(
+            f"{stage}.ema_width is the width of an average, and {stage}.ema_decay=null has none; set it to 0.999"
+        )
     own_callbacks(run)
     bare = dict.fromkeys(("logger", "enable_checkpointing", "enable_model_summary", "enable_progress_bar"), False)
     try:

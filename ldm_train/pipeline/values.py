@@ -67,6 +67,13 @@ def _only(value: Any) -> str:
     return value
 
 
+def _interval(value: Any) -> list[float]:
+    low, high = numbers(2, number(0))(value)
+    if not low < high:
+        raise ValueError("{name}={value} is [low, high] in noise levels, the lower one first")
+    return [low, high]
+
+
 def _time(value: Any) -> str:
     try:
         seconds_of(str(value))
@@ -83,7 +90,7 @@ PER_STAGE: dict[str, Rule] = {
     "lr": POSITIVE,
     "clip_norm": optional(POSITIVE),
     "ema_decay": optional(number(0, 1)),
-    "ema_width": optional(number(0, 0.28)),
+    "ema_width": optional(number(1e-6, 0.28)),
     "max_time": optional(_time),
 }
 LOSS_WEIGHTS = (
@@ -119,7 +126,10 @@ RULES: dict[str, Rule] = {
     "autoencoder.disc_lr": optional(POSITIVE),
     **{f"autoencoder.loss.{name}": POSITIVE for name in LOSS_WEIGHTS},
     "sampling.guidance_scale": POSITIVE,
-    "sampling.guidance_interval": optional(numbers(2, number(0))),
+    "sampling.guidance_interval": optional(_interval),
+    "diffusion.task.alignment": optional(POSITIVE),
+    "autoencoder.task.augmentation.noise": optional(POSITIVE),
+    **{f"autoencoder.task.augmentation.{name}": optional(number(0, 1)) for name in ("most", "equivariance")},
     **{f"autoencoder.loss.{name}": optional(POSITIVE) for name in ("lecam_weight", "r1_weight")},
     "data.max_bad_fraction": number(0, 1),
     **dict.fromkeys(FLAGS, optional(flag)),

@@ -11,18 +11,30 @@ from ldm_train.models.autoencoder import Autoencoder
 from ldm_train.models.first_stage import FirstStage
 
 
+def check_alignment(network: nn.Module, autoencoder: nn.Module) -> None:
+    """Raises ValueError where there is nothing to align, or nothing to align with."""
+    if not isinstance(autoencoder, Autoencoder):
+        raise ValueError(
+            "diffusion.task.alignment needs a KL or VQ autoencoder, whose features it aligns with; set it to 0"
+        )
+    if not hasattr(network, "middle"):
+        raise ValueError(
+            f"diffusion.task.alignment needs a network that names its middle, and {type(network).__name__} has no `middle` "
+            "(see models/unet.py); set it to 0"
+        )
+
+
 class Alignment(nn.Module):
     """1 - the cosine between what the network's middle says of the noisy latents, through a small projection, and what the frozen
     decoder's first layers say of the clean ones: REPA (Yu et al. 2025, arXiv:2410.06940, eq. 8) with the autoencoder in the place
     of an outside teacher. The projection is trained beside the network and is no part of the model.
 
-    weight: of the loss, a mean over places. Raises ValueError for an autoencoder without a decoder of convolutions.
+    weight: of the loss, a mean over places. Raises ValueError as `check_alignment`.
     """
 
     def __init__(self, weight: float, network: nn.Module, first_stage: FirstStage):
         super().__init__()
-        if not isinstance(first_stage.autoencoder, Autoencoder):
-            raise ValueError("diffusion.task.alignment needs a KL or VQ autoencoder, whose features it aligns with")
+        check_alignment(network, first_stage.autoencoder)
         self.weight = weight
         middle, width = network.middle
         channels = first_stage.autoencoder.decoder.conv_in.out_channels

@@ -89,6 +89,15 @@ def test_without_a_base_or_with_two_runs_of_a_seed_there_is_no_ledger(tmp_path: 
         ledger.rows(read_runs(tmp_path))
 
 
+def test_a_base_of_nothing_right_still_counts(tmp_path: Path) -> None:
+    for seed, (base, ours) in enumerate([(0.0, 0.3), (0.0, 0.31), (0.1, 0.2)]):
+        run(tmp_path / f"base{seed}", [], seed, 3.0, base)
+        run(tmp_path / f"flow{seed}", ["flow"], seed, 3.0, ours)
+    found = ledger.arms(read_runs(tmp_path))
+    mean, _, seeds = ledger.effect(ledger.MEASURES[1], found["flow",], found[()])
+    assert (mean, seeds) == (pytest.approx((0.3 + 0.31 + 0.1) / 3), 3)
+
+
 def test_a_number_that_is_none_is_left_out() -> None:
     assert ledger.Measure("x", "x", "lower").of({"x": math.nan}) is None
     assert ledger.Measure("x", "x", "lower").of({}) is None

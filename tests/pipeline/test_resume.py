@@ -1,5 +1,6 @@
 """The chain skips, resumes, runs or refuses each stage, and nothing is reused or overwritten in silence."""
 
+import copy
 import multiprocessing
 import subprocess
 import sys
@@ -8,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from chains import composed
+from omegaconf import OmegaConf
 
 from ldm_train.configuration import differences
 from ldm_train.errors import Refused
@@ -23,6 +26,8 @@ from ldm_train.pipeline.resume import (
     run_lock,
     set_aside,
 )
+from ldm_train.pipeline.run import Run, option_defaults
+from ldm_train.training.fit import Machine
 
 KEY = {"autoencoder": {"lr": 1e-3, "loss": {"disc_start": 8, "betas": [0.5, 0.9]}}, "seed": 0}
 
@@ -299,3 +304,38 @@ def test_stages_follow_from_each_other_directly_or_not():
     assert ORDER.later_than("autoencoder") == ["latents", "diffusion", "evaluation", "export", "classifier"]
     assert ORDER.later_than("diffusion") == ["evaluation", "export"]
     assert ORDER.later_than("export") == ORDER.later_than("perceptual") == []
+
+
+@pytest.mark.parametrize("stage", ["autoencoder", "diffusion"])
+def test_options_that_a_run_of_before_lacks_are_at_their_defaults(stage: str) -> None:
+    """Options of 2026-11 that runs made earlier do not have: of a section, of a part, and of a part within a part."""
+    added = {
+        "autoencoder": ["task.augmentation", "ema_width", "max_time", "loss.lecam_weight", "loss.r1_weight"],
+        "diffusion": [
+            "task.alignment",
+            "ema_width",
+            "max_time",
+            "objective.input_perturbation",
+            "objective.immiscible",
+        ],
+    }[stage]
+    config = composed("train", "experiment=quickstart")
+    new = OmegaConf.to_container(config[stage], resolve=True)
+    old = copy.deepcopy(new)
+    for option in added:
+        *path, last = option.split(".")
+        node = old
+        for name in path:
+            node = node[name]
+        del node[last]
+    assert differences({stage: old}, {stage: new}, option_defaults(config)) == []
+    changed = copy.deepcopy(new)
+    changed["max_time"] = "5min"
+    assert differences({stage: old}, {stage: changed}, option_defaults(config)) == [f"{stage}.max_time: None -> 5min"]
+
+
+def test_a_run_of_before_has_no_plan_and_no_price(tmp_path: Path) -> None:
+    tree = OmegaConf.to_container(composed("train", "experiment=quickstart"))
+    new = ("plan", "memory", "price_per_hour", "techniques")
+    config = OmegaConf.create({name: value for name, value in tree.items() if name not in new})
+    assert not Run(config, tmp_path, Machine("cpu", "32")).plans_only

@@ -6,18 +6,20 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+from chains import composed
 from torch.nn import functional as F
 
 from ldm_train.diffusion.objective import DiffusionObjective
 from ldm_train.diffusion.schedule import NoiseSchedule
 from ldm_train.latent_diffusion import LatentDiffusion
 from ldm_train.losses.autoencoder import AutoencoderLoss, RunningLogits
-from ldm_train.models.autoencoder import AutoencoderKL
+from ldm_train.models.autoencoder import AutoencoderIdentity, AutoencoderKL
 from ldm_train.models.discriminator import PatchDiscriminator
 from ldm_train.models.dit import DiT
 from ldm_train.models.first_stage import FirstStage
 from ldm_train.models.unet import UNet
-from ldm_train.training.alignment import Alignment
+from ldm_train.pipeline.values import check_values
+from ldm_train.training.alignment import Alignment, check_alignment
 from ldm_train.training.latent_augmentation import LatentAugmentation
 from ldm_train.training.optim import EMA, power_of_width
 
@@ -263,3 +265,29 @@ def test_an_average_of_a_width_continues_where_its_state_was() -> None:
 def test_impossible_widths_are_refused(width: float) -> None:
     with pytest.raises(ValueError, match="ema_width"):
         EMA(torch.nn.Linear(1, 1), 0.99, width=width)
+
+
+# -- what is refused before anything is made --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ("diffusion.task.alignment=abc", r"diffusion\.task\.alignment='abc' is no number"),
+        ("autoencoder.task.augmentation.noise=-1", r"augmentation\.noise=-1 is below 0"),
+        ("autoencoder.task.augmentation.equivariance=2", r"equivariance=2 is above 1"),
+        ("diffusion.ema_width=0", r"diffusion\.ema_width=0 is below"),
+        ("sampling.guidance_interval=[5,0.3]", r"sampling\.guidance_interval=\[5, 0\.3\] is \[low, high\]"),
+        ("diffusion.max_time=soon", r"diffusion\.max_time=soon is no time; write 90s, 30min or 1\.5h"),
+    ],
+)
+def test_what_cannot_be_is_refused_by_name_at_once(options: str, said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        check_values(composed("train", options))
+
+
+def test_alignment_needs_features_and_a_middle() -> None:
+    with pytest.raises(ValueError, match=r"diffusion\.task\.alignment needs a KL or VQ autoencoder"):
+        check_alignment(unet(), AutoencoderIdentity())
+    with pytest.raises(ValueError, match=r"Linear has no `middle`"):
+        check_alignment(torch.nn.Linear(1, 1), autoencoder())
