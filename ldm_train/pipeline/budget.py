@@ -30,7 +30,9 @@ BESIDE = (
     "price_per_hour",
     "restart",
 )  # options that memory does not depend on
-_KNOWN: dict[str, tuple[dict[str, int], tuple[str, ...]]] = {}  # of this process, by all that a step's memory depends on
+_KNOWN: dict[
+    str, tuple[dict[str, int], tuple[str, ...]]
+] = {}  # of this process, by all that a step's memory depends on
 
 
 def offered(run: "Run") -> float | None:

@@ -21,16 +21,20 @@ T_QUANTILES = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2
 @dataclass(frozen=True)
 class Measure:
     """A number of metrics.json that arms are compared by. key: its path. relative: effects are shares of the base's value, else
-    differences. better: "lower" or "higher"."""
+    differences. better: "lower" or "higher". ratio: of a spread to the data's, of which more than 1 is as wrong as less: 2 counts as
+    a half."""
 
     title: str
     key: str
     better: str
     relative: bool = False
+    ratio: bool = False
 
     def of(self, metrics: Mapping[str, float]) -> float | None:
         value = metrics.get(self.key)
-        return None if value is None or math.isnan(value) else value
+        if value is None or math.isnan(value):
+            return None
+        return min(value, 1 / value) if self.ratio and value > 0 else value
 
 
 # Those that a run has are shown; a verdict is made of each, none is left out afterwards.
@@ -41,7 +45,7 @@ MEASURES = (
     Measure("shape fidelity", "adherence.impression.shape_fidelity.ratio", "higher"),
     Measure("partial prompts", "adherence.impression.partial.right", "higher"),
     Measure("their backgrounds", "adherence.impression.partial.backgrounds", "higher"),
-    Measure("diversity", "adherence.diversity.position_ratio", "higher"),
+    Measure("diversity", "adherence.diversity.position_ratio", "higher", ratio=True),
     Measure("rFID_tiny", "reconstructions.fid_tiny.value", "lower", relative=True),
 )
 

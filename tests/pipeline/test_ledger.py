@@ -98,6 +98,11 @@ def test_a_base_of_nothing_right_still_counts(tmp_path: Path) -> None:
     assert (mean, seeds) == (pytest.approx((0.3 + 0.31 + 0.1) / 3), 3)
 
 
+def test_too_much_variety_is_no_better_than_too_little() -> None:
+    diversity = next(m for m in ledger.MEASURES if m.title == "diversity")
+    assert [diversity.of({diversity.key: v}) for v in (0.5, 1.0, 4.0)] == [0.5, 1.0, 0.25]
+
+
 def test_a_number_that_is_none_is_left_out() -> None:
     assert ledger.Measure("x", "x", "lower").of({"x": math.nan}) is None
     assert ledger.Measure("x", "x", "lower").of({}) is None
