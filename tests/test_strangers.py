@@ -132,7 +132,10 @@ def _hook(event: str, arguments: tuple) -> None:
     if event in _COMMANDS or (event == "import" and str(arguments[0]).startswith("evil_module")):
         _watch["seen"].append((event, str(arguments)[:200]))
     elif event == "open" and isinstance(arguments[0], str) and set(str(arguments[1] or "")) & set("wax+"):
-        elsewhere = not os.path.realpath(arguments[0]).startswith(("/dev/", *_watch["allowed"]))
+        path = os.path.realpath(arguments[0])
+        # pytest compiles plugins of installed packages where it first meets them.
+        of_pytest = path.startswith(sys.prefix) and "/__pycache__/" in path and "-pytest-" in path
+        elsewhere = not path.startswith(("/dev/", *_watch["allowed"])) and not of_pytest
         _watch["seen"] += [(event, arguments[0])] * elsewhere
 
 
