@@ -94,7 +94,7 @@ BRIEFLY = {
     "ldm-search": [],
 }
 ELSEWHERE = (
-    r"celebahq|ldm-convert|clothing_f8|my_package|ldm-search|ldm-sweep dir=runs/shapes_f_sweep|ldm-bench|_f_sweep"
+    r"celebahq|ldm-convert|clothing_f8|my_package|ldm-search|ldm-sweep dir=runs/shapes_f_sweep|ldm-sweep dir=runs/ledger|ldm-bench|_f_sweep"
 )
 
 
