@@ -94,7 +94,8 @@ BRIEFLY = {
     "ldm-search": [],
 }
 ELSEWHERE = (
-    r"celebahq|ldm-convert|clothing_f8|my_package|ldm-search|ldm-sweep dir=runs/shapes_f_sweep|ldm-sweep dir=runs/ledger|ldm-bench|_f_sweep"
+    r"celebahq|ldm-convert|clothing_f8|my_package|ldm-search|ldm-sweep dir=runs/shapes_f_sweep"
+    r"|ldm-sweep dir=runs/ledger|ldm-bench|_f_sweep"
 )
 
 
