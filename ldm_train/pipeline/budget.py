@@ -21,18 +21,10 @@ if TYPE_CHECKING:
 GIB = 2**30
 # What is counted on of a memory: libraries need workspaces, an allocator leaves gaps, a GPU keeps its context.
 USABLE = 0.9
-BESIDE = (
-    "name",
-    "runs_dir",
-    "stages",
-    "memory",
-    "plan",
-    "price_per_hour",
-    "restart",
-)  # options that memory does not depend on
-_KNOWN: dict[
-    str, tuple[dict[str, int], tuple[str, ...]]
-] = {}  # of this process, by all that a step's memory depends on
+# Options that memory does not depend on.
+BESIDE = ("name", "runs_dir", "stages", "memory", "plan", "price_per_hour", "restart")
+# Of this process, by all that a step's memory depends on: the bytes by part, and what is not counted.
+_KNOWN: dict[str, tuple[dict[str, int], tuple[str, ...]]] = {}
 
 
 def offered(run: "Run") -> float | None:

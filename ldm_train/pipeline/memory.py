@@ -145,9 +145,8 @@ class Kernels:
 
     def __init__(self, gpu: bool):
         self.gpu = gpu
-        self.cast: dict[
-            int, tuple[torch.Tensor, torch.Tensor]
-        ] = {}  # weights in 16 bits, by their ids, until the forward pass ends
+        # Weights in 16 bits, by their ids, until the forward pass ends.
+        self.cast: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
     @contextmanager
     def installed(self) -> Iterator[None]:
