@@ -29,6 +29,12 @@ def device_of(accelerator: str) -> torch.device:
     return torch.device({"gpu": "cuda"}.get(accelerator, accelerator))
 
 
+def multiplies_bfloat16() -> bool:
+    """Whether this CPU has matrix units for bfloat16 (Intel's AMX). Others compute it slower than float32, some 100 times."""
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # of torch 2.12 on
+    return bool(capabilities.get("amx_bf16"))
+
+
 def uploaded(tensor: torch.Tensor, device: torch.device | str) -> torch.Tensor:
     """`tensor` on `device`. From the host to an accelerator it is copied beside what the device computes, from pinned memory: a
     blocking copy would wait for all that was asked of the device before. The source must not be written to afterwards. float64

@@ -6,7 +6,16 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from ldm_train.models.layers import PaddedDownsample, Upsample, as_map, as_tokens, group_norm, pointwise, recomputed
+from ldm_train.models.layers import (
+    PaddedDownsample,
+    Upsample,
+    as_map,
+    as_tokens,
+    attend,
+    group_norm,
+    pointwise,
+    recomputed,
+)
 from ldm_train.models.tiling import Step
 
 
@@ -58,7 +67,7 @@ class AttnBlock(nn.Module):
     def _attended(self, x: torch.Tensor, normed: torch.Tensor) -> torch.Tensor:
         weight, bias = (torch.cat([getattr(p, name) for p in (self.q, self.k, self.v)]) for name in ("weight", "bias"))
         q, k, v = F.linear(as_tokens(normed)[:, None], weight.flatten(1), bias).chunk(3, dim=-1)  # (B, 1, h*w, C) each
-        out = pointwise(self.proj_out, F.scaled_dot_product_attention(q, k, v)[:, 0])
+        out = pointwise(self.proj_out, attend(q, k, v)[:, 0])
         return x + as_map(out, x.shape[2], x.shape[3])
 
 

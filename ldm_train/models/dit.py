@@ -3,10 +3,9 @@
 import torch
 from einops import rearrange
 from torch import nn
-from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from ldm_train.models.layers import embedding_mlp, timestep_embedding, widest, zero_init
+from ldm_train.models.layers import attend, embedding_mlp, timestep_embedding, widest, zero_init
 from ldm_train.models.transformer import CrossAttention, KeysValues
 
 
@@ -32,7 +31,7 @@ class Attention(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         qkv = self.qkv(x).unflatten(2, (3, self.heads, -1))  # (B, N, 3, heads, d)
         q, k, v = qkv.transpose(1, 3).unbind(2)
-        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        return self.proj(attend(q, k, v).transpose(1, 2).flatten(2))
 
 
 def modulated(x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from ldm_train.models.layers import as_map, as_tokens, group_norm, pointwise, zero_init
+from ldm_train.models.layers import as_map, as_tokens, attend, group_norm, pointwise, zero_init
 
 KeysValues = tuple[torch.Tensor, torch.Tensor]  # (B, heads, L, head_dim) each
 
@@ -41,7 +41,7 @@ class CrossAttention(nn.Module):
         else:
             q = self._split(self.to_q(x))
             k, v = context if isinstance(context, tuple) else self.projected(context)
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=None if mask is None else mask[:, None, None, :])
+        out = attend(q, k, v, None if mask is None else mask[:, None, None, :])
         return self.to_out(out.transpose(1, 2).flatten(2))
 
 
@@ -164,5 +164,5 @@ class AttentionBlock(nn.Module):
         h, w = x.shape[-2:]
         qkv = pointwise(self.qkv, as_tokens(self.norm(x))).unflatten(2, (3, self.heads, -1))  # (B, h*w, 3, heads, d)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)
-        out = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        out = attend(q, k, v).transpose(1, 2).flatten(2)
         return x + as_map(pointwise(self.proj_out, out), h, w)

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
@@ -31,6 +31,7 @@ ALIKE = {
     *(aten.gelu_backward, aten.relu, aten.threshold_backward, aten.abs, aten.exp),
 }  # fmt: skip
 # What autocast computes in 16 bits, and what a GPU's computes in float32 (a CPU's as it comes), among that which networks call.
+# Attention is in float32 on a CPU, see `attend`.
 IN_16_BITS = [
     (F, n) for n in ("linear", "conv1d", "conv2d", "conv3d", "conv_transpose2d", "scaled_dot_product_attention")
 ]
@@ -151,7 +152,8 @@ class Kernels:
     @contextmanager
     def installed(self) -> Iterator[None]:
         with ExitStack() as stack:
-            stack.enter_context(patch.object(F, "scaled_dot_product_attention", _attention))
+            attention = partial(_attention, widened=not self.gpu)
+            stack.enter_context(patch.object(F, "scaled_dot_product_attention", attention))
             for owner, name in IN_16_BITS:
                 stack.enter_context(patch.object(owner, name, self._under(self._lowered, getattr(owner, name))))
             for owner, name in IN_FLOAT32 if self.gpu else ():
@@ -183,10 +185,14 @@ _attend = F.scaled_dot_product_attention
 
 
 def _attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, attn_mask: Any = None, *args: Any, **kwargs: Any
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, attn_mask: Any = None, *args: Any, widened: bool, **kwargs: Any
 ) -> Any:
     if not q.is_meta:
         return _attend(q, k, v, attn_mask, *args, **kwargs)
+    if widened and q.dtype != torch.float32:
+        dtype = q.dtype
+        q, k, v = (t.float() for t in (q, k, v))
+        return _attention(q, k, v, attn_mask, widened=False).to(dtype)
     if attn_mask is not None and attn_mask.dtype == torch.bool:
         attn_mask = torch.zeros_like(attn_mask, dtype=q.dtype)
     return aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, attn_mask=attn_mask)[0]

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from omegaconf import DictConfig
 
+from ldm_train.devices import multiplies_bfloat16
 from ldm_train.evaluation.evaluator import parse_metrics
 from ldm_train.images import groups_in_words, has_colours
 from ldm_train.pipeline.budget import GIB, Budget, in_full, offered
@@ -38,10 +39,12 @@ def peak_flops(device: torch.device, precision: str, measured: float) -> float:
 
 
 @cache
-def _rate(device: torch.device) -> float:
-    """Measured matmul speed of this device in FLOP/s (a fraction of a second)."""
+def _rate(device: torch.device, dtype: torch.dtype | None = None) -> float:
+    """Measured matmul speed of this device in FLOP/s (a fraction of a second). dtype: None is float32 on a CPU, bfloat16 else."""
     size = 1024 if device.type == "cpu" else 8192
-    a = torch.randn(size, size, device=device, dtype=torch.float32 if device.type == "cpu" else torch.bfloat16)
+    if dtype is None:
+        dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+    a = torch.randn(size, size, device=device).to(dtype)
     best = 0.0
     for _ in range(5):
         begin = time.perf_counter()
@@ -102,6 +105,8 @@ def print_plan(run: "Run", steps: list[Step]) -> dict[str, tuple[float, float]]:
     if machine.rank > 0:
         return {}
     print(f"run {run.folder} on {machine.world_size} x {machine.accelerator}, precision {machine.precision}")
+    if machine.accelerator == "cpu" and machine.precision == "32" and multiplies_bfloat16():
+        print("  this CPU has matrix units for bfloat16: precision=bf16-mixed trains 1.3 to 1.9 times as fast")
     if not has_colours(config.data.channels):
         print(_channels_in_words(config))
     effort, budgets, device, memory = {}, [], _device(machine), offered(run)
@@ -119,7 +124,11 @@ def print_plan(run: "Run", steps: list[Step]) -> dict[str, tuple[float, float]]:
                 budget, peak_in_words = _budget(run, step.name)
                 text += peak_in_words
             if device is not None:
-                effort[step.name] = flops, peak_flops(device, machine.precision, _rate(device)) * machine.world_size
+                fast = torch.bfloat16 if machine.precision == "bf16-mixed" else None
+                effort[step.name] = (
+                    flops,
+                    peak_flops(device, machine.precision, _rate(device, fast)) * machine.world_size,
+                )
             if left and device is not None:
                 rate = REACHED * _rate(device) * machine.world_size / flops
                 seconds = left * config[step.name].batch_size / rate

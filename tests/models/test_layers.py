@@ -1,9 +1,11 @@
-"""Normalisation groups: the published 32 where layers are wide, never so few channels that a colour is lost."""
+"""Normalisation groups: the published 32 where layers are wide, never so few channels that a colour is lost. What a CPU computes
+in float32 under autocast."""
 
 import pytest
 import torch
+from torch.nn import functional as F
 
-from ldm_train.models.layers import group_norm
+from ldm_train.models.layers import attend, group_norm
 from ldm_train.models.unet import UNet
 
 
@@ -28,3 +30,28 @@ def test_the_colour_of_a_flat_image_survives() -> None:
     norm, colours = group_norm(16, 1e-6), torch.randn(2, 16, 1, 1).expand(2, 16, 8, 8)
     one, other = norm(colours)
     assert (one - other).abs().max() > 0.1
+
+
+def test_under_autocast_a_cpu_normalises_in_float32_as_a_gpu_does() -> None:
+    norm, x = group_norm(32, 1e-5), torch.randn(2, 32, 4, 4).bfloat16()
+    with torch.autocast("cpu", torch.bfloat16):
+        normed = norm(x)
+    assert normed.dtype == torch.float32
+    torch.testing.assert_close(normed, F.group_norm(x.float(), norm.num_groups, eps=1e-5))  # float32's tolerance
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_attention_of_a_cpu_in_bfloat16_is_that_of_float32(masked: bool) -> None:
+    """Whether autocast is on or the tensors are in 16 bits already; gradients too."""
+    q, k, v = (torch.randn(2, 3, n, 8).bfloat16().requires_grad_() for n in (5, 7, 7))
+    mask = torch.rand(2, 1, 1, 7) > 0.3 if masked else None
+    wide = [t.detach().float().requires_grad_() for t in (q, k, v)]
+    F.scaled_dot_product_attention(*wide, attn_mask=mask).sum().backward()
+    for autocast in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            out = attend(q, k, v, mask)
+        assert out.dtype == torch.bfloat16
+        torch.testing.assert_close(out, F.scaled_dot_product_attention(*wide, attn_mask=mask).bfloat16())
+        gradients = torch.autograd.grad(out.sum(), (q, k, v))
+        for gradient, reference in zip(gradients, wide, strict=True):
+            torch.testing.assert_close(gradient, reference.grad.bfloat16())

@@ -13,7 +13,7 @@ import pytest
 from chains import chain
 from tqdm import tqdm
 
-from ldm_train.training.callbacks import progress
+from ldm_train.training.callbacks import pace, progress
 
 
 def test_a_log_gets_a_line_in_ten_seconds_and_not_in_each(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -33,6 +33,14 @@ def test_a_log_gets_a_line_in_ten_seconds_and_not_in_each(monkeypatch: pytest.Mo
     bar, task = progress.StepBar(), SimpleNamespace(stage="diffusion", shown=())
     bar.on_train_start(SimpleNamespace(global_step=0, max_steps=9, log_every_n_steps=5), task)
     assert bar.bar.mininterval == 10
+
+
+@pytest.mark.chain
+def test_the_pace_is_said_above_the_bar(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    monkeypatch.setattr(pace, "FIRST", 1)
+    monkeypatch.setattr(pace, "MEASURED", 2)
+    chain(tmp_path, "progress=true", "stages=[autoencoder]", "autoencoder.max_steps=4").execute()
+    assert "images/s in its first steps" in capsys.readouterr().out
 
 
 @pytest.mark.chain

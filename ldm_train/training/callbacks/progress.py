@@ -23,10 +23,6 @@ class StepBar(ProgressBar):
     def is_enabled(self) -> bool:  # asked by LightningModule.print
         return True
 
-    def print(self, *words: Any, **options: Any) -> None:
-        """A line above the bar."""
-        tqdm.write(" ".join(map(str, words)), **options)
-
     def on_train_start(self, trainer: L.Trainer, pl_module: Task) -> None:
         start = trainer.global_step
         total = trainer.max_steps if trainer.max_steps < UNENDING else None
