@@ -14,8 +14,10 @@ from ldm_train.diffusion.guidance import Denoise, classifier_free, keep_known
 from ldm_train.diffusion.objective import check_compatible
 from ldm_train.diffusion.parameterisation import Epsilon, Parameterisation
 from ldm_train.diffusion.process import NoiseProcess
+from ldm_train.models import lora
 from ldm_train.models.backbone import Backbone, ProjectsContext
 from ldm_train.models.first_stage import FirstStage
+from ldm_train.models.lora import LoRA
 from ldm_train.models.tiling import Tiles, Windows
 from ldm_train.rng import NoiseSource
 from ldm_train.samplers import Callback
@@ -126,6 +128,7 @@ class LatentDiffusion(nn.Module):
         super().__init__()
         self.network, self.first_stage, self.schedule = network, first_stage, schedule
         self.conditioners = nn.ModuleDict(conditioners or {})
+        self.adapter: nn.Module | None = None  # the one that trains, see `adapt`
         self.parameterisation, self.latent_size = parameterisation or Epsilon(), tuple(latent_size)
         check_compatible(self.parameterisation, schedule)
         # What `sample` does by default; loaded models bring their run's choice.
@@ -157,9 +160,25 @@ class LatentDiffusion(nn.Module):
         """The batch fields its conditioners read."""
         return tuple(c.field for c in self.conditioners.values())
 
-    def trainable(self) -> nn.ModuleDict:
-        """The parts that stage 2 trains and averages: network and conditioners."""
+    def parts(self) -> nn.ModuleDict:
+        """Network and conditioners."""
         return nn.ModuleDict({"network": self.network, "conditioners": self.conditioners})
+
+    def trainable(self) -> nn.ModuleDict:
+        """What stage 2 trains and averages: network and conditioners, or an adapter of them."""
+        return self.parts() if self.adapter is None else nn.ModuleDict({"adapter": self.adapter})
+
+    def adapt(self, how: LoRA, name: str) -> None:
+        """Puts a new adapter on the network, and on the text encoders where asked; from now on it alone trains. Raises ValueError
+        where it fits no layer."""
+        self.requires_grad_(False)
+        parts = self.parts() if how.text_encoder else nn.ModuleDict({"network": self.network})
+        self.adapter = how.attach(parts, name)
+
+    def merge_adapters(self) -> dict[str, torch.Tensor]:
+        """Makes adapters part of the weights; returns the weights before, see `lora.merge`."""
+        self.adapter = None
+        return lora.merge(self.parts())
 
     def latents_from(self, batch: Mapping[str, Any], generator: torch.Generator | None = None) -> torch.Tensor:
         """batch["moments"] (see `Autoencoder.encode_moments`) where cached, else batch["image"] is encoded; a fresh posterior sample each

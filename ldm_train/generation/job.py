@@ -33,10 +33,11 @@ FILES = ("image", "mask", "map", "depth", "layout")  # options that name files
 LISTS = ("prompts", "classes")  # options whose entries may stand in a file
 FIELD = "fields."  # prefix of options for fields that a model's own conditioner declares, given as a file or as text
 MODELS = ("weaker_model", "guide.classifier", "guide.clip")  # options that name further models
+ADAPTERS = "adapters"  # a list of them, each with a strength
 # Types of options in a recipe whose default is null or that take more than one type.
 OPEN: dict[str, Sequence[type]] = {
     **dict.fromkeys(("task", "negative", "image_prompt", "spacing", "compile", *MODELS), (str,)),
-    **dict.fromkeys((*FILES, *LISTS), (str, list)),
+    **dict.fromkeys((*FILES, *LISTS, ADAPTERS), (str, list)),
     **dict.fromkeys(("num_inference_steps", "tiles.cells"), (int,)),
     **dict.fromkeys(("guidance_scale", "panorama", "guidance.threshold"), (float,)),
     **dict.fromkeys(("extend", "guidance.interval"), (list,)),
@@ -87,6 +88,7 @@ def _named_files(asked: dict[str, Any]) -> dict[str, list[str]]:
         value = options.get(option)
         named[option] = [value] if isinstance(value, str) and Path(value).suffix in (".txt", ".jsonl") else []
     named |= {o: [str(value)] for o in MODELS if (value := options.get(o)) is not None}
+    named[ADAPTERS] = as_list(options.get(ADAPTERS), ADAPTERS)
     return {option: values for option, values in named.items() if values}
 
 
@@ -145,7 +147,7 @@ def replayed(config: DictConfig) -> tuple[DictConfig, dict[str, Any], int | None
     asked, given = recipe["config"], OmegaConf.to_container(config, resolve=True)
     needed, options, usual_options = _named_files(asked), _options(given), _options(usual)
     files = (*FILES, *(o for o in options if o.startswith(FIELD)))
-    said = {o: v for o in (*files, *LISTS, *MODELS) if (v := options.get(o)) is not None}
+    said = {o: v for o in (*files, *LISTS, *MODELS, ADAPTERS) if (v := options.get(o)) is not None}
     changed = [k for k, v in options.items() if v != usual_options.get(k) and k not in (*WITH_REPLAY, *needed)]
     if changed:
         raise ValueError(f"recipe= draws again what was drawn; {', '.join(changed)}= cannot change it, leave it out")

@@ -21,7 +21,21 @@ from ldm_train.generation.files import (
     require_same_shape,
 )
 from ldm_train.latent_diffusion import LatentDiffusion
-from ldm_train.rules import Rule, check, either, flag, number, numbers, one_of, optional, scalar, section, whole
+from ldm_train.rules import (
+    Rule,
+    check,
+    either,
+    flag,
+    list_of,
+    number,
+    numbers,
+    one_of,
+    optional,
+    scalar,
+    section,
+    text,
+    whole,
+)
 
 # task: the condition it needs, None where any model can do it
 TASKS = {
@@ -68,6 +82,7 @@ RULES: dict[str, Rule] = {
     "extend": optional(numbers(4, PIXELS, "whole numbers")),
     "guidance.interval": optional(numbers(2, number(-MOST, MOST))),
     **dict.fromkeys(TEXTS, scalar),
+    "adapters": optional(either(text("run, folder or file"), list_of(str))),
     **dict.fromkeys(("invert", "overwrite"), flag),
     "accelerator": one_of("auto", "cpu", "gpu", "mps"),
 }

@@ -18,7 +18,9 @@ from ldm_train.compiling import check_compiler, compile_sampling, record_cuda_gr
 from ldm_train.configuration import literal, plain
 from ldm_train.devices import device_of
 from ldm_train.diffusion.guidance import classifier_free
+from ldm_train.generation.adapters import take_adapters
 from ldm_train.generation.drawing import Drawing
+from ldm_train.generation.files import as_list
 from ldm_train.generation.film import Film
 from ldm_train.generation.guides import Guides, load_weaker
 from ldm_train.generation.job import SHOWN, Job, folder_of, make_recipe, replayed
@@ -146,10 +148,14 @@ def _sample(config: DictConfig, recipe_before: dict[str, Any] | None, only: int 
     config = literal(OmegaConf.to_container(config, resolve=True) | unsaid(config, trained) | {"sampler": tree})
     trust = [*config.trust, *(targets(chosen) if chosen else ())]  # a sampler of the user's own
     device = device_of(config.accelerator).type
-    model = load_latent_diffusion(source, trust).to(device, memory_format=torch.channels_last)
+    model = load_latent_diffusion(source, trust)
+    adapters = take_adapters(model, as_list(config.adapters, "adapters"), config.runs_dir)
+    model = model.to(device, memory_format=torch.channels_last)
     if recipe_before and config.compile == "cuda_graphs" and device != "cuda":
         config.compile = None  # the same pictures, but for rounding
     guidance, guides = check(config, model), Guides(config, model, device)
+    if adapters:
+        guides.recipe["adapters"] = adapters
     task = chosen_task(model, config, guides.parsers)
     wanted = requests(model, config, guides.parsers)
     if only is not None and only >= len(wanted):
@@ -187,7 +193,7 @@ def _sample(config: DictConfig, recipe_before: dict[str, Any] | None, only: int 
     recipe = make_recipe(config, task, source, metadata["sha256"], device) | guides.recipe
     changed = [k for k in guides.recipe if recipe_before and recipe_before.get(k) != guides.recipe[k]]
     if changed:
-        raise ValueError(f"the {changed[0].removesuffix('_sha256')} does not hold the weights that drew this recipe")
+        raise ValueError(f"{changed[0].removesuffix('_sha256')}= does not hold the weights that drew this recipe")
     if recipe_before and recipe["machine"] != recipe_before["machine"]:
         print(f"drawn on {recipe_before['machine']}, here is {recipe['machine']}: pixels may differ slightly")
     channels = model.first_stage.autoencoder.in_channels

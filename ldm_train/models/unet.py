@@ -86,6 +86,7 @@ class UNet(nn.Module):
         mid_attention: bool = True,
     ):
         super().__init__()
+        self.num_res_blocks = num_res_blocks
         if (head_dim is None) == (num_heads is None):
             raise ValueError("give exactly one of head_dim and num_heads to the U-Net")
         if vector_classes and vector_dim != 1:

@@ -25,7 +25,7 @@ from ldm_train.generation.film import film_of_grids
 from ldm_train.latent_diffusion import LatentDiffusion, Sampling
 from ldm_train.models.autoencoder import Autoencoder
 from ldm_train.models.first_stage import FirstStage
-from ldm_train.pipeline import autoencoder, latents, training
+from ldm_train.pipeline import adapter, autoencoder, latents, training
 from ldm_train.pipeline.begin import begin_from, model_folder, tokenizers_of, what_grows
 from ldm_train.pipeline.data import CONDITIONERS, FROM_DATA, mixture_key, sides
 from ldm_train.pipeline.memory import Rehearsal
@@ -250,6 +250,7 @@ class DiffusionStage(Stage):
             check_fields(run, taken_model(run, "pretrained"))
             return
         training.check_optimisation(run, "diffusion")
+        adapter.check_adapter(run, network_on_meta(run))
         if section.evaluate_every:
             run.check_metrics(section.evaluate_images)
         check_best_by(config)
@@ -284,7 +285,13 @@ class DiffusionStage(Stage):
             )
         begins = ""
         if (begun := taken_model(run, "init")) is not None:
-            begins = ", ".join([f"begins from {run.config.diffusion.init}", *what_grows(network, begun)])
+            begins = ", ".join(
+                [
+                    f"begins from {run.config.diffusion.init}",
+                    *what_grows(network, begun),
+                    *adapter.in_words(run, network),
+                ]
+            )
         return Plan(network, flops, run.enough_images("diffusion", ("image", *run.fields)), begins)
 
     def task(self, run: Run, model: LatentDiffusion, folder: Path) -> Task:
@@ -322,6 +329,9 @@ class DiffusionStage(Stage):
         else:
             shapes = {"image": (run.config.data.channels, *sides(run.config.data.image_size))}
 
+        with torch.device("meta"):
+            adapter.adapt(run, model)
+
         def conditions(count: int) -> dict[str, Any]:
             return {c.field: c.null_values(count, size) for c in conditioners.values()}
 
@@ -350,6 +360,7 @@ class DiffusionStage(Stage):
             if same_latents(other.autoencoder, model.first_stage.autoencoder):  # scaled as the network knows them
                 model.first_stage.set_statistics(other.scale.flatten(), other.shift.flatten())
         model.to(memory_format=torch.channels_last)
+        adapter.adapt(run, model)
         task = self.task(run, model, folder)
         if section.compile:
             compile_training(model.network)
@@ -359,6 +370,7 @@ class DiffusionStage(Stage):
         training.train(run, "diffusion", task, data, folder, images=count, callbacks=callbacks, health=health)
         if run.machine.rank == 0:
             film_of_grids(folder / "images")
+        adapter.finish(run, model, begun, folder / "adapter")
         one = model.first_stage.one_scale
         metadata = {"scale_factor": statistics["scale_factor"] if one is None else one, "sampling": sampling_of(run)}
         return {"sha256": training.save(run, folder / "model", model, tree, metadata)}

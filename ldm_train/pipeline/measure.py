@@ -77,6 +77,10 @@ def load_weights(folder: Path, which: str, trust: Sequence[str] = ()) -> LatentD
         raise ValueError(f"weights is last or best, not {which!r}")
     state = read_checkpoint(best_checkpoint(folder))
     names.rename_in_checkpoint(state)
+    if any(key.startswith("adapter.") for key in state["state_dict"]):
+        raise ValueError(
+            f"weights=best: {folder} trained an adapter, and only its last weights are a model; say weights=last"
+        )
     trainable, averaged = model.trainable(), state.get("ema", {}).get("shadow", {})
     trainable.load_state_dict({k: v for k, v in state["state_dict"].items() if not k.startswith("objective.")})
     with torch.no_grad():

@@ -50,7 +50,7 @@ class SampleMetrics(L.Callback):
         begin = time.perf_counter()
         reference, metrics, extractors = self.reference(), self.evaluator.metrics, self.evaluator.extractors
         model = pl_module.model
-        trained = model.trainable().eval()
+        trained = model.parts().eval()
         with pl_module.with_ema():
             measured = measure_samples(
                 model, self.conditions, self.draw, reference, metrics, extractors, self.batch_size, progress=False

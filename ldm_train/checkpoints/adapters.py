@@ -1,0 +1,231 @@
+"""LoRA files: a folder of our own (adapter.json, adapter.safetensors), and one file in the key layouts of diffusers/PEFT and of kohya.
+
+Such files may come from anyone: they are read as tensors by name, and fit the layers of the model or are refused by name.
+"""
+
+import math
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch import nn
+
+from ldm_train.checkpoints.diffusers_export import unet_tensors
+from ldm_train.latent_diffusion import LatentDiffusion
+from ldm_train.models import lora
+from ldm_train.models.unet import UNet
+from ldm_train.storage import file_sha256, read_record, write_atomically, write_json
+
+WEIGHTS, RECORD = "adapter.safetensors", "adapter.json"
+LAYOUTS = ("diffusers", "kohya")
+NETWORK = "network."
+LARGEST_RANK = 4096
+# Ends of names in other layouts -> (which part, whether the module's name has its dots).
+PARTS = {
+    ".lora_A.weight": "down", ".lora_B.weight": "up", ".lora_down.weight": "down", ".lora_up.weight": "up",
+    ".lora.down.weight": "down", ".lora.up.weight": "up", ".alpha": "alpha",
+}  # fmt: skip
+PREFIXES = ("base_model.model.", "unet.", "lora_unet_", "transformer.")
+OF_TEXT = ("text_encoder.", "text_encoder_2.", "lora_te_", "lora_te1_", "lora_te2_", "text_model.")
+Parts = dict[str, torch.Tensor]  # down, up and perhaps alpha of one layer
+Place = tuple[str, int, int]  # our weight, which of its parts of equal height, of how many
+
+
+def save_adapter(folder: str | Path, model: nn.Module, name: str, metadata: Mapping[str, Any]) -> str:
+    """Writes an adapter of a model as a folder, its record last. Returns the weights' sha256."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    pairs = lora.pairs_of(model, name)
+    tensors = {f"{key}.{part}": getattr(pair, part) for key, pair in pairs.items() for part in ("down", "up")}
+    data = save({k: v.detach().cpu().contiguous() for k, v in tensors.items()})
+    write_atomically(folder / WEIGHTS, lambda file: file.write(data))
+    digest = file_sha256(folder / WEIGHTS)
+    write_json(
+        folder / RECORD, {**metadata, "alpha": {key: pair.alpha for key, pair in pairs.items()}, "sha256": digest}
+    )
+    return digest
+
+
+def find_adapter(value: str | Path, runs_dir: str | Path, option: str = "adapters") -> Path:
+    """The adapter of a run by its name or folder, a folder of one, or a file of others. Raises FileNotFoundError."""
+    tried = []
+    for base in (Path(value), Path(runs_dir) / str(value)):
+        tried.append(str(base))
+        for folder in (base / "diffusion" / "adapter", base / "adapter", base):
+            if (folder / RECORD).is_file():
+                return folder
+        if base.suffix == ".safetensors" and base.is_file():
+            return base
+    raise FileNotFoundError(
+        f"{option}: {value} is no run that trained an adapter (diffusion/adapter=lora), no folder of one and no .safetensors file; "
+        f"looked in {', '.join(tried)}"
+    )
+
+
+def adapter_sha256(path: Path) -> str:
+    return file_sha256(path / WEIGHTS if path.is_dir() else path)
+
+
+def _read(path: Path) -> dict[str, torch.Tensor]:
+    try:
+        tensors = load_file(path)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise ValueError(f"{path} is no file of weights ({error}); take an undamaged copy") from error
+    for key, tensor in tensors.items():
+        if not tensor.dtype.is_floating_point or not tensor.isfinite().all():
+            raise ValueError(f"{path}: its {key} holds values that are no finite numbers")
+    return tensors
+
+
+def read_adapter(path: Path, model: LatentDiffusion) -> tuple[dict[str, lora.Pair], list[str]]:
+    """An adapter's additions by the names of the model's weights, and what of the file was left out, in words. Raises ValueError
+    where the file is damaged or belongs to another architecture."""
+    if path.is_dir():
+        record = read_record(path / RECORD)
+        if record.get("sha256") != file_sha256(path / WEIGHTS):
+            raise ValueError(f"{path / WEIGHTS} is damaged: its sha256 is not the recorded one; take an undamaged copy")
+        alphas, found = record.get("alpha"), dict[str, Parts]()
+        if not isinstance(alphas, dict):
+            raise ValueError(f"{path / RECORD} records no alpha; take an undamaged copy")
+        for key, tensor in _read(path / WEIGHTS).items():
+            weight, _, part = key.rpartition(".")
+            if part not in ("down", "up") or type(alphas.get(weight)) not in (int, float):
+                raise ValueError(f"{path / RECORD} records no alpha of {weight}; take an undamaged copy")
+            found.setdefault(weight, {})[part] = tensor
+        pairs = {key: _pair(key, parts, alphas[key], path) for key, parts in found.items()}
+        return pairs, []
+    return _foreign(_read(path), model, path)
+
+
+def _pair(key: str, parts: Parts, alpha: float | None, path: Path) -> lora.Pair:
+    """Raises ValueError for parts that do not belong together."""
+    if missing := [part for part in ("down", "up") if part not in parts]:
+        raise ValueError(f"{path}: {key} has no {missing[0]}; take an undamaged copy")
+    down, up = parts["down"].float(), parts["up"].float()
+    rank = down.shape[0]
+    fits = down.ndim >= 2 and up.ndim == down.ndim and up.shape[1] == rank and math.prod(up.shape[2:]) == 1
+    if not fits or not 0 < rank <= LARGEST_RANK:
+        raise ValueError(f"{path}: {key} has down {tuple(down.shape)} and up {tuple(up.shape)}, which give no product")
+    if alpha is not None and not (math.isfinite(alpha) and alpha > 0):
+        raise ValueError(f"{path}: the alpha of {key} is {alpha}")
+    return lora.Pair.of(down, up, rank if alpha is None else float(alpha))
+
+
+def _names(network: nn.Module) -> dict[str, list[str]]:
+    """Our weights of a U-Net -> their layers in diffusers: one, or three where ours joins queries, keys and values."""
+    keys = [key for key, _ in lora.adaptable(network) if key.endswith(".weight")]
+    numbered = {key: torch.full((3, 1, 1), number) for number, key in enumerate(keys)}
+    names: dict[str, list[str]] = {key: [] for key in keys}
+    for theirs, marked in unet_tensors(numbered, network.num_res_blocks).items():
+        names[keys[int(marked.flatten()[0])]].append(theirs.removesuffix(".weight"))
+    return names
+
+
+def _places(network: nn.Module) -> dict[str, Place]:
+    """Names of layers in the layouts of others -> the weight of ours, which of its parts, and of how many. The dots of kohya's are
+    underscores."""
+    weights = [key for key, _ in lora.adaptable(network) if key.endswith(".weight")]
+    places = {key.removesuffix(".weight"): (NETWORK + key, 0, 1) for key in weights}
+    if isinstance(network, UNet):
+        for key, names in _names(network).items():
+            places |= {name: (NETWORK + key, number, len(names)) for number, name in enumerate(names)}
+    return places | {name.replace(".", "_"): place for name, place in places.items()}
+
+
+def _layer_of(name: str) -> str:
+    """A layer's name without the prefix that says which network it is in, and as diffusers names it today."""
+    for prefix in PREFIXES:
+        name = name.removeprefix(prefix)
+    name = re.sub(r"\.processor\.(to_[qkv])_lora$", r".\1", name)
+    return re.sub(r"\.processor\.to_out_lora$", ".to_out.0", name)
+
+
+def _shaped(parts: Parts, kernel: tuple[int, ...]) -> Parts:
+    """down and up of a layer that is linear there and a convolution over single positions here, or back, with this kernel."""
+    if {"down", "up"} - parts.keys() or parts["down"].shape[2:] == kernel:
+        return parts
+    if math.prod(parts["down"].shape[2:]) != 1 or math.prod(kernel) != 1:
+        return parts
+    return {part: t.reshape(*t.shape[:2], *kernel) for part, t in parts.items()}
+
+
+def _foreign(
+    tensors: Mapping[str, torch.Tensor], model: LatentDiffusion, path: Path
+) -> tuple[dict[str, lora.Pair], list[str]]:
+    layers, of_text = dict[str, Parts](), set[str]()
+    for key, tensor in tensors.items():
+        end = next((end for end in PARTS if key.endswith(end)), None)
+        if end is None:
+            raise ValueError(f"{path}: {key} is no part of a LoRA in the layouts of diffusers, PEFT or kohya")
+        name = key.removesuffix(end)
+        if name.startswith(OF_TEXT):
+            of_text.add(name)
+        else:
+            layers.setdefault(_layer_of(name), {})[PARTS[end]] = tensor
+    if not layers:
+        raise ValueError(f"{path} changes nothing of the denoising network")
+    places, weights = _places(model.network), dict(lora.adaptable(model.parts()))
+    found: dict[str, tuple[int, dict[int, lora.Pair]]] = {}
+    for name, parts in layers.items():
+        if name not in places:
+            raise ValueError(f"{path} changes {name}, which this model lacks: it is of another architecture")
+        weight, number, count = places[name]
+        alpha = parts.pop("alpha", None)
+        shaped = _shaped(parts, tuple(weights[weight].shape[2:]))
+        pair = _pair(name, shaped, None if alpha is None else float(alpha.flatten()[0]), path)
+        found.setdefault(weight, (count, {}))[1][number] = pair
+    pairs = {
+        weight: numbered[0] if count == 1 else _joined(numbered, count, weights[weight].shape[0])
+        for weight, (count, numbered) in found.items()
+    }
+    return pairs, [f"{len(of_text)} layers of text encoders"] if of_text else []
+
+
+def _joined(parts: Mapping[int, lora.Pair], count: int, height: int) -> lora.Pair:
+    """Additions to parts of one weight, each of height / count rows, as one addition to all of it."""
+    rank, rows = sum(pair.rank for pair in parts.values()), height // count
+    first = next(iter(parts.values()))
+    up, begin = torch.zeros(height, rank, *first.up.shape[2:]), 0
+    for number, pair in sorted(parts.items()):
+        up[number * rows : (number + 1) * rows, begin : begin + pair.rank] = pair.up * (pair.alpha / pair.rank)
+        begin += pair.rank
+    down = torch.cat([pair.down for _, pair in sorted(parts.items())])
+    return lora.Pair.of(down.detach(), up.detach(), rank)
+
+
+def export_adapter(pairs: Mapping[str, lora.Pair], model: LatentDiffusion, path: Path, layout: str) -> list[str]:
+    """Writes an adapter of a U-Net as one file in a layout of others. Returns what was left out, in words. Raises ValueError for a
+    network without names there."""
+    if layout not in LAYOUTS:
+        raise ValueError(f"the layout of an adapter is one of {', '.join(LAYOUTS)}, not {layout!r}")
+    if not isinstance(model.network, UNet):
+        raise ValueError(f"only adapters of U-Nets have names in the layout of {layout}")
+    names, made, left = _names(model.network), {}, 0
+    for key, pair in pairs.items():
+        own, scale = key.removeprefix(NETWORK), pair.alpha / pair.rank
+        if not key.startswith(NETWORK) or own not in names:
+            left += 1
+            continue
+        layers = names[own]
+        for name, up in zip(layers, pair.up.detach().chunk(len(layers))):
+            down = pair.down.detach()
+            if pair.down.ndim == 3 or re.search(r"\.(to_[qkv]|to_out\.0)$", name):  # linear there
+                down, up = down.flatten(1), up.flatten(1)
+            if layout == "diffusers":  # which takes alpha for the rank
+                made |= {f"unet.{name}.lora_A.weight": down, f"unet.{name}.lora_B.weight": up * scale}
+            else:
+                short = f"lora_unet_{name.replace('.', '_')}"
+                made |= {f"{short}.lora_down.weight": down, f"{short}.lora_up.weight": up}
+                made[f"{short}.alpha"] = torch.tensor(float(pair.alpha))
+    if not made:
+        raise ValueError(
+            "the adapter changes nothing of the denoising network, and only that has names in other layouts"
+        )
+    data = save({k: v.clone().cpu() for k, v in made.items()}, metadata={"format": "pt"})  # no two share memory
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, lambda file: file.write(data))
+    return [f"{left} layers of conditioners"] if left else []

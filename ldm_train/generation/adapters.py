@@ -1,0 +1,46 @@
+"""Adapters of a sampling job: `adapters=[subject,style:0.5]`, each a run's name, a folder or a file, with a strength."""
+
+from collections.abc import Sequence
+
+from ldm_train.checkpoints.adapters import adapter_sha256, find_adapter, read_adapter
+from ldm_train.latent_diffusion import LatentDiffusion
+from ldm_train.models import lora
+
+STRONGEST = 2.0
+
+
+def with_strength(entry: str) -> tuple[str, float]:
+    """ "name:0.5" -> ("name", 0.5); without a strength 1. Raises ValueError for one that cannot be."""
+    name, colon, text = entry.rpartition(":")
+    try:
+        strength = float(text) if colon else 1.0
+    except ValueError:  # a colon of the path's own
+        name, strength, colon = entry, 1.0, ""
+    name = name if colon else entry
+    if strength == 0:
+        raise ValueError(f"adapters: {entry} has no effect; leave {name} out")
+    if not abs(strength) <= STRONGEST:
+        raise ValueError(
+            f"adapters: {entry} is far stronger than anything that was trained; 1 is as trained, {STRONGEST:g} the most, and "
+            "a negative one leads away from it"
+        )
+    return name, strength
+
+
+def take_adapters(model: LatentDiffusion, entries: Sequence[str], runs_dir: str) -> list[str]:
+    """Makes adapters part of a model's weights. Returns "sha256:strength" of each, for the recipe. Raises FileNotFoundError and
+    ValueError, naming the adapter, for one that is not there, is damaged or belongs to another architecture."""
+    recorded = []
+    for entry in entries:
+        name, strength = with_strength(entry)
+        path = find_adapter(name, runs_dir)
+        digest = adapter_sha256(path)
+        pairs, left = read_adapter(path, model)
+        for what in left:
+            print(f"  adapter {name}: {what} left out, the text encoder of this model stays as it is", flush=True)
+        lora.attach(model.parts(), pairs, digest)
+        lora.set_strength(model.parts(), digest, strength)
+        recorded.append(f"{digest}:{strength:g}")
+    if recorded:
+        model.merge_adapters()
+    return recorded

@@ -1,0 +1,192 @@
+"""Low-rank adapters (LoRA, Hu et al. 2021, arXiv:2106.09685): a weight W becomes W + strength * alpha / rank * up @ down.
+
+They are parametrisations of weights (torch.nn.utils.parametrize) and not layers around layers, as PEFT's are: networks here
+multiply weights that they join or reshape first (see `pointwise`), which a wrapper would never see. So an adapter and its merged
+weights compute the same to the bit, and one whose `up` is zero changes none.
+"""
+
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.nn.utils import parametrize
+
+# Layers of attention by the ends of their names, in the U-Net, the DiT and the text encoders.
+ATTENTION = r"(to_q|to_k|to_v|to_out\.0|qkv|proj_out|attn\w*\.proj|self_attn|self_attn\.out_proj|[qkv]_proj|out_proj)"
+EVERYTHING = r".*"
+TARGETS = {"attention": ATTENTION, "all": EVERYTHING}
+WEIGHTS = ("weight", "in_proj_weight")  # the tensors of a layer that may be adapted
+
+
+class Pair(nn.Module):
+    """What one adapter adds to one weight (out, in, ...): down (rank, in, ...), drawn as PEFT draws it, and up (out, rank, 1, ...),
+    zero at the start."""
+
+    def __init__(self, shape: Sequence[int], rank: int, alpha: float):
+        super().__init__()
+        if not 0 < rank <= min(shape[0], math.prod(shape[1:])):
+            raise ValueError(
+                f"rank={rank} does not fit a weight of {'x'.join(map(str, shape))}; use 1 to "
+                f"{min(shape[0], math.prod(shape[1:]))}"
+            )
+        self.rank, self.alpha, self.strength = rank, float(alpha), 1.0
+        self.down = nn.Parameter(torch.empty(rank, *shape[1:]))
+        self.up = nn.Parameter(torch.zeros(shape[0], rank, *(1 for _ in shape[2:])))
+        nn.init.kaiming_uniform_(self.down, a=math.sqrt(5))
+
+    @classmethod
+    def of(cls, down: torch.Tensor, up: torch.Tensor, alpha: float) -> "Pair":
+        """One with given values, float32. down (rank, in, ...), up (out, rank, 1, ...), of fitting shapes."""
+        pair = cls.__new__(cls)
+        nn.Module.__init__(pair)
+        pair.rank, pair.alpha, pair.strength = down.shape[0], float(alpha), 1.0
+        pair.down, pair.up = nn.Parameter(down.float()), nn.Parameter(up.float())
+        return pair
+
+    def forward(self) -> torch.Tensor:
+        """(out, in, ...), float32."""
+        product = self.up.flatten(1).float() @ self.down.flatten(1).float()
+        shape = (self.up.shape[0], *self.down.shape[1:])
+        return (self.strength * self.alpha / self.rank) * product.view(shape)
+
+
+class Sum(nn.Module):
+    """The parametrisation of one weight: all adapters' additions, in the order in which they came."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pairs = nn.ModuleDict()
+
+    def forward(self, weight: torch.Tensor) -> torch.Tensor:
+        for pair in self.pairs.values():
+            if pair.strength != 0:
+                weight = weight + pair().to(weight.dtype)
+        return weight
+
+
+@dataclass(frozen=True)
+class LoRA:
+    """How an adapter is made.
+
+    rank: of the additions. alpha: their scale is alpha / rank; None: alpha is the rank
+    targets: "attention", "all" (every linear and convolutional layer), or a regular expression for the ends of layers' names
+    text_encoder: adapt the text encoders among the conditioners too
+    Raises ValueError for values that cannot be.
+    """
+
+    rank: int = 8
+    alpha: float | None = None
+    targets: str = "attention"
+    text_encoder: bool = False
+
+    def __post_init__(self) -> None:
+        if type(self.rank) is not int or self.rank < 1:
+            raise ValueError(f"rank={self.rank} is no whole number above 0")
+        if self.alpha is not None and not 0 < self.alpha < math.inf:
+            raise ValueError(f"alpha={self.alpha} is no number above 0")
+        try:
+            re.compile(self.targets)
+        except re.error as error:
+            raise ValueError(
+                f"targets={self.targets} is neither attention nor all, and no regular expression ({error})"
+            ) from error
+
+    def shapes(self, module: nn.Module) -> dict[str, tuple[int, ...]]:
+        """The weights that it adapts, by name. Raises ValueError where there are none."""
+        pattern = re.compile(rf"(.*\.)?({TARGETS.get(self.targets, self.targets)})")
+        found = {n: tuple(w.shape) for n, w in adaptable(module) if pattern.fullmatch(n.rpartition(".")[0])}
+        if not found:
+            raise ValueError(f"targets={self.targets} names no layer; use attention or all")
+        return found
+
+    def attach(self, module: nn.Module, name: str = "adapter") -> nn.ModuleDict:
+        """A new adapter on a module, whose own weights no longer train. See `attach`."""
+        module.requires_grad_(False)
+        shapes = self.shapes(module)
+        alpha = self.rank if self.alpha is None else self.alpha
+        largest = {key: min(shape[0], math.prod(shape[1:])) for key, shape in shapes.items()}
+        pairs = {k: Pair(shape, min(self.rank, largest[k]), alpha) for k, shape in shapes.items()}
+        return attach(module, pairs, name)
+
+
+def adaptable(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """The weights of linear, convolutional and attention layers by name, as they are without adapters."""
+    for name, layer in module.named_modules():
+        if isinstance(layer, nn.Linear | nn.Conv1d | nn.Conv2d | nn.MultiheadAttention):
+            for leaf in WEIGHTS:
+                if parametrize.is_parametrized(layer, leaf):
+                    yield f"{name}.{leaf}", layer.parametrizations[leaf].original
+                elif isinstance(weight := getattr(layer, leaf, None), nn.Parameter):
+                    yield f"{name}.{leaf}", weight
+
+
+def attach(module: nn.Module, pairs: Mapping[str, Pair], name: str) -> nn.ModuleDict:
+    """Gives weights of a module the additions of an adapter, beside those of others. Returns these as one module, by the weights'
+    names with "/" for ".". Raises ValueError where they do not fit, before anything is changed."""
+    weights = dict(adaptable(module))
+    for key, pair in pairs.items():
+        given = (pair.up.shape[0], *pair.down.shape[1:])
+        if key not in weights:
+            raise ValueError(f"the adapter {name} changes {key}, which this model lacks: it is of another architecture")
+        if tuple(weights[key].shape) != given:
+            shapes = ["x".join(map(str, shape)) for shape in (given, weights[key].shape)]
+            raise ValueError(
+                f"the adapter {name} is of another architecture: its {key} is {shapes[0]}, the model's {shapes[1]}"
+            )
+    if any(name in totals.pairs for _, totals in _sums(module)):
+        raise ValueError(f"the adapter {name} is there already; take it once, with one weight")
+    for key, pair in pairs.items():
+        path, _, leaf = key.rpartition(".")
+        layer = module.get_submodule(path)
+        if not parametrize.is_parametrized(layer, leaf):
+            parametrize.register_parametrization(layer, leaf, Sum(), unsafe=True)
+        layer.parametrizations[leaf][0].pairs[name] = pair.to(weights[key].device)
+    return nn.ModuleDict({key.replace(".", "/"): pair for key, pair in pairs.items()})
+
+
+def _sums(module: nn.Module) -> Iterator[tuple[str, Sum]]:
+    """The weights of a module that have adapters, by name."""
+    for path, layer in module.named_modules():
+        if parametrize.is_parametrized(layer):
+            for leaf, totals in layer.parametrizations.items():
+                if isinstance(totals[0], Sum):
+                    yield f"{path}.{leaf}", totals[0]
+
+
+def pairs_of(module: nn.Module, name: str) -> dict[str, Pair]:
+    """An adapter's additions by the names of the weights. Raises ValueError where it is not there."""
+    found = {key: total.pairs[name] for key, total in _sums(module) if name in total.pairs}
+    if not found:
+        raise ValueError(f"there is no adapter {name} on this model; merged ones are part of its weights")
+    return found
+
+
+def set_strength(module: nn.Module, name: str, strength: float) -> None:
+    """How strongly an adapter acts: 0 not at all, 1 as trained."""
+    for pair in pairs_of(module, name).values():
+        pair.strength = float(strength)
+
+
+@torch.no_grad()
+def merge(module: nn.Module) -> dict[str, torch.Tensor]:
+    """Makes all adapters part of the weights they are on, which are plain parameters again. Returns the weights as they were, for
+    `unmerge`. Raises ValueError where there is no adapter, as after a first merge."""
+    kept: dict[str, torch.Tensor] = {}
+    for key, _ in list(_sums(module)):
+        path, _, leaf = key.rpartition(".")
+        layer = module.get_submodule(path)
+        kept[key] = layer.parametrizations[leaf].original.detach().clone()
+        parametrize.remove_parametrizations(layer, leaf)
+    if not kept:
+        raise ValueError("there is no adapter to merge; a merged one is part of the weights")
+    return kept
+
+
+@torch.no_grad()
+def unmerge(module: nn.Module, kept: Mapping[str, torch.Tensor]) -> None:
+    """Gives a module back the weights that `merge` returned, to the bit."""
+    for key, weight in kept.items():
+        module.get_parameter(key).copy_(weight)

@@ -1,0 +1,163 @@
+"""Adapters as files: our folder, and the layouts of diffusers/PEFT and of kohya, both ways."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import UNet2DConditionModel
+from safetensors.torch import load_file, save_file
+from test_diffusers_export import TREES
+from test_lora import randomised
+
+from ldm_train.checkpoints.adapters import LAYOUTS, export_adapter, find_adapter, read_adapter, save_adapter
+from ldm_train.checkpoints.diffusers_export import unet_tensors
+from ldm_train.checkpoints.parts import build
+from ldm_train.latent_diffusion import LatentDiffusion
+from ldm_train.models import lora
+from ldm_train.models.lora import LoRA
+from ldm_train.models.unet import UNet
+
+
+def model(name: str = "classes and captions") -> LatentDiffusion:
+    torch.manual_seed(0)
+    return randomised(build(TREES[name], "here"))
+
+
+def adapted(how: LoRA, name: str = "classes and captions") -> LatentDiffusion:
+    made = model(name)
+    made.adapt(how, "adapter")
+    randomised(made.adapter)
+    return made
+
+
+@torch.no_grad()
+def difference(first: LatentDiffusion, second: LatentDiffusion) -> float:
+    weights = [dict(m.merge_adapters() and m.network.state_dict()) for m in (first, second)]
+    return max(float((weights[0][key] - weights[1][key]).abs().max()) for key in weights[0])
+
+
+@pytest.mark.parametrize("targets", ["attention", "all"])
+@pytest.mark.parametrize("layout", [None, *LAYOUTS])
+@pytest.mark.parametrize("name", ["classes and captions", "nothing"])
+def test_an_adapter_comes_back_from_its_file(layout: str | None, targets: str, name: str, tmp_path: Path) -> None:
+    first, second = adapted(LoRA(rank=2, alpha=3, targets=targets), name), model(name)
+    pairs = lora.pairs_of(first.parts(), "adapter")
+    if layout is None:
+        path = tmp_path / "adapter"
+        save_adapter(path, first.parts(), "adapter", {})
+    else:
+        path = tmp_path / "adapter.safetensors"
+        assert export_adapter(pairs, first, path, layout) == []
+    read, left = read_adapter(path, second)
+    assert left == []
+    lora.attach(second.parts(), read, "read")
+    assert difference(first, second) < 1e-6
+
+
+def test_kohyas_file_has_its_names_and_alphas(tmp_path: Path) -> None:
+    made = adapted(LoRA(rank=2, alpha=3))
+    export_adapter(lora.pairs_of(made.parts(), "adapter"), made, tmp_path / "k.safetensors", "kohya")
+    tensors = load_file(tmp_path / "k.safetensors")
+    layer = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q"
+    assert tensors[f"{layer}.lora_down.weight"].shape == (2, 64)
+    assert tensors[f"{layer}.lora_up.weight"].shape == (64, 2)
+    assert float(tensors[f"{layer}.alpha"]) == 3
+
+
+def test_a_file_in_the_names_of_compvis_is_read(tmp_path: Path) -> None:
+    layer = "lora_unet_middle_block_1_transformer_blocks_0_attn2_to_out_0"
+    down, up = torch.randn(2, 64), torch.randn(64, 2)
+    save_file({f"{layer}.lora_down.weight": down, f"{layer}.lora_up.weight": up}, tmp_path / "a.safetensors")
+    ((key, pair),) = read_adapter(tmp_path / "a.safetensors", model())[0].items()
+    assert key == "network.middle_block.1.transformer_blocks.0.attn2.to_out.0.weight"
+    torch.testing.assert_close(pair(), up @ down)
+
+
+def test_layers_of_a_text_encoder_are_left_out_in_words(tmp_path: Path) -> None:
+    made = adapted(LoRA(rank=2))
+    export_adapter(lora.pairs_of(made.parts(), "adapter"), made, tmp_path / "a.safetensors", "kohya")
+    tensors = load_file(tmp_path / "a.safetensors")
+    te = "lora_te_text_model_encoder_layers_0_self_attn_q_proj"
+    tensors |= {f"{te}.lora_down.weight": torch.ones(1, 4), f"{te}.lora_up.weight": torch.ones(4, 1)}
+    save_file(tensors, tmp_path / "a.safetensors")
+    assert read_adapter(tmp_path / "a.safetensors", model())[1] == ["1 layers of text encoders"]
+
+
+def damaged(kind: str, path: Path) -> str:
+    """Damages a file of an adapter; returns what must be said of it."""
+    tensors = load_file(path)
+    first = next(key for key in tensors if key.endswith("lora_A.weight"))
+    if kind == "not finite":
+        tensors[first][0, 0] = torch.inf
+        said = "no finite numbers"
+    elif kind == "half a pair":
+        del tensors[first]
+        said = "has no down"
+    elif kind == "another architecture":
+        tensors = {key.replace("mid_block", "mid_blocks"): value for key, value in tensors.items()}
+        said = "of another architecture"
+    elif kind == "no product":
+        tensors[first] = torch.randn(5, 64)
+        said = "give no product"
+    elif kind == "another method":
+        tensors["unet.conv_in.hada_w1_a"] = torch.ones(2, 2)
+        said = "no part of a LoRA"
+    else:
+        path.write_bytes(path.read_bytes()[:-100])
+        return "no file of weights"
+    save_file(tensors, path)
+    return said
+
+
+@pytest.mark.parametrize(
+    "kind", ["not finite", "half a pair", "another architecture", "no product", "another method", "cut off"]
+)
+def test_a_damaged_file_is_named(kind: str, tmp_path: Path) -> None:
+    made, path = adapted(LoRA(rank=2)), tmp_path / "a.safetensors"
+    export_adapter(lora.pairs_of(made.parts(), "adapter"), made, path, "diffusers")
+    said = damaged(kind, path)
+    with pytest.raises(ValueError, match=said) as error:
+        read_adapter(path, model())
+    assert str(path) in str(error.value)
+
+
+def test_a_changed_folder_is_named(tmp_path: Path) -> None:
+    made = adapted(LoRA(rank=2))
+    save_adapter(tmp_path, made.parts(), "adapter", {})
+    record = json.loads((tmp_path / "adapter.json").read_text())
+    (tmp_path / "adapter.json").write_text(json.dumps(record | {"alpha": {}}))
+    with pytest.raises(ValueError, match="records no alpha of"):
+        read_adapter(tmp_path, model())
+    (tmp_path / "adapter.json").write_text(json.dumps(record | {"sha256": "0"}))
+    with pytest.raises(ValueError, match="is damaged"):
+        read_adapter(tmp_path, model())
+
+
+def test_an_adapter_that_is_nowhere_is_named(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="adapters: subject is no run that trained an adapter"):
+        find_adapter("subject", tmp_path)
+
+
+@torch.no_grad()
+def test_diffusers_own_unet_takes_the_file(tmp_path: Path) -> None:
+    """A U-Net of diffusers' own class with the same weights and the adapter through PEFT computes the same."""
+    options = {"channels": 128, "channel_mult": [1, 2], "num_res_blocks": 1, "attention_levels": [1], "head_dim": 16}
+    network = randomised(UNet(4, context_dim=16, **options))
+    whole = build(TREES["classes and captions"], "here")
+    whole.network = network
+    theirs = UNet2DConditionModel(
+        in_channels=4, out_channels=4, block_out_channels=(128, 256), layers_per_block=1, cross_attention_dim=16,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        attention_head_dim=(8, 16),
+    )  # fmt: skip
+    theirs.load_state_dict(unet_tensors(network.state_dict(), 1))
+    theirs.eval()
+    x, times, context = torch.randn(1, 4, 8, 8), torch.tensor([10]), torch.randn(1, 3, 16)
+    torch.testing.assert_close(theirs(x, times, context).sample, network(x, times, context), atol=1e-4, rtol=1e-4)
+    whole.adapt(LoRA(rank=2, alpha=3, targets="all"), "adapter")
+    randomised(whole.adapter)
+    export_adapter(lora.pairs_of(whole.parts(), "adapter"), whole, tmp_path / "a.safetensors", "diffusers")
+    assert (theirs(x, times, context).sample - network(x, times, context)).abs().max() > 1e-2
+    theirs.load_lora_adapter(load_file(tmp_path / "a.safetensors"), prefix="unet")
+    torch.testing.assert_close(theirs(x, times, context).sample, network(x, times, context), atol=1e-3, rtol=1e-3)

@@ -1,0 +1,148 @@
+"""A stage that trains an adapter: small, on a model that stays as it is, and of use wherever that model is."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from chains import chain, composed
+from safetensors.torch import load_file
+
+from ldm_train.checkpoints.adapters import read_adapter
+from ldm_train.checkpoints.native import load_latent_diffusion, read_metadata
+from ldm_train.errors import Refused
+from ldm_train.generation.adapters import with_strength
+from ldm_train.generation.sample import sample
+from ldm_train.models import lora
+from ldm_train.pipeline.run import Run
+
+STAGES = ("stages=[autoencoder,latents,diffusion]", "diffusion.evaluate_every=null")
+LORA = ("diffusion/adapter=lora", "diffusion.adapter.rank=2", "diffusion.lr=1e-2", "diffusion.max_steps=4")
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    run = chain(tmp_path_factory.mktemp("adapters"), *STAGES, name="base")
+    run.execute()
+    return run
+
+
+def tuned(base: Run, name: str, *options: str) -> Run:
+    begun = ("autoencoder.pretrained=base", "diffusion.init=base")
+    return chain(base.folder.parent, *STAGES, *begun, *LORA, *options, name=name)
+
+
+@pytest.fixture(scope="module")
+def subject(base: Run) -> Run:
+    run = tuned(base, "subject")
+    run.execute()
+    return run
+
+
+@pytest.mark.chain
+def test_the_merged_model_is_the_base_with_the_adapter(base: Run, subject: Run) -> None:
+    before, after = (load_latent_diffusion(run.folder) for run in (base, subject))
+    folder = subject.folder / "diffusion" / "adapter"
+    pairs, left = read_adapter(folder, before)
+    assert left == []
+    assert any(pair.up.abs().max() > 0 for pair in pairs.values())
+    lora.attach(before.parts(), pairs, "subject")
+    before.merge_adapters()
+    for key, value in after.state_dict().items():
+        torch.testing.assert_close(value, before.state_dict()[key], atol=1e-6, rtol=0)
+    record = json.loads((folder / "adapter.json").read_text())
+    assert record["base"] == "base"
+    assert record["base_sha256"] == read_metadata(base.folder / "diffusion" / "model")["sha256"]
+    assert (folder / "adapter.safetensors").stat().st_size < 200_000
+
+
+@pytest.mark.chain
+def test_a_checkpoint_holds_the_adapter_alone_and_training_goes_on_from_it(base: Run, subject: Run) -> None:
+    """4 steps, and 2 and then 2 more, end at the same weights."""
+    run = tuned(base, "stopped", "diffusion.max_steps=2", "diffusion.lr_schedule.schedule=constant")
+    run.execute()
+    checkpoint = run.folder / "diffusion" / "checkpoints" / "last.ckpt"
+    assert all(key.startswith("adapter.") for key in torch.load(checkpoint, weights_only=True)["state_dict"])
+    run = tuned(base, "stopped", "diffusion.lr_schedule.schedule=constant")
+    run.execute()
+    whole = tuned(base, "whole", "diffusion.lr_schedule.schedule=constant")
+    whole.execute()
+    first, second = (load_file(r.folder / "diffusion" / "adapter" / "adapter.safetensors") for r in (run, whole))
+    assert all(torch.equal(first[key], second[key]) for key in second)
+
+
+def job(base: Run, out: str, *options: str) -> list[Path]:
+    folder = base.folder.parent
+    given = ("run=base", f"runs_dir={folder}", f"out={folder / out}", "n=2", "num_inference_steps=2", *options)
+    return sample(composed("sample", "prompts=a red circle", "accelerator=cpu", *given))
+
+
+def pixels(paths: list[Path]) -> list[bytes]:
+    from PIL import Image
+
+    return [Image.open(path).tobytes() for path in paths]
+
+
+@pytest.mark.chain
+def test_pictures_are_drawn_with_adapters_and_drawn_again(base: Run, subject: Run) -> None:
+    plain, strong = job(base, "plain"), job(base, "strong", "adapters=[subject:2]")
+    assert pixels(plain) != pixels(strong)
+    recipe = json.loads((strong[0].parent / "recipe.json").read_text())
+    assert recipe["config"]["adapters"] == ["subject:2"]
+    folder = base.folder.parent
+    again = composed("sample", f"recipe={strong[0].parent}", f"runs_dir={folder}", "accelerator=cpu")
+    with pytest.raises(ValueError, match=r"name them in the command.*adapters=subject:2"):
+        sample(again)
+    again = composed(
+        "sample", f"recipe={strong[0].parent}", f"runs_dir={folder}", "accelerator=cpu", "adapters=subject:2"
+    )
+    assert pixels(sample(again)) == pixels(strong)
+    again = composed(
+        "sample", f"recipe={strong[0].parent}", f"runs_dir={folder}", "accelerator=cpu", "adapters=subject:1"
+    )
+    with pytest.raises(ValueError, match="adapters= does not hold the weights that drew this recipe"):
+        sample(again)
+    with pytest.raises(Refused, match="adapters"):
+        job(base, "strong", "adapters=[subject:0.5]")
+
+
+@pytest.mark.chain
+def test_a_run_with_an_adapter_draws_as_the_base_with_it(base: Run, subject: Run) -> None:
+    merged = job(base, "merged", f"run={subject.folder}")
+    apart = job(base, "apart", f"adapters={subject.folder / 'diffusion' / 'adapter'}")
+    assert pixels(merged) == pixels(apart)
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        ("subject:0", "subject:0 has no effect; leave subject out"),
+        ("subject:5", "far stronger than anything that was trained"),
+        ("subject:nan", "far stronger"),
+    ],
+)
+def test_strengths_that_cannot_be_are_named(entry: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        with_strength(entry)
+
+
+def test_a_path_may_hold_a_colon() -> None:
+    assert with_strength("C:/models/a.safetensors") == ("C:/models/a.safetensors", 1.0)
+    assert with_strength("runs/subject:-0.5") == ("runs/subject", -0.5)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("diffusion.init=null",), "say which with diffusion.init="),
+        (("diffusion.adapter.rank=0",), "diffusion.adapter: rank=0 is no whole number"),
+        (("diffusion.adapter.targets=nothing",), "diffusion.adapter: targets=nothing names no layer"),
+        (("diffusion.adapter.rank=four",), "diffusion.adapter: rank=four is no whole number"),
+        (("diffusion.task.alignment=0.5",), "not for an adapter"),
+    ],
+)
+def test_an_adapter_that_cannot_be_is_named_before_anything_is_trained(
+    base: Run, options: tuple[str, ...], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        tuned(base, "wrong", *options).execute()
