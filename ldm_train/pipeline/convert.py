@@ -21,6 +21,7 @@ from ldm_train.configuration import config_folder
 from ldm_train.latent_diffusion import LatentDiffusion
 from ldm_train.pipeline.adopt import yaml_beside
 from ldm_train.pipeline.card import write_card
+from ldm_train.pipeline.convert_adapter import convert_adapter, is_adapter
 from ldm_train.pipeline.formats import DTYPES, FORMS, Model, check_target, outputs
 from ldm_train.rules import Rule, check, either, flag, list_of, one_of, optional, text, whole
 from ldm_train.storage import file_sha256
@@ -28,8 +29,9 @@ from ldm_train.storage import file_sha256
 RULES: dict[str, Rule] = {
     **dict.fromkeys(("from", "to"), text("path; give from=<model> to=<folder or file>")),
     **dict.fromkeys(("config", "tokenizer"), optional(text("file"))),
+    "base": optional(text("run or model folder")),
     "text_encoder": optional(text("folder or name")),
-    "format": one_of(*FORMS),
+    "format": one_of(*FORMS, "kohya"),
     "weights": optional(one_of("averaged", "live")),
     "labels": optional(either(whole(1), list_of(str))),
     "null_class": optional(flag),
@@ -166,6 +168,12 @@ def convert(config: DictConfig) -> Path:
     """Reads `from`, writes `to`. Raises ValueError or FileNotFoundError naming what cannot be converted; then nothing is
     written."""
     check(config, RULES, tuple(RULES))
+    if is_adapter(Path(config["from"])):
+        return convert_adapter(config)
+    if config.format == "kohya" or config.base is not None:
+        raise ValueError(
+            f"from={config['from']} is no adapter; format=kohya and base= are for those (<run>/diffusion/adapter)"
+        )
     if config.to == HUB:
         return _published(config)
     _converted(config)

@@ -7,8 +7,8 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file, save_file
+from test_diffusers import randomised
 from test_diffusers_export import TREES
-from test_lora import randomised
 
 from ldm_train.checkpoints.adapters import LAYOUTS, export_adapter, find_adapter, read_adapter, save_adapter
 from ldm_train.checkpoints.diffusers_export import unet_tensors

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from chains import chain, composed
+from PIL import Image
 from safetensors.torch import load_file
 
 from ldm_train.checkpoints.adapters import read_adapter
@@ -14,6 +15,7 @@ from ldm_train.errors import Refused
 from ldm_train.generation.adapters import with_strength
 from ldm_train.generation.sample import sample
 from ldm_train.models import lora
+from ldm_train.pipeline.convert import convert
 from ldm_train.pipeline.run import Run
 
 STAGES = ("stages=[autoencoder,latents,diffusion]", "diffusion.evaluate_every=null")
@@ -78,8 +80,6 @@ def job(base: Run, out: str, *options: str) -> list[Path]:
 
 
 def pixels(paths: list[Path]) -> list[bytes]:
-    from PIL import Image
-
     return [Image.open(path).tobytes() for path in paths]
 
 
@@ -111,6 +111,23 @@ def test_a_run_with_an_adapter_draws_as_the_base_with_it(base: Run, subject: Run
     merged = job(base, "merged", f"run={subject.folder}")
     apart = job(base, "apart", f"adapters={subject.folder / 'diffusion' / 'adapter'}")
     assert pixels(merged) == pixels(apart)
+
+
+@pytest.mark.chain
+@pytest.mark.parametrize("layout", ["diffusers", "kohya"])
+def test_an_adapter_is_converted_and_back(base: Run, subject: Run, layout: str, tmp_path: Path) -> None:
+    own, file, folder = subject.folder / "diffusion" / "adapter", tmp_path / "s.safetensors", tmp_path / "again"
+    convert(composed("convert", f"from={own}", f"to={file}", f"format={layout}"))
+    with pytest.raises(FileExistsError, match="overwrite=true"):
+        convert(composed("convert", f"from={own}", f"to={file}", f"format={layout}"))
+    with pytest.raises(FileNotFoundError, match="name the model that"):
+        convert(composed("convert", f"from={file}", f"to={folder}"))
+    convert(composed("convert", f"from={file}", f"to={folder}", f"base={base.folder}"))
+    model = load_latent_diffusion(base.folder)
+    first, second = (read_adapter(path, model)[0] for path in (own, folder))
+    for key, pair in first.items():
+        torch.testing.assert_close(second[key](), pair())
+    assert pixels(job(base, f"own_{layout}", f"adapters={own}")) == pixels(job(base, f"{layout}", f"adapters={folder}"))
 
 
 @pytest.mark.parametrize(
