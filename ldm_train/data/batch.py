@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ldm_train.data.fields import boxes_of, captions_of, label_of
+from ldm_train.data.fields import boxes_of, captions_of, label_of, weight_of
 from ldm_train.data.files import IMAGE_EXTENSIONS
 from ldm_train.data.masks import masked_image
 from ldm_train.data.transforms import (
@@ -81,6 +81,7 @@ class Field:
     extensions      of the members of a shard that can hold it
     needs_pixels    whether decoding needs the picture
     cached          whether the latent cache holds it
+    optional        whether samples may lack it
     option          of ldm-sample, which gives it; other fields are given as fields.<name>=
     members         what `check` reads
     remedy          what to do where samples lack it
@@ -91,6 +92,7 @@ class Field:
     extensions: tuple[str, ...]
     needs_pixels = False
     cached = False
+    optional = False
     option: str | None = None
     members: tuple[str, ...] = ()
     remedy = "prepare the data again with it"
@@ -253,6 +255,19 @@ class Caption(Field):
         captions_of(raw)
 
 
-KINDS = (Image, Reference, Segmentation, Depth, Boxes, MaskedImage, LowResolution, ClassLabel, Caption)
+class LossWeight(Field):
+    """loss_weight: how much a sample counts in the loss of a stage on latents, 1 where nothing is said. So pictures of a class that
+    a model drew itself can be told from those of a subject (the prior-preserving term of DreamBooth, Ruiz et al. 2022, eq. 2)."""
+
+    name, extensions, cached, optional, members = "loss_weight", ("loss_weight.txt",), True, True, ("loss_weight.txt",)
+
+    def decode(self, sample: Sample) -> torch.Tensor:
+        return torch.tensor(weight_of(sample.raw.get("loss_weight.txt", b"1")))
+
+    def check(self, raw: Raw, labels: int | None) -> None:
+        weight_of(raw["loss_weight.txt"])
+
+
+KINDS = (Image, Reference, Segmentation, Depth, Boxes, MaskedImage, LowResolution, ClassLabel, Caption, LossWeight)
 # In the order in which a sample is decoded: they draw from its random numbers.
 FIELDS: dict[str, Field] = {kind.name: kind() for kind in KINDS}

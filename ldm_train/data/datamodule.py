@@ -279,6 +279,10 @@ class ShardDataModule(L.LightningDataModule):
     def count(self, split: str) -> int:
         return sum(s["count"] for s in self.index["splits"][split]["shards"])
 
+    def holds(self, field: str) -> bool:
+        """Whether any training sample has a field."""
+        return self.known[field].held(member_counts(self.index["splits"][self.train_split]["shards"])) > 0
+
     def shards(self, split: str) -> IndexedShards:
         if split not in self._shards:
             self._shards[split] = IndexedShards(self.root, split, self.remedy)

@@ -8,6 +8,7 @@ import numpy as np
 
 from ldm_train.data.files import has_surrogates, read_npy
 
+MOST_WEIGHT = 1000
 MOST_LABELS = 2**24  # boxes and their labels travel as float32, which is exact up to here
 
 
@@ -44,6 +45,17 @@ def label_of(data: bytes, classes: int | None = None) -> int:
     if not text.isdigit() or len(text) > 9 or int(text) >= count:
         raise ValueError(f"class label {data[:40]!r} is no whole number from 0 to {count - 1}")
     return int(text)
+
+
+def weight_of(data: bytes) -> float:
+    """The number in a sample's .loss_weight.txt."""
+    try:
+        weight = float(data)
+    except ValueError as error:
+        raise ValueError(f"loss weight {data[:40]!r} is no number") from error
+    if not 0 <= weight <= MOST_WEIGHT:
+        raise ValueError(f"loss weight {weight:g} is not between 0 and {MOST_WEIGHT}")
+    return weight
 
 
 def boxes_of(raw: bytes, labels: int | None = None) -> np.ndarray:
@@ -135,6 +147,8 @@ def check_fields(fields: Mapping[str, bytes], classes: int | None) -> None:
         label_of(fields["cls"], classes)
     if "txt" in fields:
         captions_of({"txt": fields["txt"]})
+    if "loss_weight.txt" in fields:
+        weight_of(fields["loss_weight.txt"])
     if "json" in fields:
         record = record_of(fields["json"])
         if record.get("captions"):

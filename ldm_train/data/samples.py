@@ -26,7 +26,7 @@ def require_fields(
         if name not in known:
             raise DataError(f"unknown batch field {name!r}; shards can provide {', '.join(known)}")
         field = known[name]
-        made = name in derived or field.from_image is not None
+        made = name in derived or field.from_image is not None or field.optional
         if not made and field.held(counts) < total:
             have = ", ".join(f".{e} ({n})" for e, n in sorted(counts.items()))
             raise DataError(f"{where}: not every sample has a {name}: {total} samples with {have}; {field.remedy}")

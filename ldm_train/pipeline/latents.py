@@ -57,6 +57,9 @@ def latent_data(run: Run, stage: str, fields: tuple[str, ...]) -> tuple[Lightnin
     """(the training data of a stage on latents, their images, number of training samples); a cache is verified first."""
     config, section = run.config, run.config[stage]
     images = run.data(stage, ("image", *fields))
+    if images.holds("loss_weight"):
+        fields = (*fields, "loss_weight")
+        images = run.data(stage, ("image", *fields))
     if not config.latents.cache:
         return images, images, images.count(config.data.train_split)
     data = LatentDataModule(

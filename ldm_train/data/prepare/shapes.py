@@ -45,3 +45,23 @@ class Shapes(Source):
         if self.objects == 1:
             fields["cls"] = str(int(boxes[0][4])).encode()
         return f"{split}_{i:07d}", fields
+
+
+class Subject(Source):
+    """Pictures of shapes_world.SUBJECT, which is in no picture of `Shapes`, all under one caption: what people have of their dog.
+
+    count: pictures. caption: of all of them; it names the subject by a word that means nothing yet. size: pixels.
+    """
+
+    def __init__(self, count: int = 5, caption: str = "a zqx square", size: int = 32, seed: int = 0):
+        self.caption, self.size, self.seed = caption, size, seed
+        self.items = {"train": range(count), "val": range(count)}
+        self.identity = {"source": "shapes_subject", "size": size, "caption": caption, "seed": seed}
+
+    def sample(self, split: str, i: int) -> tuple[str, dict[str, bytes]]:
+        rng = np.random.default_rng([self.seed, 0x5B, i])  # validation shows the same pictures
+        position = list(shapes_world.POSITIONS)[i % len(shapes_world.POSITIONS)]
+        item = shapes_world.random_object(rng, (*shapes_world.SUBJECT, position, ""))
+        background = list(shapes_world.BACKGROUNDS)[i % len(shapes_world.BACKGROUNDS)]
+        image, _ = shapes_world.render(shapes_world.Scene(background, (item,)), self.size, rng)
+        return f"{split}_{i:07d}", {"png": encoded_png(image), "txt": self.caption.encode()}
