@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -17,7 +17,6 @@ from ldm_train.diffusion.process import NoiseProcess
 from ldm_train.models import lora
 from ldm_train.models.backbone import Backbone, ProjectsContext
 from ldm_train.models.first_stage import FirstStage
-from ldm_train.models.lora import LoRA
 from ldm_train.models.tiling import Tiles, Windows
 from ldm_train.rng import NoiseSource
 from ldm_train.samplers import Callback
@@ -107,6 +106,14 @@ class Panorama:
         return windows.average(part(*at) for at in windows.slices())
 
 
+class Adapter(Protocol):
+    """What changes a model without its weights: `lora.LoRA`, `learned_tokens.TextualInversion`."""
+
+    def attach(self, parts: nn.ModuleDict, name: str) -> nn.Module:
+        """parts: "network" and "conditioners", whose own weights no longer train. Returns what does."""
+        ...
+
+
 class LatentDiffusion(nn.Module):
     """The model that training, evaluation, sampling and export share.
 
@@ -168,12 +175,10 @@ class LatentDiffusion(nn.Module):
         """What stage 2 trains and averages: network and conditioners, or an adapter of them."""
         return self.parts() if self.adapter is None else nn.ModuleDict({"adapter": self.adapter})
 
-    def adapt(self, how: LoRA, name: str) -> None:
-        """Puts a new adapter on the network, and on the text encoders where asked; from now on it alone trains. Raises ValueError
-        where it fits no layer."""
+    def adapt(self, how: Adapter, name: str) -> None:
+        """Puts a new adapter on network and conditioners; from now on it alone trains. Raises ValueError where it does not fit."""
         self.requires_grad_(False)
-        parts = self.parts() if how.text_encoder else nn.ModuleDict({"network": self.network})
-        self.adapter = how.attach(parts, name)
+        self.adapter = how.attach(self.parts(), name)
 
     def merge_adapters(self) -> dict[str, torch.Tensor]:
         """Makes adapters part of the weights; returns the weights before, see `lora.merge`."""

@@ -18,8 +18,9 @@ from hydra.utils import instantiate
 from ldm_train.checkpoints.parts import build
 from ldm_train.configuration import plain
 from ldm_train.pipeline.budget import Budget
+from ldm_train.pipeline.conditioners import conditioner_tree
 from ldm_train.pipeline.data import CONDITIONERS
-from ldm_train.pipeline.diffusion import conditioner_tree, first_stage_tree, latent_size, model_tree
+from ldm_train.pipeline.diffusion import first_stage_tree, latent_size, model_tree
 from ldm_train.pipeline.machine import planned_machine
 from ldm_train.pipeline.run import Run, own_parts
 from ldm_train.pipeline.values import check_values

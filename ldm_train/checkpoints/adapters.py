@@ -20,7 +20,7 @@ from ldm_train.models import lora
 from ldm_train.models.unet import UNet
 from ldm_train.storage import file_sha256, read_record, write_atomically, write_json
 
-WEIGHTS, RECORD = "adapter.safetensors", "adapter.json"
+WEIGHTS, RECORD, WORD = "adapter.safetensors", "adapter.json", "learned_embeds.safetensors"
 LAYOUTS = ("diffusers", "kohya")
 NETWORK = "network."
 LARGEST_RANK = 4096
@@ -67,7 +67,38 @@ def find_adapter(value: str | Path, runs_dir: str | Path, option: str = "adapter
 
 
 def adapter_sha256(path: Path) -> str:
-    return file_sha256(path / WEIGHTS if path.is_dir() else path)
+    name = WORD if (path / WORD).is_file() else WEIGHTS
+    return file_sha256(path / name if path.is_dir() else path)
+
+
+def save_word(folder: str | Path, token: str, rows: torch.Tensor, metadata: Mapping[str, Any]) -> str:
+    """Writes a learned word, its vectors (K, dim) in the file that diffusers loads, and a record. Returns the file's sha256."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    data = save({token: rows.detach().float().cpu().contiguous()})
+    write_atomically(folder / WORD, lambda file: file.write(data))
+    write_json(folder / RECORD, {**metadata, "token": token, "sha256": file_sha256(folder / WORD)})
+    return file_sha256(folder / WORD)
+
+
+def read_word(path: Path) -> tuple[str, torch.Tensor] | None:
+    """A learned word and its vectors (K, dim), of a folder or of a file as diffusers and webui write them; None where there is an
+    adapter of weights. Raises ValueError where it is damaged."""
+    file = path / WORD if path.is_dir() else path
+    if not file.is_file():
+        return None
+    tensors = _read(file)
+    if len(tensors) != 1 or any("lora" in key for key in tensors):
+        if path.is_dir():
+            raise ValueError(f"{file} holds {len(tensors)} words, not one; take an undamaged copy")
+        return None
+    ((token, rows),) = tensors.items()
+    if path.is_dir() and read_record(path / RECORD).get("sha256") != file_sha256(file):
+        raise ValueError(f"{file} is damaged: its sha256 is not the recorded one; take an undamaged copy")
+    token = file.stem if token == "emb_params" else token  # webui's files name the word by the file
+    if rows.ndim not in (1, 2) or not 0 < (1 if rows.ndim == 1 else len(rows)) <= 64 or not token.strip():
+        raise ValueError(f"{file}: {token!r} of shape {tuple(rows.shape)} is no learned word")
+    return token, rows.float().reshape(-1, rows.shape[-1])
 
 
 def _read(path: Path) -> dict[str, torch.Tensor]:

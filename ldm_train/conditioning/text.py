@@ -122,10 +122,35 @@ def read_tokenizer(path: str) -> Tokenizer:
         raise ValueError(f"{path} is no tokenizer: {error}") from error
 
 
+def families(words: Iterable[str]) -> dict[str, list[str]]:
+    """Learned words of several vectors -> the tokens that they stand for: <x> -> <x>, <x>_1, <x>_2, as diffusers names them."""
+    known, found = set(words), {}
+    for word in known:
+        family = [word]
+        while f"{word}_{len(family)}" in known:
+            family.append(f"{word}_{len(family)}")
+        if len(family) > 1:
+            found[word] = family
+    return found
+
+
 class Captions(Conditioner):
-    """What conditioners of captions share. The null condition is the empty caption."""
+    """What conditioners of captions share. The null condition is the empty caption.
+
+    learned: words that were taught (see `learned_tokens`) and stand for several tokens, with these
+    """
 
     field = "caption"
+
+    def __init__(self, dropout: float):
+        super().__init__(dropout)
+        self.learned: dict[str, list[str]] = {}
+
+    def spelled(self, captions: Sequence[str]) -> list[str]:
+        """Captions with every learned word as its tokens."""
+        for word, tokens in self.learned.items():
+            captions = [caption.replace(word, " ".join(tokens)) for caption in captions]
+        return list(captions)
 
     def null_values(self, count: int, latent_size: Sequence[int]) -> list[str]:
         return [""] * count
@@ -167,13 +192,14 @@ class TrainedText(Captions):
         self.max_length, self.pooled, self.masked = max_length, pooled, masked
         self.widths = {"context": dim} | ({"vector": dim} if pooled else {})
         self.encoder = TokenEncoder(tokenizer.get_vocab_size(), dim, depth, heads, max_length, head_dim)
+        self.learned = families(token.content for token in tokenizer.get_added_tokens_decoder().values())
 
     def tokenize(self, captions: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
         """Token ids (B, L) and mask (B, L), L = max_length, on the CPU."""
         pad, start, end = self.special
         ids = torch.full((len(captions), self.max_length), pad, dtype=torch.long)
         mask = torch.zeros(len(captions), self.max_length, dtype=torch.bool)
-        for row, encoding in enumerate(self.tokenizer.encode_batch(list(captions), add_special_tokens=False)):
+        for row, encoding in enumerate(self.tokenizer.encode_batch(self.spelled(captions), add_special_tokens=False)):
             tokens = [start, *encoding.ids[: self.max_length - 2], end]
             ids[row, : len(tokens)] = torch.tensor(tokens)
             mask[row, : len(tokens)] = True
@@ -275,6 +301,11 @@ class FrozenText(Captions):
         return tokenizer, self._whole[0]
 
     @property
+    def trains(self) -> bool:
+        """Whether anything of the encoder does: words that are being learned."""
+        return self._pretrained is not None and any(p.requires_grad for p in self._pretrained[1].parameters())
+
+    @property
     def is_taken(self) -> bool:
         """Whether it was given or loaded."""
         return self._pretrained is not None
@@ -300,12 +331,25 @@ class FrozenText(Captions):
                 return [CLIPTextModel(getattr(config, "text_config", config))]
             return [AutoModel.from_config(config, trust_remote_code=False)]
 
+    def forget(self) -> None:
+        """Drops the hidden states in memory: the encoder has changed."""
+        self._cache.clear()
+
     @torch.no_grad()
     def encode(self, captions: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
         """B captions -> hidden states (B, L, dim) and attention mask (B, L) on the CPU; L = 1 for `projected`."""
+        hidden, seen = self.states(captions)
+        return hidden.cpu(), seen.cpu()
+
+    def states(self, captions: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
+        """What `encode` returns, on the device, with a gradient where something of the encoder trains."""
         tokenizer, model = self.pretrained()
         tokens = tokenizer(
-            list(captions), padding="max_length", truncation=True, max_length=self.max_length, return_tensors="pt"
+            self.spelled(captions),
+            padding="max_length",
+            truncation=True,
+            max_length=self.max_length,
+            return_tensors="pt",
         ).to(self.device)
         ids = tokens["input_ids"]
         if self.pad_id is not None:
@@ -326,12 +370,17 @@ class FrozenText(Captions):
             raise ValueError(
                 f"{self.path} gives hidden states of width {hidden.shape[2]}, the config says dim={self.dim}"
             )
-        return hidden.float().cpu(), seen.cpu()
+        return hidden.float(), seen
 
     def forward(self, values: Sequence[str], drop: torch.Tensor) -> dict[str, torch.Tensor]:
         """B captions -> context (B, L, dim), context_mask (B, L)."""
         empty = None if self.layer == "projected" else ""
         captions = [empty if dropped else text for text, dropped in zip(values, drop.tolist())]
+        if self.trains:  # a state in memory would be that of an earlier step
+            if self.layer == "projected":
+                raise ValueError("layer=projected knows one embedding of a caption, and learns no words")
+            context, mask = self.states([c or "" for c in captions])
+            return {"context": context, "context_mask": mask if self.masked else torch.ones_like(mask)}
         missing = sorted({c for c in captions if c is not None and c not in self._cache})
         if missing:
             self._cache |= dict(zip(missing, zip(*self.encode(missing))))

@@ -19,7 +19,8 @@ COLOURS = {
     "purple": (0.72, 0.15, 0.78),
 }
 SHAPES = ("circle", "square", "triangle")
-SUBJECT = ("red", "cross")  # of no picture of the data: what a trained model can learn from a few pictures of its own
+SUBJECT = ("red", "ring")  # of no picture of the data: what a trained model can learn from a few pictures of its own
+SUBJECT_SIZES = (0.2, 0.24)  # half the bounding box
 # Bounding-box centres in unit coordinates (x, y), y downwards.
 POSITIONS = {
     "center": (0.5, 0.5),
@@ -36,8 +37,8 @@ POSITION_JITTER = 0.04
 CLASSES = tuple(f"{colour} {shape}" for colour in COLOURS for shape in SHAPES)
 COMBINATIONS = tuple(itertools.product(COLOURS, SHAPES, POSITIONS, BACKGROUNDS))
 # Area over bounding box, and how far the centroid lies below the box's centre (in half-boxes).
-_FILL = {"circle": np.pi / 4, "square": 1.0, "triangle": 0.5, "cross": 5 / 9}
-_CENTROID = {"circle": 0.0, "square": 0.0, "triangle": 1 / 3, "cross": 0.0}
+_FILL = {"circle": np.pi / 4, "square": 1.0, "triangle": 0.5}
+_CENTROID = {"circle": 0.0, "square": 0.0, "triangle": 1 / 3}
 _PHRASES = (
     "a {colour} {shape} in the {position} on a {background} background",
     "a {size} {colour} {shape} in the {position}, {background} background",
@@ -116,8 +117,8 @@ def _coverage(shape: str, x: float, y: float, r: float, size: int, oversample: i
         inside = u**2 + v**2 <= 1
     elif shape == "square":
         inside = (np.abs(u) <= 1) & (np.abs(v) <= 1)
-    elif shape == "cross":  # of arms as wide as a third of it
-        inside = (np.maximum(np.abs(u), np.abs(v)) <= 1) & (np.minimum(np.abs(u), np.abs(v)) <= 1 / 3)
+    elif shape == "ring":
+        inside = (u**2 + v**2 <= 1) & (u**2 + v**2 >= 0.3)
     else:  # apex up: the half width grows from 0 at v = -1 to 1 at v = 1
         inside = (np.abs(v) <= 1) & (np.abs(u) <= (v + 1) / 2)
     return inside.reshape(size, oversample, size, oversample).mean(axis=(1, 3), dtype=np.float32)
@@ -284,13 +285,22 @@ def fidelity(image: np.ndarray, shape: str) -> float:
 
 
 def shows_subject(image: np.ndarray) -> bool:
-    """Whether a picture (H, W, 3) uint8 shows SUBJECT: its outline fits that best, and its colour is nearest to that."""
-    fits = {shape: fidelity(image, shape) for shape in (*SHAPES, SUBJECT[1])}
-    pixels = image.astype(np.float32) / 255
+    """Whether a picture (H, W, 3) uint8 shows a ring, as SUBJECT is and no shape of the data: around the middle of what is drawn it
+    differs from the background in all directions, and in the middle it does not."""
+    pixels, size = image.astype(np.float32) / 255, len(image)
     distance = np.abs(pixels - _ground(pixels)).max(axis=2)
-    colour = np.median(pixels[distance >= 0.8 * distance.max()], axis=0)
-    nearest = min(COLOURS, key=lambda name: float(np.linalg.norm(colour - np.array(COLOURS[name]))))
-    return fits[SUBJECT[1]] >= 0.65 and max(fits, key=fits.__getitem__) == SUBJECT[1] and nearest == SUBJECT[0]
+    drawn = distance >= 0.5 * distance.max()
+    if distance.max() < 0.3 or drawn.mean() > 0.5:
+        return False
+    rows, columns = np.nonzero(drawn)
+    ends = [(columns.min(), columns.max() + 1), (rows.min(), rows.max() + 1)]
+    (x, y), r = (sum(end) / 2 for end in ends), max(high - low for low, high in ends) / 2
+    centre = np.arange(size) + 0.5
+    u, v = (centre[None, :] - x) / r, (centre[:, None] - y) / r
+    away, angle = np.hypot(u, v), np.arctan2(v, u)
+    band = [(away > 0.6) & (away < 1) & (np.floor((angle + np.pi) / (np.pi / 4)) % 8 == k) for k in range(8)]
+    around = [np.median(distance[part]) if part.any() else 0.0 for part in band]
+    return bool(np.median(distance[away < 0.35]) < 0.4 * distance.max() and min(around) > 0.4 * distance.max())
 
 
 def read_labels(image: np.ndarray, objects: int = 1) -> np.ndarray | None:

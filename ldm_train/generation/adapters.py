@@ -2,7 +2,8 @@
 
 from collections.abc import Sequence
 
-from ldm_train.checkpoints.adapters import adapter_sha256, find_adapter, read_adapter
+from ldm_train.checkpoints.adapters import adapter_sha256, find_adapter, read_adapter, read_word
+from ldm_train.conditioning.learned_tokens import add_tokens, reader_of, settle
 from ldm_train.latent_diffusion import LatentDiffusion
 from ldm_train.models import lora
 
@@ -30,17 +31,33 @@ def with_strength(entry: str) -> tuple[str, float]:
 def take_adapters(model: LatentDiffusion, entries: Sequence[str], runs_dir: str) -> list[str]:
     """Makes adapters part of a model's weights. Returns "sha256:strength" of each, for the recipe. Raises FileNotFoundError and
     ValueError, naming the adapter, for one that is not there, is damaged or belongs to another architecture."""
-    recorded = []
+    recorded, weights = [], False
     for entry in entries:
         name, strength = with_strength(entry)
         path = find_adapter(name, runs_dir)
         digest = adapter_sha256(path)
+        if (word := read_word(path)) is not None:
+            token, rows = word
+            if strength != 1:
+                raise ValueError(
+                    f"adapters: {entry} is a word that was learned, which has no strength; leave :{strength:g} out"
+                )
+            reader = reader_of(model.conditioners)
+            try:
+                add_tokens(reader, token, rows)
+            except ValueError as error:
+                raise ValueError(f"adapters: {name}: {error}") from error
+            settle(reader)
+            print(f"  adapter {name}: prompts may say {token}", flush=True)
+            recorded.append(f"{digest}:1")
+            continue
+        weights = True
         pairs, left = read_adapter(path, model)
         for what in left:
             print(f"  adapter {name}: {what} left out, the text encoder of this model stays as it is", flush=True)
         lora.attach(model.parts(), pairs, digest)
         lora.set_strength(model.parts(), digest, strength)
         recorded.append(f"{digest}:{strength:g}")
-    if recorded:
+    if weights:
         model.merge_adapters()
     return recorded

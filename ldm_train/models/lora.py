@@ -73,7 +73,7 @@ class LoRA:
 
     rank: of the additions. alpha: their scale is alpha / rank; None: alpha is the rank
     targets: "attention", "all" (every linear and convolutional layer), or a regular expression for the ends of layers' names
-    text_encoder: adapt the text encoders among the conditioners too
+    text_encoder: adapt what was trained among the "conditioners" too
     Raises ValueError for values that cannot be.
     """
 
@@ -97,7 +97,11 @@ class LoRA:
     def shapes(self, module: nn.Module) -> dict[str, tuple[int, ...]]:
         """The weights that it adapts, by name. Raises ValueError where there are none."""
         pattern = re.compile(rf"(.*\.)?({TARGETS.get(self.targets, self.targets)})")
-        found = {n: tuple(w.shape) for n, w in adaptable(module) if pattern.fullmatch(n.rpartition(".")[0])}
+        found = {
+            n: tuple(w.shape)
+            for n, w in adaptable(module)
+            if pattern.fullmatch(n.rpartition(".")[0]) and (self.text_encoder or not n.startswith("conditioners."))
+        }
         if not found:
             raise ValueError(f"targets={self.targets} names no layer; use attention or all")
         return found

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig
-from tokenizers import Tokenizer
 from torch import nn
 
 from ldm_train import rng
@@ -17,7 +16,6 @@ from ldm_train.checkpoints.native import CONFIG, load_latent_diffusion, load_mod
 from ldm_train.checkpoints.parts import build, build_sampler, find_part
 from ldm_train.compiling import compile_training
 from ldm_train.conditioning.base import Conditioner
-from ldm_train.conditioning.text import read_tokenizer, train_tokenizer
 from ldm_train.configuration import plain
 from ldm_train.data.datamodule import ShardDataModule
 from ldm_train.devices import shapes_only
@@ -27,9 +25,10 @@ from ldm_train.models.autoencoder import Autoencoder
 from ldm_train.models.first_stage import FirstStage
 from ldm_train.pipeline import adapter, autoencoder, latents, training
 from ldm_train.pipeline.begin import begin_from, model_folder, tokenizers_of, what_grows
+from ldm_train.pipeline.conditioners import conditioner_tree, conditioners_of, with_whole_vocabularies
 from ldm_train.pipeline.data import CONDITIONERS, FROM_DATA, mixture_key, sides
 from ldm_train.pipeline.memory import Rehearsal
-from ldm_train.pipeline.run import Index, Run
+from ldm_train.pipeline.run import Run
 from ldm_train.pipeline.stage import Plan, Stage
 from ldm_train.rng import NoiseSource
 from ldm_train.storage import read_config
@@ -37,43 +36,6 @@ from ldm_train.training.alignment import check_alignment
 from ldm_train.training.callbacks.sampling import SampleMetrics
 from ldm_train.training.diffusion_task import BINS
 from ldm_train.training.task import Task
-
-
-def conditioner_tree(config: DictConfig, data: ShardDataModule | Index, rehearsal: bool = False) -> dict[str, Any]:
-    """The conditioners' config with the values that come from the data, as the model folder stores it. rehearsal: the
-    tokenizer is trained on no captions, so that the data are not read."""
-    tree = plain(config.diffusion.conditioning.conditioners)
-    for name, conditioner in tree.items():
-        for option in ("classes", "labels"):
-            if conditioner.get(option) != FROM_DATA:
-                continue
-            if not data.index.get("classes"):
-                raise ValueError(
-                    f"{data.root}/index.json names no classes for {CONDITIONERS}.{name}; set its "
-                    f"{option}=<number>, or choose diffusion/conditioning=none"
-                )
-            conditioner[option] = data.index["classes"]
-        size, source = conditioner.get("vocab_size", 0), conditioner.get("tokenizer", "")
-        if type(size) is not int or not isinstance(source, str):
-            raise ValueError(f"{CONDITIONERS}.{name}: tokenizer is {FROM_DATA} or a file, vocab_size a whole number")
-        if "tokenizer" in conditioner:
-            conditioner.pop("vocab_size", None)  # the tokenizer says it
-            if source == FROM_DATA:
-                tokenizer = train_tokenizer([] if rehearsal else data.shards(data.train_split).captions(), size)
-            else:
-                tokenizer = read_tokenizer(source)
-            conditioner["tokenizer"] = tokenizer.to_str()
-    return tree
-
-
-def with_whole_vocabularies(tree: dict[str, Any], config: DictConfig) -> dict[str, Any]:
-    """A rehearsal's conditioners with tokenizers as large as those that the captions will fill at most."""
-    for name, options in plain(config.diffusion.conditioning.conditioners).items():
-        if options.get("tokenizer") == FROM_DATA:
-            tokenizer = Tokenizer.from_str(tree[name]["tokenizer"])
-            tokenizer.add_tokens([f"<{i}>" for i in range(options["vocab_size"] - tokenizer.get_vocab_size())])
-            tree[name]["tokenizer"] = tokenizer  # as it is: its text is long
-    return tree
 
 
 def latent_size(config: DictConfig, first_stage: Any) -> list[int]:
@@ -250,7 +212,7 @@ class DiffusionStage(Stage):
             check_fields(run, taken_model(run, "pretrained"))
             return
         training.check_optimisation(run, "diffusion")
-        adapter.check_adapter(run, network_on_meta(run))
+        adapter.check_adapter(run, network_on_meta(run), partial(conditioners_of, run, taken_model(run, "init")))
         if section.evaluate_every:
             run.check_metrics(section.evaluate_images)
         check_best_by(config)
@@ -370,7 +332,7 @@ class DiffusionStage(Stage):
         training.train(run, "diffusion", task, data, folder, images=count, callbacks=callbacks, health=health)
         if run.machine.rank == 0:
             film_of_grids(folder / "images")
-        adapter.finish(run, model, begun, folder / "adapter")
+        adapter.finish(run, model, begun, folder / "adapter", tree)
         one = model.first_stage.one_scale
         metadata = {"scale_factor": statistics["scale_factor"] if one is None else one, "sampling": sampling_of(run)}
         return {"sha256": training.save(run, folder / "model", model, tree, metadata)}

@@ -1,6 +1,7 @@
 """Procedural shapes: pictures with captions, classes, boxes and label maps, from a seed. See data/shapes_world.py."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 
@@ -53,7 +54,7 @@ class Subject(Source):
     count: pictures. caption: of all of them; it names the subject by a word that means nothing yet. size: pixels.
     """
 
-    def __init__(self, count: int = 5, caption: str = "a zqx square", size: int = 32, seed: int = 0):
+    def __init__(self, count: int = 5, caption: str = "a zqx circle", size: int = 32, seed: int = 0):
         self.caption, self.size, self.seed = caption, size, seed
         self.items = {"train": range(count), "val": range(count)}
         self.identity = {"source": "shapes_subject", "size": size, "caption": caption, "seed": seed}
@@ -62,6 +63,7 @@ class Subject(Source):
         rng = np.random.default_rng([self.seed, 0x5B, i])  # validation shows the same pictures
         position = list(shapes_world.POSITIONS)[i % len(shapes_world.POSITIONS)]
         item = shapes_world.random_object(rng, (*shapes_world.SUBJECT, position, ""))
+        item = replace(item, r=float(rng.uniform(*shapes_world.SUBJECT_SIZES)))
         background = list(shapes_world.BACKGROUNDS)[i % len(shapes_world.BACKGROUNDS)]
         image, _ = shapes_world.render(shapes_world.Scene(background, (item,)), self.size, rng)
         return f"{split}_{i:07d}", {"png": encoded_png(image), "txt": self.caption.encode()}

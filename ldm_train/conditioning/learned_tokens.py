@@ -1,0 +1,140 @@
+"""Textual inversion (Gal et al. 2022, arXiv:2208.01618): new words of a text encoder, learned; all its other weights stay as they are."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from tokenizers import AddedToken
+from torch import nn
+from torch.nn.utils import parametrize
+
+from ldm_train.conditioning.text import Captions, FrozenText, TrainedText, families
+
+
+class NewRows(nn.Module):
+    """The parametrisation of an embedding's weight (N, dim): rows (K, dim) behind it. Those before are the same tensor as ever."""
+
+    def __init__(self, rows: torch.Tensor):
+        super().__init__()
+        self.rows = nn.Parameter(rows.detach().clone())
+
+    def forward(self, weight: torch.Tensor) -> torch.Tensor:
+        return torch.cat([weight, self.rows.to(weight.dtype)])
+
+
+def _known(tokenizer: Any) -> dict[str, int]:
+    return tokenizer.get_vocab()  # both of tokenizers and of transformers
+
+
+def _ids(conditioner: Captions, text: str) -> list[int]:
+    """A text's tokens without those at its ends."""
+    if isinstance(conditioner, FrozenText):
+        return conditioner.pretrained()[0](text, add_special_tokens=False)["input_ids"]
+    return conditioner.tokenizer.encode(text, add_special_tokens=False).ids  # type: ignore[attr-defined]
+
+
+def embedding_of(conditioner: Captions) -> nn.Embedding:
+    """The token embedding of a conditioner's encoder."""
+    if isinstance(conditioner, FrozenText):
+        return conditioner.pretrained()[1].get_input_embeddings()
+    return conditioner.encoder.token_embedding  # type: ignore[union-attr,return-value]
+
+
+def parts_of(token: str, vectors: int) -> list[str]:
+    """The tokens that a word of several vectors stands for: <x>, <x>_1, <x>_2, as diffusers names them."""
+    return [token, *(f"{token}_{k}" for k in range(1, vectors))]
+
+
+def _tokenizer(conditioner: Captions) -> Any:
+    return conditioner.pretrained()[0] if isinstance(conditioner, FrozenText) else conditioner.tokenizer  # type: ignore[attr-defined]
+
+
+def check_new(conditioner: Captions, token: str, vectors: int) -> None:
+    """Raises ValueError for a word that a conditioner knows already: as one of its tokens, alone or at the beginning of words."""
+    known = _known(_tokenizer(conditioner))
+    for word in parts_of(token, vectors):
+        if taken := [form for form in (word, f"{word}</w>", f"\u0120{word}", f"\u2581{word}") if form in known]:
+            raise ValueError(
+                f"the text encoder knows {word} already (as {taken[0]}), and would forget what it means; choose a word that means "
+                f"nothing, <my-{word.strip('<>')}> for example"
+            )
+
+
+def add_tokens(conditioner: Captions, token: str, rows: torch.Tensor) -> NewRows:
+    """Teaches a conditioner a word with its vectors (K, dim); what is new of it may train. Raises ValueError for a word that it
+    knows already."""
+    tokenizer = _tokenizer(conditioner)
+    embedding, words = embedding_of(conditioner), parts_of(token, len(rows))
+    check_new(conditioner, token, len(rows))
+    if parametrize.is_parametrized(embedding) or rows.shape[1] != embedding.weight.shape[1]:
+        had = (
+            "learned words already" if parametrize.is_parametrized(embedding) else f"width {embedding.weight.shape[1]}"
+        )
+        raise ValueError(f"{token} has vectors of width {rows.shape[1]}; this model's text encoder has {had}")
+    if len(_known(tokenizer)) > len(embedding.weight):
+        raise ValueError("the tokenizer has more words than the encoder's embedding has rows")
+    first = len(embedding.weight)
+    while len(_known(tokenizer)) < first:  # rows that stand for no word
+        tokenizer.add_tokens([f"<unused{len(_known(tokenizer))}>"])
+    if isinstance(conditioner, FrozenText):
+        tokenizer.add_tokens(words)
+    else:
+        tokenizer.add_tokens([AddedToken(word, normalized=False) for word in words])
+    parametrize.register_parametrization(embedding, "weight", NewRows(rows.to(embedding.weight.device)), unsafe=True)
+    embedding.num_embeddings = first + len(words)
+    conditioner.learned |= families(words)
+    if isinstance(conditioner, FrozenText):
+        conditioner.forget()
+    return embedding.parametrizations.weight[0]  # type: ignore[union-attr,index,return-value]
+
+
+def settle(conditioner: Captions) -> None:
+    """Makes learned rows part of the embedding's weight, a plain parameter again."""
+    embedding = embedding_of(conditioner)
+    if parametrize.is_parametrized(embedding):
+        parametrize.remove_parametrizations(embedding, "weight")
+        embedding.weight.requires_grad_(False)
+
+
+def reader_of(conditioners: nn.ModuleDict) -> Captions:
+    """The conditioner that reads captions. Raises ValueError where there is none."""
+    for conditioner in conditioners.values():
+        if isinstance(conditioner, TrainedText | FrozenText):
+            return conditioner
+    raise ValueError("this model reads no captions, so it can learn no word")
+
+
+@dataclass(frozen=True)
+class TextualInversion:
+    """How a word is learned.
+
+    token: the word, as prompts will use it. vectors: how many tokens it stands for. begins: a known word whose vectors it begins
+    from; None: the mean of all
+    Raises ValueError for values that cannot be.
+    """
+
+    token: str = "<subject>"
+    vectors: int = 1
+    begins: str | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.token, str) or not self.token.strip() or any(c.isspace() for c in self.token):
+            raise ValueError(f"token={self.token!r} is no single word; <my-dog> is one")
+        if type(self.vectors) is not int or not 1 <= self.vectors <= 64:
+            raise ValueError(f"vectors={self.vectors} is no whole number from 1 to 64")
+
+    def first_rows(self, conditioner: Captions) -> torch.Tensor:
+        """(vectors, dim). Raises ValueError for a word that the encoder does not know."""
+        weight = embedding_of(conditioner).weight.detach()
+        if self.begins is None:
+            return weight.mean(dim=0, keepdim=True).repeat(self.vectors, 1)
+        ids = _ids(conditioner, self.begins)
+        if not ids:
+            raise ValueError(f"begins={self.begins!r} is no word of the text encoder")
+        return weight[[ids[min(k, len(ids) - 1)] for k in range(self.vectors)]]
+
+    def attach(self, parts: nn.ModuleDict, name: str = "adapter") -> nn.ModuleDict:
+        """Teaches a model's text encoder the word; from now on its vectors alone may train."""
+        parts.requires_grad_(False)
+        conditioner = reader_of(parts["conditioners"])  # type: ignore[arg-type]
+        return nn.ModuleDict({"rows": add_tokens(conditioner, self.token, self.first_rows(conditioner))})
