@@ -1,9 +1,14 @@
 """ldm-train, and train.py in a checkout: from data to a trained latent diffusion model."""
 
-from ldm_train.cli.common import run_command
+import sys
+
+from ldm_train.cli.common import quoted, run_command
+
+FREE = ("diffusion.adapter.token", "diffusion.adapter.begins")  # words of any characters
 
 
 def main() -> None:
+    sys.argv[1:] = [quoted(a, FREE) for a in sys.argv[1:]]
     run_command("ldm_train.pipeline.train.train", "train")
 
 

@@ -54,8 +54,24 @@ def check_adapter(run: Run, network: nn.Module, conditioners: Callable[[], Mappi
         raise ValueError(f"diffusion.adapter: {error}") from error
 
 
+def check_frozen(run: Run) -> None:
+    """Raises ValueError for conditioners that are to stay as they are, but are none, or were never trained."""
+    section = run.config.diffusion
+    known = plain(section.conditioning.conditioners)
+    if not (frozen := list(section.get("frozen") or [])):
+        return
+    if unknown := [name for name in frozen if name not in known]:
+        raise ValueError(f"diffusion.frozen={unknown}: the conditioners are {', '.join(known) or 'none'}")
+    if not section.init:
+        raise ValueError(
+            "diffusion.frozen keeps trained conditioners; say which model's with diffusion.init=<run or model>"
+        )
+
+
 def adapt(run: Run, model: LatentDiffusion) -> None:
-    """Puts the run's adapter, if it has one, on the model."""
+    """Puts the run's adapter, if it has one, on the model, and keeps the conditioners that are to stay as they are."""
+    for name in run.config.diffusion.get("frozen") or []:
+        model.conditioners[name].requires_grad_(False)
     if (how := adapter_of(run)) is not None:
         model.adapt(how, NAME)
 

@@ -212,6 +212,7 @@ class DiffusionStage(Stage):
             check_fields(run, taken_model(run, "pretrained"))
             return
         training.check_optimisation(run, "diffusion")
+        adapter.check_frozen(run)
         adapter.check_adapter(run, network_on_meta(run), partial(conditioners_of, run, taken_model(run, "init")))
         if section.evaluate_every:
             run.check_metrics(section.evaluate_images)
