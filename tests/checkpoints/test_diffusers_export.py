@@ -15,11 +15,14 @@ from test_diffusers import randomised
 from test_diffusers import tokenizer as clip_words
 
 from ldm_train.checkpoints import diffusers_export
+from ldm_train.checkpoints.adapters import export_adapter
 from ldm_train.checkpoints.native import load_latent_diffusion, load_model, save_model
 from ldm_train.checkpoints.parts import build
 from ldm_train.conditioning.text import train_tokenizer
 from ldm_train.latent_diffusion import LatentDiffusion, Sampling, Start
+from ldm_train.models import lora
 from ldm_train.models.first_stage import FirstStage, fold_statistics
+from ldm_train.models.lora import LoRA
 from ldm_train.pipeline.convert import convert
 from ldm_train.samplers.ddim import ddim
 
@@ -104,8 +107,10 @@ import sys, torch
 sys.modules["ldm_train"] = None                  # importing it raises ImportError
 from diffusers import DiffusionPipeline
 images = {}
-for folder, given, noise, steps, scale in torch.load(sys.argv[1]):
+for folder, given, noise, steps, scale, adapter in torch.load(sys.argv[1]):
     pipeline = DiffusionPipeline.from_pretrained(folder, trust_remote_code=True, low_cpu_mem_usage=False)
+    if adapter:
+        pipeline.unet.load_lora_adapter(adapter, prefix="unet")
     pipeline.set_progress_bar_config(disable=True)
     if type(pipeline).__name__ == "LatentDiffusionPipeline":
         pictures = pipeline(**given, latents=noise, num_inference_steps=steps, guidance_scale=scale, output_type="pt").images
@@ -142,6 +147,22 @@ def exported(name: str, folder: Path, *options: str) -> Path:
     return convert(composed("convert", *arguments))
 
 
+ADAPTED = (
+    "classes and captions",
+    "classes as a token",
+)  # drawn with an adapter too (UNet2DModel of diffusers takes none)
+
+
+def adapted(network: LatentDiffusion, file: Path) -> str:
+    """Gives a model an adapter, and writes it for diffusers."""
+    network.adapt(LoRA(rank=2, alpha=3, targets="all"), "adapter")
+    with torch.no_grad():
+        for p in network.adapter.parameters():
+            p.copy_(torch.randn(p.shape, generator=torch.Generator().manual_seed(3)) * 0.1)
+    export_adapter(lora.pairs_of(network.parts(), "adapter"), network, file, "diffusers")
+    return str(file)
+
+
 @pytest.fixture(scope="module")
 def drawn(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[str, torch.Tensor, torch.Tensor]]:
     """{name: (the pipeline's class, our pictures, theirs)}, theirs from one process that cannot import this package."""
@@ -149,12 +170,13 @@ def drawn(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[str, torc
     for name in TREES:
         folder = exported(name, root / name, "verify=true")
         network, (batch, given) = load_latent_diffusion(folder.parent / "native"), GIVEN.get(name, ({}, {}))
+        adapter = adapted(network, folder.parent / "adapter.safetensors") if name in ADAPTED else None
         noise = torch.randn(2, 3, *network.latent_size, generator=torch.Generator().manual_seed(2))
         with torch.inference_mode():
             ours[str(folder)] = network.sample(
                 batch, [0, 1], Sampling(ddim, STEPS, SCALE, spacing="trailing"), Start(noise=noise)
             )
-        jobs.append((str(folder), given, noise, STEPS, SCALE))
+        jobs.append((str(folder), given, noise, STEPS, SCALE, adapter))
     torch.save(jobs, root / "jobs.pt")
     environment = os.environ | {"HF_HOME": str(root / "hub"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     arguments = [sys.executable, "-c", THEIRS, str(root / "jobs.pt"), str(root / "images.pt")]
