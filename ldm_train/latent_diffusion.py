@@ -340,16 +340,16 @@ class LatentDiffusion(nn.Module):
         if condition is not None and weaker is not None:
             raise ValueError("a weaker model guides under the same fields; give them as batch, not as condition")
         given = condition
-        condition = self._sampled(batch, count, latent_size) if given is None else given
+        condition = self.sampled_condition(batch, count, latent_size) if given is None else given
         denoise = self.denoiser(condition, how.overlap)
         if (scale := float(how.guidance_scale)) != 1 and (weaker is not None or self.conditioners):
             if weaker is not None:
-                other = weaker.denoiser(weaker._sampled(batch, count, latent_size), how.overlap)
+                other = weaker.denoiser(weaker.sampled_condition(batch, count, latent_size), how.overlap)
             else:
-                away = self._sampled(guidance.negative or {}, count, latent_size, batch)
+                away = self.sampled_condition(guidance.negative or {}, count, latent_size, batch)
                 spatial = [c for c in self.conditioners.values() if "concat" in c.widths]
                 if given is not None and spatial and not any(c.dropout for c in spatial):
-                    away["concat"] = given["concat"]  # as `_sampled` keeps those of a batch
+                    away["concat"] = given["concat"]  # as that keeps those of a batch
                 other = self.denoiser(away, how.overlap)
             interval = {} if how.guidance_interval is None else {"interval": tuple(how.guidance_interval)}
             denoise = guidance.rule(denoise, other, scale, **interval)
@@ -371,11 +371,11 @@ class LatentDiffusion(nn.Module):
         how = (sampling or Sampling()).over(self.sampling)
         how.require("num_inference_steps")
         timesteps = self.schedule.timesteps(how.num_inference_steps, how.spacing)
-        denoise = self.denoiser(self._sampled(batch, len(latents), latents.shape[2:]), how.overlap)
+        denoise = self.denoiser(self.sampled_condition(batch, len(latents), latents.shape[2:]), how.overlap)
         latents = uploaded(latents, self.device)
         return ddim_inversion(denoise, latents, timesteps, self.schedule, iterations=iterations, callback=callback)
 
-    def _sampled(
+    def sampled_condition(
         self,
         batch: Mapping[str, Any],
         count: int,

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from hydra.utils import instantiate
+from hydra.utils import get_class, instantiate
 from omegaconf import DictConfig
 from torch import nn
 
@@ -212,6 +212,10 @@ class DiffusionStage(Stage):
             check_fields(run, taken_model(run, "pretrained"))
             return
         training.check_optimisation(run, "diffusion")
+        if getattr(get_class(section.task._target_), "needs_init", False) and not section.init:
+            raise ValueError(
+                f"diffusion.task={section.task._target_} learns from a trained model; say which with diffusion.init=<run or model>"
+            )
         adapter.check_frozen(run)
         adapter.check_adapter(run, network_on_meta(run), partial(conditioners_of, run, taken_model(run, "init")))
         if section.evaluate_every:

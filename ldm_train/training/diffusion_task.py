@@ -123,12 +123,17 @@ class DiffusionTask(Task):
         self.log_training(logs)
         return weighted.mean()
 
-    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
-        first_stage, schedule = self.model.first_stage, self.objective.schedule
-        source, timesteps = validation_draws(batch["key"], schedule)
+    def validation_latents(self, batch: dict[str, Any], source: NoiseSource) -> torch.Tensor:
+        """The latents (B, C, h, w) of a batch, drawn from their posterior as a function of the samples."""
+        first_stage = self.model.first_stage
         posterior = first_stage.posterior(uploaded(moments_of(batch, first_stage), self.device))
         z = posterior.mean + posterior.std * source.normal(posterior.mean.shape[1:], "posterior", self.device)
-        latents = first_stage.scaled(z)
+        return first_stage.scaled(z)
+
+    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        schedule = self.objective.schedule
+        source, timesteps = validation_draws(batch["key"], schedule)
+        latents = self.validation_latents(batch, source)
         timesteps, noise = (
             uploaded(timesteps, latents.device),
             source.normal(latents.shape[1:], "noise", latents.device),
@@ -137,11 +142,15 @@ class DiffusionTask(Task):
         loss = self.objective(lambda x, t: self.model.predict(x, t, condition), latents, noise, timesteps)
         self.add_by_timestep("loss", loss, timesteps * BINS // schedule.num_train_timesteps)
         if batch_idx == 0:
-            for logger in self.loggers:
-                logger.log_histogram("latents", latents, self.global_step)
-            if self._shown is None:
-                conditions = {f: batch[f][: self.samples] for f in self.model.fields if f in batch}
-                self._shown = conditions, min(self.samples, len(latents))
+            self.remember(batch, latents)
+
+    def remember(self, batch: dict[str, Any], latents: torch.Tensor) -> None:
+        """Shows the first validation batch's latents, and keeps its conditions for the sample grids."""
+        for logger in self.loggers:
+            logger.log_histogram("latents", latents, self.global_step)
+        if self._shown is None:
+            conditions = {f: batch[f][: self.samples] for f in self.model.fields if f in batch}
+            self._shown = conditions, min(self.samples, len(latents))
 
     def on_validation_epoch_end(self) -> None:
         if self.draw is not None and self.image_folder and self.global_rank == 0 and self._shown is not None:

@@ -1,0 +1,95 @@
+"""Few-step students: a model learns to take in one step what its teacher, guided, takes in several."""
+
+import copy
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import torch
+
+from ldm_train.devices import uploaded
+from ldm_train.diffusion.guidance import Denoise, classifier_free
+from ldm_train.diffusion.objective import DiffusionObjective
+from ldm_train.latent_diffusion import LatentDiffusion
+from ldm_train.rng import NoiseSource
+from ldm_train.samplers.ddim import ddim
+from ldm_train.training.diffusion_task import DiffusionTask, validation_draws
+
+
+class DistillationTask(DiffusionTask):
+    """Progressive distillation (Salimans and Ho 2022, arXiv:2202.00512, section 3) in one go, of the guided teacher (Meng et al. 2023,
+    arXiv:2210.03142): from noised training latents at one of the student's times, the student's DDIM step to the next is drawn
+    towards where `teacher_steps` guided DDIM steps lead. The loss is the squared distance of the two there, so that an error counts
+    as much as it moves the sample, whatever the network predicts.
+
+    model: begins with the teacher's weights; the teacher is a frozen copy of it, its first stage shared.
+    steps, spacing: of the student, as it is sampled afterwards (eta 0, guidance scale 1). teacher_steps: of the teacher, for each
+    guidance_scale, guidance_interval: of the teacher, see `classifier_free`
+    The other arguments: those of `DiffusionTask`. Raises ValueError for counts below 1.
+    """
+
+    needs_init = True  # without a trained model there is nothing to learn from
+
+    def __init__(
+        self,
+        model: LatentDiffusion,
+        objective: DiffusionObjective,
+        *,
+        steps: int = 4,
+        teacher_steps: int = 4,
+        guidance_scale: float = 1.0,
+        guidance_interval: Sequence[float] | None = None,
+        spacing: str = "trailing",
+        **options: Any,
+    ):
+        if steps < 1 or teacher_steps < 1:
+            raise ValueError(f"a student takes at least one step, and for each the teacher: {steps}, {teacher_steps}")
+        super().__init__(model, objective, **options)
+        self.teacher = copy.deepcopy(model, {id(model.first_stage): model.first_stage}).eval().requires_grad_(False)
+        self.times, self.teacher_steps = model.schedule.timesteps(steps, spacing), teacher_steps
+        interval = {} if guidance_interval is None else {"interval": tuple(guidance_interval)}
+        self.guide = partial(classifier_free, guidance_scale=guidance_scale, **interval)
+
+    def train(self, mode: bool = True) -> "DistillationTask":
+        super().train(mode)
+        self.teacher.eval()
+        return self
+
+    def _step(self, denoise: Denoise, x_t: torch.Tensor, step: int, parts: int) -> torch.Tensor:
+        """From the student's time `step` to the next in equal parts."""
+        first, last = self.times[step : step + 2].tolist()
+        times = torch.linspace(first, last, parts + 1, dtype=torch.float64)
+        return ddim(denoise, x_t, times, self.model.schedule, NoiseSource([0] * len(x_t)))  # eta 0 draws nothing
+
+    def distance(self, batch: dict[str, Any], latents: torch.Tensor, noise: torch.Tensor, step: int) -> torch.Tensor:
+        """(B,): the mean squared distance of the student's step from the teacher's."""
+        alpha, sigma = self.model.schedule.numbers(float(self.times[step]))
+        x_t = alpha * latents + sigma * noise
+        with torch.no_grad():
+            known = self.teacher.denoiser(self.teacher.condition(batch))
+            guided = known
+            if self.teacher.conditioners:
+                null = self.teacher.sampled_condition({}, len(latents), latents.shape[2:], batch)
+                guided = self.guide(known, self.teacher.denoiser(null))
+            target = self._step(guided, x_t, step, self.teacher_steps)
+        reached = self._step(self.model.denoiser(self.model.condition(batch)), x_t, step, 1)
+        return (reached - target).square().mean(dim=(1, 2, 3))
+
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> torch.Tensor:
+        latents = self.model.latents_from(batch)
+        step = int(torch.randint(len(self.times) - 1, ()))
+        loss = self.distance(batch, latents, self.objective.draw_noise(latents), step)
+        weighted = loss
+        if "loss_weight" in batch:
+            weighted = weighted * uploaded(batch["loss_weight"], weighted.device)
+        self.log_training({"loss": loss.detach().mean(), f"loss_step{step}": loss.detach().mean()})
+        return weighted.mean()
+
+    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        source, _ = validation_draws(batch["key"], self.model.schedule)
+        latents = self.validation_latents(batch, source)
+        noise = source.normal(latents.shape[1:], "noise", latents.device)
+        distances = torch.stack([self.distance(batch, latents, noise, k) for k in range(len(self.times) - 1)])
+        self.add("loss", distances.mean(dim=0))
+        if batch_idx == 0:
+            self.remember(batch, latents)
