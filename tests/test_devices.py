@@ -5,6 +5,7 @@ None in a training step and in sampling; one wait per batch where pictures are e
 why, is the table in ldm_train/README.md under "Devices".
 """
 
+import copy
 from collections.abc import Iterator
 from contextlib import suppress
 from functools import cache, partial
@@ -37,6 +38,7 @@ from ldm_train.models.autoencoder import AutoencoderKL, AutoencoderVQ
 from ldm_train.models.classifier import NoisyClassifier
 from ldm_train.models.discriminator import PatchDiscriminator
 from ldm_train.models.first_stage import FirstStage
+from ldm_train.models.lora import LoRA
 from ldm_train.models.tiling import Tiles
 from ldm_train.pipeline.diffusion import first_stage_tree, latent_size, model_tree
 from ldm_train.pipeline.latents import encoded_on
@@ -44,6 +46,7 @@ from ldm_train.pipeline.machine import machine_of
 from ldm_train.training.autoencoder_task import AutoencoderTask
 from ldm_train.training.classifier_task import ClassifierTask
 from ldm_train.training.diffusion_task import DiffusionTask
+from ldm_train.training.distillation import DistillationTask
 from ldm_train.training.fit import Machine
 from ldm_train.training.task import NotFinite, Task
 
@@ -136,6 +139,24 @@ def test_a_step_of_the_denoiser_waits_for_nothing(recipe: str):
     batch = {k: FIELDS[k] for k in model.fields} | {"key": ["a", "b"], "loss_weight": torch.ones(2)}
     batch["moments"] = torch.zeros(2, 2 * model.first_stage.latent_channels, *model.latent_size)
     assert stepped(DiffusionTask(model, objective, **OPTIMISATION), batch) == []
+
+
+@pytest.mark.parametrize("targets", ["attention", "all"])
+def test_a_step_of_an_adapter_waits_for_nothing(targets: str):
+    model, objective = copy.deepcopy(model_of("classes"))  # which others use as it is
+    with torch.device("meta"):
+        model.adapt(LoRA(rank=2, targets=targets), "adapter")
+    batch = {k: FIELDS[k] for k in model.fields} | {"key": ["a", "b"]}
+    batch["moments"] = torch.zeros(2, 2 * model.first_stage.latent_channels, *model.latent_size)
+    assert stepped(DiffusionTask(model, objective, **OPTIMISATION), batch) == []
+
+
+def test_a_step_of_a_student_waits_for_nothing():
+    model, objective = model_of("classes")
+    batch = {k: FIELDS[k] for k in model.fields} | {"key": ["a", "b"], "loss_weight": torch.ones(2)}
+    batch["moments"] = torch.zeros(2, 2 * model.first_stage.latent_channels, *model.latent_size)
+    task = DistillationTask(model, objective, guidance_scale=2.0, guidance_interval=[0.5, 5.0], **OPTIMISATION)
+    assert stepped(task, batch) == []
 
 
 SAMPLERS = {

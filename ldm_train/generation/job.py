@@ -119,6 +119,9 @@ def _read_recipe(path: Path, usual: dict[str, Any]) -> dict[str, Any]:
     known = {k: v for k, v in usual.items() if k not in NOT_DRAWN} | {"sampler": {}}
     storage.check_kinds(asked, known, where, OPEN)
     unknown = [k for k in asked if k not in known]
+    adapters = asked.get(ADAPTERS) or []
+    if isinstance(adapters, list) and not all(isinstance(entry, str) for entry in adapters):
+        raise ValueError(f"{where}: {ADAPTERS} is no list of texts")
     own = asked.get("fields") or {}  # only the model knows their names
     sections = [k for k in asked if isinstance(usual.get(k), dict) and k != "fields"]
     unknown += [f"{k}.{o}" for k in sections for o in asked[k] if o not in usual[k]]
