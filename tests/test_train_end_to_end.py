@@ -99,7 +99,7 @@ def test_an_export_whose_key_lacks_the_sampling_options_is_known_by_its_metadata
     path.write_text(json.dumps(note))
     chain(tmp_path, "stages=[export]").execute()
     assert "export: finished before, skipped" in capsys.readouterr().out
-    with pytest.raises(Refused, match=r"settings:\n  sampling.guidance_scale: 2.5 -> 1.5\nChoose .*restart=export"):
+    with pytest.raises(Refused, match=r"settings:\n  sampling.guidance_scale: 3.0 -> 1.5\nChoose .*restart=export"):
         chain(tmp_path, "stages=[export]", "sampling.guidance_scale=1.5").execute()
 
 

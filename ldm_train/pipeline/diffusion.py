@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from hydra.utils import get_class, instantiate
+from hydra.utils import get_object, instantiate
 from omegaconf import DictConfig
 from torch import nn
 
@@ -212,7 +212,7 @@ class DiffusionStage(Stage):
             check_fields(run, taken_model(run, "pretrained"))
             return
         training.check_optimisation(run, "diffusion")
-        if getattr(get_class(section.task._target_), "needs_init", False) and not section.init:
+        if getattr(get_object(section.task._target_), "needs_init", False) and not section.init:
             raise ValueError(
                 f"diffusion.task={section.task._target_} learns from a trained model; say which with diffusion.init=<run or model>"
             )
