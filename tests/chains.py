@@ -1,14 +1,16 @@
 """A chain small enough for tests: every stage in seconds."""
 
+import tempfile
 from functools import cache
 from pathlib import Path
 
 from hydra import compose, initialize_config_dir
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from ldm_train.configuration import config_folder
+from ldm_train.data.shards import INDEX
 from ldm_train.pipeline.data import ensure_data
 from ldm_train.pipeline.machine import machine_of
 from ldm_train.pipeline.run import Run
@@ -58,8 +60,25 @@ def composed(name: str, *overrides: str) -> DictConfig:
     return config
 
 
+@cache
+def _files(source: str, per_shard: int) -> dict[Path, bytes]:
+    with tempfile.TemporaryDirectory() as folder:
+        ensure_data(OmegaConf.create({"source": OmegaConf.create(source), "root": folder, "per_shard": per_shard}))
+        return {path.relative_to(folder): path.read_bytes() for path in Path(folder).rglob("*") if path.is_file()}
+
+
+def with_data(config: DictConfig) -> DictConfig:
+    """The config, whose data are made as train.py makes them; they are drawn once for each choice of data.source."""
+    data = config.data
+    if data.source is not None and isinstance(data.root, str) and not (Path(data.root) / INDEX).is_file():
+        for name, content in _files(OmegaConf.to_yaml(data.source, resolve=True), data.per_shard).items():
+            (Path(data.root) / name).parent.mkdir(parents=True, exist_ok=True)
+            (Path(data.root) / name).write_bytes(content)
+    return config
+
+
 def chain(folder: Path, *overrides: str, name: str = "run") -> Run:
     config = composed("train", *SMALL, f"name={name}", f"runs_dir={folder}", f"data_dir={folder}/data", *overrides)
-    ensure_data(config.data)
+    with_data(config)
     (folder / name).mkdir(exist_ok=True)
     return Run(config, folder / name, machine_of(config, {}))

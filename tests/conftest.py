@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import json
 import os
 import socket
 from collections.abc import Iterator
@@ -13,10 +14,12 @@ os.environ["TQDM_DISABLE"] = "1"  # read when tqdm is imported
 os.environ |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 
 import pytest
-import torch
 import yaml
+from hydra._internal import defaults_list
 from hydra._internal.config_repository import ConfigRepository
 from hydra.core.object_type import ObjectType
+
+# torch and ldm_train are imported where they are used: the process that hands out the tests needs neither.
 
 ROOT = Path(__file__).parents[1]
 # Which servers of this machine ask a name server for, whose silence may last 20 s.
@@ -42,6 +45,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def one_thread() -> None:
+    import torch
+
     torch.set_num_threads(1)
 
 
@@ -64,8 +69,15 @@ def configs_are_read_once() -> Iterator[None]:
         result.config = copy.deepcopy(result.config)  # Hydra sets options in it
         return result
 
+    mapped = defaults_list._create_interpolation_map
+
+    def create_interpolation_map(overrides: Any, defaults: list[Any], self_added: bool) -> Any:
+        """It is made for every file, and takes a fifth of composing; it is read where an entry of `defaults` has a ${}."""
+        return mapped(overrides, defaults, self_added) if any(d.is_interpolation() for d in defaults) else None
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ConfigRepository, "load_config", load_config)
+        patch.setattr(defaults_list, "_create_interpolation_map", create_interpolation_map)
         gc.freeze()  # what is imported by now stays; looking through it again and again is slow
         usual = gc.get_threshold()
         gc.set_threshold(20_000, 20, 50)
@@ -74,8 +86,50 @@ def configs_are_read_once() -> Iterator[None]:
         gc.unfreeze()
 
 
+class Rehearsed(dict[str, Any]):
+    """The memory of steps that a plan has rehearsed, by what it depends on: not by where files lie, nor by how often something is
+    written or measured. (A rehearsal takes as long as the few steps that a test trains.)"""
+
+    CADENCE = ("val_every", "val_images", "checkpoint_every", "log_every", "samples", "evaluate_every", "evaluate_images",
+               "best_by", "pretrained", "init", "init_discriminator", "lr", "disc_lr")  # fmt: skip
+
+    @classmethod
+    def simple(cls, key: str) -> str:
+        known, _, choice = key.rpartition(" micro-batch ")
+        *setting, tree = json.loads(known)
+        stage = setting[0]
+        parts = {
+            name: dict(tree[name]) for name in dict.fromkeys(("autoencoder", "diffusion", stage)) if tree.get(name)
+        }
+        for name, part in parts.items():
+            for option in (*cls.CADENCE, *([] if name == stage == "autoencoder" else ["max_steps"])):
+                part.pop(option, None)
+        data = {k: v for k, v in tree["data"].items() if k not in ("root", "source", "adherence")}
+        return json.dumps([*setting, parts, data, choice])
+
+    def __contains__(self, key: object) -> bool:
+        return super().__contains__(self.simple(str(key)))
+
+    def __getitem__(self, key: str) -> Any:
+        return super().__getitem__(self.simple(key))
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        super().__setitem__(self.simple(key), value)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def steps_are_rehearsed_once() -> Iterator[None]:
+    from ldm_train.pipeline import budget
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(budget, "_KNOWN", Rehearsed())
+        yield
+
+
 @pytest.fixture(autouse=True)
 def seeded() -> None:
+    import torch
+
     torch.manual_seed(0)
 
 

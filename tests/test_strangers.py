@@ -23,7 +23,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from chains import SMALL, composed
+from chains import SMALL, composed, with_data
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from test_fuzz import damaged_json
@@ -35,7 +35,6 @@ from ldm_train.cli.common import USER_ERRORS, quoted
 from ldm_train.cli.sample import FREE
 from ldm_train.evaluation import measurement
 from ldm_train.generation.sample import sample
-from ldm_train.pipeline.data import ensure_data
 from ldm_train.pipeline.machine import machine_of
 from ldm_train.pipeline.measure import evaluate
 from ldm_train.pipeline.run import Run, own_parts
@@ -223,7 +222,7 @@ def evaluated(*arguments: str) -> None:
 def prepared(tmp_path: Path, *arguments: str) -> Run:
     """train.py up to where the first stage would begin."""
     config = composed("train", *SMALL, f"runs_dir={tmp_path}", f"data_dir={tmp_path}/data", "name=run", *arguments)
-    ensure_data(config.data)
+    with_data(config)
     return Run(config, tmp_path / "run", machine_of(config, {}), own_parts(config))
 
 
