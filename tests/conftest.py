@@ -18,6 +18,8 @@ import yaml
 from hydra._internal import defaults_list
 from hydra._internal.config_repository import ConfigRepository
 from hydra.core.object_type import ObjectType
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override, QuotedString
 
 # torch and ldm_train are imported where they are used: the process that hands out the tests needs neither.
 
@@ -52,7 +54,7 @@ def one_thread() -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def configs_are_read_once() -> Iterator[None]:
-    """Hydra reads and parses each file of conf/ for each command, which takes most of a short command's time."""
+    """Hydra reads and parses each file of conf/ and each override for each command, which takes most of a short command's time."""
     read, kept = ConfigRepository.load_config, dict[tuple[str, str, int], Any]()
 
     def load_config(repository: ConfigRepository, config_path: str) -> Any:
@@ -75,7 +77,20 @@ def configs_are_read_once() -> Iterator[None]:
         """It is made for every file, and takes a fifth of composing; it is read where an entry of `defaults` has a ${}."""
         return mapped(overrides, defaults, self_added) if any(d.is_interpolation() for d in defaults) else None
 
+    parsed, rules = OverridesParser.parse_rule, dict[tuple[str, str], Override]()
+
+    def parse_rule(parser: OverridesParser, text: str, rule: str) -> Any:
+        if (text, rule) not in rules:
+            result = parsed(parser, text, rule)
+            if not isinstance(result, Override) or not isinstance(
+                result._value, str | int | float | QuotedString | None
+            ):
+                return result
+            rules[text, rule] = result
+        return copy.copy(rules[text, rule])  # Hydra sets its loader
+
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(OverridesParser, "parse_rule", parse_rule)
         patch.setattr(ConfigRepository, "load_config", load_config)
         patch.setattr(defaults_list, "_create_interpolation_map", create_interpolation_map)
         gc.freeze()  # what is imported by now stays; looking through it again and again is slow

@@ -31,9 +31,14 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("data")
 
 
+# Settings that go the way of the command line, each in a way of its own: a name, an option that is added, a group.
+TYPED = ("name=[a]", "+sampler.order=3", "diffusion/conditioning=superres")
+
+
 @pytest.fixture
 def begin(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture) -> Command:
-    """begin(override, ...) -> the message with which train.py refuses; raises Begun where it would train."""
+    """begin(override, ..., typed=false) -> the message with which train.py refuses; raises Begun where it would train. typed: on
+    the command line, which is composed twice."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
     monkeypatch.setenv(TRACEBACK, "0")
@@ -43,9 +48,9 @@ def begin(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: py
 
     monkeypatch.setattr(stages, "advance", advance)
 
-    def run(*overrides: str) -> str:
+    def run(*overrides: str, typed: bool = True) -> str:
         options = [*SMALL, f"data_dir={data}", *overrides]
-        if all(re.match(r"[a-z]\w*\.", option) for option in overrides):  # values alone: nothing of Hydra's is asked
+        if not typed:
             with pytest.raises(USER_ERRORS) as refused:
                 train._train(composed("train", "name=run", *options), tmp_path / "runs/run", sweeping=False)
             return str(refused.value)
@@ -150,9 +155,26 @@ REFUSED = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("setting", REFUSED)
-def test_a_setting_that_cannot_work_is_named_before_anything_is_made(setting: str, begin: Command, tmp_path: Path):
-    assert REFUSED[setting] in begin(*setting.split())
+def _is_of_values(setting: str) -> bool:
+    """Of values of sections alone: nothing of Hydra's is asked."""
+    return all(re.match(r"[a-z]\w*\.", option) for option in setting.split())
+
+
+@pytest.mark.parametrize(
+    ("setting", "typed"),
+    [
+        *((setting, setting in TYPED) for setting in REFUSED),
+        *(
+            pytest.param(setting, True, marks=pytest.mark.slow)
+            for setting in REFUSED
+            if not _is_of_values(setting) and setting not in TYPED
+        ),
+    ],
+)
+def test_a_setting_that_cannot_work_is_named_before_anything_is_made(
+    setting: str, typed: bool, begin: Command, tmp_path: Path
+):
+    assert REFUSED[setting] in begin(*setting.split(), typed=typed)
     assert not [
         p for p in tmp_path.rglob("*") if p.name in ("autoencoder", "latents", "diffusion", "evaluation", "export")
     ]
@@ -162,7 +184,7 @@ def test_a_reference_of_another_extractor_is_named_before_training(begin: Comman
     import numpy as np
 
     np.savez(tmp_path / "other.npz", mu=np.zeros(7), sigma=np.eye(7))
-    message = begin("evaluation.reference=other.npz", "evaluation.metrics=[fid_tiny]")
+    message = begin("evaluation.reference=other.npz", "evaluation.metrics=[fid_tiny]", typed=False)
     assert "other.npz has 7 features per image, the extractor 128" in message
 
 
