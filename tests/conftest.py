@@ -158,6 +158,22 @@ def datasets() -> Path:
 
 
 @pytest.fixture(scope="session")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a finished run of a small chain, run/, and its data, data/: trained once for all processes. Who changes
+    anything in it takes a copy."""
+    from chains import chain
+    from filelock import FileLock
+
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "trained"
+    with FileLock(f"{folder}.lock"):
+        if not (folder / "run" / "export" / "stage.json").is_file():
+            folder.mkdir(exist_ok=True)
+            chain(folder).execute()
+    return folder
+
+
+@pytest.fixture(scope="session")
 def count(request: pytest.FixtureRequest) -> int:
     """Cases of a fuzz test."""
     return request.config.getoption("--fuzz")

@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ldm_train import devices
 from ldm_train.diffusion import process
 from ldm_train.models import layers
+from ldm_train.pipeline.memory import ALIKE
 
 aten = torch.ops.aten
 # Whose result has a size that only the device knows.
@@ -53,10 +54,21 @@ def _layer_norm(x: torch.Tensor, shape: Sequence[int], weight: Any, bias: Any, e
     return torch.empty_like(x), x.new_empty(outer), x.new_empty(outer)
 
 
+def _vector_norm(x: torch.Tensor, ord: float = 2, dim: Any = None, keepdim: bool = False, **options: Any) -> Any:
+    return x.new_empty(()) if dim is None else aten.linalg_vector_norm(x, ord, dim, keepdim, **options)
+
+
 # Whose shapes the meta device finds in a hundred small steps.
 SHAPED = {
     aten.native_group_norm: _group_norm, aten.native_group_norm_backward: _group_norm_backward, aten.native_layer_norm: _layer_norm,
+    aten.linalg_vector_norm: _vector_norm,
 }  # fmt: skip
+
+
+def _like_all(given: Sequence[torch.Tensor]) -> bool:
+    """Whether the result of arithmetic of each value by itself is like every one of these."""
+    kinds = {(t.device, t.dtype, t.shape, t.stride()) for t in given}
+    return len(kinds) == 1 and given[0].is_floating_point()
 
 
 @contextmanager
@@ -145,4 +157,6 @@ class Watched(TorchDispatchMode):
         assert not (there and mixed), f"{func} mixes devices: {[(t.device.type, tuple(t.shape)) for t in given]}"
         if there and packet in SHAPED:
             return SHAPED[packet](*args, **kwargs)
+        if there and (packet in ALIKE or packet is aten.pow) and not kwargs and _like_all(given):
+            return torch.empty_like(given[0])
         return func(*args, **kwargs)

@@ -27,7 +27,8 @@ from ldm_train.pipeline.train import train
 SMALL = [
     "experiment=clothing_f8_small", "logger=csv", "progress=false", "accelerator=cpu", "autoencoder.max_steps=4",
     "autoencoder.batch_size=8", "autoencoder.loss.disc_start=2", "autoencoder.val_every=2",
-    "autoencoder.log_every=1", "autoencoder.val_images=4",
+    "autoencoder.log_every=1", "autoencoder.val_images=4", "autoencoder.network.channel_mult=[1,1,2,2]",
+    "autoencoder.loss.discriminator.channels=16",
     "diffusion.max_steps=4", "diffusion.batch_size=8", "diffusion.val_every=2", "diffusion.val_images=4", "diffusion.samples=2",
     "diffusion.network.channels=32", "sampling.num_inference_steps=2", "evaluation.images=4", "evaluation.predictors=4",
 ]  # fmt: skip

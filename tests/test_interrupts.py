@@ -27,8 +27,8 @@ WHEN = r"(before training|after step \d+|in the stage \w+)"
 def command(folder: Path, name: str, *overrides: str) -> list[str]:
     return [
         sys.executable, str(ROOT / "train.py"), *SMALL, f"runs_dir={folder}", f"data_dir={folder}/data", f"name={name}",
-        "autoencoder.max_steps=40", "autoencoder.checkpoint_every=100", "diffusion.max_steps=40", "diffusion.checkpoint_every=100",
-        "autoencoder.val_every=20", "diffusion.val_every=20", "diffusion.evaluate_every=null", *overrides,
+        "autoencoder.max_steps=20", "autoencoder.checkpoint_every=100", "diffusion.max_steps=20", "diffusion.checkpoint_every=100",
+        "autoencoder.val_every=10", "diffusion.val_every=10", "diffusion.evaluate_every=null", *overrides,
     ]  # fmt: skip
 
 

@@ -33,10 +33,8 @@ ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("chain")
-    chain(folder).execute()
-    return folder
+def finished(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return Path(shutil.copytree(trained, tmp_path_factory.mktemp("chain"), dirs_exist_ok=True))
 
 
 @pytest.mark.chain
@@ -114,8 +112,8 @@ def test_a_changed_option_is_refused_by_name_and_restart_starts_that_stage_anew(
 
 
 @pytest.mark.slow
-def test_more_steps_continue_the_autoencoder_and_later_stages_ask_to_be_made_anew(tmp_path: Path):
-    chain(tmp_path).execute()
+def test_more_steps_continue_the_autoencoder_and_later_stages_ask_to_be_made_anew(trained: Path, tmp_path: Path):
+    shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
     before = {p: p.stat().st_mtime_ns for p in (tmp_path / "run").rglob("*") if p.is_file()}
     with pytest.raises(Refused, match=r"(?s)latents, diffusion, evaluation, export were made from it.*restart=latents"):
         chain(tmp_path, "autoencoder.max_steps=9").execute()
@@ -185,11 +183,11 @@ DERIVED = {"superres": "data/derived=bicubic_x4", "inpainting": "data/derived=ma
     "conditioning",
     [c if c == "layout" else pytest.param(c, marks=pytest.mark.slow) for c in CONDITIONS],
 )
-def test_the_chain_runs_under_every_kind_of_condition(tmp_path: Path, conditioning: str):
+def test_the_chain_runs_under_every_kind_of_condition(finished: Path, tmp_path: Path, conditioning: str):
     options = [f"diffusion.conditioning.conditioners.{o}" for o in CONDITIONS[conditioning]]
     made = chain(
         tmp_path, f"diffusion/conditioning={conditioning}", DERIVED.get(conditioning, "data/derived=none"), *options,
-        "diffusion.max_steps=3", "data.flip=true",
+        "diffusion.max_steps=3", "data.flip=true", f"autoencoder.pretrained={finished}/run",  # which sees no condition
     )  # fmt: skip
     made.execute()
     model = load_model(tmp_path / "run" / "export")

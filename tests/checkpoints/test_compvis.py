@@ -87,7 +87,7 @@ def converted(source: Path, target: Path, *options: str) -> Path:
 REPEATED = {"kl-f4", "kl-f4-z4", "kl-f16", "vq-f4", "vq-f8", *(n for n in AUTOENCODERS if n.startswith("autoencoder_"))}
 # Models whose parts others have as well, between them: they are converted whole in the slow tier.
 SEEN = of_one_architecture(DIFFUSION) | {
-    "cin256-v2", "txt2img-1p4B-eval", "sd-v1-inpainting", "sd-v2-base", "sd-v2-inpainting", "sd-v2-unclip-h",
+    "celeba256", "cin256-v2", "txt2img-1p4B-eval", "sd-v1-inpainting", "sd-v2-base", "sd-v2-inpainting", "sd-v2-unclip-h",
 }  # fmt: skip
 
 

@@ -21,10 +21,8 @@ from ldm_train.pipeline.run import Run
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
-    made = chain(tmp_path_factory.mktemp("hub"), "autoencoder.max_steps=2", "diffusion.max_steps=2")
-    made.execute()
-    return made
+def run(trained: Path) -> Run:
+    return chain(trained)
 
 
 def card(folder: Path) -> tuple[dict[str, Any], str]:
@@ -46,7 +44,7 @@ def test_an_export_is_a_complete_folder_with_its_card(run: Run):
     assert "64 training images" in text
     assert (folder / "samples.png").read_bytes() == (run.folder / "evaluation/samples.png").read_bytes()
     recipe = (folder / "training.yaml").read_text()
-    assert yaml.safe_load(recipe)["diffusion"]["max_steps"] == 2
+    assert yaml.safe_load(recipe)["diffusion"]["max_steps"] == 6
     assert str(run.folder.parent) not in recipe + text  # nothing of this machine
     assert ldm_train.load(str(folder)).sample({}, [0]).shape == (1, 3, 32, 32)
 

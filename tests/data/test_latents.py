@@ -1,11 +1,9 @@
 """The latent cache holds what the autoencoder says, survives interruptions, and is refused when it is stale."""
 
 import io
+import multiprocessing
 import re
 import shutil
-import signal
-import subprocess
-import sys
 import tarfile
 import time
 from collections.abc import Callable
@@ -122,28 +120,26 @@ def test_validation_is_complete_over_ranks(cached: Path):
     assert sorted(k for loader in ranks for b in loader for k in b["key"]) == [f"val_{i:04d}" for i in range(6)]
 
 
-SLOW_CACHE = """
-import sys, time
-from pathlib import Path
-sys.path.insert(0, sys.argv[1])
-import test_latents
-encode = test_latents.encoder()
-def slow(images):
-    time.sleep(0.1)
-    return encode(images)
-test_latents.cache(Path(sys.argv[2]), Path(sys.argv[3]), per_shard=8, encode=slow)
-"""
+def slow_cache(root: Path, folder: Path) -> None:
+    encode = encoder()
+
+    def slow(images: torch.Tensor) -> torch.Tensor:
+        time.sleep(0.1)
+        return encode(images)
+
+    cache(root, folder, per_shard=8, encode=slow)
 
 
 @pytest.mark.slow
 def test_a_cache_killed_while_writing_is_completed_by_the_next_run(data_root: Path, tmp_path: Path):
-    arguments = [sys.executable, "-c", SLOW_CACHE, str(Path(__file__).parent), str(data_root), str(tmp_path / "killed")]
-    process = subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    fork = multiprocessing.get_context("fork")
+    process = fork.Process(target=slow_cache, args=(data_root, tmp_path / "killed"))
+    process.start()
     deadline = time.monotonic() + 120
     while len(list((tmp_path / "killed").glob(".entries/*.json"))) < 2 and time.monotonic() < deadline:
         time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    process.kill()
+    process.join()
     assert not (tmp_path / "killed" / "index.json").exists(), "it finished before it could be killed"
     finished = sorted((tmp_path / "killed").glob("*.tar"))
     assert 2 <= len(finished) < 6

@@ -1,6 +1,7 @@
 """Training that begins from what was trained before: an autoencoder, its decoder alone, a whole U-Net."""
 
 import math
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -33,10 +34,11 @@ DECODER = ("autoencoder.train=decoder", "autoencoder.lr=1e-2")
 
 
 @pytest.fixture(scope="module")
-def first(tmp_path_factory: pytest.TempPathFactory) -> Run:
-    run = chain(tmp_path_factory.mktemp("start"), *SHORT, name="first")
-    run.execute()
-    return run
+def first(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    folder = tmp_path_factory.mktemp("start")
+    shutil.copytree(trained / "data", folder / "data")
+    shutil.copytree(trained / "run", folder / "first")
+    return chain(folder, *SHORT, name="first")
 
 
 def following(first: Run, name: str, *options: str) -> Run:

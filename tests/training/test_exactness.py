@@ -17,9 +17,9 @@ from ldm_train.training.callbacks.monitor import Monitor
 from ldm_train.training.task import Task
 
 ROOT = Path(__file__).parents[2]
-STEPS = 30
+STEPS = 18
 
-# 96 images in batches of 16: six steps an epoch, so thirty steps cross four epoch boundaries.
+# 96 images in batches of 16: six steps an epoch, so that two epoch boundaries are crossed.
 OVERRIDES = [
     "logger=csv",
     "progress=false",
@@ -31,12 +31,12 @@ OVERRIDES = [
     "autoencoder.micro_batch_size=8",
     "autoencoder.loss.disc_start=8",
     "autoencoder.checkpoint_every=4",
-    "autoencoder.val_every=14",
+    "autoencoder.val_every=10",
     f"diffusion.max_steps={STEPS}",
     "diffusion.batch_size=16",
     "diffusion.micro_batch_size=8",
     "diffusion.checkpoint_every=4",
-    "diffusion.val_every=22",
+    "diffusion.val_every=14",
     "diffusion.samples=2",
     "diffusion.network.channels=32",
     "sampling.num_inference_steps=2",
@@ -129,13 +129,13 @@ def test_interrupted_training_continues_to_the_same_weights(tmp_path: Path, monk
         assert all(torch.equal(calm[k], stopped[k]) for k in calm)
 
 
-# 60 micro-batches a stage; the numbers say how many pass between two kills.
+# 36 micro-batches a stage; the numbers say how many pass between two kills.
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("overrides", "between_kills"),
     [
-        (("num_workers=0",), [(12, 20), (12, 20), (45, 55), (10, 16)]),  # twice in each stage
-        (("num_workers=2", "latents.cache=false"), [(20, 40), (55, 70)]),  # once in each
+        (("num_workers=0",), [(8, 12), (8, 12), (26, 32), (8, 12)]),  # twice in each stage
+        (("num_workers=2", "latents.cache=false"), [(12, 24), (33, 38)]),  # once in each
     ],
     ids=["cached", "two_workers_on_the_fly"],
 )
