@@ -519,7 +519,7 @@ def test_a_model_that_no_yaml_describes_is_refused_by_name(name: str):
         (("from=x", "to=y", "format=compvis"), "a checkpoint of CompVis is a file"),
         (("from=x", "to=y.safetensors"), "format=native is a folder; say format=compvis"),
         (("from=x", "to=y", "dtype=float16"), "dtype= is for other forms"),
-        (("from=x", "to=y", "format=onnx"), "format is native, compvis, diffusers or single_file"),
+        (("from=x", "to=y", "format=onnx"), "format is native, compvis, diffusers, single_file or kohya"),
     ],
 )
 def test_a_command_that_cannot_be_carried_out_says_why(options: tuple[str, ...], words: str):
