@@ -96,7 +96,8 @@ def read_word(path: Path) -> tuple[str, torch.Tensor] | None:
     if path.is_dir() and read_record(path / RECORD).get("sha256") != file_sha256(file):
         raise ValueError(f"{file} is damaged: its sha256 is not the recorded one; take an undamaged copy")
     token = file.stem if token == "emb_params" else token  # webui's files name the word by the file
-    if rows.ndim not in (1, 2) or not 0 < (1 if rows.ndim == 1 else len(rows)) <= 64 or not token.strip():
+    fits = rows.ndim in (1, 2) and 0 < (1 if rows.ndim == 1 else len(rows)) <= 64
+    if not fits or not token.strip() or not token.isprintable() or len(token) > 100:
         raise ValueError(f"{file}: {token!r} of shape {tuple(rows.shape)} is no learned word")
     return token, rows.float().reshape(-1, rows.shape[-1])
 
@@ -137,7 +138,7 @@ def _pair(key: str, parts: Parts, alpha: float | None, path: Path) -> lora.Pair:
     if missing := [part for part in ("down", "up") if part not in parts]:
         raise ValueError(f"{path}: {key} has no {missing[0]}; take an undamaged copy")
     down, up = parts["down"].float(), parts["up"].float()
-    rank = down.shape[0]
+    rank = down.shape[0] if down.ndim else 0
     fits = down.ndim >= 2 and up.ndim == down.ndim and up.shape[1] == rank and math.prod(up.shape[2:]) == 1
     if not fits or not 0 < rank <= LARGEST_RANK:
         raise ValueError(f"{path}: {key} has down {tuple(down.shape)} and up {tuple(up.shape)}, which give no product")
@@ -179,7 +180,7 @@ def _shaped(parts: Parts, kernel: tuple[int, ...]) -> Parts:
     """down and up of a layer that is linear there and a convolution over single positions here, or back, with this kernel."""
     if {"down", "up"} - parts.keys() or parts["down"].shape[2:] == kernel:
         return parts
-    if math.prod(parts["down"].shape[2:]) != 1 or math.prod(kernel) != 1:
+    if math.prod(kernel) != 1 or any(math.prod(t.shape[2:]) != 1 or t.ndim < 2 for t in parts.values()):
         return parts
     return {part: t.reshape(*t.shape[:2], *kernel) for part, t in parts.items()}
 
@@ -206,9 +207,13 @@ def _foreign(
             raise ValueError(f"{path} changes {name}, which this model lacks: it is of another architecture")
         weight, number, count = places[name]
         alpha = parts.pop("alpha", None)
+        if alpha is not None and alpha.numel() != 1:
+            raise ValueError(f"{path}: the alpha of {name} is no number")
         shaped = _shaped(parts, tuple(weights[weight].shape[2:]))
         pair = _pair(name, shaped, None if alpha is None else float(alpha.flatten()[0]), path)
-        found.setdefault(weight, (count, {}))[1][number] = pair
+        if number in found.setdefault(weight, (count, {}))[1]:
+            raise ValueError(f"{path} holds {name} twice, under two names")
+        found[weight][1][number] = pair
     pairs = {
         weight: numbered[0] if count == 1 else _joined(numbered, count, weights[weight].shape[0])
         for weight, (count, numbered) in found.items()
@@ -220,6 +225,8 @@ def _joined(parts: Mapping[int, lora.Pair], count: int, height: int) -> lora.Pai
     """Additions to parts of one weight, each of height / count rows, as one addition to all of it."""
     rank, rows = sum(pair.rank for pair in parts.values()), height // count
     first = next(iter(parts.values()))
+    if any(pair.up.shape[0] != rows or pair.down.shape[1:] != first.down.shape[1:] for pair in parts.values()):
+        raise ValueError(f"the adapter is of another architecture: a weight here has parts of {rows} rows")
     up, begin = torch.zeros(height, rank, *first.up.shape[2:]), 0
     for number, pair in sorted(parts.items()):
         up[number * rows : (number + 1) * rows, begin : begin + pair.rank] = pair.up * (pair.alpha / pair.rank)

@@ -22,6 +22,10 @@ class NewRows(nn.Module):
         return torch.cat([weight, self.rows.to(weight.dtype)])
 
 
+def _is_word(text: str) -> bool:
+    return text[0].isalnum() and text[-1].isalnum()
+
+
 def _known(tokenizer: Any) -> dict[str, int]:
     return tokenizer.get_vocab()  # both of tokenizers and of transformers
 
@@ -74,12 +78,18 @@ def add_tokens(conditioner: Captions, token: str, rows: torch.Tensor) -> NewRows
     if len(_known(tokenizer)) > len(embedding.weight):
         raise ValueError("the tokenizer has more words than the encoder's embedding has rows")
     first = len(embedding.weight)
-    while len(_known(tokenizer)) < first:  # rows that stand for no word
-        tokenizer.add_tokens([f"<unused{len(_known(tokenizer))}>"])
-    if isinstance(conditioner, FrozenText):
-        tokenizer.add_tokens(words)
-    else:
-        tokenizer.add_tokens([AddedToken(word, normalized=False) for word in words])
+    # Rows that stand for no word come first.
+    tokenizer.add_tokens([f"<unused{k}>" for k in range(len(_known(tokenizer)), first)])
+    # A word is not found inside others, where it begins and ends as words do.
+    joined = not isinstance(conditioner, FrozenText)  # byte-level tokenizers make a token of the space before a word
+    tokenizer.add_tokens(
+        [AddedToken(word, normalized=False, lstrip=joined, single_word=_is_word(word)) for word in words]
+    )
+    known = _known(tokenizer)
+    if [known[word] for word in words] != list(range(first, first + len(words))):
+        raise ValueError(
+            "the numbers of the tokenizer's words are not those of the embedding's rows; it cannot learn one"
+        )
     parametrize.register_parametrization(embedding, "weight", NewRows(rows.to(embedding.weight.device)), unsafe=True)
     embedding.num_embeddings = first + len(words)
     conditioner.learned |= families(words)

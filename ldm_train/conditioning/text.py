@@ -1,6 +1,7 @@
 """Text encoders. `TrainedText` is trained from scratch with the U-Net, as in latent diffusion's text-to-image model;
 `FrozenText` wraps a pretrained one, as in Stable Diffusion."""
 
+import re
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -125,7 +126,7 @@ def read_tokenizer(path: str) -> Tokenizer:
 def families(words: Iterable[str]) -> dict[str, list[str]]:
     """Learned words of several vectors -> the tokens that they stand for: <x> -> <x>, <x>_1, <x>_2, as diffusers names them."""
     known, found = set(words), {}
-    for word in known:
+    for word in sorted(known):
         family = [word]
         while f"{word}_{len(family)}" in known:
             family.append(f"{word}_{len(family)}")
@@ -147,10 +148,12 @@ class Captions(Conditioner):
         self.learned: dict[str, list[str]] = {}
 
     def spelled(self, captions: Sequence[str]) -> list[str]:
-        """Captions with every learned word as its tokens."""
-        for word, tokens in self.learned.items():
-            captions = [caption.replace(word, " ".join(tokens)) for caption in captions]
-        return list(captions)
+        """Captions with every learned word, where it stands alone, as its tokens."""
+        if not self.learned:
+            return list(captions)
+        longest_first = sorted(self.learned, key=len, reverse=True)
+        alone = re.compile("|".join(rf"(?<!\w){re.escape(word)}(?!\w)" for word in longest_first))
+        return [alone.sub(lambda found: " ".join(self.learned[found[0]]), caption) for caption in captions]
 
     def null_values(self, count: int, latent_size: Sequence[int]) -> list[str]:
         return [""] * count

@@ -14,7 +14,7 @@ from ldm_train.data.prepare.build import Source, class_and_captions
 from ldm_train.devices import device_of
 from ldm_train.generation.sample import model_folder
 from ldm_train.images import to_uint8
-from ldm_train.latent_diffusion import LatentDiffusion
+from ldm_train.latent_diffusion import LatentDiffusion, Sampling
 from ldm_train.rng import derive_seed
 
 SHOWN = ("caption", "class_label")  # the fields that such pictures can have
@@ -46,12 +46,14 @@ class ClassPictures(Source):
         if not run:
             raise DataError("say which model draws them: source.run=<run or model folder>")
         self.folder = model_folder(run, runs_dir, "source.run")
-        self.prompts = [prompts] if isinstance(prompts, str) else list(prompts or [])
-        self.labels = [classes] if isinstance(classes, str | int) else list(classes or [])
+        self.prompts = [str(p) for p in (prompts if isinstance(prompts, list | tuple) else [prompts]) if p is not None]
+        self.labels = [str(c) for c in (classes if isinstance(classes, list | tuple) else [classes]) if c is not None]
         if not self.prompts and not self.labels:
             raise DataError("say what it draws: source.prompts='a dog', or source.classes=dog")
-        if not 0 < loss_weight <= 1000:
-            raise DataError(f"source.loss_weight={loss_weight} is not above 0 and at most 1000")
+        if not isinstance(loss_weight, int | float) or not 0 < loss_weight <= 1000:
+            raise DataError(f"source.loss_weight={loss_weight} is no number above 0 and at most 1000")
+        if type(batch_size) is not int or batch_size < 1:
+            raise DataError(f"source.batch_size={batch_size} is no whole number above 0")
         self.loss_weight, self.batch_size, self.seed = loss_weight, batch_size, seed
         self.sampling = {"guidance_scale": guidance_scale, "num_inference_steps": num_inference_steps}
         self.accelerator, self.trust = accelerator, list(trust)
@@ -62,6 +64,12 @@ class ClassPictures(Source):
         }  # fmt: skip
         names = [getattr(c, "names", None) for c in self.model.conditioners.values() if c.field == "class_label"]
         self.classes = names[0] if names else None
+        try:
+            for i in range(len(self.labels)):
+                self._words("train", i)
+            self._sampling().require("sampler", "num_inference_steps")
+        except ValueError as error:
+            raise DataError(f"source: {error}") from error
 
     @cached_property
     def model(self) -> LatentDiffusion:
@@ -88,12 +96,12 @@ class ClassPictures(Source):
         (conditioner,) = (c for c in self.model.conditioners.values() if c.field == "class_label")
         return caption, conditioner.parse(str(self.labels[i % len(self.labels)]))
 
+    def _sampling(self) -> Sampling:
+        return replace(self.model.sampling, **{k: v for k, v in self.sampling.items() if v is not None})
+
     def samples(self, split: str, chunk: range) -> Iterator[tuple[str, dict[str, bytes]]]:
         """Batches are the same wherever a shard begins, so that pictures do not depend on it."""
-        sampling, size = (
-            replace(self.model.sampling, **{k: v for k, v in self.sampling.items() if v is not None}),
-            self.batch_size,
-        )
+        sampling, size = self._sampling(), self.batch_size
         for begin in range(chunk.start - chunk.start % size, chunk.stop, size):
             numbers = range(begin, begin + size)
             words = [self._words(split, i) for i in numbers]

@@ -28,7 +28,7 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor
 
     A CPU computes it in float32 whatever the precision: its backward pass in bfloat16 takes nine times as long (torch 2.15).
     """
-    if q.device.type != "cpu" or q.dtype == torch.float32:
+    if q.device.type != "cpu" or q.dtype not in (torch.bfloat16, torch.float16):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
     with torch.autocast("cpu", enabled=False):
         wide = F.scaled_dot_product_attention(q.float(), k.float(), v.float(), attn_mask=mask)

@@ -48,7 +48,10 @@ class Pair(nn.Module):
 
     def forward(self) -> torch.Tensor:
         """(out, in, ...), float32."""
-        product = self.up.flatten(1).float() @ self.down.flatten(1).float()
+        up, down = self.up.flatten(1).float(), self.down.flatten(1).float()
+        # Under autocast the product would be rounded to 16 bits, and the merged weights would be others.
+        with torch.autocast(up.device.type if up.device.type != "meta" else "cpu", enabled=False):
+            product = up @ down
         shape = (self.up.shape[0], *self.down.shape[1:])
         return (self.strength * self.alpha / self.rank) * product.view(shape)
 

@@ -5,17 +5,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from hydra.utils import instantiate
+from hydra.utils import get_object, instantiate
 from torch import nn
 
 from ldm_train.checkpoints.adapters import save_adapter, save_word
-from ldm_train.checkpoints.native import read_metadata
+from ldm_train.checkpoints.native import read_metadata, read_tree
 from ldm_train.conditioning.base import Conditioner
 from ldm_train.conditioning.learned_tokens import TextualInversion, check_new, reader_of, settle
-from ldm_train.conditioning.text import TrainedText
+from ldm_train.conditioning.text import FrozenText, TrainedText
 from ldm_train.configuration import plain
 from ldm_train.latent_diffusion import LatentDiffusion
 from ldm_train.models.lora import LoRA
+from ldm_train.pipeline.begin import what_grows
 from ldm_train.pipeline.run import Run
 
 NAME = "adapter"
@@ -31,27 +32,75 @@ def adapter_of(run: Run) -> LoRA | TextualInversion | None:
         raise ValueError(f"diffusion.adapter: {error.__cause__ or error}") from error
 
 
-def check_adapter(run: Run, network: nn.Module, conditioners: Callable[[], Mapping[str, Conditioner]]) -> None:
-    """Raises ValueError for an adapter of nothing, and one whose options cannot be, that names no layer of the network, or a word
-    that the text encoder knows. conditioners: builds those of the model that it begins from."""
+def check_adapter(
+    run: Run, network: nn.Module, conditioners: Callable[[], Mapping[str, Conditioner]], begun: Path | None
+) -> None:
+    """Raises ValueError for an adapter of nothing, of a model that is not quite the one that it begins from, and one whose options
+    cannot be, that names no layer, or a word that the text encoder knows. conditioners: builds the run's. begun: that model."""
     section = run.config.diffusion
     if (how := adapter_of(run)) is None:
         return
-    if not section.init:
+    if begun is None:
         raise ValueError("diffusion.adapter changes a trained model; say which with diffusion.init=<run or model>")
     if section.task.get("alignment"):
         raise ValueError(
             "diffusion.task.alignment is for a network that trains whole, not for an adapter; leave one out"
         )
+    if isinstance(how, TextualInversion) and getattr(get_object(section.task._target_), "needs_init", False):
+        raise ValueError(
+            "a student learns its teacher's steps, not a word; leave diffusion.adapter or diffusion.task out"
+        )
+    made = conditioners()
+    _check_same(made, read_tree(begun).get("conditioners") or {}, section.init)
+    if grows := what_grows(network, begun):
+        raise ValueError(
+            f"diffusion.adapter is of {section.init} as it is, and this run's network has more: {', '.join(grows)}; choose its "
+            "options, or train all weights"
+        )
     try:
         if isinstance(how, TextualInversion):
-            reader = reader_of(nn.ModuleDict(conditioners()))
+            reader = reader_of(nn.ModuleDict(made))
             check_new(reader, how.token, how.vectors)
             how.first_rows(reader)
         else:
-            how.shapes(nn.ModuleDict({"network": network}))
+            shapes = how.shapes(_parts(how, network, made))
+            if how.text_encoder and not any(name.startswith("conditioners.") for name in shapes):
+                raise ValueError("text_encoder=true: this model brings no text encoder that was trained with it")
     except ValueError as error:
         raise ValueError(f"diffusion.adapter: {error}") from error
+
+
+def _check_same(ours: Mapping[str, Conditioner], theirs: Mapping[str, Any], init: str) -> None:
+    """Raises ValueError where conditioners are not those of the model that is adapted."""
+    if list(ours) != list(theirs):
+        raise ValueError(
+            f"diffusion.adapter: {init} has the conditioners {', '.join(theirs) or 'none'}, this run {', '.join(ours) or 'none'}; "
+            "choose the same diffusion/conditioning="
+        )
+    for name, conditioner in ours.items():
+        known, here = theirs[name].get("classes"), getattr(conditioner, "names", None)
+        known = [str(k) for k in range(known)] if isinstance(known, int) else known
+        if known is not None and here is not None and list(known) != list(here):
+            raise ValueError(
+                f"diffusion.adapter: {init} knows the classes {', '.join(map(str, known))[:200]}, the data {', '.join(here)[:200]}; "
+                f"an adapter knows those of its model: diffusion.conditioning.conditioners.{name}.classes="
+            )
+
+
+def check_latents(run: Run, same: bool) -> None:
+    """Raises ValueError for an adapter where the latents are not those that its model knows."""
+    if adapter_of(run) is not None and not same:
+        raise ValueError(
+            "diffusion.adapter: the model in diffusion.init knows the latents of another autoencoder than this run's; take that one "
+            "too: autoencoder.pretrained=<the same>"
+        )
+
+
+def _parts(how: LoRA, network: nn.Module, conditioners: Mapping[str, Conditioner]) -> nn.ModuleDict:
+    parts: dict[str, nn.Module] = {"network": network}
+    if how.text_encoder:
+        parts["conditioners"] = nn.ModuleDict(conditioners)
+    return nn.ModuleDict(parts)
 
 
 def check_frozen(run: Run) -> None:
@@ -74,6 +123,16 @@ def adapt(run: Run, model: LatentDiffusion) -> None:
         model.conditioners[name].requires_grad_(False)
     if (how := adapter_of(run)) is not None:
         model.adapt(how, NAME)
+
+
+def rehearse(run: Run, model: LatentDiffusion) -> list[str]:
+    """`adapt` on the meta device. Returns what of its memory is not known, in words."""
+    how = adapter_of(run)
+    if isinstance(how, TextualInversion) and isinstance(reader_of(model.conditioners), FrozenText):
+        return ["a frozen text encoder that learns a word: its activations"]
+    with torch.device("meta"):
+        adapt(run, model)
+    return []
 
 
 def in_words(run: Run, network: nn.Module) -> list[str]:

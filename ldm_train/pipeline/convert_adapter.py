@@ -5,7 +5,7 @@ from pathlib import Path
 from omegaconf import DictConfig
 from safetensors import SafetensorError, safe_open
 
-from ldm_train.checkpoints.adapters import LAYOUTS, RECORD, export_adapter, read_adapter, save_adapter
+from ldm_train.checkpoints.adapters import LAYOUTS, RECORD, WORD, export_adapter, read_adapter, save_adapter
 from ldm_train.checkpoints.native import METADATA, find_model, load_latent_diffusion, read_metadata
 from ldm_train.models import lora
 
@@ -18,7 +18,8 @@ def is_adapter(source: Path) -> bool:
         return (source / RECORD).is_file()
     try:
         with safe_open(source, framework="pt") as file:
-            return all("lora" in key or key.endswith(".alpha") for key in file.keys())  # noqa: SIM118 - no mapping
+            keys = list(file.keys())
+            return bool(keys) and all("lora" in key or key.endswith(".alpha") for key in keys)
     except SafetensorError:
         return False
 
@@ -28,6 +29,12 @@ def convert_adapter(config: DictConfig) -> Path:
     source, target = Path(config["from"]), Path(config.to)
     if config.format not in ("native", *LAYOUTS):
         raise ValueError(f"format={config.format}: an adapter has the forms native, {', '.join(LAYOUTS)}")
+    if (source / WORD).is_file():
+        raise ValueError(f"{source} is a learned word; diffusers loads its {WORD} as it is")
+    if config.format == "native" and target.suffix == ".safetensors":
+        raise ValueError(
+            f"to={target}: an adapter of ours is a folder; say format={' or format='.join(LAYOUTS)} for a file"
+        )
     if config.format in LAYOUTS and target.suffix != ".safetensors":
         raise ValueError(f"to={target}: an adapter of the layout {config.format} is one file, <name>.safetensors")
     if config.dtype != "float32" or config.verify:

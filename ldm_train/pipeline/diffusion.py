@@ -217,7 +217,8 @@ class DiffusionStage(Stage):
                 f"diffusion.task={section.task._target_} learns from a trained model; say which with diffusion.init=<run or model>"
             )
         adapter.check_frozen(run)
-        adapter.check_adapter(run, network_on_meta(run), partial(conditioners_of, run, taken_model(run, "init")))
+        begun = taken_model(run, "init")
+        adapter.check_adapter(run, network_on_meta(run), partial(conditioners_of, run, begun), begun)
         if section.evaluate_every:
             run.check_metrics(section.evaluate_images)
         check_best_by(config)
@@ -296,8 +297,7 @@ class DiffusionStage(Stage):
         else:
             shapes = {"image": (run.config.data.channels, *sides(run.config.data.image_size))}
 
-        with torch.device("meta"):
-            adapter.adapt(run, model)
+        unknown += adapter.rehearse(run, model)
 
         def conditions(count: int) -> dict[str, Any]:
             return {c.field: c.null_values(count, size) for c in conditioners.values()}
@@ -324,7 +324,9 @@ class DiffusionStage(Stage):
         statistics = latents.give_statistics(run.folder / "latents", model.first_stage, per_channel)
         if begun is not None:
             other = begin_from(model, begun, list(run.trust), run.machine.rank == 0).first_stage
-            if same_latents(other.autoencoder, model.first_stage.autoencoder):  # scaled as the network knows them
+            same = same_latents(other.autoencoder, model.first_stage.autoencoder)
+            adapter.check_latents(run, same)
+            if same:  # scaled as the network knows them
                 model.first_stage.set_statistics(other.scale.flatten(), other.shift.flatten())
         model.to(memory_format=torch.channels_last)
         adapter.adapt(run, model)

@@ -189,7 +189,7 @@ def _attention(
 ) -> Any:
     if not q.is_meta:
         return _attend(q, k, v, attn_mask, *args, **kwargs)
-    if widened and q.dtype != torch.float32:
+    if widened and q.dtype in (torch.bfloat16, torch.float16):
         dtype = q.dtype
         q, k, v = (t.float() for t in (q, k, v))
         return _attention(q, k, v, attn_mask, widened=False).to(dtype)

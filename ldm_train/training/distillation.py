@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from ldm_train.conditioning.text import FrozenText
 from ldm_train.devices import uploaded
 from ldm_train.diffusion.guidance import Denoise, classifier_free
 from ldm_train.diffusion.objective import DiffusionObjective
@@ -45,7 +46,12 @@ class DistillationTask(DiffusionTask):
         if steps < 1 or teacher_steps < 1:
             raise ValueError(f"a student takes at least one step, and for each the teacher: {steps}, {teacher_steps}")
         super().__init__(model, objective, **options)
-        self.teacher = copy.deepcopy(model, {id(model.first_stage): model.first_stage}).eval().requires_grad_(False)
+        if self.alignment is not None or list(objective.parameters()):
+            raise ValueError(
+                "a student has a loss of its own: diffusion.task.alignment=0, and an objective without learned weights"
+            )
+        shared = [model.first_stage, *(c for c in model.conditioners.values() if isinstance(c, FrozenText))]
+        self.teacher = copy.deepcopy(model, {id(part): part for part in shared}).eval().requires_grad_(False)
         self.times, self.teacher_steps = model.schedule.timesteps(steps, spacing), teacher_steps
         interval = {} if guidance_interval is None else {"interval": tuple(guidance_interval)}
         self.guide = partial(classifier_free, guidance_scale=guidance_scale, **interval)

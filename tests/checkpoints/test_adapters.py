@@ -161,3 +161,39 @@ def test_diffusers_own_unet_takes_the_file(tmp_path: Path) -> None:
     assert (theirs(x, times, context).sample - network(x, times, context)).abs().max() > 1e-2
     theirs.load_lora_adapter(load_file(tmp_path / "a.safetensors"), prefix="unet")
     torch.testing.assert_close(theirs(x, times, context).sample, network(x, times, context), atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("layers", "said"),
+    [
+        ({"to_q.alpha": torch.zeros(0)}, "the alpha of .* is no number"),
+        (
+            {"to_q.lora_down.weight": torch.randn(2, 16), "to_q.lora_up.weight": torch.randn(16, 2)},
+            "another architecture",
+        ),
+        ({"to_q.lora_down.weight": torch.tensor(1.0)}, "give no product"),
+        ({"to_q.lora_up.weight": torch.randn(64, 2, 3, 3)}, "give no product"),
+    ],
+)
+def test_layers_that_do_not_fit_are_named(layers: dict[str, torch.Tensor], said: str, tmp_path: Path) -> None:
+    """Of attention without a context, whose queries, keys and values are one weight here."""
+    prefix = "lora_unet_mid_block_attentions_0_"
+    tensors = {f"{prefix}{k}": v for k, v in layers.items()}
+    for part in ("to_q", "to_k"):
+        tensors = {f"{prefix}{part}.lora_down.weight": torch.randn(2, 64),
+                   f"{prefix}{part}.lora_up.weight": torch.randn(64, 2)} | tensors  # fmt: skip
+    save_file(tensors, tmp_path / "a.safetensors")
+    with pytest.raises(ValueError, match=said):
+        read_adapter(tmp_path / "a.safetensors", model("nothing"))
+
+
+def test_a_layer_under_two_names_is_refused(tmp_path: Path) -> None:
+    made, path = adapted(LoRA(rank=2)), tmp_path / "a.safetensors"
+    export_adapter(lora.pairs_of(made.parts(), "adapter"), made, path, "diffusers")
+    tensors = load_file(path)
+    name = next(key for key in tensors if key.endswith("lora_A.weight")).removesuffix(".lora_A.weight")
+    other = f"lora_unet_{name.removeprefix('unet.').replace('.', '_')}"
+    tensors |= {f"{other}.lora_down.weight": torch.ones(2, 64), f"{other}.lora_up.weight": torch.ones(64, 2)}
+    save_file(tensors, path)
+    with pytest.raises(ValueError, match="twice, under two names"):
+        read_adapter(path, model())

@@ -43,7 +43,7 @@ def source(base: Run, **options: object) -> ClassPictures:
         "val_count": 1,
         "num_inference_steps": 2,
     }
-    return ClassPictures(runs_dir=str(base.folder.parent), accelerator="cpu", batch_size=4, **given | options)
+    return ClassPictures(runs_dir=str(base.folder.parent), accelerator="cpu", **given | {"batch_size": 4} | options)
 
 
 @pytest.fixture(scope="module")
@@ -110,6 +110,8 @@ def test_the_loss_is_that_of_both_terms(base: Run) -> None:
         ({"prompts": None}, "say what it draws"),
         ({"classes": "cat"}, "knows no class_label; it takes caption"),
         ({"loss_weight": 0}, "source.loss_weight=0"),
+        ({"loss_weight": "heavy"}, "source.loss_weight=heavy"),
+        ({"batch_size": 0}, "source.batch_size=0"),
     ],
 )
 @pytest.mark.chain

@@ -55,3 +55,9 @@ def test_attention_of_a_cpu_in_bfloat16_is_that_of_float32(masked: bool) -> None
         gradients = torch.autograd.grad(out.sum(), (q, k, v))
         for gradient, reference in zip(gradients, wide, strict=True):
             torch.testing.assert_close(gradient, reference.grad.bfloat16())
+
+
+def test_attention_keeps_double_precision() -> None:
+    q, k, v = (torch.randn(1, 1, 4, 8, dtype=torch.float64) for _ in range(3))
+    expected = (q @ k.transpose(2, 3) / 8**0.5).softmax(dim=3) @ v
+    torch.testing.assert_close(attend(q, k, v), expected, rtol=0, atol=1e-12)

@@ -138,3 +138,14 @@ def test_options_that_cannot_be_are_named(options: dict, message: str) -> None:
 def test_targets_that_name_no_layer_are_refused() -> None:
     with pytest.raises(ValueError, match="targets=nothing names no layer"):
         LoRA(targets="nothing").attach(networks()[0])
+
+
+@torch.no_grad()
+def test_merged_equals_unmerged_under_autocast_too() -> None:
+    network = networks()[0]
+    (pair, *_) = randomised(LoRA(rank=4, targets="all").attach(network)).values()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert pair().dtype == torch.float32
+        adapted = run(network)
+        lora.merge(network)
+        assert torch.equal(run(network), adapted)

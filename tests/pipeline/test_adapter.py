@@ -94,6 +94,20 @@ def parts_equal(first: torch.nn.Module, second: torch.nn.Module) -> bool:
     return all(torch.equal(v, second.state_dict()[k]) for k, v in first.state_dict().items())
 
 
+@pytest.mark.chain
+def test_an_adapter_is_of_the_model_as_it_is(base: Run) -> None:
+    """Not of other latents, other classes or other conditions."""
+    folder, begun = base.folder.parent, ("diffusion.init=base", *LORA)
+    for name, options, message in (
+        ("latents", ("autoencoder.lr=2e-3",), "knows the latents of another autoencoder"),
+        ("conditions", ("autoencoder.pretrained=base", "diffusion/conditioning=class"), "the conditioners class_label, text"),
+        ("classes", ("autoencoder.pretrained=base", "diffusion.conditioning.conditioners.class_label.classes=[a,b]"),
+         "an adapter knows those of its model"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=message):
+            chain(folder, *STAGES, *begun, *options, name=f"other_{name}").execute()
+
+
 def job(base: Run, out: str, *options: str) -> list[Path]:
     folder = base.folder.parent
     given = ("run=base", f"runs_dir={folder}", f"out={folder / out}", "n=2", "num_inference_steps=2", *options)

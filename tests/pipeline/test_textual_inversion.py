@@ -11,7 +11,9 @@ from safetensors.torch import load_file, save_file
 
 from ldm_train.checkpoints.adapters import read_word
 from ldm_train.checkpoints.native import load_latent_diffusion
+from ldm_train.conditioning.learned_tokens import add_tokens
 from ldm_train.generation.sample import sample
+from ldm_train.pipeline.convert import convert
 from ldm_train.pipeline.run import Run
 from ldm_train.storage import file_sha256
 
@@ -83,7 +85,7 @@ def test_the_base_with_the_word_draws_what_the_run_draws(
         (("diffusion.adapter.token=a",), "knows a already"),
         (("diffusion.adapter.token='two words'",), "is no single word"),
         (("diffusion.adapter.vectors=0",), "vectors=0 is no whole number"),
-        (("diffusion/conditioning=class",), "reads no captions"),
+        (("diffusion/conditioning=class",), "base has the conditioners text, this run class_label"),
     ],
 )
 @pytest.mark.chain
@@ -111,3 +113,22 @@ def test_a_damaged_word_is_named(learned: Run, tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=message):
             read_word(place)
     assert load_file(folder / "learned_embeds.safetensors").keys() == {"circle-like"}
+
+
+@pytest.mark.chain
+def test_a_word_is_not_found_inside_other_words(base: Run) -> None:
+    reader = load_latent_diffusion(base.folder).conditioners["text"]
+    known = {text: reader.tokenize([text])[0] for text in ("a mzqx zebra", "zqq", "a zq_b")}
+    add_tokens(reader, "zq", torch.zeros(2, 32))
+    for text, ids in known.items():
+        assert torch.equal(reader.tokenize([text])[0], ids)
+    assert reader.spelled(["a zq, zq_b mzqx"]) == ["a zq zq_1, zq_b mzqx"]
+    first = 3 + 297  # the rows before it
+    assert reader.tokenize(["zq"])[0][0, 1:3].tolist() == [first, first + 1]
+
+
+@pytest.mark.chain
+def test_a_learned_word_is_no_adapter_to_convert(learned: Run, tmp_path: Path) -> None:
+    folder = learned.folder / "diffusion" / "adapter"
+    with pytest.raises(ValueError, match="is a learned word; diffusers loads its"):
+        convert(composed("convert", f"from={folder}", f"to={tmp_path}/x.safetensors", "format=kohya"))

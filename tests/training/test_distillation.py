@@ -139,3 +139,12 @@ def test_a_student_is_a_run_like_any_other(tmp_path) -> None:
     assert (drawn.sampling.num_inference_steps, drawn.sampling.guidance_scale) == (2, 1)
     assert torch.isfinite(drawn.sample({"class_label": torch.tensor([0])}, [0])).all()
     assert (run.folder / "diffusion" / "images").is_dir()
+
+
+def test_a_student_has_no_loss_beside_its_own() -> None:
+    of = model()
+    with pytest.raises(ValueError, match="a student has a loss of its own"):
+        DistillationTask(
+            of, DiffusionObjective(of.schedule, weighting="learned"), seed=0, optimizer=partial(torch.optim.Adam, lr=1e-3),
+            lr_factor=lambda step: 1.0,
+        )  # fmt: skip
