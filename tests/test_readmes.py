@@ -81,6 +81,8 @@ MODELS = {
     "clothing_superres_small": ["experiment=shapes_superres"],
     "shapes_unconditional": ["experiment=shapes_unconditional"],
     "shapes_text": ["experiment=shapes_text"],
+    "shapes_subject": ["experiment=shapes_text", "diffusion.init=shapes_text", "diffusion/adapter=lora"],
+    "shapes_student": ["experiment=shapes_student"],
     "classifier_shapes": ["experiment=classifier_shapes", "classifier.max_steps=2", "classifier.batch_size=8"],
 }
 QUICK = [*SMALL, "autoencoder.max_steps=2", "diffusion.max_steps=2", "autoencoder.val_every=2", "diffusion.val_every=2",
@@ -94,7 +96,7 @@ BRIEFLY = {
     "ldm-search": [],
 }
 ELSEWHERE = (
-    r"celebahq|ldm-convert|clothing_f8|my_package|ldm-search|ldm-sweep dir=runs/shapes_f_sweep"
+    r"celebahq|ldm-convert|style\.safetensors|clothing_f8|my_package|ldm-search|ldm-sweep dir=runs/shapes_f_sweep"
     r"|ldm-sweep dir=runs/ledger|ldm-bench|_f_sweep"
 )
 
@@ -124,7 +126,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
         patch.chdir(folder)
         for name, recipe in MODELS.items():
             stages = "[latents,classifier]" if name == "classifier_shapes" else "[autoencoder,latents,diffusion,export]"
-            taking = name in ("classifier_shapes", "shapes_text")
+            taking = name in ("classifier_shapes", "shapes_text", "shapes_subject", "shapes_student")
             more = ["autoencoder.pretrained=shapes_unconditional"] if taking else []
             stages = stages.replace("[latents", "[autoencoder,latents")
             typed(patch, ["train.py", *QUICK, *recipe, *more, f"name={name}", f"stages={stages}"])
