@@ -31,7 +31,7 @@ def device_of(accelerator: str) -> torch.device:
 
 def multiplies_bfloat16() -> bool:
     """Whether this CPU has matrix units for bfloat16 (Intel's AMX). Others compute it slower than float32, some 100 times."""
-    capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # of torch 2.12 on
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # older torches have none
     return bool(capabilities.get("amx_bf16"))
 
 

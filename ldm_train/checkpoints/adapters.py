@@ -24,7 +24,7 @@ WEIGHTS, RECORD, WORD = "adapter.safetensors", "adapter.json", "learned_embeds.s
 LAYOUTS = ("diffusers", "kohya")
 NETWORK = "network."
 LARGEST_RANK = 4096
-# Ends of names in other layouts -> (which part, whether the module's name has its dots).
+# Ends of names in other layouts -> which part of a layer's addition it is.
 PARTS = {
     ".lora_A.weight": "down", ".lora_B.weight": "up", ".lora_down.weight": "down", ".lora_up.weight": "up",
     ".lora.down.weight": "down", ".lora.up.weight": "up", ".alpha": "alpha",

@@ -256,7 +256,7 @@ class Caption(Field):
 
 
 class LossWeight(Field):
-    """loss_weight: how much a sample counts in the loss of a stage on latents, 1 where nothing is said. So pictures of a class that
+    """loss_weight: how much a sample counts in the loss of the diffusion stage, 1 where nothing is said. So pictures of a class that
     a model drew itself can be told from those of a subject (the prior-preserving term of DreamBooth, Ruiz et al. 2022, eq. 2)."""
 
     name, extensions, cached, optional, members = "loss_weight", ("loss_weight.txt",), True, True, ("loss_weight.txt",)

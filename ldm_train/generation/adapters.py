@@ -11,7 +11,7 @@ STRONGEST = 2.0
 
 
 def with_strength(entry: str) -> tuple[str, float]:
-    """ "name:0.5" -> ("name", 0.5); without a strength 1. Raises ValueError for one that cannot be."""
+    """The name and the strength in name:0.5; without one it is 1. Raises ValueError for one that cannot be."""
     name, colon, text = entry.rpartition(":")
     try:
         strength = float(text) if colon else 1.0

@@ -33,10 +33,14 @@ def adapter_of(run: Run) -> LoRA | TextualInversion | None:
 
 
 def check_adapter(
-    run: Run, network: nn.Module, conditioners: Callable[[], Mapping[str, Conditioner]], begun: Path | None
+    run: Run,
+    network_of: Callable[[], nn.Module],
+    conditioners: Callable[[], Mapping[str, Conditioner]],
+    begun: Path | None,
 ) -> None:
     """Raises ValueError for an adapter of nothing, of a model that is not quite the one that it begins from, and one whose options
-    cannot be, that names no layer, or a word that the text encoder knows. conditioners: builds the run's. begun: that model."""
+    cannot be, that names no layer, or a word that the text encoder knows. network_of, conditioners: build the run's, on the meta
+    device and without trained weights. begun: that model."""
     section = run.config.diffusion
     if (how := adapter_of(run)) is None:
         return
@@ -50,7 +54,7 @@ def check_adapter(
         raise ValueError(
             "a student learns its teacher's steps, not a word; leave diffusion.adapter or diffusion.task out"
         )
-    made = conditioners()
+    made, network = conditioners(), network_of()
     _check_same(made, read_tree(begun).get("conditioners") or {}, section.init)
     if grows := what_grows(network, begun):
         raise ValueError(
