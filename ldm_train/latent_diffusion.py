@@ -7,7 +7,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from ldm_train.conditioning.base import Conditioner, merge
+from ldm_train.conditioning.base import SPATIAL, Conditioner, check_widths, merge
 from ldm_train.devices import uploaded
 from ldm_train.diffusion.denoiser import Denoiser, Network
 from ldm_train.diffusion.guidance import Denoise, classifier_free, keep_known
@@ -100,14 +100,14 @@ class Panorama:
         windows = Windows(x_t.shape[-2:], self.window, self.overlap)
 
         def part(rows: slice, columns: slice) -> torch.Tensor:
-            cut = {k: v[..., rows, columns] if k == "concat" else v for k, v in condition.items()}
+            cut = {k: v[..., rows, columns] if k in SPATIAL else v for k, v in condition.items()}
             return self.network(x_t[..., rows, columns], timesteps, cut)
 
         return windows.average(part(*at) for at in windows.slices())
 
 
 class Adapter(Protocol):
-    """What changes a model without its weights: `lora.LoRA`, `learned_tokens.TextualInversion`."""
+    """What changes a model without its weights: `lora.LoRA`, `learned_tokens.TextualInversion`, `control.ControlNet`."""
 
     def attach(self, parts: nn.ModuleDict, name: str) -> nn.Module:
         """parts: "network" and "conditioners", whose own weights no longer train. Returns what does."""
@@ -147,16 +147,7 @@ class LatentDiffusion(nn.Module):
             )
         for conditioner in self.conditioners.values():
             conditioner.attach(first_stage)
-        for slot, name in (("context", "context_dim"), ("vector", "vector_dim"), ("concat", "concat_channels")):
-            widths = [c.widths[slot] for c in self.conditioners.values() if slot in c.widths]
-            got: int | list[int] = sum(widths)
-            if slot == "context" and widths:  # joined along the tokens, which are therefore equally wide
-                got = widths[0] if len(set(widths)) == 1 else sorted(set(widths))
-            if (width := network.condition_widths[slot]) != got:
-                raise ValueError(
-                    f"diffusion.network.{name} is {width}, the conditioners {list(self.conditioners)} give {got}; set "
-                    f"diffusion.conditioning.{name}"
-                )
+        check_widths(network.condition_widths, self.conditioners)
 
     @property
     def device(self) -> torch.device:
@@ -347,9 +338,10 @@ class LatentDiffusion(nn.Module):
                 other = weaker.denoiser(weaker.sampled_condition(batch, count, latent_size), how.overlap)
             else:
                 away = self.sampled_condition(guidance.negative or {}, count, latent_size, batch)
-                spatial = [c for c in self.conditioners.values() if "concat" in c.widths]
-                if given is not None and spatial and not any(c.dropout for c in spatial):
-                    away["concat"] = given["concat"]  # as that keeps those of a batch
+                for slot in SPATIAL:
+                    spatial = [c for c in self.conditioners.values() if slot in c.widths]
+                    if given is not None and spatial and not any(c.dropout for c in spatial):
+                        away[slot] = given[slot]  # as that keeps those of a batch
                 other = self.denoiser(away, how.overlap)
             interval = {} if how.guidance_interval is None else {"interval": tuple(how.guidance_interval)}
             denoise = guidance.rule(denoise, other, scale, **interval)
@@ -384,7 +376,7 @@ class LatentDiffusion(nn.Module):
     ) -> dict[str, torch.Tensor]:
         """The condition of `count` samples. spatial: a batch whose pictures and maps are kept under any guidance, as
         models are seldom trained without them."""
-        kept = {c.field for c in self.conditioners.values() if "concat" in c.widths and not c.dropout}
+        kept = {c.field for c in self.conditioners.values() if {*SPATIAL} & c.widths.keys() and not c.dropout}
         fields = {**{k: v for k, v in (spatial or {}).items() if k in kept}, **batch}
         return self.condition(fields, None, latent_size) if fields else self.null_condition(count, latent_size)
 

@@ -21,6 +21,7 @@ from ldm_train.models.unet import UNet
 from ldm_train.storage import file_sha256, read_record, write_atomically, write_json
 
 WEIGHTS, RECORD, WORD = "adapter.safetensors", "adapter.json", "learned_embeds.safetensors"
+CONTROL = "control.safetensors"  # see `checkpoints/control.py`
 LAYOUTS = ("diffusers", "kohya")
 NETWORK = "network."
 LARGEST_RANK = 4096
@@ -67,7 +68,7 @@ def find_adapter(value: str | Path, runs_dir: str | Path, option: str = "adapter
 
 
 def adapter_sha256(path: Path) -> str:
-    name = WORD if (path / WORD).is_file() else WEIGHTS
+    name = next((name for name in (WORD, CONTROL) if (path / name).is_file()), WEIGHTS)
     return file_sha256(path / name if path.is_dir() else path)
 
 
@@ -87,7 +88,7 @@ def read_word(path: Path) -> tuple[str, torch.Tensor] | None:
     file = path / WORD if path.is_dir() else path
     if not file.is_file():
         return None
-    tensors = _read(file)
+    tensors = finite_tensors(file)
     if len(tensors) != 1 or any("lora" in key for key in tensors):
         if path.is_dir():
             raise ValueError(f"{file} holds {len(tensors)} words, not one; take an undamaged copy")
@@ -102,7 +103,8 @@ def read_word(path: Path) -> tuple[str, torch.Tensor] | None:
     return token, rows.float().reshape(-1, rows.shape[-1])
 
 
-def _read(path: Path) -> dict[str, torch.Tensor]:
+def finite_tensors(path: Path) -> dict[str, torch.Tensor]:
+    """Raises ValueError for a file that is none of weights, or holds values that are no finite numbers."""
     try:
         tensors = load_file(path)
     except (SafetensorError, OSError, ValueError) as error:
@@ -123,14 +125,14 @@ def read_adapter(path: Path, model: LatentDiffusion) -> tuple[dict[str, lora.Pai
         alphas, found = record.get("alpha"), dict[str, Parts]()
         if not isinstance(alphas, dict):
             raise ValueError(f"{path / RECORD} records no alpha; take an undamaged copy")
-        for key, tensor in _read(path / WEIGHTS).items():
+        for key, tensor in finite_tensors(path / WEIGHTS).items():
             weight, _, part = key.rpartition(".")
             if part not in ("down", "up") or type(alphas.get(weight)) not in (int, float):
                 raise ValueError(f"{path / RECORD} records no alpha of {weight}; take an undamaged copy")
             found.setdefault(weight, {})[part] = tensor
         pairs = {key: _pair(key, parts, alphas[key], path) for key, parts in found.items()}
         return pairs, []
-    return _foreign(_read(path), model, path)
+    return _foreign(finite_tensors(path), model, path)
 
 
 def _pair(key: str, parts: Parts, alpha: float | None, path: Path) -> lora.Pair:
@@ -149,7 +151,7 @@ def _pair(key: str, parts: Parts, alpha: float | None, path: Path) -> lora.Pair:
 
 def _names(network: nn.Module) -> dict[str, list[str]]:
     """Our weights of a U-Net -> their layers in diffusers: one, or three where ours joins queries, keys and values."""
-    keys = [key for key, _ in lora.adaptable(network) if key.endswith(".weight")]
+    keys = [k for k, _ in lora.adaptable(network) if k.endswith(".weight") and not k.startswith("control.")]
     numbered = {key: torch.full((3, 1, 1), number) for number, key in enumerate(keys)}
     names: dict[str, list[str]] = {key: [] for key in keys}
     for theirs, marked in unet_tensors(numbered, network.num_res_blocks).items():

@@ -162,6 +162,11 @@ def pipeline(model: LatentDiffusion, tree: Mapping[str, Any], sampling: Mapping[
     kinds = [type(conditioner).__name__ for conditioner in model.conditioners.values()]
     if twice := [kind for kind in kinds if kinds.count(kind) > 1]:
         raise ValueError(f"this model has two conditioners that are a {twice[0]}; one of a kind can be exported")
+    if network.get("controlled"):
+        raise ValueError(
+            "a control is written apart from its model: convert the model that it steers, and ldm-convert from=<run>/diffusion/adapter "
+            "to=<folder> format=diffusers"
+        )
     kind, config = describe.unet_config(network, model.network, list(model.latent_size))
     identity = config.get("class_embed_type") == "identity"
     state = {k: v for k, v in model.network.state_dict().items() if not (identity and k.startswith("label_emb."))}
@@ -316,7 +321,7 @@ def _version() -> str:
 
 def write_component(folder: Path, part: Component, dtype: torch.dtype) -> None:
     """One folder, as `from_pretrained` of its class reads it."""
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     if part.save is not None:
         part.save(folder, dtype)
         return

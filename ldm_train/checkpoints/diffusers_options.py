@@ -190,7 +190,17 @@ VQ = (
     | fixed(norm_type="group")
     | without_effect("lookup_from_codebook")  # pipelines quantise
 )
+# A ControlNet: the half of such a U-Net that goes down, and the picture's convolutions.
+CONTROL: Table = (
+    {k: v for k, v in CONDITIONAL.items() if k not in ("out_channels", "sample_size", "up_block_types")}
+    | {
+        "conditioning_channels": (3, only(1, 3)),
+        "conditioning_embedding_out_channels": ([16, 32, 96, 256], levels(CHANNELS)),
+    }
+    | fixed(controlnet_conditioning_channel_order="rgb", global_pool_conditions=False)
+)
 UNETS = {"UNet2DConditionModel": CONDITIONAL, "UNet2DModel": UNCONDITIONAL}
+CONTROLS = {"ControlNetModel": CONTROL}
 AUTOENCODERS = {"AutoencoderKL": KL, "VQModel": VQ}
 
 BETAS = {"scaled_linear": "scaled_linear", "linear": "linear", "squaredcos_cap_v2": "cosine"}  # diffusers' name, ours
@@ -299,7 +309,7 @@ def read_model(path: Path, tables: dict[str, Table]) -> tuple[str, dict[str, Any
     up = [kind.replace("Down", "Up").replace("Encoder", "Decoder") for kind in reversed(down)]
     if len(down) != len(widths):
         raise refused(path, "down_block_types", down, f" of {len(widths)} entries, as block_out_channels has,")
-    if options["up_block_types"] not in (up, tuple(up)):
+    if "up_block_types" in options and options["up_block_types"] not in (up, tuple(up)):
         raise refused(path, "up_block_types", options["up_block_types"], f"={up}")
     if any(width % widths[0] for width in widths):
         raise refused(path, "block_out_channels", widths, " of multiples of its first entry")

@@ -1,6 +1,6 @@
 """The contract of conditioners: networks that turn one field of a batch into inputs of the denoising network."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,13 +11,17 @@ from torch.nn import functional as F
 from ldm_train.data.batch import Field
 from ldm_train.models.first_stage import FirstStage
 
+# The network's inputs, and its options that say how wide they are.
+SLOTS = {"context": "context_dim", "vector": "vector_dim", "concat": "concat_channels", "control": "controlled"}
+SPATIAL = ("concat", "control")  # the network's inputs that have the latents' size
+
 
 class Conditioner(nn.Module):
     """Subclasses set `field`, `widths` and implement `forward`.
 
     field   the batch field it reads (class_label, caption, ...)
     declares    that field, where `data/batch.py` does not know it
-    widths  which of the network's inputs it fills and how wide: "context" (with "context_mask"), "concat", "vector"
+    widths  which of the network's inputs it fills and how wide: "context" (with "context_mask"), "concat", "vector", "control"
     dropout probability per sample that training replaces the condition by the null condition
     """
 
@@ -96,10 +100,24 @@ def loading(what: str, path: str, holds: str) -> Iterator[None]:
 
 
 def merge(outputs: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    """Joins conditions: context along tokens (with masks), concat along channels, vector along features."""
+    """Joins conditions: context along tokens (with masks), concat and control along channels, vector along features."""
     merged: dict[str, torch.Tensor] = {}
-    for key, dim in (("context", 1), ("context_mask", 1), ("concat", 1), ("vector", 1)):
+    for key in ("context", "context_mask", "concat", "vector", "control"):
         parts = [o[key] for o in outputs if key in o]
         if parts:
-            merged[key] = torch.cat(parts, dim=dim)
+            merged[key] = torch.cat(parts, dim=1)
     return merged
+
+
+def check_widths(of_network: Mapping[str, int], conditioners: Mapping[str, Conditioner]) -> None:
+    """Raises ValueError where conditioners do not give what a network takes. of_network: its `condition_widths`."""
+    for slot, name in SLOTS.items():
+        widths = [c.widths[slot] for c in conditioners.values() if slot in c.widths]
+        got: int | list[int] = sum(widths)
+        if slot == "context" and widths:  # joined along the tokens, which are therefore equally wide
+            got = widths[0] if len(set(widths)) == 1 else sorted(set(widths))
+        if (width := of_network.get(slot, 0)) != got:
+            remedy = f"set diffusion.conditioning.{name}" if slot != "control" else "choose diffusion/adapter=control"
+            raise ValueError(
+                f"diffusion.network.{name} is {width}, the conditioners {list(conditioners)} give {got}; {remedy}"
+            )

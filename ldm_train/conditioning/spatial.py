@@ -56,9 +56,28 @@ class SpatialConditioner(Conditioner):
         return [""] * len(values)
 
 
-def _kept(values: torch.Tensor, drop: torch.Tensor) -> torch.Tensor:
+def kept(values: torch.Tensor, drop: torch.Tensor) -> torch.Tensor:
     """`values` (B, ...) with zeros where dropped."""
     return values.masked_fill(uploaded(drop, values.device).view(-1, *[1] * (values.ndim - 1)), 0)
+
+
+def check_labels(labels: torch.Tensor, num_labels: int, ignore: int | None) -> None:
+    """Raises ValueError for labels that a model does not have. ignore: one more that it may have."""
+    counted = labels if ignore is None else labels[labels != ignore]
+    if counted.numel() and (counted.min() < 0 or counted.max() >= num_labels):
+        raise ValueError(
+            f"label {int(counted.max())} in a segmentation map, this model has {num_labels} labels (0 to {num_labels - 1}); set "
+            "the num_labels of its conditioner (diffusion.conditioning.conditioners.<name>.num_labels)"
+        )
+
+
+def coloured(labels: torch.Tensor, num_labels: int) -> torch.Tensor:
+    """labels (B, H, W) -> (B, 3, H, W) in [-1, 1]: a colour per label, far from those of its neighbours; black for 0."""
+    hues = torch.arange(num_labels + 1, dtype=torch.float64) * 0.618034 * 2 * torch.pi
+    phases = torch.tensor([0.0, 2.094395, 4.188790], dtype=torch.float64)
+    palette = torch.cos(hues[:, None] + phases).float()
+    palette[0] = -1
+    return uploaded(palette, labels.device)[labels.clamp(max=num_labels)].permute(0, 3, 1, 2)
 
 
 class SemanticMap(SpatialConditioner):
@@ -75,18 +94,16 @@ class SemanticMap(SpatialConditioner):
         self.num_labels, self.ignore, self.widths = num_labels, ignore, {"concat": channels}
         self.channel_mapper = nn.Conv2d(num_labels, channels, 1, bias=False)
 
+    def check_labels(self, labels: torch.Tensor) -> None:
+        check_labels(labels, self.num_labels, self.ignore)
+
     def shares(self, labels: torch.Tensor) -> torch.Tensor:
         """labels (B, H, W) -> the average of their one-hot map over each latent cell, (B, num_labels, h, w).
 
         Raises ValueError for labels that the model does not have.
         """
+        self.check_labels(labels)
         counted = labels if self.ignore is None else labels.masked_fill(labels == self.ignore, self.num_labels)
-        most = self.num_labels - (self.ignore is None)
-        if counted.numel() and (counted.min() < 0 or counted.max() > most):
-            raise ValueError(
-                f"label {int(labels.max())} in a segmentation map, this model has {self.num_labels} labels "
-                f"(0 to {self.num_labels - 1}); set diffusion.conditioning.conditioners.segmentation.num_labels"
-            )
         counted, f = uploaded(counted, self.device), self.first_stage.downsample_factor
         h, w = self.latent_size(*labels.shape[1:])
         cells = counted.view(-1, h, f, w, f).permute(0, 1, 3, 2, 4).reshape(-1, h, w, f * f)
@@ -97,16 +114,10 @@ class SemanticMap(SpatialConditioner):
     def forward(self, values: torch.Tensor, drop: torch.Tensor) -> dict[str, torch.Tensor]:
         """labels (B, H, W) int64 -> concat (B, channels, h, w)."""
         shares = self.shares(torch.as_tensor(values))
-        return {"concat": self.channel_mapper(_kept(shares, drop))}
+        return {"concat": self.channel_mapper(kept(shares, drop))}
 
     def picture(self, values: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
-        """A colour per label, far from those of its neighbours."""
-        hues = torch.arange(self.num_labels + 1, dtype=torch.float64) * 0.618034 * 2 * torch.pi
-        phases = torch.tensor([0.0, 2.094395, 4.188790], dtype=torch.float64)
-        palette = torch.cos(hues[:, None] + phases).float()
-        palette[0] = -1
-        labels = torch.as_tensor(values).cpu().clamp(max=self.num_labels)
-        return enlarged(palette[labels].permute(0, 3, 1, 2), size)
+        return enlarged(coloured(torch.as_tensor(values), self.num_labels), size)
 
     def null_values(self, count: int, latent_size: Sequence[int]) -> torch.Tensor:
         return torch.zeros(count, *self.image_size(latent_size), dtype=torch.long)
@@ -141,7 +152,7 @@ class LowResolution(SpatialConditioner):
         if images.shape[2:] != size:
             images = F.interpolate(images, size, mode="bicubic", antialias=True, align_corners=False)
         if not self.noise_levels:
-            return {"concat": _kept(images, drop)}
+            return {"concat": kept(images, drop)}
         levels = torch.zeros(len(images), dtype=torch.long)
         if self.training:
             levels = torch.randint(self.noise_levels, (len(images),))
@@ -149,7 +160,7 @@ class LowResolution(SpatialConditioner):
         if self.training:
             images = self.noise.add_noise(images, torch.randn_like(images), levels)
         embedded = levels.float()[:, None] if self.vector_dim == 1 else timestep_embedding(levels, self.vector_dim)
-        return {"concat": _kept(images, drop), "vector": _kept(embedded, drop)}
+        return {"concat": kept(images, drop), "vector": kept(embedded, drop)}
 
     def picture(self, values: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
         return enlarged(values, size)
@@ -234,4 +245,4 @@ class DepthMap(SpatialConditioner):
         size = self.latent_size(*values.shape[2:])
         depth = F.interpolate(values, size, mode="bicubic", align_corners=False)  # published: not antialiased
         low, high = depth.amin(dim=(2, 3), keepdim=True), depth.amax(dim=(2, 3), keepdim=True)
-        return {"concat": _kept(2 * (depth - low) / (high - low + 0.001) - 1, drop)}
+        return {"concat": kept(2 * (depth - low) / (high - low + 0.001) - 1, drop)}

@@ -153,7 +153,7 @@ class Segmentation(Field):
 
     def from_words(self, given: str, conditioner: Any, size: tuple[int, int], channels: int) -> torch.Tensor:
         labels = read_map(given, size)
-        conditioner.shares(labels[None].to(conditioner.device))  # raises ValueError for labels that it does not have
+        conditioner.check_labels(labels[None])
         return labels
 
 

@@ -15,7 +15,7 @@ Network = Callable[[torch.Tensor, torch.Tensor, dict[str, Any]], torch.Tensor]
 class Denoiser:
     """One model under one condition: x_t (B, C, h, w) variance preserving, t a float or (B,) -> pred_x0 float32.
 
-    network: called with (x_t, timesteps, condition); the condition holds context, context_mask, concat, vector
+    network: called with (x_t, timesteps, condition); the condition holds context, context_mask, concat, vector, control
     prepare: condition -> the same with what the network computes from it alone: called once, as the condition and the weights
         stay as they are while a denoiser lives. Not where gradients are asked for
     """

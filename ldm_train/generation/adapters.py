@@ -2,7 +2,9 @@
 
 from collections.abc import Sequence
 
-from ldm_train.checkpoints.adapters import adapter_sha256, find_adapter, read_adapter, read_word
+from ldm_train.checkpoints.adapters import CONTROL, adapter_sha256, find_adapter, read_adapter, read_word
+from ldm_train.checkpoints.control import take_control
+from ldm_train.conditioning.control import NAME as CONDITIONER
 from ldm_train.conditioning.learned_tokens import add_tokens, reader_of, settle
 from ldm_train.latent_diffusion import LatentDiffusion
 from ldm_train.models import lora
@@ -50,6 +52,12 @@ def take_adapters(model: LatentDiffusion, entries: Sequence[str], runs_dir: str)
             settle(reader)
             print(f"  adapter {name}: prompts may say {token}", flush=True)
             recorded.append(f"{digest}:1")
+            continue
+        if (path / CONTROL).is_file():
+            take_control(path, model, strength)
+            field = model.conditioners[CONDITIONER].field
+            print(f"  adapter {name}: steered by {field}", flush=True)
+            recorded.append(f"{digest}:{strength:g}")
             continue
         weights = True
         pairs, left = read_adapter(path, model)

@@ -9,7 +9,8 @@ class Backbone(Protocol):
     """A module with these attributes and this forward, chosen by `diffusion.network._target_`.
 
     in_channels         of the latents, which it also returns
-    condition_widths    {"context": width of a token, "concat": channels, "vector": width}, 0 where it takes none
+    condition_widths    {"context": width of a token, "concat": channels, "vector": width}, 0 where it takes none; perhaps
+                        "control": width of a picture's features, with `control` in its forward (see `UNet`)
     size_multiple       latents of (h, w) must be divisible by it
     """
 

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from ldm_train.models.layers import ResBlock, embedding_mlp, group_norm, timestep_embedding
 from ldm_train.models.transformer import AttentionBlock
-from ldm_train.models.unet import Downsample, Layers
+from ldm_train.models.unet_encoder import Downsample, Layers
 
 
 class AttentionPool(nn.Module):

@@ -4,44 +4,14 @@ from collections.abc import Sequence
 
 import torch
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
-from ldm_train.models.layers import ResBlock, Upsample, embedding_mlp, group_norm, timestep_embedding, zero_init
+from ldm_train.models.control import Control
+from ldm_train.models.layers import ResBlock, Upsample, embedding_mlp, group_norm, zero_init
 from ldm_train.models.transformer import AttentionBlock, SpatialTransformer
+from ldm_train.models.unet_encoder import Downsample, Encoder, Layers
 
 
-class Downsample(nn.Module):
-    """A 3x3 convolution of stride 2."""
-
-    def __init__(self, channels: int):
-        super().__init__()
-        self.op = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.op(x)
-
-
-class Layers(nn.ModuleList):
-    """One step of the U-Net: a residual block, perhaps attention, perhaps a resampler, in this order."""
-
-    def projected(self, context: torch.Tensor) -> tuple | None:
-        """Of its attention, where that is to the context."""
-        return next((layer.projected(context) for layer in self if isinstance(layer, SpatialTransformer)), None)
-
-    def forward(
-        self, x: torch.Tensor, emb: torch.Tensor, context: torch.Tensor | tuple | None, mask: torch.Tensor | None
-    ) -> torch.Tensor:
-        for layer in self:
-            if isinstance(layer, ResBlock):
-                x = layer(x, emb)
-            elif isinstance(layer, SpatialTransformer):
-                x = layer(x, context, mask)
-            else:
-                x = layer(x)
-        return x
-
-
-class UNet(nn.Module):
+class UNet(Encoder):
     """Predicts noise, velocity or x_0 from noisy latents.
 
     in_channels, out_channels   channels of the latents
@@ -60,6 +30,7 @@ class UNet(nn.Module):
     vector_classes              the vector is one index below this number, looked up in a table (then vector_dim is 1)
     scale_shift, resblock_resample, linear_projection, dropout   as in ADM and SD 2
     activation_checkpointing    recompute activations in the backward pass: less memory, about a third more time
+    controlled                  with a copy of its encoder that a picture steers, see `Control`
     """
 
     def __init__(
@@ -84,6 +55,7 @@ class UNet(nn.Module):
         dropout: float = 0.0,
         activation_checkpointing: bool = False,
         mid_attention: bool = True,
+        controlled: bool = False,
     ):
         super().__init__()
         self.num_res_blocks = num_res_blocks
@@ -99,7 +71,7 @@ class UNet(nn.Module):
         self.in_channels, self.channels, self.middle_mult = in_channels, channels, channel_mult[-1]
         self.condition_widths = {"context": context_dim or 0, "concat": concat_channels, "vector": vector_dim or 0}
         self.size_multiple = 2 ** (len(channel_mult) - 1)
-        self.vector_classes = vector_classes
+        self.vector_classes, self.vector_dim = vector_classes, vector_dim
         self.activation_checkpointing = activation_checkpointing
         depth = transformer_depth or (1 if context_dim else 0)
         emb_dim = 4 * channels
@@ -138,6 +110,7 @@ class UNet(nn.Module):
                 self.input_blocks.append(Layers([down]))
                 skips.append(width)
 
+        self.skip_widths = tuple(skips)
         self.middle_block = Layers(
             [block(width, width), attention(width) if mid_attention else nn.Identity(), block(width, width)]
         )
@@ -158,6 +131,18 @@ class UNet(nn.Module):
             nn.SiLU(),
             zero_init(nn.Conv2d(width, out_channels or in_channels, 3, padding=1)),
         )
+        self.control: Control | None = None
+        if controlled:
+            self.add_control()
+
+    def add_control(self) -> Control:
+        """A new copy of the encoder, which changes nothing yet. `forward` takes a picture's features from now on. Raises
+        ValueError where there is one."""
+        if self.control is not None:
+            raise ValueError("this U-Net has a control already; take one at a time")
+        self.control = Control(self)
+        self.condition_widths = self.condition_widths | {"control": self.skip_widths[0]}
+        return self.control
 
     @property
     def middle(self) -> tuple[nn.Module, int]:
@@ -171,14 +156,10 @@ class UNet(nn.Module):
     def projected(self, context: torch.Tensor) -> tuple:
         """The keys and values of a context (B, L, context_dim) for each attention to it. `forward` takes them in its place:
         sampling computes them once."""
-        return tuple(
+        own = tuple(
             layers.projected(context) for layers in (*self.input_blocks, self.middle_block, *self.output_blocks)
         )
-
-    def _run(self, layers: Layers, *args: torch.Tensor | tuple | None) -> torch.Tensor:
-        if self.activation_checkpointing and self.training:
-            return checkpoint(layers, *args, use_reentrant=False)
-        return layers(*args)
+        return own if self.control is None else own + self.control.projected(context)
 
     def forward(
         self,
@@ -188,9 +169,11 @@ class UNet(nn.Module):
         context_mask: torch.Tensor | None = None,
         concat: torch.Tensor | None = None,
         vector: torch.Tensor | None = None,
+        control: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """noisy_latents (B, C, h, w), timesteps (B,) in [0, T), context (B, L, D), or its `projected`, with
-        mask (B, L), concat (B, concat_channels, h, w), vector (B, vector_dim). Returns (B, out_channels, h, w).
+        mask (B, L), concat (B, concat_channels, h, w), vector (B, vector_dim), control (B, width of the first level, h, w): the
+        features of a picture. Returns (B, out_channels, h, w).
 
         Raises ValueError where the halvings do not divide h and w.
         """
@@ -198,23 +181,16 @@ class UNet(nn.Module):
             raise ValueError(
                 f"latents of {tuple(noisy_latents.shape[-2:])} must be divisible by {self.size_multiple} for this U-Net"
             )
-        emb = self.time_embed(timestep_embedding(timesteps, self.channels).to(noisy_latents.dtype))
-        if self.vector_classes:
-            emb = emb + self.label_emb(vector[:, 0].round().long()).to(emb.dtype)
-        elif self.condition_widths["vector"]:
-            emb = emb + self.label_emb(vector.to(emb.dtype))
+        emb = self.embed(timesteps, vector, noisy_latents.dtype)
         x = noisy_latents if concat is None else torch.cat([noisy_latents, concat.to(noisy_latents.dtype)], dim=1)
-        count = len(self.input_blocks) + 1 + len(self.output_blocks)
-        own = list(reversed(context)) if isinstance(context, tuple) else [context] * count
-        skips = []
-        for layers in self.input_blocks:
-            given = own.pop()
-            if isinstance(layers[0], nn.Conv2d):
-                x = layers[0](x)
-            else:
-                x = self._run(layers, x, emb, given, context_mask)
-            skips.append(x)
-        x = self._run(self.middle_block, x, emb, own.pop(), context_mask)
-        for layers in self.output_blocks:
-            x = self._run(layers, torch.cat([x, skips.pop()], dim=1), emb, own.pop(), context_mask)
+        down = len(self.input_blocks) + 1
+        count = down + len(self.output_blocks)
+        own = context if isinstance(context, tuple) else (context,) * (count + down)
+        skips, middle = self.encode(x, emb, own, context_mask)
+        if self.control is not None and control is not None:
+            added, to_middle = self.control(x, timesteps, own[count:], context_mask, vector, control)
+            skips, middle = [skip + more for skip, more in zip(skips, added)], middle + to_middle
+        x = middle
+        for layers, given in zip(self.output_blocks, own[down:count]):
+            x = self.run_layers(layers, torch.cat([x, skips.pop()], dim=1), emb, given, context_mask)
         return self.out(x)

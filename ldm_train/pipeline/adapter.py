@@ -9,8 +9,11 @@ from hydra.utils import get_object, instantiate
 from torch import nn
 
 from ldm_train.checkpoints.adapters import save_adapter, save_word
+from ldm_train.checkpoints.control import save_control
 from ldm_train.checkpoints.native import read_metadata, read_tree
 from ldm_train.conditioning.base import Conditioner
+from ldm_train.conditioning.control import NAME as CONTROL
+from ldm_train.conditioning.control import ControlNet
 from ldm_train.conditioning.learned_tokens import TextualInversion, check_new, reader_of, settle
 from ldm_train.conditioning.text import FrozenText, TrainedText
 from ldm_train.configuration import plain
@@ -22,7 +25,10 @@ from ldm_train.pipeline.run import Run
 NAME = "adapter"
 
 
-def adapter_of(run: Run) -> LoRA | TextualInversion | None:
+How = LoRA | TextualInversion | ControlNet
+
+
+def adapter_of(run: Run) -> How | None:
     """How the run's adapter is made. Raises ValueError for options that cannot be."""
     if not (tree := run.config.diffusion.get("adapter")):
         return None
@@ -50,12 +56,14 @@ def check_adapter(
         raise ValueError(
             "diffusion.task.alignment is for a network that trains whole, not for an adapter; leave one out"
         )
-    if isinstance(how, TextualInversion) and getattr(get_object(section.task._target_), "needs_init", False):
+    if not isinstance(how, LoRA) and getattr(get_object(section.task._target_), "needs_init", False):
         raise ValueError(
-            "a student learns its teacher's steps, not a word; leave diffusion.adapter or diffusion.task out"
+            "a student learns its teacher's steps, not a word or a control; leave diffusion.adapter or diffusion.task out"
         )
-    made, network = conditioners(), network_of()
-    _check_same(made, read_tree(begun).get("conditioners") or {}, section.init)
+    made, theirs, network = conditioners(), read_tree(begun).get("conditioners") or {}, network_of()
+    if isinstance(how, ControlNet) and CONTROL not in theirs:  # which it brings
+        made = {name: conditioner for name, conditioner in made.items() if name != CONTROL}
+    _check_same(made, theirs, section.init)
     if grows := what_grows(network, begun):
         raise ValueError(
             f"diffusion.adapter is of {section.init} as it is, and this run's network has more: {', '.join(grows)}; choose its "
@@ -66,7 +74,7 @@ def check_adapter(
             reader = reader_of(nn.ModuleDict(made))
             check_new(reader, how.token, how.vectors)
             how.first_rows(reader)
-        else:
+        elif isinstance(how, LoRA):
             shapes = how.shapes(_parts(how, network, made))
             if how.text_encoder and not any(name.startswith("conditioners.") for name in shapes):
                 raise ValueError("text_encoder=true: this model brings no text encoder that was trained with it")
@@ -145,6 +153,9 @@ def in_words(run: Run, network: nn.Module) -> list[str]:
         return []
     if isinstance(how, TextualInversion):
         return [f"learns the word {how.token} ({how.vectors} vectors)"]
+    if isinstance(how, ControlNet):
+        copy = sum(p.numel() for p in network.control.parameters())  # type: ignore[union-attr]
+        return [f"trains a control of {copy / 1e6:.2g} M parameters"]
     with torch.device("meta"):
         pairs = how.attach(nn.ModuleDict({"network": network}))
     return [f"trains an adapter of {sum(p.numel() for p in pairs.parameters()) / 1e6:.2g} M parameters"]
@@ -155,20 +166,22 @@ def finish(run: Run, model: LatentDiffusion, base: Path | None, folder: Path, tr
     base: the folder it began from. tree: the model's config."""
     if model.adapter is None or base is None:
         return
-    how = adapter_of(run)
+    how, section = adapter_of(run), run.config.diffusion
+    begun = {"base": str(section.init), "base_sha256": read_metadata(base)["sha256"]}
     if isinstance(how, TextualInversion):
         reader = reader_of(model.conditioners)
         if run.machine.rank == 0:
-            begun = {"base": str(run.config.diffusion.init), "base_sha256": read_metadata(base)["sha256"]}
             save_word(folder, how.token, model.adapter["rows"].rows, begun)  # type: ignore[index,union-attr]
         settle(reader)
-        model.adapter = None
         if isinstance(reader, TrainedText):
             name = next(name for name, conditioner in model.conditioners.items() if conditioner is reader)
             tree["conditioners"][name]["tokenizer"] = reader.tokenizer.to_str()
-        return
-    if run.machine.rank == 0:
-        section = run.config.diffusion
-        begun = {"base": str(section.init), "base_sha256": read_metadata(base)["sha256"]}
-        save_adapter(folder, model.parts(), NAME, begun | {"config": plain(section.adapter)})
-    model.merge_adapters()
+    elif run.machine.rank == 0:
+        begun |= {"config": plain(section.adapter)}
+        if isinstance(how, ControlNet):
+            save_control(folder, model, begun)
+        else:
+            save_adapter(folder, model.parts(), NAME, begun)
+    model.adapter = None
+    if isinstance(how, LoRA):
+        model.merge_adapters()

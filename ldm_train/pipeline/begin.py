@@ -27,6 +27,13 @@ INPUTS = {
     "label_emb.0.0.weight": "width of the vector",
 }
 
+CONTROL = "control."  # the copy of a U-Net's encoder, see `models/control.py`
+
+
+def _copied(name: str) -> str:
+    """The weight that one of a control begins as a copy of; the names of its zero convolutions are no weights of a U-Net."""
+    return name.removeprefix(CONTROL)
+
 
 def model_folder(value: str, runs_dir: str, option: str) -> Path:
     """The model folder of a run by its name or folder, of a model on the Hub, of a checkpoint or pipeline of others (converted at
@@ -57,12 +64,14 @@ def _network_shapes(folder: Path) -> dict[str, Shape]:
 
 
 def grown(ours: Mapping[str, Shape], theirs: Mapping[str, Shape], where: Path) -> list[str]:
-    """What a network has more than the one that it begins from, in words. Raises ValueError for any difference that zeros
+    """What a network has more than the one that it begins from, in words, beside a control. Raises ValueError for any difference that zeros
     cannot bridge."""
     more: dict[str, str] = {}
     for name, shape in ours.items():
         before = theirs.get(name)
-        if before == shape:
+        if before == shape or (
+            before is None and name.startswith(CONTROL) and theirs.get(_copied(name), shape) == shape
+        ):
             continue
         what = next((words for end, words in INPUTS.items() if name.endswith(end)), None)
         if before is None and name.startswith("label_emb."):
@@ -128,7 +137,10 @@ def begin_from(model: LatentDiffusion, folder: Path, trust: list[str], say: bool
                 f"diffusion.init={folder}: its conditioners {', '.join(before)} must come first, by these names; this run has "
                 f"{', '.join(now) or 'none'}"
             )
-    state = {k: _into(v, theirs[k]) if k in theirs else v for k, v in model.network.state_dict().items()}
+    state = {}
+    for key, value in model.network.state_dict().items():
+        source = key if key in theirs or not key.startswith(CONTROL) else _copied(key)
+        state[key] = _into(value, theirs[source]) if source in theirs else value
     for key in ("label_emb.0.2.weight", "label_emb.0.2.bias", "label_emb.weight"):
         if key in state and key not in theirs:
             state[key] = torch.zeros_like(state[key])

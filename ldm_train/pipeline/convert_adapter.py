@@ -1,19 +1,35 @@
-"""ldm-convert of an adapter: into one file in the layout of diffusers/PEFT or of kohya, and from these into a folder of ours."""
+"""ldm-convert of an adapter: a LoRA into one file in the layout of diffusers/PEFT or of kohya, a control into a ControlNetModel of
+diffusers, and from these into folders of ours."""
 
 from pathlib import Path
 
+import torch
 from omegaconf import DictConfig
 from safetensors import SafetensorError, safe_open
 
-from ldm_train.checkpoints.adapters import LAYOUTS, RECORD, WORD, export_adapter, read_adapter, save_adapter
-from ldm_train.checkpoints.native import METADATA, find_model, load_latent_diffusion, read_metadata
+from ldm_train.checkpoints.adapters import CONTROL, LAYOUTS, RECORD, WORD, export_adapter, read_adapter, save_adapter
+from ldm_train.checkpoints.control import (
+    export_control,
+    is_control_of_diffusers,
+    parts_of,
+    save_control,
+    take_control,
+    take_control_of_diffusers,
+)
+from ldm_train.checkpoints.diffusers_networks import unet_tree
+from ldm_train.checkpoints.native import METADATA, find_model, load_latent_diffusion, read_metadata, read_tree
+from ldm_train.conditioning.control import controlled
 from ldm_train.models import lora
+from ldm_train.storage import write_folder
 
 NAME = "adapter"
+THEIRS = ("edges", "depth")  # what a control of diffusers may read; colours of label maps are everyone's own
 
 
 def is_adapter(source: Path) -> bool:
-    """Whether this is an adapter's folder, or a file of one."""
+    """Whether this is an adapter's folder, also of a control in diffusers' form, or a file of one."""
+    if source.is_dir() and is_control_of_diffusers(source):
+        return True
     if source.suffix != ".safetensors" or not source.is_file():
         return (source / RECORD).is_file()
     try:
@@ -27,6 +43,8 @@ def is_adapter(source: Path) -> bool:
 def convert_adapter(config: DictConfig) -> Path:
     """Raises ValueError or FileNotFoundError naming what cannot be converted; then nothing is written."""
     source, target = Path(config["from"]), Path(config.to)
+    if (source / CONTROL).is_file() or is_control_of_diffusers(source):
+        return _convert_control(config, source, target)
     if config.format not in ("native", *LAYOUTS):
         raise ValueError(f"format={config.format}: an adapter has the forms native, {', '.join(LAYOUTS)}")
     if (source / WORD).is_file():
@@ -37,16 +55,8 @@ def convert_adapter(config: DictConfig) -> Path:
         )
     if config.format in LAYOUTS and target.suffix != ".safetensors":
         raise ValueError(f"to={target}: an adapter of the layout {config.format} is one file, <name>.safetensors")
-    if config.dtype != "float32" or config.verify:
-        raise ValueError("dtype= and verify= are for models; an adapter is written in float32")
-    if target.exists() and not config.overwrite:
-        raise FileExistsError(f"to={target} exists; choose another, or overwrite=true")
-    base = Path(config.base) if config.base is not None else source.parent / "model"
-    folder = find_model(base)
-    if folder is None:
-        raise FileNotFoundError(
-            f"base={base} is no run and no model folder; name the model that {source} is an adapter of"
-        )
+    _check_written(config, target)
+    base, folder = _base(config, source)
     model = load_latent_diffusion(folder)
     pairs, left = read_adapter(source, model)
     lora.attach(model.parts(), pairs, NAME)
@@ -61,5 +71,62 @@ def convert_adapter(config: DictConfig) -> Path:
         left += export_adapter(pairs, model, target, config.format)
     for what in left:
         print(f"  left out: {what}")
+    print(f"to: {target}")
+    return target
+
+
+def _check_written(config: DictConfig, target: Path) -> None:
+    if config.dtype != "float32" or config.verify:
+        raise ValueError("dtype= and verify= are for models; an adapter is written in float32")
+    if target.exists() and not config.overwrite:
+        raise FileExistsError(f"to={target} exists; choose another, or overwrite=true")
+
+
+def _base(config: DictConfig, source: Path) -> tuple[Path, Path]:
+    """The model that an adapter is of, as it was named, and its folder. Raises FileNotFoundError."""
+    base = Path(config.base) if config.base is not None else source.parent / "model"
+    folder = find_model(base)
+    if folder is None:
+        raise FileNotFoundError(
+            f"base={base} is no run and no model folder; name the model that {source} is an adapter of"
+        )
+    return base, folder
+
+
+def _convert_control(config: DictConfig, source: Path, target: Path) -> Path:
+    """A control of ours as one of diffusers, or back."""
+    theirs = is_control_of_diffusers(source)
+    wanted = "native" if theirs else "diffusers"
+    if config.format != wanted:
+        raise ValueError(f"format={config.format}: {source} is a control, and can be written as format={wanted}")
+    if theirs and config.control not in THEIRS:
+        raise ValueError(f"control={config.control or 'null'}: say what its picture shows, one of {', '.join(THEIRS)}")
+    if not theirs and config.control is not None:
+        raise ValueError("control= is for a control of diffusers; this one records what its picture shows")
+    _check_written(config, target)
+    base, folder = _base(config, source)
+    model, native = load_latent_diffusion(folder), (folder / METADATA).is_file()
+    channels = model.first_stage.latent_channels
+    tree = read_tree(folder)["network"] if native else unet_tree(folder / "unet", channels)[0]
+    sha256 = read_metadata(folder)["sha256"] if native else None
+    if theirs:
+        take_control_of_diffusers(source, model, tree, config.control)
+    elif controlled(model.network).control is None:
+        take_control(source, model)
+    parts = parts_of(model)
+    print(
+        f"from: {source}, a control by {parts['picture'].field} of {sum(p.numel() for p in parts.parameters()) / 1e6:.2g} M parameters"
+    )
+    if config.dry_run:
+        return target
+    begun = {"base": str(base), "base_sha256": sha256, "from": source.name}
+
+    def write(partial: Path) -> None:
+        if theirs:
+            save_control(partial, model, begun)
+        else:
+            export_control(partial, model, tree, torch.float32)
+
+    write_folder(target, write, replace=True)
     print(f"to: {target}")
     return target

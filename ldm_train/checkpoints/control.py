@@ -1,0 +1,174 @@
+"""Controls of U-Nets (ControlNet): a folder of our own (adapter.json, control.safetensors), and diffusers' ControlNetModel."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save
+from torch import nn
+
+from ldm_train.checkpoints import diffusers_describe as describe
+from ldm_train.checkpoints import diffusers_options as rules
+from ldm_train.checkpoints.adapters import CONTROL, RECORD, finite_tensors
+from ldm_train.checkpoints.diffusers_export import Component, unet_tensors, write_component
+from ldm_train.checkpoints.diffusers_networks import first_line, load_weights, unet_key
+from ldm_train.checkpoints.parts import whole
+from ldm_train.conditioning.control import NAME, PICTURES, ControlPicture, controlled
+from ldm_train.latent_diffusion import LatentDiffusion
+from ldm_train.models.control import Control
+from ldm_train.storage import file_sha256, read_record, write_atomically, write_json
+
+COPY, PICTURE = "copy.", "picture."
+KIND = "ControlNetModel"
+# Modules of ours -> diffusers'; the rest are those of a U-Net's encoder.
+OUTSIDE = {"zero_convs.": "controlnet_down_blocks.", "middle_zero_conv.": "controlnet_mid_block."}
+# What a control and its U-Net have in common, beside their weights' shapes.
+SAME = (
+    "block_out_channels", "layers_per_block", "down_block_types", "in_channels", "cross_attention_dim", "norm_num_groups",
+    "attention_head_dim", "use_linear_projection", "resnet_time_scale_shift",
+)  # fmt: skip
+IN_PICTURE = "controlnet_cond_embedding."
+
+
+def parts_of(model: LatentDiffusion) -> nn.ModuleDict:
+    """The copy and the picture's convolutions. Raises ValueError for a model without a control."""
+    copy = controlled(model.network).control
+    if copy is None or NAME not in model.conditioners:
+        raise ValueError("this model has no control; train one with diffusion/adapter=control")
+    return nn.ModuleDict({"copy": copy, "picture": model.conditioners[NAME]})
+
+
+def save_control(folder: str | Path, model: LatentDiffusion, metadata: Mapping[str, Any]) -> str:
+    """Writes a model's control as a folder, its record last. Returns the weights' sha256."""
+    folder, parts = Path(folder), parts_of(model)
+    picture = parts["picture"]
+    folder.mkdir(parents=True, exist_ok=True)
+    data = save({k: v.detach().cpu().contiguous() for k, v in parts.state_dict().items()})
+    write_atomically(folder / CONTROL, lambda file: file.write(data))
+    digest = file_sha256(folder / CONTROL)
+    write_json(folder / RECORD, {**metadata, "field": picture.field, "control": picture.options, "sha256": digest})
+    return digest
+
+
+def take_control(folder: Path, model: LatentDiffusion, strength: float = 1.0) -> None:
+    """Gives a model the control in a folder of ours, and the conditioner that reads its picture. Raises ValueError where it is
+    damaged, belongs to another architecture, or the model has one."""
+    record = read_record(folder / RECORD)
+    if record.get("sha256") != file_sha256(folder / CONTROL):
+        raise ValueError(f"{folder / CONTROL} is damaged: its sha256 is not the recorded one; take an undamaged copy")
+    picture = _picture(record, folder / RECORD)
+    copy = _added(model, picture, folder)
+    parts = nn.ModuleDict({"copy": copy, "picture": picture})
+    try:
+        parts.load_state_dict(finite_tensors(folder / CONTROL))
+    except RuntimeError as error:
+        raise ValueError(
+            f"{folder} is a control of another architecture: {' '.join(str(error).split())[:200]}"
+        ) from error
+    copy.strength = float(strength)
+
+
+def _picture(record: Mapping[str, Any], where: Path) -> ControlPicture:
+    """The conditioner that a record describes. Raises ValueError where it describes none."""
+    try:
+        kind, options = PICTURES[record["field"]], record["control"]
+        sizes = [*options["hidden"], *(v for k, v in options.items() if k != "hidden")]
+        if any(type(size) is not int or not 0 < size <= 2**14 for size in sizes) or len(options["hidden"]) > 8:
+            raise ValueError("its widths are no numbers of channels")
+        return kind(**options)
+    except (TypeError, KeyError, ValueError, AttributeError) as error:
+        raise ValueError(f"{where} describes no control ({first_line(error)}); take an undamaged copy") from error
+
+
+def _levels(config: Mapping[str, Any], name: str) -> Any:
+    """An option of a network in diffusers' words; heads as a list of those of the levels that have attention."""
+    value = config[name]
+    if name != "attention_head_dim":
+        return list(value) if isinstance(value, tuple) else value
+    kinds = config["down_block_types"]
+    heads = value if isinstance(value, list) else [value] * len(kinds)
+    return [number for number, kind in zip(heads, kinds) if "Attn" in kind]
+
+
+def _added(model: LatentDiffusion, picture: ControlPicture, where: Path) -> Control:
+    """A model's new control, not trained yet. Raises ValueError, naming it, for a model that cannot take it."""
+    try:
+        network = controlled(model.network)
+        if (width := picture.widths["control"]) != network.skip_widths[0]:
+            raise ValueError(f"it is for a U-Net of width {width}, this model's is {network.skip_widths[0]}")
+        if picture.field in model.fields:
+            raise ValueError(f"this model reads {picture.field} already")
+        picture.attach(model.first_stage)
+        copy = network.add_control()
+    except ValueError as error:
+        raise ValueError(f"{where}: the control does not fit ({error})") from error
+    model.conditioners[NAME] = picture.to(model.device).eval()
+    return copy
+
+
+def _their_key(key: str, per_level: int) -> str:
+    """Our name of a control's weight -> diffusers'."""
+    if key.startswith(PICTURE):
+        return IN_PICTURE + key.removeprefix(PICTURE)
+    key = key.removeprefix(COPY)
+    for ours, theirs in OUTSIDE.items():
+        if key.startswith(ours):
+            return theirs + key.removeprefix(ours)
+    return unet_key(key, per_level)
+
+
+def export_control(folder: Path, model: LatentDiffusion, tree: Mapping[str, Any], dtype: torch.dtype) -> None:
+    """Writes a model's control as diffusers' ControlNetModel. tree: of its U-Net. Raises ValueError for what that cannot express."""
+    network, parts = whole(tree), parts_of(model)
+    kind, config = describe.unet_config(network, model.network, list(model.latent_size))
+    if kind != "UNet2DConditionModel":
+        raise ValueError(f"a {KIND} of diffusers has a context, and this model none; its control stays in our form")
+    if describe.is_narrow(model.network):
+        raise ValueError(
+            f"a {KIND} of diffusers has equally many groups in all norms, and this U-Net, which is narrower than 128 channels, has "
+            "not; its control stays in our form"
+        )
+    shared = {k: v for k, v in config.items() if k in rules.CONTROLS[KIND]}
+    picture, per_level = parts["picture"], network["num_res_blocks"]
+    shared |= {"conditioning_channels": picture.channels, "conditioning_embedding_out_channels": picture.hidden}
+    state, own = parts.state_dict(), (PICTURE, *(COPY + name for name in OUTSIDE))
+    tensors = {_their_key(k, per_level): v for k, v in state.items() if k.startswith(own)}
+    tensors |= unet_tensors({k.removeprefix(COPY): v for k, v in state.items() if not k.startswith(own)}, per_level)
+    write_component(folder, Component("diffusers", KIND, shared, tensors), dtype)
+
+
+def is_control_of_diffusers(folder: Path) -> bool:
+    return (folder / "config.json").is_file() and read_record(folder / "config.json").get("_class_name") == KIND
+
+
+def take_control_of_diffusers(folder: Path, model: LatentDiffusion, tree: Mapping[str, Any], field: str) -> None:
+    """Gives a model the control in a folder of diffusers. tree: of its U-Net. field: what its picture is. Raises ValueError where
+    it does not fit."""
+    path = folder / "config.json"
+    _, options = rules.read_model(path, rules.CONTROLS)
+    network = whole(tree)
+    kind, ours = describe.unet_config(network, model.network, list(model.latent_size))
+    if kind != "UNet2DConditionModel":
+        raise ValueError(f"{path} is a control of a U-Net with a context, and this model's has none")
+    for name in SAME:
+        if _levels(options, name) != _levels(ours, name):
+            raise ValueError(
+                f"{path} is a control of another architecture: its {name} is {options[name]}, the model's {ours[name]}"
+            )
+    given = {
+        "width": model.network.skip_widths[0],
+        "factor": model.first_stage.downsample_factor,
+        "hidden": list(options["conditioning_embedding_out_channels"]),
+        "channels": options["conditioning_channels"],
+    }
+    try:
+        picture = PICTURES[field](**given)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    copy = _added(model, picture, folder)
+    load_weights(
+        nn.ModuleDict({"copy": copy, "picture": picture}),
+        folder,
+        lambda key: _their_key(key, network["num_res_blocks"]),
+    )
