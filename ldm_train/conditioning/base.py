@@ -117,7 +117,12 @@ def check_widths(of_network: Mapping[str, int], conditioners: Mapping[str, Condi
         if slot == "context" and widths:  # joined along the tokens, which are therefore equally wide
             got = widths[0] if len(set(widths)) == 1 else sorted(set(widths))
         if (width := of_network.get(slot, 0)) != got:
-            remedy = f"set diffusion.conditioning.{name}" if slot != "control" else "choose diffusion/adapter=control"
+            if slot == "control":
+                raise ValueError(
+                    f"the network takes a control of width {width}, the conditioners {list(conditioners)} give {got}; choose "
+                    "diffusion/adapter=control"
+                )
             raise ValueError(
-                f"diffusion.network.{name} is {width}, the conditioners {list(conditioners)} give {got}; {remedy}"
+                f"diffusion.network.{name} is {width}, the conditioners {list(conditioners)} give {got}; set "
+                f"diffusion.conditioning.{name}"
             )

@@ -199,3 +199,82 @@ def test_an_adapter_that_cannot_be_is_named_before_anything_is_trained(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         tuned(base, "wrong", *options).execute()
+
+
+CONTROL = ("diffusion/adapter=control", "diffusion.lr=1e-2", "diffusion.max_steps=4")
+
+
+def steered(base: Run, name: str, *options: str) -> Run:
+    begun = ("autoencoder.pretrained=base", "diffusion.init=base")
+    return chain(base.folder.parent, *STAGES, *begun, *CONTROL, *options, name=name)
+
+
+@pytest.fixture(scope="module")
+def edges(base: Run) -> Run:
+    run = steered(base, "edges")
+    run.execute()
+    return run
+
+
+@pytest.mark.chain
+def test_a_control_trains_beside_a_model_that_stays_as_it_is(base: Run, edges: Run) -> None:
+    before, after = (load_latent_diffusion(run.folder) for run in (base, edges))
+    weights = after.state_dict()
+    assert all(torch.equal(weights[key], value) for key, value in before.state_dict().items())
+    new = {key for key in weights if key not in before.state_dict()}
+    assert {key.split(".")[1] for key in new} == {"control"}
+    assert weights["network.control.middle_zero_conv.weight"].abs().max() > 0
+    checkpoint = edges.folder / "diffusion" / "checkpoints" / "last.ckpt"
+    assert all(key.startswith("adapter.") for key in torch.load(checkpoint, weights_only=True)["state_dict"])
+    record = json.loads((edges.folder / "diffusion" / "adapter" / "adapter.json").read_text())
+    assert record["field"] == "edges"
+    assert record["base_sha256"] == read_metadata(base.folder / "diffusion" / "model")["sha256"]
+
+
+@pytest.mark.chain
+def test_a_stopped_training_of_a_control_goes_on_exactly(base: Run, edges: Run) -> None:
+    constant = "diffusion.lr_schedule.schedule=constant"
+    steered(base, "half", "diffusion.max_steps=2", constant).execute()
+    run, whole = steered(base, "half", constant), steered(base, "entire", constant)
+    run.execute()
+    whole.execute()
+    first, second = (load_file(r.folder / "diffusion" / "adapter" / "control.safetensors") for r in (run, whole))
+    assert all(torch.equal(first[key], second[key]) for key in second)
+
+
+@pytest.mark.chain
+def test_pictures_are_steered_by_a_control_beside_the_base(base: Run, edges: Run, tmp_path: Path) -> None:
+    """The run itself, and the base with its adapter, draw the same; another picture, and less strength, draw others."""
+    for name, box in (("one", (4, 4, 12, 12)), ("other", (0, 0, 6, 6))):
+        picture = Image.new("RGB", (16, 16))
+        picture.paste((255, 255, 255), box)
+        picture.save(tmp_path / f"{name}.png")
+    given, weights = f"+fields.edges={tmp_path / 'one.png'}", edges.folder / "diffusion" / "adapter"
+    own = pixels(job(base, "steered_own", f"run={edges.folder}", given))
+    assert pixels(job(base, "steered_beside", f"adapters={weights}", given)) == own
+    other = f"+fields.edges={tmp_path / 'other.png'}"
+    assert pixels(job(base, "steered_otherwise", f"adapters={weights}", other)) != own
+    assert pixels(job(base, "steered_less", f"adapters={weights}:0.2", given)) != own
+    with pytest.raises(ValueError, match=r"no edges conditioner, so fields.edges= means nothing"):
+        job(base, "steered_by_nothing", given)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("diffusion.init=null",), "say which with diffusion.init="),
+        (("diffusion.conditioning.conditioners.control.factor=8",), "the control has factor 8, the autoencoder 4"),
+        (("diffusion.conditioning.conditioners.control.hidden=[16,32]",), "latents of f = 4 need 3 widths"),
+        (("diffusion.conditioning.conditioners.control.width=8",), "the network takes a control of width 32, .* give 8"),
+        (
+            ("diffusion.conditioning.conditioners.control._target_=ldm_train.conditioning.control.DepthControl",),
+            "depth",
+        ),
+        (("diffusion.network.controlled=false",), "choose diffusion/adapter=control"),
+    ],
+)
+def test_a_control_that_cannot_be_is_named_before_anything_is_trained(
+    base: Run, options: tuple[str, ...], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        steered(base, "wrong", *options).execute()
