@@ -87,9 +87,8 @@ class Guidance:
 @dataclass(frozen=True)
 class Panorama:
     """A network over latents larger than those it was trained at: evaluated in overlapping windows of its own size whose
-    outputs are averaged in every step (MultiDiffusion, Bar-Tal et al. 2023, arXiv:2302.08113).
-
-    Where windows meet, the average is feathered. The context is the same in all of them; spatial conditions are cut.
+    outputs are averaged in every step (MultiDiffusion, Bar-Tal et al. 2023, arXiv:2302.08113). Where windows meet, the average is
+    feathered. The context is the same in all of them; spatial conditions are cut.
     """
 
     network: Network
@@ -166,15 +165,22 @@ class LatentDiffusion(nn.Module):
         """What stage 2 trains and averages: network and conditioners, or an adapter of them."""
         return self.parts() if self.adapter is None else nn.ModuleDict({"adapter": self.adapter})
 
+    def adaptable(self) -> nn.ModuleDict:
+        """What adapters may change: network, conditioners, and the pretrained networks beside these that are loaded."""
+        beside = {name: network for name, c in self.conditioners.items() if (network := c.beside()) is not None}
+        return nn.ModuleDict({**self.parts(), "encoders": nn.ModuleDict(beside)})
+
     def adapt(self, how: Adapter, name: str) -> None:
-        """Puts a new adapter on network and conditioners; from now on it alone trains. Raises ValueError where it does not fit."""
+        """Puts a new adapter on the model; from now on it alone trains. Raises ValueError where it does not fit."""
         self.requires_grad_(False)
-        self.adapter = how.attach(self.parts(), name)
+        self.adapter = how.attach(self.adaptable(), name)
 
     def merge_adapters(self) -> dict[str, torch.Tensor]:
         """Makes adapters part of the weights; returns the weights before, see `lora.merge`."""
-        self.adapter = None
-        return lora.merge(self.parts())
+        self.adapter, before = None, lora.merge(self.adaptable())
+        for conditioner in self.conditioners.values():
+            conditioner.forget()
+        return before
 
     def latents_from(self, batch: Mapping[str, Any], generator: torch.Generator | None = None) -> torch.Tensor:
         """batch["moments"] (see `Autoencoder.encode_moments`) where cached, else batch["image"] is encoded; a fresh posterior sample each
@@ -261,9 +267,11 @@ class LatentDiffusion(nn.Module):
         network = self.predict if overlap is None else Panorama(self.predict, self.latent_size, overlap)
         return Denoiser(network, self.schedule, self.parameterisation, condition, self.prepared)
 
-    def decode(self, latents: torch.Tensor, tiles: Tiles | None = None) -> torch.Tensor:
-        """Scaled latents -> images (B, C, H, W) in [-1, 1]. tiles: for pictures too large for memory."""
-        return self.first_stage.decode(latents, tiles=tiles)
+    def decode(
+        self, latents: torch.Tensor, tiles: Tiles | None = None, seeds: Sequence[int] | None = None
+    ) -> torch.Tensor:
+        """Scaled latents -> images (B, C, H, W) in [-1, 1]. tiles: for large pictures. seeds: of a decoder that draws."""
+        return self.first_stage.decode(latents, tiles=tiles, seeds=seeds)
 
     @torch.no_grad()
     def encode(self, images: torch.Tensor, tiles: Tiles | None = None) -> torch.Tensor:
@@ -315,7 +323,7 @@ class LatentDiffusion(nn.Module):
             x_t = how.sampler(denoise, x_t, timesteps, self.schedule, noise, callback=callback)
         else:
             x_t = uploaded(start.latents, self.device)
-        return self.decode(x_t, how.tiles)
+        return self.decode(x_t, how.tiles, seeds)
 
     def _guided(
         self,

@@ -1,8 +1,10 @@
 """A chain small enough for tests: every stage in seconds."""
 
+import json
 import tempfile
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from hydra import compose, initialize_config_dir
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
@@ -82,3 +84,13 @@ def chain(folder: Path, *overrides: str, name: str = "run") -> Run:
     with_data(config)
     (folder / name).mkdir(exist_ok=True)
     return Run(config, folder / name, machine_of(config, {}))
+
+
+def tokenizer(folder: Path) -> Any:
+    """CLIP's, of a few letters."""
+    from transformers import CLIPTokenizer
+
+    words = ["<|startoftext|>", "<|endoftext|>", *(f"{c}{end}" for c in "acdegiort" for end in ("", "</w>"))]
+    (folder / "vocab.json").write_text(json.dumps({w: i for i, w in enumerate(words)}))
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+    return CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=16)

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save
 from torch import nn
 
 from ldm_train.checkpoints.diffusers_export import unet_tensors
+from ldm_train.conditioning.text import FrozenText
 from ldm_train.latent_diffusion import LatentDiffusion
 from ldm_train.models import lora
 from ldm_train.models.unet import UNet
@@ -31,6 +32,8 @@ PARTS = {
     ".lora.down.weight": "down", ".lora.up.weight": "up", ".alpha": "alpha",
 }  # fmt: skip
 PREFIXES = ("base_model.model.", "unet.", "lora_unet_", "transformer.")
+OWN_TEXT = "text_encoder."
+FIRST_TEXT = ("text_encoder.", "lora_te_", "lora_te1_", "")
 OF_TEXT = ("text_encoder.", "text_encoder_2.", "lora_te_", "lora_te1_", "lora_te2_", "text_model.")
 Parts = dict[str, torch.Tensor]  # down, up and perhaps alpha of one layer
 Place = tuple[str, int, int]  # our weight, which of its parts of equal height, of how many
@@ -170,6 +173,32 @@ def _places(network: nn.Module) -> dict[str, Place]:
     return places | {name.replace(".", "_"): place for name, place in places.items()}
 
 
+def _text_places(model: LatentDiffusion, load: bool) -> dict[str, Place]:
+    """As `_places`, of the model's frozen text encoder where that is CLIP. load: obtain it if need be."""
+    reader = next(((name, c) for name, c in model.conditioners.items() if isinstance(c, FrozenText)), None)
+    if reader is None:
+        return {}
+    if load:
+        reader[1].require()
+    if (encoder := reader[1].beside()) is None:
+        return {}
+    places: dict[str, Place] = {}
+    for key, _ in lora.adaptable(encoder):
+        layer = key.removesuffix(".weight").removeprefix("text_model.")
+        for name in (f"text_model.{layer}", f"text_model.{layer}".replace(".", "_")):
+            places[OWN_TEXT + name] = (f"encoders.{reader[0]}.{key}", 0, 1)
+    return places
+
+
+def _text_layer_of(name: str) -> str:
+    """The name of a layer of a model's first text encoder; those of a second one stay as they are."""
+    prefix = next((p for p in FIRST_TEXT if name.startswith(p)), None)
+    if prefix is None:
+        return name
+    layer = name.removeprefix(prefix).removeprefix("base_model.model.")
+    return OWN_TEXT + (layer if layer.startswith("text_model") else f"text_model.{layer}")
+
+
 def _layer_of(name: str) -> str:
     """A layer's name without the prefix that says which network it is in, and as diffusers names it today."""
     for prefix in PREFIXES:
@@ -190,19 +219,20 @@ def _shaped(parts: Parts, kernel: tuple[int, ...]) -> Parts:
 def _foreign(
     tensors: Mapping[str, torch.Tensor], model: LatentDiffusion, path: Path
 ) -> tuple[dict[str, lora.Pair], list[str]]:
-    layers, of_text = dict[str, Parts](), set[str]()
+    layers, left = dict[str, Parts](), set[str]()
+    text = _text_places(model, load=any(key.startswith(OF_TEXT) for key in tensors))
     for key, tensor in tensors.items():
         end = next((end for end in PARTS if key.endswith(end)), None)
         if end is None:
             raise ValueError(f"{path}: {key} is no part of a LoRA in the layouts of diffusers, PEFT or kohya")
         name = key.removesuffix(end)
-        if name.startswith(OF_TEXT):
-            of_text.add(name)
-        else:
-            layers.setdefault(_layer_of(name), {})[PARTS[end]] = tensor
+        if name.startswith(OF_TEXT) and (name := _text_layer_of(name)) not in text:
+            left.add(name)
+            continue
+        layers.setdefault(name if name in text else _layer_of(name), {})[PARTS[end]] = tensor
     if not layers:
         raise ValueError(f"{path} changes nothing of the denoising network")
-    places, weights = _places(model.network), dict(lora.adaptable(model.parts()))
+    places, weights = _places(model.network) | text, dict(lora.adaptable(model.adaptable()))
     found: dict[str, tuple[int, dict[int, lora.Pair]]] = {}
     for name, parts in layers.items():
         if name not in places:
@@ -220,7 +250,7 @@ def _foreign(
         weight: numbered[0] if count == 1 else _joined(numbered, count, weights[weight].shape[0])
         for weight, (count, numbered) in found.items()
     }
-    return pairs, [f"{len(of_text)} layers of text encoders"] if of_text else []
+    return pairs, [f"{len(left)} layers of text encoders"] if left else []
 
 
 def _joined(parts: Mapping[int, lora.Pair], count: int, height: int) -> lora.Pair:
@@ -244,21 +274,26 @@ def export_adapter(pairs: Mapping[str, lora.Pair], model: LatentDiffusion, path:
         raise ValueError(f"the layout of an adapter is one of {', '.join(LAYOUTS)}, not {layout!r}")
     if not isinstance(model.network, UNet):
         raise ValueError(f"only adapters of U-Nets have names in the layout of {layout}")
-    names, made, left = _names(model.network), {}, 0
+    names = {NETWORK + key: [f"unet.{name}" for name in layers] for key, layers in _names(model.network).items()}
+    for name, (key, *_) in _text_places(model, load=False).items():
+        if "." in name.removeprefix(OWN_TEXT):
+            names[key] = [name]
+    made, left = {}, 0
     for key, pair in pairs.items():
-        own, scale = key.removeprefix(NETWORK), pair.alpha / pair.rank
-        if not key.startswith(NETWORK) or own not in names:
+        scale = pair.alpha / pair.rank
+        if key not in names:
             left += 1
             continue
-        layers = names[own]
+        layers = names[key]
         for name, up in zip(layers, pair.up.detach().chunk(len(layers))):
             down = pair.down.detach()
             if pair.down.ndim == 3 or re.search(r"\.(to_[qkv]|to_out\.0)$", name):  # linear there
                 down, up = down.flatten(1), up.flatten(1)
             if layout == "diffusers":  # which takes alpha for the rank
-                made |= {f"unet.{name}.lora_A.weight": down, f"unet.{name}.lora_B.weight": up * scale}
+                made |= {f"{name}.lora_A.weight": down, f"{name}.lora_B.weight": up * scale}
             else:
-                short = f"lora_unet_{name.replace('.', '_')}"
+                part, _, layer = name.partition(".")
+                short = f"lora_{'unet' if part == 'unet' else 'te'}_{layer.replace('.', '_')}"
                 made |= {f"{short}.lora_down.weight": down, f"{short}.lora_up.weight": up}
                 made[f"{short}.alpha"] = torch.tensor(float(pair.alpha))
     if not made:

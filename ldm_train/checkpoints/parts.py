@@ -25,13 +25,14 @@ from ldm_train.models.autoencoder import Autoencoder
 from ldm_train.models.unet import UNet
 from ldm_train.storage import KINDS, check_kinds
 
-# Folders (and one module) whose classes, and samplers, a file may ask for. Nothing in them writes files or runs commands.
+# Folders (and two modules) whose classes, and samplers, a file may ask for. Nothing in them writes files or runs commands.
 BUILDABLE = (
     "ldm_train.models",
     "ldm_train.conditioning",
     "ldm_train.diffusion",
     "ldm_train.samplers",
     "ldm_train.latent_diffusion",
+    "ldm_train.unclip",
 )
 
 LARGEST_NUMBER = 1 << 20  # widths, counts, classes and words all stay below

@@ -51,6 +51,13 @@ class Conditioner(nn.Module):
         """Called before training: downloads or reads external files. Raises FileNotFoundError where one cannot be
         obtained."""
 
+    def beside(self) -> nn.Module | None:
+        """The pretrained network that it asks and that is not one of its parts, where it has been loaded."""
+        return None
+
+    def forget(self) -> None:
+        """Called where that network has changed."""
+
     def rehearse(self) -> Sequence[nn.Module]:
         """Called where a training is only planned: from now on the null condition asks for no external files. Returns the
         networks that it holds beside its own weights, without memory where they are not loaded. Raises FileNotFoundError

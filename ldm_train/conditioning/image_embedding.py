@@ -205,8 +205,9 @@ class ImageEmbedding(Conditioner):
         return self.noise.add_noise((features - mean) / std, torch.randn_like(features), levels) * std + mean
 
     def forward(self, values: torch.Tensor, drop: torch.Tensor) -> dict[str, torch.Tensor]:
-        """images (B, C, H, W) -> vector (B, dim) or context (B, L, dim) with its mask."""
-        features = self.embed(torch.as_tensor(values))
+        """images (B, C, H, W), or embeddings of some as `embed` gives them -> vector (B, dim) or context (B, L, dim) with its mask."""
+        values = torch.as_tensor(values)
+        features = uploaded(values, self.device) if values.ndim == 3 else self.embed(values)
         if self.noise_levels:
             levels = torch.zeros(len(features), dtype=torch.long)
             if self.training:

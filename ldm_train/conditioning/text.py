@@ -305,7 +305,7 @@ class FrozenText(Captions):
 
     @property
     def trains(self) -> bool:
-        """Whether anything of the encoder does: words that are being learned."""
+        """Whether anything of the encoder does: words that are being learned, or an adapter."""
         return self._pretrained is not None and any(p.requires_grad for p in self._pretrained[1].parameters())
 
     @property
@@ -334,9 +334,11 @@ class FrozenText(Captions):
                 return [CLIPTextModel(getattr(config, "text_config", config))]
             return [AutoModel.from_config(config, trust_remote_code=False)]
 
+    def beside(self) -> nn.Module | None:
+        return None if self._pretrained is None else self._pretrained[1]
+
     def forget(self) -> None:
-        """Drops the hidden states in memory: the encoder has changed."""
-        self._cache.clear()
+        self._cache.clear()  # its hidden states
 
     @torch.no_grad()
     def encode(self, captions: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -381,7 +383,7 @@ class FrozenText(Captions):
         captions = [empty if dropped else text for text, dropped in zip(values, drop.tolist())]
         if self.trains:  # a state in memory would be that of an earlier step
             if self.layer == "projected":
-                raise ValueError("layer=projected knows one embedding of a caption, and learns no words")
+                raise ValueError("layer=projected knows one embedding of a caption, and learns nothing")
             context, mask = self.states([c or "" for c in captions])
             return {"context": context, "context_mask": mask if self.masked else torch.ones_like(mask)}
         missing = sorted({c for c in captions if c is not None and c not in self._cache})

@@ -63,8 +63,8 @@ def take_adapters(model: LatentDiffusion, entries: Sequence[str], runs_dir: str)
         pairs, left = read_adapter(path, model)
         for what in left:
             print(f"  adapter {name}: {what} left out, the text encoder of this model stays as it is", flush=True)
-        lora.attach(model.parts(), pairs, digest)
-        lora.set_strength(model.parts(), digest, strength)
+        lora.attach(model.adaptable(), pairs, digest)
+        lora.set_strength(model.adaptable(), digest, strength)
         recorded.append(f"{digest}:{strength:g}")
     if weights:
         model.merge_adapters()

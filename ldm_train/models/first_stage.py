@@ -1,6 +1,6 @@
 """The frozen first stage: an autoencoder and the shift and scale that make its latents unit-variance."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import nn
@@ -70,15 +70,29 @@ class FirstStage(nn.Module):
         """A fresh sample of the posterior, scaled: (B, C, h, w)."""
         return self.scaled(self.posterior(moments).sample(generator))
 
-    def decoded(self, latents: torch.Tensor, tiles: Tiles | None = None) -> torch.Tensor:
-        """Scaled latents (B, C, h, w) -> images (B, C, h*f, w*f), about [-1, 1]; differentiable."""
-        return self.autoencoder.decode(latents / self.scale + self.shift, self._needed(tiles, latents, 1)).float()
+    def decoded(
+        self, latents: torch.Tensor, tiles: Tiles | None = None, seeds: Sequence[int] | None = None
+    ) -> torch.Tensor:
+        """Scaled latents (B, C, h, w) -> images (B, C, h*f, w*f), about [-1, 1]; differentiable. seeds: for an autoencoder whose
+        decoder draws (its `draws` is true)."""
+        own = {"seeds": seeds} if getattr(self.autoencoder, "draws", False) else {}
+        unscaled = latents / self.scale + self.shift
+        return self.autoencoder.decode(unscaled, self._needed(tiles, latents, 1), **own).float()
 
     @torch.no_grad()
-    def decode(self, latents: torch.Tensor, chunk: int = 32, tiles: Tiles | None = None) -> torch.Tensor:
+    def decode(
+        self,
+        latents: torch.Tensor,
+        chunk: int = 32,
+        tiles: Tiles | None = None,
+        seeds: Sequence[int] | None = None,
+    ) -> torch.Tensor:
         """Scaled latents (B, C, h, w) -> images (B, C, h*f, w*f) in [-1, 1], float32, `chunk` at a time, in tiles where they
         are larger than one."""
-        return torch.cat([self.decoded(part, tiles).clamp(-1, 1) for part in latents.split(chunk)])
+        parts = [None if seeds is None else seeds[k : k + chunk] for k in range(0, len(latents), chunk)]
+        return torch.cat(
+            [self.decoded(part, tiles, own).clamp(-1, 1) for part, own in zip(latents.split(chunk), parts)]
+        )
 
 
 def fold_statistics(

@@ -18,6 +18,7 @@ from torch.nn.utils import parametrize
 ATTENTION = r"(to_q|to_k|to_v|to_out\.0|qkv|proj_out|attn\w*\.proj|self_attn|self_attn\.out_proj|[qkv]_proj|out_proj)"
 EVERYTHING = r".*"
 TARGETS = {"attention": ATTENTION, "all": EVERYTHING}
+OF_TEXT = ("conditioners.", "encoders.")
 WEIGHTS = ("weight", "in_proj_weight")  # the tensors of a layer that may be adapted
 
 
@@ -76,7 +77,7 @@ class LoRA:
 
     rank: of the additions. alpha: their scale is alpha / rank; None: alpha is the rank
     targets: "attention", "all" (every linear and convolutional layer), or a regular expression for the ends of layers' names
-    text_encoder: adapt what was trained among the "conditioners" too
+    text_encoder: adapt the "conditioners" too, and the "encoders" beside them
     Raises ValueError for values that cannot be.
     """
 
@@ -103,7 +104,7 @@ class LoRA:
         found = {
             n: tuple(w.shape)
             for n, w in adaptable(module)
-            if pattern.fullmatch(n.rpartition(".")[0]) and (self.text_encoder or not n.startswith("conditioners."))
+            if pattern.fullmatch(n.rpartition(".")[0]) and (self.text_encoder or not n.startswith(OF_TEXT))
         }
         if not found:
             raise ValueError(f"targets={self.targets} names no layer; use attention or all")

@@ -1,6 +1,7 @@
 """The adapter of a diffusion stage: small additions to a trained model's weights, in the place of all of them."""
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from ldm_train.conditioning.learned_tokens import TextualInversion, check_new, r
 from ldm_train.conditioning.text import FrozenText, TrainedText
 from ldm_train.configuration import plain
 from ldm_train.latent_diffusion import LatentDiffusion
-from ldm_train.models.lora import LoRA
+from ldm_train.models.lora import OF_TEXT, LoRA
 from ldm_train.pipeline.begin import what_grows
 from ldm_train.pipeline.run import Run
 
@@ -76,8 +77,9 @@ def check_adapter(
             how.first_rows(reader)
         elif isinstance(how, LoRA):
             shapes = how.shapes(_parts(how, network, made))
-            if how.text_encoder and not any(name.startswith("conditioners.") for name in shapes):
-                raise ValueError("text_encoder=true: this model brings no text encoder that was trained with it")
+            frozen = any(isinstance(c, FrozenText) for c in made.values())
+            if how.text_encoder and not frozen and not any(name.startswith(OF_TEXT) for name in shapes):
+                raise ValueError("text_encoder=true: this model has no text encoder")
     except ValueError as error:
         raise ValueError(f"diffusion.adapter: {error}") from error
 
@@ -133,15 +135,24 @@ def adapt(run: Run, model: LatentDiffusion) -> None:
     """Puts the run's adapter, if it has one, on the model, and keeps the conditioners that are to stay as they are."""
     for name in run.config.diffusion.get("frozen") or []:
         model.conditioners[name].requires_grad_(False)
-    if (how := adapter_of(run)) is not None:
-        model.adapt(how, NAME)
+    if (how := adapter_of(run)) is None:
+        return
+    if isinstance(how, LoRA) and how.text_encoder:
+        for conditioner in model.conditioners.values():
+            conditioner.require()  # a frozen encoder that it changes too
+    model.adapt(how, NAME)
 
 
 def rehearse(run: Run, model: LatentDiffusion) -> list[str]:
     """`adapt` on the meta device. Returns what of its memory is not known, in words."""
     how = adapter_of(run)
-    if isinstance(how, TextualInversion) and isinstance(reader_of(model.conditioners), FrozenText):
+    frozen = any(isinstance(c, FrozenText) for c in model.conditioners.values())
+    if frozen and isinstance(how, TextualInversion):
         return ["a frozen text encoder that learns a word: its activations"]
+    if frozen and isinstance(how, LoRA) and how.text_encoder:
+        with torch.device("meta"):
+            model.adapt(replace(how, text_encoder=False), NAME)
+        return ["the adapter of a frozen text encoder, and that encoder's activations"]
     with torch.device("meta"):
         adapt(run, model)
     return []
@@ -181,7 +192,16 @@ def finish(run: Run, model: LatentDiffusion, base: Path | None, folder: Path, tr
         if isinstance(how, ControlNet):
             save_control(folder, model, begun)
         else:
-            save_adapter(folder, model.parts(), NAME, begun)
+            save_adapter(folder, model.adaptable(), NAME, begun)
     model.adapter = None
     if isinstance(how, LoRA):
         model.merge_adapters()
+        if (
+            how.text_encoder
+            and any(isinstance(c, FrozenText) for c in model.conditioners.values())
+            and run.machine.rank == 0
+        ):
+            print(
+                f"  the frozen text encoder's part is in {folder} alone; draw with run={section.init} adapters={run.folder}",
+                flush=True,
+            )

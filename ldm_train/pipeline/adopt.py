@@ -1,4 +1,4 @@
-"""Autoencoders from the files of others: converted at their first use."""
+"""Autoencoders from the files of others, and those that whole models stand for: made at their first use."""
 
 import hashlib
 from collections.abc import Sequence
@@ -13,9 +13,19 @@ from ldm_train.checkpoints.diffusers_networks import (
     load_first_stage,
     weight_files,
 )
-from ldm_train.checkpoints.native import CONFIG, METADATA, WEIGHTS, load_latent_diffusion, read_tree, save_model
+from ldm_train.checkpoints.native import (
+    CONFIG,
+    METADATA,
+    WEIGHTS,
+    load_latent_diffusion,
+    read_tree,
+    recorded_sampling,
+    save_model,
+)
 from ldm_train.storage import file_sha256, read_config
+from ldm_train.unclip import ImageEmbeddings
 
+EMBEDDINGS = "ldm_train.unclip.ImageEmbeddings"
 ADOPTED = ".adopted"  # below runs_dir: what was converted
 
 
@@ -69,4 +79,23 @@ def adopted_autoencoder(path: Path, cache: Path, trust: Sequence[str] = ()) -> P
         network, tree = load_first_stage(folder).autoencoder, first_stage_tree(folder)["autoencoder"]
     metadata = {"downsample_factor": network.downsample_factor, "converted_from": path.name}
     save_model(target, network, tree, metadata)
+    return target
+
+
+def adopted_embeddings(folder: Path, cache: Path, trust: Sequence[str] = ()) -> Path:
+    """The folder of the autoencoder whose latents are the image embeddings that a native model draws from (see
+    `unclip.ImageEmbeddings`): below `cache`, made at its first use. Raises ValueError for a model that draws from none."""
+    digest = hashlib.sha256(
+        "".join(file_sha256(folder / name) for name in (CONFIG, WEIGHTS, METADATA)).encode()
+    ).hexdigest()
+    target = cache / f"embeddings-{digest[:12]}"
+    if (target / METADATA).is_file():
+        return target
+    model = load_latent_diffusion(folder, trust)
+    tree = {"_target_": EMBEDDINGS, "model": read_tree(folder), "sampling": recorded_sampling(folder)}
+    try:
+        network = ImageEmbeddings(model)
+    except ValueError as error:
+        raise ValueError(f"{folder}: {error}") from error
+    save_model(target, network, tree, {"downsample_factor": network.downsample_factor, "draws_with": str(folder)})
     return target

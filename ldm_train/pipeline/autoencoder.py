@@ -29,7 +29,8 @@ from ldm_train.devices import shapes_only
 from ldm_train.losses.autoencoder import AutoencoderLoss
 from ldm_train.models.first_stage import FirstStage
 from ldm_train.pipeline import training
-from ldm_train.pipeline.adopt import ADOPTED, adopted_autoencoder, is_foreign, is_whole
+from ldm_train.pipeline.adopt import ADOPTED, adopted_autoencoder, adopted_embeddings, is_foreign, is_whole
+from ldm_train.pipeline.begin import model_folder as whole_model
 from ldm_train.pipeline.data import data_key, mixture_key, sides, stage_data
 from ldm_train.pipeline.memory import Rehearsal
 from ldm_train.pipeline.run import Run
@@ -37,6 +38,8 @@ from ldm_train.pipeline.stage import Plan, Stage
 from ldm_train.storage import read_config
 from ldm_train.training.callbacks.checkpoint import LAST, read_checkpoint
 from ldm_train.training.task import Task
+
+EMBEDDINGS = "embeddings:"
 
 
 def model_folder(run: Run) -> Path:
@@ -48,7 +51,11 @@ def pretrained_folder(
     value: str, runs_dir: str, option: str = "autoencoder.pretrained", trust: Sequence[str] = ()
 ) -> Path:
     """An option's value -> the model folder: of a run by its name or folder, a model folder itself, or that of a foreign model
-    (see `adopt.adopted_autoencoder`). Raises FileNotFoundError naming the paths that were tried."""
+    (see `adopt.adopted_autoencoder`); "embeddings:" before a whole model stands for its image embeddings, drawn by it. Raises
+    FileNotFoundError naming the paths that were tried."""
+    if value.startswith(EMBEDDINGS):
+        whole = whole_model(value.removeprefix(EMBEDDINGS), runs_dir, option)
+        return adopted_embeddings(whole, Path(runs_dir) / ADOPTED, trust)
     candidates = [Path(value), Path(value) / "autoencoder" / "model", Path(runs_dir) / value / "autoencoder" / "model"]
     if is_repo(value) and not (Path(runs_dir) / value).exists():
         return pretrained_folder(str(downloaded(value)), runs_dir, option, trust)

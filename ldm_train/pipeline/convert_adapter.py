@@ -59,14 +59,14 @@ def convert_adapter(config: DictConfig) -> Path:
     base, folder = _base(config, source)
     model = load_latent_diffusion(folder)
     pairs, left = read_adapter(source, model)
-    lora.attach(model.parts(), pairs, NAME)
+    lora.attach(model.adaptable(), pairs, NAME)
     ranks = sorted({pair.rank for pair in pairs.values()})
     print(f"from: {source}, an adapter of {len(pairs)} weights, rank {', '.join(map(str, ranks))}")
     if config.dry_run:
         return target
     if config.format == "native":
         sha256 = read_metadata(folder)["sha256"] if (folder / METADATA).is_file() else None
-        save_adapter(target, model.parts(), NAME, {"base": str(base), "base_sha256": sha256, "from": source.name})
+        save_adapter(target, model.adaptable(), NAME, {"base": str(base), "base_sha256": sha256, "from": source.name})
     else:
         left += export_adapter(pairs, model, target, config.format)
     for what in left:

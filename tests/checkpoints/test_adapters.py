@@ -1,22 +1,27 @@
 """Adapters as files: our folder, and the layouts of diffusers/PEFT and of kohya, both ways."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
-from test_diffusers import randomised
+from test_diffusers import randomised, text_pipeline
 from test_diffusers_export import TREES
 
+import ldm_train
 from ldm_train.checkpoints.adapters import LAYOUTS, export_adapter, find_adapter, read_adapter, save_adapter
 from ldm_train.checkpoints.diffusers_export import unet_tensors
 from ldm_train.checkpoints.parts import build
-from ldm_train.latent_diffusion import LatentDiffusion
+from ldm_train.latent_diffusion import LatentDiffusion, Sampling, Start
 from ldm_train.models import lora
 from ldm_train.models.lora import LoRA
 from ldm_train.models.unet import UNet
+from ldm_train.samplers.ddim import ddim
+
+__all__ = ["text_pipeline"]  # a fixture
 
 
 def model(name: str = "classes and captions") -> LatentDiffusion:
@@ -197,3 +202,39 @@ def test_a_layer_under_two_names_is_refused(tmp_path: Path) -> None:
     save_file(tensors, path)
     with pytest.raises(ValueError, match="twice, under two names"):
         read_adapter(path, model())
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_adapter_of_a_frozen_text_encoder_draws_in_diffusers_what_we_draw(
+    layout: str, text_pipeline: Callable, tmp_path: Path
+) -> None:
+    """Trained here, opened there by `load_lora_weights`; and its file on a fresh model of ours."""
+    folder, _ = text_pipeline("1")
+    first, fresh, path = ldm_train.load(str(folder)), ldm_train.load(str(folder)), tmp_path / "a.safetensors"
+    noise = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    drawing = {"caption": ["a red dog", "cat"]}, [0, 1], Sampling(ddim, 4, 3.0), Start(noise=noise)
+    plain = first.sample(*drawing)
+    for conditioner in first.conditioners.values():
+        conditioner.require()
+    first.adapt(LoRA(rank=2, alpha=3, targets="attention", text_encoder=True), "adapter")
+    randomised(first.adapter)
+    pairs = lora.pairs_of(first.adaptable(), "adapter")
+    of_text = {key for key in pairs if key.startswith("encoders.text.")}
+    assert len(of_text) == 8  # queries, keys, values and out of two layers
+    assert export_adapter(pairs, first, path, layout) == []
+    first.merge_adapters()
+    ours = first.sample(*drawing)
+    read, left = read_adapter(path, fresh)
+    assert (left, read.keys()) == ([], pairs.keys())
+    lora.attach(fresh.adaptable(), {key: read[key] for key in of_text}, "of text alone")
+    fresh.merge_adapters()
+    half = fresh.sample(*drawing)
+    assert (half - plain).abs().max() > 0.02
+    lora.attach(fresh.adaptable(), {key: pair for key, pair in read.items() if key not in of_text}, "the rest")
+    fresh.merge_adapters()
+    torch.testing.assert_close(fresh.sample(*drawing), ours, rtol=0, atol=1e-3)
+    pipeline = StableDiffusionPipeline.from_pretrained(folder, low_cpu_mem_usage=False)
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline.load_lora_weights(str(tmp_path), weight_name=path.name)
+    theirs = pipeline(["a red dog", "cat"], latents=noise, num_inference_steps=4, guidance_scale=3.0, output_type="pt")
+    torch.testing.assert_close(ours, theirs.images * 2 - 1, rtol=1e-3, atol=2e-3)

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from chains import tokenizer
 from diffusers import (
     AutoencoderKL,
     DDIMScheduler,
@@ -19,7 +20,7 @@ from diffusers import (
 )
 from diffusers import VQModel as Quantised
 from safetensors.torch import load, load_file, save_file
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTextConfig, CLIPTextModel
 
 import ldm_train
 from ldm_train.checkpoints.diffusers import diffusers_metadata, load_diffusers
@@ -41,13 +42,6 @@ def randomised(module: torch.nn.Module) -> torch.nn.Module:
         if p.ndim > 1:
             p.data = torch.randn(p.shape, generator=generator) * (0.5 / p[0].numel() ** 0.5)
     return module.eval()
-
-
-def tokenizer(folder: Path) -> CLIPTokenizer:
-    words = ["<|startoftext|>", "<|endoftext|>", *(f"{c}{end}" for c in "acdegiort" for end in ("", "</w>"))]
-    (folder / "vocab.json").write_text(json.dumps({w: i for i, w in enumerate(words)}))
-    (folder / "merges.txt").write_text("#version: 0.2\n")
-    return CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=16)
 
 
 def autoencoder(kind: type) -> torch.nn.Module:

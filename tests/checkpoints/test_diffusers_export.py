@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import torch
 from chains import composed
+from chains import tokenizer as clip_words
 from safetensors.torch import load_file
 from test_diffusers import randomised
-from test_diffusers import tokenizer as clip_words
 
 from ldm_train.checkpoints import diffusers_export
 from ldm_train.checkpoints.adapters import export_adapter

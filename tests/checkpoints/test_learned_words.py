@@ -3,9 +3,9 @@
 from pathlib import Path
 
 import torch
+from chains import tokenizer
 from diffusers.loaders import TextualInversionLoaderMixin
 from safetensors.torch import save_file
-from test_diffusers import tokenizer
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from ldm_train.checkpoints.adapters import read_word

@@ -5,14 +5,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from chains import chain, composed
+from chains import chain, composed, tokenizer
 from PIL import Image
 from safetensors.torch import load_file
+from transformers import CLIPTextConfig, CLIPTextModel
 
 from ldm_train.checkpoints.adapters import read_adapter
+from ldm_train.checkpoints.control import save_control
 from ldm_train.checkpoints.native import load_latent_diffusion, read_metadata
 from ldm_train.errors import Refused
-from ldm_train.generation.adapters import with_strength
+from ldm_train.generation.adapters import take_adapters, with_strength
 from ldm_train.generation.sample import sample
 from ldm_train.models import lora
 from ldm_train.pipeline.convert import convert
@@ -252,6 +254,12 @@ def test_pictures_are_steered_by_a_control_beside_the_base(base: Run, edges: Run
     given, weights = f"+fields.edges={tmp_path / 'one.png'}", edges.folder / "diffusion" / "adapter"
     own = pixels(job(base, "steered_own", f"run={edges.folder}", given))
     assert pixels(job(base, "steered_beside", f"adapters={weights}", given)) == own
+    model = load_latent_diffusion(edges.folder)  # 4 steps changed little
+    torch.nn.init.normal_(model.conditioners["control"].conv_out.weight)
+    torch.nn.init.normal_(model.network.control.middle_zero_conv.weight)
+    weights = tmp_path / "strong"
+    save_control(weights, model, {})
+    own = pixels(job(base, "steered_strongly", f"adapters={weights}", given))
     other = f"+fields.edges={tmp_path / 'other.png'}"
     assert pixels(job(base, "steered_otherwise", f"adapters={weights}", other)) != own
     assert pixels(job(base, "steered_less", f"adapters={weights}:0.2", given)) != own
@@ -265,7 +273,10 @@ def test_pictures_are_steered_by_a_control_beside_the_base(base: Run, edges: Run
         (("diffusion.init=null",), "say which with diffusion.init="),
         (("diffusion.conditioning.conditioners.control.factor=8",), "the control has factor 8, the autoencoder 4"),
         (("diffusion.conditioning.conditioners.control.hidden=[16,32]",), "latents of f = 4 need 3 widths"),
-        (("diffusion.conditioning.conditioners.control.width=8",), "the network takes a control of width 32, .* give 8"),
+        (
+            ("diffusion.conditioning.conditioners.control.width=8",),
+            "the network takes a control of width 32, .* give 8",
+        ),
         (
             ("diffusion.conditioning.conditioners.control._target_=ldm_train.conditioning.control.DepthControl",),
             "depth",
@@ -278,3 +289,36 @@ def test_a_control_that_cannot_be_is_named_before_anything_is_trained(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         steered(base, "wrong", *options).execute()
+
+
+@pytest.mark.chain
+def test_a_frozen_text_encoder_is_adapted_beside_the_network(tmp_path: Path) -> None:
+    """Its part is in the adapter alone: the merged network's encoder is as it was."""
+    words = tokenizer(tmp_path)
+    config = CLIPTextConfig(
+        vocab_size=len(words), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+        max_position_embeddings=16, bos_token_id=0, eos_token_id=1, pad_token_id=1,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    CLIPTextModel(config).save_pretrained(tmp_path / "clip")
+    words.save_pretrained(tmp_path / "clip")
+    text = "diffusion.conditioning.conditioners.text"
+    clip = (
+        "diffusion/conditioning=clip_text", "diffusion.conditioning.context_dim=32", f"{text}.path={tmp_path / 'clip'}",
+        f"{text}.max_length=16",
+    )  # fmt: skip
+    first = chain(tmp_path, *STAGES, *clip, name="base")
+    first.execute()
+    options = ("diffusion.adapter.text_encoder=true", "diffusion.lr=0.1", "diffusion.max_steps=8")
+    tuned(first, "words", *clip, *options).execute()
+    folder = tmp_path / "words" / "diffusion" / "adapter"
+    keys = load_file(folder / "adapter.safetensors").keys()
+    assert any(key.startswith("encoders.text.encoder.layers.0.self_attn.q_proj") for key in keys)
+    assert any(key.startswith("network.") for key in keys)
+    beside, merged = load_latent_diffusion(first.folder), load_latent_diffusion(tmp_path / "words")
+    take_adapters(beside, [str(folder)], "runs")
+    assert all(
+        torch.allclose(p, q, atol=1e-6) for p, q in zip(beside.network.parameters(), merged.network.parameters())
+    )
+    states = [model.conditioners["text"].encode(["a red circle"])[0] for model in (beside, merged)]
+    assert (states[0] - states[1]).abs().max() > 0.01

@@ -1,0 +1,70 @@
+"""unCLIP (Ramesh et al. 2022, arXiv:2204.06125): image embeddings as latents, drawn by a model that is conditioned on them."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from ldm_train.conditioning.image_embedding import ImageEmbedding
+from ldm_train.latent_diffusion import LatentDiffusion, Sampling
+from ldm_train.models.posterior import Point
+from ldm_train.models.tiling import Tiles
+from ldm_train.rng import derive_seed
+
+
+class ImageEmbeddings(nn.Module):
+    """An autoencoder whose latents are an image's embedding, (B, dim, 1, 1). What is conditioned on these latents is the prior of
+    unCLIP, and whatever draws latents draws pictures.
+
+    model: decodes an embedding by drawing a picture of it. sampling: its options, see `Sampling`
+    Raises ValueError for a model without a conditioner of one embedding per image, and for pictures that are not square.
+    """
+
+    moments_per_latent = 1
+    draws = True  # `decode` takes seeds
+
+    def __init__(self, model: LatentDiffusion, sampling: dict[str, Any] | None = None):
+        super().__init__()
+        self.model, self.sampling = model, Sampling(**(sampling or {}))
+        readers = [c for c in model.conditioners.values() if isinstance(c, ImageEmbedding)]
+        if len(readers) != 1:
+            raise ValueError(
+                f"this model has {len(readers)} conditioners of image embeddings; take one with diffusion/conditioning=image_embedding "
+                "or clip_image"
+            )
+        self._reader = (readers[0],)  # in a tuple: it is a part of `model`
+        self.latent_channels, self.in_channels = self.reader.encoder_dim, self.reader.channels
+        sides = {side * model.first_stage.downsample_factor for side in model.latent_size}
+        if len(sides) > 1:
+            raise ValueError(f"this model draws pictures of {sorted(sides)} pixels; its embeddings are of square ones")
+        self.downsample_factor = sides.pop()
+
+    @property
+    def reader(self) -> ImageEmbedding:
+        return self._reader[0]
+
+    def encode_moments(self, images: torch.Tensor, tiles: Tiles | None = None) -> torch.Tensor:
+        """images (B, C, H, W) in [-1, 1] -> (B, dim, 1, 1). Raises ValueError for an encoder that gives several."""
+        embeddings = self.reader.embed(images)
+        if embeddings.shape[1] != 1:
+            raise ValueError(f"this image encoder gives {embeddings.shape[1]} embeddings per image, not one")
+        return embeddings[:, 0, :, None, None]
+
+    def posterior(self, moments: torch.Tensor) -> Point:
+        return Point(moments)
+
+    def encode(self, images: torch.Tensor) -> Point:
+        return Point(self.encode_moments(images).float())
+
+    @torch.no_grad()
+    def decode(
+        self, latents: torch.Tensor, tiles: Tiles | None = None, seeds: Sequence[int] | None = None
+    ) -> torch.Tensor:
+        """Embeddings (B, dim, 1, 1) -> images (B, C, H, W) in [-1, 1], each drawn with its seed, all with the same without."""
+        embeddings = latents.flatten(1)[:, None].float()
+        if self.reader.per_image:  # as those that the model was trained on
+            embeddings = F.layer_norm(embeddings, embeddings.shape[-1:])
+        own = [derive_seed("unclip", seed) for seed in (seeds or [0] * len(latents))]
+        return self.model.sample({self.reader.field: embeddings}, own, self.sampling)
