@@ -3,6 +3,7 @@ that stays with the process."""
 
 import ctypes
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
@@ -77,7 +78,8 @@ class Uninitialised(TorchFunctionMode):
 @contextmanager
 def shapes_only() -> Iterator[None]:
     """A context in which modules have shapes only."""
-    with torch.device("meta"), Uninitialised():
+    with torch.device("meta"), Uninitialised(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*copying from a non-meta parameter")  # by parts that bring their weights
         yield
 
 

@@ -24,7 +24,7 @@ from ldm_train.storage import file_sha256, read_record, write_atomically, write_
 WEIGHTS, RECORD, WORD = "adapter.safetensors", "adapter.json", "learned_embeds.safetensors"
 CONTROL = "control.safetensors"  # see `checkpoints/control.py`
 LAYOUTS = ("diffusers", "kohya")
-NETWORK = "network."
+NETWORK, ENCODERS = "network.", "encoders."
 LARGEST_RANK = 4096
 # Ends of names in other layouts -> which part of a layer's addition it is.
 PARTS = {
@@ -133,6 +133,9 @@ def read_adapter(path: Path, model: LatentDiffusion) -> tuple[dict[str, lora.Pai
             if part not in ("down", "up") or type(alphas.get(weight)) not in (int, float):
                 raise ValueError(f"{path / RECORD} records no alpha of {weight}; take an undamaged copy")
             found.setdefault(weight, {})[part] = tensor
+        if any(key.startswith(ENCODERS) for key in found):
+            for conditioner in model.conditioners.values():
+                conditioner.require()
         pairs = {key: _pair(key, parts, alphas[key], path) for key, parts in found.items()}
         return pairs, []
     return _foreign(finite_tensors(path), model, path)
@@ -186,7 +189,7 @@ def _text_places(model: LatentDiffusion, load: bool) -> dict[str, Place]:
     for key, _ in lora.adaptable(encoder):
         layer = key.removesuffix(".weight").removeprefix("text_model.")
         for name in (f"text_model.{layer}", f"text_model.{layer}".replace(".", "_")):
-            places[OWN_TEXT + name] = (f"encoders.{reader[0]}.{key}", 0, 1)
+            places[OWN_TEXT + name] = (f"{ENCODERS}{reader[0]}.{key}", 0, 1)
     return places
 
 
