@@ -80,7 +80,9 @@ def with_data(config: DictConfig) -> DictConfig:
 
 
 def chain(folder: Path, *overrides: str, name: str = "run") -> Run:
-    config = composed("train", *SMALL, f"name={name}", f"runs_dir={folder}", f"data_dir={folder}/data", *overrides)
+    transformer = {"diffusion/network=prior", "diffusion/network=dit"} & {*overrides}
+    small = [o for o in SMALL if not (transformer and o.startswith("diffusion.network."))]
+    config = composed("train", *small, f"name={name}", f"runs_dir={folder}", f"data_dir={folder}/data", *overrides)
     with_data(config)
     (folder / name).mkdir(exist_ok=True)
     return Run(config, folder / name, machine_of(config, {}))
