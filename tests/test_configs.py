@@ -1,6 +1,7 @@
 """Every config composes, names things that exist, and builds the models its comments promise."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +16,8 @@ from ldm_train.conditioning.text import TokenEncoder, train_tokenizer
 from ldm_train.configuration import config_folder
 from ldm_train.devices import shapes_only
 from ldm_train.diffusion.objective import DiffusionObjective
+from ldm_train.latent_diffusion import LatentDiffusion
+from ldm_train.pipeline.autoencoder import EMBEDDINGS
 from ldm_train.pipeline.diffusion import first_stage_tree, latent_size, model_tree
 from ldm_train.pipeline.values import check_values
 
@@ -55,10 +58,8 @@ def test_every_target_exists(file: Path):
         get_object(target)
 
 
-@pytest.mark.parametrize("experiment", EXPERIMENTS)
-def test_every_experiment_makes_one_model(experiment: str):
-    """U-Net, first stage and conditioners as the chain joins them: LatentDiffusion refuses widths that do not fit."""
-    config = composed("train", f"experiment={experiment}")
+def model_of(config: DictConfig, network: dict[str, Any] | None = None) -> tuple[dict[str, Any], LatentDiffusion]:
+    """The tree, and the model on the meta device. network: the autoencoder's, where it is not the config's."""
     conditioners = OmegaConf.to_container(config.diffusion.conditioning.conditioners, resolve=True)
     for conditioner in conditioners.values():
         conditioner |= {option: 7 for option in ("classes", "labels") if conditioner.get(option) == "from_data"}
@@ -66,14 +67,25 @@ def test_every_experiment_makes_one_model(experiment: str):
             conditioner["encoder"] = {"_target_": "ldm_train.conditioning.image_embedding.TinyVision"}
         if conditioner.get("tokenizer") == "from_data":
             conditioner["tokenizer"] = train_tokenizer(["a red circle"], conditioner.pop("vocab_size")).to_str()
-    network = OmegaConf.to_container(config.autoencoder.network, resolve=True)
+    network = network or OmegaConf.to_container(config.autoencoder.network, resolve=True)
     first_stage = on_meta(OmegaConf.create(network))
+    assert first_stage.in_channels == config.data.channels
     tree = model_tree(config, first_stage_tree(network), conditioners, latent_size(config, first_stage))
-    model = on_meta(OmegaConf.create(tree))
+    return tree, on_meta(OmegaConf.create(tree))
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_every_experiment_makes_one_model(experiment: str):
+    """U-Net, first stage and conditioners as the chain joins them: LatentDiffusion refuses widths that do not fit."""
+    config, network = composed("train", f"experiment={experiment}"), None
+    taken = config.autoencoder.pretrained or ""
+    if taken.startswith(EMBEDDINGS):  # of the model that draws them
+        drawer, _ = model_of(composed("train", f"experiment={taken.removeprefix(EMBEDDINGS)}"))
+        network = {"_target_": "ldm_train.unclip.ImageEmbeddings", "model": drawer}
+    _, model = model_of(config, network)
     f, size = model.first_stage.downsample_factor, config.data.image_size
     assert model.latent_size == (size // f, size // f)
     assert model.latent_size[0] % model.network.size_multiple == 0
-    assert first_stage.in_channels == config.data.channels
     DiffusionObjective(model.schedule, model.parameterisation)
 
 

@@ -26,7 +26,7 @@ FLOORS = (
     },
     {"models", "diffusion"},
     {"losses", "conditioning", "metrics", "data", "samplers"},
-    {"latent_diffusion"},
+    {"latent_diffusion", "unclip"},
     {"checkpoints"},
     {"training", "evaluation", "generation"},
     {"pipeline", "bench"},
