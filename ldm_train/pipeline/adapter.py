@@ -15,7 +15,7 @@ from ldm_train.checkpoints.native import read_metadata, read_tree
 from ldm_train.conditioning.base import Conditioner
 from ldm_train.conditioning.control import NAME as CONTROL
 from ldm_train.conditioning.control import ControlNet
-from ldm_train.conditioning.learned_tokens import TextualInversion, check_new, reader_of, settle
+from ldm_train.conditioning.learned_tokens import TextualInversion, check_new, check_rare, reader_of, settle
 from ldm_train.conditioning.text import FrozenText, TrainedText
 from ldm_train.configuration import plain
 from ldm_train.latent_diffusion import LatentDiffusion
@@ -115,6 +115,19 @@ def _parts(how: LoRA, network: nn.Module, conditioners: Mapping[str, Conditioner
     if how.text_encoder:
         parts["conditioners"] = nn.ModuleDict(conditioners)
     return nn.ModuleDict(parts)
+
+
+def check_identifier(run: Run, conditioners: Callable[[], Mapping[str, Conditioner]]) -> None:
+    """Raises ValueError for a subject's word that is none, or that the text encoder knows well. conditioners: build the run's."""
+    if (word := run.config.diffusion.identifier) is None:
+        return
+    if not word.strip() or len(word.split()) > 1:
+        raise ValueError(f"diffusion.identifier={word!r} is no single word; zqx is one")
+    made = nn.ModuleDict(conditioners())
+    try:
+        check_rare(reader_of(made), word)
+    except ValueError as error:
+        raise ValueError(f"diffusion.identifier={word}: {error}") from error
 
 
 def check_frozen(run: Run) -> None:

@@ -218,6 +218,7 @@ class DiffusionStage(Stage):
             )
         adapter.check_frozen(run)
         begun = taken_model(run, "init")
+        adapter.check_identifier(run, partial(conditioners_of, run, begun))
         adapter.check_adapter(run, partial(network_on_meta, run), partial(conditioners_of, run, begun), begun)
         if section.evaluate_every:
             run.check_metrics(section.evaluate_images)

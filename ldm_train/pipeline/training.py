@@ -27,7 +27,7 @@ from ldm_train.training.task import Task
 # Options that change how a stage runs but not what it computes; they may differ when it resumes.
 PACE = ("max_steps", "micro_batch_size", "checkpoint_every", "compile")
 WATCHED = ("val_every", "val_images", "log_every", "samples", "evaluate_every", "evaluate_images", "best_by")
-NOT_IN_KEY = ("data", *PACE, *WATCHED)  # the data enter the key by their content
+NOT_IN_KEY = ("data", "identifier", *PACE, *WATCHED)  # the data enter the key by their content
 
 
 def training_key(run: Run, stage: str) -> dict[str, Any]:

@@ -144,6 +144,7 @@ RULES: dict[str, Rule] = {
         ("autoencoder.pretrained", "autoencoder.init", "diffusion.pretrained", "diffusion.init", "latents.source"),
         optional(text("name of a file or folder")),
     ),
+    "diffusion.identifier": optional(text("word")),
     "latents.source_scale": number(1e-6, 1e6),
     "autoencoder.init_discriminator": optional(flag),
     "autoencoder.train": one_of("all", "decoder"),

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import pytest
 import torch
 from chains import tokenizer
 from diffusers.loaders import TextualInversionLoaderMixin
@@ -9,8 +10,8 @@ from safetensors.torch import save_file
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from ldm_train.checkpoints.adapters import read_word
-from ldm_train.conditioning.learned_tokens import TextualInversion, add_tokens, settle
-from ldm_train.conditioning.text import FrozenText
+from ldm_train.conditioning.learned_tokens import TextualInversion, add_tokens, check_rare, settle
+from ldm_train.conditioning.text import FrozenText, TrainedText, train_tokenizer
 
 
 def clip(folder: Path) -> FrozenText:
@@ -68,3 +69,17 @@ def test_a_word_of_diffusers_file_means_there_what_it_means_here(tmp_path: Path)
     ).input_ids
     hidden, _ = text.encode(["a <my-dog> dog"])
     torch.testing.assert_close(theirs.text_encoder(ids).last_hidden_state, hidden)
+
+
+def test_a_subject_is_not_called_by_a_word_that_the_encoder_knows_well(tmp_path: Path) -> None:
+    """CLIP's vocabulary is in the order of how often words were seen; `i</w>` stands in its second half here."""
+    text = clip(tmp_path)
+    for word in ("zqx", "dog", "i"):  # the last a token, of those that were seen seldom
+        check_rare(text, word)
+    for word in ("a", "c"):
+        with pytest.raises(ValueError, match=f"knows {word} well, and would forget what it means; choose a rare word"):
+            check_rare(text, word)
+    trained = TrainedText(train_tokenizer(["a red circle"] * 9, 300).to_str(), dim=8, depth=1, heads=2, max_length=8)
+    check_rare(trained, "zqx")
+    with pytest.raises(ValueError, match="knows circle well"):
+        check_rare(trained, "circle")

@@ -806,3 +806,20 @@ def test_no_network_and_no_such_file_are_told_apart(served: Served, tmp_path: Pa
         ConnectionError, match=r"no connection to http://127\.0\.0\.1:9/.*pass path=<file> \(md5 0000\)"
     ):
         download("http://127.0.0.1:9/none", tmp_path / "none", "0000")
+
+
+def test_a_folder_of_a_few_pictures_with_one_corrupt_photo_is_prepared(tmp_path: Path):
+    """As for a subject: one caption for all that have none, no validation split, what cannot be read left out by name."""
+    (tmp_path / "photos").mkdir()
+    for k in range(4):
+        Image.new("RGB", (16, 16), (60 * k, 0, 0)).save(tmp_path / "photos" / f"{k}.jpg")
+    (tmp_path / "photos" / "0.txt").write_text("a zqx dog that sleeps")
+    whole = (tmp_path / "photos" / "3.jpg").read_bytes()
+    (tmp_path / "photos" / "3.jpg").write_bytes(whole[: len(whole) // 2])
+    source = ImageFolder(str(tmp_path / "photos"), val_fraction=0, caption="a zqx dog")
+    index = build(source, tmp_path / "out")
+    assert {split: held["count"] for split, held in index["splits"].items()} == {"train": 3}
+    assert "3_jpg" in (tmp_path / "out" / "skipped.txt").read_text()
+    with tarfile.open(tmp_path / "out" / "train-000000.tar") as tar:
+        captions = {m.name: tar.extractfile(m).read().decode() for m in tar if m.name.endswith(".txt")}
+    assert sorted(captions.values()) == ["a zqx dog", "a zqx dog", "a zqx dog that sleeps"]

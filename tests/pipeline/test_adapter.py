@@ -193,6 +193,8 @@ def test_a_path_may_hold_a_colon() -> None:
         (("diffusion.adapter.targets=nothing",), "diffusion.adapter: targets=nothing names no layer"),
         (("diffusion.adapter.rank=four",), "diffusion.adapter: rank=four is no whole number"),
         (("diffusion.task.alignment=0.5",), "not for an adapter"),
+        (("diffusion.identifier=circle",), "diffusion.identifier=circle: the text encoder knows circle well"),
+        (("diffusion.identifier=two words",), "is no single word"),
         (("diffusion.frozen=[words]",), r"diffusion.frozen=\['words'\]: the conditioners are class_label, text"),
     ],
 )

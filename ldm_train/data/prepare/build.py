@@ -141,7 +141,10 @@ def build(source: Source, out: str | Path, per_shard: int = 1000, workers: int =
     out = Path(out)
     counts = source.splits()
     if min(counts.values()) == 0 or "train" not in counts:
-        raise DataError(f"the source has {counts} samples; both train and val need at least one (see val_fraction)")
+        raise DataError(
+            f"the source has {counts} samples; both train and val need at least one (see val_fraction; a folder of a few pictures "
+            "takes val_fraction=0, and its training data.val_split=train)"
+        )
     identity = {"source": source.identity, "per_shard": per_shard, "counts": counts}
     note = out / ENTRIES / "source.json"
     if note.is_file() and read_note(note) != json.loads(json.dumps(identity)):

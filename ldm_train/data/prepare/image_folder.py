@@ -100,11 +100,11 @@ def _classes(files: Sequence[tuple[str | None, Path, Path]]) -> list[str] | None
 
 class ImageFolder(Source):
     """path: a folder; its subfolders are classes (nested ones belong to their topmost folder). Subfolders named train
-    and val (or validation, test) are splits. val_fraction: of the images, where there is no validation folder.
+    and val (or validation, test) are splits. val_fraction: of the images, where there is no validation folder; 0: no val split.
     max_size: reduce the short side to so many pixels. labels: false for folders that mean nothing.
     expect: the number of images of a data set of known size (None: any).
     layout, range: of .npy and .tif files, see `arrays.channels_last` and `arrays.in_unit_range`. Such a file beside a picture
-    of its name is left out (see `pictures_among`).
+    of its name is left out (see `pictures_among`). caption: of images without a .txt beside them.
 
     Raises FileNotFoundError where there is no folder or no image, DataError where two files would get one key or the
     number of images is not the expected one, ValueError for a layout or range that is none.
@@ -119,13 +119,14 @@ class ImageFolder(Source):
         expect: int | None = None,
         layout: str | None = None,
         range: Sequence[float] | None = None,
+        caption: str | None = None,
     ):
         if layout is not None and layout not in arrays.LAYOUTS:
             raise ValueError(f"source.layout is hwc or chw, not {layout!r}")
         numbers = isinstance(range, list | tuple) and all(type(v) in (int, float) and math.isfinite(v) for v in range)
         if range is not None and not (numbers and len(range) == 2 and range[0] < range[1]):
             raise ValueError(f"source.range is [low,high], what black and white are, not {range}")
-        self.layout, self.limits, self.max_size = layout, range, max_size
+        self.layout, self.limits, self.max_size, self.caption = layout, range, max_size, caption
         if not Path(path).is_dir():
             raise FileNotFoundError(f"path={path} is no folder; give a folder of images")
         files = _files(_folders(Path(path)))
@@ -142,6 +143,8 @@ class ImageFolder(Source):
         # train/cats/0.jpg and val/cats/0.jpg, a common layout, are two samples.
         trained = {key for key, _, _ in self.items["train"]}
         self.items["val"] = [(f"val_{k}" if k in trained else k, file, label) for k, file, label in self.items["val"]]
+        if val_fraction == 0 and not self.items["val"]:
+            del self.items["val"]
         listed = [item for items in self.items.values() for item in items]
         files_by_key: dict[str, Path] = {}
         for key, file, _ in listed:
@@ -154,7 +157,8 @@ class ImageFolder(Source):
             "classes": self.classes,
         }
         self.identity = options | {"files": digest([[key, file.stat().st_size] for key, file, _ in listed])}
-        self.identity |= {k: v for k, v in (("layout", layout), ("range", range)) if v is not None}
+        more = {"layout": layout, "range": range, "caption": caption}
+        self.identity |= {k: v for k, v in more.items() if v is not None}
 
     def sample(self, split: str, i: int) -> tuple[str, dict[str, bytes]]:
         key, path, label = self.items[split][i]
@@ -162,4 +166,6 @@ class ImageFolder(Source):
         fields = {extension: data} | class_and_captions(label)
         if (caption := path.with_suffix(".txt")).is_file():
             fields["txt"] = caption.read_bytes().strip()
+        elif self.caption is not None:
+            fields["txt"] = self.caption.encode()
         return key, fields
