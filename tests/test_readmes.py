@@ -83,10 +83,20 @@ MODELS = {
     "shapes_text": ["experiment=shapes_text"],
     "shapes_subject": ["experiment=shapes_text", "diffusion.init=shapes_text", "diffusion/adapter=lora"],
     "shapes_student": ["experiment=shapes_student"],
+    "shapes_control": ["experiment=shapes_control"],
+    "shapes_image": ["experiment=shapes_image"],
+    "shapes_prior": ["experiment=shapes_prior"],
     "classifier_shapes": ["experiment=classifier_shapes", "classifier.max_steps=2", "classifier.batch_size=8"],
 }
 QUICK = [*SMALL, "autoencoder.max_steps=2", "diffusion.max_steps=2", "autoencoder.val_every=2", "diffusion.val_every=2",
          "diffusion.evaluate_every=null", "evaluation.metrics=[fid_tiny]"]  # fmt: skip
+
+
+def fitting(line: str) -> list[str]:
+    """QUICK, for a prior without the width of a U-Net."""
+    return [o for o in QUICK if "prior" not in line or not o.startswith("diffusion.network.channels")]
+
+
 BRIEFLY = {
     "train.py": [*QUICK, "stages=[autoencoder,latents,diffusion,export]"],
     "ldm-sample": ["num_inference_steps=2", "accelerator=cpu"],
@@ -126,10 +136,10 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
         patch.chdir(folder)
         for name, recipe in MODELS.items():
             stages = "[latents,classifier]" if name == "classifier_shapes" else "[autoencoder,latents,diffusion,export]"
-            taking = name in ("classifier_shapes", "shapes_text", "shapes_subject", "shapes_student")
+            taking = name in ("classifier_shapes", "shapes_text", "shapes_subject", "shapes_student", "shapes_control")
             more = ["autoencoder.pretrained=shapes_unconditional"] if taking else []
             stages = stages.replace("[latents", "[autoencoder,latents")
-            typed(patch, ["train.py", *QUICK, *recipe, *more, f"name={name}", f"stages={stages}"])
+            typed(patch, ["train.py", *fitting(recipe[0]), *recipe, *more, f"name={name}", f"stages={stages}"])
     return folder
 
 
@@ -143,7 +153,11 @@ def test_a_command_of_a_guide_runs(guide: str, line: str, place: Path, monkeypat
     words = [w.replace("$HOME", str(place)) for w in shlex.split(line, comments=True)]
     words = words[1:] if words[0] == "python" else words
     sizes = [re.sub(r"^n=\d+$", "n=4", w) for w in words]
-    brief = [o for o in BRIEFLY[words[0]] if f" {o.partition('=')[0]}=" not in f" {' '.join(words)}"]
+    brief = [
+        o
+        for o in BRIEFLY[words[0]]
+        if o not in set(QUICK) - set(fitting(line)) and f" {o.partition('=')[0]}=" not in f" {' '.join(words)}"
+    ]
     name = [f"name={abs(hash(line))}"] if words[0] == "train.py" and not re.search("name=| -m ", line) else []
     out = [f"out={place}/{abs(hash(line))}"] if words[0] in ("ldm-sample", "ldm-prepare") else []
     typed(monkeypatch, [*sizes, *brief, *name, *[o for o in out if " out=" not in line]])
