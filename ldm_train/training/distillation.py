@@ -26,6 +26,8 @@ class DistillationTask(DiffusionTask):
     model: begins with the teacher's weights; the teacher is a frozen copy of it, its first stage shared.
     steps, spacing: of the student, as it is sampled afterwards (eta 0, guidance scale 1). teacher_steps: of the teacher, for each
     guidance_scale, guidance_interval: of the teacher, see `classifier_free`
+    own_states: the share of batches that start from states which the student itself has reached from noise, as it will when it
+        draws, in the place of noised latents (as Yin et al. 2024, arXiv:2405.14867, section 4.4, train several steps)
     The other arguments: those of `DiffusionTask`. Raises ValueError for counts below 1.
     """
 
@@ -41,11 +43,15 @@ class DistillationTask(DiffusionTask):
         guidance_scale: float = 1.0,
         guidance_interval: Sequence[float] | None = None,
         spacing: str = "trailing",
+        own_states: float = 0.5,
         **options: Any,
     ):
         if steps < 1 or teacher_steps < 1:
             raise ValueError(f"a student takes at least one step, and for each the teacher: {steps}, {teacher_steps}")
+        if not 0 <= own_states <= 1:
+            raise ValueError(f"own_states is a share from 0 to 1, not {own_states}")
         super().__init__(model, objective, **options)
+        self.own_states = own_states
         if self.alignment is not None or list(objective.parameters()):
             raise ValueError(
                 "a student has a loss of its own: diffusion.task.alignment=0, and an objective without learned weights"
@@ -67,24 +73,37 @@ class DistillationTask(DiffusionTask):
         times = torch.linspace(first, last, parts + 1, dtype=torch.float64)
         return ddim(denoise, x_t, times, self.model.schedule, NoiseSource([0] * len(x_t)))  # eta 0 draws nothing
 
-    def distance(self, batch: dict[str, Any], latents: torch.Tensor, noise: torch.Tensor, step: int) -> torch.Tensor:
-        """(B,): the mean squared distance of the student's step from the teacher's."""
-        alpha, sigma = self.model.schedule.numbers(float(self.times[step]))
-        x_t = alpha * latents + sigma * noise
+    @torch.no_grad()
+    def reached(self, batch: dict[str, Any], noise: torch.Tensor, step: int) -> torch.Tensor:
+        """Where the student's own steps lead from noise, (B, C, h, w), at its time `step`."""
+        denoise, x_t = self.model.denoiser(self.model.condition(batch)), noise
+        for earlier in range(step):
+            x_t = self._step(denoise, x_t, earlier, 1)
+        return x_t
+
+    def distance(self, batch: dict[str, Any], x_t: torch.Tensor, step: int) -> torch.Tensor:
+        """(B,): the mean squared distance of the student's step from the teacher's, both from x_t (B, C, h, w)."""
         with torch.no_grad():
             known = self.teacher.denoiser(self.teacher.condition(batch))
             guided = known
             if self.teacher.conditioners:
-                null = self.teacher.sampled_condition({}, len(latents), latents.shape[2:], batch)
+                null = self.teacher.sampled_condition({}, len(x_t), x_t.shape[2:], batch)
                 guided = self.guide(known, self.teacher.denoiser(null))
             target = self._step(guided, x_t, step, self.teacher_steps)
         reached = self._step(self.model.denoiser(self.model.condition(batch)), x_t, step, 1)
         return (reached - target).square().mean(dim=(1, 2, 3))
 
+    def noised(self, latents: torch.Tensor, noise: torch.Tensor, step: int) -> torch.Tensor:
+        """Latents at the student's time `step`."""
+        alpha, sigma = self.model.schedule.numbers(float(self.times[step]))
+        return alpha * latents + sigma * noise
+
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> torch.Tensor:
         latents = self.model.latents_from(batch)
-        step = int(torch.randint(len(self.times) - 1, ()))
-        loss = self.distance(batch, latents, self.objective.draw_noise(latents), step)
+        step, own = int(torch.randint(len(self.times) - 1, ())), float(torch.rand(())) < self.own_states
+        noise = self.objective.draw_noise(latents)
+        x_t = self.reached(batch, noise, step) if own else self.noised(latents, noise, step)
+        loss = self.distance(batch, x_t, step)
         weighted = loss
         if "loss_weight" in batch:
             weighted = weighted * uploaded(batch["loss_weight"], weighted.device)
@@ -95,7 +114,8 @@ class DistillationTask(DiffusionTask):
         source, _ = validation_draws(batch["key"], self.model.schedule)
         latents = self.validation_latents(batch, source)
         noise = source.normal(latents.shape[1:], "noise", latents.device)
-        distances = torch.stack([self.distance(batch, latents, noise, k) for k in range(len(self.times) - 1)])
+        states = [self.noised(latents, noise, step) for step in range(len(self.times) - 1)]
+        distances = torch.stack([self.distance(batch, x_t, step) for step, x_t in enumerate(states)])
         self.add("loss", distances.mean(dim=0))
         if batch_idx == 0:
             self.remember(batch, latents)

@@ -51,7 +51,7 @@ def task(of: LatentDiffusion, **options: object) -> DistillationTask:
 
 def test_a_student_of_an_unguided_teachers_steps_has_nothing_to_learn() -> None:
     student = task(model(), steps=3, teacher_steps=1)
-    assert all(float(student.distance(BATCH, LATENTS, NOISE, k).max()) == 0 for k in range(3))
+    assert all(float(student.distance(BATCH, student.noised(LATENTS, NOISE, k), k).max()) == 0 for k in range(3))
 
 
 @torch.no_grad()
@@ -77,7 +77,9 @@ def test_the_distance_is_that_of_one_step_and_the_teachers_several() -> None:
         half = (t + s) / 2
         target = step(student.teacher, step(student.teacher, x, t, half, 3.0), half, s, 3.0)
         expected = (step(of, x, t, s, 1.0) - target).square().mean(dim=(1, 2, 3))
-        torch.testing.assert_close(student.distance(BATCH, LATENTS, NOISE, k), expected, rtol=1e-3, atol=1e-5)
+        torch.testing.assert_close(
+            student.distance(BATCH, student.noised(LATENTS, NOISE, k), k), expected, rtol=1e-3, atol=1e-5
+        )
 
 
 def test_only_the_student_learns_and_the_teacher_stays_in_evaluation() -> None:
@@ -92,12 +94,14 @@ def test_only_the_student_learns_and_the_teacher_stays_in_evaluation() -> None:
     student.log_training = lambda logs: None
     optimizer = torch.optim.Adam(of.trainable().parameters(), lr=2e-3)
     torch.manual_seed(0)
-    first = sum(float(student.distance(BATCH, LATENTS, NOISE, k).mean()) for k in range(2))
+    first = sum(float(student.distance(BATCH, student.noised(LATENTS, NOISE, k), k).mean()) for k in range(2))
     for _ in range(60):
         optimizer.zero_grad()
         student.training_step(BATCH | {"moments": LATENTS}, 0).backward()
         optimizer.step()
-    assert sum(float(student.distance(BATCH, LATENTS, NOISE, k).mean()) for k in range(2)) < 0.7 * first
+    assert (
+        sum(float(student.distance(BATCH, student.noised(LATENTS, NOISE, k), k).mean()) for k in range(2)) < 0.7 * first
+    )
     assert all(torch.equal(value, before[key]) for key, value in student.teacher.state_dict().items())
     assert not any("teacher" in key for key in student.state_dict())
 
@@ -109,6 +113,7 @@ def test_the_students_steps_are_those_of_its_sampler() -> None:
     student, sampling = task(of, steps=3), Sampling(ddim, 3, 1.0, "trailing")
     x = NOISE
     for k in range(3):
+        assert torch.equal(student.reached(BATCH, NOISE, k), x)  # the states that it learns from too
         x = student._step(of.denoiser(of.condition(BATCH)), x, k, 1)
     torch.testing.assert_close(of.sample(BATCH, [0, 1, 2], sampling, Start(noise=NOISE)), of.decode(x))
 
@@ -139,6 +144,26 @@ def test_a_student_is_a_run_like_any_other(tmp_path) -> None:
     assert (drawn.sampling.num_inference_steps, drawn.sampling.guidance_scale) == (2, 1)
     assert torch.isfinite(drawn.sample({"class_label": torch.tensor([0])}, [0])).all()
     assert (run.folder / "diffusion" / "images").is_dir()
+
+
+@pytest.mark.parametrize("share", [0.0, 1.0])
+def test_a_share_of_batches_starts_from_the_students_own_states(share: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    student, asked = task(model(), steps=3, own_states=share), []
+    student.log_training = lambda logs: None
+    monkeypatch.setattr(student, "distance", lambda batch, x_t, step: asked.append((x_t, step)) or torch.zeros(3))
+    monkeypatch.setattr(student.objective, "draw_noise", lambda latents: NOISE)
+    torch.manual_seed(0)
+    for _ in range(8):
+        student.training_step(BATCH | {"moments": LATENTS}, 0)
+    assert {step for _, step in asked} == {0, 1, 2}
+    for x_t, step in asked:
+        expected = student.reached(BATCH, NOISE, step) if share else student.noised(LATENTS, NOISE, step)
+        torch.testing.assert_close(x_t, expected)
+
+
+def test_a_share_that_is_none_is_refused() -> None:
+    with pytest.raises(ValueError, match="own_states is a share from 0 to 1, not 2"):
+        task(model(), own_states=2.0)
 
 
 def test_a_student_has_no_loss_beside_its_own() -> None:
