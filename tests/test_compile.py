@@ -70,6 +70,8 @@ def inputs_of(network: Any) -> dict[str, torch.Tensor]:
         given |= {"context": torch.randn(2, 3, widths["context"]), "context_mask": torch.ones(2, 3, dtype=torch.bool)}
     if widths["concat"]:
         given["concat"] = torch.randn(2, widths["concat"], 4, 4)
+    if widths.get("control"):
+        given["control"] = torch.randn(2, widths["control"], 4, 4)
     if widths["vector"]:
         given["vector"] = (
             torch.ones(2, 1) if getattr(network, "vector_classes", None) else torch.randn(2, widths["vector"])

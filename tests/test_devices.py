@@ -19,6 +19,7 @@ from devices import Watched, without_float64
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
+from ldm_train.conditioning.control import ControlNet
 from ldm_train.conditioning.image_embedding import ImageEmbedding
 from ldm_train.conditioning.text import train_tokenizer
 from ldm_train.configuration import config_folder
@@ -49,7 +50,9 @@ from ldm_train.training.diffusion_task import DiffusionTask
 from ldm_train.training.distillation import DistillationTask
 from ldm_train.training.fit import Machine
 from ldm_train.training.task import NotFinite, Task
+from ldm_train.unclip import ImageEmbeddings
 
+CONTROL = "diffusion.conditioning.conditioners.control"
 RECIPES = {
     "nothing": ("shapes_unconditional",),
     "classes and captions": ("quickstart",),
@@ -62,6 +65,10 @@ RECIPES = {
     "pictures": ("shapes_image",),
     "edges": ("shapes_unconditional", "diffusion/conditioning=edges"),
     "depth": ("shapes_unconditional", "diffusion/conditioning=depth"),
+    "edges that steer": ("shapes_control",),
+    "depth that steers": ("shapes_control", f"{CONTROL}._target_=ldm_train.conditioning.control.DepthControl"),
+    "label maps that steer": ("shapes_control", f"{CONTROL}._target_=ldm_train.conditioning.control.SegmentationControl",
+                              f"+{CONTROL}.num_labels=7"),
     "a flow": ("shapes_class", "diffusion/objective=flow"),
     "velocity": ("shapes_class", "diffusion/objective=v"),
     "learned uncertainty": ("shapes_class", "diffusion/objective=epsilon_learned"),
@@ -161,12 +168,33 @@ def test_a_step_of_an_adapter_waits_for_nothing(targets: str):
     assert stepped(DiffusionTask(model, objective, **OPTIMISATION), batch) == []
 
 
+def test_a_step_of_a_control_waits_for_nothing():
+    model, objective = copy.deepcopy(model_of("edges that steer"))
+    model.adapt(ControlNet(), "adapter")
+    batch = {k: FIELDS[k] for k in model.fields} | {"key": ["a", "b"]}
+    batch["moments"] = torch.zeros(2, 2 * model.first_stage.latent_channels, *model.latent_size)
+    assert stepped(DiffusionTask(model, objective, **OPTIMISATION), batch) == []
+
+
+def test_embeddings_are_made_and_drawn_without_a_wait():
+    model, _ = model_of("pictures")
+    options = {"num_inference_steps": 3, "sampler": SAMPLERS["ddim"], "guidance_scale": 3.0, "spacing": "trailing"}
+    first_stage = FirstStage(ImageEmbeddings(model.eval(), options)).to("meta")
+    with Watched() as watched:
+        latents = first_stage.scaled(first_stage.encode_moments(torch.zeros(2, 3, 32, 32, device="meta")))
+        assert first_stage.decode(latents, seeds=[0, 1]).is_meta
+    assert watched.waits == []
+
+
 def test_a_step_of_a_student_waits_for_nothing():
     model, objective = model_of("classes")
     batch = {k: FIELDS[k] for k in model.fields} | {"key": ["a", "b"], "loss_weight": torch.ones(2)}
     batch["moments"] = torch.zeros(2, 2 * model.first_stage.latent_channels, *model.latent_size)
-    task = DistillationTask(model, objective, guidance_scale=2.0, guidance_interval=[0.5, 5.0], **OPTIMISATION)
-    assert stepped(task, batch) == []
+    for share in (0.0, 1.0):
+        options = {"guidance_scale": 2.0, "guidance_interval": [0.5, 5.0], "own_states": share}
+        task = DistillationTask(model, objective, **options, **OPTIMISATION)
+        torch.manual_seed(5)  # the last of the student's steps
+        assert stepped(task, batch) == []
 
 
 SAMPLERS = {
