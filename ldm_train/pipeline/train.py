@@ -29,6 +29,7 @@ from ldm_train.storage import write_json
 from ldm_train.training.fit import Machine
 
 LONGEST = 150  # characters of a job's folder
+ARM = ("technique=", "seed=")  # what tells the arms of a ledger apart, also of one that a later command goes on with
 
 
 def _bare(override: str) -> str:
@@ -44,7 +45,8 @@ def run_name(config: DictConfig) -> str:
     if hydra_config.mode == RunMode.MULTIRUN:
         # Overrides typed on the command line without a sweep are equal for all jobs; Hydra only formats them differently.
         typed = {_bare(a) for a in json.loads(os.environ.get(ARGUMENTS, "[]"))}
-        differing = sorted(o for o in hydra_config.overrides.task if _bare(o) not in typed)
+        kept = ARM if any(o.startswith("technique=") for o in hydra_config.overrides.task) else ()
+        differing = sorted(o for o in hydra_config.overrides.task if _bare(o) not in typed or o.startswith(kept))
         own = ",".join(differing).replace("/", "_") or "default"
         if len(own) > LONGEST:
             own = f"{own[: LONGEST - 9]}-{hashlib.sha256(own.encode()).hexdigest()[:8]}"

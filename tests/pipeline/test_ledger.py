@@ -4,14 +4,16 @@ import csv
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from chains import composed
+from hydra.types import RunMode
 from omegaconf import OmegaConf
 from scipy import stats
 
 from ldm_train.configuration import config_folder
-from ldm_train.pipeline import ledger
+from ldm_train.pipeline import ledger, train
 from ldm_train.pipeline.sweep import SweptRun, read_runs
 
 
@@ -126,3 +128,30 @@ def test_every_technique_is_recorded_combines_and_is_told_of_in_the_guide() -> N
     assert stage_two.autoencoder.task.augmentation.noise > 0
     assert stage_two.diffusion.schedule._target_.endswith("LinearFlow")
     assert stage_two.diffusion.task.alignment > 0
+
+
+@pytest.mark.parametrize(
+    ("overrides", "typed", "folder"),
+    [
+        (["technique=[flow]", "seed=0"], ["technique=[],[flow]", "seed=0,1"], "seed=0,technique=[flow]"),
+        (
+            ["technique=[flow]", "seed=0"],
+            ["technique=[flow]", "seed=0,1"],
+            "seed=0,technique=[flow]",
+        ),  # goes on with it
+        (["technique=[flow]", "seed=2"], ["technique=[flow]", "seed=2"], "seed=2,technique=[flow]"),
+        (["lr=1", "seed=2"], ["lr=1,2", "seed=2"], "lr=1"),
+    ],
+)
+def test_a_later_command_goes_on_with_a_ledger(
+    overrides: list[str], typed: list[str], folder: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An arm has the same folder, whichever others were asked for beside it."""
+    said = SimpleNamespace(
+        mode=RunMode.MULTIRUN,
+        runtime=SimpleNamespace(choices={"experiment": "ledger"}),
+        overrides=SimpleNamespace(task=["experiment=ledger", *overrides]),
+    )
+    monkeypatch.setattr(train.HydraConfig, "get", lambda: said)
+    monkeypatch.setenv(train.ARGUMENTS, json.dumps(["experiment=ledger", *typed]))
+    assert train.run_name(OmegaConf.create({"name": None})) == f"ledger/{folder}"
