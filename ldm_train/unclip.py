@@ -41,6 +41,11 @@ class ImageEmbeddings(nn.Module):
             raise ValueError(f"this model draws pictures of {sorted(sides)} pixels; its embeddings are of square ones")
         self.downsample_factor = sides.pop()
 
+    def require(self) -> None:
+        """Obtains the pretrained networks of the model that draws. Raises FileNotFoundError."""
+        for conditioner in self.model.conditioners.values():
+            conditioner.require()
+
     @property
     def reader(self) -> ImageEmbedding:
         return self._reader[0]
@@ -62,7 +67,12 @@ class ImageEmbeddings(nn.Module):
     def decode(
         self, latents: torch.Tensor, tiles: Tiles | None = None, seeds: Sequence[int] | None = None
     ) -> torch.Tensor:
-        """Embeddings (B, dim, 1, 1) -> images (B, C, H, W) in [-1, 1], each drawn with its seed, all with the same without."""
+        """Embeddings (B, dim, 1, 1) -> images (B, C, H, W) in [-1, 1], each drawn with its seed, all with the same without. Raises
+        ValueError for several embeddings."""
+        if latents.shape[2:] != (1, 1):
+            raise ValueError(
+                f"a prior draws pictures of {self.downsample_factor} pixels alone; leave size= and panorama= out"
+            )
         embeddings = latents.flatten(1)[:, None].float()
         if self.reader.per_image:  # as those that the model was trained on
             embeddings = F.layer_norm(embeddings, embeddings.shape[-1:])

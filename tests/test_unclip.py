@@ -1,5 +1,7 @@
 """unCLIP: a prior makes image embeddings of text, and a model that is conditioned on them draws."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from chains import chain, composed
@@ -8,6 +10,7 @@ import ldm_train
 from ldm_train.generation.sample import sample
 from ldm_train.latent_diffusion import Sampling
 from ldm_train.models.prior import EmbeddingPrior
+from ldm_train.pipeline.convert import convert
 from ldm_train.pipeline.run import Run
 from ldm_train.rng import derive_seed
 from ldm_train.samplers.ddim import ddim
@@ -81,6 +84,33 @@ def test_a_prior_is_trained_evaluated_and_drawn_from_text(drawer: Run, prior: Ru
     given = ("run=prior", f"runs_dir={prior.folder.parent}", f"out={prior.folder.parent / 'drawn'}", "n=2")
     drawn = sample(composed("sample", "prompts=a red circle", "accelerator=cpu", *given))
     assert len(drawn) == 2
+
+
+@pytest.mark.chain
+def test_a_prior_is_written_and_read_again_in_our_form_alone(prior: Run, tmp_path: Path) -> None:
+    convert(composed("convert", f"from={prior.folder}", f"to={tmp_path / 'again'}", "verify=true"))
+    embeddings = next((prior.folder.parent / ".adopted").glob("embeddings-*"))
+    for source, said in (
+        (prior.folder, "EmbeddingPrior, which has no counterpart"),
+        (embeddings, "draws its latents through"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            convert(composed("convert", f"from={source}", f"to={tmp_path / 'theirs'}", "format=diffusers"))
+    convert(composed("convert", f"from={embeddings}", f"to={tmp_path / 'embeddings'}", "verify=true"))
+
+
+@pytest.mark.chain
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("size=[32,64]", "panorama=0.5"), "a prior draws pictures of 32 pixels alone"),
+        (("size=64",), "take the image size of the model that draws"),
+    ],
+)
+def test_a_prior_draws_one_size(prior: Run, tmp_path: Path, options: tuple[str, ...], said: str) -> None:
+    given = ("run=prior", f"runs_dir={prior.folder.parent}", f"out={tmp_path / 'drawn'}", "n=1", "accelerator=cpu")
+    with pytest.raises(ValueError, match=said):
+        sample(composed("sample", "prompts=a red circle", *given, *options))
 
 
 def own_size(run: Run) -> tuple[int, int]:

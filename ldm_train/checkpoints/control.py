@@ -15,6 +15,7 @@ from ldm_train.checkpoints.diffusers_export import Component, unet_tensors, writ
 from ldm_train.checkpoints.diffusers_networks import first_line, load_weights, unet_key
 from ldm_train.checkpoints.parts import whole
 from ldm_train.conditioning.control import NAME, PICTURES, ControlPicture, controlled
+from ldm_train.devices import shapes_only
 from ldm_train.latent_diffusion import LatentDiffusion
 from ldm_train.models.control import Control
 from ldm_train.storage import file_sha256, read_record, write_atomically, write_json
@@ -47,7 +48,8 @@ def save_control(folder: str | Path, model: LatentDiffusion, metadata: Mapping[s
     data = save({k: v.detach().cpu().contiguous() for k, v in parts.state_dict().items()})
     write_atomically(folder / CONTROL, lambda file: file.write(data))
     digest = file_sha256(folder / CONTROL)
-    write_json(folder / RECORD, {**metadata, "field": picture.field, "control": picture.options, "sha256": digest})
+    described = {"field": picture.field, "control": picture.options, "dropout": picture.dropout}
+    write_json(folder / RECORD, {**metadata, **described, "sha256": digest})
     return digest
 
 
@@ -57,11 +59,20 @@ def take_control(folder: Path, model: LatentDiffusion, strength: float = 1.0) ->
     record = read_record(folder / RECORD)
     if record.get("sha256") != file_sha256(folder / CONTROL):
         raise ValueError(f"{folder / CONTROL} is damaged: its sha256 is not the recorded one; take an undamaged copy")
+    tensors = finite_tensors(folder / CONTROL)
+    with shapes_only():  # a record may describe one of any size
+        described = _picture(record, folder / RECORD).state_dict()
+    if any(
+        tuple(value.shape) != tuple(tensors.get(PICTURE + key, value[:0]).shape) for key, value in described.items()
+    ):
+        raise ValueError(
+            f"{folder / RECORD} describes another picture than its {CONTROL} holds; take an undamaged copy"
+        )
     picture = _picture(record, folder / RECORD)
     copy = _added(model, picture, folder)
     parts = nn.ModuleDict({"copy": copy, "picture": picture})
     try:
-        parts.load_state_dict(finite_tensors(folder / CONTROL))
+        parts.load_state_dict(tensors)
     except RuntimeError as error:
         raise ValueError(
             f"{folder} is a control of another architecture: {' '.join(str(error).split())[:200]}"
@@ -76,9 +87,20 @@ def _picture(record: Mapping[str, Any], where: Path) -> ControlPicture:
         sizes = [*options["hidden"], *(v for k, v in options.items() if k != "hidden")]
         if any(type(size) is not int or not 0 < size <= 2**14 for size in sizes) or len(options["hidden"]) > 8:
             raise ValueError("its widths are no numbers of channels")
-        return kind(**options)
+        return kind(**options, dropout=float(record.get("dropout", 0.0)))
     except (TypeError, KeyError, ValueError, AttributeError) as error:
         raise ValueError(f"{where} describes no control ({first_line(error)}); take an undamaged copy") from error
+
+
+def drop_control(model: LatentDiffusion) -> None:
+    """Takes a model's control, if it has one, away."""
+    network = controlled(model.network)
+    if network.control is not None:
+        network.control = None
+        network.condition_widths = {
+            slot: width for slot, width in network.condition_widths.items() if slot != "control"
+        }
+        del model.conditioners[NAME]
 
 
 def _levels(config: Mapping[str, Any], name: str) -> Any:

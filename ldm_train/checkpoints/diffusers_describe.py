@@ -55,6 +55,10 @@ def autoencoder_config(
     tree: Mapping[str, Any], network: nn.Module, scaling_factor: float
 ) -> tuple[str, dict[str, Any]]:
     """(class, config) of a KL or VQ autoencoder. tree: whole, see `parts.whole`."""
+    if tree["_target_"].endswith("ImageEmbeddings"):
+        raise ValueError(
+            "a prior draws its latents through another model, which no pipeline of diffusers does; it stays in our form"
+        )
     kind = {"AutoencoderKL": "AutoencoderKL", "AutoencoderVQ": "VQModel"}[tree["_target_"].rpartition(".")[2]]
     config = _trunk(tree, network, "autoencoder.network")
     config |= _blocks(tree, "DownEncoderBlock2D", "AttnDownEncoderBlock2D")

@@ -1,5 +1,6 @@
 """The contract of conditioners: networks that turn one field of a batch into inputs of the denoising network."""
 
+import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -92,6 +93,20 @@ class Conditioner(nn.Module):
 def enlarged(values: Any, size: Sequence[int]) -> torch.Tensor:
     """Pictures or maps (B, C, h, w) at `size` (H, W) on the CPU, with hard edges."""
     return F.interpolate(torch.as_tensor(values).cpu().float(), tuple(size), mode="nearest")
+
+
+def without_last_layer(encoder: nn.Module) -> nn.Module:
+    """A view of a transformer of transformers without its last layer, which does not run where the state before it is asked for.
+    All else is shared, under the same names."""
+    view = copy.copy(encoder)
+    view._modules = dict(encoder._modules)
+    for name in ("text_model", "encoder"):
+        if isinstance(inner := view._modules.get(name), nn.Module):
+            view._modules[name] = without_last_layer(inner)
+            return view
+    if isinstance(layers := view._modules.get("layers"), nn.ModuleList):
+        view._modules["layers"] = nn.ModuleList(layers[:-1])
+    return view
 
 
 @contextmanager

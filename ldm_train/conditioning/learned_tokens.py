@@ -67,9 +67,9 @@ def check_new(conditioner: Captions, token: str, vectors: int) -> None:
 def check_rare(conditioner: Captions, word: str) -> None:
     """Raises ValueError for a word that a text encoder knows well: as one token, of those in the first half of a pretrained
     tokenizer's vocabulary, which is in the order of how often they were seen, or of any place in a trained one's."""
-    known = _known(_tokenizer(conditioner))
-    most = len(known) // 2 if isinstance(conditioner, FrozenText) else len(known)
-    if any(known.get(form, most) < most for form in (f"{word}</w>", f"\u0120{word}", f"\u2581{word}", word)):
+    known, ids = len(_known(_tokenizer(conditioner))), _ids(conditioner, word)
+    most = known // 2 if isinstance(conditioner, FrozenText) else known
+    if len(ids) == 1 and ids[0] < most:
         raise ValueError(
             f"the text encoder knows {word} well, and would forget what it means; choose a rare word, zqx for example"
         )

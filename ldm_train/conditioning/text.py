@@ -12,7 +12,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from torch import nn
 from torch.nn import functional as F
 
-from ldm_train.conditioning.base import Conditioner, loading
+from ldm_train.conditioning.base import Conditioner, loading, without_last_layer
 from ldm_train.devices import uploaded
 from ldm_train.models.transformer import CrossAttention
 
@@ -335,7 +335,8 @@ class FrozenText(Captions):
             return [AutoModel.from_config(config, trust_remote_code=False)]
 
     def beside(self) -> nn.Module | None:
-        return None if self._pretrained is None else self._pretrained[1]
+        encoder = None if self._pretrained is None else self.pretrained()[1]
+        return without_last_layer(encoder) if encoder is not None and self.layer == "penultimate" else encoder
 
     def forget(self) -> None:
         self._cache.clear()  # its hidden states

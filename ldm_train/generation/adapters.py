@@ -33,10 +33,12 @@ def with_strength(entry: str) -> tuple[str, float]:
 def take_adapters(model: LatentDiffusion, entries: Sequence[str], runs_dir: str) -> list[str]:
     """Makes adapters part of a model's weights. Returns "sha256:strength" of each, for the recipe. Raises FileNotFoundError and
     ValueError, naming the adapter, for one that is not there, is damaged or belongs to another architecture."""
-    recorded, weights = [], False
-    for entry in entries:
-        name, strength = with_strength(entry)
-        path = find_adapter(name, runs_dir)
+    recorded, weights = dict[str, str](), False
+    found = [(entry, *with_strength(entry)) for entry in entries]
+    paths = {entry: find_adapter(name, runs_dir) for entry, name, _ in found}
+    # A control copies the encoder, before others change it.
+    for entry, name, strength in sorted(found, key=lambda one: not (paths[one[0]] / CONTROL).is_file()):
+        path = paths[entry]
         digest = adapter_sha256(path)
         if (word := read_word(path)) is not None:
             token, rows = word
@@ -51,13 +53,13 @@ def take_adapters(model: LatentDiffusion, entries: Sequence[str], runs_dir: str)
                 raise ValueError(f"adapters: {name}: {error}") from error
             settle(reader)
             print(f"  adapter {name}: prompts may say {token}", flush=True)
-            recorded.append(f"{digest}:1")
+            recorded[entry] = f"{digest}:1"
             continue
         if (path / CONTROL).is_file():
             take_control(path, model, strength)
             field = model.conditioners[CONDITIONER].field
             print(f"  adapter {name}: steered by {field}", flush=True)
-            recorded.append(f"{digest}:{strength:g}")
+            recorded[entry] = f"{digest}:{strength:g}"
             continue
         weights = True
         pairs, left = read_adapter(path, model)
@@ -65,7 +67,7 @@ def take_adapters(model: LatentDiffusion, entries: Sequence[str], runs_dir: str)
             print(f"  adapter {name}: {what} left out, the text encoder of this model stays as it is", flush=True)
         lora.attach(model.adaptable(), pairs, digest)
         lora.set_strength(model.adaptable(), digest, strength)
-        recorded.append(f"{digest}:{strength:g}")
+        recorded[entry] = f"{digest}:{strength:g}"
     if weights:
         model.merge_adapters()
-    return recorded
+    return [recorded[entry] for entry in entries]

@@ -104,6 +104,10 @@ class Guides:
             self.classifier = classifier.to(device)
             self.parsers["class_label"] = self._class
         if config.guide.clip is not None:
+            if getattr(model.first_stage.autoencoder, "draws", False):
+                raise ValueError(
+                    "guide.clip leads through the decoder, and a prior has none that can be led through; leave it out"
+                )
             self.clip = ClipScore(config.guide.clip).to(device)
             self.recipe["clip_sha256"] = weights_sha256(self.clip)
             self.parsers["caption"] = str

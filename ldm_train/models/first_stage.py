@@ -73,8 +73,8 @@ class FirstStage(nn.Module):
     def decoded(
         self, latents: torch.Tensor, tiles: Tiles | None = None, seeds: Sequence[int] | None = None
     ) -> torch.Tensor:
-        """Scaled latents (B, C, h, w) -> images (B, C, h*f, w*f), about [-1, 1]; differentiable. seeds: for an autoencoder whose
-        decoder draws (its `draws` is true)."""
+        """Scaled latents (B, C, h, w) -> images (B, C, h*f, w*f), about [-1, 1]; differentiable but for an autoencoder whose
+        decoder draws (its `draws` is true), which takes seeds."""
         own = {"seeds": seeds} if getattr(self.autoencoder, "draws", False) else {}
         unscaled = latents / self.scale + self.shift
         return self.autoencoder.decode(unscaled, self._needed(tiles, latents, 1), **own).float()

@@ -15,7 +15,10 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 # Layers of attention by the ends of their names, in the U-Net, the DiT and the text encoders.
-ATTENTION = r"(to_q|to_k|to_v|to_out\.0|qkv|proj_out|attn\w*\.proj|self_attn|self_attn\.out_proj|[qkv]_proj|out_proj)"
+ATTENTION = (
+    r"(to_q|to_k|to_v|to_out\.0|qkv|proj_out|attn\w*\.proj|self_attn|self_attn\.out_proj|[qkv]_proj|out_proj"
+    r"|SelfAttention\.[qkvo]|query|key|value)"
+)
 EVERYTHING = r".*"
 TARGETS = {"attention": ATTENTION, "all": EVERYTHING}
 OF_TEXT = ("conditioners.", "encoders.")
@@ -151,7 +154,7 @@ def attach(module: nn.Module, pairs: Mapping[str, Pair], name: str) -> nn.Module
         layer = module.get_submodule(path)
         if not parametrize.is_parametrized(layer, leaf):
             parametrize.register_parametrization(layer, leaf, Sum(), unsafe=True)
-        layer.parametrizations[leaf][0].pairs[name] = pair.to(weights[key].device)
+        layer.parametrizations[leaf][0].pairs[name] = pair if pair.down.is_meta else pair.to(weights[key].device)
     return nn.ModuleDict({key.replace(".", "/"): pair for key, pair in pairs.items()})
 
 

@@ -61,7 +61,8 @@ class EmbeddingPrior(nn.Module):
         vector (B, vector_dim). Returns (B, C, 1, 1). Raises ValueError for latents of more than one position."""
         if noisy_latents.shape[2:] != (1, 1):
             raise ValueError(
-                f"a prior denoises one embedding, not latents of {tuple(noisy_latents.shape[2:])}; choose another diffusion/network="
+                f"a prior denoises one embedding, not latents of {tuple(noisy_latents.shape[2:])}; take the image size of the model that "
+                "draws, or another diffusion/network="
             )
         noisy = noisy_latents.flatten(1)
         tokens = [self.time_embed(timestep_embedding(timesteps, self.dim).to(noisy.dtype)), self.embed(noisy)]

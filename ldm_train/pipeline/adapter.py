@@ -19,7 +19,7 @@ from ldm_train.conditioning.learned_tokens import TextualInversion, check_new, c
 from ldm_train.conditioning.text import FrozenText, TrainedText
 from ldm_train.configuration import plain
 from ldm_train.latent_diffusion import LatentDiffusion
-from ldm_train.models.lora import OF_TEXT, LoRA
+from ldm_train.models.lora import LoRA
 from ldm_train.pipeline.begin import what_grows
 from ldm_train.pipeline.run import Run
 
@@ -61,6 +61,8 @@ def check_adapter(
         raise ValueError(
             "a student learns its teacher's steps, not a word or a control; leave diffusion.adapter or diffusion.task out"
         )
+    if isinstance(how, LoRA) and how.text_encoder:
+        _check_text_encoder(how, conditioners(), getattr(get_object(section.task._target_), "needs_init", False))
     made, theirs, network = conditioners(), read_tree(begun).get("conditioners") or {}, network_of()
     if isinstance(how, ControlNet) and CONTROL not in theirs:  # which it brings
         made = {name: conditioner for name, conditioner in made.items() if name != CONTROL}
@@ -76,12 +78,35 @@ def check_adapter(
             check_new(reader, how.token, how.vectors)
             how.first_rows(reader)
         elif isinstance(how, LoRA):
-            shapes = how.shapes(_parts(how, network, made))
-            frozen = any(isinstance(c, FrozenText) for c in made.values())
-            if how.text_encoder and not frozen and not any(name.startswith(OF_TEXT) for name in shapes):
-                raise ValueError("text_encoder=true: this model has no text encoder")
+            how.shapes(_parts(how, network, made))
     except ValueError as error:
         raise ValueError(f"diffusion.adapter: {error}") from error
+
+
+def _check_text_encoder(how: LoRA, conditioners: Mapping[str, Conditioner], student: bool) -> None:
+    """Raises ValueError where an adapter of text encoders finds none, or one that cannot learn."""
+    named = False
+    for name, conditioner in conditioners.items():
+        parts = nn.ModuleDict({"conditioners": nn.ModuleDict({name: conditioner})})
+        if isinstance(conditioner, FrozenText):
+            if student or conditioner.layer == "projected":
+                why = "a student and its teacher share it" if student else "layer=projected learns nothing"
+                raise ValueError(
+                    f"diffusion.adapter: text_encoder=true, but the text encoder {conditioner.path} is frozen: {why}"
+                )
+            try:
+                parts = nn.ModuleDict({"encoders": nn.ModuleDict({name: conditioner.rehearse()[0]})})
+            except FileNotFoundError:  # its check says so
+                return
+        try:
+            named = bool(how.shapes(parts)) or named
+        except ValueError:
+            continue
+    if not named:
+        raise ValueError(
+            f"diffusion.adapter: text_encoder=true, but targets={how.targets} names no layer of a text encoder of this model; use "
+            "targets=all, or leave it out"
+        )
 
 
 def _check_same(ours: Mapping[str, Conditioner], theirs: Mapping[str, Any], init: str) -> None:
@@ -89,7 +114,11 @@ def _check_same(ours: Mapping[str, Conditioner], theirs: Mapping[str, Any], init
     if list(ours) != list(theirs):
         raise ValueError(
             f"diffusion.adapter: {init} has the conditioners {', '.join(theirs) or 'none'}, this run {', '.join(ours) or 'none'}; "
-            "choose the same diffusion/conditioning="
+            + (
+                "a model with a control is taken on with diffusion/adapter=control"
+                if CONTROL in theirs
+                else "choose the same diffusion/conditioning="
+            )
         )
     for name, conditioner in ours.items():
         known, here = theirs[name].get("classes"), getattr(conditioner, "names", None)

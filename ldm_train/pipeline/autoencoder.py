@@ -38,6 +38,7 @@ from ldm_train.pipeline.stage import Plan, Stage
 from ldm_train.storage import read_config
 from ldm_train.training.callbacks.checkpoint import LAST, read_checkpoint
 from ldm_train.training.task import Task
+from ldm_train.unclip import ImageEmbeddings
 
 EMBEDDINGS = "embeddings:"
 
@@ -183,8 +184,10 @@ class AutoencoderStage(Stage):
                 f"autoencoder.compile=true compiles each size of picture anew, and task.augmentation.equivariance={equivariance} "
                 "draws many; leave one of them out"
             )
-        on_meta(run)
+        network = on_meta(run)
         if run.config.autoencoder.pretrained:
+            if isinstance(network, ImageEmbeddings):
+                network.require()
             return
         if run.config.autoencoder.init_discriminator:
             give_discriminator(

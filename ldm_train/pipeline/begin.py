@@ -84,6 +84,10 @@ def grown(ours: Mapping[str, Shape], theirs: Mapping[str, Shape], where: Path) -
                 f"has {shape}; choose the diffusion/network= that it was trained with (only inputs may grow)"
             )
     if left := sorted(theirs.keys() - ours.keys()):
+        if left[0].startswith(CONTROL):
+            raise ValueError(
+                f"diffusion.init={where} has a control, which this run lacks; take it on with diffusion/adapter=control"
+            )
         raise ValueError(
             f"diffusion.init={where} has {left[0]}, which this run's network lacks; choose its diffusion/network="
         )

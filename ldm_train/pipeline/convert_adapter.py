@@ -9,6 +9,7 @@ from safetensors import SafetensorError, safe_open
 
 from ldm_train.checkpoints.adapters import CONTROL, LAYOUTS, RECORD, WORD, export_adapter, read_adapter, save_adapter
 from ldm_train.checkpoints.control import (
+    drop_control,
     export_control,
     is_control_of_diffusers,
     parts_of,
@@ -18,7 +19,6 @@ from ldm_train.checkpoints.control import (
 )
 from ldm_train.checkpoints.diffusers_networks import unet_tree
 from ldm_train.checkpoints.native import METADATA, find_model, load_latent_diffusion, read_metadata, read_tree
-from ldm_train.conditioning.control import controlled
 from ldm_train.models import lora
 from ldm_train.storage import write_folder
 
@@ -109,9 +109,10 @@ def _convert_control(config: DictConfig, source: Path, target: Path) -> Path:
     channels = model.first_stage.latent_channels
     tree = read_tree(folder)["network"] if native else unet_tree(folder / "unet", channels)[0]
     sha256 = read_metadata(folder)["sha256"] if native else None
+    drop_control(model)  # of a run that trained one: that in `from` is meant
     if theirs:
         take_control_of_diffusers(source, model, tree, config.control)
-    elif controlled(model.network).control is None:
+    else:
         take_control(source, model)
     parts = parts_of(model)
     print(

@@ -246,6 +246,7 @@ class DiffusionStage(Stage):
             )
         widths = network.condition_widths
         shapes = {"context": (77, widths["context"]), "concat": (widths["concat"], h, w), "vector": (widths["vector"],)}
+        shapes |= {"control": (widths["control"], h, w)} if "control" in widths else {}
         with torch.device("meta"):
             given = {slot: torch.empty(1, *shape) for slot, shape in shapes.items() if widths[slot]}
             noisy = torch.empty(1, network.in_channels, h, w)

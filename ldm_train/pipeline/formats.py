@@ -27,6 +27,7 @@ from ldm_train.latent_diffusion import LatentDiffusion
 from ldm_train.models.autoencoder import AutoencoderKL
 from ldm_train.models.first_stage import FirstStage, fold_statistics
 from ldm_train.storage import read_record, write_atomically, write_folder
+from ldm_train.unclip import ImageEmbeddings
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 SD_SCALE = 0.18215
@@ -75,7 +76,14 @@ class Model:
 
     def elsewhere(self) -> list[str]:
         """The folders of this machine from which it takes encoders beside those it has."""
-        return [e.path for _, e in self.encoders() if not self.has(e) and Path(e.path).is_dir()]
+        named = [*(e for _, e in self.encoders()), *self.inner()]
+        return [e.path for e in named if not self.has(e) and Path(e.path).is_dir()]
+
+    def inner(self) -> list[FrozenText | PretrainedVision]:
+        """The frozen encoders of a model that draws its latents, see `unclip.ImageEmbeddings`."""
+        first = getattr(self.module, "first_stage", None)
+        part = self.module if first is None else first.autoencoder
+        return [e for _, e in Model(part.model, {}, {}).encoders()] if isinstance(part, ImageEmbeddings) else []
 
     def described(self) -> Published:
         """As CompVis' YAML has it. Raises ValueError where none does."""
@@ -114,7 +122,8 @@ def _noise(*shape: int) -> torch.Tensor:
 
 def network_inputs(model: LatentDiffusion) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """(noisy latents, a condition) of one sample for the network, from fixed noise."""
-    side, widths = 2 * model.network.size_multiple, model.network.condition_widths
+    drawn = isinstance(model.first_stage.autoencoder, ImageEmbeddings)
+    side, widths = 1 if drawn else 2 * model.network.size_multiple, model.network.condition_widths
     given = {}
     if widths["context"]:
         given["context"] = _noise(1, 4, widths["context"])
@@ -122,6 +131,8 @@ def network_inputs(model: LatentDiffusion) -> tuple[torch.Tensor, dict[str, torc
         given["concat"] = _noise(1, widths["concat"], side, side)
     if widths["vector"]:
         given["vector"] = torch.ones(1, widths["vector"])
+    if widths.get("control"):
+        given["control"] = _noise(1, widths["control"], side, side)
     return _noise(1, model.network.in_channels, side, side), given
 
 
@@ -133,6 +144,9 @@ def autoencoder_images(autoencoder: nn.Module) -> torch.Tensor:
 def outputs(model: nn.Module) -> Outputs:
     """What a model computes from fixed noise: its U-Net's prediction, its decoding, an autoencoder's reconstruction."""
     with torch.inference_mode():
+        if isinstance(model, ImageEmbeddings):
+            images = _noise(1, model.in_channels, *[model.downsample_factor] * 2).clamp(-1, 1)
+            return {"embedding": model.encode(images).mean, "reconstruction": model.decode(model.encode(images).mean)}
         if not isinstance(model, LatentDiffusion):
             return {"reconstruction": model(autoencoder_images(model), sample=False)[0]}
         x, given = network_inputs(model)
@@ -154,6 +168,11 @@ def native(model: Model, target: Path, dtype: torch.dtype) -> Form:
     megabytes = 4e-6 * sum(parameter.numel() for parameter in model.module.parameters())
     tree = deepcopy(model.tree)
     along = [(name, encoder) for name, encoder in model.encoders() if model.has(encoder)]
+    if [e for e in model.inner() if Path("/") in model.folders]:
+        raise ValueError(
+            "encoders=true copies no encoder of the model that draws a prior's embeddings; convert that model with it, and train the "
+            "prior on the result"
+        )
 
     def write() -> None:
         for name, encoder in along:

@@ -1,6 +1,7 @@
 """Controls of U-Nets as files: our folder, and diffusers' ControlNetModel, which draws the same."""
 
 import json
+import resource
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,11 +15,13 @@ from test_diffusers import randomised, text_pipeline
 from test_diffusers_export import TREES
 
 import ldm_train
-from ldm_train.checkpoints.control import parts_of, save_control, take_control
+from ldm_train.checkpoints.adapters import save_adapter
+from ldm_train.checkpoints.control import drop_control, parts_of, save_control, take_control
 from ldm_train.checkpoints.parts import build
 from ldm_train.conditioning.control import NAME, DepthControl, EdgesControl
 from ldm_train.generation.adapters import take_adapters
 from ldm_train.latent_diffusion import LatentDiffusion, Sampling, Start
+from ldm_train.models.lora import LoRA
 from ldm_train.pipeline.convert import convert
 from ldm_train.samplers.ddim import ddim
 
@@ -74,6 +77,58 @@ def test_a_control_comes_back_from_its_folder(kind: type, tmp_path: Path) -> Non
     take_adapters(half, [f"{tmp_path / 'c'}:0.5"], "runs")
     assert half.network.control.strength == 0.5
     assert not torch.equal(draw(half, **field), draw(second, **field))
+
+
+def test_a_control_that_was_trained_without_pictures_too_guides_away_from_none(tmp_path: Path) -> None:
+    """What the run draws, and the base with its adapter: the same, under guidance too."""
+    first, second = steered(small()), small()
+    first.conditioners[NAME].dropout = 0.25
+    save_control(tmp_path / "c", first, {})
+    take_control(tmp_path / "c", second)
+    assert torch.equal(draw(first, edges=EDGES), draw(second, edges=EDGES))
+    always = small()
+    change(tmp_path / "c" / "adapter.json", dropout=0.0)
+    take_control(tmp_path / "c", always)
+    assert not torch.equal(draw(always, edges=EDGES), draw(second, edges=EDGES))
+
+
+def test_a_control_and_a_lora_are_taken_in_any_order(tmp_path: Path) -> None:
+    save_control(tmp_path / "c", steered(small()), {})
+    adapted = small()
+    adapted.adapt(LoRA(rank=2), "adapter")
+    randomised(adapted.adapter)
+    save_adapter(tmp_path / "lora", adapted.adaptable(), "adapter", {})
+    names = [str(tmp_path / "c"), f"{tmp_path / 'lora'}:0.5"]
+    made, again = small(), small()
+    recorded = take_adapters(made, names, "runs")
+    assert take_adapters(again, names[::-1], "runs") == recorded[::-1]
+    assert torch.equal(draw(made, edges=EDGES), draw(again, edges=EDGES))
+    alone = small()
+    take_adapters(alone, names[:1], "runs")
+    assert not torch.equal(draw(made, edges=EDGES), draw(alone, edges=EDGES))
+
+
+def test_a_control_is_converted_as_it_is_beside_a_base_with_another(text_pipeline: Callable, tmp_path: Path) -> None:
+    folder, _ = text_pipeline("1")
+    save_control(tmp_path / "ours", steered(ldm_train.load(str(folder))), {})
+    other = steered(ldm_train.load(str(folder)), DepthControl, random=False)
+    drop_control(other)
+    drop_control(other)  # of none: nothing
+    assert other.network.condition_widths.keys() == {"context", "concat", "vector"}
+    take_control(tmp_path / "ours", other)
+    assert other.conditioners[NAME].field == "edges"
+
+
+def test_a_record_of_another_size_is_refused_before_it_takes_memory(tmp_path: Path) -> None:
+    save_control(tmp_path / "c", steered(small()), {})
+    vast = {"width": 32, "factor": 4, "channels": 3, "hidden": [16384, 16384, 16384]}
+    change(tmp_path / "c" / "adapter.json", control=vast)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(ValueError, match=r"describes another picture than its control\.safetensors holds"):
+        take_control(tmp_path / "c", small())
+    assert (
+        resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000
+    )  # kB; the weights would take 9.7 GB each
 
 
 def test_the_picture_is_kept_under_guidance() -> None:

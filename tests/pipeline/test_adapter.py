@@ -8,20 +8,23 @@ import torch
 from chains import chain, composed, tokenizer
 from PIL import Image
 from safetensors.torch import load_file
-from transformers import CLIPTextConfig, CLIPTextModel
+from torch import nn
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from ldm_train.checkpoints.adapters import read_adapter
 from ldm_train.checkpoints.control import save_control
 from ldm_train.checkpoints.native import load_latent_diffusion, read_metadata
+from ldm_train.conditioning.base import without_last_layer
 from ldm_train.errors import Refused
 from ldm_train.generation.adapters import take_adapters, with_strength
 from ldm_train.generation.sample import sample
 from ldm_train.models import lora
+from ldm_train.models.lora import LoRA
 from ldm_train.pipeline.convert import convert
 from ldm_train.pipeline.run import Run
 
 STAGES = ("stages=[autoencoder,latents,diffusion]", "diffusion.evaluate_every=null")
-LORA = (
+OPTIONS = (
     "diffusion/adapter=lora",
     "diffusion.adapter.rank=2",
     "diffusion.adapter.targets=all",
@@ -39,7 +42,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 def tuned(base: Run, name: str, *options: str) -> Run:
     begun = ("autoencoder.pretrained=base", "diffusion.init=base")
-    return chain(base.folder.parent, *STAGES, *begun, *LORA, *options, name=name)
+    return chain(base.folder.parent, *STAGES, *begun, *OPTIONS, *options, name=name)
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +102,7 @@ def parts_equal(first: torch.nn.Module, second: torch.nn.Module) -> bool:
 @pytest.mark.chain
 def test_an_adapter_is_of_the_model_as_it_is(base: Run) -> None:
     """Not of other latents, other classes or other conditions."""
-    folder, begun = base.folder.parent, ("diffusion.init=base", *LORA)
+    folder, begun = base.folder.parent, ("diffusion.init=base", *OPTIONS)
     for name, options, message in (
         ("latents", ("autoencoder.lr=2e-3",), "knows the latents of another autoencoder"),
         ("conditions", ("autoencoder.pretrained=base", "diffusion/conditioning=class"), "the conditioners class_label, text"),
@@ -291,6 +294,54 @@ def test_a_control_that_cannot_be_is_named_before_anything_is_trained(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         steered(base, "wrong", *options).execute()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("projected", [False, True])
+def test_a_layer_that_does_not_run_is_not_adapted(projected: bool) -> None:
+    """Of Stable Diffusion 2's encoder the last layer does not: its addition would never get a gradient."""
+    kind = CLIPTextModelWithProjection if projected else CLIPTextModel
+    encoder = kind(CLIPTextConfig(hidden_size=16, intermediate_size=16, num_hidden_layers=3, num_attention_heads=2))
+    view = without_last_layer(encoder)
+    adapter = LoRA(rank=1, targets="attention", text_encoder=True).attach(
+        nn.ModuleDict({"encoders": nn.ModuleDict({"text": view})})
+    )
+    layers = {key.split("layers/")[1][0] for key in adapter}
+    assert layers == {"0", "1"}
+    assert len(encoder.get_submodule("text_model.encoder.layers" if projected else "encoder.layers")) == 3
+    assert any("parametrizations" in key for key in encoder.state_dict())  # shared
+    lora.merge(view)
+    assert not any("parametrizations" in key for key in encoder.state_dict())
+
+
+@pytest.mark.parametrize(
+    ("layer", "options", "said"),
+    [
+        ("projected", {}, "layer=projected learns nothing"),
+        (
+            "last",
+            {"diffusion.task._target_": "ldm_train.training.distillation.DistillationTask"},
+            "a student and its teacher",
+        ),
+        ("last", {"diffusion.adapter.targets": "no_such_layer"}, "names no layer"),
+    ],
+)
+def test_a_frozen_encoder_that_cannot_learn_is_named_at_once(
+    base: Run, tmp_path: Path, layer: str, options: dict[str, str], said: str
+) -> None:
+    words = tokenizer(tmp_path)
+    config = CLIPTextConfig(
+        vocab_size=len(words), hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2
+    )
+    CLIPTextModel(config).save_pretrained(tmp_path / "clip")
+    words.save_pretrained(tmp_path / "clip")
+    text = "diffusion.conditioning.conditioners.text"
+    clip = (
+        "diffusion/conditioning=clip_text", "diffusion.conditioning.context_dim=32", f"{text}.path={tmp_path / 'clip'}",
+        f"{text}.layer={layer}", "diffusion.adapter.text_encoder=true",
+    )  # fmt: skip
+    with pytest.raises(ValueError, match=said):
+        tuned(base, "wrong", *clip, *(f"{k}={v}" for k, v in options.items())).execute()
 
 
 @pytest.mark.chain

@@ -126,7 +126,8 @@ class ImageFolder(Source):
         numbers = isinstance(range, list | tuple) and all(type(v) in (int, float) and math.isfinite(v) for v in range)
         if range is not None and not (numbers and len(range) == 2 and range[0] < range[1]):
             raise ValueError(f"source.range is [low,high], what black and white are, not {range}")
-        self.layout, self.limits, self.max_size, self.caption = layout, range, max_size, caption
+        self.layout, self.limits, self.max_size = layout, range, max_size
+        self.caption = None if caption is None else str(caption)
         if not Path(path).is_dir():
             raise FileNotFoundError(f"path={path} is no folder; give a folder of images")
         files = _files(_folders(Path(path)))
@@ -157,7 +158,7 @@ class ImageFolder(Source):
             "classes": self.classes,
         }
         self.identity = options | {"files": digest([[key, file.stat().st_size] for key, file, _ in listed])}
-        more = {"layout": layout, "range": range, "caption": caption}
+        more = {"layout": layout, "range": range, "caption": self.caption}
         self.identity |= {k: v for k, v in more.items() if v is not None}
 
     def sample(self, split: str, i: int) -> tuple[str, dict[str, bytes]]:
