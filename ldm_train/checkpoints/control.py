@@ -12,7 +12,7 @@ from ldm_train.checkpoints import diffusers_describe as describe
 from ldm_train.checkpoints import diffusers_options as rules
 from ldm_train.checkpoints.adapters import CONTROL, RECORD, finite_tensors
 from ldm_train.checkpoints.diffusers_export import Component, unet_tensors, write_component
-from ldm_train.checkpoints.diffusers_networks import first_line, load_weights, unet_key
+from ldm_train.checkpoints.diffusers_networks import first_line, load_weights, read_weights, unet_key
 from ldm_train.checkpoints.parts import whole
 from ldm_train.conditioning.control import NAME, PICTURES, ControlPicture, controlled
 from ldm_train.devices import shapes_only
@@ -62,12 +62,7 @@ def take_control(folder: Path, model: LatentDiffusion, strength: float = 1.0) ->
     tensors = finite_tensors(folder / CONTROL)
     with shapes_only():  # a record may describe one of any size
         described = _picture(record, folder / RECORD).state_dict()
-    if any(
-        tuple(value.shape) != tuple(tensors.get(PICTURE + key, value[:0]).shape) for key, value in described.items()
-    ):
-        raise ValueError(
-            f"{folder / RECORD} describes another picture than its {CONTROL} holds; take an undamaged copy"
-        )
+    _check_picture(described, tensors, PICTURE, folder / RECORD)
     picture = _picture(record, folder / RECORD)
     copy = _added(model, picture, folder)
     parts = nn.ModuleDict({"copy": copy, "picture": picture})
@@ -78,6 +73,15 @@ def take_control(folder: Path, model: LatentDiffusion, strength: float = 1.0) ->
             f"{folder} is a control of another architecture: {' '.join(str(error).split())[:200]}"
         ) from error
     copy.strength = float(strength)
+
+
+def _check_picture(
+    described: Mapping[str, torch.Tensor], held: Mapping[str, torch.Tensor], prefix: str, where: Path
+) -> None:
+    """Raises ValueError where the weights of a picture's convolutions, with this prefix, have other shapes than a description
+    says."""
+    if any(prefix + key not in held or held[prefix + key].shape != value.shape for key, value in described.items()):
+        raise ValueError(f"{where} describes another picture than its weights hold; take an undamaged copy")
 
 
 def _picture(record: Mapping[str, Any], where: Path) -> ControlPicture:
@@ -185,9 +189,12 @@ def take_control_of_diffusers(folder: Path, model: LatentDiffusion, tree: Mappin
         "channels": options["conditioning_channels"],
     }
     try:
-        picture = PICTURES[field](**given)
+        with shapes_only():  # a config may describe one of any size
+            described = PICTURES[field](**given).state_dict()
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
+    _check_picture(described, read_weights(folder), IN_PICTURE, path)
+    picture = PICTURES[field](**given)
     copy = _added(model, picture, folder)
     load_weights(
         nn.ModuleDict({"copy": copy, "picture": picture}),

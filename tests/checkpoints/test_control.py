@@ -124,7 +124,7 @@ def test_a_record_of_another_size_is_refused_before_it_takes_memory(tmp_path: Pa
     vast = {"width": 32, "factor": 4, "channels": 3, "hidden": [16384, 16384, 16384]}
     change(tmp_path / "c" / "adapter.json", control=vast)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    with pytest.raises(ValueError, match=r"describes another picture than its control\.safetensors holds"):
+    with pytest.raises(ValueError, match="describes another picture than its weights hold"):
         take_control(tmp_path / "c", small())
     assert (
         resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000
@@ -225,6 +225,7 @@ def test_a_model_without_a_control_has_none_to_write() -> None:
         ({"attention_head_dim": 8}, "its attention_head_dim is 8"),
         ({"global_pool_conditions": True}, "global_pool_conditions"),
         ({"conditioning_embedding_out_channels": [16, 32, 96, 256]}, "need 2 widths"),
+        ({"conditioning_embedding_out_channels": [4096, 4096]}, "describes another picture than its weights hold"),
         ({"addition_embed_type": "text"}, "addition_embed_type"),
         ({"unheard_of": 1}, "unheard_of"),
     ],
