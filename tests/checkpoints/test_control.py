@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from chains import composed
-from diffusers import ControlNetModel, DDIMScheduler, StableDiffusionControlNetPipeline
+from diffusers import ControlNetModel, DDIMScheduler, StableDiffusionControlNetPipeline, StableDiffusionPipeline
 from safetensors.torch import load_file, save_file
 from test_diffusers import randomised, text_pipeline
 from test_diffusers_export import TREES
@@ -143,8 +143,11 @@ def test_the_picture_is_kept_under_guidance() -> None:
 
 @pytest.mark.parametrize("version", ["1", "2"])
 def test_diffusers_draws_what_we_draw_with_a_control(version: str, text_pipeline: Callable, tmp_path: Path) -> None:
-    folder, pipeline = text_pipeline(version)
-    model = steered(ldm_train.load(str(folder)))
+    folder, _ = text_pipeline(version)
+    convert(composed("convert", f"from={folder}", f"to={tmp_path / 'native'}"))
+    convert(composed("convert", f"from={tmp_path / 'native'}", f"to={tmp_path / 'exported'}", "format=diffusers"))
+    pipeline = StableDiffusionPipeline.from_pretrained(tmp_path / "exported", low_cpu_mem_usage=False)
+    model = steered(ldm_train.load(str(tmp_path / "native")))
     save_control(tmp_path / "ours", model, {})
     convert(
         composed(
