@@ -30,11 +30,6 @@ INPUTS = {
 CONTROL = "control."  # the copy of a U-Net's encoder, see `models/control.py`
 
 
-def _copied(name: str) -> str:
-    """The weight that one of a control begins as a copy of; the names of its zero convolutions are no weights of a U-Net."""
-    return name.removeprefix(CONTROL)
-
-
 def model_folder(value: str, runs_dir: str, option: str) -> Path:
     """The model folder of a run by its name or folder, of a model on the Hub, of a checkpoint or pipeline of others (converted at
     its first use), or itself. Raises FileNotFoundError naming the paths that were tried."""
@@ -64,13 +59,13 @@ def _network_shapes(folder: Path) -> dict[str, Shape]:
 
 
 def grown(ours: Mapping[str, Shape], theirs: Mapping[str, Shape], where: Path) -> list[str]:
-    """What a network has more than the one that it begins from, in words, beside a control. Raises ValueError for any difference that zeros
-    cannot bridge."""
+    """What a network has more than the one that it begins from, in words, beside a control. Raises ValueError for any
+    difference that zeros cannot bridge."""
     more: dict[str, str] = {}
     for name, shape in ours.items():
         before = theirs.get(name)
         if before == shape or (
-            before is None and name.startswith(CONTROL) and theirs.get(_copied(name), shape) == shape
+            before is None and name.startswith(CONTROL) and theirs.get(name.removeprefix(CONTROL), shape) == shape
         ):
             continue
         what = next((words for end, words in INPUTS.items() if name.endswith(end)), None)
@@ -143,7 +138,7 @@ def begin_from(model: LatentDiffusion, folder: Path, trust: list[str], say: bool
             )
     state = {}
     for key, value in model.network.state_dict().items():
-        source = key if key in theirs or not key.startswith(CONTROL) else _copied(key)
+        source = key if key in theirs or not key.startswith(CONTROL) else key.removeprefix(CONTROL)
         state[key] = _into(value, theirs[source]) if source in theirs else value
     for key in ("label_emb.0.2.weight", "label_emb.0.2.bias", "label_emb.weight"):
         if key in state and key not in theirs:

@@ -1,6 +1,7 @@
 """A stage that trains an adapter: small, on a model that stays as it is, and of use wherever that model is."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -40,9 +41,9 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Run:
     return run
 
 
-def tuned(base: Run, name: str, *options: str) -> Run:
+def tuned(base: Run, name: str, *options: str, how: Sequence[str] = OPTIONS) -> Run:
     begun = ("autoencoder.pretrained=base", "diffusion.init=base")
-    return chain(base.folder.parent, *STAGES, *begun, *OPTIONS, *options, name=name)
+    return chain(base.folder.parent, *STAGES, *begun, *how, *options, name=name)
 
 
 @pytest.fixture(scope="module")
@@ -212,8 +213,7 @@ CONTROL = ("diffusion/adapter=control", "diffusion.lr=1e-2", "diffusion.max_step
 
 
 def steered(base: Run, name: str, *options: str) -> Run:
-    begun = ("autoencoder.pretrained=base", "diffusion.init=base")
-    return chain(base.folder.parent, *STAGES, *begun, *CONTROL, *options, name=name)
+    return tuned(base, name, *options, how=CONTROL)
 
 
 @pytest.fixture(scope="module")
