@@ -1,5 +1,6 @@
 """Checks the values of a run's config, their types and ranges, before anything is built from them."""
 
+import pkgutil
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ from omegaconf import DictConfig, OmegaConf
 from ldm_train.configuration import config_folder
 from ldm_train.rules import Rule, check, flag, list_of, number, numbers, one_of, optional, section, text, whole
 from ldm_train.training.callbacks.clock import seconds_of
+from ldm_train.training.task import Task
 
 TRAINED = ("autoencoder", "diffusion", "classifier")  # the stages with a section of their own
 # Groups of conf/, chosen with a slash.
@@ -149,6 +151,8 @@ RULES: dict[str, Rule] = {
     "autoencoder.init_discriminator": optional(flag),
     "autoencoder.train": one_of("all", "decoder"),
     "trace": optional(_trace),
+    "data.remedy": optional(text("sentence")),
+    "trainer.benchmark": optional(flag),
     "plan": optional(_only),
     "memory": optional(number(0.001)),
     "price_per_hour": optional(POSITIVE),
@@ -173,6 +177,18 @@ def _loggers(names: Any) -> DictConfig:
     return OmegaConf.create(chosen)
 
 
+def _check_target(name: str, target: str) -> None:
+    """Raises ValueError for a `_target_` of the user's own config that is no class or function, and for a task that is none."""
+    try:
+        found = pkgutil.resolve_name(target)
+    except Exception as error:  # what importing a module raises is its own affair
+        raise ValueError(f"{name}={target} cannot be loaded: {type(error).__name__}: {error}") from error
+    if not callable(found):
+        raise ValueError(f"{name}={target} is a {type(found).__name__}, where a class or function is meant")
+    if name.endswith(".task._target_") and not (isinstance(found, type) and issubclass(found, Task)):
+        raise ValueError(f"{name}={target} is no {Task.__module__}.{Task.__name__}, which training needs")
+
+
 def check_values(config: DictConfig) -> None:
     """Raises ValueError, naming the option, for a value of the wrong type or range. Turns 1e4 into 10000 where a count is
     meant, and a list of loggers' names, as in older recipes, into their section."""
@@ -187,5 +203,6 @@ def check_values(config: DictConfig) -> None:
         if not isinstance(target := OmegaConf.select(config, f"{name}._target_"), str):
             raise ValueError(f"{name}._target_={target}: it names a class or function")
     for name in PARTIAL:
+        _check_target(f"{name}._target_", OmegaConf.select(config, f"{name}._target_"))
         if OmegaConf.select(config, f"{name}._partial_") is not True:
             raise ValueError(f"{name}._partial_ is true: training adds the other arguments")

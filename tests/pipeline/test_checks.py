@@ -152,6 +152,11 @@ REFUSED = {
     "stages=[perceptual]": "the stage perceptual needs its section: choose experiment=tiny_perceptual",
     f"{CLASSIFIER} classifier.batch_size=100000": "classifier.batch_size=100000 exceeds the",
     "+stage.mine._target_=ldm_train.pipeline.export.ExportStage": "is no stage of that name",
+    "data.remedy=2.5": "data.remedy=2.5 is no sentence",
+    "trainer.benchmark=0": "trainer.benchmark=0 is neither true nor false",
+    "autoencoder.task._target_=abc": "autoencoder.task._target_=abc is a module, where a class or function is meant",
+    "diffusion.task._target_=my_package.Mine": "diffusion.task._target_=my_package.Mine cannot be loaded: ",
+    "diffusion.task._target_=json.dumps": "is no ldm_train.training.task.Task",
 }  # fmt: skip
 
 
