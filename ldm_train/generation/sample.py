@@ -2,6 +2,8 @@
 
 import os
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,11 +29,26 @@ from ldm_train.generation.job import SHOWN, Job, folder_of, make_recipe, replaye
 from ldm_train.generation.requests import Request, check_types, chosen_task, requests
 from ldm_train.latent_diffusion import Guidance, LatentDiffusion, Sampling
 from ldm_train.models.tiling import Tiles
+from ldm_train.samplers import Callback
 from ldm_train.samplers.ddim import ddim
 from ldm_train.samplers.resampling import resampled
 
 PRECISIONS = ("32", "bf16", "16")
 COMPILE = ("default", "cuda_graphs")
+# Called after each step of a batch with its requests, what decodes latents, the step, and the estimate of their latents.
+Watch = Callable[[list[Request], Callable[[torch.Tensor], torch.Tensor], int, torch.Tensor], None]
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model that is ready to draw. source: the folder with its weights. metadata: of its weights. trained: how its run drew.
+    adapters: what became part of its weights, for recipes."""
+
+    source: Path
+    metadata: dict[str, Any]
+    trained: dict[str, Any]
+    model: LatentDiffusion
+    adapters: list[str]
 
 
 def model_folder(run: str | None, runs_dir: str, option: str = "run") -> Path:
@@ -119,12 +136,30 @@ def check_wanted(config: DictConfig, task: str, wanted: list[Request], chosen: A
             raise ValueError("resample.repeats adds noise, which inversion has just taken out; leave one of them out")
 
 
-def sample(config: DictConfig) -> list[Path]:
-    """Raises ValueError, FileNotFoundError or Refused for a job that cannot be drawn, naming the recipe where one is given."""
+def load(config: DictConfig, sampler: dict[str, Any] | None = None) -> Loaded:
+    """The model that `run`, `adapters` and `accelerator` say. sampler: of the user's own. Raises FileNotFoundError where there is
+    none, ValueError for one that is damaged or does not take the adapters."""
+    source = model_folder(config.run, config.runs_dir)
+    model = load_latent_diffusion(source, trusted(config, sampler))
+    adapters = take_adapters(model, as_list(config.adapters, "adapters"), config.runs_dir)
+    model = model.to(device_of(config.accelerator).type, memory_format=torch.channels_last)
+    return Loaded(source, model_metadata(source), USUAL_SAMPLING | recorded_sampling(source), model, adapters)
+
+
+def trusted(config: DictConfig, sampler: dict[str, Any] | None) -> list[str]:
+    """The packages and parts that the user has named. sampler: of the command."""
+    return [*config.trust, *(targets(sampler) if sampler else ())]
+
+
+def sample(config: DictConfig, loaded: Loaded | None = None, watch: Watch | None = None) -> list[Path]:
+    """Draws a job; returns its pictures' paths. loaded: the model that the config says, where it is in memory already.
+
+    Raises ValueError, FileNotFoundError or Refused for a job that cannot be drawn, naming the recipe where one is given.
+    """
     if config.recipe is None:
-        return _sample(config, None, None)
+        return _sample(config, None, None, loaded, watch)
     try:
-        return _sample(*replayed(config))
+        return _sample(*replayed(config), loaded, watch)
     except ValueError as error:
         raise error if "recipe=" in str(error) else ValueError(f"recipe={config.recipe}: {error}") from error
 
@@ -138,24 +173,25 @@ def unsaid(config: DictConfig, trained: dict[str, Any]) -> dict[str, Any]:
     return options
 
 
-def _sample(config: DictConfig, recipe_before: dict[str, Any] | None, only: int | None) -> list[Path]:
+def _sample(
+    config: DictConfig,
+    recipe_before: dict[str, Any] | None,
+    only: int | None,
+    loaded: Loaded | None,
+    watch: Watch | None,
+) -> list[Path]:
     check_types(config)
-    source = model_folder(config.run, config.runs_dir)
-    metadata = model_metadata(source)
-    trained = USUAL_SAMPLING | recorded_sampling(source)
     given = OmegaConf.to_container(config.sampler) if config.get("sampler") else None
-    chosen, tree = None if recipe_before else given, given or trained["sampler"]
-    config = literal(OmegaConf.to_container(config, resolve=True) | unsaid(config, trained) | {"sampler": tree})
-    trust = [*config.trust, *(targets(chosen) if chosen else ())]  # a sampler of the user's own
-    device = device_of(config.accelerator).type
-    model = load_latent_diffusion(source, trust)
-    adapters = take_adapters(model, as_list(config.adapters, "adapters"), config.runs_dir)
-    model = model.to(device, memory_format=torch.channels_last)
+    chosen = None if recipe_before else given
+    loaded = loaded or load(config, chosen)
+    model, source, trust = loaded.model, loaded.source, trusted(config, chosen)
+    tree, device = given or loaded.trained["sampler"], model.device.type
+    config = literal(OmegaConf.to_container(config, resolve=True) | unsaid(config, loaded.trained) | {"sampler": tree})
     if recipe_before and config.compile == "cuda_graphs" and device != "cuda":
         config.compile = None  # the same pictures, but for rounding
     guidance, guides = check(config, model), Guides(config, model, device)
-    if adapters:
-        guides.recipe["adapters"] = adapters
+    if loaded.adapters:
+        guides.recipe["adapters"] = loaded.adapters
     task = chosen_task(model, config, guides.parsers)
     wanted = requests(model, config, guides.parsers)
     if only is not None and only >= len(wanted):
@@ -184,27 +220,41 @@ def _sample(config: DictConfig, recipe_before: dict[str, Any] | None, only: int 
         for drawn_from in filter(None, (model, weaker)):
             (record_cuda_graphs if config.compile == "cuda_graphs" else compile_sampling)(drawn_from.network)
     dtype = torch.float16 if str(config.precision) == "16" else torch.bfloat16
-    if recipe_before and recipe_before["model_sha256"] != metadata["sha256"]:
-        raise ValueError(
-            f"{source} does not hold the weights that drew this recipe; say where they are with run=<folder>"
-        )
     if recipe_before and device == "cpu" and (threads := recipe_before["machine"].get("threads")):
         torch.set_num_threads(min(threads, 4 * (os.cpu_count() or 1)))
-    recipe = make_recipe(config, task, source, metadata["sha256"], device) | guides.recipe
-    changed = [k for k in guides.recipe if recipe_before and recipe_before.get(k) != guides.recipe[k]]
-    if changed:
-        raise ValueError(f"{changed[0].removesuffix('_sha256')}= does not hold the weights that drew this recipe")
-    if recipe_before and recipe["machine"] != recipe_before["machine"]:
-        print(f"drawn on {recipe_before['machine']}, here is {recipe['machine']}: pixels may differ slightly")
+    recipe = make_recipe(config, task, source, loaded.metadata["sha256"], device) | guides.recipe
+    if recipe_before:
+        _check_same_weights(recipe_before, recipe, source)
     channels = model.first_stage.autoencoder.in_channels
     job = Job(folder_of(config, source, recipe), recipe, wanted, config.overwrite, channels)
     guided = Guidance(weaker_model=weaker, rule=partial(classifier_free, **guidance))
     autocast = partial(torch.autocast, device, dtype, enabled=str(config.precision) != "32")
     drawing = Drawing(model, task, config, sampling, guided, guides, autocast)
-    return run_job(job, drawing, only, recipe_before)
+    return run_job(job, drawing, only, recipe_before, watch)
 
 
-def run_job(job: Job, drawing: Drawing, only: int | None, recipe_before: dict[str, Any] | None) -> list[Path]:
+def _check_same_weights(before: dict[str, Any], now: dict[str, Any], source: Path) -> None:
+    """Raises ValueError where a recipe was drawn by other weights; says where it was drawn on another machine."""
+    if before["model_sha256"] != now["model_sha256"]:
+        raise ValueError(
+            f"{source} does not hold the weights that drew this recipe; say where they are with run=<folder>"
+        )
+    guides = [k for k in now if k == "adapters" or (k.endswith("_sha256") and k != "model_sha256")]
+    if changed := [k for k in guides if before.get(k) != now[k]]:
+        raise ValueError(f"{changed[0].removesuffix('_sha256')}= does not hold the weights that drew this recipe")
+    if now["machine"] != before["machine"]:
+        print(f"drawn on {before['machine']}, here is {now['machine']}: pixels may differ slightly")
+
+
+def _all_of(*callbacks: Callback | None) -> Callback | None:
+    """One callback that calls all of those there are."""
+    there = [callback for callback in callbacks if callback is not None]
+    return (lambda step, pred_x0: [callback(step, pred_x0) for callback in there]) if there else None
+
+
+def run_job(
+    job: Job, drawing: Drawing, only: int | None, recipe_before: dict[str, Any] | None, watch: Watch | None
+) -> list[Path]:
     """Draws what is missing, batch by batch; returns the pictures' paths. only: keep this one picture alone."""
     config, size = drawing.config, drawing.config.batch_size
     parts = [job.wanted[k : k + size] for k in range(0, len(job.wanted), size)]
@@ -218,7 +268,7 @@ def run_job(job: Job, drawing: Drawing, only: int | None, recipe_before: dict[st
             if only is None and filmed and (made := job.done(part)) is not None:
                 continued += len(part)
             else:
-                made = drawing(part, film)
+                made = drawing(part, _all_of(film, watch and partial(watch, part, drawing.decode)))
                 kept = [(r, image) for r, image in zip(part, made) if only in (None, r.number)]
                 part, made = [r for r, _ in kept], torch.stack([image for _, image in kept])
                 job.save(part, made)
