@@ -1,6 +1,7 @@
 """The configs: the folder that holds them, and the config that a run has saved."""
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +75,19 @@ def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
     if isinstance(tree, dict):
         return {k: v for name, value in tree.items() for k, v in flatten(value, f"{prefix}{name}.").items()}
     return {prefix[:-1]: tree}
+
+
+def numbers(tree: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
+    """The numbers of nested metrics by their path; an interval [low, high] as two."""
+    flat: dict[str, float] = {}
+    for name, value in tree.items():
+        if isinstance(value, Mapping):
+            flat |= numbers(value, f"{prefix}{name}/")
+        elif name == "interval" and value:
+            flat |= {f"{prefix}low": value[0], f"{prefix}high": value[1]}
+        elif isinstance(value, int | float) and not isinstance(value, bool):
+            flat[f"{prefix}{name}"] = value
+    return flat
 
 
 def differences(old: dict[str, Any], new: dict[str, Any], defaults: dict[str, Any]) -> list[str]:

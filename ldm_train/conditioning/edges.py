@@ -28,6 +28,7 @@ class Edges(Field):
     """edges: float32 (1, H, W) in [0, 1]."""
 
     name, extensions, needs_pixels = "edges", ("edges.png",), True
+    input = "picture"
 
     def from_image(self, image: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
         return edges_of(image)

@@ -82,7 +82,9 @@ class Field:
     needs_pixels    whether decoding needs the picture
     cached          whether the latent cache holds it
     optional        whether samples may lack it
-    option          of ldm-sample, which gives it; other fields are given as fields.<name>=
+    option          of ldm-sample, which gives it; see `argument`
+    input           what the app draws for it: text, choice (of the conditioner's `names`), picture, boxes, map, or mask (the brush
+                    of inpainting)
     members         what `check` reads
     remedy          what to do where samples lack it
     from_image      how it is made from the picture where a sample lacks it (also: data.derived)
@@ -94,9 +96,15 @@ class Field:
     cached = False
     optional = False
     option: str | None = None
+    input = "text"
     members: tuple[str, ...] = ()
     remedy = "prepare the data again with it"
     from_image: Derive | None = None
+
+    @property
+    def argument(self) -> str:
+        """The option of ldm-sample that gives it."""
+        return self.option or f"fields.{self.name}"
 
     def held(self, counts: Mapping[str, int]) -> int:
         """How many samples have it, from the number of members of each extension."""
@@ -139,12 +147,14 @@ class Reference(Image):
     """reference: the cut image itself, for conditioners that embed it."""
 
     name, option = "reference", "image"
+    input = "picture"
 
 
 class Segmentation(Field):
     """segmentation: int64 (H, W), cut by nearest neighbour."""
 
     name, extensions, option = "segmentation", ("seg.png",), "map"
+    input = "map"
 
     def decode(self, sample: Sample) -> torch.Tensor:
         labels = decode_labels(sample.raw[self.extensions[0]])
@@ -161,6 +171,7 @@ class Depth(Field):
     """depth: float32 (1, H, W) in [0, 1]; files of 8 or 16 bits."""
 
     name, extensions, option = "depth", ("depth.png",), "depth"
+    input = "picture"
 
     def decode(self, sample: Sample) -> torch.Tensor:
         values = decode_labels(sample.raw[self.extensions[0]])
@@ -175,6 +186,7 @@ class Boxes(Field):
     """boxes: float32 (N, 5), x, y, width, height in unit coordinates of the cut picture, label."""
 
     name, extensions, needs_pixels, option, members = "boxes", ("json",), True, "layout", ("json",)
+    input = "boxes"
 
     def decode(self, sample: Sample) -> torch.Tensor:
         boxes = boxes_of(sample.raw.get("json", b"{}"), sample.labels.get(self.name))
@@ -195,6 +207,7 @@ class MaskedImage(Field):
     """masked_image: float32 (C + 1, H, W), the picture with its hole at -1, and the mask, 1 in the hole."""
 
     name, extensions, needs_pixels, option = "masked_image", ("mask.png",), True, "image"
+    input = "mask"
     remedy = "store a .mask.png beside each image, or have masks drawn: data/derived=masks"
 
     def decode(self, sample: Sample) -> torch.Tensor:
@@ -209,6 +222,7 @@ class LowResolution(Field):
     """lowres: float32 (C, h, w) in [-1, 1], the picture by a whole factor smaller."""
 
     name, extensions, needs_pixels, option = "lowres", ("lowres.png",), True, "image"
+    input = "picture"
     remedy = "store a .lowres.png beside each image, or have it made: data/derived=bicubic_x4"
 
     def decode(self, sample: Sample) -> torch.Tensor:
@@ -229,6 +243,7 @@ class ClassLabel(Field):
     """class_label: int, below the number of classes."""
 
     name, extensions, cached, option, members = "class_label", ("cls",), True, "classes", ("cls",)
+    input = "choice"
     remedy = "prepare the data with one folder per class, or choose diffusion/conditioning=none"
 
     def decode(self, sample: Sample) -> int:

@@ -137,7 +137,7 @@ def chosen_task(model: LatentDiffusion, config: DictConfig, guided: Collection[s
         elif config.image is not None:
             task = next((t for t in ("superres", "variation") if TASKS[t] in fields), "img2img")
         else:
-            given = [t for t, f in TASKS.items() if f in fields and config[_option(FIELDS[f])] is not None]
+            given = [t for t, f in TASKS.items() if f in fields and config[FIELDS[f].argument] is not None]
             task = given[-1] if given else "unconditional"
     if task not in TASKS:
         raise ValueError(f"unknown task {task!r}; this model can do {', '.join(possible_tasks(model, guided))}")
@@ -147,7 +147,7 @@ def chosen_task(model: LatentDiffusion, config: DictConfig, guided: Collection[s
             f"{', '.join(possible_tasks(model, guided))}"
         )
     needed = TASKS[task]
-    if needed and (option := _option(FIELDS[needed])) != "image" and config[option] is None:
+    if needed and (option := FIELDS[needed].argument) != "image" and config[option] is None:
         raise ValueError(f"task={task} needs {option}=...")
     for option, meant in (("mask", "inpaint"), ("extend", "outpaint")):
         if config[option] is not None and task != meant:
@@ -191,11 +191,6 @@ def picture_size(model: LatentDiffusion, size: Any, option: str = "size") -> tup
     return height, width
 
 
-def _option(field: Field) -> str:
-    """The option that gives a field."""
-    return field.option or f"fields.{field.name}"
-
-
 def _by_field(model: LatentDiffusion) -> dict[str, Any]:
     """The model's conditioners by the batch field that each reads."""
     return {c.field: c for c in model.conditioners.values()}
@@ -220,7 +215,7 @@ class _Inputs:
     def of(cls, model: LatentDiffusion, config: DictConfig, task: str, guides: Collection[str]) -> "_Inputs":
         """Raises ValueError for an option that means nothing to this model."""
         by_field = _by_field(model)
-        option_of = {name: _option(field) for name, field in known_fields(model).items() if name != "image"}
+        option_of = {name: field.argument for name, field in known_fields(model).items() if name != "image"}
         own = [f"fields.{name}" for name in config.fields]
         given = {o: as_list(OmegaConf.select(config, o), o) for o in (*dict.fromkeys(option_of.values()), "mask", *own)}
         used = {f: option_of[f] for f in by_field if f != "masked_image" and given[option_of[f]]}

@@ -11,13 +11,12 @@ from typing import Any
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
-from ldm_train.configuration import flatten, run_config
+from ldm_train.configuration import flatten, numbers, run_config
 from ldm_train.errors import Refused
 from ldm_train.pipeline import plots
 from ldm_train.pipeline.plots import Rows
 from ldm_train.pipeline.resume import read_note
 from ldm_train.storage import read_record, write_atomically
-from ldm_train.training.loggers import WandbRun, numbers
 
 FAILED = "failed.json"
 # Options that differ between runs but are not swept.
@@ -43,13 +42,7 @@ class SweptRun:
         return 2 ** (len(self.config.get("autoencoder.network.channel_mult") or [1]) - 1)
 
     def stage(self, name: str) -> str:
-        """ "done", the step it has reached, or "" where it has not begun."""
-        if (note := read_note(self.folder / name)) is None:
-            return ""
-        if note["finished"]:
-            return "done"
-        rows = read_rows(self.folder / name)
-        return f"step {rows[-1]['step']}" if rows else "begun"
+        return reached(self.folder / name)
 
     def metrics(self) -> dict[str, float]:
         """The numbers of metrics.json by their path; {} before the evaluation."""
@@ -60,6 +53,16 @@ class SweptRun:
     def measured(self) -> list[str]:
         """The metrics of its evaluation."""
         return list(self.config.get("evaluation.metrics") or ["fid_tiny"])
+
+
+def reached(stage: Path) -> str:
+    """How far a stage is: "done", the step it has reached, or "" where it has not begun."""
+    if (note := read_note(stage)) is None:
+        return ""
+    if note["finished"]:
+        return "done"
+    rows = read_rows(stage)
+    return f"step {rows[-1]['step']}" if rows else "begun"
 
 
 def read_rows(stage: Path) -> list[dict[str, str]]:
@@ -241,6 +244,8 @@ def sweep(config: DictConfig) -> list[Path]:
 def upload(folder: Path, table: Rows, written: Sequence[Path], project: str) -> None:
     """The table and the plots as a run of W&B."""
     import wandb
+
+    from ldm_train.training.loggers import WandbRun  # Lightning takes seconds
 
     run = WandbRun(folder, project, f"{folder.name}-sweep", {"sweep": folder.name})
     columns = list(dict.fromkeys(k for row in table for k in row))

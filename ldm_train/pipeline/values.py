@@ -157,7 +157,8 @@ RULES: dict[str, Rule] = {
     "memory": optional(number(0.001)),
     "price_per_hour": optional(POSITIVE),
     **dict.fromkeys(("data.image_size", "autoencoder.data.image_size"), optional(_image_size)),
-    **dict.fromkeys(("data.scale", "autoencoder.data.scale"), optional(_area)),
+    "data.scale": _area,
+    "autoencoder.data.scale": optional(_area),
 }
 REQUIRED = (
     *GROUPS,

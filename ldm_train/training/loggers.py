@@ -18,6 +18,7 @@ from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from PIL import Image
 
+from ldm_train.configuration import numbers
 from ldm_train.storage import inside, write_atomically
 
 
@@ -209,19 +210,6 @@ class WandbRun:
         self.run.finish()
         if self.offline:
             print(f"W&B: offline; upload with: wandb sync {Path(self.run.settings.sync_dir)}")
-
-
-def numbers(tree: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
-    """The numbers of nested metrics by their path; an interval [low, high] as two."""
-    flat: dict[str, float] = {}
-    for name, value in tree.items():
-        if isinstance(value, Mapping):
-            flat |= numbers(value, f"{prefix}{name}/")
-        elif name == "interval" and value:
-            flat |= {f"{prefix}low": value[0], f"{prefix}high": value[1]}
-        elif isinstance(value, int | float) and not isinstance(value, bool):
-            flat[f"{prefix}{name}"] = value
-    return flat
 
 
 # Metrics whose summary is a run's best value, not its last.

@@ -11,7 +11,8 @@ import pytest
 import torch
 from chains import chain
 
-from ldm_train.training.loggers import MetricsCSV, StageLogger, TensorBoardLogger, numbers
+from ldm_train.configuration import numbers
+from ldm_train.training.loggers import MetricsCSV, StageLogger, TensorBoardLogger
 
 BLOCK = 32768
 

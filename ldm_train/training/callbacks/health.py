@@ -13,9 +13,9 @@ import torch
 
 from ldm_train.distributed import rank
 from ldm_train.storage import write_json
+from ldm_train.training import HEALTH
 from ldm_train.training.task import Task
 
-FILE = "health.json"
 PATIENCE = 500  # optimiser steps that a state of the discriminator must last before it is reported
 WINDOW = 10  # logged values that must agree
 
@@ -177,7 +177,7 @@ class Health(L.Callback):
     """
 
     def __init__(self, folder: Path, settings: Settings):
-        self.path, self.settings = folder / FILE, settings
+        self.path, self.settings = folder / HEALTH, settings
         self.history: dict[str, list[tuple[int, float]]] = defaultdict(list)
         self.findings: dict[str, dict[str, Any]] = {}
         self._before: tuple[torch.Tensor, torch.Tensor] | None = None

@@ -1,0 +1,224 @@
+"""What a request may say. It comes from anyone who reaches the page: it may set the options in OFFERED and hand in pictures; which
+models, adapters and folders there are, the command that started the app has said."""
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from ldm_train import images as pictures
+from ldm_train.app.offer import Input, Offer
+from ldm_train.configuration import config_folder
+from ldm_train.data.files import open_image
+from ldm_train.generation.adapters import STRONGEST
+from ldm_train.generation.job import FIELD
+from ldm_train.storage import write_atomically
+
+LISTS = ("prompts", "classes")
+TEXTS = ("negative", "image_prompt", "spacing", "task")
+NUMBERS = ("strength", "invert", "n", "seed", "size", "extend", "num_inference_steps", "guidance_scale")
+OFFERED = frozenset((*LISTS, *TEXTS, *NUMBERS, "layout", "sampler", "adapters"))
+FILES = ("image", "mask", "map", "depth")
+SUFFIXES = {
+    "PNG": ".png",
+    "JPEG": ".jpg",
+    "WEBP": ".webp",
+    "BMP": ".bmp",
+}  # of what may be handed in, by Pillow's names
+MOST_BOXES = 100
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a request may ask for at most.
+
+    pictures: of a job. steps: of a picture. side: pixels. characters: of a text. upload: MB of a file. megapixels: of a picture that
+    is handed in.
+    """
+
+    pictures: int = 64
+    steps: int = 250
+    side: int = 1024
+    characters: int = 2000
+    upload: float = 20
+    megapixels: float = 50
+
+
+def samplers() -> list[str]:
+    return sorted(p.stem for p in (config_folder() / "sampler").glob("*.yaml"))
+
+
+def options_of(offer: Offer, asked: Mapping[str, Any], limits: Limits) -> dict[str, Any]:
+    """Options of ldm-sample. asked: options in OFFERED, and pictures (bytes, or paths of uploads) for those in FILES and for the
+    model's own fields. Raises ValueError for anything else, and for what is beyond the limits."""
+    check = {
+        **{name: lambda v, name=name: [_text(name, t, limits, True) for t in _listed(v)] for name in LISTS},
+        **{name: lambda v, name=name: _text(name, v, limits) for name in TEXTS},
+        "layout": lambda v: _layout(v, limits),
+        "adapters": lambda v: adapters(offer, v),
+        "sampler": _sampler,
+    }
+    own, options = _own(offer), dict[str, Any]()
+    for name, value in asked.items():
+        if value is None or (value == "" and name not in LISTS):
+            continue
+        if name in FILES or (name in own and own[name].kind == "picture"):
+            kept = [keep(offer, one, name, limits) for one in _listed(value)]
+            value = kept if len(kept) > 1 else kept[0]
+        elif name in own:
+            value = _text(name, value, limits)
+        elif name not in OFFERED:
+            raise ValueError(f"{name!r:.60} is nothing that this page can be asked for")
+        else:
+            value = check.get(name, lambda v: v)(value)
+        section, _, field = name.rpartition(".")
+        (options.setdefault(section, {}) if section else options)[field] = value
+    _check_numbers(options, limits)
+    return options
+
+
+def replay_of(offer: Offer, picture: Path, limits: Limits) -> dict[str, Any]:
+    """Options of ldm-sample that draw a picture of this project's again, by the recipe that it carries. What it was drawn from is
+    looked for among what was handed in here. Raises ValueError where it carries none."""
+    _check_file(picture, limits)
+    try:
+        config = pictures.read_recipe(picture)["config"]
+        fields, chosen = dict(config.get("fields") or {}), config.get("adapters")
+        given = {name: _listed(config[name]) for name in FILES if config.get(name) is not None}
+    except Exception as error:  # Pillow raises errors of any type
+        raise ValueError(f"{picture.name} carries no recipe: it is no picture that this project drew") from error
+    own = _own(offer)
+    options: dict[str, Any] = {name: [_kept(offer, path) for path in paths] for name, paths in given.items()}
+    drawn = [name for name in fields if FIELD + name in own and own[FIELD + name].kind == "picture"]
+    options["fields"] = {name: [_kept(offer, path) for path in _listed(fields[name])] for name in drawn}
+    if chosen:
+        options["adapters"] = adapters(offer, chosen)
+    folder = offer.folder / "samples" / f"replay-{_digest(picture.read_bytes())}"
+    return options | {"recipe": str(picture), "out": str(folder)}
+
+
+def _own(offer: Offer) -> dict[str, Input]:
+    """The inputs of a page that ldm-sample has no option of its own for, by their option."""
+    controls = [adapter.control for adapter in offer.adapters if adapter.control is not None]
+    return {one.option: one for one in (*offer.inputs, *controls) if one.option.startswith(FIELD)}
+
+
+def _listed(value: Any) -> list[Any]:
+    return list(value) if isinstance(value, list | tuple) else [value]
+
+
+def _check_numbers(options: Mapping[str, Any], limits: Limits) -> None:
+    """Raises ValueError for a number beyond the limits; of what type it is, ldm-sample checks."""
+    for name, most in (
+        ("n", limits.pictures),
+        ("num_inference_steps", limits.steps),
+        ("size", limits.side),
+        ("extend", limits.side),
+        ("seed", 2**53),
+    ):
+        for value in _listed(options.get(name)):
+            if isinstance(value, int | float) and not (math.isfinite(value) and value <= most):
+                raise ValueError(f"{name}={value:g} is more than is drawn here; at most {most:g}")
+    count = max((len(options[name]) for name in LISTS if name in options), default=1)
+    if isinstance(n := options.get("n"), int) and n * count > limits.pictures:
+        raise ValueError(f"{count} prompts of {n} pictures are more than are drawn here; at most {limits.pictures}")
+
+
+def _text(name: str, value: Any, limits: Limits, empty: bool = False) -> str:
+    if not isinstance(value, str) or not (value or empty):
+        raise ValueError(f"{name} is no text")
+    if len(value) > limits.characters:
+        raise ValueError(f"{name} has {len(value):,} characters; at most {limits.characters:,} are taken here")
+    return value.encode("utf-8", "replace").decode()  # half surrogate pairs, which no tokenizer takes
+
+
+def _layout(text: Any, limits: Limits) -> str:
+    """Boxes as JSON, which names no file."""
+    try:
+        boxes = [[*map(float, row[:4]), _text("label", row[4], limits)] for row in json.loads(text)]
+    except (ValueError, TypeError, IndexError, KeyError, RecursionError) as error:
+        raise ValueError("layout is no list of boxes [x, y, width, height, label]") from error
+    if not 0 < len(boxes) <= MOST_BOXES:
+        raise ValueError(f"{len(boxes)} boxes: draw at least one, at most {MOST_BOXES}")
+    return json.dumps(boxes)
+
+
+def adapters(offer: Offer, entries: Any) -> list[str]:
+    """ "name:strength" of adapters that the page lists. Raises ValueError for others."""
+    known, chosen = {adapter.name: adapter for adapter in offer.adapters}, []
+    for entry in map(str, _listed(entries)):
+        name, colon, number = entry.rpartition(":")
+        name, number = (name, number) if colon and name in known else (entry, "1")
+        if name not in known:
+            raise ValueError(
+                f"there is no adapter {name!r:.60} of this model here; there are {', '.join(known) or 'none'}"
+            )
+        try:
+            strength = float(number)
+        except ValueError:
+            strength = math.nan
+        if not abs(strength) <= STRONGEST:
+            raise ValueError(f"the strength of {name} is a number from {-STRONGEST:g} to {STRONGEST:g}")
+        chosen.append(name if known[name].word is not None or strength == 1 else f"{name}:{strength:g}")
+    return chosen
+
+
+def _sampler(name: Any) -> Any:
+    if name not in (known := samplers()):
+        raise ValueError(f"there is no sampler {name!r:.60}; there are {', '.join(known)}")
+    return OmegaConf.to_container(OmegaConf.load(config_folder() / "sampler" / f"{name}.yaml"))
+
+
+def inputs(offer: Offer) -> Path:
+    """Where pictures that were handed in are kept."""
+    return offer.folder / "samples" / "inputs"
+
+
+def keep(offer: Offer, given: bytes | str | Path, option: str, limits: Limits) -> str:
+    """A picture that was handed in, kept beside the jobs under a name of its content, so that its recipe finds it again. Raises
+    ValueError for one that is none, or too large."""
+    if not isinstance(given, bytes):
+        _check_file(Path(given), limits)
+        given = Path(given).read_bytes()
+    try:
+        with open_image(given) as image:
+            kind, (width, height) = image.format or "", image.size
+    except (OSError, ValueError) as error:
+        raise ValueError(f"the {option.removeprefix(FIELD)} that was handed in is {error}") from error
+    if kind not in SUFFIXES:
+        raise ValueError(f"a picture is a {', '.join(SUFFIXES)} here, not {kind or 'a file of an unknown kind'}")
+    if width * height > limits.megapixels * 1e6:
+        raise ValueError(
+            f"the picture has {width} x {height} pixels; at most {limits.megapixels:g} megapixels are taken here"
+        )
+    path = inputs(offer) / f"{_digest(given)}{SUFFIXES[kind]}"
+    if not path.is_file():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, lambda file: file.write(given))
+    return str(path)
+
+
+def _check_file(path: Path, limits: Limits) -> None:
+    if not path.is_file():
+        raise ValueError("the picture that was handed in is gone; hand it in again")
+    if path.stat().st_size > limits.upload * 1e6:
+        raise ValueError(f"{path.name} is larger than {limits.upload:g} MB, the most that is taken here")
+
+
+def _kept(offer: Offer, name: Any) -> str:
+    """A picture that a recipe names, by its name among those that were handed in."""
+    path = inputs(offer) / Path(str(name)).name
+    if not path.is_file():
+        raise ValueError(
+            f"this was drawn from {path.name}, which was not handed in here; ldm-sample recipe= draws it again"
+        )
+    return str(path)
+
+
+def _digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()[:16]

@@ -1,0 +1,73 @@
+"""The app: a page for each model and one for the runs."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+from omegaconf import DictConfig, ListConfig
+
+from ldm_train.app import runs
+from ldm_train.app.asked import Limits
+from ldm_train.app.offer import Offer
+from ldm_train.app.page import RESTORE, ModelPage
+from ldm_train.app.runs_page import RunsPage
+from ldm_train.app.studio import ERRORS, Studio
+from ldm_train.checkpoints.native import find_model
+
+RUNS = "Runs"
+MOST = 6  # models that get a page where none is named
+CSS = """
+.status { min-height: 1.6em; }
+.hard-edges img, .live img { image-rendering: pixelated; }
+.hard-edges button img { width: 100%; height: 100%; }
+button, input, select, textarea { min-height: 32px; }
+"""
+# Fonts of the machine: pages must not ask other hosts for them.
+THEME = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
+LOOK: dict[str, Any] = {"css": CSS, "theme": THEME}
+
+
+def build(config: DictConfig) -> tuple[gr.Blocks, list[Path]]:
+    """The app of a config, and the folders whose files it shows. Raises FileNotFoundError or ValueError for a model that is named and
+    cannot be loaded."""
+    studio = Studio(config.runs_dir, Limits(**config.limits), config.accelerator, config.trust)
+    offers = _offers(studio, config)
+    with gr.Blocks(title="ldm_train", analytics_enabled=False) as demo:
+        _model(demo, studio, offers, 0) if offers else RunsPage(config.runs_dir).begin(demo)
+    for number, offer in enumerate(offers[1:], 1):
+        with demo.route(offer.name, f"/model{number}"):
+            _model(demo, studio, offers, number)
+    if offers:
+        with demo.route(RUNS, "/runs"):
+            gr.Navbar(main_page_name=offers[0].name)
+            RunsPage(config.runs_dir).begin(demo)
+    return demo, [*(offer.folder / "samples" for offer in offers), Path(config.runs_dir)]
+
+
+def _model(demo: gr.Blocks, studio: Studio, offers: Sequence[Offer], number: int) -> None:
+    gr.Navbar(main_page_name=offers[0].name)
+    page = ModelPage(studio, offers[number], offers)
+    memory, kept = page.memory
+    demo.load(None, [memory, *kept], kept, js=RESTORE, api_visibility="private")
+
+
+def _offers(studio: Studio, config: DictConfig) -> list[Offer]:
+    """Of the models that are named; where none is, of the last finished ones that load."""
+    folders = runs.run_folders(config.runs_dir)
+    names = [runs.name_of(folder, config.runs_dir) for folder in folders]
+    if config.run is not None:
+        chosen = [str(run) for run in config.run] if isinstance(config.run, ListConfig) else [str(config.run)]
+        return [studio.offer(run, names) for run in chosen]
+    offers: list[Offer] = []
+    for folder, name in zip(folders, names):
+        if len(offers) == MOST:
+            print(f"more models than {MOST}: name others with run=[...]", flush=True)
+            break
+        if find_model(folder) is None:
+            continue
+        try:
+            offers.append(studio.offer(name, names))
+        except ERRORS as error:
+            print(f"{name} gets no page: {error}", flush=True)
+    return offers

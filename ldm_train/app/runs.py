@@ -1,0 +1,161 @@
+"""The runs below a folder as the page of runs shows them: how far they are, their curves, pictures, findings and evaluations."""
+
+import csv
+import io
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from ldm_train.configuration import run_config
+from ldm_train.errors import Refused
+from ldm_train.pipeline.sweep import reached
+from ldm_train.storage import read_record
+from ldm_train.training import HEALTH
+
+DEPTH = 3  # a run below runs_dir, one of a sweep, one of a sweep's sweep
+MOST = 200  # runs that are listed
+POINTS = 400  # of a curve
+PICTURES = (".png", ".gif")
+LIVE = 120  # seconds since the last step, within which a run is said to be training
+# What a curve shows first, in this order.
+USUAL = ("val/fid_tiny", "val/loss", "train/loss", "val/psnr", "val/perceptual", "train/rec_loss")
+
+
+def run_folders(runs_dir: str | Path) -> list[Path]:
+    """The runs below a folder, the one that was written to last first."""
+    patterns = ["/".join("*" * depth + "c")[:-1] + "config.yaml" for depth in range(1, DEPTH + 1)]
+    found = [path.parent for pattern in patterns for path in Path(runs_dir).glob(pattern)]
+    runs = [folder for folder in found if stages(folder)]
+    return sorted(runs, key=written, reverse=True)[:MOST]
+
+
+def stages(folder: Path) -> list[str]:
+    """The stages of a run that have begun, in the order of their beginning."""
+    notes = sorted(folder.glob("*/stage.json"), key=lambda path: path.stat().st_ctime)
+    named = [path.parent.name for path in notes]
+    known = ("autoencoder", "latents", "diffusion", "evaluation", "export")
+    return [n for n in known if n in named] + [n for n in named if n not in known]
+
+
+def written(folder: Path) -> float:
+    """When a run last wrote something, in seconds since 1970."""
+    paths = [*folder.glob("*/stage.json"), *folder.glob("*/metrics.csv"), folder / "config.yaml"]
+    return max((path.stat().st_mtime for path in paths if path.is_file()), default=0.0)
+
+
+def name_of(folder: Path, runs_dir: str | Path) -> str:
+    return folder.relative_to(runs_dir).as_posix()
+
+
+def table(runs_dir: str | Path) -> pd.DataFrame:
+    """A row a run: name, recipe, how far each stage is, when it last wrote."""
+    rows = []
+    for folder in run_folders(runs_dir):
+        age = time.time() - written(folder)
+        steps = [f"{stage}: {_reached(folder / stage)}" for stage in stages(folder)]
+        open_stages = [s for s in steps if not s.endswith("done")]
+        state = "training" if open_stages and age < LIVE else "finished" if not open_stages else "stopped"
+        row = {"run": name_of(folder, runs_dir), "state": state, "stages": ", ".join(open_stages or steps[-1:])}
+        rows.append(row | {"last step": _ago(age), "findings": len(findings(folder))})
+    return pd.DataFrame(rows, columns=["run", "state", "stages", "last step", "findings"])
+
+
+def _reached(stage: Path) -> str:
+    try:
+        return reached(stage)
+    except Refused:
+        return "damaged"
+
+
+def _ago(seconds: float) -> str:
+    for size, unit in ((86400, "days"), (3600, "h"), (60, "min")):
+        if seconds >= size:
+            return f"{seconds / size:.0f} {unit} ago"
+    return "now" if seconds < 15 else f"{seconds:.0f} s ago"
+
+
+def _rows(path: Path) -> pd.DataFrame:
+    """A metrics.csv, which training may just be writing: its whole lines."""
+    if not path.is_file():
+        return pd.DataFrame({"step": []})
+    text = path.read_text()
+    whole = text[: text.rfind("\n") + 1]
+    rows = list(csv.DictReader(io.StringIO(whole)))
+    return pd.DataFrame(rows).apply(pd.to_numeric, errors="coerce") if rows else pd.DataFrame({"step": []})
+
+
+def columns(folders: Sequence[Path], stage: str) -> list[str]:
+    """What a stage of some runs has logged, the usual ones first."""
+    names = {name for folder in folders for name in _rows(folder / stage / "metrics.csv").columns} - {"step"}
+    return [n for n in USUAL if n in names] + sorted(names - {*USUAL})
+
+
+def curves(folders: Sequence[Path], runs_dir: str | Path, stage: str, column: str) -> pd.DataFrame:
+    """step, value and run of what a stage has logged."""
+    parts = []
+    for folder in folders:
+        rows = _rows(folder / stage / "metrics.csv")
+        if column in rows:
+            rows = rows[["step", column]].dropna().rename(columns={column: "value"})
+            rows = rows.iloc[:: max(1, len(rows) // POINTS)]
+            parts.append(rows.assign(run=name_of(folder, runs_dir)))
+    return pd.concat(parts) if parts else pd.DataFrame({"step": [], "value": [], "run": []})
+
+
+def media(folder: Path) -> list[tuple[str, str]]:
+    """(path, what it is) of a run's grids and films, the last ones first."""
+    paths = [p for p in (*folder.glob("*/images/*"), *folder.glob("evaluation/*")) if p.suffix in PICTURES]
+    paths.sort(key=lambda path: path.stat().st_mtime, reverse=True)
+    return [(str(path), f"{path.relative_to(folder).parts[0]}: {path.stem}") for path in paths]
+
+
+def findings(folder: Path) -> list[dict[str, Any]]:
+    """What the checks of a run's health have found."""
+    found = []
+    for path in sorted(folder.glob(f"*/{HEALTH}")):
+        try:
+            record = read_record(path)
+        except (OSError, ValueError):
+            continue  # it is being written
+        found += [{"stage": path.parent.name} | entry for entry in record.values() if isinstance(entry, dict)]
+    return found
+
+
+def evaluations(folder: Path) -> pd.DataFrame:
+    """The numbers of a run's evaluations with their 95 % intervals."""
+    rows = []
+    for path in (folder / "evaluation" / "metrics.json", *sorted(folder.glob("evaluations/*.json"))):
+        try:
+            tree = read_record(path)
+        except (OSError, ValueError):
+            continue
+        rows += _numbers(tree, "", "" if path.stem == "metrics" else path.stem)
+    return pd.DataFrame(rows, columns=["what", "value", "95 % interval", "n", "of"])
+
+
+def _numbers(tree: dict[str, Any], prefix: str, of: str) -> list[dict[str, Any]]:
+    rows = []
+    for name, value in tree.items():
+        if isinstance(value, dict) and isinstance(value.get("value"), int | float):
+            low, high = value.get("interval") or (None, None)
+            between = "" if low is None else f"{low:.4g} to {high:.4g}"
+            row = {"what": prefix + name, "value": f"{value['value']:.4g}", "95 % interval": between}
+            rows.append(row | {"n": str(value.get("n", "")), "of": of})
+        elif isinstance(value, dict):
+            rows += _numbers(value, f"{prefix}{name} ", of)
+        elif isinstance(value, int | float) and not isinstance(value, bool):
+            rows.append({"what": prefix + name, "value": f"{value:.4g}", "95 % interval": "", "n": "", "of": of})
+    return rows
+
+
+def recipe_of(folder: Path) -> str:
+    """The config of a run, as YAML."""
+    from omegaconf import OmegaConf
+
+    try:
+        return OmegaConf.to_yaml(run_config(folder))
+    except (OSError, ValueError, Refused) as error:
+        return f"# {error}"

@@ -1,0 +1,87 @@
+"""ldm-app: a page on which trained models draw, and one on which runs are watched."""
+
+import ipaddress
+import logging
+import os
+import secrets
+import time
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig
+
+from ldm_train.rules import Rule, check, flag, number, optional, text, whole
+
+RULES: dict[str, Rule] = {
+    "runs_dir": text("folder"),
+    "host": text("address"),
+    "port": whole(0, 65535),
+    "password": optional(text("password")),
+    "user": text("name"),
+    "open_browser": flag,
+    "queue": whole(1, 10000),
+    **{f"limits.{name}": whole(1, 2**20) for name in ("pictures", "steps", "side", "characters")},
+    **{f"limits.{name}": number(1e-3, 1e6) for name in ("upload", "megapixels")},
+}
+
+
+def is_loopback(host: str) -> bool:
+    """Whether an address is reached from this machine alone."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def serve(config: DictConfig) -> None:
+    """Starts the app and waits. Raises ValueError or FileNotFoundError for what cannot be served."""
+    launched = start(config)
+    try:
+        while True:
+            time.sleep(3600)
+    except KeyboardInterrupt:
+        launched.close()
+
+
+def start(config: DictConfig) -> Any:
+    """Starts the app, in the background; returns the Blocks."""
+    check(config, RULES)
+    if not is_loopback(config.host) and config.password is None:
+        raise ValueError(
+            f"host={config.host} is reached from other machines: set password=<words> (user={config.user}), or leave host= out"
+        )
+    os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
+    try:
+        from ldm_train.app import blocks  # gradio, which takes seconds
+    except ModuleNotFoundError as error:
+        raise ValueError(f"ldm-app needs the package {error.name}: pip install 'ldm-train[app]'") from error
+
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    demo, folders = blocks.build(config)
+    expected = f"{config.user}\n{config.password}".encode()
+
+    def known(user: str, password: str) -> bool:
+        return secrets.compare_digest(f"{user}\n{password}".encode(), expected)
+
+    _, address, _ = demo.queue(max_size=config.queue, default_concurrency_limit=1).launch(
+        server_name=config.host,
+        server_port=config.port or None,
+        inbrowser=config.open_browser,
+        auth=None if config.password is None else known,
+        allowed_paths=[str(Path(folder).resolve()) for folder in folders],
+        max_file_size=int(config.limits.upload * 1e6),
+        prevent_thread_lock=True,
+        quiet=True,
+        footer_links=[],
+        ssr_mode=False,
+        enable_monitoring=False,
+        share=False,
+        **blocks.LOOK,
+    )
+    print(
+        f"open {address}" + ("" if config.password is None else f" (user {config.user})") + "; Ctrl+C ends it",
+        flush=True,
+    )
+    return demo

@@ -1,0 +1,162 @@
+"""What stands behind the page: models in memory, and jobs that are watched and cancelled, one after the other."""
+
+import logging
+import queue
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from omegaconf import DictConfig
+from PIL import Image
+
+from ldm_train import images as pictures
+from ldm_train.app.asked import Limits, inputs, keep, options_of, replay_of
+from ldm_train.app.offer import Offer, adapters_of, offer_of
+from ldm_train.checkpoints.native import model_metadata
+from ldm_train.configuration import config_folder, literal
+from ldm_train.errors import Refused
+from ldm_train.generation.requests import Request
+from ldm_train.generation.sample import Loaded, load, model_folder, sample
+
+ERRORS = (Refused, ValueError, OSError)  # with words for the person who asked
+KEPT = 2  # models in memory
+PREVIEWS = 0.2  # share of the time that previews may take
+
+
+class Cancelled(Exception):
+    """Raised within a job whose person no longer waits for it."""
+
+
+@dataclass(frozen=True)
+class Progress:
+    """A step of a job: how many steps of how many, of the pictures from `first` to `last`, and how they look if they were decoded."""
+
+    step: int
+    steps: int
+    first: int
+    last: int
+    picture: Image.Image | None
+
+
+class Studio:
+    """Draws for the pages of some models. What cannot be done is one of ERRORS."""
+
+    def __init__(self, runs_dir: str | Path, limits: Limits, accelerator: str = "auto", trust: Sequence[str] = ()):
+        self.runs_dir, self.limits, self.accelerator, self.trust = Path(runs_dir), limits, accelerator, list(trust)
+        self._loaded: OrderedDict[tuple[str, ...], Loaded] = OrderedDict()
+        # One thread: torch's threads are started once for each that computes, and jobs take turns.
+        self._worker = ThreadPoolExecutor(1, "studio")
+        self._usual: dict[str, Any] = yaml.safe_load((config_folder() / "sample.yaml").read_text())
+
+    # -- models ----------------------------------------------------------------------------------------------------
+
+    def offer(self, run: str, names: Sequence[str] = ()) -> Offer:
+        """What a run offers. names: of runs that may hold adapters of it. Raises FileNotFoundError or ValueError."""
+        loaded = self.loaded(self.config(run, {}))
+        own = loaded.source.parent if loaded.source.name == "export" else loaded.source
+        named = next((f for f in (Path(run), self.runs_dir / run) if own.is_relative_to(f)), own)
+        bases = [loaded.metadata["sha256"]]
+        for folder in (named / "export", named / "diffusion" / "model"):
+            if (folder / "metadata.json").is_file():
+                bases.append(model_metadata(folder)["sha256"])
+        return offer_of(run, named, loaded, adapters_of(Path(run).name, bases, self.runs_dir, names))
+
+    def config(self, run: str, options: Mapping[str, Any]) -> DictConfig:
+        """The config of ldm-sample with some options."""
+        tree = {k: v for k, v in self._usual.items() if k not in ("defaults", "hydra")}
+        tree |= {"run": run, "runs_dir": str(self.runs_dir), "accelerator": self.accelerator, "trust": self.trust}
+        return literal(tree | {"sampler": None} | dict(options))
+
+    def loaded(self, config: DictConfig) -> Loaded:
+        """The model of a config, from memory where it is one of the last KEPT."""
+        weights = model_metadata(model_folder(config.run, config.runs_dir))["sha256"]  # of a run that trains on, others
+        key = (config.run, weights, *(config.adapters or ()))
+        if key not in self._loaded:
+            while len(self._loaded) >= KEPT:
+                self._loaded.popitem(last=False)
+            self._loaded[key] = load(config)
+        self._loaded.move_to_end(key)
+        return self._loaded[key]
+
+    # -- jobs ------------------------------------------------------------------------------------------------------
+
+    def draw(self, offer: Offer, asked: Mapping[str, Any], stop: threading.Event) -> Iterator[Progress | list[Path]]:
+        """Draws what is asked for (see `options_of`): its steps, at last the pictures. stop: set it and the job ends at its next
+        step; so it does where the iteration is left."""
+        return self._run(self.config(offer.run, options_of(offer, asked, self.limits)), stop)
+
+    def replay(self, offer: Offer, picture: Path, stop: threading.Event) -> Iterator[Progress | list[Path]]:
+        """Draws a picture again, by the recipe that it carries."""
+        return self._run(self.config(offer.run, replay_of(offer, picture, self.limits)), stop)
+
+    def handed_in(self, offer: Offer, path: str) -> str:
+        """A picture that was handed in, under the name that it is kept by."""
+        return keep(offer, path, "picture", self.limits)
+
+    def _run(self, config: DictConfig, stop: threading.Event) -> Iterator[Progress | list[Path]]:
+        """The steps and at last the result of a job that the worker draws."""
+        updates: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        job = self._worker.submit(self._work, config, _Watch(updates, stop, config))
+        job.add_done_callback(updates.put)
+        try:
+            while (update := updates.get()) is not job:
+                yield update
+            yield job.result()
+        finally:
+            stop.set()
+
+    def _work(self, config: DictConfig, watch: "_Watch") -> list[Path]:
+        watch.check()
+        threads = torch.get_num_threads()
+        try:
+            loaded = self.loaded(config)
+            watch.decodes = not getattr(loaded.model.first_stage.autoencoder, "draws", False)
+            watch.steps = config.num_inference_steps or loaded.trained["num_inference_steps"]
+            return sample(config, loaded, watch)
+        finally:
+            torch.set_num_threads(threads)  # a replay takes as many as the recipe says
+
+
+class _Watch:
+    """Told of every step of a job; decodes a preview where that takes no more than a share PREVIEWS of the time."""
+
+    def __init__(self, updates: "queue.SimpleQueue[Any]", stop: threading.Event, config: DictConfig):
+        self.updates, self.stop, self.columns = updates, stop, config.n
+        self.steps, self.next, self.decodes = 0, 0.0, True
+
+    def check(self) -> None:
+        if self.stop.is_set():
+            raise Cancelled
+
+    def __call__(
+        self, part: list[Request], decode: Callable[[torch.Tensor], torch.Tensor], step: int, pred_x0: torch.Tensor
+    ) -> None:
+        self.check()
+        picture, now = None, time.perf_counter()
+        if self.decodes and now >= self.next:
+            picture = pictures.grid(decode(pred_x0).float().cpu(), min(4, len(part)))
+            end = time.perf_counter()
+            self.next = end + (end - now) * (1 / PREVIEWS - 1)
+        numbers = part[0].number + 1, part[-1].number + 1
+        self.updates.put(Progress(step + 1, max(self.steps, step + 1), *numbers, picture))
+
+
+def words(error: Exception, offers: Sequence[Offer]) -> str:
+    """The message of an error for whoever reaches the page: without the folders of this machine. Of other errors than ERRORS no more
+    than that there was one: the log has it."""
+    if not isinstance(error, ERRORS):
+        logging.getLogger(__name__).error("a job ended with an error", exc_info=error)
+        return "something went wrong that is no fault of what was asked; the log of the app has the details"
+    message = str(error)
+    for offer in offers:
+        for folder in (inputs(offer), offer.folder.parent):
+            for path in (folder.resolve(), folder):
+                message = message.replace(f"{path}/", "")
+    return message
