@@ -1,8 +1,9 @@
-"""The page of a model: its inputs, a tab for each task, settings, and what was drawn."""
+"""The page of a model: its form, and what was drawn."""
 
 import threading
+import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,49 +13,22 @@ import numpy as np
 from PIL import Image
 
 from ldm_train import images as pictures
-from ldm_train.app.asked import samplers
-from ldm_train.app.offer import MAIN, Input, Offer
-from ldm_train.app.sketch import boxed, painted, sketch, with_background
-from ldm_train.app.studio import Progress, Studio, words
-from ldm_train.data.transforms import read_image
-from ldm_train.generation.adapters import STRONGEST
+from ldm_train.app.form import BESIDE, Form
+from ldm_train.app.offer import MAIN, Offer
+from ldm_train.app.studio import Cancelled, Progress, Studio, words
 
-OWN = "the run's own"
-TITLES = {
-    "img2img": ("Picture to picture", "Change it"),
-    "inpaint": ("Inpaint", "Fill the hole"),
-    "outpaint": ("Outpaint", "Extend it"),
-    "interpolate": ("Walk", "Walk"),
-    "reconstruct": ("Reconstruct", "Reconstruct"),
-}
-SIDES = ("top", "right", "bottom", "left")
-ADAPTER = "adapter: "  # before the name of an adapter, in the names of its slider
-BESIDE = "beside: "  # before settings of the second of two jobs
-NEEDED = {
-    "boxes": "draw at least one box first",
-    "map": "paint a label map first",
-    "picture": "hand in a picture first",
-}
 # Keeps what was typed and drawn in the browser: BrowserState encrypts with it, so that it is read again after a restart.
 SECRET = "ldm_train"
 SAVE = "(...values) => [JSON.stringify(values)]"
 RESTORE = "(kept, ...values) => { try { const found = JSON.parse(kept); return found.length === values.length ? found : values; } "
 RESTORE += "catch { return values; } }"
 RANDOM = "() => Math.floor(Math.random() * 2 ** 31)"
-
-
-@dataclass
-class Parts:
-    """The components of a page whose values are asked for, by name; `kept` of them survive a reload."""
-
-    all: dict[str, gr.components.Component] = field(default_factory=dict)
-    kept: list[str] = field(default_factory=list)
-
-    def add(self, name: str, component: Any, kept: bool = True) -> Any:
-        self.all[name] = component
-        if kept:
-            self.kept.append(name)
-        return component
+QUICK: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
+# Of what draws: one at a time.
+DRAWS: dict[str, Any] = {
+    "concurrency_id": "draw", "concurrency_limit": 1, "show_progress": "hidden", "api_visibility": "private"
+}  # fmt: skip
+Jobs = list[tuple[str, Iterator[Any]]]  # each with the gallery that it is for
 
 
 @dataclass
@@ -83,123 +57,14 @@ class ModelPage:
     """Builds a model's page in the Blocks around it."""
 
     def __init__(self, studio: Studio, offer: Offer, offers: Sequence[Offer]):
-        self.studio, self.offer, self.offers, self.parts = studio, offer, offers, Parts()
+        self.studio, self.offer, self.offers = studio, offer, offers
+        self._stops: dict[str, threading.Event] = {}  # of the jobs that wait or run, by their tickets
         with gr.Row(equal_height=False):
             with gr.Column(scale=1, min_width=320):
-                for one in offer.inputs:
-                    self._input(one)
-                self._tabs()
-                self._settings()
+                self.form = Form(studio, offer, offers)
             with gr.Column(scale=1, min_width=320):
                 self.shown = self._shown()
         self._wire()
-
-    # -- what is asked for --------------------------------------------------------------------------------------------
-
-    def _input(self, one: Input) -> None:
-        if one.kind == "choice":
-            made: Any = gr.Dropdown(list(one.choices), label=one.label, info="none of them: without a condition")
-        elif one.kind in ("boxes", "map"):
-            gr.Markdown(f"**{one.label}**")
-            made = sketch(one.kind, one.label, self.offer.size, one.choices, elem_id=f"{one.kind}-{self.offer.name}")
-        elif one.kind == "picture":
-            made = _picture(one.label)
-        else:
-            made = gr.Textbox(label=one.label, lines=2, max_length=self.studio.limits.characters, autofocus=True)
-        self.parts.add(one.option, made, kept=one.kind != "picture")
-
-    def _tabs(self) -> None:
-        self.buttons: dict[str, gr.Button] = {}
-        with gr.Tabs():
-            for task in self.offer.tabs:
-                title, verb = (self.offer.title, "Draw") if task == MAIN else TITLES[task]
-                with gr.Tab(title):
-                    if task in ("img2img", "inpaint", "outpaint", "reconstruct"):
-                        self.parts.add(f"{task}: image", _picture("Picture"), kept=False)
-                    getattr(self, f"_of_{task}", lambda: None)()
-                    self.buttons[task] = gr.Button(verb, variant="primary")
-        self.cancel = gr.Button("Cancel", variant="stop", size="sm")
-
-    def _of_img2img(self) -> None:
-        self.parts.add(
-            "strength", gr.Slider(0, 1, 0.7, label="Strength", info="1 begins with noise, 0 changes nothing")
-        )
-        info = "what else is in the picture stays; Strength means nothing then"
-        self.parts.add("invert", gr.Checkbox(label="Begin with the picture's own noise", info=info))
-        if self.offer.reads_text:
-            self.parts.add(
-                "image_prompt", gr.Textbox(label="What the picture shows now", info="of its own noise alone")
-            )
-
-    def _of_inpaint(self) -> None:
-        canvas = sketch("mask", "Mask", self.offer.size, elem_id=f"mask-{self.offer.name}")
-        self.parts.add("inpaint: mask", canvas)
-        self.parts.all["inpaint: image"].change(
-            self._shown_under,
-            self.parts.all["inpaint: image"],
-            canvas,
-            show_progress="hidden",
-            api_visibility="private",
-        )
-
-    def _of_outpaint(self) -> None:
-        with gr.Row():
-            for side in SIDES:
-                info = f"pixels, in multiples of {self.offer.multiple}" if side == "top" else None
-                self.parts.add(
-                    f"extend {side}", gr.Number(0, label=side.capitalize(), info=info, precision=0, minimum=0)
-                )
-
-    def _of_interpolate(self) -> None:
-        info = "from each to the next; without any: from one seed's noise to the next seed's"
-        if self.offer.reads_text:
-            self.parts.add("walk: prompts", gr.Textbox(label="Prompts, one a line", lines=3, info=info))
-        for one in self.offer.inputs:
-            if one.kind == "choice":
-                made = gr.Dropdown(list(one.choices), multiselect=True, label="Classes", info=info)
-                self.parts.add("walk: classes", made)
-        self.parts.add("walk: n", gr.Slider(2, 24, 8, step=1, label="Pictures from one end to the next"))
-
-    def _settings(self) -> None:
-        offer, limits, usual = self.offer, self.studio.limits, self.offer.usual
-        self.parts.add("n", gr.Slider(1, limits.pictures, 4, step=1, label="Number of pictures"))
-        with gr.Row(equal_height=True):
-            self.parts.add("seed", gr.Number(0, label="Seed", precision=0, minimum=0, min_width=120))
-            self.dice = gr.Button("Random seed", min_width=120)
-        with gr.Accordion("Settings", open=False):
-            if offer.reads_text:
-                self.parts.add("negative", gr.Textbox(label="Negative prompt", info="guidance leads away from it"))
-            self._how("", usual["num_inference_steps"], usual["guidance_scale"])
-            with gr.Row():
-                for side, value in zip(("height", "width"), offer.size):
-                    info = f"trained on {value}; multiples of {offer.multiple}"
-                    self.parts.add(side, gr.Number(value, label=side.capitalize(), precision=0, minimum=1, info=info))
-        if offer.adapters:
-            with gr.Accordion("Adapters", open=False):
-                for adapter in offer.adapters:
-                    info = f"prompts may say {adapter.word}" if adapter.word else "0: without it; 1: as trained"
-                    slider = gr.Slider(0, STRONGEST, 0, step=0.05, label=adapter.name, info=info)
-                    self.parts.add(ADAPTER + adapter.name, slider)
-                    if (one := adapter.control) is not None and one.option not in self.parts.all:
-                        self.parts.add(one.option, _picture(f"{one.label}: the picture that steers"), kept=False)
-        with gr.Accordion("Side by side", open=False):
-            self.parts.add(BESIDE + "on", gr.Checkbox(label="Draw twice, from the same seeds", info="the second with:"))
-            names = [o.name for o in self.offers if {i.option for i in o.inputs} == {i.option for i in offer.inputs}]
-            self.parts.add(BESIDE + "model", gr.Dropdown(names, value=offer.name, label="Model"))
-            self._how(BESIDE, usual["num_inference_steps"], usual["guidance_scale"])
-
-    def _how(self, prefix: str, steps: int, guidance_scale: float) -> None:
-        """Sampler, steps and guidance of one of two jobs."""
-        of = " of the second" if prefix else ""
-        with gr.Row():
-            self.parts.add(prefix + "sampler", gr.Dropdown([OWN, *samplers()], value=OWN, label=f"Sampler{of}"))
-            made = gr.Slider(1, self.studio.limits.steps, steps, step=1, label=f"Steps{of}")
-            self.parts.add(prefix + "num_inference_steps", made)
-            if self.offer.guided:
-                made = gr.Slider(0, 20, guidance_scale, step=0.1, label=f"Guidance{of}", info="1: off")
-                self.parts.add(prefix + "guidance_scale", made)
-
-    # -- what was drawn -----------------------------------------------------------------------------------------------
 
     def _shown(self) -> Shown:
         hard = ["hard-edges"] if min(self.offer.size) < 128 else []
@@ -225,28 +90,23 @@ class ModelPage:
         return Shown(status, live, gallery, beside, gr.State([]), gr.State(""), recipe, download)
 
     def _wire(self) -> None:
-        parts, shown = list(self.parts.all.values()), self.shown
-        options: dict[str, Any] = {
-            "concurrency_id": "draw", "concurrency_limit": 1, "show_progress": "hidden", "api_visibility": "private"
-        }  # fmt: skip
-        events = [
-            button.click(self._drawing(partial(self._jobs, task)), parts, shown.all, **options)
-            for task, button in self.buttons.items()
+        form, shown = self.form, self.shown
+        parts = list(form.parts.all.values())
+        ticket = gr.State("")
+        begun: list[tuple[Any, Callable[..., Jobs], list[Any]]] = [
+            (button.click, partial(self._jobs, task), parts) for task, button in form.buttons.items()
         ]
-        for one in self.offer.inputs:
-            if one.kind == "text":
-                main = partial(self._jobs, MAIN)
-                events.append(self.parts.all[one.option].submit(self._drawing(main), parts, shown.all, **options))
-        events.append(self.again.click(self._drawing(self._again), [shown.chosen], shown.all, **options))
-        events.append(self.upload.upload(self._drawing(self._again), [self.upload], shown.all, **options))
-        quick: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
-        self.cancel.click(
-            lambda: ("Cancelled.", gr.Image(visible=False)), None, [shown.status, shown.live], cancels=events, **quick
-        )
-        self.dice.click(None, None, self.parts.all["seed"], js=RANDOM, api_visibility="private")
-        shown.gallery.select(self._choose, [shown.paths], [*shown.of_chosen, self.recipe_section], **quick)
-        kept = [self.parts.all[name] for name in self.parts.kept]
-        self.take.click(self._taken, [shown.recipe, *kept], kept, **quick)
+        texts = [form.parts.all[one.option] for one in self.offer.inputs if one.kind == "text"]
+        begun += [(text.submit, partial(self._jobs, MAIN), parts) for text in texts]
+        begun += [(self.again.click, self._again, [shown.chosen]), (self.upload.upload, self._again, [self.upload])]
+        for trigger, jobs, inputs in begun:
+            asked = trigger(self._begin, None, [ticket, shown.status], **QUICK)
+            asked.then(self._drawing(jobs), [ticket, *inputs], shown.all, **DRAWS)
+        form.cancel.click(self._cancel, [ticket], [shown.status], **QUICK)
+        form.dice.click(None, None, form.parts.all["seed"], js=RANDOM, api_visibility="private")
+        shown.gallery.select(self._choose, [shown.paths], [*shown.of_chosen, self.recipe_section], **QUICK)
+        kept = [form.parts.all[name] for name in form.parts.kept]
+        self.take.click(form.taken, [shown.recipe, *kept], kept, **QUICK)
         memory = gr.BrowserState("", storage_key=f"ldm_train-{self.offer.name}", secret=SECRET)
         changed = [part.input if isinstance(part, gr.HTML) else part.change for part in kept]
         gr.on(changed, None, kept, [memory], js=SAVE, api_visibility="private")
@@ -254,25 +114,41 @@ class ModelPage:
 
     # -- jobs ---------------------------------------------------------------------------------------------------------
 
-    def _drawing(self, jobs: Callable[..., list[tuple[str, Iterator[Any]]]]) -> Callable[..., Iterator[list[Any]]]:
+    def _begin(self) -> tuple[str, str]:
+        """A ticket for a job that will wait for its turn, with which it is cancelled."""
+        ticket = uuid.uuid4().hex
+        self._stops[ticket] = threading.Event()
+        return ticket, "Waiting for its turn."
+
+    def _cancel(self, ticket: str) -> Any:
+        if (stop := self._stops.get(ticket)) is None:
+            return gr.skip()  # it has ended
+        stop.set()
+        return "Cancelled."
+
+    def _drawing(self, jobs: Callable[..., Jobs]) -> Callable[..., Iterator[list[Any]]]:
         """A handler of an event: draws the jobs, each for one of the galleries, and shows every step."""
 
-        def handler(*values: Any) -> Iterator[list[Any]]:
+        def handler(ticket: str, *values: Any) -> Iterator[list[Any]]:
             shown: dict[str, list[Path]] = {"gallery": [], "beside": []}
+            stop = self._stops.setdefault(ticket, threading.Event())
             try:
-                for place, job in jobs(*values):
+                for place, job in jobs(stop, *values):
                     for update in job:
                         if isinstance(update, Progress):
                             yield self._update(update)
                         else:
                             shown[place] = update
                 yield self._finished(shown, *values)
-            except GeneratorExit:
-                raise
+            except Cancelled:
+                yield ["Cancelled.", gr.Image(visible=False), *[gr.skip()] * 6]
             except Exception as error:
                 message = words(error, self.offers)
                 yield [f"⚠ {message}", gr.Image(visible=False), *[gr.skip()] * 6]
                 raise gr.Error(message, title="It was not drawn", print_exception=False) from error
+            finally:
+                stop.set()
+                self._stops.pop(ticket, None)
 
         return handler
 
@@ -298,96 +174,22 @@ class ModelPage:
             *self._of(paths[0]),
         ]
 
-    def _jobs(self, task: str, *values: Any) -> list[tuple[str, Iterator[Any]]]:
-        given = dict(zip(self.parts.all, values))
-        asked = self.asked(task, given)
-        jobs = [("gallery", self.studio.draw(self.offer, asked, threading.Event()))]
+    def _jobs(self, task: str, stop: threading.Event, *values: Any) -> Jobs:
+        given = dict(zip(self.form.parts.all, values))
+        asked = self.form.asked(task, given)
+        jobs = [("gallery", self.studio.draw(self.offer, asked, stop))]
         if given[BESIDE + "on"]:
             other = next((o for o in self.offers if o.name == given[BESIDE + "model"]), self.offer)
-            second = asked | self._how_asked(BESIDE, given)
+            second = asked | self.form.how_asked(BESIDE, given)
             if other is not self.offer:
                 second.pop("adapters", None)
-            jobs.append(("beside", self.studio.draw(other, second, threading.Event())))
+            jobs.append(("beside", self.studio.draw(other, second, stop)))
         return jobs
 
-    def _again(self, picture: Any) -> list[tuple[str, Iterator[Any]]]:
+    def _again(self, stop: threading.Event, picture: Any) -> Jobs:
         if not picture:
             raise ValueError("choose a picture in the gallery first")
-        return [("gallery", self.studio.replay(self.offer, Path(picture), threading.Event()))]
-
-    def asked(self, task: str, given: Mapping[str, Any]) -> dict[str, Any]:
-        """What the values of the page's parts ask for. Raises ValueError for what a task needs and lacks."""
-        offer, asked = self.offer, {"seed": given["seed"], "n": int(given["n"])} | self._how_asked("", given)
-        if (size := [given["height"], given["width"]]) != list(offer.size):
-            asked["size"] = size
-        if task == "reconstruct":
-            return (
-                {"task": task, "seed": 0} | {k: v for k, v in asked.items() if k == "size"} | self._image(task, given)
-            )
-        for one in offer.inputs:
-            value = self._condition(one, given[one.option])
-            if value is None and task == MAIN and one.kind in NEEDED:
-                raise ValueError(NEEDED[one.kind])
-            asked[one.option] = value
-        if given.get("negative"):
-            asked["negative"] = given["negative"]
-        chosen = [a for a in offer.adapters if given[ADAPTER + a.name]]
-        if chosen:
-            asked["adapters"] = [f"{a.name}:{given[ADAPTER + a.name]}" for a in chosen]
-            asked |= {a.control.option: given[a.control.option] for a in chosen if a.control is not None}
-        if task == MAIN:
-            return asked
-        asked["task"] = task
-        if task == "interpolate":
-            lines = [line for line in str(given.get("walk: prompts") or "").splitlines() if line.strip()]
-            asked |= {"n": int(given["walk: n"])}
-            asked |= {"prompts": lines} if lines else {}
-            asked |= {"classes": given["walk: classes"]} if given.get("walk: classes") else {}
-            return asked
-        asked |= self._image(task, given)
-        if task == "img2img":
-            if given["invert"]:
-                asked |= {"invert": True, "image_prompt": given.get("image_prompt") or None, "sampler": None}
-            else:
-                asked["strength"] = given["strength"]
-        elif task == "inpaint":
-            asked["mask"] = painted(given["inpaint: mask"], "mask", offer.size)
-            if asked["mask"] is None:
-                raise ValueError("paint the mask first: what is painted is drawn anew")
-        elif task == "outpaint":
-            asked["extend"] = [given[f"extend {side}"] for side in SIDES]
-        return asked
-
-    def _how_asked(self, prefix: str, given: Mapping[str, Any]) -> dict[str, Any]:
-        sampler, scale = given[prefix + "sampler"], given.get(prefix + "guidance_scale")
-        steps = given[prefix + "num_inference_steps"]
-        return {
-            "sampler": None if sampler == OWN else sampler,
-            "num_inference_steps": int(steps),
-            "guidance_scale": scale,
-        }
-
-    def _image(self, task: str, given: Mapping[str, Any]) -> dict[str, Any]:
-        if not (image := given[f"{task}: image"]):
-            raise ValueError(NEEDED["picture"])
-        return {"image": image}
-
-    def _condition(self, one: Input, value: Any) -> Any:
-        if one.kind == "boxes":
-            return boxed(value)
-        if one.kind == "map":
-            return painted(value, "label map", self.offer.size)
-        return value
-
-    def _shown_under(self, path: str | None) -> str:
-        """The canvas of the mask with a picture under it, cut as the model sees it."""
-        if not path:
-            return ""
-        try:
-            kept = self.studio.handed_in(self.offer, path)
-            return with_background(pictures.to_pil(read_image(kept, self.offer.size, 3)))
-        except Exception as error:
-            raise gr.Error(words(error, self.offers), title="No picture", print_exception=False) from error
+        return [("gallery", self.studio.replay(self.offer, Path(picture), stop))]
 
     # -- recipes ------------------------------------------------------------------------------------------------------
 
@@ -397,21 +199,6 @@ class ModelPage:
 
     def _choose(self, paths: list[str], event: gr.SelectData) -> list[Any]:
         return [*self._of(paths[event.index]), gr.Accordion(open=True)]
-
-    def _taken(self, recipe: Any, *values: Any) -> list[Any]:
-        """The parts' values with those of a recipe in their place."""
-        config = (recipe or {}).get("config") or {}
-        given = dict(zip(self.parts.kept, values))
-        found = {k: v for k, v in config.items() if k in given and not isinstance(v, dict | list)}
-        found |= {k: config[k][0] for k in ("prompts", "classes") if k in given and config.get(k)}
-        found |= {"seed": recipe["seed"]} if recipe else {}
-        sampler = str((config.get("sampler") or {}).get("_target_", "")).rpartition(".")[2]
-        found |= {"sampler": sampler} if sampler in samplers() else {}
-        return list((given | found).values())
-
-
-def _picture(label: str) -> gr.Image:
-    return gr.Image(label=label, type="filepath", sources=["upload", "clipboard"], image_mode=None, height=240)
 
 
 def _shown_in_gallery(paths: Sequence[Path]) -> list[tuple[str, str]]:

@@ -2,6 +2,7 @@
 
 import logging
 import queue
+import re
 import threading
 import time
 from collections import OrderedDict
@@ -21,12 +22,14 @@ from ldm_train.app.asked import Limits, inputs, keep, options_of, replay_of
 from ldm_train.app.offer import Offer, adapters_of, offer_of
 from ldm_train.checkpoints.native import model_metadata
 from ldm_train.configuration import config_folder, literal
+from ldm_train.data.transforms import read_image
 from ldm_train.errors import Refused
 from ldm_train.generation.requests import Request
 from ldm_train.generation.sample import Loaded, load, model_folder, sample
 
 ERRORS = (Refused, ValueError, OSError)  # with words for the person who asked
 KEPT = 2  # models in memory
+ABSOLUTE = re.compile(r"(?<![\w.])(?:[A-Za-z]:)?(?:[/\\][^\s/\\'\",;:()]+)+[/\\]")  # the folders of an absolute path
 PREVIEWS = 0.2  # share of the time that previews may take
 
 
@@ -89,16 +92,16 @@ class Studio:
 
     def draw(self, offer: Offer, asked: Mapping[str, Any], stop: threading.Event) -> Iterator[Progress | list[Path]]:
         """Draws what is asked for (see `options_of`): its steps, at last the pictures. stop: set it and the job ends at its next
-        step; so it does where the iteration is left."""
+        step, as Cancelled; so it does where the iteration is left."""
         return self._run(self.config(offer.run, options_of(offer, asked, self.limits)), stop)
 
     def replay(self, offer: Offer, picture: Path, stop: threading.Event) -> Iterator[Progress | list[Path]]:
         """Draws a picture again, by the recipe that it carries."""
         return self._run(self.config(offer.run, replay_of(offer, picture, self.limits)), stop)
 
-    def handed_in(self, offer: Offer, path: str) -> str:
-        """A picture that was handed in, under the name that it is kept by."""
-        return keep(offer, path, "picture", self.limits)
+    def cut(self, offer: Offer, path: str, size: tuple[int, int]) -> Image.Image:
+        """A picture that was handed in, as the model sees it: cut to the middle, and resized to (H, W)."""
+        return pictures.to_pil(read_image(keep(offer, path, "picture", self.limits), size, 3))
 
     def _run(self, config: DictConfig, stop: threading.Event) -> Iterator[Progress | list[Path]]:
         """The steps and at last the result of a job that the worker draws."""
@@ -108,9 +111,10 @@ class Studio:
         try:
             while (update := updates.get()) is not job:
                 yield update
-            yield job.result()
-        finally:
+        except GeneratorExit:
             stop.set()
+            raise
+        yield job.result()
 
     def _work(self, config: DictConfig, watch: "_Watch") -> list[Path]:
         watch.check()
@@ -159,4 +163,4 @@ def words(error: Exception, offers: Sequence[Offer]) -> str:
         for folder in (inputs(offer), offer.folder.parent):
             for path in (folder.resolve(), folder):
                 message = message.replace(f"{path}/", "")
-    return message
+    return ABSOLUTE.sub("", message)

@@ -1,0 +1,261 @@
+"""The form of a model's page: its inputs, a tab for each task and settings, and what their values ask for."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import gradio as gr
+
+from ldm_train.app.asked import samplers
+from ldm_train.app.offer import MAIN, Input, Offer
+from ldm_train.app.sketch import boxed, painted, sketch, with_background
+from ldm_train.app.studio import Studio, words
+from ldm_train.data.files import encoded_png
+from ldm_train.generation.adapters import STRONGEST
+
+OWN = "the run's own"
+TITLES = {
+    "img2img": ("Picture to picture", "Change it"),
+    "inpaint": ("Inpaint", "Fill the hole"),
+    "outpaint": ("Outpaint", "Extend it"),
+    "interpolate": ("Walk", "Walk"),
+    "reconstruct": ("Reconstruct", "Reconstruct"),
+}
+SIDES = ("top", "right", "bottom", "left")
+ADAPTER = "adapter: "  # before the name of an adapter, in the names of its slider
+BESIDE = "beside: "  # before settings of the second of two jobs
+NEEDED = {
+    "boxes": "draw at least one box first",
+    "map": "paint a label map first",
+    "picture": "hand in a picture first",
+}
+
+
+@dataclass
+class Parts:
+    """The components of a page whose values are asked for, by name; `kept` of them survive a reload."""
+
+    all: dict[str, gr.components.Component] = field(default_factory=dict)
+    kept: list[str] = field(default_factory=list)
+
+    def add(self, name: str, component: Any, kept: bool = True) -> Any:
+        self.all[name] = component
+        if kept:
+            self.kept.append(name)
+        return component
+
+
+def picture(label: str) -> gr.Image:
+    """A picture that is handed in, as the file that it is: what is no picture, or too large, the studio says in words."""
+    made = gr.Image(label=label, type="filepath", sources=["upload", "clipboard"], image_mode=None, height=240)
+    made.preprocess = lambda payload: (
+        None if payload is None else payload.path
+    )  # a derived class would write files here
+    return made
+
+
+class Form:
+    """Builds the form in the Blocks around it. buttons: that begin a job, by task. offers: of all pages."""
+
+    def __init__(self, studio: Studio, offer: Offer, offers: Sequence[Offer]):
+        self.studio, self.offer, self.offers, self.parts = studio, offer, offers, Parts()
+        for one in offer.inputs:
+            self._input(one)
+        self._tabs()
+        self._settings()
+
+    def _input(self, one: Input) -> None:
+        if one.kind == "choice":
+            made: Any = gr.Dropdown(list(one.choices), label=one.label, info="none of them: without a condition")
+        elif one.kind in ("boxes", "map"):
+            gr.Markdown(f"**{one.label}**")
+            made = sketch(one.kind, one.label, self.offer.size, one.choices, elem_id=f"{one.kind}-{self.offer.name}")
+        elif one.kind == "picture":
+            made = picture(one.label)
+        else:
+            made = gr.Textbox(
+                label=one.label, lines=1, max_lines=4, max_length=self.studio.limits.characters, autofocus=True
+            )
+        self.parts.add(one.option, made, kept=one.kind != "picture")
+
+    def _tabs(self) -> None:
+        self.buttons: dict[str, gr.Button] = {}
+        with gr.Tabs():
+            for task in self.offer.tabs:
+                title, verb = (self.offer.title, "Draw") if task == MAIN else TITLES[task]
+                with gr.Tab(title):
+                    if task in ("img2img", "inpaint", "outpaint", "reconstruct"):
+                        self.parts.add(f"{task}: image", picture("Picture"), kept=False)
+                    getattr(self, f"_of_{task}", lambda: None)()
+                    self.buttons[task] = gr.Button(verb, variant="primary")
+        self.cancel = gr.Button("Cancel", variant="stop", size="sm")
+
+    def _of_img2img(self) -> None:
+        self.parts.add(
+            "strength", gr.Slider(0, 1, 0.7, label="Strength", info="1 begins with noise, 0 changes nothing")
+        )
+        info = "what else is in the picture stays; Strength means nothing then"
+        self.parts.add("invert", gr.Checkbox(label="Begin with the picture's own noise", info=info))
+        if self.offer.reads_text:
+            self.parts.add(
+                "image_prompt", gr.Textbox(label="What the picture shows now", info="of its own noise alone")
+            )
+
+    def _of_inpaint(self) -> None:
+        canvas = sketch("mask", "Mask", self.offer.size, elem_id=f"mask-{self.offer.name}")
+        self.parts.add("inpaint: mask", canvas)
+        self.parts.all["inpaint: image"].change(
+            self._shown_under,
+            self.parts.all["inpaint: image"],
+            canvas,
+            show_progress="hidden",
+            api_visibility="private",
+        )
+
+    def _of_outpaint(self) -> None:
+        with gr.Row():
+            for side in SIDES:
+                info = f"pixels, in multiples of {self.offer.multiple}" if side == "top" else None
+                self.parts.add(
+                    f"extend {side}", gr.Number(0, label=side.capitalize(), info=info, precision=0, minimum=0)
+                )
+
+    def _of_interpolate(self) -> None:
+        info = "from each to the next; without any: from one seed's noise to the next seed's"
+        if self.offer.reads_text:
+            self.parts.add("walk: prompts", gr.Textbox(label="Prompts, one a line", lines=3, info=info))
+        for one in self.offer.inputs:
+            if one.kind == "choice":
+                made = gr.Dropdown(list(one.choices), multiselect=True, label="Classes", info=info)
+                self.parts.add("walk: classes", made)
+        self.parts.add("walk: n", gr.Slider(2, 24, 8, step=1, label="Pictures from one end to the next"))
+
+    def _settings(self) -> None:
+        offer, limits, usual = self.offer, self.studio.limits, self.offer.usual
+        self.parts.add("n", gr.Slider(1, limits.pictures, 4, step=1, label="Number of pictures"))
+        with gr.Row(equal_height=True):
+            self.parts.add("seed", gr.Number(0, label="Seed", precision=0, minimum=0, min_width=120))
+            self.dice = gr.Button("Random seed", min_width=120)
+        with gr.Accordion("Settings", open=False):
+            if offer.reads_text:
+                self.parts.add("negative", gr.Textbox(label="Negative prompt", info="guidance leads away from it"))
+            self._how("", usual["num_inference_steps"], usual["guidance_scale"])
+            with gr.Row():
+                for side, value in zip(("height", "width"), offer.size):
+                    info = f"trained on {value}; multiples of {offer.multiple}"
+                    self.parts.add(side, gr.Number(value, label=side.capitalize(), precision=0, minimum=1, info=info))
+        if offer.adapters:
+            with gr.Accordion("Adapters", open=False):
+                for adapter in offer.adapters:
+                    info = f"prompts may say {adapter.word}" if adapter.word else "0: without it; 1: as trained"
+                    slider = gr.Slider(0, STRONGEST, 0, step=0.05, label=adapter.name, info=info)
+                    self.parts.add(ADAPTER + adapter.name, slider)
+                    if (one := adapter.control) is not None and one.option not in self.parts.all:
+                        self.parts.add(one.option, picture(f"{one.label}: the picture that steers"), kept=False)
+        with gr.Accordion("Side by side", open=False):
+            self.parts.add(BESIDE + "on", gr.Checkbox(label="Draw twice, from the same seeds", info="the second with:"))
+            names = [o.name for o in self.offers if {i.option for i in o.inputs} == {i.option for i in offer.inputs}]
+            self.parts.add(BESIDE + "model", gr.Dropdown(names, value=offer.name, label="Model"))
+            self._how(BESIDE, usual["num_inference_steps"], usual["guidance_scale"])
+
+    def _how(self, prefix: str, steps: int, guidance_scale: float) -> None:
+        """Sampler, steps and guidance of one of two jobs."""
+        of = " of the second" if prefix else ""
+        with gr.Row():
+            self.parts.add(prefix + "sampler", gr.Dropdown([OWN, *samplers()], value=OWN, label=f"Sampler{of}"))
+            made = gr.Slider(1, self.studio.limits.steps, steps, step=1, label=f"Steps{of}")
+            self.parts.add(prefix + "num_inference_steps", made)
+            if self.offer.guided:
+                made = gr.Slider(0, 20, guidance_scale, step=0.1, label=f"Guidance{of}", info="1: off")
+                self.parts.add(prefix + "guidance_scale", made)
+
+    # -- what its values ask for ----------------------------------------------------------------------------------------
+
+    def asked(self, task: str, given: Mapping[str, Any]) -> dict[str, Any]:
+        """What the values of the page's parts ask for. Raises ValueError for what a task needs and lacks."""
+        offer, asked = self.offer, {"seed": given["seed"], "n": int(given["n"])} | self.how_asked("", given)
+        if (size := [given["height"], given["width"]]) != list(offer.size):
+            asked["size"] = size
+        if task == "reconstruct":
+            return (
+                {"task": task, "seed": 0} | {k: v for k, v in asked.items() if k == "size"} | self._image(task, given)
+            )
+        for one in offer.inputs:
+            value = self._condition(one, given[one.option])
+            if value is None and task == MAIN and one.kind in NEEDED:
+                raise ValueError(NEEDED[one.kind])
+            asked[one.option] = value
+        if given.get("negative"):
+            asked["negative"] = given["negative"]
+        chosen = [a for a in offer.adapters if given[ADAPTER + a.name]]
+        if chosen:
+            asked["adapters"] = [f"{a.name}:{given[ADAPTER + a.name]}" for a in chosen]
+            asked |= {a.control.option: given[a.control.option] for a in chosen if a.control is not None}
+        if task == MAIN:
+            return asked
+        asked["task"] = task
+        if task == "interpolate":
+            lines = [line for line in str(given.get("walk: prompts") or "").splitlines() if line.strip()]
+            asked |= {"n": int(given["walk: n"])}
+            asked |= {"prompts": lines} if lines else {}
+            asked |= {"classes": given["walk: classes"]} if given.get("walk: classes") else {}
+            return asked
+        asked |= self._image(task, given)
+        if task == "img2img":
+            if given["invert"]:
+                asked |= {"invert": True, "image_prompt": given.get("image_prompt") or None, "sampler": None}
+            else:
+                asked["strength"] = given["strength"]
+        elif task == "inpaint":
+            asked["mask"] = painted(given["inpaint: mask"], "mask", offer.size)
+            if asked["mask"] is None:
+                raise ValueError("paint the mask first: what is painted is drawn anew")
+            height, width = asked.get("size", offer.size)
+            if height * offer.size[1] != width * offer.size[0]:
+                raise ValueError("inpainting draws in the proportions of its canvas; set height and width to them")
+            # The canvas shows the picture as it is cut, and the mask belongs to that.
+            asked["image"] = encoded_png(self.studio.cut(offer, asked["image"], (height, width)))
+        elif task == "outpaint":
+            asked["extend"] = [given[f"extend {side}"] for side in SIDES]
+        return asked
+
+    def how_asked(self, prefix: str, given: Mapping[str, Any]) -> dict[str, Any]:
+        sampler, scale = given[prefix + "sampler"], given.get(prefix + "guidance_scale")
+        steps = given[prefix + "num_inference_steps"]
+        return {
+            "sampler": None if sampler == OWN else sampler,
+            "num_inference_steps": int(steps),
+            "guidance_scale": scale,
+        }
+
+    def _image(self, task: str, given: Mapping[str, Any]) -> dict[str, Any]:
+        if not (image := given[f"{task}: image"]):
+            raise ValueError(NEEDED["picture"])
+        return {"image": image}
+
+    def _condition(self, one: Input, value: Any) -> Any:
+        if one.kind == "boxes":
+            return boxed(value)
+        if one.kind == "map":
+            return painted(value, "label map", self.offer.size)
+        return value
+
+    def _shown_under(self, path: str | None) -> str:
+        """The canvas of the mask with a picture under it, cut as the model sees it."""
+        if not path:
+            return ""
+        try:
+            return with_background(self.studio.cut(self.offer, path, self.offer.size))
+        except Exception as error:
+            raise gr.Error(words(error, self.offers), title="No picture", print_exception=False) from error
+
+    def taken(self, recipe: Any, *values: Any) -> list[Any]:
+        """The parts' values with those of a recipe in their place."""
+        config = (recipe or {}).get("config") or {}
+        given = dict(zip(self.parts.kept, values))
+        found = {k: v for k, v in config.items() if k in given and not isinstance(v, dict | list)}
+        found |= {k: config[k][0] for k in ("prompts", "classes") if k in given and config.get(k)}
+        found |= {"seed": recipe["seed"]} if recipe else {}
+        sampler = str((config.get("sampler") or {}).get("_target_", "")).rpartition(".")[2]
+        found |= {"sampler": sampler} if sampler in samplers() else {}
+        return list((given | found).values())

@@ -1,0 +1,275 @@
+"""The app's pages without a browser: what their parts ask for, how runs are read, and who may reach them."""
+
+import base64
+import json
+import os
+import threading
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+import numpy as np
+import pytest
+from chains import composed
+from PIL import Image
+from small_models import CONDITIONERS, small_model
+
+from ldm_train.app import runs, serve
+from ldm_train.app.asked import Limits
+from ldm_train.app.blocks import build
+from ldm_train.app.form import OWN
+from ldm_train.app.offer import MAIN, Adapter, Input
+from ldm_train.app.page import ModelPage
+from ldm_train.app.runs_page import RunsPage
+from ldm_train.app.sketch import boxed, painted, with_background
+from ldm_train.app.studio import Studio
+from ldm_train.data.files import encoded_png
+
+
+@pytest.fixture(scope="module")
+def studio(tmp_path_factory: pytest.TempPathFactory) -> Studio:
+    folder = tmp_path_factory.mktemp("runs")
+    for kind in CONDITIONERS:
+        small_model(kind, folder / kind)
+    return Studio(folder, Limits(), "cpu")
+
+
+def page_of(studio: Studio, kind: str, *others: str, adapters: tuple[Adapter, ...] = ()) -> ModelPage:
+    offers = [studio.offer(name) for name in (kind, *others)]
+    offers[0] = type(offers[0])(**vars(offers[0]) | {"adapters": adapters})
+    with gr.Blocks():
+        return ModelPage(studio, offers[0], offers)
+
+
+def canvas(array: np.ndarray | None = None, boxes: list | None = None) -> str:
+    png = "" if array is None else "data:image/png;base64," + base64.b64encode(encoded_png(array)).decode()
+    return json.dumps({"background": "", "png": png, "boxes": boxes or []})
+
+
+def values(page: ModelPage, **given: Any) -> dict[str, Any]:
+    usual = {name: part.value for name, part in page.form.parts.all.items()}
+    return usual | {name.replace("__", ": "): value for name, value in given.items()}
+
+
+@pytest.mark.parametrize("kind", sorted(CONDITIONERS))
+def test_every_tab_of_every_model_asks_for_what_can_be_drawn(kind: str, studio: Studio, tmp_path: Path) -> None:
+    page = page_of(studio, kind)
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 32, 3), np.uint8)).save(tmp_path / "photo.png")
+    photo, given = str(tmp_path / "photo.png"), dict[str, Any]()
+    for one in page.offer.inputs:
+        given[one.option] = {
+            "text": "a red circle",
+            "choice": "dog",
+            "picture": photo,
+            "boxes": canvas(boxes=[[0.1, 0.1, 0.5, 0.5, "dog"]]),
+            "map": canvas(np.eye(32, dtype=np.uint8)),
+        }[one.kind]
+    given |= {name: photo for name in page.form.parts.all if name.endswith(": image")}
+    given |= {"inpaint: mask": canvas(255 * np.eye(32, dtype=np.uint8)), "extend right": 8, "n": 1, "walk: n": 2}
+    for task in page.offer.tabs:
+        asked = page.form.asked(task, values(page) | given)
+        *_, drawn = page.studio.draw(page.offer, asked, threading.Event())
+        assert len(drawn) == {"interpolate": 2}.get(task, 1), task
+        assert (task == MAIN) == (asked.get("task") is None)
+
+
+def test_what_a_task_lacks_is_said(studio: Studio) -> None:
+    for kind, task, message in (
+        ("layout", MAIN, "draw at least one box first"),
+        ("semantic", MAIN, "paint a label map first"),
+        ("superres", MAIN, "hand in a picture first"),
+        ("text", "img2img", "hand in a picture first"),
+        ("text", "inpaint", "hand in a picture first"),
+    ):
+        page = page_of(studio, kind)
+        with pytest.raises(ValueError, match=message):
+            page.form.asked(task, values(page))
+    page = page_of(studio, "text")
+    with pytest.raises(ValueError, match=r"paint the mask first"):
+        page.form.asked("inpaint", values(page, inpaint__image="x.png"))
+
+
+def test_settings_are_asked_for_as_they_stand(studio: Studio) -> None:
+    control = Input("edges", "picture", "fields.edges")
+    page = page_of(studio, "text", "calm", adapters=(Adapter("style"), Adapter("lines", control)))
+    asked = page.form.asked(
+        MAIN, values(page, prompts="a cat", negative="a dog", sampler="heun", seed=7, n=3, height=64)
+    )
+    assert {k: v for k, v in asked.items() if v is not None} == {
+        "prompts": "a cat", "negative": "a dog", "sampler": "heun", "seed": 7, "n": 3, "size": [64, 32],
+        "num_inference_steps": 3, "guidance_scale": 2.0,
+    }  # fmt: skip
+    given = values(page, prompts="a cat") | {"adapter: lines": 0.5, "fields.edges": "edges.png"}
+    assert page.form.asked(MAIN, given)["adapters"] == ["lines:0.5"]
+    assert page.form.asked(MAIN, given)["fields.edges"] == "edges.png"
+    inverted = page.form.asked(
+        "img2img", values(page, img2img__image="a.png", invert=True, image_prompt="a dog", sampler="heun")
+    )
+    assert (inverted["invert"], inverted["image_prompt"], inverted["sampler"]) == (True, "a dog", None)
+    assert "strength" not in inverted
+    walk = page.form.asked("interpolate", values(page, walk__prompts="a cat\n\na dog\n"))
+    assert (walk["prompts"], walk["n"]) == (["a cat", "a dog"], 8)
+    second = page._jobs(
+        MAIN, threading.Event(), *values(page, prompts="a", beside__on=True, beside__model="calm").values()
+    )
+    assert [place for place, _ in second] == ["gallery", "beside"]
+
+
+def test_a_recipes_settings_are_taken_over(studio: Studio) -> None:
+    page = page_of(studio, "text")
+    recipe = {
+        "seed": 9,
+        "config": {"prompts": ["a dog"], "n": 2, "sampler": {"_target_": "ldm_train.samplers.heun.heun"}},
+    }
+    taken = dict(
+        zip(
+            page.form.parts.kept, page.form.taken(recipe, *[page.form.parts.all[n].value for n in page.form.parts.kept])
+        )
+    )
+    assert (taken["prompts"], taken["seed"], taken["n"], taken["sampler"]) == ("a dog", 9, 2, "heun")
+    strange = {"seed": 1, "config": {"sampler": {"_target_": "os.system"}, "prompts": [], "n": None}}
+    taken = dict(
+        zip(
+            page.form.parts.kept,
+            page.form.taken(strange, *[page.form.parts.all[n].value for n in page.form.parts.kept]),
+        )
+    )
+    assert taken["sampler"] == OWN
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        "nothing", "[]", "3", '{"png": 5}', '{"png": "data:image/png;base64,%%%"}', '{"png": "data:image/png;base64,AAAA"}', "{}",
+        '{"png": "data:image/svg+xml,<svg/>"}', "[" * 100_000, canvas(np.zeros((8, 9), np.uint8)),
+    ],
+)  # fmt: skip
+def test_what_no_canvas_sends_is_refused(value: str) -> None:
+    with pytest.raises(ValueError, match=r"the mask is nothing that the canvas of this page has sent"):
+        painted(value, "mask", (8, 8))
+
+
+def test_what_was_painted_comes_back() -> None:
+    labels = np.arange(64, dtype=np.uint8).reshape(8, 8)
+    assert np.array_equal(
+        np.array(Image.open(__import__("io").BytesIO(painted(canvas(labels), "map", (8, 8))))), labels
+    )
+    assert painted("", "mask", (8, 8)) is None is painted(canvas(), "mask", (8, 8))
+    assert json.loads(boxed(canvas(boxes=[[0, 0, 1, 1, "cat"]]))) == [[0, 0, 1, 1, "cat"]]
+    assert boxed("") is None is boxed(canvas())
+    assert json.loads(with_background(Image.new("RGB", (4, 4))))["background"].startswith("data:image/png;base64,")
+
+
+def test_names_of_a_model_stand_in_no_markup(studio: Studio, tmp_path: Path) -> None:
+    """A class may be named by anyone who gives a model away; the canvas' template is filled in as code by the browser."""
+    from ldm_train.app.sketch import sketch
+
+    evil = "`${alert(1)}{{x}}<img onerror=alert(1)>`"
+    with gr.Blocks():
+        made = sketch("boxes", "Boxes", (32, 32), ["cat", evil])
+    assert "alert" not in made.html_template + made.css_template + made.js_on_load
+    assert made.get_config()["props"]["labels"] == ["cat", evil]
+
+
+def test_the_app_has_a_page_for_each_model_and_one_for_the_runs(studio: Studio) -> None:
+    config = composed("app", f"runs_dir={studio.runs_dir}", "run=[text,layout]", "accelerator=cpu")
+    demo, folders = build(config)
+    assert [name for _, name, *_ in demo.pages] == ["Home", "layout", "Runs"]
+    assert studio.runs_dir / "text" / "samples" in folders
+    nothing = studio.runs_dir / "empty"
+    nothing.mkdir()
+    demo, _ = build(composed("app", f"runs_dir={nothing}"))
+    assert [name for _, name, *_ in demo.pages] == ["Home"]
+    with pytest.raises(FileNotFoundError, match=r"run=nowhere has no trained model"):
+        build(composed("app", f"runs_dir={studio.runs_dir}", "run=nowhere"))
+
+
+def a_run(folder: Path) -> Path:
+    for stage, rows in (
+        ("autoencoder", "step,val/psnr\n10,20\n20,25\n"),
+        ("diffusion", "step,train/loss,val/loss\n25,0.5,\n50,0.4,0.6\n"),
+    ):
+        (folder / stage / "images").mkdir(parents=True)
+        (folder / stage / "stage.json").write_text(json.dumps({"key": {}, "finished": True, "steps": 50, "result": {}}))
+        (folder / stage / "metrics.csv").write_text(rows)
+        Image.new("RGB", (4, 4)).save(folder / stage / "images" / "grid.png")
+    (folder / "evaluation").mkdir()
+    psnr = {"value": 25.123456, "interval": [24, 26.5], "n": 128}
+    (folder / "evaluation" / "metrics.json").write_text(
+        json.dumps({"reconstruction": {"psnr": psnr}, "adherence": {"mean": 0.9}})
+    )
+    (folder / "config.yaml").write_text("stages: [diffusion]\n")
+    return folder
+
+
+def test_runs_are_read_as_they_stand(tmp_path: Path) -> None:
+    run, other = a_run(tmp_path / "one"), a_run(tmp_path / "sweep" / "seed=1")
+    table = runs.table(tmp_path)
+    assert sorted(table.run) == ["one", "sweep/seed=1"]
+    assert set(table.state) == {"finished"}
+    assert runs.stages(run) == ["autoencoder", "diffusion"]
+    assert "- diffusion" in runs.recipe_of(run)
+    assert runs.columns([run], "diffusion") == ["val/loss", "train/loss"]
+    curves = runs.curves([run, other], tmp_path, "diffusion", "train/loss")
+    assert curves.to_dict("list") == {
+        "step": [25, 50] * 2,
+        "value": [0.5, 0.4] * 2,
+        "run": ["one"] * 2 + ["sweep/seed=1"] * 2,
+    }
+    assert runs.evaluations(run).to_dict("records") == [
+        {"what": "reconstruction psnr", "value": "25.12", "95 % interval": "24 to 26.5", "n": "128", "of": ""},
+        {"what": "adherence mean", "value": "0.9", "95 % interval": "", "n": "", "of": ""},
+    ]
+    assert {what for _, what in runs.media(run)} == {"autoencoder: grid", "diffusion: grid"}
+
+
+def test_a_run_that_is_being_written_is_read_as_far_as_it_is(tmp_path: Path) -> None:
+    stage = tmp_path / "sweep" / "seed=1" / "diffusion"
+    stage.mkdir(parents=True)
+    (stage.parent / "config.yaml").write_text("name: x\n")
+    note = {"key": {}, "finished": False, "steps": 100, "result": {}}
+    (stage / "stage.json").write_text(json.dumps(note))
+    (stage / "metrics.csv").write_text("step,train/loss\n25,0.5\n50,0.4\n75,0.")  # a line half written
+    (stage / "health.json").write_text(
+        json.dumps({"x": {"step": 5, "name": "_x_<b>", "what": "is <odd>", "remedy": "mend"}})
+    )
+    (tmp_path / "sweep" / "evaluation.txt").write_text("no run")
+    folder = tmp_path / "sweep" / "seed=1"
+    assert runs.run_folders(tmp_path) == [folder]
+    assert runs.curves([folder], tmp_path, "diffusion", "train/loss")["value"].tolist() == [0.5, 0.4]
+    page = RunsPage.__new__(RunsPage)
+    page.runs_dir = tmp_path
+    assert "\\_x\\_\\<b\\>" in page._findings(folder)
+    with gr.Blocks():
+        page = RunsPage(tmp_path)
+        seen = page.follow("", [], "diffusion", None)
+        assert page.follow(seen[0], ["sweep/seed=1"], "diffusion", None)[0] != seen[0]  # nothing new
+        assert page._folders(["../../etc", "sweep/seed=1", "/etc"]) == [folder]
+        os.utime(stage / "metrics.csv", (1, 1))
+        (stage / "metrics.csv").write_text("step,train/loss\n25,0.5\n50,0.4\n75,0.3\n")
+        assert page.follow(seen[0], ["sweep/seed=1"], "diffusion", None)[0] != seen[0]
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.1.7", "example.org"])
+def test_other_machines_need_a_password(host: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"is reached from other machines: set password="):
+        serve.start(composed("app", f"runs_dir={tmp_path}", f"host='{host}'"))
+    assert serve.is_loopback("127.0.0.1")
+    assert serve.is_loopback("::1")
+    assert serve.is_loopback("localhost")
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("port=99999", "port"),
+        ("limits.pictures=0", "limits.pictures"),
+        ("limits.upload=nan", "limits.upload"),
+        ("queue=0", "queue"),
+        ("password=''", "password"),
+        ("open_browser=3", "open_browser"),
+    ],
+)
+def test_an_option_that_cannot_be_is_named(option: str, message: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=message):
+        serve.start(composed("app", f"runs_dir={tmp_path}", option))
