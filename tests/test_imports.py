@@ -30,6 +30,7 @@ FLOORS = (
     {"checkpoints"},
     {"training", "evaluation", "generation"},
     {"pipeline", "bench"},
+    {"app"},
     {"cli"},
 )
 FLOOR = {part: number for number, parts in enumerate(FLOORS) for part in parts} | {"__init__": -1}
@@ -92,7 +93,7 @@ def test_every_part_of_the_package_has_a_floor() -> None:
 
 def test_only_the_upper_floors_see_a_config() -> None:
     users = {part_of(f) for f in FILES if {"hydra", "omegaconf"} & theirs(f)}
-    assert users <= {"configuration", "rules", "evaluation", "generation", "pipeline", "bench", "cli"}
+    assert users <= {"configuration", "rules", "evaluation", "generation", "pipeline", "bench", "app", "cli"}
 
 
 def test_commands_are_short() -> None:

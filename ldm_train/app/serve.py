@@ -1,10 +1,13 @@
 """ldm-app: a page on which trained models draw, and one on which runs are watched."""
 
+import inspect
 import ipaddress
 import logging
 import os
 import secrets
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +38,24 @@ def is_loopback(host: str) -> bool:
         return False
 
 
+@contextmanager
+def without_stubs() -> Iterator[None]:
+    """A context in which gradio is imported without writing a .pyi beside each of its components, which takes seconds at every start
+    and writes where nobody asked for files. It leaves out classes that have no file."""
+    getfile = inspect.getfile
+
+    def without_gradios(of: Any) -> str:
+        if isinstance(of, type) and of.__module__.startswith("gradio."):
+            raise OSError(f"{of} is written no stub for")
+        return getfile(of)
+
+    inspect.getfile = without_gradios
+    try:
+        yield
+    finally:
+        inspect.getfile = getfile
+
+
 def serve(config: DictConfig) -> None:
     """Starts the app and waits. Raises ValueError or FileNotFoundError for what cannot be served."""
     launched = start(config)
@@ -54,7 +75,8 @@ def start(config: DictConfig) -> Any:
         )
     os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
     try:
-        from ldm_train.app import blocks  # gradio, which takes seconds
+        with without_stubs():
+            from ldm_train.app import blocks  # gradio, which takes seconds
     except ModuleNotFoundError as error:
         raise ValueError(f"ldm-app needs the package {error.name}: pip install 'ldm-train[app]'") from error
 

@@ -8,8 +8,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image, ImageOps
-from torchvision.transforms.v2 import InterpolationMode
-from torchvision.transforms.v2 import functional as TF
 
 from ldm_train.data.fields import array_of
 from ldm_train.data.files import open_image, read_npy
@@ -90,6 +88,9 @@ class ImageTransform:
             raise ValueError(f"data.crop is center, random or random_resized, not {crop!r}")
         self.size = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
         self.crop, self.flip, self.scale = crop, flip, tuple(scale)
+        # Not at the top of the file: it takes two seconds, which commands that read no pictures save. Loading processes that are
+        # started later have it.
+        import torchvision.transforms.v2.functional  # noqa: F401
 
     def deterministic(self) -> "ImageTransform":
         """The same size by centre crop, without flips: for validation, caching and reference statistics."""
@@ -136,6 +137,9 @@ class ImageTransform:
         """(C, H, W) -> (C, *image_size), same dtype. nearest: for label maps."""
         image = image[:, plan.top : plan.top + plan.height, plan.left : plan.left + plan.width]
         if image.shape[1:] != self.size:
+            from torchvision.transforms.v2 import InterpolationMode
+            from torchvision.transforms.v2 import functional as TF
+
             mode = InterpolationMode.NEAREST if nearest else InterpolationMode.BICUBIC
             image = TF.resize(image, list(self.size), interpolation=mode, antialias=not nearest)
         return image.flip(2) if plan.flip else image

@@ -367,7 +367,7 @@ def test_the_page_of_runs_follows_a_training(app: str, opened: Callable, runs_di
         *(sys.executable, "-m", "ldm_train.cli.train", "experiment=quickstart", "name=live", f"runs_dir={runs_dir}"),
         *(f"data.root={runs_dir}/data", "data.source.count=64", "data.per_shard=32", "logger=csv", "progress=false"),
         *(
-            "stages=[data,autoencoder]",
+            "stages=[autoencoder]",
             "autoencoder.max_steps=400",
             "autoencoder.batch_size=2",
             "autoencoder.log_every=5",
@@ -487,6 +487,7 @@ def test_a_password_is_asked_for_before_anything_is_shown(runs_dir: Path, opened
                 prompt(page).wait_for()
             else:
                 page.get_by_text(re.compile("incorrect", re.IGNORECASE)).first.wait_for()
+        page.context.close()
     finally:
         process.terminate()
         process.wait(30)
