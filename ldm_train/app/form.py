@@ -14,6 +14,7 @@ from ldm_train.data.files import encoded_png
 from ldm_train.generation.adapters import STRONGEST
 
 OWN = "the run's own"
+ANY = "any"  # class: without this condition
 TITLES = {
     "img2img": ("Picture to picture", "Change it"),
     "inpaint": ("Inpaint", "Fill the hole"),
@@ -66,7 +67,7 @@ class Form:
 
     def _input(self, one: Input) -> None:
         if one.kind == "choice":
-            made: Any = gr.Dropdown(list(one.choices), label=one.label, info="none of them: without a condition")
+            made: Any = gr.Dropdown([(ANY, ""), *one.choices], value="", label=one.label)
         elif one.kind in ("boxes", "map"):
             gr.Markdown(f"**{one.label}**")
             made = sketch(one.kind, one.label, self.offer.size, one.choices, elem_id=f"{one.kind}-{self.offer.name}")
@@ -234,6 +235,8 @@ class Form:
         return {"image": image}
 
     def _condition(self, one: Input, value: Any) -> Any:
+        if one.kind == "choice":
+            return value or None
         if one.kind == "boxes":
             return boxed(value)
         if one.kind == "map":

@@ -67,7 +67,8 @@ class Offer:
         """Of the first tab: what becomes a picture."""
         titles = {"caption": "Text to picture", "class_label": "Class to picture", "boxes": "Boxes to picture"}
         titles |= {"segmentation": "Label map to picture", "lowres": "Enlarge", "reference": "Vary"}
-        return next((titles[one.field] for one in self.inputs if one.field in titles), "Draw")
+        fields = {one.field for one in self.inputs}
+        return next((title for field, title in titles.items() if field in fields), "Draw")
 
     @property
     def tabs(self) -> tuple[str, ...]:
@@ -93,6 +94,7 @@ def offer_of(run: str, folder: Path, loaded: Loaded, adapters: Sequence[Adapter]
         if declared.input != "mask":  # inpainting's own tab draws it
             choices = _choices(conditioner, declared.input)
             inputs.append(Input(declared.name, declared.input, declared.argument, choices))
+    inputs.sort(key=lambda one: one.kind != "text")  # what people look for first
     return Offer(
         Path(run).name,
         run,

@@ -76,7 +76,6 @@ class ModelPage:
             "columns": 4,
             "object_fit": "contain",
             "buttons": buttons,
-            "height": "auto",
         }
         gallery = gr.Gallery(label="Pictures", elem_classes=["pictures", *hard], **options)
         beside = gr.Gallery(label="The same seeds, the second way", visible=False, elem_classes=hard, **options)

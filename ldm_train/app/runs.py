@@ -88,9 +88,12 @@ def _rows(path: Path) -> pd.DataFrame:
 
 
 def columns(folders: Sequence[Path], stage: str) -> list[str]:
-    """What a stage of some runs has logged, the usual ones first."""
-    names = {name for folder in folders for name in _rows(folder / stage / "metrics.csv").columns} - {"step"}
-    return [n for n in USUAL if n in names] + sorted(names - {*USUAL})
+    """What a stage of some runs has logged, first what people look at, where it is a curve yet."""
+    tables = [_rows(folder / stage / "metrics.csv") for folder in folders]
+    names = {name for rows in tables for name in rows.columns} - {"step"}
+    drawn = {name for rows in tables for name in rows.columns if rows[name].notna().sum() > 1}  # a curve has two points
+    usual = [n for n in USUAL if n in names & drawn]
+    return usual + sorted(names - {*usual})
 
 
 def curves(folders: Sequence[Path], runs_dir: str | Path, stage: str, column: str) -> pd.DataFrame:
@@ -132,22 +135,22 @@ def evaluations(folder: Path) -> pd.DataFrame:
             tree = read_record(path)
         except (OSError, ValueError):
             continue
-        rows += _numbers(tree, "", "" if path.stem == "metrics" else path.stem)
-    return pd.DataFrame(rows, columns=["what", "value", "95 % interval", "n", "of"])
+        rows += _numbers(tree, "" if path.stem == "metrics" else f"{path.stem}: ")
+    return pd.DataFrame(rows, columns=["what", "value", "95 % interval", "n"])
 
 
-def _numbers(tree: dict[str, Any], prefix: str, of: str) -> list[dict[str, Any]]:
+def _numbers(tree: dict[str, Any], prefix: str) -> list[dict[str, Any]]:
     rows = []
     for name, value in tree.items():
         if isinstance(value, dict) and isinstance(value.get("value"), int | float):
             low, high = value.get("interval") or (None, None)
             between = "" if low is None else f"{low:.4g} to {high:.4g}"
             row = {"what": prefix + name, "value": f"{value['value']:.4g}", "95 % interval": between}
-            rows.append(row | {"n": str(value.get("n", "")), "of": of})
+            rows.append(row | {"n": str(value.get("n", ""))})
         elif isinstance(value, dict):
-            rows += _numbers(value, f"{prefix}{name} ", of)
+            rows += _numbers(value, f"{prefix}{name} ")
         elif isinstance(value, int | float) and not isinstance(value, bool):
-            rows.append({"what": prefix + name, "value": f"{value:.4g}", "95 % interval": "", "n": "", "of": of})
+            rows.append({"what": prefix + name, "value": f"{value:.4g}", "95 % interval": "", "n": ""})
     return rows
 
 

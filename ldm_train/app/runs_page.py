@@ -37,7 +37,11 @@ class RunsPage:
         with gr.Row(equal_height=False):
             with gr.Column(min_width=320):
                 self.numbers = gr.Dataframe(
-                    label="Evaluation of the first", interactive=False, max_height=480, wrap=True
+                    label="Evaluation of the first",
+                    interactive=False,
+                    column_widths=["40%", "17%", "28%", "15%"],
+                    max_height=480,
+                    wrap=True,
                 )
             with gr.Column(min_width=320):
                 self.media = gr.Gallery(

@@ -209,7 +209,7 @@ def test_runs_are_read_as_they_stand(tmp_path: Path) -> None:
     assert set(table.state) == {"finished"}
     assert runs.stages(run) == ["autoencoder", "diffusion"]
     assert "- diffusion" in runs.recipe_of(run)
-    assert runs.columns([run], "diffusion") == ["val/loss", "train/loss"]
+    assert runs.columns([run], "diffusion") == ["train/loss", "val/loss"]
     curves = runs.curves([run, other], tmp_path, "diffusion", "train/loss")
     assert curves.to_dict("list") == {
         "step": [25, 50] * 2,
@@ -217,8 +217,8 @@ def test_runs_are_read_as_they_stand(tmp_path: Path) -> None:
         "run": ["one"] * 2 + ["sweep/seed=1"] * 2,
     }
     assert runs.evaluations(run).to_dict("records") == [
-        {"what": "reconstruction psnr", "value": "25.12", "95 % interval": "24 to 26.5", "n": "128", "of": ""},
-        {"what": "adherence mean", "value": "0.9", "95 % interval": "", "n": "", "of": ""},
+        {"what": "reconstruction psnr", "value": "25.12", "95 % interval": "24 to 26.5", "n": "128"},
+        {"what": "adherence mean", "value": "0.9", "95 % interval": "", "n": ""},
     ]
     assert {what for _, what in runs.media(run)} == {"autoencoder: grid", "diffusion: grid"}
 
