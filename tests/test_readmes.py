@@ -27,7 +27,7 @@ GUIDES = sorted(
 )
 COMMANDS = {
     "train.py": "train", "ldm-sample": "sample", "ldm-evaluate": "evaluate", "ldm-prepare": "prepare", "ldm-sweep": "sweep",
-    "ldm-search": "search", "ldm-bench": "bench", "ldm-convert": "convert",
+    "ldm-search": "search", "ldm-bench": "bench", "ldm-convert": "convert", "ldm-app": "app",
 }  # fmt: skip
 ADDED = ("extractors.", "fields.")  # options that a command's main adds with a +
 
@@ -106,7 +106,7 @@ BRIEFLY = {
     "ldm-search": [],
 }
 ELSEWHERE = (
-    r"celebahq|ldm-convert|style\.safetensors|clothing_f8|my_package|ldm-search|ldm-sweep dir=runs/shapes_f_sweep"
+    r"celebahq|ldm-convert|ldm-app|style\.safetensors|clothing_f8|my_package|ldm-search|ldm-sweep dir=runs/shapes_f_sweep"
     r"|ldm-sweep dir=runs/ledger|ldm-bench|_f_sweep"
 )
 

@@ -21,6 +21,8 @@ CSS = """
 .status { min-height: 1.6em; }
 .hard-edges img, .live img { image-rendering: pixelated; }
 .hard-edges button img { width: 100%; height: 100%; }
+#runs-curve { overflow-x: auto; }
+.caption-label { padding: 0 4px; font-size: 10px; opacity: 0.85; }
 button, input, select, textarea { min-height: 32px; }
 """
 # Fonts of the machine: pages must not ask other hosts for them.

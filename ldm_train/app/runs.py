@@ -105,7 +105,7 @@ def curves(folders: Sequence[Path], runs_dir: str | Path, stage: str, column: st
             rows = rows[["step", column]].dropna().rename(columns={column: "value"})
             rows = rows.iloc[:: max(1, len(rows) // POINTS)]
             parts.append(rows.assign(run=name_of(folder, runs_dir)))
-    return pd.concat(parts) if parts else pd.DataFrame({"step": [], "value": [], "run": []})
+    return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame({"step": [], "value": [], "run": []})
 
 
 def media(folder: Path) -> list[tuple[str, str]]:

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import altair as alt
 import gradio as gr
 
 from ldm_train.app import runs
@@ -32,7 +33,7 @@ class RunsPage:
         with gr.Row():
             self.stage = gr.Radio(list(STAGES), value=STAGES[0], label="Stage", elem_id="runs-stage")
             self.column = gr.Dropdown([], label="Curve of", elem_id="runs-column")
-        self.curve = gr.LinePlot(x="step", y="value", color="run", label="Curve", height=320, elem_id="runs-curve")
+        self.curve = gr.Plot(label="Curve", elem_id="runs-curve")
         self.findings = gr.Markdown(elem_id="runs-findings")
         with gr.Row(equal_height=False):
             with gr.Column(min_width=320):
@@ -76,8 +77,15 @@ class RunsPage:
         demo.load(*self._first, show_progress="hidden", api_visibility="private")
 
     def _curve(self, chosen: list[str], stage: str, column: str | None) -> Any:
-        data = runs.curves(self._folders(chosen), self.runs_dir, stage if stage in STAGES else STAGES[0], str(column))
-        return gr.LinePlot(data, y_title=column or "")
+        stage = stage if stage in STAGES else STAGES[0]
+        data = runs.curves(self._folders(chosen), self.runs_dir, stage, str(column))
+        if data.empty:
+            return None
+        legend = alt.Legend(title=None, orient="bottom", columns=1, labelLimit=600)
+        lines = alt.Chart(data).encode(alt.X("step:Q"), alt.Y("value:Q", title=column, scale=alt.Scale(zero=False)))
+        lines = lines.encode(alt.Color("run:N", legend=legend), tooltip=["run", "step", "value"])
+        # Points, too: a curve of one point is one.
+        return lines.mark_line(point=True).properties(width=640, height=300).interactive()
 
     def look(self, chosen: list[str], stage: str, column: str | None) -> list[Any]:
         """All that the page shows of the chosen runs."""
