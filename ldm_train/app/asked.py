@@ -5,7 +5,7 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,8 @@ SUFFIXES = {
     "BMP": ".bmp",
 }  # of what may be handed in, by Pillow's names
 MOST_BOXES = 100
+BATCH = 16  # that ldm-sample draws together, where nothing is said
+REPEATS = 10  # of a step, in a recipe that is drawn again
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,7 @@ def options_of(offer: Offer, asked: Mapping[str, Any], limits: Limits) -> dict[s
         **{name: lambda v, name=name: _text(name, v, limits) for name in TEXTS},
         "layout": lambda v: _layout(v, limits),
         "adapters": lambda v: adapters(offer, v),
-        "sampler": _sampler,
+        "sampler": sampler_tree,
     }
     own, options = _own(offer), dict[str, Any]()
     for name, value in asked.items():
@@ -78,24 +80,39 @@ def options_of(offer: Offer, asked: Mapping[str, Any], limits: Limits) -> dict[s
             value = check.get(name, lambda v: v)(value)
         section, _, field = name.rpartition(".")
         (options.setdefault(section, {}) if section else options)[field] = value
-    _check_numbers(options, limits)
+    _check_numbers(offer, options, limits)
     return options
 
 
 def replay_of(offer: Offer, picture: Path, limits: Limits) -> dict[str, Any]:
     """Options of ldm-sample that draw a picture of this project's again, by the recipe that it carries. What it was drawn from is
-    looked for among what was handed in here. Raises ValueError where it carries none."""
+    looked for among what was handed in here. Raises ValueError where it carries none, and for one beyond the limits."""
     _check_file(picture, limits)
+    _header(picture.read_bytes(), "picture", limits)
     try:
-        config = pictures.read_recipe(picture)["config"]
+        recipe = pictures.read_recipe(picture)
+        config, batch_size = dict(recipe["config"]), recipe["machine"]["batch_size"]
         fields, chosen = dict(config.get("fields") or {}), config.get("adapters")
         given = {name: _listed(config[name]) for name in FILES if config.get(name) is not None}
+        repeats = dict(config.get("resample") or {}).get("repeats", 1)
     except Exception as error:  # Pillow raises errors of any type
         raise ValueError(f"{picture.name} carries no recipe: it is no picture that this project drew") from error
+    _check_numbers(offer, config, limits)
+    for name, value, most in (
+        ("batch_size", batch_size, max(BATCH, limits.pictures)),
+        ("resample.repeats", repeats, REPEATS),
+        ("invert_iterations", config.get("invert_iterations", 1), REPEATS),
+        ("compile", int(config.get("compile") is not None), 0),
+    ):
+        if not isinstance(value, int) or not value <= most:
+            raise ValueError(f"{picture.name}: {name} is more than is drawn here; ldm-sample recipe= draws it again")
     own = _own(offer)
     options: dict[str, Any] = {name: [_kept(offer, path) for path in paths] for name, paths in given.items()}
-    drawn = [name for name in fields if FIELD + name in own and own[FIELD + name].kind == "picture"]
-    options["fields"] = {name: [_kept(offer, path) for path in _listed(fields[name])] for name in drawn}
+    known = {name: own[FIELD + name].kind == "picture" for name in fields if FIELD + name in own}
+    options["fields"] = {
+        name: [_kept(offer, path) for path in _listed(fields[name])] if drawn else _text(name, fields[name], limits)
+        for name, drawn in known.items()
+    }
     if chosen:
         options["adapters"] = adapters(offer, chosen)
     folder = offer.folder / "samples" / f"replay-{_digest(picture.read_bytes())}"
@@ -112,21 +129,30 @@ def _listed(value: Any) -> list[Any]:
     return list(value) if isinstance(value, list | tuple) else [value]
 
 
-def _check_numbers(options: Mapping[str, Any], limits: Limits) -> None:
+def _check_numbers(offer: Offer, options: Mapping[str, Any], limits: Limits) -> None:
     """Raises ValueError for a number beyond the limits; of what type it is, ldm-sample checks."""
-    for name, most in (
-        ("n", limits.pictures),
-        ("num_inference_steps", limits.steps),
-        ("size", limits.side),
-        ("extend", limits.side),
-        ("seed", 2**53),
-    ):
-        for value in _listed(options.get(name)):
-            if isinstance(value, int | float) and not (math.isfinite(value) and value <= most):
-                raise ValueError(f"{name}={value:g} is more than is drawn here; at most {most:g}")
-    count = max((len(options[name]) for name in LISTS if name in options), default=1)
-    if isinstance(n := options.get("n"), int) and n * count > limits.pictures:
-        raise ValueError(f"{count} prompts of {n} pictures are more than are drawn here; at most {limits.pictures}")
+    for name, most in (("n", limits.pictures), ("num_inference_steps", limits.steps), ("seed", 2**53)):
+        _at_most(name, options.get(name), most)
+    sides = _listed(options.get("size") or list(offer.size))
+    margins = _listed(options.get("extend") or [0])
+    for value in (*sides, *margins):
+        _at_most("size", value, limits.side)
+    if all(isinstance(value, int | float) for value in (*sides, *margins)):
+        _at_most("the side of the extended picture", max(sides) + sum(margins), limits.side)
+    n, entries = (
+        options.get("n"),
+        max((_listed(options[name]) for name in LISTS if options.get(name)), key=len, default=[{}]),
+    )
+    counts = [
+        entry.get("n", n) if isinstance(entry, dict) else n for entry in entries
+    ]  # of a recipe, an entry may have its own
+    if all(isinstance(count, int) for count in counts):
+        _at_most("the number of pictures of all prompts", sum(counts), limits.pictures)
+
+
+def _at_most(name: str, value: Any, most: float) -> None:
+    if isinstance(value, int | float) and not value <= most:
+        raise ValueError(f"{name}={value!r:.40} is more than is drawn here; at most {most:g}")
 
 
 def _text(name: str, value: Any, limits: Limits, empty: bool = False) -> str:
@@ -140,11 +166,14 @@ def _text(name: str, value: Any, limits: Limits, empty: bool = False) -> str:
 def _layout(text: Any, limits: Limits) -> str:
     """Boxes as JSON, which names no file."""
     try:
-        boxes = [[*map(float, row[:4]), _text("label", row[4], limits)] for row in json.loads(text)]
-    except (ValueError, TypeError, IndexError, KeyError, RecursionError) as error:
+        rows = json.loads(_text("layout", text, replace(limits, characters=MOST_BOXES * 200)))
+        boxes = [[*map(float, row[:4]), _text("label", row[4], limits)] for row in rows[: MOST_BOXES + 1]]
+        if not all(math.isfinite(v) for box in boxes for v in box[:4]):
+            raise ValueError("a box of no finite numbers")
+    except (ValueError, TypeError, IndexError, KeyError, RecursionError, OverflowError) as error:
         raise ValueError("layout is no list of boxes [x, y, width, height, label]") from error
     if not 0 < len(boxes) <= MOST_BOXES:
-        raise ValueError(f"{len(boxes)} boxes: draw at least one, at most {MOST_BOXES}")
+        raise ValueError(f"{len(rows)} boxes: draw at least one, at most {MOST_BOXES}")
     return json.dumps(boxes)
 
 
@@ -168,7 +197,8 @@ def adapters(offer: Offer, entries: Any) -> list[str]:
     return chosen
 
 
-def _sampler(name: Any) -> Any:
+def sampler_tree(name: Any) -> Any:
+    """A sampler as ldm-sample takes it. Raises ValueError where there is none of that name."""
     if name not in (known := samplers()):
         raise ValueError(f"there is no sampler {name!r:.60}; there are {', '.join(known)}")
     return OmegaConf.to_container(OmegaConf.load(config_folder() / "sampler" / f"{name}.yaml"))
@@ -185,22 +215,29 @@ def keep(offer: Offer, given: bytes | str | Path, option: str, limits: Limits) -
     if not isinstance(given, bytes):
         _check_file(Path(given), limits)
         given = Path(given).read_bytes()
-    try:
-        with open_image(given) as image:
-            kind, (width, height) = image.format or "", image.size
-    except (OSError, ValueError) as error:
-        raise ValueError(f"the {option.removeprefix(FIELD)} that was handed in is {error}") from error
-    if kind not in SUFFIXES:
-        raise ValueError(f"a picture is a {', '.join(SUFFIXES)} here, not {kind or 'a file of an unknown kind'}")
-    if width * height > limits.megapixels * 1e6:
-        raise ValueError(
-            f"the picture has {width} x {height} pixels; at most {limits.megapixels:g} megapixels are taken here"
-        )
+    kind = _header(given, option.removeprefix(FIELD), limits)
     path = inputs(offer) / f"{_digest(given)}{SUFFIXES[kind]}"
     if not path.is_file():
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, lambda file: file.write(given))
     return str(path)
+
+
+def _header(data: bytes, what: str, limits: Limits) -> str:
+    """The kind of a picture by its header. Raises ValueError for what is no picture, or has too many pixels."""
+    try:
+        with open_image(data) as image:
+            kind, (width, height) = image.format or "", image.size
+    except (OSError, ValueError) as error:
+        large = ": it claims far too many pixels" if "exceeds limit" in str(error) else ""
+        raise ValueError(f"the {what} that was handed in is no picture that can be read{large}") from error
+    if kind not in SUFFIXES:
+        raise ValueError(f"a picture is a {', '.join(SUFFIXES)} here, not {kind or 'a file of an unknown kind'}")
+    if width * height > limits.megapixels * 1e6:
+        raise ValueError(
+            f"the {what} has {width} x {height} pixels; at most {limits.megapixels:g} megapixels are taken here"
+        )
+    return kind
 
 
 def _check_file(path: Path, limits: Limits) -> None:

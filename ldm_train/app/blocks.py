@@ -10,12 +10,13 @@ from omegaconf import DictConfig, ListConfig
 from ldm_train.app import runs
 from ldm_train.app.asked import Limits
 from ldm_train.app.offer import Offer
-from ldm_train.app.page import RESTORE, ModelPage
+from ldm_train.app.page import ModelPage
 from ldm_train.app.runs_page import RunsPage
 from ldm_train.app.studio import ERRORS, Studio
 from ldm_train.checkpoints.native import find_model
 
 RUNS = "Runs"
+KEPT = 3600  # seconds for which files that pages have shown stay beside them; the pictures themselves stay in the run
 MOST = 6  # models that get a page where none is named
 CSS = """
 .status { min-height: 1.6em; }
@@ -30,12 +31,12 @@ THEME = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monos
 LOOK: dict[str, Any] = {"css": CSS, "theme": THEME}
 
 
-def build(config: DictConfig) -> tuple[gr.Blocks, list[Path]]:
-    """The app of a config, and the folders whose files it shows. Raises FileNotFoundError or ValueError for a model that is named and
+def build(config: DictConfig) -> gr.Blocks:
+    """The app of a config. Raises FileNotFoundError or ValueError for a model that is named and
     cannot be loaded."""
     studio = Studio(config.runs_dir, Limits(**config.limits), config.accelerator, config.trust)
     offers = _offers(studio, config)
-    with gr.Blocks(title="ldm_train", analytics_enabled=False) as demo:
+    with gr.Blocks(title="ldm_train", analytics_enabled=False, delete_cache=(600, KEPT)) as demo:
         _model(demo, studio, offers, 0) if offers else RunsPage(config.runs_dir).begin(demo)
     for number, offer in enumerate(offers[1:], 1):
         with demo.route(offer.name, f"/model{number}"):
@@ -44,14 +45,14 @@ def build(config: DictConfig) -> tuple[gr.Blocks, list[Path]]:
         with demo.route(RUNS, "/runs"):
             gr.Navbar(main_page_name=offers[0].name)
             RunsPage(config.runs_dir).begin(demo)
-    return demo, [*(offer.folder / "samples" for offer in offers), Path(config.runs_dir)]
+    return demo
 
 
 def _model(demo: gr.Blocks, studio: Studio, offers: Sequence[Offer], number: int) -> None:
     gr.Navbar(main_page_name=offers[0].name)
     page = ModelPage(studio, offers[number], offers)
     memory, kept = page.memory
-    demo.load(None, [memory, *kept], kept, js=RESTORE, api_visibility="private")
+    demo.load(None, [memory, *kept], kept, js=page.restore, api_visibility="private")
 
 
 def _offers(studio: Studio, config: DictConfig) -> list[Offer]:
@@ -60,7 +61,9 @@ def _offers(studio: Studio, config: DictConfig) -> list[Offer]:
     names = [runs.name_of(folder, config.runs_dir) for folder in folders]
     if config.run is not None:
         chosen = [str(run) for run in config.run] if isinstance(config.run, ListConfig) else [str(config.run)]
-        return [studio.offer(run, names) for run in chosen]
+        # Two of one folder's name are told apart by their paths.
+        bases = [Path(run).name for run in chosen]
+        return [studio.offer(run, names, run if bases.count(base) > 1 else base) for run, base in zip(chosen, bases)]
     offers: list[Offer] = []
     for folder, name in zip(folders, names):
         if len(offers) == MOST:
@@ -69,7 +72,7 @@ def _offers(studio: Studio, config: DictConfig) -> list[Offer]:
         if find_model(folder) is None:
             continue
         try:
-            offers.append(studio.offer(name, names))
+            offers.append(studio.offer(name, names, name))
         except ERRORS as error:
             print(f"{name} gets no page: {error}", flush=True)
     return offers

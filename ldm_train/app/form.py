@@ -2,16 +2,19 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import gradio as gr
+from gradio.utils import get_upload_folder
 
-from ldm_train.app.asked import samplers
+from ldm_train import images as pictures
+from ldm_train.app.asked import sampler_tree, samplers
 from ldm_train.app.offer import MAIN, Input, Offer
 from ldm_train.app.sketch import boxed, painted, sketch, with_background
 from ldm_train.app.studio import Studio, words
 from ldm_train.data.files import encoded_png
-from ldm_train.generation.adapters import STRONGEST
+from ldm_train.generation.adapters import STRONGEST, with_strength
 
 OWN = "the run's own"
 ANY = "any"  # class: without this condition
@@ -49,9 +52,16 @@ class Parts:
 def picture(label: str) -> gr.Image:
     """A picture that is handed in, as the file that it is: what is no picture, or too large, the studio says in words."""
     made = gr.Image(label=label, type="filepath", sources=["upload", "clipboard"], image_mode=None, height=240)
-    made.preprocess = lambda payload: (
-        None if payload is None else payload.path
-    )  # a derived class would write files here
+
+    def handed_in(payload: Any) -> str | None:
+        if payload is None:
+            return None
+        path = Path(payload.path).resolve()  # of a request, which may name any file of this machine
+        if not any(path.is_relative_to(Path(folder).resolve()) for folder in (get_upload_folder(), made.GRADIO_CACHE)):
+            raise gr.Error("hand the picture in first", print_exception=False)
+        return str(path)
+
+    made.preprocess = handed_in  # a derived class would write files beside this one
     return made
 
 
@@ -174,8 +184,11 @@ class Form:
 
     def asked(self, task: str, given: Mapping[str, Any]) -> dict[str, Any]:
         """What the values of the page's parts ask for. Raises ValueError for what a task needs and lacks."""
-        offer, asked = self.offer, {"seed": given["seed"], "n": int(given["n"])} | self.how_asked("", given)
-        if (size := [given["height"], given["width"]]) != list(offer.size):
+        offer, asked = (
+            self.offer,
+            {"seed": _number(given, "seed"), "n": _number(given, "n")} | self.how_asked("", given),
+        )
+        if (size := [_number(given, side) for side in ("height", "width")]) != list(offer.size):
             asked["size"] = size
         if task == "reconstruct":
             return (
@@ -197,7 +210,7 @@ class Form:
         asked["task"] = task
         if task == "interpolate":
             lines = [line for line in str(given.get("walk: prompts") or "").splitlines() if line.strip()]
-            asked |= {"n": int(given["walk: n"])}
+            asked |= {"n": _number(given, "walk: n")}
             asked |= {"prompts": lines} if lines else {}
             asked |= {"classes": given["walk: classes"]} if given.get("walk: classes") else {}
             return asked
@@ -217,15 +230,15 @@ class Form:
             # The canvas shows the picture as it is cut, and the mask belongs to that.
             asked["image"] = encoded_png(self.studio.cut(offer, asked["image"], (height, width)))
         elif task == "outpaint":
-            asked["extend"] = [given[f"extend {side}"] for side in SIDES]
+            asked["extend"] = [_number(given, f"extend {side}") for side in SIDES]
         return asked
 
     def how_asked(self, prefix: str, given: Mapping[str, Any]) -> dict[str, Any]:
         sampler, scale = given[prefix + "sampler"], given.get(prefix + "guidance_scale")
-        steps = given[prefix + "num_inference_steps"]
+        steps = _number(given, prefix + "num_inference_steps")
         return {
             "sampler": None if sampler == OWN else sampler,
-            "num_inference_steps": int(steps),
+            "num_inference_steps": steps,
             "guidance_scale": scale,
         }
 
@@ -252,13 +265,39 @@ class Form:
         except Exception as error:
             raise gr.Error(words(error, self.offers), title="No picture", print_exception=False) from error
 
-    def taken(self, recipe: Any, *values: Any) -> list[Any]:
-        """The parts' values with those of a recipe in their place."""
-        config = (recipe or {}).get("config") or {}
+    def taken(self, path: str, *values: Any) -> list[Any]:
+        """The parts' values with those of a picture's recipe in their place."""
         given = dict(zip(self.parts.kept, values))
-        found = {k: v for k, v in config.items() if k in given and not isinstance(v, dict | list)}
-        found |= {k: config[k][0] for k in ("prompts", "classes") if k in given and config.get(k)}
-        found |= {"seed": recipe["seed"]} if recipe else {}
-        sampler = str((config.get("sampler") or {}).get("_target_", "")).rpartition(".")[2]
-        found |= {"sampler": sampler} if sampler in samplers() else {}
-        return list((given | found).values())
+        if not path:
+            return list(values)
+        recipe = pictures.read_recipe(path)
+        config, number = recipe["config"], recipe.get("number", 0)
+        found = {k: v for k, v in config.items() if k in given and isinstance(v, str | int | float)}
+        for name in ("prompts", "classes"):
+            entries = config.get(name) or []
+            if name in given and entries:
+                found[name] = entries[min(number // max(1, config.get("n", 1)), len(entries) - 1)]
+        found |= {"seed": recipe["seed"], "negative": config.get("negative") or ""}
+        found |= dict(zip(("height", "width"), config["size"])) if isinstance(config.get("size"), list) else {}
+        strengths = dict(with_strength(str(entry)) for entry in config.get("adapters") or [])
+        found |= {ADAPTER + a.name: strengths.get(a.name, 0) for a in self.offer.adapters}
+        found["sampler"] = self._sampler_named(config.get("sampler"))
+        return list((given | {k: v for k, v in found.items() if k in given}).values())
+
+    def _sampler_named(self, tree: Any) -> str:
+        """The choice that is this sampler with these options. Raises gr.Error where none is: the picture would be another."""
+        if tree == self.offer.usual["sampler"]:
+            return OWN
+        for name in samplers():
+            if sampler_tree(name) == tree:
+                return name
+        raise gr.Error(
+            "its sampler has options that this page does not offer; Draw it again draws it", print_exception=False
+        )
+
+
+def _number(given: Mapping[str, Any], name: str) -> int:
+    """Raises ValueError for a field that is empty."""
+    if given[name] is None:
+        raise ValueError(f"{name.rpartition(': ')[2]} is empty; type a number")
+    return int(given[name])

@@ -51,6 +51,7 @@ class Offer:
     inputs: tuple[Input, ...]
     size: tuple[int, int]
     multiple: int
+    channels: int
     usual: dict[str, Any]
     adapters: tuple[Adapter, ...] = ()
 
@@ -72,8 +73,9 @@ class Offer:
 
     @property
     def tabs(self) -> tuple[str, ...]:
-        """MAIN, and the tasks that begin with a picture. A model that enlarges or varies takes its one picture in MAIN."""
-        if any(one.option == "image" for one in self.inputs):
+        """MAIN, and the tasks that begin with a picture. A model that enlarges or varies takes its one picture in MAIN;
+        one of other channels than grey or colour has no pictures that a browser could hand in."""
+        if any(one.option == "image" for one in self.inputs) or self.channels not in (1, 3):
             return (MAIN,)
         return (MAIN, "img2img", "inpaint", "outpaint", "interpolate", "reconstruct")
 
@@ -84,7 +86,7 @@ def _choices(conditioner: Any, kind: str) -> tuple[str, ...]:
     return tuple(str(i) for i in range(conditioner.num_labels)) if kind == "map" else ()
 
 
-def offer_of(run: str, folder: Path, loaded: Loaded, adapters: Sequence[Adapter] = ()) -> Offer:
+def offer_of(name: str, run: str, folder: Path, loaded: Loaded, adapters: Sequence[Adapter] = ()) -> Offer:
     """What a loaded model offers."""
     model = loaded.model
     fields, factor = known_fields(model), model.first_stage.downsample_factor
@@ -96,12 +98,13 @@ def offer_of(run: str, folder: Path, loaded: Loaded, adapters: Sequence[Adapter]
             inputs.append(Input(declared.name, declared.input, declared.argument, choices))
     inputs.sort(key=lambda one: one.kind != "text")  # what people look for first
     return Offer(
-        Path(run).name,
+        name,
         run,
         folder,
         tuple(inputs),
         (model.latent_size[0] * factor, model.latent_size[1] * factor),
         factor * model.network.size_multiple,
+        model.first_stage.autoencoder.in_channels,
         loaded.trained,
         tuple(adapters),
     )

@@ -1,5 +1,7 @@
 """The page of a model: its form, and what was drawn."""
 
+import hashlib
+import html
 import threading
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,18 +17,21 @@ from PIL import Image
 from ldm_train import images as pictures
 from ldm_train.app.form import BESIDE, Form
 from ldm_train.app.offer import MAIN, Offer
-from ldm_train.app.studio import Cancelled, Progress, Studio, words
+from ldm_train.app.serving import as_text, served
+from ldm_train.app.studio import Cancelled, Progress, Studio, without_folders, words
 
 # Keeps what was typed and drawn in the browser: BrowserState encrypts with it, so that it is read again after a restart.
 SECRET = "ldm_train"
-SAVE = "(...values) => [JSON.stringify(values)]"
-RESTORE = "(kept, ...values) => { try { const found = JSON.parse(kept); return found.length === values.length ? found : values; } "
-RESTORE += "catch { return values; } }"
+SAVE = "(...values) => [JSON.stringify({form: FORM, values})]"
+RESTORE = """(kept, ...values) => {
+  try { const found = JSON.parse(kept); return found.form === FORM ? found.values : values; } catch { return values; }
+}"""
 RANDOM = "() => Math.floor(Math.random() * 2 ** 31)"
 QUICK: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
 # Of what draws: one at a time.
 DRAWS: dict[str, Any] = {
-    "concurrency_id": "draw", "concurrency_limit": 1, "show_progress": "hidden", "api_visibility": "private"
+    "concurrency_id": "draw", "concurrency_limit": 1, "show_progress": "hidden", "api_visibility": "private",
+    "trigger_mode": "multiple",
 }  # fmt: skip
 Jobs = list[tuple[str, Iterator[Any]]]  # each with the gallery that it is for
 
@@ -91,7 +96,8 @@ class ModelPage:
     def _wire(self) -> None:
         form, shown = self.form, self.shown
         parts = list(form.parts.all.values())
-        ticket = gr.State("")
+        # Of the page, not of the session: a job that waits keeps the ticket that it was given.
+        ticket = gr.Textbox(visible="hidden", label="ticket")
         begun: list[tuple[Any, Callable[..., Jobs], list[Any]]] = [
             (button.click, partial(self._jobs, task), parts) for task, button in form.buttons.items()
         ]
@@ -99,22 +105,29 @@ class ModelPage:
         begun += [(text.submit, partial(self._jobs, MAIN), parts) for text in texts]
         begun += [(self.again.click, self._again, [shown.chosen]), (self.upload.upload, self._again, [self.upload])]
         for trigger, jobs, inputs in begun:
-            asked = trigger(self._begin, None, [ticket, shown.status], **QUICK)
-            asked.then(self._drawing(jobs), [ticket, *inputs], shown.all, **DRAWS)
+            asked = trigger(self._begin, [ticket], [ticket, shown.status], **QUICK)
+            drawn = asked.success(self._drawing(jobs), [ticket, *inputs], shown.all, **DRAWS)
+            drawn.failure(self._failed, [ticket], [shown.status], **QUICK)
         form.cancel.click(self._cancel, [ticket], [shown.status], **QUICK)
         form.dice.click(None, None, form.parts.all["seed"], js=RANDOM, api_visibility="private")
         shown.gallery.select(self._choose, [shown.paths], [*shown.of_chosen, self.recipe_section], **QUICK)
         kept = [form.parts.all[name] for name in form.parts.kept]
-        self.take.click(form.taken, [shown.recipe, *kept], kept, **QUICK)
-        memory = gr.BrowserState("", storage_key=f"ldm_train-{self.offer.name}", secret=SECRET)
+        self.take.click(form.taken, [shown.chosen, *kept], kept, **QUICK)
+        memory = gr.BrowserState("", storage_key=f"ldm_train-{self.offer.run}", secret=SECRET)
         changed = [part.input if isinstance(part, gr.HTML) else part.change for part in kept]
-        gr.on(changed, None, kept, [memory], js=SAVE, api_visibility="private")
-        self.memory = memory, kept
+        offered = [(name, part.get_config().get("choices")) for name, part in form.parts.all.items()]
+        digest = hashlib.sha256(repr((offered, self.studio.limits)).encode()).hexdigest()[
+            :16
+        ]  # values of another form are left
+        gr.on(changed, None, kept, [memory], js=SAVE.replace("FORM", repr(digest)), api_visibility="private")
+        self.memory, self.restore = (memory, kept), RESTORE.replace("FORM", repr(digest))
 
     # -- jobs ---------------------------------------------------------------------------------------------------------
 
-    def _begin(self) -> tuple[str, str]:
-        """A ticket for a job that will wait for its turn, with which it is cancelled."""
+    def _begin(self, before: str) -> tuple[str, str]:
+        """A ticket for a job that will wait for its turn, with which it is cancelled. before: the last one of this page."""
+        if (stop := self._stops.get(before)) is not None and not stop.is_set():
+            raise gr.Error("one job at a time: cancel the one that waits or runs first", print_exception=False)
         ticket = uuid.uuid4().hex
         self._stops[ticket] = threading.Event()
         return ticket, "Waiting for its turn."
@@ -125,12 +138,21 @@ class ModelPage:
         stop.set()
         return "Cancelled."
 
+    def _failed(self, ticket: str) -> Any:
+        """After a job that was refused before it began: of its values one is none that the form offers."""
+        if self._stops.pop(ticket, None) is None:
+            return gr.skip()  # told by the job itself
+        return "⚠ a value of the form is none that it offers; choose again"
+
     def _drawing(self, jobs: Callable[..., Jobs]) -> Callable[..., Iterator[list[Any]]]:
         """A handler of an event: draws the jobs, each for one of the galleries, and shows every step."""
 
         def handler(ticket: str, *values: Any) -> Iterator[list[Any]]:
             shown: dict[str, list[Path]] = {"gallery": [], "beside": []}
-            stop = self._stops.setdefault(ticket, threading.Event())
+            if (stop := self._stops.get(ticket)) is None or stop.is_set():
+                self._stops.pop(ticket, None)  # cancelled before its turn
+                yield [gr.skip()] * 8
+                return
             try:
                 for place, job in jobs(stop, *values):
                     for update in job:
@@ -143,8 +165,9 @@ class ModelPage:
                 yield ["Cancelled.", gr.Image(visible=False), *[gr.skip()] * 6]
             except Exception as error:
                 message = words(error, self.offers)
-                yield [f"⚠ {message}", gr.Image(visible=False), *[gr.skip()] * 6]
-                raise gr.Error(message, title="It was not drawn", print_exception=False) from error
+                yield [f"⚠ {as_text(message)}", gr.Image(visible=False), *[gr.skip()] * 6]
+                shown_message = html.escape(message, quote=False)
+                raise gr.Error(shown_message, title="It was not drawn", print_exception=False) from error
             finally:
                 stop.set()
                 self._stops.pop(ticket, None)
@@ -167,8 +190,8 @@ class ModelPage:
         return [
             said,
             gr.Image(visible=False),
-            gr.Gallery(_shown_in_gallery(paths), selected_index=None),
-            gr.Gallery(_shown_in_gallery(shown["beside"]), visible=both),
+            gr.Gallery(self._served(paths), selected_index=None),
+            gr.Gallery(self._served(shown["beside"]), visible=both),
             [str(p) for p in paths],
             *self._of(paths[0]),
         ]
@@ -181,7 +204,9 @@ class ModelPage:
             other = next((o for o in self.offers if o.name == given[BESIDE + "model"]), self.offer)
             second = asked | self.form.how_asked(BESIDE, given)
             if other is not self.offer:
-                second.pop("adapters", None)
+                for adapter in self.offer.adapters:  # of this model
+                    second.pop("adapters", None)
+                    second.pop(adapter.control.option if adapter.control else "", None)
             jobs.append(("beside", self.studio.draw(other, second, stop)))
         return jobs
 
@@ -194,22 +219,22 @@ class ModelPage:
 
     def _of(self, path: str | Path) -> list[Any]:
         """What is shown of a chosen picture."""
-        return [str(path), pictures.read_recipe(path), gr.DownloadButton(value=str(path), interactive=True)]
+        file = served(path, self.shown.download)
+        return [str(path), without_folders(pictures.read_recipe(path)), gr.DownloadButton(value=file, interactive=True)]
+
+    def _served(self, paths: Sequence[Path]) -> list[tuple[str, str]]:
+        return [(served(path, self.shown.gallery), f"seed {pictures.read_recipe(path)['seed']}") for path in paths]
 
     def _choose(self, paths: list[str], event: gr.SelectData) -> list[Any]:
         return [*self._of(paths[event.index]), gr.Accordion(open=True)]
 
 
-def _shown_in_gallery(paths: Sequence[Path]) -> list[tuple[str, str]]:
-    return [(str(path), f"seed {pictures.read_recipe(path)['seed']}") for path in paths]
-
-
 def _agreement(before: Path, now: Path) -> str:
     """Whether two pictures are the same, in words."""
     with Image.open(before) as first, Image.open(now) as second:
-        a, b = np.asarray(first.convert("RGB"), int), np.asarray(second.convert("RGB"), int)
-    if a.shape != b.shape:
-        return "Drawn again: another size than the picture's."
+        if first.size != second.size:
+            return "Drawn again: another size than the picture's."
+        a, b = (np.asarray(image.convert("RGB"), np.int16) for image in (first, second))
     most = int(np.abs(a - b).max())
     return (
         "Drawn again: identical to the pixel." if most == 0 else f"Drawn again: at most {most} of 255 from the picture."

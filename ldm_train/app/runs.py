@@ -1,6 +1,5 @@
 """The runs below a folder as the page of runs shows them: how far they are, their curves, pictures, findings and evaluations."""
 
-import csv
 import io
 import time
 from collections.abc import Sequence
@@ -34,7 +33,7 @@ def run_folders(runs_dir: str | Path) -> list[Path]:
 
 def stages(folder: Path) -> list[str]:
     """The stages of a run that have begun, in the order of their beginning."""
-    notes = sorted(folder.glob("*/stage.json"), key=lambda path: path.stat().st_ctime)
+    notes = sorted(folder.glob("*/stage.json"), key=_changed)
     named = [path.parent.name for path in notes]
     known = ("autoencoder", "latents", "diffusion", "evaluation", "export")
     return [n for n in known if n in named] + [n for n in named if n not in known]
@@ -43,7 +42,14 @@ def stages(folder: Path) -> list[str]:
 def written(folder: Path) -> float:
     """When a run last wrote something, in seconds since 1970."""
     paths = [*folder.glob("*/stage.json"), *folder.glob("*/metrics.csv"), folder / "config.yaml"]
-    return max((path.stat().st_mtime for path in paths if path.is_file()), default=0.0)
+    return max(map(_changed, paths), default=0.0)
+
+
+def _changed(path: Path) -> float:
+    try:
+        return path.stat().st_mtime
+    except OSError:  # there is none, or it has just been set aside
+        return 0.0
 
 
 def name_of(folder: Path, runs_dir: str | Path) -> str:
@@ -83,8 +89,11 @@ def _rows(path: Path) -> pd.DataFrame:
         return pd.DataFrame({"step": []})
     text = path.read_text()
     whole = text[: text.rfind("\n") + 1]
-    rows = list(csv.DictReader(io.StringIO(whole)))
-    return pd.DataFrame(rows).apply(pd.to_numeric, errors="coerce") if rows else pd.DataFrame({"step": []})
+    try:
+        rows = pd.read_csv(io.StringIO(whole), on_bad_lines="skip")
+    except ValueError:  # pandas' errors are some: no rows yet, or a file that is none of training's
+        return pd.DataFrame({"step": []})
+    return rows.apply(pd.to_numeric, errors="coerce") if "step" in rows else pd.DataFrame({"step": []})
 
 
 def columns(folders: Sequence[Path], stage: str) -> list[str]:
@@ -111,7 +120,7 @@ def curves(folders: Sequence[Path], runs_dir: str | Path, stage: str, column: st
 def media(folder: Path) -> list[tuple[str, str]]:
     """(path, what it is) of a run's grids and films, the last ones first."""
     paths = [p for p in (*folder.glob("*/images/*"), *folder.glob("evaluation/*")) if p.suffix in PICTURES]
-    paths.sort(key=lambda path: path.stat().st_mtime, reverse=True)
+    paths.sort(key=_changed, reverse=True)
     return [(str(path), f"{path.relative_to(folder).parts[0]}: {path.stem}") for path in paths]
 
 
@@ -143,8 +152,9 @@ def _numbers(tree: dict[str, Any], prefix: str) -> list[dict[str, Any]]:
     rows = []
     for name, value in tree.items():
         if isinstance(value, dict) and isinstance(value.get("value"), int | float):
-            low, high = value.get("interval") or (None, None)
-            between = "" if low is None else f"{low:.4g} to {high:.4g}"
+            ends = value.get("interval")
+            known = isinstance(ends, list) and len(ends) == 2 and all(isinstance(end, int | float) for end in ends)
+            between = f"{ends[0]:.4g} to {ends[1]:.4g}" if known else ""
             row = {"what": prefix + name, "value": f"{value['value']:.4g}", "95 % interval": between}
             rows.append(row | {"n": str(value.get("n", ""))})
         elif isinstance(value, dict):

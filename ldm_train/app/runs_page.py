@@ -7,6 +7,7 @@ import altair as alt
 import gradio as gr
 
 from ldm_train.app import runs
+from ldm_train.app.serving import as_text, served
 
 EVERY = 4.0  # seconds between looks at the folders
 STAGES = ("diffusion", "autoencoder", "classifier", "perceptual")
@@ -98,7 +99,7 @@ class RunsPage:
             self._curve(chosen, stage, column),
             "" if first is None else self._findings(first),
             None if first is None else runs.evaluations(first),
-            [] if first is None else runs.media(first),
+            [] if first is None else [(served(path, self.media), what) for path, what in runs.media(first)],
             "" if first is None else runs.recipe_of(first),
         ]
 
@@ -116,13 +117,8 @@ class RunsPage:
     def _findings(self, folder: Path) -> str:
         found = runs.findings(folder)
         lines = [
-            f"- **{_plain(f.get('stage'))}: {_plain(f.get('name'))}** at step {_plain(f.get('step'))}: {_plain(f.get('what'))} "
-            f"*Remedy:* {_plain(f.get('remedy'))}"
+            f"- **{as_text(f.get('stage'))}: {as_text(f.get('name'))}** at step {as_text(f.get('step'))}: {as_text(f.get('what'))} "
+            f"*Remedy:* {as_text(f.get('remedy'))}"
             for f in found
         ]
         return "Health: nothing found." if not lines else "\n".join(["Health:", *lines])
-
-
-def _plain(value: Any) -> str:
-    """A value of a run's record as text in Markdown."""
-    return "".join(f"\\{c}" if c in "\\`*_[]<>!#" else c for c in str(value))

@@ -1,25 +1,27 @@
 """ldm-app: a page on which trained models draw, and one on which runs are watched."""
 
+import atexit
 import inspect
 import ipaddress
 import logging
 import os
 import secrets
+import socket
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig
 
-from ldm_train.rules import Rule, check, flag, number, optional, text, whole
+from ldm_train.rules import Rule, check, flag, number, optional, scalar, text, whole
 
 RULES: dict[str, Rule] = {
     "runs_dir": text("folder"),
     "host": text("address"),
     "port": whole(0, 65535),
-    "password": optional(text("password")),
+    "password": optional(scalar),
     "user": text("name"),
     "open_browser": flag,
     "queue": whole(1, 10000),
@@ -56,6 +58,18 @@ def without_stubs() -> Iterator[None]:
         inspect.getfile = getfile
 
 
+def _check_port(host: str, port: int) -> None:
+    """Raises ValueError where another program listens, before a model is loaded."""
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise ValueError(
+                f"port={port} of host={host} cannot be used ({error.strerror}); say port=0 for a free one"
+            ) from error
+
+
 def serve(config: DictConfig) -> None:
     """Starts the app and waits. Raises ValueError or FileNotFoundError for what cannot be served."""
     launched = start(config)
@@ -69,11 +83,16 @@ def serve(config: DictConfig) -> None:
 def start(config: DictConfig) -> Any:
     """Starts the app, in the background; returns the Blocks."""
     check(config, RULES)
-    if not is_loopback(config.host) and config.password is None:
+    password = None if config.password in (None, "") else str(config.password)
+    if not is_loopback(config.host) and password is None:
         raise ValueError(
             f"host={config.host} is reached from other machines: set password=<words> (user={config.user}), or leave host= out"
         )
     os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
+    # Of this app alone, and gone with it: uploads, previews and what the pages have shown.
+    cache = tempfile.TemporaryDirectory(prefix="ldm-app-")
+    atexit.register(cache.cleanup)
+    os.environ["GRADIO_TEMP_DIR"] = cache.name
     try:
         with without_stubs():
             from ldm_train.app import blocks  # gradio, which takes seconds
@@ -81,8 +100,10 @@ def start(config: DictConfig) -> Any:
         raise ValueError(f"ldm-app needs the package {error.name}: pip install 'ldm-train[app]'") from error
 
     logging.getLogger("httpx").setLevel(logging.WARNING)
-    demo, folders = blocks.build(config)
-    expected = f"{config.user}\n{config.password}".encode()
+    if config.port:
+        _check_port(config.host, config.port)
+    demo = blocks.build(config)
+    expected = f"{config.user}\n{password}".encode()
 
     def known(user: str, password: str) -> bool:
         return secrets.compare_digest(f"{user}\n{password}".encode(), expected)
@@ -91,8 +112,8 @@ def start(config: DictConfig) -> Any:
         server_name=config.host,
         server_port=config.port or None,
         inbrowser=config.open_browser,
-        auth=None if config.password is None else known,
-        allowed_paths=[str(Path(folder).resolve()) for folder in folders],
+        auth=None if password is None else known,
+        run_history=False,
         max_file_size=int(config.limits.upload * 1e6),
         prevent_thread_lock=True,
         quiet=True,
@@ -103,7 +124,7 @@ def start(config: DictConfig) -> Any:
         **blocks.LOOK,
     )
     print(
-        f"open {address}" + ("" if config.password is None else f" (user {config.user})") + "; Ctrl+C ends it",
+        f"open {address}" + ("" if password is None else f" (user {config.user})") + "; Ctrl+C ends it",
         flush=True,
     )
     return demo

@@ -1,8 +1,10 @@
 """What stands behind the page: models in memory, and jobs that are watched and cancelled, one after the other."""
 
 import logging
+import os
 import queue
 import re
+import tempfile
 import threading
 import time
 from collections import OrderedDict
@@ -18,18 +20,22 @@ from omegaconf import DictConfig
 from PIL import Image
 
 from ldm_train import images as pictures
-from ldm_train.app.asked import Limits, inputs, keep, options_of, replay_of
+from ldm_train.app.asked import FILES, Limits, inputs, keep, options_of, replay_of
 from ldm_train.app.offer import Offer, adapters_of, offer_of
+from ldm_train.checkpoints.adapters import adapter_sha256, find_adapter
 from ldm_train.checkpoints.native import model_metadata
 from ldm_train.configuration import config_folder, literal
 from ldm_train.data.transforms import read_image
 from ldm_train.errors import Refused
+from ldm_train.generation.adapters import with_strength
+from ldm_train.generation.job import run_of
 from ldm_train.generation.requests import Request
 from ldm_train.generation.sample import Loaded, load, model_folder, sample
 
 ERRORS = (Refused, ValueError, OSError)  # with words for the person who asked
 KEPT = 2  # models in memory
 ABSOLUTE = re.compile(r"(?<![\w.])(?:[A-Za-z]:)?(?:[/\\][^\s/\\'\",;:()]+)+[/\\]")  # the folders of an absolute path
+PREVIEWED, PREVIEW = 4, 768  # pictures of a preview, and its larger side in pixels
 PREVIEWS = 0.2  # share of the time that previews may take
 
 
@@ -52,7 +58,10 @@ class Studio:
     """Draws for the pages of some models. What cannot be done is one of ERRORS."""
 
     def __init__(self, runs_dir: str | Path, limits: Limits, accelerator: str = "auto", trust: Sequence[str] = ()):
-        self.runs_dir, self.limits, self.accelerator, self.trust = Path(runs_dir), limits, accelerator, list(trust)
+        self.limits, self.accelerator, self.trust = limits, accelerator, list(trust)
+        self.runs_dir = Path(
+            os.path.relpath(runs_dir)
+        )  # recipes name it, and need not tell where this machine keeps it
         self._loaded: OrderedDict[tuple[str, ...], Loaded] = OrderedDict()
         # One thread: torch's threads are started once for each that computes, and jobs take turns.
         self._worker = ThreadPoolExecutor(1, "studio")
@@ -60,16 +69,16 @@ class Studio:
 
     # -- models ----------------------------------------------------------------------------------------------------
 
-    def offer(self, run: str, names: Sequence[str] = ()) -> Offer:
-        """What a run offers. names: of runs that may hold adapters of it. Raises FileNotFoundError or ValueError."""
+    def offer(self, run: str, names: Sequence[str] = (), title: str = "") -> Offer:
+        """What a run offers. names: of runs that may hold adapters of it. title: of its page, else the name of its folder. Raises
+        FileNotFoundError or ValueError."""
         loaded = self.loaded(self.config(run, {}))
-        own = loaded.source.parent if loaded.source.name == "export" else loaded.source
-        named = next((f for f in (Path(run), self.runs_dir / run) if own.is_relative_to(f)), own)
-        bases = [loaded.metadata["sha256"]]
-        for folder in (named / "export", named / "diffusion" / "model"):
-            if (folder / "metadata.json").is_file():
-                bases.append(model_metadata(folder)["sha256"])
-        return offer_of(run, named, loaded, adapters_of(Path(run).name, bases, self.runs_dir, names))
+        folder, bases = run_of(loaded.source), [loaded.metadata["sha256"]]
+        for model in (folder / "export", folder / "diffusion" / "model"):
+            if (model / "metadata.json").is_file():
+                bases.append(model_metadata(model)["sha256"])
+        found = adapters_of(Path(run).name, bases, self.runs_dir, names)
+        return offer_of(title or folder.name, run, folder, loaded, found)
 
     def config(self, run: str, options: Mapping[str, Any]) -> DictConfig:
         """The config of ldm-sample with some options."""
@@ -80,7 +89,9 @@ class Studio:
     def loaded(self, config: DictConfig) -> Loaded:
         """The model of a config, from memory where it is one of the last KEPT."""
         weights = model_metadata(model_folder(config.run, config.runs_dir))["sha256"]  # of a run that trains on, others
-        key = (config.run, weights, *(config.adapters or ()))
+        names = [with_strength(entry)[0] for entry in config.adapters or ()]
+        digests = [adapter_sha256(find_adapter(name, self.runs_dir)) for name in names]
+        key = (config.run, weights, *(config.adapters or ()), *digests)
         if key not in self._loaded:
             while len(self._loaded) >= KEPT:
                 self._loaded.popitem(last=False)
@@ -122,7 +133,8 @@ class Studio:
         try:
             loaded = self.loaded(config)
             watch.decodes = not getattr(loaded.model.first_stage.autoencoder, "draws", False)
-            watch.steps = config.num_inference_steps or loaded.trained["num_inference_steps"]
+            if not watch.steps:
+                watch.steps = loaded.trained["num_inference_steps"]
             return sample(config, loaded, watch)
         finally:
             torch.set_num_threads(threads)  # a replay takes as many as the recipe says
@@ -132,8 +144,8 @@ class _Watch:
     """Told of every step of a job; decodes a preview where that takes no more than a share PREVIEWS of the time."""
 
     def __init__(self, updates: "queue.SimpleQueue[Any]", stop: threading.Event, config: DictConfig):
-        self.updates, self.stop, self.columns = updates, stop, config.n
-        self.steps, self.next, self.decodes = 0, 0.0, True
+        self.updates, self.stop = updates, stop
+        self.steps, self.next, self.decodes = config.num_inference_steps or 0, 0.0, True
 
     def check(self) -> None:
         if self.stop.is_set():
@@ -145,7 +157,8 @@ class _Watch:
         self.check()
         picture, now = None, time.perf_counter()
         if self.decodes and now >= self.next:
-            picture = pictures.grid(decode(pred_x0).float().cpu(), min(4, len(part)))
+            picture = pictures.grid(decode(pred_x0[:PREVIEWED]).float().cpu(), min(PREVIEWED, len(part)))
+            picture.thumbnail((PREVIEW, PREVIEW))
             end = time.perf_counter()
             self.next = end + (end - now) * (1 / PREVIEWS - 1)
         numbers = part[0].number + 1, part[-1].number + 1
@@ -159,8 +172,19 @@ def words(error: Exception, offers: Sequence[Offer]) -> str:
         logging.getLogger(__name__).error("a job ended with an error", exc_info=error)
         return "something went wrong that is no fault of what was asked; the log of the app has the details"
     message = str(error)
-    for offer in offers:
-        for folder in (inputs(offer), offer.folder.parent):
-            for path in (folder.resolve(), folder):
-                message = message.replace(f"{path}/", "")
+    folders = [folder for offer in offers for folder in (inputs(offer), offer.folder.parent)]
+    for folder in (*folders, Path(tempfile.gettempdir()), Path.cwd(), Path.home()):
+        for path in (folder.resolve(), folder):
+            message = message.replace(f"{path}/", "")
     return ABSOLUTE.sub("", message)
+
+
+def without_folders(recipe: dict[str, Any]) -> dict[str, Any]:
+    """A recipe as it is shown: files and the model by their names alone."""
+    config = recipe["config"]
+    named = {name: config[name] for name in FILES if name in config}
+    bare = {name: [Path(v).name for v in vs] if isinstance(vs, list) else Path(vs).name for name, vs in named.items()}
+    fields = {name: Path(v).name if isinstance(v, str) else v for name, v in (config.get("fields") or {}).items()}
+    files = {Path(name).name: digest for name, digest in recipe["files"].items()}
+    model = run_of(Path(recipe["model"])).name
+    return recipe | {"config": config | bare | {"fields": fields}, "files": files, "model": model}

@@ -180,7 +180,7 @@ def replayed(config: DictConfig) -> tuple[DictConfig, dict[str, Any], int | None
 def _nearby(model: str, recipe: Path, runs_dir: str) -> bool:
     """Whether a model's folder is the one that holds the recipe, or lies in runs_dir."""
     folder = Path(model).resolve()
-    own = folder.parent if folder.name == "export" else folder
+    own = run_of(folder)
     return own in recipe.resolve().parents or folder.is_relative_to(Path(runs_dir).resolve())
 
 
@@ -192,9 +192,16 @@ def folder_of(config: DictConfig, source: Path, recipe: dict[str, Any]) -> Path:
     name = f"{recipe['task']}-{derive_seed(repr({k: v for k, v in recipe.items() if k != 'machine'})) % 16**8:08x}"
     if config.out:
         return storage.inside(Path(config.out) / name, config.out) if sweeping else Path(config.out)
-    own = source.parent if source.name == "export" else source
+    own = run_of(source)
     named = next((f for f in (Path(config.run), Path(config.runs_dir, config.run)) if own.is_relative_to(f)), own)
     return storage.inside(own / "samples" / name, named)
+
+
+def run_of(source: Path) -> Path:
+    """The run whose model lies in `source` (export/ or diffusion/model/ of it), else `source` itself: below it go its samples."""
+    if source.name == "export":
+        return source.parent
+    return source.parents[1] if source.parts[-2:] == ("diffusion", "model") else source
 
 
 class Job:

@@ -280,7 +280,7 @@ def test_bad_uploads_and_long_texts_are_refused_in_words(app: str, opened: Calla
     page = opened(app)
     (tmp_path / "text.png").write_bytes(b"no picture")
     Image.fromarray(np.zeros((20_000, 10_000), np.uint8)).save(tmp_path / "giant.png", compress_level=9)
-    for name, message in (("text.png", "no image"), ("giant.png", "pixels")):
+    for name, message in (("text.png", "no picture"), ("giant.png", "pixels")):
         page.reload()
         page.get_by_role("tab", name="Picture to picture").click()
         panel = page.get_by_role("tabpanel").filter(has=page.get_by_role("button", name="Change it"))
@@ -415,6 +415,7 @@ def got(address: str, path: str) -> tuple[int, str]:
 
 def test_requests_behind_the_page_reach_no_files_and_set_no_options(app: str, runs_dir: Path):
     """The same events that the page sends, with values of one's own."""
+    Image.new("RGB", (32, 32)).save(runs_dir / "a_secret.png")
     config = json.loads(got(app, "/config")[1])
     at = {c["id"]: c for c in config["components"]}
     clicks = [
@@ -424,8 +425,14 @@ def test_requests_behind_the_page_reach_no_files_and_set_no_options(app: str, ru
     follows = {d["trigger_after"]: d for d in config["dependencies"]}
     by_button = {name: follows[begin] for name, begin in first.items() if begin in follows}
 
+    begins = {d["id"]: d for d in config["dependencies"]}
+
     def asked(button: str = "Draw", **changed: Any) -> str:
         event = by_button[button]
+        ticket = posted(
+            app, "/gradio_api/run/predict", {"data": [""], "fn_index": begins[first[button]]["id"], "session_hash": "x"}
+        )
+        changed["ticket"] = json.loads(ticket[1])["data"][0]
         labels = [(at[i]["props"].get("label") or "-").split()[0].lower() for i in event["inputs"]]
         usual = [at[i]["props"].get("value") for i in event["inputs"]]
         data = [changed.get(label, value) for label, value in zip(labels, usual)]
@@ -449,6 +456,8 @@ def test_requests_behind_the_page_reach_no_files_and_set_no_options(app: str, ru
         ("Draw", {"height": 10**9}),
         ("Draw", {"seed": -5}),
         ("Draw", {"prompt": "x" * 1_000_000}),
+        ("Change it", {"picture": {"path": "/etc/passwd"}}),
+        ("Reconstruct", {"picture": {"path": str(runs_dir / "a_secret.png")}}),
         ("Change it", {"picture": {"path": "/etc/passwd", "meta": {"_type": "gradio.FileData"}}}),
         ("Change it", {"picture": {"path": str(Path(__file__).resolve()), "meta": {"_type": "gradio.FileData"}}}),
         (
@@ -463,6 +472,8 @@ def test_requests_behind_the_page_reach_no_files_and_set_no_options(app: str, ru
         assert "root:" not in answer
     for path in (
         "/etc/passwd",
+        str(runs_dir / "text" / "model.safetensors"),
+        str(runs_dir / "text" / "config.yaml"),
         str(Path(__file__).resolve()),
         f"{runs_dir}/../../../etc/passwd",
         str(Path(sys.executable)),

@@ -4,6 +4,7 @@ import base64
 import json
 import os
 import threading
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,14 @@ import gradio as gr
 import numpy as np
 import pytest
 from chains import composed
+from gradio.data_classes import ImageData
+from gradio.utils import get_upload_folder
 from PIL import Image
 from small_models import CONDITIONERS, small_model
 
+from ldm_train import images as pictures
 from ldm_train.app import runs, serve
-from ldm_train.app.asked import Limits
+from ldm_train.app.asked import Limits, sampler_tree
 from ldm_train.app.blocks import build
 from ldm_train.app.form import OWN
 from ldm_train.app.offer import MAIN, Adapter, Input
@@ -115,26 +119,65 @@ def test_settings_are_asked_for_as_they_stand(studio: Studio) -> None:
     assert [place for place, _ in second] == ["gallery", "beside"]
 
 
-def test_a_recipes_settings_are_taken_over(studio: Studio) -> None:
+def test_a_recipes_settings_are_taken_over(studio: Studio, tmp_path: Path) -> None:
+    """Those of its own prompt, so that Draw draws the picture again."""
+    page = page_of(studio, "text", adapters=(Adapter("style"),))
+    kept = [page.form.parts.all[name].value for name in page.form.parts.kept]
+
+    def taken(**config: Any) -> dict[str, Any]:
+        recipe = {"seed": 9, "number": 3, "config": {"n": 2, "sampler": page.offer.usual["sampler"]} | config}
+        pictures.save_png(Image.new("RGB", (4, 4)), tmp_path / "picture.png", recipe)
+        return dict(zip(page.form.parts.kept, page.form.taken(str(tmp_path / "picture.png"), *kept)))
+
+    found = taken(prompts=["a cat", "a dog"], size=[64, 32], adapters=["style:0.5"], negative="x")
+    assert (found["prompts"], found["seed"], found["n"], found["sampler"]) == ("a dog", 9, 2, OWN)
+    assert (found["height"], found["width"], found["adapter: style"], found["negative"]) == (64, 32, 0.5, "x")
+    assert taken(sampler=sampler_tree("heun"))["sampler"] == "heun"
+    for tree in ({"_target_": "os.system"}, page.offer.usual["sampler"] | {"eta": 0.37}):
+        with pytest.raises(gr.Error, match=r"options that this page does not offer"):
+            taken(sampler=tree)
+    assert page.form.taken("", *kept) == kept
+
+
+def test_a_request_hands_in_what_was_uploaded_and_nothing_else(studio: Studio, tmp_path: Path) -> None:
+    page = page_of(studio, "none")
+    image = page.form.parts.all["img2img: image"]
+    (tmp_path / "secret.png").write_bytes(b"x")
+    for path in ("/etc/passwd", str(tmp_path / "secret.png"), "../../etc/passwd", ""):
+        with pytest.raises(gr.Error, match=r"hand the picture in first"):
+            image.preprocess(ImageData(path=path))
+    uploaded = Path(get_upload_folder()) / "of-a-test.png"
+    uploaded.parent.mkdir(exist_ok=True, parents=True)
+    uploaded.write_bytes(b"x")
+    assert image.preprocess(ImageData(path=str(uploaded))) == str(uploaded.resolve())
+    uploaded.unlink()
+
+
+def test_one_job_at_a_time_is_waited_for_and_can_be_cancelled(studio: Studio) -> None:
     page = page_of(studio, "text")
-    recipe = {
-        "seed": 9,
-        "config": {"prompts": ["a dog"], "n": 2, "sampler": {"_target_": "ldm_train.samplers.heun.heun"}},
-    }
-    taken = dict(
-        zip(
-            page.form.parts.kept, page.form.taken(recipe, *[page.form.parts.all[n].value for n in page.form.parts.kept])
-        )
-    )
-    assert (taken["prompts"], taken["seed"], taken["n"], taken["sampler"]) == ("a dog", 9, 2, "heun")
-    strange = {"seed": 1, "config": {"sampler": {"_target_": "os.system"}, "prompts": [], "n": None}}
-    taken = dict(
-        zip(
-            page.form.parts.kept,
-            page.form.taken(strange, *[page.form.parts.all[n].value for n in page.form.parts.kept]),
-        )
-    )
-    assert taken["sampler"] == OWN
+    ticket, said = page._begin("")
+    assert said == "Waiting for its turn."
+    with pytest.raises(gr.Error, match=r"one job at a time"):
+        page._begin(ticket)
+    assert page._cancel(ticket) == "Cancelled."
+    second, _ = page._begin(ticket)  # the first may still wait in the queue
+    handler = page._drawing(partial(page._jobs, MAIN))
+    assert len(list(handler(ticket, *values(page, prompts="first").values()))) == 1  # nothing is drawn, nothing said
+    *_, finished = handler(second, *values(page, prompts="second", n=1).values())
+    assert finished[0].startswith("1 picture;")
+    assert page._stops == {}
+    assert page._failed(second) == gr.skip()  # the job has told
+    third, _ = page._begin("")
+    assert page._failed(third).startswith("⚠")
+    with pytest.raises(gr.Error, match=r"&lt;b"):
+        list(handler(page._begin("")[0], *values(page, prompts="a", sampler="<b>").values()))
+
+
+@pytest.mark.parametrize("name", ["n", "seed", "height", "num_inference_steps"])
+def test_an_empty_field_is_named(name: str, studio: Studio) -> None:
+    page = page_of(studio, "text")
+    with pytest.raises(ValueError, match=rf"{name} is empty; type a number"):
+        page.form.asked(MAIN, values(page, prompts="a") | {name: None})
 
 
 @pytest.mark.parametrize(
@@ -173,13 +216,16 @@ def test_names_of_a_model_stand_in_no_markup(studio: Studio, tmp_path: Path) -> 
 
 def test_the_app_has_a_page_for_each_model_and_one_for_the_runs(studio: Studio) -> None:
     config = composed("app", f"runs_dir={studio.runs_dir}", "run=[text,layout]", "accelerator=cpu")
-    demo, folders = build(config)
+    demo = build(config)
     assert [name for _, name, *_ in demo.pages] == ["Home", "layout", "Runs"]
-    assert studio.runs_dir / "text" / "samples" in folders
     nothing = studio.runs_dir / "empty"
     nothing.mkdir()
-    demo, _ = build(composed("app", f"runs_dir={nothing}"))
+    demo = build(composed("app", f"runs_dir={nothing}"))
     assert [name for _, name, *_ in demo.pages] == ["Home"]
+    for folder in ("a/one", "b/one"):
+        small_model("text", studio.runs_dir / folder)
+    demo = build(composed("app", f"runs_dir={studio.runs_dir}", "run=[a/one,b/one]"))
+    assert [name for _, name, *_ in demo.pages][1] == "b/one"
     with pytest.raises(FileNotFoundError, match=r"run=nowhere has no trained model"):
         build(composed("app", f"runs_dir={studio.runs_dir}", "run=nowhere"))
 
@@ -266,7 +312,7 @@ def test_other_machines_need_a_password(host: str, tmp_path: Path) -> None:
         ("limits.pictures=0", "limits.pictures"),
         ("limits.upload=nan", "limits.upload"),
         ("queue=0", "queue"),
-        ("password=''", "password"),
+        ("password=[1]", "password"),
         ("open_browser=3", "open_browser"),
     ],
 )

@@ -3,6 +3,7 @@
 import io
 import json
 import queue
+import re
 import threading
 import time
 import zlib
@@ -20,7 +21,7 @@ from small_models import CONDITIONERS, small_model
 from ldm_train import images as pictures
 from ldm_train.app.asked import Limits, options_of
 from ldm_train.app.offer import Adapter, Input
-from ldm_train.app.studio import ERRORS, Cancelled, Progress, Studio, _Watch, words
+from ldm_train.app.studio import ERRORS, Cancelled, Progress, Studio, _Watch, without_folders, words
 from ldm_train.data.files import encoded_png
 from ldm_train.generation.requests import Request
 from ldm_train.generation.sample import sample
@@ -122,11 +123,13 @@ REFUSED = {
     '{"n": 7}': "n=7 is more than is drawn here; at most 6",
     '{"n": 1e300}': "more than is drawn here",
     '{"n": "many"}': "n='many'",
-    '{"n": 4, "prompts": ["a", "b"]}': "2 prompts of 4 pictures are more than are drawn here; at most 6",
+    '{"n": 4, "prompts": ["a", "b"]}': "the number of pictures of all prompts=8 is more than is drawn here; at most 6",
     '{"num_inference_steps": 10}': "num_inference_steps=10 is more",
-    '{"size": [8, 1000000]}': "size=1e+06 is more than is drawn here; at most 64",
-    '{"extend": [0, 0, 0, 1000000]}': "extend=1e+06 is more",
+    '{"size": [8, 1000000]}': "size=1000000 is more than is drawn here; at most 64",
+    '{"extend": [0, 0, 0, 1000000]}': "size=1000000 is more",
     '{"seed": 1e20}': "seed=1e+20 is more",
+    '{"seed": HUGE}': "is more than is drawn here; at most 9.0072e+15",
+    '{"size": [64, 64], "extend": [64, 0, 0, 0]}': "the side of the extended picture=128 is more",
     '{"seed": -1}': "seed=-1 is below 0",
     '{"prompts": 5}': "prompts is no text",
     '{"negative": "LONG"}': "negative has 100,000 characters; at most 200",
@@ -146,7 +149,10 @@ REFUSED = {
 @pytest.mark.parametrize("asked", REFUSED)
 def test_what_a_request_may_not_say_is_refused_in_words(asked: str, studio: Studio) -> None:
     offer = studio.offer("text")
-    values = {k: v.replace("LONG", "x" * 100_000) if isinstance(v, str) else v for k, v in json.loads(asked).items()}
+    values = {
+        k: v.replace("LONG", "x" * 100_000) if isinstance(v, str) else v
+        for k, v in json.loads(asked.replace("HUGE", "9" * 400)).items()
+    }
     with pytest.raises(ERRORS) as error:
         list(studio.draw(offer, {"prompts": "a", "seed": 0} | values, threading.Event()))
     assert REFUSED[asked] in str(error.value)
@@ -156,9 +162,9 @@ def test_what_a_request_may_not_say_is_refused_in_words(asked: str, studio: Stud
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        (b"no picture", "no image"),
-        (b"", "no image"),
-        (claims(20_000, 10_000), "no image that can be read: Image size (200000000 pixels) exceeds limit"),
+        (b"no picture", "no picture that can be read"),
+        (b"", "no picture that can be read"),
+        (claims(20_000, 10_000), "no picture that can be read: it claims far too many pixels"),
         (claims(8_000, 8_000), "8000 x 8000 pixels; at most 50 megapixels"),
         (picture(kind="TIFF"), "a picture is a PNG, JPEG, WEBP, BMP here, not TIFF"),
         (picture(kind="GIF"), "not GIF"),
@@ -185,6 +191,9 @@ def test_prompts_and_labels_name_no_files(studio: Studio, tmp_path: Path) -> Non
     assert options["prompts"] == [f"{tmp_path}/prompts.txt"] == [pictures.read_recipe(drawn[0])["condition"]]
     with pytest.raises(ValueError, match=r"layout is no list of boxes"):
         options_of(studio.offer("layout"), {"layout": f"{tmp_path}/layout.json"}, Limits())
+    for boxes in ('[[NaN, 0.1, 0.2, 0.2, "cat"]]', '[[1e999, 0.1, 0.2, 0.2, "cat"]]', '[["x"]]', "[" * 10_000, "{}"):
+        with pytest.raises(ValueError, match=r"layout is no list of boxes|draw at least one"):
+            options_of(studio.offer("layout"), {"layout": boxes}, Limits())
     boxes = '[[0.1, 0.1, 0.2, 0.2, "secret.json"]]'
     with pytest.raises(ValueError, match=r"'secret.json'"):
         list(studio.draw(studio.offer("layout"), {"layout": boxes, "n": 1}, threading.Event()))
@@ -252,6 +261,13 @@ def test_a_recipe_of_someone_else_chooses_nothing(studio: Studio, tmp_path: Path
         ({"adapters": ["/etc/passwd"]}, "there is no adapter"),
         ({"sampler": {"_target_": "os.system"}}, "a sampler that is none"),
         ({"out": "/tmp/elsewhere"}, "it sets out"),
+        ({"num_inference_steps": 900}, "num_inference_steps=900 is more than is drawn here"),
+        ({"n": 200}, "n=200 is more than is drawn here"),
+        ({"n": 1, "prompts": [{"prompt": "a", "n": 200}]}, "the number of pictures of all prompts=200 is more"),
+        ({"size": [2048, 2048]}, "size=2048 is more than is drawn here"),
+        ({"compile": "default"}, "compile is more than is drawn here"),
+        ({"resample": {"jump_length": 10, "repeats": 1000}}, "resample.repeats is more than is drawn here"),
+        ({"invert_iterations": 1000}, "invert_iterations is more than is drawn here"),
     ):
         path = tmp_path / "theirs.png"
         pictures.save_png(Image.open(drawn), path, recipe | {"config": recipe["config"] | change})
@@ -259,6 +275,13 @@ def test_a_recipe_of_someone_else_chooses_nothing(studio: Studio, tmp_path: Path
             list(studio.replay(offer, path, threading.Event()))
         assert message in str(error.value)
         assert str(tmp_path) not in words(error.value, [])
+    pictures.save_png(Image.new("L", (9000, 9000)), tmp_path / "large.png", recipe)
+    with pytest.raises(ValueError, match=r"9000 x 9000 pixels; at most 50 megapixels"):
+        list(studio.replay(offer, tmp_path / "large.png", threading.Event()))
+    many = recipe | {"machine": recipe["machine"] | {"batch_size": 200}}
+    pictures.save_png(Image.open(drawn), tmp_path / "many.png", many)
+    with pytest.raises(ValueError, match=r"batch_size is more than is drawn here"):
+        list(studio.replay(offer, tmp_path / "many.png", threading.Event()))
     Image.new("RGB", (8, 8)).save(tmp_path / "plain.png")
     with pytest.raises(ValueError, match=r"plain.png carries no recipe"):
         list(studio.replay(offer, tmp_path / "plain.png", threading.Event()))
@@ -280,6 +303,25 @@ def test_adapters_are_those_of_the_page_with_strengths_that_can_be(studio: Studi
     for wrong in ("style:3", "style:x", "style:nan", "other", "../style"):
         with pytest.raises(ValueError, match=r"adapter|strength"):
             options_of(offer, {"adapters": [wrong]}, Limits())
+
+
+def test_nothing_shown_tells_where_the_machine_keeps_things(studio: Studio, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(studio.runs_dir.resolve().parent)
+    studio = Studio(Path.cwd() / studio.runs_dir.name, studio.limits, "cpu")
+    offer = studio.offer("none")
+    drawn = last(studio.draw(offer, {"task": "img2img", "image": picture(), "n": 1}, threading.Event()))[0]
+    shown = json.dumps(without_folders(pictures.read_recipe(drawn)))
+    assert "/" not in re.sub(r'"[^"]*\d{4}-\d\d[^"]*"', "", shown)
+    assert str(studio.runs_dir.resolve()) not in drawn.read_bytes().decode("latin-1")
+    for path in (
+        "/home/john/runs/x.png",
+        f"{Path.home()}/a b/x.png",
+        f"{studio.runs_dir.resolve()}/none/samples/inputs/x.png",
+    ):
+        said = words(ValueError(f"image={path} is odd"), [offer])
+        assert "x.png" in said
+        assert str(Path.home()) not in said
+        assert "john" not in said
 
 
 def test_an_error_of_ours_is_not_told_to_strangers(studio: Studio, caplog: pytest.LogCaptureFixture) -> None:
