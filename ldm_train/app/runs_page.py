@@ -3,7 +3,6 @@
 from pathlib import Path
 from typing import Any
 
-import altair as alt
 import gradio as gr
 
 from ldm_train.app import runs
@@ -82,6 +81,8 @@ class RunsPage:
         data = runs.curves(self._folders(chosen), self.runs_dir, stage, str(column))
         if data.empty:
             return None
+        import altair as alt  # it takes a second, which the first picture need not wait for
+
         legend = alt.Legend(title=None, orient="bottom", columns=1, labelLimit=600)
         lines = alt.Chart(data).encode(alt.X("step:Q"), alt.Y("value:Q", title=column, scale=alt.Scale(zero=False)))
         lines = lines.encode(alt.Color("run:N", legend=legend), tooltip=["run", "step", "value"])
