@@ -113,8 +113,9 @@ class Form:
             )
 
     def _of_inpaint(self) -> None:
-        canvas = sketch("mask", "Mask", self.offer.size, elem_id=f"mask-{self.offer.name}")
-        self.parts.add("inpaint: mask", canvas)
+        canvas = self.parts.add(
+            "inpaint: mask", sketch("mask", "Mask", self.offer.size, elem_id=f"mask-{self.offer.name}")
+        )
         self.parts.all["inpaint: image"].change(
             self._shown_under,
             self.parts.all["inpaint: image"],
@@ -184,16 +185,12 @@ class Form:
 
     def asked(self, task: str, given: Mapping[str, Any]) -> dict[str, Any]:
         """What the values of the page's parts ask for. Raises ValueError for what a task needs and lacks."""
-        offer, asked = (
-            self.offer,
-            {"seed": _number(given, "seed"), "n": _number(given, "n")} | self.how_asked("", given),
-        )
+        offer = self.offer
+        asked = {"seed": _number(given, "seed"), "n": _number(given, "n")} | self.how_asked("", given)
         if (size := [_number(given, side) for side in ("height", "width")]) != list(offer.size):
             asked["size"] = size
         if task == "reconstruct":
-            return (
-                {"task": task, "seed": 0} | {k: v for k, v in asked.items() if k == "size"} | self._image(task, given)
-            )
+            return {"task": task, "seed": 0, "size": asked.get("size")} | self._image(task, given)
         for one in offer.inputs:
             value = self._condition(one, given[one.option])
             if value is None and task == MAIN and one.kind in NEEDED:
@@ -236,11 +233,8 @@ class Form:
     def how_asked(self, prefix: str, given: Mapping[str, Any]) -> dict[str, Any]:
         sampler, scale = given[prefix + "sampler"], given.get(prefix + "guidance_scale")
         steps = _number(given, prefix + "num_inference_steps")
-        return {
-            "sampler": None if sampler == OWN else sampler,
-            "num_inference_steps": steps,
-            "guidance_scale": scale,
-        }
+        sampler = None if sampler == OWN else sampler
+        return {"sampler": sampler, "num_inference_steps": steps, "guidance_scale": scale}
 
     def _image(self, task: str, given: Mapping[str, Any]) -> dict[str, Any]:
         if not (image := given[f"{task}: image"]):

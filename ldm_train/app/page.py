@@ -75,13 +75,8 @@ class ModelPage:
         hard = ["hard-edges"] if min(self.offer.size) < 128 else []
         status = gr.Markdown("Nothing drawn yet.", elem_id=f"status-{self.offer.name}", elem_classes=["status"])
         live = gr.Image(label="Being drawn", visible=False, format="png", buttons=[], elem_classes=["live"])
-        buttons = ["download", "download_all", "fullscreen"]
-        options: dict[str, Any] = {
-            "format": "png",
-            "columns": 4,
-            "object_fit": "contain",
-            "buttons": buttons,
-        }
+        options: dict[str, Any] = {"format": "png", "columns": 4, "object_fit": "contain"}
+        options["buttons"] = ["download", "download_all", "fullscreen"]
         gallery = gr.Gallery(label="Pictures", elem_classes=["pictures", *hard], **options)
         beside = gr.Gallery(label="The same seeds, the second way", visible=False, elem_classes=hard, **options)
         with gr.Accordion("Recipe of the chosen picture", open=False) as self.recipe_section:
@@ -116,11 +111,10 @@ class ModelPage:
         memory = gr.BrowserState("", storage_key=f"ldm_train-{self.offer.run}", secret=SECRET)
         changed = [part.input if isinstance(part, gr.HTML) else part.change for part in kept]
         offered = [(name, part.get_config().get("choices")) for name, part in form.parts.all.items()]
-        digest = hashlib.sha256(repr((offered, self.studio.limits)).encode()).hexdigest()[
-            :16
-        ]  # values of another form are left
-        gr.on(changed, None, kept, [memory], js=SAVE.replace("FORM", repr(digest)), api_visibility="private")
-        self.memory, self.restore = (memory, kept), RESTORE.replace("FORM", repr(digest))
+        # What was kept of another form is left.
+        digest = repr(hashlib.sha256(repr((offered, self.studio.limits)).encode()).hexdigest())
+        gr.on(changed, None, kept, [memory], js=SAVE.replace("FORM", digest), api_visibility="private")
+        self.memory, self.restore = (memory, kept), RESTORE.replace("FORM", digest)
 
     # -- jobs ---------------------------------------------------------------------------------------------------------
 
@@ -175,9 +169,8 @@ class ModelPage:
         return handler
 
     def _update(self, update: Progress) -> list[Any]:
-        which = (
-            f"picture {update.first}" if update.first == update.last else f"pictures {update.first} to {update.last}"
-        )
+        first, last = update.first, update.last
+        which = f"picture {first}" if first == last else f"pictures {first} to {last}"
         live = gr.skip() if update.picture is None else gr.Image(update.picture, visible=True)
         return [f"Step {update.step} of {update.steps}, {which}", live, *[gr.skip()] * 6]
 
@@ -236,6 +229,4 @@ def _agreement(before: Path, now: Path) -> str:
             return "Drawn again: another size than the picture's."
         a, b = (np.asarray(image.convert("RGB"), np.int16) for image in (first, second))
     most = int(np.abs(a - b).max())
-    return (
-        "Drawn again: identical to the pixel." if most == 0 else f"Drawn again: at most {most} of 255 from the picture."
-    )
+    return f"Drawn again: {'identical to the pixel' if most == 0 else f'at most {most} of 255 from the picture'}."

@@ -59,9 +59,7 @@ class Studio:
 
     def __init__(self, runs_dir: str | Path, limits: Limits, accelerator: str = "auto", trust: Sequence[str] = ()):
         self.limits, self.accelerator, self.trust = limits, accelerator, list(trust)
-        self.runs_dir = Path(
-            os.path.relpath(runs_dir)
-        )  # recipes name it, and need not tell where this machine keeps it
+        self.runs_dir = Path(os.path.relpath(runs_dir))  # recipes name it, not where this machine keeps it
         self._loaded: OrderedDict[tuple[str, ...], Loaded] = OrderedDict()
         # One thread: torch's threads are started once for each that computes, and jobs take turns.
         self._worker = ThreadPoolExecutor(1, "studio")

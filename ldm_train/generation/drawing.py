@@ -28,12 +28,15 @@ class Drawing:
     guides: Guides
     autocast: Callable[[], torch.autocast]
 
-    def __call__(self, part: list[Request], callback: Callback | None = None) -> torch.Tensor:
-        """The pictures of some requests (B, C, H, W), on the CPU."""
+    def __call__(
+        self, part: list[Request], callback: Callback | None = None, inverting: Callback | None = None
+    ) -> torch.Tensor:
+        """The pictures of some requests (B, C, H, W), on the CPU. callback: called after each step; inverting: after each of those
+        that find the noise of given pictures first."""
         with self.autocast():
-            return self._draw(part, callback).float().cpu()
+            return self._draw(part, callback, inverting).float().cpu()
 
-    def _draw(self, part: list[Request], callback: Callback | None) -> torch.Tensor:
+    def _draw(self, part: list[Request], callback: Callback | None, inverting: Callback | None) -> torch.Tensor:
         model, tiles, f = self.model, self.sampling.tiles, self.model.first_stage.downsample_factor
         images = None if part[0].image is None else torch.stack([r.image for r in part])
         if self.task == "reconstruct":
@@ -48,7 +51,7 @@ class Drawing:
             self._batch([r.fields for r in part]),
             [r.seed for r in part],
             self.sampling,
-            self._start(part, images, mask, size),
+            self._start(part, images, mask, size, inverting),
             guidance,
             condition=self._mixture(part, size) if part[0].mix else None,
             latent_size=size,
@@ -58,7 +61,12 @@ class Drawing:
         return drawn if mask is None else drawn * mask + images * (1 - mask)
 
     def _start(
-        self, part: list[Request], images: torch.Tensor | None, mask: torch.Tensor | None, size: tuple[int, int]
+        self,
+        part: list[Request],
+        images: torch.Tensor | None,
+        mask: torch.Tensor | None,
+        size: tuple[int, int],
+        inverting: Callback | None,
     ) -> Start:
         model, config, tiles = self.model, self.config, self.sampling.tiles
         if self.task == "img2img":
@@ -66,9 +74,9 @@ class Drawing:
             if not config.invert:
                 return Start(latents=latents, strength=config.strength)
             source = {} if config.image_prompt is None else {"caption": [str(config.image_prompt)] * len(part)}
-            return Start(noise=self._inverted(latents, source))
+            return Start(noise=self._inverted(latents, source, inverting))
         if self.task == "interpolate" and part[0].walk is not None:
-            return Start(noise=self._walk(part, size))
+            return Start(noise=self._walk(part, size, inverting))
         if mask is not None and "masked_image" not in model.fields:
             # Not the hidden pixels: latents beside the hole would show them. Their mean colour disturbs the encoder least.
             filled = images * (1 - mask) + known_colour(images, mask) * mask
@@ -80,8 +88,8 @@ class Drawing:
         with self.autocast():
             return self.model.decode(latents, self.sampling.tiles)
 
-    def _inverted(self, latents: torch.Tensor, batch: dict[str, Any]) -> torch.Tensor:
-        return self.model.invert(latents, batch, self.sampling, self.config.invert_iterations)
+    def _inverted(self, latents: torch.Tensor, batch: dict[str, Any], inverting: Callback | None) -> torch.Tensor:
+        return self.model.invert(latents, batch, self.sampling, self.config.invert_iterations, inverting)
 
     def _mixture(self, part: list[Request], size: tuple[int, int]) -> dict[str, torch.Tensor]:
         """Weighted mixtures of conditions, for interpolation and arithmetic."""
@@ -91,12 +99,12 @@ class Drawing:
         weighted = [(torch.tensor([w for w, _ in t]), self._batch([f for _, f in t])) for t in zip(*mixes)]
         return self.model.mixture(weighted, size)
 
-    def _walk(self, part: list[Request], size: tuple[int, int]) -> torch.Tensor:
+    def _walk(self, part: list[Request], size: tuple[int, int], inverting: Callback | None) -> torch.Tensor:
         """Noise interpolated between two seeds or two inverted pictures."""
         if part[0].images is not None:
             tiles = self.sampling.tiles
             ends = [self.model.encode(torch.stack([r.images[k] for r in part]), tiles) for k in (0, 1)]
-            noise = [self._inverted(z, {}) for z in ends]
+            noise = [self._inverted(z, {}, inverting) for z in ends]
         else:
             shape = (self.model.first_stage.latent_channels, *size)
             noise = [NoiseSource([r.walk[k] for r in part]).normal(shape, "start") for k in (0, 1)]

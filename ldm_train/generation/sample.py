@@ -268,7 +268,8 @@ def run_job(
             if only is None and filmed and (made := job.done(part)) is not None:
                 continued += len(part)
             else:
-                made = drawing(part, _all_of(film, watch and partial(watch, part, drawing.decode)))
+                seen = watch and partial(watch, part, drawing.decode)
+                made = drawing(part, _all_of(film, seen), seen)
                 kept = [(r, image) for r, image in zip(part, made) if only in (None, r.number)]
                 part, made = [r for r, _ in kept], torch.stack([image for _, image in kept])
                 job.save(part, made)

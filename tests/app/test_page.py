@@ -214,7 +214,9 @@ def test_names_of_a_model_stand_in_no_markup(studio: Studio, tmp_path: Path) -> 
     assert made.get_config()["props"]["labels"] == ["cat", evil]
 
 
-def test_the_app_has_a_page_for_each_model_and_one_for_the_runs(studio: Studio) -> None:
+def test_the_app_has_a_page_for_each_model_and_one_for_the_runs(
+    studio: Studio, capsys: pytest.CaptureFixture[str]
+) -> None:
     config = composed("app", f"runs_dir={studio.runs_dir}", "run=[text,layout]", "accelerator=cpu")
     demo = build(config)
     assert [name for _, name, *_ in demo.pages] == ["Home", "layout", "Runs"]
@@ -222,6 +224,18 @@ def test_the_app_has_a_page_for_each_model_and_one_for_the_runs(studio: Studio) 
     nothing.mkdir()
     demo = build(composed("app", f"runs_dir={nothing}"))
     assert [name for _, name, *_ in demo.pages] == ["Home"]
+    damaged = small_model("text", studio.runs_dir / "damaged") / "model.safetensors"
+    damaged.write_bytes(damaged.read_bytes()[:-1] + b"x")
+    with pytest.raises(ValueError, match=r"damaged"):
+        build(composed("app", f"runs_dir={studio.runs_dir}", "run=damaged"))
+    run = studio.runs_dir / "unnamed"
+    small_model("text", run / "export")
+    (run / "config.yaml").write_text("stages: [diffusion]\n")
+    (run / "export" / "stage.json").write_text(json.dumps({"key": {}, "finished": True, "steps": 0, "result": {}}))
+    assert [name for _, name, *_ in build(composed("app", f"runs_dir={studio.runs_dir}")).pages] == ["Home", "Runs"]
+    (run / "export" / "model.safetensors").write_bytes(b"x")
+    assert [name for _, name, *_ in build(composed("app", f"runs_dir={studio.runs_dir}")).pages] == ["Home"]
+    assert "unnamed gets no page" in capsys.readouterr().out
     for folder in ("a/one", "b/one"):
         small_model("text", studio.runs_dir / folder)
     demo = build(composed("app", f"runs_dir={studio.runs_dir}", "run=[a/one,b/one]"))

@@ -212,6 +212,18 @@ def test_a_job_ends_at_the_next_step_when_it_is_cancelled_and_the_next_one_begin
     assert len(last(studio.draw(offer, {"prompts": "next", "n": 2}, threading.Event()))) == 2
 
 
+def test_a_job_that_inverts_a_picture_tells_of_that_too_and_ends_in_it(studio: Studio) -> None:
+    offer, stop = studio.offer("calm"), threading.Event()
+    asked = {"task": "img2img", "image": picture(), "invert": True, "prompts": "a", "n": 1, "num_inference_steps": 3}
+    *steps, _ = studio.draw(offer, asked, stop)
+    assert [s.step for s in steps] == [1, 2, 3, 1, 2, 3]
+    job = studio.draw(offer, asked | {"seed": 1}, stop)
+    next(job)
+    stop.set()
+    with pytest.raises(Cancelled):
+        list(job)
+
+
 def test_jobs_of_many_take_turns_and_each_gets_its_own_pictures(studio: Studio) -> None:
     offer, results = studio.offer("text"), {}
 
