@@ -268,7 +268,7 @@ def test_an_autoencoder_that_is_not_there_is_named(fails: Command, tmp_path: Pat
     assert "runs/nowhere/autoencoder/model" in message
 
 
-@pytest.mark.parametrize("name", ["prepare", "sample"])
+@pytest.mark.parametrize("name", ["prepare", "sample", "app"])
 def test_help_explains_every_option(name: str):
     text = yaml.safe_load((config_folder() / f"{name}.yaml").read_text())
     explained = text["hydra"]["help"]["template"]
