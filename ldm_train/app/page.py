@@ -91,7 +91,7 @@ class ModelPage:
     def _wire(self) -> None:
         form, shown = self.form, self.shown
         parts = list(form.parts.all.values())
-        # Of the page, not of the session: a job that waits keeps the ticket that it was given.
+        # No State, which is read when a job's turn comes: one that waits keeps the ticket that it was given.
         ticket = gr.Textbox(visible="hidden", label="ticket")
         begun: list[tuple[Any, Callable[..., Jobs], list[Any]]] = [
             (button.click, partial(self._jobs, task), parts) for task, button in form.buttons.items()
