@@ -23,8 +23,10 @@ from ldm_train.app.studio import Cancelled, Progress, Studio, without_folders, w
 # Keeps what was typed and drawn in the browser: BrowserState encrypts with it, so that it is read again after a restart.
 SECRET = "ldm_train"
 SAVE = "(...values) => [JSON.stringify({form: FORM, values})]"
+# Where nothing was kept nothing is set: it would take back what was typed while the page was loading.
 RESTORE = """(kept, ...values) => {
-  try { const found = JSON.parse(kept); return found.form === FORM ? found.values : values; } catch { return values; }
+  const unchanged = values.map(() => ({__type__: "update"}));
+  try { const found = JSON.parse(kept); return found.form === FORM ? found.values : unchanged; } catch { return unchanged; }
 }"""
 RANDOM = "() => Math.floor(Math.random() * 2 ** 31)"
 QUICK: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}

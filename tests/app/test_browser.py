@@ -87,6 +87,8 @@ def opened(browser: Any) -> Iterator[Callable[..., Any]]:
         page.on("request", lambda r: strange.append(r.url) if re.match(r"https?://(?!127\.0\.0\.1)", r.url) else None)
         page.on("pageerror", lambda error: wrong.append(str(error)))
         page.goto(address)
+        page.locator("button").first.wait_for()
+        page.wait_for_timeout(1000)  # what a person needs to look at it, and the page to settle
         return page
 
     yield open_page
@@ -116,8 +118,13 @@ def drawn(page: Any, status: str = r"\d pictures?; choose one") -> list[str]:
 
 def number(page: Any, label: str, value: int) -> None:
     field = page.get_by_label(f"number input for {label}")
-    field.fill(str(value))
-    field.press("Tab")
+    for _ in range(20):  # a page that is still loading sets it back
+        field.fill(str(value))
+        field.press("Tab")
+        page.wait_for_timeout(300)
+        if field.input_value() == str(value):
+            return
+    raise AssertionError(f"{label} stays {field.input_value()}")
 
 
 def recipes(runs_dir: Path, run: str, task: str) -> list[dict]:
