@@ -40,6 +40,13 @@ CONDITIONERS = {
 }  # fmt: skip
 CONDITIONERS["calm"] = CONDITIONERS["text"]  # with small weights, as inversion needs them
 CONTEXT = {"text", "calm", "class", "layout"}
+FIRST_STAGE = {
+    "_target_": "ldm_train.models.first_stage.FirstStage",
+    "autoencoder": {
+        "_target_": "ldm_train.models.autoencoder.AutoencoderKL", "z_channels": 4, "channels": 16,
+        "channel_mult": [1, 1, 1], "num_res_blocks": 1, "mid_attention": False,
+    },
+}  # fmt: skip
 CONCAT = {"semantic": 3, "superres": 3, "inpaint": 5, "depth": 1, "edges": 16}
 
 
@@ -56,13 +63,7 @@ def small_model(kind: str, folder: Path) -> Path:
             "context_dim": 8 if kind in CONTEXT else None, "vector_dim": 8 if kind == "variation" else None,
             "concat_channels": CONCAT.get(kind, 0),
         },
-        "first_stage": {
-            "_target_": "ldm_train.models.first_stage.FirstStage",
-            "autoencoder": {
-                "_target_": "ldm_train.models.autoencoder.AutoencoderKL", "z_channels": 4, "channels": 16,
-                "channel_mult": [1, 1, 1], "num_res_blocks": 1, "mid_attention": False,
-            },
-        },
+        "first_stage": FIRST_STAGE,
         "schedule": {"_target_": "ldm_train.diffusion.schedule.NoiseSchedule"},
         "conditioners": CONDITIONERS[kind], "latent_size": [8, 8],
     }  # fmt: skip

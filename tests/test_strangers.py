@@ -26,6 +26,7 @@ import yaml
 from chains import SMALL, composed, with_data
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
+from small_models import FIRST_STAGE
 from test_fuzz import damaged_json
 
 import ldm_train
@@ -49,13 +50,7 @@ MODEL = {
         "_target_": "ldm_train.models.unet.UNet", "in_channels": 4, "channels": 32, "channel_mult": [1, 1],
         "num_res_blocks": 1, "attention_levels": [], "num_heads": 2,
     },
-    "first_stage": {
-        "_target_": "ldm_train.models.first_stage.FirstStage",
-        "autoencoder": {
-            "_target_": "ldm_train.models.autoencoder.AutoencoderKL", "z_channels": 4, "channels": 16,
-            "channel_mult": [1, 1, 1], "num_res_blocks": 1, "mid_attention": False,
-        },
-    },
+    "first_stage": FIRST_STAGE,
     "schedule": {"_target_": "ldm_train.diffusion.schedule.NoiseSchedule"},
     "conditioners": {},
     "latent_size": [8, 8],

@@ -43,7 +43,7 @@ class Adapter:
 @dataclass(frozen=True)
 class Offer:
     """name: of the run. run: as commands name it. folder: that jobs are written to. size: (H, W) that it was
-    trained on; multiple: of every side. usual: how its run drew. guided: whether it has a condition that guidance strengthens."""
+    trained on; multiple: of every side. usual: how its run drew."""
 
     name: str
     run: str
@@ -57,6 +57,7 @@ class Offer:
 
     @property
     def guided(self) -> bool:
+        """Whether it has a condition that guidance strengthens."""
         return bool(self.inputs)
 
     @property

@@ -1,6 +1,5 @@
 """The runs below a folder as the page of runs shows them: how far they are, their curves, pictures, findings and evaluations."""
 
-import io
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,7 +9,7 @@ import pandas as pd
 
 from ldm_train.configuration import run_config
 from ldm_train.errors import Refused
-from ldm_train.pipeline.sweep import reached
+from ldm_train.pipeline.sweep import reached, read_rows
 from ldm_train.storage import read_record
 from ldm_train.training import HEALTH
 
@@ -25,14 +24,13 @@ USUAL = ("val/fid_tiny", "val/loss", "train/loss", "val/psnr", "val/perceptual",
 
 def run_folders(runs_dir: str | Path) -> list[Path]:
     """The runs below a folder, the one that was written to last first."""
-    patterns = ["/".join("*" * depth + "c")[:-1] + "config.yaml" for depth in range(1, DEPTH + 1)]
-    found = [path.parent for pattern in patterns for path in Path(runs_dir).glob(pattern)]
+    found = [path.parent for depth in range(DEPTH) for path in Path(runs_dir).glob("*/" * (depth + 1) + "config.yaml")]
     runs = [folder for folder in found if stages(folder)]
     return sorted(runs, key=written, reverse=True)[:MOST]
 
 
 def stages(folder: Path) -> list[str]:
-    """The stages of a run that have begun, in the order of their beginning."""
+    """The stages of a run that have begun: those of every run in their order, then others as they last changed."""
     notes = sorted(folder.glob("*/stage.json"), key=_changed)
     named = [path.parent.name for path in notes]
     known = ("autoencoder", "latents", "diffusion", "evaluation", "export")
@@ -83,22 +81,16 @@ def _ago(seconds: float) -> str:
     return "now" if seconds < 15 else f"{seconds:.0f} s ago"
 
 
-def _rows(path: Path) -> pd.DataFrame:
-    """A metrics.csv, which training may just be writing: its whole lines."""
-    if not path.is_file():
-        return pd.DataFrame({"step": []})
-    text = path.read_text()
-    whole = text[: text.rfind("\n") + 1]
-    try:
-        rows = pd.read_csv(io.StringIO(whole), on_bad_lines="skip")
-    except ValueError:  # pandas' errors are some: no rows yet, or a file that is none of training's
-        return pd.DataFrame({"step": []})
-    return rows.apply(pd.to_numeric, errors="coerce") if "step" in rows else pd.DataFrame({"step": []})
+def _rows(stage: Path) -> pd.DataFrame:
+    """What a stage has logged, as numbers; an empty table with a column "step" where that is nothing."""
+    rows = pd.DataFrame(read_rows(stage))
+    named = rows[[name for name in rows.columns if isinstance(name, str)]]  # cells beyond the header have no name
+    return named.apply(pd.to_numeric, errors="coerce") if "step" in named else pd.DataFrame({"step": []})
 
 
 def columns(folders: Sequence[Path], stage: str) -> list[str]:
     """What a stage of some runs has logged, first what people look at, where it is a curve yet."""
-    tables = [_rows(folder / stage / "metrics.csv") for folder in folders]
+    tables = [_rows(folder / stage) for folder in folders]
     names = {name for rows in tables for name in rows.columns} - {"step"}
     drawn = {name for rows in tables for name in rows.columns if rows[name].notna().sum() > 1}  # a curve has two points
     usual = [n for n in USUAL if n in names & drawn]
@@ -109,7 +101,7 @@ def curves(folders: Sequence[Path], runs_dir: str | Path, stage: str, column: st
     """step, value and run of what a stage has logged."""
     parts = []
     for folder in folders:
-        rows = _rows(folder / stage / "metrics.csv")
+        rows = _rows(folder / stage)
         if column in rows:
             rows = rows[["step", column]].dropna().rename(columns={column: "value"})
             rows = rows.iloc[:: max(1, len(rows) // POINTS)]

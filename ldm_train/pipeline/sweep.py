@@ -66,12 +66,12 @@ def reached(stage: Path) -> str:
 
 
 def read_rows(stage: Path) -> list[dict[str, str]]:
-    """The rows of a stage's metrics.csv; none where it has not begun."""
+    """The whole rows of a stage's metrics.csv, to which training may just be writing; none where it has not begun."""
     path = stage / "metrics.csv"
     if not path.is_file():
         return []
-    with open(path, newline="") as file:
-        return list(csv.DictReader(file))
+    text = path.read_text()
+    return list(csv.DictReader(io.StringIO(text[: text.rfind("\n") + 1])))
 
 
 def failure(folder: Path) -> str | None:
