@@ -1,4 +1,4 @@
-"""Ends a process of this package at once, with one line, on SIGTERM, SIGINT (Ctrl-C) and SIGUSR1, and when its parent ends.
+"""Ends a process of this package at once, with one line, on SIGTERM, SIGINT (Ctrl-C), SIGUSR1 and SIGUSR2, and when its parent ends.
 
 Imports nothing heavy: the commands install it before they import torch, which takes seconds.
 """
@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 PARENT = "LDM_TRAIN_PARENT"  # environment: id of the parent process; this one ends when it ends
 REPORT = "LDM_TRAIN_REPORT"  # environment: the file for this process's final message, which its parent shows
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
@@ -60,6 +60,8 @@ def last_words(text: str) -> None:
 
 def leave(number: int) -> None:
     """The usual handling of a signal. Files are written atomically, so no clean-up is needed."""
+    if _before_leaving is not None:
+        _before_leaving(number)
     if os.environ.get(REPORT) or os.environ.get("RANK", "0") == "0":
         last_words(farewell(number))
     os._exit(128 + number)
@@ -70,6 +72,7 @@ def stop(number: int) -> None:
 
 
 _act: Callable[[int], None] = leave
+_before_leaving: Callable[[int], None] | None = None
 _owner = 0  # the process whose handlers these are
 
 
@@ -92,6 +95,27 @@ def answered_by(act: Callable[[int], None]) -> Iterator[None]:
 
 
 @contextmanager
+def leaving(act: Callable[[int], None]) -> Iterator[None]:
+    """A context in which `act(number)` is called before a signal ends the process at once."""
+    global _before_leaving
+    before, _before_leaving = _before_leaving, act
+    try:
+        yield
+    finally:
+        _before_leaving = before
+
+
+def handled_outside(number: int) -> bool:
+    """Whether a signal has a handler that is not of this module, such as submitit's."""
+    return callable(handler := signal.getsignal(number)) and handler not in (_on_signal, signal.default_int_handler)
+
+
+def _taken() -> list[signal.Signals]:
+    """The signals to handle. submitit ignores SIGTERM, which comes with the one that it acts on; so must we there."""
+    return [n for n in SIGNALS if not (n == signal.SIGTERM and "SUBMITIT_EXECUTOR" in os.environ)]
+
+
+@contextmanager
 def handled() -> Iterator[None]:
     """A context in which signals are handled; the old handlers return after it. Does nothing outside the main thread."""
     global _owner
@@ -99,7 +123,7 @@ def handled() -> Iterator[None]:
         yield
         return
     owner, _owner = _owner, os.getpid()
-    before = {number: signal.signal(number, _on_signal) for number in SIGNALS}
+    before = {number: signal.signal(number, _on_signal) for number in _taken()}
     try:
         yield
     finally:
@@ -135,6 +159,7 @@ def leave_signals_to_parent() -> None:
     the parent still needs its workers to save."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    signal.signal(signal.SIGUSR2, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda number, frame: signal.signal(number, signal.SIG_DFL))
 
 

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from omegaconf import DictConfig
 
 from ldm_train.devices import device_of
+from ldm_train.pipeline import slurm
 from ldm_train.pipeline.ranks import launch
 from ldm_train.training.fit import Machine, Onlooker
 
@@ -51,9 +52,10 @@ def planned_machine(config: DictConfig) -> Machine:
 
 
 def join_devices(config: DictConfig, module: str, check: Callable[[Machine], object]) -> Machine:
-    """This process's device and rank among `config.devices`. With several devices and outside torchrun it runs this same command
-    once per device and exits with their exit status. module: the command's module. check: called before any process is
+    """This process's device and rank among `config.devices`. With several devices and outside torchrun and srun it runs this same
+    command once per device and exits with their exit status. module: the command's module. check: called before any process is
     started; raises errors known beforehand, and prepares what all ranks need. Raises ValueError for more devices than there are."""
+    os.environ |= slurm.ranks(os.environ)
     if config.devices > 1 and "WORLD_SIZE" not in os.environ:
         everywhere = {"WORLD_SIZE": str(config.devices), "LOCAL_WORLD_SIZE": str(config.devices)}
         machine = machine_of(config, everywhere)

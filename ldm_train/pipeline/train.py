@@ -8,6 +8,7 @@ import re
 import sys
 import traceback
 from contextlib import nullcontext, redirect_stdout
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -19,6 +20,7 @@ from omegaconf import DictConfig
 from ldm_train import interrupts
 from ldm_train.configuration import ARGUMENTS
 from ldm_train.errors import Busy, Interrupted
+from ldm_train.pipeline import slurm
 from ldm_train.pipeline.data import ensure_data, stage_data
 from ldm_train.pipeline.machine import join_devices, planned_machine
 from ldm_train.pipeline.resume import run_lock
@@ -61,9 +63,12 @@ def train(config: DictConfig) -> None:
     folder = Path(str(config.runs_dir)) / config.name
     if config.plan == "only":
         return _train(config, folder, sweeping)
+    requeue = partial(slurm.run_again, most=config.requeues)
     try:
-        _train(config, folder, sweeping)
+        with interrupts.leaving(requeue):
+            _train(config, folder, sweeping)
     except Interrupted as error:
+        requeue(error.number)
         if sweeping:  # Hydra would take it for a failed job and begin the next one
             interrupts.last_words(str(error))
             sys.exit(128 + error.number)

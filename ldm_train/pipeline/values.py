@@ -124,7 +124,7 @@ RULES: dict[str, Rule] = {
     "evaluation.reference_images": optional(whole(2)),
     "diffusion.evaluate_every": optional(COUNT),
     **{f"autoencoder.loss.{name}": whole(0) for name in ("disc_start", "disc_ramp", "disc_warmup")},
-    **dict.fromkeys(("evaluation.predictors", "num_workers", "seed"), whole(0)),
+    **dict.fromkeys(("evaluation.predictors", "num_workers", "seed", "requeues"), whole(0)),
     "autoencoder.disc_lr": optional(POSITIVE),
     **{f"autoencoder.loss.{name}": POSITIVE for name in LOSS_WEIGHTS},
     "sampling.guidance_scale": POSITIVE,

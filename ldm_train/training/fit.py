@@ -9,6 +9,7 @@ from typing import Any
 
 import lightning as L
 import torch
+from lightning.fabric.plugins.environments import LightningEnvironment
 from lightning.pytorch.plugins import MixedPrecision, Precision
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy, Strategy
 
@@ -33,6 +34,7 @@ for message in (
     ".*isinstance\\(treespec, LeafSpec\\)",
     ".*broadcast_buffers",
     ".*overridden `transfer_batch_to_device`",
+    ".*The `srun` command is available",
 ):
     warnings.filterwarnings("ignore", message)
 
@@ -110,12 +112,14 @@ class Cadence:
 
 def new_trainer(task: Task, folder: Path, max_steps: int, cadence: Cadence, machine: Machine, **own: Any) -> L.Trainer:
     """Lightning's Trainer for one stage. own: its options beside those that are set here."""
+    alone = machine.world_size == 1
     trainer = L.Trainer(
         accelerator=machine.accelerator,
         strategy=machine.strategy(),
         devices=machine.local_world_size,
         num_nodes=machine.world_size // machine.local_world_size,
-        plugins=[AtomicCheckpointIO(), machine.precision_plugin()],
+        # Lightning would refuse a single process within a job of SLURM that has several tasks.
+        plugins=[AtomicCheckpointIO(), machine.precision_plugin(), *([LightningEnvironment()] if alone else [])],
         max_steps=max_steps,
         max_epochs=-1,
         accumulate_grad_batches=task.accumulate,

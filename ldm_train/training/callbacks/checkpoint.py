@@ -131,7 +131,7 @@ def group_of_hosts() -> dist.ProcessGroup | None:
 
 
 class Checkpoints(L.Callback):
-    """folder/last.ckpt every `every` optimiser steps, at the end and on SIGTERM, SIGINT or SIGUSR1; folder/best.ckpt
+    """folder/last.ckpt every `every` optimiser steps, at the end and on a signal (`interrupts`); folder/best.ckpt
     when validation's `monitor` (lower is better) improves; None leaves that to those who `offer` values.
 
     Where a validation is due at the same step, last.ckpt waits for it: a run that is killed in between repeats the

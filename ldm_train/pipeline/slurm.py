@@ -1,0 +1,87 @@
+"""SLURM: the ranks of a job's tasks, and jobs that are run again after the signal that announces their end."""
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+
+from lightning.fabric.plugins.environments import SLURMEnvironment
+
+from ldm_train import interrupts
+
+ANNOUNCED = (signal.SIGUSR1, signal.SIGUSR2)  # sbatch --signal=USR1@120; USR2 is submitit's
+ASKING = 10.0  # seconds that rank 0 may take to ask
+PORTS = range(20_000, 40_000)  # of MASTER_PORT, by the job's number
+
+
+def ranks(environment: Mapping[str, str]) -> dict[str, str]:
+    """torchrun's environment variables for a task that srun (or submitit through it) started beside others; empty for any other
+    process. Variables that are set already, such as MASTER_PORT, stay.
+
+    Raises ValueError where nodes have different numbers of tasks, and where each task sees one GPU of its node's.
+    """
+    tasks = int(environment.get("SLURM_STEP_NUM_TASKS", 1))
+    if tasks == 1 or "WORLD_SIZE" in environment:
+        return {}
+    placed = environment["SLURM_STEP_TASKS_PER_NODE"]  # 4, 4(x2) or 4(x2),3
+    if not (even := re.fullmatch(r"(\d+)(?:\(x\d+\))?", placed)):
+        raise ValueError(
+            f"srun placed {placed} tasks on its nodes; --ntasks-per-node=<n> gives all of them the same number"
+        )
+    visible = environment.get("CUDA_VISIBLE_DEVICES", "").split(",")
+    if int(even[1]) > 1 and len(visible) == 1 and visible[0]:
+        raise ValueError(
+            f"each of {even[1]} tasks sees one GPU of its node alone (--gpus-per-task); use --gpus-per-node={even[1]} and "
+            "--gpu-bind=none"
+        )
+    job, step = int(environment["SLURM_JOB_ID"]), int(environment.get("SLURM_STEP_ID", 0))
+    own = {
+        "RANK": environment["SLURM_PROCID"],
+        "LOCAL_RANK": environment["SLURM_LOCALID"],
+        "GROUP_RANK": environment["SLURM_NODEID"],
+        "WORLD_SIZE": str(tasks),
+        "LOCAL_WORLD_SIZE": even[1],
+        "MASTER_ADDR": SLURMEnvironment.resolve_root_node_address(environment["SLURM_STEP_NODELIST"]),
+        "MASTER_PORT": str(PORTS[(job + step) % len(PORTS)]),
+        "TORCHELASTIC_RUN_ID": f"slurm-{job}",  # Lightning goes by these variables then, as under torchrun
+    }
+    return own | {name: value for name, value in environment.items() if name in own}
+
+
+def run_again(number: int, most: int) -> None:
+    """After the work is saved: has SLURM run this job again where signal `number` announces its end, at most `most` times. Rank 0
+    asks; SLURM then ends the others.
+
+    submitit does so itself, by the handler that stood here before ours, and counts by hydra.launcher.max_num_timeout.
+    """
+    if number not in ANNOUNCED:
+        return  # scancel and preemption send SIGTERM: a cancelled job stays cancelled, a preempted one SLURM runs again itself
+    if interrupts.handled_outside(number):
+        signal.raise_signal(number)
+        return
+    job, done = os.environ.get("SLURM_JOB_ID"), int(os.environ.get("SLURM_RESTART_COUNT", 0))
+    if job is None or (scontrol := shutil.which("scontrol")) is None:
+        return
+    if int(os.environ.get("RANK", 0)):
+        time.sleep(ASKING)  # where one task that fails ends all others, rank 0 could not ask any more
+        return
+    if done >= most:
+        print(
+            f"\njob {job} has been run again {done} times (requeues={most}); submit it once more to continue",
+            flush=True,
+        )
+        return
+    if array := os.environ.get("SLURM_ARRAY_JOB_ID"):
+        job = f"{array}_{os.environ['SLURM_ARRAY_TASK_ID']}"
+    with suppress(OSError, subprocess.TimeoutExpired):
+        answer = subprocess.run([scontrol, "requeue", job], capture_output=True, text=True, timeout=60)
+        said = (
+            f"SLURM runs job {job} again"
+            if answer.returncode == 0
+            else f"scontrol requeue {job}: {answer.stderr.strip()}"
+        )
+        print(f"\n{said}", flush=True)
