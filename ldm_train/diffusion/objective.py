@@ -9,6 +9,8 @@ from torch.nn import functional as F
 from ldm_train.diffusion.parameterisation import Epsilon, Parameterisation
 from ldm_train.diffusion.process import NoiseProcess, expand_to
 
+NO_SIGNAL = 1e-3  # alpha over sigma below which an error of the noise is all that an estimate of the picture holds
+
 
 def check_compatible(parameterisation: Parameterisation, schedule: NoiseProcess) -> None:
     """Raises ValueError for a parameterisation that is not defined for this process."""
@@ -72,6 +74,16 @@ class DiffusionObjective(nn.Module):
         self.offset_noise, self.input_perturbation, self.immiscible = offset_noise, input_perturbation, immiscible
         if weighting == "learned":
             self.uncertainty = nn.Parameter(torch.zeros(schedule.num_train_timesteps))
+
+    def warning(self) -> str:
+        """What to say of a target that tells next to nothing of the picture where sampling begins; empty where it does."""
+        alpha, sigma = self.schedule.numbers(self.schedule.last_time)
+        if self.parameterisation.learns_without_signal or alpha > NO_SIGNAL * sigma:
+            return ""
+        return (
+            f"this schedule ends at a signal-to-noise ratio of {(alpha / sigma) ** 2:.0e}, where sampling begins and where "
+            f"{type(self.parameterisation).__name__} says nothing of the picture; diffusion/objective=v or sample does"
+        )
 
     def sample_timesteps(
         self, count: int, first: int = 0, total: int | None = None, generator: torch.Generator | None = None

@@ -19,6 +19,7 @@ from ldm_train.conditioning.base import Conditioner
 from ldm_train.configuration import plain
 from ldm_train.data.datamodule import ShardDataModule
 from ldm_train.devices import shapes_only
+from ldm_train.diffusion.objective import DiffusionObjective
 from ldm_train.generation.film import film_of_grids
 from ldm_train.latent_diffusion import LatentDiffusion, Sampling
 from ldm_train.models.autoencoder import Autoencoder
@@ -235,7 +236,7 @@ class DiffusionStage(Stage):
         if not self.steps(run):
             return None
         network, f = network_on_meta(run), autoencoder.on_meta(run).downsample_factor
-        instantiate(run.config.diffusion.objective, run.part("diffusion.schedule"))
+        objective = instantiate(run.config.diffusion.objective, run.part("diffusion.schedule"))
         height, width = sides(run.config.data.image_size)
         h, w, multiple = height // f, width // f, f * network.size_multiple
         if height % multiple or width % multiple:
@@ -262,7 +263,9 @@ class DiffusionStage(Stage):
                     *adapter.in_words(run, network),
                 ]
             )
-        return Plan(network, flops, run.enough_images("diffusion", ("image", *run.fields)), begins)
+        images = run.enough_images("diffusion", ("image", *run.fields))
+        warning = objective.warning() if isinstance(objective, DiffusionObjective) else ""
+        return Plan(network, flops, images, begins, warning=warning)
 
     def task(self, run: Run, model: LatentDiffusion, folder: Path) -> Task:
         """The LightningModule that trains it."""

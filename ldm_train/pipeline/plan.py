@@ -136,6 +136,8 @@ def print_plan(run: "Run", steps: list[Step]) -> dict[str, tuple[float, float]]:
                 if (until := config[step.name].get("max_time")) is not None:
                     text += f", ended by the clock after {until}"
         print(text, flush=True)
+        if plan and plan.warning and state != "finished":
+            print(f"    warning: {plan.warning}", flush=True)
         if budget is not None:
             budgets.append(budget)
             for line in in_full(budget, memory) if run.plans_only else ():

@@ -170,3 +170,14 @@ def test_stratified_means_vary_less() -> None:
 def test_wrong_arguments_are_named() -> None:
     with pytest.raises(ValueError, match="weighting 'p2' is none of"):
         DiffusionObjective(SCHEDULE, weighting="p2")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("betas", ["scaled_linear", "linear", "cosine"])
+def test_epsilon_on_a_schedule_that_ends_without_signal_is_warned_of_with_the_remedy(kind, betas: str) -> None:
+    said = DiffusionObjective(NoiseSchedule(betas, 1e-4, 2e-2), kind).warning()
+    if betas == "cosine" and isinstance(kind, Epsilon):
+        assert "signal-to-noise ratio of 2e-09" in said
+        assert "diffusion/objective=v" in said
+    else:
+        assert said == ""
