@@ -19,8 +19,8 @@ class Plan:
     """The cost of a stage that trains; the section of the config with its name has `batch_size` and `ema_decay`.
 
     network: the trained network, perhaps on the meta device. flops: of one forward pass on one image. images: training images, None
-    where they are not there and only a plan is asked for. begins: what it begins from, in words. warning: what will hardly end well, and the
-    remedy
+    where they are not there and only a plan is asked for. begins: what it begins from, in words. warning: what will hardly end
+    well, and the remedy
     """
 
     network: nn.Module

@@ -86,6 +86,14 @@ def train(config: DictConfig) -> None:
         )
 
 
+def _make_deterministic(config: DictConfig) -> None:
+    """The same command then makes the same files, on one machine: operations without a deterministic form raise an error."""
+    torch.use_deterministic_algorithms(bool(config.deterministic))
+    if config.deterministic:
+        config.trainer.deterministic = True  # Lightning's Trainer decides anew
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # of cuBLAS, before it is first used
+
+
 def _make_data(config: DictConfig) -> None:
     for stage in ("autoencoder", "diffusion"):
         ensure_data(stage_data(config, stage))
@@ -93,6 +101,7 @@ def _make_data(config: DictConfig) -> None:
 
 def _train(config: DictConfig, folder: Path, sweeping: bool) -> None:
     check_values(config)
+    _make_deterministic(config)
     if config.devices > 1 and (sweeping or config.share):
         raise ValueError(
             "devices>1 goes together neither with -m nor with share=true: such jobs share a process, or wait for each other's "

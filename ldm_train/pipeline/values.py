@@ -104,7 +104,7 @@ LOSS_WEIGHTS = (
     "max_adaptive_weight",
 )
 FLAGS = (
-    *("share", "progress", "wandb_artifact", "latents.cache", "latents.per_channel", "data.flip"),
+    *("share", "progress", "deterministic", "wandb_artifact", "latents.cache", "latents.per_channel", "data.flip"),
     *("data.balance_classes", "autoencoder.compile", "diffusion.compile", "autoencoder.loss.learn_logvar"),
 )
 OPEN_SECTIONS = ("adherence", "restoration", "perceptual", "lpips")

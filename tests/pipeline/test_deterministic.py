@@ -1,0 +1,50 @@
+"""deterministic=true: the same command makes the same files, with any number of loading processes. Checkpoints also hold how long
+training took."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from chains import SMALL
+
+ROOT = Path(__file__).parents[2]
+RESULTS = ("*.tar", "*.safetensors", "metrics.json", "*.png", "*.gif")
+
+
+def leaves(tree: Any) -> Iterator[Any]:
+    """The numbers, words and tensors of nested dicts and lists, with their keys between."""
+    if isinstance(tree, dict | list | tuple):
+        for key, value in tree.items() if isinstance(tree, dict) else enumerate(tree):
+            yield str(key)
+            yield from leaves(value)
+    else:
+        yield tree
+
+
+@pytest.mark.slow
+def test_two_commands_make_equal_files_with_and_without_workers(tmp_path: Path):
+    folders = [tmp_path / "none" / "run", tmp_path / "two" / "run"]
+    for folder, workers in zip(folders, (0, 2)):
+        command = [
+            sys.executable, str(ROOT / "train.py"), *SMALL, f"runs_dir={folder.parent}", "name=run", f"data_dir={tmp_path}/data",
+            "deterministic=true", f"num_workers={workers}",
+        ]  # fmt: skip
+        done = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-3000:]
+    checkpoints = [sorted(f.rglob("*.ckpt")) for f in folders]
+    assert len(checkpoints[0]) == len(checkpoints[1]) >= 4
+    for ours, theirs in zip(*checkpoints):
+        assert ours.name == theirs.name
+        states = [torch.load(path, weights_only=True) for path in (ours, theirs)]
+        assert all(state["callbacks"]["Monitor"].pop("seconds") > 0 for state in states)
+        for a, b in zip(*(leaves(state) for state in states), strict=True):
+            assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+    made = [{p.relative_to(f): p.read_bytes() for kind in RESULTS for p in f.rglob(kind)} for f in folders]
+    assert made[0].keys() == made[1].keys()
+    assert {path.name for path in made[0]} >= {"model.safetensors", "metrics.json", "samples.png"}
+    assert [str(path) for path, content in made[0].items() if made[1][path] != content] == []
