@@ -61,7 +61,7 @@ def test_every_part_is_told_apart():
 
 @pytest.mark.parametrize("recomputing", [False, True])
 def test_the_largest_micro_batch_fits_and_the_next_one_does_not(recomputing: bool):
-    plan = Budget(planning("experiment=quickstart"), "autoencoder")
+    plan = Budget(planning("experiment=quickstart", "autoencoder.batch_size=16"), "autoencoder")
     memory = 1.001 * plan.peak(Choice(4, 4, recomputing))
     assert plan.largest(memory, recomputing) == Choice(4, 4, recomputing)
     assert plan.peak(Choice(8, 2, recomputing)) > memory

@@ -46,10 +46,10 @@ def small(name: str = "classes and captions") -> LatentDiffusion:
     return randomised(build(TREES[name], "here"))
 
 
-def draw(model: LatentDiffusion, **more: Any) -> torch.Tensor:
+def draw(model: LatentDiffusion, guidance_scale: float = 2.0, **more: Any) -> torch.Tensor:
     fields = {"caption": ["a red circle", "blue"]} | more
     fields = {k: v for k, v in fields.items() if k in model.fields}
-    return model.sample(fields, [0, 1], Sampling(ddim, 3, 2.0, "trailing"))
+    return model.sample(fields, [0, 1], Sampling(ddim, 3, guidance_scale, "trailing"))
 
 
 EDGES = torch.rand(2, 1, 16, 16, generator=torch.Generator().manual_seed(4))
@@ -58,11 +58,13 @@ EDGES = torch.rand(2, 1, 16, 16, generator=torch.Generator().manual_seed(4))
 @pytest.mark.parametrize("name", ["classes and captions", "classes as a vector", "nothing", "label maps"])
 def test_a_new_control_changes_nothing_to_the_bit(name: str) -> None:
     model = small(name)
-    before = draw(model)
+    # Without conditions there is no guidance before, and with it a batch of twice the size, which not every processor computes alike.
+    scale = 1.0 if name == "nothing" else 2.0
+    before = draw(model, scale)
     steered(model, random=False)
-    assert torch.equal(draw(model, edges=EDGES), before)
+    assert torch.equal(draw(model, scale, edges=EDGES), before)
     steered_much = steered(small(name))
-    assert (draw(steered_much, edges=EDGES) - before).abs().max() > 1e-2
+    assert (draw(steered_much, scale, edges=EDGES) - before).abs().max() > 1e-2
     assert not torch.equal(draw(steered_much, edges=EDGES.flip(0)), draw(steered_much, edges=EDGES))
 
 
