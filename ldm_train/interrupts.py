@@ -60,8 +60,6 @@ def last_words(text: str) -> None:
 
 def leave(number: int) -> None:
     """The usual handling of a signal. Files are written atomically, so no clean-up is needed."""
-    if _before_leaving is not None:
-        _before_leaving(number)
     if os.environ.get(REPORT) or os.environ.get("RANK", "0") == "0":
         last_words(farewell(number))
     os._exit(128 + number)
@@ -72,7 +70,6 @@ def stop(number: int) -> None:
 
 
 _act: Callable[[int], None] = leave
-_before_leaving: Callable[[int], None] | None = None
 _owner = 0  # the process whose handlers these are
 
 
@@ -84,25 +81,14 @@ def _on_signal(number: int, frame: Any) -> None:
 
 
 @contextmanager
-def answered_by(act: Callable[[int], None]) -> Iterator[None]:
-    """A context in which signals call `act(number)` in the main thread."""
+def answered_by(act: Callable[[int], None]) -> Iterator[Callable[[int], None]]:
+    """A context in which signals call `act(number)` in the main thread. Gives what they called before."""
     global _act
     before, _act = _act, act
     try:
-        yield
+        yield before
     finally:
         _act = before
-
-
-@contextmanager
-def leaving(act: Callable[[int], None]) -> Iterator[None]:
-    """A context in which `act(number)` is called before a signal ends the process at once."""
-    global _before_leaving
-    before, _before_leaving = _before_leaving, act
-    try:
-        yield
-    finally:
-        _before_leaving = before
 
 
 def handled_outside(number: int) -> bool:

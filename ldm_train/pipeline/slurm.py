@@ -7,7 +7,6 @@ import signal
 import subprocess
 import time
 from collections.abc import Mapping
-from contextlib import suppress
 
 from lightning.fabric.plugins.environments import SLURMEnvironment
 
@@ -20,7 +19,7 @@ PORTS = range(20_000, 40_000)  # of MASTER_PORT, by the job's number
 
 def ranks(environment: Mapping[str, str]) -> dict[str, str]:
     """torchrun's environment variables for a task that srun (or submitit through it) started beside others; empty for any other
-    process. Variables that are set already, such as MASTER_PORT, stay.
+    process. MASTER_ADDR and MASTER_PORT stay where they are set.
 
     Raises ValueError where nodes have different numbers of tasks, and where each task sees one GPU of its node's.
     """
@@ -49,7 +48,7 @@ def ranks(environment: Mapping[str, str]) -> dict[str, str]:
         "MASTER_PORT": str(PORTS[(job + step) % len(PORTS)]),
         "TORCHELASTIC_RUN_ID": f"slurm-{job}",  # Lightning goes by these variables then, as under torchrun
     }
-    return own | {name: value for name, value in environment.items() if name in own}
+    return own | {name: environment[name] for name in ("MASTER_ADDR", "MASTER_PORT") if name in environment}
 
 
 def run_again(number: int, most: int) -> None:
@@ -60,14 +59,14 @@ def run_again(number: int, most: int) -> None:
     """
     if number not in ANNOUNCED:
         return  # scancel and preemption send SIGTERM: a cancelled job stays cancelled, a preempted one SLURM runs again itself
+    job, done = os.environ.get("SLURM_JOB_ID"), int(os.environ.get("SLURM_RESTART_COUNT", 0))
+    if job is not None and int(os.environ.get("RANK", 0)):
+        time.sleep(ASKING)  # where one task that fails ends all others, rank 0 could not ask any more
+        return
     if interrupts.handled_outside(number):
         signal.raise_signal(number)
         return
-    job, done = os.environ.get("SLURM_JOB_ID"), int(os.environ.get("SLURM_RESTART_COUNT", 0))
     if job is None or (scontrol := shutil.which("scontrol")) is None:
-        return
-    if int(os.environ.get("RANK", 0)):
-        time.sleep(ASKING)  # where one task that fails ends all others, rank 0 could not ask any more
         return
     if done >= most:
         print(
@@ -77,11 +76,11 @@ def run_again(number: int, most: int) -> None:
         return
     if array := os.environ.get("SLURM_ARRAY_JOB_ID"):
         job = f"{array}_{os.environ['SLURM_ARRAY_TASK_ID']}"
-    with suppress(OSError, subprocess.TimeoutExpired):
+    said = f"SLURM runs job {job} again"
+    try:
         answer = subprocess.run([scontrol, "requeue", job], capture_output=True, text=True, timeout=60)
-        said = (
-            f"SLURM runs job {job} again"
-            if answer.returncode == 0
-            else f"scontrol requeue {job}: {answer.stderr.strip()}"
-        )
-        print(f"\n{said}", flush=True)
+        if answer.returncode:
+            said = f"scontrol requeue {job}: {answer.stderr.strip()}"
+    except (OSError, subprocess.TimeoutExpired) as error:
+        said = f"scontrol requeue {job}: {error}"
+    print(f"\n{said}", flush=True)

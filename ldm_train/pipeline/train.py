@@ -8,7 +8,6 @@ import re
 import sys
 import traceback
 from contextlib import nullcontext, redirect_stdout
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -63,12 +62,16 @@ def train(config: DictConfig) -> None:
     folder = Path(str(config.runs_dir)) / config.name
     if config.plan == "only":
         return _train(config, folder, sweeping)
-    requeue = partial(slurm.run_again, most=config.requeues)
+
+    def leave(number: int) -> None:
+        slurm.run_again(number, config.requeues)
+        interrupts.leave(number)
+
     try:
-        with interrupts.leaving(requeue):
+        with interrupts.answered_by(leave):
             _train(config, folder, sweeping)
     except Interrupted as error:
-        requeue(error.number)
+        slurm.run_again(error.number, config.requeues)
         if sweeping:  # Hydra would take it for a failed job and begin the next one
             interrupts.last_words(str(error))
             sys.exit(128 + error.number)
@@ -86,7 +89,7 @@ def train(config: DictConfig) -> None:
         )
 
 
-def _make_deterministic(config: DictConfig) -> None:
+def make_deterministic(config: DictConfig) -> None:
     """The same command then makes the same files, on one machine: operations without a deterministic form raise an error."""
     torch.use_deterministic_algorithms(bool(config.deterministic))
     if config.deterministic:
@@ -101,7 +104,7 @@ def _make_data(config: DictConfig) -> None:
 
 def _train(config: DictConfig, folder: Path, sweeping: bool) -> None:
     check_values(config)
-    _make_deterministic(config)
+    make_deterministic(config)
     if config.devices > 1 and (sweeping or config.share):
         raise ValueError(
             "devices>1 goes together neither with -m nor with share=true: such jobs share a process, or wait for each other's "

@@ -63,6 +63,7 @@ def test_a_new_control_changes_nothing_to_the_bit(name: str) -> None:
     before = draw(model, scale)
     steered(model, random=False)
     assert torch.equal(draw(model, scale, edges=EDGES), before)
+    torch.testing.assert_close(draw(model, edges=EDGES), before, rtol=0, atol=1e-5)
     steered_much = steered(small(name))
     assert (draw(steered_much, scale, edges=EDGES) - before).abs().max() > 1e-2
     assert not torch.equal(draw(steered_much, edges=EDGES.flip(0)), draw(steered_much, edges=EDGES))

@@ -10,7 +10,9 @@ from typing import Any
 
 import pytest
 import torch
-from chains import SMALL
+from chains import SMALL, composed
+
+from ldm_train.pipeline.train import make_deterministic
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ("*.tar", "*.safetensors", "metrics.json", "*.png", "*.gif")
@@ -24,6 +26,17 @@ def leaves(tree: Any) -> Iterator[Any]:
             yield from leaves(value)
     else:
         yield tree
+
+
+@pytest.mark.parametrize("asked", [True, False])
+def test_torch_and_lightning_are_asked_for_it(asked: bool):
+    config = composed("train", f"deterministic={str(asked).lower()}")
+    try:
+        make_deterministic(config)
+        assert torch.are_deterministic_algorithms_enabled() == asked
+        assert bool(config.trainer.deterministic) == asked
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 @pytest.mark.slow

@@ -36,6 +36,7 @@ def test_a_task_of_srun_has_torchruns_variables():
 
 def test_ports_and_addresses_that_are_set_stay():
     assert slurm.ranks(TASK | {"MASTER_PORT": "555"})["MASTER_PORT"] == "555"
+    assert slurm.ranks(TASK | {"RANK": "0"})["RANK"] == "6"  # a rank does not
 
 
 @pytest.mark.parametrize(
@@ -101,6 +102,12 @@ def test_a_task_of_an_array_is_requeued_by_itself(asked: Callable, monkeypatch: 
     assert asked() == ["requeue 70_4"]
 
 
+def test_a_job_that_cannot_be_requeued_says_why(asked: Callable, tmp_path: Path, capsys: pytest.CaptureFixture):
+    (tmp_path / "scontrol").write_text("#!/bin/sh\necho Requested operation is disabled >&2\nexit 1\n")
+    slurm.run_again(signal.SIGUSR1, 3)
+    assert "scontrol requeue 77: Requested operation is disabled" in capsys.readouterr().out
+
+
 def test_other_ranks_leave_the_asking_to_the_first(asked: Callable, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setattr(slurm, "ASKING", 0.0)
@@ -119,9 +126,7 @@ def test_submitit_requeues_by_its_own_handler(asked: Callable, monkeypatch: pyte
     called: list[int] = []
     before = {n: signal.signal(n, lambda number, frame: called.append(number)) for n in interrupts.SIGNALS}
     try:
-        with (
-            interrupts.handled()
-        ):  # as while training: the signal that announces the end is ours, SIGTERM stays submitit's
+        with interrupts.handled():  # as while training: what announces the end is ours, SIGTERM stays submitit's
             assert not interrupts.handled_outside(signal.SIGUSR2)
             assert interrupts.handled_outside(signal.SIGTERM)
         slurm.run_again(signal.SIGUSR2, 3)

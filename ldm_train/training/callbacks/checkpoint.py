@@ -144,6 +144,7 @@ class Checkpoints(L.Callback):
         self.folder, self.every, self.best = Path(folder), every, float("inf")
         self.monitor = self.by = self._usual = monitor
         self._training, self._signal, self._signal_time = False, 0, 0.0
+        self._leave = interrupts.leave
         self._step = self._saved = 0  # the last step, and that of last.ckpt
         self._hosts: dist.ProcessGroup | None = None
 
@@ -158,7 +159,7 @@ class Checkpoints(L.Callback):
     def signals(self) -> Iterator[None]:
         """The context of Trainer.fit. Raises Interrupted for a signal after the last step, and for one that ended other ranks or
         loading processes before the step was finished."""
-        with interrupts.handled(), interrupts.answered_by(self._on_signal):
+        with interrupts.handled(), interrupts.answered_by(self._on_signal) as self._leave:
             try:
                 yield
             except RuntimeError as error:
@@ -175,10 +176,10 @@ class Checkpoints(L.Callback):
 
     def _on_signal(self, number: int) -> None:
         if not self._training:  # nothing to save yet
-            interrupts.leave(number)
+            self._leave(number)
         if self._signal:
             if time.monotonic() - self._signal_time > 2:  # a launcher may repeat the terminal's signal
-                interrupts.leave(number)
+                self._leave(number)
             return
         self._signal, self._signal_time = number, time.monotonic()
         if os.environ.get("RANK", "0") == "0":
