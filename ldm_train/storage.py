@@ -89,6 +89,8 @@ def write_atomically(path: str | Path, write: Callable[[io.BufferedWriter], obje
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
+    except ConnectionError:  # of what is written, not of the disk
+        raise
     except OSError as error:
         raise OSError(
             error.errno,

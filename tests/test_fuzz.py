@@ -20,8 +20,9 @@ from chains import chain
 
 from ldm_train.checkpoints.native import load_model
 from ldm_train.cli.common import USER_ERRORS
-from ldm_train.data.datamodule import Batching, ShardDataModule
+from ldm_train.data.datamodule import ShardDataModule
 from ldm_train.data.latents import CachedLatents, verify_cache
+from ldm_train.data.order import Batching
 from ldm_train.data.prepare.arrays import picture_of
 from ldm_train.data.prepare.build import build
 from ldm_train.data.prepare.image_folder import ImageFolder

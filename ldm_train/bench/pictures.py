@@ -7,7 +7,8 @@ import torch
 from PIL import Image
 from torch.nn import functional as F
 
-from ldm_train.data.datamodule import Batching, ShardDataModule
+from ldm_train.data.datamodule import ShardDataModule
+from ldm_train.data.order import Batching
 from ldm_train.data.prepare.build import build
 from ldm_train.data.prepare.image_folder import ImageFolder
 

@@ -1,18 +1,19 @@
 """One data module for all images: shards in, batches out, in an order that is a pure function of the seed and the step."""
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import lightning as L
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset
 
 from ldm_train.data.batch import FIELDS, Derive, Field
 from ldm_train.data.files import IMAGE_EXTENSIONS
+from ldm_train.data.order import Batching, Mixture, StepBatches, evaluation_batches
+from ldm_train.data.remote import ShardCache, remote_bytes
 from ldm_train.data.samples import SampleDecoder, collate, note_unreadable, refuse_too_many, require_fields, sample_rng
 from ldm_train.data.shards import (
     DataError,
@@ -20,7 +21,6 @@ from ldm_train.data.shards import (
     Roots,
     as_roots,
     data_hash,
-    is_remote,
     member_counts,
     read_index,
     split_index,
@@ -29,121 +29,6 @@ from ldm_train.data.shards import (
 from ldm_train.data.streaming import StreamingBatches
 from ldm_train.data.transforms import ImageTransform
 from ldm_train.interrupts import become_worker
-
-
-@dataclass(frozen=True)
-class Batching:
-    """How a global batch is cut: batch_size = micro_batch_size x world_size x accumulate. Raises ValueError where that is no
-    whole number."""
-
-    batch_size: int
-    micro_batch_size: int | None = None
-    world_size: int = 1
-    rank: int = 0
-
-    def __post_init__(self):
-        share = self.micro_batch_size or self.batch_size // self.world_size
-        if share < 1 or self.batch_size % (share * self.world_size):
-            raise ValueError(
-                f"batch_size {self.batch_size} does not split over {self.world_size} devices with micro_batch_size "
-                f"{self.micro_batch_size}; make batch_size a multiple of micro_batch_size x devices"
-            )
-
-    @property
-    def micro(self) -> int:
-        return self.micro_batch_size or self.batch_size // self.world_size
-
-    @property
-    def accumulate(self) -> int:
-        return self.batch_size // (self.micro * self.world_size)
-
-
-@dataclass(frozen=True)
-class Mixture:
-    """Groups of samples that are drawn from in given shares, whatever their sizes.
-
-    members: per group the indices of its samples. shares: per group, their sum is 1.
-    """
-
-    members: list[np.ndarray]
-    shares: np.ndarray
-
-    @classmethod
-    def of(cls, sets: np.ndarray, weights: Sequence[float] | None, labels: np.ndarray | None) -> "Mixture | None":
-        """sets (N,): which set each sample belongs to. weights: of the sets (None: by their sizes). labels (N,): where
-        given, each class of a set has the same share of it. None where every sample is drawn alike."""
-        if weights is None and labels is None:
-            return None
-        sizes = np.bincount(sets)
-        share = np.array(weights if weights is not None else sizes, float)
-        share /= share.sum()
-        members, shares = [], []
-        for k in range(len(sizes)):
-            mine = np.flatnonzero(sets == k)
-            parts = [mine] if labels is None else [mine[labels[mine] == c] for c in np.unique(labels[mine])]
-            members += parts
-            shares += [share[k] / len(parts)] * len(parts)
-        return cls(members, np.array(shares))
-
-    def epoch(self, seed: int, epoch: int, count: int) -> tuple[np.ndarray, np.ndarray]:
-        """(visits, indices) of `count` draws: the groups' shares to the sample, shuffled. Each group is gone through in
-        permutations, from one epoch into the next; `visits` counts how often its sample was drawn before."""
-        exact = self.shares * count
-        quotas = np.floor(exact).astype(int)
-        quotas[np.argsort(quotas - exact, kind="stable")[: count - quotas.sum()]] += 1
-        visits, indices = [], []
-        for k, (group, quota) in enumerate(zip(self.members, quotas)):
-            positions = np.arange(epoch * quota, (epoch + 1) * quota)
-            rounds = positions // len(group)
-            orders = {r: np.random.default_rng([seed, 1, k, r]).permutation(group) for r in np.unique(rounds).tolist()}
-            visits.append(rounds)
-            indices.append(np.array([orders[r][p % len(group)] for r, p in zip(rounds.tolist(), positions)], int))
-        shuffled = np.random.default_rng([seed, epoch]).permutation(count)
-        return np.concatenate(visits)[shuffled], np.concatenate(indices)[shuffled]
-
-
-class StepBatches(Sampler):
-    """The samples of every micro-batch from `start` to `stop` as lists of (visit, index); a visit is an epoch where
-    there is no mixture.
-
-    Each epoch is a permutation seeded by (seed, epoch), or a draw from the mixture; what does not fill a global batch
-    is dropped. Which samples make up a global batch does not depend on the number of ranks.
-    """
-
-    def __init__(
-        self, count: int, batching: Batching, seed: int, start: int, stop: int, mixture: Mixture | None = None
-    ):
-        self.count, self.batching, self.seed, self.start, self.stop = count, batching, seed, start, stop
-        self.mixture = mixture
-        self.steps_per_epoch = count // batching.batch_size
-        if self.steps_per_epoch == 0:
-            raise DataError(
-                f"batch_size {batching.batch_size} exceeds the {count} training images; lower autoencoder.batch_size / "
-                "diffusion.batch_size or prepare more data"
-            )
-        self._epoch = -1  # whose samples are in _visits and _order
-
-    def __len__(self) -> int:
-        return self.stop  # Lightning counts micro-batches from the beginning of training, also after a resume
-
-    def rows(self, micro_batch: int) -> list[tuple[int, int]]:
-        """(visit, index) of this rank's samples in one micro-batch."""
-        step, part = divmod(micro_batch, self.batching.accumulate)
-        epoch, step = divmod(step, self.steps_per_epoch)
-        if epoch != self._epoch:
-            self._epoch = epoch
-            if self.mixture is None:
-                self._order = np.random.default_rng([self.seed, epoch]).permutation(self.count)
-                self._visits = np.full(self.count, epoch)
-            else:
-                self._visits, self._order = self.mixture.epoch(self.seed, epoch, self.count)
-        b = self.batching
-        first = step * b.batch_size + (part * b.world_size + b.rank) * b.micro
-        rows = slice(first, first + b.micro)
-        return list(zip(self._visits[rows].tolist(), self._order[rows].tolist()))
-
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        return map(self.rows, range(self.start, self.stop))
 
 
 class ShardDataset(Dataset):
@@ -162,7 +47,7 @@ class ShardDataset(Dataset):
         replaced, candidate = [], index
         for attempt in itertools.count():
             try:
-                key = str(self.shards.keys[candidate])
+                key = self.shards.key(candidate)
                 sample = self.decoder(key, self.shards.fields(candidate), rng if self.random else None)
                 break
             except Exception as error:  # on damaged data decoders raise errors of any type
@@ -173,16 +58,6 @@ class ShardDataset(Dataset):
         if epoch and not self.random:
             sample["key"] += f"#{epoch}"
         return sample
-
-
-def evaluation_batches(
-    count: int, micro: int, rank: int, world_size: int, limit: int | None, repeat: bool = False
-) -> list[list[tuple[int, int]]]:
-    """Every sample (or the first `limit`) exactly once over all ranks, as lists of (visit, index); ranks may differ by one.
-    repeat: `limit` samples, going round where there are fewer."""
-    total = limit or count
-    mine = list(range(rank, total if repeat else min(count, total), world_size))
-    return [[divmod(i, count) for i in mine[k : k + micro]] for k in range(0, len(mine), micro)]
 
 
 def check_channels(shards: list[dict], channels: int, where: str) -> None:
@@ -211,7 +86,7 @@ class ShardDataModule(L.LightningDataModule):
     fields          batch fields needed: "image" and what the conditioners read (see data/batch.py)
     derive          how fields are made from the image where the shards lack them: {field: callable}
     image_size, crop, scale, flip   see ImageTransform;  channels: of the image
-    reader          "indexed" (local or shared disk) or "streaming" (remote or very large sets)
+    reader          "indexed" (files of this machine, and copies of remote ones) or "streaming" (more than fits on its disk)
     val_images      validation uses the first so many (None: all)
     max_bad_fraction    stop when more than this share of the samples read could not be decoded
     remedy          the command that makes this data, for error messages
@@ -246,6 +121,7 @@ class ShardDataModule(L.LightningDataModule):
         balance_classes: bool = False,
         labels: Mapping[str, int | None] | None = None,
         own_fields: Mapping[str, Field] | None = None,
+        shard_cache: Mapping[str, Any] | None = None,
     ):
         super().__init__()
         roots = len(as_roots(root))
@@ -271,6 +147,14 @@ class ShardDataModule(L.LightningDataModule):
         named = len(self.index.get("classes") or []) or None
         self.labels = {field: count or named for field, count in ({"class_label": None} | dict(labels or {})).items()}
         self._shards: dict[str, IndexedShards] = {}
+        self.cache = ShardCache(shard_cache["folder"], 1e9 * shard_cache["gigabytes"]) if shard_cache else None
+        used = {split: self.index["splits"][split]["shards"] for split in (train_split, val_split)}
+        far = sum(remote_bytes(shards) for shards in used.values())
+        if reader == "indexed" and self.cache and far > self.cache.limit:
+            raise DataError(
+                f"{self.root} has {far / 1e9:.1f} GB of remote shards, their copies may have {self.cache.limit / 1e9:g}; raise "
+                "data.shard_cache.gigabytes, or read them from afar as they are needed, with data.reader=streaming"
+            )
 
     @property
     def content_hash(self) -> str:
@@ -285,7 +169,7 @@ class ShardDataModule(L.LightningDataModule):
 
     def shards(self, split: str) -> IndexedShards:
         if split not in self._shards:
-            self._shards[split] = IndexedShards(self.root, split, self.remedy)
+            self._shards[split] = IndexedShards(self.root, split, self.remedy, self.cache)
         return self._shards[split]
 
     @property
@@ -314,11 +198,11 @@ class ShardDataModule(L.LightningDataModule):
     def check_conditions(self, limit: int = 50_000) -> None:
         """Reads the captions, classes and boxes that `fields` ask for (of `limit` samples of a split, spread evenly),
         before hours are spent on training without them. Prints those that cannot be read; raises DataError where they
-        are more than max_bad_fraction allows. Remote shards are read in training only."""
+        are more than max_bad_fraction allows. What streams from afar is read in training only."""
         wanted = [field for name, field in self.known.items() if name in self.fields and field.members]
         members = {e for field in wanted for e in field.members}
         for split in (self.train_split, self.val_split) if wanted else ():
-            if any(is_remote(shard["file"]) for shard in self.index["splits"][split]["shards"]):
+            if self.reader == "streaming" and remote_bytes(self.index["splits"][split]["shards"]):
                 continue
             shards, bad = self.shards(split), 0
             picks = spread(len(shards), limit).tolist()

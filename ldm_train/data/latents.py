@@ -1,8 +1,6 @@
 """The latent cache: posterior moments of every image, written once per autoencoder, checked before use, read by memory map."""
 
 import io
-import json
-import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,13 +12,16 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from ldm_train.data.batch import FIELDS, Field
-from ldm_train.data.datamodule import Batching, Mixture, ShardDataModule, StepBatches, evaluation_batches
+from ldm_train.data.datamodule import ShardDataModule
 from ldm_train.data.files import encoded_npy
 from ldm_train.data.foreign_latents import cache_key
+from ldm_train.data.offsets import Recent
+from ldm_train.data.order import Batching, Mixture, StepBatches, evaluation_batches
 from ldm_train.data.samples import SampleDecoder, collate, refuse_too_many, require_fields, sample_rng
 from ldm_train.data.shards import (
     ENTRIES,
     INDEX,
+    MOST_OPEN,
     DataError,
     IndexedShards,
     finished_shard,
@@ -35,8 +36,8 @@ from ldm_train.data.shards import (
 from ldm_train.interrupts import become_worker
 from ldm_train.storage import write_json
 
-STATISTICS = "statistics.json"
 REMEDY = "python train.py ... restart=latents"
+AGAIN = "run again with restart=latents"
 # Fields that the cache holds; others are read from the images' shards.
 CACHED_FIELDS = tuple(name for name, field in FIELDS.items() if field.cached)
 # images (B, C, H, W) in [-1, 1] -> moments (B, 2C, h, w), or latents (B, C, h, w) of deterministic models, float32
@@ -46,8 +47,8 @@ Encode = Callable[[torch.Tensor], torch.Tensor]
 def _cache_keys(shards: IndexedShards) -> list[str]:
     """The samples' keys in the cache: the data's without dots and slashes, with the shard's number before them where
     the data use a key in several shards."""
-    keys = [cache_key(str(key)) for key in shards.keys]
-    return keys if len(set(keys)) == len(keys) else [f"{shards.shard[i]}_{key}" for i, key in enumerate(keys)]
+    keys = [cache_key(key) for key in shards.keys]
+    return keys if len(set(keys)) == len(keys) else [f"{shards.shard(i)}_{key}" for i, key in enumerate(keys)]
 
 
 def write_cache(
@@ -140,7 +141,7 @@ def _encoded(
         for note in batch["replaced"]:
             tqdm.write(f"latent cache: leaving out unreadable {note}")
         for k, (_, i) in enumerate(rows):
-            if batch["key"][k] != str(shards.keys[i]):  # unreadable, replaced by another sample
+            if batch["key"][k] != shards.key(i):  # unreadable, replaced by another sample
                 continue
             fields = {"moments.npy": encoded_npy(moments[k].numpy())}
             if mirrored is not None:
@@ -183,10 +184,15 @@ class CachedLatents:
         if not isinstance(self.stochastic, bool):
             raise DataError(f'{folder}/{INDEX} does not say whether it is "stochastic"; make it anew with: {REMEDY}')
         self._read_header()
-        self._maps = [np.memmap(path, np.uint8, "r") if path.stat().st_size else None for path in self.shards.paths]
+        self._map = Recent(lambda i: np.memmap(self.shards.files[i].path, np.uint8, "r"), MOST_OPEN)
         others = [f for f in fields if f not in (*CACHED_FIELDS, "image")]
         self._place: Sequence[int] = range(len(self))  # of each sample in the data
         if others:
+            if not images.shards(split).all_at_hand:
+                raise DataError(
+                    f"{', '.join(others)} are read from the pictures' shards in any order, whose copies do not fit "
+                    "data.shard_cache.gigabytes; raise it"
+                )
             self._place = places_in(images.shards(split), self.shards)
         self._others = {r: images.samples(split, others, random=r) for r in (False, True)} if others else {}
 
@@ -199,16 +205,16 @@ class CachedLatents:
             if version != (1, 0):
                 raise ValueError(f"unexpected npy version {version}")
             self.shape, fortran, self.dtype = np.lib.format.read_array_header_1_0(header)
-            self.header = header.tell()
+            self.header, self.bytes = header.tell(), len(first)
             if self.dtype != np.float32 or fortran or len(self.shape) != 3 or (self.stochastic and self.shape[0] % 2):
                 raise ValueError(f"{self.dtype} of shape {self.shape} are no latents")
             for extension in ("moments.npy", "flipped.npy") if self.flips else ("moments.npy",):
-                if (self.shards.sizes[extension] != len(first)).any():
+                if set(self.shards.table.extremes[extension]) != {len(first)}:
                     raise ValueError(f"not every sample has {extension} of {len(first)} bytes")
             if self.header + 4 * int(np.prod(self.shape)) != len(first):
                 raise ValueError(f"{len(first)} bytes for shape {self.shape}")
         except ValueError as error:
-            raise DataError(f"{self.shards.root}: {error}; run again with restart=latents") from error
+            raise DataError(f"{self.shards.root}: {error}; {AGAIN}") from error
 
     def __len__(self) -> int:
         return len(self.shards)
@@ -216,9 +222,13 @@ class CachedLatents:
     def moments(self, i: int, flipped: bool = False) -> np.ndarray:
         """(2C or C, h, w), a view of the file."""
         extension = "flipped.npy" if flipped else "moments.npy"
-        start = int(self.shards.offsets[extension][i]) + self.header
-        stop = int(self.shards.offsets[extension][i]) + int(self.shards.sizes[extension][i])
-        return self._maps[int(self.shards.shard[i])][start:stop].view(self.dtype).reshape(self.shape)
+        place = self.shards.member(i, extension)
+        if place is None or place[1] != self.bytes:
+            raise DataError(
+                f"{self.shards.root}, {self.shards.where(i)}: no {extension} of {self.bytes} bytes; {AGAIN}"
+            )
+        data = self._map(self.shards.shard(i))[place[0] + self.header : place[0] + self.bytes]
+        return data.view(self.dtype).reshape(self.shape)
 
     def mean_and_std(self, i: int) -> tuple[np.ndarray, np.ndarray]:
         """Of the posterior, (C, h, w) float64 each; the standard deviation of deterministic latents is 0."""
@@ -244,7 +254,7 @@ class CachedLatents:
         """A sample's key and cached fields. Raises DataError, naming the sample, where it cannot be read."""
         try:
             raw = self.shards.members(i, _extensions(self.decoder.fields))
-            return self.decoder(str(self.shards.keys[i]), raw, rng)
+            return self.decoder(self.shards.key(i), raw, rng)
         except ValueError as error:
             raise DataError(
                 f"{self.shards.root}, {self.shards.where(i)}: {error}; leave it out with: {REMEDY}"
@@ -252,15 +262,15 @@ class CachedLatents:
 
 
 def _not_in_data(cached: IndexedShards, key: str) -> DataError:
-    return DataError(f"latent cache {cached.root}: sample {key} is not in the data; run again with restart=latents")
+    return DataError(f"latent cache {cached.root}: sample {key} is not in the data; {AGAIN}")
 
 
 def places_in(shards: IndexedShards, cached: IndexedShards) -> list[int]:
     """The positions of a cache's samples in the data. Raises DataError for one that is not there."""
     place = {key: i for i, key in enumerate(_cache_keys(shards))}
-    if absent := [str(key) for key in cached.keys if str(key) not in place]:
+    if absent := [key for key in cached.keys if key not in place]:
         raise _not_in_data(cached, absent[0])
-    return [place[str(key)] for key in cached.keys]
+    return [place[key] for key in cached.keys]
 
 
 class _Batches:
@@ -327,44 +337,6 @@ class LatentDataModule(L.LightningDataModule):
         return _Batches(self.val, rows, random=False)
 
 
-def latent_statistics(latents: CachedLatents, limit: int = 50_000) -> dict[str, Any]:
-    """Mean and standard deviation of the latents (sampled, unscaled) over all or `limit` images, in float64.
-
-    Returns per-channel "mean" and "std", the scalar "scale_factor" = 1 / std about the mean over all axes (Rombach
-    et al. 2022, appendix G) and "count".
-    """
-    picks = spread(len(latents), limit)
-    channels, height, width = latents.mean_and_std(0)[0].shape
-    total, square, elements = np.zeros(channels), np.zeros(channels), len(picks) * height * width
-    for i in picks.tolist():
-        mean, std = latents.mean_and_std(i)
-        total += mean.sum(axis=(1, 2))
-        square += (mean**2 + std**2).sum(axis=(1, 2))
-    mean = total / elements
-    std = np.sqrt(square / elements - mean**2)
-    overall = float(np.sqrt(square.sum() / elements / channels - (total.sum() / elements / channels) ** 2))
-    if not 0 < overall < math.inf:  # false for NaN, too
-        raise DataError(
-            f"the latents in {latents.shards.root} have the standard deviation {overall}; look at the autoencoder, then: {REMEDY}"
-        )
-    return {"count": len(picks), "mean": mean.tolist(), "std": std.tolist(), "scale_factor": 1 / overall}
-
-
-def read_statistics(folder: str | Path) -> dict[str, Any]:
-    """The result of `latent_statistics`, from the file beside a cache. Raises DataError where the file is invalid."""
-    path = Path(folder) / STATISTICS
-    try:
-        statistics = json.loads(path.read_bytes())
-        numbers = [statistics["scale_factor"], *statistics["std"], *statistics["mean"]]
-        ours = all(type(n) in (int, float) and math.isfinite(n) for n in numbers) and statistics["scale_factor"] > 0
-        ours = ours and len(statistics["std"]) == len(statistics["mean"]) > 0
-    except (OSError, ValueError, TypeError, KeyError, OverflowError, RecursionError) as error:
-        raise DataError(f"{path} holds no statistics of latents ({error}); make it anew with: {REMEDY}") from error
-    if not ours:
-        raise DataError(f"{path} holds no statistics of latents; make it anew with: {REMEDY}")
-    return statistics
-
-
 def verify_cache(data: ShardDataModule, split: str, latents: CachedLatents, encode: Encode, count: int = 8) -> float:
     """Encodes a few images again and compares with the cache; returns the largest deviation of a mean in units of
     its posterior's standard deviation (plus one per cent of the latents' own spread).
@@ -376,7 +348,7 @@ def verify_cache(data: ShardDataModule, split: str, latents: CachedLatents, enco
     rows = {k: i for i, k in enumerate(keys)} if len(keys) != len(latents) else None
     worst = 0.0
     for j in spread(len(latents), count).tolist():
-        key = str(latents.shards.keys[j])
+        key = latents.shards.key(j)
         i = j if rows is None else rows.get(key, -1)
         if i < 0 or keys[i] != key:
             raise _not_in_data(latents.shards, key)
@@ -386,7 +358,6 @@ def verify_cache(data: ShardDataModule, split: str, latents: CachedLatents, enco
         worst = max(worst, float((np.abs(again[: len(cached)] - cached) / tolerance).max()))
     if worst > 1:
         raise DataError(
-            f"latent cache {latents.shards.root} is stale: re-encoded samples differ by {worst:.1f} times the tolerance; "
-            "run again with restart=latents"
+            f"latent cache {latents.shards.root} is stale: re-encoded samples differ by {worst:.1f} times the tolerance; {AGAIN}"
         )
     return worst

@@ -8,19 +8,29 @@ import tarfile
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from ldm_train.data.fields import captions_of, label_of, relabelled, relabelled_boxes
 from ldm_train.data.files import DataError
-from ldm_train.data.tars import Measured, entry_fault, is_count, is_remote, scan_tar
+from ldm_train.data.offsets import OffsetTable, Recent, ShardFile
+from ldm_train.data.remote import (
+    Measured,
+    ShardCache,
+    address_fault,
+    fetched,
+    is_address,
+    is_remote,
+    remote_bytes,
+)
+from ldm_train.data.tars import entry_fault, is_count
 from ldm_train.storage import file_sha256, write_atomically
 
 INDEX = "index.json"
 REMEDY = "ldm-prepare source=index path=<folder of tars> out={root}"
+MOST_OPEN = 256  # files at a time
 ENTRIES = ".entries"  # notes on finished shards, in a folder that is being written
 
 
@@ -76,17 +86,37 @@ def read_index(root: Roots, remedy: str | None = None) -> dict:
     if len(roots) > 1:
         return _merged({r: read_index(r, remedy) for r in roots})
     (root,) = roots
-    path, remedy = Path(root) / INDEX, (remedy or REMEDY).format(root=root)
-    if not path.is_file():
+    remedy = (remedy or REMEDY).format(root=root)
+    if is_address(root):
+        path, data = f"{root.rstrip('/')}/{INDEX}", fetched(f"{root.rstrip('/')}/{INDEX}")
+    elif not (path := Path(root) / INDEX).is_file():
         what = "has no index.json" if Path(root).is_dir() else "does not exist"
         raise FileNotFoundError(f"data folder {root} {what}; make it with: {remedy}")
+    else:
+        data = path.read_bytes()
     try:
-        fault = _index_fault(index := json.loads(path.read_bytes()))
+        fault = _index_fault(index := json.loads(data))
     except (ValueError, RecursionError) as error:
         fault = str(error)
+    if not fault and is_address(root):
+        fault = _lead_afar(index, root.rstrip("/"))
     if fault:
         raise DataError(f"{path} is no shard index ({fault}); make it anew with: {remedy}")
     return index
+
+
+def _lead_afar(index: dict, root: str) -> str | None:
+    """Gives the shards of an index that lies behind an address addresses below it. Returns why one of them has none: such an
+    index names no files of this machine."""
+    for part in index["splits"].values():
+        for entry in part["shards"]:
+            if entry["file"].startswith("/"):
+                return f"the shard {entry['file']!r} is a file of another machine"
+            if not is_remote(entry["file"]):
+                entry["file"] = f"{root}/{entry['file']}"
+            if fault := address_fault(entry["file"]):
+                return f"a shard {fault}"
+    return None
 
 
 def _index_fault(index: object) -> str | None:
@@ -166,71 +196,6 @@ def data_hash(index: dict, *splits: str) -> str:
     return hashlib.sha256(json.dumps(sums).encode()).hexdigest()[:16]
 
 
-Offsets = tuple[np.ndarray, dict[str, np.ndarray], dict[str, np.ndarray]]  # keys, offsets and sizes of the members
-
-
-def counted(offsets: Offsets) -> tuple[int, dict[str, int]]:
-    """(number of samples, {extension: number}), as in an index entry."""
-    return len(offsets[0]), {e: int((starts >= 0).sum()) for e, starts in offsets[1].items()}
-
-
-def _kept_offsets(kept: Path, stamp: np.ndarray, entry: dict) -> Offsets | None:
-    """The offsets that an earlier scan saved; None where they are of another file, damaged or impossible."""
-    try:
-        with np.load(kept, allow_pickle=False) as saved:
-            if (saved["stamp"] != stamp).any() or str(saved["sha256"]) != entry["sha256"]:
-                return None
-            names = [n.removeprefix("offset.") for n in saved.files if n.startswith("offset.")]
-            offsets, sizes = ({n: saved[f"{what}.{n}"] for n in names} for what in ("offset", "size"))
-            keys = saved["keys"]
-    except Exception:  # a damaged file raises errors of any type
-        return None
-    if keys.dtype.kind != "U" or keys.ndim != 1:
-        return None
-    for start, size in zip(offsets.values(), sizes.values()):
-        if {start.dtype, size.dtype} != {np.dtype(np.int64)} or not start.shape == size.shape == keys.shape:
-            return None
-        inside = (start >= 0) & (size >= 0) & (start <= stamp[0]) & (size <= stamp[0] - start)
-        if not (inside | (start == -1) & (size == -1)).all():
-            return None
-    same = counted((keys, offsets, sizes)) == (entry["count"], entry["fields"])
-    return (keys, offsets, sizes) if same else None
-
-
-def _load_offsets(root: Path, path: Path, entry: dict) -> Offsets:
-    """Offsets of one shard, from the file kept beside the index if size and mtime still match, else scanned anew. A scan
-    also compares the shard with what its index says. Raises DataError where that differs."""
-    stat = os.stat(path)
-    kept = root / ".offsets" / f"{path.name}.npz"
-    stamp = np.array([stat.st_size, stat.st_mtime_ns], np.int64)
-    if (cached := _kept_offsets(kept, stamp, entry)) is not None:
-        return cached
-    check_size(path, entry)
-    if file_sha256(path) != entry["sha256"]:
-        raise DataError(f"{path} does not match the sha256 in its index.json; copy or prepare it again")
-    names, offsets, sizes = scan_tar(path)
-    keys = np.array(names, str)
-    count, fields = counted((keys, offsets, sizes))
-    if (count, fields) != (entry["count"], entry["fields"]):
-        raise DataError(
-            f"{path} has {count} samples with {fields}, its index.json says {entry['count']} with {entry['fields']}; make "
-            "the index anew with: ldm-prepare source=index"
-        )
-    arrays = {f"offset.{e}": a for e, a in offsets.items()} | {f"size.{e}": a for e, a in sizes.items()}
-    if not kept.parent.is_symlink():  # nothing is written outside the data folder
-        with suppress(OSError):  # a read-only data folder: scan again next time
-            write_atomically(kept, lambda f: np.savez(f, stamp=stamp, sha256=entry["sha256"], keys=keys, **arrays))
-    return keys, offsets, sizes
-
-
-def check_size(path: Path, entry: dict) -> None:
-    """Raises DataError where a shard has another length than its index says."""
-    if (size := path.stat().st_size) != entry["bytes"]:
-        raise DataError(
-            f"{path} has {size} bytes, its index says {entry['bytes']}: truncated or changed; copy or prepare it again"
-        )
-
-
 def shard_paths(root: str | Path, shards: list[dict]) -> list[Path]:
     """Where local shards lie: `file` is relative to the index's folder, or absolute where they live elsewhere. Raises
     FileNotFoundError, naming the first, where some are missing."""
@@ -257,67 +222,76 @@ def member_counts(shards: list[dict]) -> Counter[str]:
 
 
 class IndexedShards:
-    """Random access to the samples of one split by member offset; safe to use from forked workers.
+    """Random access to the samples of one split by member offset; safe to use from forked workers. Of any number of samples
+    only few megabytes are held.
 
-    root: a folder with its index, or several. sets (N,): which of them each sample comes from; where there are several
-    their samples alternate in proportion to their numbers.
+    root: a folder or address with its index, or several. sets (N,): which of them each sample comes from; where there are
+    several their samples alternate in proportion to their numbers. cache: for shards from afar.
     Raises FileNotFoundError or DataError, naming shard and remedy, for missing, truncated or changed shards.
     """
 
-    def __init__(self, root: Roots, split: str, remedy: str | None = None):
+    def __init__(self, root: Roots, split: str, remedy: str | None = None, cache: ShardCache | None = None):
         self.root = " + ".join(as_roots(root))
         index = read_index(root, remedy)
         entries = split_index(index, split, root)["shards"]
         self.classes: list[str] | None = index.get("classes")
-        if remote := [e["file"] for e in entries if is_remote(e["file"])]:
-            raise DataError(
-                f"{remote[0]} ({split} of {root}) is remote and cannot be read by offset; copy the tars to a local folder "
-                "and index that (only training batches can come from afar, with data.reader=streaming)"
-            )
-        self.paths = shard_paths(self.root, entries)
-        slow = sum(e["bytes"] for e in entries) > 2**30
-        loaded = [
-            _load_offsets(Path(entry.get("root", self.root)), path, entry)
-            for path, entry in tqdm(list(zip(self.paths, entries)), desc=f"checking {split} shards", disable=not slow)
-        ]
-        self.keys = np.concatenate([keys for keys, _, _ in loaded])
-        self.shard = np.concatenate([np.full(len(keys), i, np.int32) for i, (keys, _, _) in enumerate(loaded)])
-        self.extensions = sorted({e for _, offsets, _ in loaded for e in offsets})
-        absent = [np.full(len(keys), -1, np.int64) for keys, _, _ in loaded]
-        self.offsets, self.sizes = (
-            {e: np.concatenate([part[k].get(e, gap) for part, gap in zip(loaded, absent)]) for e in self.extensions}
-            for k in (1, 2)
-        )
-        self._files: dict[int, int] = {}
+        shard_paths(self.root, [e for e in entries if not is_remote(e["file"])])
+        self.files = [ShardFile(entry, entry.get("root", self.root), cache) for entry in entries]
+        self.table = OffsetTable.of(self.files, split)
+        self.extensions = self.table.extensions
+        self.all_at_hand = cache is None or remote_bytes(entries) <= cache.limit
+        # Copies that are open cannot make room for others.
+        self._descriptor = Recent(lambda i: self.files[i].open(), MOST_OPEN if self.all_at_hand else 2, os.close)
         self._relabel = [e.get("relabel") for e in entries]
-        self.sets = np.array([e.get("set", 0) for e in entries], np.int32)[self.shard]
-        if self.sets.any():
-            place = np.concatenate(
-                [(np.arange(n) + 0.5) / n for n in np.bincount(self.sets)]
-            )  # within its set, in (0, 1)
-            self._take(np.argsort(place, kind="stable"))
+        self._set = np.array([e.get("set", 0) for e in entries], np.int32)
+        self._rows: np.ndarray | None = None  # of the table, where not all are taken in their order
+        if self._set.any():  # alternating: by the place of each within its set, in (0, 1)
+            place = np.concatenate([(np.arange(n) + 0.5) / n for n in np.bincount(self.sets)])
+            self._rows = np.argsort(place, kind="stable")
 
     def __len__(self) -> int:
-        return len(self.keys)
+        return len(self.table) if self._rows is None else len(self._rows)
 
     def keep(self, count: int) -> None:
         """Reduces this view to at most `count` samples, spread evenly: shards are often sorted by class."""
-        self._take(spread(len(self), count))
+        picks = spread(len(self), count)
+        self._rows = picks if self._rows is None else self._rows[picks]
 
-    def _take(self, picks: np.ndarray) -> None:
-        self.keys, self.shard, self.sets = self.keys[picks], self.shard[picks], self.sets[picks]
-        self.offsets = {e: values[picks] for e, values in self.offsets.items()}
-        self.sizes = {e: values[picks] for e, values in self.sizes.items()}
+    def _row(self, i: int) -> int:
+        return int(i) if self._rows is None else int(self._rows[i])
+
+    def shard(self, i: int) -> int:
+        """The number of the shard that a sample is in."""
+        return int(np.searchsorted(self.table.first, self._row(i), "right")) - 1
+
+    @property
+    def sets(self) -> np.ndarray:
+        sets = np.repeat(self._set, np.diff(self.table.first))
+        return sets if self._rows is None else sets[self._rows]
+
+    def key(self, i: int) -> str:
+        return self.table.key(self._row(i))
+
+    @property
+    def keys(self) -> list[str]:
+        return [self.key(i) for i in range(len(self))]
+
+    def member(self, i: int, extension: str) -> tuple[int, int] | None:
+        """(offset, size) of one field's bytes in its shard, or None where the sample lacks it. Raises DataError where the
+        shard has no such bytes."""
+        offset, size = self.table.member(self._row(i), extension)
+        if offset < 0:
+            return None
+        if size < 0 or offset + size > self.files[self.shard(i)].entry["bytes"]:
+            raise DataError(f"{self.where(i)}: offsets beyond the shard's end; delete {self.files[0].kept.parent}")
+        return offset, size
 
     def read(self, i: int, extension: str) -> bytes | None:
         """One field's bytes, or None where the sample lacks it."""
-        offset, size = int(self.offsets[extension][i]), int(self.sizes[extension][i])
-        if offset < 0:
+        if (place := self.member(i, extension)) is None:
             return None
-        shard = int(self.shard[i])
-        if shard not in self._files:
-            self._files[shard] = os.open(self.paths[shard], os.O_RDONLY)
-        data = os.pread(self._files[shard], size, offset)
+        shard = self.shard(i)
+        data = os.pread(self._descriptor(shard), place[1], place[0])
         relabel = self._relabel[shard]
         if relabel and extension == "cls":
             return relabelled(data, relabel)
@@ -345,7 +319,7 @@ class IndexedShards:
 
     def where(self, i: int) -> str:
         """The sample's name for messages: shard and key."""
-        return f"{self.paths[int(self.shard[i])].name}:{self.keys[i]}"
+        return f"{PurePosixPath(self.files[self.shard(i)].entry['file']).name}:{self.key(i)}"
 
     def captions(self, limit: int = 100_000) -> Iterator[str]:
         """Every caption of the first `limit` samples; those that cannot be read are left out, as in training."""

@@ -9,9 +9,11 @@ import numpy as np
 from torch.utils.data import IterableDataset, get_worker_info
 
 from ldm_train.data.files import DataError
+from ldm_train.data.offsets import ShardFile
+from ldm_train.data.remote import is_remote
 from ldm_train.data.samples import SampleDecoder, collate, note_unreadable, sample_rng
-from ldm_train.data.shards import check_size, shard_paths
-from ldm_train.data.tars import StreamedTar, is_remote
+from ldm_train.data.shards import shard_paths
+from ldm_train.data.tars import StreamedTar
 
 
 class StreamingBatches(IterableDataset):
@@ -48,7 +50,7 @@ class StreamingBatches(IterableDataset):
         local = [s for s in shards if not is_remote(s["file"])]
         paths = {s["file"]: path for s, path in zip(local, shard_paths(root, local))}
         for shard in local:
-            check_size(paths[shard["file"]], shard)
+            ShardFile(shard, root, None).check_size()
         self.urls = [str(paths[s["file"]].absolute()) if s["file"] in paths else s["file"] for s in shards]
         self.decoder, self.batching, self.seed = decoder, batching, seed
         self.start, self.stop = micro_batches.start, micro_batches.stop

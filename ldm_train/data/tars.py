@@ -1,52 +1,17 @@
-"""Tars of samples: scanned for offsets, or read front to back, local or remote; and which addresses are opened. Nothing goes
-through a shell or another program."""
+"""Tars of samples: scanned for offsets, or read front to back, local or remote; and what an index says of them."""
 
-import hashlib
-import http.client
-import io
-import itertools
 import math
 import os
-import re
 import tarfile
-import time
-import urllib.request
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
-from urllib.parse import quote, urlsplit
 
 import numpy as np
 
 from ldm_train.data.files import DataError, sample_and_field
-
-# Addresses that are opened, and the package that opens them where Python itself does not.
-SCHEMES = {"http": None, "https": None, "s3": "s3fs", "gs": "gcsfs", "hf": "huggingface_hub"}
-ATTEMPTS = 4  # in a row, waiting 1, 2, 4 seconds between them
-TIMEOUT = 60.0  # seconds without an answer
-
-
-def is_remote(file: str) -> bool:
-    """Whether `file` is an address rather than a path: it begins with a scheme (https:, s3:, pipe:, ...)."""
-    return re.match(r"[A-Za-z][A-Za-z0-9+.-]*:", file) is not None
-
-
-def address_fault(file: str) -> str | None:
-    """Why a shard's `file` is not opened; None where it may be. Paths are those of files below the index, or absolute;
-    addresses http, https, s3, gs and hf. No name can run another program."""
-    if not file or not file.isprintable():
-        return f"is {file!r}, no path and no address"
-    if not is_remote(file):
-        return f"is {file!r}, outside its folder; write its absolute path" if ".." in Path(file).parts else None
-    try:
-        parts = urlsplit(file)
-        opened = parts.scheme in SCHEMES and bool(parts.netloc) and parts.port != 0
-    except ValueError:
-        opened = False
-    if opened:
-        return None
-    return f"is {file!r}; shards are opened from paths and from {', '.join(f'{s}://' for s in SCHEMES)} addresses only"
+from ldm_train.data.remote import Measured, address_fault, open_shard
 
 
 def is_count(value: object) -> bool:
@@ -65,82 +30,6 @@ def entry_fault(entry: object) -> str | None:
     return address_fault(entry["file"])
 
 
-def open_shard(file: str) -> BinaryIO:
-    """The bytes of a shard, front to back. Raises DataError for an address that is not opened, OSError, naming it, where it
-    cannot be."""
-    if not is_remote(file):
-        return open(file, "rb")
-    if fault := address_fault(file):
-        raise DataError(f"a shard {fault}")
-    scheme = urlsplit(file).scheme
-    if SCHEMES[scheme] is None:
-        return _Web(file)
-    try:
-        import fsspec  # its file systems speak to these services themselves
-
-        return fsspec.filesystem(scheme).open(file, "rb")
-    except ImportError as error:
-        raise DataError(f"{file} needs the package {SCHEMES[scheme]}: pip install {SCHEMES[scheme]}") from error
-    except Exception as error:  # each service raises its own error types
-        raise ConnectionError(f"{file} cannot be opened: {type(error).__name__}: {error}") from error
-
-
-class _Web(io.RawIOBase):
-    """A file behind http or https. A connection that breaks is made again, and goes on where it broke."""
-
-    def __init__(self, address: str):
-        self.address, self.position, self.total = address, 0, 0
-        self.response: Any = None
-
-    def readable(self) -> bool:
-        return True
-
-    def read(self, size: int = -1) -> bytes:
-        for attempt in itertools.count(1):
-            try:
-                self.response = self.response or self._connected()
-                data = self.response.read(size) if size >= 0 else self.response.read()
-                self.position += len(data)
-                if data or size == 0 or self.position >= self.total:
-                    return data
-                raise ConnectionError(f"the connection broke at {self.position} of {self.total} bytes")
-            except (OSError, http.client.HTTPException, ValueError) as error:
-                self.close_response()
-                code = getattr(error, "code", 0)
-                refused = isinstance(error, ValueError) or (0 < code < 500 and code not in (408, 429))
-                if refused or attempt == ATTEMPTS:
-                    raise ConnectionError(f"{self.address}: {error}") from error
-                time.sleep(2 ** (attempt - 1))
-
-    def _connected(self) -> Any:
-        opener = urllib.request.OpenerDirector()  # without file:, ftp: and data:, also where a server redirects there
-        for handler in (
-            urllib.request.ProxyHandler, urllib.request.HTTPHandler, urllib.request.HTTPSHandler,
-            urllib.request.HTTPRedirectHandler, urllib.request.HTTPErrorProcessor,
-            urllib.request.HTTPDefaultErrorHandler, urllib.request.UnknownHandler,
-        ):  # fmt: skip
-            opener.add_handler(handler())
-        headers = {"Range": f"bytes={self.position}-"} if self.position else {}
-        address = quote(self.address, safe="%/:=&?~#+!$,;'@()*[]")
-        response = opener.open(urllib.request.Request(address, headers=headers), timeout=TIMEOUT)
-        done = self.position if response.status == 206 else 0
-        self.total = done + int(response.headers.get("Content-Length") or 0)
-        while done < self.position:  # a server without range requests begins again
-            if not (skipped := response.read(min(1 << 20, self.position - done))):
-                raise ConnectionError(f"the connection broke at {done} of {self.total} bytes")
-            done += len(skipped)
-        return response
-
-    def close_response(self) -> None:
-        if self.response is not None:
-            self.response.close()
-            self.response = None
-
-    def close(self) -> None:
-        self.close_response()
-        super().close()
-
-
 def _files(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
     for member in tar:
         if member.size < 0:  # it would make the reader loop for ever
@@ -149,14 +38,22 @@ def _files(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
             yield member
 
 
-def scan_tar(path: str | Path) -> tuple[list[str], dict[str, np.ndarray], dict[str, np.ndarray]]:
-    """(keys, {extension: data offsets}, {extension: sizes}), -1 where a sample lacks a field. Raises DataError for a
-    truncated or unreadable tar, which tar readers otherwise accept in silence."""
-    length = os.path.getsize(path)
+def scan_tar(
+    path: str | Path | int, name: str | None = None
+) -> tuple[list[str], dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """(keys, {extension: data offsets}, {extension: sizes}), -1 where a sample lacks a field. path: also a descriptor of an
+    open file, which stays open. Raises DataError, calling it `name`, for a truncated or unreadable tar, which tar
+    readers otherwise accept in silence."""
+    with open(path, "rb", closefd=not isinstance(path, int)) as file:
+        return _scanned(file, name or str(path))
+
+
+def _scanned(file: BinaryIO, name: str) -> tuple[list[str], dict[str, np.ndarray], dict[str, np.ndarray]]:
+    length = os.fstat(file.fileno()).st_size
     keys: list[str] = []
     rows: list[dict[str, tuple[int, int]]] = []
     try:
-        with tarfile.open(path, mode="r:") as tar:
+        with tarfile.open(fileobj=file, mode="r:") as tar:
             for member in _files(tar):
                 key, extension = sample_and_field(member.name)
                 if member.offset_data + member.size > length:
@@ -169,39 +66,16 @@ def scan_tar(path: str | Path) -> tuple[list[str], dict[str, np.ndarray], dict[s
                 rows[-1][extension] = (member.offset_data, member.size)
             end = tar.offset
     except (tarfile.TarError, ValueError, OverflowError) as error:
-        raise DataError(f"{path} is truncated or no tar ({error}); copy or prepare it again") from error
-    with open(path, "rb") as file:
-        file.seek(end)
-        if file.read(512) != bytes(512):
-            raise DataError(f"{path} is truncated (no end-of-archive marker); copy or prepare it again")
+        raise DataError(f"{name} is truncated or no tar ({error}); copy or prepare it again") from error
+    file.seek(end)
+    if file.read(512) != bytes(512):
+        raise DataError(f"{name} is truncated (no end-of-archive marker); copy or prepare it again")
     extensions = sorted({e for row in rows for e in row})
     absent = (-1, -1)
     offsets, sizes = (
         {e: np.array([row.get(e, absent)[k] for row in rows], np.int64) for e in extensions} for k in (0, 1)
     )
     return keys, offsets, sizes
-
-
-class Measured(io.RawIOBase):
-    """Counts and hashes what is read from a stream or written to it, and refuses more than `limit` bytes."""
-
-    def __init__(self, stream: BinaryIO, limit: float = math.inf):
-        self.stream, self.limit, self.size, self.sha256 = stream, limit, 0, hashlib.sha256()
-
-    def _measure(self, data: bytes) -> None:
-        self.size += len(data)
-        self.sha256.update(data)
-        if self.size > self.limit:
-            raise tarfile.ReadError(f"more than the {self.limit} bytes of its index")
-
-    def read(self, size: int = -1) -> bytes:
-        data = self.stream.read(size)
-        self._measure(data)
-        return data
-
-    def write(self, data: bytes) -> int:
-        self._measure(data)
-        return self.stream.write(data)
 
 
 class StreamedTar:

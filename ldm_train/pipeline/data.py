@@ -9,8 +9,10 @@ from omegaconf import DictConfig, OmegaConf
 
 from ldm_train.checkpoints.parts import BUILDABLE, build, find_part
 from ldm_train.configuration import plain, usual_options
-from ldm_train.data.datamodule import Batching, ShardDataModule
+from ldm_train.data.datamodule import ShardDataModule
+from ldm_train.data.order import Batching
 from ldm_train.data.prepare.build import build as prepare
+from ldm_train.data.remote import is_address, remote_bytes
 from ldm_train.data.shards import INDEX, data_hash, read_index
 from ldm_train.training.callbacks.clock import UNENDING
 from ldm_train.training.fit import Machine
@@ -48,7 +50,9 @@ def stage_data(config: DictConfig, stage: str) -> DictConfig:
 
 def ensure_data(data: DictConfig) -> None:
     """Prepares data from a source that needs no files (data.source), if there are none yet."""
-    if data.source is not None and isinstance(data.root, str) and not (Path(data.root) / INDEX).is_file():
+    if data.source is None or not isinstance(data.root, str) or is_address(data.root):
+        return
+    if not (Path(data.root) / INDEX).is_file():
         prepare(instantiate(data.source), data.root, data.per_shard)
 
 
@@ -74,8 +78,15 @@ def data_module(
         derive=build(data["derived"], "data.derived", trust, (*BUILDABLE, *DERIVING)),
         labels=label_counts(config, trust),
         own_fields={field.name: field for field in declared if field is not None},
+        **({"shard_cache": data.get("shard_cache")} if _far(data) else {}),
         **{k: data[k] for k in (*IMAGES, *MIXTURE, "train_split", "val_split", "max_bad_fraction", "remedy")},
     )
+
+
+def _far(data: dict[str, Any]) -> bool:
+    """Whether any shards are not files of this machine."""
+    splits = read_index(data["root"], data["remedy"])["splits"].values()
+    return any(remote_bytes(part["shards"]) for part in splits)
 
 
 def label_counts(config: DictConfig, trust: Sequence[str]) -> dict[str, int | None]:

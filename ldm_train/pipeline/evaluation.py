@@ -7,7 +7,7 @@ import torch
 
 from ldm_train.checkpoints.native import load_model
 from ldm_train.configuration import plain
-from ldm_train.data.datamodule import Batching
+from ldm_train.data.order import Batching
 from ldm_train.evaluation.adherence import judged_fields
 from ldm_train.evaluation.evaluator import parse_metrics, sampling_options
 from ldm_train.evaluation.report import evaluate

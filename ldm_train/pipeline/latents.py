@@ -13,21 +13,20 @@ from lightning import LightningDataModule
 
 from ldm_train.checkpoints.native import meta_autoencoder
 from ldm_train.configuration import differences, plain
-from ldm_train.data.datamodule import Batching, ShardDataModule
+from ldm_train.data.datamodule import ShardDataModule
 from ldm_train.data.foreign_latents import ForeignLatents
 from ldm_train.data.latents import (
-    STATISTICS,
     CachedLatents,
     LatentDataModule,
     few_samples,
-    latent_statistics,
-    read_statistics,
     verify_cache,
     write_cache,
     write_cache_index,
     written_entries,
 )
+from ldm_train.data.order import Batching
 from ldm_train.data.shards import data_hash, read_index
+from ldm_train.data.statistics import STATISTICS, latent_statistics, read_statistics
 from ldm_train.devices import uploaded
 from ldm_train.errors import Refused
 from ldm_train.models.first_stage import FirstStage

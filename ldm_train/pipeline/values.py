@@ -134,6 +134,8 @@ RULES: dict[str, Rule] = {
     **{f"autoencoder.task.augmentation.{name}": optional(number(0, 1)) for name in ("most", "equivariance")},
     **{f"autoencoder.loss.{name}": optional(POSITIVE) for name in ("lecam_weight", "r1_weight")},
     "data.max_bad_fraction": number(0, 1),
+    "data.shard_cache.folder": text("name of a folder"),
+    "data.shard_cache.gigabytes": POSITIVE,
     **dict.fromkeys(FLAGS, optional(flag)),
     "data.crop": one_of("center", "random", "random_resized"),
     "data.reader": one_of("indexed", "streaming"),

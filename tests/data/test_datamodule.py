@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from ldm_train.data.datamodule import Batching, ShardDataModule, StepBatches, evaluation_batches
+from ldm_train.data.datamodule import ShardDataModule
+from ldm_train.data.order import Batching, StepBatches, evaluation_batches
 from ldm_train.data.samples import SampleDecoder, collate, require_fields
 from ldm_train.data.shards import DataError
 from ldm_train.data.transforms import ImageTransform

@@ -38,7 +38,7 @@ def save(path: Path, value: int = 100, size: tuple[int, int] = (40, 30), mode: s
 
 def samples(root: Path, split: str) -> dict[str, dict[str, bytes]]:
     reader = IndexedShards(root, split)
-    return {str(reader.keys[i]): reader.fields(i) for i in range(len(reader))}
+    return {reader.key(i): reader.fields(i) for i in range(len(reader))}
 
 
 # -- arrays of any number of channels ---------------------------------------------------------------------------------

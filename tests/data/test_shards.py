@@ -7,6 +7,7 @@ import pickle
 import re
 import subprocess
 import tarfile
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -14,10 +15,13 @@ import pytest
 import webdataset as wds
 
 from ldm_train import storage
-from ldm_train.data.datamodule import Batching, ShardDataModule
+from ldm_train.data import offsets, shards
+from ldm_train.data.datamodule import ShardDataModule
+from ldm_train.data.order import Batching
 from ldm_train.data.prepare.index import write_tar_index
-from ldm_train.data.shards import DataError, IndexedShards, read_index, scan_tar, split_index, write_shard
-from ldm_train.data.tars import StreamedTar, is_remote
+from ldm_train.data.remote import is_remote
+from ldm_train.data.shards import DataError, IndexedShards, read_index, split_index, write_shard
+from ldm_train.data.tars import StreamedTar, scan_tar
 from ldm_train.storage import file_sha256, write_json
 
 SAMPLES = [(f"k{i}", {"bin": bytes([i]) * (100 + 700 * i), "txt": f"number {i}".encode()}) for i in range(6)]
@@ -60,7 +64,7 @@ def test_long_and_foreign_keys_survive(tmp_path: Path):
     keys = ["x" * 150, "größe", "名" * 60]
     entry = write_shard(tmp_path / "a.tar", [(k, {"txt": k.encode()}) for k in keys])
     reader = IndexedShards(index_of(tmp_path, entry), "train")
-    assert reader.keys.tolist() == keys
+    assert reader.keys == keys
     assert [reader.read(i, "txt").decode() for i in range(3)] == keys
     assert [s["__key__"] for s in wds.WebDataset(str(tmp_path / "a.tar"), shardshuffle=False)] == keys
 
@@ -128,7 +132,7 @@ def test_a_really_full_disk(tiny_disk: Path):
 
 def test_every_field_is_read_by_offset(small: Path):
     reader = IndexedShards(small, "train")
-    assert [(str(reader.keys[i]), reader.fields(i)) for i in range(len(reader))] == SAMPLES
+    assert [(reader.key(i), reader.fields(i)) for i in range(len(reader))] == SAMPLES
 
 
 def test_a_missing_field_is_none(tmp_path: Path):
@@ -406,7 +410,7 @@ def test_damaged_offsets_are_scanned_anew(small: Path):
     for data in damaged:
         kept.write_bytes(data)
         reader = IndexedShards(small, "train")
-        assert [(str(reader.keys[i]), reader.fields(i)) for i in range(len(reader))] == SAMPLES
+        assert [(reader.key(i), reader.fields(i)) for i in range(len(reader))] == SAMPLES
         assert kept.read_bytes()[:2] == b"PK"
 
 
@@ -432,3 +436,84 @@ def test_a_read_only_folder_works(tiny_disk: Path):
     reader = IndexedShards(root, "train")
     assert reader.fields(5) == SAMPLES[5][1]
     assert not (root / ".offsets").exists()
+
+
+@pytest.fixture
+def mapped(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Offsets of any number of samples are mapped from files."""
+    monkeypatch.setattr(offsets, "IN_MEMORY", 0)
+
+
+def test_mapped_offsets_are_those_in_memory(write_data: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Of shards with unlike fields, keys that are not ASCII and an empty shard, also after keep; read from the table alone when
+    it is opened again."""
+    root = tmp_path / "mixed"
+    mixed = [
+        write_shard(root / "train-000000.tar", SAMPLES),
+        write_shard(root / "train-000001.tar", []),
+        write_shard(root / "train-000002.tar", [("größer" * 20, {"png": b"1"}), ("日本", {"txt": b"", "png": b"22"})]),
+    ]
+    index_of(root, *mixed)
+    here = IndexedShards(root, "train")
+    monkeypatch.setattr(offsets, "IN_MEMORY", 0)
+    for _ in range(2):
+        there = IndexedShards(root, "train")
+        assert isinstance(there.table.rows, np.memmap)
+        assert there.table.extremes == here.table.extremes
+        assert [(there.key(i), there.fields(i), there.where(i)) for i in range(8)] == [
+            (here.key(i), here.fields(i), here.where(i)) for i in range(8)
+        ]
+        monkeypatch.setattr(offsets, "_parts", None)  # nothing is scanned the second time
+    there.keep(3)
+    here.keep(3)
+    assert there.keys == here.keys
+
+
+@pytest.mark.usefixtures("mapped")
+def test_a_mapped_table_follows_its_shards(small: Path):
+    """A changed shard is found; its table is written anew."""
+    assert IndexedShards(small, "train").fields(5) == SAMPLES[5][1]
+    path = small / "train-000000.tar"
+    path.write_bytes(path.read_bytes()[:-1] + b"x")
+    with pytest.raises(DataError, match="sha256"):
+        IndexedShards(small, "train")
+    index_of(small, write_shard(path, SAMPLES[:4]))
+    assert IndexedShards(small, "train").keys == ["k0", "k1", "k2", "k3"]
+
+
+@pytest.mark.usefixtures("mapped")
+@pytest.mark.parametrize("file", ["rows", "letters", "table.json"])
+def test_a_damaged_table_reads_nothing_outside_its_shard(small: Path, file: str):
+    """Cut, overwritten or of any other content: another sample of the shard is read at worst, else the damage is named."""
+    IndexedShards(small, "train")
+    (table,) = (small / ".offsets").glob("train-*/")
+    whole, rng = (table / file).read_bytes(), np.random.default_rng(0)
+    shard = (small / "train-000000.tar").read_bytes()
+    damaged = [b"", whole[:-1], whole + b"x", bytes(len(whole)), b"\xff" * len(whole), b"{}", b'{"extensions": 3}']
+    damaged += [rng.bytes(len(whole)) for _ in range(20)]
+    for data in damaged:
+        (table / file).write_bytes(data)
+        try:
+            reader = IndexedShards(small, "train")
+            read = [reader.fields(i) for i in range(len(reader))]
+            assert all(member in shard for fields in read for member in fields.values())
+            assert [reader.key(i) for i in range(len(reader))]
+        except DataError as error:
+            assert str(small) in str(error) or "train-000000.tar" in str(error)  # noqa: PT017 - either way
+
+
+@pytest.mark.usefixtures("mapped")
+def test_a_read_only_folder_keeps_its_offsets_in_memory(tiny_disk: Path, capsys: pytest.CaptureFixture):
+    root = index_of(tiny_disk, write_shard(tiny_disk / "train-000000.tar", SAMPLES))
+    subprocess.run(["mount", "-o", "remount,ro", str(tiny_disk)], check=True)
+    assert IndexedShards(root, "train").fields(5) == SAMPLES[5][1]
+    assert "held in memory" in capsys.readouterr().out
+
+
+def test_more_shards_than_files_may_be_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(shards, "MOST_OPEN", 3)
+    entries = [write_shard(tmp_path / f"train-{k:06d}.tar", [(f"k{k}", {"txt": str(k).encode()})]) for k in range(9)]
+    reader, before = IndexedShards(index_of(tmp_path, *entries), "train"), len(os.listdir("/proc/self/fd"))
+    for i in [*range(9), *np.random.default_rng(0).integers(0, 9, 50).tolist()]:
+        assert reader.read(i, "txt") == str(i).encode()
+    assert len(os.listdir("/proc/self/fd")) <= before + 3

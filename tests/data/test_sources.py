@@ -18,7 +18,8 @@ import pytest
 import torch
 from PIL import Image
 
-from ldm_train.data.datamodule import Batching, ShardDataModule
+from ldm_train.data.datamodule import ShardDataModule
+from ldm_train.data.order import Batching
 from ldm_train.data.prepare import urls
 from ldm_train.data.prepare.boxes import COCO, OpenImagesBoxes
 from ldm_train.data.prepare.build import build

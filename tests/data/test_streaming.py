@@ -2,18 +2,18 @@
 
 import importlib.util
 import shutil
-import threading
 from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import unquote
 
 import fsspec
 import pytest
 import torch
+from sites import Site, no_proxies
 
-from ldm_train.data import tars
-from ldm_train.data.datamodule import Batching, ShardDataModule
+from ldm_train.data import remote
+from ldm_train.data.datamodule import ShardDataModule
+from ldm_train.data.order import Batching
 from ldm_train.data.prepare.index import write_tar_index
 from ldm_train.data.shards import DataError, read_index
 from ldm_train.storage import write_json
@@ -156,42 +156,11 @@ def test_an_index_that_counts_otherwise_is_named(write_data: Callable, tmp_path:
         batches(root)
 
 
-class Site:
-    """A folder served on this machine. ranges: whether it knows them. drop_after: it breaks off after so many bytes."""
-
-    def __init__(self, folder: Path):
-        self.ranges, self.drop_after, self.status, self.location, self.asked = True, None, 200, None, []
-        site = self
-
-        class Handler(BaseHTTPRequestHandler):
-            def do_GET(self) -> None:
-                site.asked.append(self.path)
-                if site.location or site.status != 200:
-                    self.send_response(302 if site.location else site.status)
-                    self.send_header("Location", site.location or "")
-                    self.end_headers()
-                    return
-                data = (folder / self.path.lstrip("/")).read_bytes()
-                begin = int((self.headers.get("Range") or "bytes=0-")[6:-1]) if site.ranges else 0
-                self.send_response(206 if begin else 200)
-                self.send_header("Content-Length", str(len(data) - begin))
-                self.end_headers()
-                self.wfile.write(data[begin:][: site.drop_after])
-
-            def log_message(self, *_: object) -> None:
-                pass
-
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.server.server_port}"
-        threading.Thread(target=self.server.serve_forever, args=(0.02,), daemon=True).start()
-
-
 @pytest.fixture
 def served(write_data: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Site, Path]]:
     """A site, and a folder with an index of its training shards."""
-    for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(tars.time, "sleep", lambda _: None)
+    no_proxies(monkeypatch)
+    monkeypatch.setattr(remote.time, "sleep", lambda _: None)
     site = Site(write_data(tmp_path / "there"))
     index = read_index(tmp_path / "there")
     for entry in index["splits"]["train"]["shards"]:
@@ -199,8 +168,7 @@ def served(write_data: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     shutil.copy(tmp_path / "there" / "val-000000.tar", tmp_path)
     write_json(tmp_path / "index.json", index)
     yield site, tmp_path
-    site.server.shutdown()
-    site.server.server_close()
+    site.close()
 
 
 @pytest.mark.parametrize(("ranges", "drop_after"), [(True, None), (True, 20_000), (False, 30_000)])
@@ -239,7 +207,7 @@ def test_a_remote_shard_that_is_not_there_is_named(served: tuple[Site, Path], st
     site.status = status
     with pytest.raises(ConnectionError, match=rf"http://.*train-\d+\.tar: HTTP Error {status}"):
         batches(root)
-    assert len(site.asked) == (tars.ATTEMPTS if status == 500 else 1)
+    assert len(site.asked) == (remote.ATTEMPTS if status == 500 else 1)
 
 
 @pytest.mark.parametrize("location", ["file:///etc/passwd", "ftp://127.0.0.1/a.tar", "data:,x", "pipe:id"])
@@ -281,7 +249,7 @@ def test_buckets_are_opened_by_their_own_package(data_root: Path, monkeypatch: p
 
     monkeypatch.setattr(fsspec, "filesystem", {"s3": Bucket()}.get)
     name = "s3://bucket/a;touch X/train-000000.tar"
-    with tars.open_shard(name) as file:
+    with remote.open_shard(name) as file:
         assert file.read() == (data_root / "train-000000.tar").read_bytes()
     assert opened == [name]
 
@@ -290,7 +258,7 @@ def test_a_missing_package_is_named():
     if importlib.util.find_spec("gcsfs"):
         pytest.skip("gcsfs is installed")
     with pytest.raises(DataError, match=r"gs://bucket/a\.tar needs the package gcsfs: pip install gcsfs"):
-        tars.open_shard("gs://bucket/a.tar")
+        remote.open_shard("gs://bucket/a.tar")
 
 
 def test_a_folder_whose_name_looks_like_an_address(

@@ -339,7 +339,7 @@ def others(first: Run, tmp_path_factory: pytest.TempPathFactory) -> Path:
     for split in ("train", "val"):
         latents = CachedLatents(first.folder / "latents", split, (), 0)
         for i in range(len(latents)):
-            key, moments = str(latents.shards.keys[i]), torch.from_numpy(latents.moments(i).copy())
+            key, moments = latents.shards.key(i), torch.from_numpy(latents.moments(i).copy())
             channels = len(moments) // 2
             moments[:channels] *= 0.5
             moments[channels:] += 2 * math.log(0.5)

@@ -5,9 +5,11 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from ldm_train.data.files import DataError
+from ldm_train.data.offsets import counted
 from ldm_train.data.prepare.build import write_index
-from ldm_train.data.shards import DataError, counted, scan_tar
-from ldm_train.data.tars import StreamedTar, is_remote
+from ldm_train.data.remote import is_remote
+from ldm_train.data.tars import StreamedTar, scan_tar
 from ldm_train.storage import file_sha256
 
 # File-name patterns of each split, most telling first.

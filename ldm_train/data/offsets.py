@@ -1,0 +1,273 @@
+"""Where the members of samples lie in their shards: scanned once, kept beside the index, mapped from the disk where they are
+many."""
+
+import fcntl
+import json
+import os
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from hashlib import sha256
+from pathlib import Path
+from typing import Generic, TypeVar
+
+import numpy as np
+from tqdm import tqdm
+
+from ldm_train.data.files import DataError
+from ldm_train.data.remote import ShardCache, is_remote
+from ldm_train.data.tars import scan_tar
+from ldm_train.storage import file_sha256, read_record, write_atomically, write_folder, write_json
+
+KEPT = ".offsets"  # the folder beside an index
+IN_MEMORY = 2_000_000  # samples whose offsets every process holds; those of more are mapped from a file
+FETCHED_TOGETHER = 8
+Offsets = tuple[np.ndarray, dict[str, np.ndarray], dict[str, np.ndarray]]  # keys, offsets and sizes of the members
+Key, Value = TypeVar("Key"), TypeVar("Value")
+
+
+class Recent(Generic[Key, Value]):
+    """Values by key, made where they are not there; of more than `most` the one whose use is longest ago is dropped."""
+
+    def __init__(self, make: Callable[[Key], Value], most: int, drop: Callable[[Value], object] = lambda _: None):
+        self.make, self.most, self.drop = make, most, drop
+        self.held: OrderedDict[Key, Value] = OrderedDict()
+
+    def __call__(self, key: Key) -> Value:
+        if key in self.held:
+            self.held.move_to_end(key)
+            return self.held[key]
+        if len(self.held) >= self.most:
+            self.drop(self.held.popitem(last=False)[1])
+        return self.held.setdefault(key, self.make(key))
+
+
+def counted(offsets: Offsets) -> tuple[int, dict[str, int]]:
+    """(number of samples, {extension: number}), as in an index entry."""
+    return len(offsets[0]), {e: int((starts >= 0).sum()) for e, starts in offsets[1].items()}
+
+
+class ShardFile:
+    """A shard of an index: a file of this machine, or one from afar, of which `cache` holds a copy.
+
+    root: the folder or address of the index. Raises DataError for one from afar where there is no cache.
+    """
+
+    def __init__(self, entry: dict, root: str | Path, cache: ShardCache | None):
+        self.entry, self.cache, self.remote = entry, cache, is_remote(entry["file"])
+        self.path = Path(root) / entry["file"]  # of a local one
+        self.name = entry["file"] if self.remote else str(self.path)
+        if self.remote and cache is None:
+            raise DataError(
+                f"{self.name} is remote, and here only files of this machine are read; copy it to a local folder"
+            )
+        folder = cache.folder / "offsets" if self.remote and cache else Path(root) / KEPT
+        self.kept = folder / f"{entry['sha256'] if self.remote else self.path.name}.npz"
+
+    @property
+    def stamp(self) -> tuple[int, int]:
+        """(bytes, time) that change where the shard does; one from afar is known by its checksum."""
+        if self.remote:
+            return self.entry["bytes"], 0
+        stat = os.stat(self.path)
+        return stat.st_size, stat.st_mtime_ns
+
+    def open(self) -> int:
+        """A descriptor for os.pread, which the caller closes."""
+        return self.cache.open(self.entry) if self.remote and self.cache else os.open(self.path, os.O_RDONLY)
+
+    def check_size(self) -> None:
+        """Raises DataError where it has another length than its index says."""
+        if (size := self.path.stat().st_size) != self.entry["bytes"]:
+            raise DataError(
+                f"{self.name} has {size} bytes, its index says {self.entry['bytes']}: truncated or changed; copy or prepare it "
+                "again"
+            )
+
+    def offsets(self) -> Offsets:
+        """Of its members, from the file kept beside the index if its stamp still matches, else scanned anew. A scan also
+        compares the shard with what its index says. Raises DataError where that differs."""
+        stamp = self.stamp
+        if (kept := self._kept(stamp)) is not None:
+            return kept
+        if not self.remote:
+            self.check_size()
+            if file_sha256(self.path) != self.entry["sha256"]:
+                raise DataError(f"{self.name} does not match the sha256 in its index.json; copy or prepare it again")
+        file = self.open()
+        try:
+            names, starts, sizes = scan_tar(file, self.name)
+        finally:
+            os.close(file)
+        offsets = np.array(names, str), starts, sizes
+        count, fields = counted(offsets)
+        if (count, fields) != (self.entry["count"], self.entry["fields"]):
+            raise DataError(
+                f"{self.name} has {count} samples with {fields}, its index.json says {self.entry['count']} with "
+                f"{self.entry['fields']}; make the index anew with: ldm-prepare source=index"
+            )
+        arrays = {f"offset.{e}": a for e, a in starts.items()} | {f"size.{e}": a for e, a in sizes.items()}
+        if not self.kept.parent.is_symlink():  # nothing is written outside the data folder
+            note = {"stamp": np.array(stamp, np.int64), "sha256": np.array(self.entry["sha256"]), "keys": offsets[0]}
+            with suppress(OSError):  # a read-only data folder: scan again next time
+                write_atomically(self.kept, lambda f: np.savez(f, **note, **arrays))
+        return offsets
+
+    def _kept(self, stamp: tuple[int, int]) -> Offsets | None:
+        """The offsets that an earlier scan saved; None where they are of another file, damaged or impossible."""
+        try:
+            with np.load(self.kept, allow_pickle=False) as saved:
+                if (saved["stamp"] != stamp).any() or str(saved["sha256"]) != self.entry["sha256"]:
+                    return None
+                names = [n.removeprefix("offset.") for n in saved.files if n.startswith("offset.")]
+                offsets, sizes = ({n: saved[f"{what}.{n}"] for n in names} for what in ("offset", "size"))
+                keys = saved["keys"]
+        except Exception:  # a damaged file raises errors of any type
+            return None
+        if keys.dtype.kind != "U" or keys.ndim != 1:
+            return None
+        for start, size in zip(offsets.values(), sizes.values()):
+            if {start.dtype, size.dtype} != {np.dtype(np.int64)} or not start.shape == size.shape == keys.shape:
+                return None
+            inside = (start >= 0) & (size >= 0) & (start <= stamp[0]) & (size <= stamp[0] - start)
+            if not (inside | (start == -1) & (size == -1)).all():
+                return None
+        same = counted((keys, offsets, sizes)) == (self.entry["count"], self.entry["fields"])
+        return (keys, offsets, sizes) if same else None
+
+
+class OffsetTable:
+    """The key and members of every sample of some shards: one row per sample.
+
+    extensions: of all members. first (S + 1,): the row of each shard's first sample. extremes: {extension: (least, largest size)}.
+    rows (N, 1 + 2 E): where the sample's key ends among `letters` (UTF-8), then offset and size of each extension, -1 where the
+    sample lacks it.
+    """
+
+    def __init__(self, first: np.ndarray, extensions: list[str], extremes: dict, rows: np.ndarray, letters: np.ndarray):
+        self.first, self.extensions, self.extremes = first, extensions, extremes
+        self.rows, self.letters = rows, letters
+        self.columns = {e: 1 + 2 * number for number, e in enumerate(extensions)}
+
+    def __len__(self) -> int:
+        return int(self.first[-1])
+
+    def key(self, row: int) -> str:
+        begin = int(self.rows[row - 1, 0]) if row else 0
+        return self.letters[begin : int(self.rows[row, 0])].tobytes().decode("utf-8", "replace")
+
+    def member(self, row: int, extension: str) -> tuple[int, int]:
+        """(offset, size), -1 where the sample lacks it."""
+        column = self.columns[extension]
+        return int(self.rows[row, column]), int(self.rows[row, column + 1])
+
+    @classmethod
+    def of(cls, shards: Sequence[ShardFile], split: str) -> "OffsetTable":
+        """In memory, or, of more than IN_MEMORY samples, mapped from files that are kept beside the first shard's own."""
+        first = np.cumsum([0, *(s.entry["count"] for s in shards)], dtype=np.int64)
+        if first[-1] <= IN_MEMORY:
+            return cls._in_memory(shards, first, split)
+        seen = [[s.entry["sha256"], *s.stamp, s.entry["count"], s.entry["fields"]] for s in shards]
+        folder = shards[0].kept.parent / f"{split}-{sha256(json.dumps(seen).encode()).hexdigest()[:24]}"
+        if folder.parent.is_symlink():
+            return cls._in_memory(shards, first, split)
+        if not (folder / "table.json").is_file():
+            try:
+                folder.parent.mkdir(parents=True, exist_ok=True)
+                with _alone(folder.parent / f".{folder.name}.lock"):  # of several ranks one writes
+                    if not (folder / "table.json").is_file():
+                        write_folder(folder, lambda new: _write_table(new, shards, split), replace=True)
+            except OSError as error:
+                print(f"offsets of {first[-1]} samples are held in memory: {folder} cannot be written ({error})")
+                return cls._in_memory(shards, first, split)
+        return cls._mapped(folder, first)
+
+    @classmethod
+    def _in_memory(cls, shards: Sequence[ShardFile], first: np.ndarray, split: str) -> "OffsetTable":
+        extensions, extremes = _extensions(shards), {}
+        parts, letters, end = [], [], 0
+        for rows, text in _parts(shards, extensions, extremes, split):
+            rows[:, 0] += end
+            end += len(text)
+            parts.append(rows)
+            letters.append(text)
+        rows = np.concatenate([np.empty((0, 1 + 2 * len(extensions)), np.int64), *parts])
+        return cls(first, extensions, extremes, rows, np.frombuffer(b"".join(letters), np.uint8))
+
+    @classmethod
+    def _mapped(cls, folder: Path, first: np.ndarray) -> "OffsetTable":
+        """Raises DataError where the files are damaged."""
+        try:
+            note = read_record(folder / "table.json")
+            extensions, extremes = note["extensions"], {e: tuple(note["extremes"][e]) for e in note["extensions"]}
+            if not all(isinstance(e, str) for e in extensions) or not all(len(x) == 2 for x in extremes.values()):
+                raise ValueError("no names with two sizes each")
+            rows = np.memmap(folder / "rows", np.int64, "r").reshape(int(first[-1]), 1 + 2 * len(extensions))
+            letters = np.memmap(folder / "letters", np.uint8, "r")
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            raise DataError(f"the table of offsets in {folder} is damaged ({error}); delete that folder") from error
+        return cls(first, extensions, extremes, rows, letters)
+
+
+@contextmanager
+def _alone(path: Path) -> Iterator[None]:
+    with open(path, "a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def _extensions(shards: Sequence[ShardFile]) -> list[str]:
+    return sorted({e for shard in shards for e in shard.entry["fields"]})
+
+
+def _scanned(shards: Sequence[ShardFile]) -> Iterator[Offsets]:
+    """The offsets of shards, in order; those from afar are fetched several at a time."""
+    if not any(shard.remote for shard in shards):
+        yield from (shard.offsets() for shard in shards)
+        return
+    pool, waiting = ThreadPoolExecutor(FETCHED_TOGETHER), deque()
+    try:
+        for shard in shards:
+            waiting.append(pool.submit(shard.offsets))
+            if len(waiting) > FETCHED_TOGETHER:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _parts(
+    shards: Sequence[ShardFile], extensions: list[str], extremes: dict, split: str
+) -> Iterator[tuple[np.ndarray, bytes]]:
+    """(rows, letters) of each shard; keys end counted from the shard's own letters. Fills `extremes`."""
+    slow = sum(s.entry["bytes"] for s in shards) > 2**30 or any(s.remote for s in shards)
+    scanned = tqdm(_scanned(shards), f"checking {split} shards", len(shards), disable=not slow, unit="shard")
+    for keys, starts, sizes in scanned:
+        encoded = [str(key).encode() for key in keys]
+        rows = np.full((len(keys), 1 + 2 * len(extensions)), -1, np.int64)
+        rows[:, 0] = np.cumsum([len(key) for key in encoded], dtype=np.int64)
+        for number, extension in enumerate(extensions):
+            if extension in starts and len(keys):
+                rows[:, 1 + 2 * number], rows[:, 2 + 2 * number] = starts[extension], sizes[extension]
+                least, largest = int(sizes[extension].min()), int(sizes[extension].max())
+                before = extremes.get(extension, (least, largest))
+                extremes[extension] = (min(least, before[0]), max(largest, before[1]))
+            elif len(keys):
+                extremes[extension] = (-1, max(-1, *extremes.get(extension, (-1,))))
+        yield rows, b"".join(encoded)
+
+
+def _write_table(folder: Path, shards: Sequence[ShardFile], split: str) -> None:
+    extensions, extremes, end = _extensions(shards), {}, 0
+    with open(folder / "rows", "wb") as rows_file, open(folder / "letters", "wb") as letters_file:
+        for rows, letters in _parts(shards, extensions, extremes, split):
+            rows[:, 0] += end
+            end += len(letters)
+            rows_file.write(rows.tobytes())
+            letters_file.write(letters)
+        for file in (rows_file, letters_file):
+            file.flush()
+            os.fsync(file.fileno())
+    write_json(folder / "table.json", {"extensions": extensions, "extremes": extremes})

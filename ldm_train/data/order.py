@@ -1,0 +1,178 @@
+"""Which samples make up every batch: a function of the seed and the step alone, also for more samples than fit in memory."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from torch.utils.data import Sampler
+
+from ldm_train.data.files import DataError
+
+IN_MEMORY = 1 << 24  # samples whose order is a permutation in memory; of more it is computed sample by sample
+
+
+class Permutation:
+    """A permutation of range(count) whose values are computed where they are asked for, whatever `count` is.
+
+    A Feistel network of eight rounds permutes the next power of four; values that are not below `count` are sent through it
+    again until they are (Black and Rogaway, Ciphers with Arbitrary Finite Domains, 2002: cycle walking).
+    """
+
+    ROUNDS = 8
+
+    def __init__(self, count: int, key: Sequence[int]):
+        """key: numbers from 0 that choose the permutation."""
+        self.count = count
+        self.half = np.uint64(max(1, ((count - 1).bit_length() + 1) // 2))  # bits of each half
+        self.mask = np.uint64((1 << int(self.half)) - 1)
+        self.keys = np.random.SeedSequence(key).generate_state(self.ROUNDS, np.uint64)
+
+    def _network(self, values: np.ndarray) -> np.ndarray:
+        left, right = values >> self.half, values & self.mask
+        for key in self.keys:
+            mixed = right + key  # wraps; then the finaliser of splitmix64
+            mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+            mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+            left, right = right, left ^ ((mixed ^ (mixed >> np.uint64(31))) & self.mask)
+        return (left << self.half) | right
+
+    def __call__(self, positions: np.ndarray) -> np.ndarray:
+        """positions (N,) below `count` -> values (N,), int64."""
+        values = self._network(positions.astype(np.uint64))
+        while (beyond := values >= self.count).any():
+            values[beyond] = self._network(values[beyond])
+        return values.astype(np.int64)
+
+
+@dataclass(frozen=True)
+class Batching:
+    """How a global batch is cut: batch_size = micro_batch_size x world_size x accumulate. Raises ValueError where that is no
+    whole number."""
+
+    batch_size: int
+    micro_batch_size: int | None = None
+    world_size: int = 1
+    rank: int = 0
+
+    def __post_init__(self):
+        share = self.micro_batch_size or self.batch_size // self.world_size
+        if share < 1 or self.batch_size % (share * self.world_size):
+            raise ValueError(
+                f"batch_size {self.batch_size} does not split over {self.world_size} devices with micro_batch_size "
+                f"{self.micro_batch_size}; make batch_size a multiple of micro_batch_size x devices"
+            )
+
+    @property
+    def micro(self) -> int:
+        return self.micro_batch_size or self.batch_size // self.world_size
+
+    @property
+    def accumulate(self) -> int:
+        return self.batch_size // (self.micro * self.world_size)
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """Groups of samples that are drawn from in given shares, whatever their sizes.
+
+    members: per group the indices of its samples. shares: per group, their sum is 1.
+    """
+
+    members: list[np.ndarray]
+    shares: np.ndarray
+
+    @classmethod
+    def of(cls, sets: np.ndarray, weights: Sequence[float] | None, labels: np.ndarray | None) -> "Mixture | None":
+        """sets (N,): which set each sample belongs to. weights: of the sets (None: by their sizes). labels (N,): where
+        given, each class of a set has the same share of it. None where every sample is drawn alike."""
+        if weights is None and labels is None:
+            return None
+        sizes = np.bincount(sets)
+        share = np.array(weights if weights is not None else sizes, float)
+        share /= share.sum()
+        members, shares = [], []
+        for k in range(len(sizes)):
+            mine = np.flatnonzero(sets == k)
+            parts = [mine] if labels is None else [mine[labels[mine] == c] for c in np.unique(labels[mine])]
+            members += parts
+            shares += [share[k] / len(parts)] * len(parts)
+        return cls(members, np.array(shares))
+
+    def epoch(self, seed: int, epoch: int, count: int) -> tuple[np.ndarray, np.ndarray]:
+        """(visits, indices) of `count` draws: the groups' shares to the sample, shuffled. Each group is gone through in
+        permutations, from one epoch into the next; `visits` counts how often its sample was drawn before."""
+        exact = self.shares * count
+        quotas = np.floor(exact).astype(int)
+        quotas[np.argsort(quotas - exact, kind="stable")[: count - quotas.sum()]] += 1
+        visits, indices = [], []
+        for k, (group, quota) in enumerate(zip(self.members, quotas)):
+            positions = np.arange(epoch * quota, (epoch + 1) * quota)
+            rounds = positions // len(group)
+            orders = {r: np.random.default_rng([seed, 1, k, r]).permutation(group) for r in np.unique(rounds).tolist()}
+            visits.append(rounds)
+            indices.append(np.array([orders[r][p % len(group)] for r, p in zip(rounds.tolist(), positions)], int))
+        shuffled = np.random.default_rng([seed, epoch]).permutation(count)
+        return np.concatenate(visits)[shuffled], np.concatenate(indices)[shuffled]
+
+
+class StepBatches(Sampler):
+    """The samples of every micro-batch from `start` to `stop` as lists of (visit, index); a visit is an epoch where
+    there is no mixture.
+
+    Each epoch is a permutation seeded by (seed, epoch), or a draw from the mixture; what does not fill a global batch
+    is dropped. Which samples make up a global batch does not depend on the number of ranks. Any micro-batch is found
+    without those before it.
+    """
+
+    def __init__(
+        self, count: int, batching: Batching, seed: int, start: int, stop: int, mixture: Mixture | None = None
+    ):
+        self.count, self.batching, self.seed, self.start, self.stop = count, batching, seed, start, stop
+        self.mixture = mixture
+        self.steps_per_epoch = count // batching.batch_size
+        if self.steps_per_epoch == 0:
+            raise DataError(
+                f"batch_size {batching.batch_size} exceeds the {count} training images; lower autoencoder.batch_size / "
+                "diffusion.batch_size or prepare more data"
+            )
+        self._epoch = -1  # that _drawn knows
+        self._drawn: Callable[[np.ndarray], np.ndarray]  # positions in the epoch -> indices
+        self._visits: np.ndarray | None = None  # by position, where a mixture draws
+
+    def __len__(self) -> int:
+        return self.stop  # Lightning counts micro-batches from the beginning of training, also after a resume
+
+    def _begin(self, epoch: int) -> None:
+        self._epoch = epoch
+        if self.mixture is not None:
+            self._visits, order = self.mixture.epoch(self.seed, epoch, self.count)
+            self._drawn = order.take
+        elif self.count <= IN_MEMORY:
+            self._drawn = np.random.default_rng([self.seed, epoch]).permutation(self.count).take
+        else:
+            self._drawn = Permutation(self.count, [self.seed, epoch])
+
+    def rows(self, micro_batch: int) -> list[tuple[int, int]]:
+        """(visit, index) of this rank's samples in one micro-batch."""
+        step, part = divmod(micro_batch, self.batching.accumulate)
+        epoch, step = divmod(step, self.steps_per_epoch)
+        if epoch != self._epoch:
+            self._begin(epoch)
+        b = self.batching
+        first = step * b.batch_size + (part * b.world_size + b.rank) * b.micro
+        rows = slice(first, first + b.micro)
+        visits = [epoch] * b.micro if self._visits is None else self._visits[rows].tolist()
+        return list(zip(visits, self._drawn(np.arange(first, first + b.micro)).tolist()))
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        return map(self.rows, range(self.start, self.stop))
+
+
+def evaluation_batches(
+    count: int, micro: int, rank: int, world_size: int, limit: int | None, repeat: bool = False
+) -> list[list[tuple[int, int]]]:
+    """Every sample (or the first `limit`) exactly once over all ranks, as lists of (visit, index); ranks may differ by one.
+    repeat: `limit` samples, going round where there are fewer."""
+    total = limit or count
+    mine = list(range(rank, total if repeat else min(count, total), world_size))
+    return [[divmod(i, count) for i in mine[k : k + micro]] for k in range(0, len(mine), micro)]

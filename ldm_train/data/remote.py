@@ -1,0 +1,298 @@
+"""Files on other machines: which addresses are opened, reading them through faults, and copies of shards on the local disk.
+Nothing goes through a shell or another program."""
+
+import fcntl
+import hashlib
+import http.client
+import io
+import itertools
+import math
+import os
+import re
+import tarfile
+import time
+import urllib.request
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, BinaryIO
+from urllib.parse import quote, urlsplit
+
+from ldm_train.data.files import DataError
+from ldm_train.storage import open_lock, write_atomically
+
+# Addresses that are opened, and the package that opens them where Python itself does not.
+SCHEMES = {"http": None, "https": None, "s3": "s3fs", "gs": "gcsfs", "hf": "huggingface_hub"}
+ATTEMPTS = 4  # in a row, waiting 1, 2, 4 seconds between them
+TIMEOUT = 60.0  # seconds without an answer
+ROOM = ".room.lock"  # held by whoever deletes copies
+BLOCK = 1 << 20  # bytes that are read at a time
+
+
+def is_remote(file: str) -> bool:
+    """Whether `file` is an address rather than a path: it begins with a scheme (https:, s3:, pipe:, ...)."""
+    return re.match(r"[A-Za-z][A-Za-z0-9+.-]*:", file) is not None
+
+
+def is_address(root: str | Path) -> bool:
+    """Whether a folder of shards is an address of a kind that is opened."""
+    return any(str(root).startswith(f"{scheme}://") for scheme in SCHEMES)
+
+
+def remote_bytes(shards: Iterable[dict]) -> int:
+    """How long those of some shards (their index entries) are together that are not files of this machine."""
+    return sum(shard["bytes"] for shard in shards if is_remote(shard["file"]))
+
+
+def address_fault(file: str) -> str | None:
+    """Why a shard's `file` is not opened; None where it may be. Paths are those of files below the index, or absolute;
+    addresses http, https, s3, gs and hf. No name can run another program."""
+    if not file or not file.isprintable():
+        return f"is {file!r}, no path and no address"
+    if not is_remote(file):
+        return f"is {file!r}, outside its folder; write its absolute path" if ".." in Path(file).parts else None
+    try:
+        parts = urlsplit(file)
+        opened = parts.scheme in SCHEMES and bool(parts.netloc) and parts.port != 0
+    except ValueError:
+        opened = False
+    if opened:
+        return None
+    return f"is {file!r}; shards are opened from paths and from {', '.join(f'{s}://' for s in SCHEMES)} addresses only"
+
+
+def bucket(address: str) -> Any:
+    """The file system behind an address that is not of the web. Raises DataError, naming the package, where it lacks one,
+    ConnectionError where it cannot be used."""
+    scheme = urlsplit(address).scheme
+    try:
+        import fsspec  # its file systems speak to these services themselves
+
+        return fsspec.filesystem(scheme)
+    except ImportError as error:
+        raise DataError(f"{address} needs the package {SCHEMES[scheme]}: pip install {SCHEMES[scheme]}") from error
+
+
+@lru_cache(8)
+def fetched(address: str, limit: int = 1 << 30) -> bytes:
+    """A whole file of at most `limit` bytes, once in a process. Raises ConnectionError, naming it, where it cannot be read, DataError
+    where it is longer."""
+    with open_shard(address) as raw:
+        blocks, size = [], 0
+        while block := raw.read(BLOCK):
+            blocks.append(block)
+            if (size := size + len(block)) > limit:
+                raise DataError(f"{address} has more than {limit} bytes; no index of shards has")
+    return b"".join(blocks)
+
+
+def open_shard(file: str) -> BinaryIO:
+    """The bytes of a shard, front to back. Raises DataError for an address that is not opened, OSError, naming it, where it
+    cannot be."""
+    if not is_remote(file):
+        return open(file, "rb")
+    if fault := address_fault(file):
+        raise DataError(f"a shard {fault}")
+    return _Web(file) if SCHEMES[urlsplit(file).scheme] is None else _Bucket(file)
+
+
+class _Remote(io.RawIOBase):
+    """A file of another machine. A connection that breaks is made again, and goes on where it broke."""
+
+    def __init__(self, address: str):
+        self.address, self.position, self.total = address, 0, 0
+        self.response: Any = None
+
+    def _connected(self) -> Any:
+        """A stream of the bytes from `position` on; also sets `total`, the length of the file where it is known."""
+        raise NotImplementedError
+
+    def readable(self) -> bool:
+        return True
+
+    def read(self, size: int = -1) -> bytes:
+        for attempt in itertools.count(1):
+            try:
+                self.response = self.response or self._connected()
+                data = self.response.read(size) if size >= 0 else self.response.read()
+                self.position += len(data)
+                if data or size == 0 or self.position >= self.total:
+                    return data
+                raise ConnectionError(f"the connection broke at {self.position} of {self.total} bytes")
+            except Exception as error:  # each service raises its own error types
+                self.close_response()
+                code = getattr(error, "code", 0)
+                code = code if isinstance(code, int) else 0
+                refused = isinstance(error, ValueError | FileNotFoundError | PermissionError)
+                refused = refused or (0 < code < 500 and code not in (408, 429))
+                if refused or attempt == ATTEMPTS:
+                    said = str(error) or type(error).__name__
+                    raise ConnectionError(f"{self.address}: {said}") from error
+                time.sleep(2 ** (attempt - 1))
+
+    def close_response(self) -> None:
+        if self.response is not None:
+            self.response.close()
+            self.response = None
+
+    def close(self) -> None:
+        self.close_response()
+        super().close()
+
+
+class _Web(_Remote):
+    """Of http or https."""
+
+    def _connected(self) -> Any:
+        opener = urllib.request.OpenerDirector()  # without file:, ftp: and data:, also where a server redirects there
+        for handler in (
+            urllib.request.ProxyHandler, urllib.request.HTTPHandler, urllib.request.HTTPSHandler,
+            urllib.request.HTTPRedirectHandler, urllib.request.HTTPErrorProcessor,
+            urllib.request.HTTPDefaultErrorHandler, urllib.request.UnknownHandler,
+        ):  # fmt: skip
+            opener.add_handler(handler())
+        headers = {"Range": f"bytes={self.position}-"} if self.position else {}
+        address = quote(self.address, safe="%/:=&?~#+!$,;'@()*[]")
+        response = opener.open(urllib.request.Request(address, headers=headers), timeout=TIMEOUT)
+        done = self.position if response.status == 206 else 0
+        self.total = done + _length(response)
+        while done < self.position:  # a server without range requests begins again
+            if not (skipped := response.read(min(BLOCK, self.position - done))):
+                raise http.client.IncompleteRead(b"", self.total - done)
+            done += len(skipped)
+        return response
+
+
+def _length(response: Any) -> int:
+    """What a response says of its length, 0 where that is nothing or nonsense."""
+    said = response.headers.get("Content-Length") or ""
+    return int(said) if said.isdecimal() and len(said) < 19 else 0
+
+
+class _Bucket(_Remote):
+    """Of a storage service that a file system of fsspec speaks to."""
+
+    def __init__(self, address: str):
+        super().__init__(address)
+        self.system = bucket(address)
+
+    def _connected(self) -> Any:
+        file = self.system.open(self.address, "rb")
+        self.total = getattr(file, "size", None) or 0
+        if self.position:
+            file.seek(self.position)
+        return file
+
+
+class Measured(io.RawIOBase):
+    """Counts and hashes what is read from a stream or written to it, and refuses more than `limit` bytes."""
+
+    def __init__(self, stream: BinaryIO, limit: float = math.inf):
+        self.stream, self.limit, self.size, self.sha256 = stream, limit, 0, hashlib.sha256()
+
+    def _measure(self, data: bytes) -> None:
+        self.size += len(data)
+        self.sha256.update(data)
+        if self.size > self.limit:
+            raise tarfile.ReadError(f"more than the {self.limit} bytes of its index")
+
+    def read(self, size: int = -1) -> bytes:
+        data = self.stream.read(size)
+        self._measure(data)
+        return data
+
+    def write(self, data: bytes) -> int:
+        self._measure(data)
+        return self.stream.write(data)
+
+
+class ShardCache:
+    """Copies of remote shards in a folder of this machine, by their checksums; processes share it.
+
+    folder: made where it is not there. limit: bytes that the copies may have together, but for those that are being read or
+    fetched at this time; those whose use is longest ago are deleted for others.
+    """
+
+    def __init__(self, folder: str | Path, limit: float):
+        self.folder, self.limit = Path(folder).expanduser(), limit
+
+    def open(self, entry: dict) -> int:
+        """A descriptor of the copy of the shard with this index entry, for os.pread; the caller closes it. The copy stays while it
+        is open. Raises DataError where the shard is not what its entry says, ConnectionError where it cannot be fetched,
+        OSError where the disk is full, naming the shard."""
+        path, fetched = self.folder / f"{entry['sha256']}.tar", False
+        while True:
+            try:
+                file = os.open(path, os.O_RDONLY)
+            except FileNotFoundError:
+                self._fetch(entry, path)
+                fetched = True
+                continue
+            fcntl.flock(file, fcntl.LOCK_SH)  # no process deletes it from here on
+            there = os.fstat(file)
+            if there.st_nlink and there.st_size == entry["bytes"]:
+                with suppress(PermissionError):  # another user's copy
+                    os.utime(file)  # used now
+                if fetched:  # others have perhaps fetched at the same time
+                    self._make_room(0)
+                return file
+            os.close(file)
+            if there.st_nlink:  # changed by something else
+                with _held(self.folder / ROOM):
+                    path.unlink(missing_ok=True)
+
+    def _fetch(self, entry: dict, path: Path) -> None:
+        if not re.fullmatch(r"[0-9a-f]{64}", entry["sha256"]):
+            raise DataError(f"the index says sha256 {entry['sha256']!r:.80} of {entry['file']}, which is none")
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with _held(self.folder / f".{entry['sha256'][:2]}.lock"):  # one process fetches it, others wait
+            if path.exists():
+                return
+            self._make_room(entry["bytes"])
+            for attempt in itertools.count(1):
+                try:
+                    write_atomically(path, lambda file: _download(entry, file))
+                    return
+                except DataError:  # on its way, or there? A second copy tells
+                    if attempt == 2:
+                        raise
+
+    def _make_room(self, needed: int) -> None:
+        with _held(self.folder / ROOM):
+            copies = sorted((p.stat().st_mtime_ns, p.stat().st_size, p) for p in self.folder.glob("*.tar"))
+            held = sum(size for _, size, _ in copies)
+            for _, size, copy in copies:
+                if held + needed <= self.limit:
+                    return
+                with open(copy, "rb") as file, suppress(BlockingIOError):  # which says that it is being read
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    copy.unlink()
+                    held -= size
+
+
+@contextmanager
+def _held(path: Path) -> Iterator[None]:
+    """A lock that other processes wait for; it ends with the process that holds it."""
+    with open_lock(path) as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _download(entry: dict, file: BinaryIO) -> None:
+    """Writes the shard with this entry into a file. Raises DataError where it is another."""
+    with open_shard(entry["file"]) as raw:
+        stream = Measured(raw, entry["bytes"])
+        try:
+            while block := stream.read(BLOCK):
+                file.write(block)
+        except tarfile.ReadError as error:
+            raise DataError(
+                f"{entry['file']} has {error}; make the index anew with: ldm-prepare source=index"
+            ) from error
+    for what, actual in (("bytes", stream.size), ("sha256", stream.sha256.hexdigest())):
+        if actual != entry[what]:
+            raise DataError(
+                f"{entry['file']} does not match its index.json: {what} {actual}, there {entry[what]}; copy it again, or make "
+                "the index anew with: ldm-prepare source=index"
+            )
