@@ -184,7 +184,7 @@ class CachedLatents:
         if not isinstance(self.stochastic, bool):
             raise DataError(f'{folder}/{INDEX} does not say whether it is "stochastic"; make it anew with: {REMEDY}')
         self._read_header()
-        self._map = Recent(lambda i: np.memmap(self.shards.files[i].path, np.uint8, "r"), MOST_OPEN)
+        self._map = Recent(self._mapped, MOST_OPEN)
         others = [f for f in fields if f not in (*CACHED_FIELDS, "image")]
         self._place: Sequence[int] = range(len(self))  # of each sample in the data
         if others:
@@ -218,6 +218,9 @@ class CachedLatents:
 
     def __len__(self) -> int:
         return len(self.shards)
+
+    def _mapped(self, shard: int) -> np.memmap:
+        return np.memmap(self.shards.files[shard].path, np.uint8, "r")
 
     def moments(self, i: int, flipped: bool = False) -> np.ndarray:
         """(2C or C, h, w), a view of the file."""

@@ -1,5 +1,4 @@
-"""Where the members of samples lie in their shards: scanned once, kept beside the index, mapped from the disk where they are
-many."""
+"""Where the members of samples lie in their shards: scanned once, kept beside the index, left on the disk where they are many."""
 
 import fcntl
 import json
@@ -21,7 +20,9 @@ from ldm_train.data.tars import scan_tar
 from ldm_train.storage import file_sha256, read_record, write_atomically, write_folder, write_json
 
 KEPT = ".offsets"  # the folder beside an index
-IN_MEMORY = 2_000_000  # samples whose offsets every process holds; those of more are mapped from a file
+IN_MEMORY = (
+    2_000_000  # samples whose offsets every process holds; those of more are read from a file as they are needed
+)
 FETCHED_TOGETHER = 8
 Offsets = tuple[np.ndarray, dict[str, np.ndarray], dict[str, np.ndarray]]  # keys, offsets and sizes of the members
 Key, Value = TypeVar("Key"), TypeVar("Value")
@@ -30,16 +31,21 @@ Key, Value = TypeVar("Key"), TypeVar("Value")
 class Recent(Generic[Key, Value]):
     """Values by key, made where they are not there; of more than `most` the one whose use is longest ago is dropped."""
 
-    def __init__(self, make: Callable[[Key], Value], most: int, drop: Callable[[Value], object] = lambda _: None):
+    def __init__(self, make: Callable[[Key], Value], most: int, drop: Callable[[Value], object] | None = None):
         self.make, self.most, self.drop = make, most, drop
         self.held: OrderedDict[Key, Value] = OrderedDict()
+
+    def __getstate__(self) -> dict:  # what is open stays with its process
+        return self.__dict__ | {"held": OrderedDict()}
 
     def __call__(self, key: Key) -> Value:
         if key in self.held:
             self.held.move_to_end(key)
             return self.held[key]
         if len(self.held) >= self.most:
-            self.drop(self.held.popitem(last=False)[1])
+            _, oldest = self.held.popitem(last=False)
+            if self.drop is not None:
+                self.drop(oldest)
         return self.held.setdefault(key, self.make(key))
 
 
@@ -137,34 +143,63 @@ class ShardFile:
         return (keys, offsets, sizes) if same else None
 
 
+class _File:
+    """A file that is read at any place. A process that it is sent to opens it anew."""
+
+    def __init__(self, path: Path):
+        self.path, self.file = path, open(path, "rb", buffering=0)  # noqa: SIM115 - open as long as it is needed
+        self.size = os.fstat(self.file.fileno()).st_size
+
+    def __call__(self, begin: int, end: int) -> bytes:
+        return os.pread(self.file.fileno(), end - begin, begin) if 0 <= begin <= end <= self.size else b""
+
+    def __reduce__(self) -> tuple:
+        return _File, (self.path,)
+
+
 class OffsetTable:
     """The key and members of every sample of some shards: one row per sample.
 
     extensions: of all members. first (S + 1,): the row of each shard's first sample. extremes: {extension: (least, largest size)}.
-    rows (N, 1 + 2 E): where the sample's key ends among `letters` (UTF-8), then offset and size of each extension, -1 where the
-    sample lacks it.
+    rows (N, 2 + 2 E): where the sample's key begins and ends among `letters` (UTF-8), then offset and size of each
+    extension, -1 where the sample lacks it; int64, in memory or in a file that is read row by row, so that no process holds it.
     """
 
-    def __init__(self, first: np.ndarray, extensions: list[str], extremes: dict, rows: np.ndarray, letters: np.ndarray):
+    def __init__(
+        self, first: np.ndarray, extensions: list[str], extremes: dict, rows: np.ndarray | _File, letters: bytes | _File
+    ):
         self.first, self.extensions, self.extremes = first, extensions, extremes
         self.rows, self.letters = rows, letters
-        self.columns = {e: 1 + 2 * number for number, e in enumerate(extensions)}
+        self.columns = {e: 2 + 2 * number for number, e in enumerate(extensions)}
+        self._last: tuple[int, list[int]] = (-1, [])  # a sample's members are asked for one after another
 
     def __len__(self) -> int:
         return int(self.first[-1])
 
+    def _row(self, row: int) -> list[int]:
+        if row != self._last[0]:
+            if isinstance(self.rows, _File):
+                width = 8 * (2 + 2 * len(self.extensions))
+                values = np.frombuffer(self.rows(row * width, (row + 1) * width), np.int64).tolist()
+            else:
+                values = self.rows[row].tolist()
+            self._last = row, values
+        return self._last[1]
+
     def key(self, row: int) -> str:
-        begin = int(self.rows[row - 1, 0]) if row else 0
-        return self.letters[begin : int(self.rows[row, 0])].tobytes().decode("utf-8", "replace")
+        begin, end = self._row(row)[:2]
+        letters = self.letters(begin, end) if isinstance(self.letters, _File) else self.letters[begin:end]
+        return letters.decode("utf-8", "replace")
 
     def member(self, row: int, extension: str) -> tuple[int, int]:
         """(offset, size), -1 where the sample lacks it."""
         column = self.columns[extension]
-        return int(self.rows[row, column]), int(self.rows[row, column + 1])
+        offset, size = self._row(row)[column : column + 2]
+        return offset, size
 
     @classmethod
     def of(cls, shards: Sequence[ShardFile], split: str) -> "OffsetTable":
-        """In memory, or, of more than IN_MEMORY samples, mapped from files that are kept beside the first shard's own."""
+        """In memory, or, of more than IN_MEMORY samples, in files that are kept beside the first shard's own."""
         first = np.cumsum([0, *(s.entry["count"] for s in shards)], dtype=np.int64)
         if first[-1] <= IN_MEMORY:
             return cls._in_memory(shards, first, split)
@@ -181,30 +216,26 @@ class OffsetTable:
             except OSError as error:
                 print(f"offsets of {first[-1]} samples are held in memory: {folder} cannot be written ({error})")
                 return cls._in_memory(shards, first, split)
-        return cls._mapped(folder, first)
+        return cls._stored(folder, first)
 
     @classmethod
     def _in_memory(cls, shards: Sequence[ShardFile], first: np.ndarray, split: str) -> "OffsetTable":
         extensions, extremes = _extensions(shards), {}
-        parts, letters, end = [], [], 0
-        for rows, text in _parts(shards, extensions, extremes, split):
-            rows[:, 0] += end
-            end += len(text)
-            parts.append(rows)
-            letters.append(text)
-        rows = np.concatenate([np.empty((0, 1 + 2 * len(extensions)), np.int64), *parts])
-        return cls(first, extensions, extremes, rows, np.frombuffer(b"".join(letters), np.uint8))
+        parts = list(_parts(shards, extensions, extremes, split))
+        rows = np.concatenate([np.empty((0, 2 + 2 * len(extensions)), np.int64), *(rows for rows, _ in parts)])
+        return cls(first, extensions, extremes, rows, b"".join(letters for _, letters in parts))
 
     @classmethod
-    def _mapped(cls, folder: Path, first: np.ndarray) -> "OffsetTable":
+    def _stored(cls, folder: Path, first: np.ndarray) -> "OffsetTable":
         """Raises DataError where the files are damaged."""
         try:
             note = read_record(folder / "table.json")
             extensions, extremes = note["extensions"], {e: tuple(note["extremes"][e]) for e in note["extensions"]}
             if not all(isinstance(e, str) for e in extensions) or not all(len(x) == 2 for x in extremes.values()):
                 raise ValueError("no names with two sizes each")
-            rows = np.memmap(folder / "rows", np.int64, "r").reshape(int(first[-1]), 1 + 2 * len(extensions))
-            letters = np.memmap(folder / "letters", np.uint8, "r")
+            rows, letters = _File(folder / "rows"), _File(folder / "letters")
+            if rows.size != (expected := 8 * int(first[-1]) * (2 + 2 * len(extensions))):
+                raise ValueError(f"{rows.size} bytes of rows, not {expected}")
         except (OSError, ValueError, TypeError, KeyError) as error:
             raise DataError(f"the table of offsets in {folder} is damaged ({error}); delete that folder") from error
         return cls(first, extensions, extremes, rows, letters)
@@ -241,16 +272,19 @@ def _scanned(shards: Sequence[ShardFile]) -> Iterator[Offsets]:
 def _parts(
     shards: Sequence[ShardFile], extensions: list[str], extremes: dict, split: str
 ) -> Iterator[tuple[np.ndarray, bytes]]:
-    """(rows, letters) of each shard; keys end counted from the shard's own letters. Fills `extremes`."""
+    """(rows, letters) of each shard. Fills `extremes`."""
+    end = 0  # of the letters before
     slow = sum(s.entry["bytes"] for s in shards) > 2**30 or any(s.remote for s in shards)
     scanned = tqdm(_scanned(shards), f"checking {split} shards", len(shards), disable=not slow, unit="shard")
     for keys, starts, sizes in scanned:
         encoded = [str(key).encode() for key in keys]
-        rows = np.full((len(keys), 1 + 2 * len(extensions)), -1, np.int64)
-        rows[:, 0] = np.cumsum([len(key) for key in encoded], dtype=np.int64)
+        rows = np.full((len(keys), 2 + 2 * len(extensions)), -1, np.int64)
+        rows[:, 1] = end + np.cumsum([len(key) for key in encoded], dtype=np.int64)
+        rows[:, 0] = rows[:, 1] - [len(key) for key in encoded]
+        end = int(rows[-1, 1]) if len(rows) else end
         for number, extension in enumerate(extensions):
             if extension in starts and len(keys):
-                rows[:, 1 + 2 * number], rows[:, 2 + 2 * number] = starts[extension], sizes[extension]
+                rows[:, 2 + 2 * number], rows[:, 3 + 2 * number] = starts[extension], sizes[extension]
                 least, largest = int(sizes[extension].min()), int(sizes[extension].max())
                 before = extremes.get(extension, (least, largest))
                 extremes[extension] = (min(least, before[0]), max(largest, before[1]))
@@ -260,11 +294,9 @@ def _parts(
 
 
 def _write_table(folder: Path, shards: Sequence[ShardFile], split: str) -> None:
-    extensions, extremes, end = _extensions(shards), {}, 0
+    extensions, extremes = _extensions(shards), {}
     with open(folder / "rows", "wb") as rows_file, open(folder / "letters", "wb") as letters_file:
         for rows, letters in _parts(shards, extensions, extremes, split):
-            rows[:, 0] += end
-            end += len(letters)
             rows_file.write(rows.tobytes())
             letters_file.write(letters)
         for file in (rows_file, letters_file):

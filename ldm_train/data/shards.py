@@ -241,7 +241,7 @@ class IndexedShards:
         self.extensions = self.table.extensions
         self.all_at_hand = cache is None or remote_bytes(entries) <= cache.limit
         # Copies that are open cannot make room for others.
-        self._descriptor = Recent(lambda i: self.files[i].open(), MOST_OPEN if self.all_at_hand else 2, os.close)
+        self._descriptor = Recent(self._open, MOST_OPEN if self.all_at_hand else 2, os.close)
         self._relabel = [e.get("relabel") for e in entries]
         self._set = np.array([e.get("set", 0) for e in entries], np.int32)
         self._rows: np.ndarray | None = None  # of the table, where not all are taken in their order
@@ -256,6 +256,9 @@ class IndexedShards:
         """Reduces this view to at most `count` samples, spread evenly: shards are often sorted by class."""
         picks = spread(len(self), count)
         self._rows = picks if self._rows is None else self._rows[picks]
+
+    def _open(self, shard: int) -> int:
+        return self.files[shard].open()
 
     def _row(self, i: int) -> int:
         return int(i) if self._rows is None else int(self._rows[i])
