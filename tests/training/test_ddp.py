@@ -171,7 +171,7 @@ def test_a_rank_that_fails_says_so_once_and_last(tmp_path: Path):
     (tmp_path / "run").mkdir()
     with stages.run_lock(tmp_path / "run"):
         process = start(tmp_path)
-        errors = process.communicate(timeout=120)[1]
+        errors = process.communicate(timeout=300)[1]
     assert process.returncode == 1
     assert errors.strip().startswith("error: another process is working in")
     assert len(errors.strip().splitlines()) == 1, errors
