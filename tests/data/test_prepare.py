@@ -674,7 +674,7 @@ def test_real_tars_are_indexed_where_they_lie(datasets: Path, tmp_path: Path):
     assert {s: p["count"] for s, p in index["splits"].items()} == {"train": 1534, "val": 341}  # validation, not test
     assert len(index["classes"]) == 10
     reader = IndexedShards(tmp_path, "val")
-    assert reader.paths[0] == (datasets / "clothing256" / "validation.tar").resolve()
+    assert reader.files[0].path == (datasets / "clothing256" / "validation.tar").resolve()
     fields = reader.fields(7)
     assert set(fields) == {"jpg", "cls", "txt"}
     assert min(Image.open(io.BytesIO(fields["jpg"])).size) == 256
