@@ -55,8 +55,10 @@ def small_tree(recipe: str) -> str:
     if tree["_target_"].endswith("DiT"):
         tree |= {"hidden_size": 16, "depth": 2, "num_heads": 2}
     else:
-        levels = [1] if tree.get("attention_levels") else []
-        tree |= {"channels": 16, "channel_mult": [1, 2], "num_res_blocks": 1, "attention_levels": levels}
+        levels = (
+            [0] if tree.get("attention_levels") else []
+        )  # one level: what lies between two is traced with the variants
+        tree |= {"channels": 16, "channel_mult": [1], "num_res_blocks": 1, "attention_levels": levels}
         tree |= {"head_dim": None, "num_heads": 2}
     return json.dumps(tree, sort_keys=True)
 

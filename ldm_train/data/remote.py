@@ -243,8 +243,6 @@ class ShardCache:
                     path.unlink(missing_ok=True)
 
     def _fetch(self, entry: dict, path: Path) -> None:
-        if not re.fullmatch(r"[0-9a-f]{64}", entry["sha256"]):
-            raise DataError(f"the index says sha256 {entry['sha256']!r:.80} of {entry['file']}, which is none")
         self.folder.mkdir(parents=True, exist_ok=True)
         with _held(self.folder / f".{entry['sha256'][:2]}.lock"):  # one process fetches it, others wait
             if path.exists():

@@ -2,6 +2,7 @@
 
 import math
 import os
+import re
 import tarfile
 from collections import Counter
 from collections.abc import Iterator
@@ -23,6 +24,8 @@ def entry_fault(entry: object) -> str | None:
     entry = entry if isinstance(entry, dict) else {}
     if not all(isinstance(entry.get(name), str) for name in ("file", "sha256")):
         return 'has no "file" and "sha256"'
+    if not re.fullmatch("[0-9a-f]{64}", entry["sha256"]):  # copies and notes are named by it
+        return f"has the sha256 {entry['sha256']!r:.80}, which is none"
     fields = entry.get("fields")
     numbers = (entry.get("count"), entry.get("bytes"), *(fields.values() if isinstance(fields, dict) else (None,)))
     if not all(map(is_count, numbers)):

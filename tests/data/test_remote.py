@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from forked import CONTEXT, begun
 from sites import Site, no_proxies
 
 from ldm_train.data import remote
@@ -155,6 +156,17 @@ def test_a_shard_that_changed_or_grew_is_named_and_not_kept(there: tuple[Site, P
     assert not list(cache.folder.glob("*.tar*"))
 
 
+def test_an_index_whose_checksum_is_a_path_reaches_no_file_of_this_machine(there: tuple[Site, Path], tmp_path: Path):
+    site, folder = there
+    (tmp_path / "mine.tar").write_bytes(b"mine")
+    index = read_index(folder)
+    index["splits"]["val"]["shards"][0]["sha256"] = "../mine"
+    write_json(folder / "index.json", index)
+    with pytest.raises(DataError, match=r"index\.json is no shard index .*sha256 '\.\./mine', which is none"):
+        IndexedShards(site.url, "val", cache=ShardCache(tmp_path / "cache", 1e9))
+    assert (tmp_path / "mine.tar").read_bytes() == b"mine"
+
+
 @pytest.mark.parametrize("file", ["/etc/passwd", "../a.tar", "file:///etc/passwd", "pipe:id", "ftp://h/a", "a\nb", ""])
 def test_an_index_from_afar_names_no_file_of_this_machine(there: tuple[Site, Path], file: str):
     site, folder = there
@@ -238,7 +250,7 @@ def test_training_in_any_order_needs_room_for_all(there: tuple[Site, Path], tmp_
 def _read_all(url: str, folder: Path, limit: int, seed: int, digests: "multiprocessing.Queue[str]") -> None:
     remote.fetched.cache_clear()
     shards, digest = IndexedShards(url, "train", cache=ShardCache(folder, limit)), hashlib.sha256()
-    for i in [*range(len(shards))] * 2:
+    for i in range(len(shards)):
         digest.update(shards.read((i + seed) % len(shards), "png"))
         digest.update(shards.read(i, "txt"))
     digests.put(f"{seed} {digest.hexdigest()}")
@@ -249,19 +261,16 @@ def test_processes_share_the_copies(there: tuple[Site, Path], tmp_path: Path, ro
     """Four at once, with room for one shard or for all, read what one reads; with room for all each shard is fetched once."""
     site, folder = there
     size = max(p.stat().st_size for p in folder.glob("*.tar"))
-    context, here = multiprocessing.get_context("spawn"), IndexedShards(folder, "train")
-    digests: multiprocessing.Queue[str] = context.Queue()
+    here, digests = IndexedShards(folder, "train"), CONTEXT.Queue()
     arguments = (site.url, tmp_path / "cache", room * size)
-    processes = [context.Process(target=_read_all, args=(*arguments, seed, digests)) for seed in range(0, 40, 10)]
-    for process in processes:
-        process.start()
+    processes = [begun(_read_all, *arguments, seed, digests) for seed in range(0, 40, 10)]
     said = {digests.get(timeout=120) for _ in processes}
     for process in processes:
         process.join()
     expected = set()
     for seed in range(0, 40, 10):
         digest = hashlib.sha256()
-        for i in [*range(40)] * 2:
+        for i in range(40):
             digest.update(here.read((i + seed) % 40, "png") + here.read(i, "txt"))
         expected.add(f"{seed} {digest.hexdigest()}")
     assert said == expected
@@ -274,11 +283,10 @@ def test_processes_share_the_copies(there: tuple[Site, Path], tmp_path: Path, ro
 def test_a_fetch_that_is_killed_leaves_nothing_and_the_next_one_works(there: tuple[Site, Path], tmp_path: Path):
     site, folder = there
     site.pause = 0.05
-    digests = multiprocessing.get_context("spawn").Queue()
-    arguments = (site.url, tmp_path / "cache", 10**9, 0, digests)
-    process = multiprocessing.get_context("spawn").Process(target=_read_all, args=arguments)
-    process.start()
+    digests: multiprocessing.Queue[str] = CONTEXT.Queue()
+    process = begun(_read_all, site.url, tmp_path / "cache", 10**9, 0, digests)
     while not list((tmp_path / "cache").glob(".*.partial")):
+        assert process.exitcode is None
         time.sleep(0.01)
     process.kill()
     process.join()

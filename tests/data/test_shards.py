@@ -198,7 +198,7 @@ def test_a_missing_shard_is_named(small: Path):
 
 
 def test_remote_shards_are_no_missing_files(tmp_path: Path):
-    entry = {"file": "https://example.org/train-000000.tar", "count": 1, "bytes": 1, "sha256": "", "fields": {}}
+    entry = {"file": "https://example.org/train-000000.tar", "count": 1, "bytes": 1, "sha256": "0" * 64, "fields": {}}
     with pytest.raises(DataError, match=r"example\.org/train-000000\.tar.*remote"):
         IndexedShards(index_of(tmp_path, entry), "train")
 
@@ -233,7 +233,7 @@ def test_an_unknown_split_lists_those_there_are(small: Path):
         split_index(read_index(small), "test", small)
 
 
-WHOLE = {"file": "train-000000.tar", "count": 6, "bytes": 1, "sha256": "0", "fields": {"bin": 6}}
+WHOLE = {"file": "train-000000.tar", "count": 6, "bytes": 1, "sha256": "0" * 64, "fields": {"bin": 6}}
 
 
 @pytest.mark.parametrize(

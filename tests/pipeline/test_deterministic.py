@@ -1,9 +1,6 @@
 """deterministic=true: the same command makes the same files, with any number of loading processes. Checkpoints also hold how long
 training took."""
 
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,10 +8,10 @@ from typing import Any
 import pytest
 import torch
 from chains import SMALL, composed
+from forked import trained
 
 from ldm_train.pipeline.train import make_deterministic
 
-ROOT = Path(__file__).parents[2]
 RESULTS = ("*.tar", "*.safetensors", "metrics.json", "*.png", "*.gif")
 
 
@@ -43,12 +40,10 @@ def test_torch_and_lightning_are_asked_for_it(asked: bool):
 def test_two_commands_make_equal_files_with_and_without_workers(tmp_path: Path):
     folders = [tmp_path / "none" / "run", tmp_path / "two" / "run"]
     for folder, workers in zip(folders, (0, 2)):
-        command = [
-            sys.executable, str(ROOT / "train.py"), *SMALL, f"runs_dir={folder.parent}", "name=run", f"data_dir={tmp_path}/data",
-            "deterministic=true", f"num_workers={workers}",
-        ]  # fmt: skip
-        done = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr[-3000:]
+        trained(
+            tmp_path, *SMALL, f"runs_dir={folder.parent}", "name=run", f"data_dir={tmp_path}/data", "deterministic=true",
+            f"num_workers={workers}",
+        )  # fmt: skip
     checkpoints = [sorted(f.rglob("*.ckpt")) for f in folders]
     assert len(checkpoints[0]) == len(checkpoints[1]) >= 4
     for ours, theirs in zip(*checkpoints):

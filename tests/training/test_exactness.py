@@ -1,22 +1,18 @@
 """Killed and resumed training equals undisturbed training to the bit: same samples per step, same weights."""
 
-import os
 import random
-import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
 from chains import chain
+from forked import begun_training, trained
 from lightning import Trainer
 
 from ldm_train.training.callbacks.monitor import Monitor
 from ldm_train.training.task import Task
 
-ROOT = Path(__file__).parents[2]
 STEPS = 18
 
 # 96 images in batches of 16: six steps an epoch, so that two epoch boundaries are crossed.
@@ -44,41 +40,25 @@ OVERRIDES = [
 ]
 
 
-def command(folder: Path, name: str, *overrides: str) -> list[str]:
+def options(folder: Path, name: str, *overrides: str) -> list[str]:
     return [
-        sys.executable, str(ROOT / "train.py"), f"runs_dir={folder}", f"name={name}", f"data_dir={folder}/data",
-        f"trace={folder}/{name}.trace", "stages=[autoencoder,latents,diffusion]", *OVERRIDES, *overrides,
+        f"runs_dir={folder}", f"name={name}", f"data_dir={folder}/data", f"trace={folder}/{name}.trace",
+        "stages=[autoencoder,latents,diffusion]", *OVERRIDES, *overrides,
     ]  # fmt: skip
-
-
-ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
-
-
-def run(folder: Path, name: str, *overrides: str) -> None:
-    done = subprocess.run(
-        command(folder, name, *overrides), env=ENVIRONMENT, capture_output=True, text=True, cwd=folder
-    )
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
 
 
 def kill_when(folder: Path, name: str, lines: int, *overrides: str) -> None:
     """Starts training and kills it -9 as soon as its trace has grown by so many micro-batches."""
     trace = folder / f"{name}.trace"
     before = len(trace.read_text().splitlines()) if trace.is_file() else 0
-    process = subprocess.Popen(
-        command(folder, name, *overrides),
-        env=ENVIRONMENT,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        cwd=folder,
-    )
+    process = begun_training(folder, *options(folder, name, *overrides))
     for _ in range(6000):
         if trace.is_file() and len(trace.read_text().splitlines()) >= before + lines:
             break
-        assert process.poll() is None, "training ended before it could be killed"
+        assert process.exitcode is None, "training ended before it could be killed"
         time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    process.kill()
+    process.join()
 
 
 def keys_per_micro_batch(trace: Path) -> dict[str, str]:
@@ -103,12 +83,12 @@ class Stopped(Exception):
 @pytest.mark.chain
 def test_interrupted_training_continues_to_the_same_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """The short form of what follows: stopped once in each stage, between two checkpoints."""
-    options = (
+    short = (
         "data.source.count=32", "data.flip=true", "autoencoder.max_steps=8", "autoencoder.micro_batch_size=4",
         "autoencoder.checkpoint_every=4", "diffusion.max_steps=6", "diffusion.checkpoint_every=3",
         "diffusion.evaluate_every=null", "stages=[autoencoder,latents,diffusion]",
     )  # fmt: skip
-    chain(tmp_path, *options, name="calm").execute()
+    chain(tmp_path, *short, name="calm").execute()
     ended = Monitor.on_train_batch_end
     for steps in (5, 4 + 5):  # the second time from step 4, the last checkpoint of the first
         done = iter(range(steps - 1))
@@ -120,9 +100,9 @@ def test_interrupted_training_continues_to_the_same_weights(tmp_path: Path, monk
 
         monkeypatch.setattr(Monitor, "on_train_batch_end", stop)
         with pytest.raises(Stopped):
-            chain(tmp_path, *options, name="stopped").execute()
+            chain(tmp_path, *short, name="stopped").execute()
         monkeypatch.undo()
-    chain(tmp_path, *options, name="stopped").execute()
+    chain(tmp_path, *short, name="stopped").execute()
     for stage, steps in (("autoencoder", 8), ("diffusion", 6)):
         calm, stopped = (weights(tmp_path, name, stage, steps) for name in ("calm", "stopped"))
         assert calm.keys() == stopped.keys()
@@ -142,11 +122,11 @@ def test_interrupted_training_continues_to_the_same_weights(tmp_path: Path, monk
 def test_killed_and_resumed_equals_undisturbed(
     tmp_path: Path, overrides: tuple[str, ...], between_kills: list[tuple[int, int]]
 ):
-    run(tmp_path, "undisturbed", *overrides)
+    trained(tmp_path, *options(tmp_path, "undisturbed", *overrides))
     dice = random.Random(0)
     for fewest, most in between_kills:
         kill_when(tmp_path, "killed", dice.randint(fewest, most), *overrides)
-    run(tmp_path, "killed", *overrides)
+    trained(tmp_path, *options(tmp_path, "killed", *overrides))
     calm, killed = (keys_per_micro_batch(tmp_path / f"{n}.trace") for n in ("undisturbed", "killed"))
     assert calm == killed
     assert len(calm) == 2 * 2 * STEPS

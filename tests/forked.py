@@ -1,0 +1,52 @@
+"""Commands and functions in processes of their own that need not import anything: Python's fork server has done it for all.
+
+A process begun anew spends most of a short training on imports (12 of 17 seconds). What depends on how a command begins, from its
+first signal to its exit status, is tested on processes begun anew.
+"""
+
+import multiprocessing
+import os
+import runpy
+import sys
+from collections.abc import Callable
+from multiprocessing.context import ForkServerProcess
+from pathlib import Path
+from typing import Any
+
+import torch
+
+TRAIN = Path(__file__).parents[1] / "train.py"
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(
+    ["ldm_train.cli.train", "ldm_train.pipeline.train", "ldm_train.pipeline.run", "ldm_train.data.datamodule"]
+)
+
+
+def begun(function: Callable[..., None], *arguments: Any) -> ForkServerProcess:
+    """The process, begun, of a function of a test's module. It can be killed, and may have children."""
+    process = CONTEXT.Process(target=function, args=arguments)
+    process.start()
+    return process
+
+
+def begun_training(folder: Path, *options: str) -> ForkServerProcess:
+    """The process of python train.py with these options, in this folder, on one thread; folder/log holds what it said."""
+    return begun(_train, folder, options)
+
+
+def trained(folder: Path, *options: str) -> None:
+    """Runs python train.py with these options to its end."""
+    process = begun_training(folder, *options)
+    process.join()
+    assert process.exitcode == 0, (folder / "log").read_text()[-6000:]
+
+
+def _train(folder: Path, options: tuple[str, ...]) -> None:
+    os.chdir(folder)
+    os.environ["OMP_NUM_THREADS"] = "1"  # of loading processes
+    torch.set_num_threads(1)
+    log = os.open("log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    sys.argv = [str(TRAIN), *options]
+    runpy.run_path(str(TRAIN), run_name="__main__")
