@@ -11,7 +11,7 @@ from pathlib import Path
 from types import ModuleType
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "npy")
 ARRAYS = {".npy", ".tif", ".tiff"}  # files that hold a picture of any number of channels, or other data
@@ -63,6 +63,20 @@ def open_image(data: bytes) -> Iterator[Image.Image]:
         raise
     except Exception as error:  # a decompression bomb, or any error of a decoder on damaged data
         raise ValueError(f"no image that can be read: {str(error) or type(error).__name__}") from error
+
+
+def as_shown(image: Image.Image, mode: str = "RGB") -> Image.Image:
+    """What a viewer shows of an image that was opened, in mode RGB or L: 16-bit grey scaled, transparency over white, turned as
+    its EXIF says."""
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I") or image.mode == "F":  # 16-bit grey: scale, where convert() would clip
+        grey = np.asarray(image, dtype=np.float64)
+        deep = image.mode.startswith("I;16") or grey.max() > 255
+        image = Image.fromarray((grey / (257.0 if deep else 1.0)).round().astype(np.uint8))
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        rgba = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
+    return image.convert(mode)
 
 
 def read_npy(data: bytes) -> np.ndarray:

@@ -7,10 +7,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
 
 from ldm_train.data.fields import array_of
-from ldm_train.data.files import open_image, read_npy
+from ldm_train.data.files import as_shown, open_image, read_npy
 
 
 def channels_of(data: bytes) -> int:
@@ -31,17 +30,9 @@ def decode_image(data: bytes, extension: str, channels: int) -> torch.Tensor:
             raise ValueError(f"npy image of shape {array.shape}, expected (H, W, {channels})")
         return torch.from_numpy(np.ascontiguousarray(array.transpose(2, 0, 1)))
     with open_image(data) as image:
-        image = ImageOps.exif_transpose(image)
-        if image.mode.startswith("I") or image.mode == "F":  # 16-bit grey: scale, where convert() would clip
-            grey = np.asarray(image, dtype=np.float64)
-            deep = image.mode.startswith("I;16") or grey.max() > 255
-            image = Image.fromarray((grey / (257.0 if deep else 1.0)).round().astype(np.uint8))
-        if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-            rgba = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
         if channels not in (1, 3):
             raise ValueError(f"image files have 1 or 3 channels, the data asks for {channels}; store arrays as .npy")
-        array = np.array(image.convert("L" if channels == 1 else "RGB"))
+        array = np.array(as_shown(image, "L" if channels == 1 else "RGB"))
     return torch.from_numpy(array[None] if channels == 1 else array.transpose(2, 0, 1).copy())
 
 

@@ -39,7 +39,8 @@ class Source:
         `passing = True`, and so have most of a shard's, the shard is not written.
 
         A source that is slow one by one may also have `samples(split, chunk)`: an iterator of the same in order, with
-        the exception in the place of a sample that cannot be read.
+        the exception in the place of a sample that cannot be read; and `report(out)`, which writes what is to be said of them all
+        into the folder of shards.
         """
         raise NotImplementedError
 
@@ -154,6 +155,8 @@ def build(source: Source, out: str | Path, per_shard: int = 1000, workers: int =
     if (out / INDEX).is_file() and not note.is_file():
         raise DataError(f"{out} holds data of another origin; choose another out=<folder>")
     write_json(note, identity)
+    if hasattr(source, "report"):
+        source.report(out)
     tasks = {
         shard_name(split, number): (split, range(first, min(first + per_shard, count)))
         for split, count in counts.items()

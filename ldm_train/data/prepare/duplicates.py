@@ -1,0 +1,308 @@
+"""Shards without near duplicates: pictures that show the same, whatever their size, format and compression, once."""
+
+import csv
+import io
+import itertools
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from ldm_train.data.fields import array_of
+from ldm_train.data.files import IMAGE_EXTENSIONS, as_shown, open_image
+from ldm_train.data.offsets import Recent
+from ldm_train.data.prepare.build import Source
+from ldm_train.data.remote import is_remote
+from ldm_train.data.shards import ENTRIES, MOST_OPEN, DataError, IndexedShards, data_hash, read_index
+from ldm_train.interrupts import become_worker
+from ldm_train.storage import write_atomically
+
+BITS, SIDE = 64, 16
+PRINT = np.dtype([("hash", "<u8"), ("pixels", "<u8"), ("thumbnail", "u1", (SIDE, SIDE, 3))])
+MOST_DIFFERENT_BITS = 10
+SHOWN = 12  # pairs
+
+# Rows of the discrete cosine transform of 32 samples (type 2): the 8 lowest frequencies.
+_COSINES = np.cos(np.pi / 32 * np.arange(8)[:, None] * (np.arange(32) + 0.5))
+
+
+def perceptual_hash(image: Image.Image) -> int:
+    """64 bits of a grey picture: which of its 8 x 8 lowest frequencies, of a 32 x 32 reduction, lie above their median
+    (pHash, Zauner 2010, "Implementation and Benchmarking of Perceptual Image Hash Functions", section 3.2.1)."""
+    grey = np.asarray(image.convert("L").resize((32, 32), Image.Resampling.LANCZOS), np.float64)
+    frequencies = (_COSINES @ grey @ _COSINES.T).round(6)  # of an even picture all but one are 0, not 1e-13
+    return int(np.packbits(frequencies > np.median(frequencies)).view(">u8")[0])
+
+
+def fingerprint(extension: str, data: bytes) -> tuple[int, int, np.ndarray]:
+    """(perceptual hash, pixels, thumbnail (16, 16, 3) uint8) of an encoded picture. Of a .npy of other than three channels the
+    thumbnail has the first, middle and last. Raises OSError or ValueError where it cannot be read."""
+    if extension == "npy":
+        array = array_of(data)
+        if array.dtype != np.uint8:
+            array = ((array.astype(np.float64).clip(-1, 1) + 1) * 127.5).round().astype(np.uint8)
+        channels = array.shape[2]
+        image = Image.fromarray(np.ascontiguousarray(array[..., [0, channels // 2, channels - 1]]))
+        return perceptual_hash(image), image.width * image.height, _thumbnail(image)
+    with open_image(data) as image:
+        pixels = image.width * image.height
+        image.draft("RGB", (128, 128))  # a JPEG is decoded no larger than needed
+        image = as_shown(image)
+        return perceptual_hash(image), pixels, _thumbnail(image)
+
+
+def _thumbnail(image: Image.Image) -> np.ndarray:
+    return np.asarray(image.resize((SIDE, SIDE), Image.Resampling.BOX))
+
+
+def pairs_within(hashes: np.ndarray, distance: int) -> np.ndarray:
+    """All pairs of different 64-bit hashes (N,) that differ in at most so many bits: (M, 2) rows, the lower first.
+
+    Of distance + 3 groups of bits three are equal in such a pair, whichever they are: the hashes are sorted by every three
+    groups, and those that are equal in them compared.
+    """
+    found = [np.empty((0, 2), np.int64)]
+    groups = [sum(1 << int(bit) for bit in bits) for bits in np.array_split(np.arange(BITS), distance + 3)]
+    for chosen in itertools.combinations(groups, 3):
+        keys = hashes & np.uint64(sum(chosen))
+        order = np.argsort(keys, kind="stable")
+        keys, sorted_hashes = keys[order], hashes[order]
+        places = np.arange(len(hashes))
+        for step in itertools.count(1):  # neighbours, then those two apart, ... as long as they share the bits
+            places = places[: np.searchsorted(places, len(hashes) - step)]
+            places = places[keys[places] == keys[places + step]]
+            if not len(places):
+                break
+            bits = np.bitwise_count(sorted_hashes[places] ^ sorted_hashes[places + step])
+            near = places[bits <= distance]
+            found.append(np.sort(np.stack([order[near], order[near + step]], axis=1), axis=1))
+    return np.unique(np.concatenate(found), axis=0)
+
+
+def duplicates_among(
+    hashes: np.ndarray, thumbnails: Callable[[np.ndarray], np.ndarray], distance: int, difference: float
+) -> dict[int, tuple[int, float]]:
+    """{row: (row of the picture it repeats, difference)} of pictures in the order of preference: of two that are alike the
+    first stays. Alike are hashes that differ in at most `distance` bits, with thumbnails, (n, 16, 16, 3) for n rows, whose
+    root mean square difference is at most `difference` (of 255)."""
+    dropped: dict[int, tuple[int, float]] = {}
+
+    def compared(rows: np.ndarray, row: int) -> np.ndarray:
+        ours = thumbnails(rows).astype(np.float32) - thumbnails(np.array([row])).astype(np.float32)
+        return np.sqrt(np.square(ours).mean(axis=(1, 2, 3)))
+
+    def drop_those_like(row: int, rows: np.ndarray) -> np.ndarray:
+        differences = compared(rows, row)
+        alike = differences <= difference
+        dropped.update((int(r), (row, float(d))) for r, d in zip(rows[alike], differences[alike]))
+        return rows[~alike]
+
+    # First among equal hashes, of which there may be many; then among those that stay, between hashes that differ.
+    different, first, which, counts = np.unique(hashes, return_index=True, return_inverse=True, return_counts=True)
+    order, ends = np.argsort(which, kind="stable"), np.cumsum(counts)
+    several: dict[int, list[int]] = {}  # {number of a hash: its rows that stay}, where more than one row has it
+    for number in np.flatnonzero(counts > 1).tolist():
+        rows, kept = order[ends[number] - counts[number] : ends[number]], []
+        while len(rows):
+            kept.append(int(rows[0]))
+            rows = drop_those_like(kept[-1], rows[1:]) if len(rows) > 1 else rows[1:]
+        several[number] = kept
+
+    def staying(number: int) -> list[int]:
+        return several.get(number) or [int(first[number])]
+
+    later: dict[int, list[int]] = {}  # {row: those after it whose hashes are near}
+    for a, b in pairs_within(different, distance).tolist():
+        for one, other in itertools.product(staying(a), staying(b)):
+            later.setdefault(min(one, other), []).append(max(one, other))
+    for row in sorted(later):
+        if row not in dropped and (rows := [r for r in later[row] if r not in dropped]):
+            drop_those_like(row, np.array(rows))
+    return dropped
+
+
+def _picture(shards: IndexedShards, i: int) -> tuple[str, bytes] | None:
+    return next(((e, data) for e in IMAGE_EXTENSIONS if (data := shards.members(i, (e,)).get(e))), None)
+
+
+_open: dict[tuple[str, str], IndexedShards] = {}  # in a process that looks at pictures
+
+
+def _look(path: str, split: str, rows: range, target: Path) -> int:
+    """Writes the fingerprints of one shard's samples; of those without a picture that can be read `pixels` is 0."""
+    if (path, split) not in _open:
+        _open[path, split] = IndexedShards(path, split)
+    shards = _open[path, split]
+    prints = np.zeros(len(rows), PRINT)
+    for place, i in enumerate(rows):
+        if picture := _picture(shards, i):
+            try:
+                prints[place] = fingerprint(*picture)
+            except (OSError, ValueError):
+                continue
+    write_atomically(target, lambda file: np.save(file, prints, allow_pickle=False))
+    return len(rows)
+
+
+def _read_prints(files: list[Path], number: int) -> np.ndarray:
+    """Those of one shard, mapped. Raises DataError for a file that holds something else."""
+    try:
+        prints = np.load(files[number], mmap_mode="r", allow_pickle=False)
+        if prints.dtype == PRINT and prints.ndim == 1:
+            return prints
+    except (OSError, ValueError, EOFError):
+        pass
+    raise DataError(f"{files[number]} holds no fingerprints; delete it and run the same command again")
+
+
+class WithoutDuplicates(Source):
+    """The samples of a folder of shards but for near duplicates. Of pictures that are alike the one with the most pixels stays;
+    of training and other pictures that are alike, the training picture, so that no split holds what another has.
+
+    path: a folder with an index and shards. out: where the new shards go; beside them duplicates.csv and duplicates.png say what
+    was left out, the least alike first. distance: bits of 64 in which the perceptual hashes of near duplicates differ at most.
+    difference: root mean square difference of their thumbnails, of 255. workers: processes.
+    Raises DataError for shards that lie elsewhere, ValueError for impossible options.
+    """
+
+    def __init__(self, path: str, out: str | Path, distance: int = 6, difference: float = 20.0, workers: int = 1):
+        if distance not in range(MOST_DIFFERENT_BITS + 1):
+            raise ValueError(
+                f"source.distance={distance}: 0 to {MOST_DIFFERENT_BITS} bits; unlike pictures differ in about 32"
+            )
+        if not isinstance(difference, int | float) or not 0 <= difference <= 255:
+            raise ValueError(f"source.difference={difference}: 0 to 255, as pixel values are")
+        if Path(path).resolve() == Path(out).resolve():
+            raise DataError(f"out={out} is the folder that is read; choose another")
+        index = read_index(path)
+        entries = {split: part["shards"] for split, part in index["splits"].items()}
+        if afar := [e["file"] for part in entries.values() for e in part if is_remote(e["file"])]:
+            raise DataError(f"{afar[0]} lies elsewhere; near duplicates are looked for among shards on this machine")
+        self.path, self.classes = str(path), index.get("classes")
+        # Training first: of what two splits share, its picture stays.
+        self._splits = sorted(entries, key=lambda split: split != "train")
+        self._counts = [sum(entry["count"] for entry in entries[split]) for split in self._splits]
+        self._opened: dict[str, IndexedShards] = {}
+        self.identity = {
+            "without_duplicates": data_hash(index, *self._splits), "distance": distance, "difference": difference,
+        }  # fmt: skip
+        prints = self._looked_at(entries, Path(out) / ENTRIES / "fingerprints", workers)
+        dropped = self._found(prints, distance, difference)
+        self.items = {}
+        for split, first, count in zip(self._splits, self._first, self._counts):
+            kept = np.ones(count, bool)
+            kept[[row - first for row in dropped if first <= row < first + count]] = False
+            self.items[split] = np.flatnonzero(kept)
+            print(f"{split}: {count - kept.sum()} of {count} pictures are near duplicates")
+        self._dropped = dropped
+
+    @property
+    def _first(self) -> list[int]:
+        """The row of each split's first sample, where all are numbered together."""
+        return [0, *itertools.accumulate(self._counts)][:-1]
+
+    def _looked_at(self, entries: dict[str, list[dict]], folder: Path, workers: int) -> list[Path]:
+        """The files of fingerprints of all shards in their order, made where they are missing."""
+        files, tasks = [], []
+        for split in self._splits:
+            first = 0
+            for entry in entries[split]:
+                files.append(folder / f"{entry['sha256']}.npy")
+                if not files[-1].is_file():
+                    tasks.append((self.path, split, range(first, first + entry["count"]), files[-1]))
+                first += entry["count"]
+        folder.mkdir(parents=True, exist_ok=True)
+        with tqdm(total=sum(self._counts), desc="looking for near duplicates", unit="img") as progress:
+            progress.update(sum(self._counts) - sum(len(task[2]) for task in tasks))
+            if workers <= 1 or len(tasks) <= 1:
+                for task in tasks:
+                    progress.update(_look(*task))
+                _open.clear()
+                return files
+            with ProcessPoolExecutor(workers, get_context("spawn"), become_worker) as pool:
+                for count in pool.map(_look, *zip(*tasks)):
+                    progress.update(count)
+        return files
+
+    def _found(self, files: list[Path], distance: int, difference: float) -> dict[int, tuple[int, float, int]]:
+        """{row: (row it repeats, difference, bits)}, rows of all splits together."""
+        prints = Recent(partial(_read_prints, files), MOST_OPEN)
+        hashes, pixels = np.empty((2, sum(self._counts)), np.uint64)
+        first = [0]
+        for number in range(len(files)):
+            part = prints(number)
+            first.append(first[-1] + len(part))
+            hashes[first[-2] : first[-1]], pixels[first[-2] : first[-1]] = part["hash"], part["pixels"]
+        split = np.repeat(np.arange(len(self._counts)), self._counts)
+        preferred = np.lexsort((-pixels.astype(np.int64), split != 0))
+        preferred = preferred[pixels[preferred] > 0]
+
+        def thumbnails(rows: np.ndarray) -> np.ndarray:
+            rows = preferred[rows]
+            shards = np.searchsorted(first, rows, "right") - 1
+            return np.stack([prints(s)["thumbnail"][r - first[s]] for s, r in zip(shards.tolist(), rows.tolist())])
+
+        found = duplicates_among(hashes[preferred], thumbnails, distance, difference)
+        pairs = {int(preferred[a]): (int(preferred[b]), apart) for a, (b, apart) in found.items()}
+        return {a: (b, apart, int(np.bitwise_count(hashes[a] ^ hashes[b]))) for a, (b, apart) in pairs.items()}
+
+    def report(self, out: Path) -> None:
+        """duplicates.csv: every picture that was left out; duplicates.png: the least alike pairs, for a look at the limits."""
+        dropped = self._dropped
+        ordered = sorted(dropped, key=lambda row: (-dropped[row][1], row))
+
+        def named(row: int) -> tuple[str, str]:
+            split, i = self._place(row)
+            return split, self._shards(split).where(i)
+
+        table = io.StringIO()
+        writer = csv.writer(table)
+        writer.writerow(("split", "sample", "of_split", "of_sample", "different_bits", "thumbnail_difference"))
+        for row in ordered:
+            of, apart, bits = dropped[row]
+            writer.writerow((*named(row), *named(of), bits, f"{apart:.2f}"))
+        text = table.getvalue().encode("utf-8", "backslashreplace")
+        write_atomically(out / "duplicates.csv", lambda file: file.write(text))
+        (out / "duplicates.png").unlink(missing_ok=True)
+        if ordered:
+            pictures = [(self._shown(a), self._shown(dropped[a][0])) for a in ordered[:SHOWN]]
+            sheet = Image.new("RGB", (2 * 132 * 3, 132 * -(-len(pictures) // 3)), "white")
+            for k, pair in enumerate(pictures):
+                for side, picture in enumerate(pair):
+                    sheet.paste(picture, (264 * (k % 3) + 130 * side, 132 * (k // 3)))
+            write_atomically(out / "duplicates.png", lambda file: sheet.save(file, format="PNG"))
+            print(f"look at {out / 'duplicates.png'}: the least alike of what is left out; all of it: duplicates.csv")
+
+    def _shown(self, row: int) -> Image.Image:
+        split, i = self._place(row)
+        extension, data = _picture(self._shards(split), i) or ("", b"")
+        if extension == "npy":
+            return Image.fromarray(fingerprint(extension, data)[2]).resize((128, 128), Image.Resampling.NEAREST)
+        with open_image(data) as image:
+            return as_shown(image).resize((128, 128))
+
+    def _place(self, row: int) -> tuple[str, int]:
+        number = int(np.searchsorted(self._first, row, "right")) - 1
+        return self._splits[number], row - self._first[number]
+
+    def _shards(self, split: str) -> IndexedShards:
+        if split not in self._opened:
+            self._opened[split] = IndexedShards(self.path, split)
+        return self._opened[split]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_opened": {}, "_dropped": {}}
+
+    def samples(self, split: str, chunk: range) -> Iterator[tuple[str, dict[str, bytes]]]:
+        """The samples of a new shard, with the names they had; where two are the same, the second has its number behind it."""
+        shards, seen = self._shards(split), set()
+        for i in self.items[split][chunk.start : chunk.stop].tolist():
+            key = shards.key(i).replace("/", "_")
+            seen.add(key := f"{key}-{i}" if key in seen else key)
+            yield key, shards.fields(i)
