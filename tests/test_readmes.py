@@ -152,7 +152,8 @@ def test_a_command_of_a_guide_runs(guide: str, line: str, place: Path, monkeypat
     monkeypatch.setenv("HOME", str(place))
     words = [w.replace("$HOME", str(place)) for w in shlex.split(line, comments=True)]
     words = words[1:] if words[0] == "python" else words
-    sizes = [re.sub(r"^n=\d+$", "n=4", w) for w in words]
+    sizes = [re.sub(r"^seed=\d,.*$", "seed=0", re.sub(r"^n=\d+$", "n=4", w)) for w in words]
+    sizes = [re.sub(r"max_steps=\d+$", "max_steps=2", w) for w in sizes]
     brief = [
         o
         for o in BRIEFLY[words[0]]

@@ -240,7 +240,7 @@ def test_two_tasks_told_of_their_end_save_run_again_and_end_as_if_undisturbed(cl
         asked_of(cluster, "scontrol", "update", f"JobId={job}", "StartTime=now")  # SLURM itself waits two minutes
         return "latents: done" in told()
 
-    wait_for(begun_again, 180, told)
+    wait_for(begun_again, 400, told)
     assert "stopped by SIGUSR1 after step" in told()
     weights = [
         torch.load(tmp_path / name / "autoencoder" / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
