@@ -120,7 +120,7 @@ def test_several_processes_and_an_interruption_change_nothing(
 ):
     build(WithoutDuplicates(str(mixed), tmp_path / "one"), tmp_path / "one", per_shard=8)
     looked: list[str] = []
-    real = duplicates._look
+    real = duplicates._fingerprint_shard
 
     def look(path: str, split: str, rows: range, target: Path) -> int:
         if len(looked) == 2:
@@ -128,7 +128,7 @@ def test_several_processes_and_an_interruption_change_nothing(
         looked.append(split)
         return real(path, split, rows, target)
 
-    monkeypatch.setattr(duplicates, "_look", look)
+    monkeypatch.setattr(duplicates, "_fingerprint_shard", look)
     with pytest.raises(KeyboardInterrupt):
         WithoutDuplicates(str(mixed), tmp_path / "two")
     assert not (tmp_path / "two" / "index.json").exists()
@@ -192,9 +192,14 @@ def test_shards_that_lie_elsewhere_are_named(tmp_path: Path):
 def test_fingerprints_that_are_none_are_named(mixed: Path, tmp_path: Path):
     WithoutDuplicates(str(mixed), tmp_path)
     kept = sorted((tmp_path / ".entries" / "fingerprints").iterdir())
-    for damage in (b"", kept[0].read_bytes()[:-1], encoded_npy(np.zeros(3))):
+    for damage in (
+        b"",
+        kept[0].read_bytes()[:-1],
+        encoded_npy(np.zeros(3)),
+        encoded_npy(np.zeros(1, duplicates.PRINT)),
+    ):
         kept[0].write_bytes(damage)
-        with pytest.raises(DataError, match=f"{kept[0].name} holds no fingerprints; delete it"):
+        with pytest.raises(DataError, match=f"{kept[0].name} holds no fingerprints of its shard; delete it"):
             WithoutDuplicates(str(mixed), tmp_path)
 
 

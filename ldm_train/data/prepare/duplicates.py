@@ -67,7 +67,7 @@ def pairs_within(hashes: np.ndarray, distance: int) -> np.ndarray:
     Of distance + 3 groups of bits three are equal in such a pair, whichever they are: the hashes are sorted by every three
     groups, and those that are equal in them compared.
     """
-    found = [np.empty((0, 2), np.int64)]
+    pairs = [np.empty((0, 2), np.int64)]
     groups = [sum(1 << int(bit) for bit in bits) for bits in np.array_split(np.arange(BITS), distance + 3)]
     for chosen in itertools.combinations(groups, 3):
         keys = hashes & np.uint64(sum(chosen))
@@ -81,8 +81,8 @@ def pairs_within(hashes: np.ndarray, distance: int) -> np.ndarray:
                 break
             bits = np.bitwise_count(sorted_hashes[places] ^ sorted_hashes[places + step])
             near = places[bits <= distance]
-            found.append(np.sort(np.stack([order[near], order[near + step]], axis=1), axis=1))
-    return np.unique(np.concatenate(found), axis=0)
+            pairs.append(np.sort(np.stack([order[near], order[near + step]], axis=1), axis=1))
+    return np.unique(np.concatenate(pairs), axis=0)
 
 
 def duplicates_among(
@@ -134,7 +134,7 @@ def _picture(shards: IndexedShards, i: int) -> tuple[str, bytes] | None:
 _open: dict[tuple[str, str], IndexedShards] = {}  # in a process that looks at pictures
 
 
-def _look(path: str, split: str, rows: range, target: Path) -> int:
+def _fingerprint_shard(path: str, split: str, rows: range, target: Path) -> int:
     """Writes the fingerprints of one shard's samples; of those without a picture that can be read `pixels` is 0."""
     if (path, split) not in _open:
         _open[path, split] = IndexedShards(path, split)
@@ -150,15 +150,16 @@ def _look(path: str, split: str, rows: range, target: Path) -> int:
     return len(rows)
 
 
-def _read_prints(files: list[Path], number: int) -> np.ndarray:
+def _read_prints(files: list[tuple[Path, int]], number: int) -> np.ndarray:
     """Those of one shard, mapped. Raises DataError for a file that holds something else."""
+    file, count = files[number]
     try:
-        prints = np.load(files[number], mmap_mode="r", allow_pickle=False)
-        if prints.dtype == PRINT and prints.ndim == 1:
+        prints = np.load(file, mmap_mode="r", allow_pickle=False)
+        if prints.dtype == PRINT and prints.shape == (count,):
             return prints
     except (OSError, ValueError, EOFError):
         pass
-    raise DataError(f"{files[number]} holds no fingerprints; delete it and run the same command again")
+    raise DataError(f"{file} holds no fingerprints of its shard; delete it and run the same command again")
 
 
 class WithoutDuplicates(Source):
@@ -192,8 +193,8 @@ class WithoutDuplicates(Source):
         self.identity = {
             "without_duplicates": data_hash(index, *self._splits), "distance": distance, "difference": difference,
         }  # fmt: skip
-        prints = self._looked_at(entries, Path(out) / ENTRIES / "fingerprints", workers)
-        dropped = self._found(prints, distance, difference)
+        prints = self._fingerprinted(entries, Path(out) / ENTRIES / "fingerprints", workers)
+        dropped = self._repeated(prints, distance, difference)
         self.items = {}
         for split, first, count in zip(self._splits, self._first, self._counts):
             kept = np.ones(count, bool)
@@ -207,30 +208,33 @@ class WithoutDuplicates(Source):
         """The row of each split's first sample, where all are numbered together."""
         return [0, *itertools.accumulate(self._counts)][:-1]
 
-    def _looked_at(self, entries: dict[str, list[dict]], folder: Path, workers: int) -> list[Path]:
-        """The files of fingerprints of all shards in their order, made where they are missing."""
+    def _fingerprinted(self, entries: dict[str, list[dict]], folder: Path, workers: int) -> list[tuple[Path, int]]:
+        """The files of fingerprints of all shards in their order, with their numbers of samples, made where they are missing."""
         files, tasks = [], []
         for split in self._splits:
             first = 0
             for entry in entries[split]:
-                files.append(folder / f"{entry['sha256']}.npy")
-                if not files[-1].is_file():
-                    tasks.append((self.path, split, range(first, first + entry["count"]), files[-1]))
+                file = folder / f"{entry['sha256']}.npy"
+                files.append((file, entry["count"]))
+                if not file.is_file():
+                    tasks.append((self.path, split, range(first, first + entry["count"]), file))
                 first += entry["count"]
         folder.mkdir(parents=True, exist_ok=True)
         with tqdm(total=sum(self._counts), desc="looking for near duplicates", unit="img") as progress:
             progress.update(sum(self._counts) - sum(len(task[2]) for task in tasks))
             if workers <= 1 or len(tasks) <= 1:
                 for task in tasks:
-                    progress.update(_look(*task))
+                    progress.update(_fingerprint_shard(*task))
                 _open.clear()
                 return files
             with ProcessPoolExecutor(workers, get_context("spawn"), become_worker) as pool:
-                for count in pool.map(_look, *zip(*tasks)):
+                for count in pool.map(_fingerprint_shard, *zip(*tasks)):
                     progress.update(count)
         return files
 
-    def _found(self, files: list[Path], distance: int, difference: float) -> dict[int, tuple[int, float, int]]:
+    def _repeated(
+        self, files: list[tuple[Path, int]], distance: int, difference: float
+    ) -> dict[int, tuple[int, float, int]]:
         """{row: (row it repeats, difference, bits)}, rows of all splits together."""
         prints = Recent(partial(_read_prints, files), MOST_OPEN)
         hashes, pixels = np.empty((2, sum(self._counts)), np.uint64)
@@ -248,8 +252,8 @@ class WithoutDuplicates(Source):
             shards = np.searchsorted(first, rows, "right") - 1
             return np.stack([prints(s)["thumbnail"][r - first[s]] for s, r in zip(shards.tolist(), rows.tolist())])
 
-        found = duplicates_among(hashes[preferred], thumbnails, distance, difference)
-        pairs = {int(preferred[a]): (int(preferred[b]), apart) for a, (b, apart) in found.items()}
+        dropped = duplicates_among(hashes[preferred], thumbnails, distance, difference)
+        pairs = {int(preferred[a]): (int(preferred[b]), apart) for a, (b, apart) in dropped.items()}
         return {a: (b, apart, int(np.bitwise_count(hashes[a] ^ hashes[b]))) for a, (b, apart) in pairs.items()}
 
     def report(self, out: Path) -> None:
