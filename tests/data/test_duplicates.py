@@ -2,6 +2,7 @@
 
 import csv
 import io
+import tarfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -95,6 +96,16 @@ def test_of_those_alike_the_first_stays_and_chains_do_not_reach_over_it():
     assert duplicates_among(hashes, thumbnails.__getitem__, distance=4, difference=5) == {1: (0, 0.0), 2: (0, 0.0)}
 
 
+def test_small_things_on_an_even_ground_are_told_apart_and_even_pictures_are_alike():
+    thumbnails = np.full((4, 16, 16, 3), 120, np.uint8)
+    thumbnails[0, 4:6, 2:12] = 60
+    thumbnails[1, 6:12, 7:9] = 60
+    thumbnails[2:] += np.random.default_rng(0).integers(0, 3, (2, 16, 16, 3), np.uint8)  # as compression leaves it
+    found = duplicates_among(np.array([0, 0, 1, 1], np.uint64), thumbnails.__getitem__, distance=0, difference=30)
+    assert found.keys() == {3}
+    assert np.sqrt(np.square(thumbnails[0].astype(float) - thumbnails[1]).mean()) < 30
+
+
 def test_the_largest_stays_and_training_keeps_what_both_have(mixed: Path, tmp_path: Path):
     index = build(WithoutDuplicates(str(mixed), tmp_path), tmp_path, per_shard=8)
     train, val = (IndexedShards(tmp_path, split) for split in ("train", "val"))
@@ -138,11 +149,17 @@ def test_several_processes_and_an_interruption_change_nothing(
     assert one == two
 
 
-def test_names_that_repeat_between_shards_stay_apart(tmp_path: Path):
-    shards = [[sample("same", encoded_png(picture(k)))] for k in range(3)]
+def test_names_that_repeat_between_shards_stay_apart_and_are_plain(tmp_path: Path):
+    keys = ("same", "same-2", "same", "v1.2/x")
+    shards = [[sample(key if "/" not in key else "last", encoded_png(picture(k)))] for k, key in enumerate(keys)]
     folder = shards_of(tmp_path / "data", train=shards, val=[[sample("other", encoded_png(picture(9)))]])
-    build(WithoutDuplicates(str(folder), tmp_path / "out"), tmp_path / "out")
-    assert IndexedShards(tmp_path / "out", "train").keys == ["same", "same-1", "same-2"]
+    with tarfile.open(folder / "train-000003.tar", "w") as tar:  # as others write them
+        info, data = tarfile.TarInfo("v1.2/x.png"), encoded_png(picture(3))
+        info.size = len(data)
+        tar.addfile(info, io.BytesIO(data))
+    write_tar_index(str(folder), tmp_path / "indexed")
+    build(WithoutDuplicates(str(tmp_path / "indexed"), tmp_path / "out"), tmp_path / "out")
+    assert IndexedShards(tmp_path / "out", "train").keys == ["same", "same-2", "same-2-2", "v1_2_x"]
     assert not (tmp_path / "out" / "duplicates.png").exists()
 
 

@@ -24,6 +24,7 @@ class Source:
 
     classes: names of the class indices, or None. identity: what the samples depend on, JSON-able.
     items: what `splits` counts and `sample` makes samples of.
+    A source may also have `report(out)`, which writes what there is to say of all samples into the folder of shards.
     """
 
     classes: list[str] | None = None
@@ -39,8 +40,7 @@ class Source:
         `passing = True`, and so have most of a shard's, the shard is not written.
 
         A source that is slow one by one may also have `samples(split, chunk)`: an iterator of the same in order, with
-        the exception in the place of a sample that cannot be read; and `report(out)`, which writes what is to be said of them all
-        into the folder of shards.
+        the exception in the place of a sample that cannot be read.
         """
         raise NotImplementedError
 
