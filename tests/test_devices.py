@@ -23,7 +23,7 @@ from ldm_train.conditioning.control import ControlNet
 from ldm_train.conditioning.image_embedding import ImageEmbedding
 from ldm_train.conditioning.text import train_tokenizer
 from ldm_train.configuration import config_folder
-from ldm_train.data.latents import both_encoded
+from ldm_train.data.encoding import both_encoded
 from ldm_train.devices import Uninitialised, device_of, uploaded
 from ldm_train.diffusion.guidance import classifier_free, classifier_guidance, score_guidance
 from ldm_train.diffusion.objective import DiffusionObjective

@@ -16,7 +16,8 @@ from ldm_train.bench import train_autoencoder, train_unet
 from ldm_train.bench.measuring import Clock, Row, Settings, Table, synchronised
 from ldm_train.bench.pictures import loading, shards_of, write_photos
 from ldm_train.bench.sizes import AUTOENCODERS, UNETS
-from ldm_train.data.latents import LatentDataModule, write_cache, write_cache_index
+from ldm_train.data.encoding import write_cache, write_cache_index
+from ldm_train.data.latents import LatentDataModule
 from ldm_train.models.autoencoder import AutoencoderKL
 from ldm_train.models.first_stage import FirstStage
 from ldm_train.rng import reseed

@@ -11,6 +11,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from ldm_train.data.batch import FIELDS, Derive, Field
+from ldm_train.data.buckets import Buckets, bucket_sizes
 from ldm_train.data.files import IMAGE_EXTENSIONS
 from ldm_train.data.order import Batching, Mixture, StepBatches, evaluation_batches
 from ldm_train.data.remote import ShardCache, remote_bytes
@@ -32,11 +33,14 @@ from ldm_train.interrupts import become_worker
 
 
 class ShardDataset(Dataset):
-    """Decoded samples by (epoch, index). A sample that cannot be read is replaced by another, chosen by (seed, epoch,
-    index), and the sample says so in "replaced"; after 20 failures in a row it raises DataError."""
+    """Decoded samples by (epoch, index). A sample that cannot be read is replaced by another (of its bucket, where there are
+    buckets), chosen by (seed, epoch, index), and the sample says so in "replaced"; after 20 failures in a row it raises
+    DataError."""
 
-    def __init__(self, shards: IndexedShards, decoder: SampleDecoder, seed: int, random: bool):
-        self.shards, self.decoder, self.seed, self.random = shards, decoder, seed, random
+    def __init__(
+        self, shards: IndexedShards, decoder: SampleDecoder, seed: int, random: bool, buckets: Buckets | None = None
+    ):
+        self.shards, self.decoder, self.seed, self.random, self.buckets = shards, decoder, seed, random, buckets
 
     def __len__(self) -> int:
         return len(self.shards)
@@ -45,14 +49,17 @@ class ShardDataset(Dataset):
         epoch, index = item
         rng = sample_rng(self.seed, epoch, index)
         replaced, candidate = [], index
+        size = self.buckets.size(index) if self.buckets else None
+        others = self.buckets.neighbours(index) if self.buckets else range(len(self))
         for attempt in itertools.count():
             try:
                 key = self.shards.key(candidate)
-                sample = self.decoder(key, self.shards.fields(candidate), rng if self.random else None)
+                sample = self.decoder(key, self.shards.fields(candidate), rng if self.random else None, size)
                 break
             except Exception as error:  # on damaged data decoders raise errors of any type
                 note_unreadable(replaced, self.shards.where(candidate), error)
-                candidate = int(np.random.default_rng([self.seed, epoch, index, attempt]).integers(len(self)))
+                drawn = np.random.default_rng([self.seed, epoch, index, attempt]).integers(len(others))
+                candidate = int(others[drawn])
         if replaced:
             sample["replaced"] = replaced
         if epoch and not self.random:
@@ -76,6 +83,16 @@ def check_channels(shards: list[dict], channels: int, where: str) -> None:
         )
 
 
+def check_buckets(reader: str, mixed: bool, one_split: bool) -> None:
+    """Raises ValueError where buckets of aspect ratios do not go with the other options of the data."""
+    if reader == "streaming":
+        raise ValueError("data.buckets needs every picture's size before training: data.reader=indexed")
+    if mixed:
+        raise ValueError("data.buckets and data.weights or data.balance_classes do not go together; leave one out")
+    if one_split:
+        raise ValueError("data.buckets needs a validation split of its own: data.val_split is data.train_split")
+
+
 class ShardDataModule(L.LightningDataModule):
     """Images (and what the shards hold beside them) for one stage.
 
@@ -93,6 +110,8 @@ class ShardDataModule(L.LightningDataModule):
     labels          how many there are of "class_label" and "boxes", where the model sets it; None: as many as classes are
                     named in the index
     own_fields      further fields that conditioners declare, by name
+    buckets         {"max_ratio", "step", "min_images"}: training keeps aspect ratios up to max_ratio, in batches of one size
+                    each; None: everything is cut to image_size, as validation is always
     Raises FileNotFoundError or DataError before training starts, naming the remedy.
     """
 
@@ -122,6 +141,7 @@ class ShardDataModule(L.LightningDataModule):
         labels: Mapping[str, int | None] | None = None,
         own_fields: Mapping[str, Field] | None = None,
         shard_cache: Mapping[str, Any] | None = None,
+        buckets: Mapping[str, Any] | None = None,
     ):
         super().__init__()
         roots = len(as_roots(root))
@@ -131,9 +151,12 @@ class ShardDataModule(L.LightningDataModule):
             raise ValueError("several data.root, data.weights and data.balance_classes need data.reader=indexed")
         if weights is not None and (len(weights) != roots or min(weights) <= 0):
             raise ValueError(f"data.weights {list(weights)} must be positive numbers, one per data.root ({roots})")
+        if buckets is not None:
+            check_buckets(reader, weights is not None or balance_classes, train_split == val_split)
         self.root, self.batching, self.max_steps, self.fields = root, batching, max_steps, tuple(fields)
         self.weights, self.balance_classes, self.known = weights, balance_classes, FIELDS | dict(own_fields or {})
         self.transform = ImageTransform(image_size, crop, flip, scale)
+        self.bucketing = buckets and (bucket_sizes(self.transform.size, buckets["step"], buckets["max_ratio"]), buckets)
         self.channels, self.reader, self.num_workers, self.seed = channels, reader, num_workers, seed
         self.train_split, self.val_split, self.val_images = train_split, val_split, val_images
         self.max_bad_fraction, self.shuffle_buffer, self.remedy = max_bad_fraction, shuffle_buffer, remedy
@@ -147,6 +170,7 @@ class ShardDataModule(L.LightningDataModule):
         named = len(self.index.get("classes") or []) or None
         self.labels = {field: count or named for field, count in ({"class_label": None} | dict(labels or {})).items()}
         self._shards: dict[str, IndexedShards] = {}
+        self._buckets: Buckets | None = None
         self.cache = ShardCache(shard_cache["folder"], 1e9 * shard_cache["gigabytes"]) if shard_cache else None
         used = {split: self.index["splits"][split]["shards"] for split in (train_split, val_split)}
         far = sum(remote_bytes(shards) for shards in used.values())
@@ -172,6 +196,15 @@ class ShardDataModule(L.LightningDataModule):
             self._shards[split] = IndexedShards(self.root, split, self.remedy, self.cache)
         return self._shards[split]
 
+    def buckets(self, split: str) -> Buckets | None:
+        """The sizes that the training samples are cut to; None where all have one, and for other splits."""
+        if self.bucketing is None or split != self.train_split:
+            return None
+        if self._buckets is None:
+            sizes, options = self.bucketing
+            self._buckets = Buckets.of(self.shards(split).picture_sizes(), sizes, options["min_images"])
+        return self._buckets
+
     @property
     def mixture(self) -> Mixture | None:
         """How training draws its samples; None where all are drawn alike."""
@@ -191,9 +224,11 @@ class ShardDataModule(L.LightningDataModule):
         transform = self.transform if random else self.transform.deterministic()
         return SampleDecoder(transform, fields, self.channels, self.derive, self.labels, self.known)
 
-    def samples(self, split: str, fields: Sequence[str], random: bool) -> ShardDataset:
-        """Single samples by (epoch, index). random: with training's crops, flips and captions."""
-        return ShardDataset(self.shards(split), self._decoder(fields, random), self.seed, random)
+    def samples(self, split: str, fields: Sequence[str], random: bool, bucketed: bool = True) -> ShardDataset:
+        """Single samples by (epoch, index). random: with training's crops, flips and captions. bucketed: training samples in
+        the sizes of their buckets."""
+        buckets = self.buckets(split) if bucketed else None
+        return ShardDataset(self.shards(split), self._decoder(fields, random), self.seed, random, buckets)
 
     def check_conditions(self, limit: int = 50_000) -> None:
         """Reads the captions, classes and boxes that `fields` ask for (of `limit` samples of a split, spread evenly),
@@ -233,7 +268,10 @@ class ShardDataModule(L.LightningDataModule):
             )
             return self._loader(stream, batch_size=None)
         dataset = self.samples(self.train_split, self.fields, random=True)
-        batches = StepBatches(len(dataset), self.batching, self.seed, start, stop, self.mixture)
+        buckets = self.buckets(self.train_split)
+        if buckets is not None and self.batching.rank == 0:
+            print(f"training pictures in {buckets}", flush=True)
+        batches = StepBatches(len(dataset), self.batching, self.seed, start, stop, self.mixture, buckets)
         return self._batch_loader(dataset, batches)
 
     def train_dataloader(self) -> DataLoader:
@@ -242,11 +280,12 @@ class ShardDataModule(L.LightningDataModule):
     def fixed_loader(
         self, split: str, limit: int | None = None, fields: Sequence[str] | None = None, repeat: bool = False
     ) -> DataLoader:
-        """Each sample of a split once over all ranks, without randomness: centre crop, first caption. repeat: `limit`
+        """Each sample of a split once over all ranks, without randomness: cut to image_size, first caption. repeat: `limit`
         samples, going round; those of the second round have keys that end in #1, and so on."""
         shards, b = self.shards(split), self.batching
         batches = evaluation_batches(len(shards), b.micro, b.rank, b.world_size, limit, repeat)
-        return self._batch_loader(self.samples(split, fields or self.fields, random=False), batches)
+        dataset = self.samples(split, fields or self.fields, random=False, bucketed=False)
+        return self._batch_loader(dataset, batches)
 
     def val_dataloader(self) -> DataLoader:
         return self.fixed_loader(self.val_split, self.val_images)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 from torch.utils.data import Sampler
 
+from ldm_train.data.buckets import BucketOrder, Buckets
 from ldm_train.data.files import DataError
 
 IN_MEMORY = 1 << 24  # samples whose order is a permutation in memory; of more it is computed sample by sample
@@ -120,16 +121,24 @@ class StepBatches(Sampler):
     there is no mixture.
 
     Each epoch is a permutation seeded by (seed, epoch), or a draw from the mixture; what does not fill a global batch
-    is dropped. Which samples make up a global batch does not depend on the number of ranks. Any micro-batch is found
-    without those before it.
+    is dropped. With buckets all samples of a global batch are of one. Which samples make up a global batch does not depend on
+    the number of ranks. Any micro-batch is found without those before it.
     """
 
     def __init__(
-        self, count: int, batching: Batching, seed: int, start: int, stop: int, mixture: Mixture | None = None
+        self,
+        count: int,
+        batching: Batching,
+        seed: int,
+        start: int,
+        stop: int,
+        mixture: Mixture | None = None,
+        buckets: Buckets | None = None,
     ):
         self.count, self.batching, self.seed, self.start, self.stop = count, batching, seed, start, stop
         self.mixture = mixture
-        self.steps_per_epoch = count // batching.batch_size
+        self.buckets = BucketOrder(buckets, batching.batch_size) if buckets else None
+        self.steps_per_epoch = self.buckets.batches if self.buckets else count // batching.batch_size
         if self.steps_per_epoch == 0:
             raise DataError(
                 f"batch_size {batching.batch_size} exceeds the {count} training images; lower autoencoder.batch_size / "
@@ -147,6 +156,8 @@ class StepBatches(Sampler):
         if self.mixture is not None:
             self._visits, order = self.mixture.epoch(self.seed, epoch, self.count)
             self._drawn = order.take
+        elif self.buckets is not None:
+            self._drawn = self.buckets.epoch(self.seed, epoch)
         elif self.count <= IN_MEMORY:
             self._drawn = np.random.default_rng([self.seed, epoch]).permutation(self.count).take
         else:

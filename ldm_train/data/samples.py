@@ -78,8 +78,12 @@ class SampleDecoder:
         self.fields = tuple(known[name] for name in known if name in fields)
         self.needs_pixels = any(field.needs_pixels for field in self.fields)
 
-    def __call__(self, key: str, raw: Mapping[str, bytes], rng: np.random.Generator | None) -> dict[str, Any]:
-        sample = Sample(key, raw, rng, self.transform, self.channels, self.derive, self.labels)
+    def __call__(
+        self, key: str, raw: Mapping[str, bytes], rng: np.random.Generator | None, size: tuple[int, int] | None = None
+    ) -> dict[str, Any]:
+        """size: (height, width) that pictures are cut to, where it is not the transform's."""
+        transform = self.transform.sized(size) if self.transform and size else self.transform
+        sample = Sample(key, raw, rng, transform, self.channels, self.derive, self.labels)
         if self.needs_pixels:
             sample.pixels  # noqa: B018 - the picture draws the plan, before what is cut with it
         return {"key": key} | {field.name: field.decode(sample) for field in self.fields}

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from ldm_train.data.buckets import picture_sizes
 from ldm_train.data.fields import captions_of, label_of, relabelled, relabelled_boxes
 from ldm_train.data.files import DataError
 from ldm_train.data.offsets import OffsetTable, Recent, ShardFile
@@ -271,6 +272,11 @@ class IndexedShards:
     def sets(self) -> np.ndarray:
         sets = np.repeat(self._set, np.diff(self.table.first))
         return sets if self._rows is None else sets[self._rows]
+
+    def picture_sizes(self) -> np.ndarray:
+        """(height, width) of every sample's picture (N, 2), (0, 0) where it cannot be read. Read once, and kept."""
+        sizes = picture_sizes(self.files, self.table)
+        return sizes if self._rows is None else sizes[self._rows]
 
     def key(self, i: int) -> str:
         return self.table.key(self._row(i))

@@ -21,10 +21,11 @@ def latent_statistics(latents: CachedLatents, limit: int = 50_000) -> dict[str, 
     et al. 2022, appendix G) and "count".
     """
     picks = spread(len(latents), limit)
-    channels, height, width = latents.mean_and_std(0)[0].shape
-    total, square, elements = np.zeros(channels), np.zeros(channels), len(picks) * height * width
+    channels = len(latents.mean_and_std(0)[0])
+    total, square, elements = np.zeros(channels), np.zeros(channels), 0
     for i in picks.tolist():
         mean, std = latents.mean_and_std(i)
+        elements += mean[0].size
         total += mean.sum(axis=(1, 2))
         square += (mean**2 + std**2).sum(axis=(1, 2))
     mean = total / elements

@@ -87,6 +87,10 @@ class ImageTransform:
         """The same size by centre crop, without flips: for validation, caching and reference statistics."""
         return ImageTransform(self.size)
 
+    def sized(self, size: tuple[int, int]) -> "ImageTransform":
+        """The same for another target, (height, width)."""
+        return self if size == self.size else ImageTransform(size, self.crop, self.flip, self.scale)
+
     @property
     def cacheable(self) -> bool:
         """Whether one encoding per sample (and one of its mirror image) covers all it can produce."""
@@ -108,7 +112,7 @@ class ImageTransform:
     def reduced(self, factor: int) -> "ImageTransform":
         """For a picture `factor` times smaller than the image."""
         height, width = self.size
-        return ImageTransform((height // factor, width // factor), self.crop, self.flip, self.scale)
+        return self.sized((height // factor, width // factor))
 
     def apply_to_boxes(self, boxes: np.ndarray, plan: Plan, shape: tuple[int, int], least: float = 0.2) -> np.ndarray:
         """(N, 5) in unit coordinates of a picture of `shape` -> those of the cut picture. Boxes are clipped to it; those of

@@ -174,7 +174,7 @@ class Evaluator:
             return collect_reference(name, wanted, loader, identity, cache, self.device, progress)
 
         def image_of(name: str, index: int) -> torch.Tensor:
-            return data.samples(getattr(data, name), ("image",), random=False)[(0, index)]["image"]
+            return data.samples(getattr(data, name), ("image",), random=False, bucketed=False)[(0, index)]["image"]
 
         source = str(self.section.reference)
         if source.endswith(".npz"):

@@ -11,6 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch.nn import functional as F
 
 from ldm_train.data.batch import FIELDS, Field
+from ldm_train.data.buckets import nearest_size
 from ldm_train.data.masks import masked_image
 from ldm_train.devices import device_of
 from ldm_train.generation.files import (
@@ -71,6 +72,14 @@ TEXTS = (
     "guide.classifier",
     "guide.clip",
 )
+
+
+def _ratio(value: Any) -> str:
+    if not re.fullmatch(r"[1-9]\d{0,3}:[1-9]\d{0,3}", str(value)):
+        raise ValueError("{name}={value} is no ratio of width to height such as 16:9")
+    return str(value)
+
+
 RULES: dict[str, Rule] = {
     **{name: section(f" is no section with options; say {{name}}.{option}=") for name, option in SECTIONS.items()},
     "seed": optional(whole(0)),
@@ -78,7 +87,7 @@ RULES: dict[str, Rule] = {
     "tiles.cells": COUNT,
     **dict.fromkeys(("num_inference_steps", "tiles.overlap"), NOT_NEGATIVE),
     **dict.fromkeys((*NUMBERS, "guide.classifier_scale", "guide.clip_scale"), optional(number())),
-    "size": optional(either(whole(-MOST, MOST), numbers(2, PIXELS, "whole numbers"))),
+    "size": optional(either(_ratio, either(whole(-MOST, MOST), numbers(2, PIXELS, "whole numbers")))),
     "extend": optional(numbers(4, PIXELS, "whole numbers")),
     "guidance.interval": optional(numbers(2, number(-MOST, MOST))),
     **dict.fromkeys(TEXTS, scalar),
@@ -177,12 +186,16 @@ def chosen_task(model: LatentDiffusion, config: DictConfig, guided: Collection[s
 
 
 def picture_size(model: LatentDiffusion, size: Any, option: str = "size") -> tuple[int, int]:
-    """(H, W) of the pictures. Raises ValueError for a size that the model's halvings do not divide."""
+    """(H, W) of the pictures. size: also a ratio, width:height, for about as many pixels as the model was trained on. Raises
+    ValueError for a size that the model's halvings do not divide."""
     f = model.first_stage.downsample_factor
+    trained, least = (model.latent_size[0] * f, model.latent_size[1] * f), f * model.network.size_multiple
     if size is None:
-        return model.latent_size[0] * f, model.latent_size[1] * f
-    height, width = (int(size), int(size)) if isinstance(size, int | str) else (int(v) for v in size)
-    least = f * model.network.size_multiple
+        return trained
+    if isinstance(size, str):
+        width, height = map(int, size.split(":"))
+        return nearest_size(trained, least, height / width)
+    height, width = (size, size) if isinstance(size, int) else (int(v) for v in size)
     if height < 1 or width < 1 or height % least or width % least:
         raise ValueError(
             f"{option} {height}x{width} is not divisible by {least} (downsample_factor {f}, latents in multiples of "

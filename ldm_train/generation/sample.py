@@ -26,7 +26,7 @@ from ldm_train.generation.files import as_list
 from ldm_train.generation.film import Film
 from ldm_train.generation.guides import Guides, load_weaker
 from ldm_train.generation.job import SHOWN, Job, folder_of, make_recipe, replayed
-from ldm_train.generation.requests import Request, check_types, chosen_task, requests
+from ldm_train.generation.requests import Request, check_types, chosen_task, picture_size, requests
 from ldm_train.latent_diffusion import Guidance, LatentDiffusion, Sampling
 from ldm_train.models.tiling import Tiles
 from ldm_train.samplers import Callback
@@ -189,6 +189,8 @@ def _sample(
     config = literal(OmegaConf.to_container(config, resolve=True) | unsaid(config, loaded.trained) | {"sampler": tree})
     if recipe_before and config.compile == "cuda_graphs" and device != "cuda":
         config.compile = None  # the same pictures, but for rounding
+    if isinstance(config.size, str):  # a ratio; the recipe says pixels
+        config.size = list(picture_size(model, config.size))
     guidance, guides = check(config, model), Guides(config, model, device)
     if loaded.adapters:
         guides.recipe["adapters"] = loaded.adapters

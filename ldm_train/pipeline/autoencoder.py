@@ -31,7 +31,7 @@ from ldm_train.models.first_stage import FirstStage
 from ldm_train.pipeline import training
 from ldm_train.pipeline.adopt import ADOPTED, adopted_autoencoder, adopted_embeddings, is_foreign, is_whole
 from ldm_train.pipeline.begin import model_folder as whole_model
-from ldm_train.pipeline.data import data_key, mixture_key, sides, stage_data
+from ldm_train.pipeline.data import check_bucket_step, data_key, mixture_key, sides, stage_data
 from ldm_train.pipeline.memory import Rehearsal
 from ldm_train.pipeline.run import Run
 from ldm_train.pipeline.stage import Plan, Stage
@@ -148,6 +148,7 @@ def on_meta(run: Run) -> nn.Module:
                 f"{name}.image_size {height}x{width} is not divisible by the autoencoder's downsample_factor {f}; use "
                 f"{max(f, height // f * f)}x{max(f, width // f * f)} or another autoencoder"
             )
+        check_bucket_step(data, f, name)
     channels = run.config.data.channels
     if (taken := getattr(network, "in_channels", channels)) != channels:
         raise ValueError(f"the autoencoder takes {taken} image channels, data.channels is {channels}")

@@ -1,6 +1,6 @@
 """The images of a run: the data of each stage, and the fields that its conditioners need."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,12 +40,32 @@ def sides(size: Any) -> tuple[int, int]:
     return (size, size) if isinstance(size, int) else (size[0], size[1])
 
 
+def _given(options: dict[str, Any]) -> dict[str, Any]:
+    """Without what is null, in sections too."""
+    options = {k: _given(v) if isinstance(v, dict) else v for k, v in options.items()}
+    return {k: v for k, v in options.items() if v is not None and v != {}}
+
+
 def stage_data(config: DictConfig, stage: str) -> DictConfig:
     """The data section of a stage: the autoencoder's own options (autoencoder.data) come before the common ones."""
-    own = {k: v for k, v in config.autoencoder.data.items() if v is not None} if stage == "autoencoder" else {}
+    own = _given(plain(config.autoencoder.data)) if stage == "autoencoder" else {}
     if "root" in own:  # data.weights and data.source belong to the common roots
         own = {"weights": None, "balance_classes": False, "source": None} | own
     return OmegaConf.merge(config.data, own) if own else config.data
+
+
+def bucketing(data: Mapping[str, Any]) -> dict[str, Any] | None:
+    """data.buckets where there are any; models of before know none."""
+    buckets = data.get("buckets")
+    return dict(buckets) if buckets and buckets["max_ratio"] > 1 else None
+
+
+def check_bucket_step(data: Mapping[str, Any], multiple: int, name: str = "data") -> None:
+    """Raises ValueError where sizes of buckets are not divisible by `multiple`."""
+    if (buckets := bucketing(data)) and buckets["step"] % multiple:
+        raise ValueError(
+            f"{name}.buckets.step={buckets['step']} gives sizes that these networks do not take: say a multiple of {multiple}"
+        )
 
 
 def ensure_data(data: DictConfig) -> None:
@@ -79,6 +99,7 @@ def data_module(
         labels=label_counts(config, trust),
         own_fields={field.name: field for field in declared if field is not None},
         **({"shard_cache": data.get("shard_cache")} if _far(data) else {}),
+        **({"buckets": buckets} if (buckets := bucketing(data)) else {}),
         **{k: data[k] for k in (*IMAGES, *MIXTURE, "train_split", "val_split", "max_bad_fraction", "remedy")},
     )
 
@@ -123,6 +144,8 @@ def data_key(config: DictConfig, stage: str) -> dict[str, Any]:
         used["num_workers"] = config.num_workers
     if data["module"] != usual_options()["data"]["module"]:
         used["module"] = data["module"]
+    if buckets := bucketing(data):
+        used["buckets"] = buckets
     index = read_index(data["root"], data["remedy"])
     return used | {"content": data_hash(index, data["train_split"], data["val_split"])}
 

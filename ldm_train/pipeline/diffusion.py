@@ -27,7 +27,7 @@ from ldm_train.models.first_stage import FirstStage
 from ldm_train.pipeline import adapter, autoencoder, latents, training
 from ldm_train.pipeline.begin import begin_from, model_folder, tokenizers_of, what_grows
 from ldm_train.pipeline.conditioners import conditioner_tree, conditioners_of, with_whole_vocabularies
-from ldm_train.pipeline.data import CONDITIONERS, FROM_DATA, mixture_key, sides
+from ldm_train.pipeline.data import CONDITIONERS, FROM_DATA, check_bucket_step, mixture_key, sides
 from ldm_train.pipeline.memory import Rehearsal
 from ldm_train.pipeline.run import Run
 from ldm_train.pipeline.stage import Plan, Stage
@@ -245,6 +245,7 @@ class DiffusionStage(Stage):
                 f"{network.size_multiple}; use {max(multiple, height // multiple * multiple)}x"
                 f"{max(multiple, width // multiple * multiple)} or another diffusion/network"
             )
+        check_bucket_step(run.config.data, multiple)
         widths = network.condition_widths
         shapes = {"context": (77, widths["context"]), "concat": (widths["concat"], h, w), "vector": (widths["vector"],)}
         shapes |= {"control": (widths["control"], h, w)} if "control" in widths else {}

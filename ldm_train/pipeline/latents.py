@@ -14,16 +14,9 @@ from lightning import LightningDataModule
 from ldm_train.checkpoints.native import meta_autoencoder
 from ldm_train.configuration import differences, plain
 from ldm_train.data.datamodule import ShardDataModule
+from ldm_train.data.encoding import few_samples, write_cache, write_cache_index, written_entries
 from ldm_train.data.foreign_latents import ForeignLatents
-from ldm_train.data.latents import (
-    CachedLatents,
-    LatentDataModule,
-    few_samples,
-    verify_cache,
-    write_cache,
-    write_cache_index,
-    written_entries,
-)
+from ldm_train.data.latents import CachedLatents, LatentDataModule, verify_cache
 from ldm_train.data.order import Batching
 from ldm_train.data.shards import data_hash, read_index
 from ldm_train.data.statistics import STATISTICS, latent_statistics, read_statistics
@@ -31,7 +24,7 @@ from ldm_train.devices import uploaded
 from ldm_train.errors import Refused
 from ldm_train.models.first_stage import FirstStage
 from ldm_train.pipeline import autoencoder
-from ldm_train.pipeline.data import data_key, loaded_steps, sides
+from ldm_train.pipeline.data import bucketing, data_key, loaded_steps, sides
 from ldm_train.pipeline.resume import NOTE, read_note
 from ldm_train.pipeline.run import Run
 from ldm_train.pipeline.stage import Stage
@@ -154,6 +147,8 @@ class LatentsStage(Stage):
                 raise ValueError(
                     "latents.source fills the cache, and knows no mirror images: latents.cache=true data.flip=false"
                 )
+            if bucketing(run.config.data):
+                raise ValueError("latents.source has latents of one size: leave data.buckets or latents.source out")
             self._known(run)
 
     def run(self, run: Run, folder: Path) -> dict[str, Any]:
@@ -220,5 +215,6 @@ class LatentsStage(Stage):
     def _statistics(self, run: Run, folder: Path, entries: dict[str, list[dict]], classes: Any) -> dict[str, Any]:
         """Of the cache that these shards are, once they have their index."""
         stochastic = meta_autoencoder(autoencoder.model_folder(run), run.trust).moments_per_latent == 2
-        write_cache_index(folder, entries, classes, stochastic)
+        bucketed = bucketing(run.config.data) is not None
+        write_cache_index(folder, entries, classes, stochastic, bucketed)
         return latent_statistics(CachedLatents(folder, next(iter(entries)), (), run.config.seed))

@@ -160,6 +160,10 @@ RULES: dict[str, Rule] = {
     "price_per_hour": optional(POSITIVE),
     **dict.fromkeys(("data.image_size", "autoencoder.data.image_size"), optional(_image_size)),
     "data.scale": _area,
+    "data.buckets.max_ratio": number(1, 100),
+    **dict.fromkeys(("data.buckets.step", "data.buckets.min_images"), COUNT),
+    "autoencoder.data.buckets.max_ratio": optional(number(1, 100)),
+    **dict.fromkeys(("autoencoder.data.buckets.step", "autoencoder.data.buckets.min_images"), optional(COUNT)),
     "autoencoder.data.scale": optional(_area),
 }
 REQUIRED = (

@@ -14,14 +14,8 @@ import pytest
 import torch
 
 from ldm_train.data.datamodule import ShardDataModule
-from ldm_train.data.latents import (
-    CachedLatents,
-    LatentDataModule,
-    verify_cache,
-    write_cache,
-    write_cache_index,
-    written_entries,
-)
+from ldm_train.data.encoding import write_cache, write_cache_index, written_entries
+from ldm_train.data.latents import CachedLatents, LatentDataModule, verify_cache
 from ldm_train.data.order import Batching
 from ldm_train.data.prepare.index import write_tar_index
 from ldm_train.data.shards import DataError, IndexedShards, read_index, write_shard

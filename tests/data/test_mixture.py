@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from ldm_train.data.datamodule import ShardDataModule
+from ldm_train.data.encoding import write_cache, write_cache_index
 from ldm_train.data.fields import boxes_of, captions_of, label_of
-from ldm_train.data.latents import LatentDataModule, write_cache, write_cache_index
+from ldm_train.data.latents import LatentDataModule
 from ldm_train.data.order import Batching, Mixture, StepBatches
 from ldm_train.data.shards import DataError, IndexedShards, write_shard
 from ldm_train.storage import write_json

@@ -165,6 +165,9 @@ def test_other_sizes_than_the_trained_one(run: Callable):
     assert run("none", "size=[64,48]")[0].shape == (3, 64, 48)
     with pytest.raises(ValueError, match=r"size 60x48 is not divisible by 8 .* use 64x48"):
         run("none", "size=[60,48]")
+    wide, high = run("none", "size=5:3", out="wide")[0], run("none", "size=2:3", out="high")[0]
+    assert wide.shape == (3, 24, 40)  # of a model of 32x32
+    assert high.shape == (3, 40, 24)
 
 
 def test_pairs_of_inputs(run: Callable, files: dict[str, str], tmp_path: Path):
@@ -246,6 +249,7 @@ def test_pairs_of_inputs(run: Callable, files: dict[str, str], tmp_path: Path):
         ("none", ("guidance_scale=3", "guidance.rescale=0.5"), "takes no condition that guidance could strengthen"),
         ("text", ("guidance.threshold=0",), r"guidance\.threshold is a percentile"),
         ("text", ("guidance.interval=5",), r"guidance\.interval=5 is no list of 2 numbers"),
+        ("none", ("size=16:0",), r"size=16:0 is no list of 2 whole numbers"),
         ("none", ("size=[64]",), r"size=\[64\] is no list of 2 whole numbers"),
         ("none", ("image={photo.png}", "extend=[0.5,0,0,0]"), r"extend=\[0\.5, 0, 0, 0\] is no list of 4 whole numbers"),
         ("none", ("n=abc",), "n='abc' is no whole number"),

@@ -1,0 +1,185 @@
+"""Aspect-ratio buckets: every batch holds pictures of one shape, so that wide and tall ones need not be cut square."""
+
+import math
+import os
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+
+import numpy as np
+from tqdm import tqdm
+
+from ldm_train.data.files import IMAGE_EXTENSIONS, DataError, open_image, read_npy
+from ldm_train.data.offsets import OffsetTable, ShardFile
+from ldm_train.storage import write_atomically
+
+ORIENTATION = 0x0112  # of EXIF; from 5 on the picture lies on its side
+ORIENTED = (b"eXIf", b"exif", b"Orientation")  # what a PNG that knows its orientation holds
+Size = tuple[int, int]  # height, width
+
+
+def bucket_sizes(base: Size, step: int, max_ratio: float) -> list[Size]:
+    """`base`, and the sizes in multiples of `step` with at most as many pixels whose sides are at most `max_ratio` to 1: of each
+    height the widest, of each width the highest. Raises ValueError where there is none but `base`."""
+    sizes = _sizes(base, step, max_ratio)
+    if len(sizes) == 1:
+        raise ValueError(
+            f"data.buckets.step={step} and max_ratio={max_ratio} leave no size beside {base[0]}x{base[1]}; lower the one or raise "
+            "the other"
+        )
+    return sizes
+
+
+def nearest_size(base: Size, step: int, ratio: float) -> Size:
+    """Of `base` and the sizes in multiples of `step` with at most as many pixels the one whose height is nearest to `ratio` times
+    its width."""
+    return min(_sizes(base, step, math.inf), key=lambda size: abs(math.log(size[0] / size[1] / ratio)))
+
+
+def _sizes(base: Size, step: int, max_ratio: float) -> list[Size]:
+    area = base[0] * base[1]
+    pairs = [(side, area // side // step * step) for side in range(step, area // step + 1, step)]
+    sizes = [size for a, b in pairs if b for size in ((a, b), (b, a)) if max(size) <= max_ratio * min(size)]
+    return list(dict.fromkeys([base, *sorted(sizes, key=lambda size: size[0] / size[1])]))
+
+
+class Buckets:
+    """Which of several sizes each sample is cut to.
+
+    sizes: (height, width) of each bucket. number (N,): the bucket of each sample.
+    """
+
+    def __init__(self, sizes: list[Size], number: np.ndarray):
+        self.sizes, self.number = sizes, number
+        self.members = [np.flatnonzero(number == k) for k in range(len(sizes))]
+
+    @classmethod
+    def of(cls, pictures: np.ndarray, sizes: list[Size], min_images: int) -> "Buckets":
+        """pictures (N, 2): height and width of each; (0, 0) is taken for one of the first size. Each goes into the bucket
+        whose aspect ratio is nearest, and buckets of fewer than `min_images` into their neighbours, the smallest first."""
+        packed = pictures[:, 0].astype(np.int64) << 32 | pictures[:, 1]
+        kinds, kind, counts = np.unique(packed, return_inverse=True, return_counts=True)
+        heights, widths = (
+            np.where(kinds > 0, side, size) for side, size in zip((kinds >> 32, kinds & 2**32 - 1), sizes[0])
+        )
+        ratios = np.log(heights / widths)
+        while True:
+            apart = np.abs(ratios[:, None] - np.log([h / w for h, w in sizes]))
+            nearest = apart.argmin(axis=1)
+            held = np.bincount(nearest, counts, len(sizes))
+            if held.min() >= min_images or len(sizes) == 1:
+                return cls(sizes, nearest.astype(np.uint16)[kind])
+            sizes = [size for k, size in enumerate(sizes) if k != held.argmin()]
+
+    def size(self, i: int) -> Size:
+        return self.sizes[self.number[i]]
+
+    def neighbours(self, i: int) -> np.ndarray:
+        """The samples of the same size."""
+        return self.members[self.number[i]]
+
+    def __str__(self) -> str:
+        parts = [f"{h}x{w} ({len(members)})" for (h, w), members in zip(self.sizes, self.members)]
+        return f"{len(self.sizes)} sizes, height x width (images): {', '.join(parts)}"
+
+
+class BucketOrder:
+    """The order of an epoch in which each batch is of one bucket: batches of all buckets shuffled, and the samples within each.
+    What does not fill a batch of its bucket is left out of the epoch.
+
+    Raises DataError where a bucket has not the samples of one batch.
+    """
+
+    def __init__(self, buckets: Buckets, batch_size: int):
+        self.members, self.batch_size = buckets.members, batch_size
+        for size, members in zip(buckets.sizes, buckets.members):
+            if len(members) < batch_size:
+                raise DataError(
+                    f"{len(members)} images have the aspect ratio of {size[0]}x{size[1]}, fewer than the batch_size of "
+                    f"{batch_size}, and would never be seen; say data.buckets.min_images={batch_size}"
+                )
+        self.first = np.cumsum([0, *(len(members) // batch_size for members in self.members)])  # batch of each bucket
+
+    @property
+    def batches(self) -> int:
+        return int(self.first[-1])
+
+    def epoch(self, seed: int, epoch: int) -> Callable[[np.ndarray], np.ndarray]:
+        """positions in the epoch (M,), all of one batch -> indices of samples (M,)."""
+        order = np.random.default_rng([seed, epoch]).permutation(self.batches)
+        shuffled: dict[int, np.ndarray] = {}
+
+        def drawn(positions: np.ndarray) -> np.ndarray:
+            batch = order[positions[0] // self.batch_size]
+            bucket = int(np.searchsorted(self.first, batch, "right")) - 1
+            if bucket not in shuffled:
+                shuffled[bucket] = np.random.default_rng([seed, epoch, bucket]).permutation(self.members[bucket])
+            return shuffled[bucket][(batch - self.first[bucket]) * self.batch_size + positions % self.batch_size]
+
+        return drawn
+
+
+def shown_size(data: bytes, extension: str) -> Size:
+    """(height, width) of an encoded picture as a viewer shows it; (0, 0) where it cannot be read."""
+    try:
+        if extension == "npy":
+            height, width = read_npy(data).shape[:2]
+            return height, width
+        with open_image(data) as image:
+            width, height = image.size
+            # Pillow looks for the orientation of a PNG behind its pixels, and decodes them.
+            turned = image.format != "PNG" or any(mark in data for mark in ORIENTED)
+            if turned and image.getexif().get(ORIENTATION, 1) >= 5:
+                return width, height
+            return height, width
+    except Exception:  # damaged data: training replaces the sample and says so
+        return 0, 0
+
+
+def picture_sizes(files: Sequence[ShardFile], table: OffsetTable) -> np.ndarray:
+    """(height, width) of the picture of every row of a table (N, 2), (0, 0) where it has none that can be read. They are read
+    once, and kept beside the shards' offsets."""
+    sizes, bar = [np.empty((0, 2), np.int32)], None
+    for number, file in enumerate(files):
+        kept = file.kept.with_suffix(".sizes.npz")
+        rows = range(int(table.first[number]), int(table.first[number + 1]))
+        if (known := _kept(file, len(rows))) is None:
+            bar = bar or tqdm(desc="reading the pictures' sizes", total=len(table), initial=rows.start, unit="img")
+            known = _read_sizes(file, table, rows, bar)
+            if not kept.parent.is_symlink():  # nothing is written outside the data folder
+                note = {"stamp": np.array(file.stamp, np.int64), "sha256": np.array(file.entry["sha256"])}
+                with suppress(OSError):  # a read-only data folder: read again next time
+                    write_atomically(kept, lambda f, n=note, k=known: np.savez(f, **n, sizes=k))
+        sizes.append(known)
+    if bar is not None:
+        bar.close()
+    return np.concatenate(sizes)
+
+
+def _kept(file: ShardFile, count: int) -> np.ndarray | None:
+    """The sizes that were read earlier; None where they are of another file or damaged."""
+    try:
+        with np.load(file.kept.with_suffix(".sizes.npz"), allow_pickle=False) as saved:
+            if (saved["stamp"] != file.stamp).any() or str(saved["sha256"]) != file.entry["sha256"]:
+                return None
+            sizes = saved["sizes"]
+    except Exception:  # a damaged file raises errors of any type
+        return None
+    whole = sizes.shape == (count, 2) and sizes.dtype == np.int32 and (not count or sizes.min() >= 0)
+    return sizes if whole else None
+
+
+def _read_sizes(file: ShardFile, table: OffsetTable, rows: range, bar: tqdm) -> np.ndarray:
+    sizes = np.zeros((len(rows), 2), np.int32)
+    extensions = [e for e in IMAGE_EXTENSIONS if e in table.extensions]
+    descriptor = file.open()
+    try:
+        for k, row in enumerate(rows):
+            for extension in extensions:
+                offset, size = table.member(row, extension)
+                if offset >= 0 and 0 <= size <= file.entry["bytes"]:
+                    sizes[k] = shown_size(os.pread(descriptor, size, offset), extension)
+                    break
+            bar.update()
+    finally:
+        os.close(descriptor)
+    return sizes

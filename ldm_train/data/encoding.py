@@ -1,0 +1,156 @@
+"""Writing the latent cache: every image encoded once per autoencoder, shard by shard, by all ranks."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from ldm_train.data.batch import FIELDS
+from ldm_train.data.buckets import Buckets
+from ldm_train.data.datamodule import ShardDataModule
+from ldm_train.data.files import encoded_npy
+from ldm_train.data.latents import CACHED_FIELDS, REMEDY, Encode, cache_keys, extensions_of
+from ldm_train.data.samples import collate, refuse_too_many
+from ldm_train.data.shards import (
+    ENTRIES,
+    INDEX,
+    DataError,
+    finished_shard,
+    noted_entry,
+    shard_name,
+    spread,
+    write_shard,
+)
+from ldm_train.interrupts import become_worker
+from ldm_train.storage import write_json
+
+
+def write_cache(
+    data: ShardDataModule,
+    split: str,
+    encode: Encode,
+    folder: str | Path,
+    per_shard: int = 1024,
+    flips: bool = False,
+    known: Callable[[str], torch.Tensor] | None = None,
+) -> list[dict]:
+    """Encodes this rank's part of a split, shard by shard; shards that are complete are kept. Returns their entries.
+
+    flips: also store the moments of the mirror image. known: key in the cache -> moments that are there already, in the place
+    of encoding. Samples whose picture, class or caption (where `data` ask for them)
+    cannot be read are left out and named. Raises DataError where they are more than data.max_bad_fraction allows,
+    ValueError for transforms that are random beyond a flip.
+    """
+    if split == data.train_split and not data.transform.cacheable:
+        raise ValueError(
+            f"data.crop={data.transform.crop} is random, one cached encoding cannot stand for it; set latents.cache=false "
+            "or data.crop=center"
+        )
+    folder, shards, b = Path(folder), data.shards(split), data.batching
+    chunks = [range(i, min(i + per_shard, len(shards))) for i in range(0, len(shards), per_shard)]
+    mine = list(enumerate(chunks))[b.rank :: b.world_size]
+    entries, seen = [], 0
+    total = sum(len(chunk) for _, chunk in mine)
+    progress = tqdm(total=total, desc=f"caching {split} latents", unit="img", disable=b.rank != 0)
+    for number, chunk in mine:
+        name = shard_name(split, number)
+        entry = finished_shard(folder, name)
+        if entry is None:
+            entry = write_shard(folder / name, _encoded(data, split, encode, chunk, flips, progress, known))
+            write_json(folder / ENTRIES / f"{name}.json", entry)
+        else:
+            progress.update(len(chunk))
+        entries.append(entry)
+        seen += len(chunk)
+        bad = seen - sum(e["count"] for e in entries)
+        refuse_too_many(bad, seen, total, data.max_bad_fraction)
+    progress.close()
+    return entries
+
+
+def few_samples(data: ShardDataModule, split: str, count: int = 8) -> Iterator[tuple[str, torch.Tensor]]:
+    """(key in the cache, picture) of samples spread over a split."""
+    dataset, keys = data.samples(split, ("image",), random=False), cache_keys(data.shards(split))
+    for i in spread(len(keys), count).tolist():
+        yield keys[i], dataset[(0, i)]["image"]
+
+
+def written_entries(folder: Path, split: str) -> list[dict]:
+    """The entries of a split's shards that all ranks have written. Raises DataError, naming an entry that is damaged."""
+    entries = []
+    for note in sorted((folder / ENTRIES).glob(f"{split}-*.json")):
+        if (entry := noted_entry(folder, note.stem)) is None:
+            raise DataError(f"{note} is damaged; make the cache anew with: {REMEDY}")
+        entries.append(entry)
+    return entries
+
+
+def both_encoded(encode: Encode, images: torch.Tensor, flips: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The moments of pictures and, with `flips`, of their mirror images, on the host. Read when both are asked of the device."""
+    moments, mirrored = encode(images), encode(images.flip(3)) if flips else None
+    return moments.cpu(), None if mirrored is None else mirrored.cpu()
+
+
+def _encoded(
+    data: ShardDataModule,
+    split: str,
+    encode: Encode,
+    chunk: range,
+    flips: bool,
+    progress: tqdm,
+    known: Callable[[str], torch.Tensor] | None,
+) -> Iterator[tuple[str, dict[str, bytes]]]:
+    shards, stored = data.shards(split), [f for f in CACHED_FIELDS if f in data.fields]
+    dataset, keys = data.samples(split, ("image", *stored), random=False), cache_keys(shards)
+    batches = _batches_of_one_size(chunk, max(1, min(64, data.batching.micro)), data.buckets(split))
+    loader = DataLoader(
+        dataset, batch_sampler=batches, num_workers=data.num_workers, collate_fn=collate, worker_init_fn=become_worker
+    )
+    made: dict[int, dict[str, bytes] | None] = {}  # those whose turn has not come; None: left out
+    turn = chunk.start
+    for rows, batch in zip(batches, loader):
+        if known is None:
+            moments, mirrored = both_encoded(encode, batch["image"], flips)
+        else:
+            moments, mirrored = torch.stack([known(keys[i]) for _, i in rows]), None
+        for note in batch["replaced"]:
+            tqdm.write(f"latent cache: leaving out unreadable {note}")
+        for k, (_, i) in enumerate(rows):
+            if batch["key"][k] != shards.key(i):  # unreadable, replaced by another sample
+                made[i] = None
+                continue
+            made[i] = {"moments.npy": encoded_npy(moments[k].numpy())}
+            if mirrored is not None:
+                made[i]["flipped.npy"] = encoded_npy(mirrored[k].numpy())
+        while turn in made:
+            if (fields := made.pop(turn)) is not None:
+                yield keys[turn], fields | shards.members(turn, extensions_of(FIELDS[f] for f in CACHED_FIELDS))
+            turn += 1
+        progress.update(len(rows))
+
+
+def _batches_of_one_size(chunk: range, most: int, buckets: Buckets | None) -> list[list[tuple[int, int]]]:
+    """(epoch, index) of all samples of a chunk in batches of at most `most`, those that begin earlier first."""
+    groups = [list(chunk)]
+    if buckets is not None:
+        numbers = buckets.number[chunk.start : chunk.stop]
+        groups = [(chunk.start + np.flatnonzero(numbers == k)).tolist() for k in np.unique(numbers)]
+    return sorted([(0, i) for i in group[k : k + most]] for group in groups for k in range(0, len(group), most))
+
+
+def write_cache_index(
+    folder: str | Path,
+    splits: dict[str, list[dict]],
+    classes: list[str] | None,
+    stochastic: bool = True,
+    bucketed: bool = False,
+) -> None:
+    """Completes a cache: without index.json it does not exist. stochastic: it holds means and log-variances. bucketed: of
+    several sizes."""
+    ordered = {split: sorted(entries, key=lambda e: e["file"]) for split, entries in splits.items()}
+    index = {"splits": {s: {"shards": e, "count": sum(x["count"] for x in e)} for s, e in ordered.items()}}
+    index |= {"stochastic": stochastic} | ({"bucketed": True} if bucketed else {})
+    write_json(Path(folder) / INDEX, index | ({"classes": classes} if classes else {}))
