@@ -8,6 +8,8 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
+import numpy as np
+
 from ldm_train.configuration import config_folder
 from ldm_train.pipeline.sweep import SweptRun, read_rows
 from ldm_train.storage import write_atomically
@@ -48,6 +50,18 @@ MEASURES = (
     Measure("diversity", "adherence.diversity.position_ratio", "higher", ratio=True),
     Measure("rFID_tiny", "reconstructions.fid_tiny.value", "lower", relative=True),
 )
+
+# What is known of an autoencoder before a U-Net is trained on its latents, and what is asked of the U-Net's samples.
+PREDICTORS = {
+    "spectrum slope": "latents.spectrum_slope.value",
+    "equivariance error": "latents.equivariance_error.value",
+    "decoder sensitivity": "latents.decoder_sensitivity.value",
+    "ifid_tiny": "latents.ifid_tiny.value",
+    "rFID_tiny": "reconstructions.fid_tiny.value",
+    "PSNR": "reconstruction.psnr.value",
+}
+OUTCOMES = ("fid_tiny", "adherence", "shape fidelity")
+LEAST_AUTOENCODERS = 6  # to correlate anything over
 
 
 def _quantile(freedom: int) -> float:
@@ -152,6 +166,50 @@ def rows(runs: Sequence[SweptRun], commit: str = "") -> list[dict[str, Any]]:
     return table
 
 
+def rank_correlation(x: Sequence[float], y: Sequence[float]) -> tuple[float, float, float]:
+    """(Spearman's rho, low, high): its 95 % interval by Fisher's z with the variance of Bonett and Wright (2000), (1 + rho^2 / 2)
+    / (n - 3). Ties have their mean rank; NaN where x or y is constant."""
+    ranks = []
+    for values in (np.asarray(x, float), np.asarray(y, float)):
+        below, equal = (values[:, None] > values).sum(1), (values[:, None] == values).sum(1)
+        ranks.append(below + (equal - 1) / 2)
+    a, b = (r - r.mean() for r in ranks)
+    if not (norm := math.sqrt((a @ a) * (b @ b))):
+        return math.nan, math.nan, math.nan
+    rho = float(a @ b) / norm
+    half = 1.959964 * math.sqrt((1 + rho**2 / 2) / (len(a) - 3))
+    z = math.atanh(max(-1 + 1e-12, min(1 - 1e-12, rho)))
+    return rho, math.tanh(z - half), math.tanh(z + half)
+
+
+def predictions(runs: Sequence[SweptRun]) -> list[dict[str, Any]]:
+    """A row per predictor: how the autoencoders' order by it agrees with their order by what U-Nets of equal training made of
+    them. Several U-Nets on one autoencoder count once, by their mean. Empty where the autoencoders are too few."""
+    outcomes = [m for m in MEASURES if m.title in OUTCOMES]
+    by_autoencoder: dict[tuple[float, ...], list[Mapping[str, float]]] = {}
+    for run in runs:
+        metrics = {} if run.failed else run.metrics()
+        values = tuple(metrics.get(key, math.nan) for key in PREDICTORS.values())
+        if metrics and not any(map(math.isnan, values)):
+            by_autoencoder.setdefault(values, []).append(metrics)
+    table = []
+    for number, predictor in enumerate(PREDICTORS):
+        row: dict[str, Any] = {"predictor": predictor}
+        for outcome in outcomes:
+            pairs = [
+                (values[number], fmean(made))
+                for values, trained in by_autoencoder.items()
+                if (made := [v for metrics in trained if (v := outcome.of(metrics)) is not None])
+            ]
+            if len(pairs) >= LEAST_AUTOENCODERS:
+                rho, low, high = rank_correlation(*zip(*pairs))
+                row[outcome.title] = f"{rho:+.2f} [{low:+.2f}, {high:+.2f}]"
+                row["autoencoders"] = len(pairs)
+        if len(row) > 1:
+            table.append(row)
+    return table
+
+
 def markdown(table: Sequence[Mapping[str, Any]]) -> str:
     """The rows as a table of markdown, without columns that are empty everywhere."""
     columns = [c for c in dict.fromkeys(k for row in table for k in row) if any(row.get(c) for row in table)]
@@ -171,9 +229,8 @@ def commit_of(folder: Path) -> str:
     return said.stdout.strip()
 
 
-def write_table(table: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Writes the rows between the marks of a file that has them, or the whole file. Raises ValueError for a file without marks."""
-    text = markdown(table)
+def write_table(text: str, path: Path) -> None:
+    """Writes the text between the marks of a file that has them, or the whole file. Raises ValueError for a file without marks."""
     if path.is_file():
         old = path.read_text()
         before, begin, rest = old.partition(BEGIN)
@@ -187,8 +244,12 @@ def write_table(table: Sequence[Mapping[str, Any]], path: Path) -> None:
 
 
 def ledger(runs: Sequence[SweptRun], folder: Path) -> Path:
-    """Prints the ledger of a sweep's runs and writes it into its folder, as ledger.md."""
-    table = rows(runs, commit=commit_of(config_folder()))
-    write_table(table, folder / "ledger.md")
-    print(markdown(table))
+    """Prints the ledger of a sweep's runs, and how well latents predict samples, and writes both into its folder, as ledger.md."""
+    text = markdown(rows(runs, commit=commit_of(config_folder())))
+    if predicted := predictions(runs):
+        text += (
+            f"\n\nRank correlations (Spearman) with what is known of an autoencoder before:\n\n{markdown(predicted)}"
+        )
+    write_table(text, folder / "ledger.md")
+    print(text)
     return folder / "ledger.md"

@@ -6,6 +6,7 @@ import math
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from chains import composed
 from hydra.types import RunMode
@@ -70,7 +71,7 @@ def test_a_verdict_names_what_is_certain_and_nothing_else(runs: list[SweptRun]) 
 def test_the_table_goes_where_its_marks_are(runs: list[SweptRun], tmp_path: Path) -> None:
     guide = tmp_path / "README.md"
     guide.write_text(f"before\n{ledger.BEGIN}\nold rows\n{ledger.END}\nafter\n")
-    ledger.write_table(ledger.rows(runs), guide)
+    ledger.write_table(ledger.markdown(ledger.rows(runs)), guide)
     text = guide.read_text()
     assert text.startswith("before\n")
     assert text.endswith("after\n")
@@ -78,7 +79,7 @@ def test_the_table_goes_where_its_marks_are(runs: list[SweptRun], tmp_path: Path
     assert "| flow |" in text
     guide.write_text("no marks")
     with pytest.raises(ValueError, match="no place for the table"):
-        ledger.write_table(ledger.rows(runs), guide)
+        ledger.write_table(ledger.markdown(ledger.rows(runs)), guide)
     assert guide.read_text() == "no marks"
 
 
@@ -108,6 +109,44 @@ def test_too_much_variety_is_no_better_than_too_little() -> None:
 def test_a_number_that_is_none_is_left_out() -> None:
     assert ledger.Measure("x", "x", "lower").of({"x": math.nan}) is None
     assert ledger.Measure("x", "x", "lower").of({}) is None
+
+
+@pytest.mark.parametrize("ties", [False, True])
+def test_the_rank_correlation_is_scipys_and_its_interval_covers(ties: bool) -> None:
+    rng, wanted = np.random.default_rng(0), 0.6
+    known = 6 / math.pi * math.asin(wanted / 2)  # Spearman's of normal variables that correlate by `wanted`
+    covered = 0
+    for _ in range(500):
+        x, y = rng.multivariate_normal([0, 0], [[1, wanted], [wanted, 1]], 20).T
+        x = x.round() if ties else x
+        rho, low, high = ledger.rank_correlation(x, y)
+        assert rho == pytest.approx(stats.spearmanr(x, y).statistic)
+        covered += low <= known <= high
+    assert ties or 0.93 < covered / 500 < 0.99  # of so few it is a little wide
+    assert all(map(math.isnan, ledger.rank_correlation([1, 1, 1, 1], [1, 2, 3, 4])))
+
+
+def test_autoencoders_are_ordered_by_their_predictors_once_each(tmp_path: Path) -> None:
+    for number in range(12):
+        k = number // 2  # two U-Nets on each of six autoencoders
+        folder = tmp_path / f"run{number}"
+        run(folder, [], number, 30.0 - k + 0.1 * (number % 2), 0.9 - 0.1 * k)
+        path = folder / "evaluation" / "metrics.json"
+        metrics = json.loads(path.read_text())
+        metrics["latents"] = {
+            "spectrum_slope": {"value": -k}, "equivariance_error": {"value": (k * 7) % 6}, "decoder_sensitivity": {"value": k},
+            "ifid_tiny": {"value": 9 - k},
+        }  # fmt: skip
+        metrics |= {"reconstructions": {"fid_tiny": {"value": k}}, "reconstruction": {"psnr": {"value": 20 + k}}}
+        path.write_text(json.dumps(metrics))
+    table = {row["predictor"]: row for row in ledger.predictions(read_runs(tmp_path))}
+    assert table["ifid_tiny"]["autoencoders"] == 6
+    assert table["ifid_tiny"]["fid_tiny"].startswith("+1.00")
+    assert table["PSNR"]["adherence"].startswith("-1.00")
+    rho = stats.spearmanr([(k * 7) % 6 for k in range(6)], [30 - k for k in range(6)]).statistic
+    assert table["equivariance error"]["fid_tiny"].startswith(f"{rho:+.2f} [")
+    assert "shape fidelity" not in table["PSNR"]  # nobody measured it
+    assert ledger.predictions(read_runs(tmp_path)[:10]) == []
 
 
 TECHNIQUES = sorted(path.stem for path in (config_folder() / "technique").glob("*.yaml"))
