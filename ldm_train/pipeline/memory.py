@@ -25,11 +25,6 @@ aten = torch.ops.aten
 WEIGHTS, GRADIENTS, STATES, AVERAGES = "weights", "gradients", "optimiser states", "averaged weights"
 FROZEN, INPUTS, ACTIVATIONS, TEMPORARIES = "frozen networks", "inputs", "activations", "temporaries"
 PARTS = (WEIGHTS, GRADIENTS, STATES, AVERAGES, FROZEN, INPUTS, ACTIVATIONS, TEMPORARIES)
-# Operations whose result is like their arguments, where these are alike.
-ALIKE = {
-    *(aten.add, aten.sub, aten.mul, aten.div, aten.sqrt, aten.square, aten.silu, aten.silu_backward, aten.gelu, aten.neg),
-    *(aten.gelu_backward, aten.relu, aten.threshold_backward, aten.abs, aten.exp),
-}  # fmt: skip
 # What autocast computes in 16 bits, and what a GPU's computes in float32 (a CPU's as it comes), among that which networks call.
 # Attention is in float32 on a CPU, see `attend`.
 IN_16_BITS = [
@@ -63,17 +58,35 @@ class Rehearsal:
         self.task.train()
 
 
-def _are_alike(tensors: Sequence[torch.Tensor]) -> bool:
-    """Whether these are floating-point tensors of one kind and size on the meta device."""
-    kinds = {(t.device.type, t.dtype, t.shape, t.stride()) for t in tensors}
-    return len(kinds) == 1 and tensors[0].is_meta and tensors[0].is_floating_point()
-
-
 @cache
 def _is_in_place(func: Any) -> bool:
     """Whether an operation only writes new values into its first argument."""
     name = func.overloadpacket.__name__
     return name.endswith("_") and (torch.Tag.pointwise in func.tags or name.startswith("_foreach_") or name == "copy_")
+
+
+@cache
+def _is_fresh(func: Any) -> bool:
+    """Whether what an operation returns shares no memory with what it is given."""
+    return all(value.alias_info is None for value in (*func._schema.arguments, *func._schema.returns))
+
+
+def _signature(value: Any) -> Any:
+    """What the shapes of an operation's results depend on, of one of its arguments."""
+    if isinstance(value, torch.Tensor):
+        return value.shape, value.stride(), value.dtype, value.device.type
+    if isinstance(value, list | tuple):
+        return tuple(map(_signature, value))
+    return type(value), value  # 1 == 1.0 == True
+
+
+def _shape_of_fresh(tensor: Any) -> tuple | None:
+    """(size, stride, dtype) of a tensor on the meta device that fills its storage."""
+    if not isinstance(tensor, torch.Tensor) or not tensor.is_meta or tensor.storage_offset():
+        return None
+    most = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride())) + 1 if tensor.numel() else 0
+    whole = most * tensor.element_size() == tensor.untyped_storage().nbytes()
+    return (tensor.shape, tensor.stride(), tensor.dtype) if whole else None
 
 
 class Tracker(TorchDispatchMode):
@@ -90,6 +103,7 @@ class Tracker(TorchDispatchMode):
         self.peak: Counter[str] = Counter()
         self._total = self._most = 0
         self._known: dict[int, tuple[str, int, weakref.ref]] = {}  # by the storage's address: its part and bytes
+        self._results: dict[Any, tuple | None] = {}  # of operations by their arguments' shapes, see `_run`
 
     def belongs(self, part: str, tensors: Iterable[Any]) -> None:
         """Counts tensors as a part, whatever they were before."""
@@ -125,15 +139,30 @@ class Tracker(TorchDispatchMode):
         if _is_in_place(func) and all(t.is_meta for t in tree_leaves(args[0])):
             # It makes nothing, and would take most of the time here.
             return args[0] if isinstance(args[0], torch.Tensor) else None
-        if func.overloadpacket in ALIKE and _are_alike(tensors := [t for t in args if isinstance(t, torch.Tensor)]):
-            result = torch.empty_like(tensors[0])  # the same, far faster
-        else:
-            result = func(*args, **(kwargs or {}))
+        result = self._run(func, args, kwargs or {})
         for tensor in result if isinstance(result, tuple | list) else (result,):
             if isinstance(tensor, torch.Tensor) and tensor.is_meta:
                 self._add(tensor, self.phase)
         if self._total > self._most:
             self.begin()
+        return result
+
+    def _run(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """What an operation returns. Layers repeat: where it had arguments of these shapes before, the result is one like it, far
+        faster than asking torch."""
+        if not _is_fresh(func):
+            return func(*args, **kwargs)
+        try:
+            key = func, _signature(args), _signature(tuple(sorted(kwargs.items())))
+            known = self._results.get(key)
+        except TypeError:  # an argument that is no key
+            return func(*args, **kwargs)
+        if known is not None:
+            made = [torch.empty_strided(size, stride, dtype=dtype, device="meta") for size, stride, dtype in known]
+            return made[0] if len(func._schema.returns) == 1 else tuple(made)
+        result = func(*args, **kwargs)
+        shapes = [_shape_of_fresh(t) for t in (result if isinstance(result, tuple) else (result,))]
+        self._results[key] = None if None in shapes else tuple(shapes)
         return result
 
 
