@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -55,6 +56,10 @@ class Conditioner(nn.Module):
     def beside(self) -> nn.Module | None:
         """The pretrained network that it asks and that is not one of its parts, where it has been loaded."""
         return None
+
+    def keep_in(self, folder: Path) -> None:
+        """Called before training: what that network says of the values of its field is kept on the disk in `folder`, for this and
+        other runs."""
 
     def forget(self) -> None:
         """Called where that network has changed."""

@@ -2,7 +2,6 @@
 `FrozenText` wraps a pretrained one, as in Stable Diffusion."""
 
 import re
-from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from ldm_train.conditioning.base import Conditioner, loading, without_last_layer
+from ldm_train.conditioning.states import States, identity
 from ldm_train.devices import uploaded
 from ldm_train.models.transformer import CrossAttention
 
@@ -255,8 +255,8 @@ class FrozenText(Captions):
             raise ValueError(f"layer is 'last', 'penultimate' or 'projected', not {layer!r}")
         self.path, self.dim, self.layer, self.max_length, self.masked = path, dim, layer, max_length, masked
         self.pad_id = pad_id
-        self.cache_size, self.widths, self.tokenizer_path = cache_size, {"context": dim}, tokenizer or path
-        self._cache: OrderedDict[str, tuple[torch.Tensor, torch.Tensor]] = OrderedDict()
+        self.widths, self.tokenizer_path = {"context": dim}, tokenizer or path
+        self.known = States(cache_size)
         self._pretrained: tuple[Any, nn.Module] | None = None  # a tuple hides it from state_dict and optimisers
         self._whole: tuple[nn.Module, ...] = ()  # what the encoder is part of
         if pretrained is not None:
@@ -322,8 +322,7 @@ class FrozenText(Captions):
         self.pretrained()
 
     def rehearse(self) -> Sequence[nn.Module]:
-        length = 1 if self.layer == "projected" else self.max_length
-        self._cache[""] = torch.zeros(length, self.dim), torch.ones(length, dtype=torch.bool)
+        self.known.memory[""] = torch.zeros(self._length, self.dim), torch.ones(self._length, dtype=torch.bool)
         if self._pretrained is not None:
             return [self._pretrained[1]]
         from transformers import AutoConfig, AutoModel, CLIPTextModel
@@ -338,8 +337,18 @@ class FrozenText(Captions):
         encoder = None if self._pretrained is None else self.pretrained()[1]
         return without_last_layer(encoder) if encoder is not None and self.layer == "penultimate" else encoder
 
+    @property
+    def _length(self) -> int:
+        """Hidden states of a caption."""
+        return 1 if self.layer == "projected" else self.max_length
+
+    def keep_in(self, folder: Path) -> None:
+        tokenizer, encoder = self.pretrained()
+        own = identity(tokenizer, encoder, self.layer, self.max_length, self.masked, self.pad_id)
+        self.known.keep_in(folder / own, (self._length, self.dim), lambda: self.device)
+
     def forget(self) -> None:
-        self._cache.clear()  # its hidden states
+        self.known.forget()
 
     @torch.no_grad()
     def encode(self, captions: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -387,14 +396,8 @@ class FrozenText(Captions):
                 raise ValueError("layer=projected knows one embedding of a caption, and learns nothing")
             context, mask = self.states([c or "" for c in captions])
             return {"context": context, "context_mask": mask if self.masked else torch.ones_like(mask)}
-        missing = sorted({c for c in captions if c is not None and c not in self._cache})
-        if missing:
-            self._cache |= dict(zip(missing, zip(*self.encode(missing))))
-        for caption in (c for c in captions if c is not None):
-            self._cache.move_to_end(caption)
+        states = self.known.of([c for c in captions if c is not None], self.encode)
         zero = torch.zeros(1, self.dim), torch.ones(1, dtype=torch.bool)
-        pairs = [zero if c is None else self._cache[c] for c in captions]
-        while len(self._cache) > self.cache_size:
-            self._cache.popitem(last=False)
+        pairs = [zero if c is None else states[c] for c in captions]
         context, mask = (uploaded(torch.stack(part), self.device) for part in zip(*pairs))
         return {"context": context, "context_mask": mask if self.masked else torch.ones_like(mask)}

@@ -45,7 +45,7 @@ def _task(fields: list[str]) -> str:
     return "text-to-image" if "caption" in fields else "unconditional-image-generation"
 
 
-PRIVATE = ("logger", "runs_dir", "data_dir", "project", "trace", "callbacks")
+PRIVATE = ("logger", "runs_dir", "data_dir", "project", "trace", "text_cache", "callbacks")
 
 
 def _without_folders(tree: Any) -> Any:

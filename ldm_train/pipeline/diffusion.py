@@ -336,6 +336,7 @@ class DiffusionStage(Stage):
                 model.first_stage.set_statistics(other.scale.flatten(), other.shift.flatten())
         model.to(memory_format=torch.channels_last)
         adapter.adapt(run, model)
+        run.keep_states(model)
         task = self.task(run, model, folder)
         if section.compile:
             compile_training(model.network)

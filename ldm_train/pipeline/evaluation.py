@@ -60,6 +60,7 @@ class EvaluationStage(Stage):
         config, evaluator, data = run.config, run.evaluator, run.evaluation_data()
         model = load_model(run.folder / "diffusion" / "model", run.trust).to(run.machine.device)
         model.to(memory_format=torch.channels_last)
+        run.keep_states(model)
         split, count, section = config.data.val_split, config.evaluation.images, config.evaluation
         judged, writer = judged_fields(model.fields), run.machine.rank == 0
         if section.adherence and not judged and writer:

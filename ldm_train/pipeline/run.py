@@ -18,6 +18,7 @@ from ldm_train.configuration import plain, run_config, usual_options
 from ldm_train.data.datamodule import ShardDataModule
 from ldm_train.data.shards import DataError
 from ldm_train.evaluation.evaluator import Evaluator, check_reference
+from ldm_train.latent_diffusion import LatentDiffusion
 from ldm_train.pipeline import resume
 from ldm_train.pipeline.data import conditioner_classes, data_module, evaluation_batching, stage_data
 from ldm_train.pipeline.plan import print_plan
@@ -137,6 +138,12 @@ class Run:
     def conditions(self, data: ShardDataModule, count: int) -> Any:
         """Validation samples whose conditions `count` samples are drawn under, going round where there are fewer."""
         return data.fixed_loader(self.config.data.val_split, count, repeat=True)
+
+    def keep_states(self, model: LatentDiffusion) -> None:
+        """What the model's frozen encoders say of captions goes to `text_cache`, and comes from there."""
+        if (folder := self.config.get("text_cache")) is not None:
+            for conditioner in model.conditioners.values():
+                conditioner.keep_in(Path(folder))
 
     # -- for the stages' checks -------------------------------------------------------------------------------------
 

@@ -20,7 +20,7 @@ from ldm_train.storage import read_record, write_atomically
 
 FAILED = "failed.json"
 # Options that differ between runs but are not swept.
-INCIDENTAL = ("name", "trace", "progress", "logger", "runs_dir", "data_dir", "share")
+INCIDENTAL = ("name", "trace", "progress", "logger", "runs_dir", "data_dir", "share", "text_cache")
 # Columns of a stage's metrics.csv whose last value the table holds, and their names there.
 SPENT = {"step": "steps", "train/seconds": "seconds", "train/tflop": "tflop", "train/images": "images"}
 

@@ -153,6 +153,7 @@ RULES: dict[str, Rule] = {
     "autoencoder.init_discriminator": optional(flag),
     "autoencoder.train": one_of("all", "decoder"),
     "trace": optional(_trace),
+    "text_cache": optional(text("name of a folder")),
     "data.remedy": optional(text("sentence")),
     "trainer.benchmark": optional(flag),
     "plan": optional(_only),

@@ -1,0 +1,180 @@
+"""Hidden states of captions, which frozen encoders are asked for once: the last in memory, all of them on the disk if wished."""
+
+import hashlib
+import time
+import weakref
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import nn
+
+from ldm_train.data.offsets import Recent
+from ldm_train.storage import write_atomically
+
+Pair = tuple[torch.Tensor, torch.Tensor]  # hidden states (L, D), float32, and which tokens are seen (L,), bool
+MOST_OPEN = 64  # files at a time
+
+
+def identity(tokenizer: Any, encoder: nn.Module, *options: object) -> str:
+    """A hash of all that an encoder's hidden states depend on: its words, its weights, and the options it is asked under."""
+    words = (
+        tokenizer.backend_tokenizer.to_str() if getattr(tokenizer, "is_fast", False) else repr(tokenizer.get_vocab())
+    )
+    digest = hashlib.sha256(f"{type(encoder).__name__} {options} {words}".encode())
+    for name, tensor in sorted(encoder.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()[:24]
+
+
+def _hash(caption: str) -> bytes:
+    return hashlib.sha256(caption.encode("utf-8", "surrogatepass")).digest()
+
+
+class KeptStates:
+    """Those of one encoder in a folder, which any number of processes read and write: files of `together` captions each, which
+    are written whole or not at all. A file that is damaged is left out and named, and its captions are asked for anew.
+
+    shape: (L, D) of a caption's states.
+    """
+
+    together, patience = 256, 10.0  # captions, or seconds after the first of them, until they are written
+
+    def __init__(self, folder: Path, shape: tuple[int, int]):
+        self.folder, self.shape, self.files = folder, shape, list[Path]()
+        self._open = Recent(self._opened, MOST_OPEN)
+        hashes = [np.empty((0, 32), np.uint8)]
+        for path in sorted(folder.glob("*.safetensors")):
+            if (read := self._hashes(path)) is not None:
+                self.files.append(path)
+                hashes.append(read)
+        counts = [len(part) for part in hashes[1:]]
+        self._file = np.repeat(np.arange(len(counts)), counts)
+        self._row = np.concatenate([np.empty(0, int), *map(np.arange, counts)])
+        self._hash_of = np.concatenate(hashes)
+        starts = self._hash_of[:, :8].copy().view(np.uint64)[:, 0]
+        self._order = np.argsort(starts, kind="stable")
+        self._starts = starts[self._order]
+        self._new: dict[str, Pair] = {}  # of this process, not yet written
+        self._written: dict[bytes, tuple[int, int]] = {}  # by this process: file and row
+        self._since = 0.0
+        weakref.finalize(self, _write, folder, self._new)  # what is left when the process ends
+
+    def _opened(self, number: int) -> Any:
+        return safe_open(self.files[number], "pt")
+
+    def _hashes(self, path: Path) -> np.ndarray | None:
+        """Of the captions in a file (N, 32); None where it holds no states of this shape."""
+        try:
+            with safe_open(path, "pt") as file:
+                captions = file.get_tensor("captions").numpy()
+                states, seen = (file.get_slice(name).get_shape() for name in ("states", "seen"))
+                kinds = file.get_slice("states").get_dtype(), file.get_slice("seen").get_dtype(), captions.dtype
+            n = len(captions)
+            if (captions.shape, states, seen, kinds) != (
+                (n, 32), [n, *self.shape], [n, self.shape[0]], ("F32", "BOOL", np.uint8)
+            ):  # fmt: skip
+                raise ValueError(f"holds no hidden states of shape {self.shape}")
+        except (SafetensorError, OSError, ValueError) as error:
+            print(f"{path} is left out ({error}); delete it", flush=True)
+            return None
+        return captions
+
+    def get(self, caption: str) -> Pair | None:
+        if (pair := self._new.get(caption)) is not None:
+            return pair
+        if (place := self._written.get(key := _hash(caption))) is None:
+            k = int(np.searchsorted(self._starts, np.frombuffer(key[:8], np.uint64)[0]))
+            while k < len(self._order) and self._starts[k].tobytes() == key[:8]:
+                if self._hash_of[i := self._order[k]].tobytes() == key:
+                    place = int(self._file[i]), int(self._row[i])
+                    break
+                k += 1
+        if place is None:
+            return None
+        file = self._open(place[0])
+        return file.get_slice("states")[place[1]], file.get_slice("seen")[place[1]]
+
+    def put(self, pairs: Iterable[tuple[str, Pair]]) -> None:
+        self._since = self._since if self._new else time.monotonic()
+        self._new.update(pairs)
+        self.write_some()
+
+    def write_some(self) -> None:
+        """Writes what is new, once there is enough of it or some time has passed. Without success it stays in memory only."""
+        if not self._new or (len(self._new) < self.together and time.monotonic() < self._since + self.patience):
+            return
+        if (path := _write(self.folder, self._new)) is not None:
+            self._written |= {_hash(caption): (len(self.files), row) for row, caption in enumerate(self._new)}
+            self.files.append(path)
+        self._new.clear()
+
+
+def _write(folder: Path, pairs: dict[str, Pair]) -> Path | None:
+    """The file that now holds these; None where there is nothing to write or it cannot be written."""
+    if not pairs:
+        return None
+    captions = np.frombuffer(b"".join(map(_hash, pairs)), np.uint8).reshape(-1, 32).copy()
+    states, seen = (torch.stack(part).contiguous() for part in zip(*pairs.values()))
+    data = save({"captions": torch.from_numpy(captions), "states": states, "seen": seen})
+    path = folder / f"{hashlib.sha256(captions.tobytes()).hexdigest()[:24]}.safetensors"
+    try:
+        write_atomically(path, lambda file: file.write(data))
+    except OSError as error:
+        print(f"hidden states of {len(pairs)} captions are not kept: {error}", flush=True)
+        return None
+    return path
+
+
+class States:
+    """Hidden states by caption. size: how many are held in memory; the others are asked for again, or read from the disk."""
+
+    def __init__(self, size: int):
+        self.size, self.memory = size, OrderedDict[str, Pair]()
+        self._kept: Callable[[], KeptStates] | None = None
+        self._folders: dict[torch.dtype, KeptStates] = {}
+
+    def keep_in(self, folder: Path, shape: tuple[int, int], device: Callable[[], torch.device]) -> None:
+        """Keeps them on the disk from now on, those of each precision apart. folder: of one encoder."""
+
+        def kept() -> KeptStates:
+            kind = device().type
+            dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else torch.float32
+            if dtype not in self._folders:
+                self._folders[dtype] = KeptStates(folder / str(dtype).removeprefix("torch."), shape)
+            return self._folders[dtype]
+
+        self._kept = kept
+
+    def forget(self) -> None:
+        """Where the encoder has changed: what is kept is another's, and nothing is kept from now on."""
+        self.memory.clear()
+        self._kept = None
+
+    def of(self, captions: Sequence[str], encode: Callable[[Sequence[str]], Pair]) -> dict[str, Pair]:
+        """Those of some captions. encode: captions -> hidden states (B, L, D) and which tokens are seen (B, L)."""
+        kept = self._kept() if self._kept else None
+        missing = sorted({*captions} - self.memory.keys())
+        if kept is not None:
+            kept.write_some()
+            self.memory |= {c: pair for c in missing if (pair := kept.get(c)) is not None}
+            missing = [c for c in missing if c not in self.memory]
+        if missing:
+            made = dict(zip(missing, zip(*encode(missing))))
+            self.memory |= made
+            if kept is not None:
+                kept.put(made.items())
+        for caption in captions:
+            self.memory.move_to_end(caption)
+        pairs = {caption: self.memory[caption] for caption in captions}
+        while len(self.memory) > self.size:
+            with suppress(KeyError):
+                self.memory.popitem(last=False)
+        return pairs
