@@ -9,6 +9,7 @@ import io
 import json
 import shutil
 import struct
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,15 +18,19 @@ import numpy as np
 import pytest
 import torch
 from chains import chain
+from sites import Site, no_proxies
 
 from ldm_train.checkpoints.native import load_model
 from ldm_train.cli.common import USER_ERRORS
+from ldm_train.conditioning.states import KeptStates
+from ldm_train.data import remote
 from ldm_train.data.datamodule import ShardDataModule
 from ldm_train.data.latents import CachedLatents, verify_cache
 from ldm_train.data.order import Batching
 from ldm_train.data.prepare.arrays import picture_of
 from ldm_train.data.prepare.build import build
 from ldm_train.data.prepare.image_folder import ImageFolder
+from ldm_train.data.shards import DataError
 from ldm_train.data.transforms import channels_of, decode_image
 from ldm_train.pipeline.latents import encoder, give_statistics
 from ldm_train.pipeline.resume import check_chain
@@ -284,6 +289,65 @@ def test_damaged_shards_are_named_while_they_are_streamed(run: Path, tmp_path: P
         _data(run), lambda f: sorted(f.glob("*.tar")) + [f / "index.json"], streamed, tmp_path, count // 2
     )
     assert named
+
+
+def test_damaged_shards_from_afar_and_their_copies_are_named(
+    run: Path, tmp_path: Path, count: int, monkeypatch: pytest.MonkeyPatch
+):
+    """What lies behind the address, the copies of shards and what is kept of their offsets; a third of the answers fails, too."""
+    no_proxies(monkeypatch)
+    waited, answers = time.sleep, np.random.default_rng(11)
+    monkeypatch.setattr(remote.time, "sleep", lambda s: waited(s) if s < 0.5 else None)
+    base = tmp_path / "base"
+    shutil.copytree(_data(run), base / "there", ignore=shutil.ignore_patterns(".*"))
+
+    def far(folder: Path) -> set[str]:
+        remote.fetched.cache_clear()
+        site, found = Site(folder / "there"), set()
+        if folder != base:
+            site.faults += [None if f == 200 else int(f) for f in answers.choice([404, 503, 700, 3000, 200, 200], 2)]
+        given = len(site.faults)
+        try:
+            cache = {"folder": folder / "cache", "gigabytes": 1}
+            module = ShardDataModule(
+                site.url, Batching(8), 8, FIELDS, 32, max_bad_fraction=1.0, shard_cache=cache,
+                buckets={"step": 8, "max_ratio": 2.0, "min_images": 1},
+            )  # fmt: skip
+            for split in (module.train_split, module.val_split):
+                dataset = module.samples(split, FIELDS, random=False)
+                for i in range(len(dataset)):
+                    sample = dataset[(0, i)]
+                    if "replaced" not in sample:
+                        found.add(fingerprint(*(sample[f] for f in ("key", *FIELDS))))
+        except USER_ERRORS as error:
+            if len(site.faults) == given:
+                raise
+            raise DataError(f"{folder.name}: {error}") from error  # an answer that failed is named by its address
+        finally:
+            site.close()
+        return found
+
+    named, same = attacked(base, lambda f: sorted(p for p in f.rglob("*") if p.is_file()), far, tmp_path, count)
+    assert named
+    assert same
+
+
+def test_damaged_hidden_states_are_asked_for_anew(tmp_path: Path, count: int):
+    captions, shape = [f"caption {k}" for k in range(40)], (3, 8)
+    rng = np.random.default_rng(0)
+    pairs = {c: (torch.from_numpy(rng.normal(size=shape).astype(np.float32)), torch.ones(3) > 0) for c in captions}
+    kept = KeptStates(tmp_path / "base", shape)
+    kept.patience = 0.0
+    for first in (0, 20):
+        kept.put((c, pairs[c]) for c in captions[first : first + 20])
+
+    def read(folder: Path) -> set[str]:
+        store = KeptStates(folder, shape)
+        return {fingerprint(c, *pair) for c in captions if (pair := store.get(c)) is not None}
+
+    assert len(read(tmp_path / "base")) == 40
+    _, same = attacked(tmp_path / "base", lambda f: sorted(f.iterdir()), read, tmp_path, count)
+    assert same == count
 
 
 def test_damaged_models_are_named(run: Path, tmp_path: Path, count: int):

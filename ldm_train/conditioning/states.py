@@ -3,6 +3,7 @@
 import hashlib
 import time
 import weakref
+import zlib
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
@@ -38,9 +39,14 @@ def _hash(caption: str) -> bytes:
     return hashlib.sha256(caption.encode("utf-8", "surrogatepass")).digest()
 
 
+def _sum(caption: bytes, pair: Pair) -> int:
+    """The checksum of a caption's states."""
+    return zlib.crc32(pair[1].numpy().tobytes(), zlib.crc32(pair[0].numpy().tobytes(), zlib.crc32(caption)))
+
+
 class KeptStates:
     """Those of one encoder in a folder, which any number of processes read and write: files of `together` captions each, which
-    are written whole or not at all. A file that is damaged is left out and named, and its captions are asked for anew.
+    are written whole or not at all. What is damaged is left out and named, and its captions are asked for anew.
 
     shape: (L, D) of a caption's states.
     """
@@ -59,6 +65,7 @@ class KeptStates:
         self._file = np.repeat(np.arange(len(counts)), counts)
         self._row = np.concatenate([np.empty(0, int), *map(np.arange, counts)])
         self._hash_of = np.concatenate(hashes)
+        self._damaged: set[int] = set()  # files that have been named
         starts = self._hash_of[:, :8].copy().view(np.uint64)[:, 0]
         self._order = np.argsort(starts, kind="stable")
         self._starts = starts[self._order]
@@ -75,11 +82,11 @@ class KeptStates:
         try:
             with safe_open(path, "pt") as file:
                 captions = file.get_tensor("captions").numpy()
-                states, seen = (file.get_slice(name).get_shape() for name in ("states", "seen"))
-                kinds = file.get_slice("states").get_dtype(), file.get_slice("seen").get_dtype(), captions.dtype
+                slices = [file.get_slice(name) for name in ("states", "seen", "sums")]
             n = len(captions)
-            if (captions.shape, states, seen, kinds) != (
-                (n, 32), [n, *self.shape], [n, self.shape[0]], ("F32", "BOOL", np.uint8)
+            held = (captions.shape, captions.dtype, *((s.get_shape(), s.get_dtype()) for s in slices))
+            if held != (
+                (n, 32), np.uint8, ([n, *self.shape], "F32"), ([n, self.shape[0]], "BOOL"), ([n], "I64")
             ):  # fmt: skip
                 raise ValueError(f"holds no hidden states of shape {self.shape}")
         except (SafetensorError, OSError, ValueError) as error:
@@ -99,8 +106,16 @@ class KeptStates:
                 k += 1
         if place is None:
             return None
-        file = self._open(place[0])
-        return file.get_slice("states")[place[1]], file.get_slice("seen")[place[1]]
+        try:
+            states, seen, known = (self._open(place[0]).get_slice(n)[place[1]] for n in ("states", "seen", "sums"))
+            if _sum(key, (states, seen)) != int(known):
+                raise ValueError("a checksum is wrong")
+        except (SafetensorError, OSError, ValueError) as error:
+            if place[0] not in self._damaged:
+                self._damaged.add(place[0])
+                print(f"{self.files[place[0]]} is damaged ({error}); delete it", flush=True)
+            return None
+        return states, seen
 
     def put(self, pairs: Iterable[tuple[str, Pair]]) -> None:
         self._since = self._since if self._new else time.monotonic()
@@ -121,9 +136,11 @@ def _write(folder: Path, pairs: dict[str, Pair]) -> Path | None:
     """The file that now holds these; None where there is nothing to write or it cannot be written."""
     if not pairs:
         return None
-    captions = np.frombuffer(b"".join(map(_hash, pairs)), np.uint8).reshape(-1, 32).copy()
+    hashes = [_hash(caption) for caption in pairs]
+    captions = np.frombuffer(b"".join(hashes), np.uint8).reshape(-1, 32).copy()
+    sums = torch.tensor([_sum(key, pair) for key, pair in zip(hashes, pairs.values())])
     states, seen = (torch.stack(part).contiguous() for part in zip(*pairs.values()))
-    data = save({"captions": torch.from_numpy(captions), "states": states, "seen": seen})
+    data = save({"captions": torch.from_numpy(captions), "states": states, "seen": seen, "sums": sums})
     path = folder / f"{hashlib.sha256(captions.tobytes()).hexdigest()[:24]}.safetensors"
     try:
         write_atomically(path, lambda file: file.write(data))

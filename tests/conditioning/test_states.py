@@ -142,6 +142,19 @@ def test_memory_holds_so_many(tmp_path: Path):
     assert int(known.of(["2"], never)["2"][0][0, 0]) == 2  # from the disk
 
 
+def test_states_that_are_not_what_was_written_are_named_and_asked_for_anew(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+):
+    written(tmp_path, ["a", "b"])
+    (path,) = tmp_path.glob("*.safetensors")
+    tensors = load_file(path)
+    tensors["states"][1, 0, 0] += 1
+    save_file(tensors, path)
+    store = KeptStates(tmp_path, SHAPE)
+    assert [store.get(c) is not None for c in "abb"] == [True, False, False]
+    assert capsys.readouterr().out.count(f"{path} is damaged (a checksum is wrong); delete it") == 1
+
+
 @pytest.mark.parametrize("damage", ["cut", "garbage", "shape", "kind", "lacking"])
 def test_a_damaged_file_is_named_and_its_captions_asked_for_anew(
     tmp_path: Path, damage: str, capsys: pytest.CaptureFixture
