@@ -11,7 +11,8 @@ import reprlib
 import shutil
 import sys
 import zipfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -72,10 +73,44 @@ def open_lock(path: str | Path) -> TextIO:
         raise
 
 
+_held: dict[str, tuple[int, int]] = {}  # folders by their paths: device and inode
+
+
+def _identity(folder: str) -> tuple[int, int] | None:
+    try:
+        stat = os.stat(folder)
+    except OSError:
+        return None
+    return stat.st_dev, stat.st_ino
+
+
+@contextmanager
+def held(folder: str | Path) -> Iterator[None]:
+    """A context in which nothing is written below a folder that is moved or deleted meanwhile: it would be made anew, half of a
+    run in each."""
+    name = os.path.abspath(folder)
+    if (identity := _identity(name)) is not None:
+        _held[name] = identity
+    try:
+        yield
+    finally:
+        _held.pop(name, None)
+
+
+def check_held(path: str | Path) -> None:
+    """Raises OSError where a folder that is held, and `path` lies in, is not there any more."""
+    for folder, identity in _held.items():
+        if Path(os.path.abspath(path)).is_relative_to(folder) and _identity(folder) != identity:
+            raise OSError(
+                f"{folder} was moved or deleted while this command worked in it; move it back and run the same command to continue"
+            )
+
+
 def write_atomically(path: str | Path, write: Callable[[io.BufferedWriter], object]) -> None:
     """Calls `write` on a temporary file beside `path`, syncs it to disk and renames it. On any error nothing
     remains; the temporary file of a killed process is removed by the next attempt. A link is replaced, not followed."""
     path = Path(path)
+    check_held(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     for stale in path.parent.glob(f".{glob.escape(path.name)}.*.partial"):
         pid = stale.name.split(".")[-2]
@@ -105,6 +140,7 @@ def write_folder(path: str | Path, write: Callable[[Path], None], replace: bool 
     """Calls `write` on a new folder beside `path` and renames it, so that a folder under its final name is whole. replace: a
     folder that stands there is deleted, after the new one has its place; else FileExistsError is raised."""
     path = Path(path)
+    check_held(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     for stale in path.parent.glob(f".{glob.escape(path.name)}.*.partial"):
         pid = stale.name.split(".")[-2]

@@ -15,7 +15,7 @@ from typing import Any
 from ldm_train import interrupts, names
 from ldm_train.configuration import differences
 from ldm_train.errors import Busy, Refused
-from ldm_train.storage import check_links, open_lock, read_record, write_json
+from ldm_train.storage import check_links, held, open_lock, read_record, write_json
 
 NOTE = "stage.json"
 
@@ -140,7 +140,8 @@ def run_lock(run_folder: Path) -> Iterator[None]:
         file.truncate(0)
         file.write(str(os.getpid()))
         file.flush()
-        yield
+        with held(run_folder):
+            yield
 
 
 def decide(stage: Step, run_folder: Path, defaults: dict[str, Any]) -> str:

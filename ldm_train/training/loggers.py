@@ -19,7 +19,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from PIL import Image
 
 from ldm_train.configuration import numbers
-from ldm_train.storage import inside, write_atomically
+from ldm_train.storage import check_held, inside, write_atomically
 
 
 class Recorder(Logger):
@@ -97,6 +97,7 @@ class MetricsCSV(Recorder):
         if columns or self.rows[-1] is not row:
             self._rewrite()
         else:
+            check_held(self.path)
             with open(self.path, "a", newline="") as file:
                 csv.DictWriter(file, self.columns, restval="").writerow(row)
 

@@ -1,6 +1,10 @@
 """Killed and resumed training equals undisturbed training to the bit: same samples per step, same weights."""
 
+import errno
+import os
 import random
+import re
+import shutil
 import time
 from pathlib import Path
 
@@ -10,6 +14,8 @@ from chains import chain
 from forked import begun_training, trained
 from lightning import Trainer
 
+from ldm_train import storage
+from ldm_train.pipeline.resume import run_lock
 from ldm_train.training.callbacks.monitor import Monitor
 from ldm_train.training.task import Task
 
@@ -107,6 +113,68 @@ def test_interrupted_training_continues_to_the_same_weights(tmp_path: Path, monk
         calm, stopped = (weights(tmp_path, name, stage, steps) for name in ("calm", "stopped"))
         assert calm.keys() == stopped.keys()
         assert all(torch.equal(calm[k], stopped[k]) for k in calm)
+
+
+@pytest.mark.chain
+def test_a_run_whose_folder_is_moved_stops_and_goes_on_once_it_is_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    short = (
+        "data.source.count=32", "autoencoder.max_steps=8", "autoencoder.checkpoint_every=4", "autoencoder.log_every=2",
+        "stages=[autoencoder]",
+    )  # fmt: skip
+    chain(tmp_path, *short, name="calm").execute()
+    folder, ended = tmp_path / "moved", Monitor.on_train_batch_end
+
+    def move(self: Monitor, trainer: Trainer, task: Task, outputs: object, batch: object, index: int):
+        ended(self, trainer, task, outputs, batch, index)
+        if index == 4:
+            folder.rename(tmp_path / "elsewhere")
+
+    monkeypatch.setattr(Monitor, "on_train_batch_end", move)
+    with run_lock(folder), pytest.raises(OSError, match=f"{folder} was moved or deleted while .* move it back"):
+        chain(tmp_path, *short, name="moved").execute()
+    monkeypatch.undo()
+    assert not folder.exists()
+    (tmp_path / "elsewhere").rename(folder)
+    chain(tmp_path, *short, name="moved").execute()
+    calm, moved = (weights(tmp_path, name, "autoencoder", 8) for name in ("calm", "moved"))
+    assert all(torch.equal(calm[k], moved[k]) for k in calm)
+
+
+def results(folder: Path) -> dict[str, str]:
+    """Hashes of what a run ends with: model, latents and the numbers of its evaluation."""
+    paths = [*folder.glob("latents/*.tar"), folder / "export/model.safetensors", folder / "evaluation/metrics.json"]
+    return {str(path.relative_to(folder)): storage.file_sha256(path) for path in paths}
+
+
+@pytest.mark.slow
+def test_a_full_disk_at_any_write_is_named_and_the_same_command_continues(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, count: int
+):
+    """At every twentieth write; `--fuzz 800`: at each."""
+    short = ("data.source.count=32", "diffusion.evaluate_every=null", "evaluation.metrics=[fid_tiny]")
+    writes, at, synced = [0], [0], os.fsync
+
+    def fsync(file: int) -> None:
+        writes[0] += 1
+        if writes[0] == at[0]:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        synced(file)
+
+    monkeypatch.setattr(storage.os, "fsync", fsync)
+    chain(tmp_path, *short, name="calm").execute()
+    calm, total = results(tmp_path / "calm"), writes[0]
+    assert total > 30
+    for number in range(1, total + 1, max(1, 800 // count)):
+        writes[0], at[0] = 0, number
+        said = ""  # a file that only saves time is done without
+        try:
+            chain(tmp_path, *short, name="full").execute()
+        except OSError as error:
+            said = str(error)
+        assert not said or re.search("could not write .*free some space", said), f"write {number}: {said}"
+        chain(tmp_path, *short, name="full").execute()
+        assert results(tmp_path / "full") == calm, f"write {number}"
+        shutil.rmtree(tmp_path / "full")
 
 
 # 36 micro-batches a stage; the numbers say how many pass between two kills.
