@@ -146,6 +146,9 @@ class StockLogger(Recorder):
         self.logger.finalize(status)
 
 
+UPLOADING = 600.0  # seconds that a run waits at its end for a server to take what is left
+
+
 class WandbRun:
     """One W&B run for the whole chain; stages log through `StageLogger`. Never prompts, never waits long.
 
@@ -166,7 +169,8 @@ class WandbRun:
         if mode is None and not (mode := os.environ.get("WANDB_MODE")):
             mode = "online" if wandb.login(prompt=False, verify=False) else "offline"
         config = config | {"code": code_version()}
-        quiet = wandb.Settings(silent=True, init_timeout=timeout, console="off")
+        quiet = wandb.Settings(silent=True, init_timeout=timeout, finish_timeout=UPLOADING, console="off")
+        server = wandb.setup().settings.base_url
         begin = partial(
             wandb.init,
             project=project,
@@ -179,11 +183,12 @@ class WandbRun:
         try:
             self.run = begin(mode=mode, settings=quiet)
             if mode == "online":
-                print(f"W&B: {self.run.url} (server {quiet.base_url})")
+                print(f"W&B: {self.run.url} (server {server})")
         except (wandb.errors.CommError, wandb.errors.AuthenticationError, wandb.errors.UsageError) as error:
             if mode != "online":
                 raise
-            print(f"W&B: no answer from {quiet.base_url} ({error}); logging offline")
+            print(f"W&B: no answer from {server} ({error}); logging offline")
+            wandb.teardown()  # its process still holds the run that it tried to begin
             self.run = begin(mode="offline", settings=quiet)
         self.offline = mode != "disabled" and self.run.settings.mode == "offline"
 

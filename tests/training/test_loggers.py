@@ -1,7 +1,12 @@
 """metrics.csv survives a resume: cut at the checkpoint, then continued as if nothing had happened."""
 
 import csv
+import socket
+import threading
 from pathlib import Path
+
+import pytest
+import wandb
 
 from ldm_train.training.loggers import MetricsCSV, WandbRun
 
@@ -87,3 +92,39 @@ def test_wandb_logs_offline_without_asking_and_goes_on_in_the_same_run(tmp_path:
     assert ids[0] == ids[1]
     assert "upload with: wandb sync" in capsys.readouterr().out
     assert len(list(tmp_path.glob("wandb/offline-run-*"))) >= 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("breaks", [False, True])
+def test_a_server_that_does_not_answer_is_named_and_logging_is_offline(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, breaks: bool
+):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address, open_ones = f"http://127.0.0.1:{server.getsockname()[1]}", []
+
+        def accept() -> None:
+            while True:
+                try:
+                    open_ones.append(server.accept()[0])
+                except OSError:
+                    return
+                if breaks:
+                    open_ones[-1].close()
+
+        threading.Thread(target=accept, daemon=True).start()
+        monkeypatch.delenv("WANDB_MODE", raising=False)
+        monkeypatch.setenv("WANDB_API_KEY", "a" * 40)
+        monkeypatch.setenv("WANDB_BASE_URL", address)
+        wandb.teardown()  # it reads the environment once
+        try:
+            run = WandbRun(tmp_path, "tests", "mine", {}, timeout=3.0)
+            assert run.offline
+            run.stage("diffusion", 8).log_metrics({"val/loss": 0.5}, 1)
+            run.finish()
+        finally:
+            wandb.teardown()
+    assert open_ones
+    said = capsys.readouterr().out
+    assert f"W&B: no answer from {address} (" in said
+    assert "upload with: wandb sync" in said
+    assert list(tmp_path.glob("wandb/offline-run-*/*.wandb"))
