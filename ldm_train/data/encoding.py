@@ -12,7 +12,7 @@ from ldm_train.data.batch import FIELDS
 from ldm_train.data.buckets import Buckets
 from ldm_train.data.datamodule import ShardDataModule
 from ldm_train.data.files import encoded_npy
-from ldm_train.data.latents import CACHED_FIELDS, REMEDY, Encode, cache_keys, extensions_of
+from ldm_train.data.latents import CACHED_FIELDS, REMEDY, CacheKeys, Encode, extensions_of
 from ldm_train.data.samples import collate, refuse_too_many
 from ldm_train.data.shards import (
     ENTRIES,
@@ -52,14 +52,14 @@ def write_cache(
     folder, shards, b = Path(folder), data.shards(split), data.batching
     chunks = [range(i, min(i + per_shard, len(shards))) for i in range(0, len(shards), per_shard)]
     mine = list(enumerate(chunks))[b.rank :: b.world_size]
-    entries, seen = [], 0
+    keys, entries, seen = CacheKeys.of(shards), [], 0
     total = sum(len(chunk) for _, chunk in mine)
     progress = tqdm(total=total, desc=f"caching {split} latents", unit="img", disable=b.rank != 0)
     for number, chunk in mine:
         name = shard_name(split, number)
         entry = finished_shard(folder, name)
         if entry is None:
-            entry = write_shard(folder / name, _encoded(data, split, encode, chunk, flips, progress, known))
+            entry = write_shard(folder / name, _encoded(data, split, encode, keys, chunk, flips, progress, known))
             write_json(folder / ENTRIES / f"{name}.json", entry)
         else:
             progress.update(len(chunk))
@@ -73,9 +73,9 @@ def write_cache(
 
 def few_samples(data: ShardDataModule, split: str, count: int = 8) -> Iterator[tuple[str, torch.Tensor]]:
     """(key in the cache, picture) of samples spread over a split."""
-    dataset, keys = data.samples(split, ("image",), random=False), cache_keys(data.shards(split))
-    for i in spread(len(keys), count).tolist():
-        yield keys[i], dataset[(0, i)]["image"]
+    dataset, keys = data.samples(split, ("image",), random=False), CacheKeys.of(data.shards(split))
+    for i in spread(len(keys.shards), count).tolist():
+        yield keys(i), dataset[(0, i)]["image"]
 
 
 def written_entries(folder: Path, split: str) -> list[dict]:
@@ -98,13 +98,14 @@ def _encoded(
     data: ShardDataModule,
     split: str,
     encode: Encode,
+    keys: CacheKeys,
     chunk: range,
     flips: bool,
     progress: tqdm,
     known: Callable[[str], torch.Tensor] | None,
 ) -> Iterator[tuple[str, dict[str, bytes]]]:
     shards, stored = data.shards(split), [f for f in CACHED_FIELDS if f in data.fields]
-    dataset, keys = data.samples(split, ("image", *stored), random=False), cache_keys(shards)
+    dataset = data.samples(split, ("image", *stored), random=False)
     batches = _batches_of_one_size(chunk, max(1, min(64, data.batching.micro)), data.buckets(split))
     loader = DataLoader(
         dataset, batch_sampler=batches, num_workers=data.num_workers, collate_fn=collate, worker_init_fn=become_worker
@@ -115,7 +116,7 @@ def _encoded(
         if known is None:
             moments, mirrored = both_encoded(encode, batch["image"], flips)
         else:
-            moments, mirrored = torch.stack([known(keys[i]) for _, i in rows]), None
+            moments, mirrored = torch.stack([known(keys(i)) for _, i in rows]), None
         for note in batch["replaced"]:
             tqdm.write(f"latent cache: leaving out unreadable {note}")
         for k, (_, i) in enumerate(rows):
@@ -127,7 +128,7 @@ def _encoded(
                 made[i]["flipped.npy"] = encoded_npy(mirrored[k].numpy())
         while turn in made:
             if (fields := made.pop(turn)) is not None:
-                yield keys[turn], fields | shards.members(turn, extensions_of(FIELDS[f] for f in CACHED_FIELDS))
+                yield keys(turn), fields | shards.members(turn, extensions_of(FIELDS[f] for f in CACHED_FIELDS))
             turn += 1
         progress.update(len(rows))
 

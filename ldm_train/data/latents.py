@@ -29,6 +29,9 @@ from ldm_train.data.shards import (
 )
 
 REMEDY = "python train.py ... restart=latents"
+MOST_COMPARED = 2_000_000  # keys
+COMPARED = 1000  # samples of a cache that has all of the data's
+FIRST = 100_000  # samples among which a cache's first one is
 AGAIN = "run again with restart=latents"
 # Fields that the cache holds; others are read from the images' shards.
 CACHED_FIELDS = tuple(name for name, field in FIELDS.items() if field.cached)
@@ -36,11 +39,32 @@ CACHED_FIELDS = tuple(name for name, field in FIELDS.items() if field.cached)
 Encode = Callable[[torch.Tensor], torch.Tensor]
 
 
-def cache_keys(shards: IndexedShards) -> list[str]:
-    """The samples' keys in the cache: the data's without dots and slashes, with the shard's number before them where
-    the data use a key in several shards."""
-    keys = [cache_key(key) for key in shards.keys]
-    return keys if len(set(keys)) == len(keys) else [f"{shards.shard(i)}_{key}" for i, key in enumerate(keys)]
+class CacheKeys:
+    """The samples' keys in the cache by their number: the data's without dots and slashes, with the shard's number before them
+    where the data use a key in several shards."""
+
+    def __init__(self, shards: IndexedShards, numbered: bool):
+        self.shards, self.numbered = shards, numbered
+
+    @classmethod
+    def of(cls, shards: IndexedShards) -> "CacheKeys":
+        """Of a cache that will be made. Of very many samples nobody looks whether a key comes twice."""
+        return cls(
+            shards, len(shards) > MOST_COMPARED or len({*map(cls(shards, False), range(len(shards)))}) < len(shards)
+        )
+
+    @classmethod
+    def in_cache(cls, shards: IndexedShards, cached: IndexedShards) -> "CacheKeys":
+        """Of a cache that is there. Raises DataError where its first sample is none of the data's first."""
+        for i in range(min(len(shards), FIRST)):  # unreadable ones are not in the cache
+            for keys in (cls(shards, False), cls(shards, True)):
+                if len(cached) and keys(i) == cached.key(0):
+                    return keys
+        raise _not_in_data(cached, cached.key(0) if len(cached) else "")
+
+    def __call__(self, i: int) -> str:
+        key = cache_key(self.shards.key(i))
+        return f"{self.shards.shard(i)}_{key}" if self.numbered else key
 
 
 def extensions_of(fields: Iterable[Field]) -> list[str]:
@@ -82,7 +106,7 @@ class CachedLatents:
         self._read_header()
         self._map, self._shapes = Recent(self._mapped, MOST_OPEN), Recent(self._shape_of, MOST_OPEN)
         others = [f for f in fields if f not in (*CACHED_FIELDS, "image")]
-        self._place: Sequence[int] = range(len(self))  # of each sample in the data
+        self._place: Sequence[int] | np.ndarray = range(len(self))  # of each sample in the data
         if others:
             if not images.shards(split).all_at_hand:
                 raise DataError(
@@ -147,7 +171,7 @@ class CachedLatents:
 
     def fetch(self, rows: Sequence[tuple[int, int]], random: bool) -> dict[str, Any]:
         """rows: (epoch, index) per sample -> moments (B, 2C or C, h, w) and the fields asked for. random: flips, captions."""
-        rngs = [sample_rng(self.seed, epoch, self._place[i]) if random else None for epoch, i in rows]
+        rngs = [sample_rng(self.seed, epoch, int(self._place[i])) if random else None for epoch, i in rows]
         flipped = [bool(self.flips and rng is not None and rng.random() < 0.5) for rng in rngs]
         batch = collate([self._decoded(i, rng) for (_, i), rng in zip(rows, rngs)])
         moments = [self.moments(i, f) for (_, i), f in zip(rows, flipped)]
@@ -156,7 +180,7 @@ class CachedLatents:
         batch["moments"] = torch.from_numpy(np.stack(moments))
         if self._others:
             images = self._others[random]
-            samples = [images[(epoch, self._place[i])] for epoch, i in rows]
+            samples = [images[(epoch, int(self._place[i]))] for epoch, i in rows]
             batch |= collate(samples, images.decoder.known) | {"key": batch["key"]}
         return batch
 
@@ -175,12 +199,20 @@ def _not_in_data(cached: IndexedShards, key: str) -> DataError:
     return DataError(f"latent cache {cached.root}: sample {key} is not in the data; {AGAIN}")
 
 
-def places_in(shards: IndexedShards, cached: IndexedShards) -> list[int]:
-    """The positions of a cache's samples in the data. Raises DataError for one that is not there."""
-    place = {key: i for i, key in enumerate(cache_keys(shards))}
-    if absent := [key for key in cached.keys if key not in place]:
-        raise _not_in_data(cached, absent[0])
-    return [place[key] for key in cached.keys]
+def places_in(shards: IndexedShards, cached: IndexedShards) -> Sequence[int] | np.ndarray:
+    """The positions of a cache's samples in the data, whose order it has. Raises DataError for one that is not there."""
+    keys, count = CacheKeys.in_cache(shards, cached), len(cached)
+    if count == len(shards) and all(keys(i) == cached.key(i) for i in spread(count, COMPARED).tolist()):
+        return range(count)
+    places, i = np.empty(count, np.int64), 0
+    for j in range(count):
+        key = cached.key(j)
+        while i < len(shards) and keys(i) != key:
+            i += 1
+        if i == len(shards):
+            raise _not_in_data(cached, key)
+        places[j] = i
+    return places
 
 
 class _Batches:
@@ -261,14 +293,9 @@ def verify_cache(data: ShardDataModule, split: str, latents: CachedLatents, enco
     Raises DataError where that exceeds 1: the cache does not belong to this autoencoder or data.
     """
     dataset = data.samples(split, ("image",), random=False)
-    keys = cache_keys(data.shards(split))
-    rows = {k: i for i, k in enumerate(keys)} if len(keys) != len(latents) else None
-    worst = 0.0
+    places, worst = places_in(data.shards(split), latents.shards), 0.0
     for j in spread(len(latents), count).tolist():
-        key = latents.shards.key(j)
-        i = j if rows is None else rows.get(key, -1)
-        if i < 0 or keys[i] != key:
-            raise _not_in_data(latents.shards, key)
+        i = int(places[j])
         again = encode(dataset[(0, i)]["image"][None])[0].cpu().numpy().astype(np.float64)
         cached, std = latents.mean_and_std(j)
         tolerance = std + 0.01 * cached.std()

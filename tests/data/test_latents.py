@@ -15,10 +15,10 @@ import torch
 
 from ldm_train.data.datamodule import ShardDataModule
 from ldm_train.data.encoding import write_cache, write_cache_index, written_entries
-from ldm_train.data.latents import CachedLatents, LatentDataModule, verify_cache
+from ldm_train.data.latents import CachedLatents, LatentDataModule, places_in, verify_cache
 from ldm_train.data.order import Batching
 from ldm_train.data.prepare.index import write_tar_index
-from ldm_train.data.shards import DataError, IndexedShards, read_index, write_shard
+from ldm_train.data.shards import DataError, read_index, write_shard
 from ldm_train.data.statistics import latent_statistics, read_statistics
 from ldm_train.models.autoencoder import AutoencoderKL
 from ldm_train.models.first_stage import FirstStage
@@ -219,7 +219,7 @@ def test_a_cache_of_other_data_is_refused(
     write_data: Callable, cached: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     other = images(write_data(tmp_path, train=80))
-    monkeypatch.setattr(IndexedShards, "keys", [f"other_{i}" for i in range(80)])
+    monkeypatch.setattr(other.shards("train"), "key", lambda i: f"other_{i}")
     with pytest.raises(DataError, match="sample train_0000 is not in the data"):
         verify_cache(other, "train", CachedLatents(cached, "train", (), 0), encoder())
 
@@ -396,3 +396,20 @@ def test_a_shard_of_another_npy_version_is_refused(tmp_path: Path):
     write_cache_index(tmp_path, {"train": [entry]}, None)
     with pytest.raises(DataError, match=r"npy version \(2, 0\).*restart=latents"):
         CachedLatents(tmp_path, "train", (), 0)
+
+
+@pytest.mark.parametrize("gone", [[], [0], [3, 4, 39], [*range(20)]])
+@pytest.mark.parametrize("repeated", [False, True])
+def test_samples_are_found_in_the_data_where_some_were_left_out(
+    write_data: Callable, tmp_path: Path, gone: list[int], repeated: bool, monkeypatch: pytest.MonkeyPatch
+):
+    """Also of so many that nobody looks whether a key comes twice: then all have the shard's number before them."""
+    if repeated:
+        monkeypatch.setattr("ldm_train.data.latents.MOST_COMPARED", 5)
+    data = images(write_data(tmp_path / "data", corrupt=gone), max_bad_fraction=1.0)
+    folder = cache(tmp_path / "data", tmp_path / "latents", max_bad_fraction=1.0)
+    latents = CachedLatents(folder, "train", (), 0)
+    wanted = [i for i in range(40) if i not in gone]
+    assert [int(i) for i in places_in(data.shards("train"), latents.shards)] == wanted
+    assert latents.shards.key(0) == f"{wanted[0] // 8}_train_{wanted[0]:04d}" if repeated else f"train_{wanted[0]:04d}"
+    assert verify_cache(data, "train", latents, encoder(), 40) < 1e-3
