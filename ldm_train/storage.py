@@ -73,15 +73,11 @@ def open_lock(path: str | Path) -> TextIO:
         raise
 
 
-_held: dict[str, tuple[int, int]] = {}  # folders by their paths: device and inode
+_held: dict[str, int] = {}  # folders by their paths: what they are open as
 
 
-def _identity(folder: str) -> tuple[int, int] | None:
-    try:
-        stat = os.stat(folder)
-    except OSError:
-        return None
-    return stat.st_dev, stat.st_ino
+class Moved(OSError):
+    """A folder is not where a command works in it."""
 
 
 @contextmanager
@@ -89,19 +85,24 @@ def held(folder: str | Path) -> Iterator[None]:
     """A context in which nothing is written below a folder that is moved or deleted meanwhile: it would be made anew, half of a
     run in each."""
     name = os.path.abspath(folder)
-    if (identity := _identity(name)) is not None:
-        _held[name] = identity
+    _held[name] = os.open(name, os.O_RDONLY | os.O_DIRECTORY)  # its number is given to no other folder then
     try:
         yield
     finally:
-        _held.pop(name, None)
+        os.close(_held.pop(name))
 
 
 def check_held(path: str | Path) -> None:
-    """Raises OSError where a folder that is held, and `path` lies in, is not there any more."""
-    for folder, identity in _held.items():
-        if Path(os.path.abspath(path)).is_relative_to(folder) and _identity(folder) != identity:
-            raise OSError(
+    """Raises Moved where a folder that is held, and `path` lies in, is not there any more."""
+    for folder, descriptor in _held.items():
+        if not Path(os.path.abspath(path)).is_relative_to(folder):
+            continue
+        try:
+            same = os.path.samestat(os.stat(folder), os.fstat(descriptor))
+        except OSError:
+            same = False
+        if not same:
+            raise Moved(
                 f"{folder} was moved or deleted while this command worked in it; move it back and run the same command to continue"
             )
 

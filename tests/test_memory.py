@@ -11,6 +11,7 @@ from ldm_train.configuration import differences
 from ldm_train.models.autoencoder import AutoencoderKL
 from ldm_train.pipeline import budget
 from ldm_train.pipeline.budget import Budget, Choice
+from ldm_train.pipeline.memory import Tracker
 from ldm_train.pipeline.plan import print_plan
 from ldm_train.training.callbacks.pace import Pace
 
@@ -44,6 +45,22 @@ def test_the_plan_knows_the_peak_of_lightnings_own_loop(case: tuple[str, ...]):
     run = planning(*overrides)
     expected = planned(run, stage)
     assert expected == pytest.approx(allocated(run, stage), rel=0.15)
+
+
+def test_what_is_repeated_takes_what_it_took_before():
+    """Also where an operation shares its argument's memory, which its schema may not say (_unsafe_view)."""
+    x, y = torch.empty(2, 16, 32, device="meta"), torch.empty(32, 64, device="meta")
+    for operation in (lambda: x @ y, lambda: torch.cat([x, x]), lambda: x.transpose(1, 2) + 1, lambda: x[:, ::2] * 2):
+        peaks, strides = [], []
+        with Tracker() as tracker:
+            for _ in range(3):
+                tracker.begin()
+                result = operation()
+                peaks.append(sum(tracker.peak.values()))
+                strides.append(result.stride())
+                del result
+        assert peaks[0] == peaks[1] == peaks[2] > 0
+        assert strides[0] == strides[1] == strides[2]
 
 
 def test_every_part_is_told_apart():

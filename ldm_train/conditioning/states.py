@@ -1,11 +1,12 @@
 """Hidden states of captions, which frozen encoders are asked for once: the last in memory, all of them on the disk if wished."""
 
 import hashlib
+import json
 import time
 import weakref
 import zlib
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -21,14 +22,23 @@ from ldm_train.storage import write_atomically
 
 Pair = tuple[torch.Tensor, torch.Tensor]  # hidden states (L, D), float32, and which tokens are seen (L,), bool
 MOST_OPEN = 64  # files at a time
+NO_MATTER = ("_name_or_path", "transformers_version", "dtype", "torch_dtype")  # of an encoder's config
 
 
 def identity(tokenizer: Any, encoder: nn.Module, *options: object) -> str:
-    """A hash of all that an encoder's hidden states depend on: its words, its weights, and the options it is asked under."""
-    words = (
-        tokenizer.backend_tokenizer.to_str() if getattr(tokenizer, "is_fast", False) else repr(tokenizer.get_vocab())
-    )
-    digest = hashlib.sha256(f"{type(encoder).__name__} {options} {words}".encode())
+    """A hash of all that an encoder's hidden states depend on: its words, its config, its weights, and the options it is asked
+    under."""
+    if getattr(tokenizer, "is_fast", False):
+        words = json.loads(tokenizer.backend_tokenizer.to_str()) | {
+            "padding": None,
+            "truncation": None,
+        }  # `options` say these
+    else:
+        words = tokenizer.get_vocab()
+    config = {k: v for k, v in encoder.config.to_dict().items() if k not in NO_MATTER}
+    sides = tokenizer.pad_token_id, tokenizer.padding_side, tokenizer.truncation_side
+    told = [type(encoder).__name__, config, words, sides, options]
+    digest = hashlib.sha256(json.dumps(told, sort_keys=True, default=str).encode())
     for name, tensor in sorted(encoder.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
@@ -54,25 +64,36 @@ class KeptStates:
     together, patience = 256, 10.0  # captions, or seconds after the first of them, until they are written
 
     def __init__(self, folder: Path, shape: tuple[int, int]):
-        self.folder, self.shape, self.files = folder, shape, list[Path]()
+        self.folder, self.shape, self.files, self._seen = folder, shape, list[Path](), set[Path]()
         self._open = Recent(self._opened, MOST_OPEN)
-        hashes = [np.empty((0, 32), np.uint8)]
-        for path in sorted(folder.glob("*.safetensors")):
-            if (read := self._hashes(path)) is not None:
-                self.files.append(path)
-                hashes.append(read)
-        counts = [len(part) for part in hashes[1:]]
-        self._file = np.repeat(np.arange(len(counts)), counts)
-        self._row = np.concatenate([np.empty(0, int), *map(np.arange, counts)])
-        self._hash_of = np.concatenate(hashes)
         self._damaged: set[int] = set()  # files that have been named
+        self._added: dict[bytes, list[tuple[int, int]]] = {}  # by caption: file and row in those that came later
+        parts = list(self._unseen())
+        self._file = np.repeat([number for number, _ in parts], [len(hashes) for _, hashes in parts]).astype(int)
+        self._row = np.concatenate([np.empty(0, int), *(np.arange(len(hashes)) for _, hashes in parts)])
+        self._hash_of = np.concatenate([np.empty((0, 32), np.uint8), *(hashes for _, hashes in parts)])
         starts = self._hash_of[:, :8].copy().view(np.uint64)[:, 0]
         self._order = np.argsort(starts, kind="stable")
         self._starts = starts[self._order]
         self._new: dict[str, Pair] = {}  # of this process, not yet written
-        self._written: dict[bytes, tuple[int, int]] = {}  # by this process: file and row
-        self._since = 0.0
+        self._since, self._looked = 0.0, time.monotonic()
         weakref.finalize(self, _write, folder, self._new)  # what is left when the process ends
+
+    def _unseen(self) -> Iterator[tuple[int, np.ndarray]]:
+        """(number, hashes of its captions) of the files that are new here."""
+        for path in sorted({*self.folder.glob("*.safetensors")} - self._seen):
+            self._seen.add(path)
+            if (hashes := self._hashes(path)) is not None:
+                self.files.append(path)
+                yield len(self.files) - 1, hashes
+
+    def look(self) -> None:
+        """Finds what other processes have written, every now and then."""
+        if time.monotonic() > self._looked + self.patience:
+            self._looked = time.monotonic()
+            for number, hashes in self._unseen():
+                for row, key in enumerate(hashes):
+                    self._added.setdefault(key.tobytes(), []).append((number, row))
 
     def _opened(self, number: int) -> Any:
         return safe_open(self.files[number], "pt")
@@ -94,28 +115,30 @@ class KeptStates:
             return None
         return captions
 
+    def _places(self, key: bytes) -> Iterator[tuple[int, int]]:
+        """(file, row) of all copies of a caption's states."""
+        yield from self._added.get(key, ())
+        k = int(np.searchsorted(self._starts, np.frombuffer(key[:8], np.uint64)[0]))
+        while k < len(self._order) and self._starts[k].tobytes() == key[:8]:
+            if self._hash_of[i := self._order[k]].tobytes() == key:
+                yield int(self._file[i]), int(self._row[i])
+            k += 1
+
     def get(self, caption: str) -> Pair | None:
         if (pair := self._new.get(caption)) is not None:
             return pair
-        if (place := self._written.get(key := _hash(caption))) is None:
-            k = int(np.searchsorted(self._starts, np.frombuffer(key[:8], np.uint64)[0]))
-            while k < len(self._order) and self._starts[k].tobytes() == key[:8]:
-                if self._hash_of[i := self._order[k]].tobytes() == key:
-                    place = int(self._file[i]), int(self._row[i])
-                    break
-                k += 1
-        if place is None:
-            return None
-        try:
-            states, seen, known = (self._open(place[0]).get_slice(n)[place[1]] for n in ("states", "seen", "sums"))
-            if _sum(key, (states, seen)) != int(known):
-                raise ValueError("a checksum is wrong")
-        except (SafetensorError, OSError, ValueError) as error:
-            if place[0] not in self._damaged:
-                self._damaged.add(place[0])
-                print(f"{self.files[place[0]]} is damaged ({error}); delete it", flush=True)
-            return None
-        return states, seen
+        for number, row in self._places(key := _hash(caption)):
+            try:
+                states, seen, known = (self._open(number).get_slice(n)[row] for n in ("states", "seen", "sums"))
+                if _sum(key, (states, seen)) == int(known):
+                    return states, seen
+                said = "a checksum is wrong"
+            except (SafetensorError, OSError, ValueError) as error:
+                said = str(error)
+            if number not in self._damaged:
+                self._damaged.add(number)
+                print(f"{self.files[number]} is damaged ({said}); delete it", flush=True)
+        return None
 
     def put(self, pairs: Iterable[tuple[str, Pair]]) -> None:
         self._since = self._since if self._new else time.monotonic()
@@ -127,7 +150,9 @@ class KeptStates:
         if not self._new or (len(self._new) < self.together and time.monotonic() < self._since + self.patience):
             return
         if (path := _write(self.folder, self._new)) is not None:
-            self._written |= {_hash(caption): (len(self.files), row) for row, caption in enumerate(self._new)}
+            self._seen.add(path)
+            for row, caption in enumerate(self._new):
+                self._added.setdefault(_hash(caption), []).append((len(self.files), row))
             self.files.append(path)
         self._new.clear()
 
@@ -159,13 +184,14 @@ class States:
         self._folders: dict[torch.dtype, KeptStates] = {}
 
     def keep_in(self, folder: Path, shape: tuple[int, int], device: Callable[[], torch.device]) -> None:
-        """Keeps them on the disk from now on, those of each precision apart. folder: of one encoder."""
+        """Keeps them on the disk from now on, those of each kind of device and precision apart. folder: of one encoder."""
 
         def kept() -> KeptStates:
             kind = device().type
             dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else torch.float32
             if dtype not in self._folders:
-                self._folders[dtype] = KeptStates(folder / str(dtype).removeprefix("torch."), shape)
+                name = f"{kind}-{str(dtype).removeprefix('torch.')}"
+                self._folders[dtype] = KeptStates(folder / name, shape)
             return self._folders[dtype]
 
         self._kept = kept
@@ -181,6 +207,8 @@ class States:
         missing = sorted({*captions} - self.memory.keys())
         if kept is not None:
             kept.write_some()
+            if missing:
+                kept.look()
             self.memory |= {c: pair for c in missing if (pair := kept.get(c)) is not None}
             missing = [c for c in missing if c not in self.memory]
         if missing:

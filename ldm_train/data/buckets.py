@@ -3,13 +3,12 @@
 import math
 import os
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 
 import numpy as np
 from tqdm import tqdm
 
-from ldm_train.data.files import IMAGE_EXTENSIONS, DataError, open_image, read_npy
-from ldm_train.data.offsets import OffsetTable, ShardFile
+from ldm_train.data.files import IMAGE_EXTENSIONS, open_image, read_npy
+from ldm_train.data.offsets import OffsetTable, ShardFile, alone
 from ldm_train.storage import write_atomically
 
 ORIENTATION = 0x0112  # of EXIF; from 5 on the picture lies on its side
@@ -50,7 +49,8 @@ class Buckets:
 
     def __init__(self, sizes: list[Size], number: np.ndarray):
         self.sizes, self.number = sizes, number
-        self.members = [np.flatnonzero(number == k) for k in range(len(sizes))]
+        places = np.int32 if len(number) < 2**31 else np.int64
+        self.members = [np.flatnonzero(number == k).astype(places) for k in range(len(sizes))]
 
     @classmethod
     def of(cls, pictures: np.ndarray, sizes: list[Size], min_images: int) -> "Buckets":
@@ -84,19 +84,10 @@ class Buckets:
 
 class BucketOrder:
     """The order of an epoch in which each batch is of one bucket: batches of all buckets shuffled, and the samples within each.
-    What does not fill a batch of its bucket is left out of the epoch.
-
-    Raises DataError where a bucket has not the samples of one batch.
-    """
+    What does not fill a batch of its bucket is left out of the epoch."""
 
     def __init__(self, buckets: Buckets, batch_size: int):
         self.members, self.batch_size = buckets.members, batch_size
-        for size, members in zip(buckets.sizes, buckets.members):
-            if len(members) < batch_size:
-                raise DataError(
-                    f"{len(members)} images have the aspect ratio of {size[0]}x{size[1]}, fewer than the batch_size of "
-                    f"{batch_size}, and would never be seen; say data.buckets.min_images={batch_size}"
-                )
         self.first = np.cumsum([0, *(len(members) // batch_size for members in self.members)])  # batch of each bucket
 
     @property
@@ -112,7 +103,7 @@ class BucketOrder:
             batch = order[positions[0] // self.batch_size]
             bucket = int(np.searchsorted(self.first, batch, "right")) - 1
             if bucket not in shuffled:
-                shuffled[bucket] = np.random.default_rng([seed, epoch, bucket]).permutation(self.members[bucket])
+                shuffled[bucket] = np.random.default_rng([seed, epoch, 1 + bucket]).permutation(self.members[bucket])
             return shuffled[bucket][(batch - self.first[bucket]) * self.batch_size + positions % self.batch_size]
 
         return drawn
@@ -123,32 +114,40 @@ def shown_size(data: bytes, extension: str) -> Size:
     try:
         if extension == "npy":
             height, width = read_npy(data).shape[:2]
-            return height, width
-        with open_image(data) as image:
-            width, height = image.size
-            # Pillow looks for the orientation of a PNG behind its pixels, and decodes them.
-            turned = image.format != "PNG" or any(mark in data for mark in ORIENTED)
-            if turned and image.getexif().get(ORIENTATION, 1) >= 5:
-                return width, height
-            return height, width
+        else:
+            with open_image(data) as image:
+                width, height = image.size
+                # Pillow looks for the orientation of a PNG behind its pixels, and decodes them.
+                turned = image.format != "PNG" or any(mark in data for mark in ORIENTED)
+                if turned and image.getexif().get(ORIENTATION, 1) >= 5:
+                    width, height = height, width
     except Exception:  # damaged data: training replaces the sample and says so
         return 0, 0
+    return (height, width) if 0 < height < 2**31 and 0 < width < 2**31 else (0, 0)
 
 
 def picture_sizes(files: Sequence[ShardFile], table: OffsetTable) -> np.ndarray:
     """(height, width) of the picture of every row of a table (N, 2), (0, 0) where it has none that can be read. They are read
     once, and kept beside the shards' offsets."""
-    sizes, bar = [np.empty((0, 2), np.int32)], None
+    sizes, bar, others = [np.empty((0, 2), np.int32)], None, os.environ.get("RANK", "0") != "0"
     for number, file in enumerate(files):
         kept = file.kept.with_suffix(".sizes.npz")
         rows = range(int(table.first[number]), int(table.first[number + 1]))
         if (known := _kept(file, len(rows))) is None:
-            bar = bar or tqdm(desc="reading the pictures' sizes", total=len(table), initial=rows.start, unit="img")
-            known = _read_sizes(file, table, rows, bar)
-            if not kept.parent.is_symlink():  # nothing is written outside the data folder
-                note = {"stamp": np.array(file.stamp, np.int64), "sha256": np.array(file.entry["sha256"])}
-                with suppress(OSError):  # a read-only data folder: read again next time
-                    write_atomically(kept, lambda f, n=note, k=known: np.savez(f, **n, sizes=k))
+            bar = bar or tqdm(
+                desc="reading the pictures' sizes", total=len(table), initial=rows.start, unit="img", disable=others
+            )
+            if kept.parent.is_symlink():  # nothing is written outside the data folder
+                known = _read_sizes(file, table, rows, bar)
+            else:
+                try:
+                    with alone(kept.with_name(f".{kept.name}.lock")):  # of several ranks one reads
+                        if (known := _kept(file, len(rows))) is None:
+                            known = _read_sizes(file, table, rows, bar)
+                            note = {"stamp": np.array(file.stamp, np.int64), "sha256": np.array(file.entry["sha256"])}
+                            write_atomically(kept, lambda f, n=note, k=known: np.savez(f, **n, sizes=k))
+                except OSError:  # a read-only data folder: read again next time
+                    known = _read_sizes(file, table, rows, bar) if known is None else known
         sizes.append(known)
     if bar is not None:
         bar.close()

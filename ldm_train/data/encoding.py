@@ -52,7 +52,7 @@ def write_cache(
     folder, shards, b = Path(folder), data.shards(split), data.batching
     chunks = [range(i, min(i + per_shard, len(shards))) for i in range(0, len(shards), per_shard)]
     mine = list(enumerate(chunks))[b.rank :: b.world_size]
-    keys, entries, seen = CacheKeys.of(shards), [], 0
+    keys, entries, seen = CacheKeys.of(shards, compared=known is not None), [], 0
     total = sum(len(chunk) for _, chunk in mine)
     progress = tqdm(total=total, desc=f"caching {split} latents", unit="img", disable=b.rank != 0)
     for number, chunk in mine:
@@ -73,7 +73,7 @@ def write_cache(
 
 def few_samples(data: ShardDataModule, split: str, count: int = 8) -> Iterator[tuple[str, torch.Tensor]]:
     """(key in the cache, picture) of samples spread over a split."""
-    dataset, keys = data.samples(split, ("image",), random=False), CacheKeys.of(data.shards(split))
+    dataset, keys = data.samples(split, ("image",), random=False), CacheKeys.of(data.shards(split), compared=True)
     for i in spread(len(keys.shards), count).tolist():
         yield keys(i), dataset[(0, i)]["image"]
 

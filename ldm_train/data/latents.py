@@ -47,11 +47,12 @@ class CacheKeys:
         self.shards, self.numbered = shards, numbered
 
     @classmethod
-    def of(cls, shards: IndexedShards) -> "CacheKeys":
-        """Of a cache that will be made. Of very many samples nobody looks whether a key comes twice."""
-        return cls(
-            shards, len(shards) > MOST_COMPARED or len({*map(cls(shards, False), range(len(shards)))}) < len(shards)
-        )
+    def of(cls, shards: IndexedShards, compared: bool = False) -> "CacheKeys":
+        """Of a cache that will be made. Of very many samples nobody looks whether a key comes twice, unless `compared`."""
+        if len(shards) > MOST_COMPARED and not compared:
+            return cls(shards, numbered=True)
+        plain = cls(shards, numbered=False)
+        return cls(shards, numbered=len({*map(plain, range(len(shards)))}) < len(shards))
 
     @classmethod
     def in_cache(cls, shards: IndexedShards, cached: IndexedShards) -> "CacheKeys":

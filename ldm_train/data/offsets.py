@@ -17,7 +17,7 @@ from tqdm import tqdm
 from ldm_train.data.files import DataError
 from ldm_train.data.remote import ShardCache, is_remote
 from ldm_train.data.tars import scan_tar
-from ldm_train.storage import file_sha256, read_record, write_atomically, write_folder, write_json
+from ldm_train.storage import file_sha256, open_lock, read_record, write_atomically, write_folder, write_json
 
 KEPT = ".offsets"  # the folder beside an index
 IN_MEMORY = (
@@ -210,7 +210,7 @@ class OffsetTable:
         if not (folder / "table.json").is_file():
             try:
                 folder.parent.mkdir(parents=True, exist_ok=True)
-                with _alone(folder.parent / f".{folder.name}.lock"):  # of several ranks one writes
+                with alone(folder.parent / f".{folder.name}.lock"):  # of several ranks one writes
                     if not (folder / "table.json").is_file():
                         write_folder(folder, lambda new: _write_table(new, shards, split), replace=True)
             except OSError as error:
@@ -242,8 +242,8 @@ class OffsetTable:
 
 
 @contextmanager
-def _alone(path: Path) -> Iterator[None]:
-    with open(path, "a") as lock:
+def alone(path: Path) -> Iterator[None]:
+    with open_lock(path) as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
 

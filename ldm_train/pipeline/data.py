@@ -42,8 +42,8 @@ def sides(size: Any) -> tuple[int, int]:
 
 def _given(options: dict[str, Any]) -> dict[str, Any]:
     """Without what is null, in sections too."""
-    options = {k: _given(v) if isinstance(v, dict) else v for k, v in options.items()}
-    return {k: v for k, v in options.items() if v is not None and v != {}}
+    said = {k: _given(v) if isinstance(v, dict) else v for k, v in options.items()}
+    return {k: v for k, v in said.items() if v is not None and (v != {} or options[k] == {})}
 
 
 def stage_data(config: DictConfig, stage: str) -> DictConfig:

@@ -58,9 +58,9 @@ class EvaluationStage(Stage):
 
     def run(self, run: Run, folder: Path) -> dict[str, Any]:
         config, evaluator, data = run.config, run.evaluator, run.evaluation_data()
-        model = load_model(run.folder / "diffusion" / "model", run.trust).to(run.machine.device)
-        model.to(memory_format=torch.channels_last)
-        run.keep_states(model)
+        model = load_model(run.folder / "diffusion" / "model", run.trust)
+        run.keep_states(model)  # on the host: where all captions are known the encoder stays there
+        model.to(run.machine.device, memory_format=torch.channels_last)
         split, count, section = config.data.val_split, config.evaluation.images, config.evaluation
         judged, writer = judged_fields(model.fields), run.machine.rank == 0
         if section.adherence and not judged and writer:

@@ -2,6 +2,7 @@
 
 import math
 import subprocess
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -186,20 +187,24 @@ def predictions(runs: Sequence[SweptRun]) -> list[dict[str, Any]]:
     """A row per predictor: how the autoencoders' order by it agrees with their order by what U-Nets of equal training made of
     them. Several U-Nets on one autoencoder count once, by their mean. Empty where the autoencoders are too few."""
     outcomes = [m for m in MEASURES if m.title in OUTCOMES]
-    by_autoencoder: dict[tuple[float, ...], list[Mapping[str, float]]] = {}
-    for run in runs:
-        metrics = {} if run.failed else run.metrics()
-        values = tuple(metrics.get(key, math.nan) for key in PREDICTORS.values())
-        if metrics and not any(map(math.isnan, values)):
-            by_autoencoder.setdefault(values, []).append(metrics)
+    finished = [run for run in runs if not run.failed and run.metrics()]
+    alike = Counter(map(_second_stage, finished))
+    of_autoencoder: dict[tuple[str, ...], list[Mapping[str, float]]] = {}
+    for run in finished:
+        if _second_stage(run) == alike.most_common(1)[0][0]:
+            metrics = run.metrics()
+            # Another number of threads changes the last digits of what is measured of the same one.
+            known = tuple(f"{metrics.get(key, math.nan):.4g}" for key in PREDICTORS.values())
+            of_autoencoder.setdefault(known, []).append(metrics)
     table = []
-    for number, predictor in enumerate(PREDICTORS):
+    for predictor, key in PREDICTORS.items():
         row: dict[str, Any] = {"predictor": predictor}
         for outcome in outcomes:
             pairs = [
-                (values[number], fmean(made))
-                for values, trained in by_autoencoder.items()
-                if (made := [v for metrics in trained if (v := outcome.of(metrics)) is not None])
+                (fmean(m[key] for m in trained), fmean(made))
+                for trained in of_autoencoder.values()
+                if all(not math.isnan(m.get(key, math.nan)) for m in trained)
+                and (made := [v for m in trained if (v := outcome.of(m)) is not None])
             ]
             if len(pairs) >= LEAST_AUTOENCODERS:
                 rho, low, high = rank_correlation(*zip(*pairs))
@@ -208,6 +213,13 @@ def predictions(runs: Sequence[SweptRun]) -> list[dict[str, Any]]:
         if len(row) > 1:
             table.append(row)
     return table
+
+
+def _second_stage(run: SweptRun) -> str:
+    """How a run trains its U-Net and samples from it, whatever the number of latent channels."""
+    own = {k: v for k, v in run.config.items() if k.split(".")[0] in ("diffusion", "sampling", "sampler")}
+    own.pop("diffusion.network.in_channels", None)
+    return repr(sorted(own.items()))
 
 
 def markdown(table: Sequence[Mapping[str, Any]]) -> str:

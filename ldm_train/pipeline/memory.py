@@ -161,8 +161,12 @@ class Tracker(TorchDispatchMode):
             made = [torch.empty_strided(size, stride, dtype=dtype, device="meta") for size, stride, dtype in known]
             return made[0] if len(func._schema.returns) == 1 else tuple(made)
         result = func(*args, **kwargs)
-        shapes = [_shape_of_fresh(t) for t in (result if isinstance(result, tuple) else (result,))]
-        self._results[key] = None if None in shapes else tuple(shapes)
+        given = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
+        results = result if isinstance(result, tuple) else (result,)
+        shapes = [_shape_of_fresh(t) for t in results]
+        # Not of an operation such as _unsafe_view, which shares its argument's memory and does not say so.
+        shared = None in shapes or any(t.untyped_storage()._cdata in given for t in results)
+        self._results[key] = None if shared else tuple(shapes)
         return result
 
 

@@ -20,7 +20,7 @@ from ldm_train.data.shards import DataError
 from ldm_train.evaluation.evaluator import Evaluator, check_reference
 from ldm_train.latent_diffusion import LatentDiffusion
 from ldm_train.pipeline import resume
-from ldm_train.pipeline.data import conditioner_classes, data_module, evaluation_batching, stage_data
+from ldm_train.pipeline.data import bucketing, conditioner_classes, data_module, evaluation_batching, stage_data
 from ldm_train.pipeline.plan import print_plan
 from ldm_train.pipeline.resume import Order, Step
 from ldm_train.pipeline.stage import Stage
@@ -182,6 +182,11 @@ class Run:
             self.missing[str(error)] = None
             return None
         count, size = images.count(images.train_split), self.config[stage].batch_size
+        if (least := (bucketing(stage_data(self.config, stage)) or {}).get("min_images", size)) < size:
+            raise ValueError(
+                f"data.buckets.min_images={least} is less than {stage}.batch_size={size}: a bucket of so few would never be seen; "
+                f"say {size}, or somewhat more where some pictures cannot be read"
+            )
         if size > count:
             raise ValueError(
                 f"{stage}.batch_size={size} exceeds the {count} training images of {images.root}; lower it or prepare more data"

@@ -7,7 +7,7 @@ import os
 import re
 import sys
 import traceback
-from contextlib import nullcontext, redirect_stdout
+from contextlib import redirect_stdout
 from pathlib import Path
 
 import torch
@@ -26,7 +26,7 @@ from ldm_train.pipeline.resume import run_lock
 from ldm_train.pipeline.run import Run, own_parts
 from ldm_train.pipeline.sweep import FAILED
 from ldm_train.pipeline.values import check_values
-from ldm_train.storage import write_json
+from ldm_train.storage import Moved, held, write_json
 from ldm_train.training.fit import Machine
 
 LONGEST = 150  # characters of a job's folder
@@ -80,7 +80,7 @@ def train(config: DictConfig) -> None:
         if not sweeping:
             raise
         # The other jobs of a sweep go on; the report at its end names this one.
-        if not isinstance(error, Busy):  # its folder is another process's
+        if not isinstance(error, Busy | Moved):  # its folder is another process's, or gone
             folder.mkdir(parents=True, exist_ok=True)
             said = {"error": f"{type(error).__name__}: {error}", "traceback": traceback.format_exc()}
             write_json(folder / FAILED, said)
@@ -126,7 +126,8 @@ def _train(config: DictConfig, folder: Path, sweeping: bool) -> None:
         _make_data(config)
     if world_size > 1:
         dist.barrier()
-    with run_lock(folder) if rank == 0 else nullcontext():
+    folder.mkdir(parents=True, exist_ok=True)
+    with run_lock(folder) if rank == 0 else held(folder):
         (folder / FAILED).unlink(missing_ok=True)
         try:
             share = (sweeping or config.share) and world_size == 1

@@ -1,5 +1,6 @@
 """Hidden states on the disk: the same as asked for anew, of the same encoder only, whatever happens to the files."""
 
+import json
 import multiprocessing
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -69,13 +70,16 @@ def test_another_process_finds_the_states_and_asks_nobody(clip: Callable, tmp_pa
         second(["a bird", "a cat"], KEEP)
 
 
-@pytest.mark.parametrize("change", ["weights", "layer", "length", "precision"])
+@pytest.mark.parametrize("change", ["weights", "config", "layer", "length", "precision"])
 def test_states_of_another_encoder_are_not_taken(clip: Callable, tmp_path: Path, change: str):
     first = clip()
     first.keep_in(tmp_path / "kept")
     first(["a cat", "a dog"], KEEP)
     states._write(*next((k.folder, k._new) for k in first.known._folders.values()))
     other = clip(1) if change == "weights" else clip()
+    if change == "config":
+        path = Path(other.path) / "config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"hidden_act": "gelu"}))
     if change == "layer":
         other.layer = "penultimate"
     if change == "length":
@@ -87,6 +91,36 @@ def test_states_of_another_encoder_are_not_taken(clip: Callable, tmp_path: Path,
     with torch.autocast("cpu", torch.bfloat16, enabled=change == "precision"):
         other(["a cat", "a dog"], KEEP)
     assert asked == ["a cat", "a dog"]
+
+
+def test_a_tokenizer_that_was_used_is_still_the_same(clip: Callable, tmp_path: Path):
+    text = clip()
+    before = states.identity(*text.pretrained())
+    text.encode(["a cat"])
+    assert states.identity(*text.pretrained()) == before
+
+
+def test_what_another_process_writes_is_found_after_a_while(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    now = [0.0]
+    monkeypatch.setattr(states.time, "monotonic", lambda: now[0])
+    mine = KeptStates(tmp_path, SHAPE)
+    written(tmp_path, ["a"])
+    for seconds, found in ((1.0, False), (11.0, True)):
+        now[0] = seconds
+        mine.look()
+        assert (mine.get("a") is not None) == found
+
+
+def test_a_whole_copy_stands_in_for_a_damaged_one(tmp_path: Path):
+    for captions in (["a", "b"], ["a", "c"]):
+        written(tmp_path, captions)
+    whole = {path: path.read_bytes() for path in tmp_path.glob("*.safetensors")}
+    for path in whole:
+        tensors = load_file(path)
+        tensors["states"][0] += 1
+        save_file(tensors, path)
+        assert torch.equal(KeptStates(tmp_path, SHAPE).get("a")[0], pair(0)[0])
+        path.write_bytes(whole[path])
 
 
 def test_where_the_encoder_changes_nothing_is_kept(clip: Callable, tmp_path: Path):

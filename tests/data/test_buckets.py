@@ -127,6 +127,11 @@ def test_the_size_of_an_array_and_of_garbage():
     np.save(file, np.zeros((5, 7, 2), np.uint8))
     assert shown_size(file.getvalue(), "npy") == (5, 7)
     assert shown_size(b"no picture", "jpg") == (0, 0)
+    for shape in ((2**40, 0), (0, 7, 3)):
+        file = io.BytesIO()
+        np.save(file, np.zeros((1,), np.uint8))
+        data = file.getvalue()[:-1].replace(b"(1,)", repr(shape).encode())
+        assert shown_size(data.ljust(128), "npy") == (0, 0)
 
 
 def test_sizes_are_read_once_and_again_where_the_shard_or_what_was_kept_is_another(
@@ -270,9 +275,15 @@ def test_what_does_not_go_with_buckets_is_refused(root: Path, options: dict, sai
         module(root, **options)
 
 
-def test_a_bucket_smaller_than_a_batch_names_the_remedy(root: Path):
-    with pytest.raises(DataError, match=r"\d+ images have the aspect ratio of .*data\.buckets\.min_images=20"):
-        module(root, batch_size=20).train_loader(0)
+def test_a_bucket_smaller_than_a_batch_waits_and_the_others_go_on(root: Path):
+    data = module(root, batch_size=20, buckets=BUCKETS | {"min_images": 4})
+    assert {len(members) for members in data.buckets("train").members} == {16}
+    with pytest.raises(DataError, match="batch_size 20 exceeds"):
+        data.train_loader(0)
+    buckets = Buckets([(8, 8), (4, 12)], np.array([0] * 50 + [1] * 3))
+    batches = StepBatches(53, Batching(20), 0, 0, 8, buckets=buckets)
+    assert batches.steps_per_epoch == 2
+    assert all(i < 50 for step in range(8) for _, i in batches.rows(step))
 
 
 WIDE = ("diffusion/conditioning=class", "data/derived=none", "data.buckets.max_ratio=2", "data.buckets.step=8",
@@ -283,6 +294,7 @@ WIDE = ("diffusion/conditioning=class", "data/derived=none", "data.buckets.max_r
     ("option", "said"),
     [
         ("data.buckets.step=6", "data.buckets.step=6 gives sizes that these networks do not take: say a multiple of"),
+        ("diffusion.batch_size=16", "data.buckets.min_images=8 is less than diffusion.batch_size=16: .*say 16"),
         ("latents.source=somewhere", "leave data.buckets or latents.source out"),
         ("data.buckets.max_ratio=0.5", "data.buckets.max_ratio"),
     ],

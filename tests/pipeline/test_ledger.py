@@ -147,6 +147,19 @@ def test_autoencoders_are_ordered_by_their_predictors_once_each(tmp_path: Path) 
     assert table["equivariance error"]["fid_tiny"].startswith(f"{rho:+.2f} [")
     assert "shape fidelity" not in table["PSNR"]  # nobody measured it
     assert ledger.predictions(read_runs(tmp_path)[:10]) == []
+    # Another U-Net on the last digits of a known autoencoder, one that is trained otherwise, and one without a predictor.
+    for name, change in (("again", {}), ("other", {"diffusion": {"lr": 1}}), ("lacking", {})):
+        run(tmp_path / name, [], 20, 1.0, 0.1)
+        metrics = json.loads((tmp_path / "run0" / "evaluation" / "metrics.json").read_text())
+        metrics["latents"]["ifid_tiny"]["value"] += 1e-9 if name == "again" else 3.0
+        if name == "lacking":
+            del metrics["latents"]["spectrum_slope"]
+        (tmp_path / name / "evaluation" / "metrics.json").write_text(json.dumps(metrics))
+        config = OmegaConf.load(tmp_path / name / "config.yaml")
+        OmegaConf.save(OmegaConf.merge(config, change), tmp_path / name / "config.yaml")
+    table = {row["predictor"]: row for row in ledger.predictions(read_runs(tmp_path))}
+    assert table["spectrum slope"]["autoencoders"] == 6
+    assert table["ifid_tiny"]["autoencoders"] == 7
 
 
 TECHNIQUES = sorted(path.stem for path in (config_folder() / "technique").glob("*.yaml"))
