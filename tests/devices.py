@@ -13,7 +13,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ldm_train import devices
 from ldm_train.diffusion import process
 from ldm_train.models import layers
-from ldm_train.pipeline.memory import ALIKE
 
 aten = torch.ops.aten
 # Whose result has a size that only the device knows.
@@ -62,6 +61,12 @@ def _vector_norm(x: torch.Tensor, ord: float = 2, dim: Any = None, keepdim: bool
 SHAPED = {
     aten.native_group_norm: _group_norm, aten.native_group_norm_backward: _group_norm_backward, aten.native_layer_norm: _layer_norm,
     aten.linalg_vector_norm: _vector_norm,
+}  # fmt: skip
+
+# Operations whose result is like their arguments, where these are alike.
+ALIKE = {
+    *(aten.add, aten.sub, aten.mul, aten.div, aten.sqrt, aten.square, aten.silu, aten.silu_backward, aten.gelu, aten.neg),
+    *(aten.gelu_backward, aten.relu, aten.threshold_backward, aten.abs, aten.exp),
 }  # fmt: skip
 
 

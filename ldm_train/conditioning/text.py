@@ -224,11 +224,9 @@ class FrozenText(Captions):
 
     path: a local folder, or a name that transformers can download
     dim: width of its hidden states; must equal the U-Net's context_dim
-    layer: "last", or "penultimate" with the encoder's final norm applied, as Stable Diffusion 2, or "projected": CLIP's one
-        embedding of a caption, of length 1, its null condition being zero, as retrieval-augmented models (Blattmann et al.
-        2022) are asked in words
-    max_length: tokens, longer captions are cut. masked: let attention ignore padding (CLIP models were trained with
-        it visible, so Stable Diffusion uses false)
+    layer: "last", or "penultimate" with the encoder's final norm applied, as Stable Diffusion 2, or "projected": CLIP's embedding of
+        a caption (length 1, null condition 0), as retrieval-augmented models (Blattmann et al. 2022) are asked in words
+    max_length: tokens, longer captions are cut. masked: let attention ignore padding (CLIP models were trained with it visible)
     cache_size: captions whose hidden states are kept in memory
     tokenizer: a folder, where it is not that of the encoder
     pad_id: the token that padding shows, where it is not the tokenizer's own (Stable Diffusion 2: 0, as open_clip; a
@@ -254,8 +252,7 @@ class FrozenText(Captions):
         if layer not in ("last", "penultimate", "projected"):
             raise ValueError(f"layer is 'last', 'penultimate' or 'projected', not {layer!r}")
         self.path, self.dim, self.layer, self.max_length, self.masked = path, dim, layer, max_length, masked
-        self.pad_id = pad_id
-        self.widths, self.tokenizer_path = {"context": dim}, tokenizer or path
+        self.pad_id, self.widths, self.tokenizer_path = pad_id, {"context": dim}, tokenizer or path
         self.known = States(cache_size)
         self._pretrained: tuple[Any, nn.Module] | None = None  # a tuple hides it from state_dict and optimisers
         self._whole: tuple[nn.Module, ...] = ()  # what the encoder is part of
@@ -395,9 +392,9 @@ class FrozenText(Captions):
             if self.layer == "projected":
                 raise ValueError("layer=projected knows one embedding of a caption, and learns nothing")
             context, mask = self.states([c or "" for c in captions])
-            return {"context": context, "context_mask": mask if self.masked else torch.ones_like(mask)}
-        states = self.known.of([c for c in captions if c is not None], self.encode)
-        zero = torch.zeros(1, self.dim), torch.ones(1, dtype=torch.bool)
-        pairs = [zero if c is None else states[c] for c in captions]
-        context, mask = (uploaded(torch.stack(part), self.device) for part in zip(*pairs))
+        else:
+            states = self.known.of([c for c in captions if c is not None], self.encode)
+            zero = torch.zeros(1, self.dim), torch.ones(1, dtype=torch.bool)
+            pairs = [zero if c is None else states[c] for c in captions]
+            context, mask = (uploaded(torch.stack(part), self.device) for part in zip(*pairs))
         return {"context": context, "context_mask": mask if self.masked else torch.ones_like(mask)}

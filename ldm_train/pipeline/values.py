@@ -6,7 +6,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from ldm_train.configuration import config_folder
+from ldm_train.configuration import config_folder, flatten
 from ldm_train.rules import Rule, check, flag, list_of, number, numbers, one_of, optional, section, text, whole
 from ldm_train.training.callbacks.clock import seconds_of
 from ldm_train.training.task import Task
@@ -20,7 +20,7 @@ GROUPS = (
 )
 OPTIONS = (
     *("latents", "sampling", "evaluation", "evaluation.extractors", "evaluation.kinds"),
-    *("diffusion.conditioning.conditioners", "autoencoder.data", "autoencoder.loss.discriminator"),
+    *("diffusion.conditioning.conditioners", "autoencoder.data"),
     *(f"{stage}.{name}" for stage in TRAINED for name in ("optimizer", "lr_schedule")),
 )
 # Sections whose entries are objects, each with a `_target_`.
@@ -114,6 +114,7 @@ RULES: dict[str, Rule] = {
     **{
         f"evaluation.{name}": optional(section(" is neither null nor a section with options")) for name in OPEN_SECTIONS
     },
+    "autoencoder.loss.discriminator": optional(section(": it is a section, set the options in it; null: none")),
     **dict.fromkeys(("stages", "trust", "evaluation.metrics", "evaluation.paired"), list_of(str)),
     **dict.fromkeys(("data.weights", "autoencoder.data.weights"), optional(list_of(int, float, example="[3,1]"))),
     **{f"{stage}.{name}": rule for stage in TRAINED for name, rule in PER_STAGE.items()},
@@ -210,6 +211,9 @@ def check_values(config: DictConfig) -> None:
     for name in ("autoencoder.network", "diffusion.network", "diffusion.schedule", "sampler", *PARTIAL):
         if not isinstance(target := OmegaConf.select(config, f"{name}._target_"), str):
             raise ValueError(f"{name}._target_={target}: it names a class or function")
+    for name, value in flatten(OmegaConf.to_container(config)).items():
+        if name.endswith("._target_") and not isinstance(value, str):
+            raise ValueError(f"{name}={value}: it names a class or function")
     for name in PARTIAL:
         _check_target(f"{name}._target_", OmegaConf.select(config, f"{name}._target_"))
         if OmegaConf.select(config, f"{name}._partial_") is not True:

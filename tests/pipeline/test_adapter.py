@@ -24,7 +24,8 @@ from ldm_train.models.lora import LoRA
 from ldm_train.pipeline.convert import convert
 from ldm_train.pipeline.run import Run
 
-STAGES = ("stages=[autoencoder,latents,diffusion]", "diffusion.evaluate_every=null")
+# Each latent channel by its own scale: what the U-Net of few steps says shows in the pictures.
+STAGES = ("stages=[autoencoder,latents,diffusion]", "diffusion.evaluate_every=null", "latents.per_channel=true")
 OPTIONS = (
     "diffusion/adapter=lora",
     "diffusion.adapter.rank=2",

@@ -16,6 +16,7 @@ from scipy import stats
 from ldm_train.configuration import config_folder
 from ldm_train.pipeline import ledger, train
 from ldm_train.pipeline.sweep import SweptRun, read_runs
+from ldm_train.pipeline.values import check_values
 
 
 def run(folder: Path, techniques: list[str], seed: int, fid: float, adherence: float, tflop: float = 2.0) -> None:
@@ -172,6 +173,7 @@ def test_every_technique_is_recorded_combines_and_is_told_of_in_the_guide() -> N
     for name in TECHNIQUES:
         config = composed("train", "experiment=ledger", f"technique=[{name}]")
         assert dict(config.techniques) == {name: True}
+        check_values(config)
         changed = {k for k in config if config[k] != usual[k]} - {"techniques"}
         assert changed, name
         assert f"`{name}`" in guide

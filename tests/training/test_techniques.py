@@ -2,11 +2,12 @@
 
 import copy
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from chains import composed
+from chains import chain, composed
 from torch.nn import functional as F
 
 from ldm_train.diffusion.objective import DiffusionObjective
@@ -291,3 +292,12 @@ def test_alignment_needs_features_and_a_middle() -> None:
         check_alignment(unet(), AutoencoderIdentity())
     with pytest.raises(ValueError, match=r"Linear has no `middle`"):
         check_alignment(torch.nn.Linear(1, 1), autoencoder())
+
+
+@pytest.mark.chain
+def test_an_autoencoder_trains_without_a_discriminator(tmp_path: Path) -> None:
+    run = chain(tmp_path, "technique=[no_gan]", "stages=[autoencoder]")
+    check_values(run.config)
+    run.execute()
+    state = torch.load(tmp_path / "run/autoencoder/checkpoints/last.ckpt", weights_only=True)["state_dict"]
+    assert not [key for key in state if "discriminator" in key]
