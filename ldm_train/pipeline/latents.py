@@ -177,6 +177,8 @@ class LatentsStage(Stage):
             content = data_hash(read_index(folder), *splits)
         else:
             content = f"{_autoencoder(run)}/{data.content_hash}"
+        if run.config.latents.per_channel:  # the same latents, and others to whoever trains on them
+            content += "/per_channel"
         statistics, digest = read_statistics(folder), file_sha256(folder / STATISTICS)
         return {"content": content, "scale_factor": statistics["scale_factor"], "statistics_sha256": digest}
 

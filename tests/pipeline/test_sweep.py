@@ -7,11 +7,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from chains import SMALL
+import torch
+from chains import SMALL, chain
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from PIL import Image
+from safetensors.torch import load_file
 
 from ldm_train.cli import evaluate, sweep, train
 from ldm_train.cli import search as search_command
@@ -303,3 +305,24 @@ def test_a_search_shares_stages_prunes_continues_and_finds_the_best(
     assert "holds another search" in capfd.readouterr().err
     assert command("search", *arguments, "direction=maximize", "trials=3") == 1
     assert "holds a search with direction=minimize; choose name=<new>" in capfd.readouterr().err
+
+
+@pytest.mark.chain
+def test_runs_whose_latents_are_scaled_otherwise_share_the_autoencoder_and_no_more(tmp_path: Path) -> None:
+    (tmp_path / "s").mkdir()
+    short, made = ("stages=[autoencoder,latents,diffusion]", "diffusion.evaluate_every=null"), {}
+    for name, options in (("one", ()), ("each", ("latents.per_channel=true",)), ("again", ())):
+        run = chain(tmp_path, *short, *options, name=f"s/{name}")
+        run.share = True
+        run.execute()
+        made[name] = {
+            stage: load_file(tmp_path / "s" / name / stage / "model" / "model.safetensors")
+            for stage in ("autoencoder", "diffusion")
+        }
+    same = {
+        (name, stage): all(torch.equal(made[name][stage][k], v) for k, v in made["one"][stage].items())
+        for name in ("each", "again") for stage in ("autoencoder", "diffusion")
+    }  # fmt: skip
+    assert same == {
+        ("each", "autoencoder"): True, ("each", "diffusion"): False, ("again", "autoencoder"): True, ("again", "diffusion"): True,
+    }  # fmt: skip
