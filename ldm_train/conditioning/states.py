@@ -7,7 +7,6 @@ import weakref
 import zlib
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +28,8 @@ def identity(tokenizer: Any, encoder: nn.Module, *options: object) -> str:
     """A hash of all that an encoder's hidden states depend on: its words, its config, its weights, and the options it is asked
     under."""
     if getattr(tokenizer, "is_fast", False):
-        words = json.loads(tokenizer.backend_tokenizer.to_str()) | {
-            "padding": None,
-            "truncation": None,
-        }  # `options` say these
+        words = json.loads(tokenizer.backend_tokenizer.to_str())
+        words |= {"padding": None, "truncation": None}  # of its last use; `options` say them
     else:
         words = tokenizer.get_vocab()
     config = {k: v for k, v in encoder.config.to_dict().items() if k not in NO_MATTER}
@@ -181,7 +178,7 @@ class States:
     def __init__(self, size: int):
         self.size, self.memory = size, OrderedDict[str, Pair]()
         self._kept: Callable[[], KeptStates] | None = None
-        self._folders: dict[torch.dtype, KeptStates] = {}
+        self._folders: dict[Path, KeptStates] = {}
 
     def keep_in(self, folder: Path, shape: tuple[int, int], device: Callable[[], torch.device]) -> None:
         """Keeps them on the disk from now on, those of each kind of device and precision apart. folder: of one encoder."""
@@ -189,10 +186,10 @@ class States:
         def kept() -> KeptStates:
             kind = device().type
             dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else torch.float32
-            if dtype not in self._folders:
-                name = f"{kind}-{str(dtype).removeprefix('torch.')}"
-                self._folders[dtype] = KeptStates(folder / name, shape)
-            return self._folders[dtype]
+            own = folder / f"{kind}-{str(dtype).removeprefix('torch.')}"
+            if own not in self._folders:
+                self._folders[own] = KeptStates(own, shape)
+            return self._folders[own]
 
         self._kept = kept
 
@@ -220,6 +217,5 @@ class States:
             self.memory.move_to_end(caption)
         pairs = {caption: self.memory[caption] for caption in captions}
         while len(self.memory) > self.size:
-            with suppress(KeyError):
-                self.memory.popitem(last=False)
+            self.memory.popitem(last=False)
         return pairs

@@ -2,14 +2,15 @@
 
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
 from ldm_train.data.files import IMAGE_EXTENSIONS, open_image, read_npy
 from ldm_train.data.offsets import OffsetTable, ShardFile, alone
-from ldm_train.storage import write_atomically
 
 ORIENTATION = 0x0112  # of EXIF; from 5 on the picture lies on its side
 ORIENTED = (b"eXIf", b"exif", b"Orientation")  # what a PNG that knows its orientation holds
@@ -131,40 +132,41 @@ def picture_sizes(files: Sequence[ShardFile], table: OffsetTable) -> np.ndarray:
     once, and kept beside the shards' offsets."""
     sizes, bar, others = [np.empty((0, 2), np.int32)], None, os.environ.get("RANK", "0") != "0"
     for number, file in enumerate(files):
-        kept = file.kept.with_suffix(".sizes.npz")
         rows = range(int(table.first[number]), int(table.first[number + 1]))
         if (known := _kept(file, len(rows))) is None:
             bar = bar or tqdm(
                 desc="reading the pictures' sizes", total=len(table), initial=rows.start, unit="img", disable=others
             )
-            if kept.parent.is_symlink():  # nothing is written outside the data folder
-                known = _read_sizes(file, table, rows, bar)
-            else:
-                try:
-                    with alone(kept.with_name(f".{kept.name}.lock")):  # of several ranks one reads
-                        if (known := _kept(file, len(rows))) is None:
-                            known = _read_sizes(file, table, rows, bar)
-                            note = {"stamp": np.array(file.stamp, np.int64), "sha256": np.array(file.entry["sha256"])}
-                            write_atomically(kept, lambda f, n=note, k=known: np.savez(f, **n, sizes=k))
-                except OSError:  # a read-only data folder: read again next time
-                    known = _read_sizes(file, table, rows, bar) if known is None else known
+            with _alone(file):  # of several ranks one reads
+                if (known := _kept(file, len(rows))) is None:
+                    known = _read_sizes(file, table, rows, bar)
+                    file.keep(_place(file), {"sizes": known})
         sizes.append(known)
     if bar is not None:
         bar.close()
     return np.concatenate(sizes)
 
 
+def _place(file: ShardFile) -> Path:
+    return file.kept.with_suffix(".sizes.npz")
+
+
+@contextmanager
+def _alone(file: ShardFile) -> Iterator[None]:
+    """Where the folder can be written; else all read."""
+    with ExitStack() as stack:
+        if not file.kept.parent.is_symlink():
+            with suppress(OSError):
+                stack.enter_context(alone(file.kept.with_suffix(".sizes.lock")))
+        yield
+
+
 def _kept(file: ShardFile, count: int) -> np.ndarray | None:
-    """The sizes that were read earlier; None where they are of another file or damaged."""
-    try:
-        with np.load(file.kept.with_suffix(".sizes.npz"), allow_pickle=False) as saved:
-            if (saved["stamp"] != file.stamp).any() or str(saved["sha256"]) != file.entry["sha256"]:
-                return None
-            sizes = saved["sizes"]
-    except Exception:  # a damaged file raises errors of any type
+    """The sizes that were read earlier; None where there are none that are possible."""
+    sizes = file.kept_arrays(_place(file)).get("sizes")
+    if sizes is None or sizes.shape != (count, 2) or sizes.dtype != np.int32:
         return None
-    whole = sizes.shape == (count, 2) and sizes.dtype == np.int32 and (not count or sizes.min() >= 0)
-    return sizes if whole else None
+    return sizes if not count or sizes.min() >= 0 else None
 
 
 def _read_sizes(file: ShardFile, table: OffsetTable, rows: range, bar: tqdm) -> np.ndarray:

@@ -29,9 +29,11 @@ from ldm_train.data.shards import (
 )
 
 REMEDY = "python train.py ... restart=latents"
-MOST_COMPARED = 2_000_000  # keys
-COMPARED = 1000  # samples of a cache that has all of the data's
-FIRST = 100_000  # samples among which a cache's first one is
+MOST_COMPARED = 2_000_000  # samples of which it is known whether two have one key
+COMPARED = (
+    1000  # keys of a cache with as many samples as the data that are looked at, to take it for one of all of them
+)
+FIRST = 100_000  # samples of the data among which the first one of a cache is looked for
 AGAIN = "run again with restart=latents"
 # Fields that the cache holds; others are read from the images' shards.
 CACHED_FIELDS = tuple(name for name, field in FIELDS.items() if field.cached)

@@ -4,7 +4,7 @@ import fcntl
 import json
 import os
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from hashlib import sha256
@@ -94,8 +94,7 @@ class ShardFile:
     def offsets(self) -> Offsets:
         """Of its members, from the file kept beside the index if its stamp still matches, else scanned anew. A scan also
         compares the shard with what its index says. Raises DataError where that differs."""
-        stamp = self.stamp
-        if (kept := self._kept(stamp)) is not None:
+        if (kept := self._kept()) is not None:
             return kept
         if not self.remote:
             self.check_size()
@@ -114,29 +113,40 @@ class ShardFile:
                 f"{self.entry['fields']}; make the index anew with: ldm-prepare source=index"
             )
         arrays = {f"offset.{e}": a for e, a in starts.items()} | {f"size.{e}": a for e, a in sizes.items()}
-        if not self.kept.parent.is_symlink():  # nothing is written outside the data folder
-            note = {"stamp": np.array(stamp, np.int64), "sha256": np.array(self.entry["sha256"]), "keys": offsets[0]}
-            with suppress(OSError):  # a read-only data folder: scan again next time
-                write_atomically(self.kept, lambda f: np.savez(f, **note, **arrays))
+        self.keep(self.kept, arrays | {"keys": offsets[0]})
         return offsets
 
-    def _kept(self, stamp: tuple[int, int]) -> Offsets | None:
-        """The offsets that an earlier scan saved; None where they are of another file, damaged or impossible."""
+    def keep(self, path: Path, arrays: Mapping[str, np.ndarray]) -> None:
+        """Writes what was read of this shard, with its stamp, where the folder can be written; else it is read again next time."""
+        if not path.parent.is_symlink():  # nothing is written outside the data folder
+            note = {"stamp": np.array(self.stamp, np.int64), "sha256": np.array(self.entry["sha256"])}
+            with suppress(OSError):
+                write_atomically(path, lambda file: np.savez(file, **note, **arrays))
+
+    def kept_arrays(self, path: Path) -> dict[str, np.ndarray]:
+        """What `keep` has written; {} where it is of another shard, damaged or not there."""
         try:
-            with np.load(self.kept, allow_pickle=False) as saved:
-                if (saved["stamp"] != stamp).any() or str(saved["sha256"]) != self.entry["sha256"]:
-                    return None
-                names = [n.removeprefix("offset.") for n in saved.files if n.startswith("offset.")]
-                offsets, sizes = ({n: saved[f"{what}.{n}"] for n in names} for what in ("offset", "size"))
-                keys = saved["keys"]
+            with np.load(path, allow_pickle=False) as saved:
+                if (saved["stamp"] == self.stamp).all() and str(saved["sha256"]) == self.entry["sha256"]:
+                    return {name: saved[name] for name in saved.files}
         except Exception:  # a damaged file raises errors of any type
+            pass
+        return {}
+
+    def _kept(self) -> Offsets | None:
+        """The offsets that an earlier scan saved; None where there are none that are possible."""
+        saved, size_of_file = self.kept_arrays(self.kept), self.stamp[0]
+        names = [n.removeprefix("offset.") for n in saved if n.startswith("offset.")]
+        if "keys" not in saved or not {f"size.{n}" for n in names} <= saved.keys():
             return None
+        offsets, sizes = ({n: saved[f"{what}.{n}"] for n in names} for what in ("offset", "size"))
+        keys = saved["keys"]
         if keys.dtype.kind != "U" or keys.ndim != 1:
             return None
         for start, size in zip(offsets.values(), sizes.values()):
             if {start.dtype, size.dtype} != {np.dtype(np.int64)} or not start.shape == size.shape == keys.shape:
                 return None
-            inside = (start >= 0) & (size >= 0) & (start <= stamp[0]) & (size <= stamp[0] - start)
+            inside = (start >= 0) & (size >= 0) & (start <= size_of_file) & (size <= size_of_file - start)
             if not (inside | (start == -1) & (size == -1)).all():
                 return None
         same = counted((keys, offsets, sizes)) == (self.entry["count"], self.entry["fields"])

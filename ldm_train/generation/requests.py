@@ -74,10 +74,13 @@ TEXTS = (
 )
 
 
-def _ratio(value: Any) -> str:
-    if not re.fullmatch(r"[1-9]\d{0,3}:[1-9]\d{0,3}", str(value)):
-        raise ValueError("{name}={value} is no ratio of width to height such as 16:9")
-    return str(value)
+def _size(value: Any) -> Any:
+    """A side, [height, width], or a ratio as width:height."""
+    if not isinstance(value, str):
+        return either(whole(-MOST, MOST), numbers(2, PIXELS, "whole numbers"))(value)
+    if not re.fullmatch(r"[1-9]\d{0,3}:[1-9]\d{0,3}", value):
+        raise ValueError("{name}={value} is no ratio of width to height such as 16:9; [height, width] are pixels")
+    return value
 
 
 RULES: dict[str, Rule] = {
@@ -87,7 +90,7 @@ RULES: dict[str, Rule] = {
     "tiles.cells": COUNT,
     **dict.fromkeys(("num_inference_steps", "tiles.overlap"), NOT_NEGATIVE),
     **dict.fromkeys((*NUMBERS, "guide.classifier_scale", "guide.clip_scale"), optional(number())),
-    "size": optional(either(_ratio, either(whole(-MOST, MOST), numbers(2, PIXELS, "whole numbers")))),
+    "size": optional(_size),
     "extend": optional(numbers(4, PIXELS, "whole numbers")),
     "guidance.interval": optional(numbers(2, number(-MOST, MOST))),
     **dict.fromkeys(TEXTS, scalar),

@@ -249,7 +249,7 @@ def test_pairs_of_inputs(run: Callable, files: dict[str, str], tmp_path: Path):
         ("none", ("guidance_scale=3", "guidance.rescale=0.5"), "takes no condition that guidance could strengthen"),
         ("text", ("guidance.threshold=0",), r"guidance\.threshold is a percentile"),
         ("text", ("guidance.interval=5",), r"guidance\.interval=5 is no list of 2 numbers"),
-        ("none", ("size=16:0",), r"size=16:0 is no list of 2 whole numbers"),
+        ("none", ("size=16:0",), r"size=16:0 is no ratio of width to height such as 16:9"),
         ("none", ("size=[64]",), r"size=\[64\] is no list of 2 whole numbers"),
         ("none", ("image={photo.png}", "extend=[0.5,0,0,0]"), r"extend=\[0\.5, 0, 0, 0\] is no list of 4 whole numbers"),
         ("none", ("n=abc",), "n='abc' is no whole number"),
