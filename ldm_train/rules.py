@@ -52,6 +52,15 @@ def flag(value: Any) -> bool:
     return value
 
 
+def engine(value: Any) -> str:
+    """What runs the processes of a command, other than the command itself."""
+    if value != "ray":
+        raise ValueError(
+            "{name}={value} is not known: engine=ray runs it on a Ray cluster; leave it out for this machine alone"
+        )
+    return value
+
+
 def one_of(*values: Any) -> Rule:
     def rule(value: Any) -> Any:
         if value not in values:

@@ -23,6 +23,7 @@ FLOORS = (
         "errors",
         "configuration",
         "rules",
+        "cluster",
     },
     {"models", "diffusion"},
     {"losses", "conditioning", "metrics", "data", "samplers"},

@@ -7,6 +7,7 @@ from omegaconf import DictConfig
 
 from ldm_train.cli.common import run_command
 from ldm_train.data.prepare.build import build
+from ldm_train.rules import check, engine, optional
 
 INDEX_ONLY = "ldm_train.data.prepare.index.write_tar_index"
 
@@ -18,6 +19,7 @@ def _needs_path(source: DictConfig) -> bool:
 
 
 def prepare(config: DictConfig) -> None:
+    check(config, {"engine": optional(engine)})
     if config.out is None:
         raise ValueError("say where the shards shall go: out=<folder>")
     if config.path is None and "path" in config.source and config.source.path is None and _needs_path(config.source):
@@ -26,7 +28,9 @@ def prepare(config: DictConfig) -> None:
         index = instantiate(config.source, out=config.out, _convert_="all")
     else:
         get_class(config.source._target_)  # so that a typo is not reported as bad data
-        index = build(instantiate(config.source, _convert_="all"), config.out, config.per_shard, config.workers)
+        index = build(
+            instantiate(config.source, _convert_="all"), config.out, config.per_shard, config.workers, config.engine
+        )
     counts = ", ".join(f"{part['count']} {split}" for split, part in index["splits"].items())
     classes = f", {len(index['classes'])} classes" if "classes" in index else ""
     held = {c for part in index["splits"].values() for shard in part["shards"] for c in shard.get("channels", [])}

@@ -207,7 +207,7 @@ def measure_samples(
                 torch.cuda.synchronize()
             state["seconds"] += time.perf_counter() - begin
             state["done"] = done
-            made.add(images, indices, condition.get("caption"))
+            made.add(images, indices, condition)
             if (room := SHOWN - len(state["captions"])) > 0:
                 both = pictures.beside(model.picture(condition, images.shape[2:]), images.cpu())
                 state["images"].append(both[:room])

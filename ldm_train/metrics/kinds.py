@@ -1,6 +1,6 @@
 """The published metrics: the sets that each compares, and the features it needs."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -98,9 +98,31 @@ class ClipScore(Metric):
         if not hasattr(extractor, "texts"):
             raise ValueError(f"{self.name} needs embeddings of texts, which {type(extractor).__name__} has not")
 
-    def collect(self, extractor: Any, features: torch.Tensor, captions: Sequence[str] | None) -> torch.Tensor | None:
+    def collect(self, extractor: Any, features: torch.Tensor, conditions: Mapping[str, Any]) -> torch.Tensor | None:
+        captions = conditions.get("caption")
         self.check(extractor, ["caption"] if captions and all(captions) else [])
         return 100 * (features * extractor.texts(captions)).sum(dim=1).clamp(min=0)
+
+    def measure(self, made: FeatureSet, values: torch.Tensor, *others: FeatureSet) -> Estimate:
+        return mean_estimate(values)
+
+
+class ClassAccuracy(Metric):
+    """class_accuracy: the share of images that a classifier takes for the class they were drawn as (Ravuri and Vinyals 2019 train
+    on samples and classify photos; here the classifier is of photos). Its classes are the data's, in their order."""
+
+    higher_is_better, compared_with = True, ()
+
+    def check(self, extractor: Any, fields: Sequence[str]) -> None:
+        if "class_label" not in fields:
+            raise ValueError(f"{self.name} judges pictures by their classes, and this model takes none")
+        if not hasattr(extractor, "logits"):
+            raise ValueError(f"{self.name} needs a classifier, and {type(extractor).__name__} has no `logits`")
+
+    def collect(self, extractor: Any, features: torch.Tensor, conditions: Mapping[str, Any]) -> torch.Tensor | None:
+        self.check(extractor, [*conditions])
+        logits = extractor.logits(features)
+        return logits.argmax(dim=1) == torch.as_tensor(conditions["class_label"], device=logits.device)
 
     def measure(self, made: FeatureSet, values: torch.Tensor, *others: FeatureSet) -> Estimate:
         return mean_estimate(values)

@@ -31,10 +31,10 @@ class Collected:
         self.sets: dict[str, FeatureSet] = {}
         self.values: dict[str, list[torch.Tensor]] = {}  # by metric: numbers (B,), one per image, of each batch
 
-    def add(self, images: torch.Tensor, indices: torch.Tensor, captions: Sequence[str] | None = None) -> None:
-        """images (B, C, H, W) in [-1, 1], indices (B,) in the whole set, captions they were drawn from.
+    def add(self, images: torch.Tensor, indices: torch.Tensor, conditions: Mapping[str, Any] | None = None) -> None:
+        """images (B, C, H, W) in [-1, 1], indices (B,) in the whole set, the conditions they were drawn under by field.
 
-        Raises ValueError where a metric needs captions, or an extractor with classes or texts, and there are none.
+        Raises ValueError where a metric needs captions or classes, or an extractor with classes or texts, and there are none.
         """
         asked: list[tuple[str, torch.Tensor, torch.Tensor | None, dict[str, torch.Tensor]]] = []
         for name, extractor in self.extractors.items():
@@ -43,7 +43,7 @@ class Collected:
                 if metric.needs_classes and logits is None:
                     metric.check(extractor, ())
                     logits = extractor.logits(features)
-                if (values := metric.collect(extractor, features, captions)) is not None:
+                if (values := metric.collect(extractor, features, conditions or {})) is not None:
                     own[metric.name] = values
             asked.append((name, features, logits, own))
         for name, features, logits, own in asked:  # read when all is asked of the device, which is waited for once

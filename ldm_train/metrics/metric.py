@@ -1,6 +1,6 @@
 """The contract of metrics of a set of images. A kind of metric is a class and a file `conf/metric/<kind>.yaml` that names it."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -47,8 +47,9 @@ class Metric:
         if self.needs_classes and not hasattr(extractor, "logits"):
             raise ValueError(f"{self.name} needs class probabilities, which {type(extractor).__name__} has not")
 
-    def collect(self, extractor: Any, features: torch.Tensor, captions: Sequence[str] | None) -> torch.Tensor | None:
-        """Values (B,), one per image, to keep beside the features (B, D); None for none."""
+    def collect(self, extractor: Any, features: torch.Tensor, conditions: Mapping[str, Any]) -> torch.Tensor | None:
+        """Values (B,), one per image, to keep beside the features (B, D); None for none. conditions: what the images were drawn
+        under, by field: `caption` (B texts), `class_label` (B,); empty where nothing is known of them."""
         return None
 
     def measure(self, made: FeatureSet, values: torch.Tensor, *others: FeatureSet) -> Estimate:

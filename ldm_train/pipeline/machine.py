@@ -5,13 +5,14 @@ import sys
 from collections.abc import Callable, Mapping
 from dataclasses import astuple
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from omegaconf import DictConfig
 
 from ldm_train.devices import device_of
-from ldm_train.pipeline import slurm
+from ldm_train.pipeline import ray_engine, slurm
 from ldm_train.pipeline.ranks import launch
 from ldm_train.training.fit import Machine, Onlooker
 
@@ -52,10 +53,17 @@ def planned_machine(config: DictConfig) -> Machine:
 
 
 def join_devices(config: DictConfig, module: str, check: Callable[[Machine], object]) -> Machine:
-    """This process's device and rank among `config.devices`. With several devices and outside torchrun and srun it runs this same
-    command once per device and exits with their exit status. module: the command's module. check: called before any process is
-    started; raises errors known beforehand, and prepares what all ranks need. Raises ValueError for more devices than there are."""
+    """This process's device and rank among `config.devices`. With several devices and outside torchrun and srun, or on a cluster of
+    Ray, it runs this same command once per device and exits with their exit status. module: the command's module. check: called
+    before any process is started; raises errors known beforehand, and prepares what all ranks need. Raises ValueError for more
+    devices than there are."""
     os.environ |= slurm.ranks(os.environ)
+    if config.engine == "ray" and "WORLD_SIZE" not in os.environ:
+        accelerator = ray_engine.accelerator_of(config.accelerator, config.devices)
+        check(Onlooker(accelerator, _precision(config, accelerator), config.devices, local_world_size=config.devices))
+        sys.exit(
+            ray_engine.launch(config.devices, module, accelerator == "gpu", config.max_failures, Path(config.runs_dir))
+        )
     if config.devices > 1 and "WORLD_SIZE" not in os.environ:
         everywhere = {"WORLD_SIZE": str(config.devices), "LOCAL_WORLD_SIZE": str(config.devices)}
         machine = machine_of(config, everywhere)

@@ -105,10 +105,10 @@ def _make_data(config: DictConfig) -> None:
 def _train(config: DictConfig, folder: Path, sweeping: bool) -> None:
     check_values(config)
     make_deterministic(config)
-    if config.devices > 1 and (sweeping or config.share):
+    if (config.devices > 1 or config.engine == "ray") and (sweeping or config.share):
         raise ValueError(
-            "devices>1 goes together neither with -m nor with share=true: such jobs share a process, or wait for each other's "
-            "stages; use one device each, or start the multi-GPU runs one after the other"
+            "devices>1 and engine=ray go together neither with -m nor with share=true: such jobs share a process, or wait for each "
+            "other's stages; use one device of this machine each, or start the other runs one after the other"
         )
 
     if config.plan == "only":

@@ -15,7 +15,7 @@ SAMPLING = ("num_inference_steps", "guidance_scale", "spacing")
 # Parts that measure: built from this command's own config, never from a run's, which may come from a stranger.
 BUILT = ("extractors", "kinds", "perceptual", "lpips")
 # Options that are of this machine and this command alone.
-OWN = ("accelerator", "precision", "num_workers", "progress", "devices", "runs_dir", "trust")
+OWN = ("accelerator", "precision", "num_workers", "progress", "devices", "engine", "max_failures", "runs_dir", "trust")
 
 SECTIONS = ("data", "autoencoder", "diffusion", "latents", "sampling", "evaluation")
 NULL = type(None)

@@ -7,7 +7,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from ldm_train.configuration import config_folder, flatten
-from ldm_train.rules import Rule, check, flag, list_of, number, numbers, one_of, optional, section, text, whole
+from ldm_train.rules import Rule, check, engine, flag, list_of, number, numbers, one_of, optional, section, text, whole
 from ldm_train.training.callbacks.clock import seconds_of
 from ldm_train.training.task import Task
 
@@ -125,7 +125,7 @@ RULES: dict[str, Rule] = {
     "evaluation.reference_images": optional(whole(2)),
     "diffusion.evaluate_every": optional(COUNT),
     **{f"autoencoder.loss.{name}": whole(0) for name in ("disc_start", "disc_ramp", "disc_warmup")},
-    **dict.fromkeys(("evaluation.predictors", "num_workers", "seed", "requeues"), whole(0)),
+    **dict.fromkeys(("evaluation.predictors", "num_workers", "seed", "requeues", "max_failures"), whole(0)),
     "autoencoder.disc_lr": optional(POSITIVE),
     **{f"autoencoder.loss.{name}": POSITIVE for name in LOSS_WEIGHTS},
     "sampling.guidance_scale": POSITIVE,
@@ -158,6 +158,7 @@ RULES: dict[str, Rule] = {
     "data.remedy": optional(text("sentence")),
     "trainer.benchmark": optional(flag),
     "plan": optional(_only),
+    "engine": optional(engine),
     "memory": optional(number(0.001)),
     "price_per_hour": optional(POSITIVE),
     **dict.fromkeys(("data.image_size", "autoencoder.data.image_size"), optional(_image_size)),

@@ -11,6 +11,7 @@ from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics
 from torch_fidelity.metric_isc import isc_features_to_metric
 from torch_fidelity.metric_kid import kid_features_to_metric
 from torch_fidelity.metric_prc import prc_features_to_metric
+from torchmetrics.functional.classification import multiclass_accuracy
 
 from ldm_train.evaluation.evaluator import parse_metrics
 from ldm_train.metrics.distribution import (
@@ -246,7 +247,7 @@ class Spread(Metric):
         super().__init__(*named)
         self.power = power
 
-    def collect(self, extractor: nn.Module, features: torch.Tensor, captions: object) -> torch.Tensor:
+    def collect(self, extractor: nn.Module, features: torch.Tensor, conditions: object) -> torch.Tensor:
         return features.norm(dim=1) ** self.power
 
     def measure(self, made: FeatureSet, values: torch.Tensor, *others: FeatureSet) -> Estimate:
@@ -268,11 +269,39 @@ def test_a_metric_of_ones_own_is_measured_beside_the_others() -> None:
         parse_metrics(["spread"], ["mine"], kinds)
 
 
+class Judge(nn.Module):
+    """A classifier whose features are its logits."""
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return images.flatten(1)[:, :10]
+
+    def logits(self, features: torch.Tensor) -> torch.Tensor:
+        return features
+
+
+def test_class_accuracy_is_torchmetrics() -> None:
+    images, labels = features(500, 3 * 4 * 4, seed=8).reshape(500, 3, 4, 4), torch.arange(500) % 10
+    images.flatten(1)[torch.arange(400), labels[:400]] += 3.0  # most are of their class
+    made = Collected(parse_metrics(["class_accuracy_judge"], ["judge"]), {"judge": Judge()})
+    for part in torch.arange(500).split(130):
+        made.add(images[part], part, {"class_label": labels[part].tolist()})
+    found = measure(made.metrics, {}, made)["class_accuracy_judge"]
+    expected = multiclass_accuracy(images.flatten(1)[:, :10], labels, 10, average="micro")
+    assert found.value == pytest.approx(float(expected))
+    assert found.low < found.value < found.high < 1
+    with pytest.raises(ValueError, match="this model takes none"):
+        made.add(images, torch.arange(500))
+
+
 def test_what_an_extractor_lacks_is_named() -> None:
-    images = torch.zeros(2, 3, 8, 8)
-    for name, message in (("is_tiny", "needs class probabilities"), ("clip_score_tiny", "this model takes none")):
+    images, classes = torch.zeros(2, 3, 8, 8), {"class_label": [0, 1]}
+    for name, message in (
+        ("is_tiny", "needs class probabilities"),
+        ("clip_score_tiny", "this model takes none"),
+        ("class_accuracy_tiny", "no `logits`"),
+    ):
         with pytest.raises(ValueError, match=message):
-            Collected(parse_metrics([name], ["tiny"]), {"tiny": TinyEval()}).add(images, torch.arange(2))
+            Collected(parse_metrics([name], ["tiny"]), {"tiny": TinyEval()}).add(images, torch.arange(2), classes)
     with pytest.raises(ValueError, match="features are not finite"):
         Collected(parse_metrics(["fid_mine"], ["mine"]), EXTRACTORS).add(images * float("nan"), torch.arange(2))
 

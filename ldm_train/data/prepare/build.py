@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from ldm_train import cluster
 from ldm_train.data.fields import array_of, check_fields
 from ldm_train.data.files import IMAGE_EXTENSIONS, open_image
 from ldm_train.data.shards import ENTRIES, INDEX, DataError, finished_shard, read_note, shard_name, write_shard
@@ -136,8 +137,9 @@ def _write_held(*task) -> dict:
     return _write(_held[0], *task)
 
 
-def build(source: Source, out: str | Path, per_shard: int = 1000, workers: int = 1) -> dict:
-    """Writes every split of `source` into `out` and returns the index. Run again after an interruption, it continues.
+def build(source: Source, out: str | Path, per_shard: int = 1000, workers: int = 1, engine: str | None = None) -> dict:
+    """Writes every split of `source` into `out` and returns the index. Run again after an interruption, it continues. With
+    engine "ray" the `workers` are processes of a Ray cluster, whose machines share `out` and what the source reads.
     Raises DataError if `out` holds data prepared otherwise, or a split would be empty."""
     out = Path(out)
     counts = source.splits()
@@ -169,16 +171,22 @@ def build(source: Source, out: str | Path, per_shard: int = 1000, workers: int =
                 done[name] = entry
                 progress.update(len(chunk))
         todo = {name: task for name, task in tasks.items() if name not in done}
-        for name, entry in _written(source, out, todo, workers):
+        for name, entry in _written(source, out, todo, workers, engine):
             done[name] = entry
             progress.update(len(tasks[name][1]))
     return write_index(out, [(split, done[name]) for name, (split, _) in tasks.items()], source.classes)
 
 
 def _written(
-    source: Source, out: Path, tasks: dict[str, tuple[str, range]], workers: int
+    source: Source, out: Path, tasks: dict[str, tuple[str, range]], workers: int, engine: str | None
 ) -> Iterator[tuple[str, dict]]:
     """Writes shards, in several processes if asked; yields (name, entry) of each when it is finished."""
+    if engine == "ray":
+        absolute = out.absolute()  # processes of Ray have a working directory of their own
+        yield from cluster.mapped(
+            _write, source, {name: (absolute, name, *task) for name, task in tasks.items()}, workers
+        )
+        return
     if workers <= 1:
         for name, task in tasks.items():
             yield name, _write(source, out, name, *task)
