@@ -1,40 +1,78 @@
-"""Ray: functions on the machines of a cluster. Ray itself (`pip install 'ldm-train[ray]'`) is imported when it is asked for."""
+"""Functions in other processes: of this machine, or of a cluster's. Ray (`pip install 'ldm-train[ray]'`) is imported when asked for."""
 
+import errno
 import os
+import signal
 import socket
+import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from multiprocessing import get_context
+from multiprocessing.queues import Queue
 from typing import Any, TypeVar
+
+from ldm_train.interrupts import become_worker
 
 Result = TypeVar("Result")
 RETRIES = 3  # of a task whose machine or process is lost
+SEEN = 60.0  # seconds within which a shared file system shows to all machines what one has made
 
 
 def connect() -> Any:
     """The module `ray`, connected to the cluster of RAY_ADDRESS, else to the one of this machine, which is begun where there is
-    none. Raises ModuleNotFoundError without Ray, and ValueError where the cluster does not answer."""
+    none. Raises ValueError without Ray, and where the cluster does not answer."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     try:
         import ray
     except ModuleNotFoundError:
-        raise ModuleNotFoundError("engine=ray needs Ray: pip install 'ldm-train[ray]'") from None
+        raise ValueError("engine=ray needs Ray: pip install 'ldm-train[ray]'") from None
     if not ray.is_initialized():
+        before = signal.getsignal(signal.SIGTERM)
         try:
             ray.init(logging_level="WARNING", log_to_driver=True)
-        except (ConnectionError, RuntimeError) as error:
+        except Exception as error:  # Ray raises some that have no class of their own
             where = os.environ.get("RAY_ADDRESS", "of this machine")
             raise ValueError(f"the Ray cluster {where} does not answer: {error}; see `ray status`") from error
+        finally:
+            if threading.current_thread() is threading.main_thread():
+                signal.signal(signal.SIGTERM, before)  # Ray has set its own
     return ray
 
 
-def in_shared_folder(folder: str) -> None:
-    """Makes `folder` the working directory. Raises ValueError where this machine has none of that name."""
+def in_shared_folder(folder: str, witness: str | None = None) -> None:
+    """Makes `folder` the working directory. witness: a path that the command has made. Raises ValueError where this machine does not
+    see them: it has its own folder of that name, or none."""
+    end = time.monotonic() + SEEN
     try:
         os.chdir(folder)
+        while witness and not os.path.exists(witness):
+            if time.monotonic() > end:
+                raise OSError(errno.ENOENT, f"it does not see {witness}")
+            time.sleep(0.5)
     except OSError as error:
         raise ValueError(
             f"{socket.gethostname()} cannot use {folder} ({error.strerror}); the machines of a cluster share the folder that the "
-            "command runs in"
+            "command runs in, and its runs"
         ) from error
+
+
+def mapped(
+    function: Callable[..., Result],
+    shared: Any,
+    tasks: Mapping[str, tuple],
+    at_once: int,
+    engine: str | None = None,
+    gpus: bool = False,
+) -> Iterator[tuple[str, Result]]:
+    """Yields (name, function(shared, *task)) in the order in which they end, from `at_once` processes, in this one's working directory.
+    `shared` is sent once to each process. engine: "ray" for those of a cluster, where a task whose machine or process is lost is done
+    again elsewhere, so that it may be done twice. gpus: each process sees one GPU, its own.
+    """
+    return (_on_ray if engine == "ray" else _here)(function, shared, tasks, at_once, gpus)
+
+
+# -- on a cluster --------------------------------------------------------------------------------------------------------
 
 
 def _in_folder(folder: str, function: Callable[..., Result], shared: Any, *task: Any) -> Result:
@@ -42,16 +80,12 @@ def _in_folder(folder: str, function: Callable[..., Result], shared: Any, *task:
     return function(shared, *task)
 
 
-def mapped(
-    function: Callable[..., Result], shared: Any, tasks: Mapping[str, tuple], at_once: int
+def _on_ray(
+    function: Callable[..., Result], shared: Any, tasks: Mapping[str, tuple], at_once: int, gpus: bool
 ) -> Iterator[tuple[str, Result]]:
-    """Yields (name, function(shared, *task)) in the order in which they end, at most `at_once` at a time, each in this process's
-    working directory. `shared` is sent once to each machine. A task whose machine or process is lost is done again elsewhere, so
-    that it may be done twice."""
-    ray = connect()
-    folder = os.getcwd()
-    remote, reference = ray.remote(max_retries=RETRIES)(_in_folder), ray.put(shared)
-    waiting, running = list(reversed(tasks.items())), {}
+    ray, folder = connect(), os.getcwd()
+    remote = ray.remote(max_retries=RETRIES, num_gpus=1 if gpus else 0)(_in_folder)
+    reference, waiting, running = ray.put(shared), list(reversed(tasks.items())), {}
     while waiting or running:
         while waiting and len(running) < at_once:
             name, task = waiting.pop()
@@ -62,3 +96,42 @@ def mapped(
                 yield name, ray.get(finished)
             except ray.exceptions.RayTaskError as error:
                 raise error.cause from None  # the function's own, with its message
+            except ray.exceptions.RayError as error:
+                said = str(error).strip().splitlines()[0]
+                raise OSError(
+                    f"Ray lost {name} {RETRIES + 1} times: {said}; run the same command to continue"
+                ) from error
+
+
+# -- on this machine -----------------------------------------------------------------------------------------------------
+
+_held: list[Any] = []  # in a process of the pool: what is shared, sent once and not with every task
+
+
+def _begin(shared: Any, own_gpu: Queue | None) -> None:
+    become_worker()
+    if own_gpu is not None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = own_gpu.get()
+    _held.append(shared)
+
+
+def _with_held(function: Callable[..., Result], *task: Any) -> Result:
+    return function(_held[0], *task)
+
+
+def _here(
+    function: Callable[..., Result], shared: Any, tasks: Mapping[str, tuple], at_once: int, gpus: bool
+) -> Iterator[tuple[str, Result]]:
+    context = get_context("spawn")
+    own_gpu = context.Queue() if gpus else None
+    if own_gpu is not None:
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(at_once)))
+        for number in visible.split(",")[:at_once]:
+            own_gpu.put(number)
+    pool = ProcessPoolExecutor(at_once, context, _begin, (shared, own_gpu))
+    try:
+        running = {pool.submit(_with_held, function, *task): name for name, task in tasks.items()}
+        for future in as_completed(running):
+            yield running[future], future.result()
+    finally:
+        pool.shutdown(cancel_futures=True)

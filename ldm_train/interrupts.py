@@ -129,6 +129,8 @@ def install() -> None:
         return leave_signals_to_parent()
     if _owner != os.getpid():
         _owner = os.getpid()
+        with suppress(AttributeError):  # Windows; Ray's processes block SIGINT, and so would those that they start
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
         for number in SIGNALS:
             signal.signal(number, _on_signal)
         atexit.register(_ignore)  # the first registered runs last

@@ -44,6 +44,11 @@ def film_of_grids(folder: Path) -> Path | None:
     return save_gif([*frames, *[frames[-1]] * 3], folder / "samples.gif", 400)
 
 
+def film_path(picture: Path, kind: str) -> Path:
+    """The file of a picture's film."""
+    return picture.with_suffix(".strip.png" if kind == "strip" else f".{kind}")
+
+
 class Film:
     """A sampler's callback that keeps the estimates of x_0 and decodes them when it is saved.
 
@@ -73,15 +78,12 @@ class Film:
         frames = torch.stack([self.decode(self.kept[i]).float().cpu() for i in steps], dim=1)  # (B, frames, C, H, W)
         return [self._save(film, path) for film, path in zip(frames, paths)]
 
-    def path(self, picture: Path) -> Path:
-        return picture.with_suffix(".strip.png" if self.kind == "strip" else f".{self.kind}")
-
     def _save(self, film: torch.Tensor, path: Path) -> Path:
         if self.kind == "strip":
-            return pictures.save_png(pictures.grid(film, columns=len(film)), self.path(path))
+            return pictures.save_png(pictures.grid(film, columns=len(film)), film_path(path, self.kind))
         shown = [enlarged(f) for f in film]
         shown += [shown[-1]] * LAST_HELD
-        path = self.path(path)
+        path = film_path(path, self.kind)
         if self.kind == "gif":
             return save_gif(shown, path)
         import imageio.v3 as imageio

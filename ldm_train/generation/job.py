@@ -27,7 +27,20 @@ from ldm_train.rng import derive_seed
 RECIPE = "recipe.json"
 SHOWN = 256  # pictures in a grid
 # Options of where and how a job runs, which its pictures do not depend on. batch_size is recorded as part of the machine.
-WITH_REPLAY = ("run", "runs_dir", "out", "recipe", "overwrite", "film", "accelerator", "trust", "hydra", "defaults")
+WITH_REPLAY = (
+    "run",
+    "runs_dir",
+    "out",
+    "recipe",
+    "overwrite",
+    "film",
+    "accelerator",
+    "devices",
+    "engine",
+    "trust",
+    "hydra",
+    "defaults",
+)
 NOT_DRAWN = (*WITH_REPLAY, "batch_size")
 FILES = ("image", "mask", "map", "depth", "layout")  # options that name files
 LISTS = ("prompts", "classes")  # options whose entries may stand in a file

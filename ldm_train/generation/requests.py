@@ -26,6 +26,7 @@ from ldm_train.rules import (
     Rule,
     check,
     either,
+    engine,
     flag,
     list_of,
     number,
@@ -96,6 +97,8 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(TEXTS, scalar),
     "adapters": optional(either(text("run, folder or file"), list_of(str))),
     **dict.fromkeys(("invert", "overwrite"), flag),
+    "devices": whole(1),
+    "engine": optional(engine),
     "accelerator": one_of("auto", "cpu", "gpu", "mps"),
 }
 

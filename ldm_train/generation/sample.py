@@ -1,8 +1,8 @@
 """ldm-sample: pictures from a trained model, one seed and one recipe per picture."""
 
+import json
 import os
-import time
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -10,33 +10,30 @@ from typing import Any
 
 import torch
 from omegaconf import DictConfig, OmegaConf
-from tqdm import tqdm
 
-from ldm_train import images as pictures
 from ldm_train.checkpoints.diffusers import USUAL_SAMPLING
 from ldm_train.checkpoints.native import find_model, load_latent_diffusion, model_metadata, recorded_sampling
 from ldm_train.checkpoints.parts import build_sampler, targets
+from ldm_train.cluster import mapped
 from ldm_train.compiling import check_compiler, compile_sampling, record_cuda_graphs
 from ldm_train.configuration import literal, plain
 from ldm_train.devices import device_of
 from ldm_train.diffusion.guidance import classifier_free
 from ldm_train.generation.adapters import take_adapters
+from ldm_train.generation.batches import Parts, Watch, drawn_here, run_job
 from ldm_train.generation.drawing import Drawing
 from ldm_train.generation.files import as_list
 from ldm_train.generation.film import Film
 from ldm_train.generation.guides import Guides, load_weaker
-from ldm_train.generation.job import SHOWN, Job, folder_of, make_recipe, replayed
+from ldm_train.generation.job import Job, folder_of, make_recipe, replayed
 from ldm_train.generation.requests import Request, check_types, chosen_task, picture_size, requests
 from ldm_train.latent_diffusion import Guidance, LatentDiffusion, Sampling
 from ldm_train.models.tiling import Tiles
-from ldm_train.samplers import Callback
 from ldm_train.samplers.ddim import ddim
 from ldm_train.samplers.resampling import resampled
 
 PRECISIONS = ("32", "bf16", "16")
 COMPILE = ("default", "cuda_graphs")
-# Called after each step of a batch with its requests, what decodes latents, the step, and the estimate of their latents.
-Watch = Callable[[list[Request], Callable[[torch.Tensor], torch.Tensor], int, torch.Tensor], None]
 
 
 @dataclass(frozen=True)
@@ -181,6 +178,62 @@ def _sample(
     watch: Watch | None,
 ) -> list[Path]:
     check_types(config)
+    threads, many = torch.get_num_threads(), config.devices > 1 or config.engine is not None
+    if many:
+        _check_processes(config)
+        torch.set_num_threads(1 if config.engine else max(1, threads // config.devices))
+    try:
+        return _drawn_job(config, recipe_before, only, loaded, watch, many)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _drawn_job(
+    config: DictConfig,
+    recipe_before: dict[str, Any] | None,
+    only: int | None,
+    loaded: Loaded | None,
+    watch: Watch | None,
+    many: bool,
+) -> list[Path]:
+    ready = _ready(config, recipe_before, only, loaded)
+    job = Job(
+        folder_of(config, ready.source, ready.recipe), ready.recipe, ready.wanted, config.overwrite, ready.channels
+    )
+    drawn = (
+        partial(_drawn_elsewhere, config, recipe_before)
+        if many
+        else partial(drawn_here, job, ready.drawing, only, watch)
+    )
+    return run_job(job, ready.drawing.config, drawn, only, recipe_before)
+
+
+def _check_processes(config: DictConfig) -> None:
+    """Raises ValueError for options that need the one process, and for more processes than there are devices."""
+    if config.film is not None:
+        raise ValueError("film= is made while pictures are drawn, in one process; leave devices= and engine= out")
+    kind, most = device_of(config.accelerator).type, os.cpu_count() or 1
+    if config.engine is None and config.devices > (most := torch.cuda.device_count() if kind == "cuda" else most):
+        raise ValueError(f"devices={config.devices}, but there are {most}; use devices={most}")
+    if kind == "mps":
+        raise ValueError("mps is one device; use devices=1")
+
+
+@dataclass(frozen=True)
+class Ready:
+    """What a command asks for, checked: pictures, what draws them, and their recipe. source: the folder with the model's weights."""
+
+    source: Path
+    recipe: dict[str, Any]
+    wanted: list[Request]
+    drawing: Drawing
+
+    @property
+    def channels(self) -> int:
+        return self.drawing.model.first_stage.autoencoder.in_channels
+
+
+def _ready(config: DictConfig, recipe_before: dict[str, Any] | None, only: int | None, loaded: Loaded | None) -> Ready:
     given = OmegaConf.to_container(config.sampler) if config.get("sampler") else None
     chosen = None if recipe_before else given
     loaded = loaded or load(config, chosen)
@@ -227,12 +280,9 @@ def _sample(
     recipe = make_recipe(config, task, source, loaded.metadata["sha256"], device) | guides.recipe
     if recipe_before:
         _check_same_weights(recipe_before, recipe, source)
-    channels = model.first_stage.autoencoder.in_channels
-    job = Job(folder_of(config, source, recipe), recipe, wanted, config.overwrite, channels)
     guided = Guidance(weaker_model=weaker, rule=partial(classifier_free, **guidance))
     autocast = partial(torch.autocast, device, dtype, enabled=str(config.precision) != "32")
-    drawing = Drawing(model, task, config, sampling, guided, guides, autocast)
-    return run_job(job, drawing, only, recipe_before, watch)
+    return Ready(source, recipe, wanted, Drawing(model, task, config, sampling, guided, guides, autocast))
 
 
 def _check_same_weights(before: dict[str, Any], now: dict[str, Any], source: Path) -> None:
@@ -248,48 +298,26 @@ def _check_same_weights(before: dict[str, Any], now: dict[str, Any], source: Pat
         print(f"drawn on {before['machine']}, here is {now['machine']}: pixels may differ slightly")
 
 
-def _all_of(*callbacks: Callback | None) -> Callback | None:
-    """One callback that calls all of those there are."""
-    there = [callback for callback in callbacks if callback is not None]
-    return (lambda step, pred_x0: [callback(step, pred_x0) for callback in there]) if there else None
+_drawing: dict[str, Drawing] = {}  # in a process that draws parts of a job: what it has loaded
 
 
-def run_job(
-    job: Job, drawing: Drawing, only: int | None, recipe_before: dict[str, Any] | None, watch: Watch | None
-) -> list[Path]:
-    """Draws what is missing, batch by batch; returns the pictures' paths. only: keep this one picture alone."""
-    config, size = drawing.config, drawing.config.batch_size
-    parts = [job.wanted[k : k + size] for k in range(0, len(job.wanted), size)]
-    if only is not None:
-        parts = [part for part in parts if any(r.number == only for r in part)]
-    shown, drawn, continued, begin = [], 0, 0, time.perf_counter()
-    with tqdm(total=sum(map(len, parts)), unit="img") as progress:
-        for part in parts:
-            film = Film(drawing.decode, config.film) if config.film else None
-            filmed = film is None or all(film.path(job.folder / r.name).is_file() for r in part)
-            if only is None and filmed and (made := job.done(part)) is not None:
-                continued += len(part)
-            else:
-                seen = watch and partial(watch, part, drawing.decode)
-                made = drawing(part, _all_of(film, seen), seen)
-                kept = [(r, image) for r, image in zip(part, made) if only in (None, r.number)]
-                part, made = [r for r, _ in kept], torch.stack([image for _, image in kept])
-                job.save(part, made)
-                if film:
-                    film.save([job.folder / r.name for r in part])
-                drawn += len(part)
-            if len(shown) < SHOWN:
-                shown += list(made)
-            progress.update(len(made))
-    texts = [r.text for r in job.wanted][: len(shown)]
-    if only is not None:
-        texts = [job.wanted[only].text]
-    columns = config.n if any(texts) and 1 < config.n <= 16 else None
-    grid = job.close(pictures.grid(torch.stack(shown), columns, texts if any(texts) else None))
-    if continued:
-        print(f"{continued} pictures were there already")
-    rate = f", {drawn / (time.perf_counter() - begin):.2f} images/s" if drawn else ""
-    print(f"{len(job.digests)} pictures in {job.folder}{rate}; all of them: {grid}{job.colours}")
-    if recipe_before and (agreement := job.agreement(recipe_before)):
-        print(agreement)
-    return [job.folder / r.name for r in job.wanted if r.name in job.digests]
+def _drawn(shared: tuple[dict[str, Any], dict[str, Any] | None, int], part: list[Request]) -> torch.Tensor:
+    """The pictures of one part of a job, in another process than the command's. shared: its config, recipe and number of threads."""
+    tree, recipe_before, threads = shared
+    torch.set_num_threads(threads)
+    if (key := json.dumps([tree, recipe_before], sort_keys=True)) not in _drawing:
+        _drawing.clear()
+        _drawing[key] = _ready(literal(tree), recipe_before, None, None).drawing
+    return _drawing[key](part)
+
+
+def _drawn_elsewhere(
+    config: DictConfig, recipe_before: dict[str, Any] | None, parts: Parts
+) -> Iterator[tuple[int, torch.Tensor]]:
+    """(number, pictures) of each part as they end, from `devices` processes of this machine or of a cluster."""
+    gpus = device_of(config.accelerator).type == "cuda"
+    tree = OmegaConf.to_container(config, resolve=True) | {"accelerator": "gpu" if gpus else "cpu"}
+    shared = (tree, recipe_before, torch.get_num_threads())
+    tasks = {str(k): (part,) for k, part in parts.items()}
+    for name, made in mapped(_drawn, shared, tasks, config.devices, config.engine, gpus):
+        yield int(name), made

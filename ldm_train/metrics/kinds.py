@@ -121,8 +121,12 @@ class ClassAccuracy(Metric):
 
     def collect(self, extractor: Any, features: torch.Tensor, conditions: Mapping[str, Any]) -> torch.Tensor | None:
         self.check(extractor, [*conditions])
-        logits = extractor.logits(features)
-        return logits.argmax(dim=1) == torch.as_tensor(conditions["class_label"], device=logits.device)
+        logits, labels = extractor.logits(features), torch.as_tensor(conditions["class_label"])
+        if (largest := int(labels.max())) >= logits.shape[1]:
+            raise ValueError(
+                f"{self.name}: its classifier knows {logits.shape[1]} classes, and class {largest} was asked for"
+            )
+        return logits.argmax(dim=1) == labels.to(logits.device)
 
     def measure(self, made: FeatureSet, values: torch.Tensor, *others: FeatureSet) -> Estimate:
         return mean_estimate(values)

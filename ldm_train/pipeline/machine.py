@@ -28,6 +28,19 @@ def _precision(config: DictConfig, accelerator: str) -> str:
     return automatic if config.precision == "auto" else str(config.precision)
 
 
+def devices_of(config: DictConfig) -> int:
+    """The number that `devices` is or stands for. auto: two processes on a CPU that torch would use several threads of, since small
+    networks gain little by threads, where all batches split in two; else one."""
+    if config.devices != "auto":
+        return int(config.devices)
+    if "WORLD_SIZE" in os.environ:
+        return int(os.environ["WORLD_SIZE"])
+    usable = config.engine is None and config.accelerator in ("auto", "cpu") and kind_of(config.accelerator) == "cpu"
+    batches = [config[stage] for stage in ("autoencoder", "diffusion", "classifier") if config.get(stage)]
+    split = all(stage.batch_size % (2 * (stage.get("micro_batch_size") or 1)) == 0 for stage in batches)
+    return 2 if usable and split and torch.get_num_threads() > 1 else 1
+
+
 def machine_of(config: DictConfig, environment: Mapping[str, str]) -> Machine:
     """This process's device and rank, from the config and torchrun's environment variables. Raises ValueError where a device
     is requested that is not there."""
@@ -47,8 +60,9 @@ def planned_machine(config: DictConfig) -> Machine:
     """The devices that a command would use, whether or not they are there."""
     accelerator = config.accelerator
     accelerator = accelerator if accelerator in ("cpu", "gpu", "mps") else kind_of(accelerator)
-    world_size = int(os.environ.get("WORLD_SIZE", config.devices))
-    local = int(os.environ.get("LOCAL_WORLD_SIZE", config.devices))
+    devices = devices_of(config)
+    world_size = int(os.environ.get("WORLD_SIZE", devices))
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", devices))
     return Onlooker(accelerator, _precision(config, accelerator), world_size, local_world_size=local)
 
 
@@ -58,22 +72,24 @@ def join_devices(config: DictConfig, module: str, check: Callable[[Machine], obj
     before any process is started; raises errors known beforehand, and prepares what all ranks need. Raises ValueError for more
     devices than there are."""
     os.environ |= slurm.ranks(os.environ)
-    if config.engine == "ray" and "WORLD_SIZE" not in os.environ:
-        accelerator = ray_engine.accelerator_of(config.accelerator, config.devices)
-        check(Onlooker(accelerator, _precision(config, accelerator), config.devices, local_world_size=config.devices))
-        sys.exit(
-            ray_engine.launch(config.devices, module, accelerator == "gpu", config.max_failures, Path(config.runs_dir))
-        )
-    if config.devices > 1 and "WORLD_SIZE" not in os.environ:
-        everywhere = {"WORLD_SIZE": str(config.devices), "LOCAL_WORLD_SIZE": str(config.devices)}
+    devices = devices_of(config)
+    if "WORLD_SIZE" in os.environ:
+        pass  # this process is a rank
+    elif config.engine == "ray":
+        accelerator = ray_engine.accelerator_of(config.accelerator, devices)
+        decided = {"accelerator": accelerator, "precision": _precision(config, accelerator)}
+        check(Onlooker(*decided.values(), devices, local_world_size=devices))
+        sys.exit(ray_engine.launch(devices, module, decided, config.max_failures, Path(config.runs_dir)))
+    elif devices > 1:
+        everywhere = {"WORLD_SIZE": str(devices), "LOCAL_WORLD_SIZE": str(devices)}
         machine = machine_of(config, everywhere)
         gpus = machine.accelerator == "gpu"
         there = torch.cuda.device_count() if gpus else os.cpu_count() or 1
-        if config.devices > there:
+        if devices > there:
             kind = "GPUs are visible" if gpus else "CPU cores are there"
-            raise ValueError(f"devices={config.devices}, but {there} {kind}; use devices={there}")
+            raise ValueError(f"devices={devices}, but {there} {kind}; use devices={there}")
         check(Onlooker(*astuple(machine)))
-        sys.exit(launch(config.devices, module))
+        sys.exit(launch(devices, module, 1 if gpus else max(1, torch.get_num_threads() // devices)))
     machine = machine_of(config, os.environ)
     if machine.world_size > 1:
         if machine.accelerator == "gpu":

@@ -43,6 +43,8 @@ from ldm_train.pipeline.latents import give_statistics
 from ldm_train.pipeline.machine import join_devices, machine_of
 from ldm_train.pipeline.run import Run
 from ldm_train.pipeline.trained import run_folder, with_options
+from ldm_train.rules import check as check_options
+from ldm_train.rules import engine, optional, whole
 from ldm_train.storage import file_sha256, inside, read_record, write_atomically, write_json
 from ldm_train.training.callbacks.checkpoint import read_checkpoint
 from ldm_train.training.fit import Machine
@@ -237,8 +239,8 @@ def evaluate_images(config: DictConfig) -> Measured:
     """Two sets of images."""
     if config.against is None:
         raise ValueError("images= are measured against=<folder, tar or .npz>")
-    if config.devices > 1:
-        raise ValueError("images= are measured on one device")
+    if config.devices > 1 or config.engine is not None:
+        raise ValueError("images= are measured on one device, by this process; leave devices= and engine= out")
     extractors = OmegaConf.merge(usual_options()["evaluation"]["extractors"], config.extractors)
     section = {"extractors": extractors, "metrics": config.metrics, "kinds": config.kinds}
     machine = machine_of(config, {})
@@ -314,6 +316,7 @@ def format_metrics(metrics: Mapping[str, Any]) -> str:
 
 
 def check(config: DictConfig) -> None:
+    check_options(config, {"engine": optional(engine), "max_failures": whole(0)})
     given = [o for o in ("run", "reconstruct", "images") if config[o] is not None]
     if len(given) != 1:
         raise ValueError(

@@ -3,50 +3,71 @@
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
 import threading
 import time
 import uuid
+from contextlib import nullcontext, suppress
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+from torch.distributed import TCPStore
 
 from ldm_train import interrupts
 from ldm_train.cluster import connect, in_shared_folder
 from ldm_train.pipeline.ranks import GRACE
 
+RUN_ID = "ray"  # TORCHELASTIC_RUN_ID of these ranks
+PATIENCE = 180.0  # seconds that ranks wait for those before them, which may still be ending, to leave the run's folder
 PASSED_ON = ("WANDB_", "HF_", "HYDRA_", "LDM_", "NCCL_", "GLOO_")  # of the command's environment, to its ranks
 LOOK = 0.5  # seconds between a rank's looks at the board
-SECOND = 2.0  # a signal that comes later than this after the first asks ranks to end at once
+ALONE = 10.0  # seconds without any look, after which there are no ranks
+SECOND = 2.0  # a signal that comes later than this after the first ends all ranks at once
 
 
 class Board:
-    """What a command and its ranks tell each other; an actor of Ray on the command's machine."""
+    """What a command and its ranks tell each other; an actor of Ray on the command's machine. Ranks that begin again have another
+    token, and what those before them said counts no more."""
 
     def __init__(self) -> None:
-        self.number = 0
-        self.ends: list[tuple[int, int, str]] = []
+        self.number, self.token, self.ends, self.looked = 0, "", list[tuple[int, int, str]](), 0.0
 
     def ask(self, number: int) -> None:
         """Has all ranks sent this signal."""
         self.number = number
 
-    def end(self, rank: int, status: int, said: str) -> None:
-        """Notes that a rank has ended by itself with this exit status, other than 0, and what it said last."""
-        self.ends.append((rank, status, said))
+    def begin(self, token: str) -> None:
+        self.token, self.ends = token, []
 
-    def look(self) -> tuple[int, bool]:
-        """(the signal asked for or 0, whether a rank has ended so)."""
-        return self.number, bool(self.ends)
+    def end(self, token: str, rank: int, status: int, said: str) -> None:
+        """Notes that a rank has failed by itself: its exit status, and what it said last."""
+        if token == self.token:
+            self.ends.append((rank, status, said))
+
+    def look(self, token: str) -> tuple[int, bool]:
+        """(the signal asked for or 0, whether a rank has failed)."""
+        self.looked = time.monotonic()
+        return self.number, token == self.token and bool(self.ends)
+
+    def is_alone(self) -> bool:
+        return time.monotonic() - self.looked > ALONE
 
     def outcome(self) -> tuple[int, str]:
-        """(exit status, last words) of the first rank that ended so; the others ended because of it."""
-        spoken = [(status, said) for _, status, said in self.ends if said] or [
-            (status, said) for _, status, said in self.ends
-        ]
-        return spoken[0] if spoken else (0, "")
+        """(exit status, last words) of the first rank that failed with words; the others failed because of it."""
+        spoken = [end for end in self.ends if end[2]] or self.ends
+        return spoken[0][1:] if spoken else (0, "")
+
+
+class Place(NamedTuple):
+    """Where ranks meet, and how many there are on rank 0's machine."""
+
+    address: str
+    port: int
+    token: str
+    local_world_size: int
 
 
 def accelerator_of(accelerator: str, devices: int) -> str:
@@ -60,91 +81,178 @@ def accelerator_of(accelerator: str, devices: int) -> str:
     return kind
 
 
-def _own_address() -> tuple[str, int]:
-    """This machine's address within the cluster, and a free port."""
-    import ray
-
-    with socket.socket() as free:
-        free.bind(("", 0))
-        return ray.util.get_node_ip_address(), free.getsockname()[1]
+# -- in Ray's process of a rank ------------------------------------------------------------------------------------------
 
 
 def _rank(task: dict[str, Any]) -> None:
-    """A rank, from Ray's process on its machine: the command in a process of its own, where it has a main thread for its signals.
-    Raises RuntimeError where that process is lost, and Ray begins all ranks again."""
+    """A rank: the command in a process of its own, where it has a main thread for its signals. Raises RuntimeError where that process
+    is lost, and Ray begins all ranks again; a failure of its own goes to the board."""
     import ray
     from ray.train import get_context
     from ray.train.collective import broadcast_from_rank_zero
 
     context, board = get_context(), task["board"]
-    rank = context.get_world_rank()
-    address, port = broadcast_from_rank_zero(_own_address() if rank == 0 else None)
+    rank, local = context.get_world_rank(), context.get_local_world_size()
+    store, place = None, None
+    if rank == 0:
+        address = ray.util.get_node_ip_address()
+        store = TCPStore(
+            address, 0, is_master=True, wait_for_workers=False
+        )  # on a free port; held while the ranks need it
+        place = Place(address, store.port, uuid.uuid4().hex, local)
+        ray.get(board.begin.remote(place.token))
+    place = Place(*broadcast_from_rank_zero(place))
+
+    def fail(status: int, said: str) -> None:
+        ray.get(board.end.remote(place.token, rank, status, said))
+
     try:
-        in_shared_folder(task["folder"])
+        if local != place.local_world_size:
+            raise ValueError(
+                f"Ray placed {place.local_world_size} ranks on one machine and {local} on another; choose devices= so that all have as "
+                "many, or a cluster of equal machines"
+            )
+        in_shared_folder(task["folder"], task["witness"])
     except ValueError as error:
-        return ray.get(board.end.remote(rank, 1, f"error: {error}"))
+        fail(1, f"error: {error}")
+        return
     with tempfile.TemporaryDirectory(prefix="ldm_train_") as reports:
         report = Path(reports) / "said"
         own = {
-            "RANK": str(rank), "WORLD_SIZE": str(context.get_world_size()),
-            "LOCAL_RANK": str(context.get_local_rank()), "LOCAL_WORLD_SIZE": str(context.get_local_world_size()),
-            "GROUP_RANK": str(context.get_node_rank()), "MASTER_ADDR": address, "MASTER_PORT": str(port),
-            "TORCHELASTIC_RUN_ID": "ray", interrupts.PARENT: str(os.getpid()), interrupts.REPORT: str(report),
+            "RANK": str(rank), "WORLD_SIZE": str(context.get_world_size()), "LOCAL_RANK": str(context.get_local_rank()),
+            "LOCAL_WORLD_SIZE": str(local), "GROUP_RANK": str(context.get_node_rank()), "MASTER_ADDR": place.address,
+            "MASTER_PORT": str(place.port), "TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RUN_ID": RUN_ID,
+            interrupts.PARENT: str(os.getpid()), interrupts.REPORT: str(report),
         }  # fmt: skip
         command = [sys.executable, "-u", "-m", task["module"], *task["arguments"]]
         process = subprocess.Popen(command, env=os.environ | task["environment"] | own)
+        look = partial(_look, board, place.token)
         try:
-            _accompany(process, board)
+            ended_here = _accompany(process, look)
         finally:
             process.kill()
         status = process.wait()
-        number, failed = ray.get(board.look.remote())
-        if status < 0 and not number and not failed:
-            raise RuntimeError(f"rank {rank} was ended by {signal.Signals(-status).name}")
-        if status:
-            said = report.read_text().rstrip() if report.is_file() else ""
-            ray.get(board.end.remote(rank, status if status > 0 else 128 - status, said))
+        said = report.read_text().rstrip() if report.is_file() else ""
+    if status < 0 and not ended_here:
+        if status == -signal.SIGABRT and _another_failed(look):  # NCCL ends ranks whose neighbours have left
+            return
+        name = signal.Signals(-status).name
+        hint = " (the machine may be out of memory)" if name == "SIGKILL" else ""
+        raise RuntimeError(f"the process of rank {rank} was ended by {name}{hint}")
+    if status or said:
+        fail(status if status > 0 else 128 - status if status else 1, said)
 
 
-def _accompany(process: subprocess.Popen, board: Any) -> None:
-    """Waits for a rank's end, and passes on the signals that the board has. Returns also GRACE seconds after another rank ended."""
+def _look(board: Any, token: str) -> tuple[int, bool]:
     import ray
 
+    return ray.get(board.look.remote(token))
+
+
+def _another_failed(look: Any) -> bool:
+    """Whether another rank fails by itself within GRACE seconds."""
+    end = time.monotonic() + GRACE
+    while not (failed := look()[1]) and time.monotonic() < end:
+        time.sleep(LOOK)
+    return failed
+
+
+def _accompany(process: subprocess.Popen, look: Any) -> bool:
+    """Waits for a rank's end, passes on the signals that the board has, and ends it GRACE seconds after another one failed. Returns
+    whether it was sent anything."""
     sent, end = 0, float("inf")
-    while process.poll() is None and time.monotonic() < end:
-        number, failed = ray.get(board.look.remote())
+    while process.poll() is None:
+        number, failed = look()
         if number != sent:
             process.send_signal(number)
             sent = number
         if failed:
             end = min(end, time.monotonic() + GRACE)
+        if time.monotonic() > end:
+            process.kill()
+            return True
         time.sleep(LOOK)
+    return bool(sent)
 
 
-def launch(count: int, module: str, gpus: bool, max_failures: int, runs_dir: Path) -> int:
+def _torch_config() -> Any:
+    """Ray Train's settings for torch, without its own process group and CUDA context: the ranks' processes have theirs."""
+    from ray.train.backend import Backend
+    from ray.train.torch import TorchConfig
+
+    class Devices(Backend):
+        share_cuda_visible_devices = True
+
+    class Settings(TorchConfig):
+        @property
+        def backend_cls(self) -> Any:
+            return Devices
+
+        @property
+        def train_func_context(self) -> Any:
+            return nullcontext
+
+    return Settings(backend="gloo")
+
+
+# -- in the command's process --------------------------------------------------------------------------------------------
+
+
+class _Asked:
+    """The signals that a command was sent: the first, and what its ranks shall be sent now."""
+
+    def __init__(self) -> None:
+        self.first, self.now, self._since = 0, 0, 0.0
+
+    def __call__(self, number: int) -> None:
+        if not self.first:
+            self.first = self.now = number
+            self._since = time.monotonic()
+        elif time.monotonic() - self._since > SECOND:
+            self.now = signal.SIGKILL
+
+
+def launch(count: int, module: str, options: dict[str, str], max_failures: int, runs_dir: Path) -> int:
     """Runs this command as `count` ranks on the cluster, again (at most `max_failures` times) where a machine or process is lost,
-    and returns its exit status. runs_dir: a folder that all machines share."""
-    ray = connect()
-    from ray import train
-    from ray.train.torch import TorchConfig, TorchTrainer
-
+    and returns its exit status. options: in the place of this command's own: what was decided here, as `accelerator` gpu or cpu.
+    runs_dir: a folder that all machines share."""
     name = f"ldm_train-{uuid.uuid4().hex[:12]}"
     storage = (runs_dir / ".ray").absolute()
-    storage.mkdir(parents=True, exist_ok=True)
-    board = ray.remote(num_cpus=0)(Board).remote()
-    environment = {k: v for k, v in os.environ.items() if k.startswith(PASSED_ON)}
+    (storage / name).mkdir(parents=True)
+    try:
+        status, said = _run(count, module, options, max_failures, storage, name)
+    finally:
+        shutil.rmtree(storage / name, ignore_errors=True)
+        with suppress(OSError):  # another command's is there
+            storage.rmdir()
+    if said:
+        interrupts.last_words(said)
+    return status
+
+
+def _run(
+    count: int, module: str, options: dict[str, str], max_failures: int, storage: Path, name: str
+) -> tuple[int, str]:
+    os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
+    ray = connect()
+    from ray import train
+    from ray.train import WorkerGroupError
+    from ray.train.torch import TorchTrainer
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    board = ray.remote(Board).options(num_cpus=0, scheduling_strategy=here).remote()
+    # A stage that is made anew was set aside before; ranks that begin again go on with it.
+    replaced = tuple(f"{option}=" for option in ("restart", *options))
     task = {
-        "board": board,
-        "module": module,
-        "arguments": sys.argv[1:],
-        "folder": os.getcwd(),
-        "environment": environment,
-    }
+        "board": board, "module": module, "folder": os.getcwd(), "witness": str(storage / name),
+        "arguments": [a for a in sys.argv[1:] if not a.startswith(replaced)] + [f"{k}={v}" for k, v in options.items()],
+        "environment": {k: v for k, v in os.environ.items() if k.startswith(PASSED_ON)},
+    }  # fmt: skip
     trainer = TorchTrainer(
-        _rank,
-        train_loop_config=task,
-        torch_config=TorchConfig(backend="gloo"),
-        scaling_config=train.ScalingConfig(num_workers=count, use_gpu=gpus),
+        partial(_rank, task),  # not as its config, which Ray may record: there are keys in the environment
+        torch_config=_torch_config(),
+        scaling_config=train.ScalingConfig(num_workers=count, use_gpu=options["accelerator"] == "gpu"),
         run_config=train.RunConfig(
             name=name, storage_path=str(storage), failure_config=train.FailureConfig(max_failures=max_failures)
         ),
@@ -157,33 +265,24 @@ def launch(count: int, module: str, gpus: bool, max_failures: int, runs_dir: Pat
         except BaseException as error:
             lost.append(error)
 
-    asked = [0, 0.0]  # the signal, and when it came
-
-    def ask(number: int) -> None:
-        if not asked[0]:
-            asked[:] = number, time.monotonic()
-        elif time.monotonic() - asked[1] > SECOND:
-            asked[0] = signal.SIGKILL
-
+    asked, told = _Asked(), 0
     thread = threading.Thread(target=fit, name="ray", daemon=True)
-    told = 0
-    with interrupts.handled(), interrupts.answered_by(ask):  # Ray has its own handlers otherwise
+    with interrupts.handled(), interrupts.answered_by(asked):  # Ray has its own handlers otherwise
         thread.start()
         while thread.is_alive():
             thread.join(0.2)
-            if asked[0] != told:
-                told = int(asked[0])
+            if asked.now != told:
+                told = asked.now
                 ray.get(board.ask.remote(told))
+            if told and ray.get(board.is_alone.remote()):  # ranks wait for devices, or are gone
+                break
         status, said = ray.get(board.outcome.remote())
-    shutil.rmtree(storage / name, ignore_errors=True)
-    if lost and not status:
-        why = f"error: Ray gave up after max_failures={max_failures}: {_shortly(lost[0])}"
-        status, said = 1, f"{why}; run the same command to continue"
-    if status and told and not said:
-        status, said = 128 + told, interrupts.farewell(told)
-    if said:
-        interrupts.last_words(said)
-    return status
+    if lost:
+        after = f" after max_failures={max_failures}" if isinstance(lost[0], WorkerGroupError) else ""
+        return 1, f"error: Ray gave up{after}: {_shortly(lost[0])}; run the same command to continue"
+    if asked.first and (told == signal.SIGKILL or not said) and (status or thread.is_alive()):
+        return 128 + asked.first, interrupts.farewell(asked.first)
+    return status, said
 
 
 def _shortly(error: BaseException) -> str:

@@ -127,15 +127,22 @@ def set_aside(run_folder: Path, names: Sequence[str]) -> None:
 
 
 @contextmanager
-def run_lock(run_folder: Path) -> Iterator[None]:
-    """Holds a run folder for this process. Raises Refused where another process works in it, ValueError where a link in it leads
-    out of it: a run writes only below its own folder, even one from a stranger."""
+def run_lock(run_folder: Path, patience: float = 0.0) -> Iterator[None]:
+    """Holds a run folder for this process. Raises Refused where another process works in it, for longer than `patience` seconds, and
+    ValueError where a link in it leads out of it: a run writes only below its own folder, even one from a stranger."""
     run_folder.mkdir(parents=True, exist_ok=True)
+    end = time.monotonic() + patience
     with open_lock(run_folder / ".lock") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise Busy(f"another process is working in {run_folder}; wait for it, or choose name=<new>") from error
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except OSError as error:
+                if time.monotonic() >= end:
+                    raise Busy(
+                        f"another process is working in {run_folder}; wait for it, or choose name=<new>"
+                    ) from error
+                time.sleep(0.5)
         check_links(run_folder, but=["wandb"])  # whose own logs are links into the user's cache
         file.truncate(0)
         file.write(str(os.getpid()))

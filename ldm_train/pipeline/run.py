@@ -253,7 +253,7 @@ class Run:
         said = {"skip": "finished before, skipped", "share": "taken from another run of this sweep"}
         self.barrier()
         if config.restart and writer:
-            resume.set_aside(self.folder, resume.made_anew(self.order, steps, self.folder, config.restart))
+            self.set_aside()
         self.barrier()
         if writer:
             self._record()
@@ -269,6 +269,13 @@ class Run:
         if writer:
             self._closing_words()
 
+    def set_aside(self) -> None:
+        """Moves the stage of `restart`, and those made from it, to .replaced. Its steps begin again, in another run of W&B."""
+        restart = self.config.restart
+        resume.set_aside(self.folder, resume.made_anew(self.order, self.chosen(), self.folder, restart))
+        if self.stages[restart].steps(self):
+            (self.folder / "wandb" / "run_id").unlink(missing_ok=True)
+
     def _record(self) -> None:
         """Writes the config into the run folder, and starts the W&B run."""
         config, path = self.config, self.folder / "config.yaml"
@@ -283,8 +290,6 @@ class Run:
             text = OmegaConf.to_yaml(record).encode()
             write_atomically(path, lambda file: file.write(text))
         if "wandb" in config.logger:
-            if config.restart and self.stages[config.restart].steps(self):  # its steps begin again: another run
-                (self.folder / "wandb" / "run_id").unlink(missing_ok=True)
             self.wandb = instantiate(config.logger.wandb)(self.folder, config.project, config.name, plain(config))
 
     def _closing_words(self) -> None:

@@ -19,9 +19,9 @@ from omegaconf import DictConfig
 from ldm_train import interrupts
 from ldm_train.configuration import ARGUMENTS
 from ldm_train.errors import Busy, Interrupted
-from ldm_train.pipeline import slurm
+from ldm_train.pipeline import ray_engine, slurm
 from ldm_train.pipeline.data import ensure_data, stage_data
-from ldm_train.pipeline.machine import join_devices, planned_machine
+from ldm_train.pipeline.machine import devices_of, join_devices, planned_machine
 from ldm_train.pipeline.resume import run_lock
 from ldm_train.pipeline.run import Run, own_parts
 from ldm_train.pipeline.sweep import FAILED
@@ -105,6 +105,7 @@ def _make_data(config: DictConfig) -> None:
 def _train(config: DictConfig, folder: Path, sweeping: bool) -> None:
     check_values(config)
     make_deterministic(config)
+    config.devices = 1 if config.devices == "auto" and (sweeping or config.share) else devices_of(config)
     if (config.devices > 1 or config.engine == "ray") and (sweeping or config.share):
         raise ValueError(
             "devices>1 and engine=ray go together neither with -m nor with share=true: such jobs share a process, or wait for each "
@@ -117,7 +118,11 @@ def _train(config: DictConfig, folder: Path, sweeping: bool) -> None:
     def check(machine: Machine) -> None:
         _make_data(config)
         with redirect_stdout(io.StringIO()):  # the run prints the plan
-            Run(config, folder, machine, own_parts(config)).prepare()
+            run = Run(config, folder, machine, own_parts(config))
+            run.prepare()
+            if config.engine == "ray" and config.restart:  # once, and not by ranks that begin again
+                with run_lock(folder):
+                    run.set_aside()
 
     machine = join_devices(config, "ldm_train.cli.train", check)
     world_size, rank = machine.world_size, machine.rank
@@ -127,7 +132,8 @@ def _train(config: DictConfig, folder: Path, sweeping: bool) -> None:
     if world_size > 1:
         dist.barrier()
     folder.mkdir(parents=True, exist_ok=True)
-    with run_lock(folder) if rank == 0 else held(folder):
+    again = os.environ.get("TORCHELASTIC_RUN_ID") == ray_engine.RUN_ID
+    with run_lock(folder, ray_engine.PATIENCE if again else 0.0) if rank == 0 else held(folder):
         (folder / FAILED).unlink(missing_ok=True)
         try:
             share = (sweeping or config.share) and world_size == 1

@@ -132,8 +132,8 @@ def test_with_several_devices_it_is_said_before_any_process_is_started(
 def test_what_starts_the_processes_of_gpus_checks_their_run_without_a_gpu(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setattr(machine, "launch", lambda count, module: 7)
-    config, seen = OmegaConf.create({"devices": 2, "accelerator": "gpu", "precision": "16-mixed"}), []
+    monkeypatch.setattr(machine, "launch", lambda count, module, threads: 7)
+    config, seen = OmegaConf.create({"devices": 2, "engine": None, "accelerator": "gpu", "precision": "16-mixed"}), []
     with pytest.raises(SystemExit, match="7"):
         machine.join_devices(config, "command", seen.append)
     assert (seen[0].precision, seen[0].world_size, seen[0].device.type) == ("16-mixed", 2, "cpu")  # keys hold precision
@@ -143,7 +143,7 @@ def test_what_starts_the_processes_of_gpus_checks_their_run_without_a_gpu(monkey
 
 
 def test_a_sweep_over_several_devices_is_refused(fails: Command):
-    assert "devices>1 goes together neither with -m" in fails("train", "-m", "devices=2", "seed=0,1")
+    assert "devices>1 and engine=ray go together neither with -m" in fails("train", "-m", "devices=2", "seed=0,1")
 
 
 # -- data ------------------------------------------------------------------------------------------------------------

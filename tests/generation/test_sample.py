@@ -1,6 +1,7 @@
 """ldm-sample: every task on small models with random weights, and what it says to inputs that cannot be."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -257,6 +258,9 @@ def test_pairs_of_inputs(run: Callable, files: dict[str, str], tmp_path: Path):
         ("none", ("batch_size=0",), "batch_size=0 is below 1"),
         ("none", ("strength=abc",), "strength='abc' is no number"),
         ("none", ("accelerator=tpu",), "accelerator is auto, cpu, gpu or mps"),
+        ("none", ("devices=2", "film=gif"), "film= is made while pictures are drawn, in one process"),
+        ("none", ("devices=5000", "accelerator=cpu"), "devices=5000, but there are"),
+        ("none", ("engine=spark",), "engine=spark is not known: engine=ray"),
         ("none", ("tiles.cells=0",), r"tiles\.cells=0 is below 1"),
         ("none", ("image={photo.png}", "mask={wide.png}"), "give a mask of the picture's own proportions"),
         ("text", ("task=interpolate", "prompts=[a,b]", "weaker_model=x", "guidance_scale=2"), "the weaker model knows no mixtures"),
@@ -372,6 +376,20 @@ def test_an_interrupted_job_continues_and_its_pixels_are_those_of_an_undisturbed
     made = run("text", "prompts=a red circle", "n=5", "batch_size=2", "overwrite=false", out="again")
     assert batches[3:] == [[0, 1]]
     assert all(map(torch.equal, made, whole))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.cpu_count() == 1, reason="needs two cores")
+def test_several_processes_draw_the_same_bytes_and_continue_a_job(run: Callable, tmp_path: Path):
+    options = ("prompts=[a red circle,a cat]", "batch_size=1", "accelerator=cpu")
+    run("text", *options, out="one")
+    run("text", *options, "devices=2", out="several")
+    files = sorted(path.name for path in (tmp_path / "one").iterdir())
+    assert len(files) == 6  # four pictures, their grid and recipe
+    assert all((tmp_path / "several" / name).read_bytes() == (tmp_path / "one" / name).read_bytes() for name in files)
+    (tmp_path / "several" / "00002_seed2.png").unlink()
+    run("text", *options, "devices=2", out="several")
+    assert all((tmp_path / "several" / name).read_bytes() == (tmp_path / "one" / name).read_bytes() for name in files)
 
 
 def test_another_job_does_not_overwrite_a_folder(run: Callable, tmp_path: Path):

@@ -33,7 +33,7 @@ with_ray = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="n
 
 def test_ray_is_asked_for_by_name(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     monkeypatch.setitem(sys.modules, "ray", None)
-    with pytest.raises(ModuleNotFoundError, match=r"pip install 'ldm-train\[ray\]'"):
+    with pytest.raises(ValueError, match=r"pip install 'ldm-train\[ray\]'"):
         cluster.connect()
     with pytest.raises(ValueError, match="engine=spark is not known: engine=ray"):
         check_values(composed("train", "engine=spark"))
@@ -55,12 +55,18 @@ def test_more_devices_than_the_cluster_has_are_refused(monkeypatch: pytest.Monke
         ray_engine.accelerator_of("mps", 1)
 
 
-def test_the_board_keeps_what_the_first_rank_said():
+def test_the_board_keeps_what_the_first_rank_said_of_those_that_run_now():
     board = ray_engine.Board()
-    assert (board.look(), board.outcome()) == ((0, False), (0, ""))
-    board.end(1, 1, "")  # fails because of the other
-    board.end(0, 2, "error: the cause")
-    assert (board.look(), board.outcome()) == ((0, True), (2, "error: the cause"))
+    board.begin("first")
+    board.end("first", 1, 1, "the neighbour of one that was lost")
+    board.begin("second")
+    board.end("first", 1, 1, "late")
+    assert (board.look("second"), board.outcome()) == ((0, False), (0, ""))
+    assert not board.is_alone()
+    board.end("second", 1, 1, "")  # fails because of the other
+    board.end("second", 0, 2, "error: the cause")
+    assert (board.look("second"), board.look("first")) == ((0, True), (0, False))
+    assert board.outcome() == (2, "error: the cause")
 
 
 @pytest.fixture(scope="module")
@@ -95,14 +101,14 @@ def until(there: Path, process: subprocess.Popen, log: Path) -> None:
 
 @with_ray
 @pytest.mark.slow
-def test_a_chain_on_two_nodes_goes_on_exactly_after_a_signal_and_after_one_is_lost(nodes: Any, tmp_path: Path):
+def test_a_chain_on_two_nodes_goes_on_exactly_after_ctrl_c_and_after_one_is_lost(nodes: Any, tmp_path: Path):
     log, own = tmp_path / "log", tmp_path / "runs" / "ray"
     command = [sys.executable, str(ROOT / "train.py"), "name=ray", "engine=ray", *CHAIN]
     process = begin(tmp_path, nodes, *command)
     until(own / "autoencoder" / "checkpoints" / "last.ckpt", process, log)
-    process.send_signal(signal.SIGTERM)
-    assert process.wait() == 128 + signal.SIGTERM, log.read_text()[-6000:]
-    assert "stopped by SIGTERM after step" in log.read_text().splitlines()[-1]
+    process.send_signal(signal.SIGINT)
+    assert process.wait() == 128 + signal.SIGINT, log.read_text()[-6000:]
+    assert "stopped by SIGINT after step" in log.read_text().splitlines()[-1]
 
     process = begin(tmp_path, nodes, *command)
     until(own / "diffusion" / "checkpoints" / "last.ckpt", process, log)
@@ -126,6 +132,17 @@ def test_a_chain_on_two_nodes_goes_on_exactly_after_a_signal_and_after_one_is_lo
     assert shards
     assert all((own / "latents" / shard.name).read_bytes() == shard.read_bytes() for shard in shards)
     assert (own / "evaluation" / "metrics.json").is_file()
+
+    sample = [sys.executable, "-m", "ldm_train.cli.sample", "run=ray", "prompts=a red circle", "n=32", "batch_size=2"]
+    process = begin(tmp_path, nodes, *sample, "accelerator=cpu", "engine=ray", "devices=2", "out=there")
+    until(tmp_path / "there" / "00000_seed0.png", process, log)
+    lose_one(nodes)
+    assert process.wait() == 0, log.read_text()[-6000:]
+    one = os.environ | {"OMP_NUM_THREADS": "1"}
+    subprocess.run([*sample, "accelerator=cpu", "out=here"], cwd=tmp_path, env=one, check=True, capture_output=True)
+    drawn = sorted((tmp_path / "here").iterdir())
+    assert len(drawn) == 34
+    assert all((tmp_path / "there" / file.name).read_bytes() == file.read_bytes() for file in drawn)
 
 
 @with_ray

@@ -3,19 +3,16 @@
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
-from ldm_train import cluster
+from ldm_train.cluster import mapped
 from ldm_train.data.fields import array_of, check_fields
 from ldm_train.data.files import IMAGE_EXTENSIONS, open_image
 from ldm_train.data.shards import ENTRIES, INDEX, DataError, finished_shard, read_note, shard_name, write_shard
-from ldm_train.interrupts import become_worker
 from ldm_train.storage import write_json
 
 
@@ -125,18 +122,6 @@ def _write(source: Source, out: Path, name: str, split: str, chunk: range) -> di
     return entry
 
 
-_held: list[Source] = []  # in a worker: its source, sent once and not with every shard (it may list a million files)
-
-
-def _hold(source: Source) -> None:
-    become_worker()
-    _held.append(source)
-
-
-def _write_held(*task) -> dict:
-    return _write(_held[0], *task)
-
-
 def build(source: Source, out: str | Path, per_shard: int = 1000, workers: int = 1, engine: str | None = None) -> dict:
     """Writes every split of `source` into `out` and returns the index. Run again after an interruption, it continues. With
     engine "ray" the `workers` are processes of a Ray cluster, whose machines share `out` and what the source reads.
@@ -181,20 +166,13 @@ def _written(
     source: Source, out: Path, tasks: dict[str, tuple[str, range]], workers: int, engine: str | None
 ) -> Iterator[tuple[str, dict]]:
     """Writes shards, in several processes if asked; yields (name, entry) of each when it is finished."""
-    if engine == "ray":
-        absolute = out.absolute()  # processes of Ray have a working directory of their own
-        yield from cluster.mapped(
-            _write, source, {name: (absolute, name, *task) for name, task in tasks.items()}, workers
-        )
-        return
-    if workers <= 1:
+    if workers <= 1 and engine is None:
         for name, task in tasks.items():
             yield name, _write(source, out, name, *task)
         return
-    with ProcessPoolExecutor(workers, get_context("spawn"), _hold, (source,)) as pool:
-        running = {pool.submit(_write_held, out, name, *task): name for name, task in tasks.items()}
-        for future in as_completed(running):
-            yield running[future], future.result()
+    yield from mapped(
+        _write, source, {name: (out.absolute(), name, *task) for name, task in tasks.items()}, workers, engine
+    )
 
 
 def _is_complete(entry: dict) -> bool:
