@@ -43,7 +43,7 @@ from ldm_train.models.lora import LoRA
 from ldm_train.models.tiling import Tiles
 from ldm_train.pipeline.diffusion import first_stage_tree, latent_size, model_tree
 from ldm_train.pipeline.latents import encoded_on
-from ldm_train.pipeline.machine import devices_of, machine_of
+from ldm_train.pipeline.machine import machine_of
 from ldm_train.training.autoencoder_task import AutoencoderTask
 from ldm_train.training.classifier_task import ClassifierTask
 from ldm_train.training.diffusion_task import DiffusionTask
@@ -414,31 +414,3 @@ def test_what_waits_and_what_mixes_is_seen():
     with Watched() as watched:
         (x + 1).cpu(), (x + 2).cpu()
     assert len(watched.waits) == 2
-
-
-@pytest.mark.parametrize(
-    ("threads", "options", "expected"),
-    [
-        (2, {}, 2),
-        (1, {}, 1),
-        (8, {"devices": 3}, 3),
-        (8, {"autoencoder": {"batch_size": 5}}, 1),  # batches that do not split stay whole
-        (8, {"autoencoder": {"batch_size": 8, "micro_batch_size": 8}}, 1),
-        (8, {"accelerator": "gpu"}, 1),  # whether or not one is there: only planned, perhaps
-        (8, {"engine": "ray"}, 1),
-    ],
-)
-def test_devices_auto_is_two_processes_on_a_cpu_of_several_threads(
-    threads: int, options: dict[str, Any], expected: int, monkeypatch: pytest.MonkeyPatch
-):
-    monkeypatch.delenv("WORLD_SIZE", raising=False)
-    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
-    usual = {"devices": "auto", "engine": None, "accelerator": "auto", "autoencoder": {"batch_size": 8}}
-    assert devices_of(OmegaConf.create(usual | options)) == expected
-
-
-def test_a_rank_takes_devices_auto_for_the_number_of_ranks(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setenv("WORLD_SIZE", "4")
-    assert devices_of(OmegaConf.create({"devices": "auto"})) == 4

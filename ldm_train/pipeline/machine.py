@@ -28,19 +28,6 @@ def _precision(config: DictConfig, accelerator: str) -> str:
     return automatic if config.precision == "auto" else str(config.precision)
 
 
-def devices_of(config: DictConfig) -> int:
-    """The number that `devices` is or stands for. auto: two processes on a CPU that torch would use several threads of, since small
-    networks gain little by threads, where all batches split in two; else one."""
-    if config.devices != "auto":
-        return int(config.devices)
-    if "WORLD_SIZE" in os.environ:
-        return int(os.environ["WORLD_SIZE"])
-    usable = config.engine is None and config.accelerator in ("auto", "cpu") and kind_of(config.accelerator) == "cpu"
-    batches = [config[stage] for stage in ("autoencoder", "diffusion", "classifier") if config.get(stage)]
-    split = all(stage.batch_size % (2 * (stage.get("micro_batch_size") or 1)) == 0 for stage in batches)
-    return 2 if usable and split and torch.get_num_threads() > 1 else 1
-
-
 def machine_of(config: DictConfig, environment: Mapping[str, str]) -> Machine:
     """This process's device and rank, from the config and torchrun's environment variables. Raises ValueError where a device
     is requested that is not there."""
@@ -60,9 +47,8 @@ def planned_machine(config: DictConfig) -> Machine:
     """The devices that a command would use, whether or not they are there."""
     accelerator = config.accelerator
     accelerator = accelerator if accelerator in ("cpu", "gpu", "mps") else kind_of(accelerator)
-    devices = devices_of(config)
-    world_size = int(os.environ.get("WORLD_SIZE", devices))
-    local = int(os.environ.get("LOCAL_WORLD_SIZE", devices))
+    world_size = int(os.environ.get("WORLD_SIZE", config.devices))
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", config.devices))
     return Onlooker(accelerator, _precision(config, accelerator), world_size, local_world_size=local)
 
 
@@ -72,7 +58,7 @@ def join_devices(config: DictConfig, module: str, check: Callable[[Machine], obj
     before any process is started; raises errors known beforehand, and prepares what all ranks need. Raises ValueError for more
     devices than there are."""
     os.environ |= slurm.ranks(os.environ)
-    devices = devices_of(config)
+    devices = config.devices
     if "WORLD_SIZE" in os.environ:
         pass  # this process is a rank
     elif config.engine == "ray":
@@ -89,7 +75,7 @@ def join_devices(config: DictConfig, module: str, check: Callable[[Machine], obj
             kind = "GPUs are visible" if gpus else "CPU cores are there"
             raise ValueError(f"devices={devices}, but {there} {kind}; use devices={there}")
         check(Onlooker(*astuple(machine)))
-        sys.exit(launch(devices, module, 1 if gpus else max(1, torch.get_num_threads() // devices)))
+        sys.exit(launch(devices, module))
     machine = machine_of(config, os.environ)
     if machine.world_size > 1:
         if machine.accelerator == "gpu":

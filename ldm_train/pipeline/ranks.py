@@ -19,14 +19,14 @@ class Ranks:
     """The processes of one command, `count` times `python -m module` with this process's arguments and torchrun's
     environment variables. Each writes its final message to `reports`, and is ended by the kernel when this process ends."""
 
-    def __init__(self, count: int, module: str, threads: int, reports: Path):
+    def __init__(self, count: int, module: str, reports: Path):
         self.reports, self.signal, self._signal_time = reports, 0, 0.0
         self.fallen: int | None = None  # the first rank that was ended by a signal from outside
         self._store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # on a free port
         common = {
             "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(self._store.port), "TORCHELASTIC_USE_AGENT_STORE": "True",
             "TORCHELASTIC_RUN_ID": "none", "WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count), "GROUP_RANK": "0",
-            "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads)), interrupts.PARENT: str(os.getpid()),
+            "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"), interrupts.PARENT: str(os.getpid()),
         }  # fmt: skip
         command = [sys.executable, "-u", "-m", module, *sys.argv[1:]]
         sys.stdout.flush()
@@ -81,10 +81,10 @@ class Ranks:
         return max(p.returncode for p in self.processes), ""  # the failed rank has printed its message
 
 
-def launch(count: int, module: str, threads: int) -> int:
-    """Runs this command on `count` devices, each with so many threads, and returns its exit status."""
+def launch(count: int, module: str) -> int:
+    """Runs this command on `count` devices and returns its exit status."""
     with tempfile.TemporaryDirectory(prefix="ldm_train_") as reports:
-        ranks = Ranks(count, module, threads, Path(reports))
+        ranks = Ranks(count, module, Path(reports))
         try:
             with interrupts.answered_by(ranks.pass_on):
                 ranks.wait()

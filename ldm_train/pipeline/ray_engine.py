@@ -222,6 +222,7 @@ def launch(count: int, module: str, options: dict[str, str], max_failures: int, 
     try:
         status, said = _run(count, module, options, max_failures, storage, name)
     finally:
+        connect().shutdown()  # its processes log until then
         shutil.rmtree(storage / name, ignore_errors=True)
         with suppress(OSError):  # another command's is there
             storage.rmdir()

@@ -21,7 +21,7 @@ from ldm_train.configuration import ARGUMENTS
 from ldm_train.errors import Busy, Interrupted
 from ldm_train.pipeline import ray_engine, slurm
 from ldm_train.pipeline.data import ensure_data, stage_data
-from ldm_train.pipeline.machine import devices_of, join_devices, planned_machine
+from ldm_train.pipeline.machine import join_devices, planned_machine
 from ldm_train.pipeline.resume import run_lock
 from ldm_train.pipeline.run import Run, own_parts
 from ldm_train.pipeline.sweep import FAILED
@@ -105,7 +105,6 @@ def _make_data(config: DictConfig) -> None:
 def _train(config: DictConfig, folder: Path, sweeping: bool) -> None:
     check_values(config)
     make_deterministic(config)
-    config.devices = 1 if config.devices == "auto" and (sweeping or config.share) else devices_of(config)
     if (config.devices > 1 or config.engine == "ray") and (sweeping or config.share):
         raise ValueError(
             "devices>1 and engine=ray go together neither with -m nor with share=true: such jobs share a process, or wait for each "

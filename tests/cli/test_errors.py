@@ -132,7 +132,7 @@ def test_with_several_devices_it_is_said_before_any_process_is_started(
 def test_what_starts_the_processes_of_gpus_checks_their_run_without_a_gpu(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setattr(machine, "launch", lambda count, module, threads: 7)
+    monkeypatch.setattr(machine, "launch", lambda count, module: 7)
     config, seen = OmegaConf.create({"devices": 2, "engine": None, "accelerator": "gpu", "precision": "16-mixed"}), []
     with pytest.raises(SystemExit, match="7"):
         machine.join_devices(config, "command", seen.append)

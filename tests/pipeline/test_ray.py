@@ -28,6 +28,14 @@ CHAIN = [
     "diffusion.samples=2", "diffusion.network.channels=32", "sampling.num_inference_steps=2", "autoencoder.max_steps=20",
     "diffusion.max_steps=20", "evaluation.images=32", "evaluation.adherence=null", "devices=2",
 ]  # fmt: skip
+FAILING = """
+import lightning as L
+
+class Failing(L.Callback):
+    def on_train_batch_start(self, trainer, *_):
+        if trainer.global_rank == 1 and trainer.global_step >= 2:
+            raise ValueError("enough of this")
+"""
 with_ray = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="needs pip install -e '.[ray]'")
 
 
@@ -148,19 +156,13 @@ def test_a_chain_on_two_nodes_goes_on_exactly_after_ctrl_c_and_after_one_is_lost
 @with_ray
 @pytest.mark.slow
 def test_a_rank_that_fails_says_so_once_and_nothing_begins_again(nodes: Any, tmp_path: Path):
-    command = [
-        sys.executable,
-        str(ROOT / "train.py"),
-        "name=ray",
-        "engine=ray",
-        *CHAIN,
-        "+callbacks.own._target_=nowhere.Callback",
-    ]
-    process = begin(tmp_path, nodes, *command)
+    (tmp_path / "failing.py").write_text(FAILING)
+    command = [sys.executable, str(ROOT / "train.py"), "name=ray", "engine=ray", *CHAIN]
+    process = begin(tmp_path, nodes, *command, "+callbacks.own._target_=failing.Failing")
     assert process.wait() == 1
     said = (tmp_path / "log").read_text()
-    assert said.count("nowhere") == 1, said
-    assert "nowhere" in said.splitlines()[-1]
+    assert said.count("enough of this") == 1, said[-6000:]
+    assert "enough of this" in said.splitlines()[-1]
 
 
 @with_ray
