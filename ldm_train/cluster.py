@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from multiprocessing import get_context
 from multiprocessing.queues import Queue
+from pathlib import Path
 from typing import Any, TypeVar
 
 from ldm_train.interrupts import become_worker
@@ -40,16 +41,21 @@ def connect() -> Any:
     return ray
 
 
+def seen(path: str | Path) -> bool:
+    """Whether this machine sees what another one has made, as soon as a shared file system shows it."""
+    end = time.monotonic() + SEEN
+    while not (there := os.path.exists(path)) and time.monotonic() < end:
+        time.sleep(0.5)
+    return there
+
+
 def in_shared_folder(folder: str, witness: str | None = None) -> None:
     """Makes `folder` the working directory. witness: a path that the command has made. Raises ValueError where this machine does not
     see them: it has its own folder of that name, or none."""
-    end = time.monotonic() + SEEN
     try:
         os.chdir(folder)
-        while witness and not os.path.exists(witness):
-            if time.monotonic() > end:
-                raise OSError(errno.ENOENT, f"it does not see {witness}")
-            time.sleep(0.5)
+        if witness and not seen(witness):
+            raise OSError(errno.ENOENT, f"it does not see {witness}")
     except OSError as error:
         raise ValueError(
             f"{socket.gethostname()} cannot use {folder} ({error.strerror}); the machines of a cluster share the folder that the "

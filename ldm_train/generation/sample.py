@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -201,7 +202,7 @@ def _drawn_job(
         folder_of(config, ready.source, ready.recipe), ready.recipe, ready.wanted, config.overwrite, ready.channels
     )
     drawn = (
-        partial(_drawn_elsewhere, config, recipe_before)
+        partial(_drawn_elsewhere, config, recipe_before, _drawn_from(ready.recipe))
         if many
         else partial(drawn_here, job, ready.drawing, only, watch)
     )
@@ -212,8 +213,9 @@ def _check_processes(config: DictConfig) -> None:
     """Raises ValueError for options that need the one process, and for more processes than there are devices."""
     if config.film is not None:
         raise ValueError("film= is made while pictures are drawn, in one process; leave devices= and engine= out")
-    kind, most = device_of(config.accelerator).type, os.cpu_count() or 1
-    if config.engine is None and config.devices > (most := torch.cuda.device_count() if kind == "cuda" else most):
+    kind = device_of(config.accelerator).type
+    most = torch.cuda.device_count() if kind == "cuda" else os.cpu_count() or 1
+    if config.engine is None and config.devices > most:
         raise ValueError(f"devices={config.devices}, but there are {most}; use devices={most}")
     if kind == "mps":
         raise ValueError("mps is one device; use devices=1")
@@ -301,23 +303,34 @@ def _check_same_weights(before: dict[str, Any], now: dict[str, Any], source: Pat
 _drawing: dict[str, Drawing] = {}  # in a process that draws parts of a job: what it has loaded
 
 
-def _drawn(shared: tuple[dict[str, Any], dict[str, Any] | None, int], part: list[Request]) -> torch.Tensor:
-    """The pictures of one part of a job, in another process than the command's. shared: its config, recipe and number of threads."""
-    tree, recipe_before, threads = shared
+def _drawn_from(recipe: dict[str, Any]) -> str:
+    """What a recipe's pictures depend on, on any machine: options, and the checksums of models and files."""
+    return json.dumps({k: v for k, v in recipe.items() if k != "machine"}, sort_keys=True)
+
+
+def _drawn(shared: tuple[dict[str, Any], dict[str, Any] | None, str, int], part: list[Request]) -> torch.Tensor:
+    """The pictures of one part of a job, in another process than the command's. shared: its config, the recipe that is drawn again,
+    what its own recipe depends on, and its number of threads. Raises ValueError where this machine has other files."""
+    tree, recipe_before, drawn_from, threads = shared
     torch.set_num_threads(threads)
-    if (key := json.dumps([tree, recipe_before], sort_keys=True)) not in _drawing:
+    if drawn_from not in _drawing:
+        ready = _ready(literal(tree), recipe_before, None, None)
+        if _drawn_from(ready.recipe) != drawn_from:
+            raise ValueError(
+                f"{socket.gethostname()} has other models or pictures under these names; the machines of a cluster share them"
+            )
         _drawing.clear()
-        _drawing[key] = _ready(literal(tree), recipe_before, None, None).drawing
-    return _drawing[key](part)
+        _drawing[drawn_from] = ready.drawing
+    return _drawing[drawn_from](part)
 
 
 def _drawn_elsewhere(
-    config: DictConfig, recipe_before: dict[str, Any] | None, parts: Parts
+    config: DictConfig, recipe_before: dict[str, Any] | None, drawn_from: str, parts: Parts
 ) -> Iterator[tuple[int, torch.Tensor]]:
     """(number, pictures) of each part as they end, from `devices` processes of this machine or of a cluster."""
     gpus = device_of(config.accelerator).type == "cuda"
     tree = OmegaConf.to_container(config, resolve=True) | {"accelerator": "gpu" if gpus else "cpu"}
-    shared = (tree, recipe_before, torch.get_num_threads())
+    shared = (tree, recipe_before, drawn_from, torch.get_num_threads())
     tasks = {str(k): (part,) for k, part in parts.items()}
     for name, made in mapped(_drawn, shared, tasks, config.devices, config.engine, gpus):
         yield int(name), made

@@ -87,10 +87,19 @@ class Recall(Precision):
         return recall_estimate(others[0].kept()[0], *made.kept())
 
 
-class ClipScore(Metric):
+class PerImage(Metric):
+    """The mean of a value that each image has by itself, under the condition that it was drawn under (`collect`)."""
+
+    higher_is_better, compared_with = True, ()
+
+    def measure(self, made: FeatureSet, values: torch.Tensor, *others: FeatureSet) -> Estimate:
+        return mean_estimate(values)
+
+
+class ClipScore(PerImage):
     """clip_score: 100 max(cos, 0) of images and the captions they were drawn from (Hessel et al. 2021)."""
 
-    published_with, higher_is_better, compared_with = "clip", True, ()
+    published_with = "clip"
 
     def check(self, extractor: Any, fields: Sequence[str]) -> None:
         if "caption" not in fields:
@@ -103,15 +112,10 @@ class ClipScore(Metric):
         self.check(extractor, ["caption"] if captions and all(captions) else [])
         return 100 * (features * extractor.texts(captions)).sum(dim=1).clamp(min=0)
 
-    def measure(self, made: FeatureSet, values: torch.Tensor, *others: FeatureSet) -> Estimate:
-        return mean_estimate(values)
 
-
-class ClassAccuracy(Metric):
+class ClassAccuracy(PerImage):
     """class_accuracy: the share of images that a classifier takes for the class they were drawn as (Ravuri and Vinyals 2019 train
     on samples and classify photos; here the classifier is of photos). Its classes are the data's, in their order."""
-
-    higher_is_better, compared_with = True, ()
 
     def check(self, extractor: Any, fields: Sequence[str]) -> None:
         if "class_label" not in fields:
@@ -127,6 +131,3 @@ class ClassAccuracy(Metric):
                 f"{self.name}: its classifier knows {logits.shape[1]} classes, and class {largest} was asked for"
             )
         return logits.argmax(dim=1) == labels.to(logits.device)
-
-    def measure(self, made: FeatureSet, values: torch.Tensor, *others: FeatureSet) -> Estimate:
-        return mean_estimate(values)

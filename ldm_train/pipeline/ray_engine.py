@@ -96,9 +96,8 @@ def _rank(task: dict[str, Any]) -> None:
     store, place = None, None
     if rank == 0:
         address = ray.util.get_node_ip_address()
-        store = TCPStore(
-            address, 0, is_master=True, wait_for_workers=False
-        )  # on a free port; held while the ranks need it
+        # On a free port, which it holds while the ranks need it.
+        store = TCPStore(address, 0, is_master=True, wait_for_workers=False)
         place = Place(address, store.port, uuid.uuid4().hex, local)
         ray.get(board.begin.remote(place.token))
     place = Place(*broadcast_from_rank_zero(place))

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from ldm_train.cluster import mapped
+from ldm_train.cluster import mapped, seen
 from ldm_train.data.fields import array_of, check_fields
 from ldm_train.data.files import IMAGE_EXTENSIONS, open_image
 from ldm_train.data.shards import ENTRIES, INDEX, DataError, finished_shard, read_note, shard_name, write_shard
@@ -170,9 +170,13 @@ def _written(
         for name, task in tasks.items():
             yield name, _write(source, out, name, *task)
         return
-    yield from mapped(
-        _write, source, {name: (out.absolute(), name, *task) for name, task in tasks.items()}, workers, engine
-    )
+    shards = {name: (out.absolute(), name, *task) for name, task in tasks.items()}
+    for name, entry in mapped(_write, source, shards, workers, engine):
+        if engine and not seen(out / name):
+            raise DataError(
+                f"{out / name} was written, but not here; the machines of a cluster share the folder of shards and the source's files"
+            )
+        yield name, entry
 
 
 def _is_complete(entry: dict) -> bool:
