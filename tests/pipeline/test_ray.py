@@ -157,7 +157,14 @@ def test_a_chain_on_two_nodes_goes_on_exactly_after_ctrl_c_and_after_one_is_lost
 @pytest.mark.slow
 def test_a_rank_that_fails_says_so_once_and_nothing_begins_again(nodes: Any, tmp_path: Path):
     (tmp_path / "failing.py").write_text(FAILING)
-    command = [sys.executable, str(ROOT / "train.py"), "name=ray", "engine=ray", *CHAIN]
+    command = [
+        sys.executable,
+        "-m",
+        "ldm_train.cli.train",
+        "name=ray",
+        "engine=ray",
+        *CHAIN,
+    ]  # its folder is on the path
     process = begin(tmp_path, nodes, *command, "+callbacks.own._target_=failing.Failing")
     assert process.wait() == 1
     said = (tmp_path / "log").read_text()
@@ -175,6 +182,6 @@ def test_shards_are_the_same_where_a_node_is_lost_while_they_are_written(nodes: 
     lose_one(nodes)
     assert process.wait() == 0, (tmp_path / "log").read_text()[-6000:]
     subprocess.run([*command, "out=here"], cwd=tmp_path, check=True, capture_output=True)
-    here = sorted((tmp_path / "here").glob("*.*"))
+    here = sorted(file for file in (tmp_path / "here").iterdir() if file.is_file())
     assert len(here) == 63  # 60 + 2 shards and their index
     assert all((tmp_path / "there" / file.name).read_bytes() == file.read_bytes() for file in here)
