@@ -115,7 +115,7 @@ RULES: dict[str, Rule] = {
         f"evaluation.{name}": optional(section(" is neither null nor a section with options")) for name in OPEN_SECTIONS
     },
     "autoencoder.loss.discriminator": optional(section(": it is a section, set the options in it; null: none")),
-    **dict.fromkeys(("stages", "trust", "evaluation.metrics", "evaluation.paired"), list_of(str)),
+    **dict.fromkeys(("stages", "trust", "diffusion.frozen", "evaluation.metrics", "evaluation.paired"), list_of(str)),
     **dict.fromkeys(("data.weights", "autoencoder.data.weights"), optional(list_of(int, float, example="[3,1]"))),
     **{f"{stage}.{name}": rule for stage in TRAINED for name, rule in PER_STAGE.items()},
     **dict.fromkeys(("diffusion.samples", "evaluation.batch_size", "latents.per_shard", "devices"), COUNT),
