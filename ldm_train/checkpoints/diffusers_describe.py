@@ -60,6 +60,7 @@ def autoencoder_config(
             "a prior draws its latents through another model, which no pipeline of diffusers does; it stays in our form"
         )
     kind = {"AutoencoderKL": "AutoencoderKL", "AutoencoderVQ": "VQModel"}[tree["_target_"].rpartition(".")[2]]
+    _kept(tree, {"patch_size": 1}, "autoencoder.network")
     config = _trunk(tree, network, "autoencoder.network")
     config |= _blocks(tree, "DownEncoderBlock2D", "AttnDownEncoderBlock2D")
     config |= {

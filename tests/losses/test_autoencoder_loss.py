@@ -21,11 +21,19 @@ class Players(nn.Module):
     """A tiny autoencoder (KL, or VQ with so many codes) and its loss."""
 
     def __init__(
-        self, perceptual: bool = True, norm: str = "group", num_codes: int = 0, std: float = 0.15, **arguments
+        self,
+        perceptual: bool = True,
+        norm: str = "group",
+        num_codes: int = 0,
+        std: float = 0.15,
+        patch_size: int = 1,
+        **arguments,
     ) -> None:
         super().__init__()
         kind = partial(AutoencoderVQ, num_codes=num_codes) if num_codes else AutoencoderKL
-        self.autoencoder = kind(z_channels=2, channels=16, channel_mult=(1, 2), num_res_blocks=1)
+        self.autoencoder = kind(
+            z_channels=2, channels=16, channel_mult=(1, 2), num_res_blocks=1, patch_size=patch_size
+        )
         discriminator = PatchDiscriminator(channels=8, num_layers=2, norm=norm)
         for p in discriminator.parameters():  # with 0.15 logits are of order 1: some hinges active, some not
             nn.init.normal_(p, std=std)
@@ -134,6 +142,7 @@ CASES = {
     "weights": {"perceptual_weight": 0.3, "disc_weight": 0.8, "disc_factor": 0.7},
     "clamped adaptive weight": {"max_adaptive_weight": 2.0},
     "batch norm": {"norm": "batch"},
+    "patches": {"patch_size": 2},
 }
 
 

@@ -128,3 +128,27 @@ def test_a_size_that_does_not_fit_is_answered_with_one_that_does() -> None:
         autoencoder.encode_moments(torch.randn(1, 3, 18, 21))
     with pytest.raises(ValueError, match="images have 1 channels"):
         autoencoder.encode_moments(torch.randn(1, 1, 16, 16))
+
+
+@pytest.mark.parametrize("patch_size", [2, 4])
+def test_patches_are_the_network_of_the_patches_as_channels(patch_size: int) -> None:
+    """The same weights as a published network of 3 * patch_size^2 channels, whose pictures are taken apart and put together by hand."""
+    ours = randomised(tiny(patch_size=patch_size))
+    theirs = tiny(in_channels=3 * patch_size**2)
+    theirs.load_state_dict(ours.state_dict())
+    images = torch.rand(2, 3, 16 * patch_size, 8 * patch_size) * 2 - 1
+    p = patch_size
+    apart = torch.stack([images[:, c, i::p, j::p] for c in range(3) for i in range(p) for j in range(p)], dim=1)
+    assert ours.downsample_factor == 2 * p
+    with torch.no_grad():
+        assert torch.equal(ours.encode_moments(images), theirs.encode_moments(apart))
+        latents = torch.randn(2, 4, 8, 4)
+        made, parts = ours.decode(latents), theirs.decode(latents)
+    for index, part in enumerate(parts.unbind(1)):
+        channel, within = divmod(index, p * p)
+        assert torch.equal(made[:, channel, within // p :: p, within % p :: p], part)
+
+
+def test_patches_of_no_pixels_are_refused() -> None:
+    with pytest.raises(ValueError, match="patch_size=0"):
+        tiny(patch_size=0)

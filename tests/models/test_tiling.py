@@ -41,9 +41,10 @@ def test_between_windows_that_differ_the_average_rises_without_a_jump() -> None:
     assert (made[1:] - made[:-1]).max() <= 1 / 4 + 1e-6
 
 
-def autoencoder(kind: str, levels: int) -> AutoencoderKL | AutoencoderVQ:
+def autoencoder(kind: str, levels: int, patch_size: int = 1) -> AutoencoderKL | AutoencoderVQ:
     torch.manual_seed(0)
     options = {"z_channels": 3, "channels": 16, "channel_mult": (1, 2, 2)[:levels], "num_res_blocks": 1}
+    options["patch_size"] = patch_size
     return AutoencoderKL(**options) if kind == "kl" else AutoencoderVQ(**options, num_codes=64)
 
 
@@ -63,11 +64,11 @@ def pictures(f: int) -> torch.Tensor:
     return x
 
 
-@pytest.mark.parametrize("levels", [2, pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("levels", "patch_size"), [(2, 1), (2, 2), pytest.param(3, 1, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("kind", ["kl", "vq"])
-def test_a_tiled_autoencoder_equals_the_untiled_one(kind: str, levels: int) -> None:
+def test_a_tiled_autoencoder_equals_the_untiled_one(kind: str, levels: int, patch_size: int) -> None:
     """To rounding (85 dB and more), where the overlap covers what a pixel sees; and without a jump where tiles meet."""
-    net = autoencoder(kind, levels)
+    net = autoencoder(kind, levels, patch_size)
     f = net.downsample_factor
     images = pictures(f)
     tiles = Tiles(cells=48, overlap=40)
