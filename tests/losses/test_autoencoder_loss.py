@@ -31,9 +31,7 @@ class Players(nn.Module):
     ) -> None:
         super().__init__()
         kind = partial(AutoencoderVQ, num_codes=num_codes) if num_codes else AutoencoderKL
-        self.autoencoder = kind(
-            z_channels=2, channels=16, channel_mult=(1, 2), num_res_blocks=1, patch_size=patch_size
-        )
+        self.autoencoder = kind(z_channels=2, channels=16, channel_mult=(1, 2), num_res_blocks=1, patch_size=patch_size)
         discriminator = PatchDiscriminator(channels=8, num_layers=2, norm=norm)
         for p in discriminator.parameters():  # with 0.15 logits are of order 1: some hinges active, some not
             nn.init.normal_(p, std=std)
