@@ -7,6 +7,8 @@ import io
 import json
 import math
 import os
+import platform
+import re
 import reprlib
 import shutil
 import sys
@@ -30,6 +32,9 @@ except ImportError:  # PyYAML without libyaml
     from yaml import SafeLoader as Loader  # type: ignore[assignment]
 
 
+HOST = re.sub(r"\W", "_", platform.node())[:32]
+
+
 def _is_running(pid: int) -> bool:
     try:
         os.kill(pid, 0)
@@ -38,6 +43,19 @@ def _is_running(pid: int) -> bool:
     except PermissionError:
         pass
     return True
+
+
+def partial_of(path: Path, word: str = "partial") -> Path:
+    """Where this process writes what is to become `path`: beside it, under a name that no process of any machine has."""
+    return path.with_name(f".{path.name}.{HOST}-{os.getpid()}.{word}")
+
+
+def _left_behind(path: Path) -> Iterator[Path]:
+    """What processes of this machine that are gone began to write of `path`."""
+    for partial in path.parent.glob(f".{glob.escape(path.name)}.*.partial"):
+        host, _, pid = partial.name.split(".")[-2].rpartition("-")
+        if host in ("", HOST) and pid.isdigit() and not _is_running(int(pid)):
+            yield partial
 
 
 def check_links(folder: str | Path, beside: Sequence[Path] = (), but: Sequence[str] = ()) -> None:
@@ -113,11 +131,9 @@ def write_atomically(path: str | Path, write: Callable[[io.BufferedWriter], obje
     path = Path(path)
     check_held(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    for stale in path.parent.glob(f".{glob.escape(path.name)}.*.partial"):
-        pid = stale.name.split(".")[-2]
-        if pid.isdigit() and not _is_running(int(pid)):
-            stale.unlink(missing_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    for stale in _left_behind(path):
+        stale.unlink(missing_ok=True)
+    partial = partial_of(path)
     try:
         partial.unlink(missing_ok=True)  # left by an earlier process with this id, or a link
         with open(partial, "xb") as file:
@@ -143,11 +159,9 @@ def write_folder(path: str | Path, write: Callable[[Path], None], replace: bool 
     path = Path(path)
     check_held(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    for stale in path.parent.glob(f".{glob.escape(path.name)}.*.partial"):
-        pid = stale.name.split(".")[-2]
-        if pid.isdigit() and not _is_running(int(pid)):
-            shutil.rmtree(stale, ignore_errors=True)
-    partial, old = (path.with_name(f".{path.name}.{os.getpid()}.{word}") for word in ("partial", "old"))
+    for stale in _left_behind(path):
+        shutil.rmtree(stale, ignore_errors=True)
+    partial, old = partial_of(path), partial_of(path, "old")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
     try:

@@ -40,7 +40,7 @@ from ldm_train.pipeline.machine import machine_of
 from ldm_train.pipeline.measure import evaluate
 from ldm_train.pipeline.run import Run, own_parts
 from ldm_train.pipeline.sweep import read_runs
-from ldm_train.storage import open_lock
+from ldm_train.storage import open_lock, partial_of
 from ldm_train.training.loggers import MetricsCSV
 
 SECONDS = 2.0  # a refusal takes no longer
@@ -683,7 +683,7 @@ def test_pictures_go_through_no_link(stranger: Callable[..., Path], tmp_path: Pa
     for name in ("00000_seed0.png", "grid.png"):
         (out / name).symlink_to(victim / "thesis.tex")
     for name in ("00000_seed0.png", "grid.png", "recipe.json"):
-        (out / f".{name}.{os.getpid()}.partial").symlink_to(victim / "thesis.tex")
+        partial_of(out / name).symlink_to(victim / "thesis.tex")
     sampled(f"run={folder}", "n=1", f"out={out}")
     (out / "replay").symlink_to(victim)
     assert "through a link" in refused(lambda: sampled(f"recipe={out}", f"run={folder}"), tmp_path / "mark")
@@ -711,7 +711,7 @@ def test_logs_go_through_no_link(tmp_path: Path):
     victim = tmp_path / "victim"
     victim.write_text("years of work")
     (tmp_path / "metrics.csv").symlink_to(victim)
-    (tmp_path / f".metrics.csv.{os.getpid()}.partial").symlink_to(victim)
+    partial_of(tmp_path / "metrics.csv").symlink_to(victim)
     MetricsCSV(tmp_path / "metrics.csv").log_metrics({"loss": 1.0}, 1)
     (tmp_path / "lock").symlink_to(victim)
     with pytest.raises(ValueError, match=r"lock is a link"):

@@ -12,15 +12,17 @@ import re
 import tarfile
 import time
 import urllib.request
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar
 from urllib.parse import quote, urlsplit
 
 from ldm_train.data.files import DataError
 from ldm_train.storage import open_lock, write_atomically
+
+Result = TypeVar("Result")
 
 # Addresses that are opened, and the package that opens them where Python itself does not.
 SCHEMES = {"http": None, "https": None, "s3": "s3fs", "gs": "gcsfs", "hf": "huggingface_hub"}
@@ -74,6 +76,26 @@ def bucket(address: str) -> Any:
         raise DataError(f"{address} needs the package {SCHEMES[scheme]}: pip install {SCHEMES[scheme]}") from error
 
 
+def persistently(address: str, act: Callable[[], Result], failed: Callable[[], object] = lambda: None) -> Result:
+    """act(), tried again where the network or the service fails; `failed` is called between. Raises ConnectionError, naming the
+    address, where it goes on failing or is refused."""
+    for attempt in itertools.count(1):
+        try:
+            return act()
+        except DataError:
+            raise
+        except Exception as error:  # each service raises its own error types
+            failed()
+            code = getattr(error, "code", 0)
+            code = code if isinstance(code, int) else 0
+            refused = isinstance(error, ValueError | FileNotFoundError | PermissionError)
+            refused = refused or (0 < code < 500 and code not in (408, 429))
+            if refused or attempt == ATTEMPTS:
+                raise ConnectionError(f"{address}: {str(error) or type(error).__name__}") from error
+            time.sleep(2 ** (attempt - 1))
+    raise AssertionError("never comes here")
+
+
 @lru_cache(8)
 def fetched(address: str, limit: int = 1 << 30) -> bytes:
     """A whole file of at most `limit` bytes, once in a process. Raises ConnectionError, naming it, where it cannot be read, DataError
@@ -112,24 +134,15 @@ class _Remote(io.RawIOBase):
         return True
 
     def read(self, size: int = -1) -> bytes:
-        for attempt in itertools.count(1):
-            try:
-                self.response = self.response or self._connected()
-                data = self.response.read(size) if size >= 0 else self.response.read()
-                self.position += len(data)
-                if data or size == 0 or self.position >= self.total:
-                    return data
-                raise ConnectionError(f"the connection broke at {self.position} of {self.total} bytes")
-            except Exception as error:  # each service raises its own error types
-                self.close_response()
-                code = getattr(error, "code", 0)
-                code = code if isinstance(code, int) else 0
-                refused = isinstance(error, ValueError | FileNotFoundError | PermissionError)
-                refused = refused or (0 < code < 500 and code not in (408, 429))
-                if refused or attempt == ATTEMPTS:
-                    said = str(error) or type(error).__name__
-                    raise ConnectionError(f"{self.address}: {said}") from error
-                time.sleep(2 ** (attempt - 1))
+        def once() -> bytes:
+            self.response = self.response or self._connected()
+            data = self.response.read(size) if size >= 0 else self.response.read()
+            self.position += len(data)
+            if data or size == 0 or self.position >= self.total:
+                return data
+            raise ConnectionError(f"the connection broke at {self.position} of {self.total} bytes")
+
+        return persistently(self.address, once, self.close_response)
 
     def close_response(self) -> None:
         if self.response is not None:

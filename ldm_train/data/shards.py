@@ -144,10 +144,14 @@ def read_note(path: Path) -> Any:
         return None
 
 
+def noted(entry: Any, name: str) -> dict | None:
+    """The entry of a shard as it was noted when it was finished; None where it is none, or another's."""
+    return entry if entry_fault(entry) is None and entry["file"] == name else None
+
+
 def noted_entry(folder: Path, name: str) -> dict | None:
     """The entry of a shard, written when it was finished; None where there is none or it is invalid."""
-    entry = read_note(folder / ENTRIES / f"{name}.json")
-    return entry if entry_fault(entry) is None and entry["file"] == name else None
+    return noted(read_note(folder / ENTRIES / f"{name}.json"), name)
 
 
 def finished_shard(folder: Path, name: str) -> dict | None:

@@ -12,6 +12,7 @@ import torch
 
 from ldm_train.data.shards import DataError
 from ldm_train.pipeline.measure import load_weights
+from ldm_train.storage import partial_of
 from ldm_train.training import fit
 from ldm_train.training.callbacks import checkpoint as checkpoints
 from ldm_train.training.callbacks.checkpoint import AtomicCheckpointIO, read_checkpoint
@@ -103,7 +104,7 @@ def test_checkpoints_are_written_through_no_link(tmp_path: Path, monkeypatch: py
     victim.write_text("years of work")
     monkeypatch.setattr(checkpoints.os, "link", lambda *names: (_ for _ in ()).throw(PermissionError))
     for name in ("last.ckpt", "last.ckpt.previous"):
-        (tmp_path / f".{name}.{os.getpid()}.partial").symlink_to(victim)
+        partial_of(tmp_path / name).symlink_to(victim)
     for step in (1, 2):
         AtomicCheckpointIO().save_checkpoint(state(step), tmp_path / "last.ckpt")
     assert victim.read_text() == "years of work"

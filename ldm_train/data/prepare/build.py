@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from ldm_train.cluster import mapped, seen
+from ldm_train.cluster import mapped
 from ldm_train.data.fields import array_of, check_fields
 from ldm_train.data.files import IMAGE_EXTENSIONS, open_image
-from ldm_train.data.shards import ENTRIES, INDEX, DataError, finished_shard, read_note, shard_name, write_shard
-from ldm_train.storage import write_json
+from ldm_train.data.prepare.target import Folder, target
+from ldm_train.data.shards import ENTRIES, INDEX, DataError, shard_name
 
 
 class Source:
@@ -80,7 +80,7 @@ def _checked_picture(fields: dict[str, bytes]) -> dict[str, Any]:
         return {"size": image.size}
 
 
-def _write(source: Source, out: Path, name: str, split: str, chunk: range) -> dict:
+def _write(source: Source, out: Folder, name: str, split: str, chunk: range) -> dict:
     """Writes one shard and the entry that marks it as complete. Returns its entry with skipped samples and image sizes, of .npy
     pictures also the numbers of channels and the least and largest value."""
     pictures, skipped, passing = [], [], []
@@ -112,21 +112,21 @@ def _write(source: Source, out: Path, name: str, split: str, chunk: range) -> di
                 "the network and run the same command to continue"
             )
 
-    entry = write_shard(out / name, samples()) | {"skipped": skipped}
+    entry = out.write_shard(name, samples()) | {"skipped": skipped}
     if sizes := [picture["size"] for picture in pictures if picture]:
         entry["image_size"] = [[extreme(side) for side in zip(*sizes)] for extreme in (min, max)]
     if arrays := [picture for picture in pictures if "channels" in picture]:
         entry["channels"] = sorted({picture["channels"] for picture in arrays})
         entry["values"] = [min(picture["least"] for picture in arrays), max(picture["largest"] for picture in arrays)]
-    write_json(out / ENTRIES / f"{name}.json", entry)
+    out.write_json(f"{ENTRIES}/{name}.json", entry)
     return entry
 
 
 def build(source: Source, out: str | Path, per_shard: int = 1000, workers: int = 1, engine: str | None = None) -> dict:
-    """Writes every split of `source` into `out` and returns the index. Run again after an interruption, it continues. With
-    engine "ray" the `workers` are processes of a Ray cluster, whose machines share `out` and what the source reads.
-    Raises DataError if `out` holds data prepared otherwise, or a split would be empty."""
-    out = Path(out)
+    """Writes every split of `source` into `out`, a folder or an s3, gs or hf address, and returns the index. Run again after an
+    interruption, it continues. With engine "ray" the `workers` are processes of a Ray cluster, whose machines share `out` and what
+    the source reads. Raises DataError if `out` holds data prepared otherwise, or a split would be empty."""
+    place = target(out)
     counts = source.splits()
     if min(counts.values()) == 0 or "train" not in counts:
         raise DataError(
@@ -134,48 +134,47 @@ def build(source: Source, out: str | Path, per_shard: int = 1000, workers: int =
             "takes val_fraction=0, and its training data.val_split=train)"
         )
     identity = {"source": source.identity, "per_shard": per_shard, "counts": counts}
-    note = out / ENTRIES / "source.json"
-    if note.is_file() and read_note(note) != json.loads(json.dumps(identity)):
+    note = f"{ENTRIES}/source.json"
+    begun = place.has(note)
+    if begun and place.note(note) != json.loads(json.dumps(identity)):
         raise DataError(
             f"{out} holds data prepared with other options or from other files; choose another out=<folder> or delete this one"
         )
-    if (out / INDEX).is_file() and not note.is_file():
+    if not begun and place.has(INDEX):
         raise DataError(f"{out} holds data of another origin; choose another out=<folder>")
-    write_json(note, identity)
+    place.write_json(note, identity)
     if hasattr(source, "report"):
-        source.report(out)
+        place.filled(source.report)
     tasks = {
         shard_name(split, number): (split, range(first, min(first + per_shard, count)))
         for split, count in counts.items()
         for number, first in enumerate(range(0, count, per_shard))
     }
     done: dict[str, dict] = {}
-    with tqdm(total=sum(counts.values()), desc=f"preparing {out.name}", unit="img") as progress:
+    with tqdm(total=sum(counts.values()), desc=f"preparing {place.path.name}", unit="img") as progress:
         for name, (_, chunk) in tasks.items():
-            if (entry := finished_shard(out, name)) and _is_complete(entry):
+            if (entry := place.finished(name)) and _is_complete(entry):
                 done[name] = entry
                 progress.update(len(chunk))
         todo = {name: task for name, task in tasks.items() if name not in done}
-        for name, entry in _written(source, out, todo, workers, engine):
+        for name, entry in _written(source, place, todo, workers, engine):
             done[name] = entry
             progress.update(len(tasks[name][1]))
-    return write_index(out, [(split, done[name]) for name, (split, _) in tasks.items()], source.classes)
+    return write_index(place, [(split, done[name]) for name, (split, _) in tasks.items()], source.classes)
 
 
 def _written(
-    source: Source, out: Path, tasks: dict[str, tuple[str, range]], workers: int, engine: str | None
+    source: Source, out: Folder, tasks: dict[str, tuple[str, range]], workers: int, engine: str | None
 ) -> Iterator[tuple[str, dict]]:
     """Writes shards, in several processes if asked; yields (name, entry) of each when it is finished."""
     if workers <= 1 and engine is None:
         for name, task in tasks.items():
             yield name, _write(source, out, name, *task)
         return
-    shards = {name: (out.absolute(), name, *task) for name, task in tasks.items()}
+    shards = {name: (out.alone(), name, *task) for name, task in tasks.items()}
     for name, entry in mapped(_write, source, shards, workers, engine):
-        if engine and not seen(out / name):
-            raise DataError(
-                f"{out / name} was written, but not here; the machines of a cluster share the folder of shards and the source's files"
-            )
+        if engine:
+            out.check_seen(name)
         yield name, entry
 
 
@@ -185,7 +184,7 @@ def _is_complete(entry: dict) -> bool:
     return isinstance(entry.get("skipped"), list) and all(isinstance(side, int) for side in sides)
 
 
-def write_index(out: Path, shards: list[tuple[str, dict]], classes: list[str] | None) -> dict:
+def write_index(out: Folder, shards: list[tuple[str, dict]], classes: list[str] | None) -> dict:
     """Writes index.json from (split, entry) pairs and lists skipped samples in skipped.txt. Raises DataError where a split
     holds no sample."""
     splits: dict[str, dict] = {}
@@ -207,10 +206,10 @@ def write_index(out: Path, shards: list[tuple[str, dict]], classes: list[str] | 
             "min": [min(side) for side in zip(*smallest)],
             "max": [max(side) for side in zip(*largest)],
         }
-    (out / "skipped.txt").unlink(missing_ok=True)
+    out.delete("skipped.txt")
     if skipped:
-        (out / "skipped.txt").write_text("\n".join(skipped) + "\n", "utf-8", "backslashreplace")
-        print(f"left out {len(skipped)} unreadable samples, listed in {out / 'skipped.txt'}")
+        out.write("skipped.txt", ("\n".join(skipped) + "\n").encode("utf-8", "backslashreplace"))
+        print(f"left out {len(skipped)} unreadable samples, listed in {out}/skipped.txt")
     if values and max(values) - min(values) < 1:
         print(
             f"the arrays use {min(values):.2f} to {max(values):.2f} of [-1, 1]; to use all of it, say what black and white are "
@@ -218,6 +217,6 @@ def write_index(out: Path, shards: list[tuple[str, dict]], classes: list[str] | 
         )
     empty = [split for split, part in splits.items() if part["count"] == 0]
     if empty:
-        raise DataError(f"no readable sample in {' and '.join(empty)}; {out / 'skipped.txt'} lists why")
-    write_json(out / INDEX, index)
+        raise DataError(f"no readable sample in {' and '.join(empty)}; {out}/skipped.txt lists why")
+    out.write_json(INDEX, index)
     return index

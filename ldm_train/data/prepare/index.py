@@ -8,6 +8,7 @@ from tqdm import tqdm
 from ldm_train.data.files import DataError
 from ldm_train.data.offsets import counted
 from ldm_train.data.prepare.build import write_index
+from ldm_train.data.prepare.target import Bucket, Folder, target
 from ldm_train.data.remote import is_remote
 from ldm_train.data.tars import StreamedTar, scan_tar
 from ldm_train.storage import file_sha256
@@ -16,16 +17,20 @@ from ldm_train.storage import file_sha256
 SPLITS = {"train": ("train*",), "val": ("val*", "validation*", "valid*", "test*")}
 
 
-def _entry(file: str, out: Path) -> dict:
+def _entry(file: str, out: Folder) -> dict:
     """The index entry of a tar, which is read whole."""
     if is_remote(file):
         tar = StreamedTar(file)
         for _ in tar:
             pass
         return {"file": file} | tar.entry
+    if isinstance(out, Bucket):
+        raise DataError(
+            f"{file} is a file of this machine, which an index in {out} cannot name; copy it there, and give path=[its address]"
+        )
     path = Path(file)
     count, fields = counted(scan_tar(path))
-    name = path.name if path.parent.resolve() == out.resolve() else str(path.resolve())
+    name = path.name if path.parent.resolve() == out.path.resolve() else str(path.resolve())
     size, checksum = path.stat().st_size, file_sha256(path)
     return {"file": name, "count": count, "bytes": size, "sha256": checksum, "fields": fields}
 
@@ -37,14 +42,14 @@ def write_tar_index(
     val: str | None = None,
     classes: str | None = None,
 ) -> dict:
-    """Reads every tar once (counts, fields, checksums) and writes index.json into `out`.
+    """Reads every tar once (counts, fields, checksums) and writes index.json into `out`, a folder or address.
 
     path: a folder of tars, or a list of files or addresses (http, https, s3, gs, hf). train, val: file-name patterns of
     the splits (default: names that begin with train, and with val, validation or test). classes: a text file, one class
     name per line (default: classes.txt beside the tars).
     Raises DataError, naming the tar, where one is truncated or its address is not opened, or no tar fits a split.
     """
-    out = Path(out)
+    place = target(out)
     if isinstance(path, str) and Path(path).is_dir():
         names = sorted(str(p) for p in Path(path).glob("*.tar"))
         label_file = Path(classes) if classes else Path(path) / "classes.txt"
@@ -63,6 +68,6 @@ def write_tar_index(
                 f"no tar in {path} fits split {split!r} (patterns {', '.join(patterns)}); set source.{split}=<pattern>"
             )
         shards += [(split, name) for name in fitting]
-    entries = [(split, _entry(name, out)) for split, name in tqdm(shards, desc="indexing", unit="tar")]
+    entries = [(split, _entry(name, place)) for split, name in tqdm(shards, desc="indexing", unit="tar")]
     lines = label_file.read_text().split("\n") if label_file and label_file.is_file() else []
-    return write_index(out, entries, [line.strip() for line in lines if line.strip()])
+    return write_index(place, entries, [line.strip() for line in lines if line.strip()])

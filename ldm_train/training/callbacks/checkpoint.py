@@ -18,7 +18,7 @@ from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from ldm_train import interrupts
 from ldm_train.data.shards import DataError
 from ldm_train.errors import Interrupted
-from ldm_train.storage import read_tensors, write_atomically
+from ldm_train.storage import partial_of, read_tensors, write_atomically
 from ldm_train.training.task import NotFinite, Task
 
 LAST, PREVIOUS = "last.ckpt", "last-previous.ckpt"
@@ -65,7 +65,7 @@ class _Remembering:
 
 
 def _keep(path: Path) -> None:
-    partial = path.with_name(f".{path.name}.previous.{os.getpid()}.partial")
+    partial = partial_of(path.with_name(f"{path.name}.previous"))
     partial.unlink(missing_ok=True)  # a link there would be followed
     try:
         os.link(path, partial)

@@ -1,0 +1,38 @@
+"""Files appear whole; what a process that is gone began is removed, what another machine writes at the same time is not."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from ldm_train import storage
+
+
+@pytest.fixture
+def gone() -> int:
+    """The number of a process that has ended."""
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    process.wait()
+    return process.pid
+
+
+@pytest.mark.parametrize("folder", [False, True])
+def test_what_a_process_left_is_removed_by_its_own_machine_alone(gone: int, folder: bool, tmp_path: Path) -> None:
+    left = {
+        "this machine": f".a.{storage.HOST}-{gone}.partial",
+        "a version before": f".a.{gone}.partial",
+        "at work": f".a.{storage.HOST}-{os.getppid()}.partial",
+        "another machine": f".a.other-host-{gone}.partial",
+        "another file": f".ab.{storage.HOST}-{gone}.partial",
+    }
+    for name in left.values():
+        (tmp_path / name).mkdir() if folder else (tmp_path / name).touch()
+    if folder:
+        storage.write_folder(tmp_path / "a", lambda made: (made / "file").touch())
+    else:
+        storage.write_atomically(tmp_path / "a", lambda file: file.write(b"whole"))
+    kept = {name for name in left if (tmp_path / left[name]).exists()}
+    assert kept == {"at work", "another machine", "another file"}
+    assert {p.name for p in tmp_path.iterdir()} == {"a", *(left[name] for name in kept)}
