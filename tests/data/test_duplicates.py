@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import scipy.fft
+import torch
 from PIL import Image, ImageFilter
 
 from ldm_train.data.files import encoded_npy, encoded_png, open_image
@@ -17,6 +18,7 @@ from ldm_train.data.prepare.build import build, write_index
 from ldm_train.data.prepare.duplicates import WithoutDuplicates, duplicates_among, pairs_within, perceptual_hash
 from ldm_train.data.prepare.index import write_tar_index
 from ldm_train.data.shards import DataError, IndexedShards, write_shard
+from ldm_train.metrics.features import TinyEval
 
 
 def picture(seed: int, side: int = 96) -> Image.Image:
@@ -186,11 +188,39 @@ def test_deep_grey_transparent_and_turned_pictures_are_compared_as_they_are_show
     [
         ({"distance": 11}, ValueError, r"source\.distance=11: 0 to 10 bits"),
         ({"difference": -1}, ValueError, r"source\.difference=-1: 0 to 255"),
+        ({"similarity": 2}, ValueError, r"source\.similarity=2: -1 to 1"),
+        ({"features": {"a": 1}}, ValueError, r"makes no features; say source\.features=\{_target_: "),
+        ({"out": "s3://bucket/a"}, DataError, r"out=<folder>, not s3://bucket/a"),
     ],
 )
 def test_impossible_limits_are_refused(mixed: Path, tmp_path: Path, options: dict, error: type, message: str):
     with pytest.raises(error, match=message):
-        WithoutDuplicates(str(mixed), tmp_path, **options)
+        WithoutDuplicates(str(mixed), **{"out": tmp_path} | options)
+
+
+def test_features_are_asked_last_and_decide(mixed: Path, tmp_path: Path):
+    """Of pictures that the hashes and thumbnails take for alike; what features tell apart stays."""
+    asked: list[torch.Tensor] = []
+
+    class Brightness(torch.nn.Module):
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            asked.append(images)
+            return torch.stack([torch.ones(1), (images.mean() - dark).reshape(1) * 100], dim=1)
+
+    pictures = (picture(3), picture(3).point(lambda v: min(255, round(v * 1.04))))
+    dark = float(np.mean([np.asarray(p).mean() for p in pictures]) / 127.5 - 1)  # between 3 and its lighter copy
+    source = WithoutDuplicates(str(mixed), tmp_path / "own", features=Brightness(), similarity=0.0)
+    plain = WithoutDuplicates(str(mixed), tmp_path / "plain")
+    stay = {IndexedShards(mixed, "train").key(i) for i in set(source.items["train"]) - set(plain.items["train"])}
+    assert stay == {"3-lighter"}
+    assert source.identity != plain.identity
+    assert all(i.shape[:2] == (1, 3) and i.min() >= -1 and i.max() <= 1 for i in asked)
+    assert len(asked) == 12  # each of the six pairs' pictures once
+
+    tiny = WithoutDuplicates(str(mixed), tmp_path / "tiny", features=TinyEval())
+    assert {split: rows.tolist() for split, rows in tiny.items.items()} == {
+        split: rows.tolist() for split, rows in plain.items.items()
+    }
 
 
 def test_the_folder_that_is_read_is_not_written(mixed: Path):

@@ -184,9 +184,10 @@ def _is_complete(entry: dict) -> bool:
     return isinstance(entry.get("skipped"), list) and all(isinstance(side, int) for side in sides)
 
 
-def write_index(out: Folder, shards: list[tuple[str, dict]], classes: list[str] | None) -> dict:
+def write_index(out: str | Path | Folder, shards: list[tuple[str, dict]], classes: list[str] | None) -> dict:
     """Writes index.json from (split, entry) pairs and lists skipped samples in skipped.txt. Raises DataError where a split
     holds no sample."""
+    out = target(out)
     splits: dict[str, dict] = {}
     skipped, smallest, largest, values = [], [], [], []
     for split, entry in shards:

@@ -5,21 +5,24 @@ import io
 import itertools
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from functools import partial
+from functools import lru_cache, partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
+from torch.nn import functional
 from tqdm import tqdm
 
 from ldm_train.data.fields import array_of
 from ldm_train.data.files import IMAGE_EXTENSIONS, as_shown, open_image
 from ldm_train.data.offsets import Recent
 from ldm_train.data.prepare.build import Source
-from ldm_train.data.remote import is_remote
+from ldm_train.data.remote import is_address, is_remote
 from ldm_train.data.shards import ENTRIES, MOST_OPEN, DataError, IndexedShards, data_hash, read_index
+from ldm_train.images import from_uint8
 from ldm_train.interrupts import become_worker
 from ldm_train.storage import write_atomically
 
@@ -45,21 +48,28 @@ def perceptual_hash(image: Image.Image) -> int:
     return int(np.packbits(frequencies > np.median(frequencies)).view(">u8")[0])
 
 
-def fingerprint(extension: str, data: bytes) -> tuple[int, int, np.ndarray]:
-    """(perceptual hash, pixels, thumbnail (16, 16, 3) uint8) of an encoded picture. Of a .npy of other than three channels the
-    thumbnail has the first, middle and last. Raises OSError or ValueError where it cannot be read."""
+def _read_picture(extension: str, data: bytes, side: int | None = None) -> tuple[Image.Image, int]:
+    """(an encoded picture as it is shown, its pixels). Of a .npy of other than three channels the first, middle and last. side: a
+    JPEG is decoded no larger than needed for it. Raises OSError or ValueError where it cannot be read."""
     if extension == "npy":
         array = array_of(data)
         if array.dtype != np.uint8:
             array = ((array.astype(np.float64).clip(-1, 1) + 1) * 127.5).round().astype(np.uint8)
         channels = array.shape[2]
         image = Image.fromarray(np.ascontiguousarray(array[..., [0, channels // 2, channels - 1]]))
-        return perceptual_hash(image), image.width * image.height, _thumbnail(image)
+        return image, image.width * image.height
     with open_image(data) as image:
         pixels = image.width * image.height
-        image.draft("RGB", (128, 128))  # a JPEG is decoded no larger than needed
-        image = as_shown(image)
-        return perceptual_hash(image), pixels, _thumbnail(image)
+        if side:
+            image.draft("RGB", (side, side))
+        return as_shown(image), pixels
+
+
+def fingerprint(extension: str, data: bytes) -> tuple[int, int, np.ndarray]:
+    """(perceptual hash, pixels, thumbnail (16, 16, 3) uint8) of an encoded picture. Raises OSError or ValueError where it cannot be
+    read."""
+    image, pixels = _read_picture(extension, data, 128)
+    return perceptual_hash(image), pixels, _thumbnail(image)
 
 
 def _thumbnail(image: Image.Image) -> np.ndarray:
@@ -91,11 +101,16 @@ def pairs_within(hashes: np.ndarray, distance: int) -> np.ndarray:
 
 
 def duplicates_among(
-    hashes: np.ndarray, thumbnails: Callable[[np.ndarray], np.ndarray], distance: int, difference: float
+    hashes: np.ndarray,
+    thumbnails: Callable[[np.ndarray], np.ndarray],
+    distance: int,
+    difference: float,
+    similar: Callable[[int, int], bool] = lambda row, other: True,
 ) -> dict[int, tuple[int, float]]:
     """{row: (row of the picture it repeats, difference)} of pictures in the order of preference: of two that are alike the
     first stays. Alike are hashes that differ in at most `distance` bits, with thumbnails, (n, 16, 16, 3) for n rows, whose
-    root mean square difference is at most `difference` (of 255) and which correlate, each channel without its mean, by 0.8."""
+    root mean square difference is at most `difference` (of 255) and which correlate, each channel without its mean, by 0.8; and that
+    are `similar`, which is asked last."""
     dropped: dict[int, tuple[int, float]] = {}
 
     def drop_those_like(row: int, rows: np.ndarray) -> np.ndarray:
@@ -105,6 +120,7 @@ def duplicates_among(
         products, squares_a, squares_b = ((x * y).sum(axis=(1, 2, 3)) for x, y in ((a, b), (a, a), (b, b)))
         correlated = products + a[0].size * NOISE**2 >= LEAST_CORRELATION * np.sqrt(squares_a * squares_b)
         alike = (differences <= difference) & correlated
+        alike[alike] = [similar(int(r), row) for r in rows[alike]]
         dropped.update((int(r), (row, float(d))) for r, d in zip(rows[alike], differences[alike]))
         return rows[~alike]
 
@@ -173,17 +189,36 @@ class WithoutDuplicates(Source):
 
     path: a folder with an index and shards. out: where the new shards go; beside them duplicates.csv and duplicates.png say what
     was left out, the least alike first. distance: bits of 64 in which the perceptual hashes of near duplicates differ at most.
-    difference: root mean square difference of their thumbnails, of 255. workers: processes.
+    difference: root mean square difference of their thumbnails, of 255. features: what makes a picture (1, 3, H, W) in [-1, 1]
+    features (1, D), such as a `metrics.features` extractor: only pictures whose features have a cosine of at least `similarity`
+    are alike then. workers: processes.
     Raises DataError for shards that lie elsewhere, ValueError for impossible options.
     """
 
-    def __init__(self, path: str, out: str | Path, distance: int = 6, difference: float = 20.0, workers: int = 1):
+    def __init__(
+        self,
+        path: str,
+        out: str | Path,
+        distance: int = 6,
+        difference: float = 20.0,
+        features: Callable[[torch.Tensor], torch.Tensor] | None = None,
+        similarity: float = 0.97,
+        workers: int = 1,
+    ):
         if distance not in range(MOST_DIFFERENT_BITS + 1):
             raise ValueError(
                 f"source.distance={distance}: 0 to {MOST_DIFFERENT_BITS} bits; unlike pictures differ in about 32"
             )
         if not isinstance(difference, int | float) or not 0 <= difference <= 255:
             raise ValueError(f"source.difference={difference}: 0 to 255, as pixel values are")
+        if not isinstance(similarity, int | float) or not -1 <= similarity <= 1:
+            raise ValueError(f"source.similarity={similarity}: -1 to 1, a cosine")
+        if features is not None and not callable(features):
+            raise ValueError(
+                f"source.features={features} makes no features; say source.features={{_target_: <class of an extractor>}}"
+            )
+        if is_address(out):
+            raise DataError(f"near duplicates are left out on this machine: out=<folder>, not {out}; copy it there")
         if Path(path).resolve() == Path(out).resolve():
             raise DataError(f"out={out} is the folder that is read; choose another")
         index = read_index(path)
@@ -198,8 +233,15 @@ class WithoutDuplicates(Source):
         self.identity = {
             "without_duplicates": data_hash(index, *self._splits), "distance": distance, "difference": difference,
         }  # fmt: skip
+        if features is not None:
+            self.identity |= {
+                "features": f"{type(features).__module__}.{type(features).__qualname__}",
+                "similarity": similarity,
+            }
         prints = self._fingerprinted(entries, Path(out) / ENTRIES / "fingerprints", workers)
-        dropped = self._repeated(prints, distance, difference)
+        of_row = lru_cache(4096)(partial(self._features, features)) if features is not None else None
+        similar = None if of_row is None else lambda a, b: float(of_row(a) @ of_row(b)) >= similarity
+        dropped = self._repeated(prints, distance, difference, similar)
         self.items = {}
         for split, first, count in zip(self._splits, self._first, self._counts):
             kept = np.ones(count, bool)
@@ -237,8 +279,18 @@ class WithoutDuplicates(Source):
                     progress.update(count)
         return files
 
+    def _features(self, extractor: Callable[[torch.Tensor], torch.Tensor], row: int) -> torch.Tensor:
+        """Those of one sample's picture, (D,) of length 1."""
+        pixels = torch.from_numpy(np.array(self._picture(row).convert("RGB"))).movedim(-1, 0)[None]
+        with torch.no_grad():
+            return functional.normalize(extractor(from_uint8(pixels)).float().flatten(), dim=0)
+
     def _repeated(
-        self, files: list[tuple[Path, int]], distance: int, difference: float
+        self,
+        files: list[tuple[Path, int]],
+        distance: int,
+        difference: float,
+        similar: Callable[[int, int], bool] | None = None,
     ) -> dict[int, tuple[int, float, int]]:
         """{row: (row it repeats, difference, bits)}, rows of all splits together."""
         prints = Recent(partial(_read_prints, files), MOST_OPEN)
@@ -257,7 +309,8 @@ class WithoutDuplicates(Source):
             shards = np.searchsorted(first, rows, "right") - 1
             return np.stack([prints(s)["thumbnail"][r - first[s]] for s, r in zip(shards.tolist(), rows.tolist())])
 
-        dropped = duplicates_among(hashes[preferred], thumbnails, distance, difference)
+        asked = {} if similar is None else {"similar": lambda a, b: similar(int(preferred[a]), int(preferred[b]))}
+        dropped = duplicates_among(hashes[preferred], thumbnails, distance, difference, **asked)
         pairs = {int(preferred[a]): (int(preferred[b]), apart) for a, (b, apart) in dropped.items()}
         return {a: (b, apart, int(np.bitwise_count(hashes[a] ^ hashes[b]))) for a, (b, apart) in pairs.items()}
 
@@ -280,7 +333,7 @@ class WithoutDuplicates(Source):
         write_atomically(out / "duplicates.csv", lambda file: file.write(text))
         (out / "duplicates.png").unlink(missing_ok=True)
         if ordered:
-            pictures = [(self._shown(a), self._shown(dropped[a][0])) for a in ordered[:SHOWN]]
+            pictures = [[self._picture(row).resize((128, 128)) for row in (a, dropped[a][0])] for a in ordered[:SHOWN]]
             sheet = Image.new("RGB", (2 * 132 * 3, 132 * -(-len(pictures) // 3)), "white")
             for k, pair in enumerate(pictures):
                 for side, picture in enumerate(pair):
@@ -290,13 +343,9 @@ class WithoutDuplicates(Source):
                 "look at duplicates.png beside the shards: the least alike of what is left out; all of it: duplicates.csv"
             )
 
-    def _shown(self, row: int) -> Image.Image:
+    def _picture(self, row: int) -> Image.Image:
         split, i = self._place(row)
-        extension, data = _picture(self._shards(split), i) or ("", b"")
-        if extension == "npy":
-            return Image.fromarray(fingerprint(extension, data)[2]).resize((128, 128), Image.Resampling.NEAREST)
-        with open_image(data) as image:
-            return as_shown(image).resize((128, 128))
+        return _read_picture(*(_picture(self._shards(split), i) or ("", b"")))[0]
 
     def _place(self, row: int) -> tuple[str, int]:
         number = int(np.searchsorted(self._first, row, "right")) - 1
