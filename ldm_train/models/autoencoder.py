@@ -88,6 +88,12 @@ class Decoder(nn.Module):
         self.up = nn.ModuleList(reversed(stages))  # up.0 is the highest resolution, as published
         self.norm_out = group_norm(width, 1e-6)
         self.conv_out = nn.Conv2d(width, out_channels * patch_size**2, 3, padding=1)
+        if (
+            patch_size > 1
+        ):  # all pixels of a patch begin alike, or their pattern shows (Aitken et al. 2017, arXiv 1707.02937)
+            with torch.no_grad():
+                for p in self.conv_out.parameters():
+                    p.copy_(p[:: patch_size**2].repeat_interleave(patch_size**2, dim=0))
 
     def forward(self, latents: torch.Tensor) -> torch.Tensor:
         """-> (B, channels * channel_mult[0], H / patch_size, W / patch_size), the input of `conv_out`."""

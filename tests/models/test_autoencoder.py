@@ -149,6 +149,14 @@ def test_patches_are_the_network_of_the_patches_as_channels(patch_size: int) -> 
         assert torch.equal(made[:, channel, within // p :: p, within % p :: p], part)
 
 
+def test_the_pixels_of_a_patch_begin_alike() -> None:
+    with torch.no_grad():
+        made = tiny(patch_size=2).decode(torch.randn(2, 4, 8, 8))
+    coarse = torch.nn.functional.avg_pool2d(made, 2)
+    torch.testing.assert_close(torch.nn.functional.interpolate(coarse, scale_factor=2), made)
+    assert coarse.std() > 0.01
+
+
 def test_patches_of_no_pixels_are_refused() -> None:
     with pytest.raises(ValueError, match="patch_size=0"):
         tiny(patch_size=0)
