@@ -21,7 +21,7 @@ def _needs_path(source: DictConfig) -> bool:
 def prepare(config: DictConfig) -> None:
     check(config, {"engine": optional(engine)})
     if config.out is None:
-        raise ValueError("say where the shards shall go: out=<folder, or s3://, gs:// or hf:// address>")
+        raise ValueError("say where the shards shall go: out=<folder>, or an s3://, gs:// or hf:// address")
     if config.path is None and "path" in config.source and config.source.path is None and _needs_path(config.source):
         raise ValueError("say where the raw files are: path=<folder, table or archive>")
     if config.source._target_ == INDEX_ONLY:
