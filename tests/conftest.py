@@ -134,7 +134,7 @@ class Rehearsed(dict[str, Any]):
 
 @pytest.fixture(scope="session", autouse=True)
 def steps_are_rehearsed_once_and_few_pictures_judged() -> Iterator[None]:
-    """Two of each incomplete prompt instead of twelve: they take a fifth of a small chain's time."""
+    """Two of each incomplete prompt instead of twelve: they take a sixth of a small chain's time."""
     from ldm_train.evaluation import impression
     from ldm_train.pipeline import budget
 

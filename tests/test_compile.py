@@ -25,6 +25,7 @@ TARGET = "ldm_train.models.unet.UNet"
 AUTOENCODER = {"z_channels": 4, "channels": 8, "channel_mult": (1, 2), "num_res_blocks": 1, "attention_levels": (1,)}
 AUTOENCODERS = {
     "kl": partial(AutoencoderKL, **AUTOENCODER),
+    "kl of patches": partial(AutoencoderKL, patch_size=2, **AUTOENCODER),
     "vq": partial(AutoencoderVQ, num_codes=16, **AUTOENCODER),
     "vq averaged and restarted": partial(AutoencoderVQ, num_codes=16, codebook_ema=0.9, restart_after=2, **AUTOENCODER),
 }

@@ -93,7 +93,6 @@ def persistently(address: str, act: Callable[[], Result], failed: Callable[[], o
             if refused or attempt == ATTEMPTS:
                 raise ConnectionError(f"{address}: {str(error) or type(error).__name__}") from error
             time.sleep(2 ** (attempt - 1))
-    raise AssertionError("never comes here")
 
 
 @lru_cache(8)

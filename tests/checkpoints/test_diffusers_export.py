@@ -354,6 +354,13 @@ def test_folded_statistics_leave_latents_and_pictures_as_they_were(name: str):
     torch.testing.assert_close(other.decode(latents), first.decode(latents), rtol=0, atol=1e-5)
 
 
+def patches() -> dict[str, Any]:
+    """A first stage of an autoencoder of patches."""
+    stage = tree({}, {})["first_stage"]
+    stage["autoencoder"]["patch_size"] = 2
+    return stage
+
+
 REFUSED = {
     "diffusion.network is a DiT": {
         "network": {
@@ -374,6 +381,7 @@ REFUSED = {
         "network": tree({}, {"context_dim": 16})["network"],
     },
     "diffusion.network.resblock_resample is True": {"network": tree({}, {"resblock_resample": True})["network"]},
+    "autoencoder.network.patch_size is 2": {"first_stage": patches()},
     "diffusion.network.channel_mult begins with 2": {"network": tree({}, {"channel_mult": [2, 2]})["network"]},
     r"heads of \[32, 64\] channels; in diffusers": {"network": tree({}, {"head_dim": None, "num_heads": 1})["network"] | {
         "num_heads": 2, "attention_levels": [0, 1], "channels": 64}},

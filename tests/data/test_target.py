@@ -66,6 +66,15 @@ def test_a_service_holds_what_a_folder_does_and_is_read_as_one(service: Service,
     ]
 
 
+def test_what_a_source_reports_lies_beside_its_shards(service: Service) -> None:
+    class Reporting(Shapes):
+        def report(self, out: Path) -> None:
+            (out / "report.csv").write_text("all is well")
+
+    build(Reporting(size=24, count=4, val_count=2), OUT)
+    assert service.cat_file(f"{OUT}/report.csv") == b"all is well"
+
+
 def test_an_interrupted_preparation_continues_with_what_is_missing(service: Service, tmp_path: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
         put = Service.put_file

@@ -151,7 +151,7 @@ def build(source: Source, out: str | Path, per_shard: int = 1000, workers: int =
         for number, first in enumerate(range(0, count, per_shard))
     }
     done: dict[str, dict] = {}
-    with tqdm(total=sum(counts.values()), desc=f"preparing {place.path.name}", unit="img") as progress:
+    with tqdm(total=sum(counts.values()), desc=f"preparing {place.name}", unit="img") as progress:
         for name, (_, chunk) in tasks.items():
             if (entry := place.finished(name)) and _is_complete(entry):
                 done[name] = entry

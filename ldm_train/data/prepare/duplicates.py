@@ -339,9 +339,7 @@ class WithoutDuplicates(Source):
                 for side, picture in enumerate(pair):
                     sheet.paste(picture, (264 * (k % 3) + 130 * side, 132 * (k // 3)))
             write_atomically(out / "duplicates.png", lambda file: sheet.save(file, format="PNG"))
-            print(
-                "look at duplicates.png beside the shards: the least alike of what is left out; all of it: duplicates.csv"
-            )
+            print(f"look at {out / 'duplicates.png'}: the least alike of what is left out; all of it: duplicates.csv")
 
     def _picture(self, row: int) -> Image.Image:
         split, i = self._place(row)

@@ -8,7 +8,7 @@ from tqdm import tqdm
 from ldm_train.data.files import DataError
 from ldm_train.data.offsets import counted
 from ldm_train.data.prepare.build import write_index
-from ldm_train.data.prepare.target import Bucket, Folder, target
+from ldm_train.data.prepare.target import Folder, target
 from ldm_train.data.remote import is_remote
 from ldm_train.data.tars import StreamedTar, scan_tar
 from ldm_train.storage import file_sha256
@@ -24,13 +24,9 @@ def _entry(file: str, out: Folder) -> dict:
         for _ in tar:
             pass
         return {"file": file} | tar.entry
-    if isinstance(out, Bucket):
-        raise DataError(
-            f"{file} is a file of this machine, which an index in {out} cannot name; copy it there, and give path=[its address]"
-        )
     path = Path(file)
+    name = out.file_of(path)
     count, fields = counted(scan_tar(path))
-    name = path.name if path.parent.resolve() == out.path.resolve() else str(path.resolve())
     size, checksum = path.stat().st_size, file_sha256(path)
     return {"file": name, "count": count, "bytes": size, "sha256": checksum, "fields": fields}
 

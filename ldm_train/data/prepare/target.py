@@ -21,6 +21,7 @@ class Folder:
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
+        self.name = self.path.name
 
     def __str__(self) -> str:
         return str(self.path)
@@ -53,6 +54,10 @@ class Folder:
         """Calls `write` on the folder."""
         write(self.path)
 
+    def file_of(self, tar: Path) -> str:
+        """The `file` by which an index here names a tar of this machine. Raises DataError where it cannot."""
+        return tar.name if tar.parent.resolve() == self.path.resolve() else str(tar.resolve())
+
     def alone(self) -> "Folder":
         """The same from any working directory."""
         return Folder(self.path.absolute())
@@ -72,7 +77,7 @@ class Bucket(Folder):
 
     def __init__(self, address: str):
         self.address = address.rstrip("/")
-        self.path = Path(self.address.rpartition("/")[2])  # for its name
+        self.name = self.address.rpartition("/")[2]
 
     def __str__(self) -> str:
         return self.address
@@ -120,6 +125,11 @@ class Bucket(Folder):
             write(Path(folder))
             for file in sorted(Path(folder).iterdir()):
                 self.write(file.name, file.read_bytes())
+
+    def file_of(self, tar: Path) -> str:
+        raise DataError(
+            f"{tar} is a file of this machine, which an index in {self} cannot name; copy it there, and give path=[its address]"
+        )
 
     def alone(self) -> "Folder":
         return self
