@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 from torch.utils.data import Sampler
@@ -45,6 +46,11 @@ class Permutation:
         return values.astype(np.int64)
 
 
+def shuffled(count: int, key: Sequence[int], in_memory: bool) -> Callable[[np.ndarray], np.ndarray]:
+    """positions (N,) below `count` -> values (N,) of a permutation of range(count) that `key` chooses."""
+    return np.random.default_rng(key).permutation(count).take if in_memory else Permutation(count, key)
+
+
 @dataclass(frozen=True)
 class Batching:
     """How a global batch is cut: batch_size = micro_batch_size x world_size x accumulate. Raises ValueError where that is no
@@ -76,7 +82,7 @@ class Batching:
 class Mixture:
     """Groups of samples that are drawn from in given shares, whatever their sizes.
 
-    members: per group the indices of its samples. shares: per group, their sum is 1.
+    members: per group the indices of its samples, ascending. shares: per group, their sum is 1.
     """
 
     members: list[np.ndarray]
@@ -93,27 +99,41 @@ class Mixture:
         share /= share.sum()
         members, shares = [], []
         for k in range(len(sizes)):
-            mine = np.flatnonzero(sets == k)
+            mine = np.flatnonzero(sets == k).astype(np.min_scalar_type(len(sets)))
             parts = [mine] if labels is None else [mine[labels[mine] == c] for c in np.unique(labels[mine])]
             members += parts
             shares += [share[k] / len(parts)] * len(parts)
         return cls(members, np.array(shares))
 
-    def epoch(self, seed: int, epoch: int, count: int) -> tuple[np.ndarray, np.ndarray]:
-        """(visits, indices) of `count` draws: the groups' shares to the sample, shuffled. Each group is gone through in
-        permutations, from one epoch into the next; `visits` counts how often its sample was drawn before."""
+    def epoch(self, seed: int, epoch: int, count: int) -> Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]:
+        """The draws of an epoch of `count`: positions (N,) in it -> (visits (N,), indices of samples (N,)). The groups have
+        their shares to the sample, in random places. Each group is gone through in permutations, from one epoch into the
+        next; `visits` counts how often its sample was drawn before."""
         exact = self.shares * count
         quotas = np.floor(exact).astype(int)
         quotas[np.argsort(quotas - exact, kind="stable")[: count - quotas.sum()]] += 1
-        visits, indices = [], []
-        for k, (group, quota) in enumerate(zip(self.members, quotas)):
-            positions = np.arange(epoch * quota, (epoch + 1) * quota)
-            rounds = positions // len(group)
-            orders = {r: np.random.default_rng([seed, 1, k, r]).permutation(group) for r in np.unique(rounds).tolist()}
-            visits.append(rounds)
-            indices.append(np.array([orders[r][p % len(group)] for r, p in zip(rounds.tolist(), positions)], int))
-        shuffled = np.random.default_rng([seed, epoch]).permutation(count)
-        return np.concatenate(visits)[shuffled], np.concatenate(indices)[shuffled]
+        first = np.cumsum([0, *quotas])
+        in_memory = count <= IN_MEMORY
+        place = shuffled(count, [seed, epoch], in_memory)
+
+        def order(group: int, visit: int) -> Callable[[np.ndarray], np.ndarray]:
+            return shuffled(len(self.members[group]), [seed, 1, group, visit], in_memory)
+
+        if in_memory:
+            order = cache(order)
+
+        def drawn(positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+            places = place(positions)
+            groups = np.searchsorted(first, places, "right") - 1
+            turns = epoch * quotas[groups] + places - first[groups]
+            visits, within = np.divmod(turns, np.array([len(members) for members in self.members])[groups])
+            indices = np.empty(len(positions), int)
+            for group, visit in np.unique(np.stack([groups, visits]), axis=1).T.tolist():
+                here = (groups == group) & (visits == visit)
+                indices[here] = self.members[group][order(group, visit)(within[here])]
+            return visits, indices
+
+        return drawn
 
 
 class StepBatches(Sampler):
@@ -145,8 +165,9 @@ class StepBatches(Sampler):
                 "diffusion.batch_size or prepare more data"
             )
         self._epoch = -1  # that _drawn knows
-        self._drawn: Callable[[np.ndarray], np.ndarray]  # positions in the epoch -> indices
-        self._visits: np.ndarray | None = None  # by position, where a mixture draws
+        self._drawn: Callable[
+            [np.ndarray], tuple[np.ndarray, np.ndarray]
+        ]  # positions in the epoch -> (visits, indices)
 
     def __len__(self) -> int:
         return self.stop  # Lightning counts micro-batches from the beginning of training, also after a resume
@@ -154,14 +175,13 @@ class StepBatches(Sampler):
     def _begin(self, epoch: int) -> None:
         self._epoch = epoch
         if self.mixture is not None:
-            self._visits, order = self.mixture.epoch(self.seed, epoch, self.count)
-            self._drawn = order.take
-        elif self.buckets is not None:
-            self._drawn = self.buckets.epoch(self.seed, epoch)
-        elif self.count <= IN_MEMORY:
-            self._drawn = np.random.default_rng([self.seed, epoch]).permutation(self.count).take
+            self._drawn = self.mixture.epoch(self.seed, epoch, self.count)
+            return
+        if self.buckets is not None:
+            order = self.buckets.epoch(self.seed, epoch)
         else:
-            self._drawn = Permutation(self.count, [self.seed, epoch])
+            order = shuffled(self.count, [self.seed, epoch], self.count <= IN_MEMORY)
+        self._drawn = lambda positions: (np.full(len(positions), epoch), order(positions))
 
     def rows(self, micro_batch: int) -> list[tuple[int, int]]:
         """(visit, index) of this rank's samples in one micro-batch."""
@@ -171,9 +191,8 @@ class StepBatches(Sampler):
             self._begin(epoch)
         b = self.batching
         first = step * b.batch_size + (part * b.world_size + b.rank) * b.micro
-        rows = slice(first, first + b.micro)
-        visits = [epoch] * b.micro if self._visits is None else self._visits[rows].tolist()
-        return list(zip(visits, self._drawn(np.arange(first, first + b.micro)).tolist()))
+        visits, indices = self._drawn(np.arange(first, first + b.micro))
+        return list(zip(visits.tolist(), indices.tolist()))
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         return map(self.rows, range(self.start, self.stop))

@@ -252,7 +252,7 @@ class IndexedShards:
         self._rows: np.ndarray | None = None  # of the table, where not all are taken in their order
         if self._set.any():  # alternating: by the place of each within its set, in (0, 1)
             place = np.concatenate([(np.arange(n) + 0.5) / n for n in np.bincount(self.sets)])
-            self._rows = np.argsort(place, kind="stable")
+            self._rows = np.argsort(place, kind="stable").astype(np.min_scalar_type(len(place)))
 
     def __len__(self) -> int:
         return len(self.table) if self._rows is None else len(self._rows)

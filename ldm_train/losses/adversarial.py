@@ -15,9 +15,7 @@ def vanilla_loss(logits_real: torch.Tensor, logits_fake: torch.Tensor) -> torch.
 
 
 def conv_weight_gradient(conv: nn.Conv2d, features: torch.Tensor, grad_output: torch.Tensor) -> torch.Tensor:
-    """d loss / d conv.weight from the layer's input and d loss / d output, averaged over ranks, float32. The output may have been
-    shuffled from channels into patches of pixels."""
-    grad_output = F.pixel_unshuffle(grad_output, grad_output.shape[-1] // features.shape[-1])
+    """d loss / d conv.weight from the layer's input and d loss / d output, averaged over ranks, float32."""
     gradient = torch.nn.grad.conv2d_weight(
         features.detach().float(), conv.weight.shape, grad_output.float(), stride=conv.stride, padding=conv.padding
     )

@@ -270,7 +270,7 @@ def step_memory(rehearsal: Rehearsal, micro: int, accumulate: int, machine: Mach
         precision_plugin=None, optimizers=[],
     )  # fmt: skip
     task.setup("fit")  # its averages
-    optimizer = _unfused(task.optimizer(task.groups()), kernels.gpu)
+    optimizer = _unfused(task.new_optimizer(), kernels.gpu)
     trained = [p for group in optimizer.param_groups for p in group["params"]]
     for module in (task, *rehearsal.beside):
         tracker.belongs(FROZEN, (*module.parameters(), *module.buffers()))

@@ -17,6 +17,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from ldm_train import images, rng
 from ldm_train.devices import uploaded
 from ldm_train.distributed import gathered
+from ldm_train.training.muon import Muon, matrices_apart
 from ldm_train.training.optim import EMA, clip_by_group
 
 BINS = 4  # parts of the schedule that validation tells apart
@@ -88,8 +89,15 @@ class Task(L.LightningModule):
 
     # -- optimisation ------------------------------------------------------------------------------------------------
 
+    def new_optimizer(self) -> torch.optim.Optimizer:
+        """The optimiser of the trained parts, at its beginning."""
+        groups, kind = self.groups(), getattr(self.optimizer, "func", None)
+        if isinstance(kind, type) and issubclass(kind, Muon):
+            groups = matrices_apart(groups, self.averaged())
+        return self.optimizer(groups)
+
     def configure_optimizers(self) -> dict[str, Any]:
-        optimizer = self.optimizer(self.groups())
+        optimizer = self.new_optimizer()
         factor = LambdaLR(optimizer, lambda step: self.lr_factor(step if self._clocked is None else self._clocked))
         schedule = {"scheduler": factor, "interval": "step"}
         return {"optimizer": optimizer, "lr_scheduler": schedule}

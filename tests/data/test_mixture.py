@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from ldm_train.data import order
 from ldm_train.data.datamodule import ShardDataModule
 from ldm_train.data.encoding import write_cache, write_cache_index
 from ldm_train.data.fields import boxes_of, captions_of, label_of
@@ -38,18 +39,31 @@ def module(root: object, **options: object) -> ShardDataModule:
     return ShardDataModule(root, Batching(4), 30, ("image", "class_label"), 8, **options)
 
 
+def drawn_in(mixture: Mixture, seed: int, epoch: int) -> np.ndarray:
+    """(visits, indices) of an epoch of 40."""
+    return np.array(mixture.epoch(seed, epoch, 40)(np.arange(40)))
+
+
+@pytest.fixture(params=[order.IN_MEMORY, 0], ids=["in memory", "computed"])
+def both(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of few samples and of very many."""
+    monkeypatch.setattr(order, "IN_MEMORY", request.param)
+
+
+@pytest.mark.usefixtures("both")
 def test_shares_hold_to_the_sample():
     mixture = Mixture.of(SETS, (3, 2), None)
     for epoch in range(4):
-        _, indices = mixture.epoch(0, epoch, 40)
-        assert (SETS[indices] == 1).sum() == 16
-    assert (mixture.epoch(0, 0, 40)[1] != mixture.epoch(0, 1, 40)[1]).any()
-    assert (mixture.epoch(0, 0, 40)[1] != mixture.epoch(1, 0, 40)[1]).any()
+        assert (SETS[drawn_in(mixture, 0, epoch)[1]] == 1).sum() == 16
+    first = drawn_in(mixture, 0, 0)[1]
+    assert (first != drawn_in(mixture, 0, 1)[1]).any()
+    assert (first != drawn_in(mixture, 1, 0)[1]).any()
 
 
+@pytest.mark.usefixtures("both")
 def test_every_sample_comes_before_any_comes_again():
     mixture = Mixture.of(SETS, (1, 1), None)
-    drawn = [np.array(mixture.epoch(0, epoch, 40)) for epoch in range(3)]
+    drawn = [drawn_in(mixture, 0, epoch) for epoch in range(3)]
     counts = Counter(np.concatenate([d[1] for d in drawn]).tolist())
     assert {counts[i] for i in range(30, 40)} == {6}  # 60 draws of 10 samples
     assert {counts[i] for i in range(30)} == {2}  # 60 draws of 30
@@ -60,7 +74,7 @@ def test_every_sample_comes_before_any_comes_again():
 def test_classes_are_drawn_alike():
     labels = np.array([0] * 24 + [1] * 6 + [0] * 5 + [2] * 5)
     mixture = Mixture.of(SETS, None, labels)
-    _, indices = mixture.epoch(0, 0, 40)
+    _, indices = drawn_in(mixture, 0, 0)
     assert Counter(zip(SETS[indices].tolist(), labels[indices].tolist())) == {
         (0, 0): 15, (0, 1): 15, (1, 0): 5, (1, 2): 5,
     }  # fmt: skip
@@ -72,6 +86,24 @@ def test_without_weights_and_balance_nothing_changes():
     assert {epoch for rows in plain for epoch, _ in rows} == {0}
 
 
+def test_a_group_without_a_share_is_never_drawn():
+    mixture = Mixture.of(SETS, (0, 1), None)
+    assert (SETS[drawn_in(mixture, 0, 0)[1]] == 1).all()
+
+
+def test_a_mixture_of_very_many_samples_takes_no_memory_beyond_their_numbers():
+    """Any micro-batch of an epoch of 40 million is found at once; three quarters of it come from the smaller set."""
+    sets = np.repeat(np.array([0, 1], np.int32), [30_000_000, 10_000_000])
+    mixture = Mixture.of(sets, (1, 3), None)
+    batches = StepBatches(len(sets), Batching(4000), 0, 0, 10**6, mixture)
+    rows = batches.rows(9_999)
+    assert sum(m.nbytes for m in mixture.members) == 4 * len(sets)
+    assert 2850 < sum(sets[i] for _, i in rows) < 3150
+    assert {visit for visit, i in rows if not sets[i]} == {0}
+    assert {visit for visit, i in rows if sets[i]} <= {0, 1, 2}
+
+
+@pytest.mark.usefixtures("both")
 @pytest.mark.parametrize("start", [1, 5, 9, 14])
 def test_a_mixture_resumes_exactly(start: int):
     mixture = Mixture.of(SETS, (1, 4), None)

@@ -131,27 +131,38 @@ def test_a_size_that_does_not_fit_is_answered_with_one_that_does() -> None:
 
 
 @pytest.mark.parametrize("patch_size", [2, 4])
-def test_patches_are_the_network_of_the_patches_as_channels(patch_size: int) -> None:
-    """The same weights as a published network of 3 * patch_size^2 channels, whose pictures are taken apart and put together by hand."""
-    ours = randomised(tiny(patch_size=patch_size))
-    theirs = tiny(in_channels=3 * patch_size**2)
-    theirs.load_state_dict(ours.state_dict())
-    images = torch.rand(2, 3, 16 * patch_size, 8 * patch_size) * 2 - 1
-    p = patch_size
+def test_patches_are_channels_of_the_published_network(patch_size: int) -> None:
+    """The same weights as published networks, the encoder's of 3 * patch_size^2 channels, the decoder's of what its pixels are made of;
+    patches are taken apart and put together by hand."""
+    p, ours = patch_size, randomised(tiny(patch_size=patch_size))
+    features = 32 * p**2
+    encoder, decoder = tiny(in_channels=3 * p**2), tiny(in_channels=features)
+    state = ours.state_dict()
+    encoder.encoder.load_state_dict({k[8:]: v for k, v in state.items() if k.startswith("encoder.")})
+    moved = {
+        k[8:].replace("to_pixels.0", "conv_out"): v
+        for k, v in state.items()
+        if k.startswith("decoder.") and "conv_out" not in k
+    }
+    decoder.decoder.load_state_dict(moved)
+    images = torch.rand(2, 3, 16 * p, 8 * p) * 2 - 1
     apart = torch.stack([images[:, c, i::p, j::p] for c in range(3) for i in range(p) for j in range(p)], dim=1)
     assert ours.downsample_factor == 2 * p
     with torch.no_grad():
-        assert torch.equal(ours.encode_moments(images), theirs.encode_moments(apart))
+        assert torch.equal(ours.encoder(images), encoder.encoder(apart))
         latents = torch.randn(2, 4, 8, 4)
-        made, parts = ours.decode(latents), theirs.decode(latents)
-    for index, part in enumerate(parts.unbind(1)):
-        channel, within = divmod(index, p * p)
-        assert torch.equal(made[:, channel, within // p :: p, within % p :: p], part)
+        parts = decoder.decoder.images(decoder.decoder(latents))
+        together = torch.empty(2, 32, 16 * p, 8 * p)
+        for index, part in enumerate(parts.unbind(1)):
+            channel, within = divmod(index, p * p)
+            together[:, channel, within // p :: p, within % p :: p] = part
+        expected = ours.last_layer(torch.nn.functional.silu(together))
+        torch.testing.assert_close(ours.decoder.images(ours.decoder(latents)), expected)
 
 
 def test_the_pixels_of_a_patch_begin_alike() -> None:
     with torch.no_grad():
-        made = tiny(patch_size=2).decode(torch.randn(2, 4, 8, 8))
+        made = tiny(patch_size=2).decode_features(torch.randn(2, 4, 8, 8))
     coarse = torch.nn.functional.avg_pool2d(made, 2)
     torch.testing.assert_close(torch.nn.functional.interpolate(coarse, scale_factor=2), made)
     assert coarse.std() > 0.01
