@@ -13,7 +13,7 @@ ITERATIONS = 5
 
 
 def orthogonalised(matrices: torch.Tensor) -> torch.Tensor:
-    """(..., M, N) -> the same with singular values near 1 (0.7 to 1.2), by Newton-Schulz iterations with the coefficients of
+    """(..., M, N) -> the same with singular values near 1 (most in 0.7 to 1.2), by Newton-Schulz iterations with the coefficients of
     Jordan et al. In bfloat16 on a GPU, which they were chosen for; processors are slow at that."""
     rows, columns = matrices.shape[-2:]
     if rows > columns:
