@@ -165,9 +165,8 @@ class StepBatches(Sampler):
                 "diffusion.batch_size or prepare more data"
             )
         self._epoch = -1  # that _drawn knows
-        self._drawn: Callable[
-            [np.ndarray], tuple[np.ndarray, np.ndarray]
-        ]  # positions in the epoch -> (visits, indices)
+        # Positions in the epoch -> (visits, indices).
+        self._drawn: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
 
     def __len__(self) -> int:
         return self.stop  # Lightning counts micro-batches from the beginning of training, also after a resume
