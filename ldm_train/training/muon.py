@@ -36,14 +36,33 @@ def orthogonalised(matrices: torch.Tensor) -> torch.Tensor:
     return product @ x
 
 
+def matrices_apart(groups: list[dict], module: nn.Module) -> list[dict]:
+    """Parameter groups in which the weights of a module's linear layers and convolutions are apart from what else their group holds,
+    marked "matrices" and named "<name>_matrices", but for narrow ones."""
+    matrices = {
+        layer.weight
+        for layer in module.modules()
+        if isinstance(layer, nn.Linear | nn.Conv2d) and min(layer.weight.flatten(1).shape) >= NARROW
+    }
+    result = []
+    for group in groups:
+        mine = [p for p in group["params"] if p in matrices]
+        result.append({**group, "params": [p for p in group["params"] if p not in matrices], "matrices": False})
+        if mine:
+            result.append({**group, "params": mine, "name": f"{group['name']}_matrices", "matrices": True})
+    return result
+
+
 class Muon(torch.optim.AdamW):
     """Of matrices the momentum is made orthogonal before it is a step, so that no direction of the gradient drowns another (Jordan et al.
     2024, kellerjordan.github.io/posts/muon). A convolution's weight is a matrix of output channels and all else.
 
     params: groups; those with "matrices": True hold nothing else, and have `matrix_lr` and `momentum` (of Nesterov) in the place
-    of `lr` and `betas`; `matrices_apart` makes them. Each step of such a matrix changes it by matrix_lr x
+    of `lr` and `betas`; `split` makes them. Each step of such a matrix changes it by matrix_lr x
     sqrt(max(1, rows / columns)), as its largest singular value. All other options are AdamW's.
     """
+
+    split = staticmethod(matrices_apart)
 
     def __init__(
         self, params: Any, matrix_lr: float = 0.02, momentum: float = 0.95, weight_decay: float = 0.0, **adamw: Any
@@ -91,20 +110,3 @@ class Muon(torch.optim.AdamW):
             for (p, _), update in zip(pairs, updates):
                 moved = p * (1 - group["lr"] * group["weight_decay"]) - rate * update.reshape(p.shape)
                 p.copy_(moved if skipped is None else torch.where(skipped > 0, p, moved))
-
-
-def matrices_apart(groups: list[dict], module: nn.Module) -> list[dict]:
-    """Parameter groups in which the weights of a module's linear layers and convolutions are apart from what else their group holds,
-    marked "matrices" and named "<name>_matrices", but for narrow ones."""
-    matrices = {
-        layer.weight
-        for layer in module.modules()
-        if isinstance(layer, nn.Linear | nn.Conv2d) and min(layer.weight.flatten(1).shape) >= NARROW
-    }
-    result = []
-    for group in groups:
-        mine = [p for p in group["params"] if p in matrices]
-        result.append({**group, "params": [p for p in group["params"] if p not in matrices], "matrices": False})
-        if mine:
-            result.append({**group, "params": mine, "name": f"{group['name']}_matrices", "matrices": True})
-    return result

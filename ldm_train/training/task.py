@@ -17,7 +17,6 @@ from torch.optim.lr_scheduler import LambdaLR
 from ldm_train import images, rng
 from ldm_train.devices import uploaded
 from ldm_train.distributed import gathered
-from ldm_train.training.muon import Muon, matrices_apart
 from ldm_train.training.optim import EMA, clip_by_group
 
 BINS = 4  # parts of the schedule that validation tells apart
@@ -90,11 +89,10 @@ class Task(L.LightningModule):
     # -- optimisation ------------------------------------------------------------------------------------------------
 
     def new_optimizer(self) -> torch.optim.Optimizer:
-        """The optimiser of the trained parts, at its beginning."""
-        groups, kind = self.groups(), getattr(self.optimizer, "func", None)
-        if isinstance(kind, type) and issubclass(kind, Muon):
-            groups = matrices_apart(groups, self.averaged())
-        return self.optimizer(groups)
+        """The optimiser of the trained parts, at its beginning. One that treats the weights of layers in a way of its own has a `split`,
+        (groups, the model) -> its groups."""
+        groups, split = self.groups(), getattr(self.optimizer.func, "split", None)
+        return self.optimizer(groups if split is None else split(groups, self.averaged()))
 
     def configure_optimizers(self) -> dict[str, Any]:
         optimizer = self.new_optimizer()

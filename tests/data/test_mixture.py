@@ -1,6 +1,7 @@
 """Several roots as one data set: shares, labels by name, exact resume, and the same order from the latent cache."""
 
 import json
+import tracemalloc
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -96,7 +97,10 @@ def test_a_mixture_of_very_many_samples_takes_no_memory_beyond_their_numbers():
     sets = np.repeat(np.array([0, 1], np.int32), [30_000_000, 10_000_000])
     mixture = Mixture.of(sets, (1, 3), None)
     batches = StepBatches(len(sets), Batching(4000), 0, 0, 10**6, mixture)
+    tracemalloc.start()
     rows = batches.rows(9_999)
+    assert tracemalloc.get_traced_memory()[1] < 2**24
+    tracemalloc.stop()
     assert sum(m.nbytes for m in mixture.members) == 4 * len(sets)
     assert 2850 < sum(sets[i] for _, i in rows) < 3150
     assert {visit for visit, i in rows if not sets[i]} == {0}

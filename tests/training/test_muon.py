@@ -1,7 +1,6 @@
 """Muon against torch's own for matrices, the singular values of its steps, and AdamW for all else; resumed and skipped steps."""
 
 import copy
-from functools import partial
 
 import pytest
 import torch
@@ -67,9 +66,9 @@ def test_steps_are_nearly_orthogonal(shape: tuple[int, ...]) -> None:
     u, _, vh = torch.linalg.svd(matrices, full_matrices=False)
     found = u.mT @ orthogonalised(matrices) @ vh.mT
     values = found.diagonal(dim1=-2, dim2=-1)
-    assert values.min() > 0.4
+    assert values.min() > 0.65
     assert values.max() < 1.25
-    torch.testing.assert_close(found, torch.diag_embed(values), rtol=0, atol=1e-4)
+    torch.testing.assert_close(found, torch.diag_embed(values), rtol=0, atol=1e-5)
 
 
 def test_matrices_move_as_with_torchs_muon() -> None:
@@ -147,4 +146,4 @@ def test_a_gradient_that_is_not_finite_moves_no_matrix_where_the_optimiser_is_to
 
 def test_bad_options_are_refused() -> None:
     with pytest.raises(ValueError, match="matrix_lr=-1"):
-        partial(Muon, matrix_lr=-1)([nn.Parameter(torch.zeros(1))])
+        Muon([nn.Parameter(torch.zeros(1))], matrix_lr=-1)

@@ -295,6 +295,20 @@ def test_alignment_needs_features_and_a_middle() -> None:
 
 
 @pytest.mark.chain
+def test_both_stages_train_with_orthogonal_steps_but_for_the_discriminator(tmp_path: Path) -> None:
+    """Only groups of matrices have a momentum of Nesterov; the discriminator is in none."""
+    chain(tmp_path, "technique=[muon]", "stages=[autoencoder,latents,diffusion]").execute()
+    for stage, others in (("autoencoder", {"autoencoder", "discriminator"}), ("diffusion", {"network"})):
+        kept = torch.load(tmp_path / f"run/{stage}/checkpoints/last.ckpt", weights_only=True)
+        groups = {group["name"]: group for group in kept["optimizer_states"][0]["param_groups"]}
+        assert {name for name, group in groups.items() if group["matrices"]} == groups.keys() - others
+        states = kept["optimizer_states"][0]["state"]
+        for group in groups.values():
+            kind = "momentum_buffer" if group["matrices"] else "exp_avg"
+            assert all(kind in states[number] for number in group["params"])
+
+
+@pytest.mark.chain
 def test_an_autoencoder_trains_without_a_discriminator(tmp_path: Path) -> None:
     run = chain(tmp_path, "technique=[no_gan]", "stages=[autoencoder]")
     check_values(run.config)
