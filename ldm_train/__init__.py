@@ -1,4 +1,4 @@
-"""ldm_train: train a latent diffusion model of your own, from the autoencoder up."""
+"""ldm_train: train your own latent diffusion model, starting with the autoencoder."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -10,12 +10,13 @@ __version__ = "0.1.0"
 
 
 def load(path: str, trust: Sequence[str] = ()) -> "LatentDiffusion":
-    """A trained model with its run's sampling options: path is a run, its export/ folder, any model folder, a pipeline's
-    folder in diffusers' layout, or "org/name" on the Hugging Face Hub.
+    """Returns a trained model with the sampling options of its run.
 
-    The folder is data: it builds this package's models only, and parts of the packages that `trust` names.
-    Raises FileNotFoundError where there is none, ValueError for damaged weights or a config that asks for more.
+    path: a run, its export/ folder, any model folder, a pipeline folder in diffusers' layout, or "org/name" on the
+    Hugging Face Hub.
+    The folder is treated as data: only models of this package, and parts of the packages named in `trust`, are built.
+    Raises FileNotFoundError if there is no model, ValueError for damaged weights or a config that asks for other parts.
     """
-    from ldm_train.checkpoints.native import load_latent_diffusion  # torch takes seconds, and not every use needs it
+    from ldm_train.checkpoints.native import load_latent_diffusion  # imported late: importing torch takes seconds
 
     return load_latent_diffusion(path, trust)

@@ -1,4 +1,7 @@
-"""Functions in other processes: of this machine, or of a cluster's. Ray (`pip install 'ldm-train[ray]'`) is imported when asked for."""
+"""Runs functions in other processes, on this machine or on a Ray cluster.
+
+Ray (`pip install 'ldm-train[ray]'`) is imported only when it is used.
+"""
 
 import errno
 import os
@@ -16,13 +19,13 @@ from typing import Any, TypeVar
 from ldm_train.interrupts import become_worker
 
 Result = TypeVar("Result")
-RETRIES = 3  # of a task whose machine or process is lost
-SEEN = 60.0  # seconds within which a shared file system shows to all machines what one has made
+RETRIES = 3  # retries of a task whose machine or process is lost
+SEEN = 60.0  # seconds to wait for a shared file system to show a file that another machine has written
 
 
 def connect() -> Any:
-    """The module `ray`, connected to the cluster of RAY_ADDRESS, else to the one of this machine, which is begun where there is
-    none. Raises ValueError without Ray, and where the cluster does not answer."""
+    """Returns the module `ray`, connected to the cluster at RAY_ADDRESS, or else to this machine's own cluster, which
+    is started if necessary. Raises ValueError if Ray is not installed or the cluster does not answer."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     try:
         import ray
@@ -32,17 +35,17 @@ def connect() -> Any:
         before = signal.getsignal(signal.SIGTERM)
         try:
             ray.init(logging_level="WARNING", log_to_driver=True)
-        except Exception as error:  # Ray raises some that have no class of their own
+        except Exception as error:  # some of Ray's errors have no class of their own
             where = os.environ.get("RAY_ADDRESS", "of this machine")
             raise ValueError(f"the Ray cluster {where} does not answer: {error}; see `ray status`") from error
         finally:
             if threading.current_thread() is threading.main_thread():
-                signal.signal(signal.SIGTERM, before)  # Ray has set its own
+                signal.signal(signal.SIGTERM, before)  # Ray has replaced the handler
     return ray
 
 
 def seen(path: str | Path) -> bool:
-    """Whether this machine sees what another one has made, as soon as a shared file system shows it."""
+    """Waits up to SEEN seconds for `path`, written by another machine, to appear. Returns True if it exists."""
     end = time.monotonic() + SEEN
     while not (there := os.path.exists(path)) and time.monotonic() < end:
         time.sleep(0.5)
@@ -50,8 +53,8 @@ def seen(path: str | Path) -> bool:
 
 
 def in_shared_folder(folder: str, witness: str | None = None) -> None:
-    """Makes `folder` the working directory. witness: a path that the command has made. Raises ValueError where this machine does not
-    see them: it has its own folder of that name, or none."""
+    """Makes `folder` the working directory. witness: a path that the command has created. Raises ValueError if this
+    machine does not see both of them, because it has no such folder, or a different one of the same name."""
     try:
         os.chdir(folder)
         if witness and not seen(witness):
@@ -71,9 +74,10 @@ def mapped(
     engine: str | None = None,
     gpus: bool = False,
 ) -> Iterator[tuple[str, Result]]:
-    """Yields (name, function(shared, *task)) in the order in which they end, from `at_once` processes, in this one's working directory.
-    `shared` is sent once to each process. engine: "ray" for those of a cluster, where a task whose machine or process is lost is done
-    again elsewhere, so that it may be done twice. gpus: each process sees one GPU, its own.
+    """Yields (name, function(shared, *task)) as tasks finish. `at_once` processes run in the current working directory.
+
+    `shared` is sent once to each process. engine: "ray" uses the processes of a cluster; a task whose machine or
+    process is lost is repeated elsewhere, so it may be done twice. gpus: each process sees exactly one GPU, its own.
     """
     return (_on_ray if engine == "ray" else _here)(function, shared, tasks, at_once, gpus)
 
@@ -101,7 +105,7 @@ def _on_ray(
             try:
                 yield name, ray.get(finished)
             except ray.exceptions.RayTaskError as error:
-                raise error.cause from None  # the function's own, with its message
+                raise error.cause from None  # the error that the function raised, with its message
             except ray.exceptions.RayError as error:
                 said = str(error).strip().splitlines()[0]
                 raise OSError(
@@ -111,7 +115,7 @@ def _on_ray(
 
 # -- on this machine -----------------------------------------------------------------------------------------------------
 
-_held: list[Any] = []  # in a process of the pool: what is shared, sent once and not with every task
+_held: list[Any] = []  # in a pool process: the `shared` object, sent once instead of with every task
 
 
 def _begin(shared: Any, own_gpu: Queue | None) -> None:

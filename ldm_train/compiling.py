@@ -1,4 +1,7 @@
-"""torch.compile of networks in place: their weights keep their names, so checkpoints and models are those of runs without it."""
+"""Applies torch.compile to networks in place.
+
+The weights keep their names, so checkpoints and models are the same as those of runs without compilation.
+"""
 
 from collections.abc import Sequence
 from typing import Any, Protocol, runtime_checkable
@@ -9,13 +12,13 @@ from torch import nn
 
 @runtime_checkable
 class HasRegions(Protocol):
-    """A network that is better compiled in parts: those that are alike are compiled once."""
+    """A network that is better compiled region by region: regions that are alike are compiled once."""
 
     def regions(self) -> Sequence[nn.Module]: ...
 
 
 def check_compiler(option: str, device: torch.device) -> None:
-    """Raises ValueError, naming the option and the remedy, where torch has no compiler for this device."""
+    """Raises ValueError, naming the option and the remedy, if torch has no working compiler for this device."""
     if device.type == "cpu":
         from torch._inductor.cpp_builder import get_cpp_compiler
         from torch._inductor.exc import InvalidCxxCompiler
@@ -37,19 +40,20 @@ def check_compiler(option: str, device: torch.device) -> None:
 
 
 def regions_of(network: nn.Module) -> Sequence[nn.Module]:
-    """What is compiled, each for itself."""
+    """The modules to compile separately: the network's regions, or the whole network."""
     regions = network.regions() if isinstance(network, HasRegions) else (network,)
-    # Blocks of one class are versions of one function, of which torch makes eight before it gives up.
+    # To torch, blocks of one class are versions of one function, of which it compiles eight before it gives up.
     dynamo = torch._dynamo.config
     dynamo.recompile_limit = max(dynamo.recompile_limit, 2 * len(regions))
     return regions
 
 
 def compile_training(*networks: nn.Module, **options: Any) -> None:
-    """Compiles what runs under gradients; validation and sample grids, seldom and in shapes of their own, run as written.
+    """Compiles the forward passes that run with gradients enabled.
 
-    Each shape is compiled for itself: what a step computes then depends on its own shapes alone, not on those that came before
-    it, so that a resumed run repeats an undisturbed one. options: of torch.compile
+    Validation and sample grids, which are rare and have other shapes, run uncompiled. Each input shape is compiled
+    separately: the result of a step then depends only on its own shapes, not on earlier ones, so a resumed run
+    reproduces an uninterrupted one. options: passed to torch.compile
     """
     for network in networks:
         for region in regions_of(network):
@@ -66,15 +70,16 @@ def _compile_under_gradients(region: nn.Module, options: dict[str, Any]) -> None
 
 
 def compile_sampling(network: nn.Module, **options: Any) -> None:
-    """Compiles a network for sampling. options: of torch.compile"""
+    """Compiles a network for sampling. options: passed to torch.compile"""
     for region in regions_of(network):
         region.compile(**options)
 
 
 def record_cuda_graphs(network: nn.Module) -> None:
-    """Compiles a whole network for sampling; its kernels are recorded once for each shape and replayed together.
+    """Compiles a whole network for sampling with CUDA graphs: kernels are recorded once per shape and replayed
+    together.
 
-    A replay overwrites the output of the one before, which samplers of several steps still hold: it is copied.
+    A replay overwrites the output of the previous one, which multistep samplers still hold, so each output is copied.
     """
     compiled = torch.compile(network.forward, mode="reduce-overhead")
 

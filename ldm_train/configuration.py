@@ -1,4 +1,4 @@
-"""The configs: the folder that holds them, and the config that a run has saved."""
+"""Configs: the folder that holds them, the config saved by a run, and helpers for nested options."""
 
 import re
 from collections.abc import Mapping
@@ -11,20 +11,20 @@ import ldm_train
 from ldm_train import names
 from ldm_train.storage import read_config
 
-RECOMPUTING = ".network.activation_checkpointing"  # an option of networks: memory against time
-ARGUMENTS = "LDM_TRAIN_ARGUMENTS"  # environment: the command line, also for the processes that run a sweep's jobs
+RECOMPUTING = ".network.activation_checkpointing"  # option of networks: recomputing trades time for memory
+ARGUMENTS = "LDM_TRAIN_ARGUMENTS"  # environment variable: the command line, also for processes that run a sweep's jobs
 
 
 def config_folder() -> Path:
-    """conf/ beside the package in a checkout, inside it in a wheel."""
+    """Path of conf/: next to the package in a checkout, inside it in a wheel."""
     package = Path(ldm_train.__file__).parent
     beside = package.parent / "conf"
     return beside if (beside / "train.yaml").is_file() else package / "conf"
 
 
 def run_config(folder: Path) -> DictConfig:
-    """config.yaml of a run folder, which may be a stranger's: plain values. Raises FileNotFoundError, or ValueError where it
-    is none of a run or asks for interpolation (the config of a run is saved resolved)."""
+    """Reads config.yaml of a run folder, which may come from a stranger, as plain values. Raises FileNotFoundError, or
+    ValueError if it is not the config of a run or contains an interpolation (runs save their config resolved)."""
     path = folder / "config.yaml"
     tree = read_config(path)
     if not isinstance(tree.get("stages"), list):
@@ -42,7 +42,8 @@ def run_config(folder: Path) -> DictConfig:
 
 
 def usual_options() -> dict[str, Any]:
-    """The default options of data, both stages, the classifier, latents, sampling and evaluation, from the base files of conf/."""
+    """The default options of data, autoencoder, diffusion, classifier, latents, sampling and evaluation, from the base
+    files of conf/."""
     top = read_config(config_folder() / "train.yaml")
     groups = ("autoencoder", "diffusion", "data", "classifier")
     tree = {group: read_config(config_folder() / group / "base.yaml") for group in groups}
@@ -50,7 +51,7 @@ def usual_options() -> dict[str, Any]:
 
 
 def literal(tree: dict[str, Any]) -> DictConfig:
-    """A config whose strings are literal: `${` in a caption is no interpolation."""
+    """Builds a config in which all strings are literal: `${` in a caption is not an interpolation."""
 
     def escaped(value: Any) -> Any:
         if isinstance(value, dict):
@@ -64,21 +65,22 @@ def literal(tree: dict[str, Any]) -> DictConfig:
 
 
 def plain(section: DictConfig) -> dict[str, Any]:
-    """A section as plain values, its interpolations resolved."""
+    """Converts a section to plain values, with its interpolations resolved."""
     values = OmegaConf.to_container(section, resolve=True)
     assert isinstance(values, dict)
     return {str(name): value for name, value in values.items()}
 
 
 def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
-    """{"a": {"b": 1}} -> {"a.b": 1}; lists are values."""
+    """{"a": {"b": 1}} -> {"a.b": 1}; lists are kept as values."""
     if isinstance(tree, dict):
         return {k: v for name, value in tree.items() for k, v in flatten(value, f"{prefix}{name}.").items()}
     return {prefix[:-1]: tree}
 
 
 def numbers(tree: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
-    """The numbers of nested metrics by their path; an interval [low, high] as two."""
+    """The numbers in nested metrics by their path, e.g. "a/b"; an interval [low, high] becomes the two entries "low"
+    and "high"."""
     flat: dict[str, float] = {}
     for name, value in tree.items():
         if isinstance(value, Mapping):
@@ -91,8 +93,9 @@ def numbers(tree: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
 
 
 def differences(old: dict[str, Any], new: dict[str, Any], defaults: dict[str, Any]) -> list[str]:
-    """Lines "option: old -> new". An option absent on one side counts as its default, so new options do not orphan
-    old runs. What changes how something is computed, but not what (RECOMPUTING), may differ."""
+    """Returns a line "option: old -> new" for every difference. An option missing on one side counts as its default, so
+    new options do not invalidate old runs. RECOMPUTING may differ: it changes how a result is computed, not the
+    result."""
     before, after, default = flatten(old), flatten(new), flatten(defaults)
     lines = []
     for key in sorted(k for k in before.keys() | after.keys() if not k.endswith(RECOMPUTING)):

@@ -1,5 +1,5 @@
-"""Copies to an accelerator for which the host does not wait; full precision on any device; modules without first weights; memory
-that stays with the process."""
+"""Device helpers: non-blocking copies to an accelerator, full precision, modules without initialised weights, and
+keeping freed CPU memory in the process."""
 
 import ctypes
 import sys
@@ -12,11 +12,12 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-WITHOUT_FLOAT64 = {"mps"}  # kinds of devices
+WITHOUT_FLOAT64 = {"mps"}  # device types
 
 
 def device_of(accelerator: str) -> torch.device:
-    """The device that `accelerator` (auto, cpu, gpu, mps) means on this machine. Raises ValueError where it is not there."""
+    """The device that `accelerator` (auto, cpu, gpu, mps) means on this machine. Raises ValueError if it is not
+    available."""
     there = {"gpu": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if accelerator == "auto":
         accelerator = next(name for name, available in there.items() if available)
@@ -31,15 +32,16 @@ def device_of(accelerator: str) -> torch.device:
 
 
 def multiplies_bfloat16() -> bool:
-    """Whether this CPU has matrix units for bfloat16 (Intel's AMX). Others compute it slower than float32, some 100 times."""
-    capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # older torches have none
+    """Returns True if this CPU has bfloat16 matrix units (Intel AMX). Other CPUs compute bfloat16 more slowly than
+    float32, some of them 100 times."""
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # older versions of torch lack the function
     return bool(capabilities.get("amx_bf16"))
 
 
 def uploaded(tensor: torch.Tensor, device: torch.device | str) -> torch.Tensor:
-    """`tensor` on `device`. From the host to an accelerator it is copied beside what the device computes, from pinned memory: a
-    blocking copy would wait for all that was asked of the device before. The source must not be written to afterwards. float64
-    becomes float32 on devices that have none."""
+    """Returns `tensor` on `device`. A copy from the host to CUDA uses pinned memory and overlaps with the device's
+    work: a blocking copy would wait for all work queued before it. The source must not be written to afterwards.
+    float64 becomes float32 on devices without float64."""
     device = torch.device(device)
     if device.type in WITHOUT_FLOAT64 and tensor.dtype == torch.float64:
         tensor = tensor.float()
@@ -51,14 +53,15 @@ def uploaded(tensor: torch.Tensor, device: torch.device | str) -> torch.Tensor:
 
 
 def full_precision(device: torch.device) -> AbstractContextManager:
-    """A context without autocast. (Of a device that has none, the CPU's is switched off: a rehearsal on the meta device asks that.)"""
+    """A context without autocast. For a device type that has no autocast (meta, in a memory rehearsal), the CPU's
+    autocast is switched off."""
     known = torch.amp.is_autocast_available(device.type)
     return torch.autocast(device.type if known else "cpu", enabled=False)
 
 
 class Uninitialised(TorchFunctionMode):
-    """A context in which a module's parameters get no first values, for a module whose weights are loaded next. Buffers get
-    theirs: those that no file of weights holds are made with the module."""
+    """A context in which the parameters of new modules are not initialised, for modules whose weights are loaded next.
+    Buffers are initialised, because those that no weights file holds are created with the module."""
 
     def __torch_function__(
         self,
@@ -69,7 +72,7 @@ class Uninitialised(TorchFunctionMode):
     ) -> Any:
         given = args[0] if args else (kwargs or {}).get("tensor")
         drawn = getattr(func, "__module__", None) == "torch.nn.init" and isinstance(given, nn.Parameter)
-        # Without values there is nothing to draw, and drawing takes longest.
+        # Meta tensors have no values to draw, and drawing would take the most time.
         if drawn or (func in (torch.Tensor.uniform_, torch.Tensor.normal_) and given.is_meta):
             return given
         return func(*args, **(kwargs or {}))
@@ -77,23 +80,23 @@ class Uninitialised(TorchFunctionMode):
 
 @contextmanager
 def shapes_only() -> Iterator[None]:
-    """A context in which modules have shapes only."""
+    """A context in which modules are built on the meta device, with shapes but no values."""
     with torch.device("meta"), Uninitialised(), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", ".*copying from a non-meta parameter")  # by parts that bring their weights
+        warnings.filterwarnings("ignore", ".*copying from a non-meta parameter")  # from parts that load their weights
         yield
 
 
-# Parameters of glibc's mallopt, and what it may be told at most.
+# Parameters of glibc's mallopt, and its largest M_MMAP_THRESHOLD.
 TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3
 LARGEST_MMAP_THRESHOLD = 32 << 20
-USUAL_TRIM_THRESHOLD = 2 * LARGEST_MMAP_THRESHOLD  # glibc's own, once it has seen large tensors
+USUAL_TRIM_THRESHOLD = 2 * LARGEST_MMAP_THRESHOLD  # glibc's own value once large tensors have been freed
 
 
 @contextmanager
 def kept_memory(device: torch.device) -> Iterator[None]:
-    """A context in which a process that computes on the CPU keeps the memory it frees: a training step frees all activations,
-    and asking the system for them again costs up to a tenth of it (page faults). Afterwards it is given back. Nothing happens
-    for accelerators, and without glibc."""
+    """A context in which a process that computes on the CPU keeps the memory it frees: a training step frees all
+    activations, and requesting their memory again costs up to a tenth of the step's time (page faults). The memory is
+    returned to the system at the end. Does nothing for accelerators or without glibc."""
     libc = ctypes.CDLL(None) if device.type == "cpu" and sys.platform == "linux" else None
     if not hasattr(libc, "mallopt") or not hasattr(libc, "malloc_trim"):
         yield

@@ -1,4 +1,4 @@
-"""Collectives that also work where there is a single process."""
+"""Collectives that also work in a single process."""
 
 from typing import Any
 
@@ -15,7 +15,7 @@ def rank() -> int:
 
 
 def mean_over_ranks(values: torch.Tensor) -> torch.Tensor:
-    """The mean of a tensor over all ranks; the tensor itself where there is one. No host waits for it."""
+    """The mean of a tensor over all ranks; with one rank the tensor itself. The host does not wait for it."""
     if world_size() == 1:
         return values
     total = values.clone()
@@ -24,7 +24,7 @@ def mean_over_ranks(values: torch.Tensor) -> torch.Tensor:
 
 
 def gathered(value: Any) -> list[Any]:
-    """`value` (picklable, on the CPU) of every rank, in rank order. Ranks may hold different kinds of things."""
+    """Returns the `value` (picklable, on the CPU) of every rank, in rank order. Types may differ between ranks."""
     if world_size() == 1:
         return [value]
     values = [None] * world_size()

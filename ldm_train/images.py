@@ -1,5 +1,5 @@
-"""Pictures: uint8 <-> [-1, 1], any number of channels for viewing and for networks of three, captioned grids, PNG files with
-metadata."""
+"""Images: conversion between uint8 and [-1, 1], any number of channels for viewing and for 3-channel networks,
+captioned grids, and PNG files with metadata."""
 
 import json
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ from ldm_train.storage import write_atomically
 
 
 def to_uint8(images: torch.Tensor) -> torch.Tensor:
-    """(..., C, H, W) in [-1, 1] -> uint8 of the same shape, rounded, clamped."""
+    """(..., C, H, W) in [-1, 1] -> uint8 of the same shape, rounded and clamped."""
     return ((images.detach().float().cpu().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
 
 
@@ -24,20 +24,23 @@ def from_uint8(images: torch.Tensor) -> torch.Tensor:
 
 
 def has_colours(channels: int) -> bool:
-    """Whether pictures of so many channels are grey or RGB, which viewers and networks of RGB take as they are."""
+    """Returns True if images with this many channels are grey or RGB, which viewers and RGB networks accept
+    unchanged."""
     return channels in (1, 3)
 
 
 def channel_groups(channels: int) -> list[list[int]]:
-    """Triples of neighbouring channels for networks that see three. Together they hold every channel: the last triple goes
-    back where it would not be full (5: 0 1 2, 2 3 4), one channel is repeated, and of two the second."""
+    """Triples of neighbouring channels that together cover all channels, for networks that take three. If the last
+    triple would not be full, it starts earlier (5 channels: 0 1 2, 2 3 4). A single channel is repeated three times; of
+    two channels the second is repeated."""
     if channels < 3:
         return [[0, channels - 1, channels - 1]]
     return [[k, k + 1, k + 2] for k in (*range(0, channels - 3, 3), channels - 3)]
 
 
 def in_threes(images: torch.Tensor) -> torch.Tensor:
-    """(B, C, H, W) -> (B * groups, 3, H, W), the groups of a picture one after the other; RGB stays as it is."""
+    """(B, C, H, W) -> (B * groups, 3, H, W), with the groups of an image one after the other; RGB is returned
+    unchanged."""
     groups = channel_groups(images.shape[1])
     if images.shape[1] == 1:
         return images.expand(-1, 3, -1, -1)
@@ -45,28 +48,29 @@ def in_threes(images: torch.Tensor) -> torch.Tensor:
 
 
 def mean_over_groups(values: torch.Tensor, channels: int) -> torch.Tensor:
-    """The mean of a network's output for `in_threes`: (B * groups, ...) -> (B, ...)."""
+    """Averages a network's output for `in_threes` over the groups: (B * groups, ...) -> (B, ...)."""
     groups = len(channel_groups(channels))
     return values if groups == 1 else values.unflatten(0, (-1, groups)).mean(dim=1)
 
 
 def groups_in_words(channels: int) -> str:
-    """How networks of three channels see pictures of so many, in words; channels are counted from 1."""
+    """Describes how 3-channel networks see images with this many channels; channels are counted from 1."""
     return "mean over channels " + ", ".join(f"{a + 1}-{b + 1}" for a, _, b in channel_groups(channels))
 
 
 def false_colours(image: torch.Tensor) -> torch.Tensor:
-    """(C, H, W) -> (3, H, W) by fixed weights: the channels stand in a row from red over green to blue, each between the two
-    colours it lies between. The first is red, the last blue, equal channels are grey; RGB would stay itself."""
+    """(C, H, W) -> (3, H, W) by fixed weights: the channels are placed evenly along red, green, blue, and each
+    contributes to the two colours it lies between. The first is red and the last blue; equal channels give grey; RGB
+    would be unchanged."""
     place = torch.linspace(0, 2, len(image))
     weights = (1 - (place - torch.arange(3.0)[:, None]).abs()).clamp(min=0)  # (3, C)
-    weights = torch.where(weights.sum(dim=1, keepdim=True) > 0, weights, 1.0)  # nothing of two channels lies at green
+    weights = torch.where(weights.sum(dim=1, keepdim=True) > 0, weights, 1.0)  # with two channels, none lies at green
     weights = weights / weights.sum(dim=1, keepdim=True)
     return torch.einsum("kc,chw->khw", weights, image.detach().float().cpu().clamp(-1, 1))
 
 
 def to_pil(image: torch.Tensor) -> Image.Image:
-    """(C, H, W) in [-1, 1] -> PIL; C = 1 grey, 3 RGB, anything else in `false_colours`."""
+    """(C, H, W) in [-1, 1] -> PIL image; grey for C = 1, RGB for C = 3, otherwise in `false_colours`."""
     array = to_uint8(image if has_colours(len(image)) else false_colours(image))
     return Image.fromarray(array.permute(1, 2, 0).squeeze(-1).numpy())
 
@@ -86,9 +90,10 @@ def _wrap(text: str, width: int, font: "ImageFont.ImageFont | ImageFont.FreeType
 def grid(
     images: torch.Tensor, columns: int | None = None, captions: Sequence[str] | None = None, tile: int = 128
 ) -> Image.Image:
-    """Images (B, C, H, W) in [-1, 1] as one picture, `columns` wide (default: about square).
+    """Arranges images (B, C, H, W) in [-1, 1] in one picture, `columns` wide (default: about square).
 
-    Images smaller than `tile` pixels are enlarged by a whole factor with hard edges, so that pixels stay visible.
+    Images smaller than `tile` pixels are enlarged by an integer factor without interpolation, so that pixels stay
+    visible.
     Captions are written below their tiles.
     """
     count, _, height, width = images.shape
@@ -110,7 +115,8 @@ def grid(
 
 
 def beside(left: torch.Tensor | None, right: torch.Tensor) -> torch.Tensor:
-    """Two batches (B, C, H, W) side by side, with the channels of `right`; `right` alone where there is no left."""
+    """Places two batches (B, C, H, W) side by side, with the channels of `right`. Returns `right` alone if `left` is
+    None."""
     if left is None:
         return right
     count, channels, height, width = right.shape
@@ -120,9 +126,9 @@ def beside(left: torch.Tensor | None, right: torch.Tensor) -> torch.Tensor:
 
 
 def save_png(image: Image.Image | torch.Tensor, path: str | Path, metadata: dict[str, Any] | None = None) -> Path:
-    """Writes a PNG that appears under its final name only when complete.
+    """Writes a PNG that appears under its final name only when it is complete.
 
-    metadata: JSON-able, stored in the PNG's text chunk "recipe" (read back with `read_recipe`).
+    metadata: JSON-serialisable, stored in the PNG's text chunk "recipe" (see `read_recipe`).
     """
     path = Path(path)
     if isinstance(image, torch.Tensor):
@@ -135,6 +141,6 @@ def save_png(image: Image.Image | torch.Tensor, path: str | Path, metadata: dict
 
 
 def read_recipe(path: str | Path) -> dict[str, Any]:
-    """The metadata `save_png` stored. Raises KeyError if the file has none."""
+    """Returns the metadata that `save_png` stored. Raises KeyError if the file has none."""
     with Image.open(path) as image:
         return json.loads(image.text["recipe"])  # type: ignore[attr-defined]  # of PNGs

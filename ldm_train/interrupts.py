@@ -1,6 +1,7 @@
-"""Ends a process of this package at once, with one line, on SIGTERM, SIGINT (Ctrl-C), SIGUSR1 and SIGUSR2, and when its parent ends.
+"""Ends a process of this package at once, with a one-line message, on SIGTERM, SIGINT (Ctrl-C), SIGUSR1 or SIGUSR2, and
+when its parent ends.
 
-Imports nothing heavy: the commands install it before they import torch, which takes seconds.
+Imports nothing heavy: commands install the handlers before they import torch, which takes seconds.
 """
 
 import atexit
@@ -16,8 +17,8 @@ from contextlib import contextmanager, suppress
 from typing import Any
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
-PARENT = "LDM_TRAIN_PARENT"  # environment: id of the parent process; this one ends when it ends
-REPORT = "LDM_TRAIN_REPORT"  # environment: the file for this process's final message, which its parent shows
+PARENT = "LDM_TRAIN_PARENT"  # environment variable: id of the parent process; this process ends when the parent does
+REPORT = "LDM_TRAIN_REPORT"  # environment variable: file for this process's final message, which the parent shows
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
@@ -33,7 +34,7 @@ _when = ""
 
 
 def during(words: str) -> None:
-    """Sets the phase that the message of a signal names from now on, such as "before training"."""
+    """Sets the phase, e.g. "before training", that the message printed on a signal names from now on."""
     global _when
     _when = words
 
@@ -44,7 +45,8 @@ def farewell(number: int, when: str | None = None) -> str:
 
 
 def last_words(text: str) -> None:
-    """Writes why this process ends. Only the first message goes to the file that the parent shows. Callable in a handler."""
+    """Reports why this process ends, in the file REPORT if set, otherwise on stderr. Only the first message goes to
+    that file, which the parent shows. Safe to call in a signal handler."""
     with suppress(Exception):  # the interrupted code may be in the middle of a write
         sys.stdout.flush()
     if path := os.environ.get(REPORT):
@@ -59,7 +61,7 @@ def last_words(text: str) -> None:
 
 
 def leave(number: int) -> None:
-    """The usual handling of a signal. Files are written atomically, so no clean-up is needed."""
+    """The default action on a signal: exits at once. Files are written atomically, so no clean-up is needed."""
     if os.environ.get(REPORT) or os.environ.get("RANK", "0") == "0":
         last_words(farewell(number))
     os._exit(128 + number)
@@ -70,19 +72,19 @@ def stop(number: int) -> None:
 
 
 _act: Callable[[int], None] = leave
-_owner = 0  # the process whose handlers these are
+_owner = 0  # id of the process that installed the handlers
 
 
 def _on_signal(number: int, frame: Any) -> None:
     if os.getpid() == _owner:
         _act(number)
-    elif number == signal.SIGTERM:  # a forked child: a terminal sends Ctrl-C to it too, and its parent decides
+    elif number == signal.SIGTERM:  # a forked child: Ctrl-C in a terminal reaches it too, but the parent decides
         os._exit(128 + number)
 
 
 @contextmanager
 def answered_by(act: Callable[[int], None]) -> Iterator[Callable[[int], None]]:
-    """A context in which signals call `act(number)` in the main thread. Gives what they called before."""
+    """A context in which signals call `act(number)` in the main thread. Yields the action that was set before."""
     global _act
     before, _act = _act, act
     try:
@@ -92,18 +94,20 @@ def answered_by(act: Callable[[int], None]) -> Iterator[Callable[[int], None]]:
 
 
 def handled_outside(number: int) -> bool:
-    """Whether a signal has a handler that is not of this module, such as submitit's."""
+    """Returns True if a signal has a handler that is not from this module, e.g. submitit's."""
     return callable(handler := signal.getsignal(number)) and handler not in (_on_signal, signal.default_int_handler)
 
 
 def _taken() -> list[signal.Signals]:
-    """The signals to handle. submitit ignores SIGTERM, which comes with the one that it acts on; so must we there."""
+    """The signals to handle. submitit ignores SIGTERM, which arrives together with the signal it acts on, so under
+    submitit this package does not handle it either."""
     return [n for n in SIGNALS if not (n == signal.SIGTERM and "SUBMITIT_EXECUTOR" in os.environ)]
 
 
 @contextmanager
 def handled() -> Iterator[None]:
-    """A context in which signals are handled; the old handlers return after it. Does nothing outside the main thread."""
+    """A context in which signals are handled; afterwards the previous handlers are restored. Does nothing outside the
+    main thread."""
     global _owner
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -119,7 +123,7 @@ def handled() -> Iterator[None]:
 
 
 def install() -> None:
-    """For the process of a command: signals are handled from here to its end."""
+    """Called by the process of a command: signals are handled from now on until it ends."""
     global _owner
     if parent := os.environ.pop(PARENT, None):
         end_with(int(parent))
@@ -129,22 +133,22 @@ def install() -> None:
         return leave_signals_to_parent()
     if _owner != os.getpid():
         _owner = os.getpid()
-        with suppress(AttributeError):  # Windows; Ray's processes block SIGINT, and so would those that they start
+        with suppress(AttributeError):  # Windows lacks it; Ray's processes block SIGINT, which their children inherit
             signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
         for number in SIGNALS:
             signal.signal(number, _on_signal)
-        atexit.register(_ignore)  # the first registered runs last
+        atexit.register(_ignore)  # registered first, so it runs last
 
 
 def _ignore() -> None:
-    """Ignores signals at the very end of the process, where Python would restore the system's own handlers."""
+    """Ignores signals at the very end of the process, where Python would restore the system's default handlers."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
 
 def leave_signals_to_parent() -> None:
-    """For a worker process. The second SIGTERM ends it: the first may have been sent to all processes of a job, while
-    the parent still needs its workers to save."""
+    """Called in a worker process: it ignores signals, except that a second SIGTERM ends it. The first may have been
+    sent to all processes of a job, while the parent still needs its workers to save."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     signal.signal(signal.SIGUSR2, signal.SIG_IGN)
@@ -152,8 +156,10 @@ def leave_signals_to_parent() -> None:
 
 
 def end_with(parent: int, alive: Callable[[], bool] = lambda: True) -> None:
-    """Ends this process when its parent ends, for any reason: on Linux through the kernel, elsewhere within a second.
-    alive: a further condition for this process to continue."""
+    """Ends this process when its parent ends for any reason: on Linux through the kernel, elsewhere within a second.
+
+    alive: a further condition for this process to continue.
+    """
     with suppress(AttributeError, OSError, TypeError):
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
@@ -166,10 +172,12 @@ def end_with(parent: int, alive: Callable[[], bool] = lambda: True) -> None:
 
 
 def become_worker(number: int = 0) -> None:
-    """For a process of a pool or a loader (`number` there): leaves signals to its parent and ends with it."""
+    """Called in a process of a pool or a data loader (`number` is its index there): leaves signals to the parent and
+    ends with it."""
     from multiprocessing import parent_process
 
     leave_signals_to_parent()
-    # With a fork server the direct parent is the server, which lives as long as a worker: the real parent is checked too.
+    # With a fork server the direct parent is the server, which lives as long as its workers, so the real parent is
+    # checked too.
     parent = parent_process()
     end_with(os.getppid(), parent.is_alive if parent else lambda: True)

@@ -1,4 +1,4 @@
-"""LatentDiffusion: denoising network, frozen first stage, conditioners and noise process as one object."""
+"""LatentDiffusion: denoising network, frozen first stage, conditioners and noise process in one object."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -25,12 +25,12 @@ from ldm_train.samplers.ddim import ddim_inversion
 
 @dataclass(frozen=True)
 class Sampling:
-    """Options of sampling. None stands for the choice of the model's own run.
+    """Options of sampling. None means the choice of the model's own run.
 
-    sampler: a function of `samplers/`, its options bound (functools.partial). guidance_scale: 1 is off.
-    guidance_interval: guide only between these noise levels sigma / alpha (Kynkaanniemi et al. 2024); None: at all of them
-    overlap: windows of the trained size, sharing so many cells, over larger latents (see `Panorama`)
-    tiles: of the decoder, for pictures too large for memory
+    sampler: a function of `samplers/` with its options bound (functools.partial). guidance_scale: 1 is off
+    guidance_interval: guide only between these noise levels sigma / alpha (Kynkaanniemi et al. 2024); None: at all
+    overlap: for larger latents, latent cells shared by neighbouring windows of the trained size (see `Panorama`)
+    tiles: decode in tiles, for images too large for memory
     """
 
     sampler: Callable[..., torch.Tensor] | None = None
@@ -42,22 +42,22 @@ class Sampling:
     tiles: Tiles | None = None
 
     def over(self, usual: "Sampling") -> "Sampling":
-        """These options, with those of `usual` in the place of None."""
+        """These options, with None replaced by the values of `usual`."""
         return replace(usual, **{name: value for name, value in vars(self).items() if value is not None})
 
     def require(self, *names: str) -> None:
-        """Raises ValueError for an option that neither the model's run nor the call has chosen."""
+        """Raises ValueError if one of these options is set neither by the model's run nor by the call."""
         if missing := [n for n in names if getattr(self, n) is None]:
             raise ValueError(f"this model brings no sampling options of its own; say {' and '.join(missing)}")
 
 
 @dataclass(frozen=True)
 class Start:
-    """The start of sampling; by default the noise of the seeds.
+    """The starting point of sampling; by default noise drawn from the seeds.
 
-    noise: (B, C, h, w) in the place of that of the seeds: for walks between seeds, and inverted pictures
-    latents: (B, C, h, w) of pictures to begin from (img2img). strength: share of the steps that is done: 1 begins with
-        noise alone, 0 returns the pictures decoded
+    noise: (B, C, h, w), used instead of the seeds' noise: for interpolation between seeds, and for inverted images
+    latents: (B, C, h, w) of images to start from (img2img). strength: fraction of the steps that are done, from 1
+    (starts from noise alone) to 0 (returns the decoded images)
     known, mask: latents (B, C, h, w), and (B, 1, h, w) with 1 in the hole: inpainting by any model, see `keep_known`
     """
 
@@ -70,12 +70,12 @@ class Start:
 
 @dataclass(frozen=True)
 class Guidance:
-    """The guidance of sampling, beside the condition itself.
+    """The guidance of sampling, apart from the condition itself.
 
-    negative: fields that guidance leads away from, in the place of the null condition
-    weaker_model: one that it leads away from, under the same condition (autoguidance, Karras et al. 2024)
-    rule: `classifier_free`, its options bound
-    outer: more guidance, each a function from denoiser to denoiser, the first one innermost
+    negative: fields of a negative condition that guidance leads away from, instead of the null condition
+    weaker_model: model that guidance leads away from, under the same condition (autoguidance, Karras et al. 2024)
+    rule: `classifier_free` with its options bound
+    outer: further guidance, each a function from denoiser to denoiser, the first one innermost
     """
 
     negative: Mapping[str, Any] | None = None
@@ -86,10 +86,9 @@ class Guidance:
 
 @dataclass(frozen=True)
 class Panorama:
-    """A network over latents larger than those it was trained at: evaluated in overlapping windows of its own size whose
-    outputs are averaged in every step (MultiDiffusion, Bar-Tal et al. 2023, arXiv:2302.08113). Where windows meet, the average is
-    feathered. The context is the same in all of them; spatial conditions are cut.
-    """
+    """Applies a network to latents larger than those it was trained on: in every step it is evaluated in overlapping
+    windows of the trained size, and the outputs are averaged (MultiDiffusion, Bar-Tal et al. 2023, arXiv:2302.08113),
+    feathered where windows meet. All windows get the same context; spatial conditions are cropped to the window."""
 
     network: Network
     window: tuple[int, int]
@@ -106,20 +105,20 @@ class Panorama:
 
 
 class Adapter(Protocol):
-    """What changes a model without its weights: `lora.LoRA`, `learned_tokens.TextualInversion`, `control.ControlNet`."""
+    """Adapts a model, its own weights frozen: `lora.LoRA`, `learned_tokens.TextualInversion`, `control.ControlNet`."""
 
     def attach(self, parts: nn.ModuleDict, name: str) -> nn.Module:
-        """parts: "network" and "conditioners", whose own weights no longer train. Returns what does."""
+        """parts: "network", "conditioners" and "encoders" (see `adaptable`), now frozen. Returns what trains."""
         ...
 
 
 class LatentDiffusion(nn.Module):
-    """The model that training, evaluation, sampling and export share.
+    """The model shared by training, evaluation, sampling and export.
 
     network, first_stage, schedule: the parts. conditioners: by name, in the order in which their outputs are joined.
-    parameterisation: what the network predicts (default: the noise). latent_size: (h, w) it was trained at, the default
-    when sampling.
-    Raises ValueError where these do not fit each other.
+    parameterisation: what the network predicts (default: the noise). latent_size: (h, w) of training, default of
+    sampling.
+    Raises ValueError if the parts do not fit each other.
     """
 
     def __init__(
@@ -134,10 +133,10 @@ class LatentDiffusion(nn.Module):
         super().__init__()
         self.network, self.first_stage, self.schedule = network, first_stage, schedule
         self.conditioners = nn.ModuleDict(conditioners or {})
-        self.adapter: nn.Module | None = None  # the one that trains, see `adapt`
+        self.adapter: nn.Module | None = None  # the adapter that trains, see `adapt`
         self.parameterisation, self.latent_size = parameterisation or Epsilon(), tuple(latent_size)
         check_compatible(self.parameterisation, schedule)
-        # What `sample` does by default; loaded models bring their run's choice.
+        # Defaults of `sample`; loaded models have those of their run.
         self.sampling = Sampling(guidance_scale=1.0, spacing="trailing")
         if network.in_channels != first_stage.latent_channels:
             raise ValueError(
@@ -154,37 +153,38 @@ class LatentDiffusion(nn.Module):
 
     @property
     def fields(self) -> tuple[str, ...]:
-        """The batch fields its conditioners read."""
+        """The batch fields that the conditioners read."""
         return tuple(c.field for c in self.conditioners.values())
 
     def parts(self) -> nn.ModuleDict:
-        """Network and conditioners."""
+        """The network and the conditioners."""
         return nn.ModuleDict({"network": self.network, "conditioners": self.conditioners})
 
     def trainable(self) -> nn.ModuleDict:
-        """What stage 2 trains and averages: network and conditioners, or an adapter of them."""
+        """What stage 2 trains and averages: network and conditioners, or only the adapter."""
         return self.parts() if self.adapter is None else nn.ModuleDict({"adapter": self.adapter})
 
     def adaptable(self) -> nn.ModuleDict:
-        """What adapters may change: network, conditioners, and the pretrained networks beside these that are loaded."""
+        """What adapters may change: network, conditioners, and those pretrained encoders of conditioners that are
+        loaded."""
         beside = {name: network for name, c in self.conditioners.items() if (network := c.beside()) is not None}
         return nn.ModuleDict({**self.parts(), "encoders": nn.ModuleDict(beside)})
 
     def adapt(self, how: Adapter, name: str) -> None:
-        """Puts a new adapter on the model; from now on it alone trains. Raises ValueError where it does not fit."""
+        """Attaches a new adapter; from now on only the adapter trains. Raises ValueError if it does not fit."""
         self.requires_grad_(False)
         self.adapter = how.attach(self.adaptable(), name)
 
     def merge_adapters(self) -> dict[str, torch.Tensor]:
-        """Makes adapters part of the weights; returns the weights before, see `lora.merge`."""
+        """Merges the adapters into the weights; returns the previous weights, see `lora.merge`."""
         self.adapter, before = None, lora.merge(self.adaptable())
         for conditioner in self.conditioners.values():
             conditioner.forget()
         return before
 
     def latents_from(self, batch: Mapping[str, Any], generator: torch.Generator | None = None) -> torch.Tensor:
-        """batch["moments"] (see `Autoencoder.encode_moments`) where cached, else batch["image"] is encoded; a fresh posterior sample each
-        time. Returns scaled latents (B, C, h, w)."""
+        """Returns scaled latents (B, C, h, w), a new posterior sample each time, from the cached batch["moments"] (see
+        `Autoencoder.encode_moments`) if present, otherwise by encoding batch["image"]."""
         moments = batch["moments"] if "moments" in batch else self.first_stage.encode_moments(batch["image"])
         return self.first_stage.latents(uploaded(moments, self.device), generator)
 
@@ -194,8 +194,8 @@ class LatentDiffusion(nn.Module):
         drop: Mapping[str, torch.Tensor] | None = None,
         latent_size: Sequence[int] | None = None,
     ) -> dict[str, torch.Tensor]:
-        """The network's inputs for a batch. drop: per conditioner (B,) bool; a conditioner whose field the batch lacks
-        is null. latent_size: of what is denoised, where it is not the trained one."""
+        """The network's conditioning inputs for a batch. drop: (B,) bool per conditioner; a conditioner whose field is
+        missing is null. latent_size: size of what is denoised, if it is not the trained one."""
         if not self.conditioners:
             return {}
         known = [name for name in (*self.fields, "moments", "image") if name in batch]
@@ -212,8 +212,8 @@ class LatentDiffusion(nn.Module):
     def mixture(
         self, terms: Sequence[tuple[torch.Tensor, Mapping[str, Any]]], latent_size: Sequence[int] | None = None
     ) -> dict[str, torch.Tensor]:
-        """null + sum of w (condition - null) over terms (w (B,), batch): the way from one condition to another, or
-        arithmetic with them. Weights that add up to 1 leave no null. Tokens count where any term has them."""
+        """null + sum of w (condition - null) over terms (w (B,), batch): interpolates conditions or does arithmetic
+        with them. If the weights add up to 1, null cancels out. A token is seen if any term with w != 0 has it."""
         count = len(terms[0][0])
         null = self.null_condition(count, latent_size)
         mixed = {k: v.clone() for k, v in null.items()}
@@ -230,14 +230,14 @@ class LatentDiffusion(nn.Module):
         return mixed
 
     def describe(self, batch: Mapping[str, Any], count: int) -> list[str]:
-        """A caption per sample for pictures: the description by the last conditioner that has one ("" where none has)."""
+        """A caption per sample: the description by the last conditioner that gives one ("" if none does)."""
         for conditioner in reversed(self.conditioners.values()):
             if conditioner.field in batch and any(texts := conditioner.describe(batch[conditioner.field])):
                 return texts
         return [""] * count
 
     def picture(self, batch: Mapping[str, Any], size: Sequence[int]) -> torch.Tensor | None:
-        """The conditions that can be seen, as pictures (B, C, H, W) in [-1, 1] of the first conditioner that has some."""
+        """Visible conditions as images (B, C, H, W) in [-1, 1], of the first conditioner that has some, or None."""
         for conditioner in self.conditioners.values():
             if conditioner.field in batch:
                 picture = conditioner.picture(batch[conditioner.field], size)
@@ -246,36 +246,36 @@ class LatentDiffusion(nn.Module):
         return None
 
     def random_drop(self, count: int) -> dict[str, torch.Tensor]:
-        """Independent per-sample dropout masks (B,) for each conditioner, from the global CPU generator."""
+        """Independent per-sample dropout masks (B,) for each conditioner, drawn from the global CPU generator."""
         return {name: torch.rand(count) < c.dropout for name, c in self.conditioners.items()}
 
     def null_condition(self, count: int, latent_size: Sequence[int] | None = None) -> dict[str, torch.Tensor]:
         return merge([c.null(count, latent_size or self.latent_size) for c in self.conditioners.values()])
 
     def predict(self, x_t: torch.Tensor, timesteps: torch.Tensor, condition: dict[str, Any]) -> torch.Tensor:
-        """The network under a condition, or one that is `prepared`: (B, C, h, w), (B,) -> (B, C, h, w)."""
+        """Evaluates the network under a condition, `prepared` or not: (B, C, h, w), (B,) -> (B, C, h, w)."""
         return self.network(x_t, timesteps, **condition)
 
     def prepared(self, condition: dict[str, torch.Tensor]) -> dict[str, Any]:
-        """A condition with the network's projections of its context, where it makes some."""
+        """Replaces a condition's context by the network's projections of it, if the network makes any."""
         if "context" not in condition or not isinstance(self.network, ProjectsContext):
             return condition
         return condition | {"context": self.network.projected(condition["context"])}
 
     def denoiser(self, condition: dict[str, torch.Tensor], overlap: int | None = None) -> Denoiser:
-        """overlap: evaluate larger latents in windows of the trained size that share so many cells, see `Panorama`."""
+        """overlap: denoise larger latents in windows of the trained size that share this many cells, see `Panorama`."""
         network = self.predict if overlap is None else Panorama(self.predict, self.latent_size, overlap)
         return Denoiser(network, self.schedule, self.parameterisation, condition, self.prepared)
 
     def decode(
         self, latents: torch.Tensor, tiles: Tiles | None = None, seeds: Sequence[int] | None = None
     ) -> torch.Tensor:
-        """Scaled latents -> images (B, C, H, W) in [-1, 1]. tiles: for large pictures. seeds: of a decoder that draws."""
+        """Scaled latents -> images (B, C, H, W) in [-1, 1]. tiles: for large images. seeds: for sampling decoders."""
         return self.first_stage.decode(latents, tiles=tiles, seeds=seeds)
 
     @torch.no_grad()
     def encode(self, images: torch.Tensor, tiles: Tiles | None = None) -> torch.Tensor:
-        """images (B, C, H, W) in [-1, 1] -> scaled latents (B, C, h, w), the posterior's mean."""
+        """Images (B, C, H, W) in [-1, 1] -> scaled latents (B, C, h, w), the mean of the posterior."""
         posterior = self.first_stage.posterior(self.first_stage.encode_moments(uploaded(images, self.device), tiles))
         return self.first_stage.scaled(posterior.mean)
 
@@ -292,13 +292,13 @@ class LatentDiffusion(nn.Module):
         latent_size: Sequence[int] | None = None,
         callback: Callback | None = None,
     ) -> torch.Tensor:
-        """Images (B, C, H, W) in [-1, 1], one per seed, under the fields in `batch` (each with B entries).
+        """Samples images (B, C, H, W) in [-1, 1], one per seed, under the fields in `batch` (each with B entries).
 
         sampling, start, guidance: see these classes.
-        condition: an output of `condition` or `mixture`, in the place of a batch
-        latent_size: (h, w) of the latents, default those it was trained at
-        callback: (step, pred_x0 (B, C, h, w)) after each step
-        Raises ValueError where these do not fit each other.
+        condition: an output of `condition` or `mixture`, used instead of the batch
+        latent_size: (h, w) of the latents, by default that of `start`, else of training
+        callback: called with (step, pred_x0 (B, C, h, w)) after each step
+        Raises ValueError if the arguments do not fit each other.
         """
         how, start, guidance = (sampling or Sampling()).over(self.sampling), start or Start(), guidance or Guidance()
         how.require("sampler", "num_inference_steps")
@@ -334,7 +334,7 @@ class LatentDiffusion(nn.Module):
         condition: dict[str, torch.Tensor] | None,
         latent_size: Sequence[int] | None,
     ) -> Denoise:
-        """The guided denoiser of `count` samples."""
+        """The guided denoiser for `count` samples."""
         weaker = guidance.weaker_model
         if condition is not None and weaker is not None:
             raise ValueError("a weaker model guides under the same fields; give them as batch, not as condition")
@@ -349,7 +349,7 @@ class LatentDiffusion(nn.Module):
                 for slot in SPATIAL:
                     spatial = [c for c in self.conditioners.values() if slot in c.widths]
                     if given is not None and spatial and not any(c.dropout for c in spatial):
-                        away[slot] = given[slot]  # as that keeps those of a batch
+                        away[slot] = given[slot]  # as `sampled_condition` keeps those of a batch
                 other = self.denoiser(away, how.overlap)
             interval = {} if how.guidance_interval is None else {"interval": tuple(how.guidance_interval)}
             denoise = guidance.rule(denoise, other, scale, **interval)
@@ -366,8 +366,8 @@ class LatentDiffusion(nn.Module):
         iterations: int = 5,
         callback: Callback | None = None,
     ) -> torch.Tensor:
-        """The noise (B, C, h, w) from which DDIM with eta 0 and without guidance draws `latents` under `batch`: the
-        `Start.noise` for changing a picture, see `ddim_inversion`."""
+        """The noise (B, C, h, w) from which DDIM with eta 0 and without guidance samples `latents` under `batch`: use
+        it as `Start.noise` to edit an image, see `ddim_inversion`."""
         how = (sampling or Sampling()).over(self.sampling)
         how.require("num_inference_steps")
         timesteps = self.schedule.timesteps(how.num_inference_steps, how.spacing)
@@ -382,8 +382,8 @@ class LatentDiffusion(nn.Module):
         latent_size: Sequence[int] | None,
         spatial: Mapping[str, Any] | None = None,
     ) -> dict[str, torch.Tensor]:
-        """The condition of `count` samples. spatial: a batch whose pictures and maps are kept under any guidance, as
-        models are seldom trained without them."""
+        """The condition of `count` samples. spatial: a batch whose spatial fields are kept under any guidance if their
+        conditioner was trained without dropout."""
         kept = {c.field for c in self.conditioners.values() if {*SPATIAL} & c.widths.keys() and not c.dropout}
         fields = {**{k: v for k, v in (spatial or {}).items() if k in kept}, **batch}
         return self.condition(fields, None, latent_size) if fields else self.null_condition(count, latent_size)
@@ -392,7 +392,7 @@ class LatentDiffusion(nn.Module):
 def _check_lengths(
     count: int, batch: Mapping[str, Any], condition: Mapping[str, torch.Tensor] | None, start: Start, guidance: Guidance
 ) -> None:
-    """Raises ValueError where an argument does not have one entry per seed."""
+    """Raises ValueError if an argument does not have one entry per seed."""
     given = {"batch": batch, "negative": guidance.negative or {}, "condition": condition or {}}
     given |= {k: {k: v} for k, v in (("start", start.latents), ("noise", start.noise)) if v is not None}
     for name, values in given.items():

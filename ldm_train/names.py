@@ -1,5 +1,5 @@
-"""The names that have changed, in one table. Every reader of command lines, runs, recipes and model folders applies it, so that old
-ones keep their meaning."""
+"""Table of renamed options, classes and weights. Every reader of command lines, runs, recipes and model folders applies
+it, so that old files and commands keep working."""
 
 import re
 from collections.abc import Mapping
@@ -12,7 +12,7 @@ PREDICTIONS = {
     "sample": "ldm_train.diffusion.parameterisation.Sample",
 }
 
-# Options of the commands by their path; a group of that path is renamed with it.
+# Command options by their path, {old: new}; a config group with the same path is renamed too.
 OPTIONS = {
     "diffusion.unet": "diffusion.network",
     "diffusion.objective.prediction_type": "diffusion.objective.parameterisation._target_",
@@ -20,16 +20,16 @@ OPTIONS = {
     "data.obedience": "data.adherence",
     "weak": "weaker_model",
 }
-# Values of renamed options (by their old path) that have changed too: {old: new}.
+# Renamed values of renamed options, by the option's old path: {old: new}.
 VALUES: dict[str, dict[str, str]] = {"diffusion.objective.prediction_type": PREDICTIONS}
-# Classes and functions that a file names as `_target_`.
+# Renamed classes and functions that files name as `_target_`: {old: new}.
 PARTS: dict[str, str] = {}
-# Prefixes of the names of a latent diffusion model's weights.
+# Renamed prefixes of the weights of a latent diffusion model: {old: new}.
 WEIGHTS = {"unet.": "network."}
 
 
 def argument(text: str) -> str:
-    """An argument of the command line in today's names. Texts that are no override are returned unchanged."""
+    """Translates a command-line argument to current names. Returns texts that are not overrides unchanged."""
     match = re.fullmatch(r"([+~]*)([\w./@-]+)(?:=(.*))?", text, re.DOTALL)
     if match is None or text.startswith("-"):
         return text
@@ -47,7 +47,7 @@ def argument(text: str) -> str:
 
 
 def options(tree: dict[str, Any]) -> dict[str, Any]:
-    """A copy of the nested options of a run, or of a part of them from the top, in today's names."""
+    """Returns a copy of a run's nested options, or of some of their top-level sections, with current names."""
     tree = deepcopy(tree)
     for old, new in OPTIONS.items():
         owner, name = _section(tree, old)
@@ -62,8 +62,9 @@ def options(tree: dict[str, Any]) -> dict[str, Any]:
 
 
 def _section(tree: Any, option: str, make: bool = False) -> tuple[dict[str, Any], str]:
-    """The section that holds an option, and the option's name there. Where another value stands in the way the section is
-    empty and not of the tree: the reader of the options reports that value."""
+    """Returns the section that holds an option, and the option's name in it. If there is no such section, an empty one
+    outside the tree is returned; a plain value in its place is reported by the reader of the options. make: create
+    missing sections."""
     *way, name = option.split(".")
     for step in way:
         if not isinstance(tree, dict):
@@ -73,13 +74,13 @@ def _section(tree: Any, option: str, make: bool = False) -> tuple[dict[str, Any]
 
 
 def recipe(tree: dict[str, Any]) -> dict[str, Any]:
-    """The recipe of pictures in today's names."""
+    """Translates the recipe of sampled images to current names."""
     renamed = {("weaker_model_sha256" if k == "weak_sha256" else k): v for k, v in tree.items()}
     return renamed | {"config": options(tree["config"])}
 
 
 def model(tree: dict[str, Any]) -> dict[str, Any]:
-    """The config of a model folder in today's names."""
+    """Translates the config of a model folder to current names."""
     if "unet" not in tree or "first_stage" not in tree:
         return tree
     kind = tree.get("prediction_type", "epsilon")
@@ -89,14 +90,14 @@ def model(tree: dict[str, Any]) -> dict[str, Any]:
 
 
 def weights(state: Mapping[str, Any]) -> dict[str, Any]:
-    """A latent diffusion model's weights by today's names."""
+    """Renames a latent diffusion model's weights to current names."""
     for old, new in WEIGHTS.items():
         state = {(new + k[len(old) :] if k.startswith(old) else k): v for k, v in state.items()}
     return dict(state)
 
 
 def rename_in_checkpoint(checkpoint: dict[str, Any]) -> None:
-    """Gives today's names to the weights in a checkpoint of a latent diffusion model's training."""
+    """Renames the weights in a checkpoint of a latent diffusion model's training, in place."""
     for holder, name in ((checkpoint, "state_dict"), (checkpoint.get("ema", {}), "shadow")):
         if name in holder:
             holder[name] = weights(holder[name])

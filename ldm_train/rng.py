@@ -1,4 +1,4 @@
-"""Randomness as an argument: one noise stream per image when sampling, one reseed per micro-batch when training."""
+"""Randomness as an argument: one noise stream per image when sampling, one reseeding per micro-batch when training."""
 
 import hashlib
 import random
@@ -25,7 +25,7 @@ def reseed(*parts: int | str) -> None:
     """Seeds every global generator (torch on all devices, numpy, random).
 
     Training calls this before each micro-batch with (seed, stage, step, micro-batch, rank). Lightning does not
-    checkpoint generator state; this is what makes a killed run and an undisturbed one draw the same noise.
+    checkpoint the generators' states; reseeding makes a resumed run draw the same noise as an uninterrupted one.
     """
     seed = derive_seed(*parts)
     torch.manual_seed(seed)
@@ -36,7 +36,7 @@ def reseed(*parts: int | str) -> None:
 class NoiseSource:
     """Gaussian noise with one stream per image: image i gets the same noise in a batch of 1 and of 16, on any device.
 
-    seeds: one integer per image. scope: parts of the streams' names; see `scoped`.
+    seeds: one integer per image. scope: parts that distinguish the streams, see `scoped`.
     """
 
     def __init__(self, seeds: Sequence[int], scope: Sequence[int | str] = ()):
@@ -51,18 +51,18 @@ class NoiseSource:
         return uploaded(torch.stack(draws), device)
 
     def scoped(self, name: int | str) -> "NoiseSource":
-        """The same images with streams of their own, for a sampler that runs several times."""
+        """The same images with separate noise streams, for a sampler that runs several times."""
         return NoiseSource(self.seeds, (*self.scope, name))
 
 
 def slerp(a: torch.Tensor, b: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-    """Spherical interpolation of noise (B, ...) by t (B,) in [0, 1]: between two Gaussian samples it stays as long as they
-    are, where a straight line would pass through shorter ones (Shoemake 1985)."""
+    """Spherical interpolation of noise (B, ...) by t (B,) in [0, 1] (Shoemake 1985): the result keeps the norm of the
+    two Gaussian samples, while linear interpolation would make it smaller."""
     x, y = a.flatten(1).double(), b.flatten(1).double()
     cosine = (x * y).sum(1) / (x.norm(dim=1) * y.norm(dim=1))
     angle = torch.acos(cosine.clamp(-1, 1))
     t, sine = t.to(x), angle.sin()
-    straight = sine < 1e-6  # equal or opposite: no arc between them
+    straight = sine < 1e-6  # equal or opposite: no unique arc
     sine = sine.where(~straight, 1.0)
     first = torch.where(straight, 1 - t, ((1 - t) * angle).sin() / sine)
     second = torch.where(straight, t, (t * angle).sin() / sine)

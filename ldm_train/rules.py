@@ -1,4 +1,4 @@
-"""What the options of a command accept: tables of option names with rules, checked before anything is built from them."""
+"""Validation rules for the options of a command: tables of option names and rules, checked before anything is built."""
 
 import math
 import re
@@ -7,8 +7,8 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-# value -> the value to use. Its ValueError holds a sentence, in which {name} and {value} stand for the option's, {value!r} for
-# the value as Python writes it and {group} for the name with slashes.
+# value -> the value to use. Raises ValueError with a message template: {name} and {value} stand for the option's name
+# and value, {value!r} for the value's repr and {group} for the name with slashes.
 Rule = Callable[[Any], Any]
 
 
@@ -36,7 +36,7 @@ def number(least: float = -math.inf, most: float = math.inf, kind: str = "number
 
 
 def whole(least: float = -math.inf, most: float = math.inf) -> Rule:
-    """A whole number, which may be written as 1e4."""
+    """A whole number in a range, both ends included; it may be written as 1e4."""
 
     def rule(value: Any) -> int:
         if number(least, most, "whole number")(value) != int(value):
@@ -53,7 +53,7 @@ def flag(value: Any) -> bool:
 
 
 def engine(value: Any) -> str:
-    """What runs the processes of a command, other than the command itself."""
+    """What runs the processes of a command instead of this machine alone; only "ray" is accepted."""
     if value != "ray":
         raise ValueError(
             "{name}={value} is not known: engine=ray runs it on a Ray cluster; leave it out for this machine alone"
@@ -71,7 +71,7 @@ def one_of(*values: Any) -> Rule:
 
 
 def text(meant: str = "text") -> Rule:
-    """A text that is not empty. meant: what it is, for the message."""
+    """A non-empty string. meant: what it is called in the message."""
 
     def rule(value: Any) -> str:
         if not isinstance(value, str) or not value:
@@ -82,14 +82,14 @@ def text(meant: str = "text") -> Rule:
 
 
 def scalar(value: Any) -> Any:
-    """Anything but a section or a list."""
+    """Any value except a section or a list."""
     if isinstance(value, dict | list):
         raise ValueError("{name}={value} is no text")
     return value
 
 
 def list_of(*kinds: type, example: str = "[{value}]") -> Rule:
-    """A list whose entries are of some types (true and false are no numbers)."""
+    """A list whose entries have one of these types (true and false do not count as numbers)."""
 
     def rule(value: Any) -> list[Any]:
         if not isinstance(value, list) or not all(isinstance(v, kinds) and not isinstance(v, bool) for v in value):
@@ -100,21 +100,21 @@ def list_of(*kinds: type, example: str = "[{value}]") -> Rule:
 
 
 def numbers(count: int, entry: Rule, kind: str = "numbers") -> Rule:
-    """A list of `count` numbers that each follow the rule `entry`."""
+    """A list of `count` numbers that each satisfy the rule `entry`."""
 
     def rule(value: Any) -> list[Any]:
         try:
             if isinstance(value, list) and len(value) == count:
                 return [entry(v) for v in value]
         except ValueError:
-            pass  # the sentence about the whole list says more than that about one entry
+            pass  # a message about the whole list says more than one about an entry
         raise ValueError(f"{{name}}={{value}} is no list of {count} {kind}")
 
     return rule
 
 
 def section(meant: str) -> Rule:
-    """A section with options of its own. meant: what stands in its place otherwise, and the remedy."""
+    """A section with its own options. meant: the rest of the message for any other value, with the remedy."""
 
     def rule(value: Any) -> Any:
         if not isinstance(value, dict):
@@ -129,7 +129,7 @@ def optional(rule: Rule) -> Rule:
 
 
 def either(first: Rule, second: Rule) -> Rule:
-    """What one of two rules accepts; the message is the second's."""
+    """Accepts what one of two rules accepts; an error message is that of the second rule."""
 
     def rule(value: Any) -> Any:
         try:
@@ -146,10 +146,10 @@ def _sentence(template: str, name: str, value: Any) -> str:
 
 
 def check(config: DictConfig, rules: Mapping[str, Rule], required: Sequence[str] = ()) -> None:
-    """Puts every option of `rules` that is there through its rule, and what the rule returns in its place. required: options
-    that must be there.
+    """Applies every rule to its option, if the option is present, and replaces the value by the rule's result.
 
-    Raises ValueError, naming the option, for a value that its rule does not accept.
+    required: options that must be present. Raises ValueError, naming the option, for a value that its rule does not
+    accept.
     """
     for name, rule in rules.items():
         owner, _, last = name.rpartition(".")

@@ -1,4 +1,5 @@
-"""Files: written atomically and only below their folder, with checksums, and read as plain values even from strangers."""
+"""File access: writes atomically and only below the intended folder, computes checksums, and reads config files as
+plain values, even from untrusted sources."""
 
 import errno
 import glob
@@ -21,10 +22,10 @@ from typing import Any, TextIO
 import yaml
 
 LARGEST_FILE = 16 << 20  # bytes; a config that holds its tokenizer has 1 or 2 MB
-LARGEST_RECIPE = 256 << 20  # about a million pictures
-MOST_VALUES = 200_000  # of a YAML tree, its aliases unfolded
-DEEPEST = 60  # levels of a tree
-LONGEST_NUMBER = 8192  # bits; numbers of more than 4,300 digits Python does not even write
+LARGEST_RECIPE = 256 << 20  # bytes; about a million images
+MOST_VALUES = 200_000  # largest number of values in a YAML tree, aliases expanded
+DEEPEST = 60  # largest depth of a tree
+LONGEST_NUMBER = 8192  # bits; Python refuses to print integers of more than 4,300 digits
 
 try:
     from yaml import CSafeLoader as Loader
@@ -46,12 +47,13 @@ def _is_running(pid: int) -> bool:
 
 
 def partial_of(path: Path, word: str = "partial") -> Path:
-    """Where this process writes what is to become `path`: beside it, under a name that no process of any machine has."""
+    """The temporary path to which this process writes before renaming to `path`: in the same folder, with a name that
+    no other process on any machine uses."""
     return path.with_name(f".{path.name}.{HOST}-{os.getpid()}.{word}")
 
 
 def _left_behind(path: Path) -> Iterator[Path]:
-    """What processes of this machine that are gone began to write of `path`."""
+    """Yields temporary files for `path` that ended processes of this machine have left behind."""
     for partial in path.parent.glob(f".{glob.escape(path.name)}.*.partial"):
         host, _, pid = partial.name.split(".")[-2].rpartition("-")
         if host in ("", HOST) and pid.isdigit() and not _is_running(int(pid)):
@@ -59,8 +61,8 @@ def _left_behind(path: Path) -> Iterator[Path]:
 
 
 def check_links(folder: str | Path, beside: Sequence[Path] = (), but: Sequence[str] = ()) -> None:
-    """Raises ValueError for a link that leads out of the folder (and out of `beside`), naming it. but: folders directly
-    below that may hold such links, but may not be links themselves."""
+    """Raises ValueError, naming the link, for a symbolic link that leads out of the folder (and out of `beside`). but:
+    names of folders directly below that may contain such links, but may not be such links themselves."""
     roots = [Path(os.path.realpath(root)) for root in (folder, *beside)]
     for path in Path(folder).rglob("*"):
         top, *below = path.relative_to(folder).parts
@@ -73,16 +75,16 @@ def check_links(folder: str | Path, beside: Sequence[Path] = (), but: Sequence[s
 
 
 def inside(path: str | Path, folder: str | Path) -> Path:
-    """`path`, which will be written below `folder`, perhaps one from a stranger. Raises ValueError where a link on the way leads
-    elsewhere."""
+    """Returns `path`, which is to be written below `folder`, possibly a folder from a stranger. Raises ValueError if a
+    link on the way leads out of the folder."""
     if not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder)):
         raise ValueError(f"{path} leads through a link out of {folder}, where nothing is written; remove the link")
     return Path(path)
 
 
 def open_lock(path: str | Path) -> TextIO:
-    """A file to hold a lock on, for reading and writing from its beginning, made where it is not there. Its content is
-    kept until the lock is held. Raises ValueError for a link, which is not followed."""
+    """Opens a file to lock, for reading and writing from its start, and creates it if necessary. The content is not
+    truncated. Raises ValueError for a symbolic link, which is not followed."""
     try:
         return os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666), "r+")
     except OSError as error:
@@ -91,19 +93,19 @@ def open_lock(path: str | Path) -> TextIO:
         raise
 
 
-_held: dict[str, int] = {}  # folders by their paths: what they are open as
+_held: dict[str, int] = {}  # path of a held folder -> its open file descriptor
 
 
 class Moved(OSError):
-    """A folder is not where a command works in it."""
+    """Raised if the folder in which a command works was moved or deleted."""
 
 
 @contextmanager
 def held(folder: str | Path) -> Iterator[None]:
-    """A context in which nothing is written below a folder that is moved or deleted meanwhile: it would be made anew, half of a
-    run in each."""
+    """A context in which writing below `folder` fails if the folder was moved or deleted meanwhile. Otherwise the
+    folder would be created anew, with half of a run in each."""
     name = os.path.abspath(folder)
-    _held[name] = os.open(name, os.O_RDONLY | os.O_DIRECTORY)  # its number is given to no other folder then
+    _held[name] = os.open(name, os.O_RDONLY | os.O_DIRECTORY)  # while open, its inode number is not reused
     try:
         yield
     finally:
@@ -111,7 +113,7 @@ def held(folder: str | Path) -> Iterator[None]:
 
 
 def check_held(path: str | Path) -> None:
-    """Raises Moved where a folder that is held, and `path` lies in, is not there any more."""
+    """Raises Moved if `path` lies in a held folder that no longer exists at its place."""
     for folder, descriptor in _held.items():
         if not Path(os.path.abspath(path)).is_relative_to(folder):
             continue
@@ -126,8 +128,9 @@ def check_held(path: str | Path) -> None:
 
 
 def write_atomically(path: str | Path, write: Callable[[io.BufferedWriter], object]) -> None:
-    """Calls `write` on a temporary file beside `path`, syncs it to disk and renames it. On any error nothing
-    remains; the temporary file of a killed process is removed by the next attempt. A link is replaced, not followed."""
+    """Calls `write` on a temporary file next to `path`, syncs it to disk and renames it. After an error no partial file
+    remains; the temporary file of a killed process is removed by the next write to `path`. A symbolic link is replaced,
+    not followed."""
     path = Path(path)
     check_held(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -135,13 +138,13 @@ def write_atomically(path: str | Path, write: Callable[[io.BufferedWriter], obje
         stale.unlink(missing_ok=True)
     partial = partial_of(path)
     try:
-        partial.unlink(missing_ok=True)  # left by an earlier process with this id, or a link
+        partial.unlink(missing_ok=True)  # a leftover of an earlier process with this id, or a link
         with open(partial, "xb") as file:
             write(file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
-    except ConnectionError:  # of what is written, not of the disk
+    except ConnectionError:  # from the source of the data, not from the disk
         raise
     except OSError as error:
         raise OSError(
@@ -154,8 +157,9 @@ def write_atomically(path: str | Path, write: Callable[[io.BufferedWriter], obje
 
 
 def write_folder(path: str | Path, write: Callable[[Path], None], replace: bool = False) -> None:
-    """Calls `write` on a new folder beside `path` and renames it, so that a folder under its final name is whole. replace: a
-    folder that stands there is deleted, after the new one has its place; else FileExistsError is raised."""
+    """Calls `write` on a new temporary folder next to `path` and renames it, so that a folder under its final name is
+    always complete. replace: an existing folder is deleted, once the new one is in its place; otherwise it raises
+    FileExistsError."""
     path = Path(path)
     check_held(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -179,7 +183,7 @@ def write_folder(path: str | Path, write: Callable[[Path], None], replace: bool 
 
 
 def write_json(path: str | Path, value: object) -> None:
-    """JSON that appears under its final name only when complete."""
+    """Writes a JSON file that appears under its final name only when it is complete."""
     write_atomically(path, lambda f: f.write((json.dumps(value, indent=1) + "\n").encode()))
 
 
@@ -189,17 +193,17 @@ def file_sha256(path: str | Path) -> str:
 
 
 def shown(value: Any) -> str:
-    """A value from a file as short text for a message."""
+    """A value from a file as short text for error messages."""
     if isinstance(value, int) and value.bit_length() > LONGEST_NUMBER:
         return f"a number of {value.bit_length()} bits"
     return repr(value[:80]) if isinstance(value, str) else reprlib.repr(value)
 
 
 def plain_values(tree: Any, where: str | Path, most: float = math.inf) -> Any:
-    """A copy of a tree that is nothing but dictionaries, lists, texts, numbers, booleans and nulls.
+    """Returns a copy of a tree that consists only of dictionaries, lists, strings, numbers, booleans and nulls.
 
-    most: values that it may unfold into, where a small file can stand for any number of them (YAML's aliases).
-    Raises ValueError, naming `where`, for anything else and for trees that are too deep or, unfolded, too large.
+    most: largest number of values, aliases expanded: with YAML's aliases a small file can stand for any number of them.
+    Raises ValueError, naming `where`, for anything else and for trees that are too deep or, expanded, too large.
     """
     left = most
 
@@ -236,7 +240,7 @@ def _read(
         tree = parse(path.read_text(encoding="utf-8"))
     except OSError:
         raise
-    except Exception as error:  # on invalid text the parser raises errors of any type
+    except Exception as error:  # parsers raise errors of any type on invalid text
         said = " ".join(str(error).split())[:200] or type(error).__name__
         raise ValueError(f"{path} is no {kind} ({said}); take an undamaged copy") from error
     if not isinstance(tree, dict):
@@ -246,7 +250,7 @@ def _read(
 
 def _parse_yaml(text: str) -> Any:
     depth = 0
-    for event in yaml.parse(text, Loader):  # the C loader overflows its stack on deep nesting, events do not nest
+    for event in yaml.parse(text, Loader):  # the C loader's stack overflows on deep nesting, parsing events does not
         depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
         if depth > DEEPEST:
             raise ValueError(f"more than {DEEPEST} levels")
@@ -256,7 +260,7 @@ def _parse_yaml(text: str) -> Any:
 
 
 def read_config(path: str | Path) -> dict[str, Any]:
-    """A YAML file as plain values: tags are refused, `${...}` stays text, aliases are copies.
+    """Reads a YAML file as plain values: tags are refused, `${...}` stays text, aliases become copies.
 
     Raises FileNotFoundError, or ValueError naming the file.
     """
@@ -264,24 +268,24 @@ def read_config(path: str | Path) -> dict[str, Any]:
 
 
 def read_record(path: str | Path, largest: int = LARGEST_FILE) -> dict[str, Any]:
-    """A JSON file that holds names with values. Raises FileNotFoundError, or ValueError naming the file, also where it has
-    more than `largest` bytes."""
+    """Reads a JSON file that holds an object. Raises FileNotFoundError, or ValueError naming the file, also if the file
+    has more than `largest` bytes."""
     return _read(path, json.loads, "JSON file", largest)
 
 
 def read_tensors(path: str | Path, mmap: bool = False) -> Any:
-    """The content of a file of torch.save, on the CPU; no code is run from it. mmap: tensors are read when they are used.
-    On damage, also where the checksum of a part differs, zipfile and torch raise errors of any type."""
-    import torch  # the import takes seconds, and preparing data does not need it
+    """Reads a torch.save file on the CPU, without executing code from it. mmap: tensors are read when they are used.
+    For a damaged file, including a wrong checksum of a part, zipfile and torch raise errors of any type."""
+    import torch  # imported late: it takes seconds, and preparing data does not need it
 
-    # torch.save's archives hold a CRC-32 of every part; torch.load does not check it.
+    # torch.save writes zip archives with a CRC-32 of every part, which torch.load does not check.
     with zipfile.ZipFile(path) as archive:
         if (part := archive.testzip()) is not None:
             raise zipfile.BadZipFile(f"the checksum of {part} differs")
     return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
 
 
-# By type: its name in messages, and the test of a value.
+# By type: its name in messages, and a test for values.
 KINDS: dict[type, tuple[str, Callable[[Any], bool]]] = {
     bool: ("true or false", lambda v: isinstance(v, bool)),
     int: ("a whole number", lambda v: type(v) is int),
@@ -300,10 +304,11 @@ def check_kinds(
     may_be: Mapping[str, Sequence[type]],
     prefix: str = "",
 ) -> None:
-    """Raises ValueError, naming file and option, for a value of another type than in `usual`, a tree of default values.
+    """Raises ValueError, naming file and option, for a value whose type differs from that in `usual`, a tree of
+    defaults.
 
-    may_be: {option by its dotted name: types} that replace the default's type; an option whose default is null may also
-    stay null. Other options that are null in `usual`, and options that the tree lacks, are not checked.
+    may_be: {dotted option name: allowed types} instead of the default's type; an option whose default is null may also
+    stay null. Other options that are null in `usual`, and options missing from the tree, are not checked.
     """
     for name in [n for n in usual if n in tree]:
         option, value, normal = f"{prefix}{name}", tree[name], usual[name]

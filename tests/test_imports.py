@@ -1,4 +1,4 @@
-"""Who may import whom (DESIGN.md, section 4), read from the source; and no file grows beyond a few screens."""
+"""Which part of the package may import which (the table in ldm_train/README.md), read from the source; and no file is too long."""
 
 import ast
 from pathlib import Path

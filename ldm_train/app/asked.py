@@ -1,5 +1,5 @@
-"""What a request may say. It comes from anyone who reaches the page: it may set the options in OFFERED and hand in pictures; which
-models, adapters and folders there are, the command that started the app has said."""
+"""Checks what a request may ask for. It comes from anyone who can reach the page: it may set the options in OFFERED and
+upload pictures; the models, adapters and folders are set by the command that started the app."""
 
 import hashlib
 import json
@@ -29,18 +29,18 @@ SUFFIXES = {
     "JPEG": ".jpg",
     "WEBP": ".webp",
     "BMP": ".bmp",
-}  # of what may be handed in, by Pillow's names
+}  # of accepted uploads, by Pillow's names of formats
 MOST_BOXES = 100
-BATCH = 16  # that ldm-sample draws together, where nothing is said
-REPEATS = 10  # of a step, in a recipe that is drawn again
+BATCH = 16  # the default batch size of ldm-sample
+REPEATS = 10  # the most repeats of a step, and inversion iterations, in a replayed recipe
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What a request may ask for at most.
+    """The most that a request may ask for.
 
-    pictures: of a job. steps: of a picture. side: pixels. characters: of a text. upload: MB of a file. megapixels: of a picture that
-    is handed in.
+    pictures: per job. steps: per picture. side: pixels. characters: per text. upload: MB per file. megapixels: per
+    uploaded picture.
     """
 
     pictures: int = 64
@@ -56,8 +56,9 @@ def samplers() -> list[str]:
 
 
 def options_of(offer: Offer, asked: Mapping[str, Any], limits: Limits) -> dict[str, Any]:
-    """Options of ldm-sample. asked: options in OFFERED, and pictures (bytes, or paths of uploads) for those in FILES and for the
-    model's own fields. Raises ValueError for anything else, and for what is beyond the limits."""
+    """Returns the options of ldm-sample for a request. asked: options in OFFERED, and pictures (bytes, or paths of
+    uploads) for those in FILES and for the model's own fields. Raises ValueError for anything else, and for values
+    beyond the limits."""
     check = {
         **{name: lambda v, name=name: [_text(name, t, limits, True) for t in _listed(v)] for name in LISTS},
         **{name: lambda v, name=name: _text(name, v, limits) for name in TEXTS},
@@ -85,8 +86,9 @@ def options_of(offer: Offer, asked: Mapping[str, Any], limits: Limits) -> dict[s
 
 
 def replay_of(offer: Offer, picture: Path, limits: Limits) -> dict[str, Any]:
-    """Options of ldm-sample that draw a picture of this project's again, by the recipe that it carries. What it was drawn from is
-    looked for among what was handed in here. Raises ValueError where it carries none, and for one beyond the limits."""
+    """Returns the options of ldm-sample that replay a picture of this project from the recipe it carries. The pictures
+    it was drawn from are looked for among the uploads. Raises ValueError if it carries no recipe, or one beyond the
+    limits."""
     _check_file(picture, limits)
     _header(picture.read_bytes(), "picture", limits)
     try:
@@ -120,7 +122,8 @@ def replay_of(offer: Offer, picture: Path, limits: Limits) -> dict[str, Any]:
 
 
 def _own(offer: Offer) -> dict[str, Input]:
-    """The inputs of a page that ldm-sample has no option of its own for, by their option."""
+    """Returns, by option, the page's inputs that ldm-sample takes as fields.<name> instead of an option of their
+    own."""
     controls = [adapter.control for adapter in offer.adapters if adapter.control is not None]
     return {one.option: one for one in (*offer.inputs, *controls) if one.option.startswith(FIELD)}
 
@@ -130,7 +133,7 @@ def _listed(value: Any) -> list[Any]:
 
 
 def _check_numbers(offer: Offer, options: Mapping[str, Any], limits: Limits) -> None:
-    """Raises ValueError for a number beyond the limits; of what type it is, ldm-sample checks."""
+    """Raises ValueError if a number is beyond the limits; ldm-sample checks its type."""
     for name, most in (("n", limits.pictures), ("num_inference_steps", limits.steps), ("seed", 2**53)):
         _at_most(name, options.get(name), most)
     sides = _listed(options.get("size") or list(offer.size))
@@ -145,7 +148,7 @@ def _check_numbers(offer: Offer, options: Mapping[str, Any], limits: Limits) -> 
     )
     counts = [
         entry.get("n", n) if isinstance(entry, dict) else n for entry in entries
-    ]  # of a recipe, an entry may have its own
+    ]  # in a recipe, an entry may have its own n
     if all(isinstance(count, int) for count in counts):
         _at_most("the number of pictures of all prompts", sum(counts), limits.pictures)
 
@@ -160,11 +163,11 @@ def _text(name: str, value: Any, limits: Limits, empty: bool = False) -> str:
         raise ValueError(f"{name} is no text")
     if len(value) > limits.characters:
         raise ValueError(f"{name} has {len(value):,} characters; at most {limits.characters:,} are taken here")
-    return value.encode("utf-8", "replace").decode()  # half surrogate pairs, which no tokenizer takes
+    return value.encode("utf-8", "replace").decode()  # replaces lone surrogates, which no tokenizer takes
 
 
 def _layout(text: Any, limits: Limits) -> str:
-    """Boxes as JSON, which names no file."""
+    """Checks boxes and returns them as JSON, which names no file."""
     try:
         rows = json.loads(_text("layout", text, replace(limits, characters=MOST_BOXES * 200)))
         boxes = [[*map(float, row[:4]), _text("label", row[4], limits)] for row in rows[: MOST_BOXES + 1]]
@@ -178,7 +181,8 @@ def _layout(text: Any, limits: Limits) -> str:
 
 
 def adapters(offer: Offer, entries: Any) -> list[str]:
-    """ "name:strength" of adapters that the page lists. Raises ValueError for others."""
+    """Returns the chosen adapters as "name:strength" entries. Raises ValueError if the page does not list one, or for
+    an invalid strength."""
     known, chosen = {adapter.name: adapter for adapter in offer.adapters}, []
     for entry in map(str, _listed(entries)):
         name, colon, number = entry.rpartition(":")
@@ -198,20 +202,20 @@ def adapters(offer: Offer, entries: Any) -> list[str]:
 
 
 def sampler_tree(name: Any) -> Any:
-    """A sampler as ldm-sample takes it. Raises ValueError where there is none of that name."""
+    """Returns the config of a sampler as ldm-sample takes it. Raises ValueError if there is none of that name."""
     if name not in (known := samplers()):
         raise ValueError(f"there is no sampler {name!r:.60}; there are {', '.join(known)}")
     return OmegaConf.to_container(OmegaConf.load(config_folder() / "sampler" / f"{name}.yaml"))
 
 
 def inputs(offer: Offer) -> Path:
-    """Where pictures that were handed in are kept."""
+    """Returns the folder in which uploaded pictures are kept."""
     return offer.folder / "samples" / "inputs"
 
 
 def keep(offer: Offer, given: bytes | str | Path, option: str, limits: Limits) -> str:
-    """A picture that was handed in, kept beside the jobs under a name of its content, so that its recipe finds it again. Raises
-    ValueError for one that is none, or too large."""
+    """Saves an uploaded picture beside the jobs, under a hash of its content so that its recipe finds it again, and
+    returns its path. Raises ValueError if it is not a picture, or too large."""
     if not isinstance(given, bytes):
         _check_file(Path(given), limits)
         given = Path(given).read_bytes()
@@ -224,7 +228,8 @@ def keep(offer: Offer, given: bytes | str | Path, option: str, limits: Limits) -
 
 
 def _header(data: bytes, what: str, limits: Limits) -> str:
-    """The kind of a picture by its header. Raises ValueError for what is no picture, or has too many pixels."""
+    """Returns the format of a picture, from its header. Raises ValueError if it is no picture of an accepted format, or
+    has too many pixels."""
     try:
         with open_image(data) as image:
             kind, (width, height) = image.format or "", image.size
@@ -248,7 +253,8 @@ def _check_file(path: Path, limits: Limits) -> None:
 
 
 def _kept(offer: Offer, name: Any) -> str:
-    """A picture that a recipe names, by its name among those that were handed in."""
+    """Returns the path of a picture that a recipe names, by its file name among the uploads. Raises ValueError if it is
+    not there."""
     path = inputs(offer) / Path(str(name)).name
     if not path.is_file():
         raise ValueError(

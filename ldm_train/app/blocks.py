@@ -16,8 +16,8 @@ from ldm_train.app.studio import ERRORS, Studio
 from ldm_train.checkpoints.native import find_model
 
 RUNS = "Runs"
-KEPT = 3600  # seconds for which files that pages have shown stay beside them; the pictures themselves stay in the run
-MOST = 6  # models that get a page where none is named
+KEPT = 3600  # seconds after which copies of shown files are deleted; the pictures themselves stay in the run
+MOST = 6  # the most models that get a page if none is named
 CSS = """
 .status { min-height: 1.6em; }
 .hard-edges img, .live img { image-rendering: pixelated; }
@@ -26,14 +26,14 @@ CSS = """
 .caption-label { padding: 0 4px; font-size: 10px; opacity: 0.85; }
 button, input, select, textarea { min-height: 32px; }
 """
-# Fonts of the machine: pages must not ask other hosts for them.
+# System fonts: pages must not load fonts from other hosts.
 THEME = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
 LOOK: dict[str, Any] = {"css": CSS, "theme": THEME}
 
 
 def build(config: DictConfig) -> gr.Blocks:
-    """The app of a config. Raises FileNotFoundError or ValueError for a model that is named and
-    cannot be loaded."""
+    """Builds the app of a config. Raises FileNotFoundError or ValueError if a model that the config names cannot be
+    loaded."""
     studio = Studio(config.runs_dir, Limits(**config.limits), config.accelerator, config.trust)
     offers = _offers(studio, config)
     with gr.Blocks(title="ldm_train", analytics_enabled=False, delete_cache=(600, KEPT)) as demo:
@@ -56,12 +56,12 @@ def _model(demo: gr.Blocks, studio: Studio, offers: Sequence[Offer], number: int
 
 
 def _offers(studio: Studio, config: DictConfig) -> list[Offer]:
-    """Of the models that are named; where none is, of the last finished ones that load."""
+    """Returns the offers of the models that the config names; if it names none, of the last finished ones that load."""
     folders = runs.run_folders(config.runs_dir)
     names = [runs.name_of(folder, config.runs_dir) for folder in folders]
     if config.run is not None:
         chosen = [str(run) for run in config.run] if isinstance(config.run, ListConfig) else [str(config.run)]
-        # Two of one folder's name are told apart by their paths.
+        # Runs with the same folder name are told apart by their paths.
         bases = [Path(run).name for run in chosen]
         return [studio.offer(run, names, run if bases.count(base) > 1 else base) for run, base in zip(chosen, bases)]
     offers: list[Offer] = []

@@ -1,4 +1,5 @@
-"""The form of a model's page: its inputs, a tab for each task and settings, and what their values ask for."""
+"""The form of a model's page: its inputs, a tab for each task and settings, and the request that their values make
+up."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,7 +18,7 @@ from ldm_train.data.files import encoded_png
 from ldm_train.generation.adapters import STRONGEST, with_strength
 
 OWN = "the run's own"
-ANY = "any"  # class: without this condition
+ANY = "any"  # a choice of class: draw without this condition
 TITLES = {
     "img2img": ("Picture to picture", "Change it"),
     "inpaint": ("Inpaint", "Fill the hole"),
@@ -26,8 +27,8 @@ TITLES = {
     "reconstruct": ("Reconstruct", "Reconstruct"),
 }
 SIDES = ("top", "right", "bottom", "left")
-ADAPTER = "adapter: "  # before the name of an adapter, in the names of its slider
-BESIDE = "beside: "  # before settings of the second of two jobs
+ADAPTER = "adapter: "  # prefix of the name of an adapter's slider
+BESIDE = "beside: "  # prefix of the names of settings of the second of two jobs
 NEEDED = {
     "boxes": "draw at least one box first",
     "map": "paint a label map first",
@@ -37,7 +38,7 @@ NEEDED = {
 
 @dataclass
 class Parts:
-    """The components of a page whose values are asked for, by name; `kept` of them survive a reload."""
+    """The input components of a page, by name. kept: the names of those whose values survive a reload."""
 
     all: dict[str, gr.components.Component] = field(default_factory=dict)
     kept: list[str] = field(default_factory=list)
@@ -50,13 +51,14 @@ class Parts:
 
 
 def picture(label: str) -> gr.Image:
-    """A picture that is handed in, as the file that it is: what is no picture, or too large, the studio says in words."""
+    """Returns an upload component that passes on the file as it is: if it is not a picture, or too large, the studio
+    says so in words."""
     made = gr.Image(label=label, type="filepath", sources=["upload", "clipboard"], image_mode=None, height=240)
 
     def handed_in(payload: Any) -> str | None:
         if payload is None:
             return None
-        path = Path(payload.path).resolve()  # of a request, which may name any file of this machine
+        path = Path(payload.path).resolve()  # from a request, which may name any file on this machine
         if not any(path.is_relative_to(Path(folder).resolve()) for folder in (get_upload_folder(), made.GRADIO_CACHE)):
             raise gr.Error("hand the picture in first", print_exception=False)
         return str(path)
@@ -66,7 +68,7 @@ def picture(label: str) -> gr.Image:
 
 
 class Form:
-    """Builds the form in the Blocks around it. buttons: that begin a job, by task. offers: of all pages."""
+    """Builds the form in the surrounding Blocks. buttons: those that start a job, by task. offers: of all pages."""
 
     def __init__(self, studio: Studio, offer: Offer, offers: Sequence[Offer]):
         self.studio, self.offer, self.offers, self.parts = studio, offer, offers, Parts()
@@ -171,7 +173,7 @@ class Form:
             self._how(BESIDE, usual["num_inference_steps"], usual["guidance_scale"])
 
     def _how(self, prefix: str, steps: int, guidance_scale: float) -> None:
-        """Sampler, steps and guidance of one of two jobs."""
+        """Adds sampler, steps and guidance of one of two jobs."""
         of = " of the second" if prefix else ""
         with gr.Row():
             self.parts.add(prefix + "sampler", gr.Dropdown([OWN, *samplers()], value=OWN, label=f"Sampler{of}"))
@@ -181,10 +183,11 @@ class Form:
                 made = gr.Slider(0, 20, guidance_scale, step=0.1, label=f"Guidance{of}", info="1: off")
                 self.parts.add(prefix + "guidance_scale", made)
 
-    # -- what its values ask for ----------------------------------------------------------------------------------------
+    # -- from values to a request --------------------------------------------------------------------------------------
 
     def asked(self, task: str, given: Mapping[str, Any]) -> dict[str, Any]:
-        """What the values of the page's parts ask for. Raises ValueError for what a task needs and lacks."""
+        """Returns the request that the values of the page's parts make up. Raises ValueError if an input that a task
+        needs is missing."""
         offer = self.offer
         asked = {"seed": _number(given, "seed"), "n": _number(given, "n")} | self.how_asked("", given)
         if (size := [_number(given, side) for side in ("height", "width")]) != list(offer.size):
@@ -224,7 +227,7 @@ class Form:
             height, width = asked.get("size", offer.size)
             if height * offer.size[1] != width * offer.size[0]:
                 raise ValueError("inpainting draws in the proportions of its canvas; set height and width to them")
-            # The canvas shows the picture as it is cut, and the mask belongs to that.
+            # The canvas shows the cropped picture, and the mask belongs to that.
             asked["image"] = encoded_png(self.studio.cut(offer, asked["image"], (height, width)))
         elif task == "outpaint":
             asked["extend"] = [_number(given, f"extend {side}") for side in SIDES]
@@ -251,7 +254,7 @@ class Form:
         return value
 
     def _shown_under(self, path: str | None) -> str:
-        """The canvas of the mask with a picture under it, cut as the model sees it."""
+        """Returns the value of the mask's canvas with a picture under it, cropped as the model sees it."""
         if not path:
             return ""
         try:
@@ -260,7 +263,7 @@ class Form:
             raise gr.Error(words(error, self.offers), title="No picture", print_exception=False) from error
 
     def taken(self, path: str, *values: Any) -> list[Any]:
-        """The parts' values with those of a picture's recipe in their place."""
+        """Returns the values of the kept parts, replaced by those of a picture's recipe if it has them."""
         given = dict(zip(self.parts.kept, values))
         if not path:
             return list(values)
@@ -279,7 +282,8 @@ class Form:
         return list((given | {k: v for k, v in found.items() if k in given}).values())
 
     def _sampler_named(self, tree: Any) -> str:
-        """The choice that is this sampler with these options. Raises gr.Error where none is: the picture would be another."""
+        """Returns the choice for a sampler with these options. Raises gr.Error if there is none, since the picture
+        would differ."""
         if tree == self.offer.usual["sampler"]:
             return OWN
         for name in samplers():
@@ -291,7 +295,7 @@ class Form:
 
 
 def _number(given: Mapping[str, Any], name: str) -> int:
-    """Raises ValueError for a field that is empty."""
+    """Returns a field's value as an integer. Raises ValueError if the field is empty."""
     if given[name] is None:
         raise ValueError(f"{name.rpartition(': ')[2]} is empty; type a number")
     return int(given[name])

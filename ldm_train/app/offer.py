@@ -1,4 +1,5 @@
-"""What a model offers on its page: the inputs its conditioners read, the tasks it can do, its usual settings, the adapters there are."""
+"""What a model offers on its page: the inputs its conditioners read, the tasks it can do, its usual settings and its
+adapters."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,7 +18,8 @@ MAIN = "draw"  # the tab of the conditions alone: text to picture, class to pict
 
 @dataclass(frozen=True)
 class Input:
-    """A condition that a model reads. kind: see `Field.input`. option: of ldm-sample, which gives it. choices: by name."""
+    """A condition that a model reads. kind: see `Field.input`. option: of ldm-sample, which sets it. choices: names of
+    the values to choose from."""
 
     field: str
     kind: str
@@ -33,7 +35,8 @@ class Input:
 
 @dataclass(frozen=True)
 class Adapter:
-    """An adapter of a run. control: the picture that steers it, where it is one. word: what prompts may say, where it is one."""
+    """An adapter of a run. control: the input of the picture that steers it, if it is a control. word: what prompts may
+    say, if it is a learned word."""
 
     name: str
     control: Input | None = None
@@ -42,8 +45,9 @@ class Adapter:
 
 @dataclass(frozen=True)
 class Offer:
-    """name: of the run. run: as commands name it. folder: that jobs are written to. size: (H, W) that it was
-    trained on; multiple: of every side. usual: how its run drew."""
+    """What a model offers. name: of its page. run: as commands name it. folder: the one that jobs are written to. size:
+    (H, W) that it was trained on; every side must be divisible by `multiple`. usual: the sampling options that its run
+    recorded."""
 
     name: str
     run: str
@@ -57,7 +61,7 @@ class Offer:
 
     @property
     def guided(self) -> bool:
-        """Whether it has a condition that guidance strengthens."""
+        """Returns True if it has a condition that guidance strengthens."""
         return bool(self.inputs)
 
     @property
@@ -66,7 +70,7 @@ class Offer:
 
     @property
     def title(self) -> str:
-        """Of the first tab: what becomes a picture."""
+        """Returns the title of the first tab, which says what becomes a picture, e.g. "Text to picture"."""
         titles = {"caption": "Text to picture", "class_label": "Class to picture", "boxes": "Boxes to picture"}
         titles |= {"segmentation": "Label map to picture", "lowres": "Enlarge", "reference": "Vary"}
         fields = {one.field for one in self.inputs}
@@ -74,8 +78,9 @@ class Offer:
 
     @property
     def tabs(self) -> tuple[str, ...]:
-        """MAIN, and the tasks that begin with a picture. A model that enlarges or varies takes its one picture in MAIN;
-        one of other channels than grey or colour has no pictures that a browser could hand in."""
+        """Returns MAIN and the tasks that start from a picture. Returns only MAIN for a model that enlarges or varies,
+        which takes its one picture there, and for one that is neither grey nor RGB, whose pictures a browser cannot
+        upload."""
         if any(one.option == "image" for one in self.inputs) or self.channels not in (1, 3):
             return (MAIN,)
         return (MAIN, "img2img", "inpaint", "outpaint", "interpolate", "reconstruct")
@@ -88,7 +93,7 @@ def _choices(conditioner: Any, kind: str) -> tuple[str, ...]:
 
 
 def offer_of(name: str, run: str, folder: Path, loaded: Loaded, adapters: Sequence[Adapter] = ()) -> Offer:
-    """What a loaded model offers."""
+    """Returns the offer of a loaded model."""
     model = loaded.model
     fields, factor = known_fields(model), model.first_stage.downsample_factor
     inputs = []
@@ -112,7 +117,8 @@ def offer_of(name: str, run: str, folder: Path, loaded: Loaded, adapters: Sequen
 
 
 def adapters_of(run: str, bases: Sequence[str], runs_dir: Path, names: Sequence[str]) -> list[Adapter]:
-    """Those of the runs `names` that trained an adapter of a run. bases: sha256 of its weights."""
+    """Returns the adapters of a run that the runs `names` have trained. bases: sha256 of the weights of the run's
+    models."""
     found = []
     for name in names:
         try:
@@ -120,7 +126,7 @@ def adapters_of(run: str, bases: Sequence[str], runs_dir: Path, names: Sequence[
             record = read_record(path / RECORD)
             word = read_word(path)
         except (OSError, ValueError):
-            continue  # none, or a damaged one, of which training and ldm-sample tell
+            continue  # no adapter, or a damaged one, which training and ldm-sample report
         if record.get("base_sha256") not in bases and record.get("base") != run:
             continue
         control = None

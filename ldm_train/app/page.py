@@ -1,4 +1,4 @@
-"""The page of a model: its form, and what was drawn."""
+"""The page of a model: its form, and the pictures that were drawn."""
 
 import hashlib
 import html
@@ -20,27 +20,28 @@ from ldm_train.app.offer import MAIN, Offer
 from ldm_train.app.serving import as_text, served
 from ldm_train.app.studio import Cancelled, Progress, Studio, without_folders, words
 
-# Keeps what was typed and drawn in the browser: BrowserState encrypts with it, so that it is read again after a restart.
+# With it BrowserState encrypts what was typed and drawn in the browser. It is fixed, so that this outlives a restart.
 SECRET = "ldm_train"
 SAVE = "(...values) => [JSON.stringify({form: FORM, values})]"
-# Where nothing was kept nothing is set: it would take back what was typed while the page was loading.
+# If nothing was kept, nothing is set: that would undo what was typed while the page was loading.
 RESTORE = """(kept, ...values) => {
   const unchanged = values.map(() => ({__type__: "update"}));
   try { const found = JSON.parse(kept); return found.form === FORM ? found.values : unchanged; } catch { return unchanged; }
 }"""
 RANDOM = "() => Math.floor(Math.random() * 2 ** 31)"
 QUICK: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
-# Of what draws: one at a time.
+# Options of the events that draw: one at a time.
 DRAWS: dict[str, Any] = {
     "concurrency_id": "draw", "concurrency_limit": 1, "show_progress": "hidden", "api_visibility": "private",
     "trigger_mode": "multiple",
 }  # fmt: skip
-Jobs = list[tuple[str, Iterator[Any]]]  # each with the gallery that it is for
+Jobs = list[tuple[str, Iterator[Any]]]  # each with the gallery that shows it
 
 
 @dataclass
 class Shown:
-    """The components that show what was drawn. paths: of the pictures in the gallery; chosen: the one whose recipe is shown."""
+    """The components that show what was drawn. paths: of the pictures in the gallery; chosen: the one whose recipe
+    is shown."""
 
     status: gr.Markdown
     live: gr.Image
@@ -61,11 +62,11 @@ class Shown:
 
 
 class ModelPage:
-    """Builds a model's page in the Blocks around it."""
+    """Builds a model's page in the surrounding Blocks."""
 
     def __init__(self, studio: Studio, offer: Offer, offers: Sequence[Offer]):
         self.studio, self.offer, self.offers = studio, offer, offers
-        self._stops: dict[str, threading.Event] = {}  # of the jobs that wait or run, by their tickets
+        self._stops: dict[str, threading.Event] = {}  # set to cancel: of waiting and running jobs, by ticket
         with gr.Row(equal_height=False):
             with gr.Column(scale=1, min_width=320):
                 self.form = Form(studio, offer, offers)
@@ -93,7 +94,7 @@ class ModelPage:
     def _wire(self) -> None:
         form, shown = self.form, self.shown
         parts = list(form.parts.all.values())
-        # No State, which is read when a job's turn comes: one that waits keeps the ticket that it was given.
+        # Not a gr.State, which is read when a job's turn comes: a waiting job must keep the ticket that it was given.
         ticket = gr.Textbox(visible="hidden", label="ticket")
         begun: list[tuple[Any, Callable[..., Jobs], list[Any]]] = [
             (button.click, partial(self._jobs, task), parts) for task, button in form.buttons.items()
@@ -113,7 +114,7 @@ class ModelPage:
         memory = gr.BrowserState("", storage_key=f"ldm_train-{self.offer.run}", secret=SECRET)
         changed = [part.input if isinstance(part, gr.HTML) else part.change for part in kept]
         offered = [(name, part.get_config().get("choices")) for name, part in form.parts.all.items()]
-        # What was kept of another form is left.
+        # Values kept for a different form are ignored.
         digest = repr(hashlib.sha256(repr((offered, self.studio.limits)).encode()).hexdigest())
         gr.on(changed, None, kept, [memory], js=SAVE.replace("FORM", digest), api_visibility="private")
         self.memory, self.restore = (memory, kept), RESTORE.replace("FORM", digest)
@@ -121,7 +122,8 @@ class ModelPage:
     # -- jobs ---------------------------------------------------------------------------------------------------------
 
     def _begin(self, before: str) -> tuple[str, str]:
-        """A ticket for a job that will wait for its turn, with which it is cancelled. before: the last one of this page."""
+        """Returns the ticket of a job that waits for its turn, by which it can be cancelled, and a status text. before:
+        the page's last ticket. Raises gr.Error if the job of that one still waits or runs."""
         if (stop := self._stops.get(before)) is not None and not stop.is_set():
             raise gr.Error("one job at a time: cancel the one that waits or runs first", print_exception=False)
         ticket = uuid.uuid4().hex
@@ -135,13 +137,14 @@ class ModelPage:
         return "Cancelled."
 
     def _failed(self, ticket: str) -> Any:
-        """After a job that was refused before it began: of its values one is none that the form offers."""
+        """Returns the status after a job that was refused before it began, because a value is not one that the form
+        offers."""
         if self._stops.pop(ticket, None) is None:
-            return gr.skip()  # told by the job itself
+            return gr.skip()  # reported by the job itself
         return "⚠ a value of the form is none that it offers; choose again"
 
     def _drawing(self, jobs: Callable[..., Jobs]) -> Callable[..., Iterator[list[Any]]]:
-        """A handler of an event: draws the jobs, each for one of the galleries, and shows every step."""
+        """Returns an event handler that draws the jobs, each for one of the galleries, and shows every step."""
 
         def handler(ticket: str, *values: Any) -> Iterator[list[Any]]:
             shown: dict[str, list[Path]] = {"gallery": [], "beside": []}
@@ -199,7 +202,7 @@ class ModelPage:
             other = next((o for o in self.offers if o.name == given[BESIDE + "model"]), self.offer)
             second = asked | self.form.how_asked(BESIDE, given)
             if other is not self.offer:
-                for adapter in self.offer.adapters:  # of this model
+                for adapter in self.offer.adapters:  # which belong to this model
                     second.pop("adapters", None)
                     second.pop(adapter.control.option if adapter.control else "", None)
             jobs.append(("beside", self.studio.draw(other, second, stop)))
@@ -213,7 +216,7 @@ class ModelPage:
     # -- recipes ------------------------------------------------------------------------------------------------------
 
     def _of(self, path: str | Path) -> list[Any]:
-        """What is shown of a chosen picture."""
+        """Returns what is shown of a chosen picture: its path, recipe and download."""
         file = served(path, self.shown.download)
         return [str(path), without_folders(pictures.read_recipe(path)), gr.DownloadButton(value=file, interactive=True)]
 
@@ -225,7 +228,7 @@ class ModelPage:
 
 
 def _agreement(before: Path, now: Path) -> str:
-    """Whether two pictures are the same, in words."""
+    """Says in words whether two pictures are the same."""
     with Image.open(before) as first, Image.open(now) as second:
         if first.size != second.size:
             return "Drawn again: another size than the picture's."

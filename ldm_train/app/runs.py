@@ -1,4 +1,4 @@
-"""The runs below a folder as the page of runs shows them: how far they are, their curves, pictures, findings and evaluations."""
+"""The runs below a folder as the runs page shows them: their progress, curves, pictures, findings and evaluations."""
 
 import time
 from collections.abc import Sequence
@@ -17,20 +17,21 @@ DEPTH = 3  # a run below runs_dir, one of a sweep, one of a sweep's sweep
 MOST = 200  # runs that are listed
 POINTS = 400  # of a curve
 PICTURES = (".png", ".gif")
-LIVE = 120  # seconds since the last step, within which a run is said to be training
-# What a curve shows first, in this order.
+LIVE = 120  # seconds since a run last wrote, within which it is said to be training
+# The columns that are listed first, in this order.
 USUAL = ("val/fid_tiny", "val/loss", "train/loss", "val/psnr", "val/perceptual", "train/rec_loss")
 
 
 def run_folders(runs_dir: str | Path) -> list[Path]:
-    """The runs below a folder, the one that was written to last first."""
+    """Returns the runs below a folder, at most MOST, the most recently written first."""
     found = [path.parent for depth in range(DEPTH) for path in Path(runs_dir).glob("*/" * (depth + 1) + "config.yaml")]
     runs = [folder for folder in found if stages(folder)]
     return sorted(runs, key=written, reverse=True)[:MOST]
 
 
 def stages(folder: Path) -> list[str]:
-    """The stages of a run that have begun: those of every run in their order, then others as they last changed."""
+    """Returns the stages of a run that have begun: the standard ones in their order, then others by their last
+    change."""
     notes = sorted(folder.glob("*/stage.json"), key=_changed)
     named = [path.parent.name for path in notes]
     known = ("autoencoder", "latents", "diffusion", "evaluation", "export")
@@ -38,7 +39,7 @@ def stages(folder: Path) -> list[str]:
 
 
 def written(folder: Path) -> float:
-    """When a run last wrote something, in seconds since 1970."""
+    """Returns when a run last wrote something, in seconds since 1970."""
     paths = [*folder.glob("*/stage.json"), *folder.glob("*/metrics.csv"), folder / "config.yaml"]
     return max(map(_changed, paths), default=0.0)
 
@@ -46,7 +47,7 @@ def written(folder: Path) -> float:
 def _changed(path: Path) -> float:
     try:
         return path.stat().st_mtime
-    except OSError:  # there is none, or it has just been set aside
+    except OSError:  # it does not exist, or has just been set aside
         return 0.0
 
 
@@ -55,7 +56,8 @@ def name_of(folder: Path, runs_dir: str | Path) -> str:
 
 
 def table(runs_dir: str | Path) -> pd.DataFrame:
-    """A row a run: name, recipe, how far each stage is, when it last wrote."""
+    """Returns a table with one row per run: name, state, how far its open stages (or its last one) are, when it last
+    wrote, and its number of findings."""
     rows = []
     for folder in run_folders(runs_dir):
         age = time.time() - written(folder)
@@ -82,14 +84,15 @@ def _ago(seconds: float) -> str:
 
 
 def _rows(stage: Path) -> pd.DataFrame:
-    """What a stage has logged, as numbers; an empty table with a column "step" where that is nothing."""
+    """Returns what a stage has logged, as numbers; an empty table with a column "step" if it has logged nothing."""
     rows = pd.DataFrame(read_rows(stage))
     named = rows[[name for name in rows.columns if isinstance(name, str)]]  # cells beyond the header have no name
     return named.apply(pd.to_numeric, errors="coerce") if "step" in named else pd.DataFrame({"step": []})
 
 
 def columns(folders: Sequence[Path], stage: str) -> list[str]:
-    """What a stage of some runs has logged, first what people look at, where it is a curve yet."""
+    """Returns the names of what a stage of some runs has logged; first those of USUAL that have enough points for a
+    curve."""
     tables = [_rows(folder / stage) for folder in folders]
     names = {name for rows in tables for name in rows.columns} - {"step"}
     drawn = {name for rows in tables for name in rows.columns if rows[name].notna().sum() > 1}  # a curve has two points
@@ -98,7 +101,7 @@ def columns(folders: Sequence[Path], stage: str) -> list[str]:
 
 
 def curves(folders: Sequence[Path], runs_dir: str | Path, stage: str, column: str) -> pd.DataFrame:
-    """step, value and run of what a stage has logged."""
+    """Returns step, value and run of what a stage has logged in a column."""
     parts = []
     for folder in folders:
         rows = _rows(folder / stage)
@@ -110,14 +113,14 @@ def curves(folders: Sequence[Path], runs_dir: str | Path, stage: str, column: st
 
 
 def media(folder: Path) -> list[tuple[str, str]]:
-    """(path, what it is) of a run's grids and films, the last ones first."""
+    """Returns (path, label) of a run's grids and films, the most recent first."""
     paths = [p for p in (*folder.glob("*/images/*"), *folder.glob("evaluation/*")) if p.suffix in PICTURES]
     paths.sort(key=_changed, reverse=True)
     return [(str(path), f"{path.relative_to(folder).parts[0]}: {path.stem}") for path in paths]
 
 
 def findings(folder: Path) -> list[dict[str, Any]]:
-    """What the checks of a run's health have found."""
+    """Returns what the health checks of a run have found."""
     found = []
     for path in sorted(folder.glob(f"*/{HEALTH}")):
         try:
@@ -129,7 +132,7 @@ def findings(folder: Path) -> list[dict[str, Any]]:
 
 
 def evaluations(folder: Path) -> pd.DataFrame:
-    """The numbers of a run's evaluations with their 95 % intervals."""
+    """Returns the numbers of a run's evaluations with their 95 % intervals."""
     rows = []
     for path in (folder / "evaluation" / "metrics.json", *sorted(folder.glob("evaluations/*.json"))):
         try:
@@ -157,7 +160,7 @@ def _numbers(tree: dict[str, Any], prefix: str) -> list[dict[str, Any]]:
 
 
 def recipe_of(folder: Path) -> str:
-    """The config of a run, as YAML."""
+    """Returns the config of a run, as YAML; if it cannot be read, the error as a comment."""
     from omegaconf import OmegaConf
 
     try:

@@ -1,4 +1,5 @@
-"""The page of runs: all of them in a table, and of those chosen curves, pictures, findings and evaluations, while they train."""
+"""The runs page: a table of all runs, and curves, pictures, findings and evaluations of the chosen ones, updated while
+they train."""
 
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ STAGES = ("diffusion", "autoencoder", "classifier", "perceptual")
 
 
 class RunsPage:
-    """Builds the page in the Blocks around it."""
+    """Builds the page in the surrounding Blocks."""
 
     def __init__(self, runs_dir: str | Path):
         self.runs_dir = Path(runs_dir)
@@ -57,7 +58,7 @@ class RunsPage:
         return [runs.name_of(folder, self.runs_dir) for folder in runs.run_folders(self.runs_dir)]
 
     def _folders(self, chosen: list[str] | None) -> list[Path]:
-        """Those of the chosen runs that there are; a name from elsewhere is none."""
+        """Returns the folders of the chosen runs that exist; names of other runs are ignored."""
         known = {runs.name_of(folder, self.runs_dir): folder for folder in runs.run_folders(self.runs_dir)}
         return [known[name] for name in chosen or () if name in known]
 
@@ -81,16 +82,16 @@ class RunsPage:
         data = runs.curves(self._folders(chosen), self.runs_dir, stage, str(column))
         if data.empty:
             return None
-        import altair as alt  # it takes a second, which the first picture need not wait for
+        import altair as alt  # takes a second to import, which the first page view need not wait for
 
         legend = alt.Legend(title=None, orient="bottom", columns=1, labelLimit=600)
         lines = alt.Chart(data).encode(alt.X("step:Q"), alt.Y("value:Q", title=column, scale=alt.Scale(zero=False)))
         lines = lines.encode(alt.Color("run:N", legend=legend), tooltip=["run", "step", "value"])
-        # Points, too: a curve of one point is one.
+        # With points, so that a curve of one point is visible.
         return lines.mark_line(point=True).properties(width=640, height=300).interactive()
 
     def look(self, chosen: list[str], stage: str, column: str | None) -> list[Any]:
-        """All that the page shows of the chosen runs."""
+        """Returns all that the page shows of the chosen runs."""
         folders, stage = self._folders(chosen), stage if stage in STAGES else STAGES[0]
         known = runs.columns(folders, stage)
         column = column if column in known else (known[0] if known else None)
@@ -105,7 +106,7 @@ class RunsPage:
         ]
 
     def follow(self, seen: str, chosen: list[str], stage: str, column: str | None) -> list[Any]:
-        """What has changed since the last look; nothing where no run has written."""
+        """Returns what has changed since the last look; changes nothing if no run has written since."""
         folders = runs.run_folders(self.runs_dir)
         now = repr([(str(folder), runs.written(folder)) for folder in folders])
         if now == seen:

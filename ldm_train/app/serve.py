@@ -1,4 +1,4 @@
-"""ldm-app: a page on which trained models draw, and one on which runs are watched."""
+"""ldm-app: a page on which trained models draw, and one on which runs can be watched."""
 
 import atexit
 import inspect
@@ -31,7 +31,7 @@ RULES: dict[str, Rule] = {
 
 
 def is_loopback(host: str) -> bool:
-    """Whether an address is reached from this machine alone."""
+    """Returns True if an address can be reached from this machine only."""
     if host == "localhost":
         return True
     try:
@@ -42,8 +42,9 @@ def is_loopback(host: str) -> bool:
 
 @contextmanager
 def without_stubs() -> Iterator[None]:
-    """A context in which gradio is imported without writing a .pyi beside each of its components, which takes seconds at every start
-    and writes where nobody asked for files. It leaves out classes that have no file."""
+    """A context in which gradio can be imported without writing a .pyi file beside each of its components, which takes
+    seconds at every start and writes files that nobody asked for. gradio skips classes whose file cannot be found, so
+    inspect.getfile fails for its classes."""
     getfile = inspect.getfile
 
     def without_gradios(of: Any) -> str:
@@ -59,7 +60,8 @@ def without_stubs() -> Iterator[None]:
 
 
 def _check_port(host: str, port: int) -> None:
-    """Raises ValueError where another program listens, before a model is loaded."""
+    """Raises ValueError if the port cannot be used, e.g. because another program listens on it; called before a model
+    is loaded."""
     with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -71,7 +73,7 @@ def _check_port(host: str, port: int) -> None:
 
 
 def serve(config: DictConfig) -> None:
-    """Starts the app and waits. Raises ValueError or FileNotFoundError for what cannot be served."""
+    """Starts the app and waits for Ctrl+C. Raises ValueError or FileNotFoundError if it cannot be served."""
     launched = start(config)
     try:
         while True:
@@ -81,7 +83,7 @@ def serve(config: DictConfig) -> None:
 
 
 def start(config: DictConfig) -> Any:
-    """Starts the app, in the background; returns the Blocks."""
+    """Starts the app in the background; returns the Blocks."""
     check(config, RULES)
     password = None if config.password in (None, "") else str(config.password)
     if not is_loopback(config.host) and password is None:
@@ -89,13 +91,13 @@ def start(config: DictConfig) -> Any:
             f"host={config.host} is reached from other machines: set password=<words> (user={config.user}), or leave host= out"
         )
     os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
-    # Of this app alone, and gone with it: uploads, previews and what the pages have shown.
+    # A folder of this app alone, deleted when it ends: uploads, previews and files that the pages have shown.
     cache = tempfile.TemporaryDirectory(prefix="ldm-app-")
     atexit.register(cache.cleanup)
     os.environ["GRADIO_TEMP_DIR"] = cache.name
     try:
         with without_stubs():
-            from ldm_train.app import blocks  # gradio, which takes seconds
+            from ldm_train.app import blocks  # imports gradio, which takes seconds
     except ModuleNotFoundError as error:
         raise ValueError(f"ldm-app needs the package {error.name}: pip install 'ldm-train[app]'") from error
 

@@ -1,4 +1,5 @@
-"""The canvas of the page, on which a mask or a label map is painted or boxes are drawn, and what comes back from it."""
+"""The canvas of the page, on which a mask or a label map is painted or boxes are drawn, and the parsing of its
+value."""
 
 import base64
 import binascii
@@ -42,8 +43,8 @@ ERASER = '<label><input type="checkbox"> Erase</label>'
 
 
 def sketch(kind: str, title: str, size: tuple[int, int], labels: Sequence[str] = (), **options: Any) -> gr.HTML:
-    """A canvas of a picture's size (H, W). kind: mask, map or boxes. labels: names, of maps in the order of their numbers. They are
-    a model's and stand in no markup."""
+    """Returns a canvas of a picture's size (H, W). kind: mask, map or boxes. labels: names, for maps in the order of
+    their numbers. They come from a model, so they are kept out of the markup."""
     height, width = size
     brush = BRUSH.replace("MOST", str(max(2, width // 3))).replace("VALUE", str(max(1, width // 8)))
     tools = {"mask": brush + ERASER, "map": LABEL + brush + ERASER, "boxes": LABEL}[kind]
@@ -72,14 +73,14 @@ def sketch(kind: str, title: str, size: tuple[int, int], labels: Sequence[str] =
 
 
 def with_background(picture: Image.Image) -> str:
-    """The value of a canvas on which nothing is drawn yet but a picture."""
+    """Returns the value of a canvas with a picture under it on which nothing is drawn yet."""
     data = base64.b64encode(encoded_png(picture.convert("RGB"))).decode()
     return json.dumps({"background": f"data:image/png;base64,{data}", "png": "", "boxes": []})
 
 
 def painted(value: Any, what: str, size: tuple[int, int]) -> bytes | None:
-    """What was painted on a canvas of some size (H, W), as a grey PNG; None where nothing was. Raises ValueError for what no
-    canvas sends."""
+    """Returns what was painted on a canvas of size (H, W), as a grey PNG; None if nothing was. Raises ValueError if no
+    canvas can have sent the value."""
     try:
         text = json.loads(value)["png"] if value else ""
         if not text:
@@ -94,7 +95,8 @@ def painted(value: Any, what: str, size: tuple[int, int]) -> bytes | None:
 
 
 def boxed(value: Any) -> str | None:
-    """The boxes that were drawn, as JSON; None where there are none. Raises ValueError for what no canvas sends."""
+    """Returns the boxes that were drawn, as JSON; None if there are none. Raises ValueError if no canvas can have sent
+    the value."""
     try:
         boxes = json.loads(value).get("boxes") if value else None
     except (TypeError, AttributeError, ValueError, RecursionError) as error:

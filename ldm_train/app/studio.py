@@ -1,4 +1,5 @@
-"""What stands behind the page: models in memory, and jobs that are watched and cancelled, one after the other."""
+"""The backend of the pages: models in memory, and jobs that run one after the other and can be watched and
+cancelled."""
 
 import logging
 import os
@@ -32,7 +33,7 @@ from ldm_train.generation.job import run_of
 from ldm_train.generation.requests import Request
 from ldm_train.generation.sample import Loaded, load, model_folder, sample
 
-ERRORS = (Refused, ValueError, OSError)  # with words for the person who asked
+ERRORS = (Refused, ValueError, OSError)  # whose messages are meant for the user
 KEPT = 2  # models in memory
 ABSOLUTE = re.compile(r"(?<![\w.])(?:[A-Za-z]:)?(?:[/\\][^\s/\\'\",;:()]+)+[/\\]")  # the folders of an absolute path
 PREVIEWED, PREVIEW = 4, 768  # pictures of a preview, and its larger side in pixels
@@ -40,12 +41,13 @@ PREVIEWS = 0.2  # share of the time that previews may take
 
 
 class Cancelled(Exception):
-    """Raised within a job whose person no longer waits for it."""
+    """Raised within a job that was cancelled or whose page was left."""
 
 
 @dataclass(frozen=True)
 class Progress:
-    """A step of a job: how many steps of how many, of the pictures from `first` to `last`, and how they look if they were decoded."""
+    """A step of a job: `step` of `steps`, for the pictures numbered `first` to `last`. picture: a preview of them, if
+    one was decoded."""
 
     step: int
     steps: int
@@ -55,21 +57,21 @@ class Progress:
 
 
 class Studio:
-    """Draws for the pages of some models. What cannot be done is one of ERRORS."""
+    """Draws for the pages of some models. Raises one of ERRORS if a request cannot be fulfilled."""
 
     def __init__(self, runs_dir: str | Path, limits: Limits, accelerator: str = "auto", trust: Sequence[str] = ()):
         self.limits, self.accelerator, self.trust = limits, accelerator, list(trust)
-        self.runs_dir = Path(os.path.relpath(runs_dir))  # recipes name it, not where this machine keeps it
+        self.runs_dir = Path(os.path.relpath(runs_dir))  # relative: recipes must not record where this machine keeps it
         self._loaded: OrderedDict[tuple[str, ...], Loaded] = OrderedDict()
-        # One thread: torch's threads are started once for each that computes, and jobs take turns.
+        # One thread: torch starts its own threads once for each thread that computes, and jobs take turns.
         self._worker = ThreadPoolExecutor(1, "studio")
         self._usual: dict[str, Any] = yaml.safe_load((config_folder() / "sample.yaml").read_text())
 
     # -- models ----------------------------------------------------------------------------------------------------
 
     def offer(self, run: str, names: Sequence[str] = (), title: str = "") -> Offer:
-        """What a run offers. names: of runs that may hold adapters of it. title: of its page, else the name of its folder. Raises
-        FileNotFoundError or ValueError."""
+        """Loads a run's model and returns its offer. names: runs that may hold adapters for it. title: of its page, by
+        default the name of its folder. Raises FileNotFoundError or ValueError if it cannot be loaded."""
         loaded = self.loaded(self.config(run, {}))
         folder, bases = run_of(loaded.source), [loaded.metadata["sha256"]]
         for model in (folder / "export", folder / "diffusion" / "model"):
@@ -79,14 +81,14 @@ class Studio:
         return offer_of(title or folder.name, run, folder, loaded, found)
 
     def config(self, run: str, options: Mapping[str, Any]) -> DictConfig:
-        """The config of ldm-sample with some options."""
+        """Returns the config of ldm-sample with some options set."""
         tree = {k: v for k, v in self._usual.items() if k not in ("defaults", "hydra")}
         tree |= {"run": run, "runs_dir": str(self.runs_dir), "accelerator": self.accelerator, "trust": self.trust}
         return literal(tree | {"sampler": None} | dict(options))
 
     def loaded(self, config: DictConfig) -> Loaded:
-        """The model of a config, from memory where it is one of the last KEPT."""
-        weights = model_metadata(model_folder(config.run, config.runs_dir))["sha256"]  # of a run that trains on, others
+        """Returns the model of a config, from memory if it is one of the last KEPT."""
+        weights = model_metadata(model_folder(config.run, config.runs_dir))["sha256"]  # change while a run trains
         names = [with_strength(entry)[0] for entry in config.adapters or ()]
         digests = [adapter_sha256(find_adapter(name, self.runs_dir)) for name in names]
         key = (config.run, weights, *(config.adapters or ()), *digests)
@@ -100,20 +102,20 @@ class Studio:
     # -- jobs ------------------------------------------------------------------------------------------------------
 
     def draw(self, offer: Offer, asked: Mapping[str, Any], stop: threading.Event) -> Iterator[Progress | list[Path]]:
-        """Draws what is asked for (see `options_of`): its steps, at last the pictures. stop: set it and the job ends at its next
-        step, as Cancelled; so it does where the iteration is left."""
+        """Draws what is asked for (see `options_of`): yields its steps, and finally the pictures. If `stop` is set, or
+        the iteration is left, the job ends at its next step, as Cancelled."""
         return self._run(self.config(offer.run, options_of(offer, asked, self.limits)), stop)
 
     def replay(self, offer: Offer, picture: Path, stop: threading.Event) -> Iterator[Progress | list[Path]]:
-        """Draws a picture again, by the recipe that it carries."""
+        """Draws a picture again, from the recipe that it carries."""
         return self._run(self.config(offer.run, replay_of(offer, picture, self.limits)), stop)
 
     def cut(self, offer: Offer, path: str, size: tuple[int, int]) -> Image.Image:
-        """A picture that was handed in, as the model sees it: cut to the middle, and resized to (H, W)."""
+        """Returns an uploaded picture as the model sees it: center-cropped and resized to (H, W)."""
         return pictures.to_pil(read_image(keep(offer, path, "picture", self.limits), size, 3))
 
     def _run(self, config: DictConfig, stop: threading.Event) -> Iterator[Progress | list[Path]]:
-        """The steps and at last the result of a job that the worker draws."""
+        """Yields the steps and finally the result of a job that the worker draws."""
         updates: queue.SimpleQueue[Any] = queue.SimpleQueue()
         job = self._worker.submit(self._work, config, _Watch(updates, stop, config))
         job.add_done_callback(updates.put)
@@ -135,11 +137,12 @@ class Studio:
                 watch.steps = loaded.trained["num_inference_steps"]
             return sample(config, loaded, watch)
         finally:
-            torch.set_num_threads(threads)  # a replay takes as many as the recipe says
+            torch.set_num_threads(threads)  # a replay sets the number in its recipe
 
 
 class _Watch:
-    """Told of every step of a job; decodes a preview where that takes no more than a share PREVIEWS of the time."""
+    """The callback of every step of a job; decodes a preview if previews then take no more than a share PREVIEWS of the
+    time."""
 
     def __init__(self, updates: "queue.SimpleQueue[Any]", stop: threading.Event, config: DictConfig):
         self.updates, self.stop = updates, stop
@@ -164,8 +167,8 @@ class _Watch:
 
 
 def words(error: Exception, offers: Sequence[Offer]) -> str:
-    """The message of an error for whoever reaches the page: without the folders of this machine. Of other errors than ERRORS no more
-    than that there was one: the log has it."""
+    """Returns the message of an error for users of the page, without the folders of this machine. For errors other than
+    ERRORS it says only that there was one, and the log has the details."""
     if not isinstance(error, ERRORS):
         logging.getLogger(__name__).error("a job ended with an error", exc_info=error)
         return "something went wrong that is no fault of what was asked; the log of the app has the details"
@@ -178,7 +181,7 @@ def words(error: Exception, offers: Sequence[Offer]) -> str:
 
 
 def without_folders(recipe: dict[str, Any]) -> dict[str, Any]:
-    """A recipe as it is shown: files and the model by their names alone."""
+    """Returns a recipe as it is shown: files and the model by their names alone."""
     config = recipe["config"]
     named = {name: config[name] for name in FILES if name in config}
     bare = {name: [Path(v).name for v in vs] if isinstance(vs, list) else Path(vs).name for name, vs in named.items()}

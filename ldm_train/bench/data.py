@@ -1,4 +1,5 @@
-"""Loading: pictures from our shards against two usual loaders, and what both stages do with it."""
+"""The data benchmark: loading pictures from our shards against two common loaders, and training both stages on our
+loaders."""
 
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -25,12 +26,12 @@ from ldm_train.training.fit import Cadence, fit
 from ldm_train.training.task import Task
 
 SIZES = {"on_cpu": ("base",), "on_gpu": ("kl_f8",)}
-NETWORKS = {"tiny": "tiny", "small": "small", "base": "base", "kl_f4": "ldm4", "kl_f8": "base"}  # of stage 2
+NETWORKS = {"tiny": "tiny", "small": "small", "base": "base", "kl_f4": "ldm4", "kl_f8": "base"}  # U-Nets of stage 2
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where the same pictures are as files, shards and, once `cache` was called, latents. name: of a size."""
+    """A folder with the same pictures as files, as shards and, once `cache` was called, as latents. name: of a size."""
 
     folder: Path
     name: str
@@ -51,7 +52,7 @@ class Place:
         return self.folder / "latents"
 
     def data(self, steps: int | None = None) -> Any:
-        """Stage 1's data for so many steps; by default each picture once."""
+        """Returns stage 1's data for this many steps; by default each picture once."""
         return loading(self.folder / "shards", self.side, self.batch, steps or self.steps, self.settings.workers)
 
     def first_stage(self) -> FirstStage:
@@ -69,13 +70,13 @@ class Place:
         write_cache_index(folder, {split: write_cache(data, split, encode, folder) for split in ("train", "val")}, None)
 
     def cached(self, steps: int | None = None) -> LatentDataModule:
-        """Stage 2's data."""
+        """Returns stage 2's data."""
         return LatentDataModule(self.latents, self.data().batching, steps or self.steps, (), seed=0)
 
 
 @contextmanager
 def place(settings: Settings, name: str) -> Iterator[Place]:
-    """A temporary place with pictures and shards. Raises ValueError where the pictures are fewer than a batch."""
+    """Yields a temporary place with pictures and shards. Raises ValueError if there are fewer pictures than a batch."""
     size = AUTOENCODERS[name]
     batch = settings.batch_size or size.batch
     if settings.images < batch:
@@ -92,7 +93,7 @@ def _scaled(image: torch.Tensor) -> torch.Tensor:
 
 
 def torchvision_loader(place: Place) -> DataLoader:
-    """Batches of ([-1, 1] pictures, classes), shuffled, as most training scripts load a folder."""
+    """Returns shuffled batches of ([-1, 1] pictures, classes), loaded from a folder as most training scripts do."""
     from torchvision import transforms
     from torchvision.datasets import ImageFolder
 
@@ -102,7 +103,7 @@ def torchvision_loader(place: Place) -> DataLoader:
 
 
 def webdataset_loader(place: Place) -> DataLoader:
-    """The same from the shards, by webdataset's own decoder and shuffling buffer."""
+    """Returns the same batches from the shards, by webdataset's own decoder and shuffling buffer."""
     import webdataset as wds
 
     urls = sorted(str(path) for path in (place.folder / "shards").glob("train-*.tar"))
@@ -117,7 +118,7 @@ def consumed(loader: Callable[[], Iterable]) -> None:
 
 
 class Fed(Callback):
-    """Of each step from the third on, the seconds it took and those it waited for its batch."""
+    """Sums, over the steps from the third on, the seconds they took and the seconds they waited for their batch."""
 
     def __init__(self, device: torch.device):
         self.device, self.waited, self.taken = device, 0.0, 0.0
@@ -138,7 +139,7 @@ class Fed(Callback):
 
 
 def fed(who: str, task: Task, data: LightningDataModule, steps: int, place: Place) -> Row:
-    """Trains for so many steps on a loader: how fast, and how much of the time waits for it."""
+    """Trains for this many steps on a loader; returns the speed and the share of the time spent waiting for data."""
     machine, watch = place.settings.machine, Fed(place.settings.device)
     cadence = Cadence(10**9, 10**9, log_every=10**9, progress=False)
     with tempfile.TemporaryDirectory() as folder:
@@ -148,7 +149,7 @@ def fed(who: str, task: Task, data: LightningDataModule, steps: int, place: Plac
 
 
 def training(place: Place, loaders: Mapping[str, float]) -> list[Row]:
-    """Both stages on their loaders. loaders: images/s of each stage's."""
+    """Trains both stages on their loaders. loaders: images/s of each stage's loader alone."""
     autoencoder, unet = AUTOENCODERS[place.name], UNETS[NETWORKS[place.name]]
     cached, steps = place.cached(), place.settings.runs + 2
     channels, height, width = cached.train.shape
@@ -164,7 +165,7 @@ def training(place: Place, loaders: Mapping[str, float]) -> list[Row]:
 
 
 def measure(settings: Settings, name: str) -> list[Table]:
-    """One size of pictures."""
+    """Measures one size of pictures."""
     with place(settings, name) as there:
         there.cache(there.first_stage())
         loaders: dict[str, Callable[[], Iterable]] = {
@@ -186,5 +187,5 @@ def measure(settings: Settings, name: str) -> list[Table]:
 
 
 def data(settings: Settings) -> list[Table]:
-    """Loading and feeding at each size."""
+    """Measures loading, and training on the loaders, at each size."""
     return [table for name in settings.chosen(AUTOENCODERS, **SIZES) for table in measure(settings, name)]

@@ -1,4 +1,4 @@
-"""Latents to pictures: our decoder against diffusers' with the same weights."""
+"""The decoding benchmark: latents to pictures, our decoder against diffusers' with the same weights."""
 
 import torch
 
@@ -12,7 +12,8 @@ from ldm_train.rng import reseed
 
 @torch.no_grad()
 def measure(settings: Settings, name: str) -> Table:
-    """One size: our FirstStage, as sampling uses it, diffusers' decoder as shipped, and in channels_last."""
+    """Measures one size: our FirstStage, as sampling uses it, and diffusers' decoder as shipped and in
+    channels_last."""
     size, machine = AUTOENCODERS[name], settings.machine
     count = settings.batch_size or size.batch
     reseed("bench", "weights")
@@ -45,5 +46,5 @@ def measure(settings: Settings, name: str) -> Table:
 
 
 def decode(settings: Settings) -> list[Table]:
-    """Decoding a batch at each size."""
+    """Measures decoding a batch at each size."""
     return [measure(settings, name) for name in settings.chosen(AUTOENCODERS, **AUTOENCODERS_ON)]

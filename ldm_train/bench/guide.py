@@ -1,4 +1,5 @@
-"""What was measured, as a table for the terminal, as JSON, and as Markdown for a performance guide."""
+"""Formats measurements as tables for the terminal and as Markdown for a performance guide, and collects what they
+depend on."""
 
 import platform
 from collections.abc import Callable, Mapping, Sequence
@@ -12,7 +13,7 @@ from ldm_train.bench.peers import diffusers_version
 from ldm_train.storage import write_atomically
 from ldm_train.training.fit import Machine
 
-# The words before each kind's tables.
+# The text before each kind's tables.
 INTRODUCTIONS = {
     "train_unet": "**Stage 2, a training step** (cached latents, objective, clipping, AdamW, EMA; ours under Lightning).",
     "train_autoencoder": "**Stage 1, a training step** (perceptual loss, patch GAN, adaptive weight; ours under Lightning).",
@@ -50,14 +51,14 @@ COLUMNS: dict[str, Callable[[Row], str]] = {
 
 
 def _cells(table: Table) -> list[list[str]]:
-    """Heads and rows, without columns in which there is nothing."""
+    """Returns the heads and rows of a table, without empty columns."""
     columns = {head: [show(row) for row in table.rows] for head, show in COLUMNS.items()}
     kept = {head: cells for head, cells in columns.items() if any(cells)}
     return [list(kept), *map(list, zip(*kept.values()))]
 
 
 def as_text(table: Table) -> str:
-    """For the terminal."""
+    """Formats a table for the terminal."""
     lines = _cells(table)
     widths = [max(map(len, column)) for column in zip(*lines)]
     shown = ["  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]) for line in lines]
@@ -71,7 +72,7 @@ def _as_markdown(table: Table) -> str:
 
 
 def processor() -> str:
-    """The CPU's name and the threads in use."""
+    """Returns the CPU's name and the number of threads in use."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.is_file() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
@@ -85,7 +86,7 @@ def versions() -> dict[str, str]:
 
 
 def facts(machine: Machine, runs: int, peak: str) -> dict[str, Any]:
-    """What the numbers depend on beside the program."""
+    """Returns what the numbers depend on apart from the program."""
     gpu = {"gpu": torch.cuda.get_device_name(machine.device)} if machine.accelerator == "gpu" else {}
     return gpu | {"cpu": processor(), "precision": machine.precision, "peak": peak, "runs": runs} | versions()
 
@@ -97,14 +98,14 @@ def in_words(about: Mapping[str, Any]) -> str:
 
 
 def write_guide(path: Path, tables: Sequence[Table], about: Mapping[str, Any], command: str) -> None:
-    """Writes the guide anew: a section for each kind that was measured."""
+    """Writes the guide anew, with a section for each kind that was measured."""
     parts = [
         "# Performance",
         f"Written by `{command}`: {in_words(about)}.",
-        "*Times ours*: a contender's time divided by ours in the same round, the median over the rounds; above 1, ours is "
-        "faster. *First call*: compilation, choice of kernels and allocation. *GFLOP*: counted, of one round. *MFU*: these "
-        "against the peak. With one thread of a CPU, times are the processor's, but for loading, the cache and start-up. "
-        "*Memory*: the most in a round beyond weights, optimiser state and batches.",
+        "*Times ours* is a contender's time divided by ours in the same round, as the median over the rounds; above 1, ours is "
+        "faster. *First call* includes compilation, the choice of kernels and allocation. *GFLOP* is counted for one round, "
+        "and *MFU* is the achieved speed relative to the peak. With one thread of a CPU, times are CPU times, except for "
+        "loading, the cache and start-up. *Memory* is the peak in a round beyond weights, optimiser state and batches.",
     ]
     for kind in dict.fromkeys(table.kind for table in tables):
         parts += [INTRODUCTIONS[kind], *(_as_markdown(table) for table in tables if table.kind == kind)]

@@ -1,4 +1,4 @@
-"""The latent cache: encoding against diffusers' encoder, writing, and reading back."""
+"""The latent cache benchmark: encoding against diffusers' encoder, writing, and reading back."""
 
 from itertools import count
 from pathlib import Path
@@ -14,7 +14,7 @@ from ldm_train.models.first_stage import FirstStage
 
 @torch.no_grad()
 def encoding(there: Place, first: FirstStage) -> Table:
-    """A batch of pictures to moments, in float32 as the latents stage does."""
+    """Measures encoding a batch of pictures to moments, in float32 as the latents stage does."""
     device = there.settings.device
     theirs = diffusers_autoencoder(first.autoencoder, AUTOENCODERS[there.name].network).eval().to(device)
     images = next(iter(there.data().train_loader(0)))["image"].to(device)
@@ -32,7 +32,7 @@ def encoding(there: Place, first: FirstStage) -> Table:
 
 
 def storing(there: Place, first: FirstStage) -> Table:
-    """The whole cache: pictures loaded, encoded and written; then read in the order of training."""
+    """Measures the whole cache: pictures are loaded, encoded and written; then the cache is read in training order."""
     there.cache(first)
     number = count()
 
@@ -43,7 +43,7 @@ def storing(there: Place, first: FirstStage) -> Table:
         {
             "loaded, encoded and written": written,
             "read back": lambda: consumed(lambda: there.cached().train_loader(0)),
-            "the pictures read in its place": lambda: consumed(lambda: there.data().train_loader(0)),
+            "the pictures read instead": lambda: consumed(lambda: there.data().train_loader(0)),
         },
         f"cache {there.name}",
     )
@@ -56,7 +56,7 @@ def storing(there: Place, first: FirstStage) -> Table:
 
 
 def latent_cache(settings: Settings) -> list[Table]:
-    """Encoding, writing and reading at each size of pictures."""
+    """Measures encoding, writing and reading at each size of pictures."""
     tables = []
     for name in settings.chosen(AUTOENCODERS, **SIZES):
         with place(settings, name) as there:

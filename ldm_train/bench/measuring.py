@@ -1,4 +1,4 @@
-"""How everything here is measured: contenders take turns, so that a busy machine slows all of them, and medians count."""
+"""How the benchmarks measure: contenders take turns, so that a busy machine slows all of them, and medians count."""
 
 import time
 import weakref
@@ -23,9 +23,12 @@ from ldm_train.training.fit import Machine
 
 @dataclass(frozen=True)
 class Settings:
-    """machine: device and precision. runs: timed rounds. compile: also measure compiled networks. sizes: names, each kind
-    knows its own (None: its usual ones). images: pictures of the kinds that read or write data. workers: loading processes.
-    batch_size: in the place of each size's own. steps: of the sampler."""
+    """The settings of a benchmark.
+
+    machine: device and precision. runs: timed rounds. compile: also measure compiled networks. sizes: names of
+    sizes; each kind knows its own (None: its usual ones). images: number of pictures, for the kinds that read or
+    write data. workers: data-loading processes. batch_size: used instead of each size's own. steps: of the sampler.
+    """
 
     machine: Machine
     runs: int = 7
@@ -41,7 +44,7 @@ class Settings:
         return self.machine.device
 
     def chosen(self, known: Mapping[str, object], on_cpu: tuple[str, ...], on_gpu: tuple[str, ...]) -> tuple[str, ...]:
-        """The sizes to measure. Raises ValueError for one that this kind does not know."""
+        """Returns the sizes to measure. Raises ValueError if this kind does not know one of them."""
         names = self.sizes or (on_cpu if self.device.type == "cpu" else on_gpu)
         if other := [name for name in names if name not in known]:
             raise ValueError(f"sizes={other[0]} is not known here; sizes are {', '.join(known)}")
@@ -50,10 +53,11 @@ class Settings:
 
 @dataclass
 class Row:
-    """What one contender took. seconds: median of a round. first: seconds of its first call: compilation, choice of kernels,
-    allocation. against: median over the rounds of its time divided by ours in the same round. flops: of a round. memory:
-    bytes at most in a round, beyond what stood before it (activations, gradients, scratch). waits: share of the time that
-    went into waiting for data. None: not measured."""
+    """The measurements of one contender. seconds: median of a round. first: seconds of its first call: compilation,
+    choice of kernels, allocation. against: median over the rounds of its time divided by ours in the same round. flops:
+    of a round. memory: the most bytes used in a round, beyond what was allocated before it (activations, gradients,
+    scratch). waits: share of the time spent waiting for data. None: not measured.
+    """
 
     who: str
     seconds: float
@@ -68,7 +72,7 @@ class Row:
 
 @dataclass
 class Table:
-    """kind: of measurement. what: was measured, in words."""
+    """A table of results. kind: of the benchmark. what: was measured, in words."""
 
     kind: str
     what: str
@@ -76,21 +80,22 @@ class Table:
 
 
 def by_processor(device: torch.device) -> bool:
-    """Whether computation is timed by the processor time of this process: one thread on a CPU, which others interrupt."""
+    """Returns True if computation is timed by this process's CPU time: one thread on a CPU, which other processes
+    interrupt."""
     return device.type == "cpu" and torch.get_num_threads() == 1
 
 
 def synchronised(device: torch.device) -> float:
-    """The time, in seconds, once the device has done what it was asked for."""
+    """Waits until the device has finished its work; returns the time in seconds."""
     if device.type != "cpu":
         torch.accelerator.synchronize()
     return time.perf_counter()
 
 
 class Observer(TorchDispatchMode):
-    """Counts FLOPs, as FlopCounterMode does but without its hooks on modules, which torch.autograd.grad does not bear; and the
-    bytes of the tensors that operations make, until they are freed: `most` is the largest sum (scratch of kernels not included).
-    """
+    """Counts FLOPs, as FlopCounterMode does but without its hooks on modules, which do not work with
+    torch.autograd.grad; and the bytes of the tensors that operations create, until they are freed: `most` is the
+    largest sum (without the scratch memory of kernels)."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -103,7 +108,7 @@ class Observer(TorchDispatchMode):
         if rule is None and (parts := self._in_parts(func, args, kwargs)) is not NotImplemented:
             return parts
         for tensor in tree_leaves((args, kwargs)):
-            if isinstance(tensor, torch.Tensor):  # what was there before is not counted
+            if isinstance(tensor, torch.Tensor):  # tensors from before are not counted
                 self._known.setdefault(tensor.untyped_storage(), 0)
         out = func(*args, **kwargs)
         if rule is not None:
@@ -133,8 +138,9 @@ class Observer(TorchDispatchMode):
 
 @contextmanager
 def observed(device: torch.device, counted: bool = True) -> Iterator[dict[str, float]]:
-    """A context whose dictionary holds, after it, the `flops` of what ran in it and the `memory` it took, in bytes. Where it is
-    not counted, which compiled networks cannot be, the memory of a GPU alone."""
+    """A context that yields a dictionary, which afterwards holds the `flops` of what ran in it and the `memory` it
+    took, in bytes. If they are not counted, which is impossible for compiled networks, it holds only the memory of a
+    GPU."""
     found: dict[str, float] = {}
     gpu = device.type == "cuda"
     if gpu:
@@ -151,11 +157,13 @@ def observed(device: torch.device, counted: bool = True) -> Iterator[dict[str, f
 
 
 class Clock:
-    """Times contenders in rounds: in the first each is timed apart, in the second it is observed, then `runs` count.
+    """Times contenders in rounds: in the first each is timed separately, in the second it is observed, then `runs`
+    rounds count.
 
-    Whoever drives the rounds calls `begin` and `end` around each contender's work, and `next_round` after the last; `run`
-    does so for functions. counted: FLOPs, which those of compiled networks cannot be. observe: False leaves out the second.
-    waiting: the work may wait for the disk or other processes, so that only the time on the wall tells.
+    Whoever drives the rounds calls `begin` and `end` around each contender's work, and `next_round` after the last;
+    `run` does so for functions. counted: whether to count FLOPs, which is impossible for compiled networks. observe:
+    False leaves out the second round. waiting: the work may wait for the disk or other processes, so that wall-clock
+    time is used.
     """
 
     def __init__(
@@ -191,7 +199,7 @@ class Clock:
         self.round += 1
 
     def run(self, contenders: Mapping[str, Callable[[], object]], progress: str) -> "Clock":
-        """Calls functions of no arguments in turns."""
+        """Calls functions without arguments in turns; returns this clock."""
         for _ in tqdm(range(self.rounds), desc=progress, unit="round", leave=False):
             for name, work in contenders.items():
                 self.begin(name)
@@ -203,8 +211,8 @@ class Clock:
     def rows(
         self, images: int = 0, peak: float | None = None, flops: Mapping[str, float | None] | None = None
     ) -> list[Row]:
-        """A row for each contender, the first being ours. images: of a round. peak: FLOP/s that MFU relates to.
-        flops: of those that were not counted."""
+        """Returns a row for each contender; the first is ours. images: per round. peak: the FLOP/s that MFU is relative
+        to. flops: of contenders whose FLOPs were not counted."""
         (ours, own), rows = next(iter(self.times.items())), []
         for name, times in self.times.items():
             seconds, found = median(times), self.found.get(name, {})
@@ -226,7 +234,7 @@ class Clock:
 
 @cache
 def _product_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """Measured FLOP/s of the fastest of some matrix products."""
+    """Returns the measured FLOP/s of the fastest of several matrix products."""
     size = 1024 if device.type == "cpu" else 8192
     a = torch.randn(size, size, device=device, dtype=dtype)
     best = 0.0
@@ -239,7 +247,8 @@ def _product_rate(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def peak_of(machine: Machine) -> tuple[float, str]:
-    """(FLOP/s that MFU relates to, where they come from): the data sheet of a known GPU in 16 bits, else a measured product."""
+    """Returns (the FLOP/s that MFU is relative to, where they come from): the data sheet of a known GPU in 16 bits,
+    else a measured product."""
     measured = _product_rate(machine.device, torch.float32 if machine.precision == "32" else torch.bfloat16)
     peak = peak_flops(machine.device, machine.precision, measured)
     source = "a measured matrix product" if peak == measured else "its data sheet"
@@ -251,7 +260,7 @@ def parameters_in_millions(module: nn.Module) -> str:
 
 
 def check_agreement(what: str, ours: torch.Tensor, theirs: torch.Tensor, tolerance: float) -> None:
-    """Raises ValueError where two ways to compute the same differ by more than `tolerance` of the largest value."""
+    """Raises ValueError if two computations of the same result differ by more than `tolerance` of the largest value."""
     apart = float((ours.float() - theirs.float()).abs().max() / theirs.float().abs().max())
     if not apart <= tolerance:
         raise ValueError(f"{what} do not compute the same ({apart:.1e} apart); their times say nothing")

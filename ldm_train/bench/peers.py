@@ -14,7 +14,7 @@ REMEDY = "ldm-bench measures against diffusers: pip install diffusers"
 
 
 def diffusers_version() -> str | None:
-    """None where it is not installed."""
+    """Returns the version of diffusers, None if it is not installed."""
     try:
         import diffusers
     except ModuleNotFoundError:
@@ -32,7 +32,7 @@ def _built(network: nn.Module, kind: str, config: dict[str, Any]) -> nn.Module:
 
 
 def diffusers_unet(network: nn.Module, options: Mapping[str, Any], latents: tuple[int, int, int]) -> nn.Module:
-    """options: that `network`, a `UNet`, was made of. latents: (C, h, w)."""
+    """Returns diffusers' version of a `UNet`. options: those that `network` was built with. latents: (C, h, w)."""
     tree = whole({"_target_": "ldm_train.models.unet.UNet"} | dict(options))
     kind, config = describe.unet_config(tree, network, list(latents[1:]))
     model = _built(network, kind, config)
@@ -41,7 +41,7 @@ def diffusers_unet(network: nn.Module, options: Mapping[str, Any], latents: tupl
 
 
 def diffusers_autoencoder(network: nn.Module, options: Mapping[str, Any]) -> nn.Module:
-    """options: that `network`, an `AutoencoderKL`, was made of."""
+    """Returns diffusers' version of an `AutoencoderKL`. options: those that `network` was built with."""
     tree = whole({"_target_": "ldm_train.models.autoencoder.AutoencoderKL"} | dict(options))
     kind, config = describe.autoencoder_config(tree, network, 1.0)
     model = _built(network, kind, config)

@@ -1,4 +1,4 @@
-"""A folder of JPEGs, and the same as shards, for the kinds that read data."""
+"""A folder of JPEGs, and the same pictures as shards, for the benchmarks that read data."""
 
 from pathlib import Path
 
@@ -16,7 +16,8 @@ VALIDATION = 8  # pictures
 
 
 def write_photos(folder: Path, count: int, side: int) -> None:
-    """Smooth random pictures with some grain, about as large in bytes as photographs, in train/<class>/ and val/<class>/."""
+    """Writes smooth random pictures with some grain, about as large in bytes as photographs, into train/<class>/ and
+    val/<class>/."""
     noise = torch.Generator().manual_seed(0)
     for split, number in (("train", count), ("val", VALIDATION)):
         for i in range(number):
@@ -34,5 +35,5 @@ def shards_of(photos: Path, out: Path, per_shard: int) -> None:
 
 
 def loading(shards: Path, side: int, batch: int, steps: int, workers: int) -> ShardDataModule:
-    """Stage 1's data."""
+    """Returns stage 1's data."""
     return ShardDataModule(shards, Batching(batch), steps, ("image",), image_size=side, num_workers=workers)

@@ -1,4 +1,4 @@
-"""ldm-bench: speed, each kind of work against a peer in the same process."""
+"""ldm-bench: measures the speed of each kind of work against a peer in the same process."""
 
 import sys
 from collections.abc import Callable
@@ -35,7 +35,7 @@ LEAST = {"runs": 1, "steps": 1, "images": 1, "batch_size": 1, "threads": 1, "wor
 
 
 def kinds_of(what: str) -> list[str]:
-    """Raises ValueError for an unknown kind."""
+    """Returns the kinds that `what` names. Raises ValueError if it is unknown."""
     if what == ALL:
         return list(KINDS)
     if what not in KINDS:
@@ -44,7 +44,7 @@ def kinds_of(what: str) -> list[str]:
 
 
 def settings_of(config: DictConfig) -> Settings:
-    """Raises ValueError for a number out of range, a GPU that is not there, and an unknown precision."""
+    """Builds the settings. Raises ValueError for a number out of range, a missing GPU or an unknown precision."""
     for name, least in LEAST.items():
         if config[name] is not None and config[name] < least:
             raise ValueError(f"{name}={config[name]} must be at least {least}")

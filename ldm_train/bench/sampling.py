@@ -1,4 +1,4 @@
-"""A step of sampling: our loop around a U-Net against diffusers' around the same."""
+"""The sampling benchmark: our sampling loop around a U-Net against diffusers' loop around the same."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -40,7 +40,8 @@ def _diffusers_loop(
 
 @dataclass(frozen=True)
 class Setup:
-    """The same start, times and conditions for all loops, with 77 tokens and guidance. batch: pictures. steps: of the sampler."""
+    """The start, timesteps and conditions that all loops share, with 77 tokens and guidance. batch: pictures. steps: of
+    the sampler."""
 
     device: torch.device
     batch: int
@@ -77,8 +78,8 @@ def _unet(setup: Setup) -> UNet:
 
 @torch.no_grad()
 def sampling(settings: Settings) -> list[Table]:
-    """A step of DDIM: the loop without the network, cached against recomputed keys and values, and a whole step. Raises
-    ValueError where the two loops do not compute the same, and for steps that do not divide the schedule."""
+    """Measures a step of DDIM: the loop without the network, cached against recomputed keys and values, and a whole
+    step. Raises ValueError if the two loops do not compute the same, and for steps that do not divide the schedule."""
     if 1000 % settings.steps:
         raise ValueError(
             f"steps={settings.steps} does not divide the schedule's 1000 timesteps: diffusers would round to others than ours; "

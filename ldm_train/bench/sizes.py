@@ -1,4 +1,5 @@
-"""What is measured at which size. The first of each is for tests; the next two are for CPUs, the others for GPUs."""
+"""The sizes of the benchmarks. The first of each table is for tests; the next two are for CPUs, the others (and base)
+for GPUs."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -6,7 +7,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class UNetSize:
-    """latents: (C, h, w). tokens: of the context (0: none). network: options of `UNet`."""
+    """A size of U-Net. latents: (C, h, w). tokens: of the context (0: none). network: options of `UNet`."""
 
     latents: tuple[int, int, int]
     batch: int
@@ -16,8 +17,9 @@ class UNetSize:
 
 @dataclass(frozen=True)
 class AutoencoderSize:
-    """side: pixels. network: options of `AutoencoderKL`. lpips: with LPIPS' VGG16, of random weights, which costs the same as
-    the trained ones; else with `tiny`. discriminator: options of `PatchDiscriminator`."""
+    """A size of autoencoder. side: pixels. network: options of `AutoencoderKL`. lpips: use LPIPS with a VGG16 of random
+    weights, which costs the same as the trained ones; else the `tiny` network. discriminator: options of
+    `PatchDiscriminator`."""
 
     side: int
     batch: int
@@ -37,7 +39,7 @@ def _kl(channels: int, mult: tuple[int, ...], blocks: int, **options: Any) -> di
 
 UNETS = {
     "tiny": UNetSize((4, 8, 8), 2, 4, _unet(32, (1, 2), 1, (1,), head_dim=16, context_dim=32)),
-    # About the quickstart's latents, and four times their area with ten times the weights.
+    # small: about the quickstart's latents; base: four times their area with ten times the weights.
     "small": UNetSize((4, 8, 8), 64, 4, _unet(64, (1, 2), 1, (0, 1), head_dim=32, context_dim=128)),
     "base": UNetSize((4, 16, 16), 16, 8, _unet(128, (1, 2, 3), 1, (1, 2), head_dim=32, context_dim=256)),
     # As published: unconditional LDM-4 (CelebA-HQ, FFHQ, LSUN bedrooms), and Stable Diffusion 1.

@@ -1,4 +1,4 @@
-"""What a user waits before a command does anything."""
+"""The start-up benchmark: how long a user waits before a command does anything."""
 
 import subprocess
 import sys
@@ -18,7 +18,7 @@ PEERS = {"import diffusers with its pipelines": ["-c", "from diffusers import DD
 
 
 def startup(settings: Settings) -> list[Table]:
-    """Seconds of commands in processes of their own; the first round reads files from the disk."""
+    """Measures the seconds of commands in processes of their own; the first round reads files from the disk."""
     commands = COMMANDS | (PEERS if diffusers_version() else {})
 
     def started(arguments: list[str]) -> None:
@@ -29,4 +29,4 @@ def startup(settings: Settings) -> list[Table]:
     clock = Clock(settings.device, settings.runs, observe=False, waiting=True)
     clock.run({name: lambda a=arguments: started(a) for name, arguments in commands.items()}, "startup")
     rows = [replace(row, against=None) for row in clock.rows()]
-    return [Table("startup", "until a process has ended", rows)]
+    return [Table("startup", "time until a process has ended", rows)]

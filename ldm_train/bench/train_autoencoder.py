@@ -1,4 +1,5 @@
-"""Stage 1: our step with its one pass, against the published procedure with two and the common one of one pass, two backwards."""
+"""The stage-1 benchmark: our training step with a single pass, against the published procedure with two, and against
+the common one with one forward and two backward passes."""
 
 import copy
 import tempfile
@@ -25,11 +26,11 @@ from ldm_train.training.fit import Machine
 
 ADAM = {"lr": 1e-5, "betas": (0.5, 0.9)}
 KL, DISC = 1e-6, 0.5  # the published weights of both terms
-LIMIT = 1e4  # of the adaptive weight
+LIMIT = 1e4  # the largest adaptive weight
 
 
 def random_lpips() -> LPIPS:
-    """LPIPS whose VGG16 has random weights: nothing is downloaded, and a step costs the same."""
+    """Returns LPIPS with a VGG16 of random weights: nothing is downloaded, and a step costs the same."""
     from torchvision.models.vgg import cfgs, make_layers
 
     reseed("bench", "vgg")
@@ -40,7 +41,7 @@ def random_lpips() -> LPIPS:
 
 
 def build(size: AutoencoderSize) -> tuple[AutoencoderKL, nn.Module, PatchDiscriminator]:
-    """(autoencoder, perceptual distance, discriminator)."""
+    """Builds (autoencoder, perceptual distance, discriminator)."""
     perceptual = random_lpips() if size.lpips else TinyPerceptual()
     reseed("bench", "weights")
     return AutoencoderKL(**size.network), perceptual, PatchDiscriminator(**size.discriminator)
@@ -49,7 +50,7 @@ def build(size: AutoencoderSize) -> tuple[AutoencoderKL, nn.Module, PatchDiscrim
 def our_task(
     autoencoder: AutoencoderKL, perceptual: nn.Module, discriminator: nn.Module, optimizer: Callable, compiled: bool
 ) -> AutoencoderTask:
-    """Stage 1 with both adversarial terms from the first step."""
+    """Returns our stage 1, with both adversarial terms from the first step."""
     loss = AutoencoderLoss(perceptual, discriminator, kl_weight=KL, disc_weight=DISC, disc_start=0)
     if compiled:
         autoencoder.encoder.compile()
@@ -60,9 +61,10 @@ def our_task(
 
 
 class Taming:
-    """What both peers have in common: the loss of CompVis' LPIPSWithDiscriminator, by the graph of the whole reconstruction.
+    """What both peers have in common: the loss of CompVis' LPIPSWithDiscriminator, computed on the graph of the whole
+    reconstruction.
 
-    tuned: channels_last, and fused optimisers. optimizer: parameters -> optimiser, one for each player.
+    tuned: channels_last. optimizer: parameters -> optimiser, called once for each player.
     """
 
     def __init__(
@@ -91,7 +93,8 @@ class Taming:
         return reconstructions.float(), posterior
 
     def likelihood(self, images: torch.Tensor, reconstructions: torch.Tensor) -> torch.Tensor:
-        """L1 and the perceptual distance, which is broadcast over the picture, summed over C, H, W."""
+        """L1 plus the perceptual distance, which is broadcast over the picture, both summed over C, H, W and averaged
+        over the batch."""
         distance = self.perceptual(reconstructions, images)
         per_image = (images - reconstructions).abs().flatten(1).sum(dim=1) + distance * images[0].numel()
         return per_image.mean()
@@ -99,7 +102,7 @@ class Taming:
     def generator_step(
         self, images: torch.Tensor, reconstructions: torch.Tensor, posterior: DiagonalGaussian
     ) -> torch.Tensor:
-        """The autoencoder's loss, its backward pass and its step."""
+        """Computes the autoencoder's loss, its backward pass and its step; returns the loss."""
         nll = self.likelihood(images, reconstructions)
         with self.machine.autocast():
             adversarial = -self.discriminator(reconstructions).float().mean()
@@ -124,13 +127,14 @@ class Taming:
 
 
 class TwoForwards(Taming):
-    """CompVis' training_step under Lightning's two optimisers: each has its own pass through the autoencoder and LPIPS."""
+    """CompVis' training_step under Lightning's two optimisers: each has its own pass through the autoencoder and
+    LPIPS."""
 
     def __call__(self) -> None:
         images = self.taken()
         self.generator_step(images, *self.reconstructed(images))
         reconstructions, _ = self.reconstructed(images)
-        self.likelihood(images, reconstructions)  # computed before the branch on the optimiser, and not used
+        self.likelihood(images, reconstructions)  # computed before branching on the optimiser, then unused
         self.critic_step(images, reconstructions)
 
 
@@ -145,7 +149,7 @@ class TwoBackwards(Taming):
 
 
 def measure(settings: Settings, name: str) -> Table:
-    """One size. All contenders begin with the same weights."""
+    """Measures one size. All contenders start from the same weights."""
     size, machine = AUTOENCODERS[name], settings.machine
     count = settings.batch_size or size.batch
     parts = build(size)
@@ -182,5 +186,5 @@ def measure(settings: Settings, name: str) -> Table:
 
 
 def train_autoencoder(settings: Settings) -> list[Table]:
-    """A training step at each size; see `TwoForwards` and `TwoBackwards` for the peers."""
+    """Measures a training step at each size; see `TwoForwards` and `TwoBackwards` for the peers."""
     return [measure(settings, name) for name in settings.chosen(AUTOENCODERS, **AUTOENCODERS_ON)]

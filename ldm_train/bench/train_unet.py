@@ -1,4 +1,5 @@
-"""Stage 2: a step of our training on cached latents, against diffusers' trainers around a U-Net with the same weights."""
+"""The stage-2 benchmark: our training step on cached latents, against diffusers' trainers around a U-Net with the same
+weights."""
 
 import copy
 from collections.abc import Callable
@@ -27,13 +28,14 @@ from ldm_train.training.diffusion_task import DiffusionTask
 from ldm_train.training.fit import Machine
 
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012}
-DROPPED = 0.1  # share of the conditions that training leaves out
+DROPPED = 0.1  # share of the conditions that training drops
 CLIP = 1.0
 ADAM = {"lr": 1e-4, "betas": (0.9, 0.999), "weight_decay": 1e-2}
 
 
 class Encoded(Conditioner):
-    """A context that is in the batch already, (B, L, dim), as text encodings are that were made beforehand."""
+    """A conditioner whose context (B, L, dim) is already in the batch, like text encodings that were computed
+    beforehand."""
 
     field = "encoded"
     declares = Field()
@@ -56,7 +58,8 @@ def options_of(size: UNetSize) -> dict[str, Any]:
 
 
 def build_unet(size: UNetSize) -> UNet:
-    """With weights in the place of the zeros that a U-Net begins with, so that its parts count."""
+    """Builds a U-Net with random weights instead of the zeros that it starts with, so that all its parts have an
+    effect."""
     reseed("bench", "weights")
     unet = UNet(**options_of(size))
     for parameter in unet.parameters():
@@ -66,7 +69,7 @@ def build_unet(size: UNetSize) -> UNet:
 
 
 def build_batch(size: UNetSize, count: int, pinned: bool = False) -> dict[str, Any]:
-    """Cached moments (B, 2C, h, w) and, where the size has tokens, their context, on the host."""
+    """Returns cached moments (B, 2C, h, w) and, if the size has tokens, their context, on the host."""
     channels, height, width = size.latents
     reseed("bench", "batch")
     moments = torch.randn(count, 2 * channels, height, width)
@@ -79,7 +82,7 @@ def build_batch(size: UNetSize, count: int, pinned: bool = False) -> dict[str, A
 
 
 def our_task(size: UNetSize, unet: UNet, compiled: bool = False) -> DiffusionTask:
-    """Stage 2 as recipes have it: epsilon, fused AdamW, clipping, averaged weights, channels_last."""
+    """Returns our stage 2 as in the recipes: epsilon, fused AdamW, clipping, averaged weights, channels_last."""
     channels, height, width = size.latents
     first = FirstStage(AutoencoderKL(channels, 32, (1,), 1, mid_attention=False))  # only its posterior is used
     conditioners = {"encoded": Encoded(size.tokens, size.network["context_dim"])} if size.tokens else {}
@@ -96,10 +99,10 @@ def our_task(size: UNetSize, unet: UNet, compiled: bool = False) -> DiffusionTas
 
 
 class DiffusersTrainer:
-    """A step of diffusers' example trainers (train_unconditional.py, train_text_to_image.py) on cached latents: DDPM noise,
-    epsilon, AdamW, clipping, its learning-rate schedule and EMAModel, autocast in the place of accelerate's.
+    """A step of diffusers' example trainers (train_unconditional.py, train_text_to_image.py) on cached latents: DDPM
+    noise, epsilon, AdamW, clipping, its learning-rate schedule and EMAModel, with autocast instead of accelerate's.
 
-    tuned: channels_last, fused AdamW and an average in one operation for all weights, none of which they ask for.
+    tuned: channels_last, fused AdamW and an average in one operation for all weights, none of which the examples use.
     """
 
     def __init__(self, unet: nn.Module, size: UNetSize, batch: dict[str, Any], machine: Machine, tuned: bool):
@@ -139,7 +142,7 @@ class DiffusersTrainer:
 
 @torch.no_grad()
 def check_same(size: UNetSize, ours: nn.Module, theirs: nn.Module) -> None:
-    """Raises ValueError where the two networks give different outputs."""
+    """Raises ValueError if the two networks give different outputs."""
     reseed("bench", "agreement")
     x, t = torch.randn(2, *size.latents), torch.tensor([10.0, 700.0])
     context = torch.randn(2, size.tokens, size.network["context_dim"]) if size.tokens else None
@@ -147,7 +150,7 @@ def check_same(size: UNetSize, ours: nn.Module, theirs: nn.Module) -> None:
 
 
 def measure(settings: Settings, name: str) -> Table:
-    """One size; compiled networks are measured after the eager ones, each against the other's."""
+    """Measures one size; compiled networks are measured after the eager ones, ours against theirs."""
     size, machine = UNETS[name], settings.machine
     count = settings.batch_size or size.batch
     unet = build_unet(size)
@@ -178,5 +181,5 @@ def measure(settings: Settings, name: str) -> Table:
 
 
 def train_unet(settings: Settings) -> list[Table]:
-    """A training step at each size; see `DiffusersTrainer` for the peer."""
+    """Measures a training step at each size; see `DiffusersTrainer` for the peer."""
     return [measure(settings, name) for name in settings.chosen(UNETS, **UNETS_ON)]

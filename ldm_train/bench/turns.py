@@ -1,4 +1,4 @@
-"""Our training as it runs, Lightning, callbacks and loader included, in turns with steps of others."""
+"""Our training as users run it, with Lightning, callbacks and loader, in turns with the steps of other trainers."""
 
 import tempfile
 import warnings
@@ -16,7 +16,8 @@ OURS = "ours"
 
 
 class Turns(L.Callback):
-    """After each of our steps, from the end of the one before to its own, the others' steps, which are not counted as ours."""
+    """Times each of our steps, from the end of the last round to its own end, then runs and times the others' steps,
+    which are not counted as ours."""
 
     def __init__(self, clock: Clock, name: str, others: Mapping[str, Callable[[], object]]):
         self.clock, self.name, self.others = clock, name, others
@@ -36,7 +37,7 @@ class Turns(L.Callback):
 
 
 class Repeated(L.LightningDataModule):
-    """The same batch, on the host, for every step: what is measured is the step."""
+    """Yields the same batch, on the host, for every step, so that only the step is measured."""
 
     def __init__(self, batch: Mapping[str, Any], steps: int):
         super().__init__()
@@ -62,9 +63,9 @@ def train_in_turns(
     others: Mapping[str, Callable[[], object]],
     name: str = OURS,
 ) -> None:
-    """Trains `task` by `fit` for the rounds of the clock, each followed by the work of the others."""
+    """Trains `task` by `fit` for the rounds of the clock, with the others' work after each step."""
     cadence = Cadence(10**9, 10**9, log_every=10**9, progress=False)
-    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings(action="ignore"):  # of no validation
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings(action="ignore"):  # about missing validation
         fit(
             task, Repeated(batch, clock.rounds), Path(folder), clock.rounds, batch_size, batch_size, cadence, machine,
             callbacks=[Turns(clock, name, others)], options={"limit_val_batches": 0},

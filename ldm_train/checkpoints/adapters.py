@@ -1,6 +1,8 @@
-"""LoRA files: a folder of our own (adapter.json, adapter.safetensors), and one file in the key layouts of diffusers/PEFT and of kohya.
+"""LoRA files: our own folder format (adapter.json, adapter.safetensors), and single files with the key layouts of
+diffusers/PEFT and kohya.
 
-Such files may come from anyone: they are read as tensors by name, and fit the layers of the model or are refused by name.
+Such files may come from untrusted sources: only named tensors are read, and a tensor that fits no layer of the model is
+refused with an error that names it (layers of text encoders that the model lacks are left out and reported).
 """
 
 import math
@@ -26,7 +28,7 @@ CONTROL = "control.safetensors"  # see `checkpoints/control.py`
 LAYOUTS = ("diffusers", "kohya")
 NETWORK, ENCODERS = "network.", "encoders."
 LARGEST_RANK = 4096
-# Ends of names in other layouts -> which part of a layer's addition it is.
+# Suffixes of tensor names in other layouts -> which part of a layer's low-rank update the tensor is.
 PARTS = {
     ".lora_A.weight": "down", ".lora_B.weight": "up", ".lora_down.weight": "down", ".lora_up.weight": "up",
     ".lora.down.weight": "down", ".lora.up.weight": "up", ".alpha": "alpha",
@@ -35,12 +37,12 @@ PREFIXES = ("base_model.model.", "unet.", "lora_unet_", "transformer.")
 OWN_TEXT = "text_encoder."
 FIRST_TEXT = ("text_encoder.", "lora_te_", "lora_te1_", "")
 OF_TEXT = ("text_encoder.", "text_encoder_2.", "lora_te_", "lora_te1_", "lora_te2_", "text_model.")
-Parts = dict[str, torch.Tensor]  # down, up and perhaps alpha of one layer
-Place = tuple[str, int, int]  # our weight, which of its parts of equal height, of how many
+Parts = dict[str, torch.Tensor]  # down, up and optionally alpha of one layer
+Place = tuple[str, int, int]  # our weight's name, index of one of its equal blocks of rows, number of blocks
 
 
 def save_adapter(folder: str | Path, model: nn.Module, name: str, metadata: Mapping[str, Any]) -> str:
-    """Writes an adapter of a model as a folder, its record last. Returns the weights' sha256."""
+    """Writes an adapter of a model to a folder, adapter.json last. Returns the sha256 of the weights file."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     pairs = lora.pairs_of(model, name)
@@ -55,7 +57,8 @@ def save_adapter(folder: str | Path, model: nn.Module, name: str, metadata: Mapp
 
 
 def find_adapter(value: str | Path, runs_dir: str | Path, option: str = "adapters") -> Path:
-    """The adapter of a run by its name or folder, a folder of one, or a file of others. Raises FileNotFoundError."""
+    """Returns the path of an adapter: that of a run (given by name or folder), an adapter folder, or a .safetensors
+    file of another program. Raises FileNotFoundError if there is none."""
     tried = []
     for base in (Path(value), Path(runs_dir) / str(value)):
         tried.append(str(base))
@@ -76,7 +79,8 @@ def adapter_sha256(path: Path) -> str:
 
 
 def save_word(folder: str | Path, token: str, rows: torch.Tensor, metadata: Mapping[str, Any]) -> str:
-    """Writes a learned word, its vectors (K, dim) in the file that diffusers loads, and a record. Returns the file's sha256."""
+    """Writes a learned word to a folder: its vectors (K, dim) in the format that diffusers loads, and adapter.json.
+    Returns the sha256 of the vectors' file."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     data = save({token: rows.detach().float().cpu().contiguous()})
@@ -86,8 +90,9 @@ def save_word(folder: str | Path, token: str, rows: torch.Tensor, metadata: Mapp
 
 
 def read_word(path: Path) -> tuple[str, torch.Tensor] | None:
-    """A learned word and its vectors (K, dim), of a folder or of a file as diffusers and webui write them; None where there is an
-    adapter of weights. Raises ValueError where it is damaged."""
+    """Reads a learned word and its vectors (K, dim) from a folder, or from a file written by diffusers or webui.
+    Returns None if the path holds an adapter of weights instead. Raises ValueError if it is damaged or holds no
+    valid word."""
     file = path / WORD if path.is_dir() else path
     if not file.is_file():
         return None
@@ -99,7 +104,7 @@ def read_word(path: Path) -> tuple[str, torch.Tensor] | None:
     ((token, rows),) = tensors.items()
     if path.is_dir() and read_record(path / RECORD).get("sha256") != file_sha256(file):
         raise ValueError(f"{file} is damaged: its sha256 is not the recorded one; take an undamaged copy")
-    token = file.stem if token == "emb_params" else token  # webui's files name the word by the file
+    token = file.stem if token == "emb_params" else token  # in webui's files the word is the file's name
     fits = rows.ndim in (1, 2) and 0 < (1 if rows.ndim == 1 else len(rows)) <= 64
     if not fits or not token.strip() or not token.isprintable() or len(token) > 100:
         raise ValueError(f"{file}: {token!r} of shape {tuple(rows.shape)} is no learned word")
@@ -107,7 +112,8 @@ def read_word(path: Path) -> tuple[str, torch.Tensor] | None:
 
 
 def finite_tensors(path: Path) -> dict[str, torch.Tensor]:
-    """Raises ValueError for a file that is none of weights, or holds values that are no finite numbers."""
+    """Reads a safetensors file. Raises ValueError if it cannot be read, or holds values that are not floating-point or
+    not finite."""
     try:
         tensors = load_file(path)
     except (SafetensorError, OSError, ValueError) as error:
@@ -119,8 +125,8 @@ def finite_tensors(path: Path) -> dict[str, torch.Tensor]:
 
 
 def read_adapter(path: Path, model: LatentDiffusion) -> tuple[dict[str, lora.Pair], list[str]]:
-    """An adapter's additions by the names of the model's weights, and what of the file was left out, in words. Raises ValueError
-    where the file is damaged or belongs to another architecture."""
+    """Reads an adapter: its low-rank pairs by the names of the model's weights, and descriptions of what was left out
+    of the file. Raises ValueError if the file is damaged or belongs to another architecture."""
     if path.is_dir():
         record = read_record(path / RECORD)
         if record.get("sha256") != file_sha256(path / WEIGHTS):
@@ -142,7 +148,7 @@ def read_adapter(path: Path, model: LatentDiffusion) -> tuple[dict[str, lora.Pai
 
 
 def _pair(key: str, parts: Parts, alpha: float | None, path: Path) -> lora.Pair:
-    """Raises ValueError for parts that do not belong together."""
+    """Makes the low-rank pair of one layer. Raises ValueError if its tensors do not fit together."""
     if missing := [part for part in ("down", "up") if part not in parts]:
         raise ValueError(f"{path}: {key} has no {missing[0]}; take an undamaged copy")
     down, up = parts["down"].float(), parts["up"].float()
@@ -156,7 +162,8 @@ def _pair(key: str, parts: Parts, alpha: float | None, path: Path) -> lora.Pair:
 
 
 def _names(network: nn.Module) -> dict[str, list[str]]:
-    """Our weights of a U-Net -> their layers in diffusers: one, or three where ours joins queries, keys and values."""
+    """Maps each adaptable weight of a U-Net to its layers in diffusers: one, or three if our layer fuses queries, keys
+    and values."""
     keys = [k for k, _ in lora.adaptable(network) if k.endswith(".weight") and not k.startswith("control.")]
     numbered = {key: torch.full((3, 1, 1), number) for number, key in enumerate(keys)}
     names: dict[str, list[str]] = {key: [] for key in keys}
@@ -166,8 +173,8 @@ def _names(network: nn.Module) -> dict[str, list[str]]:
 
 
 def _places(network: nn.Module) -> dict[str, Place]:
-    """Names of layers in the layouts of others -> the weight of ours, which of its parts, and of how many. The dots of kohya's are
-    underscores."""
+    """Maps the layer names of other layouts to places in our network. Each name is included a second time in kohya's
+    form, with underscores for dots."""
     weights = [key for key, _ in lora.adaptable(network) if key.endswith(".weight")]
     places = {key.removesuffix(".weight"): (NETWORK + key, 0, 1) for key in weights}
     if isinstance(network, UNet):
@@ -177,7 +184,8 @@ def _places(network: nn.Module) -> dict[str, Place]:
 
 
 def _text_places(model: LatentDiffusion, load: bool) -> dict[str, Place]:
-    """As `_places`, of the model's frozen text encoder where that is CLIP. load: obtain it if need be."""
+    """Same as `_places` for the model's frozen text encoder, under CLIP's layer names; empty if there is none or it is
+    not loaded. load: load or download it if needed."""
     reader = next(((name, c) for name, c in model.conditioners.items() if isinstance(c, FrozenText)), None)
     if reader is None:
         return {}
@@ -194,16 +202,15 @@ def _text_places(model: LatentDiffusion, load: bool) -> dict[str, Place]:
 
 
 def _text_layer_of(name: str) -> str:
-    """The name of a layer of a model's first text encoder; those of a second one stay as they are."""
-    prefix = next((p for p in FIRST_TEXT if name.startswith(p)), None)
-    if prefix is None:
-        return name
+    """Returns the name of a text encoder's layer in the form "text_encoder.text_model...". For layers of a second text
+    encoder the result matches no layer of the model."""
+    prefix = next(p for p in FIRST_TEXT if name.startswith(p))
     layer = name.removeprefix(prefix).removeprefix("base_model.model.")
     return OWN_TEXT + (layer if layer.startswith("text_model") else f"text_model.{layer}")
 
 
 def _layer_of(name: str) -> str:
-    """A layer's name without the prefix that says which network it is in, and as diffusers names it today."""
+    """Returns a layer's name without the prefix that names its network, and in diffusers' current naming."""
     for prefix in PREFIXES:
         name = name.removeprefix(prefix)
     name = re.sub(r"\.processor\.(to_[qkv])_lora$", r".\1", name)
@@ -211,7 +218,8 @@ def _layer_of(name: str) -> str:
 
 
 def _shaped(parts: Parts, kernel: tuple[int, ...]) -> Parts:
-    """down and up of a layer that is linear there and a convolution over single positions here, or back, with this kernel."""
+    """Reshapes down and up if the layer is linear in the file and a 1x1 convolution with this kernel here, or the
+    reverse; otherwise returns the parts unchanged."""
     if {"down", "up"} - parts.keys() or parts["down"].shape[2:] == kernel:
         return parts
     if math.prod(kernel) != 1 or any(math.prod(t.shape[2:]) != 1 or t.ndim < 2 for t in parts.values()):
@@ -257,7 +265,8 @@ def _foreign(
 
 
 def _joined(parts: Mapping[int, lora.Pair], count: int, height: int) -> lora.Pair:
-    """Additions to parts of one weight, each of height / count rows, as one addition to all of it."""
+    """Combines the pairs for `count` equal blocks of rows of a weight with `height` rows into one pair for the whole
+    weight. Raises ValueError if their shapes do not fit."""
     rank, rows = sum(pair.rank for pair in parts.values()), height // count
     first = next(iter(parts.values()))
     if any(pair.up.shape[0] != rows or pair.down.shape[1:] != first.down.shape[1:] for pair in parts.values()):
@@ -271,8 +280,9 @@ def _joined(parts: Mapping[int, lora.Pair], count: int, height: int) -> lora.Pai
 
 
 def export_adapter(pairs: Mapping[str, lora.Pair], model: LatentDiffusion, path: Path, layout: str) -> list[str]:
-    """Writes an adapter of a U-Net as one file in a layout of others. Returns what was left out, in words. Raises ValueError for a
-    network without names there."""
+    """Writes an adapter of a U-Net as one file in the layout of diffusers or kohya. Returns descriptions of what was
+    left out. Raises ValueError for an unknown layout, a network other than a U-Net, or an adapter with nothing to
+    export."""
     if layout not in LAYOUTS:
         raise ValueError(f"the layout of an adapter is one of {', '.join(LAYOUTS)}, not {layout!r}")
     if not isinstance(model.network, UNet):
@@ -290,9 +300,9 @@ def export_adapter(pairs: Mapping[str, lora.Pair], model: LatentDiffusion, path:
         layers = names[key]
         for name, up in zip(layers, pair.up.detach().chunk(len(layers))):
             down = pair.down.detach()
-            if pair.down.ndim == 3 or re.search(r"\.(to_[qkv]|to_out\.0)$", name):  # linear there
+            if pair.down.ndim == 3 or re.search(r"\.(to_[qkv]|to_out\.0)$", name):  # a linear layer there
                 down, up = down.flatten(1), up.flatten(1)
-            if layout == "diffusers":  # which takes alpha for the rank
+            if layout == "diffusers":  # which assumes that alpha is the rank
                 made |= {f"{name}.lora_A.weight": down, f"{name}.lora_B.weight": up * scale}
             else:
                 part, _, layer = name.partition(".")
@@ -303,7 +313,7 @@ def export_adapter(pairs: Mapping[str, lora.Pair], model: LatentDiffusion, path:
         raise ValueError(
             "the adapter changes nothing of the denoising network, and only that has names in other layouts"
         )
-    data = save({k: v.clone().cpu() for k, v in made.items()}, metadata={"format": "pt"})  # no two share memory
+    data = save({k: v.clone().cpu() for k, v in made.items()}, metadata={"format": "pt"})  # none may share memory
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, lambda file: file.write(data))
     return [f"{left} layers of conditioners"] if left else []

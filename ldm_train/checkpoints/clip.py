@@ -1,5 +1,5 @@
-"""The encoders inside Stable Diffusion's checkpoints: CLIP's text as transformers names it (SD 1), OpenCLIP's by its own names
-(SD 2), and CLIP's or OpenCLIP's pictures (SD 2 unCLIP)."""
+"""Reads and writes the encoders inside Stable Diffusion checkpoints: CLIP's text encoder under transformers' names
+(SD 1), OpenCLIP's text encoder under its own names (SD 2), and the image encoder of CLIP or OpenCLIP (SD 2 unCLIP)."""
 
 import math
 import re
@@ -14,9 +14,9 @@ from ldm_train.devices import shapes_only
 
 Tensors = dict[str, torch.Tensor]
 CLIP, OPENCLIP, EMBEDDER = "cond_stage_model.transformer.text_model.", "cond_stage_model.model.", "embedder.model."
-HEAD = 64  # channels of a text encoder's head
-VISION_HEADS = 16  # at most; a head has at least 64 channels
-# OpenCLIP's names -> transformers', inside a layer.
+HEAD = 64  # channels per attention head of a text encoder
+VISION_HEADS = 16  # the most heads of an image encoder; each has at least 64 channels
+# OpenCLIP's names -> transformers' names, inside a layer.
 LAYER = {
     "ln_1": "layer_norm1",
     "ln_2": "layer_norm2",
@@ -41,7 +41,8 @@ UNUSED = ("text_projection", "logit_scale", "attn_mask", "embeddings.position_id
 
 
 def _from_openclip(tensors: Mapping[str, torch.Tensor], whole: Mapping[str, str]) -> Tensors:
-    """By transformers' names. whole: those outside the layers."""
+    """Renames OpenCLIP's tensors to transformers' names and splits fused q, k, v. whole: the names outside the
+    layers."""
     made: Tensors = {}
     for name, tensor in tensors.items():
         if name in whole:
@@ -78,8 +79,9 @@ def _to_openclip(tensors: Mapping[str, torch.Tensor], whole: Mapping[str, str]) 
 
 
 def read_text_encoder(tensors: Mapping[str, torch.Tensor], where: Path) -> tuple[nn.Module, set[str], list[str]]:
-    """(a CLIPTextModel, the names of the tensors that it is made of, those that nothing needs) of a checkpoint. Its sizes are
-    those of the tensors. Raises ValueError where there is none, or one with a tensor missing, unknown or of another shape."""
+    """Builds the text encoder of a checkpoint, with sizes taken from its tensors. Returns (a CLIPTextModel, the names
+    of its tensors, the names of tensors that are not needed). Raises ValueError if there is no text encoder, or a
+    tensor is missing, unknown or of another shape."""
     from transformers import CLIPTextConfig, CLIPTextModel
 
     prefix = next((p for p in (CLIP, OPENCLIP) if any(name.startswith(p) for name in tensors)), None)
@@ -118,8 +120,9 @@ def _layers(tensors: Mapping[str, Any]) -> int:
 def read_image_encoder(
     tensors: Mapping[str, torch.Tensor], openclip: bool, where: Path
 ) -> tuple[Any, nn.Module, set[str], list[str]]:
-    """(CLIP's preparation of pictures, a CLIPVisionModelWithProjection, the names of the tensors that it is made of, those that
-    nothing needs) of a checkpoint of SD 2 unCLIP. Raises ValueError as `read_text_encoder`."""
+    """Builds the image encoder of an SD 2 unCLIP checkpoint. Returns (a CLIPImageProcessor, a
+    CLIPVisionModelWithProjection, the names of its tensors, the names of tensors that are not needed). Raises the
+    same errors as `read_text_encoder`."""
     from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWithProjection
 
     prefix = f"{EMBEDDER}visual."
@@ -153,7 +156,8 @@ def read_image_encoder(
 
 
 def image_encoder_tensors(encoder: nn.Module) -> Tensors:
-    """A CLIPVisionModelWithProjection by the names of Stable Diffusion 2 unCLIP's checkpoints."""
+    """Returns the tensors of a CLIPVisionModelWithProjection under the names in Stable Diffusion 2 unCLIP
+    checkpoints."""
     state = {k: v for k, v in encoder.state_dict().items() if "position_ids" not in k}
     projection = state.pop("visual_projection.weight")
     own = _to_openclip({k.removeprefix("vision_model."): v for k, v in state.items()}, VISION)
@@ -161,7 +165,8 @@ def image_encoder_tensors(encoder: nn.Module) -> Tensors:
 
 
 def _with_positions(model: nn.Module) -> nn.Module:
-    """The buffers that no file holds, off the meta device."""
+    """Replaces a model's meta-device buffers, which no file holds, by position indices 0, 1, 2, ... Returns the
+    model."""
     for module in model.modules():
         for name, buffer in module.named_buffers(recurse=False):
             if buffer.is_meta:
@@ -170,12 +175,13 @@ def _with_positions(model: nn.Module) -> nn.Module:
 
 
 def is_openclip(encoder: nn.Module) -> bool:
-    """By the activation: OpenAI's models have their own approximation of GELU."""
+    """Returns True for an OpenCLIP encoder, judged by its activation: OpenAI's models use their own approximation of
+    GELU."""
     return encoder.config.hidden_act == "gelu"
 
 
 def text_encoder_tensors(encoder: nn.Module) -> Tensors:
-    """A CLIPTextModel by the names of Stable Diffusion's checkpoints."""
+    """Returns the tensors of a CLIPTextModel under the names in Stable Diffusion checkpoints."""
     own = {k.removeprefix("text_model."): v for k, v in encoder.state_dict().items() if "position_ids" not in k}
     if is_openclip(encoder):
         return {f"{OPENCLIP}{k}": v for k, v in _to_openclip(own, WHOLE).items()}
@@ -183,7 +189,8 @@ def text_encoder_tensors(encoder: nn.Module) -> Tensors:
 
 
 def read_clip_tokenizer(folder: str | Path) -> Any:
-    """CLIP's tokenizer of a folder with vocab.json and merges.txt, or tokenizer.json. Raises FileNotFoundError or ValueError."""
+    """Reads CLIP's tokenizer from a folder with vocab.json and merges.txt, or tokenizer.json. Raises FileNotFoundError
+    if they are missing, ValueError if they cannot be read."""
     from transformers import CLIPTokenizer
 
     folder = Path(folder)
@@ -192,5 +199,5 @@ def read_clip_tokenizer(folder: str | Path) -> Any:
         raise FileNotFoundError(f"tokenizer={folder} is no folder with CLIP's vocab.json and merges.txt")
     try:
         return CLIPTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # the library raises many kinds
+    except Exception as error:  # the library raises many types of exceptions
         raise ValueError(f"tokenizer={folder} is no tokenizer of CLIP ({str(error).splitlines()[0]})") from error

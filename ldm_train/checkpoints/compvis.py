@@ -1,7 +1,8 @@
-"""Models of CompVis/latent-diffusion and of its relatives, both ways: a checkpoint (.ckpt or .safetensors) with the YAML that
-trained it, as a model of this package, and back. Every tensor has a place in the model, is left out by name, or is refused.
+"""Converts models of CompVis/latent-diffusion and its relatives: a checkpoint (.ckpt or .safetensors) with the YAML
+that trained it to a model of this package, and back. Every tensor of a checkpoint is used, left out by name, or
+refused with an error.
 
-The names of our networks' tensors are those of CompVis (parity is tested), so little moves.
+Our networks use CompVis' tensor names (parity is tested), so few tensors are renamed or reshaped.
 """
 
 import re
@@ -35,7 +36,7 @@ from ldm_train.models.first_stage import fold_statistics
 from ldm_train.storage import read_config, shown
 
 FILES = (".ckpt", ".safetensors", ".pt", ".pth", ".bin")
-# Beginnings of names of tensors that a model here does not need.
+# Prefixes of the names of tensors that our models do not need.
 SCHEDULE = ("betas", "alphas_cumprod", "sqrt_", "log_one_minus_", "posterior_", "logvar", "lvlb_weights", "ddim_")
 LEFT_OUT = {
     "tables of the noise schedule": (*SCHEDULE, "low_scale_model.", "noise_augmentor."),
@@ -49,7 +50,8 @@ LEFT_OUT = {
 
 @dataclass
 class Report:
-    """What a conversion did. mapped: tensors that have a place. left_out: names by reason."""
+    """The result of a conversion. mapped: number of checkpoint tensors used. left_out: names of unused tensors by
+    reason."""
 
     mapped: int = 0
     left_out: dict[str, list[str]] = field(default_factory=dict)
@@ -66,15 +68,16 @@ Tensors = dict[str, torch.Tensor]
 
 
 def read_tensors(path: Path) -> Tensors:
-    """The tensors of a checkpoint. Raises FileNotFoundError, or ValueError, naming the file, for one that is damaged, holds no
-    tensors, or needs code of its own to be read, which is not run."""
+    """Reads the tensors of a checkpoint. Raises FileNotFoundError, or ValueError naming the file if it has another
+    suffix, is damaged, holds anything but named tensors, or can only be read by running code inside it, which is
+    never run."""
     if not path.is_file():
         raise FileNotFoundError(f"{path}: there is no such file")
     if path.suffix not in FILES:
         raise ValueError(f"{path} is none of {', '.join(FILES)}")
     try:
         state = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
-    except Exception as error:  # the libraries raise many kinds
+    except Exception as error:  # the libraries raise many types of exceptions
         words = (str(error) or type(error).__name__).splitlines()[0][:200]
         raise ValueError(
             f"{path} cannot be read without running code that it brings, or is damaged ({words}); take it as .safetensors, or "
@@ -88,7 +91,7 @@ def read_tensors(path: Path) -> Tensors:
 
 
 def _to_ours(tensor: torch.Tensor, heads: int) -> torch.Tensor:
-    """Rows of a joint projection ordered (head, q | k | v, channel) -> (q | k | v, head, channel)."""
+    """Reorders the rows of a fused projection from (head, q | k | v, channel) to (q | k | v, head, channel)."""
     return tensor.view(heads, 3, -1, *tensor.shape[1:]).transpose(0, 1).reshape(tensor.shape)
 
 
@@ -98,8 +101,9 @@ def _to_older(tensor: torch.Tensor, heads: int) -> torch.Tensor:
 
 @dataclass
 class Place:
-    """Where a tensor of ours stands in a checkpoint. theirs: names whose tensors, one after the other, make ours; none for a
-    tensor that is zero there. ours, back: ours from theirs and theirs from ours, where order or shape differ."""
+    """Where one of our tensors is found in a checkpoint. theirs: names of the tensors whose concatenation is ours;
+    empty if the checkpoint has none and ours is zero. ours, back: convert theirs to ours and ours to theirs if order
+    or shape differ."""
 
     theirs: Sequence[str]
     ours: Callable[[torch.Tensor], torch.Tensor] = lambda tensor: tensor
@@ -107,7 +111,7 @@ class Place:
 
 
 def _bert_keys(key: str) -> list[str]:
-    """A TokenEncoder's name -> x-transformers'."""
+    """Returns the names in x-transformers for a tensor of a TokenEncoder."""
     whole = {"token_embedding.weight": "token_emb.weight", "position_embedding": "pos_emb.emb.weight"}
     if not key.startswith("transformer."):
         return [whole.get(key, key)]
@@ -126,7 +130,7 @@ def _bert_keys(key: str) -> list[str]:
 
 
 def _class_rows(rows: int) -> Place:
-    """The class embedding of a model that knows no "no class": its row here is zero."""
+    """The place of the class embedding of a model without a "no class" row: that row is zero here."""
 
     def ours(tensor: torch.Tensor) -> torch.Tensor:
         return torch.cat([tensor, tensor.new_zeros(1, tensor.shape[1])])
@@ -135,8 +139,8 @@ def _class_rows(rows: int) -> Place:
 
 
 def places(model: nn.Module, described: Published, averaged: bool = False) -> dict[str, Place]:
-    """Where each tensor of a model stands, but for scale and shift of the first stage. averaged: the U-Net's are the moving
-    average's."""
+    """Returns the place of each tensor of a model, except for scale and shift of the first stage. averaged: use the
+    moving averages (EMA) of the U-Net's weights."""
     if not isinstance(model, LatentDiffusion):
         return {key: Place([key]) for key in model.state_dict() if not key.startswith("quantize.ema_")}
     heads = {f"{name}.qkv": module.heads for name, module in model.named_modules() if hasattr(module, "qkv")}
@@ -144,7 +148,7 @@ def places(model: nn.Module, described: Published, averaged: bool = False) -> di
     for key, tensor in model.state_dict().items():
         part, _, rest = key.partition(".")
         own = part == "conditioners" and isinstance(model.conditioners[rest.partition(".")[0]], ImageEmbedding)
-        if "quantize.ema_" in key or own:  # only training needs the first, the YAML says the others
+        if "quantize.ema_" in key or own:  # only training needs the first; the others come from the YAML
             continue
         inner = rest.partition(".")[2]
         if part == "network":
@@ -166,8 +170,8 @@ def places(model: nn.Module, described: Published, averaged: bool = False) -> di
 
 
 def left_out(name: str, described: Published, others: Collection[str] = ()) -> str | None:
-    """Why a tensor is not needed, or None where it is unknown. others: names of the U-Net's weights in the form, live or averaged,
-    that is not taken."""
+    """Returns why a tensor is not needed, or None if it is unknown. others: names of the U-Net's weights in the form
+    (live or averaged) that is not used."""
     if name in others:
         return "the averaged weights" if name.startswith("model_ema.") else "the weights that were not averaged"
     reasons = dict(LEFT_OUT)
@@ -177,7 +181,8 @@ def left_out(name: str, described: Published, others: Collection[str] = ()) -> s
 
 
 def _filled(described: Published, tensors: Tensors, averaged: bool, path: Path, yaml: Path) -> tuple[nn.Module, Report]:
-    """The model, its weights loaded. Raises ValueError for a tensor that is missing, unknown or of another shape."""
+    """Builds the described model and loads its weights. Raises ValueError if a tensor is missing, unknown, or of
+    another shape or type."""
     with no_larger_than({name: tuple(tensor.shape) for name, tensor in tensors.items()}, yaml), Uninitialised():
         model = build(described.tree, yaml)
     report, state, left = Report(), model.state_dict(), dict(tensors)
@@ -189,7 +194,7 @@ def _filled(described: Published, tensors: Tensors, averaged: bool, path: Path, 
         try:
             made = place.ours(torch.cat(parts)) if parts else torch.zeros(wanted)
             fits = made.shape == wanted and made.is_floating_point()
-        except RuntimeError:  # they cannot be joined or divided
+        except RuntimeError:  # they cannot be concatenated or reordered
             fits = False
         if not fits:
             raise ValueError(
@@ -213,9 +218,10 @@ def _filled(described: Published, tensors: Tensors, averaged: bool, path: Path, 
 def load(
     path: Path, yaml: Path, which: str | None = None, needs: Mapping[str, Any] | None = None
 ) -> tuple[nn.Module, Published, Report]:
-    """A checkpoint and its YAML as a model of ours, float32, in eval mode.
+    """Loads a checkpoint and its YAML as a model of this package, float32, in eval mode. Also returns the description
+    and a report.
 
-    which: "averaged" or "live" weights of the U-Net; None: averaged where the YAML says use_ema. needs: see `published`.
+    which: "averaged" or "live" weights of the U-Net; None: averaged if the YAML sets use_ema. needs: see `published`.
     Raises FileNotFoundError, or ValueError naming what is missing, unknown or of another shape.
     """
     needs = {"folder": path.parent} | dict(needs or {})
@@ -230,7 +236,7 @@ def load(
         if scale.numel() != 1 or not scale.isfinite().all() or scale <= 0:
             raise ValueError(f"{path} has the scale_factor {shown(scale.tolist())}, which is no scale of latents")
         described.tree["first_stage"]["scale_factor"] = float(scale)
-    if "ztsnr" in tensors:  # its noise ends without signal
+    if "ztsnr" in tensors:  # its noise schedule ends without signal
         described.tree["schedule"]["zero_terminal_snr"] = True
     if "v_pred" in tensors and not described.tree["parameterisation"]["_target_"].endswith("VPrediction"):
         raise ValueError(f"{path} says that it predicts velocity (v_pred), {yaml} says otherwise; give its own YAML")
@@ -249,7 +255,8 @@ def load(
 def _encoders(
     described: Published, tensors: Tensors, path: Path
 ) -> tuple[dict[str, tuple[Any, nn.Module]], set[str], list[str]]:
-    """({conditioner: (what prepares its input, its encoder)}, the names of their tensors, those that nothing needs)."""
+    """Returns ({conditioner: (tokenizer or image processor, encoder)}, the names of the encoders' tensors, the names of
+    tensors that are not needed)."""
     conditioners, made, used, unused = described.tree.get("conditioners", {}), {}, set[str](), list[str]()
     text = conditioners.get("text", {})
     if text.get("path") == HELD_TEXT and text.get("layer") != "projected":
@@ -268,7 +275,8 @@ def _encoders(
 
 
 def load_autoencoder(path: Path, yaml: Path) -> tuple[nn.Module, dict[str, Any]]:
-    """(the autoencoder, its tree) of a checkpoint of one, or of a whole model. Raises as `load`."""
+    """Returns (the autoencoder, its config tree) from the checkpoint of an autoencoder or of a whole model. Raises the
+    same errors as `load`."""
     config, tensors = read_config(yaml), read_tensors(path)
     with suppress(KeyError, TypeError):
         config = {"model": config["model"]["params"]["first_stage_config"]}
@@ -282,16 +290,16 @@ def load_autoencoder(path: Path, yaml: Path) -> tuple[nn.Module, dict[str, Any]]
 
 
 def read_discriminator(path: Path) -> tuple[Tensors, torch.Tensor | None]:
-    """(a patch discriminator's weights by our names, the likelihood's log-variance) of the checkpoint of an autoencoder's
-    training; ({}, None) where it has none."""
+    """Returns (the weights of the patch discriminator under our names, the log-variance of the likelihood) from the
+    checkpoint of an autoencoder's training; ({}, None) if it has none."""
     tensors = read_tensors(path)
     found = {k: v for k, v in tensors.items() if k.startswith("loss.discriminator.")}
     return {k.removeprefix("loss.discriminator."): v for k, v in found.items()}, tensors.get("loss.logvar")
 
 
 def state_dict(model: nn.Module, described: Published, dtype: torch.dtype = torch.float32) -> Tensors:
-    """The tensors of a checkpoint whose YAML `described` is of, its scale in float32. Raises ValueError for what such a file, or
-    this dtype, cannot hold."""
+    """Returns the tensors of the checkpoint that belongs to the YAML of `described`, in `dtype` except for the scale
+    factor in float32. Raises ValueError for what such a file, or this dtype, cannot hold."""
     tensors, state = {}, model.state_dict()
     if isinstance(model, LatentDiffusion) and model.first_stage.one_scale is None:
         state, first = dict(state), model.first_stage

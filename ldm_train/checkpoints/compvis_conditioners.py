@@ -1,4 +1,4 @@
-"""The conditions of CompVis' models and of their relatives, as trees of our conditioners."""
+"""Converts the conditioning in the YAML of CompVis' models and their relatives to config trees of our conditioners."""
 
 from collections.abc import Mapping
 from functools import partial
@@ -8,14 +8,14 @@ from typing import Any
 from ldm_train.checkpoints.compvis_options import Options
 
 Tree = dict[str, Any]
-HELD_TEXT, HELD_VISION = "text_encoder", "image_encoder"  # the path of an encoder that the checkpoint itself holds
+HELD_TEXT, HELD_VISION = "text_encoder", "image_encoder"  # the `path` of an encoder inside the checkpoint itself
 PARTS = "ldm_train.conditioning"
 
 
 def _class_embedder(own: Options, needs: Mapping[str, Any]) -> Tree:
     rows, dim = own.take("n_classes", int, 1000), own.take("embed_dim", int)
     own.ignore("key")
-    null = needs.get("null_class")  # whether the last row stands for no class, as that of ImageNet's 1,001
+    null = needs.get("null_class")  # whether the last row means "no class", e.g. in ImageNet's 1,001
     classes = rows - 1 if null or (null is None and rows == 1001) else rows
     return {"_target_": f"{PARTS}.class_label.ClassLabel", "classes": classes, "dim": dim, "slot": "context"}
 
@@ -55,7 +55,7 @@ def _frozen_text(own: Options, needs: Mapping[str, Any], openclip: bool) -> Tree
             "this model reads captions with CLIP's tokenizer; give tokenizer=<folder with vocab.json and merges.txt>"
         )
     words = {"path": HELD_TEXT, "tokenizer": needs["tokenizer"]}
-    padding = {"pad_id": 0} if openclip else {}  # open_clip's
+    padding = {"pad_id": 0} if openclip else {}  # open_clip's padding
     return {"_target_": f"{PARTS}.text.FrozenText", "max_length": length, "layer": layer} | words | padding
 
 
@@ -76,7 +76,7 @@ NAMES = {
 
 
 def conditioners_of(options: Options, needs: Mapping[str, Any], context_dim: int | None) -> dict[str, Tree]:
-    """The conditioners' trees. needs: see `published`."""
+    """Returns the conditioners' config trees by name. needs: see `published`. context_dim: of the U-Net."""
     key, value = options.take("cond_stage_key", str, "image"), options.left.get("cond_stage_config")
     options.ignore("cond_stage_trainable", "cond_stage_forward", "conditioning_key", "concat_mode")
     if value in (None, "__is_unconditional__", "__is_first_stage__"):
@@ -102,7 +102,7 @@ def conditioners_of(options: Options, needs: Mapping[str, Any], context_dim: int
     return {NAMES[tree["_target_"].rpartition(".")[2]]: tree}
 
 
-# Models with a picture beside the captions, and the class of its conditioner.
+# Models with an image condition beside the captions -> the class of our conditioner for it.
 BESIDE = {
     "LatentInpaintDiffusion": "MaskedImageCondition",
     "LatentDepth2ImageDiffusion": "DepthMap",
@@ -114,14 +114,15 @@ UPSCALER_NOISE = {"linear_start": 1e-4, "linear_end": 0.02}
 
 
 def _image_embedding(options: Options, width: int, needs: Mapping[str, Any]) -> dict[str, Tree]:
-    """The conditioner of SD 2 unCLIP. width: of its vector, the embedding and its noise level side by side."""
+    """Returns the image conditioner of SD 2 unCLIP. width: of its vector, in which the embedding and that of its noise
+    level are concatenated."""
     options.ignore("embedding_key", "freeze_embedder")
     dropout = options.take("embedding_dropout", (int, float), 0.5)
     embedder, own = options.part("embedder_config")
     if embedder not in EMBEDDERS:
         raise ValueError(f"{own.where} is of {embedder!r}; {' and '.join(EMBEDDERS)} can be converted")
-    own.ignore("model", "jit", "device", "antialias", "ucg_rate")  # of pictures
-    own.ignore("arch", "version", "max_length", "freeze")  # of texts
+    own.ignore("model", "jit", "device", "antialias", "ucg_rate")  # options of image embedders
+    own.ignore("arch", "version", "max_length", "freeze")  # options of text embedders
     own.only(layer="pooled")
     own.done()
     noise, own = options.part("noise_aug_config")
@@ -151,7 +152,8 @@ def _image_embedding(options: Options, width: int, needs: Mapping[str, Any]) -> 
 
 
 def beside(kind: str, options: Options, network: Tree, needs: Mapping[str, Any]) -> dict[str, Tree]:
-    """The conditioner of the picture. network: the U-Net that it conditions."""
+    """Returns the conditioner of the image beside the captions. network: the config tree of the U-Net that it
+    conditions."""
     if kind == "ImageEmbeddingConditionedLatentDiffusion":
         return _image_embedding(options, network.get("vector_dim", 0), needs)
     options.ignore("concat_keys", "finetune_keys", "keep_finetune_dims", "c_concat_log_start", "c_concat_log_end")
@@ -160,7 +162,7 @@ def beside(kind: str, options: Options, network: Tree, needs: Mapping[str, Any])
         options.ignore("masked_image_key")
         return {"masked": {"_target_": target, "form": "sd2"}}
     if kind == "LatentDepth2ImageDiffusion":
-        options.ignore("depth_stage_config")  # the estimator; depth maps are given
+        options.ignore("depth_stage_config")  # the depth estimator; here depth maps are inputs
         return {"depth": {"_target_": target}}
     options.ignore("low_scale_key")
     noise, own = options.part("low_scale_config")

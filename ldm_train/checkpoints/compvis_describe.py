@@ -1,4 +1,4 @@
-"""Models of ours in the words of CompVis' YAML."""
+"""Describes our models as CompVis YAML."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ from ldm_train.checkpoints.parts import whole
 from ldm_train.storage import shown
 
 KNOWN = ("AutoencoderKL", "AutoencoderVQ", "UNet", "NoiseSchedule")
-# Our options and theirs, where a number, a flag or a list means the same.
+# Our option -> theirs, for numbers, flags and lists that mean the same.
 DDCONFIG = {
     "z_channels": "z_channels", "channels": "ch", "channel_mult": "ch_mult", "num_res_blocks": "num_res_blocks",
     "in_channels": "in_channels", "dropout": "dropout",
@@ -60,7 +60,8 @@ def _unet_yaml(tree: Mapping[str, Any], size: int) -> dict[str, Any]:
 
 
 def beside_captions(conditioners: Mapping[str, Mapping[str, Any]]) -> str | None:
-    """The class of a model that has a picture beside CLIP's captions, as some of Stable Diffusion's have."""
+    """Returns the CompVis class of a model with CLIP captions and one image condition, like some Stable Diffusion
+    models; None for other models."""
     kinds = {tree["_target_"].rpartition(".")[2] for tree in conditioners.values()}
     others = kinds - {"FrozenText"}
     known = {part: name for name, part in BESIDE.items()}
@@ -69,9 +70,9 @@ def beside_captions(conditioners: Mapping[str, Mapping[str, Any]]) -> str | None
 
 @dataclass(frozen=True)
 class Weights:
-    """What a model's weights say and its tree does not. null_class: its class embedding has a row for "no class". openclip: its
-    frozen text encoder is one of OpenCLIP. openclip_images: so is that of pictures. statistics: its image embeddings have a mean
-    and deviation other than 0 and 1."""
+    """Properties of a model that its weights show and its config tree does not. null_class: its class embedding has a
+    "no class" row. openclip: its frozen text encoder is an OpenCLIP model. openclip_images: its image encoder is
+    one. statistics: its image embeddings have a mean and standard deviation other than 0 and 1."""
 
     null_class: bool = True
     openclip: bool = False
@@ -79,7 +80,7 @@ class Weights:
     statistics: bool = False
 
 
-STATISTICS = "clip_stats.th"  # a name for the file of an image embedding's mean and deviation
+STATISTICS = "clip_stats.th"  # name of the file with an image embedding's mean and standard deviation
 
 
 def _image_embedding_yaml(tree: Mapping[str, Any], weights: Weights) -> dict[str, Any]:
@@ -121,7 +122,8 @@ def _beside_yaml(kind: str, tree: Mapping[str, Any], weights: Weights) -> dict[s
 
 
 def _conditioner_yaml(conditioners: Mapping[str, Mapping[str, Any]], levels: int, weights: Weights) -> dict[str, Any]:
-    """The options of a model that say how its condition is made. levels: halvings of the first stage."""
+    """Returns the YAML options for a model's conditioning. levels: how often the first stage halves the resolution.
+    Raises ValueError for conditioners that no CompVis checkpoint can hold."""
     made: Any = None
     if (beside := beside_captions(conditioners)) is not None:
         parts = {tree["_target_"].rpartition(".")[2]: (name, tree) for name, tree in conditioners.items()}
@@ -169,7 +171,7 @@ def _conditioner_yaml(conditioners: Mapping[str, Mapping[str, Any]], levels: int
     return {"cond_stage_key": key, "cond_stage_config": made}
 
 
-# Options that only training reads, and what a file of weights does not hold.
+# Options that only training reads, and options that a weights file does not hold: not compared.
 UNHELD = (
     *("initial_logvar", "commitment_weight", "codebook_weight", "codebook_ema", "restart_after", "dropout"),
     *("activation_checkpointing", "tokenizer", "labels", "classes", "ignore"),
@@ -178,7 +180,7 @@ UNHELD = (
 
 
 def _check_same(ours: Mapping[str, Any], theirs: Mapping[str, Any], name: str) -> None:
-    """Raises ValueError where an option of ours reads otherwise in the YAML that describes it."""
+    """Raises ValueError if an option of ours has another value when it is read back from the YAML that describes it."""
     ours, theirs = whole(ours), whole(theirs)
     for option in sorted(ours.keys() - set(UNHELD)):
         if ours[option] != theirs.get(option):
@@ -188,8 +190,8 @@ def _check_same(ours: Mapping[str, Any], theirs: Mapping[str, Any], name: str) -
 
 
 def describe(tree: Mapping[str, Any], weights: Weights = Weights()) -> Published:
-    """A model of ours, from its tree and what its weights say, as CompVis' YAML describes it. Raises ValueError, naming the option,
-    for a model that no such YAML describes."""
+    """Describes one of our models as CompVis YAML, from its config tree and what its weights show. Raises ValueError,
+    naming the option, for a model that no such YAML can describe."""
     kind = tree["_target_"].rpartition(".")[2]
     if kind in ("AutoencoderKL", "AutoencoderVQ"):
         described = published({"model": _autoencoder_yaml(whole(tree))}, "the autoencoder")
@@ -214,7 +216,7 @@ def describe(tree: Mapping[str, Any], weights: Weights = Weights()) -> Published
         "parameterization": theirs[prediction],
         "channels": network["in_channels"],
         "image_size": tree["latent_size"][0] if len(set(tree["latent_size"])) == 1 else list(tree["latent_size"]),
-        "use_ema": False,  # the weights are those that were averaged
+        "use_ema": False,  # the exported weights are already the averaged ones
         "first_stage_config": _autoencoder_yaml(whole(autoencoder)),
         "unet_config": _unet_yaml(network, max(tree["latent_size"])),
     }

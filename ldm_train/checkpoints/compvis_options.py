@@ -8,7 +8,7 @@ from ldm_train.storage import shown
 
 
 class Options:
-    """The options of one section, each of which is to be used. Errors name the file and the option."""
+    """The options of one section, all of which must be consumed before `done`. Errors name the file and the option."""
 
     def __init__(self, tree: Any, where: str):
         if not isinstance(tree, Mapping):
@@ -16,7 +16,8 @@ class Options:
         self.left, self.where = dict(tree), where
 
     def take(self, name: str, kinds: type | tuple[type, ...], *default: Any) -> Any:
-        """An option of one of these types (None counts as left out), or its default where it has one."""
+        """Removes and returns an option of one of these types; if it is missing or None, returns its default. Raises
+        ValueError for other types, non-finite numbers, and a missing option without a default."""
         value = self.left.pop(name, None)
         if value is None and default:
             return default[0]
@@ -32,7 +33,8 @@ class Options:
         return list(values)
 
     def only(self, **allowed: Any) -> None:
-        """Options that can be converted at these values only."""
+        """Removes options that can only be converted at these values (a tuple lists several; the first is the default).
+        Raises ValueError for other values."""
         for name, value in allowed.items():
             values = value if isinstance(value, tuple) else (value,)
             if (given := self.left.pop(name, values[0])) not in values:
@@ -41,12 +43,12 @@ class Options:
                 )
 
     def ignore(self, *names: str) -> None:
-        """Options that do not change what the model computes."""
+        """Removes options that do not change what the model computes."""
         for name in names:
             self.left.pop(name, None)
 
     def part(self, name: str) -> tuple[str, "Options"]:
-        """(last word of its target, its options) of a part."""
+        """Removes a nested part and returns (the last word of its `target`, its `params` as Options)."""
         section = Options(self.left.pop(name, None), f"{self.where}.{name}")
         target = section.take("target", str)
         return target.rpartition(".")[2], Options(section.left.get("params") or {}, f"{section.where}.params")

@@ -1,7 +1,8 @@
-"""The YAML of CompVis/latent-diffusion's models and of their relatives, as trees of our models.
+"""Converts the YAML of CompVis/latent-diffusion models and their relatives to config trees of our models.
 
-A YAML is read as plain values: its `target`s are looked up in tables here, and nothing that they name is imported. Every option
-is used, left out because it does not change what the model computes, or refused by name.
+A YAML is read as plain values: its `target`s are looked up in tables here, and nothing that they name is imported.
+Every option is used, ignored because it does not change what the model computes, or refused with an error that names
+it.
 """
 
 from collections.abc import Mapping
@@ -21,7 +22,7 @@ AUTOENCODERS = ("AutoencoderKL", "VQModel", "VQModelInterface")
 
 
 def _autoencoder(kind: str, options: Options) -> dict[str, Any]:
-    """The tree of an autoencoder."""
+    """Returns the config tree of an autoencoder."""
     if kind not in AUTOENCODERS:
         raise ValueError(f"{options.where} is of {kind!r}; {', '.join(AUTOENCODERS)} can be converted")
     options.ignore("lossconfig", "monitor", "ckpt_path", "ignore_keys", "image_key", "colorize_nlabels")
@@ -58,7 +59,7 @@ def _autoencoder(kind: str, options: Options) -> dict[str, Any]:
 
 
 def _unet(options: Options, latent_channels: int) -> tuple[dict[str, Any], bool]:
-    """(the tree of a U-Net, whether its attention has the older order of queries, keys and values)."""
+    """Returns (the config tree of a U-Net, whether its attention has the older order of queries, keys and values)."""
     options.ignore("image_size", "use_checkpoint", "use_fp16", "num_heads_upsample", "legacy")
     options.ignore("spatial_transformer_attn_type")
     options.only(conv_resample=True, dims=2, n_embed=None, num_attention_blocks=None)
@@ -103,8 +104,9 @@ def _unet(options: Options, latent_channels: int) -> tuple[dict[str, Any], bool]
 
 @dataclass
 class Published:
-    """A model as its YAML describes it. tree: of our model. latent: whether it is a whole latent diffusion model, not an
-    autoencoder alone. older_attention: see `_unet`. uses_ema: whether the checkpoint holds averaged weights too."""
+    """A model as described by its YAML. tree: the config tree of our model. latent: True for a whole latent diffusion
+    model, False for an autoencoder alone. older_attention: see `_unet`. uses_ema: whether the checkpoint also holds
+    averaged weights."""
 
     yaml: dict[str, Any]
     tree: dict[str, Any]
@@ -114,21 +116,21 @@ class Published:
 
     @property
     def class_rows(self) -> int | None:
-        """Rows of the checkpoint's class embedding, of models that have one."""
+        """The number of rows of the checkpoint's class embedding, or None for models without one."""
         if "class_label" not in self.tree.get("conditioners", {}):
             return None
         return self.yaml["model"]["params"]["cond_stage_config"]["params"].get("n_classes") or 1000
 
 
 def needs_of(tree: Mapping[str, Any]) -> dict[str, Any]:
-    """What `published` needs to know beside the YAML, of a model of ours."""
+    """Returns the `needs` of `published` for one of our models, i.e. what it must know in addition to the YAML."""
     conditioners = list((tree.get("conditioners") or {}).values())
     needs = {option: part[option] for part in conditioners for option in ("tokenizer", "labels") if part.get(option)}
     frozen = [part["path"] for part in conditioners if "path" in part]  # a text encoder's folder has its tokenizer
     return {"tokenizer": frozen[0], "text_encoder": frozen[0]} | needs if frozen else needs
 
 
-# What only training and logging read.
+# Options that only training and logging read.
 TRAINING = """
     log_every_t monitor first_stage_key image_size_key num_timesteps_cond loss_type scheduler_config original_elbo_weight
     l_simple_weight learn_logvar logvar_init ckpt_path ignore_keys load_only_unet use_positional_encodings clip_denoised
@@ -137,9 +139,10 @@ TRAINING = """
 
 
 def published(config: Mapping[str, Any], where: str, needs: Mapping[str, Any] | None = None) -> Published:
-    """A model from the `model` section of its YAML. where: for messages. needs: {"tokenizer": .., "labels": .., "null_class":
-    .., "text_encoder": .., "folder": .. of the checkpoint, "statistics": ..}, which no YAML says. Raises ValueError, naming the
-    option, for what cannot be converted, FileNotFoundError for a file that it speaks of."""
+    """Reads a model from the `model` section of its YAML. where: the file, for error messages. needs: {"tokenizer": ..,
+    "labels": .., "null_class": .., "text_encoder": .., "folder": .. of the checkpoint, "statistics": ..}, which no
+    YAML contains. Raises ValueError, naming the option, for what cannot be converted, and FileNotFoundError for a
+    missing file that it names."""
     kind, options = Options(config, where).part("model")
     if kind in AUTOENCODERS:
         return Published({"model": config["model"]}, _autoencoder(kind, options), latent=False)

@@ -1,4 +1,5 @@
-"""Controls of U-Nets (ControlNet): a folder of our own (adapter.json, control.safetensors), and diffusers' ControlNetModel."""
+"""Reads and writes ControlNets: our own folder format (adapter.json, control.safetensors), and diffusers'
+ControlNetModel."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,9 +23,9 @@ from ldm_train.storage import file_sha256, read_record, write_atomically, write_
 
 COPY, PICTURE = "copy.", "picture."
 KIND = "ControlNetModel"
-# Modules of ours -> diffusers'; the rest are those of a U-Net's encoder.
+# Our modules -> diffusers'; the other modules are those of a U-Net's encoder.
 OUTSIDE = {"zero_convs.": "controlnet_down_blocks.", "middle_zero_conv.": "controlnet_mid_block."}
-# What a control and its U-Net have in common, beside their weights' shapes.
+# Options that must be equal in a control and its U-Net, in addition to the shapes of the weights.
 SAME = (
     "block_out_channels", "layers_per_block", "down_block_types", "in_channels", "cross_attention_dim", "norm_num_groups",
     "attention_head_dim", "use_linear_projection", "resnet_time_scale_shift",
@@ -33,7 +34,8 @@ IN_PICTURE = "controlnet_cond_embedding."
 
 
 def parts_of(model: LatentDiffusion) -> nn.ModuleDict:
-    """The copy and the picture's convolutions. Raises ValueError for a model without a control."""
+    """Returns the copied encoder and the convolutions for the control image. Raises ValueError for a model without a
+    control."""
     copy = controlled(model.network).control
     if copy is None or NAME not in model.conditioners:
         raise ValueError("this model has no control; train one with diffusion/adapter=control")
@@ -41,7 +43,7 @@ def parts_of(model: LatentDiffusion) -> nn.ModuleDict:
 
 
 def save_control(folder: str | Path, model: LatentDiffusion, metadata: Mapping[str, Any]) -> str:
-    """Writes a model's control as a folder, its record last. Returns the weights' sha256."""
+    """Writes a model's control to a folder, adapter.json last. Returns the sha256 of the weights file."""
     folder, parts = Path(folder), parts_of(model)
     picture = parts["picture"]
     folder.mkdir(parents=True, exist_ok=True)
@@ -54,13 +56,14 @@ def save_control(folder: str | Path, model: LatentDiffusion, metadata: Mapping[s
 
 
 def take_control(folder: Path, model: LatentDiffusion, strength: float = 1.0) -> None:
-    """Gives a model the control in a folder of ours, and the conditioner that reads its picture. Raises ValueError where it is
-    damaged, belongs to another architecture, or the model has one."""
+    """Adds the control in one of our folders to a model, with the conditioner that reads its control image. strength:
+    scale of the control, 1 as trained. Raises ValueError if it is damaged or belongs to another architecture, or the
+    model already has one."""
     record = read_record(folder / RECORD)
     if record.get("sha256") != file_sha256(folder / CONTROL):
         raise ValueError(f"{folder / CONTROL} is damaged: its sha256 is not the recorded one; take an undamaged copy")
     tensors = finite_tensors(folder / CONTROL)
-    with shapes_only():  # a record may describe one of any size
+    with shapes_only():  # a record may describe a network of any size
         described = _picture(record, folder / RECORD).state_dict()
     _check_picture(described, tensors, PICTURE, folder / RECORD)
     picture = _picture(record, folder / RECORD)
@@ -78,14 +81,14 @@ def take_control(folder: Path, model: LatentDiffusion, strength: float = 1.0) ->
 def _check_picture(
     described: Mapping[str, torch.Tensor], held: Mapping[str, torch.Tensor], prefix: str, where: Path
 ) -> None:
-    """Raises ValueError where the weights of a picture's convolutions, with this prefix, have other shapes than a description
-    says."""
+    """Raises ValueError if the held weights of the control image's convolutions, under this prefix, are missing or have
+    shapes other than the described ones."""
     if any(prefix + key not in held or held[prefix + key].shape != value.shape for key, value in described.items()):
         raise ValueError(f"{where} describes another picture than its weights hold; take an undamaged copy")
 
 
 def _picture(record: Mapping[str, Any], where: Path) -> ControlPicture:
-    """The conditioner that a record describes. Raises ValueError where it describes none."""
+    """Builds the conditioner that a record describes. Raises ValueError if it describes none."""
     try:
         kind, options = PICTURES[record["field"]], record["control"]
         sizes = [*options["hidden"], *(v for k, v in options.items() if k != "hidden")]
@@ -97,7 +100,7 @@ def _picture(record: Mapping[str, Any], where: Path) -> ControlPicture:
 
 
 def drop_control(model: LatentDiffusion) -> None:
-    """Takes a model's control, if it has one, away."""
+    """Removes a model's control and its conditioner, if it has them."""
     network = controlled(model.network)
     if network.control is not None:
         network.control = None
@@ -108,7 +111,8 @@ def drop_control(model: LatentDiffusion) -> None:
 
 
 def _levels(config: Mapping[str, Any], name: str) -> Any:
-    """An option of a network in diffusers' words; heads as a list of those of the levels that have attention."""
+    """Returns an option of a diffusers config in comparable form: tuples become lists, and attention heads a list of
+    those at the levels that have attention."""
     value = config[name]
     if name != "attention_head_dim":
         return list(value) if isinstance(value, tuple) else value
@@ -118,7 +122,8 @@ def _levels(config: Mapping[str, Any], name: str) -> Any:
 
 
 def _added(model: LatentDiffusion, picture: ControlPicture, where: Path) -> Control:
-    """A model's new control, not trained yet. Raises ValueError, naming it, for a model that cannot take it."""
+    """Adds an untrained control and its conditioner to a model and returns the control. Raises ValueError, naming
+    `where`, if the model cannot take it."""
     try:
         network = controlled(model.network)
         if (width := picture.widths["control"]) != network.skip_widths[0]:
@@ -134,7 +139,7 @@ def _added(model: LatentDiffusion, picture: ControlPicture, where: Path) -> Cont
 
 
 def _their_key(key: str, per_level: int) -> str:
-    """Our name of a control's weight -> diffusers'."""
+    """Returns diffusers' name for a weight of a control. per_level: residual blocks per level."""
     if key.startswith(PICTURE):
         return IN_PICTURE + key.removeprefix(PICTURE)
     key = key.removeprefix(COPY)
@@ -145,7 +150,8 @@ def _their_key(key: str, per_level: int) -> str:
 
 
 def export_control(folder: Path, model: LatentDiffusion, tree: Mapping[str, Any], dtype: torch.dtype) -> None:
-    """Writes a model's control as diffusers' ControlNetModel. tree: of its U-Net. Raises ValueError for what that cannot express."""
+    """Writes a model's control as a ControlNetModel of diffusers. tree: of its U-Net. Raises ValueError if that class
+    cannot express it."""
     network, parts = whole(tree), parts_of(model)
     kind, config = describe.unet_config(network, model.network, list(model.latent_size))
     if kind != "UNet2DConditionModel":
@@ -169,8 +175,8 @@ def is_control_of_diffusers(folder: Path) -> bool:
 
 
 def take_control_of_diffusers(folder: Path, model: LatentDiffusion, tree: Mapping[str, Any], field: str) -> None:
-    """Gives a model the control in a folder of diffusers. tree: of its U-Net. field: what its picture is. Raises ValueError where
-    it does not fit."""
+    """Adds the control in a diffusers folder to a model. tree: of the model's U-Net. field: the batch field that holds
+    its control image, a key of PICTURES. Raises ValueError if it does not fit."""
     path = folder / "config.json"
     _, options = rules.read_model(path, rules.CONTROLS)
     network = whole(tree)
@@ -189,7 +195,7 @@ def take_control_of_diffusers(folder: Path, model: LatentDiffusion, tree: Mappin
         "channels": options["conditioning_channels"],
     }
     try:
-        with shapes_only():  # a config may describe one of any size
+        with shapes_only():  # a config may describe a network of any size
             described = PICTURES[field](**given).state_dict()
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error

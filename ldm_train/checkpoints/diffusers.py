@@ -1,8 +1,8 @@
-"""Pipelines in diffusers' folders, without diffusers itself: Stable Diffusion 1 and 2 (inpainting too), latent diffusion from
-captions, of small pictures and unconditional, DDPM.
+"""Reads pipeline folders of diffusers, without diffusers itself: Stable Diffusion 1 and 2 (including inpainting),
+latent diffusion (text-to-image, super-resolution and unconditional), DDPM.
 
-Such a folder may come from anyone. Its files are data: none is run, no module that it names is imported, and nothing
-outside it is read.
+Such a folder may come from an untrusted source. Its files are treated as data: no code in it is run, no module that it
+names is imported, and nothing outside it is read.
 """
 
 import hashlib
@@ -70,7 +70,7 @@ def is_diffusers(folder: str | Path) -> bool:
 
 
 def bert_key(key: str) -> str:
-    """A name in `TrainedText` with heads that do not fill its width -> diffusers'."""
+    """Returns diffusers' name for a tensor of a `TrainedText` whose heads do not fill its width."""
     if key == "encoder.position_embedding":
         return "model.embed_positions.weight"
     module, leaf = key.rsplit(".", 1)
@@ -80,7 +80,8 @@ def bert_key(key: str) -> str:
 
 
 def _clip(folder: Path, dim: int) -> tuple[FrozenText, dict[str, Any]]:
-    """CLIP's text encoder and tokenizer. The library is given what was checked here, not the folder's own configs."""
+    """Loads CLIP's text encoder and tokenizer; returns the conditioner and its config tree. transformers builds the
+    encoder from the options checked here, not from the folder's own config."""
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
     encoder, words = folder / "text_encoder", folder / "tokenizer"
@@ -103,7 +104,7 @@ def _clip(folder: Path, dim: int) -> tuple[FrozenText, dict[str, Any]]:
             raise ValueError(f"the encoder lacks {sorted(told['missing_keys'])[0]}")
         if (most := max(tokenizer.get_vocab().values())) >= options["vocab_size"]:
             raise ValueError(f"token {most} has no embedding")
-    except Exception as error:  # the library raises many kinds
+    except Exception as error:  # the library raises many types of exceptions
         raise ValueError(
             f"{encoder} and {words} are no CLIP text encoder ({first_line(error)}); download them again"
         ) from error
@@ -113,7 +114,8 @@ def _clip(folder: Path, dim: int) -> tuple[FrozenText, dict[str, Any]]:
 
 
 def _bert(folder: Path, dim: int) -> tuple[Conditioner, dict[str, Any]]:
-    """The text encoder of latent diffusion's text-to-image models, with its tokenizer."""
+    """Loads the text encoder and tokenizer of a latent diffusion text-to-image model; returns the conditioner and its
+    config tree."""
     path, words = folder / "bert" / "config.json", folder / "tokenizer"
     options = rules.read_options(path, rules.BERT, known=False)
     heads, head_dim = options["encoder_attention_heads"], options["head_dim"]
@@ -141,11 +143,11 @@ PREDICTIONS: dict[str, type[Parameterisation]] = {
 
 
 def schedule_tree(folder: Path) -> tuple[dict[str, Any], str]:
-    """The schedule, and what the U-Net predicts, in diffusers' word."""
+    """Returns the config tree of the noise schedule, and diffusers' name for what the U-Net predicts."""
     path = folder / "scheduler_config.json"
     _, options = rules.read_class(path, rules.SCHEDULERS)
     prediction, zero_snr = options["prediction_type"], options["rescale_betas_zero_snr"]
-    if zero_snr and prediction == "epsilon":  # pure noise says nothing of the image
+    if zero_snr and prediction == "epsilon":  # pure noise holds no information about the image
         raise rules.refused(path, "rescale_betas_zero_snr", zero_snr, "=False, or with prediction_type='v_prediction',")
     own = {name: options[name] for name in ("beta_start", "beta_end", "num_train_timesteps")}
     tree = {
@@ -156,13 +158,14 @@ def schedule_tree(folder: Path) -> tuple[dict[str, Any], str]:
 
 
 def load_schedule(folder: Path) -> tuple[NoiseSchedule, Parameterisation]:
-    """The schedule, and what the U-Net predicts."""
+    """Returns the noise schedule and what the U-Net predicts."""
     tree, prediction = schedule_tree(folder)
     return build(tree, folder / "scheduler_config.json"), PREDICTIONS[prediction]()
 
 
 def _part(folder: Path, index: dict[str, Any], libraries: tuple[str, ...], *names: str) -> str:
-    """The first of these components that a pipeline has. Raises ValueError where it has none, or one of its own."""
+    """Returns the first of these component names that a pipeline has. Raises ValueError if it has none, or if the
+    component's class is not from one of `libraries`."""
     for name in names:
         value = index.get(name)
         if isinstance(value, list) and len(value) == 2 and value[0] is not None:
@@ -178,7 +181,8 @@ def _part(folder: Path, index: dict[str, Any], libraries: tuple[str, ...], *name
 def _conditioner(
     folder: Path, index: dict[str, Any], kind: str, widths: dict[str, int], f: int
 ) -> dict[str, tuple[Conditioner, dict[str, Any]]]:
-    """The conditioners of a pipeline with their trees, by name. f: of the first stage."""
+    """Returns the conditioners of a pipeline and their config trees, by name. f: downsampling factor of the first
+    stage."""
     made: dict[str, tuple[Conditioner, dict[str, Any]]] = {}
     if width := widths["context"]:
         if kind == "LDMTextToImagePipeline":
@@ -191,16 +195,17 @@ def _conditioner(
     if kind == "StableDiffusionInpaintPipeline":
         tree = {"_target_": f"{CONDITIONING}.spatial.MaskedImageCondition", "form": "sd2"}
         made["masked"] = build(tree, folder), tree
-    if kind == "LDMSuperResolutionPipeline":  # its pictures have the size of the latents
+    if kind == "LDMSuperResolutionPipeline":  # its input images have the size of the latents
         tree = {"_target_": f"{CONDITIONING}.spatial.LowResolution", "channels": widths["concat"], "factor": f}
         made["lowres"] = build(tree, folder), tree
     return made
 
 
 def read_pipeline(folder: str | Path) -> tuple[LatentDiffusion, dict[str, Any]]:
-    """A pipeline's folder and the tree that describes it: U-Net, KL or VQ autoencoder, text encoder, noise schedule.
+    """Loads the model in a pipeline folder (U-Net, KL or VQ autoencoder, text encoder, noise schedule) and returns it
+    with its config tree.
 
-    Raises FileNotFoundError for a part that is missing, ValueError, naming file and option, for one not built here.
+    Raises FileNotFoundError if a part is missing, and ValueError, naming file and option, if one is not supported here.
     """
     folder = Path(folder)
     check_folder_links(folder)
@@ -216,7 +221,7 @@ def read_pipeline(folder: str | Path) -> tuple[LatentDiffusion, dict[str, Any]]:
     else:
         vae = folder / _part(folder, index, library, "vae", "vqvae")
         first_stage, first_tree = load_first_stage(vae), first_stage_tree(vae)
-        if kind == "LDMSuperResolutionPipeline":  # which does not read it
+        if kind == "LDMSuperResolutionPipeline":  # this pipeline ignores the scaling factor
             first_stage.set_statistics(1.0)
             first_tree["scale_factor"] = 1.0
     concat = {"StableDiffusionInpaintPipeline": first_stage.latent_channels + 1, "LDMSuperResolutionPipeline": 3}
@@ -241,12 +246,13 @@ def read_pipeline(folder: str | Path) -> tuple[LatentDiffusion, dict[str, Any]]:
 
 
 def load_diffusers(folder: str | Path) -> LatentDiffusion:
-    """The model of a pipeline's folder. Raises as `read_pipeline`."""
+    """Loads the model in a pipeline folder. Raises the same errors as `read_pipeline`."""
     return read_pipeline(folder)[0]
 
 
 def diffusers_metadata(folder: str | Path) -> dict[str, Any]:
-    """As the metadata.json of a native folder: the sha256 of weights and configs, and the usual sampling options of such models."""
+    """Returns what metadata.json holds in a native folder: the sha256 of weights and configs, and the usual sampling
+    options of such models."""
     folder = Path(folder)
     check_folder_links(folder)
     digest = hashlib.sha256()

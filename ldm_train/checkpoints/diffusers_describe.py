@@ -1,4 +1,4 @@
-"""Models of ours in the words of diffusers' configs."""
+"""Describes our models as diffusers configs."""
 
 import math
 from collections.abc import Mapping
@@ -9,7 +9,7 @@ from torch import nn
 from ldm_train import names
 from ldm_train.checkpoints.diffusers_options import BETAS
 
-# Those at which diffusers' DDIM takes the same steps, where their number divides that of training.
+# Spacings at which diffusers' DDIM takes the same steps, if the number of steps divides that of the training timesteps.
 SPACINGS = {
     "trailing": {"timestep_spacing": "trailing", "steps_offset": 0},
     "leading": {"timestep_spacing": "leading", "steps_offset": 0},
@@ -18,15 +18,15 @@ SPACINGS = {
 
 
 def _kept(tree: Mapping[str, Any], refused: Mapping[str, Any], what: str) -> None:
-    """Raises ValueError for an option that is not at its only value in diffusers."""
+    """Raises ValueError if an option differs from the only value that diffusers' networks have."""
     for name, only in refused.items():
         if tree[name] != only:
             raise ValueError(f"{what}.{name} is {tree[name]}; networks of diffusers have {only} only")
 
 
 def _trunk(tree: Mapping[str, Any], network: nn.Module, what: str) -> dict[str, Any]:
-    """The options that U-Nets and autoencoders have in common. `norm_num_groups` is a number that divides all widths where
-    the groups differ, see `is_narrow`."""
+    """Returns the options that U-Nets and autoencoders have in common. If the norms differ in their number of groups
+    (see `is_narrow`), `norm_num_groups` is a number that divides all widths."""
     if tree["channel_mult"][0] != 1:
         raise ValueError(
             f"{what}.channel_mult begins with {tree['channel_mult'][0]}; in diffusers the first level has `channels`"
@@ -41,7 +41,7 @@ def _trunk(tree: Mapping[str, Any], network: nn.Module, what: str) -> dict[str, 
 
 
 def is_narrow(network: nn.Module) -> bool:
-    """Whether its norms differ in their number of groups."""
+    """Returns True if the network's norms differ in their number of groups."""
     return len({m.num_groups for m in network.modules() if isinstance(m, nn.GroupNorm)}) > 1
 
 
@@ -54,7 +54,8 @@ def _blocks(tree: Mapping[str, Any], plain: str, attentive: str) -> dict[str, li
 def autoencoder_config(
     tree: Mapping[str, Any], network: nn.Module, scaling_factor: float
 ) -> tuple[str, dict[str, Any]]:
-    """(class, config) of a KL or VQ autoencoder. tree: whole, see `parts.whole`."""
+    """Returns (class, config) of a KL or VQ autoencoder. tree: with all options, see `parts.whole`. Raises ValueError
+    if diffusers cannot express it."""
     if tree["_target_"].endswith("ImageEmbeddings"):
         raise ValueError(
             "a prior draws its latents through another model, which no pipeline of diffusers does; it stays in our form"
@@ -78,7 +79,8 @@ def autoencoder_config(
 
 
 def unet_config(tree: Mapping[str, Any], network: nn.Module, size: list[int]) -> tuple[str, dict[str, Any]]:
-    """(class, config) of a U-Net. tree: whole, see `parts.whole`. size: (h, w) of the latents it was trained on."""
+    """Returns (class, config) of a U-Net. tree: with all options, see `parts.whole`. size: (h, w) of the latents it was
+    trained on. Raises ValueError if diffusers cannot express it."""
     if (kind := tree["_target_"].rpartition(".")[2]) != "UNet":
         raise ValueError(
             f"diffusion.network is a {kind}, which has no counterpart in diffusers; U-Nets can be exported"
@@ -122,12 +124,13 @@ def unet_config(tree: Mapping[str, Any], network: nn.Module, size: list[int]) ->
         "add_attention": tree["mid_attention"], "attn_norm_num_groups": config["norm_num_groups"],
     }  # fmt: skip
     if tree["vector_dim"]:
-        config["class_embed_type"] = "identity"  # the projection of the vector is among the conditioners
+        config["class_embed_type"] = "identity"  # the conditioners include the projection of the vector
     return "UNet2DModel", config
 
 
 def scheduler_config(tree: Mapping[str, Any], prediction: str, spacing: str) -> dict[str, Any]:
-    """The config of a DDIMScheduler. tree: whole, of a NoiseSchedule. prediction: path of the parameterisation's class."""
+    """Returns the config of a DDIMScheduler. tree: of a NoiseSchedule, with all options. prediction: dotted path of the
+    parameterisation's class. Raises ValueError if diffusers cannot express it."""
     kind, predictions = tree["_target_"].rpartition(".")[2], {path: word for word, path in names.PREDICTIONS.items()}
     if kind != "NoiseSchedule" or prediction not in predictions:
         raise ValueError(

@@ -1,7 +1,8 @@
-"""Models of ours as folders that diffusers opens.
+"""Exports our models as folders that diffusers can load.
 
-A model goes into a pipeline of diffusers' own where one computes the same. Others get the files of `for_diffusers/` beside their
-weights: diffusers runs these with trust_remote_code=True; this package never runs what stands in such a folder.
+A model is exported as one of diffusers' own pipelines if that computes the same. Other models get the files of
+`for_diffusers/` beside their weights: diffusers runs them with trust_remote_code=True; this package never runs code in
+such a folder.
 """
 
 import json
@@ -38,8 +39,8 @@ Tensors = dict[str, torch.Tensor]
 class Component:
     """One folder of a pipeline.
 
-    source: the library, or the file of `for_diffusers`, whose class it is. save: writes it, where its class belongs to
-    transformers
+    source: the library, or the file of `for_diffusers`, that defines its class
+    save: writes the folder, for classes of transformers
     """
 
     source: str
@@ -51,13 +52,13 @@ class Component:
 
     @property
     def code(self) -> str | None:
-        """The file that comes with it."""
+        """The name of the code file that is written with it, if any."""
         return f"{self.source}.py" if self.source in (NARROW, CONDITIONERS) else None
 
 
 @dataclass
 class Pipeline:
-    """kind: the class; `options`: of its model_index.json beside the components."""
+    """A pipeline to be written. kind: its class. options: entries of model_index.json other than the components."""
 
     kind: str
     components: dict[str, Component | None]
@@ -65,23 +66,25 @@ class Pipeline:
 
     @property
     def own(self) -> bool:
-        """Whether it needs code that comes with it."""
+        """Whether it needs code files that are written with it."""
         return self.kind == "LatentDiffusionPipeline" or any(c and c.code for c in self.components.values())
 
 
 def autoencoder_tensors(state: Mapping[str, torch.Tensor], levels: int) -> Tensors:
-    """By diffusers' names. Its attention has linear layers where ours has 1x1 convolutions."""
+    """Renames an autoencoder's tensors to diffusers' names. Attention there has linear layers, ours 1x1
+    convolutions."""
     made = {}
     for key, tensor in state.items():
         if key.startswith("quantize.") and key != "quantize.embedding.weight":
-            continue  # the counts of a codebook's moving averages: only training reads them
+            continue  # moving-average counts of a codebook, which only training reads
         linear = tensor.ndim == 4 and (".attn." in key or ".attn_1." in key)
         made[autoencoder_key(key, levels)] = tensor[:, :, 0, 0] if linear else tensor
     return made
 
 
 def unet_tensors(state: Mapping[str, torch.Tensor], per_level: int) -> Tensors:
-    """By diffusers' names; the fused qkv of attention without a context are three there."""
+    """Renames a U-Net's tensors to diffusers' names. The fused qkv of attention without a context is split into
+    three."""
     made = {}
     for key, tensor in state.items():
         theirs = unet_key(key, per_level)
@@ -101,8 +104,9 @@ def _network(network: nn.Module, kind: str, config: dict[str, Any], tensors: Ten
 
 
 def autoencoder(tree: Mapping[str, Any], first: FirstStage, fold: bool = False) -> Component:
-    """One scale is diffusers' scaling_factor; a scale and a shift per channel are folded into the convolutions of a KL
-    autoencoder. (With a codebook they stay apart: the nearest code depends on them.) fold: one scale too."""
+    """Describes the first stage as a component. A single scale becomes diffusers' scaling_factor; a scale and a shift
+    per channel are folded into the convolutions of a KL autoencoder. (With a codebook they stay separate, because
+    the nearest code depends on them.) fold: fold a single scale, too."""
     state, tree = first.autoencoder.state_dict(), whole(tree)
     one = None if fold else first.one_scale
     if fold or (one is None and isinstance(first.autoencoder, AutoencoderKL)):
@@ -112,7 +116,8 @@ def autoencoder(tree: Mapping[str, Any], first: FirstStage, fold: bool = False) 
 
 
 def _conditioner(name: str, module: nn.Module, downsample_factor: int) -> tuple[str, dict[str, Any]]:
-    """The name and the options of a conditioner in `for_diffusers/conditioners.py`. Raises ValueError where it has none."""
+    """Returns the name and the options of a conditioner in `for_diffusers/conditioners.py`. Raises ValueError if it has
+    no counterpart there."""
     options: dict[str, Any]
     if isinstance(module, ClassLabel):
         ((slot, dim),) = module.widths.items()
@@ -139,7 +144,8 @@ def _conditioner(name: str, module: nn.Module, downsample_factor: int) -> tuple[
 
 
 def conditioners(model: LatentDiffusion, trees: Mapping[str, Mapping[str, Any]], projected: bool) -> Component:
-    """projected: the projection of the vector is among them, not in the U-Net."""
+    """Describes a model's conditioners as a component. projected: it includes the projection of the vector, which the
+    U-Net then lacks."""
     parts, tensors = {}, {"place": torch.zeros(1)}
     for name, module in model.conditioners.items():
         kind, options = _conditioner(name, module, model.first_stage.downsample_factor)
@@ -156,8 +162,8 @@ def conditioners(model: LatentDiffusion, trees: Mapping[str, Mapping[str, Any]],
 
 
 def pipeline(model: LatentDiffusion, tree: Mapping[str, Any], sampling: Mapping[str, Any]) -> Pipeline:
-    """A model, with its tree and its usual sampling options, as a pipeline. Raises ValueError, naming the option, for what
-    diffusers cannot express."""
+    """Describes a model, with its config tree and its usual sampling options, as a pipeline. Raises ValueError, naming
+    the option, if diffusers cannot express it."""
     network, first = whole(tree["network"]), model.first_stage
     kinds = [type(conditioner).__name__ for conditioner in model.conditioners.values()]
     if twice := [kind for kind in kinds if kinds.count(kind) > 1]:
@@ -182,7 +188,7 @@ def pipeline(model: LatentDiffusion, tree: Mapping[str, Any], sampling: Mapping[
     vae = None if pixels else autoencoder(tree["first_stage"]["autoencoder"], first)
     made = conditioners(model, tree.get("conditioners") or {}, identity) if model.conditioners else None
     scale, shift = first.scale.flatten(), first.shift.flatten()
-    if kl and first.one_scale is None:  # folded
+    if kl and first.one_scale is None:  # folded into the weights
         scale, shift = torch.ones(1), torch.zeros(1)
     usual = {"num_inference_steps": sampling.get("num_inference_steps", 50)}
     usual["guidance_scale"] = sampling.get("guidance_scale", 1.0)
@@ -192,7 +198,8 @@ def pipeline(model: LatentDiffusion, tree: Mapping[str, Any], sampling: Mapping[
 
 
 def replaced_sampling(sampling: Mapping[str, Any]) -> list[str]:
-    """What a pipeline of diffusers does otherwise than the model's own usual options, in words."""
+    """Returns notes on which of the model's usual sampling options a diffusers pipeline changes, and what the model
+    usually samples with."""
     notes, spacing = [], sampling.get("spacing", "trailing")
     if spacing not in describe.SPACINGS:
         notes.append(f"its usual spacing {spacing} becomes trailing: diffusers' DDIM steps otherwise there")
@@ -207,7 +214,7 @@ def replaced_sampling(sampling: Mapping[str, Any]) -> list[str]:
 
 
 def _known(model: LatentDiffusion, tree: Mapping[str, Any], parts: dict[str, Component | None]) -> Pipeline | None:
-    """The pipeline of diffusers' own that computes the same, where there is one. parts: U-Net and scheduler."""
+    """Returns diffusers' own pipeline that computes the same as the model, or None. parts: U-Net and scheduler."""
     first, kinds = model.first_stage, {type(c): c for c in model.conditioners.values()}
     f, square = first.downsample_factor, len(set(model.latent_size)) == 1
     if isinstance(first.autoencoder, AutoencoderIdentity):
@@ -251,7 +258,7 @@ def _clip(text: FrozenText) -> dict[str, Component | None]:
 
     def save_encoder(folder: Path, dtype: torch.dtype) -> None:
         config, state = deepcopy(encoder.config), encoder.state_dict()
-        if text.layer == "penultimate":  # the last layer is not run; the final norm is
+        if text.layer == "penultimate":  # the last layer is not used, but the final norm is
             config.num_hidden_layers -= 1
             state = {k: v for k, v in state.items() if f"layers.{config.num_hidden_layers}." not in k}
         saved = CLIPTextModel(config)
@@ -273,7 +280,7 @@ def _clip(text: FrozenText) -> dict[str, Component | None]:
 
 
 def _bert(text: TrainedText, tree: Mapping[str, Any]) -> dict[str, Component | None]:
-    """tree: whole."""
+    """Describes a `TrainedText` as an LDMBertModel and its tokenizer. tree: with all options, see `parts.whole`."""
     words, dim = text.tokenizer.get_vocab_size(), tree["dim"]
     config = {
         "model_type": "ldmbert", "architectures": ["LDMBertModel"], "vocab_size": words, "d_model": dim,
@@ -282,7 +289,7 @@ def _bert(text: TrainedText, tree: Mapping[str, Any]) -> dict[str, Component | N
         "pad_token_id": text.special[0],
     }  # fmt: skip
     tensors = {bert_key(key): tensor for key, tensor in text.state_dict().items()}
-    # That class has logits, which nothing reads.
+    # The class has a layer for logits, which nothing reads.
     tensors |= {"to_logits.weight": torch.zeros(words, dim), "to_logits.bias": torch.zeros(words)}
 
     def save_tokenizer(folder: Path, dtype: torch.dtype) -> None:
@@ -304,7 +311,8 @@ def _bert(text: TrainedText, tree: Mapping[str, Any]) -> dict[str, Component | N
 
 
 def cast(tensors: Mapping[str, torch.Tensor], dtype: torch.dtype) -> Tensors:
-    """Raises ValueError for values that a dtype cannot hold."""
+    """Returns tensors on the CPU, floating-point ones in `dtype`. Raises ValueError for values that the dtype cannot
+    hold."""
     made = {k: (t.to(dtype) if t.is_floating_point() else t).cpu().contiguous().clone() for k, t in tensors.items()}
     for name, tensor in made.items():
         if not tensor.isfinite().all():
@@ -320,7 +328,7 @@ def _version() -> str:
 
 
 def write_component(folder: Path, part: Component, dtype: torch.dtype) -> None:
-    """One folder, as `from_pretrained` of its class reads it."""
+    """Writes one component as a folder that `from_pretrained` of its class can read."""
     folder.mkdir(parents=True, exist_ok=True)
     if part.save is not None:
         part.save(folder, dtype)
@@ -334,7 +342,7 @@ def write_component(folder: Path, part: Component, dtype: torch.dtype) -> None:
 
 
 def write_pipeline(folder: Path, made: Pipeline, dtype: torch.dtype) -> None:
-    """All components and, last, model_index.json."""
+    """Writes all components and, last, model_index.json."""
     own = made.kind == "LatentDiffusionPipeline"
     index: dict[str, Any] = {
         "_class_name": [PIPELINE, made.kind] if own else made.kind,

@@ -1,7 +1,8 @@
-"""U-Nets and autoencoders in diffusers' folders: options and weights as trees and networks of this package.
+"""Loads U-Nets and autoencoders from diffusers folders: their options as config trees, their weights in networks of
+this package.
 
-Such a folder may come from anyone. Its files are data: none is run, no module that it names is imported, and nothing
-outside it is read.
+Such a folder may come from an untrusted source. Its files are treated as data: no code in it is run, no module that it
+names is imported, and nothing outside it is read.
 """
 
 import re
@@ -42,13 +43,14 @@ OLDER_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn":
 
 
 def unet_key(key: str, per_level: int) -> str:
-    """Our name (CompVis') -> diffusers', for `per_level` residual blocks per level. The fused qkv of attention without a
-    context is "...to_qkv" there, which stands for three."""
+    """Returns diffusers' name for our (CompVis') name of a U-Net's tensor. per_level: residual blocks per level. The
+    fused qkv of attention without a context keeps "qkv" in its name, which stands for three tensors there: to_q,
+    to_k and to_v."""
     module, leaf = key.rsplit(".", 1)
     if module in UNET_OUTSIDE:
         return f"{UNET_OUTSIDE[module]}.{leaf}"
     part, rest = re.match(r"(input_blocks\.\d+|middle_block|output_blocks\.\d+)\.(.*)", module).groups()
-    slot, _, inner = rest.partition(".")  # slot: which layer of the step
+    slot, _, inner = rest.partition(".")  # slot: index of the layer in its block
     attention = "transformer_blocks" in inner or inner in ("norm", "proj_in", "proj_out", "qkv")
     if part == "middle_block":
         place = "attentions.0" if attention else f"resnets.{int(slot) // 2}"
@@ -64,7 +66,8 @@ def unet_key(key: str, per_level: int) -> str:
 
 
 def autoencoder_key(key: str, levels: int) -> str:
-    """Our name (CompVis') -> diffusers'. Its attention has linear layers where ours has 1x1 convolutions."""
+    """Returns diffusers' name for our (CompVis') name of an autoencoder's tensor. levels: number of resolutions.
+    Attention there has linear layers, ours 1x1 convolutions."""
     key = key.replace("norm_out", "conv_norm_out").replace("nin_shortcut", "conv_shortcut")
     key = re.sub(r"\bmid\.(block|attn)_(\d)", lambda m: f"mid_block.{m[1]}.{int(m[2]) - 1}", key)
     key = re.sub(r"\bdown\.(\d+)\.", r"down_blocks.\1.", key)
@@ -74,13 +77,15 @@ def autoencoder_key(key: str, levels: int) -> str:
 
 
 def check_folder_links(folder: Path) -> None:
-    """Raises ValueError for a link that leads out of the folder. (A hub's cache keeps its files in blobs/, beside.)"""
+    """Raises ValueError if a link leads out of the folder. (Links to blobs/ in the cache of the Hugging Face Hub are
+    allowed.)"""
     root = folder.resolve()
     check_links(folder, [root.parent.parent / "blobs"] if root.parent.name == "snapshots" else [])
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The weights of one component: whole or in shards, safetensors before pickles."""
+    """Returns the weight files of one component: one file or its shards, safetensors in preference to pickles. Raises
+    FileNotFoundError if there are none, ValueError if the index names a missing file."""
     for stem in WEIGHTS:
         for suffix in (".safetensors", ".fp16.safetensors"):
             if (folder / f"{stem}{suffix}").is_file():
@@ -102,7 +107,7 @@ def first_line(error: Exception) -> str:
 
 
 def read_weights(folder: Path) -> dict[str, torch.Tensor]:
-    """The tensors of a folder, by diffusers' current names. Raises ValueError for a file that cannot be read."""
+    """Reads the tensors of a folder, under diffusers' current names. Raises ValueError if a file cannot be read."""
     weights: dict[str, torch.Tensor] = {}
     for path in weight_files(folder):
         try:
@@ -110,7 +115,7 @@ def read_weights(folder: Path) -> dict[str, torch.Tensor]:
             read = torch.load(path, "cpu", weights_only=True) if path.suffix == ".bin" else load_file(path)
             if not all(isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in read.items()):
                 raise TypeError("it holds more than tensors by name")
-        except Exception as error:  # the libraries raise many kinds
+        except Exception as error:  # the libraries raise many types of exceptions
             raise ValueError(
                 f"{path} cannot be read ({first_line(error)}); download it again, as .safetensors"
             ) from error
@@ -120,18 +125,19 @@ def read_weights(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def _trunk(options: dict[str, Any]) -> dict[str, Any]:
-    """What U-Nets and autoencoders have in common, in our names."""
+    """Returns the options that U-Nets and autoencoders have in common, under our names."""
     widths = options["block_out_channels"]
     mult = [width // widths[0] for width in widths]
     return {"channels": widths[0], "channel_mult": mult, "num_res_blocks": options["layers_per_block"]}
 
 
 def built(path: Path, tree: dict[str, Any]) -> nn.Module:
-    """A network on the meta device, since a config may ask for any size; its memory comes with its weights."""
+    """Builds a network on the meta device, since a config may ask for any size; memory is allocated with its weights.
+    Raises ValueError if the config's number of groups differs from ours."""
     with shapes_only():
         module = build(tree, path)
     groups = rules.read_groups(path)
-    for norm in module.modules():  # groups are not in the weights; ours follow the published widths, see `group_norm`
+    for norm in module.modules():  # groups are not in the weights; ours depend on the width, see `group_norm`
         if isinstance(norm, nn.GroupNorm) and norm.num_groups != groups:
             raise ValueError(
                 f"{path} has norm_num_groups={groups} at width {norm.num_channels}, ours has {norm.num_groups}; models with "
@@ -141,8 +147,8 @@ def built(path: Path, tree: dict[str, Any]) -> nn.Module:
 
 
 def load_weights(module: nn.Module, folder: Path, name: Callable[[str], str], unused: Sequence[str] = ()) -> None:
-    """Loads a folder's tensors, which have other names, into a module. Raises ValueError for a tensor that is missing,
-    unexpected or of another shape. unused: beginnings of names that nothing here needs."""
+    """Loads a folder's tensors into a module. name: our tensor name -> diffusers'. unused: prefixes of names that are
+    not needed. Raises ValueError if a tensor is missing, unexpected or of another shape."""
     weights = {k: v for k, v in read_weights(folder).items() if not k.startswith(tuple(unused))}
     state, left = {}, set(weights)
     for key, value in module.state_dict().items():
@@ -168,10 +174,10 @@ def load_weights(module: nn.Module, folder: Path, name: Callable[[str], str], un
 
 
 def _head_size(path: Path, options: dict[str, Any], levels: list[int], conditional: bool) -> dict[str, int]:
-    """The U-Net's num_heads or head_dim, for those levels that have attention.
+    """Returns the U-Net's num_heads or head_dim, for the levels that have attention.
 
-    attention_head_dim is the width of a head in UNet2DModel (null: one head) and, in spite of its name, the number of
-    heads in UNet2DConditionModel.
+    attention_head_dim is the width of a head in UNet2DModel (null: one head) and, despite its name, the number of heads
+    in UNet2DConditionModel.
     """
     widths, asked = options["block_out_channels"], options["attention_head_dim"]
     if asked is None:
@@ -189,7 +195,7 @@ def _head_size(path: Path, options: dict[str, Any], levels: list[int], condition
 
 
 def unet_tree(folder: Path, latent_channels: int, concat: int = 0) -> tuple[dict[str, Any], list[int]]:
-    """The tree of a U-Net, and the size of the latents that it was trained on."""
+    """Returns the config tree of a U-Net, and the size (h, w) of the latents it was trained on."""
     path = folder / "config.json"
     kind, options = rules.read_model(path, rules.UNETS)
     for name, wanted in (("in_channels", latent_channels + concat), ("out_channels", latent_channels)):
@@ -209,7 +215,7 @@ def unet_tree(folder: Path, latent_channels: int, concat: int = 0) -> tuple[dict
             "linear_projection": options["use_linear_projection"],
             "cross_only_levels": attention if options["only_cross_attention"] else [],
         }
-    else:  # with scale_shift, the middle attention there has no norm unless its groups are given
+    else:  # with scale_shift, diffusers' middle attention has no norm unless its groups are given
         extra = {"mid_attention": mid_attention}
         groups = options["norm_num_groups"]
         allowed = (None, groups) if options["resnet_time_scale_shift"] == "default" else (groups,)
@@ -230,7 +236,8 @@ def unet_tree(folder: Path, latent_channels: int, concat: int = 0) -> tuple[dict
 
 
 def load_unet(folder: Path, latent_channels: int, concat: int = 0) -> tuple[nn.Module, list[int]]:
-    """The U-Net, and the size of the latents that it was trained on. concat: channels of a picture beside the latents."""
+    """Returns the U-Net, and the size (h, w) of the latents it was trained on. concat: channels of an image
+    concatenated to the latents."""
     tree, size = unet_tree(folder, latent_channels, concat)
     unet = built(folder / "config.json", tree)
     load_weights(unet, folder, lambda key: unet_key(key, tree["num_res_blocks"]))

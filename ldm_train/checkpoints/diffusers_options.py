@@ -1,7 +1,7 @@
-"""The options in diffusers' configs: those that are used, those without effect here, those refused by name.
+"""Rules for the options in diffusers configs: which are used, which have no effect here, and which are refused by name.
 
-A folder may come from anyone: a value is used only after its rule has accepted it, and an option without a rule is refused, because
-its effect is unknown. Defaults are diffusers' own, which a config may leave out.
+A folder may come from an untrusted source: a value is used only after its rule has accepted it, and an option without a
+rule is refused, because its effect is unknown. Defaults are diffusers' own, because a config may omit options.
 """
 
 from collections.abc import Callable
@@ -10,7 +10,7 @@ from typing import Any
 
 from ldm_train.storage import read_record, shown
 
-# value -> the value to use; its ValueError says, behind the option's name, what can be loaded
+# value -> the value to use; the text of its ValueError follows the option's name and says what can be loaded
 Rule = Callable[[Any], Any]
 Table = dict[str, tuple[Any, Rule]]  # name -> (default, rule)
 
@@ -38,7 +38,7 @@ def only(*values: Any) -> Rule:
 
 
 def levels(rule: Rule) -> Rule:
-    """A list with an entry for each of up to 8 levels."""
+    """A rule for a list with one entry for each of 1 to 8 levels."""
 
     def read(value: Any) -> list[Any]:
         if not isinstance(value, (list, tuple)) or not 1 <= len(value) <= 8:
@@ -49,12 +49,12 @@ def levels(rule: Rule) -> Rule:
 
 
 def either(rule: Rule) -> Rule:
-    """One value for all levels, or a list of one per level."""
+    """A rule for one value for all levels, or a list with one value per level."""
     return lambda value: levels(rule)(value) if isinstance(value, (list, tuple)) else rule(value)
 
 
 def uniform(rule: Rule) -> Rule:
-    """One value for all levels; in a list they must be equal."""
+    """A rule for one value for all levels; the entries of a list must be equal."""
 
     def read(value: Any) -> Any:
         value = either(rule)(value)
@@ -70,17 +70,18 @@ def optional(rule: Rule) -> Rule:
 
 
 def fixed(**values: Any) -> Table:
-    """Options that can be loaded at their default only."""
+    """Options that can only be loaded at their default."""
     return {name: (value, only(value)) for name, value in values.items()}
 
 
 def without_effect(names: str) -> Table:
-    """Options that do not change what a loaded model computes in float32. names: separated by blanks."""
+    """Options that do not change what a loaded model computes in float32. names: separated by whitespace."""
     return {name: (None, lambda value: value) for name in names.split()}
 
 
 def blocks(*kinds: str) -> Table:
-    """The kinds of level; the first is the default. The way up mirrors the way down, see `read_model`."""
+    """The block types of the levels; the first is the default. The up blocks must mirror the down blocks, see
+    `read_model`."""
     return {"down_block_types": ([kinds[0]], levels(only(*kinds))), "up_block_types": (None, lambda value: value)}
 
 
@@ -91,7 +92,7 @@ TRUNK: Table = {
     "block_out_channels": ([64], levels(whole(1, 2**14))),
     "layers_per_block": (1, LAYERS),
     "norm_num_groups": (32, whole(1, 1024)),
-    "act_fn": ("silu", only("silu", "swish")),  # two names of one function
+    "act_fn": ("silu", only("silu", "swish")),  # two names for the same function
 }
 UNET: Table = (
     TRUNK
@@ -143,7 +144,7 @@ CONDITIONAL: Table = (
         attention_type="default",
         class_embeddings_concat=False,
     )
-    # These belong to embeddings and to blocks that are refused above.
+    # Options of embeddings and blocks that are refused above.
     | without_effect(
         """
         upcast_attention addition_embed_type_num_heads addition_time_embed_dim cross_attention_norm
@@ -190,7 +191,7 @@ VQ = (
     | fixed(norm_type="group")
     | without_effect("lookup_from_codebook")  # pipelines quantise
 )
-# A ControlNet: the half of such a U-Net that goes down, and the picture's convolutions.
+# A ControlNet: the down half of such a U-Net, and the convolutions for the control image.
 CONTROL: Table = (
     {k: v for k, v in CONDITIONAL.items() if k not in ("out_channels", "sample_size", "up_block_types")}
     | {
@@ -204,8 +205,8 @@ CONTROLS = {"ControlNetModel": CONTROL}
 AUTOENCODERS = {"AutoencoderKL": KL, "VQModel": VQ}
 
 BETAS = {"scaled_linear": "scaled_linear", "linear": "linear", "squaredcos_cap_v2": "cosine"}  # diffusers' name, ours
-# The others say how diffusers steps through the schedule; here samplers have options of their own. (Clipping of x_0 to
-# [-1, 1] is for pixels.)
+# The options without effect say how diffusers steps through the schedule; our samplers have their own options.
+# (Clipping of x_0 to [-1, 1] is for pixels.)
 SCHEDULE: Table = (
     {
         "num_train_timesteps": (1000, whole(1, 100_000)),
@@ -257,7 +258,7 @@ BERT: Table = {
     "activation_function": ("gelu", only("gelu")),
     "scale_embedding": (False, only(False)),
 }
-# None that names files or arguments: the tokenizer reads its own folder only.
+# Options of a tokenizer that are accepted and have no effect: it reads only the files of its own folder.
 TOKENIZER = without_effect(
     """
     add_bos_token add_eos_token add_prefix_space added_tokens_decoder additional_special_tokens auto_map backend
@@ -273,7 +274,7 @@ def refused(path: Path, name: str, value: Any, loadable: str) -> ValueError:
 
 
 def read_options(path: Path, table: Table, known: bool = True) -> dict[str, Any]:
-    """The options of a table, as its rules give them. known: refuse all others, except null.
+    """Returns the options of a table, as accepted by its rules. known: refuse all other options that are not null.
 
     Raises FileNotFoundError, or ValueError naming file and option.
     """
@@ -290,12 +291,12 @@ def read_options(path: Path, table: Table, known: bool = True) -> dict[str, Any]
 
 
 def read_groups(path: Path) -> int:
-    """The groups of a network's norms."""
+    """Returns the number of groups of a network's norms."""
     return read_options(path, {"norm_num_groups": TRUNK["norm_num_groups"]}, known=False)["norm_num_groups"]
 
 
 def read_class(path: Path, tables: dict[str, Table]) -> tuple[str, dict[str, Any]]:
-    """The class that a config names, and its options."""
+    """Returns the class that a config names, and its options. Raises ValueError for a class without a table."""
     name = read_record(path).get("_class_name")
     if not isinstance(name, str) or name not in tables:
         raise ValueError(f"{path} is for {shown(name)}; {', '.join(tables)} can be loaded")
@@ -303,7 +304,7 @@ def read_class(path: Path, tables: dict[str, Table]) -> tuple[str, dict[str, Any
 
 
 def read_model(path: Path, tables: dict[str, Table]) -> tuple[str, dict[str, Any]]:
-    """As `read_class`, for networks of levels, whose options must also fit each other."""
+    """Same as `read_class`, for networks with levels, whose options must also fit each other."""
     name, options = read_class(path, tables)
     widths, down = options["block_out_channels"], options["down_block_types"]
     up = [kind.replace("Down", "Up").replace("Encoder", "Decoder") for kind in reversed(down)]

@@ -1,4 +1,4 @@
-"""Models on the Hugging Face Hub: down as data, up as folders."""
+"""Downloads models from the Hugging Face Hub as data files, and uploads folders to it."""
 
 import re
 from functools import cache
@@ -6,28 +6,30 @@ from pathlib import Path
 from typing import Any
 
 REPO = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w.-]+)?")
-# What a model of ours or a pipeline of diffusers is read from; code is not among it, nor are its weights in one file.
+# Files from which our models and diffusers pipelines are read: no code, and no whole pipeline in a single weights file.
 DATA = ("*.json", "config.yaml", "*.txt", "model.safetensors", "diffusion_pytorch_model.safetensors", "*/*.safetensors")
 OTHERS = ("*.fp16.*", "*non_ema*", "*flax*", "*openvino*")
 
 
 def is_repo(path: str | Path) -> bool:
-    """Whether a path that is not there, nor its first folder, may be a model on the Hub: org/name."""
+    """Returns True if a path may be a model on the Hub (org/name or org/name@revision): neither it nor its first folder
+    exists here."""
     first = Path(path).parts[:1]
     return REPO.fullmatch(str(path)) is not None and not Path(path).exists() and not Path(*first).is_dir()
 
 
 @cache
 def downloaded(repo: str) -> Path:
-    """The folder of a model from the Hub, org/name or org/name@revision; files that are there are not fetched again, and without a
-    network the newest that was fetched is taken. Raises FileNotFoundError with the remedy."""
+    """Downloads a model from the Hub, org/name or org/name@revision, and returns its folder. Files that are already
+    here are not fetched again; without a network, the newest version fetched before is used. Raises
+    FileNotFoundError with a remedy."""
     from huggingface_hub import snapshot_download
 
     name, _, revision = repo.partition("@")
     options = {"revision": revision or None, "allow_patterns": list(DATA), "ignore_patterns": list(OTHERS)}
     try:
         return Path(snapshot_download(name, **options))
-    except Exception as error:  # the library raises many kinds
+    except Exception as error:  # the library raises many types of exceptions
         try:
             return Path(snapshot_download(name, **options, local_files_only=True))
         except Exception:
@@ -39,7 +41,7 @@ def downloaded(repo: str) -> Path:
 
 
 def upload(folder: Path, repo: str, private: bool, message: str) -> str:
-    """Makes the repository where it is not there, and uploads a folder. Returns its address. Raises ConnectionError with the
+    """Creates the repository if it does not exist, and uploads a folder. Returns its URL. Raises ConnectionError with a
     remedy."""
     from huggingface_hub import HfApi
 
@@ -47,7 +49,7 @@ def upload(folder: Path, repo: str, private: bool, message: str) -> str:
     try:
         api.create_repo(repo, private=private, exist_ok=True)
         api.upload_folder(repo_id=repo, folder_path=folder, commit_message=message)
-    except Exception as error:  # the library raises many kinds
+    except Exception as error:  # the library raises many types of exceptions
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise ConnectionError(
             f"{repo} could not be uploaded ({reason}); sign in with `hf auth login`, check the name and the network, then run the "

@@ -30,12 +30,13 @@ def _serialised(module: nn.Module) -> bytes:
 
 
 def weights_sha256(module: nn.Module) -> str:
-    """The sha256 that a model folder of this module alone would record."""
+    """Returns the sha256 that a model folder with only this module would record."""
     return hashlib.sha256(_serialised(module)).hexdigest()
 
 
 def _trained(config: dict[str, Any], where: str | Path, trust: Sequence[str]) -> dict[str, Any]:
-    """A model's config with its conditioners as training leaves them, see `Conditioner.trained_options`."""
+    """Returns a model's config with the options of its conditioners after training, see
+    `Conditioner.trained_options`."""
     conditioners = config.get("conditioners")
     if not isinstance(conditioners, dict):
         return config
@@ -49,13 +50,14 @@ def _trained(config: dict[str, Any], where: str | Path, trust: Sequence[str]) ->
 
 
 def save_model(folder: str | Path, module: nn.Module, config: dict[str, Any], metadata: dict[str, Any]) -> str:
-    """Writes a module with the config that builds it; the weights last but one, so a folder with metadata.json is whole.
+    """Writes a module with the config that builds it. metadata.json is written last, so a folder that has it is
+    complete.
 
-    config: nested dictionaries with `_target_`. Returns the weights' sha256.
+    config: nested dictionaries with `_target_`. Returns the sha256 of the weights.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    config = _trained(config, folder / CONFIG, list(targets(config)))  # the module was built from it
+    config = _trained(config, folder / CONFIG, list(targets(config)))  # trusted, since the module was built from it
     weights, text = _serialised(module), yaml.safe_dump(config, sort_keys=False).encode()
     digests = {"sha256": hashlib.sha256(weights).hexdigest(), "config_sha256": hashlib.sha256(text).hexdigest()}
     write_atomically(folder / CONFIG, lambda f: f.write(text))
@@ -65,8 +67,8 @@ def save_model(folder: str | Path, module: nn.Module, config: dict[str, Any], me
 
 
 def read_tree(folder: str | Path) -> dict[str, Any]:
-    """A model folder's config in today's names. Encoders that it brings ("./text_encoder") have their path. Raises ValueError
-    for a path that leads out of the folder."""
+    """Reads a model folder's config under current names. Encoders inside the folder ("./text_encoder") get their full
+    path. Raises ValueError if such a path leads out of the folder."""
     folder = Path(folder)
     tree = names.model(read_config(folder / CONFIG))
     conditioners = tree.get("conditioners")
@@ -80,7 +82,7 @@ def read_tree(folder: str | Path) -> dict[str, Any]:
 
 
 def copy_model(source: str | Path, folder: str | Path, extra: dict[str, Any] | None = None) -> None:
-    """Copies a model folder file by file, metadata.json (with `extra` in it) last."""
+    """Copies a model folder file by file, metadata.json (with `extra` added) last."""
     for name in (CONFIG, WEIGHTS):
         with open(Path(source) / name, "rb") as original:
             write_atomically(Path(folder) / name, lambda file, original=original: shutil.copyfileobj(original, file))
@@ -88,9 +90,9 @@ def copy_model(source: str | Path, folder: str | Path, extra: dict[str, Any] | N
 
 
 def read_metadata(folder: str | Path) -> dict[str, Any]:
-    """metadata.json of a model folder.
+    """Reads metadata.json of a model folder.
 
-    Raises FileNotFoundError naming what is missing, ValueError where it is no record of a model.
+    Raises FileNotFoundError naming what is missing, ValueError if it is not the record of a model.
     """
     folder = Path(folder)
     missing = [n for n in (CONFIG, WEIGHTS, METADATA) if not (folder / n).is_file()]
@@ -105,7 +107,8 @@ def read_metadata(folder: str | Path) -> dict[str, Any]:
 
 
 def find_model(path: str | Path) -> Path | None:
-    """The model folder of a run or an exported model, or `path` itself where it is one, also of diffusers."""
+    """Returns the model folder of a run or an exported model, or `path` itself if it is a model folder, also one of
+    diffusers. Returns None if there is none."""
     for folder in (Path(path) / "export", Path(path) / "diffusion" / "model", Path(path)):
         if (folder / WEIGHTS).is_file() and (folder / METADATA).is_file():
             return folder
@@ -113,7 +116,7 @@ def find_model(path: str | Path) -> Path | None:
 
 
 def model_metadata(folder: Path) -> dict[str, Any]:
-    """The sha256 and the sampling options of a folder that `find_model` found."""
+    """Returns the sha256 and the sampling options of a folder that `find_model` returned."""
     return diffusers_metadata(folder) if is_diffusers(folder) else read_metadata(folder)
 
 
@@ -127,7 +130,8 @@ SAMPLING = {
 
 
 def recorded_sampling(folder: str | Path) -> dict[str, Any]:
-    """The sampling options in a model folder's metadata, plain values. Raises ValueError for values of a wrong type."""
+    """Returns the sampling options in a model folder's metadata, as plain values. Raises ValueError for unknown options
+    and invalid values."""
     sampling = model_metadata(Path(folder)).get("sampling") or {}
     for name, value in sampling.items():
         known = name in SAMPLING and isinstance(value, SAMPLING[name]) and not isinstance(value, bool)
@@ -141,8 +145,9 @@ def recorded_sampling(folder: str | Path) -> dict[str, Any]:
 
 
 def load_latent_diffusion(path: str | Path, trust: Sequence[str] = ()) -> LatentDiffusion:
-    """A LatentDiffusion with the sampling options that its run chose. path: a run, its export, a model folder, a folder in
-    diffusers' layout, or "org/name" on the Hub. trust: see `load_model`. Raises as `load_model` and `load_diffusers`."""
+    """Loads a LatentDiffusion with the sampling options recorded by its run. path: a run, its export, a model folder, a
+    folder in diffusers' layout, or "org/name" on the Hub. trust: see `load_model`. Raises the same errors as
+    `load_model` and `load_diffusers`."""
     if is_repo(path):
         path = downloaded(str(path))
     folder = find_model(path)
@@ -161,37 +166,37 @@ def load_latent_diffusion(path: str | Path, trust: Sequence[str] = ()) -> Latent
 
 
 def load_model(folder: str | Path, trust: Sequence[str] = ()) -> nn.Module:
-    """The module of a native folder, in eval mode on the CPU.
+    """Loads the module of a native folder, in eval mode on the CPU.
 
-    trust: packages of your own whose parts the folder's config may name, beside this package's models.
-    Raises FileNotFoundError for an incomplete folder, ValueError for weights that do not match their checksum or their
-    config, and for a config that asks for anything but models (see `parts.find_part`).
+    trust: the user's own packages whose classes the folder's config may name, in addition to this package's models.
+    Raises FileNotFoundError for an incomplete folder, ValueError if the weights do not match their checksum or their
+    config, or the config asks for anything but models (see `parts.find_part`).
     """
     folder = Path(folder)
     metadata = read_metadata(folder)
-    # Older folders record the first alone.
+    # Older folders record only the first.
     for name, expected in ((WEIGHTS, metadata["sha256"]), (CONFIG, metadata.get("config_sha256"))):
         if expected is not None and (digest := file_sha256(folder / name)) != expected:
             raise ValueError(f"{folder / name} is damaged: sha256 {digest[:12]}, recorded {str(expected)[:12]}")
     module, weights = _built(folder, trust), load_file(folder / WEIGHTS)
     try:
         module.load_state_dict(names.weights(weights) if isinstance(module, LatentDiffusion) else weights)
-    except RuntimeError as error:  # missing, unexpected or of another shape
+    except RuntimeError as error:  # a tensor is missing, unexpected or of another shape
         first = " ".join(str(error).split())[:300]
         raise ValueError(f"{folder / WEIGHTS} does not fit the model of {folder / CONFIG}: {first}") from error
     return module.eval()
 
 
 def _built(folder: Path, trust: Sequence[str]) -> nn.Module:
-    """The module that a folder's config describes, its weights not loaded. Raises ValueError as `load_model`, and where it
-    grows far beyond the shapes in the file of weights."""
+    """Builds the module that a folder's config describes, without loading its weights. Raises the ValueErrors of
+    `load_model`, also if the module grows far beyond the shapes in the weights file."""
     try:
         with safe_open(folder / WEIGHTS, framework="pt") as file:
             shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 - no mapping
     except SafetensorError as error:
         raise ValueError(f"{folder / WEIGHTS} is no file of weights ({error}); take an undamaged copy") from error
     tree = read_tree(folder)
-    # Parts of others may hold what their file of weights does not.
+    # Classes of other packages may have parameters that their weights file lacks.
     ours = all(name.startswith("ldm_train.") for name in targets(tree))
     with no_larger_than(shapes, folder / CONFIG), Uninitialised() if ours else nullcontext():
         module = build(_trained(tree, folder / CONFIG, trust), folder / CONFIG, trust)
@@ -208,13 +213,14 @@ def _autoencoder(module: nn.Module, folder: str | Path) -> nn.Module:
 
 
 def load_autoencoder(folder: str | Path, trust: Sequence[str] = ()) -> nn.Module:
-    """`load_model` of a folder that must hold an autoencoder. Raises ValueError, naming it, where it holds another model."""
+    """Same as `load_model`, for a folder that must hold an autoencoder. Raises ValueError, naming it, if it holds
+    another model."""
     return _autoencoder(load_model(folder, trust), folder)
 
 
 def meta_autoencoder(folder: str | Path, trust: Sequence[str] = ()) -> nn.Module:
-    """The autoencoder of a folder without its weights, on the meta device: only its shapes, without time or memory. Raises as
-    `load_autoencoder`."""
+    """Builds the autoencoder of a folder on the meta device: only its shapes, without time or memory. Raises the same
+    errors as `load_autoencoder`, except that checksums are not verified."""
     read_metadata(folder)
     with shapes_only():
         return _autoencoder(_built(Path(folder), trust), folder)

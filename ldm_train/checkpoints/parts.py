@@ -1,8 +1,10 @@
-"""Files that may come from a stranger: read as plain values, and built into models without running anything they name.
+"""Builds models from files that may come from untrusted sources: they are read as plain values, and no arbitrary code
+that they name is run.
 
-A model folder, run folder or recipe says which parts to build with `_target_` and values. Hydra's own `instantiate` would
-call any function that can be imported and resolve `${...}` on the way; here a file chooses only among the classes that
-this package's model files declare, and the packages that the user's own command or call names (`trust`).
+A model folder, run folder or recipe says which parts to build with `_target_` and values. Hydra's own `instantiate`
+would call any function that can be imported, and resolve `${...}`; here a file can only choose among the classes and
+samplers that this package's model files declare, and those of packages that the user's own command or call names
+(`trust`).
 """
 
 import importlib
@@ -25,7 +27,7 @@ from ldm_train.models.autoencoder import Autoencoder
 from ldm_train.models.unet import UNet
 from ldm_train.storage import KINDS, check_kinds
 
-# Folders (and two modules) whose classes, and samplers, a file may ask for. Nothing in them writes files or runs commands.
+# Packages and modules whose classes and samplers a file may name. Nothing in them writes files or runs commands.
 BUILDABLE = (
     "ldm_train.models",
     "ldm_train.conditioning",
@@ -35,7 +37,7 @@ BUILDABLE = (
     "ldm_train.unclip",
 )
 
-LARGEST_NUMBER = 1 << 20  # widths, counts, classes and words all stay below
+LARGEST_NUMBER = 1 << 20  # widths, counts, class labels and vocabularies all stay below it
 NAME = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+")
 
 
@@ -44,10 +46,10 @@ def _within(name: str, places: Sequence[str]) -> bool:
 
 
 def find_part(name: Any, where: str | Path, trust: Sequence[str] = (), places: Sequence[str] = BUILDABLE) -> Any:
-    """The class (or sampler) that a file asks for by its dotted name.
+    """Returns the class (or sampler) that a file names by its dotted path.
 
-    places: modules and folders of this package whose own classes may be named. trust: packages, or dotted names, that the
-    user has named. Nothing else is even imported. Raises ValueError naming the file, what it asks for and the remedy.
+    places: modules and packages of ldm_train whose own classes may be named. trust: packages, or dotted names, that the
+        user has named. Nothing else is even imported. Raises ValueError with the file, what it asks for and the remedy.
     """
     name = names.PARTS.get(name, name) if isinstance(name, str) else name
     if not isinstance(name, str) or not NAME.fullmatch(name):
@@ -65,7 +67,7 @@ def find_part(name: Any, where: str | Path, trust: Sequence[str] = (), places: S
     except (ImportError, AttributeError) as error:
         raise ValueError(f"{where} asks for {name}, which is not there ({error})") from error
     declared = str(getattr(part, "__module__", ""))
-    # What a module imports is not its own: `from os import system` must not make it a part.
+    # Names that a module only imports do not count: `from os import system` must not make it a part.
     own = _within(declared, [e.partition(".")[0] for e in trust]) if trusted else declared == module_name
     sampler = callable(part) and (trusted or _within(module_name, ["ldm_train.samplers"]))
     if not own or attribute.startswith("_") or not (isinstance(part, type) or sampler):
@@ -74,11 +76,12 @@ def find_part(name: Any, where: str | Path, trust: Sequence[str] = (), places: S
 
 
 def build(tree: Any, where: str | Path, trust: Sequence[str] = (), places: Sequence[str] = BUILDABLE) -> Any:
-    """The object that a tree of plain values describes: `_target_` with the options beside it, from the inside out.
-    `_partial_: true` binds the options instead of calling; functions can only be bound. Texts are not interpolated.
+    """Builds the object that a tree of plain values describes: calls each `_target_` with the options beside it,
+    innermost first. `_partial_: true` binds the options instead of calling; functions can only be bound. Strings are
+    not interpolated.
 
-    Raises ValueError, naming `where`, for parts that may not be built (see `find_part`), options they do not have, values
-    they refuse, and numbers that no model has.
+    Raises ValueError, naming `where`, for parts that may not be built (see `find_part`), options they do not have,
+    values they refuse, and numbers larger than any option of a model.
     """
     if isinstance(tree, list):
         return [build(v, where, trust, places) for v in tree]
@@ -99,7 +102,7 @@ def build(tree: Any, where: str | Path, trust: Sequence[str] = (), places: Seque
     made = {k: build(v, where, trust, places) for k, v in options.items()}
     try:
         return partial(part, **made) if bound is True else part(**made)
-    except ValueError as error:  # which the part words itself, where it is
+    except ValueError as error:  # the part's own message, which may lack `where`
         raise error if str(where) in str(error) else ValueError(f"{where}: {error}") from error
     except FileNotFoundError:
         raise
@@ -108,8 +111,9 @@ def build(tree: Any, where: str | Path, trust: Sequence[str] = (), places: Seque
 
 
 def build_sampler(tree: Any, where: str | Path, trust: Sequence[str] = ()) -> Callable[..., Any]:
-    """A sampler with its options bound. Raises ValueError as `build`, where the tree describes anything else, and for an
-    option of another type than its default, which would otherwise fail only while the first picture is drawn."""
+    """Returns a sampler with its options bound. Raises the ValueErrors of `build`, also if the tree describes anything
+    else, or an option has another type than its default, which would otherwise fail only while the first image is
+    sampled."""
     if not isinstance(tree, dict) or tree.get("_partial_") is not True:
         raise ValueError(
             f"{where} asks for a sampler that is none (_target_ and _partial_: true); say sampler= yourself"
@@ -130,7 +134,7 @@ def build_sampler(tree: Any, where: str | Path, trust: Sequence[str] = ()) -> Ca
 
 
 def whole(tree: Mapping[str, Any]) -> dict[str, Any]:
-    """A part's tree with the options that it leaves out."""
+    """Returns a part's config tree with all its options, i.e. with the defaults of those that the tree omits."""
     part = find_part(tree["_target_"], "the model")
     classes = [part, Autoencoder] if issubclass(part, Autoencoder) else [part]
     signatures = [inspect.signature(kind).parameters.values() for kind in classes]
@@ -148,7 +152,7 @@ def whole(tree: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def targets(tree: Any) -> Iterator[str]:
-    """Every `_target_` in a tree."""
+    """Yields every `_target_` in a tree."""
     if isinstance(tree, dict):
         if isinstance(tree.get("_target_"), str):
             yield tree["_target_"]
@@ -161,9 +165,9 @@ def targets(tree: Any) -> Iterator[str]:
 
 @contextmanager
 def no_larger_than(weights: dict[str, tuple[int, ...]], where: str | Path) -> Iterator[None]:
-    """Stops the building of a model that grows far beyond the weights that it will be filled with.
+    """A context that stops building a model if it grows far beyond the weights to be loaded into it. Raises ValueError.
 
-    weights: shapes by name. Frozen encoders are not among a model's weights, hence the room beyond. Raises ValueError.
+    weights: shapes by name. The limit leaves room for frozen encoders, which are not among a model's weights.
     """
     most_tensors = 2 * len(weights) + 2_000
     most_values = 2 * sum(math.prod(shape) for shape in weights.values()) + (1 << 31)

@@ -1,5 +1,5 @@
-"""The commands. Set up before their imports: how they handle signals, and, where the output is no terminal, a line of progress every
-ten seconds instead of ten a second."""
+"""The commands. Before their imports, this sets up how they handle signals and, if the output is not a terminal, one
+line of progress every ten seconds instead of ten per second."""
 
 import os
 import sys
@@ -10,7 +10,7 @@ from ldm_train import interrupts
 if not sys.stderr.isatty():
     os.environ.setdefault("TQDM_MININTERVAL", "10")
 
-# As `python -m ldm_train.cli.<command>` (whose place in sys.argv holds "-m" until its packages are imported), or installed.
+# Run as `python -m ldm_train.cli.<command>` (sys.argv[0] is "-m" while packages are imported), or by its installed name.
 _command = Path(sys.argv[0])
 if sys.argv[0] == "-m" or _command.name.startswith("ldm-") or _command.parent == Path(__file__).parent:
     interrupts.install()

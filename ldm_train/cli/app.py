@@ -1,4 +1,4 @@
-"""ldm-app: a page on which models draw, and one on which runs are watched."""
+"""ldm-app: a page on which models draw, and one on which runs can be watched."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""Shared by the commands: Hydra with readable errors and did-you-mean."""
+"""Shared by the commands: Hydra with readable errors and did-you-mean suggestions."""
 
 import json
 import os
@@ -23,12 +23,12 @@ from ldm_train.errors import Interrupted, Refused
 
 # Errors that a user can act on: printed as one message, without a traceback (HYDRA_FULL_ERROR=1 shows it).
 USER_ERRORS = (Refused, ValueError, OSError, HydraException, OmegaConfBaseException, FloatingPointError)
-TRACEBACK = "LDM_TRAIN_TRACEBACK"  # environment: "1" where the user asked for tracebacks
+TRACEBACK = "LDM_TRAIN_TRACEBACK"  # environment variable: "1" if the user asked for tracebacks
 
 
 def quoted(argument: str, free: Sequence[str]) -> str:
-    """An argument of the command line whose value is meant as it is typed, for the options in `free`: commas,
-    apostrophes, brackets and `=` mean something to Hydra. A list stays one, but for layouts, which are JSON."""
+    """Quotes the value of a command-line argument for the options in `free`, so that it is taken as typed: commas,
+    apostrophes, brackets and `=` have a meaning in Hydra. Lists stay lists, except for layouts, which are JSON."""
     option, _, value = argument.partition("=")
     if option not in free or value in ("", "null") or value[0] in "'\"":
         return argument
@@ -38,13 +38,13 @@ def quoted(argument: str, free: Sequence[str]) -> str:
 
 
 def null_as_none(argument: str) -> str:
-    """`group=null`, which Hydra does not take, as `group=none` where the group has such an option."""
+    """Returns `group=null`, which Hydra does not take, as `group=none` if the group has such an option."""
     group, _, value = argument.partition("=")
     return f"{group}=none" if value == "null" and (config_folder() / group / "none.yaml").is_file() else argument
 
 
 def _raise_file_limit() -> None:
-    """Every shard in use keeps a file open, and the usual soft limit is 1,024."""
+    """Raises the limit on open files: every shard in use keeps one open, and the usual soft limit is 1,024."""
     with suppress(ImportError, ValueError, OSError):
         import resource
 
@@ -55,7 +55,8 @@ def _raise_file_limit() -> None:
 
 
 def _words(error: Exception) -> str:
-    """The message of an error; of one from a loading process, whose message is a whole traceback, the original message."""
+    """Returns the message of an error; for one from a data-loading process, whose message is a whole traceback, the
+    original message."""
     message = str(error)
     if re.match(r"Caught \w+ in [^\n]*\.\nOriginal Traceback", message):
         said = list(re.finditer(rf"^(\w+\.)*{re.escape(type(error).__name__)}: ", message, re.MULTILINE))
@@ -65,9 +66,10 @@ def _words(error: Exception) -> str:
 
 def run_command(function: Callable[[DictConfig], Any] | str, config_name: str) -> None:
     """Composes conf/<config_name>.yaml with the command line and calls `function`; exits with 1 and one readable
-    message where the user has to act, with 128 + signal and one line after an interruption.
+    message if the user has to act, with 128 + signal and one line after an interruption.
 
-    function: or its dotted name, imported when it is called: torch takes seconds, which --help need not wait for.
+    function: a function, or its dotted name, which is imported when it is called: torch takes seconds, which --help
+    need not wait for.
     """
     _raise_file_limit()
     OmegaConf.register_new_resolver("recipes", recipes, replace=True)  # for --help

@@ -1,4 +1,4 @@
-"""ldm-convert: a model from one form into another."""
+"""ldm-convert: converts a model from one format into another."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""ldm-evaluate: metrics with intervals of a run's samples, two sets of images, or an autoencoder alone."""
+"""ldm-evaluate: metrics with intervals for a run's samples, two sets of images, or an autoencoder alone."""
 
 import sys
 

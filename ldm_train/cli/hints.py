@@ -1,4 +1,4 @@
-"""What --help lists beside the options: the recipes; and did-you-mean for options and groups that are unknown."""
+"""The recipes, which --help lists beside the options, and did-you-mean suggestions for unknown options and groups."""
 
 import difflib
 from contextlib import suppress
@@ -18,7 +18,7 @@ def _keys(config: Any, prefix: str = "") -> list[str]:
 
 
 def suggestions(config_name: str, overrides: list[str]) -> str:
-    """ "Did you mean ..." for every override whose key or group is unknown, else ""."""
+    """Returns a "did you mean" line for every override whose key or choice is unknown, else an empty string."""
     from hydra import compose, initialize_config_dir
 
     known: list[str] = []
@@ -56,7 +56,7 @@ FAMILIES = {
 
 
 def recipes() -> str:
-    """The recipes by family, each with the first line of its file."""
+    """Returns the recipes by family, each with the first line of its file."""
     by_family: dict[str, list[str]] = {family: [] for family in FAMILIES}
     for path in sorted((config_folder() / "experiment").glob("*.yaml")):
         lines = (line[2:] for line in path.read_text().splitlines() if line.startswith("# ") and "@package" not in line)

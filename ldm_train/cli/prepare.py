@@ -1,4 +1,4 @@
-"""ldm-prepare: raw files of any kind -> shards with an index."""
+"""ldm-prepare: turns raw files of any kind into shards with an index."""
 
 import inspect
 
@@ -13,7 +13,7 @@ INDEX_ONLY = "ldm_train.data.prepare.index.write_tar_index"
 
 
 def _needs_path(source: DictConfig) -> bool:
-    """Sources that can download leave `path` out; the others take it without a default."""
+    """Returns True if a source needs `path`, i.e. has no default for it; sources that can download have one."""
     parameter = inspect.signature(get_object(source._target_)).parameters["path"]
     return parameter.default is inspect.Parameter.empty
 

@@ -1,18 +1,18 @@
-"""ldm-sample: pictures from a trained model, one seed and one recipe per picture."""
+"""ldm-sample: draws pictures from a trained model, with one seed and one recipe per picture."""
 
 import sys
 
 from ldm_train import names
 from ldm_train.cli.common import quoted, run_command
 
-# Options whose values people type freely: commas, apostrophes and brackets mean something to Hydra, `=` in a run's name too.
+# Options with free text: commas, apostrophes and brackets have a meaning in Hydra, and so has `=` in a run's name.
 TEXTS = ("prompts", "negative", "layout", "image_prompt")
 FREE = (*TEXTS, "run", "recipe", "weaker_model", "guide.classifier", "guide.clip")
 
 
 def main() -> None:
     arguments = [quoted(names.argument(a), FREE) for a in sys.argv[1:]]
-    # Fields of a model's own, which the config does not list.
+    # A model's own fields, which the config does not list.
     sys.argv[1:] = [f"+{quoted(a, [a.partition('=')[0]])}" if a.startswith("fields.") else a for a in arguments]
     run_command("ldm_train.generation.sample.sample", "sample")
 

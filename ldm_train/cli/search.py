@@ -1,4 +1,4 @@
-"""ldm-search: the best values of some options, by trials."""
+"""ldm-search: finds the best values of some options, by trials."""
 
 from ldm_train.cli.common import run_command
 

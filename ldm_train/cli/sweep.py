@@ -1,4 +1,4 @@
-"""ldm-sweep: the runs of a sweep, finished or not, as one table and as plots."""
+"""ldm-sweep: shows the runs of a sweep, finished or not, as one table and as plots."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""The contract of conditioners: networks that turn one field of a batch into inputs of the denoising network."""
+"""The interface of conditioners: networks that turn one field of a batch into inputs of the denoising network."""
 
 import copy
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,18 +13,19 @@ from torch.nn import functional as F
 from ldm_train.data.batch import Field
 from ldm_train.models.first_stage import FirstStage
 
-# The network's inputs, and its options that say how wide they are.
+# The network's inputs -> its options that set their widths.
 SLOTS = {"context": "context_dim", "vector": "vector_dim", "concat": "concat_channels", "control": "controlled"}
-SPATIAL = ("concat", "control")  # the network's inputs that have the latents' size
+SPATIAL = ("concat", "control")  # the network's inputs that have the size of the latents
 
 
 class Conditioner(nn.Module):
-    """Subclasses set `field`, `widths` and implement `forward`.
+    """Base class of conditioners. Subclasses set `field` and `widths`, and implement `forward` and `null_values`.
 
     field   the batch field it reads (class_label, caption, ...)
-    declares    that field, where `data/batch.py` does not know it
-    widths  which of the network's inputs it fills and how wide: "context" (with "context_mask"), "concat", "vector", "control"
-    dropout probability per sample that training replaces the condition by the null condition
+    declares    the declaration of that field, if `data/batch.py` has none
+    widths  which of the network's inputs it fills and how wide: "context" (with "context_mask"), "concat", "vector",
+            "control"
+    dropout probability, per sample, that training replaces the condition by the null condition
     """
 
     field: str
@@ -38,44 +39,47 @@ class Conditioner(nn.Module):
         self.dropout = dropout
 
     def forward(self, values: Any, drop: torch.Tensor) -> dict[str, torch.Tensor]:
-        """values: B entries of the field, on the host; drop (B,) bool, on the host: True where the condition is null."""
+        """Returns the network's inputs by name. values: B entries of the field, on the host; drop (B,) bool, on the
+        host: True for samples whose condition is null."""
         raise NotImplementedError
 
     @classmethod
     def trained_options(cls, options: dict[str, Any]) -> dict[str, Any]:
-        """`options` as a trained model's config has them: without the files whose contents are now in its weights."""
+        """Returns `options` as stored in a trained model's config: without files whose contents are now in its
+        weights."""
         return options
 
     def attach(self, first_stage: FirstStage) -> None:
-        """Called once by the model that holds it: spatial conditioners need the size, or the encoder, of its latents."""
+        """Called once by the model that holds it: spatial conditioners need the size of its latents, or its encoder."""
 
     def require(self) -> None:
-        """Called before training: downloads or reads external files. Raises FileNotFoundError where one cannot be
+        """Called before training: downloads or reads external files. Raises FileNotFoundError if one cannot be
         obtained."""
 
     def beside(self) -> nn.Module | None:
-        """The pretrained network that it asks and that is not one of its parts, where it has been loaded."""
+        """Returns the pretrained network that it uses without holding it as a submodule; None if there is none or it is
+        not loaded."""
         return None
 
     def keep_in(self, folder: Path) -> None:
-        """Called before training: what that network says of the values of its field is kept on the disk in `folder`, for this and
-        other runs."""
+        """Called before training: the outputs of the network of `beside` for values of the field are cached on disk in
+        `folder`, for this and other runs."""
 
     def forget(self) -> None:
-        """Called where that network has changed."""
+        """Called when the network of `beside` has changed, so that its cached outputs are no longer valid."""
 
     def rehearse(self) -> Sequence[nn.Module]:
-        """Called where a training is only planned: from now on the null condition asks for no external files. Returns the
-        networks that it holds beside its own weights, without memory where they are not loaded. Raises FileNotFoundError
-        where their size is not known here."""
+        """Called if a training run is only planned: from now on the null condition needs no external files. Returns the
+        networks that it uses in addition to its own weights, without memory if they are not loaded. Raises
+        FileNotFoundError if their size is not known on this machine."""
         return ()
 
     def null_values(self, count: int, latent_size: Sequence[int]) -> Any:
-        """`count` placeholder entries, for use with drop = True."""
+        """Returns `count` placeholder entries of the field, for use with drop = True."""
         raise NotImplementedError
 
     def null(self, count: int, latent_size: Sequence[int] = (8, 8)) -> dict[str, torch.Tensor]:
-        """The null condition for `count` samples of latents (h, w): the same as a full drop mask."""
+        """Returns the null condition for `count` samples with latents of size (h, w): the same as a full drop mask."""
         return self(self.null_values(count, latent_size), torch.ones(count, dtype=torch.bool))
 
     @property
@@ -83,26 +87,26 @@ class Conditioner(nn.Module):
         return next(self.parameters()).device
 
     def parse(self, text: str) -> Any:
-        """One entry of the field from the command line. Raises ValueError if it is none."""
+        """Parses one entry of the field from the command line. Raises ValueError if the text is no valid entry."""
         raise NotImplementedError
 
     def picture(self, values: Any, size: Sequence[int]) -> torch.Tensor | None:
-        """Entries as pictures, (B, C, H, W) in [-1, 1] of `size` (H, W); None where they cannot be shown."""
+        """Returns entries as images, (B, C, H, W) in [-1, 1] of `size` (H, W), or None if they cannot be shown."""
         return None
 
     def describe(self, values: Sequence[Any]) -> list[str]:
-        """Entries as readable text, for captions under pictures."""
+        """Returns entries as readable text, for captions under images."""
         return [str(v) for v in values]
 
 
 def enlarged(values: Any, size: Sequence[int]) -> torch.Tensor:
-    """Pictures or maps (B, C, h, w) at `size` (H, W) on the CPU, with hard edges."""
+    """Resizes images or maps (B, C, h, w) to `size` (H, W) by nearest neighbour (hard edges), on the CPU."""
     return F.interpolate(torch.as_tensor(values).cpu().float(), tuple(size), mode="nearest")
 
 
 def without_last_layer(encoder: nn.Module) -> nn.Module:
-    """A view of a transformer of transformers without its last layer, which does not run where the state before it is asked for.
-    All else is shared, under the same names."""
+    """Returns a view of a model of the transformers library without its last layer, whose output is unused when the
+    hidden states before it are taken. Everything else is shared, under the same names."""
     view = copy.copy(encoder)
     view._modules = dict(encoder._modules)
     for name in ("text_model", "encoder"):
@@ -116,8 +120,8 @@ def without_last_layer(encoder: nn.Module) -> nn.Module:
 
 @contextmanager
 def loading(what: str, path: str, holds: str) -> Iterator[None]:
-    """A context in which transformers loads a pretrained model: raises FileNotFoundError, saying what its folder holds,
-    where it cannot be obtained."""
+    """A context for loading a pretrained model with the transformers library. Raises FileNotFoundError, saying what its
+    folder must hold, if it cannot be obtained."""
     try:
         yield
     except (OSError, ValueError) as error:
@@ -127,7 +131,8 @@ def loading(what: str, path: str, holds: str) -> Iterator[None]:
 
 
 def merge(outputs: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    """Joins conditions: context along tokens (with masks), concat and control along channels, vector along features."""
+    """Concatenates conditions: context along tokens (with masks), concat and control along channels, vector along
+    features."""
     merged: dict[str, torch.Tensor] = {}
     for key in ("context", "context_mask", "concat", "vector", "control"):
         parts = [o[key] for o in outputs if key in o]
@@ -137,11 +142,11 @@ def merge(outputs: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
 
 
 def check_widths(of_network: Mapping[str, int], conditioners: Mapping[str, Conditioner]) -> None:
-    """Raises ValueError where conditioners do not give what a network takes. of_network: its `condition_widths`."""
+    """Raises ValueError if conditioners do not provide what a network takes. of_network: its `condition_widths`."""
     for slot, name in SLOTS.items():
         widths = [c.widths[slot] for c in conditioners.values() if slot in c.widths]
         got: int | list[int] = sum(widths)
-        if slot == "context" and widths:  # joined along the tokens, which are therefore equally wide
+        if slot == "context" and widths:  # concatenated along the tokens, which must have the same width
             got = widths[0] if len(set(widths)) == 1 else sorted(set(widths))
         if (width := of_network.get(slot, 0)) != got:
             if slot == "control":

@@ -49,7 +49,7 @@ class ClassLabel(Conditioner):
         return torch.zeros(count, dtype=torch.long)
 
     def parse(self, text: str) -> int:
-        """A class by its name or its index."""
+        """Returns the index of a class given by its name or index. Raises ValueError for an unknown class."""
         if text in self.names:
             return self.names.index(text)
         if text.isdigit() and int(text) < len(self.names):

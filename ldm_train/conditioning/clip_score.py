@@ -1,4 +1,4 @@
-"""How well a picture fits a caption by CLIP (Radford et al. 2021): for guidance and for metrics."""
+"""CLIP scores: how well an image fits a caption (Radford et al. 2021), for guidance and for metrics."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,8 +12,8 @@ from ldm_train.images import in_threes, mean_over_groups
 
 
 class ClipScore(nn.Module):
-    """path: a folder of a CLIP model (config.json, weights, tokenizer, preprocessor_config.json), or a name that
-    transformers can download. Frozen. Raises FileNotFoundError where it cannot be obtained."""
+    """A frozen CLIP model. path: its folder (config.json, weights, tokenizer, preprocessor_config.json), or a name that
+    transformers can download. Raises FileNotFoundError if it cannot be obtained."""
 
     def __init__(self, path: str):
         super().__init__()
@@ -22,7 +22,7 @@ class ClipScore(nn.Module):
         holds = "config.json, weights, tokenizer and preprocessor_config.json"
         with loading("CLIP model", path, holds):
             if path.startswith(("/", ".", "~")) and not Path(path).is_dir():
-                raise OSError("no such folder")  # not a name to ask the network for
+                raise OSError("no such folder")  # a path, not a name to download
             self.model = CLIPModel.from_pretrained(path)
             self.tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
             processor = AutoImageProcessor.from_pretrained(path, trust_remote_code=False)
@@ -32,12 +32,12 @@ class ClipScore(nn.Module):
 
     @property
     def logit_scale(self) -> float:
-        """CLIP's trained factor from cosines to logits."""
+        """CLIP's trained factor that converts cosines to logits."""
         return float(self.model.logit_scale.exp())
 
     @torch.no_grad()
     def texts(self, captions: Sequence[str]) -> torch.Tensor:
-        """B captions -> (B, D) of length 1."""
+        """B captions -> embeddings (B, D) of length 1."""
         length = self.model.config.text_config.max_position_embeddings
         tokens = self.tokenizer(
             list(captions), padding=True, truncation=True, max_length=length, return_tensors="pt"
@@ -46,7 +46,8 @@ class ClipScore(nn.Module):
         return F.normalize(getattr(output, "pooler_output", output).float(), dim=1)
 
     def embedded(self, images: torch.Tensor) -> torch.Tensor:
-        """images (B, C, H, W) in [-1, 1] -> (B, D) of length 1, the mean over groups of channels; differentiable."""
+        """images (B, C, H, W) in [-1, 1] -> embeddings (B, D) of length 1, averaged over groups of channels;
+        differentiable."""
         side = self.model.config.vision_config.image_size
         seen = F.interpolate(in_threes(images), (side, side), mode="bicubic", antialias=True, align_corners=False)
         output = self.model.get_image_features(pixel_values=((seen + 1) / 2 - self.mean) / self.std)
@@ -54,5 +55,5 @@ class ClipScore(nn.Module):
         return F.normalize(features, dim=1)
 
     def forward(self, images: torch.Tensor, texts: torch.Tensor) -> torch.Tensor:
-        """images (B, C, H, W) in [-1, 1], texts (B, D) of `texts` -> cosines (B,); differentiable."""
+        """images (B, C, H, W) in [-1, 1], texts (B, D) from `texts` -> cosines (B,); differentiable."""
         return (self.embedded(images) * texts).sum(dim=1)

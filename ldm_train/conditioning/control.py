@@ -1,4 +1,5 @@
-"""A picture that steers a trained U-Net through a copy of its encoder (ControlNet, Zhang et al. 2023, arXiv:2302.05543)."""
+"""Control images that steer a trained U-Net through a copy of its encoder (ControlNet, Zhang et al. 2023,
+arXiv:2302.05543)."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -17,18 +18,18 @@ from ldm_train.models.first_stage import FirstStage
 from ldm_train.models.layers import zero_init
 from ldm_train.models.unet import UNet
 
-NAME = "control"  # of the conditioner in a model
-PUBLISHED = (16, 32, 96, 256)  # widths of the picture's convolutions at f = 8
+NAME = "control"  # the conditioner's name in a model
+PUBLISHED = (16, 32, 96, 256)  # published widths of the convolutions at f = 8
 
 
 class ControlPicture(SpatialConditioner):
-    """A picture's features at latent size, for a U-Net with a `Control`. The null condition are features of zero, which a new
-    one gives for every picture. Subclasses say which field they read, and implement `seen`.
+    """Features of a control image at latent size, for a U-Net with a `Control`. The null condition is all-zero
+    features, which an untrained one gives for every image. Subclasses set `field` and implement `seen`.
 
-    width: of the U-Net's first level. factor: the first stage's f. channels: that the picture is seen in, 1 or 3
+    width: of the U-Net's first level. factor: the first stage's f. channels: of the control image, 1 or 3
     hidden: widths of its convolutions, all but the first of stride 2; None: as published
     dropout: probability of the null condition in training
-    Raises ValueError where hidden and factor do not belong together.
+    Raises ValueError if `channels` is not supported, or `hidden` does not match `factor`.
     """
 
     channels_seen: tuple[int, ...] = (1, 3)
@@ -57,7 +58,7 @@ class ControlPicture(SpatialConditioner):
 
     @property
     def options(self) -> dict[str, Any]:
-        """Plain values that make another of its kind, without dropout."""
+        """The arguments that build another instance of this class, as plain values and without dropout."""
         return {
             "width": self.widths["control"],
             "factor": self.factor,
@@ -73,11 +74,11 @@ class ControlPicture(SpatialConditioner):
             )
 
     def seen(self, values: torch.Tensor) -> torch.Tensor:
-        """Entries of the field, on the device, as pictures (B, 1 or `channels`, H, W) in [0, 1]."""
+        """Converts entries of the field, on the device, to images (B, 1 or `channels`, H, W) in [0, 1]."""
         raise NotImplementedError
 
     def check(self, values: torch.Tensor) -> None:
-        """Raises ValueError for entries, on the host, that cannot be seen."""
+        """Raises ValueError for entries, on the host, that `seen` cannot convert."""
 
     def forward(self, values: Any, drop: torch.Tensor) -> dict[str, torch.Tensor]:
         """Entries of the field -> control (B, width, h, w)."""
@@ -94,7 +95,7 @@ class ControlPicture(SpatialConditioner):
 
 
 class EdgesControl(ControlPicture):
-    """By edges, (B, 1, H, W) in [0, 1]."""
+    """Control by edges, (B, 1, H, W) in [0, 1]."""
 
     field, declares = Edges.name, Edges()
 
@@ -103,7 +104,7 @@ class EdgesControl(ControlPicture):
 
 
 class DepthControl(ControlPicture):
-    """By depth, (B, 1, H, W), of any range, each stretched to [0, 1]."""
+    """Control by depth maps, (B, 1, H, W) of any range, each stretched to [0, 1]."""
 
     field = "depth"
 
@@ -113,7 +114,7 @@ class DepthControl(ControlPicture):
 
 
 class SegmentationControl(ControlPicture):
-    """By a label map, (B, H, W) int64, seen in a colour per label. num_labels: labels are 0 .. num_labels - 1."""
+    """Control by label maps, (B, H, W) int64 with labels 0 .. num_labels - 1, shown with one colour per label."""
 
     field, channels_seen = "segmentation", (3,)
 
@@ -146,7 +147,7 @@ PICTURES: dict[str, type[ControlPicture]] = {
 
 
 def controlled(network: nn.Module) -> UNet:
-    """A network that can have, or has, a `Control`. Raises ValueError for one that cannot."""
+    """Returns the network if it can have a `Control`, i.e. is a U-Net. Raises ValueError if it cannot."""
     if not isinstance(network, UNet):
         raise ValueError(f"a control is a copy of a U-Net's encoder, and this network is a {type(network).__name__}")
     return network
@@ -154,10 +155,12 @@ def controlled(network: nn.Module) -> UNet:
 
 @dataclass(frozen=True)
 class ControlNet:
-    """What trains: the copy of the encoder and the picture's convolutions, of a model that has them."""
+    """Trains only the control of a model that has one: the copy of the encoder and the convolutions for the control
+    image."""
 
     def attach(self, parts: nn.ModuleDict, name: str = "adapter") -> nn.ModuleDict:
-        """Returns what trains from now on. Raises ValueError for a model without a control."""
+        """Freezes everything else and returns the modules that train. Raises ValueError for a model without a
+        control."""
         parts.requires_grad_(False)
         conditioners: Mapping[str, nn.Module] = parts["conditioners"]  # type: ignore[assignment]
         copy = controlled(parts["network"]).control

@@ -1,4 +1,4 @@
-"""Edges: where brightness changes, from a file of the shard or made from the image, as a condition beside the latents."""
+"""Edge maps, read from the shard or computed from the image, as a condition concatenated to the latents."""
 
 from typing import Any
 
@@ -12,13 +12,13 @@ from ldm_train.data.transforms import decode_image, read_image
 from ldm_train.devices import uploaded
 from ldm_train.models.first_stage import FirstStage
 
-# Sobel's derivative across and down.
+# Sobel's horizontal derivative; its transpose is the vertical one.
 SOBEL = torch.tensor([[1.0, 0, -1], [2, 0, -2], [1, 0, -1]]) / 4
 
 
 def edges_of(image: torch.Tensor) -> torch.Tensor:
-    """image (C, H, W) in [-1, 1] -> (1, H, W) in [0, 1]: the length of the brightness' gradient (Sobel), 1 for a step from
-    black to white."""
+    """image (C, H, W) in [-1, 1] -> (1, H, W) in [0, 1]: the magnitude of the brightness gradient (Sobel), 1 for a step
+    from black to white."""
     grey = F.pad(image.mean(dim=0)[None, None], (1, 1, 1, 1), mode="replicate")
     across, down = (F.conv2d(grey, kernel[None, None].to(grey)) for kernel in (SOBEL, SOBEL.T))
     return ((across.square() + down.square()).sqrt()[0] / 2).clamp(0, 1)
@@ -40,12 +40,12 @@ class Edges(Field):
         return sample.transform.apply(edges, sample.plan(edges.shape[1:], self.name)).float() / 255
 
     def from_words(self, given: str, conditioner: Any, size: tuple[int, int], channels: int) -> torch.Tensor:
-        """The edges of a picture."""
+        """Returns the edges of the image file `given`."""
         return edges_of(read_image(given, size, channels, f"fields.{self.name}"))
 
 
 class EdgeMap(SpatialConditioner):
-    """Edges at latent size: each cell's f x f pixels become channels. The null condition is all -1.
+    """Edges at latent size: the f x f pixels of each latent cell become channels. The null condition is all -1.
 
     factor: the first stage's f. dropout: probability of the null condition in training.
     """

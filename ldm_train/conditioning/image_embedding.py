@@ -1,4 +1,4 @@
-"""Image embeddings of a frozen vision encoder as a condition, for variations of a picture (as unCLIP)."""
+"""Image embeddings from a frozen vision encoder as a condition, for variations of an image (as in unCLIP)."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -29,11 +29,11 @@ class TinyVision(nn.Module):
 
 
 class PretrainedVision(nn.Module):
-    """A vision encoder of transformers (CLIP, DINOv2, ViT): (B, C, H, W) in [-1, 1] -> (B, L, dim), the mean over groups of
-    channels.
+    """A vision encoder of the transformers library (CLIP, DINOv2, ViT): (B, C, H, W) in [-1, 1] -> (B, L, dim),
+    averaged over groups of channels.
 
-    path: a local folder, or a name that transformers can download, at first use. hidden: all hidden states; otherwise the
-    pooled (for CLIP projected) embedding, L = 1
+    path: a local folder, or a name that transformers can download; loaded at first use
+    hidden: return all hidden states; otherwise the pooled (for CLIP projected) embedding, L = 1
     """
 
     def __init__(self, path: str, hidden: bool = False):
@@ -42,7 +42,7 @@ class PretrainedVision(nn.Module):
         self.model: nn.Module | None = None
 
     def take(self, processor: Any, model: nn.Module) -> None:
-        """Uses these instead of loading them."""
+        """Uses this image processor and this model instead of loading them."""
         self.processor, self.model = processor, model.eval().requires_grad_(False)
         sizes = processor.crop_size if getattr(processor, "do_center_crop", False) else processor.size
         self.side = int(sizes.get("height") or sizes.get("shortest_edge"))
@@ -50,14 +50,15 @@ class PretrainedVision(nn.Module):
         self.register_buffer("std", torch.tensor(processor.image_std).view(1, 3, 1, 1), persistent=False)
 
     def loaded(self) -> "PretrainedVision":
-        """Itself, its weights there. Raises FileNotFoundError where they cannot be obtained."""
+        """Loads the weights if they are not loaded yet, and returns itself. Raises FileNotFoundError if they cannot be
+        obtained."""
         if self.model is None:
             from transformers import AutoConfig, AutoImageProcessor, AutoModel, CLIPVisionModelWithProjection
 
             path = self.path
             with loading("vision encoder", path, "config.json, preprocessor_config.json and weights"):
                 if path.startswith(("/", ".")) and not Path(path).is_dir():
-                    raise OSError("no such folder")  # not a name to ask the network for
+                    raise OSError("no such folder")  # a path, not a name to download
                 clip = AutoConfig.from_pretrained(path, trust_remote_code=False).model_type.startswith("clip")
                 kind = CLIPVisionModelWithProjection if clip else AutoModel
                 model = kind.from_pretrained(path, trust_remote_code=False)
@@ -66,17 +67,17 @@ class PretrainedVision(nn.Module):
 
     @property
     def is_taken(self) -> bool:
-        """Whether it was given or loaded."""
+        """Whether the model was already given or loaded."""
         return self.model is not None
 
     def savable(self) -> tuple[Any, nn.Module]:
-        """What prepares pictures and the model, to be written into a folder that `path` may name."""
+        """Returns the image processor and the model, to be saved in a folder that `path` can name."""
         taken = self.loaded()
         return taken.processor, taken.model
 
     @property
     def is_local(self) -> bool:
-        """Whether no network is needed for it."""
+        """Whether it can be loaded without network access."""
         return self.model is not None or Path(self.path).is_dir()
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
@@ -90,7 +91,7 @@ class PretrainedVision(nn.Module):
 
 
 class Absent(nn.Module):
-    """Stands for an encoder that is not there: (B, C, H, W) -> zeros (B, 1, dim)."""
+    """A placeholder for an encoder that is not available: (B, C, H, W) -> zeros (B, 1, dim)."""
 
     def __init__(self, dim: int):
         super().__init__()
@@ -101,9 +102,9 @@ class Absent(nn.Module):
 
 
 def read_statistics(path: str, dim: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean and standard deviation (dim,) of an encoder's embeddings, from a .safetensors file that holds `mean` and `std` (as
-    the image_normalizer of diffusers' unCLIP pipelines), or a .th file of the two (as Stable Diffusion 2 unCLIP has). Raises
-    FileNotFoundError or ValueError, naming the file."""
+    """Reads the mean and standard deviation (dim,) of an encoder's embeddings, from a .safetensors file that holds
+    `mean` and `std` (like the image_normalizer of diffusers' unCLIP pipelines), or a .th file with the two (as in
+    Stable Diffusion 2 unCLIP). Raises FileNotFoundError or ValueError, naming the file."""
     if not Path(path).is_file():
         raise FileNotFoundError(
             f"{path} is no file; set statistics to a .safetensors file, or to 'unit' (mean 0, std 1; a trained model's own "
@@ -115,7 +116,7 @@ def read_statistics(path: str, dim: int) -> tuple[torch.Tensor, torch.Tensor]:
         else:
             state = load_file(path)
         statistics = [state[name].float().flatten() for name in ("mean", "std")]
-    except Exception:  # the libraries raise many kinds
+    except Exception:  # the libraries raise many types of exceptions
         statistics = []
     if [len(part) for part in statistics] != [dim, dim] or not (statistics[1] > 0).all():
         raise ValueError(
@@ -125,17 +126,19 @@ def read_statistics(path: str, dim: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 class ImageEmbedding(Conditioner):
-    """Embeddings of the picture itself while training, of any picture when sampling, through a trained projection.
+    """A condition on image embeddings, of the training image itself or, when sampling, of any image, through a trained
+    projection.
 
     encoder: (B, C, H, W) in [-1, 1] -> (B, L, encoder_dim), frozen and not part of the model's weights
     encoder_dim: its width. slot: "vector" (mean over L) or "context"
-    dim: width of the condition, the null being a learned embedding. None: no projection but the bare embedding and that
-        of its noise level side by side, as unCLIP has them (width 2 * encoder_dim), the null being zero
-    noise_levels: timesteps up to which training adds noise to the normalised embedding; the level is told to the model
-        (0: none)
-    statistics: None: each embedding is normalised by itself (LayerNorm) and stays so. Otherwise it stays as the encoder
-        gives it, and is normalised for its noise alone, as unCLIP: "unit" by mean 0 and std 1, else by those of a file
-        (`read_statistics`). The weights carry them.
+    dim: width of the condition; the null condition is a learned embedding. None: no projection; the condition is the
+        bare embedding, concatenated with that of its noise level if there are noise_levels, as in unCLIP (width 2 *
+        encoder_dim), and the null condition is zero
+    noise_levels: training adds noise of random timesteps below this number to the normalised embedding, and gives the
+        level to the model (0: none)
+    statistics: None: each embedding is normalised by itself (LayerNorm) and stays normalised. Otherwise it stays as the
+        encoder gives it and is normalised only to add noise, as in unCLIP: "unit" with mean 0 and std 1, else with
+        those of a file (`read_statistics`). They are saved with the weights.
     """
 
     field = "reference"
@@ -191,7 +194,8 @@ class ImageEmbedding(Conditioner):
 
     @torch.no_grad()
     def embed(self, images: torch.Tensor) -> torch.Tensor:
-        """(B, C, H, W) in [-1, 1] -> (B, L, encoder_dim), without `statistics` each with mean 0 and variance 1."""
+        """images (B, C, H, W) in [-1, 1] -> embeddings (B, L, encoder_dim), each with mean 0 and variance 1 unless
+        `statistics` are given. Raises ValueError if the encoder has another width."""
         features = self.encoder.to(self.device)(uploaded(images, self.device)).float()
         if features.shape[2] != self.encoder_dim:
             raise ValueError(
@@ -200,12 +204,14 @@ class ImageEmbedding(Conditioner):
         return F.layer_norm(features, features.shape[-1:]) if self.per_image else features
 
     def noised(self, features: torch.Tensor, levels: torch.Tensor) -> torch.Tensor:
-        """Embeddings (B, L, encoder_dim) with the noise of levels (B,), added where they have mean 0 and std 1."""
+        """Adds noise of levels (B,) to embeddings (B, L, encoder_dim), for which they are normalised to mean 0 and std
+        1."""
         mean, std = (0.0, 1.0) if self.per_image else (self.mean, self.std)
         return self.noise.add_noise((features - mean) / std, torch.randn_like(features), levels) * std + mean
 
     def forward(self, values: torch.Tensor, drop: torch.Tensor) -> dict[str, torch.Tensor]:
-        """images (B, C, H, W), or embeddings of some as `embed` gives them -> vector (B, dim) or context (B, L, dim) with its mask."""
+        """images (B, C, H, W), or embeddings (B, L, encoder_dim) from `embed` -> vector (B, dim) or context (B, L, dim)
+        with its mask."""
         values = torch.as_tensor(values)
         features = uploaded(values, self.device) if values.ndim == 3 else self.embed(values)
         if self.noise_levels:
@@ -215,7 +221,7 @@ class ImageEmbedding(Conditioner):
             levels = uploaded(levels, features.device)
             if self.training:
                 features = self.noised(features, levels)
-            told = timestep_embedding(levels, self.level_dim)  # to every token
+            told = timestep_embedding(levels, self.level_dim)  # appended to every token
             features = torch.cat([features, told[:, None].expand(-1, features.shape[1], -1)], dim=2)
         projected = torch.where(
             uploaded(drop, self.device)[:, None, None], self.null_embedding, self.projection(features)

@@ -1,4 +1,5 @@
-"""Layouts: labelled boxes as a sequence of tokens (Rombach et al. 2022, section 4.3.2; coding of VQGAN's layout models)."""
+"""Layouts as a condition: labelled boxes as a sequence of tokens (Rombach et al. 2022, section 4.3.2; encoded as in
+VQGAN's layout models)."""
 
 import json
 from collections.abc import Sequence
@@ -13,15 +14,17 @@ from ldm_train.devices import uploaded
 
 
 class LayoutBoxes(Conditioner):
-    """Three tokens an object (label, top left corner, bottom right corner), padding, two tokens for the crop.
+    """Encodes a layout as three tokens per object (label, top left corner, bottom right corner), padding, and two
+    tokens for the crop.
 
     dim: width; must equal the U-Net's context_dim. labels: their names, or their number
-    max_objects: 30 as published, 92 tokens; larger objects come first and the smallest are left out beyond that
-    vocab_size: 8192 as published: corners are counted on a grid of floor(sqrt(vocab_size)) = 90 a side, the last token
-        is padding
+    max_objects: 30 as published, 92 tokens; objects are sorted from large to small, and the smallest are left out
+        beyond that
+    vocab_size: 8192 as published: corners are rounded to a grid with floor(sqrt(vocab_size)) = 90 points per side, the
+        last token is padding
     depth, heads: of the transformer
-    pooled: also fill the vector slot with the mean hidden state of the objects' tokens (not published; short trainings
-        learn positions from it long before cross-attention does)
+    pooled: also fill the vector slot with the mean hidden state of the objects' tokens (not published; short training
+        runs learn positions from it long before cross-attention does)
     The null condition is the empty layout.
     """
 
@@ -57,7 +60,7 @@ class LayoutBoxes(Conditioner):
     def tokens(self, boxes: torch.Tensor) -> torch.Tensor:
         """boxes (N, 5): x, y, width, height in unit coordinates, label -> (3 * max_objects + 2,) int64.
 
-        Raises ValueError for a label or a box that does not exist.
+        Raises ValueError for an unknown label or a box that is not inside the image.
         """
         x, y, w, h, label = boxes.float().T if len(boxes) else torch.zeros(5, 0)
         if len(boxes) and (label.min() < 0 or label.max() >= len(self.names)):
@@ -68,13 +71,14 @@ class LayoutBoxes(Conditioner):
         objects = torch.stack([label.long(), self._corner(x, y), self._corner(x + w, y + h)], dim=1)[order]
         sequence = torch.full((self.length,), self.padding, dtype=torch.long)
         sequence[: objects.numel()] = objects.flatten()
-        # The boxes are those of the cut picture already, so the crop is always all of it.
+        # The boxes are already relative to the cropped image, so the crop is always the whole image.
         zero, one = torch.zeros(1), torch.ones(1)
         sequence[-2:] = torch.cat([self._corner(zero, zero), self._corner(one, one)])
         return sequence
 
     def forward(self, values: Sequence[torch.Tensor], drop: torch.Tensor) -> dict[str, torch.Tensor]:
-        """B layouts (N_i, 5) -> context (B, L, dim) and its mask (padding counts, as published), perhaps vector (B, dim)."""
+        """B layouts (N_i, 5) -> context (B, L, dim) and its mask (padding is not masked, as published), with `pooled`
+        also vector (B, dim)."""
         empty = torch.zeros(0, 5)
         rows = [self.tokens(empty if dropped else boxes.cpu()) for boxes, dropped in zip(values, drop.tolist())]
         ids = uploaded(torch.stack(rows), self.device)
@@ -88,13 +92,14 @@ class LayoutBoxes(Conditioner):
         return [torch.zeros(0, 5)] * count
 
     def parse(self, text: str) -> torch.Tensor:
-        """JSON: [[x, y, width, height, label], ...], labels by name or number, everything else in 0..1."""
+        """Parses JSON: [[x, y, width, height, label], ...], with labels by name or number and everything else in 0..1.
+        Raises ValueError for an invalid layout."""
         try:
             rows = [[*map(float, row[:4]), self._label(row[4])] for row in json.loads(text)]
         except (json.JSONDecodeError, TypeError, IndexError) as error:
             raise ValueError(f"{text!r} is no layout; write [[x, y, width, height, label], ...]") from error
         boxes = torch.tensor(rows).reshape(-1, 5)
-        self.tokens(boxes)  # raises ValueError for labels and boxes that do not exist
+        self.tokens(boxes)  # raises ValueError for unknown labels and boxes not inside the image
         return boxes
 
     def _label(self, label: Any) -> int:
@@ -105,7 +110,7 @@ class LayoutBoxes(Conditioner):
         return int(label)
 
     def picture(self, values: Sequence[torch.Tensor], size: Sequence[int]) -> torch.Tensor:
-        """Outlines on white, a colour per label."""
+        """Draws the outlines of the boxes on white, with one colour per label."""
         height, width = size
         drawn = []
         for boxes in values:

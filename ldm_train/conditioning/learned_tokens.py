@@ -1,4 +1,5 @@
-"""Textual inversion (Gal et al. 2022, arXiv:2208.01618): new words of a text encoder, learned; all its other weights stay as they are."""
+"""Textual inversion (Gal et al. 2022, arXiv:2208.01618): learns new words of a text encoder, whose other weights stay
+frozen."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +13,8 @@ from ldm_train.conditioning.text import Captions, FrozenText, TrainedText, famil
 
 
 class NewRows(nn.Module):
-    """The parametrisation of an embedding's weight (N, dim): rows (K, dim) behind it. Those before are the same tensor as ever."""
+    """The parametrisation of an embedding's weight (N, dim) that appends rows (K, dim). The rows before them are the
+    same tensor as before."""
 
     def __init__(self, rows: torch.Tensor):
         super().__init__()
@@ -27,11 +29,11 @@ def _is_word(text: str) -> bool:
 
 
 def _known(tokenizer: Any) -> dict[str, int]:
-    return tokenizer.get_vocab()  # both of tokenizers and of transformers
+    return tokenizer.get_vocab()  # for tokenizers of both `tokenizers` and `transformers`
 
 
 def _ids(conditioner: Captions, text: str) -> list[int]:
-    """A text's tokens without those at its ends."""
+    """Returns a text's token ids, without start and end tokens."""
     if isinstance(conditioner, FrozenText):
         return conditioner.pretrained()[0](text, add_special_tokens=False)["input_ids"]
     return conditioner.tokenizer.encode(text, add_special_tokens=False).ids  # type: ignore[attr-defined]
@@ -45,7 +47,7 @@ def embedding_of(conditioner: Captions) -> nn.Embedding:
 
 
 def parts_of(token: str, vectors: int) -> list[str]:
-    """The tokens that a word of several vectors stands for: <x>, <x>_1, <x>_2, as diffusers names them."""
+    """Returns the tokens of a word with several vectors: <x>, <x>_1, <x>_2, named as in diffusers."""
     return [token, *(f"{token}_{k}" for k in range(1, vectors))]
 
 
@@ -54,7 +56,8 @@ def _tokenizer(conditioner: Captions) -> Any:
 
 
 def check_new(conditioner: Captions, token: str, vectors: int) -> None:
-    """Raises ValueError for a word that a conditioner knows already: as one of its tokens, alone or at the beginning of words."""
+    """Raises ValueError for a word that the conditioner's tokenizer already has as a token, plain or marked as the
+    beginning or end of a word."""
     known = _known(_tokenizer(conditioner))
     for word in parts_of(token, vectors):
         if taken := [form for form in (word, f"{word}</w>", f"\u0120{word}", f"\u2581{word}") if form in known]:
@@ -65,8 +68,8 @@ def check_new(conditioner: Captions, token: str, vectors: int) -> None:
 
 
 def check_rare(conditioner: Captions, word: str) -> None:
-    """Raises ValueError for a word that a text encoder knows well: as one token, of those in the first half of a pretrained
-    tokenizer's vocabulary, which is in the order of how often they were seen, or of any place in a trained one's."""
+    """Raises ValueError for a word that a text encoder knows well: as one token, in the first half of the vocabulary of
+    a pretrained tokenizer (which is sorted by frequency), or anywhere in that of a trained one."""
     known, ids = len(_known(_tokenizer(conditioner))), _ids(conditioner, word)
     most = known // 2 if isinstance(conditioner, FrozenText) else known
     if len(ids) == 1 and ids[0] < most:
@@ -76,8 +79,8 @@ def check_rare(conditioner: Captions, word: str) -> None:
 
 
 def add_tokens(conditioner: Captions, token: str, rows: torch.Tensor) -> NewRows:
-    """Teaches a conditioner a word with its vectors (K, dim); what is new of it may train. Raises ValueError for a word that it
-    knows already."""
+    """Adds a word with its vectors (K, dim) to a conditioner's tokenizer and embedding. Returns the new rows, which can
+    be trained. Raises ValueError for a word that is already known, or that does not fit the encoder."""
     tokenizer = _tokenizer(conditioner)
     embedding, words = embedding_of(conditioner), parts_of(token, len(rows))
     check_new(conditioner, token, len(rows))
@@ -89,9 +92,9 @@ def add_tokens(conditioner: Captions, token: str, rows: torch.Tensor) -> NewRows
     if len(_known(tokenizer)) > len(embedding.weight):
         raise ValueError("the tokenizer has more words than the encoder's embedding has rows")
     first = len(embedding.weight)
-    # Rows that stand for no word come first.
+    # Rows without a word get unused tokens first, so that the new tokens match the new rows.
     tokenizer.add_tokens([f"<unused{k}>" for k in range(len(_known(tokenizer)), first)])
-    # A word is not found inside others, where it begins and ends as words do.
+    # A word that begins and ends with a letter or digit is not matched inside other words.
     joined = not isinstance(conditioner, FrozenText)  # byte-level tokenizers make a token of the space before a word
     tokenizer.add_tokens(
         [AddedToken(word, normalized=False, lstrip=joined, single_word=_is_word(word)) for word in words]
@@ -110,7 +113,7 @@ def add_tokens(conditioner: Captions, token: str, rows: torch.Tensor) -> NewRows
 
 
 def settle(conditioner: Captions) -> None:
-    """Makes learned rows part of the embedding's weight, a plain parameter again."""
+    """Makes learned rows part of the embedding's weight, which becomes a plain, frozen parameter again."""
     embedding = embedding_of(conditioner)
     if parametrize.is_parametrized(embedding):
         parametrize.remove_parametrizations(embedding, "weight")
@@ -118,7 +121,7 @@ def settle(conditioner: Captions) -> None:
 
 
 def reader_of(conditioners: nn.ModuleDict) -> Captions:
-    """The conditioner that reads captions. Raises ValueError where there is none."""
+    """Returns the conditioner that reads captions. Raises ValueError if there is none."""
     for conditioner in conditioners.values():
         if isinstance(conditioner, TrainedText | FrozenText):
             return conditioner
@@ -129,9 +132,9 @@ def reader_of(conditioners: nn.ModuleDict) -> Captions:
 class TextualInversion:
     """How a word is learned.
 
-    token: the word, as prompts will use it. vectors: how many tokens it stands for. begins: a known word whose vectors it begins
-    from; None: the mean of all
-    Raises ValueError for values that cannot be.
+    token: the word, as prompts will use it. vectors: how many tokens it stands for. begins: a known word whose vectors
+        are the initial values; None: the mean of all vectors
+    Raises ValueError for invalid values.
     """
 
     token: str = "<subject>"
@@ -145,7 +148,8 @@ class TextualInversion:
             raise ValueError(f"vectors={self.vectors} is no whole number from 1 to 64")
 
     def first_rows(self, conditioner: Captions) -> torch.Tensor:
-        """(vectors, dim). Raises ValueError for a word that the encoder does not know."""
+        """Returns the initial vectors (vectors, dim). Raises ValueError if the encoder does not know the word
+        `begins`."""
         weight = embedding_of(conditioner).weight.detach()
         if self.begins is None:
             return weight.mean(dim=0, keepdim=True).repeat(self.vectors, 1)
@@ -155,7 +159,7 @@ class TextualInversion:
         return weight[[ids[min(k, len(ids) - 1)] for k in range(self.vectors)]]
 
     def attach(self, parts: nn.ModuleDict, name: str = "adapter") -> nn.ModuleDict:
-        """Teaches a model's text encoder the word; from now on its vectors alone may train."""
+        """Adds the word to a model's text encoder and freezes everything but its vectors, which are returned."""
         parts.requires_grad_(False)
         conditioner = reader_of(parts["conditioners"])  # type: ignore[arg-type]
         return nn.ModuleDict({"rows": add_tokens(conditioner, self.token, self.first_rows(conditioner))})

@@ -1,4 +1,5 @@
-"""Conditions that are pictures: label maps, low-resolution images, masked images, depth. They join the latents' channels."""
+"""Conditions that are images or maps: label maps, low-resolution images, masked images, depth. They are concatenated to
+the latents."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -15,9 +16,10 @@ from ldm_train.models.layers import timestep_embedding
 
 
 class SpatialConditioner(Conditioner):
-    """Refers to the first stage of the model that holds it; the first stage is not one of its submodules.
+    """Base class of conditioners on images or maps. It refers to the model's first stage, which is not one of its
+    submodules.
 
-    Null entries and pictures are those of a map, (B, 1, H, W) in [0, 1], unless a subclass says otherwise.
+    `null_values` and `picture` are for maps, (B, 1, H, W) in [0, 1], unless a subclass overrides them.
     """
 
     def __init__(self, dropout: float = 0.0):
@@ -36,7 +38,7 @@ class SpatialConditioner(Conditioner):
         return self.first_stage.scale.device
 
     def latent_size(self, height: int, width: int) -> tuple[int, int]:
-        """Of an image. Raises ValueError where it does not divide."""
+        """Returns the latent size (h, w) of an image. Raises ValueError if the image's size is not divisible by f."""
         f = self.first_stage.downsample_factor
         if height % f or width % f:
             raise ValueError(f"a condition of {height}x{width} pixels is not divisible by downsample_factor {f}")
@@ -57,12 +59,12 @@ class SpatialConditioner(Conditioner):
 
 
 def kept(values: torch.Tensor, drop: torch.Tensor) -> torch.Tensor:
-    """`values` (B, ...) with zeros where dropped."""
+    """Returns `values` (B, ...) with zeros for the dropped samples."""
     return values.masked_fill(uploaded(drop, values.device).view(-1, *[1] * (values.ndim - 1)), 0)
 
 
 def check_labels(labels: torch.Tensor, num_labels: int, ignore: int | None) -> None:
-    """Raises ValueError for labels that a model does not have. ignore: one more that it may have."""
+    """Raises ValueError for labels that a model does not have. ignore: an additional label that is allowed."""
     counted = labels if ignore is None else labels[labels != ignore]
     if counted.numel() and (counted.min() < 0 or counted.max() >= num_labels):
         raise ValueError(
@@ -72,7 +74,8 @@ def check_labels(labels: torch.Tensor, num_labels: int, ignore: int | None) -> N
 
 
 def coloured(labels: torch.Tensor, num_labels: int) -> torch.Tensor:
-    """labels (B, H, W) -> (B, 3, H, W) in [-1, 1]: a colour per label, far from those of its neighbours; black for 0."""
+    """labels (B, H, W) -> (B, 3, H, W) in [-1, 1]: one colour per label, far from those of neighbouring labels; black
+    for 0."""
     hues = torch.arange(num_labels + 1, dtype=torch.float64) * 0.618034 * 2 * torch.pi
     phases = torch.tensor([0.0, 2.094395, 4.188790], dtype=torch.float64)
     palette = torch.cos(hues[:, None] + phases).float()
@@ -81,9 +84,9 @@ def coloured(labels: torch.Tensor, num_labels: int) -> torch.Tensor:
 
 
 class SemanticMap(SpatialConditioner):
-    """A label map: shares of each label in every latent cell, projected to `channels` (LDM's SpatialRescaler).
+    """A label map: the share of each label in every latent cell, projected to `channels` (LDM's SpatialRescaler).
 
-    num_labels: labels are 0 .. num_labels - 1. ignore: a label that stands for "unlabelled", shown as nothing.
+    num_labels: labels are 0 .. num_labels - 1. ignore: a label for "unlabelled", which counts towards no share.
     channels: of the projection. The null condition is an empty map.
     """
 
@@ -124,11 +127,12 @@ class SemanticMap(SpatialConditioner):
 
 
 class LowResolution(SpatialConditioner):
-    """A small image, resized to the latents where its `factor` differs from the first stage's.
+    """A low-resolution image, resized to the latents if its `factor` differs from the first stage's.
 
-    channels: of the image. factor: how much smaller it is. noise_levels: timesteps up to which training adds noise to
-    it, which makes the model robust to inputs that are not clean (0: none); the level then joins the timestep embedding
-    as `vector` of `vector_dim`, or as the bare number where that is 1 (for a U-Net with `vector_classes`).
+    channels: of the image. factor: how much smaller it is. noise_levels: training adds noise of random timesteps below
+        this number to it, which makes the model robust to inputs that are not clean (0: none); the level is then added
+        to the timestep embedding as `vector` of `vector_dim`, or as the bare number if that is 1 (for a U-Net with
+        `vector_classes`).
     """
 
     field = "lowres"
@@ -143,7 +147,7 @@ class LowResolution(SpatialConditioner):
             self.noise = NoiseSchedule("scaled_linear", 0.0001, 0.02)
 
     def forward(self, values: torch.Tensor, drop: torch.Tensor) -> dict[str, torch.Tensor]:
-        """images (B, C, h', w') in [-1, 1] -> concat (B, C, h, w), perhaps vector (B, vector_dim).
+        """images (B, C, h', w') in [-1, 1] -> concat (B, C, h, w), with noise levels also vector (B, vector_dim).
 
         Noise is added in training mode only; sampling conditions on the clean image at level 0.
         """
@@ -173,9 +177,10 @@ class LowResolution(SpatialConditioner):
 class InpaintingForm(NamedTuple):
     """How the hole and the mask are encoded for the U-Net.
 
-    hole: value of its pixels in the encoded image. span: value of the mask outside it and in it
-    nearest: the mask is resized by nearest neighbour; otherwise a latent cell counts as hole as soon as any pixel is one
-    first: the mask comes before the latents. sampled: training draws latents from the posterior; otherwise the mean
+    hole: value of its pixels in the image that is encoded. span: values of the mask outside and inside the hole
+    nearest: the mask is resized by nearest neighbour; otherwise a latent cell counts as hole if any of its pixels does
+    first: the mask comes before the latents. sampled: training samples latents from the posterior; otherwise it takes
+        the mean
     """
 
     hole: float = -1.0
@@ -186,7 +191,7 @@ class InpaintingForm(NamedTuple):
 
 
 INPAINTING_FORMS = {
-    "covering": InpaintingForm(),  # ours: nearest neighbour can miss a hole, whose -1 the latents then show as a colour
+    "covering": InpaintingForm(),  # ours: nearest neighbour can miss a hole, and the latents encode its -1 as a colour
     "ldm": InpaintingForm(span=(-1.0, 1.0), nearest=True),  # CompVis/latent-diffusion, scripts/inpaint.py
     "sd2": InpaintingForm(hole=0.0, nearest=True, first=True, sampled=True),  # LatentInpaintDiffusion; SD 1.5 likewise
 }
@@ -195,9 +200,9 @@ INPAINTING_FORMS = {
 class MaskedImageCondition(SpatialConditioner):
     """Inpainting: the latents of the image without its hole, and the mask at latent size.
 
-    form: of INPAINTING_FORMS; "ldm" and "sd2" are those of the published models. (Sampling takes the posterior's mean in
-    all of them: a picture depends on its seed alone.)
-    The null condition is a picture that is all hole; a mask of all ones therefore asks for any picture.
+    form: a key of INPAINTING_FORMS; "ldm" and "sd2" are those of the published models. (Sampling takes the posterior's
+        mean in all of them, so that an image depends only on its seed.)
+    The null condition is an image that is all hole, so a mask of all ones amounts to unconditional sampling.
     """
 
     field = "masked_image"
@@ -235,7 +240,7 @@ class MaskedImageCondition(SpatialConditioner):
 
 
 class DepthMap(SpatialConditioner):
-    """A depth map at latent size, each stretched to [-1, 1] as SD 2's depth model does. The null condition is all 0."""
+    """Depth maps at latent size, each stretched to [-1, 1] as in SD 2's depth model. The null condition is all 0."""
 
     field, widths = "depth", {"concat": 1}
 
@@ -243,6 +248,6 @@ class DepthMap(SpatialConditioner):
         """(B, 1, H, W), any range -> concat (B, 1, h, w)."""
         values = uploaded(torch.as_tensor(values), self.device).float()
         size = self.latent_size(*values.shape[2:])
-        depth = F.interpolate(values, size, mode="bicubic", align_corners=False)  # published: not antialiased
+        depth = F.interpolate(values, size, mode="bicubic", align_corners=False)  # not antialiased, as published
         low, high = depth.amin(dim=(2, 3), keepdim=True), depth.amax(dim=(2, 3), keepdim=True)
         return {"concat": kept(2 * (depth - low) / (high - low + 0.001) - 1, drop)}

@@ -1,4 +1,5 @@
-"""Hidden states of captions, which frozen encoders are asked for once: the last in memory, all of them on the disk if wished."""
+"""Caches of captions' hidden states, which frozen encoders compute only once: the last ones in memory, optionally all
+on disk."""
 
 import hashlib
 import json
@@ -19,17 +20,17 @@ from torch import nn
 from ldm_train.data.offsets import Recent
 from ldm_train.storage import write_atomically
 
-Pair = tuple[torch.Tensor, torch.Tensor]  # hidden states (L, D), float32, and which tokens are seen (L,), bool
-MOST_OPEN = 64  # files at a time
-NO_MATTER = ("_name_or_path", "transformers_version", "dtype", "torch_dtype")  # of an encoder's config
+Pair = tuple[torch.Tensor, torch.Tensor]  # hidden states (L, D), float32, and attention mask (L,), bool
+MOST_OPEN = 64  # files open at a time
+NO_MATTER = ("_name_or_path", "transformers_version", "dtype", "torch_dtype")  # config options without effect
 
 
 def identity(tokenizer: Any, encoder: nn.Module, *options: object) -> str:
-    """A hash of all that an encoder's hidden states depend on: its words, its config, its weights, and the options it is asked
-    under."""
+    """Returns a hash of everything that an encoder's hidden states depend on: its vocabulary, config and weights, and
+    the options with which it is called."""
     if getattr(tokenizer, "is_fast", False):
         words = json.loads(tokenizer.backend_tokenizer.to_str())
-        words |= {"padding": None, "truncation": None}  # of its last use; `options` say them
+        words |= {"padding": None, "truncation": None}  # set by its last use; `options` contains them
     else:
         words = tokenizer.get_vocab()
     config = {k: v for k, v in encoder.config.to_dict().items() if k not in NO_MATTER}
@@ -47,24 +48,25 @@ def _hash(caption: str) -> bytes:
 
 
 def _sum(caption: bytes, pair: Pair) -> int:
-    """The checksum of a caption's states."""
+    """Returns the checksum of a caption's states. caption: its hash."""
     return zlib.crc32(pair[1].numpy().tobytes(), zlib.crc32(pair[0].numpy().tobytes(), zlib.crc32(caption)))
 
 
 class KeptStates:
-    """Those of one encoder in a folder, which any number of processes read and write: files of `together` captions each, which
-    are written whole or not at all. What is damaged is left out and named, and its captions are asked for anew.
+    """The hidden states of one encoder on disk, in a folder that any number of processes may read and write. The files,
+    of about `together` captions each, are written atomically. Damaged files are reported and ignored, and their
+    captions are encoded again.
 
     shape: (L, D) of a caption's states.
     """
 
-    together, patience = 256, 10.0  # captions, or seconds after the first of them, until they are written
+    together, patience = 256, 10.0  # write after so many captions, or seconds after the first of them
 
     def __init__(self, folder: Path, shape: tuple[int, int]):
         self.folder, self.shape, self.files, self._seen = folder, shape, list[Path](), set[Path]()
         self._open = Recent(self._opened, MOST_OPEN)
-        self._damaged: set[int] = set()  # files that have been named
-        self._added: dict[bytes, list[tuple[int, int]]] = {}  # by caption: file and row in those that came later
+        self._damaged: set[int] = set()  # files that have already been reported
+        self._added: dict[bytes, list[tuple[int, int]]] = {}  # by caption's hash: (file, row) in files found later
         parts = list(self._unseen())
         self._file = np.repeat([number for number, _ in parts], [len(hashes) for _, hashes in parts]).astype(int)
         self._row = np.concatenate([np.empty(0, int), *(np.arange(len(hashes)) for _, hashes in parts)])
@@ -72,12 +74,12 @@ class KeptStates:
         starts = self._hash_of[:, :8].copy().view(np.uint64)[:, 0]
         self._order = np.argsort(starts, kind="stable")
         self._starts = starts[self._order]
-        self._new: dict[str, Pair] = {}  # of this process, not yet written
+        self._new: dict[str, Pair] = {}  # made by this process, not yet written
         self._since, self._looked = 0.0, time.monotonic()
-        weakref.finalize(self, _write, folder, self._new)  # what is left when the process ends
+        weakref.finalize(self, _write, folder, self._new)  # writes the rest when the process ends
 
     def _unseen(self) -> Iterator[tuple[int, np.ndarray]]:
-        """(number, hashes of its captions) of the files that are new here."""
+        """Yields (number, hashes of its captions) for each file that has not been seen before."""
         for path in sorted({*self.folder.glob("*.safetensors")} - self._seen):
             self._seen.add(path)
             if (hashes := self._hashes(path)) is not None:
@@ -85,7 +87,7 @@ class KeptStates:
                 yield len(self.files) - 1, hashes
 
     def look(self) -> None:
-        """Finds what other processes have written, every now and then."""
+        """Looks for files that other processes have written, at most once every `patience` seconds."""
         if time.monotonic() > self._looked + self.patience:
             self._looked = time.monotonic()
             for number, hashes in self._unseen():
@@ -96,7 +98,8 @@ class KeptStates:
         return safe_open(self.files[number], "pt")
 
     def _hashes(self, path: Path) -> np.ndarray | None:
-        """Of the captions in a file (N, 32); None where it holds no states of this shape."""
+        """Returns the hashes (N, 32) of the captions in a file, or None if it holds no states of this shape or cannot
+        be read."""
         try:
             with safe_open(path, "pt") as file:
                 captions = file.get_tensor("captions").numpy()
@@ -113,7 +116,7 @@ class KeptStates:
         return captions
 
     def _places(self, key: bytes) -> Iterator[tuple[int, int]]:
-        """(file, row) of all copies of a caption's states."""
+        """Yields (file, row) of every copy of a caption's states."""
         yield from self._added.get(key, ())
         k = int(np.searchsorted(self._starts, np.frombuffer(key[:8], np.uint64)[0]))
         while k < len(self._order) and self._starts[k].tobytes() == key[:8]:
@@ -143,7 +146,8 @@ class KeptStates:
         self.write_some()
 
     def write_some(self) -> None:
-        """Writes what is new, once there is enough of it or some time has passed. Without success it stays in memory only."""
+        """Writes new states once there are enough of them or some time has passed. If writing fails, they stay only in
+        the memory of `States`."""
         if not self._new or (len(self._new) < self.together and time.monotonic() < self._since + self.patience):
             return
         if (path := _write(self.folder, self._new)) is not None:
@@ -155,7 +159,7 @@ class KeptStates:
 
 
 def _write(folder: Path, pairs: dict[str, Pair]) -> Path | None:
-    """The file that now holds these; None where there is nothing to write or it cannot be written."""
+    """Writes states to a file and returns its path; None if there is nothing to write or it cannot be written."""
     if not pairs:
         return None
     hashes = [_hash(caption) for caption in pairs]
@@ -173,7 +177,7 @@ def _write(folder: Path, pairs: dict[str, Pair]) -> Path | None:
 
 
 class States:
-    """Hidden states by caption. size: how many are held in memory; the others are asked for again, or read from the disk."""
+    """Hidden states by caption. size: how many are held in memory; others are encoded again, or read from disk."""
 
     def __init__(self, size: int):
         self.size, self.memory = size, OrderedDict[str, Pair]()
@@ -181,7 +185,8 @@ class States:
         self._folders: dict[Path, KeptStates] = {}
 
     def keep_in(self, folder: Path, shape: tuple[int, int], device: Callable[[], torch.device]) -> None:
-        """Keeps them on the disk from now on, those of each kind of device and precision apart. folder: of one encoder."""
+        """From now on also keeps states on disk, separately for each device type and precision. folder: of one encoder.
+        shape: (L, D) of a caption's states."""
 
         def kept() -> KeptStates:
             kind = device().type
@@ -194,12 +199,12 @@ class States:
         self._kept = kept
 
     def forget(self) -> None:
-        """Where the encoder has changed: what is kept is another's, and nothing is kept from now on."""
+        """To be called when the encoder has changed: drops the states in memory, and stops using the disk."""
         self.memory.clear()
         self._kept = None
 
     def of(self, captions: Sequence[str], encode: Callable[[Sequence[str]], Pair]) -> dict[str, Pair]:
-        """Those of some captions. encode: captions -> hidden states (B, L, D) and which tokens are seen (B, L)."""
+        """Returns the states of captions. encode: captions -> hidden states (B, L, D) and attention mask (B, L)."""
         kept = self._kept() if self._kept else None
         missing = sorted({*captions} - self.memory.keys())
         if kept is not None:

@@ -18,7 +18,7 @@ from ldm_train.models.transformer import CrossAttention
 
 
 class NarrowLayer(nn.Module):
-    """A pre-norm transformer layer whose heads need not fill the width, as in x-transformers: no biases on q, k, v."""
+    """A pre-norm transformer layer of any head_dim, as in x-transformers: no biases on q, k, v."""
 
     def __init__(self, dim: int, heads: int, head_dim: int):
         super().__init__()
@@ -33,7 +33,7 @@ class NarrowLayer(nn.Module):
 
 
 class NarrowTransformer(nn.Module):
-    """Called as torch's TransformerEncoder, whose attention cannot be narrower than the width."""
+    """Has the call signature of torch's TransformerEncoder, whose attention cannot be narrower than dim."""
 
     def __init__(self, dim: int, depth: int, heads: int, head_dim: int):
         super().__init__()
@@ -49,15 +49,15 @@ class NarrowTransformer(nn.Module):
 class TokenEncoder(nn.Module):
     """Token ids -> hidden states: embedding, learned positions, pre-norm transformer, final norm.
 
-    vocab_size, dim, depth, heads; max_length: positions
-    head_dim: width of a head, where heads * head_dim is not dim (LDM's text models: 8 heads of 64 at any width)
+    vocab_size, dim, depth, heads; max_length: number of positions
+    head_dim: width of a head, if heads * head_dim is not dim (LDM's text models: 8 heads of 64 at any width)
     """
 
     def __init__(self, vocab_size: int, dim: int, depth: int, heads: int, max_length: int, head_dim: int | None = None):
         super().__init__()
         self.token_embedding = nn.Embedding(vocab_size, dim)
-        # Unit-size tokens (nn.Embedding's own start) dominate the residual stream: the pooled vector is a readable bag
-        # of words from the first step. With 0.02 the short quickstart never learned to obey positions.
+        # Unit-size token embeddings (nn.Embedding's default) dominate the residual stream: the pooled vector is a
+        # usable bag of words from the first step. With 0.02, the short quickstart never learned to follow positions.
         self.position_embedding = nn.Parameter(torch.randn(max_length, dim) * 0.2)
         if head_dim is None or heads * head_dim == dim:
             layer = nn.TransformerEncoderLayer(
@@ -75,7 +75,7 @@ class TokenEncoder(nn.Module):
 
 
 def mean_of(x: torch.Tensor, counted: torch.Tensor) -> torch.Tensor:
-    """The mean hidden state (B, dim) of x (B, L, dim) over the tokens that count, (B, L) bool."""
+    """Returns the mean hidden state (B, dim) of x (B, L, dim) over the tokens that count, (B, L) bool."""
     share = counted[..., None].to(x.dtype)
     return (x * share).sum(dim=1) / share.sum(dim=1)
 
@@ -101,7 +101,7 @@ def train_tokenizer(captions: Iterable[str], vocab_size: int) -> Tokenizer:
 
 
 def read_tokenizer(path: str) -> Tokenizer:
-    """A tokenizer from a local file: BERT's vocab.txt (lower-cased WordPiece), or any tokenizer.json.
+    """Reads a tokenizer from a local file: BERT's vocab.txt (lower-cased WordPiece), or any tokenizer.json.
 
     Raises FileNotFoundError or ValueError, naming the file.
     """
@@ -119,12 +119,12 @@ def read_tokenizer(path: str) -> Tokenizer:
         tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
         tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
         return tokenizer
-    except Exception as error:  # the library raises bare Exceptions
+    except Exception as error:  # the library raises plain Exceptions
         raise ValueError(f"{path} is no tokenizer: {error}") from error
 
 
 def families(words: Iterable[str]) -> dict[str, list[str]]:
-    """Learned words of several vectors -> the tokens that they stand for: <x> -> <x>, <x>_1, <x>_2, as diffusers names them."""
+    """Maps learned words with several vectors to their tokens: <x> -> <x>, <x>_1, <x>_2, named as in diffusers."""
     known, found = set(words), {}
     for word in sorted(known):
         family = [word]
@@ -136,9 +136,9 @@ def families(words: Iterable[str]) -> dict[str, list[str]]:
 
 
 class Captions(Conditioner):
-    """What conditioners of captions share. The null condition is the empty caption.
+    """Base class of conditioners on captions. The null condition is the empty caption.
 
-    learned: words that were taught (see `learned_tokens`) and stand for several tokens, with these
+    learned: learned words (see `learned_tokens`) that stand for several tokens -> these tokens
     """
 
     field = "caption"
@@ -148,7 +148,7 @@ class Captions(Conditioner):
         self.learned: dict[str, list[str]] = {}
 
     def spelled(self, captions: Sequence[str]) -> list[str]:
-        """Captions with every learned word, where it stands alone, as its tokens."""
+        """Returns captions with every learned word, if it stands alone, replaced by its tokens."""
         if not self.learned:
             return list(captions)
         longest_first = sorted(self.learned, key=len, reverse=True)
@@ -163,13 +163,13 @@ class Captions(Conditioner):
 
 
 class TrainedText(Captions):
-    """Tokens, learned positions and a pre-norm transformer; its hidden states are the cross-attention context.
+    """A text encoder: tokens, learned positions and a pre-norm transformer, whose hidden states are the context.
 
-    tokenizer: a Tokenizer with the special tokens of `train_tokenizer` or of BERT, or its JSON (as model folders keep it)
+    tokenizer: a Tokenizer with the special tokens of `train_tokenizer` or of BERT, or its JSON (as in model folders)
     dim: width; must equal the U-Net's context_dim
-    depth, heads, head_dim: of the transformer (see TokenEncoder). max_length: tokens, longer captions are cut
-    masked: attention, here and in the U-Net, ignores padding. LDM's published text models let it be seen
-    pooled: also fill the vector slot with the mean hidden state, which joins the timestep embedding
+    depth, heads, head_dim: of the transformer (see TokenEncoder). max_length: in tokens, longer captions are cut
+    masked: attention, here and in the U-Net, ignores padding. LDM's published text models attend to it
+    pooled: also fill the vector slot with the mean hidden state, which is added to the timestep embedding
     """
 
     def __init__(
@@ -198,7 +198,7 @@ class TrainedText(Captions):
         self.learned = families(token.content for token in tokenizer.get_added_tokens_decoder().values())
 
     def tokenize(self, captions: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Token ids (B, L) and mask (B, L), L = max_length, on the CPU."""
+        """Returns token ids (B, L) and mask (B, L), L = max_length, on the CPU."""
         pad, start, end = self.special
         ids = torch.full((len(captions), self.max_length), pad, dtype=torch.long)
         mask = torch.zeros(len(captions), self.max_length, dtype=torch.bool)
@@ -224,14 +224,14 @@ class FrozenText(Captions):
 
     path: a local folder, or a name that transformers can download
     dim: width of its hidden states; must equal the U-Net's context_dim
-    layer: "last", or "penultimate" with the encoder's final norm applied, as Stable Diffusion 2, or "projected": CLIP's embedding of
-        a caption (length 1, null condition 0), as retrieval-augmented models (Blattmann et al. 2022) are asked in words
-    max_length: tokens, longer captions are cut. masked: let attention ignore padding (CLIP models were trained with it visible)
-    cache_size: captions whose hidden states are kept in memory
-    tokenizer: a folder, where it is not that of the encoder
-    pad_id: the token that padding shows, where it is not the tokenizer's own (Stable Diffusion 2: 0, as open_clip; a
-        caption's own tokens stay as they are)
-    pretrained: (tokenizer, encoder), where they are loaded already
+    layer: "last"; "penultimate" with the encoder's final norm applied, as in Stable Diffusion 2; or "projected": CLIP's
+        embedding of a caption (L = 1, null condition 0), as text for retrieval-augmented models (Blattmann et al. 2022)
+    max_length: in tokens, longer captions are cut. masked: attention ignores padding (CLIP was trained with it visible)
+    cache_size: number of captions whose hidden states are kept in memory
+    tokenizer: its folder, if it is not that of the encoder
+    pad_id: the padding token, if it is not the tokenizer's own (Stable Diffusion 2: 0, as in open_clip; a caption's own
+        tokens stay unchanged)
+    pretrained: (tokenizer, encoder), if they are already loaded
     The encoder is not part of the model's weights; the model folder names it.
     """
 
@@ -255,7 +255,7 @@ class FrozenText(Captions):
         self.pad_id, self.widths, self.tokenizer_path = pad_id, {"context": dim}, tokenizer or path
         self.known = States(cache_size)
         self._pretrained: tuple[Any, nn.Module] | None = None  # a tuple hides it from state_dict and optimisers
-        self._whole: tuple[nn.Module, ...] = ()  # what the encoder is part of
+        self._whole: tuple[nn.Module, ...] = ()  # the model that the encoder is part of
         if pretrained is not None:
             self.take(*pretrained)
         self.register_buffer("_place", torch.zeros(()), persistent=False)
@@ -265,12 +265,12 @@ class FrozenText(Captions):
         return self._place.device
 
     def take(self, tokenizer: Any, encoder: nn.Module) -> None:
-        """Uses these instead of loading them."""
+        """Uses this tokenizer and this encoder instead of loading them."""
         self._pretrained = (tokenizer, encoder.eval().requires_grad_(False))
         self._whole = (encoder,)
 
     def pretrained(self) -> tuple[Any, nn.Module]:
-        """Tokenizer and encoder, loaded at first use. Raises FileNotFoundError where they cannot be obtained."""
+        """Returns tokenizer and encoder, loaded at first use. Raises FileNotFoundError if they cannot be obtained."""
         if self._pretrained is None:
             from transformers import AutoConfig, AutoModel, AutoTokenizer, CLIPTextModel, CLIPTextModelWithProjection
 
@@ -296,23 +296,23 @@ class FrozenText(Captions):
         return tokenizer, model.to(self.device)
 
     def savable(self) -> tuple[Any, nn.Module]:
-        """Tokenizer and model, to be written into a folder that `path` may name: of models that decode too (T5) the whole."""
+        """Returns tokenizer and model (the whole of an encoder-decoder like T5), for a folder that `path` can name."""
         tokenizer, _ = self.pretrained()
         return tokenizer, self._whole[0]
 
     @property
     def trains(self) -> bool:
-        """Whether anything of the encoder does: words that are being learned, or an adapter."""
+        """Whether any part of the encoder is trained: learned words, or an adapter."""
         return self._pretrained is not None and any(p.requires_grad for p in self._pretrained[1].parameters())
 
     @property
     def is_taken(self) -> bool:
-        """Whether it was given or loaded."""
+        """Whether the encoder was already given or loaded."""
         return self._pretrained is not None
 
     @property
     def is_local(self) -> bool:
-        """Whether no network is needed for the encoder."""
+        """Whether the encoder can be loaded without network access."""
         return self._pretrained is not None or Path(self.path).is_dir()
 
     def require(self) -> None:
@@ -336,7 +336,7 @@ class FrozenText(Captions):
 
     @property
     def _length(self) -> int:
-        """Hidden states of a caption."""
+        """The number of hidden states per caption."""
         return 1 if self.layer == "projected" else self.max_length
 
     def keep_in(self, folder: Path) -> None:
@@ -354,7 +354,7 @@ class FrozenText(Captions):
         return hidden.cpu(), seen.cpu()
 
     def states(self, captions: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
-        """What `encode` returns, on the device, with a gradient where something of the encoder trains."""
+        """Returns the same as `encode`, but on the device, and with gradients if any part of the encoder is trained."""
         tokenizer, model = self.pretrained()
         tokens = tokenizer(
             self.spelled(captions),
@@ -388,7 +388,7 @@ class FrozenText(Captions):
         """B captions -> context (B, L, dim), context_mask (B, L)."""
         empty = None if self.layer == "projected" else ""
         captions = [empty if dropped else text for text, dropped in zip(values, drop.tolist())]
-        if self.trains:  # a state in memory would be that of an earlier step
+        if self.trains:  # cached states would be those of an earlier step
             if self.layer == "projected":
                 raise ValueError("layer=projected knows one embedding of a caption, and learns nothing")
             context, mask = self.states([c or "" for c in captions])

@@ -1,7 +1,7 @@
-"""The fields of a batch, each declared once: where a shard holds it, how it is decoded and cut with its picture, what to do where
-it is missing, and how it is read from the command line.
+"""The fields of a batch. Each is declared once: which members of a shard hold it, how it is decoded and cropped with
+its image, what to do if it is missing, and how it is read from the command line.
 
-A further one is a subclass of `Field` beside the conditioner that reads it, which names it as its `declares`.
+To add a field, write a subclass of `Field` beside the conditioner that reads it, and set that conditioner's `declares`.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -29,13 +29,13 @@ from ldm_train.rng import derive_seed
 
 # (image (C, H, W) in [-1, 1], rng) -> the field, for fields that are made from the image
 Derive = Callable[[torch.Tensor, np.random.Generator], torch.Tensor]
-Raw = Mapping[str, bytes]  # the members of a sample by their extension
+Raw = Mapping[str, bytes]  # the members of a sample by extension
 
 
 @dataclass
 class Sample:
-    """One sample on its way from a shard's members to tensors. All its pictures and maps get the same crop: the first one that is
-    asked for draws it."""
+    """One sample while it is decoded from a shard's members to tensors. All its images and maps get the same crop,
+    which is drawn for the first one requested."""
 
     key: str
     raw: Raw
@@ -44,12 +44,12 @@ class Sample:
     channels: int
     derive: Mapping[str, Derive]
     labels: Mapping[str, int | None]
-    shape: tuple[int, ...] | None = None  # (H, W) of the picture in its file, once it was read
+    shape: tuple[int, ...] | None = None  # (H, W) of the image in its file, once it has been read
     _plan: Plan | None = None
 
     @cached_property
     def pixels(self) -> torch.Tensor:
-        """The picture, cut: float32 (C, H, W) in [-1, 1]."""
+        """The cropped image: float32 (C, H, W) in [-1, 1]."""
         extension = next((e for e in IMAGE_EXTENSIONS if e in self.raw), None)
         if extension is None:
             raise ValueError(f"no image: it has {', '.join(f'.{e}' for e in self.raw)}")
@@ -59,7 +59,7 @@ class Sample:
         return to_unit_range(self.transform.apply(image, self._plan))
 
     def plan(self, size: Sequence[int], what: str) -> Plan:
-        """How a map of `size` is cut. Raises ValueError where the picture has another size."""
+        """The crop plan for a map of `size`. Raises ValueError if the image has another size."""
         if self.shape and tuple(size) != self.shape:
             raise ValueError(f"image of {self.shape} but {what} of {tuple(size)} pixels")
         if self._plan is None:
@@ -67,7 +67,7 @@ class Sample:
         return self._plan
 
     def derived(self, field: "Field") -> torch.Tensor:
-        """The field made from the picture: by the config's data.derived, else by the field itself."""
+        """The field made from the image: by the config's data.derived if it has an entry, else by the field itself."""
         own = self.rng if self.rng is not None else np.random.default_rng(derive_seed(field.name, self.key))
         make = self.derive.get(field.name) or field.from_image
         assert make is not None
@@ -75,19 +75,19 @@ class Sample:
 
 
 class Field:
-    """Subclasses state the attributes and implement `decode`.
+    """A field of a batch. Subclasses set the attributes and implement `decode`.
 
-    name            in a batch, and as the `field` of the conditioner that reads it
-    extensions      of the members of a shard that can hold it
-    needs_pixels    whether decoding needs the picture
+    name            in a batch, and the `field` of the conditioner that reads it
+    extensions      of the shard members that can hold it
+    needs_pixels    whether decoding needs the image
     cached          whether the latent cache holds it
     optional        whether samples may lack it
-    option          of ldm-sample, which gives it; see `argument`
-    input           what the app draws for it: text, choice (of the conditioner's `names`), picture, boxes, map, or mask (the brush
-                    of inpainting)
-    members         what `check` reads
-    remedy          what to do where samples lack it
-    from_image      how it is made from the picture where a sample lacks it (also: data.derived)
+    option          the ldm-sample option that sets it; see `argument`
+    input           what the app shows for it: text, choice (of the conditioner's `names`), picture, boxes, map, or
+                    mask (the inpainting brush)
+    members         extensions that `check` reads
+    remedy          what to do if samples lack it
+    from_image      how it is made from the image if a sample lacks it (also: data.derived)
     """
 
     name: str
@@ -103,28 +103,29 @@ class Field:
 
     @property
     def argument(self) -> str:
-        """The option of ldm-sample that gives it."""
+        """The ldm-sample option that sets it."""
         return self.option or f"fields.{self.name}"
 
     def held(self, counts: Mapping[str, int]) -> int:
-        """How many samples have it, from the number of members of each extension."""
+        """The number of samples that have it, from the number of members of each extension."""
         return max(counts.get(e, 0) for e in self.extensions)
 
     def decode(self, sample: Sample) -> Any:
-        """Raises OSError or ValueError where it cannot be read."""
+        """Decodes the field from a sample. Raises OSError or ValueError if it cannot be read."""
         raise NotImplementedError
 
     def check(self, raw: Raw, labels: int | None) -> None:
-        """Reads the field where that is cheap, to check it. labels: how many there are. Raises ValueError or KeyError."""
+        """Validates the field by reading it, if that is cheap. labels: the number of labels. Raises ValueError or
+        KeyError."""
 
     def collate(self, values: Sequence[Any]) -> Any:
-        """Stacks tensors, makes int64 of numbers; a list of anything else."""
+        """Stacks tensors, makes an int64 tensor of integers, and returns a list of anything else."""
         if isinstance(values[0], torch.Tensor):
             return torch.stack(list(values))
         return torch.tensor(values) if isinstance(values[0], int) else list(values)
 
     def from_words(self, given: str, conditioner: Any, size: tuple[int, int], channels: int) -> Any:
-        """One entry from the command line, for pictures of `size`. Raises ValueError or FileNotFoundError."""
+        """Parses one entry from the command line, for images of `size`. Raises ValueError or FileNotFoundError."""
         return conditioner.parse(given)
 
 
@@ -134,7 +135,7 @@ class Image(Field):
     name, extensions, needs_pixels = "image", IMAGE_EXTENSIONS, True
 
     def held(self, counts: Mapping[str, int]) -> int:
-        return sum(counts.get(e, 0) for e in self.extensions)  # a sample has one, under one of its extensions
+        return sum(counts.get(e, 0) for e in self.extensions)  # a sample has one image, under one of these extensions
 
     def decode(self, sample: Sample) -> torch.Tensor:
         return sample.pixels
@@ -144,14 +145,14 @@ class Image(Field):
 
 
 class Reference(Image):
-    """reference: the cut image itself, for conditioners that embed it."""
+    """reference: the cropped image itself, for conditioners that embed it."""
 
     name, option = "reference", "image"
     input = "picture"
 
 
 class Segmentation(Field):
-    """segmentation: int64 (H, W), cut by nearest neighbour."""
+    """segmentation: int64 (H, W), cropped and resized by nearest neighbour."""
 
     name, extensions, option = "segmentation", ("seg.png",), "map"
     input = "map"
@@ -168,7 +169,7 @@ class Segmentation(Field):
 
 
 class Depth(Field):
-    """depth: float32 (1, H, W) in [0, 1]; files of 8 or 16 bits."""
+    """depth: float32 (1, H, W) in [0, 1], from files of 8 or 16 bits."""
 
     name, extensions, option = "depth", ("depth.png",), "depth"
     input = "picture"
@@ -183,7 +184,7 @@ class Depth(Field):
 
 
 class Boxes(Field):
-    """boxes: float32 (N, 5), x, y, width, height in unit coordinates of the cut picture, label."""
+    """boxes: float32 (N, 5): x, y, width, height in unit coordinates of the cropped image, and the label."""
 
     name, extensions, needs_pixels, option, members = "boxes", ("json",), True, "layout", ("json",)
     input = "boxes"
@@ -204,7 +205,7 @@ class Boxes(Field):
 
 
 class MaskedImage(Field):
-    """masked_image: float32 (C + 1, H, W), the picture with its hole at -1, and the mask, 1 in the hole."""
+    """masked_image: float32 (C + 1, H, W): the image with the hole at -1, and the mask, which is 1 in the hole."""
 
     name, extensions, needs_pixels, option = "masked_image", ("mask.png",), True, "image"
     input = "mask"
@@ -219,7 +220,7 @@ class MaskedImage(Field):
 
 
 class LowResolution(Field):
-    """lowres: float32 (C, h, w) in [-1, 1], the picture by a whole factor smaller."""
+    """lowres: float32 (C, h, w) in [-1, 1], the image reduced by an integer factor."""
 
     name, extensions, needs_pixels, option = "lowres", ("lowres.png",), True, "image"
     input = "picture"
@@ -254,7 +255,7 @@ class ClassLabel(Field):
 
 
 class Caption(Field):
-    """caption: str, one of a sample's captions: drawn by its random numbers, the first without."""
+    """caption: str, one of a sample's captions: a random one, or the first if there is no random generator."""
 
     name, extensions, cached, option, members = "caption", ("txt", "json"), True, "prompts", ("txt", "json")
     remedy = (
@@ -271,8 +272,9 @@ class Caption(Field):
 
 
 class LossWeight(Field):
-    """loss_weight: how much a sample counts in the loss of the diffusion stage, 1 where nothing is said. So pictures of a class that
-    a model drew itself can be told from those of a subject (the prior-preserving term of DreamBooth, Ruiz et al. 2022, eq. 2)."""
+    """loss_weight: how much a sample counts in the loss of the diffusion stage, 1 by default. It distinguishes
+    images of a class that a model generated itself from those of a subject (the prior-preservation term of
+    DreamBooth, Ruiz et al. 2022, eq. 2)."""
 
     name, extensions, cached, optional, members = "loss_weight", ("loss_weight.txt",), True, True, ("loss_weight.txt",)
 
@@ -284,5 +286,5 @@ class LossWeight(Field):
 
 
 KINDS = (Image, Reference, Segmentation, Depth, Boxes, MaskedImage, LowResolution, ClassLabel, Caption, LossWeight)
-# In the order in which a sample is decoded: they draw from its random numbers.
+# In the order in which a sample is decoded, which matters because fields draw from the same random generator.
 FIELDS: dict[str, Field] = {kind.name: kind() for kind in KINDS}

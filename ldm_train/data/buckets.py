@@ -1,4 +1,5 @@
-"""Aspect-ratio buckets: every batch holds pictures of one shape, so that wide and tall ones need not be cut square."""
+"""Aspect-ratio buckets: all images of a batch have one size, so that wide and tall images need not be cropped to
+squares."""
 
 import math
 import os
@@ -12,14 +13,14 @@ from tqdm import tqdm
 from ldm_train.data.files import IMAGE_EXTENSIONS, open_image, read_npy
 from ldm_train.data.offsets import OffsetTable, ShardFile, alone
 
-ORIENTATION = 0x0112  # of EXIF; from 5 on the picture lies on its side
-ORIENTED = (b"eXIf", b"exif", b"Orientation")  # what a PNG that knows its orientation holds
+ORIENTATION = 0x0112  # EXIF tag; from 5 on the image lies on its side
+ORIENTED = (b"eXIf", b"exif", b"Orientation")  # markers in a PNG that may state its orientation
 Size = tuple[int, int]  # height, width
 
 
 def bucket_sizes(base: Size, step: int, max_ratio: float) -> list[Size]:
-    """`base`, and the sizes in multiples of `step` with at most as many pixels whose sides are at most `max_ratio` to 1: of each
-    height the widest, of each width the highest. Raises ValueError where there is none but `base`."""
+    """`base`, and the sizes in multiples of `step` that have at most as many pixels and sides of at most `max_ratio`
+    to 1: the widest for each height, the tallest for each width. Raises ValueError if there is none but `base`."""
     sizes = _sizes(base, step, max_ratio)
     if len(sizes) == 1:
         raise ValueError(
@@ -30,8 +31,8 @@ def bucket_sizes(base: Size, step: int, max_ratio: float) -> list[Size]:
 
 
 def nearest_size(base: Size, step: int, ratio: float) -> Size:
-    """Of `base` and the sizes in multiples of `step` with at most as many pixels the one whose height is nearest to `ratio` times
-    its width."""
+    """Of `base` and the sizes in multiples of `step` with at most as many pixels, the one whose ratio of height to
+    width is nearest to `ratio`."""
     return min(_sizes(base, step, math.inf), key=lambda size: abs(math.log(size[0] / size[1] / ratio)))
 
 
@@ -43,7 +44,7 @@ def _sizes(base: Size, step: int, max_ratio: float) -> list[Size]:
 
 
 class Buckets:
-    """Which of several sizes each sample is cut to.
+    """The size to which each sample is cropped and resized, one of several.
 
     sizes: (height, width) of each bucket. number (N,): the bucket of each sample.
     """
@@ -55,8 +56,9 @@ class Buckets:
 
     @classmethod
     def of(cls, pictures: np.ndarray, sizes: list[Size], min_images: int) -> "Buckets":
-        """pictures (N, 2): height and width of each; (0, 0) is taken for one of the first size. Each goes into the bucket
-        whose aspect ratio is nearest, and buckets of fewer than `min_images` into their neighbours, the smallest first."""
+        """Assigns images to buckets. pictures (N, 2): height and width of each image; (0, 0) counts as the first
+        size. Each goes into the bucket with the nearest aspect ratio; buckets of fewer than `min_images` are merged
+        into their neighbours, the smallest first."""
         packed = pictures[:, 0].astype(np.int64) << 32 | pictures[:, 1]
         kinds, kind, counts = np.unique(packed, return_inverse=True, return_counts=True)
         heights, widths = (
@@ -75,7 +77,7 @@ class Buckets:
         return self.sizes[self.number[i]]
 
     def neighbours(self, i: int) -> np.ndarray:
-        """The samples of the same size."""
+        """The samples in the same bucket."""
         return self.members[self.number[i]]
 
     def __str__(self) -> str:
@@ -84,19 +86,20 @@ class Buckets:
 
 
 class BucketOrder:
-    """The order of an epoch in which each batch is of one bucket: batches of all buckets shuffled, and the samples within each.
-    What does not fill a batch of its bucket is left out of the epoch."""
+    """The order of an epoch in which each batch comes from one bucket: the batches of all buckets are shuffled, and
+    so are the samples within each bucket. Samples that do not fill a batch of their bucket are left out of the
+    epoch."""
 
     def __init__(self, buckets: Buckets, batch_size: int):
         self.members, self.batch_size = buckets.members, batch_size
-        self.first = np.cumsum([0, *(len(members) // batch_size for members in self.members)])  # batch of each bucket
+        self.first = np.cumsum([0, *(len(members) // batch_size for members in self.members)])  # bucket's first batch
 
     @property
     def batches(self) -> int:
         return int(self.first[-1])
 
     def epoch(self, seed: int, epoch: int) -> Callable[[np.ndarray], np.ndarray]:
-        """positions in the epoch (M,), all of one batch -> indices of samples (M,)."""
+        """The order as a function: positions in the epoch (M,), all of one batch -> sample indices (M,)."""
         order = np.random.default_rng([seed, epoch]).permutation(self.batches)
         shuffled: dict[int, np.ndarray] = {}
 
@@ -111,25 +114,25 @@ class BucketOrder:
 
 
 def shown_size(data: bytes, extension: str) -> Size:
-    """(height, width) of an encoded picture as a viewer shows it; (0, 0) where it cannot be read."""
+    """(height, width) of an encoded image as a viewer shows it; (0, 0) if it cannot be read."""
     try:
         if extension == "npy":
             height, width = read_npy(data).shape[:2]
         else:
             with open_image(data) as image:
                 width, height = image.size
-                # Pillow looks for the orientation of a PNG behind its pixels, and decodes them.
+                # Pillow looks for a PNG's orientation after the pixels too, and decodes them to get there.
                 turned = image.format != "PNG" or any(mark in data for mark in ORIENTED)
                 if turned and image.getexif().get(ORIENTATION, 1) >= 5:
                     width, height = height, width
-    except Exception:  # damaged data: training replaces the sample and says so
+    except Exception:  # damaged data: training replaces the sample and reports it
         return 0, 0
     return (height, width) if 0 < height < 2**31 and 0 < width < 2**31 else (0, 0)
 
 
 def picture_sizes(files: Sequence[ShardFile], table: OffsetTable) -> np.ndarray:
-    """(height, width) of the picture of every row of a table (N, 2), (0, 0) where it has none that can be read. They are read
-    once, and kept beside the shards' offsets."""
+    """(height, width) of the image in every row of a table (N, 2), (0, 0) if a row has no readable image. The sizes
+    are read once and stored beside the shards' offsets."""
     sizes, bar, others = [np.empty((0, 2), np.int32)], None, os.environ.get("RANK", "0") != "0"
     for number, file in enumerate(files):
         rows = range(int(table.first[number]), int(table.first[number + 1]))
@@ -137,7 +140,7 @@ def picture_sizes(files: Sequence[ShardFile], table: OffsetTable) -> np.ndarray:
             bar = bar or tqdm(
                 desc="reading the pictures' sizes", total=len(table), initial=rows.start, unit="img", disable=others
             )
-            with _alone(file):  # of several ranks one reads
+            with _alone(file):  # only one of several ranks reads
                 if (known := _kept(file, len(rows))) is None:
                     known = _read_sizes(file, table, rows, bar)
                     file.keep(_place(file), {"sizes": known})
@@ -153,7 +156,7 @@ def _place(file: ShardFile) -> Path:
 
 @contextmanager
 def _alone(file: ShardFile) -> Iterator[None]:
-    """Where the folder can be written; else all read."""
+    """A lock for reading a shard's sizes, if the folder is writable; otherwise all ranks read them."""
     with ExitStack() as stack:
         if not file.kept.parent.is_symlink():
             with suppress(OSError):
@@ -162,7 +165,7 @@ def _alone(file: ShardFile) -> Iterator[None]:
 
 
 def _kept(file: ShardFile, count: int) -> np.ndarray | None:
-    """The sizes that were read earlier; None where there are none that are possible."""
+    """The sizes that were read earlier; None if there are none or they are invalid."""
     sizes = file.kept_arrays(_place(file)).get("sizes")
     if sizes is None or sizes.shape != (count, 2) or sizes.dtype != np.int32:
         return None

@@ -1,4 +1,5 @@
-"""One data module for all images: shards in, batches out, in an order that is a pure function of the seed and the step."""
+"""The data module for images: reads shards and delivers batches, in an order that is a pure function of the seed and
+the step."""
 
 import itertools
 from collections.abc import Mapping, Sequence
@@ -33,9 +34,9 @@ from ldm_train.interrupts import become_worker
 
 
 class ShardDataset(Dataset):
-    """Decoded samples by (epoch, index). A sample that cannot be read is replaced by another (of its bucket, where there are
-    buckets), chosen by (seed, epoch, index), and the sample says so in "replaced"; after 20 failures in a row it raises
-    DataError."""
+    """Decoded samples by (epoch, index). A sample that cannot be read is replaced by another (of the same bucket, if
+    there are buckets), chosen by (seed, epoch, index), with notes on the failures in "replaced". Raises DataError
+    after 20 failures in a row."""
 
     def __init__(
         self, shards: IndexedShards, decoder: SampleDecoder, seed: int, random: bool, buckets: Buckets | None = None
@@ -68,7 +69,7 @@ class ShardDataset(Dataset):
 
 
 def check_channels(shards: list[dict], channels: int, where: str) -> None:
-    """Raises DataError where shards, of which these are the entries, hold pictures that cannot have so many channels."""
+    """Raises DataError if shards, given by their index entries, hold images that cannot have `channels` channels."""
     counts = member_counts(shards)
     held = sorted({c for shard in shards for c in shard.get("channels", [])})
     if held and held != [channels]:
@@ -84,7 +85,7 @@ def check_channels(shards: list[dict], channels: int, where: str) -> None:
 
 
 def check_buckets(reader: str, mixed: bool, one_split: bool) -> None:
-    """Raises ValueError where buckets of aspect ratios do not go with the other options of the data."""
+    """Raises ValueError if aspect-ratio buckets cannot be combined with the other data options."""
     if reader == "streaming":
         raise ValueError("data.buckets needs every picture's size before training: data.reader=indexed")
     if mixed:
@@ -96,23 +97,23 @@ def check_buckets(reader: str, mixed: bool, one_split: bool) -> None:
 class ShardDataModule(L.LightningDataModule):
     """Images (and what the shards hold beside them) for one stage.
 
-    root            folder with index.json, or several: their samples are drawn from together
-    weights         share of each root (None: by their sizes). balance_classes: equal shares of the classes of a root
+    root            folder or address with index.json, or several, whose samples are mixed
+    weights         share of each root (None: by size). balance_classes: equal shares for the classes of a root
     batching        Batching; accumulation included
     max_steps       optimiser steps of the stage
     fields          batch fields needed: "image" and what the conditioners read (see data/batch.py)
-    derive          how fields are made from the image where the shards lack them: {field: callable}
+    derive          how fields are made from the image if the shards lack them: {field: callable}
     image_size, crop, scale, flip   see ImageTransform;  channels: of the image
-    reader          "indexed" (files of this machine, and copies of remote ones) or "streaming" (more than fits on its disk)
-    val_images      validation uses the first so many (None: all)
-    max_bad_fraction    stop when more than this share of the samples read could not be decoded
+    reader          "indexed" (local files, copies of remote ones) or "streaming" (for more data than fits on the disk)
+    val_images      validation uses only the first so many (None: all)
+    max_bad_fraction    stop if more than this share of the samples read could not be decoded
     remedy          the command that makes this data, for error messages
-    labels          how many there are of "class_label" and "boxes", where the model sets it; None: as many as classes are
-                    named in the index
+    labels          the numbers of labels of "class_label" and "boxes", if the model sets them; None: as many as the
+                    index has class names
     own_fields      further fields that conditioners declare, by name
-    buckets         {"max_ratio", "step", "min_images"}: training keeps aspect ratios up to max_ratio, in batches of one size
-                    each; None: everything is cut to image_size, as validation is always
-    Raises FileNotFoundError or DataError before training starts, naming the remedy.
+    buckets         {"max_ratio", "step", "min_images"}: training keeps aspect ratios up to max_ratio, with one size
+                    per batch; None: everything is cropped to image_size, as validation always is
+    Raises ValueError for impossible options, FileNotFoundError or DataError, naming the remedy, before training starts.
     """
 
     def __init__(
@@ -188,7 +189,7 @@ class ShardDataModule(L.LightningDataModule):
         return sum(s["count"] for s in self.index["splits"][split]["shards"])
 
     def holds(self, field: str) -> bool:
-        """Whether any training sample has a field."""
+        """Returns True if any training sample has the field."""
         return self.known[field].held(member_counts(self.index["splits"][self.train_split]["shards"])) > 0
 
     def shards(self, split: str) -> IndexedShards:
@@ -197,7 +198,7 @@ class ShardDataModule(L.LightningDataModule):
         return self._shards[split]
 
     def buckets(self, split: str) -> Buckets | None:
-        """The sizes that the training samples are cut to; None where all have one, and for other splits."""
+        """The buckets of the training samples; None if all have one size, and for other splits."""
         if self.bucketing is None or split != self.train_split:
             return None
         if self._buckets is None:
@@ -207,7 +208,7 @@ class ShardDataModule(L.LightningDataModule):
 
     @property
     def mixture(self) -> Mixture | None:
-        """How training draws its samples; None where all are drawn alike."""
+        """How training draws its samples; None if all are drawn alike."""
         shards = self.shards(self.train_split)
         return Mixture.of(shards.sets, self.weights, shards.labels() if self.balance_classes else None)
 
@@ -225,15 +226,15 @@ class ShardDataModule(L.LightningDataModule):
         return SampleDecoder(transform, fields, self.channels, self.derive, self.labels, self.known)
 
     def samples(self, split: str, fields: Sequence[str], random: bool, bucketed: bool = True) -> ShardDataset:
-        """Single samples by (epoch, index). random: with training's crops, flips and captions. bucketed: training samples in
-        the sizes of their buckets."""
+        """Single samples by (epoch, index). random: with training's crops, flips and captions. bucketed: training
+        samples have the sizes of their buckets."""
         buckets = self.buckets(split) if bucketed else None
         return ShardDataset(self.shards(split), self._decoder(fields, random), self.seed, random, buckets)
 
     def check_conditions(self, limit: int = 50_000) -> None:
-        """Reads the captions, classes and boxes that `fields` ask for (of `limit` samples of a split, spread evenly),
-        before hours are spent on training without them. Prints those that cannot be read; raises DataError where they
-        are more than max_bad_fraction allows. What streams from afar is read in training only."""
+        """Reads the captions, classes and boxes that `fields` request (of `limit` samples per split, evenly spread)
+        before hours of training are spent without them. Prints those that cannot be read; raises DataError if they
+        are more than max_bad_fraction allows. Remote shards that are streamed are read only in training."""
         wanted = [field for name, field in self.known.items() if name in self.fields and field.members]
         members = {e for field in wanted for e in field.members}
         for split in (self.train_split, self.val_split) if wanted else ():
@@ -280,8 +281,8 @@ class ShardDataModule(L.LightningDataModule):
     def fixed_loader(
         self, split: str, limit: int | None = None, fields: Sequence[str] | None = None, repeat: bool = False
     ) -> DataLoader:
-        """Each sample of a split once over all ranks, without randomness: cut to image_size, first caption. repeat: `limit`
-        samples, going round; those of the second round have keys that end in #1, and so on."""
+        """Every sample of a split once over all ranks, without randomness: cropped to image_size, first caption.
+        repeat: `limit` samples, starting over if there are fewer; keys from the second round end in #1, and so on."""
         shards, b = self.shards(split), self.batching
         batches = evaluation_batches(len(shards), b.micro, b.rank, b.world_size, limit, repeat)
         dataset = self.samples(split, fields or self.fields, random=False, bucketed=False)

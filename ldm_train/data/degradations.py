@@ -1,5 +1,5 @@
-"""Low-resolution versions of images: plain bicubic, and degradations in the manner of BSRGAN (Zhang et al.
-2021): its operations in random order, with ranges of ours."""
+"""Low-resolution versions of images: bicubic reduction, and degradations in the style of BSRGAN (Zhang et al. 2021):
+its operations in random order, but with ranges chosen here."""
 
 import io
 
@@ -22,7 +22,8 @@ class Bicubic:
         self.factor = factor
 
     def size(self, image: torch.Tensor) -> tuple[int, int]:
-        """Raises ValueError where the image does not divide."""
+        """The reduced (height, width) of an image (C, H, W). Raises ValueError if a side is not divisible by
+        `factor`."""
         height, width = image.shape[1:]
         if height % self.factor or width % self.factor:
             raise ValueError(f"an image of {height}x{width} cannot be reduced by {self.factor}")
@@ -34,7 +35,7 @@ class Bicubic:
 
 
 def gaussian_kernel(width: int, sigma_x: float, sigma_y: float, angle: float) -> torch.Tensor:
-    """(width, width), sums to 1: an anisotropic Gaussian turned by `angle` radians."""
+    """An anisotropic Gaussian kernel (width, width), rotated by `angle` radians, that sums to 1."""
     axis = torch.arange(width, dtype=torch.float64) - (width - 1) / 2
     y, x = torch.meshgrid(axis, axis, indexing="ij")
     along, across = x * np.cos(angle) + y * np.sin(angle), -x * np.sin(angle) + y * np.cos(angle)
@@ -43,7 +44,7 @@ def gaussian_kernel(width: int, sigma_x: float, sigma_y: float, angle: float) ->
 
 
 def _compressed(image: torch.Tensor, quality: int) -> torch.Tensor:
-    """(C, H, W) in [-1, 1], C = 1 or 3, after JPEG compression of this quality."""
+    """The image (C, H, W) in [-1, 1], C = 1 or 3, after JPEG compression at the given quality."""
     buffer = io.BytesIO()
     to_pil(image).save(buffer, "JPEG", quality=quality)
     decoded = np.atleast_3d(np.array(Image.open(buffer)))
@@ -51,10 +52,10 @@ def _compressed(image: torch.Tensor, quality: int) -> torch.Tensor:
 
 
 class BSR:
-    """Derives `lowres` by a random chain of blurs, reductions, noises and JPEG compressions in random order.
+    """Derives `lowres` by a chain of random blurs, reductions, noise and JPEG compressions in random order.
 
-    light: milder, as latent diffusion's super-resolution needed it: one blur, narrower kernels, noise of 1 to 2 instead of
-    1 to 25 grey levels, higher JPEG quality.
+    light: the milder variant for latent diffusion's super-resolution: one blur instead of two, narrower Gaussians,
+    noise of 1 to 2 instead of 1 to 25 grey levels, higher JPEG quality.
     """
 
     def __init__(self, factor: int = 4, light: bool = False):
@@ -77,7 +78,7 @@ class BSR:
         kind = rng.random()
         if kind < 0.4:
             noise = rng.standard_normal(image.shape)
-        elif kind < 0.8:  # grey
+        elif kind < 0.8:  # grey: the same in all channels
             noise = np.broadcast_to(rng.standard_normal((1, *image.shape[1:])), image.shape)
         else:  # speckle: proportional to the signal
             noise = rng.standard_normal(image.shape) * ((image.numpy() + 1) / 2)
@@ -85,7 +86,7 @@ class BSR:
 
     def _jpeg(self, image: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
         quality = int(rng.integers(80 if self.light else 30, 96))
-        if len(image) not in (1, 3):  # JPEG has 1 or 3 channels: each channel is compressed alone
+        if len(image) not in (1, 3):  # JPEG has 1 or 3 channels: compress each channel separately
             return torch.cat([_compressed(channel, quality) for channel in image.split(1)])
         return _compressed(image, quality)
 
@@ -105,4 +106,4 @@ class BSR:
         for k in rng.permutation(len(steps)):
             image = steps[k](image, rng)
         image = _resized(image, target, str(rng.choice(modes)))
-        return self._jpeg(image, rng)  # published: always ends in a compression
+        return self._jpeg(image, rng)  # as published, the chain always ends with a compression

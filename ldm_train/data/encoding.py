@@ -1,4 +1,4 @@
-"""Writing the latent cache: every image encoded once per autoencoder, shard by shard, by all ranks."""
+"""Writes the latent cache: encodes every image once per autoencoder, shard by shard, on all ranks."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -39,10 +39,10 @@ def write_cache(
 ) -> list[dict]:
     """Encodes this rank's part of a split, shard by shard; shards that are complete are kept. Returns their entries.
 
-    flips: also store the moments of the mirror image. known: key in the cache -> moments that are there already, in the place
-    of encoding. Samples whose picture, class or caption (where `data` ask for them)
-    cannot be read are left out and named. Raises DataError where they are more than data.max_bad_fraction allows,
-    ValueError for transforms that are random beyond a flip.
+    flips: also store the moments of the mirror image. known: maps a key in the cache to existing moments, used instead
+    of encoding. Samples whose image, class or caption (if `data` requests them) cannot be read are left out and named.
+    Raises DataError if these are more than data.max_bad_fraction allows, ValueError for transforms with randomness
+    beyond a flip.
     """
     if split == data.train_split and not data.transform.cacheable:
         raise ValueError(
@@ -72,14 +72,14 @@ def write_cache(
 
 
 def few_samples(data: ShardDataModule, split: str, count: int = 8) -> Iterator[tuple[str, torch.Tensor]]:
-    """(key in the cache, picture) of samples spread over a split."""
+    """Yields (key in the cache, image) of samples spread evenly over a split."""
     dataset, keys = data.samples(split, ("image",), random=False), CacheKeys.of(data.shards(split), compared=True)
     for i in spread(len(keys.shards), count).tolist():
         yield keys(i), dataset[(0, i)]["image"]
 
 
 def written_entries(folder: Path, split: str) -> list[dict]:
-    """The entries of a split's shards that all ranks have written. Raises DataError, naming an entry that is damaged."""
+    """The entries of a split's shards, as written by all ranks. Raises DataError naming a damaged entry."""
     entries = []
     for note in sorted((folder / ENTRIES).glob(f"{split}-*.json")):
         if (entry := noted_entry(folder, note.stem)) is None:
@@ -89,7 +89,8 @@ def written_entries(folder: Path, split: str) -> list[dict]:
 
 
 def both_encoded(encode: Encode, images: torch.Tensor, flips: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """The moments of pictures and, with `flips`, of their mirror images, on the host. Read when both are asked of the device."""
+    """The moments of images and, with `flips`, of their mirror images (else None), on the CPU. They are copied only
+    after both encodings have been queued on the device."""
     moments, mirrored = encode(images), encode(images.flip(3)) if flips else None
     return moments.cpu(), None if mirrored is None else mirrored.cpu()
 
@@ -110,7 +111,7 @@ def _encoded(
     loader = DataLoader(
         dataset, batch_sampler=batches, num_workers=data.num_workers, collate_fn=collate, worker_init_fn=become_worker
     )
-    made: dict[int, dict[str, bytes] | None] = {}  # those whose turn has not come; None: left out
+    made: dict[int, dict[str, bytes] | None] = {}  # samples whose turn has not come yet; None: left out
     turn = chunk.start
     for rows, batch in zip(batches, loader):
         if known is None:
@@ -134,7 +135,8 @@ def _encoded(
 
 
 def _batches_of_one_size(chunk: range, most: int, buckets: Buckets | None) -> list[list[tuple[int, int]]]:
-    """(epoch, index) of all samples of a chunk in batches of at most `most`, those that begin earlier first."""
+    """(epoch, index) of all samples of a chunk, in batches of at most `most` samples of one bucket, ordered by first
+    sample."""
     groups = [list(chunk)]
     if buckets is not None:
         numbers = buckets.number[chunk.start : chunk.stop]
@@ -149,8 +151,8 @@ def write_cache_index(
     stochastic: bool = True,
     bucketed: bool = False,
 ) -> None:
-    """Completes a cache: without index.json it does not exist. stochastic: it holds means and log-variances. bucketed: of
-    several sizes."""
+    """Completes a cache by writing index.json, without which it does not count as one. stochastic: it holds means
+    and log-variances. bucketed: it holds latents of several sizes."""
     ordered = {split: sorted(entries, key=lambda e: e["file"]) for split, entries in splits.items()}
     index = {"splits": {s: {"shards": e, "count": sum(x["count"] for x in e)} for s, e in ordered.items()}}
     index |= {"stochastic": stochastic} | ({"bucketed": True} if bucketed else {})

@@ -1,5 +1,5 @@
-"""Reads the members of a sample: captions, class, boxes, arrays, each checked. Without torch, so that preparing processes
-start fast. All raise ValueError for an invalid member."""
+"""Reads and checks the members of a sample: captions, class, boxes, arrays. Does not import torch, so that the
+processes that prepare data start fast. The readers raise ValueError for an invalid member."""
 
 import json
 from collections.abc import Mapping
@@ -9,7 +9,7 @@ import numpy as np
 from ldm_train.data.files import has_surrogates, read_npy
 
 MOST_WEIGHT = 1000
-MOST_LABELS = 2**24  # boxes and their labels travel as float32, which is exact up to here
+MOST_LABELS = 2**24  # boxes and their labels are passed as float32, which is exact for integers up to here
 
 
 def record_of(data: bytes) -> dict:
@@ -24,7 +24,7 @@ def record_of(data: bytes) -> dict:
 
 
 def captions_of(raw: Mapping[str, bytes]) -> list[str]:
-    """A sample's captions: .json's "captions" where there are some, else .txt."""
+    """A sample's captions: "captions" in its .json if there are any, else its .txt."""
     if "json" in raw and (captions := record_of(raw["json"]).get("captions")):
         if not isinstance(captions, list) or not all(isinstance(caption, str) for caption in captions):
             raise ValueError(f'"captions" in its .json is no list of texts: {captions!r:.80}')
@@ -40,7 +40,7 @@ def captions_of(raw: Mapping[str, bytes]) -> list[str]:
 
 
 def label_of(data: bytes, classes: int | None = None) -> int:
-    """The class index in a sample's .cls. classes: how many there are."""
+    """The class index in a sample's .cls. classes: the number of classes."""
     text, count = data.strip(), classes or MOST_LABELS
     if not text.isdigit() or len(text) > 9 or int(text) >= count:
         raise ValueError(f"class label {data[:40]!r} is no whole number from 0 to {count - 1}")
@@ -48,7 +48,7 @@ def label_of(data: bytes, classes: int | None = None) -> int:
 
 
 def weight_of(data: bytes) -> float:
-    """The number in a sample's .loss_weight.txt."""
+    """The loss weight in a sample's .loss_weight.txt, from 0 to MOST_WEIGHT."""
     try:
         weight = float(data)
     except ValueError as error:
@@ -59,10 +59,12 @@ def weight_of(data: bytes) -> float:
 
 
 def boxes_of(raw: bytes, labels: int | None = None) -> np.ndarray:
-    """The boxes in a sample's .json: (N, 5) float64, x, y (top left), width, height in unit coordinates, label.
+    """The boxes in a sample's .json: (N, 5) float64: x, y (top left), width, height in unit coordinates, and the
+    label.
 
-    Reads our `boxes`, and COCO's `objects` with pixel `bbox`, `category_id` (labels start at 1 there, at 0 here) and the
-    picture's `width` and `height`. labels: how many there are. A box must lie inside the picture and have an area.
+    Reads this package's `boxes`, and COCO's `objects` with pixel `bbox`, `category_id` (labels start at 1 there, at 0
+    here) and the image's `width` and `height`. labels: the number of labels. A box must lie inside the image and have
+    an area.
     """
     record = record_of(raw)
     if "boxes" in record:
@@ -90,18 +92,18 @@ def boxes_of(raw: bytes, labels: int | None = None) -> np.ndarray:
 
 
 def _rows(boxes: object) -> np.ndarray:
-    """(N, 5) float64 of a list of lists of five finite numbers."""
+    """Converts a list of lists of five finite numbers to (N, 5) float64."""
     if not isinstance(boxes, list):
         raise ValueError(f"{boxes!r:.80} in its .json is no box of five numbers")
     for row in boxes:
-        numbers = isinstance(row, list) and all(type(v) in (int, float) and abs(v) < 1e9 for v in row)  # no NaN, too
+        numbers = isinstance(row, list) and all(type(v) in (int, float) and abs(v) < 1e9 for v in row)  # no NaN either
         if not (numbers and len(row) == 5):
             raise ValueError(f"{row!r:.80} in its .json is no box of five numbers")
     return np.array(boxes, float).reshape(-1, 5)
 
 
 def array_of(data: bytes) -> np.ndarray:
-    """The picture in a sample's .npy: (H, W, C), uint8, or float32 in [-1, 1]; never a pickle."""
+    """The image in a sample's .npy: (H, W, C), uint8, or float32 in [-1, 1]; never a pickle."""
     array = read_npy(data)
     if array.dtype != np.uint8 and array.dtype.kind != "f":
         raise ValueError(f"npy image of {array.dtype}, expected uint8 or float in [-1, 1]")
@@ -110,13 +112,14 @@ def array_of(data: bytes) -> np.ndarray:
     array = array[..., None] if array.ndim == 2 else array
     if array.dtype == np.uint8:
         return array
-    if not (np.abs(array) <= 1 + 1e-3).all():  # false for NaN, too; rounding in float16 is let pass
+    if not (np.abs(array) <= 1 + 1e-3).all():  # also false for NaN; allows for float16 rounding
         raise ValueError("npy image with values that are not numbers, or outside [-1, 1]")
     return array.astype(np.float32, copy=False)
 
 
 def relabelled(data: bytes, relabel: list[int]) -> bytes:
-    """A class label of one root as the label among the names of all roots; an unknown one stays invalid."""
+    """Converts a class label of one root to the label among the class names of all roots; an unknown one stays
+    invalid."""
     try:
         return str(relabel[label_of(data, len(relabel))]).encode()
     except ValueError:
@@ -124,7 +127,8 @@ def relabelled(data: bytes, relabel: list[int]) -> bytes:
 
 
 def relabelled_boxes(data: bytes, relabel: list[int]) -> bytes:
-    """The same for boxes. Invalid data are returned unchanged, for the reader to refuse."""
+    """The same for boxes. Invalid JSON is returned unchanged, and invalid boxes become the error's text, for the
+    reader to refuse."""
     try:
         record = record_of(data)
     except ValueError:
@@ -140,7 +144,8 @@ def relabelled_boxes(data: bytes, relabel: list[int]) -> bytes:
 
 
 def check_fields(fields: Mapping[str, bytes], classes: int | None) -> None:
-    """Raises ValueError where training could not use a member of a sample other than its picture. classes: how many."""
+    """Raises ValueError if training could not use a member of a sample; encoded images are not read. classes: the
+    number of classes."""
     if "npy" in fields:
         array_of(fields["npy"])
     if "cls" in fields:

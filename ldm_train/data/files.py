@@ -1,5 +1,5 @@
-"""The files of a sample: their names in a shard, reading and writing them. Without torch, so that preparing processes start
-fast."""
+"""The files of a sample: their names in a shard, reading and writing them. Does not import torch, so that the
+processes that prepare data start fast."""
 
 import importlib
 import io
@@ -14,21 +14,21 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "npy")
-ARRAYS = {".npy", ".tif", ".tiff"}  # files that hold a picture of any number of channels, or other data
+ARRAYS = {".npy", ".tif", ".tiff"}  # files that hold an image with any number of channels, or other data
 
 
 class DataError(ValueError):
-    """Data that cannot be trained on; the message names the file and the remedy."""
+    """Data that cannot be used for training; the message names the file and the remedy."""
 
 
 def has_surrogates(text: str) -> bool:
-    """Whether it holds halves of surrogate pairs, which are no text."""
+    """Returns True if `text` holds halves of surrogate pairs, which are not valid text."""
     return any("\ud800" <= letter <= "\udfff" for letter in text)
 
 
 def sample_and_field(member: str) -> tuple[str, str]:
-    """A tar member's name -> (key of its sample, extension): the file's own name is cut at its first dot. Raises
-    tarfile.ReadError for a name that is no text."""
+    """Splits a tar member's name into (key of its sample, extension), at the first dot of the file name. Raises
+    tarfile.ReadError for a name that is not UTF-8."""
     if has_surrogates(member):  # bytes that are not UTF-8
         raise tarfile.ReadError(f"a member's name is not UTF-8: {member!r}")
     folder, _, name = member.rpartition("/")
@@ -37,8 +37,9 @@ def sample_and_field(member: str) -> tuple[str, str]:
 
 
 def pictures_among(files: Sequence[Path]) -> list[Path]:
-    """Those of a folder's files that are its pictures, in their order. An array beside a picture of its name is not another
-    picture: it holds features or the like. Where ldm-sample has drawn arrays, it is they: the PNGs are false colours."""
+    """The images among a folder's files, in their order. An array beside an image of the same name is not an image:
+    it holds features or the like. In folders where ldm-sample has drawn arrays, the arrays are the images: the PNGs
+    are false colours."""
     drawn = {f for f in {p.parent for p in files if p.suffix.lower() == ".npy"} if (f / "recipe.json").is_file()}
     usual = {p.with_suffix("") for p in files if p.suffix.lower() not in ARRAYS}
 
@@ -52,12 +53,12 @@ def pictures_among(files: Sequence[Path]) -> list[Path]:
 
 @contextmanager
 def open_image(data: bytes) -> Iterator[Image.Image]:
-    """The image of an encoded file, its pixels not yet read. Raises ValueError where it is no image, also for what Pillow
-    raises within the block while it reads pixels; OSError where it is cut short."""
+    """Opens an encoded image without reading its pixels. Raises ValueError if it is not an image, also for what
+    Pillow raises within the block while it reads pixels; OSError if the file is truncated."""
     try:
         with Image.open(io.BytesIO(data)) as image:
             yield image
-    except UnidentifiedImageError:  # Pillow's message would be the address of a BytesIO
+    except UnidentifiedImageError:  # Pillow's message would show the address of a BytesIO
         raise ValueError(f"no image: {len(data)} bytes that begin with {data[:8]!r}") from None
     except (OSError, ValueError):
         raise
@@ -66,10 +67,10 @@ def open_image(data: bytes) -> Iterator[Image.Image]:
 
 
 def as_shown(image: Image.Image, mode: str = "RGB") -> Image.Image:
-    """What a viewer shows of an image that was opened, in mode RGB or L: 16-bit grey scaled, transparency over white, turned as
-    its EXIF says."""
+    """Converts an opened image to what a viewer shows, in mode RGB or L: 16-bit grey is scaled, transparency put
+    over white, the EXIF rotation applied."""
     image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I") or image.mode == "F":  # 16-bit grey: scale, where convert() would clip
+    if image.mode.startswith("I") or image.mode == "F":  # 16-bit grey: scaled, because convert() would clip
         grey = np.asarray(image, dtype=np.float64)
         deep = image.mode.startswith("I;16") or grey.max() > 255
         image = Image.fromarray((grey / (257.0 if deep else 1.0)).round().astype(np.uint8))
@@ -80,8 +81,8 @@ def as_shown(image: Image.Image, mode: str = "RGB") -> Image.Image:
 
 
 def read_npy(data: bytes) -> np.ndarray:
-    """The array of a .npy file, in this machine's order of bytes; never a pickle. Raises ValueError for everything else,
-    before memory is taken for it: a header may claim any shape."""
+    """The array of a .npy file, in native byte order; never a pickle. Raises ValueError for everything else, before
+    memory is allocated, because a header may claim any shape."""
     file = io.BytesIO(data)
     try:
         version = np.lib.format.read_magic(file)
@@ -101,14 +102,14 @@ def read_npy(data: bytes) -> np.ndarray:
 
 
 def encoded_npy(array: np.ndarray) -> bytes:
-    """A .npy in C order, which its readers may map into memory."""
+    """Encodes an array as .npy in C order, so that readers can memory-map it."""
     buffer = io.BytesIO()
     np.save(buffer, np.ascontiguousarray(array), allow_pickle=False)
     return buffer.getvalue()
 
 
 def encoded_png(image: Image.Image | np.ndarray, **options: int) -> bytes:
-    """image: also an array (H, W) or (H, W, 3) of uint8. options: of Pillow's PNG writer."""
+    """Encodes an image, or a uint8 array (H, W) or (H, W, 3), as PNG. options: for Pillow's PNG writer."""
     buffer = io.BytesIO()
     image = Image.fromarray(image) if isinstance(image, np.ndarray) else image
     image.save(buffer, format="PNG", **options)
@@ -116,7 +117,8 @@ def encoded_png(image: Image.Image | np.ndarray, **options: int) -> bytes:
 
 
 def optional_package(name: str, user: str) -> ModuleType:
-    """A module of a package that only some data need. Raises DataError, which begins with `user` ("LSUN needs")."""
+    """Imports a module of a package that only some data need. Raises DataError if it is not installed, with a
+    message that begins with `user` (e.g. "LSUN needs")."""
     try:
         return importlib.import_module(name)
     except ImportError as error:

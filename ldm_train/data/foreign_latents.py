@@ -1,4 +1,4 @@
-"""Latents that other programs have made: .npy files by key, or .safetensors with a tensor per key."""
+"""Latents made by other programs: .npy files by key, or .safetensors files with a tensor per key."""
 
 import math
 from collections.abc import Callable, Iterable
@@ -10,26 +10,28 @@ from safetensors import SafetensorError, safe_open
 
 from ldm_train.data.files import DataError
 
-NO_WIDTH = -30.0  # log-variance of a posterior that is known by its mean alone
+NO_WIDTH = -30.0  # log-variance of a posterior of which only the mean is known
 
 
 def cache_key(key: str) -> str:
-    """A sample's key as it stands in a cache of latents."""
+    """A sample's key as a latent cache writes it."""
     return key.replace("/", "_").replace(".", "_")
 
 
 class ForeignLatents:
-    """folder: any number of `<key>.npy` and of `.safetensors` files, also in folders within it; keys are those of the images'
-    shards (dots and slashes in them as "_").
+    """Reads latents made by another program.
 
-    shape: (C, h, w) of the latents. stochastic: the cache holds means and log-variances, (2C, h, w), as of a KL autoencoder; a
-    mean alone then stands for a posterior without a width. scale: that they were multiplied by, as Stable Diffusion's by 0.18215.
-    Raises DataError, naming the folder, where it holds none.
+    folder: any number of `<key>.npy` and `.safetensors` files, also in subfolders; keys are those of the images' shards
+    (dots and slashes as "_").
+    shape: (C, h, w) of the latents. stochastic: the cache holds means and log-variances, (2C, h, w), as for a KL
+    autoencoder; a mean alone then becomes a posterior of negligible width. scale: the factor they were multiplied by,
+    e.g. 0.18215 for Stable Diffusion.
+    Raises DataError, naming the folder, if it holds none.
     """
 
     def __init__(self, folder: str | Path, shape: tuple[int, int, int], stochastic: bool, scale: float = 1.0):
         self.folder, self.shape, self.stochastic, self.scale = Path(folder), shape, stochastic, scale
-        # Key -> file, and the name in it.
+        # Key -> file, and the tensor's name in it ("" for .npy).
         self.places: dict[str, tuple[Path, str]] = {
             cache_key(f.stem): (f, "") for f in sorted(self.folder.rglob("*.npy"))
         }
@@ -43,7 +45,8 @@ class ForeignLatents:
             raise DataError(f"latents.source={folder} holds no .npy and no .safetensors files")
 
     def __call__(self, key: str) -> torch.Tensor:
-        """The moments of a sample, (2C or C, h, w) float32. Raises DataError, naming file and key, for missing or unfit ones."""
+        """The moments of a sample, (2C or C, h, w) float32. Raises DataError, naming file and key, if they are
+        missing, unreadable, of the wrong shape or not finite."""
         if key not in self.places:
             raise DataError(
                 f"latents.source={self.folder} has no latents for the sample {key} ({key}.npy, or that key)"
@@ -73,8 +76,9 @@ class ForeignLatents:
     def verify(
         self, samples: Iterable[tuple[str, torch.Tensor]], encode: Callable[[torch.Tensor], torch.Tensor]
     ) -> None:
-        """Raises DataError where pictures (C, H, W) by key, encoded by this autoencoder, are not these latents: further from them
-        than their posterior's standard deviation and a twentieth of their spread."""
+        """Raises DataError if these latents are not this autoencoder's, judged by encoding images (C, H, W), given
+        with their keys: if more than 1 % of the values differ by over 3 times the sum of the posterior's standard
+        deviation and 5 % of the latents' spread."""
         channels = self.shape[0]
         for key, picture in samples:
             ours, theirs = encode(picture[None])[0].cpu(), self(key)

@@ -1,4 +1,4 @@
-"""The latent cache: posterior moments of every image, checked before use, read by memory map."""
+"""The latent cache: the posterior moments of every image, checked before use and read through memory maps."""
 
 import io
 import math
@@ -29,11 +29,9 @@ from ldm_train.data.shards import (
 )
 
 REMEDY = "python train.py ... restart=latents"
-MOST_COMPARED = 2_000_000  # samples of which it is known whether two have one key
-COMPARED = (
-    1000  # keys of a cache with as many samples as the data that are looked at, to take it for one of all of them
-)
-FIRST = 100_000  # samples of the data among which the first one of a cache is looked for
+MOST_COMPARED = 2_000_000  # up to this many samples, all keys are checked for repetitions
+COMPARED = 1000  # keys that are compared to tell that a cache with as many samples as the data holds all of them
+FIRST = 100_000  # the first sample of a cache is searched for among this many samples of the data
 AGAIN = "run again with restart=latents"
 # Fields that the cache holds; others are read from the images' shards.
 CACHED_FIELDS = tuple(name for name, field in FIELDS.items() if field.cached)
@@ -42,15 +40,16 @@ Encode = Callable[[torch.Tensor], torch.Tensor]
 
 
 class CacheKeys:
-    """The samples' keys in the cache by their number: the data's without dots and slashes, with the shard's number before them
-    where the data use a key in several shards."""
+    """The samples' keys in the cache, by sample number: the data's keys with dots and slashes as "_", preceded by
+    the shard's number if the data use a key in several shards."""
 
     def __init__(self, shards: IndexedShards, numbered: bool):
         self.shards, self.numbered = shards, numbered
 
     @classmethod
     def of(cls, shards: IndexedShards, compared: bool = False) -> "CacheKeys":
-        """Of a cache that will be made. Of very many samples nobody looks whether a key comes twice, unless `compared`."""
+        """The keys of a cache that is to be written. With more than MOST_COMPARED samples, keys are not checked for
+        repetitions but always numbered, unless `compared`."""
         if len(shards) > MOST_COMPARED and not compared:
             return cls(shards, numbered=True)
         plain = cls(shards, numbered=False)
@@ -58,8 +57,8 @@ class CacheKeys:
 
     @classmethod
     def in_cache(cls, shards: IndexedShards, cached: IndexedShards) -> "CacheKeys":
-        """Of a cache that is there. Raises DataError where its first sample is none of the data's first."""
-        for i in range(min(len(shards), FIRST)):  # unreadable ones are not in the cache
+        """The keys of an existing cache. Raises DataError if its first sample is not among the first of the data."""
+        for i in range(min(len(shards), FIRST)):  # not just 0: unreadable samples are not in the cache
             for keys in (cls(shards, False), cls(shards, True)):
                 if len(cached) and keys(i) == cached.key(0):
                     return keys
@@ -75,7 +74,7 @@ def extensions_of(fields: Iterable[Field]) -> list[str]:
 
 
 def _array_header(data: bytes) -> tuple[tuple[int, ...], int]:
-    """(shape, length of the header) of a .npy file of float32 (C, h, w). Raises ValueError for anything else."""
+    """(shape, header length in bytes) of a .npy file with float32 (C, h, w). Raises ValueError for anything else."""
     header = io.BytesIO(data)
     version = np.lib.format.read_magic(header)
     if version != (1, 0):
@@ -87,10 +86,10 @@ def _array_header(data: bytes) -> tuple[tuple[int, ...], int]:
 
 
 class CachedLatents:
-    """Moments and conditions of one split, straight out of memory-mapped tars, in whole batches.
+    """Moments and conditions of one split, read in whole batches from memory-mapped tars.
 
-    images: where fields come from that the cache does not hold (boxes, maps, masks, ...), cut and mirrored like the
-    cached encodings. Raises DataError where the cache is damaged.
+    images: provides the fields that the cache does not hold (boxes, maps, masks, ...), cropped and mirrored like the
+    cached encodings. Raises DataError if the cache is damaged.
     """
 
     def __init__(
@@ -109,7 +108,7 @@ class CachedLatents:
         self._read_header()
         self._map, self._shapes = Recent(self._mapped, MOST_OPEN), Recent(self._shape_of, MOST_OPEN)
         others = [f for f in fields if f not in (*CACHED_FIELDS, "image")]
-        self._place: Sequence[int] | np.ndarray = range(len(self))  # of each sample in the data
+        self._place: Sequence[int] | np.ndarray = range(len(self))  # position of each sample in the data
         if others:
             if not images.shards(split).all_at_hand:
                 raise DataError(
@@ -120,7 +119,8 @@ class CachedLatents:
         self._others = {r: images.samples(split, others, random=r) for r in (False, True)} if others else {}
 
     def _read_header(self) -> None:
-        """Reads the header that all arrays of the cache share, but for the size of those in buckets: its length and shape."""
+        """Sets the latents' shape and the header's length from the first array. All arrays of the cache share this
+        header, except for the height and width of bucketed ones. Raises DataError if they do not."""
         first = self.shards.members(0, ["moments.npy"]).get("moments.npy", b"") if len(self) else b""
         try:
             self.shape, self.header = _array_header(first)
@@ -141,7 +141,8 @@ class CachedLatents:
         return len(self.shards)
 
     def _shape_of(self, header: bytes) -> tuple[int, ...]:
-        """Of an array by its header; (0,) where it is none of latents with as many channels as the first."""
+        """The shape of an array, from its header; (0,) if it does not hold latents with as many channels as the
+        first."""
         try:
             shape, length = _array_header(header)
         except ValueError:
@@ -152,7 +153,7 @@ class CachedLatents:
         return np.memmap(self.shards.files[shard].path, np.uint8, "r")
 
     def moments(self, i: int, flipped: bool = False) -> np.ndarray:
-        """(2C or C, h, w), a view of the file."""
+        """The moments of a sample or its mirror image, (2C or C, h, w), as a view of the file."""
         extension = "flipped.npy" if flipped else "moments.npy"
         place = self.shards.member(i, extension)
         offset, size = place or (0, 0)
@@ -165,7 +166,8 @@ class CachedLatents:
         return data[self.header :].view(np.float32).reshape(shape)
 
     def mean_and_std(self, i: int) -> tuple[np.ndarray, np.ndarray]:
-        """Of the posterior, (C, h, w) float64 each; the standard deviation of deterministic latents is 0."""
+        """Mean and standard deviation of the posterior, (C, h, w) float64 each; the latter is 0 for deterministic
+        latents."""
         moments = self.moments(i).astype(np.float64)
         if not self.stochastic:
             return moments, np.zeros_like(moments)
@@ -173,7 +175,8 @@ class CachedLatents:
         return mean, np.exp(0.5 * np.clip(logvar, -30, 20))
 
     def fetch(self, rows: Sequence[tuple[int, int]], random: bool) -> dict[str, Any]:
-        """rows: (epoch, index) per sample -> moments (B, 2C or C, h, w) and the fields asked for. random: flips, captions."""
+        """A batch: moments (B, 2C or C, h, w) and the requested fields. rows: (epoch, index) per sample. random:
+        with random flips and captions."""
         rngs = [sample_rng(self.seed, epoch, int(self._place[i])) if random else None for epoch, i in rows]
         flipped = [bool(self.flips and rng is not None and rng.random() < 0.5) for rng in rngs]
         batch = collate([self._decoded(i, rng) for (_, i), rng in zip(rows, rngs)])
@@ -188,7 +191,7 @@ class CachedLatents:
         return batch
 
     def _decoded(self, i: int, rng: np.random.Generator | None) -> dict[str, Any]:
-        """A sample's key and cached fields. Raises DataError, naming the sample, where it cannot be read."""
+        """A sample's key and cached fields. Raises DataError, naming the sample, if it cannot be read."""
         try:
             raw = self.shards.members(i, extensions_of(self.decoder.fields))
             return self.decoder(self.shards.key(i), raw, rng)
@@ -203,7 +206,8 @@ def _not_in_data(cached: IndexedShards, key: str) -> DataError:
 
 
 def places_in(shards: IndexedShards, cached: IndexedShards) -> Sequence[int] | np.ndarray:
-    """The positions of a cache's samples in the data, whose order it has. Raises DataError for one that is not there."""
+    """The positions of a cache's samples in the data, which have the same order. Raises DataError if a sample is not
+    in the data."""
     keys, count = CacheKeys.in_cache(shards, cached), len(cached)
     if count == len(shards) and all(keys(i) == cached.key(i) for i in spread(count, COMPARED).tolist()):
         return range(count)
@@ -219,7 +223,7 @@ def places_in(shards: IndexedShards, cached: IndexedShards) -> Sequence[int] | n
 
 
 class _Batches:
-    """A re-iterable list of lazily fetched batches; its length is what Lightning counts to."""
+    """A re-iterable sequence of lazily fetched batches; Lightning takes the number of batches from its length."""
 
     def __init__(self, latents: CachedLatents, rows: Any, random: bool):
         self.latents, self.rows, self.random = latents, rows, random
@@ -233,10 +237,10 @@ class _Batches:
 
 
 class LatentDataModule(L.LightningDataModule):
-    """Cached latents for stage 2, in the same order as ShardDataModule would deliver the images.
+    """Cached latents for stage 2, in the order in which ShardDataModule would deliver the images.
 
-    folder: the cache. fields: conditions needed. images: the data it was made of, for fields that it does not hold.
-    val_images: as in ShardDataModule.
+    folder: the cache. fields: the conditions needed. images: the data that the cache was made from, for the fields that
+    it does not hold, buckets and sampling weights. val_images: as in ShardDataModule.
     """
 
     def __init__(
@@ -290,10 +294,10 @@ class LatentDataModule(L.LightningDataModule):
 
 
 def verify_cache(data: ShardDataModule, split: str, latents: CachedLatents, encode: Encode, count: int = 8) -> float:
-    """Encodes a few images again and compares with the cache; returns the largest deviation of a mean in units of
-    its posterior's standard deviation (plus one per cent of the latents' own spread).
+    """Encodes a few images again and compares them with the cache. Returns the largest deviation of a mean, in units
+    of its posterior's standard deviation plus one per cent of the latents' own standard deviation.
 
-    Raises DataError where that exceeds 1: the cache does not belong to this autoencoder or data.
+    Raises DataError if that exceeds 1: the cache then belongs to another autoencoder or to other data.
     """
     dataset = data.samples(split, ("image",), random=False)
     places, worst = places_in(data.shards(split), latents.shards), 0.0

@@ -1,4 +1,4 @@
-"""Images from folders and tars that were not prepared as shards."""
+"""Reads images from folders and tars that were not prepared as shards."""
 
 import tarfile
 from collections.abc import Iterator, Sequence
@@ -15,7 +15,8 @@ BESIDE = tuple(f".{e}" for field in FIELDS.values() for e in field.extensions if
 
 
 def _files(source: str) -> Iterator[tuple[str, bytes]]:
-    """(name, content) of the images of one folder (with its folders) or tar, in the order of their names or members."""
+    """Yields (name, content) of the images in a folder (and its subfolders) or tar, in the order of names or
+    members."""
     path = Path(source).expanduser()
     if path.is_dir():
         images = sorted(p for p in path.rglob("*") if p.suffix.lower().lstrip(".") in IMAGE_EXTENSIONS)
@@ -32,11 +33,11 @@ def _files(source: str) -> Iterator[tuple[str, bytes]]:
 
 
 def image_batches(sources: Sequence[str], size: int | None = None, batch_size: int = 64) -> Iterator[torch.Tensor]:
-    """(B, C, H, W) in [-1, 1] of folders and tars; consecutive images of one size share a batch.
+    """Yields batches (B, C, H, W) in [-1, 1] from folders and tars; consecutive images of one size share a batch.
 
-    C is set by the first file: a .npy's own number, 3 for any other. size: side of the square that each is cut and resized
-    to, as in training; None: as they are. Raises ValueError naming the file that is no image, FileNotFoundError for a
-    source that is not there or holds none.
+    C is set by the first file: a .npy's own number of channels, 3 for any other. size: side of the square to which each
+    image is centre-cropped and resized, as in training; None: unchanged. Raises ValueError naming a file that is not an
+    image, FileNotFoundError if a source does not exist or no source holds any image.
     """
     transform, waiting, channels = ImageTransform(size) if size else None, [], None
     for source in sources:

@@ -1,5 +1,5 @@
-"""Masks for inpainting: free-form strokes of three widths and boxes in the manner of LaMa (Suvorov et al. 2022; the
-ranges are ours), and borders."""
+"""Masks for inpainting: free-form strokes of three widths and boxes in the style of LaMa (Suvorov et al. 2022, with
+ranges chosen here), and image borders."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,7 +11,8 @@ from PIL import Image, ImageDraw
 
 @dataclass(frozen=True)
 class Strokes:
-    """How strokes and boxes of one width are drawn; lengths in pixels of a 256-pixel image, scaled to others."""
+    """How strokes and boxes of one width are drawn. Lengths are in pixels of a 256-pixel image and scale with the
+    size."""
 
     length: int
     width: int
@@ -63,11 +64,11 @@ def _border(size: tuple[int, int], side: str, share: float) -> np.ndarray:
 
 
 class MaskedImage:
-    """Derives the field `masked_image` (C + 1, H, W) from an image: the image with its hole at -1, and the mask, 1 in
-    the hole.
+    """Derives the field `masked_image` (C + 1, H, W) from an image: the image with the hole at -1, and the mask,
+    which is 1 in the hole.
 
-    kinds: how often each kind of mask is drawn ("thin", "medium", "thick" strokes, "border" for outpainting);
-    most: masks that cover more than this share of the picture are drawn again
+    kinds: relative frequency of each kind of mask ("thin", "medium", "thick" strokes, "border" for outpainting)
+    most: masks that cover more than this share of the image are drawn again
     """
 
     def __init__(self, kinds: Mapping[str, float] | None = None, most: float = 0.6):
@@ -77,7 +78,7 @@ class MaskedImage:
         self.most = most
 
     def mask(self, size: tuple[int, int], rng: np.random.Generator) -> np.ndarray:
-        """(H, W) uint8, 1 in the hole; neither empty nor full."""
+        """Draws a mask (H, W) uint8, 1 in the hole, that is neither empty nor full."""
         names, weights = list(self.kinds), np.array(list(self.kinds.values()), float)
         for _ in range(100):
             kind = str(rng.choice(names, p=weights / weights.sum()))
@@ -97,12 +98,13 @@ class MaskedImage:
 
 
 def known_colour(images: torch.Tensor, masks: torch.Tensor) -> torch.Tensor:
-    """Mean colour (B, C, 1, 1) outside the hole of images (B, C, H, W), masks (B, 1, H, W) being 1 in the hole."""
+    """The mean colour (B, C, 1, 1) outside the hole of images (B, C, H, W); masks (B, 1, H, W) are 1 in the hole."""
     known = 1 - masks
     return (images * known).sum(dim=(2, 3), keepdim=True) / known.sum(dim=(2, 3), keepdim=True).clamp(min=1)
 
 
 def masked_image(image: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """image (C, H, W) in [-1, 1], mask (1, H, W), over 0.5 in the hole -> (C + 1, H, W), the hole at -1."""
+    """Combines an image (C, H, W) in [-1, 1] and a mask (1, H, W), over 0.5 in the hole, into (C + 1, H, W): the
+    image with the hole at -1, and the mask as 0 or 1."""
     mask = (mask > 0.5).to(image.dtype)
     return torch.cat([image * (1 - mask) - mask, mask])

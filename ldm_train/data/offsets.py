@@ -1,4 +1,5 @@
-"""Where the members of samples lie in their shards: scanned once, kept beside the index, left on the disk where they are many."""
+"""The offsets of samples' members in their shards: scanned once, stored beside the index, and left on disk if there
+are very many."""
 
 import fcntl
 import json
@@ -21,7 +22,7 @@ from ldm_train.storage import file_sha256, open_lock, read_record, write_atomica
 
 KEPT = ".offsets"  # the folder beside an index
 IN_MEMORY = (
-    2_000_000  # samples whose offsets every process holds; those of more are read from a file as they are needed
+    2_000_000  # up to this many samples, every process holds all offsets; beyond, they are read from a file as needed
 )
 FETCHED_TOGETHER = 8
 Offsets = tuple[np.ndarray, dict[str, np.ndarray], dict[str, np.ndarray]]  # keys, offsets and sizes of the members
@@ -29,13 +30,13 @@ Key, Value = TypeVar("Key"), TypeVar("Value")
 
 
 class Recent(Generic[Key, Value]):
-    """Values by key, made where they are not there; of more than `most` the one whose use is longest ago is dropped."""
+    """A cache of values by key, made when missing; with more than `most`, the least recently used one is dropped."""
 
     def __init__(self, make: Callable[[Key], Value], most: int, drop: Callable[[Value], object] | None = None):
         self.make, self.most, self.drop = make, most, drop
         self.held: OrderedDict[Key, Value] = OrderedDict()
 
-    def __getstate__(self) -> dict:  # what is open stays with its process
+    def __getstate__(self) -> dict:  # open files are not sent to other processes
         return self.__dict__ | {"held": OrderedDict()}
 
     def __call__(self, key: Key) -> Value:
@@ -50,19 +51,19 @@ class Recent(Generic[Key, Value]):
 
 
 def counted(offsets: Offsets) -> tuple[int, dict[str, int]]:
-    """(number of samples, {extension: number}), as in an index entry."""
+    """(number of samples, {extension: number of members}), as in an index entry."""
     return len(offsets[0]), {e: int((starts >= 0).sum()) for e, starts in offsets[1].items()}
 
 
 class ShardFile:
-    """A shard of an index: a file of this machine, or one from afar, of which `cache` holds a copy.
+    """A shard of an index: a local file, or a remote one of which `cache` holds a copy.
 
-    root: the folder or address of the index. Raises DataError for one from afar where there is no cache.
+    root: the folder or address of the index. Raises DataError for a remote shard without a cache.
     """
 
     def __init__(self, entry: dict, root: str | Path, cache: ShardCache | None):
         self.entry, self.cache, self.remote = entry, cache, is_remote(entry["file"])
-        self.path = Path(root) / entry["file"]  # of a local one
+        self.path = Path(root) / entry["file"]  # if it is local
         self.name = entry["file"] if self.remote else str(self.path)
         if self.remote and cache is None:
             raise DataError(
@@ -73,18 +74,19 @@ class ShardFile:
 
     @property
     def stamp(self) -> tuple[int, int]:
-        """(bytes, time) that change where the shard does; one from afar is known by its checksum."""
+        """(bytes, modification time), which change when the shard does; a remote shard is identified by its checksum
+        instead."""
         if self.remote:
             return self.entry["bytes"], 0
         stat = os.stat(self.path)
         return stat.st_size, stat.st_mtime_ns
 
     def open(self) -> int:
-        """A descriptor for os.pread, which the caller closes."""
+        """Returns a descriptor for os.pread, which the caller closes."""
         return self.cache.open(self.entry) if self.remote and self.cache else os.open(self.path, os.O_RDONLY)
 
     def check_size(self) -> None:
-        """Raises DataError where it has another length than its index says."""
+        """Raises DataError if the file's length is not the one in its index entry."""
         if (size := self.path.stat().st_size) != self.entry["bytes"]:
             raise DataError(
                 f"{self.name} has {size} bytes, its index says {self.entry['bytes']}: truncated or changed; copy or prepare it "
@@ -92,8 +94,8 @@ class ShardFile:
             )
 
     def offsets(self) -> Offsets:
-        """Of its members, from the file kept beside the index if its stamp still matches, else scanned anew. A scan also
-        compares the shard with what its index says. Raises DataError where that differs."""
+        """The offsets of its members, from the stored file if its stamp still matches, else from a new scan. A scan
+        also compares the shard with its index entry. Raises DataError if they differ."""
         if (kept := self._kept()) is not None:
             return kept
         if not self.remote:
@@ -117,14 +119,15 @@ class ShardFile:
         return offsets
 
     def keep(self, path: Path, arrays: Mapping[str, np.ndarray]) -> None:
-        """Writes what was read of this shard, with its stamp, where the folder can be written; else it is read again next time."""
+        """Stores what was read of this shard, with its stamp, if the folder is writable; otherwise it is read again
+        next time."""
         if not path.parent.is_symlink():  # nothing is written outside the data folder
             note = {"stamp": np.array(self.stamp, np.int64), "sha256": np.array(self.entry["sha256"])}
             with suppress(OSError):
                 write_atomically(path, lambda file: np.savez(file, **note, **arrays))
 
     def kept_arrays(self, path: Path) -> dict[str, np.ndarray]:
-        """What `keep` has written; {} where it is of another shard, damaged or not there."""
+        """The arrays that `keep` stored; {} if they belong to another shard, are damaged or missing."""
         try:
             with np.load(path, allow_pickle=False) as saved:
                 if (saved["stamp"] == self.stamp).all() and str(saved["sha256"]) == self.entry["sha256"]:
@@ -134,7 +137,7 @@ class ShardFile:
         return {}
 
     def _kept(self) -> Offsets | None:
-        """The offsets that an earlier scan saved; None where there are none that are possible."""
+        """The offsets that an earlier scan stored; None if there are none or they are invalid."""
         saved, size_of_file = self.kept_arrays(self.kept), self.stamp[0]
         names = [n.removeprefix("offset.") for n in saved if n.startswith("offset.")]
         if "keys" not in saved or not {f"size.{n}" for n in names} <= saved.keys():
@@ -154,7 +157,7 @@ class ShardFile:
 
 
 class _File:
-    """A file that is read at any place. A process that it is sent to opens it anew."""
+    """A file that is read at any position. A process that it is sent to opens it anew."""
 
     def __init__(self, path: Path):
         self.path, self.file = path, open(path, "rb", buffering=0)  # noqa: SIM115 - open as long as it is needed
@@ -170,9 +173,11 @@ class _File:
 class OffsetTable:
     """The key and members of every sample of some shards: one row per sample.
 
-    extensions: of all members. first (S + 1,): the row of each shard's first sample. extremes: {extension: (least, largest size)}.
-    rows (N, 2 + 2 E): where the sample's key begins and ends among `letters` (UTF-8), then offset and size of each
-    extension, -1 where the sample lacks it; int64, in memory or in a file that is read row by row, so that no process holds it.
+    extensions: of all members. first (S + 1,): the row of each shard's first sample, then the number of rows. extremes:
+    {extension: (smallest, largest size)}.
+    rows (N, 2 + 2 E): where the sample's key begins and ends in `letters` (UTF-8), then offset and size of each
+    extension, -1 if the sample lacks it; int64, in memory, or in a file that is read row by row so that no process
+    holds it.
     """
 
     def __init__(
@@ -181,7 +186,7 @@ class OffsetTable:
         self.first, self.extensions, self.extremes = first, extensions, extremes
         self.rows, self.letters = rows, letters
         self.columns = {e: 2 + 2 * number for number, e in enumerate(extensions)}
-        self._last: tuple[int, list[int]] = (-1, [])  # a sample's members are asked for one after another
+        self._last: tuple[int, list[int]] = (-1, [])  # a sample's members are requested one after another
 
     def __len__(self) -> int:
         return int(self.first[-1])
@@ -202,14 +207,15 @@ class OffsetTable:
         return letters.decode("utf-8", "replace")
 
     def member(self, row: int, extension: str) -> tuple[int, int]:
-        """(offset, size), -1 where the sample lacks it."""
+        """(offset, size) of a member, -1 if the sample lacks it."""
         column = self.columns[extension]
         offset, size = self._row(row)[column : column + 2]
         return offset, size
 
     @classmethod
     def of(cls, shards: Sequence[ShardFile], split: str) -> "OffsetTable":
-        """In memory, or, of more than IN_MEMORY samples, in files that are kept beside the first shard's own."""
+        """Builds the table in memory or, for more than IN_MEMORY samples, in files stored beside the first shard's
+        offsets."""
         first = np.cumsum([0, *(s.entry["count"] for s in shards)], dtype=np.int64)
         if first[-1] <= IN_MEMORY:
             return cls._in_memory(shards, first, split)
@@ -220,7 +226,7 @@ class OffsetTable:
         if not (folder / "table.json").is_file():
             try:
                 folder.parent.mkdir(parents=True, exist_ok=True)
-                with alone(folder.parent / f".{folder.name}.lock"):  # of several ranks one writes
+                with alone(folder.parent / f".{folder.name}.lock"):  # only one of several ranks writes
                     if not (folder / "table.json").is_file():
                         write_folder(folder, lambda new: _write_table(new, shards, split), replace=True)
             except OSError as error:
@@ -237,7 +243,7 @@ class OffsetTable:
 
     @classmethod
     def _stored(cls, folder: Path, first: np.ndarray) -> "OffsetTable":
-        """Raises DataError where the files are damaged."""
+        """Opens a table that is stored in files. Raises DataError if they are damaged."""
         try:
             note = read_record(folder / "table.json")
             extensions, extremes = note["extensions"], {e: tuple(note["extremes"][e]) for e in note["extensions"]}
@@ -263,7 +269,7 @@ def _extensions(shards: Sequence[ShardFile]) -> list[str]:
 
 
 def _scanned(shards: Sequence[ShardFile]) -> Iterator[Offsets]:
-    """The offsets of shards, in order; those from afar are fetched several at a time."""
+    """Yields the offsets of shards, in order; remote shards are fetched several at a time."""
     if not any(shard.remote for shard in shards):
         yield from (shard.offsets() for shard in shards)
         return
@@ -282,8 +288,8 @@ def _scanned(shards: Sequence[ShardFile]) -> Iterator[Offsets]:
 def _parts(
     shards: Sequence[ShardFile], extensions: list[str], extremes: dict, split: str
 ) -> Iterator[tuple[np.ndarray, bytes]]:
-    """(rows, letters) of each shard. Fills `extremes`."""
-    end = 0  # of the letters before
+    """Yields (rows, letters) of each shard and fills `extremes`."""
+    end = 0  # of the letters so far
     slow = sum(s.entry["bytes"] for s in shards) > 2**30 or any(s.remote for s in shards)
     scanned = tqdm(_scanned(shards), f"checking {split} shards", len(shards), disable=not slow, unit="shard")
     for keys, starts, sizes in scanned:

@@ -1,4 +1,5 @@
-"""Which samples make up every batch: a function of the seed and the step alone, also for more samples than fit in memory."""
+"""Which samples make up each batch: a function of the seed and the step alone, even with more samples than fit in
+memory."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -10,20 +11,21 @@ from torch.utils.data import Sampler
 from ldm_train.data.buckets import BucketOrder, Buckets
 from ldm_train.data.files import DataError
 
-IN_MEMORY = 1 << 24  # samples whose order is a permutation in memory; of more it is computed sample by sample
+IN_MEMORY = 1 << 24  # up to this many samples, orders are permutations in memory; beyond, computed per sample
 
 
 class Permutation:
-    """A permutation of range(count) whose values are computed where they are asked for, whatever `count` is.
+    """A permutation of range(count) whose values are computed when requested, for any `count`.
 
-    A Feistel network of eight rounds permutes the next power of four; values that are not below `count` are sent through it
-    again until they are (Black and Rogaway, Ciphers with Arbitrary Finite Domains, 2002: cycle walking).
+    A Feistel network of eight rounds permutes the integers below the next power of four; values that are not below
+    `count` are sent through it again until they are (cycle walking: Black and Rogaway, Ciphers with Arbitrary Finite
+    Domains, 2002).
     """
 
     ROUNDS = 8
 
     def __init__(self, count: int, key: Sequence[int]):
-        """key: numbers from 0 that choose the permutation."""
+        """key: non-negative integers that select the permutation."""
         self.count = count
         self.half = np.uint64(max(1, ((count - 1).bit_length() + 1) // 2))  # bits of each half
         self.mask = np.uint64((1 << int(self.half)) - 1)
@@ -32,7 +34,7 @@ class Permutation:
     def _network(self, values: np.ndarray) -> np.ndarray:
         left, right = values >> self.half, values & self.mask
         for key in self.keys:
-            mixed = right + key  # wraps; then the finaliser of splitmix64
+            mixed = right + key  # wraps around; then the finaliser of splitmix64
             mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
             mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
             left, right = right, left ^ ((mixed ^ (mixed >> np.uint64(31))) & self.mask)
@@ -47,14 +49,14 @@ class Permutation:
 
 
 def shuffled(count: int, key: Sequence[int], in_memory: bool) -> Callable[[np.ndarray], np.ndarray]:
-    """positions (N,) below `count` -> values (N,) of a permutation of range(count) that `key` chooses."""
+    """Returns the permutation of range(count) that `key` selects: positions (N,) below `count` -> values (N,)."""
     return np.random.default_rng(key).permutation(count).take if in_memory else Permutation(count, key)
 
 
 @dataclass(frozen=True)
 class Batching:
-    """How a global batch is cut: batch_size = micro_batch_size x world_size x accumulate. Raises ValueError where that is no
-    whole number."""
+    """How a global batch is split: batch_size = micro_batch_size x world_size x accumulate. Raises ValueError if no
+    whole number `accumulate` fits."""
 
     batch_size: int
     micro_batch_size: int | None = None
@@ -80,9 +82,9 @@ class Batching:
 
 @dataclass(frozen=True)
 class Mixture:
-    """Groups of samples that are drawn from in given shares, whatever their sizes.
+    """Groups of samples that are drawn in given shares, regardless of their sizes.
 
-    members: per group the indices of its samples, ascending. shares: per group, their sum is 1.
+    members: per group, the indices of its samples, ascending. shares: of each group; they sum to 1.
     """
 
     members: list[np.ndarray]
@@ -90,8 +92,8 @@ class Mixture:
 
     @classmethod
     def of(cls, sets: np.ndarray, weights: Sequence[float] | None, labels: np.ndarray | None) -> "Mixture | None":
-        """sets (N,): which set each sample belongs to. weights: of the sets (None: by their sizes). labels (N,): where
-        given, each class of a set has the same share of it. None where every sample is drawn alike."""
+        """Builds a mixture. sets (N,): the set of each sample. weights: of the sets (None: by size). labels (N,): if
+        given, each class of a set gets an equal share of that set. Returns None if all samples are drawn alike."""
         if weights is None and labels is None:
             return None
         sizes = np.bincount(sets)
@@ -106,9 +108,10 @@ class Mixture:
         return cls(members, np.array(shares))
 
     def epoch(self, seed: int, epoch: int, count: int) -> Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]:
-        """The draws of an epoch of `count`: positions (N,) in it -> (visits (N,), indices of samples (N,)). The groups have
-        their shares to the sample, in random places. Each group is gone through in permutations, from one epoch into the
-        next; `visits` counts how often its sample was drawn before."""
+        """The draws of an epoch of `count` samples, as a function: positions (N,) in the epoch -> (visits (N,),
+        sample indices (N,)). The groups get their exact shares, rounded to whole samples, at random positions. Each
+        group is traversed in one permutation after another, continuing from epoch to epoch; `visits` counts how
+        often the sample was drawn before."""
         exact = self.shares * count
         quotas = np.floor(exact).astype(int)
         quotas[np.argsort(quotas - exact, kind="stable")[: count - quotas.sum()]] += 1
@@ -137,12 +140,12 @@ class Mixture:
 
 
 class StepBatches(Sampler):
-    """The samples of every micro-batch from `start` to `stop` as lists of (visit, index); a visit is an epoch where
-    there is no mixture.
+    """This rank's samples of every micro-batch from `start` to `stop`, as lists of (visit, index); without a
+    mixture, a visit is an epoch.
 
-    Each epoch is a permutation seeded by (seed, epoch), or a draw from the mixture; what does not fill a global batch
-    is dropped. With buckets all samples of a global batch are of one. Which samples make up a global batch does not depend on
-    the number of ranks. Any micro-batch is found without those before it.
+    Each epoch is a permutation seeded by (seed, epoch), or a draw from the mixture; samples that do not fill a global
+    batch are dropped. With buckets, all samples of a global batch are from one bucket. Which samples make up a global
+    batch does not depend on the number of ranks. Any micro-batch is computed without those before it.
     """
 
     def __init__(
@@ -164,7 +167,7 @@ class StepBatches(Sampler):
                 f"batch_size {batching.batch_size} exceeds the {count} training images; lower autoencoder.batch_size / "
                 "diffusion.batch_size or prepare more data"
             )
-        self._epoch = -1  # that _drawn knows
+        self._epoch = -1  # the epoch of `_drawn`
         # Positions in the epoch -> (visits, indices).
         self._drawn: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
 
@@ -200,8 +203,8 @@ class StepBatches(Sampler):
 def evaluation_batches(
     count: int, micro: int, rank: int, world_size: int, limit: int | None, repeat: bool = False
 ) -> list[list[tuple[int, int]]]:
-    """Every sample (or the first `limit`) exactly once over all ranks, as lists of (visit, index); ranks may differ by one.
-    repeat: `limit` samples, going round where there are fewer."""
+    """This rank's part of all samples (or the first `limit`), each exactly once over all ranks, as lists of (visit,
+    index); ranks may differ by one sample. repeat: `limit` samples, starting over if there are fewer."""
     total = limit or count
     mine = list(range(rank, total if repeat else min(count, total), world_size))
     return [[divmod(i, count) for i in mine[k : k + micro]] for k in range(0, len(mine), micro)]

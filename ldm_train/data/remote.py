@@ -1,5 +1,5 @@
-"""Files on other machines: which addresses are opened, reading them through faults, and copies of shards on the local disk.
-Nothing goes through a shell or another program."""
+"""Files on other machines: which addresses are allowed, reading them despite network faults, and copies of shards on
+the local disk. Nothing goes through a shell or another program."""
 
 import fcntl
 import hashlib
@@ -24,32 +24,32 @@ from ldm_train.storage import open_lock, write_atomically
 
 Result = TypeVar("Result")
 
-# Addresses that are opened, and the package that opens them where Python itself does not.
+# The schemes of allowed addresses, and the package that opens each (None: Python itself).
 SCHEMES = {"http": None, "https": None, "s3": "s3fs", "gs": "gcsfs", "hf": "huggingface_hub"}
-ATTEMPTS = 4  # in a row, waiting 1, 2, 4 seconds between them
+ATTEMPTS = 4  # in a row, with waits of 1, 2 and 4 seconds between them
 TIMEOUT = 60.0  # seconds without an answer
-ROOM = ".room.lock"  # held by whoever deletes copies
-BLOCK = 1 << 20  # bytes that are read at a time
+ROOM = ".room.lock"  # locked by the process that deletes copies
+BLOCK = 1 << 20  # bytes read at a time
 
 
 def is_remote(file: str) -> bool:
-    """Whether `file` is an address rather than a path: it begins with a scheme (https:, s3:, pipe:, ...)."""
+    """Returns True if `file` is an address rather than a path: it begins with a scheme (https:, s3:, pipe:, ...)."""
     return re.match(r"[A-Za-z][A-Za-z0-9+.-]*:", file) is not None
 
 
 def is_address(root: str | Path) -> bool:
-    """Whether a folder of shards is an address of a kind that is opened."""
+    """Returns True if a folder of shards is an address with an allowed scheme."""
     return any(str(root).startswith(f"{scheme}://") for scheme in SCHEMES)
 
 
 def remote_bytes(shards: Iterable[dict]) -> int:
-    """How long those of some shards (their index entries) are together that are not files of this machine."""
+    """The total size in bytes of the remote ones among some shards (given by their index entries)."""
     return sum(shard["bytes"] for shard in shards if is_remote(shard["file"]))
 
 
 def address_fault(file: str) -> str | None:
-    """Why a shard's `file` is not opened; None where it may be. Paths are those of files below the index, or absolute;
-    addresses http, https, s3, gs and hf. No name can run another program."""
+    """Returns why a shard's `file` is refused, or None if it is allowed. Paths must be below the index or absolute;
+    addresses must be http, https, s3, gs or hf. No name can run another program."""
     if not file or not file.isprintable():
         return f"is {file!r}, no path and no address"
     if not is_remote(file):
@@ -65,8 +65,8 @@ def address_fault(file: str) -> str | None:
 
 
 def bucket(address: str) -> Any:
-    """The file system behind an address that is not of the web. Raises DataError, naming the package, where it lacks one,
-    ConnectionError where it cannot be used."""
+    """The fsspec file system for an address that is not http or https. Raises DataError, naming the package, if the
+    package it needs is not installed."""
     scheme = urlsplit(address).scheme
     try:
         import fsspec  # its file systems speak to these services themselves
@@ -77,8 +77,8 @@ def bucket(address: str) -> Any:
 
 
 def persistently(address: str, act: Callable[[], Result], failed: Callable[[], object] = lambda: None) -> Result:
-    """act(), tried again where the network or the service fails; `failed` is called between. Raises ConnectionError, naming the
-    address, where it goes on failing or is refused."""
+    """Returns act(), tried again if the network or the service fails; `failed` is called after each failure. Raises
+    ConnectionError, naming the address, if it keeps failing or is refused."""
     for attempt in itertools.count(1):
         try:
             return act()
@@ -97,8 +97,8 @@ def persistently(address: str, act: Callable[[], Result], failed: Callable[[], o
 
 @lru_cache(8)
 def fetched(address: str, limit: int = 1 << 30) -> bytes:
-    """A whole file of at most `limit` bytes, once in a process. Raises ConnectionError, naming it, where it cannot be read, DataError
-    where it is longer."""
+    """The content of a remote file of at most `limit` bytes, cached in the process. Raises ConnectionError, naming
+    it, if it cannot be read, DataError if it is longer."""
     with open_shard(address) as raw:
         blocks, size = [], 0
         while block := raw.read(BLOCK):
@@ -109,8 +109,8 @@ def fetched(address: str, limit: int = 1 << 30) -> bytes:
 
 
 def open_shard(file: str) -> BinaryIO:
-    """The bytes of a shard, front to back. Raises DataError for an address that is not opened, OSError, naming it, where it
-    cannot be."""
+    """Opens a shard to be read front to back. Raises DataError for an address that is not allowed, OSError, naming
+    it, if it cannot be opened."""
     if not is_remote(file):
         return open(file, "rb")
     if fault := address_fault(file):
@@ -119,14 +119,14 @@ def open_shard(file: str) -> BinaryIO:
 
 
 class _Remote(io.RawIOBase):
-    """A file of another machine. A connection that breaks is made again, and goes on where it broke."""
+    """A remote file. A broken connection is made again, and reading continues where it broke."""
 
     def __init__(self, address: str):
         self.address, self.position, self.total = address, 0, 0
         self.response: Any = None
 
     def _connected(self) -> Any:
-        """A stream of the bytes from `position` on; also sets `total`, the length of the file where it is known."""
+        """Opens a stream of the bytes from `position` on; also sets `total`, the file's length, if it is known."""
         raise NotImplementedError
 
     def readable(self) -> bool:
@@ -154,10 +154,10 @@ class _Remote(io.RawIOBase):
 
 
 class _Web(_Remote):
-    """Of http or https."""
+    """A file behind an http or https address."""
 
     def _connected(self) -> Any:
-        opener = urllib.request.OpenerDirector()  # without file:, ftp: and data:, also where a server redirects there
+        opener = urllib.request.OpenerDirector()  # without file:, ftp: and data:, even if a server redirects there
         for handler in (
             urllib.request.ProxyHandler, urllib.request.HTTPHandler, urllib.request.HTTPSHandler,
             urllib.request.HTTPRedirectHandler, urllib.request.HTTPErrorProcessor,
@@ -169,7 +169,7 @@ class _Web(_Remote):
         response = opener.open(urllib.request.Request(address, headers=headers), timeout=TIMEOUT)
         done = self.position if response.status == 206 else 0
         self.total = done + _length(response)
-        while done < self.position:  # a server without range requests begins again
+        while done < self.position:  # a server without range requests starts from the beginning
             if not (skipped := response.read(min(BLOCK, self.position - done))):
                 raise http.client.IncompleteRead(b"", self.total - done)
             done += len(skipped)
@@ -177,13 +177,13 @@ class _Web(_Remote):
 
 
 def _length(response: Any) -> int:
-    """What a response says of its length, 0 where that is nothing or nonsense."""
+    """The Content-Length of a response; 0 if it is missing or invalid."""
     said = response.headers.get("Content-Length") or ""
     return int(said) if said.isdecimal() and len(said) < 19 else 0
 
 
 class _Bucket(_Remote):
-    """Of a storage service that a file system of fsspec speaks to."""
+    """A file of a storage service, read through an fsspec file system."""
 
     def __init__(self, address: str):
         super().__init__(address)
@@ -198,7 +198,8 @@ class _Bucket(_Remote):
 
 
 class Measured(io.RawIOBase):
-    """Counts and hashes what is read from a stream or written to it, and refuses more than `limit` bytes."""
+    """Counts and hashes what is read from or written to a stream. Raises tarfile.ReadError after more than `limit`
+    bytes."""
 
     def __init__(self, stream: BinaryIO, limit: float = math.inf):
         self.stream, self.limit, self.size, self.sha256 = stream, limit, 0, hashlib.sha256()
@@ -220,19 +221,19 @@ class Measured(io.RawIOBase):
 
 
 class ShardCache:
-    """Copies of remote shards in a folder of this machine, by their checksums; processes share it.
+    """Copies of remote shards in a local folder, named by their checksums; processes share it.
 
-    folder: made where it is not there. limit: bytes that the copies may have together, but for those that are being read or
-    fetched at this time; those whose use is longest ago are deleted for others.
+    folder: created if missing. limit: total bytes of the copies, not counting those that are being read or fetched at
+    the time; the least recently used ones are deleted to make room.
     """
 
     def __init__(self, folder: str | Path, limit: float):
         self.folder, self.limit = Path(folder).expanduser(), limit
 
     def open(self, entry: dict) -> int:
-        """A descriptor of the copy of the shard with this index entry, for os.pread; the caller closes it. The copy stays while it
-        is open. Raises DataError where the shard is not what its entry says, ConnectionError where it cannot be fetched,
-        OSError where the disk is full, naming the shard."""
+        """Returns a descriptor, for os.pread, of the copy of the shard with this index entry; the caller closes it.
+        The copy is not deleted while it is open. Raises DataError if the shard does not match its entry,
+        ConnectionError if it cannot be fetched, OSError if the disk is full, naming the shard."""
         path, fetched = self.folder / f"{entry['sha256']}.tar", False
         while True:
             try:
@@ -241,22 +242,22 @@ class ShardCache:
                 self._fetch(entry, path)
                 fetched = True
                 continue
-            fcntl.flock(file, fcntl.LOCK_SH)  # no process deletes it from here on
+            fcntl.flock(file, fcntl.LOCK_SH)  # from here on no process deletes it
             there = os.fstat(file)
             if there.st_nlink and there.st_size == entry["bytes"]:
                 with suppress(PermissionError):  # another user's copy
-                    os.utime(file)  # used now
-                if fetched:  # others have perhaps fetched at the same time
+                    os.utime(file)  # marks it as just used
+                if fetched:  # others may have fetched at the same time
                     self._make_room(0)
                 return file
             os.close(file)
-            if there.st_nlink:  # changed by something else
+            if there.st_nlink:  # changed by another program
                 with _held(self.folder / ROOM):
                     path.unlink(missing_ok=True)
 
     def _fetch(self, entry: dict, path: Path) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
-        with _held(self.folder / f".{entry['sha256'][:2]}.lock"):  # one process fetches it, others wait
+        with _held(self.folder / f".{entry['sha256'][:2]}.lock"):  # one process fetches it, the others wait
             if path.exists():
                 return
             self._make_room(entry["bytes"])
@@ -264,7 +265,7 @@ class ShardCache:
                 try:
                     write_atomically(path, lambda file: _download(entry, file))
                     return
-                except DataError:  # on its way, or there? A second copy tells
+                except DataError:  # damaged in transit or at the source? A second copy tells
                     if attempt == 2:
                         raise
 
@@ -275,7 +276,7 @@ class ShardCache:
             for _, size, copy in copies:
                 if held + needed <= self.limit:
                     return
-                with open(copy, "rb") as file, suppress(BlockingIOError):  # which says that it is being read
+                with open(copy, "rb") as file, suppress(BlockingIOError):  # error: it is being read
                     fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                     copy.unlink()
                     held -= size
@@ -283,14 +284,14 @@ class ShardCache:
 
 @contextmanager
 def _held(path: Path) -> Iterator[None]:
-    """A lock that other processes wait for; it ends with the process that holds it."""
+    """Holds a lock for which other processes wait; it ends with the process that holds it."""
     with open_lock(path) as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
 
 def _download(entry: dict, file: BinaryIO) -> None:
-    """Writes the shard with this entry into a file. Raises DataError where it is another."""
+    """Writes the shard with this entry into `file`. Raises DataError if its size or checksum differs."""
     with open_shard(entry["file"]) as raw:
         stream = Measured(raw, entry["bytes"])
         try:

@@ -1,4 +1,4 @@
-"""From a shard's raw members to a training sample, and what to do with a sample that cannot be read."""
+"""Decodes a shard's raw members into training samples, and handles samples that cannot be read."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -9,7 +9,7 @@ from ldm_train.data.batch import FIELDS, Derive, Field, Sample
 from ldm_train.data.shards import DataError
 from ldm_train.data.transforms import ImageTransform
 
-PLAIN = Field()  # collates what is not a field (keys, moments)
+PLAIN = Field()  # collates entries that are not declared fields (keys, moments)
 
 
 def require_fields(
@@ -20,8 +20,8 @@ def require_fields(
     derived: Sequence[str] = (),
     known: Mapping[str, Field] = FIELDS,
 ) -> None:
-    """Raises DataError where shards (members counted in `counts`) lack a field that training needs and that is not made from
-    the image."""
+    """Raises DataError if a field is unknown, or if not all samples of the shards have it (`counts`: members per
+    extension) and it is neither optional nor made from the image."""
     for name in fields:
         if name not in known:
             raise DataError(f"unknown batch field {name!r}; shards can provide {', '.join(known)}")
@@ -33,8 +33,8 @@ def require_fields(
 
 
 def refuse_too_many(bad: int, seen: int, total: int, max_bad_fraction: float) -> None:
-    """Raises DataError where more of the samples seen could not be read than allowed: one, and max_bad_fraction. Of
-    `total` samples at least 1,000, or all, must have been seen."""
+    """Raises DataError if more than one and more than max_bad_fraction of the samples seen could not be read.
+    Applies only once 1,000 samples, or all of `total`, have been seen."""
     if bad > max(1, max_bad_fraction * seen) and seen >= min(1000, total):
         raise DataError(
             f"{bad} of {seen} samples could not be read, more than data.max_bad_fraction={max_bad_fraction}; repair the "
@@ -43,24 +43,26 @@ def refuse_too_many(bad: int, seen: int, total: int, max_bad_fraction: float) ->
 
 
 def note_unreadable(notes: list[str], where: str, error: Exception) -> None:
-    """Adds a sample that could not be read to the notes on those before it. Raises DataError at the 20th in a row."""
+    """Appends a note on an unreadable sample to the notes on those before it. Raises DataError at the 20th in a row."""
     notes.append(f"{where}: {type(error).__name__}: {error}")
     if len(notes) == 20:
         raise DataError("20 unreadable samples in a row:\n" + "\n".join(notes[:5])) from error
 
 
 def sample_rng(seed: int, epoch: int, index: int) -> np.random.Generator:
-    """Augmentation and caption choice of a sample: a function of (seed, epoch, sample) only, not of workers."""
+    """The random generator for a sample's augmentation and caption choice: depends only on (seed, epoch, index), not
+    on workers."""
     return np.random.default_rng([seed, epoch, index])
 
 
 class SampleDecoder:
-    """Turns raw members into a sample: its key, and the fields asked for as `data/batch.py` declares them. Crop and flip act
-    on all of them alike.
+    """Decodes raw members into a sample: its key, and the requested fields as `data/batch.py` declares them. All
+    fields of a sample get the same crop and flip.
 
-    transform: None where no field is cut from a picture or map. fields: what to decode beside "key". channels: image channels.
-    derive: how fields are made from the image where the sample does not hold them.
-    labels: how many there are, of "class_label" and of "boxes" (None: any). known: the fields there are.
+    transform: None if no field is cropped from an image or map. fields: what to decode besides "key". channels: image
+    channels.
+    derive: {field: function that makes it from the image if the sample lacks it}.
+    labels: the number of labels of "class_label" and of "boxes" (None: any). known: all declared fields.
     Raises OSError or ValueError for a sample that cannot be read.
     """
 
@@ -81,7 +83,7 @@ class SampleDecoder:
     def __call__(
         self, key: str, raw: Mapping[str, bytes], rng: np.random.Generator | None, size: tuple[int, int] | None = None
     ) -> dict[str, Any]:
-        """size: (height, width) that pictures are cut to, where it is not the transform's."""
+        """size: the (height, width) to which images are cropped and resized, if not the transform's."""
         transform = self.transform.sized(size) if self.transform and size else self.transform
         sample = Sample(key, raw, rng, transform, self.channels, self.derive, self.labels)
         if self.needs_pixels:
@@ -90,7 +92,8 @@ class SampleDecoder:
 
 
 def collate(samples: Sequence[dict[str, Any]], known: Mapping[str, Field] = FIELDS) -> dict[str, Any]:
-    """Samples as a batch, each field by its own `collate`; notes on replaced samples are collected in "replaced"."""
+    """Combines samples into a batch, each field with its own `collate`; notes on replaced samples are collected in
+    "replaced"."""
     batch: dict[str, Any] = {"replaced": [note for s in samples for note in s.pop("replaced", [])]}
     for name in samples[0]:
         field = known.get(name, PLAIN)

@@ -1,8 +1,8 @@
-"""The shapes world: small pictures with a known answer.
+"""The shapes world: small synthetic images whose content is known.
 
-A picture holds one object (or two) of a colour, shape, position and size on a background. `render` draws it,
-`captions` describes it, `read` recovers the attributes from pixels alone or answers None (unreadable), which is
-how adherence to a caption is judged without any outside model.
+An image shows one or two objects of some colour, shape, position and size on a background. `render` draws a scene,
+`captions` describes it, and `read` recovers its attributes from the pixels alone, or returns None if it cannot. This
+measures how well an image follows its caption without any external model.
 """
 
 import itertools
@@ -19,8 +19,8 @@ COLOURS = {
     "purple": (0.72, 0.15, 0.78),
 }
 SHAPES = ("circle", "square", "triangle")
-SUBJECT = ("red", "ring")  # of no picture of the data: what a trained model can learn from a few pictures of its own
-SUBJECT_SIZES = (0.2, 0.24)  # half the bounding box
+SUBJECT = ("red", "ring")  # occurs in no image of the data; a trained model can learn it from a few images
+SUBJECT_SIZES = (0.2, 0.24)  # half the side of the bounding box
 # Bounding-box centres in unit coordinates (x, y), y downwards.
 POSITIONS = {
     "center": (0.5, 0.5),
@@ -30,13 +30,13 @@ POSITIONS = {
     "bottom right": (0.71, 0.71),
 }
 BACKGROUNDS = {"black": 0.08, "white": 0.92}
-SIZES = {"small": (0.13, 0.15), "large": (0.18, 0.205)}  # half the bounding box, in image widths
+SIZES = {"small": (0.13, 0.15), "large": (0.18, 0.205)}  # half the side of the bounding box, in image widths
 SIZE_THRESHOLD = 0.165
 PAIR_SCALE = 0.8  # two objects are drawn smaller, so that they never touch
 POSITION_JITTER = 0.04
 CLASSES = tuple(f"{colour} {shape}" for colour in COLOURS for shape in SHAPES)
 COMBINATIONS = tuple(itertools.product(COLOURS, SHAPES, POSITIONS, BACKGROUNDS))
-# Area over bounding box, and how far the centroid lies below the box's centre (in half-boxes).
+# Area as a fraction of the bounding box, and how far the centroid lies below the box's centre (in half sides).
 _FILL = {"circle": np.pi / 4, "square": 1.0, "triangle": 0.5}
 _CENTROID = {"circle": 0.0, "square": 0.0, "triangle": 1 / 3}
 _PHRASES = (
@@ -47,14 +47,14 @@ _PHRASES = (
     "on {background} there is a {size} {colour} {shape} in the {position}",
     "a {colour} {shape} at the {position} over {background}",
 )
-# Prompts as people type them, which leave something out.
+# Incomplete captions, like the prompts that people type.
 _PARTIAL_PHRASES = (
     "a {colour} {shape}",
     "a {colour} {shape} on a {background} background",
     "a {colour} {shape} in the {position}",
 )
-SHADE = 0.04  # how far colours and backgrounds vary in the data, either way
-EVEN = 0.04  # and how far beyond that a picture's background may lie to be one of the data's
+SHADE = 0.04  # colours and backgrounds in the data vary by up to this much, up or down
+EVEN = 0.04  # `background_of` accepts this much beyond SHADE
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ class Object:
 
     @property
     def label(self) -> int:
-        """Its place in CLASSES; the subject comes behind them."""
+        """Index in CLASSES; the subject's index follows the last class."""
         return (*CLASSES, " ".join(SUBJECT)).index(f"{self.colour} {self.shape}")
 
 
@@ -142,7 +142,7 @@ def render(scene: Scene, size: int = 32, rng: np.random.Generator | None = None)
 
 
 def captions(scene: Scene) -> list[str]:
-    """Every complete phrasing of the scene, in a fixed order. Half of them mention the size."""
+    """All complete phrasings of the scene, in a fixed order. A third of them mention the size."""
     if len(scene.objects) == 1:
         o = scene.objects[0]
         return [p.format(**asdict(o), background=scene.background) for p in _PHRASES]
@@ -157,17 +157,17 @@ def captions(scene: Scene) -> list[str]:
 
 
 def partial_captions(scene: Scene) -> list[str]:
-    """Phrasings of a scene with one object that name its colour and shape, and at most one attribute more."""
+    """Phrasings of a one-object scene that name the colour and shape and at most one more attribute."""
     return [p.format(**asdict(scene.objects[0]), background=scene.background) for p in _PARTIAL_PHRASES]
 
 
 def boxes(scene: Scene) -> list[list[float]]:
-    """[x, y, w, h, class index] per object, in unit coordinates, x and y the top left corner."""
+    """[x, y, w, h, class index] per object, in unit coordinates; x and y are the top left corner."""
     return [[o.x - o.r, o.y - o.r, 2 * o.r, 2 * o.r, o.label] for o in scene.objects]
 
 
 def _neighbours(pixels: np.ndarray) -> list[np.ndarray]:
-    """What lies above, below, left and right of each pixel of (H, W); 0 beyond the edges."""
+    """The values above, below, left and right of each pixel, four arrays (H, W); 0 beyond the edges."""
     padded = np.pad(pixels, 1)
     return [padded[:-2, 1:-1], padded[2:, 1:-1], padded[1:-1, :-2], padded[1:-1, 2:]]
 
@@ -216,11 +216,11 @@ def _read_object(image: np.ndarray, distance: np.ndarray, region: np.ndarray, sc
 
 
 def read(image: np.ndarray, objects: int = 1) -> Scene | None:
-    """Reads a picture (H, W, 3) uint8 back into a Scene, or None where it is unreadable.
+    """Reads an image (H, W, 3) uint8 back into a Scene; returns None if it is unreadable.
 
-    Unreadable: an uneven or undefined background, a number of objects other than `objects`, a colour near no
-    colour of the palette, an outline that fits no shape (soft overlap with the best-fitting template under 0.75,
-    or no clear winner), a place near no named position.
+    Unreadable: an uneven or undefined background, a number of objects other than `objects`, a colour far from all
+    colours of the palette, an outline that fits no shape (soft intersection over union with the best template under
+    0.75, or no clear winner), a position far from all named positions.
     """
     image = image.astype(np.float32) / 255
     frame, ground = np.concatenate([image[0], image[-1], image[:, 0], image[:, -1]]), _ground(image)
@@ -241,19 +241,19 @@ def read(image: np.ndarray, objects: int = 1) -> Scene | None:
         return None
     grown = [
         np.logical_or.reduce([region, *_neighbours(region)]) for region in solid
-    ]  # the soft edge belongs to the object
+    ]  # the anti-aliased edge belongs to the object
     objects_read = [_read_object(image, distance, region, scale) for region in grown]
     return None if None in objects_read else Scene(background, tuple(objects_read))
 
 
 def _ground(image: np.ndarray) -> np.ndarray:
-    """The median colour (3,) of a picture's frame."""
+    """The median colour (3,) of an image's border pixels."""
     return np.median(np.concatenate([image[0], image[-1], image[:, 0], image[:, -1]]), axis=0)
 
 
 def background_of(image: np.ndarray) -> str | None:
-    """The background of a picture (H, W, 3) uint8 if it is one of the data's: without colour, and of a brightness that occurs there.
-    `read` is more lenient: a grey nearer to black than to white is black there."""
+    """The name of the background of an image (H, W, 3) uint8 if the background is colourless and as bright as one in
+    the data, else None. `read` is more lenient: it accepts a brightness that is off by up to 0.25."""
     ground = _ground(image.astype(np.float32) / 255)
     for name, value in BACKGROUNDS.items():
         if np.abs(ground - value).max() <= SHADE + EVEN:
@@ -262,19 +262,20 @@ def background_of(image: np.ndarray) -> str | None:
 
 
 def fidelity(image: np.ndarray, shape: str) -> float:
-    """How well what a picture (H, W, 3) uint8 shows is the ideal outline of a shape: the soft intersection over union of its
-    coverage (0 to 1 per pixel, by colour) with the drawn shape of the place and size that fit best; 0 for an empty picture."""
+    """How closely the object in an image (H, W, 3) uint8 matches the ideal outline of a shape: the soft intersection
+    over union of its coverage (0 to 1 per pixel, from colour) with the shape drawn at the best-fitting position and
+    size; 0 for an empty image."""
     image = image.astype(np.float32) / 255
     distance = np.abs(image - _ground(image)).max(axis=2)
     if distance.max() < 0.3:
         return 0.0
     alpha = np.clip(distance / np.median(distance[distance > 0.8 * distance.max()]), 0, 1)
-    alpha[alpha < 0.12] = 0  # shades of the background are no part of the shape
+    alpha[alpha < 0.12] = 0  # variations of the background are not part of the shape
     centre = (np.arange(len(image)) + 0.5) / len(image)
     x, y = (alpha.sum(0) * centre).sum() / alpha.sum(), (alpha.sum(1) * centre).sum() / alpha.sum()
     r = float(np.sqrt(alpha.mean() / (4 * _FILL[shape])))
     best, place = 0.0, (x, y - _CENTROID[shape] * r, r)
-    for reach in (0.12, 0.05, 0.02):  # in half boxes; each round around the best of the one before
+    for reach in (0.12, 0.05, 0.02):  # in half sides; each round searches around the previous best
         moves = np.array(list(itertools.product((-1, 0, 1), repeat=3))) * reach * place[2]
         for candidate in place + moves:
             template = _coverage(shape, *candidate, len(image))
@@ -285,8 +286,9 @@ def fidelity(image: np.ndarray, shape: str) -> float:
 
 
 def shows_subject(image: np.ndarray) -> bool:
-    """Whether a picture (H, W, 3) uint8 shows a ring, as SUBJECT is and no shape of the data: around the middle of what is drawn it
-    differs from the background in all directions, and in the middle it does not."""
+    """Returns True if an image (H, W, 3) uint8 shows a ring, the shape of SUBJECT, which the data do not contain:
+    around the centre of what is drawn, pixels differ from the background in all directions, and in the centre they
+    do not."""
     pixels, size = image.astype(np.float32) / 255, len(image)
     distance = np.abs(pixels - _ground(pixels)).max(axis=2)
     drawn = distance >= 0.5 * distance.max()
@@ -304,8 +306,8 @@ def shows_subject(image: np.ndarray) -> bool:
 
 
 def read_labels(image: np.ndarray, objects: int = 1) -> np.ndarray | None:
-    """The label map (H, W) uint8 of a picture (0 background, class index + 1), or None where `read` cannot read it. A pixel
-    belongs to an object where it is nearer to the object's colour than to the background's."""
+    """The label map (H, W) uint8 of an image (0 background, class index + 1), or None if `read` cannot read it. A
+    pixel belongs to an object if its colour is nearer to the object's than to the background's."""
     scene = read(image, objects)
     if scene is None:
         return None

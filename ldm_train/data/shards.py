@@ -1,4 +1,4 @@
-"""Shards: plain tars in the WebDataset layout, written whole or not at all, read by offset. data/README.md has the schema."""
+"""Shards: plain tars in the WebDataset layout, written atomically and read by offset. data/README.md has the schema."""
 
 import hashlib
 import io
@@ -31,15 +31,16 @@ from ldm_train.storage import file_sha256, write_atomically
 
 INDEX = "index.json"
 REMEDY = "ldm-prepare source=index path=<folder of tars> out={root}"
-MOST_OPEN = 256  # files at a time
-ENTRIES = ".entries"  # notes on finished shards, in a folder that is being written
+MOST_OPEN = 256  # files that are open at a time
+ENTRIES = ".entries"  # subfolder for the entries of finished shards, in a folder that is being written
 
 
 def write_shard(path: str | Path, samples: Iterable[tuple[str, dict[str, bytes]]]) -> dict:
     """Writes (key, {extension: bytes}) samples as one reproducible tar and returns its index entry.
 
-    Entry: {"file", "count", "bytes", "sha256", "fields": {extension: count}}. Raises ValueError for a key with a dot
-    or slash (readers split names at the first dot), OSError on a full disk; the shard is then not there at all.
+    Entry: {"file", "count", "bytes", "sha256", "fields": {extension: count}}. Raises ValueError for a key that repeats
+    or contains a dot or slash (readers split names at the first dot), OSError on a full disk; in both cases no shard is
+    left behind.
     """
     path, counts, seen = Path(path), Counter(), set()
     entry: dict = {}
@@ -69,7 +70,7 @@ def shard_name(split: str, number: int) -> str:
     return f"{split}-{number:06d}.tar"
 
 
-# One folder of shards, or several that are drawn from together.
+# One folder or address of shards, or several whose samples are mixed.
 Roots = str | Path | Sequence[str]
 
 
@@ -78,10 +79,10 @@ def as_roots(root: Roots) -> list[str]:
 
 
 def read_index(root: Roots, remedy: str | None = None) -> dict:
-    """The index.json in `root`; of several roots one index of all their shards, each with the number of its "set", its
-    "root", and the labels of its classes among all names ("relabel").
+    """Reads the index.json in `root`. Several roots give one index of all their shards, each with the number of its
+    "set", its "root", and "relabel", which maps its class labels to those among all class names.
 
-    Raises FileNotFoundError or DataError naming the command that makes one.
+    Raises FileNotFoundError or DataError naming the command that makes an index.
     """
     roots = as_roots(root)
     if len(roots) > 1:
@@ -107,8 +108,8 @@ def read_index(root: Roots, remedy: str | None = None) -> dict:
 
 
 def _lead_afar(index: dict, root: str) -> str | None:
-    """Gives the shards of an index that lies behind an address addresses below it. Returns why one of them has none: such an
-    index names no files of this machine."""
+    """Turns the shards' relative names in an index read from an address into addresses below it. Returns why one is
+    refused, if any: such an index may not name local files."""
     for part in index["splits"].values():
         for entry in part["shards"]:
             if entry["file"].startswith("/"):
@@ -121,7 +122,7 @@ def _lead_afar(index: dict, root: str) -> str | None:
 
 
 def _index_fault(index: object) -> str | None:
-    """Why parsed JSON is no index of shards, in words; None where it is one."""
+    """Returns why parsed JSON is not an index of shards, or None if it is one."""
     if not isinstance(index, dict) or not isinstance(index.get("splits"), dict):
         return 'no "splits"'
     classes = index.get("classes")
@@ -137,7 +138,7 @@ def _index_fault(index: object) -> str | None:
 
 
 def read_note(path: Path) -> Any:
-    """The JSON that was noted while a folder was written; None where there is none or it is damaged."""
+    """Reads JSON that was stored while a folder was written; None if it is missing or damaged."""
     try:
         return json.loads(path.read_bytes())
     except (FileNotFoundError, ValueError, RecursionError):
@@ -145,24 +146,26 @@ def read_note(path: Path) -> Any:
 
 
 def noted(entry: Any, name: str) -> dict | None:
-    """The entry of a shard as it was noted when it was finished; None where it is none, or another's."""
+    """Returns `entry` if it is a valid index entry of the shard `name`, else None."""
     return entry if entry_fault(entry) is None and entry["file"] == name else None
 
 
 def noted_entry(folder: Path, name: str) -> dict | None:
-    """The entry of a shard, written when it was finished; None where there is none or it is invalid."""
+    """The entry of a shard, stored when it was finished; None if it is missing or invalid."""
     return noted(read_note(folder / ENTRIES / f"{name}.json"), name)
 
 
 def finished_shard(folder: Path, name: str) -> dict | None:
-    """The entry of a shard that is finished and complete, else None: it is then made again."""
+    """The entry of a shard that is finished and complete; None if it has to be made again."""
     entry = noted_entry(folder, name)
     whole = entry and (folder / name).is_file() and file_sha256(folder / name) == entry["sha256"]
     return entry if whole else None
 
 
 def _merged(indices: dict[str, dict]) -> dict:
-    """Labels are by name: sets with other lists of classes keep their meaning. Where a set names none, none are named."""
+    """Merges the indices of several roots. Class labels are matched by name, so sets with different class lists keep
+    their meaning. If any set has no class names, the result has none. Raises DataError if a root names a class
+    twice."""
     named = {root: index.get("classes") for root, index in indices.items()}
     for root, names in named.items():
         if twice := [n for n in names or [] if names.count(n) > 1]:
@@ -202,8 +205,8 @@ def data_hash(index: dict, *splits: str) -> str:
 
 
 def shard_paths(root: str | Path, shards: list[dict]) -> list[Path]:
-    """Where local shards lie: `file` is relative to the index's folder, or absolute where they live elsewhere. Raises
-    FileNotFoundError, naming the first, where some are missing."""
+    """The paths of local shards: `file` is relative to the index's folder, or absolute if they lie elsewhere. Raises
+    FileNotFoundError, naming the first, if some are missing."""
     paths = [Path(shard.get("root", root)) / shard["file"] for shard in shards]
     if missing := [p for p in paths if not p.is_file()]:
         raise FileNotFoundError(
@@ -214,7 +217,7 @@ def shard_paths(root: str | Path, shards: list[dict]) -> list[Path]:
 
 
 def spread(total: int, count: int) -> np.ndarray:
-    """At most `count` of the numbers below `total`, evenly spread, in order."""
+    """At most `count` of the integers below `total`, evenly spread, in order."""
     return np.unique(np.linspace(0, total - 1, min(count, total)).round().astype(int))
 
 
@@ -227,11 +230,11 @@ def member_counts(shards: list[dict]) -> Counter[str]:
 
 
 class IndexedShards:
-    """Random access to the samples of one split by member offset; safe to use from forked workers. Of any number of samples
-    only few megabytes are held.
+    """Random access to the samples of one split by member offset; safe to use from forked workers. The offsets of
+    more than two million samples stay on disk (see `OffsetTable`).
 
-    root: a folder or address with its index, or several. sets (N,): which of them each sample comes from; where there are
-    several their samples alternate in proportion to their numbers. cache: for shards from afar.
+    root: a folder or address with its index, or several. sets (N,): the root of each sample; samples of several roots
+    alternate in proportion to their numbers. cache: for remote shards.
     Raises FileNotFoundError or DataError, naming shard and remedy, for missing, truncated or changed shards.
     """
 
@@ -245,12 +248,12 @@ class IndexedShards:
         self.table = OffsetTable.of(self.files, split)
         self.extensions = self.table.extensions
         self.all_at_hand = cache is None or remote_bytes(entries) <= cache.limit
-        # Copies that are open cannot make room for others.
+        # Open copies cannot be deleted to make room for others.
         self._descriptor = Recent(self._open, MOST_OPEN if self.all_at_hand else 2, os.close)
         self._relabel = [e.get("relabel") for e in entries]
         self._set = np.array([e.get("set", 0) for e in entries], np.int32)
-        self._rows: np.ndarray | None = None  # of the table, where not all are taken in their order
-        if self._set.any():  # alternating: by the place of each within its set, in (0, 1)
+        self._rows: np.ndarray | None = None  # of the table, if not all are used in their order
+        if self._set.any():  # alternate: order by the position of each within its set, in (0, 1)
             place = np.concatenate([(np.arange(n) + 0.5) / n for n in np.bincount(self.sets)])
             self._rows = np.argsort(place, kind="stable").astype(np.min_scalar_type(len(place)))
 
@@ -258,7 +261,7 @@ class IndexedShards:
         return len(self.table) if self._rows is None else len(self._rows)
 
     def keep(self, count: int) -> None:
-        """Reduces this view to at most `count` samples, spread evenly: shards are often sorted by class."""
+        """Reduces this view to at most `count` samples, evenly spread because shards are often sorted by class."""
         picks = spread(len(self), count)
         self._rows = picks if self._rows is None else self._rows[picks]
 
@@ -269,7 +272,7 @@ class IndexedShards:
         return int(i) if self._rows is None else int(self._rows[i])
 
     def shard(self, i: int) -> int:
-        """The number of the shard that a sample is in."""
+        """The number of the shard that holds a sample."""
         return int(np.searchsorted(self.table.first, self._row(i), "right")) - 1
 
     @property
@@ -278,7 +281,7 @@ class IndexedShards:
         return sets if self._rows is None else sets[self._rows]
 
     def picture_sizes(self) -> np.ndarray:
-        """(height, width) of every sample's picture (N, 2), (0, 0) where it cannot be read. Read once, and kept."""
+        """(height, width) of every sample's image (N, 2), (0, 0) if it cannot be read. Read once and stored."""
         sizes = picture_sizes(self.files, self.table)
         return sizes if self._rows is None else sizes[self._rows]
 
@@ -290,8 +293,8 @@ class IndexedShards:
         return [self.key(i) for i in range(len(self))]
 
     def member(self, i: int, extension: str) -> tuple[int, int] | None:
-        """(offset, size) of one field's bytes in its shard, or None where the sample lacks it. Raises DataError where the
-        shard has no such bytes."""
+        """(offset, size) of a field's bytes in its shard, or None if the sample lacks it. Raises DataError if they
+        lie beyond the shard's end."""
         offset, size = self.table.member(self._row(i), extension)
         if offset < 0:
             return None
@@ -300,7 +303,7 @@ class IndexedShards:
         return offset, size
 
     def read(self, i: int, extension: str) -> bytes | None:
-        """One field's bytes, or None where the sample lacks it."""
+        """The bytes of a field, or None if the sample lacks it."""
         if (place := self.member(i, extension)) is None:
             return None
         shard = self.shard(i)
@@ -313,7 +316,7 @@ class IndexedShards:
         return data
 
     def labels(self) -> np.ndarray:
-        """The class of every sample (N,). Raises DataError, naming the sample, where one has none."""
+        """The class of every sample (N,). Raises DataError, naming the sample, if one has no valid class."""
         labels, count = np.empty(len(self), int), len(self.classes or []) or None
         for i in range(len(self)):
             try:
@@ -327,15 +330,15 @@ class IndexedShards:
         return self.members(i, self.extensions)
 
     def members(self, i: int, extensions: Iterable[str]) -> dict[str, bytes]:
-        """Those of some fields that a sample has, {extension: bytes}."""
+        """Those of the given fields that a sample has, {extension: bytes}."""
         return {e: data for e in extensions if e in self.extensions and (data := self.read(i, e)) is not None}
 
     def where(self, i: int) -> str:
-        """The sample's name for messages: shard and key."""
+        """The sample's name in messages: shard and key."""
         return f"{PurePosixPath(self.files[self.shard(i)].entry['file']).name}:{self.key(i)}"
 
     def captions(self, limit: int = 100_000) -> Iterator[str]:
-        """Every caption of the first `limit` samples; those that cannot be read are left out, as in training."""
+        """Yields every caption of the first `limit` samples; those that cannot be read are left out, as in training."""
         for i in range(min(limit, len(self))):
             with suppress(ValueError):
                 yield from captions_of(self.members(i, ("txt", "json")))

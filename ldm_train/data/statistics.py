@@ -1,4 +1,4 @@
-"""Mean and deviation of the latents in a cache: what scales them for stage 2."""
+"""Mean and standard deviation of the latents in a cache, by which they are scaled for stage 2."""
 
 import json
 import math
@@ -17,8 +17,8 @@ STATISTICS = "statistics.json"
 def latent_statistics(latents: CachedLatents, limit: int = 50_000) -> dict[str, Any]:
     """Mean and standard deviation of the latents (sampled, unscaled) over all or `limit` images, in float64.
 
-    Returns per-channel "mean" and "std", the scalar "scale_factor" = 1 / std about the mean over all axes (Rombach
-    et al. 2022, appendix G) and "count".
+    Returns "mean" and "std" per channel, the scalar "scale_factor" = 1 / (standard deviation over all axes) (Rombach et
+    al. 2022, appendix G) and "count". Raises DataError if that standard deviation is 0 or not finite.
     """
     picks = spread(len(latents), limit)
     channels = len(latents.mean_and_std(0)[0])
@@ -31,7 +31,7 @@ def latent_statistics(latents: CachedLatents, limit: int = 50_000) -> dict[str, 
     mean = total / elements
     std = np.sqrt(square / elements - mean**2)
     overall = float(np.sqrt(square.sum() / elements / channels - (total.sum() / elements / channels) ** 2))
-    if not 0 < overall < math.inf:  # false for NaN, too
+    if not 0 < overall < math.inf:  # also false for NaN
         raise DataError(
             f"the latents in {latents.shards.root} have the standard deviation {overall}; look at the autoencoder, then: {REMEDY}"
         )
@@ -39,7 +39,7 @@ def latent_statistics(latents: CachedLatents, limit: int = 50_000) -> dict[str, 
 
 
 def read_statistics(folder: str | Path) -> dict[str, Any]:
-    """The result of `latent_statistics`, from the file beside a cache. Raises DataError where the file is invalid."""
+    """The result of `latent_statistics`, from the file beside a cache. Raises DataError if it is missing or invalid."""
     path = Path(folder) / STATISTICS
     try:
         statistics = json.loads(path.read_bytes())

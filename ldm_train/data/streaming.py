@@ -1,4 +1,4 @@
-"""The streaming reader: shards read front to back, local or remote, with exact resume by skipping."""
+"""The streaming reader: reads shards front to back, local or remote, and resumes exactly by skipping samples."""
 
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -17,14 +17,15 @@ from ldm_train.data.tars import StreamedTar
 
 
 class StreamingBatches(IterableDataset):
-    """Some `micro_batches` of one rank.
+    """The `micro_batches` of one rank, read as a stream.
 
-    Each epoch permutes the shards by (seed, epoch) before they are split by rank and worker, then shuffles through a
-    buffer. Every worker delivers the same number of batches per epoch on every rank, so ranks never wait for each
-    other; a worker whose shards run out begins them again. A resumed run skips, without decoding, what was consumed.
+    Each epoch permutes the shards by (seed, epoch) before they are split by rank and worker, then shuffles their
+    samples through a buffer. Every worker delivers the same number of batches per epoch on every rank, so ranks never
+    wait for each other; a worker that runs out of shards starts over with them. A resumed run skips the samples already
+    consumed, without decoding them.
 
-    Raises DataError where there are fewer shards than ranks x workers, or a local shard is truncated; while it streams,
-    where a shard is not what its index says.
+    Raises DataError if there are fewer shards than ranks x workers, too few images for one batch per worker, or a local
+    shard is truncated; and, while streaming, if a shard does not match its index entry.
     """
 
     def __init__(
@@ -34,7 +35,7 @@ class StreamingBatches(IterableDataset):
         decoder: SampleDecoder,
         batching: Any,
         seed: int,
-        micro_batches: range,  # by their numbers in training
+        micro_batches: range,  # numbered from the start of training
         shuffle_buffer: int,
         workers: int,
     ):
@@ -46,7 +47,7 @@ class StreamingBatches(IterableDataset):
                 "prepare more shards (ldm-prepare per_shard=...) or use data.reader=indexed"
             )
         self.shards, self.counts = shards, [s["count"] for s in shards]
-        # Local shards are checked before training, and absolute so that none can be taken for an address.
+        # Local shards are checked before training; their paths are absolute so that none can be taken for an address.
         local = [s for s in shards if not is_remote(s["file"])]
         paths = {s["file"]: path for s, path in zip(local, shard_paths(root, local))}
         for shard in local:
@@ -68,7 +69,7 @@ class StreamingBatches(IterableDataset):
         return self.stop
 
     def _raw(self, mine: list[int]) -> Iterator[dict[str, Any]]:
-        """The raw samples of some shards, in order, with their key ("__key__") and shard ("__url__")."""
+        """The raw samples of the shards `mine`, in order, with their key ("__key__") and shard ("__url__")."""
         for i in mine:
             entry, tar = self.shards[i], StreamedTar(self.urls[i], self.shards[i]["bytes"])
             for key, fields in tar:
@@ -81,7 +82,8 @@ class StreamingBatches(IterableDataset):
                     )
 
     def _shuffled(self, epoch: int, worker: int) -> Iterator[dict[str, Any]]:
-        """Endless raw samples of one worker in one epoch, round after round, each through an empty shuffle buffer."""
+        """Endless raw samples of one worker in one epoch: round after round over its shards, each round shuffled
+        through a buffer that is empty at first."""
         b = self.batching
         order = np.random.default_rng([self.seed, epoch]).permutation(len(self.urls)).tolist()
         mine = order[b.rank * self.workers + worker :: b.world_size * self.workers]
@@ -102,9 +104,9 @@ class StreamingBatches(IterableDataset):
                 yield drawn()
 
     def _decoded(self, raw: Iterator[dict[str, Any]], epoch: int, positions: Iterable[int]) -> Iterator[dict[str, Any]]:
-        """A sample for each position: the next one, or the next readable one in its place. The substitute is not consumed: it
-        comes again in its own turn, so that skipping raw samples after a resume lands on the same place."""
-        ahead: deque[dict[str, Any]] = deque()  # the samples from this position on that were looked at
+        """A sample for each position: the next one, or the next readable one instead. The substitute is not consumed
+        but comes again in its own turn, so that skipping raw samples after a resume leads to the same position."""
+        ahead: deque[dict[str, Any]] = deque()  # samples from this position on that were already read
         for position in positions:
             replaced: list[str] = []
             while True:

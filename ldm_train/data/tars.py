@@ -1,4 +1,4 @@
-"""Tars of samples: scanned for offsets, or read front to back, local or remote; and what an index says of them."""
+"""Tars of samples: scanned for offsets, or read front to back, local or remote; and checks of their index entries."""
 
 import math
 import os
@@ -20,11 +20,11 @@ def is_count(value: object) -> bool:
 
 
 def entry_fault(entry: object) -> str | None:
-    """Why parsed JSON is no index entry of a shard, in words; None where it is one."""
+    """Returns why parsed JSON is not a shard's index entry, or None if it is one."""
     entry = entry if isinstance(entry, dict) else {}
     if not all(isinstance(entry.get(name), str) for name in ("file", "sha256")):
         return 'has no "file" and "sha256"'
-    if not re.fullmatch("[0-9a-f]{64}", entry["sha256"]):  # copies and notes are named by it
+    if not re.fullmatch("[0-9a-f]{64}", entry["sha256"]):  # it becomes the name of copies and notes
         return f"has the sha256 {entry['sha256']!r:.80}, which is none"
     fields = entry.get("fields")
     numbers = (entry.get("count"), entry.get("bytes"), *(fields.values() if isinstance(fields, dict) else (None,)))
@@ -35,7 +35,7 @@ def entry_fault(entry: object) -> str | None:
 
 def _files(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
     for member in tar:
-        if member.size < 0:  # it would make the reader loop for ever
+        if member.size < 0:  # it would make the reader loop forever
             raise tarfile.ReadError(f"{member.name!r} has a negative size")
         if member.isfile():
             yield member
@@ -44,9 +44,9 @@ def _files(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
 def scan_tar(
     path: str | Path | int, name: str | None = None
 ) -> tuple[list[str], dict[str, np.ndarray], dict[str, np.ndarray]]:
-    """(keys, {extension: data offsets}, {extension: sizes}), -1 where a sample lacks a field. path: also a descriptor of an
-    open file, which stays open. Raises DataError, calling it `name`, for a truncated or unreadable tar, which tar
-    readers otherwise accept in silence."""
+    """(keys, {extension: data offsets}, {extension: sizes}) of a tar, -1 if a sample lacks a field. path: may be the
+    descriptor of an open file, which stays open. Raises DataError, calling it `name`, for a truncated or unreadable
+    tar, which tar readers would otherwise accept silently."""
     with open(path, "rb", closefd=not isinstance(path, int)) as file:
         return _scanned(file, name or str(path))
 
@@ -82,11 +82,11 @@ def _scanned(file: BinaryIO, name: str) -> tuple[list[str], dict[str, np.ndarray
 
 
 class StreamedTar:
-    """A tar read front to back: iterating gives its samples, (key, {extension: bytes}).
+    """A tar read front to back; iterating yields its samples, (key, {extension: bytes}).
 
-    limit: bytes that it may have. After its last sample `entry` says what was read, as the entry of an index does, without
-    its "file". Raises DataError, naming it, where it is truncated, larger, or no tar; OSError where it cannot be
-    read.
+    limit: the most bytes it may have. After the last sample, `entry` describes what was read like an index entry,
+    without "file". Raises DataError, naming the tar, if it is truncated, larger than `limit` or not a tar; OSError if
+    it cannot be read.
     """
 
     def __init__(self, file: str, limit: float = math.inf):
@@ -107,16 +107,17 @@ class StreamedTar:
         self.entry = {"count": count, "bytes": stream.size, "sha256": checksum, "fields": dict(held)}
 
     def _samples(self, stream: Measured) -> Iterator[tuple[str, dict[str, bytes]]]:
-        from webdataset.tariterators import group_by_keys  # which imports torch: preparing does without
+        from webdataset.tariterators import group_by_keys  # imports torch, which preparing data does not need
 
         for sample in group_by_keys(self._members(stream), keys=sample_and_field, lcase=False):
             yield sample["__key__"], {e: data for e, data in sample.items() if not e.startswith("__")}
 
     def _members(self, stream: Measured) -> Iterator[dict[str, Any]]:
-        """(webdataset's own iteration takes truncated archives and negative sizes in silence.)"""
+        """Yields the members in webdataset's form. (webdataset's own iteration silently accepts truncated archives
+        and negative sizes.)"""
         with tarfile.open(fileobj=stream, mode="r|", bufsize=1 << 18) as tar:
             for member in _files(tar):
-                if member.issparse():  # a few bytes could stand for any number of zeros
+                if member.issparse():  # a few bytes could expand to any number of zeros
                     raise tarfile.ReadError(f"{member.name} is a sparse file")
                 yield {"fname": member.name, "data": tar.extractfile(member).read(), "__url__": self.file}
             whole = tar.offset + 512 <= tar.fileobj.tell()  # the end-of-archive marker was read

@@ -1,4 +1,5 @@
-"""From encoded bytes to tensors: decoding every kind of image file, then crop, resize and flip as one plan per sample."""
+"""From encoded bytes to tensors: decodes all kinds of image files, then crops, resizes and flips by one plan per
+sample."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -13,16 +14,17 @@ from ldm_train.data.files import as_shown, open_image, read_npy
 
 
 def channels_of(data: bytes) -> int:
-    """Of a .npy picture, (H, W, C) or (H, W). Raises ValueError where it is none."""
+    """The number of channels of a .npy image, (H, W, C) or (H, W). Raises ValueError if the data is not a .npy file."""
     shape = read_npy(data).shape
     return shape[2] if len(shape) == 3 else 1
 
 
 def decode_image(data: bytes, extension: str, channels: int) -> torch.Tensor:
-    """Encoded bytes -> uint8 (channels, H, W); from npy (H, W, C) or (H, W), float32 as stored in [-1, 1] or uint8.
+    """Decodes an image to uint8 (channels, H, W). A .npy, (H, W, C) or (H, W), gives uint8 or float32 in [-1, 1], as
+    stored.
 
     Grey, palette, 16-bit, CMYK, RGBA (over white) and EXIF-rotated files all become what a viewer shows.
-    Raises ValueError or OSError for data that is no image, or an array with other channels.
+    Raises ValueError or OSError for data that is not an image, or an array with another number of channels.
     """
     if extension == "npy":
         array = array_of(data)
@@ -37,7 +39,7 @@ def decode_image(data: bytes, extension: str, channels: int) -> torch.Tensor:
 
 
 def decode_labels(data: bytes) -> torch.Tensor:
-    """An encoded label map -> int32 (1, H, W): the numbers in the file, whatever colours a palette gives them. Raises
+    """Decodes a label map to int32 (1, H, W): the numbers in the file, regardless of a palette's colours. Raises
     ValueError for files with colour channels."""
     with open_image(data) as image:
         if image.mode not in ("L", "P", "1") and not image.mode.startswith("I"):
@@ -47,7 +49,7 @@ def decode_labels(data: bytes) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class Plan:
-    """Crop box in source pixels, then resize to the target, then perhaps a horizontal flip."""
+    """A crop box in source pixels, then a resize to the target size, then possibly a horizontal flip."""
 
     top: int
     left: int
@@ -56,15 +58,16 @@ class Plan:
     flip: bool
 
     def reduced(self, factor: int) -> "Plan":
-        """The same cut of a picture `factor` times smaller."""
+        """The same crop of an image that is `factor` times smaller."""
         return Plan(*(round(v / factor) for v in (self.top, self.left, self.height, self.width)), self.flip)
 
 
 class ImageTransform:
-    """Crop to the target's aspect ratio, resize with antialiasing, flip; never distorts.
+    """Crops to the target's aspect ratio, resizes with antialiasing and flips; never distorts.
 
     image_size: target side, or (height, width)
-    crop: "center" and "random" take the largest box that fits; "random_resized" one of `scale` times its area
+    crop: "center" and "random" take the largest box that fits; "random_resized" a box of `scale` (lowest, highest)
+    times its area
     flip: mirror half of the samples
     """
 
@@ -79,21 +82,21 @@ class ImageTransform:
             raise ValueError(f"data.crop is center, random or random_resized, not {crop!r}")
         self.size = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
         self.crop, self.flip, self.scale = crop, flip, tuple(scale)
-        # Not at the top of the file: it takes two seconds, which commands that read no pictures save. Loading processes that are
-        # started later have it.
+        # Not at the top of the file: this import takes two seconds, which commands that read no images save.
+        # Data-loading processes that are started later inherit it.
         import torchvision.transforms.v2.functional  # noqa: F401
 
     def deterministic(self) -> "ImageTransform":
-        """The same size by centre crop, without flips: for validation, caching and reference statistics."""
+        """The same size with a centre crop and without flips: for validation, caching and reference statistics."""
         return ImageTransform(self.size)
 
     def sized(self, size: tuple[int, int]) -> "ImageTransform":
-        """The same for another target, (height, width)."""
+        """The same transform for another target size, (height, width)."""
         return self if size == self.size else ImageTransform(size, self.crop, self.flip, self.scale)
 
     @property
     def cacheable(self) -> bool:
-        """Whether one encoding per sample (and one of its mirror image) covers all it can produce."""
+        """Whether one encoding per sample (and one of its mirror image) covers all outputs."""
         return self.crop == "center"
 
     def plan(self, height: int, width: int, rng: np.random.Generator | None) -> Plan:
@@ -110,13 +113,13 @@ class ImageTransform:
         return Plan(top, left, box_h, box_w, bool(self.flip and rng.random() < 0.5))
 
     def reduced(self, factor: int) -> "ImageTransform":
-        """For a picture `factor` times smaller than the image."""
+        """The transform for an image that is `factor` times smaller."""
         height, width = self.size
         return self.sized((height // factor, width // factor))
 
     def apply_to_boxes(self, boxes: np.ndarray, plan: Plan, shape: tuple[int, int], least: float = 0.2) -> np.ndarray:
-        """(N, 5) in unit coordinates of a picture of `shape` -> those of the cut picture. Boxes are clipped to it; those of
-        which less than `least` of their area is left are dropped."""
+        """Converts boxes (N, 5) from unit coordinates of an image of size `shape` to those of the cropped image.
+        Boxes are clipped to it; boxes that keep no more than `least` of their area are dropped."""
         height, width = shape
         scale = np.array([width, height, width, height], float)
         corners = np.concatenate([boxes[:, :2], boxes[:, :2] + boxes[:, 2:4]], axis=1) * scale
@@ -141,7 +144,8 @@ class ImageTransform:
 
 
 def to_unit_range(image: torch.Tensor) -> torch.Tensor:
-    """uint8 -> float32 in [-1, 1]; floats are in that range already, apart from overshoot of resizing, which is clamped."""
+    """Converts uint8 to float32 in [-1, 1]; floats are already in that range, apart from overshoot of resizing,
+    which is clamped."""
     return image.float() / 127.5 - 1 if image.dtype == torch.uint8 else image.float().clamp(-1, 1)
 
 
@@ -155,8 +159,8 @@ def read_bytes(path: str, option: str) -> bytes:
 def _read_cut(
     path: str, option: str, decode: Callable[[bytes], torch.Tensor], size: tuple[int, int], nearest: bool = False
 ) -> torch.Tensor:
-    """The picture in a file that `option` names, cut to the middle and resized to `size`. Raises ValueError or
-    FileNotFoundError, naming both."""
+    """Reads the image file given by `option`, centre-cropped and resized to `size`. Raises ValueError or
+    FileNotFoundError, naming option and file."""
     try:
         image = decode(read_bytes(path, option))
     except FileNotFoundError:
@@ -168,11 +172,13 @@ def _read_cut(
 
 
 def read_image(path: str, size: tuple[int, int], channels: int, option: str = "image") -> torch.Tensor:
-    """(C, H, W) in [-1, 1], cut to the middle and resized to `size`. Raises ValueError naming the file."""
+    """Reads an image file as (C, H, W) in [-1, 1], centre-cropped and resized to `size`. Raises ValueError or
+    FileNotFoundError naming the file."""
     decode = partial(decode_image, extension=Path(path).suffix.lower().lstrip("."), channels=channels)
     return to_unit_range(_read_cut(path, option, decode, size))
 
 
 def read_map(path: str, size: tuple[int, int]) -> torch.Tensor:
-    """(H, W) int64, see `_read_cut`. A map keeps its labels: it is resized by nearest neighbour."""
+    """Reads a label map as int64 (H, W), see `_read_cut`. It is resized by nearest neighbour, which keeps the
+    labels."""
     return _read_cut(path, "map", decode_labels, size, nearest=True)[0].long()

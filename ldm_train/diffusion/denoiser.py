@@ -1,4 +1,4 @@
-"""The contract for sampling: denoise(x_t, t) -> pred_x0."""
+"""The interface for sampling: denoise(x_t, t) -> pred_x0."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -16,8 +16,8 @@ class Denoiser:
     """One model under one condition: x_t (B, C, h, w) variance preserving, t a float or (B,) -> pred_x0 float32.
 
     network: called with (x_t, timesteps, condition); the condition holds context, context_mask, concat, vector, control
-    prepare: condition -> the same with what the network computes from it alone: called once, as the condition and the weights
-        stay as they are while a denoiser lives. Not where gradients are asked for
+    prepare: adds to a condition what the network computes from it alone. Called once, because condition and weights do
+        not change during a denoiser's life; not used when gradients are enabled
     """
 
     def __init__(
@@ -31,7 +31,7 @@ class Denoiser:
         self.network, self.schedule, self.parameterisation = network, schedule, parameterisation
         self.condition, self.prepare = condition, prepare
         self._joined: tuple[tuple[Denoiser, ...], dict[str, torch.Tensor]] | None = None
-        self._prepared: dict[str, Any] | None = None  # of the joined ones
+        self._prepared: dict[str, Any] | None = None  # of the joined conditions
 
     def __call__(self, x_t: torch.Tensor, t: float | torch.Tensor) -> torch.Tensor:
         return self.together([self], x_t, t)[0]
@@ -41,7 +41,7 @@ class Denoiser:
         return isinstance(other, Denoiser) and other.network == self.network and other.schedule is self.schedule
 
     def _together_with(self, denoisers: tuple["Denoiser", ...]) -> dict[str, Any]:
-        """The joined conditions, made once and prepared once."""
+        """Returns the conditions of several denoisers, concatenated once and prepared once."""
         if self._joined is None or self._joined[0] != denoisers[1:]:
             joined = self.condition
             if len(denoisers) > 1:
@@ -55,7 +55,7 @@ class Denoiser:
 
     @staticmethod
     def together(denoisers: Sequence["Denoiser"], x_t: torch.Tensor, t: float | torch.Tensor) -> list[torch.Tensor]:
-        """pred_x0 of several denoisers of one model at the same x_t, in one network call."""
+        """Returns pred_x0 of several denoisers of one model at the same x_t, from one network call."""
         first, count = denoisers[0], len(denoisers)
         x_t, alpha, sigma = first.schedule.network_view(x_t, t)
         if isinstance(t, torch.Tensor):

@@ -6,7 +6,7 @@ from ldm_train.diffusion.parameterisation import Coefficient
 
 
 class FlowPrediction:
-    """u = eps - x_0, the direction of the straight path from picture to noise (Liu et al. 2022, eq. 1)."""
+    """u = eps - x_0, the direction of the straight path from image to noise (Liu et al. 2022, eq. 1)."""
 
     easier_with_noise: bool | None = None
     learns_without_signal = True

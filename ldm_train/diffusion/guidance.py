@@ -1,4 +1,4 @@
-"""Guidance wraps a denoiser and returns a denoiser; wrappers compose, the innermost acting first."""
+"""Guidance: functions that wrap a denoiser and return a denoiser. They compose; the innermost acts first."""
 
 from collections.abc import Callable
 
@@ -21,16 +21,17 @@ def classifier_free(
 ) -> Denoise:
     """x0 = x0_uncond + guidance_scale (x0_cond - x0_uncond)   (Ho and Salimans 2022; w = guidance_scale - 1).
 
-    uncond: the same model under its null condition, under a negative prompt, or a weaker model under the same
-    condition (autoguidance, Karras et al. 2024). Denoisers of one model are evaluated in one call.
-    interval: guide only between these noise levels sigma / alpha, at one evaluation elsewhere (Kynkaanniemi et al. 2024)
-    rescale: share by which the network's output is brought back to the deviation it has without guidance, per sample
-        (Lin et al. 2023, eq. 15 and 16)
-    threshold: percentile (0 to 100) of |x0| beyond which values are clipped, after which they are scaled to where that
-        percentile lies without guidance (Imagen's dynamic thresholding, its [-1, 1] being the unguided range: latents
-        have no other)
+    uncond: the same model under its null condition, under a negative prompt, or a weaker model under the same condition
+        (autoguidance, Karras et al. 2024). Denoisers of one model are evaluated in one call.
+    interval: guide only between these noise levels sigma / alpha, with one evaluation elsewhere (Kynkaanniemi et al.
+        2024)
+    rescale: fraction by which the standard deviation of the network's output is brought back to that without guidance,
+        per sample (Lin et al. 2023, eq. 15 and 16)
+    threshold: percentile (0 to 100) of |x0| at which values are clipped; they are then scaled so that it is no larger
+        than without guidance (Imagen's dynamic thresholding, with the unguided range instead of [-1, 1], because
+        latents have no fixed range)
     Guidance is affine, so mixing x0 equals mixing eps. A scale of 1 returns `denoise` itself: no second evaluation.
-    Raises ValueError for options that mean nothing, and for rescale on what is not a network's output.
+    Raises ValueError for invalid options, and for rescale or interval if `denoise` is not a `Denoiser`.
     """
     if not 0 <= rescale <= 1:
         raise ValueError(f"guidance.rescale is a share between 0 and 1, not {rescale}")
@@ -96,9 +97,9 @@ def classifier_guidance(
 ) -> Denoise:
     """x0 + s (1 - abar) / sqrt(abar) grad log p(y | x_t)   (Dhariwal and Nichol 2021, algorithm 2, in terms of x0).
 
-    log_probability: (x_t (B, C, h, w), timesteps (B,)) -> (B,), of a classifier that has seen noise. guidance_scale: s, 0
-    is off. Goes around other guidance, not inside classifier_free. Raises ValueError for a schedule that ends without
-    signal, where the factor is infinite.
+    log_probability: (x_t (B, C, h, w), timesteps (B,)) -> (B,), of a classifier trained on noisy latents.
+        guidance_scale: s, 0 turns it off. Wrap it around other guidance, not inside classifier_free. Raises ValueError
+        for a schedule that ends without signal, where the factor is infinite.
     """
     if guidance_scale == 0:
         return denoise
@@ -124,11 +125,12 @@ def classifier_guidance(
 def score_guidance(
     denoise: Denoise, score: Callable[[torch.Tensor], torch.Tensor], schedule: NoiseProcess, guidance_scale: float
 ) -> Denoise:
-    """x0 + s (1 - abar) grad_x0 score(x0): guidance by a score of clean latents, for example CLIP after decoding.
+    """x0 + s (1 - abar) grad_x0 score(x0): guidance by a score of clean latents, e.g. CLIP after decoding.
 
-    It is classifier guidance with p(y | x_t) taken at the estimate x0, whose change with x_t is taken to be alpha, as it is
-    for latents of unit variance; nothing is differentiated through the model itself. score: (B, C, h, w) -> (B,), a
-    log-probability up to a constant. guidance_scale: s, 0 is off. Goes around other guidance.
+    This is classifier guidance with p(y | x_t) taken at the estimate x0, whose derivative with respect to x_t is taken
+    to be alpha, as for latents of unit variance; nothing is differentiated through the model itself. score:
+    (B, C, h, w) -> (B,), a log-probability up to a constant. guidance_scale: s, 0 turns it off. Wrap it around other
+    guidance.
     """
     if guidance_scale == 0:
         return denoise
@@ -142,18 +144,18 @@ def score_guidance(
 
 
 def _gradient(function: Callable[[torch.Tensor], torch.Tensor], at: torch.Tensor) -> torch.Tensor:
-    """d sum(function) / d at, also inside no_grad and inference mode."""
+    """Returns d sum(function) / d at, also inside no_grad and inference mode."""
     with torch.inference_mode(False), torch.enable_grad():
         x = at.detach().clone().float().requires_grad_()
         return torch.autograd.grad(function(x).sum(), x)[0]
 
 
 def keep_known(denoise: Denoise, known: torch.Tensor, mask: torch.Tensor) -> Denoise:
-    """Inpainting by a model that was not trained for it: the estimate of x_0 is `known` outside the hole (as RePaint,
-    Lugmayr et al. 2022, with the estimate replaced, not the noisy latents).
+    """Inpainting with a model that was not trained for it: replaces the estimate of x_0 by `known` outside the hole
+    (similar to RePaint, Lugmayr et al. 2022, which replaces the noisy latents instead).
 
-    known: latents (B, C, h, w); mask: (B, 1, h, w), 1 in the hole. The sampled latents equal `known` outside the
-    hole, exactly so where the sampler's last step returns the estimate (all of ours that end at the clean image).
+    known: latents (B, C, h, w); mask: (B, 1, h, w), 1 in the hole. The sampled latents equal `known` outside the hole,
+        exactly if the sampler's last step returns the estimate (true of all ours that end at the clean image).
     """
 
     def kept(x_t: torch.Tensor, t: float | torch.Tensor) -> torch.Tensor:

@@ -1,5 +1,5 @@
-"""The straight path between picture and noise: x_t = (1 - t) x_0 + t eps (rectified flow, Liu et al. 2022, arXiv:2209.03003;
-Lipman et al. 2022, arXiv:2210.02747)."""
+"""The straight path between image and noise: x_t = (1 - t) x_0 + t eps (rectified flow, Liu et al. 2022,
+arXiv:2209.03003; Lipman et al. 2022, arXiv:2210.02747)."""
 
 import math
 
@@ -9,17 +9,17 @@ from ldm_train.diffusion.process import NoiseProcess, expand_to, widest
 
 
 class LinearFlow(NoiseProcess):
-    """Times are T times t, so that the network is told times on the same scale as those of other processes.
+    """A rectified flow. Its times are T * t, so that the network gets times on the same scale as in other processes.
 
     times: how training draws t: "uniform", or "logit_normal" (Esser et al. 2024, arXiv:2403.03206, eq. 19: the logistic
-        function of a normal number), which trains the middle of the path most
-    mean, std: of that normal number
-    last: where sampling begins. At t = 1 there is no signal, and samplers that work in the noise level t / (1 - t) or divide
-        by the signal could not begin there; at 0.999 the noise is 999 times the signal
+        function of a normal variable), which trains the middle of the path most
+    mean, std: of that normal variable
+    last: the t at which sampling begins. At t = 1 there is no signal, and samplers that work in the noise level
+        `t / (1 - t)` or divide by the signal could not begin there; at 0.999 the noise is 999 times the signal
     num_train_timesteps: T
 
     Samplers see x_t / sqrt((1 - t)^2 + t^2), which is variance preserving with the same signal-to-noise ratio.
-    Raises ValueError for other times and for a `last` outside (0, 1).
+    Raises ValueError for other `times`, a `last` outside (0, 1), and a `std` that is not above 0.
     """
 
     place: torch.Tensor
@@ -59,7 +59,7 @@ class LinearFlow(NoiseProcess):
         return self.num_train_timesteps * level / (1 + level)
 
     def training_times(self, uniform: torch.Tensor) -> torch.Tensor:
-        """Float64 in [0, T); the logit-normal ones through the inverse of the normal distribution function."""
+        """Float64 in [0, T); logit-normal ones by the inverse of the normal distribution function."""
         if self.times == "logit_normal":
             normal = torch.special.ndtri(uniform.clamp(1e-9, 1 - 1e-9))
             uniform = torch.sigmoid(self.mean + self.std * normal)
@@ -72,7 +72,7 @@ class LinearFlow(NoiseProcess):
     def network_view(
         self, x_t: torch.Tensor, t: float | torch.Tensor
     ) -> tuple[torch.Tensor, float | torch.Tensor, float | torch.Tensor]:
-        if not isinstance(t, torch.Tensor):  # without small tensors on the device
+        if not isinstance(t, torch.Tensor):  # avoids small tensors on the device
             share = float(t) / self.num_train_timesteps
             return math.hypot(share, 1 - share) * x_t, 1 - share, share
         noise = self._share(t)
@@ -81,9 +81,10 @@ class LinearFlow(NoiseProcess):
         return expand_to(length, x_t) * x_t, alpha, sigma
 
     def timesteps(self, num_inference_steps: int, spacing: str = "trailing") -> torch.Tensor:
-        """S + 1 falling times that end at 0. spacing: "trailing" starts at `last` and takes even steps; "leading" the same half
-        a step lower, half a step above 0 at the end; "linspace" from `last` to 0.001; "karras" as for other processes.
-        Raises ValueError for another spacing or a number of steps below 1."""
+        """Returns S + 1 decreasing times that end at 0. spacing: "trailing" starts at T * last and takes even steps;
+        "leading" is the same but half a step lower, so that it ends half a step above 0; "linspace" goes evenly from
+        T * last to 1 (t = 0.001 for T = 1000); "karras" as for other processes. Raises ValueError for another
+        spacing or a number of steps outside 1..T."""
         steps = num_inference_steps
         if not 1 <= steps <= self.num_train_timesteps:
             raise ValueError(f"num_inference_steps is {steps}; it must lie between 1 and {self.num_train_timesteps}")

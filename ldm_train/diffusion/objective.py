@@ -1,4 +1,4 @@
-"""The training objective: which timesteps, which target, how each sample is weighted."""
+"""The training objective: which timesteps, which target, and how each sample is weighted."""
 
 from collections.abc import Callable
 
@@ -9,11 +9,11 @@ from torch.nn import functional as F
 from ldm_train.diffusion.parameterisation import Epsilon, Parameterisation
 from ldm_train.diffusion.process import NoiseProcess, expand_to
 
-NO_SIGNAL = 1e-3  # alpha over sigma below which an error of the noise is all that an estimate of the picture holds
+NO_SIGNAL = 1e-3  # alpha / sigma below which an estimate of the image holds nothing but the error of the noise
 
 
 def check_compatible(parameterisation: Parameterisation, schedule: NoiseProcess) -> None:
-    """Raises ValueError for a parameterisation that is not defined for this process."""
+    """Raises ValueError for a parameterisation that is not defined for this process, or cannot be learned with it."""
     if not (schedule.variance_preserving or parameterisation.any_scale):
         raise ValueError(
             f"{type(parameterisation).__name__} is defined for variance-preserving processes; use diffusion/objective=flow"
@@ -26,23 +26,24 @@ def check_compatible(parameterisation: Parameterisation, schedule: NoiseProcess)
 
 
 class DiffusionObjective(nn.Module):
-    """Denoising score matching at times that the process draws.
+    """Denoising score matching at times that the noise process draws.
 
     schedule: the noise process. parameterisation: what the network predicts (default: the noise)
     loss: "l2" (mean squared error) or "l1"
-    weighting: "uniform"; "min_snr" (Hang et al. 2023): min(SNR, gamma) per squared error in x_0, so min(SNR, gamma) / SNR for
-        epsilon and min(SNR, gamma) / (SNR + 1) for v, but 1 where the SNR is 0 (zero_terminal_snr's last timestep). There
-        the formulas give 0 (0 / 0 for epsilon), and the step that sampling starts from would never be trained; 1 is its
-        weight under "uniform". Or "learned": loss / exp(u_t) + u_t with a learned u per timestep (Kendall and Gal 2017;
-        latent diffusion's learn_logvar)
-    offset_noise: adds so many standard deviations of noise that is constant over the picture, per channel, so that
-        very dark and very bright pictures are learned (0: none)
-    input_perturbation: deviation of more noise in the network's input that the target does not know, while training (DDPM-IP,
-        Ning et al. 2023, arXiv:2301.11706, algorithm 1): the network learns to see through its own errors (0: none)
-    immiscible: noises to choose from for each picture, of which the one nearest to it is taken (Li et al. 2024,
-        arXiv:2406.12303, each picture by itself): paths cross less (1: no choice)
-    stratified: draw each time of a global batch from its own slice of the density; same expectation, less variance
-    Raises ValueError for another weighting or loss, and for a parameterisation that is not defined for the process.
+    weighting: "uniform"; "min_snr" (Hang et al. 2023): min(SNR, gamma) per squared error in x_0, so min(SNR, gamma) /
+        SNR for epsilon and min(SNR, gamma) / (SNR + 1) for v, but 1 where the SNR is 0 (the last timestep with
+        zero_terminal_snr). There the formulas give 0 (0 / 0 for epsilon), and the step that sampling starts from would
+        never be trained; 1 is its weight under "uniform". Or "learned": loss / exp(u_t) + u_t with a learned u per
+        timestep (Kendall and Gal 2017; latent diffusion's learn_logvar)
+    offset_noise: standard deviation of added noise that is constant over the image, per channel, so that very dark and
+        very bright images are learned (0: none)
+    input_perturbation: standard deviation of additional noise in the network's input that is not in the target, in
+        training only (DDPM-IP, Ning et al. 2023, arXiv:2301.11706, algorithm 1): makes the network robust to its own
+        errors (0: none)
+    immiscible: number of noises drawn for each image, of which the one nearest to its latents is used (Li et al. 2024,
+        arXiv:2406.12303, here for each image separately), so that paths cross less (1: no choice)
+    stratified: draw each time of a global batch from its own stratum of the density; same expectation, less variance
+    Raises ValueError for invalid options, and for a parameterisation that does not fit the process.
     """
 
     def __init__(
@@ -76,7 +77,8 @@ class DiffusionObjective(nn.Module):
             self.uncertainty = nn.Parameter(torch.zeros(schedule.num_train_timesteps))
 
     def warning(self) -> str:
-        """What to say of a target that tells next to nothing of the picture where sampling begins; empty where it does."""
+        """Returns a warning if the target holds almost no information about the image at the time where sampling
+        begins, otherwise an empty string."""
         alpha, sigma = self.schedule.numbers(self.schedule.last_time)
         if self.parameterisation.learns_without_signal or alpha > NO_SIGNAL * sigma:
             return ""
@@ -88,7 +90,7 @@ class DiffusionObjective(nn.Module):
     def sample_timesteps(
         self, count: int, first: int = 0, total: int | None = None, generator: torch.Generator | None = None
     ) -> torch.Tensor:
-        """Times (count,) of the process: samples first, first + 1, ... of a global batch of `total`."""
+        """Draws times (count,) of the process: for samples first, first + 1, ... of a global batch of `total`."""
         uniform = torch.rand(count, generator=generator, dtype=torch.float64)
         if self.stratified:
             uniform = (torch.arange(first, first + count, dtype=torch.float64) + uniform) / (total or count)
@@ -99,7 +101,7 @@ class DiffusionObjective(nn.Module):
         return self.parameterisation.target(latents, noise, alpha, sigma)
 
     def draw_noise(self, latents: torch.Tensor) -> torch.Tensor:
-        """Training noise like `latents`, from the global generator."""
+        """Draws training noise of the shape of `latents`, from the global generator."""
         if self.immiscible > 1:
             choices = torch.randn((self.immiscible, *latents.shape), device=latents.device, dtype=latents.dtype)
             nearest = (choices - latents).flatten(2).square().sum(dim=2).argmin(dim=0)
@@ -111,14 +113,14 @@ class DiffusionObjective(nn.Module):
         return noise
 
     def weighted(self, loss: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
-        """What training minimises, from the losses per sample: (B,), (B,) -> (B,)."""
+        """Returns what training minimises, from the loss and time per sample: (B,), (B,) -> (B,)."""
         if self.weighting == "learned":
             uncertainty = self.uncertainty[timesteps.long()]
             return loss / uncertainty.exp() + uncertainty
         return loss * self.weight(timesteps)
 
     def weight(self, timesteps: torch.Tensor) -> torch.Tensor:
-        """Loss weight per sample, (B,) float32."""
+        """Returns the loss weight per sample, (B,) float32."""
         if self.weighting == "uniform":
             return torch.ones(len(timesteps), device=timesteps.device)
         if self.weighting == "learned":
@@ -134,7 +136,8 @@ class DiffusionObjective(nn.Module):
         noise: torch.Tensor,
         timesteps: torch.Tensor,
     ) -> torch.Tensor:
-        """Mean error per sample, (B,) float32, unweighted. predict: (noisy_latents, timesteps) -> output."""
+        """Returns the mean error per sample, (B,) float32, unweighted. predict: (noisy_latents, timesteps) ->
+        output."""
         given = noise
         if self.input_perturbation and self.training:
             given = noise + self.input_perturbation * torch.randn_like(noise)

@@ -1,11 +1,12 @@
-"""What the network predicts. Each class defines its training target and converts an output to an estimate of x_0.
+"""Parameterisations: what the network predicts. Each class defines its training target and converts an output to an
+estimate of x_0.
 
 All of them are written for x_t = alpha x_0 + sigma eps as the network receives it (`NoiseProcess.network_view`). A new
-one needs these attributes and methods, and nothing else of the code:
+one needs only these attributes and methods:
 
 easier_with_noise           whether the error falls (True) or rises (False) with the noise; None: neither
-learns_without_signal       whether x_0 can be recovered where alpha is 0
-any_scale                   whether it is defined also where alpha^2 + sigma^2 is not 1
+learns_without_signal       whether x_0 can be recovered when alpha is 0
+any_scale                   whether it is also defined when alpha^2 + sigma^2 is not 1
 """
 
 from typing import Protocol
@@ -16,27 +17,27 @@ Coefficient = float | Tensor
 
 
 class Parameterisation(Protocol):
-    """The contract. Tensors are (B, C, h, w); alpha and sigma are numbers or broadcast to that."""
+    """The interface. Tensors are (B, C, h, w); alpha and sigma are numbers, or tensors that broadcast to that shape."""
 
     easier_with_noise: bool | None
     learns_without_signal: bool
     any_scale: bool
 
     def target(self, latents: Tensor, noise: Tensor, alpha: Coefficient, sigma: Coefficient) -> Tensor:
-        """What the network is trained to return for alpha latents + sigma noise."""
+        """Returns the training target of the network for the input alpha latents + sigma noise."""
 
     def to_pred_x0(self, output: Tensor, x_t: Tensor, alpha: Coefficient, sigma: Coefficient) -> Tensor:
-        """The network's output as an estimate of x_0."""
+        """Converts the network's output to an estimate of x_0."""
 
     def from_pred_x0(self, pred_x0: Tensor, x_t: Tensor, alpha: Coefficient, sigma: Coefficient) -> Tensor:
-        """The inverse of `to_pred_x0`: the output that gives pred_x0."""
+        """The inverse of `to_pred_x0`: returns the output that gives pred_x0."""
 
     def error_ratio(self, snr: Tensor) -> Tensor | float:
-        """Squared error of the output over the squared error of the estimate of x_0 that it gives."""
+        """Returns the squared error of the output divided by that of the resulting estimate of x_0."""
 
 
 class Epsilon:
-    """The noise (Ho et al. 2020)."""
+    """Predicts the noise (Ho et al. 2020)."""
 
     easier_with_noise: bool | None = True
     learns_without_signal = False
@@ -76,7 +77,7 @@ class VPrediction:
 
 
 class Sample:
-    """The clean latents themselves."""
+    """Predicts the clean latents themselves."""
 
     easier_with_noise: bool | None = False
     learns_without_signal = True

@@ -1,13 +1,13 @@
-"""The contract of noise processes: the signal and noise at each time, and the times of training and sampling."""
+"""The interface of noise processes: the signal and noise at each time, and the times of training and sampling."""
 
 import torch
 from torch import nn
 
-WITHOUT_FLOAT64 = {"mps"}  # kinds of devices
+WITHOUT_FLOAT64 = {"mps"}  # device types
 
 
 def widest(device: torch.device) -> torch.dtype:
-    """float64 where the device has it."""
+    """Returns float64 if the device supports it, otherwise float32."""
     return torch.float32 if device.type in WITHOUT_FLOAT64 else torch.float64
 
 
@@ -18,17 +18,17 @@ def expand_to(values: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
 
 
 class NoiseProcess(nn.Module):
-    """Subclasses set the attributes and implement the methods of the first part; the methods that samplers and guidance call
-    are derived from them.
+    """Base class of noise processes. Subclasses set the attributes and implement the methods of the first part; the
+    methods that samplers and guidance call are derived from them.
 
-    num_train_timesteps     T: times are told to the network on a scale up to T
-    first_time, last_time   the least and the most noise that sampling starts from; the signal at last_time is above 0 for
-                            samplers that divide by it
-    variance_preserving     whether x_t is alpha x_0 + sigma eps with alpha^2 + sigma^2 = 1 also for the network
+    num_train_timesteps     T: the network gets times on a scale up to T
+    first_time, last_time   the times with the least and the most noise that sampling starts from; samplers that divide
+                            by the signal need it to be above 0 at last_time
+    variance_preserving     whether x_t is alpha x_0 + sigma eps with alpha^2 + sigma^2 = 1 for the network, too
     zero_terminal_snr       whether training reaches a time without signal
 
-    Samplers see every process variance preserving. Where the network was trained on x_t of another scale, `network_view`
-    brings it there.
+    Samplers see every process as variance preserving. If the network was trained on x_t of another scale,
+    `network_view` converts it.
     """
 
     num_train_timesteps: int
@@ -41,53 +41,59 @@ class NoiseProcess(nn.Module):
         super().__init__()
         self._numbers: dict[float, tuple[float, float]] = {}
 
-    # -- what a process states ---------------------------------------------------------------------------------------
+    # -- implemented by subclasses -----------------------------------------------------------------------------------
 
     def at(self, t: float | torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """(alpha, sigma, log SNR) at a time from the clean image's to T, each float64 with the shape of t; alpha^2 + sigma^2 = 1."""
+        """Returns (alpha, sigma, log SNR) at a time from the clean image's to T, each float64 with the shape of t;
+        alpha^2 + sigma^2 = 1."""
         raise NotImplementedError
 
     def time_of(self, level: float) -> float:
-        """The time at which sigma / alpha is `level`: the inverse of `at`."""
+        """Returns the time at which sigma / alpha is `level`: the inverse of `at`."""
         raise NotImplementedError
 
     def training_times(self, uniform: torch.Tensor) -> torch.Tensor:
-        """Uniform numbers (B,) in [0, 1) float64 -> times to train at (B,); increasing, so that strata stay strata."""
+        """Maps uniform numbers (B,) in [0, 1), float64, to training times (B,); increasing, so that strata stay
+        strata."""
         raise NotImplementedError
 
     def training_coefficients(self, timesteps: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """(alpha, sigma) (B,) float64 of x_t = alpha x_0 + sigma eps as the network is trained on it."""
+        """Returns (alpha, sigma), each (B,) float64, of the x_t = alpha x_0 + sigma eps that the network is trained
+        on."""
         raise NotImplementedError
 
     def timesteps(self, num_inference_steps: int, spacing: str = "trailing") -> torch.Tensor:
-        """S + 1 falling times (float64, CPU) that end in the clean image. Raises ValueError for an unknown spacing."""
+        """Returns S + 1 decreasing times (float64, CPU) that end at the clean image. Raises ValueError for an unknown
+        spacing."""
         raise NotImplementedError
 
     def network_view(
         self, x_t: torch.Tensor, t: float | torch.Tensor
     ) -> tuple[torch.Tensor, float | torch.Tensor, float | torch.Tensor]:
-        """(x_t as the network was trained on it, alpha, sigma of that) for x_t variance preserving (B, C, h, w)."""
+        """Returns (x_t as the network was trained on it, its alpha, its sigma) for a variance-preserving x_t
+        (B, C, h, w)."""
         return x_t, *self.pair(t, x_t.float())
 
-    # -- what follows ----------------------------------------------------------------------------------------------------
+    # -- derived from these -----------------------------------------------------------------------------------------
 
     def add_noise(self, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
-        """x_t = alpha x_0 + sigma eps at training times (B,)   (DDPM, eq. 4)."""
+        """Returns x_t = alpha x_0 + sigma eps at training times (B,)   (DDPM, eq. 4)."""
         alpha, sigma = self.training_coefficients(timesteps)
         return expand_to(alpha, latents) * latents + expand_to(sigma, latents) * noise
 
     def strata(self, indices: torch.Tensor) -> torch.Tensor:
-        """The times to train at in the middle of the strata 0 .. T - 1 of their density, for indices (B,)."""
+        """Returns the training times in the middle of the strata with indices (B,), of T strata 0 .. T - 1 of their
+        density."""
         return self.training_times((indices.double() + 0.5) / self.num_train_timesteps)
 
     def signal_to_noise(self, timesteps: torch.Tensor) -> torch.Tensor:
-        """SNR at training times (B,), float64."""
+        """Returns the SNR at training times (B,), float64."""
         alpha, sigma = self.training_coefficients(timesteps)
         return alpha.square() / sigma.square()
 
     def numbers(self, t: float) -> tuple[float, float]:
-        """(alpha, sigma) at one time as Python numbers, remembered: a sampler's step then touches neither small tensors nor
-        the device. Equal to `at`."""
+        """Returns (alpha, sigma) of `at` at one time as Python numbers. They are cached, so that a sampler's step
+        touches neither small tensors nor the device."""
         if t not in self._numbers:
             alpha, sigma, _ = self.at(t)
             self._numbers[t] = float(alpha), float(sigma)
@@ -96,14 +102,14 @@ class NoiseProcess(nn.Module):
     def pair(
         self, t: float | torch.Tensor, like: torch.Tensor
     ) -> tuple[float, float] | tuple[torch.Tensor, torch.Tensor]:
-        """(alpha, sigma) at a time or at times (B,), ready to be multiplied with `like` (B, C, h, w)."""
+        """Returns (alpha, sigma) at a time or at times (B,), ready to be multiplied with `like` (B, C, h, w)."""
         if not isinstance(t, torch.Tensor):
             return self.numbers(float(t))
         alpha, sigma, _ = self.at(t)
         return expand_to(alpha, like), expand_to(sigma, like)
 
     def coefficients(self, timesteps: torch.Tensor) -> tuple[list[float], list[float]]:
-        """(alphas, sigmas) at a sampler's times, as numbers: asked once, before the first step."""
+        """Returns (alphas, sigmas) at a sampler's times, as numbers. Called once, before the first step."""
         times = timesteps.tolist()
         if new := [t for t in times if t not in self._numbers]:
             alphas, sigmas, _ = (v.tolist() for v in self.at(torch.tensor(new, dtype=torch.float64)))
@@ -112,7 +118,7 @@ class NoiseProcess(nn.Module):
         return [alpha for alpha, _ in pairs], [sigma for _, sigma in pairs]
 
     def levels(self, timesteps: torch.Tensor) -> tuple[list[float], list[float]]:
-        """(alphas, noise levels sigma / alpha) at a sampler's times, as numbers.
+        """Returns (alphas, noise levels sigma / alpha) at a sampler's times, as numbers.
 
         Raises ValueError at zero signal: the level is infinite there, and no step can begin at it.
         """
@@ -130,7 +136,8 @@ class NoiseProcess(nn.Module):
         return self.levels(torch.tensor([self.last_time], dtype=torch.float64))[1][0]
 
     def karras_times(self, steps: int) -> torch.Tensor:
-        """Times (S,) whose noise levels are even in their 7th root from last_time to first_time (Karras et al. 2022, eq. 5)."""
+        """Returns times (S,) whose noise levels are evenly spaced in their 7th root from last_time to first_time
+        (Karras et al. 2022, eq. 5)."""
         _, ends = self.levels(torch.tensor([self.last_time, self.first_time], dtype=torch.float64))
         first, last = torch.tensor(ends, dtype=torch.float64) ** (1 / 7)
         levels = (first + torch.linspace(0, 1, steps, dtype=torch.float64) * (last - first)) ** 7

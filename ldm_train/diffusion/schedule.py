@@ -9,12 +9,12 @@ from ldm_train.diffusion.process import NoiseProcess, widest
 
 
 def make_betas(kind: str, beta_start: float, beta_end: float, num_train_timesteps: int) -> torch.Tensor:
-    """betas (T,) float64.
+    """Returns betas (T,) float64.
 
     kind: "scaled_linear" is linear in sqrt(beta) (what CompVis calls "linear"), "linear" is linear in beta, "sqrt" is
-    the square root of that line (CompVis' "sqrt"), "cosine" has abar_t = cos^2((t / T + 0.008) / 1.008 pi / 2) with
-    betas of at most 0.999 and no use for the ends (Nichol and Dhariwal 2021).
-    Raises ValueError for another kind or ends that are no variances.
+        the square root of that line (CompVis' "sqrt"), "cosine" has abar_t = cos^2((t / T + 0.008) / 1.008 pi / 2) with
+        betas of at most 0.999, and ignores beta_start and beta_end (Nichol and Dhariwal 2021).
+    Raises ValueError for another kind, or unless 0 < beta_start <= beta_end < 1.
     """
     if kind == "cosine":
         angle = (torch.arange(num_train_timesteps + 1, dtype=torch.float64) / num_train_timesteps + 0.008) / 1.008
@@ -33,7 +33,8 @@ def make_betas(kind: str, beta_start: float, beta_end: float, num_train_timestep
 
 
 def rescale_zero_terminal_snr(betas: torch.Tensor) -> torch.Tensor:
-    """Shifts and scales sqrt(abar) so that its last entry is 0 and its first stays   (Lin et al. 2023, algorithm 1)."""
+    """Returns betas with sqrt(abar) shifted and scaled so that its last entry is 0 and its first is unchanged   (Lin et
+    al. 2023, algorithm 1)."""
     root = torch.cumprod(1 - betas, dim=0).sqrt()
     root = (root - root[-1]) * root[0] / (root[0] - root[-1])
     alphas_cumprod = root.square()
@@ -41,7 +42,8 @@ def rescale_zero_terminal_snr(betas: torch.Tensor) -> torch.Tensor:
 
 
 class NoiseSchedule(NoiseProcess):
-    """Tables in float64, and `at(t)` between their entries. The clean image stands at t = -1.
+    """A schedule of discrete timesteps: tables in float64, with `at(t)` between their entries. t = -1 is the clean
+    image.
 
     kind, beta_start, beta_end, num_train_timesteps: see `make_betas`. LDM: scaled_linear, 0.0015, 0.0195, 1000.
     zero_terminal_snr: no signal is left at T - 1; not for epsilon prediction, which could not recover the image there.
@@ -62,15 +64,15 @@ class NoiseSchedule(NoiseProcess):
         if zero_terminal_snr:
             betas = rescale_zero_terminal_snr(betas)
         self.betas = betas
-        self.host_table = torch.cumprod(1 - betas, dim=0)  # the numbers of sampling are not read back from a device
-        self.register_buffer("place", torch.zeros(()), persistent=False)  # where the model is
+        self.host_table = torch.cumprod(1 - betas, dim=0)  # so that sampling reads no numbers back from a device
+        self.register_buffer("place", torch.zeros(()), persistent=False)  # tracks the model's device
         self._make_tables()
 
     place: torch.Tensor
 
     def _make_tables(self) -> None:
-        # They follow the model between devices but stay float64, whatever precision the model is cast to; on devices without
-        # float64 they are rounded once all is computed.
+        # The tables follow the model between devices but stay float64, whatever precision the model is cast to; on
+        # devices without float64 they are rounded after everything is computed.
         abar = self.host_table
         tables = abar, abar.sqrt(), (1 - abar).sqrt(), abar / (1 - abar)
         there = (t.to(self.place.device, widest(self.place.device)) for t in tables)
@@ -84,7 +86,7 @@ class NoiseSchedule(NoiseProcess):
         return self
 
     def training_times(self, uniform: torch.Tensor) -> torch.Tensor:
-        """Whole timesteps 0 .. T - 1, int64."""
+        """Integer timesteps 0 .. T - 1, int64."""
         return (uniform * self.num_train_timesteps).long()
 
     def training_coefficients(self, timesteps: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -95,14 +97,15 @@ class NoiseSchedule(NoiseProcess):
         return self.snr[timesteps]
 
     def at(self, t: float | torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """(alpha, sigma, log SNR) at a float time in [-1, T - 1], each float64 with the shape of t.
+        """Returns (alpha, sigma, log SNR) at a float time in [-1, T - 1], each float64 with the shape of t.
 
-        Between table entries the log-SNR is linear in t; between the clean image (t = -1) and entry 0 it is sigma.
+        Between table entries the log-SNR is linear in t; between the clean image (t = -1) and entry 0, sigma is linear
+        in t.
         """
         t = torch.as_tensor(t, dtype=widest(t.device) if isinstance(t, torch.Tensor) else torch.float64)
         table = self.host_table if t.device == self.host_table.device else self.alphas_cumprod
         t = t.to(table.device)
-        # Zero signal would be an infinite log-SNR, which cannot be interpolated; 1e-20 is zero to every float32.
+        # Zero signal would have an infinite log-SNR, which cannot be interpolated; 1e-20 is negligible in float32.
         log_snr_table = torch.log(table.clamp(min=1e-20)) - torch.log1p(-table)
         low = t.floor().clamp(0, self.num_train_timesteps - 1).long()
         high = (low + 1).clamp(max=self.num_train_timesteps - 1)
@@ -123,13 +126,14 @@ class NoiseSchedule(NoiseProcess):
         return float(np.interp(np.log(level), np.log(table), np.arange(len(table))))
 
     def timesteps(self, num_inference_steps: int, spacing: str = "trailing") -> torch.Tensor:
-        """S + 1 falling times (float64, CPU) that end in -1, the clean image.
+        """Returns S + 1 decreasing times (float64, CPU) that end at -1, the clean image.
 
-        spacing: "trailing" starts at T - 1 and takes even steps down; "leading" starts one step lower and includes
-        0; "linspace" includes both ends (Lin et al. 2023, arXiv:2305.08891, table 2); "karras" spaces the noise levels
-        of T - 1 .. 0 evenly in their 7th root (Karras et al. 2022, eq. 5), the times being fractions; "compvis" is what
-        CompVis does: steps of floor(T / S) from 1, perhaps more than S of them, ending at 0 and not at the clean image.
-        Raises ValueError for a number of steps outside 1..T.
+        spacing: "trailing" starts at T - 1 and takes even steps down; "leading" starts one step lower and includes 0;
+            "linspace" includes both ends (Lin et al. 2023, arXiv:2305.08891, table 2); "karras" spaces the noise levels
+            of T - 1 .. 0 evenly in their 7th root (Karras et al. 2022, eq. 5), with fractional times; "compvis" is what
+            CompVis does: steps of floor(T / S) down to 1, perhaps more than S of them, ending at 0 and not at the clean
+            image.
+        Raises ValueError for an unknown spacing, a number of steps outside 1..T, and one that "compvis" cannot take.
         """
         total, steps = self.num_train_timesteps, num_inference_steps
         if not 1 <= steps <= total:

@@ -1,4 +1,4 @@
-"""Adherence on the shapes world: does the picture show what its condition says? Judged from pixels alone."""
+"""Adherence on the shapes world: how far a picture shows what its condition says, judged from pixels alone."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -12,8 +12,8 @@ from ldm_train.evaluation import impression
 from ldm_train.images import from_uint8, to_uint8
 
 ATTRIBUTES = ("colour", "shape", "position", "background")
-PLACE = ("x", "y", "r")  # of an object, and its size
-# The properties of the picture that each condition determines: attributes (share right), IoU of boxes, pixels of maps.
+PLACE = ("x", "y", "r")  # an object's position and size
+# The properties of the picture that each condition determines: attributes (share right), box IoU, pixels of label maps.
 DETERMINES = {
     "caption": ATTRIBUTES,
     "class_label": ATTRIBUTES[:2],
@@ -24,14 +24,14 @@ DETERMINES = {
 
 
 def judged_fields(fields: Sequence[str]) -> tuple[str, ...]:
-    """The conditions among `fields` that adherence is measured on: captions alone where there are captions."""
+    """Returns the conditions among `fields` on which adherence is measured: captions alone if there are captions."""
     return ("caption",) if "caption" in fields else tuple(f for f in fields if f in DETERMINES)
 
 
 def condition(
     fields: Sequence[str], scene: shapes_world.Scene, text: str, image_size: int, rng: np.random.Generator
 ) -> dict[str, Any]:
-    """The entries of `fields` that describe a scene. rng: for the shades of the pictured ones."""
+    """Returns the batch entries of `fields` that describe a scene. rng: for the shades of rendered pictures."""
     image, labels = shapes_world.render(scene, image_size, rng)
     entries = {
         "caption": text,
@@ -44,7 +44,7 @@ def condition(
 
 
 def random_scenes(combinations: Sequence[tuple], count: int, seed: int) -> list[tuple[str, shapes_world.Scene]]:
-    """`count` fresh (caption, scene) pairs, a function of the seed; phrasings vary."""
+    """Returns `count` new (caption, scene) pairs, a function of the seed; the phrasing of captions varies."""
     pairs = []
     for i in range(count):
         rng = np.random.default_rng([seed, 0xCA97, i])
@@ -62,9 +62,9 @@ def box_iou(a: shapes_world.Object, b: shapes_world.Object) -> float:
 
 
 def judge(images: torch.Tensor, scenes: Sequence[shapes_world.Scene]) -> dict[str, np.ndarray]:
-    """Per image: attributes right (bool each), "unreadable", x, y, r and "bright" (the background, 0 or 1)
-    as read from it (NaN if unreadable), and against the
-    scene's own drawing: "box_iou", "pixels" (share of pixels with the right label), "object_pixels" (of the object's).
+    """Judges each image against its scene; returns arrays (B,): each attribute (True if right), "unreadable", x, y, r
+    and "bright" (the background, 0 or 1) as read from the image (NaN if unreadable); and, compared with the scene:
+    "box_iou", "pixels" (share of pixels with the right label) and "object_pixels" (the same among the object's pixels).
 
     images (B, 3, H, W) in [-1, 1]. An unreadable picture is wrong in every attribute and every pixel.
     """
@@ -109,14 +109,16 @@ def measure_adherence(
     scene_seed: int = 1,
     reconstruct: Callable[[torch.Tensor], torch.Tensor] | None = None,
 ) -> tuple[dict[str, Any], torch.Tensor, dict[str, Any]]:
-    """Samples under the conditions of `scenes` fresh scenes of trained combinations and `held_out` of held-out ones,
-    `seeds` times each.
+    """Measures samples drawn under the conditions of `scenes` new scenes of trained combinations and `held_out` scenes
+    of held-out ones, `seeds` times each.
 
-    sample: (fields, seeds) -> images. fields: of `judged_fields`. Returns (table, the first images, their conditions).
-    The table has the properties that the conditions determine (DETERMINES), the mean of the attributes and "all" of them right,
-    for both kinds of scenes; for captions the diversity: the spread of position (x, y) and size (r) within a caption, for
-    samples and for pictures of the data; and the first impression ("impression", see `evaluation.impression`) where shapes are
-    determined and `reconstruct` (images -> images through the autoencoder) is given, also of incomplete captions.
+    sample: (fields, seeds) -> images. fields: from `judged_fields`. Returns (table, the first images, their
+    conditions). For both kinds of scenes, the table has the properties that the conditions determine (DETERMINES), the
+    mean of the attributes, the share of images with "all" of them right, and the share that is "unreadable". For
+    captions it has the diversity: the spread of position (x, y) and size (r) within a caption, for samples and for
+    pictures of the data. If shapes are determined and `reconstruct` (images -> images through the autoencoder) is
+    given, it has the first impression ("impression", see `evaluation.impression`), for captions also with incomplete
+    captions.
     """
     excluded = shapes_world.held_out_combinations(world_seed)
     known = [c for c in shapes_world.COMBINATIONS if c not in excluded]
@@ -162,7 +164,7 @@ def _draw(
     seeds: int,
     batch_size: int,
 ) -> torch.Tensor:
-    """Samples of all conditions, `seeds` times."""
+    """Draws samples of all conditions in order, `seeds` times."""
     rows = list(conditions) * seeds
     # One seed per (condition, repetition), so that no two pictures share their noise.
     noise = [k // len(conditions) * 1_000_003 + k for k in range(len(rows))]
@@ -171,7 +173,8 @@ def _draw(
 
 
 def _twins(pairs: list[tuple[str, shapes_world.Scene]], image_size: int, seeds: int) -> impression.Place:
-    """Place and size, as read, of pictures of the data under the same captions: (captions, seeds)."""
+    """Returns position, size and background, as read, of pictures of the data under the same captions: (captions,
+    seeds)."""
     drawn = []
     for j in range(seeds):
         for i, (text, scene) in enumerate(pairs):
@@ -186,7 +189,7 @@ def _twins(pairs: list[tuple[str, shapes_world.Scene]], image_size: int, seeds: 
 
 
 def format_table(result: dict[str, Any]) -> str:
-    """The result as a printed table, as at the end of the quickstart."""
+    """Formats the result as a text table, as printed at the end of the quickstart."""
     titles = {"all": "all of them", "box_iou": "box IoU", "object_pixels": "object px"}
     names = list(result["trained"])
     lines = [f"{'adherence':<12}" + "".join(f"{titles.get(n, n):>12}" for n in names)]

@@ -1,4 +1,5 @@
-"""The first impression of samples of the shapes world: what people see before they read the prompt. Judged from pixels alone."""
+"""The first impression of samples of the shapes world: what people see before they read the prompt, judged from pixels
+alone."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -9,16 +10,17 @@ import torch
 from ldm_train.data import shapes_world
 from ldm_train.images import from_uint8, to_uint8
 
-JUDGED = 128  # pictures whose outline is fitted, which takes some 30 ms each
-PARTIAL_SEEDS = 12  # pictures of each prompt that names colour and shape alone
+JUDGED = 128  # pictures whose outline is fitted, which takes about 30 ms each
+PARTIAL_SEEDS = 12  # pictures of each prompt that names only colour and shape
 Place = dict[
     str, np.ndarray
-]  # x, y and r as read, NaN where unreadable, and "background" (brightness 0 or 1): (prompts, seeds)
+]  # x, y, r and "background" (brightness 0 or 1) as read, NaN if unreadable: arrays (prompts, seeds)
 Pairs = Sequence[tuple[str, shapes_world.Scene]]
 
 
 def spread(values: np.ndarray) -> float:
-    """Pooled standard deviation within the rows of (prompts, seeds) values; a NaN does not count, nor a row with a single value."""
+    """Returns the pooled standard deviation within the rows of values (prompts, seeds), without NaN values and rows
+    with a single value; NaN if no row is left."""
     known = ~np.isnan(values)
     values, known = values[known.sum(axis=1) > 1], known[known.sum(axis=1) > 1]
     if not len(values):
@@ -28,7 +30,8 @@ def spread(values: np.ndarray) -> float:
 
 
 def ratios(samples: Place, data: Place, names: Sequence[str] = ("position", "size")) -> dict[str, float]:
-    """The spread within prompts of samples and of pictures of the data, and their ratio, for position, size and background."""
+    """Returns the spread within prompts of samples and of pictures of the data, and their ratio, for each of `names`
+    (position, size, background)."""
 
     def spreads(place: Place) -> dict[str, float]:
         position = (spread(place["x"]) + spread(place["y"])) / 2
@@ -47,7 +50,8 @@ def ratios(samples: Place, data: Place, names: Sequence[str] = ("position", "siz
 
 
 def places(images: Sequence[np.ndarray], prompts: int) -> Place:
-    """What diversity is measured on, read from pictures (H, W, 3) uint8: all prompts once, then all again, ..."""
+    """Reads x, y, r and background, on which diversity is measured, from pictures (H, W, 3) uint8 in the order: all
+    prompts once, then all again, ..."""
     rows = np.full((4, len(images)), np.nan)
     for k, picture in enumerate(images):
         if (scene := shapes_world.read(picture)) is not None:
@@ -62,7 +66,7 @@ def as_pictures(images: torch.Tensor) -> np.ndarray:
 
 
 def drawn_by_the_data(scenes: Sequence[shapes_world.Scene], size: int, seed: int) -> np.ndarray:
-    """Pictures (B, H, W, 3) uint8 of scenes as the data would hold them, with shades."""
+    """Renders scenes as pictures (B, H, W, 3) uint8 like those of the data, with random shades."""
     rngs = (np.random.default_rng([seed, 0xDA7A, k]) for k in range(len(scenes)))
     return np.stack([shapes_world.render(scene, size, rng)[0] for scene, rng in zip(scenes, rngs)])
 
@@ -78,11 +82,12 @@ def _backgrounds(images: Sequence[np.ndarray]) -> float:
 def measure_impression(
     images: torch.Tensor, pairs: Pairs, reconstruct: Callable[[torch.Tensor], torch.Tensor], seed: int
 ) -> dict[str, Any]:
-    """Of samples (B, 3, H, W) in [-1, 1] under complete descriptions of the scenes in `pairs`.
+    """Measures samples (B, 3, H, W) in [-1, 1] drawn under complete descriptions of the scenes in `pairs`.
 
-    "shape_fidelity": the mean agreement of what is drawn with the ideal outline of the asked shape (`shapes_world.fidelity`), its
-    ceiling, which is that of pictures of the data through the autoencoder (reconstruct: images -> images), and the ratio.
-    "backgrounds": the share of pictures whose background is one of the data's, of samples and of the same ceiling.
+    "shape_fidelity": the mean agreement of what is drawn with the ideal outline of the requested shape
+    (`shapes_world.fidelity`) on at most JUDGED samples; its ceiling, which is that of pictures of the data through the
+    autoencoder (reconstruct: images -> images); and their ratio. "backgrounds": the share of pictures with a background
+    that occurs in the data, for samples and for the same ceiling.
     """
     scenes, count = [scene for _, scene in pairs[:JUDGED]], min(JUDGED, len(pairs))
     data = drawn_by_the_data(scenes, images.shape[-1], seed)
@@ -101,14 +106,14 @@ def measure_impression(
 
 
 def partial_prompts() -> list[str]:
-    """Prompts that name colour and shape alone, one for each class."""
+    """Returns prompts that name only colour and shape, one for each class."""
     return [f"a {name}" for name in shapes_world.CLASSES]
 
 
 def measure_partial(images: torch.Tensor, combinations: Sequence[tuple], seed: int) -> dict[str, Any]:
-    """Of samples (B, 3, H, W) under `partial_prompts`, all of them PARTIAL_SEEDS times: the share with the right colour and shape,
-    with a background of the data's, and the diversity against pictures of the data of these classes. combinations: those that are
-    trained."""
+    """Measures samples (B, 3, H, W) under `partial_prompts`, all of them PARTIAL_SEEDS times: the share with the right
+    colour and shape, the share with a background that occurs in the data, and the diversity relative to pictures of the
+    data of these classes. combinations: the trained ones."""
     samples, names = as_pictures(images), shapes_world.CLASSES
     read = [shapes_world.read(picture) for picture in samples]
     right = [
@@ -125,7 +130,7 @@ def measure_partial(images: torch.Tensor, combinations: Sequence[tuple], seed: i
 
 
 def format_impression(impression: dict[str, Any]) -> list[str]:
-    """As printed lines."""
+    """Formats the measures as lines of text."""
     shape, ground = impression["shape_fidelity"], impression["backgrounds"]
     lines = [
         f"shape fidelity {shape['samples']:.3f} of {shape['ceiling']:.3f} through the autoencoder ({shape['ratio']:.1%}); "

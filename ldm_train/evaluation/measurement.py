@@ -1,4 +1,5 @@
-"""Measures a model against a reference, in the same way for the training loop, the evaluation stage and ldm-evaluate."""
+"""Measures a model against a reference, in the same way for the training loop, the evaluation stage and
+ldm-evaluate."""
 
 import hashlib
 import json
@@ -24,28 +25,31 @@ from ldm_train.metrics.sets import KEPT, UNKNOWN, FeatureSet
 from ldm_train.rng import derive_seed
 from ldm_train.storage import read_tensors, write_atomically
 
-SHOWN = 36  # samples, as pictures
-SAVE_EVERY = 60.0  # seconds between saves of the state that an interrupted measurement continues from
+SHOWN = 36  # samples kept as pictures
+SAVE_EVERY = 60.0  # seconds between saves of the state from which an interrupted measurement continues
 
 # (model, fields, seeds) -> images
 Draw = Callable[..., torch.Tensor]
 
 
 def seeds_of(keys: Sequence[str], seed: int = 0) -> list[int]:
-    """The seeds of samples that are measured, from the keys of their conditions."""
+    """Returns the seeds of measured samples, derived from the keys of their conditions."""
     return [derive_seed("evaluation", *([seed] if seed else []), key) for key in keys]
 
 
 def indices_of(position: int, count: int) -> torch.Tensor:
-    """Indices in the whole set of `count` samples that begin at `position` of this rank's share: ranks take turns."""
+    """Returns the indices in the whole set of `count` samples from `position` of this rank's share; samples are dealt
+    to the ranks in turn."""
     return torch.arange(position, position + count) * world_size() + rank()
 
 
 @dataclass(frozen=True)
 class Reference:
-    """The image sets that samples are compared with. sets: features by the set's name (see `Metric.compared_with`) and extractor.
-    hashes: the hash of each, by extractor, those of splits by <set>/<extractor>. seen: how extractors of three channels saw
-    pictures of other numbers, in words, by extractor. image_of: (a split's name there, an index) -> its picture."""
+    """The image sets that samples are compared with. sets: features by the set's name (see `Metric.compared_with`) and
+    extractor. hashes: the hash of each set, by extractor for the reference, by <set>/<extractor> for splits. seen: by
+    extractor, how extractors of three channels saw pictures with other numbers of channels, in words. image_of: (a
+    split's name in `compared_with`, an index) -> its picture.
+    """
 
     sets: dict[str, dict[str, FeatureSet]]
     hashes: dict[str, str]
@@ -53,7 +57,7 @@ class Reference:
     image_of: Callable[[str, int], torch.Tensor] | None = None
 
     def details(self, metric: Metric) -> dict[str, Any]:
-        """What is recorded beside a metric: its extractor, the reference's hash and number of images."""
+        """Returns what is recorded beside a metric: its extractor, the reference's hash and number of images."""
         details: dict[str, Any] = {"extractor": metric.extractor}
         if metric.extractor in self.seen:
             details["channels"] = self.seen[metric.extractor]
@@ -65,7 +69,7 @@ class Reference:
         return details
 
     def table(self, metrics: Sequence[Metric], estimates: Mapping[str, Estimate]) -> dict[str, dict[str, Any]]:
-        """Estimates as they are recorded, each with its `details`."""
+        """Returns the estimates as they are recorded, each with its `details`."""
         return {m.name: estimates[m.name].as_dict() | self.details(m) for m in metrics}
 
 
@@ -74,7 +78,8 @@ def _key(name: str, extractor: str) -> str:
 
 
 def reference_from(path: str | Path, metrics: Sequence[Metric]) -> Reference:
-    """A file of statistics as the reference of the one extractor that the metrics use."""
+    """Reads a file of statistics as the reference of the one extractor that the metrics use. Raises ValueError if they
+    use several."""
     names = {m.extractor for m in metrics if REFERENCE in m.compared_with}
     if len(names) > 1:
         raise ValueError(f"{path} is of one extractor, but the metrics use {', '.join(sorted(names))}; ask for one's")
@@ -92,10 +97,11 @@ def collect_reference(
     device: torch.device,
     progress: bool = True,
 ) -> Reference:
-    """Features of real images through training's own transform, kept in `cache` under a hash of everything they depend on.
+    """Collects features of real images, transformed as in training, and keeps them in `cache` under a hash of
+    everything they depend on.
 
     name: of the set (see `Metric.compared_with`). wanted: what to collect, still empty. loader: () -> batches of this
-    rank's share, called only where the cache lacks them. identity: all that the images depend on (content hash of the
+    rank's share, called only if the cache lacks them. identity: all that the images depend on (content hash of the
     data, split, transform, number); the extractors' weights are added.
     """
     hashes = {}
@@ -118,14 +124,14 @@ def collect_reference(
             cache.mkdir(parents=True, exist_ok=True)
             for extractor, path in paths.items():
                 write_atomically(path, lambda file, e=extractor: write_reference(wanted.sets[e], file))
-        gathered(None)  # nobody reads before it is written
+        gathered(None)  # no rank reads before the files are written
     sets = {extractor: read_reference(path) for extractor, path in paths.items()}
     return Reference({name: sets}, {_key(name, extractor): digest for extractor, digest in hashes.items()})
 
 
 def _saved(partial: Path, empty: Mapping[str, Any], made: Collected) -> dict[str, Any] | None:
-    """The state that an interrupted measurement left, `made` filled with what it had collected; None where it ended
-    inside a batch of another size, or the file is damaged, so that all is measured anew."""
+    """Restores `made` from the file of an interrupted measurement and returns the saved state. Returns None, so that
+    everything is measured again, if the batch size differs or the file is damaged."""
     try:
         saved = read_tensors(partial)
         state = saved["state"]
@@ -141,8 +147,11 @@ def _saved(partial: Path, empty: Mapping[str, Any], made: Collected) -> dict[str
 
 @dataclass
 class Measured:
-    """estimates by metric; the first samples as pictures, beside those conditions that can be shown; seconds of sampling;
-    pairs: by metric, samples beside the pictures of the data that `Metric.pairs` names, one above the other (2 N, C, H, W)."""
+    """The result of `measure_samples`. estimates: by metric. images: the first samples, beside those conditions that
+    can be shown as pictures; captions: their descriptions. seconds: of sampling, on the slowest rank. count: samples on
+    all ranks. pairs: by metric, N samples and then the N pictures of the data that `Metric.pairs` matches to them (2 N,
+    C, H, W).
+    """
 
     estimates: dict[str, Estimate]
     images: torch.Tensor
@@ -155,7 +164,8 @@ class Measured:
 def _parts(
     model: LatentDiffusion, batches: Iterable[dict[str, Any]], size: int
 ) -> Iterator[tuple[list[str], torch.Tensor, dict[str, Any]]]:
-    """(keys, indices in the whole set, conditions) of this rank's share, at most `size` samples at a time."""
+    """Yields (keys, indices in the whole set, conditions) of this rank's share, at most `size` samples at a time.
+    Raises ValueError if the batches lack a field that the model reads."""
     position = 0
     for batch in batches:
         if missing := sorted(set(model.fields) - batch.keys()):
@@ -184,11 +194,11 @@ def measure_samples(
     partial: Path | None = None,
     pairs: bool = False,
 ) -> Measured:
-    """One sample under the conditions of each entry of `batches` (this rank's share), with a seed that is a function of
-    its key: the same samples, so the same numbers, for any batch size and number of ranks.
+    """Draws and measures one sample under the conditions of each entry of `batches` (this rank's share). Its seed is a
+    function of its key, so samples and numbers are the same for any batch size and number of ranks.
 
-    extractors: name -> images -> features. total: of this rank's share, for the bar. partial: a file, unique to the
-    job, from which an interrupted measurement continues; it is removed at the end.
+    extractors: name -> module (images -> features). total: of this rank's share, for the progress bar. partial: a file,
+    unique to the job, from which an interrupted measurement continues; it is removed at the end.
     """
     made = Collected(metrics, extractors)
     state: dict[str, Any] = {"done": 0, "batch_size": batch_size, "images": [], "captions": [], "seconds": 0.0}
@@ -235,7 +245,8 @@ def _pairs(
     made: Collected,
     seed: int,
 ) -> dict[str, torch.Tensor]:
-    """`Measured.pairs`, on every rank; the samples are drawn again, for their seeds follow from their keys."""
+    """Returns `Measured.pairs`, on every rank. The samples are drawn again, which is possible as their seeds follow
+    from their keys."""
     pairs = {}
     for metric in made.metrics:
         matches = metric.pairs(made.sets[metric.extractor], *compared(metric, reference.sets))

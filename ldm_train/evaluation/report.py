@@ -1,4 +1,5 @@
-"""The evaluation stage: reconstructions, latents, samples and, on shapes, adherence, as one metrics.json."""
+"""The evaluation stage: measures reconstructions, latents, samples and, on shapes, adherence, and writes one
+metrics.json."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -29,7 +30,7 @@ from ldm_train.storage import write_json
 
 
 def of_reconstructions(evaluator: Evaluator) -> list[Metric]:
-    """The metrics that say something of reconstructions."""
+    """Returns the metrics that apply to reconstructions: those that compare with the reference alone."""
     return [m for m in evaluator.metrics if m.compared_with == (REFERENCE,)]
 
 
@@ -41,8 +42,9 @@ def measure_reconstructions(
     values: dict[str, list[torch.Tensor]],
     rebuilt: Collected,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Adds a batch of images (B, C, H, W) on the host to the paired metrics' `values` and to the set of reconstructions. Returns
-    its latents (B, C, h, w) and reconstructions, on the device, which is waited for once."""
+    """Adds a batch of images (B, C, H, W) on the host to the paired metrics' `values` and to the set of
+    reconstructions, `rebuilt`. Returns its latents (B, C, h, w) and reconstructions, on the device, which is
+    synchronised once."""
     x = uploaded(images, evaluator.device)
     latents = first_stage.scaled(first_stage.posterior(first_stage.encode_moments(x)).mean)
     rec = first_stage.decode(latents)
@@ -62,11 +64,12 @@ def evaluate_first_stage(
     predictors: int,
     progress: bool = True,
 ) -> tuple[dict[str, Any], torch.Tensor]:
-    """An autoencoder alone, over this rank's share of the images: (metrics, the first images above their reconstructions).
+    """Evaluates an autoencoder alone, on this rank's share of the images. Returns (metrics, the first images followed
+    by their reconstructions).
 
     "reconstruction": paired metrics per image (psnr in dB, ssim, ms_ssim, and networks: images, images -> distances).
-    "reconstructions": distances of their set to the reference (rFID and the like). "latents": measures that predict the quality of a
-    diffusion model on these latents, on the first `predictors` images (0: not measured).
+    "reconstructions": distances of the set of reconstructions to the reference (e.g. rFID). "latents": measures that
+    predict the quality of a diffusion model on these latents, on the first `predictors` images (0: not measured).
     """
     paired = {name: PAIRED.get(name) or evaluator.networks[name] for name in evaluator.paired}
     used = of_reconstructions(evaluator)
@@ -98,8 +101,9 @@ def evaluate_first_stage(
 def predict(
     first_stage: FirstStage, latents: torch.Tensor, reference: Reference, evaluator: Evaluator
 ) -> dict[str, Any]:
-    """Measures of latents (N, C, h, w), scaled, that predict the quality of a diffusion model: spectrum slope, equivariance error, decoder
-    sensitivity, and the Frechet distance of decoded midpoints between nearest neighbours (ifid, arXiv:2603.05630)."""
+    """Returns measures of scaled latents (N, C, h, w) that predict the quality of a diffusion model: spectrum slope,
+    equivariance error, decoder sensitivity, and the Frechet distance of decoded midpoints between nearest neighbours
+    (ifid, arXiv:2603.05630)."""
     noise = NoiseSource(range(len(latents))).normal(latents.shape[1:], "predictor", latents.device)
     parts = latents.split(32)
     values = {"spectrum_slope": [spectrum_slope(latents)]} if min(latents.shape[2:]) >= 8 else {}
@@ -118,7 +122,7 @@ def predict(
 
 
 def save_pairs(rows: torch.Tensor, path: Path) -> None:
-    """Two rows of pictures, one batch (2 N, C, H, W), as a picture."""
+    """Saves a batch (2 N, C, H, W) as a picture with two rows."""
     pictures.save_png(pictures.grid(rows, columns=len(rows) // 2), path)
 
 
@@ -140,12 +144,14 @@ def evaluate(
     precision: str = "32",
     progress: bool = True,
 ) -> dict[str, Any]:
-    """Writes metrics.json, samples.png, reconstructions.png (and restorations.png) into `folder` and returns the metrics.
+    """Writes metrics.json, samples.png, reconstructions.png (and restorations.png) into `folder` and returns the
+    metrics.
 
-    images: batches that are reconstructed; conditions: batches under whose conditions one sample each is drawn; both this
-    rank's share, without randomness. precision: that `draw` works in. settings: sampler, steps and guidance, recorded beside
-    each number. adherence: arguments of `measure_adherence`, on shapes. restoration: of `measure_restoration`, its loader
-    included, for super-resolution and inpainting. Both are measured by rank 0 alone, which is the one that writes.
+    images: batches to reconstruct; conditions: batches with one sample drawn per entry; both are this rank's share,
+    without randomness. precision: the one that `draw` works in. settings: sampler, steps and guidance, recorded beside
+    each number. adherence: arguments of `measure_adherence`, on shapes. restoration: arguments of
+    `measure_restoration`, its loader included, for super-resolution and inpainting. Both are measured by rank 0 alone,
+    which also writes the files.
     """
     metrics, shown = evaluate_first_stage(model.first_stage, images, evaluator, reference, predictors, progress)
     partial, used, extractors = folder / f".samples-{precision}.partial", evaluator.metrics, evaluator.extractors

@@ -13,8 +13,8 @@ from ldm_train.latent_diffusion import LatentDiffusion
 from ldm_train.metrics.paired import psnr, ssim
 from ldm_train.rng import derive_seed
 
-Autoencode = Callable[[Tensor], Tensor]  # images -> the same through the autoencoder
-Distance = Callable[[Tensor, Tensor], Tensor]  # of pairs of images, (B,)
+Autoencode = Callable[[Tensor], Tensor]  # images -> their reconstructions
+Distance = Callable[[Tensor, Tensor], Tensor]  # pairs of images -> distances (B,)
 FIELDS = ("lowres", "masked_image")
 PEAK = 2.0  # images span [-1, 1]
 
@@ -24,18 +24,20 @@ def _resized(images: Tensor, size: Sequence[int]) -> Tensor:
 
 
 def decibel(squared_error: Tensor, count: Tensor) -> float:
-    """PSNR in dB of summed squared errors over `count` values in [-1, 1]: pooled, not a mean of logarithms."""
+    """Returns the PSNR in dB of squared errors summed over `count` values in [-1, 1]: pooled, not a mean of
+    logarithms."""
     return float(10 * torch.log10(PEAK**2 * count / squared_error.clamp(min=1e-12)))
 
 
 def superresolution_values(
     images: Tensor, lowres: Tensor, samples: Tensor, autoencode: Autoencode, perceptual: Distance | None
 ) -> dict[str, Tensor]:
-    """One value per image (B,): images (B, C, H, W), lowres (B, C, h, w), samples (n, B, C, H, W), all in [-1, 1].
+    """Returns measures with one value per image (B,): images (B, C, H, W), lowres (B, C, h, w), samples (n, B, C, H,
+    W), all in [-1, 1].
 
-    psnr and ssim of the mean of the samples, of one sample, and of bicubic enlargement through the autoencoder, which
-    the mean should beat; of the images through the autoencoder, which is the ceiling; and "consistency": the PSNR of
-    the samples, reduced again, against `lowres`. perceptual: a distance.
+    psnr and ssim (and `perceptual`, a distance, if given) against the images: of the mean of the samples; of one
+    sample; of bicubic enlargement through the autoencoder, which the mean should beat; and of the images through the
+    autoencoder, which is the ceiling. "consistency": the PSNR of the samples, reduced again, against `lowres`.
     """
     mean = samples.mean(dim=0)
     enlarged = _resized(lowres, images.shape[2:])
@@ -50,11 +52,12 @@ def superresolution_values(
 
 
 def inpainting_errors(images: Tensor, masks: Tensor, samples: Tensor, autoencode: Autoencode) -> dict[str, Tensor]:
-    """Squared errors (B,) per image, summed over pixels: images (B, C, H, W), masks (B, 1, H, W) with 1 in the hole,
-    samples (n, B, C, H, W), before any composite of known pixels.
+    """Returns squared errors (B,) per image, summed over pixels: images (B, C, H, W), masks (B, 1, H, W) with 1 in the
+    hole, samples (n, B, C, H, W), before known pixels are pasted back.
 
-    In the hole: of the mean of the samples, of one sample, of the known pixels' mean colour ("mean_fill"), of the
-    autoencoder ("ceiling"). On the known pixels: of the samples, and of the autoencoder. "hole" and "known" count values.
+    In the hole: of the mean of the samples, of one sample, of a fill with the known pixels' mean colour ("mean_fill"),
+    of the autoencoder ("ceiling"). On the known pixels: of the samples and of the autoencoder. "hole" and "known" are
+    numbers of values.
     """
     known = 1 - masks
     rebuilt = autoencode(images)
@@ -76,7 +79,7 @@ def inpainting_errors(images: Tensor, masks: Tensor, samples: Tensor, autoencode
 
 
 def pooled_psnr(errors: dict[str, Tensor]) -> dict[str, float]:
-    """PSNR in dB of `inpainting_errors`, pooled over the pixels of all images."""
+    """Returns the PSNR in dB of `inpainting_errors`, pooled over the pixels of all images."""
     sums = {name: error.sum() for name, error in errors.items()}
     table = {f"psnr_hole_{n}": decibel(sums[n], sums["hole"]) for n in ("mean", "sample", "mean_fill", "ceiling")}
     table["psnr_gain"] = table["psnr_hole_mean"] - table["psnr_hole_mean_fill"]
@@ -86,7 +89,7 @@ def pooled_psnr(errors: dict[str, Tensor]) -> dict[str, float]:
 def _restored(
     model: LatentDiffusion, draw: Callable[..., Tensor], conditions: dict[str, Any], keys: list[str], samples: int
 ) -> Tensor:
-    """`samples` pictures under each of B conditions, (samples, B, C, H, W); their seeds follow from the keys."""
+    """Draws `samples` pictures under each of B conditions, (samples, B, C, H, W), with seeds derived from the keys."""
     repeated = {
         name: torch.cat([values] * samples) if isinstance(values, Tensor) else list(values) * samples
         for name, values in conditions.items()

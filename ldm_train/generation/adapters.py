@@ -1,4 +1,5 @@
-"""Adapters of a sampling job: `adapters=[subject,style:0.5]`, each a run's name, a folder or a file, with a strength."""
+"""Adapters of a sampling job: `adapters=[subject,style:0.5]`, each a run's name, a folder or a file, with an optional
+strength."""
 
 from collections.abc import Sequence
 
@@ -13,11 +14,12 @@ STRONGEST = 2.0
 
 
 def with_strength(entry: str) -> tuple[str, float]:
-    """The name and the strength in name:0.5; without one it is 1. Raises ValueError for one that cannot be."""
+    """Splits name:0.5 into name and strength, which is 1 if not given. Raises ValueError if the strength is 0 or
+    larger than STRONGEST in magnitude."""
     name, colon, text = entry.rpartition(":")
     try:
         strength = float(text) if colon else 1.0
-    except ValueError:  # a colon of the path's own
+    except ValueError:  # the colon is part of the path
         name, strength, colon = entry, 1.0, ""
     name = name if colon else entry
     if strength == 0:
@@ -31,12 +33,12 @@ def with_strength(entry: str) -> tuple[str, float]:
 
 
 def take_adapters(model: LatentDiffusion, entries: Sequence[str], runs_dir: str) -> list[str]:
-    """Makes adapters part of a model's weights. Returns "sha256:strength" of each, for the recipe. Raises FileNotFoundError and
-    ValueError, naming the adapter, for one that is not there, is damaged or belongs to another architecture."""
+    """Applies adapters to a model. Returns "sha256:strength" of each, for the recipe. Raises FileNotFoundError or
+    ValueError, naming the adapter, if one does not exist, is damaged or belongs to another architecture."""
     recorded, weights = dict[str, str](), False
     found = [(entry, *with_strength(entry)) for entry in entries]
     paths = {entry: find_adapter(name, runs_dir) for entry, name, _ in found}
-    # A control copies the encoder, before others change it.
+    # Controls first: each copies the encoder before other adapters change it.
     for entry, name, strength in sorted(found, key=lambda one: not (paths[one[0]] / CONTROL).is_file()):
         path = paths[entry]
         digest = adapter_sha256(path)

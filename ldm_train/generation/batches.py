@@ -1,4 +1,4 @@
-"""Draws what a job lacks, batch by batch, and keeps it."""
+"""Draws the missing pictures of a job, batch by batch, and saves them."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -17,15 +17,16 @@ from ldm_train.generation.job import SHOWN, Job
 from ldm_train.generation.requests import Request
 from ldm_train.samplers import Callback
 
-# Called after each step of a batch with its requests, what decodes latents, the step, and the estimate of their latents.
+# Called after each step of a batch with its requests, a latent decoder, the step and the estimate of x_0.
 Watch = Callable[[list[Request], Callable[[torch.Tensor], torch.Tensor], int, torch.Tensor], None]
-Parts = dict[int, list[Request]]  # batches of pictures, by their number
+Parts = dict[int, list[Request]]  # batches of requests, by number
 
 
 def drawn_here(
     job: Job, drawing: Drawing, only: int | None, watch: Watch | None, parts: Parts
 ) -> Iterator[tuple[int, torch.Tensor]]:
-    """(number, pictures) of each part, with their films where they are asked for. only: of this one picture."""
+    """Yields (number, pictures) of each part, drawn in this process, and writes the films that are asked for. only:
+    film this one picture only."""
     for k, part in parts.items():
         film = Film(drawing.decode, drawing.config.film) if drawing.config.film else None
         seen = watch and partial(watch, part, drawing.decode)
@@ -35,12 +36,12 @@ def drawn_here(
 
 
 def _filmed(job: Job, part: list[Request], film: str | None) -> bool:
-    """Whether the films of a part that are asked for are there."""
+    """Returns True if no films are asked for or all films of a part exist."""
     return film is None or all(film_path(job.folder / r.name, film).is_file() for r in part)
 
 
 def _all_of(*callbacks: Callback | None) -> Callback | None:
-    """One callback that calls all of those there are."""
+    """Combines callbacks into one that calls those that are not None; None if there are none."""
     there = [callback for callback in callbacks if callback is not None]
     return (lambda step, pred_x0: [callback(step, pred_x0) for callback in there]) if there else None
 
@@ -52,8 +53,8 @@ def run_job(
     only: int | None,
     recipe_before: dict[str, Any] | None,
 ) -> list[Path]:
-    """Draws what is missing, batch by batch; returns the pictures' paths. drawn: parts -> their pictures, in any order. only: keep
-    this one picture alone."""
+    """Draws what is missing, batch by batch; returns the pictures' paths. drawn: parts -> their pictures, in any order.
+    only: keep only this one picture."""
     size, begin = config.batch_size, time.perf_counter()
     parts = {k: job.wanted[k * size : (k + 1) * size] for k in range(-(-len(job.wanted) // size))}
     if only is not None:

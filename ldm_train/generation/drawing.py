@@ -1,4 +1,4 @@
-"""Draws the pictures of a job: each task as a call of `LatentDiffusion.sample`."""
+"""Draws the pictures of a job: each task becomes a call of `LatentDiffusion.sample`, except reconstruction."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -18,7 +18,7 @@ from ldm_train.samplers import Callback
 
 @dataclass
 class Drawing:
-    """Draws a job's pictures. guidance: the part that all pictures share. guides: guides from outside the model."""
+    """Draws a job's pictures. guidance: the settings that all pictures share. guides: the external guides."""
 
     model: LatentDiffusion
     task: str
@@ -31,8 +31,8 @@ class Drawing:
     def __call__(
         self, part: list[Request], callback: Callback | None = None, inverting: Callback | None = None
     ) -> torch.Tensor:
-        """The pictures of some requests (B, C, H, W), on the CPU. callback: called after each step; inverting: after each of those
-        that find the noise of given pictures first."""
+        """Returns the pictures of a batch of requests (B, C, H, W), float32 on the CPU. callback: called after each
+        sampling step; inverting: called after each step of the inversion of given pictures, which comes first."""
         with self.autocast():
             return self._draw(part, callback, inverting).float().cpu()
 
@@ -78,7 +78,8 @@ class Drawing:
         if self.task == "interpolate" and part[0].walk is not None:
             return Start(noise=self._walk(part, size, inverting))
         if mask is not None and "masked_image" not in model.fields:
-            # Not the hidden pixels: latents beside the hole would show them. Their mean colour disturbs the encoder least.
+            # The hidden pixels are filled first, because latents beside the hole would show them. The mean colour of
+            # the known pixels disturbs the encoder least.
             filled = images * (1 - mask) + known_colour(images, mask) * mask
             hole = latent_mask(mask, model.first_stage.downsample_factor).to(model.device)
             return Start(known=model.encode(filled, tiles), mask=hole)
@@ -92,15 +93,15 @@ class Drawing:
         return self.model.invert(latents, batch, self.sampling, self.config.invert_iterations, inverting)
 
     def _mixture(self, part: list[Request], size: tuple[int, int]) -> dict[str, torch.Tensor]:
-        """Weighted mixtures of conditions, for interpolation and arithmetic."""
+        """Returns weighted mixtures of conditions, for interpolation and prompt arithmetic."""
         most = max(len(r.mix) for r in part)
-        # Requests with fewer terms get more of weight 0.
+        # Requests with fewer terms are padded with terms of weight 0.
         mixes = [(*r.mix, *[(0.0, r.mix[0][1])] * (most - len(r.mix))) for r in part]
         weighted = [(torch.tensor([w for w, _ in t]), self._batch([f for _, f in t])) for t in zip(*mixes)]
         return self.model.mixture(weighted, size)
 
     def _walk(self, part: list[Request], size: tuple[int, int], inverting: Callback | None) -> torch.Tensor:
-        """Noise interpolated between two seeds or two inverted pictures."""
+        """Returns noise interpolated between two seeds or two inverted pictures."""
         if part[0].images is not None:
             tiles = self.sampling.tiles
             ends = [self.model.encode(torch.stack([r.images[k] for r in part]), tiles) for k in (0, 1)]

@@ -13,11 +13,12 @@ from ldm_train.data.fields import array_of
 from ldm_train.data.files import open_image
 from ldm_train.data.transforms import read_bytes, read_image
 
-PROMPT_KEYS = ("prompt", "negative", "seed", "n")  # of a line of JSON, or an entry of a list
+PROMPT_KEYS = ("prompt", "negative", "seed", "n")  # keys of a JSON line, or of an entry in a list
 
 
 def _prompt(entry: Any, where: str) -> str | dict[str, Any]:
-    """A caption, or its JSON form. Raises ValueError naming the line."""
+    """Checks a prompt: a caption, or a dictionary with PROMPT_KEYS. Raises ValueError, naming the line, if it is
+    invalid."""
     if isinstance(entry, str):
         return entry
     if not isinstance(entry, dict) or not isinstance(entry.get("prompt"), str):
@@ -33,7 +34,8 @@ def _prompt(entry: Any, where: str) -> str | dict[str, Any]:
 
 
 def _prompt_file(path: Path, option: str) -> list[Any]:
-    """The lines of a .txt or .jsonl file. Raises ValueError for a blank or invalid line."""
+    """Returns the prompts in a .txt or .jsonl file, one per line. Raises FileNotFoundError if there is no file,
+    ValueError if it is empty, is not UTF-8, or has a blank or invalid line."""
     if not path.is_file():
         raise FileNotFoundError(f"{option}={path}: there is no such file")
     try:
@@ -58,7 +60,8 @@ def _prompt_file(path: Path, option: str) -> list[Any]:
 
 
 def as_list(value: Any, option: str) -> list[Any]:
-    """One entry or a list; prompts and classes may also be the lines of a text file, prompts of a .jsonl file."""
+    """Returns an option's value, one entry or a list, as a list. prompts and classes may also name a .txt file, prompts
+    a .jsonl file, with an entry per line. Raises ValueError for an empty list."""
     if value is None:
         return []
     value = OmegaConf.to_container(value, resolve=True) if isinstance(value, ListConfig) else value
@@ -79,7 +82,7 @@ def as_list(value: Any, option: str) -> list[Any]:
 
 
 def read_mask(path: str, size: tuple[int, int]) -> torch.Tensor:
-    """(1, H, W), 1 in the hole (white in the file). Raises ValueError for a mask without a hole."""
+    """Reads a mask (1, H, W) that is 1 in the hole (white in the file). Raises ValueError if it has no hole."""
     mask = (read_image(path, size, 1, "mask") > 0).float()
     if not mask.any():
         raise ValueError(f"mask={path} has no hole: white is what is drawn anew, and there is none")
@@ -87,7 +90,7 @@ def read_mask(path: str, size: tuple[int, int]) -> torch.Tensor:
 
 
 def _size(path: str, option: str) -> tuple[int, int]:
-    """(width, height) of a picture file. Raises ValueError naming it."""
+    """Returns (width, height) of a picture file. Raises ValueError, naming it, if it cannot be read."""
     data = read_bytes(path, option)
     try:
         if path.lower().endswith(".npy"):
@@ -100,7 +103,7 @@ def _size(path: str, option: str) -> tuple[int, int]:
 
 
 def require_same_shape(image: str, mask: str) -> None:
-    """Raises ValueError where picture and mask would be cropped differently."""
+    """Raises ValueError if picture and mask have different proportions, so that they would be cropped differently."""
     (w, h), (v, g) = _size(image, "image"), _size(mask, "mask")
     if abs(w * g - v * h) > 0.02 * w * g:
         raise ValueError(
@@ -109,9 +112,9 @@ def require_same_shape(image: str, mask: str) -> None:
 
 
 def extended(image: torch.Tensor, extend: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
-    """An image (C, H, W) in the middle of a larger one, and the mask (1, H', W') of the added pixels.
+    """Returns an image (C, H, W) inside a larger one (C, H', W'), and the mask (1, H', W') of the added pixels.
 
-    extend: pixels added at the top, right, bottom and left. Raises ValueError where none are.
+    extend: pixels added at the top, right, bottom and left. Raises ValueError if none are, or one is negative.
     """
     if len(extend) != 4 or min(extend) < 0 or not any(extend):
         raise ValueError(

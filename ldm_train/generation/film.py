@@ -1,4 +1,4 @@
-"""The denoising film: the model's estimate of the picture after each step."""
+"""The denoising film: the model's estimate of the picture after each sampling step."""
 
 import io
 from collections.abc import Callable, Sequence
@@ -13,11 +13,11 @@ from ldm_train.storage import write_atomically
 
 KINDS = ("gif", "mp4", "strip")
 MILLISECONDS = 80
-LAST_HELD = 12  # frames for which the finished picture stays
+LAST_HELD = 12  # frames for which the finished picture is held
 
 
 def enlarged(image: torch.Tensor) -> Image.Image:
-    """(C, H, W) enlarged to a picture of about 256 pixels with hard edges."""
+    """Returns an image (C, H, W) as an RGB picture, enlarged by a whole factor to about 256 pixels with hard edges."""
     factor = max(1, 256 // image.shape[-1])
     size = (image.shape[2] * factor, image.shape[1] * factor)
     return pictures.to_pil(image).convert("RGB").resize(size, Image.Resampling.NEAREST)
@@ -33,7 +33,8 @@ def save_gif(frames: Sequence[Image.Image], path: Path, milliseconds: int = MILL
 
 
 def film_of_grids(folder: Path) -> Path | None:
-    """samples.gif of a stage's sample grids, which have the same seeds and conditions: progress of training."""
+    """Writes samples.gif from a stage's sample grids, which share seeds and conditions and so show the progress of
+    training. Returns None if there are fewer than two grids."""
     grids = sorted(folder.glob("samples_*.png"))
     if len(grids) < 2:
         return None
@@ -45,16 +46,16 @@ def film_of_grids(folder: Path) -> Path | None:
 
 
 def film_path(picture: Path, kind: str) -> Path:
-    """The file of a picture's film."""
+    """Returns the path of a picture's film."""
     return picture.with_suffix(".strip.png" if kind == "strip" else f".{kind}")
 
 
 class Film:
-    """A sampler's callback that keeps the estimates of x_0 and decodes them when it is saved.
+    """A sampler callback that keeps the estimates of x_0 and decodes them when it is saved.
 
-    decode: latents -> images.
-    kind: "gif", "mp4" (needs imageio with ffmpeg) or "strip", all frames side by side as one PNG. frames: at most so many,
-    evenly chosen. Raises ValueError for another kind, or naming what to install.
+    decode: latents -> images. kind: "gif", "mp4" (needs imageio with ffmpeg) or "strip", all frames side by side in one
+    PNG. frames: the maximum number of frames, evenly spaced. Raises ValueError for another kind, or, naming what to
+    install, if ffmpeg is missing.
     """
 
     def __init__(self, decode: Callable[[torch.Tensor], torch.Tensor], kind: str, frames: int = 24):
@@ -72,7 +73,7 @@ class Film:
         self.kept.append(pred_x0.detach())
 
     def save(self, paths: Sequence[Path]) -> list[Path]:
-        """One film per picture, beside it and named like it."""
+        """Writes one film beside each of the pictures at `paths`, named after it; returns the films' paths."""
         last = len(self.kept) - 1
         steps = sorted({round(i * last / max(1, self.frames - 1)) for i in range(self.frames)}) if last >= 0 else []
         frames = torch.stack([self.decode(self.kept[i]).float().cpu() for i in steps], dim=1)  # (B, frames, C, H, W)
@@ -96,7 +97,8 @@ class Film:
 
 
 def denoising_film(model: Any, draw: Callable[..., torch.Tensor], batch: dict[str, Any], path: Path) -> Path:
-    """The estimates after each step of samples under the conditions of a batch, side by side in one GIF."""
+    """Draws samples under the conditions of a batch and writes the estimates after each step, side by side, as one
+    GIF."""
     film = Film(model.decode, "gif")
     draw(model, {f: batch[f] for f in model.fields if f in batch}, list(range(len(batch["key"]))), film)
     frames = [enlarged(torch.cat(list(model.decode(x_0).float().cpu()), dim=2)) for x_0 in film.kept]

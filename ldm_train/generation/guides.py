@@ -1,4 +1,4 @@
-"""Guides from outside the model: a classifier of its noisy latents, and CLIP."""
+"""Guides external to the model: a classifier of its noisy latents, and CLIP."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -22,8 +22,9 @@ from ldm_train.models.classifier import NoisyClassifier
 def load_classifier(
     value: str, runs_dir: str, model: LatentDiffusion, trust: Sequence[str] = ()
 ) -> tuple[NoisyClassifier, str]:
-    """guide.classifier=<run or folder> -> (the classifier, the sha256 of its weights). Raises FileNotFoundError where there is
-    none, ValueError for one of other latents or another schedule."""
+    """Loads guide.classifier=<run or folder>; returns (the classifier, the sha256 of its weights). Raises
+    FileNotFoundError if there is none, ValueError if it is no `NoisyClassifier` or was trained on other latents or
+    another noise schedule."""
     folders = [base / "classifier" / "model" for base in (Path(value), Path(runs_dir) / value)] + [Path(value)]
     folder = next((f for f in folders if (f / "model.safetensors").is_file()), None)
     if folder is None:
@@ -42,7 +43,8 @@ def load_classifier(
 
 
 def latents_of(model: LatentDiffusion) -> dict[str, Any]:
-    """What identifies a model's noisy latents: autoencoder, scale, shift and schedule; a classifier's metadata records the same."""
+    """Returns what identifies a model's noisy latents: autoencoder, scale, shift and schedule. A classifier's metadata
+    records the same."""
     first, schedule = model.first_stage, model.schedule
     return {
         "autoencoder": weights_sha256(first.autoencoder),
@@ -52,15 +54,15 @@ def latents_of(model: LatentDiffusion) -> dict[str, Any]:
 
 
 def schedule_identity(schedule: NoiseProcess) -> dict[str, Any]:
-    """What identifies a noise schedule, however it draws its training timesteps: alphas_cumprod at ten of them, and their
-    number."""
+    """Returns what identifies a noise schedule, regardless of how it draws training timesteps: alphas_cumprod at about
+    ten of them, and their number."""
     total = schedule.num_train_timesteps
     alpha, _ = schedule.training_coefficients(torch.arange(0, total, max(1, total // 10)))
     return {"alphas_cumprod": alpha.square().tolist(), "num_train_timesteps": total}
 
 
 def _differs(model: LatentDiffusion, recorded: dict[str, Any]) -> str | None:
-    """How another network's recorded `latents_of` differ from the model's, in words; None where they agree."""
+    """Describes in words how another network's recorded `latents_of` differ from the model's; None if they agree."""
     ours = latents_of(model)
     if recorded.get("autoencoder") != ours["autoencoder"]:
         return "another autoencoder"
@@ -73,13 +75,14 @@ def _differs(model: LatentDiffusion, recorded: dict[str, Any]) -> str | None:
 
 
 def _close(values: Any, ours: list[float], rtol: float, atol: float) -> bool:
-    """Whether recorded values are close to ours; values from a file may be of any type."""
+    """Returns True if recorded values are close to ours; values from a file may be of any type."""
     numbers = isinstance(values, list) and all(isinstance(v, int | float) for v in values)
     return numbers and len(values) == len(ours) and np.allclose(values, ours, rtol, atol)
 
 
 def load_weaker(folder: Path, model: LatentDiffusion, trust: Sequence[str] = ()) -> LatentDiffusion:
-    """A weaker model for autoguidance. Raises ValueError for one of other latents or another schedule."""
+    """Loads a weaker model for autoguidance. Raises ValueError if it was trained on other latents or another noise
+    schedule."""
     weaker = load_latent_diffusion(folder, trust)
     if differs := _differs(model, latents_of(weaker)):
         raise ValueError(
@@ -89,7 +92,8 @@ def load_weaker(folder: Path, model: LatentDiffusion, trust: Sequence[str] = ())
 
 
 class Guides:
-    """The guides of a job. parsers: of each guide's targets on the command line, by field. recipe: hashes of their weights."""
+    """The external guides of a job. parsers: field -> parser of the guide's targets on the command line. recipe: hashes
+    of the guides' weights."""
 
     def __init__(self, config: DictConfig, model: LatentDiffusion, device: str):
         self.model, self.scales = model, {"classifier": config.guide.classifier_scale, "clip": config.guide.clip_scale}
@@ -121,14 +125,14 @@ class Guides:
         raise ValueError(f"unknown class {text!r}; the classifier knows {', '.join(names[:40])}")
 
     def wrappers(self, part: Sequence[Request]) -> list[Callable[[Denoise], Denoise]]:
-        """The wrappers for some requests, for `LatentDiffusion.sample`."""
+        """Returns the denoiser wrappers for a batch of requests, for `LatentDiffusion.sample`."""
         wraps: list[Callable[[Denoise], Denoise]] = []
         schedule = self.model.schedule
         if self.classifier is not None and "class_label" in part[0].targets:
             labels = uploaded(torch.tensor([[r.targets["class_label"]] for r in part]), self.model.device)
 
             def log_probability(x_t: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
-                seen = schedule.network_view(x_t, timesteps)[0]  # as the classifier was trained on it
+                seen = schedule.network_view(x_t, timesteps)[0]  # the view that the classifier was trained on
                 return self.classifier(seen, timesteps).float().log_softmax(dim=1).gather(1, labels)[:, 0]
 
             guide = partial(classifier_guidance, schedule=schedule, guidance_scale=self.scales["classifier"])

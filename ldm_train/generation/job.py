@@ -1,4 +1,5 @@
-"""A sampling job on disk: pictures with their recipe, continued where it stopped, replayed to the same pixels."""
+"""A sampling job on disk: pictures with their recipe, which can be continued if interrupted, and replayed to the same
+pixels."""
 
 import hashlib
 import json
@@ -26,7 +27,7 @@ from ldm_train.rng import derive_seed
 
 RECIPE = "recipe.json"
 SHOWN = 256  # pictures in a grid
-# Options of where and how a job runs, which its pictures do not depend on. batch_size is recorded as part of the machine.
+# Options for where and how a job runs, which do not affect its pictures. batch_size is recorded as part of the machine.
 WITH_REPLAY = (
     "run",
     "runs_dir",
@@ -43,7 +44,7 @@ WITH_REPLAY = (
 )
 NOT_DRAWN = (*WITH_REPLAY, "batch_size")
 FILES = ("image", "mask", "map", "depth", "layout")  # options that name files
-LISTS = ("prompts", "classes")  # options whose entries may stand in a file
+LISTS = ("prompts", "classes")  # options whose entries may be in a file
 FIELD = "fields."  # prefix of options for fields that a model's own conditioner declares, given as a file or as text
 MODELS = ("weaker_model", "guide.classifier", "guide.clip")  # options that name further models
 ADAPTERS = "adapters"  # a list of them, each with a strength
@@ -57,18 +58,20 @@ OPEN: dict[str, Sequence[type]] = {
     "size": (int, list),
     "precision": (int, str),
 }
-OWN_FILE = re.compile(r"\d{5,}_seed\d+\.png")  # of a job's pictures
+OWN_FILE = re.compile(r"\d{5,}_seed\d+\.png")  # names of a job's pictures
 
 
 def machine(device: str, batch_size: int) -> dict[str, Any]:
-    """The parts of the machine that pixels depend on: float sums are ordered differently on another machine."""
+    """Returns the properties of the machine that pixels depend on: another one may order floating-point sums
+    differently."""
     name = torch.cuda.get_device_name() if device == "cuda" else device
     threads = {} if device != "cpu" else {"threads": torch.get_num_threads()}
     return {"device": name, "batch_size": batch_size, "torch": torch.__version__} | threads
 
 
 def make_recipe(config: DictConfig, task: str, source: Path, sha256: str, device: str) -> dict[str, Any]:
-    """All that a job's pictures depend on. config: with the run's own sampling options filled in."""
+    """Returns the recipe: all that a job's pictures depend on. config: with the run's own sampling options filled
+    in."""
     tree = OmegaConf.to_container(config, resolve=True)
     asked = {k: v for k, v in tree.items() if k not in NOT_DRAWN and v is not None}
     for option in {"prompts", "classes"} & asked.keys():
@@ -80,7 +83,7 @@ def make_recipe(config: DictConfig, task: str, source: Path, sha256: str, device
 
 
 def _options(tree: dict[str, Any]) -> dict[str, Any]:
-    """A plain config's options, those of `guide` and `fields` by their dotted names."""
+    """Returns a plain config's options, with those of `guide` and `fields` under dotted names."""
     options = dict(tree)
     for section in ("guide", "fields"):
         if isinstance(tree.get(section), dict):
@@ -89,15 +92,16 @@ def _options(tree: dict[str, Any]) -> dict[str, Any]:
 
 
 def _input_files(asked: dict[str, Any]) -> dict[str, list[str]]:
-    """The pictures and maps that a job's options name, by option. Entries of a model's own fields may also be text."""
+    """Returns the pictures and maps that a job's options name, by option. Entries of a model's own fields may also be
+    text."""
     named = {o: as_list(v, o) for o, v in _options(asked).items() if o in FILES or o.startswith(FIELD)}
     return named | {"layout": [v for v in named.get("layout", []) if v.endswith(".json")]}
 
 
 def _named_files(asked: dict[str, Any]) -> dict[str, list[str]]:
-    """All files and models that a job's options name, by option."""
+    """Returns all files and models that a job's options name, by option."""
     named, options = _input_files(asked), _options(asked)
-    for option in LISTS:  # a list holds the entries themselves, a text may name a file
+    for option in LISTS:  # a list holds the entries themselves, a string may name a file
         value = options.get(option)
         named[option] = [value] if isinstance(value, str) and Path(value).suffix in (".txt", ".jsonl") else []
     named |= {o: [str(value)] for o in MODELS if (value := options.get(o)) is not None}
@@ -106,8 +110,8 @@ def _named_files(asked: dict[str, Any]) -> dict[str, list[str]]:
 
 
 def _read_recipe(path: Path, usual: dict[str, Any]) -> dict[str, Any]:
-    """A recipe as plain values of the usual kinds. Raises ValueError where it is none, or sets an option that a recipe may not
-    set."""
+    """Reads a recipe as plain values of the expected types. Raises ValueError if it is not a recipe or sets an option
+    that a recipe may not set."""
     where = f"recipe={path} is no recipe of ldm-sample"
     try:
         if path.suffix == ".png":
@@ -147,11 +151,13 @@ def _read_recipe(path: Path, usual: dict[str, Any]) -> dict[str, Any]:
 
 
 def replayed(config: DictConfig) -> tuple[DictConfig, dict[str, Any], int | None]:
-    """recipe=<recipe.json or one of its pictures> -> (the config of that job, the recipe, the number of the one picture to draw or None).
+    """Reads recipe=<recipe.json, its folder or one of its pictures>; returns (the config of that job, the recipe, the
+    number of the one picture to draw or None).
 
-    A recipe is data: a sampler, numbers, texts and seeds. Files and models that it names are read only where the command
-    names them too; the model is also looked for in the recipe's own folder, and below runs_dir.
-    Raises FileNotFoundError or ValueError for a file that is no recipe, for changed input files, and for other options.
+    A recipe is data: a sampler, numbers, texts and seeds. Files and models that it names are read only if the command
+    names them too; the model is also looked for in the recipe's own folder and below runs_dir.
+    Raises FileNotFoundError if there is no file, ValueError if it is not a recipe, if an input file is not named or has
+    changed, or if the command sets other options.
     """
     path = Path(config.recipe)
     if path.is_dir():
@@ -191,16 +197,17 @@ def replayed(config: DictConfig) -> tuple[DictConfig, dict[str, Any], int | None
 
 
 def _nearby(model: str, recipe: Path, runs_dir: str) -> bool:
-    """Whether a model's folder is the one that holds the recipe, or lies in runs_dir."""
+    """Returns True if the recipe lies in the folder of the model's run, or the model lies below runs_dir."""
     folder = Path(model).resolve()
     own = run_of(folder)
     return own in recipe.resolve().parents or folder.is_relative_to(Path(runs_dir).resolve())
 
 
 def folder_of(config: DictConfig, source: Path, recipe: dict[str, Any]) -> Path:
-    """out=..., below it one folder per job of a sweep; by default <run>/samples/<task>-<what it follows from>.
+    """Returns out=..., with one subfolder per job of a sweep; by default <run>/samples/<task>-<hash of the recipe>.
 
-    Raises ValueError where a link leads out of the folder that the command names."""
+    Raises ValueError if a link leads out of the folder that the command names.
+    """
     sweeping = HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
     name = f"{recipe['task']}-{derive_seed(repr({k: v for k, v in recipe.items() if k != 'machine'})) % 16**8:08x}"
     if config.out:
@@ -211,18 +218,20 @@ def folder_of(config: DictConfig, source: Path, recipe: dict[str, Any]) -> Path:
 
 
 def run_of(source: Path) -> Path:
-    """The run whose model lies in `source` (export/ or diffusion/model/ of it), else `source` itself: below it go its samples."""
+    """Returns the run whose model is in `source` (its export/ or diffusion/model/), else `source` itself; samples go
+    below it."""
     if source.name == "export":
         return source.parent
     return source.parents[1] if source.parts[-2:] == ("diffusion", "model") else source
 
 
 class Job:
-    """The folder of one job. Pictures appear under their final name when complete, recipe.json first and last.
+    """The folder of one job. Each picture appears under its final name when complete; recipe.json is written first and
+    last.
 
-    channels: of the pictures. Of others than grey and RGB the PNG shows false colours and carries the recipe; the picture itself
-    is the .npy beside it, (H, W, C) float32 in [-1, 1], written first.
-    Raises Refused where the folder holds pictures of another recipe, naming what differs.
+    channels: of the pictures. If they are neither grey nor RGB, the PNG shows false colours and carries the recipe; the
+    picture itself is the .npy beside it, (H, W, C) float32 in [-1, 1], written first.
+    Raises Refused, naming what differs, if the folder holds pictures of another recipe and `overwrite` is False.
     """
 
     def __init__(
@@ -238,12 +247,12 @@ class Job:
                     f"{folder} holds pictures of another job:\n  {listed}\nChoose another out=<folder>, or overwrite=true"
                 )
             for entry in before["images"]:
-                for old in folder.glob(f"{Path(entry['file']).stem}.*"):  # its films, too
+                for old in folder.glob(f"{Path(entry['file']).stem}.*"):  # and its films
                     old.unlink()
 
     def _before(self) -> dict[str, Any] | None:
-        """The recipe of the pictures in the folder, None where there are none. Raises Refused where a file of that name is
-        no recipe."""
+        """Returns the recipe of the pictures in the folder, None if there are none. Raises Refused if its recipe.json
+        is not a recipe."""
         path = self.folder / RECIPE
         if not path.is_file():
             return None
@@ -271,8 +280,8 @@ class Job:
         return self.recipe | {"number": request.number, "seed": request.seed, "condition": request.text}
 
     def done(self, part: Sequence[Request]) -> torch.Tensor | None:
-        """The pictures of a whole batch that an earlier run of this job made, else None. A batch is drawn as a whole, because its pixels
-        depend on the batch."""
+        """Returns the pictures of a batch (B, C, H, W) if an earlier run of this job made all of them, else None.
+        Batches are drawn as a whole, because pixels depend on the batch."""
         images = []
         for request in part:
             path = self.folder / request.name
@@ -294,7 +303,7 @@ class Job:
         return torch.stack(images)
 
     def save(self, part: Sequence[Request], images: torch.Tensor) -> None:
-        """Raises OSError, naming the picture, where the disk is full."""
+        """Writes a batch of pictures with their recipe. Raises OSError, naming the picture, if the disk is full."""
         if not self.digests:
             self._write(finished=False)
         for request, image in zip(part, images):
@@ -315,7 +324,7 @@ class Job:
 
     @property
     def colours(self) -> str:
-        """A note for pictures that are neither grey nor RGB, else ""."""
+        """Returns a note for pictures that are neither grey nor RGB, else ""."""
         if pictures.has_colours(self.channels):
             return ""
         return (
@@ -324,7 +333,7 @@ class Job:
         )
 
     def agreement(self, recipe: dict[str, Any]) -> str:
-        """How many pictures of a replay equal the recipe's own, in words."""
+        """Says in words how many pictures of a replay are identical to the recipe's own."""
         recorded = {e["file"]: e["sha256"] for e in recipe.get("images", []) if "sha256" in e}
         known = [name for name in self.digests if name in recorded]
         same = [name for name in known if recorded[name] == self.digests[name]]

@@ -1,5 +1,6 @@
-"""Pictures that a model draws of a class, as a source of training data: those that keep what a model knows of a class while it
-learns a subject of it (prior preservation: DreamBooth, Ruiz et al. 2022, arXiv:2208.12242, section 3.2)."""
+"""A source of training data: pictures of a class that a model draws itself. They preserve what the model knows of the
+class while it learns a subject of that class (prior preservation: DreamBooth, Ruiz et al. 2022, arXiv:2208.12242,
+section 3.2)."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -21,10 +22,11 @@ SHOWN = ("caption", "class_label")  # the fields that such pictures can have
 
 
 class ClassPictures(Source):
-    """run, runs_dir: the model. prompts, classes: what it draws, in turn; of models that read captions or classes.
-    count, val_count: pictures. loss_weight: what each counts in the loss, beside a subject's picture, which counts 1.
-    guidance_scale, num_inference_steps: None: the model's own. seed: picture i is a function of it.
-    Raises ValueError, FileNotFoundError or DataError for a model that cannot draw such pictures.
+    """Pictures of classes or prompts, drawn by a model. run, runs_dir: the model. prompts, classes: what it draws, in
+    turn; the model must read captions or classes, respectively. count, val_count: numbers of training and validation
+    pictures. loss_weight: the weight of each picture in the loss, relative to a subject's picture, which has 1.
+    guidance_scale, num_inference_steps: None uses the model's own. seed: picture i is a function of it.
+    Raises ValueError, FileNotFoundError or DataError if the model cannot draw such pictures.
     """
 
     def __init__(
@@ -86,10 +88,10 @@ class ClassPictures(Source):
         return model.to(device_of(self.accelerator).type, memory_format=torch.channels_last)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self).items() if name != "model"}  # a process loads it itself
+        return {name: value for name, value in vars(self).items() if name != "model"}  # each process loads it itself
 
     def _words(self, split: str, i: int) -> tuple[str | None, int | None]:
-        """The caption and the class index of a picture."""
+        """Returns the caption and the class index of picture i, each None if it has none."""
         caption = self.prompts[i % len(self.prompts)] if self.prompts else None
         if not self.labels:
             return caption, None
@@ -100,7 +102,8 @@ class ClassPictures(Source):
         return replace(self.model.sampling, **{k: v for k, v in self.sampling.items() if v is not None})
 
     def samples(self, split: str, chunk: range) -> Iterator[tuple[str, dict[str, bytes]]]:
-        """Batches are the same wherever a shard begins, so that pictures do not depend on it."""
+        """Yields (key, files) of the pictures in `chunk`. Batches start at multiples of the batch size, so that
+        pictures do not depend on where a shard begins."""
         sampling, size = self._sampling(), self.batch_size
         for begin in range(chunk.start - chunk.start % size, chunk.stop, size):
             numbers = range(begin, begin + size)

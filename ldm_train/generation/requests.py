@@ -39,7 +39,7 @@ from ldm_train.rules import (
     whole,
 )
 
-# task: the condition it needs, None where any model can do it
+# task: the condition it needs, None if any model can do it
 TASKS = {
     "unconditional": None,
     "class": "class_label",
@@ -76,7 +76,7 @@ TEXTS = (
 
 
 def _size(value: Any) -> Any:
-    """A side, [height, width], or a ratio as width:height."""
+    """Checks a size: one side, [height, width], or a ratio "width:height". Raises ValueError if it is none of these."""
     if not isinstance(value, str):
         return either(whole(-MOST, MOST), numbers(2, PIXELS, "whole numbers"))(value)
     if not re.fullmatch(r"[1-9]\d{0,3}:[1-9]\d{0,3}", value):
@@ -104,7 +104,7 @@ RULES: dict[str, Rule] = {
 
 
 def check_types(config: DictConfig) -> None:
-    """Raises ValueError, naming the option, for a value of the wrong type."""
+    """Raises ValueError, naming the option, if a value has the wrong type or `out` is a file."""
     check(config, RULES)
     device_of(config.accelerator)
     if config.out is not None and Path(config.out).is_file():
@@ -115,8 +115,8 @@ def check_types(config: DictConfig) -> None:
 class Request:
     """One picture: its seed, the fields of its condition, these as text, and the picture and mask it starts from.
 
-    targets: of outside guides (classifier, CLIP), by field. mix: weighted fields, in the place of `fields`.
-    walk: (first seed, second seed, how far between them). images: the two pictures at the ends of a walk.
+    targets: of the external guides (classifier, CLIP), by field. mix: weighted fields, used instead of `fields`. walk:
+    (first seed, second seed, position between them from 0 to 1). images: the two pictures at the ends of a walk.
     """
 
     seed: int
@@ -137,12 +137,13 @@ class Request:
 
 
 def possible_tasks(model: LatentDiffusion, guided: Collection[str] = ()) -> list[str]:
-    """The tasks that a model can do. guided: fields that outside guides read."""
+    """Returns the tasks that a model can do. guided: fields that external guides read."""
     return [task for task, needed in TASKS.items() if needed is None or needed in (*model.fields, *guided)]
 
 
 def chosen_task(model: LatentDiffusion, config: DictConfig, guided: Collection[str] = ()) -> str:
-    """The task of the config, or the one that the given inputs imply. Raises ValueError where this model cannot do it."""
+    """Returns the config's task, or the one that the given inputs imply. Raises ValueError if this model cannot do it,
+    or if an option is missing or does not fit it."""
     task, fields = config.task, (*model.fields, *guided)
     if task is None:
         if config.mask is not None:
@@ -192,8 +193,9 @@ def chosen_task(model: LatentDiffusion, config: DictConfig, guided: Collection[s
 
 
 def picture_size(model: LatentDiffusion, size: Any, option: str = "size") -> tuple[int, int]:
-    """(H, W) of the pictures. size: also a ratio, width:height, for about as many pixels as the model was trained on. Raises
-    ValueError for a size that the model's halvings do not divide."""
+    """Returns (H, W) of the pictures. size: None for the training size, a side, [height, width], or a ratio
+    "width:height", which gives about as many pixels as the model was trained on. Raises ValueError if the model's
+    downsampling does not divide the size."""
     f = model.first_stage.downsample_factor
     trained, least = (model.latent_size[0] * f, model.latent_size[1] * f), f * model.network.size_multiple
     if size is None:
@@ -211,19 +213,19 @@ def picture_size(model: LatentDiffusion, size: Any, option: str = "size") -> tup
 
 
 def _by_field(model: LatentDiffusion) -> dict[str, Any]:
-    """The model's conditioners by the batch field that each reads."""
+    """Returns the model's conditioners by the batch field that each reads."""
     return {c.field: c for c in model.conditioners.values()}
 
 
 def known_fields(model: LatentDiffusion) -> dict[str, Field]:
-    """The fields there are, with those that the model's conditioners declare."""
+    """Returns the built-in batch fields and those that the model's conditioners declare."""
     return FIELDS | {c.declares.name: c.declares for c in model.conditioners.values() if c.declares is not None}
 
 
 @dataclass
 class _Inputs:
-    """What a job is given. given: entries by option; used: the option that fills each field of the condition; guided: the one
-    that each outside guide reads."""
+    """The inputs of a job. given: entries by option; used: the option that fills each field of the condition; guided:
+    the option that each external guide reads, by field."""
 
     model: LatentDiffusion
     given: dict[str, list[Any]]
@@ -232,7 +234,7 @@ class _Inputs:
 
     @classmethod
     def of(cls, model: LatentDiffusion, config: DictConfig, task: str, guides: Collection[str]) -> "_Inputs":
-        """Raises ValueError for an option that means nothing to this model."""
+        """Collects the inputs from the config. Raises ValueError if the model does not take a given option."""
         by_field = _by_field(model)
         option_of = {name: field.argument for name, field in known_fields(model).items() if name != "image"}
         own = [f"fields.{name}" for name in config.fields]
@@ -254,7 +256,8 @@ class _Inputs:
         return cls(model, {o: given[o] for o in sorted(options)}, used, guided)
 
     def paired(self, count: int) -> list[dict[str, Any]]:
-        """`count` entries of each option. Raises ValueError where an option has neither as many nor one."""
+        """Returns `count` dictionaries with one entry of each option; a single entry is repeated. Raises ValueError if
+        an option has neither `count` entries nor one."""
         for option, values in self.given.items():
             if len(values) not in (1, count):
                 raise ValueError(
@@ -263,7 +266,7 @@ class _Inputs:
         return [{o: values[j if len(values) > 1 else 0] for o, values in self.given.items()} for j in range(count)]
 
     def fields(self, entries: Mapping[str, Any], size: tuple[int, int]) -> dict[str, Any]:
-        """The condition that entries by option describe."""
+        """Returns the condition, by field, that entries (by option) describe."""
         known, channels = known_fields(self.model), self.model.first_stage.autoencoder.in_channels
         by_field = _by_field(self.model)
         return {
@@ -274,9 +277,10 @@ class _Inputs:
 
 
 def requests(model: LatentDiffusion, config: DictConfig, guides: Mapping[str, Any] | None = None) -> list[Request]:
-    """One entry per picture, in order. guides: {field: parser} of outside guides, which read `prompts` or `classes` too.
+    """Returns one request per picture, in order. guides: {field: parser} of external guides, which also read `prompts`
+    or `classes`.
 
-    Raises ValueError or FileNotFoundError where the model does not take what is asked, naming the option.
+    Raises ValueError or FileNotFoundError, naming the option, if the model does not take what is asked.
     """
     guides = guides or {}
     task, size = chosen_task(model, config, guides), picture_size(model, config.size)
@@ -302,7 +306,7 @@ def requests(model: LatentDiffusion, config: DictConfig, guides: Mapping[str, An
         n, first = own.get("n", config.n), own.get("seed")
         if len(all_requests) + n > MOST:
             raise ValueError(f"prompts asks for more than {MOST} pictures; make several jobs of them")
-        for i in range(1 if task == "reconstruct" else n):  # which has no randomness
+        for i in range(1 if task == "reconstruct" else n):  # reconstruction has no randomness
             number = len(all_requests)
             seed = config.seed + number if first is None else first + i
             all_requests.append(Request(seed, fields, text, number, image, mask, negative, targets))
@@ -312,7 +316,7 @@ def requests(model: LatentDiffusion, config: DictConfig, guides: Mapping[str, An
 def _start(
     model: LatentDiffusion, config: DictConfig, task: str, entries: Mapping[str, Any], size: tuple[int, int]
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """The picture and the mask that sampling starts from, where the task has them."""
+    """Returns the picture and the mask that sampling starts from, None if the task has none."""
     if task not in FROM_IMAGE:
         return None, None
     image = read_image(entries["image"], size, model.first_stage.autoencoder.in_channels)
@@ -325,7 +329,7 @@ def _start(
 
 
 def _words(entries: Mapping[str, str], fields: Mapping[str, Any], by_field: Mapping[str, Any]) -> str:
-    """The condition as readable text."""
+    """Returns the condition as readable text."""
     words = [entries[o] if o in ("prompts", "classes") else Path(entries[o]).name for o in entries if o != "layout"]
     boxes = [by_field[f].describe([fields[f]])[0] for f in fields if f == "boxes"]
     return " / ".join(filter(None, words + boxes))
@@ -339,7 +343,8 @@ def _weighted(text: str) -> tuple[float, str]:
 
 
 def _walk(config: DictConfig, inputs: _Inputs, size: tuple[int, int]) -> list[Request]:
-    """task=interpolate: sums of conditions (+prompt -prompt), or n steps from each condition, seed or picture to the next."""
+    """Returns the requests of task=interpolate: sums of conditions (+prompt -prompt), or n pictures, both ends
+    included, from each condition, seed or picture to the next."""
     given, prompts = inputs.given, inputs.given.get("prompts", [])
     if any(isinstance(p, dict) for p in prompts):
         raise ValueError("task=interpolate takes plain prompts, without a seed or n of their own")
@@ -369,7 +374,7 @@ def _walk(config: DictConfig, inputs: _Inputs, size: tuple[int, int]) -> list[Re
             mix = ((1 - t, fields[j]), (t, fields[j + 1])) if changes else ((1.0, fields[j]),)
             words = " to ".join(dict.fromkeys(" / ".join(stop.values()) for stop in (stops[j], stops[j + 1])))
             request = Request(
-                seed=config.seed,  # one along the walk: samplers that draw noise in every step draw the same
+                seed=config.seed,  # the same for the whole walk, so that stochastic samplers draw the same noise
                 fields={},
                 text=f"{words} {t:.2f}".strip(),
                 number=len(all_requests),
@@ -383,5 +388,5 @@ def _walk(config: DictConfig, inputs: _Inputs, size: tuple[int, int]) -> list[Re
 
 
 def latent_mask(mask: torch.Tensor, factor: int) -> torch.Tensor:
-    """(B, 1, H, W) -> (B, 1, h, w): a latent cell is drawn anew as soon as any of its pixels is."""
+    """(B, 1, H, W) -> (B, 1, h, w): a latent cell is drawn anew if any of its pixels is."""
     return F.max_pool2d(mask, factor)

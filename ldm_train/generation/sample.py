@@ -1,4 +1,4 @@
-"""ldm-sample: pictures from a trained model, one seed and one recipe per picture."""
+"""ldm-sample: draws pictures from a trained model, with one seed and one recipe per picture."""
 
 import json
 import os
@@ -39,8 +39,8 @@ COMPILE = ("default", "cuda_graphs")
 
 @dataclass(frozen=True)
 class Loaded:
-    """A model that is ready to draw. source: the folder with its weights. metadata: of its weights. trained: how its run drew.
-    adapters: what became part of its weights, for recipes."""
+    """A model that is ready to draw. source: the folder with its weights. metadata: of these weights. trained: the
+    sampling options that its run recorded. adapters: "sha256:strength" of each applied adapter, for recipes."""
 
     source: Path
     metadata: dict[str, Any]
@@ -50,9 +50,9 @@ class Loaded:
 
 
 def model_folder(run: str | None, runs_dir: str, option: str = "run") -> Path:
-    """A run (by name or folder), a model folder or one of diffusers -> the folder with its weights.
+    """Returns the folder with the weights of a run (by name or folder), a model folder or a diffusers folder.
 
-    Raises FileNotFoundError naming the runs there are.
+    Raises ValueError if `run` is None, and FileNotFoundError, listing the finished runs, if there is no trained model.
     """
     if run is None:
         raise ValueError(f"say which model: {option}=<run or model folder>")
@@ -66,7 +66,8 @@ def model_folder(run: str | None, runs_dir: str, option: str = "run") -> Path:
 
 
 def check(config: DictConfig, model: LatentDiffusion) -> dict[str, Any]:
-    """The options of classifier_free. Raises ValueError for invalid values, before any work is done."""
+    """Checks the config and returns the options of classifier_free. Raises ValueError for invalid values, before any
+    work is done."""
     model.schedule.timesteps(config.num_inference_steps, config.spacing)
     guidance = {k: v for k, v in plain(config.guidance).items() if v is not None and (k, v) != ("rescale", 0)}
     captions = [option for option in ("negative", "image_prompt") if config[option] is not None]
@@ -111,12 +112,12 @@ def check(config: DictConfig, model: LatentDiffusion) -> dict[str, Any]:
 
 
 def inverts(config: DictConfig, task: str) -> bool:
-    """Whether pictures are drawn from the noise of given ones."""
+    """Returns True if pictures are drawn from the inverted noise of given pictures."""
     return config.invert or (task == "interpolate" and config.image is not None)
 
 
 def check_wanted(config: DictConfig, task: str, wanted: list[Request], chosen: Any) -> None:
-    """Raises ValueError for options that do not fit the task. chosen: the sampler of the command, if any."""
+    """Raises ValueError if an option does not fit the task. chosen: the sampler that the command names, if any."""
     if any(r.negative is not None for r in wanted):
         if config.guidance_scale == 1:
             raise ValueError("negative need guidance: set guidance_scale above 1")
@@ -135,8 +136,8 @@ def check_wanted(config: DictConfig, task: str, wanted: list[Request], chosen: A
 
 
 def load(config: DictConfig, sampler: dict[str, Any] | None = None) -> Loaded:
-    """The model that `run`, `adapters` and `accelerator` say. sampler: of the user's own. Raises FileNotFoundError where there is
-    none, ValueError for one that is damaged or does not take the adapters."""
+    """Loads the model that `run`, `adapters` and `accelerator` specify. sampler: the user's own, if any. Raises
+    FileNotFoundError if there is no such model, ValueError if it is damaged or does not take the adapters."""
     source = model_folder(config.run, config.runs_dir)
     model = load_latent_diffusion(source, trusted(config, sampler))
     adapters = take_adapters(model, as_list(config.adapters, "adapters"), config.runs_dir)
@@ -145,14 +146,15 @@ def load(config: DictConfig, sampler: dict[str, Any] | None = None) -> Loaded:
 
 
 def trusted(config: DictConfig, sampler: dict[str, Any] | None) -> list[str]:
-    """The packages and parts that the user has named. sampler: of the command."""
+    """Returns the packages and parts that the user trusts: `trust` and those that the command's sampler names."""
     return [*config.trust, *(targets(sampler) if sampler else ())]
 
 
 def sample(config: DictConfig, loaded: Loaded | None = None, watch: Watch | None = None) -> list[Path]:
-    """Draws a job; returns its pictures' paths. loaded: the model that the config says, where it is in memory already.
+    """Draws a job; returns its pictures' paths. loaded: the config's model, if it is already in memory.
 
-    Raises ValueError, FileNotFoundError or Refused for a job that cannot be drawn, naming the recipe where one is given.
+    Raises ValueError, FileNotFoundError or Refused if the job cannot be drawn; a ValueError names the recipe if one is
+    given.
     """
     if config.recipe is None:
         return _sample(config, None, None, loaded, watch)
@@ -163,7 +165,7 @@ def sample(config: DictConfig, loaded: Loaded | None = None, watch: Watch | None
 
 
 def unsaid(config: DictConfig, trained: dict[str, Any]) -> dict[str, Any]:
-    """The options of sampling that the command leaves open, from the model's own run."""
+    """Returns the sampling options that the command leaves open, with the values that the model's run recorded."""
     options = {k: trained[k] for k in ("num_inference_steps", "guidance_scale", "spacing") if config[k] is None}
     guided = options.get("guidance_scale", config.guidance_scale) != 1
     if guided and config.guidance.interval is None and trained.get("guidance_interval"):
@@ -210,7 +212,8 @@ def _drawn_job(
 
 
 def _check_processes(config: DictConfig) -> None:
-    """Raises ValueError for options that need the one process, and for more processes than there are devices."""
+    """Raises ValueError for options that need a single process, for more processes than there are devices, and on
+    mps."""
     if config.film is not None:
         raise ValueError("film= is made while pictures are drawn, in one process; leave devices= and engine= out")
     kind = device_of(config.accelerator).type
@@ -223,7 +226,8 @@ def _check_processes(config: DictConfig) -> None:
 
 @dataclass(frozen=True)
 class Ready:
-    """What a command asks for, checked: pictures, what draws them, and their recipe. source: the folder with the model's weights."""
+    """A checked job: the pictures it asks for, the `Drawing` that makes them, and their recipe. source: the folder with
+    the model's weights."""
 
     source: Path
     recipe: dict[str, Any]
@@ -243,8 +247,8 @@ def _ready(config: DictConfig, recipe_before: dict[str, Any] | None, only: int |
     tree, device = given or loaded.trained["sampler"], model.device.type
     config = literal(OmegaConf.to_container(config, resolve=True) | unsaid(config, loaded.trained) | {"sampler": tree})
     if recipe_before and config.compile == "cuda_graphs" and device != "cuda":
-        config.compile = None  # the same pictures, but for rounding
-    if isinstance(config.size, str):  # a ratio; the recipe says pixels
+        config.compile = None  # the pictures are the same up to rounding
+    if isinstance(config.size, str):  # a ratio; the recipe records pixels
         config.size = list(picture_size(model, config.size))
     guidance, guides = check(config, model), Guides(config, model, device)
     if loaded.adapters:
@@ -257,7 +261,7 @@ def _ready(config: DictConfig, recipe_before: dict[str, Any] | None, only: int |
     sampler = build_sampler(tree, f"sampler of {config.recipe or source}", trust)
     if config.resample.repeats > 1:
         sampler = partial(resampled, sampler=sampler, **config.resample)
-    if inverts(config, task):  # inversion is of this sampler
+    if inverts(config, task):  # the only sampler that is inverted
         sampler = ddim
     weaker = None
     if config.weaker_model is not None:
@@ -288,7 +292,7 @@ def _ready(config: DictConfig, recipe_before: dict[str, Any] | None, only: int |
 
 
 def _check_same_weights(before: dict[str, Any], now: dict[str, Any], source: Path) -> None:
-    """Raises ValueError where a recipe was drawn by other weights; says where it was drawn on another machine."""
+    """Raises ValueError if a recipe was drawn with other weights; prints a note if it was drawn on another machine."""
     if before["model_sha256"] != now["model_sha256"]:
         raise ValueError(
             f"{source} does not hold the weights that drew this recipe; say where they are with run=<folder>"
@@ -300,17 +304,19 @@ def _check_same_weights(before: dict[str, Any], now: dict[str, Any], source: Pat
         print(f"drawn on {before['machine']}, here is {now['machine']}: pixels may differ slightly")
 
 
-_drawing: dict[str, Drawing] = {}  # in a process that draws parts of a job: what it has loaded
+_drawing: dict[str, Drawing] = {}  # in a worker process: the `Drawing` it has loaded, by `_drawn_from`
 
 
 def _drawn_from(recipe: dict[str, Any]) -> str:
-    """What a recipe's pictures depend on, on any machine: options, and the checksums of models and files."""
+    """Returns as JSON what a recipe's pictures depend on, on any machine: options, and checksums of models and
+    files."""
     return json.dumps({k: v for k, v in recipe.items() if k != "machine"}, sort_keys=True)
 
 
 def _drawn(shared: tuple[dict[str, Any], dict[str, Any] | None, str, int], part: list[Request]) -> torch.Tensor:
-    """The pictures of one part of a job, in another process than the command's. shared: its config, the recipe that is drawn again,
-    what its own recipe depends on, and its number of threads. Raises ValueError where this machine has other files."""
+    """Draws one part of a job in a worker process. shared: the config, the recipe that is replayed (or None), the
+    `_drawn_from` of the job's own recipe, and the number of threads. Raises ValueError if this machine has other models
+    or files."""
     tree, recipe_before, drawn_from, threads = shared
     torch.set_num_threads(threads)
     if drawn_from not in _drawing:
@@ -327,7 +333,8 @@ def _drawn(shared: tuple[dict[str, Any], dict[str, Any] | None, str, int], part:
 def _drawn_elsewhere(
     config: DictConfig, recipe_before: dict[str, Any] | None, drawn_from: str, parts: Parts
 ) -> Iterator[tuple[int, torch.Tensor]]:
-    """(number, pictures) of each part as they end, from `devices` processes of this machine or of a cluster."""
+    """Yields (number, pictures) of each part as it finishes, drawn by `devices` processes on this machine or a
+    cluster."""
     gpus = device_of(config.accelerator).type == "cuda"
     tree = OmegaConf.to_container(config, resolve=True) | {"accelerator": "gpu" if gpus else "cpu"}
     shared = (tree, recipe_before, drawn_from, torch.get_num_threads())

@@ -15,7 +15,7 @@ def vanilla_loss(logits_real: torch.Tensor, logits_fake: torch.Tensor) -> torch.
 
 
 def conv_weight_gradient(conv: nn.Conv2d, features: torch.Tensor, grad_output: torch.Tensor) -> torch.Tensor:
-    """d loss / d conv.weight from the layer's input and d loss / d output, averaged over ranks, float32."""
+    """Returns d loss / d conv.weight, given the layer's input and d loss / d output; float32, averaged over ranks."""
     gradient = torch.nn.grad.conv2d_weight(
         features.detach().float(), conv.weight.shape, grad_output.float(), stride=conv.stride, padding=conv.padding
     )
@@ -28,7 +28,7 @@ def conv_weight_gradient(conv: nn.Conv2d, features: torch.Tensor, grad_output: t
 def adaptive_weight(
     conv: nn.Conv2d, features: torch.Tensor, g_rec: torch.Tensor, g_gan: torch.Tensor, limit: float
 ) -> torch.Tensor:
-    """||grad_W rec|| / (||grad_W gan|| + 1e-4), clamped to [0, limit]; W is the decoder's last convolution.
+    """Returns ||grad_W rec|| / (||grad_W gan|| + 1e-4), clamped to [0, limit]; W is the decoder's last convolution.
 
     g_rec, g_gan: gradients of the two losses with respect to the reconstruction, (B, C, H, W).
     """

@@ -1,4 +1,4 @@
-"""The loss of stage 1: L1 + LPIPS inside a Gaussian likelihood, KL, and a patch discriminator, in one backward pass."""
+"""The loss of stage 1: L1 + LPIPS with a log-variance, KL, and a patch discriminator, in one backward pass."""
 
 import torch
 from torch import nn
@@ -10,7 +10,7 @@ from ldm_train.models.posterior import Posterior
 
 
 class RunningLogits(nn.Module):
-    """Running means of a discriminator's logits of real and of reconstructed pictures, and LeCAM's distance from them."""
+    """Running means of a discriminator's logits for real and reconstructed images, and LeCAM's distance from them."""
 
     real: torch.Tensor
     fake: torch.Tensor
@@ -22,7 +22,7 @@ class RunningLogits(nn.Module):
             self.register_buffer(name, torch.zeros(()))
 
     def forward(self, logits_real: torch.Tensor, logits_fake: torch.Tensor) -> torch.Tensor:
-        """E relu(D(x) - fake)^2 + E relu(real - D(G))^2, a scalar; then the means move by 1 - decay."""
+        """Returns E relu(D(x) - fake)^2 + E relu(real - D(G))^2, a scalar, then updates the means by 1 - decay."""
         distance = (logits_real - self.fake).relu().square().mean() + (self.real - logits_fake).relu().square().mean()
         with torch.no_grad():
             real, fake = mean_over_ranks(torch.stack([logits_real.detach().mean(), logits_fake.detach().mean()]))
@@ -32,28 +32,30 @@ class RunningLogits(nn.Module):
 
 
 class AutoencoderLoss(nn.Module):
-    """As published (Rombach et al. 2022, appendix G): of KL models sums over C, H, W per image, of VQ models means; means
-    over the batch.
+    """The published loss (Rombach et al. 2022, appendix G): a mean over the batch of, per image, sums over C, H, W (KL
+    models) or means (VQ models).
 
     perceptual         (images, targets) -> (B,), or None
     discriminator      images -> logits, or None
-    kl_weight          of KL(q || N(0, 1)) summed over the latents
-    codebook_weight    of a VQ model's quantisation loss, a mean over the latents, against the mean reconstruction error
-    reduction          of the generator's loss over C, H, W, all its terms alike: "sum" (KL models) or "mean" (VQ models).
-                       It says in which unit max_adaptive_weight and gradients are; the minimum is the same
-    perceptual_weight  of the perceptual distance, which is broadcast over C, H, W before summing
-    disc_weight        of the generator's adversarial term, times the adaptive weight
-    disc_factor        of both adversarial terms
-    disc_start         optimiser steps before which both adversarial terms are off
+    kl_weight          weight of KL(q || N(0, 1)) summed over the latents
+    codebook_weight    weight of a VQ model's quantisation loss, a mean over the latents, relative to the mean
+                       reconstruction error
+    reduction          reduction over C, H, W of all terms of the generator's loss: "sum" (KL models) or "mean" (VQ
+                       models). It sets the unit of max_adaptive_weight and of the gradients; the minimum is the same
+    perceptual_weight  weight of the perceptual distance, which is broadcast over C, H, W before summing
+    disc_weight        weight of the generator's adversarial term, multiplied by the adaptive weight
+    disc_factor        weight of both adversarial terms
+    disc_start         optimiser step at which the adversarial terms are switched on
     disc_ramp          optimiser steps over which the generator's term grows from 0 after disc_start
-    disc_warmup        optimiser steps before disc_start in which the discriminator alone trains
+    disc_warmup        optimiser steps before disc_start in which only the discriminator's term is on
     disc_loss          "hinge" or "vanilla"
-    max_adaptive_weight    clamp of the adaptive weight
+    max_adaptive_weight    upper limit of the adaptive weight
     learn_logvar       learn the likelihood's log-variance, a scalar that starts at 0
-    lecam_weight       of LeCAM (Tseng et al. 2021, arXiv:2104.03310, eq. 4): the discriminator's logits stay near the running
-                       means of those of the other kind of pictures, for small sets
-    r1_weight          of the discriminator's squared gradient at real pictures over 2 (Mescheder et al. 2018, arXiv:1801.04406,
-                       eq. 9), summed over C, H, W
+    lecam_weight       weight of LeCAM (Tseng et al. 2021, arXiv:2104.03310, eq. 4), for small data sets: keeps the
+                       discriminator's logits near the running means of its logits for the other kind of image
+    r1_weight          weight of half the squared norm over C, H, W of the discriminator's gradient at real images
+                       (Mescheder et al. 2018, arXiv:1801.04406, eq. 9)
+    Raises ValueError for other values of disc_loss or reduction.
     """
 
     def __init__(
@@ -91,13 +93,13 @@ class AutoencoderLoss(nn.Module):
         self.usual_logits = RunningLogits()
 
     def generator_factor(self, step: int) -> float:
-        """0 before disc_start, then a ramp to 1 over disc_ramp optimiser steps."""
+        """Returns 0 before disc_start or without a discriminator, then a ramp to 1 over disc_ramp optimiser steps."""
         if self.discriminator is None or step < self.disc_start:
             return 0.0
         return min(1.0, (step - self.disc_start + 1) / self.disc_ramp) if self.disc_ramp else 1.0
 
     def reconstruction(self, images: torch.Tensor, reconstructions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Per image: L1 + perceptual, summed over C, H, W (B,), and the perceptual distance alone (B,)."""
+        """Returns per image L1 + perceptual, summed over C, H, W (B,), and the unweighted perceptual distance (B,)."""
         l1 = (images - reconstructions).abs().flatten(1).sum(dim=1)
         if self.perceptual is None:
             return l1, torch.zeros_like(l1)
@@ -116,9 +118,9 @@ class AutoencoderLoss(nn.Module):
         """Returns (scalar, logs). Only the scalar's gradient is meaningful, not its value; the logs hold the losses.
 
         images, reconstructions (B, C, H, W) in [-1, 1]; features: the input of `last_layer`; step: optimiser steps
-        done. The gradients of both generator losses are taken at a copy of the reconstruction, so the graphs of
-        generator and discriminator never meet: nothing leaks, and one backward pass serves both. It equals the
-        simultaneous update in which both players see the same state.
+        done. The gradients of both generator losses are taken at a detached copy of the reconstruction, so the graphs
+        of generator and discriminator stay separate: neither loss reaches the other's parameters, and one backward pass
+        serves both. This equals a simultaneous update in which both see the same state.
         """
         with full_precision(images.device):
             images, leaf = images.float(), reconstructions.detach().float().requires_grad_()
@@ -128,7 +130,7 @@ class AutoencoderLoss(nn.Module):
             nll = (per_image / self.logvar.detach().exp()).mean()
             (direction,) = torch.autograd.grad(nll / unit, leaf)
             regularisation = {name: value.mean() for name, value in posterior.regularisation().items()}
-            # With a fixed log-variance this carries no gradient; learned, it is the likelihood's own update.
+            # With a fixed log-variance this has no gradient; with a learned one it trains the log-variance.
             likelihood = (per_image.detach() / self.logvar.exp() + self.logvar * size).mean()
             logs = {
                 "nll": likelihood.detach() / size,
@@ -155,9 +157,9 @@ class AutoencoderLoss(nn.Module):
         step: int,
         logs: dict[str, torch.Tensor],
     ) -> tuple[torch.Tensor | float, torch.Tensor]:
-        """(the generator's adversarial gradient at the reconstruction, the discriminator's loss)."""
+        """Returns (the weighted adversarial gradient at the reconstruction, or 0; the discriminator's loss)."""
         if step < self.disc_start - self.disc_warmup:
-            # Zero gradients keep every parameter in the graph, which DDP asks for, at no cost.
+            # Zero gradients keep every parameter in the graph, as DDP requires, at almost no cost.
             return 0.0, 0.0 * sum(p.sum() for p in self.discriminator.parameters())
         real = images.detach().requires_grad_() if self.r1_weight else images
         logits_real, logits_fake = self.discriminator(real), self.discriminator(leaf)

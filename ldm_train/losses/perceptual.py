@@ -1,7 +1,7 @@
-"""Perceptual distances: LPIPS on VGG16 (Zhang et al. 2018, arXiv:1801.03924) and `tiny`, our own network that ships here.
+"""Perceptual distances: LPIPS on VGG16 (Zhang et al. 2018, arXiv:1801.03924) and `tiny`, our own shipped network.
 
-Both map (images, targets), each (B, C, H, W) in [-1, 1], to a distance per image (B,). One channel is repeated; of other
-numbers than three it is the mean over `channel_groups`.
+Both map (images, targets), each (B, C, H, W) in [-1, 1], to a distance per image (B,). A single channel is repeated;
+for other channel counts than three the distance is the mean over `channel_groups`.
 """
 
 from collections.abc import Sequence
@@ -18,17 +18,17 @@ from ldm_train.images import in_threes, mean_over_groups
 from ldm_train.storage import file_sha256
 
 WEIGHTS = Path(__file__).parent / "weights"
-VGG16_FILE = "vgg16-397923af.pth"  # torchvision IMAGENET1K_V1; the name carries the start of its sha256
+VGG16_FILE = "vgg16-397923af.pth"  # torchvision IMAGENET1K_V1; the name ends in the start of its sha256
 VGG16_URL = f"https://download.pytorch.org/models/{VGG16_FILE}"
 
 
 def _normalise(features: torch.Tensor) -> torch.Tensor:
-    # 1e-10 inside the root: the gradient of sqrt at 0 is infinite (CompVis/latent-diffusion issue 176)
+    # 1e-10 inside the root, since the gradient of sqrt at 0 is infinite (CompVis/latent-diffusion issue 176)
     return features / torch.sqrt(features.square().sum(dim=1, keepdim=True) + 1e-10)
 
 
 class TinyFeatures(nn.Module):
-    """Convolution stages, each half the resolution of the one before, as feature maps for a perceptual distance.
+    """Convolution stages, each at half the previous resolution, whose feature maps give a perceptual distance.
 
     widths: channels per stage. Trained by `experiment=tiny_perceptual`, see weights/README.md.
     """
@@ -52,19 +52,20 @@ class TinyFeatures(nn.Module):
         return maps
 
     def embedding(self, images: torch.Tensor) -> torch.Tensor:
-        """`pooled` of images of any size, at the 64 pixels the networks were trained for; the mean over groups of channels."""
+        """Returns `pooled` features of images (B, C, H, W) of any size, resized to the 64 pixels the networks were
+        trained for; averaged over groups of channels."""
         seen = in_threes(images.float())
         if seen.shape[-2:] != (64, 64):
             seen = F.interpolate(seen, (64, 64), mode="bilinear", antialias=True, align_corners=False)
         return mean_over_groups(self.pooled(seen), images.shape[1])
 
     def pooled(self, images: torch.Tensor) -> torch.Tensor:
-        """The last map averaged over space: (B, widths[-1])."""
+        """Returns the last map averaged over space, (B, widths[-1])."""
         return self(images)[-1].mean(dim=(2, 3))
 
 
 def load_tiny(name: str) -> TinyFeatures:
-    """A shipped network by name: "tiny" (for losses) or "tiny_eval" (for numbers only). Frozen, in eval mode."""
+    """Loads a shipped network, "tiny" (for losses) or "tiny_eval" (for evaluation only), frozen and in eval mode."""
     path = WEIGHTS / f"{name}.safetensors"
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing from the installation; reinstall ldm-train, it ships this file")
@@ -78,7 +79,7 @@ def load_tiny(name: str) -> TinyFeatures:
 class TinyPerceptual(nn.Module):
     """Squared distance of unit-normalised `tiny` features, averaged over space, summed over channels and stages.
 
-    Scaled so that unrelated photos are about 0.7 apart, as they are for LPIPS-VGG: loss weights carry over.
+    Scaled so that unrelated photos are about 0.7 apart, as with LPIPS-VGG, so that loss weights carry over.
     """
 
     scale = 0.15
@@ -91,7 +92,7 @@ class TinyPerceptual(nn.Module):
         return super().train(False)  # frozen: BatchNorm must never see training batches
 
     def forward(self, images: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        """(B, C, H, W) twice, in [-1, 1] -> (B,). Gradients flow to both arguments."""
+        """images, targets (B, C, H, W) in [-1, 1] -> distances (B,). Gradients flow to both arguments."""
         with full_precision(images.device):
             ours, theirs = self.features(in_threes(images.float())), self.features(in_threes(targets.float()))
             gaps = [(_normalise(a) - _normalise(b)).square().sum(1).mean(dim=(1, 2)) for a, b in zip(ours, theirs)]
@@ -99,11 +100,12 @@ class TinyPerceptual(nn.Module):
 
 
 def hub_file(label: str, name: str, url: str, path: str | Path | None, option: str, without: str) -> Path:
-    """A file of weights: `path` if given, else torch.hub's cache, downloaded with a progress bar and checksum if absent.
+    """Returns a weights file: `path` if given, else torch.hub's cached one, downloaded with a checksum if missing.
 
-    label: what they are of. name: as torch.hub has them, ending in the start of the file's sha256. option, without: the option for a
-    local file, and the way to do without one, both for the message. Raises FileNotFoundError, naming file and folder, when
-    there is no network.
+    label: the network's name, for messages. name: the file's name in torch.hub, ending in the start of its sha256.
+    option, without: the option that names a local file, and the way to do without the file, for the message. Raises
+    FileNotFoundError, naming file and folder, if the file is missing and cannot be downloaded, and ValueError if the
+    cached file is damaged.
     """
     target = Path(path).expanduser() if path else Path(torch.hub.get_dir()) / "checkpoints" / name
     prefix = name.rsplit("-", 1)[1].partition(".")[0]
@@ -127,7 +129,7 @@ def hub_file(label: str, name: str, url: str, path: str | Path | None, option: s
 
 
 def vgg16_weights(path: str | Path | None = None) -> Path:
-    """The VGG16 file, see `hub_file`."""
+    """Returns the VGG16 weights file, see `hub_file`."""
     return hub_file(
         "VGG16", VGG16_FILE, VGG16_URL, path, "autoencoder.loss.perceptual.weights=<file>",
         "train without a download: autoencoder/loss/perceptual=tiny",
@@ -135,20 +137,20 @@ def vgg16_weights(path: str | Path | None = None) -> Path:
 
 
 class LPIPS(nn.Module):
-    """LPIPS v0.1 with a VGG16 trunk (frozen). The linear heads are those that torchmetrics ships.
+    """LPIPS v0.1 with a frozen VGG16 trunk and the linear heads that torchmetrics ships.
 
     weights: path of the torchvision VGG16 state dict; None uses torch.hub's cache and downloads once.
     """
 
-    # The ReLU outputs compared: relu1_2, relu2_2, relu3_3, relu4_3, relu5_3.
+    # The ReLU outputs that are compared: relu1_2, relu2_2, relu3_3, relu4_3, relu5_3.
     taps = (3, 8, 15, 22, 29)
 
     def __init__(self, weights: str | Path | None = None):
         super().__init__()
-        from torchvision.models.vgg import cfgs, make_layers  # here: the shipped network does not need torchvision
+        from torchvision.models.vgg import cfgs, make_layers  # here: the shipped network does not need it
 
         trunk = make_layers(cfgs["D"])
-        if torch.get_default_device().type != "meta":  # where only its size is asked for
+        if torch.get_default_device().type != "meta":  # on the meta device only sizes are needed, no weights
             state = torch.load(vgg16_weights(weights), map_location="cpu", weights_only=True)
             state = {k.removeprefix("features."): v for k, v in state.items() if k.startswith("features.")}
             trunk.load_state_dict(state)
@@ -170,7 +172,7 @@ class LPIPS(nn.Module):
         return maps
 
     def forward(self, images: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        """(B, C, H, W) twice, in [-1, 1] -> (B,). Runs in float32 even under autocast."""
+        """images, targets (B, C, H, W) in [-1, 1] -> distances (B,). Runs in float32 even under autocast."""
         with full_precision(images.device):
             gaps = [
                 (head * (a - b).square()).sum(dim=1).mean(dim=(1, 2))
@@ -180,7 +182,7 @@ class LPIPS(nn.Module):
 
 
 def load_lpips_heads() -> list[torch.Tensor]:
-    """The five linear heads of LPIPS-VGG, each (1, C, 1, 1), non-negative."""
+    """Loads the five linear heads of LPIPS-VGG, each (1, C, 1, 1), non-negative."""
     import torchmetrics.functional.image as tm
 
     path = Path(tm.__file__).parent / "lpips_models" / "vgg.pth"

@@ -1,6 +1,7 @@
 """Metrics of sets of features: Frechet and kernel distances, precision and recall, Inception score.
 
-All in float64, each as an `Estimate` with its 95 % interval. Sets are accumulated in a stream (`FeatureSet`).
+All are computed in float64 and returned as an `Estimate` with a 95 % interval. Sets are accumulated as a stream
+(`FeatureSet`).
 """
 
 import math
@@ -12,8 +13,8 @@ import torch
 
 from ldm_train.metrics.sets import GROUPS, FeatureSet, Moments
 
-BLOCK = 1024  # rows of a matrix of distances at a time
-NEAREST = 16  # neighbours remembered while groups are left out
+BLOCK = 1024  # rows of a distance matrix computed at a time
+NEAREST = 16  # neighbours kept for leaving groups out
 T_QUANTILE = 2.0930240544083  # of Student's t with GROUPS - 1 degrees of freedom at 97.5 %
 NORMAL_QUANTILE = 1.959963984540054
 
@@ -30,7 +31,7 @@ class Estimate:
 
     @classmethod
     def around(cls, value: float, spread: float, n: int) -> "Estimate":
-        """value ± spread; NaN: there are too few samples for an interval."""
+        """Returns value ± spread; a spread of NaN means too few samples for an interval."""
         return cls(value, value - spread, value + spread, n)
 
     @property
@@ -38,7 +39,7 @@ class Estimate:
         return not math.isnan(self.low)
 
     def as_dict(self) -> dict[str, Any]:
-        value = self.value if math.isfinite(self.value) else None  # the PSNR of equal pictures
+        value = self.value if math.isfinite(self.value) else None  # infinite, e.g. the PSNR of equal pictures
         return {"value": value, "interval": [self.low, self.high] if self.has_interval else None, "n": self.n}
 
 
@@ -59,7 +60,7 @@ class Frechet:
     """The Frechet distance to a fixed reference:  |mu_a - mu_b|^2 + Tr(A + B - 2 (A^1/2 B A^1/2)^1/2)
     (Dowson and Landau 1982; Heusel et al. 2017).
 
-    The root is taken of a symmetric matrix by its eigenvalues: no imaginary residue, also at deficient rank.
+    The root is that of a symmetric matrix, by its eigenvalues: no imaginary residue, even at deficient rank.
     """
 
     def __init__(self, reference: Moments):
@@ -73,13 +74,13 @@ class Frechet:
 
 
 def frechet_distance(a: Moments, b: Moments) -> float:
-    """`Frechet` of two sets."""
+    """Returns the Frechet distance of two sets."""
     return Frechet(a)(b)
 
 
 def _jackknife(value: float, left: Sequence[float], n: int) -> Estimate:
-    """The interval of a delete-a-group jackknife, Student's t with GROUPS - 1 degrees of freedom. left: the values without
-    each group; none where there are too few samples for an interval."""
+    """Returns `value` with the interval of a delete-a-group jackknife (Student's t, GROUPS - 1 degrees of freedom).
+    left: the values without each group; empty if there are too few samples for an interval."""
     rest = torch.tensor(left, dtype=torch.float64)
     squares = (rest - rest.mean()).square().sum()
     spread = T_QUANTILE * float(((len(rest) - 1) / len(rest) * squares).sqrt()) if left else math.nan
@@ -87,10 +88,10 @@ def _jackknife(value: float, left: Sequence[float], n: int) -> Estimate:
 
 
 def frechet_estimate(reference: Moments, made: FeatureSet) -> Estimate:
-    """The Frechet distance of a set to a fixed reference, with the interval of a jackknife that leaves out one of 20
-    groups at a time.
+    """Returns the Frechet distance of a set to a fixed reference, with the interval of a jackknife that leaves out one
+    of 20 groups at a time.
 
-    A bootstrap would be of no use: drawing with replacement adds the bias of smaller samples. Coverage is measured in
+    A bootstrap would not work: drawing with replacement adds the bias of smaller samples. Coverage is measured in
     tests. Fewer than 60 samples have no interval (NaN).
     """
     distance, joint = Frechet(reference), made.moments
@@ -99,9 +100,9 @@ def frechet_estimate(reference: Moments, made: FeatureSet) -> Estimate:
 
 
 def frechet_at_infinity(reference: Moments, made: FeatureSet) -> Estimate:
-    """What the Frechet distance would be with infinitely many samples of the same model (Chong and Forsyth 2020): its
-    bias falls as 1 / n, so the line through the value at n and those at n / 2 is followed to 1 / n = 0. The reference
-    stays the finite set it is. Fewer than 120 samples raise ValueError."""
+    """Extrapolates the Frechet distance to infinitely many samples of the same model (Chong and Forsyth 2020): its bias
+    falls as 1 / n, so the line through the value at n and those at n / 2 is extended to 1 / n = 0. The reference stays
+    the finite set it is. Raises ValueError for fewer than 120 samples."""
     n = made.count
     if n < 6 * GROUPS:
         raise ValueError(f"an extrapolation to infinite n needs at least {6 * GROUPS} samples, got {n}")
@@ -129,16 +130,16 @@ def polynomial(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
 
 
 def gaussian(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-    """CMMD's kernel on embeddings of length 1, deviation 10 (Jayasumana et al. 2024)."""
+    """CMMD's kernel on embeddings of length 1, standard deviation 10 (Jayasumana et al. 2024)."""
     return torch.exp(-torch.cdist(x, y).square() / 200)
 
 
 def kernel_estimate(
     reference: torch.Tensor, features: torch.Tensor, kernel: Kernel = polynomial, scale: float = 1.0
 ) -> Estimate:
-    """The unbiased squared maximum mean discrepancy of features (M, dim) to a fixed reference (N, dim), times `scale`,
-    with the interval of the jackknife that leaves out one sample at a time, in closed form. It is unbiased, so the
-    interval holds at any n. Two samples have none (NaN)."""
+    """Returns the unbiased squared maximum mean discrepancy of features (M, dim) to a fixed reference (N, dim), times
+    `scale`, with the interval of the jackknife that leaves out one sample at a time, in closed form. It is unbiased, so
+    the interval holds at any n. Two samples have no interval (NaN); fewer on either side raise ValueError."""
     a, b = reference.double(), features.double()
     n, m = len(a), len(b)
     if n < 2 or m < 2:
@@ -161,11 +162,11 @@ def kernel_estimate(
 
 
 def inception_score(made: FeatureSet) -> Estimate:
-    """exp E KL(p(y|x) || p(y)) of all samples as one split (Salimans et al. 2016). Raises ValueError where the extractor
-    gave no class probabilities."""
+    """Returns exp E KL(p(y|x) || p(y)) of all samples as one split (Salimans et al. 2016). Raises ValueError if the
+    extractor gave no class probabilities."""
     if not made.class_sums:
         raise ValueError("an Inception score needs an extractor with classes (a method `logits`)")
-    n_made = made.count  # before the groups' counts: it brings them up to date
+    n_made = made.count  # read before the groups' counts, which it updates
     groups = range(len(made.groups))
 
     def score(skip: int | None) -> float:
@@ -195,7 +196,7 @@ def precision_estimate(reference: torch.Tensor, features: torch.Tensor, k: int =
 
 def recall_estimate(reference: torch.Tensor, features: torch.Tensor, indices: torch.Tensor, k: int = 3) -> Estimate:
     """Improved recall: the share of reference features (N, dim) within the distance of some sample (M, dim) to its k-th
-    neighbour. indices (M,): for the jackknife, which leaves groups of samples out."""
+    neighbour. indices (M,): of the samples, which determine the groups that the jackknife leaves out."""
     a, b = reference.double(), features.double()
     _enough(a, b, k)
     groups, m = indices % GROUPS, len(b)
@@ -205,7 +206,7 @@ def recall_estimate(reference: torch.Tensor, features: torch.Tensor, indices: to
     def radii(skip: int | None) -> torch.Tensor:
         if skip is None:
             return distances[:, k]
-        among = (groups[neighbours] != skip).cumsum(dim=1) > k  # itself is the first neighbour
+        among = (groups[neighbours] != skip).cumsum(dim=1) > k  # a sample's first neighbour is itself
         chosen = distances.gather(1, among.long().argmax(dim=1, keepdim=True)).squeeze(1)
         return chosen.masked_fill(groups == skip, -1.0)  # a sample that is left out covers nothing
 

@@ -1,8 +1,8 @@
 """Feature extractors: images (B, C, H, W) in [-1, 1] -> features (B, D).
 
-Its name in the config is part of the metrics' names. One with classes also has `logits` (features -> (B, classes)), for the
-Inception score; one of texts has `texts` (captions -> (B, D)), for CLIPScore. A module of a user's own needs no more
-than the call.
+An extractor's name in the config is part of the metrics' names. One with classes also has `logits` (features -> (B,
+classes)), for the Inception score; one that embeds text has `texts` (captions -> (B, D)), for CLIPScore. A user's own
+module only needs to be callable.
 """
 
 import hashlib
@@ -23,7 +23,7 @@ INCEPTION_URL = f"https://github.com/toshas/torch-fidelity/releases/download/v0.
 
 
 def weights_hash(module: nn.Module) -> str:
-    """sha256 over names and values of a module's weights: identifies an extractor."""
+    """Returns the sha256 of the names and values of a module's weights, which identifies an extractor."""
     digest = hashlib.sha256()
     for name, value in sorted(module.state_dict().items()):
         digest.update(name.encode())
@@ -32,8 +32,8 @@ def weights_hash(module: nn.Module) -> str:
 
 
 class Extractor(nn.Module):
-    """A network, frozen, and in eval mode also inside a task that trains. Of pictures that are neither grey nor RGB the
-    features are the mean over `channel_groups`."""
+    """A frozen network that stays in eval mode, even inside a task that trains. For pictures that are neither grey nor
+    RGB, the features are the mean over `channel_groups`."""
 
     name: str
 
@@ -61,9 +61,10 @@ class TinyEval(Extractor):
 
 
 class Inception(Extractor):
-    """The Inception network of the published FID: torch-fidelity's port of the TensorFlow graph of 2015, with its resize.
+    """The Inception network of the published FID: torch-fidelity's port of the TensorFlow graph of 2015, with its
+    resize.
 
-    weights: a local copy of its file; None takes torch.hub's cache and downloads once (96 MB, checksum checked).
+    weights: a local copy of its file; None uses torch.hub's cache and downloads once (96 MB, checksum checked).
     Pictures go in as 8-bit values, as they would from files. (B, 2048) features, 1,008 classes.
     """
 
@@ -82,12 +83,13 @@ class Inception(Extractor):
         return mean_over_groups(self.network(pixels)[0], images.shape[1])
 
     def logits(self, features: torch.Tensor) -> torch.Tensor:
-        """(B, 2048) -> (B, 1008), without the bias, as the published score."""
+        """(B, 2048) -> (B, 1008), without the bias, as in the published score."""
         return features @ self.network.fc.weight.T
 
 
 def _named(option: str, path: str, load: Callable[[str], nn.Module]) -> nn.Module:
-    """The result of `load`. Raises FileNotFoundError, naming the option to change, where the model cannot be obtained."""
+    """Returns the result of `load`. Raises FileNotFoundError, naming the option to change, if the model cannot be
+    obtained."""
     try:
         return load(str(Path(path).expanduser()) if path.startswith("~") else path)
     except FileNotFoundError as error:

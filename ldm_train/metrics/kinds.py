@@ -21,7 +21,7 @@ from ldm_train.metrics.sets import GROUPS, FeatureSet
 
 
 class FrechetDistance(Metric):
-    """fd: on any extractor (FD-DINOv2, Stein et al. 2023)."""
+    """fd: the Frechet distance on any extractor, e.g. FD-DINOv2 (Stein et al. 2023)."""
 
     needs_features = False
 
@@ -30,13 +30,13 @@ class FrechetDistance(Metric):
 
 
 class FrechetInceptionDistance(FrechetDistance):
-    """fid (Heusel et al. 2017)."""
+    """fid: the Frechet Inception distance (Heusel et al. 2017)."""
 
     published_with = "inception"
 
 
 class FrechetAtInfinity(FrechetInceptionDistance):
-    """fid_inf: extrapolated to infinitely many images (Chong and Forsyth 2020)."""
+    """fid_inf: the FID extrapolated to infinitely many images (Chong and Forsyth 2020)."""
 
     least = 6 * GROUPS
 
@@ -45,7 +45,7 @@ class FrechetAtInfinity(FrechetInceptionDistance):
 
 
 class KernelInceptionDistance(Metric):
-    """kid (Binkowski et al. 2018)."""
+    """kid: the kernel Inception distance (Binkowski et al. 2018)."""
 
     published_with = "inception"
 
@@ -54,7 +54,7 @@ class KernelInceptionDistance(Metric):
 
 
 class ClipMaximumMeanDiscrepancy(Metric):
-    """cmmd, in thousandths (Jayasumana et al. 2024)."""
+    """cmmd: the CLIP maximum mean discrepancy, times 1,000 (Jayasumana et al. 2024)."""
 
     published_with = "clip"
 
@@ -63,7 +63,7 @@ class ClipMaximumMeanDiscrepancy(Metric):
 
 
 class InceptionScore(Metric):
-    """is (Salimans et al. 2016), of all images as one split."""
+    """is: the Inception score (Salimans et al. 2016), of all images as one split."""
 
     published_with, higher_is_better, needs_classes, compared_with = "inception", True, True, ()
 
@@ -72,7 +72,7 @@ class InceptionScore(Metric):
 
 
 class Precision(Metric):
-    """precision, improved (Kynkaanniemi et al. 2019)."""
+    """precision: improved precision (Kynkaanniemi et al. 2019)."""
 
     published_with, higher_is_better = "inception", True
 
@@ -81,14 +81,14 @@ class Precision(Metric):
 
 
 class Recall(Precision):
-    """recall, improved."""
+    """recall: improved recall (Kynkaanniemi et al. 2019)."""
 
     def measure(self, made: FeatureSet, values: torch.Tensor, *others: FeatureSet) -> Estimate:
         return recall_estimate(others[0].kept()[0], *made.kept())
 
 
 class PerImage(Metric):
-    """The mean of a value that each image has by itself, under the condition that it was drawn under (`collect`)."""
+    """The mean of a value that each image has by itself, given the condition it was drawn under (`collect`)."""
 
     higher_is_better, compared_with = True, ()
 
@@ -114,8 +114,9 @@ class ClipScore(PerImage):
 
 
 class ClassAccuracy(PerImage):
-    """class_accuracy: the share of images that a classifier takes for the class they were drawn as (Ravuri and Vinyals 2019 train
-    on samples and classify photos; here the classifier is of photos). Its classes are the data's, in their order."""
+    """class_accuracy: the share of images that a classifier assigns to the class they were drawn under (Ravuri and
+    Vinyals 2019 train on samples and classify photos; here the classifier is trained on photos). Its classes are the
+    data's, in their order."""
 
     def check(self, extractor: Any, fields: Sequence[str]) -> None:
         if "class_label" not in fields:

@@ -15,8 +15,8 @@ def spectrum_slope(latents: torch.Tensor) -> torch.Tensor:
     """Slope of log power over log frequency of latents (B, C, h, w) -> (B,): about -2 for natural pictures, 0 for white
     noise. A flat spectrum has no coarse-to-fine order that diffusion could follow (Skorokhodov et al. 2025).
 
-    The radial mean over rings one frequency wide, from 1 to the Nyquist frequency of the shorter side, fitted by least
-    squares. Raises ValueError for sides below 8, which have fewer than four rings.
+    The line is fitted by least squares to radial means over rings one frequency wide, from 1 to the Nyquist frequency
+    of the shorter side. Raises ValueError for sides below 8, which have fewer than four rings.
     """
     height, width = latents.shape[2:]
     if min(height, width) < 8:
@@ -64,7 +64,7 @@ def decoder_sensitivity(first_stage: FirstStage, latents: torch.Tensor, noise: t
 
 
 def nearest_neighbours(latents: torch.Tensor) -> torch.Tensor:
-    """The index of each latent's nearest other one: (N, C, h, w) -> (N,)."""
+    """Returns the index of the nearest other latent for each latent: (N, C, h, w) -> (N,)."""
     flat = latents.flatten(1).float()
     distances = torch.cdist(flat, flat)
     return distances.fill_diagonal_(float("inf")).argmin(dim=1)

@@ -1,4 +1,4 @@
-"""Collects in a stream the features of image sets that metrics need, and computes the metrics."""
+"""Collects, as a stream, the features of image sets that metrics need, and computes the metrics."""
 
 import io
 import zipfile
@@ -16,10 +16,10 @@ from ldm_train.metrics.sets import GROUPS, KEPT, UNKNOWN, FeatureSet, Moments
 
 
 class Collected:
-    """Features and values of a set of images for the metrics, in a stream; equal for any batches and ranks.
+    """Features and values of a set of images for the metrics, as a stream; the same for any batches and ranks.
 
-    metrics: decide which extractors see the images. extractors: name -> images -> features. compared: the set is one that
-    metrics compare with, by its name there; it is not resampled. None: the set that is measured.
+    metrics: decide which extractors see the images. extractors: name -> module (images -> features). compared: the name
+    of the set if it is one that metrics compare with, which is not resampled; None for the set that is measured.
     """
 
     def __init__(self, metrics: Sequence[Metric], extractors: Mapping[str, Any], compared: str | None = None):
@@ -27,14 +27,16 @@ class Collected:
         self.extractors = {m.extractor: extractors[m.extractor] for m in self.metrics}
         self.resampled, self.groups = compared is None, GROUPS if compared is None else 1
         kept = [(m.keep if compared else KEPT, m.extractor) for m in self.metrics]
-        self.keep = {extractor: keep for keep, extractor in sorted(kept)}  # of several metrics the largest
+        self.keep = {extractor: keep for keep, extractor in sorted(kept)}  # the largest of several metrics
         self.sets: dict[str, FeatureSet] = {}
-        self.values: dict[str, list[torch.Tensor]] = {}  # by metric: numbers (B,), one per image, of each batch
+        self.values: dict[str, list[torch.Tensor]] = {}  # by metric: the values (B,) of each batch, one per image
 
     def add(self, images: torch.Tensor, indices: torch.Tensor, conditions: Mapping[str, Any] | None = None) -> None:
-        """images (B, C, H, W) in [-1, 1], indices (B,) in the whole set, the conditions they were drawn under by field.
+        """Adds images (B, C, H, W) in [-1, 1], with their indices (B,) in the whole set and the conditions they were
+        drawn under, by field.
 
-        Raises ValueError where a metric needs captions or classes, or an extractor with classes or texts, and there are none.
+        Raises ValueError if a metric needs captions or classes, or an extractor with classes or texts, and there are
+        none.
         """
         asked: list[tuple[str, torch.Tensor, torch.Tensor | None, dict[str, torch.Tensor]]] = []
         for name, extractor in self.extractors.items():
@@ -46,7 +48,7 @@ class Collected:
                 if (values := metric.collect(extractor, features, conditions or {})) is not None:
                     own[metric.name] = values
             asked.append((name, features, logits, own))
-        for name, features, logits, own in asked:  # read when all is asked of the device, which is waited for once
+        for name, features, logits, own in asked:  # read after all work is queued: the device is synchronised once
             for metric_name, values in own.items():
                 self.values.setdefault(metric_name, []).append(values.cpu().double())
             if name not in self.sets:
@@ -54,7 +56,7 @@ class Collected:
             self.sets[name].add(features, indices, logits)
 
     def gathered(self) -> "Collected":
-        """The joint set of all ranks, on every rank."""
+        """Merges the sets of all ranks, on every rank; returns this object."""
         self.sets = {name: FeatureSet.gathered(self.sets.get(name), self.groups) for name in self.extractors}
         parts, self.values = gathered(self.values), {}
         for name, values in (item for part in parts for item in part.items()):
@@ -62,11 +64,12 @@ class Collected:
         return self
 
     def state(self) -> dict[str, Any]:
-        """The state from which an interrupted collection continues: tensors, numbers and names."""
+        """Returns the state from which an interrupted collection continues: tensors, numbers and names."""
         return {"sets": {name: features.state() for name, features in self.sets.items()}, "values": self.values}
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Continues from a `state`. Raises errors of any type for an invalid one, and then changes nothing."""
+        """Continues from a `state`. Raises errors of any type for an invalid one, and then leaves this object
+        unchanged."""
         sets = {name: FeatureSet.restored(saved) for name, saved in state["sets"].items()}
         values = {name: [v.double() for v in batches] for name, batches in state["values"].items()}
         self.sets, self.values = sets, values
@@ -105,9 +108,10 @@ Sets = Mapping[str, Mapping[str, FeatureSet]]
 
 
 def compared(metric: Metric, sets: Sets) -> list[FeatureSet]:
-    """The sets that a metric compares with, out of `sets`: {name: {extractor: features}}.
+    """Returns the sets that a metric compares with, out of `sets`: {name: {extractor: features}}.
 
-    Raises ValueError where one is missing, or holds moments alone and the metric needs features."""
+    Raises ValueError if one is missing, or holds moments alone and the metric needs features.
+    """
     if not all(metric.extractor in sets.get(name, {}) for name in metric.compared_with):
         raise ValueError(
             f"{metric.name} compares with a run's training and validation pictures: ldm-evaluate run=<run>"
@@ -121,7 +125,8 @@ def compared(metric: Metric, sets: Sets) -> list[FeatureSet]:
 
 
 def measure(metrics: Sequence[Metric], sets: Sets, made: Collected) -> dict[str, Estimate]:
-    """Every metric of a set of images; all sets gathered over ranks. Raises ValueError as `compared` does."""
+    """Computes every metric of a set of images; all sets must be gathered over ranks. Raises ValueError as `compared`
+    does, and if the numbers of features differ."""
     estimates = {}
     for metric in metrics:
         ours, others = made.sets[metric.extractor], compared(metric, sets)

@@ -1,4 +1,4 @@
-"""Whether a model draws its training pictures again."""
+"""Memorisation: whether a model reproduces its training pictures."""
 
 import torch
 
@@ -10,17 +10,17 @@ SHOWN = 12  # pairs
 
 
 def nearest(features: torch.Tensor, among: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(distances, rows) of the nearest of `among` (M, D) to each of features (N, D), float64."""
+    """Returns (distances, rows) of the nearest of `among` (M, D) to each of features (N, D), float64."""
     among = among.double()
     minima = [torch.cdist(part.double(), among).min(dim=1) for part in features.split(BLOCK)]
     return torch.cat([m.values for m in minima]), torch.cat([m.indices for m in minima])
 
 
 class Memorisation(Metric):
-    """memorisation: the probability that a sample is nearer to its nearest training picture than a held-out picture is to
-    its own, ties counted half. 0.5: samples are as new as held-out pictures; 1: copies; below 0.5: further from the training
-    pictures than real ones (the test of Meehan, Chaudhuri and Dasgupta 2020, arXiv:2004.05675, over the whole space).
-    The interval is for other samples of the model, both sets of pictures fixed.
+    """memorisation: the probability that a sample is nearer to its nearest training picture than a held-out picture is
+    to its own, ties counted half. 0.5: samples are as new as held-out pictures; 1: copies; below 0.5: further from the
+    training pictures than real ones (the test of Meehan, Chaudhuri and Dasgupta 2020, arXiv:2004.05675, over the whole
+    space). The interval is for other samples of the model, with both sets of pictures fixed.
     """
 
     compared_with, keep = (TRAINING, HELD_OUT), 1_000_000
@@ -33,7 +33,7 @@ class Memorisation(Metric):
         return mean_estimate((len(theirs) - (below + not_above) / 2).double() / len(theirs))
 
     def pairs(self, made: FeatureSet, *others: FeatureSet) -> list[tuple[int, int]]:
-        """The samples nearest to a training picture, beside it."""
+        """Returns the samples nearest to a training picture, each with that picture."""
         features, indices = made.kept()
         training, places = others[0].kept()
         distances, rows = nearest(features, training)

@@ -1,4 +1,4 @@
-"""Sets of features in a stream: their moments, class sums and a random part of them, equal for any batches and ranks."""
+"""Streamed sets of features: their moments, class sums and a random subset, the same for any batches and ranks."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -8,9 +8,9 @@ import torch
 from ldm_train.distributed import gathered, world_size
 
 GROUPS = 20  # of the jackknife
-UNKNOWN = 2  # the count of moments from elsewhere whose number of samples is not known
-KEPT = 10_000  # features of a set that are kept one by one, for metrics that moments do not suffice for
-FLUSH = 2048  # rows collected before they enter the groups' sums
+UNKNOWN = 2  # the count given to moments from other sources whose number of samples is unknown
+KEPT = 10_000  # features of a set that are kept one by one, for metrics that need more than moments
+FLUSH = 2048  # rows collected before they are added to the groups' sums
 
 
 class Moments:
@@ -29,7 +29,8 @@ class Moments:
 
     @classmethod
     def gathered(cls, own: "Moments | None") -> "Moments":
-        """The joint moments of all ranks; a rank without samples passes None. Raises ValueError where none has any."""
+        """Returns the joint moments of all ranks; a rank without samples passes None. Raises ValueError if no rank has
+        any."""
         parts = [m for m in gathered(own) if m is not None]
         if not parts:
             raise ValueError("no features")
@@ -37,7 +38,7 @@ class Moments:
 
     @classmethod
     def joined(cls, parts: Sequence["Moments"]) -> "Moments":
-        """The moments of several sets together."""
+        """Returns the moments of several sets together."""
         joint = cls(len(parts[0].total))
         for part in parts:
             joint.count += part.count
@@ -57,7 +58,7 @@ class Moments:
         return (self.outer - self.count * torch.outer(self.mean, self.mean)) / (self.count - 1)
 
     def without(self, part: "Moments") -> "Moments":
-        """The moments of all samples but those of `part`, which are among them."""
+        """Returns the moments of all samples except those of `part`, which must be among them."""
         rest = Moments(len(self.total))
         rest.count = self.count - part.count
         rest.total, rest.outer = self.total - part.total, self.outer - part.outer
@@ -65,7 +66,7 @@ class Moments:
 
     @classmethod
     def stated(cls, mean: torch.Tensor, covariance: torch.Tensor, count: int) -> "Moments":
-        """Moments from elsewhere: mean (dim,), unbiased covariance (dim, dim)."""
+        """Builds moments from a given mean (dim,), unbiased covariance (dim, dim) and number of samples."""
         moments = cls(len(mean))
         moments.count, moments.total = count, mean.double() * count
         moments.outer = covariance.double() * (count - 1) + count * torch.outer(mean.double(), mean.double())
@@ -84,17 +85,19 @@ class Moments:
 
 
 def _mixed(indices: torch.Tensor) -> torch.Tensor:
-    """int64 -> int64 that look random (the finaliser of splitmix64): which features are kept must not follow their order."""
+    """Hashes int64 to random-looking int64 (after the finaliser of splitmix64), so that the choice of kept features
+    does not follow their order."""
     x = indices * -7046029254386353131
     x = (x ^ (x >> 30)) * -4658895280553007687
     return x ^ (x >> 27)
 
 
 class FeatureSet:
-    """Features of a set of images in a stream: sums for each of the jackknife's groups, and a random part kept as it is.
+    """Features of a set of images, as a stream: sums for each of the jackknife's groups, and a random subset kept as it
+    is.
 
-    A sample's group and whether it is kept follow from its index alone, so the result does not depend on batches or
-    ranks. dim: features per sample. groups: 1 for a reference, which is never resampled. keep: features kept at most.
+    A sample's group and whether it is kept depend on its index alone, so the result does not depend on batches or
+    ranks. dim: features per sample. groups: 1 for a reference, which is never resampled. keep: the most features kept.
     """
 
     def __init__(self, dim: int, groups: int = GROUPS, keep: int = KEPT):
@@ -104,8 +107,8 @@ class FeatureSet:
         self._waiting: list[tuple[torch.Tensor, torch.Tensor]] = []
 
     def add(self, features: torch.Tensor, indices: torch.Tensor, logits: torch.Tensor | None = None) -> None:
-        """features (B, dim), indices (B,) of the samples in the whole set, logits (B, classes) for the Inception score.
-        Raises ValueError for features that are no numbers."""
+        """Adds features (B, dim), indices (B,) of the samples in the whole set, and logits (B, classes) for the
+        Inception score. Raises ValueError if features are not finite."""
         features, indices = features.detach().cpu(), indices.cpu()
         if not features.isfinite().all():
             raise ValueError(
@@ -135,7 +138,7 @@ class FeatureSet:
         self.add_kept(features, indices)
 
     def add_kept(self, features: torch.Tensor, indices: torch.Tensor) -> None:
-        """Features that the moments hold already: those that belong to the random part are kept."""
+        """Updates the random subset with features that the moments already include."""
         features, indices = torch.cat([self._kept, features]), torch.cat([self._kept_indices, indices])
         chosen = _mixed(indices).argsort()[: self.keep]
         chosen = chosen[indices[chosen].argsort()]
@@ -156,17 +159,17 @@ class FeatureSet:
         return Moments.joined(self.groups)
 
     def left_out(self) -> list[Moments]:
-        """The moments without each group in turn."""
+        """Returns the moments without each group in turn."""
         joint = self.moments
         return [joint.without(part) for part in self.groups]
 
     def kept(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """(features, indices) of at most `keep` samples, in the order of their indices."""
+        """Returns (features, indices) of at most `keep` samples, in the order of their indices."""
         self._flush()
         return self._kept, self._kept_indices
 
     def state(self) -> dict[str, Any]:
-        """Tensors and numbers, from which `restored` makes an equal set."""
+        """Returns tensors and numbers from which `restored` makes an equal set."""
         self._flush()
         sums = [(group.count, group.total, group.outer) for group in self.groups]
         return {"groups": sums, "keep": self.keep, "class_sums": self.class_sums, "kept": self.kept()}
@@ -181,8 +184,8 @@ class FeatureSet:
 
     @classmethod
     def gathered(cls, own: "FeatureSet | None", groups: int = GROUPS) -> "FeatureSet":
-        """The joint set of all ranks, one group after the other (at 2,048 features each is 34 MB a rank); a rank without
-        samples passes None."""
+        """Returns the joint set of all ranks, gathered one group at a time (at 2,048 features each is 34 MB a rank); a
+        rank without samples passes None. Raises ValueError if no rank has any."""
         if world_size() == 1 and own is not None:
             return own
         shapes = [shape for shape in gathered(own and (own.dim, own.keep)) if shape]

@@ -1,4 +1,4 @@
-"""The autoencoders of latent diffusion (Rombach et al. 2022, appendix G): KL, VQ and identity, keys as published."""
+"""The autoencoders of latent diffusion (Rombach et al. 2022, appendix G): KL, VQ and identity; published keys."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -13,7 +13,7 @@ from ldm_train.models.posterior import DiagonalGaussian, Point, Posterior
 from ldm_train.models.quantizer import VectorQuantizer
 from ldm_train.models.tiling import Step, Tiles
 
-Change = Callable[[torch.Tensor], torch.Tensor]  # of latents, between encoder and decoder
+Change = Callable[[torch.Tensor], torch.Tensor]  # changes latents between encoder and decoder
 
 
 class Encoder(nn.Module):
@@ -46,7 +46,7 @@ class Encoder(nn.Module):
         self.conv_out = nn.Conv2d(width, out_channels, 3, padding=1)
 
     def forward(self, images: torch.Tensor, tiles: Tiles | None = None) -> torch.Tensor:
-        """tiles: computes the levels in tiles; the middle, which sees the whole picture, is never tiled."""
+        """tiles: computes the levels in tiles. The middle, which needs the whole image, is never tiled."""
         x = F.pixel_unshuffle(images, self.patch_size)
         if tiles is not None:
             f = 2 ** (len(self.down) - 1)
@@ -61,8 +61,9 @@ class Encoder(nn.Module):
 
 
 def from_patches(width: int, patch_size: int) -> nn.Sequential:
-    """(B, width, h, w) -> (B, width, h * patch_size, w * patch_size): a convolution whose channels become the pixels of patches (Shi
-    et al. 2016, arXiv 1609.05158). All pixels of a patch begin alike, or their pattern shows (Aitken et al. 2017, arXiv 1707.02937).
+    """(B, width, h, w) -> (B, width, h * patch_size, w * patch_size): a convolution whose channels become the pixels of
+    patches (Shi et al. 2016, arXiv 1609.05158). All pixels of a patch start with equal weights, which avoids a
+    checkerboard pattern (Aitken et al. 2017, arXiv 1707.02937).
     """
     conv = nn.Conv2d(width, width * patch_size**2, 3, padding=1)
     with torch.no_grad():
@@ -72,7 +73,7 @@ def from_patches(width: int, patch_size: int) -> nn.Sequential:
 
 
 class Decoder(nn.Module):
-    """latents (B, z_channels, h, w) -> features before the last convolution; `images` makes them images."""
+    """latents (B, z_channels, h, w) -> features before the last convolution; `images` turns these into images."""
 
     def __init__(
         self,
@@ -113,7 +114,7 @@ class Decoder(nn.Module):
         return self.conv_out(features)
 
     def tiled(self, latents: torch.Tensor, tiles: Tiles) -> torch.Tensor:
-        """-> images (B, out_channels, H, W). The middle, which sees the whole picture, is never tiled."""
+        """-> images (B, out_channels, H, W). The middle, which needs the whole image, is never tiled."""
         steps = [step for stage in reversed(self.up) for step in stage.steps()]
         steps.append(Step(self.norm_out, lambda state, normed: (self.images(self.to_pixels(F.silu(normed))),)))
         x = self.mid(self.conv_in(latents))
@@ -121,25 +122,26 @@ class Decoder(nn.Module):
 
 
 class Autoencoder(nn.Module):
-    """Encoder and decoder with 1x1 projections around the latents, which are unscaled: the first stage scales them. Subclasses
-    define the posterior between the two.
+    """Encoder and decoder with 1x1 projections around the latents. These are unscaled; `FirstStage` scales them.
+    Subclasses define the posterior.
 
     in_channels        image channels (3; 1 and any other number work)
     z_channels         channels between encoder, decoder and their 1x1 projections
     embed_dim          channels of the latents (default: z_channels)
     channels           width of the first level
-    channel_mult       width of each level over `channels`; f = patch_size * 2^(levels - 1)
+    channel_mult       width of each level as a multiple of `channels`; f = patch_size * 2^(levels - 1)
     num_res_blocks     residual blocks per level (one more in the decoder)
     attention_levels   levels with self-attention, 0 being the first
     mid_attention      self-attention at the lowest resolution
-    patch_size         the first level sees patches of so many pixels a side as channels, and after the last one they are taken
-                       apart, before the last convolution. 1 is the published network, whose full resolution takes most of the
-                       time; with 2 a pass at 64 px took a third of it on a CPU
+    patch_size         side in pixels of the patches that are the first level's input channels; after the last level,
+                       before the last convolution, features become pixels again. 1 is the published network, which
+                       spends most of its time at full resolution; 2 took a third of the time at 64 px on a CPU
     activation_checkpointing    recompute activations in the backward pass: less memory, about a third more time
+    Raises ValueError for a patch_size below 1.
     """
 
-    moments_per_latent: int  # channels of `encode_moments` for each channel of the latents
-    frozen: tuple[nn.Module, ...] = ()  # parts that stay as they are, in eval mode
+    moments_per_latent: int  # channels of `encode_moments` per latent channel
+    frozen: tuple[nn.Module, ...] = ()  # parts that do not train and stay in eval mode
 
     def __init__(
         self,
@@ -171,11 +173,11 @@ class Autoencoder(nn.Module):
                 block.recomputes = activation_checkpointing
 
     def encoding_parts(self) -> dict[str, nn.Module]:
-        """The parts by name that decide what the latents are."""
+        """Returns, by name, the parts that determine the latents."""
         return {"encoder": self.encoder, "quant_conv": self.quant_conv}
 
     def freeze_encoder(self) -> None:
-        """From now on only the way back from the latents is trained."""
+        """Freezes the parts that determine the latents, so that only the decoder side trains."""
         self.frozen = tuple(part.eval().requires_grad_(False) for part in self.encoding_parts().values())
 
     def train(self, mode: bool = True) -> "Autoencoder":
@@ -188,21 +190,21 @@ class Autoencoder(nn.Module):
         """images (B, C, H, W) in [-1, 1] -> the moments of the posterior, which the latent cache stores.
 
         (B, 2 * latent_channels, H/f, W/f), mean and log-variance, from the KL autoencoder; the latents themselves,
-        (B, latent_channels, H/f, W/f), from deterministic ones. Raises ValueError where the size is not divisible by
-        f or the channels do not fit. tiles: for images too large for memory.
+        (B, latent_channels, H/f, W/f), from deterministic ones. Raises ValueError if the size is not divisible by f or
+        the number of channels is not `in_channels`. tiles: for images too large for memory.
         """
         check_images(images, self.downsample_factor, self.in_channels)
         return self.quant_conv(self.encoder(images, tiles))
 
     def posterior(self, moments: torch.Tensor) -> Posterior:
-        """q(z | x) of `encode_moments`' output."""
+        """Returns the posterior q(z | x) for the output of `encode_moments`."""
         raise NotImplementedError
 
     def encode(self, images: torch.Tensor) -> Posterior:
         return self.posterior(self.encode_moments(images).float())
 
     def decode_features(self, latents: torch.Tensor) -> torch.Tensor:
-        """The input of the last convolution; the adaptive weight of the adversarial loss is measured there."""
+        """Returns the input of the last convolution, where the adaptive weight of the adversarial loss is measured."""
         return self.decoder(self.post_quant_conv(latents))
 
     def decode(self, latents: torch.Tensor, tiles: Tiles | None = None) -> torch.Tensor:
@@ -217,7 +219,7 @@ class Autoencoder(nn.Module):
 
 
 def check_images(images: torch.Tensor, factor: int, in_channels: int) -> None:
-    """Raises ValueError, with the remedy, for images that an autoencoder cannot take."""
+    """Raises ValueError, naming the remedy, if an autoencoder cannot take images of this size or channel count."""
     channels, height, width = images.shape[1:]
     if height % factor or width % factor:
         raise ValueError(
@@ -229,7 +231,8 @@ def check_images(images: torch.Tensor, factor: int, in_channels: int) -> None:
 
 
 class AutoencoderKL(Autoencoder):
-    """A diagonal Gaussian posterior, kept near N(0, 1) by a small KL term. Options as in Autoencoder, and
+    """An Autoencoder with a diagonal Gaussian posterior, kept near N(0, 1) by a small KL term. Options:
+    those of Autoencoder, and
 
     initial_logvar     where the posterior's log-variance starts. The published 0 makes the first latents mostly noise;
                        -5 lets short runs learn colours from the first steps
@@ -252,7 +255,8 @@ class AutoencoderKL(Autoencoder):
     def forward(
         self, images: torch.Tensor, sample: bool = True, change: Change | None = None
     ) -> tuple[torch.Tensor, torch.Tensor, DiagonalGaussian]:
-        """-> (reconstruction, features before the last convolution, posterior); latents sampled, or their mean, and changed."""
+        """-> (reconstruction, features before the last convolution, posterior). Decodes a sample of the posterior, or
+        its mean, after `change` if given."""
         posterior = self.encode(images)
         latents = posterior.sample() if sample else posterior.mean
         features = self.decode_features(latents if change is None else change(latents))
@@ -260,8 +264,8 @@ class AutoencoderKL(Autoencoder):
 
 
 class AutoencoderVQ(Autoencoder):
-    """Latents quantised by a codebook. Diffusion runs on the latents before quantisation and `decode` quantises, as
-    published. Options as in Autoencoder, and
+    """An Autoencoder whose latents are quantised by a codebook. As published, diffusion runs on the latents before
+    quantisation and `decode` quantises. Options as in Autoencoder, and
 
     num_codes          size of the codebook
     commitment_weight, codebook_weight, codebook_ema, restart_after    as in VectorQuantizer (codebook_ema: ema_decay)
@@ -295,7 +299,7 @@ class AutoencoderVQ(Autoencoder):
     def decode(self, latents: torch.Tensor, tiles: Tiles | None = None) -> torch.Tensor:
         """latents (B, C, h, w) before quantisation -> images (B, in_channels, h*f, w*f), about [-1, 1]."""
         codes = self.quantize.lookup(self.quantize.nearest(latents))
-        if latents.requires_grad:  # guidance through the decoder: the gradient passes straight through
+        if latents.requires_grad:  # guidance through the decoder: straight-through gradient
             codes = latents + (codes - latents).detach()
         return super().decode(codes.to(latents.dtype), tiles)
 

@@ -1,4 +1,4 @@
-"""The blocks of the autoencoders' encoder and decoder, keys as published."""
+"""The blocks of the autoencoders' encoder and decoder, with the published state dict keys."""
 
 from itertools import pairwise
 
@@ -48,7 +48,7 @@ class ResnetBlock(nn.Module):
 
 
 class AttnBlock(nn.Module):
-    """Single-head self-attention over positions, projections as 1x1 convolutions."""
+    """Single-head self-attention over positions, with 1x1 convolutions as projections."""
 
     recomputes = False
 
@@ -72,7 +72,8 @@ class AttnBlock(nn.Module):
 
 
 class Level(nn.Module):
-    """One resolution of the encoder or decoder: blocks, attention after each where asked, a resampler at its end."""
+    """One resolution of the encoder or decoder: residual blocks, optionally attention after each, optionally a
+    resampler at the end."""
 
     def __init__(self, widths: list[int], attention: bool, dropout: float, down: bool = False, up: bool = False):
         super().__init__()
@@ -90,7 +91,7 @@ class Level(nn.Module):
         return self.upsample(self.downsample(x))
 
     def steps(self) -> list[Step]:
-        """The same in steps: what `Tiles` runs."""
+        """Returns the same computation as steps for `Tiles`."""
         steps = []
         for i, block in enumerate(self.block):
             steps += block.steps() + (self.attn[i].steps() if self.attn else [])

@@ -1,4 +1,4 @@
-"""The contract of denoising networks such as `UNet` and `DiT`; one of your own needs no edit here or elsewhere."""
+"""The interface of denoising networks such as `UNet` and `DiT`. Adding one needs no edit here or elsewhere."""
 
 from typing import Any, Protocol, runtime_checkable
 
@@ -8,10 +8,11 @@ import torch
 class Backbone(Protocol):
     """A module with these attributes and this forward, chosen by `diffusion.network._target_`.
 
-    in_channels         of the latents, which it also returns
-    condition_widths    {"context": width of a token, "concat": channels, "vector": width}, 0 where it takes none; perhaps
-                        "control": width of a picture's features, with `control` in its forward (see `UNet`)
-    size_multiple       latents of (h, w) must be divisible by it
+    in_channels         channels of the latents, also of the output
+    condition_widths    {"context": width of a token, "concat": channels, "vector": width}, 0 for inputs it does not
+                        take; optionally "control": width of a picture's features, with `control` in `forward`, see
+                        `UNet`
+    size_multiple       the latents' h and w must be divisible by it
     """
 
     in_channels: int
@@ -33,7 +34,7 @@ class Backbone(Protocol):
 
 @runtime_checkable
 class ProjectsContext(Protocol):
-    """What a `Backbone` may also have: its share of the work that depends on the context alone, which sampling does once."""
+    """An optional part of a `Backbone`: work that depends on the context alone, which sampling does only once."""
 
     def projected(self, context: torch.Tensor) -> tuple[Any, ...]:
-        """context (B, L, D) -> what `forward` takes in its place: tuples, at any depth, of tensors."""
+        """context (B, L, D) -> what `forward` takes instead: (nested) tuples of tensors."""

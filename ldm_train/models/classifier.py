@@ -13,9 +13,9 @@ from ldm_train.models.unet_encoder import Downsample, Layers
 
 
 class AttentionPool(nn.Module):
-    """One more token, the mean of all, attends to the feature map (CLIP's pooling, as ADM uses it).
+    """Pools a feature map by attention from an extra token, the mean of all positions (CLIP's pooling, as in ADM).
 
-    size: (h, w) that the position embeddings are made for; other sizes take them interpolated.
+    size: (h, w) of the position embeddings, which are interpolated for other sizes.
     """
 
     def __init__(self, channels: int, heads: int, out_channels: int, size: Sequence[int]):
@@ -36,19 +36,19 @@ class AttentionPool(nn.Module):
         tokens = torch.cat([tokens.mean(dim=2, keepdim=True), tokens], dim=2) + position.to(x.dtype)
         qkv = self.qkv_proj(tokens)
         q, k, v = rearrange(qkv, "b (three heads d) n -> three b heads n d", three=3, heads=self.heads)
-        pooled = F.scaled_dot_product_attention(q[:, :, :1], k, v)  # of the first token alone
+        pooled = F.scaled_dot_product_attention(q[:, :, :1], k, v)  # only the first token is a query
         return self.c_proj(rearrange(pooled, "b heads n d -> b (heads d) n"))[:, :, 0]
 
 
 class NoisyClassifier(nn.Module):
-    """The downward half of the U-Net with attention pooling: noisy latents and their time -> logits.
+    """The downsampling half of the U-Net with attention pooling: noisy latents and timesteps -> logits.
 
     in_channels                 channels of the latents
-    latent_size                 (h, w) it is trained at
-    classes                     names, or their number
+    latent_size                 (h, w) of the latents in training
+    classes                     class names, or their number
     channels, channel_mult, num_res_blocks, attention_levels, head_dim, scale_shift, resblock_resample, dropout
                                 as in `UNet`
-    Raises ValueError for widths that do not split into heads.
+    Raises ValueError for widths with attention that are not divisible by head_dim.
     """
 
     def __init__(

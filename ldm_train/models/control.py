@@ -10,10 +10,10 @@ from ldm_train.models.unet_encoder import Encoder
 
 
 class Control(Encoder):
-    """A copy of a U-Net's encoder that sees a picture's features too. What it computes is added to the U-Net's skips and to its
-    middle, through 1x1 convolutions that begin as zeros: a new one changes nothing.
+    """A copy of a U-Net's encoder that also takes a picture's features. Its outputs are added to the U-Net's skips and
+    middle through 1x1 convolutions initialised to zero, so that a new control changes nothing.
 
-    unet: the one that is copied, with its weights. strength: of what is added, 1 as trained
+    unet: the U-Net to copy, with its weights. `strength`: factor on what is added, 1 as trained
     """
 
     def __init__(self, unet: Encoder):
@@ -41,8 +41,8 @@ class Control(Encoder):
         vector: torch.Tensor | None,
         features: torch.Tensor,
     ) -> tuple[list[torch.Tensor], torch.Tensor]:
-        """x (B, C, h, w) as the U-Net's first layer sees it, features (B, width, h, w) of the picture. Returns what is added to
-        each skip and to the middle."""
+        """x (B, C, h, w): the input of the U-Net's first layer; features (B, width, h, w): of the picture. Returns what
+        to add to each skip and to the middle."""
         skips, middle = self.encode(x, self.embed(timesteps, vector, x.dtype), context, mask, features)
         added = [conv(skip) * self.strength for conv, skip in zip(self.zero_convs, skips)]
         return added, self.middle_zero_conv(middle) * self.strength

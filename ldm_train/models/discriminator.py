@@ -8,12 +8,13 @@ from ldm_train.models.layers import group_norm
 
 
 class PatchDiscriminator(nn.Module):
-    """Judges overlapping patches; 3 layers see 70x70 pixels each. Higher logits mean "real".
+    """Classifies overlapping patches, of 70x70 pixels with 3 layers. Higher logits mean "real".
 
-    channels         width of the first layer (64 published), doubling up to 8x
-    num_layers       stride-2 layers (3 published)
-    norm             "group" (default: independent of batch and rank), "batch" (published; synchronised under DDP)
+    channels         width of the first layer (published: 64), doubled per layer up to 8 times
+    num_layers       number of stride-2 layers (published: 3)
+    norm             "group" (default; independent of batch and rank) or "batch" (published; synchronised over GPUs)
     spectral_norm    divide every weight by its largest singular value (Miyato et al. 2018)
+    Raises ValueError for any other norm.
     """
 
     def __init__(
@@ -41,10 +42,10 @@ class PatchDiscriminator(nn.Module):
             width = out
         layers.append(wrap(nn.Conv2d(width, 1, 4, stride=1, padding=1)))
         self.main = nn.Sequential(*layers)
-        for module in self.modules():  # pix2pix' initialisation
+        for module in self.modules():  # the initialisation of pix2pix
             if isinstance(module, nn.Conv2d) and not spectral_norm:
                 nn.init.normal_(module.weight, 0.0, 0.02)
-            elif isinstance(module, nn.BatchNorm2d):  # its bias is 0
+            elif isinstance(module, nn.BatchNorm2d):  # its bias is 0 by default
                 nn.init.normal_(module.weight, 1.0, 0.02)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""The diffusion transformer (Peebles and Xie 2022, arXiv:2212.09748), with cross-attention where there is a context."""
+"""The diffusion transformer (Peebles and Xie 2022, arXiv:2212.09748), with cross-attention if there is a context."""
 
 import torch
 from einops import rearrange
@@ -10,7 +10,8 @@ from ldm_train.models.transformer import CrossAttention, KeysValues
 
 
 def position_embedding(height: int, width: int, dim: int, device: torch.device) -> torch.Tensor:
-    """Sines and cosines of both coordinates, (height * width, dim) float32: a half of the features for each, columns first."""
+    """Returns sines and cosines of both coordinates, (height * width, dim) float32: half of the features encode the
+    column, then half the row."""
     frequencies = 10_000.0 ** -(torch.arange(dim // 4, dtype=(dtype := widest(device)), device=device) / (dim / 4))
     parts = []
     columns, rows = torch.arange(width, device=device), torch.arange(height, device=device)
@@ -35,13 +36,14 @@ class Attention(nn.Module):
 
 
 def modulated(x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """x (B, N, D) shifted and scaled per sample, (B, D) each."""
+    """Returns x (B, N, D) scaled by 1 + scale and shifted, per sample; shift, scale (B, D)."""
     return x * (1 + scale[:, None]) + shift[:, None]
 
 
 class DiTBlock(nn.Module):
-    """Self-attention and an MLP whose norms and residuals the time modulates (adaLN-zero: the block starts as the identity);
-    between them attention to the context, which starts at zero as well (PixArt-alpha, Chen et al. 2023, section 2.3)."""
+    """Self-attention and an MLP whose norms and residuals are modulated by the time embedding (adaLN-zero: the block
+    starts as the identity); between them cross-attention, whose output also starts at zero (PixArt-alpha, Chen et al.
+    2023, section 2.3)."""
 
     def __init__(self, dim: int, heads: int, context_dim: int | None, mlp_ratio: float, dropout: float):
         super().__init__()
@@ -67,7 +69,7 @@ class DiTBlock(nn.Module):
 
 
 class DiT(nn.Module):
-    """Predicts noise, velocity or x_0 from noisy latents, cut into patches.
+    """Predicts noise, velocity or x_0 from noisy latents that are cut into patches.
 
     in_channels                 channels of the latents
     hidden_size, depth, num_heads, mlp_ratio    DiT-S 384, 12, 6; B 768, 12, 12; L 1024, 24, 16; XL 1152, 28, 16; 4.0
@@ -75,9 +77,9 @@ class DiT(nn.Module):
     context_dim                 width of cross-attention tokens (None: no cross-attention)
     concat_channels             channels of the spatial condition appended to the input (0: none)
     vector_dim                  width of the condition that joins the timestep embedding (None: none)
-    dropout                     in the MLPs
+    dropout                     dropout rate in the MLPs
     activation_checkpointing    recompute activations in the backward pass: less memory, about a third more time
-    Raises ValueError for a hidden_size that does not split into heads, or into sines and cosines of two coordinates.
+    Raises ValueError for a hidden_size not divisible by num_heads, or by 4 (sines and cosines of two coordinates).
     """
 
     def __init__(
@@ -116,7 +118,7 @@ class DiT(nn.Module):
         self._initialise()
 
     def _initialise(self) -> None:
-        """As published: Xavier, small embeddings, and every block the identity."""
+        """Initialises as published: Xavier, small weights in the timestep embedding, every block the identity."""
         for layer in self.modules():
             if isinstance(layer, nn.Linear):
                 nn.init.xavier_uniform_(layer.weight)
@@ -137,16 +139,16 @@ class DiT(nn.Module):
 
     @property
     def middle(self) -> tuple[nn.Module, int]:
-        """The block in the middle, and the width of its output."""
+        """The middle block, and the width of its output."""
         return self.blocks[len(self.blocks) // 2], self.hidden_size
 
     def regions(self) -> list[nn.Module]:
-        """The parts to compile: the blocks, which are alike and compiled once."""
+        """Returns the modules to compile: the blocks, which are alike, so that one compilation serves all."""
         return list(self.blocks)
 
     def projected(self, context: torch.Tensor) -> tuple[KeysValues, ...]:
-        """The keys and values of a context (B, L, context_dim) for each block. `forward` takes them in its place: sampling
-        computes them once."""
+        """Returns each block's keys and values of a context (B, L, context_dim). `forward` takes them instead of the
+        context, so that sampling computes them only once."""
         blocks = (block for block in self.blocks if isinstance(block, DiTBlock))
         return tuple(block.cross_attn.projected(context) for block in blocks)
 
@@ -159,7 +161,7 @@ class DiT(nn.Module):
         concat: torch.Tensor | None = None,
         vector: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """As `Backbone`. Raises ValueError where h or w is not divisible by the patch size."""
+        """See `Backbone`. Raises ValueError if h or w is not divisible by the patch size."""
         height, width = noisy_latents.shape[-2:]
         if height % self.patch_size or width % self.patch_size:
             raise ValueError(

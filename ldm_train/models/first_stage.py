@@ -1,4 +1,4 @@
-"""The frozen first stage: an autoencoder and the shift and scale that make its latents unit-variance."""
+"""The frozen first stage: an autoencoder, and the shift and scale that give its latents unit variance."""
 
 from collections.abc import Mapping, Sequence
 
@@ -9,14 +9,14 @@ from ldm_train.models.autoencoder import Autoencoder, AutoencoderIdentity
 from ldm_train.models.posterior import Posterior
 from ldm_train.models.tiling import Tiles
 
-CODES = "quantize.embedding.weight"  # of an AutoencoderVQ
+CODES = "quantize.embedding.weight"  # state dict key of an AutoencoderVQ's codebook
 
 
 class FirstStage(nn.Module):
-    """latents = (z - shift) * scale, z ~ q(z | images). Always frozen and in eval mode.
+    """An autoencoder with scaled latents (z - shift) * scale, z ~ q(z | images). Always frozen and in eval mode.
 
     autoencoder: KL, VQ or identity
-    scale_factor: the scalar scale, or one value per latent channel; `shift` likewise. Both are saved with the weights.
+    scale_factor, shift: for all latent channels; `set_statistics` also takes one per channel. Saved with the weights.
     """
 
     def __init__(self, autoencoder: Autoencoder | AutoencoderIdentity, scale_factor: float = 1.0, shift: float = 0.0):
@@ -37,7 +37,7 @@ class FirstStage(nn.Module):
 
     @property
     def one_scale(self) -> float | None:
-        """The scale, where it is one for all channels without a shift."""
+        """The scale if it is the same for all channels and there is no shift, else None."""
         scale = self.scale.flatten()
         return float(scale[0]) if (scale == scale[0]).all() and not self.shift.any() else None
 
@@ -55,26 +55,26 @@ class FirstStage(nn.Module):
         return self.autoencoder.encode_moments(images, self._needed(tiles, images, self.downsample_factor)).float()
 
     def _needed(self, tiles: Tiles | None, pictures: torch.Tensor, factor: int) -> Tiles | None:
-        """No tiles for pictures that fit into one."""
+        """Returns `tiles`, or None for images that fit into one tile."""
         return tiles if tiles is not None and max(pictures.shape[-2:]) // factor > tiles.cells else None
 
     def posterior(self, moments: torch.Tensor) -> Posterior:
-        """Unscaled."""
+        """Returns the posterior of the unscaled latents."""
         return self.autoencoder.posterior(moments.float())
 
     def scaled(self, latents: torch.Tensor) -> torch.Tensor:
-        """The autoencoder's latents (B, C, h, w) as the diffusion model sees them."""
+        """Scales the autoencoder's latents (B, C, h, w) to those that the diffusion model uses."""
         return (latents - self.shift) * self.scale
 
     def latents(self, moments: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
-        """A fresh sample of the posterior, scaled: (B, C, h, w)."""
+        """Draws a new sample of the posterior, scaled: (B, C, h, w)."""
         return self.scaled(self.posterior(moments).sample(generator))
 
     def decoded(
         self, latents: torch.Tensor, tiles: Tiles | None = None, seeds: Sequence[int] | None = None
     ) -> torch.Tensor:
-        """Scaled latents (B, C, h, w) -> images (B, C, h*f, w*f), about [-1, 1]; differentiable but for an autoencoder whose
-        decoder draws (its `draws` is true), which takes seeds."""
+        """Scaled latents (B, C, h, w) -> images (B, C, h*f, w*f), about [-1, 1]. Differentiable, except for an
+        autoencoder whose decoder samples (its `draws` is True); only such a decoder uses the seeds."""
         own = {"seeds": seeds} if getattr(self.autoencoder, "draws", False) else {}
         unscaled = latents / self.scale + self.shift
         return self.autoencoder.decode(unscaled, self._needed(tiles, latents, 1), **own).float()
@@ -87,8 +87,8 @@ class FirstStage(nn.Module):
         tiles: Tiles | None = None,
         seeds: Sequence[int] | None = None,
     ) -> torch.Tensor:
-        """Scaled latents (B, C, h, w) -> images (B, C, h*f, w*f) in [-1, 1], float32, `chunk` at a time, in tiles where they
-        are larger than one."""
+        """Scaled latents (B, C, h, w) -> images (B, C, h*f, w*f) in [-1, 1], float32. Decodes `chunk` images at a time,
+        in tiles if they are larger than one tile."""
         parts = [None if seeds is None else seeds[k : k + chunk] for k in range(0, len(latents), chunk)]
         return torch.cat(
             [self.decoded(part, tiles, own).clamp(-1, 1) for part, own in zip(latents.split(chunk), parts)]
@@ -98,11 +98,12 @@ class FirstStage(nn.Module):
 def fold_statistics(
     state: Mapping[str, torch.Tensor], scale: torch.Tensor, shift: torch.Tensor
 ) -> dict[str, torch.Tensor]:
-    """The weights of an autoencoder whose own latents are (z - shift) * scale: its 1x1 convolutions take them over, for
-    programs that know one scale for all channels, or none.
+    """Returns the weights of an autoencoder whose unscaled latents are (z - shift) * scale, by folding scale and shift
+    into its 1x1 convolutions; for programs that support only one scale for all channels, or none.
 
-    state: of an AutoencoderKL, or an AutoencoderVQ, whose nearest codes stay the same under one scale for all channels only.
-    scale, shift: C values. Computed in float64, rounded once.
+    state: of an AutoencoderKL or AutoencoderVQ; the latter's nearest codes stay the same only if all channels have the
+        same scale.
+    scale, shift: C values each. Computed in float64, rounded once.
     """
     folded, (scale, shift) = dict(state), (t.double().flatten() for t in (scale, shift))
     weight, bias = (state[f"quant_conv.{leaf}"].double() for leaf in ("weight", "bias"))
@@ -113,7 +114,7 @@ def fold_statistics(
     added[:channels], added[channels:] = (
         -shift * scale,
         2 * scale.log() if len(bias) > channels else 0,
-    )  # of the log-variance
+    )  # added to the mean and to the log-variance
     folded["quant_conv.weight"] = weight * factor[:, None, None, None]
     folded["quant_conv.bias"] = bias * factor + added
     weight, bias = (state[f"post_quant_conv.{leaf}"].double() for leaf in ("weight", "bias"))

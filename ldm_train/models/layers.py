@@ -7,26 +7,27 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-WITHOUT_FLOAT64 = {"mps"}  # kinds of devices
+WITHOUT_FLOAT64 = {"mps"}  # device types
 
 
 def widest(device: torch.device) -> torch.dtype:
-    """float64 where the device has it."""
+    """Returns float64, or float32 for devices without float64."""
     return torch.float32 if device.type in WITHOUT_FLOAT64 else torch.float64
 
 
 class GroupNorm(nn.GroupNorm):
-    """In float32 under autocast on every device: torch does so on a GPU alone, and a CPU's kernel for bfloat16 takes four times
-    as long."""
+    """GroupNorm in float32 under autocast on CPUs too, as torch does it on GPUs: the CPU's bfloat16 kernel takes four
+    times as long."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return super().forward(x.float() if torch.is_autocast_enabled("cpu") else x)
 
 
 def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
-    """Scaled dot-product attention over (B, heads, N, d) each; mask: bool, True where a key counts.
+    """Scaled dot-product attention over q, k, v, each (B, heads, N, d). mask: bool, True for keys that are attended to.
 
-    A CPU computes it in float32 whatever the precision: its backward pass in bfloat16 takes nine times as long (torch 2.15).
+    On a CPU it is computed in float32 at any precision, as the backward pass in bfloat16 takes nine times as long
+    (torch 2.15).
     """
     if q.device.type != "cpu" or q.dtype not in (torch.bfloat16, torch.float16):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
@@ -36,25 +37,25 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor
 
 
 def group_norm(channels: int, eps: float) -> nn.GroupNorm:
-    """GroupNorm with the published 32 groups; layers under 128 channels keep groups of four.
+    """GroupNorm with the published 32 groups; layers under 128 channels have groups of at least 4 channels.
 
-    Smaller groups would make it an instance norm, which erases the colour of a flat image (measured: a 16-channel
+    Smaller groups approach an instance norm, which erases the colour of a flat image (measured: a 16-channel
     autoencoder with 16 groups cannot tell a black background from a white one for hundreds of steps).
     """
     most = max(1, min(32, channels // 4))
-    groups = next(g for g in range(most, 0, -1) if channels % g == 0)  # skips join to widths that 32 does not divide
+    groups = next(g for g in range(most, 0, -1) if channels % g == 0)  # 32 may not divide the width of joined skips
     return GroupNorm(groups, channels, eps=eps)
 
 
 def zero_init(module: nn.Module) -> nn.Module:
-    """Zeroes a layer's parameters: a residual branch that starts as the identity."""
+    """Zeroes a layer's parameters and returns it, so that a residual block ending in it starts as the identity."""
     for p in module.parameters():
         nn.init.zeros_(p)
     return module
 
 
 def timestep_embedding(timesteps: torch.Tensor, dim: int) -> torch.Tensor:
-    """Sinusoidal embedding (B,) -> (B, dim) float32: cosines first, then sines (DDPM; order as in LDM). dim is even."""
+    """Sinusoidal embedding, (B,) -> (B, dim) float32: cosines, then sines (DDPM; order as in LDM). dim is even."""
     half = dim // 2
     frequencies = torch.exp(-math.log(10_000.0) * torch.arange(half, device=timesteps.device).float() / half)
     angles = timesteps.float()[:, None] * frequencies[None]
@@ -62,14 +63,15 @@ def timestep_embedding(timesteps: torch.Tensor, dim: int) -> torch.Tensor:
 
 
 def recomputed(block: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    """block(x); where the block `recomputes`, training keeps its input alone and computes the rest again in the backward pass."""
+    """Returns block(x). If the block `recomputes`, training stores only its input and recomputes the rest in the
+    backward pass."""
     if getattr(block, "recomputes", False) and block.training:
         return checkpoint(block, x, use_reentrant=False)
     return block(x)
 
 
 def embedding_mlp(in_dim: int, dim: int) -> nn.Sequential:
-    """From an embedding or a vector to the width of the network's time embedding."""
+    """An MLP from an embedding or a vector to the width of the network's time embedding."""
     return nn.Sequential(nn.Linear(in_dim, dim), nn.SiLU(), nn.Linear(dim, dim))
 
 
@@ -85,7 +87,7 @@ class PaddedDownsample(nn.Module):
 
 
 def as_tokens(x: torch.Tensor) -> torch.Tensor:
-    """(B, C, h, w) -> (B, h*w, C): a view where x is channels_last."""
+    """(B, C, h, w) -> (B, h*w, C), a view if x is channels_last."""
     return x.flatten(2).transpose(1, 2)
 
 
@@ -95,8 +97,8 @@ def as_map(tokens: torch.Tensor, h: int, w: int) -> torch.Tensor:
 
 
 def pointwise(layer: nn.Conv1d | nn.Conv2d, tokens: torch.Tensor) -> torch.Tensor:
-    """A convolution over single positions as the matrix product that it is: (B, N, C) -> (B, N, C'). Published checkpoints
-    hold convolutions; a product of tokens costs less than half of one on a CPU, and no change of layout on any device."""
+    """Applies a convolution of kernel size 1 as a matrix product, (B, N, C) -> (B, N, C'). Published checkpoints hold
+    convolutions, but the product costs less than half as much on a CPU and needs no change of layout on any device."""
     return F.linear(tokens, layer.weight.flatten(1), layer.bias)
 
 

@@ -1,8 +1,8 @@
 """Low-rank adapters (LoRA, Hu et al. 2021, arXiv:2106.09685): a weight W becomes W + strength * alpha / rank * up @ down.
 
-They are parametrisations of weights (torch.nn.utils.parametrize) and not layers around layers, as PEFT's are: networks here
-multiply weights that they join or reshape first (see `pointwise`), which a wrapper would never see. So an adapter and its merged
-weights compute the same to the bit, and one whose `up` is zero changes none.
+They are parametrisations of weights (torch.nn.utils.parametrize), not wrappers around layers as in PEFT: networks here
+concatenate or reshape weights before multiplying by them (see `pointwise`), which bypasses a wrapper. Hence an adapter
+and its merged weights compute bit-identical results, and an adapter whose `up` is zero changes nothing.
 """
 
 import math
@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-# Layers of attention by the ends of their names, in the U-Net, the DiT and the text encoders.
+# A regular expression for the ends of attention layers' names in the U-Net, the DiT and the text encoders.
 ATTENTION = (
     r"(to_q|to_k|to_v|to_out\.0|qkv|proj_out|attn\w*\.proj|self_attn|self_attn\.out_proj|[qkv]_proj|out_proj"
     r"|SelfAttention\.[qkvo]|query|key|value)"
@@ -22,12 +22,12 @@ ATTENTION = (
 EVERYTHING = r".*"
 TARGETS = {"attention": ATTENTION, "all": EVERYTHING}
 OF_TEXT = ("conditioners.", "encoders.")
-WEIGHTS = ("weight", "in_proj_weight")  # the tensors of a layer that may be adapted
+WEIGHTS = ("weight", "in_proj_weight")  # names of a layer's tensors that can be adapted
 
 
 class Pair(nn.Module):
-    """What one adapter adds to one weight (out, in, ...): down (rank, in, ...), drawn as PEFT draws it, and up (out, rank, 1, ...),
-    zero at the start."""
+    """One adapter's addition to one weight (out, in, ...): down (rank, in, ...), initialised as in PEFT, and
+    up (out, rank, 1, ...), initialised to zero. Raises ValueError for a rank that the weight cannot have."""
 
     def __init__(self, shape: Sequence[int], rank: int, alpha: float):
         super().__init__()
@@ -43,7 +43,7 @@ class Pair(nn.Module):
 
     @classmethod
     def of(cls, down: torch.Tensor, up: torch.Tensor, alpha: float) -> "Pair":
-        """One with given values, float32. down (rank, in, ...), up (out, rank, 1, ...), of fitting shapes."""
+        """Returns a pair with given values, float32. down (rank, in, ...), up (out, rank, 1, ...), matching shapes."""
         pair = cls.__new__(cls)
         nn.Module.__init__(pair)
         pair.rank, pair.alpha, pair.strength = down.shape[0], float(alpha), 1.0
@@ -51,9 +51,9 @@ class Pair(nn.Module):
         return pair
 
     def forward(self) -> torch.Tensor:
-        """(out, in, ...), float32."""
+        """Returns the addition (out, in, ...), float32, scaled by strength * alpha / rank."""
         up, down = self.up.flatten(1).float(), self.down.flatten(1).float()
-        # Under autocast the product would be rounded to 16 bits, and the merged weights would be others.
+        # Under autocast the product would be rounded to 16 bits and so differ from the merged weights.
         with torch.autocast(up.device.type if up.device.type != "meta" else "cpu", enabled=False):
             product = up @ down
         shape = (self.up.shape[0], *self.down.shape[1:])
@@ -61,7 +61,7 @@ class Pair(nn.Module):
 
 
 class Sum(nn.Module):
-    """The parametrisation of one weight: all adapters' additions, in the order in which they came."""
+    """The parametrisation of one weight: adds all adapters' pairs, in the order in which they were attached."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -76,12 +76,13 @@ class Sum(nn.Module):
 
 @dataclass(frozen=True)
 class LoRA:
-    """How an adapter is made.
+    """Options for creating an adapter.
 
     rank: of the additions. alpha: their scale is alpha / rank; None: alpha is the rank
-    targets: "attention", "all" (every linear and convolutional layer), or a regular expression for the ends of layers' names
-    text_encoder: adapt the "conditioners" too, and the "encoders" beside them
-    Raises ValueError for values that cannot be.
+    targets: "attention", "all" (every adaptable layer, see `adaptable`), or a regular expression for the ends of
+        layers' names
+    text_encoder: also adapt the text encoders' layers, i.e. those in the submodules "conditioners" and "encoders"
+    Raises ValueError for a rank or alpha that is not positive, or an invalid regular expression.
     """
 
     rank: int = 8
@@ -102,7 +103,7 @@ class LoRA:
             ) from error
 
     def shapes(self, module: nn.Module) -> dict[str, tuple[int, ...]]:
-        """The weights that it adapts, by name. Raises ValueError where there are none."""
+        """Returns the shapes of the weights to adapt, by name. Raises ValueError if there are none."""
         pattern = re.compile(rf"(.*\.)?({TARGETS.get(self.targets, self.targets)})")
         found = {
             n: tuple(w.shape)
@@ -114,7 +115,8 @@ class LoRA:
         return found
 
     def attach(self, module: nn.Module, name: str = "adapter") -> nn.ModuleDict:
-        """A new adapter on a module, whose own weights no longer train. See `attach`."""
+        """Attaches a new adapter to a module, whose own weights are frozen. The rank is lowered where a weight is too
+        small for it. Returns the adapter, see the function `attach`."""
         module.requires_grad_(False)
         shapes = self.shapes(module)
         alpha = self.rank if self.alpha is None else self.alpha
@@ -124,7 +126,7 @@ class LoRA:
 
 
 def adaptable(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """The weights of linear, convolutional and attention layers by name, as they are without adapters."""
+    """Yields (name, weight) of linear, convolutional and attention layers; of adapted layers, the original weight."""
     for name, layer in module.named_modules():
         if isinstance(layer, nn.Linear | nn.Conv1d | nn.Conv2d | nn.MultiheadAttention):
             for leaf in WEIGHTS:
@@ -135,8 +137,9 @@ def adaptable(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def attach(module: nn.Module, pairs: Mapping[str, Pair], name: str) -> nn.ModuleDict:
-    """Gives weights of a module the additions of an adapter, beside those of others. Returns these as one module, by the weights'
-    names with "/" for ".". Raises ValueError where they do not fit, before anything is changed."""
+    """Adds an adapter's pairs to a module's weights, next to those of other adapters. Returns the pairs as one module,
+    by the weights' names with "/" for ".". Raises ValueError, before anything is changed, if a pair does not fit or the
+    name is already taken."""
     weights = dict(adaptable(module))
     for key, pair in pairs.items():
         given = (pair.up.shape[0], *pair.down.shape[1:])
@@ -159,7 +162,7 @@ def attach(module: nn.Module, pairs: Mapping[str, Pair], name: str) -> nn.Module
 
 
 def _sums(module: nn.Module) -> Iterator[tuple[str, Sum]]:
-    """The weights of a module that have adapters, by name."""
+    """Yields the parametrisations of a module's adapted weights, with the weights' names."""
     for path, layer in module.named_modules():
         if parametrize.is_parametrized(layer):
             for leaf, totals in layer.parametrizations.items():
@@ -168,7 +171,7 @@ def _sums(module: nn.Module) -> Iterator[tuple[str, Sum]]:
 
 
 def pairs_of(module: nn.Module, name: str) -> dict[str, Pair]:
-    """An adapter's additions by the names of the weights. Raises ValueError where it is not there."""
+    """Returns an adapter's pairs by the names of the weights. Raises ValueError if the module has no such adapter."""
     found = {key: total.pairs[name] for key, total in _sums(module) if name in total.pairs}
     if not found:
         raise ValueError(f"there is no adapter {name} on this model; merged ones are part of its weights")
@@ -176,15 +179,15 @@ def pairs_of(module: nn.Module, name: str) -> dict[str, Pair]:
 
 
 def set_strength(module: nn.Module, name: str, strength: float) -> None:
-    """How strongly an adapter acts: 0 not at all, 1 as trained."""
+    """Sets how strongly an adapter acts: 0 not at all, 1 as trained. Raises ValueError if there is no such adapter."""
     for pair in pairs_of(module, name).values():
         pair.strength = float(strength)
 
 
 @torch.no_grad()
 def merge(module: nn.Module) -> dict[str, torch.Tensor]:
-    """Makes all adapters part of the weights they are on, which are plain parameters again. Returns the weights as they were, for
-    `unmerge`. Raises ValueError where there is no adapter, as after a first merge."""
+    """Merges all adapters into their weights, which become plain parameters again. Returns the original weights by
+    name, for `unmerge`. Raises ValueError if there is no adapter, e.g. after an earlier merge."""
     kept: dict[str, torch.Tensor] = {}
     for key, _ in list(_sums(module)):
         path, _, leaf = key.rpartition(".")
@@ -198,6 +201,6 @@ def merge(module: nn.Module) -> dict[str, torch.Tensor]:
 
 @torch.no_grad()
 def unmerge(module: nn.Module, kept: Mapping[str, torch.Tensor]) -> None:
-    """Gives a module back the weights that `merge` returned, to the bit."""
+    """Restores the original weights that `merge` returned, bit for bit."""
     for key, weight in kept.items():
         module.get_parameter(key).copy_(weight)

@@ -1,4 +1,4 @@
-"""Posteriors of encoders: a Gaussian, or a point."""
+"""Posteriors of encoders: a Gaussian, or a point mass."""
 
 import torch
 
@@ -6,7 +6,7 @@ import torch
 class DiagonalGaussian:
     """The posterior q(z | x): a Gaussian with diagonal covariance.
 
-    moments: (B, 2C, h, w), mean and log-variance; the log-variance is clamped to [-30, 20].
+    moments: (B, 2C, h, w), mean and log-variance, which is clamped to [-30, 20].
     """
 
     def __init__(self, moments: torch.Tensor):
@@ -24,7 +24,7 @@ class DiagonalGaussian:
         return self.mean + self.std * eps.to(self.mean.device)
 
     def kl(self) -> torch.Tensor:
-        """KL(q || N(0, 1)) in nats, summed over C, h, w: (B,)."""
+        """Returns KL(q || N(0, 1)) in nats, summed over C, h, w: (B,)."""
         return 0.5 * (self.mean.square() + self.logvar.exp() - 1.0 - self.logvar).sum(dim=(1, 2, 3))
 
     def regularisation(self) -> dict[str, torch.Tensor]:
@@ -32,9 +32,9 @@ class DiagonalGaussian:
 
 
 class Point:
-    """The posterior of a deterministic encoder, all mass on `mean` (B, C, h, w).
+    """The posterior of a deterministic encoder, with all mass on `mean` (B, C, h, w).
 
-    codebook: the quantisation loss (B,), indices: the codes (B, h, w), both where the latents were quantised.
+    codebook: the quantisation loss (B,); indices: of the codes (B, h, w); None unless the latents were quantised.
     """
 
     def __init__(self, mean: torch.Tensor, codebook: torch.Tensor | None = None, indices: torch.Tensor | None = None):

@@ -8,11 +8,13 @@ from ldm_train.models.transformer import TransformerBlock
 
 
 class EmbeddingPrior(nn.Module):
-    """A transformer over three tokens, the time, the vector and the noisy embedding, which attend to the context.
+    """A transformer over the tokens of time, noisy embedding and vector condition (if any), which attend to the
+    context.
 
-    in_channels     width of the embedding, which is a latent of one position
+    in_channels     width of the embedding, which is a latent with a single position
     dim, depth, num_heads       of the transformer
     context_dim, vector_dim     widths of the conditions (None: no such condition)
+    Raises ValueError if dim is not divisible by num_heads.
     """
 
     size_multiple = 1
@@ -41,11 +43,12 @@ class EmbeddingPrior(nn.Module):
         self.norm, self.out = nn.LayerNorm(dim), zero_init(nn.Linear(dim, in_channels))
 
     def regions(self) -> list[nn.Module]:
-        """The parts to compile."""
+        """Returns the modules to compile."""
         return list(self.blocks)
 
     def projected(self, context: torch.Tensor) -> tuple:
-        """The keys and values of a context (B, L, context_dim) for each block, which `forward` takes in its place."""
+        """Returns each block's keys and values of a context (B, L, context_dim). `forward` takes them instead of the
+        context."""
         return tuple(block.projected(context) for block in self.blocks)
 
     def forward(
@@ -57,8 +60,8 @@ class EmbeddingPrior(nn.Module):
         concat: torch.Tensor | None = None,
         vector: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """noisy_latents (B, C, 1, 1), timesteps (B,) in [0, T), context (B, L, D), or its `projected`, with mask (B, L),
-        vector (B, vector_dim). Returns (B, C, 1, 1). Raises ValueError for latents of more than one position."""
+        """noisy_latents (B, C, 1, 1), timesteps (B,) in [0, T), context (B, L, D) or its `projected`, with mask (B, L),
+        vector (B, vector_dim). Returns (B, C, 1, 1). Raises ValueError for latents with more than one position."""
         if noisy_latents.shape[2:] != (1, 1):
             raise ValueError(
                 f"a prior denoises one embedding, not latents of {tuple(noisy_latents.shape[2:])}; take the image size of the model that "

@@ -1,4 +1,4 @@
-"""Vector quantisation of latents (van den Oord et al. 2017; as in VQGAN, Esser et al. 2021, and latent diffusion)."""
+"""Vector quantisation of latents (van den Oord et al. 2017), as in VQGAN (Esser et al. 2021) and latent diffusion."""
 
 import torch
 import torch.distributed as dist
@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 
 def _summed(values: torch.Tensor) -> torch.Tensor:
-    """In place over all ranks, where there are several."""
+    """Sums `values` over all ranks in place and returns it."""
     if dist.is_available() and dist.is_initialized():
         dist.all_reduce(values)
     return values
@@ -18,12 +18,14 @@ class VectorQuantizer(nn.Module):
     """Replaces each latent vector by the nearest entry of a codebook.
 
     num_codes, dim      size of the codebook
-    commitment_weight   of |z - sg(code)|^2, which pulls the encoder to the codes
-    codebook_weight     of |sg(z) - code|^2, which pulls the codes to the encoder. The published models trained with
-                        commitment 1 and codebook 0.25 (their code had exchanged the two); those are the defaults
-    ema_decay           move the codes as an average of the latents they stand for instead of by gradient
-    restart_after       training steps without a use after which a code is put on a random latent of the batch
+    commitment_weight   weight of |z - sg(code)|^2, which pulls the encoder to the codes
+    codebook_weight     weight of |sg(z) - code|^2, which pulls the codes to the encoder. The published models trained
+                        with commitment 1 and codebook 0.25 (their code swapped the two); these are the defaults
+    ema_decay           decay with which codes follow an average of the latents assigned to them, instead of a gradient
+                        (None: gradient)
+    restart_after       training steps without use after which a code is moved to a random latent of the batch
                         (None: never)
+    Raises ValueError for fewer than 2 codes.
     """
 
     def __init__(
@@ -51,10 +53,10 @@ class VectorQuantizer(nn.Module):
             self.register_buffer("unused_steps", torch.zeros(num_codes, dtype=torch.long))
 
     def nearest(self, latents: torch.Tensor) -> torch.Tensor:
-        """latents (B, dim, h, w) -> indices of the nearest codes (B, h, w)."""
+        """latents (B, dim, h, w) -> indices (B, h, w) of the nearest codes."""
         flat = rearrange(latents, "b c h w -> (b h w) c").float()
         codes = self.embedding.weight.float()
-        # |z - e|^2 without |z|^2, which is the same for every code
+        # |z - e|^2 without the term |z|^2, which is the same for all codes
         distance = torch.addmm(codes.square().sum(dim=1), flat, codes.T, alpha=-2)
         return distance.argmin(dim=1).view(len(latents), *latents.shape[2:])
 
@@ -65,8 +67,8 @@ class VectorQuantizer(nn.Module):
     def forward(self, latents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """latents (B, dim, h, w) -> (codes with a straight-through gradient to the latents, loss (B,), indices (B, h, w)).
 
-        The loss is the mean over latent elements. In training mode it also updates averaged codes and restarts dead
-        ones, in step on every rank.
+        The loss is a mean over latent elements. In training mode, averaged codes are also updated and dead ones
+        restarted, identically on all ranks.
         """
         indices = self.nearest(latents.detach())
         codes = self.lookup(indices).to(latents.dtype)
@@ -89,7 +91,7 @@ class VectorQuantizer(nn.Module):
             self.embedding.weight.copy_(self.ema_sum / self.ema_count.clamp(min=1e-5)[:, None])
         if self.restart_after is not None:
             self.unused_steps.add_(1).masked_fill_(count > 0, 0)
-            # A latent for each code, of which the dead ones take theirs: how many they are is not asked of the device.
+            # Draws a latent for every code and uses those of the dead: their number is not read from the device.
             dead = self.unused_steps >= self.restart_after
             fresh = flat[torch.randint(len(flat), (self.num_codes,), device=flat.device)]
             if dist.is_available() and dist.is_initialized():
@@ -103,6 +105,6 @@ class VectorQuantizer(nn.Module):
 
 
 def perplexity(counts: torch.Tensor) -> float:
-    """exp of the entropy of code usage: num_codes where all are used alike, 1 where a single one is. counts (num_codes,)."""
+    """exp of the entropy of code usage: num_codes if all are used equally, 1 if only one is. counts (num_codes,)."""
     share = counts.double() / counts.sum().clamp(min=1)
     return float(torch.exp(-(share * share.clamp(min=1e-12).log()).sum()))

@@ -1,4 +1,4 @@
-"""Pictures larger than memory or training: overlapping windows, blended so that no seam shows."""
+"""Overlapping windows, blended without visible seams, for images too large for memory or larger than in training."""
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from ldm_train.models.layers import widest
 
 
 def window_starts(length: int, window: int, overlap: int) -> list[int]:
-    """Where windows begin that cover `length` evenly, each sharing at least `overlap` with the next.
+    """Returns the starts of evenly spaced windows that cover `length`, each sharing at least `overlap` with the next.
 
     Raises ValueError unless 0 <= overlap < window.
     """
@@ -26,8 +26,8 @@ def window_starts(length: int, window: int, overlap: int) -> list[int]:
 
 @dataclass(frozen=True)
 class _Side:
-    """A window along one axis, in cells: where it begins and ends, and the part of it, from `low` to `high`, that is
-    nearer to its middle than to its neighbours'. These parts tile the length."""
+    """A window along one axis, in cells: its begin and end, and `low` to `high`, the part of it that is nearer to its
+    middle than to its neighbours' middles. These parts of all windows tile the length."""
 
     begin: int
     end: int
@@ -36,8 +36,8 @@ class _Side:
     length: int
 
     def weights(self, blend: float, scale: int) -> torch.Tensor:
-        """Per row: falling linearly over `blend` cells about each inner edge. Rows beyond, next to
-        the window's border, have weight 0, as they saw the border's padding."""
+        """Returns a weight per row ((end - begin) * scale,): 1 inside, falling linearly over `blend` cells centred on
+        each inner edge, and 0 beyond: rows next to the window's border are affected by its padding."""
         place = self.begin + (torch.arange((self.end - self.begin) * scale) + 0.5) / scale
         ramp, blend = torch.ones(len(place)), max(blend, 1 / scale)
         for inner, distance in ((self.low > 0, place - self.low), (self.high < self.length, self.high - place)):
@@ -46,9 +46,9 @@ class _Side:
         return ramp
 
     def own(self, rows: int) -> slice:
-        """The slice from `low` to `high` where the window has `rows` rows."""
+        """Returns the slice from `low` to `high` of a window with `rows` rows."""
         scale = rows / (self.end - self.begin)
-        # Halves go up for both neighbours; `round` would send them to the even row, which may be another in each.
+        # Rounds halves up for both neighbours; `round` goes to the even row, which may differ between the two.
         return slice(*(floor((edge - self.begin) * scale + 0.5) for edge in (self.low, self.high)))
 
     def at(self, scale: int) -> slice:
@@ -65,10 +65,10 @@ def _sides(length: int, window: int, overlap: int) -> list[_Side]:
 
 
 class Windows:
-    """Overlapping windows over a picture.
+    """Overlapping windows over an image.
 
-    size, window: (h, w) in cells; overlap: cells that neighbours share at least. blend: the share of the overlap over which
-    one gives way to the next; of the rest, each window's outer half is left out.
+    size, window: (h, w) in cells; overlap: minimum number of cells that neighbours share. blend: share of the overlap
+    over which one window fades into the next; of the rest of the overlap, each window's outer half is left out.
     """
 
     def __init__(self, size: Sequence[int], window: Sequence[int], overlap: int, blend: float = 0.5):
@@ -79,12 +79,12 @@ class Windows:
         self.places = list(product(*(_sides(*each) for each in zip(self.size, window, overlaps))))
 
     def slices(self, scale: int = 1) -> list[tuple[slice, slice]]:
-        """(rows, columns) of each window, in cells of 1 / scale."""
+        """Returns the slices (rows, columns) of each window, at `scale` rows per cell."""
         return [(rows.at(scale), columns.at(scale)) for rows, columns in self.places]
 
     def average(self, parts: Iterable[torch.Tensor], scale: int = 1) -> torch.Tensor:
-        """The feathered average of the windows' contents, (B, C, its rows * scale, its columns * scale), in the order of
-        `slices`. Returns (B, C, h * scale, w * scale)."""
+        """Returns the weighted average of the windows' contents, (B, C, h * scale, w * scale). parts: each window's
+        content (B, C, its rows * scale, its columns * scale), in the order of `slices`."""
         total, weights = None, None
         for part, place, (rows, columns) in zip(parts, self.places, self.slices(scale)):
             if total is None:
@@ -98,7 +98,7 @@ class Windows:
 
 @dataclass(frozen=True)
 class Step:
-    """A stretch of a network between two group norms. norm: of the last tensor of the state, None where there is none.
+    """A part of a network that starts with a group norm. norm: applied to the last tensor of the state; None: no norm.
 
     run: (state, the normalised tensor) -> the next state, a tuple of tensors (B, C, h, w).
     """
@@ -108,13 +108,13 @@ class Step:
 
 
 class _Statistics:
-    """Mean and variance per sample and group over several windows, joined in float64 where there is one (Chan et al. 1979)."""
+    """Mean and variance per sample and group over windows, combined in float64 if available (Chan et al. 1979)."""
 
     def __init__(self) -> None:
         self.count, self.mean, self.spread = 0, 0.0, 0.0
 
     def add(self, x: torch.Tensor, groups: int, place: tuple[_Side, _Side]) -> None:
-        """The part of x (B, C, h, w) that is the window's own."""
+        """Adds the part of a window's content x (B, C, h, w) that no other window counts (see `_Side.own`)."""
         own = x[..., place[0].own(x.shape[2]), place[1].own(x.shape[3])]
         values = own.float().unflatten(1, (groups, -1)).flatten(2)
         variance, mean = (v.to(widest(v.device)) for v in torch.var_mean(values, dim=2, correction=0))
@@ -135,13 +135,13 @@ class _Statistics:
 
 @dataclass(frozen=True)
 class Tiles:
-    """Tiled computation of the autoencoder for large pictures. In latent cells: `cells` a side, sharing `overlap`.
+    """Tiled computation of the autoencoder for large images. Tiles have `cells` latent cells a side, sharing `overlap`.
 
-    All tiles go through the network in step and wait for each other at every group norm, whose statistics are over
-    the whole picture; a tile on its own would have its own contrast and colour. Between the steps they wait in the CPU's
-    memory. The result equals the untiled one to rounding where the overlap covers what a pixel sees: 3/8 of it is left out
-    on each side. (Attention outside the middle, where a network has some, sees its own tile only.)
-    Raises ValueError for counts that make no sense.
+    All tiles pass through the network in lockstep and are synchronised at every group norm, whose statistics are over
+    the whole image; otherwise each tile would have its own contrast and colour. Between steps the tiles are stored in
+    CPU memory. The result equals the untiled one up to rounding if the overlap covers a pixel's receptive field: 3/8 of
+    it is left out on each side. (Attention outside the middle, if a network has any, sees only its own tile.)
+    Raises ValueError unless 0 <= overlap < cells.
     """
 
     cells: int = 64
@@ -153,7 +153,7 @@ class Tiles:
 
     @torch.no_grad()
     def run(self, steps: Sequence[Step], x: torch.Tensor, size: Sequence[int], input_scale: int, output_scale: int):
-        """The steps over x (B, C, h * input_scale, w * input_scale), in tiles of its `size` (h, w).
+        """Runs the steps over x (B, C, h * input_scale, w * input_scale) in tiles. size: (h, w) in latent cells.
 
         Returns (B, C', h * output_scale, w * output_scale).
         """

@@ -1,6 +1,6 @@
 """Attention: the SpatialTransformer of latent diffusion (self-, cross-attention, GEGLU) and plain self-attention blocks.
 
-Reshaped by torch's own methods: torch.compile takes most of its tracing time for einops' patterns.
+Tensors are reshaped with torch's own methods, since torch.compile spends most of its tracing time on einops' patterns.
 """
 
 import torch
@@ -13,7 +13,7 @@ KeysValues = tuple[torch.Tensor, torch.Tensor]  # (B, heads, L, head_dim) each
 
 
 class CrossAttention(nn.Module):
-    """Multi-head attention of x to `context`, or to itself where there is none. No biases on q, k, v, as published."""
+    """Multi-head attention of x to `context`, or to x itself if there is none. No biases on q, k, v, as published."""
 
     def __init__(self, dim: int, context_dim: int | None, heads: int, head_dim: int, dropout: float = 0.0):
         super().__init__()
@@ -27,15 +27,15 @@ class CrossAttention(nn.Module):
         return a.unflatten(2, (self.heads, -1)).transpose(1, 2)
 
     def projected(self, context: torch.Tensor) -> KeysValues:
-        """The keys and values of a context (B, L, context_dim), which `forward` takes in its place."""
+        """Returns the keys and values of a context (B, L, context_dim). `forward` takes them instead of the context."""
         return self._split(self.to_k(context)), self._split(self.to_v(context))
 
     def forward(
         self, x: torch.Tensor, context: torch.Tensor | KeysValues | None = None, mask: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """x (B, N, dim), context (B, L, context_dim) or what `projected` made of it, mask (B, L) bool with True where a token
-        counts -> (B, N, dim)"""
-        if context is None:  # one product in the place of three, each way
+        """x (B, N, dim), context (B, L, context_dim) or its `projected`, mask (B, L) bool, True for tokens to attend to
+        -> (B, N, dim)"""
+        if context is None:  # one matrix product instead of three, in both passes
             weight = torch.cat([self.to_q.weight, self.to_k.weight, self.to_v.weight])
             q, k, v = (self._split(part) for part in F.linear(x, weight).chunk(3, dim=-1))
         else:
@@ -46,7 +46,7 @@ class CrossAttention(nn.Module):
 
 
 class GEGLU(nn.Module):
-    """A linear layer gated by the GELU of its second half (Shazeer 2020)."""
+    """A linear layer whose first half is gated by the GELU of its second half (Shazeer 2020)."""
 
     def __init__(self, dim: int, out_dim: int):
         super().__init__()
@@ -67,9 +67,9 @@ class FeedForward(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    """Pre-norm: self-attention, attention to the context (to itself where the model has none), GEGLU feed-forward.
+    """Pre-norm: self-attention, attention to the context (to x itself if the model has none), GEGLU feed-forward.
 
-    cross_only: the first attention goes to the context too (SD's x4 upscaler at its large resolutions).
+    cross_only: the first attention attends to the context too (SD's x4 upscaler at its large resolutions).
     """
 
     def __init__(
@@ -89,7 +89,8 @@ class TransformerBlock(nn.Module):
         self.norm1, self.norm2, self.norm3 = nn.LayerNorm(dim), nn.LayerNorm(dim), nn.LayerNorm(dim)
 
     def projected(self, context: torch.Tensor) -> tuple[KeysValues | None, KeysValues]:
-        """Of each attention that goes to the context."""
+        """Returns the keys and values of the context for both attentions; None for the first if it is
+        self-attention."""
         return self.attn1.projected(context) if self.cross_only else None, self.attn2.projected(context)
 
     def forward(self, x: torch.Tensor, context: torch.Tensor | tuple | None, mask: torch.Tensor | None) -> torch.Tensor:
@@ -102,7 +103,7 @@ class TransformerBlock(nn.Module):
 class SpatialTransformer(nn.Module):
     """A transformer over the positions of a feature map (LDM, appendix E.2.1), added to its input.
 
-    linear_projection: in and out projections as linear layers (SD 2) instead of 1x1 convolutions.
+    linear_projection: use linear layers for the in and out projections (SD 2) instead of 1x1 convolutions.
     """
 
     def __init__(
@@ -127,13 +128,13 @@ class SpatialTransformer(nn.Module):
         self.proj_out = zero_init(nn.Linear(inner, channels) if linear_projection else nn.Conv2d(inner, channels, 1))
 
     def projected(self, context: torch.Tensor) -> tuple:
-        """Of each block."""
+        """Returns the `projected` context of each block."""
         return tuple(block.projected(context) for block in self.transformer_blocks)
 
     def forward(
         self, x: torch.Tensor, context: torch.Tensor | tuple | None = None, mask: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """x (B, C, h, w), context (B, L, D) or what `projected` made of it, mask (B, L) -> (B, C, h, w)"""
+        """x (B, C, h, w), context (B, L, D) or its `projected`, mask (B, L) -> (B, C, h, w)"""
         h, w = x.shape[-2:]
         into, out_of = self.proj_in, self.proj_out
         tokens = as_tokens(self.norm(x))
@@ -148,8 +149,8 @@ class SpatialTransformer(nn.Module):
 class AttentionBlock(nn.Module):
     """Self-attention over positions with one fused qkv projection, for models without a context (ADM).
 
-    The projection holds q, k, v in thirds, each split into heads. Published checkpoints that interleave heads
-    are re-ordered when they are converted.
+    The projection's output is q, k and v, in thirds, each split into heads. Published checkpoints that interleave heads
+    are reordered on conversion.
     """
 
     def __init__(self, channels: int, heads: int):

@@ -17,20 +17,21 @@ class UNet(Encoder):
     in_channels, out_channels   channels of the latents
     concat_channels             channels of the spatial condition appended to the input (0: none)
     channels                    width of the first level
-    channel_mult                width of each level over `channels`; each level after the first halves the resolution
+    channel_mult                width of each level in units of `channels`; each level after the first halves the size
     num_res_blocks              residual blocks per level (one more on the way up)
     attention_levels            levels with attention, 0 being the full latent resolution
     mid_attention               attention in the middle
     head_dim / num_heads        give exactly one: channels per head, or heads
     context_dim                 width of cross-attention tokens. None builds plain self-attention blocks unless
                                 `transformer_depth` is given
-    transformer_depth           blocks per SpatialTransformer (default 1 where there is a context)
-    cross_only_levels           levels whose transformers attend to the context only, never to themselves
+    transformer_depth           blocks per SpatialTransformer (default 1 if there is a context)
+    cross_only_levels           levels whose transformers attend only to the context and have no self-attention
     vector_dim                  width of the condition that joins the timestep embedding (None: no such condition)
-    vector_classes              the vector is one index below this number, looked up in a table (then vector_dim is 1)
+    vector_classes              the vector is one index below this number, for an embedding table (vector_dim must be 1)
     scale_shift, resblock_resample, linear_projection, dropout   as in ADM and SD 2
     activation_checkpointing    recompute activations in the backward pass: less memory, about a third more time
-    controlled                  with a copy of its encoder that a picture steers, see `Control`
+    controlled                  add a copy of the encoder that is steered by a picture, see `Control`
+    Raises ValueError for options that do not fit together.
     """
 
     def __init__(
@@ -136,8 +137,8 @@ class UNet(Encoder):
             self.add_control()
 
     def add_control(self) -> Control:
-        """A new copy of the encoder, which changes nothing yet. `forward` takes a picture's features from now on. Raises
-        ValueError where there is one."""
+        """Adds and returns a copy of the encoder, whose output is zero at first. From now on `forward` takes a
+        picture's features too. Raises ValueError if the U-Net already has a control."""
         if self.control is not None:
             raise ValueError("this U-Net has a control already; take one at a time")
         self.control = Control(self)
@@ -146,16 +147,16 @@ class UNet(Encoder):
 
     @property
     def middle(self) -> tuple[nn.Module, int]:
-        """The part that sees the whole picture at once, and the width of its output."""
+        """The middle block, at the lowest resolution, and the width of its output."""
         return self.middle_block, self.channels * self.middle_mult
 
     def regions(self) -> list[nn.Module]:
-        """The parts to compile: blocks, of which many are alike."""
+        """Returns the modules to compile: blocks, many of which are alike."""
         return [m for m in self.modules() if isinstance(m, ResBlock | SpatialTransformer | AttentionBlock)]
 
     def projected(self, context: torch.Tensor) -> tuple:
-        """The keys and values of a context (B, L, context_dim) for each attention to it. `forward` takes them in its place:
-        sampling computes them once."""
+        """Returns the keys and values of a context (B, L, context_dim) for each attention to it. `forward` takes them
+        instead of the context, so that sampling computes them only once."""
         own = tuple(
             layers.projected(context) for layers in (*self.input_blocks, self.middle_block, *self.output_blocks)
         )
@@ -171,11 +172,11 @@ class UNet(Encoder):
         vector: torch.Tensor | None = None,
         control: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """noisy_latents (B, C, h, w), timesteps (B,) in [0, T), context (B, L, D), or its `projected`, with
+        """noisy_latents (B, C, h, w), timesteps (B,) in [0, T), context (B, L, D) or its `projected`, with
         mask (B, L), concat (B, concat_channels, h, w), vector (B, vector_dim), control (B, width of the first level, h, w): the
         features of a picture. Returns (B, out_channels, h, w).
 
-        Raises ValueError where the halvings do not divide h and w.
+        Raises ValueError if h or w is not divisible by `size_multiple`.
         """
         if noisy_latents.shape[-1] % self.size_multiple or noisy_latents.shape[-2] % self.size_multiple:
             raise ValueError(

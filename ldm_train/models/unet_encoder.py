@@ -1,4 +1,4 @@
-"""The half of the U-Net that sees the picture ever smaller, with its middle."""
+"""The downsampling half of the U-Net, with its middle block."""
 
 from collections.abc import Sequence
 
@@ -22,10 +22,10 @@ class Downsample(nn.Module):
 
 
 class Layers(nn.ModuleList):
-    """One step of the U-Net: a residual block, perhaps attention, perhaps a resampler, in this order."""
+    """The layers of one U-Net step, in order, e.g. a residual block, perhaps attention, perhaps a resampler."""
 
     def projected(self, context: torch.Tensor) -> tuple | None:
-        """Of its attention, where that is to the context."""
+        """Returns the `projected` context of its SpatialTransformer, or None if it has none."""
         return next((layer.projected(context) for layer in self if isinstance(layer, SpatialTransformer)), None)
 
     def forward(
@@ -42,10 +42,10 @@ class Layers(nn.ModuleList):
 
 
 class Encoder(nn.Module):
-    """The embedding of the timestep, the steps downwards and the middle; subclasses make them.
+    """The timestep embedding, the downsampling steps and the middle; subclasses create these modules.
 
-    channels: of the timestep's encoding. skip_widths: channels of each step's output
-    vector_classes, vector_dim: as of the `UNet`
+    channels: width of the timestep's sinusoidal encoding. skip_widths: channels of each downsampling step's output
+    vector_classes, vector_dim: as in `UNet`
     """
 
     channels: int
@@ -77,7 +77,8 @@ class Encoder(nn.Module):
         mask: torch.Tensor | None,
         added: torch.Tensor | None = None,
     ) -> tuple[list[torch.Tensor], torch.Tensor]:
-        """The output of each step downwards, and of the middle. context: for each of these; added: to the output of the first."""
+        """Returns the output of each downsampling step, and of the middle. context: one for each of these; added: is
+        added to the output of the first step."""
         skips: list[torch.Tensor] = []
         for layers, given in zip(self.input_blocks, context):
             if not skips:

@@ -1,4 +1,4 @@
-"""The adapter of a diffusion stage: small additions to a trained model's weights, in the place of all of them."""
+"""The adapter of a diffusion stage: small additions to a trained model, trained instead of all its weights."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -30,7 +30,7 @@ How = LoRA | TextualInversion | ControlNet
 
 
 def adapter_of(run: Run) -> How | None:
-    """How the run's adapter is made. Raises ValueError for options that cannot be."""
+    """The options of the run's adapter; None if it has none. Raises ValueError if the options are invalid."""
     if not (tree := run.config.diffusion.get("adapter")):
         return None
     try:
@@ -45,9 +45,12 @@ def check_adapter(
     conditioners: Callable[[], Mapping[str, Conditioner]],
     begun: Path | None,
 ) -> None:
-    """Raises ValueError for an adapter of nothing, of a model that is not quite the one that it begins from, and one whose options
-    cannot be, that names no layer, or a word that the text encoder knows. network_of, conditioners: build the run's, on the meta
-    device and without trained weights. begun: that model."""
+    """Raises ValueError if the adapter has no model to start from (diffusion.init) or is incompatible with
+    diffusion.task, if the run's network or conditioners differ from that model's, or if the adapter's options are
+    invalid, match no layer, or name a word that the text encoder already knows.
+
+    network_of, conditioners: build the run's network (on the meta device) and conditioners (without trained weights).
+    begun: the model folder of diffusion.init."""
     section = run.config.diffusion
     if (how := adapter_of(run)) is None:
         return
@@ -64,7 +67,7 @@ def check_adapter(
     if isinstance(how, LoRA) and how.text_encoder:
         _check_text_encoder(how, conditioners(), getattr(get_object(section.task._target_), "needs_init", False))
     made, theirs, network = conditioners(), read_tree(begun).get("conditioners") or {}, network_of()
-    if isinstance(how, ControlNet) and CONTROL not in theirs:  # which it brings
+    if isinstance(how, ControlNet) and CONTROL not in theirs:  # the adapter brings it
         made = {name: conditioner for name, conditioner in made.items() if name != CONTROL}
     _check_same(made, theirs, section.init)
     if grows := what_grows(network, begun):
@@ -84,7 +87,8 @@ def check_adapter(
 
 
 def _check_text_encoder(how: LoRA, conditioners: Mapping[str, Conditioner], student: bool) -> None:
-    """Raises ValueError where an adapter of text encoders finds none, or one that cannot learn."""
+    """Raises ValueError if an adapter of text encoders finds none, or one that cannot be trained. student: the task
+    distils from a teacher."""
     named = False
     for name, conditioner in conditioners.items():
         parts = nn.ModuleDict({"conditioners": nn.ModuleDict({name: conditioner})})
@@ -96,7 +100,7 @@ def _check_text_encoder(how: LoRA, conditioners: Mapping[str, Conditioner], stud
                 )
             try:
                 parts = nn.ModuleDict({"encoders": nn.ModuleDict({name: conditioner.rehearse()[0]})})
-            except FileNotFoundError:  # its check says so
+            except FileNotFoundError:  # the encoder's own check reports it
                 return
         try:
             named = bool(how.shapes(parts)) or named
@@ -110,7 +114,8 @@ def _check_text_encoder(how: LoRA, conditioners: Mapping[str, Conditioner], stud
 
 
 def _check_same(ours: Mapping[str, Conditioner], theirs: Mapping[str, Any], init: str) -> None:
-    """Raises ValueError where conditioners are not those of the model that is adapted."""
+    """Raises ValueError if the run's conditioners, or their classes, are not those of the adapted model. theirs: the
+    conditioners' section of its config. init: its name, for messages."""
     if list(ours) != list(theirs):
         raise ValueError(
             f"diffusion.adapter: {init} has the conditioners {', '.join(theirs) or 'none'}, this run {', '.join(ours) or 'none'}; "
@@ -131,7 +136,7 @@ def _check_same(ours: Mapping[str, Conditioner], theirs: Mapping[str, Any], init
 
 
 def check_latents(run: Run, same: bool) -> None:
-    """Raises ValueError for an adapter where the latents are not those that its model knows."""
+    """Raises ValueError if the run has an adapter and its latents are not those of the adapted model (same=False)."""
     if adapter_of(run) is not None and not same:
         raise ValueError(
             "diffusion.adapter: the model in diffusion.init knows the latents of another autoencoder than this run's; take that one "
@@ -147,7 +152,8 @@ def _parts(how: LoRA, network: nn.Module, conditioners: Mapping[str, Conditioner
 
 
 def check_identifier(run: Run, conditioners: Callable[[], Mapping[str, Conditioner]]) -> None:
-    """Raises ValueError for a subject's word that is none, or that the text encoder knows well. conditioners: build the run's."""
+    """Raises ValueError if diffusion.identifier, the word for a subject, is not a single word or is one that the text
+    encoder knows well. conditioners: builds the run's conditioners."""
     if (word := run.config.diffusion.identifier) is None:
         return
     if not word.strip() or len(word.split()) > 1:
@@ -160,7 +166,7 @@ def check_identifier(run: Run, conditioners: Callable[[], Mapping[str, Condition
 
 
 def check_frozen(run: Run) -> None:
-    """Raises ValueError for conditioners that are to stay as they are, but are none, or were never trained."""
+    """Raises ValueError if diffusion.frozen names unknown conditioners, or no diffusion.init provides trained ones."""
     section = run.config.diffusion
     known = plain(section.conditioning.conditioners)
     if not (frozen := list(section.get("frozen") or [])):
@@ -174,19 +180,19 @@ def check_frozen(run: Run) -> None:
 
 
 def adapt(run: Run, model: LatentDiffusion) -> None:
-    """Puts the run's adapter, if it has one, on the model, and keeps the conditioners that are to stay as they are."""
+    """Attaches the run's adapter, if any, to the model, and freezes the conditioners in diffusion.frozen."""
     for name in run.config.diffusion.get("frozen") or []:
         model.conditioners[name].requires_grad_(False)
     if (how := adapter_of(run)) is None:
         return
     if isinstance(how, LoRA) and how.text_encoder:
         for conditioner in model.conditioners.values():
-            conditioner.require()  # a frozen encoder that it changes too
+            conditioner.require()  # loads frozen text encoders, which the adapter also changes
     model.adapt(how, NAME)
 
 
 def rehearse(run: Run, model: LatentDiffusion) -> list[str]:
-    """`adapt` on the meta device. Returns what of its memory is not known, in words."""
+    """`adapt` on the meta device. Returns descriptions of the parts whose memory is not counted."""
     how = adapter_of(run)
     frozen = any(isinstance(c, FrozenText) for c in model.conditioners.values())
     if frozen and isinstance(how, TextualInversion):
@@ -201,7 +207,7 @@ def rehearse(run: Run, model: LatentDiffusion) -> list[str]:
 
 
 def in_words(run: Run, network: nn.Module) -> list[str]:
-    """network: on the meta device."""
+    """Describes the run's adapter for the plan; [] without one. network: on the meta device."""
     if (how := adapter_of(run)) is None:
         return []
     if isinstance(how, TextualInversion):
@@ -215,8 +221,9 @@ def in_words(run: Run, network: nn.Module) -> list[str]:
 
 
 def finish(run: Run, model: LatentDiffusion, base: Path | None, folder: Path, tree: dict[str, Any]) -> None:
-    """Writes the trained adapter, if there is one, and makes it part of the model's weights, and a learned word of its tokenizer.
-    base: the folder it began from. tree: the model's config."""
+    """Writes the trained adapter, if there is one, to `folder`, and makes it part of the model's weights. base: the
+    model folder that training started from. tree: the model's config, which gets the tokenizer with a learned word,
+    unless the text encoder is a `FrozenText`."""
     if model.adapter is None or base is None:
         return
     how, section = adapter_of(run), run.config.diffusion

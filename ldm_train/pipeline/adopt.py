@@ -1,4 +1,4 @@
-"""Autoencoders from the files of others, and those that whole models stand for: made at their first use."""
+"""Autoencoders converted, at their first use, from other programs' files or from whole models."""
 
 import hashlib
 from collections.abc import Sequence
@@ -26,11 +26,11 @@ from ldm_train.storage import file_sha256, read_config
 from ldm_train.unclip import ImageEmbeddings
 
 EMBEDDINGS = "ldm_train.unclip.ImageEmbeddings"
-ADOPTED = ".adopted"  # below runs_dir: what was converted
+ADOPTED = ".adopted"  # the folder below runs_dir that holds converted models
 
 
 def yaml_beside(path: Path) -> Path:
-    """The YAML of a checkpoint: of its name, or the only one in its folder. Raises FileNotFoundError with the remedy."""
+    """The YAML of a checkpoint: the one with its name, or the only one in its folder. Else raises FileNotFoundError."""
     named = path.with_suffix(".yaml")
     others = sorted(path.parent.glob("[!.]*.yaml"))
     if named.is_file():
@@ -43,18 +43,18 @@ def yaml_beside(path: Path) -> Path:
 
 
 def is_foreign(path: Path) -> bool:
-    """Whether a path is a checkpoint of CompVis' code, a pipeline of diffusers or one of its autoencoders."""
+    """Returns True if `path` is a CompVis checkpoint, a diffusers pipeline or a diffusers autoencoder."""
     return (path.suffix in FILES and path.is_file()) or is_diffusers(path) or (path / "config.json").is_file()
 
 
 def is_whole(folder: Path) -> bool:
-    """Whether a native model folder holds a whole latent diffusion model."""
+    """Returns True if a native model folder holds a whole latent diffusion model, not just an autoencoder."""
     return "first_stage" in read_config(folder / CONFIG)
 
 
 def adopted_autoencoder(path: Path, cache: Path, trust: Sequence[str] = ()) -> Path:
-    """The native model folder of a foreign autoencoder, alone or in a whole model, or of that in a whole native model: below
-    `cache`, converted at its first use.
+    """The native model folder, below `cache`, of the autoencoder in `path`, converted at its first use. path: a foreign
+    autoencoder, a foreign whole model, or a native whole model.
     Raises FileNotFoundError or ValueError, naming what cannot be converted."""
     native = (path / METADATA).is_file()
     if path.is_file():
@@ -83,8 +83,9 @@ def adopted_autoencoder(path: Path, cache: Path, trust: Sequence[str] = ()) -> P
 
 
 def adopted_embeddings(folder: Path, cache: Path, trust: Sequence[str] = ()) -> Path:
-    """The folder of the autoencoder whose latents are the image embeddings that a native model draws from (see
-    `unclip.ImageEmbeddings`): below `cache`, made at its first use. Raises ValueError for a model that draws from none."""
+    """The folder, below `cache`, of an autoencoder whose latents are the image embeddings that a native model is
+    conditioned on (see `unclip.ImageEmbeddings`), created at its first use. Raises ValueError if `ImageEmbeddings` does
+    not accept the model, e.g. because it is not conditioned on image embeddings."""
     digest = hashlib.sha256(
         "".join(file_sha256(folder / name) for name in (CONFIG, WEIGHTS, METADATA)).encode()
     ).hexdigest()

@@ -44,16 +44,18 @@ EMBEDDINGS = "embeddings:"
 
 
 def model_folder(run: Run) -> Path:
-    """Where this run's autoencoder is, once its stage is finished."""
+    """The model folder of this run's autoencoder, which exists once its stage is finished."""
     return run.folder / "autoencoder" / "model"
 
 
 def pretrained_folder(
     value: str, runs_dir: str, option: str = "autoencoder.pretrained", trust: Sequence[str] = ()
 ) -> Path:
-    """An option's value -> the model folder: of a run by its name or folder, a model folder itself, or that of a foreign model
-    (see `adopt.adopted_autoencoder`); "embeddings:" before a whole model stands for its image embeddings, drawn by it. Raises
-    FileNotFoundError naming the paths that were tried."""
+    """The model folder of the autoencoder that an option's value names.
+
+    value: a run's name or folder, a model folder, a model on the Hub, or a foreign or whole model (see
+    `adopt.adopted_autoencoder`). "embeddings:<whole model>" means the image embeddings that this model decodes to
+    pictures (see `adopt.adopted_embeddings`). Raises FileNotFoundError naming the paths that were tried."""
     if value.startswith(EMBEDDINGS):
         whole = whole_model(value.removeprefix(EMBEDDINGS), runs_dir, option)
         return adopted_embeddings(whole, Path(runs_dir) / ADOPTED, trust)
@@ -74,7 +76,8 @@ def pretrained_folder(
 
 
 def taken_folder(run: Run) -> Path | None:
-    """The model folder of the autoencoder that this run takes (autoencoder.pretrained) or begins from (autoencoder.init)."""
+    """The model folder of the autoencoder that this run uses (autoencoder.pretrained) or starts from
+    (autoencoder.init); None without these."""
     section = run.config.autoencoder
     for option in ("pretrained", "init"):
         if value := section[option]:
@@ -83,14 +86,14 @@ def taken_folder(run: Run) -> Path | None:
 
 
 def latents_of(folder: Path) -> str:
-    """What identifies the latents of an autoencoder's folder: its own weights, or those of the one whose encoder it has kept
-    (autoencoder.train=decoder)."""
+    """The sha256 that identifies an autoencoder's latents: that of its own weights, or, if only its decoder was trained
+    (autoencoder.train=decoder), that of the autoencoder whose encoder it kept."""
     metadata = read_metadata(folder)
     return str(metadata.get("latents_of", metadata["sha256"]))
 
 
 def check_start(section: DictConfig) -> None:
-    """Raises ValueError for options that do not go together."""
+    """Raises ValueError if pretrained, init, init_discriminator and train=decoder contradict each other."""
     if section.pretrained and section.init:
         raise ValueError(
             "autoencoder.pretrained takes an autoencoder as it is, autoencoder.init trains it on; give one of them"
@@ -102,8 +105,8 @@ def check_start(section: DictConfig) -> None:
 
 
 def give_discriminator(run: Run, loss: AutoencoderLoss) -> None:
-    """Gives the loss the discriminator, and a learned log-variance, of autoencoder.init, where its training left them. Raises
-    ValueError where autoencoder.init_discriminator=true and there is none that fits."""
+    """Loads the discriminator, and a learned log-variance, of autoencoder.init into the loss if they were saved. Raises
+    ValueError if autoencoder.init_discriminator=true and there is no discriminator that fits."""
     section, wanted = run.config.autoencoder, run.config.autoencoder.init_discriminator
     if loss.discriminator is None or wanted is False:
         return
@@ -130,12 +133,13 @@ def give_discriminator(run: Run, loss: AutoencoderLoss) -> None:
 
 
 def load_first_stage(run: Run) -> FirstStage:
-    """This run's autoencoder, on the CPU, its latents not yet scaled."""
+    """This run's autoencoder, on the CPU; the scale and shift of its latents are not set yet."""
     return FirstStage(load_model(model_folder(run), run.trust))
 
 
 def on_meta(run: Run) -> nn.Module:
-    """The run's autoencoder, its own or a pretrained one, on the meta device."""
+    """The run's autoencoder, its own or a pretrained one, on the meta device. Raises ValueError if image or bucket
+    sizes are not divisible by its downsample_factor, or if the image channels differ."""
     if (taken := taken_folder(run)) is not None:
         network = meta_autoencoder(taken, run.trust)
     else:
@@ -156,7 +160,7 @@ def on_meta(run: Run) -> nn.Module:
 
 
 class AutoencoderStage(Stage):
-    """KL or VQ, with perceptual and patch-GAN losses."""
+    """Trains a KL or VQ autoencoder with perceptual and patch-GAN losses, or takes a pretrained one."""
 
     name = "autoencoder"
 
@@ -172,7 +176,7 @@ class AutoencoderStage(Stage):
         if config.autoencoder.pretrained:
             return data | {"pretrained": sha256, "seed": config.seed}
         key = data | training.training_key(run, "autoencoder")
-        if sha256 is not None:  # by its content; and its network is that of `init`
+        if sha256 is not None:  # identify `init` by its content; it also determines the network
             key["autoencoder"] = {k: v for k, v in key["autoencoder"].items() if k != "network"} | {"init": sha256}
         return key
 
@@ -195,7 +199,7 @@ class AutoencoderStage(Stage):
                 run, instantiate(plain(run.config.autoencoder.loss) | {"perceptual": None}, _convert_="all")
             )
         run.decode_one(run.data("autoencoder", ("image",)))
-        with shapes_only():  # without its perceptual network, which the stage loads first when it runs
+        with shapes_only():  # without the perceptual network, which is loaded only when the stage runs
             instantiate(plain(run.config.autoencoder.loss) | {"perceptual": None}, _convert_="all")
 
     def plan(self, run: Run) -> Plan | None:
@@ -212,7 +216,7 @@ class AutoencoderStage(Stage):
         return Plan(network, flops, run.enough_images("autoencoder", ("image",)), begins)
 
     def task(self, run: Run, network: nn.Module, loss: AutoencoderLoss, folder: Path) -> Task:
-        """The LightningModule that trains it."""
+        """The LightningModule that trains the autoencoder."""
         config, section = run.config, run.config.autoencoder
         return instantiate(section.task)(
             network,
@@ -229,11 +233,11 @@ class AutoencoderStage(Stage):
         section, network = run.config.autoencoder, on_meta(run).to(memory_format=torch.channels_last).train()
         if section.train == "decoder":
             network.freeze_encoder()
-        with torch.device("meta"), warnings.catch_warnings(action="ignore"):  # of weights that are not kept
+        with torch.device("meta"), warnings.catch_warnings(action="ignore"):  # about weights that are not kept
             loss = instantiate(section.loss, _convert_="all")
         size = sides(stage_data(run.config, "autoencoder").image_size)
         task = self.task(run, network, loss, run.folder / "autoencoder")
-        # Whole pictures take the most memory of those that equivariance draws.
+        # Of the image sizes that equivariance draws, the full size takes the most memory.
         task.augmentation = replace(task.augmentation, equivariance=0.0)
         return Rehearsal(task, {"image": (run.config.data.channels, *size)})
 
@@ -260,9 +264,9 @@ class AutoencoderStage(Stage):
         if taken is not None:
             give_discriminator(run, loss)
         task = self.task(run, network, loss, folder)
-        if section.compile:  # not the last convolution: its gradient is taken by hand
+        if section.compile:  # not the last convolution: the adaptive weight computes its gradient by hand
             compile_training(network.encoder, network.decoder)
-        for part in (network, loss):  # the losses' networks too, or each of their weights is copied in every pass
+        for part in (network, loss):  # also the losses' networks: otherwise their weights are copied in every pass
             part.to(memory_format=torch.channels_last)
         health = {"max_adaptive_weight": section.loss.get("max_adaptive_weight")}
         training.train(run, "autoencoder", task, data, folder, images=data.count(data.train_split), health=health)

@@ -1,4 +1,4 @@
-"""A U-Net that begins from another's weights, perhaps with more inputs than that had."""
+"""Starts a network from another model's weights, possibly with more inputs than that model had."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,7 +17,7 @@ from ldm_train.pipeline.adopt import ADOPTED, is_foreign
 from ldm_train.pipeline.convert import adopted_model
 
 Shape = tuple[int, ...]
-# Layers that read an input of the network, by the end of their names: only their second dimension may grow.
+# Layers that read an input of the network (ends of their names: the input). Only their second dimension may grow.
 INPUTS = {
     "input_blocks.0.0.weight": "channels of pictures or maps",
     "attn2.to_k.weight": "width of the context",
@@ -27,12 +27,12 @@ INPUTS = {
     "label_emb.0.0.weight": "width of the vector",
 }
 
-CONTROL = "control."  # the copy of a U-Net's encoder, see `models/control.py`
+CONTROL = "control."  # prefix of the names in the copy of a U-Net's encoder, see `models/control.py`
 
 
 def model_folder(value: str, runs_dir: str, option: str) -> Path:
-    """The model folder of a run by its name or folder, of a model on the Hub, of a checkpoint or pipeline of others (converted at
-    its first use), or itself. Raises FileNotFoundError naming the paths that were tried."""
+    """The model folder that `value` names: a run's name or folder, a model folder, a model on the Hub, or a foreign
+    checkpoint or pipeline (converted at its first use). Raises FileNotFoundError naming the paths that were tried."""
     candidates = [Path(value), Path(runs_dir) / value]
     if is_repo(value) and not candidates[1].exists():
         candidates = [downloaded(value)]
@@ -59,8 +59,8 @@ def _network_shapes(folder: Path) -> dict[str, Shape]:
 
 
 def grown(ours: Mapping[str, Shape], theirs: Mapping[str, Shape], where: Path) -> list[str]:
-    """What a network has more than the one that it begins from, in words, beside a control. Raises ValueError for any
-    difference that zeros cannot bridge."""
+    """Describes the inputs that a network has and the one it starts from lacks, except a control. ours, theirs: shapes
+    of their weights by name. Raises ValueError for any difference that cannot be filled with zeros."""
     more: dict[str, str] = {}
     for name, shape in ours.items():
         before = theirs.get(name)
@@ -90,12 +90,13 @@ def grown(ours: Mapping[str, Shape], theirs: Mapping[str, Shape], where: Path) -
 
 
 def what_grows(network: nn.Module, folder: Path) -> list[str]:
-    """See `grown`. network: perhaps on the meta device."""
+    """`grown` for a network, possibly on the meta device, and the model folder that it starts from."""
     return grown({k: tuple(v.shape) for k, v in network.state_dict().items()}, _network_shapes(folder), folder)
 
 
 def tokenizers_of(folder: Path, conditioners: dict[str, Any]) -> dict[str, Any]:
-    """Conditioners with the tokenizers that a model's embeddings belong to, in the place of ones made from the data."""
+    """The conditioners' options with the tokenizers of the model in `folder`, which its embeddings belong to, instead
+    of ones made from the data."""
     theirs = read_tree(folder).get("conditioners") or {}
     return {
         name: options | {"tokenizer": theirs[name]["tokenizer"]}
@@ -112,7 +113,7 @@ def _into(ours: torch.Tensor, theirs: torch.Tensor) -> torch.Tensor:
 
 
 def _class_rows(ours: ClassLabel, theirs: ClassLabel) -> torch.Tensor:
-    """Classes by their names; a new one begins as zeros."""
+    """The class embedding, its rows copied by class name; new classes start as zeros. The last row is "no class"."""
     weight, known = torch.zeros_like(ours.embedding.weight), theirs.embedding.weight
     for row, name in enumerate(ours.names):
         if name in theirs.names:
@@ -123,13 +124,13 @@ def _class_rows(ours: ClassLabel, theirs: ClassLabel) -> torch.Tensor:
 
 @torch.no_grad()
 def begin_from(model: LatentDiffusion, folder: Path, trust: list[str], say: bool = True) -> LatentDiffusion:
-    """Gives a model the weights of another's network and of those conditioners that both have; what is new begins as zeros, or,
-    in a conditioner of its own, as it is. Returns the other. say: print which conditioners are new. Raises ValueError where they
-    do not fit."""
+    """Copies the weights of the model in `folder` into `model`: its network and the conditioners that both have. New
+    inputs of the network start as zeros; a new conditioner keeps its own initialisation. Returns the loaded model. say:
+    print which conditioners are new. Raises ValueError if they do not fit."""
     other = load_latent_diffusion(folder, trust)
     what_grows(model.network, folder)
     theirs = other.network.state_dict()
-    for slot in ("concat", "vector"):  # joined in order: what is new must come behind
+    for slot in ("concat", "vector"):  # these inputs are joined in order: new ones must come last
         before, now = ([n for n, c in m.conditioners.items() if slot in c.widths] for m in (other, model))
         if now[: len(before)] != before:
             raise ValueError(

@@ -1,4 +1,4 @@
-"""What a stage's training asks of the memory, and what fits: the largest micro-batch, and whether activations are to be recomputed."""
+"""The memory that a stage's training needs, and the largest micro-batch that fits, also with recomputed activations."""
 
 import inspect
 import json
@@ -19,17 +19,17 @@ if TYPE_CHECKING:
     from ldm_train.pipeline.run import Run
 
 GIB = 2**30
-# What is counted on of a memory: libraries need workspaces, an allocator leaves gaps, a GPU keeps its context.
+# The usable share of memory: libraries need workspaces, an allocator leaves gaps, a GPU keeps its context.
 USABLE = 0.9
-# Options that memory does not depend on.
+# Options that do not affect memory.
 BESIDE = ("name", "runs_dir", "stages", "memory", "plan", "price_per_hour", "restart")
-# Of this process, by all that a step's memory depends on: the bytes by part, and what is not counted.
+# A cache: all that a step's memory depends on, as text -> (bytes by part, what is not counted).
 _KNOWN: dict[str, tuple[dict[str, int], tuple[str, ...]]] = {}
 
 
 def offered(run: "Run") -> float | None:
-    """Bytes of memory that a device has for training: `memory`, else a GPU's own, else of the machine's available memory each
-    process's share; None for GPUs that are not there."""
+    """Bytes of memory that a device has for training: the option `memory` (GiB) if set, else, on the CPU, each
+    process's share of the machine's available memory, and on a GPU its total memory; None if there is no CUDA GPU."""
     machine, said = run.machine, run.config.memory
     if said is not None:
         return float(said) * GIB
@@ -42,7 +42,7 @@ def offered(run: "Run") -> float | None:
 
 @dataclass(frozen=True)
 class Choice:
-    """A way to train at the same batch_size: micro-batch, backward passes per step, activations recomputed or not."""
+    """A way to train at a given batch_size: micro-batch, backward passes per step, recomputing of activations."""
 
     micro: int
     accumulate: int
@@ -54,7 +54,8 @@ class Choice:
 
 
 class Budget:
-    """The memory of one stage's step under different choices. Raises whatever a task raises that cannot rehearse."""
+    """The memory of one stage's training step under different choices. Methods raise the task's own error if it cannot
+    be rehearsed."""
 
     def __init__(self, run: "Run", stage: str):
         self.run, self.stage, self.section = run, stage, run.config[stage]
@@ -67,7 +68,7 @@ class Budget:
         self._rehearsals: dict[bool, Rehearsal | None] = {}
         tree = {k: v for k, v in plain(run.config).items() if k not in BESIDE}
         tree[stage] = {k: v for k, v in tree[stage].items() if k != "micro_batch_size"}
-        tree[stage]["network"] = tree[stage]["network"] | {"activation_checkpointing": None}  # `Choice` says these
+        tree[stage]["network"] = tree[stage]["network"] | {"activation_checkpointing": None}  # these are in `Choice`
         self._kind = json.dumps([stage, run.machine.accelerator, run.machine.precision, run.machine.world_size, tree])
 
     def _rehearsal(self, recomputing: bool) -> Rehearsal | None:
@@ -90,7 +91,7 @@ class Budget:
         if key not in _KNOWN:
             if (rehearsal := self._rehearsal(choice.recomputing)) is None:
                 return None
-            last = self.section.max_steps - 1  # by then all terms of a loss are on
+            last = self.section.max_steps - 1  # by then all terms of the loss are active
             found = step_memory(rehearsal, choice.micro, choice.accumulate, machine, last)
             _KNOWN[key] = found, tuple(rehearsal.unknown)
         found, self.unknown = _KNOWN[key]
@@ -100,7 +101,7 @@ class Budget:
         return float(sum((self.memory(choice) or {}).values()))
 
     def can_recompute(self) -> bool:
-        """Whether the network has the option."""
+        """Returns True if the network has the option activation_checkpointing."""
         target = get_object(self.section.network._target_)
         chain = target.__mro__ if isinstance(target, type) else [target]
         return any("activation_checkpointing" in inspect.signature(part).parameters for part in chain[:-1])
@@ -109,9 +110,9 @@ class Budget:
         return Choice(micro, self.share // micro, recomputing)
 
     def largest(self, memory: float, recomputing: bool) -> Choice | None:
-        """That with the largest micro-batch among those that fit."""
+        """The choice with the largest micro-batch that fits into `memory` bytes; None if none fits."""
         sizes = [n for n in range(1, self.share + 1) if self.share % n == 0]
-        low, high = -1, len(sizes)  # the first fits, the second does not
+        low, high = -1, len(sizes)  # sizes[low] fits, sizes[high] does not
         points: dict[int, float] = {}
         guess = sizes.index(self.chosen.micro)
         while high - low > 1:
@@ -122,7 +123,7 @@ class Budget:
         return self._choice(sizes[low], recomputing) if low >= 0 else None
 
     def alternatives(self, memory: float) -> list[Choice]:
-        """What fits: without recomputing, then with it, where that takes larger micro-batches."""
+        """The largest choices that fit into `memory` bytes: without recomputing, and with it if that is larger."""
         found: list[Choice] = []
         for way in [False, True] if self.can_recompute() else [self._own]:
             most = found[0].micro if found else 0
@@ -131,7 +132,7 @@ class Budget:
         return found
 
     def typed(self, choice: Choice) -> str:
-        """A choice as options to type."""
+        """A choice as options for the command line."""
         words = [f"{self.stage}.micro_batch_size={choice.micro}"]
         if choice.recomputing != self._own:
             plus = "" if self._named else "+"
@@ -139,7 +140,7 @@ class Budget:
         return f"{' '.join(words)} ({choice.accumulate} accumulated)"
 
     def table(self) -> Iterator[str]:
-        """The peak by part, in lines."""
+        """Lines of text: the peak, its parts, and what is not counted."""
         memory = self.memory(self.chosen) or {}
         yield f"{self.chosen}: {_gib(sum(memory.values()))} at the peak of a step"
         yield ", ".join(f"{part} {_gib(memory[part])}" for part in PARTS if memory.get(part))
@@ -147,7 +148,7 @@ class Budget:
             yield f"not counted: {reason}"
 
     def check(self, memory: float) -> None:
-        """Raises ValueError, with options to type, where a step needs more than there is."""
+        """Raises ValueError, naming options that fit, if a step needs more than `memory` bytes."""
         if (peak := self.peak(self.chosen)) <= memory:
             return
         said = f"{self.stage}: a training step takes {_gib(peak)} ({self.chosen}), and there are {_gib(memory)}"
@@ -162,7 +163,8 @@ class Budget:
 
 
 def _predicted(points: dict[int, float], sizes: list[int], memory: float) -> int:
-    """The index of the size at which the line through the two points next to `memory` meets it: peaks grow about linearly."""
+    """The index of the largest size that fits into `memory` bytes by the line through the two points nearest to it:
+    peaks grow about linearly. points: {size: peak in bytes}."""
     (a, low), (b, high) = sorted(sorted(points.items(), key=lambda point: abs(point[1] - memory))[:2])
     meets = a + (memory - low) * (b - a) / max(high - low, 1.0)
     return sum(size <= meets for size in sizes) - 1
@@ -173,7 +175,7 @@ def _gib(size: float) -> str:
 
 
 def in_full(budget: Budget, memory: float | None) -> Iterator[str]:
-    """All that a plan says of a stage's memory, in lines."""
+    """The lines about a stage's memory in a plan. memory: bytes, None if unknown."""
     yield from budget.table()
     if memory is None:
         yield "memory=<GiB> says what fits on a GPU that is not there"

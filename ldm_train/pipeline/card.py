@@ -18,7 +18,7 @@ from ldm_train.pipeline.resume import read_note
 from ldm_train.storage import read_config, write_atomically
 
 CARD, RECIPE, SAMPLES = "README.md", "training.yaml", "samples.png"
-# What ldm-sample is told, by field.
+# Example options of ldm-sample, by the field that a model is conditioned on.
 EXAMPLES = {
     "caption": "prompts='a few words'",
     "class_label": "classes=[0,1]",
@@ -29,17 +29,17 @@ EXAMPLES = {
 
 
 def _fields(tree: Mapping[str, Any], where: Path) -> list[str]:
-    """What a model is conditioned on."""
+    """The batch fields that a model is conditioned on, without those of the user's own conditioners."""
     fields = []
     for options in (tree.get("conditioners") or {}).values():
-        with suppress(ValueError):  # a part of the user's own
+        with suppress(ValueError):  # the user's own part, which is not imported
             part = find_part(options["_target_"], where)
             fields += [part.field] if issubclass(part, Conditioner) else []
     return fields
 
 
 def _task(fields: list[str]) -> str:
-    """The Hub's word."""
+    """The Hub's name of the task of a model that is conditioned on these fields."""
     if {"lowres", "masked_image", "segmentation", "edges", "depth"} & set(fields):
         return "image-to-image"
     return "text-to-image" if "caption" in fields else "unconditional-image-generation"
@@ -49,7 +49,7 @@ PRIVATE = ("logger", "runs_dir", "data_dir", "project", "trace", "text_cache", "
 
 
 def _without_folders(tree: Any) -> Any:
-    """Paths of this machine, shortened to their last part, and without options of it: a card goes to others."""
+    """A config, for publication: without options of this machine (PRIVATE), paths shortened to their last part."""
     if isinstance(tree, dict):
         return {k: _without_folders(v) for k, v in tree.items() if k not in PRIVATE}
     if isinstance(tree, list):
@@ -58,20 +58,20 @@ def _without_folders(tree: Any) -> Any:
 
 
 def _measured(run: Path) -> dict[str, Any]:
-    """metrics.json of a finished evaluation of a run's model, or {}."""
+    """The metrics.json of a run's evaluation, or {} if that is not finished."""
     note = read_note(run / "evaluation")
     path = run / "evaluation" / "metrics.json"
     return json.loads(path.read_text()) if note and note["finished"] and path.is_file() else {}
 
 
 def _rows(metrics: Mapping[str, Any]) -> list[tuple[str, str, float, str, int]]:
-    """(of what, metric, value, 95 % interval, number of images)."""
+    """The rows of the card's table: (what was measured, metric, value, 95 % interval, number of images)."""
     rows = []
     for of, measures in metrics.items():
         for name, entry in measures.items() if isinstance(measures, dict) else ():
             if isinstance(entry, dict) and "value" in entry:
                 interval = " to ".join(f"{v:.4g}" for v in entry.get("interval") or [])
-                value = math.inf if entry["value"] is None else float(entry["value"])  # the PSNR of equal pictures
+                value = math.inf if entry["value"] is None else float(entry["value"])  # e.g. PSNR of identical images
                 rows.append((of, name, value, interval, int(entry.get("n", 0))))
     for name, shares in metrics.get("adherence", {}).items():
         if isinstance(shares, dict) and "mean" in shares:
@@ -80,7 +80,7 @@ def _rows(metrics: Mapping[str, Any]) -> list[tuple[str, str, float, str, int]]:
 
 
 def _data(config: Mapping[str, Any]) -> tuple[str, str]:
-    """(the data's name, a sentence)."""
+    """(name of the data, a sentence that describes them)."""
     data = config["data"]
     roots = data["root"] if isinstance(data["root"], list) else [data["root"]]
     name, size = " and ".join(Path(root).name for root in roots), data["image_size"]
@@ -115,9 +115,11 @@ def _trained(config: Mapping[str, Any]) -> list[str]:
 def write_card(
     folder: Path, run: Path | None, title: str, tree: Mapping[str, Any], commands: list[str], native: bool = True
 ) -> None:
-    """Writes README.md into a model's folder, with the samples, metrics and recipe of the run that made it, where one did.
+    """Writes README.md into a model's folder. For a whole latent diffusion model whose `run` is given, it has that
+    run's samples, metrics and recipe.
 
-    title: the model's name. tree: that builds it. commands: lines of Python that open it. native: in this package's own form
+    title: the model's name. tree: the config that builds it. commands: lines of Python that load it. native: whether
+    the folder is in this package's own format
     """
     whole, fields, data = "first_stage" in tree, _fields(tree, folder), "unknown"
     run, metrics, results = run if whole else None, {}, []

@@ -1,4 +1,4 @@
-"""A classifier of noisy latents (experiment=classifier_*), which guides models of the same latents."""
+"""A classifier of noisy latents (experiment=classifier_*), which guides diffusion models of the same latents."""
 
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from ldm_train.pipeline.stage import Stage
 
 
 def classifier_tree(config: DictConfig, images: ShardDataModule, first_stage: Any) -> dict[str, Any]:
-    """The network's config with the values that come from the data."""
+    """The network's config, completed from the data. Raises ValueError if it needs classes and the data name none."""
     tree = plain(config.classifier.network)
     filled = {"classes": images.index.get("classes"), "latent_size": latent_size(config, first_stage)}
     if filled["classes"] is None and tree["classes"] == FROM_DATA:
@@ -32,7 +32,7 @@ def classifier_tree(config: DictConfig, images: ShardDataModule, first_stage: An
 
 
 class ClassifierStage(Stage):
-    """Trains on the latents of a run, independently of the model that it will guide."""
+    """Trains a classifier on the latents of a run, independently of the model that it will guide."""
 
     name, needs = "classifier", ("latents",)
 
@@ -69,7 +69,7 @@ class ClassifierStage(Stage):
         schedule, options = run.part("diffusion.schedule"), training.optimisation(run, "classifier")
         task = instantiate(config.classifier.task)(network, first_stage, schedule, **options)
         training.train(run, "classifier", task, data, folder, images=count)
-        # A model must have the same values to be guided by it, see `latents_of`.
+        # A model that it guides must have the same values, see `guides.latents_of`.
         metadata = {
             "autoencoder": read_metadata(autoencoder.model_folder(run))["sha256"],
             "scale": first_stage.scale.flatten().tolist(),

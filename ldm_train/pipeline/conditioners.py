@@ -1,4 +1,4 @@
-"""The conditioners of a run: their options with what comes from the data, or from the model that it begins from."""
+"""The conditioners of a run: their options, completed from the data or from the model that the run starts from."""
 
 from pathlib import Path
 from typing import Any
@@ -16,8 +16,9 @@ from ldm_train.pipeline.run import Index, Run
 
 
 def conditioner_tree(config: DictConfig, data: ShardDataModule | Index, rehearsal: bool = False) -> dict[str, Any]:
-    """The conditioners' config with the values that come from the data, as the model folder stores it. rehearsal: the
-    tokenizer is trained on no captions, so that the data are not read."""
+    """The conditioners' config, completed with the values that come from the data, as the model folder stores it.
+    rehearsal: trains the tokenizer on no captions, so that the data are not read. Raises ValueError if the data name no
+    classes, or for invalid tokenizer options."""
     tree = plain(config.diffusion.conditioning.conditioners)
     for name, conditioner in tree.items():
         for option in ("classes", "labels"):
@@ -33,7 +34,7 @@ def conditioner_tree(config: DictConfig, data: ShardDataModule | Index, rehearsa
         if type(size) is not int or not isinstance(source, str):
             raise ValueError(f"{CONDITIONERS}.{name}: tokenizer is {FROM_DATA} or a file, vocab_size a whole number")
         if "tokenizer" in conditioner:
-            conditioner.pop("vocab_size", None)  # the tokenizer says it
+            conditioner.pop("vocab_size", None)  # the tokenizer has its own
             if source == FROM_DATA:
                 tokenizer = train_tokenizer([] if rehearsal else data.shards(data.train_split).captions(), size)
             else:
@@ -43,16 +44,16 @@ def conditioner_tree(config: DictConfig, data: ShardDataModule | Index, rehearsa
 
 
 def with_whole_vocabularies(tree: dict[str, Any], config: DictConfig) -> dict[str, Any]:
-    """A rehearsal's conditioners with tokenizers as large as those that the captions will fill at most."""
+    """A rehearsal's conditioners with tokenizers filled up to vocab_size, the most that captions can fill."""
     for name, options in plain(config.diffusion.conditioning.conditioners).items():
         if options.get("tokenizer") == FROM_DATA:
             tokenizer = Tokenizer.from_str(tree[name]["tokenizer"])
             tokenizer.add_tokens([f"<{i}>" for i in range(options["vocab_size"] - tokenizer.get_vocab_size())])
-            tree[name]["tokenizer"] = tokenizer  # as it is: its text is long
+            tree[name]["tokenizer"] = tokenizer  # as an object: its JSON is long
     return tree
 
 
 def conditioners_of(run: Run, begun: Path | None) -> dict[str, Any]:
-    """The conditioners, without trained weights, of a run that begins from a model, with that model's tokenizers."""
+    """The conditioners of a run, without trained weights but with the tokenizers of the model in `begun`, if any."""
     tree = conditioner_tree(run.config, run.index("diffusion"), rehearsal=True)
     return build(tree if begun is None else tokenizers_of(begun, tree), CONDITIONERS, run.trust)

@@ -1,4 +1,4 @@
-"""ldm-convert: a model from one form into another."""
+"""ldm-convert: converts a model from one format to another."""
 
 import hashlib
 import json
@@ -39,12 +39,13 @@ RULES: dict[str, Rule] = {
     "repo": optional(text("name, <organisation or user>/<name>")),
     **dict.fromkeys(("verify", "dry_run", "overwrite", "private", "encoders"), flag),
 }
-HUB = "hub"  # in the place of a path
-SAMPLING = USUAL_SAMPLING | {"spacing": "compvis"}  # as the published models' own script draws
+HUB = "hub"  # instead of a path
+SAMPLING = USUAL_SAMPLING | {"spacing": "compvis"}  # as in the sampling script of the published models
 
 
 def read(config: DictConfig) -> tuple[Model, compvis.Report | None]:
-    """The model of `from`, and what was mapped of a checkpoint."""
+    """The model in `from`, and for a CompVis checkpoint the report of which tensors were mapped. Raises
+    FileNotFoundError if there is none."""
     source, metadata = Path(config["from"]), dict[str, Any]()
     if source.suffix in FILES:
         if not source.is_file():
@@ -78,19 +79,20 @@ def read(config: DictConfig) -> tuple[Model, compvis.Report | None]:
 
 
 def _folders(config: DictConfig, *folders: Path) -> list[Path]:
-    """Whence encoders may be copied: a model's own folder, what the command names, and with encoders=true from anywhere."""
+    """The folders from which encoders may be copied: those given, or any folder with encoders=true."""
     return [Path("/")] if config.encoders else list(folders)
 
 
 def _tokenizer(value: str | None) -> str | None:
-    """The path of a folder (CLIP's), or the content of a file."""
+    """`tokenizer` as `compvis.load` takes it: a folder's absolute path (CLIP's), or the JSON of a file's tokenizer."""
     if value is None:
         return None
     return str(Path(value).resolve()) if Path(value).is_dir() else read_tokenizer(value).to_str()
 
 
 def native_folder(source: Path) -> Path:
-    """The model folder of `from`: of a run, of its autoencoder where it has no more yet, or itself. Raises FileNotFoundError."""
+    """The native model folder of `from`: that of a run, or of its autoencoder if it has no other yet, or `from` itself.
+    Raises FileNotFoundError if there is none."""
     for folder in (find_model(source), source / "autoencoder" / "model"):
         if folder is not None and (folder / METADATA).is_file():
             return folder
@@ -100,7 +102,8 @@ def native_folder(source: Path) -> Path:
 
 
 def _published(config: DictConfig) -> Path:
-    """Writes the model and its card into a temporary folder, and uploads that. Returns where it was."""
+    """Writes the model and its card into a temporary folder, and uploads that (a dry run does neither). Returns the
+    path that the folder had. Raises ValueError if `repo` is not <owner>/<name>."""
     if config.repo is None or REPO.fullmatch(config.repo) is None or "@" in config.repo:
         raise ValueError(f"to=hub needs repo=<organisation or user>/<name>, not {config.repo}")
     form, (_, name) = config.format, config.repo.split("/")
@@ -122,7 +125,7 @@ def _published(config: DictConfig) -> Path:
 
 
 def _opening(folder: Path, repo: str, form: str, whole: bool) -> list[str]:
-    """Lines of Python that open what was published."""
+    """Lines of Python, for the card, that load the published model. whole: it is not just an autoencoder."""
     if form == "native":
         drawn = ["images = model.sample({}, seeds=[0, 1, 2, 3])"] if whole else []
         opened = (
@@ -138,8 +141,8 @@ def _opening(folder: Path, repo: str, form: str, whole: bool) -> list[str]:
 
 @cache
 def adopted_model(path: Path, place: Path) -> Path:
-    """The native model folder of a checkpoint or pipeline of a whole model: below `place`, converted at its first use. Raises
-    FileNotFoundError or ValueError, naming what cannot be converted."""
+    """The native model folder, below `place`, of a whole model's checkpoint or pipeline, converted at its first use.
+    Raises FileNotFoundError or ValueError, naming what cannot be converted."""
     if path.is_file():
         files = [path, yaml_beside(path)]
     else:
@@ -165,8 +168,9 @@ def adopted_model(path: Path, place: Path) -> Path:
 
 
 def convert(config: DictConfig) -> Path:
-    """Reads `from`, writes `to`. Raises ValueError or FileNotFoundError naming what cannot be converted; then nothing is
-    written."""
+    """Converts `from` to `to`, and returns the path written. Raises ValueError, FileNotFoundError or FileExistsError,
+    naming what cannot be converted or written, before anything is written; ValueError if verify=true finds that the
+    written model differs."""
     check(config, RULES, tuple(RULES))
     if is_adapter(Path(config["from"])):
         return convert_adapter(config)
@@ -205,7 +209,7 @@ def _converted(config: DictConfig) -> Model:
         expected, computed = outputs(model.module), form.again()
         error = float(
             torch.stack([(computed[name] - expected[name]).abs().max() for name in computed]).max()
-        )  # NaN stays
+        )  # max keeps NaN
         print(f"verified: read again, its outputs differ by at most {error:.1e}")
         if not error <= (form.tolerance if dtype == torch.float32 else 0.1):
             raise ValueError(f"{target} computes something else than {config['from']}; do not use it")

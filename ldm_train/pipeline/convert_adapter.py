@@ -1,5 +1,5 @@
-"""ldm-convert of an adapter: a LoRA into one file in the layout of diffusers/PEFT or of kohya, a control into a ControlNetModel of
-diffusers, and from these into folders of ours."""
+"""ldm-convert for adapters: a LoRA to one file in the layout of diffusers/PEFT or of kohya, a control to a
+ControlNetModel of diffusers, and these to native adapter folders."""
 
 from pathlib import Path
 
@@ -23,11 +23,11 @@ from ldm_train.models import lora
 from ldm_train.storage import write_folder
 
 NAME = "adapter"
-THEIRS = ("edges", "depth")  # what a control of diffusers may read; colours of label maps are everyone's own
+THEIRS = ("edges", "depth")  # fields of diffusers' controls; not label maps, whose colours differ between models
 
 
 def is_adapter(source: Path) -> bool:
-    """Whether this is an adapter's folder, also of a control in diffusers' form, or a file of one."""
+    """Returns True if `source` is a native adapter folder, a diffusers control folder, or a LoRA .safetensors file."""
     if source.is_dir() and is_control_of_diffusers(source):
         return True
     if source.suffix != ".safetensors" or not source.is_file():
@@ -41,7 +41,8 @@ def is_adapter(source: Path) -> bool:
 
 
 def convert_adapter(config: DictConfig) -> Path:
-    """Raises ValueError or FileNotFoundError naming what cannot be converted; then nothing is written."""
+    """Converts the adapter in `from`, and returns the path `to`. Raises ValueError, FileNotFoundError or
+    FileExistsError, naming what cannot be converted or written; then nothing is written."""
     source, target = Path(config["from"]), Path(config.to)
     if (source / CONTROL).is_file() or is_control_of_diffusers(source):
         return _convert_control(config, source, target)
@@ -83,7 +84,7 @@ def _check_written(config: DictConfig, target: Path) -> None:
 
 
 def _base(config: DictConfig, source: Path) -> tuple[Path, Path]:
-    """The model that an adapter is of, as it was named, and its folder. Raises FileNotFoundError."""
+    """(path of an adapter's base model as given, its model folder). Raises FileNotFoundError if there is none."""
     base = Path(config.base) if config.base is not None else source.parent / "model"
     folder = find_model(base)
     if folder is None:
@@ -94,7 +95,7 @@ def _base(config: DictConfig, source: Path) -> tuple[Path, Path]:
 
 
 def _convert_control(config: DictConfig, source: Path, target: Path) -> Path:
-    """A control of ours as one of diffusers, or back."""
+    """Converts a native control to one of diffusers, or back."""
     theirs = is_control_of_diffusers(source)
     wanted = "native" if theirs else "diffusers"
     if config.format != wanted:
@@ -109,7 +110,7 @@ def _convert_control(config: DictConfig, source: Path, target: Path) -> Path:
     channels = model.first_stage.latent_channels
     tree = read_tree(folder)["network"] if native else unet_tree(folder / "unet", channels)[0]
     sha256 = read_metadata(folder)["sha256"] if native else None
-    drop_control(model)  # of a run that trained one: that in `from` is meant
+    drop_control(model)  # a run that trained a control already has one, but the one in `from` is wanted
     if theirs:
         take_control_of_diffusers(source, model, tree, config.control)
     else:

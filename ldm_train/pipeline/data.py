@@ -1,4 +1,4 @@
-"""The images of a run: the data of each stage, and the fields that its conditioners need."""
+"""The images of a run: the data of each stage, and the fields that the conditioners need."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -20,7 +20,7 @@ from ldm_train.training.fit import Machine
 FROM_DATA = "from_data"  # stands for a value that comes from the data: class names, a tokenizer
 DERIVING = ("ldm_train.data.masks", "ldm_train.data.degradations")  # modules that make fields from images
 CONDITIONERS = "diffusion.conditioning.conditioners"
-# Options of `data` that say what the images of a stage are and in which order they come, and how several sets are mixed.
+# Options of `data`: those that determine the images of a stage and their order, and those that mix several data sets.
 IMAGES = ("image_size", "crop", "scale", "flip", "channels", "reader", "shuffle_buffer")
 MIXTURE = ("weights", "balance_classes")
 
@@ -36,18 +36,18 @@ def evaluation_batching(config: DictConfig, machine: Machine) -> Batching:
 
 
 def sides(size: Any) -> tuple[int, int]:
-    """data.image_size, a side or [height, width], as (height, width)."""
+    """data.image_size, which is one side or [height, width], as (height, width)."""
     return (size, size) if isinstance(size, int) else (size[0], size[1])
 
 
 def _given(options: dict[str, Any]) -> dict[str, Any]:
-    """Without what is null, in sections too."""
+    """The options that are not null, also in nested sections; sections that this leaves empty are dropped."""
     said = {k: _given(v) if isinstance(v, dict) else v for k, v in options.items()}
     return {k: v for k, v in said.items() if v is not None and (v != {} or options[k] == {})}
 
 
 def stage_data(config: DictConfig, stage: str) -> DictConfig:
-    """The data section of a stage: the autoencoder's own options (autoencoder.data) come before the common ones."""
+    """The data section of a stage: the autoencoder's own options (autoencoder.data) override the common ones."""
     own = _given(plain(config.autoencoder.data)) if stage == "autoencoder" else {}
     if "root" in own:  # data.weights and data.source belong to the common roots
         own = {"weights": None, "balance_classes": False, "source": None} | own
@@ -55,13 +55,13 @@ def stage_data(config: DictConfig, stage: str) -> DictConfig:
 
 
 def bucketing(data: Mapping[str, Any]) -> dict[str, Any] | None:
-    """data.buckets where there are any; models of before know none."""
+    """The options data.buckets; None without buckets: max_ratio 1, or no such section, as in older configs."""
     buckets = data.get("buckets")
     return dict(buckets) if buckets and buckets["max_ratio"] > 1 else None
 
 
 def check_bucket_step(data: Mapping[str, Any], multiple: int, name: str = "data") -> None:
-    """Raises ValueError where sizes of buckets are not divisible by `multiple`."""
+    """Raises ValueError if the sizes of the buckets are not divisible by `multiple`."""
     if (buckets := bucketing(data)) and buckets["step"] % multiple:
         raise ValueError(
             f"{name}.buckets.step={buckets['step']} gives sizes that these networks do not take: say a multiple of {multiple}"
@@ -69,7 +69,7 @@ def check_bucket_step(data: Mapping[str, Any], multiple: int, name: str = "data"
 
 
 def ensure_data(data: DictConfig) -> None:
-    """Prepares data from a source that needs no files (data.source), if there are none yet."""
+    """Prepares the data from data.source, which needs no files, if they do not exist yet."""
     if data.source is None or not isinstance(data.root, str) or is_address(data.root):
         return
     if not (Path(data.root) / INDEX).is_file():
@@ -77,14 +77,14 @@ def ensure_data(data: DictConfig) -> None:
 
 
 def loaded_steps(section: DictConfig) -> int:
-    """Optimiser steps that a stage's loader has batches for."""
+    """The number of optimiser steps that a stage's data loader has batches for."""
     return UNENDING if section.get("max_time") else section.max_steps
 
 
 def data_module(
     config: DictConfig, stage: str, machine: Machine, fields: tuple[str, ...], trust: Sequence[str]
 ) -> ShardDataModule:
-    """The images for a stage that has a section in the config."""
+    """The data module with the images of a stage, which must have a section in the config."""
     section, data = config[stage], plain(stage_data(config, stage))
     declared = [conditioner.declares for conditioner in conditioner_classes(config, trust).values()]
     return instantiate(data["module"])(
@@ -105,13 +105,14 @@ def data_module(
 
 
 def _far(data: dict[str, Any]) -> bool:
-    """Whether any shards are not files of this machine."""
+    """Returns True if any shard is remote (http, s3, ...)."""
     splits = read_index(data["root"], data["remedy"])["splits"].values()
     return any(remote_bytes(part["shards"]) for part in splits)
 
 
 def label_counts(config: DictConfig, trust: Sequence[str]) -> dict[str, int | None]:
-    """{batch field: how many labels the conditioner or classifier of it knows}, None where the data set it."""
+    """{batch field: number of labels that its conditioner or classifier knows}; None if that comes from the data.
+    Raises ValueError for other values."""
     counts: dict[str, int | None] = {}
     if "classifier" in config and isinstance(config.classifier.network.classes, int):
         counts["class_label"] = config.classifier.network.classes
@@ -131,7 +132,8 @@ def label_counts(config: DictConfig, trust: Sequence[str]) -> dict[str, int | No
 
 
 def conditioner_classes(config: DictConfig, trust: Sequence[str]) -> dict[str, Any]:
-    """The classes of the configured conditioners by name: each has the batch `field` it reads, and perhaps `declares` it."""
+    """The classes of the configured conditioners by name. Each has the batch `field` that it reads, and may define that
+    field in `declares`."""
     trees = plain(config.diffusion.conditioning.conditioners)
     return {name: find_part(tree["_target_"], f"{CONDITIONERS}.{name}", trust) for name, tree in trees.items()}
 
@@ -140,7 +142,7 @@ def data_key(config: DictConfig, stage: str) -> dict[str, Any]:
     """Everything that a stage's images depend on."""
     data = plain(stage_data(config, stage))
     used = {k: data[k] for k in IMAGES}
-    if data["reader"] == "streaming":  # its order depends on the number of its readers
+    if data["reader"] == "streaming":  # its order depends on the number of workers
         used["num_workers"] = config.num_workers
     if data["module"] != usual_options()["data"]["module"]:
         used["module"] = data["module"]
@@ -151,6 +153,6 @@ def data_key(config: DictConfig, stage: str) -> dict[str, Any]:
 
 
 def mixture_key(config: DictConfig, stage: str) -> dict[str, Any]:
-    """The options by which training draws from several data sets."""
+    """The options by which training mixes several data sets or balances classes."""
     data = plain(stage_data(config, stage))
     return {k: data[k] for k in MIXTURE}

@@ -1,4 +1,4 @@
-"""Stage 2: the conditional denoising network on latents of the frozen first stage."""
+"""Stage 2: the conditional denoising network, trained on latents of the frozen first stage."""
 
 from collections.abc import Callable
 from dataclasses import fields
@@ -40,7 +40,7 @@ from ldm_train.training.task import Task
 
 
 def latent_size(config: DictConfig, first_stage: Any) -> list[int]:
-    """(h, w) of the training images' latents. first_stage: or its autoencoder."""
+    """[h, w] of the training images' latents. first_stage: a first stage or its autoencoder."""
     return [s // first_stage.downsample_factor for s in sides(config.data.image_size)]
 
 
@@ -51,7 +51,7 @@ def first_stage_tree(autoencoder_config: dict[str, Any]) -> dict[str, Any]:
 def model_tree(
     config: DictConfig, first_stage: dict[str, Any], conditioners: dict[str, Any], size: list[int]
 ) -> dict[str, Any]:
-    """The whole LatentDiffusion as an instantiable tree. size: (h, w) of the latents."""
+    """The config that builds the whole LatentDiffusion. size: (h, w) of the latents."""
     return {
         "_target_": "ldm_train.latent_diffusion.LatentDiffusion",
         "network": plain(config.diffusion.network),
@@ -73,15 +73,15 @@ def sampler_of(run: Run) -> Callable[..., torch.Tensor]:
 
 
 def sampling_of(run: Run) -> dict[str, Any]:
-    """The run's own sampling options, which are stored with its model."""
+    """The sampling options that the run sets, with its sampler, as they are stored with its model."""
     said = {name: value for name, value in plain(run.config.sampling).items() if value is not None}
-    if not run.fields:  # nothing that guidance could strengthen
+    if not run.fields:  # without conditions there is no guidance
         said.pop("guidance_interval", None)
     return said | {"sampler": plain(run.config.sampler)}
 
 
 def drawer(run: Run) -> Callable[..., torch.Tensor]:
-    """(model, fields, seeds) -> images with the configured sampler, in the training precision."""
+    """A function (model, fields, seeds) -> images that uses the configured sampler, in the training precision."""
     sampling = Sampling(sampler_of(run), **plain(run.config.sampling))
 
     def draw(model: LatentDiffusion, fields: dict[str, Any], seeds: list[int], callback: Any = None) -> torch.Tensor:
@@ -92,7 +92,8 @@ def drawer(run: Run) -> Callable[..., torch.Tensor]:
 
 
 def check_best_by(config: DictConfig) -> None:
-    """Raises ValueError for a diffusion.best_by that is not among the measured metrics, and for evaluate_every without metrics."""
+    """Raises ValueError if diffusion.best_by is not a metric that is measured during training, or for evaluate_every
+    without metrics."""
     by, measured = config.diffusion.best_by, list(config.evaluation.metrics)
     if config.diffusion.evaluate_every and not measured:
         raise ValueError(
@@ -107,7 +108,8 @@ def check_best_by(config: DictConfig) -> None:
 
 
 def check_sampler(run: Run, channels: int) -> None:
-    """Runs the sampler on latents of one cell, denoised to 0: it can be imported, takes its options and fits the schedule."""
+    """Runs the sampler on 1 x 1 latents with a denoiser that returns zeros, to check that it can be imported, takes its
+    options and fits the schedule. Raises ValueError for options that it or `Sampling` does not take."""
     config, schedule, sampler = run.config, run.part("diffusion.schedule"), sampler_of(run)
     if unknown := sorted({*config.sampling} - {f.name for f in fields(Sampling)}):
         raise ValueError(f"sampling.{unknown[0]} is no option of sampling; those of a sampler are sampler.<option>")
@@ -121,8 +123,9 @@ def check_sampler(run: Run, channels: int) -> None:
 
 
 def check_model(run: Run, images: ShardDataModule) -> None:
-    """The whole model with its conditioners, and the conditions in the images; only network and first stage are large, and are
-    built without memory."""
+    """Builds the whole model with its conditioners, and checks the sampler and the conditions in the images. The
+    network and the first stage, the only large parts, are built on the meta device. Raises ValueError if the data have
+    more classes than a class conditioner knows."""
     first_stage = FirstStage(autoencoder.on_meta(run))
     tree = conditioner_tree(run.config, images, rehearsal=True)
     conditioners = build(tree, CONDITIONERS, run.trust)
@@ -145,14 +148,15 @@ def check_model(run: Run, images: ShardDataModule) -> None:
 
 
 def taken_model(run: Run, option: str) -> Path | None:
-    """The model folder of diffusion.pretrained or diffusion.init. Raises FileNotFoundError."""
+    """The model folder that diffusion.<option> names, "pretrained" or "init"; None if that is not set. Raises
+    FileNotFoundError if there is no such folder."""
     if not (value := run.config.diffusion[option]):
         return None
     return model_folder(value, run.config.runs_dir, f"diffusion.{option}")
 
 
 def check_fields(run: Run, source: Path) -> None:
-    """Raises ValueError where a trained model is conditioned on other fields than this run."""
+    """Raises ValueError if a trained model is conditioned on other fields than this run."""
     conditioners = (read_tree(source).get("conditioners") or {}).values()
     theirs = [find_part(tree["_target_"], source, run.trust).field for tree in conditioners]
     if sorted(theirs) != sorted(run.fields):
@@ -163,11 +167,11 @@ def check_fields(run: Run, source: Path) -> None:
 
 
 def same_latents(theirs: nn.Module, ours: nn.Module) -> bool:
-    """Whether two autoencoders have the same latents: their encoding parts are equal."""
+    """Returns True if two autoencoders have the same latents: the same class, and equal encoding parts."""
     first, second = (
         {f"{name}.{k}": v for name, part in a.encoding_parts().items() for k, v in part.state_dict().items()}
         if isinstance(a, Autoencoder)
-        else a.state_dict()  # the identity's is empty; of a user's own, whole
+        else a.state_dict()  # empty for the identity; the whole state for the user's own class
         for a in (theirs, ours)
     )
     equal = first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
@@ -175,7 +179,8 @@ def same_latents(theirs: nn.Module, ours: nn.Module) -> bool:
 
 
 def with_decoder(model: LatentDiffusion, network: nn.Module, where: Path) -> None:
-    """Gives a trained model an autoencoder whose latents are those it knows. Raises ValueError where they are not."""
+    """Loads the weights of an autoencoder with the same latents (`network`) into a trained model. Raises ValueError if
+    the latents differ. where: the model's folder, for messages."""
     if not same_latents(model.first_stage.autoencoder, network):
         raise ValueError(
             f"diffusion.pretrained={where} was trained on the latents of another autoencoder than this run's; take that one too "
@@ -185,7 +190,7 @@ def with_decoder(model: LatentDiffusion, network: nn.Module, where: Path) -> Non
 
 
 class DiffusionStage(Stage):
-    """Denoising on latents, with pictures and, where asked, metrics of samples while it trains."""
+    """Trains the denoising network on latents. Meanwhile draws sample images and, if configured, measures samples."""
 
     name, needs = "diffusion", ("latents",)
 
@@ -196,9 +201,9 @@ class DiffusionStage(Stage):
         if (taken := taken_model(run, "pretrained")) is not None:
             return {"pretrained": read_metadata(taken)["sha256"], "autoencoder": run.result("autoencoder")}
         key = training.training_key(run, "diffusion")
-        if (begun := taken_model(run, "init")) is not None:  # by its content
+        if (begun := taken_model(run, "init")) is not None:  # identified by its content
             key["diffusion"] = key["diffusion"] | {"init": read_metadata(begun)["sha256"]}
-        if run.config.autoencoder.train == "decoder":  # its latents do not tell it from another; the model holds it
+        if run.config.autoencoder.train == "decoder":  # the latents do not depend on the decoder, but the model does
             key["autoencoder"] = run.result("autoencoder")
         return key | {
             "latents": run.result("latents"),
@@ -269,7 +274,7 @@ class DiffusionStage(Stage):
         return Plan(network, flops, images, begins, warning=warning)
 
     def task(self, run: Run, model: LatentDiffusion, folder: Path) -> Task:
-        """The LightningModule that trains it."""
+        """The LightningModule that trains the model."""
         section = run.config.diffusion
         return instantiate(section.task)(
             model,
@@ -332,7 +337,7 @@ class DiffusionStage(Stage):
             other = begin_from(model, begun, list(run.trust), run.machine.rank == 0).first_stage
             same = same_latents(other.autoencoder, model.first_stage.autoencoder)
             adapter.check_latents(run, same)
-            if same:  # scaled as the network knows them
+            if same:  # scaled as in the network's earlier training
                 model.first_stage.set_statistics(other.scale.flatten(), other.shift.flatten())
         model.to(memory_format=torch.channels_last)
         adapter.adapt(run, model)
@@ -352,7 +357,7 @@ class DiffusionStage(Stage):
         return {"sha256": training.save(run, folder / "model", model, tree, metadata)}
 
     def _taken(self, run: Run, source: Path, folder: Path) -> dict[str, Any]:
-        """A trained model with this run's decoder."""
+        """Saves a trained model (diffusion.pretrained) with this run's decoder. Returns the stage's result."""
         model = load_latent_diffusion(source, run.trust)
         with_decoder(model, load_model(autoencoder.model_folder(run), run.trust), source)
         tree, metadata = read_tree(source), read_metadata(source)

@@ -1,4 +1,4 @@
-"""The evaluation stage: metrics of samples, reconstructions, latents and adherence to conditions, and pictures."""
+"""The evaluation stage: metrics of samples, reconstructions, latents and adherence to conditions, and sample images."""
 
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ SHOWN = 36  # samples that an evaluation without metrics draws, for samples.png
 
 
 class EvaluationStage(Stage):
-    """Measures the trained model by the config's evaluation section."""
+    """Measures the trained model as the config's evaluation section says."""
 
     name, needs, identity = "evaluation", ("diffusion",), "samples"
 
@@ -36,15 +36,16 @@ class EvaluationStage(Stage):
         }
 
     def _section(self, run: Run) -> dict[str, Any]:
-        """The evaluation section with only the extractors that its metrics use: the path of another changes nothing."""
+        """The evaluation section without extractors that its metrics do not use, since their paths change nothing, and
+        without some unused or default options."""
         section = plain(run.config.evaluation)
         metrics = parse_metrics(section["metrics"], list(section["extractors"]), section["kinds"])
         used = {m.extractor for m in metrics}
         section["extractors"] = {name: tree for name, tree in section["extractors"].items() if name in used}
         if not section["kinds"]:
-            section.pop("kinds")  # as usual
+            section.pop("kinds")  # the default
         if section["reference"] == run.config.data.val_split:
-            section.pop("reference")  # as usual
+            section.pop("reference")  # the default
         if "lpips" not in section["paired"]:
             section.pop("lpips")
         return section
@@ -59,7 +60,7 @@ class EvaluationStage(Stage):
     def run(self, run: Run, folder: Path) -> dict[str, Any]:
         config, evaluator, data = run.config, run.evaluator, run.evaluation_data()
         model = load_model(run.folder / "diffusion" / "model", run.trust)
-        run.keep_states(model)  # on the host: where all captions are known the encoder stays there
+        run.keep_states(model)  # while it is on the CPU: if all captions' states are cached, the encoder stays there
         model.to(run.machine.device, memory_format=torch.channels_last)
         split, count, section = config.data.val_split, config.evaluation.images, config.evaluation
         judged, writer = judged_fields(model.fields), run.machine.rank == 0

@@ -1,4 +1,4 @@
-"""The exported model: everything needed for sampling, nothing that only training needs."""
+"""The export stage: a model folder with everything that sampling needs and nothing that only training needs."""
 
 import re
 from pathlib import Path
@@ -11,7 +11,7 @@ from ldm_train.pipeline.resume import read_note
 from ldm_train.pipeline.run import Run
 from ldm_train.pipeline.stage import Stage
 
-# As the card says it.
+# How the model is loaded, as the card shows it.
 OPENED = [
     "import ldm_train",
     'model = ldm_train.load("<this folder, or its name on the Hub>")',
@@ -20,7 +20,7 @@ OPENED = [
 
 
 class ExportStage(Stage):
-    """Copies the model folder, and uploads it to W&B where the config asks for it."""
+    """Copies the model folder, adds its card, and uploads it to W&B if the config asks for it."""
 
     name, needs = "export", ("diffusion",)
 
@@ -28,7 +28,7 @@ class ExportStage(Stage):
         key = {"weights": run.result("diffusion"), "sampling": sampling_of(run)}
         note = read_note(run.folder / self.name)
         if note is not None and note["finished"] and "sampling" not in note["key"]:
-            # The key of an older export lacks them; its metadata have them.
+            # The key of an older export lacks the sampling options, but its metadata have them.
             recorded = read_metadata(run.folder / self.name).get("sampling", {})
             key["sampling"] = {k: v for k, v in key["sampling"].items() if recorded.get(k) != v}
         return key

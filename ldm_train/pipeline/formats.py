@@ -1,4 +1,4 @@
-"""The forms that a model can be written in: what each writes, and how it is read again."""
+"""The formats that a model can be written in: what each writes, and how it is read again."""
 
 import importlib
 import io
@@ -36,8 +36,8 @@ Outputs = dict[str, torch.Tensor]
 
 @dataclass
 class Model:
-    """A model that is to be written. tree: what builds it. metadata: of its native folder. folders: from which encoders may be
-    copied along; those that the model names elsewhere stay there."""
+    """A model to be written. tree: the config that builds it. metadata: what its native folder records. folders:
+    encoders in these may be copied along with the model; those elsewhere stay where they are."""
 
     module: nn.Module
     tree: dict[str, Any]
@@ -46,7 +46,7 @@ class Model:
 
     @property
     def null_class(self) -> bool:
-        """Whether the last row of the class embedding, if there is one, says something."""
+        """True unless the metadata say that there is no null class and the class embedding's last row is zero."""
         rows = [
             tensor[-1]
             for key, tensor in self.module.state_dict().items()
@@ -65,28 +65,28 @@ class Model:
         return next((c for c in conditioners if isinstance(c, ImageEmbedding)), None)
 
     def encoders(self) -> list[tuple[str, FrozenText | PretrainedVision]]:
-        """Its frozen encoders, by their conditioners' names."""
+        """(name of the conditioner, encoder) for each frozen encoder."""
         parts = [(name, getattr(c, "encoder", c)) for name, c in getattr(self.module, "conditioners", {}).items()]
         return [(name, part) for name, part in parts if isinstance(part, FrozenText | PretrainedVision)]
 
     def has(self, encoder: FrozenText | PretrainedVision) -> bool:
-        """Whether an encoder came with the model, or lies in one of its folders."""
+        """Returns True if an encoder was given or loaded already, or lies in one of `folders`."""
         place = Path(encoder.path).resolve()
         return encoder.is_taken or any(place.is_relative_to(folder.resolve()) for folder in self.folders)
 
     def elsewhere(self) -> list[str]:
-        """The folders of this machine from which it takes encoders beside those it has."""
+        """The folders on this machine of the encoders that the model uses but does not have (see `has`)."""
         named = [*(e for _, e in self.encoders()), *self.inner()]
         return [e.path for e in named if not self.has(e) and Path(e.path).is_dir()]
 
     def inner(self) -> list[FrozenText | PretrainedVision]:
-        """The frozen encoders of a model that draws its latents, see `unclip.ImageEmbeddings`."""
+        """The frozen encoders of the model inside an `unclip.ImageEmbeddings` autoencoder, if this model has one."""
         first = getattr(self.module, "first_stage", None)
         part = self.module if first is None else first.autoencoder
         return [e for _, e in Model(part.model, {}, {}).encoders()] if isinstance(part, ImageEmbeddings) else []
 
     def described(self) -> Published:
-        """As CompVis' YAML has it. Raises ValueError where none does."""
+        """The model as CompVis' YAML describes it. Raises ValueError if that cannot describe it."""
         text, image = self.frozen_text, self.image_embedding
         held = text is not None and text.layer != "projected"
         says = {"null_class": self.null_class, "openclip": held and is_openclip(text.pretrained()[1])}
@@ -102,10 +102,10 @@ class Model:
 
 @dataclass
 class Form:
-    """A model in one form, not yet written.
+    """A model in one format, not yet written.
 
-    files: what it takes the place of. says: for the report. again: what the written one computes from fixed noise, beside
-    what the model itself computes (see `outputs`). tolerance: between the two, in float32. hint: said at the end
+    files: the paths to write. says: text for the report. again: reads what was written and returns its `outputs`.
+    tolerance: of their difference from those of the model itself, in float32. hint: a message for the end
     """
 
     files: list[Path]
@@ -121,7 +121,7 @@ def _noise(*shape: int) -> torch.Tensor:
 
 
 def network_inputs(model: LatentDiffusion) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """(noisy latents, a condition) of one sample for the network, from fixed noise."""
+    """Inputs of the network for one sample: noisy latents and a condition, from fixed noise (the vector: ones)."""
     drawn = isinstance(model.first_stage.autoencoder, ImageEmbeddings)
     side, widths = 1 if drawn else 2 * model.network.size_multiple, model.network.condition_widths
     given = {}
@@ -142,11 +142,12 @@ def autoencoder_images(autoencoder: nn.Module) -> torch.Tensor:
 
 
 def outputs(model: nn.Module) -> Outputs:
-    """What a model computes from fixed noise: its U-Net's prediction, its decoding, an autoencoder's reconstruction."""
+    """What a model computes from fixed inputs: its network's prediction, decoded latents, encoded caption and image (by
+    local frozen encoders) and null condition, or an autoencoder's reconstruction and image embedding."""
     conditioners = model.conditioners.values() if isinstance(model, LatentDiffusion) else ()
     encoders = [getattr(conditioner, "encoder", None) for conditioner in conditioners]
     for part in (model, *(encoder for encoder in encoders if isinstance(encoder, nn.Module))):
-        for weights in part.parameters():  # to even places in memory: on some processors the last bit depends on them
+        for weights in part.parameters():  # cloned to aligned memory: on some processors the last bit depends on it
             weights.data = weights.data.clone()
     with torch.inference_mode():
         if isinstance(model, ImageEmbeddings):
@@ -169,7 +170,7 @@ def outputs(model: nn.Module) -> Outputs:
 
 
 def native(model: Model, target: Path, dtype: torch.dtype) -> Form:
-    """A model folder of this package."""
+    """A native model folder."""
     megabytes = 4e-6 * sum(parameter.numel() for parameter in model.module.parameters())
     tree = deepcopy(model.tree)
     along = [(name, encoder) for name, encoder in model.encoders() if model.has(encoder)]
@@ -194,7 +195,7 @@ def native(model: Model, target: Path, dtype: torch.dtype) -> Form:
 
 
 def _along(folder: Path, parts: Sequence[Any]) -> str:
-    """Writes a frozen encoder and what prepares its input into a folder of a model folder. Returns its path there."""
+    """Writes a frozen encoder and its tokenizer or image processor. Returns the folder's path in the model folder."""
 
     def save_parts(folder: Path) -> None:
         for part in reversed(parts):
@@ -205,7 +206,7 @@ def _along(folder: Path, parts: Sequence[Any]) -> str:
 
 
 def of_compvis(model: Model, target: Path, dtype: torch.dtype) -> Form:
-    """A checkpoint of CompVis' code, with its YAML beside it."""
+    """A CompVis checkpoint, with its YAML beside it."""
     described = model.described()
     return _checkpoint(model, target, described, compvis.state_dict(model.module, described, dtype), {"format": "pt"})
 
@@ -213,7 +214,7 @@ def of_compvis(model: Model, target: Path, dtype: torch.dtype) -> Form:
 def _checkpoint(
     model: Model, target: Path, described: Published, tensors: dict[str, torch.Tensor], says: dict[str, str]
 ) -> Form:
-    """says: metadata of a file of safetensors."""
+    """A checkpoint file with its YAML beside it. says: metadata, for .safetensors files."""
     megabytes, dtype = sum(tensor.nbytes for tensor in tensors.values()) / 1e6, next(iter(tensors.values())).dtype
     beside, written = target.with_suffix(".yaml"), {}
     if (noise := described.yaml["model"]["params"].get("noise_aug_config", {}).get("params", {})).get(
@@ -248,7 +249,7 @@ def _pickled(content: Any) -> bytes:
 
 
 def single_file(model: Model, target: Path, dtype: torch.dtype) -> Form:
-    """Stable Diffusion's one file of safetensors, as ComfyUI and stable-diffusion-webui read it; the YAML comes beside it."""
+    """Stable Diffusion's single .safetensors file, for ComfyUI and stable-diffusion-webui, with its YAML beside it."""
     text, first = model.frozen_text, getattr(model.module, "first_stage", None)
     shaped = first is not None and first.latent_channels == 4 and first.downsample_factor == 8
     if text is None or not shaped or not isinstance(first.autoencoder, AutoencoderKL):
@@ -274,12 +275,12 @@ def single_file(model: Model, target: Path, dtype: torch.dtype) -> Form:
     tensors = compvis.state_dict(model.module, described, dtype)
     del tensors["scale_factor"]
     described.yaml["model"]["params"]["scale_factor"] = SD_SCALE
-    if first.one_scale is None or abs(first.one_scale - SD_SCALE) > 1e-6:  # these programs know no other
+    if first.one_scale is None or abs(first.one_scale - SD_SCALE) > 1e-6:  # these programs support no other
         folded = fold_statistics(first.autoencoder.state_dict(), first.scale / SD_SCALE, first.shift)
         moved = {f"first_stage_model.{k}": folded[k] for k in folded if "quant_conv" in k}
         tensors |= diffusers_export.cast(moved, dtype)
     if described.yaml["model"]["params"]["parameterization"] == "v":
-        tensors["v_pred"] = torch.zeros(0)  # how ComfyUI knows it
+        tensors["v_pred"] = torch.zeros(0)  # by which ComfyUI recognises it
     says = {
         "format": "pt", "modelspec.sai_model_spec": "1.0.0", "modelspec.title": target.stem, "modelspec.architecture":
         "stable-diffusion-v2" if is_openclip(text.pretrained()[1]) else "stable-diffusion-v1",
@@ -296,7 +297,7 @@ def single_file(model: Model, target: Path, dtype: torch.dtype) -> Form:
 
 
 def of_diffusers(model: Model, target: Path, dtype: torch.dtype) -> Form:
-    """A pipeline's folder for diffusers, or the folder of an autoencoder."""
+    """A diffusers pipeline's folder, or the diffusers folder of an autoencoder."""
     module = model.module
     if isinstance(module, LatentDiffusion):
         made = diffusers_export.pipeline(module, model.tree, model.metadata.get("sampling", {}))
@@ -329,15 +330,15 @@ def of_diffusers(model: Model, target: Path, dtype: torch.dtype) -> Form:
             raise FileExistsError(f"to={target} is there and no folder of diffusers; it is not replaced")
         write_folder(target, write, replace=True)
 
-    # Sums in another order: about 1e-6 was measured.
+    # The tolerance is for sums in another order: differences of about 1e-6 were measured.
     return Form([target], says, replaced, lambda: _diffusers_outputs(module, target, parts), 1e-4, hint)
 
 
 def _diffusers_outputs(model: nn.Module, folder: Path, parts: Mapping[str, diffusers_export.Component]) -> Outputs:
-    """`outputs` as diffusers' own networks compute it from what was written. Raises ValueError without diffusers."""
+    """Main `outputs`, computed by diffusers' networks from the written folder. Raises ValueError without diffusers."""
 
     def loaded(name: str, part: diffusers_export.Component) -> nn.Module:
-        ours = f"ldm_train.checkpoints.for_diffusers.{part.source}"  # equal to the file beside its weights, which is not run
+        ours = f"ldm_train.checkpoints.for_diffusers.{part.source}"  # equal to the file in the folder, which is not run
         try:
             kinds = importlib.import_module(ours if part.code else part.source)
         except ImportError as error:
@@ -368,7 +369,7 @@ def _diffusers_outputs(model: nn.Module, folder: Path, parts: Mapping[str, diffu
 
 
 def _null_condition(model: LatentDiffusion, loaded: Callable[..., nn.Module], parts: Mapping[str, Any]) -> Outputs:
-    """What the exported conditioners say where nothing is asked for, if no picture is needed for that."""
+    """The null condition by the exported conditioners; {} if there are none or one of them needs an image."""
     if "conditioners" not in parts or any("concat" in c.widths for c in model.conditioners.values()):
         return {}
     made = loaded("conditioners", parts["conditioners"])({}, 1, True, None)
@@ -387,7 +388,7 @@ FORMS: dict[str, Callable[[Model, Path, torch.dtype], Form]] = {
 
 
 def check_target(form: str, target: Path, dtype: torch.dtype) -> None:
-    """Raises ValueError where a model cannot be written there in this form, before it is read."""
+    """Raises ValueError if a model cannot be written to `target` in this format. Called before the model is read."""
     if form == "native" and dtype != torch.float32:
         raise ValueError("dtype= is for other forms; native folders hold float32")
     if form == "compvis" and target.suffix not in compvis.FILES[:2]:

@@ -30,11 +30,11 @@ from ldm_train.pipeline.run import Run
 from ldm_train.pipeline.stage import Stage
 from ldm_train.storage import file_sha256, write_json
 
-MEASURED = 10_000  # images from which the statistics of latents are computed without a cache
+MEASURED = 10_000  # at most this many images are used for the statistics of latents without a cache
 
 
 def encoder(run: Run) -> Callable[[torch.Tensor], torch.Tensor]:
-    """images -> moments by the trained autoencoder, on this rank's device."""
+    """Returns a function images -> moments that uses the trained autoencoder on this rank's device."""
     first_stage = autoencoder.load_first_stage(run).to(run.machine.device)
     # In float32 whatever the training precision: the latents are encoded once, used for all of training, and verified later.
     return partial(encoded_on, first_stage, run.machine.device)
@@ -46,7 +46,8 @@ def encoded_on(first_stage: FirstStage, device: torch.device, images: torch.Tens
 
 
 def latent_data(run: Run, stage: str, fields: tuple[str, ...]) -> tuple[LightningDataModule, ShardDataModule, int]:
-    """(the training data of a stage on latents, their images, number of training samples); a cache is verified first."""
+    """(data module of a stage that trains on latents, that of its images, number of training samples). A cache is
+    verified first."""
     config, section = run.config, run.config[stage]
     images = run.data(stage, ("image", *fields))
     if images.holds("loss_weight"):
@@ -70,8 +71,8 @@ def latent_data(run: Run, stage: str, fields: tuple[str, ...]) -> tuple[Lightnin
 
 
 def give_statistics(folder: Path, first_stage: FirstStage, per_channel: bool) -> dict[str, Any]:
-    """Gives a first stage the scale and shift that a latents stage in `folder` has measured; returns the statistics. Raises
-    ValueError where the file is not the recorded one."""
+    """Sets a first stage's scale and shift to those that the latents stage in `folder` has measured, and returns the
+    statistics. Raises ValueError if their file does not match its recorded checksum."""
     statistics, note = read_statistics(folder), read_note(folder)
     recorded = note["result"].get("statistics_sha256") if note else None  # older runs have none
     if recorded is not None and file_sha256(folder / STATISTICS) != recorded:
@@ -86,7 +87,7 @@ def give_statistics(folder: Path, first_stage: FirstStage, per_channel: bool) ->
 
 
 def check_crop(run: Run) -> None:
-    """Raises ValueError for random crops with a cache: one cached encoding cannot represent them."""
+    """Raises ValueError if crops are random and latents are cached: one cached encoding cannot represent them."""
     config = run.config
     if config.latents.cache and config.data.crop != "center":
         raise ValueError(
@@ -96,19 +97,20 @@ def check_crop(run: Run) -> None:
 
 
 def _autoencoder(run: Run) -> str:
-    """What identifies the latents of this run's autoencoder. Raises Refused where its stage is not finished."""
+    """The sha256 that identifies the latents of this run's autoencoder. Raises Refused if its stage is not finished."""
     run.result("autoencoder")
     return autoencoder.latents_of(autoencoder.model_folder(run))
 
 
 def earlier_cache(run: Run, key: Mapping[str, Any]) -> Path | None:
-    """The latents stage of the run in autoencoder.init whose encoder was kept, where it made the same."""
+    """The folder of the latents stage of the run in autoencoder.init, if this run keeps its encoder
+    (autoencoder.train=decoder) and that stage finished with the same key; else None."""
     if run.config.autoencoder.train != "decoder":
         return None
     folder = autoencoder.taken_folder(run).parent.parent / "latents"
     try:
         note = read_note(folder)
-    except Refused:  # damaged: its own run reports it
+    except Refused:  # the note is damaged: its own run reports it
         return None
     same = note is not None and note["finished"] and not differences(note["key"], json.loads(json.dumps(key)), {})
     return folder if same else None
@@ -122,7 +124,7 @@ def _linked(source: str, target: str) -> None:
 
 
 class LatentsStage(Stage):
-    """Encodes the training data of the diffusion stage; without a cache it computes only the statistics."""
+    """Encodes the images of the diffusion stage into a cache; without a cache it computes only the statistics."""
 
     name, needs, identity = "latents", ("autoencoder",), "content"
 
@@ -135,7 +137,7 @@ class LatentsStage(Stage):
         return key | {"unused": True} if self._unused(run) else key
 
     def _unused(self, run: Run) -> bool:
-        """Whether nothing trains on them."""
+        """Returns True if no stage trains on the latents."""
         return bool(run.config.diffusion.pretrained) and "classifier" not in run.config.stages
 
     def check(self, run: Run) -> None:
@@ -177,13 +179,13 @@ class LatentsStage(Stage):
             content = data_hash(read_index(folder), *splits)
         else:
             content = f"{_autoencoder(run)}/{data.content_hash}"
-        if run.config.latents.per_channel:  # the same latents, and others to whoever trains on them
+        if run.config.latents.per_channel:  # the cached latents are the same, but scaled differently in training
             content += "/per_channel"
         statistics, digest = read_statistics(folder), file_sha256(folder / STATISTICS)
         return {"content": content, "scale_factor": statistics["scale_factor"], "statistics_sha256": digest}
 
     def _known(self, run: Run) -> ForeignLatents | None:
-        """The latents that others have made, where latents.source names them."""
+        """The latents in latents.source, made by another program; None if that is not set."""
         if (source := run.config.latents.source) is None:
             return None
         network = autoencoder.on_meta(run)
@@ -192,7 +194,7 @@ class LatentsStage(Stage):
         return ForeignLatents(source, shape, stochastic, run.config.latents.source_scale)
 
     def _taken(self, run: Run, earlier: Path, folder: Path) -> dict[str, Any]:
-        """Links the files of a cache with the same latents."""
+        """Links the files of an earlier cache with the same latents into `folder`. Returns that stage's result."""
         if run.machine.rank == 0:
             for path in sorted(p for p in earlier.rglob("*") if p.is_file() and p.name != NOTE):
                 target = folder / path.relative_to(earlier)
@@ -204,7 +206,7 @@ class LatentsStage(Stage):
         return read_note(earlier)["result"]
 
     def _measured(self, run: Run, encode: Any, scratch: Path) -> dict[str, Any]:
-        """Statistics without a cache, computed from a small temporary one."""
+        """The statistics of the latents without a cache, from a temporary one of at most MEASURED images."""
         limited = run.data("diffusion", ("image",))
         limited.transform = limited.transform.deterministic()
         limited.shards(limited.train_split).keep(MEASURED)
@@ -215,7 +217,7 @@ class LatentsStage(Stage):
         return statistics
 
     def _statistics(self, run: Run, folder: Path, entries: dict[str, list[dict]], classes: Any) -> dict[str, Any]:
-        """Of the cache that these shards are, once they have their index."""
+        """Writes a cache's index (entries: shards by split). Returns the statistics of the first split's latents."""
         stochastic = meta_autoencoder(autoencoder.model_folder(run), run.trust).moments_per_latent == 2
         bucketed = bucketing(run.config.data) is not None
         write_cache_index(folder, entries, classes, stochastic, bucketed)

@@ -1,4 +1,4 @@
-"""The ledger: what each technique gains, from the runs of a sweep over `technique` and `seed`."""
+"""The ledger: a table of how much each technique gains, from the runs of a sweep over `technique` and `seed`."""
 
 import math
 import subprocess
@@ -16,16 +16,16 @@ from ldm_train.pipeline.sweep import SweptRun, read_rows
 from ldm_train.storage import write_atomically
 
 BEGIN, END = "<!-- rows of ldm-sweep ledger=true -->", "<!-- end of rows -->"
-# Two-sided 95 % quantiles of Student's t by degrees of freedom; beyond them its expansion around the normal one (Abramowitz and
-# Stegun, 26.7.5) is exact to four digits.
+# Two-sided 95 % quantiles of Student's t for 1 to 10 degrees of freedom. For more, its expansion around the normal
+# quantile (Abramowitz and Stegun, 26.7.5) is exact to four digits.
 T_QUANTILES = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
 
 
 @dataclass(frozen=True)
 class Measure:
-    """A number of metrics.json that arms are compared by. key: its path. relative: effects are shares of the base's value, else
-    differences. better: "lower" or "higher". ratio: of a spread to the data's, of which more than 1 is as wrong as less: 2 counts as
-    a half."""
+    """A number in metrics.json by which arms are compared. title: its column. key: its path. better: "lower" or
+    "higher". relative: effects are fractions of the base's value, else differences. ratio: the number is the ratio of a
+    spread to the data's, where more than 1 is as wrong as less: 2 counts as 1/2."""
 
     title: str
     key: str
@@ -40,7 +40,7 @@ class Measure:
         return min(value, 1 / value) if self.ratio and value > 0 else value
 
 
-# Those that a run has are shown; a verdict is made of each, none is left out afterwards.
+# Those that the runs have are shown, and the verdict considers all of them: none is left out afterwards.
 MEASURES = (
     Measure("fid_tiny", "samples.fid_tiny.value", "lower", relative=True),
     Measure("adherence", "adherence.trained.all", "higher"),
@@ -52,7 +52,7 @@ MEASURES = (
     Measure("rFID_tiny", "reconstructions.fid_tiny.value", "lower", relative=True),
 )
 
-# What is known of an autoencoder before a U-Net is trained on its latents, and what is asked of the U-Net's samples.
+# What is measured of an autoencoder before a U-Net is trained on its latents, and then of the U-Net's samples.
 PREDICTORS = {
     "spectrum slope": "latents.spectrum_slope.value",
     "equivariance error": "latents.equivariance_error.value",
@@ -62,7 +62,7 @@ PREDICTORS = {
     "PSNR": "reconstruction.psnr.value",
 }
 OUTCOMES = ("fid_tiny", "adherence", "shape fidelity")
-LEAST_AUTOENCODERS = 6  # to correlate anything over
+LEAST_AUTOENCODERS = 6  # fewer give no rank correlation
 
 
 def _quantile(freedom: int) -> float:
@@ -73,22 +73,22 @@ def _quantile(freedom: int) -> float:
 
 
 def interval(values: Sequence[float]) -> tuple[float, float]:
-    """(mean, half width of its 95 % interval) by Student's t; the half width of a single value is infinite."""
+    """(mean, half width of its 95 % interval) by Student's t. The half width of a single value is infinite."""
     if len(values) < 2:
         return values[0], math.inf
     return fmean(values), _quantile(len(values) - 1) * stdev(values) / math.sqrt(len(values))
 
 
 def arm_of(run: SweptRun) -> tuple[str, ...]:
-    """The techniques that are on in a run."""
+    """The names of the techniques that a run uses, sorted."""
     return tuple(
         sorted(k.removeprefix("techniques.") for k, v in run.config.items() if k.startswith("techniques.") and v)
     )
 
 
 def arms(runs: Sequence[SweptRun]) -> dict[tuple[str, ...], dict[int, SweptRun]]:
-    """Finished runs by their techniques and seed. Raises ValueError where none is without techniques, which is what the others are
-    compared with, and where runs with the same techniques and seed differ in anything else."""
+    """The finished runs by techniques and seed. Raises ValueError if no run is without techniques (the base that the
+    others are compared with), or if two runs have the same techniques and seed."""
     found: dict[tuple[str, ...], dict[int, SweptRun]] = {}
     for run in runs:
         if run.failed or not run.metrics():
@@ -109,7 +109,8 @@ def arms(runs: Sequence[SweptRun]) -> dict[tuple[str, ...], dict[int, SweptRun]]
 def effect(
     measure: Measure, arm: Mapping[int, SweptRun], base: Mapping[int, SweptRun]
 ) -> tuple[float, float, int] | None:
-    """(mean effect, half width of its 95 % interval, seeds), from differences between runs of the same seed."""
+    """(mean effect, half width of its 95 % interval, number of seeds) from the differences between runs of the same
+    seed; None if there are none."""
     differences = []
     for seed in sorted(arm.keys() & base.keys()):
         ours, theirs = measure.of(arm[seed].metrics()), measure.of(base[seed].metrics())
@@ -120,7 +121,7 @@ def effect(
 
 
 def verdict(effects: Mapping[str, tuple[float, float, int] | None]) -> str:
-    """What is certain at 95 %: the measures that got better, and those that got worse."""
+    """Text naming the measures that got better, and those that got worse, at 95 % confidence."""
     words: dict[str, list[str]] = {"better": [], "worse": []}
     for measure in MEASURES:
         found = effects.get(measure.title)
@@ -139,7 +140,7 @@ def _percent(effect: tuple[float, float, int] | None) -> str:
 
 
 def _spent(run: SweptRun) -> float:
-    """Training FLOPs, in units of 1e12, of both stages."""
+    """The training FLOPs of both stages, in units of 1e12."""
     total = 0.0
     for stage in ("autoencoder", "diffusion"):
         rows = reversed(read_rows(run.folder / stage))
@@ -148,7 +149,8 @@ def _spent(run: SweptRun) -> float:
 
 
 def rows(runs: Sequence[SweptRun], commit: str = "") -> list[dict[str, Any]]:
-    """A row per arm but the base: effects with intervals, the work against the base's, and the verdict."""
+    """One row per arm: effects with intervals, training FLOPs relative to the base's, and the verdict. The base's row
+    has the mean values instead."""
     found = arms(runs)
     base, table = found[()], []
     for arm, ours in sorted(found.items()):
@@ -168,8 +170,8 @@ def rows(runs: Sequence[SweptRun], commit: str = "") -> list[dict[str, Any]]:
 
 
 def rank_correlation(x: Sequence[float], y: Sequence[float]) -> tuple[float, float, float]:
-    """(Spearman's rho, low, high): its 95 % interval by Fisher's z with the variance of Bonett and Wright (2000), (1 + rho^2 / 2)
-    / (n - 3). Ties have their mean rank; NaN where x or y is constant."""
+    """(Spearman's rho, low, high), with its 95 % interval by Fisher's z and the variance of Bonett and Wright (2000),
+    (1 + rho^2 / 2) / (n - 3). Ties have their mean rank. All are NaN if x or y is constant."""
     ranks = []
     for values in (np.asarray(x, float), np.asarray(y, float)):
         below, equal = (values[:, None] > values).sum(1), (values[:, None] == values).sum(1)
@@ -184,8 +186,9 @@ def rank_correlation(x: Sequence[float], y: Sequence[float]) -> tuple[float, flo
 
 
 def predictions(runs: Sequence[SweptRun]) -> list[dict[str, Any]]:
-    """A row per predictor: how the autoencoders' order by it agrees with their order by what U-Nets of equal training made of
-    them. Several U-Nets on one autoencoder count once, by their mean. Empty where the autoencoders are too few."""
+    """One row per predictor: rank correlations, over autoencoders, between the predictor and the outcomes of U-Nets
+    trained on their latents with the same options (the most common ones). Several U-Nets on one autoencoder count once,
+    by their mean. Empty if there are fewer than LEAST_AUTOENCODERS."""
     outcomes = [m for m in MEASURES if m.title in OUTCOMES]
     finished = [run for run in runs if not run.failed and run.metrics()]
     alike = Counter(map(_second_stage, finished))
@@ -193,7 +196,7 @@ def predictions(runs: Sequence[SweptRun]) -> list[dict[str, Any]]:
     for run in finished:
         if _second_stage(run) == alike.most_common(1)[0][0]:
             metrics = run.metrics()
-            # Another number of threads changes the last digits of what is measured of the same one.
+            # Rounded, since another number of threads changes the last digits of the measures of the same autoencoder.
             known = tuple(f"{metrics.get(key, math.nan):.4g}" for key in PREDICTORS.values())
             of_autoencoder.setdefault(known, []).append(metrics)
     table = []
@@ -216,14 +219,14 @@ def predictions(runs: Sequence[SweptRun]) -> list[dict[str, Any]]:
 
 
 def _second_stage(run: SweptRun) -> str:
-    """How a run trains its U-Net and samples from it, whatever the number of latent channels."""
+    """A run's options for training its U-Net and sampling from it, as text, without the number of latent channels."""
     own = {k: v for k, v in run.config.items() if k.split(".")[0] in ("diffusion", "sampling", "sampler")}
     own.pop("diffusion.network.in_channels", None)
     return repr(sorted(own.items()))
 
 
 def markdown(table: Sequence[Mapping[str, Any]]) -> str:
-    """The rows as a table of markdown, without columns that are empty everywhere."""
+    """The rows as a Markdown table, without columns that are empty in all rows."""
     columns = [c for c in dict.fromkeys(k for row in table for k in row) if any(row.get(c) for row in table)]
     lines = ["| " + " | ".join(columns) + " |", "| " + " | ".join("---" for _ in columns) + " |"]
     lines += ["| " + " | ".join(str(row.get(c, "")).replace("|", "\\|") for c in columns) + " |" for row in table]
@@ -231,7 +234,8 @@ def markdown(table: Sequence[Mapping[str, Any]]) -> str:
 
 
 def commit_of(folder: Path) -> str:
-    """The short hash of the commit that a folder is at, with "+" where it was changed since; "" outside of git."""
+    """`git describe` of a folder's commit (its short hash if there are no tags), with "+" if files were changed since;
+    "" outside of git."""
     try:
         said = subprocess.run(
             ["git", "-C", str(folder), "describe", "--always", "--dirty=+"], capture_output=True, text=True, check=True
@@ -242,7 +246,8 @@ def commit_of(folder: Path) -> str:
 
 
 def write_table(text: str, path: Path) -> None:
-    """Writes the text between the marks of a file that has them, or the whole file. Raises ValueError for a file without marks."""
+    """Writes the text between the marks of an existing file, or a new file with marks. Raises ValueError if an existing
+    file has none."""
     if path.is_file():
         old = path.read_text()
         before, begin, rest = old.partition(BEGIN)
@@ -256,7 +261,8 @@ def write_table(text: str, path: Path) -> None:
 
 
 def ledger(runs: Sequence[SweptRun], folder: Path) -> Path:
-    """Prints the ledger of a sweep's runs, and how well latents predict samples, and writes both into its folder, as ledger.md."""
+    """Prints the ledger of a sweep's runs, and how well autoencoders' measures predict samples, and writes both to
+    ledger.md in `folder`. Returns its path."""
     text = markdown(rows(runs, commit=commit_of(config_folder())))
     if predicted := predictions(runs):
         text += (

@@ -1,4 +1,4 @@
-"""The devices of a command, and this process's rank among them."""
+"""Determines the devices of a command and this process's rank among them."""
 
 import os
 import sys
@@ -18,7 +18,8 @@ from ldm_train.training.fit import Machine, Onlooker
 
 
 def kind_of(accelerator: str) -> str:
-    """What `accelerator` stands for here: cpu, gpu or mps. Raises ValueError for one that is unknown or not there."""
+    """Returns cpu, gpu or mps for `accelerator` on this machine. Raises ValueError if it is unknown or not
+    available."""
     kind = device_of(accelerator).type
     return "gpu" if kind == "cuda" else kind
 
@@ -29,8 +30,8 @@ def _precision(config: DictConfig, accelerator: str) -> str:
 
 
 def machine_of(config: DictConfig, environment: Mapping[str, str]) -> Machine:
-    """This process's device and rank, from the config and torchrun's environment variables. Raises ValueError where a device
-    is requested that is not there."""
+    """This process's device and rank, from the config and torchrun's environment variables. Raises ValueError if a
+    requested device is not available."""
     world_size, rank, local_rank, local_world_size = (
         int(environment.get(name, default))
         for name, default in (("WORLD_SIZE", 1), ("RANK", 0), ("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1))
@@ -44,7 +45,7 @@ def machine_of(config: DictConfig, environment: Mapping[str, str]) -> Machine:
 
 
 def planned_machine(config: DictConfig) -> Machine:
-    """The devices that a command would use, whether or not they are there."""
+    """The devices that a command would use, whether or not they are available here."""
     accelerator = config.accelerator
     accelerator = accelerator if accelerator in ("cpu", "gpu", "mps") else kind_of(accelerator)
     world_size = int(os.environ.get("WORLD_SIZE", config.devices))
@@ -53,10 +54,13 @@ def planned_machine(config: DictConfig) -> Machine:
 
 
 def join_devices(config: DictConfig, module: str, check: Callable[[Machine], object]) -> Machine:
-    """This process's device and rank among `config.devices`. With several devices and outside torchrun and srun, or on a cluster of
-    Ray, it runs this same command once per device and exits with their exit status. module: the command's module. check: called
-    before any process is started; raises errors known beforehand, and prepares what all ranks need. Raises ValueError for more
-    devices than there are."""
+    """Returns this process's device and rank among `config.devices`.
+
+    With several devices and outside torchrun and srun, or on a Ray cluster, it instead runs this same command once per
+    device and exits with their exit status. module: the command's module. check: called before any process is started;
+    raises errors known beforehand, and prepares what all ranks need. Raises ValueError for more devices than are
+    available.
+    """
     os.environ |= slurm.ranks(os.environ)
     devices = config.devices
     if "WORLD_SIZE" in os.environ:

@@ -1,4 +1,5 @@
-"""ldm-evaluate: metrics with intervals of a run's samples, two sets of images, or an autoencoder alone."""
+"""ldm-evaluate: metrics with confidence intervals for a run's samples, for two sets of images, or for an autoencoder
+alone."""
 
 import hashlib
 import json
@@ -49,21 +50,21 @@ from ldm_train.storage import file_sha256, inside, read_record, write_atomically
 from ldm_train.training.callbacks.checkpoint import read_checkpoint
 from ldm_train.training.fit import Machine
 
-# What is measured: its metrics, the folder for them (None: shown only), and the settings that tell it from others.
+# A measurement: its metrics, the folder to write them to (None: print only), and the settings that identify it.
 Measured = tuple[dict[str, Any], Path | None, dict[str, Any]]
-# Options that are whole numbers, with the least of each.
+# Integer options and their smallest allowed values.
 LEAST = {"n": 2, "batch_size": 1, "devices": 1, "num_inference_steps": 1, "image_size": 1, "seed": 0}
 
 
 def trained_model(folder: Path) -> Path:
-    """The model folder of a run. Raises FileNotFoundError where there is none."""
+    """The model folder of a run. Raises FileNotFoundError if there is none."""
     if (source := find_model(folder)) is None:
         raise FileNotFoundError(f"{folder} has no trained model yet; finish its diffusion stage")
     return source
 
 
 def best_checkpoint(folder: Path) -> Path:
-    """Raises FileNotFoundError where there is none."""
+    """Path of a run's best.ckpt. Raises FileNotFoundError if there is none."""
     path = folder / "diffusion" / "checkpoints" / "best.ckpt"
     if not path.is_file():
         raise FileNotFoundError(f"weights=best, but there is no {path}")
@@ -71,7 +72,8 @@ def best_checkpoint(folder: Path) -> Path:
 
 
 def load_weights(folder: Path, which: str, trust: Sequence[str] = ()) -> LatentDiffusion:
-    """The model of a run; which="best": with the averaged weights of its diffusion stage's best.ckpt."""
+    """Loads the model of a run. which="best": with the averaged weights of its diffusion stage's best.ckpt. Raises
+    ValueError for any other word than "last" and "best", and for "best" of a run that trained an adapter."""
     model = load_latent_diffusion(trained_model(folder), trust)
     if which == "last":
         return model
@@ -103,11 +105,11 @@ def export_reference(path: str | None, reference: Reference) -> None:
     print(f"reference: {path}")
 
 
-# -- the three things that can be measured -----------------------------------------------------------------------------
+# -- the three kinds of measurement ------------------------------------------------------------------------------------
 
 
 def evaluate_run(config: DictConfig, again: bool = True) -> Measured:
-    """A run's samples. again: measure also where there is a file of the same settings."""
+    """Measures samples of a run. again: also measure if there is already a file for the same settings."""
     folder = run_folder(config.run, config.runs_dir)
     trained = with_options(run_config(folder), config, folder / "config.yaml")
     source, count = trained_model(folder), trained.evaluation.images
@@ -135,7 +137,7 @@ def evaluate_run(config: DictConfig, again: bool = True) -> Measured:
         "conditions": tools.images_identity(data, trained.data.val_split, None),
         "extractors": tools.hashes,
     }
-    if config.weights == "best":  # these weights change while training goes on
+    if config.weights == "best":  # best.ckpt changes while training continues
         asked["weights"] = file_sha256(best_checkpoint(folder))
     results = inside(folder / "evaluations", folder)
     kept = results / file_name(asked)
@@ -158,7 +160,7 @@ def evaluate_run(config: DictConfig, again: bool = True) -> Measured:
 
 
 def evaluate_autoencoder(config: DictConfig) -> Measured:
-    """An autoencoder's reconstructions: of a run, or of a model folder with data.root and data.image_size."""
+    """Measures an autoencoder's reconstructions: of a run, or of a model folder with data.root and data.image_size."""
     given = Path(config.reconstruct)
     if (given / "model.safetensors").is_file():
         folder, model_folder, results = given, given, None
@@ -177,7 +179,7 @@ def evaluate_autoencoder(config: DictConfig) -> Measured:
     tools = built(machine)
     if others := [m.name for m in tools.metrics if m.compared_with != (REFERENCE,)]:
         raise ValueError(f"metrics: {', '.join(others)} says nothing of reconstructions; it is for run=<run>")
-    trained.evaluation.images = config.n  # all where n is null
+    trained.evaluation.images = config.n  # n=null: all images
     data = data_module(trained, "autoencoder", machine, ("image",), config.trust)
     data.batching = evaluation_batching(trained, machine)
     first_stage = FirstStage(load_autoencoder(model_folder, config.trust)).to(machine.device)
@@ -206,7 +208,8 @@ def evaluate_autoencoder(config: DictConfig) -> Measured:
 
 
 def _give_unit_variance(first_stage: FirstStage, batches: Iterable[dict[str, Any]], machine: Machine) -> None:
-    """Scales latents by what these images show, where no stage has measured it: measures of latents are for unit variance."""
+    """Scales latents to unit variance on these images, if no latents stage has measured the scale: latent metrics
+    assume it."""
     sums = torch.zeros(3, dtype=torch.float64)
     for batch in batches:
         z = (
@@ -220,7 +223,8 @@ def _give_unit_variance(first_stage: FirstStage, batches: Iterable[dict[str, Any
 
 
 def _config_of_folder(config: DictConfig) -> DictConfig:
-    """The config for an autoencoder without its run: the default options, and the shipped perceptual network."""
+    """The config for an autoencoder without its run: the default options and the perceptual network shipped with the
+    package."""
     channels = meta_autoencoder(config.reconstruct, config.trust).in_channels
     before = GlobalHydra.instance().hydra
     GlobalHydra.instance().clear()
@@ -236,7 +240,7 @@ def _config_of_folder(config: DictConfig) -> DictConfig:
 
 
 def evaluate_images(config: DictConfig) -> Measured:
-    """Two sets of images."""
+    """Compares two sets of images."""
     if config.against is None:
         raise ValueError("images= are measured against=<folder, tar or .npz>")
     if config.devices > 1 or config.engine is not None:
@@ -279,7 +283,7 @@ def evaluate_images(config: DictConfig) -> Measured:
     return metrics, None, asked
 
 
-# -- what is shown and kept --------------------------------------------------------------------------------------------
+# -- output ------------------------------------------------------------------------------------------------------------
 
 
 def digest(asked: Mapping[str, Any]) -> str:
@@ -287,7 +291,7 @@ def digest(asked: Mapping[str, Any]) -> str:
 
 
 def file_name(asked: Mapping[str, Any]) -> str:
-    """The main settings of a measurement in readable form, and a hash: different settings never share a name."""
+    """The main settings of a measurement in readable form and a hash, so that different settings never share a name."""
     parts = ["reconstructions" if "paired" in asked else "samples", f"n{asked['n'] or 'all'}"]
     if "sampler" in asked:
         steps, guidance = asked["num_inference_steps"], asked["guidance_scale"]
@@ -296,7 +300,7 @@ def file_name(asked: Mapping[str, Any]) -> str:
 
 
 def format_metrics(metrics: Mapping[str, Any]) -> str:
-    """One line per number: value, interval, n, reference."""
+    """Formats one line per metric: value, interval, number of samples, reference."""
     lines = []
     for part, table in metrics.items():
         lines.append(part)
@@ -334,7 +338,7 @@ def check(config: DictConfig) -> None:
 
 
 def command_options() -> DictConfig:
-    """The default options of this command."""
+    """The default options of ldm-evaluate."""
     usual = OmegaConf.load(config_folder() / "evaluate.yaml")
     return OmegaConf.create({k: v for k, v in usual.items() if k not in ("defaults", "hydra")} | {"sampler": None})
 

@@ -1,5 +1,6 @@
-"""The memory that a training step takes, by part, without taking it: the stage's own task runs a step on torch's meta device, whose
-tensors have shapes and no values. What is alive is counted storage by storage, so that no formula has to know the networks."""
+"""Predicts the memory of a training step, by part, without using it: the stage's own task runs a step on torch's meta
+device, whose tensors have shapes but no values. The live memory is counted storage by storage, so no formula has to
+know the networks."""
 
 import weakref
 from collections import Counter
@@ -25,8 +26,8 @@ aten = torch.ops.aten
 WEIGHTS, GRADIENTS, STATES, AVERAGES = "weights", "gradients", "optimiser states", "averaged weights"
 FROZEN, INPUTS, ACTIVATIONS, TEMPORARIES = "frozen networks", "inputs", "activations", "temporaries"
 PARTS = (WEIGHTS, GRADIENTS, STATES, AVERAGES, FROZEN, INPUTS, ACTIVATIONS, TEMPORARIES)
-# What autocast computes in 16 bits, and what a GPU's computes in float32 (a CPU's as it comes), among that which networks call.
-# Attention is in float32 on a CPU, see `attend`.
+# Functions called by networks that autocast computes in 16 bits, and those that a GPU's autocast computes in float32 (a
+# CPU's leaves their dtype unchanged). Attention is in float32 on a CPU, see `attend`.
 IN_16_BITS = [
     (F, n) for n in ("linear", "conv1d", "conv2d", "conv3d", "conv_transpose2d", "scaled_dot_product_attention")
 ]
@@ -38,12 +39,12 @@ IN_FLOAT32 = [
 
 @dataclass
 class Rehearsal:
-    """The training of a stage, with placeholders for all that has values: what a step of it takes can be seen before it runs.
+    """The training of a stage with placeholder data, from which the memory of a step is known before it runs.
 
-    task: the stage's own, which moves to the meta device.
-    shapes: batch field on the device -> its shape for one sample. conditions: count -> the fields that stay on the host.
-    beside: networks that the device holds though the task does not name them. unknown: what says of others why their size is
-    not known
+    task: the stage's own task, which is moved to the meta device
+    shapes: batch field on the device -> its shape for one sample. conditions: count -> the fields that stay on the host
+    beside: further networks on the device that are not part of the task
+    unknown: one message for each network whose size is not known, saying why
     """
 
     task: Task
@@ -60,19 +61,19 @@ class Rehearsal:
 
 @cache
 def _is_in_place(func: Any) -> bool:
-    """Whether an operation only writes new values into its first argument."""
+    """Returns True if an operation only writes new values into its first argument."""
     name = func.overloadpacket.__name__
     return name.endswith("_") and (torch.Tag.pointwise in func.tags or name.startswith("_foreach_") or name == "copy_")
 
 
 @cache
 def _is_fresh(func: Any) -> bool:
-    """Whether what an operation returns shares no memory with what it is given."""
+    """Returns True if an operation's results share no memory with its arguments, according to its schema."""
     return all(value.alias_info is None for value in (*func._schema.arguments, *func._schema.returns))
 
 
 def _signature(value: Any) -> Any:
-    """What the shapes of an operation's results depend on, of one of its arguments."""
+    """The properties of an argument that determine the shapes of an operation's results, as a hashable key."""
     if isinstance(value, torch.Tensor):
         return value.shape, value.stride(), value.dtype, value.device.type
     if isinstance(value, list | tuple):
@@ -81,7 +82,7 @@ def _signature(value: Any) -> Any:
 
 
 def _shape_of_fresh(tensor: Any) -> tuple | None:
-    """(size, stride, dtype) of a tensor on the meta device that fills its storage."""
+    """(size, stride, dtype) of a meta tensor that fills its whole storage; None for any other value."""
     if not isinstance(tensor, torch.Tensor) or not tensor.is_meta or tensor.storage_offset():
         return None
     most = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride())) + 1 if tensor.numel() else 0
@@ -90,10 +91,10 @@ def _shape_of_fresh(tensor: Any) -> tuple | None:
 
 
 class Tracker(TorchDispatchMode):
-    """Counts the bytes of the meta device's tensors that are alive, by part, and keeps the counts of the moment of the peak.
+    """Counts the bytes of live tensors on the meta device, by part, and keeps the counts at the moment of the peak.
 
-    phase: the part that new tensors belong to. (The MemTracker of torch.distributed._tools does the like for each module; it
-    refuses a network that is called twice from outside, and knows no frozen networks and no averages.)
+    phase: the part that new tensors are counted as. (The MemTracker of torch.distributed._tools does the same per
+    module, but it rejects a network that is called twice from outside, and does not know frozen networks and averages.)
     """
 
     def __init__(self) -> None:
@@ -102,11 +103,11 @@ class Tracker(TorchDispatchMode):
         self.alive: Counter[str] = Counter()
         self.peak: Counter[str] = Counter()
         self._total = self._most = 0
-        self._known: dict[int, tuple[str, int, weakref.ref]] = {}  # by the storage's address: its part and bytes
-        self._results: dict[Any, tuple | None] = {}  # of operations by their arguments' shapes, see `_run`
+        self._known: dict[int, tuple[str, int, weakref.ref]] = {}  # storage address -> its part, bytes, reference
+        self._results: dict[Any, tuple | None] = {}  # shapes of results by operation and arguments, see `_run`
 
     def belongs(self, part: str, tensors: Iterable[Any]) -> None:
-        """Counts tensors as a part, whatever they were before."""
+        """Counts tensors as a part, whatever they were counted as before."""
         for tensor in tensors:
             if isinstance(tensor, torch.Tensor) and tensor.is_meta:
                 self._add(tensor, part)
@@ -117,7 +118,7 @@ class Tracker(TorchDispatchMode):
                 self.alive[part] += size
 
     def begin(self) -> None:
-        """From now on the peak is that of what follows."""
+        """Restarts the peak from what is currently alive."""
         self.peak, self._most = self.alive.copy(), self._total
 
     def _add(self, tensor: torch.Tensor, part: str) -> None:
@@ -135,9 +136,9 @@ class Tracker(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func.overloadpacket is aten._local_scalar_dense and args[0].is_meta:
-            return True if args[0].dtype == torch.bool else 1.0 if args[0].is_floating_point() else 1  # all is finite
+            return True if args[0].dtype == torch.bool else 1.0 if args[0].is_floating_point() else 1  # finite: yes
         if _is_in_place(func) and all(t.is_meta for t in tree_leaves(args[0])):
-            # It makes nothing, and would take most of the time here.
+            # It allocates nothing, and running it would take most of the time here.
             return args[0] if isinstance(args[0], torch.Tensor) else None
         result = self._run(func, args, kwargs or {})
         for tensor in result if isinstance(result, tuple | list) else (result,):
@@ -148,14 +149,14 @@ class Tracker(TorchDispatchMode):
         return result
 
     def _run(self, func: Any, args: Any, kwargs: Any) -> Any:
-        """What an operation returns. Layers repeat: where it had arguments of these shapes before, the result is one like it, far
-        faster than asking torch."""
+        """Returns the result of an operation. Layers repeat: if the operation had arguments of the same shapes before,
+        a tensor like the earlier result is created, which is much faster than running the operation."""
         if not _is_fresh(func):
             return func(*args, **kwargs)
         try:
             key = func, _signature(args), _signature(tuple(sorted(kwargs.items())))
             known = self._results.get(key)
-        except TypeError:  # an argument that is no key
+        except TypeError:  # an unhashable argument
             return func(*args, **kwargs)
         if known is not None:
             made = [torch.empty_strided(size, stride, dtype=dtype, device="meta") for size, stride, dtype in known]
@@ -164,22 +165,22 @@ class Tracker(TorchDispatchMode):
         given = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
         results = result if isinstance(result, tuple) else (result,)
         shapes = [_shape_of_fresh(t) for t in results]
-        # Not of an operation such as _unsafe_view, which shares its argument's memory and does not say so.
+        # Not cached for operations such as _unsafe_view, whose result shares its argument's memory against the schema.
         shared = None in shapes or any(t.untyped_storage()._cdata in given for t in results)
         self._results[key] = None if shared else tuple(shapes)
         return result
 
 
 class Kernels:
-    """What the meta device lacks: attention without the matrix of all pairs, and autocast, in the place of which that of the CPU
-    says whether it is on.
+    """Provides what the meta device lacks: attention without the matrix of all pairs, and autocast. Autocast is
+    emulated, and on whenever the CPU's autocast is enabled.
 
-    gpu: a GPU's autocast, which computes more in float32.
+    gpu: emulate a GPU's autocast, which computes more operations in float32.
     """
 
     def __init__(self, gpu: bool):
         self.gpu = gpu
-        # Weights in 16 bits, by their ids, until the forward pass ends.
+        # id of a weight -> (the weight, its copy in 16 bits), until the forward pass ends.
         self.cast: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
     @contextmanager
@@ -237,7 +238,7 @@ def _raised(tensor: torch.Tensor) -> torch.Tensor:
 
 @contextmanager
 def _rehearsing(kernels: Kernels) -> Iterator[None]:
-    """Ranks do not meet, and random numbers are left as they were."""
+    """A context in which ranks do not communicate and the state of the random generators is restored at the end."""
     with ExitStack() as stack:
         stack.enter_context(torch.random.fork_rng(devices=[]))
         stack.enter_context(patch.object(dist, "is_initialized", lambda: False))
@@ -246,8 +247,9 @@ def _rehearsing(kernels: Kernels) -> Iterator[None]:
 
 
 def _unfused(optimizer: torch.optim.Optimizer, gpu: bool) -> torch.optim.Optimizer:
-    """As the meta device can run it: parameter by parameter, which takes as little as a fused one. On GPUs others take all at
-    once, with copies of them all."""
+    """Sets up an optimiser so that the meta device can run it: one parameter at a time, which needs as little memory as
+    a fused one. GPU optimisers that are not fused update all parameters at once and make copies of all of them
+    (foreach)."""
     for group in optimizer.param_groups:
         if group.get("foreach", False) is None:
             group["foreach"] = gpu and not group.get("fused")
@@ -258,10 +260,10 @@ def _unfused(optimizer: torch.optim.Optimizer, gpu: bool) -> torch.optim.Optimiz
 
 
 def step_memory(rehearsal: Rehearsal, micro: int, accumulate: int, machine: Machine, step: int) -> dict[str, int]:
-    """Bytes by part at the peak of an optimiser step of a training that is under way.
+    """Returns the bytes by part at the peak of an optimiser step in the middle of a training.
 
-    micro: samples per device and backward pass. accumulate: backward passes per step. step: which one; terms of a loss may be
-    off in others.
+    micro: samples per device and backward pass. accumulate: backward passes per step. step: number of the step, because
+    a loss may have terms that are off at other steps.
     """
     task, tracker, kernels = rehearsal.task, Tracker(), Kernels(machine.accelerator == "gpu")
     task.accumulate = accumulate
@@ -269,7 +271,7 @@ def step_memory(rehearsal: Rehearsal, micro: int, accumulate: int, machine: Mach
         world_size=machine.world_size, global_rank=0, global_step=step, log_every_n_steps=step + 2,
         precision_plugin=None, optimizers=[],
     )  # fmt: skip
-    task.setup("fit")  # its averages
+    task.setup("fit")  # creates its averaged weights
     optimizer = _unfused(task.new_optimizer(), kernels.gpu)
     trained = [p for group in optimizer.param_groups for p in group["params"]]
     for module in (task, *rehearsal.beside):
@@ -296,8 +298,8 @@ def _step(
     micro: int,
     machine: Machine,
 ) -> None:
-    """As Lightning has it: the gradients of the step before are there until this one's forward pass is done. With
-    accumulation, or the buckets of several ranks, they are there all the time."""
+    """Runs one step in Lightning's order: the gradients of the previous step are kept until this step's forward pass is
+    done; with accumulation, or with the gradient buckets of several ranks, they are kept all the time."""
     task, trained = rehearsal.task, [p for group in optimizer.param_groups for p in group["params"]]
     for parameter in trained:
         parameter.grad = torch.zeros_like(parameter)

@@ -1,4 +1,4 @@
-"""Trains a small perceptual network (experiment=tiny_perceptual) like those that ship with the package."""
+"""The stage that trains a small perceptual network (experiment=tiny_perceptual) like those shipped with the package."""
 
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from ldm_train.training.perceptual_task import photos_in_memory, train_perceptua
 
 
 class PerceptualStage(Stage):
-    """Trains on photos of many classes; no other stage needs it."""
+    """Trains the network on photos of many classes; no other stage needs its result."""
 
     name = "perceptual"
 

@@ -1,4 +1,4 @@
-"""The plan printed before anything runs: the work of each stage, the size of its model, the memory of a step, time and cost."""
+"""The plan printed before anything runs: each stage's work, model size, memory per step, time and cost."""
 
 import time
 from functools import cache
@@ -20,11 +20,11 @@ from ldm_train.training.fit import Machine
 if TYPE_CHECKING:
     from ldm_train.pipeline.run import Run
 
-REACHED = 0.4  # of the measured speed of matrix products by training, about
-TRAINING_FLOPS = 3  # forward and backward cost about three forward passes
+REACHED = 0.4  # training reaches about this fraction of the measured speed of matrix products
+TRAINING_FLOPS = 3  # a forward and a backward pass cost about three forward passes
 
-# Dense peak of 16-bit matrix products with 32-bit sums, TFLOP/s, by a part of the device's name (makers' data sheets; the
-# first that fits counts).
+# Peak TFLOP/s of dense 16-bit matrix products with 32-bit accumulation, by a part of the device's name (from the
+# manufacturers' data sheets; the first match counts).
 PEAKS = {
     "B200": 2250, "GH200": 989, "H200": 989, "H100 PCIe": 756, "H100": 989, "H800": 989, "A100": 312, "A800": 312, "L40S": 362,
     "L40": 181, "L4": 121, "A10G": 70, "A10": 125, "A40": 150, "A6000": 155, "RTX 6000 Ada": 364, "RTX 5090": 210,
@@ -33,14 +33,16 @@ PEAKS = {
 
 
 def peak_flops(device: torch.device, precision: str, measured: float) -> float:
-    """The FLOP/s that MFU is relative to: the data sheet's for known GPUs in 16 bits, else those of a measured matrix product."""
+    """The FLOP/s that MFU is relative to: the data sheet's value for known GPUs in 16 bits, otherwise `measured`, the
+    speed of a matrix product."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" and precision != "32" else ""
     return next((peak * 1e12 for part, peak in PEAKS.items() if part in name), measured)
 
 
 @cache
 def _rate(device: torch.device, dtype: torch.dtype | None = None) -> float:
-    """Measured matmul speed of this device in FLOP/s (a fraction of a second). dtype: None is float32 on a CPU, bfloat16 else."""
+    """Measures the matrix-product speed of this device in FLOP/s, within a fraction of a second. dtype: by default
+    float32 on a CPU and bfloat16 otherwise."""
     size = 1024 if device.type == "cpu" else 8192
     if dtype is None:
         dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
@@ -56,7 +58,7 @@ def _rate(device: torch.device, dtype: torch.dtype | None = None) -> float:
 
 
 def _channels_in_words(config: DictConfig) -> str:
-    """How networks for grey and RGB see pictures of other channels, in words."""
+    """Describes how networks for grey and RGB images see images with other numbers of channels."""
     perceptual, evaluation, channels = config.autoencoder.loss.perceptual, config.evaluation, config.data.channels
     seeing = []
     if perceptual is not None and perceptual._target_.startswith("ldm_train."):
@@ -69,8 +71,8 @@ def _channels_in_words(config: DictConfig) -> str:
 
 
 def _budget(run: "Run", stage: str) -> tuple[Budget | None, str]:
-    """(a stage's memory, its peak in words); None where the stage does not rehearse, or a part of the user's own does what the
-    meta device cannot, which is said."""
+    """Returns (the memory budget of a stage, its peak in words). The budget is None if the stage has no rehearsal (no
+    words), or if a user's own part does something the meta device cannot (the words say why)."""
     try:
         budget = Budget(run, stage)
         if budget.memory(budget.chosen) is None:
@@ -82,24 +84,28 @@ def _budget(run: "Run", stage: str) -> tuple[Budget | None, str]:
 
 
 def _device(machine: Machine) -> torch.device | None:
-    """The device of training, where it is there."""
+    """The device of training, or None if it is not available."""
     if machine.accelerator == "cpu":
         return torch.device("cpu")
     return torch.device("cuda", machine.local_rank) if torch.cuda.is_available() else None
 
 
 def _left(run: "Run", stage: str, steps: int, state: str) -> int:
-    """Optimiser steps that are still to do."""
+    """The number of optimiser steps still to be done."""
     if state == "finished":
         return 0
     return max(0, steps - (steps_done(run.folder / stage / "checkpoints" / LAST) if state == "to resume" else 0))
 
 
 def print_plan(run: "Run", steps: list[Step]) -> dict[str, tuple[float, float]]:
-    """Prints one line per stage, and what its memory is made of where nothing else is asked for (plan=only). Sizes are found on
-    the meta device, so nothing large is built. Returns for each that trains the FLOPs of training on one image (three forward
-    passes of its network; the losses' networks and what is frozen are left out) and the peak of all devices. Ranks but the
-    first check the plans alone: {}. Raises ValueError for a step that takes more memory than there is."""
+    """Prints one line per stage and, with plan=only, the parts of its memory. Models are built on the meta device, so
+    nothing large is allocated.
+
+    Returns for each stage that trains, if the device is available: (FLOPs of training on one image, i.e. three forward
+    passes of its network, without networks that are frozen or belong to losses; peak FLOP/s of all devices). Ranks
+    other than 0 only check the plans and return {}.
+    Raises ValueError for a step that needs more memory than there is.
+    """
     config, machine = run.config, run.machine
     plans = {step.name: run.stages[step.name].plan(run) for step in steps}
     if machine.rank > 0:
@@ -149,7 +155,7 @@ def print_plan(run: "Run", steps: list[Step]) -> dict[str, tuple[float, float]]:
 
 
 def _in_words(run: "Run", step: Step, plan: Plan) -> str:
-    """The size of a stage's training."""
+    """Describes the size of a stage's training."""
     section = run.config[step.name]
     parameters = sum(p.numel() for p in plan.network.parameters())
     epochs = "" if plan.images is None else f" = {step.steps * section.batch_size / plan.images:.1f} epochs"

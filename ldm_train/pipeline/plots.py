@@ -1,4 +1,4 @@
-"""The plots of a sweep. Matplotlib without a display."""
+"""The plots of a sweep, drawn with Matplotlib, without a display."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -6,7 +6,7 @@ from typing import Any
 
 from ldm_train.storage import write_atomically
 
-# Distinguishable without colour vision too (Okabe and Ito), each with its own marker.
+# Colours that the colour-blind can distinguish (Okabe and Ito), each used with its own marker.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C8C00")
 MARKERS = "osD^vPX*"
 
@@ -37,7 +37,8 @@ def _save(figure: Any, path: Path) -> Path:
 
 
 def _line(axis: Any, number: int, name: str, xs: list[float], rows: Rows, metric: str) -> None:
-    """A run's metric over `xs`, with its 95 % intervals where there are any. number: of the run, for its look."""
+    """Draws a run's metric over `xs`, with 95 % confidence intervals where known. number: index of the run, sets its
+    colour and marker."""
     colour, marker = COLOURS[number % len(COLOURS)], MARKERS[number % len(MARKERS)]
     axis.plot(xs, [r[metric] for r in rows], f"{marker}-", color=colour, label=name, markersize=4)
     low, high = f"{metric}_low", f"{metric}_high"
@@ -46,13 +47,13 @@ def _line(axis: Any, number: int, name: str, xs: list[float], rows: Rows, metric
 
 
 def _scale(axis: Any, values: Sequence[float]) -> None:
-    """Logarithmic where values span more than one order of magnitude."""
+    """Uses a logarithmic axis if the values span more than one order of magnitude."""
     if min(values) > 0 and max(values) / min(values) > 10:
         axis.set_yscale("log")
 
 
 def curves(rows: Rows, metric: str, names: Mapping[str, str], path: Path) -> Path:
-    """A metric against optimiser steps, training time and compute, a line per run."""
+    """Plots a metric against optimiser steps, training time and compute, one line per run."""
     wanted = {"step": "optimiser steps", "seconds": "training time in seconds", "tflop": "training compute in TFLOP"}
     shown = [key for key in wanted if all(r.get(key) is not None for r in rows)]
     figure, axes = _figure(len(shown))
@@ -68,7 +69,7 @@ def curves(rows: Rows, metric: str, names: Mapping[str, str], path: Path) -> Pat
 
 
 def against_factor(rows: Rows, number: str, path: Path) -> Path:
-    """A number of the evaluation against f, with its interval."""
+    """Plots a number of the evaluation, with its interval, against the downsampling factor f."""
     figure, (axis,) = _figure(1)
     rows = sorted(rows, key=lambda r: r["f"])
     base = number.removesuffix("value")
@@ -85,7 +86,7 @@ def against_factor(rows: Rows, number: str, path: Path) -> Path:
 
 
 def speed(rows: Rows, metric: str, path: Path) -> Path:
-    """A metric against sampling speed, a line per run, a point per number of sampling steps."""
+    """Plots a metric against sampling speed, one line per run and one point per number of sampling steps."""
     figure, (axis,) = _figure(1)
     runs = list(dict.fromkeys(r["run"] for r in rows))
     distinct = len({r["f"] for r in rows}) == len(runs)

@@ -1,4 +1,5 @@
-"""Runs one command on several devices of this machine: a process per device; all end together, with one message."""
+"""Runs one command on several devices of this machine, with one process per device; all end together, with one
+message."""
 
 import os
 import signal
@@ -12,16 +13,19 @@ from torch.distributed import TCPStore
 
 from ldm_train import interrupts
 
-GRACE = 30.0  # seconds for the others to end, once a rank has failed or left on a signal
+GRACE = 30.0  # seconds that the other ranks have to end once one has failed or exited on a signal
 
 
 class Ranks:
-    """The processes of one command, `count` times `python -m module` with this process's arguments and torchrun's
-    environment variables. Each writes its final message to `reports`, and is ended by the kernel when this process ends."""
+    """The processes of one command: `python -m module`, `count` times, with this process's arguments and torchrun's
+    environment variables.
+
+    Each writes its final message to the folder `reports`, and is ended by the kernel when this process ends.
+    """
 
     def __init__(self, count: int, module: str, reports: Path):
         self.reports, self.signal, self._signal_time = reports, 0, 0.0
-        self.fallen: int | None = None  # the first rank that was ended by a signal from outside
+        self.fallen: int | None = None  # the first rank that was killed by a signal from outside
         self._store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # on a free port
         common = {
             "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(self._store.port), "TORCHELASTIC_USE_AGENT_STORE": "True",
@@ -36,7 +40,8 @@ class Ranks:
             self.processes.append(subprocess.Popen(command, env=os.environ | common | own))
 
     def pass_on(self, number: int) -> None:
-        """Passes a signal to all ranks. A second one after more than 2 s kills them; before, it is a repeat of the first."""
+        """Passes a signal to all ranks. A second signal after more than 2 s kills them; earlier it counts as a repeat
+        of the first."""
         if self.signal and time.monotonic() - self._signal_time > 2:
             self.kill()
         if not self.signal:
@@ -49,7 +54,7 @@ class Ranks:
             process.kill()
 
     def wait(self) -> None:
-        """Waits until all have ended. Those that still run GRACE seconds after the first failure are killed."""
+        """Waits until all ranks have ended. Those still running GRACE seconds after the first failure are killed."""
         end = float("inf")
         while True:
             running = [p for p in self.processes if p.poll() is None]
@@ -64,8 +69,8 @@ class Ranks:
             time.sleep(0.1)
 
     def outcome(self) -> tuple[int, str]:
-        """(exit status, final message) of the first rank that failed, since the others fail because of it. A rank that was
-        ended from outside leaves no message, and counts as the first."""
+        """Returns (exit status, final message) of the first rank that failed, because the others fail as a consequence.
+        A rank killed by a signal from outside leaves no message, and counts as the first to fail."""
         if not any(p.returncode for p in self.processes):
             return 0, ""
         if self.fallen is not None and not self.signal:
@@ -82,7 +87,7 @@ class Ranks:
 
 
 def launch(count: int, module: str) -> int:
-    """Runs this command on `count` devices and returns its exit status."""
+    """Runs this command on `count` devices of this machine and returns its exit status."""
     with tempfile.TemporaryDirectory(prefix="ldm_train_") as reports:
         ranks = Ranks(count, module, Path(reports))
         try:

@@ -1,4 +1,4 @@
-"""Ray: the ranks of a command on the machines of a cluster, begun again where one is lost."""
+"""Runs the ranks of a command on a Ray cluster, and restarts them when a machine or process is lost."""
 
 import os
 import shutil
@@ -20,35 +20,37 @@ from ldm_train import interrupts
 from ldm_train.cluster import connect, in_shared_folder
 from ldm_train.pipeline.ranks import GRACE
 
-RUN_ID = "ray"  # TORCHELASTIC_RUN_ID of these ranks
-PATIENCE = 180.0  # seconds that ranks wait for those before them, which may still be ending, to leave the run's folder
-PASSED_ON = ("WANDB_", "HF_", "HYDRA_", "LDM_", "NCCL_", "GLOO_")  # of the command's environment, to its ranks
-LOOK = 0.5  # seconds between a rank's looks at the board
-ALONE = 10.0  # seconds without any look, after which there are no ranks
-SECOND = 2.0  # a signal that comes later than this after the first ends all ranks at once
+RUN_ID = "ray"  # TORCHELASTIC_RUN_ID of ranks on Ray
+PATIENCE = 180.0  # seconds that restarted ranks wait for the old ones to release the run's folder
+PASSED_ON = ("WANDB_", "HF_", "HYDRA_", "LDM_", "NCCL_", "GLOO_")  # prefixes of environment variables for the ranks
+LOOK = 0.5  # seconds between a rank's polls of the board
+ALONE = 10.0  # seconds without any poll after which no rank is considered alive
+SECOND = 2.0  # seconds after the first signal from which another one kills all ranks at once
 
 
 class Board:
-    """What a command and its ranks tell each other; an actor of Ray on the command's machine. Ranks that begin again have another
-    token, and what those before them said counts no more."""
+    """A message board between a command and its ranks: a Ray actor on the command's machine.
+
+    Each restart of the ranks has a new token; messages with an older token are ignored.
+    """
 
     def __init__(self) -> None:
         self.number, self.token, self.ends, self.looked = 0, "", list[tuple[int, int, str]](), 0.0
 
     def ask(self, number: int) -> None:
-        """Has all ranks sent this signal."""
+        """Requests that this signal be sent to all ranks."""
         self.number = number
 
     def begin(self, token: str) -> None:
         self.token, self.ends = token, []
 
     def end(self, token: str, rank: int, status: int, said: str) -> None:
-        """Notes that a rank has failed by itself: its exit status, and what it said last."""
+        """Records that a rank has failed by itself: its exit status and its final message."""
         if token == self.token:
             self.ends.append((rank, status, said))
 
     def look(self, token: str) -> tuple[int, bool]:
-        """(the signal asked for or 0, whether a rank has failed)."""
+        """Returns (the requested signal or 0, True if a rank has failed), and notes the time of the call."""
         self.looked = time.monotonic()
         return self.number, token == self.token and bool(self.ends)
 
@@ -56,13 +58,14 @@ class Board:
         return time.monotonic() - self.looked > ALONE
 
     def outcome(self) -> tuple[int, str]:
-        """(exit status, last words) of the first rank that failed with words; the others failed because of it."""
+        """Returns (exit status, final message) of the first rank that failed with a message; the others failed because
+        of it."""
         spoken = [end for end in self.ends if end[2]] or self.ends
         return spoken[0][1:] if spoken else (0, "")
 
 
 class Place(NamedTuple):
-    """Where ranks meet, and how many there are on rank 0's machine."""
+    """The address at which ranks meet (address, port, token) and the number of ranks on rank 0's machine."""
 
     address: str
     port: int
@@ -71,7 +74,8 @@ class Place(NamedTuple):
 
 
 def accelerator_of(accelerator: str, devices: int) -> str:
-    """cpu or gpu, for `accelerator` or what the cluster has. Raises ValueError for more devices than it has, and for others."""
+    """Returns cpu or gpu: `accelerator` itself or, for auto, what the cluster has. Raises ValueError for any other
+    value, and for more devices than the cluster has."""
     if accelerator not in ("auto", "cpu", "gpu"):
         raise ValueError(f"accelerator={accelerator} does not go with engine=ray; use cpu or gpu")
     there = connect().cluster_resources()
@@ -81,12 +85,12 @@ def accelerator_of(accelerator: str, devices: int) -> str:
     return kind
 
 
-# -- in Ray's process of a rank ------------------------------------------------------------------------------------------
+# -- in the Ray process of a rank --------------------------------------------------------------------------------------
 
 
 def _rank(task: dict[str, Any]) -> None:
-    """A rank: the command in a process of its own, where it has a main thread for its signals. Raises RuntimeError where that process
-    is lost, and Ray begins all ranks again; a failure of its own goes to the board."""
+    """Runs one rank: the command in a separate process, which has a main thread to handle signals. Raises RuntimeError
+    if that process is lost, so that Ray restarts all ranks; the rank's own failures are reported to the board."""
     import ray
     from ray.train import get_context
     from ray.train.collective import broadcast_from_rank_zero
@@ -96,7 +100,7 @@ def _rank(task: dict[str, Any]) -> None:
     store, place = None, None
     if rank == 0:
         address = ray.util.get_node_ip_address()
-        # On a free port, which it holds while the ranks need it.
+        # On a free port, which stays open while the ranks need it.
         store = TCPStore(address, 0, is_master=True, wait_for_workers=False)
         place = Place(address, store.port, uuid.uuid4().hex, local)
         ray.get(board.begin.remote(place.token))
@@ -133,7 +137,7 @@ def _rank(task: dict[str, Any]) -> None:
         status = process.wait()
         said = report.read_text().rstrip() if report.is_file() else ""
     if status < 0 and not ended_here:
-        if status == -signal.SIGABRT and _another_failed(look):  # NCCL ends ranks whose neighbours have left
+        if status == -signal.SIGABRT and _another_failed(look):  # NCCL aborts ranks whose peers are gone
             return
         name = signal.Signals(-status).name
         hint = " (the machine may be out of memory)" if name == "SIGKILL" else ""
@@ -149,7 +153,7 @@ def _look(board: Any, token: str) -> tuple[int, bool]:
 
 
 def _another_failed(look: Any) -> bool:
-    """Whether another rank fails by itself within GRACE seconds."""
+    """Returns True if another rank fails by itself within GRACE seconds."""
     end = time.monotonic() + GRACE
     while not (failed := look()[1]) and time.monotonic() < end:
         time.sleep(LOOK)
@@ -157,8 +161,8 @@ def _another_failed(look: Any) -> bool:
 
 
 def _accompany(process: subprocess.Popen, look: Any) -> bool:
-    """Waits for a rank's end, passes on the signals that the board has, and ends it GRACE seconds after another one failed. Returns
-    whether it was sent anything."""
+    """Waits for a rank's process to end, passes on the signals requested on the board, and kills it GRACE seconds after
+    another rank failed. Returns True if the process was sent any signal."""
     sent, end = 0, float("inf")
     while process.poll() is None:
         number, failed = look()
@@ -175,7 +179,8 @@ def _accompany(process: subprocess.Popen, look: Any) -> bool:
 
 
 def _torch_config() -> Any:
-    """Ray Train's settings for torch, without its own process group and CUDA context: the ranks' processes have theirs."""
+    """Ray Train's settings for torch without its process group and CUDA context: the ranks' processes create their
+    own."""
     from ray.train.backend import Backend
     from ray.train.torch import TorchConfig
 
@@ -198,7 +203,7 @@ def _torch_config() -> Any:
 
 
 class _Asked:
-    """The signals that a command was sent: the first, and what its ranks shall be sent now."""
+    """The signals sent to a command. first: the first one; now: the one that its ranks should be sent now."""
 
     def __init__(self) -> None:
         self.first, self.now, self._since = 0, 0, 0.0
@@ -212,18 +217,21 @@ class _Asked:
 
 
 def launch(count: int, module: str, options: dict[str, str], max_failures: int, runs_dir: Path) -> int:
-    """Runs this command as `count` ranks on the cluster, again (at most `max_failures` times) where a machine or process is lost,
-    and returns its exit status. options: in the place of this command's own: what was decided here, as `accelerator` gpu or cpu.
-    runs_dir: a folder that all machines share."""
+    """Runs this command as `count` ranks on the cluster and returns its exit status. The ranks are restarted at most
+    `max_failures` times if a machine or process is lost.
+
+    options: override those of the command line, with what was decided here, e.g. `accelerator` gpu or cpu. runs_dir: a
+    folder that all machines share.
+    """
     name = f"ldm_train-{uuid.uuid4().hex[:12]}"
     storage = (runs_dir / ".ray").absolute()
     (storage / name).mkdir(parents=True)
     try:
         status, said = _run(count, module, options, max_failures, storage, name)
     finally:
-        connect().shutdown()  # its processes log until then
+        connect().shutdown()  # Ray's processes write logs until then
         shutil.rmtree(storage / name, ignore_errors=True)
-        with suppress(OSError):  # another command's is there
+        with suppress(OSError):  # not empty: another command uses it
             storage.rmdir()
     if said:
         interrupts.last_words(said)
@@ -242,7 +250,7 @@ def _run(
 
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     board = ray.remote(Board).options(num_cpus=0, scheduling_strategy=here).remote()
-    # A stage that is made anew was set aside before; ranks that begin again go on with it.
+    # restart= is dropped: the old stage is set aside already, and restarted ranks must continue the new one.
     replaced = tuple(f"{option}=" for option in ("restart", *options))
     task = {
         "board": board, "module": module, "folder": os.getcwd(), "witness": str(storage / name),
@@ -250,7 +258,7 @@ def _run(
         "environment": {k: v for k, v in os.environ.items() if k.startswith(PASSED_ON)},
     }  # fmt: skip
     trainer = TorchTrainer(
-        partial(_rank, task),  # not as its config, which Ray may record: there are keys in the environment
+        partial(_rank, task),  # not train_loop_config, which Ray may record: the environment holds API keys
         torch_config=_torch_config(),
         scaling_config=train.ScalingConfig(num_workers=count, use_gpu=options["accelerator"] == "gpu"),
         run_config=train.RunConfig(
@@ -267,14 +275,14 @@ def _run(
 
     asked, told = _Asked(), 0
     thread = threading.Thread(target=fit, name="ray", daemon=True)
-    with interrupts.handled(), interrupts.answered_by(asked):  # Ray has its own handlers otherwise
+    with interrupts.handled(), interrupts.answered_by(asked):  # instead of Ray's own handlers
         thread.start()
         while thread.is_alive():
             thread.join(0.2)
             if asked.now != told:
                 told = asked.now
                 ray.get(board.ask.remote(told))
-            if told and ray.get(board.is_alone.remote()):  # ranks wait for devices, or are gone
+            if told and ray.get(board.is_alone.remote()):  # the ranks wait for devices, or are gone
                 break
         status, said = ray.get(board.outcome.remote())
     if lost:
@@ -286,6 +294,6 @@ def _run(
 
 
 def _shortly(error: BaseException) -> str:
-    """The last line of an error of Ray, whose messages hold whole tracebacks."""
+    """The last line of a Ray error, because Ray's messages contain whole tracebacks."""
     lines = str(error).strip().splitlines()
     return lines[-1].strip() if lines else type(error).__name__

@@ -1,4 +1,5 @@
-"""The chain of stages: each has a key (everything it depends on), and is skipped, resumed, run or refused accordingly."""
+"""The chain of stages: each has a key (everything its outcome depends on), which decides whether it is skipped,
+resumed, run or refused."""
 
 import fcntl
 import hashlib
@@ -22,8 +23,11 @@ NOTE = "stage.json"
 
 @dataclass(frozen=True)
 class Step:
-    """A stage of one run (see `stage.Stage`), bound to it. key: () -> everything it depends on. run: (folder) -> its result.
-    steps: optimiser steps to reach (0: no training)."""
+    """A stage (see `stage.Stage`) bound to one run.
+
+    key: () -> everything its outcome depends on. run: (folder) -> its result. steps: optimiser steps to reach (0: no
+    training)
+    """
 
     name: str
     key: Callable[[], dict[str, Any]]
@@ -32,13 +36,13 @@ class Step:
 
 
 class Order:
-    """All stages, each after those it needs: {name: (needs, identity)}."""
+    """All stages in order, each after those it needs: {name: (needs, identity)}."""
 
     def __init__(self, stages: Mapping[str, tuple[Sequence[str], str]]):
         self.stages = dict(stages)
 
     def chosen(self, names: Sequence[str]) -> list[str]:
-        """The stages of these names, in their order. Raises ValueError for an unknown name."""
+        """Returns the names of the given stages in the order of all stages. Raises ValueError for an unknown name."""
         if unknown := [s for s in names if s not in self.stages]:
             raise ValueError(f"unknown stages {unknown}; choose from {', '.join(self.stages)}")
         return [s for s in self.stages if s in names]
@@ -47,7 +51,7 @@ class Order:
         return self.stages[name][0]
 
     def later_than(self, stage: str) -> list[str]:
-        """The stages that depend on one, directly or not, in their order."""
+        """The stages that depend on this stage, directly or not, in order."""
         affected = [stage]
         for name in self.stages:
             if set(self.needs(name)) & set(affected):
@@ -55,7 +59,7 @@ class Order:
         return affected[1:]
 
     def leading_to(self, stage: str) -> list[str]:
-        """A stage and all that it needs, directly or not, in their order."""
+        """This stage and all stages it needs, directly or not, in order."""
         needed = {stage}
         for name in reversed(self.stages):
             if name in needed:
@@ -63,8 +67,8 @@ class Order:
         return [name for name in self.stages if name in needed]
 
     def result_of(self, run_folder: Path, stage: str, name: str | None = None) -> Any:
-        """The entry `name` of a finished stage's result, by default its identity. Raises Refused, with the remedy, where the
-        stage is not finished or its stage.json is damaged."""
+        """Returns the entry `name` (by default the identity) of a finished stage's result. Raises Refused, with the
+        remedy, if the stage is not finished or its stage.json is damaged."""
         note, name = read_note(run_folder / stage), name or self.stages[stage][1]
         if note is None or not note["finished"]:
             way = ",".join(self.leading_to(stage))
@@ -80,7 +84,7 @@ NOTED = {"key": dict, "finished": bool, "steps": int, "result": dict}
 
 
 def read_note(folder: Path) -> dict[str, Any] | None:
-    """stage.json of a stage's folder, or None. Raises Refused where it is damaged."""
+    """Reads stage.json from a stage's folder; None if there is none. Raises Refused if it is damaged."""
     path = folder / NOTE
     if not path.is_file():
         return None
@@ -97,13 +101,13 @@ def read_note(folder: Path) -> dict[str, Any] | None:
 
 
 def is_done(note: dict[str, Any], stage: Step) -> bool:
-    """Whether a stage is finished with all the steps it is to have."""
+    """Returns True if a stage is finished with at least as many steps as requested."""
     return bool(note["finished"] and note["steps"] >= stage.steps)
 
 
 def made_anew(order: Order, chain: Sequence[Step], run_folder: Path, restart: str | None) -> list[str]:
-    """The stages that `restart` sets aside, in their order: the stage itself, those that depend on it, and those that depend
-    on a stage that is trained further, which would no longer match it."""
+    """The stages that `restart` sets aside, in order: the stage itself, the stages that depend on it, and those that
+    depend on a stage that is trained further and would no longer match it."""
     if restart is None:
         return []
     gone = {restart, *order.later_than(restart)}
@@ -115,12 +119,12 @@ def made_anew(order: Order, chain: Sequence[Step], run_folder: Path, restart: st
 
 
 def set_aside(run_folder: Path, names: Sequence[str]) -> None:
-    """Moves stages to .replaced/, from where they can be restored."""
+    """Moves the folders of stages to .replaced/, from where they can be restored."""
     stamp = time.strftime("%Y%m%d-%H%M%S")
     for name in names:
         if (run_folder / name).exists():
             target = run_folder / ".replaced" / f"{name}-{stamp}"
-            while target.exists():  # a second restart within the same second
+            while target.exists():  # another restart within the same second
                 target = target.with_name(f"{target.name}+")
             target.parent.mkdir(exist_ok=True)
             shutil.move(run_folder / name, target)
@@ -128,8 +132,9 @@ def set_aside(run_folder: Path, names: Sequence[str]) -> None:
 
 @contextmanager
 def run_lock(run_folder: Path, patience: float = 0.0) -> Iterator[None]:
-    """Holds a run folder for this process. Raises Refused where another process works in it, for longer than `patience` seconds, and
-    ValueError where a link in it leads out of it: a run writes only below its own folder, even one from a stranger."""
+    """A context that locks a run folder for this process. Raises Refused if another process works in it for longer than
+    `patience` seconds, and ValueError if a link in it leads out of it: a run writes only below its own folder, even if
+    that folder comes from a stranger."""
     run_folder.mkdir(parents=True, exist_ok=True)
     end = time.monotonic() + patience
     with open_lock(run_folder / ".lock") as file:
@@ -143,7 +148,7 @@ def run_lock(run_folder: Path, patience: float = 0.0) -> Iterator[None]:
                         f"another process is working in {run_folder}; wait for it, or choose name=<new>"
                     ) from error
                 time.sleep(0.5)
-        check_links(run_folder, but=["wandb"])  # whose own logs are links into the user's cache
+        check_links(run_folder, but=["wandb"])  # wandb links its own logs into the user's cache
         file.truncate(0)
         file.write(str(os.getpid()))
         file.flush()
@@ -152,7 +157,7 @@ def run_lock(run_folder: Path, patience: float = 0.0) -> Iterator[None]:
 
 
 def decide(stage: Step, run_folder: Path, defaults: dict[str, Any]) -> str:
-    """ "skip", "resume" or "run". Raises Refused where the folder holds a stage with another key."""
+    """Returns "skip", "resume" or "run". Raises Refused if the folder holds a stage with another key."""
     note = read_note(run_folder / stage.name)
     if note is None:
         return "run"
@@ -168,8 +173,9 @@ def decide(stage: Step, run_folder: Path, defaults: dict[str, Any]) -> str:
 def check_chain(
     order: Order, chain: Sequence[Step], run_folder: Path, defaults: dict[str, Any], restart: str | None = None
 ) -> None:
-    """Raises Refused, before anything is changed, where a stage was made with other settings, or where training it further
-    would leave later stages that were made from its old weights. restart: the stages it makes anew count as absent."""
+    """Raises Refused, before anything is changed, if a stage was made with other settings, or if training it further
+    would leave later stages that were made from its old weights. restart: the stages that it sets aside count as
+    absent."""
     names, gone = [step.name for step in chain], made_anew(order, chain, run_folder, restart)
     if restart and restart not in names:
         raise Refused(f"restart={restart} would be made anew by nothing: it is not among stages=[{','.join(names)}]")
@@ -179,7 +185,7 @@ def check_chain(
                 f"restart={restart} sets {needed} aside, which {name} needs and stages=[{','.join(names)}] does not "
                 f"make; add it to the stages. Nothing has been changed"
             )
-        order.result_of(run_folder, needed)  # the run uses it as it is
+        order.result_of(run_folder, needed)  # raises Refused if it is not finished
     new: set[str] = set()  # stages that will be made by this command
     for step in chain:
         anew = step.name in gone or bool(new & set(order.needs(step.name)))
@@ -191,7 +197,7 @@ def check_chain(
 
 
 def _check_later(order: Order, step: Step, run_folder: Path, gone: Sequence[str]) -> None:
-    """Raises Refused where stages that were made from a stage's old weights would remain when it is trained further."""
+    """Raises Refused if training a stage further would leave stages that were made from its old weights."""
     made = [s for s in order.later_than(step.name) if s not in gone and read_note(run_folder / s)]
     note = read_note(run_folder / step.name)
     if note and made:
@@ -205,13 +211,14 @@ def _check_later(order: Order, step: Step, run_folder: Path, gone: Sequence[str]
 
 
 def adopt(stage: Step, run_folder: Path, defaults: dict[str, Any]) -> bool:
-    """Takes over the stage from a sibling run (of the same sweep) that finished it under an equal key with equal
-    steps. Files are linked, not copied; a stage that trains never writes into existing files, it replaces them."""
+    """Takes over a stage that a sibling run (of the same sweep) finished with an equal key and the same number of
+    steps. Returns False if there is none. Files are hard-linked, not copied; this is safe because a stage that trains
+    replaces existing files and never writes into them."""
     key = json.loads(json.dumps(stage.key()))
     for path in sorted(run_folder.parent.glob(f"*/{stage.name}/{NOTE}")):
         try:
             note = read_note(path.parent)
-        except Refused:  # damaged: its own run reports it
+        except Refused:  # damaged, which the run that owns it reports
             continue
         if note and note["finished"] and note["steps"] == stage.steps and not differences(note["key"], key, defaults):
             partial = run_folder / f".{stage.name}.partial"
@@ -224,8 +231,8 @@ def adopt(stage: Step, run_folder: Path, defaults: dict[str, Any]) -> bool:
 
 @contextmanager
 def sibling_lock(stage: Step, run_folder: Path) -> Iterator[None]:
-    """Holds a stage of a sweep, as its key and steps make it, for this run: sibling runs that need the same one wait,
-    and then take it over. The lock of a run that fails or is killed is free at once."""
+    """A context that locks a stage, identified by its key and steps, among the runs of a sweep: sibling runs that need
+    the same stage wait, and then take it over. The lock of a run that fails or is killed is released at once."""
     tree = json.dumps([stage.key(), stage.steps], sort_keys=True, default=str)
     path = run_folder.parent / ".locks" / f"{stage.name}-{hashlib.sha256(tree.encode()).hexdigest()[:16]}"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -243,8 +250,8 @@ def sibling_lock(stage: Step, run_folder: Path) -> Iterator[None]:
 
 
 def advance(stage: Step, run_folder: Path, defaults: dict[str, Any], writer: bool, share: bool = False) -> str:
-    """Does what `decide` says and returns it, or "share" where a sibling run's stage served. Only the `writer` (rank 0)
-    keeps stage.json."""
+    """Does what `decide` says and returns it, or "share" if a sibling run's stage was taken over. Only the `writer`
+    (rank 0) writes stage.json."""
     folder, action = run_folder / stage.name, decide(stage, run_folder, defaults)
     if action == "skip":
         return action

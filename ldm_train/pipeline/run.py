@@ -28,20 +28,21 @@ from ldm_train.storage import write_atomically
 from ldm_train.training.fit import Machine
 from ldm_train.training.loggers import Recorder, StockLogger, WandbRun
 
-# Sections whose `_target_`s the folders of a run may name.
+# Sections whose `_target_`s a run's folders may refer to.
 DENOISING = ("diffusion.network", "diffusion.schedule", "diffusion.objective", "diffusion.conditioning")
 NAMEABLE = ("autoencoder.network", *DENOISING, "sampler", "data.derived", "classifier.network")
 
 
 def own_parts(config: DictConfig) -> list[str]:
-    """The parts that a run's folders may name beside this package's: those of `trust=` and of the user's own config."""
+    """Names of parts, in addition to this package's, that a run's folders may refer to: those of `trust=` and of the
+    user's own config."""
     trees = [plain(section) for s in NAMEABLE if (section := OmegaConf.select(config, s)) is not None]
     return [*config.trust, *dict.fromkeys(targets(trees))]
 
 
 def option_defaults(config: DictConfig) -> dict[str, Any]:
-    """The defaults of options that an older run lacks: the base files' values, and for parts with a `_target_` those of
-    their constructor."""
+    """Defaults for options that an older run lacks: the values in the base config files and, for parts with a
+    `_target_`, the defaults of their constructor."""
     tree = usual_options()
     for section in {"autoencoder", "diffusion", "classifier", "sampler"} & config.keys():
         tree[section] = _with_signatures(plain(config[section]), tree.get(section, {}))
@@ -53,19 +54,19 @@ def _with_signatures(node: dict[str, Any], known: dict[str, Any]) -> dict[str, A
     if "_target_" in node:
         target = get_object(node["_target_"])
         chain = [c.__init__ for c in reversed(target.__mro__)] if isinstance(target, type) else [target]
-        for function in chain:  # subclasses that pass **options on take their base's
+        for function in chain:  # subclasses that pass on **options accept their base's
             parameters = inspect.signature(function).parameters.values()
             defaults |= {p.name: p.default for p in parameters if p.default is not inspect.Parameter.empty}
     for name, value in node.items():
         if isinstance(value, dict):
-            inner = known.get(name)  # of the base files, whose section says more than a signature's None
+            inner = known.get(name)  # section of the base files, more informative than a signature's None
             defaults[name] = _with_signatures(value, inner if isinstance(inner, dict) else {})
     return defaults
 
 
 @dataclass(frozen=True)
 class Index:
-    """What is known of images without them."""
+    """What is known about a dataset without its images."""
 
     index: dict[str, Any]
     root: str
@@ -74,8 +75,9 @@ class Index:
 class Run:
     """The context in which stages work.
 
-    config, folder, machine: of this process. trust: parts outside this package's models that the run's folders may name (see
-    `own_parts`). share: take stages that a sibling folder has finished under an equal key (runs of one sweep).
+    config, folder, machine: of this process. trust: parts outside this package's models that the run's folders may
+    refer to (see `own_parts`). share: take over stages that a run in a sibling folder has finished with an equal key
+    (runs of one sweep).
     """
 
     def __init__(
@@ -84,32 +86,32 @@ class Run:
         self.config, self.folder, self.machine, self.trust, self.share = config, folder, machine, trust, share
         self.fields = tuple(conditioner.field for conditioner in conditioner_classes(config, trust).values())
         self.wandb: WandbRun | None = None
-        self.plans_only = config.get("plan") == "only"  # runs of before have no such option
-        self.missing: dict[str, None] = {}  # what a plan alone did without, in order
-        self.effort: dict[str, tuple[float, float]] = {}  # per stage: training FLOPs per image, peak of the devices
+        self.plans_only = config.get("plan") == "only"  # older runs lack this option
+        self.missing: dict[str, None] = {}  # with plan=only: messages about missing files, in order
+        self.effort: dict[str, tuple[float, float]] = {}  # per stage: training FLOPs per image, devices' peak FLOP/s
 
     # -- for the stages' work -----------------------------------------------------------------------------------------
 
     def data(self, stage: str, fields: tuple[str, ...]) -> ShardDataModule:
-        """The images of a stage that has a section in the config."""
+        """The data module of a stage that has a section in the config."""
         return data_module(self.config, stage, self.machine, fields, self.trust)
 
     def part(self, option: str) -> Any:
-        """The object that a section of the config describes, see `parts.build`."""
+        """Builds the object that a config section describes, see `parts.build`."""
         return build(plain(attrgetter(option)(self.config)), option, self.trust)
 
     def result(self, stage: str, name: str | None = None) -> Any:
-        """An entry of a finished stage's result. Raises Refused where the stage is not finished."""
+        """Returns an entry of a finished stage's result. Raises Refused if the stage is not finished."""
         return self.order.result_of(self.folder, stage, name)
 
     def barrier(self) -> None:
-        """Waits for the other ranks."""
+        """Waits for the other ranks, if there are any."""
         if self.machine.world_size > 1:
             dist.barrier()
 
     def loggers(self, stage: str) -> list[Logger]:
-        """A stage's loggers beside metrics.csv, on the first rank. In the options of Lightning's own, "{folder}" is the run's
-        folder and "{stage}" the stage."""
+        """A stage's loggers in addition to metrics.csv, on the first rank only. In string options of all loggers except
+        wandb, "{folder}" is replaced by the run's folder and "{stage}" by the stage."""
         if self.machine.rank > 0:
             return []
         loggers: list[Logger] = [self.wandb.stage(stage, self.config[stage].batch_size)] if self.wandb else []
@@ -130,17 +132,18 @@ class Run:
         return Evaluator.on_all_ranks(self.config.evaluation, self.machine.device)
 
     def evaluation_data(self) -> ShardDataModule:
-        """The images behind an evaluation, cut over ranks in batches of evaluation.batch_size."""
+        """The images for an evaluation, split over the ranks, in batches of evaluation.batch_size."""
         data = self.data("diffusion", ("image", *self.fields))
         data.batching = evaluation_batching(self.config, self.machine)
         return data
 
     def conditions(self, data: ShardDataModule, count: int) -> Any:
-        """Validation samples whose conditions `count` samples are drawn under, going round where there are fewer."""
+        """Validation samples that provide the conditions of `count` generated samples, repeated if there are fewer."""
         return data.fixed_loader(self.config.data.val_split, count, repeat=True)
 
     def keep_states(self, model: LatentDiffusion) -> None:
-        """What the model's frozen encoders say of captions goes to `text_cache`, and comes from there."""
+        """Caches the hidden states that the model's frozen encoders compute for captions in the folder `text_cache`, if
+        set."""
         if (folder := self.config.get("text_cache")) is not None:
             for conditioner in model.conditioners.values():
                 conditioner.keep_in(Path(folder))
@@ -148,7 +151,7 @@ class Run:
     # -- for the stages' checks -------------------------------------------------------------------------------------
 
     def check_metrics(self, samples: int) -> None:
-        """Raises ValueError where the metrics cannot be measured of so many samples."""
+        """Raises ValueError if the metrics cannot be measured with this number of samples."""
         data = self.config.data
         self.evaluator.check(self.fields, [samples], data.image_size, data.channels)
 
@@ -156,13 +159,14 @@ class Run:
         check_reference(str(self.config.evaluation.reference), images.index["splits"], images.root)
 
     def decode_one(self, images: ShardDataModule) -> None:
-        """One sample with all its fields. (The streaming reader's shards may be far away.)"""
+        """Decodes one sample with all its fields, as a check. Skipped for the streaming reader, whose shards may be
+        remote."""
         if images.reader == "indexed":
             images.samples(images.val_split, images.fields, random=False)[(0, 0)]
 
     def index(self, stage: str) -> "Index | ShardDataModule":
-        """The index of a stage's images; where only a plan is asked for and they are not there, a stand-in with two classes: how many does
-        not tell in the memory."""
+        """The data module of a stage, with its index. If only a plan is asked for and the images are not available, a
+        stand-in with two classes, since the number of classes hardly affects memory."""
         try:
             return self.data(stage, ("image",))
         except (FileNotFoundError, DataError) as error:
@@ -172,8 +176,8 @@ class Run:
             return Index({"classes": ["0", "1"]}, str(stage_data(self.config, stage).root))
 
     def enough_images(self, stage: str, fields: tuple[str, ...]) -> int | None:
-        """How many training images there are; None where only a plan is asked for and they are not there. Raises ValueError where
-        they do not fill a batch."""
+        """Returns the number of training images; None if only a plan is asked for and they are not available. Raises
+        ValueError if they do not fill a batch."""
         try:
             images = self.data(stage, fields)
         except (FileNotFoundError, DataError) as error:
@@ -217,13 +221,13 @@ class Run:
         return Order({name: (stage.needs, stage.identity) for name, stage in self.stages.items()})
 
     def chosen(self) -> list[Step]:
-        """The stages named in `stages`. Raises ValueError for an unknown name."""
+        """The stages named in the option `stages`. Raises ValueError for an unknown name."""
         chosen = [self.stages[name] for name in self.order.chosen(list(self.config.stages))]
         return [Step(s.name, partial(s.key, self), partial(s.run, self), s.steps(self)) for s in chosen]
 
     def prepare(self) -> list[Step]:
-        """The chosen stages, after all checks that are possible beforehand; prints the plan and changes nothing. Raises errors
-        that a user can act on: Refused, ValueError, FileNotFoundError, DataError."""
+        """Returns the chosen stages after all checks that are possible beforehand. Prints the plan and changes nothing.
+        Raises errors that a user can act on: Refused, ValueError, FileNotFoundError, DataError."""
         steps, restart = self.chosen(), self.config.restart
         if restart:
             self.order.chosen([restart])
@@ -234,8 +238,8 @@ class Run:
         return steps
 
     def plan(self) -> None:
-        """Prints the plan in full; reads no pictures, loads no weights and changes nothing. Raises ValueError for options that are
-        wrong, and for a step that takes more memory than there is."""
+        """Prints the plan in full. Reads no images, loads no weights and changes nothing. Raises ValueError for invalid
+        options, and for a step that needs more memory than there is."""
         steps = self.chosen()
         if self.config.restart:
             self.order.chosen([self.config.restart])
@@ -270,20 +274,21 @@ class Run:
             self._closing_words()
 
     def set_aside(self) -> None:
-        """Moves the stage of `restart`, and those made from it, to .replaced. Its steps begin again, in another run of W&B."""
+        """Moves the stage named in `restart`, and those made from it, to .replaced. If it trains, its steps start again
+        from 0, so they are logged to a new W&B run."""
         restart = self.config.restart
         resume.set_aside(self.folder, resume.made_anew(self.order, self.chosen(), self.folder, restart))
         if self.stages[restart].steps(self):
             (self.folder / "wandb" / "run_id").unlink(missing_ok=True)
 
     def _record(self) -> None:
-        """Writes the config into the run folder, and starts the W&B run."""
+        """Writes the config to the run folder, and starts the W&B run."""
         config, path = self.config, self.folder / "config.yaml"
         trained = [name for name, stage in self.stages.items() if name in config and stage.steps(self)]
         made = [name for name in trained if name in config.stages]
         if made or not path.is_file():
             record = plain(config)
-            # Sections that this command does not train keep their recorded options.
+            # Sections of stages that this command does not train keep their recorded options.
             others = [name for name in trained if name not in made]
             before = OmegaConf.to_container(run_config(self.folder)) if others and path.is_file() else {}
             record |= {name: before[name] for name in others if name in before}

@@ -1,4 +1,4 @@
-"""ldm-search: Optuna over train.py, each trial a process and a run of its own."""
+"""ldm-search: hyperparameter search with Optuna over train.py; each trial is a separate process and a separate run."""
 
 import json
 import os
@@ -22,7 +22,7 @@ POLL = 2.0  # seconds between looks at a trial's metrics.csv
 
 
 def _suggestion(option: str, text: str) -> Callable[[Any], Any]:
-    """trial -> value. Raises ValueError for a text that is no range."""
+    """Returns a function trial -> value. Raises ValueError if the text is not a range."""
     if match := re.fullmatch(r"\s*(log|int)?\s*\(([^,]+),([^,]+)\)\s*", text):
         kind, low, high = match[1], float(match[2]), float(match[3])
         if not low < high or (kind == "log" and low <= 0):
@@ -37,7 +37,8 @@ def _suggestion(option: str, text: str) -> Callable[[Any], Any]:
 
 
 def parse_space(space: dict[str, Any]) -> dict[str, Callable[[Any], Any]]:
-    """{option: "a,b" | "(low,high)" | "log(low,high)" | "int(low,high)"} -> {option: trial -> value}. Raises ValueError."""
+    """{option: "a,b" | "(low,high)" | "log(low,high)" | "int(low,high)"} -> {option: trial -> value}. Raises ValueError
+    if a text is not a range, or there is none."""
     parsed: dict[str, Callable[[Any], Any]] = {}
     for option, text in flatten(space).items():
         try:
@@ -52,13 +53,13 @@ def parse_space(space: dict[str, Any]) -> dict[str, Callable[[Any], Any]]:
 
 
 def column(folder: Path, where: str) -> list[tuple[int, float]]:
-    """(step, value) of `stage:column` in a run's metrics.csv, for the rows written so far."""
+    """Returns (step, value) for each row of `stage:column` in a run's metrics.csv written so far."""
     stage, _, name = where.partition(":")
     return [(int(row["step"]), float(row[name])) for row in read_rows(folder / stage) if row.get(name)]
 
 
 def outcome(folder: Path, objective: str, minimize: bool) -> float:
-    """The objective of a finished run. Raises ValueError naming the values there are."""
+    """The objective of a finished run. Raises ValueError, naming the available values, if it is missing."""
     if ":" in objective:
         values = [v for _, v in column(folder, objective)]
         if not values:
@@ -73,8 +74,8 @@ def outcome(folder: Path, objective: str, minimize: bool) -> float:
 
 
 def run_trial(trial: Any, config: DictConfig, space: dict[str, Callable[[Any], Any]], folder: Path) -> float:
-    """One training. Raises optuna.TrialPruned where it was stopped early, RuntimeError with its final message where it
-    failed."""
+    """Runs one training and returns its objective. Raises optuna.TrialPruned if it was stopped early, RuntimeError with
+    its final message if it failed."""
     import optuna
 
     values = {option: suggest(trial) for option, suggest in space.items()}
@@ -102,7 +103,7 @@ def run_trial(trial: Any, config: DictConfig, space: dict[str, Callable[[Any], A
                     raise optuna.TrialPruned
         finally:
             if process.poll() is None:
-                process.terminate()  # it saves, then leaves
+                process.terminate()  # it saves a checkpoint, then exits
                 process.wait()
     if process.returncode:
         words = (run / "output.txt").read_text().strip().splitlines() or ["no output"]
@@ -111,7 +112,7 @@ def run_trial(trial: Any, config: DictConfig, space: dict[str, Callable[[Any], A
 
 
 def check(config: DictConfig, algorithms: Sequence[str]) -> None:
-    """Raises ValueError, naming the option, for values that no search can have."""
+    """Raises ValueError, naming the option, for invalid option values."""
     if config.direction not in ("minimize", "maximize"):
         raise ValueError(f"direction is minimize or maximize, not {config.direction!r}")
     if config.algorithm not in algorithms:
@@ -123,7 +124,8 @@ def check(config: DictConfig, algorithms: Sequence[str]) -> None:
 
 
 def open_study(config: DictConfig, sampler: Callable[..., Any], folder: Path) -> Any:
-    """The study in the folder's search.db, new or continued. Raises ValueError where it is another search."""
+    """Creates or continues the study in the folder's search.db. Raises ValueError if the folder holds another
+    search."""
     import optuna
 
     warmup, pruners = config.warmup_trials, optuna.pruners
@@ -132,7 +134,7 @@ def open_study(config: DictConfig, sampler: Callable[..., Any], folder: Path) ->
     study = optuna.create_study(
         storage=storage, study_name=name, load_if_exists=True, direction=config.direction, pruner=pruner
     )
-    # A continued search draws new values.
+    # The seed depends on the trials so far, so that a continued search draws new values.
     study.sampler = sampler(seed=config.seed + len(study.trials), n_startup_trials=warmup)
     asked = {"space": flatten(OmegaConf.to_container(config.space)), "objective": config.objective}
     asked |= {"recipe": config.recipe, "overrides": list(config.overrides)}
@@ -157,7 +159,7 @@ def search(config: DictConfig) -> dict[str, Any]:
     folder.mkdir(parents=True, exist_ok=True)
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     study = open_study(config, algorithms[config.algorithm], folder)
-    # An interrupted trial does not count; a failed one has printed its message.
+    # Counts failed trials, which record a message ("why"), but not interrupted ones.
     trials, states = study.get_trials(deepcopy=False), optuna.trial.TrialState
     ended = sum(t.state in (states.COMPLETE, states.PRUNED) or "why" in t.user_attrs for t in trials)
     print(f"search {folder}: {ended} of {config.trials} trials done", flush=True)

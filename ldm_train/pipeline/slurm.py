@@ -1,4 +1,4 @@
-"""SLURM: the ranks of a job's tasks, and jobs that are run again after the signal that announces their end."""
+"""SLURM support: the ranks of a job's tasks, and requeueing of jobs after the signal that announces their end."""
 
 import os
 import re
@@ -13,15 +13,15 @@ from lightning.fabric.plugins.environments import SLURMEnvironment
 from ldm_train import interrupts
 
 ANNOUNCED = (signal.SIGUSR1, signal.SIGUSR2)  # sbatch --signal=USR1@120; USR2 is submitit's
-ASKING = 10.0  # seconds that rank 0 may take to ask
-PORTS = range(20_000, 40_000)  # of MASTER_PORT, by the job's number
+ASKING = 10.0  # seconds that rank 0 has to ask for the requeue
+PORTS = range(20_000, 40_000)  # MASTER_PORT is chosen from these by job and step number
 
 
 def ranks(environment: Mapping[str, str]) -> dict[str, str]:
-    """torchrun's environment variables for a task that srun (or submitit through it) started beside others; empty for any other
-    process. MASTER_ADDR and MASTER_PORT stay where they are set.
+    """torchrun's environment variables for one of several tasks started by srun (directly or by submitit); empty for
+    any other process. MASTER_ADDR and MASTER_PORT are kept if they are set.
 
-    Raises ValueError where nodes have different numbers of tasks, and where each task sees one GPU of its node's.
+    Raises ValueError if nodes have different numbers of tasks, or if each of several tasks on a node sees only one GPU.
     """
     tasks = int(environment.get("SLURM_STEP_NUM_TASKS", 1))
     if tasks == 1 or "WORLD_SIZE" in environment:
@@ -46,22 +46,22 @@ def ranks(environment: Mapping[str, str]) -> dict[str, str]:
         "LOCAL_WORLD_SIZE": even[1],
         "MASTER_ADDR": SLURMEnvironment.resolve_root_node_address(environment["SLURM_STEP_NODELIST"]),
         "MASTER_PORT": str(PORTS[(job + step) % len(PORTS)]),
-        "TORCHELASTIC_RUN_ID": f"slurm-{job}",  # Lightning goes by these variables then, as under torchrun
+        "TORCHELASTIC_RUN_ID": f"slurm-{job}",  # makes Lightning use these variables, as under torchrun
     }
     return own | {name: environment[name] for name in ("MASTER_ADDR", "MASTER_PORT") if name in environment}
 
 
 def run_again(number: int, most: int) -> None:
-    """After the work is saved: has SLURM run this job again where signal `number` announces its end, at most `most` times. Rank 0
-    asks; SLURM then ends the others.
+    """Called after the work is saved: asks SLURM to requeue this job if signal `number` announces its end, at most
+    `most` times. Rank 0 asks; SLURM then ends the other ranks.
 
-    submitit does so itself, by the handler that stood here before ours, and counts by hydra.launcher.max_num_timeout.
+    Under submitit the signal handler that submitit had installed does this, counting by hydra.launcher.max_num_timeout.
     """
     if number not in ANNOUNCED:
-        return  # scancel and preemption send SIGTERM: a cancelled job stays cancelled, a preempted one SLURM runs again itself
+        return  # e.g. SIGTERM, from scancel (the job stays cancelled) or preemption (SLURM requeues it itself)
     job, done = os.environ.get("SLURM_JOB_ID"), int(os.environ.get("SLURM_RESTART_COUNT", 0))
     if job is not None and int(os.environ.get("RANK", 0)):
-        time.sleep(ASKING)  # where one task that fails ends all others, rank 0 could not ask any more
+        time.sleep(ASKING)  # if a failing task ends all others, rank 0 must have asked before this one exits
         return
     if interrupts.handled_outside(number):
         signal.raise_signal(number)

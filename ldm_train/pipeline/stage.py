@@ -1,6 +1,7 @@
-"""The contract of a run's stages. One file defines one stage: its name, needed stages, key, cost and work.
+"""The interface of a run's stages. One file defines one stage: its name, the stages it needs, its key, cost and work.
 
-A stage of your own needs no edit here: `+stage.mine._target_=my_package.MyStage stages=[autoencoder,latents,diffusion,mine]`.
+A custom stage needs no edit of this package:
+`+stage.mine._target_=my_package.MyStage stages=[autoencoder,latents,diffusion,mine]`.
 """
 
 from dataclasses import dataclass
@@ -16,11 +17,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Plan:
-    """The cost of a stage that trains; the section of the config with its name has `batch_size` and `ema_decay`.
+    """The cost of a stage that trains. The config section of the stage's name must have `batch_size` and `ema_decay`.
 
-    network: the trained network, perhaps on the meta device. flops: of one forward pass on one image. images: training images, None
-    where they are not there and only a plan is asked for. begins: what it begins from, in words. warning: what will hardly end
-    well, and the remedy
+    network: the trained network, possibly on the meta device. flops: of one forward pass on one image
+    images: number of training images; None if only a plan is asked for and they are not available
+    begins: what training starts from, in words. warning: a likely problem, with the remedy
     """
 
     network: nn.Module
@@ -31,11 +32,11 @@ class Plan:
 
 
 class Stage:
-    """Subclasses state the attributes and implement `key` and `run`.
+    """A stage of a run. Subclasses set the attributes and implement `key` and `run`.
 
-    name        its folder below the run's, and its word in `stages=[...]`
-    needs       the stages whose results it is made from
-    identity    the entry of its result that identifies its outcome; later stages have it in their keys
+    name        its folder below the run's folder, and its name in `stages=[...]`
+    needs       the stages whose results it uses
+    identity    the entry of its result that identifies the outcome; later stages include it in their keys
     """
 
     name: str
@@ -43,26 +44,26 @@ class Stage:
     identity = "sha256"
 
     def steps(self, run: "Run") -> int:
-        """The number of optimiser steps to train; 0 where it does not train."""
+        """The number of optimiser steps to train; 0 if the stage does not train."""
         return 0
 
     def key(self, run: "Run") -> dict[str, Any]:
-        """Everything that its outcome depends on, as a tree of plain values: equal trees mean equal outcomes. Called when the
-        stages it needs are finished."""
+        """Everything that the outcome depends on, as a tree of plain values: equal trees mean equal outcomes. Called
+        when the stages it needs are finished."""
         raise NotImplementedError
 
     def check(self, run: "Run") -> None:
-        """Raises errors that are known before anything runs: ValueError, FileNotFoundError, DataError."""
+        """Raises errors that can be known before anything runs: ValueError, FileNotFoundError, DataError."""
 
     def plan(self, run: "Run") -> Plan | None:
-        """The cost of its training; None for a stage that does not train."""
+        """The cost of training; None for a stage that does not train."""
         return None
 
     def rehearsal(self, run: "Run") -> "Rehearsal | None":
-        """The same training with placeholders, by which its memory is known beforehand; None where it is not."""
+        """The same training with placeholder data, to predict its memory; None if the stage does not support this."""
         return None
 
     def run(self, run: "Run", folder: Path) -> dict[str, Any]:
-        """Does the work in `folder`, or the rest of it after an interruption. Returns its result as plain values, with
-        `identity` among them."""
+        """Does the work in `folder`, or the rest of it after an interruption. Returns its result as plain values,
+        including the entry `identity`."""
         raise NotImplementedError

@@ -1,4 +1,4 @@
-"""ldm-sweep: the runs of a sweep, finished or not, as one table and as plots."""
+"""ldm-sweep: summarises the runs of a sweep, finished or not, in a table and plots."""
 
 import csv
 import io
@@ -21,13 +21,13 @@ from ldm_train.storage import read_record, write_atomically
 FAILED = "failed.json"
 # Options that differ between runs but are not swept.
 INCIDENTAL = ("name", "trace", "progress", "logger", "runs_dir", "data_dir", "share", "text_cache")
-# Columns of a stage's metrics.csv whose last value the table holds, and their names there.
+# Columns of a stage's metrics.csv whose last values go into the table, and their names there.
 SPENT = {"step": "steps", "train/seconds": "seconds", "train/tflop": "tflop", "train/images": "images"}
 
 
 class SweptRun:
-    """One run of a sweep: its folder, options (none where it failed before it had a config), error message if it failed, and the
-    rows of its diffusion stage's metrics.csv."""
+    """One run of a sweep: its folder, its options (empty if it failed before it had a config), its error message if it
+    failed, and the rows of its diffusion stage's metrics.csv."""
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -38,25 +38,26 @@ class SweptRun:
 
     @property
     def factor(self) -> int:
-        """The autoencoder's f."""
+        """The autoencoder's downsampling factor f."""
         return 2 ** (len(self.config.get("autoencoder.network.channel_mult") or [1]) - 1)
 
     def stage(self, name: str) -> str:
         return reached(self.folder / name)
 
     def metrics(self) -> dict[str, float]:
-        """The numbers of metrics.json by their path; {} before the evaluation."""
+        """The numbers of metrics.json by dotted path; {} before the evaluation."""
         path = self.folder / "evaluation" / "metrics.json"
         tree = read_record(path) if path.is_file() else {}
         return {name.replace("/", "."): v for name, v in numbers(tree).items()}
 
     def measured(self) -> list[str]:
-        """The metrics of its evaluation."""
+        """The names of the metrics of its evaluation."""
         return list(self.config.get("evaluation.metrics") or ["fid_tiny"])
 
 
 def reached(stage: Path) -> str:
-    """How far a stage is: "done", the step it has reached, or "" where it has not begun."""
+    """How far a stage is: "done", "step <n>" for the last step logged, "begun" before that, or "" if it has not
+    started."""
     if (note := read_note(stage)) is None:
         return ""
     if note["finished"]:
@@ -66,7 +67,8 @@ def reached(stage: Path) -> str:
 
 
 def read_rows(stage: Path) -> list[dict[str, str]]:
-    """The whole rows of a stage's metrics.csv, to which training may just be writing; none where it has not begun."""
+    """The complete rows of a stage's metrics.csv, to which training may be writing at the moment; [] if there is no
+    file yet."""
     path = stage / "metrics.csv"
     if not path.is_file():
         return []
@@ -75,19 +77,19 @@ def read_rows(stage: Path) -> list[dict[str, str]]:
 
 
 def failure(folder: Path) -> str | None:
-    """The error message of a failed job of a sweep."""
+    """The error message of a failed job of a sweep; None if it has not failed."""
     return str(read_record(folder / FAILED).get("error")) if (folder / FAILED).is_file() else None
 
 
 def jobs(folder: Path) -> list[Path]:
-    """The folders of a sweep's jobs, by name; last those that failed before they had a config."""
+    """The folders of a sweep's jobs, by name; those that failed before they had a config come last."""
     known = sorted(p.parent for p in folder.glob("*/config.yaml"))
     failed = sorted(p.parent for p in folder.glob(f"*/{FAILED}") if p.parent not in known)
-    return [job for job in (*known, *failed) if not (job / "metadata.json").is_file()]  # an export beside the jobs
+    return [job for job in (*known, *failed) if not (job / "metadata.json").is_file()]  # no export next to the jobs
 
 
 def read_runs(folder: Path) -> list[SweptRun]:
-    """The runs in a folder. Raises FileNotFoundError where there is none."""
+    """The runs in a folder. Raises FileNotFoundError if there are none."""
     runs = [SweptRun(job) for job in jobs(folder)]
     if not runs:
         raise FileNotFoundError(
@@ -97,14 +99,15 @@ def read_runs(folder: Path) -> list[SweptRun]:
 
 
 def differing(runs: Sequence[SweptRun]) -> list[str]:
-    """The options in which the runs differ."""
+    """The options in which the runs differ, without INCIDENTAL ones."""
     known = [run.config for run in runs if run.config]
     keys = sorted({k for config in known for k in config if k.split(".")[0] not in INCIDENTAL})
     return [k for k in keys if len({json.dumps(config.get(k), default=str) for config in known}) > 1]
 
 
 def gather(runs: Sequence[SweptRun]) -> list[dict[str, Any]]:
-    """A row per run: differing options, progress, steps, seconds, TFLOP and images, all metrics, and the error if it failed."""
+    """One row per run: differing options, progress, steps, seconds, TFLOP and images, all metrics, and the error if it
+    failed."""
     options, table = differing(runs), []
     for run in runs:
         last = {k: v for row in run.rows for k, v in row.items() if v}
@@ -126,7 +129,8 @@ def write_csv(path: Path, rows: Rows) -> None:
 
 
 def curve_metric(runs: Sequence[SweptRun], asked: str | None) -> str | None:
-    """The column that curves show. Raises ValueError for one that no run has."""
+    """The metrics.csv column that curves show: `asked`, else the first FID or KID, else the first val/ column, or None.
+    Raises ValueError if no run has the column asked for."""
     rows = [row for run in runs for row in run.rows]
     there = list(dict.fromkeys(k for row in rows for k, v in row.items() if v and k.startswith("val/")))
     if asked is not None:
@@ -139,7 +143,7 @@ def curve_metric(runs: Sequence[SweptRun], asked: str | None) -> str | None:
 
 
 def curves(runs: Sequence[SweptRun], metric: str) -> list[dict[str, Any]]:
-    """A row per run and measurement: step, and the images, seconds and TFLOP it took so far."""
+    """One row per run and measurement: step, and the images, seconds and TFLOP spent up to there."""
     table = []
     for run in runs:
         spent: dict[str, str] = {}
@@ -157,7 +161,7 @@ def curves(runs: Sequence[SweptRun], metric: str) -> list[dict[str, Any]]:
 def summarise(
     folder: Path, runs: Sequence[SweptRun], table: Rows, metric: str | None = None, final: str | None = None
 ) -> list[Path]:
-    """Writes sweep.csv, curves.csv, curves.png and f.png of the runs so far; returns the paths written."""
+    """Writes sweep.csv, curves.csv, curves.png and f.png for the runs so far; returns the paths written."""
     written = [folder / "sweep.csv"]
     write_csv(written[0], table)
     column = curve_metric(runs, metric)
@@ -176,8 +180,8 @@ def summarise(
 
 
 def speed(config: DictConfig, runs: Sequence[SweptRun], folder: Path) -> list[dict[str, Any]]:
-    """Every finished run measured with each number of sampling steps: a row per run and number. Existing
-    measurements are used again; interrupted ones continue."""
+    """Measures every run with a finished model at each number of sampling steps; one row per run and number. Existing
+    measurements are reused; interrupted ones continue."""
     from ldm_train.pipeline import measure
 
     options = {k: config[k] for k in ("n", "batch_size", "accelerator", "precision", "progress")}
@@ -242,10 +246,10 @@ def sweep(config: DictConfig) -> list[Path]:
 
 
 def upload(folder: Path, table: Rows, written: Sequence[Path], project: str) -> None:
-    """The table and the plots as a run of W&B."""
+    """Logs the table and the plots as a W&B run."""
     import wandb
 
-    from ldm_train.training.loggers import WandbRun  # Lightning takes seconds
+    from ldm_train.training.loggers import WandbRun  # imported late: Lightning takes seconds
 
     run = WandbRun(folder, project, f"{folder.name}-sweep", {"sweep": folder.name})
     columns = list(dict.fromkeys(k for row in table for k in row))
@@ -255,7 +259,7 @@ def upload(folder: Path, table: Rows, written: Sequence[Path], project: str) -> 
 
 
 class Report(Callback):
-    """At the end of a multirun of train.py: which jobs failed and why, the table and the plots."""
+    """Reports at the end of a multirun of train.py which jobs failed and why, and writes the table and the plots."""
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
         name = config.name or config.hydra.runtime.choices.get("experiment") or "run"

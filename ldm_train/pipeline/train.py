@@ -1,4 +1,4 @@
-"""train.py's work: compose the config, find this process's device and rank, run the stages."""
+"""The work of train.py: completes the config, finds this process's device and rank, and runs the stages."""
 
 import hashlib
 import io
@@ -29,8 +29,8 @@ from ldm_train.pipeline.values import check_values
 from ldm_train.storage import Moved, held, write_json
 from ldm_train.training.fit import Machine
 
-LONGEST = 150  # characters of a job's folder
-ARM = ("technique=", "seed=")  # what tells the arms of a ledger apart, also of one that a later command goes on with
+LONGEST = 150  # largest number of characters in the name of a job's folder
+ARM = ("technique=", "seed=")  # overrides that tell a ledger's arms apart; kept in the names of its jobs
 
 
 def _bare(override: str) -> str:
@@ -38,13 +38,14 @@ def _bare(override: str) -> str:
 
 
 def run_name(config: DictConfig) -> str:
-    """name=..., else the experiment's; in a multirun <that>/<the overrides in which its jobs differ>."""
+    """The name of the run's folder: name=..., else the experiment's name; in a multirun <that>/<the overrides in which
+    its jobs differ>."""
     hydra_config = HydraConfig.get()
     name = config.name if config.name is not None else hydra_config.runtime.choices.get("experiment") or "run"
     if isinstance(name, bool) or not isinstance(name, str | int) or not str(name).strip("./ "):
         raise ValueError(f"name={name} is no name of a folder")
     if hydra_config.mode == RunMode.MULTIRUN:
-        # Overrides typed on the command line without a sweep are equal for all jobs; Hydra only formats them differently.
+        # Overrides typed without a sweep are the same for all jobs; Hydra only formats them differently.
         typed = {_bare(a) for a in json.loads(os.environ.get(ARGUMENTS, "[]"))}
         kept = ARM if any(o.startswith("technique=") for o in hydra_config.overrides.task) else ()
         differing = sorted(o for o in hydra_config.overrides.task if _bare(o) not in typed or o.startswith(kept))
@@ -72,15 +73,15 @@ def train(config: DictConfig) -> None:
             _train(config, folder, sweeping)
     except Interrupted as error:
         slurm.run_again(error.number, config.requeues)
-        if sweeping:  # Hydra would take it for a failed job and begin the next one
+        if sweeping:  # Hydra would treat it as a failed job and start the next one
             interrupts.last_words(str(error))
             sys.exit(128 + error.number)
         raise
     except Exception as error:
         if not sweeping:
             raise
-        # The other jobs of a sweep go on; the report at its end names this one.
-        if not isinstance(error, Busy | Moved):  # its folder is another process's, or gone
+        # The other jobs of the sweep continue; the report at its end lists this one.
+        if not isinstance(error, Busy | Moved):  # the folder belongs to another process, or is gone
             folder.mkdir(parents=True, exist_ok=True)
             said = {"error": f"{type(error).__name__}: {error}", "traceback": traceback.format_exc()}
             write_json(folder / FAILED, said)
@@ -90,11 +91,12 @@ def train(config: DictConfig) -> None:
 
 
 def make_deterministic(config: DictConfig) -> None:
-    """The same command then makes the same files, on one machine: operations without a deterministic form raise an error."""
+    """With `deterministic`, the same command produces the same files on one machine: operations without a deterministic
+    implementation raise an error."""
     torch.use_deterministic_algorithms(bool(config.deterministic))
     if config.deterministic:
-        config.trainer.deterministic = True  # Lightning's Trainer decides anew
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # of cuBLAS, before it is first used
+        config.trainer.deterministic = True  # because Lightning's Trainer sets it again
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # must be set before the first use of cuBLAS
 
 
 def _make_data(config: DictConfig) -> None:
@@ -119,7 +121,7 @@ def _train(config: DictConfig, folder: Path, sweeping: bool) -> None:
         with redirect_stdout(io.StringIO()):  # the run prints the plan
             run = Run(config, folder, machine, own_parts(config))
             run.prepare()
-            if config.engine == "ray" and config.restart:  # once, and not by ranks that begin again
+            if config.engine == "ray" and config.restart:  # only once, not again by restarted ranks
                 with run_lock(folder):
                     run.set_aside()
 

@@ -1,4 +1,5 @@
-"""The config of a run that may come from someone else: its values checked, this command's options in the place of its own."""
+"""Completes the config of a run, possibly from a stranger: checks its values and replaces some by options of the
+current command."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,17 +10,17 @@ from omegaconf import DictConfig, OmegaConf
 from ldm_train.configuration import config_folder, literal, usual_options
 from ldm_train.storage import check_kinds, read_config
 
-# Options of this command that replace evaluation.<name> and sampling.<name> of the run's config.
+# Options of the current command that replace evaluation.<name> and sampling.<name> in the run's config.
 EVALUATION = ("metrics", "paired", "reference", "reference_images", "predictors", "batch_size")
 SAMPLING = ("num_inference_steps", "guidance_scale", "spacing")
-# Parts that measure: built from this command's own config, never from a run's, which may come from a stranger.
+# Parts for measuring: built from the current command's config, never from a run's, which may come from a stranger.
 BUILT = ("extractors", "kinds", "perceptual", "lpips")
-# Options that are of this machine and this command alone.
+# Options that concern only this machine and the current command.
 OWN = ("accelerator", "precision", "num_workers", "progress", "devices", "engine", "max_failures", "runs_dir", "trust")
 
 SECTIONS = ("data", "autoencoder", "diffusion", "latents", "sampling", "evaluation")
 NULL = type(None)
-# Types of options that take more than one.
+# Allowed types of options that accept more than their default's type.
 OPEN: dict[str, Sequence[type]] = {
     "data.image_size": (int, list),
     "data.max_bad_fraction": (float,),
@@ -32,7 +33,7 @@ OPEN: dict[str, Sequence[type]] = {
 for stage in ("autoencoder", "diffusion"):
     OPEN |= {f"{stage}.lr": (float,), f"{stage}.ema_decay": (float, NULL), f"{stage}.clip_norm": (float, NULL)}
     OPEN |= {f"{stage}.val_images": (int, NULL), f"{stage}.micro_batch_size": (int, NULL)}
-# Options that every run's config must have, old or new.
+# Options that every run's config must have, however old.
 NEEDED = (
     "autoencoder.network._target_", "diffusion.network._target_", "diffusion.schedule._target_", "sampler._target_",
     "diffusion.conditioning.conditioners",
@@ -40,7 +41,8 @@ NEEDED = (
 
 
 def run_folder(name: str, runs_dir: str) -> Path:
-    """Raises FileNotFoundError naming the runs there are."""
+    """The folder of a run, given as a path or as a name in `runs_dir`. Raises FileNotFoundError, listing the runs there
+    are."""
     for folder in (Path(name), Path(runs_dir) / name):
         if (folder / "config.yaml").is_file() and not (folder / "metadata.json").is_file():  # else a model folder
             return folder
@@ -53,7 +55,8 @@ def run_folder(name: str, runs_dir: str) -> Path:
 
 
 def _perceptual_of(tree: dict[str, Any]) -> dict[str, Any] | None:
-    """The perceptual network of this package that a run was trained with, in its usual form; None where it is another."""
+    """The default config of the perceptual network that a run was trained with, if it is one of this package; otherwise
+    None."""
     target = (tree["autoencoder"]["loss"].get("perceptual") or {}).get("_target_")
     for file in sorted(config_folder().glob("autoencoder/loss/perceptual/*.yaml")):
         usual = read_config(file)
@@ -63,17 +66,18 @@ def _perceptual_of(tree: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def _said(tree: dict[str, Any]) -> dict[str, Any]:
-    """A copy in which options without a value of their own (`???`, `${...}`) and networks are null."""
+    """Returns a copy in which options without a concrete value (`???`, `${...}`) and those in BUILT are null."""
     open_ended = {k for k, v in tree.items() if isinstance(v, str) and ("${" in v or v == "???")} | {*BUILT}
     return {k: None if k in open_ended else _said(v) if isinstance(v, dict) else v for k, v in tree.items()}
 
 
 def _whole(trained: DictConfig, path: Path) -> dict[str, Any]:
-    """A run's config with the usual options where an older run lacks them, the kinds of its values checked."""
+    """Returns a run's config, with default options added that an older run lacks, and the types of its values checked.
+    Raises ValueError for a damaged config."""
     tree, usual = OmegaConf.to_container(trained), _said(usual_options())
     usual["data"] |= {"derived": {}}
     usual["autoencoder"] |= {"loss": {"perceptual": None}}
-    for name in SECTIONS[:-1]:  # the evaluation's come from this command
+    for name in SECTIONS[:-1]:  # evaluation options come from the current command
         if isinstance(tree.get(name, {}), dict):
             tree[name] = usual[name] | tree.get(name, {})
     usual["diffusion"] |= {"conditioning": {"conditioners": {}}, "network": {}, "schedule": {}, "objective": {}}
@@ -102,9 +106,9 @@ def _whole(trained: DictConfig, path: Path) -> dict[str, Any]:
 
 
 def with_options(trained: DictConfig, config: DictConfig, path: Path) -> DictConfig:
-    """The config of a run, read from `path`, this command's options in the place of its own. The run supplies plain values and
-    the parts that `parts.build` allows; everything else is built from this command's config. Raises ValueError, naming the
-    file, for values of a wrong type."""
+    """Returns a run's config, read from `path`, with options replaced by those of the current command. The run's config
+    supplies plain values and the parts that `parts.build` allows; everything else is built from the current command's
+    config. Raises ValueError, naming the file, for values of a wrong type."""
     tree, own, known = _whole(trained, path), OmegaConf.to_container(config, resolve=True), usual_options()
     given = {name: value for name, value in own.items() if value is not None}
     usual, recorded = known["evaluation"], tree.get("evaluation", {})

@@ -1,4 +1,4 @@
-"""Shared by all stages that train: their keys, checks, optimiser, training loop, and the model folder they write."""
+"""Functions shared by all stages that train: keys, checks, optimiser, training loop, and writing the model folder."""
 
 import warnings
 from collections.abc import Mapping, Sequence
@@ -27,17 +27,19 @@ from ldm_train.training.task import Task
 # Options that change how a stage runs but not what it computes; they may differ when it resumes.
 PACE = ("max_steps", "micro_batch_size", "checkpoint_every", "compile")
 WATCHED = ("val_every", "val_images", "log_every", "samples", "evaluate_every", "evaluate_images", "best_by")
-NOT_IN_KEY = ("data", "identifier", *PACE, *WATCHED)  # the data enter the key by their content
+NOT_IN_KEY = ("data", "identifier", *PACE, *WATCHED)  # data enter the key by content instead
 
 
 def training_key(run: Run, stage: str) -> dict[str, Any]:
-    """What the training of a stage depends on beside its data: its options that change the result, seed and precision."""
+    """What a stage's training depends on apart from its data: the options that change the result, seed and
+    precision."""
     section = {k: v for k, v in plain(run.config[stage]).items() if k not in NOT_IN_KEY}
     return {stage: section, "seed": run.config.seed, "precision": run.machine.precision}
 
 
 def trainer_options(run: Run) -> dict[str, Any]:
-    """The options of Lightning's Trainer that `trainer` holds. Raises ValueError for one that a stage sets."""
+    """The options in `trainer` for Lightning's Trainer. Raises ValueError for options other than those of
+    conf/trainer/default.yaml, which stages set themselves."""
     known = OmegaConf.load(config_folder() / "trainer" / "default.yaml")
     if others := sorted({*run.config.trainer} - {*known}):
         raise ValueError(
@@ -48,7 +50,8 @@ def trainer_options(run: Run) -> dict[str, Any]:
 
 
 def own_callbacks(run: Run) -> list[Callback]:
-    """The callbacks of `callbacks`. Raises ValueError for a part that is no callback, and for one that saves checkpoints."""
+    """The callbacks configured in `callbacks`. Raises ValueError for an object that is not a callback, or that saves
+    checkpoints."""
     callbacks = []
     for name, tree in plain(run.config.callbacks).items():
         callback = instantiate(tree, _convert_="all")
@@ -61,8 +64,8 @@ def own_callbacks(run: Run) -> list[Callback]:
 
 
 def check_optimisation(run: Run, stage: str) -> None:
-    """Raises ValueError where the optimiser, the learning-rate schedule, or the options and callbacks of the Trainer cannot
-    be built, and where compile=true finds no compiler."""
+    """Raises ValueError if the optimiser, the learning-rate schedule, or the options and callbacks of the Trainer
+    cannot be built, if compile=true finds no compiler, or if ema_width is set without ema_decay."""
     section = run.config[stage]
     if section.get("compile") and not isinstance(run.machine, Onlooker):
         check_compiler(f"{stage}.compile", run.machine.device)
@@ -73,7 +76,7 @@ def check_optimisation(run: Run, stage: str) -> None:
     own_callbacks(run)
     bare = dict.fromkeys(("logger", "enable_checkpointing", "enable_model_summary", "enable_progress_bar"), False)
     try:
-        with warnings.catch_warnings(action="ignore"):  # of GPUs that this Trainer does not use
+        with warnings.catch_warnings(action="ignore"):  # warnings about GPUs that this Trainer does not use
             Trainer(accelerator="cpu", **bare, **trainer_options(run))
     except (TypeError, MisconfigurationException) as error:
         raise ValueError(f"trainer: {error}") from error
@@ -111,7 +114,8 @@ def train(
     callbacks: Sequence[Callback] = (),
     health: Mapping[str, Any] | None = None,
 ) -> None:
-    """Trains a task by the options of its section. images: training images. health: the options that the health checks need."""
+    """Trains a task with the options of its stage's section. images: number of training images. health: the options
+    that the health checks need."""
     config, section = run.config, run.config[stage]
     progress = config.progress and run.machine.rank == 0
     cadence = Cadence(section.val_every, section.checkpoint_every, section.log_every, progress, config.trace)
@@ -137,7 +141,7 @@ def train(
 
 
 def save(run: Run, folder: Path, module: nn.Module, tree: dict[str, Any], metadata: dict[str, Any]) -> str:
-    """Writes a model folder, on rank 0; returns the weights' sha256."""
+    """Writes a model folder, on rank 0; returns the sha256 of its weights."""
     if run.machine.rank == 0:
         save_model(folder, module, tree, metadata)
     run.barrier()
@@ -148,8 +152,8 @@ _counted: dict[Any, int] = {}
 
 
 def forward_flops(option: str, tree: Mapping[str, Any], module: nn.Module, *inputs: Any, **named: Any) -> int:
-    """FLOPs of one forward pass, counted once for the networks of equal trees that the jobs of a sweep plan. Raises ValueError,
-    naming the option, for a network that does not run."""
+    """Counts the FLOPs of one forward pass, cached by config tree, input shapes and module types, e.g. for the jobs of
+    a sweep. Raises ValueError, naming the option, for a network that fails to run."""
     shapes = [(name, tuple(i.shape)) for name, i in (*enumerate(inputs), *named.items())]
     alike = (repr(tree), str(shapes), tuple(type(part) for part in module.modules()))
     if alike in _counted:

@@ -11,8 +11,8 @@ from ldm_train.rules import Rule, check, engine, flag, list_of, number, numbers,
 from ldm_train.training.callbacks.clock import seconds_of
 from ldm_train.training.task import Task
 
-TRAINED = ("autoencoder", "diffusion", "classifier")  # the stages with a section of their own
-# Groups of conf/, chosen with a slash.
+TRAINED = ("autoencoder", "diffusion", "classifier")  # the stages that have their own config section
+# Config groups of conf/, selected on the command line with a slash.
 GROUPS = (
     *("data", "autoencoder", "autoencoder.network", "autoencoder.loss", "diffusion", "diffusion.network"),
     *("diffusion.objective", "diffusion.conditioning", "diffusion.schedule", "sampler", "data.derived", "stage"),
@@ -32,7 +32,7 @@ OBJECTS = {
     "logger": "the class of a logger; leave it out by logger=csv",
     "callbacks": "the class of a callback",
 }
-# Classes that are called with further arguments.
+# Classes that training calls with further arguments.
 PARTIAL = ("data.module", "autoencoder.task", "diffusion.task")
 
 
@@ -178,7 +178,7 @@ REQUIRED = (
 
 
 def _loggers(names: Any) -> DictConfig:
-    """The section of loggers that are named. Raises ValueError for a name that is none."""
+    """Returns the config section for a logger name or a list of names. Raises ValueError for an unknown name."""
     chosen = {}
     for name in names if OmegaConf.is_list(names) else [names]:
         path = config_folder() / "logger" / f"{name}.yaml"
@@ -189,10 +189,11 @@ def _loggers(names: Any) -> DictConfig:
 
 
 def _check_target(name: str, target: str) -> None:
-    """Raises ValueError for a `_target_` of the user's own config that is no class or function, and for a task that is none."""
+    """Raises ValueError for a `_target_` in the user's config that is not a class or function, or, for a task, not a
+    `Task`."""
     try:
         found = pkgutil.resolve_name(target)
-    except Exception as error:  # what importing a module raises is its own affair
+    except Exception as error:  # importing a module may raise any error
         raise ValueError(f"{name}={target} cannot be loaded: {type(error).__name__}: {error}") from error
     if not callable(found):
         raise ValueError(f"{name}={target} is a {type(found).__name__}, where a class or function is meant")
@@ -201,8 +202,8 @@ def _check_target(name: str, target: str) -> None:
 
 
 def check_values(config: DictConfig) -> None:
-    """Raises ValueError, naming the option, for a value of the wrong type or range. Turns 1e4 into 10000 where a count is
-    meant, and a list of loggers' names, as in older recipes, into their section."""
+    """Raises ValueError, naming the option, for a value of the wrong type or range. Converts e.g. 1e4 to 10000 for
+    counts, and a list of logger names, as in older recipes, to their config section."""
     if not OmegaConf.is_dict(config.logger):
         config.logger = _loggers(config.logger)
     check(config, RULES, REQUIRED)

@@ -1,4 +1,4 @@
-"""DDIM (Song et al. 2021, arXiv:2010.02502), and its inversion: the noise from which it draws a given picture."""
+"""DDIM (Song et al. 2021, arXiv:2010.02502), and its inversion, which finds the noise that leads to a given image."""
 
 import torch
 
@@ -46,12 +46,14 @@ def ddim_inversion(
     iterations: int = 5,
     callback: Callback | None = None,
 ) -> torch.Tensor:
-    """x_T from which `ddim` with eta 0 draws `latents` (B, C, h, w) at the same falling `timesteps` (S + 1,).
+    """Returns the x_T from which `ddim` with eta 0 samples `latents` (B, C, h, w) at the same decreasing `timesteps`
+    (S + 1,).
 
-    Each step upwards solves  x_t = alpha_t (x_s - sigma_s eps) / alpha_s + sigma_t eps  with eps = eps(x_t, t) by fixed-point
-    iteration: DDIM's own step, turned round. One iteration is the usual approximation, eps taken where the step begins
-    (Dhariwal and Nichol 2021, appendix F); more converge the faster the smaller the steps are.
-    Raises ValueError for less than one iteration.
+    Each step towards noise solves  x_t = alpha_t (x_s - sigma_s eps) / alpha_s + sigma_t eps  with eps = eps(x_t, t) by
+    fixed-point iteration, i.e. it inverts DDIM's own step. One iteration corresponds to the usual approximation
+    (Dhariwal and Nichol 2021, appendix F), here with eps taken at a first guess of x_t; more iterations converge faster
+    for smaller steps.
+    Raises ValueError for fewer than one iteration.
     """
     if iterations < 1:
         raise ValueError(f"inversion needs at least one iteration, not {iterations}")

@@ -18,10 +18,11 @@ def ddpm(
     variance: str = "small",
     callback: Callback | None = None,
 ) -> torch.Tensor:
-    """x_s ~ q(x_s | x_t, x_0 = pred_x0)   (eq. 6 and 7), on any falling list of timesteps.
+    """x_s ~ q(x_s | x_t, x_0 = pred_x0)   (eq. 6 and 7), for any decreasing timesteps.
 
-    variance: "small" is the posterior's, right for a Dirac data distribution; "large" is beta, right for a unit
-    Gaussian one.
+    variance: "small" is the posterior's, exact for a Dirac data distribution; "large" is beta, exact for a unit
+        Gaussian one.
+    Raises ValueError for another variance.
     The other arguments: see `ldm_train.samplers`.
     """
     if variance not in ("small", "large"):

@@ -24,9 +24,9 @@ def dpm_solver(
 ) -> torch.Tensor:
     """x_s = sigma_s / sigma_t x_t - alpha_s (e^-h - 1) D,  h = lambda_s - lambda_t,  lambda = log(alpha / sigma).
 
-    kind: "2m" extrapolates D from the step before (algorithm 2 of the paper); "2s" takes steps in pairs, the first of
-    a pair being the midpoint of the second (algorithm 1); "sde_2m" is 2m with fresh noise. One evaluation a step. The
-    step to the clean image, where lambda is infinite, is of first order.
+    kind: "2m" extrapolates D from the previous step (algorithm 2 of the paper); "2s" takes steps in pairs, in which the
+        first step ends at the midpoint of the second (algorithm 1); "sde_2m" is 2m with fresh noise. Each step takes
+        one evaluation. The step to the clean image, where lambda is infinite, is of first order.
     Raises ValueError for another kind.
     The other arguments: see `ldm_train.samplers`.
     """
@@ -46,13 +46,13 @@ def dpm_solver(
         return x
 
     before: torch.Tensor | None = None
-    start = x_t  # of a pair
+    start = x_t  # start of the current pair
     for step in range(steps):
         pred_x0 = denoise(x_t, times[step])
         last = lambdas[step + 1] == inf
         if kind == "2s":
             if step % 2 and not last and before is not None:
-                # Complete the pair from its beginning, through this midpoint.
+                # Complete the pair from its start, with the estimate at this midpoint.
                 h = lambdas[step + 1] - lambdas[step - 1]
                 ratio = h / (lambdas[step] - lambdas[step - 1])
                 x_t = move(start, before + ratio / 2 * (pred_x0 - before), step - 1, step + 1)

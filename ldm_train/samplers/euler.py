@@ -20,11 +20,12 @@ def euler(
     churn_between: tuple[float, float] = (0.0, float("inf")),
     callback: Callback | None = None,
 ) -> torch.Tensor:
-    """dy/dsigma = (y - x_0) / sigma for y = x / alpha, where sigma is the noise over the signal.
+    """dy/dsigma = (y - x_0) / sigma for y = x / alpha, where sigma is the noise divided by the signal.
 
-    ancestral: share of the ancestral step's variance that is replaced by fresh noise (1: Euler ancestral).
+    ancestral: the standard deviation of fresh noise, relative to that of the ancestral step (0: none, 1: Euler
+        ancestral).
     churn: S_churn of Karras' stochastic sampler (algorithm 2): before a step with sigma in `churn_between`, noise is
-    added back as if to sigma (1 + min(churn / S, sqrt(2) - 1)).
+        added to raise it to sigma (1 + min(churn / S, sqrt(2) - 1)).
     The other arguments: see `ldm_train.samplers`.
     """
     (alphas, levels), times = schedule.levels(timesteps), timesteps.tolist()
@@ -34,7 +35,7 @@ def euler(
         level, following, t = levels[step], levels[step + 1], times[step]
         if churn and churn_between[0] <= level <= churn_between[1]:
             raised = level * (1 + min(churn / steps, 2**0.5 - 1))
-            # Noise cannot exceed that of the schedule's last step.
+            # The noise cannot exceed that of the schedule's last timestep.
             raised = max(level, min(raised, schedule.max_level))
             y = y + (raised**2 - level**2) ** 0.5 * noise.normal(y.shape[1:], f"churn {step}", y.device)
             level, t = raised, schedule.time_of(raised)

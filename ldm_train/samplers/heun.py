@@ -17,7 +17,8 @@ def heun(
     *,
     callback: Callback | None = None,
 ) -> torch.Tensor:
-    """Each step averages the slopes at its two ends: two evaluations a step, one in the last step to the clean image.
+    """Averages the slopes at the two ends of each step: two evaluations per step, one in the last step to the clean
+    image.
     No noise is drawn.
     The other arguments: see `ldm_train.samplers`.
     """

@@ -1,4 +1,4 @@
-"""Linear multistep in the noise level: Adams-Bashforth on the actual, uneven steps."""
+"""Linear multistep in the noise level: Adams-Bashforth with the actual, uneven steps."""
 
 import numpy as np
 import torch
@@ -11,13 +11,13 @@ from ldm_train.samplers import Callback
 
 
 def weights(levels: list[float], step: int, order: int) -> list[float]:
-    """Integrals from levels[step] to levels[step + 1] of the Lagrange polynomials through the last `order` levels,
-    the newest first."""
+    """Returns the integrals from levels[step] to levels[step + 1] of the Lagrange polynomials through the last `order`
+    levels, the newest first."""
     nodes = levels[step - order + 1 : step + 1][::-1]
     integrals = []
     for k, node in enumerate(nodes):
         others = [other for j, other in enumerate(nodes) if j != k]
-        # Shifted to the newest node, where the numbers are small against each other.
+        # Shifted to the newest node, to keep the numbers small.
         integral = Polynomial(polyfromroots([other - nodes[0] for other in others])).integ()
         scale = float(np.prod([node - other for other in others]))
         integrals.append(float(integral(levels[step + 1] - nodes[0]) - integral(levels[step] - nodes[0])) / scale)
@@ -34,7 +34,7 @@ def lms(
     order: int = 4,
     callback: Callback | None = None,
 ) -> torch.Tensor:
-    """y = x / alpha is moved along the polynomial through the last `order` slopes (y - x_0) / sigma.
+    """Moves y = x / alpha along the polynomial through the last `order` slopes (y - x_0) / sigma.
 
     No noise is drawn. Raises ValueError for an order below 1.
     The other arguments: see `ldm_train.samplers`.

@@ -1,4 +1,4 @@
-"""PLMS: pseudo linear multistep (Liu et al. 2022, arXiv:2202.09778), as CompVis samples."""
+"""PLMS: pseudo linear multistep (Liu et al. 2022, arXiv:2202.09778), as in CompVis' sampler."""
 
 import torch
 
@@ -7,7 +7,7 @@ from ldm_train.diffusion.process import NoiseProcess
 from ldm_train.rng import NoiseSource
 from ldm_train.samplers import Callback
 
-# Adams-Bashforth, the newest first.
+# Coefficients of Adams-Bashforth, the newest first.
 ADAMS_BASHFORTH = ((1.0,), (3 / 2, -1 / 2), (23 / 12, -16 / 12, 5 / 12), (55 / 24, -59 / 24, 37 / 24, -9 / 24))
 
 
@@ -20,8 +20,8 @@ def plms(
     *,
     callback: Callback | None = None,
 ) -> torch.Tensor:
-    """DDIM's step with a noise estimate that is extrapolated over even steps in t from the last four; the first step
-       averages the estimates at its two ends, for one more evaluation.
+    """DDIM's step with a noise estimate extrapolated from the last four, which assumes even steps in t; the first step
+    averages the estimates at its two ends, which takes one more evaluation.
     No noise is drawn.
     The other arguments: see `ldm_train.samplers`.
     """
@@ -29,7 +29,7 @@ def plms(
     sigmas = [alpha * level for alpha, level in zip(alphas, levels)]
 
     def move(x: torch.Tensor, eps: torch.Tensor, step: int) -> torch.Tensor:
-        """DDIM with a given noise."""
+        """DDIM's step with a given noise estimate."""
         pred_x0 = (x - sigmas[step] * eps) / alphas[step]
         return alphas[step + 1] * pred_x0 + sigmas[step + 1] * eps
 

@@ -22,11 +22,11 @@ def resampled(
     repeats: int = 10,
     callback: Callback | None = None,
 ) -> torch.Tensor:
-    """Goes down `jump_length` steps by `sampler`, adds the noise of those steps again and repeats, `repeats` times in all,
-    before it goes on: the drawn part then agrees better with the known part.
+    """Takes `jump_length` steps with `sampler`, adds the noise of those steps again and repeats, `repeats` times in
+    total, before it goes on: the generated part then agrees better with the known part.
 
-    As many evaluations as `repeats` runs of the sampler. Multistep samplers begin each stretch anew.
-    callback counts every step. Raises ValueError for counts below 1.
+    Needs as many evaluations as `repeats` runs of the sampler. Multistep samplers start anew in each stretch.
+    The callback's step number counts repeated steps. Raises ValueError if jump_length or repeats is below 1.
     """
     if jump_length < 1 or repeats < 1:
         raise ValueError(f"resampling needs a jump_length and repeats of at least 1, not {jump_length} and {repeats}")

@@ -1,4 +1,5 @@
-"""UniPC (Zhao et al. 2023, arXiv:2302.04867): a predictor and a corrector of one family, one evaluation a step."""
+"""UniPC (Zhao et al. 2023, arXiv:2302.04867): a predictor and a corrector of the same family, with one evaluation per
+step."""
 
 from math import expm1, inf, log
 
@@ -21,10 +22,10 @@ def unipc(
     order: int = 2,
     callback: Callback | None = None,
 ) -> torch.Tensor:
-    """Multistep UniPC on pred_x0 with B(h) = e^h - 1 (the paper's B2), steps near the ends of lower order.
+    """Multistep UniPC on pred_x0 with B(h) = e^h - 1 (the paper's B2); the order is lower near both ends.
 
-    Each estimate first corrects the point it was taken at, then predicts the next.
-    order: 1 to 3. No noise is drawn.
+    Each estimate first corrects the point at which it was taken, then predicts the next one.
+    order: 1 to 3. Raises ValueError for another order. No noise is drawn.
     The other arguments: see `ldm_train.samplers`.
     """
     if not 1 <= order <= 3:
@@ -34,8 +35,9 @@ def unipc(
     steps = len(times) - 1
 
     def update(x: torch.Tensor, models: list[torch.Tensor], s: int, now: torch.Tensor | None, p: int) -> torch.Tensor:
-        """From step s to s + 1 at order p. models: estimates at s, s - 1, ...; now: the one at s + 1, to correct."""
-        hh = lambdas[s] - lambdas[s + 1]  # -h: the family for pred_x0
+        """Moves x from step s to s + 1 at order p. models: estimates at s, s - 1, ...; now: the one at s + 1, for the
+        corrector."""
+        hh = lambdas[s] - lambdas[s + 1]  # -h, as in the variant for pred_x0
         phi = expm1(hh) if hh > -inf else -1.0
         base = sigmas[s + 1] / sigmas[s] * x - alphas[s + 1] * phi * models[0]
         ratios = [(lambdas[s - k] - lambdas[s]) / -hh for k in range(1, p)]
@@ -45,7 +47,7 @@ def unipc(
         if not differences:
             return base
         if len(differences) == 1:
-            rhos = [0.5]  # as the authors simplify it
+            rhos = [0.5]  # the authors' simplification
         else:
             system, right, factorial, phi_k = [], [], 1.0, phi / hh - 1
             for k in range(1, len(differences) + 1):
@@ -58,7 +60,7 @@ def unipc(
         return base - alphas[s + 1] * phi * correction
 
     models: list[torch.Tensor] = []
-    before, used = x_t, 0  # the corrected point before, and the order of the step from it
+    before, used = x_t, 0  # the previous corrected point, and the order of the step from it
     for step in range(steps):
         pred_x0 = denoise(x_t, times[step])
         if step:

@@ -1,1 +1,1 @@
-HEALTH = "health.json"  # in a stage's folder: what the checks of training have found
+HEALTH = "health.json"  # in a stage's folder: the findings of the health checks during training

@@ -1,4 +1,4 @@
-"""Alignment of the denoising network's middle with features of the clean picture, as a second loss."""
+"""Alignment of the denoising network's middle features with features of the clean image, as an additional loss."""
 
 from typing import Any
 
@@ -12,7 +12,7 @@ from ldm_train.models.first_stage import FirstStage
 
 
 def check_alignment(network: nn.Module, autoencoder: nn.Module) -> None:
-    """Raises ValueError where there is nothing to align, or nothing to align with."""
+    """Raises ValueError if the network has no `middle` or the autoencoder (e.g. identity) no features to align."""
     if not isinstance(autoencoder, Autoencoder):
         raise ValueError(
             "diffusion.task.alignment needs a KL or VQ autoencoder, whose features it aligns with; set it to 0"
@@ -25,11 +25,11 @@ def check_alignment(network: nn.Module, autoencoder: nn.Module) -> None:
 
 
 class Alignment(nn.Module):
-    """1 - the cosine between what the network's middle says of the noisy latents, through a small projection, and what the frozen
-    decoder's first layers say of the clean ones: REPA (Yu et al. 2025, arXiv:2410.06940, eq. 8) with the autoencoder in the place
-    of an outside teacher. The projection is trained beside the network and is no part of the model.
+    """1 - the cosine similarity of the network's middle features of the noisy latents, after a small projection, and
+    the frozen decoder's first features of the clean latents: REPA (Yu et al. 2025, arXiv:2410.06940, eq. 8) with the
+    autoencoder instead of an external teacher. The projection trains with the network but is not part of the model.
 
-    weight: of the loss, a mean over places. Raises ValueError as `check_alignment`.
+    weight: of the loss, a mean over positions. Raises ValueError as `check_alignment` does.
     """
 
     def __init__(self, weight: float, network: nn.Module, first_stage: FirstStage):
@@ -46,9 +46,9 @@ class Alignment(nn.Module):
         self._said = output if self.training else None
 
     def forward(self, latents: torch.Tensor, first_stage: FirstStage) -> torch.Tensor:
-        """The weighted loss of the last forward pass, (B,) float32. latents (B, C, h, w): the clean ones, scaled."""
+        """Returns the weighted loss (B,), float32, of the last forward pass. latents (B, C, h, w): clean, scaled."""
         said, self._said = self._said, None
-        if said.ndim == 3:  # tokens (B, N, D) of a picture of the latents' proportions
+        if said.ndim == 3:  # tokens (B, N, D) on a grid with the latents' aspect ratio
             rows = round((said.shape[1] * latents.shape[2] / latents.shape[3]) ** 0.5)
             said = rearrange(said, "b (h w) d -> b d h w", h=rows)
         wanted = F.adaptive_avg_pool2d(self._features(latents, first_stage), said.shape[2:])
@@ -59,4 +59,4 @@ class Alignment(nn.Module):
         autoencoder = first_stage.autoencoder
         first = autoencoder.post_quant_conv(latents / first_stage.scale + first_stage.shift)
         features = autoencoder.decoder.mid(autoencoder.decoder.conv_in(first)).float()
-        return features - features.mean(dim=(2, 3), keepdim=True)  # what tells the places apart
+        return features - features.mean(dim=(2, 3), keepdim=True)  # keeps only what differs between positions

@@ -19,19 +19,21 @@ from ldm_train.models.quantizer import perplexity
 from ldm_train.training.latent_augmentation import LatentAugmentation
 from ldm_train.training.task import Task
 
-ACTIVE_VARIANCE = 0.01  # an active latent channel's posterior mean varies by more over the data (Burda et al. 2016)
+ACTIVE_VARIANCE = 0.01  # a channel is active if its posterior mean varies by more over the data (Burda et al. 2016)
 
 
 class AutoencoderTask(Task):
-    """One autoencoder forward, one LPIPS backward and one discriminator pass per batch (see AutoencoderLoss).
+    """Trains an autoencoder: one forward pass, one LPIPS backward and one discriminator pass per batch
+    (AutoencoderLoss).
 
-    autoencoder: KL or VQ. image_folder: where reconstruction grids go. optimisation: the other options of `Task`.
-    augmentation: of the latents while the decoder trains.
+    autoencoder: KL or VQ. image_folder: where reconstruction grids are saved. optimisation: other options of `Task`.
+    augmentation: of the latents in training.
     disc_lr: the discriminator's own learning rate (default: the autoencoder's, as published).
-    Validation measures posterior means of the averaged weights: l1, psnr (dB), ssim, perceptual, kl or codebook, score
-    (perceptual + l1, the criterion of best.ckpt), the share of active latent channels, the smallest and largest deviation
-    of a channel, the posterior's deviation in relation to them and, with `features` (images -> features, with a name), the
-    Frechet distance between images and reconstructions. Of a VQ model also the codes' perplexity and the share in use.
+    Validation decodes posterior means with the averaged weights. It logs l1, psnr (dB), ssim, perceptual, kl or
+    codebook, score (perceptual + l1, the criterion of best.ckpt), the share of active latent channels, the smallest and
+    largest standard deviation of a channel, the posterior's standard deviation relative to them and, with `features`
+    (images -> features, has a name), the Frechet distance between images and reconstructions; for a VQ model also the
+    codes' perplexity and the share in use.
     """
 
     monitor = "score"
@@ -85,8 +87,8 @@ class AutoencoderTask(Task):
     def on_validation_epoch_start(self) -> None:
         super().on_validation_epoch_start()
         self._moments: dict[str, Moments] = {}
-        self._codes: torch.Tensor | None = None  # how often each code was used
-        # Per-channel sums of posterior means, of their squares and of variances, and the number of each.
+        self._codes: torch.Tensor | None = None  # number of uses of each code
+        # Per-channel sums of posterior means, their squares and posterior variances, and the number of values.
         self._mean_moments = [0.0, 0.0, 0.0, 0]
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
@@ -102,7 +104,7 @@ class AutoencoderTask(Task):
         for name, value in values.items():
             self.add(name, value)
         if self.features is not None:
-            with full_precision(images.device):  # the evaluation stage measures in float32 too
+            with full_precision(images.device):  # as in the evaluation stage
                 for name, pictured in (("images", images), ("reconstructions", reconstructions)):
                     features = self.features(pictured)
                     self._moments.setdefault(name, Moments(features.shape[1])).add(features)
@@ -131,7 +133,7 @@ class AutoencoderTask(Task):
                 "latent_std_min": variance.clamp(min=0).sqrt().min(),
                 "latent_std_max": variance.clamp(min=0).sqrt().max(),
             }
-            if isinstance(within, torch.Tensor):  # a posterior with a width
+            if isinstance(within, torch.Tensor):  # a Gaussian posterior
                 metrics["posterior_std"] = (within / count / variance.clamp(min=1e-12)).mean().sqrt()
             self.log_dict({f"val/{k}": v.item() for k, v in metrics.items()}, rank_zero_only=False)
         if used := [c for c in gathered(self._codes) if c is not None]:

@@ -17,9 +17,9 @@ from ldm_train.training.task import BINS, Task
 class ClassifierTask(Task):
     """Cross-entropy on latents at uniformly drawn timesteps (Dhariwal and Nichol 2021, section 4).
 
-    first_stage, schedule: those of the diffusion model it shall guide. optimisation: the other options of `Task`.
-    Validation: loss and accuracy at noise and timesteps that are a function of the sample, accuracy also per quarter of
-    the schedule.
+    first_stage, schedule: those of the diffusion model to be guided. optimisation: the other options of `Task`.
+    Validation: loss and accuracy at noise and timesteps that are a function of the sample's key; accuracy also per
+    quarter of the schedule.
     """
 
     monitor, shown = "loss", ("loss", "accuracy")

@@ -1,4 +1,4 @@
-"""Stage 2: the conditional network on latents of the frozen first stage."""
+"""Stage 2: trains the conditional network on latents of the frozen first stage."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -20,12 +20,12 @@ from ldm_train.training.task import BINS, Task
 
 
 def moments_of(batch: dict[str, Any], first_stage: FirstStage) -> torch.Tensor:
-    """The cached moments of a batch, else those of its encoded images."""
+    """Returns the cached moments of a batch or, if there are none, those of its encoded images."""
     return batch["moments"] if "moments" in batch else first_stage.encode_moments(batch["image"])
 
 
 def validation_draws(keys: Sequence[str], schedule: NoiseProcess) -> tuple[NoiseSource, torch.Tensor]:
-    """The noise and the timesteps (B,) of validation, a function of the samples' keys."""
+    """Returns validation's noise source and timesteps (B,), a function of the samples' keys."""
     seeds = [derive_seed("validation", key) for key in keys]
     strata = torch.tensor([seed % schedule.num_train_timesteps for seed in seeds])
     return NoiseSource(seeds), schedule.strata(strata)
@@ -35,10 +35,11 @@ class DiffusionTask(Task):
     """Epsilon-MSE (or another objective) on latents; the averaged weights cover network and conditioners.
 
     model: LatentDiffusion, its first stage frozen. objective: DiffusionObjective.
-    draw: (model, batch of conditions, seeds) -> images, for the sample grids; None draws none.
-    alignment: weight of the middle's alignment with the autoencoder's features, see `Alignment`; 0: none.
-    samples: conditions shown, from the beginning of the validation set. optimisation: the other options of `Task`.
-    Validation: the unweighted loss at noise and timesteps that are a function of the sample, also per quarter of
+    draw: (model, batch of conditions, seeds) -> images, for the sample grids; None: no grids.
+    alignment: weight of the loss that aligns the network's middle with the autoencoder's features, see `Alignment`;
+        0: none.
+    samples: number of conditions shown, from the start of the validation set. optimisation: other options of `Task`.
+    Validation: the unweighted loss at noise and timesteps that are a function of the sample's key, also per quarter of
     the schedule.
     """
 
@@ -60,7 +61,7 @@ class DiffusionTask(Task):
         self.model, self.objective = model, objective
         self.draw, self.samples, self.image_folder = draw, samples, image_folder
         self.alignment = Alignment(alignment, model.network, model.first_stage) if alignment else None
-        self._shown: tuple[dict[str, Any], int] | None = None  # the conditions of the sample grids, and how many
+        self._shown: tuple[dict[str, Any], int] | None = None  # the conditions of the sample grids, and their number
 
     def trained(self) -> nn.ModuleDict:
         parts = dict(self.model.trainable().items())
@@ -88,7 +89,7 @@ class DiffusionTask(Task):
     def transfer_batch_to_device(
         self, batch: dict[str, Any], device: torch.device, dataloader_idx: int
     ) -> dict[str, Any]:
-        """Conditions stay on the host, where conditioners check them, make tokens of them and upload what is left."""
+        """Conditions stay on the host, where conditioners check them, tokenise them and upload the result."""
         kept = {field: batch[field] for field in self.model.fields if field in batch}
         moved = {name: values for name, values in batch.items() if name not in kept}
         return super().transfer_batch_to_device(moved, device, dataloader_idx) | kept
@@ -96,7 +97,7 @@ class DiffusionTask(Task):
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> torch.Tensor:
         latents = self.model.latents_from(batch)
         count, world = len(latents), self.trainer.world_size
-        # Strata over the whole global batch: this micro-batch of this rank takes its own consecutive slices.
+        # Timesteps are stratified over the global batch: this rank's micro-batch takes its own consecutive strata.
         first = (batch_idx % self.accumulate * world + self.global_rank) * count
         drawn = self.objective.sample_timesteps(count, first, count * world * self.accumulate)
         timesteps = uploaded(drawn, latents.device)
@@ -115,7 +116,7 @@ class DiffusionTask(Task):
             "weighted_loss": weighted.detach().mean(),
             "latent_std": latents.std(),
         }
-        # Which samples are in which quarter is known on the host, before the device has computed anything.
+        # The quarter of each sample is known on the host, without waiting for the device.
         inside = (drawn * BINS // self.objective.schedule.num_train_timesteps)[:, None] == torch.arange(BINS)
         counts = inside.sum(dim=0)
         sums = torch.where(uploaded(inside, loss.device), loss.detach()[:, None], 0.0).sum(dim=0)
@@ -124,7 +125,7 @@ class DiffusionTask(Task):
         return weighted.mean()
 
     def validation_latents(self, batch: dict[str, Any], source: NoiseSource) -> torch.Tensor:
-        """The latents (B, C, h, w) of a batch, drawn from their posterior as a function of the samples."""
+        """Returns the scaled latents (B, C, h, w) of a batch, drawn from their posterior with the noise of `source`."""
         first_stage = self.model.first_stage
         posterior = first_stage.posterior(uploaded(moments_of(batch, first_stage), self.device))
         z = posterior.mean + posterior.std * source.normal(posterior.mean.shape[1:], "posterior", self.device)
@@ -145,7 +146,7 @@ class DiffusionTask(Task):
             self.remember(batch, latents)
 
     def remember(self, batch: dict[str, Any], latents: torch.Tensor) -> None:
-        """Shows the first validation batch's latents, and keeps its conditions for the sample grids."""
+        """Logs a histogram of the first validation batch's latents, and keeps its conditions for the sample grids."""
         for logger in self.loggers:
             logger.log_histogram("latents", latents, self.global_step)
         if self._shown is None:

@@ -1,4 +1,4 @@
-"""Few-step students: a model learns to take in one step what its teacher, guided, takes in several."""
+"""Distillation into few-step students: a model learns to do in one step what its guided teacher does in several."""
 
 import copy
 from collections.abc import Sequence
@@ -18,20 +18,23 @@ from ldm_train.training.diffusion_task import DiffusionTask, validation_draws
 
 
 class DistillationTask(DiffusionTask):
-    """Progressive distillation (Salimans and Ho 2022, arXiv:2202.00512, section 3) in one go, of the guided teacher (Meng et al. 2023,
-    arXiv:2210.03142): from noised training latents at one of the student's times, the student's DDIM step to the next is drawn
-    towards where `teacher_steps` guided DDIM steps lead. The loss is the squared distance of the two there, so that an error counts
-    as much as it moves the sample, whatever the network predicts.
+    """Progressive distillation (Salimans and Ho 2022, arXiv:2202.00512, section 3) in a single round, of the guided
+    teacher (Meng et al. 2023, arXiv:2210.03142). From noised training latents at one of the student's timesteps, the
+    student's DDIM step to its next timestep is trained towards the result of `teacher_steps` guided DDIM steps. The
+    loss is the mean squared distance of the two results, so an error counts by how far it moves the sample, whatever
+    the network predicts.
 
-    model: begins with the teacher's weights; the teacher is a frozen copy of it, its first stage shared.
-    steps, spacing: of the student, as it is sampled afterwards (eta 0, guidance scale 1). teacher_steps: of the teacher, for each
+    model: starts with the teacher's weights; the teacher is a frozen copy, sharing first stage and frozen text encoders
+    steps, spacing: of the student when it is sampled afterwards (with eta 0, guidance scale 1)
+    teacher_steps: steps of the teacher per student step
     guidance_scale, guidance_interval: of the teacher, see `classifier_free`
-    own_states: the share of batches that start from states which the student itself has reached from noise, as it will when it
-        draws, in the place of noised latents (as Yin et al. 2024, arXiv:2405.14867, section 4.4, train several steps)
-    The other arguments: those of `DiffusionTask`. Raises ValueError for counts below 1.
+    own_states: share of batches that start from states the student itself reached from noise, as in sampling, instead
+        of from noised latents (cf. the multi-step training of Yin et al. 2024, arXiv:2405.14867, section 4.4)
+    Other arguments as in `DiffusionTask`. Raises ValueError for counts below 1, own_states outside [0, 1], a non-zero
+    alignment, or an objective with learned weights.
     """
 
-    needs_init = True  # without a trained model there is nothing to learn from
+    needs_init = True  # requires a trained model to start from
 
     def __init__(
         self,
@@ -68,21 +71,21 @@ class DistillationTask(DiffusionTask):
         return self
 
     def _step(self, denoise: Denoise, x_t: torch.Tensor, step: int, parts: int) -> torch.Tensor:
-        """From the student's time `step` to the next in equal parts."""
+        """Takes `parts` equal DDIM steps from the student's timestep `step` (an index) to its next."""
         first, last = self.times[step : step + 2].tolist()
         times = torch.linspace(first, last, parts + 1, dtype=torch.float64)
-        return ddim(denoise, x_t, times, self.model.schedule, NoiseSource([0] * len(x_t)))  # eta 0 draws nothing
+        return ddim(denoise, x_t, times, self.model.schedule, NoiseSource([0] * len(x_t)))  # eta 0: no noise
 
     @torch.no_grad()
     def reached(self, batch: dict[str, Any], noise: torch.Tensor, step: int) -> torch.Tensor:
-        """Where the student's own steps lead from noise, (B, C, h, w), at its time `step`."""
+        """Returns the state (B, C, h, w) that the student's own steps reach from noise at its timestep `step`."""
         denoise, x_t = self.model.denoiser(self.model.condition(batch)), noise
         for earlier in range(step):
             x_t = self._step(denoise, x_t, earlier, 1)
         return x_t
 
     def distance(self, batch: dict[str, Any], x_t: torch.Tensor, step: int) -> torch.Tensor:
-        """(B,): the mean squared distance of the student's step from the teacher's, both from x_t (B, C, h, w)."""
+        """Returns the mean squared distance (B,) of the student's result from the teacher's, given x_t (B, C, h, w)."""
         with torch.no_grad():
             known = self.teacher.denoiser(self.teacher.condition(batch))
             guided = known
@@ -94,7 +97,7 @@ class DistillationTask(DiffusionTask):
         return (reached - target).square().mean(dim=(1, 2, 3))
 
     def noised(self, latents: torch.Tensor, noise: torch.Tensor, step: int) -> torch.Tensor:
-        """Latents at the student's time `step`."""
+        """Returns latents noised to the student's timestep `step`."""
         alpha, sigma = self.model.schedule.numbers(float(self.times[step]))
         return alpha * latents + sigma * noise
 

@@ -1,4 +1,4 @@
-"""One stage's training run: Trainer, callbacks and resume, the same for all of them."""
+"""One stage's training run: Trainer, callbacks and resume, the same for all stages."""
 
 import logging
 import warnings
@@ -22,7 +22,7 @@ from ldm_train.training.callbacks.progress import StepBar
 from ldm_train.training.loggers import MetricsCSV, Recorder
 from ldm_train.training.task import NotFinite, Task
 
-# Messages of Lightning that do not apply here. (The frozen parts are in eval mode on purpose; the loaders resume by
+# Lightning's messages that do not apply here. (Frozen parts are in eval mode on purpose; the loaders resume by
 # position, not by state.)
 logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
 logging.getLogger("lightning.pytorch.profilers").setLevel(logging.INFO)  # a configured profiler prints its report
@@ -35,17 +35,17 @@ for message in (
     ".*broadcast_buffers",
     ".*overridden `transfer_batch_to_device`",
     ".*The `srun` command is available",
-    ".*sync_dist=True",  # ranks' values are gathered before they are logged
-    "Grad strides do not match bucket view strides",  # of 1x1 convolutions, whose layouts are the same memory
+    ".*sync_dist=True",  # the values of all ranks are gathered before they are logged
+    "Grad strides do not match bucket view strides",  # from 1x1 convolutions, whose two layouts are the same in memory
 ):
     warnings.filterwarnings("ignore", message)
 
-REWINDS = 3  # returns to the last checkpoint, at most, in one training
+REWINDS = 3  # maximum number of returns to the last checkpoint in one training
 PRECISIONS = ("32", "bf16-mixed", "16-mixed")
 
 
 class HostInputs(DDPStrategy):
-    """DDP that leaves inputs where they are: a task has moved its batch, and keeps conditions on the host."""
+    """DDP that leaves inputs where they are: the task moves its batch itself, and keeps conditions on the host."""
 
     def determine_ddp_device_ids(self) -> None:
         return None
@@ -53,9 +53,11 @@ class HostInputs(DDPStrategy):
 
 @dataclass(frozen=True)
 class Machine:
-    """The devices of training. accelerator: "cpu", "gpu" (CUDA) or "mps". rank, world_size and their local_ forms as torchrun sets them.
+    """The devices and precision of training. rank, world_size and their local_ forms are as torchrun sets them.
 
-    precision: 32, bf16-mixed or 16-mixed; weights and optimiser state are float32 in all of them.
+    accelerator: "cpu", "gpu" (CUDA) or "mps"
+    precision: 32, bf16-mixed or 16-mixed; weights and optimiser state are float32 in all of them. Raises ValueError for
+        any other, and for 16-mixed without "gpu"
     """
 
     accelerator: str
@@ -77,7 +79,7 @@ class Machine:
         return torch.device("cuda", self.local_rank) if self.accelerator == "gpu" else torch.device(self.accelerator)
 
     def autocast(self) -> torch.autocast:
-        """For forward passes outside a Trainer, in the training precision."""
+        """Returns an autocast context in the training precision, for forward passes outside a Trainer."""
         dtype = torch.float16 if self.precision == "16-mixed" else torch.bfloat16
         return torch.autocast(self.device.type, dtype, enabled=self.precision != "32")
 
@@ -86,7 +88,7 @@ class Machine:
             return SingleDeviceStrategy(self.device)
         backend = "gloo" if self.accelerator == "cpu" else "nccl"
         # Buffers are equal on all ranks by construction; broadcasting them in every forward pass would hang a validation
-        # in which ranks have different numbers of batches.
+        # in which the ranks have different numbers of batches.
         return HostInputs(process_group_backend=backend, gradient_as_bucket_view=True, broadcast_buffers=False)
 
     def precision_plugin(self) -> Precision:
@@ -94,7 +96,7 @@ class Machine:
 
 
 class Onlooker(Machine):
-    """The Machine of a process that only checks before others start; it uses no GPU itself."""
+    """The Machine of a process that only checks a run before the training processes start; it uses no GPU itself."""
 
     @property
     def device(self) -> torch.device:
@@ -103,7 +105,7 @@ class Onlooker(Machine):
 
 @dataclass(frozen=True)
 class Cadence:
-    """In optimiser steps: validation, checkpoints, logging. progress: show a bar. trace: see Monitor."""
+    """Intervals of validation, checkpoints, logging in optimiser steps. progress: show a bar. trace: see `Monitor`."""
 
     val_every: int
     checkpoint_every: int
@@ -113,14 +115,14 @@ class Cadence:
 
 
 def new_trainer(task: Task, folder: Path, max_steps: int, cadence: Cadence, machine: Machine, **own: Any) -> L.Trainer:
-    """Lightning's Trainer for one stage. own: its options beside those that are set here."""
+    """Returns Lightning's Trainer for one stage. own: further Trainer options."""
     alone = machine.world_size == 1
     trainer = L.Trainer(
         accelerator=machine.accelerator,
         strategy=machine.strategy(),
         devices=machine.local_world_size,
         num_nodes=machine.world_size // machine.local_world_size,
-        # Lightning would refuse a single process within a job of SLURM that has several tasks.
+        # Otherwise Lightning refuses a single process inside a SLURM job that has several tasks.
         plugins=[AtomicCheckpointIO(), machine.precision_plugin(), *([LightningEnvironment()] if alone else [])],
         max_steps=max_steps,
         max_epochs=-1,
@@ -137,13 +139,13 @@ def new_trainer(task: Task, folder: Path, max_steps: int, cadence: Cadence, mach
         default_root_dir=folder,
         **own,
     )
-    # Lightning's SIGTERM handler would replace ours, and exit without saving.
+    # Lightning's SIGTERM handler would replace ours and exit without saving.
     trainer._signal_connector.register_signal_handlers = lambda: None
     return trainer
 
 
 def load_trained(task: Task, last: Path) -> None:
-    """Gives a task what a checkpoint holds."""
+    """Loads a checkpoint into a task."""
     task.setup("fit")
     state = read_checkpoint(last)
     task.on_load_checkpoint(state)
@@ -174,14 +176,15 @@ def fit(
     options: Mapping[str, Any] | None = None,
     clock: Clock | None = None,
 ) -> None:
-    """Trains `task` to `max_steps` optimiser steps in `folder`, from checkpoints/last.ckpt if it is there.
+    """Trains `task` to `max_steps` optimiser steps in `folder`, resuming from checkpoints/last.ckpt if it exists.
 
-    effort: FLOPs of training on one image and the devices' peak per second, for train/tflop and train/mfu. health_settings:
-    the options that the health checks need. options: of the Trainer, beside those that are set here. clock: ends the training in
-    the place of max_steps, which its schedules still go by.
+    effort: FLOPs of training on one image and all devices' peak FLOPs per second, for train/tflop and train/mfu.
+    health_settings: the options that the health checks need. options: further Trainer options. clock: ends the training
+    instead of max_steps, which still defines the length of the schedules.
 
-    Where gradients stay non-finite, goes back to the last checkpoint, REWINDS times. Afterwards the task holds the averaged
-    weights where it averages. Raises Interrupted on a signal, NotFinite where going back did not help.
+    If gradients or weights are non-finite, goes back to the last checkpoint up to REWINDS times. Afterwards the task
+    holds the averaged weights if it averages. Raises Interrupted on a signal, NotFinite if going back did not help or
+    there is no checkpoint.
     """
     last = folder / "checkpoints" / LAST
     start = steps_done(last)
@@ -192,8 +195,8 @@ def fit(
     while not done:
         rows = MetricsCSV(folder / "metrics.csv", start)
         for logger in loggers:
-            # A resumed training logs again what came after its checkpoint. Steps that are repeated after going back differ: loggers
-            # that cannot remove rows show both.
+            # A resumed training repeats the steps after its checkpoint exactly, so they are not logged again. Steps
+            # repeated after going back differ: loggers that cannot remove rows show both.
             logger.logged = {} if rewound else rows.cut
         checkpoints = Checkpoints(last.parent, cadence.checkpoint_every, task.monitor)
         monitor = Monitor(batch_size, dataset_size, max_bad_fraction, cadence.trace, *effort)

@@ -1,4 +1,4 @@
-"""Changes of the latents between encoder and decoder that make latents easier to diffuse."""
+"""Augmentations of the latents between encoder and decoder, which make the latents easier to model by diffusion."""
 
 from dataclasses import dataclass
 
@@ -10,13 +10,14 @@ from ldm_train.models.autoencoder import Change
 
 @dataclass(frozen=True)
 class LatentAugmentation:
-    """noise: the deviation g of noise that the decoder must see through (l-DeTok, Yang et al. 2025, arXiv:2507.15856, eq. 3):
-        z (1 - t) + g t e, with t uniform up to `most` for each picture and e standard normal; 0: none
-    most: the largest share of noise, at most 1
-    equivariance: the probability that a batch's latents are turned by quarters and made smaller, and decoded against pictures
-        that were changed alike (EQ-VAE, Kouzelis et al. 2025, arXiv:2502.09509, eq. 4); 0: none
-    Everything is drawn on the host from the global generator, or on the device; nothing waits for the device.
-    Raises ValueError for shares outside 0 to 1.
+    """noise: standard deviation g of the noise that the decoder must remove (l-DeTok, Yang et al. 2025,
+        arXiv:2507.15856, eq. 3): z (1 - t) + g t e, t uniform in [0, most) per image, e standard normal; 0: none
+    most: upper bound of t, the share of noise, at most 1
+    equivariance: the probability that a batch's latents are rotated by multiples of 90 degrees and downscaled, and
+        decoded against images transformed in the same way (EQ-VAE, Kouzelis et al. 2025, arXiv:2502.09509, eq. 4);
+        0: none
+    Random numbers come from the global generators of the host and the device; nothing waits for the device.
+    Raises ValueError for a negative `noise` and for `most` or `equivariance` outside [0, 1].
     """
 
     noise: float = 0.0
@@ -31,8 +32,8 @@ class LatentAugmentation:
                 raise ValueError(f"autoencoder.task.augmentation.{name}={getattr(self, name)} is a share from 0 to 1")
 
     def draw(self, images: torch.Tensor, factor: int) -> tuple[Change | None, torch.Tensor]:
-        """(the change of latents, or None; the pictures that the decoder shall make of them). images (B, C, H, W); factor: the
-        autoencoder's f."""
+        """Returns (the function that changes the latents, or None; the images that the decoder should reconstruct from
+        them). images (B, C, H, W); factor: the autoencoder's downsampling factor f."""
         changes: list[Change] = []
         if self.equivariance and float(torch.rand(())) < self.equivariance:
             move, images = self._moved(images, factor)
@@ -54,7 +55,8 @@ class LatentAugmentation:
         return latents * (1 - share) + self.noise * share * torch.randn_like(latents)
 
     def _moved(self, images: torch.Tensor, factor: int) -> tuple[Change, torch.Tensor]:
-        """A quarter turn and a size between half and whole, of latents and of pictures."""
+        """Returns (a function that rotates latents by a random multiple of 90 degrees and scales them to between half
+        and full size; the images transformed in the same way)."""
         height, width = (n // factor for n in images.shape[2:])
         turns, rows = int(torch.randint(4, ())), int(torch.randint((height + 1) // 2, height + 1, ()))
         size = (rows, max(1, round(width * rows / height)))

@@ -1,4 +1,4 @@
-"""Loggers of metrics: metrics.csv always, Weights & Biases unless switched off, TensorBoard where configured."""
+"""Metric loggers: metrics.csv always, Weights & Biases unless switched off, TensorBoard if configured."""
 
 import csv
 import io
@@ -25,22 +25,22 @@ from ldm_train.storage import check_held, inside, write_atomically
 class Recorder(Logger):
     """A logger that also receives pictures (as files), histograms and alerts; subclasses implement those they support.
 
-    logged: the metrics that an earlier process logged after the checkpoint this one continues from (see `MetricsCSV`). A resumed
-    training is exact and would only repeat them.
+    logged: {step: names} of the metrics that an earlier process logged after the checkpoint from which this one
+    continues (see `MetricsCSV`). They are not logged again: a resumed training reproduces them exactly.
     """
 
-    name, version = "", ""  # what Lightning asks of a logger
+    name, version = "", ""  # required by Lightning
 
     def __init__(self) -> None:
         super().__init__()
         self.logged: Mapping[int, set[str]] = {}
 
     def unlogged(self, metrics: Mapping[str, float], step: int) -> dict[str, float]:
-        """The metrics without Lightning's epoch and without those that an earlier process logged for this step already."""
+        """Returns the metrics without Lightning's "epoch" and those an earlier process already logged for this step."""
         return {k: v for k, v in metrics.items() if k != "epoch" and k not in self.logged.get(step, ())}
 
     def validated(self, step: int) -> bool:
-        """Whether an earlier process came to the end of this step's validation, pictures included."""
+        """Returns True if an earlier process completed this step's validation, including its pictures."""
         return any(name.startswith("val/") for name in self.logged.get(step, ()))
 
     def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
@@ -57,10 +57,10 @@ class Recorder(Logger):
 
 
 class MetricsCSV(Recorder):
-    """One row per logged step; survives resume: rows after the checkpoint's step are removed first.
+    """Writes metrics to a CSV file, one row per step. On resume, first removes the rows after the checkpoint's step.
 
-    start: the step training starts or resumes from. `cut`: the metrics logged after it, {step: names}; a logger that
-    cannot remove rows skips these when they come again.
+    start: the step from which training starts or resumes. `cut`: {step: names} of the metrics in the removed
+    rows; loggers that cannot remove rows skip these when they are logged again.
     """
 
     name = "metrics"
@@ -103,7 +103,7 @@ class MetricsCSV(Recorder):
 
 
 def code_version() -> dict[str, str]:
-    """Versions of the package and of torch, and in a checkout the commit (with + where files differ from it)."""
+    """Returns the versions of the package and torch and, in a git checkout, the commit (with + if files differ)."""
     versions = {"ldm_train": metadata.version("ldm-train"), "torch": torch.__version__}
     root = Path(__file__).parents[2]
     if (root / ".git").exists():
@@ -116,7 +116,7 @@ def code_version() -> dict[str, str]:
 
 
 class StockLogger(Recorder):
-    """A logger of Lightning's or of a user's own: it takes the metrics."""
+    """Wraps a logger of Lightning or the user's own; it receives the metrics only."""
 
     def __init__(self, logger: Logger):
         super().__init__()
@@ -146,21 +146,21 @@ class StockLogger(Recorder):
         self.logger.finalize(status)
 
 
-UPLOADING = 600.0  # seconds that a run waits at its end for a server to take what is left
+UPLOADING = 600.0  # seconds that a run waits at its end for the remaining data to upload
 
 
 class WandbRun:
-    """One W&B run for the whole chain; stages log through `StageLogger`. Never prompts, never waits long.
+    """One W&B run for the whole chain of stages, which log through `StageLogger`. Never prompts, never waits long.
 
-    Online when a key is present (WANDB_API_KEY or netrc) unless WANDB_MODE says otherwise; if the server does not
-    answer within `timeout` seconds, offline with a line saying so. The run's id is kept in the run folder, so a resumed
-    chain continues the same run. config: the run's, to which versions of the code are added.
+    Online if a key is present (WANDB_API_KEY or netrc) unless WANDB_MODE or `mode` says otherwise; if the server does
+    not answer within `timeout` seconds, the run is offline and a printed line says so. The run's id is stored in the
+    run folder, so that a resumed chain continues the same run. config: the run's, to which code versions are added.
     """
 
     def __init__(
         self, folder: Path, project: str, name: str, config: dict, timeout: float = 20.0, mode: str | None = None
     ):
-        import wandb  # slow to import, and not needed with logger=csv
+        import wandb  # imported here because it is slow, and not needed with logger=csv
 
         self.wandb = wandb
         id_file = inside(folder / "wandb" / "run_id", folder)
@@ -188,7 +188,7 @@ class WandbRun:
             if mode != "online":
                 raise
             print(f"W&B: no answer from {server} ({error}); logging offline")
-            wandb.teardown()  # its process still holds the run that it tried to begin
+            wandb.teardown()  # its service process still holds the run it tried to start
             self.run = begin(mode="offline", settings=quiet)
         self.offline = mode != "disabled" and self.run.settings.mode == "offline"
 
@@ -196,7 +196,7 @@ class WandbRun:
         return StageLogger(self.run, stage, batch_size)
 
     def log_evaluation(self, metrics: Mapping[str, Any]) -> None:
-        """metrics.json, flat: the numbers as they are, intervals as <name>/low and /high."""
+        """Logs metrics.json, flattened, below evaluation/: numbers as they are, intervals as <name>/low and /high."""
         self.run.log({f"evaluation/{name}": value for name, value in numbers(metrics).items()})
 
     def log_picture(self, name: str, path: Path) -> None:
@@ -206,19 +206,19 @@ class WandbRun:
         self.run.log({name: self.wandb.Video(str(path), caption=caption, format="gif")})
 
     def log_model(self, folder: Path, name: str, metadata: Mapping[str, Any]) -> None:
-        """A model folder as an artifact."""
+        """Uploads a model folder as an artifact."""
         artifact = self.wandb.Artifact(name, type="model", metadata=dict(metadata))
         artifact.add_dir(str(folder))
         self.run.log_artifact(artifact)
 
     def finish(self) -> None:
-        """Ends the run; offline, prints the line that uploads it."""
+        """Ends the run; if it is offline, prints the command that uploads it."""
         self.run.finish()
         if self.offline:
             print(f"W&B: offline; upload with: wandb sync {Path(self.run.settings.sync_dir)}")
 
 
-# Metrics whose summary is a run's best value, not its last.
+# Metrics whose summary includes the run's best value: its minimum or maximum.
 SUMMARIES = {
     "val/loss": "min", "val/score": "min", "val/perceptual": "min", "val/l1": "min", "val/psnr": "max", "val/ssim": "max",
     "val/fid_tiny": "min", "val/fid": "min", "val/kid_tiny": "min", "val/kid": "min", "val/accuracy": "max",
@@ -226,8 +226,8 @@ SUMMARIES = {
 
 
 class StageLogger(Recorder):
-    """A stage's metrics as `<stage>/...` over that stage's optimiser steps; the images seen are logged too, as
-    `<stage>/images`, as another axis to choose."""
+    """Logs a stage's metrics to W&B as `<stage>/...` over that stage's optimiser steps. Also logs the number of images
+    seen as `<stage>/images`, which can be chosen as the x-axis instead."""
 
     name = "wandb"
 
@@ -273,7 +273,7 @@ class StageLogger(Recorder):
 
 
 class TensorBoardLogger(Recorder):
-    """A stage's metrics, pictures and histograms in <folder>/tensorboard/<stage>, for `tensorboard --logdir`."""
+    """Writes a stage's metrics, pictures and histograms to <folder>/tensorboard/<stage>, for `tensorboard --logdir`."""
 
     name = "tensorboard"
 

@@ -12,12 +12,12 @@ from torch import nn
 def lr_multiplier(
     schedule: str, max_steps: int, warmup_steps: int = 0, final: float = 0.0, warmup_start: float = 0.0
 ) -> Callable[[int], float]:
-    """step -> factor on the learning rate of that optimiser step, the first being step 0.
+    """Returns a function: optimiser step, counted from 0 -> factor on the learning rate.
 
-    schedule: "constant", "cosine" or "linear"; the latter two fall to `final` at max_steps. Before it, step n of the
+    schedule: "constant", "cosine" or "linear"; the latter two fall to `final` at max_steps. Before that, step n of the
     first W = `warmup_steps` has start + (1 - start) n / W with start = `warmup_start`, so that step W is the first at
     the full rate (latent diffusion's LambdaLinearScheduler and LambdaWarmUpCosineScheduler; published: constant, 10000
-    steps from 1e-6). With the default start of 0 the first step moves nothing.
+    steps from 1e-6). With the default start of 0 the first step changes nothing. Raises ValueError for other schedules.
     """
     if schedule not in ("constant", "cosine", "linear"):
         raise ValueError(f"lr_schedule.schedule is constant, cosine or linear, not {schedule!r}")
@@ -34,17 +34,19 @@ def lr_multiplier(
 
 
 def power_of_width(width: float) -> float:
-    """The exponent gamma of the profile t^gamma on [0, 1] whose deviation is `width`."""
+    """Returns the exponent gamma for which the profile t^gamma on [0, 1] has the standard deviation `width`."""
     roots = np.roots([1, 7, 16 - width**-2, 12 - width**-2])
     return float(roots.real.max())
 
 
 class EMA:
-    """Moving average of a module's trainable parameters: exponential, with LDM's warm-up min(decay, (1 + n) / (10 + n)), or, with a
-    width, of the power-function profile whose deviation is that share of the training so far (Karras et al. 2024, arXiv:2312.02696,
-    eq. 4 and 126), which neither needs a warm-up nor grows old.
+    """Moving average of a module's trainable parameters. Without `width`: exponential, with LDM's warm-up
+    min(decay, (1 + n) / (10 + n)). With `width`: the power-function profile whose standard deviation is that share of
+    the training so far (Karras et al. 2024, arXiv:2312.02696, eq. 4 and 126); it needs no warm-up, and its span grows
+    with the training.
 
-    Parameters keep their names. Buffers are not averaged. Raises ValueError for a decay outside [0, 1) and a width outside (0, 0.28].
+    Parameters keep their names. Buffers are not averaged. Raises ValueError if decay is outside [0, 1) or width outside
+    (0, 0.28].
     """
 
     def __init__(self, module: nn.Module, decay: float, width: float | None = None):
@@ -61,7 +63,7 @@ class EMA:
 
     @torch.no_grad()
     def update(self) -> None:
-        """After each optimiser step."""
+        """Updates the average; to be called after each optimiser step."""
         self.updates += 1
         if self.exponent is None:
             decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
@@ -73,13 +75,13 @@ class EMA:
 
     @torch.no_grad()
     def give(self, weights: dict[str, torch.Tensor]) -> None:
-        """Gives the module weights by their names."""
+        """Copies weights, given by name, into the module's parameters."""
         for name, value in weights.items():
             self.live[name].copy_(value)
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """A context in which the module has the averaged weights; the raw ones return after it."""
+        """A context in which the module has the averaged weights; the raw ones are restored at its end."""
         raw = {name: p.detach().clone() for name, p in self.live.items()}
         self.give(self.shadow)
         try:
@@ -99,8 +101,8 @@ class EMA:
 
 
 def clip_by_group(groups: Iterable[dict], max_norm: float | None) -> dict[str, torch.Tensor]:
-    """Clips each parameter group to its own norm, so that one player's gradient never scales the other's; None only
-    measures. Returns the norms before clipping by group name."""
+    """Clips each parameter group's gradient by its own norm, so that e.g. the discriminator's gradient never scales the
+    autoencoder's. max_norm None: only measures. Returns the norms before clipping, by group name."""
     norms = {}
     for i, group in enumerate(groups):
         norm = nn.utils.get_total_norm([p.grad for p in group["params"] if p.grad is not None])

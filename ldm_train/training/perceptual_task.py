@@ -1,6 +1,6 @@
 """Trains the small perceptual networks on attributes of shapes, classes of photos, and which distortion was applied.
 
-The last task makes the features see blur, noise and blocks; the first two give them colour, form and place.
+The distortion task makes the features sensitive to blur, noise and blocks; the other two to colour, shape and position.
 A batch is {"images": (B, 3, s, s) in [-1, 1], "targets": {head: (B,) int64, IGNORE where the head has no answer}}.
 """
 
@@ -34,7 +34,7 @@ Shapes = dict[int, tuple[Tensor, dict[str, Tensor]]]  # per size s: (N, 3, s, s)
 
 
 def _uniform(n: int, low: float, high: float, g: torch.Generator) -> Tensor:
-    """(n, 1, 1, 1): one strength per image."""
+    """Draws one strength per image from [low, high): (n, 1, 1, 1)."""
     return torch.empty(n, 1, 1, 1).uniform_(low, high, generator=g)
 
 
@@ -61,7 +61,7 @@ def noise(x: Tensor, g: torch.Generator) -> Tensor:
 
 
 def pixelate(x: Tensor, g: torch.Generator) -> Tensor:
-    """4 x 4 blocks replaced by their mean, blended with the original: 0.4 to 1 of the result is blocks."""
+    """Replaces 4 x 4 blocks by their mean and blends with the original; the blocks' share of the result is 0.4 to 1."""
     blocks = F.interpolate(F.avg_pool2d(x, 4), scale_factor=4.0, mode="nearest")
     return torch.lerp(x, blocks, _uniform(len(x), 0.4, 1.0, g))
 
@@ -75,7 +75,7 @@ def recolour(x: Tensor, g: torch.Generator) -> Tensor:
 
 
 def quantise(x: Tensor, g: torch.Generator) -> Tensor:
-    """JPEG-like: the 8 x 8 DCT of each block rounded, coarser with frequency. x's sides are multiples of 8."""
+    """JPEG-like: rounds the DCT of each 8 x 8 block, more coarsely at high frequencies. x's sides: multiples of 8."""
     n, c, h, w = x.shape
     k, i = torch.arange(8.0)[:, None], torch.arange(8.0)
     dct = torch.cos(math.pi * (i + 0.5) * k / 8) * torch.where(k == 0, math.sqrt(1 / 8), 0.5)  # orthonormal rows
@@ -100,7 +100,7 @@ DISTORTIONS: tuple[Callable[[Tensor, torch.Generator], Tensor], ...] = (
 
 
 def distort(images: Tensor, g: torch.Generator) -> tuple[Tensor, Tensor]:
-    """images (B, 3, s, s) in [0, 1] -> each under one distortion drawn evenly, and which (B,)."""
+    """images (B, 3, s, s) in [0, 1] -> the images, each under one uniformly drawn distortion, and its index (B,)."""
     kinds = torch.randint(len(DISTORTIONS), (len(images),), generator=g)
     out = images.clone()
     for i, distortion in enumerate(DISTORTIONS):
@@ -110,7 +110,7 @@ def distort(images: Tensor, g: torch.Generator) -> tuple[Tensor, Tensor]:
 
 
 def render_shapes(count: int, size: int, seed: int) -> tuple[Tensor, dict[str, Tensor]]:
-    """Scenes with one object over all combinations: images (N, 3, size, size) uint8, labels (N,) per shape head."""
+    """Renders random one-object scenes of all combinations: images (N, 3, size, size) uint8, labels (N,) per head."""
     rng = np.random.default_rng(seed)
     images, labels = [], {head: [] for head in SHAPE_HEADS}
     for _ in range(count):
@@ -123,9 +123,9 @@ def render_shapes(count: int, size: int, seed: int) -> tuple[Tensor, dict[str, T
 
 
 def random_crops(photos: Tensor, size: int, g: torch.Generator) -> Tensor:
-    """photos (B, 3, S, S) uint8 -> (B, 3, size, size) in [0, 1]: 0.4 to 1 of the area, half of them mirrored.
+    """photos (B, 3, S, S) uint8 -> (B, 3, size, size) in [0, 1]: crops of 0.4 to 1 of the area, half of them mirrored.
 
-    Never enlarged, for an enlarged crop would look blurred and be labelled sharp.
+    Crops are never enlarged, since an enlarged crop would look blurred but be labelled sharp.
     """
     full, crops = photos.shape[-1], []
     for photo in photos:
@@ -139,15 +139,15 @@ def random_crops(photos: Tensor, size: int, g: torch.Generator) -> Tensor:
 
 
 def make_batch(images: Tensor, targets: dict[str, Tensor], heads: Sequence[str]) -> dict:
-    """images (B, 3, s, s) in [0, 1]; heads that `targets` lacks get IGNORE."""
+    """Returns a batch. images (B, 3, s, s) in [0, 1]; heads missing from `targets` get IGNORE."""
     nothing = torch.full((len(images),), IGNORE)
     return {"images": images * 2 - 1, "targets": {head: targets.get(head, nothing) for head in heads}}
 
 
 class PerceptualBatches(Dataset):
-    """Training batches: half shapes, half photos, one image size each, sizes in turn. Batch i follows from (seed, i).
+    """Training batches, half shapes, half photos, at one image size each, in turn. Batch i is a function of (seed, i).
 
-    Both kinds share every batch, so that BatchNorm's running statistics describe what it saw.
+    Every batch holds both kinds, so that BatchNorm's running statistics describe the batches it was trained on.
     """
 
     def __init__(self, shapes: Shapes, photos: Photos, heads: Sequence[str], seed: int, steps: int, batch_size: int):
@@ -171,7 +171,8 @@ class PerceptualBatches(Dataset):
 
 
 def validation_batches(shapes: Shapes, photos: Photos, heads: Sequence[str], seed: int) -> list[dict]:
-    """Clean images are asked for attributes and classes, distorted ones for the distortion. Photos: largest size."""
+    """Returns batches of clean images, with attributes or classes as targets, and of distorted ones, with the
+    distortion as target. Photos are resized to the largest size."""
     g, size = generator(seed, "perceptual", "validation"), max(shapes)
     whole = F.interpolate(photos[0] / 255, size=(size, size), mode="bilinear", antialias=True)
     clean = [(images / 255, labels) for images, labels in shapes.values()] + [(whole, {"photo": photos[1]})]
@@ -183,9 +184,9 @@ def validation_batches(shapes: Shapes, photos: Photos, heads: Sequence[str], see
 
 
 class PerceptualTask(L.LightningModule):
-    """Linear heads on the pooled last map; the distortion head sees the pooled maps of all stages.
+    """Trains linear heads on the pooled last feature map; the distortion head sees the pooled maps of all stages.
 
-    Logs val/<head>: accuracy. A hinge in the loss keeps every channel's mean above ACTIVITY.
+    Logs the accuracy as val/<head>. A hinge term in the loss keeps every channel's mean above ACTIVITY.
     """
 
     def __init__(self, features: TinyFeatures, heads: dict[str, int], lr: float, weight_decay: float, max_steps: int):
@@ -242,7 +243,8 @@ def train_perceptual(
 ) -> dict[str, float]:  # fmt: skip
     """Trains `features` in place and returns the validation accuracy per head.
 
-    photos, val_photos: uint8 (N, 3, S, S) with S >= max(sizes), and class indices (N,). scenes: rendered per size.
+    photos, val_photos: uint8 (N, 3, S, S) and class indices (N,). scenes: number of scenes rendered per size. Raises
+    ValueError if S < max(sizes).
     """
     if photos[0].shape[-1] < max(sizes):
         raise ValueError(f"photos of {photos[0].shape[-1]} px cannot fill {max(sizes)} px; prepare them larger")

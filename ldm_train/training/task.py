@@ -1,4 +1,4 @@
-"""Shared by the tasks of all training stages: reseeding, averaging, clipping, checkpoints of the trained parts, validation sums."""
+"""The base class of all training tasks: reseeding, weight averaging, clipping, checkpoints, validation means."""
 
 import math
 from collections import defaultdict
@@ -19,13 +19,13 @@ from ldm_train.devices import uploaded
 from ldm_train.distributed import gathered
 from ldm_train.training.optim import EMA, clip_by_group
 
-BINS = 4  # parts of the schedule that validation tells apart
-SKIPS = 10  # steps in a row without a finite gradient, before training goes back to the last checkpoint
-SCALER_SKIPS = 50  # in 16-mixed, where the scaler needs the first ones to find its scale
+BINS = 4  # equal parts of the schedule for which validation is reported separately
+SKIPS = 10  # consecutive steps without a finite gradient before training returns to the last checkpoint
+SCALER_SKIPS = 50  # the same in 16-mixed, where the gradient scaler needs some skipped steps to find its scale
 
 
 class NotFinite(FloatingPointError):
-    """Raised where gradients or weights stay non-finite; the message says what to change."""
+    """Raised if gradients stay non-finite or weights have become so; the message says what to change."""
 
     def __init__(self, stage: str, what: str, step: int):
         super().__init__(
@@ -35,21 +35,22 @@ class NotFinite(FloatingPointError):
 
 
 class Task(L.LightningModule):
-    """One stage under automatic optimisation with one optimiser.
+    """One training stage, with Lightning's automatic optimisation and one optimiser.
 
-    stage       its name; part of the seed of every micro-batch
-    seed        of the run
+    stage       the stage's name; part of the seed of every micro-batch
+    seed        the run's seed
     optimizer   partial: parameter groups -> optimiser (its lr is the one that reaches the optimiser)
     lr_factor   step -> factor on the learning rate
-    ema_decay   None: no averaging. ema_width: another profile of the average, see `EMA`
+    ema_decay   decay of the averaged weights; None: no averaging. ema_width: another averaging profile, see `EMA`
     clip_norm   gradient norm limit per parameter group; None: no clipping
     accumulate  micro-batches per optimiser step
 
-    A step whose gradient is not finite changes no weights (logged as train/skipped_steps); after SKIPS of them in a row it
-    raises NotFinite, and `fit` goes back to the last checkpoint with `attempt` raised, which changes all that is random.
+    A step whose gradient is not finite changes no weights (counted in train/skipped_steps). After SKIPS of them in a
+    row (SCALER_SKIPS in 16-mixed) the task raises NotFinite, and `fit` returns to the last checkpoint with `attempt`
+    increased by one, which changes all random numbers.
     """
 
-    shown: tuple[str, ...] = ("loss",)  # of what it logs, on the progress bar
+    shown: tuple[str, ...] = ("loss",)  # names of the logged training metrics that the progress bar shows
 
     def __init__(
         self,
@@ -68,18 +69,18 @@ class Task(L.LightningModule):
         self.clip_norm, self.accumulate = clip_norm, accumulate
         self.ema: EMA | None = None
         self.attempt = self.skipped = self._skipped_in_row = 0
-        # On an accelerator, since they were last read: steps skipped, those in a row until now, the longest row.
+        # On an accelerator: steps skipped since the last read, the current run of skipped steps, the longest run.
         self._skips: torch.Tensor | None = None
         self._most_skips = SKIPS
         self._sums: dict[str, tuple[float, int]] = {}
         self._clocked: int | None = None
 
     def trained(self) -> nn.ModuleDict:
-        """The parts this stage trains: what its checkpoints hold, strictly."""
+        """The parts that this stage trains. Its checkpoints hold exactly these and are loaded strictly."""
         raise NotImplementedError
 
     def averaged(self) -> nn.Module:
-        """The part whose weights are averaged and saved as the model."""
+        """The module whose weights are averaged and saved as the model."""
         raise NotImplementedError
 
     def groups(self) -> list[dict]:
@@ -89,8 +90,8 @@ class Task(L.LightningModule):
     # -- optimisation ------------------------------------------------------------------------------------------------
 
     def new_optimizer(self) -> torch.optim.Optimizer:
-        """The optimiser of the trained parts, at its beginning. One that treats the weights of layers in a way of its own has a `split`,
-        (groups, the model) -> its groups."""
+        """Returns a new optimiser for the parameter groups. If the optimiser has a `split`, it is called as (groups,
+        the averaged module) and returns the groups to use: such an optimiser treats the weights of layers specially."""
         groups, split = self.groups(), getattr(self.optimizer.func, "split", None)
         return self.optimizer(groups if split is None else split(groups, self.averaged()))
 
@@ -102,7 +103,7 @@ class Task(L.LightningModule):
 
     @property
     def schedule_step(self) -> int:
-        """The step that schedules go by: the optimiser's, or where the clock says that they are (see `Clock`)."""
+        """The step at which schedules are evaluated: the optimiser step, or the one set by the `Clock`."""
         return self.global_step if self._clocked is None else self._clocked
 
     @schedule_step.setter
@@ -114,12 +115,12 @@ class Task(L.LightningModule):
             self.ema = EMA(self.averaged(), self.ema_decay, self.ema_width)
 
     def on_train_batch_start(self, batch: dict[str, Any], batch_idx: int) -> None:
-        # Everything random in a micro-batch is a function of this; a resumed run repeats an undisturbed one.
+        # Everything random in a micro-batch depends on this seed only, so a resumed run equals an uninterrupted one.
         again = (self.attempt,) if self.attempt else ()
         rng.reseed(self.seed, self.stage, self.global_step, batch_idx % self.accumulate, self.global_rank, *again)
 
     def configure_gradient_clipping(self, optimizer: torch.optim.Optimizer, *options: Any, **named: Any) -> None:
-        # Lightning leaves fused optimisers to unscale 16-mixed gradients themselves, which would be after clipping.
+        # Lightning lets fused optimisers unscale 16-mixed gradients themselves, but after clipping.
         scaler = getattr(self.trainer.precision_plugin, "scaler", None)
         if scaler is not None and getattr(optimizer, "_step_supports_amp_scaling", False):
             scaler.unscale_(optimizer)
@@ -143,12 +144,13 @@ class Task(L.LightningModule):
             optimizer.zero_grad(set_to_none=True)  # an optimiser skips parameters without a gradient
 
     def _leaves_skipping_to(self, optimizer: torch.optim.Optimizer) -> bool:
-        """Whether the optimiser itself leaves weights and state alone where a tensor says that a gradient is not finite, so that
-        the host need not wait for it: fused ones on an accelerator."""
+        """Returns True if the optimiser itself skips a step when its `found_inf` tensor says that a gradient is not
+        finite, so that the host need not wait for the device: true of fused optimisers on an accelerator."""
         return self.device.type != "cpu" and getattr(optimizer, "_step_supports_amp_scaling", False)
 
     def _count_on_device(self, finite: torch.Tensor, most: int) -> None:
-        """Counts a step. The counts are read, and NotFinite is raised, where metrics are written and before checkpoints are."""
+        """Counts a step on the device. The counts are read, and NotFinite is raised if there were too many, when
+        metrics are written and before checkpoints are saved."""
         total, row, longest = torch.zeros(3, device=finite.device) if self._skips is None else self._skips
         bad = (~finite).float()
         row = (row + 1) * bad
@@ -158,13 +160,13 @@ class Task(L.LightningModule):
             self.check_skips()
 
     def check_skips(self) -> None:
-        """Reads how many steps were skipped. Raises NotFinite where that were too many in a row."""
+        """Reads the counts of skipped steps from the device. Raises NotFinite if there were too many in a row."""
         if self._read_skips() >= self._most_skips:
             self._skips = None
             raise NotFinite(self.stage, "gradient is", self.global_step)
 
     def _read_skips(self) -> int:
-        """Takes the counts over from the device; returns the longest row."""
+        """Adds the device's count of skipped steps to `skipped`; returns the longest run of consecutive ones."""
         if self._skips is None:
             return 0
         (total, row, longest), device = self._skips.tolist(), self._skips.device
@@ -177,12 +179,12 @@ class Task(L.LightningModule):
         if self.ema is not None:
             self.ema.update()
 
-    # "step" is Lightning's name for the axis of what is logged with it; its own counts from 0.
+    # Lightning uses a logged "step" as the x-axis of the metrics logged with it; its own step counts from 0.
 
     @property
     def logs_now(self) -> bool:
-        """Whether this step's metrics are written. Those of others are left out: Lightning copies each number to the device, and
-        waits for that."""
+        """True if this step's metrics are written. Those of other steps are not logged at all, since Lightning copies
+        each number to the device and waits for the copy."""
         return (self.global_step + 1) % self.trainer.log_every_n_steps == 0
 
     def log_training(self, logs: Mapping[str, torch.Tensor]) -> None:
@@ -195,16 +197,16 @@ class Task(L.LightningModule):
             self.log("train/skipped_steps", float(self.skipped))
 
     def log_picture(self, name: str, picture: Image.Image, folder: Path, caption: str) -> None:
-        """Saves a picture as <name>_<step>.png and gives it to the loggers."""
+        """Saves a picture as <name>_<step>.png and passes it to the loggers."""
         path = images.save_png(picture, folder / f"{name}_{self.global_step:07d}.png")
         for logger in self.loggers:
             logger.log_picture(name, path, self.global_step, caption)
 
     def with_ema(self) -> AbstractContextManager:
-        """A context with the averaged weights, where there are any."""
+        """Returns a context in which the model has its averaged weights; it does nothing without averaging."""
         return self.ema.applied() if self.ema is not None else nullcontext()
 
-    # -- validation: sums over samples, equal for any batch size and number of ranks -----------------------------------
+    # -- validation: means over samples, the same for any batch size and number of ranks -------------------------------
 
     def on_validation_epoch_start(self) -> None:
         self._sums = defaultdict(lambda: (0.0, 0))
@@ -212,18 +214,19 @@ class Task(L.LightningModule):
         self._ema_context.__enter__()
 
     def add(self, name: str, values: torch.Tensor) -> None:
-        """Adds values per sample (B,) to a validation mean."""
+        """Adds per-sample values (B,) to the validation mean `name`."""
         total, count = self._sums[name]
         self._sums[name] = (total + float(values.detach().cpu().double().sum()), count + values.numel())
 
     def add_by_timestep(self, name: str, values: torch.Tensor, bins: torch.Tensor) -> None:
-        """`add`, also to the means per quarter of the schedule. values, bins (B,): of each sample, 0 to BINS - 1."""
+        """Like `add`, and also adds to the means per quarter of the schedule. values (B,); bins (B,): each sample's
+        quarter, 0 to BINS - 1."""
         self.add(name, values)
         for k in range(BINS):
             self.add(f"{name}_t{k}", values[bins == k])
 
     def finish_validation(self) -> dict[str, float]:
-        """Logs the validation means over all ranks and returns them; brings the raw weights back."""
+        """Logs and returns the validation means over all ranks, after restoring the raw weights."""
         self._ema_context.__exit__(None, None, None)
         totals, counts = defaultdict(float), defaultdict(int)
         for sums in gathered(dict(self._sums)):  # a rank without samples may lack names
@@ -258,7 +261,8 @@ class Task(L.LightningModule):
             if isinstance(counters, dict):
                 counters.update(dict.fromkeys(counters, checkpoint["global_step"] * self.accumulate))
         if "epoch_loop.state_dict" in fit_loop:
-            # The step that Lightning logs by; a checkpoint made at the end of a batch holds one too few, which would shift later rows.
+            # The step under which Lightning logs. A checkpoint saved at the end of a batch holds one too few, which
+            # would shift later rows.
             fit_loop["epoch_loop.state_dict"]["_batches_that_stepped"] = checkpoint["global_step"]
         if self.ema is not None:
             self.ema.load_state_dict(checkpoint["ema"])

@@ -1,4 +1,5 @@
-"""The conditions of a model trained with ldm_train: class labels, captions, pictures and maps as inputs of the U-Net."""
+"""The conditioners of a model trained with ldm_train: class labels, captions, images and maps as inputs of the
+U-Net."""
 
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch.nn import functional as F
 
 
 class ClassLabel(nn.Module):
-    """A row for each class and one for "no class", as a vector beside the timestep or as one token."""
+    """An embedding for each class and one for "no class", as a vector beside the timestep or as one context token."""
 
     def __init__(self, classes: list[str], dim: int, slot: str):
         super().__init__()
@@ -19,7 +20,7 @@ class ClassLabel(nn.Module):
         self.embedding = nn.Embedding(len(classes) + 1, dim)
 
     def forward(self, labels: list[Any], null: bool, **_: Any) -> dict[str, torch.Tensor]:
-        """labels: names, or indices."""
+        """labels: class names or indices."""
         rows = [len(self.classes) if null else self.index(label) for label in labels]
         embedded = self.embedding(torch.tensor(rows, device=self.embedding.weight.device))
         if self.slot == "vector":
@@ -51,7 +52,7 @@ class Attention(nn.Module):
 
 
 class Layer(nn.Module):
-    """A pre-norm layer whose heads need not fill its width."""
+    """A pre-norm transformer layer in which heads * head_dim need not equal dim."""
 
     def __init__(self, dim: int, heads: int, head_dim: int):
         super().__init__()
@@ -93,7 +94,8 @@ class TokenEncoder(nn.Module):
 
 
 class TrainedText(nn.Module):
-    """A text encoder that was trained with the U-Net: hidden states, and with `pooled` their mean beside the timestep."""
+    """A text encoder trained with the U-Net: its hidden states, and with `pooled` also their mean beside the
+    timestep."""
 
     def __init__(
         self, tokenizer: str, dim: int, depth: int, heads: int, max_length: int, pooled: bool, masked: bool,
@@ -126,7 +128,7 @@ class TrainedText(nn.Module):
 
 
 class LowResolution(nn.Module):
-    """A small picture, `factor` times smaller than the result, at the size of the latents."""
+    """An image that is `factor` times smaller than the result, resized to the latents."""
 
     def __init__(self, factor: int, downsample_factor: int, channels: int):
         super().__init__()
@@ -143,7 +145,7 @@ class LowResolution(nn.Module):
 
 
 class SemanticMap(nn.Module):
-    """A label map (B, H, W): the share of each label in every latent cell, projected."""
+    """A label map (B, H, W) as the share of each label in every latent cell, projected to `channels`."""
 
     def __init__(self, num_labels: int, channels: int, downsample_factor: int, ignore: int | None):
         super().__init__()
@@ -163,7 +165,7 @@ class SemanticMap(nn.Module):
 
 
 class MaskedImage(nn.Module):
-    """The latents of a picture without its hole, and the mask (B, 1, H, W; 1 in the hole) at their size."""
+    """The latents of an image without its hole, and the mask (B, 1, H, W; 1 in the hole) resized to the latents."""
 
     def __init__(self, hole: float, span: list[float], nearest: bool, first: bool, downsample_factor: int):
         super().__init__()
@@ -195,8 +197,9 @@ DIMS = {"encoder_hidden_states": 1, "encoder_attention_mask": 1, "class_labels":
 
 
 class Conditioners(ModelMixin, ConfigMixin):
-    """parts: {name: options}, in the order in which their outputs are joined; `dropped`: whether training knew the model
-    without this condition. vector: (in, out) widths of a projection of the joined vectors."""
+    """All conditioners of a model. parts: {name: options}, in the order in which their outputs are concatenated;
+    `dropped`: whether training sometimes left out this condition. vector: (in, out) widths of a projection of the
+    joined vectors."""
 
     @register_to_config
     def __init__(self, parts: dict[str, dict[str, Any]], vector: list[int] | None = None):
@@ -204,20 +207,21 @@ class Conditioners(ModelMixin, ConfigMixin):
         self.dropped = {name: options["dropped"] for name, options in parts.items()}
         made = {n: KINDS[n](**{k: v for k, v in options.items() if k != "dropped"}) for n, options in parts.items()}
         self.conditions = nn.ModuleDict(made)
-        self.register_buffer("place", torch.zeros(1))  # diffusers loads no model without a tensor
+        self.register_buffer("place", torch.zeros(1))  # diffusers cannot load a model without a tensor
         self.projection = None
         if vector is not None:
             self.projection = nn.Sequential(nn.Linear(*vector), nn.SiLU(), nn.Linear(vector[1], vector[1]))
 
     def size(self, given: dict[str, Any]) -> tuple[int, int] | None:
-        """Of the latents, where a picture or a map decides it."""
+        """Returns the latents' size (h, w) if an image or a map determines it, otherwise None."""
         sizes = (
             part.size(given[name]) for name, part in self.conditions.items() if hasattr(part, "size") and name in given
         )
         return next(sizes, None)
 
     def forward(self, given: dict[str, Any], count: int, null: bool, encode: Any) -> dict[str, torch.Tensor]:
-        """given: {name: `count` entries}; others are null. null: leave out all that training left out at times."""
+        """given: {name: `count` entries}; other conditions are null. null: make all conditions null, except images and
+        maps that training never left out. Raises ValueError for a missing image or map."""
         outputs = []
         for name, part in self.conditions.items():
             spatial = hasattr(part, "size")

@@ -1,4 +1,4 @@
-"""diffusers' networks with fewer groups in their norms where they are narrow, as ldm_train has them."""
+"""diffusers' networks with ldm_train's norms, which have fewer groups in narrow layers."""
 
 import functools
 from typing import Any
@@ -8,7 +8,8 @@ from torch import nn
 
 
 def set_groups(network: nn.Module) -> None:
-    """At least four channels in a group, at most 32 groups. (diffusers knows one number for all widths.)"""
+    """Sets the groups of all norms: at least four channels in a group, at most 32 groups. (diffusers has one number for
+    all widths.)"""
     for norm in network.modules():
         if isinstance(norm, nn.GroupNorm):
             most = max(1, min(32, norm.num_channels // 4))

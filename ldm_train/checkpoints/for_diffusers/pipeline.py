@@ -1,4 +1,4 @@
-"""Sampling of a model trained with ldm_train, by diffusers alone:
+"""Sampling from a model trained with ldm_train, using only diffusers:
 
 pipeline = DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)
 pipeline(prompt="a red circle", num_inference_steps=20, guidance_scale=3.0).images[0].save("circle.png")
@@ -15,7 +15,7 @@ from diffusers.utils.torch_utils import randn_tensor
 
 
 def as_picture(image: Any) -> torch.Tensor:
-    """A PIL image, a list of them, or a tensor (B, C, H, W) in [-1, 1]."""
+    """Converts a PIL image, a list of them, or a tensor (B, C, H, W) in [-1, 1] to such a tensor."""
     if isinstance(image, list | tuple):
         return torch.cat([as_picture(one) for one in image])
     if isinstance(image, PIL.Image.Image):
@@ -26,14 +26,16 @@ def as_picture(image: Any) -> torch.Tensor:
 
 
 def as_mask(mask: Any) -> torch.Tensor:
-    """A PIL image, white in the hole, a list of them, or a tensor (B, 1, H, W) with 1 in the hole."""
+    """Converts a PIL image, white in the hole, a list of them, or a tensor (B, 1, H, W) with 1 in the hole to such a
+    tensor."""
     if isinstance(mask, list | tuple):
         return torch.cat([as_mask(one) for one in mask])
     return (as_picture(mask.convert("L")) + 1) / 2 if isinstance(mask, PIL.Image.Image) else mask
 
 
 class LatentDiffusionPipeline(DiffusionPipeline):
-    """latents: {"scale", "shift"}: z = latents / scale + shift, per channel. sampling: the usual options of this model."""
+    """The sampling pipeline. latents: {"scale", "shift"} per channel, with z = latents / scale + shift. sampling: the
+    usual options of this model."""
 
     _optional_components = ["vae", "conditioners"]
 
@@ -63,7 +65,7 @@ class LatentDiffusionPipeline(DiffusionPipeline):
     def given(
         self, prompt: Any, class_label: Any, image: Any, mask: Any, segmentation: torch.Tensor | None
     ) -> dict[str, Any]:
-        """The conditions by their names. Raises ValueError for one that this model does not know."""
+        """Returns the conditions by name. Raises ValueError for a condition that this model does not have."""
         given: dict[str, Any] = {}
         for name, value in (("prompt", prompt), ("class_label", class_label)):
             if value is not None:
@@ -97,12 +99,13 @@ class LatentDiffusionPipeline(DiffusionPipeline):
         output_type: str = "pil",
         return_dict: bool = True,
     ) -> Any:
-        """Pictures under the conditions that this model knows. Captions and classes may be left out, pictures and maps not.
+        """Samples images under the conditions that this model has. Captions and classes may be left out, images and
+        maps may not.
 
-        prompt: caption(s). class_label: name(s) or number(s). segmentation: (B, H, W) of whole numbers
-        image: the small picture of a super-resolution model; with `mask` (1 or white in the hole) the one to be filled.
+        prompt: caption(s). class_label: name(s) or index(es). segmentation: (B, H, W) integer labels
+        image: the small image of a super-resolution model; with `mask` (1 or white in the hole) the image to inpaint.
             PIL images, or tensors (B, C, H, W) in [-1, 1]
-        num_images: default one for each entry. latents: the noise to begin with, (B, C, h, w)
+        num_images: by default one for each entry. latents: the initial noise, (B, C, h, w)
         """
         given = self.given(prompt, class_label, image, mask, segmentation)
         count = num_images or max([1, *(len(v[0] if isinstance(v, tuple) else v) for v in given.values())])
@@ -142,7 +145,7 @@ class LatentDiffusionPipeline(DiffusionPipeline):
 
 
 def repeated(value: Any, count: int, name: str) -> Any:
-    """One entry stands for all of them."""
+    """Repeats a single entry `count` times. Raises ValueError for any other number of entries than 1 or `count`."""
     if isinstance(value, tuple):
         return tuple(repeated(v, count, name) for v in value)
     if len(value) not in (1, count):

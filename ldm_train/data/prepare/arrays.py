@@ -1,5 +1,5 @@
-"""Pictures of any number of channels, from .npy and .tif files, as shards hold them: .npy, (H, W, C), uint8 or float32 in
-[-1, 1]."""
+"""Converts images with any number of channels, from .npy and .tif files, to what shards hold: .npy, (H, W, C), uint8
+or float32 in [-1, 1]."""
 
 import io
 import math
@@ -11,16 +11,16 @@ from PIL import Image, ImageOps
 from ldm_train.data.files import DataError, encoded_npy, encoded_png, open_image, optional_package, read_npy
 
 LAYOUTS = ("hwc", "chw")
-MOST_COMPRESSED, LEAST_CLAIM = 2_000, 1 << 25  # ratio (deflate reaches 1,032); bytes that pass unchecked
+MOST_COMPRESSED, LEAST_CLAIM = 2_000, 1 << 25  # ratio (deflate reaches 1,032); bytes that are not checked
 # Modes of single-page TIFFs that image viewers show; TIFFs of other modes are read as arrays.
 VIEWED = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "I;16", "I;16B", "I;16L")
 
 
 def channels_last(array: np.ndarray, layout: str | None, name: str) -> np.ndarray:
-    """(H, W), (H, W, C) or (C, H, W) -> (H, W, C).
+    """Converts (H, W), (H, W, C) or (C, H, W) to (H, W, C).
 
     layout: "hwc" or "chw". None: the channels are the first or the last axis, whichever is at most half as long as both
-    others. Raises ValueError for other shapes, DataError, naming the remedy, where the shape leaves it open.
+    others. Raises ValueError for other shapes; DataError, naming the remedy, if the shape is ambiguous.
     """
     if array.ndim == 2:
         return array[..., None]
@@ -38,10 +38,10 @@ def channels_last(array: np.ndarray, layout: str | None, name: str) -> np.ndarra
 
 
 def in_unit_range(array: np.ndarray, limits: Sequence[float] | None, name: str) -> np.ndarray:
-    """The values as shards hold them. limits: what -1 and 1 stand for, values beyond are clipped. None: uint8 stays, uint16
-    counts by its whole range, floats are in [-1, 1] already.
+    """Converts values to those that shards hold. limits: the values that become -1 and 1; values beyond are clipped.
+    None: uint8 is kept, uint16 is scaled from its whole range, floats must be in [-1, 1].
 
-    Raises ValueError for values that are no numbers, DataError, naming the remedy, where limits are needed.
+    Raises ValueError for values that are not finite numbers; DataError, naming the remedy, if limits are needed.
     """
     if array.dtype.kind not in "uif" or not np.isfinite(array).all():
         raise ValueError(f"an array of {array.dtype} with NaN, inf or no numbers is no picture")
@@ -61,7 +61,8 @@ def in_unit_range(array: np.ndarray, limits: Sequence[float] | None, name: str) 
 
 
 def _bands(data: bytes) -> np.ndarray:
-    """The first series of a TIFF as (H, W, C): its bands and pages are the channels."""
+    """The first series of a TIFF as (H, W, C): its bands and pages are the channels. Raises ValueError if it is
+    unreadable."""
     tifffile = optional_package("tifffile", "TIFFs with several pages or bands need")
     try:
         with tifffile.TiffFile(io.BytesIO(data)) as file:
@@ -80,20 +81,20 @@ def _bands(data: bytes) -> np.ndarray:
 
 
 def _viewed(data: bytes) -> bytes | None:
-    """A single-page TIFF of a mode in VIEWED as PNG, else None."""
+    """Converts a single-page TIFF with a mode in VIEWED to PNG; None for any other file."""
     try:
         with open_image(data) as image:
             if getattr(image, "n_frames", 1) > 1 or image.mode not in VIEWED:
                 return None
             image = ImageOps.exif_transpose(image)
-            written = {"CMYK": "RGB", "PA": "RGBA"}.get(image.mode, image.mode)  # PNGs have neither
+            written = {"CMYK": "RGB", "PA": "RGBA"}.get(image.mode, image.mode)  # PNG supports neither
             return encoded_png(image.convert(written))
-    except Exception:  # more bands than Pillow knows, or damage, which `_bands` names
+    except Exception:  # more bands than Pillow supports, or damage, which `_bands` reports
         return None
 
 
 def reduced_size(size: tuple[int, int], max_size: int | None) -> tuple[int, int] | None:
-    """(width, height) with the short side reduced to `max_size` pixels; None where nothing is to be reduced."""
+    """(width, height) with the short side reduced to `max_size` pixels; None if no reduction is needed."""
     if max_size is None or min(size) <= max_size:
         return None
     factor = max_size / min(size)
@@ -101,7 +102,7 @@ def reduced_size(size: tuple[int, int], max_size: int | None) -> tuple[int, int]
 
 
 def _reduced(array: np.ndarray, max_size: int | None) -> np.ndarray:
-    """(H, W, C) with its short side reduced to `max_size` pixels, each channel by itself."""
+    """The array (H, W, C) with its short side reduced to `max_size` pixels, each channel separately."""
     if (size := reduced_size((array.shape[1], array.shape[0]), max_size)) is None:
         return array
     bands = [Image.fromarray(np.ascontiguousarray(band)) for band in np.moveaxis(array, 2, 0)]
@@ -112,10 +113,10 @@ def _reduced(array: np.ndarray, max_size: int | None) -> np.ndarray:
 def picture_of(
     data: bytes, extension: str, max_size: int | None, layout: str | None, limits: Sequence[float] | None, name: str
 ) -> tuple[str, bytes]:
-    """(extension, bytes) in a shard of a .npy or .tif file: a TIFF that viewers show becomes a PNG (not yet reduced),
-    everything else a .npy.
+    """(extension, bytes) of a .npy or .tif file as shards hold it: a TIFF that viewers can show becomes a PNG (not
+    yet reduced) unless `limits` are given, everything else a .npy.
 
-    Raises ValueError for a file that cannot be read, DataError where an option has to say what it means.
+    Raises ValueError for a file that cannot be read, DataError if an option is needed to interpret it.
     """
     if extension == "npy":
         array = channels_last(read_npy(data), layout, name)

@@ -25,14 +25,14 @@ def _existing(path: Path, origin: str) -> Path:
 
 
 def _inside(x: float, y: float, w: float, h: float) -> list[float]:
-    """A box in unit coordinates, cut at the picture's edges (annotations overshoot by rounding)."""
+    """A box in unit coordinates, clipped to the image's edges (annotations overshoot because of rounding)."""
     left, top = min(max(x, 0.0), 1.0), min(max(y, 0.0), 1.0)
     return [left, top, min(x + w, 1.0) - left, min(y + h, 1.0) - top]
 
 
 class _Boxes(Source):
-    """What COCO and Open Images share: `items[split]` = (key, path below `root`, record), the record being what goes into
-    .json, encoded: a million of them as objects would be gigabytes, in every process."""
+    """What COCO and Open Images share: `items[split]` holds (key, path below `root`, record). The record is the
+    content of the .json, already encoded: a million of them as objects would take gigabytes in every process."""
 
     def __init__(self, root: Path, max_size: int | None, min_objects: int, max_objects: int, min_area: float):
         self.root, self.max_size, self.min_objects, self.max_objects = root, max_size, min_objects, max_objects
@@ -40,14 +40,14 @@ class _Boxes(Source):
         self.items = {"train": [], "val": []}
 
     def _add(self, split: str, key: str, path: Path, boxes: list[list[float]], captions: Sequence[str] = ()) -> None:
-        """Takes a picture with its boxes that are large enough, unless these are too few or too many."""
+        """Adds an image with those of its boxes that are large enough, unless these are too few or too many."""
         large = [b for b in boxes if b[2] > 0 and b[3] > 0 and b[2] * b[3] >= self.min_area]
         if self.min_objects <= len(large) <= self.max_objects:
             record = {"boxes": large} | ({"captions": captions} if captions else {})
             self.items[split].append((key, str(path.relative_to(self.root)), json.dumps(record).encode()))
 
     def _settle(self, name: str, path: str) -> None:
-        """Sorts what was added and sets `identity`. Raises DataError where a split is empty."""
+        """Sorts what was added and sets `identity`. Raises DataError if a split is empty."""
         for split, items in self.items.items():
             items.sort(key=lambda item: item[0])
             if not items:
@@ -68,9 +68,12 @@ class _Boxes(Source):
 
 
 class COCO(_Boxes):
-    """path: folder with train2017/, val2017/ and annotations/ (instances, and where present stuff and captions).
+    """COCO images with labelled boxes and captions.
 
-    A box's label is its category id - 1, of 183 labels: things 0..90, stuff 91..181, "other" 182. crowds: also take
+    path: folder with train2017/, val2017/ and annotations/ (instances, stuff unless `stuff` is false, captions if
+    present).
+
+    A box's label is its category id - 1, of 183 labels: things 0..90, stuff 91..181, "other" 182. crowds: also use
     boxes of crowds. Raises FileNotFoundError naming what to download.
     """
 
@@ -118,11 +121,14 @@ class COCO(_Boxes):
 
 
 class OpenImagesBoxes(_Boxes):
-    """path: folder with the images in train/ and validation/, the box tables of Open Images V7 (
-    oidv6-train-annotations-bbox.csv, validation-annotations-bbox.csv) and class-descriptions-boxable.csv.
+    """Open Images with labelled boxes.
 
-    Labels are the rows of the class descriptions. groups, depictions: also take boxes around groups, and of drawings.
-    Defaults for numbers and sizes follow the layout models of VQGAN: 2 to 30 objects of at least 1e-5 of the picture.
+    path: folder with the images in train/ and validation/, the box tables of Open Images V7
+    (oidv6-train-annotations-bbox.csv, validation-annotations-bbox.csv) and class-descriptions-boxable.csv.
+
+    A label is the row number in the class descriptions. groups, depictions: also use boxes around groups, and of
+    drawings.
+    The default limits follow the layout models of VQGAN: 2 to 30 objects of at least 1e-5 of the image's area each.
     """
 
     def __init__(
@@ -167,7 +173,8 @@ class OpenImagesBoxes(_Boxes):
 
     @staticmethod
     def _by_image(path: Path) -> Iterator[tuple[str, list[dict[str, str]]]]:
-        """(image id, its rows): the tables are sorted by image, and too long to hold."""
+        """Yields (image id, its rows): the tables are sorted by image, and too long to hold in memory. Raises
+        DataError if not sorted."""
         with open(path, newline="", encoding="utf-8") as file:
             seen: set[str] = set()
             for number, rows in groupby(csv.DictReader(file), itemgetter("ImageID")):

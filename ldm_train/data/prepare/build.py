@@ -1,4 +1,4 @@
-"""From a source to a folder of shards: in several processes, resumable, index last."""
+"""Turns a source into a folder of shards: in several processes, resumable, with the index written last."""
 
 import hashlib
 import json
@@ -17,12 +17,12 @@ from ldm_train.data.shards import ENTRIES, INDEX, DataError, shard_name
 
 
 class Source:
-    """Samples by number. A source is picklable and deterministic, so that any process can write any shard. One of your own
-    need not be a subclass.
+    """Samples by number. A source is picklable and deterministic, so that any process can write any shard. The
+    user's own source need not be a subclass.
 
     classes: names of the class indices, or None. identity: what the samples depend on, JSON-able.
-    items: what `splits` counts and `sample` makes samples of.
-    A source may also have `report(out)`, which writes what there is to say of all samples into the folder of shards.
+    items: per split, the items that `splits` counts and `sample` makes samples from.
+    A source may also have `report(out)`, which writes a report on all samples into the folder of shards.
     """
 
     classes: list[str] | None = None
@@ -34,17 +34,18 @@ class Source:
         return {split: len(items) for split, items in self.items.items()}
 
     def sample(self, split: str, i: int) -> tuple[str, dict[str, bytes]]:
-        """(key, {extension: bytes}). Raises OSError or ValueError for a sample that cannot be read; where the error has
-        `passing = True`, and so have most of a shard's, the shard is not written.
+        """(key, {extension: bytes}). Raises OSError or ValueError for a sample that cannot be read; if most samples
+        of a shard fail with errors that have `passing = True`, the shard is not written.
 
-        A source that is slow one by one may also have `samples(split, chunk)`: an iterator of the same in order, with
-        the exception in the place of a sample that cannot be read.
+        A source for which single samples are slow may also have `samples(split, chunk)`: an iterator of the same in
+        order, with the exception instead of a sample that cannot be read.
         """
         raise NotImplementedError
 
 
 def class_and_captions(label: int | None = None, captions: Sequence[str] = ()) -> dict[str, bytes]:
-    """The members of a sample that say what it shows: .cls, .txt (the first caption), .json (where there are several)."""
+    """The members that say what a sample shows: .cls, .txt (the first caption), .json (if there are several
+    captions)."""
     members = {} if label is None else {"cls": str(label).encode()}
     if captions:
         members["txt"] = captions[0].encode()
@@ -54,18 +55,20 @@ def class_and_captions(label: int | None = None, captions: Sequence[str] = ()) -
 
 
 def digest(items: object) -> str:
-    """A short hash of anything JSON-able, to tell sources apart by what they hold."""
+    """A short hash of anything JSON-able, to tell sources with different content apart."""
     return hashlib.sha256(json.dumps(items).encode()).hexdigest()[:16]
 
 
 def in_validation(key: str, fraction: float) -> bool:
-    """Whether a sample belongs to validation: a function of its key alone, so that new files do not move old ones."""
+    """Returns True if a sample belongs to validation. This depends on its key alone, so that new files do not move
+    old ones."""
     return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "little") < fraction * 2**64
 
 
 def _checked_picture(fields: dict[str, bytes]) -> dict[str, Any]:
-    """Reads a sample's picture whole: a truncated file must not reach training. Returns its "size" (width, height), and of a
-    .npy its "channels", "least" and "largest" value in [-1, 1]; {} where it has none."""
+    """Reads a sample's image completely, because a truncated file must not reach training. Returns its "size"
+    (width, height) and, for a .npy, its "channels" and its "least" and "largest" value in [-1, 1]; {} if there is no
+    image."""
     extension = next((e for e in IMAGE_EXTENSIONS if e in fields), None)
     if extension is None:
         return {}
@@ -81,8 +84,8 @@ def _checked_picture(fields: dict[str, bytes]) -> dict[str, Any]:
 
 
 def _write(source: Source, out: Folder, name: str, split: str, chunk: range) -> dict:
-    """Writes one shard and the entry that marks it as complete. Returns its entry with skipped samples and image sizes, of .npy
-    pictures also the numbers of channels and the least and largest value."""
+    """Writes one shard and the entry that marks it as complete. Returns the entry with skipped samples and image
+    sizes, for .npy images also the numbers of channels and the smallest and largest value."""
     pictures, skipped, passing = [], [], []
     together = source.samples(split, chunk) if hasattr(source, "samples") else None
 
@@ -95,9 +98,9 @@ def _write(source: Source, out: Folder, name: str, split: str, chunk: range) -> 
                     raise made
                 key, fields = made
                 picture = _checked_picture(fields)
-                key.encode()  # a file's name need not be text
+                key.encode()  # raises ValueError: a file's name need not be valid text
                 check_fields(fields, len(source.classes) if source.classes else None)
-            except DataError:  # an option is missing, no picture damaged
+            except DataError:  # an option is missing; no image is damaged
                 raise
             except (OSError, ValueError) as error:
                 skipped.append(f"{split} {key}: {error}")
@@ -106,7 +109,7 @@ def _write(source: Source, out: Folder, name: str, split: str, chunk: range) -> 
                 continue
             pictures.append(picture)
             yield key, fields
-        if len(passing) > max(1, len(chunk) // 2):  # raised here, the shard is not written
+        if len(passing) > max(1, len(chunk) // 2):  # raised inside this generator, so the shard is not written
             raise DataError(
                 f"{len(passing)} of {len(chunk)} samples failed for reasons that may pass, the last: {passing[-1]}; see to "
                 "the network and run the same command to continue"
@@ -123,9 +126,10 @@ def _write(source: Source, out: Folder, name: str, split: str, chunk: range) -> 
 
 
 def build(source: Source, out: str | Path, per_shard: int = 1000, workers: int = 1, engine: str | None = None) -> dict:
-    """Writes every split of `source` into `out`, a folder or an s3, gs or hf address, and returns the index. Run again after an
-    interruption, it continues. With engine "ray" the `workers` are processes of a Ray cluster, whose machines share `out` and what
-    the source reads. Raises DataError if `out` holds data prepared otherwise, or a split would be empty."""
+    """Writes every split of `source` into `out`, a folder or an s3, gs or hf address, and returns the index. After
+    an interruption, running it again continues. With engine "ray", the `workers` are processes of a Ray cluster,
+    whose machines share `out` and the files that the source reads. Raises DataError if `out` holds data prepared
+    differently, or a split would be empty."""
     place = target(out)
     counts = source.splits()
     if min(counts.values()) == 0 or "train" not in counts:
@@ -166,7 +170,7 @@ def build(source: Source, out: str | Path, per_shard: int = 1000, workers: int =
 def _written(
     source: Source, out: Folder, tasks: dict[str, tuple[str, range]], workers: int, engine: str | None
 ) -> Iterator[tuple[str, dict]]:
-    """Writes shards, in several processes if asked; yields (name, entry) of each when it is finished."""
+    """Writes shards, in several processes if requested; yields (name, entry) of each when it is finished."""
     if workers <= 1 and engine is None:
         for name, task in tasks.items():
             yield name, _write(source, out, name, *task)
@@ -179,14 +183,15 @@ def _written(
 
 
 def _is_complete(entry: dict) -> bool:
-    """Whether a shard's entry also has the image sizes and other values that the index is made from."""
+    """Returns True if a shard's entry also has the skipped samples and valid image sizes, which the index is made
+    from."""
     sides = [side for pair in entry.get("image_size", ()) for side in pair]
     return isinstance(entry.get("skipped"), list) and all(isinstance(side, int) for side in sides)
 
 
 def write_index(out: str | Path | Folder, shards: list[tuple[str, dict]], classes: list[str] | None) -> dict:
-    """Writes index.json from (split, entry) pairs and lists skipped samples in skipped.txt. Raises DataError where a split
-    holds no sample."""
+    """Writes index.json from (split, entry) pairs and lists skipped samples in skipped.txt. Raises DataError if a
+    split has no sample."""
     out = target(out)
     splits: dict[str, dict] = {}
     skipped, smallest, largest, values = [], [], [], []

@@ -17,7 +17,10 @@ RECORD = 1 + 3 * 32 * 32  # label, then the planes of a 32x32 image
 
 
 class CIFAR10(Source):
-    """path: a local cifar-10-binary.tar.gz, or the folder with its .bin files; None downloads the archive to `cache`."""
+    """The CIFAR-10 images with their classes as labels and captions.
+
+    path: a local cifar-10-binary.tar.gz, or the folder with its .bin files; None downloads the archive to `cache`.
+    """
 
     classes: list[str] | None = CLASSES
 

@@ -13,7 +13,8 @@ from tqdm import tqdm
 def download(url: str, path: str | Path, md5: str, timeout: float = 30.0) -> Path:
     """The file at `path`, fetched from `url` if absent; an interrupted download continues where it stopped.
 
-    Raises ConnectionError without a network or when it breaks, ValueError for a wrong checksum; both name the file and the remedy.
+    Raises ConnectionError if there is no network or the connection breaks, ValueError for a wrong checksum; both name
+    the file and the remedy.
     """
     path = Path(path)
     if path.is_file():
@@ -32,7 +33,7 @@ def download(url: str, path: str | Path, md5: str, timeout: float = 30.0) -> Pat
                 while block := response.read(1 << 20):
                     file.write(block)
                     bar.update(len(block))
-        if partial.stat().st_size < total:  # urllib takes a dropped connection for the end
+        if partial.stat().st_size < total:  # urllib takes a dropped connection for the end of the file
             raise ConnectionError(f"the connection broke at {partial.stat().st_size} of {total} bytes")
     except urllib.error.HTTPError as error:
         if error.code != 416:  # 416: the partial file is already whole
@@ -49,7 +50,7 @@ def download(url: str, path: str | Path, md5: str, timeout: float = 30.0) -> Pat
 
 
 def check_md5(path: Path, md5: str) -> None:
-    """Raises ValueError, naming the file and the remedy, where the checksum differs."""
+    """Raises ValueError, naming the file and the remedy, if the checksum differs."""
     with open(path, "rb") as file:
         actual = hashlib.file_digest(file, "md5").hexdigest()
     if actual != md5:

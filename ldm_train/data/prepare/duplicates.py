@@ -1,4 +1,5 @@
-"""Shards without near duplicates: pictures that show the same, whatever their size, format and compression, once."""
+"""Shards without near duplicates: keeps one of the images that show the same, whatever their size, format and
+compression."""
 
 import csv
 import io
@@ -29,28 +30,29 @@ from ldm_train.storage import write_atomically
 BITS, SIDE = 64, 16
 PRINT = np.dtype([("hash", "<u8"), ("pixels", "<u8"), ("thumbnail", "u1", (SIDE, SIDE, 3))])
 MOST_DIFFERENT_BITS = 10
-# Of small things on an even ground the hashes and the difference may be alike, though the things are not. Of CIFAR-10's pairs within
-# the other limits two correlate by 0.58 and 0.63, all others, which show the same, by 0.86 at least.
+# Small objects on a uniform background may have similar hashes and thumbnails although they differ. Of CIFAR-10's pairs
+# within the other limits, two correlate by 0.58 and 0.63; all others, which do show the same, by at least 0.86.
 LEAST_CORRELATION = 0.8
-NOISE = 2.0  # of 255: deviations that even pictures may have from each other
-SHOWN = 12  # pairs
-_PLAIN = str.maketrans("/.", "__")  # what names of samples in new shards may not have
+NOISE = 2.0  # of 255: deviations that uniform images may have from each other
+SHOWN = 12  # pairs in duplicates.png
+_PLAIN = str.maketrans("/.", "__")  # characters that keys in new shards may not contain
 
 # Rows of the discrete cosine transform of 32 samples (type 2): the 8 lowest frequencies.
 _COSINES = np.cos(np.pi / 32 * np.arange(8)[:, None] * (np.arange(32) + 0.5))
 
 
 def perceptual_hash(image: Image.Image) -> int:
-    """64 bits of a grey picture: which of its 8 x 8 lowest frequencies, of a 32 x 32 reduction, lie above their median
+    """64 bits of a grey image: which of the 8 x 8 lowest frequencies of its 32 x 32 reduction lie above their median
     (pHash, Zauner 2010, "Implementation and Benchmarking of Perceptual Image Hash Functions", section 3.2.1)."""
     grey = np.asarray(image.convert("L").resize((32, 32), Image.Resampling.LANCZOS), np.float64)
-    frequencies = (_COSINES @ grey @ _COSINES.T).round(6)  # of an even picture all but one are 0, not 1e-13
+    frequencies = (_COSINES @ grey @ _COSINES.T).round(6)  # for uniform images all but one become 0, not 1e-13
     return int(np.packbits(frequencies > np.median(frequencies)).view(">u8")[0])
 
 
 def _read_picture(extension: str, data: bytes, side: int | None = None) -> tuple[Image.Image, int]:
-    """(an encoded picture as it is shown, its pixels). Of a .npy of other than three channels the first, middle and last. side: a
-    JPEG is decoded no larger than needed for it. Raises OSError or ValueError where it cannot be read."""
+    """(an encoded image as a viewer shows it, its number of pixels). For a .npy: its first, middle and last channel
+    as RGB. side: a JPEG is decoded no larger than needed for this size. Raises OSError or ValueError if it cannot be
+    read."""
     if extension == "npy":
         array = array_of(data)
         if array.dtype != np.uint8:
@@ -66,8 +68,8 @@ def _read_picture(extension: str, data: bytes, side: int | None = None) -> tuple
 
 
 def fingerprint(extension: str, data: bytes) -> tuple[int, int, np.ndarray]:
-    """(perceptual hash, pixels, thumbnail (16, 16, 3) uint8) of an encoded picture. Raises OSError or ValueError where it cannot be
-    read."""
+    """(perceptual hash, number of pixels, thumbnail (16, 16, 3) uint8) of an encoded image. Raises OSError or
+    ValueError if it cannot be read."""
     image, pixels = _read_picture(extension, data, 128)
     return perceptual_hash(image), pixels, _thumbnail(image)
 
@@ -77,10 +79,11 @@ def _thumbnail(image: Image.Image) -> np.ndarray:
 
 
 def pairs_within(hashes: np.ndarray, distance: int) -> np.ndarray:
-    """All pairs of different 64-bit hashes (N,) that differ in at most so many bits: (M, 2) rows, the lower first.
+    """All pairs of different 64-bit hashes (N,) that differ in at most `distance` bits: (M, 2) indices, the lower
+    one first.
 
-    Of distance + 3 groups of bits three are equal in such a pair, whichever they are: the hashes are sorted by every three
-    groups, and those that are equal in them compared.
+    With the bits split into distance + 3 groups, at least three groups are equal in such a pair: so the hashes are
+    sorted by every three groups, and those that are equal in them are compared.
     """
     pairs = [np.empty((0, 2), np.int64)]
     groups = [sum(1 << int(bit) for bit in bits) for bits in np.array_split(np.arange(BITS), distance + 3)]
@@ -89,7 +92,7 @@ def pairs_within(hashes: np.ndarray, distance: int) -> np.ndarray:
         order = np.argsort(keys, kind="stable")
         keys, sorted_hashes = keys[order], hashes[order]
         places = np.arange(len(hashes))
-        for step in itertools.count(1):  # neighbours, then those two apart, ... as long as they share the bits
+        for step in itertools.count(1):  # neighbours, then those two apart, ... while they share the bits
             places = places[: np.searchsorted(places, len(hashes) - step)]
             places = places[keys[places] == keys[places + step]]
             if not len(places):
@@ -107,10 +110,11 @@ def duplicates_among(
     difference: float,
     similar: Callable[[int, int], bool] = lambda row, other: True,
 ) -> dict[int, tuple[int, float]]:
-    """{row: (row of the picture it repeats, difference)} of pictures in the order of preference: of two that are alike the
-    first stays. Alike are hashes that differ in at most `distance` bits, with thumbnails, (n, 16, 16, 3) for n rows, whose
-    root mean square difference is at most `difference` (of 255) and which correlate, each channel without its mean, by 0.8; and that
-    are `similar`, which is asked last."""
+    """{row: (row of the image it repeats, difference)} for images in order of preference: of two that are alike, the
+    first is kept. Two images are alike if their hashes differ in at most `distance` bits, the root mean square
+    difference of their thumbnails, (n, 16, 16, 3) for n rows, is at most `difference` (of 255), the thumbnails
+    correlate by at least 0.8 after each channel's mean is subtracted, and `similar`, which is called last, returns
+    True."""
     dropped: dict[int, tuple[int, float]] = {}
 
     def drop_those_like(row: int, rows: np.ndarray) -> np.ndarray:
@@ -124,10 +128,10 @@ def duplicates_among(
         dropped.update((int(r), (row, float(d))) for r, d in zip(rows[alike], differences[alike]))
         return rows[~alike]
 
-    # First among equal hashes, of which there may be many; then among those that stay, between hashes that differ.
+    # First among equal hashes, of which there may be many; then among those that are kept, between different hashes.
     different, first, which, counts = np.unique(hashes, return_index=True, return_inverse=True, return_counts=True)
     order, ends = np.argsort(which, kind="stable"), np.cumsum(counts)
-    several: dict[int, list[int]] = {}  # {number of a hash: its rows that stay}, where more than one row has it
+    several: dict[int, list[int]] = {}  # {number of a hash: its rows that are kept}, if more than one row has it
     for number in np.flatnonzero(counts > 1).tolist():
         rows, kept = order[ends[number] - counts[number] : ends[number]], []
         while len(rows):
@@ -138,7 +142,7 @@ def duplicates_among(
     def staying(number: int) -> list[int]:
         return several.get(number) or [int(first[number])]
 
-    later: dict[int, list[int]] = {}  # {row: those after it whose hashes are near}
+    later: dict[int, list[int]] = {}  # {row: later rows whose hashes are near}
     for a, b in pairs_within(different, distance).tolist():
         for one, other in itertools.product(staying(a), staying(b)):
             later.setdefault(min(one, other), []).append(max(one, other))
@@ -152,11 +156,12 @@ def _picture(shards: IndexedShards, i: int) -> tuple[str, bytes] | None:
     return next(((e, data) for e in IMAGE_EXTENSIONS if (data := shards.members(i, (e,)).get(e))), None)
 
 
-_open: dict[tuple[str, str], IndexedShards] = {}  # in a process that looks at pictures
+_open: dict[tuple[str, str], IndexedShards] = {}  # by (path, split), in a process that makes fingerprints
 
 
 def _fingerprint_shard(path: str, split: str, rows: range, target: Path) -> int:
-    """Writes the fingerprints of one shard's samples; of those without a picture that can be read `pixels` is 0."""
+    """Writes the fingerprints of one shard's samples to `target` and returns their number; samples without a
+    readable image get `pixels` 0."""
     if (path, split) not in _open:
         _open[path, split] = IndexedShards(path, split)
     shards = _open[path, split]
@@ -172,7 +177,7 @@ def _fingerprint_shard(path: str, split: str, rows: range, target: Path) -> int:
 
 
 def _read_prints(files: list[tuple[Path, int]], number: int) -> np.ndarray:
-    """Those of one shard, mapped. Raises DataError for a file that holds something else."""
+    """The fingerprints of one shard, memory-mapped. Raises DataError if the file holds something else."""
     file, count = files[number]
     try:
         prints = np.load(file, mmap_mode="r", allow_pickle=False)
@@ -184,15 +189,16 @@ def _read_prints(files: list[tuple[Path, int]], number: int) -> np.ndarray:
 
 
 class WithoutDuplicates(Source):
-    """The samples of a folder of shards but for near duplicates. Of pictures that are alike the one with the most pixels stays;
-    of training and other pictures that are alike, the training picture, so that no split holds what another has.
+    """The samples of a folder of shards without near duplicates. Of images that are alike, the one with the most
+    pixels is kept; a training image takes precedence over those of other splits, so that no split holds what another
+    has.
 
-    path: a folder with an index and shards. out: where the new shards go; beside them duplicates.csv and duplicates.png say what
-    was left out, the least alike first. distance: bits of 64 in which the perceptual hashes of near duplicates differ at most.
-    difference: root mean square difference of their thumbnails, of 255. features: what makes a picture (1, 3, H, W) in [-1, 1]
-    features (1, D), such as a `metrics.features` extractor: only pictures whose features have a cosine of at least `similarity`
-    are alike then. workers: processes.
-    Raises DataError for shards that lie elsewhere, ValueError for impossible options.
+    path: a folder with an index and shards. out: the folder for the new shards; duplicates.csv and duplicates.png
+    beside them show what was left out, least alike first. distance: in how many of 64 bits the perceptual hashes of
+    near duplicates may differ. difference: largest root mean square difference of their thumbnails, of 255. features:
+    maps an image (1, 3, H, W) in [-1, 1] to features (1, D), e.g. a `metrics.features` extractor; if given, only images
+    whose features have a cosine similarity of at least `similarity` are alike. workers: number of processes.
+    Raises DataError for remote shards or an unsuitable `out`, ValueError for impossible options.
     """
 
     def __init__(
@@ -226,7 +232,7 @@ class WithoutDuplicates(Source):
         if afar := [e["file"] for part in entries.values() for e in part if is_remote(e["file"])]:
             raise DataError(f"{afar[0]} lies elsewhere; near duplicates are looked for among shards on this machine")
         self.path, self.classes = str(path), index.get("classes")
-        # Training first: of what two splits share, its picture stays.
+        # Training first: it keeps the images that two splits share.
         self._splits = sorted(entries, key=lambda split: split != "train")
         self._counts = [sum(entry["count"] for entry in entries[split]) for split in self._splits]
         self._opened: dict[str, IndexedShards] = {}
@@ -252,11 +258,11 @@ class WithoutDuplicates(Source):
 
     @property
     def _first(self) -> list[int]:
-        """The row of each split's first sample, where all are numbered together."""
+        """The row of each split's first sample when the samples of all splits are numbered together."""
         return [0, *itertools.accumulate(self._counts)][:-1]
 
     def _fingerprinted(self, entries: dict[str, list[dict]], folder: Path, workers: int) -> list[tuple[Path, int]]:
-        """The files of fingerprints of all shards in their order, with their numbers of samples, made where they are missing."""
+        """The fingerprint files of all shards, in order, each with its number of samples; missing ones are made."""
         files, tasks = [], []
         for split in self._splits:
             first = 0
@@ -280,7 +286,7 @@ class WithoutDuplicates(Source):
         return files
 
     def _features(self, extractor: Callable[[torch.Tensor], torch.Tensor], row: int) -> torch.Tensor:
-        """Those of one sample's picture, (D,) of length 1."""
+        """The features of one sample's image, (D,), normalized to length 1."""
         pixels = torch.from_numpy(np.array(self._picture(row).convert("RGB"))).movedim(-1, 0)[None]
         with torch.no_grad():
             return functional.normalize(extractor(from_uint8(pixels)).float().flatten(), dim=0)
@@ -292,7 +298,8 @@ class WithoutDuplicates(Source):
         difference: float,
         similar: Callable[[int, int], bool] | None = None,
     ) -> dict[int, tuple[int, float, int]]:
-        """{row: (row it repeats, difference, bits)}, rows of all splits together."""
+        """{row: (row it repeats, thumbnail difference, differing bits)}; rows number the samples of all splits
+        together."""
         prints = Recent(partial(_read_prints, files), MOST_OPEN)
         hashes, pixels = np.empty((2, sum(self._counts)), np.uint64)
         first = [0]
@@ -315,7 +322,8 @@ class WithoutDuplicates(Source):
         return {a: (b, apart, int(np.bitwise_count(hashes[a] ^ hashes[b]))) for a, (b, apart) in pairs.items()}
 
     def report(self, out: Path) -> None:
-        """duplicates.csv: every picture that was left out; duplicates.png: the least alike pairs, for a look at the limits."""
+        """Writes duplicates.csv, every image that was left out, and duplicates.png, the least alike pairs, for
+        judging the limits."""
         dropped = self._dropped
         ordered = sorted(dropped, key=lambda row: (-dropped[row][1], row))
 
@@ -358,8 +366,8 @@ class WithoutDuplicates(Source):
         return self.__dict__ | {"_opened": {}, "_dropped": {}}
 
     def samples(self, split: str, chunk: range) -> Iterator[tuple[str, dict[str, bytes]]]:
-        """The samples of a new shard, with the names they had, without folders; where two are the same, the second has its number
-        behind it."""
+        """The samples of a new shard, with their old names, in which slashes and dots become "_"; if two names are
+        equal, the second gets its sample number appended."""
         shards, seen = self._shards(split), set()
         for i in self.items[split][chunk.start : chunk.stop].tolist():
             key = shards.key(i).translate(_PLAIN)

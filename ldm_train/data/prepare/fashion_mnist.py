@@ -22,7 +22,7 @@ CLASSES = ["t-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt",
 
 
 def read_idx(path: Path) -> np.ndarray:
-    """An IDX file of unsigned bytes, plain or gzipped. Raises ValueError if it is none or is cut short."""
+    """Reads an IDX file of unsigned bytes, plain or gzipped. Raises ValueError if it is not one or is truncated."""
     data = path.read_bytes()
     if path.suffix == ".gz":
         try:
@@ -39,7 +39,10 @@ def read_idx(path: Path) -> np.ndarray:
 
 
 class FashionMNIST(Source):
-    """path: a folder with the four IDX files (gzipped or not); None downloads them to `cache`."""
+    """The Fashion-MNIST images with their classes as labels and captions.
+
+    path: a folder with the four IDX files (gzipped or not); None downloads them to `cache`.
+    """
 
     classes: list[str] | None = CLASSES
 

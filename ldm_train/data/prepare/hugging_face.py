@@ -1,4 +1,4 @@
-"""Data sets of the Hugging Face hub, or saved by its library."""
+"""Data sets from the Hugging Face hub, or saved by its library."""
 
 from pathlib import Path
 from typing import Any
@@ -10,12 +10,14 @@ from ldm_train.data.shards import DataError
 
 
 class HuggingFace(Source):
-    """path: a name on the hub, a folder written by `save_to_disk`, or anything `datasets.load_dataset` reads.
+    """A data set from the Hugging Face hub, or saved by its library.
 
-    image_column, caption_column (one text or several), class_column: as the data set calls them; null for none.
-    train_split, val_split: of the data set; without the latter val_fraction of the former. name: its configuration.
-    max_size: as for ImageFolder.
-    Raises FileNotFoundError where it cannot be loaded, DataError naming the columns there are.
+    path: a name on the hub, a folder written by `save_to_disk`, or anything `datasets.load_dataset` reads.
+
+    image_column, caption_column (one text or several), class_column: the data set's column names; null for none.
+    train_split, val_split: the data set's split names; without val_split, val_fraction of the training split is used.
+    name: the data set's configuration. max_size: as for ImageFolder.
+    Raises FileNotFoundError if it cannot be loaded, DataError naming the splits or columns there are.
     """
 
     def __init__(
@@ -49,7 +51,7 @@ class HuggingFace(Source):
         if self.by_name:
             self.classes = sorted({str(v) for v in data[train_split][class_column]})
         rows = range(len(data[train_split]))
-        self.parts = {"train": train_split, "val": val_split or train_split}  # where the rows of `items` are
+        self.parts = {"train": train_split, "val": val_split or train_split}  # splits that `items` has rows of
         if val_split:
             self.items = {"train": rows, "val": range(len(data[val_split]))}
         else:
@@ -103,9 +105,9 @@ class HuggingFace(Source):
         return key, fields
 
     def _encoded(self, data: bytes, key: str) -> tuple[str, bytes]:
-        """(extension, bytes) of a picture as shards hold it."""
+        """(extension, bytes) of an image as shards hold it."""
         with open_image(data) as image:
             kind = (image.format or "").lower()
-            if kind not in ("jpeg", "png", "webp"):  # TIFF and the like
+            if kind not in ("jpeg", "png", "webp"):  # e.g. TIFF
                 data, kind = encoded_png(image), "png"
         return reduced(data, "jpg" if kind == "jpeg" else kind, self.max_size, key)

@@ -1,4 +1,4 @@
-"""A folder of images, with folders as classes and .txt files beside the images as captions."""
+"""A folder of images, with subfolders as classes and .txt files beside the images as captions."""
 
 import io
 import math
@@ -18,10 +18,10 @@ EXTENSIONS = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}
 def image_bytes(
     path: Path, max_size: int | None, layout: str | None = None, limits: Sequence[float] | None = None
 ) -> tuple[str, bytes]:
-    """(extension, bytes) of an image file, as it is, or with its short side reduced to `max_size` pixels; of .npy and .tif
-    files as shards hold them (layout, limits: see `arrays`).
+    """(extension, bytes) of an image file, unchanged or with its short side reduced to `max_size` pixels; .npy and
+    .tif files are converted to what shards hold (layout, limits: see `arrays`).
 
-    Reduced images become JPEG (quality 95) if they were, PNG otherwise. Raises OSError or ValueError naming the file.
+    Reduced JPEGs stay JPEG (quality 95), other reduced images become PNG. Raises OSError or ValueError naming the file.
     """
     data, extension = path.read_bytes(), path.suffix.lower().lstrip(".")
     if path.suffix.lower() in ARRAYS:
@@ -35,7 +35,7 @@ def image_bytes(
 
 
 def reduced(data: bytes, extension: str, max_size: int | None, name: str) -> tuple[str, bytes]:
-    """As `image_bytes`, of an encoded image that errors shall call `name`."""
+    """Like `image_bytes`, for an encoded image; errors call it `name`."""
     if max_size is None:
         return extension, data
     try:
@@ -43,7 +43,7 @@ def reduced(data: bytes, extension: str, max_size: int | None, name: str) -> tup
             if min(image.size) <= max_size:
                 return extension, data
             image = ImageOps.exif_transpose(image)
-            if image.mode in ("1", "P"):  # which cannot be interpolated
+            if image.mode in ("1", "P"):  # these modes cannot be interpolated
                 image = image.convert("RGBA" if "transparency" in image.info else "RGB")
             image = image.resize(arrays.reduced_size(image.size, max_size), Image.Resampling.LANCZOS)
             if extension not in ("jpg", "jpeg"):
@@ -56,7 +56,7 @@ def reduced(data: bytes, extension: str, max_size: int | None, name: str) -> tup
 
 
 def check_count(where: str, count: int, expected: int | None) -> None:
-    """Raises DataError where a data set of known size has another number of images."""
+    """Raises DataError if a data set of known size has another number of images."""
     if expected is not None and count != expected:
         raise DataError(
             f"{where} has {count} images, the data set as published {expected}; complete the download, or take what there "
@@ -65,7 +65,7 @@ def check_count(where: str, count: int, expected: int | None) -> None:
 
 
 def _folders(root: Path) -> dict[str | None, Path]:
-    """The folders of the splits below `root`; {None: the folder of all images} where they are not split."""
+    """The folders of the splits below `root`; {None: the folder of all images} if there are no splits."""
     inner = [p for p in root.iterdir() if not p.name.startswith(".")]
     if len(inner) == 1 and (inner[0] / "train").is_dir() and (inner[0] / "val").is_dir():
         root = inner[0]  # the archive has one top folder
@@ -77,7 +77,8 @@ def _folders(root: Path) -> dict[str | None, Path]:
 
 
 def _files(folders: dict[str | None, Path]) -> list[tuple[str | None, Path, Path]]:
-    """(split, path below its folder, path) of all pictures. Prints how many files beside pictures are left out."""
+    """(split, path relative to its split's folder, path) of all images. Prints how many files beside images are left
+    out."""
     files, beside = [], []
     for split, folder in folders.items():
         known = [p for p in folder.rglob("*") if p.suffix.lower() in EXTENSIONS | ARRAYS and not p.name.startswith(".")]
@@ -90,7 +91,7 @@ def _files(folders: dict[str | None, Path]) -> list[tuple[str | None, Path, Path
 
 
 def _classes(files: Sequence[tuple[str | None, Path, Path]]) -> list[str] | None:
-    """The names of the folders that hold all files; None, and said why, where some lie outside of folders."""
+    """The names of the top-level subfolders if all files lie in them; None if some do not, which is printed."""
     names = sorted({relative.parts[0] for _, relative, _ in files if len(relative.parts) > 1})
     outside = [path for _, relative, path in files if len(relative.parts) == 1]
     if names and outside:
@@ -99,15 +100,18 @@ def _classes(files: Sequence[tuple[str | None, Path, Path]]) -> list[str] | None
 
 
 class ImageFolder(Source):
-    """path: a folder; its subfolders are classes (nested ones belong to their topmost folder). Subfolders named train
-    and val (or validation, test) are splits. val_fraction: of the images, where there is no validation folder; 0: no val split.
-    max_size: reduce the short side to so many pixels. labels: false for folders that mean nothing.
-    expect: the number of images of a data set of known size (None: any).
-    layout, range: of .npy and .tif files, see `arrays.channels_last` and `arrays.in_unit_range`. Such a file beside a picture
-    of its name is left out (see `pictures_among`). caption: of images without a .txt beside them.
+    """Images from a folder, with classes and captions if it has any.
 
-    Raises FileNotFoundError where there is no folder or no image, DataError where two files would get one key or the
-    number of images is not the expected one, ValueError for a layout or range that is none.
+    path: a folder; its subfolders are classes (nested ones belong to their topmost folder). Subfolders named
+    train and val (or validation, valid, test) are splits. val_fraction: of the images, if there is no validation
+    folder; 0: no val split.
+    max_size: reduce the short side to so many pixels. labels: false if the subfolders are not classes.
+    expect: the number of images of a data set of known size (None: any).
+    layout, range: for .npy and .tif files, see `arrays.channels_last` and `arrays.in_unit_range`. Such a file beside an
+    image of the same name is left out (see `pictures_among`). caption: for images without a .txt beside them.
+
+    Raises FileNotFoundError if there is no folder or no image, DataError if two files would get one key or the number
+    of images is not the expected one, ValueError for an invalid layout or range.
     """
 
     def __init__(

@@ -13,12 +13,14 @@ EXPECTED = {"train": 1_281_167, "val": 50_000}
 
 
 class ImageNet(ImageFolder):
-    """path: folder with ILSVRC2012_img_train.tar, ILSVRC2012_img_val.tar and ILSVRC2012_devkit_t12.tar.gz, which are
-    unpacked there once (checksums by torchvision), or with the unpacked train/ and val/, a folder per synset.
+    """The ImageNet-1k images with their classes.
 
-    Class i is the i-th synset in alphabetical order, as everywhere. max_size: as for ImageFolder.
-    expect: {split: number}, None for no check. Raises FileNotFoundError where an archive is missing, DataError for an
-    unexpected number of images.
+    path: folder with ILSVRC2012_img_train.tar, ILSVRC2012_img_val.tar and ILSVRC2012_devkit_t12.tar.gz, which are
+    unpacked there once (torchvision checks the checksums), or with the unpacked train/ and val/, one folder per synset.
+
+    Class i is the i-th synset in alphabetical order, as is usual. max_size: as for ImageFolder. expect: {split: number
+    of images}, None for no check. Raises FileNotFoundError if an archive is missing, DataError for an unexpected number
+    of images.
     """
 
     def __init__(self, path: str, max_size: int | None = 256, expect: dict[str, int] | str | None = "published"):
@@ -31,12 +33,12 @@ class ImageNet(ImageFolder):
         for split, count in expected.items():
             check_count(str(root / split), len(self.items[split]), count)
         self.identity["source"] = "imagenet"
-        if (root / "meta.bin").is_file():  # names of the synsets, left there by torchvision
+        if (root / "meta.bin").is_file():  # the synsets' names, written by torchvision
             from torchvision.datasets.imagenet import load_meta_file
 
             names = load_meta_file(str(root))[0]
             first = {s: names[s][0] if s in names else s for s in self.classes}
-            counts = Counter(first.values())  # two cranes, two maillots
+            counts = Counter(first.values())  # crane and maillot each name two synsets
             self.classes = [n if counts[n] == 1 else f"{n} ({s})" for s, n in first.items()]
 
     @staticmethod

@@ -1,4 +1,4 @@
-"""An index for tars that already exist, local or remote; the tars themselves are not moved."""
+"""Writes an index for tars that already exist, local or remote; the tars themselves are not moved."""
 
 from fnmatch import fnmatch
 from pathlib import Path
@@ -13,12 +13,12 @@ from ldm_train.data.remote import is_remote
 from ldm_train.data.tars import StreamedTar, scan_tar
 from ldm_train.storage import file_sha256
 
-# File-name patterns of each split, most telling first.
+# File-name patterns of each split, preferred ones first.
 SPLITS = {"train": ("train*",), "val": ("val*", "validation*", "valid*", "test*")}
 
 
 def _entry(file: str, out: Folder) -> dict:
-    """The index entry of a tar, which is read whole."""
+    """The index entry of a tar, which is read completely."""
     if is_remote(file):
         tar = StreamedTar(file)
         for _ in tar:
@@ -38,12 +38,13 @@ def write_tar_index(
     val: str | None = None,
     classes: str | None = None,
 ) -> dict:
-    """Reads every tar once (counts, fields, checksums) and writes index.json into `out`, a folder or address.
+    """Reads every tar (counts, fields, checksums) and writes index.json into `out`, a folder or address. Returns the
+    index.
 
     path: a folder of tars, or a list of files or addresses (http, https, s3, gs, hf). train, val: file-name patterns of
-    the splits (default: names that begin with train, and with val, validation or test). classes: a text file, one class
-    name per line (default: classes.txt beside the tars).
-    Raises DataError, naming the tar, where one is truncated or its address is not opened, or no tar fits a split.
+    the splits (default: names that begin with train, and with val, validation or test). classes: a text file with one
+    class name per line (default: classes.txt beside the tars).
+    Raises DataError, naming the tar, if one is truncated or its address is not allowed, or if no tar matches a split.
     """
     place = target(out)
     if isinstance(path, str) and Path(path).is_dir():
@@ -57,7 +58,7 @@ def write_tar_index(
     shards = []
     for split, own in (("train", train), ("val", val)):
         patterns = (own,) if own else SPLITS[split]
-        # The first pattern that any tar fits decides: with validation*.tar present, test*.tar stays unused.
+        # Only the first pattern that matches any tar is used: with validation*.tar present, test*.tar is ignored.
         fitting = next((f for p in patterns if (f := [n for n in names if fnmatch(n.rpartition("/")[2], p)])), [])
         if not fitting:
             raise DataError(

@@ -17,11 +17,14 @@ def _database(folder: str) -> Any:
 
 
 class LSUN(Source):
-    """path: folder with `<scene>_train_lmdb` and `<scene>_val_lmdb`, unpacked from the owners' zips.
+    """The images of one LSUN scene.
 
-    scene: bedroom, church_outdoor, or another scene, whose numbers are not checked. max_size: as for ImageFolder.
-    limit: only the first so many training images (None: all). expect: {split: number}, None for no check.
-    Raises FileNotFoundError where a database is missing, DataError for an unexpected number of images.
+    path: folder with `<scene>_train_lmdb` and `<scene>_val_lmdb`, unpacked from the owners' zips.
+
+    scene: bedroom, church_outdoor, or another scene, whose number of images is not checked. max_size: as for
+    ImageFolder.
+    limit: use only the first so many training images (None: all), unchecked. expect: {split: number of images}, None
+    for no check. Raises FileNotFoundError if a database is missing, DataError for an unexpected number of images.
     """
 
     def __init__(

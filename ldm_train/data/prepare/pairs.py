@@ -1,4 +1,4 @@
-"""Photos with label maps in a second folder: landscapes, ADE20K, COCO-Stuff."""
+"""Photos with label maps in a second folder, e.g. landscapes, ADE20K, COCO-Stuff."""
 
 from collections import Counter
 from collections.abc import Iterator
@@ -14,7 +14,8 @@ from ldm_train.data.shards import DataError
 
 
 def _pairs(images: Path, maps: Path, path: str) -> Iterator[tuple[str, Path, Path]]:
-    """(key, image, its label map) of two folders below `path`. Raises FileNotFoundError or DataError where one is missing."""
+    """Yields (key, image, its label map) from two folders below `path`. Raises FileNotFoundError if a folder is
+    missing, DataError if a map is."""
     for folder in (images, maps):
         if not folder.is_dir():
             raise FileNotFoundError(f"{folder} is no folder; set source.images and source.maps (now below {path})")
@@ -29,10 +30,12 @@ def _pairs(images: Path, maps: Path, path: str) -> Iterator[tuple[str, Path, Pat
 
 
 class ImagesWithMaps(Source):
-    """path: folder with `images` and `maps`, the same file stem below both meaning one sample; maps are PNGs whose
-    pixel value is the label. max_size: reduce the short side of both (maps by nearest neighbour).
+    """Images with label maps from a second folder.
 
-    val_images, val_maps: folders of validation samples; without them val_fraction of all.
+    path: folder that contains the folders `images` and `maps`, in which equal file stems mean one sample; maps
+    are PNGs whose pixel value is the label. max_size: reduce the short side of both (maps by nearest neighbour).
+
+    val_images, val_maps: folders of validation samples; without them, val_fraction of all samples.
     Raises FileNotFoundError for a missing folder, DataError naming an image without a map.
     """
 

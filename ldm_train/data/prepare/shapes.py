@@ -11,10 +11,12 @@ from ldm_train.data.prepare.build import Source
 
 
 class Shapes(Source):
-    """size: pixels. objects: 1 or 2 per picture. count, val_count: samples. seed: everything is a function of it.
+    """Random images of the shapes world.
 
-    A tenth of the (colour, shape, position, background) combinations never occurs, in either split: they are held
-    out to test composition. A third of the captions of single objects is incomplete, as people's prompts are.
+    size: pixels. objects: 1 or 2 per image. count, val_count: samples. seed: determines everything.
+
+    A tenth of the (colour, shape, position, background) combinations never occurs in either split: they are held out to
+    test composition. A third of the captions of single objects is incomplete, like the prompts that people type.
     """
 
     classes: list[str] | None = list(shapes_world.CLASSES)
@@ -49,9 +51,11 @@ class Shapes(Source):
 
 
 class Subject(Source):
-    """Pictures of shapes_world.SUBJECT, which is in no picture of `Shapes`, all under one caption: what people have of their dog.
+    """Images of shapes_world.SUBJECT, which is in no image of `Shapes`, all with the same caption: like a user's few
+    photos of their own dog.
 
-    count: pictures. caption: of all of them; it names the subject by a word that means nothing yet. size: pixels.
+    count: number of images. caption: of all of them; it names the subject by a word without a meaning so far. size:
+    pixels.
     """
 
     def __init__(self, count: int = 5, caption: str = "a zqx circle", size: int = 32, seed: int = 0):

@@ -21,7 +21,7 @@ def _parsed(line: str, path: str, number: int) -> dict:
 
 
 def _rows(table: Path) -> list[tuple[int, dict]]:
-    """(line, row) of a whole table."""
+    """(line number, row) of all rows of a table."""
     with open(table, newline="", encoding="utf-8") as file:
         if table.suffix == ".jsonl":
             return [(n, _parsed(line, str(table), n)) for n, line in enumerate(file, start=1) if line.strip()]
@@ -30,7 +30,8 @@ def _rows(table: Path) -> list[tuple[int, dict]]:
 
 
 def _checked_rows(table: Path, path: str, needed: Sequence[str], wanted: Sequence[str]) -> list[dict]:
-    """The rows of a table that has the columns `wanted`, each with one value in those `needed`. Raises DataError."""
+    """The rows of a table that has the columns `wanted`, each row with a value in the columns `needed` and no lists
+    or objects in those `wanted`. Raises DataError if it does not."""
     try:
         rows = _rows(table)
     except (UnicodeDecodeError, csv.Error) as error:
@@ -52,10 +53,13 @@ def _checked_rows(table: Path, path: str, needed: Sequence[str], wanted: Sequenc
 
 
 class Table(Source):
-    """path: the table. Image paths are relative to it (or to `images`). Several rows with one image are several
-    captions of it. split_column: "train" / "val" where the table says so, else val_fraction.
+    """Images with the captions and classes that a table gives them.
 
-    Raises DataError, naming the line, for a missing column, image or value.
+    path: the table. Image paths are relative to it (or to `images`). Several rows with the same image give it
+    several captions. split_column: a column that says "train" or something else (validation); without it,
+    val_fraction is used.
+
+    Raises DataError for a missing column, image or value (naming the line).
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""Where a set of shards is written: a folder of this machine, or one of a storage service (s3, gs, hf)."""
+"""The place a set of shards is written to: a local folder, or an address of a storage service (s3, gs, hf)."""
 
 import json
 import os
@@ -17,7 +17,7 @@ Samples = Iterable[tuple[str, dict[str, bytes]]]
 
 
 class Folder:
-    """Of this machine, or of a file system that several share."""
+    """A folder on this machine, or on a file system that several machines share."""
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
@@ -27,7 +27,7 @@ class Folder:
         return str(self.path)
 
     def note(self, name: str) -> Any:
-        """The JSON of a file; None where there is none or it is damaged."""
+        """The JSON in a file; None if it is missing or damaged."""
         return read_note(self.path / name)
 
     def has(self, name: str) -> bool:
@@ -43,11 +43,11 @@ class Folder:
         (self.path / name).unlink(missing_ok=True)
 
     def write_shard(self, name: str, samples: Samples) -> dict:
-        """As `shards.write_shard`."""
+        """See `shards.write_shard`."""
         return write_shard(self.path / name, samples)
 
     def finished(self, name: str) -> dict | None:
-        """The entry of a shard that is finished and complete, else None: it is then made again."""
+        """The entry of a shard that is finished and complete; None if it has to be made again."""
         return finished_shard(self.path, name)
 
     def filled(self, write: Callable[[Path], object]) -> None:
@@ -55,15 +55,15 @@ class Folder:
         write(self.path)
 
     def file_of(self, tar: Path) -> str:
-        """The `file` by which an index here names a tar of this machine. Raises DataError where it cannot."""
+        """The `file` by which an index here names a local tar. Raises DataError if it cannot name one."""
         return tar.name if tar.parent.resolve() == self.path.resolve() else str(tar.resolve())
 
     def alone(self) -> "Folder":
-        """The same from any working directory."""
+        """The same folder, independent of the working directory."""
         return Folder(self.path.absolute())
 
     def check_seen(self, name: str) -> None:
-        """Raises DataError where this machine does not see a shard that another one has written."""
+        """Raises DataError if this machine does not see a shard that another one has written."""
         if not seen(self.path / name):
             raise DataError(
                 f"{self.path / name} was written, but not here; the machines of a cluster share the folder of shards and the "
@@ -72,8 +72,9 @@ class Folder:
 
 
 class Bucket(Folder):
-    """An address below which files are put whole. A shard is made in a temporary folder of this machine (TMPDIR) first, and is
-    finished once its entry, which is put last, lies beside it. What fails is tried again, see `remote.persistently`."""
+    """An address below which whole files are uploaded. A shard is first made in a temporary local folder (TMPDIR);
+    it is finished once its entry, which is uploaded last, lies beside it. Failed operations are retried, see
+    `remote.persistently`."""
 
     def __init__(self, address: str):
         self.address = address.rstrip("/")
@@ -83,7 +84,7 @@ class Bucket(Folder):
         return self.address
 
     def _do(self, name: str, act: Callable[[Any, str], Any]) -> Any:
-        """act(file system, address of a file)."""
+        """Calls act(file system, address of the file), with retries."""
         address = f"{self.address}/{name}"
         return persistently(address, lambda: act(bucket(address), address))
 
@@ -115,7 +116,7 @@ class Bucket(Folder):
         return entry
 
     def finished(self, name: str) -> dict | None:
-        """By its length: what a service has taken whole it keeps as it is."""
+        """As for Folder, but only the shard's length is compared: a service keeps a completed upload unchanged."""
         entry = noted(self.note(f"{ENTRIES}/{name}.json"), name)
         whole = entry and self.has(name) and self._do(name, lambda system, at: system.size(at)) == entry["bytes"]
         return entry if whole else None
@@ -139,7 +140,7 @@ class Bucket(Folder):
 
 
 def target(out: str | os.PathLike[str] | Folder) -> Folder:
-    """Raises DataError for an address to which nothing is written."""
+    """The Folder or Bucket for `out`. Raises DataError for an address that cannot be written to."""
     if isinstance(out, Folder):
         return out
     if not is_address(str(out)):

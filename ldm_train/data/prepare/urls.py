@@ -1,4 +1,5 @@
-"""Lists of image addresses with captions (LAION-style parquet): fetched politely, checked, and packed."""
+"""Lists of image addresses with captions (LAION-style parquet): images are fetched, honouring opt-outs, checked and
+packed."""
 
 import http.client
 import io
@@ -24,7 +25,7 @@ from ldm_train.data.prepare.image_folder import reduced
 
 AGENT = "ldm-train/0.1 (image download for model training)"
 OPT_OUT = {"noai", "noimageai", "noindex", "noimageindex"}
-PERMANENT = {400, 401, 403, 404, 405, 406, 410, 414, 451}  # asking again does not help
+PERMANENT = {400, 401, 403, 404, 405, 406, 410, 414, 451}  # retrying does not help
 # The only formats that are decoded; those without an extension are stored as PNG.
 FORMATS = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp", "GIF": None, "BMP": None, "TIFF": None}
 MAX_REDIRECTS = 5
@@ -38,8 +39,8 @@ class Unfetchable(ValueError):
         self.passing = passing
 
 
-# Python's `is_global` differs between versions, and knows little of IPv4 addresses inside IPv6 ones. What follows are
-# IANA's registries of special-purpose addresses and, as one, what was never given out for global unicast.
+# Python's `is_global` differs between versions and hardly handles IPv4 addresses inside IPv6 ones. This list has IANA's
+# special-purpose address registries and, as one block, the IPv4 addresses that were never assigned for global unicast.
 SPECIAL = """
 0.0.0.0/8 10.0.0.0/8 100.64.0.0/10 127.0.0.0/8 169.254.0.0/16 172.16.0.0/12 192.0.0.0/24 192.0.2.0/24 192.88.99.0/24
 192.168.0.0/16 198.18.0.0/15 198.51.100.0/24 203.0.113.0/24 224.0.0.0/3
@@ -47,12 +48,12 @@ SPECIAL = """
 """  # IPv6: protocols (Teredo, ORCHID, ...), documentation, 6to4, documentation
 NOT_PUBLIC = [ipaddress.ip_network(network) for network in SPECIAL.split()]
 GLOBAL_UNICAST = ipaddress.ip_network("2000::/3")
-NAT64 = ipaddress.ip_network("64:ff9b::/96")  # where networks without IPv4 reach public IPv4 addresses (RFC 6052)
+NAT64 = ipaddress.ip_network("64:ff9b::/96")  # through it, IPv6-only networks reach public IPv4 addresses (RFC 6052)
 
 
 def is_public(address: str) -> bool:
-    """Whether an IP address is global unicast. Those that embed an IPv4 address (mapped, NAT64) are public where it is; the
-    retired forms (IPv4-compatible, 6to4, Teredo) never are."""
+    """Returns True if an IP address is global unicast. An address that embeds an IPv4 address (mapped, NAT64) is
+    public if that one is; the retired forms (IPv4-compatible, 6to4, Teredo) never are."""
     ip = ipaddress.ip_address(address.split("%")[0])
     if ip.version == 6:
         embedded = ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF) if ip in NAT64 else ip.ipv4_mapped
@@ -64,8 +65,8 @@ def is_public(address: str) -> bool:
 
 
 def public_addresses(host: str, port: int, allow_private: bool = False) -> list[str]:
-    """The addresses to connect to. Raises Unfetchable where the host is unknown, or any of its addresses is not public.
-    Connections are made to these addresses, so that a changed DNS answer has no effect."""
+    """The IP addresses of a host. Raises Unfetchable if the host is unknown or, without `allow_private`, if any of
+    them is not public. Connections are made to these addresses, so that a changed DNS answer has no effect."""
     try:
         addresses = [entry[4][0] for entry in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)]
     except OSError as error:
@@ -77,7 +78,7 @@ def public_addresses(host: str, port: int, allow_private: bool = False) -> list[
 
 
 class _Connections:
-    """An opener that connects to checked addresses only and follows no redirect, and the sockets it opened."""
+    """An opener that connects only to checked addresses and follows no redirects, and the sockets it has opened."""
 
     def __init__(self, allow_private: bool):
         self.was_cut = False
@@ -111,12 +112,12 @@ class _Connections:
                 return self.do_open(Secure, request, context=self._context)
 
         class NoRedirects(urllib.request.HTTPRedirectHandler):
-            def http_error_302(self, *_: Any) -> None:  # urllib's own reads the redirect's body whole
+            def http_error_302(self, *_: Any) -> None:  # urllib's own method reads the redirect's whole body
                 return None
 
             http_error_301 = http_error_303 = http_error_307 = http_error_308 = http_error_302
 
-        # Proxies from the environment are not used: they would hide the address that is connected to.
+        # Proxies from the environment are not used: they would hide the address that the connection goes to.
         self.opener = urllib.request.build_opener(urllib.request.ProxyHandler({}), HTTP(), HTTPS(), NoRedirects())
 
     def cut(self) -> None:
@@ -128,7 +129,7 @@ class _Connections:
 
 
 def checked_url(url: str) -> str:
-    """The address with its odd characters quoted. Raises Unfetchable for anything but http and https."""
+    """The URL with unsafe characters quoted. Raises Unfetchable for anything but http and https."""
     try:
         parts = urlsplit(url)
         port = parts.port
@@ -142,11 +143,12 @@ def checked_url(url: str) -> str:
 def fetch(
     url: str, timeout: float = 10.0, retries: int = 2, max_bytes: int = 50_000_000, allow_private: bool = False
 ) -> bytes:
-    """The bytes at an address.
+    """Fetches the bytes at an address.
 
-    timeout: seconds without an answer, and six times that for the whole. max_bytes: larger files are refused.
-    Raises Unfetchable, after `retries` more attempts where these may help; pages that opt out of use for machine
-    learning (X-Robots-Tag: noai, noindex, ...) are not fetched.
+    timeout: seconds without an answer; each attempt may take six times as long in total. max_bytes: larger files are
+    refused. allow_private: also connect to addresses that are not public.
+    Raises Unfetchable, after `retries` more attempts if these may help; also for files whose owners opt out of use for
+    machine learning (X-Robots-Tag: noai, noindex, ...).
     """
     for attempt in itertools.count():
         connections = _Connections(allow_private)
@@ -176,7 +178,7 @@ def _follow(opener: Any, url: str, timeout: float, max_bytes: int) -> bytes:
 
 
 def _read(opener: Any, url: str, timeout: float, max_bytes: int) -> bytes | str:
-    """The bytes, or the address that the answer redirects to."""
+    """The bytes, or the address to which the answer redirects."""
     request = urllib.request.Request(url, headers={"User-Agent": AGENT, "Accept": "image/*,*/*;q=0.5"})
     end = time.monotonic() + 6 * timeout
     try:
@@ -209,14 +211,16 @@ def _read(opener: Any, url: str, timeout: float, max_bytes: int) -> bytes | str:
 
 
 class URLList(Source):
-    """path: a parquet file, or a folder of them, with a column of addresses and one of captions.
+    """Images fetched from the addresses in a table, with captions.
 
-    url_column, caption_column (null: none). width_column, height_column: where the table has them, pictures below
-    min_size are not even fetched. max_size: reduce the short side. Every k-th row validates, k = 1 / val_fraction.
-    max_pixels: larger pictures are refused undecoded. threads: connections at a time per process.
+    path: a parquet file, or a folder of them, with a column of addresses and one of captions.
+
+    url_column, caption_column (null: none). width_column, height_column: if the table has them, images below min_size
+    are not even fetched. max_size: reduce the short side. Every k-th row is for validation, k = 1 / val_fraction.
+    max_pixels: larger images are refused without decoding. threads: connections at a time per process.
     timeout, retries, max_bytes, allow_private: see `fetch`.
-    What could not be fetched is left out and listed with the reason in skipped.txt; finished shards are never fetched
-    again. Where most of a shard fails for reasons that may pass (no network), it is not written.
+    Images that could not be fetched are left out and listed with the reason in skipped.txt; finished shards are never
+    fetched again. If most of a shard fails for reasons that may pass (e.g. no network), it is not written.
     """
 
     def __init__(
@@ -275,7 +279,7 @@ class URLList(Source):
         return {"train": self.rows - validation, "val": validation}
 
     def row(self, split: str, i: int) -> int:
-        """Row of sample i: rows 0, k, 2k, ... validate, the others train in order."""
+        """Row of sample i: rows 0, k, 2k, ... are for validation, the others for training, in order."""
         return i * self.every if split == "val" else i + i // (self.every - 1) + 1
 
     def _record(self, split: str, i: int) -> tuple[int, dict[str, Any]]:
@@ -295,7 +299,8 @@ class URLList(Source):
         return self._fetched(*self._record(split, i))
 
     def samples(self, split: str, chunk: range) -> Iterator[tuple[str, dict[str, bytes]] | Exception]:
-        """The samples of a shard in order, fetched by several threads; an exception stands for one that failed."""
+        """Yields the samples of a shard in order, fetched by several threads, with the exception instead of a sample
+        that failed."""
         records = [self._record(split, i) for i in chunk]
 
         def attempt(record: tuple[int, dict]) -> tuple[str, dict[str, bytes]] | Exception:

@@ -1,4 +1,4 @@
-"""Checkpoints: last.ckpt every so many optimiser steps and on a signal, best.ckpt after a better validation."""
+"""Checkpoints: last.ckpt at a fixed interval of optimiser steps and on a signal, best.ckpt when validation improves."""
 
 import io
 import os
@@ -25,8 +25,8 @@ LAST, PREVIOUS = "last.ckpt", "last-previous.ckpt"
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Checkpoints appear under their final name only when complete, also when the disk fills up or power fails. The
-    previous last.ckpt is kept as last-previous.ckpt."""
+    """Saves checkpoints so that they appear under their final name only when complete, even if the disk fills up or
+    power fails. The previous last.ckpt is kept as last-previous.ckpt."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
         path = Path(path)
@@ -36,7 +36,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             try:
                 torch.save(checkpoint, remembering)
                 file.flush()
-            except RuntimeError as error:  # torch raises its own error instead of the disk's
+            except RuntimeError as error:  # torch replaces the disk's error by its own
                 raise (remembering.error or error) from None
             if path.name == LAST and path.is_file():
                 _keep(path)
@@ -48,7 +48,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
 
 class _Remembering:
-    """A file that keeps the first OSError of its writes, such as a full disk."""
+    """A file wrapper that keeps the first OSError of its writes, e.g. of a full disk."""
 
     def __init__(self, file: io.BufferedWriter):
         self.file, self.error = file, None
@@ -69,10 +69,10 @@ def _keep(path: Path) -> None:
     partial.unlink(missing_ok=True)  # a link there would be followed
     try:
         os.link(path, partial)
-    except OSError:  # not every file system has links
+    except OSError:  # not every file system supports links
         shutil.copyfile(path, partial)
     os.replace(partial, path.with_name(PREVIOUS))
-    partial.unlink(missing_ok=True)  # where both were one file, replacing does nothing
+    partial.unlink(missing_ok=True)  # os.replace does nothing if both names are the same file
 
 
 def _read(path: Path, mmap: bool) -> dict[str, Any]:
@@ -83,16 +83,16 @@ def _read(path: Path, mmap: bool) -> dict[str, Any]:
 
 
 def read_checkpoint(path: str | Path, mmap: bool = False) -> dict[str, Any]:
-    """The state in a checkpoint, on the CPU; no code is run from it. mmap: tensors are read when they are used.
+    """Returns a checkpoint's state, on the CPU; no code from it is executed. mmap: read tensors only when used.
 
-    Raises DataError, with the file and the choices, where it is damaged or no checkpoint.
+    Raises DataError, naming the file and what to do, if it is damaged or not a checkpoint.
     """
     path = Path(path)
     try:
         return _read(path, mmap)
     except (FileNotFoundError, PermissionError, MemoryError):
         raise
-    except Exception as error:  # on damage zipfile and torch raise errors of any type
+    except Exception as error:  # zipfile and torch raise errors of many types for damaged files
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise DataError(f"{path} is damaged or no checkpoint ({reason}); {_choices(path)}") from error
 
@@ -104,14 +104,14 @@ def _choices(path: Path) -> str:
     previous = path.with_name(PREVIOUS)
     try:
         step = _read(previous, mmap=True)["global_step"]
-    except Exception:  # not there, or damaged too
+    except Exception:  # missing, or damaged too
         return f"there is none before it that could be used; {anew}"
     return f"continue from the one before it, of step {step}: mv {previous} {path}, then run the same command ({anew})"
 
 
 def steps_done(last: Path) -> int:
-    """Optimiser steps done at last.ckpt, 0 where training has not begun. Raises DataError as `read_checkpoint`, and where
-    it is missing though it was there."""
+    """Returns the number of optimiser steps done at last.ckpt, 0 if training has not begun. Raises DataError as
+    `read_checkpoint` does, and if last.ckpt is missing although last-previous.ckpt exists."""
     if last.is_file():
         return read_checkpoint(last, mmap=True)["global_step"]
     if last.with_name(PREVIOUS).is_file():
@@ -120,8 +120,9 @@ def steps_done(last: Path) -> int:
 
 
 def group_of_hosts() -> dist.ProcessGroup | None:
-    """Over which ranks agree in every step without a wait for their GPUs: the usual group where that is one of hosts, else one more.
-    None where there can be none (gloo finds no way between the hosts; GLOO_SOCKET_IFNAME names the interface)."""
+    """Returns a gloo process group over which ranks can agree at every step without waiting for their GPUs: the default
+    group if it uses gloo, else a new one. Returns None if gloo cannot connect the hosts (GLOO_SOCKET_IFNAME names the
+    interface)."""
     if dist.get_backend() == "gloo":
         return dist.group.WORLD
     try:
@@ -131,13 +132,14 @@ def group_of_hosts() -> dist.ProcessGroup | None:
 
 
 class Checkpoints(L.Callback):
-    """folder/last.ckpt every `every` optimiser steps, at the end and on a signal (`interrupts`); folder/best.ckpt
-    when validation's `monitor` (lower is better) improves; None leaves that to those who `offer` values.
+    """Saves folder/last.ckpt every `every` optimiser steps, at the end and on a signal (see `interrupts`), and
+    folder/best.ckpt when the validation metric `monitor` (lower is better) improves. monitor None: others call `offer`
+    with their values.
 
-    Where a validation is due at the same step, last.ckpt waits for it: a run that is killed in between repeats the
-    steps and the validation. From the first step on signals only set a flag. All ranks agree on it at the next optimiser
-    step, save, and raise Interrupted; a second signal leaves at once. Raises NotFinite rather than save weights that are
-    no numbers.
+    If a validation is due at the same step, last.ckpt is saved after it, so a run killed in between repeats the steps
+    and the validation. Once training has started, a signal only sets a flag. At the next optimiser step all ranks agree
+    on it, save, and raise Interrupted; a second signal ends the process at once. Raises NotFinite instead of saving
+    non-finite weights.
     """
 
     def __init__(self, folder: str | Path, every: int, monitor: str | None):
@@ -145,20 +147,20 @@ class Checkpoints(L.Callback):
         self.monitor = self.by = self._usual = monitor
         self._training, self._signal, self._signal_time = False, 0, 0.0
         self._leave = interrupts.leave
-        self._step = self._saved = 0  # the last step, and that of last.ckpt
+        self._step = self._saved = 0  # the last step, and the step of last.ckpt
         self._hosts: dist.ProcessGroup | None = None
 
     def state_dict(self) -> dict[str, Any]:
         return {"best": self.best, "by": self.by}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        if state_dict.get("by", self._usual) == self.by:  # the best value of another metric does not compare
+        if state_dict.get("by", self._usual) == self.by:  # best values of different metrics cannot be compared
             self.best = state_dict["best"]
 
     @contextmanager
     def signals(self) -> Iterator[None]:
-        """The context of Trainer.fit. Raises Interrupted for a signal after the last step, and for one that ended other ranks or
-        loading processes before the step was finished."""
+        """The context in which Trainer.fit runs. Raises Interrupted for a signal after the last step, and for one that
+        ended other ranks or data-loading processes before the step was finished."""
         with interrupts.handled(), interrupts.answered_by(self._on_signal) as self._leave:
             try:
                 yield
@@ -178,7 +180,7 @@ class Checkpoints(L.Callback):
         if not self._training:  # nothing to save yet
             self._leave(number)
         if self._signal:
-            if time.monotonic() - self._signal_time > 2:  # a launcher may repeat the terminal's signal
+            if time.monotonic() - self._signal_time > 2:  # within 2 s: a launcher may repeat the terminal's signal
                 self._leave(number)
             return
         self._signal, self._signal_time = number, time.monotonic()
@@ -202,7 +204,7 @@ class Checkpoints(L.Callback):
         if number or (self._due(trainer) and not validates):
             self._save_last(trainer, pl_module)
         if number:
-            # This step's metrics would only be written after this hook, and the resumed run begins with the next step.
+            # Lightning would write this step's metrics only after this hook; the resumed run starts at the next step.
             trainer._logger_connector.update_train_step_metrics()
             raise Interrupted(number, self._step)
 
@@ -213,7 +215,7 @@ class Checkpoints(L.Callback):
             self._save_last(trainer, pl_module)
 
     def offer(self, trainer: L.Trainer, value: float) -> None:
-        """Keeps best.ckpt where `value` is lower than all before."""
+        """Saves best.ckpt if `value` is lower than all before."""
         if value < self.best:
             self.best = value
             trainer.save_checkpoint(self.folder / "best.ckpt", weights_only=False)
@@ -222,7 +224,7 @@ class Checkpoints(L.Callback):
         return trainer.global_step % self.every == 0 or trainer.global_step >= trainer.max_steps or trainer.should_stop
 
     def _save_last(self, trainer: L.Trainer, pl_module: Task) -> None:
-        pl_module.check_skips()  # no checkpoint is made amid steps that change nothing
+        pl_module.check_skips()  # raises NotFinite instead of saving amid a run of skipped steps
         if not torch.stack([p.isfinite().all() for p in pl_module.trained().parameters()]).all():
             raise NotFinite(pl_module.stage, "weights are", trainer.global_step)
         trainer.save_checkpoint(self.folder / LAST, weights_only=False)

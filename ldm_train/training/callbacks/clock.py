@@ -1,4 +1,4 @@
-"""Ends a training by the clock, its schedules following."""
+"""Ends training after a given time and stretches its schedules to that time."""
 
 import re
 import time
@@ -12,12 +12,12 @@ import torch.distributed as dist
 from ldm_train.training.callbacks.checkpoint import group_of_hosts, read_checkpoint
 from ldm_train.training.task import Task
 
-UNENDING = 10**9  # steps of a training that the clock ends
+UNENDING = 10**9  # max_steps of a training that the clock ends
 UNITS = {"s": 1, "min": 60, "h": 3600}
 
 
 def seconds_of(text: str) -> float:
-    """ "90s", "30min" or "1.5h" in seconds. Raises ValueError."""
+    """Converts e.g. "90s", "30min" or "1.5h" to seconds. Raises ValueError for other text and for a time of 0."""
     found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?) ?(s|min|h)", text.strip())
     if found is None or float(found[1]) == 0:
         raise ValueError(f"{text!r} is no time; write 90s, 30min or 1.5h")
@@ -25,10 +25,10 @@ def seconds_of(text: str) -> float:
 
 
 class Clock(L.Callback):
-    """Ends a training `seconds` after its first step, over all resumes, validation and checkpoints included. What depends on the
-    step (learning rate, the discriminator's start) goes by `Task.schedule_step`, which reaches max_steps when the time is over,
-    however many steps were done by then. Rank 0's clock counts for all ranks. A training that the clock ends cannot be repeated to
-    the bit."""
+    """Ends training after `seconds` since its start, summed over all resumes and including validation and checkpoints.
+    Whatever depends on the step (learning rate, the discriminator's start) follows `Task.schedule_step`, which reaches
+    max_steps - 1 when the time is over, however many steps were done by then. Rank 0's clock counts for all ranks. A
+    training that the clock ends is not reproducible bit for bit."""
 
     def __init__(self, seconds: float, max_steps: int):
         self.seconds, self.max_steps = seconds, max_steps
@@ -42,7 +42,7 @@ class Clock(L.Callback):
         self.elapsed = state_dict["elapsed"]
 
     def is_over(self, last: Path) -> bool:
-        """Whether the training that a checkpoint was made in has had its time."""
+        """Returns True if the checkpoint exists and its training had already used up its time."""
         if not last.is_file():
             return False
         state = read_checkpoint(last, mmap=True)["callbacks"].get(self.state_key, {})

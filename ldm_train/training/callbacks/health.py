@@ -1,4 +1,4 @@
-"""Diagnoses of faults during training, each with a name and a remedy, while they can still be fixed."""
+"""Checks that diagnose faults during training, while they can still be fixed; each fault has a name and a remedy."""
 
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
@@ -16,16 +16,16 @@ from ldm_train.storage import write_json
 from ldm_train.training import HEALTH
 from ldm_train.training.task import Task
 
-PATIENCE = 500  # optimiser steps that a state of the discriminator must last before it is reported
-WINDOW = 10  # logged values that must agree
+PATIENCE = 500  # optimiser steps that a lasting fault (e.g. of the discriminator) must persist before it is reported
+WINDOW = 10  # minimum number of logged values that must agree
 
-History = Mapping[str, Sequence[tuple[int, float]]]  # by logged name: (step, value)
+History = Mapping[str, Sequence[tuple[int, float]]]  # logged name -> [(step, value), ...]
 Settings = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
 class Finding:
-    """name: of the diagnosis. what: the numbers behind it, in words. remedy: what to change."""
+    """A diagnosed fault. name: of the check. what: a sentence with the numbers behind it. remedy: what to change."""
 
     name: str
     what: str
@@ -36,7 +36,7 @@ CHECKS: list[Callable[[History, Settings], Finding | None]] = []
 
 
 def remedy(words: str) -> Callable[[Callable[[History, Settings], str | None]], Callable]:
-    """Makes a check, one of CHECKS, of a function that returns the fault in words, or None where there is none."""
+    """Decorator that adds to CHECKS a function returning a description of the fault, or None if there is none."""
 
     def decorated(fault: Callable[[History, Settings], str | None]) -> Callable[[History, Settings], Finding | None]:
         @wraps(fault)
@@ -55,7 +55,8 @@ def _last(history: History, key: str) -> float | None:
 
 
 def _lasting(history: History, key: str, state: Callable[[float], bool]) -> float | None:
-    """The last value where all logged ones of the last PATIENCE steps (WINDOW at least) are in a state, else None."""
+    """Returns the last value if `state` holds for all values logged in the last PATIENCE steps (at least WINDOW
+    values), else None."""
     values = history.get(key, ())
     if len(values) < WINDOW or values[-1][0] - values[0][0] < PATIENCE:
         return None
@@ -132,7 +133,7 @@ def adaptive_weight_at_clamp(history: History, settings: Settings) -> str | None
     "latents have unit variance (train/latent_std) and that the loss is still falling (lower diffusion.lr)"
 )
 def loss_by_timestep(history: History, settings: Settings) -> str | None:
-    """Predicting noise is easiest where there is most of it; predicting the picture where there is least."""
+    """Predicting noise is easiest at high noise, predicting the image at low noise: reports losses in another order."""
     easier = settings.get("easier_with_noise")
     bins = [_last(history, f"val/loss_t{k}") for k in range(settings.get("bins", 0))]
     step = history["val/loss_t0"][-1][0] if history.get("val/loss_t0") else 0
@@ -170,10 +171,10 @@ def data_starving(history: History, settings: Settings) -> str | None:
 
 
 class Health(L.Callback):
-    """Checks the logged metrics and reports each fault once: on the terminal, in health.json, as an alert in W&B.
+    """Checks the logged metrics and reports each fault once: on the terminal, in health.json and as a logger alert.
 
-    folder: of the stage. settings: the options that the checks need. Non-finite gradients are handled by `Task`: they are
-    skipped and counted, and training goes back to the last checkpoint after several in a row.
+    folder: the stage's folder. settings: the options that the checks need. Non-finite gradients are handled by `Task`,
+    which skips and counts such steps; after several in a row `fit` goes back to the last checkpoint.
     """
 
     def __init__(self, folder: Path, settings: Settings):
@@ -227,7 +228,7 @@ class Health(L.Callback):
                 self.report(trainer, finding, step)
 
     def report(self, trainer: L.Trainer, finding: Finding, step: int) -> None:
-        """Reports a finding and records its name, so that later ones of that name are not reported."""
+        """Reports a finding and records its name, so that later findings of that name are not reported."""
         self.findings[finding.name] = {"step": step} | asdict(finding)
         if rank() > 0:
             return

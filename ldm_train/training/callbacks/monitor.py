@@ -1,4 +1,4 @@
-"""Logs a run's speed and use of data: images per second, waiting for data, replaced samples, memory."""
+"""Logs the speed of training and its use of data: images per second, waiting for data, replaced samples, memory."""
 
 import resource
 import time
@@ -14,13 +14,14 @@ from ldm_train.training.task import Task
 
 class Monitor(L.Callback):
     """Logs train/images_per_second, train/data_wait (share of time), train/epoch (passes over the data), train/images and
-    train/seconds (so far, over all resumes, without validation and samples), train/tflop (so far), train/mfu,
-    train/peak_memory_gib (of the GPU, else of the process) and train/bad_fraction; stops with DataError when more than
+    train/seconds (so far, over all resumes, without validation and sampling), train/tflop (so far), train/mfu,
+    train/peak_memory_gib (of the GPU, else of the process) and train/bad_fraction. Raises DataError if more than
     `max_bad_fraction` of the samples were unreadable. At the end it prints what limited the speed.
 
-    flops: of training on one image; None: compute and MFU are not logged. peak_flops: of all devices together.
-    batch_size: the global one. dataset_size: training samples. trace: a file that gets one line per micro-batch,
-    "stage step micro-batch rank|keys", a record of the order of the samples.
+    flops: FLOPs of training on one image; None: compute and MFU are not logged. peak_flops: per second, of all
+    devices together.
+    batch_size: the global batch size. dataset_size: number of training samples. trace: a file to which one line per
+    micro-batch is appended, "stage step micro-batch rank|keys", as a record of the order of the samples.
     """
 
     def __init__(
@@ -34,10 +35,10 @@ class Monitor(L.Callback):
     ):
         self.trace, self.flops, self.peak_flops = trace, flops, peak_flops
         self.batch_size, self.dataset_size, self.max_bad_fraction = batch_size, dataset_size, max_bad_fraction
-        self.seen = self.bad = self._steps = 0  # samples, unreadable ones of them, the step of the last log
+        self.seen = self.bad = self._steps = 0  # samples seen, unreadable ones, step of the last log
         self.seconds = self._waited = 0.0
         self._batch_end = self._since = time.perf_counter()
-        # Between logged steps: (seconds, images, seconds of waiting), for the verdict.
+        # For each stretch between logged steps: (seconds, images, seconds of waiting for data), for the verdict.
         self._stretches: list[tuple[float, int, float]] = []
 
     def state_dict(self) -> dict[str, Any]:
@@ -51,14 +52,14 @@ class Monitor(L.Callback):
         self._steps, self._waited = trainer.global_step, 0.0
 
     def exclude(self, seconds: float) -> None:
-        """Excludes `seconds` spent on other work than training."""
+        """Excludes `seconds` spent on work other than training from the measurement."""
         self._since += seconds
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._validation = time.perf_counter()
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._batch_end = time.perf_counter()  # from here on it waits for data again
+        self._batch_end = time.perf_counter()  # from here on, time counts as waiting for data again
         self.exclude(self._batch_end - self._validation)
 
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: Task, batch: Any, batch_idx: int) -> None:
@@ -103,7 +104,7 @@ class Monitor(L.Callback):
         self._since, self._steps, self._waited = now, step, 0.0
 
     def on_train_end(self, trainer: L.Trainer, pl_module: Task) -> None:
-        stretches = self._stretches[1:]  # the first holds compilation and the choice of kernels
+        stretches = self._stretches[1:]  # the first includes compilation and kernel selection
         if trainer.global_rank or not stretches:
             return
         seconds, images, waited = (sum(parts) for parts in zip(*stretches))

@@ -1,4 +1,4 @@
-"""Says once, after the first steps, how fast a training is, how long it will take and what that costs."""
+"""Prints once, after the first steps, how fast training is, how long it will take and what that costs."""
 
 import time
 from typing import Any
@@ -8,11 +8,11 @@ import torch
 
 from ldm_train.training.task import Task
 
-FIRST, MEASURED = 5, 20  # steps that warm up (kernels are chosen, memory is taken), and that are measured
+FIRST, MEASURED = 5, 20  # warm-up steps (kernels are selected, memory is allocated), and measured steps
 
 
 def duration(seconds: float) -> str:
-    """In the unit that reads best."""
+    """Formats a duration in s, min, h or days, whichever reads best."""
     if seconds < 90:
         return f"{seconds:.0f} s"
     if seconds < 5400:
@@ -25,9 +25,10 @@ def cost(price_per_hour: float | None, seconds: float) -> str:
 
 
 class Pace(L.Callback):
-    """Prints one line when MEASURED steps are done, validation not counted. Waits for an accelerator twice in a training.
+    """Prints one line after FIRST + MEASURED steps, timed over the last MEASURED without validation. Synchronises with
+    a CUDA device twice per training.
 
-    batch_size: the global one. price_per_hour: of the machine; None leaves the cost out.
+    batch_size: the global batch size. price_per_hour: of the machine; None: no cost is printed.
     """
 
     def __init__(self, batch_size: int, price_per_hour: float | None = None):

@@ -1,4 +1,4 @@
-"""The bar on the terminal."""
+"""The progress bar on the terminal."""
 
 from typing import Any
 
@@ -11,8 +11,8 @@ from ldm_train.training.task import Task
 
 
 class StepBar(ProgressBar):
-    """One bar per stage over its optimiser steps, from where a resumed training stands, with the losses and the images per
-    second of the last logged step; a second one while validation runs."""
+    """One bar per stage over its optimiser steps, starting at the resumed step, with the task's `shown` metrics and the
+    images per second of the last logged step; a second bar while validation runs."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -20,7 +20,7 @@ class StepBar(ProgressBar):
         self.validation: Any = None
 
     @property
-    def is_enabled(self) -> bool:  # asked by LightningModule.print
+    def is_enabled(self) -> bool:  # read by LightningModule.print
         return True
 
     def on_train_start(self, trainer: L.Trainer, pl_module: Task) -> None:
@@ -32,12 +32,12 @@ class StepBar(ProgressBar):
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Task, *batch: Any) -> None:
         step = trainer.global_step
-        if step == self.bar.n:  # a micro-batch of it
+        if step == self.bar.n:  # a micro-batch within a step
             return
         if step % trainer.log_every_n_steps == 0:
             metrics = trainer.callback_metrics
             shown = [f"{n} {float(metrics[f'train/{n}']):.3g}" for n in pl_module.shown if f"train/{n}" in metrics]
-            if (speed := metrics.get("train/images_per_second")) is not None:  # of the Monitor, which comes before
+            if (speed := metrics.get("train/images_per_second")) is not None:  # from the Monitor, which runs first
                 shown.append(f"{float(speed):.0f} img/s")
             self.bar.set_postfix_str(", ".join(shown), refresh=False)
         self.bar.update(step - self.bar.n)

@@ -1,4 +1,4 @@
-"""Metrics of samples while the denoising network trains."""
+"""Measures metrics of generated samples while the denoising network trains."""
 
 import time
 from collections.abc import Callable
@@ -15,12 +15,12 @@ from ldm_train.training.diffusion_task import DiffusionTask
 
 
 class SampleMetrics(L.Callback):
-    """Every `every` optimiser steps: samples under the conditions of the validation split with the averaged weights on
-    all ranks, measured by the evaluation stage's own function, and logged as val/<metric> with val/<metric>_low and _high
-    (the 95 % interval).
+    """Every `every` optimiser steps, samples images under the validation split's conditions with the averaged weights
+    on all ranks, measures them with the evaluation stage's own function, and logs val/<metric> with val/<metric>_low
+    and _high (the 95 % interval).
 
-    conditions: this rank's share of the conditions of the samples. reference: () -> the reference, called once.
-    best_by: the metric that best.ckpt is kept by; with None, the validation loss.
+    conditions: this rank's share of the samples' conditions. reference: () -> the reference, called once.
+    best_by: the metric that selects best.ckpt; None: the validation loss selects it.
     """
 
     def __init__(

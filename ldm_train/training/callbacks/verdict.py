@@ -1,12 +1,12 @@
-"""One paragraph at the end of a training: what limited its speed, and which option to change."""
+"""The summary at the end of training: what limited its speed, and which option to change."""
 
-WAITING = 0.15  # share of the time spent waiting for data from which the data are what limits
-BUSY = 0.35  # MFU from which the arithmetic is; the best trainings of diffusion models reach about half
+WAITING = 0.15  # share of time spent waiting for data above which data loading is the bottleneck
+BUSY = 0.35  # MFU above which arithmetic is the bottleneck; the best diffusion training runs reach about half
 
 
 def verdict(stage: str, rate: float, waits: float, mfu: float | None, accelerated: bool) -> str:
-    """stage: its name. rate: images/s. waits: share of the time that waited for data. mfu: of the network's own FLOPs, None where
-    they are not known. accelerated: trained on a GPU."""
+    """Returns the summary as text. stage: its name. rate: images/s. waits: share of time spent waiting for data. mfu:
+    of the network's own FLOPs, None if unknown. accelerated: trained on an accelerator."""
     used = "" if mfu is None else f", {mfu:.0%} of the peak in the network's own arithmetic"
     begin = f"{stage}: {rate:.3g} images/s, {waits:.0%} of the time waiting for data{used}. "
     if waits >= WAITING:
