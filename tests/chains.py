@@ -1,4 +1,4 @@
-"""A chain small enough for tests: every stage in seconds."""
+"""A training run small enough for tests: every stage takes seconds."""
 
 import json
 import tempfile
@@ -54,7 +54,8 @@ def _chosen(name: str, choices: tuple[str, ...]) -> DictConfig:
 
 
 def composed(name: str, *overrides: str) -> DictConfig:
-    """A command's config as Hydra composes it. Files are read once for each choice of groups; values are set in a copy."""
+    """Returns a command's config as Hydra composes it. Files are read once for each choice of groups; values
+    are set in a copy."""
     parsed = OverridesParser.create().parse_overrides(list(overrides))
     choices = [(config_folder() / o.key_or_group).is_dir() for o in parsed]
     config = _chosen(name, tuple(text for text, choice in zip(overrides, choices) if choice)).copy()
@@ -70,7 +71,7 @@ def _files(source: str, per_shard: int) -> dict[Path, bytes]:
 
 
 def with_data(config: DictConfig) -> DictConfig:
-    """The config, whose data are made as train.py makes them; they are drawn once for each choice of data.source."""
+    """Returns the config after making its data as train.py does, but only once for each data.source."""
     data = config.data
     if data.source is not None and isinstance(data.root, str) and not (Path(data.root) / INDEX).is_file():
         for name, content in _files(OmegaConf.to_yaml(data.source, resolve=True), data.per_shard).items():
@@ -89,7 +90,7 @@ def chain(folder: Path, *overrides: str, name: str = "run") -> Run:
 
 
 def tokenizer(folder: Path) -> Any:
-    """CLIP's, of a few letters."""
+    """A CLIP tokenizer that knows only a few letters; writes its files to `folder`."""
     from transformers import CLIPTokenizer
 
     words = ["<|startoftext|>", "<|endoftext|>", *(f"{c}{end}" for c in "acdegiort" for end in ("", "</w>"))]

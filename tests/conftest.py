@@ -1,4 +1,4 @@
-"""What every test shares: one thread, no progress bars, and the way to the real images where they are present."""
+"""Settings and fixtures that all tests share: one thread, no progress bars, the folder of real images if it exists."""
 
 import copy
 import gc
@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 os.environ["TQDM_DISABLE"] = "1"  # read when tqdm is imported
-# Sums depend on the number of threads: the processes that tests start, and compare to the bit, have one as well.
+# Sums depend on the number of threads. The processes that tests start get one too, as results are compared bit for bit.
 os.environ |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 
 import pytest
@@ -21,10 +21,10 @@ from hydra.core.object_type import ObjectType
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override, QuotedString
 
-# torch and ldm_train are imported where they are used: the process that hands out the tests needs neither.
+# torch and ldm_train are imported in the fixtures that use them: the process that distributes the tests needs neither.
 
 ROOT = Path(__file__).parents[1]
-# Which servers of this machine ask a name server for, whose silence may last 20 s.
+# Local servers ask a name server for their full name, which can take 20 s if it does not answer.
 socket.getfqdn = lambda name="": name or "localhost"
 
 
@@ -36,8 +36,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files with long tests first, so that no process is left alone with one at the end. A file's tests run in one process,
-    which trains what they share once."""
+    """Puts files with long tests first, so that no process is left running one alone at the end. The tests of a file
+    run in one process, so that what they share is trained once."""
     long: dict[str, int] = {}
     for item in items:
         marks = {mark.name for mark in item.iter_markers()}
@@ -54,7 +54,8 @@ def one_thread() -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def configs_are_read_once() -> Iterator[None]:
-    """Hydra reads and parses each file of conf/ and each override for each command, which takes most of a short command's time."""
+    """Caches what Hydra otherwise does again for every command, which takes most of the time of a short one: reading
+    and parsing each file of conf/ and each override."""
     read, kept = ConfigRepository.load_config, dict[tuple[str, str, int], Any]()
 
     def load_config(repository: ConfigRepository, config_path: str) -> Any:
@@ -64,7 +65,7 @@ def configs_are_read_once() -> Iterator[None]:
             return read(repository, config_path)
         key = (source.provider, str(file), file.stat().st_mtime_ns)
         if key not in kept:
-            with pytest.MonkeyPatch.context() as patch:  # libyaml parses as PyYAML does, ten times as fast
+            with pytest.MonkeyPatch.context() as patch:  # libyaml gives the same result as PyYAML, ten times as fast
                 patch.setattr(yaml, "SafeLoader", getattr(yaml, "CSafeLoader", yaml.SafeLoader))
                 kept[key] = read(repository, config_path)
         result = copy.copy(kept[key])
@@ -74,7 +75,7 @@ def configs_are_read_once() -> Iterator[None]:
     mapped = defaults_list._create_interpolation_map
 
     def create_interpolation_map(overrides: Any, defaults: list[Any], self_added: bool) -> Any:
-        """It is made for every file, and takes a fifth of composing; it is read where an entry of `defaults` has a ${}."""
+        """Skips the map, a fifth of the time of composing, unless an entry of `defaults` has a ${} and needs it."""
         return mapped(overrides, defaults, self_added) if any(d.is_interpolation() for d in defaults) else None
 
     parsed, rules = OverridesParser.parse_rule, dict[tuple[str, str], Override]()
@@ -93,7 +94,7 @@ def configs_are_read_once() -> Iterator[None]:
         patch.setattr(OverridesParser, "parse_rule", parse_rule)
         patch.setattr(ConfigRepository, "load_config", load_config)
         patch.setattr(defaults_list, "_create_interpolation_map", create_interpolation_map)
-        gc.freeze()  # what is imported by now stays; looking through it again and again is slow
+        gc.freeze()  # what is imported by now stays, and scanning it in every collection is slow
         usual = gc.get_threshold()
         gc.set_threshold(20_000, 20, 50)
         yield
@@ -102,8 +103,8 @@ def configs_are_read_once() -> Iterator[None]:
 
 
 class Rehearsed(dict[str, Any]):
-    """The memory of steps that a plan has rehearsed, by what it depends on: not by where files lie, nor by how often something is
-    written or measured. (A rehearsal takes as long as the few steps that a test trains.)"""
+    """A cache of the memory of rehearsed training steps. Its keys leave out what the memory does not depend on: where
+    files are, and how often something is written or measured. (A rehearsal takes as long as a test's few steps.)"""
 
     CADENCE = ("val_every", "val_images", "checkpoint_every", "log_every", "samples", "evaluate_every", "evaluate_images",
                "best_by", "pretrained", "init", "init_discriminator", "lr", "disc_lr")  # fmt: skip
@@ -134,7 +135,8 @@ class Rehearsed(dict[str, Any]):
 
 @pytest.fixture(scope="session", autouse=True)
 def steps_are_rehearsed_once_and_few_pictures_judged() -> Iterator[None]:
-    """Two of each incomplete prompt instead of twelve: they take a sixth of a small chain's time."""
+    """Shares rehearsals between tests (`Rehearsed`), and draws 2 instead of 12 pictures of each incomplete prompt,
+    which would take a sixth of a small run's time."""
     from ldm_train.evaluation import impression
     from ldm_train.pipeline import budget
 
@@ -153,7 +155,8 @@ def seeded() -> None:
 
 @pytest.fixture(scope="session")
 def datasets() -> Path:
-    """The folder with the tars of real images: $LDM_TRAIN_TEST_DATA, or shared/datasets beside the repository."""
+    """The folder with the tars of real images: $LDM_TRAIN_TEST_DATA, or shared/datasets beside the repository. Skips
+    the test if it is not there."""
     folder = Path(os.environ.get("LDM_TRAIN_TEST_DATA", ROOT.parent / "shared" / "datasets"))
     if not folder.is_dir():
         pytest.skip(f"no real images at {folder}; set LDM_TRAIN_TEST_DATA to the folder that holds cifar10/")
@@ -162,8 +165,8 @@ def datasets() -> Path:
 
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a finished run of a small chain, run/, and its data, data/: trained once for all processes. Who changes
-    anything in it takes a copy."""
+    """A folder with a finished small run, run/, and its data, data/, trained once for all processes. A test that
+    changes anything in it must work on a copy."""
     from chains import chain
     from filelock import FileLock
 
@@ -178,5 +181,5 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def count(request: pytest.FixtureRequest) -> int:
-    """Cases of a fuzz test."""
+    """The number of cases of a fuzz test (--fuzz)."""
     return request.config.getoption("--fuzz")

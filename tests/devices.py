@@ -1,4 +1,4 @@
-"""The meta device in the place of a GPU: what would wait for the device, or mix devices, is seen without one."""
+"""The meta device used instead of a GPU, to find out without one what would wait for the device or mix devices."""
 
 import traceback
 from collections.abc import Iterable, Iterator, Sequence
@@ -15,7 +15,7 @@ from ldm_train.diffusion import process
 from ldm_train.models import layers
 
 aten = torch.ops.aten
-# Whose result has a size that only the device knows.
+# Operations whose result has a size that depends on values on the device.
 SIZED_BY_VALUES = (aten.nonzero, aten.masked_select, aten.bincount, aten._unique2, aten.repeat_interleave)
 COPIES = (aten._to_copy, aten.copy_)
 
@@ -57,13 +57,13 @@ def _vector_norm(x: torch.Tensor, ord: float = 2, dim: Any = None, keepdim: bool
     return x.new_empty(()) if dim is None else aten.linalg_vector_norm(x, ord, dim, keepdim, **options)
 
 
-# Whose shapes the meta device finds in a hundred small steps.
+# Operations for which the meta device finds the shapes in a hundred small steps; these functions are faster.
 SHAPED = {
     aten.native_group_norm: _group_norm, aten.native_group_norm_backward: _group_norm_backward, aten.native_layer_norm: _layer_norm,
     aten.linalg_vector_norm: _vector_norm,
 }  # fmt: skip
 
-# Operations whose result is like their arguments, where these are alike.
+# Elementwise operations: if all arguments have the same shape and dtype, so has the result.
 ALIKE = {
     *(aten.add, aten.sub, aten.mul, aten.div, aten.sqrt, aten.square, aten.silu, aten.silu_backward, aten.gelu, aten.neg),
     *(aten.gelu_backward, aten.relu, aten.threshold_backward, aten.abs, aten.exp),
@@ -71,14 +71,15 @@ ALIKE = {
 
 
 def _like_all(given: Sequence[torch.Tensor]) -> bool:
-    """Whether the result of arithmetic of each value by itself is like every one of these."""
+    """Returns True if these floating-point tensors agree in device, dtype, shape and strides, so that the result of an
+    elementwise operation does too."""
     kinds = {(t.device, t.dtype, t.shape, t.stride()) for t in given}
     return len(kinds) == 1 and given[0].is_floating_point()
 
 
 @contextmanager
 def without_float64() -> Iterator[None]:
-    """A context in which the meta device has no float64, as Apple's has none. Models are taken there inside it."""
+    """A context in which the meta device has no float64, like Apple's. Move models to the device inside it."""
     with pytest.MonkeyPatch.context() as patch:
         for module in (devices, process, layers):
             patch.setattr(module, "WITHOUT_FLOAT64", {"mps", "meta"})
@@ -86,10 +87,11 @@ def without_float64() -> Iterator[None]:
 
 
 class Watched(TorchDispatchMode):
-    """Notes in `waits` every place of the package at which the host waits for the meta device: values that it reads, results whose
-    size it must know, and blocking copies in either direction. What is read before the device was asked for more is one wait:
-    it has done everything by then. Raises AssertionError for an operation that mixes devices (numbers on the CPU, tensors
-    without dimensions, may join any), and for float64 on the device under `without_float64`."""
+    """Records in `waits` each place in the package where the host waits for the meta device: values that it reads,
+    results whose size it must know, and blocking copies in either direction. Reads with no new work for the device
+    between them count as one wait, since the device has finished everything by then. Raises AssertionError if an
+    operation mixes devices (CPU tensors without dimensions may join any) and, under `without_float64`, if float64 is on
+    the device."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -97,7 +99,7 @@ class Watched(TorchDispatchMode):
         self._idle = False
 
     def __enter__(self) -> "Watched":
-        self._assumed = config.patch(meta_nonzero_assume_all_nonzero=True)  # so that what is noted goes on
+        self._assumed = config.patch(meta_nonzero_assume_all_nonzero=True)  # else these operations would fail
         self._assumed.__enter__()
         return super().__enter__()
 
@@ -120,11 +122,11 @@ class Watched(TorchDispatchMode):
         made = self._done(func, args, kwargs or {})
         there = [t for t in _tensors((args, list((kwargs or {}).values()), made)) if t.is_meta]
         if "meta" in devices.WITHOUT_FLOAT64 and any(t.dtype == torch.float64 for t in there):
-            # torch.quantile ranks in float64 on its own account; what it does on a device without is torch's.
+            # torch.quantile itself computes ranks in float64; what it does on a device without float64 is up to torch.
             assert "torch.quantile(" in self._place(), f"{func} has float64 on the device at {self._place()}"
         returned = [t for t in _tensors([made]) if t.is_meta]
         if returned and not all(r.alias_info is not None and not r.alias_info.is_write for r in func._schema.returns):
-            self._idle = False  # more than a view
+            self._idle = False  # the device was given work: the result is more than a view
         return made
 
     def _done(self, func: Any, args: Any, kwargs: Any) -> Any:

@@ -1,7 +1,8 @@
-"""Commands and functions in processes of their own that need not import anything: Python's fork server has done it for all.
+"""Runs commands and functions in processes of their own that import nothing: Python's fork server has done it for all
+of them.
 
-A process begun anew spends most of a short training on imports (12 of 17 seconds). What depends on how a command begins, from its
-first signal to its exit status, is tested on processes begun anew.
+A newly started process spends most of a short training on imports (12 of 17 seconds). Tests of how a command starts and
+ends, from its first signal to its exit status, still use newly started processes.
 """
 
 import multiprocessing
@@ -23,19 +24,20 @@ CONTEXT.set_forkserver_preload(
 
 
 def begun(function: Callable[..., None], *arguments: Any) -> ForkServerProcess:
-    """The process, begun, of a function of a test's module. It can be killed, and may have children."""
+    """Starts a function of a test's module in a process and returns the process. It can be killed, and may have
+    children."""
     process = CONTEXT.Process(target=function, args=arguments)
     process.start()
     return process
 
 
 def begun_training(folder: Path, *options: str) -> ForkServerProcess:
-    """The process of python train.py with these options, in this folder, on one thread; folder/log holds what it said."""
+    """Starts `python train.py` with these options in this folder, on one thread; its output goes to folder/log."""
     return begun(_train, folder, options)
 
 
 def trained(folder: Path, *options: str) -> None:
-    """Runs python train.py with these options to its end."""
+    """Runs `python train.py` with these options until it ends; fails if its exit status is not 0."""
     process = begun_training(folder, *options)
     process.join()
     assert process.exitcode == 0, (folder / "log").read_text()[-6000:]
@@ -43,7 +45,7 @@ def trained(folder: Path, *options: str) -> None:
 
 def _train(folder: Path, options: tuple[str, ...]) -> None:
     os.chdir(folder)
-    os.environ["OMP_NUM_THREADS"] = "1"  # of loading processes
+    os.environ["OMP_NUM_THREADS"] = "1"  # for the data loader's processes
     torch.set_num_threads(1)
     log = os.open("log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(log, 1)

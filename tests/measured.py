@@ -1,7 +1,7 @@
-"""The memory that training really takes on the CPU: Lightning's own loop on random pictures, watched from outside. Two ways that know
-nothing of the planner: the allocations that torch's profiler records, and the memory of the process.
+"""Measures the memory that training really takes on the CPU, in Lightning's own loop on random pictures. Two ways that
+do not depend on the planner: the allocations that torch's profiler records, and the memory of the process.
 
-python tests/measured.py <stage> <override> ...   prints the planned peak, that of the allocations and that of the process, in MiB.
+python tests/measured.py <stage> <override> ... prints three peaks in MiB: planned, of the allocations, of the process.
 """
 
 import gc
@@ -27,11 +27,11 @@ from ldm_train.pipeline.values import check_values
 from ldm_train.training.fit import Cadence, Machine, fit
 from ldm_train.training.task import Task
 
-STEPS = 2  # gradients and states of the first are there in the second
+STEPS = 2  # in the second, the gradients and optimiser states of the first are in memory
 
 
 def planning(*overrides: str) -> Run:
-    """A run of which only the plan is asked for."""
+    """A run with plan=only: for the memory plan alone."""
     config = composed("train", "plan=only", "accelerator=cpu", *overrides)
     config.name = "measured"
     check_values(config)
@@ -39,13 +39,13 @@ def planning(*overrides: str) -> Run:
 
 
 def planned(run: Run, stage: str) -> float:
-    """The planner's peak, bytes."""
+    """Returns the peak that the planner expects, in bytes."""
     budget = Budget(run, stage)
     return budget.peak(budget.chosen)
 
 
 class Batches(L.LightningDataModule):
-    """The same micro-batch again and again."""
+    """A data module that gives the same micro-batch `count` times."""
 
     def __init__(self, batch: dict[str, Any], count: int):
         super().__init__()
@@ -56,7 +56,7 @@ class Batches(L.LightningDataModule):
 
 
 def train(run: Run, stage: str) -> None:
-    """STEPS steps of a stage, from nothing."""
+    """Trains a stage for STEPS steps from random weights, on random data."""
     config, section = run.config, run.config[stage]
     micro = section.micro_batch_size or section.batch_size
     with tempfile.TemporaryDirectory() as folder:
@@ -81,7 +81,7 @@ def train(run: Run, stage: str) -> None:
 
 
 def allocated(run: Run, stage: str) -> float:
-    """The most bytes that torch's allocator had given out at once."""
+    """Trains, and returns the peak of the bytes that torch's allocator had handed out."""
     gc.collect()
     options = {"activities": [torch.profiler.ProfilerActivity.CPU], "profile_memory": True}
     with torch.profiler.profile(**options) as profiler:
@@ -96,8 +96,9 @@ def allocated(run: Run, stage: str) -> float:
 
 
 def resident(run: Run, stage: str) -> float:
-    """By how many bytes the process grew at most. (In a process of its own, after a short training has loaded all libraries;
-    with MALLOC_MMAP_THRESHOLD_=65536, so that what is freed goes back at once.)"""
+    """Trains, and returns by how many bytes the process grew at most. (Run it in a process of its own, after a short
+    training has loaded all libraries, and with MALLOC_MMAP_THRESHOLD_=65536, so that freed memory is returned at
+    once.)"""
 
     def size(name: str) -> int:
         lines = Path("/proc/self/status").read_text().splitlines()
@@ -105,7 +106,7 @@ def resident(run: Run, stage: str) -> float:
 
     gc.collect()
     before = size("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # forgets the highest so far
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak (VmHWM)
     train(run, stage)
     return size("VmHWM") - before
 

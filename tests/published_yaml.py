@@ -1,5 +1,6 @@
-"""The models of CompVis/latent-diffusion as their YAML describes them, and the names and shapes of their tensors, generated from
-the YAML by the rules of the published code (openaimodel.py, model.py, x_transformer.py), without a line of ours."""
+"""The models of CompVis/latent-diffusion as their YAML describes them, and the names and shapes of their tensors. These
+are generated from the YAML by the rules of the published code (openaimodel.py, model.py, x_transformer.py), without
+using ours."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from copy import deepcopy
@@ -14,7 +15,7 @@ AUTOENCODERS: dict[str, tuple[list[int], int, int | None, list[int], str | None]
     "kl-f8": ([1, 2, 4, 4], 4, None, [], None),
     "kl-f16": ([1, 1, 2, 2, 4], 16, None, [16], None),
     "kl-f32": ([1, 1, 2, 2, 4, 4], 64, None, [16, 8], None),
-    "kl-f4-z4": ([1, 2, 4], 4, None, [], None),  # of the x4 upscaler
+    "kl-f4-z4": ([1, 2, 4], 4, None, [], None),  # the autoencoder of the x4 upscaler
     "vq-f4": ([1, 2, 4], 3, 8192, [], None),
     "vq-f4-noattn": ([1, 2, 4], 3, 8192, [], "none"),
     "vq-f8": ([1, 2, 2, 4], 4, 16384, [32], None),
@@ -72,7 +73,7 @@ STABLE = {
 
 
 def unclip(kind: str, dim: int) -> dict[str, Any]:
-    """What SD 2 unCLIP adds. kind: H (OpenCLIP's encoder of pictures) or L (CLIP's)."""
+    """The options that SD 2 unCLIP adds. kind: H (OpenCLIP's image encoder) or L (CLIP's)."""
     noise = {"timestep_dim": dim, "noise_schedule_config": {"timesteps": 1000, "beta_schedule": "squaredcos_cap_v2"}}
     embedder: dict[str, Any] = {"target": f"{ENCODERS}.FrozenOpenCLIPImageEmbedder"}
     if kind == "L":
@@ -180,7 +181,7 @@ DIFFUSION: dict[str, tuple[str, dict[str, Any], Any, dict[str, Any]]] = {
 
 
 def autoencoder_config(name: str, width: int = 128, codes: int | None = None) -> dict[str, Any]:
-    """{"target", "params"}, with another width and number of codes where a test wants a small one."""
+    """Returns {"target", "params"} of a published autoencoder; smaller with another `width` and number of `codes`."""
     mult, z, n_embed, resolutions, attn_type = AUTOENCODERS[name]
     dd = {
         "double_z": n_embed is None, "z_channels": z, "resolution": 256, "in_channels": 3, "out_ch": 3, "ch": width,
@@ -210,7 +211,7 @@ def diffusion_config(name: str, small: bool = False) -> dict[str, Any]:
     if small and isinstance(condition, dict) and "params" in condition:
         changed = {k: v for k, v in {"n_layer": 2, "vocab_size": 200}.items() if k in condition["params"]}
         if condition["target"] == BERT and "vocab_size" not in changed:
-            changed["vocab_size"] = 40  # of the tokenizer that the test makes
+            changed["vocab_size"] = 40  # the size of the vocabulary that the tests make
         if condition["params"].get("use_tokenizer", True) and (
             width := {"n_embed", "embed_dim"} & condition["params"].keys()
         ):
@@ -236,7 +237,8 @@ def diffusion_config(name: str, small: bool = False) -> dict[str, Any]:
 
 
 def of_one_architecture(names: Iterable[str]) -> set[str]:
-    """Those of `names` whose model another before them has as well, but for sizes that a small model does not have."""
+    """Returns the names whose small model equals that of an earlier name. The published models may differ in sizes that
+    a small model does not have."""
     seen, again = list[dict[str, Any]](), set[str]()
     for name in names:
         params = diffusion_config(name, small=True)["params"]
@@ -264,7 +266,7 @@ def _conv(name: str, inner: int, outer: int, size: int = 3) -> Iterator[tuple[st
 
 
 def _resnet(name: str, a: int, b: int) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """A block of the autoencoder."""
+    """Tensors of a residual block of the autoencoder."""
     yield from _layer(f"{name}.norm1", a)
     yield from _conv(f"{name}.conv1", a, b)
     yield from _layer(f"{name}.norm2", b)
@@ -320,7 +322,7 @@ def autoencoder_tensors(config: Mapping[str, Any]) -> Shapes:
 
 
 def _res(name: str, a: int, b: int, emb: int, scale_shift: bool) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """A block of the U-Net."""
+    """Tensors of a residual block of the U-Net."""
     yield from _layer(f"{name}.in_layers.0", a)
     yield from _conv(f"{name}.in_layers.2", a, b)
     yield from _layer(f"{name}.emb_layers.1", 2 * b if scale_shift else b, emb)
@@ -407,7 +409,7 @@ def bert_tensors(p: Mapping[str, Any]) -> Shapes:
 
 
 def clip_tensors(width: int, layers: int, words: int) -> Shapes:
-    """SD 1: transformers' CLIPTextModel, with the buffer that its older versions saved."""
+    """Tensors of SD 1's text encoder: transformers' CLIPTextModel, with the buffer that its older versions saved."""
     made: Shapes = {
         "embeddings.position_ids": (1, 77),
         "embeddings.token_embedding.weight": (words, width),
@@ -423,7 +425,7 @@ def clip_tensors(width: int, layers: int, words: int) -> Shapes:
 
 
 def openclip_tensors(width: int, layers: int, words: int) -> Shapes:
-    """SD 2: the text part of open_clip's model."""
+    """Tensors of SD 2's text encoder: the text part of open_clip's model."""
     made: Shapes = {
         "positional_embedding": (77, width), "token_embedding.weight": (words, width), "text_projection": (width, width),
         "logit_scale": (),
@@ -443,7 +445,7 @@ def blocks_of_openclip(width: int, layers: int) -> Shapes:
 
 
 def vision_tensors(width: int, layers: int, patch: int, side: int, dim: int) -> Shapes:
-    """SD 2 unCLIP: the pictures' part of CLIP's and open_clip's models."""
+    """Tensors of SD 2 unCLIP's image encoder: the vision part of CLIP's and open_clip's models."""
     made: Shapes = {
         "class_embedding": (width,), "positional_embedding": ((side // patch) ** 2 + 1, width), "proj": (width, dim),
         "conv1.weight": (width, 3, patch, patch),
@@ -453,7 +455,7 @@ def vision_tensors(width: int, layers: int, patch: int, side: int, dim: int) -> 
 
 
 def tensors(model: Mapping[str, Any]) -> Shapes:
-    """Every tensor of a released checkpoint, {name: shape}."""
+    """Returns every tensor of a released checkpoint as {name: shape}."""
     if "unet_config" not in model["params"]:
         return autoencoder_tensors(model)
     p = model["params"]
@@ -485,7 +487,7 @@ def tensors(model: Mapping[str, Any]) -> Shapes:
             "ln_final.weight": (64,),
             "text_projection": (64, dim),
         }
-        rest |= {} if openclip else {"transformer.resblocks.0.ln_1.weight": (64,)}  # CLIP's text comes along, unused
+        rest |= {} if openclip else {"transformer.resblocks.0.ln_1.weight": (64,)}  # CLIP's text part, unused
         made |= {f"embedder.model.visual.{k}": shape for k, shape in vision.items()}
         made |= {f"embedder.model.{k}": shape for k, shape in rest.items()}
         made |= {"noise_augmentor.betas": (1000,), "noise_augmentor.sqrt_alphas_cumprod": (1000,)}
@@ -495,7 +497,7 @@ def tensors(model: Mapping[str, Any]) -> Shapes:
         width, openclip = p["unet_config"]["params"]["context_dim"], "OpenCLIP" in condition["target"]
         size = (
             (width, 24 if openclip else 12, 49408) if width > 64 else (width, 2, 20)
-        )  # small: of the tests' tokenizer
+        )  # in small models, 20 words: those of the tests' tokenizer
         if openclip:
             made |= {f"cond_stage_model.model.{k}": shape for k, shape in openclip_tensors(*size).items()}
         else:

@@ -1,4 +1,4 @@
-"""Folders served over http by this process, with the faults of real networks."""
+"""Serves folders over http from this process, with the faults of real networks."""
 
 import threading
 import time
@@ -16,11 +16,13 @@ def no_proxies(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Site:
-    """A folder served on this machine. `asked` are the paths of all requests.
+    """A local server of a folder. `asked` lists the paths of all requests.
 
-    ranges: whether it knows them. drop_after: it breaks off after so many bytes. status, location: of every answer. length: what
-    it says of the length of a file of so many bytes. pause: seconds before each block of 4096 bytes. faults: what happens to
-    the next requests, each a status, a number of bytes as in `drop_after`, or "other": other bytes of the same length.
+    ranges: whether it honours Range headers. drop_after: it closes the connection after this many bytes. status,
+    location: those of every answer (a location redirects). length: maps the size of a file to the Content-Length that
+    is sent (None: no header). pause: seconds before each block of 4096 bytes. faults: what happens to the next
+    requests, in order: a status (300 to 599), another number of bytes as in `drop_after`, or "other" for other bytes
+    (zeros) of the same length.
     """
 
     def __init__(self, folder: Path):

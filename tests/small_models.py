@@ -1,4 +1,4 @@
-"""Small models of every kind of condition, with random weights that let it be seen."""
+"""Small models, one for every kind of condition, with random weights that make the effect of the condition visible."""
 
 from pathlib import Path
 
@@ -38,7 +38,7 @@ CONDITIONERS = {
         }
     },
 }  # fmt: skip
-CONDITIONERS["calm"] = CONDITIONERS["text"]  # with small weights, as inversion needs them
+CONDITIONERS["calm"] = CONDITIONERS["text"]  # with small weights, which inversion needs
 CONTEXT = {"text", "calm", "class", "layout"}
 FIRST_STAGE = {
     "_target_": "ldm_train.models.first_stage.FirstStage",
@@ -51,7 +51,7 @@ CONCAT = {"semantic": 3, "superres": 3, "inpaint": 5, "depth": 1, "edges": 16}
 
 
 def small_model(kind: str, folder: Path) -> Path:
-    """A model folder of a kind of CONDITIONERS, made where it is not there."""
+    """Returns a model folder of a kind of CONDITIONERS; makes it if it is not there."""
     if (folder / "metadata.json").is_file():
         return folder
     torch.manual_seed(0)

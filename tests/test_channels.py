@@ -1,5 +1,5 @@
-"""Pictures of five channels, not square, go the way of all others: from .npy files to samples, and what sees three channels
-says how it sees five."""
+"""Pictures with five channels that are not square work in every step, from .npy files to samples; measures that take
+three channels say which groups of channels they were given."""
 
 import csv
 import json
@@ -23,7 +23,7 @@ from ldm_train.pipeline.measure import evaluate
 from ldm_train.pipeline.run import Run
 from ldm_train.pipeline.train import train
 
-# The recipe of the README, made so small that every stage takes seconds; nothing here speaks of channels.
+# The recipe of the README, reduced so that every stage takes seconds; no option here depends on the number of channels.
 SMALL = [
     "experiment=clothing_f8_small", "logger=csv", "progress=false", "accelerator=cpu", "autoencoder.max_steps=4",
     "autoencoder.batch_size=8", "autoencoder.loss.disc_start=2", "autoencoder.val_every=2",
@@ -38,7 +38,7 @@ GROUPS = "mean over channels 1-3, 3-5"
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Discs and stripes of five bands, (5, 32, 48), prepared."""
+    """A folder with prepared data, data/: discs and stripes in five bands, (5, 32, 48)."""
     folder, rng = tmp_path_factory.mktemp("five"), np.random.default_rng(0)
     y, x = np.mgrid[:32, :48]
     for i in range(32):
@@ -76,7 +76,7 @@ def test_a_run_trains_and_measures_and_says_what_sees_groups(run: Path):
     metrics = json.loads((run / "evaluation" / "metrics.json").read_text())
     assert metrics["samples"]["fid_tiny"]["channels"] == metrics["reconstructions"]["kid_tiny"]["channels"] == GROUPS
     assert metrics["reconstruction"]["perceptual"]["channels"] == GROUPS
-    assert "channels" not in metrics["reconstruction"]["psnr"]  # which knows any number
+    assert "channels" not in metrics["reconstruction"]["psnr"]  # PSNR takes any number of channels
     for name in ("evaluation/samples.png", "evaluation/denoising.gif", "diffusion/images/samples_0000004.png"):
         with Image.open(run / name) as image:
             assert np.ptp(np.asarray(image.convert("RGB")).astype(int), axis=2).max() > 10, f"{name} has no colours"
@@ -113,7 +113,7 @@ def test_samples_lose_nothing_continue_and_are_drawn_again(run: Path, tmp_path: 
     assert "2 of 2 pictures are identical" in capsys.readouterr().out
     draw(run, *options, "seed=5", "overwrite=true")
     assert sorted(p.name for p in (tmp_path / "out").glob("*.npy")) == ["00000_seed5.npy", "00001_seed6.npy"]
-    (batch,) = image_batches([str(tmp_path / "out")])  # without the grid and the false colours
+    (batch,) = image_batches([str(tmp_path / "out")])  # the arrays, without the grid and the false-colour PNGs
     assert batch.shape == (2, 5, 32, 48)
 
 
@@ -142,7 +142,7 @@ def test_tasks_that_begin_from_a_picture_take_arrays(run: Path, folder: Path, tm
     found = np.load(path.with_suffix(".npy"))
     assert found.shape == ((32, 64, 5) if "extend=[0,16,0,0]" in options else (32, 48, 5))
     if "mask={mask}" in options:
-        assert np.array_equal(found[mask == 0], array[mask == 0])  # to the bit, as the file had them
+        assert np.array_equal(found[mask == 0], array[mask == 0])  # bit for bit the values of the file
 
 
 @pytest.mark.chain
@@ -209,7 +209,7 @@ def test_conditions_made_of_the_picture_have_five_channels(run: Path, folder: Pa
 
 
 class Spectral(torch.nn.Module):
-    """A user's own extractor: the mean spectrum, of five channels only."""
+    """A user's own feature extractor: the mean of each channel. It takes five channels only."""
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         return images.mean(dim=(2, 3)) @ torch.eye(5, device=images.device)
@@ -275,7 +275,7 @@ def test_what_does_not_fit_the_channels_is_said_before_training(
 def test_no_perceptual_term_may_be_called_either_way(
     folder: Path, tmp_path: Path, value: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ):
-    """As typed on the command line, where Hydra itself takes no null for a part."""
+    """The options as typed on the command line, where Hydra itself does not take null for a config group."""
     seen: list = []
     monkeypatch.setattr(sys, "argv", ["train.py", *SMALL, *FIVE, f"autoencoder/loss/perceptual={value}"])
 

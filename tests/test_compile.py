@@ -1,5 +1,6 @@
-"""torch.compile: every family's networks are traced whole, without a graph break, in training and in sampling; what compiled
-networks compute and save is what they are trained to. On a GPU where there is one: pytest -m "slow or not slow" tests/test_compile.py
+"""torch.compile: the networks of every family are traced without a graph break, in training and in sampling, and
+compiled networks compute the same and have the same weight names as the others. On a GPU if there is one. All tests:
+pytest -m "slow or not slow" tests/test_compile.py
 """
 
 import json
@@ -29,7 +30,7 @@ AUTOENCODERS = {
     "vq": partial(AutoencoderVQ, num_codes=16, **AUTOENCODER),
     "vq averaged and restarted": partial(AutoencoderVQ, num_codes=16, codebook_ema=0.9, restart_after=2, **AUTOENCODER),
 }
-# What recipes of the published sizes have and the small ones do not.
+# U-Net options that recipes of the published sizes use and the small recipes do not.
 VARIANTS = {
     "scale and shift": {"scale_shift": True, "resblock_resample": True},
     "linear projections": {"context_dim": 8, "linear_projection": True, "transformer_depth": 2},
@@ -40,7 +41,7 @@ VARIANTS = {
 
 
 def filled(network: nn.Module) -> nn.Module:
-    """On the device, the zeroed layers filled, so that every part shows."""
+    """Moves a network to the device with all parameters random: layers that start at zero would hide the others."""
     torch.manual_seed(0)
     for p in network.parameters():
         nn.init.normal_(p, std=0.1)
@@ -49,14 +50,14 @@ def filled(network: nn.Module) -> nn.Module:
 
 @cache
 def small_tree(recipe: str) -> str:
-    """The network of a recipe, as JSON, with as little of each part as there can be."""
+    """Returns a recipe's network as JSON, with as few layers and channels as possible."""
     experiment, *options = RECIPES[recipe]
     config = composed("train", f"experiment={experiment}", *options)
     tree = OmegaConf.to_container(config.diffusion.network, resolve=True)
     if tree["_target_"].endswith("DiT"):
         tree |= {"hidden_size": 16, "depth": 2, "num_heads": 2}
     else:
-        # What lies between two levels is traced with the variants, but for what a control adds to each.
+        # One level is enough (the variants trace two), except with a control, which adds to each level.
         levels = [1, 2] if "control" in str(tree) else [1]
         attention = [len(levels) - 1] if tree.get("attention_levels") else []
         tree |= {"channels": 16, "channel_mult": levels, "num_res_blocks": 1, "attention_levels": attention}
@@ -65,7 +66,7 @@ def small_tree(recipe: str) -> str:
 
 
 def inputs_of(network: Any) -> dict[str, torch.Tensor]:
-    """One of each input that a network takes: two samples of 4x4 latents."""
+    """Returns one tensor for each input that a network takes, for a batch of two 4x4 latents."""
     torch.manual_seed(1)
     widths = network.condition_widths
     given = {"noisy_latents": torch.randn(2, network.in_channels, 4, 4), "timesteps": torch.tensor([3.0, 700.0])}
@@ -89,8 +90,8 @@ def check_traced(
     tolerance: float = 0.0,
     modes: tuple[bool, ...] = (True, False),
 ) -> None:
-    """Traces a network whole, with its gradients in training mode and without in eval mode, and compares it with itself.
-    `fullgraph=True` raises where tracing breaks."""
+    """Compiles a network and compares it with an uncompiled copy: outputs and gradients in training mode, outputs in
+    eval mode. `fullgraph=True` raises an error at a graph break."""
     torch.compiler.reset()
     written = deepcopy(network)
     traced = torch.compile(network, fullgraph=True, backend=backend)
@@ -100,7 +101,7 @@ def check_traced(
 
     for training in modes:
         network.train(training), written.train(training)
-        if not training and "context" in inputs:  # as sampling gives it
+        if not training and "context" in inputs:  # sampling projects the context beforehand
             with torch.no_grad():
                 inputs = inputs | {"context": written.projected(inputs["context"])}
         with torch.set_grad_enabled(training):
@@ -139,7 +140,7 @@ def test_a_unet_under_every_condition_is_traced_whole() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_the_network_of_every_family_is_traced_whole(recipe: str) -> None:
-    traced_network(small_tree(recipe))  # once for recipes with the same network
+    traced_network(small_tree(recipe))  # cached: once for recipes with the same network
 
 
 @pytest.mark.slow
@@ -180,7 +181,7 @@ def test_training_is_compiled_and_what_has_no_gradients_runs_as_written() -> Non
         assert torch.equal(network(**inputs), expected)
     assert not graphs
     assert torch.equal(network(**inputs), expected)
-    assert len(graphs) == 1  # of the three blocks, which are alike
+    assert len(graphs) == 1  # one graph for the three blocks, which are alike
 
 
 def test_a_missing_compiler_is_said_with_the_option(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -198,12 +199,12 @@ def test_a_missing_compiler_is_said_with_the_option(monkeypatch: pytest.MonkeyPa
 def test_compiled_networks_compute_what_they_are_written_to(kind: str) -> None:
     if kind == "kl":
         images = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0)).to(DEVICE)
-        # Means: compiled code draws other random numbers. (Training compiles encoder and decoder, not the draw between them.)
+        # The posterior mean, as compiled code draws other random numbers. (Training compiles encoder and decoder only.)
         inputs = {"images": images, "sample": False}
         return check_traced(
             filled(AUTOENCODERS[kind]()), inputs, "inductor", 1e-4, modes=(True,)
-        )  # compiled in training alone
-    if kind == "a U-Net":  # one level of it: more take minutes to compile
+        )  # autoencoders are compiled only in training
+    if kind == "a U-Net":  # with one level: more take minutes to compile
         network = filled(UNet(4, 16, (1,), 1, (0,), head_dim=8, context_dim=6))
     else:
         network = filled(instantiate(json.loads(small_tree(kind)), _convert_="all"))

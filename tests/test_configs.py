@@ -1,4 +1,4 @@
-"""Every config composes, names things that exist, and builds the models its comments promise."""
+"""Every config composes, names targets that exist, and builds models of the published sizes."""
 
 from pathlib import Path
 from typing import Any
@@ -41,7 +41,7 @@ def test_every_experiment_composes_whole(experiment: str):
     check_values(config)
 
 
-BRIEFLY = ("quickstart", "celebahq_f8", "sd2_v", "upscaler_x4")  # the others in the slow tier
+BRIEFLY = ("quickstart", "celebahq_f8", "sd2_v", "upscaler_x4")  # the other experiments run only in the slow tier
 
 
 @pytest.mark.parametrize(
@@ -59,11 +59,12 @@ def test_every_target_exists(file: Path):
 
 
 def model_of(config: DictConfig, network: dict[str, Any] | None = None) -> tuple[dict[str, Any], LatentDiffusion]:
-    """The tree, and the model on the meta device. network: the autoencoder's, where it is not the config's."""
+    """Returns the config tree and the model, on the meta device. network: the autoencoder's, if not the config's
+    own."""
     conditioners = OmegaConf.to_container(config.diffusion.conditioning.conditioners, resolve=True)
     for conditioner in conditioners.values():
         conditioner |= {option: 7 for option in ("classes", "labels") if conditioner.get(option) == "from_data"}
-        if "encoder" in conditioner:  # pretrained ones need their files; widths are the config's
+        if "encoder" in conditioner:  # pretrained encoders need their files; the widths stay those of the config
             conditioner["encoder"] = {"_target_": "ldm_train.conditioning.image_embedding.TinyVision"}
         if conditioner.get("tokenizer") == "from_data":
             conditioner["tokenizer"] = train_tokenizer(["a red circle"], conditioner.pop("vocab_size")).to_str()
@@ -76,10 +77,11 @@ def model_of(config: DictConfig, network: dict[str, Any] | None = None) -> tuple
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
 def test_every_experiment_makes_one_model(experiment: str):
-    """U-Net, first stage and conditioners as the chain joins them: LatentDiffusion refuses widths that do not fit."""
+    """Joins U-Net, first stage and conditioners as training does: LatentDiffusion raises an error if widths do not
+    fit."""
     config, network = composed("train", f"experiment={experiment}"), None
     taken = config.autoencoder.pretrained or ""
-    if taken.startswith(EMBEDDINGS):  # of the model that draws them
+    if taken.startswith(EMBEDDINGS):  # the prior's first stage holds the model that draws from its embeddings
         drawer, _ = model_of(composed("train", f"experiment={taken.removeprefix(EMBEDDINGS)}"))
         network = {"_target_": "ldm_train.unclip.ImageEmbeddings", "model": drawer}
     _, model = model_of(config, network)
@@ -111,7 +113,7 @@ GROUPS = {
 
 @pytest.mark.parametrize("number", range(max(map(len, GROUPS.values()))))
 def test_every_option_of_a_group_composes(number: int):
-    """The options of that number of all groups at once."""
+    """Takes the option with this number in every group, all at once."""
     chosen = [f"{group}={options[number]}" for group, options in GROUPS.items() if number < len(options)]
     config = composed("train", "experiment=celebahq_f8", *chosen, "data.root=somewhere")
     OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
@@ -133,7 +135,7 @@ def test_sampling_composes():
     OmegaConf.to_container(composed("sample", "run=somewhere"), resolve=True, throw_on_missing=True)
 
 
-# The 13 autoencoder rows (nine released, four training configs that repeat them) as presets.
+# The 13 published autoencoders: nine presets for the released ones, which four training configs repeat.
 AUTOENCODERS = {
     "kl_f4": 55_312_063,
     "kl_f8": 83_653_863,
@@ -152,7 +154,7 @@ def test_autoencoders_have_the_published_sizes(preset: str, count: int):
     assert parameters(on_meta(composed("train", f"autoencoder={preset}", "data=celebahq").autoencoder.network)) == count
 
 
-# (unet, latent channels, context, concat) -> parameters; the comment names the released configs of that size.
+# (U-Net, latent channels, context, concat) -> number of parameters; comments name the released configs of that size.
 UNETS = {
     ("ldm4", 3, None, 0): 274_056_163,  # celeba256, ffhq256, lsun_beds256 and their three training configs
     ("ldm8_churches", 4, None, 0): 294_966_916,  # lsun_churches256 and its training config
@@ -185,7 +187,7 @@ def test_unets_have_the_published_sizes(which: tuple, count: int):
 
 @pytest.mark.parametrize(
     ("experiment", "count"),
-    [  # diffusers' UNet2DConditionModel with the released configs has the same
+    [  # diffusers' UNet2DConditionModel with the released configs has as many
         ("sd2_inpainting", 865_925_124),
         ("sd2_depth", 865_913_604),
         ("unclip_h", 870_173_124),
@@ -198,7 +200,7 @@ def test_sd2_variants_have_the_published_sizes(experiment: str, count: int):
 
 @pytest.mark.parametrize(("experiment", "count"), [("text2img_cc_f4", 166_590_080), ("text2img_f8", 542_895_360)])
 def test_text_transformers_have_the_published_sizes(experiment: str, count: int):
-    """Without the `to_logits` layer, which the published models carry and never use."""
+    """Counts without the `to_logits` layer, which the published models contain but never use."""
     options = composed("train", f"experiment={experiment}").diffusion.conditioning.conditioners.text
     assert options.masked is False
     given = {name: options[name] for name in ("vocab_size", "dim", "depth", "heads", "max_length", "head_dim")}
@@ -239,7 +241,7 @@ def test_unclip_takes_the_statistics_of_its_embeddings():
     assert image.statistics == "stats.safetensors"
 
 
-# The paper's sweep, in millions (tables 13 and 14, recounted).
+# The U-Nets of the paper's sweep (tables 13 and 14), in millions of parameters, recounted.
 @pytest.mark.parametrize(
     ("which", "millions"),
     [

@@ -1,8 +1,8 @@
-"""Nothing waits for an accelerator, mixes devices or needs float64 there: every family's steps on the meta device, which has no
-values, and here no float64, as Apple's GPUs.
+"""No code waits for an accelerator, mixes devices or needs float64 there: the steps of every family run on the meta
+device, which has no values and, in these tests, no float64, like Apple's GPUs.
 
-None in a training step and in sampling; one wait per batch where pictures are encoded or measured. What the host still reads, and
-why, is the table in ldm_train/README.md under "Devices".
+No waits in a training step and in sampling; one per batch if pictures are encoded or measured. The table in
+ldm_train/README.md under "Devices" says what the host still reads, and why.
 """
 
 import copy
@@ -76,7 +76,7 @@ RECIPES = {
     "noised small pictures": ("shapes_superres", "diffusion.conditioning.conditioners.lowres.noise_levels=100",
                               "diffusion.conditioning.vector_dim=256"),
 }  # fmt: skip
-# One entry each of every field, as the loader gives it: on the host.
+# A batch of two for every field, as the loader gives it: on the host.
 FIELDS: dict[str, Any] = {
     "class_label": torch.tensor([1, 0]), "caption": ["a red circle", "a blue square"],
     "boxes": [torch.tensor([[0.1, 0.1, 0.5, 0.5, 1.0]]), torch.zeros(0, 5)],
@@ -93,7 +93,7 @@ def _without_float64() -> Iterator[None]:
 
 
 def shallow(network: DictConfig) -> None:
-    """As few layers as have one of each kind: what waits does so in any."""
+    """Reduces a network to as few layers as have one of each kind; a kind of layer that waits does so at any depth."""
     if "depth" in network:
         network.depth = 2
     else:
@@ -103,7 +103,7 @@ def shallow(network: DictConfig) -> None:
 
 @cache
 def model_of(recipe: str) -> tuple[LatentDiffusion, DiffusionObjective]:
-    """A recipe's model, on the meta device, and its objective."""
+    """Returns a recipe's model, on the meta device, and its objective."""
     experiment, *options = RECIPES[recipe]
     config = composed("train", f"experiment={experiment}", *options)
     shallow(config.diffusion.network)
@@ -120,12 +120,12 @@ def model_of(recipe: str) -> tuple[LatentDiffusion, DiffusionObjective]:
     objective = DiffusionObjective(model.schedule, model.parameterisation, **options).to("meta")
     for conditioner in model.conditioners.values():
         if isinstance(conditioner, ImageEmbedding):
-            conditioner.encoder.to("meta")  # else the first batch takes it there
+            conditioner.encoder.to("meta")  # otherwise the first batch would move it there
     return model.to("meta"), objective
 
 
 def stepped(task: Task, batch: dict[str, Any]) -> list[str]:
-    """The waits of one training step: forward, backward, clipping, averaging. batch: as the loader gives it."""
+    """Returns the waits of one training step: forward, backward, clipping, averaging. batch: as the loader gives it."""
     task._trainer = SimpleNamespace(
         world_size=1, global_rank=0, global_step=100, log_every_n_steps=50, precision_plugin=None
     )
@@ -133,9 +133,9 @@ def stepped(task: Task, batch: dict[str, Any]) -> list[str]:
     task.log_training = logged.update
     task.to("meta").train()
     batch = task.transfer_batch_to_device(batch, torch.device("meta"), 0)
-    task.setup("fit")  # its averages
+    task.setup("fit")  # creates the averaged weights
     optimizer = task.optimizer(task.groups())
-    optimizer._step_supports_amp_scaling = True  # as a fused one, of which there is none for this device
+    optimizer._step_supports_amp_scaling = True  # like a fused optimizer, which does not exist for this device
     with Watched() as watched:
         task.training_step(batch, 0).backward()
         task.configure_gradient_clipping(optimizer)
@@ -160,7 +160,7 @@ def test_a_step_of_the_denoiser_waits_for_nothing(recipe: str):
 
 @pytest.mark.parametrize("targets", ["attention", "all"])
 def test_a_step_of_an_adapter_waits_for_nothing(targets: str):
-    model, objective = copy.deepcopy(model_of("classes"))  # which others use as it is
+    model, objective = copy.deepcopy(model_of("classes"))  # a copy: other tests use the cached model unchanged
     with torch.device("meta"):
         model.adapt(LoRA(rank=2, targets=targets), "adapter")
     batch = {k: FIELDS[k] for k in model.fields} | {"key": ["a", "b"]}
@@ -193,7 +193,7 @@ def test_a_step_of_a_student_waits_for_nothing():
     for share in (0.0, 1.0):
         options = {"guidance_scale": 2.0, "guidance_interval": [0.5, 5.0], "own_states": share}
         task = DistillationTask(model, objective, **options, **OPTIMISATION)
-        torch.manual_seed(5)  # the last of the student's steps
+        torch.manual_seed(5)  # selects the last of the student's steps
         assert stepped(task, batch) == []
 
 
@@ -204,7 +204,7 @@ SAMPLERS = {
 
 
 def drawn(model: LatentDiffusion, how: Sampling, start: Start | None = None, **guidance: Any) -> list[str]:
-    """The waits of one batch of pictures."""
+    """Returns the waits of sampling one batch of pictures."""
     with Watched() as watched:
         images = model.sample({k: FIELDS[k] for k in model.fields}, [0, 1], how, start, Guidance(**guidance))
     assert images.is_meta
@@ -287,7 +287,7 @@ MEASURED = (
     "nothing",
     "classes and captions",
     "a flow",
-)  # how the others sample is seen above; in the slow tier they are measured
+)  # sampling with the other recipes is tested above; in the slow tier they are measured too
 
 
 @pytest.mark.parametrize("recipe", [r if r in MEASURED else pytest.param(r, marks=pytest.mark.slow) for r in RECIPES])
@@ -335,7 +335,7 @@ def test_a_cached_batch_is_waited_for_once(kind: str):
 @pytest.mark.parametrize("kind", AUTOENCODERS)
 def test_tiled_decoding_mixes_no_devices(kind: str):
     first_stage = FirstStage(AUTOENCODERS[kind]()).to("meta")
-    with Watched():  # it waits for every tile, to keep it on the host
+    with Watched():  # it waits for each tile, which is kept on the host
         first_stage.decode(torch.zeros(1, 4, 24, 24, device="meta"), tiles=Tiles(16, 4))
 
 
@@ -348,14 +348,14 @@ def test_metrics_are_waited_for_once_where_they_are_written():
     optimizer._step_supports_amp_scaling = True
     for p in (p for group in task.groups() for p in group["params"]):
         p.grad = torch.zeros_like(p)
-    with Watched() as watched, suppress(NotFinite):  # by a value that the meta device does not have
+    with Watched() as watched, suppress(NotFinite):  # the norm is no real value on the meta device
         task.configure_gradient_clipping(optimizer)
     assert len(watched.waits) == 1
 
 
 def test_ranks_leave_what_is_on_the_host_there():
     strategy = Machine("gpu", "32", world_size=2, local_world_size=2).strategy()
-    assert strategy.determine_ddp_device_ids() is None  # DDP moves the inputs to these
+    assert strategy.determine_ddp_device_ids() is None  # DDP would move the inputs to these devices
 
 
 def test_apples_device_is_chosen_where_it_is_there_and_named_where_it_is_not(monkeypatch: pytest.MonkeyPatch):
@@ -410,7 +410,7 @@ def test_what_waits_and_what_mixes_is_seen():
         x.double()
     with Watched() as watched:
         (x + 1).cpu(), x.cpu(), x[:1].cpu()
-    assert len(watched.waits) == 1  # all of it was done when the first had come
+    assert len(watched.waits) == 1  # the device had finished everything at the first read
     with Watched() as watched:
         (x + 1).cpu(), (x + 2).cpu()
     assert len(watched.waits) == 2

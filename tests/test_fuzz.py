@@ -1,7 +1,8 @@
-"""Damaged files of every kind: what is opened is whole, or the damage is named. Never a traceback, never another content.
+"""Damaged files of every kind either open with their original content or raise an error that names the damage: never
+another exception, never other content.
 
-`pytest tests/test_fuzz.py --fuzz 700` tries that many cases of each kind (the suite: 60). Every case is a function of its
-number, which the message of a failure names.
+`pytest tests/test_fuzz.py --fuzz 700` tries that many cases of each kind (by default 40). Every case is a function of
+its number, which the message of a failure names.
 """
 
 import hashlib
@@ -44,7 +45,8 @@ VALUES = [None, True, -1, 0, 2**63, 1e308, "", "x", "é" * 50, "../x", [], [[]],
 
 
 def damaged_bytes(data: bytes, rng: np.random.Generator) -> bytes:
-    """Cut short, emptied, a bit turned, a stretch overwritten, doubled or left out, or something else altogether."""
+    """Returns the data cut short, emptied, with a bit flipped, with a stretch overwritten, doubled or removed, or
+    random bytes in its place."""
     kind, size = int(rng.integers(7)), max(1, len(data))
     at, length = int(rng.integers(size)), int(rng.integers(1, 64))
     if kind == 0:
@@ -65,7 +67,7 @@ def damaged_bytes(data: bytes, rng: np.random.Generator) -> bytes:
 
 
 def damaged_json(text: str, rng: np.random.Generator) -> str:
-    """One value of a tree replaced, left out or put elsewhere."""
+    """Returns the JSON with one value replaced, removed or copied to a new key, or that value alone."""
     tree = json.loads(text)
     node, parents = tree, []
     while isinstance(node, dict | list) and node and (not parents or rng.random() < 0.8):
@@ -110,7 +112,9 @@ def attacked(
     tmp_path: Path,
     count: int,
 ) -> tuple[int, int]:
-    """Copies `base`, damages one of its files and opens it, `count` times. Returns (named, as before).
+    """Copies `base`, damages one of its files and opens the copy, `count` times. Returns how often the damage was named
+    in an error and how often the copy opened without one. Fails if an error is none of USER_ERRORS or does not name the
+    file or its folder, or if a copy opens with other content.
 
     opened: (folder) -> what it holds, as fingerprints; samples that are counted as unreadable are left out.
     """
@@ -141,7 +145,7 @@ def attacked(
 
 # -- pictures ----------------------------------------------------------------------------------------------------------
 
-# What a header of numpy's own text may say.
+# Values that the text of a .npy header may give for `shape` and `descr`, and fragments that are inserted into it.
 SHAPES = [
     "(4, 6, 3)",
     "(4, 6)",
@@ -158,7 +162,7 @@ TEXTS = ["{", "(", '"', "\\", "{'descr': ", "\n", "#", "__import__('os')", "[" *
 
 
 def npy_of(number: int) -> bytes:
-    """A .npy whose header is odd, or whole and then damaged."""
+    """Returns a .npy file with an odd header, or a valid one that is then damaged."""
     rng = np.random.default_rng([number, 3])
     if rng.random() < 0.3:
         buffer = io.BytesIO()
@@ -185,7 +189,7 @@ def tif_of(number: int) -> bytes:
     buffer = io.BytesIO()
     tifffile.imwrite(buffer, array, byteorder=">" if number % 4 == 2 else "<", compression=[None, "zlib"][number % 2])
     data = bytearray(buffer.getvalue())
-    for _ in range(int(rng.integers(1, 4))):  # where the header and its tags are, oftener than pixels
+    for _ in range(int(rng.integers(1, 4))):  # more often in the first 300 bytes (header and tags) than anywhere
         data[int(rng.integers(len(data)) if rng.random() < 0.3 else rng.integers(min(300, len(data))))] = rng.integers(
             256
         )
@@ -195,7 +199,7 @@ def tif_of(number: int) -> bytes:
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("make", [npy_of, tif_of])
 def test_damaged_arrays_are_pictures_or_refused(make: Callable[[int], bytes], count: int):
-    """By all who read them; the largest that 288 bytes can be is small."""
+    """Every function that reads arrays returns a picture or raises ValueError or OSError."""
     extension, faults, kinds = make.__name__[:3], [], set()
     doors = {
         "ldm-prepare": lambda data: picture_of(data, extension, None, "hwc", (0, 255), "x"),
@@ -217,7 +221,7 @@ def test_damaged_arrays_are_pictures_or_refused(make: Callable[[int], bytes], co
 
 
 def test_a_small_file_that_claims_much_is_refused_before_it_is_read():
-    data = tif_of(9)  # its tags speak of 16 million rows
+    data = tif_of(9)  # its tags claim 16 million rows
     with pytest.raises(ValueError, match=rf"{len(data)} bytes for the shape \(16252936, 6\)"):
         picture_of(data, "tif", 4, None, None, "x")
 
@@ -249,7 +253,7 @@ def test_damaged_arrays_are_left_out_of_prepared_data_and_listed(tmp_path: Path)
 
 @pytest.fixture(scope="module")
 def run(trained: Path) -> Path:
-    """A finished run of few steps; its data are in data/ beside it. Copies of it are damaged."""
+    """A folder with a finished short run, run/, and its data, data/. The tests damage copies of them."""
     return trained
 
 
@@ -266,7 +270,7 @@ def _samples(folder: Path) -> set[str]:
 
 
 def _held(module: ShardDataModule) -> set[str]:
-    """Every sample that can be read, by its key, image, label, caption and boxes."""
+    """Returns a fingerprint of key, image, label, caption and boxes for every sample that can be read."""
     found = set()
     for split in (module.train_split, module.val_split):
         dataset = module.samples(split, FIELDS, random=False)
@@ -299,8 +303,8 @@ def test_damaged_shards_are_named_while_they_are_streamed(run: Path, tmp_path: P
 def test_damaged_shards_from_afar_and_their_copies_are_named(
     run: Path, tmp_path: Path, count: int, monkeypatch: pytest.MonkeyPatch
 ):
-    """What lies behind the address, the copies of shards and what is kept of them. In every second case two answers fail, too,
-    and an error names the address then; else it names what is damaged."""
+    """Damages the files on the server, the local copies of shards or what is stored about them. In every second case
+    two requests fail as well, and the error may name the address; otherwise it must name what is damaged."""
     no_proxies(monkeypatch)
     waited, answers, cases = time.sleep, np.random.default_rng(11), itertools.count()
     monkeypatch.setattr(remote.time, "sleep", lambda s: waited(s) if s < 0.5 else None)
@@ -375,7 +379,7 @@ def test_damaged_latent_caches_are_named(run: Path, tmp_path: Path, count: int):
 
 @pytest.mark.slow
 def test_damaged_notes_and_statistics_of_stages_are_named(run: Path, tmp_path: Path, count: int):
-    """What decides whether a stage is skipped or goes on."""
+    """Damages the files that decide whether a stage is skipped or continued."""
 
     def decided(folder: Path) -> set[str]:
         again = chain(run, "stages=[autoencoder,latents,diffusion]")

@@ -1,4 +1,4 @@
-"""Pictures: no value changes on the way to uint8 and back, grids hold what they were given, PNGs carry their recipe."""
+"""Pictures: uint8 values survive the round trip to floats, grids show their pictures, PNGs contain their recipe."""
 
 from pathlib import Path
 
@@ -49,7 +49,7 @@ def test_false_colours_show_every_channel_at_its_place(channels: int) -> None:
     grey = false_colours(torch.full((channels, 2, 2), 0.5))
     torch.testing.assert_close(grey, torch.full((3, 2, 2), 0.5))
     dark = false_colours(torch.full((channels, 1, 1), -1.0)).flatten()
-    weight = torch.stack(  # (C, 3): what each channel alone adds
+    weight = torch.stack(  # (C, 3): what each channel alone adds to red, green and blue
         [
             false_colours(torch.where(torch.arange(channels)[:, None, None] == k, 1.0, -1.0)).flatten() - dark
             for k in range(channels)

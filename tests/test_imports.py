@@ -1,4 +1,5 @@
-"""Which part of the package may import which (the table in ldm_train/README.md), read from the source; and no file is too long."""
+"""Which part of the package may import which (table in ldm_train/README.md), read from the source; no file is too
+long."""
 
 import ast
 from pathlib import Path
@@ -9,7 +10,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "ldm_train"
 FILES = sorted(PACKAGE.rglob("*.py"))
 
-# The floors of the house: a part may import those of its own floor and of the floors below.
+# Layers, the lowest first: a part may import parts of its own layer and of those below.
 FLOORS = (
     {
         "names",
@@ -35,8 +36,8 @@ FLOORS = (
     {"cli"},
 )
 FLOOR = {part: number for number, parts in enumerate(FLOORS) for part in parts} | {"__init__": -1}
-DOOR = {("__init__", "checkpoints.native")}  # ldm_train.load
-PURE = {"models", "diffusion"}  # these import nothing else of ours
+DOOR = {("__init__", "checkpoints.native")}  # the one import that ldm_train/__init__.py needs, for ldm_train.load
+PURE = {"models", "diffusion"}  # these import nothing else from the package
 
 
 def part_of(path: Path) -> str:
@@ -44,7 +45,7 @@ def part_of(path: Path) -> str:
 
 
 def ours(path: Path) -> list[str]:
-    """Every module of ours a file imports, dotted below ldm_train ("" for the package itself)."""
+    """Returns every module of the package that a file imports, as a dotted path below ldm_train ("" is the package)."""
     found = []
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
@@ -62,7 +63,7 @@ def ours(path: Path) -> list[str]:
 
 
 def theirs(path: Path) -> set[str]:
-    """Top-level packages a file imports anywhere."""
+    """Returns the top-level packages that a file imports, anywhere in it."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
@@ -98,7 +99,7 @@ def test_only_the_upper_floors_see_a_config() -> None:
 
 
 def test_commands_are_short() -> None:
-    """Options in, one call, words out; the work is done on the floors below."""
+    """A command reads options, makes one call and prints; the work is done in the layers below it."""
     lines = {f.name: len(f.read_text().splitlines()) for f in (PACKAGE / "cli").glob("*.py")}
     assert max(lines.values()) <= 153, lines
     assert sum(lines.values()) <= 1400, lines
@@ -106,7 +107,7 @@ def test_commands_are_short() -> None:
 
 def test_only_training_and_its_caller_know_lightning() -> None:
     users = {part_of(f) for f in FILES if {"lightning", "pytorch_lightning"} & theirs(f)}
-    assert users <= {"training", "pipeline", "data", "bench"}  # data: the LightningDataModule; bench: steps in turns
+    assert users <= {"training", "pipeline", "data", "bench"}  # data: LightningDataModule; bench: times its steps
 
 
 def test_the_composition_root_is_a_door() -> None:

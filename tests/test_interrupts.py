@@ -1,4 +1,5 @@
-"""A signal ends a command at once or saves first: the right status, one line, nothing lost, at every moment of its life."""
+"""A signal ends a command at once, or after it has saved: with the right exit status and one line, and the same command
+continues to the same weights."""
 
 import os
 import random
@@ -39,7 +40,7 @@ def start(arguments: list[str], folder: Path, **options) -> subprocess.Popen:
 
 
 def wait_until_answered(process: subprocess.Popen) -> None:
-    """Until SIGTERM has a handler: the first thing that a command does."""
+    """Waits until the process handles SIGTERM (the first thing that a command sets up) or has ended."""
     while process.poll() is None:
         caught = re.search(r"SigCgt:\s*(\w+)", Path(f"/proc/{process.pid}/status").read_text())
         if int(caught[1], 16) >> (signal.SIGTERM - 1) & 1:
@@ -67,7 +68,7 @@ def test_signals_at_any_moment_leave_with_their_status_and_the_same_command_cont
         time.sleep(moment)
         process.send_signal(number)
         output, errors = process.communicate(timeout=120)
-        if process.returncode == 0:  # it had less to do than the time it was given
+        if process.returncode == 0:  # it finished before the signal
             assert "finished before, skipped" in output or "model: " in output
             shutil.rmtree(tmp_path / "disturbed")
             continue
@@ -87,7 +88,7 @@ def test_signals_at_any_moment_leave_with_their_status_and_the_same_command_cont
         assert all(torch.equal(ours[k], theirs[k]) for k in ours)
 
 
-# A signal between the moment in which Lightning would install its own handlers and the first step, and one at a step.
+# Sends SIGTERM in a hook: after Lightning would install its own handlers and before the first step, or after a step.
 AT_HOOK = """
 import os, signal
 from ldm_train.training.callbacks.monitor import Monitor

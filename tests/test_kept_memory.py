@@ -1,4 +1,4 @@
-"""A process that trains on the CPU keeps what it frees, and gives it back afterwards."""
+"""A process that trains on the CPU keeps freed memory, and returns it to the system afterwards."""
 
 import sys
 

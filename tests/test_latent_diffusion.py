@@ -1,4 +1,4 @@
-"""LatentDiffusion: parts that do not fit are named, an absent condition is null, cached and fresh latents agree."""
+"""LatentDiffusion: errors name parts that do not fit, an absent condition is null, cached and fresh latents agree."""
 
 import pytest
 import torch
@@ -113,7 +113,7 @@ def randomised(model: LatentDiffusion, std: float = 0.1) -> LatentDiffusion:
 
 
 def calls(model: LatentDiffusion) -> list[int]:
-    """The batch size of every call of the U-Net from now on."""
+    """Returns a list that collects the batch size of every later call of the U-Net."""
     seen: list[int] = []
     model.network.register_forward_pre_hook(lambda _, args: seen.append(len(args[0])))
     return seen
@@ -202,7 +202,7 @@ def test_a_panorama_of_one_window_is_the_model_itself_and_larger_ones_are_averag
     torch.testing.assert_close(
         model.denoiser(small, 2)(x_t[..., :4], 300.0), model.denoiser(small)(x_t[..., :4], 300.0)
     )
-    # Columns that only the first window holds are its own.
+    # Columns that only the first window covers equal its output.
     torch.testing.assert_close(windows[..., :2], model.predict(x_t[..., :4], t, small)[..., :2])
     assert wide.shares_model(model.denoiser(condition, overlap=2))
     assert not wide.shares_model(model.denoiser(condition))

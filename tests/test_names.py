@@ -1,4 +1,4 @@
-"""What was written under old names is read under today's: command lines, configs, model folders, checkpoints, stage notes."""
+"""Old option and weight names are still read: in command lines, configs, model folders, checkpoints and stage notes."""
 
 import json
 from pathlib import Path
@@ -41,7 +41,7 @@ def test_arguments(before: str, today: str) -> None:
 
 
 def as_before(run: Path) -> None:
-    """Writes a run's files as they were before the network's name changed."""
+    """Rewrites a run's files as they were when `network` was `unet` and `parameterisation` was `prediction_type`."""
     for folder in (run / "diffusion" / "model", run / "export"):
         if not folder.is_dir():
             continue
@@ -98,13 +98,13 @@ def test_a_run_of_before_continues_to_the_same_weights_and_its_model_loads(tmp_p
 
 @pytest.mark.parametrize("odd", ["x", 5, None, []])
 def test_a_place_that_is_no_section_takes_no_renamed_option(odd: object):
-    """It stays as it is, for whoever reads the options to name it."""
+    """The value stays as it is, so that the code that reads the options can name it in an error."""
     section = {"prediction_type": "epsilon", "parameterisation": odd}
     assert names.options({"diffusion": {"objective": section}})["diffusion"]["objective"] == {"parameterisation": odd}
 
 
 class Own(torch.nn.Module):
-    """A module of a user's own that calls its part as the network was called before."""
+    """A user's own module with a part called `unet`, the old name of the network."""
 
     def __init__(self):
         super().__init__()

@@ -1,5 +1,5 @@
-"""What the guides tell people to type works: every command of every README composes, and runs where its model can be made in
-seconds; every Python block compiles and imports what it names, every link leads somewhere."""
+"""The guides are right: every command in every README composes, and runs if its model can be made in seconds; every
+Python block compiles and its imports exist; every link has a target."""
 
 import ast
 import importlib
@@ -30,7 +30,7 @@ COMMANDS = {
     "train.py": "train", "ldm-sample": "sample", "ldm-evaluate": "evaluate", "ldm-prepare": "prepare", "ldm-sweep": "sweep",
     "ldm-search": "search", "ldm-bench": "bench", "ldm-convert": "convert", "ldm-app": "app",
 }  # fmt: skip
-ADDED = ("extractors.", "fields.")  # options that a command's main adds with a +
+ADDED = ("extractors.", "fields.")  # options that a command's main() adds with a +
 
 
 def blocks(text: str, language: str) -> list[str]:
@@ -49,7 +49,7 @@ def commands() -> list[tuple[str, str]]:
 
 
 def first_of_each(argument: str) -> str:
-    """One job of a sweep: the first choice of a value that is no list."""
+    """Reduces a sweep's argument to its first job: the first of several values, where a list counts as one value."""
     name, _, value = argument.partition("=")
     if "],[" in value:
         return f"{name}={value.split('],[')[0]}]"
@@ -73,7 +73,7 @@ def test_a_command_of_a_guide_composes(guide: str, line: str) -> None:
         OmegaConf.to_container(config._get_node(key)) if OmegaConf.is_config(config._get_node(key)) else None
 
 
-# The models that commands name, each with the recipe that makes one of its kind in seconds; the data of all others are elsewhere.
+# The models that commands name, each with a recipe that makes one of its kind in seconds. All others need other data.
 MODELS = {
     "quickstart": ["experiment=quickstart"],
     "mine": ["experiment=shapes_class"],
@@ -94,7 +94,7 @@ QUICK = [*SMALL, "autoencoder.max_steps=2", "diffusion.max_steps=2", "autoencode
 
 
 def fitting(line: str) -> list[str]:
-    """QUICK, for a prior without the width of a U-Net."""
+    """Returns QUICK; for a prior without the U-Net's width."""
     return [o for o in QUICK if "prior" not in line or not o.startswith("diffusion.network.channels")]
 
 
@@ -113,20 +113,20 @@ ELSEWHERE = (
 
 
 def typed(monkeypatch: pytest.MonkeyPatch, words: list[str]) -> None:
-    """Runs a command in this process."""
+    """Runs a command line, split into words, in this process."""
     name = "train" if words[0] == "train.py" else words[0].removeprefix("ldm-")
     monkeypatch.setattr(sys, "argv", words)
     importlib.import_module(f"ldm_train.cli.{name}").main()
 
 
 def unrehearsed(*_: object) -> dict[str, int]:
-    """In the place of a rehearsal on the meta device, which takes as long as the two steps that are trained."""
+    """Replaces the rehearsal on the meta device, which takes as long as the two training steps."""
     return {"weights": 1}
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the models, pictures and lists that commands name."""
+    """A folder with the models, pictures and prompt lists that the commands in the guides name."""
     folder = tmp_path_factory.mktemp("guides")
     noise = np.random.default_rng(0)
     for name in ("photo.png", "photos/a/1.png", "photos/a/2.png", "photos/b/3.png", "photos/b/4.png", "samples/1.png",

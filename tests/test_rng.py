@@ -1,4 +1,5 @@
-"""Randomness is an argument: pure functions of their names, one stream per image, one place that seeds."""
+"""Random numbers: seeds are pure functions of their parts, each image has its own stream, only rng.py seeds
+globally."""
 
 import ast
 import random

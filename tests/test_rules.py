@@ -1,4 +1,4 @@
-"""Rules of options: what they accept stands in the config as they return it, and their sentences name the option."""
+"""Rules of options: a value that a rule accepts is stored in the config as it returns it, errors name the option."""
 
 import pytest
 from omegaconf import OmegaConf

@@ -1,4 +1,4 @@
-"""Files appear whole; what a process that is gone began is removed, what another machine writes at the same time is not."""
+"""Files appear only when complete; partial files of ended processes are removed, but not those of another machine."""
 
 import os
 import subprocess
@@ -12,7 +12,7 @@ from ldm_train import storage
 
 @pytest.fixture
 def gone() -> int:
-    """The number of a process that has ended."""
+    """The id of a process that has ended."""
     process = subprocess.Popen([sys.executable, "-c", ""])
     process.wait()
     return process.pid

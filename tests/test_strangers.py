@@ -1,7 +1,8 @@
-"""Nothing read from a model, run, recipe, picture, checkpoint or folder of shards chooses what code runs or where files go.
+"""Nothing read from a model, run, recipe, picture, checkpoint or folder of shards chooses what code runs or where files
+go.
 
-Each hostile file goes through every door it fits. A hook of the interpreter sees commands, foreign imports and files
-opened for writing, so "nothing happened" is watched and not inferred.
+Each hostile file is given to every function and command that reads its kind. An audit hook of the interpreter sees
+commands, foreign imports and files opened for writing, so that "nothing happened" is observed, not inferred.
 """
 
 import ast
@@ -43,7 +44,7 @@ from ldm_train.pipeline.sweep import read_runs
 from ldm_train.storage import open_lock, partial_of
 from ldm_train.training.loggers import MetricsCSV
 
-SECONDS = 2.0  # a refusal takes no longer
+SECONDS = 2.0  # the most CPU time that a refusal may take
 MODEL = {
     "_target_": "ldm_train.latent_diffusion.LatentDiffusion",
     "network": {
@@ -58,7 +59,7 @@ MODEL = {
 SAMPLER = {"_target_": "ldm_train.samplers.ddim.ddim", "_partial_": True}
 SAMPLING = {"num_inference_steps": 2, "guidance_scale": 1.0, "spacing": "trailing", "sampler": SAMPLER}
 
-# What a stranger would have built, by name. {mark} is a file that must never appear.
+# Config trees that an attacker would want built, by name. {mark} is a file that must never appear.
 TREES: dict[str, Any] = {
     "a command": {"_target_": "os.system", "command": "touch {mark}"},
     "a command, bound": {"_target_": "os.system", "_partial_": True, "command": "touch {mark}"},
@@ -95,7 +96,7 @@ TREES: dict[str, Any] = {
     "a model without end": {**MODEL["network"], "num_res_blocks": 10**6},
     "a model of terabytes": {**MODEL["network"], "channels": 2**18},
 }  # fmt: skip
-# Files that are no tree at all.
+# Contents of a config.yaml that is no tree of plain values.
 TEXTS = {
     "a tag that calls": "!!python/object/apply:os.system ['touch {mark}']",
     "a tag that imports": "!!python/module:evil_module",
@@ -127,7 +128,7 @@ def _hook(event: str, arguments: tuple) -> None:
         _watch["seen"].append((event, str(arguments)[:200]))
     elif event == "open" and isinstance(arguments[0], str) and set(str(arguments[1] or "")) & set("wax+"):
         path = os.path.realpath(arguments[0])
-        # pytest compiles plugins of installed packages where it first meets them.
+        # pytest compiles plugins of installed packages when it first loads them.
         of_pytest = path.startswith(sys.prefix) and "/__pycache__/" in path and "-pytest-" in path
         elsewhere = not path.startswith(("/dev/", *_watch["allowed"])) and not of_pytest
         _watch["seen"] += [(event, arguments[0])] * elsewhere
@@ -138,7 +139,8 @@ sys.addaudithook(_hook)
 
 @contextmanager
 def watched(*allowed: Path) -> Iterator[None]:
-    """Fails where a command, a foreign import or a file outside `allowed` is seen."""
+    """A context that fails if a command is run, evil_module is imported, a class is unpickled or a file outside
+    `allowed` is opened for writing."""
     _watch.update(on=True, seen=[], allowed=tuple(os.path.realpath(p) for p in allowed))
     try:
         yield
@@ -148,7 +150,7 @@ def watched(*allowed: Path) -> Iterator[None]:
 
 
 class Evil:
-    """What unpickling would run."""
+    """An object whose unpickling runs a command that creates the file `mark`."""
 
     def __init__(self, mark: Path):
         self.mark = mark
@@ -167,16 +169,16 @@ def filled(tree: Any, mark: Path, folder: Path) -> Any:
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An honest model folder, which the hostile ones are made from."""
+    """A valid model folder, from which the hostile ones are made."""
     folder = tmp_path_factory.mktemp("honest") / "model"
     torch.manual_seed(0)
     save_model(folder, build(MODEL, "test"), MODEL, {"sampling": SAMPLING})
-    ldm_train.load(str(folder))  # what the first load imports is the command's start, not the refusal
+    ldm_train.load(str(folder))  # imports of the first load must not count as time of a refusal
     return folder
 
 
 def reconfigured(folder: Path, config: str) -> None:
-    """Another config in a model folder, whose checksum is taken out, as a stranger would."""
+    """Replaces the config in a model folder and removes its checksum from the metadata, as an attacker would."""
     (folder / "config.yaml").write_text(config)
     whole = json.loads((folder / "metadata.json").read_text())
     del whole["config_sha256"]
@@ -185,7 +187,8 @@ def reconfigured(folder: Path, config: str) -> None:
 
 @pytest.fixture
 def stranger(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
-    """stranger(config text, metadata) -> a model folder of a stranger, in a folder one happens to work in."""
+    """stranger(config text, metadata) -> an attacker's model folder. It is in the working directory, beside
+    evil_module.py."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "evil_module.py").write_text(f"open({str(tmp_path / 'mark')!r}, 'w')\nclass Evil:\n    pass\n")
     monkeypatch.syspath_prepend(str(tmp_path))
@@ -215,15 +218,16 @@ def evaluated(*arguments: str) -> None:
 
 
 def prepared(tmp_path: Path, *arguments: str) -> Run:
-    """train.py up to where the first stage would begin."""
+    """Runs train.py up to the point where the first stage would begin."""
     config = composed("train", *SMALL, f"runs_dir={tmp_path}", f"data_dir={tmp_path}/data", "name=run", *arguments)
     with_data(config)
     return Run(config, tmp_path / "run", machine_of(config, {}), own_parts(config))
 
 
 def refused(action: Callable[[], Any], mark: Path, *allowed: Path) -> str:
-    """The words in which something is refused, in time, with nothing run and nothing written."""
-    begin = time.process_time()  # of this process alone: the machine may be busy
+    """Returns the error message with which an action is refused. Fails if it takes too long, runs anything or writes a
+    file outside `allowed`."""
+    begin = time.process_time()  # CPU time of this process, as the machine may be busy
     with watched(*allowed), pytest.raises(USER_ERRORS) as caught:
         action()
     assert time.process_time() - begin < SECONDS + 3 * bool(allowed)  # preparing draws its data first
@@ -243,7 +247,7 @@ PLACES: dict[str, Callable[[Any], Any]] = {
 
 
 def doors(folder: Path, honest: Path, tmp_path: Path) -> dict[str, Callable[[], Any]]:
-    """Everything that loads a model folder."""
+    """Returns every function and command that loads a model folder, by name."""
     return {
         "load": lambda: ldm_train.load(str(folder)),
         "load_model": lambda: load_model(folder),
@@ -257,7 +261,7 @@ def doors(folder: Path, honest: Path, tmp_path: Path) -> dict[str, Callable[[], 
     }  # fmt: skip
 
 
-# In the fast tier each file goes through the package's own door, and in turn through those of the commands.
+# In the fast tier each file is read by ldm_train.load and by one of the other functions and commands, in turn.
 EVERY_DOOR = pytest.mark.parametrize("all_doors", [False, pytest.param(True, marks=pytest.mark.slow)])
 
 
@@ -345,7 +349,7 @@ def test_a_part_of_ones_own_is_built_where_the_command_trusts_its_package(
     assert "say trust=[my_parts]" in message
     assert type(ldm_train.load(str(folder), trust=["my_parts"]).network).__name__ == "MyUNet"
     sampled(f"run={folder}", "trust=[my_parts]", "n=1", f"out={tmp_path}/out")
-    # What the trusted package has imported is not its own.
+    # Trust does not extend to what the package has imported.
     evil = {"_target_": "my_parts.system", "_partial_": True, "command": "touch mark"}
     folder = stranger(yaml.safe_dump({**MODEL, "network": evil}))
     with pytest.raises(ValueError, match=r"my_parts\.system, which is no class or sampler of my_parts"):
@@ -363,7 +367,7 @@ def honest_recipe(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict
 
 
 def _recipes(recipe: dict[str, Any], tmp_path: Path) -> Iterator[Path]:
-    """The recipe as JSON, and as the text of a picture."""
+    """Yields the recipe as a JSON file, and as the text chunk of a PNG."""
     (tmp_path / "recipe.json").write_text(json.dumps(recipe))
     yield tmp_path / "recipe.json"
     info = PngInfo()
@@ -528,7 +532,7 @@ def test_overwriting_removes_nothing_but_pictures_of_the_job(model: Path, honest
 
 @pytest.fixture(scope="module")
 def honest_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished run of two steps; the folder that holds it and its data."""
+    """A folder with a finished run of two steps per stage, and its data."""
     folder = tmp_path_factory.mktemp("honest_run")
     prepared(
         folder, "autoencoder.max_steps=2", "diffusion.max_steps=2", "stages=[autoencoder,latents,diffusion]"
@@ -586,7 +590,7 @@ def test_a_run_builds_nothing_where_it_is_evaluated(
             except USER_ERRORS as caught:
                 error = str(caught)
         assert not mark.exists()
-        # What measures is this command's own, so that the run's is not even looked at; all else is refused.
+        # The evaluation uses its own options for these parts and ignores the run's; everything else is refused.
         elsewhere = ("an extractor", "the perceptual network", "lpips", "a stage", "the data module")
         unused = where in elsewhere and not name.startswith("interpolation")
         assert unused if error is None else any(w in error for w in ("asks for", "${", "cannot be built")), error
@@ -647,7 +651,7 @@ def test_a_sweep_of_strangers_is_read_as_data(honest_run: Path, tmp_path: Path):
 
 
 def test_an_interrupted_measurement_is_no_program(honest_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """A file of another kind where a measurement would continue from is read as data, and named."""
+    """A pickle in the place of a partial measurement is not executed, and the measurement still finishes."""
     seen: list[Path] = []
     real = measurement.measure_samples
 
@@ -670,7 +674,8 @@ def test_an_interrupted_measurement_is_no_program(honest_run: Path, tmp_path: Pa
 
 
 def test_pictures_go_through_no_link(stranger: Callable[..., Path], tmp_path: Path):
-    """Neither below the model's folder nor where files of the same names lie, ready to be followed."""
+    """Pictures are not written through symbolic links: neither in the model's folder nor under the names of pictures,
+    recipes and partial files."""
     folder, victim = stranger(), tmp_path / "victim"
     victim.mkdir()
     (victim / "thesis.tex").write_text("years of work")
@@ -730,7 +735,8 @@ def test_what_a_lock_says_stays_until_it_is_held(tmp_path: Path):
 
 
 def test_nothing_in_the_package_reads_a_file_that_can_run_code():
-    """Every load in the sources that could unpickle says that it does not."""
+    """The sources import no pickle module, torch.load has weights_only=True, np.load never has allow_pickle=True, and
+    there is no unsafe YAML, eval, exec, os.system, shell=True or remote code of transformers."""
     faults = []
     for path in Path(ldm_train.__file__).parent.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
@@ -771,7 +777,7 @@ VALUES = (
 def test_a_run_whose_config_is_damaged_is_named_and_one_that_lacks_options_is_measured(
     key: str, stranger_run: Path, tmp_path: Path
 ):
-    """Every value that is none of its kind is one message with the file's name, or one of what is read with it."""
+    """Removes a value of the config or replaces it by others: ldm-evaluate measures it or raises one of USER_ERRORS."""
     text, (*way, last) = (stranger_run / "config.yaml").read_text(), key.split(".")
     for value in (KeyError, 5, "x", ["a"], None, {"a": 1}):
         tree = yaml.safe_load(text)
@@ -794,7 +800,7 @@ def test_a_run_whose_config_is_damaged_is_named_and_one_that_lacks_options_is_me
 def test_a_run_with_any_value_of_its_config_replaced_is_measured_or_refused(
     stranger_run: Path, tmp_path: Path, request: pytest.FixtureRequest
 ):
-    """With one message, in either of the ways in which ldm-evaluate takes a run."""
+    """ldm-evaluate with run= or reconstruct= measures the run or raises one of USER_ERRORS."""
     text, folder, faults = json.dumps(yaml.safe_load((stranger_run / "config.yaml").read_text())), tmp_path / "run", []
     shutil.copytree(stranger_run, folder)
     for number in range(request.config.getoption("--fuzz")):

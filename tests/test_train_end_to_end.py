@@ -1,4 +1,5 @@
-"""The chain as a user meets it: everything made, skipped the second time, refused when changed, continued when longer."""
+"""A whole training run as users start it: every stage runs, is skipped the second time, is refused if options changed
+and continues if more steps are asked for."""
 
 import csv
 import json
@@ -73,7 +74,7 @@ def test_distances_measured_while_training_equal_those_of_the_evaluation(finishe
             rows, last = {int(r["step"]): r["val/fid_tiny"] for r in found}, found[-1]
         assert sorted(rows) == [3, 6]
         assert float(rows[max(rows)]) == pytest.approx(metrics[kind]["fid_tiny"]["value"], rel=1e-3)
-        if kind == "samples":  # one function: every metric, to rounding
+        if kind == "samples":  # training and evaluation use the same function, so every metric agrees up to rounding
             for name in ("fid_tiny", "kid_tiny", "precision_tiny", "recall_tiny"):
                 assert float(last[f"val/{name}"]) == pytest.approx(metrics[kind][name]["value"], rel=1e-6, abs=1e-9)
         assert rows[min(rows)] != rows[max(rows)]
@@ -126,13 +127,13 @@ def test_more_steps_continue_the_autoencoder_and_later_stages_ask_to_be_made_ane
     before = read_note(tmp_path / "run" / "export")["result"]["sha256"]
     chain(tmp_path, "autoencoder.max_steps=9", "diffusion.max_steps=8", "restart=evaluation").execute()
     assert read_note(tmp_path / "run" / "export")["result"]["sha256"] != before
-    with pytest.raises(Refused, match=r"sampling.guidance_scale: .* -> 1.5"):  # an export says how to sample
+    with pytest.raises(Refused, match=r"sampling.guidance_scale: .* -> 1.5"):  # exported with the model
         chain(tmp_path, "autoencoder.max_steps=9", "diffusion.max_steps=8", "sampling.guidance_scale=1.5").execute()
 
 
 @pytest.mark.chain
 def test_the_record_is_of_what_was_trained_with_what(finished: Path, tmp_path: Path):
-    """Later stages under another condition are on record; the autoencoder's options stay those it was trained with."""
+    """config.yaml records the new condition of later stages, while the autoencoder's options stay as they were."""
     shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
     options = ("stages=[latents,diffusion]", "restart=latents", "autoencoder.lr=0.5", "diffusion.evaluate_every=null")
     chain(tmp_path, *options, "diffusion/conditioning=none").execute()
@@ -177,7 +178,7 @@ CONDITIONS = {
 DERIVED = {"superres": "data/derived=bicubic_x4", "inpainting": "data/derived=masks"}
 
 
-# In the fast tier maps, masks and pictures condition the models of test_channels.py.
+# Maps, masks and pictures are in the slow tier here: in the fast tier test_channels.py has models conditioned on them.
 @pytest.mark.chain
 @pytest.mark.parametrize(
     "conditioning",
@@ -187,7 +188,7 @@ def test_the_chain_runs_under_every_kind_of_condition(finished: Path, tmp_path: 
     options = [f"diffusion.conditioning.conditioners.{o}" for o in CONDITIONS[conditioning]]
     made = chain(
         tmp_path, f"diffusion/conditioning={conditioning}", DERIVED.get(conditioning, "data/derived=none"), *options,
-        "diffusion.max_steps=3", "data.flip=true", f"autoencoder.pretrained={finished}/run",  # which sees no condition
+        "diffusion.max_steps=3", "data.flip=true", f"autoencoder.pretrained={finished}/run",  # it has no condition
     )  # fmt: skip
     made.execute()
     model = load_model(tmp_path / "run" / "export")
@@ -219,7 +220,7 @@ def test_a_pretrained_autoencoder_takes_the_place_of_stage_one(finished: Path, t
 
 @pytest.mark.chain
 def test_a_classifier_of_the_same_latents_guides_and_one_of_others_is_refused(finished: Path, tmp_path: Path):
-    """Trained as a user would train it, to a model without classes; the class that is asked for changes the picture."""
+    """Trains a classifier as users do and guides a model without classes with it; the class changes the picture."""
     common = (f"autoencoder.pretrained={finished}/run", f"data_dir={finished}/data")
     small = (
         "classifier.max_steps=4",
@@ -284,13 +285,14 @@ def test_samples_carry_their_recipe_and_repeat(finished: Path, tmp_path: Path):
     for a, b in zip(together, alone):
         with Image.open(a) as left, Image.open(b) as right:
             difference = torch.tensor(list(left.tobytes())).sub(torch.tensor(list(right.tobytes()))).abs().max()
-        assert difference <= 1  # the same noise; batched arithmetic may round one grey level apart
+        assert difference <= 1  # the same noise; batched arithmetic may round to the next grey level
     assert (tmp_path / "a" / "grid.png").is_file()
 
 
 @pytest.mark.slow
 def test_a_changed_micro_batch_size_continues_with_the_same_samples(tmp_path: Path):
-    """An interrupted run whose micro-batches were too large for the memory goes on with smaller ones, step for step."""
+    """A run that ended after 5 steps goes on with smaller (or larger) micro-batches, as after running out of memory.
+    Every step has the same samples as in an undisturbed run."""
 
     def keys(name: str) -> dict[int, list[str]]:
         seen: dict[int, list[str]] = {}
@@ -342,7 +344,7 @@ def test_several_roots_and_an_autoencoder_with_its_own(tmp_path: Path):
 
 
 class Damaged(Shapes):
-    """Shapes of which some are captioned with what is no caption."""
+    """The shapes data set with invalid captions (null) for the training samples in `damaged`."""
 
     def __init__(self, damaged: range):
         super().__init__(count=64, val_count=16)
@@ -357,7 +359,7 @@ class Damaged(Shapes):
 def test_bad_captions_are_named_before_stage_one_and_one_of_them_ends_nothing(
     tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(build_module, "check_fields", lambda *_: None)  # shards that others wrote
+    monkeypatch.setattr(build_module, "check_fields", lambda *_: None)  # as for shards that other tools wrote
     options = (
         "diffusion/conditioning=class_text",
         "stages=[autoencoder,latents,diffusion]",
@@ -402,7 +404,7 @@ def test_sigterm_saves_and_the_same_line_continues(tmp_path: Path):
     command = [
         sys.executable, str(ROOT / "train.py"), *SMALL, "name=run", f"runs_dir={tmp_path}", f"data_dir={tmp_path}/data",
         f"trace={tmp_path}/trace", "stages=[autoencoder]", "autoencoder.max_steps=400", "autoencoder.checkpoint_every=1000",
-        "autoencoder.val_every=1000", "autoencoder.micro_batch_size=4",  # the signal falls between micro-batches too
+        "autoencoder.val_every=1000", "autoencoder.micro_batch_size=4",  # the signal may fall between these
     ]  # fmt: skip
     process = subprocess.Popen(
         command,
@@ -423,5 +425,5 @@ def test_sigterm_saves_and_the_same_line_continues(tmp_path: Path):
     done = torch.load(tmp_path / "run/autoencoder/checkpoints/last.ckpt", weights_only=True)["global_step"]
     assert 2 <= done < 400
     made = chain(tmp_path, "stages=[autoencoder]", f"autoencoder.max_steps={done + 2}", "autoencoder.val_every=1000")
-    made.execute()  # with whole batches, where the interrupted run took them in two parts
+    made.execute()  # with whole batches; the interrupted run took each in two micro-batches
     assert torch.load(tmp_path / "run/autoencoder/checkpoints/last.ckpt", weights_only=True)["global_step"] == done + 2

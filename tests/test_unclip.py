@@ -1,4 +1,4 @@
-"""unCLIP: a prior makes image embeddings of text, and a model that is conditioned on them draws."""
+"""unCLIP: a prior draws image embeddings from text, and a model that is conditioned on them draws the pictures."""
 
 from pathlib import Path
 
@@ -64,7 +64,7 @@ def test_an_embedding_is_drawn_as_its_picture_is_varied(drawer: Run) -> None:
     )
     alone = embeddings.decode(latents[1:2], seeds=[6])
     torch.testing.assert_close(alone, drawn[1:2], atol=1e-4, rtol=0)
-    longer = embeddings.decode(3 * latents, seeds=[5, 6, 7])  # an embedding's length says nothing
+    longer = embeddings.decode(3 * latents, seeds=[5, 6, 7])  # the length of an embedding has no effect
     torch.testing.assert_close(longer, drawn, atol=1e-4, rtol=0)
 
 
@@ -80,7 +80,7 @@ def test_a_prior_is_trained_evaluated_and_drawn_from_text(drawer: Run, prior: Ru
     pictures = model.sample(fields, [0, 1])
     assert pictures.shape[1:] == (3, *[side * 4 for side in own_size(drawer)])
     other = model.sample({"caption": ["a red circle"]}, [1])
-    assert not torch.equal(other, pictures[:1])  # the seed reaches both models
+    assert not torch.equal(other, pictures[:1])  # the result depends on the seed
     given = ("run=prior", f"runs_dir={prior.folder.parent}", f"out={prior.folder.parent / 'drawn'}", "n=2")
     drawn = sample(composed("sample", "prompts=a red circle", "accelerator=cpu", *given))
     assert len(drawn) == 2
@@ -147,7 +147,7 @@ def test_the_prior_reads_context_vector_and_time_and_begins_at_zero() -> None:
     assert out.shape == (2, 8, 1, 1)
     torch.testing.assert_close(network(x, times, **given | {"context": network.projected(given["context"])}), out)
     hidden = given["context"].clone()
-    hidden[1, 2:] += 1  # tokens that do not count
+    hidden[1, 2:] += 1  # tokens that the mask excludes
     torch.testing.assert_close(network(x, times, **given | {"context": hidden}), out)
     for changed in ({"context": given["context"] + 1}, {"vector": given["vector"] + 1}):
         assert (network(x, times, **given | changed) - out).abs().max() > 1e-3

@@ -29,9 +29,9 @@ PAIRED = {"psnr": psnr, "ssim": ssim, "ms_ssim": ms_ssim}
 def parse_metrics(
     names: Sequence[str], extractors: Sequence[str], own: Mapping[str, Any] | None = None
 ) -> list[Metric]:
-    """A name is `<kind>_<extractor>` (fid_tiny, kid_mine), or a kind alone on the network it is published with (fid on
-    Inception). own: `evaluation.kinds`, of the user's own command. Raises ValueError for an unknown name, listing the known
-    ones."""
+    """Builds metrics from names. A name is `<kind>_<extractor>` (fid_tiny, kid_mine), or a kind alone, which uses the
+    network it is published with (fid: Inception). own: `evaluation.kinds`, the user's own kinds. Raises ValueError if a
+    kind is no `Metric` class, and for an unknown name, listing the known ones."""
     kinds = {f.stem: OmegaConf.to_container(OmegaConf.load(f)) for f in sorted(config_folder().glob("metric/*.yaml"))}
     kinds |= own or {}
     makers = {kind: instantiate(tree, _partial_=True, _convert_="all") for kind, tree in kinds.items()}
@@ -57,7 +57,7 @@ def parse_metrics(
 
 
 def check_reference(source: str, splits: Sequence[str], root: str) -> None:
-    """Raises FileNotFoundError or ValueError where evaluation.reference is neither a file of statistics nor a split."""
+    """Raises FileNotFoundError or ValueError if evaluation.reference is neither a file of statistics nor a split."""
     if source.endswith(".npz"):
         if not Path(source).is_file():
             raise FileNotFoundError(f"evaluation.reference={source}: there is no such file")
@@ -68,10 +68,10 @@ def check_reference(source: str, splits: Sequence[str], root: str) -> None:
 
 
 class Evaluator:
-    """metrics (parsed), extractors by name, paired metrics and their networks, in eval mode on `device`.
+    """The metrics, extractors (by name), paired metrics and their networks that a config asks for, on `device`.
 
-    Made before training starts, so that a missing file of weights is reported then and not after hours. Raises ValueError
-    for an unknown metric and FileNotFoundError for weights that cannot be obtained.
+    Built before training starts, so that a missing weights file is reported then and not after hours. Raises ValueError
+    for an unknown metric and FileNotFoundError if weights cannot be obtained.
     """
 
     def __init__(self, section: DictConfig, device: torch.device):
@@ -81,7 +81,7 @@ class Evaluator:
         self.device, self.section = device, section
 
         def built(trees: Mapping[str, DictConfig]) -> dict[str, nn.Module]:
-            return {name: instantiate(tree, _convert_="all").to(device) for name, tree in trees.items()}
+            return {name: instantiate(tree, _convert_="all").to(device).eval() for name, tree in trees.items()}
 
         self.extractors = built({n: section.extractors[n] for n in sorted({m.extractor for m in self.metrics})})
         self.paired = [p for p in section.paired if p != "perceptual" or section.perceptual is not None]
@@ -93,7 +93,7 @@ class Evaluator:
 
     @classmethod
     def on_all_ranks(cls, section: DictConfig, device: torch.device) -> "Evaluator":
-        """Built on rank 0 first, which downloads missing weights, then on the others."""
+        """Builds it on rank 0 first, which downloads missing weights, then on the other ranks."""
         if rank() > 0:
             gathered(None)
         made = cls(section, device)
@@ -106,13 +106,15 @@ class Evaluator:
         return {name: weights_hash(e)[:12] for name, e in self.extractors.items()}
 
     def seen(self, channels: int) -> dict[str, str]:
-        """By extractor of this package, how it sees pictures of so many channels, in words; empty for grey and RGB."""
+        """Describes in words, for each extractor of this package, how it sees pictures with this number of channels;
+        empty for grey and RGB."""
         ours = [name for name, extractor in self.extractors.items() if isinstance(extractor, Extractor)]
         return {} if has_colours(channels) else dict.fromkeys(ours, groups_in_words(channels))
 
     @torch.no_grad()
     def _tried(self, name: str, shape: tuple[int, ...]) -> int:
-        """The number of features that an extractor gives for a picture (C, H, W). Raises ValueError where it fails."""
+        """Returns the number of features that an extractor gives for a picture (C, H, W). Raises ValueError if it
+        fails."""
         try:
             features = self.extractors[name](torch.zeros(2, *shape, device=self.device))
         except Exception as error:  # it may raise errors of any type
@@ -126,8 +128,8 @@ class Evaluator:
         return features.shape[1]
 
     def check(self, fields: Sequence[str], counts: Sequence[int], size: Any, channels: int) -> None:
-        """Raises ValueError where a metric cannot be measured: of a model with these condition fields, with so many
-        samples, on images of this size and number of channels; before anything is drawn."""
+        """Raises ValueError, before anything is drawn, if a metric cannot be measured for a model with these condition
+        fields, with these numbers of samples, or on images of this size and number of channels."""
         source, known = str(self.section.reference), None
         if source.endswith(".npz") and Path(source).is_file():
             known = read_reference(source)
@@ -153,7 +155,7 @@ class Evaluator:
             )
 
     def images_identity(self, data: ShardDataModule, split: str, limit: int | None) -> dict[str, Any]:
-        """What identifies the images of a split, as the training transform makes them without its randomness."""
+        """Returns what identifies the images of a split, transformed as in training but without randomness."""
         return {
             "data": data_hash(data.index, split),
             "split": split,
@@ -164,8 +166,8 @@ class Evaluator:
         }
 
     def reference(self, data: ShardDataModule, runs_dir: str, progress: bool = True) -> Reference:
-        """evaluation.reference: a .npz file, or a split of the data (its first evaluation.reference_images). Beside it, whole,
-        the splits that metrics compare with."""
+        """Returns the reference that evaluation.reference names: a .npz file, or a split of the data (its first
+        evaluation.reference_images). It also has, in full, the other splits that metrics compare with."""
 
         def collected(name: str, split: str, limit: int | None) -> Reference:
             wanted = Collected(self.metrics, self.extractors, compared=name)
@@ -191,7 +193,8 @@ class Evaluator:
 
 
 def sampling_options(config: DictConfig) -> dict[str, Any]:
-    """The sampler, its own options and the sampling section: recorded beside every metric of samples."""
+    """Returns the sampling section, the sampler and its own options, which are recorded beside every metric of
+    samples."""
     sampler = plain(config.sampler)
     own = {k: v for k, v in sampler.items() if not k.startswith("_")}
     said = {name: value for name, value in plain(config.sampling).items() if value is not None}

@@ -1,4 +1,4 @@
-"""What the tests of the app share: gradio, imported as the app imports it, without its stubs."""
+"""Imports gradio for all tests of the app, in the way the app does: without its stub files."""
 
 from ldm_train.app.serve import without_stubs
 

@@ -1,6 +1,6 @@
-"""The app in a real browser without a screen, as people use it: with the mouse, the keyboard and on a phone.
+"""The app in a real headless browser, as people use it: with the mouse, with the keyboard and on a phone.
 
-They need a Chromium: one in PATH, or LDM_TRAIN_CHROMIUM=<its file>.
+These tests need Chromium: one in PATH, or LDM_TRAIN_CHROMIUM=<its file>.
 """
 
 import json
@@ -33,7 +33,7 @@ pytestmark = [
         CHROMIUM is None, reason="no Chromium here: apt install chromium, or LDM_TRAIN_CHROMIUM=<its file>"
     ),
 ]
-WAIT = 60_000  # milliseconds: another process may hold the cores
+WAIT = 60_000  # milliseconds; long, as other processes may keep the cores busy
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +45,7 @@ def runs_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def served(*options: str) -> tuple[subprocess.Popen, str]:
-    """The app in a process of its own, and its address."""
+    """Starts the app in a process of its own; returns the process and the app's address."""
     command = [sys.executable, "-m", "ldm_train.cli.app", "port=0", "accelerator=cpu", *options]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "GRADIO_SERVER_PORT": ""}
     environment.pop("GRADIO_SERVER_PORT")
@@ -77,7 +77,8 @@ def browser() -> Iterator[Any]:
 
 @pytest.fixture
 def opened(browser: Any) -> Iterator[Callable[..., Any]]:
-    """A page of one person: cookies and storage of their own. Nothing is asked of other hosts, and the console stays quiet."""
+    """Opens pages, each as another person: with cookies and storage of its own. Fails at the end if a page asked
+    another host for anything or had an uncaught JavaScript error."""
     contexts, strange, wrong = [], [], []
 
     def open_page(address: str, **options: Any) -> Any:
@@ -88,7 +89,7 @@ def opened(browser: Any) -> Iterator[Callable[..., Any]]:
         page.on("pageerror", lambda error: wrong.append(str(error)))
         page.goto(address)
         page.locator("button").first.wait_for()
-        page.wait_for_timeout(1000)  # what a person needs to look at it, and the page to settle
+        page.wait_for_timeout(1000)  # time for the page to settle, as a person would take
         return page
 
     yield open_page
@@ -111,14 +112,14 @@ def told(page: Any) -> Any:
 
 
 def drawn(page: Any, status: str = r"\d pictures?; choose one") -> list[str]:
-    """Waits for the pictures; their addresses."""
+    """Waits until the page says that the pictures are drawn; returns their addresses."""
     sync.expect(told(page)).to_have_text(re.compile(status), timeout=WAIT)
     return [image.get_attribute("src") for image in page.locator(".pictures img").all()]
 
 
 def number(page: Any, label: str, value: int) -> None:
     field = page.get_by_label(f"number input for {label}")
-    for _ in range(20):  # a page that is still loading sets it back
+    for _ in range(20):  # a page that is still loading resets the value
         field.fill(str(value))
         field.press("Tab")
         page.wait_for_timeout(300)
@@ -133,7 +134,7 @@ def recipes(runs_dir: Path, run: str, task: str) -> list[dict]:
 
 
 def drag(page: Any, canvas: Any, *points: tuple[float, float]) -> None:
-    """With the mouse, between points given as shares of the canvas."""
+    """Drags the mouse between points, given as (x, y) in shares of the canvas."""
     canvas.scroll_into_view_if_needed()
     box = canvas.bounding_box()
     places = [(box["x"] + x * box["width"], box["y"] + y * box["height"]) for x, y in points]
@@ -188,7 +189,7 @@ def test_what_was_typed_and_drawn_survives_a_reload(app: str, opened: Callable):
 def test_a_hole_that_was_painted_is_filled_and_the_rest_stays(
     app: str, opened: Callable, runs_dir: Path, tmp_path: Path
 ):
-    """Of a photo that is not square: the canvas shows it as the model sees it."""
+    """The photo is not square (48x80): picture and painted mask both have the size that the model sees, 32x32."""
     page = opened(app)
     rng = np.random.default_rng(0)
     Image.fromarray(rng.integers(0, 255, (48, 80, 3), np.uint8)).save(tmp_path / "photo.png")
@@ -421,7 +422,7 @@ def got(address: str, path: str) -> tuple[int, str]:
 
 
 def test_requests_behind_the_page_reach_no_files_and_set_no_options(app: str, runs_dir: Path):
-    """The same events that the page sends, with values of one's own."""
+    """Sends the events that the page would send, with values that its controls do not allow."""
     Image.new("RGB", (32, 32)).save(runs_dir / "a_secret.png")
     config = json.loads(got(app, "/config")[1])
     at = {c["id"]: c for c in config["components"]}

@@ -1,4 +1,4 @@
-"""The app's pages without a browser: what their parts ask for, how runs are read, and who may reach them."""
+"""The app's pages without a browser: the requests that their parts make, how runs are read, and who may reach them."""
 
 import base64
 import json
@@ -120,7 +120,7 @@ def test_settings_are_asked_for_as_they_stand(studio: Studio) -> None:
 
 
 def test_a_recipes_settings_are_taken_over(studio: Studio, tmp_path: Path) -> None:
-    """Those of its own prompt, so that Draw draws the picture again."""
+    """The form takes the settings of the picture's own prompt, so that Draw would draw the picture again."""
     page = page_of(studio, "text", adapters=(Adapter("style"),))
     kept = [page.form.parts.all[name].value for name in page.form.parts.kept]
 
@@ -160,13 +160,13 @@ def test_one_job_at_a_time_is_waited_for_and_can_be_cancelled(studio: Studio) ->
     with pytest.raises(gr.Error, match=r"one job at a time"):
         page._begin(ticket)
     assert page._cancel(ticket) == "Cancelled."
-    second, _ = page._begin(ticket)  # the first may still wait in the queue
+    second, _ = page._begin(ticket)  # while the first may still be in the queue
     handler = page._drawing(partial(page._jobs, MAIN))
-    assert len(list(handler(ticket, *values(page, prompts="first").values()))) == 1  # nothing is drawn, nothing said
+    assert len(list(handler(ticket, *values(page, prompts="first").values()))) == 1  # cancelled: nothing is drawn
     *_, finished = handler(second, *values(page, prompts="second", n=1).values())
     assert finished[0].startswith("1 picture;")
     assert page._stops == {}
-    assert page._failed(second) == gr.skip()  # the job has told
+    assert page._failed(second) == gr.skip()  # the job has already reported its end
     third, _ = page._begin("")
     assert page._failed(third).startswith("⚠")
     with pytest.raises(gr.Error, match=r"&lt;b"):
@@ -204,7 +204,8 @@ def test_what_was_painted_comes_back() -> None:
 
 
 def test_names_of_a_model_stand_in_no_markup(studio: Studio, tmp_path: Path) -> None:
-    """A class may be named by anyone who gives a model away; the canvas' template is filled in as code by the browser."""
+    """Class names come from whoever made the model, and the browser runs the canvas' template as code: no names in
+    it."""
     from ldm_train.app.sketch import sketch
 
     evil = "`${alert(1)}{{x}}<img onerror=alert(1)>`"
@@ -289,7 +290,7 @@ def test_a_run_that_is_being_written_is_read_as_far_as_it_is(tmp_path: Path) -> 
     (stage.parent / "config.yaml").write_text("name: x\n")
     note = {"key": {}, "finished": False, "steps": 100, "result": {}}
     (stage / "stage.json").write_text(json.dumps(note))
-    (stage / "metrics.csv").write_text("step,train/loss\n25,0.5\n50,0.4\n75,0.")  # a line half written
+    (stage / "metrics.csv").write_text("step,train/loss\n25,0.5\n50,0.4\n75,0.")  # the last line is half written
     (stage / "health.json").write_text(
         json.dumps({"x": {"step": 5, "name": "_x_<b>", "what": "is <odd>", "remedy": "mend"}})
     )
@@ -303,11 +304,11 @@ def test_a_run_that_is_being_written_is_read_as_far_as_it_is(tmp_path: Path) -> 
     with gr.Blocks():
         page = RunsPage(tmp_path)
         seen = page.follow("", [], "diffusion", None)
-        assert page.follow(seen[0], ["sweep/seed=1"], "diffusion", None)[0] != seen[0]  # nothing new
+        assert page.follow(seen[0], ["sweep/seed=1"], "diffusion", None) == [gr.skip()] * len(seen)  # nothing new
         assert page._folders(["../../etc", "sweep/seed=1", "/etc"]) == [folder]
         os.utime(stage / "metrics.csv", (1, 1))
         (stage / "metrics.csv").write_text("step,train/loss\n25,0.5\n50,0.4\n75,0.3\n")
-        assert page.follow(seen[0], ["sweep/seed=1"], "diffusion", None)[0] != seen[0]
+        assert page.follow(seen[0], ["sweep/seed=1"], "diffusion", None)[0] not in (seen[0], gr.skip())
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.1.7", "example.org"])

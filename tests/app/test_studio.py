@@ -1,4 +1,4 @@
-"""What stands behind the app's page: what requests may say, jobs that are watched, cancelled and drawn again."""
+"""The code behind the app's page: which requests are allowed; jobs are followed, cancelled and drawn again."""
 
 import io
 import json
@@ -38,7 +38,7 @@ def diagonal(value: int) -> bytes:
 
 
 def claims(width: int, height: int) -> bytes:
-    """A small PNG that claims to be large: its header, and no pixels."""
+    """Returns a small PNG whose header claims this size, without any pixels."""
     header = b"IHDR" + width.to_bytes(4) + height.to_bytes(4) + bytes([8, 2, 0, 0, 0])
     chunks = [chunk + zlib.crc32(chunk).to_bytes(4) for chunk in (header, b"IDAT")]
     return b"\x89PNG\r\n\x1a\n" + b"".join((len(chunk) - 8).to_bytes(4) + chunk for chunk in chunks)
@@ -59,7 +59,7 @@ def last(job: Iterator[Any]) -> list[Path]:
 
 @pytest.mark.parametrize("kind", sorted(CONDITIONERS))
 def test_a_model_offers_an_input_for_what_it_reads(kind: str, studio: Studio) -> None:
-    """By the declaration of the field, also of one that a conditioner declares itself."""
+    """The inputs follow from the declarations of the fields, also if a conditioner declares its own (edges)."""
     small_model(kind, studio.runs_dir / kind)
     offer = studio.offer(kind)
     assert [(one.option, one.kind) for one in offer.inputs] == {
@@ -72,7 +72,7 @@ def test_a_model_offers_an_input_for_what_it_reads(kind: str, studio: Studio) ->
         "variation": [("image", "picture")],
         "depth": [("depth", "picture")],
         "edges": [("fields.edges", "picture")],
-        "inpaint": [],  # the brush of its own tab
+        "inpaint": [],  # none: the mask is painted in a tab of its own
         "none": [],
     }[kind]
     names = {"class": ("cat", "dog"), "layout": ("cat", "dog"), "semantic": ("0", "1", "2", "3", "4")}
@@ -94,7 +94,7 @@ ASKED = {
 
 @pytest.mark.parametrize("kind", sorted(ASKED))
 def test_the_page_draws_what_the_command_draws(kind: str, studio: Studio, tmp_path: Path) -> None:
-    """To the byte, with every step told."""
+    """The pixels are equal to the command's, and every step is reported. Replays give equal pixels."""
     asked, offer = ASKED[kind] | {"n": 2, "seed": 5}, studio.offer(kind)
     *steps, drawn = studio.draw(offer, asked, threading.Event())
     assert [s.step for s in steps] == [1, 2, 3][: asked.get("num_inference_steps", 3)]
@@ -107,10 +107,10 @@ def test_the_page_draws_what_the_command_draws(kind: str, studio: Studio, tmp_pa
     config = studio.config(
         str(studio.runs_dir / kind), {**config, **options, "out": str(tmp_path / "out"), "run": config.run}
     )
-    assert [p.read_bytes()[-200:] for p in sample(config)] == [p.read_bytes()[-200:] for p in drawn]
+    ours = [np.asarray(Image.open(p)) for p in drawn]
+    assert np.array_equal(ours, [np.asarray(Image.open(p)) for p in sample(config)])
     again = [np.asarray(Image.open(p)) for p in last(studio.replay(offer, drawn[1], threading.Event()))]
-    assert len(again) == 1
-    assert np.array_equal(again[0], np.asarray(Image.open(drawn[1])))
+    assert np.array_equal(again, ours[1:])
 
 
 REFUSED = {
@@ -184,7 +184,7 @@ def test_a_bad_upload_is_refused_and_nothing_is_kept(data: bytes, message: str, 
 
 
 def test_prompts_and_labels_name_no_files(studio: Studio, tmp_path: Path) -> None:
-    """A command's prompts=<file> reads its lines; a request's are the words themselves."""
+    """On the command line prompts=<file> reads the file's lines; in a request the text itself is the prompt."""
     (tmp_path / "prompts.txt").write_text("a secret\n")
     options = options_of(studio.offer("text"), {"prompts": f"{tmp_path}/prompts.txt"}, Limits())
     drawn = last(studio.draw(studio.offer("text"), {"prompts": f"{tmp_path}/prompts.txt", "n": 1}, threading.Event()))
@@ -244,7 +244,8 @@ def test_jobs_of_many_take_turns_and_each_gets_its_own_pictures(studio: Studio) 
 
 
 def test_previews_take_a_small_share_of_the_time(studio: Studio, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Here a decoding takes a second and a step two: one of three steps is shown, a fifth of the time at most."""
+    """With a decoding of one second and steps of two, previews take at most a fifth of the time, and at least one step
+    in three has one."""
     clock = [0.0]
     monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
     updates: queue.SimpleQueue = queue.SimpleQueue()

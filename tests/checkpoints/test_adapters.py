@@ -1,4 +1,4 @@
-"""Adapters as files: our folder, and the layouts of diffusers/PEFT and of kohya, both ways."""
+"""Adapters as files: reads and writes our folder and the layouts of diffusers/PEFT and of kohya."""
 
 import json
 from collections.abc import Callable
@@ -90,7 +90,7 @@ def test_layers_of_a_text_encoder_are_left_out_in_words(tmp_path: Path) -> None:
 
 
 def damaged(kind: str, path: Path) -> str:
-    """Damages a file of an adapter; returns what must be said of it."""
+    """Damages an adapter's file; returns the words that the error message must contain."""
     tensors = load_file(path)
     first = next(key for key in tensors if key.endswith("lora_A.weight"))
     if kind == "not finite":
@@ -146,7 +146,7 @@ def test_an_adapter_that_is_nowhere_is_named(tmp_path: Path) -> None:
 
 @torch.no_grad()
 def test_diffusers_own_unet_takes_the_file(tmp_path: Path) -> None:
-    """A U-Net of diffusers' own class with the same weights and the adapter through PEFT computes the same."""
+    """diffusers' own U-Net with the same weights computes the same, also with the adapter loaded through PEFT."""
     options = {"channels": 128, "channel_mult": [1, 2], "num_res_blocks": 1, "attention_levels": [1], "head_dim": 16}
     network = randomised(UNet(4, context_dim=16, **options))
     whole = build(TREES["classes and captions"], "here")
@@ -181,7 +181,7 @@ def test_diffusers_own_unet_takes_the_file(tmp_path: Path) -> None:
     ],
 )
 def test_layers_that_do_not_fit_are_named(layers: dict[str, torch.Tensor], said: str, tmp_path: Path) -> None:
-    """Of attention without a context, whose queries, keys and values are one weight here."""
+    """Layers of attention without a context, whose queries, keys and values are one weight in our networks."""
     prefix = "lora_unet_mid_block_attentions_0_"
     tensors = {f"{prefix}{k}": v for k, v in layers.items()}
     for part in ("to_q", "to_k"):
@@ -208,7 +208,7 @@ def test_a_layer_under_two_names_is_refused(tmp_path: Path) -> None:
 def test_the_adapter_of_a_frozen_text_encoder_draws_in_diffusers_what_we_draw(
     layout: str, text_pipeline: Callable, tmp_path: Path
 ) -> None:
-    """Trained here, opened there by `load_lora_weights`; and its file on a fresh model of ours."""
+    """The file of an adapter (random weights) is loaded by diffusers' `load_lora_weights` and by our own model."""
     folder, _ = text_pipeline("1")
     first, fresh, path = ldm_train.load(str(folder)), ldm_train.load(str(folder)), tmp_path / "a.safetensors"
     noise = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -220,7 +220,7 @@ def test_the_adapter_of_a_frozen_text_encoder_draws_in_diffusers_what_we_draw(
     randomised(first.adapter)
     pairs = lora.pairs_of(first.adaptable(), "adapter")
     of_text = {key for key in pairs if key.startswith("encoders.text.")}
-    assert len(of_text) == 8  # queries, keys, values and out of two layers
+    assert len(of_text) == 8  # queries, keys, values and outputs of two layers
     assert export_adapter(pairs, first, path, layout) == []
     first.merge_adapters()
     ours = first.sample(*drawing)

@@ -1,4 +1,4 @@
-"""Checkpoints of CompVis/latent-diffusion load strictly, compute what they did and are written back to the bit."""
+"""Checkpoints of CompVis/latent-diffusion load strictly, compute the same and are written back bit for bit."""
 
 import json
 import os
@@ -41,7 +41,8 @@ def vocabulary(folder: Path, size: int = 40) -> Path:
 
 
 def checkpoint(folder: Path, model: dict[str, Any], suffix: str = ".ckpt") -> tuple[Path, State]:
-    """A checkpoint with random weights as released ones are, its YAML beside it."""
+    """Writes a checkpoint in the form of the released ones, with random weights and its YAML beside it; returns its
+    path and tensors."""
     generator = torch.Generator().manual_seed(0)
     state = {name: torch.randn(shape, generator=generator) * 0.05 for name, shape in tensors(model).items()}
     if "scale_factor" in state:
@@ -56,7 +57,7 @@ def checkpoint(folder: Path, model: dict[str, Any], suffix: str = ".ckpt") -> tu
 
 
 def clip_words(folder: Path) -> Path:
-    """A small tokenizer of CLIP's kind."""
+    """Writes a small CLIP tokenizer to folder/words; returns that folder."""
     words = ["<|startoftext|>", "<|endoftext|>", *(f"{c}{end}" for c in "acdegiort" for end in ("", "</w>"))]
     (folder / "words").mkdir()
     (folder / "words/vocab.json").write_text(json.dumps({w: i for i, w in enumerate(words)}))
@@ -65,7 +66,7 @@ def clip_words(folder: Path) -> Path:
 
 
 def clip_of_text(folder: Path) -> Path:
-    """A small text model of CLIP whose embeddings have 768 values, with its tokenizer."""
+    """Writes a small CLIP text model whose embeddings have 768 values, with its tokenizer; returns the folder."""
     sizes = {
         "hidden_size": 64,
         "intermediate_size": 64,
@@ -85,7 +86,7 @@ def converted(source: Path, target: Path, *options: str) -> Path:
 
 
 REPEATED = {"kl-f4", "kl-f4-z4", "kl-f16", "vq-f4", "vq-f8", *(n for n in AUTOENCODERS if n.startswith("autoencoder_"))}
-# Models whose parts others have as well, between them: they are converted whole in the slow tier.
+# Models whose parts are all in other models too: these are converted as a whole only in the slow tier.
 SEEN = of_one_architecture(DIFFUSION) | {
     "celeba256", "cin256-v2", "txt2img-1p4B-eval", "sd-v1-inpainting", "sd-v2-base", "sd-v2-inpainting", "sd-v2-unclip-h",
 }  # fmt: skip
@@ -111,7 +112,7 @@ def test_every_tensor_of_a_published_model_has_its_place(name: str, small: bool,
     with shapes_only():
         ours = build(described.tree, name)
     given = {k: torch.empty(shape, device="meta") for k, shape in theirs.items()}
-    if name.startswith("sd-"):  # the text encoder is a model of transformers, which makes its own places
+    if name.startswith("sd-"):  # the text encoder is a model of transformers, which maps the names itself
         _, used, unused = read_text_encoder(given, tmp_path)
         assert small or len(used) == (196 if "v1" in name else 12 * 24 + 4)
         assert all("position_ids" in k or "text_projection" in k or "logit_scale" in k for k in unused)
@@ -167,7 +168,7 @@ def test_diffusion_models_load_sample_and_come_back_to_the_bit(name: str, tmp_pa
         torch.save((torch.arange(32.0)[None], torch.full((1, 32), 2.0)), tmp_path / "ViT-L-14_stats.th")
     folder = converted(source, tmp_path / "native", f"tokenizer={words}", "labels=100", *options)
     for name_in_folder in [n for n in ("words", "clip", "ViT-L-14_stats.th") if (tmp_path / n).exists()]:
-        (tmp_path / name_in_folder).rename(tmp_path / f"moved_{name_in_folder}")  # the model has its own
+        (tmp_path / name_in_folder).rename(tmp_path / f"moved_{name_in_folder}")  # the model has copies of its own
     latent = load_latent_diffusion(folder)
     latent.latent_size = (16, 16)
     f = latent.first_stage.downsample_factor
@@ -209,7 +210,8 @@ def test_diffusion_models_load_sample_and_come_back_to_the_bit(name: str, tmp_pa
 
 
 def test_openclips_text_encoder_computes_what_it_did(tmp_path: Path):
-    """Beside open_clip's own forward, written with torch's attention: pre-norm blocks, GELU, causal, the last block not run."""
+    """Compares with open_clip's forward pass, rewritten with torch's attention: pre-norm blocks, GELU, causal mask, the
+    last block left out."""
     model = diffusion_config("sd-v2-base", small=True)
     source, state = checkpoint(tmp_path, model)
     folder = converted(source, tmp_path / "native", f"tokenizer={clip_words(tmp_path)}")
@@ -240,7 +242,8 @@ def test_openclips_text_encoder_computes_what_it_did(tmp_path: Path):
 
 @pytest.mark.parametrize("kind", ["h", "l"])
 def test_unclips_encoder_of_pictures_computes_what_it_did(kind: str, tmp_path: Path):
-    """Beside open_clip's own forward, written with torch's attention: pre-norm blocks, GELU (L: its approximation), class token."""
+    """Compares with open_clip's forward pass, rewritten with torch's attention: pre-norm blocks, GELU (L: its sigmoid
+    approximation), class token. A config that names a folder outside the model is refused."""
     source, state = checkpoint(tmp_path, diffusion_config(f"sd-v2-unclip-{kind}", small=True))
     torch.save((torch.zeros(32), torch.ones(32)), tmp_path / "ViT-L-14_stats.th")
     folder = converted(source, tmp_path / "native", f"tokenizer={clip_words(tmp_path)}")
@@ -287,7 +290,7 @@ def test_the_single_file_opens_in_diffusers_and_draws_the_same(name: str, tmp_pa
     from diffusers import StableDiffusionPipeline
 
     model = diffusion_config(name, small=True)
-    shallow = {"channel_mult": [1, 1, 1, 1], "num_res_blocks": 1}  # at the least width at which norms have 32 groups
+    shallow = {"channel_mult": [1, 1, 1, 1], "num_res_blocks": 1}  # 128 is the least width with 32 groups in all norms
     model["params"]["unet_config"]["params"] |= shallow | {"model_channels": 128}
     dd = model["params"]["first_stage_config"]["params"]["ddconfig"]
     dd |= {"ch_mult": [1, 1, 1, 1], "num_res_blocks": 1, "ch": 128}
@@ -335,11 +338,11 @@ def test_a_single_file_is_for_models_of_stable_diffusions_shape(tmp_path: Path):
 
 
 def test_older_attention_mixes_heads_otherwise_and_is_reordered():
-    """(head, q | k | v, channel), as QKVAttentionLegacy cuts it, -> q of all heads, then k, then v."""
+    """QKVAttentionLegacy's rows, ordered (head, q | k | v, channel), become q of all heads, then k, v; and back."""
     heads, width = 4, 32
     x, weight = torch.randn(2, width, 5), torch.randn(3 * width, width)
     qkv = torch.einsum("oc,bcn->bon", weight, x)
-    q, k, v = qkv.reshape(2 * heads, 3 * width // heads, 5).split(width // heads, dim=1)  # the published lines
+    q, k, v = qkv.reshape(2 * heads, 3 * width // heads, 5).split(width // heads, dim=1)  # as in the published code
     ours = torch.einsum("oc,bcn->bon", compvis._to_ours(weight, heads), x)
     for theirs, part in zip((q, k, v), ours.chunk(3, dim=1)):
         assert torch.equal(part.reshape(2 * heads, width // heads, 5), theirs)

@@ -1,4 +1,4 @@
-"""Controls of U-Nets as files: our folder, and diffusers' ControlNetModel, which draws the same."""
+"""Controls of U-Nets as files: in our folder, and as diffusers' ControlNetModel, which draws the same."""
 
 import json
 import resource
@@ -29,7 +29,7 @@ __all__ = ["text_pipeline"]  # a fixture
 
 
 def steered(model: LatentDiffusion, kind: type = EdgesControl, random: bool = True) -> LatentDiffusion:
-    """A model with a control whose every weight is random, unlike those of a new one."""
+    """Gives a model a control. random: with random weights, unlike a new control, which changes nothing."""
     f = model.first_stage.downsample_factor
     picture = kind(model.network.skip_widths[0], f)
     picture.attach(model.first_stage)
@@ -58,7 +58,7 @@ EDGES = torch.rand(2, 1, 16, 16, generator=torch.Generator().manual_seed(4))
 @pytest.mark.parametrize("name", ["classes and captions", "classes as a vector", "nothing", "label maps"])
 def test_a_new_control_changes_nothing_to_the_bit(name: str) -> None:
     model = small(name)
-    # Without conditions there is no guidance before, and with it a batch of twice the size, which not every processor computes alike.
+    # A model without conditions has no guidance; with it the batch doubles, and some processors then round differently.
     scale = 1.0 if name == "nothing" else 2.0
     before = draw(model, scale)
     steered(model, random=False)
@@ -83,7 +83,7 @@ def test_a_control_comes_back_from_its_folder(kind: type, tmp_path: Path) -> Non
 
 
 def test_a_control_that_was_trained_without_pictures_too_guides_away_from_none(tmp_path: Path) -> None:
-    """What the run draws, and the base with its adapter: the same, under guidance too."""
+    """The trained model and the base with its saved control draw the same with guidance; dropout 0 differs."""
     first, second = steered(small()), small()
     first.conditioners[NAME].dropout = 0.25
     save_control(tmp_path / "c", first, {})
@@ -116,7 +116,7 @@ def test_a_control_is_converted_as_it_is_beside_a_base_with_another(text_pipelin
     save_control(tmp_path / "ours", steered(ldm_train.load(str(folder))), {})
     other = steered(ldm_train.load(str(folder)), DepthControl, random=False)
     drop_control(other)
-    drop_control(other)  # of none: nothing
+    drop_control(other)  # does nothing if there is none
     assert other.network.condition_widths.keys() == {"context", "concat", "vector"}
     take_control(tmp_path / "ours", other)
     assert other.conditioners[NAME].field == "edges"
@@ -135,7 +135,7 @@ def test_a_record_of_another_size_is_refused_before_it_takes_memory(tmp_path: Pa
 
 
 def test_the_picture_is_kept_under_guidance() -> None:
-    """As in the published pipelines: guidance leads away from other words, not from the picture."""
+    """As in the published pipelines, both sides of guidance have the control's picture: only the text differs."""
     model = steered(small())
     given = model.sampled_condition({"caption": ["a", "b"], "edges": EDGES}, 2, None)
     away = model.sampled_condition({}, 2, None, {"edges": EDGES})
@@ -176,8 +176,8 @@ def test_diffusers_draws_what_we_draw_with_a_control(version: str, text_pipeline
         ).images * 2 - 1  # fmt: skip
         ours = model.sample({"caption": words, "edges": EDGES}, *drawing)
         assert (ours - plain).abs().max() > 0.05
-        torch.testing.assert_close(ours, drawn, rtol=1e-3, atol=2e-3)  # 2/255 of [0, 1] is promised
-    # And back, in their form and names.
+        torch.testing.assert_close(ours, drawn, rtol=1e-3, atol=2e-3)  # the documented limit is 2/255 of [0, 1]
+    # And back: the weights return to our form and names unchanged.
     convert(
         composed(
             "convert", f"from={tmp_path / 'theirs'}", f"to={tmp_path / 'again'}", f"base={folder}", "control=edges"

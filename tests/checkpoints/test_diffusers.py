@@ -1,4 +1,4 @@
-"""Pipelines in diffusers' folders: loaded, they draw what diffusers draws."""
+"""Pipelines in folders of diffusers: loaded by us, they draw what diffusers draws."""
 
 import json
 import os
@@ -36,7 +36,7 @@ TRUNK = {"norm_num_groups": 32, "block_out_channels": (128, 256), "layers_per_bl
 
 
 def randomised(module: torch.nn.Module) -> torch.nn.Module:
-    """Every parameter random, yet small: zero-initialised layers would hide what precedes them."""
+    """Makes every matrix and kernel random with small values: zero-initialised layers would hide those before."""
     generator = torch.Generator().manual_seed(1)
     for p in module.parameters():
         if p.ndim > 1:
@@ -131,7 +131,7 @@ def test_the_folder_is_a_model_like_any_other(text_pipeline: Callable, tmp_path:
 
 @pytest.fixture
 def copy(text_pipeline: Callable, tmp_path: Path) -> Path:
-    """A folder of its own, to be damaged; its files are replaced, never written into."""
+    """A copy of the pipeline's folder, to be damaged. Its files are hard links: replace them, never write into them."""
     return Path(shutil.copytree(text_pipeline("1")[0], tmp_path / "model", copy_function=os.link))
 
 
@@ -208,7 +208,7 @@ NO_JSON = ("", "{", "[1]", "7", '"x"', "null", "[" * 100_000, "1" * 5000, b"\xff
 
 @pytest.mark.parametrize(
     ("file", "content"),
-    [  # in the fast tier all contents in one file, and some in each
+    [  # in the fast tier: every content in one file, and a third of them in each other file
         pytest.param(file, content, marks=() if file == "unet/config.json" or (i + j) % 3 == 0 else pytest.mark.slow)
         for i, file in enumerate(JSON_FILES)
         for j, content in enumerate(NO_JSON)

@@ -1,4 +1,4 @@
-"""Models of ours, exported: diffusers opens them without this package and draws what they draw."""
+"""Our models, exported: diffusers opens them without this package and draws what they draw."""
 
 import json
 import os
@@ -36,7 +36,7 @@ TEXT = {
 
 
 def tree(conditioners: dict[str, Any], network: dict[str, Any], wide: bool = False, vq: bool = False) -> dict[str, Any]:
-    """wide: of widths with 32 groups everywhere, which diffusers' own classes can hold."""
+    """Returns the config tree of a model. wide: with 32 groups in all norms, as diffusers' own classes need."""
     channels = 128 if wide else 32
     autoencoder = {
         "_target_": f"ldm_train.models.autoencoder.Autoencoder{'VQ' if vq else 'KL'}", "z_channels": 3,
@@ -87,7 +87,7 @@ PICTURES, HOLE = torch.rand(2, 3, 16, 16) * 2 - 1, torch.zeros(2, 1, 16, 16)
 HOLE[:, :, 4:9, 3:12] = 1
 LABELS = torch.arange(512).view(2, 16, 16) % 4
 SMALL = torch.rand(2, 3, 4, 4) * 2 - 1
-# What ours is given, what theirs is given.
+# The conditions as given to our model, and as given to diffusers' pipeline.
 GIVEN: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "classes and captions": (
         {"class_label": torch.tensor([1, 0]), "caption": ["a red circle", "blue"]},
@@ -128,7 +128,7 @@ torch.save(images, sys.argv[2])
 
 
 def model(name: str) -> LatentDiffusion:
-    """Every parameter random, yet small: zero-initialised layers would hide what precedes them."""
+    """Builds a model with small random parameters: zero-initialised layers would hide the layers before them."""
     made, generator = build(TREES[name], name), torch.Generator().manual_seed(1)
     for p in made.parameters():
         p.data = torch.randn(p.shape, generator=generator) * (0.5 / p[0].numel() ** 0.5 if p.ndim > 1 else 0.1)
@@ -140,7 +140,7 @@ def model(name: str) -> LatentDiffusion:
 
 
 def exported(name: str, folder: Path, *options: str) -> Path:
-    """Through the command, from a model folder."""
+    """Saves a model and exports its folder with ldm-convert; returns the exported folder."""
     sampling = {"num_inference_steps": STEPS, "guidance_scale": SCALE, "spacing": "trailing"}
     save_model(folder / "native", model(name), TREES[name], {"sampling": sampling})
     arguments = (f"from={folder}/native", f"to={folder}/theirs", "format=diffusers", *options)
@@ -150,11 +150,11 @@ def exported(name: str, folder: Path, *options: str) -> Path:
 ADAPTED = (
     "classes and captions",
     "classes as a token",
-)  # drawn with an adapter too (UNet2DModel of diffusers takes none)
+)  # models drawn with an adapter (diffusers' UNet2DModel takes none)
 
 
 def adapted(network: LatentDiffusion, file: Path) -> str:
-    """Gives a model an adapter, and writes it for diffusers."""
+    """Gives a model a random adapter and writes it to `file` in diffusers' layout; returns the file's name."""
     network.adapt(LoRA(rank=2, alpha=3, targets="all"), "adapter")
     with torch.no_grad():
         for p in network.adapter.parameters():
@@ -165,7 +165,7 @@ def adapted(network: LatentDiffusion, file: Path) -> str:
 
 @pytest.fixture(scope="module")
 def drawn(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[str, torch.Tensor, torch.Tensor]]:
-    """{name: (the pipeline's class, our pictures, theirs)}, theirs from one process that cannot import this package."""
+    """{name: (the pipeline's class, our pictures, theirs)}; theirs come from a process that cannot import ours."""
     root, jobs, ours = tmp_path_factory.mktemp("exported"), [], {}
     for name in TREES:
         folder = exported(name, root / name, "verify=true")
@@ -195,7 +195,7 @@ def test_diffusers_draws_what_we_draw(name: str, drawn: dict[str, Any]):
     kind, ours, theirs = drawn[name]
     assert kind == KINDS.get(name, "LatentDiffusionPipeline")
     assert ours.std() > 0.02
-    # 2/255 of the range [0, 1] is promised; sums of another order and a codebook's ties are all that differs.
+    # The documented limit is 2/255 of [0, 1]. Only the order of sums and ties in a codebook make a difference.
     torch.testing.assert_close(theirs, ours, rtol=0, atol=4 / 255 if "codebook" in name or "token" in name else 1e-3)
 
 
@@ -204,7 +204,7 @@ SCHEDULER = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_
 
 
 def published(kind: str, folder: Path) -> Any:
-    """A small pipeline of diffusers' own with random weights, saved."""
+    """Makes and saves a small pipeline of diffusers' own classes with random weights."""
     import diffusers
     from diffusers.pipelines.latent_diffusion.pipeline_latent_diffusion import LDMBertConfig, LDMBertModel
     from transformers import BertTokenizer, CLIPTextConfig, CLIPTextModel
@@ -287,7 +287,7 @@ def test_a_published_pipeline_is_read_and_comes_back_to_the_bit(
 
     pipeline = published(kind, tmp_path / "theirs")
     convert(composed("convert", f"from={tmp_path}/theirs", f"to={tmp_path}/native", "verify=true"))
-    if kind.startswith("Stable"):  # the text encoder came along
+    if kind.startswith("Stable"):  # our folder contains the text encoder
         (tmp_path / "theirs").rename(tmp_path / "elsewhere")
     ours, channels = load_latent_diffusion(tmp_path / "native"), 3 if "Super" in kind else 4
     if kind.startswith("Stable"):
@@ -299,7 +299,7 @@ def test_a_published_pipeline_is_read_and_comes_back_to_the_bit(
         batch = {"lowres": torch.linspace(-1, 1, 384).view(2, 3, 8, 8)}
     if "Inpaint" in kind:
         batch["masked_image"] = torch.cat([PICTURES.masked_fill(HOLE > 0.5, -1), HOLE], 1)
-        # Theirs encodes the picture with noise, ours with the mean; and prepares latents of the whole picture beside.
+        # Theirs samples the picture's posterior, ours takes the mean; theirs also encodes the whole picture.
         kept = diffusers.AutoencoderKL.encode
         monkeypatch.setattr(
             diffusers.AutoencoderKL,
@@ -331,7 +331,7 @@ def test_what_was_written_computes_what_the_model_does(name: str, tmp_path: Path
     index = json.loads((folder / "model_index.json").read_text())
     own = isinstance(index["_class_name"], list)
     assert (folder / "pipeline.py").exists() == own == (name != "a codebook alone")
-    for code in folder.rglob("*.py"):  # only what this package brings
+    for code in folder.rglob("*.py"):  # only code from this package
         assert code.read_bytes() == (diffusers_export.FILES / code.name).read_bytes()
     if own:
         with pytest.raises(ValueError, match=r"is for .*; the model folder that it was exported from can be loaded"):
@@ -355,7 +355,7 @@ def test_folded_statistics_leave_latents_and_pictures_as_they_were(name: str):
 
 
 def patches() -> dict[str, Any]:
-    """A first stage of an autoencoder of patches."""
+    """The config tree of a first stage whose autoencoder works on patches of 2x2 pixels."""
     stage = tree({}, {})["first_stage"]
     stage["autoencoder"]["patch_size"] = 2
     return stage

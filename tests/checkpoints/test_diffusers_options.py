@@ -1,4 +1,4 @@
-"""Every option of diffusers' classes: what is loaded computes what diffusers computes, the rest is refused by name."""
+"""Every option of diffusers' classes: what is loaded computes what diffusers computes; errors name the rest."""
 
 import inspect
 import json
@@ -38,7 +38,7 @@ BASES = {
     | {"down_block_types": ["DownEncoderBlock2D"] * 2, "up_block_types": ["UpDecoderBlock2D"] * 2}
     | {"num_vq_embeddings": 16},
 }
-# Values beside that of the base that are loaded; any other value of any option is refused.
+# Values that are loaded besides those of the base config; any other value of any option is refused.
 EITHER = {"act_fn": ["swish"], "layers_per_block": [2], "block_out_channels": [[128, 256]]}
 U_NETS = EITHER | {"sample_size": [None, 16, [8, 16]], "dropout": [0.5], "resnet_time_scale_shift": ["scale_shift"]}
 AUTOENCODERS = EITHER | {
@@ -98,7 +98,7 @@ TOGETHER = [
 
 
 def other_than(default: Any) -> list[Any]:
-    """What an option could be instead, as far as its default tells."""
+    """Returns other values for an option, chosen by the type of its default."""
     if isinstance(default, bool):
         return [not default]
     if isinstance(default, (int, float)):
@@ -107,10 +107,10 @@ def other_than(default: Any) -> list[Any]:
 
 
 def write(folder: Path, kind: str, options: dict[str, Any]) -> nn.Module:
-    """A component's folder as diffusers writes it, and the model in it."""
+    """Makes a component with random weights and writes its folder as diffusers does; returns the model."""
     network = getattr(diffusers, kind)(**options).eval()
     generator = torch.Generator().manual_seed(1)
-    for p in network.parameters():  # zeros and ones would hide what precedes them
+    for p in network.parameters():  # zeros and ones would hide the layers before them
         p.data = torch.randn(p.shape, generator=generator) * (0.5 / p[0].numel() ** 0.5) + (p.ndim == 1) * p.data
     network.save_pretrained(folder)
     return network

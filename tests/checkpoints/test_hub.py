@@ -1,4 +1,4 @@
-"""Models go to the Hub with a card, and come from it as data. No network is used: the library's calls are replaced."""
+"""Models are uploaded to the Hub with a card, and downloaded as data only. No network is used: calls are replaced."""
 
 import json
 import shutil
@@ -45,12 +45,12 @@ def test_an_export_is_a_complete_folder_with_its_card(run: Run):
     assert (folder / "samples.png").read_bytes() == (run.folder / "evaluation/samples.png").read_bytes()
     recipe = (folder / "training.yaml").read_text()
     assert yaml.safe_load(recipe)["diffusion"]["max_steps"] == 6
-    assert str(run.folder.parent) not in recipe + text  # nothing of this machine
+    assert str(run.folder.parent) not in recipe + text  # no paths of this machine
     assert ldm_train.load(str(folder)).sample({}, [0]).shape == (1, 3, 32, 32)
 
 
 class Uploads:
-    """Stands for the library's door: keeps what would have been sent."""
+    """Replaces the Hub library's client: copies uploads to `keep`. fails: the message of create_repo's error."""
 
     def __init__(self, keep: Path, fails: str = ""):
         self.keep, self.fails, self.made = keep, fails, {}

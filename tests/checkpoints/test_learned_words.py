@@ -1,4 +1,4 @@
-"""Words that a frozen text encoder learns: its rows stay, and diffusers reads the file."""
+"""New words for a frozen text encoder: its own embeddings stay unchanged, and diffusers reads the file."""
 
 from pathlib import Path
 
@@ -72,15 +72,15 @@ def test_a_word_of_diffusers_file_means_there_what_it_means_here(tmp_path: Path)
 
 
 def test_a_subject_is_not_called_by_a_word_that_the_encoder_knows_well(tmp_path: Path) -> None:
-    """CLIP's vocabulary is in the order of how often words were seen; `i</w>` stands in its second half here."""
+    """CLIP's vocabulary is sorted by frequency, the most frequent tokens first; here `i</w>` is in its second half."""
     text = clip(tmp_path)
-    for word in ("zqx", "dog", "i"):  # the last a token, of those that were seen seldom
+    for word in ("zqx", "dog", "i"):  # "i" is a token, but one of the rare ones
         check_rare(text, word)
     for word in ("a", "c"):
         with pytest.raises(ValueError, match=f"knows {word} well, and would forget what it means; choose a rare word"):
             check_rare(text, word)
     trained = TrainedText(train_tokenizer(["a red circle"] * 9, 300).to_str(), dim=8, depth=1, heads=2, max_length=8)
     check_rare(trained, "zqx")
-    for word in ("circle", "Circle"):  # the tokenizer reads small letters alone
+    for word in ("circle", "Circle"):  # the tokenizer lowercases
         with pytest.raises(ValueError, match=f"knows {word} well"):
             check_rare(trained, word)

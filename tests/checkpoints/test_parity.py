@@ -1,6 +1,8 @@
-"""Our networks and diffusers' with the same weights: equal outputs, equal gradients, and back to the bit.
+"""Our networks and diffusers' with the same weights: equal outputs and gradients (within rounding), and weights that
+come back bit for bit.
 
-Small by default; `pytest tests/checkpoints/test_parity.py -m 'slow or not slow' -n 0 --full-size` takes the published widths.
+Small by default; `pytest tests/checkpoints/test_parity.py -m 'slow or not slow' -n 0 --full-size` takes the published
+widths.
 """
 
 import gc
@@ -44,7 +46,7 @@ def tree_of(option: str, *choices: str) -> dict[str, Any]:
 
 
 def randomised(module: nn.Module) -> nn.Module:
-    """Small weights everywhere: zero-initialised layers would hide what precedes them."""
+    """Halves all weights and adds small random numbers: zero-initialised layers would hide the layers before them."""
     generator = torch.Generator().manual_seed(1)
     for p in module.parameters():
         size = p[0].numel() ** -0.5 if p.ndim > 1 else 0.1
@@ -53,11 +55,12 @@ def randomised(module: nn.Module) -> nn.Module:
 
 
 def compare(outputs: list[torch.Tensor], ours: Mapping[str, torch.Tensor], theirs: nn.Module) -> None:
-    """Outputs within 1e-5 of their size, gradients within 1e-4 of that of each tensor."""
+    """Fails unless outputs agree within 1e-5 of their largest value, and each tensor's gradients within 1e-4 of theirs
+    (plus rounding)."""
     first, second = (output.detach() for output in outputs)
     assert (first - second).abs().max() <= 1e-5 * second.abs().max()
     gradients = {name: p.grad for name, p in theirs.named_parameters() if p.grad is not None}
-    # The bias of keys moves nothing, as softmax is the same under a shift: its gradient is all rounding.
+    # The bias of keys has no effect, as softmax does not change under a shift: its gradient is only rounding.
     rounding = 1e-6 * max(float(g.abs().max()) for g in gradients.values())
     for name, gradient in gradients.items():
         error, size = float((ours[name] - gradient).abs().max()), float(gradient.abs().max())
@@ -127,7 +130,7 @@ def test_autoencoders_compute_what_diffusers_do(name: str, full_size: bool, tmp_
     gradients = {k: p.grad for k, p in ours.named_parameters() if p.grad is not None and not k.startswith("quantize")}
     named = export.autoencoder_tensors(gradients, len(tree["channel_mult"]))
     for p in [p for k, p in theirs.named_parameters() if k.startswith("quantize")]:
-        p.grad = None  # theirs trains its codebook through the decoder's input
+        p.grad = None  # diffusers' codebook also gets gradients from the decoder's input
     compare(pictures, named, theirs)
     theirs.save_pretrained(tmp_path)
     again = load_first_stage(tmp_path)

@@ -1,4 +1,4 @@
-"""ldm-bench: every kind runs, contenders compute the same, what cannot be measured is named; speed itself is never tested."""
+"""ldm-bench: every kind runs, contenders compute the same, errors name what cannot be measured. Speed is not tested."""
 
 import copy
 import json
@@ -117,7 +117,7 @@ def gradients(module: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 
 def test_procedures_of_stage_1_share_the_gradients_of_both_players() -> None:
-    """Our one pass gives each player the gradient that a backward pass of its own does."""
+    """One backward pass gives autoencoder and discriminator the gradients that a pass of its own gives each."""
     size = AUTOENCODERS["tiny"]
     parts = train_autoencoder.build(size)
     images = torch.rand(2, 3, size.side, size.side) * 2 - 1

@@ -1,4 +1,4 @@
-"""What a user gets wrong is answered with one sentence to act on, before any work is done."""
+"""A user's mistake is answered with one sentence that says what to do, before any work is done."""
 
 import os
 import re
@@ -29,7 +29,8 @@ Command = Callable[..., str]
 
 @pytest.fixture
 def fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture) -> Command:
-    """fails("train", override, ...) -> the message with which the command leaves."""
+    """fails("train", override, ...) -> the error message with which the command exits. Fails if the status is not 1 or
+    there is a traceback."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
     monkeypatch.setenv(TRACEBACK, "0")
@@ -47,7 +48,7 @@ def fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.Capture
     return run
 
 
-# A run that could start within seconds, if the arguments after it were right.
+# Options of a run that would start within seconds if the arguments after them were right.
 SMALL = (
     "logger=csv",
     "progress=false",
@@ -193,7 +194,7 @@ def test_missing_vgg_weights_name_the_way_without_a_download(
 ):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "hub"))
     for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"):
-        monkeypatch.setenv(name, "http://127.0.0.1:9")  # nobody answers there
+        monkeypatch.setenv(name, "http://127.0.0.1:9")  # nothing answers there
     for name in ("no_proxy", "NO_PROXY"):
         monkeypatch.delenv(name, raising=False)
     message = fails("train", *SMALL, f"data_dir={tmp_path}", "autoencoder/loss/perceptual=lpips_vgg")
@@ -345,6 +346,6 @@ def test_help_lists_every_recipe_once_with_what_it_is():
 
 
 def test_help_does_not_wait_for_torch():
-    """It answers in about a second; torch alone takes several."""
+    """The commands' modules do not import torch, which takes several seconds, so that --help answers in about one."""
     code = "import sys; import ldm_train.cli.train, ldm_train.cli.sample, ldm_train.cli.evaluate; print('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"

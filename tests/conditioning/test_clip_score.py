@@ -1,4 +1,4 @@
-"""CLIP as a judge: its cosines are transformers' own, and guidance by its gradient raises them."""
+"""The CLIP score: its cosines equal those of transformers, and guidance by its gradient raises them."""
 
 import json
 from pathlib import Path
@@ -47,7 +47,7 @@ def test_cosines_are_those_of_transformers(folder: Path) -> None:
         found = score(images, score.texts(captions)) * score.logit_scale
     torch.testing.assert_close(found, expected.diagonal(), rtol=1e-4, atol=1e-4)
     assert score(images[:, :1], score.texts(captions)).shape == (2,)
-    assert len(score.texts(["a red dog " * 50])) == 1  # longer than the model reads
+    assert len(score.texts(["a red dog " * 50])) == 1  # longer than the model's context
 
 
 def test_guidance_by_its_gradient_raises_the_score(folder: Path) -> None:

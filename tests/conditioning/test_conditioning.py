@@ -1,4 +1,5 @@
-"""Conditioners: null is a full drop mask, dropout touches dropped rows alone, padding touches nothing."""
+"""Conditioners: the null condition equals dropping every row, dropout changes dropped rows only, padding changes
+nothing."""
 
 import json
 import shutil
@@ -206,8 +207,8 @@ def test_a_vocabulary_that_is_none_is_named(tmp_path: Path) -> None:
 
 
 def x_transformer(state: dict[str, torch.Tensor], ids: torch.Tensor, heads: int, mask: torch.Tensor | None = None):
-    """The encoder that LDM's text models copied from x-transformers: embeddings and unscaled positions, pre-norm attention
-    without q/k/v biases, feed-forward of four times the width with GELU, final norm."""
+    """The text encoder that LDM copied from x-transformers: token embeddings plus unscaled position embeddings,
+    pre-norm attention without q/k/v biases, feed-forward layers of four times the width with GELU, final norm."""
     norm = lambda x, key: F.layer_norm(x, x.shape[-1:], state[f"{key}.weight"], state[f"{key}.bias"])  # noqa: E731
     x = state["token_embedding.weight"][ids] + state["position_embedding"][: ids.shape[1]]
     for i in range(1 + max(int(key.split(".")[2]) for key in state if ".layers." in key)):
@@ -230,7 +231,7 @@ def test_heads_narrower_than_the_width_attend_as_in_x_transformers(tokenizer) ->
     torch.manual_seed(0)
     conditioner = text(tokenizer, dim=40, depth=3, heads=2, head_dim=8, masked=False)
     for p in conditioner.parameters():
-        p.add_(0.1 * torch.randn_like(p))  # norms and biases that do something
+        p.add_(0.1 * torch.randn_like(p))  # so that norms and biases have an effect
     ids, mask = conditioner.tokenize(CAPTIONS)
     state = conditioner.encoder.state_dict()
     output = conditioner(CAPTIONS, torch.zeros(4, dtype=torch.bool))
@@ -339,9 +340,9 @@ def test_frozen_text_gives_the_hidden_states_of_transformers(pretrained_text: Pa
 
 @torch.no_grad()
 def test_padding_with_id_0_is_that_of_open_clip(pretrained_text: Path, tokenizer) -> None:
-    """open_clip.tokenize: start, caption, end, zeros; Stable Diffusion 2 then reads the last layer but one, its final norm
-    applied, with nothing masked but the future."""
-    folder = pretrained_text.with_name("end_padded")  # laion's tokenizer pads with the end token, as OpenAI's
+    """open_clip.tokenize gives start, caption, end, zeros. Stable Diffusion 2 then takes the last layer but one, with
+    the final norm applied and only the causal mask."""
+    folder = pretrained_text.with_name("end_padded")  # LAION's tokenizer pads with the end token, like OpenAI's
     shutil.copytree(pretrained_text, folder)
     ends = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<end>", eos_token="<end>")
     ends.save_pretrained(folder)
@@ -401,7 +402,7 @@ def test_code_that_comes_with_a_text_encoder_is_never_run(
     config |= {"model_type": "mine", "auto_map": {"AutoConfig": "mine.Mine", "AutoModel": "mine.Mine"}}
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "mine.py").write_text("raise SystemExit('the folder was run')")
-    monkeypatch.setattr("builtins.input", lambda *_: "y")  # who is asked says yes
+    monkeypatch.setattr("builtins.input", lambda *_: "y")  # if asked whether to run the code, the answer is yes
     with pytest.raises(FileNotFoundError, match=r"the text encoder .*model is not there"):
         FrozenText(str(folder), 16).null(1)
 

@@ -1,4 +1,4 @@
-"""Edges, a field with its conditioner that nothing else of the package knows of."""
+"""Edges: a field and its conditioner that no other part of the package refers to."""
 
 import io
 from pathlib import Path

@@ -1,4 +1,5 @@
-"""Conditions that are pictures, layouts and embeddings: null is a full drop, values land where they belong."""
+"""Conditions that are pictures, layouts or embeddings: the null condition equals dropping every row, and values end up
+in the right places."""
 
 import json
 from pathlib import Path
@@ -98,7 +99,7 @@ def test_a_semantic_map_is_the_averaged_one_hot_map(first_stage: FirstStage) -> 
     conditioner.attach(first_stage)
     labels = torch.randint(0, 6, (2, 32, 16))
     one_hot = F.one_hot(labels, 6).permute(0, 3, 1, 2).float()
-    # LDM's rescaler: twice a bilinear reduction by two
+    # LDM's rescaler halves the size twice, bilinearly
     expected = F.interpolate(
         F.interpolate(one_hot, scale_factor=0.5, mode="bilinear"), scale_factor=0.5, mode="bilinear"
     )
@@ -175,7 +176,8 @@ def test_a_mask_of_all_ones_is_the_null_condition(first_stage: FirstStage) -> No
 
 
 def published_holes(count: int = 2) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Pictures (B, 3, 32, 16) in [-1, 1], masks with ragged holes, and both as the data pipeline joins them."""
+    """Returns pictures (B, 3, 32, 16) in [-1, 1], masks (B, 1, 32, 16) with ragged holes, and both joined as by the
+    data pipeline."""
     torch.manual_seed(3)
     pictures, masks = torch.rand(count, 3, 32, 16) * 2 - 1, (torch.rand(count, 1, 32, 16) > 0.7).float()
     return pictures, masks, torch.stack([masked_image(p, m) for p, m in zip(pictures, masks)])
@@ -183,8 +185,8 @@ def published_holes(count: int = 2) -> tuple[torch.Tensor, torch.Tensor, torch.T
 
 @torch.no_grad()
 def test_the_form_ldm_is_that_of_the_released_inpainting_model(first_stage: FirstStage) -> None:
-    """CompVis' scripts/inpaint.py: masked_image = (1 - mask) image for both in [0, 1], then everything to [-1, 1]; its
-    latents, then the mask by nearest neighbour."""
+    """As in CompVis' scripts/inpaint.py: masked_image = (1 - mask) image with both in [0, 1], then everything is scaled
+    to [-1, 1]; the condition is the latents of masked_image, then the mask resized by nearest neighbour."""
     pictures, masks, values = published_holes()
     conditioner = MaskedImageCondition(form="ldm")
     conditioner.attach(first_stage)
@@ -198,8 +200,9 @@ def test_the_form_ldm_is_that_of_the_released_inpainting_model(first_stage: Firs
 
 @torch.no_grad()
 def test_the_form_sd2_is_that_of_stable_diffusion_2(first_stage: FirstStage) -> None:
-    """LatentInpaintDiffusion: the mask in {0, 1} by nearest neighbour, then a sample of the posterior of
-    image * (mask < 0.5), the image in [-1, 1]; a dropped condition is all hole (AddMask's p_drop)."""
+    """As in LatentInpaintDiffusion: the mask in {0, 1} resized by nearest neighbour, then a sample of the posterior of
+    image * (mask < 0.5), the image in [-1, 1]. In a dropped condition the hole is the whole picture (AddMask's
+    p_drop)."""
     pictures, masks, values = published_holes()
     conditioner = MaskedImageCondition(form="sd2")
     conditioner.attach(first_stage)
@@ -212,14 +215,15 @@ def test_the_form_sd2_is_that_of_stable_diffusion_2(first_stage: FirstStage) -> 
         expected = torch.cat([small, first_stage.scaled(posterior.sample())], dim=1)
         torch.manual_seed(7)
         torch.testing.assert_close(conditioner.train()(values, drop)["concat"], expected, rtol=1e-5, atol=1e-5)
-        # A picture is its seed's alone: sampling takes the mean.
+        # Eval mode takes the posterior mean, so that a picture depends on its seed only.
         expected = torch.cat([small, first_stage.scaled(posterior.mean)], dim=1)
         torch.testing.assert_close(conditioner.eval()(values, drop)["concat"], expected, rtol=1e-5, atol=1e-5)
 
 
 @torch.no_grad()
 def test_a_depth_map_is_stretched_as_in_stable_diffusion_2(first_stage: FirstStage) -> None:
-    """LatentDepth2ImageDiffusion: bicubic without antialiasing, 2 (d - min) / (max - min + 0.001) - 1; flat maps are -1."""
+    """As in LatentDepth2ImageDiffusion: resized bicubically without antialiasing, then 2 (d - min) / (max - min +
+    0.001) - 1; flat maps are -1."""
     depth = torch.rand(2, 1, 32, 16)
     depth[1] = 0.4
     conditioner = DepthMap()
@@ -251,8 +255,9 @@ def test_noise_on_a_small_image_comes_in_training_only_and_is_told(first_stage: 
 @torch.no_grad()
 @pytest.mark.parametrize("measured", [False, True])
 def test_image_embeddings_are_noised_as_in_unclip(measured: bool, tmp_path: Path) -> None:
-    """CLIPEmbeddingNoiseAugmentation: the bare embedding is normalised by the data's statistics, noised on the cosine
-    schedule and brought back; the level's embedding follows it. Released (H) has mean 0 and std 1, (L) a file."""
+    """As in CLIPEmbeddingNoiseAugmentation: the raw embedding is normalised by the data's statistics, noised on the
+    cosine schedule and scaled back; the embedding of the noise level is appended. Of the released models, H has mean 0
+    and std 1, and L a file of statistics."""
     normaliser = StableUnCLIPImageNormalizer(128)
     if measured:
         normaliser.mean.copy_(torch.randn(1, 128))
@@ -272,14 +277,14 @@ def test_image_embeddings_are_noised_as_in_unclip(measured: bool, tmp_path: Path
     torch.testing.assert_close(found[:, :128], normaliser.unscale(noised)[:, 0], rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(found[:, 128:], told, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(conditioner.eval()(images, keep)["vector"][:, :128], bare[:, 0])
-    # The weights carry the statistics, so a moved or changed file cannot change a trained model.
+    # The weights contain the statistics, so that moving or changing the file cannot change a trained model.
     again = ImageEmbedding(encoder, 128, None, noise_levels=1000, statistics="unit")
     again.load_state_dict(conditioner.state_dict())
     torch.testing.assert_close(again.std, normaliser.std[0].detach())
 
 
 def test_a_trained_model_needs_no_file_of_statistics(tmp_path: Path) -> None:
-    """Wherever its folder is taken, and whichever file the config of an older folder names."""
+    """A model folder loads after the file is deleted, also with the config of an older folder that names the file."""
     file = tmp_path / "statistics.safetensors"
     save_file({"mean": torch.randn(128), "std": torch.rand(128) + 0.5}, file)
     part = "ldm_train.conditioning.image_embedding."

@@ -1,4 +1,4 @@
-"""Hidden states on the disk: the same as asked for anew, of the same encoder only, whatever happens to the files."""
+"""Hidden states on disk: equal to newly computed ones, used for the same encoder only, even if files are damaged."""
 
 import json
 import multiprocessing
@@ -21,7 +21,7 @@ KEEP = torch.zeros(2, dtype=torch.bool)
 
 @pytest.fixture
 def clip(tmp_path: Path) -> Callable[[int], FrozenText]:
-    """A conditioner with a small random encoder, of a seed, loaded anew each time."""
+    """clip(seed) -> a conditioner with a small random encoder that depends on the seed, loaded anew each time."""
 
     def made(seed: int = 0) -> FrozenText:
         folder = tmp_path / f"clip{seed}"
@@ -190,7 +190,7 @@ def test_states_that_are_not_what_was_written_are_named_and_asked_for_anew(
 
 
 def test_another_device_or_encoder_has_states_of_its_own(tmp_path: Path):
-    """Also where a model moves: it is read on the host, and trains on a GPU."""
+    """Also if a model moves between devices: it is loaded on the host, and trains on a GPU."""
     known, device, asked = States(0), [torch.device("cpu")], []
 
     def encode(captions: Sequence[str]) -> states.Pair:

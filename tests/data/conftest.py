@@ -1,4 +1,4 @@
-"""Small shards for the data tests. Every picture differs, so that pixels tell which sample they come from."""
+"""Small shards for the data tests. All pictures differ, so that pixels show which sample they come from."""
 
 import io
 import json
@@ -33,10 +33,11 @@ def make_data(
     corrupt: Collection[int] = (),
     changed: Mapping[int, dict[str, bytes]] | None = None,
 ) -> Path:
-    """Shards in `root`: sample i of train is "train_<i>" with a picture of its own, class i % 3 and three captions.
+    """Writes shards to `root`: sample i of train is "train_<i>" with a picture of its own, class i % 3 and three
+    captions.
 
-    leave_out: extensions. corrupt: training samples whose picture is garbage. changed: other members of
-    training samples.
+    leave_out: extensions without members. corrupt: training samples whose picture is garbage. changed: members that
+    replace those of a training sample, by its number.
     """
     splits = {}
     for split, count in (("train", train), ("val", val)):
@@ -72,7 +73,7 @@ def write_data() -> Callable[..., Path]:
 
 @pytest.fixture(scope="session")
 def data_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """40 training and 6 validation pictures of 8x8 in shards of 8; nobody changes them."""
+    """A folder of shards of 8 with 40 training and 6 validation pictures, 8x8 pixels. Tests must not change it."""
     return make_data(tmp_path_factory.mktemp("pictures"))
 
 

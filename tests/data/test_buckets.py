@@ -1,4 +1,5 @@
-"""Aspect-ratio buckets: what goes where, batches of one shape in an order that resumes, and the same from the latent cache."""
+"""Aspect-ratio buckets: which picture goes into which, batches of one shape in an order that can be resumed, and the
+same from the latent cache."""
 
 import io
 import json
@@ -27,7 +28,7 @@ from ldm_train.pipeline.data import data_key
 from ldm_train.pipeline.values import check_values
 from ldm_train.storage import write_json
 
-SHAPES = [(16, 16), (16, 32), (32, 16), (17, 15), (40, 10), (15, 30)]  # of the pictures, height and width, in turn
+SHAPES = [(16, 16), (16, 32), (32, 16), (17, 15), (40, 10), (15, 30)]  # (height, width) of the pictures, in turn
 BUCKETS = {"step": 8, "max_ratio": 2.0, "min_images": 4}
 BASE = (32, 32)
 
@@ -41,7 +42,7 @@ def encoded(i: int, shape: tuple[int, int], extension: str = "png", **options: o
 
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
-    """48 training pictures of six shapes in shards of ten, and six of validation."""
+    """A folder of shards of ten with 48 training and 6 validation pictures in six shapes."""
     folder, splits = tmp_path / "shapes", {}
     for split, count in (("train", 48), ("val", 6)):
         samples = [
@@ -64,7 +65,7 @@ def test_sizes_keep_the_area_and_the_ratio():
     assert bucket_sizes((512, 512), 64, 2.0) == [(512, 512), (384, 640), (448, 576), (576, 448), (640, 384)]
     sizes = bucket_sizes((1024, 1024), 64, 4.0)
     assert sizes[0] == (1024, 1024)
-    assert {(640, 1536), (768, 1344), (832, 1216), (896, 1152), (1152, 896)} <= set(sizes)  # of SDXL's table
+    assert {(640, 1536), (768, 1344), (832, 1216), (896, 1152), (1152, 896)} <= set(sizes)  # some of SDXL's table
     for h, w in sizes:
         assert h % 64 == w % 64 == 0
         assert h * w <= 1024**2
@@ -102,7 +103,7 @@ def oriented(extension: str) -> bytes:
 
 
 def stamped_png() -> bytes:
-    """Its orientation stands behind the pixels, as text."""
+    """A PNG whose orientation is in a text chunk (XMP) after the pixels."""
     info = PngImagePlugin.PngInfo()
     info.add_itxt("XML:com.adobe.xmp", '<x tiff:Orientation="8"/>', tkey="")
     return encoded(0, (10, 30), "png", pnginfo=info)
@@ -169,10 +170,10 @@ def test_a_step_is_of_one_bucket_and_an_epoch_holds_no_sample_twice(batching: Ba
     seen = [row for step in steps for row in step]
     assert len(set(seen)) == len(seen) == whole.steps_per_epoch * batching.batch_size
     kinds = [numbers[step[0][1]] for step in steps]
-    assert kinds != sorted(kinds)  # the buckets take turns
-    assert [whole.rows(step) for step in range(whole.steps_per_epoch)] == steps  # also from an epoch before
+    assert kinds != sorted(kinds)  # the buckets alternate
+    assert [whole.rows(step) for step in range(whole.steps_per_epoch)] == steps  # the first epoch, read again
     assert whole.rows(whole.steps_per_epoch) != steps[0]
-    # Whatever the ranks and micro-batches, a step holds the same samples.
+    # The samples of a step do not depend on ranks and micro-batches.
     parts = [
         StepBatches(200, Batching(batching.batch_size, batching.micro_batch_size, batching.world_size, rank), 0, 0, 60, buckets=buckets)
         for rank in range(batching.world_size)
@@ -210,7 +211,7 @@ def test_a_damaged_picture_is_replaced_by_one_of_its_bucket(root: Path):
     splits["train"]["shards"][number] = write_shard(root / f"train-{number:06d}.tar", samples)
     write_json(root / "index.json", {"splits": splits, "classes": ["a", "b"]})
     data = module(root)
-    size = data.buckets("train").size(wide)  # its header is whole
+    size = data.buckets("train").size(wide)  # its header is undamaged
     sample = data.samples("train", ("image",), random=True)[(3, wide)]
     assert sample["replaced"]
     assert tuple(sample["image"].shape[1:]) == size

@@ -1,4 +1,4 @@
-"""Batches are a pure function of the seed and the step: not of ranks, workers, restarts or damaged files."""
+"""Batches are a pure function of the seed and the step, independent of ranks, workers, restarts and damaged files."""
 
 from collections.abc import Callable
 from itertools import pairwise
@@ -25,7 +25,7 @@ def module(root: Path, batching: Batching | None = None, max_steps: int = 6, **o
 
 
 def same(a: dict[str, Any], b: dict[str, Any]) -> bool:
-    """Two batches are equal in keys, pixels and everything else."""
+    """Returns True if two batches are equal in all fields."""
     assert a.keys() == b.keys()
     return all(torch.equal(a[k], b[k]) if isinstance(a[k], torch.Tensor) else a[k] == b[k] for k in a)
 
@@ -50,7 +50,7 @@ def test_each_epoch_is_a_new_permutation():
     for rows in StepBatches(43, Batching(8), seed=0, start=0, stop=10):
         for epoch, index in rows:
             epochs[epoch].append(index)
-    assert [len(set(e)) for e in epochs] == [40, 40]  # nothing twice, less than a batch left out
+    assert [len(set(e)) for e in epochs] == [40, 40]  # no sample twice, and less than a batch left out
     assert epochs[0] != epochs[1]
     assert epochs[0] != [i for rows in StepBatches(43, Batching(8), 1, 0, 5) for _, i in rows]
 

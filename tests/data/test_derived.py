@@ -1,4 +1,4 @@
-"""Fields made from images, and boxes and maps that follow the crop: against geometry, PIL and statistics."""
+"""Fields derived from images, and boxes and maps that follow the crop, compared with geometry, PIL and statistics."""
 
 import io
 import json
@@ -77,7 +77,7 @@ def test_bsr_degrades_at_random_and_light_less(light: bool) -> None:
     assert torch.equal(made[3], BSR(4, light)(image, np.random.default_rng(3)))
     errors = [float((m - clean).square().mean()) for m in made]
     assert min(errors) > 1e-5
-    assert np.mean(errors) < 0.15  # still the same picture
+    assert np.mean(errors) < 0.15  # the picture is still recognisable
 
 
 def test_light_degradations_are_lighter() -> None:
@@ -111,7 +111,7 @@ def test_a_blur_kernel_has_the_moments_it_names() -> None:
 
 @pytest.mark.parametrize("crop", ["center", "random", "random_resized"])
 def test_boxes_follow_crop_and_flip(crop: str) -> None:
-    """A white rectangle on black: the box around its pixels after the cut is the cut box."""
+    """A white rectangle on black: after cropping and flipping, the box matches the white pixels within 1.5 pixels."""
     transform = ImageTransform(64, crop, flip=True, scale=(0.3, 0.9))
     for i in range(20):
         rng = np.random.default_rng(i)

@@ -1,4 +1,4 @@
-"""Near duplicates are found whatever their size, format and compression, nothing else is, and the best of each stays."""
+"""Near duplicates, and only these, are found whatever their size, format and compression; the best of each stays."""
 
 import csv
 import io
@@ -22,7 +22,7 @@ from ldm_train.metrics.features import TinyEval
 
 
 def picture(seed: int, side: int = 96) -> Image.Image:
-    """Smooth colours, unlike those of any other number."""
+    """Returns a picture of smooth colours that differ for every seed."""
     noise = np.random.default_rng(seed).integers(0, 256, (6, 6, 3), np.uint8)
     return Image.fromarray(noise).resize((side, side), Image.Resampling.BICUBIC).filter(ImageFilter.GaussianBlur(1))
 
@@ -34,7 +34,7 @@ def jpeg(image: Image.Image, quality: int) -> bytes:
 
 
 def shards_of(folder: Path, **splits: list[list[tuple[str, dict[str, bytes]]]]) -> Path:
-    """A folder with an index, of {split: [shard: [sample]]}."""
+    """Writes shards and their index to a folder from split=[shard, ...]; a shard is a list of samples."""
     folder.mkdir(parents=True, exist_ok=True)
     entries = [
         (split, write_shard(folder / f"{split}-{number:06d}.tar", samples))
@@ -51,7 +51,8 @@ def sample(key: str, data: bytes, extension: str = "png") -> tuple[str, dict[str
 
 @pytest.fixture(scope="module")
 def mixed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Twenty pictures and, of the first five, others that show the same; validation has one of its own and one of training."""
+    """Data with twenty training pictures, near duplicates of the first five, a sample without a picture and a damaged
+    one; validation has one picture of its own and one of training."""
     copies = [
         sample("0-small", jpeg(picture(0, 96).resize((48, 48)), 40), "jpg"),
         sample("1-large", encoded_png(picture(1, 96).resize((192, 192)))),
@@ -78,7 +79,7 @@ def test_the_hash_is_that_of_the_cosine_transform():
 def test_all_pairs_within_a_distance_are_found_and_no_other(distance: int):
     random = np.random.default_rng(distance)
     hashes = random.integers(0, 2**64, 150, np.uint64)
-    flipped = [  # of one hash each, up to two bits more than are looked for
+    flipped = [  # each hash with some bits flipped: at most two more than `distance`
         h ^ np.uint64(sum(1 << int(b) for b in random.choice(64, random.integers(1, distance + 3), replace=False)))
         for h in hashes
     ]
@@ -102,7 +103,7 @@ def test_small_things_on_an_even_ground_are_told_apart_and_even_pictures_are_ali
     thumbnails = np.full((4, 16, 16, 3), 120, np.uint8)
     thumbnails[0, 4:6, 2:12] = 60
     thumbnails[1, 6:12, 7:9] = 60
-    thumbnails[2:] += np.random.default_rng(0).integers(0, 3, (2, 16, 16, 3), np.uint8)  # as compression leaves it
+    thumbnails[2:] += np.random.default_rng(0).integers(0, 3, (2, 16, 16, 3), np.uint8)  # like the noise of compression
     found = duplicates_among(np.array([0, 0, 1, 1], np.uint64), thumbnails.__getitem__, distance=0, difference=30)
     assert found.keys() == {3}
     assert np.sqrt(np.square(thumbnails[0].astype(float) - thumbnails[1]).mean()) < 30
@@ -115,7 +116,7 @@ def test_the_largest_stays_and_training_keeps_what_both_have(mixed: Path, tmp_pa
     assert sorted(k for k in train.keys if not k.startswith("nothing")) == sorted(expected)
     assert val.keys == ["60"]
     assert index["classes"] == ["a", "b"]
-    assert train.fields(0) == IndexedShards(mixed, "train").fields(0)  # bytes as they were
+    assert train.fields(0) == IndexedShards(mixed, "train").fields(0)  # the bytes are unchanged
     with (tmp_path / "duplicates.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert {(r["sample"].partition(":")[2], r["of_sample"].partition(":")[2]) for r in rows} == {
@@ -155,7 +156,7 @@ def test_names_that_repeat_between_shards_stay_apart_and_are_plain(tmp_path: Pat
     keys = ("same", "same-2", "same", "v1.2/x")
     shards = [[sample(key if "/" not in key else "last", encoded_png(picture(k)))] for k, key in enumerate(keys)]
     folder = shards_of(tmp_path / "data", train=shards, val=[[sample("other", encoded_png(picture(9)))]])
-    with tarfile.open(folder / "train-000003.tar", "w") as tar:  # as others write them
+    with tarfile.open(folder / "train-000003.tar", "w") as tar:  # with a name as other tools write it
         info, data = tarfile.TarInfo("v1.2/x.png"), encoded_png(picture(3))
         info.size = len(data)
         tar.addfile(info, io.BytesIO(data))
@@ -199,7 +200,8 @@ def test_impossible_limits_are_refused(mixed: Path, tmp_path: Path, options: dic
 
 
 def test_features_are_asked_last_and_decide(mixed: Path, tmp_path: Path):
-    """Of pictures that the hashes and thumbnails take for alike; what features tell apart stays."""
+    """Features are computed only for pairs that hashes and thumbnails take for duplicates; if these differ, both
+    stay."""
     asked: list[torch.Tensor] = []
 
     class Brightness(torch.nn.Module):
@@ -215,7 +217,7 @@ def test_features_are_asked_last_and_decide(mixed: Path, tmp_path: Path):
     assert stay == {"3-lighter"}
     assert source.identity != plain.identity
     assert all(i.shape[:2] == (1, 3) and i.min() >= -1 and i.max() <= 1 for i in asked)
-    assert len(asked) == 12  # each of the six pairs' pictures once
+    assert len(asked) == 12  # both pictures of each of the six pairs, once
 
     tiny = WithoutDuplicates(str(mixed), tmp_path / "tiny", features=TinyEval())
     assert {split: rows.tolist() for split, rows in tiny.items.items()} == {

@@ -1,4 +1,4 @@
-"""What a sample's members say is read exactly, or refused."""
+"""The members of a sample (labels, captions, boxes) are read exactly, or refused."""
 
 import io
 import json

@@ -1,4 +1,4 @@
-"""The latent cache holds what the autoencoder says, survives interruptions, and is refused when it is stale."""
+"""The latent cache holds the autoencoder's outputs, survives interruptions, and is refused if it is stale."""
 
 import io
 import multiprocessing
@@ -27,11 +27,11 @@ FIELDS = ("class_label", "caption")
 
 
 def encoder(seed: int = 0, channels_last: bool = True):
-    """A small autoencoder's images -> moments, in the memory layout that training uses."""
+    """Returns a small autoencoder's function images -> moments, by default in the memory layout that training uses."""
     torch.manual_seed(seed)
     model = AutoencoderKL(z_channels=2, channels=8, channel_mult=(1, 2), num_res_blocks=1, mid_attention=False)
     with torch.no_grad():
-        model.quant_conv.bias += torch.tensor([0.5, -0.3, -4.0, -5.0])  # a mean that is not zero, a narrow posterior
+        model.quant_conv.bias += torch.tensor([0.5, -0.3, -4.0, -5.0])  # a mean other than zero, and a narrow posterior
     if channels_last:
         model.to(memory_format=torch.channels_last)
     return FirstStage(model).encode_moments
@@ -69,7 +69,7 @@ def test_the_cache_holds_the_moments_of_every_image(data_root: Path, cached: Pat
 
 
 def test_narrow_latents_keep_their_layout(write_data: Callable, tmp_path: Path):
-    # One column of latents under channels_last is Fortran-ordered, which a raw memory map must not see.
+    # In channels_last one column of latents is Fortran-ordered; a raw memory map must not be written in that order.
     root, encode = write_data(tmp_path / "data", train=8, val=2), encoder()
     data = images(root, image_size=(8, 2))
     write_cache_index(tmp_path / "cache", {"train": write_cache(data, "train", encode, tmp_path / "cache")}, None)
@@ -137,7 +137,7 @@ def test_a_cache_killed_while_writing_is_completed_by_the_next_run(data_root: Pa
     assert not (tmp_path / "killed" / "index.json").exists(), "it finished before it could be killed"
     finished = sorted((tmp_path / "killed").glob("*.tar"))
     assert 2 <= len(finished) < 6
-    for shard in finished:  # whole, or not there under that name
+    for shard in finished:  # a file with the final name is complete
         with tarfile.open(shard) as tar:
             assert len({Path(name).name.split(".")[0] for name in tar.getnames()}) == 8
     before = {shard: shard.stat().st_mtime_ns for shard in finished[:2]}
@@ -228,7 +228,7 @@ def test_unreadable_pictures_are_left_out(write_data: Callable, tmp_path: Path):
     root = write_data(tmp_path / "data", corrupt={3, 17, 39})
     with pytest.raises(DataError, match=r"3 of 40 samples could not be read, more than data.max_bad_fraction=0\.01"):
         cache(root, tmp_path / "cache")
-    folder = cache(root, tmp_path / "cache", max_bad_fraction=0.1)  # goes on with what is there
+    folder = cache(root, tmp_path / "cache", max_bad_fraction=0.1)  # continues with the shards that are there
     latents = CachedLatents(folder, "train", FIELDS, 0)
     assert latents.shards.keys == [f"train_{i:04d}" for i in range(40) if i not in (3, 17, 39)]
     assert latents.fetch([(0, 3)], False)["caption"] == ["train 4 one"]
@@ -265,7 +265,7 @@ def test_a_bad_caption_or_class_is_named_and_left_out(
     latents = CachedLatents(folder, "train", FIELDS, 0)
     assert latents.shards.keys == [f"train_{i:04d}" for i in range(40) if i != 5]
     assert len(latents.fetch([(0, i) for i in range(39)], True)["caption"]) == 39
-    assert all(len(caption) > 5 for caption in data.shards("train").captions())  # what a tokenizer is trained on
+    assert all(len(caption) > 5 for caption in data.shards("train").captions())  # a tokenizer is trained on these
     streamed = images(root, Batching(4), 10, reader="streaming").train_loader(0)
     notes = [note for batch in streamed for note in batch["replaced"]]
     assert any("train-000000.tar:train_0005: ValueError" in note for note in notes)
@@ -276,14 +276,14 @@ def test_too_many_bad_captions_stop_before_training(write_data: Callable, tmp_pa
     with pytest.raises(DataError, match=r"2 of 40 samples could not be read.*max_bad_fraction"):
         images(root).check_conditions()
     images(root, max_bad_fraction=0.1).check_conditions()
-    images(root, fields=("image",)).check_conditions()  # which needs none
+    images(root, fields=("image",)).check_conditions()  # images need no captions
 
 
 def test_a_bad_caption_in_a_cache_is_named(write_data: Callable, tmp_path: Path):
     root = write_data(tmp_path / "data", changed={5: {"json": b"[]"}})
     latents = CachedLatents(
         cache(root, tmp_path / "cache", fields=("image",)), "train", FIELDS, 0
-    )  # made for no captions
+    )  # made without captions
     with pytest.raises(DataError, match=r"train-000000\.tar:train_0005: its \.json is no object.*restart=latents"):
         latents.fetch([(0, 5)], True)
 
@@ -332,7 +332,7 @@ def test_latents_without_a_width_have_no_statistics(data_root: Path, tmp_path: P
 
 
 def test_keys_from_foreign_tars_are_cached(tmp_path: Path, as_png: Callable):
-    # tar -C folder -cf x.tar . writes ./a.png; some keep folders with dots; some number anew in every shard.
+    # tar -C folder -cf x.tar . writes ./a.png; some tars have folders with dots, or the same names in every shard.
     tars = {"train0": ["./a.png", "./b.png", "v1.0/a.png"], "train1": ["./a.png", "./b.png"], "val": ["./c.png"]}
     for tar_name, names in tars.items():
         with tarfile.open(tmp_path / f"{tar_name}.tar", "w") as tar:
@@ -403,7 +403,8 @@ def test_a_shard_of_another_npy_version_is_refused(tmp_path: Path):
 def test_samples_are_found_in_the_data_where_some_were_left_out(
     write_data: Callable, tmp_path: Path, gone: list[int], repeated: bool, monkeypatch: pytest.MonkeyPatch
 ):
-    """Also of so many that nobody looks whether a key comes twice: then all have the shard's number before them."""
+    """repeated: as with so many samples that keys are not compared for repeats; all keys then begin with their
+    shard's number."""
     if repeated:
         monkeypatch.setattr("ldm_train.data.latents.MOST_COMPARED", 5)
     data = images(write_data(tmp_path / "data", corrupt=gone), max_bad_fraction=1.0)

@@ -1,4 +1,5 @@
-"""Several roots as one data set: shares, labels by name, exact resume, and the same order from the latent cache."""
+"""Several roots as one data set: sampling shares, labels matched by name, exact resume, and the same order from the
+latent cache."""
 
 import json
 import tracemalloc
@@ -28,7 +29,7 @@ def flat(batches: StepBatches) -> list[tuple[int, int]]:
 
 @pytest.fixture
 def roots(write_data: Callable[..., Path], tmp_path: Path) -> list[str]:
-    """40 pictures with classes a, b, c, and 12 with other classes of which one is shared."""
+    """Two roots: 40 pictures with classes a, b, c, and 12 with classes b, x, y."""
     first, second = write_data(tmp_path / "first"), write_data(tmp_path / "second", train=12, val=3)
     index = json.loads((second / "index.json").read_text())
     index["classes"] = ["b", "x", "y"]
@@ -41,13 +42,13 @@ def module(root: object, **options: object) -> ShardDataModule:
 
 
 def drawn_in(mixture: Mixture, seed: int, epoch: int) -> np.ndarray:
-    """(visits, indices) of an epoch of 40."""
+    """Returns (visits, indices) of an epoch of 40 samples, (2, 40)."""
     return np.array(mixture.epoch(seed, epoch, 40)(np.arange(40)))
 
 
 @pytest.fixture(params=[order.IN_MEMORY, 0], ids=["in memory", "computed"])
 def both(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of few samples and of very many."""
+    """Runs a test with permutations in memory, as for few samples, and computed, as for very many."""
     monkeypatch.setattr(order, "IN_MEMORY", request.param)
 
 
@@ -69,7 +70,7 @@ def test_every_sample_comes_before_any_comes_again():
     assert {counts[i] for i in range(30, 40)} == {6}  # 60 draws of 10 samples
     assert {counts[i] for i in range(30)} == {2}  # 60 draws of 30
     visits = {(v, i) for d in drawn for v, i in d.T.tolist()}
-    assert len(visits) == 120  # no augmentation twice: a visit counts the earlier draws of its sample
+    assert len(visits) == 120  # no augmentation repeats: a visit is the number of earlier draws of its sample
 
 
 def test_classes_are_drawn_alike():
@@ -93,7 +94,8 @@ def test_a_group_without_a_share_is_never_drawn():
 
 
 def test_a_mixture_of_very_many_samples_takes_no_memory_beyond_their_numbers():
-    """Any micro-batch of an epoch of 40 million is found at once; three quarters of it come from the smaller set."""
+    """The last micro-batch of an epoch of 40 million samples is found in less than 16 MiB; three quarters of it come
+    from the smaller set."""
     sets = np.repeat(np.array([0, 1], np.int32), [30_000_000, 10_000_000])
     mixture = Mixture.of(sets, (1, 3), None)
     batches = StepBatches(len(sets), Batching(4000), 0, 0, 10**6, mixture)
@@ -162,7 +164,7 @@ def test_roots_that_do_not_go_together(roots: list[str], write_data: Callable[..
     with pytest.raises(DataError, match="names the class x twice"):
         module(roots)
     index.write_text(json.dumps({k: v for k, v in tree.items() if k != "classes"}))
-    assert "classes" not in module(roots).index  # without all names there are none
+    assert "classes" not in module(roots).index  # unless every root has class names, there are none
     index.write_text(json.dumps(tree | {"splits": {"train": tree["splits"]["train"]}}))
     with pytest.raises(DataError, match=r"second has no split 'val', the other data\.root do"):
         module(roots)
@@ -214,7 +216,7 @@ def test_what_cannot_be_mixed(roots: list[str], write_data: Callable[..., Path],
 
 
 def test_a_label_that_a_root_does_not_name_is_nobodys(roots: list[str], write_data: Callable, tmp_path: Path):
-    """Not that of another root, and not counted from the end of its names."""
+    """Such a label is refused: it is not taken as that of another root, and -1 is not the last name."""
     bad = [{"cls": b"7"}, {"cls": b"-1"}, {"cls": b"x"}, {"json": b'{"boxes": [[0, 0, 1, 1, 7]]}'}, {"json": b"[]"}]
     box = b'{"boxes": [[0, 0, 1, 1, 2]], "captions": ["one"]}'
     second = write_data(tmp_path / "third", train=12, val=3, changed=dict(enumerate([*bad, {"json": box}])))

@@ -1,4 +1,4 @@
-"""Any source becomes the same shards however it is run, and says what is wrong with its files."""
+"""Any source gives the same shards however it is run, and errors say what is wrong with its files."""
 
 import gzip
 import hashlib
@@ -301,7 +301,7 @@ def test_captions_that_cannot_be_read_are_left_out_and_listed(tmp_path: Path):
 
 
 class Given:
-    """A source of given samples; the first validates too."""
+    """A source of the given samples; the first is also the only validation sample."""
 
     identity = {"source": "given"}
 
@@ -386,7 +386,7 @@ def test_max_size_reduces_the_short_side(tmp_path: Path):
         "a_deep_png": ("png", (32, 16)),
         "a_small_png": ("png", (16, 9)),
     }
-    for name in ("a_png", "a_palette_png"):  # black and white stripes of one pixel become grey, not a moiré
+    for name in ("a_png", "a_palette_png"):  # black and white stripes one pixel wide become grey, without moiré
         inside = np.asarray(images[name].convert("L"), float)[:, 2:-2]
         assert np.abs(inside - 127.5).max() < 8
     assert abs(np.asarray(images["a_deep_png"]).astype(int).max() - 40_000) < 300
@@ -513,7 +513,8 @@ def test_a_jsonl_row_without_a_column_is_named(pictures: Path):
 
 
 def cifar_archive(folder: Path) -> tuple[Path, np.ndarray]:
-    """Two records per file; returns the archive and the pictures (12, 32, 32, 3) in the files' order."""
+    """Writes CIFAR-10's archive with two records per file; returns its path and the pictures (12, 32, 32, 3) in the
+    files' order."""
     pixels = np.random.default_rng(0).integers(0, 256, (12, 32, 32, 3), dtype=np.uint8)
     path = folder / "cifar-10-binary.tar.gz"
     with tarfile.open(path, "w:gz") as tar:
@@ -604,7 +605,7 @@ def test_shapes_are_a_function_of_the_seed(tmp_path: Path):
     assert build(small_shapes(seed=1), tmp_path / "three", per_shard=8) != one
     shorter = samples(tmp_path / "one", "train")
     build(small_shapes(count=30), tmp_path / "four", per_shard=8)
-    assert shorter.items() <= samples(tmp_path / "four", "train").items()  # more samples change none
+    assert shorter.items() <= samples(tmp_path / "four", "train").items()  # more samples do not change the first ones
 
 
 @pytest.mark.parametrize("workers", [1, 2])
@@ -641,7 +642,7 @@ def test_another_folder_is_another_source(tmp_path: Path):
     with pytest.raises(DataError, match="prepared with other options"):
         build(ImageFolder(str(tmp_path / "two"), 0.3), tmp_path / "out")
     shutil.move(tmp_path / "one", tmp_path / "moved")
-    build(ImageFolder(str(tmp_path / "moved"), 0.3), tmp_path / "out")  # where it lies does not matter
+    build(ImageFolder(str(tmp_path / "moved"), 0.3), tmp_path / "out")  # its place does not matter
 
 
 def test_other_captions_are_another_source(pictures: Path):
@@ -690,7 +691,8 @@ def test_splits_can_be_chosen(data_root: Path, tmp_path: Path):
 
 
 class Served:
-    """A folder served on this machine, with ranges. `drop_after`: close the connection after so many bytes."""
+    """A local server of a folder that honours Range headers. `drop_after`: closes the connection after this many bytes.
+    `ranges`: the Range header of every request."""
 
     def __init__(self, folder: Path):
         self.drop_after: int | None = None
@@ -725,7 +727,7 @@ class Served:
 def served(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Served]:
     for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
         monkeypatch.delenv(name, raising=False)
-    urllib.request.install_opener(None)  # urllib keeps the proxies of whoever opened something first
+    urllib.request.install_opener(None)  # urllib keeps the proxies that were set at its first use
     site = Served(tmp_path)
     yield site
     site.server.shutdown()
@@ -809,7 +811,8 @@ def test_no_network_and_no_such_file_are_told_apart(served: Served, tmp_path: Pa
 
 
 def test_a_folder_of_a_few_pictures_with_one_corrupt_photo_is_prepared(tmp_path: Path):
-    """As for a subject: one caption for all that have none, no validation split, what cannot be read left out by name."""
+    """As for a subject: one caption for all pictures without their own, no validation split; skipped.txt names the
+    picture that cannot be read."""
     (tmp_path / "photos").mkdir()
     for k in range(4):
         Image.new("RGB", (16, 16), (60 * k, 0, 0)).save(tmp_path / "photos" / f"{k}.jpg")

@@ -1,4 +1,5 @@
-"""Shards from afar are read like local ones, through the faults of networks; their copies are whole, shared, and make room."""
+"""Remote shards are read like local ones, despite network faults; local copies are complete, shared between processes,
+and deleted to make room."""
 
 import hashlib
 import multiprocessing
@@ -20,13 +21,13 @@ from ldm_train.data.remote import ShardCache
 from ldm_train.data.shards import DataError, IndexedShards, read_index
 from ldm_train.storage import write_json
 
-SHARD = 16384  # bytes of most shards of `there`
+SHARD = 16384  # the size in bytes of most shards of `there`
 
 
 @pytest.fixture
 def there(write_data: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Site, Path]]:
-    """A site with 5 training shards and one for validation, and the folder that it serves. Waiting between attempts takes no
-    time."""
+    """A server with 5 training shards and one for validation, and the folder that it serves. Waits of half a second or
+    more, as between attempts, take no time."""
     no_proxies(monkeypatch)
     waited = time.sleep
     monkeypatch.setattr(remote.time, "sleep", lambda s: waited(s) if s < 0.5 else None)
@@ -46,13 +47,13 @@ def contents(shards: IndexedShards) -> list[tuple[str, dict[str, bytes]]]:
 
 
 def whole(cache: Path) -> bool:
-    """Whether every copy is what its name says, and nothing else lies there under a final name."""
+    """Returns True if every .tar in the cache has the sha256 that its name says."""
     return all(hashlib.sha256(p.read_bytes()).hexdigest() == p.stem for p in cache.glob("*.tar"))
 
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_batches_from_an_address_are_those_of_the_folder(there: tuple[Site, Path], tmp_path: Path, workers: int):
-    """Index, training and validation; every shard is fetched once."""
+    """Compares training and validation batches; the index and every shard are fetched once."""
     site, folder = there
     far = module(f"{site.url}/", tmp_path / "cache", num_workers=workers)
     near = ShardDataModule(str(folder), Batching(4), 24, ("image", "caption"), 6, "random", flip=True)
@@ -103,7 +104,7 @@ def test_faults_that_pass_are_passed_over(there: tuple[Site, Path], tmp_path: Pa
 def test_a_length_that_is_a_lie_leaves_no_wrong_copy(
     there: tuple[Site, Path], tmp_path: Path, length: Callable, match: str | None
 ):
-    """Without a length, or with one that is no length, what came is held against the index."""
+    """With no Content-Length, or an impossible one, what arrived is checked against the index."""
     site, folder = there
     read_index(site.url)
     site.length, cache = length, ShardCache(tmp_path / "cache", 1e9)
@@ -191,7 +192,7 @@ def test_a_checksum_is_no_path(there: tuple[Site, Path], tmp_path: Path):
 
 
 def test_copies_make_room_and_come_again(there: tuple[Site, Path], tmp_path: Path):
-    """With room for two shards of five, all are read in order; never more than two and the one that is open remain."""
+    """With room for two of five shards all samples can be read in order; at most two copies and the open one remain."""
     site, folder = there
     size = max(p.stat().st_size for p in folder.glob("*.tar"))
     cache = ShardCache(tmp_path / "cache", 2 * size)
@@ -201,7 +202,7 @@ def test_copies_make_room_and_come_again(there: tuple[Site, Path], tmp_path: Pat
     for i in range(len(here)):
         assert shards.fields(i) == here.fields(i)
         assert len(list(cache.folder.glob("*.tar"))) <= 3
-    assert len(site.asked) - asked <= 5  # each once more, but for what the scan left
+    assert len(site.asked) - asked <= 5  # each once more, except those that the scan left there
     assert whole(cache.folder)
 
 
@@ -258,7 +259,8 @@ def _read_all(url: str, folder: Path, limit: int, seed: int, digests: "multiproc
 
 @pytest.mark.parametrize("room", [1, 100])
 def test_processes_share_the_copies(there: tuple[Site, Path], tmp_path: Path, room: int):
-    """Four at once, with room for one shard or for all, read what one reads; with room for all each shard is fetched once."""
+    """Four processes at once, with room for one shard or for all, read what is in the folder; with room for all, each
+    shard is fetched once."""
     site, folder = there
     size = max(p.stat().st_size for p in folder.glob("*.tar"))
     here, digests = IndexedShards(folder, "train"), CONTEXT.Queue()

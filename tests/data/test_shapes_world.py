@@ -1,4 +1,4 @@
-"""The shapes world judges itself: what it draws it reads, what is no picture of it it does not."""
+"""The shapes world checks itself: it reads the scenes that it draws, and calls other pictures unreadable."""
 
 from collections import Counter
 
@@ -10,7 +10,7 @@ from ldm_train.data.shapes_world import COMBINATIONS, Scene, held_out_combinatio
 
 
 def said(scene: Scene | None) -> tuple | None:
-    """What a caption can say about a scene, whatever the order of its objects."""
+    """Returns what a caption can say about a scene, independent of the order of its objects; None for None."""
     if scene is None:
         return None
     return scene.background, sorted((o.colour, o.shape, o.position, o.size) for o in scene.objects)
@@ -64,7 +64,7 @@ def blurred(image: np.ndarray, times: int) -> np.ndarray:
 
 
 def test_a_blurred_mixture_of_two_scenes_is_unreadable() -> None:
-    """What a model shows that has learned averages: two objects at half strength, smeared."""
+    """Like samples of a model that learned averages: two objects at half strength, blurred. At most 2% are read."""
     pairs = [(a, b) for a, b in zip(scenes(5, 400), scenes(6, 400)) if a.objects[0].position != b.objects[0].position]
     readable = 0
     for a, b in pairs:
@@ -74,7 +74,7 @@ def test_a_blurred_mixture_of_two_scenes_is_unreadable() -> None:
 
 
 def test_a_wrong_attribute_is_noticed() -> None:
-    """Swapping colours in the pixels changes the answer: the checker looks, it does not guess."""
+    """Changing the colours or mirroring the pixels changes the answer: the checker does not guess."""
     scene = Scene("black", (world.Object("red", "circle", "center", "large", 0.5, 0.5, 0.19),))
     image, _ = render(scene, 32)
     found = read(image[..., ::-1])

@@ -1,4 +1,4 @@
-"""Shards are written whole or not at all, read by offset, and refused when they are not what their index says."""
+"""Shards are written completely or not at all, read by offset, and refused if they do not match their index."""
 
 import errno
 import io
@@ -113,7 +113,7 @@ def test_a_full_disk_is_named_and_leaves_nothing(tmp_path: Path, monkeypatch: py
 
 @pytest.fixture
 def tiny_disk(tmp_path: Path):
-    """A file system of 128 KiB."""
+    """The folder of a file system of 128 KiB. Skips the test without the rights to mount one."""
     disk = tmp_path / "disk"
     disk.mkdir()
     command = ["mount", "-t", "tmpfs", "-o", "size=128k", "tmpfs", str(disk)]
@@ -275,7 +275,7 @@ def test_an_index_of_any_other_shape_is_named_with_the_remedy(tmp_path: Path, te
 def test_an_index_that_counts_otherwise_than_its_shard_is_named(small: Path, change: dict):
     entry = read_index(small)["splits"]["train"]["shards"][0]
     index_of(small, entry | change)
-    for _ in range(2):  # scanned, and from the kept offsets
+    for _ in range(2):  # first scanned, then from the kept offsets
         with pytest.raises(DataError, match=r"train-000000\.tar has 6 samples with .* its index.json says"):
             IndexedShards(small, "train")
 
@@ -345,7 +345,7 @@ def test_a_member_of_negative_size_ends_nothing_but_itself(tmp_path: Path):
     header = tarfile.TarInfo("a.txt")
     header.size, header.type = 512, tarfile.DIRTYPE
     block = bytearray(header.tobuf())
-    block[124:136] = tarfile.itn(-512, 12, tarfile.GNU_FORMAT)  # its data would end where it begins
+    block[124:136] = tarfile.itn(-512, 12, tarfile.GNU_FORMAT)  # so that its data would end where its header begins
     block[148:156] = b"%06o\0 " % tarfile.calc_chksums(bytes(block))[0]
     (tmp_path / "a.tar").write_bytes(bytes(block) + bytes(20_000))
     with pytest.raises(DataError, match=r"a\.tar is truncated or no tar"):
@@ -389,7 +389,7 @@ def test_offsets_are_kept_until_the_shard_changes(small: Path):
 
 
 def test_damaged_offsets_are_scanned_anew(small: Path):
-    """Cut anywhere, a byte changed anywhere, or other arrays in it: the samples read are the same."""
+    """The file is cut at random places, has a random byte changed or holds other arrays: the same samples are read."""
     IndexedShards(small, "train")
     kept = small / ".offsets" / "train-000000.tar.npz"
     whole, rng = kept.read_bytes(), np.random.default_rng(0)
@@ -440,13 +440,13 @@ def test_a_read_only_folder_works(tiny_disk: Path):
 
 @pytest.fixture
 def on_disk(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Offsets of any number of samples are left in files."""
+    """Keeps the offsets in files instead of memory, whatever the number of samples."""
     monkeypatch.setattr(offsets, "IN_MEMORY", 0)
 
 
 def test_offsets_on_the_disk_are_those_in_memory(write_data: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """Of shards with unlike fields, keys that are not ASCII and an empty shard, also after keep; read from the table alone when
-    it is opened again."""
+    """With shards of different fields, keys that are not ASCII and an empty shard, also after `keep`. The second time
+    only the table on disk is read."""
     root = tmp_path / "mixed"
     mixed = [
         write_shard(root / "train-000000.tar", SAMPLES),
@@ -459,7 +459,7 @@ def test_offsets_on_the_disk_are_those_in_memory(write_data: Callable, tmp_path:
     for _ in range(2):
         there = IndexedShards(root, "train")
         assert not isinstance(there.table.rows, np.ndarray)
-        there = pickle.loads(pickle.dumps(there))  # as a loader sends it to a worker that is not forked
+        there = pickle.loads(pickle.dumps(there))  # as a loader sends it to a spawned worker
         assert there.table.extremes == here.table.extremes
         assert [(there.key(i), there.fields(i), there.where(i)) for i in range(8)] == [
             (here.key(i), here.fields(i), here.where(i)) for i in range(8)
@@ -472,7 +472,7 @@ def test_offsets_on_the_disk_are_those_in_memory(write_data: Callable, tmp_path:
 
 @pytest.mark.usefixtures("on_disk")
 def test_a_table_follows_its_shards(small: Path):
-    """A changed shard is found; its table is written anew."""
+    """A changed shard is noticed; with a new index the table is written again."""
     assert IndexedShards(small, "train").fields(5) == SAMPLES[5][1]
     path = small / "train-000000.tar"
     path.write_bytes(path.read_bytes()[:-1] + b"x")
@@ -485,7 +485,8 @@ def test_a_table_follows_its_shards(small: Path):
 @pytest.mark.usefixtures("on_disk")
 @pytest.mark.parametrize("file", ["rows", "letters", "table.json"])
 def test_a_damaged_table_reads_nothing_outside_its_shard(small: Path, file: str):
-    """Cut, overwritten or of any other content: another sample of the shard is read at worst, else the damage is named."""
+    """The file is cut, overwritten or random: at worst other bytes of the same shard are read, or an error names the
+    shard or its folder."""
     IndexedShards(small, "train")
     (table,) = (small / ".offsets").glob("train-*/")
     whole, rng = (table / file).read_bytes(), np.random.default_rng(0)

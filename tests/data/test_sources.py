@@ -1,4 +1,4 @@
-"""The published data sets, in small and in the files their owners distribute, become shards with the right contents."""
+"""Published data sets, reduced in size but in their owners' file formats, become shards with the right contents."""
 
 import csv
 import gzip
@@ -44,7 +44,7 @@ def write(path: Path, data: bytes) -> None:
 
 
 def samples(out: Path, fields: tuple[str, ...], split: str = "train", size: int = 16) -> list[dict]:
-    """What a training would see of prepared shards."""
+    """Returns every sample of prepared shards as training would read it."""
     data = ShardDataModule(str(out), Batching(1), 1, fields, size)
     dataset = data.samples(split, fields, random=False)
     return [dataset[(0, i)] for i in range(len(dataset))]
@@ -136,7 +136,7 @@ def test_imagenet_from_its_archives(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     with pytest.raises(DataError, match="has 6 images, the data set as published 1281167"):
         ImageNet(str(root))
     source = ImageNet(str(root), expect={"train": 6, "val": 4})
-    assert source.classes == ["cat", "dog"]  # in the order of their synsets
+    assert source.classes == ["cat", "dog"]  # sorted by synset
     build(source, tmp_path / "out")
     assert Counter(s["class_label"] for s in samples(tmp_path / "out", ("class_label",))) == {0: 3, 1: 3}
     labels = {s["key"]: s["class_label"] for s in samples(tmp_path / "out", ("class_label",), "val")}
@@ -176,7 +176,7 @@ def test_coco_boxes_captions_and_labels(coco: Path, tmp_path: Path):
     build(source, tmp_path / "out")
     first, second = sorted(samples(tmp_path / "out", ("image", "boxes")), key=lambda s: s["key"])
     assert first["key"] == "000000000005"
-    # The 40x20 picture is cut to its middle 20x20: the car fills it but for 5 pixels above and below.
+    # The 40x20 picture is cropped to its middle 20x20; the car fills it except for 5 pixels above and below.
     assert first["boxes"][0].tolist() == pytest.approx([0, 0.25, 1, 0.5, 2], abs=1e-6)
     assert second["boxes"].tolist() == [pytest.approx([0.5, 0.5, 0.5, 0.5, 182], abs=1e-6)]
     assert samples(tmp_path / "out", ("boxes",), "val")[0]["boxes"].shape == (2, 5)
@@ -294,7 +294,7 @@ def test_a_saved_hugging_face_data_set(tmp_path: Path):
 
 
 class _Site(BaseHTTPRequestHandler):
-    """A server with all that goes wrong out there."""
+    """A server with the faults of real ones: the path chooses the fault."""
 
     asked: Counter = Counter()
 
@@ -411,8 +411,8 @@ def test_a_list_of_addresses(site: str, tmp_path: Path):
     for name, reason in BAD.items():
         line = next(r for r in reasons if f"/{name}:" in r)
         assert re.search(reason, line), line
-    assert _Site.asked["/busy"] == 2  # worth another attempt
-    assert _Site.asked["/gone"] == 1  # not worth one
+    assert _Site.asked["/busy"] == 2  # retried
+    assert _Site.asked["/gone"] == 1  # not retried
     before = _Site.asked.copy()
     build(source, tmp_path / "out", per_shard=4)
     assert _Site.asked == before  # finished shards are not fetched again
@@ -498,7 +498,7 @@ def test_only_global_unicast_addresses_are_public(address: str, public: bool):
 
 
 def test_a_redirect_to_a_private_address_is_refused(monkeypatch: pytest.MonkeyPatch, site: str):
-    """Each hop is checked: what a public server redirects to may be inside the own network."""
+    """Each redirect is checked: a public server may redirect to an address inside the user's network."""
     real = urls.public_addresses
     allowed = []
 

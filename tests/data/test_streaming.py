@@ -1,4 +1,4 @@
-"""The streaming reader resumes exactly, feeds every rank its own samples, and looks at its shards before it starts."""
+"""The streaming reader resumes exactly, gives every rank its own samples, and checks its shards before it starts."""
 
 import importlib.util
 import shutil
@@ -31,7 +31,7 @@ def batches(root: Path, start: int = 0, workers: int = 0, batching: Batching | N
     try:
         return list(iterator)
     finally:
-        if workers:  # left to the garbage collector after an error, each worker is waited for for 10 s
+        if workers:  # otherwise, after an error, garbage collection would wait 10 s for each worker
             iterator._shutdown_workers()
 
 
@@ -78,7 +78,7 @@ def test_each_epoch_has_its_own_order_and_augmentation(data_root: Path):
         for key, image in zip(b["key"], b["image"]):
             images.setdefault(key, []).append(image)
     same = sum(torch.equal(first, second) for first, second in images.values())
-    assert 5 < same < 35  # the largest crop of a square is all of it: half of the flips differ
+    assert 5 < same < 35  # the largest crop of a square is the whole of it, so only flips differ, for about half
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -136,7 +136,7 @@ def test_the_index_may_lie_apart_from_its_tars(data_root: Path, tmp_path: Path):
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_shard_that_changed_is_named(write_data: Callable, tmp_path: Path, workers: int):
-    """One bit in a picture's colours or a caption: the tar is whole, and so may be the picture."""
+    """One bit of a caption is flipped: the tar and all its members can still be read, but the sha256 differs."""
     root = write_data(tmp_path)
     path = root / "train-000002.tar"
     data = bytearray(path.read_bytes())
@@ -158,7 +158,7 @@ def test_an_index_that_counts_otherwise_is_named(write_data: Callable, tmp_path:
 
 @pytest.fixture
 def served(write_data: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Site, Path]]:
-    """A site, and a folder with an index of its training shards."""
+    """A server of shards, and a folder whose index has their addresses; the validation shard is local."""
     no_proxies(monkeypatch)
     monkeypatch.setattr(remote.time, "sleep", lambda _: None)
     site = Site(write_data(tmp_path / "there"))
@@ -173,7 +173,7 @@ def served(write_data: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 @pytest.mark.parametrize(("ranges", "drop_after"), [(True, None), (True, 20_000), (False, 30_000)])
 def test_remote_shards_stream_as_local_ones(served: tuple[Site, Path], ranges: bool, drop_after: int | None):
-    """A connection that breaks goes on where it broke; a server without ranges that always breaks off is given up."""
+    """A broken download continues where it broke; without ranges, a server that always breaks off is an error."""
     site, root = served
     site.ranges, site.drop_after = ranges, drop_after
     if not ranges:

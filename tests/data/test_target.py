@@ -1,4 +1,4 @@
-"""Shards are written to storage services as to folders: the same bytes, continued after an interruption, through faults."""
+"""Shards are written to storage services as to folders: the same bytes, continued after faults and interruptions."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,7 +20,7 @@ OUT = "s3://bucket/folder"
 
 
 class Service(MemoryFileSystem):
-    """A storage service that fails as it is told to."""
+    """A storage service (s3://) in memory. `faults`: exceptions that the next uploads raise. `puts`: uploaded files."""
 
     protocol, store, pseudo_dirs, cachable = "s3", {}, [""], False
     puts: list[str] = []

@@ -1,4 +1,4 @@
-"""Every kind of image file becomes what a viewer shows, and no transform distorts it."""
+"""Every kind of image file is decoded to what a viewer shows, and no transform distorts it."""
 
 import io
 
@@ -84,7 +84,7 @@ def test_exif_rotation_is_applied(format: str):
     array = np.zeros((16, 32, 3), np.uint8)
     array[:, :16] = 250  # bright on the left
     exif = Image.Exif()
-    exif[0x0112] = 6  # the viewer turns it by 90 degrees clockwise: bright on top
+    exif[0x0112] = 6  # a viewer turns it by 90 degrees clockwise, so that the top is bright
     pixels = decode_image(encoded(Image.fromarray(array), format, exif=exif, quality=95), format.lower(), 3)
     assert pixels.shape == (3, 32, 16)
     assert pixels[:, :15].float().mean() > 240
@@ -164,7 +164,7 @@ def test_what_is_no_image_is_refused(data: bytes, extension: str, channels: int,
 def test_label_maps_keep_their_indices():
     labels = np.random.default_rng(0).integers(0, 200, (5, 4))
     palette = Image.fromarray(labels.astype(np.uint8)).convert("P")
-    palette.putpalette(np.random.default_rng(1).integers(0, 256, 768).tolist())  # as VOC and ADE20K: colours for people
+    palette.putpalette(np.random.default_rng(1).integers(0, 256, 768).tolist())  # for display, as in VOC and ADE20K
     for data in (encoded(Image.fromarray(labels.astype(np.uint8))), encoded(palette)):
         assert torch.equal(decode_labels(data)[0], torch.from_numpy(labels))
     wide = labels * 300
@@ -175,7 +175,7 @@ def test_label_maps_keep_their_indices():
 
 def test_unit_range():
     assert to_unit_range(torch.tensor([0, 255], dtype=torch.uint8)).tolist() == [-1, 1]
-    assert to_unit_range(torch.tensor([-1.02, 0.5, 1.02])).tolist() == [-1, 0.5, 1]  # as resizing overshoots
+    assert to_unit_range(torch.tensor([-1.02, 0.5, 1.02])).tolist() == [-1, 0.5, 1]  # resizing can overshoot the range
 
 
 # -- crop, resize, flip ----------------------------------------------------------------------------------------------

@@ -1,4 +1,5 @@
-"""Classifier-free guidance: affine, the same batched and in two calls, free at scale 1."""
+"""Classifier-free guidance (affine, the same in one batched call and in two, free at scale 1), its options,
+classifier and score guidance, and known latents that are kept."""
 
 from functools import partial
 
@@ -21,7 +22,7 @@ SCHEDULE = NoiseSchedule()
 
 
 class Network:
-    """Some function of everything it is given; counts its calls."""
+    """A function of all its inputs that counts its calls."""
 
     def __init__(self) -> None:
         self.calls = 0
@@ -109,7 +110,7 @@ def test_guidance_acts_inside_its_interval_only() -> None:
         network.calls = 0
         expected = classifier_free(cond, uncond, 4.0)(x_t, t) if inside else cond(x_t, t)
         assert torch.equal(guided(x_t, t), expected)
-    assert network.calls == 2  # one for the reference and one for the guided, outside
+    assert network.calls == 2  # outside: one for the reference and one for the guided denoiser
 
 
 @pytest.mark.parametrize("kind", [Epsilon(), VPrediction()])
@@ -160,7 +161,7 @@ def test_what_is_known_stays_exactly() -> None:
     for sampler in (ddim, partial(ddim, eta=1.0), dpm_solver, heun, unipc, euler):
         denoise = keep_known(classifier_free(cond, uncond, 3.0), known, mask)
         out = sampler(denoise, start, times, SCHEDULE, NoiseSource([0, 1, 2]))
-        if sampler in (heun, euler):  # these work on x / alpha and round
+        if sampler in (heun, euler):  # these work on x / alpha, which rounds
             torch.testing.assert_close(out[~hole], known[~hole])
         else:
             assert torch.equal(out[~hole], known[~hole])
@@ -193,7 +194,7 @@ def test_joined_conditions_are_the_same_tensors_in_every_step() -> None:
     guided(x_t, 5.0)
     guided(x_t, 4.0)
     assert seen[0] is seen[1]
-    cond(x_t, 3.0)  # alone: another joined condition
+    cond(x_t, 3.0)  # without guidance: replaces the cached joined condition
     assert len(seen[2]) == 3
     guided(x_t, 2.0)
     assert torch.equal(seen[3], seen[0])

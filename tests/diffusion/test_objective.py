@@ -71,7 +71,7 @@ def test_min_snr_leaves_no_timestep_untrained_where_no_signal_is_left(kind) -> N
 
 
 def test_at_no_signal_v_and_the_clean_latents_are_one_target() -> None:
-    """Up to the sign, so that one weight is right for both."""
+    """They are equal up to the sign, so one weight is right for both."""
     schedule, last = NoiseSchedule(zero_terminal_snr=True), torch.tensor([999])
     latents, noise = torch.randn(2, 1, 4, 3, 3, dtype=torch.float64).unbind(0)
     v = DiffusionObjective(schedule, VPrediction()).target(latents, noise, last)
@@ -79,7 +79,7 @@ def test_at_no_signal_v_and_the_clean_latents_are_one_target() -> None:
 
 
 def test_min_snr_weighs_the_same_error_in_x0_alike_for_every_parameterisation() -> None:
-    """One estimate of x_0, three parametrisations: weight x loss differs by nothing."""
+    """For one estimate of x_0, weight x loss is the same in all three parameterisations."""
     latents, noise, t = torch.randn(2, 4, 2, 4, 4, dtype=torch.float64).unbind(0) + (torch.tensor([3, 200, 600, 999]),)
     wrong = latents + 0.1 * torch.randn_like(latents)
     abar = expand_to(SCHEDULE.alphas_cumprod[t], latents)
@@ -106,7 +106,7 @@ def test_l1_is_the_mean_absolute_error() -> None:
 
 
 def test_learned_uncertainty_settles_at_the_logarithm_of_the_loss() -> None:
-    """loss / exp(u) + u is least at u = ln(loss), timestep by timestep."""
+    """At each timestep, loss / exp(u) + u has its minimum at u = ln(loss)."""
     objective = DiffusionObjective(SCHEDULE, weighting="learned")
     optimizer = torch.optim.Adam(objective.parameters(), lr=0.05)
     t, loss = torch.tensor([3, 400, 999]), torch.tensor([0.02, 0.5, 3.0])

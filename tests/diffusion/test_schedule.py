@@ -1,4 +1,5 @@
-"""The noise schedule: its tables are diffusers', `at` passes through them, `timesteps` are Lin et al.'s table 2."""
+"""The noise schedule: its tables equal diffusers', `at` equals them at integers, `timesteps` are Lin et al.'s
+table 2."""
 
 import pytest
 import torch
@@ -46,7 +47,7 @@ def test_at_is_variance_preserving_and_monotone_between_integers() -> None:
     assert (alpha.diff() < 0).all()
     assert (sigma.diff() > 0).all()
     assert (log_snr.diff() < 0).all()
-    assert sigma.diff().max() < 0.01  # no jump, also between the clean image and entry 0
+    assert sigma.diff().max() < 0.01  # no jump, not even between the clean image and entry 0
 
 
 def test_the_clean_image_stands_at_minus_one() -> None:

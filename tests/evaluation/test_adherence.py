@@ -1,4 +1,5 @@
-"""Adherence and restoration: a perfect painter scores fully, a wrong one where it is wrong, and baselines are what they say."""
+"""Adherence and restoration metrics: a perfect sampler gets full scores, a wrong one loses them where it is wrong,
+and baselines equal their definitions."""
 
 import numpy as np
 import pytest
@@ -74,7 +75,7 @@ def test_which_conditions_are_judged():
 
 @pytest.mark.parametrize("field", DETERMINES)
 def test_a_painter_that_reads_its_condition_scores_fully(field: str):
-    """From each kind of condition alone, a painter draws what it says and lets the rest to chance."""
+    """The sampler draws what one kind of condition says, and everything else at random."""
     rng = np.random.default_rng(0)
 
     def paint(batch: dict, seeds: list[int]) -> torch.Tensor:

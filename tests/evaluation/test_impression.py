@@ -1,4 +1,4 @@
-"""First impressions against pictures whose answer is known: drawn by the world itself, dented, on grey, or all alike."""
+"""First-impression metrics on images with known answers: drawn by shapes_world, dented, on grey, or all alike."""
 
 import numpy as np
 import pytest
@@ -35,8 +35,8 @@ def test_a_dent_costs_its_share_of_the_shape() -> None:
     scene = world.Scene("black", (world.Object("red", "square", "center", "large", 0.5, 0.5, 0.25),))
     image, _ = world.render(scene, 32)
     dented = image.copy()
-    dented[8:12, 8:24] = image[0, 0]  # the upper quarter of its 16 x 16 pixels
-    # The best square for 12 x 16 pixels lies between those inside it and around it.
+    dented[8:12, 8:24] = image[0, 0]  # the upper quarter of the square's 16 x 16 pixels
+    # The square that fits 12 x 16 pixels best lies between the one inside and the one around them.
     assert world.fidelity(dented, "square") == pytest.approx(0.77, abs=0.04)
     assert world.fidelity(np.full((32, 32, 3), 20, np.uint8), "circle") == 0
 
@@ -117,7 +117,7 @@ def test_grey_backgrounds_are_seen() -> None:
 
 
 def test_a_models_first_impression_stands_beside_adherence() -> None:
-    """A sampler that draws what the caption says, as the data would, and the background at random where it says none."""
+    """The sampler draws what the caption says, as the data would, and what it does not name at random."""
 
     def paint(fields: dict, seeds: list[int]) -> torch.Tensor:
         scenes = []

@@ -5,8 +5,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from chains import composed
+from torch import nn
 
-from ldm_train.evaluation.evaluator import parse_metrics
+from ldm_train.evaluation.evaluator import Evaluator, parse_metrics
 from ldm_train.evaluation.measurement import _saved
 from ldm_train.metrics.features import TinyEval
 from ldm_train.metrics.measures import Collected
@@ -56,3 +58,17 @@ def test_a_state_of_another_kind_leaves_nothing_behind(change: dict, extractor: 
     assert _saved(tmp_path / "partial", EMPTY, made) is None
     assert not made.sets
     assert not made.values
+
+
+class Dropping(nn.Module):
+    """Features that differ from call to call while it trains."""
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return nn.functional.dropout(images.flatten(1), 0.5, self.training)
+
+
+def test_an_extractor_of_the_users_own_is_not_in_training_mode() -> None:
+    overrides = ["+evaluation.extractors.mine._target_=test_measurement.Dropping", "evaluation.metrics=[fid_mine]"]
+    evaluator = Evaluator(composed("train", "experiment=quickstart", *overrides).evaluation, torch.device("cpu"))
+    images = torch.rand(2, 3, 8, 8)
+    assert torch.equal(evaluator.extractors["mine"](images), images.flatten(1))

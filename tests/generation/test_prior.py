@@ -1,4 +1,4 @@
-"""Pictures of a class drawn by a model, as training data that count by their weight: prior preservation (DreamBooth)."""
+"""Prior preservation (DreamBooth): images of a class, drawn by a model, become training data with a loss weight."""
 
 import json
 from pathlib import Path
@@ -48,7 +48,7 @@ def source(base: Run, **options: object) -> ClassPictures:
 
 @pytest.fixture(scope="module")
 def shards(base: Run) -> tuple[Path, Path]:
-    """The folders of a subject's pictures and of the model's own."""
+    """The shard folders of the subject's images and of those drawn by the model."""
     folder = base.folder.parent / "data"
     build(Subject(count=3), folder / "subject")
     build(source(base, loss_weight=0.5), folder / "prior")
@@ -82,7 +82,7 @@ def test_they_count_by_their_weight_and_a_subjects_by_one(base: Run, shards: tup
 
 
 def test_the_loss_is_that_of_both_terms(base: Run) -> None:
-    """mean over a batch of n pictures of the subject and n of the class, each with its weight, is half of L + lambda L_prior."""
+    """The weighted mean over a batch of n images of the subject and n of the class is half of L + lambda L_prior."""
     run = chain(base.folder.parent, *STAGES, *TEXT, name="base")
     model = load_latent_diffusion(base.folder)
     task = DiffusionStage().task(run, model, base.folder / "unused")

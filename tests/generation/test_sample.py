@@ -1,4 +1,4 @@
-"""ldm-sample: every task on small models with random weights, and what it says to inputs that cannot be."""
+"""ldm-sample: every task on small models with random weights, and the errors for invalid inputs."""
 
 import json
 import os
@@ -80,7 +80,7 @@ def run(model_folder: Callable[[str], Path], tmp_path: Path) -> Callable[..., li
 
 
 def named(options: tuple[str, ...], files: dict[str, str]) -> list[str]:
-    """{photo.png} -> the path of that file."""
+    """Replaces file names in braces, e.g. {photo.png}, by the paths of those files; ${...} stays."""
     return [re.sub(r"(?<!\$)\{([\w.]+)\}", lambda m: files[m[1]], o) for o in options]
 
 
@@ -116,7 +116,7 @@ REPLAYED = TASKS | {
 def test_each_task_means_what_its_inputs_say(task: str, run: Callable, files: dict[str, str], tmp_path: Path):
     kind, options = TASKS[task]
     made = run(kind, *named(options, files))
-    if task == "reconstruct":  # knows no chance: one picture is enough
+    if task == "reconstruct":  # is deterministic: makes one image per input
         made = made * 2
     assert [tuple(image.shape) for image in made] == [(3, 32, 40 if task == "outpaint" else 32)] * 2
     recipe = json.loads((tmp_path / "out/recipe.json").read_text())
@@ -130,7 +130,7 @@ def test_each_task_means_what_its_inputs_say(task: str, run: Callable, files: di
 
 @pytest.mark.parametrize("kind", ["inpaint", "none"])
 def test_inpainting_leaves_known_pixels_as_they_are(kind: str, run: Callable, files: dict[str, str]):
-    """By a model trained for it, and by one that was not."""
+    """With a model trained for inpainting and with one that was not."""
     made = run(kind, f"image={files['photo.png']}", f"mask={files['mask.png']}", "sampler=dpm_solver")
     with Image.open(files["photo.png"]) as image:
         middle = image.crop((8, 0, 48, 40)).resize((32, 32), Image.Resampling.BICUBIC)
@@ -167,7 +167,7 @@ def test_other_sizes_than_the_trained_one(run: Callable):
     with pytest.raises(ValueError, match=r"size 60x48 is not divisible by 8 .* use 64x48"):
         run("none", "size=[60,48]")
     wide, high = run("none", "size=5:3", out="wide")[0], run("none", "size=2:3", out="high")[0]
-    assert wide.shape == (3, 24, 40)  # of a model of 32x32
+    assert wide.shape == (3, 24, 40)  # the model was trained at 32x32
     assert high.shape == (3, 40, 24)
 
 
@@ -307,14 +307,14 @@ def test_autoguidance_leads_away_from_a_weaker_model(model_folder: Callable[[str
 
 
 def test_guidance_keeps_pictures_that_training_never_dropped(model_folder: Callable[[str], Path]):
-    """Both sides of guidance see the low-resolution picture: its null was never trained."""
+    """Both sides of guidance get the low-resolution image, because its null was never trained."""
     model, seen = ldm_train.load(str(model_folder("superres"))), []
     model.network.register_forward_pre_hook(lambda _, args, named: seen.append(named["concat"]), with_kwargs=True)
     lowres = torch.rand(1, 3, 8, 8) * 2 - 1
     model.sample({"lowres": lowres}, [0], Sampling(guidance_scale=3.0))
     assert torch.equal(seen[0][0], lowres[0])
     assert torch.equal(seen[0][1], lowres[0])
-    next(iter(model.conditioners.values())).dropout = 0.1  # trained with a null: guidance leads away from it
+    next(iter(model.conditioners.values())).dropout = 0.1  # trained with a null: guidance leads away from the null
     seen.clear()
     model.sample({"lowres": lowres}, [0], Sampling(guidance_scale=3.0))
     assert not seen[0][1].any()
@@ -370,7 +370,7 @@ def test_an_interrupted_job_continues_and_its_pixels_are_those_of_an_undisturbed
     assert batches[2:] == [[4]]
     assert all(map(torch.equal, made, whole))
     assert json.loads((tmp_path / "again/recipe.json").read_text())["finished"]
-    # Finished: nothing is drawn again, until a picture is damaged; its batch is drawn as a whole.
+    # A finished job draws nothing again until an image is damaged; then the whole batch of that image is drawn.
     run("text", "prompts=a red circle", "n=5", "batch_size=2", "overwrite=false", out="again")
     (tmp_path / "again/00001_seed1.png").write_bytes(b"damaged")
     made = run("text", "prompts=a red circle", "n=5", "batch_size=2", "overwrite=false", out="again")
@@ -401,7 +401,7 @@ def test_another_job_does_not_overwrite_a_folder(run: Callable, tmp_path: Path):
         run("text", "prompts=a cat", "overwrite=false")
     assert "out holds pictures of another job" in str(refused.value)
     assert (tmp_path / "out/00000_seed0.png").read_bytes() == before
-    run("text", "prompts=a cat", "n=1")  # overwrite=true, and fewer pictures: the old ones go
+    run("text", "prompts=a cat", "n=1")  # overwrite=true, and fewer images: the old ones are removed
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["00000_seed0.png", "grid.png", "recipe.json"]
 
 
@@ -461,7 +461,7 @@ def test_films_show_the_way_from_noise_to_the_picture(kind: str, run: Callable, 
             assert strip.width > 3 * 128
     elif kind == "gif":
         with Image.open(paths[0]) as film:
-            # Three steps, the last of which is the picture and stays; equal frames may be joined.
+            # Three steps; the last one is the image itself and is held. Equal frames may be merged.
             assert film.n_frames >= 3
             film.seek(film.n_frames - 1)
             last = torch.from_numpy(np.array(film.convert("RGB"))).permute(2, 0, 1)[:, 4::8, 4::8] / 127.5 - 1
@@ -488,7 +488,7 @@ def test_a_job_of_very_many_pictures_is_continued_and_replayed(
 
 
 def test_a_full_disk_leaves_nothing_half_written(run: Callable, tmp_path: Path):
-    """Files may grow to less than a picture here; the recipe fits."""
+    """The limit on file size is just below the size of an image; the recipe fits."""
     resource = pytest.importorskip("resource")
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     run("none", "n=1", out="probe")
@@ -545,7 +545,7 @@ def test_inversion_edits_from_the_pictures_own_noise(run: Callable, files: dict[
 
 def test_panoramas_and_tiles_draw_large_pictures(run: Callable):
     plain = run("none", "n=1")[0]
-    assert (run("none", "n=1", "panorama=0.5", out="same")[0] - plain).abs().max() < 0.02  # one window is the whole
+    assert (run("none", "n=1", "panorama=0.5", out="same")[0] - plain).abs().max() < 0.02  # one window covers the whole
     wide = run("none", "n=1", "size=[32,96]", "panorama=0.5", out="wide")[0]
     tiled = run("none", "n=1", "size=[32,96]", "panorama=0.5", "tiles.cells=16", "tiles.overlap=12", out="tiled")[0]
     assert wide.shape == (3, 32, 96)
@@ -619,7 +619,7 @@ def test_inversion_and_panorama_go_together(run: Callable, files: dict[str, str]
 def test_a_weaker_model_of_other_latents_is_refused(run: Callable, model_folder: Callable[[str], Path]):
     folder = model_folder("text")
     plain = run("text", "prompts=a cat", "guidance_scale=1", out="plain")[0]
-    # Away from itself: nothing changes.
+    # Guided away from itself, the model draws the same.
     made = run("text", "prompts=a cat", f"weaker_model={folder}", "guidance_scale=3")[0]
     assert (made - plain).abs().max() < 0.03
     model = ldm_train.load(str(folder))

@@ -1,4 +1,5 @@
-"""One backward pass of AutoencoderLoss gives the gradients of the plain simultaneous formulation, and nothing leaks."""
+"""One backward pass of AutoencoderLoss gives the gradients of the plain simultaneous formulation, and no loss
+reaches the wrong player."""
 
 import copy
 from collections.abc import Callable
@@ -18,7 +19,7 @@ ON = 10  # an optimiser step at which the discriminator is on
 
 
 class Players(nn.Module):
-    """A tiny autoencoder (KL, or VQ with so many codes) and its loss."""
+    """A tiny autoencoder (KL, or VQ if num_codes is above 0) and its loss."""
 
     def __init__(
         self,
@@ -33,7 +34,7 @@ class Players(nn.Module):
         kind = partial(AutoencoderVQ, num_codes=num_codes) if num_codes else AutoencoderKL
         self.autoencoder = kind(z_channels=2, channels=16, channel_mult=(1, 2), num_res_blocks=1, patch_size=patch_size)
         discriminator = PatchDiscriminator(channels=8, num_layers=2, norm=norm)
-        for p in discriminator.parameters():  # with 0.15 logits are of order 1: some hinges active, some not
+        for p in discriminator.parameters():  # with 0.15, logits are of order 1: some hinges active, some not
             nn.init.normal_(p, std=std)
         self.loss = AutoencoderLoss(
             TinyPerceptual() if perceptual else None,
@@ -66,7 +67,7 @@ class Players(nn.Module):
 def simultaneous(
     players: Players, images: torch.Tensor, seed: int = 0, autocast: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The published loss written down naively: (generator's loss, discriminator's loss), each on its own graph.
+    """The published loss, written naively. Returns (generator's loss, discriminator's loss), each on its own graph.
 
     Sums over C, H, W and means over B; the adaptive weight by autograd at the last weight; the generator's term with
     the discriminator frozen, the discriminator's on detached reconstructions.
@@ -86,7 +87,7 @@ def simultaneous(
 
 
 def simultaneous_vq(players: Players, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The published loss of VQ models, (generator's, discriminator's): L1 + LPIPS as a mean over B, C, H, W plus the
+    """The published losses of VQ models (generator's, discriminator's): L1 + LPIPS as a mean over B, C, H, W plus the
     codebook's loss, a mean over the latents: |z - sg(e)|^2 + 0.25 |sg(z) - e|^2 with e the nearest code to z."""
     loss, autoencoder = players.loss, players.autoencoder
     z = autoencoder.encode_moments(images)
@@ -104,7 +105,7 @@ def simultaneous_vq(players: Players, images: torch.Tensor) -> tuple[torch.Tenso
 def adversaries(
     players: Players, images: torch.Tensor, rec: torch.Tensor, nll: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(the generator's adversarial term, the discriminator's loss), both with the published disc_factor."""
+    """Returns (the generator's adversarial term, the discriminator's loss), both with the published disc_factor."""
     loss = players.loss
     frozen = copy.deepcopy(loss.discriminator).requires_grad_(False)
     generator = -frozen(rec).mean()
@@ -119,7 +120,7 @@ def adversaries(
 
 
 def assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], tolerance: float = 1e-5) -> None:
-    """Relative to the largest gradient tensor of the same player, and both players move."""
+    """Asserts equality up to tolerance x the same player's largest gradient norm, and that both get gradients."""
     for player in ("autoencoder", "loss.discriminator"):
         names = [n for n in expected if n.startswith(player)]
         scale = max(expected[n].norm() for n in names)
@@ -161,7 +162,7 @@ def test_one_pass_equals_the_simultaneous_formulation(arguments: dict, images: t
 
 
 VQ_CASES = {
-    # A weight that sums over C, H, W with the same limit would have clamped: 1e4 / (3 * 32 * 32) = 3.3.
+    # With losses summed over C, H, W, the same limit would have clamped the weight: 1e4 / (3 * 32 * 32) = 3.3.
     "clamp out of reach": ({"std": 0.05}, lambda weight: 4 < weight < 1e4),
     "clamp in reach": ({"max_adaptive_weight": 0.02}, lambda weight: weight == pytest.approx(0.02)),
     "weights": ({"perceptual_weight": 0.3, "codebook_weight": 2.0, "disc_factor": 0.7}, lambda weight: weight > 0),
@@ -183,7 +184,7 @@ def test_vq_gradients_are_those_of_the_published_means(
 
 
 def test_means_divide_the_generators_loss_alone(images: torch.Tensor) -> None:
-    """Reconstruction, KL and log-variance keep their shares, the discriminator its loss and the logs their units."""
+    """Reconstruction, KL and log-variance keep their ratios, the discriminator its loss and the logs their units."""
     options = {"learn_logvar": True, "disc_start": ON + 5, "disc_warmup": 10}
     sums, means = (Players(reduction=reduction, **options) for reduction in ("sum", "mean"))
     means.load_state_dict(sums.state_dict())
@@ -211,7 +212,7 @@ def test_accumulated_micro_batches_equal_the_simultaneous_formulation(images: to
 
 
 def test_loss_scaling_by_a_power_of_two_changes_nothing(images: torch.Tensor) -> None:
-    """What 16-mixed does: scale the scalar, backward, unscale."""
+    """Does what 16-mixed does: scale the scalar, backward, unscale."""
     players = Players(learn_logvar=True)
     players.one_pass(images)[0].backward()
     plain = players.gradients()
@@ -234,7 +235,7 @@ def test_half_precision_reconstructions_give_the_gradient_up_to_rounding(
 
 
 def test_under_autocast_only_the_autoencoder_is_rounded(images: torch.Tensor) -> None:
-    """The loss leaves autocast: it equals the naive float32 loss behind the same bfloat16 autoencoder."""
+    """The loss turns autocast off: it equals the naive float32 loss after the same bfloat16 autoencoder."""
     players = Players()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         scalar, logs = players.one_pass(images)
@@ -258,7 +259,7 @@ def test_the_logs_hold_the_true_losses(images: torch.Tensor) -> None:
 
 
 def test_the_discriminators_loss_moves_no_generator(images: torch.Tensor) -> None:
-    """While the discriminator warms up alone, the autoencoder's gradient is that without a discriminator."""
+    """While the discriminator warms up alone, the autoencoder's gradient equals the one without a discriminator."""
     players = Players(disc_start=ON + 5, disc_warmup=10, kl_weight=0.0, perceptual=False)
     players.one_pass(images)[0].backward()
     with_it = players.gradients()
@@ -270,7 +271,7 @@ def test_the_discriminators_loss_moves_no_generator(images: torch.Tensor) -> Non
 
 
 def test_the_generators_loss_moves_no_discriminator(images: torch.Tensor) -> None:
-    """Without its own loss the discriminator gets exactly nothing, while the generator still feels it."""
+    """Without its own loss the discriminator gets exactly zero gradients, the generator still its adversarial ones."""
     players = Players(kl_weight=0.0, perceptual=False)
     players.loss.discriminator_loss = lambda real, fake: 0.0 * (real.sum() + fake.sum())
     players.one_pass(images)[0].backward()
@@ -290,7 +291,7 @@ def test_inputs_collect_no_gradient_and_frozen_networks_neither(images: torch.Te
 
 
 def test_the_perceptual_term_carries_its_gradient(images: torch.Tensor) -> None:
-    """Its share of the reconstruction's gradient is that of perceptual_weight x size x its mean."""
+    """Its part of the gradient at the reconstruction is that of perceptual_weight x size x its mean."""
     players, rec = Players(kl_weight=0.0, disc_start=100), None
     differences = []
     for weight in (1.0, 0.0):

@@ -1,4 +1,4 @@
-"""Two ranks with half a batch each follow the curve of one rank with the whole."""
+"""Two ranks with half a batch each get the gradients and adaptive weight of one rank with the whole batch."""
 
 import os
 from pathlib import Path
@@ -14,7 +14,7 @@ from ldm_train.models.discriminator import PatchDiscriminator
 
 
 def gradients(images: torch.Tensor) -> tuple[list[torch.Tensor], torch.Tensor]:
-    """Of both players at fixed weights, the posterior's mean decoded; and the adaptive weight."""
+    """Returns both players' gradients at fixed weights, with the posterior's mean decoded, and the adaptive weight."""
     torch.manual_seed(0)
     autoencoder = AutoencoderKL(z_channels=2, channels=16, channel_mult=(1, 2), num_res_blocks=1)
     discriminator = PatchDiscriminator(channels=8, num_layers=2)

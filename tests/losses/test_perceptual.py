@@ -1,4 +1,5 @@
-"""Perceptual distances: LPIPS is torchmetrics', `tiny` ships and behaves, a missing download says what to do."""
+"""Perceptual distances: LPIPS equals torchmetrics', `tiny` is shipped and behaves, and the error for missing
+weights says what to do."""
 
 from pathlib import Path
 from urllib.error import URLError
@@ -96,7 +97,7 @@ def test_one_channel_is_repeated_and_five_are_the_mean_of_two_groups(
     both = distance(images, targets)
     torch.testing.assert_close(both, (first + last) / 2)
     both.sum().backward()
-    assert (images.grad.abs().sum(dim=(0, 2, 3)) > 0).all()  # every channel is judged
+    assert (images.grad.abs().sum(dim=(0, 2, 3)) > 0).all()  # every channel counts
 
 
 @pytest.mark.parametrize("network", ["tiny", "lpips"])

@@ -1,4 +1,4 @@
-"""Frechet and kernel distances: closed forms, scipy, torchmetrics."""
+"""Frechet and kernel distances against closed forms, scipy and torchmetrics, and the coverage of their intervals."""
 
 from pathlib import Path
 
@@ -28,7 +28,7 @@ def kernel_distance(a: torch.Tensor, b: torch.Tensor) -> float:
 
 
 def exactly(mean: torch.Tensor, covariance: torch.Tensor, count: int = 200) -> torch.Tensor:
-    """Features whose sample mean and unbiased covariance are exactly these."""
+    """Returns features (count, dim) with exactly this sample mean and unbiased covariance."""
     z = torch.randn(count, len(mean), dtype=torch.float64)
     z = z - z.mean(dim=0)
     z = z @ torch.linalg.inv(torch.linalg.cholesky(z.T @ z / (count - 1))).T
@@ -49,7 +49,7 @@ def test_moments_stream_in_any_batches() -> None:
 
 
 def test_frechet_distance_of_gaussians_that_commute_is_its_closed_form() -> None:
-    """|mu_a - mu_b|^2 + sum (sqrt(a) - sqrt(b))^2 where both covariances are diagonal."""
+    """|mu_a - mu_b|^2 + sum (sqrt(a) - sqrt(b))^2 if both covariances are diagonal."""
     a, b = torch.rand(5, dtype=torch.float64) + 0.1, torch.rand(5, dtype=torch.float64) + 0.1
     mean_a, mean_b = torch.randn(2, 5, dtype=torch.float64)
     left, right = (Moments.of([exactly(m, torch.diag(v))]) for m, v in ((mean_a, a), (mean_b, b)))
@@ -85,7 +85,7 @@ def test_frechet_distance_does_not_move_with_both_sets() -> None:
 
 
 class Flatten(torch.nn.Module):
-    """Features for torchmetrics: the first numbers of a picture."""
+    """A feature extractor for torchmetrics: the first 16 values of an image."""
 
     num_features = 16
 
@@ -123,7 +123,7 @@ def coverage(measure, truth: float, draws: int, draw) -> float:
 
 
 def draw(k: int, n: int = 160, dim: int = 12) -> torch.Tensor:
-    """Features of another Gaussian than the reference."""
+    """Returns features (n, dim) of a Gaussian that differs from the reference."""
     generator = torch.Generator().manual_seed(k)
     scale = torch.linspace(0.7, 1.4, dim, dtype=torch.float64)
     return 0.2 + scale * torch.randn(n, dim, generator=generator, dtype=torch.float64)
@@ -133,7 +133,7 @@ REFERENCE = torch.randn(3000, 12, generator=torch.Generator().manual_seed(99), d
 
 
 def test_the_interval_of_a_frechet_distance_covers_its_expectation() -> None:
-    """Between 90 and 98 % of the intervals hold the expectation at that n (taken over 1,500 other draws)."""
+    """Between 90 and 98 % of the intervals hold the expectation at that n (estimated from 1,500 other draws)."""
     reference = Moments.of([REFERENCE])
     truth = np.mean([frechet_distance(reference, Moments.of([draw(k)])) for k in range(10_000, 11_500)])
     assert 0.90 <= coverage(lambda x: frechet_estimate(reference, FeatureSet.of(x)), truth, 300, draw) <= 0.98
@@ -185,8 +185,8 @@ def test_the_interval_of_a_mean_is_the_usual_one() -> None:
 
 @pytest.mark.slow
 def test_intervals_cover_on_real_photos(datasets: Path) -> None:
-    """Features of CIFAR-10 by the shipped network: of 60 disjoint draws of 80 photos, nine in ten intervals of FID, KID,
-    precision and recall hold the mean over all draws (the reference being other photos)."""
+    """With CIFAR-10 features of the shipped network and 60 disjoint draws of 80 photos, at least nine in ten intervals
+    of FID, KID, precision and recall hold the mean over all draws. The reference is other photos."""
     extractor, features = TinyEval(), []
     for images in image_batches([str(datasets / "cifar10" / "test.tar")], batch_size=256):
         features.append(extractor(images))

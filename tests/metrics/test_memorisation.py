@@ -1,4 +1,4 @@
-"""Memorisation: a rank test of distances, its pictures, and where it is measured."""
+"""Memorisation: a rank test of distances, the figure of closest pairs, and where it is measured."""
 
 from pathlib import Path
 
@@ -58,7 +58,7 @@ def test_pairs_are_the_nearest_ones_wherever_the_copy_stands() -> None:
 
 
 def test_it_changes_no_other_metric() -> None:
-    """Kernel distances are of at most 10,000 samples, whatever is measured beside them."""
+    """Kernel distances use at most 10,000 samples, whatever else is measured."""
     extractors = {"tiny": lambda images: images.flatten(1)}
     samples = drawn(12_000, 7).view(-1, 8, 1, 1)
     counts = []

@@ -1,4 +1,4 @@
-"""The KL autoencoder is the published one: its sizes, its arithmetic (that of diffusers), its posterior."""
+"""The KL autoencoder equals the published one: parameter counts, arithmetic (that of diffusers) and posterior."""
 
 import pytest
 import torch
@@ -41,7 +41,7 @@ def randomised(model: torch.nn.Module, std: float = 0.08) -> torch.nn.Module:
 
 
 def diffusers_entry(key: str, value: torch.Tensor, levels: int) -> tuple[str, torch.Tensor]:
-    """Our name and weight -> diffusers'; 1x1 convolutions of the attention become linear layers."""
+    """Returns diffusers' name and weight for ours; 1x1 convolutions of the attention become linear layers."""
     key = autoencoder_key(key, levels)
     return key, value[..., 0, 0] if "attentions" in key and value.ndim == 4 else value
 
@@ -132,8 +132,8 @@ def test_a_size_that_does_not_fit_is_answered_with_one_that_does() -> None:
 
 @pytest.mark.parametrize("patch_size", [2, 4])
 def test_patches_are_channels_of_the_published_network(patch_size: int) -> None:
-    """The same weights as published networks, the encoder's of 3 * patch_size^2 channels, the decoder's of what its pixels are made of;
-    patches are taken apart and put together by hand."""
+    """Equals published networks with the same weights: an encoder of 3 * patch_size^2 input channels, and a decoder
+    whose output channels are the features of all pixels of a patch. Patches are split and joined by hand."""
     p, ours = patch_size, randomised(tiny(patch_size=patch_size))
     features = 32 * p**2
     encoder, decoder = tiny(in_channels=3 * p**2), tiny(in_channels=features)

@@ -1,4 +1,4 @@
-"""The patch discriminator is pix2pix' with three layers: its size, its 70-pixel patches, its normalisation."""
+"""The patch discriminator equals pix2pix' with three layers: parameter count, 70-pixel patches, normalisation."""
 
 import pytest
 import torch
@@ -48,7 +48,7 @@ def test_weights_start_as_published() -> None:
         (0.0, torch.cat([m.weight.flatten() for m in convolutions])),  # 2,763,776
         (1.0, torch.cat([m.weight for m in norms])),  # 896
     ):
-        error = 5 * 0.02 / len(weights) ** 0.5  # five standard errors; of the deviation it is 1 / sqrt(2) of that
+        error = 5 * 0.02 / len(weights) ** 0.5  # five standard errors; the deviation's is 1 / sqrt(2) of the mean's
         assert abs(weights.mean().item() - mean) < error
         assert abs(weights.std().item() - 0.02) < error
     assert all((m.bias == 0).all() for m in norms)

@@ -1,4 +1,4 @@
-"""The diffusion transformer: the published function (diffusers as the reference) and sizes, and what its conditions do."""
+"""The diffusion transformer: the published function (that of diffusers) and sizes, and the effect of conditions."""
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ from ldm_train.models.dit import DiT
 
 
 def randomised(module: torch.nn.Module) -> torch.nn.Module:
-    """With the zeroed layers filled, so that every part shows."""
+    """Fills all parameters, including the zeroed ones, so that every part affects the output."""
     torch.manual_seed(0)
     for p in module.parameters():
         torch.nn.init.normal_(p, std=0.1)
@@ -16,7 +16,7 @@ def randomised(module: torch.nn.Module) -> torch.nn.Module:
 
 
 def reference(ours: DiT, layers: int, size: int) -> DiTTransformer2DModel:
-    """The same weights in diffusers' names. Its class table is zero: our vector is another condition."""
+    """Returns diffusers' DiT with our weights. Its class table is zero, because our vector is another condition."""
     model = DiTTransformer2DModel(
         num_attention_heads=2, attention_head_dim=8, in_channels=4, num_layers=layers, sample_size=size, norm_num_groups=4,
         norm_eps=1e-6,
@@ -40,9 +40,7 @@ def reference(ours: DiT, layers: int, size: int) -> DiTTransformer2DModel:
             for part, value in zip("qkv", state[f"blocks.{i}.attn.qkv.{p}"].chunk(3)):
                 theirs[f"transformer_blocks.{i}.attn1.to_{part}.{p}"] = value
     model.load_state_dict(theirs)
-    for (
-        block
-    ) in model.transformer_blocks:  # its frequencies are not quite the published ones: 10000^(-i / 127) for -i / 128
+    for block in model.transformer_blocks:  # its frequencies are 10000^(-i / 127), the published ones 10000^(-i / 128)
         block.norm1.emb.time_proj.downscale_freq_shift = 0
     return model
 
@@ -59,7 +57,7 @@ def test_a_dit_is_that_of_diffusers() -> None:
     ("size", "count"), [((384, 12, 6), 33_000_000), ((768, 12, 12), 130_000_000), ((1024, 24, 16), 458_000_000)]
 )
 def test_dits_have_the_published_sizes(size: tuple[int, int, int], count: int) -> None:
-    """The paper's table 1 rounds to millions, with a table of 1,001 classes and the variances as further channels."""
+    """The paper's table 1 rounds to millions and counts a table of 1,001 classes and output channels for variances."""
     with torch.device("meta"):
         model = DiT(4, *size)
     width = size[0]

@@ -1,4 +1,4 @@
-"""The frozen first stage: unit-variance latents there, the same images back."""
+"""The frozen first stage scales latents to unit variance, and decoding undoes the scaling."""
 
 import pytest
 import torch

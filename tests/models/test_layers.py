@@ -1,5 +1,5 @@
-"""Normalisation groups: the published 32 where layers are wide, never so few channels that a colour is lost. What a CPU computes
-in float32 under autocast."""
+"""Normalisation groups: the published 32 for wide layers, and never so few channels per group that a colour is lost.
+Also: what a CPU computes in float32 under autocast."""
 
 import pytest
 import torch
@@ -21,7 +21,7 @@ def test_any_width_splits_into_groups_of_at_least_four(width: int) -> None:
 
 @torch.no_grad()
 def test_a_unet_may_have_any_even_width() -> None:
-    """80 channels meet skips of 240, which 32 does not divide."""
+    """With 80 channels, joined skips have 240, which 32 does not divide."""
     unet = UNet(4, 80, (1, 2), num_res_blocks=1, num_heads=1)
     assert unet(torch.randn(1, 4, 4, 4), torch.tensor([1])).shape == (1, 4, 4, 4)
 
@@ -37,12 +37,12 @@ def test_under_autocast_a_cpu_normalises_in_float32_as_a_gpu_does() -> None:
     with torch.autocast("cpu", torch.bfloat16):
         normed = norm(x)
     assert normed.dtype == torch.float32
-    torch.testing.assert_close(normed, F.group_norm(x.float(), norm.num_groups, eps=1e-5))  # float32's tolerance
+    torch.testing.assert_close(normed, F.group_norm(x.float(), norm.num_groups, eps=1e-5))  # at float32's tolerance
 
 
 @pytest.mark.parametrize("masked", [False, True])
 def test_attention_of_a_cpu_in_bfloat16_is_that_of_float32(masked: bool) -> None:
-    """Whether autocast is on or the tensors are in 16 bits already; gradients too."""
+    """Holds for outputs and gradients, with autocast on, and with it off because the tensors are bfloat16 already."""
     q, k, v = (torch.randn(2, 3, n, 8).bfloat16().requires_grad_() for n in (5, 7, 7))
     mask = torch.rand(2, 1, 1, 7) > 0.3 if masked else None
     wide = [t.detach().float().requires_grad_() for t in (q, k, v)]

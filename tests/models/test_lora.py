@@ -1,4 +1,4 @@
-"""LoRA: additions of low rank to weights that stay as they are."""
+"""LoRA: low-rank additions to weights that stay unchanged."""
 
 import pytest
 import torch
@@ -42,7 +42,7 @@ def test_a_new_adapter_changes_nothing_to_the_bit(targets: str) -> None:
 
 @pytest.mark.parametrize("targets", ["attention", "all"])
 def test_every_adapted_weight_takes_part_and_no_other_trains(targets: str) -> None:
-    """Also where a network joins the weights of several layers, or takes a convolution for a matrix."""
+    """Holds even if a network joins the weights of several layers or uses a convolution as a matrix."""
     for network in networks():
         adapter = randomised(LoRA(rank=4, targets=targets).attach(network))
         run(network).square().sum().backward()

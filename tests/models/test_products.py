@@ -1,4 +1,4 @@
-"""Projections done as one matrix product are the published layers: same outputs, gradients and training."""
+"""Projections computed as one matrix product equal the published layers: same outputs, same trained weights."""
 
 import copy
 from collections.abc import Callable
@@ -75,7 +75,7 @@ def autoencoder() -> nn.Module:
 
 
 def stirred(make: Callable[[], nn.Module], layout: torch.memory_format) -> nn.Module:
-    """With weights in the place of zeros, so that every projection counts."""
+    """Returns make()'s module with random weights instead of zeros, so that every projection counts."""
     torch.manual_seed(0)
     module = make()
     for parameter in module.parameters():
@@ -103,7 +103,7 @@ def test_a_pointwise_convolution_is_a_product_of_tokens() -> None:
 @pytest.mark.parametrize("make", [conditional, unconditional, autoencoder])
 @pytest.mark.parametrize("steps", [15, pytest.param(50, marks=pytest.mark.slow)])
 def test_training_with_products_ends_with_the_published_weights(make, layout: torch.memory_format, steps: int) -> None:
-    """By an optimiser that does not blow up the rounding of gradients near zero."""
+    """Uses SGD, which does not amplify rounding errors of gradients near zero."""
     ours = stirred(make, layout)
     theirs = as_published(ours)
     begin = copy.deepcopy(ours.state_dict())

@@ -1,4 +1,4 @@
-"""The quantiser against brute force and finite differences; averaged codes and restarts; usage."""
+"""The quantiser against brute force and gradients in closed form; averaged codes and restarts; code usage."""
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ def quantizer(**options) -> VectorQuantizer:
 def test_each_vector_gets_the_nearest_code() -> None:
     made, latents = quantizer(), torch.randn(2, 3, 4, 5)
     flat = latents.permute(0, 2, 3, 1).reshape(-1, 3)
-    # cdist's default form is a matrix product, which rounds as the quantiser's own: differences in float64 do not.
+    # cdist's default form is a matrix product, which rounds as the quantiser's does; differences in float64 do not.
     gaps = flat.double()[:, None] - made.embedding.weight.double()
     expected = gaps.square().sum(dim=2).argmin(dim=1).view(2, 4, 5)
     indices = made.nearest(latents)
@@ -70,7 +70,7 @@ def test_dead_codes_restart_on_latents_of_the_batch(ema_decay: float | None) -> 
     assert (made.embedding.weight[1:].abs().max(dim=1).values > 50).all()
     made(latents)
     flat = latents.permute(0, 2, 3, 1).reshape(-1, 2)
-    copies = (made.embedding.weight[1:, None] == flat).all(dim=2)  # (3, 32): to the bit
+    copies = (made.embedding.weight[1:, None] == flat).all(dim=2)  # (3, 32), bit-exact
     assert copies.any(dim=1).all()
     made(latents)
     assert perplexity(torch.bincount(made.nearest(latents).flatten(), minlength=4)) > 1.5

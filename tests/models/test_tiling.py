@@ -1,4 +1,4 @@
-"""Overlapping windows: they add up to the whole, and a tiled autoencoder to the untiled one."""
+"""Overlapping windows: their average gives the whole, and a tiled autoencoder equals the untiled one."""
 
 from itertools import pairwise
 
@@ -33,7 +33,7 @@ def test_the_average_of_equal_windows_is_the_picture(size: tuple, window: tuple,
 
 
 def test_between_windows_that_differ_the_average_rises_without_a_jump() -> None:
-    """Two windows of value 0 and 1: no step between neighbouring cells is larger than one over half the overlap."""
+    """For two windows of values 0 and 1, no step between neighbouring cells is larger than 1 / (half the overlap)."""
     made = Windows((1, 24), (1, 16), 8).average(torch.full((1, 1, 1, 16), float(k)) for k in range(2))[0, 0, 0]
     assert made[0] == 0
     assert made[-1] == 1
@@ -58,7 +58,7 @@ def psnr(a: torch.Tensor, b: torch.Tensor) -> float:
 
 
 def pictures(f: int) -> torch.Tensor:
-    """Half of each picture is flat, half busy: what a tile's own statistics cannot know."""
+    """Returns an image, half flat and half noisy, whose statistics differ from those of its tiles."""
     x = torch.randn(1, 3, 96 * f, 64 * f, generator=torch.Generator().manual_seed(1)).clamp(-1, 1)
     x[:, :, : 48 * f] = 0.6
     return x
@@ -67,7 +67,7 @@ def pictures(f: int) -> torch.Tensor:
 @pytest.mark.parametrize(("levels", "patch_size"), [(2, 1), (2, 2), pytest.param(3, 1, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("kind", ["kl", "vq"])
 def test_a_tiled_autoencoder_equals_the_untiled_one(kind: str, levels: int, patch_size: int) -> None:
-    """To rounding (85 dB and more), where the overlap covers what a pixel sees; and without a jump where tiles meet."""
+    """Equal up to rounding (above 85 dB) if the overlap covers the receptive field, with no jump between tiles."""
     net = autoencoder(kind, levels, patch_size)
     f = net.downsample_factor
     images = pictures(f)
@@ -85,7 +85,7 @@ def test_a_tiled_autoencoder_equals_the_untiled_one(kind: str, levels: int, patc
 
 @pytest.mark.parametrize("length", [103, 176])
 def test_tiles_at_odd_distances_count_every_row_once(length: int) -> None:
-    """Default overlap, window starts an odd number of cells apart; the bright rows would shift the statistics."""
+    """Default overlap, windows an odd number of cells apart; bright rows counted twice would shift the statistics."""
     net = autoencoder("kl", 2)
     latents = torch.randn(1, 3, length, 8, generator=torch.Generator().manual_seed(2))
     latents[:, :, [length // 2, 50]] += 20
@@ -98,7 +98,7 @@ def test_tiles_at_odd_distances_count_every_row_once(length: int) -> None:
 
 
 def test_too_small_an_overlap_stays_a_good_picture() -> None:
-    """Tiles of their own statistics, as most tiled decoders have them, are about 20 dB worse than joined ones."""
+    """Tiles with their own statistics, as in most tiled decoders, are about 20 dB worse than joint ones."""
     net = autoencoder("kl", 2)
     with torch.no_grad():
         latents = net.posterior(net.encode_moments(pictures(2))).mean

@@ -1,4 +1,4 @@
-"""The U-Net is the published one: its sizes, its arithmetic (diffusers with the same weights), its behaviour."""
+"""The U-Net equals the published one: parameter counts, arithmetic (diffusers with the same weights) and behaviour."""
 
 import pytest
 import torch
@@ -53,12 +53,12 @@ def test_parameter_count_is_the_published_one(count: int, arguments: dict) -> No
     assert sum(p.numel() for p in unet.parameters()) == count
 
 
-# diffusers has one number of groups for all its norms; ours is the published 32 from 128 channels on.
+# diffusers uses one number of groups for all norms; ours is the published 32 from 128 channels up.
 WIDE = TINY | {"channels": 128}
 
 
 def randomised(model: torch.nn.Module, std: float = 0.05) -> torch.nn.Module:
-    """Every parameter random: zero-initialised layers would hide what precedes them."""
+    """Makes every parameter random, because zero-initialised layers would hide what precedes them."""
     generator = torch.Generator().manual_seed(1)
     for p in model.parameters():
         p.data = torch.randn(p.shape, generator=generator) * std
@@ -66,7 +66,7 @@ def randomised(model: torch.nn.Module, std: float = 0.05) -> torch.nn.Module:
 
 
 def reference(unet: UNet, attention_levels: tuple[int, ...], **arguments) -> UNet2DConditionModel:
-    """diffusers' U-Net with our weights: strict, so every one of its parameters is one of ours."""
+    """Returns diffusers' U-Net with our weights, loaded strictly: every one of its parameters is one of ours."""
     kinds = ["CrossAttn" if level in attention_levels else "" for level in range(unet.size_multiple.bit_length())]
     model = UNet2DConditionModel(
         sample_size=8,

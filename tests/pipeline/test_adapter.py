@@ -1,4 +1,4 @@
-"""A stage that trains an adapter: small, on a model that stays as it is, and of use wherever that model is."""
+"""A stage that trains an adapter: small, on a model that stays unchanged, and usable with that model anywhere."""
 
 import json
 from collections.abc import Sequence
@@ -24,7 +24,7 @@ from ldm_train.models.lora import LoRA
 from ldm_train.pipeline.convert import convert
 from ldm_train.pipeline.run import Run
 
-# Each latent channel by its own scale: what the U-Net of few steps says shows in the pictures.
+# With a scale per latent channel, the output of a U-Net trained for few steps shows in the images.
 STAGES = ("stages=[autoencoder,latents,diffusion]", "diffusion.evaluate_every=null", "latents.per_channel=true")
 OPTIONS = (
     "diffusion/adapter=lora",
@@ -73,7 +73,7 @@ def test_the_merged_model_is_the_base_with_the_adapter(base: Run, subject: Run) 
 
 @pytest.mark.chain
 def test_a_checkpoint_holds_the_adapter_alone_and_training_goes_on_from_it(base: Run, subject: Run) -> None:
-    """4 steps, and 2 and then 2 more, end at the same weights."""
+    """4 steps end at the same weights as 2 steps and then 2 more."""
     run = tuned(base, "stopped", "diffusion.max_steps=2", "diffusion.lr_schedule.schedule=constant")
     run.execute()
     checkpoint = run.folder / "diffusion" / "checkpoints" / "last.ckpt"
@@ -103,7 +103,7 @@ def parts_equal(first: torch.nn.Module, second: torch.nn.Module) -> bool:
 
 @pytest.mark.chain
 def test_an_adapter_is_of_the_model_as_it_is(base: Run) -> None:
-    """Not of other latents, other classes or other conditions."""
+    """Training it on other latents, other classes or other conditions is refused."""
     folder, begun = base.folder.parent, ("diffusion.init=base", *OPTIONS)
     for name, options, message in (
         ("latents", ("autoencoder.lr=2e-3",), "knows the latents of another autoencoder"),
@@ -252,7 +252,7 @@ def test_a_stopped_training_of_a_control_goes_on_exactly(base: Run, edges: Run) 
 
 @pytest.mark.chain
 def test_pictures_are_steered_by_a_control_beside_the_base(base: Run, edges: Run, tmp_path: Path) -> None:
-    """The run itself, and the base with its adapter, draw the same; another picture, and less strength, draw others."""
+    """The run and the base with its adapter draw the same; another control image or less strength draws others."""
     for name, box in (("one", (4, 4, 12, 12)), ("other", (0, 0, 6, 6))):
         picture = Image.new("RGB", (16, 16))
         picture.paste((255, 255, 255), box)
@@ -260,7 +260,7 @@ def test_pictures_are_steered_by_a_control_beside_the_base(base: Run, edges: Run
     given, weights = f"+fields.edges={tmp_path / 'one.png'}", edges.folder / "diffusion" / "adapter"
     own = pixels(job(base, "steered_own", f"run={edges.folder}", given))
     assert pixels(job(base, "steered_beside", f"adapters={weights}", given)) == own
-    model = load_latent_diffusion(edges.folder)  # 4 steps changed little
+    model = load_latent_diffusion(edges.folder)  # after 4 steps of training the control changes little
     torch.nn.init.normal_(model.conditioners["control"].conv_out.weight)
     torch.nn.init.normal_(model.network.control.middle_zero_conv.weight)
     weights = tmp_path / "strong"
@@ -300,7 +300,7 @@ def test_a_control_that_cannot_be_is_named_before_anything_is_trained(
 @torch.no_grad()
 @pytest.mark.parametrize("projected", [False, True])
 def test_a_layer_that_does_not_run_is_not_adapted(projected: bool) -> None:
-    """Of Stable Diffusion 2's encoder the last layer does not: its addition would never get a gradient."""
+    """E.g. the last layer of Stable Diffusion 2's text encoder does not run: its adapter would never get a gradient."""
     kind = CLIPTextModelWithProjection if projected else CLIPTextModel
     encoder = kind(CLIPTextConfig(hidden_size=16, intermediate_size=16, num_hidden_layers=3, num_attention_heads=2))
     view = without_last_layer(encoder)
@@ -310,7 +310,7 @@ def test_a_layer_that_does_not_run_is_not_adapted(projected: bool) -> None:
     layers = {key.split("layers/")[1][0] for key in adapter}
     assert layers == {"0", "1"}
     assert len(encoder.get_submodule("text_model.encoder.layers" if projected else "encoder.layers")) == 3
-    assert any("parametrizations" in key for key in encoder.state_dict())  # shared
+    assert any("parametrizations" in key for key in encoder.state_dict())  # the view shares its layers
     lora.merge(view)
     assert not any("parametrizations" in key for key in encoder.state_dict())
 
@@ -347,7 +347,7 @@ def test_a_frozen_encoder_that_cannot_learn_is_named_at_once(
 
 @pytest.mark.chain
 def test_a_frozen_text_encoder_is_adapted_beside_the_network(tmp_path: Path) -> None:
-    """Its part is in the adapter alone: the merged network's encoder is as it was."""
+    """The encoder's part is in the adapter only: the run's merged model encodes text without it."""
     words = tokenizer(tmp_path)
     config = CLIPTextConfig(
         vocab_size=len(words), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
@@ -373,5 +373,7 @@ def test_a_frozen_text_encoder_is_adapted_beside_the_network(tmp_path: Path) -> 
     take_adapters(beside, [str(folder)], "runs")
     for key, value in merged.network.state_dict().items():
         torch.testing.assert_close(beside.network.state_dict()[key], value, atol=1e-6, rtol=0)
-    states = [model.conditioners["text"].encode(["a red circle"])[0] for model in (beside, merged)]
-    assert (states[0] - states[1]).abs().max() > 0.01
+    models = (beside, merged, load_latent_diffusion(first.folder))
+    adapted, without, begun = (model.conditioners["text"].encode(["a red circle"])[0] for model in models)
+    assert (adapted - without).abs().max() > 0.01
+    assert torch.equal(without, begun)

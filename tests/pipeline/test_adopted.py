@@ -1,4 +1,4 @@
-"""Stage 1 from the files of others, in one command."""
+"""Stage 1 from published weights (diffusers, CompVis), in one command."""
 
 import json
 from pathlib import Path
@@ -19,7 +19,7 @@ OLDER = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn
 
 
 def sd_vae(folder: Path) -> AutoencoderKL:
-    """As the released ones: half precision, the older names of attention."""
+    """Saves a VAE like the released ones (half precision, older attention names); returns it in float32."""
     torch.manual_seed(0)
     vae = AutoencoderKL(
         block_out_channels=(128, 128), layers_per_block=1, down_block_types=["DownEncoderBlock2D"] * 2,
@@ -47,7 +47,7 @@ def test_a_published_vae_is_stage_1_of_a_training(tmp_path: Path):
         latents = torch.randn(2, 4, 16, 16)
         torch.testing.assert_close(ours.decode(latents), vae.decode(latents).sample, rtol=1e-4, atol=1e-4)
     again = chain(tmp_path, *STAGES, f"autoencoder.pretrained={tmp_path}/sd-vae")
-    again.execute()  # everything is finished
+    again.execute()  # everything is finished already
     assert len(list((tmp_path / ".adopted").iterdir())) == 1
 
 

@@ -1,4 +1,4 @@
-"""What can be known to be wrong with a run is said before anything is trained, for every stage of it."""
+"""Settings that cannot work are refused before anything is trained, for every stage of a run."""
 
 import random
 import re
@@ -24,7 +24,7 @@ Command = Callable[..., str]
 
 
 class Begun(Exception):
-    """The first stage would begin now."""
+    """Raised when the first stage would begin."""
 
 
 @pytest.fixture(scope="module")
@@ -32,14 +32,14 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("data")
 
 
-# Settings that go the way of the command line, each in a way of its own: a name, an option that is added, a group.
+# Settings tested through the command line, one of each kind: a name, an added option, a group.
 TYPED = ("name=[a]", "+sampler.order=3", "diffusion/conditioning=superres")
 
 
 @pytest.fixture
 def begin(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture) -> Command:
-    """begin(override, ..., typed=false) -> the message with which train.py refuses; raises Begun where it would train. typed: on
-    the command line, which is composed twice."""
+    """begin(override, ..., typed=True) returns the message with which train.py refuses; raises Begun if it would train.
+    typed: the overrides go through the command line, which composes the config twice."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
     monkeypatch.setenv(TRACEBACK, "0")
@@ -162,7 +162,7 @@ REFUSED = {
 
 
 def _is_of_values(setting: str) -> bool:
-    """Of values of sections alone: nothing of Hydra's is asked."""
+    """Returns True if all overrides set values in sections, which needs none of Hydra's own syntax."""
     return all(re.match(r"[a-z]\w*\.", option) for option in setting.split())
 
 
@@ -208,11 +208,11 @@ ODD = ["abc", -1, 0, None, float("nan"), float("inf"), True, [], [1, 2, 3], {}, 
 def test_any_option_with_any_value_is_taken_or_refused_in_words(
     data: Path, tmp_path: Path, request: pytest.FixtureRequest
 ):
-    """Of every option of the whole config, with values it was not made for: nothing but errors that users are shown."""
+    """Random options of the whole config with odd values (`--fuzz` cases) raise only errors that users are shown."""
     count = request.config.getoption("--fuzz")
     with initialize_config_dir(str(config_folder()), version_base="1.3"):
         usual = compose("train", [*SMALL, "name=run", f"runs_dir={tmp_path}", f"data_dir={data}"])
-    # Not these: they say where things are, or start processes and downloads.
+    # Left out: options that say where things are, or that start processes or downloads.
     keys = [
         k for k in _leaves(usual) if not k.startswith(("data_dir", "data.source", "devices", "evaluation.extractors"))
     ]

@@ -1,5 +1,5 @@
-"""deterministic=true: the same command makes the same files, with any number of loading processes. Checkpoints also hold how long
-training took."""
+"""deterministic=true: the same command makes the same files with any number of data workers, except for the training
+time that checkpoints hold."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,7 +16,7 @@ RESULTS = ("*.tar", "*.safetensors", "metrics.json", "*.png", "*.gif")
 
 
 def leaves(tree: Any) -> Iterator[Any]:
-    """The numbers, words and tensors of nested dicts and lists, with their keys between."""
+    """Yields the leaves of nested dicts, lists and tuples, each preceded by its keys and indices."""
     if isinstance(tree, dict | list | tuple):
         for key, value in tree.items() if isinstance(tree, dict) else enumerate(tree):
             yield str(key)

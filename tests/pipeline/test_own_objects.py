@@ -1,4 +1,4 @@
-"""Tasks, data modules, callbacks, loggers and the Trainer's options come from `_target_` nodes: stock ones and a user's own."""
+"""Tasks, data modules, callbacks, loggers and Trainer options from the config: stock ones and a user's own."""
 
 from pathlib import Path
 
@@ -30,7 +30,7 @@ class HalfTask(DiffusionTask):
     """Half the loss of the package's task."""
 
     def training_step(self, batch: dict, batch_idx: int) -> torch.Tensor:
-        if self.device.type != "meta":  # where the plan rehearses it
+        if self.device.type != "meta":  # the plan rehearses the task on meta
             COUNTED.append("task")
         return super().training_step(batch, batch_idx) / 2
 
@@ -65,7 +65,7 @@ def test_objects_of_ones_own_and_stock_ones_take_part(tmp_path: Path, caplog: py
         ours = read_rows(tmp_path / "run" / stage)
         theirs = read_rows(path.parent)
         assert {r["step"] for r in theirs} == {r["step"] for r in ours}
-        assert any(name.startswith("lr-") for name in theirs[0])  # of Lightning's own callback
+        assert any(name.startswith("lr-") for name in theirs[0])  # from Lightning's own callback
     lightly = chain(tmp_path, *SHORT, "stages=[autoencoder]", name="plain")
     lightly.execute()
     same = (OmegaConf.load(tmp_path / n / "config.yaml").autoencoder for n in ("run", "plain"))
@@ -74,7 +74,7 @@ def test_objects_of_ones_own_and_stock_ones_take_part(tmp_path: Path, caplog: py
         torch.load(tmp_path / n / "autoencoder/checkpoints/last.ckpt", weights_only=True)["state_dict"]
         for n in ("run", "plain")
     ]
-    assert all(torch.equal(weights[0][k], weights[1][k]) for k in weights[0])  # what watches changes nothing
+    assert all(torch.equal(weights[0][k], weights[1][k]) for k in weights[0])  # observers change nothing
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Ray, on a cluster of two nodes of this machine: ranks on both, a node lost in the middle, shards by tasks. Needs '.[ray]'."""
+"""Ray on a local cluster of two nodes: ranks on both, a node lost midway, shards written by tasks. Needs '.[ray]'."""
 
 import importlib.util
 import os
@@ -71,7 +71,7 @@ def test_the_board_keeps_what_the_first_rank_said_of_those_that_run_now():
     board.end("first", 1, 1, "late")
     assert (board.look("second"), board.outcome()) == ((0, False), (0, ""))
     assert not board.is_alone()
-    board.end("second", 1, 1, "")  # fails because of the other
+    board.end("second", 1, 1, "")  # fails because the other rank failed
     board.end("second", 0, 2, "error: the cause")
     assert (board.look("second"), board.look("first")) == ((0, True), (0, False))
     assert board.outcome() == (2, "error: the cause")
@@ -79,7 +79,7 @@ def test_the_board_keeps_what_the_first_rank_said_of_those_that_run_now():
 
 @pytest.fixture(scope="module")
 def nodes() -> Iterator[Any]:
-    """A cluster: a head without CPUs, and two nodes of one CPU."""
+    """A Ray cluster: a head without CPUs, and two nodes with one CPU each."""
     from ray.cluster_utils import Cluster
 
     made = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
@@ -96,7 +96,7 @@ def begin(folder: Path, nodes: Any, *command: str) -> subprocess.Popen:
 
 
 def lose_one(nodes: Any) -> None:
-    """Kills a node's raylet, and with it all processes on it; another node comes."""
+    """Kills a node's raylet, and with it all processes on that node, then adds another node."""
     nodes.remove_node(next(iter(nodes.worker_nodes)), allow_graceful=False)
     nodes.add_node(num_cpus=1)
 
@@ -164,7 +164,7 @@ def test_a_rank_that_fails_says_so_once_and_nothing_begins_again(nodes: Any, tmp
         "name=ray",
         "engine=ray",
         *CHAIN,
-    ]  # its folder is on the path
+    ]  # the working folder is on its path
     process = begin(tmp_path, nodes, *command, "+callbacks.own._target_=failing.Failing")
     assert process.wait() == 1
     said = (tmp_path / "log").read_text()

@@ -1,4 +1,4 @@
-"""The chain skips, resumes, runs or refuses each stage, and nothing is reused or overwritten in silence."""
+"""The chain skips, resumes, runs or refuses each stage, and reuses or overwrites nothing silently."""
 
 import copy
 import multiprocessing
@@ -45,7 +45,7 @@ ORDER = Order(
 
 
 class Work:
-    """A stage that notes its calls and fails when told to."""
+    """A stage that counts its calls and fails if told to."""
 
     def __init__(self, fails: bool = False):
         self.calls, self.fails = 0, fails
@@ -308,7 +308,7 @@ def test_stages_follow_from_each_other_directly_or_not():
 
 @pytest.mark.parametrize("stage", ["autoencoder", "diffusion"])
 def test_options_that_a_run_of_before_lacks_are_at_their_defaults(stage: str) -> None:
-    """Options of 2026-11 that runs made earlier do not have: of a section, of a part, and of a part within a part."""
+    """Options added in 2026-11, which older runs lack: in a section, in a part, and in a part within a part."""
     added = {
         "autoencoder": ["task.augmentation", "ema_width", "max_time", "loss.lecam_weight", "loss.r1_weight"],
         "diffusion": [

@@ -1,4 +1,4 @@
-"""SLURM: ranks from srun's variables, and jobs that are run again; the latter also on a real SLURM where its packages are installed."""
+"""SLURM: ranks from srun's variables, and requeued jobs, also on a real SLURM if its packages are installed."""
 
 import os
 import shutil
@@ -36,7 +36,7 @@ def test_a_task_of_srun_has_torchruns_variables():
 
 def test_ports_and_addresses_that_are_set_stay():
     assert slurm.ranks(TASK | {"MASTER_PORT": "555"})["MASTER_PORT"] == "555"
-    assert slurm.ranks(TASK | {"RANK": "0"})["RANK"] == "6"  # a rank does not
+    assert slurm.ranks(TASK | {"RANK": "0"})["RANK"] == "6"  # a rank that is set does not
 
 
 @pytest.mark.parametrize(
@@ -65,7 +65,7 @@ def test_tasks_that_see_one_gpu_each_are_refused():
 
 @pytest.fixture
 def asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], list[str]]:
-    """What was asked of a scontrol that only writes it down."""
+    """Installs a fake scontrol that logs its arguments; returns a function that gives the logged calls."""
     log, tool = tmp_path / "asked", tmp_path / "scontrol"
     tool.write_text(f'#!/bin/sh\necho "$@" >> {log}\n')
     tool.chmod(0o755)
@@ -126,7 +126,7 @@ def test_submitit_requeues_by_its_own_handler(asked: Callable, monkeypatch: pyte
     called: list[int] = []
     before = {n: signal.signal(n, lambda number, frame: called.append(number)) for n in interrupts.SIGNALS}
     try:
-        with interrupts.handled():  # as while training: what announces the end is ours, SIGTERM stays submitit's
+        with interrupts.handled():  # as in training: we handle the signals that announce the end, submitit SIGTERM
             assert not interrupts.handled_outside(signal.SIGUSR2)
             assert interrupts.handled_outside(signal.SIGTERM)
         slurm.run_again(signal.SIGUSR2, 3)
@@ -148,7 +148,7 @@ def free_port() -> int:
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A folder whose slurm.conf is that of a SLURM of one node, this machine."""
+    """Starts a SLURM whose only node is this machine; yields the folder of its slurm.conf. Skips if it cannot."""
     if missing := [name for name in DAEMONS if shutil.which(name, path=f"{os.environ['PATH']}:/usr/sbin") is None]:
         pytest.skip(f"no {', '.join(missing)} here (Debian: slurmctld, slurmd, slurm-client, munge)")
     if os.getuid() != 0:
@@ -232,7 +232,7 @@ def test_two_tasks_told_of_their_end_save_run_again_and_end_as_if_undisturbed(cl
         return said.read_text() if said.exists() else f"job {job} has said nothing"
 
     wait_for(lambda: trace.exists() and len(trace.read_text().splitlines()) >= 10, 120, told)
-    asked_of(cluster, "scancel", "--signal=USR1", job)  # as `sbatch --signal=USR1@120` two minutes before the end
+    asked_of(cluster, "scancel", "--signal=USR1", job)  # as `sbatch --signal=USR1@120` does two minutes before the end
     wait_for(lambda: f"SLURM runs job {job} again" in told(), 60, told)
     assert (tmp_path / "told" / "autoencoder" / "checkpoints" / "last.ckpt").is_file()
 
@@ -293,4 +293,4 @@ def test_a_sweep_of_submitit_trains_on_two_tasks_each_and_survives_being_preempt
     assert sweep.returncode == 0, told()
     (last,) = (tmp_path / "s").rglob("last.ckpt")
     assert torch.load(last, weights_only=True)["global_step"] == 60
-    assert len(trace.read_text().splitlines()) == 2 * 60  # of two ranks: no step was repeated
+    assert len(trace.read_text().splitlines()) == 2 * 60  # for two ranks: no step was repeated

@@ -1,4 +1,4 @@
-"""A stage of one's own, outside the package: named by `_target_`, it is skipped, resumed and refused as the package's own."""
+"""A user's own stage outside the package, named by `_target_`, is skipped, refused and restarted like the others."""
 
 import sys
 from pathlib import Path
@@ -57,7 +57,7 @@ def test_a_stage_of_ones_own_runs_after_what_it_needs(tmp_path: Path, capsys: py
         chain(tmp_path, *OWN, "+unit=2", stages).execute()
     with pytest.raises(ValueError, match="unit=-1 is no unit"):
         chain(tmp_path, *OWN, "+unit=-1", stages).execute()
-    with pytest.raises(Refused, match=r"sizes were made from it"):  # further training would leave it behind
+    with pytest.raises(Refused, match=r"sizes were made from it"):  # further training would make it outdated
         chain(tmp_path, *OWN, "+unit=1", stages, "diffusion.max_steps=8").execute()
     chain(tmp_path, *OWN, "+unit=1000", stages, "restart=sizes").execute()
     assert float((tmp_path / "run/sizes/count.txt").read_text()) == count / 1000

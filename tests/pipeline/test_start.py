@@ -1,4 +1,4 @@
-"""Training that begins from what was trained before: an autoencoder, its decoder alone, a whole U-Net."""
+"""Training that begins from earlier models: an autoencoder, only its decoder, or a whole U-Net."""
 
 import math
 import shutil
@@ -68,7 +68,7 @@ def test_a_decoder_is_trained_on_while_latents_and_unet_stay(first: Run):
     assert not (run.folder / "latents" / "index.json").exists()  # nothing trains on them
     assert {path: path.read_bytes() for path in before} == before
     again = following(first, "decoder", *DECODER, "diffusion.pretrained=first", "autoencoder.ema_decay=0.9")
-    again.execute()  # everything is finished
+    again.execute()  # everything is finished already
 
 
 def test_the_cache_of_a_kept_encoder_is_taken_over(first: Run, capsys: pytest.CaptureFixture):
@@ -81,14 +81,14 @@ def test_the_cache_of_a_kept_encoder_is_taken_over(first: Run, capsys: pytest.Ca
     shards = sorted((run.folder / "latents").rglob("*.tar"))
     assert shards
     assert all(s.samefile(first.folder / "latents" / s.relative_to(run.folder / "latents")) for s in shards)
-    # A further run from this one still shares them: the first encoder is theirs.
+    # A further run from this one still shares the shards, because the encoder is still the first one.
     other = chain(first.folder.parent, *SHORT, *BRIEF, *DECODER, "autoencoder.init=cached", name="further")
     other.execute()
     assert read_note(other.folder / "latents")["key"] == notes[0]["key"]
 
 
 def test_a_whole_autoencoder_goes_on_with_its_own_network(first: Run):
-    # The network that the config chooses is another; that of `init` is trained on.
+    # The config chooses another network, but the one of `init` is trained on.
     run = following(first, "on", "stages=[autoencoder]", "autoencoder/network=vq_f4_tiny", "autoencoder.lr=1e-5")
     run.execute()
     trained, source = (load_autoencoder(r.folder / "autoencoder" / "model") for r in (run, first))
@@ -112,7 +112,7 @@ def test_the_discriminator_comes_along_or_is_new(first: Run, tmp_path: Path, cap
     assert all(torch.equal(other.discriminator.state_dict()[k], v) for k, v in before.items())
     run.config.autoencoder.init_discriminator = None
     run.config.autoencoder.init = str(first.folder / "autoencoder" / "model")
-    give_discriminator(run, other)  # the model folder lies in its run
+    give_discriminator(run, other)  # init is a model folder within its run
     wide = following(first, "wide", "stages=[autoencoder]", "autoencoder.loss.discriminator.channels=8")
     mine = instantiate(plain(wide.config.autoencoder.loss), _convert_="all")
     give_discriminator(wide, mine)
@@ -207,7 +207,7 @@ def test_a_unet_on_other_latents_or_conditions_is_refused(first: Run):
 
 
 def latent_model(classes: list[str], labels: int = 0, vector: bool = True) -> tuple[LatentDiffusion, dict]:
-    """labels: of a label map that is a condition too."""
+    """Returns a small model and its config tree. labels: those of a label map that is a condition too (0: no map)."""
     network = {
         "_target_": "ldm_train.models.unet.UNet", "in_channels": 3, "channels": 16, "channel_mult": [1, 2], "num_res_blocks": 1,
         "attention_levels": [1], "num_heads": 2, "context_dim": 8, "concat_channels": 2 * bool(labels),
@@ -243,15 +243,15 @@ def test_a_network_with_more_inputs_computes_what_the_first_did(tmp_path: Path):
     assert what_grows(more.network, tmp_path / "first") == ["channels of pictures or maps 3 -> 5 (zeros)"]
     begin_from(more, tmp_path / "first", [])
     x, t = torch.randn(2, 3, 8, 8), torch.tensor([3.0, 700.0])
-    old = first.condition({"class_label": torch.tensor([0, 1])})  # cat, dog, here by their new numbers
+    old = first.condition({"class_label": torch.tensor([0, 1])})  # cat, dog; the next line has their new numbers
     new = more.condition({"class_label": torch.tensor([2, 1]), "segmentation": torch.randint(0, 3, (2, 16, 16))})
     new["context"] = old["context"]
     with torch.no_grad():
         torch.testing.assert_close(more.predict(x, t, new), first.predict(x, t, old), rtol=0, atol=1e-6)
     table = more.conditioners["class_label"].embedding.weight
-    assert torch.equal(table[3], first.conditioners["class_label"].embedding.weight[2])  # no class
+    assert torch.equal(table[3], first.conditioners["class_label"].embedding.weight[2])  # the row for no class
     assert not table[0].any()
-    # A vector where there was none: its projection begins as zeros.
+    # A new vector condition: its projection begins as zeros.
     bare, tree = latent_model([], vector=False)
     save_model(tmp_path / "bare", bare, tree, {})
     with_vector, _ = latent_model(["cat"])
@@ -306,7 +306,7 @@ def test_training_begins_from_a_whole_model_of_others_in_one_command(form: str, 
         "data.adherence=null",
         *BRIEF,
     )
-    if form == "diffusers":  # at widths whose norms have the groups that diffusers' own networks have
+    if form == "diffusers":  # widths whose norms have as many groups as diffusers'
         plain += ("autoencoder.network.channels=128", "autoencoder.network.channel_mult=[1,1,1]", "autoencoder.network.num_res_blocks=1",
                   "diffusion.network.channels=128", "diffusion.network.channel_mult=[1,1]", "diffusion.network.num_res_blocks=1",
                   "autoencoder.max_steps=2", "autoencoder.batch_size=4", "autoencoder.val_every=2")  # fmt: skip
@@ -334,7 +334,7 @@ def test_training_begins_from_a_whole_model_of_others_in_one_command(form: str, 
 
 @pytest.fixture(scope="module")
 def others(first: Run, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The latents of a run as another program may hand them over: half in .npy files, half in one file of safetensors, scaled."""
+    """A run's latents as another program may provide them: scaled, half in .npy files, half in one safetensors file."""
     folder, tensors = tmp_path_factory.mktemp("others"), {}
     for split in ("train", "val"):
         latents = CachedLatents(first.folder / "latents", split, (), 0)
@@ -389,8 +389,8 @@ def test_latents_that_are_missing_or_unfit_are_named(others: Path, tmp_path: Pat
         ):
             latents(key)
     with pytest.raises(ValueError, match=r"c.npy: the latents of c cannot be read"):
-        latents("c")  # a pickle is not run
-    mean, logvar = latents("d").chunk(2)  # a mean alone
+        latents("c")  # a pickle is not executed
+    mean, logvar = latents("d").chunk(2)  # only a mean
     assert torch.equal(mean, torch.full((4, 8, 8), 0.5))
     assert torch.equal(logvar, torch.full((4, 8, 8), -30.0))
     (tmp_path / "e.safetensors").write_bytes(b"x" * 20)

@@ -1,10 +1,13 @@
-"""Sweeps: shared stages, a job that fails, the table, the plots, the search."""
+"""Sweeps: shared stages, a job that fails, the table, the plots and the search."""
 
 import csv
 import json
+import signal
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -27,7 +30,7 @@ Command = Callable[..., tuple[int, str, str]]
 
 @pytest.fixture(scope="module")
 def command() -> Callable[..., int]:
-    """command("train", override, ...) -> its exit status; in this process, so that it starts at once."""
+    """command("train", override, ...) runs in this process, so that it starts at once; returns its exit status."""
     mains = {"train": train.main, "sweep": sweep.main, "evaluate": evaluate.main, "search": search_command.main}
 
     def run(name: str, *arguments: str) -> int:
@@ -44,7 +47,7 @@ def command() -> Callable[..., int]:
 
 @pytest.fixture(scope="module")
 def swept(command: Callable[..., int], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Three jobs that share their autoencoder; the second asks for more images than there are."""
+    """A sweep of three jobs that share their autoencoder; the second fails, as its batch size exceeds the data set."""
     folder = tmp_path_factory.mktemp("sweep")
     options = [o for o in SMALL if not o.startswith("diffusion.batch_size")]
     status = command("train", "-m", *options, f"runs_dir={folder}", f"data_dir={folder}/data", "name=mine",
@@ -277,11 +280,38 @@ def test_a_space_says_its_kind() -> None:
             search.parse_space({"lr": wrong})
 
 
+TRAINS_FOR_EVER = """
+import pathlib, sys, time
+folder = pathlib.Path(sys.argv[1]) / "diffusion"
+folder.mkdir()
+(folder / "metrics.csv").write_text("step,val/loss\\n1,9.0\\n")
+time.sleep(60)
+"""
+
+
+def test_a_trial_that_is_worse_than_the_others_were_is_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import optuna
+
+    study = optuna.create_study(pruner=optuna.pruners.MedianPruner(n_startup_trials=1))
+    good = optuna.trial.create_trial(value=1.0, intermediate_values={1: 1.0})
+    study.add_trial(good)
+    trial, started = study.ask(), []
+
+    def popen(command: list[str], **options: Any) -> subprocess.Popen:
+        started.append(launch([sys.executable, "-c", TRAINS_FOR_EVER, tmp_path / f"{trial.number:03d}"], **options))
+        return started[0]
+
+    launch = subprocess.Popen
+    monkeypatch.setattr(search.subprocess, "Popen", popen)
+    config = OmegaConf.create({"recipe": "quickstart", "logger": "csv", "overrides": [], "prune": "diffusion:val/loss"})
+    with pytest.raises(optuna.TrialPruned):
+        search.run_trial(trial, config, {}, tmp_path)
+    assert started[0].returncode == -signal.SIGTERM
+
+
 @pytest.mark.slow
-def test_a_search_shares_stages_prunes_continues_and_finds_the_best(
-    swept: Path, command: Callable[..., int], tmp_path: Path, capfd
-) -> None:
-    """Trials are runs of train.py on the sweep's autoencoder; one that fails is no end."""
+def test_a_search_continues_and_finds_the_best(swept: Path, command: Callable[..., int], tmp_path: Path, capfd) -> None:
+    """Trials are runs of train.py with the sweep's autoencoder; a failed trial does not end the search."""
     folder = swept.parent
     (tmp_path / "base").symlink_to(run_of(swept, 8))
     options = [o for o in SMALL if not o.startswith(("diffusion.max_steps", "logger", "progress"))]

@@ -123,7 +123,7 @@ def test_a_word_is_not_found_inside_other_words(base: Run) -> None:
     for text, ids in known.items():
         assert torch.equal(reader.tokenize([text])[0], ids)
     assert reader.spelled(["a zq, zq_b mzqx"]) == ["a zq zq_1, zq_b mzqx"]
-    first = 3 + 297  # the rows before it
+    first = 3 + 297  # the number of rows before it
     assert reader.tokenize(["zq"])[0][0, 1:3].tolist() == [first, first + 1]
 
 

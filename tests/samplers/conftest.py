@@ -1,4 +1,4 @@
-"""What the samplers' tests share."""
+"""The network that the samplers' tests share."""
 
 import pytest
 import torch

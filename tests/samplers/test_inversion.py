@@ -1,4 +1,4 @@
-"""DDIM inversion and resampling jumps: the way back, and the way over again."""
+"""DDIM inversion (from latents to noise) and resampling jumps (stretches of steps repeated)."""
 
 from functools import partial
 
@@ -24,7 +24,7 @@ def gaussian(x_t: torch.Tensor, t: float) -> torch.Tensor:
 
 
 def error(denoise, latents: torch.Tensor, steps: int, iterations: int) -> float:
-    """Relative root mean square of what inversion and the sampler make of latents."""
+    """Returns the root mean square error of latents after inversion and sampling, relative to their deviation."""
     times, noise = SCHEDULE.timesteps(steps), NoiseSource(range(len(latents)))
     x_t = ddim_inversion(denoise, latents, times, SCHEDULE, iterations=iterations)
     again = ddim(denoise, x_t, times, SCHEDULE, noise)
@@ -32,7 +32,7 @@ def error(denoise, latents: torch.Tensor, steps: int, iterations: int) -> float:
 
 
 def test_inversion_then_ddim_gives_the_latents_back() -> None:
-    """Within 1 % in 50 steps of 5 iterations, within 1e-5 in 50; more iterations and more steps are nearer."""
+    """Within 1 % in 50 steps of 5 iterations, within 1e-5 with 50 iterations; more iterations or steps come closer."""
     latents = MEAN + STD * torch.randn(8, 2, 4, 4, dtype=torch.float64)
     by_iterations = [error(gaussian, latents, 50, k) for k in (1, 2, 5, 50)]
     assert by_iterations == sorted(by_iterations, reverse=True)

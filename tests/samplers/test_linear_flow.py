@@ -38,7 +38,7 @@ class GaussianFlow:
 
 
 class InDouble(Denoiser):
-    """Denoisers answer in float32; orders of convergence are read in float64."""
+    """A Denoiser that returns float64 instead of float32, to measure orders of convergence."""
 
     def __call__(self, x_t: torch.Tensor, t: float) -> torch.Tensor:
         x, alpha, sigma = self.schedule.network_view(x_t, t)
@@ -51,7 +51,7 @@ def perfect(kind: type = InDouble) -> Denoiser:
 
 
 def exact(x: torch.Tensor, t: float, s: float) -> torch.Tensor:
-    """Where the flow of the probability-flow equation takes x from t to s, both variance preserving."""
+    """Returns the exact solution at s of the probability-flow equation from x at t, both variance preserving."""
 
     def marginal(time: float) -> tuple[float, float]:
         alpha, sigma = FLOW.numbers(time)
@@ -108,7 +108,7 @@ def test_times_are_uniform_or_logit_normal() -> None:
 
 
 def test_strata_stay_strata() -> None:
-    """Over a global batch every slice of the density is drawn from once, whatever the density."""
+    """A global batch draws once from every stratum of the density, here a logit-normal one."""
     flow = LinearFlow("logit_normal")
     drawn = DiffusionObjective(flow, FlowPrediction()).sample_timesteps(50)
     edges = flow.training_times(torch.arange(51, dtype=torch.float64) / 50)
@@ -133,7 +133,7 @@ def test_times_fall_from_the_last_with_signal_to_the_clean_image(spacing: str) -
     assert times[-1] == 0
     assert times[0] <= FLOW.last_time + 1e-9
     assert (times.diff() < 0).all()
-    FLOW.levels(times)  # finite
+    FLOW.levels(times)  # raises if a level is infinite
     with pytest.raises(ValueError, match="no spacing 'compvis'"):
         FLOW.timesteps(20, "compvis")
 

@@ -1,4 +1,4 @@
-"""Samplers on a problem with a known answer (Gaussian data), against diffusers, and image by image."""
+"""Samplers on Gaussian data, where the answer is known, against diffusers, and with one image per seed in any batch."""
 
 from collections.abc import Callable
 from functools import partial
@@ -41,7 +41,7 @@ def marginal(t: float, mean: float = MEAN, std: float = STD) -> tuple[float, flo
 
 
 def flow(x: torch.Tensor, t: float, s: float) -> torch.Tensor:
-    """The probability flow from t to s, exactly: it keeps each point's quantile."""
+    """Returns the exact probability flow of x from t to s, which keeps each point's quantile."""
     (mean_t, std_t), (mean_s, std_s) = marginal(t), marginal(s)
     return mean_s + std_s * (x - mean_t) / std_t
 
@@ -78,7 +78,8 @@ def test_samples_have_the_mean_and_deviation_of_the_data(sampler: Callable) -> N
 
 @pytest.mark.parametrize(("variance", "data_std"), [("small", 0.0), ("large", 1.0)])
 def test_ddpm_is_exact_in_few_steps_where_its_variance_is_right(variance: str, data_std: float) -> None:
-    """Dirac data: the posterior's variance. Unit Gaussian data: beta. Then even three steps give every marginal."""
+    """The posterior's variance is right for Dirac data, beta for unit Gaussian data. Then even three steps give the
+    exact deviation at the last time."""
     times = torch.tensor([999.0, 600.0, 250.0, 40.0], dtype=torch.float64)
     mean, std = marginal(999, 0.0, data_std)
     x = mean + std * torch.randn(1, 1, 256, 256)
@@ -120,7 +121,7 @@ def test_ddim_equals_diffusers(network: torch.nn.Module, prediction_type: str, s
 
 @pytest.mark.parametrize(("variance", "theirs"), [("small", "fixed_small"), ("large", "fixed_large")])
 def test_a_ddpm_step_equals_diffusers(network: torch.nn.Module, variance: str, theirs: str) -> None:
-    """Its mean, by giving both the same noise; and its variance with it."""
+    """Compares the step's mean, by giving both the same noise, and with it the variance."""
     x = torch.randn(1, 2, 8, 8)
     reference = DDPMScheduler(
         1000, beta_start=0.0015, beta_end=0.0195, beta_schedule="scaled_linear", clip_sample=False,

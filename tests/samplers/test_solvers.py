@@ -1,4 +1,4 @@
-"""The fast solvers: their order on a problem with a known answer, and each against diffusers' scheduler of its name."""
+"""The fast solvers: their order on Gaussian data, where the answer is known, and each against diffusers' scheduler."""
 
 from collections.abc import Callable
 from functools import partial
@@ -66,7 +66,7 @@ def flow(x: torch.Tensor, t: float, s: float) -> torch.Tensor:
     [("ddim", 1), ("euler", 1), ("heun", 2), ("2m", 2), ("2s", 2), ("unipc", 2), ("plms", 1.8), ("lms", 1.8)],
 )
 def test_order_of_convergence(name: str, order: float) -> None:
-    """At the last positive noise level, times being whole so that the schedule is smooth where it is asked."""
+    """Measured from t = 999 to 39; the times are whole, so that the schedule is smooth where it is evaluated."""
     x, errors = torch.randn(1, 1, 16, 16, dtype=torch.float64), []
     steps = (48, 96, 192)
     for count in steps:
@@ -117,7 +117,7 @@ def test_evaluations_per_step_are_as_documented(name: str, calls: int) -> None:
 
 
 class Recorded:
-    """Our noise for their sampler."""
+    """Gives our noise, step by step, to a scheduler of diffusers."""
 
     def __init__(self, source: NoiseSource):
         self.source, self.step = source, 0
@@ -174,7 +174,7 @@ def test_samplers_equal_diffusers(
     reference = getattr(diffusers, scheduler)(1000, prediction_type=prediction_type, **BETAS, **options)
     stochastic = Recorded(noise) if "sde-dpmsolver++" in options.values() else None
     expected = theirs(reference, network, x, steps, stochastic)
-    if "Singlestep" in scheduler:  # it knows no spacing of its own: take its times
+    if "Singlestep" in scheduler:  # it has no spacing option: take its times
         reference.set_timesteps(steps)
         times = torch.cat([reference.timesteps.double(), torch.tensor([-1.0], dtype=torch.float64)])
     else:
@@ -210,9 +210,9 @@ def test_time_of_inverts_the_levels() -> None:
 
 
 def test_compvis_spacing_is_their_list() -> None:
-    """Their ddim_timesteps: arange(0, 1000, 1000 // S) + 1, and their last step goes to time 0."""
+    """CompVis' ddim_timesteps are arange(0, 1000, 1000 // S) + 1, and the last step goes to time 0."""
     assert SCHEDULE.timesteps(50, "compvis").tolist() == [*(np.arange(0, 1000, 20) + 1)[::-1], 0]
-    assert len(SCHEDULE.timesteps(400, "compvis")) == 501  # asked for 400 they take 500
+    assert len(SCHEDULE.timesteps(400, "compvis")) == 501  # asked for 400 steps, CompVis takes 500
     with pytest.raises(ValueError, match="spacing=compvis cannot take 1000 of 1000 steps"):
         SCHEDULE.timesteps(1000, "compvis")
 

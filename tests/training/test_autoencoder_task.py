@@ -104,7 +104,7 @@ def test_validation_judges_the_averaged_weights_and_brings_the_raw_ones_back() -
 
 @pytest.mark.parametrize("fused", [False, True])
 def test_16_mixed_clips_the_unscaled_gradient(fused: bool) -> None:
-    """Loss scaling must not reach the clipping: the norms are those of plain float32 training."""
+    """Loss scaling must not affect clipping: the norms are those of plain float32 training."""
 
     def norms(precision: list) -> list[float]:
         task = build(disc_start=0)

@@ -1,4 +1,4 @@
-"""Checkpoints: damage is found and named before it trains on, the one before is kept, a full disk costs nothing."""
+"""Checkpoints: damage is named before training resumes, the previous one is kept, a full disk loses nothing."""
 
 import io
 import os
@@ -31,7 +31,7 @@ def equal(a: dict, b: dict) -> bool:
 
 @pytest.fixture
 def last(tmp_path: Path) -> Path:
-    """stage/checkpoints/last.ckpt of step 2, the one before of step 1."""
+    """diffusion/checkpoints/last.ckpt of step 2; the previous checkpoint, beside it, is of step 1."""
     path = tmp_path / "diffusion" / "checkpoints" / "last.ckpt"
     for step in (1, 2):
         AtomicCheckpointIO().save_checkpoint(state(step), path)
@@ -112,7 +112,7 @@ def test_checkpoints_are_written_through_no_link(tmp_path: Path, monkeypatch: py
 
 
 class Runs:
-    """A pickle that would write a file."""
+    """An object whose pickle creates a file when it is loaded."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -139,7 +139,7 @@ def test_a_damaged_best_checkpoint_is_named(tmp_path: Path, monkeypatch: pytest.
 
 
 def test_a_full_disk_is_one_message_and_loses_nothing(last: Path):
-    """The file may grow to n bytes, for n all over a checkpoint."""
+    """File size is limited to n bytes, for about 60 values of n up to just below a checkpoint's size."""
     content, whole = last.read_bytes(), io.BytesIO()
     torch.save(state(3), whole)
     size = len(whole.getvalue())

@@ -1,4 +1,4 @@
-"""A training that the clock ends: its schedules reach their end with it, it is finished then, and it goes on where it was."""
+"""Training with a time limit: its schedules end with the time, it is finished then, and it resumes where it was."""
 
 import time
 from functools import partial
@@ -20,7 +20,7 @@ LENGTH = 1000  # of the schedules, in steps
 
 
 class Slow(Task):
-    """Steps of a given time on a clock that the test turns, so that nothing depends on the machine."""
+    """A task whose steps take a fixed time on a fake clock, so that nothing depends on the machine."""
 
     monitor = None
 
@@ -104,7 +104,7 @@ def test_time_spent_before_an_interruption_counts(tmp_path: Path) -> None:
     now[0] += 3600  # switched off for an hour, which does not count
     rest = Slow()
     run(rest, tmp_path, Clock(10.0, LENGTH))
-    assert rest.seen[0][0] == int(16 / 40 * (LENGTH - 1))  # the checkpoint of step 16
+    assert rest.seen[0][0] == int(16 / 40 * (LENGTH - 1))  # resumes from the checkpoint of step 16
     assert len(rest.seen) == 40 - 16
 
 

@@ -114,7 +114,7 @@ def start(folder: Path, *overrides: str) -> subprocess.Popen:
 
 
 def wait_for_training(process: subprocess.Popen, folder: Path) -> list[int]:
-    """The processes of the two ranks, once they train."""
+    """Waits until training has begun; returns the process ids of the two ranks."""
     trace = folder / "trace"
     while not (trace.is_file() and len(trace.read_text().splitlines()) >= 6):
         assert process.poll() is None, process.stderr.read()
@@ -154,7 +154,7 @@ def test_ranks_and_loading_processes_end_with_their_command_and_sigterm_saves_on
     process.communicate()
 
     (tmp_path / "trace").unlink()
-    process = start(tmp_path)  # the run is free
+    process = start(tmp_path)  # the run is no longer locked
     wait_for_training(process, tmp_path)
     process.terminate()
     output, errors = process.communicate(timeout=60)

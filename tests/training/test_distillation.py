@@ -1,4 +1,4 @@
-"""A student of few steps: its step is drawn towards where its teacher's several lead."""
+"""Distillation to few steps: a student's step is trained towards the result of several steps of its teacher."""
 
 import copy
 from functools import partial
@@ -56,10 +56,10 @@ def test_a_student_of_an_unguided_teachers_steps_has_nothing_to_learn() -> None:
 
 @torch.no_grad()
 def test_the_distance_is_that_of_one_step_and_the_teachers_several() -> None:
-    """Written out: DDIM's formula, guidance as a mixture of two evaluations."""
+    """Compared with DDIM's formula and guidance, a mixture of two evaluations, written out."""
     of = model()
     student, schedule = task(of, steps=4, teacher_steps=2, guidance_scale=3.0), of.schedule
-    for p in of.network.parameters():  # the teacher keeps its own
+    for p in of.network.parameters():  # the teacher keeps its own weights
         p.mul_(0.9)
     times = schedule.timesteps(4, "trailing")
 
@@ -108,12 +108,12 @@ def test_only_the_student_learns_and_the_teacher_stays_in_evaluation() -> None:
 
 @torch.no_grad()
 def test_the_students_steps_are_those_of_its_sampler() -> None:
-    """Sampling in as many steps is a walk over the times that it was taught."""
+    """Sampling in as many steps visits the times that the student was trained at."""
     of = model()
     student, sampling = task(of, steps=3), Sampling(ddim, 3, 1.0, "trailing")
     x = NOISE
     for k in range(3):
-        assert torch.equal(student.reached(BATCH, NOISE, k), x)  # the states that it learns from too
+        assert torch.equal(student.reached(BATCH, NOISE, k), x)  # also the states that it learns from
         x = student._step(of.denoiser(of.condition(BATCH)), x, k, 1)
     torch.testing.assert_close(of.sample(BATCH, [0, 1, 2], sampling, Start(noise=NOISE)), of.decode(x))
 

@@ -54,7 +54,7 @@ def options(folder: Path, name: str, *overrides: str) -> list[str]:
 
 
 def kill_when(folder: Path, name: str, lines: int, *overrides: str) -> None:
-    """Starts training and kills it -9 as soon as its trace has grown by so many micro-batches."""
+    """Starts training and kills it (SIGKILL) as soon as its trace has grown by `lines` micro-batches."""
     trace = folder / f"{name}.trace"
     before = len(trace.read_text().splitlines()) if trace.is_file() else 0
     process = begun_training(folder, *options(folder, name, *overrides))
@@ -68,7 +68,7 @@ def kill_when(folder: Path, name: str, lines: int, *overrides: str) -> None:
 
 
 def keys_per_micro_batch(trace: Path) -> dict[str, str]:
-    """The last word on which samples each (stage, micro-batch) saw; repeated micro-batches must agree."""
+    """Returns the samples that each (stage, micro-batch) saw; asserts that repeated micro-batches saw the same."""
     seen: dict[str, str] = {}
     for line in trace.read_text().splitlines():
         place, _, keys = line.partition("|")
@@ -83,12 +83,12 @@ def weights(folder: Path, name: str, stage: str, steps: int = STEPS) -> dict[str
 
 
 class Stopped(Exception):
-    """What ends a training in its middle."""
+    """Raised to stop training midway."""
 
 
 @pytest.mark.chain
 def test_interrupted_training_continues_to_the_same_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """The short form of what follows: stopped once in each stage, between two checkpoints."""
+    """A short form of the last test below: stopped once in each stage, between two checkpoints."""
     short = (
         "data.source.count=32", "data.flip=true", "autoencoder.max_steps=8", "autoencoder.micro_batch_size=4",
         "autoencoder.checkpoint_every=4", "diffusion.max_steps=6", "diffusion.checkpoint_every=3",
@@ -96,7 +96,7 @@ def test_interrupted_training_continues_to_the_same_weights(tmp_path: Path, monk
     )  # fmt: skip
     chain(tmp_path, *short, name="calm").execute()
     ended = Monitor.on_train_batch_end
-    for steps in (5, 4 + 5):  # the second time from step 4, the last checkpoint of the first
+    for steps in (5, 4 + 5):  # the second run starts from step 4, the last checkpoint of the first
         done = iter(range(steps - 1))
 
         def stop(self: Monitor, trainer: Trainer, task: Task, outputs: object, batch: object, index: int, left=done):
@@ -141,7 +141,7 @@ def test_a_run_whose_folder_is_moved_stops_and_goes_on_once_it_is_back(tmp_path:
 
 
 def results(folder: Path) -> dict[str, str]:
-    """Hashes of what a run ends with: model, latents and the numbers of its evaluation."""
+    """Returns the hashes of a run's results: exported model, latents and evaluation metrics."""
     paths = [*folder.glob("latents/*.tar"), folder / "export/model.safetensors", folder / "evaluation/metrics.json"]
     return {str(path.relative_to(folder)): storage.file_sha256(path) for path in paths}
 
@@ -150,7 +150,7 @@ def results(folder: Path) -> dict[str, str]:
 def test_a_full_disk_at_any_write_is_named_and_the_same_command_continues(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, count: int
 ):
-    """At every twentieth write; `--fuzz 800`: at each."""
+    """At every twentieth write, or at each with `--fuzz 800`."""
     short = ("data.source.count=32", "diffusion.evaluate_every=null", "evaluation.metrics=[fid_tiny]")
     writes, at, synced = [0], [0], os.fsync
 
@@ -166,7 +166,7 @@ def test_a_full_disk_at_any_write_is_named_and_the_same_command_continues(
     assert total > 30
     for number in range(1, total + 1, max(1, 800 // count)):
         writes[0], at[0] = 0, number
-        said = ""  # a file that only saves time is done without
+        said = ""  # stays empty if the file only saves time: the run goes on without it
         try:
             chain(tmp_path, *short, name="full").execute()
         except OSError as error:

@@ -1,4 +1,5 @@
-"""Every diagnosis fires on its fault and stays silent on a healthy run; non-finite gradients are skipped, then rewound."""
+"""Every diagnosis fires on its fault and not on a healthy run; steps with non-finite gradients are skipped, and
+training rewinds after many."""
 
 import json
 import time
@@ -42,7 +43,7 @@ FAULTS = {
 
 
 def diagnosed(values: dict[str, list[float]], settings: dict | None = None) -> list[str]:
-    """Names of what the checks find when these are logged."""
+    """Returns the names of the checks' findings when these values are logged."""
     history = {}
     for key, row in values.items():
         steps = list(STEPS)[: len(row)] if key.startswith("train/") else [1000]
@@ -66,7 +67,7 @@ def test_each_fault_raises_exactly_its_finding(fault: str) -> None:
 
 @pytest.mark.parametrize("autoencoder", ["kl_f4_tiny", "vq_f4_tiny"])
 def test_the_clamp_is_known_in_the_unit_that_is_logged(autoencoder: str) -> None:
-    """Of KL models in sums over C, H, W, of VQ models in means."""
+    """KL models log it in sums over C, H, W, VQ models in means."""
     with initialize_config_dir(str(config_folder()), version_base="1.3"):
         config = compose("train", [f"autoencoder={autoencoder}", "autoencoder.loss.max_adaptive_weight=1e-3"])
     model, loss = instantiate(config.autoencoder.network), instantiate(config.autoencoder.loss, disc_start=0)
@@ -94,7 +95,7 @@ def test_what_is_hard_depends_on_what_is_predicted() -> None:
 
 
 class Line(Task):
-    """y = w x; `poison` (task, step) -> whether this step's loss is no number."""
+    """A linear model y = w x + b; `poison(task, step)` returns True if this step's loss is to be NaN."""
 
     monitor = None
 
@@ -142,7 +143,7 @@ def run(task: Task, folder: Path, steps: int = 60, **options) -> None:
 
 
 class FusedLine(Line):
-    """As on an accelerator: its optimiser is told by a tensor which steps to leave out."""
+    """As on an accelerator: a tensor tells the optimiser which steps to skip."""
 
     def __init__(self, poison=lambda task, step: False):
         super().__init__(poison)
@@ -165,7 +166,7 @@ def test_a_step_without_a_finite_gradient_changes_nothing(kind: type[Line], tmp_
     task = kind(poison)
     run(task, tmp_path)
     assert before[7] == before[8] == before[9]
-    assert len(before[7]) == 1 + 3 * (kind is FusedLine)  # two moments, and the steps
+    assert len(before[7]) == 1 + 3 * (kind is FusedLine)  # two moments and the step count
     assert task.skipped == 2
     assert task.layer.weight.isfinite().all()
     assert "2.0" in (tmp_path / "metrics.csv").read_text()  # train/skipped_steps
@@ -203,7 +204,7 @@ def test_a_training_without_finite_gradients_ends_however_seldom_it_logs(tmp_pat
     for poison in (
         lambda task, step: step >= 5,
         lambda task, step: 5 <= step < 5 + SKIPS,
-    ):  # to the end, or over by then
+    ):  # NaN until the end, or finite again by then
         with pytest.raises(NotFinite):
             fit(FusedLine(poison), Data(60), tmp_path, 60, 1, 60, seldom, Machine("cpu", "32"))
         assert not (tmp_path / "checkpoints/last.ckpt").exists()
@@ -234,7 +235,7 @@ def test_findings_are_kept_said_once_and_sent_as_alerts(tmp_path: Path, capsys) 
 
 
 def test_an_average_that_does_not_move_is_seen(tmp_path: Path) -> None:
-    """The callback's own measurement, with an average frozen on purpose."""
+    """Uses the callback's own measurement, with an average that is frozen on purpose, and with one that is not."""
     task = Line()
     task.setup("fit")
     watch, trainer = health.Health(tmp_path, {}), SimpleNamespace(global_step=1)

@@ -1,4 +1,4 @@
-"""metrics.csv survives a resume: cut at the checkpoint, then continued as if nothing had happened."""
+"""metrics.csv survives a resume: cut at the checkpoint, then continued as if nothing had happened. Also W&B offline."""
 
 import csv
 import socket

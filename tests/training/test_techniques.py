@@ -1,4 +1,4 @@
-"""Techniques: each does what its paper says, and off it changes nothing."""
+"""Training techniques: each does what its paper says, and changes nothing when off."""
 
 import copy
 from functools import partial
@@ -56,14 +56,14 @@ def test_latent_noise_mixes_latents_and_noise_by_one_share_per_picture() -> None
 
 
 def test_equivariance_changes_latents_and_pictures_alike() -> None:
-    """With the identity for a decoder, the changed latents are the changed pictures."""
+    """If the decoder is the identity, the changed latents equal the changed images."""
     images, seen = torch.rand(2, 4, 16, 8), set()
     for seed in range(40):
         torch.manual_seed(seed)
         change, wanted = LatentAugmentation(equivariance=1.0).draw(images, 1)
         assert torch.equal(change(images), wanted)
         seen.add(tuple(wanted.shape[2:]))
-    assert {(16, 8), (8, 16)} <= seen  # whole, upright and lying
+    assert {(16, 8), (8, 16)} <= seen  # full size, upright and rotated
     assert all(8 <= max(size) <= 16 and abs(max(size) - 2 * min(size)) <= 1 for size in seen)
 
 
@@ -101,8 +101,11 @@ def test_lecam_against_its_formula() -> None:
     assert float(running.fake) == pytest.approx(0.9 * -0.2 + 0.1 * -0.75)
 
 
-def adversarial_step(**options: float) -> tuple[AutoencoderLoss, dict[str, torch.Tensor], list[torch.Tensor]]:
-    """(loss module, logs, the discriminator's gradients) of one step."""
+Gradients = list[torch.Tensor]
+
+
+def adversarial_step(**options: float) -> tuple[AutoencoderLoss, dict[str, torch.Tensor], Gradients, Gradients]:
+    """Returns (loss module, logs, the discriminator's gradients, the autoencoder's) of one step."""
     torch.manual_seed(0)
     network, discriminator = autoencoder(), PatchDiscriminator(3, 8, 1)
     loss = AutoencoderLoss(None, discriminator, disc_start=0, **options)
@@ -111,12 +114,12 @@ def adversarial_step(**options: float) -> tuple[AutoencoderLoss, dict[str, torch
     reconstructions, features, posterior = network(images)
     total, logs = loss(images, reconstructions, features, posterior, network.last_layer, 10)
     total.backward()
-    return loss, logs, [p.grad.clone() for p in discriminator.parameters()]
+    return loss, logs, *([p.grad.clone() for p in part.parameters()] for part in (discriminator, network))
 
 
 def test_r1_is_the_squared_gradient_at_real_pictures() -> None:
-    _, _, plain = adversarial_step()
-    loss, logs, with_penalty = adversarial_step(r1_weight=2.0)
+    _, _, plain, _ = adversarial_step()
+    loss, logs, with_penalty, _ = adversarial_step(r1_weight=2.0)
     torch.manual_seed(0)
     autoencoder()
     discriminator = PatchDiscriminator(3, 8, 1)
@@ -131,9 +134,10 @@ def test_r1_is_the_squared_gradient_at_real_pictures() -> None:
 
 
 def test_lecam_reaches_the_discriminator_alone() -> None:
-    _, _, plain = adversarial_step()
-    loss, _, pulled = adversarial_step(lecam_weight=1.0)
+    _, _, plain, usual = adversarial_step()
+    loss, _, pulled, same = adversarial_step(lecam_weight=1.0)
     assert any(not torch.equal(a, b) for a, b in zip(plain, pulled))
+    assert all(torch.equal(a, b) for a, b in zip(usual, same))
     assert float(loss.usual_logits.real) != 0
 
 
@@ -241,7 +245,6 @@ def test_the_tracked_average_follows_the_profile() -> None:
         with torch.no_grad():
             module.weight.fill_(float(value))
         average.update()
-    profile = (np.arange(1, steps + 1) / steps) ** power_of_width(0.1)
     profile = np.diff(np.concatenate([[0], (np.arange(1, steps + 1) / steps) ** (power_of_width(0.1) + 1)]))
     assert float(average.shadow["weight"]) == pytest.approx(float((profile * values).sum()), abs=0.01)
 
@@ -296,7 +299,7 @@ def test_alignment_needs_features_and_a_middle() -> None:
 
 @pytest.mark.chain
 def test_both_stages_train_with_orthogonal_steps_but_for_the_discriminator(tmp_path: Path) -> None:
-    """Only groups of matrices have a momentum of Nesterov; the discriminator is in none."""
+    """Only groups of matrices have a Nesterov momentum; the discriminator is in none of them."""
     chain(tmp_path, "technique=[muon]", "stages=[autoencoder,latents,diffusion]").execute()
     for stage, others in (("autoencoder", {"autoencoder", "discriminator"}), ("diffusion", {"network"})):
         kept = torch.load(tmp_path / f"run/{stage}/checkpoints/last.ckpt", weights_only=True)

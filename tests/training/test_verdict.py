@@ -1,4 +1,4 @@
-"""What limited a training is told from its own figures, with the option to change."""
+"""The verdict says, from a training's own figures, what limited its speed and which option to change."""
 
 import pytest
 

@@ -41,7 +41,7 @@ def records(path: Path) -> Iterator[Any]:
 
 
 def read(folder: Path) -> tuple[list[Any], list[dict[str, Any]]]:
-    """(records, history rows) of an offline run's folder, once its last record is on disk."""
+    """Returns (records, history rows) of an offline run's folder, after waiting for its last record on disk."""
     (file,) = folder.glob("*.wandb")
     for _ in range(100):
         found = list(records(file))
@@ -97,7 +97,7 @@ def test_an_offline_run_holds_what_was_logged_and_goes_on_after_a_resume(tmp_pat
 
 
 class Recorder:
-    """In the place of a W&B run."""
+    """A stand-in for a W&B run."""
 
     def __init__(self):
         self.rows: list[dict] = []
@@ -110,7 +110,7 @@ class Recorder:
 
 
 def test_a_resumed_run_repeats_nothing_and_leaves_nothing_out(tmp_path: Path) -> None:
-    """Killed at step 9 after the checkpoint of step 6: steps 7 to 9 come again, from the exact resume, and stay single."""
+    """Killed at step 9 after the checkpoint of step 6: the exact resume repeats steps 7 to 9, logged only once."""
     run, path = Recorder(), tmp_path / "metrics.csv"
 
     def log(first: int, last: int, start: int) -> None:
