@@ -142,6 +142,6 @@ def _here(
     try:
         running = {pool.submit(_with_held, function, *task): name for name, task in tasks.items()}
         for future in as_completed(running):
-            yield running[future], future.result()
+            yield running.pop(future), future.result()  # which would be kept otherwise, until all are done
     finally:
         pool.shutdown(cancel_futures=True)

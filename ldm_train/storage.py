@@ -187,6 +187,14 @@ def write_json(path: str | Path, value: object) -> None:
     write_atomically(path, lambda f: f.write((json.dumps(value, indent=1) + "\n").encode()))
 
 
+def link_or_copy(source: str | Path, target: str | Path) -> None:
+    """Makes `target` a hard link of `source`, or a copy of it if the file system has no hard links."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
+
+
 def file_sha256(path: str | Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

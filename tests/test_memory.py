@@ -1,4 +1,4 @@
-"""The plan knows the memory of a step before it runs, refuses what does not fit, and proposes what does."""
+"""The plan predicts the memory of a training step, refuses options that do not fit, and proposes options that do."""
 
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,7 +16,7 @@ from ldm_train.pipeline.plan import print_plan
 from ldm_train.training.callbacks.pace import Pace
 
 OWN = ("autoencoder=kl_f4_tiny", "autoencoder.pretrained=null")
-# Batches at which activations are most of it. `stage`, then overrides.
+# Batch sizes at which activations take most of the memory: (stage, *overrides).
 SMALL = {
     "one pass of both players": ("autoencoder", "experiment=quickstart", "autoencoder.batch_size=32"),
     "latents, captions and classes": ("diffusion", "experiment=quickstart", "diffusion.batch_size=64"),
@@ -48,7 +48,8 @@ def test_the_plan_knows_the_peak_of_lightnings_own_loop(case: tuple[str, ...]):
 
 
 def test_what_is_repeated_takes_what_it_took_before():
-    """Also where an operation shares its argument's memory, which its schema may not say (_unsafe_view)."""
+    """A repeated operation has the same peak and strides each time, also if its result shares memory with an argument
+    and its schema does not say so (_unsafe_view)."""
     x, y = torch.empty(2, 16, 32, device="meta"), torch.empty(32, 64, device="meta")
     for operation in (lambda: x @ y, lambda: torch.cat([x, x]), lambda: x.transpose(1, 2) + 1, lambda: x[:, ::2] * 2):
         peaks, strides = [], []
@@ -64,10 +65,10 @@ def test_what_is_repeated_takes_what_it_took_before():
 
 
 def test_every_part_is_told_apart():
-    run = planning("experiment=quickstart")
+    run = planning("experiment=quickstart", "technique=[adam]")
     parts = Budget(run, "diffusion").memory(Choice(32, 1, False))
     weights = parts["weights"]
-    assert parts["gradients"] == weights  # all of them are trained, in float32
+    assert parts["gradients"] == weights  # all weights are trained, in float32
     assert parts["optimiser states"] == pytest.approx(2 * weights, rel=0.01)
     assert parts["averaged weights"] == pytest.approx(weights, rel=0.01)
     assert 0 < parts["frozen networks"] < weights
@@ -94,7 +95,7 @@ def test_what_is_refused_comes_with_options_that_are_accepted(capsys: pytest.Cap
     with pytest.raises(ValueError, match=r"autoencoder: a training step takes .* What fits") as refused:
         printed("memory=0.03")
     proposed = str(refused.value).partition("batch_size: ")[2].split(", or ")
-    assert len(proposed) == 2  # without recomputing, and with it
+    assert len(proposed) == 2  # without and with recomputed activations
     for options in proposed:
         capsys.readouterr()
         printed("memory=0.03", *options.partition(" (")[0].split())

@@ -16,6 +16,7 @@ from ldm_train.app.offer import Input, Offer
 from ldm_train.configuration import config_folder
 from ldm_train.data.files import open_image
 from ldm_train.generation.adapters import STRONGEST
+from ldm_train.generation.files import as_list
 from ldm_train.generation.job import FIELD
 from ldm_train.storage import write_atomically
 
@@ -32,6 +33,7 @@ SUFFIXES = {
 }  # of accepted uploads, by Pillow's names of formats
 MOST_BOXES = 100
 BATCH = 16  # the default batch size of ldm-sample
+PICTURES = 4  # the default number of pictures of ldm-sample
 REPEATS = 10  # the most repeats of a step, and inversion iterations, in a replayed recipe
 
 
@@ -62,7 +64,7 @@ def options_of(offer: Offer, asked: Mapping[str, Any], limits: Limits) -> dict[s
     check = {
         **{name: lambda v, name=name: [_text(name, t, limits, True) for t in _listed(v)] for name in LISTS},
         **{name: lambda v, name=name: _text(name, v, limits) for name in TEXTS},
-        "layout": lambda v: _layout(v, limits),
+        "layout": lambda v: layout(v, limits),
         "adapters": lambda v: adapters(offer, v),
         "sampler": sampler_tree,
     }
@@ -71,8 +73,8 @@ def options_of(offer: Offer, asked: Mapping[str, Any], limits: Limits) -> dict[s
         if value is None or (value == "" and name not in LISTS):
             continue
         if name in FILES or (name in own and own[name].kind == "picture"):
-            kept = [keep(offer, one, name, limits) for one in _listed(value)]
-            value = kept if len(kept) > 1 else kept[0]
+            files = [keep(offer, one, name, limits) for one in _listed(value)]
+            value = files if len(files) > 1 else files[0]
         elif name in own:
             value = _text(name, value, limits)
         elif name not in OFFERED:
@@ -109,10 +111,10 @@ def replay_of(offer: Offer, picture: Path, limits: Limits) -> dict[str, Any]:
         if not isinstance(value, int) or not value <= most:
             raise ValueError(f"{picture.name}: {name} is more than is drawn here; ldm-sample recipe= draws it again")
     own = _own(offer)
-    options: dict[str, Any] = {name: [_kept(offer, path) for path in paths] for name, paths in given.items()}
+    options: dict[str, Any] = {name: [kept(offer, path) for path in paths] for name, paths in given.items()}
     known = {name: own[FIELD + name].kind == "picture" for name in fields if FIELD + name in own}
     options["fields"] = {
-        name: [_kept(offer, path) for path in _listed(fields[name])] if drawn else _text(name, fields[name], limits)
+        name: [kept(offer, path) for path in _listed(fields[name])] if drawn else _text(name, fields[name], limits)
         for name, drawn in known.items()
     }
     if chosen:
@@ -142,15 +144,15 @@ def _check_numbers(offer: Offer, options: Mapping[str, Any], limits: Limits) -> 
         _at_most("size", value, limits.side)
     if all(isinstance(value, int | float) for value in (*sides, *margins)):
         _at_most("the side of the extended picture", max(sides) + sum(margins), limits.side)
-    n, entries = (
-        options.get("n"),
-        max((_listed(options[name]) for name in LISTS if options.get(name)), key=len, default=[{}]),
-    )
-    counts = [
-        entry.get("n", n) if isinstance(entry, dict) else n for entry in entries
-    ]  # in a recipe, an entry may have its own n
+    given = {name: options.get(name) for name in (*LISTS, *FILES, "layout")} | dict(options.get("fields") or {})
+    rows = max((len(as_list(value, name)) for name, value in given.items() if isinstance(value, list)), default=1)
+    # In a recipe, a prompt may have its own n.
+    n = PICTURES if options.get("n") is None else options["n"]
+    prompts = _listed(options.get("prompts"))
+    counts = [entry.get("n", n) if isinstance(entry, dict) else n for entry in prompts]
     if all(isinstance(count, int) for count in counts):
-        _at_most("the number of pictures of all prompts", sum(counts), limits.pictures)
+        total = sum(counts) if len(counts) == rows else rows * max(counts)
+        _at_most("the number of pictures of all prompts", total, limits.pictures)
 
 
 def _at_most(name: str, value: Any, most: float) -> None:
@@ -166,7 +168,7 @@ def _text(name: str, value: Any, limits: Limits, empty: bool = False) -> str:
     return value.encode("utf-8", "replace").decode()  # replaces lone surrogates, which no tokenizer takes
 
 
-def _layout(text: Any, limits: Limits) -> str:
+def layout(text: Any, limits: Limits) -> str:
     """Checks boxes and returns them as JSON, which names no file."""
     try:
         rows = json.loads(_text("layout", text, replace(limits, characters=MOST_BOXES * 200)))
@@ -252,7 +254,7 @@ def _check_file(path: Path, limits: Limits) -> None:
         raise ValueError(f"{path.name} is larger than {limits.upload:g} MB, the most that is taken here")
 
 
-def _kept(offer: Offer, name: Any) -> str:
+def kept(offer: Offer, name: Any) -> str:
     """Returns the path of a picture that a recipe names, by its file name among the uploads. Raises ValueError if it is
     not there."""
     path = inputs(offer) / Path(str(name)).name

@@ -1,6 +1,7 @@
 """The form of a model's page: its inputs, a tab for each task and settings, and the request that their values make
 up."""
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,9 +11,9 @@ import gradio as gr
 from gradio.utils import get_upload_folder
 
 from ldm_train import images as pictures
-from ldm_train.app.asked import sampler_tree, samplers
+from ldm_train.app.asked import kept, layout, sampler_tree, samplers
 from ldm_train.app.offer import MAIN, Input, Offer
-from ldm_train.app.sketch import boxed, painted, sketch, with_background
+from ldm_train.app.sketch import boxed, canvas_value, painted, sketch, with_background
 from ldm_train.app.studio import Studio, words
 from ldm_train.data.files import encoded_png
 from ldm_train.generation.adapters import STRONGEST, with_strength
@@ -271,15 +272,30 @@ class Form:
         config, number = recipe["config"], recipe.get("number", 0)
         found = {k: v for k, v in config.items() if k in given and isinstance(v, str | int | float)}
         for name in ("prompts", "classes"):
-            entries = config.get(name) or []
-            if name in given and entries:
-                found[name] = entries[min(number // max(1, config.get("n", 1)), len(entries) - 1)]
+            entries = config.get(name) or [""]
+            found[name] = entries[min(number // max(1, config.get("n", 1)), len(entries) - 1)]
+        for one in self.offer.inputs:
+            if one.kind in ("boxes", "map"):
+                found[one.option] = self._canvas_of(one, config.get(one.option))
         found |= {"seed": recipe["seed"], "negative": config.get("negative") or ""}
-        found |= dict(zip(("height", "width"), config["size"])) if isinstance(config.get("size"), list) else {}
+        found |= zip(("height", "width"), size if isinstance(size := config.get("size"), list) else self.offer.size)
         strengths = dict(with_strength(str(entry)) for entry in config.get("adapters") or [])
         found |= {ADAPTER + a.name: strengths.get(a.name, 0) for a in self.offer.adapters}
         found["sampler"] = self._sampler_named(config.get("sampler"))
         return list((given | {k: v for k, v in found.items() if k in given}).values())
+
+    def _canvas_of(self, one: Input, drawn: Any) -> str:
+        """Returns the value of a canvas with a recipe's boxes or label map. Raises gr.Error if it was not drawn here."""
+        try:
+            if not drawn:
+                return ""
+            if one.kind == "boxes":
+                return canvas_value(
+                    json.loads(layout(drawn if isinstance(drawn, str) else json.dumps(drawn), self.studio.limits))
+                )
+            return canvas_value(png=Path(kept(self.offer, drawn)).read_bytes())
+        except ValueError as error:
+            raise gr.Error(words(error, self.offers), print_exception=False) from error
 
     def _sampler_named(self, tree: Any) -> str:
         """Returns the choice for a sampler with these options. Raises gr.Error if there is none, since the picture

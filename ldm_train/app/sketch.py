@@ -94,6 +94,12 @@ def painted(value: Any, what: str, size: tuple[int, int]) -> bytes | None:
         raise ValueError(f"the {what} is nothing that the canvas of this page has sent") from error
 
 
+def canvas_value(boxes: Sequence[Any] = (), png: bytes = b"") -> str:
+    """Returns the value of a canvas with these boxes [x, y, width, height, label], or this label map (a PNG) on it."""
+    address = f"data:image/png;base64,{base64.b64encode(png).decode()}" if png else ""
+    return json.dumps({"background": "", "png": address, "boxes": list(boxes)})
+
+
 def boxed(value: Any) -> str | None:
     """Returns the boxes that were drawn, as JSON; None if there are none. Raises ValueError if no canvas can have sent
     the value."""

@@ -53,9 +53,10 @@ class ShardDataset(Dataset):
         size = self.buckets.size(index) if self.buckets else None
         others = self.buckets.neighbours(index) if self.buckets else range(len(self))
         for attempt in itertools.count():
+            # A shard that cannot be read ends the run: replacing its samples would silently change the data.
+            key, raw = self.shards.key(candidate), self.shards.fields(candidate)
             try:
-                key = self.shards.key(candidate)
-                sample = self.decoder(key, self.shards.fields(candidate), rng if self.random else None, size)
+                sample = self.decoder(key, raw, rng if self.random else None, size)
                 break
             except Exception as error:  # on damaged data decoders raise errors of any type
                 note_unreadable(replaced, self.shards.where(candidate), error)
@@ -258,7 +259,7 @@ class ShardDataModule(L.LightningDataModule):
         stop = self.max_steps * self.batching.accumulate
         if self.reader == "streaming":
             stream = StreamingBatches(
-                self.root,
+                as_roots(self.root)[0],
                 self.index["splits"][self.train_split]["shards"],
                 self._decoder(self.fields, random=True),
                 self.batching,

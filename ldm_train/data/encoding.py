@@ -1,6 +1,7 @@
 """Writes the latent cache: encodes every image once per autoencoder, shard by shard, on all ranks."""
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -105,11 +106,16 @@ def _encoded(
     progress: tqdm,
     known: Callable[[str], torch.Tensor] | None,
 ) -> Iterator[tuple[str, dict[str, bytes]]]:
-    shards, stored = data.shards(split), [f for f in CACHED_FIELDS if f in data.fields]
-    dataset = data.samples(split, ("image", *stored), random=False)
+    shards = data.shards(split)
+    # All fields are decoded, so that samples with a bad one are left out.
+    dataset = data.samples(split, tuple(dict.fromkeys(("image", *data.fields))), random=False)
     batches = _batches_of_one_size(chunk, max(1, min(64, data.batching.micro)), data.buckets(split))
     loader = DataLoader(
-        dataset, batch_sampler=batches, num_workers=data.num_workers, collate_fn=collate, worker_init_fn=become_worker
+        dataset,
+        batch_sampler=batches,
+        num_workers=data.num_workers,
+        collate_fn=partial(collate, known=data.known),
+        worker_init_fn=become_worker,
     )
     made: dict[int, dict[str, bytes] | None] = {}  # samples whose turn has not come yet; None: left out
     turn = chunk.start

@@ -133,11 +133,10 @@ def relabelled_boxes(data: bytes, relabel: list[int]) -> bytes:
         record = record_of(data)
     except ValueError:
         return data
-    if "boxes" not in record:
+    if "boxes" not in record and "objects" not in record:
         return data
     try:
-        boxes_of(data, len(relabel))
-        boxes = [[*box[:4], relabel[int(box[4])]] for box in record["boxes"]]
+        boxes = [[*box[:4].tolist(), relabel[int(box[4])]] for box in boxes_of(data, len(relabel))]
     except ValueError as error:
         boxes = str(error)
     return json.dumps(record | {"boxes": boxes}).encode()

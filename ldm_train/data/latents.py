@@ -187,6 +187,9 @@ class CachedLatents:
         if self._others:
             images = self._others[random]
             samples = [images[(epoch, int(self._place[i]))] for epoch, i in rows]
+            if notes := [note for sample in samples for note in sample.get("replaced", ())]:
+                # Another sample's conditions would not belong to these latents.
+                raise DataError(f"{self.shards.root}: {notes[0]}; leave it out with: {REMEDY}")
             batch |= collate(samples, images.decoder.known) | {"key": batch["key"]}
         return batch
 

@@ -96,19 +96,22 @@ def collect_reference(
     cache: Path,
     device: torch.device,
     progress: bool = True,
+    options: Mapping[str, Any] | None = None,
 ) -> Reference:
     """Collects features of real images, transformed as in training, and keeps them in `cache` under a hash of
     everything they depend on.
 
     name: of the set (see `Metric.compared_with`). wanted: what to collect, still empty. loader: () -> batches of this
     rank's share, called only if the cache lacks them. identity: all that the images depend on (content hash of the
-    data, split, transform, number); the extractors' weights are added.
+    data, split, transform, number); the extractors' weights are added, and `options`, by extractor.
     """
     hashes = {}
     for extractor, network in wanted.extractors.items():
         depends_on = [dict(identity), extractor, weights_hash(network)]
         if wanted.keep[extractor] != KEPT:
             depends_on.append(wanted.keep[extractor])
+        if extractor in (options or {}):
+            depends_on.append(options[extractor])
         text = json.dumps(depends_on, sort_keys=True, default=str)
         hashes[extractor] = hashlib.sha256(text.encode()).hexdigest()[:12]
     paths = {extractor: cache / f"{extractor}-{digest}.npz" for extractor, digest in hashes.items()}

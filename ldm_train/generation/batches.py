@@ -32,7 +32,7 @@ def drawn_here(
         seen = watch and partial(watch, part, drawing.decode)
         yield k, drawing(part, _all_of(film, seen), seen)
         if film:
-            film.save([job.folder / r.name for r in part if only in (None, r.number)])
+            film.save([job.folder / r.name if only in (None, r.number) else None for r in part])
 
 
 def _filmed(job: Job, part: list[Request], film: str | None) -> bool:

@@ -109,7 +109,8 @@ class Drawing:
         else:
             shape = (self.model.first_stage.latent_channels, *size)
             noise = [NoiseSource([r.walk[k] for r in part]).normal(shape, "start") for k in (0, 1)]
-        return slerp(*noise, torch.tensor([r.walk[2] for r in part]))
+        # On the CPU, since float64 is not available on every device.
+        return slerp(*(z.cpu() for z in noise), torch.tensor([r.walk[2] for r in part]))
 
     def _batch(self, fields: list[dict[str, Any]]) -> dict[str, Any]:
         if not fields[0]:

@@ -72,12 +72,13 @@ class Film:
     def __call__(self, step: int, pred_x0: torch.Tensor) -> None:
         self.kept.append(pred_x0.detach())
 
-    def save(self, paths: Sequence[Path]) -> list[Path]:
-        """Writes one film beside each of the pictures at `paths`, named after it; returns the films' paths."""
+    def save(self, paths: Sequence[Path | None]) -> list[Path]:
+        """Writes the film of each picture of the batch beside it, named after it; returns the films' paths. paths: of the
+        pictures, None for those without a film."""
         last = len(self.kept) - 1
         steps = sorted({round(i * last / max(1, self.frames - 1)) for i in range(self.frames)}) if last >= 0 else []
         frames = torch.stack([self.decode(self.kept[i]).float().cpu() for i in steps], dim=1)  # (B, frames, C, H, W)
-        return [self._save(film, path) for film, path in zip(frames, paths)]
+        return [self._save(film, path) for film, path in zip(frames, paths, strict=True) if path is not None]
 
     def _save(self, film: torch.Tensor, path: Path) -> Path:
         if self.kind == "strip":

@@ -4,7 +4,7 @@ pixels."""
 import hashlib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -69,17 +69,27 @@ def machine(device: str, batch_size: int) -> dict[str, Any]:
     return {"device": name, "batch_size": batch_size, "torch": torch.__version__} | threads
 
 
-def make_recipe(config: DictConfig, task: str, source: Path, sha256: str, device: str) -> dict[str, Any]:
+def make_recipe(
+    config: DictConfig, task: str, source: Path, sha256: str, device: str, texts: Collection[str] = ()
+) -> dict[str, Any]:
     """Returns the recipe: all that a job's pictures depend on. config: with the run's own sampling options filled
     in."""
     tree = OmegaConf.to_container(config, resolve=True)
     asked = {k: v for k, v in tree.items() if k not in NOT_DRAWN and v is not None}
     for option in {"prompts", "classes"} & asked.keys():
         asked[option] = as_list(config[option], option)  # the file's content, not its name
-    paths = [Path(v) for values in _input_files(asked).values() for v in values]
-    files = {str(p): storage.file_sha256(p) for p in paths if p.is_file()}
+    paths = [Path(v) for option, values in _input_files(asked).items() if option not in texts for v in values]
+    files = {str(p): storage.file_sha256(p) for p in paths if _is_file(p)}
     recipe = {"model": str(source), "model_sha256": sha256, "task": task, "config": asked, "files": files}
     return json.loads(json.dumps(recipe | {"machine": machine(device, config.batch_size)}))
+
+
+def _is_file(path: Path) -> bool:
+    """Returns True if there is such a file, and False for a text that no file can be called by."""
+    try:
+        return path.is_file()
+    except (OSError, ValueError):  # longer than a name may be; with a null character
+        return False
 
 
 def _options(tree: dict[str, Any]) -> dict[str, Any]:
@@ -182,7 +192,7 @@ def replayed(config: DictConfig) -> tuple[DictConfig, dict[str, Any], int | None
             f"they are right: {' '.join(unsaid)}"
         )
     for option, value in said.items():
-        now = [storage.file_sha256(name) if Path(name).is_file() else name for name in as_list(value, option)]
+        now = [storage.file_sha256(name) if _is_file(Path(name)) else name for name in as_list(value, option)]
         if option in files and now != [recipe["files"].get(name, name) for name in needed[option]]:
             raise ValueError(f"recipe={path} was drawn from {needed[option]}; {option}= is no longer the same file")
         section, _, name = option.rpartition(".")

@@ -27,7 +27,7 @@ from ldm_train.generation.files import as_list
 from ldm_train.generation.film import Film
 from ldm_train.generation.guides import Guides, load_weaker
 from ldm_train.generation.job import Job, folder_of, make_recipe, replayed
-from ldm_train.generation.requests import Request, check_types, chosen_task, picture_size, requests
+from ldm_train.generation.requests import Request, check_types, chosen_task, known_fields, picture_size, requests
 from ldm_train.latent_diffusion import Guidance, LatentDiffusion, Sampling
 from ldm_train.models.tiling import Tiles
 from ldm_train.samplers.ddim import ddim
@@ -123,7 +123,8 @@ def check_wanted(config: DictConfig, task: str, wanted: list[Request], chosen: A
             raise ValueError("negative need guidance: set guidance_scale above 1")
         if config.weaker_model is not None:
             raise ValueError("weaker_model= and negative= both say what guidance leads away from; leave one out")
-    still = task == "reconstruct" or (task == "img2img" and not config.invert and config.strength == 0)
+    steps = round(config.num_inference_steps * config.strength) if task == "img2img" and not config.invert else None
+    still = task == "reconstruct" or steps == 0
     if config.film is not None and still:
         raise ValueError(f"film= shows how a picture is drawn, and nothing is drawn by task={task} here")
     if inverts(config, task):
@@ -283,7 +284,8 @@ def _ready(config: DictConfig, recipe_before: dict[str, Any] | None, only: int |
     dtype = torch.float16 if str(config.precision) == "16" else torch.bfloat16
     if recipe_before and device == "cpu" and (threads := recipe_before["machine"].get("threads")):
         torch.set_num_threads(min(threads, 4 * (os.cpu_count() or 1)))
-    recipe = make_recipe(config, task, source, loaded.metadata["sha256"], device) | guides.recipe
+    texts = {field.argument for field in known_fields(model).values() if field.input == "text"}
+    recipe = make_recipe(config, task, source, loaded.metadata["sha256"], device, texts) | guides.recipe
     if recipe_before:
         _check_same_weights(recipe_before, recipe, source)
     guided = Guidance(weaker_model=weaker, rule=partial(classifier_free, **guidance))

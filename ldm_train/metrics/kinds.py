@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from ldm_train.devices import uploaded
 from ldm_train.metrics.distribution import (
     Estimate,
     frechet_at_infinity,
@@ -97,7 +98,8 @@ class PerImage(Metric):
 
 
 class ClipScore(PerImage):
-    """clip_score: 100 max(cos, 0) of images and the captions they were drawn from (Hessel et al. 2021)."""
+    """clip_score: 100 max(cos, 0) of images and the captions they were drawn from (Hessel et al. 2021). Images drawn from
+    an empty caption are left out."""
 
     published_with = "clip"
 
@@ -108,9 +110,12 @@ class ClipScore(PerImage):
             raise ValueError(f"{self.name} needs embeddings of texts, which {type(extractor).__name__} has not")
 
     def collect(self, extractor: Any, features: torch.Tensor, conditions: Mapping[str, Any]) -> torch.Tensor | None:
-        captions = conditions.get("caption")
-        self.check(extractor, ["caption"] if captions and all(captions) else [])
-        return 100 * (features * extractor.texts(captions)).sum(dim=1).clamp(min=0)
+        self.check(extractor, [*conditions])
+        captions = [caption for caption in conditions["caption"] if caption]
+        if not captions:
+            return None
+        described = uploaded(torch.tensor([bool(caption) for caption in conditions["caption"]]), features.device)
+        return 100 * (features[described] * extractor.texts(captions)).sum(dim=1).clamp(min=0)
 
 
 class ClassAccuracy(PerImage):

@@ -255,6 +255,7 @@ class AutoencoderStage(Stage):
         else:
             network, tree = load_autoencoder(taken, run.trust), read_config(taken / CONFIG)
         metadata = {"downsample_factor": network.downsample_factor}
+        network.train()  # a loaded one is in eval mode, in which codebooks do not learn
         if section.train == "decoder":
             network.freeze_encoder()
             metadata["latents_of"] = latents_of(taken)

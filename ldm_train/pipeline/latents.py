@@ -1,7 +1,6 @@
 """The latents of all training images, encoded once, and their statistics."""
 
 import json
-import os
 import shutil
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -28,7 +27,7 @@ from ldm_train.pipeline.data import bucketing, data_key, loaded_steps, sides
 from ldm_train.pipeline.resume import NOTE, read_note
 from ldm_train.pipeline.run import Run
 from ldm_train.pipeline.stage import Stage
-from ldm_train.storage import file_sha256, write_json
+from ldm_train.storage import file_sha256, link_or_copy, write_json
 
 MEASURED = 10_000  # at most this many images are used for the statistics of latents without a cache
 
@@ -116,13 +115,6 @@ def earlier_cache(run: Run, key: Mapping[str, Any]) -> Path | None:
     return folder if same else None
 
 
-def _linked(source: str, target: str) -> None:
-    try:
-        os.link(source, target)
-    except OSError:  # another file system
-        shutil.copy2(source, target)
-
-
 class LatentsStage(Stage):
     """Encodes the images of the diffusion stage into a cache; without a cache it computes only the statistics."""
 
@@ -200,7 +192,7 @@ class LatentsStage(Stage):
                 target = folder / path.relative_to(earlier)
                 target.parent.mkdir(parents=True, exist_ok=True)
                 target.unlink(missing_ok=True)
-                _linked(str(path), str(target))
+                link_or_copy(path, target)
             print(f"latents: those of {earlier.parent}, whose encoder this run has kept", flush=True)
         run.barrier()
         return read_note(earlier)["result"]

@@ -86,7 +86,8 @@ def load_weights(folder: Path, which: str, trust: Sequence[str] = ()) -> LatentD
             f"weights=best: {folder} trained an adapter, and only its last weights are a model; say weights=last"
         )
     trainable, averaged = model.trainable(), state.get("ema", {}).get("shadow", {})
-    trainable.load_state_dict({k: v for k, v in state["state_dict"].items() if not k.startswith("objective.")})
+    parts = tuple(f"{name}." for name, _ in trainable.named_children())  # not the objective's, nor an alignment's
+    trainable.load_state_dict({k: v for k, v in state["state_dict"].items() if k.startswith(parts)})
     with torch.no_grad():
         for name, parameter in trainable.named_parameters():
             if name in averaged:

@@ -16,7 +16,7 @@ from typing import Any
 from ldm_train import interrupts, names
 from ldm_train.configuration import differences
 from ldm_train.errors import Busy, Refused
-from ldm_train.storage import check_links, held, open_lock, read_record, write_json
+from ldm_train.storage import check_links, held, link_or_copy, open_lock, read_record, write_json
 
 NOTE = "stage.json"
 
@@ -212,8 +212,8 @@ def _check_later(order: Order, step: Step, run_folder: Path, gone: Sequence[str]
 
 def adopt(stage: Step, run_folder: Path, defaults: dict[str, Any]) -> bool:
     """Takes over a stage that a sibling run (of the same sweep) finished with an equal key and the same number of
-    steps. Returns False if there is none. Files are hard-linked, not copied; this is safe because a stage that trains
-    replaces existing files and never writes into them."""
+    steps. Returns False if there is none. Files are hard-linked where the file system allows it; this is safe because
+    a stage that trains replaces existing files and never writes into them."""
     key = json.loads(json.dumps(stage.key()))
     for path in sorted(run_folder.parent.glob(f"*/{stage.name}/{NOTE}")):
         try:
@@ -223,7 +223,7 @@ def adopt(stage: Step, run_folder: Path, defaults: dict[str, Any]) -> bool:
         if note and note["finished"] and note["steps"] == stage.steps and not differences(note["key"], key, defaults):
             partial = run_folder / f".{stage.name}.partial"
             shutil.rmtree(partial, ignore_errors=True)
-            shutil.copytree(path.parent, partial, copy_function=os.link)
+            shutil.copytree(path.parent, partial, copy_function=link_or_copy)
             partial.rename(run_folder / stage.name)
             return True
     return False

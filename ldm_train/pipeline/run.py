@@ -19,7 +19,7 @@ from ldm_train.data.datamodule import ShardDataModule
 from ldm_train.data.shards import DataError
 from ldm_train.evaluation.evaluator import Evaluator, check_reference
 from ldm_train.latent_diffusion import LatentDiffusion
-from ldm_train.pipeline import resume
+from ldm_train.pipeline import resume, slurm
 from ldm_train.pipeline.data import bucketing, conditioner_classes, data_module, evaluation_batching, stage_data
 from ldm_train.pipeline.plan import print_plan
 from ldm_train.pipeline.resume import Order, Step
@@ -195,6 +195,14 @@ class Run:
             raise ValueError(
                 f"{stage}.batch_size={size} exceeds the {count} training images of {images.root}; lower it or prepare more data"
             )
+        validated = images.count(images.val_split)
+        asked = min(validated, self.config[stage].get("val_images") or validated)
+        if asked < self.machine.world_size:
+            raise ValueError(
+                f"{self.machine.world_size} devices need at least as many validation images, and {stage} has {asked}: "
+                f"{stage}.val_images is {self.config[stage].get('val_images')}, {images.root} has {validated} in "
+                f"data.val_split={images.val_split}; lower devices, or give more"
+            )
         return count
 
     # -- its stages --------------------------------------------------------------------------------------------------
@@ -254,6 +262,7 @@ class Run:
         """Runs the chosen stages one after the other, and continues interrupted ones."""
         config, writer = self.config, self.machine.rank == 0
         steps, defaults = self.prepare(), option_defaults(config)
+        anew = resume.made_anew(self.order, steps, self.folder, config.restart)  # not taken over from siblings
         said = {"skip": "finished before, skipped", "share": "taken from another run of this sweep"}
         self.barrier()
         if config.restart and writer:
@@ -263,7 +272,7 @@ class Run:
             self._record()
         try:
             for step in steps:
-                action = resume.advance(step, self.folder, defaults, writer, self.share)
+                action = resume.advance(step, self.folder, defaults, writer, self.share and step.name not in anew)
                 self.barrier()
                 if writer:
                     print(f"{step.name}: {said.get(action, 'done')}")
@@ -278,6 +287,7 @@ class Run:
         from 0, so they are logged to a new W&B run."""
         restart = self.config.restart
         resume.set_aside(self.folder, resume.made_anew(self.order, self.chosen(), self.folder, restart))
+        slurm.note_restart(self.folder, restart)
         if self.stages[restart].steps(self):
             (self.folder / "wandb" / "run_id").unlink(missing_ok=True)
 

@@ -7,13 +7,16 @@ import signal
 import subprocess
 import time
 from collections.abc import Mapping
+from pathlib import Path
 
 from lightning.fabric.plugins.environments import SLURMEnvironment
 
 from ldm_train import interrupts
+from ldm_train.storage import write_atomically
 
 ANNOUNCED = (signal.SIGUSR1, signal.SIGUSR2)  # sbatch --signal=USR1@120; USR2 is submitit's
 ASKING = 10.0  # seconds that rank 0 has to ask for the requeue
+RESTARTED = ".replaced/restarted"  # in a run folder: the job that carried out restart=, and the stage
 PORTS = range(20_000, 40_000)  # MASTER_PORT is chosen from these by job and step number
 
 
@@ -49,6 +52,22 @@ def ranks(environment: Mapping[str, str]) -> dict[str, str]:
         "TORCHELASTIC_RUN_ID": f"slurm-{job}",  # makes Lightning use these variables, as under torchrun
     }
     return own | {name: environment[name] for name in ("MASTER_ADDR", "MASTER_PORT") if name in environment}
+
+
+def note_restart(run_folder: Path, stage: str) -> None:
+    """Notes, in a SLURM job, that it has carried out restart=<stage>."""
+    if (job := os.environ.get("SLURM_JOB_ID")) is not None:
+        path = run_folder / RESTARTED
+        path.parent.mkdir(exist_ok=True)
+        write_atomically(path, lambda file: file.write(f"{job} {stage}".encode()))
+
+
+def has_restarted(run_folder: Path, stage: str) -> bool:
+    """Returns True if this SLURM job carried out restart=<stage> before it was requeued, so that its command, which is
+    run again as it was, must continue now."""
+    path, job = run_folder / RESTARTED, os.environ.get("SLURM_JOB_ID")
+    requeued = job is not None and int(os.environ.get("SLURM_RESTART_COUNT", 0)) > 0
+    return requeued and path.is_file() and path.read_text(errors="replace") == f"{job} {stage}"
 
 
 def run_again(number: int, most: int) -> None:

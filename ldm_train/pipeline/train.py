@@ -116,6 +116,10 @@ def _train(config: DictConfig, folder: Path, sweeping: bool) -> None:
     if config.plan == "only":
         return Run(config, folder, planned_machine(config), own_parts(config)).plan()
 
+    if config.restart and slurm.has_restarted(folder, config.restart):
+        print(f"restart={config.restart} was carried out before this job was requeued; it continues")
+        config.restart = None
+
     def check(machine: Machine) -> None:
         _make_data(config)
         with redirect_stdout(io.StringIO()):  # the run prints the plan
@@ -141,7 +145,8 @@ def _train(config: DictConfig, folder: Path, sweeping: bool) -> None:
             Run(config, folder, machine, own_parts(config), share).execute()
         except Interrupted:
             if config.restart and rank == 0:
-                print(f"\nleave restart={config.restart} out when you continue: it would begin that stage anew")
+                how = "of a new job" if "SLURM_JOB_ID" in os.environ else "when you continue"
+                print(f"\nleave restart={config.restart} out {how}: it would begin that stage anew")
             raise
     if world_size > 1:
         dist.destroy_process_group()

@@ -37,8 +37,8 @@ def orthogonalised(matrices: torch.Tensor) -> torch.Tensor:
 
 
 def matrices_apart(groups: list[dict], module: nn.Module) -> list[dict]:
-    """Parameter groups in which the weights of a module's linear layers and convolutions are apart from what else their group holds,
-    marked "matrices" and named "<name>_matrices", but for narrow ones."""
+    """The groups, each split in two: the weights of the module's linear layers and convolutions (but for narrow ones) in a group of
+    their own, marked "matrices": True and named "<name>_matrices", and everything else."""
     matrices = {
         layer.weight
         for layer in module.modules()
@@ -54,25 +54,39 @@ def matrices_apart(groups: list[dict], module: nn.Module) -> list[dict]:
 
 
 class Muon(torch.optim.AdamW):
-    """Of matrices the momentum is made orthogonal before it is a step, so that no direction of the gradient drowns another (Jordan et al.
-    2024, kellerjordan.github.io/posts/muon). A convolution's weight is a matrix of output channels and all else.
+    """Muon for weight matrices, AdamW for all other parameters.
 
-    params: groups; those with "matrices": True hold nothing else, and have `matrix_lr` and `momentum` (of Nesterov) in the place
-    of `lr` and `betas`; `split` makes them. Each step of such a matrix changes it by matrix_lr x
-    sqrt(max(1, rows / columns)), as its largest singular value. All other options are AdamW's.
+    Muon replaces a matrix's momentum by the nearest orthogonal matrix before it takes the step, so that all directions of the
+    gradient are followed at the same speed (Jordan et al. 2024, kellerjordan.github.io/posts/muon). The weight of a convolution
+    counts as a matrix (output channels, input channels x kernel).
+
+    params: parameters, all of them for AdamW, or groups as `split` makes them; one with "matrices": True holds matrices alone
+    lr: of AdamW's parameters. That of matrices is lr x matrix_scale: the largest singular value of a step is
+        lr x matrix_scale x sqrt(max(1, rows / columns))
+    momentum: Nesterov's, of matrices
+    All other options are AdamW's; weight decay is both's. Raises ValueError for a negative matrix_scale, or a momentum outside [0, 1).
     """
 
     split = staticmethod(matrices_apart)
 
     def __init__(
-        self, params: Any, matrix_lr: float = 0.02, momentum: float = 0.95, weight_decay: float = 0.0, **adamw: Any
+        self,
+        params: Any,
+        lr: float = 1e-3,
+        matrix_scale: float = 20.0,
+        momentum: float = 0.95,
+        weight_decay: float = 0.0,
+        **adamw: Any,
     ):
-        if matrix_lr < 0 or not 0 <= momentum < 1:
-            raise ValueError(f"matrix_lr={matrix_lr} is at least 0, and momentum={momentum} in [0, 1)")
+        if matrix_scale < 0 or not 0 <= momentum < 1:
+            raise ValueError(f"matrix_scale={matrix_scale} is at least 0, and momentum={momentum} in [0, 1)")
         groups = list(params)
         if groups and isinstance(groups[0], dict):
-            groups = [{**g, "lr": matrix_lr, "momentum": momentum} if g.get("matrices") else {**g} for g in groups]
-        super().__init__(groups, weight_decay=weight_decay, **adamw)
+            groups = [
+                {**g, "lr": matrix_scale * g.get("lr", lr), "momentum": momentum} if g.get("matrices") else {**g}
+                for g in groups
+            ]
+        super().__init__(groups, lr=lr, weight_decay=weight_decay, **adamw)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:

@@ -277,6 +277,13 @@ def test_a_recipe_of_someone_else_chooses_nothing(studio: Studio, tmp_path: Path
         ({"num_inference_steps": 900}, "num_inference_steps=900 is more than is drawn here"),
         ({"n": 200}, "n=200 is more than is drawn here"),
         ({"n": 1, "prompts": [{"prompt": "a", "n": 200}]}, "the number of pictures of all prompts=200 is more"),
+        ({"n": None, "prompts": ["a"] * 900}, "the number of pictures of all prompts=3600 is more"),
+        ({"n": 1, "image": ["a.png"] * 900}, "the number of pictures of all prompts=900 is more"),
+        ({"n": 1, "fields": {"edges": ["a.png"] * 900}}, "the number of pictures of all prompts=900 is more"),
+        (
+            {"n": 1, "prompts": [{"prompt": "a", "n": 30}], "classes": ["cat"] * 30},
+            "the number of pictures of all prompts=900 is more",
+        ),
         ({"size": [2048, 2048]}, "size=2048 is more than is drawn here"),
         ({"compile": "default"}, "compile is more than is drawn here"),
         ({"resample": {"jump_length": 10, "repeats": 1000}}, "resample.repeats is more than is drawn here"),

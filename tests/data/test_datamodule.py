@@ -170,6 +170,14 @@ def test_a_corrupt_picture_is_replaced_the_same_way_everywhere(write_data: Calla
     assert all_same(list(data.train_loader(2)), alone[2:])
 
 
+def test_a_shard_that_is_gone_ends_a_run_and_replaces_nothing(write_data: Callable, tmp_path: Path):
+    data = module(write_data(tmp_path), num_workers=0)
+    samples = data.samples("train", ("image",), random=False)
+    (tmp_path / "train-000000.tar").unlink()
+    with pytest.raises((DataError, FileNotFoundError), match=r"train-000000\.tar"):
+        samples[(0, 1)]
+
+
 def test_nothing_but_corrupt_pictures_stops(write_data: Callable, tmp_path: Path):
     root = write_data(tmp_path, train=8, corrupt=range(8))
     with pytest.raises(DataError, match="20 unreadable samples in a row"):

@@ -462,6 +462,19 @@ def test_rows_of_one_image_are_its_captions(pictures: Path, kind: str):
     assert (set(val["1_png"]), val["1_png"]["txt"]) == ({"png", "txt", "cls"}, b"one")
 
 
+def test_a_name_that_is_no_text_belongs_to_a_split_too() -> None:
+    assert in_validation("caf\udce9", 1.0)
+    assert not in_validation("caf\udce9", 0.0)
+
+
+def test_a_table_whose_pictures_changed_is_another_source(pictures: Path) -> None:
+    path = write_table(pictures, [{"image": "0.png", "caption": "zero"}], "csv")
+    before = Table(path).identity
+    assert Table(path).identity == before
+    Image.new("RGB", (40, 40)).save(pictures / "0.png")
+    assert Table(path).identity != before
+
+
 @pytest.mark.parametrize("kind", ["csv", "jsonl"])
 def test_table_errors_name_the_line_or_column(pictures: Path, kind: str):
     def table(*rows: dict, **options) -> Table:

@@ -34,7 +34,8 @@ from ldm_train.data.shards import DataError
 def encoded(seed: int, size: tuple[int, int] = (40, 32), kind: str = "JPEG") -> bytes:
     pixels = np.random.default_rng(seed).integers(0, 255, (4, 4, 3), np.uint8)
     buffer = io.BytesIO()
-    Image.fromarray(pixels).resize(size).save(buffer, format=kind)
+    several = {"save_all": True, "append_images": [Image.new("RGB", size)]} if kind == "MPO" else {}
+    Image.fromarray(pixels).resize(size).save(buffer, format=kind, **several)
     return buffer.getvalue()
 
 
@@ -344,6 +345,8 @@ class _Site(BaseHTTPRequestHandler):
             return
         elif name == "tiff":
             body = encoded(3, (64, 48), "TIFF")
+        elif name == "mpo":  # what many phones call a .jpg
+            body = encoded(4, (64, 48), "MPO")
         self.send_response(status)
         if name != "endless":
             headers.setdefault("Content-Length", str(len(body)))
@@ -363,7 +366,7 @@ def site() -> Iterator[str]:
     server.server_close()
 
 
-FINE = ["ok1", "ok2", "busy", "moved", "tiff"]
+FINE = ["ok1", "ok2", "busy", "moved", "tiff", "mpo"]
 BAD = {
     "gone": "answered 404",
     "file": "only http and https",

@@ -242,6 +242,7 @@ def test_pairs_of_inputs(run: Callable, files: dict[str, str], tmp_path: Path):
         ("text", ("prompts={negative.jsonl}", "guidance_scale=1"), "negative need guidance"),
         ("text", ("task=reconstruct", "image={photo.png}", "film=gif"), "nothing is drawn by task=reconstruct"),
         ("text", ("image={photo.png}", "strength=0", "film=gif"), "nothing is drawn by task=img2img"),
+        ("text", ("image={photo.png}", "strength=0.01", "film=gif"), "nothing is drawn by task=img2img"),
         ("text", ("image={photo.png}", "invert=true", "sampler=heun"), r"leave sampler= out \(it is ddim, eta 0\)"),
         ("text", ("image={photo.png}", "invert=true", "resample.repeats=2"), "which inversion has just taken out"),
         ("text", ("image={photo.png}", "invert=true", "invert_iterations=0"), "invert_iterations=0 is below 1"),
@@ -469,6 +470,21 @@ def test_films_show_the_way_from_noise_to_the_picture(kind: str, run: Callable, 
     else:
         imageio = pytest.importorskip("imageio.v3")
         assert imageio.imread(paths[0]).shape == (15, 256, 256, 3)
+
+
+def test_a_replayed_picture_has_its_own_film(run: Callable, model_folder: Callable, tmp_path: Path) -> None:
+    run("text", "prompts=a red circle", "n=3", "film=strip")
+    folder = tmp_path / "out"
+    paths = sorted(folder.glob("*[0-9].png"))
+    sample(
+        composed(
+            "sample", f"recipe={paths[2]}", f"run={model_folder('text')}", f"out={tmp_path / 'again'}", "film=strip"
+        )
+    )
+    (film,) = (tmp_path / "again").glob("*strip.png")
+    (usual,) = folder.glob(f"{paths[2].stem}*strip.png")
+    assert film.name == usual.name
+    assert np.array_equal(np.asarray(Image.open(film)), np.asarray(Image.open(usual)))
 
 
 def test_a_job_of_very_many_pictures_is_continued_and_replayed(

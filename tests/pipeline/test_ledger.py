@@ -168,13 +168,16 @@ TECHNIQUES = sorted(path.stem for path in (config_folder() / "technique").glob("
 
 def test_every_technique_is_recorded_combines_and_is_told_of_in_the_guide() -> None:
     guide = (config_folder() / "technique" / "README.md").read_text()
-    usual = composed("train", "experiment=ledger")
-    assert not usual.techniques
+    recipes = ("ledger", "clothing_f8_small")  # between them every technique changes something
     for name in TECHNIQUES:
-        config = composed("train", "experiment=ledger", f"technique=[{name}]")
-        assert dict(config.techniques) == {name: True}
-        check_values(config)
-        changed = {k for k in config if config[k] != usual[k]} - {"techniques"}
+        changed = set()
+        for recipe in recipes:
+            usual = composed("train", f"experiment={recipe}")
+            config = composed("train", f"experiment={recipe}", f"technique=[{name}]")
+            assert not usual.techniques
+            assert dict(config.techniques) == {name: True}
+            check_values(config)
+            changed |= {k for k in config if config[k] != usual[k]} - {"techniques"}
         assert changed, name
         assert f"`{name}`" in guide
     stage_two = composed("train", "experiment=ledger", "technique=[latent_noise,flow,alignment]")

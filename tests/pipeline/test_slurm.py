@@ -76,6 +76,18 @@ def asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], list[
     return lambda: log.read_text().splitlines() if log.exists() else []
 
 
+def test_a_requeued_job_does_not_restart_a_stage_again(
+    tmp_path: Path, asked: Callable, monkeypatch: pytest.MonkeyPatch
+):
+    slurm.note_restart(tmp_path, "diffusion")
+    assert not slurm.has_restarted(tmp_path, "diffusion")  # the same job, typed once more
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    assert slurm.has_restarted(tmp_path, "diffusion")
+    assert not slurm.has_restarted(tmp_path, "latents")
+    monkeypatch.setenv("SLURM_JOB_ID", "78")
+    assert not slurm.has_restarted(tmp_path, "diffusion")
+
+
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGUSR2])
 def test_a_job_that_is_told_of_its_end_is_requeued(number: int, asked: Callable):
     slurm.run_again(number, 3)

@@ -76,7 +76,7 @@ def test_matrices_move_as_with_torchs_muon() -> None:
     torch.manual_seed(0)
     weights = [nn.Parameter(torch.randn(shape) * 0.1) for shape in ((24, 96), (80, 32))]
     theirs = [nn.Parameter(w.detach().clone()) for w in weights]
-    ours = Muon([{"params": weights, "matrices": True}], lr=1e-3, matrix_lr=0.02, momentum=0.9, weight_decay=0.1)
+    ours = Muon([{"params": weights, "matrices": True}], lr=1e-3, matrix_scale=20.0, momentum=0.9, weight_decay=0.1)
     reference = torch.optim.Muon(theirs, lr=0.02, momentum=0.9, weight_decay=0.1)
     begun = [w.detach().clone() for w in weights]
     for _ in range(6):
@@ -144,6 +144,16 @@ def test_a_gradient_that_is_not_finite_moves_no_matrix_where_the_optimiser_is_to
     assert all(torch.equal(optimizer.state[p]["momentum_buffer"], value) for p, value in kept.items())
 
 
+def test_one_learning_rate_scales_all_steps() -> None:
+    """Of groups with their own, too."""
+    network = Small()
+    groups = [{"params": list(network.parameters()), "name": "network", "lr": 5e-4}]
+    rest, matrices = Muon(matrices_apart(groups, network), lr=1e-3, matrix_scale=20.0).param_groups
+    assert (rest["lr"], matrices["lr"]) == (5e-4, pytest.approx(1e-2))
+    rest, matrices = muon(network, matrix_scale=10.0).param_groups
+    assert (rest["lr"], matrices["lr"]) == (1e-3, pytest.approx(1e-2))
+
+
 def test_bad_options_are_refused() -> None:
-    with pytest.raises(ValueError, match="matrix_lr=-1"):
-        Muon([nn.Parameter(torch.zeros(1))], matrix_lr=-1)
+    with pytest.raises(ValueError, match="matrix_scale=-1"):
+        Muon([nn.Parameter(torch.zeros(1))], matrix_scale=-1)

@@ -62,7 +62,8 @@ def digest(items: object) -> str:
 def in_validation(key: str, fraction: float) -> bool:
     """Returns True if a sample belongs to validation. This depends on its key alone, so that new files do not move
     old ones."""
-    return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "little") < fraction * 2**64
+    name = key.encode("utf-8", "surrogateescape")  # a file's name need not be valid text
+    return int.from_bytes(hashlib.blake2b(name, digest_size=8).digest(), "little") < fraction * 2**64
 
 
 def _checked_picture(fields: dict[str, bytes]) -> dict[str, Any]:

@@ -59,6 +59,7 @@ class HuggingFace(Source):
             self.items = {split: [i for i in rows if held_out[i] == (split == "val")] for split in self.parts}
         fingerprints = [getattr(data[split], "_fingerprint", split) for split in sorted(data)]
         options = {"source": "hugging_face", "columns": self.columns, "max_size": max_size}
+        options |= {"train_split": train_split, "val_split": val_split}
         self.identity = options | {"data": digest(fingerprints)}
 
     def __getstate__(self) -> dict:
@@ -108,6 +109,7 @@ class HuggingFace(Source):
         """(extension, bytes) of an image as shards hold it."""
         with open_image(data) as image:
             kind = (image.format or "").lower()
+            kind = "jpeg" if kind == "mpo" else kind  # a JPEG with several pictures
             if kind not in ("jpeg", "png", "webp"):  # e.g. TIFF
                 data, kind = encoded_png(image), "png"
         return reduced(data, "jpg" if kind == "jpeg" else kind, self.max_size, key)

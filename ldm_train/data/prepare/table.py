@@ -98,7 +98,8 @@ class Table(Source):
             split = item["split"] or ("val" if in_validation(key, val_fraction) else "train")
             self.items[split].append((key, name, item))
         options = {"source": "table", "columns": wanted, "val_fraction": val_fraction, "max_size": max_size}
-        self.identity = options | {"rows": digest(self.items)}
+        sizes = [(self.folder / name).stat().st_size for rows in self.items.values() for _, name, _ in rows]
+        self.identity = options | {"rows": digest([self.items, sizes])}
 
     def sample(self, split: str, i: int) -> tuple[str, dict[str, bytes]]:
         key, name, item = self.items[split][i]

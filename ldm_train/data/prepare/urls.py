@@ -325,7 +325,8 @@ class URLList(Source):
                 image.load()
                 if min(image.size) < self.min_size:
                     raise Unfetchable(f"{min(image.size)} pixels, less than min_size={self.min_size}")
-                kind = FORMATS[image.format]
+                # Pillow calls a JPEG with several pictures MPO, and shows the first.
+                kind = FORMATS["JPEG" if image.format == "MPO" else image.format]
                 if kind is None:
                     data, kind = encoded_png(image.convert("RGBA" if "A" in image.mode else "RGB")), "png"
             extension, data = reduced(data, kind, self.max_size, url)
