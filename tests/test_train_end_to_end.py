@@ -98,13 +98,13 @@ def test_an_export_whose_key_lacks_the_sampling_options_is_known_by_its_metadata
     path.write_text(json.dumps(note))
     chain(tmp_path, "stages=[export]").execute()
     assert "export: finished before, skipped" in capsys.readouterr().out
-    with pytest.raises(Refused, match=r"settings:\n  sampling.guidance_scale: 3.0 -> 1.5\nChoose .*restart=export"):
-        chain(tmp_path, "stages=[export]", "sampling.guidance_scale=1.5").execute()
+    with pytest.raises(Refused, match=r"settings:\n  sampling.guidance_scale: 3.0 -> 2.5\nChoose .*restart=export"):
+        chain(tmp_path, "stages=[export]", "sampling.guidance_scale=2.5").execute()
 
 
 @pytest.mark.chain
 def test_a_changed_option_is_refused_by_name_and_restart_starts_that_stage_anew(finished: Path):
-    with pytest.raises(Refused, match=r"(?s)diffusion\.lr: 0\.0015 -> 0\.002.*name=<new>.*restart=diffusion"):
+    with pytest.raises(Refused, match=r"(?s)diffusion\.lr: 0\.001 -> 0\.002.*name=<new>.*restart=diffusion"):
         chain(finished, "diffusion.lr=0.002").execute()
     set_aside(finished / "run", ["evaluation"])
     chain(finished).execute()
@@ -127,8 +127,8 @@ def test_more_steps_continue_the_autoencoder_and_later_stages_ask_to_be_made_ane
     before = read_note(tmp_path / "run" / "export")["result"]["sha256"]
     chain(tmp_path, "autoencoder.max_steps=9", "diffusion.max_steps=8", "restart=evaluation").execute()
     assert read_note(tmp_path / "run" / "export")["result"]["sha256"] != before
-    with pytest.raises(Refused, match=r"sampling.guidance_scale: .* -> 1.5"):  # exported with the model
-        chain(tmp_path, "autoencoder.max_steps=9", "diffusion.max_steps=8", "sampling.guidance_scale=1.5").execute()
+    with pytest.raises(Refused, match=r"sampling.guidance_scale: .* -> 2.5"):  # exported with the model
+        chain(tmp_path, "autoencoder.max_steps=9", "diffusion.max_steps=8", "sampling.guidance_scale=2.5").execute()
 
 
 @pytest.mark.chain
@@ -396,7 +396,7 @@ def test_samples_take_the_runs_own_settings_and_captions_as_typed(finished: Path
     recipe = json.loads((tmp_path / "s" / "recipe.json").read_text())
     assert recipe["images"][0]["condition"] == caption
     asked = recipe["config"]
-    assert (asked["num_inference_steps"], asked["guidance_scale"], asked["sampler"]["eta"]) == (2, 2.0, 1.0)
+    assert (asked["num_inference_steps"], asked["guidance_scale"], asked["sampler"]["eta"]) == (2, 1.5, 1.0)
 
 
 @pytest.mark.slow

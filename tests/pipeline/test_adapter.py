@@ -210,7 +210,7 @@ def test_an_adapter_that_cannot_be_is_named_before_anything_is_trained(
         tuned(base, "wrong", *options).execute()
 
 
-CONTROL = ("diffusion/adapter=control", "diffusion.lr=1e-2", "diffusion.max_steps=4")
+CONTROL = ("technique=[adam]", "diffusion/adapter=control", "diffusion.lr=1e-2", "diffusion.max_steps=4")
 
 
 def steered(base: Run, name: str, *options: str) -> Run:
