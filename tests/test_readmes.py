@@ -6,6 +6,7 @@ import importlib
 import json
 import re
 import shlex
+import shutil
 import sys
 from pathlib import Path
 
@@ -147,6 +148,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
             more = ["autoencoder.pretrained=shapes_unconditional"] if taking else []
             stages = stages.replace("[latents", "[autoencoder,latents")
             typed(patch, ["train.py", *fitting(recipe[0]), *recipe, *more, f"name={name}", f"stages={stages}"])
+    shutil.copytree(folder / "runs/mine", folder / "runs/quickstart/seed=1")  # a job of a sweep, for ldm-sweep
     return folder
 
 

@@ -36,3 +36,16 @@ def test_what_a_process_left_is_removed_by_its_own_machine_alone(gone: int, fold
     kept = {name for name in left if (tmp_path / left[name]).exists()}
     assert kept == {"at work", "another machine", "another file"}
     assert {p.name for p in tmp_path.iterdir()} == {"a", *(left[name] for name in kept)}
+
+
+def test_a_link_is_a_copy_where_there_are_no_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a").write_bytes(b"x")
+    storage.link_or_copy(tmp_path / "a", tmp_path / "b")
+    assert (tmp_path / "b").samefile(tmp_path / "a")
+
+    def refused(*_: object) -> None:
+        raise PermissionError
+
+    monkeypatch.setattr(os, "link", refused)
+    storage.link_or_copy(tmp_path / "a", tmp_path / "c")
+    assert (tmp_path / "c").read_bytes() == b"x"

@@ -14,7 +14,7 @@ import torch
 from ldm_train.data import order
 from ldm_train.data.datamodule import ShardDataModule
 from ldm_train.data.encoding import write_cache, write_cache_index
-from ldm_train.data.fields import boxes_of, captions_of, label_of
+from ldm_train.data.fields import boxes_of, captions_of, label_of, relabelled_boxes
 from ldm_train.data.latents import LatentDataModule
 from ldm_train.data.order import Batching, Mixture, StepBatches
 from ldm_train.data.shards import DataError, IndexedShards, write_shard
@@ -236,3 +236,11 @@ def test_a_label_that_a_root_does_not_name_is_nobodys(roots: list[str], write_da
     assert captions_of(fields[5]) == ["one"]
     with pytest.raises(DataError, match=r"train-000000\.tar:train_000\d: class label .*balance_classes"):
         shards.labels()
+
+
+def test_labels_of_cocos_objects_are_mapped_like_those_of_boxes() -> None:
+    coco = {"width": 10, "height": 20, "objects": [{"bbox": [1, 2, 3, 4], "category_id": 1}]}
+    ours = {"boxes": [[0.1, 0.1, 0.3, 0.2, 0]]}
+    mapped = [boxes_of(relabelled_boxes(json.dumps(record).encode(), [1, 0])) for record in (coco, ours)]
+    np.testing.assert_allclose(mapped[0], mapped[1], atol=1e-12)
+    assert mapped[0][0, 4] == 1

@@ -2,6 +2,7 @@
 
 import math
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -406,6 +407,48 @@ def test_the_stage_of_another_decoder_is_not_shared(first: Run):
     keys = [run.stages["diffusion"].key(run) for run in runs]
     assert keys[0] != keys[1]
     assert keys[0]["latents"] == keys[1]["latents"]
+
+
+class Reached(Exception):
+    """Raised in the place of training."""
+
+
+@pytest.mark.parametrize("trains", ["all", "decoder"])
+def test_an_autoencoder_that_is_trained_on_is_in_train_mode(
+    trains: str, first: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A codebook learns by running averages in that mode alone; a frozen encoder stays in eval mode."""
+
+    def reached(run: Run, stage: str, task: torch.nn.Module, *arguments: object, **options: object) -> None:
+        assert task.autoencoder.decoder.training
+        assert task.autoencoder.encoder.training == (trains == "all")
+        raise Reached
+
+    monkeypatch.setattr("ldm_train.pipeline.autoencoder.training.train", reached)
+    options = ("stages=[autoencoder]", f"autoencoder.train={trains}")
+    with pytest.raises(Reached):
+        following(first, f"mode_{trains}", *options).execute()
+
+
+def test_fewer_validation_images_than_devices_are_named(first: Run) -> None:
+    run = following(first, "devices", "diffusion.val_images=2")
+    run.machine = replace(run.machine, world_size=4)
+    with pytest.raises(ValueError, match=r"4 devices need at least as many validation images, and diffusion has 2"):
+        run.enough_images("diffusion", ("image",))
+
+
+def test_a_restarted_stage_is_made_anew_beside_runs_that_have_it(first: Run) -> None:
+    folder = first.folder.parent
+    short = ("stages=[autoencoder,latents]", "autoencoder.pretrained=first")
+    (folder / "beside").mkdir()
+    shards = {}
+    for name, options in (("one", ()), ("two", ()), ("again", ("restart=latents",))):
+        run = chain(folder, *short, *options, name=f"beside/{'one' if name == 'again' else name}")
+        run.share = True
+        run.execute()
+        shards[name] = sorted((run.folder / "latents").rglob("*.tar"))[0].stat().st_ino
+    assert shards["one"] == shards["two"]
+    assert shards["again"] != shards["two"]
 
 
 def test_other_autoencoders_have_the_same_latents_only_if_they_are_the_same():
