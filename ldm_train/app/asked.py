@@ -144,7 +144,8 @@ def _check_numbers(offer: Offer, options: Mapping[str, Any], limits: Limits) -> 
         _at_most("size", value, limits.side)
     if all(isinstance(value, int | float) for value in (*sides, *margins)):
         _at_most("the side of the extended picture", max(sides) + sum(margins), limits.side)
-    given = {name: options.get(name) for name in (*LISTS, *FILES, "layout")} | dict(options.get("fields") or {})
+    given = {name: options.get(name) for name in (*LISTS, *FILES, "layout")}
+    given |= {FIELD + name: value for name, value in dict(options.get("fields") or {}).items()}
     rows = max((len(as_list(value, name)) for name, value in given.items() if isinstance(value, list)), default=1)
     # In a recipe, a prompt may have its own n.
     n = PICTURES if options.get("n") is None else options["n"]

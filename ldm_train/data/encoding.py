@@ -41,7 +41,7 @@ def write_cache(
     """Encodes this rank's part of a split, shard by shard; shards that are complete are kept. Returns their entries.
 
     flips: also store the moments of the mirror image. known: maps a key in the cache to existing moments, used instead
-    of encoding. Samples whose image, class or caption (if `data` requests them) cannot be read are left out and named.
+    of encoding. Samples of which a field of `data` cannot be read are left out and named.
     Raises DataError if these are more than data.max_bad_fraction allows, ValueError for transforms with randomness
     beyond a flip.
     """
@@ -107,8 +107,10 @@ def _encoded(
     known: Callable[[str], torch.Tensor] | None,
 ) -> Iterator[tuple[str, dict[str, bytes]]]:
     shards = data.shards(split)
-    # All fields are decoded, so that samples with a bad one are left out.
-    dataset = data.samples(split, tuple(dict.fromkeys(("image", *data.fields))), random=False)
+    # Fields that are not cached are decoded, too, so that samples with a bad one are left out; but not those that are
+    # only made from the image.
+    held = [name for name in data.fields if name not in data.derive or data.holds(name)]
+    dataset = data.samples(split, tuple(dict.fromkeys(("image", *held))), random=False)
     batches = _batches_of_one_size(chunk, max(1, min(64, data.batching.micro)), data.buckets(split))
     loader = DataLoader(
         dataset,

@@ -107,11 +107,11 @@ class Evaluator:
     def hashes(self) -> dict[str, str]:
         """By extractor: a hash of its weights and, if it is not of this package, its options."""
         hashes = {name: weights_hash(e)[:12] for name, e in self.extractors.items()}
-        own = {name: json.dumps([hashes[name], options], sort_keys=True) for name, options in self._options.items()}
+        own = {name: json.dumps([hashes[name], options], sort_keys=True) for name, options in self.own_options.items()}
         return hashes | {name: hashlib.sha256(text.encode()).hexdigest()[:12] for name, text in own.items()}
 
     @property
-    def _options(self) -> dict[str, Any]:
+    def own_options(self) -> dict[str, Any]:
         """The options of extractors that are not of this package, whose features may depend on more than weights."""
         own = (name for name, extractor in self.extractors.items() if not isinstance(extractor, Extractor))
         return {name: plain(self.section.extractors[name]) for name in own}
@@ -184,7 +184,7 @@ class Evaluator:
             wanted = Collected(self.metrics, self.extractors, compared=name)
             identity, cache = self.images_identity(data, split, limit), Path(runs_dir) / CACHE
             loader = partial(data.fixed_loader, split, limit, ("image",))
-            return collect_reference(name, wanted, loader, identity, cache, self.device, progress, self._options)
+            return collect_reference(name, wanted, loader, identity, cache, self.device, progress, self.own_options)
 
         def image_of(name: str, index: int) -> torch.Tensor:
             return data.samples(getattr(data, name), ("image",), random=False, bucketed=False)[(0, index)]["image"]

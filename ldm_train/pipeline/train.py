@@ -116,8 +116,8 @@ def _train(config: DictConfig, folder: Path, sweeping: bool) -> None:
     if config.plan == "only":
         return Run(config, folder, planned_machine(config), own_parts(config)).plan()
 
-    if config.restart and slurm.has_restarted(folder, config.restart):
-        print(f"restart={config.restart} was carried out before this job was requeued; it continues")
+    restarted = config.restart if config.restart and slurm.has_restarted(folder, config.restart) else None
+    if restarted:
         config.restart = None
 
     def check(machine: Machine) -> None:
@@ -133,6 +133,8 @@ def _train(config: DictConfig, folder: Path, sweeping: bool) -> None:
     world_size, rank = machine.world_size, machine.rank
     torch.set_float32_matmul_precision("high")
     if rank == 0:
+        if restarted:
+            print(f"restart={restarted} was carried out before this job was requeued; it continues")
         _make_data(config)
     if world_size > 1:
         dist.barrier()

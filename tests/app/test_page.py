@@ -19,7 +19,7 @@ from small_models import CONDITIONERS, small_model
 
 from ldm_train import images as pictures
 from ldm_train.app import runs, serve
-from ldm_train.app.asked import Limits, sampler_tree
+from ldm_train.app.asked import Limits, options_of, sampler_tree
 from ldm_train.app.blocks import build
 from ldm_train.app.form import OWN
 from ldm_train.app.offer import MAIN, Adapter, Input
@@ -137,6 +137,25 @@ def test_a_recipes_settings_are_taken_over(studio: Studio, tmp_path: Path) -> No
         with pytest.raises(gr.Error, match=r"options that this page does not offer"):
             taken(sampler=tree)
     assert page.form.taken("", *kept) == kept
+
+
+@pytest.mark.parametrize("kind", ["layout", "semantic", "class"])
+def test_drawn_conditions_and_the_size_are_taken_over(kind: str, studio: Studio, tmp_path: Path) -> None:
+    """What the form then asks for is what the picture was drawn from, whatever stood there before."""
+    page = page_of(studio, kind)
+    drawn = {
+        "layout": {"layout": canvas(boxes=[[0.1, 0.2, 0.4, 0.4, "dog"]])},
+        "semantic": {"map": canvas(np.eye(32, dtype=np.uint8))},
+        "class": {"classes": ""},
+    }[kind]
+    asked = page.form.asked(MAIN, values(page, **drawn))
+    *_, (picture, *_) = studio.draw(page.offer, asked, threading.Event())
+    other = {"layout": {"layout": ""}, "semantic": {"map": ""}, "class": {"classes": "dog"}}[kind]
+    before = values(page, height=64, width=64, **other)
+    taken = page.form.taken(str(picture), *(before[name] for name in page.form.parts.kept))
+    again = page.form.asked(MAIN, before | dict(zip(page.form.parts.kept, taken)))
+    wanted = options_of(page.offer, {k: v for k, v in asked.items() if k != "seed"}, studio.limits)
+    assert options_of(page.offer, {k: v for k, v in again.items() if k != "seed"}, studio.limits) == wanted
 
 
 def test_a_request_hands_in_what_was_uploaded_and_nothing_else(studio: Studio, tmp_path: Path) -> None:

@@ -281,6 +281,10 @@ def test_a_recipe_of_someone_else_chooses_nothing(studio: Studio, tmp_path: Path
         ({"n": 1, "image": ["a.png"] * 900}, "the number of pictures of all prompts=900 is more"),
         ({"n": 1, "fields": {"edges": ["a.png"] * 900}}, "the number of pictures of all prompts=900 is more"),
         (
+            {"n": 1, "prompts": ["a"] * 900, "fields": {"prompts": "b"}},
+            "the number of pictures of all prompts=900 is more",
+        ),
+        (
             {"n": 1, "prompts": [{"prompt": "a", "n": 30}], "classes": ["cat"] * 30},
             "the number of pictures of all prompts=900 is more",
         ),

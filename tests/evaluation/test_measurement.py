@@ -9,7 +9,7 @@ from chains import composed
 from torch import nn
 
 from ldm_train.evaluation.evaluator import Evaluator, parse_metrics
-from ldm_train.evaluation.measurement import _saved
+from ldm_train.evaluation.measurement import _saved, collect_reference
 from ldm_train.metrics.features import TinyEval
 from ldm_train.metrics.measures import Collected
 
@@ -72,3 +72,35 @@ def test_an_extractor_of_the_users_own_is_not_in_training_mode() -> None:
     evaluator = Evaluator(composed("train", "experiment=quickstart", *overrides).evaluation, torch.device("cpu"))
     images = torch.rand(2, 3, 8, 8)
     assert torch.equal(evaluator.extractors["mine"](images), images.flatten(1))
+
+
+class Reducing(nn.Module):
+    """An extractor without weights, whose features depend on an option."""
+
+    def __init__(self, size: int):
+        super().__init__()
+        self.size = size
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return nn.functional.adaptive_avg_pool2d(images, self.size)[..., :1, :1].flatten(1)
+
+
+def test_an_option_of_an_extractor_is_part_of_what_is_cached(tmp_path: Path) -> None:
+    hashes, means = [], []
+    batches = [{"image": torch.rand(8, 3, 8, 8, generator=torch.Generator().manual_seed(0))}]
+    for size in (1, 4):
+        overrides = [
+            "+evaluation.extractors.mine._target_=test_measurement.Reducing",
+            f"+evaluation.extractors.mine.size={size}",
+        ]
+        config = composed("train", "experiment=quickstart", *overrides, "evaluation.metrics=[fid_mine,fid_tiny]")
+        evaluator = Evaluator(config.evaluation, torch.device("cpu"))
+        wanted = Collected(evaluator.metrics, evaluator.extractors)
+        found = collect_reference(
+            "reference", wanted, lambda: batches, {}, tmp_path, torch.device("cpu"), False, evaluator.own_options
+        )
+        hashes.append(evaluator.hashes)
+        means.append(found.sets["reference"]["mine"].moments.mean)
+    assert hashes[0]["mine"] != hashes[1]["mine"]
+    assert hashes[0]["tiny"] == hashes[1]["tiny"]
+    assert not torch.allclose(means[0], means[1])

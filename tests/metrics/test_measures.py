@@ -294,6 +294,28 @@ def test_class_accuracy_is_torchmetrics() -> None:
         made.add(images, torch.arange(500))
 
 
+class Describer(nn.Module):
+    """Features are an image's first two values, and those of a text its length and 1, all of length 1."""
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return nn.functional.normalize(images.flatten(1)[:, :2], dim=1)
+
+    def texts(self, captions: list[str]) -> torch.Tensor:
+        return nn.functional.normalize(torch.tensor([[float(len(text)), 1.0] for text in captions]), dim=1)
+
+
+def test_samples_without_a_caption_have_no_clip_score() -> None:
+    images, captions = torch.rand(6, 3, 8, 8), ["a", "", "abc", "", "", ""]
+    scores = []
+    for chosen in (torch.arange(6), torch.tensor([0, 2])):
+        made = Collected(parse_metrics(["clip_score_mine"], ["mine"]), {"mine": Describer()})
+        for part in chosen.split(3):  # the last batch of six has no caption at all
+            made.add(images[part], part, {"caption": [captions[i] for i in part]})
+        scores.append(measure(made.metrics, {}, made)["clip_score_mine"])
+    assert scores[0].value == pytest.approx(scores[1].value)
+    assert scores[0].n == scores[1].n == 2
+
+
 def test_what_an_extractor_lacks_is_named() -> None:
     images, classes = torch.zeros(2, 3, 8, 8), {"class_label": [0, 1]}
     for name, message in (

@@ -19,6 +19,7 @@ from ldm_train.models.discriminator import PatchDiscriminator
 from ldm_train.models.dit import DiT
 from ldm_train.models.first_stage import FirstStage
 from ldm_train.models.unet import UNet
+from ldm_train.pipeline.measure import load_weights
 from ldm_train.pipeline.values import check_values
 from ldm_train.training.alignment import Alignment, check_alignment
 from ldm_train.training.latent_augmentation import LatentAugmentation
@@ -309,6 +310,18 @@ def test_both_stages_train_with_orthogonal_steps_but_for_the_discriminator(tmp_p
         for group in groups.values():
             kind = "momentum_buffer" if group["matrices"] else "exp_avg"
             assert all(kind in states[number] for number in group["params"])
+
+
+@pytest.mark.chain
+def test_the_best_weights_of_an_aligned_training_are_a_model(tmp_path: Path) -> None:
+    """The alignment's projection is in the checkpoint and no part of the model."""
+    run = chain(tmp_path, "technique=[alignment]", "stages=[autoencoder,latents,diffusion]")
+    run.execute()
+    best = torch.load(tmp_path / "run/diffusion/checkpoints/best.ckpt", weights_only=True)
+    assert any(key.startswith("alignment.") for key in best["state_dict"])
+    weights, averaged = load_weights(run.folder, "best").state_dict(), best["ema"]["shadow"]
+    name = next(name for name in averaged if name.startswith("network."))
+    assert torch.equal(weights[name], averaged[name])
 
 
 @pytest.mark.chain
