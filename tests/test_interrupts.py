@@ -1,6 +1,7 @@
 """A signal ends a command at once, or after it has saved: with the right exit status and one line, and the same command
 continues to the same weights."""
 
+import csv
 import os
 import random
 import re
@@ -125,6 +126,18 @@ def test_sigterm_within_lightning_leaves_at_once_before_the_first_step_and_saves
     assert process.returncode == 128 + signal.SIGTERM
     assert errors.strip() == said
     assert fit.steps_done(tmp_path / "run/autoencoder/checkpoints/last.ckpt") == (steps or 0)
+
+
+def test_a_signal_in_a_step_with_a_validation_leaves_after_it(tmp_path: Path):
+    (tmp_path / "train.py").write_text(AT_HOOK.format(hook="on_train_batch_end"))
+    overrides = command(tmp_path, "run", "autoencoder.val_every=1")[2:]
+    process = start([sys.executable, "train.py", *overrides], tmp_path)
+    errors = process.communicate(timeout=200)[1]
+    assert errors.strip() == "stopped by SIGTERM after step 1; run the same command to continue"
+    checkpoints = tmp_path / "run/autoencoder/checkpoints"
+    assert [fit.steps_done(checkpoints / name) for name in ("last.ckpt", "best.ckpt")] == [1, 1]
+    rows = list(csv.DictReader((tmp_path / "run/autoencoder/metrics.csv").open()))
+    assert [row["step"] for row in rows if row["val/l1"]] == ["1"]
 
 
 def test_commands_leave_at_once_with_one_line(tmp_path: Path):

@@ -34,7 +34,7 @@ def suggestions(config_name: str, overrides: list[str]) -> str:
         name = name.lstrip("+~")
         if name in groups or any(g.startswith(name + "/") for g in groups):
             options = sorted(p.stem for p in (config_folder() / name).glob("*.yaml"))
-            for choice in value.split(","):
+            for choice in value.replace("[", "").replace("]", "").split(","):
                 if choice and choice not in options and (close := difflib.get_close_matches(choice, options, 3)):
                     lines.append(f"{name}={choice}: did you mean {' or '.join(close)}?")
         elif name not in known:

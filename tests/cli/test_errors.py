@@ -70,6 +70,7 @@ SMALL = (
     [
         ("autoencoder.max_step=3", "did you mean autoencoder.max_steps"),
         ("experiment=quickstrat", "did you mean quickstart?"),
+        ("technique=[r1,mun]", "technique=mun: did you mean muon?"),
         ("autoencoder/network=kl_f4_tny", "did you mean kl_f4_tiny"),
         ("lr=1e-3", "did you mean autoencoder.lr or diffusion.lr"),
         ("data.imagesize=64", "did you mean data.image_size"),

@@ -138,7 +138,8 @@ class Checkpoints(L.Callback):
 
     If a validation is due at the same step, last.ckpt is saved after it, so a run killed in between repeats the steps
     and the validation. Once training has started, a signal only sets a flag. At the next optimiser step all ranks agree
-    on it, save, and raise Interrupted; a second signal ends the process at once. Raises NotFinite instead of saving
+    on it, save, and raise Interrupted; a second signal ends the process at once. If that step has a validation, they
+    raise after it: a resumed run begins with the next step and would leave it out. Raises NotFinite instead of saving
     non-finite weights.
     """
 
@@ -146,6 +147,7 @@ class Checkpoints(L.Callback):
         self.folder, self.every, self.best = Path(folder), every, float("inf")
         self.monitor = self.by = self._usual = monitor
         self._training, self._signal, self._signal_time = False, 0, 0.0
+        self._agreed = 0  # the signal on which all ranks leave, once they agree
         self._leave = interrupts.leave
         self._step = self._saved = 0  # the last step, and the step of last.ckpt
         self._hosts: dist.ProcessGroup | None = None
@@ -199,20 +201,22 @@ class Checkpoints(L.Callback):
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Task, outputs: Any, batch: Any, batch_idx: int) -> None:
         if (batch_idx + 1) % pl_module.accumulate:
             return
-        self._step, number = trainer.global_step, self._agreed_signal(trainer)
+        self._step, self._agreed = trainer.global_step, self._agreed_signal(trainer)
         validates = trainer.should_stop or (batch_idx + 1) % trainer.val_check_batch == 0
-        if number or (self._due(trainer) and not validates):
-            self._save_last(trainer, pl_module)
-        if number:
+        if self._agreed or (self._due(trainer) and not validates):
+            self._save_last(trainer, pl_module)  # before a validation too: it may outlast the time left after a signal
+        if self._agreed and not validates:
             # Lightning would write this step's metrics only after this hook; the resumed run starts at the next step.
             trainer._logger_connector.update_train_step_metrics()
-            raise Interrupted(number, self._step)
+            raise Interrupted(self._agreed, self._step)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: Task) -> None:
         if self.monitor and (value := trainer.callback_metrics.get(f"val/{self.monitor}")) is not None:
             self.offer(trainer, float(value))
-        if self._due(trainer):
+        if self._agreed or self._due(trainer):
             self._save_last(trainer, pl_module)
+        if self._agreed:
+            raise Interrupted(self._agreed, self._step)
 
     def offer(self, trainer: L.Trainer, value: float) -> None:
         """Saves best.ckpt if `value` is lower than all before."""
