@@ -396,7 +396,7 @@ def test_samples_take_the_runs_own_settings_and_captions_as_typed(finished: Path
     recipe = json.loads((tmp_path / "s" / "recipe.json").read_text())
     assert recipe["images"][0]["condition"] == caption
     asked = recipe["config"]
-    assert (asked["num_inference_steps"], asked["guidance_scale"], asked["sampler"]["eta"]) == (2, 1.5, 1.0)
+    assert (asked["num_inference_steps"], asked["guidance_scale"], asked["sampler"]["eta"]) == (2, 1.5, 0.5)
 
 
 @pytest.mark.slow
