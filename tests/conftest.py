@@ -30,6 +30,7 @@ socket.getfqdn = lambda name="": name or "localhost"
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--fuzz", type=int, default=40, help="cases of each fuzz test; 1000 looks closely")
+    parser.addoption("--kills", type=int, default=2, help="times that each run of test_exactness.py is killed")
     parser.addoption(
         "--full-size", action="store_true", help="parity at the published widths too; needs 20 GB of memory"
     )
@@ -183,3 +184,9 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def count(request: pytest.FixtureRequest) -> int:
     """The number of cases of a fuzz test (--fuzz)."""
     return request.config.getoption("--fuzz")
+
+
+@pytest.fixture(scope="session")
+def kills(request: pytest.FixtureRequest) -> int:
+    """The number of times that a training is killed (--kills)."""
+    return request.config.getoption("--kills")

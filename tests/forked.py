@@ -9,6 +9,7 @@ import multiprocessing
 import os
 import runpy
 import sys
+import time
 from collections.abc import Callable
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
@@ -52,3 +53,27 @@ def _train(folder: Path, options: tuple[str, ...]) -> None:
     os.dup2(log, 2)
     sys.argv = [str(TRAIN), *options]
     runpy.run_path(str(TRAIN), run_name="__main__")
+
+
+def end_within(seconds: float, processes: list[int]) -> bool:
+    """Waits until all of these processes have ended; returns false if one lives on after so many seconds."""
+    end = time.monotonic() + seconds
+    while any(_runs(p) for p in processes) and time.monotonic() < end:
+        time.sleep(0.05)
+    return not any(_runs(p) for p in processes)
+
+
+def _runs(process: int) -> bool:
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def descendants(process: int) -> list[int]:
+    """Returns the ids of the process's children, their children and so on, as far as they still run."""
+    try:
+        own = [int(p) for p in Path(f"/proc/{process}/task/{process}/children").read_text().split()]
+    except (FileNotFoundError, ProcessLookupError):
+        return []
+    return own + [p for child in own for p in descendants(child)]

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from forked import descendants, end_within
 
 from ldm_train.data.shards import IndexedShards
 from ldm_train.pipeline import resume as stages
@@ -120,25 +121,6 @@ def wait_for_training(process: subprocess.Popen, folder: Path) -> list[int]:
         assert process.poll() is None, process.stderr.read()
         time.sleep(0.05)
     return [int(p) for p in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
-
-
-def end_within(seconds: float, processes: list[int]) -> bool:
-    end = time.monotonic() + seconds
-    while any(_runs(p) for p in processes) and time.monotonic() < end:
-        time.sleep(0.05)
-    return not any(_runs(p) for p in processes)
-
-
-def _runs(process: int) -> bool:
-    try:
-        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
-
-
-def descendants(process: int) -> list[int]:
-    own = [int(p) for p in Path(f"/proc/{process}/task/{process}/children").read_text().split()]
-    return own + [p for child in own for p in descendants(child)]
 
 
 @pytest.mark.slow
