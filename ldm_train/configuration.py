@@ -28,7 +28,7 @@ def run_config(folder: Path) -> DictConfig:
     path = folder / "config.yaml"
     tree = read_config(path)
     if not isinstance(tree.get("stages"), list):
-        raise ValueError(f"{path} is no config of a run: it names no stages")
+        raise ValueError(f"{path} is not the config of a run: it names no stages")
 
     def check(value: Any) -> None:
         if isinstance(value, dict | list):
@@ -41,7 +41,7 @@ def run_config(folder: Path) -> DictConfig:
     return OmegaConf.create(names.options(tree))
 
 
-def usual_options() -> dict[str, Any]:
+def default_options() -> dict[str, Any]:
     """The default options of data, autoencoder, diffusion, classifier, latents, sampling and evaluation, from the base
     files of conf/."""
     top = read_config(config_folder() / "train.yaml")

@@ -38,7 +38,7 @@ def multiplies_bfloat16() -> bool:
     return bool(capabilities.get("amx_bf16"))
 
 
-def uploaded(tensor: torch.Tensor, device: torch.device | str) -> torch.Tensor:
+def to_device(tensor: torch.Tensor, device: torch.device | str) -> torch.Tensor:
     """Returns `tensor` on `device`. A copy from the host to CUDA uses pinned memory and overlaps with the device's
     work: a blocking copy would wait for all work queued before it. The source must not be written to afterwards.
     float64 becomes float32 on devices without float64."""

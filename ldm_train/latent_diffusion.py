@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from ldm_train.conditioning.base import SPATIAL, Conditioner, check_widths, merge
-from ldm_train.devices import uploaded
+from ldm_train.devices import to_device
 from ldm_train.diffusion.denoiser import Denoiser, Network
 from ldm_train.diffusion.guidance import Denoise, classifier_free, keep_known
 from ldm_train.diffusion.objective import check_compatible
@@ -25,10 +25,10 @@ from ldm_train.samplers.ddim import ddim_inversion
 
 @dataclass(frozen=True)
 class Sampling:
-    """Options of sampling. None means the choice of the model's own run.
+    """Options of sampling. None: as in the model's own run.
 
     sampler: a function of `samplers/` with its options bound (functools.partial). guidance_scale: 1 is off
-    guidance_interval: guide only between these noise levels sigma / alpha (Kynkaanniemi et al. 2024); None: at all
+    guidance_interval: guide only between these noise levels sigma / alpha (Kynkaanniemi et al. 2024); (0, 1e9): at all
     overlap: for larger latents, latent cells shared by neighbouring windows of the trained size (see `Panorama`)
     tiles: decode in tiles, for images too large for memory
     """
@@ -48,7 +48,7 @@ class Sampling:
     def require(self, *names: str) -> None:
         """Raises ValueError if one of these options is set neither by the model's run nor by the call."""
         if missing := [n for n in names if getattr(self, n) is None]:
-            raise ValueError(f"this model brings no sampling options of its own; say {' and '.join(missing)}")
+            raise ValueError(f"this model records no sampling options of its own; pass {' and '.join(missing)}")
 
 
 @dataclass(frozen=True)
@@ -167,7 +167,7 @@ class LatentDiffusion(nn.Module):
     def adaptable(self) -> nn.ModuleDict:
         """What adapters may change: network, conditioners, and those pretrained encoders of conditioners that are
         loaded."""
-        beside = {name: network for name, c in self.conditioners.items() if (network := c.beside()) is not None}
+        beside = {name: network for name, c in self.conditioners.items() if (network := c.frozen_encoder()) is not None}
         return nn.ModuleDict({**self.parts(), "encoders": nn.ModuleDict(beside)})
 
     def adapt(self, how: Adapter, name: str) -> None:
@@ -179,14 +179,14 @@ class LatentDiffusion(nn.Module):
         """Merges the adapters into the weights; returns the previous weights, see `lora.merge`."""
         self.adapter, before = None, lora.merge(self.adaptable())
         for conditioner in self.conditioners.values():
-            conditioner.forget()
+            conditioner.clear_cache()
         return before
 
     def latents_from(self, batch: Mapping[str, Any], generator: torch.Generator | None = None) -> torch.Tensor:
         """Returns scaled latents (B, C, h, w), a new posterior sample each time, from the cached batch["moments"] (see
         `Autoencoder.encode_moments`) if present, otherwise by encoding batch["image"]."""
         moments = batch["moments"] if "moments" in batch else self.first_stage.encode_moments(batch["image"])
-        return self.first_stage.latents(uploaded(moments, self.device), generator)
+        return self.first_stage.latents(to_device(moments, self.device), generator)
 
     def condition(
         self,
@@ -219,7 +219,7 @@ class LatentDiffusion(nn.Module):
         mixed = {k: v.clone() for k, v in null.items()}
         if "context_mask" in mixed:
             total = sum(w for w, _ in terms)
-            mixed["context_mask"] &= uploaded((total - 1).abs(), self.device)[:, None] > 1e-6
+            mixed["context_mask"] &= to_device((total - 1).abs(), self.device)[:, None] > 1e-6
         for weights, batch in terms:
             for name, value in self.condition(batch, None, latent_size).items():
                 w = weights.to(value.device).view(-1, *[1] * (value.ndim - 1))
@@ -276,7 +276,7 @@ class LatentDiffusion(nn.Module):
     @torch.no_grad()
     def encode(self, images: torch.Tensor, tiles: Tiles | None = None) -> torch.Tensor:
         """Images (B, C, H, W) in [-1, 1] -> scaled latents (B, C, h, w), the mean of the posterior."""
-        posterior = self.first_stage.posterior(self.first_stage.encode_moments(uploaded(images, self.device), tiles))
+        posterior = self.first_stage.posterior(self.first_stage.encode_moments(to_device(images, self.device), tiles))
         return self.first_stage.scaled(posterior.mean)
 
     @torch.no_grad()
@@ -310,19 +310,19 @@ class LatentDiffusion(nn.Module):
         noise = NoiseSource(seeds)
         denoise = self._guided(batch, len(seeds), how, guidance, condition, latent_size)
         if start.known is not None:
-            known, mask = (uploaded(given, self.device) for given in (start.known, start.mask))
+            known, mask = (to_device(given, self.device) for given in (start.known, start.mask))
             denoise = keep_known(denoise, known, mask)
         shape = (self.first_stage.latent_channels, *(latent_size or self.latent_size))
-        x_t = noise.normal(shape, "start", self.device) if start.noise is None else uploaded(start.noise, self.device)
+        x_t = noise.normal(shape, "start", self.device) if start.noise is None else to_device(start.noise, self.device)
         timesteps = self.schedule.timesteps(how.num_inference_steps, how.spacing)
         if start.latents is not None and start.strength < 1:
             timesteps = timesteps[len(timesteps) - 1 - round((len(timesteps) - 1) * start.strength) :]
             alpha, sigma = self.schedule.numbers(float(timesteps[0]))
-            x_t = alpha * uploaded(start.latents, self.device).to(x_t) + sigma * x_t
+            x_t = alpha * to_device(start.latents, self.device).to(x_t) + sigma * x_t
         if len(timesteps) > 1:
             x_t = how.sampler(denoise, x_t, timesteps, self.schedule, noise, callback=callback)
         else:
-            x_t = uploaded(start.latents, self.device)
+            x_t = to_device(start.latents, self.device)
         return self.decode(x_t, how.tiles, seeds)
 
     def _guided(
@@ -372,7 +372,7 @@ class LatentDiffusion(nn.Module):
         how.require("num_inference_steps")
         timesteps = self.schedule.timesteps(how.num_inference_steps, how.spacing)
         denoise = self.denoiser(self.sampled_condition(batch, len(latents), latents.shape[2:]), how.overlap)
-        latents = uploaded(latents, self.device)
+        latents = to_device(latents, self.device)
         return ddim_inversion(denoise, latents, timesteps, self.schedule, iterations=iterations, callback=callback)
 
     def sampled_condition(

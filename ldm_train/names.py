@@ -18,6 +18,7 @@ OPTIONS = {
     "diffusion.objective.prediction_type": "diffusion.objective.parameterisation._target_",
     "evaluation.obedience": "evaluation.adherence",
     "data.obedience": "data.adherence",
+    "diffusion.adapter.begins": "diffusion.adapter.initializer_token",
     "weak": "weaker_model",
 }
 # Renamed values of renamed options, by the option's old path: {old: new}.

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from ldm_train.devices import uploaded
+from ldm_train.devices import to_device
 
 
 def derive_seed(*parts: int | str) -> int:
@@ -48,7 +48,7 @@ class NoiseSource:
     def normal(self, shape: Sequence[int], step: int | str, device: torch.device | str = "cpu") -> torch.Tensor:
         """Standard normal noise (B, *shape), float32. `step` names the draw: "start", "posterior", or a sampler's step."""
         draws = [torch.randn(*shape, generator=generator(seed, *self.scope, step)) for seed in self.seeds]
-        return uploaded(torch.stack(draws), device)
+        return to_device(torch.stack(draws), device)
 
     def scoped(self, name: int | str) -> "NoiseSource":
         """The same images with separate noise streams, for a sampler that runs several times."""

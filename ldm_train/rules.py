@@ -23,9 +23,9 @@ def number(least: float = -math.inf, most: float = math.inf, kind: str = "number
         if value is None:
             raise ValueError(f"{{name}}=null: it needs a {kind}")
         if not _is_number(value):
-            raise ValueError(f"{{name}}={{value!r}} is no {kind}")
+            raise ValueError(f"{{name}}={{value!r}} is not a {kind}")
         if not math.isfinite(value):
-            raise ValueError("{name}={value} is no finite number")
+            raise ValueError("{name}={value} is not a finite number")
         if value < least:
             raise ValueError(f"{{name}}={{value}} is below {least}; it must be at least that")
         if value > most:
@@ -40,7 +40,7 @@ def whole(least: float = -math.inf, most: float = math.inf) -> Rule:
 
     def rule(value: Any) -> int:
         if number(least, most, "whole number")(value) != int(value):
-            raise ValueError("{name}={value} is no whole number")
+            raise ValueError("{name}={value} is not a whole number")
         return int(value)
 
     return rule
@@ -75,7 +75,7 @@ def text(meant: str = "text") -> Rule:
 
     def rule(value: Any) -> str:
         if not isinstance(value, str) or not value:
-            raise ValueError(f"{{name}}={{value}} is no {meant}")
+            raise ValueError(f"{{name}}={{value}} is not {meant}")
         return value
 
     return rule
@@ -84,7 +84,7 @@ def text(meant: str = "text") -> Rule:
 def scalar(value: Any) -> Any:
     """Any value except a section or a list."""
     if isinstance(value, dict | list):
-        raise ValueError("{name}={value} is no text")
+        raise ValueError("{name}={value} is not text")
     return value
 
 
@@ -108,7 +108,7 @@ def numbers(count: int, entry: Rule, kind: str = "numbers") -> Rule:
                 return [entry(v) for v in value]
         except ValueError:
             pass  # a message about the whole list says more than one about an entry
-        raise ValueError(f"{{name}}={{value}} is no list of {count} {kind}")
+        raise ValueError(f"{{name}}={{value}} is not a list of {count} {kind}")
 
     return rule
 

@@ -103,7 +103,7 @@ class Moved(OSError):
 @contextmanager
 def held(folder: str | Path) -> Iterator[None]:
     """A context in which writing below `folder` fails if the folder was moved or deleted meanwhile. Otherwise the
-    folder would be created anew, with half of a run in each."""
+    folder would be created again, with half of a run in each."""
     name = os.path.abspath(folder)
     _held[name] = os.open(name, os.O_RDONLY | os.O_DIRECTORY)  # while open, its inode number is not reused
     try:
@@ -224,13 +224,13 @@ def plain_values(tree: Any, where: str | Path, most: float = math.inf) -> Any:
             raise ValueError(f"{where} unfolds into more than {DEEPEST} levels; no config does")
         if isinstance(value, dict):
             if odd := [k for k in value if not isinstance(k, str)]:
-                raise ValueError(f"{where} has the key {shown(odd[0])}, which is no text")
+                raise ValueError(f"{where} has the key {shown(odd[0])}, which is not text")
             return {k: copied(v, depth + 1) for k, v in value.items()}
         if isinstance(value, list):
             return [copied(v, depth + 1) for v in value]
         plain = value is None or isinstance(value, str | bool | int | float)
         if not plain or (isinstance(value, int) and value.bit_length() > LONGEST_NUMBER):
-            raise ValueError(f"{where} holds {shown(value)}, which is no plain value")
+            raise ValueError(f"{where} holds {shown(value)}, which is not a plain value")
         return value
 
     return copied(tree, 0)
@@ -250,9 +250,11 @@ def _read(
         raise
     except Exception as error:  # parsers raise errors of any type on invalid text
         said = " ".join(str(error).split())[:200] or type(error).__name__
-        raise ValueError(f"{path} is no {kind} ({said}); take an undamaged copy") from error
+        raise ValueError(f"{path} is not a {kind} ({said}); take an undamaged copy") from error
     if not isinstance(tree, dict):
-        raise ValueError(f"{path} is no {kind}: it holds a {type(tree).__name__} where names with values are expected")
+        raise ValueError(
+            f"{path} is not a {kind}: it holds a {type(tree).__name__} where names with values are expected"
+        )
     return plain_values(tree, path, most)
 
 

@@ -24,7 +24,7 @@ from ldm_train.conditioning.image_embedding import ImageEmbedding
 from ldm_train.conditioning.text import train_tokenizer
 from ldm_train.configuration import config_folder
 from ldm_train.data.encoding import both_encoded
-from ldm_train.devices import Uninitialised, device_of, uploaded
+from ldm_train.devices import Uninitialised, device_of, to_device
 from ldm_train.diffusion.guidance import classifier_free, classifier_guidance, score_guidance
 from ldm_train.diffusion.objective import DiffusionObjective
 from ldm_train.diffusion.schedule import NoiseSchedule
@@ -348,7 +348,7 @@ def test_metrics_are_waited_for_once_where_they_are_written():
     optimizer._step_supports_amp_scaling = True
     for p in (p for group in task.groups() for p in group["params"]):
         p.grad = torch.zeros_like(p)
-    with Watched() as watched, suppress(NotFinite):  # the norm is no real value on the meta device
+    with Watched() as watched, suppress(NotFinite):  # the norm is not a real value on the meta device
         task.configure_gradient_clipping(optimizer)
     assert len(watched.waits) == 1
 
@@ -375,8 +375,8 @@ def test_apples_device_is_chosen_where_it_is_there_and_named_where_it_is_not(mon
 
 
 def test_what_is_uploaded_becomes_float32_where_there_is_no_float64():
-    assert uploaded(torch.zeros(2, dtype=torch.float64), "meta").dtype == torch.float32
-    assert uploaded(torch.zeros(2, dtype=torch.float64), "cpu").dtype == torch.float64
+    assert to_device(torch.zeros(2, dtype=torch.float64), "meta").dtype == torch.float32
+    assert to_device(torch.zeros(2, dtype=torch.float64), "cpu").dtype == torch.float64
 
 
 def test_parameters_that_are_read_next_are_not_drawn_and_buffers_are_made():
@@ -401,7 +401,7 @@ def test_what_waits_and_what_mixes_is_seen():
             act()
         assert len(watched.waits) == 1
     with Watched() as watched:
-        uploaded(torch.zeros(3), "meta")
+        to_device(torch.zeros(3), "meta")
         assert (x + torch.tensor(1.0)).is_meta
     assert watched.waits == []
     with Watched(), pytest.raises(AssertionError, match="mixes devices"):

@@ -113,7 +113,7 @@ def attacked(
     count: int,
 ) -> tuple[int, int]:
     """Copies `base`, damages one of its files and opens the copy, `count` times. Returns how often the damage was named
-    in an error and how often the copy opened without one. Fails if an error is none of USER_ERRORS or does not name the
+    in an error and how often the copy opened without one. Fails if an error is not one of USER_ERRORS or does not name the
     file or its folder, or if a copy opens with other content.
 
     opened: (folder) -> what it holds, as fingerprints; samples that are counted as unreadable are left out.

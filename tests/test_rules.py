@@ -7,7 +7,7 @@ from ldm_train.rules import check, either, flag, list_of, number, numbers, one_o
 
 RULES = {
     "count": whole(1, 100), "a.share": optional(number(0, 1)), "a.pair": numbers(2, whole(), "whole numbers"),
-    "on": flag, "kind": one_of("x", "y", "z"), "name": text(), "names": list_of(str), "a": section(" is no section"),
+    "on": flag, "kind": one_of("x", "y", "z"), "name": text(), "names": list_of(str), "a": section(" is not a section"),
     "size": either(whole(), numbers(2, whole(), "whole numbers")),
 }  # fmt: skip
 GOOD = {
@@ -34,18 +34,18 @@ def test_numbers_may_be_written_in_any_form_and_are_whole_afterwards():
     [
         ("count", 0, "count=0 is below 1; it must be at least that"),
         ("count", 101, "count=101 is above 100; it must be at most that"),
-        ("count", True, "count=True is no whole number"),
+        ("count", True, "count=True is not a whole number"),
         ("count", None, "count=null: it needs a whole number"),
-        ("count", 1.5, "count=1.5 is no whole number"),
-        ("count", float("inf"), "count=inf is no finite number"),
-        ("a.share", "{value}", "a.share='{value}' is no number"),
-        ("a.pair", [1], "a.pair=[1] is no list of 2 whole numbers"),
-        ("a.pair", [1, 2.5], "a.pair=[1, 2.5] is no list of 2 whole numbers"),
+        ("count", 1.5, "count=1.5 is not a whole number"),
+        ("count", float("inf"), "count=inf is not a finite number"),
+        ("a.share", "{value}", "a.share='{value}' is not a number"),
+        ("a.pair", [1], "a.pair=[1] is not a list of 2 whole numbers"),
+        ("a.pair", [1, 2.5], "a.pair=[1, 2.5] is not a list of 2 whole numbers"),
         ("on", "maybe", "on='maybe' is neither true nor false"),
         ("kind", "w", "kind is x, y or z, not 'w'"),
-        ("name", "", "name= is no text"),
+        ("name", "", "name= is not text"),
         ("names", "a", "names is a list: names=[a]"),
-        ("a", 5, "a=5 is no section"),
+        ("a", 5, "a=5 is not a section"),
     ],
 )
 def test_a_value_that_is_not_accepted_is_named(option: str, value: object, sentence: str):
@@ -60,5 +60,5 @@ def test_options_that_are_absent_are_left_alone_unless_required():
     config = OmegaConf.create({"on": True})
     check(config, RULES)
     assert config == {"on": True}
-    with pytest.raises(ValueError, match="name=None is no text"):
+    with pytest.raises(ValueError, match="name=None is not text"):
         check(config, RULES, required=("name",))

@@ -96,7 +96,7 @@ TREES: dict[str, Any] = {
     "a model without end": {**MODEL["network"], "num_res_blocks": 10**6},
     "a model of terabytes": {**MODEL["network"], "channels": 2**18},
 }  # fmt: skip
-# Contents of a config.yaml that is no tree of plain values.
+# Contents of a config.yaml that is not a tree of plain values.
 TEXTS = {
     "a tag that calls": "!!python/object/apply:os.system ['touch {mark}']",
     "a tag that imports": "!!python/module:evil_module",
@@ -327,7 +327,7 @@ def test_weights_that_do_not_fit_their_config_are_named(stranger: Callable[..., 
     whole["sha256"] = hashlib.sha256(b"\xff" * 64).hexdigest()
     (folder / "metadata.json").write_text(json.dumps(whole))
     message = refused(lambda: ldm_train.load(str(folder)), tmp_path / "mark")
-    assert "is no file of weights" in message
+    assert "is not a file of weights" in message
 
 
 def test_another_model_is_no_autoencoder(model: Path, tmp_path: Path):
@@ -352,7 +352,7 @@ def test_a_part_of_ones_own_is_built_where_the_command_trusts_its_package(
     # Trust does not extend to what the package has imported.
     evil = {"_target_": "my_parts.system", "_partial_": True, "command": "touch mark"}
     folder = stranger(yaml.safe_dump({**MODEL, "network": evil}))
-    with pytest.raises(ValueError, match=r"my_parts\.system, which is no class or sampler of my_parts"):
+    with pytest.raises(ValueError, match=r"my_parts\.system, which is not a class or sampler of my_parts"):
         ldm_train.load(str(folder), trust=["my_parts"])
 
 
@@ -451,7 +451,7 @@ def test_a_recipe_loads_no_model_that_the_command_does_not_name(
 def test_a_recipe_of_another_shape_is_none(change: dict, model: Path, honest_recipe: dict, tmp_path: Path):
     (tmp_path / "recipe.json").write_text(json.dumps({**honest_recipe, **change}))
     message = refused(lambda: sampled(f"recipe={tmp_path}/recipe.json", f"run={model}"), tmp_path / "mark")
-    assert "is no recipe of ldm-sample" in message
+    assert "is not a recipe of ldm-sample" in message
 
 
 KINDS = {
@@ -496,7 +496,7 @@ def test_a_picture_beyond_measure_is_no_recipe(model: Path, tmp_path: Path):
     header = b"IHDR" + struct.pack(">II", 60_000, 60_000) + data[24:29]
     (tmp_path / "recipe.png").write_bytes(data[:12] + header + struct.pack(">I", zlib.crc32(header)) + data[33:])
     message = refused(lambda: sampled(f"recipe={tmp_path}/recipe.png", f"run={model}"), tmp_path / "mark")
-    assert f"recipe={tmp_path}/recipe.png is no recipe" in message
+    assert f"recipe={tmp_path}/recipe.png is not a recipe" in message
 
 
 def test_a_recipe_with_any_value_replaced_draws_or_is_named(

@@ -121,7 +121,10 @@ def own_size(run: Run) -> tuple[int, int]:
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (("autoencoder.pretrained=embeddings:nobody",), "autoencoder.pretrained=nobody is no run with a trained model"),
+        (
+            ("autoencoder.pretrained=embeddings:nobody",),
+            "autoencoder.pretrained=nobody is not a run with a trained model",
+        ),
         (("autoencoder.pretrained=embeddings:prior",), "this model has 0 conditioners of image embeddings"),
         (("diffusion.network.in_channels=64",), "in_channels is 64, the first stage's latents have 128"),
         (("diffusion.network.num_heads=3",), "width 32 does not split into 3 heads"),

@@ -100,7 +100,7 @@ def replay_of(offer: Offer, picture: Path, limits: Limits) -> dict[str, Any]:
         given = {name: _listed(config[name]) for name in FILES if config.get(name) is not None}
         repeats = dict(config.get("resample") or {}).get("repeats", 1)
     except Exception as error:  # Pillow raises errors of any type
-        raise ValueError(f"{picture.name} carries no recipe: it is no picture that this project drew") from error
+        raise ValueError(f"{picture.name} carries no recipe: ldm_train did not draw it") from error
     _check_numbers(offer, config, limits)
     for name, value, most in (
         ("batch_size", batch_size, max(BATCH, limits.pictures)),
@@ -163,7 +163,7 @@ def _at_most(name: str, value: Any, most: float) -> None:
 
 def _text(name: str, value: Any, limits: Limits, empty: bool = False) -> str:
     if not isinstance(value, str) or not (value or empty):
-        raise ValueError(f"{name} is no text")
+        raise ValueError(f"{name} is not text")
     if len(value) > limits.characters:
         raise ValueError(f"{name} has {len(value):,} characters; at most {limits.characters:,} are taken here")
     return value.encode("utf-8", "replace").decode()  # replaces lone surrogates, which no tokenizer takes
@@ -177,7 +177,7 @@ def layout(text: Any, limits: Limits) -> str:
         if not all(math.isfinite(v) for box in boxes for v in box[:4]):
             raise ValueError("a box of no finite numbers")
     except (ValueError, TypeError, IndexError, KeyError, RecursionError, OverflowError) as error:
-        raise ValueError("layout is no list of boxes [x, y, width, height, label]") from error
+        raise ValueError("layout is not a list of boxes [x, y, width, height, label]") from error
     if not 0 < len(boxes) <= MOST_BOXES:
         raise ValueError(f"{len(rows)} boxes: draw at least one, at most {MOST_BOXES}")
     return json.dumps(boxes)
@@ -231,14 +231,14 @@ def keep(offer: Offer, given: bytes | str | Path, option: str, limits: Limits) -
 
 
 def _header(data: bytes, what: str, limits: Limits) -> str:
-    """Returns the format of a picture, from its header. Raises ValueError if it is no picture of an accepted format, or
+    """Returns the format of a picture, from its header. Raises ValueError if it is not a picture of an accepted format, or
     has too many pixels."""
     try:
         with open_image(data) as image:
             kind, (width, height) = image.format or "", image.size
     except (OSError, ValueError) as error:
         large = ": it claims far too many pixels" if "exceeds limit" in str(error) else ""
-        raise ValueError(f"the {what} that was handed in is no picture that can be read{large}") from error
+        raise ValueError(f"the uploaded {what} is not a picture that can be read{large}") from error
     if kind not in SUFFIXES:
         raise ValueError(f"a picture is a {', '.join(SUFFIXES)} here, not {kind or 'a file of an unknown kind'}")
     if width * height > limits.megapixels * 1e6:

@@ -106,9 +106,12 @@ class Form:
 
     def _of_img2img(self) -> None:
         self.parts.add(
-            "strength", gr.Slider(0, 1, 0.7, label="Strength", info="1 begins with noise, 0 changes nothing")
+            "strength",
+            gr.Slider(
+                0, 1, 0.7, label="Strength", info="1 starts from pure noise, 0 returns the autoencoder's reconstruction"
+            ),
         )
-        info = "what else is in the picture stays; Strength means nothing then"
+        info = "keeps what else is in the picture; Strength then has no effect"
         self.parts.add("invert", gr.Checkbox(label="Begin with the picture's own noise", info=info))
         if self.offer.reads_text:
             self.parts.add(
@@ -224,7 +227,7 @@ class Form:
         elif task == "inpaint":
             asked["mask"] = painted(given["inpaint: mask"], "mask", offer.size)
             if asked["mask"] is None:
-                raise ValueError("paint the mask first: what is painted is drawn anew")
+                raise ValueError("paint the mask first: the painted area is redrawn")
             height, width = asked.get("size", offer.size)
             if height * offer.size[1] != width * offer.size[0]:
                 raise ValueError("inpainting draws in the proportions of its canvas; set height and width to them")

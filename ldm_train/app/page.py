@@ -141,7 +141,7 @@ class ModelPage:
         offers."""
         if self._stops.pop(ticket, None) is None:
             return gr.skip()  # reported by the job itself
-        return "⚠ a value of the form is none that it offers; choose again"
+        return "⚠ a field holds a value that is not among its options; choose again"
 
     def _drawing(self, jobs: Callable[..., Jobs]) -> Callable[..., Iterator[list[Any]]]:
         """Returns an event handler that draws the jobs, each for one of the galleries, and shows every step."""

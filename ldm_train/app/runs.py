@@ -19,7 +19,7 @@ POINTS = 400  # of a curve
 PICTURES = (".png", ".gif")
 LIVE = 120  # seconds since a run last wrote, within which it is said to be training
 # The columns that are listed first, in this order.
-USUAL = ("val/fid_tiny", "val/loss", "train/loss", "val/psnr", "val/perceptual", "train/rec_loss")
+USUAL = ("val/fid_tiny", "val/loss", "train/loss", "val/psnr", "val/perceptual", "train/l1")
 
 
 def run_folders(runs_dir: str | Path) -> list[Path]:

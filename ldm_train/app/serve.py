@@ -18,11 +18,11 @@ from omegaconf import DictConfig
 from ldm_train.rules import Rule, check, flag, number, optional, scalar, text, whole
 
 RULES: dict[str, Rule] = {
-    "runs_dir": text("folder"),
-    "host": text("address"),
+    "runs_dir": text("a folder"),
+    "host": text("an address"),
     "port": whole(0, 65535),
     "password": optional(scalar),
-    "user": text("name"),
+    "user": text("a name"),
     "open_browser": flag,
     "queue": whole(1, 10000),
     **{f"limits.{name}": whole(1, 2**20) for name in ("pictures", "steps", "side", "characters")},
@@ -68,7 +68,7 @@ def _check_port(host: str, port: int) -> None:
             probe.bind((host, port))
         except OSError as error:
             raise ValueError(
-                f"port={port} of host={host} cannot be used ({error.strerror}); say port=0 for a free one"
+                f"port={port} of host={host} cannot be used ({error.strerror}); set port=0 for a free one"
             ) from error
 
 

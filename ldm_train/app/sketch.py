@@ -18,7 +18,7 @@ from ldm_train.images import to_uint8
 
 SCRIPT = Path(__file__).with_name("sketch.js")
 HELP = {
-    "mask": "Paint what is drawn anew. With the keyboard: arrows move, Space dabs, Enter puts the pen down and up, Ctrl Z takes back.",
+    "mask": "Paint the area to redraw. With the keyboard: arrows move, Space dabs, Enter puts the pen down and up, Ctrl Z takes back.",
     "map": "Paint labels. With the keyboard: arrows move, Space dabs, Enter puts the pen down and up, Ctrl Z takes back.",
     "boxes": "Drag a box for each object. With the keyboard: arrows move, Enter sets a corner and then the other, Delete removes the "
     "last box.",

@@ -171,7 +171,7 @@ def words(error: Exception, offers: Sequence[Offer]) -> str:
     ERRORS it says only that there was one, and the log has the details."""
     if not isinstance(error, ERRORS):
         logging.getLogger(__name__).error("a job ended with an error", exc_info=error)
-        return "something went wrong that is no fault of what was asked; the log of the app has the details"
+        return "something went wrong in the app itself; its log has the details"
     message = str(error)
     folders = [folder for offer in offers for folder in (inputs(offer), offer.folder.parent)]
     for folder in (*folders, Path(tempfile.gettempdir()), Path.cwd(), Path.home()):

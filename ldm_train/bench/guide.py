@@ -98,7 +98,7 @@ def in_words(about: Mapping[str, Any]) -> str:
 
 
 def write_guide(path: Path, tables: Sequence[Table], about: Mapping[str, Any], command: str) -> None:
-    """Writes the guide anew, with a section for each kind that was measured."""
+    """Rewrites the guide, with a section for each kind that was measured."""
     parts = [
         "# Performance",
         f"Written by `{command}`: {in_words(about)}.",

@@ -103,7 +103,7 @@ def sampling(settings: Settings) -> list[Table]:
         "outside the network": {"ours": partial(setup.ours, nothing), "diffusers": partial(setup.theirs, nothing)},
         "keys and values of 77 tokens": {
             "kept": partial(setup.ours, network, keep),
-            "computed anew": partial(setup.ours, network),
+            "computed in full": partial(setup.ours, network),
         },
         # diffusers' attention computes keys and values in every step.
         "with a small text U-Net": {

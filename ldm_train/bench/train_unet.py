@@ -16,7 +16,7 @@ from ldm_train.bench.sizes import UNETS, UNETS_ON, UNetSize
 from ldm_train.bench.turns import OURS, train_in_turns
 from ldm_train.conditioning.base import Conditioner
 from ldm_train.data.batch import Field
-from ldm_train.devices import uploaded
+from ldm_train.devices import to_device
 from ldm_train.diffusion.objective import DiffusionObjective
 from ldm_train.diffusion.schedule import NoiseSchedule
 from ldm_train.latent_diffusion import LatentDiffusion
@@ -46,8 +46,8 @@ class Encoded(Conditioner):
         self.register_buffer("_device", torch.zeros(()), persistent=False)
 
     def forward(self, values: torch.Tensor, drop: torch.Tensor) -> dict[str, torch.Tensor]:
-        kept = uploaded(~drop, self._device.device)[:, None, None]
-        return {"context": uploaded(values, self._device.device) * kept}
+        kept = to_device(~drop, self._device.device)[:, None, None]
+        return {"context": to_device(values, self._device.device) * kept}
 
     def null_values(self, count: int, latent_size: Any) -> torch.Tensor:
         return torch.zeros(count, self.tokens, self.widths["context"])

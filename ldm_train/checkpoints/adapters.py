@@ -68,7 +68,7 @@ def find_adapter(value: str | Path, runs_dir: str | Path, option: str = "adapter
         if base.suffix == ".safetensors" and base.is_file():
             return base
     raise FileNotFoundError(
-        f"{option}: {value} is no run that trained an adapter (diffusion/adapter=lora), no folder of one and no .safetensors file; "
+        f"{option}: {value} is not a run that trained an adapter (diffusion/adapter=lora), a folder of one or a .safetensors file; "
         f"looked in {', '.join(tried)}"
     )
 
@@ -107,7 +107,7 @@ def read_word(path: Path) -> tuple[str, torch.Tensor] | None:
     token = file.stem if token == "emb_params" else token  # in webui's files the word is the file's name
     fits = rows.ndim in (1, 2) and 0 < (1 if rows.ndim == 1 else len(rows)) <= 64
     if not fits or not token.strip() or not token.isprintable() or len(token) > 100:
-        raise ValueError(f"{file}: {token!r} of shape {tuple(rows.shape)} is no learned word")
+        raise ValueError(f"{file}: {token!r} of shape {tuple(rows.shape)} is not a learned word")
     return token, rows.float().reshape(-1, rows.shape[-1])
 
 
@@ -117,10 +117,10 @@ def finite_tensors(path: Path) -> dict[str, torch.Tensor]:
     try:
         tensors = load_file(path)
     except (SafetensorError, OSError, ValueError) as error:
-        raise ValueError(f"{path} is no file of weights ({error}); take an undamaged copy") from error
+        raise ValueError(f"{path} is not a file of weights ({error}); take an undamaged copy") from error
     for key, tensor in tensors.items():
         if not tensor.dtype.is_floating_point or not tensor.isfinite().all():
-            raise ValueError(f"{path}: its {key} holds values that are no finite numbers")
+            raise ValueError(f"{path}: its {key} holds values that are not finite")
     return tensors
 
 
@@ -191,7 +191,7 @@ def _text_places(model: LatentDiffusion, load: bool) -> dict[str, Place]:
         return {}
     if load:
         reader[1].require()
-    if (encoder := reader[1].beside()) is None:
+    if (encoder := reader[1].frozen_encoder()) is None:
         return {}
     places: dict[str, Place] = {}
     for key, _ in lora.adaptable(encoder):
@@ -235,7 +235,7 @@ def _foreign(
     for key, tensor in tensors.items():
         end = next((end for end in PARTS if key.endswith(end)), None)
         if end is None:
-            raise ValueError(f"{path}: {key} is no part of a LoRA in the layouts of diffusers, PEFT or kohya")
+            raise ValueError(f"{path}: {key} is not part of a LoRA in the layouts of diffusers, PEFT or kohya")
         name = key.removesuffix(end)
         if name.startswith(OF_TEXT) and (name := _text_layer_of(name)) not in text:
             left.add(name)
@@ -251,7 +251,7 @@ def _foreign(
         weight, number, count = places[name]
         alpha = parts.pop("alpha", None)
         if alpha is not None and alpha.numel() != 1:
-            raise ValueError(f"{path}: the alpha of {name} is no number")
+            raise ValueError(f"{path}: the alpha of {name} is not a number")
         shaped = _shaped(parts, tuple(weights[weight].shape[2:]))
         pair = _pair(name, shaped, None if alpha is None else float(alpha.flatten()[0]), path)
         if number in found.setdefault(weight, (count, {}))[1]:

@@ -109,7 +109,7 @@ def read_text_encoder(tensors: Mapping[str, torch.Tensor], where: Path) -> tuple
         model = _with_positions(model)
     except (KeyError, RuntimeError, ValueError, TypeError, IndexError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise ValueError(f"{where}: {prefix}* is no text encoder of CLIP ({reason})") from error
+        raise ValueError(f"{where}: {prefix}* is not a text encoder of CLIP ({reason})") from error
     return model.eval().requires_grad_(False), set(names.values()) - set(unused), unused
 
 
@@ -150,7 +150,7 @@ def read_image_encoder(
         model = _with_positions(model)
     except (KeyError, RuntimeError, ValueError, TypeError, IndexError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise ValueError(f"{where}: {prefix}* is no image encoder of CLIP ({reason})") from error
+        raise ValueError(f"{where}: {prefix}* is not an image encoder of CLIP ({reason})") from error
     processor = CLIPImageProcessor(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
     return processor, model.eval().requires_grad_(False), set(names.values()), unused
 
@@ -196,8 +196,8 @@ def read_clip_tokenizer(folder: str | Path) -> Any:
     folder = Path(folder)
     whole = (folder / "tokenizer.json").is_file() or all((folder / n).is_file() for n in ("vocab.json", "merges.txt"))
     if not whole:
-        raise FileNotFoundError(f"tokenizer={folder} is no folder with CLIP's vocab.json and merges.txt")
+        raise FileNotFoundError(f"tokenizer={folder} is not a folder with CLIP's vocab.json and merges.txt")
     try:
         return CLIPTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # the library raises many types of exceptions
-        raise ValueError(f"tokenizer={folder} is no tokenizer of CLIP ({str(error).splitlines()[0]})") from error
+        raise ValueError(f"tokenizer={folder} is not a tokenizer of CLIP ({str(error).splitlines()[0]})") from error

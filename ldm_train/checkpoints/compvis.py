@@ -74,7 +74,7 @@ def read_tensors(path: Path) -> Tensors:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: there is no such file")
     if path.suffix not in FILES:
-        raise ValueError(f"{path} is none of {', '.join(FILES)}")
+        raise ValueError(f"{path} is not one of {', '.join(FILES)}")
     try:
         state = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
     except Exception as error:  # the libraries raise many types of exceptions
@@ -234,7 +234,7 @@ def load(
     scale = tensors.pop("scale_factor", None)  # measured when training began
     if described.latent and scale is not None:
         if scale.numel() != 1 or not scale.isfinite().all() or scale <= 0:
-            raise ValueError(f"{path} has the scale_factor {shown(scale.tolist())}, which is no scale of latents")
+            raise ValueError(f"{path} has the scale_factor {shown(scale.tolist())}, which is not a scale of latents")
         described.tree["first_stage"]["scale_factor"] = float(scale)
     if "ztsnr" in tensors:  # its noise schedule ends without signal
         described.tree["schedule"]["zero_terminal_snr"] = True

@@ -93,7 +93,7 @@ def _picture(record: Mapping[str, Any], where: Path) -> ControlPicture:
         kind, options = PICTURES[record["field"]], record["control"]
         sizes = [*options["hidden"], *(v for k, v in options.items() if k != "hidden")]
         if any(type(size) is not int or not 0 < size <= 2**14 for size in sizes) or len(options["hidden"]) > 8:
-            raise ValueError("its widths are no numbers of channels")
+            raise ValueError("its widths are not numbers of channels")
         return kind(**options, dropout=float(record.get("dropout", 0.0)))
     except (TypeError, KeyError, ValueError, AttributeError) as error:
         raise ValueError(f"{where} describes no control ({first_line(error)}); take an undamaged copy") from error

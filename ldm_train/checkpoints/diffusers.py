@@ -43,7 +43,7 @@ PIPELINES = (
     "LDMSuperResolutionPipeline", "LDMPipeline", "DDPMPipeline",
 )  # fmt: skip
 # Sampling options of models that record none.
-USUAL_SAMPLING = {
+DEFAULT_SAMPLING = {
     "num_inference_steps": 50,
     "guidance_scale": 1.0,
     "spacing": "trailing",
@@ -106,7 +106,7 @@ def _clip(folder: Path, dim: int) -> tuple[FrozenText, dict[str, Any]]:
             raise ValueError(f"token {most} has no embedding")
     except Exception as error:  # the library raises many types of exceptions
         raise ValueError(
-            f"{encoder} and {words} are no CLIP text encoder ({first_line(error)}); download them again"
+            f"{encoder} and {words} are not a CLIP text encoder ({first_line(error)}); download them again"
         ) from error
     own = {"path": str(encoder.resolve()), "dim": dim, "max_length": options["max_position_embeddings"]}
     tree = {"_target_": f"{CONDITIONING}.text.FrozenText", "tokenizer": str(words.resolve())} | own
@@ -175,7 +175,7 @@ def _part(folder: Path, index: dict[str, Any], libraries: tuple[str, ...], *name
                     "a folder names is imported"
                 )
             return name
-    raise ValueError(f"{folder / INDEX} names no {' or '.join(names)}; it is no latent diffusion pipeline")
+    raise ValueError(f"{folder / INDEX} names no {' or '.join(names)}; it is not a latent diffusion pipeline")
 
 
 def _conditioner(
@@ -261,4 +261,4 @@ def diffusers_metadata(folder: str | Path) -> dict[str, Any]:
     for path in (*configs, *(p for part in parts for p in weight_files(part))):
         digest.update(file_sha256(path).encode())
     scale = 7.5 if any((folder / name).is_dir() for name in ("text_encoder", "bert")) else 1.0
-    return {"sha256": digest.hexdigest(), "sampling": USUAL_SAMPLING | {"guidance_scale": scale}}
+    return {"sha256": digest.hexdigest(), "sampling": DEFAULT_SAMPLING | {"guidance_scale": scale}}

@@ -95,7 +95,7 @@ def weight_files(folder: Path) -> list[Path]:
             names = list(shards.values()) if isinstance(shards, dict) else [shards]
             for name in names:
                 if not isinstance(name, str) or Path(name).name != name or not (folder / name).is_file():
-                    raise ValueError(f"{index} names {name!r}, which is no file beside it; download the whole model")
+                    raise ValueError(f"{index} names {name!r}, which is not a file beside it; download the whole model")
             return [folder / name for name in sorted(set(names))]
         if (folder / f"{stem}.bin").is_file():
             return [folder / f"{stem}.bin"]

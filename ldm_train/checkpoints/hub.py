@@ -35,7 +35,7 @@ def downloaded(repo: str) -> Path:
         except Exception:
             reason = (str(error) or type(error).__name__).splitlines()[0]
             raise FileNotFoundError(
-                f"{repo} is no folder here, and it could not be downloaded from the Hub ({reason}); check the name and the "
+                f"{repo} is not a folder here, and it could not be downloaded from the Hub ({reason}); check the name and the "
                 "network, or download it elsewhere and give its folder"
             ) from error
 

@@ -98,7 +98,7 @@ def read_metadata(folder: str | Path) -> dict[str, Any]:
     missing = [n for n in (CONFIG, WEIGHTS, METADATA) if not (folder / n).is_file()]
     if missing:
         raise FileNotFoundError(
-            f"{folder} is no complete model folder: {', '.join(missing)} missing; finish its stage first"
+            f"{folder} is not a complete model folder: {', '.join(missing)} missing; finish its stage first"
         )
     metadata = read_record(folder / METADATA)
     if not isinstance(metadata.get("sha256"), str) or not isinstance(metadata.get("sampling", {}), dict):
@@ -138,9 +138,7 @@ def recorded_sampling(folder: str | Path) -> dict[str, Any]:
         if isinstance(value, list):
             known = known and len(value) == 2 and all(type(v) in (int, float) and 0 <= v < math.inf for v in value)
         if not known or (isinstance(value, float) and not math.isfinite(value)):
-            raise ValueError(
-                f"{folder} records the sampling option {name}={value!r}, which is none; say {name}= yourself"
-            )
+            raise ValueError(f"{folder} records an unknown or invalid sampling option {name}={value!r}; pass {name}=")
     return sampling
 
 
@@ -194,7 +192,7 @@ def _built(folder: Path, trust: Sequence[str]) -> nn.Module:
         with safe_open(folder / WEIGHTS, framework="pt") as file:
             shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 - no mapping
     except SafetensorError as error:
-        raise ValueError(f"{folder / WEIGHTS} is no file of weights ({error}); take an undamaged copy") from error
+        raise ValueError(f"{folder / WEIGHTS} is not a file of weights ({error}); take an undamaged copy") from error
     tree = read_tree(folder)
     # Classes of other packages may have parameters that their weights file lacks.
     ours = all(name.startswith("ldm_train.") for name in targets(tree))

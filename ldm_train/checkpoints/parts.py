@@ -53,14 +53,14 @@ def find_part(name: Any, where: str | Path, trust: Sequence[str] = (), places: S
     """
     name = names.PARTS.get(name, name) if isinstance(name, str) else name
     if not isinstance(name, str) or not NAME.fullmatch(name):
-        raise ValueError(f"{where} asks for {name!r}, which is no name of a part")
+        raise ValueError(f"{where} asks for {name!r}, which is not the name of a part")
     trusted = _within(name, trust)
     module_name, _, attribute = name.rpartition(".")
     if not trusted and not _within(module_name, places):
         package = name.partition(".")[0]
         remedy = "such files build only models, conditioners, schedules and samplers"
         if package not in {"ldm_train", "torch", "builtins", *sys.stdlib_module_names}:
-            remedy += f"; if you know {package} and whose file this is, say trust=[{package}]"
+            remedy += f"; if you know {package} and whose file this is, set trust=[{package}]"
         raise ValueError(f"{where} asks for {name}: {remedy}")
     try:
         part = getattr(importlib.import_module(module_name), attribute)
@@ -71,7 +71,7 @@ def find_part(name: Any, where: str | Path, trust: Sequence[str] = (), places: S
     own = _within(declared, [e.partition(".")[0] for e in trust]) if trusted else declared == module_name
     sampler = callable(part) and (trusted or _within(module_name, ["ldm_train.samplers"]))
     if not own or attribute.startswith("_") or not (isinstance(part, type) or sampler):
-        raise ValueError(f"{where} asks for {name}, which is no class or sampler of {module_name}")
+        raise ValueError(f"{where} asks for {name}, which is not a class or sampler of {module_name}")
     return part
 
 
@@ -115,13 +115,11 @@ def build_sampler(tree: Any, where: str | Path, trust: Sequence[str] = ()) -> Ca
     else, or an option has another type than its default, which would otherwise fail only while the first image is
     sampled."""
     if not isinstance(tree, dict) or tree.get("_partial_") is not True:
-        raise ValueError(
-            f"{where} asks for a sampler that is none (_target_ and _partial_: true); say sampler= yourself"
-        )
+        raise ValueError(f"{where} does not name a valid sampler (_target_ and _partial_: true); pass sampler=")
     if "_target_" in tree:
         part = find_part(tree["_target_"], where, trust)
         if isinstance(part, type):
-            raise ValueError(f"{where} asks for {tree['_target_']}, which is no sampler")
+            raise ValueError(f"{where} asks for {tree['_target_']}, which is not a sampler")
         parameters = inspect.signature(part).parameters.values()
         known = {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY or p.default is not p.empty}
         odd = [k for k in tree if not k.startswith("_") and k not in known]

@@ -21,9 +21,9 @@ def _needs_path(source: DictConfig) -> bool:
 def prepare(config: DictConfig) -> None:
     check(config, {"engine": optional(engine)})
     if config.out is None:
-        raise ValueError("say where the shards shall go: out=<folder>, or an s3://, gs:// or hf:// address")
+        raise ValueError("out= is required: a folder, or an s3://, gs:// or hf:// address for the shards")
     if config.path is None and "path" in config.source and config.source.path is None and _needs_path(config.source):
-        raise ValueError("say where the raw files are: path=<folder, table or archive>")
+        raise ValueError("path= is required: the folder, table or archive with the raw files")
     if config.source._target_ == INDEX_ONLY:
         index = instantiate(config.source, out=config.out, _convert_="all")
     else:

@@ -4,7 +4,7 @@ import sys
 
 from ldm_train.cli.common import quoted, run_command
 
-FREE = ("diffusion.adapter.token", "diffusion.adapter.begins")  # words of any characters
+FREE = ("diffusion.adapter.token", "diffusion.adapter.initializer_token")  # words of any characters
 
 
 def main() -> None:

@@ -56,19 +56,19 @@ class Conditioner(nn.Module):
         """Called before training: downloads or reads external files. Raises FileNotFoundError if one cannot be
         obtained."""
 
-    def beside(self) -> nn.Module | None:
+    def frozen_encoder(self) -> nn.Module | None:
         """Returns the pretrained network that it uses without holding it as a submodule; None if there is none or it is
         not loaded."""
         return None
 
-    def keep_in(self, folder: Path) -> None:
-        """Called before training: the outputs of the network of `beside` for values of the field are cached on disk in
+    def cache_states_in(self, folder: Path) -> None:
+        """Called before training: the outputs of the network of `frozen_encoder` for values of the field are cached on disk in
         `folder`, for this and other runs."""
 
-    def forget(self) -> None:
-        """Called when the network of `beside` has changed, so that its cached outputs are no longer valid."""
+    def clear_cache(self) -> None:
+        """Called when the network of `frozen_encoder` has changed, so that its cached outputs are no longer valid."""
 
-    def rehearse(self) -> Sequence[nn.Module]:
+    def prepare_for_plan(self) -> Sequence[nn.Module]:
         """Called if a training run is only planned: from now on the null condition needs no external files. Returns the
         networks that it uses in addition to its own weights, without memory if they are not loaded. Raises
         FileNotFoundError if their size is not known on this machine."""
@@ -87,7 +87,7 @@ class Conditioner(nn.Module):
         return next(self.parameters()).device
 
     def parse(self, text: str) -> Any:
-        """Parses one entry of the field from the command line. Raises ValueError if the text is no valid entry."""
+        """Parses one entry of the field from the command line. Raises ValueError if the text is not a valid entry."""
         raise NotImplementedError
 
     def picture(self, values: Any, size: Sequence[int]) -> torch.Tensor | None:
@@ -126,7 +126,7 @@ def loading(what: str, path: str, holds: str) -> Iterator[None]:
         yield
     except (OSError, ValueError) as error:
         raise FileNotFoundError(
-            f"the {what} {path} is not there ({str(error).splitlines()[0]}); give a folder that holds {holds}"
+            f"cannot load the {what} {path} ({str(error).splitlines()[0]}); give a folder that holds {holds}"
         ) from error
 
 

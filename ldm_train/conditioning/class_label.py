@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from ldm_train.conditioning.base import Conditioner
-from ldm_train.devices import uploaded
+from ldm_train.devices import to_device
 
 
 class ClassLabel(Conditioner):
@@ -38,7 +38,7 @@ class ClassLabel(Conditioner):
                 f"class labels {values.min()} to {values.max()} in a batch, this model has {len(self.names)} classes "
                 f"(0 to {len(self.names) - 1}); set diffusion.conditioning.conditioners.class_label.classes"
             )
-        labels = uploaded(values.masked_fill(drop.to(values.device), len(self.names)), device)
+        labels = to_device(values.masked_fill(drop.to(values.device), len(self.names)), device)
         embedded = self.embedding(labels)
         if "vector" in self.widths:
             return {"vector": embedded}

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from ldm_train.conditioning.edges import Edges
 from ldm_train.conditioning.spatial import SpatialConditioner, check_labels, coloured, kept
-from ldm_train.devices import uploaded
+from ldm_train.devices import to_device
 from ldm_train.models.first_stage import FirstStage
 from ldm_train.models.layers import zero_init
 from ldm_train.models.unet import UNet
@@ -83,7 +83,7 @@ class ControlPicture(SpatialConditioner):
     def forward(self, values: Any, drop: torch.Tensor) -> dict[str, torch.Tensor]:
         """Entries of the field -> control (B, width, h, w)."""
         self.check(values := torch.as_tensor(values))
-        pictures = self.seen(uploaded(values, self.device))
+        pictures = self.seen(to_device(values, self.device))
         self.latent_size(*pictures.shape[2:])
         features = F.silu(self.conv_in(pictures.expand(-1, self.channels, -1, -1)))
         for block in self.blocks:

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from ldm_train.conditioning.spatial import SpatialConditioner
 from ldm_train.data.batch import Field, Sample
 from ldm_train.data.transforms import decode_image, read_image
-from ldm_train.devices import uploaded
+from ldm_train.devices import to_device
 from ldm_train.models.first_stage import FirstStage
 
 # Sobel's horizontal derivative; its transpose is the vertical one.
@@ -66,6 +66,6 @@ class EdgeMap(SpatialConditioner):
 
     def forward(self, values: torch.Tensor, drop: torch.Tensor) -> dict[str, torch.Tensor]:
         """(B, 1, H, W) in [0, 1] -> concat (B, f^2, h, w)."""
-        edges = uploaded(torch.as_tensor(values), self.device).float()
+        edges = to_device(torch.as_tensor(values), self.device).float()
         cells = F.pixel_unshuffle(edges, self.factor)
-        return {"concat": torch.where(uploaded(drop, self.device).view(-1, 1, 1, 1), -1.0, cells)}
+        return {"concat": torch.where(to_device(drop, self.device).view(-1, 1, 1, 1), -1.0, cells)}

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from ldm_train.conditioning.base import Conditioner, enlarged, loading
-from ldm_train.devices import uploaded
+from ldm_train.devices import to_device
 from ldm_train.diffusion.schedule import NoiseSchedule
 from ldm_train.images import in_threes, mean_over_groups
 from ldm_train.losses.perceptual import load_tiny
@@ -107,7 +107,7 @@ def read_statistics(path: str, dim: int) -> tuple[torch.Tensor, torch.Tensor]:
     Stable Diffusion 2 unCLIP). Raises FileNotFoundError or ValueError, naming the file."""
     if not Path(path).is_file():
         raise FileNotFoundError(
-            f"{path} is no file; set statistics to a .safetensors file, or to 'unit' (mean 0, std 1; a trained model's own "
+            f"{path} is not a file; set statistics to a .safetensors file, or to 'unit' (mean 0, std 1; a trained model's own "
             "come with its weights)"
         )
     try:
@@ -185,7 +185,7 @@ class ImageEmbedding(Conditioner):
         if isinstance(self.encoder, PretrainedVision):
             self.encoder.loaded()
 
-    def rehearse(self) -> Sequence[nn.Module]:
+    def prepare_for_plan(self) -> Sequence[nn.Module]:
         encoder = self.encoder
         if isinstance(encoder, PretrainedVision) and not encoder.is_local:
             self._encoder = (Absent(self.encoder_dim),)
@@ -196,7 +196,7 @@ class ImageEmbedding(Conditioner):
     def embed(self, images: torch.Tensor) -> torch.Tensor:
         """images (B, C, H, W) in [-1, 1] -> embeddings (B, L, encoder_dim), each with mean 0 and variance 1 unless
         `statistics` are given. Raises ValueError if the encoder has another width."""
-        features = self.encoder.to(self.device)(uploaded(images, self.device)).float()
+        features = self.encoder.to(self.device)(to_device(images, self.device)).float()
         if features.shape[2] != self.encoder_dim:
             raise ValueError(
                 f"the image encoder gives {features.shape[2]} features, the config says {self.encoder_dim}"
@@ -213,18 +213,18 @@ class ImageEmbedding(Conditioner):
         """images (B, C, H, W), or embeddings (B, L, encoder_dim) from `embed` -> vector (B, dim) or context (B, L, dim)
         with its mask."""
         values = torch.as_tensor(values)
-        features = uploaded(values, self.device) if values.ndim == 3 else self.embed(values)
+        features = to_device(values, self.device) if values.ndim == 3 else self.embed(values)
         if self.noise_levels:
             levels = torch.zeros(len(features), dtype=torch.long)
             if self.training:
                 levels = torch.randint(self.noise_levels, (len(features),))
-            levels = uploaded(levels, features.device)
+            levels = to_device(levels, features.device)
             if self.training:
                 features = self.noised(features, levels)
             told = timestep_embedding(levels, self.level_dim)  # appended to every token
             features = torch.cat([features, told[:, None].expand(-1, features.shape[1], -1)], dim=2)
         projected = torch.where(
-            uploaded(drop, self.device)[:, None, None], self.null_embedding, self.projection(features)
+            to_device(drop, self.device)[:, None, None], self.null_embedding, self.projection(features)
         )
         if self.slot == "vector":
             return {"vector": projected.mean(dim=1)}

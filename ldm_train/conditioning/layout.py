@@ -10,7 +10,7 @@ from PIL import Image, ImageDraw
 
 from ldm_train.conditioning.base import Conditioner
 from ldm_train.conditioning.text import TokenEncoder, mean_of
-from ldm_train.devices import uploaded
+from ldm_train.devices import to_device
 
 
 class LayoutBoxes(Conditioner):
@@ -81,7 +81,7 @@ class LayoutBoxes(Conditioner):
         also vector (B, dim)."""
         empty = torch.zeros(0, 5)
         rows = [self.tokens(empty if dropped else boxes.cpu()) for boxes, dropped in zip(values, drop.tolist())]
-        ids = uploaded(torch.stack(rows), self.device)
+        ids = to_device(torch.stack(rows), self.device)
         x = self.encoder(ids)
         condition = {"context": x, "context_mask": torch.ones_like(ids, dtype=torch.bool)}
         if self.pooled:
@@ -97,7 +97,7 @@ class LayoutBoxes(Conditioner):
         try:
             rows = [[*map(float, row[:4]), self._label(row[4])] for row in json.loads(text)]
         except (json.JSONDecodeError, TypeError, IndexError) as error:
-            raise ValueError(f"{text!r} is no layout; write [[x, y, width, height, label], ...]") from error
+            raise ValueError(f"{text!r} is not a layout; write [[x, y, width, height, label], ...]") from error
         boxes = torch.tensor(rows).reshape(-1, 5)
         self.tokens(boxes)  # raises ValueError for unknown labels and boxes not inside the image
         return boxes

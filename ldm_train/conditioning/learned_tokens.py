@@ -108,7 +108,7 @@ def add_tokens(conditioner: Captions, token: str, rows: torch.Tensor) -> NewRows
     embedding.num_embeddings = first + len(words)
     conditioner.learned |= families(words)
     if isinstance(conditioner, FrozenText):
-        conditioner.forget()
+        conditioner.clear_cache()
     return embedding.parametrizations.weight[0]  # type: ignore[union-attr,index,return-value]
 
 
@@ -132,30 +132,30 @@ def reader_of(conditioners: nn.ModuleDict) -> Captions:
 class TextualInversion:
     """How a word is learned.
 
-    token: the word, as prompts will use it. vectors: how many tokens it stands for. begins: a known word whose vectors
+    token: the word, as prompts will use it. vectors: how many tokens it stands for. initializer_token: a known word whose vectors
         are the initial values; None: the mean of all vectors
     Raises ValueError for invalid values.
     """
 
     token: str = "<subject>"
     vectors: int = 1
-    begins: str | None = None
+    initializer_token: str | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.token, str) or not self.token.strip() or any(c.isspace() for c in self.token):
-            raise ValueError(f"token={self.token!r} is no single word; <my-dog> is one")
+            raise ValueError(f"token={self.token!r} is not a single word; <my-dog> is one")
         if type(self.vectors) is not int or not 1 <= self.vectors <= 64:
-            raise ValueError(f"vectors={self.vectors} is no whole number from 1 to 64")
+            raise ValueError(f"vectors={self.vectors} is not a whole number from 1 to 64")
 
     def first_rows(self, conditioner: Captions) -> torch.Tensor:
         """Returns the initial vectors (vectors, dim). Raises ValueError if the encoder does not know the word
-        `begins`."""
+        `initializer_token`."""
         weight = embedding_of(conditioner).weight.detach()
-        if self.begins is None:
+        if self.initializer_token is None:
             return weight.mean(dim=0, keepdim=True).repeat(self.vectors, 1)
-        ids = _ids(conditioner, self.begins)
+        ids = _ids(conditioner, self.initializer_token)
         if not ids:
-            raise ValueError(f"begins={self.begins!r} is no word of the text encoder")
+            raise ValueError(f"initializer_token={self.initializer_token!r} is not a word of the text encoder")
         return weight[[ids[min(k, len(ids) - 1)] for k in range(self.vectors)]]
 
     def attach(self, parts: nn.ModuleDict, name: str = "adapter") -> nn.ModuleDict:

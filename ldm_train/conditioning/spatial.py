@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from ldm_train.conditioning.base import Conditioner, enlarged
-from ldm_train.devices import uploaded
+from ldm_train.devices import to_device
 from ldm_train.diffusion.schedule import NoiseSchedule
 from ldm_train.models.first_stage import FirstStage
 from ldm_train.models.layers import timestep_embedding
@@ -60,7 +60,7 @@ class SpatialConditioner(Conditioner):
 
 def kept(values: torch.Tensor, drop: torch.Tensor) -> torch.Tensor:
     """Returns `values` (B, ...) with zeros for the dropped samples."""
-    return values.masked_fill(uploaded(drop, values.device).view(-1, *[1] * (values.ndim - 1)), 0)
+    return values.masked_fill(to_device(drop, values.device).view(-1, *[1] * (values.ndim - 1)), 0)
 
 
 def check_labels(labels: torch.Tensor, num_labels: int, ignore: int | None) -> None:
@@ -80,7 +80,7 @@ def coloured(labels: torch.Tensor, num_labels: int) -> torch.Tensor:
     phases = torch.tensor([0.0, 2.094395, 4.188790], dtype=torch.float64)
     palette = torch.cos(hues[:, None] + phases).float()
     palette[0] = -1
-    return uploaded(palette, labels.device)[labels.clamp(max=num_labels)].permute(0, 3, 1, 2)
+    return to_device(palette, labels.device)[labels.clamp(max=num_labels)].permute(0, 3, 1, 2)
 
 
 class SemanticMap(SpatialConditioner):
@@ -107,7 +107,7 @@ class SemanticMap(SpatialConditioner):
         """
         self.check_labels(labels)
         counted = labels if self.ignore is None else labels.masked_fill(labels == self.ignore, self.num_labels)
-        counted, f = uploaded(counted, self.device), self.first_stage.downsample_factor
+        counted, f = to_device(counted, self.device), self.first_stage.downsample_factor
         h, w = self.latent_size(*labels.shape[1:])
         cells = counted.view(-1, h, f, w, f).permute(0, 1, 3, 2, 4).reshape(-1, h, w, f * f)
         counts = torch.zeros(*cells.shape[:3], self.num_labels + 1, device=self.device)
@@ -151,7 +151,7 @@ class LowResolution(SpatialConditioner):
 
         Noise is added in training mode only; sampling conditions on the clean image at level 0.
         """
-        images = uploaded(torch.as_tensor(values), self.device)
+        images = to_device(torch.as_tensor(values), self.device)
         size = self.latent_size(images.shape[2] * self.factor, images.shape[3] * self.factor)
         if images.shape[2:] != size:
             images = F.interpolate(images, size, mode="bicubic", antialias=True, align_corners=False)
@@ -160,7 +160,7 @@ class LowResolution(SpatialConditioner):
         levels = torch.zeros(len(images), dtype=torch.long)
         if self.training:
             levels = torch.randint(self.noise_levels, (len(images),))
-        levels = uploaded(levels, images.device)
+        levels = to_device(levels, images.device)
         if self.training:
             images = self.noise.add_noise(images, torch.randn_like(images), levels)
         embedded = levels.float()[:, None] if self.vector_dim == 1 else timestep_embedding(levels, self.vector_dim)
@@ -221,9 +221,9 @@ class MaskedImageCondition(SpatialConditioner):
 
     def forward(self, values: torch.Tensor, drop: torch.Tensor) -> dict[str, torch.Tensor]:
         """(B, C + 1, H, W), image with the hole at -1 and mask -> concat (B, latent channels + 1, h, w)."""
-        values = uploaded(torch.as_tensor(values), self.device)
+        values = to_device(torch.as_tensor(values), self.device)
         size = self.latent_size(*values.shape[2:])
-        mask = values[:, -1:].masked_fill(uploaded(drop, values.device).view(-1, 1, 1, 1), 1.0)
+        mask = values[:, -1:].masked_fill(to_device(drop, values.device).view(-1, 1, 1, 1), 1.0)
         images = values[:, :-1].masked_fill(mask > 0.5, self.form.hole)
         posterior = self.first_stage.posterior(self.first_stage.encode_moments(images))
         latents = posterior.sample() if self.form.sampled and self.training else posterior.mean
@@ -246,7 +246,7 @@ class DepthMap(SpatialConditioner):
 
     def forward(self, values: torch.Tensor, drop: torch.Tensor) -> dict[str, torch.Tensor]:
         """(B, 1, H, W), any range -> concat (B, 1, h, w)."""
-        values = uploaded(torch.as_tensor(values), self.device).float()
+        values = to_device(torch.as_tensor(values), self.device).float()
         size = self.latent_size(*values.shape[2:])
         depth = F.interpolate(values, size, mode="bicubic", align_corners=False)  # not antialiased, as published
         low, high = depth.amin(dim=(2, 3), keepdim=True), depth.amax(dim=(2, 3), keepdim=True)

@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import nn
 
-from ldm_train.data.offsets import Recent
+from ldm_train.data.offsets import LRUCache
 from ldm_train.storage import write_atomically
 
 Pair = tuple[torch.Tensor, torch.Tensor]  # hidden states (L, D), float32, and attention mask (L,), bool
@@ -64,7 +64,7 @@ class KeptStates:
 
     def __init__(self, folder: Path, shape: tuple[int, int]):
         self.folder, self.shape, self.files, self._seen = folder, shape, list[Path](), set[Path]()
-        self._open = Recent(self._opened, MOST_OPEN)
+        self._open = LRUCache(self._opened, MOST_OPEN)
         self._damaged: set[int] = set()  # files that have already been reported
         self._added: dict[bytes, list[tuple[int, int]]] = {}  # by caption's hash: (file, row) in files found later
         parts = list(self._unseen())
@@ -184,7 +184,7 @@ class States:
         self._kept: Callable[[], KeptStates] | None = None
         self._folders: dict[Path, KeptStates] = {}
 
-    def keep_in(self, folder: Path, shape: tuple[int, int], device: Callable[[], torch.device]) -> None:
+    def cache_states_in(self, folder: Path, shape: tuple[int, int], device: Callable[[], torch.device]) -> None:
         """From now on also keeps states on disk, separately for each device type and precision. folder: of one encoder.
         shape: (L, D) of a caption's states."""
 
@@ -198,7 +198,7 @@ class States:
 
         self._kept = kept
 
-    def forget(self) -> None:
+    def clear_cache(self) -> None:
         """To be called when the encoder has changed: drops the states in memory, and stops using the disk."""
         self.memory.clear()
         self._kept = None

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from ldm_train.conditioning.base import Conditioner, loading, without_last_layer
 from ldm_train.conditioning.states import States, identity
-from ldm_train.devices import uploaded
+from ldm_train.devices import to_device
 from ldm_train.models.transformer import CrossAttention
 
 
@@ -107,7 +107,7 @@ def read_tokenizer(path: str) -> Tokenizer:
     """
     file = Path(path)
     if not file.is_file():
-        raise FileNotFoundError(f"tokenizer {path} is no file; give a vocab.txt or tokenizer.json, or from_data")
+        raise FileNotFoundError(f"tokenizer {path} is not a file; give a vocab.txt or tokenizer.json, or from_data")
     try:
         if file.suffix == ".json":
             return Tokenizer.from_file(path)
@@ -120,7 +120,7 @@ def read_tokenizer(path: str) -> Tokenizer:
         tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
         return tokenizer
     except Exception as error:  # the library raises plain Exceptions
-        raise ValueError(f"{path} is no tokenizer: {error}") from error
+        raise ValueError(f"{path} is not a tokenizer: {error}") from error
 
 
 def families(words: Iterable[str]) -> dict[str, list[str]]:
@@ -211,7 +211,7 @@ class TrainedText(Captions):
     def forward(self, values: Sequence[str], drop: torch.Tensor) -> dict[str, torch.Tensor]:
         """B captions -> context (B, L, dim), context_mask (B, L), with `pooled` also vector (B, dim)."""
         captions = ["" if dropped else text for text, dropped in zip(values, drop.tolist())]
-        ids, mask = (uploaded(t, self.device) for t in self.tokenize(captions))
+        ids, mask = (to_device(t, self.device) for t in self.tokenize(captions))
         x = self.encoder(ids, mask if self.masked else None)
         condition = {"context": x, "context_mask": mask if self.masked else torch.ones_like(mask)}
         if self.pooled:
@@ -288,7 +288,7 @@ class FrozenText(Captions):
                 kind = CLIPTextModelWithProjection if self.layer == "projected" else CLIPTextModel
                 model = loaded(kind if clip else AutoModel, self.path)
             if self.pad_id is not None and not 0 <= self.pad_id < len(tokenizer):
-                raise ValueError(f"pad_id={self.pad_id} is none of the tokenizer's {len(tokenizer)} tokens")
+                raise ValueError(f"pad_id={self.pad_id} is not among the tokenizer's {len(tokenizer)} tokens")
             self._whole = (model,)
             model = model.get_encoder() if model.config.is_encoder_decoder else model
             self._pretrained = (tokenizer, model.eval().requires_grad_(False))
@@ -318,7 +318,7 @@ class FrozenText(Captions):
     def require(self) -> None:
         self.pretrained()
 
-    def rehearse(self) -> Sequence[nn.Module]:
+    def prepare_for_plan(self) -> Sequence[nn.Module]:
         self.known.memory[""] = torch.zeros(self._length, self.dim), torch.ones(self._length, dtype=torch.bool)
         if self._pretrained is not None:
             return [self._pretrained[1]]
@@ -330,7 +330,7 @@ class FrozenText(Captions):
                 return [CLIPTextModel(getattr(config, "text_config", config))]
             return [AutoModel.from_config(config, trust_remote_code=False)]
 
-    def beside(self) -> nn.Module | None:
+    def frozen_encoder(self) -> nn.Module | None:
         encoder = None if self._pretrained is None else self.pretrained()[1]
         return without_last_layer(encoder) if encoder is not None and self.layer == "penultimate" else encoder
 
@@ -339,13 +339,13 @@ class FrozenText(Captions):
         """The number of hidden states per caption."""
         return 1 if self.layer == "projected" else self.max_length
 
-    def keep_in(self, folder: Path) -> None:
+    def cache_states_in(self, folder: Path) -> None:
         tokenizer, encoder = self.pretrained()
         own = identity(tokenizer, encoder, self.layer, self.max_length, self.masked, self.pad_id)
-        self.known.keep_in(folder / own, (self._length, self.dim), lambda: self.device)
+        self.known.cache_states_in(folder / own, (self._length, self.dim), lambda: self.device)
 
-    def forget(self) -> None:
-        self.known.forget()
+    def clear_cache(self) -> None:
+        self.known.clear_cache()
 
     @torch.no_grad()
     def encode(self, captions: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -396,5 +396,5 @@ class FrozenText(Captions):
             states = self.known.of([c for c in captions if c is not None], self.encode)
             zero = torch.zeros(1, self.dim), torch.ones(1, dtype=torch.bool)
             pairs = [zero if c is None else states[c] for c in captions]
-            context, mask = (uploaded(torch.stack(part), self.device) for part in zip(*pairs))
+            context, mask = (to_device(torch.stack(part), self.device) for part in zip(*pairs))
         return {"context": context, "context_mask": mask if self.masked else torch.ones_like(mask)}

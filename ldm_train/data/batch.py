@@ -23,7 +23,7 @@ from ldm_train.data.transforms import (
     read_bytes,
     read_image,
     read_map,
-    to_unit_range,
+    to_signed_range,
 )
 from ldm_train.rng import derive_seed
 
@@ -56,7 +56,7 @@ class Sample:
         image = decode_image(self.raw[extension], extension, self.channels)
         self.shape = tuple(image.shape[1:])
         self._plan = self.transform.plan(*self.shape, self.rng)
-        return to_unit_range(self.transform.apply(image, self._plan))
+        return to_signed_range(self.transform.apply(image, self._plan))
 
     def plan(self, size: Sequence[int], what: str) -> Plan:
         """The crop plan for a map of `size`. Raises ValueError if the image has another size."""
@@ -107,7 +107,8 @@ class Field:
         return self.option or f"fields.{self.name}"
 
     def held(self, counts: Mapping[str, int]) -> int:
-        """The number of samples that have it, from the number of members of each extension."""
+        """An estimate of the number of samples that have it: the largest number of members among its extensions (a .json
+        counts whether or not it holds this field)."""
         return max(counts.get(e, 0) for e in self.extensions)
 
     def decode(self, sample: Sample) -> Any:
@@ -234,7 +235,7 @@ class LowResolution(Field):
         if (small.shape[1] * factor, small.shape[2] * factor) != shape:
             raise ValueError(f"image of {shape} but low-resolution picture of {tuple(small.shape[1:])} pixels")
         plan = sample.plan(shape, self.name).reduced(factor)
-        return to_unit_range(sample.transform.reduced(factor).apply(small, plan))
+        return to_signed_range(sample.transform.reduced(factor).apply(small, plan))
 
     def from_words(self, given: str, conditioner: Any, size: tuple[int, int], channels: int) -> torch.Tensor:
         return read_image(given, (size[0] // conditioner.factor, size[1] // conditioner.factor), channels)

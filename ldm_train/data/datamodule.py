@@ -75,7 +75,7 @@ def check_channels(shards: list[dict], channels: int, where: str) -> None:
     held = sorted({c for shard in shards for c in shard.get("channels", [])})
     if held and held != [channels]:
         said = " and ".join(map(str, held))
-        remedy = f"say data.channels={held[0]}" if len(held) == 1 else "prepare each kind in a folder of its own"
+        remedy = f"set data.channels={held[0]}" if len(held) == 1 else "prepare each kind in a folder of its own"
         raise DataError(f"{where} holds .npy pictures of {said} channels, data.channels is {channels}; {remedy}")
     files = [e for e in (*IMAGE_EXTENSIONS, *FIELDS["lowres"].extensions) if e != "npy" and counts[e]]
     if channels not in (1, 3) and files:

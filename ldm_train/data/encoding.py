@@ -84,7 +84,7 @@ def written_entries(folder: Path, split: str) -> list[dict]:
     entries = []
     for note in sorted((folder / ENTRIES).glob(f"{split}-*.json")):
         if (entry := noted_entry(folder, note.stem)) is None:
-            raise DataError(f"{note} is damaged; make the cache anew with: {REMEDY}")
+            raise DataError(f"{note} is damaged; rebuild the cache with: {REMEDY}")
         entries.append(entry)
     return entries
 

@@ -17,9 +17,9 @@ def record_of(data: bytes) -> dict:
     try:
         record = json.loads(data)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"its .json is no JSON ({error})") from error
+        raise ValueError(f"its .json is not JSON ({error})") from error
     if not isinstance(record, dict):
-        raise ValueError(f"its .json is no object: {data[:40]!r}")
+        raise ValueError(f"its .json is not an object: {data[:40]!r}")
     return record
 
 
@@ -27,9 +27,9 @@ def captions_of(raw: Mapping[str, bytes]) -> list[str]:
     """A sample's captions: "captions" in its .json if there are any, else its .txt."""
     if "json" in raw and (captions := record_of(raw["json"]).get("captions")):
         if not isinstance(captions, list) or not all(isinstance(caption, str) for caption in captions):
-            raise ValueError(f'"captions" in its .json is no list of texts: {captions!r:.80}')
+            raise ValueError(f'"captions" in its .json is not a list of texts: {captions!r:.80}')
         if any(has_surrogates(caption) for caption in captions):
-            raise ValueError('half a surrogate pair in its "captions", which JSON allows, but is no text')
+            raise ValueError('half a surrogate pair in its "captions", which JSON allows, but which is not text')
         return captions
     if "txt" not in raw:
         raise ValueError('no caption: neither a .txt nor "captions" in its .json')
@@ -43,7 +43,7 @@ def label_of(data: bytes, classes: int | None = None) -> int:
     """The class index in a sample's .cls. classes: the number of classes."""
     text, count = data.strip(), classes or MOST_LABELS
     if not text.isdigit() or len(text) > 9 or int(text) >= count:
-        raise ValueError(f"class label {data[:40]!r} is no whole number from 0 to {count - 1}")
+        raise ValueError(f"class label {data[:40]!r} is not a whole number from 0 to {count - 1}")
     return int(text)
 
 
@@ -52,7 +52,7 @@ def weight_of(data: bytes) -> float:
     try:
         weight = float(data)
     except ValueError as error:
-        raise ValueError(f"loss weight {data[:40]!r} is no number") from error
+        raise ValueError(f"loss weight {data[:40]!r} is not a number") from error
     if not 0 <= weight <= MOST_WEIGHT:
         raise ValueError(f"loss weight {weight:g} is not between 0 and {MOST_WEIGHT}")
     return weight
@@ -87,18 +87,18 @@ def boxes_of(raw: bytes, labels: int | None = None) -> np.ndarray:
         raise ValueError(f"box {rows[~good][0, :4].round(3).tolist()} (x, y, w, h) is not inside the picture")
     count = labels or MOST_LABELS
     if not (known := (label >= 0) & (label < count) & (label == label.round())).all():
-        raise ValueError(f"box label {label[~known][0]:g} is no whole number from 0 to {count - 1}")
+        raise ValueError(f"box label {label[~known][0]:g} is not a whole number from 0 to {count - 1}")
     return rows
 
 
 def _rows(boxes: object) -> np.ndarray:
     """Converts a list of lists of five finite numbers to (N, 5) float64."""
     if not isinstance(boxes, list):
-        raise ValueError(f"{boxes!r:.80} in its .json is no box of five numbers")
+        raise ValueError(f"{boxes!r:.80} in its .json is not a box of five numbers")
     for row in boxes:
         numbers = isinstance(row, list) and all(type(v) in (int, float) and abs(v) < 1e9 for v in row)  # no NaN either
         if not (numbers and len(row) == 5):
-            raise ValueError(f"{row!r:.80} in its .json is no box of five numbers")
+            raise ValueError(f"{row!r:.80} in its .json is not a box of five numbers")
     return np.array(boxes, float).reshape(-1, 5)
 
 

@@ -40,7 +40,7 @@ class ForeignLatents:
                 with safe_open(path, framework="pt") as file:
                     self.places |= {cache_key(name): (path, name) for name in file.keys()}  # noqa: SIM118 - no mapping
             except SafetensorError as error:
-                raise DataError(f"{path} cannot be read ({error}); make it anew") from error
+                raise DataError(f"{path} cannot be read ({error}); export it again") from error
         if not self.places:
             raise DataError(f"latents.source={folder} holds no .npy and no .safetensors files")
 

@@ -14,7 +14,7 @@ from ldm_train.data.batch import FIELDS, Field
 from ldm_train.data.buckets import Buckets
 from ldm_train.data.datamodule import ShardDataModule
 from ldm_train.data.foreign_latents import cache_key
-from ldm_train.data.offsets import Recent
+from ldm_train.data.offsets import LRUCache
 from ldm_train.data.order import Batching, Mixture, StepBatches, evaluation_batches
 from ldm_train.data.samples import SampleDecoder, collate, require_fields, sample_rng
 from ldm_train.data.shards import (
@@ -81,7 +81,7 @@ def _array_header(data: bytes) -> tuple[tuple[int, ...], int]:
         raise ValueError(f"unexpected npy version {version}")
     shape, fortran, dtype = np.lib.format.read_array_header_1_0(header)
     if dtype != np.float32 or fortran or len(shape) != 3:
-        raise ValueError(f"{dtype} of shape {shape} are no latents")
+        raise ValueError(f"{dtype} of shape {shape} are not latents")
     return shape, header.tell()
 
 
@@ -98,15 +98,15 @@ class CachedLatents:
         try:
             self.shards = IndexedShards(folder, split, REMEDY)
         except (DataError, FileNotFoundError) as error:
-            raise DataError(f"the latent cache is damaged: {error}; make it anew with: {REMEDY}") from error
+            raise DataError(f"the latent cache is damaged: {error}; rebuild it with: {REMEDY}") from error
         self.decoder, self.seed = SampleDecoder(None, [f for f in fields if f in CACHED_FIELDS]), seed
         self.flips = "flipped.npy" in self.shards.extensions
         index = read_index(folder, REMEDY)
         self.stochastic, self.bucketed = index.get("stochastic"), index.get("bucketed") is True
         if not isinstance(self.stochastic, bool):
-            raise DataError(f'{folder}/{INDEX} does not say whether it is "stochastic"; make it anew with: {REMEDY}')
+            raise DataError(f'{folder}/{INDEX} does not say whether it is "stochastic"; rebuild it with: {REMEDY}')
         self._read_header()
-        self._map, self._shapes = Recent(self._mapped, MOST_OPEN), Recent(self._shape_of, MOST_OPEN)
+        self._map, self._shapes = LRUCache(self._mapped, MOST_OPEN), LRUCache(self._shape_of, MOST_OPEN)
         others = [f for f in fields if f not in (*CACHED_FIELDS, "image")]
         self._place: Sequence[int] | np.ndarray = range(len(self))  # position of each sample in the data
         if others:

@@ -8,7 +8,7 @@ import torch
 
 from ldm_train.data.batch import FIELDS
 from ldm_train.data.files import IMAGE_EXTENSIONS, pictures_among
-from ldm_train.data.transforms import ImageTransform, channels_of, decode_image, to_unit_range
+from ldm_train.data.transforms import ImageTransform, channels_of, decode_image, to_signed_range
 
 # File endings of a sample's members that are not its image.
 BESIDE = tuple(f".{e}" for field in FIELDS.values() for e in field.extensions if "." in e)
@@ -29,7 +29,7 @@ def _files(source: str) -> Iterator[tuple[str, bytes]]:
                 if member.isfile() and name.rpartition(".")[2] in IMAGE_EXTENSIONS and not name.endswith(BESIDE):
                     yield f"{path}:{member.name}", tar.extractfile(member).read()
     else:
-        raise FileNotFoundError(f"{source} is no folder of images and no tar")
+        raise FileNotFoundError(f"{source} is neither a folder of images nor a tar")
 
 
 def image_batches(sources: Sequence[str], size: int | None = None, batch_size: int = 64) -> Iterator[torch.Tensor]:
@@ -50,7 +50,7 @@ def image_batches(sources: Sequence[str], size: int | None = None, batch_size: i
                 raise ValueError(f"{name} cannot be read as an image ({error}); repair or remove it") from error
             if transform:
                 image = transform.apply(image, transform.plan(*image.shape[1:], None))
-            image = to_unit_range(image)
+            image = to_signed_range(image)
             if waiting and (len(waiting) == batch_size or waiting[0].shape != image.shape):
                 yield torch.stack(waiting)
                 waiting = []

@@ -29,8 +29,8 @@ Offsets = tuple[np.ndarray, dict[str, np.ndarray], dict[str, np.ndarray]]  # key
 Key, Value = TypeVar("Key"), TypeVar("Value")
 
 
-class Recent(Generic[Key, Value]):
-    """A cache of values by key, made when missing; with more than `most`, the least recently used one is dropped."""
+class LRUCache(Generic[Key, Value]):
+    """An LRU cache of at most `most` values, which `make` makes on demand. drop: called with a value that is dropped."""
 
     def __init__(self, make: Callable[[Key], Value], most: int, drop: Callable[[Value], object] | None = None):
         self.make, self.most, self.drop = make, most, drop
@@ -112,7 +112,7 @@ class ShardFile:
         if (count, fields) != (self.entry["count"], self.entry["fields"]):
             raise DataError(
                 f"{self.name} has {count} samples with {fields}, its index.json says {self.entry['count']} with "
-                f"{self.entry['fields']}; make the index anew with: ldm-prepare source=index"
+                f"{self.entry['fields']}; rebuild the index with: ldm-prepare source=index"
             )
         arrays = {f"offset.{e}": a for e, a in starts.items()} | {f"size.{e}": a for e, a in sizes.items()}
         self.keep(self.kept, arrays | {"keys": offsets[0]})
@@ -157,7 +157,7 @@ class ShardFile:
 
 
 class _File:
-    """A file that is read at any position. A process that it is sent to opens it anew."""
+    """A file that is read at any position. A process that it is sent to opens it again."""
 
     def __init__(self, path: Path):
         self.path, self.file = path, open(path, "rb", buffering=0)  # noqa: SIM115 - open as long as it is needed

@@ -298,12 +298,10 @@ def _download(entry: dict, file: BinaryIO) -> None:
             while block := stream.read(BLOCK):
                 file.write(block)
         except tarfile.ReadError as error:
-            raise DataError(
-                f"{entry['file']} has {error}; make the index anew with: ldm-prepare source=index"
-            ) from error
+            raise DataError(f"{entry['file']} has {error}; rebuild the index with: ldm-prepare source=index") from error
     for what, actual in (("bytes", stream.size), ("sha256", stream.sha256.hexdigest())):
         if actual != entry[what]:
             raise DataError(
                 f"{entry['file']} does not match its index.json: {what} {actual}, there {entry[what]}; copy it again, or make "
-                "the index anew with: ldm-prepare source=index"
+                "the index with: ldm-prepare source=index"
             )

@@ -16,7 +16,7 @@ import numpy as np
 from ldm_train.data.buckets import picture_sizes
 from ldm_train.data.fields import captions_of, label_of, relabelled, relabelled_boxes
 from ldm_train.data.files import DataError
-from ldm_train.data.offsets import OffsetTable, Recent, ShardFile
+from ldm_train.data.offsets import LRUCache, OffsetTable, ShardFile
 from ldm_train.data.remote import (
     Measured,
     ShardCache,
@@ -103,7 +103,7 @@ def read_index(root: Roots, remedy: str | None = None) -> dict:
     if not fault and is_address(root):
         fault = _lead_afar(index, root.rstrip("/"))
     if fault:
-        raise DataError(f"{path} is no shard index ({fault}); make it anew with: {remedy}")
+        raise DataError(f"{path} is not a shard index ({fault}); rebuild it with: {remedy}")
     return index
 
 
@@ -127,7 +127,7 @@ def _index_fault(index: object) -> str | None:
         return 'no "splits"'
     classes = index.get("classes")
     if classes is not None and not (isinstance(classes, list) and all(isinstance(name, str) for name in classes)):
-        return '"classes" is no list of names'
+        return '"classes" is not a list of names'
     for split, part in index["splits"].items():
         if not (isinstance(part, dict) and isinstance(part.get("shards"), list) and is_count(part.get("count"))):
             return f'split {split!r} has no "shards" and "count"'
@@ -249,7 +249,7 @@ class IndexedShards:
         self.extensions = self.table.extensions
         self.all_at_hand = cache is None or remote_bytes(entries) <= cache.limit
         # Open copies cannot be deleted to make room for others.
-        self._descriptor = Recent(self._open, MOST_OPEN if self.all_at_hand else 2, os.close)
+        self._descriptor = LRUCache(self._open, MOST_OPEN if self.all_at_hand else 2, os.close)
         self._relabel = [e.get("relabel") for e in entries]
         self._set = np.array([e.get("set", 0) for e in entries], np.int32)
         self._rows: np.ndarray | None = None  # of the table, if not all are used in their order
@@ -338,7 +338,7 @@ class IndexedShards:
         return f"{PurePosixPath(self.files[self.shard(i)].entry['file']).name}:{self.key(i)}"
 
     def captions(self, limit: int = 100_000) -> Iterator[str]:
-        """Yields every caption of the first `limit` samples; those that cannot be read are left out, as in training."""
+        """Yields every caption of the first `limit` samples; those that cannot be read are skipped."""
         for i in range(min(limit, len(self))):
             with suppress(ValueError):
                 yield from captions_of(self.members(i, ("txt", "json")))

@@ -47,7 +47,7 @@ def read_statistics(folder: str | Path) -> dict[str, Any]:
         ours = all(type(n) in (int, float) and math.isfinite(n) for n in numbers) and statistics["scale_factor"] > 0
         ours = ours and len(statistics["std"]) == len(statistics["mean"]) > 0
     except (OSError, ValueError, TypeError, KeyError, OverflowError, RecursionError) as error:
-        raise DataError(f"{path} holds no statistics of latents ({error}); make it anew with: {REMEDY}") from error
+        raise DataError(f"{path} holds no statistics of latents ({error}); rebuild it with: {REMEDY}") from error
     if not ours:
-        raise DataError(f"{path} holds no statistics of latents; make it anew with: {REMEDY}")
+        raise DataError(f"{path} holds no statistics of latents; rebuild it with: {REMEDY}")
     return statistics

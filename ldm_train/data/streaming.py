@@ -78,7 +78,7 @@ class StreamingBatches(IterableDataset):
                 if (actual := tar.entry[what]) != entry[what]:
                     raise DataError(
                         f"{tar.file} does not match its index.json: {what} {actual}, there {entry[what]}; copy or prepare it "
-                        "again, or make the index anew with: ldm-prepare source=index"
+                        "again, or rebuild the index with: ldm-prepare source=index"
                     )
 
     def _shuffled(self, epoch: int, worker: int) -> Iterator[dict[str, Any]]:

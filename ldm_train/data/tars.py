@@ -25,7 +25,7 @@ def entry_fault(entry: object) -> str | None:
     if not all(isinstance(entry.get(name), str) for name in ("file", "sha256")):
         return 'has no "file" and "sha256"'
     if not re.fullmatch("[0-9a-f]{64}", entry["sha256"]):  # it becomes the name of copies and notes
-        return f"has the sha256 {entry['sha256']!r:.80}, which is none"
+        return f"has {entry['sha256']!r:.80} in the place of a sha256"
     fields = entry.get("fields")
     numbers = (entry.get("count"), entry.get("bytes"), *(fields.values() if isinstance(fields, dict) else (None,)))
     if not all(map(is_count, numbers)):

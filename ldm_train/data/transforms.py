@@ -143,7 +143,7 @@ class ImageTransform:
         return image.flip(2) if plan.flip else image
 
 
-def to_unit_range(image: torch.Tensor) -> torch.Tensor:
+def to_signed_range(image: torch.Tensor) -> torch.Tensor:
     """Converts uint8 to float32 in [-1, 1]; floats are already in that range, apart from overshoot of resizing,
     which is clamped."""
     return image.float() / 127.5 - 1 if image.dtype == torch.uint8 else image.float().clamp(-1, 1)
@@ -175,7 +175,7 @@ def read_image(path: str, size: tuple[int, int], channels: int, option: str = "i
     """Reads an image file as (C, H, W) in [-1, 1], centre-cropped and resized to `size`. Raises ValueError or
     FileNotFoundError naming the file."""
     decode = partial(decode_image, extension=Path(path).suffix.lower().lstrip("."), channels=channels)
-    return to_unit_range(_read_cut(path, option, decode, size))
+    return to_signed_range(_read_cut(path, option, decode, size))
 
 
 def read_map(path: str, size: tuple[int, int]) -> torch.Tensor:

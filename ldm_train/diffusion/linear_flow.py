@@ -82,9 +82,9 @@ class LinearFlow(NoiseProcess):
 
     def timesteps(self, num_inference_steps: int, spacing: str = "trailing") -> torch.Tensor:
         """Returns S + 1 decreasing times that end at 0. spacing: "trailing" starts at T * last and takes even steps;
-        "leading" is the same but half a step lower, so that it ends half a step above 0; "linspace" goes evenly from
-        T * last to 1 (t = 0.001 for T = 1000); "karras" as for other processes. Raises ValueError for another
-        spacing or a number of steps outside 1..T."""
+        "leading" is the same but half a step lower, so that its last time before the final 0 is half a step above 0;
+        "linspace" goes evenly from T * last to 1 (t = 0.001 for T = 1000); "karras" as for other processes. Raises
+        ValueError for another spacing or a number of steps outside 1..T."""
         steps = num_inference_steps
         if not 1 <= steps <= self.num_train_timesteps:
             raise ValueError(f"num_inference_steps is {steps}; it must lie between 1 and {self.num_train_timesteps}")

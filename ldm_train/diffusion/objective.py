@@ -60,7 +60,7 @@ class DiffusionObjective(nn.Module):
     ):
         super().__init__()
         if weighting not in ("uniform", "min_snr", "learned"):
-            raise ValueError(f"weighting {weighting!r} is none of uniform, min_snr, learned")
+            raise ValueError(f"weighting {weighting!r} is not one of uniform, min_snr, learned")
         if loss not in ("l1", "l2"):
             raise ValueError(f"diffusion.objective.loss is l1 or l2, not {loss!r}")
         self.schedule = schedule

@@ -22,8 +22,8 @@ class NoiseProcess(nn.Module):
     methods that samplers and guidance call are derived from them.
 
     num_train_timesteps     T: the network gets times on a scale up to T
-    first_time, last_time   the times with the least and the most noise that sampling starts from; samplers that divide
-                            by the signal need it to be above 0 at last_time
+    first_time, last_time   the times with the least and the most noise at which a step of sampling may start; samplers
+                            that divide by the signal need it to be above 0 at last_time
     variance_preserving     whether x_t is alpha x_0 + sigma eps with alpha^2 + sigma^2 = 1 for the network, too
     zero_terminal_snr       whether training reaches a time without signal
 

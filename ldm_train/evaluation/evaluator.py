@@ -33,14 +33,14 @@ def parse_metrics(
 ) -> list[Metric]:
     """Builds metrics from names. A name is `<kind>_<extractor>` (fid_tiny, kid_mine), or a kind alone, which uses the
     network it is published with (fid: Inception). own: `evaluation.kinds`, the user's own kinds. Raises ValueError if a
-    kind is no `Metric` class, and for an unknown name, listing the known ones."""
+    kind is not a `Metric` class, and for an unknown name, listing the known ones."""
     kinds = {f.stem: OmegaConf.to_container(OmegaConf.load(f)) for f in sorted(config_folder().glob("metric/*.yaml"))}
     kinds |= own or {}
     makers = {kind: instantiate(tree, _partial_=True, _convert_="all") for kind, tree in kinds.items()}
     for kind, maker in makers.items():
         if not (isinstance(maker.func, type) and issubclass(maker.func, Metric)):
             raise ValueError(
-                f"evaluation.kinds.{kind}: {kinds[kind]['_target_']} is no class of a metric (metrics/metric.py)"
+                f"evaluation.kinds.{kind}: {kinds[kind]['_target_']} is not a class of a metric (metrics/metric.py)"
             )
     published = {kind: maker.func.published_with for kind, maker in makers.items() if maker.func.published_with}
     known = {f"{kind}_{extractor}": (kind, extractor) for kind in sorted(kinds, key=len) for extractor in extractors}
@@ -51,7 +51,7 @@ def parse_metrics(
         if extractor not in extractors:
             tiny = [f"{k}_tiny" for k in ("fid", "kid", "precision", "recall") if "tiny" in extractors]
             raise ValueError(
-                f"metrics: {name!r} is none; choose from {', '.join([*published, *tiny])}, or <kind>_<extractor> with a kind of "
+                f"unknown metric {name!r}; choose from {', '.join([*published, *tiny])}, or <kind>_<extractor> with a kind of "
                 f"{', '.join(kinds)} and an extractor of {', '.join(extractors)} (more: evaluation.extractors.<name>)"
             )
         metrics.append(makers[kind](name, kind, extractor))
@@ -65,7 +65,7 @@ def check_reference(source: str, splits: Sequence[str], root: str) -> None:
             raise FileNotFoundError(f"evaluation.reference={source}: there is no such file")
     elif source not in splits:
         raise ValueError(
-            f"evaluation.reference={source} is no .npz file and no split of {root}, which has {', '.join(splits)}"
+            f"evaluation.reference={source} is neither an .npz file nor a split of {root}, which has {', '.join(splits)}"
         )
 
 
@@ -89,7 +89,7 @@ class Evaluator:
         self.paired = [p for p in section.paired if p != "perceptual" or section.perceptual is not None]
         known = [*PAIRED, "perceptual", "lpips"]
         if unknown := [p for p in self.paired if p not in known]:
-            raise ValueError(f"paired metrics: {', '.join(unknown)} is none; choose from {', '.join(known)}")
+            raise ValueError(f"unknown paired metrics: {', '.join(unknown)}; choose from {', '.join(known)}")
         networks = {"perceptual": section.perceptual, "lpips": section.lpips}
         self.networks = built({n: tree for n, tree in networks.items() if tree is not None and n in self.paired})
 

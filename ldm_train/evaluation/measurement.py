@@ -14,7 +14,7 @@ from torch import nn
 from tqdm import tqdm
 
 from ldm_train import images as pictures
-from ldm_train.devices import uploaded
+from ldm_train.devices import to_device
 from ldm_train.distributed import gathered, rank, world_size
 from ldm_train.latent_diffusion import LatentDiffusion
 from ldm_train.metrics.distribution import Estimate
@@ -119,7 +119,7 @@ def collect_reference(
     if not all(there):
         position = 0
         for batch in tqdm(loader(), desc=name.removesuffix("_split"), unit="batch", disable=not progress):
-            images = uploaded(batch["image"], device)
+            images = to_device(batch["image"], device)
             wanted.add(images, indices_of(position, len(images)))
             position += len(images)
         wanted.gathered()
@@ -144,7 +144,10 @@ def _saved(partial: Path, empty: Mapping[str, Any], made: Collected) -> dict[str
             made.restore(saved["made"])
             return state
     except Exception as error:  # on damaged data unpicklers raise errors of any type
-        print(f"{partial} cannot be continued from ({str(error).splitlines()[0]}); measured anew", flush=True)
+        print(
+            f"{partial} cannot be continued from ({str(error).splitlines()[0]}); measured again from its start",
+            flush=True,
+        )
     return None
 
 

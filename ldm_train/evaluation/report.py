@@ -9,7 +9,7 @@ import torch
 from tqdm import tqdm
 
 from ldm_train import images as pictures
-from ldm_train.devices import uploaded
+from ldm_train.devices import to_device
 from ldm_train.distributed import gathered, rank
 from ldm_train.evaluation.adherence import format_table, measure_adherence
 from ldm_train.evaluation.evaluator import PAIRED, Evaluator
@@ -45,7 +45,7 @@ def measure_reconstructions(
     """Adds a batch of images (B, C, H, W) on the host to the paired metrics' `values` and to the set of
     reconstructions, `rebuilt`. Returns its latents (B, C, h, w) and reconstructions, on the device, which is
     synchronised once."""
-    x = uploaded(images, evaluator.device)
+    x = to_device(images, evaluator.device)
     latents = first_stage.scaled(first_stage.posterior(first_stage.encode_moments(x)).mean)
     rec = first_stage.decode(latents)
     measured = {name: (PAIRED.get(name) or evaluator.networks[name])(rec, x) for name in values}

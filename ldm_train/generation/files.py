@@ -22,7 +22,9 @@ def _prompt(entry: Any, where: str) -> str | dict[str, Any]:
     if isinstance(entry, str):
         return entry
     if not isinstance(entry, dict) or not isinstance(entry.get("prompt"), str):
-        raise ValueError(f'{where} is no prompt; write {{"prompt": "..."}}, with any of negative, seed and n beside it')
+        raise ValueError(
+            f'{where} is not a prompt; write {{"prompt": "..."}}, with any of negative, seed and n beside it'
+        )
     if unknown := sorted(set(entry) - set(PROMPT_KEYS)):
         raise ValueError(f"{where}: unknown key {unknown[0]!r}; known are {', '.join(PROMPT_KEYS)}")
     for key in ("seed", "n"):
@@ -55,7 +57,7 @@ def _prompt_file(path: Path, option: str) -> list[Any]:
         try:
             prompts.append(_prompt(json.loads(line), where))
         except json.JSONDecodeError as error:
-            raise ValueError(f"{where} is no JSON: {error}") from error
+            raise ValueError(f"{where} is not JSON: {error}") from error
     return prompts
 
 
@@ -85,7 +87,7 @@ def read_mask(path: str, size: tuple[int, int]) -> torch.Tensor:
     """Reads a mask (1, H, W) that is 1 in the hole (white in the file). Raises ValueError if it has no hole."""
     mask = (read_image(path, size, 1, "mask") > 0).float()
     if not mask.any():
-        raise ValueError(f"mask={path} has no hole: white is what is drawn anew, and there is none")
+        raise ValueError(f"mask={path} has no hole: white marks what is redrawn, and there is none")
     return mask
 
 

@@ -11,7 +11,7 @@ from omegaconf import DictConfig
 
 from ldm_train.checkpoints.native import load_latent_diffusion, load_model, read_metadata, weights_sha256
 from ldm_train.conditioning.clip_score import ClipScore
-from ldm_train.devices import uploaded
+from ldm_train.devices import to_device
 from ldm_train.diffusion.guidance import Denoise, classifier_guidance, score_guidance
 from ldm_train.diffusion.process import NoiseProcess
 from ldm_train.generation.requests import Request
@@ -23,13 +23,13 @@ def load_classifier(
     value: str, runs_dir: str, model: LatentDiffusion, trust: Sequence[str] = ()
 ) -> tuple[NoisyClassifier, str]:
     """Loads guide.classifier=<run or folder>; returns (the classifier, the sha256 of its weights). Raises
-    FileNotFoundError if there is none, ValueError if it is no `NoisyClassifier` or was trained on other latents or
+    FileNotFoundError if there is none, ValueError if it is not a `NoisyClassifier` or was trained on other latents or
     another noise schedule."""
     folders = [base / "classifier" / "model" for base in (Path(value), Path(runs_dir) / value)] + [Path(value)]
     folder = next((f for f in folders if (f / "model.safetensors").is_file()), None)
     if folder is None:
         raise FileNotFoundError(
-            f"guide.classifier={value} is no run with a finished classifier and no model folder; train one with "
+            f"guide.classifier={value} is neither a run with a finished classifier nor a model folder; train one with "
             "experiment=classifier_..."
         )
     metadata, classifier = read_metadata(folder), load_model(folder, trust)
@@ -129,7 +129,7 @@ class Guides:
         wraps: list[Callable[[Denoise], Denoise]] = []
         schedule = self.model.schedule
         if self.classifier is not None and "class_label" in part[0].targets:
-            labels = uploaded(torch.tensor([[r.targets["class_label"]] for r in part]), self.model.device)
+            labels = to_device(torch.tensor([[r.targets["class_label"]] for r in part]), self.model.device)
 
             def log_probability(x_t: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
                 seen = schedule.network_view(x_t, timesteps)[0]  # the view that the classifier was trained on

@@ -122,7 +122,7 @@ def _named_files(asked: dict[str, Any]) -> dict[str, list[str]]:
 def _read_recipe(path: Path, usual: dict[str, Any]) -> dict[str, Any]:
     """Reads a recipe as plain values of the expected types. Raises ValueError if it is not a recipe or sets an option
     that a recipe may not set."""
-    where = f"recipe={path} is no recipe of ldm-sample"
+    where = f"recipe={path} is not a recipe of ldm-sample"
     try:
         if path.suffix == ".png":
             recipe = storage.plain_values(pictures.read_recipe(path), path)
@@ -137,7 +137,7 @@ def _read_recipe(path: Path, usual: dict[str, Any]) -> dict[str, Any]:
             and all(type(n) is int and 0 <= n <= 65536 for n in numbers)
             and min(numbers[:2]) > 0
         )
-    except Exception as error:  # Pillow raises errors of any type on a file that is no picture
+    except Exception as error:  # Pillow raises errors of any type on a file that is not a picture
         raise ValueError(where) from error
     if not well_formed:
         raise ValueError(where)
@@ -148,7 +148,7 @@ def _read_recipe(path: Path, usual: dict[str, Any]) -> dict[str, Any]:
     unknown = [k for k in asked if k not in known]
     adapters = asked.get(ADAPTERS) or []
     if isinstance(adapters, list) and not all(isinstance(entry, str) for entry in adapters):
-        raise ValueError(f"{where}: {ADAPTERS} is no list of texts")
+        raise ValueError(f"{where}: {ADAPTERS} is not a list of texts")
     own = asked.get("fields") or {}  # only the model knows their names
     sections = [k for k in asked if isinstance(usual.get(k), dict) and k != "fields"]
     unknown += [f"{k}.{o}" for k in sections for o in asked[k] if o not in usual[k]]
@@ -177,10 +177,10 @@ def replayed(config: DictConfig) -> tuple[DictConfig, dict[str, Any], int | None
     usual = yaml.safe_load((config_folder() / "sample.yaml").read_text())
     recipe = _read_recipe(path, usual)
     asked, given = recipe["config"], OmegaConf.to_container(config, resolve=True)
-    needed, options, usual_options = _named_files(asked), _options(given), _options(usual)
+    needed, options, default_options = _named_files(asked), _options(given), _options(usual)
     files = (*FILES, *(o for o in options if o.startswith(FIELD)))
     said = {o: v for o in (*files, *LISTS, *MODELS, ADAPTERS) if (v := options.get(o)) is not None}
-    changed = [k for k, v in options.items() if v != usual_options.get(k) and k not in (*WITH_REPLAY, *needed)]
+    changed = [k for k, v in options.items() if v != default_options.get(k) and k not in (*WITH_REPLAY, *needed)]
     if changed:
         raise ValueError(f"recipe= draws again what was drawn; {', '.join(changed)}= cannot change it, leave it out")
     unsaid = [f"{o}={v[0] if len(v) == 1 else '[' + ','.join(v) + ']'}" for o, v in needed.items() if o not in said]
@@ -270,7 +270,7 @@ class Job:
             before = storage.read_record(path, storage.LARGEST_RECIPE)
             before["images"] = [e for e in before["images"] if OWN_FILE.fullmatch(e["file"])]
         except (ValueError, KeyError, TypeError) as error:
-            raise Refused(f"{path} is no recipe of ldm-sample; remove it, or choose another out=<folder>") from error
+            raise Refused(f"{path} is not a recipe of ldm-sample; remove it, or choose another out=<folder>") from error
         return before if any((self.folder / e["file"]).is_file() for e in before["images"]) else None
 
     @staticmethod

@@ -46,16 +46,16 @@ class ClassPictures(Source):
         trust: Sequence[str] = (),
     ):
         if not run:
-            raise DataError("say which model draws them: source.run=<run or model folder>")
+            raise DataError("set source.run=<run or model folder> to the model that draws them")
         self.folder = model_folder(run, runs_dir, "source.run")
         self.prompts = [str(p) for p in (prompts if isinstance(prompts, list | tuple) else [prompts]) if p is not None]
         self.labels = [str(c) for c in (classes if isinstance(classes, list | tuple) else [classes]) if c is not None]
         if not self.prompts and not self.labels:
-            raise DataError("say what it draws: source.prompts='a dog', or source.classes=dog")
+            raise DataError("set what it draws: source.prompts='a dog', or source.classes=dog")
         if not isinstance(loss_weight, int | float) or not 0 < loss_weight <= 1000:
-            raise DataError(f"source.loss_weight={loss_weight} is no number above 0 and at most 1000")
+            raise DataError(f"source.loss_weight={loss_weight} is not a number above 0 and at most 1000")
         if type(batch_size) is not int or batch_size < 1:
-            raise DataError(f"source.batch_size={batch_size} is no whole number above 0")
+            raise DataError(f"source.batch_size={batch_size} is not a whole number above 0")
         self.loss_weight, self.batch_size, self.seed = loss_weight, batch_size, seed
         self.sampling = {"guidance_scale": guidance_scale, "num_inference_steps": num_inference_steps}
         self.accelerator, self.trust = accelerator, list(trust)

@@ -76,16 +76,16 @@ TEXTS = (
 
 
 def _size(value: Any) -> Any:
-    """Checks a size: one side, [height, width], or a ratio "width:height". Raises ValueError if it is none of these."""
+    """Checks a size: one side, [height, width], or a ratio "width:height". Raises ValueError if it is anything else."""
     if not isinstance(value, str):
         return either(whole(-MOST, MOST), numbers(2, PIXELS, "whole numbers"))(value)
     if not re.fullmatch(r"[1-9]\d{0,3}:[1-9]\d{0,3}", value):
-        raise ValueError("{name}={value} is no ratio of width to height such as 16:9; [height, width] are pixels")
+        raise ValueError("{name}={value} is not a ratio of width to height such as 16:9; [height, width] are pixels")
     return value
 
 
 RULES: dict[str, Rule] = {
-    **{name: section(f" is no section with options; say {{name}}.{option}=") for name, option in SECTIONS.items()},
+    **{name: section(f" is not a section with options; set {{name}}.{option}=") for name, option in SECTIONS.items()},
     "seed": optional(whole(0)),
     **dict.fromkeys(("n", "batch_size", "invert_iterations", "resample.jump_length", "resample.repeats"), COUNT),
     "tiles.cells": COUNT,
@@ -95,7 +95,7 @@ RULES: dict[str, Rule] = {
     "extend": optional(numbers(4, PIXELS, "whole numbers")),
     "guidance.interval": optional(numbers(2, number(-MOST, MOST))),
     **dict.fromkeys(TEXTS, scalar),
-    "adapters": optional(either(text("run, folder or file"), list_of(str))),
+    "adapters": optional(either(text("a run, folder or file"), list_of(str))),
     **dict.fromkeys(("invert", "overwrite"), flag),
     "devices": whole(1),
     "engine": optional(engine),
@@ -167,16 +167,16 @@ def chosen_task(model: LatentDiffusion, config: DictConfig, guided: Collection[s
         raise ValueError(f"task={task} needs {option}=...")
     for option, meant in (("mask", "inpaint"), ("extend", "outpaint")):
         if config[option] is not None and task != meant:
-            raise ValueError(f"{option}= means nothing to task={task}, only to task={meant}")
+            raise ValueError(f"{option}= has no effect with task={task}, only with task={meant}")
     if config.image is not None and TASKS[task] not in ("lowres", "reference") and task not in FROM_IMAGE:
-        raise ValueError(f"image= means nothing to task={task}; leave it or task= out")
+        raise ValueError(f"image= has no effect with task={task}; leave it or task= out")
     if config.task == "unconditional" and (
         given := [o for o in ("prompts", "classes", "map", "layout", "depth") if config[o] is not None]
     ):
-        raise ValueError(f"{given[0]}= means nothing to task=unconditional; leave it or task= out")
+        raise ValueError(f"{given[0]}= has no effect with task=unconditional; leave it or task= out")
     for option in ("invert", "image_prompt"):
         if config[option] and task != "img2img":
-            raise ValueError(f"{option}= means nothing to task={task}, only to task=img2img")
+            raise ValueError(f"{option}= has no effect with task={task}, only with task=img2img")
     if task == "interpolate" and guided:
         raise ValueError("guide.* leads to one class or caption, task=interpolate from one to the next; leave one out")
     if task == "interpolate" and config.weaker_model is not None:
@@ -249,8 +249,7 @@ class _Inputs:
                 needed = next((f for f, o in option_of.items() if o == option), option.removeprefix("fields."))
                 takes = sorted({f"{option_of[f]}=" for f in (*by_field, *guides)}) or ["no condition"]
                 raise ValueError(
-                    f"this model has no {needed} conditioner, so {option}= means nothing to it; it takes "
-                    f"{', '.join(takes)}"
+                    f"this model has no {needed} conditioner, so {option}= has no effect; it takes {', '.join(takes)}"
                 )
         options = filling | {o for o in ("image", "mask") if given[o]}
         return cls(model, {o: given[o] for o in sorted(options)}, used, guided)
@@ -388,5 +387,5 @@ def _walk(config: DictConfig, inputs: _Inputs, size: tuple[int, int]) -> list[Re
 
 
 def latent_mask(mask: torch.Tensor, factor: int) -> torch.Tensor:
-    """(B, 1, H, W) -> (B, 1, h, w): a latent cell is drawn anew if any of its pixels is."""
+    """(B, 1, H, W) -> (B, 1, h, w): a latent cell is redrawn if any of its pixels is."""
     return F.max_pool2d(mask, factor)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from ldm_train.checkpoints.diffusers import USUAL_SAMPLING
+from ldm_train.checkpoints.diffusers import DEFAULT_SAMPLING
 from ldm_train.checkpoints.native import find_model, load_latent_diffusion, model_metadata, recorded_sampling
 from ldm_train.checkpoints.parts import build_sampler, targets
 from ldm_train.cluster import mapped
@@ -33,7 +33,13 @@ from ldm_train.models.tiling import Tiles
 from ldm_train.samplers.ddim import ddim
 from ldm_train.samplers.resampling import resampled
 
-PRECISIONS = ("32", "bf16", "16")
+PRECISIONS = {
+    "32": None,
+    "bf16-mixed": torch.bfloat16,
+    "bf16": torch.bfloat16,
+    "16-mixed": torch.float16,
+    "16": torch.float16,
+}
 COMPILE = ("default", "cuda_graphs")
 
 
@@ -55,7 +61,7 @@ def model_folder(run: str | None, runs_dir: str, option: str = "run") -> Path:
     Raises ValueError if `run` is None, and FileNotFoundError, listing the finished runs, if there is no trained model.
     """
     if run is None:
-        raise ValueError(f"say which model: {option}=<run or model folder>")
+        raise ValueError(f"set {option}=<run or model folder> to name the model")
     for base in (Path(run), Path(runs_dir) / run):
         if folder := find_model(base):
             return folder
@@ -72,7 +78,7 @@ def check(config: DictConfig, model: LatentDiffusion) -> dict[str, Any]:
     guidance = {k: v for k, v in plain(config.guidance).items() if v is not None and (k, v) != ("rescale", 0)}
     captions = [option for option in ("negative", "image_prompt") if config[option] is not None]
     if captions and "caption" not in model.fields:
-        raise ValueError(f"this model takes no captions, so {captions[0]}= means nothing to it")
+        raise ValueError(f"this model takes no captions, so {captions[0]}= has no effect; leave it out")
     if guidance and not model.conditioners and config.weaker_model is None:
         raise ValueError(
             f"this model takes no condition that guidance could strengthen; leave guidance.{next(iter(guidance))} out"
@@ -80,7 +86,7 @@ def check(config: DictConfig, model: LatentDiffusion) -> dict[str, Any]:
     named = [option for option in ("negative", "weaker_model") if config[option] is not None]
     named += [f"guidance.{option}" for option in guidance]
     if config.guidance_scale == 1 and named:
-        raise ValueError(f"{', '.join(named)} need guidance: set guidance_scale above 1")
+        raise ValueError(f"guidance_scale=1 is no guidance, which {', '.join(named)} need: set it to another value")
     if config.guidance_scale != 1:
         classifier_free(model.denoiser({}), model.denoiser({}), config.guidance_scale, **guidance)
     if not 0 <= config.strength <= 1:
@@ -93,7 +99,7 @@ def check(config: DictConfig, model: LatentDiffusion) -> dict[str, Any]:
         raise ValueError(f"compile is one of {', '.join(COMPILE)}, not {config.compile!r}")
     if config.compile == "cuda_graphs" and model.device.type != "cuda":
         raise ValueError(
-            "compile=cuda_graphs needs an NVIDIA or AMD GPU, and none is used here; say compile=default or leave it out"
+            "compile=cuda_graphs needs an NVIDIA or AMD GPU, and none is used here; set compile=default or leave it out"
         )
     if config.compile:
         check_compiler(f"compile={config.compile}", model.device)
@@ -104,10 +110,10 @@ def check(config: DictConfig, model: LatentDiffusion) -> dict[str, Any]:
     if config.image_prompt is not None and not config.invert:
         raise ValueError("image_prompt= describes the picture to be inverted; it needs invert=true")
     if config.invert and config.strength != 0.7:
-        raise ValueError("invert=true begins from the picture's own noise; strength= means nothing to it")
+        raise ValueError("invert=true begins from the picture's own noise, so strength= has no effect; leave it out")
     for guide, option in (("classifier", "classes"), ("clip", "prompts")):
         if config.guide[guide] is not None and config[option] is None:
-            raise ValueError(f"guide.{guide} leads to {option}=..., and there are none")
+            raise ValueError(f"guide.{guide} needs {option}= as its target")
     return guidance
 
 
@@ -120,7 +126,7 @@ def check_wanted(config: DictConfig, task: str, wanted: list[Request], chosen: A
     """Raises ValueError if an option does not fit the task. chosen: the sampler that the command names, if any."""
     if any(r.negative is not None for r in wanted):
         if config.guidance_scale == 1:
-            raise ValueError("negative need guidance: set guidance_scale above 1")
+            raise ValueError("negative= needs guidance: set guidance_scale to a value other than 1")
         if config.weaker_model is not None:
             raise ValueError("weaker_model= and negative= both say what guidance leads away from; leave one out")
     steps = round(config.num_inference_steps * config.strength) if task == "img2img" and not config.invert else None
@@ -143,7 +149,7 @@ def load(config: DictConfig, sampler: dict[str, Any] | None = None) -> Loaded:
     model = load_latent_diffusion(source, trusted(config, sampler))
     adapters = take_adapters(model, as_list(config.adapters, "adapters"), config.runs_dir)
     model = model.to(device_of(config.accelerator).type, memory_format=torch.channels_last)
-    return Loaded(source, model_metadata(source), USUAL_SAMPLING | recorded_sampling(source), model, adapters)
+    return Loaded(source, model_metadata(source), DEFAULT_SAMPLING | recorded_sampling(source), model, adapters)
 
 
 def trusted(config: DictConfig, sampler: dict[str, Any] | None) -> list[str]:
@@ -257,7 +263,7 @@ def _ready(config: DictConfig, recipe_before: dict[str, Any] | None, only: int |
     task = chosen_task(model, config, guides.parsers)
     wanted = requests(model, config, guides.parsers)
     if only is not None and only >= len(wanted):
-        raise ValueError(f"this is no recipe of ldm-sample: its picture {only} is none of {len(wanted)}")
+        raise ValueError(f"invalid recipe: it asks for picture {only} of a job with {len(wanted)}")
     check_wanted(config, task, wanted, chosen)
     sampler = build_sampler(tree, f"sampler of {config.recipe or source}", trust)
     if config.resample.repeats > 1:
@@ -281,7 +287,6 @@ def _ready(config: DictConfig, recipe_before: dict[str, Any] | None, only: int |
     if config.compile:
         for drawn_from in filter(None, (model, weaker)):
             (record_cuda_graphs if config.compile == "cuda_graphs" else compile_sampling)(drawn_from.network)
-    dtype = torch.float16 if str(config.precision) == "16" else torch.bfloat16
     if recipe_before and device == "cpu" and (threads := recipe_before["machine"].get("threads")):
         torch.set_num_threads(min(threads, 4 * (os.cpu_count() or 1)))
     texts = {field.argument for field in known_fields(model).values() if field.input == "text"}
@@ -289,7 +294,8 @@ def _ready(config: DictConfig, recipe_before: dict[str, Any] | None, only: int |
     if recipe_before:
         _check_same_weights(recipe_before, recipe, source)
     guided = Guidance(weaker_model=weaker, rule=partial(classifier_free, **guidance))
-    autocast = partial(torch.autocast, device, dtype, enabled=str(config.precision) != "32")
+    dtype = PRECISIONS[str(config.precision)]
+    autocast = partial(torch.autocast, device, dtype, enabled=dtype is not None)
     return Ready(source, recipe, wanted, Drawing(model, task, config, sampling, guided, guides, autocast))
 
 
@@ -297,7 +303,7 @@ def _check_same_weights(before: dict[str, Any], now: dict[str, Any], source: Pat
     """Raises ValueError if a recipe was drawn with other weights; prints a note if it was drawn on another machine."""
     if before["model_sha256"] != now["model_sha256"]:
         raise ValueError(
-            f"{source} does not hold the weights that drew this recipe; say where they are with run=<folder>"
+            f"{source} does not hold the weights that drew this recipe; set run=<folder> to where they are"
         )
     guides = [k for k in now if k == "adapters" or (k.endswith("_sha256") and k != "model_sha256")]
     if changed := [k for k in guides if before.get(k) != now[k]]:

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from ldm_train.devices import uploaded
+from ldm_train.devices import to_device
 from ldm_train.metrics.distribution import (
     Estimate,
     frechet_at_infinity,
@@ -114,7 +114,7 @@ class ClipScore(PerImage):
         captions = [caption for caption in conditions["caption"] if caption]
         if not captions:
             return None
-        described = uploaded(torch.tensor([bool(caption) for caption in conditions["caption"]]), features.device)
+        described = to_device(torch.tensor([bool(caption) for caption in conditions["caption"]]), features.device)
         return 100 * (features[described] * extractor.texts(captions)).sum(dim=1).clamp(min=0)
 
 

@@ -101,7 +101,9 @@ def read_reference(path: str | Path) -> FeatureSet:
     except FileNotFoundError:
         raise
     except (KeyError, OSError, ValueError, zipfile.BadZipFile, EOFError, TypeError) as error:
-        raise ValueError(f"{path} is no file of reference statistics (.npz with mu (D,) and sigma (D, D))") from error
+        raise ValueError(
+            f"{path} is not a file of reference statistics (.npz with mu (D,) and sigma (D, D))"
+        ) from error
 
 
 Sets = Mapping[str, Mapping[str, FeatureSet]]

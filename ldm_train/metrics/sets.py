@@ -111,9 +111,7 @@ class FeatureSet:
         Inception score. Raises ValueError if features are not finite."""
         features, indices = features.detach().cpu(), indices.cpu()
         if not features.isfinite().all():
-            raise ValueError(
-                "features are not finite: the images or the extractor's weights hold numbers that are none"
-            )
+            raise ValueError("features are not finite: the images or the extractor's weights contain NaN or inf")
         self._waiting.append((features, indices))
         if logits is not None:
             self._add_classes(logits.detach().cpu().double().softmax(dim=1), indices)

@@ -10,7 +10,7 @@ from ldm_train.models.layers import group_norm
 class PatchDiscriminator(nn.Module):
     """Classifies overlapping patches, of 70x70 pixels with 3 layers. Higher logits mean "real".
 
-    channels         width of the first layer (published: 64), doubled per layer up to 8 times
+    channels         width of the first layer (published: 64), doubled per layer, up to 8 x channels
     num_layers       number of stride-2 layers (published: 3)
     norm             "group" (default; independent of batch and rank) or "batch" (published; synchronised over GPUs)
     spectral_norm    divide every weight by its largest singular value (Miyato et al. 2018)

@@ -92,9 +92,9 @@ class LoRA:
 
     def __post_init__(self) -> None:
         if type(self.rank) is not int or self.rank < 1:
-            raise ValueError(f"rank={self.rank} is no whole number above 0")
+            raise ValueError(f"rank={self.rank} is not a whole number above 0")
         if self.alpha is not None and not 0 < self.alpha < math.inf:
-            raise ValueError(f"alpha={self.alpha} is no number above 0")
+            raise ValueError(f"alpha={self.alpha} is not a number above 0")
         try:
             re.compile(self.targets)
         except re.error as error:

@@ -23,8 +23,8 @@ class VectorQuantizer(nn.Module):
                         with commitment 1 and codebook 0.25 (their code swapped the two); these are the defaults
     ema_decay           decay with which codes follow an average of the latents assigned to them, instead of a gradient
                         (None: gradient)
-    restart_after       training steps without use after which a code is moved to a random latent of the batch
-                        (None: never)
+    restart_after       training forward passes (micro-batches) without use after which a code is reset to a random
+                        latent of the current one, on several ranks of rank 0's (None: never)
     Raises ValueError for fewer than 2 codes.
     """
 

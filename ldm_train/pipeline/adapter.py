@@ -55,7 +55,7 @@ def check_adapter(
     if (how := adapter_of(run)) is None:
         return
     if begun is None:
-        raise ValueError("diffusion.adapter changes a trained model; say which with diffusion.init=<run or model>")
+        raise ValueError("diffusion.adapter changes a trained model; set diffusion.init=<run or model>")
     if section.task.get("alignment"):
         raise ValueError(
             "diffusion.task.alignment is for a network that trains whole, not for an adapter; leave one out"
@@ -99,7 +99,7 @@ def _check_text_encoder(how: LoRA, conditioners: Mapping[str, Conditioner], stud
                     f"diffusion.adapter: text_encoder=true, but the text encoder {conditioner.path} is frozen: {why}"
                 )
             try:
-                parts = nn.ModuleDict({"encoders": nn.ModuleDict({name: conditioner.rehearse()[0]})})
+                parts = nn.ModuleDict({"encoders": nn.ModuleDict({name: conditioner.prepare_for_plan()[0]})})
             except FileNotFoundError:  # the encoder's own check reports it
                 return
         try:
@@ -157,7 +157,7 @@ def check_identifier(run: Run, conditioners: Callable[[], Mapping[str, Condition
     if (word := run.config.diffusion.identifier) is None:
         return
     if not word.strip() or len(word.split()) > 1:
-        raise ValueError(f"diffusion.identifier={word!r} is no single word; zqx is one")
+        raise ValueError(f"diffusion.identifier={word!r} is not a single word; zqx is one")
     made = nn.ModuleDict(conditioners())
     try:
         check_rare(reader_of(made), word)
@@ -175,7 +175,7 @@ def check_frozen(run: Run) -> None:
         raise ValueError(f"diffusion.frozen={unknown}: the conditioners are {', '.join(known) or 'none'}")
     if not section.init:
         raise ValueError(
-            "diffusion.frozen keeps trained conditioners; say which model's with diffusion.init=<run or model>"
+            "diffusion.frozen keeps trained conditioners; set the model that has them with diffusion.init=<run or model>"
         )
 
 

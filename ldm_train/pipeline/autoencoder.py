@@ -70,7 +70,7 @@ def pretrained_folder(
         return adopted_autoencoder(Path(value), Path(runs_dir) / ADOPTED)
     tried = ", ".join(map(str, candidates))
     raise FileNotFoundError(
-        f"{option}={value} is no run with a finished autoencoder, no model folder, no checkpoint and no folder "
+        f"{option}={value} is not a run with a finished autoencoder, a model folder, a checkpoint or a folder "
         f"of diffusers; looked in {tried}"
     )
 
@@ -117,7 +117,7 @@ def give_discriminator(run: Run, loss: AutoencoderLoss) -> None:
         state = read_checkpoint(last)["state_dict"]
         weights = {k.removeprefix("discriminator."): v for k, v in state.items() if k.startswith("discriminator.")}
         logvar = state.get("likelihood.0")
-    reason = "it brings none"
+    reason = "autoencoder.init has none"
     try:
         if weights:
             loss.discriminator.load_state_dict(weights)
@@ -186,7 +186,7 @@ class AutoencoderStage(Stage):
         equivariance = OmegaConf.select(run.config, "autoencoder.task.augmentation.equivariance")
         if run.config.autoencoder.compile and equivariance:
             raise ValueError(
-                f"autoencoder.compile=true compiles each size of picture anew, and task.augmentation.equivariance={equivariance} "
+                f"autoencoder.compile=true compiles again for each size of picture, and task.augmentation.equivariance={equivariance} "
                 "draws many; leave one of them out"
             )
         network = on_meta(run)

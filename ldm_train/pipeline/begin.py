@@ -43,7 +43,7 @@ def model_folder(value: str, runs_dir: str, option: str) -> Path:
         if is_foreign(candidate):
             return adopted_model(candidate, Path(runs_dir) / ADOPTED)
     raise FileNotFoundError(
-        f"{option}={value} is no run with a trained model, no model folder, no checkpoint and no pipeline of diffusers; looked in "
+        f"{option}={value} is not a run with a trained model, a model folder, a checkpoint or a pipeline of diffusers; looked in "
         f"{', '.join(map(str, candidates))}"
     )
 

@@ -156,8 +156,8 @@ class Budget:
         if not options:
             least = self.peak(self._choice(1, self.can_recompute()))
             raise ValueError(
-                f"{said}; the least it can do with is {_gib(least / USABLE)}, at micro-batch 1: choose a smaller network or "
-                "data.image_size, more memory, or say memory=<GiB> if there is more than that"
+                f"{said}; the minimum is {_gib(least / USABLE)}, at micro-batch 1: choose a smaller network or "
+                "data.image_size, more memory, or set memory=<GiB> if there is more than that"
             )
         raise ValueError(f"{said}. What fits, at the same batch_size: {', or '.join(options)}")
 
@@ -178,7 +178,7 @@ def in_full(budget: Budget, memory: float | None) -> Iterator[str]:
     """The lines about a stage's memory in a plan. memory: bytes, None if unknown."""
     yield from budget.table()
     if memory is None:
-        yield "memory=<GiB> says what fits on a GPU that is not there"
+        yield "set memory=<GiB> to see what fits on a GPU that this machine lacks"
         return
     fits = budget.peak(budget.chosen) <= USABLE * memory
     best = budget.alternatives(USABLE * memory)

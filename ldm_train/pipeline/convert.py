@@ -12,7 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from ldm_train.checkpoints import compvis
 from ldm_train.checkpoints.compvis import FILES
-from ldm_train.checkpoints.diffusers import USUAL_SAMPLING, diffusers_metadata, is_diffusers, read_pipeline
+from ldm_train.checkpoints.diffusers import DEFAULT_SAMPLING, diffusers_metadata, is_diffusers, read_pipeline
 from ldm_train.checkpoints.diffusers_networks import check_folder_links, first_stage_tree, load_first_stage
 from ldm_train.checkpoints.hub import REPO, downloaded, is_repo, upload
 from ldm_train.checkpoints.native import METADATA, find_model, load_model, read_metadata, read_tree
@@ -27,20 +27,20 @@ from ldm_train.rules import Rule, check, either, flag, list_of, one_of, optional
 from ldm_train.storage import file_sha256
 
 RULES: dict[str, Rule] = {
-    **dict.fromkeys(("from", "to"), text("path; give from=<model> to=<folder or file>")),
-    **dict.fromkeys(("config", "tokenizer"), optional(text("file"))),
-    "base": optional(text("run or model folder")),
-    "text_encoder": optional(text("folder or name")),
+    **dict.fromkeys(("from", "to"), text("a path; give from=<model> to=<folder or file>")),
+    **dict.fromkeys(("config", "tokenizer"), optional(text("a file"))),
+    "base": optional(text("a run or model folder")),
+    "text_encoder": optional(text("a folder or name")),
     "format": one_of(*FORMS, "kohya"),
     "weights": optional(one_of("averaged", "live")),
     "labels": optional(either(whole(1), list_of(str))),
     "null_class": optional(flag),
     "dtype": one_of(*DTYPES),
-    "repo": optional(text("name, <organisation or user>/<name>")),
+    "repo": optional(text("a name, <organisation or user>/<name>")),
     **dict.fromkeys(("verify", "dry_run", "overwrite", "private", "encoders"), flag),
 }
 HUB = "hub"  # instead of a path
-SAMPLING = USUAL_SAMPLING | {"spacing": "compvis"}  # as in the sampling script of the published models
+SAMPLING = DEFAULT_SAMPLING | {"spacing": "compvis"}  # as in the sampling script of the published models
 
 
 def read(config: DictConfig) -> tuple[Model, compvis.Report | None]:
@@ -97,7 +97,7 @@ def native_folder(source: Path) -> Path:
         if folder is not None and (folder / METADATA).is_file():
             return folder
     raise FileNotFoundError(
-        f"from={source} is no checkpoint ({', '.join(FILES[:2])}), no run with a finished model and no model folder"
+        f"from={source} is not a checkpoint ({', '.join(FILES[:2])}), a run with a finished model or a model folder"
     )
 
 
@@ -176,7 +176,7 @@ def convert(config: DictConfig) -> Path:
         return convert_adapter(config)
     if config.format == "kohya" or config.base is not None:
         raise ValueError(
-            f"from={config['from']} is no adapter; format=kohya and base= are for those (<run>/diffusion/adapter)"
+            f"from={config['from']} is not an adapter; format=kohya and base= are for those (<run>/diffusion/adapter)"
         )
     if config.to == HUB:
         return _published(config)

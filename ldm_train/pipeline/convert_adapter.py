@@ -52,7 +52,7 @@ def convert_adapter(config: DictConfig) -> Path:
         raise ValueError(f"{source} is a learned word; diffusers loads its {WORD} as it is")
     if config.format == "native" and target.suffix == ".safetensors":
         raise ValueError(
-            f"to={target}: an adapter of ours is a folder; say format={' or format='.join(LAYOUTS)} for a file"
+            f"to={target}: an adapter of ours is a folder; set format={' or format='.join(LAYOUTS)} for a file"
         )
     if config.format in LAYOUTS and target.suffix != ".safetensors":
         raise ValueError(f"to={target}: an adapter of the layout {config.format} is one file, <name>.safetensors")
@@ -89,7 +89,7 @@ def _base(config: DictConfig, source: Path) -> tuple[Path, Path]:
     folder = find_model(base)
     if folder is None:
         raise FileNotFoundError(
-            f"base={base} is no run and no model folder; name the model that {source} is an adapter of"
+            f"base={base} is neither a run nor a model folder; name the model that {source} is an adapter of"
         )
     return base, folder
 
@@ -101,7 +101,9 @@ def _convert_control(config: DictConfig, source: Path, target: Path) -> Path:
     if config.format != wanted:
         raise ValueError(f"format={config.format}: {source} is a control, and can be written as format={wanted}")
     if theirs and config.control not in THEIRS:
-        raise ValueError(f"control={config.control or 'null'}: say what its picture shows, one of {', '.join(THEIRS)}")
+        raise ValueError(
+            f"control={config.control or 'null'}: set it to what its picture shows, one of {', '.join(THEIRS)}"
+        )
     if not theirs and config.control is not None:
         raise ValueError("control= is for a control of diffusers; this one records what its picture shows")
     _check_written(config, target)

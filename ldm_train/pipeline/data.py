@@ -8,7 +8,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from ldm_train.checkpoints.parts import BUILDABLE, build, find_part
-from ldm_train.configuration import plain, usual_options
+from ldm_train.configuration import default_options, plain
 from ldm_train.data.datamodule import ShardDataModule
 from ldm_train.data.order import Batching
 from ldm_train.data.prepare.build import build as prepare
@@ -64,7 +64,7 @@ def check_bucket_step(data: Mapping[str, Any], multiple: int, name: str = "data"
     """Raises ValueError if the sizes of the buckets are not divisible by `multiple`."""
     if (buckets := bucketing(data)) and buckets["step"] % multiple:
         raise ValueError(
-            f"{name}.buckets.step={buckets['step']} gives sizes that these networks do not take: say a multiple of {multiple}"
+            f"{name}.buckets.step={buckets['step']} gives sizes that these networks do not take: set it to a multiple of {multiple}"
         )
 
 
@@ -144,7 +144,7 @@ def data_key(config: DictConfig, stage: str) -> dict[str, Any]:
     used = {k: data[k] for k in IMAGES}
     if data["reader"] == "streaming":  # its order depends on the number of workers
         used["num_workers"] = config.num_workers
-    if data["module"] != usual_options()["data"]["module"]:
+    if data["module"] != default_options()["data"]["module"]:
         used["module"] = data["module"]
     if buckets := bucketing(data):
         used["buckets"] = buckets

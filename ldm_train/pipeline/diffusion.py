@@ -112,7 +112,7 @@ def check_sampler(run: Run, channels: int) -> None:
     options and fits the schedule. Raises ValueError for options that it or `Sampling` does not take."""
     config, schedule, sampler = run.config, run.part("diffusion.schedule"), sampler_of(run)
     if unknown := sorted({*config.sampling} - {f.name for f in fields(Sampling)}):
-        raise ValueError(f"sampling.{unknown[0]} is no option of sampling; those of a sampler are sampler.<option>")
+        raise ValueError(f"sampling.{unknown[0]} is not an option of sampling; those of a sampler are sampler.<option>")
     timesteps = schedule.timesteps(config.sampling.num_inference_steps, config.sampling.spacing)
     noise = NoiseSource([0])
     start = noise.normal((channels, 1, 1), "start")
@@ -220,7 +220,7 @@ class DiffusionStage(Stage):
         training.check_optimisation(run, "diffusion")
         if getattr(get_object(section.task._target_), "needs_init", False) and not section.init:
             raise ValueError(
-                f"diffusion.task={section.task._target_} learns from a trained model; say which with diffusion.init=<run or model>"
+                f"diffusion.task={section.task._target_} learns from a trained model; set diffusion.init=<run or model>"
             )
         adapter.check_frozen(run)
         begun = taken_model(run, "init")
@@ -294,7 +294,7 @@ class DiffusionStage(Stage):
         beside, unknown = [], []
         for conditioner in conditioners.values():
             try:
-                beside += conditioner.rehearse()
+                beside += conditioner.prepare_for_plan()
             except FileNotFoundError as error:
                 unknown.append(str(error))
         schedule, parameterisation = run.part("diffusion.schedule"), run.part("diffusion.objective.parameterisation")

@@ -396,4 +396,4 @@ def check_target(form: str, target: Path, dtype: torch.dtype) -> None:
     if form == "single_file" and target.suffix != ".safetensors":
         raise ValueError(f"to={target}: a single file is one of .safetensors")
     if form in ("native", "diffusers") and target.suffix in compvis.FILES:
-        raise ValueError(f"to={target}: format={form} is a folder; say format=compvis or single_file for a file")
+        raise ValueError(f"to={target}: format={form} is a folder; set format=compvis or single_file for a file")

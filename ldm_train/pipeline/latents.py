@@ -19,7 +19,7 @@ from ldm_train.data.latents import CachedLatents, LatentDataModule, verify_cache
 from ldm_train.data.order import Batching
 from ldm_train.data.shards import data_hash, read_index
 from ldm_train.data.statistics import STATISTICS, latent_statistics, read_statistics
-from ldm_train.devices import uploaded
+from ldm_train.devices import to_device
 from ldm_train.errors import Refused
 from ldm_train.models.first_stage import FirstStage
 from ldm_train.pipeline import autoencoder
@@ -41,7 +41,7 @@ def encoder(run: Run) -> Callable[[torch.Tensor], torch.Tensor]:
 
 def encoded_on(first_stage: FirstStage, device: torch.device, images: torch.Tensor) -> torch.Tensor:
     """images (B, C, H, W) on the host -> moments on the device."""
-    return first_stage.encode_moments(uploaded(images, device))
+    return first_stage.encode_moments(to_device(images, device))
 
 
 def latent_data(run: Run, stage: str, fields: tuple[str, ...]) -> tuple[LightningDataModule, ShardDataModule, int]:
@@ -76,7 +76,7 @@ def give_statistics(folder: Path, first_stage: FirstStage, per_channel: bool) ->
     recorded = note["result"].get("statistics_sha256") if note else None  # older runs have none
     if recorded is not None and file_sha256(folder / STATISTICS) != recorded:
         raise ValueError(
-            f"{folder / STATISTICS} is damaged: its checksum is not the recorded one; make it anew with restart=latents"
+            f"{folder / STATISTICS} is damaged: its checksum is not the recorded one; rebuild it with restart=latents"
         )
     if per_channel:
         first_stage.set_statistics(1 / torch.tensor(statistics["std"]), torch.tensor(statistics["mean"]))

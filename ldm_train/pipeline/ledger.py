@@ -40,14 +40,14 @@ class Measure:
         return min(value, 1 / value) if self.ratio and value > 0 else value
 
 
-# Those that the runs have are shown, and the verdict considers all of them: none is left out afterwards.
+# Every one that the runs have is shown and enters the verdict: none is dropped after the results are known.
 MEASURES = (
     Measure("fid_tiny", "samples.fid_tiny.value", "lower", relative=True),
     Measure("adherence", "adherence.trained.all", "higher"),
     Measure("held out", "adherence.held_out.all", "higher"),
     Measure("shape fidelity", "adherence.impression.shape_fidelity.ratio", "higher"),
     Measure("partial prompts", "adherence.impression.partial.right", "higher"),
-    Measure("their backgrounds", "adherence.impression.partial.backgrounds", "higher"),
+    Measure("partial backgrounds", "adherence.impression.partial.backgrounds", "higher"),
     Measure("diversity", "adherence.diversity.position_ratio", "higher", ratio=True),
     Measure("rFID_tiny", "reconstructions.fid_tiny.value", "lower", relative=True),
 )

@@ -14,7 +14,7 @@ from omegaconf import DictConfig
 from ldm_train.devices import device_of
 from ldm_train.pipeline import ray_engine, slurm
 from ldm_train.pipeline.ranks import launch
-from ldm_train.training.fit import Machine, Onlooker
+from ldm_train.training.fit import CheckOnlyMachine, Machine
 
 
 def kind_of(accelerator: str) -> str:
@@ -50,7 +50,7 @@ def planned_machine(config: DictConfig) -> Machine:
     accelerator = accelerator if accelerator in ("cpu", "gpu", "mps") else kind_of(accelerator)
     world_size = int(os.environ.get("WORLD_SIZE", config.devices))
     local = int(os.environ.get("LOCAL_WORLD_SIZE", config.devices))
-    return Onlooker(accelerator, _precision(config, accelerator), world_size, local_world_size=local)
+    return CheckOnlyMachine(accelerator, _precision(config, accelerator), world_size, local_world_size=local)
 
 
 def join_devices(config: DictConfig, module: str, check: Callable[[Machine], object]) -> Machine:
@@ -68,7 +68,7 @@ def join_devices(config: DictConfig, module: str, check: Callable[[Machine], obj
     elif config.engine == "ray":
         accelerator = ray_engine.accelerator_of(config.accelerator, devices)
         decided = {"accelerator": accelerator, "precision": _precision(config, accelerator)}
-        check(Onlooker(*decided.values(), devices, local_world_size=devices))
+        check(CheckOnlyMachine(*decided.values(), devices, local_world_size=devices))
         sys.exit(ray_engine.launch(devices, module, decided, config.max_failures, Path(config.runs_dir)))
     elif devices > 1:
         everywhere = {"WORLD_SIZE": str(devices), "LOCAL_WORLD_SIZE": str(devices)}
@@ -78,7 +78,7 @@ def join_devices(config: DictConfig, module: str, check: Callable[[Machine], obj
         if devices > there:
             kind = "GPUs are visible" if gpus else "CPU cores are there"
             raise ValueError(f"devices={devices}, but {there} {kind}; use devices={there}")
-        check(Onlooker(*astuple(machine)))
+        check(CheckOnlyMachine(*astuple(machine)))
         sys.exit(launch(devices, module))
     machine = machine_of(config, os.environ)
     if machine.world_size > 1:

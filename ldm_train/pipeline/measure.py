@@ -25,9 +25,9 @@ from ldm_train.checkpoints.native import (
     read_metadata,
 )
 from ldm_train.checkpoints.parts import targets
-from ldm_train.configuration import config_folder, run_config, usual_options
+from ldm_train.configuration import config_folder, default_options, run_config
 from ldm_train.data.loose import image_batches
-from ldm_train.devices import uploaded
+from ldm_train.devices import to_device
 from ldm_train.distributed import gathered, rank
 from ldm_train.evaluation.evaluator import Evaluator, sampling_options
 from ldm_train.evaluation.measurement import Reference, measure_samples, reference_from
@@ -83,7 +83,7 @@ def load_weights(folder: Path, which: str, trust: Sequence[str] = ()) -> LatentD
     names.rename_in_checkpoint(state)
     if any(key.startswith("adapter.") for key in state["state_dict"]):
         raise ValueError(
-            f"weights=best: {folder} trained an adapter, and only its last weights are a model; say weights=last"
+            f"weights=best: {folder} trained an adapter, and only its last weights are a model; set weights=last"
         )
     trainable, averaged = model.trainable(), state.get("ema", {}).get("shadow", {})
     parts = tuple(f"{name}." for name, _ in trainable.named_children())  # not the objective's, nor an alignment's
@@ -214,7 +214,7 @@ def _give_unit_variance(first_stage: FirstStage, batches: Iterable[dict[str, Any
     sums = torch.zeros(3, dtype=torch.float64)
     for batch in batches:
         z = (
-            first_stage.posterior(first_stage.encode_moments(uploaded(batch["image"], machine.device)))
+            first_stage.posterior(first_stage.encode_moments(to_device(batch["image"], machine.device)))
             .mean.cpu()
             .double()
         )
@@ -246,7 +246,7 @@ def evaluate_images(config: DictConfig) -> Measured:
         raise ValueError("images= are measured against=<folder, tar or .npz>")
     if config.devices > 1 or config.engine is not None:
         raise ValueError("images= are measured on one device, by this process; leave devices= and engine= out")
-    extractors = OmegaConf.merge(usual_options()["evaluation"]["extractors"], config.extractors)
+    extractors = OmegaConf.merge(default_options()["evaluation"]["extractors"], config.extractors)
     section = {"extractors": extractors, "metrics": config.metrics, "kinds": config.kinds}
     machine = machine_of(config, {})
     tools = Evaluator(OmegaConf.create(section | {"paired": [], "perceptual": None, "lpips": None}), machine.device)
@@ -325,7 +325,7 @@ def check(config: DictConfig) -> None:
     given = [o for o in ("run", "reconstruct", "images") if config[o] is not None]
     if len(given) != 1:
         raise ValueError(
-            "say what to measure: run=<run>, reconstruct=<run or folder>, or images=<folder> against=<folder>"
+            "choose what to measure: run=<run>, reconstruct=<run or folder>, or images=<folder> against=<folder>"
         )
     for option in ("metrics", "paired"):
         if not OmegaConf.is_list(config[option]):
@@ -333,9 +333,9 @@ def check(config: DictConfig) -> None:
     for option, least in LEAST.items():
         value = config[option]
         if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
-            raise ValueError(f"{option}={value!r} is no whole number of at least {least}")
+            raise ValueError(f"{option}={value!r} is not a whole number of at least {least}")
     if config.guidance_scale is not None and not isinstance(config.guidance_scale, int | float):
-        raise ValueError(f"guidance_scale={config.guidance_scale!r} is no number")
+        raise ValueError(f"guidance_scale={config.guidance_scale!r} is not a number")
 
 
 def command_options() -> DictConfig:

@@ -75,7 +75,7 @@ class Order:
             raise Refused(f"{run_folder} has no finished stage {stage!r} yet; run it first: stages=[{way}]")
         if name not in note["result"]:
             raise Refused(
-                f"{run_folder / stage / NOTE} is damaged: it lacks {name}; restart={stage} makes the stage anew"
+                f"{run_folder / stage / NOTE} is damaged: it lacks {name}; restart={stage} runs the stage again"
             )
         return note["result"][name]
 
@@ -94,7 +94,7 @@ def read_note(folder: Path) -> dict[str, Any] | None:
             raise ValueError(f"{path} lacks {', '.join(odd)}")
     except ValueError as error:
         raise Refused(
-            f"{error}; what the stage was made with is not known: restart={folder.name} makes it anew (the old one goes to "
+            f"{error}; what the stage was made with is not known: restart={folder.name} runs it again (the old one goes to "
             f"{folder.parent}/.replaced), or put back an undamaged {NOTE}"
         ) from error
     return note | {"key": names.options(note["key"])}
@@ -165,7 +165,7 @@ def decide(stage: Step, run_folder: Path, defaults: dict[str, Any]) -> str:
         listed = "\n  ".join(changed[:12] + (["..."] if len(changed) > 12 else []))
         raise Refused(
             f"{run_folder / stage.name} was made with other settings:\n  {listed}\nChoose name=<new> for a new run, or "
-            f"restart={stage.name} to make this stage and the later ones anew (the old ones go to {run_folder}/.replaced)"
+            f"restart={stage.name} to run this stage and the later ones again (the old ones go to {run_folder}/.replaced)"
         )
     return "skip" if is_done(note, stage) else "resume"
 
@@ -178,7 +178,9 @@ def check_chain(
     absent."""
     names, gone = [step.name for step in chain], made_anew(order, chain, run_folder, restart)
     if restart and restart not in names:
-        raise Refused(f"restart={restart} would be made anew by nothing: it is not among stages=[{','.join(names)}]")
+        raise Refused(
+            f"restart={restart} is not in stages=[{','.join(names)}], so nothing would run it again; add it to stages"
+        )
     for name, needed in [(n, needed) for n in names for needed in order.needs(n) if needed not in names]:
         if needed in gone:
             raise Refused(
@@ -203,8 +205,8 @@ def _check_later(order: Order, step: Step, run_folder: Path, gone: Sequence[str]
     if note and made:
         reached = f"has {note['steps']} steps" if note["finished"] else "is unfinished"
         raise Refused(
-            f"{run_folder / step.name} {reached} and is to have {step.steps}; {', '.join(made)} were made from it as it "
-            f"was and would no longer belong to it. Nothing has been changed. Choose restart={made[0]} to go on and make "
+            f"{run_folder / step.name} {reached} and {step.steps} are asked for, but {', '.join(made)} were made from its "
+            f"present weights and would become stale. Nothing has been changed. Choose restart={made[0]} to go on and make "
             f"them anew (the old ones go to {run_folder}/.replaced), name=<new> for a new run, or "
             f"{step.name}.max_steps={note['steps'] or step.steps} to keep what is there"
         )

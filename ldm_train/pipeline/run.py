@@ -14,7 +14,7 @@ from lightning.pytorch.loggers.logger import Logger
 from omegaconf import DictConfig, OmegaConf
 
 from ldm_train.checkpoints.parts import build, targets
-from ldm_train.configuration import plain, run_config, usual_options
+from ldm_train.configuration import default_options, plain, run_config
 from ldm_train.data.datamodule import ShardDataModule
 from ldm_train.data.shards import DataError
 from ldm_train.evaluation.evaluator import Evaluator, check_reference
@@ -43,7 +43,7 @@ def own_parts(config: DictConfig) -> list[str]:
 def option_defaults(config: DictConfig) -> dict[str, Any]:
     """Defaults for options that an older run lacks: the values in the base config files and, for parts with a
     `_target_`, the defaults of their constructor."""
-    tree = usual_options()
+    tree = default_options()
     for section in {"autoencoder", "diffusion", "classifier", "sampler"} & config.keys():
         tree[section] = _with_signatures(plain(config[section]), tree.get(section, {}))
     return tree
@@ -66,7 +66,7 @@ def _with_signatures(node: dict[str, Any], known: dict[str, Any]) -> dict[str, A
 
 @dataclass(frozen=True)
 class Index:
-    """What is known about a dataset without its images."""
+    """The place of a data module whose images are missing: only the index of its shards and their folder."""
 
     index: dict[str, Any]
     root: str
@@ -146,7 +146,7 @@ class Run:
         set."""
         if (folder := self.config.get("text_cache")) is not None:
             for conditioner in model.conditioners.values():
-                conditioner.keep_in(Path(folder))
+                conditioner.cache_states_in(Path(folder))
 
     # -- for the stages' checks -------------------------------------------------------------------------------------
 
@@ -215,11 +215,11 @@ class Run:
             stage = instantiate(tree)
             if not isinstance(stage, Stage) or stage.name != name:
                 raise ValueError(
-                    f"stage.{name}: {tree.get('_target_')} is no stage of that name (see pipeline/stage.py)"
+                    f"stage.{name}: {tree.get('_target_')} is not a stage of that name (see pipeline/stage.py)"
                 )
             if missing := [n for n in stage.needs if n not in stages]:
                 raise ValueError(
-                    f"stage.{name} needs {missing[0]}, which is none of the stages before it: {', '.join(stages)}"
+                    f"stage.{name} needs {missing[0]}, which is not among the stages before it: {', '.join(stages)}"
                 )
             stages[name] = stage
         return stages
@@ -255,7 +255,7 @@ class Run:
             print_plan(self, steps)
         finally:
             for what in self.missing:
-                print(f"not there yet: {what}")
+                print(f"missing: {what}")
         print("plan=only: nothing was written; data, weights and downloads are checked when it runs")
 
     def execute(self) -> None:

@@ -45,10 +45,10 @@ def parse_space(space: dict[str, Any]) -> dict[str, Callable[[Any], Any]]:
             parsed[option] = _suggestion(option, str(text))
         except ValueError:
             raise ValueError(
-                f'space.{option}="{text}" is no range; write "a,b,c", "(low,high)", "log(low,high)" or "int(low,high)"'
+                f'space.{option}="{text}" is not a range; write "a,b,c", "(low,high)", "log(low,high)" or "int(low,high)"'
             ) from None
     if not parsed:
-        raise ValueError('say what is searched: space={diffusion.lr: "log(1e-4,1e-2)"}')
+        raise ValueError('set the options to search: space={diffusion.lr: "log(1e-4,1e-2)"}')
     return parsed
 
 
@@ -118,7 +118,7 @@ def check(config: DictConfig, algorithms: Sequence[str]) -> None:
     if config.algorithm not in algorithms:
         raise ValueError(f"algorithm is {' or '.join(algorithms)}, not {config.algorithm!r}")
     if not isinstance(config.trials, int) or config.trials < 1:
-        raise ValueError(f"trials={config.trials!r} is no count")
+        raise ValueError(f"trials={config.trials!r} is not a count")
     if config.prune is not None and ":" not in config.prune:
         raise ValueError(f"prune={config.prune}: write stage:column, for example diffusion:val/loss")
 

@@ -38,8 +38,12 @@ class SweptRun:
 
     @property
     def factor(self) -> int:
-        """The autoencoder's downsampling factor f."""
-        return 2 ** (len(self.config.get("autoencoder.network.channel_mult") or [1]) - 1)
+        """The autoencoder's downsampling factor f: of its model folder or, before it is trained, by the run's options."""
+        model = self.folder / "autoencoder" / "model" / "metadata.json"
+        if model.is_file():
+            return int(read_record(model)["downsample_factor"])
+        network = {name: self.config.get(f"autoencoder.network.{name}") for name in ("channel_mult", "patch_size")}
+        return 2 ** (len(network["channel_mult"] or [1]) - 1) * int(network["patch_size"] or 1)
 
     def stage(self, name: str) -> str:
         return reached(self.folder / name)
@@ -215,7 +219,7 @@ def format_table(table: Rows, number: str | None) -> str:
 
 def sweep(config: DictConfig) -> list[Path]:
     if config.dir is None:
-        raise ValueError("say which sweep: dir=<folder of its runs>")
+        raise ValueError("set dir=<folder of its runs> to the sweep")
     if config.steps is not None and not OmegaConf.is_list(config.steps):
         raise ValueError(f"steps is a list: steps=[{config.steps}]")
     folder = Path(config.dir) if Path(config.dir).is_dir() else Path(config.runs_dir) / config.dir

@@ -43,7 +43,7 @@ def run_name(config: DictConfig) -> str:
     hydra_config = HydraConfig.get()
     name = config.name if config.name is not None else hydra_config.runtime.choices.get("experiment") or "run"
     if isinstance(name, bool) or not isinstance(name, str | int) or not str(name).strip("./ "):
-        raise ValueError(f"name={name} is no name of a folder")
+        raise ValueError(f"name={name} is not the name of a folder")
     if hydra_config.mode == RunMode.MULTIRUN:
         # Overrides typed without a sweep are the same for all jobs; Hydra only formats them differently.
         typed = {_bare(a) for a in json.loads(os.environ.get(ARGUMENTS, "[]"))}
@@ -109,7 +109,7 @@ def _train(config: DictConfig, folder: Path, sweeping: bool) -> None:
     make_deterministic(config)
     if (config.devices > 1 or config.engine == "ray") and (sweeping or config.share):
         raise ValueError(
-            "devices>1 and engine=ray go together neither with -m nor with share=true: such jobs share a process, or wait for each "
+            "devices>1 and engine=ray cannot be combined with -m or share=true: such jobs share a process, or wait for each "
             "other's stages; use one device of this machine each, or start the other runs one after the other"
         )
 
@@ -148,7 +148,7 @@ def _train(config: DictConfig, folder: Path, sweeping: bool) -> None:
         except Interrupted:
             if config.restart and rank == 0:
                 how = "of a new job" if "SLURM_JOB_ID" in os.environ else "when you continue"
-                print(f"\nleave restart={config.restart} out {how}: it would begin that stage anew")
+                print(f"\nomit restart={config.restart} {how}: it would restart that stage from scratch")
             raise
     if world_size > 1:
         dist.destroy_process_group()

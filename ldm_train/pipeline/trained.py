@@ -7,7 +7,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from ldm_train.configuration import config_folder, literal, usual_options
+from ldm_train.configuration import config_folder, default_options, literal
 from ldm_train.storage import check_kinds, read_config
 
 # Options of the current command that replace evaluation.<name> and sampling.<name> in the run's config.
@@ -50,7 +50,7 @@ def run_folder(name: str, runs_dir: str) -> Path:
     trained = [f for f in known if (f / "diffusion").is_dir() or (f / "autoencoder").is_dir()]
     runs = sorted(str(folder.relative_to(runs_dir)) for folder in trained)
     raise FileNotFoundError(
-        f"{name} is no run (a folder with config.yaml); runs in {runs_dir}: {', '.join(runs) or 'none'}"
+        f"{name} is not a run (a folder with config.yaml); runs in {runs_dir}: {', '.join(runs) or 'none'}"
     )
 
 
@@ -74,7 +74,7 @@ def _said(tree: dict[str, Any]) -> dict[str, Any]:
 def _whole(trained: DictConfig, path: Path) -> dict[str, Any]:
     """Returns a run's config, with default options added that an older run lacks, and the types of its values checked.
     Raises ValueError for a damaged config."""
-    tree, usual = OmegaConf.to_container(trained), _said(usual_options())
+    tree, usual = OmegaConf.to_container(trained), _said(default_options())
     usual["data"] |= {"derived": {}}
     usual["autoencoder"] |= {"loss": {"perceptual": None}}
     for name in SECTIONS[:-1]:  # evaluation options come from the current command
@@ -90,15 +90,15 @@ def _whole(trained: DictConfig, path: Path) -> dict[str, Any]:
                 raise ValueError(f"{path} is damaged: it lacks {where}")
             part = part[step]
     if unknown := sorted(set(tree["sampling"]) - set(usual["sampling"])):
-        raise ValueError(f"{path} is damaged: sampling.{unknown[0]} is no option of sampling")
+        raise ValueError(f"{path} is damaged: sampling.{unknown[0]} is not an option of sampling")
     root = tree["data"]["root"]
     roots = root if isinstance(root, list) else [root]
     if not roots or not all(isinstance(r, str) and r != "???" for r in roots):
-        raise ValueError(f"{path} is damaged: data.root is {root!r:.60}, which is no folder; say data.root= yourself")
+        raise ValueError(f"{path} is damaged: data.root is {root!r:.60}, which is not a folder; set data.root=")
     for option, section in (("data.weights", tree), ("autoencoder.data.weights", tree["autoencoder"])):
         weights = section["data"].get("weights")
         if weights is not None and not (isinstance(weights, list) and all(type(w) in (int, float) for w in weights)):
-            raise ValueError(f"{path} is damaged: {option} is {weights!r:.60}, which is no list of numbers")
+            raise ValueError(f"{path} is damaged: {option} is {weights!r:.60}, which is not a list of numbers")
     for name, conditioner in tree["diffusion"]["conditioning"]["conditioners"].items():
         if not isinstance(conditioner, dict) or "_target_" not in conditioner:
             raise ValueError(f"{path} is damaged: the conditioner {name} is {conditioner!r:.60}, which has no _target_")
@@ -109,7 +109,7 @@ def with_options(trained: DictConfig, config: DictConfig, path: Path) -> DictCon
     """Returns a run's config, read from `path`, with options replaced by those of the current command. The run's config
     supplies plain values and the parts that `parts.build` allows; everything else is built from the current command's
     config. Raises ValueError, naming the file, for values of a wrong type."""
-    tree, own, known = _whole(trained, path), OmegaConf.to_container(config, resolve=True), usual_options()
+    tree, own, known = _whole(trained, path), OmegaConf.to_container(config, resolve=True), default_options()
     given = {name: value for name, value in own.items() if value is not None}
     usual, recorded = known["evaluation"], tree.get("evaluation", {})
     built = {name: usual[name] for name in BUILT} | {"perceptual": _perceptual_of(tree)}

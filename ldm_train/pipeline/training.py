@@ -21,10 +21,11 @@ from ldm_train.pipeline.data import batching_of
 from ldm_train.pipeline.run import Run
 from ldm_train.training.callbacks.clock import Clock, seconds_of
 from ldm_train.training.callbacks.pace import Pace
-from ldm_train.training.fit import Cadence, Onlooker, fit
+from ldm_train.training.fit import Cadence, CheckOnlyMachine, fit
 from ldm_train.training.task import Task
 
-# Options that change how a stage runs but not what it computes; they may differ when it resumes.
+# Options that may differ when a stage resumes: they change its length, or its noise and rounding, but do not make it
+# another experiment.
 PACE = ("max_steps", "micro_batch_size", "checkpoint_every", "compile")
 WATCHED = ("val_every", "val_images", "log_every", "samples", "evaluate_every", "evaluate_images", "best_by")
 NOT_IN_KEY = ("data", "identifier", *PACE, *WATCHED)  # data enter the key by content instead
@@ -56,7 +57,7 @@ def own_callbacks(run: Run) -> list[Callback]:
     for name, tree in plain(run.config.callbacks).items():
         callback = instantiate(tree, _convert_="all")
         if not isinstance(callback, Callback):
-            raise ValueError(f"callbacks.{name}: {tree['_target_']} is no callback")
+            raise ValueError(f"callbacks.{name}: {tree['_target_']} is not a callback")
         if isinstance(callback, Checkpoint):
             raise ValueError(f"callbacks.{name}: {tree['_target_']} saves checkpoints, which training does itself")
         callbacks.append(callback)
@@ -67,7 +68,7 @@ def check_optimisation(run: Run, stage: str) -> None:
     """Raises ValueError if the optimiser, the learning-rate schedule, or the options and callbacks of the Trainer
     cannot be built, if compile=true finds no compiler, or if ema_width is set without ema_decay."""
     section = run.config[stage]
-    if section.get("compile") and not isinstance(run.machine, Onlooker):
+    if section.get("compile") and not isinstance(run.machine, CheckOnlyMachine):
         check_compiler(f"{stage}.compile", run.machine.device)
     if section.get("ema_width") is not None and section.ema_decay is None:
         raise ValueError(
@@ -87,7 +88,9 @@ def check_optimisation(run: Run, stage: str) -> None:
     try:
         instantiate(section.lr_schedule, max_steps=section.max_steps)(0)
     except Exception as error:
-        raise ValueError(f"{stage}.lr_schedule is no schedule of learning rates: {error.__cause__ or error}") from error
+        raise ValueError(
+            f"{stage}.lr_schedule is not a schedule of learning rates: {error.__cause__ or error}"
+        ) from error
 
 
 def optimisation(run: Run, stage: str) -> dict[str, Any]:

@@ -38,7 +38,7 @@ PARTIAL = ("data.module", "autoencoder.task", "diffusion.task")
 
 def _roots(value: Any) -> Any:
     if not value or not all(isinstance(root, str) for root in (value if isinstance(value, list) else [value])):
-        raise ValueError("{name}={value} is no folder of shards and no list of folders")
+        raise ValueError("{name}={value} is neither a folder of shards nor a list of folders")
     return value
 
 
@@ -52,12 +52,12 @@ def _image_size(value: Any) -> Any:
 def _area(value: Any) -> Any:
     low, high = numbers(2, number())(value)
     if not 0 < low <= high <= 1:
-        raise ValueError("{name}={value} is no range of the area kept; for example [0.5, 1.0]")
+        raise ValueError("{name}={value} is not a range of the area kept; for example [0.5, 1.0]")
     return value
 
 
 def _trace(value: Any) -> Any:
-    folder = Path(text("name of a file or folder")(value)).absolute().parent
+    folder = Path(text("the name of a file or folder")(value)).absolute().parent
     if not folder.is_dir():
         raise ValueError(f"{{name}}={{value}}: there is no folder {folder}")
     return value
@@ -65,7 +65,7 @@ def _trace(value: Any) -> Any:
 
 def _only(value: Any) -> str:
     if value != "only":
-        raise ValueError("{name}={value} is not known: plan=only says what the run takes and ends, leave it out to run")
+        raise ValueError("{name}={value} is not known: plan=only prints the plan and exits; leave it out to run")
     return value
 
 
@@ -80,7 +80,7 @@ def _time(value: Any) -> str:
     try:
         seconds_of(str(value))
     except ValueError as error:
-        raise ValueError("{name}={value} is no time; write 90s, 30min or 1.5h") from error
+        raise ValueError("{name}={value} is not a time; write 90s, 30min or 1.5h") from error
     return str(value)
 
 
@@ -135,27 +135,27 @@ RULES: dict[str, Rule] = {
     **{f"autoencoder.task.augmentation.{name}": optional(number(0, 1)) for name in ("most", "equivariance")},
     **{f"autoencoder.loss.{name}": optional(POSITIVE) for name in ("lecam_weight", "r1_weight")},
     "data.max_bad_fraction": number(0, 1),
-    "data.shard_cache.folder": text("name of a folder"),
+    "data.shard_cache.folder": text("the name of a folder"),
     "data.shard_cache.gigabytes": POSITIVE,
     **dict.fromkeys(FLAGS, optional(flag)),
     "data.crop": one_of("center", "random", "random_resized"),
     "data.reader": one_of("indexed", "streaming"),
     **dict.fromkeys(("project", "runs_dir"), text()),
     "data.root": _roots,
-    **dict.fromkeys(("data.train_split", "data.val_split"), text("name of a split")),
-    **{f"autoencoder.data.{name}": optional(text("name of a split")) for name in ("train_split", "val_split")},
+    **dict.fromkeys(("data.train_split", "data.val_split"), text("the name of a split")),
+    **{f"autoencoder.data.{name}": optional(text("the name of a split")) for name in ("train_split", "val_split")},
     "autoencoder.data.root": optional(_roots),
     **dict.fromkeys(
         ("autoencoder.pretrained", "autoencoder.init", "diffusion.pretrained", "diffusion.init", "latents.source"),
-        optional(text("name of a file or folder")),
+        optional(text("the name of a file or folder")),
     ),
-    "diffusion.identifier": optional(text("word")),
+    "diffusion.identifier": optional(text("a word")),
     "latents.source_scale": number(1e-6, 1e6),
     "autoencoder.init_discriminator": optional(flag),
     "autoencoder.train": one_of("all", "decoder"),
     "trace": optional(_trace),
-    "text_cache": optional(text("name of a folder")),
-    "data.remedy": optional(text("sentence")),
+    "text_cache": optional(text("the name of a folder")),
+    "data.remedy": optional(text("a sentence")),
     "trainer.benchmark": optional(flag),
     "plan": optional(_only),
     "engine": optional(engine),
@@ -198,7 +198,7 @@ def _check_target(name: str, target: str) -> None:
     if not callable(found):
         raise ValueError(f"{name}={target} is a {type(found).__name__}, where a class or function is meant")
     if name.endswith(".task._target_") and not (isinstance(found, type) and issubclass(found, Task)):
-        raise ValueError(f"{name}={target} is no {Task.__module__}.{Task.__name__}, which training needs")
+        raise ValueError(f"{name}={target} is not an {Task.__module__}.{Task.__name__}, which training needs")
 
 
 def check_values(config: DictConfig) -> None:

@@ -25,7 +25,7 @@ def resampled(
     """Takes `jump_length` steps with `sampler`, adds the noise of those steps again and repeats, `repeats` times in
     total, before it goes on: the generated part then agrees better with the known part.
 
-    Needs as many evaluations as `repeats` runs of the sampler. Multistep samplers start anew in each stretch.
+    Needs as many evaluations as `repeats` runs of the sampler. Multistep samplers restart in each stretch.
     The callback's step number counts repeated steps. Raises ValueError if jump_length or repeats is below 1.
     """
     if jump_length < 1 or repeats < 1:

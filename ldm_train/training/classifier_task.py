@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from ldm_train.devices import uploaded
+from ldm_train.devices import to_device
 from ldm_train.diffusion.process import NoiseProcess
 from ldm_train.models.classifier import NoisyClassifier
 from ldm_train.models.first_stage import FirstStage
@@ -38,23 +38,23 @@ class ClassifierTask(Task):
         return [{"params": list(self.network.parameters()), "name": "classifier"}]
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> torch.Tensor:
-        latents = self.first_stage.latents(uploaded(moments_of(batch, self.first_stage), self.device))
-        labels = uploaded(torch.as_tensor(batch["class_label"]), latents.device)
+        latents = self.first_stage.latents(to_device(moments_of(batch, self.first_stage), self.device))
+        labels = to_device(torch.as_tensor(batch["class_label"]), latents.device)
         strata = torch.randint(self.schedule.num_train_timesteps, (len(latents),))
-        timesteps = uploaded(self.schedule.strata(strata), latents.device)
-        noise = uploaded(torch.randn(latents.shape), latents.device).to(latents)
+        timesteps = to_device(self.schedule.strata(strata), latents.device)
+        noise = to_device(torch.randn(latents.shape), latents.device).to(latents)
         logits = self.network(self.schedule.add_noise(latents, noise, timesteps), timesteps)
         loss = F.cross_entropy(logits.float(), labels)
         self.log_training({"loss": loss.detach(), "accuracy": (logits.argmax(1) == labels).float().mean()})
         return loss
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
-        moments = uploaded(moments_of(batch, self.first_stage), self.device)
+        moments = to_device(moments_of(batch, self.first_stage), self.device)
         latents = self.first_stage.scaled(self.first_stage.posterior(moments).mean)
-        labels = uploaded(torch.as_tensor(batch["class_label"]), latents.device)
+        labels = to_device(torch.as_tensor(batch["class_label"]), latents.device)
         source, timesteps = validation_draws(batch["key"], self.schedule)
         timesteps, noise = (
-            uploaded(timesteps, latents.device),
+            to_device(timesteps, latents.device),
             source.normal(latents.shape[1:], "noise", latents.device),
         )
         logits = self.network(self.schedule.add_noise(latents, noise, timesteps), timesteps).float()

@@ -9,7 +9,7 @@ from torch import nn
 
 from ldm_train import images as pictures
 from ldm_train import names
-from ldm_train.devices import uploaded
+from ldm_train.devices import to_device
 from ldm_train.diffusion.objective import DiffusionObjective
 from ldm_train.diffusion.process import NoiseProcess
 from ldm_train.latent_diffusion import LatentDiffusion
@@ -100,7 +100,7 @@ class DiffusionTask(Task):
         # Timesteps are stratified over the global batch: this rank's micro-batch takes its own consecutive strata.
         first = (batch_idx % self.accumulate * world + self.global_rank) * count
         drawn = self.objective.sample_timesteps(count, first, count * world * self.accumulate)
-        timesteps = uploaded(drawn, latents.device)
+        timesteps = to_device(drawn, latents.device)
         noise = self.objective.draw_noise(latents)
         condition = self.model.condition(batch, drop=self.model.random_drop(count))
         loss = self.objective(lambda x, t: self.model.predict(x, t, condition), latents, noise, timesteps)
@@ -110,7 +110,7 @@ class DiffusionTask(Task):
             distance = self.alignment(latents, self.model.first_stage)
             weighted, extra = weighted + distance, {"alignment": distance.detach().mean()}
         if "loss_weight" in batch:
-            weighted = weighted * uploaded(batch["loss_weight"], weighted.device)
+            weighted = weighted * to_device(batch["loss_weight"], weighted.device)
         logs = extra | {
             "loss": loss.detach().mean(),
             "weighted_loss": weighted.detach().mean(),
@@ -119,7 +119,7 @@ class DiffusionTask(Task):
         # The quarter of each sample is known on the host, without waiting for the device.
         inside = (drawn * BINS // self.objective.schedule.num_train_timesteps)[:, None] == torch.arange(BINS)
         counts = inside.sum(dim=0)
-        sums = torch.where(uploaded(inside, loss.device), loss.detach()[:, None], 0.0).sum(dim=0)
+        sums = torch.where(to_device(inside, loss.device), loss.detach()[:, None], 0.0).sum(dim=0)
         logs |= {f"loss_t{k}": sums[k] / number for k, number in enumerate(counts.tolist()) if number}
         self.log_training(logs)
         return weighted.mean()
@@ -127,7 +127,7 @@ class DiffusionTask(Task):
     def validation_latents(self, batch: dict[str, Any], source: NoiseSource) -> torch.Tensor:
         """Returns the scaled latents (B, C, h, w) of a batch, drawn from their posterior with the noise of `source`."""
         first_stage = self.model.first_stage
-        posterior = first_stage.posterior(uploaded(moments_of(batch, first_stage), self.device))
+        posterior = first_stage.posterior(to_device(moments_of(batch, first_stage), self.device))
         z = posterior.mean + posterior.std * source.normal(posterior.mean.shape[1:], "posterior", self.device)
         return first_stage.scaled(z)
 
@@ -136,7 +136,7 @@ class DiffusionTask(Task):
         source, timesteps = validation_draws(batch["key"], schedule)
         latents = self.validation_latents(batch, source)
         timesteps, noise = (
-            uploaded(timesteps, latents.device),
+            to_device(timesteps, latents.device),
             source.normal(latents.shape[1:], "noise", latents.device),
         )
         condition = self.model.condition(batch)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from ldm_train.conditioning.text import FrozenText
-from ldm_train.devices import uploaded
+from ldm_train.devices import to_device
 from ldm_train.diffusion.guidance import Denoise, classifier_free
 from ldm_train.diffusion.objective import DiffusionObjective
 from ldm_train.latent_diffusion import LatentDiffusion
@@ -109,7 +109,7 @@ class DistillationTask(DiffusionTask):
         loss = self.distance(batch, x_t, step)
         weighted = loss
         if "loss_weight" in batch:
-            weighted = weighted * uploaded(batch["loss_weight"], weighted.device)
+            weighted = weighted * to_device(batch["loss_weight"], weighted.device)
         self.log_training({"loss": loss.detach().mean(), f"loss_step{step}": loss.detach().mean()})
         return weighted.mean()
 

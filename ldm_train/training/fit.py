@@ -95,7 +95,7 @@ class Machine:
         return Precision() if self.precision == "32" else MixedPrecision(self.precision, self.device.type)
 
 
-class Onlooker(Machine):
+class CheckOnlyMachine(Machine):
     """The Machine of a process that only checks a run before the training processes start; it uses no GPU itself."""
 
     @property

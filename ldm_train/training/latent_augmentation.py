@@ -10,8 +10,10 @@ from ldm_train.models.autoencoder import Change
 
 @dataclass(frozen=True)
 class LatentAugmentation:
-    """noise: standard deviation g of the noise that the decoder must remove (l-DeTok, Yang et al. 2025,
-        arXiv:2507.15856, eq. 3): z (1 - t) + g t e, t uniform in [0, most) per image, e standard normal; 0: none
+    """Noise (l-DeTok) and rotation with downscaling (EQ-VAE), applied to the latents while the autoencoder trains.
+
+    noise: standard deviation g of the noise that the decoder must remove (Yang et al. 2025, arXiv:2507.15856, eq. 3):
+        z (1 - t) + g t e, t uniform in [0, most) per image, e standard normal; 0: none
     most: upper bound of t, the share of noise, at most 1
     equivariance: the probability that a batch's latents are rotated by multiples of 90 degrees and downscaled, and
         decoded against images transformed in the same way (EQ-VAE, Kouzelis et al. 2025, arXiv:2502.09509, eq. 4);
@@ -26,7 +28,9 @@ class LatentAugmentation:
 
     def __post_init__(self) -> None:
         if self.noise < 0:
-            raise ValueError(f"autoencoder.task.augmentation.noise={self.noise} is a deviation; it must be at least 0")
+            raise ValueError(
+                f"autoencoder.task.augmentation.noise={self.noise} is a standard deviation; it must be at least 0"
+            )
         for name in ("most", "equivariance"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"autoencoder.task.augmentation.{name}={getattr(self, name)} is a share from 0 to 1")

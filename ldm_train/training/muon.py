@@ -36,7 +36,7 @@ def orthogonalised(matrices: torch.Tensor) -> torch.Tensor:
     return product @ x
 
 
-def matrices_apart(groups: list[dict], module: nn.Module) -> list[dict]:
+def split_matrices(groups: list[dict], module: nn.Module) -> list[dict]:
     """The groups, each split in two: the weights of the module's linear layers and convolutions (but for narrow ones) in a group of
     their own, marked "matrices": True and named "<name>_matrices", and everything else."""
     matrices = {
@@ -64,10 +64,11 @@ class Muon(torch.optim.AdamW):
     lr: of AdamW's parameters. That of matrices is lr x matrix_scale: the largest singular value of a step is
         lr x matrix_scale x sqrt(max(1, rows / columns))
     momentum: Nesterov's, of matrices
-    All other options are AdamW's; weight decay is both's. Raises ValueError for a negative matrix_scale, or a momentum outside [0, 1).
+    All other options are AdamW's. weight_decay is decoupled, for both: a step shrinks a weight by the lr of its group x
+    weight_decay, so matrices by matrix_scale times as much. Raises ValueError for a negative matrix_scale, or a momentum outside [0, 1).
     """
 
-    split = staticmethod(matrices_apart)
+    split = staticmethod(split_matrices)
 
     def __init__(
         self,

@@ -15,7 +15,7 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from ldm_train import images, rng
-from ldm_train.devices import uploaded
+from ldm_train.devices import to_device
 from ldm_train.distributed import gathered
 from ldm_train.training.optim import EMA, clip_by_group
 
@@ -29,7 +29,7 @@ class NotFinite(FloatingPointError):
 
     def __init__(self, stage: str, what: str, step: int):
         super().__init__(
-            f"the {stage} {what} not finite at step {step}. Make the stage anew with a lower {stage}.lr, gradient clipping or "
+            f"the {stage} {what} not finite at step {step}. Run the stage again with a lower {stage}.lr, gradient clipping or "
             f"precision=32: restart={stage} {stage}.clip_norm=1 (what is there goes to .replaced)"
         )
 
@@ -171,7 +171,7 @@ class Task(L.LightningModule):
             return 0
         (total, row, longest), device = self._skips.tolist(), self._skips.device
         self.skipped += int(total)
-        self._skips = uploaded(torch.tensor([0.0, row, longest]), device)
+        self._skips = to_device(torch.tensor([0.0, row, longest]), device)
         return int(longest)
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:

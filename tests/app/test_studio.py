@@ -131,7 +131,7 @@ REFUSED = {
     '{"seed": HUGE}': "is more than is drawn here; at most 9.0072e+15",
     '{"size": [64, 64], "extend": [64, 0, 0, 0]}': "the side of the extended picture=128 is more",
     '{"seed": -1}': "seed=-1 is below 0",
-    '{"prompts": 5}': "prompts is no text",
+    '{"prompts": 5}': "prompts is not text",
     '{"negative": "LONG"}': "negative has 100,000 characters; at most 200",
     '{"prompts": "LONG"}': "prompts has 100,000 characters",
     '{"sampler": "../../x"}': "there is no sampler '../../x'",
@@ -189,10 +189,10 @@ def test_prompts_and_labels_name_no_files(studio: Studio, tmp_path: Path) -> Non
     options = options_of(studio.offer("text"), {"prompts": f"{tmp_path}/prompts.txt"}, Limits())
     drawn = last(studio.draw(studio.offer("text"), {"prompts": f"{tmp_path}/prompts.txt", "n": 1}, threading.Event()))
     assert options["prompts"] == [f"{tmp_path}/prompts.txt"] == [pictures.read_recipe(drawn[0])["condition"]]
-    with pytest.raises(ValueError, match=r"layout is no list of boxes"):
+    with pytest.raises(ValueError, match=r"layout is not a list of boxes"):
         options_of(studio.offer("layout"), {"layout": f"{tmp_path}/layout.json"}, Limits())
     for boxes in ('[[NaN, 0.1, 0.2, 0.2, "cat"]]', '[[1e999, 0.1, 0.2, 0.2, "cat"]]', '[["x"]]', "[" * 10_000, "{}"):
-        with pytest.raises(ValueError, match=r"layout is no list of boxes|draw at least one"):
+        with pytest.raises(ValueError, match=r"layout is not a list of boxes|draw at least one"):
             options_of(studio.offer("layout"), {"layout": boxes}, Limits())
     boxes = '[[0.1, 0.1, 0.2, 0.2, "secret.json"]]'
     with pytest.raises(ValueError, match=r"'secret.json'"):
@@ -272,7 +272,7 @@ def test_a_recipe_of_someone_else_chooses_nothing(studio: Studio, tmp_path: Path
         ({"guide": {"clip": "/etc"}}, "guide.clip"),
         ({"image": "/etc/passwd"}, "this was drawn from passwd, which was not handed in here"),
         ({"adapters": ["/etc/passwd"]}, "there is no adapter"),
-        ({"sampler": {"_target_": "os.system"}}, "a sampler that is none"),
+        ({"sampler": {"_target_": "os.system"}}, "does not name a valid sampler"),
         ({"out": "/tmp/elsewhere"}, "it sets out"),
         ({"num_inference_steps": 900}, "num_inference_steps=900 is more than is drawn here"),
         ({"n": 200}, "n=200 is more than is drawn here"),

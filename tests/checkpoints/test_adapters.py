@@ -140,7 +140,7 @@ def test_a_changed_folder_is_named(tmp_path: Path) -> None:
 
 
 def test_an_adapter_that_is_nowhere_is_named(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="adapters: subject is no run that trained an adapter"):
+    with pytest.raises(FileNotFoundError, match="adapters: subject is not a run that trained an adapter"):
         find_adapter("subject", tmp_path)
 
 
@@ -171,7 +171,7 @@ def test_diffusers_own_unet_takes_the_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("layers", "said"),
     [
-        ({"to_q.alpha": torch.zeros(0)}, "the alpha of .* is no number"),
+        ({"to_q.alpha": torch.zeros(0)}, "the alpha of .* is not a number"),
         (
             {"to_q.lora_down.weight": torch.randn(2, 16), "to_q.lora_up.weight": torch.randn(16, 2)},
             "another architecture",

@@ -247,6 +247,6 @@ def test_a_control_of_diffusers_that_does_not_fit_is_named(
     again = ("convert", f"from={theirs}", f"to={tmp_path / 'again'}", f"base={folder}")
     with pytest.raises(ValueError, match=said):
         convert(composed(*again, "control=edges"))
-    with pytest.raises(ValueError, match="control=null: say what its picture shows, one of edges, depth"):
+    with pytest.raises(ValueError, match="control=null: set it to what its picture shows, one of edges, depth"):
         convert(composed(*again))
     assert not (tmp_path / "again").exists()

@@ -164,8 +164,8 @@ def change(path: Path, **options: Any) -> None:
         ("vae/config.json", {"shift_factor": 0.1}, "shift_factor=0.1"),
         ("scheduler/scheduler_config.json", {"beta_schedule": "exp"}, "beta_schedule='exp'"),
         ("text_encoder/config.json", {"num_hidden_layers": 10**9}, "num_hidden_layers=1000000000; models with"),
-        ("text_encoder/config.json", {"num_hidden_layers": 3}, "are no CLIP text encoder .the encoder lacks"),
-        ("text_encoder/config.json", {"vocab_size": 2**20}, "are no CLIP text encoder"),
+        ("text_encoder/config.json", {"num_hidden_layers": 3}, "are not a CLIP text encoder .the encoder lacks"),
+        ("text_encoder/config.json", {"vocab_size": 2**20}, "are not a CLIP text encoder"),
         ("text_encoder/config.json", {"model_type": "bert"}, "model_type='bert'"),
         ("tokenizer/tokenizer_config.json", {"vocab_file": "/etc/hostname"}, "tokenizer_config.json has vocab_file="),
         (
@@ -173,14 +173,14 @@ def change(path: Path, **options: Any) -> None:
             {"fast_tokenizer_files": ["../x"]},
             "config.json has fast_tokenizer_files=",
         ),
-        ("tokenizer/tokenizer_config.json", {"pad_token": 7}, "are no CLIP text encoder"),
+        ("tokenizer/tokenizer_config.json", {"pad_token": 7}, "are not a CLIP text encoder"),
         (
             "model_index.json",
             {"_class_name": "StableDiffusionXLPipeline"},
             "index.json is for 'StableDiffusionXLPipeline'",
         ),
         ("model_index.json", {"_class_name": ["pipeline", "Mine"]}, r"model_index.json is for \['pipeline', 'Mine'\]"),
-        ("model_index.json", {"unet": None}, "names no unet; it is no latent diffusion pipeline"),
+        ("model_index.json", {"unet": None}, "names no unet; it is not a latent diffusion pipeline"),
         ("model_index.json", {"unet": []}, "names no unet"),
         (
             "model_index.json",
@@ -216,7 +216,7 @@ NO_JSON = ("", "{", "[1]", "7", '"x"', "null", "[" * 100_000, "1" * 5000, b"\xff
 )
 def test_a_json_file_that_is_none_is_named(file: str, content: str | bytes, copy: Path) -> None:
     replace(copy / file, content)
-    with pytest.raises(ValueError, match=rf"{file} is no JSON file(: | \(.*\); take an undamaged copy)"):
+    with pytest.raises(ValueError, match=rf"{file} is not a JSON file(: | \(.*\); take an undamaged copy)"):
         load_diffusers(copy)
     (copy / file).unlink()
     with pytest.raises(FileNotFoundError, match=f"{file} is missing; take a whole copy"):

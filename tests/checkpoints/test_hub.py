@@ -110,7 +110,7 @@ def test_what_cannot_be_reached_is_said(run: Run, tmp_path: Path, monkeypatch: p
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", offline)
     with pytest.raises(
-        FileNotFoundError, match=r"me/nowhere is no folder here, and it could not be downloaded .*no route"
+        FileNotFoundError, match=r"me/nowhere is not a folder here, and it could not be downloaded .*no route"
     ):
         ldm_train.load("me/nowhere")
     (tmp_path / "runs").mkdir()

@@ -92,10 +92,10 @@ def test_known_options_get_no_suggestions():
 @pytest.mark.parametrize(
     ("override", "sentence"),
     [
-        ("autoencoder.lr=abc", "autoencoder.lr='abc' is no number"),
-        ("diffusion.max_steps=2.5", "diffusion.max_steps=2.5 is no whole number"),
+        ("autoencoder.lr=abc", "autoencoder.lr='abc' is not a number"),
+        ("diffusion.max_steps=2.5", "diffusion.max_steps=2.5 is not a whole number"),
         ("diffusion.batch_size=0", "diffusion.batch_size=0 is below 1"),
-        ("autoencoder.max_steps=true", "autoencoder.max_steps=True is no whole number"),
+        ("autoencoder.max_steps=true", "autoencoder.max_steps=True is not a whole number"),
         ("accelerator=tpu", "accelerator is auto, cpu, gpu or mps, not 'tpu'"),
         ("precision=16", "precision is one of 32, bf16-mixed, 16-mixed, not 16"),
         ("stages=[unet]", "unknown stages ['unet']; choose from autoencoder"),
@@ -176,7 +176,7 @@ def test_preparing_asks_for_the_raw_files(fails: Command, tmp_path: Path):
 def test_preparing_says_what_is_missing(fails: Command, tmp_path: Path):
     assert "say where the shards shall go: out=<folder>" in fails("prepare", "source=shapes")
     message = fails("prepare", "source=image_folder", f"path={tmp_path}/none", f"out={tmp_path}/out")
-    assert message == f"path={tmp_path}/none is no folder; give a folder of images\n"
+    assert message == f"path={tmp_path}/none is not a folder; give a folder of images\n"
     assert "did you mean image_folder" in fails("prepare", "source=image_foldr", "path=x", "out=y")
     assert "columns" in fails("prepare", "source=csv", f"path={_table(tmp_path)}", f"out={tmp_path}/out")
     assert not (tmp_path / "out").exists()
@@ -229,7 +229,7 @@ def test_an_existing_run_is_neither_reused_nor_overwritten(
     [
         (("diffusion.batch_size=64",), "diffusion.batch_size=64 exceeds the 16 training images"),
         (("diffusion.schedule.kind=foo",), "unknown beta schedule 'foo'"),
-        (("diffusion.objective.weighting=foo",), "weighting 'foo' is none of"),
+        (("diffusion.objective.weighting=foo",), "weighting 'foo' is not one of"),
         (("diffusion.lr_schedule.schedule=cosin",), "lr_schedule.schedule is constant, cosine or linear, not 'cosin'"),
         (("sampling.spacing=foo",), "unknown spacing 'foo'"),
         (("diffusion.network.channel_mult=[1,2,2,2,2]",), "data.image_size 32x32 gives latents of 8x8"),
@@ -266,7 +266,7 @@ def test_a_later_stage_alone_says_what_it_needs(fails: Command, tmp_path: Path):
 
 def test_an_autoencoder_that_is_not_there_is_named(fails: Command, tmp_path: Path):
     message = fails("train", *SMALL, f"data_dir={tmp_path}", "autoencoder.pretrained=nowhere")
-    assert "autoencoder.pretrained=nowhere is no run with a finished autoencoder" in message
+    assert "autoencoder.pretrained=nowhere is not a run with a finished autoencoder" in message
     assert "runs/nowhere/autoencoder/model" in message
 
 

@@ -196,13 +196,13 @@ def test_a_bert_vocabulary_tokenises_as_bert_does(tmp_path: Path) -> None:
 
 
 def test_a_vocabulary_that_is_none_is_named(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"vocab\.txt is no file; give a vocab\.txt or tokenizer\.json"):
+    with pytest.raises(FileNotFoundError, match=r"vocab\.txt is not a file; give a vocab\.txt or tokenizer\.json"):
         read_tokenizer(str(tmp_path / "vocab.txt"))
     (tmp_path / "vocab.txt").write_text("red\ngreen\n")
-    with pytest.raises(ValueError, match=r"vocab\.txt is no tokenizer: it lacks \[PAD\]"):
+    with pytest.raises(ValueError, match=r"vocab\.txt is not a tokenizer: it lacks \[PAD\]"):
         read_tokenizer(str(tmp_path / "vocab.txt"))
     (tmp_path / "tokenizer.json").write_text("{}")
-    with pytest.raises(ValueError, match=r"tokenizer\.json is no tokenizer"):
+    with pytest.raises(ValueError, match=r"tokenizer\.json is not a tokenizer"):
         read_tokenizer(str(tmp_path / "tokenizer.json"))
 
 
@@ -361,7 +361,7 @@ def test_padding_with_id_0_is_that_of_open_clip(pretrained_text: Path, tokenizer
         hidden = reference(input_ids=expected, output_hidden_states=True).hidden_states[-2]
         torch.testing.assert_close(output["context"], text_model.final_layer_norm(hidden))
         assert output["context_mask"].all()
-    with pytest.raises(ValueError, match=rf"pad_id=9999 is none of the tokenizer's {len(ends)} tokens"):
+    with pytest.raises(ValueError, match=rf"pad_id=9999 is not among the tokenizer's {len(ends)} tokens"):
         FrozenText(str(folder), 16, max_length=24, pad_id=9999).null(1)
 
 

@@ -141,7 +141,7 @@ def test_wrong_layouts_are_named() -> None:
         conditioner.tokens(torch.tensor([[0.9, 0.1, 0.2, 0.2, 1.0]]))
     with pytest.raises(ValueError, match="unknown label 'cow'; this model knows cat, dog"):
         conditioner.parse('[[0, 0, 0.5, 0.5, "cow"]]')
-    with pytest.raises(ValueError, match="is no layout; write"):
+    with pytest.raises(ValueError, match="is not a layout; write"):
         conditioner.parse("a cat on the left")
     parsed = conditioner.parse('[[0, 0, 0.5, 0.5, "dog"], [0.5, 0.5, 0.5, 0.5, 0]]')
     assert parsed[:, 4].tolist() == [1, 0]
@@ -325,7 +325,7 @@ def test_embedding_statistics_that_cannot_be_are_named(tmp_path: Path) -> None:
     def made(file: str) -> ImageEmbedding:
         return ImageEmbedding(TinyVision(), 128, None, noise_levels=10, statistics=str(tmp_path / file))
 
-    with pytest.raises(FileNotFoundError, match=r"nowhere\.safetensors is no file.*statistics.*'unit'"):
+    with pytest.raises(FileNotFoundError, match=r"nowhere\.safetensors is not a file.*statistics.*'unit'"):
         made("nowhere.safetensors")
     (tmp_path / "text.safetensors").write_text("mean")
     save_file({"mean": torch.zeros(1, 128)}, tmp_path / "half.safetensors")

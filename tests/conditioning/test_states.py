@@ -21,7 +21,7 @@ KEEP = torch.zeros(2, dtype=torch.bool)
 
 @pytest.fixture
 def clip(tmp_path: Path) -> Callable[[int], FrozenText]:
-    """clip(seed) -> a conditioner with a small random encoder that depends on the seed, loaded anew each time."""
+    """clip(seed) -> a conditioner with a small random encoder that depends on the seed, loaded again each time."""
 
     def made(seed: int = 0) -> FrozenText:
         folder = tmp_path / f"clip{seed}"
@@ -55,11 +55,11 @@ def written(folder: Path, captions: Sequence[str]) -> None:
 
 def test_another_process_finds_the_states_and_asks_nobody(clip: Callable, tmp_path: Path):
     first = clip()
-    first.keep_in(tmp_path / "kept")
+    first.cache_states_in(tmp_path / "kept")
     wanted = first(["a cat", "a dog"], KEEP)
     states._write(*next((k.folder, k._new) for k in first.known._folders.values()))  # as at the end of a process
     second = clip()
-    second.keep_in(tmp_path / "kept")
+    second.cache_states_in(tmp_path / "kept")
     second.encode = never
     for words in (["a cat", "a dog"], ["a dog", "a cat"]):
         found = second(words, KEEP)
@@ -73,7 +73,7 @@ def test_another_process_finds_the_states_and_asks_nobody(clip: Callable, tmp_pa
 @pytest.mark.parametrize("change", ["weights", "config", "layer", "length", "precision"])
 def test_states_of_another_encoder_are_not_taken(clip: Callable, tmp_path: Path, change: str):
     first = clip()
-    first.keep_in(tmp_path / "kept")
+    first.cache_states_in(tmp_path / "kept")
     first(["a cat", "a dog"], KEEP)
     states._write(*next((k.folder, k._new) for k in first.known._folders.values()))
     other = clip(1) if change == "weights" else clip()
@@ -84,7 +84,7 @@ def test_states_of_another_encoder_are_not_taken(clip: Callable, tmp_path: Path,
         other.layer = "penultimate"
     if change == "length":
         other.max_length = 8
-    other.keep_in(tmp_path / "kept")
+    other.cache_states_in(tmp_path / "kept")
     asked: list[str] = []
     encode = other.encode
     other.encode = lambda captions: (asked.extend(captions), encode(captions))[1]
@@ -125,8 +125,8 @@ def test_a_whole_copy_stands_in_for_a_damaged_one(tmp_path: Path):
 
 def test_where_the_encoder_changes_nothing_is_kept(clip: Callable, tmp_path: Path):
     text = clip()
-    text.keep_in(tmp_path / "kept")
-    text.forget()
+    text.cache_states_in(tmp_path / "kept")
+    text.clear_cache()
     text(["a cat", "a dog"], KEEP)
     assert not (tmp_path / "kept").exists()
     assert not text.known._folders
@@ -151,7 +151,7 @@ def test_what_is_few_is_written_after_some_time(tmp_path: Path, monkeypatch: pyt
     now = [0.0]
     monkeypatch.setattr(states.time, "monotonic", lambda: now[0])
     known = States(10)
-    known.keep_in(tmp_path, SHAPE, lambda: torch.device("cpu"))
+    known.cache_states_in(tmp_path, SHAPE, lambda: torch.device("cpu"))
 
     def encode(captions: Sequence[str]) -> states.Pair:
         return tuple(torch.stack(part) for part in zip(*(pair(0) for _ in captions)))
@@ -165,7 +165,7 @@ def test_what_is_few_is_written_after_some_time(tmp_path: Path, monkeypatch: pyt
 
 def test_memory_holds_so_many(tmp_path: Path):
     known = States(3)
-    known.keep_in(tmp_path, SHAPE, lambda: torch.device("cpu"))
+    known.cache_states_in(tmp_path, SHAPE, lambda: torch.device("cpu"))
     captions = [str(k) for k in range(8)]
 
     def encode(asked: Sequence[str]) -> states.Pair:
@@ -197,12 +197,12 @@ def test_another_device_or_encoder_has_states_of_its_own(tmp_path: Path):
         asked.append(device[0].type)
         return tuple(torch.stack(part) for part in zip(*(pair(0) for _ in captions)))
 
-    known.keep_in(tmp_path / "one", SHAPE, lambda: device[0])
+    known.cache_states_in(tmp_path / "one", SHAPE, lambda: device[0])
     for kind in ("cpu", "cuda", "cpu", "cuda"):
         device[0] = torch.device(kind)
         known.of(["a"], encode)
     assert asked == ["cpu", "cuda"]
-    known.keep_in(tmp_path / "other", SHAPE, lambda: device[0])
+    known.cache_states_in(tmp_path / "other", SHAPE, lambda: device[0])
     known.of(["a"], encode)
     assert asked == ["cpu", "cuda", "cuda"]
 

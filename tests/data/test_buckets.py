@@ -294,7 +294,10 @@ WIDE = ("diffusion/conditioning=class", "data/derived=none", "data.buckets.max_r
 @pytest.mark.parametrize(
     ("option", "said"),
     [
-        ("data.buckets.step=6", "data.buckets.step=6 gives sizes that these networks do not take: say a multiple of"),
+        (
+            "data.buckets.step=6",
+            "data.buckets.step=6 gives sizes that these networks do not take: set it to a multiple of",
+        ),
         ("diffusion.batch_size=16", "data.buckets.min_images=8 is less than diffusion.batch_size=16: .*say 16"),
         ("latents.source=somewhere", "leave data.buckets or latents.source out"),
         ("data.buckets.max_ratio=0.5", "data.buckets.max_ratio"),

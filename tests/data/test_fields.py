@@ -19,7 +19,7 @@ def test_class_labels(data: bytes, label: int):
     "data", [b"", b"-1", b"+1", b"1.0", b"1_0", b"abc", b"1000", b"9" * 5000, b"\xff", "٣".encode(), b"nan"]
 )
 def test_what_is_no_class_label_is_refused(data: bytes):
-    with pytest.raises(ValueError, match=r"class label .* is no whole number from 0 to 999"):
+    with pytest.raises(ValueError, match=r"class label .* is not a whole number from 0 to 999"):
         label_of(data, 1000)
 
 
@@ -70,9 +70,9 @@ def test_boxes():
     ("boxes", "match"),
     [
         ([[*GOOD[:4], float("nan")]], "five numbers"),
-        ([[*GOOD[:4], -3]], "box label -3 is no whole number from 0 to 2"),
-        ([[*GOOD[:4], 2.5]], r"box label 2\.5 is no whole number"),
-        ([GOOD, [*GOOD[:4], 3]], "box label 3 is no whole number"),
+        ([[*GOOD[:4], -3]], "box label -3 is not a whole number from 0 to 2"),
+        ([[*GOOD[:4], 2.5]], r"box label 2\.5 is not a whole number"),
+        ([GOOD, [*GOOD[:4], 3]], "box label 3 is not a whole number"),
         ([[*GOOD[:4], True]], "five numbers"),
         ([[*GOOD[:4], "1"]], "five numbers"),
         ([[float("nan"), *GOOD[1:]]], "five numbers"),

@@ -284,7 +284,7 @@ def test_a_bad_caption_in_a_cache_is_named(write_data: Callable, tmp_path: Path)
     latents = CachedLatents(
         cache(root, tmp_path / "cache", fields=("image",)), "train", FIELDS, 0
     )  # made without captions
-    with pytest.raises(DataError, match=r"train-000000\.tar:train_0005: its \.json is no object.*restart=latents"):
+    with pytest.raises(DataError, match=r"train-000000\.tar:train_0005: its \.json is not an object.*restart=latents"):
         latents.fetch([(0, 5)], True)
 
 

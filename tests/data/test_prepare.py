@@ -141,7 +141,7 @@ def test_values_that_need_a_range_stop_the_command_and_damaged_ones_are_listed(t
     assert index["splits"]["val"]["count"] == 1
     listed = (tmp_path / "listed" / "skipped.txt").read_text()
     assert "NaN" in listed
-    assert "shape (3,) is no picture" in listed
+    assert "shape (3,) is not a picture" in listed
 
 
 def test_a_narrow_range_of_values_is_said(tmp_path: Path, capsys: pytest.CaptureFixture):
@@ -414,7 +414,7 @@ def test_two_files_with_one_key_are_named(tmp_path: Path):
 def test_no_images_and_no_folder_are_named(tmp_path: Path):
     with pytest.raises(FileNotFoundError, match="no images"):
         ImageFolder(str(tmp_path))
-    with pytest.raises(FileNotFoundError, match="is no folder; give a folder of images"):
+    with pytest.raises(FileNotFoundError, match="is not a folder; give a folder of images"):
         ImageFolder(str(tmp_path / "none"))
 
 
@@ -488,7 +488,7 @@ def test_table_errors_name_the_line_or_column(pictures: Path, kind: str):
     line = 3 if kind == "csv" else 2
     with pytest.raises(DataError, match=f"line {line}: no image"):
         table(good, {"image": "", "caption": "two"})
-    with pytest.raises(FileNotFoundError, match=r"is no file; give a .csv, .tsv or .jsonl table"):
+    with pytest.raises(FileNotFoundError, match=r"is not a file; give a .csv, .tsv or .jsonl table"):
         Table(str(pictures / "none.csv"))
 
 

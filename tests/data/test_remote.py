@@ -163,7 +163,7 @@ def test_an_index_whose_checksum_is_a_path_reaches_no_file_of_this_machine(there
     index = read_index(folder)
     index["splits"]["val"]["shards"][0]["sha256"] = "../mine"
     write_json(folder / "index.json", index)
-    with pytest.raises(DataError, match=r"index\.json is no shard index .*sha256 '\.\./mine', which is none"):
+    with pytest.raises(DataError, match=r"index\.json is not a shard index .*'\.\./mine' in the place of a sha256"):
         IndexedShards(site.url, "val", cache=ShardCache(tmp_path / "cache", 1e9))
     assert (tmp_path / "mine.tar").read_bytes() == b"mine"
 
@@ -174,7 +174,7 @@ def test_an_index_from_afar_names_no_file_of_this_machine(there: tuple[Site, Pat
     index = read_index(folder)
     index["splits"]["val"]["shards"][0]["file"] = file
     write_json(folder / "index.json", index)
-    with pytest.raises(DataError, match=r"http://.*index\.json is no shard index"):
+    with pytest.raises(DataError, match=r"http://.*index\.json is not a shard index"):
         read_index(site.url)
 
 

@@ -207,9 +207,9 @@ def test_remote_shards_are_no_missing_files(tmp_path: Path):
     ("content", "match"),
     [
         (None, "has no index.json; make it with: ldm-prepare"),
-        ("{", "is no shard index.*ldm-prepare"),
-        ("[]", "is no shard index"),
-        ('{"splits": 3}', "is no shard index"),
+        ("{", "is not a shard index.*ldm-prepare"),
+        ("[]", "is not a shard index"),
+        ('{"splits": 3}', "is not a shard index"),
     ],
     ids=["none", "no_json", "a_list", "no_splits"],
 )
@@ -248,7 +248,7 @@ WHOLE = {"file": "train-000000.tar", "count": 6, "bytes": 1, "sha256": "0" * 64,
 def test_a_damaged_entry_is_named_with_the_remedy(tmp_path: Path, change: dict):
     index_of(tmp_path, WHOLE, WHOLE | change)
     with pytest.raises(
-        DataError, match=r"index\.json is no shard index \(shard 1 of 'train' .*make it anew with: ldm-prep"
+        DataError, match=r"index\.json is not a shard index \(shard 1 of 'train' .*rebuild it with: ldm-prep"
     ):
         read_index(tmp_path)
 
@@ -265,7 +265,7 @@ def test_a_damaged_entry_is_named_with_the_remedy(tmp_path: Path, change: dict):
 )  # fmt: skip
 def test_an_index_of_any_other_shape_is_named_with_the_remedy(tmp_path: Path, text: str):
     (tmp_path / "index.json").write_bytes(text.encode("latin-1"))
-    with pytest.raises(DataError, match=r"index\.json is no shard index \(.*\); make it anew with: ldm-prepare"):
+    with pytest.raises(DataError, match=r"index\.json is not a shard index \(.*\); rebuild it with: ldm-prepare"):
         read_index(tmp_path)
 
 

@@ -60,7 +60,7 @@ def test_a_data_set_of_known_size_is_counted(tmp_path: Path):
     with pytest.raises(DataError, match=r"has 6 images, the data set as published 30000.*source\.expect=null"):
         ImageFolder(str(tmp_path / "raw"), 0.5, labels=False, expect=30000)
     index = build(ImageFolder(str(tmp_path / "raw"), 0.5, labels=False, expect=6), tmp_path / "out")
-    assert "classes" not in index  # FFHQ's folders of a thousand are no classes
+    assert "classes" not in index  # FFHQ's folders of a thousand are not classes
     assert sum(part["count"] for part in index["splits"].values()) == 6
 
 
@@ -88,7 +88,7 @@ def test_lsun_databases(lsun: Path, tmp_path: Path):
     assert index["image_size"]["max"] == [43, 32]
     assert LSUN(str(lsun), "church_outdoor", limit=2).splits()["train"] == 2
     with pytest.raises(
-        FileNotFoundError, match=r"bedroom_train_lmdb is no LMDB folder; unpack bedroom_train_lmdb\.zip"
+        FileNotFoundError, match=r"bedroom_train_lmdb is not an LMDB folder; unpack bedroom_train_lmdb\.zip"
     ):
         LSUN(str(lsun), "bedroom")
 
@@ -429,11 +429,11 @@ def test_an_outage_writes_no_shard_and_loses_nothing(site: str, tmp_path: Path, 
 
     def broken(url: str, **options: object) -> bytes:
         if url in down:
-            raise urls.Unfetchable("no connection: unreachable", passing=True)
+            raise urls.Unfetchable("no connection: unreachable", transient=True)
         return real(url, **options)
 
     monkeypatch.setattr(urls, "fetch", broken)
-    with pytest.raises(DataError, match=r"failed for reasons that may pass.*run the same command to continue"):
+    with pytest.raises(DataError, match=r"failed with possibly transient errors.*run the same command to continue"):
         build(source, tmp_path / "out", per_shard=4)
     assert not (tmp_path / "out/index.json").exists()
     before = _Site.asked.copy()

@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from ldm_train.data.transforms import ImageTransform, decode_image, decode_labels, to_unit_range
+from ldm_train.data.transforms import ImageTransform, decode_image, decode_labels, to_signed_range
 
 
 def encoded(image: Image.Image, format: str = "PNG", **options) -> bytes:
@@ -174,8 +174,12 @@ def test_label_maps_keep_their_indices():
 
 
 def test_unit_range():
-    assert to_unit_range(torch.tensor([0, 255], dtype=torch.uint8)).tolist() == [-1, 1]
-    assert to_unit_range(torch.tensor([-1.02, 0.5, 1.02])).tolist() == [-1, 0.5, 1]  # resizing can overshoot the range
+    assert to_signed_range(torch.tensor([0, 255], dtype=torch.uint8)).tolist() == [-1, 1]
+    assert to_signed_range(torch.tensor([-1.02, 0.5, 1.02])).tolist() == [
+        -1,
+        0.5,
+        1,
+    ]  # resizing can overshoot the range
 
 
 # -- crop, resize, flip ----------------------------------------------------------------------------------------------

@@ -168,7 +168,7 @@ def test_stratified_means_vary_less() -> None:
 
 
 def test_wrong_arguments_are_named() -> None:
-    with pytest.raises(ValueError, match="weighting 'p2' is none of"):
+    with pytest.raises(ValueError, match="weighting 'p2' is not one of"):
         DiffusionObjective(SCHEDULE, weighting="p2")
 
 

@@ -1,4 +1,4 @@
-"""An interrupted measurement continues with the same numbers, or begins anew."""
+"""An interrupted measurement continues with the same numbers, or begins again."""
 
 from pathlib import Path
 

@@ -235,7 +235,7 @@ def test_names_say_kind_and_extractor() -> None:
     ]  # fmt: skip
     assert [m.sign for m in found] == [1, 1, 1, 1, -1]
     for name in ("fidd", "fid_other", "tiny", "fid_"):
-        with pytest.raises(ValueError, match=f"'{name}' is none; choose from .*fid, fid_inf"):
+        with pytest.raises(ValueError, match=f"unknown metric '{name}'; choose from .*fid, fid_inf"):
             parse_metrics([name], ["tiny", "inception"])
 
 

@@ -124,9 +124,9 @@ def test_an_adapter_of_another_architecture_is_refused_before_anything_changes()
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"rank": 0}, "rank=0 is no whole number above 0"),
+        ({"rank": 0}, "rank=0 is not a whole number above 0"),
         ({"rank": 1.5}, "rank=1.5"),
-        ({"alpha": -1}, "alpha=-1 is no number above 0"),
+        ({"alpha": -1}, "alpha=-1 is not a number above 0"),
         ({"targets": "to_("}, "no regular expression"),
     ],
 )

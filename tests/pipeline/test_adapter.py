@@ -194,12 +194,12 @@ def test_a_path_may_hold_a_colon() -> None:
     ("options", "message"),
     [
         (("diffusion.init=null",), "say which with diffusion.init="),
-        (("diffusion.adapter.rank=0",), "diffusion.adapter: rank=0 is no whole number"),
+        (("diffusion.adapter.rank=0",), "diffusion.adapter: rank=0 is not a whole number"),
         (("diffusion.adapter.targets=nothing",), "diffusion.adapter: targets=nothing names no layer"),
-        (("diffusion.adapter.rank=four",), "diffusion.adapter: rank=four is no whole number"),
+        (("diffusion.adapter.rank=four",), "diffusion.adapter: rank=four is not a whole number"),
         (("diffusion.task.alignment=0.5",), "not for an adapter"),
         (("diffusion.identifier=circle",), "diffusion.identifier=circle: the text encoder knows circle well"),
-        (("diffusion.identifier=two words",), "is no single word"),
+        (("diffusion.identifier=two words",), "is not a single word"),
         (("diffusion.frozen=[words]",), r"diffusion.frozen=\['words'\]: the conditioners are class_label, text"),
     ],
 )

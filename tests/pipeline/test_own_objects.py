@@ -82,7 +82,7 @@ def test_objects_of_ones_own_and_stock_ones_take_part(tmp_path: Path, caplog: py
     [
         ("+trainer.max_steps=5", r"trainer\.max_steps: a stage sets it itself"),
         ("trainer.profiler=odd", "profiler"),
-        ("+callbacks.mine._target_=builtins.dict", "callbacks.mine: builtins.dict is no callback"),
+        ("+callbacks.mine._target_=builtins.dict", "callbacks.mine: builtins.dict is not a callback"),
         (
             "+callbacks.mine._target_=lightning.pytorch.callbacks.ModelCheckpoint",
             "saves checkpoints, which training does",

@@ -24,7 +24,7 @@ class Sizes(Stage):
 
     def check(self, run):
         if run.config.unit <= 0:
-            raise ValueError(f"unit={run.config.unit} is no unit")
+            raise ValueError(f"unit={run.config.unit} is not a unit")
 
     def run(self, run, folder):
         model = load_model(run.folder / "diffusion" / "model")
@@ -55,7 +55,7 @@ def test_a_stage_of_ones_own_runs_after_what_it_needs(tmp_path: Path, capsys: py
     assert "sizes: finished before, skipped" in capsys.readouterr().out
     with pytest.raises(Refused, match=r"unit: 1 -> 2"):
         chain(tmp_path, *OWN, "+unit=2", stages).execute()
-    with pytest.raises(ValueError, match="unit=-1 is no unit"):
+    with pytest.raises(ValueError, match="unit=-1 is not a unit"):
         chain(tmp_path, *OWN, "+unit=-1", stages).execute()
     with pytest.raises(Refused, match=r"sizes were made from it"):  # further training would make it outdated
         chain(tmp_path, *OWN, "+unit=1", stages, "diffusion.max_steps=8").execute()
@@ -66,7 +66,7 @@ def test_a_stage_of_ones_own_runs_after_what_it_needs(tmp_path: Path, capsys: py
 @pytest.mark.usefixtures("_own_package")
 def test_a_stage_that_stands_before_what_it_needs_or_is_none_is_named(tmp_path: Path) -> None:
     run = chain(tmp_path, *OWN, "~stage.diffusion", "~stage.evaluation", "~stage.export")
-    with pytest.raises(ValueError, match=r"stage\.sizes needs diffusion, which is none of the stages before it"):
+    with pytest.raises(ValueError, match=r"stage\.sizes needs diffusion, which is not among the stages before it"):
         run.chosen()
-    with pytest.raises(ValueError, match=r"stage\.mine: builtins\.dict is no stage of that name"):
+    with pytest.raises(ValueError, match=r"stage\.mine: builtins\.dict is not a stage of that name"):
         chain(tmp_path, "+stage.mine._target_=builtins.dict").chosen()

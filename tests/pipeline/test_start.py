@@ -176,12 +176,12 @@ def test_a_frozen_codebook_stays_in_training_mode_too():
             ("autoencoder.pretrained=first",),
             "takes an autoencoder as it is, autoencoder.init trains it on; give one of them",
         ),
-        (("autoencoder.init=nowhere",), r"autoencoder.init=nowhere is no run with a finished autoencoder"),
+        (("autoencoder.init=nowhere",), r"autoencoder.init=nowhere is not a run with a finished autoencoder"),
         (
             ("autoencoder.train=encoder",),
             "autoencoder.train is all or decoder",
         ),
-        (("diffusion.pretrained=nowhere",), r"diffusion.pretrained=nowhere is no run with a trained model"),
+        (("diffusion.pretrained=nowhere",), r"diffusion.pretrained=nowhere is not a run with a trained model"),
     ],
 )
 def test_options_that_do_not_go_together_are_named_before_anything_runs(options: tuple, message: str, first: Run):

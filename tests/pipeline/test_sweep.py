@@ -175,13 +175,13 @@ def test_an_autoencoder_and_two_sets_of_images_are_measured(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((), "say what to measure: run=<run>"),
-        (("run=nowhere",), "nowhere is no run"),
-        (("images=/no/where", "against=/no/where"), "is no folder of images and no tar"),
+        ((), "choose what to measure: run=<run>"),
+        (("run=nowhere",), "nowhere is not a run"),
+        (("images=/no/where", "against=/no/where"), "is neither a folder of images nor a tar"),
         (("images=/tmp",), "are measured against="),
         (("run=x", "metrics=fid"), "metrics is a list: metrics=[fid]"),
-        (("run=x", "n=many"), "n='many' is no whole number"),
-        (("images=a", "against=b", "metrics=[fidd]"), "'fidd' is none; choose from"),
+        (("run=x", "n=many"), "n='many' is not a whole number"),
+        (("images=a", "against=b", "metrics=[fidd]"), "unknown metric 'fidd'; choose from"),
     ],
 )
 def test_what_cannot_be_measured_is_said(

@@ -83,8 +83,8 @@ def test_the_base_with_the_word_draws_what_the_run_draws(
     ("options", "message"),
     [
         (("diffusion.adapter.token=a",), "knows a already"),
-        (("diffusion.adapter.token='two words'",), "is no single word"),
-        (("diffusion.adapter.vectors=0",), "vectors=0 is no whole number"),
+        (("diffusion.adapter.token='two words'",), "is not a single word"),
+        (("diffusion.adapter.vectors=0",), "vectors=0 is not a whole number"),
         (("diffusion/conditioning=class",), "base has the conditioners text, this run class_label"),
     ],
 )
@@ -102,7 +102,7 @@ def test_a_damaged_word_is_named(learned: Run, tmp_path: Path) -> None:
     for name, tensors, message in (
         ("changed", {"circle-like": torch.ones(2, 32)}, "is damaged"),
         ("several", {"a": torch.ones(2), "b": torch.ones(2)}, "holds 2 words"),
-        ("deep", {"a": torch.ones(2, 2, 2)}, "is no learned word"),
+        ("deep", {"a": torch.ones(2, 2, 2)}, "is not a learned word"),
         ("infinite", {"a": torch.tensor([torch.inf])}, "no finite numbers"),
     ):
         place = tmp_path / name

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from ldm_train.training.muon import Muon, matrices_apart, orthogonalised
+from ldm_train.training.muon import Muon, orthogonalised, split_matrices
 
 
 class Small(nn.Module):
@@ -36,12 +36,12 @@ def trained(network: nn.Module, optimizer: torch.optim.Optimizer, steps: int, fi
 
 def muon(network: nn.Module, **options: float) -> Muon:
     groups = [{"params": list(network.parameters()), "name": "network"}]
-    return Muon(matrices_apart(groups, network), lr=1e-3, **options)
+    return Muon(split_matrices(groups, network), lr=1e-3, **options)
 
 
 def test_weights_of_layers_are_apart_but_for_narrow_ones() -> None:
     network = Small()
-    rest, matrices = matrices_apart([{"params": list(network.parameters()), "name": "network"}], network)
+    rest, matrices = split_matrices([{"params": list(network.parameters()), "name": "network"}], network)
     names = {p: name for name, p in network.named_parameters()}
     # The first layer is a matrix of 24 x 27.
     assert [names[p] for p in matrices["params"]] == ["begin.weight", "middle.weight", "linear.weight", "tall.weight"]
@@ -54,7 +54,7 @@ def test_groups_of_other_networks_stay_as_they_are() -> None:
     groups = [
         {"params": list(n.parameters()), "name": name} for n, name in ((ours, "network"), (other, "discriminator"))
     ]
-    last = matrices_apart(groups, ours)[-1]
+    last = split_matrices(groups, ours)[-1]
     assert last["params"] == list(other.parameters())
     assert not last["matrices"]
 
@@ -148,7 +148,7 @@ def test_one_learning_rate_scales_all_steps() -> None:
     """Of groups with their own, too."""
     network = Small()
     groups = [{"params": list(network.parameters()), "name": "network", "lr": 5e-4}]
-    rest, matrices = Muon(matrices_apart(groups, network), lr=1e-3, matrix_scale=20.0).param_groups
+    rest, matrices = Muon(split_matrices(groups, network), lr=1e-3, matrix_scale=20.0).param_groups
     assert (rest["lr"], matrices["lr"]) == (5e-4, pytest.approx(1e-2))
     rest, matrices = muon(network, matrix_scale=10.0).param_groups
     assert (rest["lr"], matrices["lr"]) == (1e-3, pytest.approx(1e-2))

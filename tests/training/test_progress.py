@@ -17,7 +17,7 @@ from ldm_train.training.callbacks import pace, progress
 
 
 def test_a_log_gets_a_line_in_ten_seconds_and_not_in_each(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The bar keeps tqdm's own interval, which the commands set to 10 s for outputs that are no terminal."""
+    """The bar keeps tqdm's own interval, which the commands set to 10 s for outputs that are not a terminal."""
     code = (
         "import os, sys; sys.argv = ['ldm-train']; os.environ.pop('TQDM_DISABLE', None); import ldm_train.cli\n"
         "from tqdm import tqdm; print(tqdm().mininterval)"

@@ -278,12 +278,12 @@ def test_impossible_widths_are_refused(width: float) -> None:
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ("diffusion.task.alignment=abc", r"diffusion\.task\.alignment='abc' is no number"),
+        ("diffusion.task.alignment=abc", r"diffusion\.task\.alignment='abc' is not a number"),
         ("autoencoder.task.augmentation.noise=-1", r"augmentation\.noise=-1 is below 0"),
         ("autoencoder.task.augmentation.equivariance=2", r"equivariance=2 is above 1"),
         ("diffusion.ema_width=0", r"diffusion\.ema_width=0 is below"),
         ("sampling.guidance_interval=[5,0.3]", r"sampling\.guidance_interval=\[5, 0\.3\] is \[low, high\]"),
-        ("diffusion.max_time=soon", r"diffusion\.max_time=soon is no time; write 90s, 30min or 1\.5h"),
+        ("diffusion.max_time=soon", r"diffusion\.max_time=soon is not a time; write 90s, 30min or 1\.5h"),
     ],
 )
 def test_what_cannot_be_is_refused_by_name_at_once(options: str, said: str) -> None:

@@ -25,26 +25,26 @@ def channels_last(array: np.ndarray, layout: str | None, name: str) -> np.ndarra
     if array.ndim == 2:
         return array[..., None]
     if array.ndim != 3 or not array.size:
-        raise ValueError(f"an array of shape {array.shape} is no picture; expected (H, W), (H, W, C) or (C, H, W)")
+        raise ValueError(f"an array of shape {array.shape} is not a picture; expected (H, W), (H, W, C) or (C, H, W)")
     a, b, c = array.shape
     last, first = 2 * c <= min(a, b), 2 * a <= min(b, c)
     if layout is None and not (last or first):
         raise DataError(
-            f"{name}: the shape {array.shape} does not say which axis holds the channels; say source.layout=hwc (the last) "
+            f"{name}: the shape {array.shape} does not say which axis holds the channels; set source.layout=hwc (the last) "
             "or source.layout=chw (the first), which source=image_folder has"
         )
     layout = layout or ("hwc" if last else "chw")
     return np.moveaxis(array, 0, 2) if layout == "chw" else array
 
 
-def in_unit_range(array: np.ndarray, limits: Sequence[float] | None, name: str) -> np.ndarray:
+def in_signed_range(array: np.ndarray, limits: Sequence[float] | None, name: str) -> np.ndarray:
     """Converts values to those that shards hold. limits: the values that become -1 and 1; values beyond are clipped.
     None: uint8 is kept, uint16 is scaled from its whole range, floats must be in [-1, 1].
 
     Raises ValueError for values that are not finite numbers; DataError, naming the remedy, if limits are needed.
     """
     if array.dtype.kind not in "uif" or not np.isfinite(array).all():
-        raise ValueError(f"an array of {array.dtype} with NaN, inf or no numbers is no picture")
+        raise ValueError(f"an array of {array.dtype} with NaN, inf or no numbers is not a picture")
     if limits is None and array.dtype == np.uint8:
         return array
     if limits is None and array.dtype == np.uint16:
@@ -55,7 +55,7 @@ def in_unit_range(array: np.ndarray, limits: Sequence[float] | None, name: str) 
     if array.dtype.kind != "f" or abs(array).max() > 1:
         raise DataError(
             f"{name} holds {array.dtype} from {array.min():g} to {array.max():g}, which is neither uint8, uint16 nor float in "
-            "[-1, 1]; say what black and white are: source.range=[low,high] of source=image_folder"
+            "[-1, 1]; set what black and white are: source.range=[low,high] of source=image_folder"
         )
     return array.astype(np.float32)
 
@@ -75,7 +75,7 @@ def _bands(data: bytes) -> np.ndarray:
     except Exception as error:  # on damaged data its decoders raise errors of any type
         raise ValueError(f"no TIFF that can be read: {error}") from error
     if not {"Y", "X"} <= set(axes):
-        raise ValueError(f"a TIFF with the axes {axes} is no picture")
+        raise ValueError(f"a TIFF with the axes {axes} is not a picture")
     array = np.moveaxis(array, (axes.index("Y"), axes.index("X")), (0, 1))
     return array.reshape(*array.shape[:2], -1)
 
@@ -124,4 +124,4 @@ def picture_of(
         return "png", png
     else:
         array = _bands(data)
-    return "npy", encoded_npy(_reduced(in_unit_range(array, limits, name), max_size))
+    return "npy", encoded_npy(_reduced(in_signed_range(array, limits, name), max_size))

@@ -35,7 +35,7 @@ class Source:
 
     def sample(self, split: str, i: int) -> tuple[str, dict[str, bytes]]:
         """(key, {extension: bytes}). Raises OSError or ValueError for a sample that cannot be read; if most samples
-        of a shard fail with errors that have `passing = True`, the shard is not written.
+        of a shard fail with errors that have `transient = True`, the shard is not written.
 
         A source for which single samples are slow may also have `samples(split, chunk)`: an iterator of the same in
         order, with the exception instead of a sample that cannot be read.
@@ -87,7 +87,7 @@ def _checked_picture(fields: dict[str, bytes]) -> dict[str, Any]:
 def _write(source: Source, out: Folder, name: str, split: str, chunk: range) -> dict:
     """Writes one shard and the entry that marks it as complete. Returns the entry with skipped samples and image
     sizes, for .npy images also the numbers of channels and the smallest and largest value."""
-    pictures, skipped, passing = [], [], []
+    pictures, skipped, transient = [], [], []
     together = source.samples(split, chunk) if hasattr(source, "samples") else None
 
     def samples() -> Iterator[tuple[str, dict[str, bytes]]]:
@@ -105,14 +105,14 @@ def _write(source: Source, out: Folder, name: str, split: str, chunk: range) -> 
                 raise
             except (OSError, ValueError) as error:
                 skipped.append(f"{split} {key}: {error}")
-                if getattr(error, "passing", False):
-                    passing.append(str(error))
+                if getattr(error, "transient", False):
+                    transient.append(str(error))
                 continue
             pictures.append(picture)
             yield key, fields
-        if len(passing) > max(1, len(chunk) // 2):  # raised inside this generator, so the shard is not written
+        if len(transient) > max(1, len(chunk) // 2):  # raised inside this generator, so the shard is not written
             raise DataError(
-                f"{len(passing)} of {len(chunk)} samples failed for reasons that may pass, the last: {passing[-1]}; see to "
+                f"{len(transient)} of {len(chunk)} samples failed with possibly transient errors, the last: {transient[-1]}; check "
                 "the network and run the same command to continue"
             )
 
@@ -219,7 +219,7 @@ def write_index(out: str | Path | Folder, shards: list[tuple[str, dict]], classe
         print(f"left out {len(skipped)} unreadable samples, listed in {out}/skipped.txt")
     if values and max(values) - min(values) < 1:
         print(
-            f"the arrays use {min(values):.2f} to {max(values):.2f} of [-1, 1]; to use all of it, say what black and white are "
+            f"the arrays use {min(values):.2f} to {max(values):.2f} of [-1, 1]; to use all of it, set what black and white are "
             "in the files (source.range=[low,high]) and another out=<folder>"
         )
     empty = [split for split, part in splits.items() if part["count"] == 0]

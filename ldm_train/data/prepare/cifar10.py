@@ -38,7 +38,7 @@ class CIFAR10(Source):
             joined = b"".join(read[name] for name in names)
             if len(joined) % RECORD:
                 raise ValueError(
-                    f"{source}: {split} files are no whole number of {RECORD}-byte records; fetch them again"
+                    f"{source}: {split} files do not hold a whole number of {RECORD}-byte records; fetch them again"
                 )
             self.items[split] = np.frombuffer(joined, np.uint8).reshape(-1, RECORD)
         self.identity = {"source": "cifar10"}

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from ldm_train.data.fields import array_of
 from ldm_train.data.files import IMAGE_EXTENSIONS, as_shown, open_image
-from ldm_train.data.offsets import Recent
+from ldm_train.data.offsets import LRUCache
 from ldm_train.data.prepare.build import Source
 from ldm_train.data.remote import is_address, is_remote
 from ldm_train.data.shards import ENTRIES, MOST_OPEN, DataError, IndexedShards, data_hash, read_index
@@ -221,7 +221,7 @@ class WithoutDuplicates(Source):
             raise ValueError(f"source.similarity={similarity}: -1 to 1, a cosine")
         if features is not None and not callable(features):
             raise ValueError(
-                f"source.features={features} makes no features; say source.features={{_target_: <class of an extractor>}}"
+                f"source.features={features} makes no features; set source.features={{_target_: <class of an extractor>}}"
             )
         if is_address(out):
             raise DataError(f"near duplicates are left out on this machine: out=<folder>, not {out}; copy it there")
@@ -300,7 +300,7 @@ class WithoutDuplicates(Source):
     ) -> dict[int, tuple[int, float, int]]:
         """{row: (row it repeats, thumbnail difference, differing bits)}; rows number the samples of all splits
         together."""
-        prints = Recent(partial(_read_prints, files), MOST_OPEN)
+        prints = LRUCache(partial(_read_prints, files), MOST_OPEN)
         hashes, pixels = np.empty((2, sum(self._counts)), np.uint64)
         first = [0]
         for number in range(len(files)):

@@ -30,7 +30,7 @@ def read_idx(path: Path) -> np.ndarray:
         except (EOFError, gzip.BadGzipFile, zlib.error) as error:
             raise ValueError(f"{path} is cut short or damaged ({error}); download it again") from error
     if data[:3] != b"\0\0\x08" or len(data) < 4 or len(data) < 4 + 4 * data[3]:
-        raise ValueError(f"{path} is no IDX file of bytes; download it again")
+        raise ValueError(f"{path} is not an IDX file of bytes; download it again")
     shape = struct.unpack(f">{data[3]}I", data[4 : 4 + 4 * data[3]])
     body = data[4 + 4 * data[3] :]
     if len(body) != int(np.prod(shape)):

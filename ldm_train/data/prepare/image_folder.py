@@ -107,7 +107,7 @@ class ImageFolder(Source):
     folder; 0: no val split.
     max_size: reduce the short side to so many pixels. labels: false if the subfolders are not classes.
     expect: the number of images of a data set of known size (None: any).
-    layout, range: for .npy and .tif files, see `arrays.channels_last` and `arrays.in_unit_range`. Such a file beside an
+    layout, range: for .npy and .tif files, see `arrays.channels_last` and `arrays.in_signed_range`. Such a file beside an
     image of the same name is left out (see `pictures_among`). caption: for images without a .txt beside them.
 
     Raises FileNotFoundError if there is no folder or no image, DataError if two files would get one key or the number
@@ -133,7 +133,7 @@ class ImageFolder(Source):
         self.layout, self.limits, self.max_size = layout, range, max_size
         self.caption = None if caption is None else str(caption)
         if not Path(path).is_dir():
-            raise FileNotFoundError(f"path={path} is no folder; give a folder of images")
+            raise FileNotFoundError(f"path={path} is not a folder; give a folder of images")
         files = _files(_folders(Path(path)))
         if not files:
             raise FileNotFoundError(f"no images ({', '.join(sorted(EXTENSIONS | ARRAYS))}) in {path}")

@@ -39,7 +39,7 @@ class LSUN(Source):
         for folder in self.folders.values():
             if not (folder / "data.mdb").is_file():
                 raise FileNotFoundError(
-                    f"{folder} is no LMDB folder; unpack {folder.name}.zip of LSUN (github.com/fyu/lsun) into {path}"
+                    f"{folder} is not an LMDB folder; unpack {folder.name}.zip of LSUN (github.com/fyu/lsun) into {path}"
                 )
         self.max_size = max_size
         self.items = {split: self._keys(split, limit if split == "train" else None) for split in self.folders}

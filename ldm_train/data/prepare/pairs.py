@@ -18,7 +18,7 @@ def _pairs(images: Path, maps: Path, path: str) -> Iterator[tuple[str, Path, Pat
     missing, DataError if a map is."""
     for folder in (images, maps):
         if not folder.is_dir():
-            raise FileNotFoundError(f"{folder} is no folder; set source.images and source.maps (now below {path})")
+            raise FileNotFoundError(f"{folder} is not a folder; set source.images and source.maps (now below {path})")
     maps_by_stem = {p.relative_to(maps).with_suffix(""): p for p in maps.rglob("*.png")}
     for image in sorted(images.rglob("*")):
         if image.suffix.lower() not in EXTENSIONS or image.name.startswith("."):

@@ -35,7 +35,7 @@ def _checked_rows(table: Path, path: str, needed: Sequence[str], wanted: Sequenc
     try:
         rows = _rows(table)
     except (UnicodeDecodeError, csv.Error) as error:
-        raise DataError(f"{path} is no UTF-8 text in rows ({error}); save it as UTF-8") from error
+        raise DataError(f"{path} is not UTF-8 text in rows ({error}); save it as UTF-8") from error
     if not rows:
         raise DataError(f"{path} has no rows")
     columns = rows[0][1]
@@ -75,7 +75,7 @@ class Table(Source):
     ):
         table = Path(path)
         if not table.is_file():
-            raise FileNotFoundError(f"path={path} is no file; give a .csv, .tsv or .jsonl table")
+            raise FileNotFoundError(f"path={path} is not a file; give a .csv, .tsv or .jsonl table")
         self.folder, self.max_size = Path(images) if images else table.parent, max_size
         needed = [c for c in (image_column, class_column, split_column) if c]
         wanted = [c for c in (image_column, caption_column, class_column, split_column) if c]

@@ -32,11 +32,11 @@ MAX_REDIRECTS = 5
 
 
 class Unfetchable(ValueError):
-    """An address that was not fetched; the message says why. passing: another attempt may succeed."""
+    """An address that was not fetched; the message says why. transient: another attempt may succeed."""
 
-    def __init__(self, message: str, passing: bool = False):
+    def __init__(self, message: str, transient: bool = False):
         super().__init__(message)
-        self.passing = passing
+        self.transient = transient
 
 
 # Python's `is_global` differs between versions and hardly handles IPv4 addresses inside IPv6 ones. This list has IANA's
@@ -161,7 +161,7 @@ def fetch(
                 raise Unfetchable(f"not finished after {6 * timeout:.0f} s", True)
             return data
         except Unfetchable as error:
-            if not error.passing or attempt >= retries:
+            if not error.transient or attempt >= retries:
                 raise
         finally:
             alarm.cancel()
@@ -331,6 +331,6 @@ class URLList(Source):
                     data, kind = encoded_png(image.convert("RGBA" if "A" in image.mode else "RGB")), "png"
             extension, data = reduced(data, kind, self.max_size, url)
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            raise Unfetchable(f"{url}: {error}", getattr(error, "passing", False)) from None
+            raise Unfetchable(f"{url}: {error}", getattr(error, "transient", False)) from None
         captions = [str(record["caption"] or "").strip()] if self.columns["caption"] else []
         return f"{row:012d}", {extension: data} | class_and_captions(captions=captions)

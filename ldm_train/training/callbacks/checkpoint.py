@@ -100,7 +100,7 @@ def read_checkpoint(path: str | Path, mmap: bool = False) -> dict[str, Any]:
 def _choices(path: Path) -> str:
     if path.name != LAST:
         return "weights=last takes the finished model instead"
-    anew = f"restart={path.parent.parent.name} begins the stage anew"
+    anew = f"restart={path.parent.parent.name} runs the stage again from its start"
     previous = path.with_name(PREVIOUS)
     try:
         step = _read(previous, mmap=True)["global_step"]

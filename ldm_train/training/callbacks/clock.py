@@ -20,7 +20,7 @@ def seconds_of(text: str) -> float:
     """Converts e.g. "90s", "30min" or "1.5h" to seconds. Raises ValueError for other text and for a time of 0."""
     found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?) ?(s|min|h)", text.strip())
     if found is None or float(found[1]) == 0:
-        raise ValueError(f"{text!r} is no time; write 90s, 30min or 1.5h")
+        raise ValueError(f"{text!r} is not a time; write 90s, 30min or 1.5h")
     return float(found[1]) * UNITS[found[2]]
 
 

@@ -79,8 +79,8 @@ def no_posterior(history: History, settings: Settings) -> str | None:
     if ratio is None or ratio >= 1e-5:
         return None
     return (
-        f"the posterior's deviation is {ratio:.1e} of the latents' own: the decoder sees points, and small errors of the "
-        "diffusion model fall between them"
+        f"the posterior's standard deviation is {ratio:.1e} of the latents': the decoder was never trained on nearby "
+        "latents, so small errors of the diffusion model may decode badly"
     )
 
 
@@ -91,7 +91,7 @@ def scale_drift(history: History, settings: Settings) -> str | None:
     low, high = _last(history, "val/latent_std_min"), _last(history, "val/latent_std_max")
     if low is None or high is None or (high < 20 and high < 20 * max(low, 1e-12)):
         return None
-    return f"deviations of the latent channels are {low:.2g} to {high:.2g}"
+    return f"standard deviations of the latent channels are {low:.2g} to {high:.2g}"
 
 
 @remedy("lower autoencoder.disc_lr, or autoencoder.loss.discriminator.spectral_norm=true")
@@ -146,7 +146,7 @@ def loss_by_timestep(history: History, settings: Settings) -> str | None:
     return f"the validation loss per quarter of the schedule is out of order: {shown} from little noise to much"
 
 
-@remedy("lower ema_decay: an average over 1 / (1 - ema_decay) steps must be short beside the training")
+@remedy("lower ema_decay: its horizon of 1 / (1 - ema_decay) steps must be much shorter than the training")
 def ema_not_moving(history: History, settings: Settings) -> str | None:
     share = _last(history, "val/ema_moved")
     if share is None or share >= 1e-3:
@@ -154,12 +154,12 @@ def ema_not_moving(history: History, settings: Settings) -> str | None:
     return f"since the last validation the averaged weights moved {share:.1e} times as far as the trained ones"
 
 
-@remedy("statistics and latents are of different autoencoders or data: restart=latents measures and encodes anew")
+@remedy("statistics and latents are of different autoencoders or data: restart=latents measures and encodes again")
 def latents_disagree(history: History, settings: Settings) -> str | None:
     values = [v for _, v in history.get("train/latent_std", ())][-3:]
     if len(values) < 3 or all(0.7 <= v <= 1.4 for v in values):
         return None
-    return f"the latents' deviation is {values[-1]:.2f}, where the first stage's statistics promise 1"
+    return f"the latents' standard deviation is {values[-1]:.2f}; by the first stage's statistics it should be 1"
 
 
 @remedy("raise num_workers, keep the shards on a local disk, or prepare them at the training size")

@@ -15,7 +15,7 @@ from ldm_train.training.task import Task
 class Monitor(L.Callback):
     """Logs train/images_per_second, train/data_wait (share of time), train/epoch (passes over the data), train/images and
     train/seconds (so far, over all resumes, without validation and sampling), train/tflop (so far), train/mfu,
-    train/peak_memory_gib (of the GPU, else of the process) and train/bad_fraction. Raises DataError if more than
+    train/peak_memory_gib (of the GPU that it trains on, else of the process) and train/bad_fraction. Raises DataError if more than
     `max_bad_fraction` of the samples were unreadable. At the end it prints what limited the speed.
 
     flops: FLOPs of training on one image; None: compute and MFU are not logged. peak_flops: per second, of all
@@ -84,8 +84,8 @@ class Monitor(L.Callback):
         rate = (step - self._steps) * self.batch_size / elapsed
         self.seconds += elapsed
         memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        if torch.cuda.is_available():
-            memory = torch.cuda.max_memory_allocated()
+        if pl_module.device.type == "cuda":
+            memory = torch.cuda.max_memory_allocated(pl_module.device)
         metrics = {
             "images_per_second": rate,
             "images": float(images),

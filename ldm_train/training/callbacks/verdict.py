@@ -11,19 +11,19 @@ def verdict(stage: str, rate: float, waits: float, mfu: float | None, accelerate
     begin = f"{stage}: {rate:.3g} images/s, {waits:.0%} of the time waiting for data{used}. "
     if waits >= WAITING:
         return begin + (
-            "Data limit it: raise num_workers, keep the shards on a local disk, or prepare them at the training size."
+            "Data loading is the bottleneck: raise num_workers, keep the shards on a local disk, or prepare them at the training size."
         )
     if mfu is None:
-        return begin + "Data do not limit it; what does, trainer.profiler=pytorch shows."
+        return begin + "Data loading is not the bottleneck; trainer.profiler=pytorch shows what is."
     if mfu >= BUSY:
         faster = "more devices or a smaller network" if accelerated else "a GPU or a smaller network"
-        return begin + f"Arithmetic limits it: {faster} makes it faster, other options hardly."
+        return begin + f"Training is compute-bound: {faster} will speed it up, other options barely."
     if accelerated:
         return begin + (
-            f"Neither data nor arithmetic limit it, so starting kernels or moving memory does: try {stage}.compile=true and a "
+            f"Neither data loading nor compute is the bottleneck; kernel launches or memory bandwidth are: try {stage}.compile=true and a "
             f"larger {stage}.micro_batch_size; trainer.profiler=pytorch tells the two apart."
         )
     return begin + (
-        "Neither data nor arithmetic limit it, so moving memory does, or other work on the machine; trainer.profiler=pytorch "
-        "shows where the time goes. (Losses' own networks are not counted as arithmetic.)"
+        "Neither data loading nor compute is the bottleneck; memory bandwidth is, or other work on the machine: trainer.profiler=pytorch "
+        "shows where the time goes. (The networks of losses are not counted as compute.)"
     )
