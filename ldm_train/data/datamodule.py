@@ -54,7 +54,7 @@ class ShardDataset(Dataset):
         others = self.buckets.neighbours(index) if self.buckets else range(len(self))
         for attempt in itertools.count():
             # A shard that cannot be read ends the run: replacing its samples would silently change the data.
-            key, raw = self.shards.key(candidate), self.shards.fields(candidate)
+            key, raw = self.shards.key(candidate), self.shards.members(candidate)
             try:
                 sample = self.decoder(key, raw, rng if self.random else None, size)
                 break

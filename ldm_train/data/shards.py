@@ -325,13 +325,10 @@ class IndexedShards:
                 raise DataError(f"{self.where(i)}: {error}; data.balance_classes needs every sample's class") from error
         return labels
 
-    def fields(self, i: int) -> dict[str, bytes]:
-        """All fields of a sample, {extension: bytes}."""
-        return self.members(i, self.extensions)
-
-    def members(self, i: int, extensions: Iterable[str]) -> dict[str, bytes]:
-        """Those of the given fields that a sample has, {extension: bytes}."""
-        return {e: data for e in extensions if e in self.extensions and (data := self.read(i, e)) is not None}
+    def members(self, i: int, extensions: Iterable[str] | None = None) -> dict[str, bytes]:
+        """A sample's members, {extension: bytes}: all, or those of `extensions` in their order."""
+        wanted = self.extensions if extensions is None else [e for e in extensions if e in self.extensions]
+        return {e: data for e in wanted if (data := self.read(i, e)) is not None}
 
     def where(self, i: int) -> str:
         """The sample's name in messages: shard and key."""

@@ -275,14 +275,13 @@ class _Inputs:
         }
 
 
-def requests(model: LatentDiffusion, config: DictConfig, guides: Mapping[str, Any] | None = None) -> list[Request]:
-    """Returns one request per picture, in order. guides: {field: parser} of external guides, which also read `prompts`
-    or `classes`.
+def requests(model: LatentDiffusion, config: DictConfig, task: str, guides: Mapping[str, Any]) -> list[Request]:
+    """Returns one request per picture, in order. task: see `chosen_task`. guides: {field: parser} of external guides,
+    which also read `prompts` or `classes`.
 
     Raises ValueError or FileNotFoundError, naming the option, if the model does not take what is asked.
     """
-    guides = guides or {}
-    task, size = chosen_task(model, config, guides), picture_size(model, config.size)
+    size = picture_size(model, config.size)
     inputs = _Inputs.of(model, config, task, guides)
     if task == "interpolate":
         return _walk(config, inputs, size)

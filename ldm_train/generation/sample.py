@@ -4,6 +4,7 @@ import json
 import os
 import socket
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -164,9 +165,9 @@ def sample(config: DictConfig, loaded: Loaded | None = None, watch: Watch | None
     given.
     """
     if config.recipe is None:
-        return _sample(config, None, None, loaded, watch)
+        return _drawn_job(config, None, None, loaded, watch)
     try:
-        return _sample(*replayed(config), loaded, watch)
+        return _drawn_job(*replayed(config), loaded, watch)
     except ValueError as error:
         raise error if "recipe=" in str(error) else ValueError(f"recipe={config.recipe}: {error}") from error
 
@@ -180,7 +181,7 @@ def unsaid(config: DictConfig, trained: dict[str, Any]) -> dict[str, Any]:
     return options
 
 
-def _sample(
+def _drawn_job(
     config: DictConfig,
     recipe_before: dict[str, Any] | None,
     only: int | None,
@@ -188,34 +189,29 @@ def _sample(
     watch: Watch | None,
 ) -> list[Path]:
     check_types(config)
-    threads, many = torch.get_num_threads(), config.devices > 1 or config.engine is not None
+    many = config.devices > 1 or config.engine is not None
     if many:
         _check_processes(config)
-        torch.set_num_threads(1 if config.engine else max(1, threads // config.devices))
+    with _threads_restored() as threads:
+        if many:
+            torch.set_num_threads(1 if config.engine else max(1, threads // config.devices))
+        ready = _ready(config, recipe_before, only, loaded)
+        out = folder_of(config, ready.source, ready.recipe)
+        job = Job(out, ready.recipe, ready.wanted, config.overwrite, ready.channels)
+        drawn = partial(drawn_here, job, ready.drawing, only, watch)
+        if many:
+            drawn = partial(_drawn_elsewhere, config, recipe_before, _drawn_from(ready.recipe))
+        return run_job(job, ready.drawing.config, drawn, only, recipe_before)
+
+
+@contextmanager
+def _threads_restored() -> Iterator[int]:
+    """A context that yields torch's number of threads and sets it again in the end."""
+    threads = torch.get_num_threads()
     try:
-        return _drawn_job(config, recipe_before, only, loaded, watch, many)
+        yield threads
     finally:
         torch.set_num_threads(threads)
-
-
-def _drawn_job(
-    config: DictConfig,
-    recipe_before: dict[str, Any] | None,
-    only: int | None,
-    loaded: Loaded | None,
-    watch: Watch | None,
-    many: bool,
-) -> list[Path]:
-    ready = _ready(config, recipe_before, only, loaded)
-    job = Job(
-        folder_of(config, ready.source, ready.recipe), ready.recipe, ready.wanted, config.overwrite, ready.channels
-    )
-    drawn = (
-        partial(_drawn_elsewhere, config, recipe_before, _drawn_from(ready.recipe))
-        if many
-        else partial(drawn_here, job, ready.drawing, only, watch)
-    )
-    return run_job(job, ready.drawing.config, drawn, only, recipe_before)
 
 
 def _check_processes(config: DictConfig) -> None:
@@ -261,7 +257,7 @@ def _ready(config: DictConfig, recipe_before: dict[str, Any] | None, only: int |
     if loaded.adapters:
         guides.recipe["adapters"] = loaded.adapters
     task = chosen_task(model, config, guides.parsers)
-    wanted = requests(model, config, guides.parsers)
+    wanted = requests(model, config, task, guides.parsers)
     if only is not None and only >= len(wanted):
         raise ValueError(f"invalid recipe: it asks for picture {only} of a job with {len(wanted)}")
     check_wanted(config, task, wanted, chosen)

@@ -109,14 +109,10 @@ class Decoder(nn.Module):
             x = stage(x)
         return self.to_pixels(F.silu(self.norm_out(x)))
 
-    def images(self, features: torch.Tensor) -> torch.Tensor:
-        """-> (B, out_channels, H, W)."""
-        return self.conv_out(features)
-
     def tiled(self, latents: torch.Tensor, tiles: Tiles) -> torch.Tensor:
         """-> images (B, out_channels, H, W). The middle, which needs the whole image, is never tiled."""
         steps = [step for stage in reversed(self.up) for step in stage.steps()]
-        steps.append(Step(self.norm_out, lambda state, normed: (self.images(self.to_pixels(F.silu(normed))),)))
+        steps.append(Step(self.norm_out, lambda state, normed: (self.conv_out(self.to_pixels(F.silu(normed))),)))
         x = self.mid(self.conv_in(latents))
         return tiles.run(steps, x, latents.shape[-2:], 1, self.patch_size * 2 ** (len(self.up) - 1))
 
@@ -211,7 +207,7 @@ class Autoencoder(nn.Module):
         """latents (B, C, h, w), unscaled -> images (B, in_channels, h*f, w*f), about [-1, 1]."""
         if tiles is not None:
             return self.decoder.tiled(self.post_quant_conv(latents), tiles)
-        return self.decoder.images(self.decode_features(latents))
+        return self.last_layer(self.decode_features(latents))
 
     @property
     def last_layer(self) -> nn.Conv2d:
@@ -260,7 +256,7 @@ class AutoencoderKL(Autoencoder):
         posterior = self.encode(images)
         latents = posterior.sample() if sample else posterior.mean
         features = self.decode_features(latents if change is None else change(latents))
-        return self.decoder.images(features), features, posterior
+        return self.last_layer(features), features, posterior
 
 
 class AutoencoderVQ(Autoencoder):
@@ -310,7 +306,7 @@ class AutoencoderVQ(Autoencoder):
         latents = self.encode_moments(images).float()
         codes, loss, indices = self.quantize(latents)
         features = self.decode_features(codes if change is None else change(codes))
-        return self.decoder.images(features), features, Point(latents, loss, indices)
+        return self.last_layer(features), features, Point(latents, loss, indices)
 
 
 class AutoencoderIdentity(nn.Module):

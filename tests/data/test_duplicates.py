@@ -116,7 +116,7 @@ def test_the_largest_stays_and_training_keeps_what_both_have(mixed: Path, tmp_pa
     assert sorted(k for k in train.keys if not k.startswith("nothing")) == sorted(expected)
     assert val.keys == ["60"]
     assert index["classes"] == ["a", "b"]
-    assert train.fields(0) == IndexedShards(mixed, "train").fields(0)  # the bytes are unchanged
+    assert train.members(0) == IndexedShards(mixed, "train").members(0)  # the bytes are unchanged
     with (tmp_path / "duplicates.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert {(r["sample"].partition(":")[2], r["of_sample"].partition(":")[2]) for r in rows} == {

@@ -225,7 +225,7 @@ def test_a_label_that_a_root_does_not_name_is_nobodys(roots: list[str], write_da
     data = module([roots[1], str(second)], labels={"boxes": None})
     shards = data.shards("train")
     place = {shards.where(i): i for i in range(len(shards)) if shards.sets[i] == 1}
-    fields = [shards.fields(place[f"train-000000.tar:train_{k:04d}"]) for k in range(6)]
+    fields = [shards.members(place[f"train-000000.tar:train_{k:04d}"]) for k in range(6)]
     for raw in fields[:3]:
         with pytest.raises(ValueError, match="class label"):
             label_of(raw["cls"], 3)

@@ -38,7 +38,7 @@ def save(path: Path, value: int = 100, size: tuple[int, int] = (40, 30), mode: s
 
 def samples(root: Path, split: str) -> dict[str, dict[str, bytes]]:
     reader = IndexedShards(root, split)
-    return {reader.key(i): reader.fields(i) for i in range(len(reader))}
+    return {reader.key(i): reader.members(i) for i in range(len(reader))}
 
 
 # -- arrays of any number of channels ---------------------------------------------------------------------------------
@@ -689,7 +689,7 @@ def test_real_tars_are_indexed_where_they_lie(datasets: Path, tmp_path: Path):
     assert len(index["classes"]) == 10
     reader = IndexedShards(tmp_path, "val")
     assert reader.files[0].path == (datasets / "clothing256" / "validation.tar").resolve()
-    fields = reader.fields(7)
+    fields = reader.members(7)
     assert set(fields) == {"jpg", "cls", "txt"}
     assert min(Image.open(io.BytesIO(fields["jpg"])).size) == 256
 

@@ -43,7 +43,7 @@ def module(root: str, cache: Path, gigabytes: float = 1.0, **options) -> ShardDa
 
 
 def contents(shards: IndexedShards) -> list[tuple[str, dict[str, bytes]]]:
-    return [(shards.key(i), shards.fields(i)) for i in range(len(shards))]
+    return [(shards.key(i), shards.members(i)) for i in range(len(shards))]
 
 
 def whole(cache: Path) -> bool:
@@ -200,7 +200,7 @@ def test_copies_make_room_and_come_again(there: tuple[Site, Path], tmp_path: Pat
     assert not shards.all_at_hand
     asked = len(site.asked)
     for i in range(len(here)):
-        assert shards.fields(i) == here.fields(i)
+        assert shards.members(i) == here.members(i)
         assert len(list(cache.folder.glob("*.tar"))) <= 3
     assert len(site.asked) - asked <= 5  # each once more, except those that the scan left there
     assert whole(cache.folder)

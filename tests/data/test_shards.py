@@ -132,20 +132,20 @@ def test_a_really_full_disk(tiny_disk: Path):
 
 def test_every_field_is_read_by_offset(small: Path):
     reader = IndexedShards(small, "train")
-    assert [(reader.key(i), reader.fields(i)) for i in range(len(reader))] == SAMPLES
+    assert [(reader.key(i), reader.members(i)) for i in range(len(reader))] == SAMPLES
 
 
 def test_a_missing_field_is_none(tmp_path: Path):
     entry = write_shard(tmp_path / "a.tar", [("a", {"txt": b"x"}), ("b", {"cls": b"1"})])
     reader = IndexedShards(index_of(tmp_path, entry), "train")
     assert (reader.read(0, "cls"), reader.read(1, "txt")) == (None, None)
-    assert reader.fields(1) == {"cls": b"1"}
+    assert reader.members(1) == {"cls": b"1"}
 
 
 def test_an_empty_shard_does_no_harm(tmp_path: Path):
     entries = [write_shard(tmp_path / "a.tar", []), write_shard(tmp_path / "b.tar", SAMPLES)]
     reader = IndexedShards(index_of(tmp_path, *entries), "train")
-    assert (len(reader), reader.fields(0), reader.where(0)) == (6, SAMPLES[0][1], "b.tar:k0")
+    assert (len(reader), reader.members(0), reader.where(0)) == (6, SAMPLES[0][1], "b.tar:k0")
 
 
 def cut_positions() -> dict[str, int]:
@@ -410,7 +410,7 @@ def test_damaged_offsets_are_scanned_anew(small: Path):
     for data in damaged:
         kept.write_bytes(data)
         reader = IndexedShards(small, "train")
-        assert [(reader.key(i), reader.fields(i)) for i in range(len(reader))] == SAMPLES
+        assert [(reader.key(i), reader.members(i)) for i in range(len(reader))] == SAMPLES
         assert kept.read_bytes()[:2] == b"PK"
 
 
@@ -434,7 +434,7 @@ def test_a_read_only_folder_works(tiny_disk: Path):
     root = index_of(tiny_disk, write_shard(tiny_disk / "train-000000.tar", SAMPLES))
     subprocess.run(["mount", "-o", "remount,ro", str(tiny_disk)], check=True)
     reader = IndexedShards(root, "train")
-    assert reader.fields(5) == SAMPLES[5][1]
+    assert reader.members(5) == SAMPLES[5][1]
     assert not (root / ".offsets").exists()
 
 
@@ -461,8 +461,8 @@ def test_offsets_on_the_disk_are_those_in_memory(write_data: Callable, tmp_path:
         assert not isinstance(there.table.rows, np.ndarray)
         there = pickle.loads(pickle.dumps(there))  # as a loader sends it to a spawned worker
         assert there.table.extremes == here.table.extremes
-        assert [(there.key(i), there.fields(i), there.where(i)) for i in range(8)] == [
-            (here.key(i), here.fields(i), here.where(i)) for i in range(8)
+        assert [(there.key(i), there.members(i), there.where(i)) for i in range(8)] == [
+            (here.key(i), here.members(i), here.where(i)) for i in range(8)
         ]
         monkeypatch.setattr(offsets, "_parts", None)  # nothing is scanned the second time
     there.keep(3)
@@ -473,7 +473,7 @@ def test_offsets_on_the_disk_are_those_in_memory(write_data: Callable, tmp_path:
 @pytest.mark.usefixtures("on_disk")
 def test_a_table_follows_its_shards(small: Path):
     """A changed shard is noticed; with a new index the table is written again."""
-    assert IndexedShards(small, "train").fields(5) == SAMPLES[5][1]
+    assert IndexedShards(small, "train").members(5) == SAMPLES[5][1]
     path = small / "train-000000.tar"
     path.write_bytes(path.read_bytes()[:-1] + b"x")
     with pytest.raises(DataError, match="sha256"):
@@ -497,7 +497,7 @@ def test_a_damaged_table_reads_nothing_outside_its_shard(small: Path, file: str)
         (table / file).write_bytes(data)
         try:
             reader = IndexedShards(small, "train")
-            read = [reader.fields(i) for i in range(len(reader))]
+            read = [reader.members(i) for i in range(len(reader))]
             assert all(member in shard for fields in read for member in fields.values())
             assert [reader.key(i) for i in range(len(reader))]
         except DataError as error:
@@ -508,7 +508,7 @@ def test_a_damaged_table_reads_nothing_outside_its_shard(small: Path, file: str)
 def test_a_read_only_folder_keeps_its_offsets_in_memory(tiny_disk: Path, capsys: pytest.CaptureFixture):
     root = index_of(tiny_disk, write_shard(tiny_disk / "train-000000.tar", SAMPLES))
     subprocess.run(["mount", "-o", "remount,ro", str(tiny_disk)], check=True)
-    assert IndexedShards(root, "train").fields(5) == SAMPLES[5][1]
+    assert IndexedShards(root, "train").members(5) == SAMPLES[5][1]
     assert "held in memory" in capsys.readouterr().out
 
 

@@ -61,8 +61,8 @@ def test_a_service_holds_what_a_folder_does_and_is_read_as_one(service: Service,
     assert held == files
     assert len(service.puts) == 4
     read = IndexedShards(OUT, "train", cache=ShardCache(tmp_path / "copies", 1e9))
-    assert [read.fields(i) for i in range(20)] == [
-        IndexedShards(tmp_path / "here", "train").fields(i) for i in range(20)
+    assert [read.members(i) for i in range(20)] == [
+        IndexedShards(tmp_path / "here", "train").members(i) for i in range(20)
     ]
 
 

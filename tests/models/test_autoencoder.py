@@ -151,13 +151,13 @@ def test_patches_are_channels_of_the_published_network(patch_size: int) -> None:
     with torch.no_grad():
         assert torch.equal(ours.encoder(images), encoder.encoder(apart))
         latents = torch.randn(2, 4, 8, 4)
-        parts = decoder.decoder.images(decoder.decoder(latents))
+        parts = decoder.last_layer(decoder.decoder(latents))
         together = torch.empty(2, 32, 16 * p, 8 * p)
         for index, part in enumerate(parts.unbind(1)):
             channel, within = divmod(index, p * p)
             together[:, channel, within // p :: p, within % p :: p] = part
         expected = ours.last_layer(torch.nn.functional.silu(together))
-        torch.testing.assert_close(ours.decoder.images(ours.decoder(latents)), expected)
+        torch.testing.assert_close(ours.last_layer(ours.decoder(latents)), expected)
 
 
 def test_the_pixels_of_a_patch_begin_alike() -> None:

@@ -374,4 +374,4 @@ class WithoutDuplicates(Source):
             while key in seen:
                 key = f"{key}-{i}"
             seen.add(key)
-            yield key, shards.fields(i)
+            yield key, shards.members(i)
