@@ -29,6 +29,7 @@ from ldm_train.training.callbacks.checkpoint import read_checkpoint
             "diffusion.objective.prediction_type=v_prediction",
             "diffusion.objective.parameterisation._target_=ldm_train.diffusion.parameterisation.VPrediction",
         ),
+        ("diffusion.adapter.begins=dog", "diffusion.adapter.initializer_token=dog"),
         ("x=${diffusion.unet.channels}", "x=${diffusion.network.channels}"),
         ("prompts=a diffusion.unet, seen", "prompts=a diffusion.unet, seen"),
         ("diffusion.unets=1", "diffusion.unets=1"),

@@ -205,6 +205,16 @@ def test_a_folder_without_runs_is_said(command: Callable[..., int], tmp_path: Pa
 # -- the sweeps over f -------------------------------------------------------------------------------------------------
 
 
+def test_the_factor_of_a_run_is_its_autoencoders_own_and_counts_patches(tmp_path: Path) -> None:
+    network = {"channel_mult": [1, 2, 4], "patch_size": 2}
+    (tmp_path / "config.yaml").write_text(json.dumps({"stages": [], "autoencoder": {"network": network}}))
+    assert sweep_module.SweptRun(tmp_path).factor == 8
+    model = tmp_path / "autoencoder" / "model"
+    model.mkdir(parents=True)
+    (model / "metadata.json").write_text(json.dumps({"downsample_factor": 16}))
+    assert sweep_module.SweptRun(tmp_path).factor == 16
+
+
 @pytest.mark.parametrize(
     ("experiment", "points"),
     [("shapes_f_sweep", (1, 2, 4, 8)), pytest.param("paper_f_sweep", (1, 2, 4, 8, 16, 32), marks=pytest.mark.slow)],
