@@ -92,14 +92,29 @@ def numbers(tree: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
     return flat
 
 
+# Sections whose order matters: conditions are joined, and the optimiser's state is stored, in this order.
+ORDERED = ("diffusion.conditioning.conditioners",)
+
+
 def differences(old: dict[str, Any], new: dict[str, Any], defaults: dict[str, Any]) -> list[str]:
     """Returns a line "option: old -> new" for every difference. An option missing on one side counts as its default, so
-    new options do not invalidate old runs. RECOMPUTING may differ: it changes how a result is computed, not the
-    result."""
+    new options do not invalidate old runs. Sections in ORDERED are compared with their order. RECOMPUTING may differ:
+    it changes how a result is computed, not the result."""
     before, after, default = flatten(old), flatten(new), flatten(defaults)
     lines = []
     for key in sorted(k for k in before.keys() | after.keys() if not k.endswith(RECOMPUTING)):
         was, now = before.get(key, default.get(key)), after.get(key, default.get(key))
         if was != now:
             lines.append(f"{key}: {was} -> {now}")
+    for section in ORDERED:
+        was, now = (_names_in(tree, section) for tree in (old, new))
+        if was != now and sorted(was) == sorted(now):
+            lines.append(f"{section}: {was} -> {now}, another order")
     return lines
+
+
+def _names_in(tree: Any, section: str) -> list[str]:
+    """The names in a section of nested values, in their order; [] if there is no such section."""
+    for name in section.split("."):
+        tree = tree.get(name) if isinstance(tree, dict) else None
+    return list(tree) if isinstance(tree, dict) else []

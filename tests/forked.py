@@ -5,6 +5,7 @@ A newly started process spends most of a short training on imports (12 of 17 sec
 ends, from its first signal to its exit status, still use newly started processes.
 """
 
+import atexit
 import multiprocessing
 import os
 import runpy
@@ -52,7 +53,10 @@ def _train(folder: Path, options: tuple[str, ...]) -> None:
     os.dup2(log, 1)
     os.dup2(log, 2)
     sys.argv = [str(TRAIN), *options]
-    runpy.run_path(str(TRAIN), run_name="__main__")
+    try:
+        runpy.run_path(str(TRAIN), run_name="__main__")
+    finally:
+        atexit._run_exitfuncs()  # a process of multiprocessing leaves this out; torch ends its loading processes here
 
 
 def end_within(seconds: float, processes: list[int]) -> bool:

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from chains import SMALL
+from forked import descendants
 
 from ldm_train.training import fit
 
@@ -138,6 +139,25 @@ def test_a_signal_in_a_step_with_a_validation_leaves_after_it(tmp_path: Path):
     assert [fit.steps_done(checkpoints / name) for name in ("last.ckpt", "best.ckpt")] == [1, 1]
     rows = list(csv.DictReader((tmp_path / "run/autoencoder/metrics.csv").open()))
     assert [row["step"] for row in rows if row["val/l1"]] == ["1"]
+
+
+@pytest.mark.slow
+def test_a_loading_process_that_dies_is_named_and_the_same_command_continues(tmp_path: Path):
+    def begun() -> subprocess.Popen:
+        return start(command(tmp_path, "run", "num_workers=2", f"trace={trace}"), tmp_path)
+
+    trace = tmp_path / "trace"
+    process = begun()
+    while not trace.is_file() or len(trace.read_text().splitlines()) < 3:
+        assert process.poll() is None
+        time.sleep(0.02)
+    os.kill(descendants(process.pid)[-1], signal.SIGKILL)
+    errors = process.communicate(timeout=60)[1]
+    assert process.returncode == 1
+    assert re.fullmatch(r"error: a process that loads data has died \(.*\); .* num_workers=<fewer> .*", errors.strip())
+    process = begun()
+    assert process.wait(300) == 0, process.stderr.read()
+    assert fit.steps_done(tmp_path / "run/diffusion/checkpoints/last.ckpt") == 20
 
 
 def test_commands_leave_at_once_with_one_line(tmp_path: Path):

@@ -5,6 +5,7 @@ Such files may come from untrusted sources: only named tensors are read, and a t
 refused with an error that names it (layers of text encoders that the model lacks are left out and reported).
 """
 
+import json
 import math
 import re
 from collections.abc import Mapping
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import nn
 
@@ -147,6 +148,50 @@ def read_adapter(path: Path, model: LatentDiffusion) -> tuple[dict[str, lora.Pai
     return _foreign(finite_tensors(path), model, path)
 
 
+class _Declared:
+    """The alphas that the settings of PEFT's LoraConfig give to layers: in the header of a file that diffusers wrote, or
+    in PEFT's adapter_config.json beside adapter_model.safetensors. Raises ValueError for settings that change what the
+    tensors mean and are not supported."""
+
+    def __init__(self, path: Path):
+        self.path, self.settings = path, dict[str, Any]()
+        try:
+            with safe_open(path, "pt") as file:
+                header = (file.metadata() or {}).get("lora_adapter_metadata")
+            if header is not None:
+                self.settings = json.loads(header)
+            elif path.name == "adapter_model.safetensors" and (path.parent / "adapter_config.json").is_file():
+                self.settings = read_record(path.parent / "adapter_config.json")
+            if not isinstance(self.settings, dict):
+                raise TypeError(f"a {type(self.settings).__name__}")
+        except (ValueError, TypeError, RecursionError) as error:
+            raise ValueError(f"the LoRA settings of {path} cannot be read ({error}); take an undamaged copy") from error
+        if self.settings and any(self._of(network, "use_dora") for network in ("", "unet.", OWN_TEXT)):
+            raise ValueError(f"{path} is a DoRA (use_dora), which is not supported; merge it into its model first")
+
+    def _of(self, network: str, name: str) -> Any:
+        return self.settings.get(f"{network}{name}", self.settings.get(name))
+
+    def alpha(self, layer: str, rank: int) -> float | None:
+        """The alpha of a layer, by its name in the file; None if the settings give none."""
+        if not self.settings:
+            return None
+        network = OWN_TEXT if layer.startswith(OF_TEXT) else "unet."
+        alpha, patterns = self._of(network, "lora_alpha"), self._of(network, "alpha_pattern") or {}
+        if not isinstance(patterns, dict) or any(not re.fullmatch(r"\^?[\w.]+\$?", str(p)) for p in patterns):
+            raise ValueError(f"{self.path}: alpha_pattern holds more than names of layers, which is not supported")
+        for pattern, value in patterns.items():
+            plain = pattern.strip("^$")
+            if layer == plain or layer.endswith(f".{plain}"):
+                alpha = value
+                break
+        if alpha is None:
+            return None
+        if type(alpha) not in (int, float) or not 0 < alpha < math.inf:
+            raise ValueError(f"{self.path}: the alpha of {layer} is {alpha!r:.40}")
+        return alpha * math.sqrt(rank) if self._of(network, "use_rslora") else alpha
+
+
 def _pair(key: str, parts: Parts, alpha: float | None, path: Path) -> lora.Pair:
     """Makes the low-rank pair of one layer. Raises ValueError if its tensors do not fit together."""
     if missing := [part for part in ("down", "up") if part not in parts]:
@@ -232,15 +277,19 @@ def _foreign(
 ) -> tuple[dict[str, lora.Pair], list[str]]:
     layers, left = dict[str, Parts](), set[str]()
     text = _text_places(model, load=any(key.startswith(OF_TEXT) for key in tensors))
+    declared = _Declared(path)
     for key, tensor in tensors.items():
         end = next((end for end in PARTS if key.endswith(end)), None)
         if end is None:
             raise ValueError(f"{path}: {key} is not part of a LoRA in the layouts of diffusers, PEFT or kohya")
-        name = key.removesuffix(end)
+        layer = name = key.removesuffix(end)
         if name.startswith(OF_TEXT) and (name := _text_layer_of(name)) not in text:
             left.add(name)
             continue
-        layers.setdefault(name if name in text else _layer_of(name), {})[PARTS[end]] = tensor
+        parts = layers.setdefault(name if name in text else _layer_of(name), {})
+        parts[PARTS[end]] = tensor
+        if PARTS[end] == "down" and tensor.ndim and (alpha := declared.alpha(layer, len(tensor))) is not None:
+            parts.setdefault("alpha", torch.tensor(alpha))
     if not layers:
         raise ValueError(f"{path} changes nothing of the denoising network")
     places, weights = _places(model.network) | text, dict(lora.adaptable(model.adaptable()))

@@ -111,3 +111,11 @@ def run_command(function: Callable[[DictConfig], Any] | str, config_name: str) -
                 message = f"{error.__cause__}\n{message}"
         interrupts.last_words(f"error: {message}")
         sys.exit(1)
+    except RuntimeError as error:
+        if wants_traceback or not str(error).startswith("DataLoader worker (pid"):
+            raise
+        interrupts.last_words(
+            f"error: a process that loads data has died ({str(error).splitlines()[0].strip()}); the machine may be out of memory, "
+            "or of shared memory (/dev/shm): num_workers=<fewer> needs less. Run the same command to continue"
+        )
+        sys.exit(1)

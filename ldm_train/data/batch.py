@@ -20,6 +20,7 @@ from ldm_train.data.transforms import (
     Plan,
     decode_image,
     decode_labels,
+    largest_label,
     read_bytes,
     read_image,
     read_map,
@@ -176,9 +177,10 @@ class Depth(Field):
     input = "picture"
 
     def decode(self, sample: Sample) -> torch.Tensor:
-        values = decode_labels(sample.raw[self.extensions[0]])
+        data = sample.raw[self.extensions[0]]
+        values = decode_labels(data)
         depth = sample.transform.apply(values.float(), sample.plan(values.shape[1:], self.name))
-        return (depth / (65535 if values.max() > 255 else 255)).clamp(0, 1)
+        return (depth / largest_label(data)).clamp(0, 1)
 
     def from_words(self, given: str, conditioner: Any, size: tuple[int, int], channels: int) -> torch.Tensor:
         return (read_image(given, size, 1, "depth") + 1) / 2

@@ -1,5 +1,6 @@
 """Writes the latent cache: encodes every image once per autoencoder, shard by shard, on all ranks."""
 
+import re
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -82,7 +83,8 @@ def few_samples(data: ShardDataModule, split: str, count: int = 8) -> Iterator[t
 def written_entries(folder: Path, split: str) -> list[dict]:
     """The entries of a split's shards, as written by all ranks. Raises DataError naming a damaged entry."""
     entries = []
-    for note in sorted((folder / ENTRIES).glob(f"{split}-*.json")):
+    names = re.compile(rf"{re.escape(split)}-\d{{6,}}\.tar\.json")  # and no split whose name begins like this one's
+    for note in sorted(path for path in (folder / ENTRIES).glob(f"{split}-*.json") if names.fullmatch(path.name)):
         if (entry := noted_entry(folder, note.stem)) is None:
             raise DataError(f"{note} is damaged; rebuild the cache with: {REMEDY}")
         entries.append(entry)

@@ -203,8 +203,13 @@ class StepBatches(Sampler):
 def evaluation_batches(
     count: int, micro: int, rank: int, world_size: int, limit: int | None, repeat: bool = False
 ) -> list[list[tuple[int, int]]]:
-    """This rank's part of all samples (or the first `limit`), each exactly once over all ranks, as lists of (visit,
-    index); ranks may differ by one sample. repeat: `limit` samples, starting over if there are fewer."""
+    """This rank's part of all samples, each exactly once over all ranks, as lists of (visit, index); ranks may differ by
+    one sample. limit: so many of them, the first of a fixed shuffle, because shards are often sorted by class. repeat:
+    `limit` samples, starting over if there are fewer."""
     total = limit or count
-    mine = list(range(rank, total if repeat else min(count, total), world_size))
-    return [[divmod(i, count) for i in mine[k : k + micro]] for k in range(0, len(mine), micro)]
+    mine = np.arange(rank, total if repeat else min(count, total), world_size)
+    visits, indices = np.divmod(mine, count)
+    if limit:
+        indices = shuffled(count, [0], count <= IN_MEMORY)(indices)
+    rows = list(zip(visits.tolist(), indices.tolist()))
+    return [rows[k : k + micro] for k in range(0, len(rows), micro)]

@@ -29,7 +29,7 @@ def latent_statistics(latents: CachedLatents, limit: int = 50_000) -> dict[str, 
         total += mean.sum(axis=(1, 2))
         square += (mean**2 + std**2).sum(axis=(1, 2))
     mean = total / elements
-    std = np.sqrt(square / elements - mean**2)
+    std = np.sqrt(np.maximum(square / elements - mean**2, 0))  # rounding can make it negative
     overall = float(np.sqrt(square.sum() / elements / channels - (total.sum() / elements / channels) ** 2))
     if not 0 < overall < math.inf:  # also false for NaN
         raise DataError(

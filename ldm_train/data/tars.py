@@ -54,6 +54,7 @@ def scan_tar(
 def _scanned(file: BinaryIO, name: str) -> tuple[list[str], dict[str, np.ndarray], dict[str, np.ndarray]]:
     length = os.fstat(file.fileno()).st_size
     keys: list[str] = []
+    known: set[str] = set()
     rows: list[dict[str, tuple[int, int]]] = []
     try:
         with tarfile.open(fileobj=file, mode="r:") as tar:
@@ -62,6 +63,11 @@ def _scanned(file: BinaryIO, name: str) -> tuple[list[str], dict[str, np.ndarray
                 if member.offset_data + member.size > length:
                     raise tarfile.ReadError("unexpected end of data")
                 if not keys or keys[-1] != key:
+                    if key in known:
+                        raise tarfile.ReadError(
+                            f"the key {key} occurs twice, with others in between; a key must not repeat"
+                        )
+                    known.add(key)
                     keys.append(key)
                     rows.append({})
                 if extension in rows[-1]:
@@ -93,18 +99,22 @@ class StreamedTar:
         self.file, self.limit = file, limit
 
     def __iter__(self) -> Iterator[tuple[str, dict[str, bytes]]]:
-        count, held = 0, Counter()
+        known, held = set[str](), Counter()
         with open_shard(self.file) as raw:
             stream = Measured(raw, self.limit)
             try:
                 for key, fields in self._samples(stream):
-                    count += 1
+                    if key in known:
+                        raise tarfile.ReadError(
+                            f"the key {key} occurs twice, with others in between; a key must not repeat"
+                        )
+                    known.add(key)
                     held.update(fields.keys())
                     yield key, fields
             except (tarfile.TarError, ValueError, OverflowError) as error:
                 raise DataError(f"{self.file} is truncated or no tar ({error}); copy or prepare it again") from error
         checksum = stream.sha256.hexdigest()
-        self.entry = {"count": count, "bytes": stream.size, "sha256": checksum, "fields": dict(held)}
+        self.entry = {"count": len(known), "bytes": stream.size, "sha256": checksum, "fields": dict(held)}
 
     def _samples(self, stream: Measured) -> Iterator[tuple[str, dict[str, bytes]]]:
         from webdataset.tariterators import group_by_keys  # imports torch, which preparing data does not need

@@ -47,6 +47,12 @@ def decode_labels(data: bytes) -> torch.Tensor:
         return torch.from_numpy(np.array(image).astype(np.int32))[None]
 
 
+def largest_label(data: bytes) -> int:
+    """The largest number that a pixel of a label map's file can hold: 1, 255 or 65535."""
+    with open_image(data) as image:
+        return {"1": 1, "L": 255, "P": 255}.get(image.mode, 65535)
+
+
 @dataclass(frozen=True)
 class Plan:
     """A crop box in source pixels, then a resize to the target size, then possibly a horizontal flip."""

@@ -174,11 +174,11 @@ class Evaluator:
             "crop": "center",
             "channels": data.channels,
             "images": min(limit or data.count(split), data.count(split)),
-        }
+        } | ({"chosen": "shuffled"} if limit and limit < data.count(split) else {})
 
     def reference(self, data: ShardDataModule, runs_dir: str, progress: bool = True) -> Reference:
-        """Returns the reference that evaluation.reference names: a .npz file, or a split of the data (its first
-        evaluation.reference_images). It also has, in full, the other splits that metrics compare with."""
+        """Returns the reference that evaluation.reference names: a .npz file, or a split of the data
+        (evaluation.reference_images of it). It also has, in full, the other splits that metrics compare with."""
 
         def collected(name: str, split: str, limit: int | None) -> Reference:
             wanted = Collected(self.metrics, self.extractors, compared=name)

@@ -25,9 +25,11 @@ class RunningLogits(nn.Module):
         """Returns E relu(D(x) - fake)^2 + E relu(real - D(G))^2, a scalar, then updates the means by 1 - decay."""
         distance = (logits_real - self.fake).relu().square().mean() + (self.real - logits_fake).relu().square().mean()
         with torch.no_grad():
-            real, fake = mean_over_ranks(torch.stack([logits_real.detach().mean(), logits_fake.detach().mean()]))
-            self.real.lerp_(real, 1 - self.decay)
-            self.fake.lerp_(fake, 1 - self.decay)
+            means = mean_over_ranks(torch.stack([logits_real.detach().mean(), logits_fake.detach().mean()]))
+            held = torch.stack([self.real, self.fake])
+            means = torch.where(means.isfinite().all(), means, held)  # a step that is not finite changes nothing
+            self.real.lerp_(means[0], 1 - self.decay)
+            self.fake.lerp_(means[1], 1 - self.decay)
         return distance
 
 

@@ -86,8 +86,9 @@ class VectorQuantizer(nn.Module):
         count = _summed(count.index_add_(0, chosen, torch.ones_like(chosen, dtype=count.dtype)))
         if self.ema_decay is not None:
             total = _summed(torch.zeros_like(self.ema_sum).index_add_(0, chosen, flat))
-            self.ema_count.lerp_(count, 1 - self.ema_decay)
-            self.ema_sum.lerp_(total, 1 - self.ema_decay)
+            finite = total.isfinite().all()  # latents that are not finite change nothing
+            self.ema_count.lerp_(torch.where(finite, count, self.ema_count), 1 - self.ema_decay)
+            self.ema_sum.lerp_(torch.where(finite, total, self.ema_sum), 1 - self.ema_decay)
             self.embedding.weight.copy_(self.ema_sum / self.ema_count.clamp(min=1e-5)[:, None])
         if self.restart_after is not None:
             self.unused_steps.add_(1).masked_fill_(count > 0, 0)
@@ -96,6 +97,7 @@ class VectorQuantizer(nn.Module):
             fresh = flat[torch.randint(len(flat), (self.num_codes,), device=flat.device)]
             if dist.is_available() and dist.is_initialized():
                 dist.broadcast(fresh, src=0)
+            dead &= fresh.isfinite().all(dim=1)
             weight = self.embedding.weight
             weight.copy_(torch.where(dead[:, None], fresh.to(weight.dtype), weight))
             self.unused_steps.masked_fill_(dead, 0)

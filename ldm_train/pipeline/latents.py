@@ -29,6 +29,7 @@ from ldm_train.pipeline.run import Run
 from ldm_train.pipeline.stage import Stage
 from ldm_train.storage import file_sha256, link_or_copy, write_json
 
+CONSTANT = 1e-6  # of the largest standard deviation: a channel below it holds rounding errors alone
 MEASURED = 10_000  # at most this many images are used for the statistics of latents without a cache
 
 
@@ -71,7 +72,8 @@ def latent_data(run: Run, stage: str, fields: tuple[str, ...]) -> tuple[Lightnin
 
 def give_statistics(folder: Path, first_stage: FirstStage, per_channel: bool) -> dict[str, Any]:
     """Sets a first stage's scale and shift to those that the latents stage in `folder` has measured, and returns the
-    statistics. Raises ValueError if their file does not match its recorded checksum."""
+    statistics. Raises ValueError if their file does not match its recorded checksum, or if a channel to be standardised
+    is constant."""
     statistics, note = read_statistics(folder), read_note(folder)
     recorded = note["result"].get("statistics_sha256") if note else None  # older runs have none
     if recorded is not None and file_sha256(folder / STATISTICS) != recorded:
@@ -79,6 +81,11 @@ def give_statistics(folder: Path, first_stage: FirstStage, per_channel: bool) ->
             f"{folder / STATISTICS} is damaged: its checksum is not the recorded one; rebuild it with restart=latents"
         )
     if per_channel:
+        if constant := [c for c, std in enumerate(statistics["std"]) if std < CONSTANT * max(statistics["std"])]:
+            raise ValueError(
+                f"channel {constant[0]} of the latents in {folder} is constant, and latents.per_channel=true divides by its "
+                "standard deviation; choose latents.per_channel=false, or see why the autoencoder leaves it unused"
+            )
         first_stage.set_statistics(1 / torch.tensor(statistics["std"]), torch.tensor(statistics["mean"]))
     else:
         first_stage.set_statistics(statistics["scale_factor"])
@@ -118,7 +125,7 @@ def earlier_cache(run: Run, key: Mapping[str, Any]) -> Path | None:
 class LatentsStage(Stage):
     """Encodes the images of the diffusion stage into a cache; without a cache it computes only the statistics."""
 
-    name, needs, identity = "latents", ("autoencoder",), "content"
+    name, needs, identity, binding = "latents", ("autoencoder",), "content", True
 
     def key(self, run: Run) -> dict[str, Any]:
         key = {

@@ -135,7 +135,7 @@ def evaluate_run(config: DictConfig, again: bool = True) -> Measured:
         "model": read_metadata(source)["sha256"],
         "references": reference.hashes,
         "precision": machine.precision,
-        "conditions": tools.images_identity(data, trained.data.val_split, None),
+        "conditions": tools.images_identity(data, trained.data.val_split, count),
         "extractors": tools.hashes,
     }
     if config.weights == "best":  # best.ckpt changes while training continues

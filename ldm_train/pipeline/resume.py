@@ -171,11 +171,16 @@ def decide(stage: Step, run_folder: Path, defaults: dict[str, Any]) -> str:
 
 
 def check_chain(
-    order: Order, chain: Sequence[Step], run_folder: Path, defaults: dict[str, Any], restart: str | None = None
+    order: Order,
+    chain: Sequence[Step],
+    run_folder: Path,
+    defaults: dict[str, Any],
+    restart: str | None = None,
+    binding: Sequence[Step] = (),
 ) -> None:
     """Raises Refused, before anything is changed, if a stage was made with other settings, or if training it further
     would leave later stages that were made from its old weights. restart: the stages that it sets aside count as
-    absent."""
+    absent. binding: stages outside the chain whose settings must not differ either."""
     names, gone = [step.name for step in chain], made_anew(order, chain, run_folder, restart)
     if restart and restart not in names:
         raise Refused(
@@ -188,6 +193,8 @@ def check_chain(
                 f"make; add it to the stages. Nothing has been changed"
             )
         order.result_of(run_folder, needed)  # raises Refused if it is not finished
+    for step in binding:
+        decide(step, run_folder, defaults)
     new: set[str] = set()  # stages that will be made by this command
     for step in chain:
         anew = step.name in gone or bool(new & set(order.needs(step.name)))

@@ -230,8 +230,16 @@ class Run:
 
     def chosen(self) -> list[Step]:
         """The stages named in the option `stages`. Raises ValueError for an unknown name."""
-        chosen = [self.stages[name] for name in self.order.chosen(list(self.config.stages))]
-        return [Step(s.name, partial(s.key, self), partial(s.run, self), s.steps(self)) for s in chosen]
+        return [self._step(name) for name in self.order.chosen(list(self.config.stages))]
+
+    def _step(self, name: str) -> Step:
+        stage = self.stages[name]
+        return Step(name, partial(stage.key, self), partial(stage.run, self), stage.steps(self))
+
+    def binding(self, chosen: Sequence[Step]) -> list[Step]:
+        """The stages that are not chosen, but whose options the chosen ones use (see `Stage`)."""
+        needed = {need for step in chosen for need in self.stages[step.name].needs} - {step.name for step in chosen}
+        return [self._step(name) for name in self.stages if name in needed and self.stages[name].binding]
 
     def prepare(self) -> list[Step]:
         """Returns the chosen stages after all checks that are possible beforehand. Prints the plan and changes nothing.
@@ -242,7 +250,8 @@ class Run:
         for step in steps:
             self.stages[step.name].check(self)
         self.effort = print_plan(self, steps)
-        resume.check_chain(self.order, steps, self.folder, option_defaults(self.config), restart)
+        bound = self.binding(steps)
+        resume.check_chain(self.order, steps, self.folder, option_defaults(self.config), restart, bound)
         return steps
 
     def plan(self) -> None:

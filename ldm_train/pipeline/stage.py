@@ -37,11 +37,13 @@ class Stage:
     name        its folder below the run's folder, and its name in `stages=[...]`
     needs       the stages whose results it uses
     identity    the entry of its result that identifies the outcome; later stages include it in their keys
+    binding     whether stages that need it also use its options: other values are refused even where it is not chosen
     """
 
     name: str
     needs: tuple[str, ...] = ()
     identity = "sha256"
+    binding = False
 
     def steps(self, run: "Run") -> int:
         """The number of optimiser steps to train; 0 if the stage does not train."""

@@ -114,6 +114,11 @@ class Task(L.LightningModule):
         if self.ema_decay is not None and self.ema is None:
             self.ema = EMA(self.averaged(), self.ema_decay, self.ema_width)
 
+    def on_train_start(self) -> None:
+        # A checkpoint holds the learning rate of its own schedule, which another max_steps has changed.
+        for group in self.trainer.optimizers[0].param_groups:
+            group["lr"] = group["initial_lr"] * self.lr_factor(self.schedule_step)
+
     def on_train_batch_start(self, batch: dict[str, Any], batch_idx: int) -> None:
         # Everything random in a micro-batch depends on this seed only, so a resumed run equals an uninterrupted one.
         again = (self.attempt,) if self.attempt else ()

@@ -288,7 +288,7 @@ def test_bad_uploads_and_long_texts_are_refused_in_words(app: str, opened: Calla
     page = opened(app)
     (tmp_path / "text.png").write_bytes(b"no picture")
     Image.fromarray(np.zeros((20_000, 10_000), np.uint8)).save(tmp_path / "giant.png", compress_level=9)
-    for name, message in (("text.png", "no picture"), ("giant.png", "pixels")):
+    for name, message in (("text.png", "not a picture"), ("giant.png", "pixels")):
         page.reload()
         page.get_by_role("tab", name="Picture to picture").click()
         panel = page.get_by_role("tabpanel").filter(has=page.get_by_role("button", name="Change it"))

@@ -162,9 +162,9 @@ def test_what_a_request_may_not_say_is_refused_in_words(asked: str, studio: Stud
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        (b"no picture", "no picture that can be read"),
-        (b"", "no picture that can be read"),
-        (claims(20_000, 10_000), "no picture that can be read: it claims far too many pixels"),
+        (b"no picture", "not a picture that can be read"),
+        (b"", "not a picture that can be read"),
+        (claims(20_000, 10_000), "not a picture that can be read: it claims far too many pixels"),
         (claims(8_000, 8_000), "8000 x 8000 pixels; at most 50 megapixels"),
         (picture(kind="TIFF"), "a picture is a PNG, JPEG, WEBP, BMP here, not TIFF"),
         (picture(kind="GIF"), "not GIF"),

@@ -3,10 +3,13 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from peft import LoraConfig
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from test_diffusers import randomised, text_pipeline
 from test_diffusers_export import TREES
@@ -95,7 +98,7 @@ def damaged(kind: str, path: Path) -> str:
     first = next(key for key in tensors if key.endswith("lora_A.weight"))
     if kind == "not finite":
         tensors[first][0, 0] = torch.inf
-        said = "no finite numbers"
+        said = "not finite"
     elif kind == "half a pair":
         del tensors[first]
         said = "has no down"
@@ -107,10 +110,10 @@ def damaged(kind: str, path: Path) -> str:
         said = "give no product"
     elif kind == "another method":
         tensors["unet.conv_in.hada_w1_a"] = torch.ones(2, 2)
-        said = "no part of a LoRA"
+        said = "not part of a LoRA"
     else:
         path.write_bytes(path.read_bytes()[:-100])
-        return "no file of weights"
+        return "not a file of weights"
     save_file(tensors, path)
     return said
 
@@ -144,20 +147,25 @@ def test_an_adapter_that_is_nowhere_is_named(tmp_path: Path) -> None:
         find_adapter("subject", tmp_path)
 
 
-@torch.no_grad()
-def test_diffusers_own_unet_takes_the_file(tmp_path: Path) -> None:
-    """diffusers' own U-Net with the same weights computes the same, also with the adapter loaded through PEFT."""
+def pair_of_unets() -> tuple[UNet2DConditionModel, LatentDiffusion]:
+    """(diffusers' U-Net, a model of ours), with the same weights in both networks."""
     options = {"channels": 128, "channel_mult": [1, 2], "num_res_blocks": 1, "attention_levels": [1], "head_dim": 16}
-    network = randomised(UNet(4, context_dim=16, **options))
     whole = build(TREES["classes and captions"], "here")
-    whole.network = network
+    whole.network = randomised(UNet(4, context_dim=16, **options)).eval()
     theirs = UNet2DConditionModel(
         in_channels=4, out_channels=4, block_out_channels=(128, 256), layers_per_block=1, cross_attention_dim=16,
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
         attention_head_dim=(8, 16),
     )  # fmt: skip
-    theirs.load_state_dict(unet_tensors(network.state_dict(), 1))
-    theirs.eval()
+    theirs.load_state_dict(unet_tensors(whole.network.state_dict(), 1))
+    return theirs.eval(), whole
+
+
+@torch.no_grad()
+def test_diffusers_own_unet_takes_the_file(tmp_path: Path) -> None:
+    """diffusers' own U-Net with the same weights computes the same, also with the adapter loaded through PEFT."""
+    theirs, whole = pair_of_unets()
+    network = whole.network
     x, times, context = torch.randn(1, 4, 8, 8), torch.tensor([10]), torch.randn(1, 3, 16)
     torch.testing.assert_close(theirs(x, times, context).sample, network(x, times, context), atol=1e-4, rtol=1e-4)
     whole.adapt(LoRA(rank=2, alpha=3, targets="all"), "adapter")
@@ -238,3 +246,45 @@ def test_the_adapter_of_a_frozen_text_encoder_draws_in_diffusers_what_we_draw(
     pipeline.load_lora_weights(str(tmp_path), weight_name=path.name)
     theirs = pipeline(["a red dog", "cat"], latents=noise, num_inference_steps=4, guidance_scale=3.0, output_type="pt")
     torch.testing.assert_close(ours, theirs.images * 2 - 1, rtol=1e-3, atol=2e-3)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "settings", [{}, {"use_rslora": True}, {"alpha_pattern": {"to_q": 3, "attn1.to_v": 1}}], ids=str
+)
+@pytest.mark.parametrize("place", ["header", "adapter_config.json"])
+def test_the_alphas_of_pefts_settings_are_taken(settings: dict[str, Any], place: str, tmp_path: Path) -> None:
+    """lora_alpha is not a tensor of the file: diffusers writes it to the header, PEFT to a file beside it."""
+    theirs, whole = pair_of_unets()
+    x, times, context = torch.randn(1, 4, 8, 8), torch.tensor([10]), torch.randn(1, 3, 16)
+    names = ["to_q", "to_k", "to_v", "to_out.0"]
+    theirs.add_adapter(LoraConfig(r=4, lora_alpha=16, init_lora_weights=False, target_modules=names, **settings))
+    theirs.save_lora_adapter(tmp_path, weight_name="adapter_model.safetensors")
+    file = tmp_path / "adapter_model.safetensors"
+    if place != "header":
+        with safe_open(file, "pt") as saved:
+            (tmp_path / place).write_text(saved.metadata()["lora_adapter_metadata"])
+        save_file(load_file(file), file)
+    pairs, left = read_adapter(file, whole)
+    lora.attach(whole.adaptable(), pairs, "theirs")
+    assert left == []
+    torch.testing.assert_close(whole.network(x, times, context), theirs(x, times, context).sample, atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ("{", "the LoRA settings of .* cannot be read"),
+        ("[]", "cannot be read"),
+        ('{"use_dora": true}', "is a DoRA"),
+        ('{"lora_alpha": "16"}', "the alpha of .*to_q is '16'"),
+        ('{"lora_alpha": 1e999}', "the alpha of .*to_q is inf"),
+        ('{"lora_alpha": 4, "alpha_pattern": {"(a+)+b": 2}}', "more than names of layers"),
+    ],
+)
+def test_settings_that_cannot_be_followed_are_named(settings: str, said: str, tmp_path: Path) -> None:
+    layer = "unet.down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q"
+    tensors = {f"{layer}.lora_A.weight": torch.randn(2, 64), f"{layer}.lora_B.weight": torch.randn(64, 2)}
+    save_file(tensors, tmp_path / "a.safetensors", {"lora_adapter_metadata": settings})
+    with pytest.raises(ValueError, match=said):
+        read_adapter(tmp_path / "a.safetensors", model())

@@ -277,7 +277,7 @@ def test_shards_elsewhere_are_refused(names: Any, copy: Path) -> None:
     index = whole.with_name(f"{whole.name}.index.json")
     index.write_text(json.dumps({"weight_map": names}))
     with pytest.raises(
-        ValueError, match=r"unet/diffusion_pytorch_model.safetensors.index.json names .*no file beside it"
+        ValueError, match=r"unet/diffusion_pytorch_model.safetensors.index.json names .*not a file beside it"
     ):
         load_diffusers(copy)
     index.write_text(json.dumps({"weight_map": {"a": "one.safetensors"}}))

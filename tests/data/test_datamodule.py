@@ -88,9 +88,22 @@ def test_a_batch_larger_than_the_data_is_refused(data_root: Path):
 def test_evaluation_sees_every_sample_once(count: int, micro: int, world_size: int, limit: int | None):
     ranks = [evaluation_batches(count, micro, r, world_size, limit) for r in range(world_size)]
     rows = [index for batches in ranks for batch in batches for _, index in batch]
-    assert sorted(rows) == list(range(min(count, limit or count)))
+    assert len(rows) == len(set(rows)) == min(count, limit or count)
+    assert set(rows) <= set(range(count))
     sizes = [sum(map(len, batches)) for batches in ranks]
     assert max(sizes) - min(sizes) <= 1
+
+
+def test_a_limited_evaluation_sees_all_classes_of_shards_sorted_by_class():
+    labels = np.repeat(np.arange(10), 100)
+    for repeat in (False, True):
+        batches = evaluation_batches(1000, 50, 0, 1, 200, repeat)
+        share = np.bincount(labels[[index for batch in batches for _, index in batch]], minlength=10)
+        assert share.sum() == 200
+        assert share.min() >= 10
+    more = evaluation_batches(1000, 50, 0, 1, 2500, repeat=True)
+    assert sorted(row for batch in more for row in batch)[:1000] == [(0, i) for i in range(1000)]
+    assert more[:4] == batches  # a longer evaluation begins with the samples of a shorter one
 
 
 # -- the batches -----------------------------------------------------------------------------------------------------
@@ -150,9 +163,10 @@ def test_validation_is_complete_over_ranks(data_root: Path, world_size: int):
         for b in module(data_root, Batching(6, None, world_size, r), **RANDOM).val_dataloader()
     ]
     assert sorted(k for b in batches for k in b["key"]) == [f"val_{i:04d}" for i in range(6)]
-    assert sorted(k for b in module(data_root, val_images=4).val_dataloader() for k in b["key"]) == [
-        f"val_{i:04d}" for i in range(4)
-    ]
+    some = sorted(k for b in module(data_root, val_images=4).val_dataloader() for k in b["key"])
+    assert len(some) == len({*some} & {f"val_{i:04d}" for i in range(6)}) == 4
+    ranks = [module(data_root, Batching(6, None, 3, r), val_images=4).val_dataloader() for r in range(3)]
+    assert sorted(k for loader in ranks for b in loader for k in b["key"]) == some
 
 
 # -- damaged samples -------------------------------------------------------------------------------------------------

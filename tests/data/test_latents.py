@@ -18,7 +18,7 @@ from ldm_train.data.encoding import write_cache, write_cache_index, written_entr
 from ldm_train.data.latents import CachedLatents, LatentDataModule, places_in, verify_cache
 from ldm_train.data.order import Batching
 from ldm_train.data.prepare.index import write_tar_index
-from ldm_train.data.shards import DataError, read_index, write_shard
+from ldm_train.data.shards import ENTRIES, DataError, read_index, write_shard
 from ldm_train.data.statistics import latent_statistics, read_statistics
 from ldm_train.models.autoencoder import AutoencoderKL
 from ldm_train.models.first_stage import FirstStage
@@ -315,6 +315,14 @@ def test_damaged_notes_of_a_cache_are_named_or_made_again(
         entries = write_cache(images(data_root, flip=True), "train", encoder(), folder, 16, True)
         assert entries == written_entries(folder, "train")
         assert entries == read_index(cached)["splits"]["train"]["shards"]
+
+
+def test_the_shards_of_a_split_are_not_those_of_one_whose_name_begins_alike(cached: Path, tmp_path: Path):
+    shutil.copytree(cached, folder := tmp_path / "cache")
+    own = written_entries(folder, "train")
+    for path in list((folder / ENTRIES).glob("train-*.json")):
+        shutil.copy(path, path.with_name(path.name.replace("train-", "train-val-")))
+    assert written_entries(folder, "train") == own
 
 
 @pytest.mark.parametrize("text", ['{"scale_factor": NaN, "std": [1], "mean": [0]}', '{"scale_factor": 1, "std": [1], "mean": []}',

@@ -229,7 +229,7 @@ def test_a_label_that_a_root_does_not_name_is_nobodys(roots: list[str], write_da
     for raw in fields[:3]:
         with pytest.raises(ValueError, match="class label"):
             label_of(raw["cls"], 3)
-    for raw, match in zip(fields[3:5], ("box label 7", "no object")):
+    for raw, match in zip(fields[3:5], ("box label 7", "not an object")):
         with pytest.raises(ValueError, match=match):
             boxes_of(raw["json"], 3)
     assert boxes_of(fields[5]["json"], 3)[0, 4] == data.index["classes"].index("b")

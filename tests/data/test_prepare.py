@@ -499,8 +499,8 @@ def test_table_errors_name_the_line_or_column(pictures: Path, kind: str):
         ("t.jsonl", b'{"image": "a.png", "caption": ["one", "two"]}\n', r"line 1: caption is \['one', 'two'\], one text"),
         ("t.jsonl", b'{"image": {"a": 1}, "caption": "x"}\n', "line 1: image is"),
         ("t.jsonl", b"[" * 100_000, "line 1: no JSON"),
-        ("t.csv", "image,caption\na.png,café\n".encode("latin-1"), "no UTF-8 text in rows.*save it as UTF-8"),
-        ("t.csv", b"image,caption\na.png," + b"x" * 200_000 + b"\n", "no UTF-8 text in rows.*field limit"),
+        ("t.csv", "image,caption\na.png,café\n".encode("latin-1"), "not UTF-8 text in rows.*save it as UTF-8"),
+        ("t.csv", b"image,caption\na.png," + b"x" * 200_000 + b"\n", "not UTF-8 text in rows.*field limit"),
     ],
 )  # fmt: skip
 def test_tables_of_another_shape_are_named(tmp_path: Path, name: str, content: bytes, match: str):
@@ -598,7 +598,7 @@ def test_fashion_mnist(fashion: Path):
 def test_a_cut_idx_file_is_named(fashion: Path, keep: int):
     path = next(fashion.glob("train-images*"))
     path.write_bytes(path.read_bytes()[:keep])
-    with pytest.raises(ValueError, match=r"train-images-idx3-ubyte.*(cut short|no IDX file).*download it again"):
+    with pytest.raises(ValueError, match=r"train-images-idx3-ubyte.*(cut short|not an IDX file).*download it again"):
         FashionMNIST(str(fashion))
     path.unlink()
     with pytest.raises(FileNotFoundError, match=r"lacks train-images-idx3-ubyte\.gz"):

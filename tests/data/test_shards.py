@@ -76,6 +76,18 @@ def test_a_bad_key_is_refused_and_leaves_nothing(tmp_path: Path, key: str):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_key_that_repeats_with_others_in_between_is_named_when_the_tar_is_indexed(tmp_path: Path):
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for key in ("a", "b", "c", "a"):
+            info = tarfile.TarInfo(f"{key}.cls")
+            info.size = 1
+            tar.addfile(info, io.BytesIO(b"0"))
+    with pytest.raises(DataError, match=r"a\.tar .*the key a occurs twice"):
+        scan_tar(tmp_path / "a.tar")
+    with pytest.raises(DataError, match=r"a\.tar .*the key a occurs twice"):
+        list(StreamedTar(str(tmp_path / "a.tar")))
+
+
 def test_an_exception_between_samples_leaves_nothing(tmp_path: Path):
     def samples():
         yield from SAMPLES

@@ -218,7 +218,7 @@ def test_statistics_of_others_serve_for_frechet_distances_only(tmp_path: Path) -
     (tmp_path / "c.npz").write_bytes(b"nonsense")
     np.savez(tmp_path / "d.npz", mean=np.zeros(3))
     for name in ("c.npz", "d.npz"):
-        with pytest.raises(ValueError, match=r"no file of reference statistics \(.npz with mu"):
+        with pytest.raises(ValueError, match=r"not a file of reference statistics \(.npz with mu"):
             read_reference(tmp_path / name)
 
 

@@ -58,6 +58,17 @@ def test_averaged_codes_settle_on_the_means_of_their_latents() -> None:
     assert torch.equal(before, made.embedding.weight)
 
 
+def test_latents_that_are_not_finite_change_no_averaged_code() -> None:
+    made = quantizer(num_codes=4, dim=2, ema_decay=0.5, restart_after=1)
+    latents = torch.randn(2, 2, 4, 4)
+    made(latents)
+    before = {name: value.clone() for name, value in made.state_dict().items() if name != "unused_steps"}
+    made(torch.where(torch.arange(4) == 1, torch.nan, latents))
+    made(torch.full_like(latents, torch.nan))
+    assert all(value.isfinite().all() for value in made.state_dict().values())
+    assert all(torch.equal(made.state_dict()[name], before[name]) for name in ("ema_sum", "ema_count"))
+
+
 @pytest.mark.parametrize("ema_decay", [None, 0.9])
 def test_dead_codes_restart_on_latents_of_the_batch(ema_decay: float | None) -> None:
     made = quantizer(num_codes=4, dim=2, restart_after=3, ema_decay=ema_decay)

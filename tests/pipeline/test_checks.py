@@ -136,7 +136,7 @@ REFUSED = {
     "trace=/nowhere/at/all": "trace=/nowhere/at/all: there is no folder /nowhere/at",
     "stages=[evaluation]": "has no finished stage 'diffusion' yet",
     "restart=odd": "unknown stages ['odd']",
-    "stages=[autoencoder] restart=export": "restart=export is not in stages=.*; add it to stages",
+    "stages=[autoencoder] restart=export": "restart=export is not in stages=[autoencoder], so nothing would run it again",
     "diffusion/conditioning=edges autoencoder=kl_f8_small autoencoder/loss/perceptual=tiny":
         "the edges have factor 4, the autoencoder 8; set diffusion.conditioning.conditioners.edges.factor=8",
     "diffusion/schedule=linear_flow": "noise says nothing about the image; use diffusion/objective=flow",

@@ -128,6 +128,26 @@ def test_an_absent_option_equals_its_default():
     assert differences({}, {"data": {"crop": "center"}}, defaults) == ["data.crop: None -> center"]
 
 
+def test_the_order_of_conditioners_is_a_setting_and_that_of_options_is_not():
+    def tree(*names: str) -> dict:
+        return {"diffusion": {"conditioning": {"conditioners": {name: {"dim": 8} for name in names}}}}
+
+    said = ["diffusion.conditioning.conditioners: ['class', 'text'] -> ['text', 'class'], another order"]
+    assert differences(tree("class", "text"), tree("text", "class"), {}) == said
+    assert differences(tree("class"), tree("class", "text"), {}) == [
+        "diffusion.conditioning.conditioners.text.dim: None -> 8"
+    ]
+    assert differences({"seed": 0, "lr": 1}, {"lr": 1, "seed": 0}, {}) == []
+
+
+def test_a_stage_whose_options_others_use_is_compared_where_it_is_not_chosen(tmp_path: Path):
+    advance(stage(Work()), tmp_path, {}, True)
+    only = [stage(Work(), name="latents")]
+    check_chain(ORDER, only, tmp_path, {}, binding=[stage(Work())])
+    with pytest.raises(Refused, match=r"autoencoder was made with other settings:\n  seed: 0 -> 1"):
+        check_chain(ORDER, only, tmp_path, {}, binding=[stage(Work(), seed=1)])
+
+
 def test_lists_are_values():
     assert differences({"a": [1, 2]}, {"a": [1, 2]}, {}) == []
     assert differences({"a": [1, 2]}, {"a": [2, 1]}, {}) == ["a: [1, 2] -> [2, 1]"]
@@ -165,7 +185,7 @@ def test_a_restart_that_would_leave_nothing_to_go_on_from_is_refused_before_anyt
         advance(stage(Work(), name=name), tmp_path, {}, True)
     before = sorted(p.name for p in tmp_path.iterdir())
     only = [stage(Work(), name="diffusion")]
-    with pytest.raises(Refused, match=r"not among stages=\[diffusion\]"):
+    with pytest.raises(Refused, match=r"restart=latents is not in stages=\[diffusion\]"):
         check_chain(ORDER, only, tmp_path, {}, restart="latents")
     both = [stage(Work(), name="autoencoder"), stage(Work(), name="diffusion")]
     with pytest.raises(Refused, match="sets latents aside, which diffusion needs"):

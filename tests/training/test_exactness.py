@@ -234,3 +234,27 @@ def outcome(folder: Path, name: str) -> dict[str, str]:
             hashes[f"{stage}.{key}"] = hashlib.sha256(tensor.numpy().tobytes()).hexdigest()
     assert len(hashes) > 4 * STEPS
     return hashes
+
+
+@pytest.mark.chain
+def test_training_without_validation_saves_its_end_and_more_steps_follow_their_own_schedule(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    short = (
+        "autoencoder.checkpoint_every=2", "autoencoder.val_every=3", "trainer.limit_val_batches=0", "autoencoder.lr=1e-3",
+        "autoencoder.lr_schedule.schedule=cosine", "autoencoder.lr_schedule.final=0.1", "stages=[autoencoder]",
+    )  # fmt: skip
+    chain(tmp_path, *short, "autoencoder.max_steps=6").execute()
+    last = torch.load(tmp_path / "run/autoencoder/checkpoints/last.ckpt", weights_only=True)
+    assert last["global_step"] == 6
+    used, ended = list[tuple[float, float]](), Monitor.on_train_batch_start
+
+    def note(self: Monitor, trainer: Trainer, task: Task, batch: object, index: int):
+        used.append((trainer.optimizers[0].param_groups[0]["lr"], 1e-3 * task.lr_factor(task.global_step)))
+        ended(self, trainer, task, batch, index)
+
+    monkeypatch.setattr(Monitor, "on_train_batch_start", note)
+    chain(tmp_path, *short, "autoencoder.max_steps=9").execute()
+    assert len(used) == 3
+    assert all(lr == pytest.approx(wanted) for lr, wanted in used)
+    assert used[0][0] > 2e-4  # not the end of the shorter schedule

@@ -100,6 +100,9 @@ def test_lecam_against_its_formula() -> None:
     assert float(running(real, fake)) == pytest.approx(float(wanted))
     assert float(running.real) == pytest.approx(0.9 * 0.7 + 0.1 * 2.0)
     assert float(running.fake) == pytest.approx(0.9 * -0.2 + 0.1 * -0.75)
+    before = running.real.clone(), running.fake.clone()
+    assert running(torch.tensor([torch.nan]), fake).isnan()
+    assert (running.real, running.fake) == before  # a step that is not finite changes nothing
 
 
 Gradients = list[torch.Tensor]

@@ -162,6 +162,9 @@ class ImageFolder(Source):
             "classes": self.classes,
         }
         self.identity = options | {"files": digest([[key, file.stat().st_size] for key, file, _ in listed])}
+        texts = [(key, file.with_suffix(".txt")) for key, file, _ in listed]
+        if stamps := [[key, (s := text.stat()).st_size, s.st_mtime_ns] for key, text in texts if text.is_file()]:
+            self.identity["captions"] = digest(stamps)
         more = {"layout": layout, "range": range, "caption": self.caption}
         self.identity |= {k: v for k, v in more.items() if v is not None}
 

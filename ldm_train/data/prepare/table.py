@@ -90,11 +90,13 @@ class Table(Source):
                 item["label"] = self.classes.index(str(row[class_column]))
             if split_column:
                 item["split"] = "train" if row[split_column] == "train" else "val"
-        self.items = {"train": [], "val": []}
+        self.items, keys = {"train": [], "val": []}, dict[str, str]()
         for name, item in grouped.items():
             if not (self.folder / name).is_file():
                 raise DataError(f"{path} names {name}, which is not in {self.folder}; set source.images=<folder>")
             key = name.replace("/", "_").replace(".", "_")
+            if (other := keys.setdefault(key, name)) != name:
+                raise DataError(f"{path}: {other} and {name} would both get the key {key}; rename one of them")
             split = item["split"] or ("val" if in_validation(key, val_fraction) else "train")
             self.items[split].append((key, name, item))
         options = {"source": "table", "columns": wanted, "val_fraction": val_fraction, "max_size": max_size}

@@ -202,7 +202,8 @@ class Checkpoints(L.Callback):
         if (batch_idx + 1) % pl_module.accumulate:
             return
         self._step, self._agreed = trainer.global_step, self._agreed_signal(trainer)
-        validates = trainer.should_stop or (batch_idx + 1) % trainer.val_check_batch == 0
+        ends = trainer.should_stop or (batch_idx + 1) % trainer.val_check_batch == 0
+        validates = ends and trainer.enable_validation
         if self._agreed or (self._due(trainer) and not validates):
             self._save_last(trainer, pl_module)  # before a validation too: it may outlast the time left after a signal
         if self._agreed and not validates:
