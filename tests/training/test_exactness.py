@@ -206,8 +206,8 @@ def test_killed_at_any_moment_and_continued_equals_undisturbed(
             killed.append(f"{everyone.index(victim)} of {len(everyone)} after {progress(tmp_path)}")
             with suppress(ProcessLookupError):  # it has just ended
                 os.kill(victim, signal.SIGKILL)
-            process.join(90)
-            assert end_within(30, everyone), f"processes live on: {killed}"
+            process.join(300)
+            assert end_within(120, everyone), f"processes live on: {killed}"
         if process.exitcode == 0:
             finished = True
             assert outcome(tmp_path, "killed") == calm, killed
