@@ -230,7 +230,7 @@ def test_an_extractor_of_ones_own_sees_all_channels(run: Path, folder: Path):
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["data.channels=3"], r"holds \.npy pictures of 5 channels, data\.channels is 3; say data\.channels=5"),
+        (["data.channels=3"], r"holds \.npy pictures of 5 channels, data\.channels is 3; set data\.channels=5"),
         (
             own_extractor("data.channels=4", "data.root={grey}"),
             r"extractors\.mine does not take pictures of 4 channels, 32x48",

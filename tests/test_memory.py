@@ -103,7 +103,7 @@ def test_what_is_refused_comes_with_options_that_are_accepted(capsys: pytest.Cap
 
 
 def test_what_nothing_makes_fit_is_said():
-    with pytest.raises(ValueError, match="the least it can do with is"):
+    with pytest.raises(ValueError, match="the minimum is"):
         printed("memory=0.004")
 
 
@@ -121,7 +121,7 @@ def test_a_plan_alone_writes_nothing_and_names_what_is_missing(
     monkeypatch.chdir(tmp_path)
     planning("experiment=quickstart", "price_per_hour=2", "stages=[autoencoder]").plan()
     said = capsys.readouterr().out
-    assert "not there yet: data folder data/shapes" in said
+    assert "missing: data folder data/shapes" in said
     assert ", cost " in said
     assert list(tmp_path.iterdir()) == []
 

@@ -346,7 +346,7 @@ def test_a_part_of_ones_own_is_built_where_the_command_trusts_its_package(
     )
     folder = stranger(yaml.safe_dump({**MODEL, "network": {**MODEL["network"], "_target_": "my_parts.MyUNet"}}))
     message = refused(lambda: ldm_train.load(str(folder)), tmp_path / "mark")
-    assert "say trust=[my_parts]" in message
+    assert "set trust=[my_parts]" in message
     assert type(ldm_train.load(str(folder), trust=["my_parts"]).network).__name__ == "MyUNet"
     sampled(f"run={folder}", "trust=[my_parts]", "n=1", f"out={tmp_path}/out")
     # Trust does not extend to what the package has imported.

@@ -21,9 +21,9 @@ def _needs_path(source: DictConfig) -> bool:
 def prepare(config: DictConfig) -> None:
     check(config, {"engine": optional(engine)})
     if config.out is None:
-        raise ValueError("out= is required: a folder, or an s3://, gs:// or hf:// address for the shards")
+        raise ValueError("out=<folder> is required: where the shards go, a folder or an s3://, gs:// or hf:// address")
     if config.path is None and "path" in config.source and config.source.path is None and _needs_path(config.source):
-        raise ValueError("path= is required: the folder, table or archive with the raw files")
+        raise ValueError("path=<folder, table or archive> is required: where the raw files are")
     if config.source._target_ == INDEX_ONLY:
         index = instantiate(config.source, out=config.out, _convert_="all")
     else:

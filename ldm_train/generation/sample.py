@@ -87,7 +87,7 @@ def check(config: DictConfig, model: LatentDiffusion) -> dict[str, Any]:
     named = [option for option in ("negative", "weaker_model") if config[option] is not None]
     named += [f"guidance.{option}" for option in guidance]
     if config.guidance_scale == 1 and named:
-        raise ValueError(f"guidance_scale=1 is no guidance, which {', '.join(named)} need: set it to another value")
+        raise ValueError(f"{', '.join(named)}: without effect at guidance_scale=1; set it to another value")
     if config.guidance_scale != 1:
         classifier_free(model.denoiser({}), model.denoiser({}), config.guidance_scale, **guidance)
     if not 0 <= config.strength <= 1:
@@ -259,7 +259,7 @@ def _ready(config: DictConfig, recipe_before: dict[str, Any] | None, only: int |
     task = chosen_task(model, config, guides.parsers)
     wanted = requests(model, config, task, guides.parsers)
     if only is not None and only >= len(wanted):
-        raise ValueError(f"invalid recipe: it asks for picture {only} of a job with {len(wanted)}")
+        raise ValueError(f"this is not a recipe of ldm-sample: it asks for picture {only} of a job with {len(wanted)}")
     check_wanted(config, task, wanted, chosen)
     sampler = build_sampler(tree, f"sampler of {config.recipe or source}", trust)
     if config.resample.repeats > 1:

@@ -520,7 +520,7 @@ def test_a_model_that_no_yaml_describes_is_refused_by_name(name: str):
         (("to=x", "from=nowhere"), "is not a checkpoint"),
         (("to=x",), "from=null|from=None is not a path"),
         (("from=x", "to=y", "format=compvis"), "a checkpoint of CompVis is a file"),
-        (("from=x", "to=y.safetensors"), "format=native is a folder; say format=compvis"),
+        (("from=x", "to=y.safetensors"), "format=native is a folder; set format=compvis"),
         (("from=x", "to=y", "dtype=float16"), "dtype= is for other forms"),
         (("from=x", "to=y", "format=onnx"), "format is native, compvis, diffusers, single_file or kohya"),
     ],

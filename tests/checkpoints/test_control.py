@@ -197,7 +197,7 @@ def change(path: Path, **options: Any) -> None:
         (lambda f: save_file({"copy.x": torch.ones(1)}, f / "control.safetensors"), "is damaged: its sha256"),
         (lambda f: change(f / "adapter.json", field="os.system"), "describes no control"),
         (lambda f: change(f / "adapter.json", control={"width": 64}), "describes no control"),
-        (lambda f: change(f / "adapter.json", control={"width": 2**40, "factor": 2, "hidden": [1, 1]}), "no numbers of channels"),
+        (lambda f: change(f / "adapter.json", control={"width": 2**40, "factor": 2, "hidden": [1, 1]}), "not numbers of channels"),
         (lambda f: change(f / "adapter.json", control=[]), "describes no control"),
         (lambda f: change(f / "adapter.json", control={"width": 32, "factor": 4, "channels": 3, "hidden": [16, 32]}), "need 3 widths"),
     ],

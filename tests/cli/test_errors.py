@@ -145,7 +145,7 @@ def test_what_starts_the_processes_of_gpus_checks_their_run_without_a_gpu(monkey
 
 
 def test_a_sweep_over_several_devices_is_refused(fails: Command):
-    assert "devices>1 and engine=ray go together neither with -m" in fails("train", "-m", "devices=2", "seed=0,1")
+    assert "devices>1 and engine=ray cannot be combined with -m" in fails("train", "-m", "devices=2", "seed=0,1")
 
 
 # -- data ------------------------------------------------------------------------------------------------------------
@@ -174,7 +174,7 @@ def test_preparing_asks_for_the_raw_files(fails: Command, tmp_path: Path):
 
 
 def test_preparing_says_what_is_missing(fails: Command, tmp_path: Path):
-    assert "say where the shards shall go: out=<folder>" in fails("prepare", "source=shapes")
+    assert "out=<folder> is required" in fails("prepare", "source=shapes")
     message = fails("prepare", "source=image_folder", f"path={tmp_path}/none", f"out={tmp_path}/out")
     assert message == f"path={tmp_path}/none is not a folder; give a folder of images\n"
     assert "did you mean image_folder" in fails("prepare", "source=image_foldr", "path=x", "out=y")
@@ -289,7 +289,7 @@ def test_the_commands_leave_with_one_message(tmp_path: Path):
     }
     lines = {
         (str(ROOT / "train.py"), "autoencoder.max_step=3"): "did you mean autoencoder.max_steps",
-        ("-m", "ldm_train.cli.prepare", "source=shapes"): "say where the shards shall go: out=<folder>",
+        ("-m", "ldm_train.cli.prepare", "source=shapes"): "out=<folder> is required",
     }
     running = {
         command: subprocess.Popen(

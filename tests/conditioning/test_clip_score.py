@@ -69,5 +69,5 @@ def test_guidance_by_its_gradient_raises_the_score(folder: Path) -> None:
 
 
 def test_a_missing_model_is_named() -> None:
-    with pytest.raises(FileNotFoundError, match=r"the CLIP model /no/where is not there .* give a folder that holds"):
+    with pytest.raises(FileNotFoundError, match=r"cannot load the CLIP model /no/where .* give a folder that holds"):
         ClipScore("/no/where")

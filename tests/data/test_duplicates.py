@@ -190,7 +190,7 @@ def test_deep_grey_transparent_and_turned_pictures_are_compared_as_they_are_show
         ({"distance": 11}, ValueError, r"source\.distance=11: 0 to 10 bits"),
         ({"difference": -1}, ValueError, r"source\.difference=-1: 0 to 255"),
         ({"similarity": 2}, ValueError, r"source\.similarity=2: -1 to 1"),
-        ({"features": {"a": 1}}, ValueError, r"makes no features; say source\.features=\{_target_: "),
+        ({"features": {"a": 1}}, ValueError, r"makes no features; set source\.features=\{_target_: "),
         ({"out": "s3://bucket/a"}, DataError, r"out=<folder>, not s3://bucket/a"),
     ],
 )

@@ -106,8 +106,8 @@ def test_the_loss_is_that_of_both_terms(base: Run) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"run": ""}, "say which model draws them: source.run="),
-        ({"prompts": None}, "say what it draws"),
+        ({"run": ""}, "set source.run="),
+        ({"prompts": None}, "set what it draws"),
         ({"classes": "cat"}, "knows no class_label; it takes caption"),
         ({"loss_weight": 0}, "source.loss_weight=0"),
         ({"loss_weight": "heavy"}, "source.loss_weight=heavy"),

@@ -193,7 +193,7 @@ def test_a_path_may_hold_a_colon() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("diffusion.init=null",), "say which with diffusion.init="),
+        (("diffusion.init=null",), "set diffusion.init="),
         (("diffusion.adapter.rank=0",), "diffusion.adapter: rank=0 is not a whole number"),
         (("diffusion.adapter.targets=nothing",), "diffusion.adapter: targets=nothing names no layer"),
         (("diffusion.adapter.rank=four",), "diffusion.adapter: rank=four is not a whole number"),
@@ -269,14 +269,14 @@ def test_pictures_are_steered_by_a_control_beside_the_base(base: Run, edges: Run
     other = f"+fields.edges={tmp_path / 'other.png'}"
     assert pixels(job(base, "steered_otherwise", f"adapters={weights}", other)) != own
     assert pixels(job(base, "steered_less", f"adapters={weights}:0.2", given)) != own
-    with pytest.raises(ValueError, match=r"no edges conditioner, so fields.edges= means nothing"):
+    with pytest.raises(ValueError, match=r"no edges conditioner, so fields.edges= has no effect"):
         job(base, "steered_by_nothing", given)
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("diffusion.init=null",), "say which with diffusion.init="),
+        (("diffusion.init=null",), "set diffusion.init="),
         (("diffusion.conditioning.conditioners.control.factor=8",), "the control has factor 8, the autoencoder 4"),
         (("diffusion.conditioning.conditioners.control.hidden=[16,32]",), "latents of f = 4 need 3 widths"),
         (

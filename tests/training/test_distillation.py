@@ -135,7 +135,7 @@ STUDENT = (
 @pytest.mark.chain
 def test_a_student_is_a_run_like_any_other(tmp_path) -> None:
     chain(tmp_path, *STAGES, name="teacher").execute()
-    with pytest.raises(ValueError, match=r"learns from a trained model; say which with diffusion\.init="):
+    with pytest.raises(ValueError, match=r"learns from a trained model; set diffusion\.init="):
         chain(tmp_path, *STAGES, *STUDENT, name="student").execute()
     begun = ("autoencoder.pretrained=teacher", "diffusion.init=teacher", "diffusion.max_steps=3")
     run = chain(tmp_path, *STAGES, *STUDENT, *begun, name="student")
