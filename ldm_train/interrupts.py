@@ -138,12 +138,25 @@ def install() -> None:
         for number in SIGNALS:
             signal.signal(number, _on_signal)
         atexit.register(_ignore)  # registered first, so it runs last
+        import multiprocessing.util  # noqa: F401 - registers its function for the end of a process, which runs after ours
+
+        atexit.register(_end_children)
 
 
 def _ignore() -> None:
     """Ignores signals at the very end of the process, where Python would restore the system's default handlers."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
+
+
+def _end_children() -> None:
+    """Kills the loading processes that are left. multiprocessing would send each one SIGTERM, which such a process
+    ignores (see `leave_signals_to_parent`), and then wait for it forever."""
+    from multiprocessing import active_children
+
+    for child in active_children():
+        if child.daemon:
+            child.kill()
 
 
 def leave_signals_to_parent() -> None:

@@ -141,6 +141,30 @@ def test_a_signal_in_a_step_with_a_validation_leaves_after_it(tmp_path: Path):
     assert [row["step"] for row in rows if row["val/l1"]] == ["1"]
 
 
+LEAVING = """
+import multiprocessing, time
+from ldm_train import interrupts
+
+def work(ready):
+    interrupts.become_worker()
+    ready.set()
+    time.sleep(60)
+
+if __name__ == "__main__":
+    interrupts.install()
+    context = multiprocessing.get_context("forkserver")
+    ready = context.Event()
+    child = context.Process(target=work, args=(ready,), daemon=True)
+    child.start()
+    ready.wait()
+"""
+
+
+def test_a_command_does_not_wait_at_its_end_for_loading_processes(tmp_path: Path):
+    (tmp_path / "leaving.py").write_text(LEAVING)
+    assert start([sys.executable, "leaving.py"], tmp_path).wait(30) == 0
+
+
 @pytest.mark.slow
 def test_a_loading_process_that_dies_is_named_and_the_same_command_continues(tmp_path: Path):
     def begun() -> subprocess.Popen:
