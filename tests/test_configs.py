@@ -41,6 +41,16 @@ def test_every_experiment_composes_whole(experiment: str):
     check_values(config)
 
 
+def test_no_option_of_a_command_has_the_name_of_a_group_that_it_does_not_choose_from():
+    """Hydra takes `name=value` as a choice from the group `name` where there is such a folder."""
+    for file in config_folder().glob("*.yaml"):
+        tree = yaml.safe_load(file.read_text())
+        chosen = {str(next(iter(d))).split()[-1].strip("/") for d in tree.get("defaults", []) if isinstance(d, dict)}
+        groups = {path.name for path in config_folder().iterdir() if path.is_dir()}
+        options = {name for name, value in tree.items() if not isinstance(value, dict)}
+        assert not options & groups - chosen, file
+
+
 BRIEFLY = ("quickstart", "celebahq_f8", "sd2_v", "upscaler_x4")  # the other experiments run only in the slow tier
 
 

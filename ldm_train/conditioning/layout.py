@@ -63,6 +63,10 @@ class LayoutBoxes(Conditioner):
         Raises ValueError for an unknown label or a box that is not inside the image.
         """
         x, y, w, h, label = boxes.float().T if len(boxes) else torch.zeros(5, 0)
+        if not (boxes.isfinite().all() and (w > 0).all() and (h > 0).all()):
+            raise ValueError(
+                f"a box has no extent: {boxes[:, :4].tolist()} (x, y, width, height in 0..1, the last two above 0)"
+            )
         if len(boxes) and (label.min() < 0 or label.max() >= len(self.names)):
             raise ValueError(f"box label {int(label.max())} is outside the {len(self.names)} labels of this model")
         if len(boxes) and (min(x.min(), y.min()) < -0.01 or max((x + w).max(), (y + h).max()) > 1.01):

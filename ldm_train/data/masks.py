@@ -51,7 +51,9 @@ def _strokes(draw: ImageDraw.ImageDraw, size: tuple[int, int], kind: Strokes, rn
         for _ in range(int(rng.integers(kind.box_times[0], kind.box_times[1] + 1))):
             h, w = (max(1, round(scale * rng.uniform(*kind.box_size))) for _ in range(2))
             top, left = rng.uniform(0, max(1, height - h)), rng.uniform(0, max(1, width - w))
-            draw.rectangle([left, top, left + w - 1, top + h - 1], fill=1)
+            draw.rectangle(
+                [left, top, left + (w - 1), top + (h - 1)], fill=1
+            )  # left + w - 1 can round to less than left
 
 
 def _border(size: tuple[int, int], side: str, share: float) -> np.ndarray:

@@ -10,7 +10,7 @@ from omegaconf import ListConfig, OmegaConf
 from torch.nn import functional as F
 
 from ldm_train.data.fields import array_of
-from ldm_train.data.files import open_image
+from ldm_train.data.files import as_shown, open_image
 from ldm_train.data.transforms import read_bytes, read_image
 
 PROMPT_KEYS = ("prompt", "negative", "seed", "n")  # keys of a JSON line, or of an entry in a list
@@ -41,7 +41,7 @@ def _prompt_file(path: Path, option: str) -> list[Any]:
     if not path.is_file():
         raise FileNotFoundError(f"{option}={path}: there is no such file")
     try:
-        lines = path.read_text(encoding="utf-8").rstrip().splitlines()
+        lines = path.read_text(encoding="utf-8-sig").rstrip().splitlines()
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 text ({error}); save it as UTF-8") from error
     if not lines:
@@ -99,7 +99,7 @@ def _size(path: str, option: str) -> tuple[int, int]:
             height, width = array_of(data).shape[:2]
             return width, height
         with open_image(data) as image:
-            return image.size
+            return as_shown(image).size
     except (OSError, ValueError) as error:
         raise ValueError(f"{option}={path}: {error}") from error
 

@@ -82,7 +82,7 @@ def run_trial(trial: Any, config: DictConfig, space: dict[str, Callable[[Any], A
     run = folder / f"{trial.number:03d}"
     command = [
         sys.executable, "-m", "ldm_train.cli.train", f"experiment={config.recipe}", f"runs_dir={folder.parent}",
-        f"name={folder.name}/{run.name}", "share=true", "progress=false", f"logger={config.logger}",
+        f"name={folder.name}/{run.name}", "share=true", "progress=false", f"logger={config.trial_logger}",
         *config.overrides, *(f"{o}={v}" for o, v in values.items()),
     ]  # fmt: skip
     run.mkdir(parents=True, exist_ok=True)
@@ -162,7 +162,7 @@ def search(config: DictConfig) -> dict[str, Any]:
     # Counts failed trials, which record a message ("why"), but not interrupted ones.
     trials, states = study.get_trials(deepcopy=False), optuna.trial.TrialState
     ended = sum(t.state in (states.COMPLETE, states.PRUNED) or "why" in t.user_attrs for t in trials)
-    print(f"search {folder}: {ended} of {config.trials} trials done", flush=True)
+    print(f"search {folder}: {ended} of {max(ended, config.trials)} trials done", flush=True)
 
     def said(study: Any, trial: Any) -> None:
         state = trial.state.name.lower()

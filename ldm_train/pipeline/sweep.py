@@ -227,8 +227,8 @@ def sweep(config: DictConfig) -> list[Path]:
         raise FileNotFoundError(f"dir={config.dir}: there is no such folder")
     runs = read_runs(folder)
     table = gather(runs)
-    written = summarise(folder, runs, table, config.metric, config.final)
-    name = (curve_metric(runs, config.metric) or "").removeprefix("val/")
+    written = summarise(folder, runs, table, config.curve, config.final)
+    name = (curve_metric(runs, config.curve) or "").removeprefix("val/")
     print(format_table(table, f"samples.{name}.value" if name else None))
     if config.steps:
         rows = speed(config, runs, folder)

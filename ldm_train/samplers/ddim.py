@@ -23,6 +23,8 @@ def ddim(
     eta: 0 deterministic, 1 ancestral.
     The other arguments: see `ldm_train.samplers`.
     """
+    if not 0 <= eta <= 1:
+        raise ValueError(f"eta={eta} is a share of the ancestral step's noise, from 0 to 1")
     (alphas, sigmas), times = schedule.coefficients(timesteps), timesteps.tolist()
     for step in range(len(times) - 1):
         alpha_t, sigma_t, alpha_s, sigma_s = alphas[step], sigmas[step], alphas[step + 1], sigmas[step + 1]

@@ -28,6 +28,8 @@ def euler(
         added to raise it to sigma (1 + min(churn / S, sqrt(2) - 1)).
     The other arguments: see `ldm_train.samplers`.
     """
+    if not 0 <= ancestral <= 1:
+        raise ValueError(f"ancestral={ancestral} is a share of the ancestral step's noise, from 0 to 1")
     (alphas, levels), times = schedule.levels(timesteps), timesteps.tolist()
     steps = len(times) - 1
     y = x_t / alphas[0]

@@ -370,3 +370,10 @@ def test_pretrained_vision_gives_the_embeddings_of_transformers(tmp_path: Path) 
     assert conditioner(images, torch.tensor([False, True]))["vector"].shape == (2, 8)
     with pytest.raises(FileNotFoundError, match=r"cannot load the vision encoder .*nowhere"):
         ImageEmbedding(PretrainedVision(str(tmp_path / "nowhere")), 12, 8).require()
+
+
+@pytest.mark.parametrize("box", [[torch.nan, 0.5, 0.4, 0.4], [0.1, 0.1, 0.0, 0.4], [0.5, 0.5, 0.2, -0.2]])
+def test_boxes_without_an_extent_are_refused(box: list[float]) -> None:
+    conditioner = LayoutBoxes(16, 6, max_objects=3, depth=1, heads=2)
+    with pytest.raises(ValueError, match="a box has no extent"):
+        conditioner.tokens(torch.tensor([[*box, 0]]))

@@ -168,3 +168,9 @@ def test_derived_fields_are_a_function_of_seed_and_key() -> None:
     drawn = [decoder("k", raw, np.random.default_rng(i))["masked_image"] for i in (1, 1, 2)]
     assert torch.equal(drawn[0], drawn[1])
     assert not torch.equal(drawn[0], drawn[2])
+
+
+def test_masks_of_small_pictures_can_all_be_drawn():
+    make, rng = MaskedImage(), np.random.default_rng(0)
+    shares = [make.mask((32, 32), rng).mean() for _ in range(3000)]
+    assert 0 < min(shares) <= max(shares) <= make.most

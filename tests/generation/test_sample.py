@@ -335,7 +335,7 @@ def test_a_prompt_file_gives_each_line_its_own_pictures(run: Callable, tmp_path:
     assert (made[0] - alone).abs().max() < 0.02
     negative = run("text", "prompts=a red circle", "negative=a cat", "seed=1", out="negative")
     assert (made[1] - negative[0]).abs().max() < 0.02
-    (tmp_path / "prompts.txt").write_text('a cat\n""\n')
+    (tmp_path / "prompts.txt").write_text('a cat\n""\n', encoding="utf-8-sig")  # as Notepad writes it
     made = run("text", f"prompts={tmp_path}/prompts.txt", out="txt")
     empty = run("text", "prompts=''", "seed=2", out="none")
     assert (made[2] - empty[0]).abs().max() < 0.02
@@ -645,3 +645,16 @@ def test_a_weaker_model_of_other_latents_is_refused(run: Callable, model_folder:
         run("text", "prompts=a cat", f"weaker_model={folder.parent / 'other'}", "guidance_scale=2")
     with pytest.raises(ValueError, match=r"weaker_model=.* was trained on another autoencoder"):
         run("text", "prompts=a cat", f"weaker_model={model_folder('none')}", "guidance_scale=2")
+
+
+def test_a_turned_photo_takes_the_mask_of_what_is_seen(run: Callable, tmp_path: Path) -> None:
+    turned = Image.Exif()
+    turned[274] = 6  # turned by 90 degrees
+    rng = np.random.default_rng(0)
+    Image.fromarray(rng.integers(0, 255, (32, 64, 3), np.uint8)).save(tmp_path / "turned.jpg", exif=turned)
+    for name, size in (("seen", (64, 32)), ("stored", (32, 64))):
+        Image.fromarray(np.full(size, 255, np.uint8)).save(tmp_path / f"{name}.png")
+    given = ("task=inpaint", f"image={tmp_path}/turned.jpg", "n=1")
+    assert len(run("none", *given, f"mask={tmp_path}/seen.png")) == 1
+    with pytest.raises(ValueError, match="proportions"):
+        run("none", *given, f"mask={tmp_path}/stored.png", out="other")

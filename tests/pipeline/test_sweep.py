@@ -313,7 +313,9 @@ def test_a_trial_that_is_worse_than_the_others_were_is_stopped(tmp_path: Path, m
 
     launch = subprocess.Popen
     monkeypatch.setattr(search.subprocess, "Popen", popen)
-    config = OmegaConf.create({"recipe": "quickstart", "logger": "csv", "overrides": [], "prune": "diffusion:val/loss"})
+    config = OmegaConf.create(
+        {"recipe": "quickstart", "trial_logger": "csv", "overrides": [], "prune": "diffusion:val/loss"}
+    )
     with pytest.raises(optuna.TrialPruned):
         search.run_trial(trial, config, {}, tmp_path)
     assert started[0].returncode == -signal.SIGTERM

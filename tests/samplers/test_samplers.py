@@ -19,6 +19,7 @@ from ldm_train.models.unet import UNet
 from ldm_train.rng import NoiseSource
 from ldm_train.samplers.ddim import ddim
 from ldm_train.samplers.ddpm import ddpm
+from ldm_train.samplers.euler import euler
 
 SCHEDULE = NoiseSchedule()
 MEAN, STD = 0.7, 0.5
@@ -192,3 +193,11 @@ def test_the_callback_sees_every_step_and_changes_nothing(model: LatentDiffusion
 def test_an_unknown_variance_is_named() -> None:
     with pytest.raises(ValueError, match="'learned'"):
         ddpm(gaussian(), torch.zeros(1, 1, 2, 2), SCHEDULE.timesteps(2), SCHEDULE, NoiseSource([0]), variance="learned")
+
+
+@pytest.mark.parametrize(("sampler", "option"), [(ddim, "eta"), (euler, "ancestral")])
+@pytest.mark.parametrize("share", [-0.1, 1.5])
+def test_more_noise_than_the_ancestral_steps_is_refused(sampler: Callable, option: str, share: float) -> None:
+    x, times = torch.randn(2, 1, 8, 8), SCHEDULE.timesteps(2)
+    with pytest.raises(ValueError, match=f"{option}={share} is a share"):
+        sampler(gaussian(), x, times, SCHEDULE, NoiseSource([1, 2]), **{option: share})
