@@ -593,7 +593,11 @@ def test_a_run_builds_nothing_where_it_is_evaluated(
         # The evaluation uses its own options for these parts and ignores the run's; everything else is refused.
         elsewhere = ("an extractor", "the perceptual network", "lpips", "a stage", "the data module")
         unused = where in elsewhere and not name.startswith("interpolation")
-        assert unused if error is None else any(w in error for w in ("asks for", "${", "cannot be built")), error
+        assert (
+            unused
+            if error is None
+            else any(w in error for w in ("asks for", "does not name a valid sampler", "${", "cannot be built"))
+        ), error
 
 
 def test_a_run_builds_nothing_where_its_autoencoder_is_measured(honest_run: Path, tmp_path: Path):
