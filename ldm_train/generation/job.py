@@ -58,6 +58,7 @@ OPEN: dict[str, Sequence[type]] = {
     "size": (int, list),
     "precision": (int, str),
 }
+GRID = "grid.png"
 OWN_FILE = re.compile(r"\d{5,}_seed\d+\.png")  # names of a job's pictures
 
 
@@ -262,9 +263,15 @@ class Job:
 
     def _before(self) -> dict[str, Any] | None:
         """Returns the recipe of the pictures in the folder, None if there are none. Raises Refused if its recipe.json
-        is not a recipe."""
+        is not a recipe, or if files of other origin have the names of this job's pictures."""
         path = self.folder / RECIPE
         if not path.is_file():
+            there = {entry.name for entry in self.folder.iterdir()} if self.folder.is_dir() else set()
+            if foreign := sorted(there & {GRID, *(r.name for r in self.wanted)}):
+                raise Refused(
+                    f"{self.folder / foreign[0]} is there without a {RECIPE}, and this job would replace it; choose another "
+                    "out=<folder>"
+                )
             return None
         try:
             before = storage.read_record(path, storage.LARGEST_RECIPE)
@@ -328,7 +335,7 @@ class Job:
 
     def close(self, grid: Image.Image) -> Path:
         """Writes the grid and the finished recipe; returns the grid's path."""
-        path = pictures.save_png(grid, self.folder / "grid.png", self.recipe)
+        path = pictures.save_png(grid, self.folder / GRID, self.recipe)
         self._write(finished=True)
         return path
 

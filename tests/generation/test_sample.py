@@ -658,3 +658,12 @@ def test_a_turned_photo_takes_the_mask_of_what_is_seen(run: Callable, tmp_path: 
     assert len(run("none", *given, f"mask={tmp_path}/seen.png")) == 1
     with pytest.raises(ValueError, match="proportions"):
         run("none", *given, f"mask={tmp_path}/stored.png", out="other")
+
+
+@pytest.mark.parametrize("name", ["grid.png", "00001_seed1.png"])
+def test_pictures_of_other_origin_are_not_replaced(run: Callable, tmp_path: Path, name: str) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / name).write_bytes(b"mine")
+    with pytest.raises(Refused, match=rf"{name} is there without a recipe\.json"):
+        run("none", "n=2", out="mine")
+    assert [(p.name, p.read_bytes()) for p in (tmp_path / "mine").iterdir()] == [(name, b"mine")]
