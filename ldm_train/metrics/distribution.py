@@ -17,6 +17,9 @@ BLOCK = 1024  # rows of a distance matrix computed at a time
 NEAREST = 16  # neighbours kept for leaving groups out
 T_QUANTILE = 2.0930240544083  # of Student's t with GROUPS - 1 degrees of freedom at 97.5 %
 NORMAL_QUANTILE = 1.959963984540054
+# Two-sided 95 % quantiles of Student's t for 1 to 10 degrees of freedom. For more, its expansion around the normal
+# quantile (Abramowitz and Stegun, 26.7.5) is exact to four digits.
+STUDENT_QUANTILES = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
 
 
 @dataclass(frozen=True)
@@ -43,12 +46,25 @@ class Estimate:
         return {"value": value, "interval": [self.low, self.high] if self.has_interval else None, "n": self.n}
 
 
+def student_quantile(freedom: int) -> float:
+    """The 97.5 % quantile of Student's t, to four digits."""
+    if freedom <= len(STUDENT_QUANTILES):
+        return STUDENT_QUANTILES[freedom - 1]
+    z = NORMAL_QUANTILE
+    return z + (z**3 + z) / (4 * freedom) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * freedom**2)
+
+
 def mean_estimate(values: torch.Tensor) -> Estimate:
-    """The mean of values (N,), one per sample. One sample has no interval (NaN)."""
-    values = values.double()
-    n = len(values)
-    spread = NORMAL_QUANTILE * float(values.std()) / n**0.5 if n > 1 else math.nan
-    return Estimate.around(float(values.mean()), spread, n)
+    """The mean of values (N,), one per sample, with Student's interval. Of truth values it is a share, with Wilson's
+    interval (Wilson 1927), which stays within 0 to 1. One sample has no interval (NaN)."""
+    n, mean = len(values), float(values.double().mean())
+    if n < 2:
+        return Estimate.around(mean, math.nan, n)
+    if values.dtype == torch.bool:
+        z = NORMAL_QUANTILE
+        centre, spread = mean + z**2 / (2 * n), z * (mean * (1 - mean) / n + z**2 / (4 * n**2)) ** 0.5
+        return Estimate(mean, *(max(0.0, min(1.0, (centre + s) / (1 + z**2 / n))) for s in (-spread, spread)), n)
+    return Estimate.around(mean, student_quantile(n - 1) * float(values.double().std()) / n**0.5, n)
 
 
 def _root(matrix: torch.Tensor) -> torch.Tensor:

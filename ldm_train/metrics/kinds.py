@@ -137,3 +137,6 @@ class ClassAccuracy(PerImage):
                 f"{self.name}: its classifier knows {logits.shape[1]} classes, and class {largest} was asked for"
             )
         return logits.argmax(dim=1) == labels.to(logits.device)
+
+    def measure(self, made: FeatureSet, values: torch.Tensor, *others: FeatureSet) -> Estimate:
+        return mean_estimate(values.bool())  # truth values, for the interval of a share

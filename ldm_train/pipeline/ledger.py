@@ -12,13 +12,11 @@ from typing import Any
 import numpy as np
 
 from ldm_train.configuration import config_folder
+from ldm_train.metrics.distribution import student_quantile
 from ldm_train.pipeline.sweep import SweptRun, read_rows
 from ldm_train.storage import write_atomically
 
 BEGIN, END = "<!-- rows of ldm-sweep ledger=true -->", "<!-- end of rows -->"
-# Two-sided 95 % quantiles of Student's t for 1 to 10 degrees of freedom. For more, its expansion around the normal
-# quantile (Abramowitz and Stegun, 26.7.5) is exact to four digits.
-T_QUANTILES = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
 
 
 @dataclass(frozen=True)
@@ -65,18 +63,11 @@ OUTCOMES = ("fid_tiny", "adherence", "shape fidelity")
 LEAST_AUTOENCODERS = 6  # fewer give no rank correlation
 
 
-def _quantile(freedom: int) -> float:
-    if freedom <= len(T_QUANTILES):
-        return T_QUANTILES[freedom - 1]
-    z = 1.959964
-    return z + (z**3 + z) / (4 * freedom) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * freedom**2)
-
-
 def interval(values: Sequence[float]) -> tuple[float, float]:
     """(mean, half width of its 95 % interval) by Student's t. The half width of a single value is infinite."""
     if len(values) < 2:
         return values[0], math.inf
-    return fmean(values), _quantile(len(values) - 1) * stdev(values) / math.sqrt(len(values))
+    return fmean(values), student_quantile(len(values) - 1) * stdev(values) / math.sqrt(len(values))
 
 
 def arm_of(run: SweptRun) -> tuple[str, ...]:

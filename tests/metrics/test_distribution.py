@@ -178,9 +178,16 @@ def test_too_few_samples_have_a_value_but_no_interval() -> None:
 def test_the_interval_of_a_mean_is_the_usual_one() -> None:
     values = torch.randn(400, generator=torch.Generator().manual_seed(0)) * 2 + 5
     found = mean_estimate(values)
-    low, high = scipy.stats.norm.interval(0.95, float(values.mean()), float(values.std()) / 20)
-    assert (found.low, found.high, found.n) == pytest.approx((low, high, 400), rel=1e-5)
+    low, high = scipy.stats.t.interval(0.95, 399, float(values.mean()), float(values.std()) / 20)
+    assert (found.low, found.high, found.n) == pytest.approx((low, high, 400), rel=1e-4)
     assert found.as_dict() == {"value": found.value, "interval": [found.low, found.high], "n": 400}
+
+
+@pytest.mark.parametrize(("right", "count"), [(0, 5), (3, 13), (62, 64), (64, 64), (9_700, 10_000)])
+def test_the_interval_of_a_share_is_wilsons(right: int, count: int) -> None:
+    found = mean_estimate(torch.arange(count) < right)
+    wanted = scipy.stats.binomtest(right, count).proportion_ci(0.95, "wilson")
+    assert (found.value, found.low, found.high) == pytest.approx((right / count, *wanted), abs=1e-6)
 
 
 @pytest.mark.slow
