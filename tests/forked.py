@@ -56,7 +56,7 @@ def _train(folder: Path, options: tuple[str, ...]) -> None:
     try:
         runpy.run_path(str(TRAIN), run_name="__main__")
     finally:
-        atexit._run_exitfuncs()  # a process of multiprocessing leaves this out; torch ends its loading processes here
+        atexit._run_exitfuncs()  # a process of multiprocessing leaves this out; loading processes are ended here
 
 
 def end_within(seconds: float, processes: list[int]) -> bool:

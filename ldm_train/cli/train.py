@@ -2,13 +2,14 @@
 
 import sys
 
+from ldm_train import names
 from ldm_train.cli.common import quoted, run_command
 
 FREE = ("diffusion.adapter.token", "diffusion.adapter.initializer_token")  # words of any characters
 
 
 def main() -> None:
-    sys.argv[1:] = [quoted(a, FREE) for a in sys.argv[1:]]
+    sys.argv[1:] = [quoted(names.argument(a), FREE) for a in sys.argv[1:]]
     run_command("ldm_train.pipeline.train.train", "train")
 
 

@@ -60,7 +60,7 @@ class LayoutBoxes(Conditioner):
     def tokens(self, boxes: torch.Tensor) -> torch.Tensor:
         """boxes (N, 5): x, y, width, height in unit coordinates, label -> (3 * max_objects + 2,) int64.
 
-        Raises ValueError for an unknown label or a box that is not inside the image.
+        Raises ValueError for an unknown label, or a box without an extent or not inside the image.
         """
         x, y, w, h, label = boxes.float().T if len(boxes) else torch.zeros(5, 0)
         if not (boxes.isfinite().all() and (w > 0).all() and (h > 0).all()):

@@ -302,6 +302,6 @@ def _download(entry: dict, file: BinaryIO) -> None:
     for what, actual in (("bytes", stream.size), ("sha256", stream.sha256.hexdigest())):
         if actual != entry[what]:
             raise DataError(
-                f"{entry['file']} does not match its index.json: {what} {actual}, there {entry[what]}; copy it again, or make "
-                "the index with: ldm-prepare source=index"
+                f"{entry['file']} does not match its index.json: {what} {actual}, there {entry[what]}; copy it again, or "
+                "rebuild the index with: ldm-prepare source=index"
             )

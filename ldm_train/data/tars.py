@@ -51,6 +51,13 @@ def scan_tar(
         return _scanned(file, name or str(path))
 
 
+def _add_new(key: str, known: set[str]) -> None:
+    """Adds a sample's key to those of its tar. Raises tarfile.ReadError for one that occurred before."""
+    if key in known:
+        raise tarfile.ReadError(f"the key {key} occurs twice, with others in between; a key must not repeat")
+    known.add(key)
+
+
 def _scanned(file: BinaryIO, name: str) -> tuple[list[str], dict[str, np.ndarray], dict[str, np.ndarray]]:
     length = os.fstat(file.fileno()).st_size
     keys: list[str] = []
@@ -63,11 +70,7 @@ def _scanned(file: BinaryIO, name: str) -> tuple[list[str], dict[str, np.ndarray
                 if member.offset_data + member.size > length:
                     raise tarfile.ReadError("unexpected end of data")
                 if not keys or keys[-1] != key:
-                    if key in known:
-                        raise tarfile.ReadError(
-                            f"the key {key} occurs twice, with others in between; a key must not repeat"
-                        )
-                    known.add(key)
+                    _add_new(key, known)
                     keys.append(key)
                     rows.append({})
                 if extension in rows[-1]:
@@ -104,11 +107,7 @@ class StreamedTar:
             stream = Measured(raw, self.limit)
             try:
                 for key, fields in self._samples(stream):
-                    if key in known:
-                        raise tarfile.ReadError(
-                            f"the key {key} occurs twice, with others in between; a key must not repeat"
-                        )
-                    known.add(key)
+                    _add_new(key, known)
                     held.update(fields.keys())
                     yield key, fields
             except (tarfile.TarError, ValueError, OverflowError) as error:

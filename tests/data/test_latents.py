@@ -20,8 +20,10 @@ from ldm_train.data.order import Batching
 from ldm_train.data.prepare.index import write_tar_index
 from ldm_train.data.shards import ENTRIES, DataError, read_index, write_shard
 from ldm_train.data.statistics import latent_statistics, read_statistics
-from ldm_train.models.autoencoder import AutoencoderKL
+from ldm_train.models.autoencoder import AutoencoderIdentity, AutoencoderKL
 from ldm_train.models.first_stage import FirstStage
+from ldm_train.pipeline.latents import give_statistics
+from ldm_train.storage import write_json
 
 FIELDS = ("class_label", "caption")
 
@@ -337,6 +339,23 @@ def test_latents_without_a_width_have_no_statistics(data_root: Path, tmp_path: P
     folder = cache(data_root, tmp_path, encode=lambda x: torch.full((len(x), 4, 4, 4), float("nan")))
     with pytest.raises(DataError, match=r"standard deviation nan; look at the autoencoder"):
         latent_statistics(CachedLatents(folder, "train", (), 0))
+
+
+def test_a_constant_channel_cannot_be_standardised_and_has_a_deviation_of_zero(data_root: Path, tmp_path: Path):
+    shift = torch.tensor([0.0, 0.1, 0.2]).view(1, 3, 1, 1)
+
+    def encode(images: torch.Tensor) -> torch.Tensor:
+        mean = images[:, :3, ::4, ::4] * torch.tensor([1.0, 1.0, 0.0]).view(1, 3, 1, 1) + shift
+        return torch.cat([mean, torch.full_like(mean, -100.0)], dim=1)
+
+    folder = cache(data_root, tmp_path, encode=encode)
+    statistics = latent_statistics(CachedLatents(folder, "train", (), 0))
+    assert statistics["std"][2] < 1e-6 < min(statistics["std"][:2])
+    write_json(folder / "statistics.json", statistics)
+    first_stage = FirstStage(AutoencoderIdentity(3))
+    give_statistics(folder, first_stage, per_channel=False)
+    with pytest.raises(ValueError, match=r"channel 2 of the latents .* is constant.*latents\.per_channel=false"):
+        give_statistics(folder, first_stage, per_channel=True)
 
 
 def test_keys_from_foreign_tars_are_cached(tmp_path: Path, as_png: Callable):

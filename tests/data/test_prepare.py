@@ -475,6 +475,25 @@ def test_a_table_whose_pictures_changed_is_another_source(pictures: Path) -> Non
     assert Table(path).identity != before
 
 
+def test_rows_that_would_get_the_same_key_are_named(pictures: Path) -> None:
+    (pictures / "a").mkdir()
+    for name in ("a_b.png", "a/b.png"):
+        Image.new("RGB", (8, 8)).save(pictures / name)
+    rows = [{"image": name, "caption": "one"} for name in ("a_b.png", "a/b.png")]
+    with pytest.raises(DataError, match=r"a_b\.png and a/b\.png would both get the key a_b_png; rename one"):
+        Table(write_table(pictures, rows, "csv"))
+
+
+def test_captions_that_were_added_or_changed_make_another_source(tmp_path: Path) -> None:
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    seen = [ImageFolder(tmp_path).identity]
+    for words in ("a dog", "a black dog"):
+        (tmp_path / "a.txt").write_text(words)
+        assert ImageFolder(tmp_path).identity == ImageFolder(tmp_path).identity
+        seen.append(ImageFolder(tmp_path).identity)
+    assert len({json.dumps(identity) for identity in seen}) == 3
+
+
 @pytest.mark.parametrize("kind", ["csv", "jsonl"])
 def test_table_errors_name_the_line_or_column(pictures: Path, kind: str):
     def table(*rows: dict, **options) -> Table:

@@ -7,6 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
+from ldm_train.data.batch import Depth, Sample
 from ldm_train.data.transforms import ImageTransform, decode_image, decode_labels, to_signed_range
 
 
@@ -26,6 +27,17 @@ RAMP = np.arange(12, dtype=np.uint8).reshape(3, 4) * 20
 
 
 # -- decoding --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("kind", "value", "most"), [(np.uint8, 255, 255), (np.uint16, 255, 65535), (np.uint16, 9000, 65535)]
+)
+def test_depth_is_read_by_the_bits_of_its_file_not_by_its_values(kind: type, value: int, most: int):
+    file = io.BytesIO()
+    Image.fromarray(np.full((8, 8), value, kind)).save(file, "png")
+    raw = {"depth.png": file.getvalue()}
+    depth = Depth().decode(Sample("a", raw, None, ImageTransform((8, 8)), 3, {}, {}))
+    torch.testing.assert_close(depth, torch.full((1, 8, 8), value / most))
 
 
 def test_colour_keeps_its_pixels():
