@@ -679,7 +679,7 @@ def test_an_interrupted_measurement_is_no_program(honest_run: Path, tmp_path: Pa
 
 def test_pictures_go_through_no_link(stranger: Callable[..., Path], tmp_path: Path):
     """Pictures are not written through symbolic links: neither in the model's folder nor under the names of pictures,
-    recipes and partial files."""
+    recipes and partial files; links that bear the names of pictures to come are refused as other files are."""
     folder, victim = stranger(), tmp_path / "victim"
     victim.mkdir()
     (victim / "thesis.tex").write_text("years of work")
@@ -691,6 +691,8 @@ def test_pictures_go_through_no_link(stranger: Callable[..., Path], tmp_path: Pa
     out.mkdir()
     for name in ("00000_seed0.png", "grid.png"):
         (out / name).symlink_to(victim / "thesis.tex")
+        assert "would replace it" in refused(lambda: sampled(f"run={folder}", "n=1", f"out={out}"), tmp_path / "mark")
+        (out / name).unlink()
     for name in ("00000_seed0.png", "grid.png", "recipe.json"):
         partial_of(out / name).symlink_to(victim / "thesis.tex")
     sampled(f"run={folder}", "n=1", f"out={out}")
