@@ -238,12 +238,8 @@ class LatentDiffusion(nn.Module):
 
     def picture(self, batch: Mapping[str, Any], size: Sequence[int]) -> torch.Tensor | None:
         """Visible conditions as images (B, C, H, W) in [-1, 1], of the first conditioner that has some, or None."""
-        for conditioner in self.conditioners.values():
-            if conditioner.field in batch:
-                picture = conditioner.picture(batch[conditioner.field], size)
-                if picture is not None:
-                    return picture
-        return None
+        pictures = (c.picture(batch[c.field], size) for c in self.conditioners.values() if c.field in batch)
+        return next((picture for picture in pictures if picture is not None), None)
 
     def random_drop(self, count: int) -> dict[str, torch.Tensor]:
         """Independent per-sample dropout masks (B,) for each conditioner, drawn from the global CPU generator."""
@@ -383,7 +379,9 @@ class LatentDiffusion(nn.Module):
         spatial: Mapping[str, Any] | None = None,
     ) -> dict[str, torch.Tensor]:
         """The condition of `count` samples. spatial: a batch whose spatial fields are kept under any guidance if their
-        conditioner was trained without dropout."""
+        conditioner was trained without dropout. Raises ValueError if `batch` has fields, but none that is read."""
+        if batch and self.fields and not {*self.fields} & batch.keys():
+            raise ValueError(f"the model reads {', '.join(self.fields)}, not {', '.join(batch)}")
         kept = {c.field for c in self.conditioners.values() if {*SPATIAL} & c.widths.keys() and not c.dropout}
         fields = {**{k: v for k, v in (spatial or {}).items() if k in kept}, **batch}
         return self.condition(fields, None, latent_size) if fields else self.null_condition(count, latent_size)

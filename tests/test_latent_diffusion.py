@@ -7,7 +7,7 @@ from ldm_train.conditioning.class_label import ClassLabel
 from ldm_train.conditioning.spatial import LowResolution
 from ldm_train.conditioning.text import TrainedText, train_tokenizer
 from ldm_train.diffusion.schedule import NoiseSchedule
-from ldm_train.latent_diffusion import LatentDiffusion, Panorama, Sampling, Start
+from ldm_train.latent_diffusion import Guidance, LatentDiffusion, Panorama, Sampling, Start
 from ldm_train.models.autoencoder import AutoencoderKL
 from ldm_train.models.first_stage import FirstStage
 from ldm_train.models.transformer import CrossAttention
@@ -90,6 +90,15 @@ def test_trainable_is_the_unet_and_its_conditioners_alone() -> None:
 def test_seeds_and_conditions_must_be_as_many() -> None:
     with pytest.raises(ValueError, match=r"2 seeds but batch of lengths \[3\]"):
         class_and_text().sample({"caption": ["a", "b", "c"]}, [0, 1], Sampling(ddim, 2))
+
+
+def test_fields_that_the_model_does_not_read_are_named() -> None:
+    model = class_and_text()
+    how = Sampling(ddim, 2, guidance_scale=2.0)
+    with pytest.raises(ValueError, match="the model reads class_label, caption, not captoin"):
+        model.sample({"captoin": ["a"]}, [0], how)
+    with pytest.raises(ValueError, match="the model reads class_label, caption, not text"):
+        model.sample({"caption": ["a"]}, [0], how, guidance=Guidance(negative={"text": ["b"]}))
 
 
 def test_guidance_pulls_away_from_the_null_condition() -> None:

@@ -267,20 +267,25 @@ class Form:
             raise gr.Error(words(error, self.offers), title="No picture", print_exception=False) from error
 
     def taken(self, path: str, *values: Any) -> list[Any]:
-        """Returns the values of the kept parts, replaced by those of a picture's recipe if it has them."""
+        """Returns the values of the kept parts, replaced by those of a picture's recipe if it has them. Raises gr.Error if
+        the recipe sets an option that has no part here, since the picture would differ."""
         given = dict(zip(self.parts.kept, values))
         if not path:
             return list(values)
         recipe = pictures.read_recipe(path)
         config, number = recipe["config"], recipe.get("number", 0)
+        if beyond := self._not_offered(config):
+            raise gr.Error(
+                f"it was drawn with {', '.join(beyond)}, which this page does not offer; Draw it again draws it",
+                print_exception=False,
+            )
         found = {k: v for k, v in config.items() if k in given and isinstance(v, str | int | float)}
-        for name in ("prompts", "classes"):
-            entries = config.get(name) or [""]
-            found[name] = entries[min(number // max(1, config.get("n", 1)), len(entries) - 1)]
+        entries = {name: _entry_of(config, name, number) for name in ("prompts", "classes")}
+        found |= {name: entry["prompt"] for name, entry in entries.items()}
         for one in self.offer.inputs:
             if one.kind in ("boxes", "map"):
                 found[one.option] = self._canvas_of(one, config.get(one.option))
-        found |= {"seed": recipe["seed"], "negative": config.get("negative") or ""}
+        found |= {"seed": recipe["seed"], "negative": entries["prompts"].get("negative", config.get("negative")) or ""}
         found |= zip(("height", "width"), size if isinstance(size := config.get("size"), list) else self.offer.size)
         strengths = dict(with_strength(str(entry)) for entry in config.get("adapters") or [])
         found |= {ADAPTER + a.name: strengths.get(a.name, 0) for a in self.offer.adapters}
@@ -300,17 +305,37 @@ class Form:
         except ValueError as error:
             raise gr.Error(words(error, self.offers), print_exception=False) from error
 
-    def _sampler_named(self, tree: Any) -> str:
-        """Returns the choice for a sampler with these options. Raises gr.Error if there is none, since the picture
-        would differ."""
+    def _not_offered(self, config: Mapping[str, Any]) -> list[str]:
+        """Returns the options of a recipe that change its picture and that the form has no part for."""
+        usual, sections = self.offer.usual, {k: config.get(k) or {} for k in ("guidance", "guide", "resample")}
+        guidance, guide = sections["guidance"], sections["guide"]
+        beyond = {
+            "these options of its sampler": self._sampler_named(config.get("sampler")) is None,
+            "spacing": config.get("spacing") not in (None, usual.get("spacing")),
+            "guidance.interval": guidance.get("interval") not in (None, usual.get("guidance_interval")),
+            "guidance.rescale": bool(guidance.get("rescale")),
+            "guidance.threshold": guidance.get("threshold") is not None,
+            "resample.repeats": sections["resample"].get("repeats", 1) != 1,
+            **{f"guide.{name}": guide.get(name) is not None for name in ("classifier", "clip")},
+            **{name: config.get(name) is not None for name in ("panorama", "weaker_model")},
+        }
+        return [name for name, differs in beyond.items() if differs]
+
+    def _sampler_named(self, tree: Any) -> str | None:
+        """Returns the choice for a sampler with these options, None if there is none."""
         if tree == self.offer.usual["sampler"]:
             return OWN
-        for name in samplers():
-            if sampler_tree(name) == tree:
-                return name
-        raise gr.Error(
-            "its sampler has options that this page does not offer; Draw it again draws it", print_exception=False
-        )
+        return next((name for name in samplers() if sampler_tree(name) == tree), None)
+
+
+def _entry_of(config: Mapping[str, Any], name: str, number: int) -> dict[str, Any]:
+    """Returns the entry of a recipe's prompts or classes that picture `number` was drawn from, as {"prompt": ...}."""
+    entries = [e if isinstance(e, dict) else {"prompt": e} for e in config.get(name) or [""]]
+    for entry in entries:
+        number -= entry.get("n", config.get("n", 1))
+        if number < 0:
+            break
+    return entry
 
 
 def _number(given: Mapping[str, Any], name: str) -> int:

@@ -4,6 +4,7 @@ processes that prepare data start fast."""
 import importlib
 import io
 import math
+import re
 import tarfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -15,6 +16,8 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "npy")
 ARRAYS = {".npy", ".tif", ".tiff"}  # files that hold an image with any number of channels, or other data
+RECIPE = "recipe.json"  # how a folder's pictures were drawn by ldm-sample
+OWN_PICTURE = re.compile(r"\d{5,}_seed\d+\.png")  # names of these pictures
 
 
 class DataError(ValueError):
@@ -38,14 +41,17 @@ def sample_and_field(member: str) -> tuple[str, str]:
 
 def pictures_among(files: Sequence[Path]) -> list[Path]:
     """The images among a folder's files, in their order. An array beside an image of the same name is not an image:
-    it holds features or the like. In folders where ldm-sample has drawn arrays, the arrays are the images: the PNGs
-    are false colours."""
-    drawn = {f for f in {p.parent for p in files if p.suffix.lower() == ".npy"} if (f / "recipe.json").is_file()}
+    it holds features or the like. In folders of ldm-sample the pictures of the job are the images, without their grid,
+    films and replays; if it has drawn arrays, these are, since the PNGs are false colours."""
+    own = [p for p in files if OWN_PICTURE.fullmatch(p.with_suffix(".png").name)]
+    jobs = {folder for folder in {p.parent for p in own} if (folder / RECIPE).is_file()}
+    arrays = {p.parent for p in own if p.suffix.lower() == ".npy"}
+    drawn = {p for p in own if p.suffix.lower() == (".npy" if p.parent in arrays else ".png")}
     usual = {p.with_suffix("") for p in files if p.suffix.lower() not in ARRAYS}
 
     def is_picture(path: Path) -> bool:
-        if path.parent in drawn:
-            return path.suffix.lower() == ".npy"
+        if path.parent in jobs:
+            return path in drawn and not (path.parent.name.startswith("replay") and path.parent.parent in jobs)
         return path.suffix.lower() not in ARRAYS or path.with_suffix("") not in usual
 
     return [p for p in files if is_picture(p)]

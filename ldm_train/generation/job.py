@@ -3,7 +3,6 @@ pixels."""
 
 import hashlib
 import json
-import re
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,13 +18,12 @@ from PIL import Image
 from ldm_train import images as pictures
 from ldm_train import names, storage
 from ldm_train.configuration import config_folder, differences, literal
-from ldm_train.data.files import read_npy
+from ldm_train.data.files import OWN_PICTURE, RECIPE, read_npy
 from ldm_train.errors import Refused
 from ldm_train.generation.files import as_list
 from ldm_train.generation.requests import Request
 from ldm_train.rng import derive_seed
 
-RECIPE = "recipe.json"
 SHOWN = 256  # pictures in a grid
 # Options for where and how a job runs, which do not affect its pictures. batch_size is recorded as part of the machine.
 WITH_REPLAY = (
@@ -59,7 +57,6 @@ OPEN: dict[str, Sequence[type]] = {
     "precision": (int, str),
 }
 GRID = "grid.png"
-OWN_FILE = re.compile(r"\d{5,}_seed\d+\.png")  # names of a job's pictures
 
 
 def machine(device: str, batch_size: int) -> dict[str, Any]:
@@ -127,6 +124,11 @@ def _read_recipe(path: Path, usual: dict[str, Any]) -> dict[str, Any]:
     try:
         if path.suffix == ".png":
             recipe = storage.plain_values(pictures.read_recipe(path), path)
+            if "number" in recipe:  # a picture, not a grid
+                with Image.open(path) as image:
+                    pixels = hashlib.sha256(image.tobytes()).hexdigest()
+                own = f"{recipe['number']:05d}_seed{recipe['seed']}.png"  # the file may have another name by now
+                recipe["images"] = [{"file": own, "sha256": pixels}]
         else:
             recipe = storage.read_record(path, storage.LARGEST_RECIPE)
         asked, machine, images = recipe["config"], recipe["machine"], recipe.get("images", [])
@@ -275,7 +277,7 @@ class Job:
             return None
         try:
             before = storage.read_record(path, storage.LARGEST_RECIPE)
-            before["images"] = [e for e in before["images"] if OWN_FILE.fullmatch(e["file"])]
+            before["images"] = [e for e in before["images"] if OWN_PICTURE.fullmatch(e["file"])]
         except (ValueError, KeyError, TypeError) as error:
             raise Refused(f"{path} is not a recipe of ldm-sample; remove it, or choose another out=<folder>") from error
         return before if any((self.folder / e["file"]).is_file() for e in before["images"]) else None
@@ -350,7 +352,10 @@ class Job:
         )
 
     def agreement(self, recipe: dict[str, Any]) -> str:
-        """Says in words how many pictures of a replay are identical to the recipe's own."""
+        """Says in words how many pictures of a replay are identical to the recipe's own. Returns "" if that is not known,
+        as for one picture that shows false colours."""
+        if "number" in recipe and not pictures.has_colours(self.channels):
+            return ""
         recorded = {e["file"]: e["sha256"] for e in recipe.get("images", []) if "sha256" in e}
         known = [name for name in self.digests if name in recorded]
         same = [name for name in known if recorded[name] == self.digests[name]]

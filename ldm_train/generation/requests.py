@@ -298,6 +298,7 @@ def requests(model: LatentDiffusion, config: DictConfig, task: str, guides: Mapp
         fields = inputs.fields(entries, canvas)
         if mask is not None and "masked_image" in _by_field(model):
             fields["masked_image"] = masked_image(image, mask)
+        _check_trained_without(model, task, fields)
         text = _words(entries, fields, _by_field(model))
         targets = {f: guides[f](entries[o]) for f, o in inputs.guided.items()}
         negative = own.get("negative", None if config.negative is None else str(config.negative))
@@ -309,6 +310,18 @@ def requests(model: LatentDiffusion, config: DictConfig, task: str, guides: Mapp
             seed = config.seed + number if first is None else first + i
             all_requests.append(Request(seed, fields, text, number, image, mask, negative, targets))
     return all_requests
+
+
+def _check_trained_without(model: LatentDiffusion, task: str, fields: Mapping[str, Any]) -> None:
+    """Raises ValueError if a picture would be drawn without a field that training never left out. A model without
+    masked_image takes the whole picture for the hole."""
+    missing = [c.field for c in model.conditioners.values() if not c.dropout and c.field not in fields]
+    missing = [field for field in missing if field != "masked_image"]
+    if missing and task != "reconstruct":
+        raise ValueError(
+            f"this model was never trained without {missing[0]}, so it cannot do task={task} without; give "
+            f"{known_fields(model)[missing[0]].argument}=..."
+        )
 
 
 def _start(

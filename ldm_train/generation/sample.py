@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +76,7 @@ def model_folder(run: str | None, runs_dir: str, option: str = "run") -> Path:
 def check(config: DictConfig, model: LatentDiffusion) -> dict[str, Any]:
     """Checks the config and returns the options of classifier_free. Raises ValueError for invalid values, before any
     work is done."""
-    model.schedule.timesteps(config.num_inference_steps, config.spacing)
+    timesteps = model.schedule.timesteps(config.num_inference_steps, config.spacing)
     guidance = {k: v for k, v in plain(config.guidance).items() if v is not None and (k, v) != ("rescale", 0)}
     captions = [option for option in ("negative", "image_prompt") if config[option] is not None]
     if captions and "caption" not in model.fields:
@@ -90,6 +91,8 @@ def check(config: DictConfig, model: LatentDiffusion) -> dict[str, Any]:
         raise ValueError(f"{', '.join(named)}: without effect at guidance_scale=1; set it to another value")
     if config.guidance_scale != 1:
         classifier_free(model.denoiser({}), model.denoiser({}), config.guidance_scale, **guidance)
+        if "interval" in guidance:
+            _check_interval(guidance["interval"], timesteps, model)
     if not 0 <= config.strength <= 1:
         raise ValueError(f"strength is a share between 0 and 1, not {config.strength}")
     if config.panorama is not None and not 0 <= config.panorama < 1:
@@ -118,6 +121,17 @@ def check(config: DictConfig, model: LatentDiffusion) -> dict[str, Any]:
     return guidance
 
 
+def _check_interval(interval: list[float], timesteps: torch.Tensor, model: LatentDiffusion) -> None:
+    """Raises ValueError if no step begins at a noise level within the interval of guidance."""
+    levels = [sigma / alpha if alpha else inf for alpha, sigma in zip(*model.schedule.coefficients(timesteps[:-1]))]
+    if levels and not any(interval[0] <= level <= interval[1] for level in levels):
+        raise ValueError(
+            f"guidance.interval={interval} holds none of the noise levels {levels[0]:.3g} ... {levels[-1]:.3g} of these "
+            f"{len(levels)} steps, so nothing would be guided; set num_inference_steps to more, guidance.interval=[0,1e9] to "
+            "guide every step, or guidance_scale=1"
+        )
+
+
 def inverts(config: DictConfig, task: str) -> bool:
     """Returns True if pictures are drawn from the inverted noise of given pictures."""
     return config.invert or (task == "interpolate" and config.image is not None)
@@ -132,6 +146,11 @@ def check_wanted(config: DictConfig, task: str, wanted: list[Request], chosen: A
             raise ValueError("weaker_model= and negative= both say what guidance leads away from; leave one out")
     steps = round(config.num_inference_steps * config.strength) if task == "img2img" and not config.invert else None
     still = task == "reconstruct" or steps == 0
+    if steps == 0 and config.strength > 0:
+        raise ValueError(
+            f"strength={config.strength} of num_inference_steps={config.num_inference_steps} is less than one step; set it to "
+            f"{1 / config.num_inference_steps:.2g} or more, or to 0 for the picture as the autoencoder decodes it"
+        )
     if config.film is not None and still:
         raise ValueError(f"film= shows how a picture is drawn, and nothing is drawn by task={task} here")
     if inverts(config, task):

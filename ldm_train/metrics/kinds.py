@@ -76,6 +76,7 @@ class Precision(Metric):
     """precision: improved precision (Kynkaanniemi et al. 2019)."""
 
     published_with, higher_is_better = "inception", True
+    least = 4  # a third neighbour
 
     def measure(self, made: FeatureSet, values: torch.Tensor, *others: FeatureSet) -> Estimate:
         return precision_estimate(others[0].kept()[0], made.kept()[0])

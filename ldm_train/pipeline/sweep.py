@@ -140,7 +140,7 @@ def curve_metric(runs: Sequence[SweptRun], asked: str | None) -> str | None:
     if asked is not None:
         if not any(asked in row for row in rows):
             known = ", ".join(there) or "none yet"
-            raise ValueError(f"metric={asked} is in no run's diffusion/metrics.csv; there are {known}")
+            raise ValueError(f"curve={asked} is in no run's diffusion/metrics.csv; there are {known}")
         return asked
     better = [k for k in there if k.startswith(("val/fid", "val/kid")) and not k.endswith(("_low", "_high"))]
     return next(iter(better or there), None)
@@ -175,11 +175,10 @@ def summarise(
     if column is not None and (rows := curves(runs, column)):
         write_csv(folder / "curves.csv", rows)
         written += [folder / "curves.csv", plots.curves(rows, column, names, folder / "curves.png")]
-    number = final or (f"samples.{column.removeprefix('val/')}" if column else None)
-    if number is not None and len(set(factors)) > 1:
-        key = number if any(number in r for r in table) else f"{number}.value"
-        if points := [r for r in table if r.get(key) not in (None, "")]:
-            written.append(plots.against_factor(points, key, folder / "f.png"))
+    number = final_number(table, column, final)
+    points = [r for r in table if number is not None and r.get(number) not in (None, "")]
+    if points and len(set(factors)) > 1:
+        written.append(plots.against_factor(points, number, folder / "f.png"))
     return written
 
 
@@ -207,6 +206,17 @@ def speed(config: DictConfig, runs: Sequence[SweptRun], folder: Path) -> list[di
     return rows
 
 
+def final_number(table: Rows, column: str | None, asked: str | None) -> str | None:
+    """The column of the table that runs are compared by: `asked`, a value of metrics.json, else that of the curves'
+    metric, or None. Raises ValueError if no run has the value asked for."""
+    number = asked or (f"samples.{column.removeprefix('val/')}" if column else None)
+    key = f"{number}.value" if number and not any(number in row for row in table) else number
+    if asked and not any(row.get(key) not in (None, "") for row in table):
+        known = dict.fromkeys(k.removesuffix(".value") for row in table for k in row if k.endswith(".value"))
+        raise ValueError(f"final={asked} is in no run's metrics.json; there are {', '.join(known) or 'none yet'}")
+    return key
+
+
 def format_table(table: Rows, number: str | None) -> str:
     lines = []
     for row in table:
@@ -229,7 +239,7 @@ def sweep(config: DictConfig) -> list[Path]:
     table = gather(runs)
     written = summarise(folder, runs, table, config.curve, config.final)
     name = (curve_metric(runs, config.curve) or "").removeprefix("val/")
-    print(format_table(table, f"samples.{name}.value" if name else None))
+    print(format_table(table, final_number(table, name, config.final)))
     if config.steps:
         rows = speed(config, runs, folder)
         if not rows:

@@ -134,8 +134,22 @@ def test_a_recipes_settings_are_taken_over(studio: Studio, tmp_path: Path) -> No
     assert (found["height"], found["width"], found["adapter: style"], found["negative"]) == (64, 32, 0.5, "x")
     assert taken(sampler=sampler_tree("heun"))["sampler"] == "heun"
     for tree in ({"_target_": "os.system"}, page.offer.usual["sampler"] | {"eta": 0.37}):
-        with pytest.raises(gr.Error, match=r"options that this page does not offer"):
+        with pytest.raises(gr.Error, match=r"options of its sampler, which this page does not offer"):
             taken(sampler=tree)
+    for option, value in (
+        ("guidance", {"rescale": 0.7}),
+        ("guidance", {"interval": [0.1, 1.0]}),
+        ("spacing", "leading"),
+        ("resample", {"repeats": 3}),
+        ("panorama", 0.5),
+    ):
+        with pytest.raises(gr.Error, match=option):
+            taken(**{option: value})
+    entries = ["a cat", {"prompt": "a bird", "n": 1, "negative": "blue"}, {"prompt": "a dog", "n": 4}]
+    found = taken(prompts=entries, negative="x")  # picture 3 is the first of the dog's
+    assert (found["prompts"], found["negative"]) == ("a dog", "x")
+    found = taken(prompts=["a cat", {"prompt": "a bird", "n": 9, "negative": "blue"}], negative="x")
+    assert (found["prompts"], found["negative"]) == ("a bird", "blue")
     assert page.form.taken("", *kept) == kept
 
 

@@ -122,13 +122,29 @@ def test_arrays_beside_pictures_of_their_names_are_no_pictures(tmp_path: Path, c
 
 def test_arrays_that_were_drawn_are_the_pictures_and_not_their_false_colours(tmp_path: Path):
     for k in (0, 1):
-        save(tmp_path / "drawn" / f"{k}.png")
-        np.save(tmp_path / "drawn" / f"{k}.npy", np.zeros((30, 40, 5), np.float32))
+        save(tmp_path / "drawn" / f"0000{k}_seed{k}.png")
+        np.save(tmp_path / "drawn" / f"0000{k}_seed{k}.npy", np.zeros((30, 40, 5), np.float32))
     save(tmp_path / "drawn" / "grid.png")
     (tmp_path / "drawn" / "recipe.json").write_text("{}")
     source = ImageFolder(str(tmp_path / "drawn"), val_fraction=0.5)
     assert {p.suffix for items in source.items.values() for _, p, _ in items} == {".npy"}
     assert next(image_batches([str(tmp_path / "drawn")])).shape == (2, 5, 30, 40)
+
+
+def test_a_folder_that_ldm_sample_wrote_holds_the_pictures_of_its_job(tmp_path: Path, capsys: pytest.CaptureFixture):
+    """Without the grid, films and replays; a folder of other files with a recipe.json is read as it is."""
+    folder = tmp_path / "samples"
+    for own in (folder / "a", folder / "a" / "replay", folder / "b"):
+        for name in ("00000_seed7.png", "00001_seed8.png", "00000_seed7.strip.png", "grid.png"):
+            save(own / name)
+        (own / "recipe.json").write_text("{}")
+    save(folder / "a" / "film.gif")
+    for source, count in ((folder, 4), (folder / "a", 2), (folder / "a" / "replay", 2)):
+        assert sum(len(batch) for batch in image_batches([str(source)])) == count
+    assert f"{folder}: left out 1 .gif; read are .jpg" in capsys.readouterr().out
+    save(tmp_path / "kitchen" / "soup.png")
+    (tmp_path / "kitchen" / "recipe.json").write_text("{}")
+    assert sum(len(batch) for batch in image_batches([str(tmp_path / "kitchen")])) == 1
 
 
 @pytest.mark.parametrize("array", [np.array([[0.0, 200.0]]), np.array([[-5, 5]])], ids=["float", "int"])

@@ -122,9 +122,10 @@ def test_each_task_means_what_its_inputs_say(task: str, run: Callable, files: di
     recipe = json.loads((tmp_path / "out/recipe.json").read_text())
     assert recipe["task"] == task
     assert (made[0] - made[1]).abs().max() > (0.02 if task != "reconstruct" else -1)
-    # The condition matters: without it the same seed draws something else.
+    # The condition matters: without it, or with another one, the same seed draws something else.
     if task not in ("unconditional", "reconstruct", "img2img", "inpaint", "outpaint"):
-        plain = run(kind, "task=unconditional", out="plain")
+        other = {"semantic": ("map={empty.png}",), "superres": ("image={depth.png}",), "depth": ("depth={photo.png}",)}
+        plain = run(kind, *named(other.get(task, ("task=unconditional",)), files), out="plain")
         assert (plain[0] - made[0]).abs().max() > 0.01
 
 
@@ -242,7 +243,10 @@ def test_pairs_of_inputs(run: Callable, files: dict[str, str], tmp_path: Path):
         ("text", ("prompts={negative.jsonl}", "guidance_scale=1"), "negative= needs guidance"),
         ("text", ("task=reconstruct", "image={photo.png}", "film=gif"), "nothing is drawn by task=reconstruct"),
         ("text", ("image={photo.png}", "strength=0", "film=gif"), "nothing is drawn by task=img2img"),
-        ("text", ("image={photo.png}", "strength=0.01", "film=gif"), "nothing is drawn by task=img2img"),
+        ("text", ("image={photo.png}", "strength=0.01"), r"strength=0\.01 of num_inference_steps=\d+ is less than one step; set it to"),
+        ("text", ("guidance_scale=2", "guidance.interval=[1e-5,1e-4]"), "holds none of the noise levels .* so nothing would"),
+        ("superres", (), r"never trained without lowres, so it cannot do task=unconditional without; give image="),
+        ("superres", ("task=img2img", "image={photo.png}"), r"never trained without lowres, so it cannot do task=img2img"),
         ("text", ("image={photo.png}", "invert=true", "sampler=heun"), r"leave sampler= out \(it is ddim, eta 0\)"),
         ("text", ("image={photo.png}", "invert=true", "resample.repeats=2"), "which inversion has just taken out"),
         ("text", ("image={photo.png}", "invert=true", "invert_iterations=0"), "invert_iterations=0 is below 1"),
@@ -421,7 +425,9 @@ def test_a_recipe_replays_to_identical_bytes(
     inputs = [f"run={model_folder('text')}", f"image={files['photo.png']}"]
     replay = sample(composed("sample", f'recipe="{tmp_path}/out/recipe.json"', *inputs))
     single = sample(composed("sample", f'recipe="{tmp_path}/out/00002_seed2.png"', f"out={tmp_path}/single", *inputs))
-    assert "3 of 3 pictures are identical to the recipe's" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "3 of 3 pictures are identical to the recipe's" in said
+    assert "1 of 1 pictures are identical to the recipe's" in said
     for path in replay:
         assert path.read_bytes() == (tmp_path / "out" / path.name).read_bytes()
     assert [p.name for p in single] == ["00002_seed2.png"]

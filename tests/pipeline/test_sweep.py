@@ -110,6 +110,16 @@ def test_one_table_and_the_plots_are_there_at_the_end(swept: Path) -> None:
 
 
 @pytest.mark.chain
+def test_the_printed_table_shows_the_number_that_was_asked_for(
+    swept: Path, command: Callable[..., int], capsys
+) -> None:
+    assert command("sweep", f"dir={swept}", "final=reconstruction.psnr") == 0
+    assert "reconstruction.psnr.value " in capsys.readouterr().out
+    assert command("sweep", f"dir={swept}", "final=samples.fdi") == 1
+    assert "final=samples.fdi is in no run's metrics.json; there are " in capsys.readouterr().err
+
+
+@pytest.mark.chain
 def test_speed_against_quality_is_measured_once(swept: Path, command: Callable[..., int], capsys) -> None:
     arguments = (f"dir={swept}", "steps=[1,2]", "n=8", "progress=false", "accelerator=cpu")
     assert command("sweep", *arguments) == 0
