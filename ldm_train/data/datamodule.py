@@ -276,6 +276,18 @@ class ShardDataModule(L.LightningDataModule):
         batches = StepBatches(len(dataset), self.batching, self.seed, start, stop, self.mixture, buckets)
         return self._batch_loader(dataset, batches)
 
+    def state_dict(self) -> dict[str, Any]:
+        """Returns, for checkpoints, the number of devices by which a stream was divided."""
+        return {"devices": self.batching.world_size} if self.reader == "streaming" else {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Raises DataError if a stream was divided by another number of devices: samples would be missed or repeated."""
+        if self.reader == "streaming" and state_dict["devices"] != (now := self.batching.world_size):
+            raise DataError(
+                f"data.reader=streaming divided the shards by {state_dict['devices']} devices, so training cannot continue with "
+                f"{now}; set devices={state_dict['devices']}, or begin again with restart=<stage> or another name="
+            )
+
     def train_dataloader(self) -> DataLoader:
         return self.train_loader(self.trainer.global_step * self.batching.accumulate if self.trainer else 0)
 

@@ -192,10 +192,10 @@ def chosen_task(model: LatentDiffusion, config: DictConfig, guided: Collection[s
     return task
 
 
-def picture_size(model: LatentDiffusion, size: Any, option: str = "size") -> tuple[int, int]:
+def picture_size(model: LatentDiffusion, size: Any, option: str = "size", hint: str = "") -> tuple[int, int]:
     """Returns (H, W) of the pictures. size: None for the training size, a side, [height, width], or a ratio
-    "width:height", which gives about as many pixels as the model was trained on. Raises ValueError if the model's
-    downsampling does not divide the size."""
+    "width:height", which gives about as many pixels as the model was trained on. Raises ValueError, its message ended by
+    `hint`, if the model's downsampling does not divide the size."""
     f = model.first_stage.downsample_factor
     trained, least = (model.latent_size[0] * f, model.latent_size[1] * f), f * model.network.size_multiple
     if size is None:
@@ -208,6 +208,7 @@ def picture_size(model: LatentDiffusion, size: Any, option: str = "size") -> tup
         raise ValueError(
             f"{option} {height}x{width} is not divisible by {least} (downsample_factor {f}, latents in multiples of "
             f"{model.network.size_multiple}); use {max(least, round(height / least) * least)}x{max(least, round(width / least) * least)}"
+            f"{hint}"
         )
     return height, width
 
@@ -288,7 +289,8 @@ def requests(model: LatentDiffusion, config: DictConfig, task: str, guides: Mapp
     canvas = size
     if task == "outpaint":
         top, right, bottom, left = config.extend
-        canvas = picture_size(model, (size[0] + top + bottom, size[1] + left + right), "the extended picture's size")
+        whole, hint = (size[0] + top + bottom, size[1] + left + right), " in all, by other values in extend="
+        canvas = picture_size(model, whole, "the extended picture's size", hint)
     all_requests: list[Request] = []
     for entries in inputs.paired(max(map(len, inputs.given.values()), default=1)):
         own = entries["prompts"] if isinstance(entries.get("prompts"), dict) else {}

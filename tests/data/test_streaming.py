@@ -45,6 +45,19 @@ def all_same(left: list[dict], right: list[dict]) -> bool:
     )
 
 
+def test_a_stream_continues_on_as_many_devices_as_it_began_with(write_data: Callable, tmp_path: Path):
+    root = write_data(tmp_path)
+
+    def data(devices: int, reader: str) -> ShardDataModule:
+        return ShardDataModule(str(root), Batching(4, None, devices, 0), STEPS, ("image",), reader=reader)
+
+    kept = data(2, "streaming").state_dict()
+    data(2, "streaming").load_state_dict(kept)
+    with pytest.raises(DataError, match=r"by 2 devices, so training cannot continue with 1; set devices=2"):
+        data(1, "streaming").load_state_dict(kept)
+    assert data(2, "indexed").state_dict() == {}  # its samples do not depend on the devices
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("corrupt", [(), (3, 4, 17, 39)], ids=["whole", "corrupt"])
 def test_any_resume_is_the_tail_of_an_undisturbed_run(
