@@ -156,6 +156,11 @@ class LatentDiffusion(nn.Module):
         """The batch fields that the conditioners read."""
         return tuple(c.field for c in self.conditioners.values())
 
+    @property
+    def _kept(self) -> set[str]:
+        """The spatial fields that training never dropped, which guidance keeps on both sides."""
+        return {c.field for c in self.conditioners.values() if {*SPATIAL} & c.widths.keys() and not c.dropout}
+
     def parts(self) -> nn.ModuleDict:
         """The network and the conditioners."""
         return nn.ModuleDict({"network": self.network, "conditioners": self.conditioners})
@@ -218,8 +223,7 @@ class LatentDiffusion(nn.Module):
         null = self.null_condition(count, latent_size)
         mixed = {k: v.clone() for k, v in null.items()}
         if "context_mask" in mixed:
-            total = sum(w for w, _ in terms)
-            mixed["context_mask"] &= to_device((total - 1).abs(), self.device)[:, None] > 1e-6
+            mixed["context_mask"] &= to_device((sum(w for w, _ in terms) - 1).abs(), self.device)[:, None] > 1e-6
         for weights, batch in terms:
             for name, value in self.condition(batch, None, latent_size).items():
                 w = weights.to(value.device).view(-1, *[1] * (value.ndim - 1))
@@ -231,10 +235,8 @@ class LatentDiffusion(nn.Module):
 
     def describe(self, batch: Mapping[str, Any], count: int) -> list[str]:
         """A caption per sample: the description by the last conditioner that gives one ("" if none does)."""
-        for conditioner in reversed(self.conditioners.values()):
-            if conditioner.field in batch and any(texts := conditioner.describe(batch[conditioner.field])):
-                return texts
-        return [""] * count
+        described = (c.describe(batch[c.field]) for c in reversed(self.conditioners.values()) if c.field in batch)
+        return next((texts for texts in described if any(texts)), [""] * count)
 
     def picture(self, batch: Mapping[str, Any], size: Sequence[int]) -> torch.Tensor | None:
         """Visible conditions as images (B, C, H, W) in [-1, 1], of the first conditioner that has some, or None."""
@@ -327,17 +329,18 @@ class LatentDiffusion(nn.Module):
         count: int,
         how: Sampling,
         guidance: Guidance,
-        condition: dict[str, torch.Tensor] | None,
+        given: dict[str, torch.Tensor] | None,
         latent_size: Sequence[int] | None,
     ) -> Denoise:
-        """The guided denoiser for `count` samples."""
+        """The guided denoiser for `count` samples under the condition `given`, or under the fields in `batch`."""
         weaker = guidance.weaker_model
-        if condition is not None and weaker is not None:
+        if given is not None and weaker is not None:
             raise ValueError("a weaker model guides under the same fields; give them as batch, not as condition")
-        given = condition
         condition = self.sampled_condition(batch, count, latent_size) if given is None else given
         denoise = self.denoiser(condition, how.overlap)
-        if (scale := float(how.guidance_scale)) != 1 and (weaker is not None or self.conditioners):
+        # If there is no condition that guidance could drop, both of its sides are the same.
+        conditional = given is not None or guidance.negative or {*self.fields} & batch.keys() - self._kept
+        if (scale := float(how.guidance_scale)) != 1 and (weaker is not None or conditional):
             if weaker is not None:
                 other = weaker.denoiser(weaker.sampled_condition(batch, count, latent_size), how.overlap)
             else:
@@ -382,8 +385,7 @@ class LatentDiffusion(nn.Module):
         conditioner was trained without dropout. Raises ValueError if `batch` has fields, but none that is read."""
         if batch and self.fields and not {*self.fields} & batch.keys():
             raise ValueError(f"the model reads {', '.join(self.fields)}, not {', '.join(batch)}")
-        kept = {c.field for c in self.conditioners.values() if {*SPATIAL} & c.widths.keys() and not c.dropout}
-        fields = {**{k: v for k, v in (spatial or {}).items() if k in kept}, **batch}
+        fields = {**{k: v for k, v in (spatial or {}).items() if k in self._kept}, **batch}
         return self.condition(fields, None, latent_size) if fields else self.null_condition(count, latent_size)
 
 

@@ -120,7 +120,8 @@ def replay_of(offer: Offer, picture: Path, limits: Limits) -> dict[str, Any]:
     if chosen:
         options["adapters"] = adapters(offer, chosen)
     folder = offer.folder / "samples" / f"replay-{_digest(picture.read_bytes())}"
-    return options | {"recipe": str(picture), "out": str(folder)}
+    # Other pictures in this folder are those of the same recipe on another machine.
+    return options | {"recipe": str(picture), "out": str(folder), "overwrite": True}
 
 
 def _own(offer: Offer) -> dict[str, Input]:

@@ -150,7 +150,7 @@ class Form:
 
     def _settings(self) -> None:
         offer, limits, usual = self.offer, self.studio.limits, self.offer.usual
-        self.parts.add("n", gr.Slider(1, limits.pictures, 4, step=1, label="Number of pictures"))
+        self.parts.add("n", gr.Slider(1, limits.pictures, min(4, limits.pictures), step=1, label="Number of pictures"))
         with gr.Row(equal_height=True):
             self.parts.add("seed", gr.Number(0, label="Seed", precision=0, minimum=0, min_width=120))
             self.dice = gr.Button("Random seed", min_width=120)
@@ -181,7 +181,8 @@ class Form:
         of = " of the second" if prefix else ""
         with gr.Row():
             self.parts.add(prefix + "sampler", gr.Dropdown([OWN, *samplers()], value=OWN, label=f"Sampler{of}"))
-            made = gr.Slider(1, self.studio.limits.steps, steps, step=1, label=f"Steps{of}")
+            most = self.studio.limits.steps
+            made = gr.Slider(1, most, min(steps, most), step=1, label=f"Steps{of}")
             self.parts.add(prefix + "num_inference_steps", made)
             if self.offer.guided:
                 made = gr.Slider(0, 20, guidance_scale, step=0.1, label=f"Guidance{of}", info="1: off")

@@ -3,7 +3,6 @@ VQGAN's layout models)."""
 
 import json
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from PIL import Image, ImageDraw
@@ -99,19 +98,21 @@ class LayoutBoxes(Conditioner):
         """Parses JSON: [[x, y, width, height, label], ...], with labels by name or number and everything else in 0..1.
         Raises ValueError for an invalid layout."""
         try:
-            rows = [[*map(float, row[:4]), self._label(row[4])] for row in json.loads(text)]
-        except (json.JSONDecodeError, TypeError, IndexError) as error:
+            rows = [(*map(float, row[:4]), row[4]) for row in json.loads(text)]
+            labels = [label if isinstance(label, str) else int(label) for *_, label in rows]
+        except (ValueError, TypeError, IndexError, OverflowError) as error:
             raise ValueError(f"{text!r} is not a layout; write [[x, y, width, height, label], ...]") from error
+        rows = [[*box, self._label(label)] for (*box, _), label in zip(rows, labels)]
         boxes = torch.tensor(rows).reshape(-1, 5)
         self.tokens(boxes)  # raises ValueError for unknown labels and boxes not inside the image
         return boxes
 
-    def _label(self, label: Any) -> int:
-        if isinstance(label, str):
-            if label not in self.names:
-                raise ValueError(f"unknown label {label!r}; this model knows {', '.join(self.names[:50])}")
-            return self.names.index(label)
-        return int(label)
+    def _label(self, label: str | int) -> int:
+        if isinstance(label, int):
+            return label
+        if label not in self.names:
+            raise ValueError(f"unknown label {label!r}; this model knows {', '.join(self.names[:50])}")
+        return self.names.index(label)
 
     def picture(self, values: Sequence[torch.Tensor], size: Sequence[int]) -> torch.Tensor:
         """Draws the outlines of the boxes on white, with one colour per label."""

@@ -22,6 +22,7 @@ from ldm_train.data.transforms import (
     decode_labels,
     largest_label,
     read_bytes,
+    read_depth,
     read_image,
     read_map,
     to_signed_range,
@@ -183,7 +184,7 @@ class Depth(Field):
         return (depth / largest_label(data)).clamp(0, 1)
 
     def from_words(self, given: str, conditioner: Any, size: tuple[int, int], channels: int) -> torch.Tensor:
-        return (read_image(given, size, 1, "depth") + 1) / 2
+        return read_depth(given, size)
 
 
 class Boxes(Field):

@@ -184,6 +184,20 @@ def read_image(path: str, size: tuple[int, int], channels: int, option: str = "i
     return to_signed_range(_read_cut(path, option, decode, size))
 
 
+def read_depth(path: str, size: tuple[int, int]) -> torch.Tensor:
+    """Reads a depth map as (1, H, W) in [0, 1], see `_read_cut`: grey of 8 or 16 bits with all its levels, or the grey
+    of a picture with colours."""
+
+    def decode(data: bytes) -> torch.Tensor:
+        with open_image(data) as image:
+            deep = image.mode.startswith("I")
+        if deep:
+            return decode_labels(data).float() / largest_label(data)
+        return decode_image(data, Path(path).suffix.lower().lstrip("."), 1) / 255.0
+
+    return _read_cut(path, "depth", decode, size).clamp(0, 1)
+
+
 def read_map(path: str, size: tuple[int, int]) -> torch.Tensor:
     """Reads a label map as int64 (H, W), see `_read_cut`. It is resized by nearest neighbour, which keeps the
     labels."""

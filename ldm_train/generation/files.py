@@ -16,6 +16,14 @@ from ldm_train.data.transforms import read_bytes, read_image
 PROMPT_KEYS = ("prompt", "negative", "seed", "n")  # keys of a JSON line, or of an entry in a list
 
 
+def is_file(path: Path) -> bool:
+    """Returns True if there is such a file, and False for a text that no file can be called by."""
+    try:
+        return path.is_file()
+    except (OSError, ValueError):  # longer than a name may be; with a null character
+        return False
+
+
 def _prompt(entry: Any, where: str) -> str | dict[str, Any]:
     """Checks a prompt: a caption, or a dictionary with PROMPT_KEYS. Raises ValueError, naming the line, if it is
     invalid."""
@@ -41,10 +49,10 @@ def _prompt_file(path: Path, option: str) -> list[Any]:
     if not path.is_file():
         raise FileNotFoundError(f"{option}={path}: there is no such file")
     try:
-        lines = path.read_text(encoding="utf-8-sig").rstrip().splitlines()
+        lines = path.read_text(encoding="utf-8-sig").rstrip().split("\n")  # not at the separators within a caption
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 text ({error}); save it as UTF-8") from error
-    if not lines:
+    if lines == [""]:
         raise ValueError(f"{option}={path} is empty")
     prompts = []
     for number, line in enumerate(map(str.strip, lines), 1):
@@ -78,7 +86,8 @@ def as_list(value: Any, option: str) -> list[Any]:
             return [_prompt(v if isinstance(v, dict) else str(v), f"prompts, entry {k}") for k, v in entries]
         return [json.dumps(v) if isinstance(v, list) else str(v) for v in value]
     path = Path(str(value))
-    if " " not in path.name and path.suffix in {"prompts": (".txt", ".jsonl"), "classes": (".txt",)}.get(option, ()):
+    kinds = {"prompts": (".txt", ".jsonl"), "classes": (".txt",)}.get(option, ())
+    if path.suffix in kinds and (" " not in path.name or is_file(path)):
         return _prompt_file(path, option)
     return [str(value)]
 
@@ -91,7 +100,7 @@ def read_mask(path: str, size: tuple[int, int]) -> torch.Tensor:
     return mask
 
 
-def _size(path: str, option: str) -> tuple[int, int]:
+def size_of(path: str, option: str) -> tuple[int, int]:
     """Returns (width, height) of a picture file. Raises ValueError, naming it, if it cannot be read."""
     data = read_bytes(path, option)
     try:
@@ -106,7 +115,7 @@ def _size(path: str, option: str) -> tuple[int, int]:
 
 def require_same_shape(image: str, mask: str) -> None:
     """Raises ValueError if picture and mask have different proportions, so that they would be cropped differently."""
-    (w, h), (v, g) = _size(image, "image"), _size(mask, "mask")
+    (w, h), (v, g) = size_of(image, "image"), size_of(mask, "mask")
     if abs(w * g - v * h) > 0.02 * w * g:
         raise ValueError(
             f"mask={mask} is {v}x{g}, image={image} is {w}x{h}: give a mask of the picture's own proportions"

@@ -20,7 +20,8 @@ from ldm_train import names, storage
 from ldm_train.configuration import config_folder, differences, literal
 from ldm_train.data.files import OWN_PICTURE, RECIPE, read_npy
 from ldm_train.errors import Refused
-from ldm_train.generation.files import as_list
+from ldm_train.generation.files import as_list, is_file
+from ldm_train.generation.film import KINDS, film_path
 from ldm_train.generation.requests import Request
 from ldm_train.rng import derive_seed
 
@@ -77,17 +78,9 @@ def make_recipe(
     for option in {"prompts", "classes"} & asked.keys():
         asked[option] = as_list(config[option], option)  # the file's content, not its name
     paths = [Path(v) for option, values in _input_files(asked).items() if option not in texts for v in values]
-    files = {str(p): storage.file_sha256(p) for p in paths if _is_file(p)}
+    files = {str(p): storage.file_sha256(p) for p in paths if is_file(p)}
     recipe = {"model": str(source), "model_sha256": sha256, "task": task, "config": asked, "files": files}
     return json.loads(json.dumps(recipe | {"machine": machine(device, config.batch_size)}))
-
-
-def _is_file(path: Path) -> bool:
-    """Returns True if there is such a file, and False for a text that no file can be called by."""
-    try:
-        return path.is_file()
-    except (OSError, ValueError):  # longer than a name may be; with a null character
-        return False
 
 
 def _options(tree: dict[str, Any]) -> dict[str, Any]:
@@ -195,8 +188,8 @@ def replayed(config: DictConfig) -> tuple[DictConfig, dict[str, Any], int | None
             f"they are right: {' '.join(unsaid)}"
         )
     for option, value in said.items():
-        now = [storage.file_sha256(name) if _is_file(Path(name)) else name for name in as_list(value, option)]
-        if option in files and now != [recipe["files"].get(name, name) for name in needed[option]]:
+        now = [storage.file_sha256(name) if is_file(Path(name)) else name for name in as_list(value, option)]
+        if option in files and now != [recipe["files"].get(str(Path(name)), name) for name in needed[option]]:
             raise ValueError(f"recipe={path} was drawn from {needed[option]}; {option}= is no longer the same file")
         section, _, name = option.rpartition(".")
         (asked[section] if section else asked)[name] = value
@@ -205,7 +198,8 @@ def replayed(config: DictConfig) -> tuple[DictConfig, dict[str, Any], int | None
     config.run = config.run or recipe["model"]
     only = recipe.get("number")
     beside = path.parent / ("replay" if only is None else f"replay-{only:05d}")
-    config.out = config.out or str(storage.inside(beside, path.parent))
+    if config.out is None:  # the folder of this picture's or job's replays: another one was of another machine
+        config.out, config.overwrite = str(storage.inside(beside, path.parent)), True
     return config, recipe, only
 
 
@@ -260,8 +254,9 @@ class Job:
                     f"{folder} holds pictures of another job:\n  {listed}\nChoose another out=<folder>, or overwrite=true"
                 )
             for entry in before["images"]:
-                for old in folder.glob(f"{Path(entry['file']).stem}.*"):  # and its films
-                    old.unlink()
+                picture = folder / entry["file"]
+                for old in (picture, picture.with_suffix(".npy"), *(film_path(picture, kind) for kind in KINDS)):
+                    old.unlink(missing_ok=True)
 
     def _before(self) -> dict[str, Any] | None:
         """Returns the recipe of the pictures in the folder, None if there are none. Raises Refused if its recipe.json
@@ -305,7 +300,8 @@ class Job:
         for request in part:
             path = self.folder / request.name
             try:
-                if pictures.read_recipe(path) != self._metadata(request):
+                drawn, asked = pictures.read_recipe(path), self._metadata(request)
+                if drawn | {"model": asked["model"]} != asked:  # the model is known by its checksum
                     return None
                 with Image.open(path) as image:
                     array = np.atleast_3d(np.array(image))

@@ -20,6 +20,7 @@ from ldm_train.generation.files import (
     read_image,
     read_mask,
     require_same_shape,
+    size_of,
 )
 from ldm_train.latent_diffusion import LatentDiffusion
 from ldm_train.rules import (
@@ -58,10 +59,9 @@ TASKS = {
 # Tasks that start from a picture.
 FROM_IMAGE = ("inpaint", "outpaint", "img2img", "reconstruct", "interpolate")
 MOST = 1 << 20  # largest value of a count; most pictures of one job
-COUNT, NOT_NEGATIVE = optional(whole(1, MOST)), optional(whole(0, MOST))
+COUNT = whole(1, MOST)
 PIXELS = whole(-MOST, MOST)
 SECTIONS = {"guidance": "rescale", "guide": "classifier", "resample": "repeats", "tiles": "cells", "fields": "<name>"}
-NUMBERS = ("guidance_scale", "strength", "panorama", "guidance.rescale", "guidance.threshold")
 TEXTS = (
     "task",
     "spacing",
@@ -84,13 +84,25 @@ def _size(value: Any) -> Any:
     return value
 
 
+def _folder(value: Any) -> str:
+    """Returns a folder's name, which may look like a number."""
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
+        raise ValueError("{name}={value} is not a folder")
+    return str(value)
+
+
 RULES: dict[str, Rule] = {
     **{name: section(f" is not a section with options; set {{name}}.{option}=") for name, option in SECTIONS.items()},
-    "seed": optional(whole(0)),
+    "seed": whole(0),
     **dict.fromkeys(("n", "batch_size", "invert_iterations", "resample.jump_length", "resample.repeats"), COUNT),
-    "tiles.cells": COUNT,
-    **dict.fromkeys(("num_inference_steps", "tiles.overlap"), NOT_NEGATIVE),
-    **dict.fromkeys((*NUMBERS, "guide.classifier_scale", "guide.clip_scale"), optional(number())),
+    "tiles.cells": optional(COUNT),
+    "num_inference_steps": optional(whole(0, MOST)),
+    "tiles.overlap": whole(0, MOST),
+    **dict.fromkeys(("strength", "guidance.rescale", "guide.classifier_scale", "guide.clip_scale"), number()),
+    **dict.fromkeys(("guidance_scale", "panorama", "guidance.threshold"), optional(number())),
+    "runs_dir": _folder,
+    "out": optional(_folder),
+    "trust": list_of(str),
     "size": optional(_size),
     "extend": optional(numbers(4, PIXELS, "whole numbers")),
     "guidance.interval": optional(numbers(2, number(-MOST, MOST))),
@@ -285,7 +297,10 @@ def requests(model: LatentDiffusion, config: DictConfig, task: str, guides: Mapp
     size = picture_size(model, config.size)
     inputs = _Inputs.of(model, config, task, guides)
     if task == "interpolate":
+        _check_trained_without(model, task, inputs.used)
         return _walk(config, inputs, size)
+    if task in (*FROM_IMAGE, "superres"):
+        _note_cuts(model, inputs.given.get("image", []), size)
     canvas = size
     if task == "outpaint":
         top, right, bottom, left = config.extend
@@ -312,6 +327,27 @@ def requests(model: LatentDiffusion, config: DictConfig, task: str, guides: Mapp
             seed = config.seed + number if first is None else first + i
             all_requests.append(Request(seed, fields, text, number, image, mask, negative, targets))
     return all_requests
+
+
+def _note_cuts(model: LatentDiffusion, paths: list[str], size: tuple[int, int]) -> None:
+    """Prints which of the given pictures are cropped or reduced for a model that draws `size` (H, W), and the size that
+    would keep the first."""
+    lowres = _by_field(model).get("lowres")
+    factor, cut = 1 if lowres is None else lowres.factor, []
+    for path in dict.fromkeys(paths):
+        width, height = size_of(path, "image")
+        if abs(width * size[0] - height * size[1]) > 0.01 * width * size[0] or height * factor > size[0]:
+            cut.append((path, width, height))
+    if cut:
+        least = model.first_stage.downsample_factor * model.network.size_multiple
+        path, width, height = cut[0]
+        whole = ",".join(str(max(least, round(side * factor / least) * least)) for side in (height, width))
+        others = f" (and {len(cut) - 1} more)" if len(cut) > 1 else ""
+        print(
+            f"{path}{others}: {width}x{height} pixels are cropped and resized to {size[1] // factor}x{size[0] // factor}; "
+            f"size=[{whole}] keeps them",
+            flush=True,
+        )
 
 
 def _check_trained_without(model: LatentDiffusion, task: str, fields: Mapping[str, Any]) -> None:

@@ -19,7 +19,7 @@ from ldm_train.checkpoints.native import find_model, load_latent_diffusion, mode
 from ldm_train.checkpoints.parts import build_sampler, targets
 from ldm_train.cluster import mapped
 from ldm_train.compiling import check_compiler, compile_sampling, record_cuda_graphs
-from ldm_train.configuration import literal, plain
+from ldm_train.configuration import config_folder, literal, plain
 from ldm_train.devices import device_of
 from ldm_train.diffusion.guidance import classifier_free
 from ldm_train.generation.adapters import take_adapters
@@ -162,6 +162,26 @@ def check_wanted(config: DictConfig, task: str, wanted: list[Request], chosen: A
             raise ValueError("resample.repeats adds noise, which inversion has just taken out; leave one of them out")
 
 
+def check_effects(said: DictConfig, model: LatentDiffusion, task: str) -> None:
+    """Raises ValueError for an option of the command that has no effect on its job."""
+    usual = OmegaConf.load(config_folder() / "sample.yaml")
+    draws, conditional = task != "reconstruct", bool(model.conditioners) or said.weaker_model is not None
+    drawn = (draws, "where something is drawn, not with task=reconstruct")
+    only = {
+        **dict.fromkeys(("prompts", "classes", "negative"), drawn),
+        "strength": (task == "img2img", "with task=img2img"),
+        "guidance_scale": (conditional or said.guidance_scale == 1, "for a model that takes a condition"),
+        "invert_iterations": (inverts(said, task), "with invert=true"),
+        "resample.jump_length": (said.resample.repeats > 1, "with resample.repeats=2 or more"),
+        "tiles.overlap": (said.tiles.cells is not None, "with tiles.cells="),
+        "guide.classifier_scale": (said.guide.classifier is not None, "with guide.classifier="),
+        "guide.clip_scale": (said.guide.clip is not None, "with guide.clip="),
+    }
+    for option, (effective, where) in only.items():
+        if not effective and OmegaConf.select(said, option) != OmegaConf.select(usual, option):
+            raise ValueError(f"{option}= has an effect only {where}; leave it out")
+
+
 def load(config: DictConfig, sampler: dict[str, Any] | None = None) -> Loaded:
     """Loads the model that `run`, `adapters` and `accelerator` specify. sampler: the user's own, if any. Raises
     FileNotFoundError if there is no such model, ValueError if it is damaged or does not take the adapters."""
@@ -216,7 +236,8 @@ def _drawn_job(
             torch.set_num_threads(1 if config.engine else max(1, threads // config.devices))
         ready = _ready(config, recipe_before, only, loaded)
         out = folder_of(config, ready.source, ready.recipe)
-        job = Job(out, ready.recipe, ready.wanted, config.overwrite, ready.channels)
+        # The default folder is named after the recipe, so that other pictures in it are those of another machine.
+        job = Job(out, ready.recipe, ready.wanted, config.overwrite or config.out is None, ready.channels)
         drawn = partial(drawn_here, job, ready.drawing, only, watch)
         if many:
             drawn = partial(_drawn_elsewhere, config, recipe_before, _drawn_from(ready.recipe))
@@ -266,7 +287,7 @@ def _ready(config: DictConfig, recipe_before: dict[str, Any] | None, only: int |
     chosen = None if recipe_before else given
     loaded = loaded or load(config, chosen)
     model, source, trust = loaded.model, loaded.source, trusted(config, chosen)
-    tree, device = given or loaded.trained["sampler"], model.device.type
+    tree, device, said = given or loaded.trained["sampler"], model.device.type, config
     config = literal(OmegaConf.to_container(config, resolve=True) | unsaid(config, loaded.trained) | {"sampler": tree})
     if recipe_before and config.compile == "cuda_graphs" and device != "cuda":
         config.compile = None  # the pictures are the same up to rounding
@@ -280,6 +301,8 @@ def _ready(config: DictConfig, recipe_before: dict[str, Any] | None, only: int |
     if only is not None and only >= len(wanted):
         raise ValueError(f"this is not a recipe of ldm-sample: it asks for picture {only} of a job with {len(wanted)}")
     check_wanted(config, task, wanted, chosen)
+    if recipe_before is None:  # recipes of before may hold options without effect
+        check_effects(said, model, task)
     sampler = build_sampler(tree, f"sampler of {config.recipe or source}", trust)
     if config.resample.repeats > 1:
         sampler = partial(resampled, sampler=sampler, **config.resample)

@@ -36,11 +36,11 @@ def lms(
 ) -> torch.Tensor:
     """Moves y = x / alpha along the polynomial through the last `order` slopes (y - x_0) / sigma.
 
-    No noise is drawn. Raises ValueError for an order below 1.
+    No noise is drawn. Raises ValueError for an order below 1 or above 6: beyond, small errors grow from step to step.
     The other arguments: see `ldm_train.samplers`.
     """
-    if order < 1:
-        raise ValueError(f"sampler.order is {order}; it must be at least 1")
+    if not 1 <= order <= 6:
+        raise ValueError(f"sampler.order is {order}; it must lie between 1 and 6")
     (alphas, levels), times = schedule.levels(timesteps), timesteps.tolist()
     y, slopes = x_t / alphas[0], list[torch.Tensor]()
     for step in range(len(times) - 1):

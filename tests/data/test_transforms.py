@@ -1,6 +1,7 @@
 """Every kind of image file is decoded to what a viewer shows, and no transform distorts it."""
 
 import io
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -277,3 +278,19 @@ def test_only_centre_crops_can_be_cached():
 def test_an_unknown_crop_is_named():
     with pytest.raises(ValueError, match=r"data\.crop is center, random or random_resized, not 'centre'"):
         ImageTransform(8, "centre")
+
+
+def test_depth_from_the_command_line_is_read_as_in_training(tmp_path: Path):
+    """With all levels of 16 bits; of a picture with colours the grey counts."""
+    ramp = np.tile(np.linspace(0, 5000, 64).astype(np.uint16), (64, 1))
+    Image.fromarray(ramp).save(tmp_path / "deep.png")
+    trained = Depth().decode(
+        Sample("a", {"depth.png": (tmp_path / "deep.png").read_bytes()}, None, ImageTransform((64, 64)), 3, {}, {})
+    )
+    given = Depth().from_words(str(tmp_path / "deep.png"), None, (64, 64), 3)
+    torch.testing.assert_close(given, trained, rtol=0, atol=0)
+    assert len(given.unique()) == 64
+    Image.new("RGB", (8, 8), (51, 51, 51)).save(tmp_path / "grey.png")
+    torch.testing.assert_close(
+        Depth().from_words(str(tmp_path / "grey.png"), None, (8, 8), 3), torch.full((1, 8, 8), 0.2)
+    )

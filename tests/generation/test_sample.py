@@ -24,6 +24,7 @@ from ldm_train.cli.sample import FREE
 from ldm_train.errors import Refused
 from ldm_train.generation.sample import sample
 from ldm_train.latent_diffusion import Guidance, Sampling
+from ldm_train.samplers.ddim import ddim
 
 
 @pytest.fixture(scope="module")
@@ -270,6 +271,21 @@ def test_pairs_of_inputs(run: Callable, files: dict[str, str], tmp_path: Path):
         ("none", ("image={photo.png}", "mask={wide.png}"), "give a mask of the picture's own proportions"),
         ("text", ("task=interpolate", "prompts=[a,b]", "weaker_model=x", "guidance_scale=2"), "the weaker model knows no mixtures"),
         ("none", ("recipe={photo.png}",), "is not a recipe of ldm-sample"),
+        ("none", ("seed=null",), "seed=null: it needs a whole number"),
+        ("none", ("n=null",), "n=null: it needs a whole number"),
+        ("none", ("strength=null",), "strength=null: it needs a number"),
+        ("none", ("trust=my_package",), r"trust is a list: trust=\[my_package\]"),
+        ("none", ("runs_dir=[a]",), r"runs_dir=\['a'\] is not a folder"),
+        ("text", ("prompts=a cat", "strength=0.2"), "strength= has an effect only with task=img2img"),
+        ("none", ("guidance_scale=9",), "guidance_scale= has an effect only for a model that takes a condition"),
+        ("none", ("resample.jump_length=3",), r"resample\.jump_length= has an effect only with resample\.repeats=2"),
+        ("none", ("tiles.overlap=3",), r"tiles\.overlap= has an effect only with tiles\.cells="),
+        ("none", ("invert_iterations=3",), "invert_iterations= has an effect only with invert=true"),
+        ("none", ("guide.clip_scale=3",), r"guide\.clip_scale= has an effect only with guide\.clip="),
+        ("text", ("task=reconstruct", "image={photo.png}", "prompts=a cat"), "prompts= has an effect only where something is drawn"),
+        ("superres", ("task=interpolate",), "never trained without lowres"),
+        ("layout", ("layout=[[0.1,0.1,0.2,0.2,1e999]]",), "is not a layout; write"),
+        ("layout", ('layout=[["cat",0.1,0.1,0.2,0.2]]',), "is not a layout; write"),
         ("none", ("recipe=nothing.json",), r"recipe=nothing\.json: there is no such file"),
     ],
 )  # fmt: skip
@@ -316,7 +332,8 @@ def test_guidance_keeps_pictures_that_training_never_dropped(model_folder: Calla
     model, seen = ldm_train.load(str(model_folder("superres"))), []
     model.network.register_forward_pre_hook(lambda _, args, named: seen.append(named["concat"]), with_kwargs=True)
     lowres = torch.rand(1, 3, 8, 8) * 2 - 1
-    model.sample({"lowres": lowres}, [0], Sampling(guidance_scale=3.0))
+    condition = model.condition({"lowres": lowres})
+    model.sample({}, [0], Sampling(guidance_scale=3.0), condition=condition)
     assert torch.equal(seen[0][0], lowres[0])
     assert torch.equal(seen[0][1], lowres[0])
     next(iter(model.conditioners.values())).dropout = 0.1  # trained with a null: guidance leads away from the null
@@ -456,6 +473,99 @@ def test_a_replay_elsewhere_says_that_pixels_may_differ(
     path.write_text(json.dumps(recipe))
     with pytest.raises(ValueError, match="does not hold the weights that drew this recipe"):
         sample(composed("sample", f'recipe="{path}"', f"out={tmp_path}/other", model))
+
+
+def test_a_job_or_replay_in_its_own_folder_is_drawn_again_on_another_machine(
+    run: Callable, model_folder: Callable, tmp_path: Path
+):
+    model = f"run={model_folder('text')}"
+    own = (model, "prompts=a yellow circle", "n=1")
+    first = sample(composed("sample", *own))
+    recipe = f'recipe="{first[0].parent}"'
+    replay = sample(composed("sample", recipe, model))
+    for path in (first[0], replay[0]):
+        before = json.loads((path.parent / "recipe.json").read_text())
+        before["machine"]["torch"] = "1.0"
+        (path.parent / "recipe.json").write_text(json.dumps(before))
+        path.write_bytes(b"drawn there")
+    assert sample(composed("sample", *own)) == first
+    assert sample(composed("sample", recipe, model)) == replay
+    for path in (first[0], replay[0]):
+        assert path.read_bytes() != b"drawn there"
+    run("text", "prompts=a red circle", "n=1", out="named")  # a folder that the command names is not replaced
+    recipe = json.loads((tmp_path / "named/recipe.json").read_text())
+    recipe["machine"]["torch"] = "1.0"
+    (tmp_path / "named/recipe.json").write_text(json.dumps(recipe))
+    with pytest.raises(Refused, match=r"machine\.torch: 1\.0"):
+        run("text", "prompts=a red circle", "n=1", "overwrite=false", out="named")
+
+
+def test_a_recipe_takes_files_however_their_paths_are_written(
+    run: Callable, model_folder: Callable, files: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(tmp_path)
+    made = run("text", "image=./photo.png", "n=1")
+    for written in ("./photo.png", "photo.png", files["photo.png"]):
+        command = (f"recipe={tmp_path}/out", f"run={model_folder('text')}", f"image={written}", "overwrite=true")
+        (again,) = sample(composed("sample", *command))
+        with Image.open(again) as image:
+            assert torch.equal(torch.from_numpy(np.array(image)).permute(2, 0, 1) / 127.5 - 1, made[0])
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "size", "kept"),
+    [("none", (), "32x32", "40,56"), ("superres", (), "8x8", "160,224"), ("none", ("size=[40,56]",), None, None)],
+)
+def test_pictures_that_are_cut_are_named_with_the_size_that_keeps_them(
+    kind: str, options: tuple, size: str | None, kept: str | None, run: Callable, files: dict[str, str], capsys
+):
+    run(kind, f"image={files['photo.png']}", "n=1", *options)
+    said = capsys.readouterr().out
+    if size is None:
+        assert "cropped" not in said
+    else:
+        assert f"photo.png: 56x40 pixels are cropped and resized to {size}; size=[{kept}] keeps them" in said
+        assert len(run(kind, f"image={files['photo.png']}", "n=1", f"size=[{kept}]", out="whole")) == 1
+
+
+def test_overwriting_leaves_what_the_job_did_not_make(run: Callable, tmp_path: Path):
+    run("text", "prompts=a red circle", "n=1", "film=strip")
+    (tmp_path / "out/00000_seed0.txt").write_text("my caption")
+    run("text", "prompts=a cat", "n=1", "seed=3")
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
+        "00000_seed0.txt", "00000_seed3.png", "grid.png", "recipe.json",
+    ]  # fmt: skip
+
+
+def test_a_job_continues_from_another_name_of_its_model(
+    run: Callable, model_folder: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+):
+    run("text", "prompts=a red circle", "n=2")
+    monkeypatch.chdir(model_folder("text").parent)
+    sample(composed("sample", "run=text", "runs_dir=.", "prompts=a red circle", "n=2", f"out={tmp_path}/out"))
+    assert "2 pictures were there already" in capsys.readouterr().out
+
+
+def test_the_network_is_evaluated_once_where_guidance_has_nothing_to_drop(model_folder: Callable[[str], Path]):
+    for kind, batch, each in (
+        ("text", {}, 1),
+        ("text", {"caption": ["a cat"]}, 2),
+        ("superres", {"lowres": torch.zeros(1, 3, 8, 8)}, 1),
+    ):
+        model, counts = ldm_train.load(model_folder(kind)), []
+        model.network.register_forward_pre_hook(lambda _, inputs, counts=counts: counts.append(len(inputs[0])))
+        model.sample(batch, [0], Sampling(ddim, 3, guidance_scale=2.0))
+        assert counts == [each] * 3
+
+
+def test_captions_keep_separators_of_unicode_and_files_may_have_spaces(run: Callable, tmp_path: Path, monkeypatch):
+    (tmp_path / "my prompts.txt").write_text("a cat\u0085 sits\na dog\u2028runs\n")
+    monkeypatch.chdir(tmp_path)
+    run("text", "prompts=my prompts.txt", "n=1")
+    entries = json.loads((tmp_path / "out/recipe.json").read_text())["config"]["prompts"]
+    assert entries == ["a cat\u0085 sits", "a dog\u2028runs"]
+    run("text", "prompts=other prompts.txt", "n=1", out="caption")
+    assert json.loads((tmp_path / "caption/recipe.json").read_text())["config"]["prompts"] == ["other prompts.txt"]
 
 
 @pytest.mark.parametrize("kind", ["gif", "mp4", "strip"])

@@ -232,7 +232,8 @@ def test_wrong_options_are_named() -> None:
     for sampler, message in (
         (partial(dpm_solver, kind="3m"), "'3m'"),
         (partial(unipc, order=4), "1, 2 or 3"),
-        (partial(lms, order=0), "at least 1"),
+        (partial(lms, order=0), "between 1 and 6"),
+        (partial(lms, order=7), "between 1 and 6"),
     ):
         with pytest.raises(ValueError, match=message):
             sampler(gaussian, x, times, SCHEDULE, noise)
