@@ -76,7 +76,7 @@ def model_folder(run: str | None, runs_dir: str, option: str = "run") -> Path:
 def check(config: DictConfig, model: LatentDiffusion) -> dict[str, Any]:
     """Checks the config and returns the options of classifier_free. Raises ValueError for invalid values, before any
     work is done."""
-    timesteps = model.schedule.timesteps(config.num_inference_steps, config.spacing)
+    model.schedule.timesteps(config.num_inference_steps, config.spacing)
     guidance = {k: v for k, v in plain(config.guidance).items() if v is not None and (k, v) != ("rescale", 0)}
     captions = [option for option in ("negative", "image_prompt") if config[option] is not None]
     if captions and "caption" not in model.fields:
@@ -91,8 +91,6 @@ def check(config: DictConfig, model: LatentDiffusion) -> dict[str, Any]:
         raise ValueError(f"{', '.join(named)}: without effect at guidance_scale=1; set it to another value")
     if config.guidance_scale != 1:
         classifier_free(model.denoiser({}), model.denoiser({}), config.guidance_scale, **guidance)
-        if "interval" in guidance:
-            _check_interval(guidance["interval"], timesteps, model)
     if not 0 <= config.strength <= 1:
         raise ValueError(f"strength is a share between 0 and 1, not {config.strength}")
     if config.panorama is not None and not 0 <= config.panorama < 1:
@@ -121,15 +119,24 @@ def check(config: DictConfig, model: LatentDiffusion) -> dict[str, Any]:
     return guidance
 
 
-def _check_interval(interval: list[float], timesteps: torch.Tensor, model: LatentDiffusion) -> None:
-    """Raises ValueError if no step begins at a noise level within the interval of guidance."""
+def check_interval(config: DictConfig, model: LatentDiffusion, chosen: bool) -> None:
+    """Raises ValueError if no step begins at a noise level within the interval of guidance; only prints it if the
+    command did not choose the interval."""
+    if config.guidance.interval is None or config.guidance_scale == 1:
+        return
+    low, high = config.guidance.interval
+    timesteps = model.schedule.timesteps(config.num_inference_steps, config.spacing)
     levels = [sigma / alpha if alpha else inf for alpha, sigma in zip(*model.schedule.coefficients(timesteps[:-1]))]
-    if levels and not any(interval[0] <= level <= interval[1] for level in levels):
-        raise ValueError(
-            f"guidance.interval={interval} holds none of the noise levels {levels[0]:.3g} ... {levels[-1]:.3g} of these "
-            f"{len(levels)} steps, so nothing would be guided; set num_inference_steps to more, guidance.interval=[0,1e9] to "
-            "guide every step, or guidance_scale=1"
-        )
+    if any(low <= level <= high for level in levels):
+        return
+    said = (
+        f"guidance.interval=[{low},{high}] holds none of the noise levels {levels[0]:.3g} ... {levels[-1]:.3g} of these "
+        f"{len(levels)} steps, so nothing is guided; set num_inference_steps to more, or guidance.interval=[0,1e9] to guide "
+        "every step"
+    )
+    if chosen:
+        raise ValueError(said)
+    print(said, flush=True)
 
 
 def inverts(config: DictConfig, task: str) -> bool:
@@ -301,6 +308,7 @@ def _ready(config: DictConfig, recipe_before: dict[str, Any] | None, only: int |
     if only is not None and only >= len(wanted):
         raise ValueError(f"this is not a recipe of ldm-sample: it asks for picture {only} of a job with {len(wanted)}")
     check_wanted(config, task, wanted, chosen)
+    check_interval(config, model, chosen=recipe_before is None and said.guidance.interval is not None)
     if recipe_before is None:  # recipes of before may hold options without effect
         check_effects(said, model, task)
     sampler = build_sampler(tree, f"sampler of {config.recipe or source}", trust)

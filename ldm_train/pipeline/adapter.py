@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from hydra.utils import get_object, instantiate
+from omegaconf import DictConfig
 from torch import nn
 
 from ldm_train.checkpoints.adapters import save_adapter, save_word
@@ -20,7 +21,7 @@ from ldm_train.conditioning.text import FrozenText, TrainedText
 from ldm_train.configuration import plain
 from ldm_train.latent_diffusion import LatentDiffusion
 from ldm_train.models.lora import LoRA
-from ldm_train.pipeline.begin import what_grows
+from ldm_train.pipeline.begin import read_otherwise, what_grows
 from ldm_train.pipeline.run import Run
 
 NAME = "adapter"
@@ -37,6 +38,16 @@ def adapter_of(run: Run) -> How | None:
         return instantiate(tree, _convert_="all")
     except Exception as error:  # hydra wraps errors of any type
         raise ValueError(f"diffusion.adapter: {error.__cause__ or error}") from error
+
+
+def check_start(section: DictConfig) -> None:
+    """Raises ValueError if diffusion.pretrained, which takes a model as it is, stands beside options of training."""
+    beside = [name for name in ("init", "adapter", "frozen", "identifier") if section.get(name)]
+    if section.pretrained and beside:
+        raise ValueError(
+            f"diffusion.pretrained takes a model as it is, so diffusion.{beside[0]} has no effect; to train the model on, set "
+            "diffusion.init instead of diffusion.pretrained"
+        )
 
 
 def check_adapter(
@@ -74,6 +85,11 @@ def check_adapter(
         raise ValueError(
             f"diffusion.adapter is of {section.init} as it is, and this run's network has more: {', '.join(grows)}; choose its "
             "options, or train all weights"
+        )
+    if differing := read_otherwise(run, begun, network, made):
+        raise ValueError(
+            f"diffusion.adapter is of {section.init} as it is, and this run reads its weights differently; choose the same:\n  "
+            + "\n  ".join(differing)
         )
     try:
         if isinstance(how, TextualInversion):
@@ -165,17 +181,22 @@ def check_identifier(run: Run, conditioners: Callable[[], Mapping[str, Condition
         raise ValueError(f"diffusion.identifier={word}: {error}") from error
 
 
-def check_frozen(run: Run) -> None:
-    """Raises ValueError if diffusion.frozen names unknown conditioners, or no diffusion.init provides trained ones."""
+def check_frozen(run: Run, begun: Path | None) -> None:
+    """Raises ValueError if diffusion.frozen names unknown conditioners, or ones that the model in diffusion.init
+    (`begun`) does not provide trained."""
     section = run.config.diffusion
     known = plain(section.conditioning.conditioners)
     if not (frozen := list(section.get("frozen") or [])):
         return
     if unknown := [name for name in frozen if name not in known]:
         raise ValueError(f"diffusion.frozen={unknown}: the conditioners are {', '.join(known) or 'none'}")
-    if not section.init:
+    if begun is None:
         raise ValueError(
             "diffusion.frozen keeps trained conditioners; set the model that has them with diffusion.init=<run or model>"
+        )
+    if new := sorted({*frozen} - {*(read_tree(begun).get("conditioners") or {})}):
+        raise ValueError(
+            f"diffusion.frozen={new}: {section.init} has no such conditioners, so they are not trained yet"
         )
 
 

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import safe_open
 from torch import nn
@@ -11,10 +12,15 @@ from torch import nn
 from ldm_train import names
 from ldm_train.checkpoints.hub import downloaded, is_repo
 from ldm_train.checkpoints.native import METADATA, WEIGHTS, find_model, load_latent_diffusion, read_tree
+from ldm_train.checkpoints.parts import build, whole
 from ldm_train.conditioning.class_label import ClassLabel
+from ldm_train.configuration import plain
+from ldm_train.devices import shapes_only
 from ldm_train.latent_diffusion import LatentDiffusion
 from ldm_train.pipeline.adopt import ADOPTED, is_foreign
 from ldm_train.pipeline.convert import adopted_model
+from ldm_train.pipeline.data import CONDITIONERS
+from ldm_train.pipeline.run import Run
 
 Shape = tuple[int, ...]
 # Layers that read an input of the network (ends of their names: the input). Only their second dimension may grow.
@@ -25,6 +31,12 @@ INPUTS = {
     "attn1.to_k.weight": "width of the context",
     "attn1.to_v.weight": "width of the context",
     "label_emb.0.0.weight": "width of the vector",
+}
+
+# Attributes of modules that may differ: shapes, which are compared by themselves, and what acts in training alone.
+NOT_MEANT = {
+    *("training", "dropout", "p", "path", "inplace", "activation_checkpointing"),
+    *("in_channels", "out_channels", "in_features", "out_features", "num_embeddings", "embedding_dim", "cache_size"),
 }
 
 CONTROL = "control."  # prefix of the names in the copy of a U-Net's encoder, see `models/control.py`
@@ -104,6 +116,45 @@ def tokenizers_of(folder: Path, conditioners: dict[str, Any]) -> dict[str, Any]:
         else options
         for name, options in conditioners.items()
     }
+
+
+def _meaning(part: nn.Module, name: str) -> dict[str, Any]:
+    """The plain attributes of a part and its submodules, by name: heads, layer, ..."""
+    return {
+        f"{name}.{path}.{key}".replace("..", "."): value
+        for path, module in part.named_modules()
+        for key, value in vars(module).items()
+        if isinstance(value, int | float | str) and not key.startswith("_") and key not in NOT_MEANT
+    }
+
+
+def read_otherwise(run: Run, folder: Path, network: nn.Module, conditioners: Mapping[str, Any]) -> list[str]:
+    """Lists what would give the weights of the model in `folder` another meaning in this run: another schedule or
+    parameterisation, and options of the network and the conditioners that change no shape. network, conditioners: the
+    run's; the former on the meta device."""
+    tree = read_tree(folder)
+    where = str(folder)
+    with shapes_only():
+        theirs = _meaning(build(tree["network"], where, run.trust), "diffusion.network")
+    ours = _meaning(network, "diffusion.network")
+    known = build(tokenizers_of(folder, tree.get("conditioners") or {}), where, run.trust)
+    for name in known.keys() & conditioners.keys():
+        theirs |= _meaning(known[name], f"{CONDITIONERS}.{name}")
+        ours |= _meaning(conditioners[name], f"{CONDITIONERS}.{name}")
+    lines = [
+        f"{key}: {theirs[key]}, here {ours[key]}" for key in theirs.keys() & ours.keys() if theirs[key] != ours[key]
+    ]
+    schedules = build(tree["schedule"], where, run.trust), run.part("diffusion.schedule")
+    times = [schedule.timesteps(8, "trailing") for schedule in schedules]
+    signals = [schedule.coefficients(t) for schedule, t in zip(schedules, times)]
+    if type(schedules[0]) is not type(schedules[1]) or not np.allclose(*signals, rtol=1e-4, atol=1e-6):
+        lines.append(
+            f"diffusion.schedule: {whole(tree['schedule'])}, here {whole(plain(run.config.diffusion.schedule))}"
+        )
+    kinds = [whole(kind) for kind in (tree["parameterisation"], plain(run.config.diffusion.objective.parameterisation))]
+    if kinds[0] != kinds[1]:
+        lines.append(f"diffusion.objective.parameterisation: {kinds[0]}, here {kinds[1]}")
+    return sorted(lines)
 
 
 def _into(ours: torch.Tensor, theirs: torch.Tensor) -> torch.Tensor:

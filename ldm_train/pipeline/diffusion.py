@@ -25,7 +25,7 @@ from ldm_train.latent_diffusion import LatentDiffusion, Sampling
 from ldm_train.models.autoencoder import Autoencoder
 from ldm_train.models.first_stage import FirstStage
 from ldm_train.pipeline import adapter, autoencoder, latents, training
-from ldm_train.pipeline.begin import begin_from, model_folder, tokenizers_of, what_grows
+from ldm_train.pipeline.begin import begin_from, model_folder, read_otherwise, tokenizers_of, what_grows
 from ldm_train.pipeline.conditioners import conditioner_tree, conditioners_of, with_whole_vocabularies
 from ldm_train.pipeline.data import CONDITIONERS, FROM_DATA, check_bucket_step, mixture_key, sides
 from ldm_train.pipeline.memory import Rehearsal
@@ -105,6 +105,23 @@ def check_best_by(config: DictConfig) -> None:
         raise ValueError(f"diffusion.best_by={by} is measured only with diffusion.evaluate_every=<steps>")
     if by not in measured:
         raise ValueError(f"diffusion.best_by={by} is not measured; choose loss or one of {', '.join(measured)}")
+
+
+def check_teacher(run: Run, begun: Path | None) -> None:
+    """Raises ValueError if a task that learns from a trained model (`begun`) has none, if this run reads its weights
+    differently, or if the run samples differently than the task trains for."""
+    section = run.config.diffusion
+    if begun is None:
+        raise ValueError(
+            f"diffusion.task={section.task._target_} learns from a trained model; set diffusion.init=<run or model>"
+        )
+    if differing := read_otherwise(run, begun, network_on_meta(run), conditioners_of(run, begun)):
+        raise ValueError(
+            f"diffusion.task={section.task._target_} learns from {section.init}, and this run reads its weights differently; choose "
+            "the same:\n  " + "\n  ".join(differing)
+        )
+    if check := getattr(get_object(section.task._target_), "check_sampling", None):
+        check(plain(section.task), plain(run.config.sampling), plain(run.config.sampler))
 
 
 def check_sampler(run: Run, channels: int) -> None:
@@ -213,19 +230,18 @@ class DiffusionStage(Stage):
 
     def check(self, run: Run) -> None:
         config, section = run.config, run.config.diffusion
+        adapter.check_start(section)
         if taken_model(run, "pretrained") is not None:
             check_sampler(run, autoencoder.on_meta(run).latent_channels)
             check_fields(run, taken_model(run, "pretrained"))
             return
         training.check_optimisation(run, "diffusion")
-        if getattr(get_object(section.task._target_), "needs_init", False) and not section.init:
-            raise ValueError(
-                f"diffusion.task={section.task._target_} learns from a trained model; set diffusion.init=<run or model>"
-            )
-        adapter.check_frozen(run)
         begun = taken_model(run, "init")
+        adapter.check_frozen(run, begun)
         adapter.check_identifier(run, partial(conditioners_of, run, begun))
         adapter.check_adapter(run, partial(network_on_meta, run), partial(conditioners_of, run, begun), begun)
+        if getattr(get_object(section.task._target_), "needs_init", False):
+            check_teacher(run, begun)
         if section.evaluate_every:
             run.check_metrics(section.evaluate_images)
         check_best_by(config)
@@ -334,6 +350,9 @@ class DiffusionStage(Stage):
         per_channel = config.latents.per_channel
         statistics = latents.give_statistics(run.folder / "latents", model.first_stage, per_channel)
         if begun is not None:
+            if run.machine.rank == 0:
+                for line in read_otherwise(run, begun, model.network, model.conditioners):
+                    print(f"  unlike diffusion.init: {line}", flush=True)
             other = begin_from(model, begun, list(run.trust), run.machine.rank == 0).first_stage
             same = same_latents(other.autoencoder, model.first_stage.autoencoder)
             adapter.check_latents(run, same)

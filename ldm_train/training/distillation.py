@@ -1,7 +1,7 @@
 """Distillation into few-step students: a model learns to do in one step what its guided teacher does in several."""
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -65,9 +65,26 @@ class DistillationTask(DiffusionTask):
         interval = {} if guidance_interval is None else {"interval": tuple(guidance_interval)}
         self.guide = partial(classifier_free, guidance_scale=guidance_scale, **interval)
 
+    @staticmethod
+    def check_sampling(options: Mapping[str, Any], sampling: Mapping[str, Any], sampler: Mapping[str, Any]) -> None:
+        """Raises ValueError if a student with these options of its task is sampled differently than it is trained for.
+        sampling, sampler: as the run records them."""
+        steps, spacing = options.get("steps", 4), options.get("spacing", "trailing")
+        wanted = {"num_inference_steps": steps, "guidance_scale": 1, "spacing": spacing}
+        wrong = [f"sampling.{name}={value}" for name, value in wanted.items() if sampling.get(name) != value]
+        if not str(sampler["_target_"]).endswith(".ddim") or sampler.get("eta"):
+            wrong.append("sampler=ddim sampler.eta=0")
+        if wrong:
+            raise ValueError(
+                f"a student of {steps} steps is sampled as it is trained; set {' '.join(wrong)} (steps and spacing are "
+                "those of diffusion.task)"
+            )
+
     def train(self, mode: bool = True) -> "DistillationTask":
         super().train(mode)
-        self.teacher.eval()
+        # What conditioners add in training alone, such as noise on low-resolution images, would be the student's only.
+        for part in (self.teacher, self.model.conditioners):
+            part.eval()
         return self
 
     def _step(self, denoise: Denoise, x_t: torch.Tensor, step: int, parts: int) -> torch.Tensor:

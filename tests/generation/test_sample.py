@@ -245,7 +245,7 @@ def test_pairs_of_inputs(run: Callable, files: dict[str, str], tmp_path: Path):
         ("text", ("task=reconstruct", "image={photo.png}", "film=gif"), "nothing is drawn by task=reconstruct"),
         ("text", ("image={photo.png}", "strength=0", "film=gif"), "nothing is drawn by task=img2img"),
         ("text", ("image={photo.png}", "strength=0.01"), r"strength=0\.01 of num_inference_steps=\d+ is less than one step; set it to"),
-        ("text", ("guidance_scale=2", "guidance.interval=[1e-5,1e-4]"), "holds none of the noise levels .* so nothing would"),
+        ("text", ("guidance_scale=2", "guidance.interval=[1e-5,1e-4]"), "holds none of the noise levels .* so nothing is guided"),
         ("superres", (), r"never trained without lowres, so it cannot do task=unconditional without; give image="),
         ("superres", ("task=img2img", "image={photo.png}"), r"never trained without lowres, so it cannot do task=img2img"),
         ("text", ("image={photo.png}", "invert=true", "sampler=heun"), r"leave sampler= out \(it is ddim, eta 0\)"),

@@ -297,6 +297,29 @@ def test_a_control_that_cannot_be_is_named_before_anything_is_trained(
         steered(base, "wrong", *options).execute()
 
 
+@pytest.mark.chain
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("diffusion/objective=v",), r"diffusion\.objective\.parameterisation: "),
+        (("betas.end=0.03",), r"diffusion\.schedule: .*0\.0195.*here .*0\.03"),
+        (("diffusion.network.head_dim=16",), r"diffusion\.network\..*heads: \d+, here \d+"),
+    ],
+)
+def test_an_adapter_is_of_the_model_as_it_is_read_there(base: Run, options: tuple[str, ...], said: str) -> None:
+    """Options that change no shape but the meaning of the weights are refused by name."""
+    with pytest.raises(ValueError, match=r"(?s)reads its weights differently; choose the same:.*" + said):
+        tuned(base, "wrong", *options).execute()
+
+
+@pytest.mark.chain
+def test_options_beside_a_model_that_is_taken_as_it_is_are_refused(base: Run) -> None:
+    with pytest.raises(
+        ValueError, match=r"diffusion\.pretrained takes a model as it is, so diffusion\.init has no effect"
+    ):
+        tuned(base, "wrong", f"diffusion.pretrained={base.folder}").execute()
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("projected", [False, True])
 def test_a_layer_that_does_not_run_is_not_adapted(projected: bool) -> None:

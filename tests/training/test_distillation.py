@@ -118,6 +118,14 @@ def test_the_students_steps_are_those_of_its_sampler() -> None:
     torch.testing.assert_close(of.sample(BATCH, [0, 1, 2], sampling, Start(noise=NOISE)), of.decode(x))
 
 
+def test_student_and_teacher_see_the_same_conditions() -> None:
+    """What conditioners add in training alone is left out, and their weights train all the same."""
+    student = task(model()).train()
+    assert not any(part.training for part in (student.teacher, student.model.conditioners))
+    assert student.model.network.training
+    assert any(p.requires_grad for p in student.model.conditioners.parameters())
+
+
 def test_the_teacher_is_guided_as_sampling_guides() -> None:
     student = task(model(), guidance_scale=2.0, guidance_interval=[0.5, 3.0])
     assert student.guide.func is classifier_free
@@ -128,7 +136,7 @@ STAGES = ("stages=[autoencoder,latents,diffusion]", "diffusion.evaluate_every=nu
 STUDENT = (
     "diffusion.task._target_=ldm_train.training.distillation.DistillationTask", "+diffusion.task.steps=2",
     "+diffusion.task.teacher_steps=2", "+diffusion.task.guidance_scale=2", "sampling.guidance_scale=1",
-    "sampling.guidance_interval=null",
+    "sampling.guidance_interval=null", "sampling.num_inference_steps=2", "sampler.eta=0",
 )  # fmt: skip
 
 
@@ -138,6 +146,19 @@ def test_a_student_is_a_run_like_any_other(tmp_path) -> None:
     with pytest.raises(ValueError, match=r"learns from a trained model; set diffusion\.init="):
         chain(tmp_path, *STAGES, *STUDENT, name="student").execute()
     begun = ("autoencoder.pretrained=teacher", "diffusion.init=teacher", "diffusion.max_steps=3")
+    for wrong, message in (
+        (
+            ("sampler.eta=0.5", "sampling.guidance_scale=2"),
+            r"set sampling\.guidance_scale=1 sampler=ddim sampler\.eta=0",
+        ),
+        (
+            ("diffusion/objective=v",),
+            r"reads its weights differently; choose the same:\n  diffusion\.objective\.parameterisation",
+        ),
+        (("betas.end=0.03",), r"choose the same:\n  diffusion\.schedule: "),
+    ):
+        with pytest.raises(ValueError, match=message):
+            chain(tmp_path, *STAGES, *STUDENT, *begun, *wrong, name="other").execute()
     run = chain(tmp_path, *STAGES, *STUDENT, *begun, name="student")
     run.execute()
     drawn = load_latent_diffusion(run.folder)
