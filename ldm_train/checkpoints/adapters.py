@@ -33,6 +33,9 @@ LARGEST_RANK = 4096
 PARTS = {
     ".lora_A.weight": "down", ".lora_B.weight": "up", ".lora_down.weight": "down", ".lora_up.weight": "up",
     ".lora.down.weight": "down", ".lora.up.weight": "up", ".alpha": "alpha",
+    # Of diffusers before 0.25.
+    "_lora.down.weight": "down", "_lora.up.weight": "up",
+    ".lora_linear_layer.down.weight": "down", ".lora_linear_layer.up.weight": "up",
 }  # fmt: skip
 PREFIXES = ("base_model.model.", "unet.", "lora_unet_", "transformer.")
 OWN_TEXT = "text_encoder."
@@ -120,7 +123,11 @@ def finite_tensors(path: Path) -> dict[str, torch.Tensor]:
     except (SafetensorError, OSError, ValueError) as error:
         raise ValueError(f"{path} is not a file of weights ({error}); take an undamaged copy") from error
     for key, tensor in tensors.items():
-        if not tensor.dtype.is_floating_point or not tensor.isfinite().all():
+        if key.endswith(".alpha") and not tensor.dtype.is_floating_point:  # kohya's, as diffusers writes it
+            tensors[key] = tensor.float()
+        elif not tensor.dtype.is_floating_point:
+            raise ValueError(f"{path}: its {key} holds {tensor.dtype}, not floating-point values")
+        elif not tensor.isfinite().all():
             raise ValueError(f"{path}: its {key} holds values that are not finite")
     return tensors
 
@@ -258,8 +265,8 @@ def _layer_of(name: str) -> str:
     """Returns a layer's name without the prefix that names its network, and in diffusers' current naming."""
     for prefix in PREFIXES:
         name = name.removeprefix(prefix)
-    name = re.sub(r"\.processor\.(to_[qkv])_lora$", r".\1", name)
-    return re.sub(r"\.processor\.to_out_lora$", ".to_out.0", name)
+    name = re.sub(r"\.processor\.(to_[qkv])$", r".\1", name)
+    return re.sub(r"\.processor\.to_out$", ".to_out.0", name)
 
 
 def _shaped(parts: Parts, kernel: tuple[int, ...]) -> Parts:

@@ -176,7 +176,10 @@ def _with_positions(model: nn.Module) -> nn.Module:
 
 def is_openclip(encoder: nn.Module) -> bool:
     """Returns True for an OpenCLIP encoder, judged by its activation: OpenAI's models use their own approximation of
-    GELU."""
+    GELU. Raises ValueError for an encoder that is not CLIP's."""
+    kind = type(encoder).__name__
+    if "CLIP" not in kind:
+        raise ValueError(f"an encoder of this model is a {kind}, and checkpoints of this format hold CLIP's only")
     return encoder.config.hidden_act == "gelu"
 
 

@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from tokenizers import Tokenizer
+
 from ldm_train import names
 from ldm_train.checkpoints.compvis_conditioners import BESIDE, EMBEDDERS, UPSCALER_NOISE
 from ldm_train.checkpoints.compvis_yaml import (
@@ -16,6 +18,7 @@ from ldm_train.checkpoints.compvis_yaml import (
 from ldm_train.checkpoints.parts import whole
 from ldm_train.storage import shown
 
+BERT_WORDS = 30522  # in bert-base-uncased, the tokenizer of BERTEmbedder
 KNOWN = ("AutoencoderKL", "AutoencoderVQ", "UNet", "NoiseSchedule")
 # Our option -> theirs, for numbers, flags and lists that mean the same.
 DDCONFIG = {
@@ -121,6 +124,19 @@ def _beside_yaml(kind: str, tree: Mapping[str, Any], weights: Weights) -> dict[s
     return {"low_scale_key": "lr", "low_scale_config": {"target": module, "params": noise}}
 
 
+def _bert_words(name: str, tokenizer: str) -> dict[str, int]:
+    """Returns BERTEmbedder's options for a tokenizer. Raises ValueError if it is not one of BERT, which that class
+    always uses, so that it would misread every caption."""
+    words = Tokenizer.from_str(tokenizer)
+    if any(words.token_to_id(token) is None for token in ("[PAD]", "[CLS]", "[SEP]")):
+        raise ValueError(
+            f"the conditioner {name} reads captions with a tokenizer made from its data, and a checkpoint of CompVis only with "
+            "BERT's; format=native and format=diffusers keep it"
+        )
+    count = words.get_vocab_size()
+    return {} if count == BERT_WORDS else {"vocab_size": count}
+
+
 def _conditioner_yaml(conditioners: Mapping[str, Mapping[str, Any]], levels: int, weights: Weights) -> dict[str, Any]:
     """Returns the YAML options for a model's conditioning. levels: how often the first stage halves the resolution.
     Raises ValueError for conditioners that no CompVis checkpoint can hold."""
@@ -163,7 +179,7 @@ def _conditioner_yaml(conditioners: Mapping[str, Mapping[str, Any]], levels: int
                 "max_seq_len": 3 * tree["max_objects"] + 2,
             }
         else:
-            params |= {"max_seq_len": tree["max_length"]}
+            params |= {"max_seq_len": tree["max_length"]} | _bert_words(name, tree["tokenizer"])
         key = "coordinates_bbox" if kind == "LayoutBoxes" else "caption"
         made = {"target": f"{modules}.BERTEmbedder", "params": params}
     else:

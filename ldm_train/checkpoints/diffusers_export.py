@@ -208,6 +208,11 @@ def replaced_sampling(sampling: Mapping[str, Any]) -> list[str]:
         notes.append(f"its usual sampler {sampler} becomes DDIM; set pipeline.scheduler for another")
     usual = {k: v for k, v in sampling.items() if k in ("num_inference_steps", "guidance_scale")}
     usual |= {k: v for k, v in (sampling.get("sampler") or {}).items() if k == "eta"}
+    if sampling.get("guidance_interval") is not None:
+        low, high = sampling["guidance_interval"]
+        notes.append(
+            f"it is usually guided between the noise levels {low} and {high} only, which the pipeline does at every step"
+        )
     if usual:
         notes.append(f"it usually draws with {', '.join(f'{k}={v}' for k, v in usual.items())}")
     return notes

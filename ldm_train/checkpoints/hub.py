@@ -48,6 +48,9 @@ def upload(folder: Path, repo: str, private: bool, message: str) -> str:
     api: Any = HfApi()
     try:
         api.create_repo(repo, private=private, exist_ok=True)
+        public = private and not api.repo_info(repo).private  # one that was there keeps its visibility
+        if public:
+            raise ValueError("it is there and public; make it private in its settings, or leave private=true out")
         api.upload_folder(repo_id=repo, folder_path=folder, commit_message=message)
     except Exception as error:  # the library raises many types of exceptions
         reason = (str(error) or type(error).__name__).splitlines()[0]

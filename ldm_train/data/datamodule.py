@@ -18,6 +18,7 @@ from ldm_train.data.order import Batching, Mixture, StepBatches, evaluation_batc
 from ldm_train.data.remote import ShardCache, remote_bytes
 from ldm_train.data.samples import SampleDecoder, collate, note_unreadable, refuse_too_many, require_fields, sample_rng
 from ldm_train.data.shards import (
+    MOST_COMPARED,
     DataError,
     IndexedShards,
     Roots,
@@ -42,6 +43,7 @@ class ShardDataset(Dataset):
         self, shards: IndexedShards, decoder: SampleDecoder, seed: int, random: bool, buckets: Buckets | None = None
     ):
         self.shards, self.decoder, self.seed, self.random, self.buckets = shards, decoder, seed, random, buckets
+        self.numbered = False  # True: keys begin with the number of their shard
 
     def __len__(self) -> int:
         return len(self.shards)
@@ -64,6 +66,8 @@ class ShardDataset(Dataset):
                 candidate = int(others[drawn])
         if replaced:
             sample["replaced"] = replaced
+        if self.numbered:
+            sample["key"] = f"{self.shards.shard(candidate)}_{sample['key']}"
         if epoch and not self.random:
             sample["key"] += f"#{epoch}"
         return sample
@@ -295,10 +299,13 @@ class ShardDataModule(L.LightningDataModule):
         self, split: str, limit: int | None = None, fields: Sequence[str] | None = None, repeat: bool = False
     ) -> DataLoader:
         """Every sample of a split once over all ranks, without randomness: cropped to image_size, first caption.
-        repeat: `limit` samples, starting over if there are fewer; keys from the second round end in #1, and so on."""
+        repeat: `limit` samples, starting over if there are fewer; keys from the second round end in #1, and so on. If
+        the split uses a key in several shards, keys begin with the number of their shard."""
         shards, b = self.shards(split), self.batching
         batches = evaluation_batches(len(shards), b.micro, b.rank, b.world_size, limit, repeat)
         dataset = self.samples(split, fields or self.fields, random=False, bucketed=False)
+        if len(shards) <= MOST_COMPARED:
+            dataset.numbered = len({*map(shards.key, range(len(shards)))}) < len(shards)
         return self._batch_loader(dataset, batches)
 
     def val_dataloader(self) -> DataLoader:

@@ -19,6 +19,7 @@ from ldm_train.data.order import Batching, Mixture, StepBatches, evaluation_batc
 from ldm_train.data.samples import SampleDecoder, collate, require_fields, sample_rng
 from ldm_train.data.shards import (
     INDEX,
+    MOST_COMPARED,
     MOST_OPEN,
     DataError,
     IndexedShards,
@@ -29,7 +30,6 @@ from ldm_train.data.shards import (
 )
 
 REMEDY = "python train.py ... restart=latents"
-MOST_COMPARED = 2_000_000  # up to this many samples, all keys are checked for repetitions
 COMPARED = 1000  # keys that are compared to tell that a cache with as many samples as the data holds all of them
 FIRST = 100_000  # the first sample of a cache is searched for among this many samples of the data
 AGAIN = "run again with restart=latents"

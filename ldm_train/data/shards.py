@@ -31,6 +31,7 @@ from ldm_train.storage import file_sha256, write_atomically
 
 INDEX = "index.json"
 REMEDY = "ldm-prepare source=index path=<folder of tars> out={root}"
+MOST_COMPARED = 2_000_000  # up to this many samples, all keys are checked for repetitions
 MOST_OPEN = 256  # files that are open at a time
 ENTRIES = ".entries"  # subfolder for the entries of finished shards, in a folder that is being written
 

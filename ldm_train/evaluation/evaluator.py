@@ -165,6 +165,16 @@ class Evaluator:
                 f"ms_ssim needs sides of at least {MS_SSIM_SIDE} pixels, not {min(sides)}; leave it out of paired"
             )
 
+    def check_reference_count(self, split: str, count: int) -> None:
+        """Raises ValueError if a split has fewer images (`count`) than a metric needs for comparison."""
+        for metric in self.metrics:
+            least = min(metric.least, 4)  # an extrapolation asks more of the samples only
+            if REFERENCE in metric.compared_with and count < least:
+                raise ValueError(
+                    f"{metric.name} needs at least {least} images to compare with, and evaluation.reference={split} has {count}; "
+                    "set it to another split or a .npz, or prepare more"
+                )
+
     def images_identity(self, data: ShardDataModule, split: str, limit: int | None) -> dict[str, Any]:
         """Returns what identifies the images of a split, transformed as in training but without randomness."""
         return {

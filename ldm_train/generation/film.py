@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 
@@ -13,6 +14,7 @@ from ldm_train.storage import write_atomically
 
 KINDS = ("gif", "mp4", "strip")
 MILLISECONDS = 80
+FRAMES = 60  # the most grids in the film of a training
 LAST_HELD = 12  # frames for which the finished picture is held
 
 
@@ -34,10 +36,11 @@ def save_gif(frames: Sequence[Image.Image], path: Path, milliseconds: int = MILL
 
 def film_of_grids(folder: Path) -> Path | None:
     """Writes samples.gif from a stage's sample grids, which share seeds and conditions and so show the progress of
-    training. Returns None if there are fewer than two grids."""
+    training: all, or FRAMES evenly spaced ones. Returns None if there are fewer than two grids."""
     grids = sorted(folder.glob("samples_*.png"))
     if len(grids) < 2:
         return None
+    grids = [grids[i] for i in sorted({*np.linspace(0, len(grids) - 1, FRAMES).round().astype(int).tolist()})]
     frames = []
     for grid in grids:
         with Image.open(grid) as picture:

@@ -213,7 +213,14 @@ class AutoencoderStage(Stage):
         flops = training.forward_flops("autoencoder.network", tree, network, picture)
         kept = ", its encoder kept" if section.train == "decoder" else ""
         begins = f"begins from {section.init}{kept}" if section.init else ""
-        return Plan(network, flops, run.enough_images("autoencoder", ("image",)), begins)
+        loss, warning = section.loss, ""
+        if loss.discriminator is not None and loss.disc_start - loss.disc_warmup >= section.max_steps:
+            warning = (
+                f"the discriminator never trains: autoencoder.loss.disc_start={loss.disc_start} lies beyond "
+                f"autoencoder.max_steps={section.max_steps}; change one of them, or leave it out with "
+                "autoencoder.loss.discriminator=null"
+            )
+        return Plan(network, flops, run.enough_images("autoencoder", ("image",)), begins, warning=warning)
 
     def task(self, run: Run, network: nn.Module, loss: AutoencoderLoss, folder: Path) -> Task:
         """The LightningModule that trains the autoencoder."""

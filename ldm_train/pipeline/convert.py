@@ -40,6 +40,14 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(("verify", "dry_run", "overwrite", "private", "encoders"), flag),
 }
 HUB = "hub"  # instead of a path
+OF_FILES = (
+    "config",
+    "weights",
+    "tokenizer",
+    "text_encoder",
+    "labels",
+    "null_class",
+)  # options that describe checkpoint files
 SAMPLING = DEFAULT_SAMPLING | {"spacing": "compvis"}  # as in the sampling script of the published models
 
 
@@ -172,6 +180,7 @@ def convert(config: DictConfig) -> Path:
     naming what cannot be converted or written, before anything is written; ValueError if verify=true finds that the
     written model differs."""
     check(config, RULES, tuple(RULES))
+    _check_effects(config)
     if is_adapter(Path(config["from"])):
         return convert_adapter(config)
     if config.format == "kohya" or config.base is not None:
@@ -182,6 +191,25 @@ def convert(config: DictConfig) -> Path:
         return _published(config)
     _converted(config)
     return Path(config.to)
+
+
+def _check_effects(config: DictConfig) -> None:
+    """Raises ValueError for options that have no effect on this conversion."""
+    adapter = is_adapter(Path(config["from"]))
+    if config.to == HUB and adapter:
+        raise ValueError(
+            f"to=hub publishes models, and from={config['from']} is an adapter; convert it to a folder, and upload that with "
+            "`hf upload <repo> <folder>`"
+        )
+    if (of_hub := [o for o in ("repo", "private") if config[o]]) and config.to != HUB:
+        raise ValueError(f"{of_hub[0]}= has an effect only with to=hub; leave it out")
+    of_file = [option for option in OF_FILES if config[option] is not None]
+    if of_file and Path(config["from"]).suffix not in FILES:
+        raise ValueError(
+            f"{of_file[0]}= describes a checkpoint file ({', '.join(FILES)}), and from={config['from']} is not one; leave it out"
+        )
+    if config.control is not None and not adapter:
+        raise ValueError("control= says what the image of a ControlNetModel of diffusers shows; leave it out")
 
 
 def _converted(config: DictConfig) -> Model:

@@ -368,12 +368,13 @@ class DiffusionStage(Stage):
         easier = model.parameterisation.easier_with_noise
         health = {"easier_with_noise": easier, "bins": BINS, "settled": max(200, section.max_steps // 20)}
         training.train(run, "diffusion", task, data, folder, images=count, callbacks=callbacks, health=health)
-        if run.machine.rank == 0:
-            film_of_grids(folder / "images")
         adapter.finish(run, model, begun, folder / "adapter", tree)
         one = model.first_stage.one_scale
         metadata = {"scale_factor": statistics["scale_factor"] if one is None else one, "sampling": sampling_of(run)}
-        return {"sha256": training.save(run, folder / "model", model, tree, metadata)}
+        sha256 = training.save(run, folder / "model", model, tree, metadata)
+        if run.machine.rank == 0:
+            film_of_grids(folder / "images")
+        return {"sha256": sha256}
 
     def _taken(self, run: Run, source: Path, folder: Path) -> dict[str, Any]:
         """Saves a trained model (diffusion.pretrained) with this run's decoder. Returns the stage's result."""

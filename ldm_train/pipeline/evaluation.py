@@ -51,8 +51,9 @@ class EvaluationStage(Stage):
         return section
 
     def check(self, run: Run) -> None:
-        run.check_metrics(run.config.evaluation.images)
         images = run.data("diffusion", ("image", *run.fields))
+        # The reconstructions are of the split's images, so there may be fewer of them than samples.
+        run.check_metrics(min(run.config.evaluation.images, images.count(run.config.data.val_split)))
         if "diffusion" not in run.config.stages:
             check_model(run, images)
         run.check_reference(images)

@@ -19,6 +19,7 @@ from ldm_train.data.datamodule import ShardDataModule
 from ldm_train.data.shards import DataError
 from ldm_train.evaluation.evaluator import Evaluator, check_reference
 from ldm_train.latent_diffusion import LatentDiffusion
+from ldm_train.metrics.metric import HELD_OUT, TRAINING
 from ldm_train.pipeline import resume, slurm
 from ldm_train.pipeline.data import bucketing, conditioner_classes, data_module, evaluation_batching, stage_data
 from ldm_train.pipeline.plan import print_plan
@@ -154,9 +155,19 @@ class Run:
         """Raises ValueError if the metrics cannot be measured with this number of samples."""
         data = self.config.data
         self.evaluator.check(self.fields, [samples], data.image_size, data.channels)
+        if data.train_split == data.val_split:
+            for metric in self.evaluator.metrics:
+                if {TRAINING, HELD_OUT} <= {*metric.compared_with}:
+                    raise ValueError(
+                        f"{metric.name} compares with pictures that training does not see, and data.val_split="
+                        f"{data.val_split} is what it sees; leave it out of evaluation.metrics"
+                    )
 
     def check_reference(self, images: ShardDataModule) -> None:
-        check_reference(str(self.config.evaluation.reference), images.index["splits"], images.root)
+        source = str(self.config.evaluation.reference)
+        check_reference(source, images.index["splits"], images.root)
+        if not source.endswith(".npz"):
+            self.evaluator.check_reference_count(source, images.count(source))
 
     def decode_one(self, images: ShardDataModule) -> None:
         """Decodes one sample with all its fields, as a check. Skipped for the streaming reader, whose shards may be

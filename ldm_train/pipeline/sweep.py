@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
@@ -272,22 +273,37 @@ def upload(folder: Path, table: Rows, written: Sequence[Path], project: str) -> 
     run.finish()
 
 
+def swept_names(config: DictConfig) -> list[str]:
+    """Returns the names of the folders that hold a multirun's jobs: one for each value of name or experiment, if the
+    command sweeps over that."""
+    overrides = OverridesParser.create().parse_overrides(list(OmegaConf.select(config, "hydra.overrides.task") or []))
+    asked = {override.key_or_group: override for override in overrides}
+    chosen = OmegaConf.select(config, "hydra.runtime.choices") or {}
+    usual = {"name": config.name, "experiment": chosen.get("experiment")}
+    for option, value in usual.items():
+        if option in asked and asked[option].is_sweep_override():
+            return [text.strip("'\"") for text in asked[option].sweep_string_iterator()]
+        if value:
+            return [str(value)]
+    return ["run"]
+
+
 class Report(Callback):
     """Reports at the end of a multirun of train.py which jobs failed and why, and writes the table and the plots."""
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
-        name = config.name or config.hydra.runtime.choices.get("experiment") or "run"
-        folder = Path(config.runs_dir) / str(name)
-        if not folder.is_dir():
-            return
-        try:
-            runs = read_runs(folder)
-            written = summarise(folder, runs, gather(runs))
-        except (FileNotFoundError, ValueError, Refused) as error:
-            print(f"no table or plots of the sweep: {error}")
-            written = []
-        print("\n".join(f"wrote {path}" for path in written))
-        if failed := sorted(path.parent for path in folder.glob(f"*/{FAILED}")):
+        failed, count = list[Path](), 0
+        for folder in filter(Path.is_dir, (Path(config.runs_dir) / name for name in swept_names(config))):
+            try:
+                runs = read_runs(folder)
+                written = summarise(folder, runs, gather(runs))
+            except (FileNotFoundError, ValueError, Refused) as error:
+                print(f"no table or plots of the sweep: {error}")
+                written = []
+            print("\n".join(f"wrote {path}" for path in written))
+            failed += sorted(path.parent for path in folder.glob(f"*/{FAILED}"))
+            count += len(jobs(folder))
+        if failed:
             lines = "\n".join(f"  {job.name}: {failure(job)}" for job in failed)
-            print(f"\nerror: {len(failed)} of {len(jobs(folder))} jobs failed:\n{lines}", file=sys.stderr, flush=True)
+            print(f"\nerror: {len(failed)} of {count} jobs failed:\n{lines}", file=sys.stderr, flush=True)
             sys.exit(1)

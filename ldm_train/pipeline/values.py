@@ -121,6 +121,7 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(("diffusion.samples", "evaluation.batch_size", "latents.per_shard", "devices"), COUNT),
     **dict.fromkeys(("data.channels", "data.shuffle_buffer", "data.per_shard", "sampling.num_inference_steps"), COUNT),
     **dict.fromkeys(("evaluation.restoration.images", "evaluation.restoration.samples"), COUNT),
+    **{f"evaluation.adherence.{name}": COUNT for name in ("scenes", "held_out", "seeds")},
     **dict.fromkeys(("diffusion.evaluate_images", "evaluation.images"), whole(2)),
     "evaluation.reference_images": optional(whole(2)),
     "diffusion.evaluate_every": optional(COUNT),

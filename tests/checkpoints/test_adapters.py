@@ -73,6 +73,31 @@ def test_kohyas_file_has_its_names_and_alphas(tmp_path: Path) -> None:
     assert float(tensors[f"{layer}.alpha"]) == 3
 
 
+@pytest.mark.parametrize(
+    ("down", "up"),
+    [
+        ("mid_block.attentions.0.transformer_blocks.0.attn1.processor.to_q_lora.down.weight", "up.weight"),
+        ("unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q.lora_linear_layer.down.weight", "up.weight"),
+    ],
+)
+def test_files_of_earlier_versions_of_diffusers_are_read(down: str, up: str, tmp_path: Path) -> None:
+    """With the integer alphas that its conversion for kohya writes."""
+    weights = torch.randn(2, 64), torch.randn(64, 2)
+    made = dict(zip((down, down.replace("down.weight", up)), weights))
+    save_file(made, tmp_path / "a.safetensors")
+    ((key, pair),) = read_adapter(tmp_path / "a.safetensors", model())[0].items()
+    assert key == "network.middle_block.1.transformer_blocks.0.attn1.to_q.weight"
+    torch.testing.assert_close(pair(), weights[1] @ weights[0])
+    layer = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q"
+    kohya = {f"{layer}.lora_{k}.weight": v for k, v in zip(("down", "up"), weights)}
+    save_file(kohya | {f"{layer}.alpha": torch.tensor(2)}, tmp_path / "b.safetensors")
+    ((_, again),) = read_adapter(tmp_path / "b.safetensors", model())[0].items()
+    torch.testing.assert_close(again(), pair())
+    save_file({k: v.int() for k, v in kohya.items()}, tmp_path / "c.safetensors")
+    with pytest.raises(ValueError, match=r"holds torch\.int32, not floating-point values"):
+        read_adapter(tmp_path / "c.safetensors", model())
+
+
 def test_a_file_in_the_names_of_compvis_is_read(tmp_path: Path) -> None:
     layer = "lora_unet_middle_block_1_transformer_blocks_0_attn2_to_out_0"
     down, up = torch.randn(2, 64), torch.randn(64, 2)

@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from published_yaml import diffusion_config
 from test_compvis import checkpoint, clip_words
 
 import ldm_train
-from ldm_train.checkpoints.hub import DATA, is_repo
+from ldm_train.checkpoints.hub import DATA, is_repo, upload
 from ldm_train.data.batch import FIELDS
 from ldm_train.pipeline.card import EXAMPLES, _without_folders
 from ldm_train.pipeline.convert import convert
@@ -50,10 +51,11 @@ def test_an_export_is_a_complete_folder_with_its_card(run: Run):
 
 
 class Uploads:
-    """Replaces the Hub library's client: copies uploads to `keep`. fails: the message of create_repo's error."""
+    """Replaces the Hub library's client: copies uploads to `keep`. fails: the message of create_repo's error. public: the
+    repository is there, and public."""
 
-    def __init__(self, keep: Path, fails: str = ""):
-        self.keep, self.fails, self.made = keep, fails, {}
+    def __init__(self, keep: Path, fails: str = "", public: bool = False):
+        self.keep, self.fails, self.public, self.made = keep, fails, public, {}
 
     def __call__(self) -> "Uploads":
         return self
@@ -63,8 +65,18 @@ class Uploads:
             raise RuntimeError(self.fails)
         self.made[repo] = options
 
+    def repo_info(self, repo: str) -> SimpleNamespace:
+        return SimpleNamespace(private=self.made[repo]["private"] and not self.public)
+
     def upload_folder(self, repo_id: str, folder_path: Path, commit_message: str) -> None:
         shutil.copytree(folder_path, self.keep / repo_id)
+
+
+def test_nothing_private_goes_to_a_public_repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("huggingface_hub.HfApi", Uploads(tmp_path / "kept", public=True))
+    with pytest.raises(ConnectionError, match="it is there and public; make it private in its settings"):
+        upload(tmp_path, "me/shapes", True, "x")
+    assert not (tmp_path / "kept").exists()
 
 
 @pytest.mark.parametrize("form", ["native", "diffusers"])

@@ -83,6 +83,23 @@ def test_a_sweep_with_failed_jobs_fails_whatever_else_is_damaged(tmp_path: Path,
     assert "1 of 3 jobs failed:\n  a: ValueError: no" in said.err
 
 
+@pytest.mark.parametrize(
+    ("overrides", "name", "experiment", "names"),
+    [
+        (["experiment=a,b", "seed=0,1"], None, "a", ["a", "b"]),
+        (["name=x,y"], "x", "a", ["x", "y"]),
+        (["seed=0,1"], "mine", "a", ["mine"]),
+        (["seed=0,1", "experiment=a"], None, "a", ["a"]),
+        ([], None, None, ["run"]),
+    ],
+)
+def test_a_sweep_over_recipes_or_names_is_looked_for_in_each_of_their_folders(
+    overrides: list[str], name: str | None, experiment: str | None, names: list[str]
+) -> None:
+    hydra = {"overrides": {"task": overrides}, "runtime": {"choices": {"experiment": experiment}}}
+    assert sweep_module.swept_names(OmegaConf.create({"name": name, "hydra": hydra})) == names
+
+
 @pytest.mark.chain
 def test_jobs_share_what_they_have_in_common(swept: Path) -> None:
     weights = [run_of(swept, size) / "autoencoder" / "model" / "model.safetensors" for size in (8, 4)]
@@ -309,11 +326,15 @@ time.sleep(60)
 """
 
 
-def test_a_trial_that_is_worse_than_the_others_were_is_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("direction", "reported"), [("minimize", 1.0), ("maximize", -1.0)])
+def test_a_trial_that_is_worse_than_the_others_were_is_stopped(
+    direction: str, reported: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A higher loss is worse whatever the objective's direction."""
     import optuna
 
-    study = optuna.create_study(pruner=optuna.pruners.MedianPruner(n_startup_trials=1))
-    good = optuna.trial.create_trial(value=1.0, intermediate_values={1: 1.0})
+    study = optuna.create_study(direction=direction, pruner=optuna.pruners.MedianPruner(n_startup_trials=1))
+    good = optuna.trial.create_trial(value=1.0, intermediate_values={1: reported})
     study.add_trial(good)
     trial, started = study.ask(), []
 
@@ -324,8 +345,11 @@ def test_a_trial_that_is_worse_than_the_others_were_is_stopped(tmp_path: Path, m
     launch = subprocess.Popen
     monkeypatch.setattr(search.subprocess, "Popen", popen)
     config = OmegaConf.create(
-        {"recipe": "quickstart", "trial_logger": "csv", "overrides": [], "prune": "diffusion:val/loss"}
-    )
+        {
+            "recipe": "quickstart", "trial_logger": "csv", "overrides": [], "prune": "diffusion:val/loss",
+            "direction": direction,
+        }
+    )  # fmt: skip
     with pytest.raises(optuna.TrialPruned):
         search.run_trial(trial, config, {}, tmp_path)
     assert started[0].returncode == -signal.SIGTERM

@@ -73,7 +73,8 @@ def _folders(root: Path) -> dict[str | None, Path]:
     validation = [root / name for name in ("val", "validation", "valid", "test") if (root / name).is_dir()]
     if train.is_dir() and validation:
         return {"train": train, "val": validation[0]}
-    return {None: train if train.is_dir() and inner == [train] else root}
+    pictures = any(p.suffix.lower() in EXTENSIONS for p in inner)
+    return {None: train if [p for p in inner if p.is_dir()] == [train] and not pictures else root}
 
 
 def _files(folders: dict[str | None, Path]) -> list[tuple[str | None, Path, Path]]:

@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
-from PIL import Image
+from PIL import Image, ImageOps
 
 from ldm_train.data.files import encoded_png, open_image
 from ldm_train.data.prepare.arrays import reduced_size
@@ -70,8 +70,9 @@ class ImagesWithMaps(Source):
         with open_image(path.read_bytes()) as image, open_image(map_path.read_bytes()) as labels:
             if labels.mode not in ("L", "P", "I;16", "I", "1"):
                 raise ValueError(f"{map_path} is {labels.mode}; a label map is a grey or palette PNG")
-            if image.size != labels.size:
-                raise ValueError(f"{path} has {image.size} pixels, {map_path} {labels.size}")
+            size = ImageOps.exif_transpose(image).size  # as shown, and as training sees it
+            if size != labels.size:
+                raise ValueError(f"{path} shows {size} pixels, {map_path} {labels.size}")
             if size := reduced_size(labels.size, self.max_size):
                 return key, {extension: data, "seg.png": encoded_png(labels.resize(size, Image.Resampling.NEAREST))}
         return key, {extension: data, "seg.png": map_path.read_bytes()}
