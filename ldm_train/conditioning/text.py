@@ -362,13 +362,13 @@ class FrozenText(Captions):
             truncation=True,
             max_length=self.max_length,
             return_tensors="pt",
-        ).to(self.device)
-        ids = tokens["input_ids"]
+        )
+        ids, attention = (to_device(tokens[name], self.device) for name in ("input_ids", "attention_mask"))
         if self.pad_id is not None:
-            ids = ids.masked_fill(tokens["attention_mask"] == 0, self.pad_id)
-        arguments = {"attention_mask": tokens["attention_mask"]} if self.masked else {}
+            ids = ids.masked_fill(attention == 0, self.pad_id)
+        arguments = {"attention_mask": attention} if self.masked else {}
         output = model(input_ids=ids, output_hidden_states=self.layer == "penultimate", **arguments)
-        seen = tokens["attention_mask"].bool()
+        seen = attention.bool()
         if self.layer == "projected":
             hidden, seen = F.normalize(output.text_embeds, dim=1)[:, None], seen[:, :1]
         else:

@@ -219,12 +219,21 @@ def rehearse(run: Run, model: LatentDiffusion) -> list[str]:
     if frozen and isinstance(how, TextualInversion):
         return ["a frozen text encoder that learns a word: its activations"]
     if frozen and isinstance(how, LoRA) and how.text_encoder:
-        with torch.device("meta"):
-            model.adapt(replace(how, text_encoder=False), NAME)
+        if _of_network(how, model.network):
+            with torch.device("meta"):
+                model.adapt(replace(how, text_encoder=False), NAME)
         return ["the adapter of a frozen text encoder, and that encoder's activations"]
     with torch.device("meta"):
         adapt(run, model)
     return []
+
+
+def _of_network(how: LoRA, network: nn.Module) -> bool:
+    """Returns True if an adapter changes layers of the network, False if only those of text encoders."""
+    try:
+        return bool(how.shapes(nn.ModuleDict({"network": network})))
+    except ValueError:
+        return False
 
 
 def in_words(run: Run, network: nn.Module) -> list[str]:
@@ -236,6 +245,8 @@ def in_words(run: Run, network: nn.Module) -> list[str]:
     if isinstance(how, ControlNet):
         copy = sum(p.numel() for p in network.control.parameters())  # type: ignore[union-attr]
         return [f"trains a control of {copy / 1e6:.2g} M parameters"]
+    if not _of_network(how, network):
+        return ["trains an adapter of text encoders alone"]
     with torch.device("meta"):
         pairs = how.attach(nn.ModuleDict({"network": network}))
     return [f"trains an adapter of {sum(p.numel() for p in pairs.parameters()) / 1e6:.2g} M parameters"]

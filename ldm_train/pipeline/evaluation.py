@@ -48,6 +48,8 @@ class EvaluationStage(Stage):
             section.pop("reference")  # the default
         if "lpips" not in section["paired"]:
             section.pop("lpips")
+        if section["restoration"] is None:  # null would count as the default, as a missing section does
+            section["restoration"] = {"images": 0}
         return section
 
     def check(self, run: Run) -> None:

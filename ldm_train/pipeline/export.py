@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from ldm_train.checkpoints.native import copy_model, load_model, read_metadata, read_tree
+from ldm_train.configuration import plain
 from ldm_train.pipeline.card import write_card
 from ldm_train.pipeline.diffusion import sampling_of
 from ldm_train.pipeline.resume import read_note
@@ -32,6 +33,13 @@ class ExportStage(Stage):
             recorded = read_metadata(run.folder / self.name).get("sampling", {})
             key["sampling"] = {k: v for k, v in key["sampling"].items() if recorded.get(k) != v}
         return key
+
+    def check(self, run: Run) -> None:
+        loggers = (plain(run.config.logger) or {}).values()
+        if run.config.wandb_artifact and not any(tree["_target_"].endswith(".WandbRun") for tree in loggers):
+            raise ValueError(
+                "wandb_artifact=true uploads the model to W&B, and logger= is without it; leave one of them out"
+            )
 
     def run(self, run: Run, folder: Path) -> dict[str, Any]:
         if run.machine.rank == 0:

@@ -177,6 +177,17 @@ def test_the_first_validation_samples_stand_for_all_roots(roots: list[str]):
     assert Counter(shards.sets.tolist()) == {0: 6, 1: 3}
 
 
+def test_validation_samples_of_equal_keys_are_told_apart(write_data: Callable[..., Path], tmp_path: Path):
+    """Their keys are the seeds of evaluation; where keys are unique they stay as they are."""
+    folders = [str(write_data(tmp_path / name)) for name in ("a", "b")]
+    alone, both = (
+        [key for batch in module(root).fixed_loader("val", repeat=False) for key in batch["key"]]
+        for root in (folders[0], folders)
+    )
+    assert len({*both}) == len(both) == 2 * len(alone)
+    assert {key.partition("_")[2] for key in both} == {*alone}
+
+
 def test_a_mixture_of_shards_delivers_its_shares(roots: list[str]):
     data = module(roots, weights=[1, 3])
     sets = data.shards("train").sets

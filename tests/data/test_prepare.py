@@ -131,6 +131,16 @@ def test_arrays_that_were_drawn_are_the_pictures_and_not_their_false_colours(tmp
     assert next(image_batches([str(tmp_path / "drawn")])).shape == (2, 5, 30, 40)
 
 
+def test_files_beside_a_train_folder_make_no_class_of_it(tmp_path: Path):
+    for name in ("cat", "dog"):
+        save(tmp_path / "in" / "train" / name / "a.png")
+        save(tmp_path / "in" / "train" / name / "b.png")
+    (tmp_path / "in" / "labels.csv").write_text("x")
+    assert ImageFolder(str(tmp_path / "in")).classes == ["cat", "dog"]
+    save(tmp_path / "in" / "beside.png")  # a picture is not dropped
+    assert ImageFolder(str(tmp_path / "in")).classes is None
+
+
 def test_a_folder_that_ldm_sample_wrote_holds_the_pictures_of_its_job(tmp_path: Path, capsys: pytest.CaptureFixture):
     """Without the grid, films and replays; a folder of other files with a recipe.json is read as it is."""
     folder = tmp_path / "samples"

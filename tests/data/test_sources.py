@@ -246,8 +246,16 @@ def test_images_with_maps(tmp_path: Path):
     with Image.open(tmp_path / "raw/segmentations/a/3.png") as labels:
         labels.resize((32, 24)).save(tmp_path / "raw/segmentations/a/3.png")
     source = ImagesWithMaps(str(tmp_path / "raw"), val_fraction=0.0)
-    with pytest.raises(ValueError, match=r"3\.jpg has \(64, 48\) pixels, .*3\.png \(32, 24\)"):
+    with pytest.raises(ValueError, match=r"3\.jpg shows \(64, 48\) pixels, .*3\.png \(32, 24\)"):
         source.sample("train", 3)
+    turned = Image.Exif()
+    turned[274] = 6  # turned by 90 degrees: the map belongs to what is shown
+    with Image.open(tmp_path / "raw/images/a/4.jpg") as image:
+        image.save(tmp_path / "raw/images/a/4.jpg", exif=turned)
+    with pytest.raises(ValueError, match=r"4\.jpg shows \(48, 64\) pixels"):
+        source.sample("train", 4)
+    Image.fromarray(np.full((64, 48), 4, np.uint8)).save(tmp_path / "raw/segmentations/a/4.png")
+    assert source.sample("train", 4)[0].endswith("4")
     (tmp_path / "raw/segmentations/a/5.png").unlink()
     with pytest.raises(DataError, match=r"5\.jpg has no label map .*segmentations/a/5\.png"):
         ImagesWithMaps(str(tmp_path / "raw"))

@@ -129,9 +129,13 @@ REFUSED = {
     "evaluation.extractors.tiny=null": "evaluation.extractors.tiny has no _target_",
     "evaluation.metrics=[odd]": "unknown metric 'odd'; choose from",
     "evaluation.paired=[odd]": "paired metrics: odd; choose",
+    "evaluation.metrics=[fid_inf_tiny] evaluation.images=200 diffusion.evaluate_every=null": "needs at least 120 samples, not 16",
+    "evaluation.metrics=[memorisation_tiny] data.val_split=train": "memorisation_tiny compares with pictures that training does not see",
+    "data.adherence.held_out=0": "evaluation.adherence.held_out=0 is below 1",
     "diffusion.best_by=odd": "diffusion.best_by=odd is not measured",
     # the run
     "name=[a]": "name=['a'] is not the name of a folder",
+    "wandb_artifact=true": "wandb_artifact=true uploads the model to W&B, and logger= is without it",
     "trust=5": "trust is a list: trust=[5]",
     "trace=/nowhere/at/all": "trace=/nowhere/at/all: there is no folder /nowhere/at",
     "stages=[evaluation]": "has no finished stage 'diffusion' yet",
