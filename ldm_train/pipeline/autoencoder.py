@@ -214,7 +214,7 @@ class AutoencoderStage(Stage):
         kept = ", its encoder kept" if section.train == "decoder" else ""
         begins = f"begins from {section.init}{kept}" if section.init else ""
         loss, warning = section.loss, ""
-        if loss.discriminator is not None and loss.disc_start - loss.disc_warmup >= section.max_steps:
+        if loss.get("discriminator") is not None and loss.disc_start - loss.disc_warmup >= section.max_steps:
             warning = (
                 f"the discriminator never trains: autoencoder.loss.disc_start={loss.disc_start} lies beyond "
                 f"autoencoder.max_steps={section.max_steps}; change one of them, or leave it out with "
