@@ -8,9 +8,11 @@ from typing import Any
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
-from PIL.PngImagePlugin import PngInfo
+from PIL.PngImagePlugin import MAX_TEXT_CHUNK, PngInfo
 
 from ldm_train.storage import write_atomically
+
+COMPRESSED = 4096  # characters of metadata beyond which they are compressed
 
 
 def to_uint8(images: torch.Tensor) -> torch.Tensor:
@@ -128,14 +130,16 @@ def beside(left: torch.Tensor | None, right: torch.Tensor) -> torch.Tensor:
 def save_png(image: Image.Image | torch.Tensor, path: str | Path, metadata: dict[str, Any] | None = None) -> Path:
     """Writes a PNG that appears under its final name only when it is complete.
 
-    metadata: JSON-serialisable, stored in the PNG's text chunk "recipe" (see `read_recipe`).
+    metadata: JSON-serialisable, stored in the PNG's text chunk "recipe" (see `read_recipe`), compressed if it is long.
     """
     path = Path(path)
     if isinstance(image, torch.Tensor):
         image = to_pil(image)
     info = PngInfo()
     if metadata is not None:
-        info.add_text("recipe", json.dumps(metadata, sort_keys=True))
+        text = json.dumps(metadata, sort_keys=True)
+        # Pillow reads compressed text up to a limit only.
+        info.add_text("recipe", text, zip=COMPRESSED < len(text) < MAX_TEXT_CHUNK)
     write_atomically(path, lambda file: image.save(file, format="PNG", pnginfo=info))
     return path
 

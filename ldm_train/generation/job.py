@@ -58,6 +58,7 @@ OPEN: dict[str, Sequence[type]] = {
     "precision": (int, str),
 }
 GRID = "grid.png"
+LONG = 64  # prompts; see `Job._metadata`
 
 
 def machine(device: str, batch_size: int) -> dict[str, Any]:
@@ -232,6 +233,22 @@ def run_of(source: Path) -> Path:
     return source.parents[1] if source.parts[-2:] == ("diffusion", "model") else source
 
 
+def _emptied(prompts: Sequence[Any], n: int, kept: range) -> list[Any]:
+    """Returns prompts with empty captions, except for those of the pictures with numbers in `kept`. n: pictures of a
+    prompt that does not say its own number."""
+    made, number = list[Any](), 0
+    for prompt in prompts:
+        entry = prompt if isinstance(prompt, dict) else {}
+        count = entry.get("n", n)
+        if number < kept.stop and number + count > kept.start:
+            made.append(prompt)
+        else:
+            counted = {k: v for k, v in entry.items() if k in ("n", "seed")}
+            made.append({"prompt": ""} | counted if counted else "")
+        number += count
+    return made
+
+
 class Job:
     """The folder of one job. Each picture appears under its final name when complete; recipe.json is written first and
     last.
@@ -246,6 +263,7 @@ class Job:
     ):
         self.folder, self.recipe, self.wanted, self.channels = folder, recipe, list(wanted), channels
         self.digests: dict[str, str] = {}
+        self._carried: dict[int, dict[str, Any]] = {}  # the last batch's recipe in pictures
         before = self._before()
         if before is not None and (changed := differences(self._key(before), self._key(recipe), {})):
             if not overwrite:
@@ -291,7 +309,18 @@ class Job:
         storage.write_json(self.folder / RECIPE, self.recipe | {"finished": finished, "images": entries})
 
     def _metadata(self, request: Request) -> dict[str, Any]:
-        return self.recipe | {"number": request.number, "seed": request.seed, "condition": request.text}
+        """Returns the recipe that a picture carries. Of a long list of prompts it has those of the picture's batch, which
+        is drawn as a whole; the others are empty, because thousands of pictures with thousands of prompts each would
+        fill the disk."""
+        size, config = self.recipe["machine"]["batch_size"], self.recipe["config"]
+        batch, prompts = request.number // size, config.get("prompts")
+        carried = self.recipe
+        if self.recipe["task"] != "interpolate" and isinstance(prompts, list) and len(prompts) > LONG:
+            if batch not in self._carried:
+                mine = _emptied(prompts, config["n"], range(batch * size, batch * size + size))
+                self._carried = {batch: self.recipe | {"config": config | {"prompts": mine}}}
+            carried = self._carried[batch]
+        return carried | {"number": request.number, "seed": request.seed, "condition": request.text}
 
     def done(self, part: Sequence[Request]) -> torch.Tensor | None:
         """Returns the pictures of a batch (B, C, H, W) if an earlier run of this job made all of them, else None.

@@ -619,6 +619,31 @@ def test_a_job_of_very_many_pictures_is_continued_and_replayed(
     assert "2 pictures were there already" in capsys.readouterr().out
 
 
+def test_pictures_of_many_prompts_carry_those_of_their_batch(
+    run: Callable, model_folder: Callable, tmp_path: Path, capsys
+):
+    """A job of thousands of captions must not write all of them into each picture; each can be drawn again all the
+    same."""
+    entries = [f"caption {k} of a red circle" for k in range(97)] + [
+        {"prompt": "a cat", "n": 3, "seed": 7, "negative": "a dog"}
+    ]
+    (tmp_path / "many.jsonl").write_text(
+        "".join(json.dumps(e if isinstance(e, dict) else {"prompt": e}) + "\n" for e in entries)
+    )
+    run("text", f"prompts={tmp_path}/many.jsonl", "n=1", "batch_size=4", "num_inference_steps=1")
+    for name in ("00041_seed41.png", "00099_seed9.png"):
+        recipe = pictures.read_recipe(tmp_path / "out" / name)
+        kept = [e for e in recipe["config"]["prompts"] if (e if isinstance(e, str) else e["prompt"])]
+        assert len(kept) == (4 if "41" in name else 2)  # the last batch: a caption, and three pictures of the cat
+        assert (tmp_path / "out" / name).stat().st_size < 32 * 32 * 3 + 2500  # pixels of noise, and a short recipe
+        capsys.readouterr()
+        replay = (f"recipe={tmp_path}/out/{name}", f"run={model_folder('text')}", f"out={tmp_path}/{name}-again")
+        (again,) = sample(composed("sample", *replay))
+        assert again.read_bytes() == (tmp_path / "out" / name).read_bytes()
+        assert "1 of 1 pictures are identical" in capsys.readouterr().out
+    assert len(json.loads((tmp_path / "out/recipe.json").read_text())["config"]["prompts"]) == 98
+
+
 def test_a_full_disk_leaves_nothing_half_written(run: Callable, tmp_path: Path):
     """The limit on file size is just below the size of an image; the recipe fits."""
     resource = pytest.importorskip("resource")
