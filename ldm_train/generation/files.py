@@ -113,6 +113,25 @@ def size_of(path: str, option: str) -> tuple[int, int]:
         raise ValueError(f"{option}={path}: {error}") from error
 
 
+def note_cuts(paths: Sequence[str], size: tuple[int, int], factor: int, least: int) -> None:
+    """Prints which pictures are cropped or reduced for a model that draws `size` (H, W), `factor` times as large as they
+    are, and the size, in multiples of `least`, that would keep the first."""
+    cut = []
+    for path in dict.fromkeys(paths):
+        width, height = size_of(path, "image")
+        if abs(width * size[0] - height * size[1]) > 0.01 * width * size[0] or height * factor > size[0]:
+            cut.append((path, width, height))
+    if cut:
+        path, width, height = cut[0]
+        whole = ",".join(str(max(least, round(side * factor / least) * least)) for side in (height, width))
+        others = f" (and {len(cut) - 1} more)" if len(cut) > 1 else ""
+        print(
+            f"{path}{others}: {width}x{height} pixels are cropped and resized to {size[1] // factor}x{size[0] // factor}; "
+            f"size=[{whole}] keeps them",
+            flush=True,
+        )
+
+
 def require_same_shape(image: str, mask: str) -> None:
     """Raises ValueError if picture and mask have different proportions, so that they would be cropped differently."""
     (w, h), (v, g) = size_of(image, "image"), size_of(mask, "mask")

@@ -13,32 +13,15 @@ from torch.nn import functional as F
 from ldm_train.data.batch import FIELDS, Field
 from ldm_train.data.buckets import nearest_size
 from ldm_train.data.masks import masked_image
-from ldm_train.devices import device_of
 from ldm_train.generation.files import (
     as_list,
     extended,
+    note_cuts,
     read_image,
     read_mask,
     require_same_shape,
-    size_of,
 )
 from ldm_train.latent_diffusion import LatentDiffusion
-from ldm_train.rules import (
-    Rule,
-    check,
-    either,
-    engine,
-    flag,
-    list_of,
-    number,
-    numbers,
-    one_of,
-    optional,
-    scalar,
-    section,
-    text,
-    whole,
-)
 
 # task: the condition it needs, None if any model can do it
 TASKS = {
@@ -59,68 +42,6 @@ TASKS = {
 # Tasks that start from a picture.
 FROM_IMAGE = ("inpaint", "outpaint", "img2img", "reconstruct", "interpolate")
 MOST = 1 << 20  # largest value of a count; most pictures of one job
-COUNT = whole(1, MOST)
-PIXELS = whole(-MOST, MOST)
-SECTIONS = {"guidance": "rescale", "guide": "classifier", "resample": "repeats", "tiles": "cells", "fields": "<name>"}
-TEXTS = (
-    "task",
-    "spacing",
-    "negative",
-    "image_prompt",
-    "compile",
-    "film",
-    "weaker_model",
-    "guide.classifier",
-    "guide.clip",
-)
-
-
-def _size(value: Any) -> Any:
-    """Checks a size: one side, [height, width], or a ratio "width:height". Raises ValueError if it is anything else."""
-    if not isinstance(value, str):
-        return either(whole(-MOST, MOST), numbers(2, PIXELS, "whole numbers"))(value)
-    if not re.fullmatch(r"[1-9]\d{0,3}:[1-9]\d{0,3}", value):
-        raise ValueError("{name}={value} is not a ratio of width to height such as 16:9; [height, width] are pixels")
-    return value
-
-
-def _folder(value: Any) -> str:
-    """Returns a folder's name, which may look like a number."""
-    if isinstance(value, bool) or not isinstance(value, str | int | float):
-        raise ValueError("{name}={value} is not a folder")
-    return str(value)
-
-
-RULES: dict[str, Rule] = {
-    **{name: section(f" is not a section with options; set {{name}}.{option}=") for name, option in SECTIONS.items()},
-    "seed": whole(0),
-    **dict.fromkeys(("n", "batch_size", "invert_iterations", "resample.jump_length", "resample.repeats"), COUNT),
-    "tiles.cells": optional(COUNT),
-    "num_inference_steps": optional(whole(0, MOST)),
-    "tiles.overlap": whole(0, MOST),
-    **dict.fromkeys(("strength", "guidance.rescale", "guide.classifier_scale", "guide.clip_scale"), number()),
-    **dict.fromkeys(("guidance_scale", "panorama", "guidance.threshold"), optional(number())),
-    "runs_dir": _folder,
-    "out": optional(_folder),
-    "trust": list_of(str),
-    "size": optional(_size),
-    "extend": optional(numbers(4, PIXELS, "whole numbers")),
-    "guidance.interval": optional(numbers(2, number(-MOST, MOST))),
-    **dict.fromkeys(TEXTS, scalar),
-    "adapters": optional(either(text("a run, folder or file"), list_of(str))),
-    **dict.fromkeys(("invert", "overwrite"), flag),
-    "devices": whole(1),
-    "engine": optional(engine),
-    "accelerator": one_of("auto", "cpu", "gpu", "mps"),
-}
-
-
-def check_types(config: DictConfig) -> None:
-    """Raises ValueError, naming the option, if a value has the wrong type or `out` is a file."""
-    check(config, RULES)
-    device_of(config.accelerator)
-    if config.out is not None and Path(config.out).is_file():
-        raise ValueError(f"out={config.out} is a file; name a folder")
 
 
 @dataclass
@@ -204,12 +125,17 @@ def chosen_task(model: LatentDiffusion, config: DictConfig, guided: Collection[s
     return task
 
 
+def picture_multiple(model: LatentDiffusion) -> int:
+    """Returns the number of pixels that divides the sides of a model's pictures."""
+    return model.first_stage.downsample_factor * model.network.size_multiple
+
+
 def picture_size(model: LatentDiffusion, size: Any, option: str = "size", hint: str = "") -> tuple[int, int]:
     """Returns (H, W) of the pictures. size: None for the training size, a side, [height, width], or a ratio
     "width:height", which gives about as many pixels as the model was trained on. Raises ValueError, its message ended by
     `hint`, if the model's downsampling does not divide the size."""
-    f = model.first_stage.downsample_factor
-    trained, least = (model.latent_size[0] * f, model.latent_size[1] * f), f * model.network.size_multiple
+    f, least = model.first_stage.downsample_factor, picture_multiple(model)
+    trained = model.latent_size[0] * f, model.latent_size[1] * f
     if size is None:
         return trained
     if isinstance(size, str):
@@ -300,7 +226,9 @@ def requests(model: LatentDiffusion, config: DictConfig, task: str, guides: Mapp
         _check_trained_without(model, task, inputs.used)
         return _walk(config, inputs, size)
     if task in (*FROM_IMAGE, "superres"):
-        _note_cuts(model, inputs.given.get("image", []), size)
+        lowres = _by_field(model).get("lowres")
+        factor, least = 1 if lowres is None else lowres.factor, picture_multiple(model)
+        note_cuts(inputs.given.get("image", []), size, factor, least)
     canvas = size
     if task == "outpaint":
         top, right, bottom, left = config.extend
@@ -327,27 +255,6 @@ def requests(model: LatentDiffusion, config: DictConfig, task: str, guides: Mapp
             seed = config.seed + number if first is None else first + i
             all_requests.append(Request(seed, fields, text, number, image, mask, negative, targets))
     return all_requests
-
-
-def _note_cuts(model: LatentDiffusion, paths: list[str], size: tuple[int, int]) -> None:
-    """Prints which of the given pictures are cropped or reduced for a model that draws `size` (H, W), and the size that
-    would keep the first."""
-    lowres = _by_field(model).get("lowres")
-    factor, cut = 1 if lowres is None else lowres.factor, []
-    for path in dict.fromkeys(paths):
-        width, height = size_of(path, "image")
-        if abs(width * size[0] - height * size[1]) > 0.01 * width * size[0] or height * factor > size[0]:
-            cut.append((path, width, height))
-    if cut:
-        least = model.first_stage.downsample_factor * model.network.size_multiple
-        path, width, height = cut[0]
-        whole = ",".join(str(max(least, round(side * factor / least) * least)) for side in (height, width))
-        others = f" (and {len(cut) - 1} more)" if len(cut) > 1 else ""
-        print(
-            f"{path}{others}: {width}x{height} pixels are cropped and resized to {size[1] // factor}x{size[0] // factor}; "
-            f"size=[{whole}] keeps them",
-            flush=True,
-        )
 
 
 def _check_trained_without(model: LatentDiffusion, task: str, fields: Mapping[str, Any]) -> None:

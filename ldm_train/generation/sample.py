@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -18,31 +17,30 @@ from ldm_train.checkpoints.diffusers import DEFAULT_SAMPLING
 from ldm_train.checkpoints.native import find_model, load_latent_diffusion, model_metadata, recorded_sampling
 from ldm_train.checkpoints.parts import build_sampler, targets
 from ldm_train.cluster import mapped
-from ldm_train.compiling import check_compiler, compile_sampling, record_cuda_graphs
-from ldm_train.configuration import config_folder, literal, plain
+from ldm_train.compiling import compile_sampling, record_cuda_graphs
+from ldm_train.configuration import literal, plain
 from ldm_train.devices import device_of
 from ldm_train.diffusion.guidance import classifier_free
 from ldm_train.generation.adapters import take_adapters
 from ldm_train.generation.batches import Parts, Watch, drawn_here, run_job
 from ldm_train.generation.drawing import Drawing
 from ldm_train.generation.files import as_list
-from ldm_train.generation.film import Film
 from ldm_train.generation.guides import Guides, load_weaker
 from ldm_train.generation.job import Job, folder_of, make_recipe, replayed
-from ldm_train.generation.requests import Request, check_types, chosen_task, known_fields, picture_size, requests
+from ldm_train.generation.options import (
+    PRECISIONS,
+    check_effects,
+    check_interval,
+    check_types,
+    check_values,
+    check_wanted,
+    inverts,
+)
+from ldm_train.generation.requests import Request, chosen_task, known_fields, picture_size, requests
 from ldm_train.latent_diffusion import Guidance, LatentDiffusion, Sampling
 from ldm_train.models.tiling import Tiles
 from ldm_train.samplers.ddim import ddim
 from ldm_train.samplers.resampling import resampled
-
-PRECISIONS = {
-    "32": None,
-    "bf16-mixed": torch.bfloat16,
-    "bf16": torch.bfloat16,
-    "16-mixed": torch.float16,
-    "16": torch.float16,
-}
-COMPILE = ("default", "cuda_graphs")
 
 
 @dataclass(frozen=True)
@@ -71,122 +69,6 @@ def model_folder(run: str | None, runs_dir: str, option: str = "run") -> Path:
     raise FileNotFoundError(
         f"{option}={run} has no trained model (export/ or diffusion/model/); finished runs in {runs_dir}: {', '.join(known) or 'none'}"
     )
-
-
-def check(config: DictConfig, model: LatentDiffusion) -> dict[str, Any]:
-    """Checks the config and returns the options of classifier_free. Raises ValueError for invalid values, before any
-    work is done."""
-    model.schedule.timesteps(config.num_inference_steps, config.spacing)
-    guidance = {k: v for k, v in plain(config.guidance).items() if v is not None and (k, v) != ("rescale", 0)}
-    captions = [option for option in ("negative", "image_prompt") if config[option] is not None]
-    if captions and "caption" not in model.fields:
-        raise ValueError(f"this model takes no captions, so {captions[0]}= has no effect; leave it out")
-    if guidance and not model.conditioners and config.weaker_model is None:
-        raise ValueError(
-            f"this model takes no condition that guidance could strengthen; leave guidance.{next(iter(guidance))} out"
-        )
-    named = [option for option in ("negative", "weaker_model") if config[option] is not None]
-    named += [f"guidance.{option}" for option in guidance]
-    if config.guidance_scale == 1 and named:
-        raise ValueError(f"{', '.join(named)}: without effect at guidance_scale=1; set it to another value")
-    if config.guidance_scale != 1:
-        classifier_free(model.denoiser({}), model.denoiser({}), config.guidance_scale, **guidance)
-    if not 0 <= config.strength <= 1:
-        raise ValueError(f"strength is a share between 0 and 1, not {config.strength}")
-    if config.panorama is not None and not 0 <= config.panorama < 1:
-        raise ValueError(
-            f"panorama is the share of a window that neighbours have in common, 0 to below 1, not {config.panorama}"
-        )
-    if config.compile is not None and config.compile not in COMPILE:
-        raise ValueError(f"compile is one of {', '.join(COMPILE)}, not {config.compile!r}")
-    if config.compile == "cuda_graphs" and model.device.type != "cuda":
-        raise ValueError(
-            "compile=cuda_graphs needs an NVIDIA or AMD GPU, and none is used here; set compile=default or leave it out"
-        )
-    if config.compile:
-        check_compiler(f"compile={config.compile}", model.device)
-    if str(config.precision) not in PRECISIONS:
-        raise ValueError(f"precision is one of {', '.join(PRECISIONS)}, not {config.precision!r}")
-    if config.film is not None:
-        Film(model.decode, config.film)
-    if config.image_prompt is not None and not config.invert:
-        raise ValueError("image_prompt= describes the picture to be inverted; it needs invert=true")
-    if config.invert and config.strength != 0.7:
-        raise ValueError("invert=true begins from the picture's own noise, so strength= has no effect; leave it out")
-    for guide, option in (("classifier", "classes"), ("clip", "prompts")):
-        if config.guide[guide] is not None and config[option] is None:
-            raise ValueError(f"guide.{guide} needs {option}= as its target")
-    return guidance
-
-
-def check_interval(config: DictConfig, model: LatentDiffusion, chosen: bool) -> None:
-    """Raises ValueError if no step begins at a noise level within the interval of guidance; only prints it if the
-    command did not choose the interval."""
-    if config.guidance.interval is None or config.guidance_scale == 1:
-        return
-    low, high = config.guidance.interval
-    timesteps = model.schedule.timesteps(config.num_inference_steps, config.spacing)
-    levels = [sigma / alpha if alpha else inf for alpha, sigma in zip(*model.schedule.coefficients(timesteps[:-1]))]
-    if any(low <= level <= high for level in levels):
-        return
-    said = (
-        f"guidance.interval=[{low},{high}] holds none of the noise levels {levels[0]:.3g} ... {levels[-1]:.3g} of these "
-        f"{len(levels)} steps, so nothing is guided; set num_inference_steps to more, or guidance.interval=[0,1e9] to guide "
-        "every step"
-    )
-    if chosen:
-        raise ValueError(said)
-    print(said, flush=True)
-
-
-def inverts(config: DictConfig, task: str) -> bool:
-    """Returns True if pictures are drawn from the inverted noise of given pictures."""
-    return config.invert or (task == "interpolate" and config.image is not None)
-
-
-def check_wanted(config: DictConfig, task: str, wanted: list[Request], chosen: Any) -> None:
-    """Raises ValueError if an option does not fit the task. chosen: the sampler that the command names, if any."""
-    if any(r.negative is not None for r in wanted):
-        if config.guidance_scale == 1:
-            raise ValueError("negative= needs guidance: set guidance_scale to a value other than 1")
-        if config.weaker_model is not None:
-            raise ValueError("weaker_model= and negative= both say what guidance leads away from; leave one out")
-    steps = round(config.num_inference_steps * config.strength) if task == "img2img" and not config.invert else None
-    still = task == "reconstruct" or steps == 0
-    if steps == 0 and config.strength > 0:
-        raise ValueError(
-            f"strength={config.strength} of num_inference_steps={config.num_inference_steps} is less than one step; set it to "
-            f"{1 / config.num_inference_steps:.2g} or more, or to 0 for the picture as the autoencoder decodes it"
-        )
-    if config.film is not None and still:
-        raise ValueError(f"film= shows how a picture is drawn, and nothing is drawn by task={task} here")
-    if inverts(config, task):
-        if chosen is not None and (not chosen["_target_"].endswith(".ddim") or chosen.get("eta")):
-            raise ValueError(
-                "an inverted picture is drawn by the sampler that is inverted; leave sampler= out (it is ddim, eta 0)"
-            )
-        if config.resample.repeats > 1:
-            raise ValueError("resample.repeats adds noise, which inversion has just taken out; leave one of them out")
-
-
-def check_effects(said: DictConfig, model: LatentDiffusion, task: str) -> None:
-    """Raises ValueError for an option of the command that has no effect on its job."""
-    usual = OmegaConf.load(config_folder() / "sample.yaml")
-    draws, conditional = task != "reconstruct", bool(model.conditioners) or said.weaker_model is not None
-    drawn = (draws, "where something is drawn, not with task=reconstruct")
-    only = {
-        **dict.fromkeys(("prompts", "classes", "negative"), drawn),
-        "strength": (task == "img2img", "with task=img2img"),
-        "guidance_scale": (conditional or said.guidance_scale == 1, "for a model that takes a condition"),
-        "invert_iterations": (inverts(said, task), "with invert=true"),
-        "resample.jump_length": (said.resample.repeats > 1, "with resample.repeats=2 or more"),
-        "tiles.overlap": (said.tiles.cells is not None, "with tiles.cells="),
-        "guide.classifier_scale": (said.guide.classifier is not None, "with guide.classifier="),
-        "guide.clip_scale": (said.guide.clip is not None, "with guide.clip="),
-    }
-    for option, (effective, where) in only.items():
-        if not effective and OmegaConf.select(said, option) != OmegaConf.select(usual, option):
-            raise ValueError(f"{option}= has an effect only {where}; leave it out")
 
 
 def load(config: DictConfig, sampler: dict[str, Any] | None = None) -> Loaded:
@@ -300,7 +182,7 @@ def _ready(config: DictConfig, recipe_before: dict[str, Any] | None, only: int |
         config.compile = None  # the pictures are the same up to rounding
     if isinstance(config.size, str):  # a ratio; the recipe records pixels
         config.size = list(picture_size(model, config.size))
-    guidance, guides = check(config, model), Guides(config, model, device)
+    guidance, guides = check_values(config, model), Guides(config, model, device)
     if loaded.adapters:
         guides.recipe["adapters"] = loaded.adapters
     task = chosen_task(model, config, guides.parsers)

@@ -35,11 +35,11 @@ class _Side:
     high: float
     length: int
 
-    def weights(self, blend: float, scale: int) -> torch.Tensor:
+    def weights(self, blend: float, scale: int, device: torch.device) -> torch.Tensor:
         """Returns a weight per row ((end - begin) * scale,): 1 inside, falling linearly over `blend` cells centred on
         each inner edge, and 0 beyond: rows next to the window's border are affected by its padding."""
-        place = self.begin + (torch.arange((self.end - self.begin) * scale) + 0.5) / scale
-        ramp, blend = torch.ones(len(place)), max(blend, 1 / scale)
+        place = self.begin + (torch.arange((self.end - self.begin) * scale, device=device) + 0.5) / scale
+        ramp, blend = torch.ones(len(place), device=device), max(blend, 1 / scale)
         for inner, distance in ((self.low > 0, place - self.low), (self.high < self.length, self.high - place)):
             if inner:
                 ramp = torch.minimum(ramp, (distance / blend + 0.5).clamp(0, 1))
@@ -90,7 +90,8 @@ class Windows:
             if total is None:
                 total = part.new_zeros(*part.shape[:2], *(s * scale for s in self.size))
                 weights = part.new_zeros(total.shape[2:])
-            weight = torch.outer(*(side.weights(b, scale) for side, b in zip(place, self.blend))).to(part)
+            sides = (side.weights(b, scale, part.device) for side, b in zip(place, self.blend))
+            weight = torch.outer(*sides).to(part.dtype)
             total[..., rows, columns] += part * weight
             weights[rows, columns] += weight
         return total / weights
