@@ -125,6 +125,7 @@ def _conditioner(name: str, module: nn.Module, downsample_factor: int) -> tuple[
     elif isinstance(module, TrainedText):
         kind, options = "prompt", {"tokenizer": module.tokenizer.to_str(), "special": module.special}
         options |= {"max_length": module.max_length, "pooled": module.pooled, "masked": module.masked}
+        options |= {"learned": module.learned} if module.learned else {}
     elif isinstance(module, LowResolution) and not module.noise_levels:
         kind, options = "low_resolution", {"factor": module.factor, "channels": module.channels}
     elif isinstance(module, SemanticMap):
@@ -239,7 +240,7 @@ def _known(model: LatentDiffusion, tree: Mapping[str, Any], parts: dict[str, Com
     if kinds.keys() == {TrainedText} and (kl or one) and f == 8 and square:
         text = kinds[TrainedText]
         narrow = isinstance(text.encoder.transformer, NarrowTransformer)
-        if narrow and not text.masked and not text.pooled and text.max_length == 77:
+        if narrow and not text.masked and not text.pooled and text.max_length == 77 and not text.learned:
             (own_text,) = tree["conditioners"].values()
             return Pipeline(
                 "LDMTextToImagePipeline", {"vqvae": autoencoder(own, first)} | parts | _bert(text, whole(own_text))

@@ -16,8 +16,10 @@ from test_diffusers import randomised
 
 from ldm_train.checkpoints import diffusers_export
 from ldm_train.checkpoints.adapters import export_adapter
+from ldm_train.checkpoints.for_diffusers import conditioners as for_diffusers
 from ldm_train.checkpoints.native import load_latent_diffusion, load_model, save_model
 from ldm_train.checkpoints.parts import build
+from ldm_train.conditioning.learned_tokens import add_tokens, settle
 from ldm_train.conditioning.text import train_tokenizer
 from ldm_train.latent_diffusion import LatentDiffusion, Sampling, Start
 from ldm_train.models import lora
@@ -145,6 +147,24 @@ def exported(name: str, folder: Path, *options: str) -> Path:
     save_model(folder / "native", model(name), TREES[name], {"sampling": sampling})
     arguments = (f"from={folder}/native", f"to={folder}/theirs", "format=diffusers", *options)
     return convert(composed("convert", *arguments))
+
+
+@torch.no_grad()
+def test_a_learned_word_of_several_vectors_means_there_what_it_means_here() -> None:
+    made = model("captions with visible padding")
+    text = made.conditioners["text"]
+    add_tokens(text, "<my-dog>", torch.randn(2, 16))
+    settle(text)
+    component = diffusers_export.conditioners(made, TREES["captions with visible padding"]["conditioners"], False)
+    options = {k: v for k, v in component.config["parts"]["prompt"].items() if k != "dropped"}
+    theirs = for_diffusers.TrainedText(**options).eval()
+    prefix = "conditions.prompt."
+    theirs.load_state_dict({k.removeprefix(prefix): v for k, v in component.tensors.items() if k.startswith(prefix)})
+    captions = ["a <my-dog> circle", "a red circle"]
+    ours = text(captions, torch.tensor([False, False]))["context"]
+    torch.testing.assert_close(theirs(captions, False)["encoder_hidden_states"], ours)
+    plain = theirs(["a my-dog circle", "a red circle"], False)["encoder_hidden_states"]
+    assert (plain[0] - ours[0]).abs().max() > 0.01
 
 
 ADAPTED = (

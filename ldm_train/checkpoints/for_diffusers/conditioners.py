@@ -1,6 +1,7 @@
 """The conditioners of a model trained with ldm_train: class labels, captions, images and maps as inputs of the
 U-Net."""
 
+import re
 from typing import Any
 
 import torch
@@ -95,23 +96,31 @@ class TokenEncoder(nn.Module):
 
 class TrainedText(nn.Module):
     """A text encoder trained with the U-Net: its hidden states, and with `pooled` also their mean beside the
-    timestep."""
+    timestep. learned: words of the user's that stand for several tokens -> these tokens."""
 
     def __init__(
         self, tokenizer: str, dim: int, depth: int, heads: int, max_length: int, pooled: bool, masked: bool,
-        head_dim: int | None, special: list[int],
+        head_dim: int | None, special: list[int], learned: dict[str, list[str]] | None = None,
     ):  # fmt: skip
         super().__init__()
+        self.learned = learned or {}
         self.tokenizer = Tokenizer.from_str(tokenizer)
         self.special, self.max_length, self.pooled, self.masked = special, max_length, pooled, masked
         self.encoder = TokenEncoder(self.tokenizer.get_vocab_size(), dim, depth, heads, max_length, head_dim)
+
+    def spelled(self, caption: str) -> str:
+        """Returns a caption with every learned word, if it stands alone, replaced by its tokens."""
+        if not self.learned:
+            return caption
+        words = "|".join(map(re.escape, sorted(self.learned, key=len, reverse=True)))
+        return re.sub(rf"(?<!\w)({words})(?!\w)", lambda found: " ".join(self.learned[found[0]]), caption)
 
     def forward(self, captions: list[str], null: bool, **_: Any) -> dict[str, torch.Tensor]:
         pad, start, end = self.special
         device = self.encoder.token_embedding.weight.device
         ids = torch.full((len(captions), self.max_length), pad)
         mask = torch.zeros(ids.shape, dtype=torch.bool)
-        texts = [""] * len(captions) if null else [caption or "" for caption in captions]
+        texts = [""] * len(captions) if null else [self.spelled(caption or "") for caption in captions]
         for row, encoding in enumerate(self.tokenizer.encode_batch(texts, add_special_tokens=False)):
             tokens = [start, *encoding.ids[: self.max_length - 2], end]
             ids[row, : len(tokens)], mask[row, : len(tokens)] = torch.tensor(tokens), True
