@@ -180,6 +180,8 @@ def _ready(config: DictConfig, recipe_before: dict[str, Any] | None, only: int |
     config = literal(OmegaConf.to_container(config, resolve=True) | unsaid(config, loaded.trained) | {"sampler": tree})
     if recipe_before and config.compile == "cuda_graphs" and device != "cuda":
         config.compile = None  # the pictures are the same up to rounding
+    if config.invert and recipe_before is None:
+        config.n = 1  # the seed has no effect: begun from the picture's own noise, all would be the same
     if isinstance(config.size, str):  # a ratio; the recipe records pixels
         config.size = list(picture_size(model, config.size))
     guidance, guides = check_values(config, model), Guides(config, model, device)

@@ -690,6 +690,12 @@ def test_arithmetic_adds_and_subtracts_conditions(run: Callable):
 
 
 @pytest.mark.slow
+def test_an_inverted_picture_is_drawn_once_per_prompt(run: Callable, files: dict[str, str], tmp_path: Path):
+    options = (f"image={files['photo.png']}", "invert=true", "guidance_scale=1", "prompts=[a cat,a dog]", "n=4")
+    assert len(run("text", *options)) == 2
+    assert json.loads((tmp_path / "out/recipe.json").read_text())["config"]["n"] == 1
+
+
 def test_inversion_edits_from_the_pictures_own_noise(run: Callable, files: dict[str, str]):
     image = f"image={files['photo.png']}"
     rebuilt = run("calm", image, "task=reconstruct", out="r")[0]
