@@ -169,7 +169,7 @@ class ShardDataModule(L.LightningDataModule):
         self.derive = dict(derive or {})
         self.index = read_index(root, remedy)
         for split in (train_split, val_split):
-            shards, where = split_index(self.index, split, root)["shards"], f"{root}, split {split}"
+            shards, where = split_index(self.index, split, root)["shards"], f"{root}, split {split} of index.json"
             check_channels(shards, channels, where)
             needed = (*self.fields, "class_label") if balance_classes else self.fields
             require_fields(needed, member_counts(shards), self.count(split), where, list(self.derive), self.known)

@@ -20,7 +20,7 @@ from typing import Any, BinaryIO, TypeVar
 from urllib.parse import quote, urlsplit
 
 from ldm_train.data.files import DataError
-from ldm_train.storage import open_lock, write_atomically
+from ldm_train.storage import file_sha256, open_lock, write_atomically
 
 Result = TypeVar("Result")
 
@@ -28,6 +28,7 @@ Result = TypeVar("Result")
 SCHEMES = {"http": None, "https": None, "s3": "s3fs", "gs": "gcsfs", "hf": "huggingface_hub"}
 ATTEMPTS = 4  # in a row, with waits of 1, 2 and 4 seconds between them
 TIMEOUT = 60.0  # seconds without an answer
+COMPARED = 10**18  # modification time (ns) of copies whose checksum was compared
 ROOM = ".room.lock"  # locked by the process that deletes copies
 BLOCK = 1 << 20  # bytes read at a time
 
@@ -244,9 +245,8 @@ class ShardCache:
                 continue
             fcntl.flock(file, fcntl.LOCK_SH)  # from here on no process deletes it
             there = os.fstat(file)
-            if there.st_nlink and there.st_size == entry["bytes"]:
-                with suppress(PermissionError):  # another user's copy
-                    os.utime(file)  # marks it as just used
+            if there.st_nlink and there.st_size == entry["bytes"] and _is_unchanged(path, there, entry):
+                _mark(file)
                 if fetched:  # others may have fetched at the same time
                     self._make_room(0)
                 return file
@@ -264,6 +264,7 @@ class ShardCache:
             for attempt in itertools.count(1):
                 try:
                     write_atomically(path, lambda file: _download(entry, file))
+                    _mark(path)
                     return
                 except DataError:  # damaged in transit or at the source? A second copy tells
                     if attempt == 2:
@@ -271,7 +272,7 @@ class ShardCache:
 
     def _make_room(self, needed: int) -> None:
         with _held(self.folder / ROOM):
-            copies = sorted((p.stat().st_mtime_ns, p.stat().st_size, p) for p in self.folder.glob("*.tar"))
+            copies = sorted((p.stat().st_atime_ns, p.stat().st_size, p) for p in self.folder.glob("*.tar"))
             held = sum(size for _, size, _ in copies)
             for _, size, copy in copies:
                 if held + needed <= self.limit:
@@ -280,6 +281,18 @@ class ShardCache:
                     fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                     copy.unlink()
                     held -= size
+
+
+def _mark(copy: int | Path) -> None:
+    """Marks a copy (its descriptor or path) as compared with its checksum and as just used: a program that writes to it
+    changes its modification time."""
+    with suppress(PermissionError):  # another user's copy
+        os.utime(copy, ns=(time.time_ns(), COMPARED))
+
+
+def _is_unchanged(path: Path, there: os.stat_result, entry: dict) -> bool:
+    """Returns True if a copy is as it was when it was compared with its checksum, or if it still has that checksum."""
+    return there.st_mtime_ns == COMPARED or file_sha256(path) == entry["sha256"]
 
 
 @contextmanager

@@ -195,7 +195,9 @@ def split_index(index: dict, split: str, root: Roots) -> dict:
     if lacking := index["splits"][split].get("lacking"):
         raise DataError(f"{', '.join(lacking)} has no split {split!r}, the other data.root do; prepare it with one")
     if not any(shard["count"] for shard in index["splits"][split]["shards"]):
-        raise DataError(f"{root} has no sample in split {split!r}; prepare it again or choose another split")
+        raise DataError(
+            f"{root} has no sample in split {split!r} of its index.json; prepare it again or choose another split"
+        )
     return index["splits"][split]
 
 

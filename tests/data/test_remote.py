@@ -229,14 +229,27 @@ def test_a_copy_that_is_read_is_not_deleted(there: tuple[Site, Path], tmp_path: 
     os.close(first)
 
 
-def test_a_damaged_copy_is_fetched_again(there: tuple[Site, Path], tmp_path: Path):
+@pytest.mark.parametrize("damage", [lambda data: data[:-1], lambda data: data[:600] + b"x" + data[601:]])
+def test_a_damaged_copy_is_fetched_again(there: tuple[Site, Path], tmp_path: Path, damage: Callable[[bytes], bytes]):
+    """Also one that kept its length."""
     site, folder = there
     cache = ShardCache(tmp_path / "cache", 1e9)
     IndexedShards(site.url, "val", cache=cache)
     (copy,) = cache.folder.glob("*.tar")
-    copy.write_bytes(copy.read_bytes()[:-1])
+    copy.write_bytes(damage(copy.read_bytes()))
     assert contents(IndexedShards(site.url, "val", cache=cache)) == contents(IndexedShards(folder, "val"))
     assert whole(cache.folder)
+
+
+def test_a_copy_that_was_only_touched_is_kept(there: tuple[Site, Path], tmp_path: Path):
+    site, _ = there
+    cache = ShardCache(tmp_path / "cache", 1e9)
+    IndexedShards(site.url, "val", cache=cache)
+    (copy,) = cache.folder.glob("*.tar")
+    copy.touch()
+    asked = len(site.asked)
+    IndexedShards(site.url, "val", cache=cache)
+    assert "/val-000000.tar" not in site.asked[asked:]
 
 
 def test_training_in_any_order_needs_room_for_all(there: tuple[Site, Path], tmp_path: Path):
