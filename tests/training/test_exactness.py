@@ -170,6 +170,7 @@ def test_a_full_disk_at_any_write_is_named_and_the_same_command_continues(
         except OSError as error:
             said = str(error)
         assert not said or re.search("could not write .*free some space", said), f"write {number}: {said}"
+        at[0] = 0  # the run makes fewer writes than the first, which also made the data
         chain(tmp_path, *short, name="full").execute()
         assert results(tmp_path / "full") == calm, f"write {number}"
         shutil.rmtree(tmp_path / "full")
