@@ -57,7 +57,9 @@ def test_a_run_leaves_everything_the_design_names(finished: Path):
         "export/metadata.json",
     ):
         assert (run / name).is_file(), name
-    metrics = json.loads((run / "evaluation" / "metrics.json").read_text())
+    text = (run / "evaluation" / "metrics.json").read_text()
+    metrics = json.loads(text)
+    assert not {"NaN", "Infinity"} & set(re.findall(r"\w+", text))  # other programs' JSON has no such numbers
     assert metrics["samples"]["fid_tiny"]["n"] == 8
     assert 0 <= metrics["adherence"]["trained"]["all"] <= metrics["adherence"]["trained"]["mean"] <= 1
     model = load_model(run / "export")

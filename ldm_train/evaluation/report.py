@@ -1,7 +1,8 @@
 """The evaluation stage: measures reconstructions, latents, samples and, on shapes, adherence, and writes one
 metrics.json."""
 
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -183,5 +184,15 @@ def evaluate(
         pictures.save_png(pictures.grid(rows.flatten(0, 1), columns=rows.shape[1]), folder / "restorations.png")
         print(format_restoration(table))
     pictures.save_png(pictures.grid(drawn, columns=6, captions=texts if any(texts) else None), folder / "samples.png")
-    write_json(folder / "metrics.json", metrics)
+    write_json(folder / "metrics.json", _finite(metrics))
     return metrics
+
+
+def _finite(tree: Any) -> Any:
+    """Returns nested values with null in place of numbers that JSON does not know, such as the diversity of pictures
+    that cannot be read."""
+    if isinstance(tree, Mapping):
+        return {name: _finite(value) for name, value in tree.items()}
+    if isinstance(tree, list | tuple):
+        return [_finite(value) for value in tree]
+    return None if isinstance(tree, float) and not math.isfinite(tree) else tree
