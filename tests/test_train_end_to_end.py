@@ -4,6 +4,7 @@ and continues if more steps are asked for."""
 import csv
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
