@@ -9,7 +9,7 @@ from typing import Any
 from ldm_train.checkpoints.adapters import CONTROL, RECORD, find_adapter, read_word
 from ldm_train.conditioning.control import PICTURES
 from ldm_train.data.batch import FIELDS
-from ldm_train.generation.requests import known_fields
+from ldm_train.generation.requests import known_fields, picture_multiple
 from ldm_train.generation.sample import Loaded
 from ldm_train.storage import read_record
 
@@ -109,7 +109,7 @@ def offer_of(name: str, run: str, folder: Path, loaded: Loaded, adapters: Sequen
         folder,
         tuple(inputs),
         (model.latent_size[0] * factor, model.latent_size[1] * factor),
-        factor * model.network.size_multiple,
+        picture_multiple(model),
         model.first_stage.autoencoder.in_channels,
         loaded.trained,
         tuple(adapters),

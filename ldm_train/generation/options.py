@@ -32,6 +32,14 @@ from ldm_train.rules import (
     whole,
 )
 
+PRECISIONS = {
+    "32": None,
+    "bf16-mixed": torch.bfloat16,
+    "bf16": torch.bfloat16,
+    "16-mixed": torch.float16,
+    "16": torch.float16,
+}
+COMPILE = ("default", "cuda_graphs")
 COUNT = whole(1, MOST)
 PIXELS = whole(-MOST, MOST)
 SECTIONS = {"guidance": "rescale", "guide": "classifier", "resample": "repeats", "tiles": "cells", "fields": "<name>"}
@@ -94,16 +102,6 @@ def check_types(config: DictConfig) -> None:
     device_of(config.accelerator)
     if config.out is not None and Path(config.out).is_file():
         raise ValueError(f"out={config.out} is a file; name a folder")
-
-
-PRECISIONS = {
-    "32": None,
-    "bf16-mixed": torch.bfloat16,
-    "bf16": torch.bfloat16,
-    "16-mixed": torch.float16,
-    "16": torch.float16,
-}
-COMPILE = ("default", "cuda_graphs")
 
 
 def check_values(config: DictConfig, model: LatentDiffusion) -> dict[str, Any]:
