@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from hydra.utils import instantiate
+from hydra.utils import get_class, instantiate
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
@@ -26,6 +26,23 @@ from ldm_train.metrics.paired import MS_SSIM_SIDE, ms_ssim, psnr, ssim
 CACHE = ".references"  # below runs_dir: reference statistics, shared by all runs
 
 PAIRED = {"psnr": psnr, "ssim": ssim, "ms_ssim": ms_ssim}
+# Ends of the names of the stages' own columns in metrics.csv whose higher values are better.
+HIGHER_IS_BETTER = (*PAIRED, "active_channels", "accuracy", "perplexity", "usage")
+
+
+def _kinds() -> dict[str, Any]:
+    """{kind of metric: its config in conf/metric}."""
+    return {f.stem: OmegaConf.to_container(OmegaConf.load(f)) for f in sorted(config_folder().glob("metric/*.yaml"))}
+
+
+def is_higher_better(column: str) -> bool:
+    """Returns True if higher values of a column of metrics.csv (val/psnr, val/recall_tiny) are better; those of losses
+    and distances are not, nor those of unknown names."""
+    name = column.rpartition("/")[2]
+    of = max((kind for kind in _kinds() if f"{name}_".startswith(f"{kind}_")), key=len, default=None)
+    if of is None:
+        return name.endswith(HIGHER_IS_BETTER)
+    return bool(get_class(_kinds()[of]["_target_"]).higher_is_better)
 
 
 def parse_metrics(
@@ -34,8 +51,7 @@ def parse_metrics(
     """Builds metrics from names. A name is `<kind>_<extractor>` (fid_tiny, kid_mine), or a kind alone, which uses the
     network it is published with (fid: Inception). own: `evaluation.kinds`, the user's own kinds. Raises ValueError if a
     kind is not a `Metric` class, and for an unknown name, listing the known ones."""
-    kinds = {f.stem: OmegaConf.to_container(OmegaConf.load(f)) for f in sorted(config_folder().glob("metric/*.yaml"))}
-    kinds |= own or {}
+    kinds = _kinds() | dict(own or {})
     makers = {kind: instantiate(tree, _partial_=True, _convert_="all") for kind, tree in kinds.items()}
     for kind, maker in makers.items():
         if not (isinstance(maker.func, type) and issubclass(maker.func, Metric)):

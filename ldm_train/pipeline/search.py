@@ -15,22 +15,10 @@ from omegaconf import DictConfig, OmegaConf
 
 from ldm_train import interrupts
 from ldm_train.configuration import flatten
+from ldm_train.evaluation.evaluator import is_higher_better
 from ldm_train.pipeline.sweep import read_rows
 from ldm_train.storage import write_json
 
-# Parts of the names of columns whose higher values are better; the others are losses and distances.
-HIGHER = (
-    "psnr",
-    "ssim",
-    "precision",
-    "recall",
-    "clip_score",
-    "accuracy",
-    "adherence",
-    "/is",
-    "active_channels",
-    "usage",
-)
 POLL = 2.0  # seconds between looks at a trial's metrics.csv
 
 
@@ -100,7 +88,7 @@ def run_trial(trial: Any, config: DictConfig, space: dict[str, Callable[[Any], A
     ]  # fmt: skip
     run.mkdir(parents=True, exist_ok=True)
     # The pruner takes the objective's direction for the reported column too.
-    alike = config.prune is None or is_better_lower(config.prune) == (config.direction == "minimize")
+    alike = config.prune is None or is_higher_better(config.prune) == (config.direction == "maximize")
     # A signal stops the running trial first.
     with open(run / "output.txt", "w") as output, interrupts.answered_by(interrupts.stop):
         own = os.environ | {interrupts.PARENT: str(os.getpid())}
@@ -124,11 +112,6 @@ def run_trial(trial: Any, config: DictConfig, space: dict[str, Callable[[Any], A
         words = (run / "output.txt").read_text().strip().splitlines() or ["no output"]
         raise RuntimeError(next((w for w in reversed(words) if w.startswith("error:")), words[-1]))
     return outcome(run, config.objective, config.direction == "minimize")
-
-
-def is_better_lower(column: str) -> bool:
-    """Returns True if lower values of a column of metrics.csv are better: losses and distances."""
-    return not any(name in column for name in HIGHER)
 
 
 def check(config: DictConfig, algorithms: Sequence[str]) -> None:

@@ -19,6 +19,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from PIL import Image
 
 from ldm_train.configuration import numbers
+from ldm_train.evaluation.evaluator import is_higher_better
 from ldm_train.storage import check_held, inside, write_atomically
 
 
@@ -218,11 +219,11 @@ class WandbRun:
             print(f"W&B: offline; upload with: wandb sync {Path(self.run.settings.sync_dir)}")
 
 
-# Metrics whose summary includes the run's best value: its minimum or maximum.
-SUMMARIES = {
-    "val/loss": "min", "val/score": "min", "val/perceptual": "min", "val/l1": "min", "val/psnr": "max", "val/ssim": "max",
-    "val/fid_tiny": "min", "val/fid": "min", "val/kid_tiny": "min", "val/kid": "min", "val/accuracy": "max",
-}  # fmt: skip
+# Columns whose summary in W&B has the run's best value beside the last.
+SUMMARIES = (
+    *("val/loss", "val/score", "val/perceptual", "val/l1", "val/psnr", "val/ssim", "val/accuracy"),
+    *("val/fid_tiny", "val/fid", "val/kid_tiny", "val/kid"),
+)
 
 
 class StageLogger(Recorder):
@@ -237,8 +238,9 @@ class StageLogger(Recorder):
         step = f"{stage}/step"
         run.define_metric(step)
         run.define_metric(f"{stage}/*", step_metric=step)
-        for name, summary in SUMMARIES.items():
-            run.define_metric(f"{stage}/{name}", step_metric=step, summary=f"{summary},last")
+        for name in SUMMARIES:
+            best = "max" if is_higher_better(name) else "min"
+            run.define_metric(f"{stage}/{name}", step_metric=step, summary=f"{best},last")
 
     @property
     def version(self) -> str:

@@ -8,7 +8,7 @@ import torch
 from chains import composed
 from torch import nn
 
-from ldm_train.evaluation.evaluator import Evaluator, parse_metrics
+from ldm_train.evaluation.evaluator import Evaluator, is_higher_better, parse_metrics
 from ldm_train.evaluation.measurement import _saved, collect_reference
 from ldm_train.metrics.features import TinyEval
 from ldm_train.metrics.measures import Collected
@@ -104,3 +104,10 @@ def test_an_option_of_an_extractor_is_part_of_what_is_cached(tmp_path: Path) -> 
     assert hashes[0]["mine"] != hashes[1]["mine"]
     assert hashes[0]["tiny"] == hashes[1]["tiny"]
     assert not torch.allclose(means[0], means[1])
+
+
+def test_columns_know_whether_higher_is_better() -> None:
+    higher = ["val/psnr", "val/ms_ssim", "val/is", "val/recall_tiny", "val/class_accuracy_mine", "val/code_usage"]
+    lower = ["val/loss", "val/fid_inf_tiny", "val/lpips", "val/memorisation_tiny", "val/isolated", "anything"]
+    assert all(map(is_higher_better, [*higher, *(f"diffusion:{c}" for c in higher)]))
+    assert not any(map(is_higher_better, [*lower, *(f"diffusion:{c}" for c in lower)]))
