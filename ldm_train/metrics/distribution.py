@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from ldm_train.metrics.sets import GROUPS, FeatureSet, Moments
+from ldm_train.metrics.sets import GROUPS, FeatureSet, Moments, group_of
 
 BLOCK = 1024  # rows of a distance matrix computed at a time
 NEAREST = 16  # neighbours kept for leaving groups out
@@ -215,7 +215,7 @@ def recall_estimate(reference: torch.Tensor, features: torch.Tensor, indices: to
     neighbour. indices (M,): of the samples, which determine the groups that the jackknife leaves out."""
     a, b = reference.double(), features.double()
     _enough(a, b, k)
-    groups, m = indices % GROUPS, len(b)
+    groups, m = group_of(indices), len(b)
     nearest = [torch.cdist(part, b).topk(min(m, NEAREST), dim=1, largest=False) for part in b.split(BLOCK)]
     distances, neighbours = (torch.cat(part) for part in zip(*nearest))
 

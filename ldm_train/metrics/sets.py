@@ -92,6 +92,12 @@ def _mixed(indices: torch.Tensor) -> torch.Tensor:
     return x ^ (x >> 27)
 
 
+def group_of(indices: torch.Tensor, groups: int = GROUPS) -> torch.Tensor:
+    """Returns the jackknife's group of each sample. Of `groups` consecutive samples each is in another group, in an order
+    that differs from one run of samples to the next, so that no group holds a single class where classes come in turn."""
+    return (indices + _mixed(indices // groups)) % groups
+
+
 class FeatureSet:
     """Features of a set of images, as a stream: sums for each of the jackknife's groups, and a random subset kept as it
     is.
@@ -123,7 +129,7 @@ class FeatureSet:
         if not self.class_sums:
             self.class_sums = [(torch.zeros(p.shape[1], dtype=torch.float64), 0.0) for _ in self.groups]
         for k, (total, sum_entropy) in enumerate(self.class_sums):
-            mine = indices % len(self.groups) == k
+            mine = group_of(indices, len(self.groups)) == k
             self.class_sums[k] = (total + p[mine].sum(dim=0), sum_entropy + float(entropy[mine].sum()))
 
     def _flush(self) -> None:
@@ -131,8 +137,9 @@ class FeatureSet:
             return
         features, indices = (torch.cat(parts) for parts in zip(*self._waiting))
         self._waiting = []
+        groups = group_of(indices, len(self.groups))
         for k, moments in enumerate(self.groups):
-            moments.add(features[indices % len(self.groups) == k])
+            moments.add(features[groups == k])
         self.add_kept(features, indices)
 
     def add_kept(self, features: torch.Tensor, indices: torch.Tensor) -> None:

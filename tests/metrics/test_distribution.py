@@ -20,7 +20,7 @@ from ldm_train.metrics.distribution import (
     recall_estimate,
 )
 from ldm_train.metrics.features import TinyEval
-from ldm_train.metrics.sets import GROUPS, FeatureSet, Moments
+from ldm_train.metrics.sets import GROUPS, FeatureSet, Moments, group_of
 
 
 def kernel_distance(a: torch.Tensor, b: torch.Tensor) -> float:
@@ -158,12 +158,27 @@ def test_the_frechet_jackknife_is_that_of_leaving_out_a_group() -> None:
     found = frechet_estimate(reference, FeatureSet.of(features))
     left = []
     for k in range(GROUPS):
-        keep = torch.ones(100, dtype=torch.bool)
-        keep[k::GROUPS] = False
+        keep = group_of(torch.arange(100)) != k
+        assert keep.sum() == 95
         left.append(frechet_distance(reference, Moments.of([features[keep]])))
     spread = T_QUANTILE * (19 / 20 * np.square(np.array(left) - np.mean(left)).sum()) ** 0.5
     assert (found.low, found.high) == pytest.approx((found.value - spread, found.value + spread), rel=1e-6)
     assert pytest.approx(scipy.stats.t.ppf(0.975, GROUPS - 1)) == T_QUANTILE
+
+
+def test_groups_hold_samples_of_all_classes_where_classes_come_in_turn() -> None:
+    for turn in (2, 5, 10, 20):
+        indices = torch.arange(4000)
+        groups, classes = group_of(indices), indices % turn
+        counts = torch.stack([torch.bincount(classes[groups == k], minlength=turn) for k in range(GROUPS)])
+        assert (counts.sum(dim=1) == 200).all()
+        # as if each sample's class were drawn: a mean of 200 / turn, five standard deviations aside
+        assert ((counts - 200 / turn).abs() <= 5 * (200 / turn) ** 0.5).all()
+    turned = draw(0, 2000) + 3 * (torch.arange(2000) % 10 == 0)[:, None]  # each tenth is of another class
+    mixed = turned[torch.randperm(2000, generator=torch.Generator().manual_seed(0))]
+    reference = Moments.of([REFERENCE])
+    widths = [e.high - e.low for e in (frechet_estimate(reference, FeatureSet.of(x)) for x in (turned, mixed))]
+    assert widths[0] == pytest.approx(widths[1], rel=0.5)
 
 
 def test_too_few_samples_have_a_value_but_no_interval() -> None:

@@ -29,7 +29,7 @@ from ldm_train.metrics.distribution import (
 from ldm_train.metrics.features import DinoV2, Inception, TinyEval, weights_hash
 from ldm_train.metrics.measures import Collected, measure, read_reference, write_reference
 from ldm_train.metrics.metric import REFERENCE, Metric
-from ldm_train.metrics.sets import FLUSH, FeatureSet, Moments
+from ldm_train.metrics.sets import FLUSH, FeatureSet, Moments, group_of
 
 QUIET = {"verbose": False}
 
@@ -97,7 +97,7 @@ def test_recall_without_a_group_is_recall_of_the_others() -> None:
     left = []
     for k in range(20):
         rest = prc_features_to_metric(
-            b[indices % 20 != k], a, prc_neighborhood=3, prc_batch_size=1000, save_cpu_ram=False, **QUIET
+            b[group_of(indices) != k], a, prc_neighborhood=3, prc_batch_size=1000, save_cpu_ram=False, **QUIET
         )
         left.append(rest["recall"])
     found = recall_estimate(a, b, indices)
