@@ -113,6 +113,14 @@ def numbers(count: int, entry: Rule, kind: str = "numbers") -> Rule:
     return rule
 
 
+def noise_levels(value: Any) -> list[float]:
+    """An interval of noise levels, [low, high]."""
+    low, high = numbers(2, number(0))(value)
+    if not low < high:
+        raise ValueError("{name}={value} is [low, high] in noise levels, the lower one first")
+    return [low, high]
+
+
 def section(meant: str) -> Rule:
     """A section with its own options. meant: the rest of the message for any other value, with the remedy."""
 

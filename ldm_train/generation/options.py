@@ -1,6 +1,7 @@
 """The options of ldm-sample: their types, and whether they are valid and have an effect for a model and a task."""
 
 import re
+from collections.abc import Sequence
 from math import inf
 from pathlib import Path
 from typing import Any
@@ -150,19 +151,24 @@ def check_values(config: DictConfig, model: LatentDiffusion) -> dict[str, Any]:
     return guidance
 
 
-def check_interval(config: DictConfig, model: LatentDiffusion, chosen: bool) -> None:
-    """Raises ValueError if no step begins at a noise level within the interval of guidance; only prints it if the
-    command did not choose the interval."""
-    if config.guidance.interval is None or config.guidance_scale == 1:
-        return
-    low, high = config.guidance.interval
-    timesteps = model.schedule.timesteps(config.num_inference_steps, config.spacing)
+def check_interval(
+    option: str,
+    interval: Sequence[float],
+    num_inference_steps: int,
+    spacing: str,
+    model: LatentDiffusion,
+    chosen: bool = True,
+) -> None:
+    """Raises ValueError, naming the option, if no step begins at a noise level within the interval of guidance; only
+    prints it if the command did not choose the interval."""
+    low, high = interval
+    timesteps = model.schedule.timesteps(num_inference_steps, spacing)
     levels = [sigma / alpha if alpha else inf for alpha, sigma in zip(*model.schedule.coefficients(timesteps[:-1]))]
     if any(low <= level <= high for level in levels):
         return
     said = (
-        f"guidance.interval=[{low},{high}] holds none of the noise levels {levels[0]:.3g} ... {levels[-1]:.3g} of these "
-        f"{len(levels)} steps, so nothing is guided; set num_inference_steps to more, or guidance.interval=[0,1e9] to guide "
+        f"{option}=[{low},{high}] holds none of the noise levels {levels[0]:.3g} ... {levels[-1]:.3g} of these "
+        f"{len(levels)} steps, so nothing is guided; set num_inference_steps to more, or {option}=[0,1e9] to guide "
         "every step"
     )
     if chosen:

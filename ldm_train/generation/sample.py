@@ -192,7 +192,9 @@ def _ready(config: DictConfig, recipe_before: dict[str, Any] | None, only: int |
     if only is not None and only >= len(wanted):
         raise ValueError(f"this is not a recipe of ldm-sample: it asks for picture {only} of a job with {len(wanted)}")
     check_wanted(config, task, wanted, chosen)
-    check_interval(config, model, chosen=recipe_before is None and said.guidance.interval is not None)
+    if (interval := config.guidance.interval) is not None and config.guidance_scale != 1:
+        own = recipe_before is None and said.guidance.interval is not None
+        check_interval("guidance.interval", interval, config.num_inference_steps, config.spacing, model, own)
     if recipe_before is None:  # recipes of before may hold options without effect
         check_effects(said, model, task)
     sampler = build_sampler(tree, f"sampler of {config.recipe or source}", trust)

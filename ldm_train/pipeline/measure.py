@@ -33,6 +33,7 @@ from ldm_train.evaluation.evaluator import Evaluator, sampling_options
 from ldm_train.evaluation.measurement import Reference, measure_samples, reference_from
 from ldm_train.evaluation.report import evaluate_first_stage, save_pairs
 from ldm_train.generation.files import as_list
+from ldm_train.generation.options import check_interval
 from ldm_train.latent_diffusion import LatentDiffusion
 from ldm_train.metrics.features import weights_hash
 from ldm_train.metrics.measures import Collected, measure, write_reference
@@ -45,13 +46,19 @@ from ldm_train.pipeline.machine import join_devices, machine_of
 from ldm_train.pipeline.run import Run
 from ldm_train.pipeline.trained import run_folder, with_options
 from ldm_train.rules import check as check_options
-from ldm_train.rules import engine, optional, whole
+from ldm_train.rules import engine, noise_levels, number, optional, whole
 from ldm_train.storage import file_sha256, inside, read_record, write_atomically, write_json
 from ldm_train.training.callbacks.checkpoint import read_checkpoint
 from ldm_train.training.fit import Machine
 
 # A measurement: its metrics, the folder to write them to (None: print only), and the settings that identify it.
 Measured = tuple[dict[str, Any], Path | None, dict[str, Any]]
+RULES = {
+    "engine": optional(engine),
+    "max_failures": whole(0),
+    "guidance_scale": optional(number()),
+    "guidance_interval": optional(noise_levels),
+}
 # Integer options and their smallest allowed values.
 LEAST = {"n": 2, "batch_size": 1, "devices": 1, "num_inference_steps": 1, "image_size": 1, "seed": 0}
 
@@ -147,6 +154,8 @@ def evaluate_run(config: DictConfig, again: bool = True) -> Measured:
     partial = results / f".{digest(asked)}.partial"
     partial.parent.mkdir(exist_ok=True)
     model = load_weights(folder, config.weights, trust).to(machine.device, memory_format=torch.channels_last)
+    if config.guidance_interval is not None and (how := trained.sampling).guidance_scale != 1:
+        check_interval("guidance_interval", config.guidance_interval, how.num_inference_steps, how.spacing, model)
     measured = measure_samples(
         model, run.conditions(data, count), drawer(run), reference, tools.metrics, tools.extractors,
         trained.evaluation.batch_size, config.seed, progress=config.progress and machine.rank == 0,
@@ -321,7 +330,7 @@ def format_metrics(metrics: Mapping[str, Any]) -> str:
 
 
 def check(config: DictConfig) -> None:
-    check_options(config, {"engine": optional(engine), "max_failures": whole(0)})
+    check_options(config, RULES)
     given = [o for o in ("run", "reconstruct", "images") if config[o] is not None]
     if len(given) != 1:
         raise ValueError(
@@ -334,8 +343,6 @@ def check(config: DictConfig) -> None:
         value = config[option]
         if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
             raise ValueError(f"{option}={value!r} is not a whole number of at least {least}")
-    if config.guidance_scale is not None and not isinstance(config.guidance_scale, int | float):
-        raise ValueError(f"guidance_scale={config.guidance_scale!r} is not a number")
 
 
 def command_options() -> DictConfig:

@@ -12,7 +12,7 @@ from ldm_train.storage import check_kinds, read_config
 
 # Options of the current command that replace evaluation.<name> and sampling.<name> in the run's config.
 EVALUATION = ("metrics", "paired", "reference", "reference_images", "predictors", "batch_size")
-SAMPLING = ("num_inference_steps", "guidance_scale", "spacing")
+SAMPLING = ("num_inference_steps", "guidance_scale", "guidance_interval", "spacing")
 # Parts for measuring: built from the current command's config, never from a run's, which may come from a stranger.
 BUILT = ("extractors", "kinds", "perceptual", "lpips")
 # Options that concern only this machine and the current command.

@@ -7,7 +7,21 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from ldm_train.configuration import config_folder, flatten
-from ldm_train.rules import Rule, check, engine, flag, list_of, number, numbers, one_of, optional, section, text, whole
+from ldm_train.rules import (
+    Rule,
+    check,
+    engine,
+    flag,
+    list_of,
+    noise_levels,
+    number,
+    numbers,
+    one_of,
+    optional,
+    section,
+    text,
+    whole,
+)
 from ldm_train.training.callbacks.clock import seconds_of
 from ldm_train.training.task import Task
 
@@ -69,13 +83,6 @@ def _only(value: Any) -> str:
     return value
 
 
-def _interval(value: Any) -> list[float]:
-    low, high = numbers(2, number(0))(value)
-    if not low < high:
-        raise ValueError("{name}={value} is [low, high] in noise levels, the lower one first")
-    return [low, high]
-
-
 def _time(value: Any) -> str:
     try:
         seconds_of(str(value))
@@ -130,7 +137,7 @@ RULES: dict[str, Rule] = {
     "autoencoder.disc_lr": optional(POSITIVE),
     **{f"autoencoder.loss.{name}": POSITIVE for name in LOSS_WEIGHTS},
     "sampling.guidance_scale": POSITIVE,
-    "sampling.guidance_interval": optional(_interval),
+    "sampling.guidance_interval": optional(noise_levels),
     "diffusion.task.alignment": optional(POSITIVE),
     "autoencoder.task.augmentation.noise": optional(POSITIVE),
     **{f"autoencoder.task.augmentation.{name}": optional(number(0, 1)) for name in ("most", "equivariance")},

@@ -153,7 +153,9 @@ def test_speed_against_quality_is_measured_once(swept: Path, command: Callable[.
 
 
 @pytest.mark.chain
-def test_offline_and_stage_agree_and_settings_never_share_a_file(swept: Path, command: Callable[..., int]) -> None:
+def test_offline_and_stage_agree_and_settings_never_share_a_file(
+    swept: Path, command: Callable[..., int], capsys
+) -> None:
     """ldm-evaluate of a run gives the numbers of its evaluation stage; another setting gets another file."""
     run = run_of(swept, 8)
     assert command("evaluate", f"run={run}", "progress=false", f"out={run}/again.json", "accelerator=cpu") == 0
@@ -163,9 +165,11 @@ def test_offline_and_stage_agree_and_settings_never_share_a_file(swept: Path, co
         assert again[name]["reference"] == stage[name]["reference"]
         assert {"extractor", "guidance_scale", "sampler", "num_inference_steps", "seed", "n"} <= set(again[name])
     before = set((run / "evaluations").glob("*.json"))
-    for option in ("seed=1", "guidance_scale=1"):
+    for option in ("seed=1", "guidance_scale=1", "guidance_interval=[0,20]"):
         assert command("evaluate", f"run={run}", "progress=false", "accelerator=cpu", option) == 0
-    assert len(set((run / "evaluations").glob("*.json")) - before) == 2
+    assert len(set((run / "evaluations").glob("*.json")) - before) == 3
+    assert command("evaluate", f"run={run}", "progress=false", "accelerator=cpu", "guidance_interval=[8000,9000]") == 1
+    assert "guidance_interval=[8000,9000] holds none of the noise levels" in capsys.readouterr().err
     assert (
         command("evaluate", f"run={run}", "progress=false", "accelerator=cpu", "weights=best", "metrics=[fid_tiny]")
         == 0
