@@ -177,6 +177,7 @@ def test_ldm_evaluate_measures_runs_models_and_folders(
 
 
 @pytest.mark.chain
+@pytest.mark.slow
 def test_a_run_may_measure_no_distances_and_know_no_perceptual_term(folder: Path, capsys: pytest.CaptureFixture):
     parts = ("autoencoder/loss/perceptual=none", "evaluation.metrics=[]", "diffusion/conditioning=none")
     run = chain(folder, "plain", *parts, "data.reader=streaming", "latents.cache=false", "data.crop=random_resized")
@@ -201,6 +202,7 @@ def test_a_run_may_measure_no_distances_and_know_no_perceptual_term(folder: Path
         ("image_embedding", ["diffusion.evaluate_every=2", "diffusion.evaluate_images=4"]),
     ],
 )
+@pytest.mark.slow
 def test_conditions_made_of_the_picture_have_five_channels(run: Path, folder: Path, kind: str, parts: list[str]):
     own = [f"diffusion/conditioning={kind}", f"autoencoder.pretrained={run}", *parts, "evaluation.restoration.images=2"]
     made = chain(folder, kind, *own)
@@ -220,6 +222,7 @@ def own_extractor(*overrides: str) -> list[str]:
 
 
 @pytest.mark.chain
+@pytest.mark.slow
 def test_an_extractor_of_ones_own_sees_all_channels(run: Path, folder: Path):
     made = chain(folder, "mine", f"autoencoder.pretrained={run}", *own_extractor())
     found = json.loads((made / "evaluation" / "metrics.json").read_text())["samples"]["fid_mine"]

@@ -10,6 +10,7 @@ from chains import composed
 from hydra import compose, initialize_config_dir
 from hydra.utils import get_object, instantiate
 from omegaconf import DictConfig, OmegaConf
+from tiers import tiered
 
 from ldm_train.checkpoints.parts import targets
 from ldm_train.conditioning.text import TokenEncoder, train_tokenizer
@@ -34,7 +35,7 @@ def parameters(module: torch.nn.Module) -> int:
     return sum(p.numel() for p in module.parameters())
 
 
-@pytest.mark.parametrize("experiment", EXPERIMENTS)
+@tiered("experiment", EXPERIMENTS, fast=13)
 def test_every_experiment_composes_whole(experiment: str):
     config = composed("train", f"experiment={experiment}")
     OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
@@ -85,7 +86,7 @@ def model_of(config: DictConfig, network: dict[str, Any] | None = None) -> tuple
     return tree, on_meta(OmegaConf.create(tree))
 
 
-@pytest.mark.parametrize("experiment", EXPERIMENTS)
+@tiered("experiment", EXPERIMENTS, fast=9)
 def test_every_experiment_makes_one_model(experiment: str):
     """Joins U-Net, first stage and conditioners as training does: LatentDiffusion raises an error if widths do not
     fit."""
@@ -121,7 +122,7 @@ GROUPS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("number", range(max(map(len, GROUPS.values()))))
+@tiered("number", range(max(map(len, GROUPS.values()))), fast=6)
 def test_every_option_of_a_group_composes(number: int):
     """Takes the option with this number in every group, all at once."""
     chosen = [f"{group}={options[number]}" for group, options in GROUPS.items() if number < len(options)]
@@ -129,7 +130,7 @@ def test_every_option_of_a_group_composes(number: int):
     OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
 
 
-@pytest.mark.parametrize("preset", sorted(p.stem for p in (config_folder() / "autoencoder").glob("[kv][lq]_*.yaml")))
+@tiered("preset", sorted(p.stem for p in (config_folder() / "autoencoder").glob("[kv][lq]_*.yaml")), fast=4)
 def test_vq_losses_are_means_as_published_and_kl_losses_sums(preset: str):
     config = composed("train", "experiment=celebahq_f8", f"autoencoder={preset}", "autoencoder/loss=l1_gan")
     assert config.autoencoder.loss.reduction == ("mean" if "VQ" in config.autoencoder.network._target_ else "sum")
@@ -159,7 +160,7 @@ AUTOENCODERS = {
 }
 
 
-@pytest.mark.parametrize(("preset", "count"), AUTOENCODERS.items())
+@tiered(("preset", "count"), AUTOENCODERS.items(), fast=3)
 def test_autoencoders_have_the_published_sizes(preset: str, count: int):
     assert parameters(on_meta(composed("train", f"autoencoder={preset}", "data=celebahq").autoencoder.network)) == count
 
@@ -190,7 +191,7 @@ def unet(name: str, in_channels: int, context_dim: int | None, concat_channels: 
     return on_meta(section)
 
 
-@pytest.mark.parametrize(("which", "count"), UNETS.items(), ids=[u[0] for u in UNETS])
+@tiered(("which", "count"), UNETS.items(), fast=4, ids=[u[0] for u in UNETS])
 def test_unets_have_the_published_sizes(which: tuple, count: int):
     assert parameters(unet(*which)) == count
 

@@ -18,6 +18,7 @@ from chains import composed
 from devices import Watched, without_float64
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
+from tiers import tiered
 
 from ldm_train.conditioning.control import ControlNet
 from ldm_train.conditioning.image_embedding import ImageEmbedding
@@ -150,7 +151,7 @@ OPTIMISATION = {"seed": 0, "optimizer": partial(torch.optim.Adam, lr=1e-3), "lr_
                 "ema_decay": 0.9, "clip_norm": 1.0}  # fmt: skip
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
+@tiered("recipe", RECIPES, fast=5)
 def test_a_step_of_the_denoiser_waits_for_nothing(recipe: str):
     model, objective = model_of(recipe)
     batch = {k: FIELDS[k] for k in model.fields} | {"key": ["a", "b"], "loss_weight": torch.ones(2)}
@@ -211,7 +212,7 @@ def drawn(model: LatentDiffusion, how: Sampling, start: Start | None = None, **g
     return watched.waits
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
+@tiered("recipe", RECIPES, fast=4)
 def test_sampling_waits_for_nothing(recipe: str):
     model, _ = model_of(recipe)
     rule = partial(classifier_free, interval=(0.5, 5.0), rescale=0.5, threshold=99.0)
@@ -219,7 +220,7 @@ def test_sampling_waits_for_nothing(recipe: str):
 
 
 @pytest.mark.parametrize("process", ["classes", "a flow"])
-@pytest.mark.parametrize("sampler", SAMPLERS)
+@tiered("sampler", SAMPLERS, fast=3)
 def test_no_sampler_waits(sampler: str, process: str):
     model, _ = model_of(process)
     assert (

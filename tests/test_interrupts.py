@@ -118,6 +118,7 @@ main()
         ("on_train_batch_end", "stopped by SIGTERM after step 1; run the same command to continue", 1),
     ],
 )
+@pytest.mark.slow
 def test_sigterm_within_lightning_leaves_at_once_before_the_first_step_and_saves_after_it(
     tmp_path: Path, hook: str, said: str, steps: int | None
 ):

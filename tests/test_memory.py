@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from measured import allocated, planned, planning
+from tiers import tiered
 
 from ldm_train.configuration import differences
 from ldm_train.models.autoencoder import AutoencoderKL
@@ -39,7 +40,7 @@ LARGER = {
 CASES = [*SMALL.values(), *(pytest.param(case, marks=pytest.mark.slow) for case in LARGER.values())]
 
 
-@pytest.mark.parametrize("case", CASES, ids=[*SMALL, *LARGER])
+@tiered("case", CASES, fast=1, ids=[*SMALL, *LARGER])
 def test_the_plan_knows_the_peak_of_lightnings_own_loop(case: tuple[str, ...]):
     stage, *overrides = case
     run = planning(*overrides)
@@ -77,7 +78,7 @@ def test_every_part_is_told_apart():
     assert doubled["weights"] == weights
 
 
-@pytest.mark.parametrize("recomputing", [False, True])
+@tiered("recomputing", [False, True], fast=1)
 def test_the_largest_micro_batch_fits_and_the_next_one_does_not(recomputing: bool):
     plan = Budget(planning("experiment=quickstart", "autoencoder.batch_size=16"), "autoencoder")
     memory = 1.001 * plan.peak(Choice(4, 4, recomputing))

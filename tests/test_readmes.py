@@ -16,6 +16,7 @@ from chains import SMALL
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from PIL import Image
+from tiers import tiered
 
 from ldm_train import names
 from ldm_train.cli.common import null_as_none, quoted
@@ -57,7 +58,7 @@ def first_of_each(argument: str) -> str:
     return argument if value[:1] in "[{'\"" or "," not in value else f"{name}={value.split(',')[0]}"
 
 
-@pytest.mark.parametrize(("guide", "line"), commands())
+@tiered(("guide", "line"), commands(), fast=24)
 def test_a_command_of_a_guide_composes(guide: str, line: str) -> None:
     words = shlex.split(line, comments=True)
     words = words[1:] if words[0] == "python" else words

@@ -29,6 +29,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from small_models import FIRST_STAGE
 from test_fuzz import damaged_json
+from tiers import tiered
 
 import ldm_train
 from ldm_train.checkpoints.native import load_model, meta_autoencoder, save_model
@@ -566,7 +567,7 @@ WHERE = {
 BUILT = ("a command, bound", "a process", "a shell behind tars", "a module beside", "interpolation that creates")
 
 
-@pytest.mark.parametrize(
+@tiered(
     ("where", "names"),
     [
         *((where, (BUILT[i % 4], BUILT[4])) for i, where in enumerate(WHERE)),
@@ -575,6 +576,7 @@ BUILT = ("a command, bound", "a process", "a shell behind tars", "a module besid
             for i, where in enumerate(WHERE)
         ),
     ],
+    fast=3,
 )
 def test_a_run_builds_nothing_where_it_is_evaluated(
     where: str, names: Sequence[str], honest_run: Path, stranger: Callable[..., Path], tmp_path: Path

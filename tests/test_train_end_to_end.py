@@ -187,6 +187,7 @@ DERIVED = {"superres": "data/derived=bicubic_x4", "inpainting": "data/derived=ma
     "conditioning",
     [c if c == "layout" else pytest.param(c, marks=pytest.mark.slow) for c in CONDITIONS],
 )
+@pytest.mark.slow
 def test_the_chain_runs_under_every_kind_of_condition(finished: Path, tmp_path: Path, conditioning: str):
     options = [f"diffusion.conditioning.conditioners.{o}" for o in CONDITIONS[conditioning]]
     made = chain(
@@ -213,6 +214,7 @@ def test_bf16_goes_through_the_whole_chain(tmp_path: Path):
 
 
 @pytest.mark.chain
+@pytest.mark.slow
 def test_a_pretrained_autoencoder_takes_the_place_of_stage_one(finished: Path, tmp_path: Path):
     made = chain(tmp_path, f"autoencoder.pretrained={finished}/run", "stages=[autoencoder,latents,diffusion]")
     made.execute()
@@ -222,6 +224,7 @@ def test_a_pretrained_autoencoder_takes_the_place_of_stage_one(finished: Path, t
 
 
 @pytest.mark.chain
+@pytest.mark.slow
 def test_a_classifier_of_the_same_latents_guides_and_one_of_others_is_refused(finished: Path, tmp_path: Path):
     """Trains a classifier as users do and guides a model without classes with it; the class changes the picture."""
     common = (f"autoencoder.pretrained={finished}/run", f"data_dir={finished}/data")
@@ -359,6 +362,7 @@ class Damaged(Shapes):
 
 
 @pytest.mark.chain
+@pytest.mark.slow
 def test_bad_captions_are_named_before_stage_one_and_one_of_them_ends_nothing(
     tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ):

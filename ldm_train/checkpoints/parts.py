@@ -114,19 +114,18 @@ def build_sampler(tree: Any, where: str | Path, trust: Sequence[str] = ()) -> Ca
     """Returns a sampler with its options bound. Raises the ValueErrors of `build`, also if the tree describes anything
     else, or an option has another type than its default, which would otherwise fail only while the first image is
     sampled."""
-    if not isinstance(tree, dict) or tree.get("_partial_") is not True:
+    if not isinstance(tree, dict) or tree.get("_partial_") is not True or "_target_" not in tree:
         raise ValueError(f"{where} does not name a valid sampler (_target_ and _partial_: true); pass sampler=")
-    if "_target_" in tree:
-        part = find_part(tree["_target_"], where, trust)
-        if isinstance(part, type):
-            raise ValueError(f"{where} asks for {tree['_target_']}, which is not a sampler")
-        parameters = inspect.signature(part).parameters.values()
-        known = {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY or p.default is not p.empty}
-        odd = [k for k in tree if not k.startswith("_") and k not in known]
-        if odd and not any(p.kind is p.VAR_KEYWORD for p in parameters):
-            raise ValueError(f"{where}: {tree['_target_']} has no option {odd[0]}")
-        usual = {name: value for name, value in known.items() if type(value) in KINDS}
-        check_kinds(tree, usual, f"{where}: {tree['_target_']} does not take its options", {})
+    part = find_part(tree["_target_"], where, trust)
+    if isinstance(part, type):
+        raise ValueError(f"{where} asks for {tree['_target_']}, which is not a sampler")
+    parameters = inspect.signature(part).parameters.values()
+    known = {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY or p.default is not p.empty}
+    odd = [k for k in tree if not k.startswith("_") and k not in known]
+    if odd and not any(p.kind is p.VAR_KEYWORD for p in parameters):
+        raise ValueError(f"{where}: {tree['_target_']} has no option {odd[0]}")
+    usual = {name: value for name, value in known.items() if type(value) in KINDS}
+    check_kinds(tree, usual, f"{where}: {tree['_target_']} does not take its options", {})
     with no_larger_than({}, where):
         return build(tree, where, trust)
 

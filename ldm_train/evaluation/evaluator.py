@@ -38,11 +38,11 @@ def _kinds() -> dict[str, Any]:
 def is_higher_better(column: str) -> bool:
     """Returns True if higher values of a column of metrics.csv (val/psnr, val/recall_tiny) are better; those of losses
     and distances are not, nor those of unknown names."""
-    name = column.rpartition("/")[2]
-    of = max((kind for kind in _kinds() if f"{name}_".startswith(f"{kind}_")), key=len, default=None)
-    if of is None:
+    name, kinds = column.rpartition("/")[2], _kinds()
+    kind = max((kind for kind in kinds if f"{name}_".startswith(f"{kind}_")), key=len, default=None)
+    if kind is None:
         return name.endswith(HIGHER_IS_BETTER)
-    return bool(get_class(_kinds()[of]["_target_"]).higher_is_better)
+    return bool(get_class(kinds[kind]["_target_"]).higher_is_better)
 
 
 def parse_metrics(

@@ -16,6 +16,7 @@ from gradio.data_classes import ImageData
 from gradio.utils import get_upload_folder
 from PIL import Image
 from small_models import CONDITIONERS, small_model
+from tiers import tiered
 
 from ldm_train import images as pictures
 from ldm_train.app import runs, serve
@@ -55,7 +56,7 @@ def values(page: ModelPage, **given: Any) -> dict[str, Any]:
     return usual | {name.replace("__", ": "): value for name, value in given.items()}
 
 
-@pytest.mark.parametrize("kind", sorted(CONDITIONERS))
+@tiered("kind", sorted(CONDITIONERS), fast=4)
 def test_every_tab_of_every_model_asks_for_what_can_be_drawn(kind: str, studio: Studio, tmp_path: Path) -> None:
     page = page_of(studio, kind)
     Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 32, 3), np.uint8)).save(tmp_path / "photo.png")

@@ -15,6 +15,7 @@ from diffusers import DDIMScheduler
 from published_yaml import AUTOENCODERS, DIFFUSION, autoencoder_config, diffusion_config, of_one_architecture, tensors
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from tiers import tiered
 from torch.nn import functional as F
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
@@ -136,9 +137,7 @@ def test_every_tensor_of_a_published_model_has_its_place(name: str, small: bool,
         assert None not in reasons.values(), [part for part, reason in reasons.items() if reason is None]
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=pytest.mark.slow if n in REPEATED else ()) for n in AUTOENCODERS]
-)
+@tiered("name", [pytest.param(n, marks=pytest.mark.slow if n in REPEATED else ()) for n in AUTOENCODERS])
 def test_autoencoders_load_and_come_back_to_the_bit(name: str, tmp_path: Path):
     source, state = checkpoint(tmp_path, autoencoder_config(name, 32, 16), ".safetensors")
     folder = converted(source, tmp_path / "native", "verify=true")
@@ -156,7 +155,7 @@ CONDITIONS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n in SEEN else n for n in DIFFUSION])
+@tiered("name", [pytest.param(n, marks=pytest.mark.slow) if n in SEEN else n for n in DIFFUSION], fast=3)
 def test_diffusion_models_load_sample_and_come_back_to_the_bit(name: str, tmp_path: Path):
     model = diffusion_config(name, small=True)
     source, state = checkpoint(tmp_path, model)
@@ -240,7 +239,7 @@ def test_openclips_text_encoder_computes_what_it_did(tmp_path: Path):
         torch.testing.assert_close(text.encode(["a"])[0], norm(x, "ln_final"), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("kind", ["h", "l"])
+@tiered("kind", ["h", "l"], fast=1)
 def test_unclips_encoder_of_pictures_computes_what_it_did(kind: str, tmp_path: Path):
     """Compares with open_clip's forward pass, rewritten with torch's attention: pre-norm blocks, GELU (L: its sigmoid
     approximation), class token. A config that names a folder outside the model is refused."""

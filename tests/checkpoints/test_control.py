@@ -13,6 +13,7 @@ from diffusers import ControlNetModel, DDIMScheduler, StableDiffusionControlNetP
 from safetensors.torch import load_file, save_file
 from test_diffusers import randomised, text_pipeline
 from test_diffusers_export import TREES
+from tiers import tiered
 
 import ldm_train
 from ldm_train.checkpoints.adapters import save_adapter
@@ -144,7 +145,7 @@ def test_the_picture_is_kept_under_guidance() -> None:
     assert model.null_condition(2)["control"].abs().max() == 0
 
 
-@pytest.mark.parametrize("version", ["1", "2"])
+@tiered("version", ["1", "2"], fast=1)
 def test_diffusers_draws_what_we_draw_with_a_control(version: str, text_pipeline: Callable, tmp_path: Path) -> None:
     folder, _ = text_pipeline(version)
     convert(composed("convert", f"from={folder}", f"to={tmp_path / 'native'}"))
@@ -223,7 +224,7 @@ def test_a_model_without_a_control_has_none_to_write() -> None:
         parts_of(small())
 
 
-@pytest.mark.parametrize(
+@tiered(
     ("options", "said"),
     [
         ({"block_out_channels": [128, 512]}, "its block_out_channels is"),

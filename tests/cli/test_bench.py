@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
+from tiers import tiered
 from torch.nn import functional as F
 
 from ldm_train.bench import train_autoencoder, train_unet
@@ -35,7 +36,7 @@ def there() -> Place:
         yield made
 
 
-@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "startup"])
+@tiered("kind", [kind for kind in KINDS if kind != "startup"])
 def test_every_kind_is_measured_and_written(kind: str, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     tables = run(f"what={kind}", f"out={tmp_path}/bench.json", f"guide={tmp_path}/guide.md")
     assert tables

@@ -262,6 +262,7 @@ def test_processes_write_into_one_folder(tmp_path: Path):
 
 
 @pytest.mark.chain
+@pytest.mark.slow
 def test_a_run_keeps_the_states_and_the_next_one_asks_nobody(
     clip: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):

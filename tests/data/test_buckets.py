@@ -310,6 +310,7 @@ def test_options_that_cannot_be_are_refused_before_training(root: Path, tmp_path
 
 
 @pytest.mark.chain
+@pytest.mark.slow
 def test_a_chain_trains_on_buckets_and_goes_on_where_it_stopped(root: Path, tmp_path: Path):
     options = (
         *WIDE,

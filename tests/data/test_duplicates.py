@@ -129,6 +129,7 @@ def test_the_largest_stays_and_training_keeps_what_both_have(mixed: Path, tmp_pa
     assert "damaged" in (tmp_path / "skipped.txt").read_text()
 
 
+@pytest.mark.slow
 def test_several_processes_and_an_interruption_change_nothing(
     mixed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):

@@ -15,6 +15,7 @@ import yaml
 from chains import composed
 from PIL import Image
 from small_models import small_model
+from tiers import tiered
 
 import ldm_train
 from ldm_train import images as pictures
@@ -739,7 +740,7 @@ def test_a_sweep_puts_every_job_into_its_own_folder(model_folder: Callable, tmp_
     assert scales == {1, 3}
 
 
-@pytest.mark.parametrize("task", REPLAYED)
+@tiered("task", REPLAYED, fast=5)
 def test_every_task_replays_to_identical_bytes(
     task: str, run: Callable, model_folder: Callable, files: dict[str, str], tmp_path: Path
 ):
@@ -756,8 +757,12 @@ def test_a_recipe_builds_nothing_but_samplers_of_ours(run: Callable, model_folde
     run("text", "prompts=a red circle", "n=1")
     path = tmp_path / "out/recipe.json"
     recipe = json.loads(path.read_text())
-    for target in ("pathlib.Path.write_text", "ldm_train.pipeline.resume.os.system"):
-        recipe["config"]["sampler"] = {"_target_": target, "_args_": ["touch here"]}
+    commands = [
+        {"_target_": target, "_args_": ["touch here"]}
+        for target in ("pathlib.Path.write_text", "ldm_train.pipeline.resume.os.system")
+    ]
+    for tree in (*commands, {"_partial_": True}):
+        recipe["config"]["sampler"] = tree
         path.write_text(json.dumps(recipe))
         with pytest.raises(ValueError, match=r"asks for|does not name a valid sampler"):
             sample(composed("sample", f'recipe="{path}"', f"out={tmp_path}/evil", f"run={model_folder('text')}"))

@@ -7,6 +7,7 @@ from functools import partial
 import pytest
 import torch
 from einops import rearrange
+from tiers import tiered
 from torch import nn
 from torch.nn import functional as F
 
@@ -99,7 +100,7 @@ def test_a_pointwise_convolution_is_a_product_of_tokens() -> None:
     torch.testing.assert_close(pointwise(layer, as_tokens(x)), as_tokens(layer(x)))
 
 
-@pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format], ids=["channels_last", "contiguous"])
+@tiered("layout", [torch.channels_last, torch.contiguous_format], fast=1, ids=["channels_last", "contiguous"])
 @pytest.mark.parametrize("make", [conditional, unconditional, autoencoder])
 @pytest.mark.parametrize("steps", [15, pytest.param(50, marks=pytest.mark.slow)])
 def test_training_with_products_ends_with_the_published_weights(make, layout: torch.memory_format, steps: int) -> None:

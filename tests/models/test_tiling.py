@@ -4,6 +4,7 @@ from itertools import pairwise
 
 import pytest
 import torch
+from tiers import tiered
 
 from ldm_train.models.autoencoder import AutoencoderKL, AutoencoderVQ
 from ldm_train.models.first_stage import FirstStage
@@ -65,7 +66,7 @@ def pictures(f: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(("levels", "patch_size"), [(2, 1), (2, 2), pytest.param(3, 1, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("kind", ["kl", "vq"])
+@tiered("kind", ["kl", "vq"], fast=1)
 def test_a_tiled_autoencoder_equals_the_untiled_one(kind: str, levels: int, patch_size: int) -> None:
     """Equal up to rounding (above 85 dB) if the overlap covers the receptive field, with no jump between tiles."""
     net = autoencoder(kind, levels, patch_size)

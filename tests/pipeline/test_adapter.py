@@ -55,6 +55,7 @@ def subject(base: Run) -> Run:
 
 
 @pytest.mark.chain
+@pytest.mark.slow
 def test_the_merged_model_is_the_base_with_the_adapter(base: Run, subject: Run) -> None:
     before, after = (load_latent_diffusion(run.folder) for run in (base, subject))
     folder = subject.folder / "diffusion" / "adapter"
@@ -87,6 +88,7 @@ def test_a_checkpoint_holds_the_adapter_alone_and_training_goes_on_from_it(base:
 
 
 @pytest.mark.chain
+@pytest.mark.slow
 def test_frozen_conditioners_stay_to_the_bit_while_the_network_trains(base: Run) -> None:
     begun = ("autoencoder.pretrained=base", "diffusion.init=base", "diffusion.max_steps=2", "diffusion.frozen=[text]")
     run = chain(base.folder.parent, *STAGES, *begun, name="frozen")
@@ -102,6 +104,7 @@ def parts_equal(first: torch.nn.Module, second: torch.nn.Module) -> bool:
 
 
 @pytest.mark.chain
+@pytest.mark.slow
 def test_an_adapter_is_of_the_model_as_it_is(base: Run) -> None:
     """Training it on other latents, other classes or other conditions is refused."""
     folder, begun = base.folder.parent, ("diffusion.init=base", *OPTIONS)
@@ -225,6 +228,7 @@ def edges(base: Run) -> Run:
 
 
 @pytest.mark.chain
+@pytest.mark.slow
 def test_a_control_trains_beside_a_model_that_stays_as_it_is(base: Run, edges: Run) -> None:
     before, after = (load_latent_diffusion(run.folder) for run in (base, edges))
     weights = after.state_dict()
@@ -240,6 +244,7 @@ def test_a_control_trains_beside_a_model_that_stays_as_it_is(base: Run, edges: R
 
 
 @pytest.mark.chain
+@pytest.mark.slow
 def test_a_stopped_training_of_a_control_goes_on_exactly(base: Run, edges: Run) -> None:
     constant = "diffusion.lr_schedule.schedule=constant"
     steered(base, "half", "diffusion.max_steps=2", constant).execute()
@@ -251,6 +256,7 @@ def test_a_stopped_training_of_a_control_goes_on_exactly(base: Run, edges: Run) 
 
 
 @pytest.mark.chain
+@pytest.mark.slow
 def test_pictures_are_steered_by_a_control_beside_the_base(base: Run, edges: Run, tmp_path: Path) -> None:
     """The run and the base with its adapter draw the same; another control image or less strength draws others."""
     for name, box in (("one", (4, 4, 12, 12)), ("other", (0, 0, 6, 6))):
@@ -369,6 +375,7 @@ def test_a_frozen_encoder_that_cannot_learn_is_named_at_once(
 
 
 @pytest.mark.chain
+@pytest.mark.slow
 def test_a_frozen_text_encoder_is_adapted_beside_the_network(tmp_path: Path) -> None:
     """The encoder's part is in the adapter only: the run's merged model encodes text without it."""
     words = tokenizer(tmp_path)

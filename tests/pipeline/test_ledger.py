@@ -166,6 +166,7 @@ def test_autoencoders_are_ordered_by_their_predictors_once_each(tmp_path: Path) 
 TECHNIQUES = sorted(path.stem for path in (config_folder() / "technique").glob("*.yaml"))
 
 
+@pytest.mark.slow
 def test_every_technique_is_recorded_combines_and_is_told_of_in_the_guide() -> None:
     guide = (config_folder() / "technique" / "README.md").read_text()
     recipes = ("ledger", "clothing_f8_small")  # between them every technique changes something

@@ -48,6 +48,7 @@ SHORT = (
 
 
 @pytest.mark.chain
+@pytest.mark.slow
 def test_objects_of_ones_own_and_stock_ones_take_part(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     COUNTED.clear()
     chain(

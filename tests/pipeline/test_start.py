@@ -51,6 +51,7 @@ def encoding(folder: Path) -> dict[str, torch.Tensor]:
     return {f"{name}.{key}": value for name, part in parts.items() for key, value in part.state_dict().items()}
 
 
+@pytest.mark.slow
 def test_a_decoder_is_trained_on_while_latents_and_unet_stay(first: Run):
     before = {path: path.read_bytes() for path in first.folder.rglob("*") if path.is_file()}
     run = following(first, "decoder", *DECODER, "diffusion.pretrained=first", "autoencoder.ema_decay=0.9")
@@ -72,6 +73,7 @@ def test_a_decoder_is_trained_on_while_latents_and_unet_stay(first: Run):
     again.execute()  # everything is finished already
 
 
+@pytest.mark.slow
 def test_the_cache_of_a_kept_encoder_is_taken_over(first: Run, capsys: pytest.CaptureFixture):
     run = following(first, "cached", *DECODER)
     run.execute()
@@ -123,6 +125,7 @@ def test_the_discriminator_comes_along_or_is_new(first: Run, tmp_path: Path, cap
         give_discriminator(wide, mine)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_compvis_brings_its_discriminator_and_log_variance(tmp_path: Path):
     model = autoencoder_config("kl-f4", 32)
     state = {key: torch.randn(shape) * 0.02 for key, shape in tensors(model).items()}
@@ -298,6 +301,7 @@ def test_training_begins_from_another_runs_unet(first: Run, capsys: pytest.Captu
 
 
 @pytest.mark.parametrize("form", ["compvis", pytest.param("diffusers", marks=pytest.mark.slow)])
+@pytest.mark.slow
 def test_training_begins_from_a_whole_model_of_others_in_one_command(form: str, tmp_path: Path):
     plain = (
         "diffusion/network=tiny_4x4_plain",

@@ -61,6 +61,7 @@ def run_of(swept: Path, batch_size: int) -> Path:
 
 
 @pytest.mark.chain
+@pytest.mark.slow
 def test_a_failed_job_is_named_and_the_others_come_to_their_end(swept: Path) -> None:
     assert "exceeds the 64 training images" in json.loads((run_of(swept, 4096) / "failed.json").read_text())["error"]
     for size in (8, 4):
@@ -101,6 +102,7 @@ def test_a_sweep_over_recipes_or_names_is_looked_for_in_each_of_their_folders(
 
 
 @pytest.mark.chain
+@pytest.mark.slow
 def test_jobs_share_what_they_have_in_common(swept: Path) -> None:
     weights = [run_of(swept, size) / "autoencoder" / "model" / "model.safetensors" for size in (8, 4)]
     assert weights[0].stat().st_ino == weights[1].stat().st_ino
@@ -110,6 +112,7 @@ def test_jobs_share_what_they_have_in_common(swept: Path) -> None:
 
 
 @pytest.mark.chain
+@pytest.mark.slow
 def test_one_table_and_the_plots_are_there_at_the_end(swept: Path) -> None:
     with open(swept / "sweep.csv", newline="") as file:
         rows = {r["diffusion.batch_size"]: r for r in csv.DictReader(file)}
@@ -127,6 +130,7 @@ def test_one_table_and_the_plots_are_there_at_the_end(swept: Path) -> None:
 
 
 @pytest.mark.chain
+@pytest.mark.slow
 def test_the_printed_table_shows_the_number_that_was_asked_for(
     swept: Path, command: Callable[..., int], capsys
 ) -> None:
@@ -137,6 +141,7 @@ def test_the_printed_table_shows_the_number_that_was_asked_for(
 
 
 @pytest.mark.chain
+@pytest.mark.slow
 def test_speed_against_quality_is_measured_once(swept: Path, command: Callable[..., int], capsys) -> None:
     arguments = (f"dir={swept}", "steps=[1,2]", "n=8", "progress=false", "accelerator=cpu")
     assert command("sweep", *arguments) == 0
@@ -153,6 +158,7 @@ def test_speed_against_quality_is_measured_once(swept: Path, command: Callable[.
 
 
 @pytest.mark.chain
+@pytest.mark.slow
 def test_offline_and_stage_agree_and_settings_never_share_a_file(
     swept: Path, command: Callable[..., int], capsys
 ) -> None:
@@ -177,6 +183,7 @@ def test_offline_and_stage_agree_and_settings_never_share_a_file(
 
 
 @pytest.mark.chain
+@pytest.mark.slow
 def test_an_autoencoder_and_two_sets_of_images_are_measured(
     swept: Path, command: Callable[..., int], tmp_path: Path, capsys
 ) -> None:
@@ -388,6 +395,7 @@ def test_a_search_continues_and_finds_the_best(swept: Path, command: Callable[..
 
 
 @pytest.mark.chain
+@pytest.mark.slow
 def test_runs_whose_latents_are_scaled_otherwise_share_the_autoencoder_and_no_more(tmp_path: Path) -> None:
     (tmp_path / "s").mkdir()
     short, made = ("stages=[autoencoder,latents,diffusion]", "diffusion.evaluate_every=null"), {}

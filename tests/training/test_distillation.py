@@ -141,6 +141,7 @@ STUDENT = (
 
 
 @pytest.mark.chain
+@pytest.mark.slow
 def test_a_student_is_a_run_like_any_other(tmp_path) -> None:
     chain(tmp_path, *STAGES, name="teacher").execute()
     with pytest.raises(ValueError, match=r"learns from a trained model; set diffusion\.init="):

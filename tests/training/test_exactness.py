@@ -114,6 +114,7 @@ def test_interrupted_training_continues_to_the_same_weights(tmp_path: Path, monk
 
 
 @pytest.mark.chain
+@pytest.mark.slow
 def test_a_run_whose_folder_is_moved_stops_and_goes_on_once_it_is_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     short = (
         "data.source.count=32", "autoencoder.max_steps=8", "autoencoder.checkpoint_every=4", "autoencoder.log_every=2",

@@ -73,6 +73,7 @@ def test_every_row_is_on_disk_at_once(tmp_path: Path):
         assert table(tmp_path / "metrics.csv")[-1] == {"step": str(step), "a": str(step)}
 
 
+@pytest.mark.slow
 def test_wandb_logs_offline_without_asking_and_goes_on_in_the_same_run(tmp_path: Path, monkeypatch, capsys):
     for name in ("WANDB_API_KEY", "WANDB_MODE"):
         monkeypatch.delenv(name, raising=False)

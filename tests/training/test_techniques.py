@@ -316,6 +316,7 @@ def test_both_stages_train_with_orthogonal_steps_but_for_the_discriminator(tmp_p
 
 
 @pytest.mark.chain
+@pytest.mark.slow
 def test_the_best_weights_of_an_aligned_training_are_a_model(tmp_path: Path) -> None:
     """The alignment's projection is in the checkpoint and no part of the model."""
     run = chain(tmp_path, "technique=[alignment]", "stages=[autoencoder,latents,diffusion]")
