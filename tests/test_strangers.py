@@ -25,6 +25,7 @@ import pytest
 import torch
 import yaml
 from chains import SMALL, composed, with_data
+from omegaconf import OmegaConf
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from small_models import FIRST_STAGE
@@ -822,6 +823,26 @@ def test_a_run_with_any_value_of_its_config_replaced_is_measured_or_refused(
         except Exception as error:
             faults.append(f"case {number}, {way}: {type(error).__name__}: {error}")
     assert not faults, "\n".join(faults)
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("sampling.guidance_interval", [1.0]),
+        ("sampling.guidance_interval", [0.0, "low"]),
+        ("autoencoder.data.scale", 0),
+        ("data.buckets.max_ratio", "wide"),
+    ],
+)
+def test_a_run_with_an_impossible_value_is_named(
+    stranger_run: Path, tmp_path: Path, option: str, value: object
+) -> None:
+    config = OmegaConf.load(stranger_run / "config.yaml")
+    OmegaConf.update(config, option, value)
+    shutil.copytree(stranger_run, tmp_path / "run")
+    OmegaConf.save(config, tmp_path / "run/config.yaml")
+    with pytest.raises(ValueError, match=rf"config\.yaml is damaged: .*{option.rpartition('.')[2]}"):
+        evaluated(f"run={tmp_path}/run", "n=2", f"runs_dir={tmp_path}", "metrics=[fid_tiny]")
 
 
 @pytest.fixture(scope="session")

@@ -8,6 +8,8 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from ldm_train.configuration import config_folder, default_options, literal
+from ldm_train.pipeline.values import RULES
+from ldm_train.rules import check
 from ldm_train.storage import check_kinds, read_config
 
 # Options of the current command that replace evaluation.<name> and sampling.<name> in the run's config.
@@ -33,6 +35,12 @@ OPEN: dict[str, Sequence[type]] = {
 for stage in ("autoencoder", "diffusion"):
     OPEN |= {f"{stage}.lr": (float,), f"{stage}.ema_decay": (float, NULL), f"{stage}.clip_norm": (float, NULL)}
     OPEN |= {f"{stage}.val_images": (int, NULL), f"{stage}.micro_batch_size": (int, NULL)}
+# Options of a run's config whose values are checked by the rules of train.py.
+RULED = (
+    "sampling.guidance_interval",
+    *(f"{owner}data.{name}" for owner in ("", "autoencoder.") for name in ("scale", "buckets.max_ratio")),
+    *(f"{owner}data.buckets.{name}" for owner in ("", "autoencoder.") for name in ("step", "min_images")),
+)
 # Options that every run's config must have, however old.
 NEEDED = (
     "autoencoder.network._target_", "diffusion.network._target_", "diffusion.schedule._target_", "sampler._target_",
@@ -89,6 +97,11 @@ def _whole(trained: DictConfig, path: Path) -> dict[str, Any]:
             if not isinstance(part, dict) or step not in part:
                 raise ValueError(f"{path} is damaged: it lacks {where}")
             part = part[step]
+    tree["data"]["buckets"] = usual["data"]["buckets"] | tree["data"]["buckets"]
+    try:
+        check(literal({name: tree[name] for name in ("sampling", "data", "autoencoder")}), {n: RULES[n] for n in RULED})
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: {error}") from None
     if unknown := sorted(set(tree["sampling"]) - set(usual["sampling"])):
         raise ValueError(f"{path} is damaged: sampling.{unknown[0]} is not an option of sampling")
     root = tree["data"]["root"]
