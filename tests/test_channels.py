@@ -202,7 +202,6 @@ def test_a_run_may_measure_no_distances_and_know_no_perceptual_term(folder: Path
         ("image_embedding", ["diffusion.evaluate_every=2", "diffusion.evaluate_images=4"]),
     ],
 )
-@pytest.mark.slow
 def test_conditions_made_of_the_picture_have_five_channels(run: Path, folder: Path, kind: str, parts: list[str]):
     own = [f"diffusion/conditioning={kind}", f"autoencoder.pretrained={run}", *parts, "evaluation.restoration.images=2"]
     made = chain(folder, kind, *own)

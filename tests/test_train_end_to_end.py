@@ -187,7 +187,6 @@ DERIVED = {"superres": "data/derived=bicubic_x4", "inpainting": "data/derived=ma
     "conditioning",
     [c if c == "layout" else pytest.param(c, marks=pytest.mark.slow) for c in CONDITIONS],
 )
-@pytest.mark.slow
 def test_the_chain_runs_under_every_kind_of_condition(finished: Path, tmp_path: Path, conditioning: str):
     options = [f"diffusion.conditioning.conditioners.{o}" for o in CONDITIONS[conditioning]]
     made = chain(

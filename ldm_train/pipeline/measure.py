@@ -53,14 +53,16 @@ from ldm_train.training.fit import Machine
 
 # A measurement: its metrics, the folder to write them to (None: print only), and the settings that identify it.
 Measured = tuple[dict[str, Any], Path | None, dict[str, Any]]
+# By option: the rule for its value, if it is given.
 RULES = {
     "engine": optional(engine),
     "max_failures": whole(0),
     "guidance_scale": optional(number()),
     "guidance_interval": optional(noise_levels),
+    "n": optional(whole(2)),
+    "seed": optional(whole(0)),
+    **{name: optional(whole(1)) for name in ("batch_size", "devices", "num_inference_steps", "image_size")},
 }
-# Integer options and their smallest allowed values.
-LEAST = {"n": 2, "batch_size": 1, "devices": 1, "num_inference_steps": 1, "image_size": 1, "seed": 0}
 
 
 def trained_model(folder: Path) -> Path:
@@ -339,10 +341,6 @@ def check(config: DictConfig) -> None:
     for option in ("metrics", "paired"):
         if not OmegaConf.is_list(config[option]):
             raise ValueError(f"{option} is a list: {option}=[{config[option]}]")
-    for option, least in LEAST.items():
-        value = config[option]
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
-            raise ValueError(f"{option}={value!r} is not a whole number of at least {least}")
 
 
 def command_options() -> DictConfig:

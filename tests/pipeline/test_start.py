@@ -301,7 +301,6 @@ def test_training_begins_from_another_runs_unet(first: Run, capsys: pytest.Captu
 
 
 @pytest.mark.parametrize("form", ["compvis", pytest.param("diffusers", marks=pytest.mark.slow)])
-@pytest.mark.slow
 def test_training_begins_from_a_whole_model_of_others_in_one_command(form: str, tmp_path: Path):
     plain = (
         "diffusion/network=tiny_4x4_plain",
