@@ -17,6 +17,7 @@ import torch
 from chains import SMALL
 from forked import descendants
 
+from ldm_train import interrupts
 from ldm_train.training import fit
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="reads /proc")
@@ -42,10 +43,10 @@ def start(arguments: list[str], folder: Path, **options) -> subprocess.Popen:
 
 
 def wait_until_answered(process: subprocess.Popen) -> None:
-    """Waits until the process handles SIGTERM (the first thing that a command sets up) or has ended."""
+    """Waits until the process handles all signals (the first thing that a command sets up) or has ended."""
     while process.poll() is None:
         caught = re.search(r"SigCgt:\s*(\w+)", Path(f"/proc/{process.pid}/status").read_text())
-        if int(caught[1], 16) >> (signal.SIGTERM - 1) & 1:
+        if all(int(caught[1], 16) >> (number - 1) & 1 for number in interrupts.SIGNALS):
             return
         time.sleep(0.001)
 
