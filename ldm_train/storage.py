@@ -2,7 +2,6 @@
 plain values, even from untrusted sources."""
 
 import errno
-import glob
 import hashlib
 import io
 import json
@@ -16,6 +15,7 @@ import sys
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -52,11 +52,19 @@ def partial_of(path: Path, word: str = "partial") -> Path:
     return path.with_name(f".{path.name}.{HOST}-{os.getpid()}.{word}")
 
 
+@cache
+def _partials(folder: Path) -> list[Path]:
+    """The temporary files in a folder when this process first writes there. Listed once, because a folder may hold
+    hundreds of thousands of pictures."""
+    return list(folder.glob(".*.partial"))
+
+
 def _left_behind(path: Path) -> Iterator[Path]:
     """Yields temporary files for `path` that ended processes of this machine have left behind."""
-    for partial in path.parent.glob(f".{glob.escape(path.name)}.*.partial"):
-        host, _, pid = partial.name.split(".")[-2].rpartition("-")
-        if host in ("", HOST) and pid.isdigit() and not _is_running(int(pid)):
+    for partial in _partials(path.parent.absolute()):
+        name, writer, _ = partial.name.rsplit(".", 2)
+        host, _, pid = writer.rpartition("-")
+        if name == f".{path.name}" and host in ("", HOST) and pid.isdigit() and not _is_running(int(pid)):
             yield partial
 
 

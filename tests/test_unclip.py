@@ -2,9 +2,11 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from chains import chain, composed
+from PIL import Image
 
 import ldm_train
 from ldm_train.generation.sample import sample
@@ -84,6 +86,16 @@ def test_a_prior_is_trained_evaluated_and_drawn_from_text(drawer: Run, prior: Ru
     given = ("run=prior", f"runs_dir={prior.folder.parent}", f"out={prior.folder.parent / 'drawn'}", "n=2")
     drawn = sample(composed("sample", "prompts=a red circle", "accelerator=cpu", *given))
     assert len(drawn) == 2
+
+
+@pytest.mark.chain
+def test_the_film_of_a_prior_ends_with_its_picture(prior: Run, tmp_path: Path) -> None:
+    given = ("run=prior", f"runs_dir={prior.folder.parent}", f"out={tmp_path / 'drawn'}", "n=2", "film=strip")
+    drawn = sample(composed("sample", "prompts=a red circle", "accelerator=cpu", "seed=3", *given))
+    for path, film in zip(drawn, sorted((tmp_path / "drawn").glob("*strip.png")), strict=True):
+        with Image.open(path) as picture, Image.open(film) as strip:
+            assert picture.size == (32, 32)
+            assert np.array_equal(np.asarray(strip)[4:132:4, -132:-4:4], np.asarray(picture))
 
 
 @pytest.mark.chain

@@ -28,8 +28,9 @@ def drawn_here(
     """Yields (number, pictures) of each part, drawn in this process, and writes the films that are asked for. only:
     film this one picture only."""
     for k, part in parts.items():
-        film = Film(drawing.decode, drawing.config.film) if drawing.config.film else None
-        seen = watch and partial(watch, part, drawing.decode)
+        decode = partial(drawing.decode, seeds=[r.seed for r in part])
+        film = Film(decode, drawing.config.film) if drawing.config.film else None
+        seen = watch and partial(watch, part, decode)
         yield k, drawing(part, _all_of(film, seen), seen)
         if film:
             film.save([job.folder / r.name if only in (None, r.number) else None for r in part])

@@ -1,6 +1,6 @@
 """Draws the pictures of a job: each task becomes a call of `LatentDiffusion.sample`, except reconstruction."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -85,9 +85,9 @@ class Drawing:
             return Start(known=model.encode(filled, tiles), mask=hole)
         return Start()
 
-    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+    def decode(self, latents: torch.Tensor, seeds: Sequence[int]) -> torch.Tensor:
         with self.autocast():
-            return self.model.decode(latents, self.sampling.tiles)
+            return self.model.decode(latents, self.sampling.tiles, seeds)
 
     def _inverted(self, latents: torch.Tensor, batch: dict[str, Any], inverting: Callback | None) -> torch.Tensor:
         return self.model.invert(latents, batch, self.sampling, self.config.invert_iterations, inverting)
@@ -103,9 +103,10 @@ class Drawing:
     def _walk(self, part: list[Request], size: tuple[int, int], inverting: Callback | None) -> torch.Tensor:
         """Returns noise interpolated between two seeds or two inverted pictures."""
         if part[0].images is not None:
-            tiles = self.sampling.tiles
-            ends = [self.model.encode(torch.stack([r.images[k] for r in part]), tiles) for k in (0, 1)]
-            noise = [self._inverted(z, {}, inverting) for z in ends]
+            ends = {id(image): image for r in part for image in r.images}  # pictures of a walk share their ends
+            latents = self.model.encode(torch.stack([*ends.values()]), self.sampling.tiles)
+            inverted = dict(zip(ends, self._inverted(latents, {}, inverting)))
+            noise = [torch.stack([inverted[id(r.images[k])] for r in part]) for k in (0, 1)]
         else:
             shape = (self.model.first_stage.latent_channels, *size)
             noise = [NoiseSource([r.walk[k] for r in part]).normal(shape, "start") for k in (0, 1)]

@@ -2,6 +2,7 @@
 
 import io
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -103,7 +104,9 @@ class Film:
 def denoising_film(model: Any, draw: Callable[..., torch.Tensor], batch: dict[str, Any], path: Path) -> Path:
     """Draws samples under the conditions of a batch and writes the estimates after each step, side by side, as one
     GIF."""
-    film = Film(model.decode, "gif")
-    draw(model, {f: batch[f] for f in model.fields if f in batch}, list(range(len(batch["key"]))), film)
-    frames = [enlarged(torch.cat(list(model.decode(x_0).float().cpu()), dim=2)) for x_0 in film.kept]
+    seeds = list(range(len(batch["key"])))
+    decode = partial(model.decode, seeds=seeds)
+    film = Film(decode, "gif")
+    draw(model, {f: batch[f] for f in model.fields if f in batch}, seeds, film)
+    frames = [enlarged(torch.cat(list(decode(x_0).float().cpu()), dim=2)) for x_0 in film.kept]
     return save_gif([*frames, *[frames[-1]] * LAST_HELD], path)

@@ -12,6 +12,7 @@ from ldm_train.configuration import default_options, plain
 from ldm_train.data.datamodule import ShardDataModule
 from ldm_train.data.order import Batching
 from ldm_train.data.prepare.build import build as prepare
+from ldm_train.data.prepare.build import check_made_from
 from ldm_train.data.remote import is_address, remote_bytes
 from ldm_train.data.shards import INDEX, data_hash, read_index
 from ldm_train.training.callbacks.clock import UNENDING
@@ -69,11 +70,15 @@ def check_bucket_step(data: Mapping[str, Any], multiple: int, name: str = "data"
 
 
 def ensure_data(data: DictConfig) -> None:
-    """Prepares the data from data.source, which needs no files, if they do not exist yet."""
+    """Prepares the data from data.source, which needs no files, if they do not exist yet. Raises DataError if the
+    folder holds data of other options."""
     if data.source is None or not isinstance(data.root, str) or is_address(data.root):
         return
-    if not (Path(data.root) / INDEX).is_file():
-        prepare(instantiate(data.source), data.root, data.per_shard)
+    source = instantiate(data.source)
+    if (Path(data.root) / INDEX).is_file():
+        check_made_from(source, Path(data.root))
+    else:
+        prepare(source, data.root, data.per_shard)
 
 
 def loaded_steps(section: DictConfig) -> int:

@@ -21,6 +21,7 @@ from ldm_train.configuration import config_folder
 from ldm_train.data.files import DataError
 from ldm_train.data.prepare.build import build as build_shards
 from ldm_train.data.prepare.image_folder import ImageFolder
+from ldm_train.data.prepare.shapes import Shapes
 from ldm_train.pipeline import machine, train
 
 ROOT = Path(__file__).parents[2]
@@ -222,6 +223,14 @@ def test_an_existing_run_is_neither_reused_nor_overwritten(
     run_command(train.train, "train")
     assert (run / "autoencoder" / "model" / "metadata.json").read_bytes() != before
     assert [(p / "model" / "metadata.json").read_bytes() for p in (run / ".replaced").iterdir()] == [before]
+
+
+def test_data_made_with_other_options_are_not_taken_for_what_was_asked(fails: Command, tmp_path: Path):
+    build_shards(Shapes(count=16, val_count=4), tmp_path / "data")
+    arguments = (*SMALL, f"data.root={tmp_path}/data", f"runs_dir={tmp_path}/runs", "data.source.val_count=8")
+    message = fails("train", *arguments)
+    assert "data was prepared with other options of data.source: val 4, not 8" in message
+    assert "data.source=null" in message
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from ldm_train.cluster import mapped
 from ldm_train.data.fields import array_of, check_fields
 from ldm_train.data.files import IMAGE_EXTENSIONS, open_image
 from ldm_train.data.prepare.target import Folder, target
-from ldm_train.data.shards import ENTRIES, INDEX, DataError, shard_name
+from ldm_train.data.shards import ENTRIES, INDEX, DataError, read_note, shard_name
 
 
 class Source:
@@ -124,6 +124,22 @@ def _write(source: Source, out: Folder, name: str, split: str, chunk: range) -> 
         entry["values"] = [min(picture["least"] for picture in arrays), max(picture["largest"] for picture in arrays)]
     out.write_json(f"{ENTRIES}/{name}.json", entry)
     return entry
+
+
+def check_made_from(source: Source, folder: Path) -> None:
+    """Raises DataError if `folder` holds data of the same kind of source with other options. Data of another origin are
+    the user's own, and are not checked."""
+    made = read_note(folder / ENTRIES / "source.json")
+    made = made if isinstance(made, dict) else {}
+    held = {k: v for part in ("source", "counts") if isinstance(made.get(part), dict) for k, v in made[part].items()}
+    asked = {**source.identity, **source.splits()}
+    if held.get("source") != asked.get("source"):
+        return
+    if other := [f"{k} {held.get(k)}, not {v}" for k, v in asked.items() if held.get(k) != v]:
+        raise DataError(
+            f"{folder} was prepared with other options of data.source: {', '.join(other)}; set data.root=<another folder>, delete "
+            "this one, or train on it as it is with data.source=null"
+        )
 
 
 def build(source: Source, out: str | Path, per_shard: int = 1000, workers: int = 1, engine: str | None = None) -> dict:
