@@ -373,7 +373,7 @@ def _recipes(recipe: dict[str, Any], tmp_path: Path) -> Iterator[Path]:
     (tmp_path / "recipe.json").write_text(json.dumps(recipe))
     yield tmp_path / "recipe.json"
     info = PngInfo()
-    info.add_text("recipe", json.dumps(recipe | {"number": 0, "seed": 0, "condition": ""}))
+    info.add_text("recipe", json.dumps({"number": 0, "seed": 0, "condition": ""} | recipe))
     Image.new("RGB", (8, 8)).save(tmp_path / "recipe.png", pnginfo=info)
     yield tmp_path / "recipe.png"
 
@@ -388,6 +388,12 @@ def test_a_recipe_chooses_a_sampler_and_nothing_else(
     for path in _recipes(recipe, tmp_path):
         message = refused(lambda path=path: sampled(f"recipe={path}", f"run={model}"), mark)
         assert str(path) in message or "weights" in message
+
+
+def test_a_picture_of_a_job_may_have_any_number(model: Path, honest_recipe: dict, tmp_path: Path):
+    *_, path = _recipes({**honest_recipe, "number": 70_000}, tmp_path)
+    with pytest.raises(ValueError, match="it asks for picture 70000 of a job with 1"):
+        sampled(f"recipe={path}", f"run={model}")
 
 
 SET_BY_RECIPES = {

@@ -127,12 +127,13 @@ def _read_recipe(path: Path, usual: dict[str, Any]) -> dict[str, Any]:
             recipe = storage.read_record(path, storage.LARGEST_RECIPE)
         asked, machine, images = recipe["config"], recipe["machine"], recipe.get("images", [])
         texts = [recipe["model"], recipe["model_sha256"], *recipe["files"].values(), *(e["file"] for e in images)]
-        numbers = [machine["batch_size"], machine.get("threads", 1), recipe.get("number", 0)]
+        sizes, number = [machine["batch_size"], machine.get("threads", 1)], recipe.get("number", 0)
         well_formed = (
             all(isinstance(text, str) for text in texts)
             and all(isinstance(section, dict) for section in (asked, asked["sampler"]))
-            and all(type(n) is int and 0 <= n <= 65536 for n in numbers)
-            and min(numbers[:2]) > 0
+            and all(type(n) is int and 0 < n <= 65536 for n in sizes)
+            and type(number) is int
+            and number >= 0
         )
     except Exception as error:  # Pillow raises errors of any type on a file that is not a picture
         raise ValueError(where) from error
