@@ -3,6 +3,16 @@
 from ldm_train import interrupts
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message; the error's type if it has none."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def in_one_line(error: BaseException) -> str:
+    """The first 200 characters of an error's message in one line; the error's type if it has none."""
+    return " ".join(str(error).split())[:200] or type(error).__name__
+
+
 class Refused(RuntimeError):
     """Raised if a run would silently reuse or overwrite something; the message names what differs and the choices."""
 

@@ -28,7 +28,7 @@ class Sampling:
     """Options of sampling. None: as in the model's own run.
 
     sampler: a function of `samplers/` with its options bound (functools.partial). guidance_scale: 1 is off
-    guidance_interval: guide only between these noise levels sigma / alpha (Kynkaanniemi et al. 2024); (0, 1e9): at all
+    guidance_interval: guide only between these noise levels sigma / alpha (Kynkaanniemi et al. 2024); (0, 1e6): at all
     overlap: for larger latents, latent cells shared by neighbouring windows of the trained size (see `Panorama`)
     tiles: decode in tiles, for images too large for memory
     """

@@ -1,7 +1,9 @@
 """File access: writes atomically and only below the intended folder, computes checksums, and reads config files as
 plain values, even from untrusted sources."""
 
+import csv
 import errno
+import fcntl
 import hashlib
 import io
 import json
@@ -13,13 +15,15 @@ import reprlib
 import shutil
 import sys
 import zipfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any, TextIO
 
 import yaml
+
+from ldm_train.errors import in_one_line
 
 LARGEST_FILE = 16 << 20  # bytes; a config that holds its tokenizer has 1 or 2 MB
 LARGEST_RECIPE = 256 << 20  # bytes; about a million images
@@ -101,6 +105,15 @@ def open_lock(path: str | Path) -> TextIO:
         raise
 
 
+@contextmanager
+def locked(path: str | Path) -> Iterator[None]:
+    """A context in which this process holds a file's lock, for which other processes wait. The lock ends with the
+    process."""
+    with open_lock(path) as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
 _held: dict[str, int] = {}  # path of a held folder -> its open file descriptor
 
 
@@ -152,9 +165,11 @@ def write_atomically(path: str | Path, write: Callable[[io.BufferedWriter], obje
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
-    except ConnectionError:  # from the source of the data, not from the disk
-        raise
     except OSError as error:
+        elsewhere = error.filename is not None and str(error.filename) != str(partial)
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        if isinstance(error, ConnectionError) or error.errno is None or (elsewhere and not full):
+            raise  # from reading what was to be written
         raise OSError(
             error.errno,
             f"could not write {path}: {error.strerror or error}; nothing half-written remains, free some "
@@ -164,10 +179,9 @@ def write_atomically(path: str | Path, write: Callable[[io.BufferedWriter], obje
         partial.unlink(missing_ok=True)
 
 
-def write_folder(path: str | Path, write: Callable[[Path], None], replace: bool = False) -> None:
+def write_folder(path: str | Path, write: Callable[[Path], None]) -> None:
     """Calls `write` on a new temporary folder next to `path` and renames it, so that a folder under its final name is
-    always complete. replace: an existing folder is deleted, once the new one is in its place; otherwise it raises
-    FileExistsError."""
+    always complete. An existing folder is deleted once the new one is in its place."""
     path = Path(path)
     check_held(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -178,8 +192,6 @@ def write_folder(path: str | Path, write: Callable[[Path], None], replace: bool 
     partial.mkdir()
     try:
         write(partial)
-        if path.exists() and not replace:
-            raise FileExistsError(f"{path} exists; choose another folder")
         if path.exists():
             os.replace(path, old)
         os.replace(partial, path)
@@ -195,6 +207,15 @@ def write_json(path: str | Path, value: object) -> None:
     write_atomically(path, lambda f: f.write((json.dumps(value, indent=1) + "\n").encode()))
 
 
+def write_csv(path: str | Path, columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> None:
+    """Writes a CSV file that appears under its final name only when it is complete. A row may lack columns."""
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, columns, restval="")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_atomically(path, lambda file: file.write(text.getvalue().encode()))
+
+
 def link_or_copy(source: str | Path, target: str | Path) -> None:
     """Makes `target` a hard link of `source`, or a copy of it if the file system has no hard links."""
     try:
@@ -206,6 +227,11 @@ def link_or_copy(source: str | Path, target: str | Path) -> None:
 def file_sha256(path: str | Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def files_sha256(paths: Iterable[str | Path]) -> str:
+    """The sha256 of several files' sha256, which identifies them together."""
+    return hashlib.sha256("".join(map(file_sha256, paths)).encode()).hexdigest()
 
 
 def shown(value: Any) -> str:
@@ -257,8 +283,7 @@ def _read(
     except OSError:
         raise
     except Exception as error:  # parsers raise errors of any type on invalid text
-        said = " ".join(str(error).split())[:200] or type(error).__name__
-        raise ValueError(f"{path} is not a {kind} ({said}); take an undamaged copy") from error
+        raise ValueError(f"{path} is not a {kind} ({in_one_line(error)}); take an undamaged copy") from error
     if not isinstance(tree, dict):
         raise ValueError(
             f"{path} is not a {kind}: it holds a {type(tree).__name__} where names with values are expected"

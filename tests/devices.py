@@ -12,7 +12,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ldm_train import devices
 from ldm_train.diffusion import process
-from ldm_train.models import layers
 
 aten = torch.ops.aten
 # Operations whose result has a size that depends on values on the device.
@@ -81,7 +80,7 @@ def _like_all(given: Sequence[torch.Tensor]) -> bool:
 def without_float64() -> Iterator[None]:
     """A context in which the meta device has no float64, like Apple's. Move models to the device inside it."""
     with pytest.MonkeyPatch.context() as patch:
-        for module in (devices, process, layers):
+        for module in (devices, process):
             patch.setattr(module, "WITHOUT_FLOAT64", {"mps", "meta"})
         yield
 

@@ -1,5 +1,6 @@
 """Files appear only when complete; partial files of ended processes are removed, but not those of another machine."""
 
+import errno
 import os
 import subprocess
 import sys
@@ -36,6 +37,18 @@ def test_what_a_process_left_is_removed_by_its_own_machine_alone(gone: int, fold
     kept = {name for name in left if (tmp_path / left[name]).exists()}
     assert kept == {"at work", "another machine", "another file"}
     assert {p.name for p in tmp_path.iterdir()} == {"a", *(left[name] for name in kept)}
+
+
+def full(file: object) -> None:
+    raise OSError(errno.ENOSPC, "no space")
+
+
+def test_an_error_of_reading_what_is_written_keeps_its_words(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"No such file or directory: '.*shard\.tar'"):
+        storage.write_atomically(tmp_path / "a", lambda file: file.write((tmp_path / "shard.tar").read_bytes()))
+    with pytest.raises(OSError, match=r"could not write .*/a: no space"):
+        storage.write_atomically(tmp_path / "a", full)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_link_is_a_copy_where_there_are_no_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

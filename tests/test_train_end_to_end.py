@@ -146,6 +146,15 @@ def test_the_record_is_of_what_was_trained_with_what(finished: Path, tmp_path: P
 
 
 @pytest.mark.chain
+def test_a_card_that_shows_an_earlier_evaluation_is_named(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+):
+    shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
+    chain(tmp_path, "evaluation.images=6", "restart=evaluation").execute()
+    assert "card is of an earlier evaluation, or of none: restart=export writes it again" in capsys.readouterr().out
+
+
+@pytest.mark.chain
 def test_a_model_is_not_measured_without_the_conditions_it_reads(finished: Path, tmp_path: Path):
     shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
     with pytest.raises(ValueError, match=r"the model reads .*class_label.* options that it was trained with"):
@@ -184,8 +193,7 @@ DERIVED = {"superres": "data/derived=bicubic_x4", "inpainting": "data/derived=ma
 # Maps, masks and pictures are in the slow tier here: in the fast tier test_channels.py has models conditioned on them.
 @pytest.mark.chain
 @pytest.mark.parametrize(
-    "conditioning",
-    [c if c == "layout" else pytest.param(c, marks=pytest.mark.slow) for c in CONDITIONS],
+    "conditioning", [c if c == "layout" else pytest.param(c, marks=pytest.mark.slow) for c in CONDITIONS]
 )
 def test_the_chain_runs_under_every_kind_of_condition(finished: Path, tmp_path: Path, conditioning: str):
     options = [f"diffusion.conditioning.conditioners.{o}" for o in CONDITIONS[conditioning]]

@@ -8,6 +8,7 @@ from ldm_train.diffusion.denoiser import Denoiser
 from ldm_train.diffusion.process import NoiseProcess, expand_to
 
 Denoise = Callable[[torch.Tensor, float | torch.Tensor], torch.Tensor]
+HIGHEST = 1e6  # an interval of noise levels up to this one includes steps from pure noise
 
 
 def classifier_free(
@@ -24,7 +25,7 @@ def classifier_free(
     uncond: the same model under its null condition, under a negative prompt, or a weaker model under the same condition
         (autoguidance, Karras et al. 2024). Denoisers of one model are evaluated in one call.
     interval: guide only between these noise levels sigma / alpha, with one evaluation elsewhere (Kynkaanniemi et al.
-        2024)
+        2024); up to HIGHEST means without an upper end
     rescale: fraction by which the standard deviation of the network's output is brought back to that without guidance,
         per sample (Lin et al. 2023, eq. 15 and 16)
     threshold: percentile (0 to 100) of |x0| at which values are clipped; they are then scaled so that it is no larger
@@ -52,7 +53,7 @@ def classifier_free(
     def guided(x_t: torch.Tensor, t: float | torch.Tensor) -> torch.Tensor:
         if interval is not None and model is not None:
             alpha, sigma = (torch.as_tensor(v) for v in model.schedule.pair(t, x_t))
-            if not interval[0] <= float((sigma / alpha).max()) <= interval[1]:
+            if not interval[0] <= min(float((sigma / alpha).max()), HIGHEST) <= interval[1]:
                 return denoise(x_t, t)
         if together:
             with_condition, without = Denoiser.together(together, x_t, t)

@@ -88,12 +88,14 @@ class DiffusionObjective(nn.Module):
         )
 
     def sample_timesteps(
-        self, count: int, first: int = 0, total: int | None = None, generator: torch.Generator | None = None
+        self, count: int, part: int = 0, parts: int = 1, generator: torch.Generator | None = None
     ) -> torch.Tensor:
-        """Draws times (count,) of the process: for samples first, first + 1, ... of a global batch of `total`."""
+        """Draws times (count,) of the process for one of the equal `parts` of a global batch. Stratified times of each
+        part spread over all noise levels."""
         uniform = torch.rand(count, generator=generator, dtype=torch.float64)
         if self.stratified:
-            uniform = (torch.arange(first, first + count, dtype=torch.float64) + uniform) / (total or count)
+            strata = torch.arange(part, count * parts, parts, dtype=torch.float64)
+            uniform = (strata + uniform) / (count * parts)
         return self.schedule.training_times(uniform)
 
     def target(self, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:

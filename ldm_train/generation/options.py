@@ -2,7 +2,6 @@
 
 import re
 from collections.abc import Sequence
-from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 from ldm_train.compiling import check_compiler
 from ldm_train.configuration import config_folder, plain
 from ldm_train.devices import device_of
-from ldm_train.diffusion.guidance import classifier_free
+from ldm_train.diffusion.guidance import HIGHEST, classifier_free
 from ldm_train.generation.film import Film
 from ldm_train.generation.requests import MOST, Request
 from ldm_train.latent_diffusion import LatentDiffusion
@@ -23,6 +22,7 @@ from ldm_train.rules import (
     engine,
     flag,
     list_of,
+    noise_levels,
     number,
     numbers,
     one_of,
@@ -87,7 +87,7 @@ RULES: dict[str, Rule] = {
     "trust": list_of(str),
     "size": optional(_size),
     "extend": optional(numbers(4, PIXELS, "whole numbers")),
-    "guidance.interval": optional(numbers(2, number(-MOST, MOST))),
+    "guidance.interval": optional(noise_levels),
     **dict.fromkeys(TEXTS, scalar),
     "adapters": optional(either(text("a run, folder or file"), list_of(str))),
     **dict.fromkeys(("invert", "overwrite"), flag),
@@ -163,12 +163,13 @@ def check_interval(
     prints it if the command did not choose the interval."""
     low, high = interval
     timesteps = model.schedule.timesteps(num_inference_steps, spacing)
-    levels = [sigma / alpha if alpha else inf for alpha, sigma in zip(*model.schedule.coefficients(timesteps[:-1]))]
+    pairs = zip(*model.schedule.coefficients(timesteps[:-1]))
+    levels = [min(sigma / alpha, HIGHEST) if alpha else HIGHEST for alpha, sigma in pairs]
     if any(low <= level <= high for level in levels):
         return
     said = (
         f"{option}=[{low},{high}] holds none of the noise levels {levels[0]:.3g} ... {levels[-1]:.3g} of these "
-        f"{len(levels)} steps, so nothing is guided; set num_inference_steps to more, or {option}=[0,1e9] to guide "
+        f"{len(levels)} steps, so nothing is guided; set num_inference_steps to more, or {option}=[0,1000000] to guide "
         "every step"
     )
     if chosen:

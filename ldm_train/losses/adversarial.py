@@ -1,9 +1,10 @@
 """Adversarial terms of stage 1: hinge and vanilla losses, and the adaptive weight of VQGAN (Esser et al. 2021, eq. 7)."""
 
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.nn import functional as F
+
+from ldm_train.distributed import mean_over_ranks
 
 
 def hinge_loss(logits_real: torch.Tensor, logits_fake: torch.Tensor) -> torch.Tensor:
@@ -19,10 +20,7 @@ def conv_weight_gradient(conv: nn.Conv2d, features: torch.Tensor, grad_output: t
     gradient = torch.nn.grad.conv2d_weight(
         features.detach().float(), conv.weight.shape, grad_output.float(), stride=conv.stride, padding=conv.padding
     )
-    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-        dist.all_reduce(gradient)
-        gradient /= dist.get_world_size()
-    return gradient
+    return mean_over_ranks(gradient)
 
 
 def adaptive_weight(

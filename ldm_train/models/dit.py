@@ -5,7 +5,8 @@ from einops import rearrange
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from ldm_train.models.layers import attend, embedding_mlp, timestep_embedding, widest, zero_init
+from ldm_train.diffusion.process import widest
+from ldm_train.models.layers import attend, embedding_mlp, timestep_embedding, zero_init
 from ldm_train.models.transformer import CrossAttention, KeysValues
 
 

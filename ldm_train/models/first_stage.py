@@ -81,11 +81,7 @@ class FirstStage(nn.Module):
 
     @torch.no_grad()
     def decode(
-        self,
-        latents: torch.Tensor,
-        chunk: int = 32,
-        tiles: Tiles | None = None,
-        seeds: Sequence[int] | None = None,
+        self, latents: torch.Tensor, chunk: int = 32, tiles: Tiles | None = None, seeds: Sequence[int] | None = None
     ) -> torch.Tensor:
         """Scaled latents (B, C, h, w) -> images (B, C, h*f, w*f) in [-1, 1], float32. Decodes `chunk` images at a time,
         in tiles if they are larger than one tile."""

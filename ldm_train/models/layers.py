@@ -7,13 +7,6 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-WITHOUT_FLOAT64 = {"mps"}  # device types
-
-
-def widest(device: torch.device) -> torch.dtype:
-    """Returns float64, or float32 for devices without float64."""
-    return torch.float32 if device.type in WITHOUT_FLOAT64 else torch.float64
-
 
 class GroupNorm(nn.GroupNorm):
     """GroupNorm in float32 under autocast on CPUs too, as torch does it on GPUs: the CPU's bfloat16 kernel takes four

@@ -8,7 +8,7 @@ from math import ceil, floor
 import torch
 from torch import nn
 
-from ldm_train.models.layers import widest
+from ldm_train.diffusion.process import widest
 
 
 def window_starts(length: int, window: int, overlap: int) -> list[int]:

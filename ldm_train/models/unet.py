@@ -128,9 +128,7 @@ class UNet(Encoder):
                 self.output_blocks.append(Layers(layers))
 
         self.out = nn.Sequential(
-            group_norm(width, 1e-5),
-            nn.SiLU(),
-            zero_init(nn.Conv2d(width, out_channels or in_channels, 3, padding=1)),
+            group_norm(width, 1e-5), nn.SiLU(), zero_init(nn.Conv2d(width, out_channels or in_channels, 3, padding=1))
         )
         self.control: Control | None = None
         if controlled:

@@ -348,15 +348,15 @@ class DiffusionStage(Stage):
         model = build(tree, "the model's config", run.trust)
         model.first_stage.autoencoder.load_state_dict(load_model(source, run.trust).state_dict())
         per_channel = config.latents.per_channel
-        statistics = latents.give_statistics(run.folder / "latents", model.first_stage, per_channel)
+        statistics, taken = latents.give_statistics(run.folder / "latents", model.first_stage, per_channel), False
         if begun is not None:
             if run.machine.rank == 0:
                 for line in read_otherwise(run, begun, model.network, model.conditioners):
                     print(f"  unlike diffusion.init: {line}", flush=True)
             other = begin_from(model, begun, list(run.trust), run.machine.rank == 0).first_stage
-            same = same_latents(other.autoencoder, model.first_stage.autoencoder)
-            adapter.check_latents(run, same)
-            if same:  # scaled as in the network's earlier training
+            taken = same_latents(other.autoencoder, model.first_stage.autoencoder)
+            adapter.check_latents(run, taken)
+            if taken:  # scaled as in the network's earlier training
                 model.first_stage.set_statistics(other.scale.flatten(), other.shift.flatten())
         model.to(memory_format=torch.channels_last)
         adapter.adapt(run, model)
@@ -367,6 +367,7 @@ class DiffusionStage(Stage):
         callbacks = [self._sample_metrics(run, images)] if section.evaluate_every else []
         easier = model.parameterisation.easier_with_noise
         health = {"easier_with_noise": easier, "bins": BINS, "settled": max(200, section.max_steps // 20)}
+        health["other_statistics"] = taken  # those of the data that diffusion.init was trained on
         training.train(run, "diffusion", task, data, folder, images=count, callbacks=callbacks, health=health)
         adapter.finish(run, model, begun, folder / "adapter", tree)
         one = model.first_stage.one_scale

@@ -1,5 +1,6 @@
 """The evaluation stage: metrics of samples, reconstructions, latents and adherence to conditions, and sample images."""
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import torch
 from ldm_train.checkpoints.native import load_model
 from ldm_train.configuration import plain
 from ldm_train.data.order import Batching
+from ldm_train.errors import Refused
 from ldm_train.evaluation.adherence import judged_fields
 from ldm_train.evaluation.evaluator import parse_metrics, sampling_options
 from ldm_train.evaluation.report import evaluate
@@ -15,6 +17,7 @@ from ldm_train.evaluation.restoration import FIELDS as RESTORED
 from ldm_train.generation.film import denoising_film
 from ldm_train.pipeline.data import data_key
 from ldm_train.pipeline.diffusion import check_model, drawer
+from ldm_train.pipeline.resume import read_note
 from ldm_train.pipeline.run import Run
 from ldm_train.pipeline.stage import Stage
 
@@ -91,6 +94,11 @@ class EvaluationStage(Stage):
             precision=run.machine.precision,
             progress=show,
         )
+        with suppress(Refused):  # a damaged note is reported by its own stage
+            if writer and (exported := read_note(run.folder / "export")) and exported["finished"]:
+                print(
+                    "the exported model's card is of an earlier evaluation, or of none: restart=export writes it again"
+                )
         if writer:
             batch = next(iter(data.fixed_loader(split, 4)))
             film = denoising_film(model, draw, batch, folder / "denoising.gif")

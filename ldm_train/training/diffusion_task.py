@@ -97,9 +97,9 @@ class DiffusionTask(Task):
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> torch.Tensor:
         latents = self.model.latents_from(batch)
         count, world = len(latents), self.trainer.world_size
-        # Timesteps are stratified over the global batch: this rank's micro-batch takes its own consecutive strata.
-        first = (batch_idx % self.accumulate * world + self.global_rank) * count
-        drawn = self.objective.sample_timesteps(count, first, count * world * self.accumulate)
+        # Timesteps are stratified over the global batch, of which this is a part.
+        part = batch_idx % self.accumulate * world + self.global_rank
+        drawn = self.objective.sample_timesteps(count, part, world * self.accumulate)
         timesteps = to_device(drawn, latents.device)
         noise = self.objective.draw_noise(latents)
         condition = self.model.condition(batch, drop=self.model.random_drop(count))

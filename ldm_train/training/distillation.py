@@ -64,6 +64,7 @@ class DistillationTask(DiffusionTask):
         self.times, self.teacher_steps = model.schedule.timesteps(steps, spacing), teacher_steps
         interval = {} if guidance_interval is None else {"interval": tuple(guidance_interval)}
         self.guide = partial(classifier_free, guidance_scale=guidance_scale, **interval)
+        self.train()  # Lightning keeps the mode that a module has when training begins
 
     @staticmethod
     def check_sampling(options: Mapping[str, Any], sampling: Mapping[str, Any], sampler: Mapping[str, Any]) -> None:

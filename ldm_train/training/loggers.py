@@ -1,7 +1,6 @@
 """Metric loggers: metrics.csv always, Weights & Biases unless switched off, TensorBoard if configured."""
 
 import csv
-import io
 import os
 import secrets
 import subprocess
@@ -20,7 +19,7 @@ from PIL import Image
 
 from ldm_train.configuration import numbers
 from ldm_train.evaluation.evaluator import is_higher_better
-from ldm_train.storage import check_held, inside, write_atomically
+from ldm_train.storage import check_held, inside, write_atomically, write_csv
 
 
 class Recorder(Logger):
@@ -80,11 +79,7 @@ class MetricsCSV(Recorder):
 
     @rank_zero_only
     def _rewrite(self) -> None:
-        text = io.StringIO(newline="")
-        writer = csv.DictWriter(text, self.columns, restval="")
-        writer.writeheader()
-        writer.writerows(self.rows)
-        write_atomically(self.path, lambda file: file.write(text.getvalue().encode()))
+        write_csv(self.path, self.columns, self.rows)
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:

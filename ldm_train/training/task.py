@@ -123,6 +123,8 @@ class Task(L.LightningModule):
         # Everything random in a micro-batch depends on this seed only, so a resumed run equals an uninterrupted one.
         again = (self.attempt,) if self.attempt else ()
         rng.reseed(self.seed, self.stage, self.global_step, batch_idx % self.accumulate, self.global_rank, *again)
+        # The step under which Lightning logs. A training that continues after a validation has counted one too many.
+        self.trainer.fit_loop.epoch_loop._batches_that_stepped = self.global_step
 
     def configure_gradient_clipping(self, optimizer: torch.optim.Optimizer, *options: Any, **named: Any) -> None:
         # Lightning lets fused optimisers unscale 16-mixed gradients themselves, but after clipping.

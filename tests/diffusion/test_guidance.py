@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from ldm_train.diffusion.denoiser import Denoiser
-from ldm_train.diffusion.guidance import classifier_free, classifier_guidance, keep_known, score_guidance
+from ldm_train.diffusion.guidance import HIGHEST, classifier_free, classifier_guidance, keep_known, score_guidance
 from ldm_train.diffusion.parameterisation import Epsilon, Sample, VPrediction
 from ldm_train.diffusion.process import expand_to
 from ldm_train.diffusion.schedule import NoiseSchedule
@@ -111,6 +111,14 @@ def test_guidance_acts_inside_its_interval_only() -> None:
         expected = classifier_free(cond, uncond, 4.0)(x_t, t) if inside else cond(x_t, t)
         assert torch.equal(guided(x_t, t), expected)
     assert network.calls == 2  # outside: one for the reference and one for the guided denoiser
+
+
+def test_an_interval_without_an_upper_end_holds_pure_noise() -> None:
+    network, schedule = Network(), NoiseSchedule("scaled_linear", 1e-4, 2e-2, zero_terminal_snr=True)
+    cond, uncond = (Denoiser(network, schedule, VPrediction(), condition()) for _ in range(2))
+    x_t, whole = torch.randn(3, 2, 4, 4), classifier_free(cond, uncond, 4.0)
+    assert torch.equal(classifier_free(cond, uncond, 4.0, interval=(0.0, HIGHEST))(x_t, 999.0), whole(x_t, 999.0))
+    assert not torch.equal(classifier_free(cond, uncond, 4.0, interval=(0.0, 1e5))(x_t, 999.0), whole(x_t, 999.0))
 
 
 @pytest.mark.parametrize("kind", [Epsilon(), VPrediction()])

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from forked import begun
 
 from ldm_train.losses.autoencoder import AutoencoderLoss
 from ldm_train.losses.perceptual import TinyPerceptual
@@ -43,7 +43,10 @@ def test_two_ranks_equal_one(tmp_path: Path) -> None:
     # The halves differ in contrast, so that an adaptive weight per rank would differ too.
     images = torch.rand(4, 3, 32, 32) * torch.tensor([0.2, 0.4, 1.0, 2.0]).view(4, 1, 1, 1) - 1
     expected, weight = gradients(images)
-    mp.start_processes(rank, (str(tmp_path), images), nprocs=2, start_method="fork")
+    processes = [begun(rank, index, str(tmp_path), images) for index in range(2)]
+    for process in processes:
+        process.join()
+        assert process.exitcode == 0
     for index in range(2):
         found, found_weight = torch.load(tmp_path / f"{index}.pt")
         torch.testing.assert_close(found_weight, weight, rtol=1e-5, atol=0)

@@ -105,6 +105,7 @@ def test_time_spent_before_an_interruption_counts(tmp_path: Path) -> None:
     rest = Slow()
     run(rest, tmp_path, Clock(10.0, LENGTH))
     assert rest.seen[0][0] == int(16 / 40 * (LENGTH - 1))  # resumes from the checkpoint of step 16
+    assert rest.seen[0][1] == pytest.approx(lr_multiplier("cosine", LENGTH, warmup_steps=100)(rest.seen[0][0]))
     assert len(rest.seen) == 40 - 16
 
 

@@ -120,7 +120,7 @@ def test_the_students_steps_are_those_of_its_sampler() -> None:
 
 def test_student_and_teacher_see_the_same_conditions() -> None:
     """What conditioners add in training alone is left out, and their weights train all the same."""
-    student = task(model()).train()
+    student = task(model())
     assert not any(part.training for part in (student.teacher, student.model.conditioners))
     assert student.model.network.training
     assert any(p.requires_grad for p in student.model.conditioners.parameters())

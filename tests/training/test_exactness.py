@@ -1,5 +1,6 @@
 """Killed and resumed training equals undisturbed training to the bit: same samples per step, same weights."""
 
+import csv
 import errno
 import hashlib
 import os
@@ -111,6 +112,19 @@ def test_interrupted_training_continues_to_the_same_weights(tmp_path: Path, monk
         calm, stopped = (weights(tmp_path, name, stage, steps) for name in ("calm", "stopped"))
         assert calm.keys() == stopped.keys()
         assert all(torch.equal(calm[k], stopped[k]) for k in calm)
+
+
+@pytest.mark.chain
+def test_a_finished_training_that_goes_on_keeps_the_steps_of_its_rows(tmp_path: Path):
+    short = ("data.source.count=32", "stages=[autoencoder]", "autoencoder.log_every=2", "autoencoder.val_every=4",
+             "autoencoder.checkpoint_every=4")  # fmt: skip
+    for steps in (4, 8):
+        chain(tmp_path, *short, f"autoencoder.max_steps={steps}").execute()
+    with open(tmp_path / "run" / "autoencoder" / "metrics.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [int(row["step"]) for row in rows] == [2, 4, 6, 8]
+    assert all(row["train/lr"] for row in rows)
+    assert [bool(row["val/psnr"]) for row in rows] == [False, True, False, True]
 
 
 @pytest.mark.chain

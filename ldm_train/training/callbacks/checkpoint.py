@@ -17,7 +17,7 @@ from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 
 from ldm_train import interrupts
 from ldm_train.data.shards import DataError
-from ldm_train.errors import Interrupted
+from ldm_train.errors import Interrupted, first_line
 from ldm_train.storage import partial_of, read_tensors, write_atomically
 from ldm_train.training.task import NotFinite, Task
 
@@ -93,8 +93,7 @@ def read_checkpoint(path: str | Path, mmap: bool = False) -> dict[str, Any]:
     except (FileNotFoundError, PermissionError, MemoryError):
         raise
     except Exception as error:  # zipfile and torch raise errors of many types for damaged files
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise DataError(f"{path} is damaged or no checkpoint ({reason}); {_choices(path)}") from error
+        raise DataError(f"{path} is damaged or no checkpoint ({first_line(error)}); {_choices(path)}") from error
 
 
 def _choices(path: Path) -> str:

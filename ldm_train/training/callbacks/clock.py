@@ -62,11 +62,15 @@ class Clock(L.Callback):
     def on_train_start(self, trainer: L.Trainer, pl_module: Task) -> None:
         self._since = time.perf_counter()
         self._hosts = group_of_hosts() if trainer.world_size > 1 else None
+        self._place(trainer, pl_module)  # before `Task.on_train_start`, which sets the first step's learning rate
+
+    def _place(self, trainer: L.Trainer, task: Task) -> None:
+        share = min(1.0, self._agreed(trainer) / self.seconds)
+        task.schedule_step = int(share * (self.max_steps - 1))
 
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: Task, batch: Any, batch_idx: int) -> None:
         if batch_idx % pl_module.accumulate == 0:
-            share = min(1.0, self._agreed(trainer) / self.seconds)
-            pl_module.schedule_step = int(share * (self.max_steps - 1))
+            self._place(trainer, pl_module)
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Task, outputs: Any, batch: Any, batch_idx: int) -> None:
         if (batch_idx + 1) % pl_module.accumulate == 0 and self._agreed(trainer) >= self.seconds:

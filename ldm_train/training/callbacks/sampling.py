@@ -50,12 +50,14 @@ class SampleMetrics(L.Callback):
         begin = time.perf_counter()
         reference, metrics, extractors = self.reference(), self.evaluator.metrics, self.evaluator.extractors
         model = pl_module.model
-        trained = model.parts().eval()
+        modes = {module: module.training for module in model.parts().modules()}
+        model.parts().eval()
         with pl_module.with_ema():
             measured = measure_samples(
                 model, self.conditions, self.draw, reference, metrics, extractors, self.batch_size, progress=False
             )
-        trained.train()
+        for module, training in modes.items():
+            module.training = training
         for callback in trainer.callbacks:
             if isinstance(callback, Monitor):
                 callback.exclude(time.perf_counter() - begin)
