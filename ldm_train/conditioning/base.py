@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from ldm_train.data.batch import Field
+from ldm_train.errors import first_line
 from ldm_train.models.first_stage import FirstStage
 
 # The network's inputs -> its options that set their widths.
@@ -126,7 +127,7 @@ def loading(what: str, path: str, holds: str) -> Iterator[None]:
         yield
     except (OSError, ValueError) as error:
         raise FileNotFoundError(
-            f"cannot load the {what} {path} ({str(error).splitlines()[0]}); give a folder that holds {holds}"
+            f"cannot load the {what} {path} ({first_line(error)}); give a folder that holds {holds}"
         ) from error
 
 

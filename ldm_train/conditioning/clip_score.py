@@ -21,7 +21,8 @@ class ClipScore(nn.Module):
 
         holds = "config.json, weights, tokenizer and preprocessor_config.json"
         with loading("CLIP model", path, holds):
-            if path.startswith(("/", ".", "~")) and not Path(path).is_dir():
+            path = str(Path(path).expanduser()) if path.startswith("~") else path
+            if path.startswith(("/", ".")) and not Path(path).is_dir():
                 raise OSError("no such folder")  # a path, not a name to download
             self.model = CLIPModel.from_pretrained(path)
             self.tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)

@@ -12,6 +12,12 @@ from ldm_train.conditioning.text import TokenEncoder, mean_of
 from ldm_train.devices import to_device
 
 
+def _whole(label: float) -> int:
+    if label != int(label):
+        raise ValueError(f"{label} is not the number of a label")
+    return int(label)
+
+
 class LayoutBoxes(Conditioner):
     """Encodes a layout as three tokens per object (label, top left corner, bottom right corner), padding, and two
     tokens for the crop.
@@ -99,7 +105,7 @@ class LayoutBoxes(Conditioner):
         Raises ValueError for an invalid layout."""
         try:
             rows = [(*map(float, row[:4]), row[4]) for row in json.loads(text)]
-            labels = [label if isinstance(label, str) else int(label) for *_, label in rows]
+            labels = [label if isinstance(label, str) else _whole(label) for *_, label in rows]
         except (ValueError, TypeError, IndexError, OverflowError) as error:
             raise ValueError(f"{text!r} is not a layout; write [[x, y, width, height, label], ...]") from error
         rows = [[*box, self._label(label)] for (*box, _), label in zip(rows, labels)]
@@ -122,7 +128,8 @@ class LayoutBoxes(Conditioner):
             canvas = Image.new("RGB", (width, height), "white")
             pen = ImageDraw.Draw(canvas)
             for x, y, w, h, label in boxes.tolist():
-                corners = [x * width, y * height, (x + w) * width - 1, (y + h) * height - 1]
+                left, top = x * width, y * height  # a box may be narrower than a pixel
+                corners = [left, top, max(left, left + w * width - 1), max(top, top + h * height - 1)]
                 pen.rectangle(corners, outline=f"hsv({int(label) * 222 % 360}, 100%, 80%)", width=max(1, width // 64))
             drawn.append(torch.frombuffer(bytearray(canvas.tobytes()), dtype=torch.uint8).view(height, width, 3))
         return torch.stack(drawn).permute(0, 3, 1, 2) / 127.5 - 1

@@ -237,8 +237,7 @@ class LowResolution(Field):
         factor = shape[0] // small.shape[1]
         if (small.shape[1] * factor, small.shape[2] * factor) != shape:
             raise ValueError(f"image of {shape} but low-resolution picture of {tuple(small.shape[1:])} pixels")
-        plan = sample.plan(shape, self.name).reduced(factor)
-        return to_signed_range(sample.transform.reduced(factor).apply(small, plan))
+        return to_signed_range(sample.transform.apply_reduced(small, sample.plan(shape, self.name), factor))
 
     def from_words(self, given: str, conditioner: Any, size: tuple[int, int], channels: int) -> torch.Tensor:
         return read_image(given, (size[0] // conditioner.factor, size[1] // conditioner.factor), channels)

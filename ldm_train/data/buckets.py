@@ -11,7 +11,8 @@ import numpy as np
 from tqdm import tqdm
 
 from ldm_train.data.files import IMAGE_EXTENSIONS, open_image, read_npy
-from ldm_train.data.offsets import OffsetTable, ShardFile, alone
+from ldm_train.data.offsets import OffsetTable, ShardFile
+from ldm_train.storage import locked
 
 ORIENTATION = 0x0112  # EXIF tag; from 5 on the image lies on its side
 ORIENTED = (b"eXIf", b"exif", b"Orientation")  # markers in a PNG that may state its orientation
@@ -160,7 +161,7 @@ def _alone(file: ShardFile) -> Iterator[None]:
     with ExitStack() as stack:
         if not file.kept.parent.is_symlink():
             with suppress(OSError):
-                stack.enter_context(alone(file.kept.with_suffix(".sizes.lock")))
+                stack.enter_context(locked(file.kept.with_suffix(".sizes.lock")))
         yield
 
 

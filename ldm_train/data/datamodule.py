@@ -202,6 +202,18 @@ class ShardDataModule(L.LightningDataModule):
             self._shards[split] = IndexedShards(self.root, split, self.remedy, self.cache)
         return self._shards[split]
 
+    def some(self, split: str, count: int, evenly: bool = True) -> IndexedShards:
+        """At most `count` samples of a split, its first ones or spread evenly over it. Of a stream, which may be larger
+        than the disk, only as many shards as hold them are read."""
+        few = (count, evenly) if self.reader == "streaming" else None
+        shards = IndexedShards(self.root, split, self.remedy, self.cache, few)
+        shards.keep(count, evenly)
+        return shards
+
+    def restrict(self, split: str, count: int) -> None:
+        """From now on the split is `some` of its samples."""
+        self._shards[split] = self.some(split, count)
+
     def buckets(self, split: str) -> Buckets | None:
         """The buckets of the training samples; None if all have one size, and for other splits."""
         if self.bucketing is None or split != self.train_split:
@@ -223,7 +235,7 @@ class ShardDataModule(L.LightningDataModule):
             dataset, num_workers=self.num_workers, pin_memory=pin, worker_init_fn=become_worker, **options
         )
 
-    def _batch_loader(self, dataset: Dataset, batches: Any) -> DataLoader:
+    def batch_loader(self, dataset: Dataset, batches: Any) -> DataLoader:
         return self._loader(dataset, batch_sampler=batches, collate_fn=partial(collate, known=self.known))
 
     def _decoder(self, fields: Sequence[str], random: bool) -> SampleDecoder:
@@ -278,19 +290,26 @@ class ShardDataModule(L.LightningDataModule):
         if buckets is not None and self.batching.rank == 0:
             print(f"training pictures in {buckets}", flush=True)
         batches = StepBatches(len(dataset), self.batching, self.seed, start, stop, self.mixture, buckets)
-        return self._batch_loader(dataset, batches)
+        return self.batch_loader(dataset, batches)
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns, for checkpoints, the number of devices by which a stream was divided."""
-        return {"devices": self.batching.world_size} if self.reader == "streaming" else {}
+        """Returns, for checkpoints, what a stream was divided by."""
+        b = self.batching
+        return {"devices": b.world_size, "micro_batch_size": b.micro} if self.reader == "streaming" else {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Raises DataError if a stream was divided by another number of devices: samples would be missed or repeated."""
-        if self.reader == "streaming" and state_dict["devices"] != (now := self.batching.world_size):
-            raise DataError(
-                f"data.reader=streaming divided the shards by {state_dict['devices']} devices, so training cannot continue with "
-                f"{now}; set devices={state_dict['devices']}, or begin again with restart=<stage> or another name="
-            )
+        """Raises DataError if a stream was divided by another number of devices or, among several workers, into other
+        micro-batches: samples would be missed or repeated."""
+        if self.reader != "streaming":
+            return
+        for option, now in self.state_dict().items():
+            before = state_dict.get(option, now)  # older checkpoints have the devices alone
+            if before != now and (option == "devices" or self.num_workers > 1):
+                name = option if option == "devices" else f"<stage>.{option}"
+                raise DataError(
+                    f"data.reader=streaming divided the shards by {name}={before}, so training cannot continue with {now}; "
+                    f"set {name}={before}, or begin again with restart=<stage> or another name="
+                )
 
     def train_dataloader(self) -> DataLoader:
         return self.train_loader(self.trainer.global_step * self.batching.accumulate if self.trainer else 0)
@@ -306,7 +325,7 @@ class ShardDataModule(L.LightningDataModule):
         dataset = self.samples(split, fields or self.fields, random=False, bucketed=False)
         if len(shards) <= MOST_COMPARED:
             dataset.numbered = len({*map(shards.key, range(len(shards)))}) < len(shards)
-        return self._batch_loader(dataset, batches)
+        return self.batch_loader(dataset, batches)
 
     def val_dataloader(self) -> DataLoader:
         return self.fixed_loader(self.val_split, self.val_images)

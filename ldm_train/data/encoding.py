@@ -2,12 +2,12 @@
 
 import re
 from collections.abc import Callable, Iterator
-from functools import partial
+from itertools import tee
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from ldm_train.data.batch import FIELDS
@@ -15,7 +15,7 @@ from ldm_train.data.buckets import Buckets
 from ldm_train.data.datamodule import ShardDataModule
 from ldm_train.data.files import encoded_npy
 from ldm_train.data.latents import CACHED_FIELDS, REMEDY, CacheKeys, Encode, extensions_of
-from ldm_train.data.samples import collate, refuse_too_many
+from ldm_train.data.samples import refuse_too_many
 from ldm_train.data.shards import (
     ENTRIES,
     INDEX,
@@ -26,7 +26,6 @@ from ldm_train.data.shards import (
     spread,
     write_shard,
 )
-from ldm_train.interrupts import become_worker
 from ldm_train.storage import write_json
 
 
@@ -54,14 +53,15 @@ def write_cache(
     folder, shards, b = Path(folder), data.shards(split), data.batching
     chunks = [range(i, min(i + per_shard, len(shards))) for i in range(0, len(shards), per_shard)]
     mine = list(enumerate(chunks))[b.rank :: b.world_size]
+    done = {number: finished_shard(folder, shard_name(split, number)) for number, _ in mine}
+    stream = _loaded(data, split, [chunk for number, chunk in mine if done[number] is None])
     keys, entries, seen = CacheKeys.of(shards, compared=known is not None), [], 0
     total = sum(len(chunk) for _, chunk in mine)
     progress = tqdm(total=total, desc=f"caching {split} latents", unit="img", disable=b.rank != 0)
     for number, chunk in mine:
-        name = shard_name(split, number)
-        entry = finished_shard(folder, name)
+        name, entry = shard_name(split, number), done[number]
         if entry is None:
-            entry = write_shard(folder / name, _encoded(data, split, encode, keys, chunk, flips, progress, known))
+            entry = write_shard(folder / name, _encoded(stream, chunk, encode, keys, flips, progress, known))
             write_json(folder / ENTRIES / f"{name}.json", entry)
         else:
             progress.update(len(chunk))
@@ -77,7 +77,8 @@ def few_samples(data: ShardDataModule, split: str, count: int = 8) -> Iterator[t
     """Yields (key in the cache, image) of samples spread evenly over a split."""
     dataset, keys = data.samples(split, ("image",), random=False), CacheKeys.of(data.shards(split), compared=True)
     for i in spread(len(keys.shards), count).tolist():
-        yield keys(i), dataset[(0, i)]["image"]
+        if "replaced" not in (sample := dataset[(0, i)]):  # else it is another sample's image
+            yield keys(i), sample["image"]
 
 
 def written_entries(folder: Path, split: str) -> list[dict]:
@@ -98,43 +99,42 @@ def both_encoded(encode: Encode, images: torch.Tensor, flips: bool) -> tuple[tor
     return moments.cpu(), None if mirrored is None else mirrored.cpu()
 
 
-def _encoded(
-    data: ShardDataModule,
-    split: str,
-    encode: Encode,
-    keys: CacheKeys,
-    chunk: range,
-    flips: bool,
-    progress: tqdm,
-    known: Callable[[str], torch.Tensor] | None,
-) -> Iterator[tuple[str, dict[str, bytes]]]:
-    shards = data.shards(split)
+def _loaded(data: ShardDataModule, split: str, chunks: list[range]) -> Iterator[tuple[list, dict[str, Any]]]:
+    """Yields (places, batch) with the samples of all chunks in turn, from one loader: starting its processes takes
+    seconds."""
     # Fields that are not cached are decoded, too, so that samples with a bad one are left out; but not those that are
     # only made from the image.
     held = [name for name in data.fields if name not in data.derive or data.holds(name)]
     dataset = data.samples(split, tuple(dict.fromkeys(("image", *held))), random=False)
-    batches = _batches_of_one_size(chunk, max(1, min(64, data.batching.micro)), data.buckets(split))
-    loader = DataLoader(
-        dataset,
-        batch_sampler=batches,
-        num_workers=data.num_workers,
-        collate_fn=partial(collate, known=data.known),
-        worker_init_fn=become_worker,
-    )
+    most, buckets = max(1, min(64, data.batching.micro)), data.buckets(split)
+    places, ahead = tee(batch for chunk in chunks for batch in _batches_of_one_size(chunk, most, buckets))
+    yield from zip(places, data.batch_loader(dataset, ahead))
+
+
+def _encoded(
+    stream: Iterator[tuple[list, dict[str, Any]]],
+    chunk: range,
+    encode: Encode,
+    keys: CacheKeys,
+    flips: bool,
+    progress: tqdm,
+    known: Callable[[str], torch.Tensor] | None,
+) -> Iterator[tuple[str, dict[str, bytes]]]:
+    """Yields the members of the samples of a chunk, which are the next ones of the stream."""
+    shards = keys.shards
     made: dict[int, dict[str, bytes] | None] = {}  # samples whose turn has not come yet; None: left out
     turn = chunk.start
-    for rows, batch in zip(batches, loader):
-        if known is None:
-            moments, mirrored = both_encoded(encode, batch["image"], flips)
-        else:
-            moments, mirrored = torch.stack([known(keys(i)) for _, i in rows]), None
+    while turn < chunk.stop:
+        rows, batch = next(stream)
+        moments, mirrored = both_encoded(encode, batch["image"], flips) if known is None else (None, None)
         for note in batch["replaced"]:
             tqdm.write(f"latent cache: leaving out unreadable {note}")
         for k, (_, i) in enumerate(rows):
             if batch["key"][k] != shards.key(i):  # unreadable, replaced by another sample
                 made[i] = None
                 continue
-            made[i] = {"moments.npy": encoded_npy(moments[k].numpy())}
+            own = known(keys(i)) if known is not None else moments[k]
+            made[i] = {"moments.npy": encoded_npy(own.numpy())}
             if mirrored is not None:
                 made[i]["flipped.npy"] = encoded_npy(mirrored[k].numpy())
         while turn in made:

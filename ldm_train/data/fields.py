@@ -34,7 +34,7 @@ def captions_of(raw: Mapping[str, bytes]) -> list[str]:
     if "txt" not in raw:
         raise ValueError('no caption: neither a .txt nor "captions" in its .json')
     try:
-        return [raw["txt"].decode().strip()]
+        return [raw["txt"].decode("utf-8-sig").strip()]  # Windows programs begin files with a mark
     except UnicodeDecodeError as error:
         raise ValueError(f"its .txt is not UTF-8 ({error.reason} at byte {error.start})") from error
 

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from ldm_train.data.files import DataError
+from ldm_train.data.offsets import LRUCache
 
+MOST_OPEN = 64  # files
 NO_WIDTH = -30.0  # log-variance of a posterior of which only the mean is known
 
 
@@ -41,6 +44,8 @@ class ForeignLatents:
                     self.places |= {cache_key(name): (path, name) for name in file.keys()}  # noqa: SIM118 - no mapping
             except SafetensorError as error:
                 raise DataError(f"{path} cannot be read ({error}); export it again") from error
+        # An open file is kept: its header, which names all tensors, may have megabytes.
+        self._open = LRUCache(partial(safe_open, framework="pt"), MOST_OPEN)
         if not self.places:
             raise DataError(f"latents.source={folder} holds no .npy and no .safetensors files")
 
@@ -54,8 +59,7 @@ class ForeignLatents:
         path, name = self.places[key]
         try:
             if name:
-                with safe_open(path, framework="pt") as file:
-                    latents = file.get_tensor(name).float()
+                latents = self._open(path).get_tensor(name).float()
             else:
                 latents = torch.from_numpy(np.load(path, allow_pickle=False)).float()
         except (OSError, ValueError, TypeError, SafetensorError) as error:

@@ -16,6 +16,16 @@ NOT_READ = (".gif", ".tif", ".tiff", ".heic", ".avif", ".jfif")  # endings of im
 BESIDE = tuple(f".{e}" for field in FIELDS.values() for e in field.extensions if "." in e)
 
 
+def _is_image(name: str, members: set[str]) -> bool:
+    """Returns True if a member of a tar is a sample's image, not one of its other pictures, such as a mask."""
+    if name.rpartition(".")[2] not in IMAGE_EXTENSIONS or name.endswith(BESIDE):
+        return False
+    folder, slash, file = name.rpartition("/")
+    own, _, extension = file.partition(".")
+    of_sample = {f"{folder}{slash}{own}.{e}" for e in IMAGE_EXTENSIONS}
+    return extension in IMAGE_EXTENSIONS or not of_sample & members
+
+
 def _files(source: str) -> Iterator[tuple[str, bytes]]:
     """Yields (name, content) of the images in a folder (and its subfolders) or tar, in the order of names or
     members."""
@@ -30,9 +40,10 @@ def _files(source: str) -> Iterator[tuple[str, bytes]]:
             yield str(file), file.read_bytes()
     elif path.is_file() and tarfile.is_tarfile(path):
         with tarfile.open(path) as tar:
+            members = {member.name.lower() for member in tar}
             for member in tar:
                 name = member.name.lower()
-                if member.isfile() and name.rpartition(".")[2] in IMAGE_EXTENSIONS and not name.endswith(BESIDE):
+                if member.isfile() and _is_image(name, members):
                     yield f"{path}:{member.name}", tar.extractfile(member).read()
     else:
         raise FileNotFoundError(f"{source} is neither a folder of images nor a tar")

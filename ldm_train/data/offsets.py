@@ -1,13 +1,12 @@
 """The offsets of samples' members in their shards: scanned once, stored beside the index, and left on disk if there
 are very many."""
 
-import fcntl
 import json
 import os
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from hashlib import sha256
 from pathlib import Path
 from typing import Generic, TypeVar
@@ -18,7 +17,7 @@ from tqdm import tqdm
 from ldm_train.data.files import DataError
 from ldm_train.data.remote import ShardCache, is_remote
 from ldm_train.data.tars import scan_tar
-from ldm_train.storage import file_sha256, open_lock, read_record, write_atomically, write_folder, write_json
+from ldm_train.storage import file_sha256, locked, read_record, write_atomically, write_folder, write_json
 
 KEPT = ".offsets"  # the folder beside an index
 IN_MEMORY = (
@@ -70,7 +69,10 @@ class ShardFile:
                 f"{self.name} is remote, and here only files of this machine are read; copy it to a local folder"
             )
         folder = cache.folder / "offsets" if self.remote and cache else Path(root) / KEPT
-        self.kept = folder / f"{entry['sha256'] if self.remote else self.path.name}.npz"
+        name = entry["sha256"] if self.remote else self.path.name
+        if not self.remote and entry["file"] != name:  # shards of several folders may have one name
+            name += f"-{sha256(entry['file'].encode('utf-8', 'surrogatepass')).hexdigest()[:12]}"
+        self.kept = folder / f"{name}.npz"
 
     @property
     def stamp(self) -> tuple[int, int]:
@@ -226,9 +228,9 @@ class OffsetTable:
         if not (folder / "table.json").is_file():
             try:
                 folder.parent.mkdir(parents=True, exist_ok=True)
-                with alone(folder.parent / f".{folder.name}.lock"):  # only one of several ranks writes
+                with locked(folder.parent / f".{folder.name}.lock"):  # only one of several ranks writes
                     if not (folder / "table.json").is_file():
-                        write_folder(folder, lambda new: _write_table(new, shards, split), replace=True)
+                        write_folder(folder, lambda new: _write_table(new, shards, split))
             except OSError as error:
                 print(f"offsets of {first[-1]} samples are held in memory: {folder} cannot be written ({error})")
                 return cls._in_memory(shards, first, split)
@@ -255,13 +257,6 @@ class OffsetTable:
         except (OSError, ValueError, TypeError, KeyError) as error:
             raise DataError(f"the table of offsets in {folder} is damaged ({error}); delete that folder") from error
         return cls(first, extensions, extremes, rows, letters)
-
-
-@contextmanager
-def alone(path: Path) -> Iterator[None]:
-    with open_lock(path) as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
 
 
 def _extensions(shards: Sequence[ShardFile]) -> list[str]:

@@ -2,7 +2,7 @@
 memory."""
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 
 import numpy as np
@@ -89,6 +89,7 @@ class Mixture:
 
     members: list[np.ndarray]
     shares: np.ndarray
+    _last: dict[int, tuple[int, np.ndarray]] = field(default_factory=dict, repr=False, compare=False)  # see `_quotas`
 
     @classmethod
     def of(cls, sets: np.ndarray, weights: Sequence[float] | None, labels: np.ndarray | None) -> "Mixture | None":
@@ -109,12 +110,10 @@ class Mixture:
 
     def epoch(self, seed: int, epoch: int, count: int) -> Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]:
         """The draws of an epoch of `count` samples, as a function: positions (N,) in the epoch -> (visits (N,),
-        sample indices (N,)). The groups get their exact shares, rounded to whole samples, at random positions. Each
-        group is traversed in one permutation after another, continuing from epoch to epoch; `visits` counts how
-        often the sample was drawn before."""
-        exact = self.shares * count
-        quotas = np.floor(exact).astype(int)
-        quotas[np.argsort(quotas - exact, kind="stable")[: count - quotas.sum()]] += 1
+        sample indices (N,)). The groups get their exact shares at random positions, rounded to whole samples; what is
+        rounded off in one epoch comes in a later one. Each group is traversed in one permutation after another,
+        continuing from epoch to epoch; `visits` counts how often the sample was drawn before."""
+        before, quotas = self._quotas(epoch, count)
         first = np.cumsum([0, *quotas])
         in_memory = count <= IN_MEMORY
         place = shuffled(count, [seed, epoch], in_memory)
@@ -128,7 +127,7 @@ class Mixture:
         def drawn(positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
             places = place(positions)
             groups = np.searchsorted(first, places, "right") - 1
-            turns = epoch * quotas[groups] + places - first[groups]
+            turns = before[groups] + places - first[groups]
             visits, within = np.divmod(turns, np.array([len(members) for members in self.members])[groups])
             indices = np.empty(len(positions), int)
             for group, visit in np.unique(np.stack([groups, visits]), axis=1).T.tolist():
@@ -137,6 +136,22 @@ class Mixture:
             return visits, indices
 
         return drawn
+
+    def _quotas(self, epoch: int, count: int) -> tuple[np.ndarray, np.ndarray]:
+        """(samples of each group in all epochs before this one, samples in this one)."""
+        exact = self.shares * count
+        least = np.floor(exact).astype(int)
+        number, before = self._last.get(count, (0, np.zeros_like(least)))
+        if number > epoch:
+            number, before = 0, np.zeros_like(least)
+        while True:
+            quotas = least.copy()
+            ahead = np.where(self.shares > 0, before + least - exact * (number + 1), np.inf)
+            quotas[np.argsort(ahead, kind="stable")[: count - least.sum()]] += 1
+            if number == epoch:
+                self._last[count] = number, before
+                return before, quotas
+            number, before = number + 1, before + quotas
 
 
 class StepBatches(Sampler):

@@ -12,15 +12,15 @@ import re
 import tarfile
 import time
 import urllib.request
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 from urllib.parse import quote, urlsplit
 
 from ldm_train.data.files import DataError
-from ldm_train.storage import file_sha256, open_lock, write_atomically
+from ldm_train.storage import file_sha256, locked, write_atomically
 
 Result = TypeVar("Result")
 
@@ -252,12 +252,12 @@ class ShardCache:
                 return file
             os.close(file)
             if there.st_nlink:  # changed by another program
-                with _held(self.folder / ROOM):
+                with locked(self.folder / ROOM):
                     path.unlink(missing_ok=True)
 
     def _fetch(self, entry: dict, path: Path) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
-        with _held(self.folder / f".{entry['sha256'][:2]}.lock"):  # one process fetches it, the others wait
+        with locked(self.folder / f".{entry['sha256'][:2]}.lock"):  # one process fetches it, the others wait
             if path.exists():
                 return
             self._make_room(entry["bytes"])
@@ -271,7 +271,7 @@ class ShardCache:
                         raise
 
     def _make_room(self, needed: int) -> None:
-        with _held(self.folder / ROOM):
+        with locked(self.folder / ROOM):
             copies = sorted((p.stat().st_atime_ns, p.stat().st_size, p) for p in self.folder.glob("*.tar"))
             held = sum(size for _, size, _ in copies)
             for _, size, copy in copies:
@@ -293,14 +293,6 @@ def _mark(copy: int | Path) -> None:
 def _is_unchanged(path: Path, there: os.stat_result, entry: dict) -> bool:
     """Returns True if a copy is as it was when it was compared with its checksum, or if it still has that checksum."""
     return there.st_mtime_ns == COMPARED or file_sha256(path) == entry["sha256"]
-
-
-@contextmanager
-def _held(path: Path) -> Iterator[None]:
-    """Holds a lock for which other processes wait; it ends with the process that holds it."""
-    with open_lock(path) as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 def _download(entry: dict, file: BinaryIO) -> None:

@@ -285,26 +285,6 @@ def fidelity(image: np.ndarray, shape: str) -> float:
     return best
 
 
-def shows_subject(image: np.ndarray) -> bool:
-    """Returns True if an image (H, W, 3) uint8 shows a ring, the shape of SUBJECT, which the data do not contain:
-    around the centre of what is drawn, pixels differ from the background in all directions, and in the centre they
-    do not."""
-    pixels, size = image.astype(np.float32) / 255, len(image)
-    distance = np.abs(pixels - _ground(pixels)).max(axis=2)
-    drawn = distance >= 0.5 * distance.max()
-    if distance.max() < 0.3 or drawn.mean() > 0.5:
-        return False
-    rows, columns = np.nonzero(drawn)
-    ends = [(columns.min(), columns.max() + 1), (rows.min(), rows.max() + 1)]
-    (x, y), r = (sum(end) / 2 for end in ends), max(high - low for low, high in ends) / 2
-    centre = np.arange(size) + 0.5
-    u, v = (centre[None, :] - x) / r, (centre[:, None] - y) / r
-    away, angle = np.hypot(u, v), np.arctan2(v, u)
-    band = [(away > 0.6) & (away < 1) & (np.floor((angle + np.pi) / (np.pi / 4)) % 8 == k) for k in range(8)]
-    around = [np.median(distance[part]) if part.any() else 0.0 for part in band]
-    return bool(np.median(distance[away < 0.35]) < 0.4 * distance.max() and min(around) > 0.4 * distance.max())
-
-
 def read_labels(image: np.ndarray, objects: int = 1) -> np.ndarray | None:
     """The label map (H, W) uint8 of an image (0 background, class index + 1), or None if `read` cannot read it. A
     pixel belongs to an object if its colour is nearer to the object's than to the background's."""

@@ -17,15 +17,7 @@ from ldm_train.data.buckets import picture_sizes
 from ldm_train.data.fields import captions_of, label_of, relabelled, relabelled_boxes
 from ldm_train.data.files import DataError
 from ldm_train.data.offsets import LRUCache, OffsetTable, ShardFile
-from ldm_train.data.remote import (
-    Measured,
-    ShardCache,
-    address_fault,
-    fetched,
-    is_address,
-    is_remote,
-    remote_bytes,
-)
+from ldm_train.data.remote import Measured, ShardCache, address_fault, fetched, is_address, is_remote, remote_bytes
 from ldm_train.data.tars import entry_fault, is_count
 from ldm_train.storage import file_sha256, write_atomically
 
@@ -169,14 +161,15 @@ def _merged(indices: dict[str, dict]) -> dict:
     twice."""
     named = {root: index.get("classes") for root, index in indices.items()}
     for root, names in named.items():
-        if twice := [n for n in names or [] if names.count(n) > 1]:
+        if twice := [name for name, count in Counter(names or []).items() if count > 1]:
             raise DataError(
                 f"{root}/{INDEX} names the class {twice[0]} twice; classes of several roots are joined by name"
             )
     classes = list(dict.fromkeys(n for names in named.values() for n in names)) if all(named.values()) else []
+    place = {name: number for number, name in enumerate(classes)}
     splits: dict[str, dict] = {}
     for number, (root, index) in enumerate(indices.items()):
-        relabel = [classes.index(name) for name in named[root]] if classes else []
+        relabel = [place[name] for name in named[root]] if classes else []
         for split, part in index["splits"].items():
             whole = splits.setdefault(split, {"count": 0, "shards": []})
             whole["shards"] += [shard | {"set": number, "root": root, "relabel": relabel} for shard in part["shards"]]
@@ -224,6 +217,15 @@ def spread(total: int, count: int) -> np.ndarray:
     return np.unique(np.linspace(0, total - 1, min(count, total)).round().astype(int))
 
 
+def _few(entries: list[dict], count: int, evenly: bool) -> list[dict]:
+    """The entries of as many shards as hold `count` samples."""
+    for number in range(1, len(entries)):
+        chosen = [entries[i] for i in spread(len(entries), number)] if evenly else entries[:number]
+        if sum(entry["count"] for entry in chosen) >= count:
+            return chosen
+    return entries
+
+
 def member_counts(shards: list[dict]) -> Counter[str]:
     """How many samples of some shards have each extension, from their entries."""
     counts: Counter[str] = Counter()
@@ -237,14 +239,24 @@ class IndexedShards:
     more than two million samples stay on disk (see `OffsetTable`).
 
     root: a folder or address with its index, or several. sets (N,): the root of each sample; samples of several roots
-    alternate in proportion to their numbers. cache: for remote shards.
+    alternate in proportion to their numbers. cache: for remote shards. few: (count, evenly): read only as many shards as
+    hold so many samples, spread evenly over the split, or its first ones.
     Raises FileNotFoundError or DataError, naming shard and remedy, for missing, truncated or changed shards.
     """
 
-    def __init__(self, root: Roots, split: str, remedy: str | None = None, cache: ShardCache | None = None):
+    def __init__(
+        self,
+        root: Roots,
+        split: str,
+        remedy: str | None = None,
+        cache: ShardCache | None = None,
+        few: tuple[int, bool] | None = None,
+    ):
         self.root = " + ".join(as_roots(root))
         index = read_index(root, remedy)
         entries = split_index(index, split, root)["shards"]
+        if few is not None and (few[1] or not any(entry.get("set") for entry in entries)):  # sets alternate
+            entries = _few(entries, *few)
         self.classes: list[str] | None = index.get("classes")
         shard_paths(self.root, [e for e in entries if not is_remote(e["file"])])
         self.files = [ShardFile(entry, entry.get("root", self.root), cache) for entry in entries]
@@ -263,9 +275,10 @@ class IndexedShards:
     def __len__(self) -> int:
         return len(self.table) if self._rows is None else len(self._rows)
 
-    def keep(self, count: int) -> None:
-        """Reduces this view to at most `count` samples, evenly spread because shards are often sorted by class."""
-        picks = spread(len(self), count)
+    def keep(self, count: int, evenly: bool = True) -> None:
+        """Reduces this view to at most `count` samples: evenly spread, because shards are often sorted by class, or the
+        first ones."""
+        picks = spread(len(self), count) if evenly else np.arange(min(count, len(self)))
         self._rows = picks if self._rows is None else self._rows[picks]
 
     def _open(self, shard: int) -> int:
@@ -337,8 +350,8 @@ class IndexedShards:
         """The sample's name in messages: shard and key."""
         return f"{PurePosixPath(self.files[self.shard(i)].entry['file']).name}:{self.key(i)}"
 
-    def captions(self, limit: int = 100_000) -> Iterator[str]:
-        """Yields every caption of the first `limit` samples; those that cannot be read are skipped."""
-        for i in range(min(limit, len(self))):
+    def captions(self) -> Iterator[str]:
+        """Yields every caption; those that cannot be read are skipped."""
+        for i in range(len(self)):
             with suppress(ValueError):
                 yield from captions_of(self.members(i, ("txt", "json")))

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 
 from ldm_train.data.fields import array_of
 from ldm_train.data.files import as_shown, open_image, read_npy
@@ -63,10 +64,6 @@ class Plan:
     width: int
     flip: bool
 
-    def reduced(self, factor: int) -> "Plan":
-        """The same crop of an image that is `factor` times smaller."""
-        return Plan(*(round(v / factor) for v in (self.top, self.left, self.height, self.width)), self.flip)
-
 
 class ImageTransform:
     """Crops to the target's aspect ratio, resizes with antialiasing and flips; never distorts.
@@ -118,11 +115,6 @@ class ImageTransform:
             top, left = int(rng.integers(free_h + 1)), int(rng.integers(free_w + 1))
         return Plan(top, left, box_h, box_w, bool(self.flip and rng.random() < 0.5))
 
-    def reduced(self, factor: int) -> "ImageTransform":
-        """The transform for an image that is `factor` times smaller."""
-        height, width = self.size
-        return self.sized((height // factor, width // factor))
-
     def apply_to_boxes(self, boxes: np.ndarray, plan: Plan, shape: tuple[int, int], least: float = 0.2) -> np.ndarray:
         """Converts boxes (N, 5) from unit coordinates of an image of size `shape` to those of the cropped image.
         Boxes are clipped to it; boxes that keep no more than `least` of their area are dropped."""
@@ -147,6 +139,17 @@ class ImageTransform:
             mode = InterpolationMode.NEAREST if nearest else InterpolationMode.BICUBIC
             image = TF.resize(image, list(self.size), interpolation=mode, antialias=not nearest)
         return image.flip(2) if plan.flip else image
+
+    def apply_reduced(self, image: torch.Tensor, plan: Plan, factor: int) -> torch.Tensor:
+        """The same crop of an image (C, H, W), uint8 with 1 or 3 channels, that is `factor` times smaller: to a size as
+        much smaller. Its box may lie between pixels."""
+        (height, width), array = self.size, image.permute(1, 2, 0).numpy()
+        box = (plan.left, plan.top, plan.left + plan.width, plan.top + plan.height)
+        cut = Image.fromarray(array[..., 0] if array.shape[2] == 1 else array).resize(
+            (width // factor, height // factor), Image.Resampling.BICUBIC, box=tuple(v / factor for v in box)
+        )
+        cropped = torch.from_numpy(np.array(cut).reshape(height // factor, width // factor, -1)).permute(2, 0, 1)
+        return cropped.flip(2) if plan.flip else cropped
 
 
 def to_signed_range(image: torch.Tensor) -> torch.Tensor:

@@ -14,6 +14,8 @@ from ldm_train.pipeline.begin import tokenizers_of
 from ldm_train.pipeline.data import CONDITIONERS, FROM_DATA
 from ldm_train.pipeline.run import Index, Run
 
+READ = 100_000  # samples whose captions a tokenizer is trained on
+
 
 def conditioner_tree(config: DictConfig, data: ShardDataModule | Index, rehearsal: bool = False) -> dict[str, Any]:
     """The conditioners' config, completed with the values that come from the data, as the model folder stores it.
@@ -36,7 +38,8 @@ def conditioner_tree(config: DictConfig, data: ShardDataModule | Index, rehearsa
         if "tokenizer" in conditioner:
             conditioner.pop("vocab_size", None)  # the tokenizer has its own
             if source == FROM_DATA:
-                tokenizer = train_tokenizer([] if rehearsal else data.shards(data.train_split).captions(), size)
+                captions = [] if rehearsal else data.some(data.train_split, READ, evenly=False).captions()
+                tokenizer = train_tokenizer(captions, size)
             else:
                 tokenizer = read_tokenizer(source)
             conditioner["tokenizer"] = tokenizer.to_str()

@@ -12,13 +12,7 @@ from diffusers.models.embeddings import get_timestep_embedding
 from diffusers.pipelines.stable_diffusion.stable_unclip_image_normalizer import StableUnCLIPImageNormalizer
 from safetensors.torch import save_file
 from torch.nn import functional as F
-from transformers import (
-    CLIPImageProcessor,
-    CLIPVisionConfig,
-    CLIPVisionModelWithProjection,
-    ViTConfig,
-    ViTModel,
-)
+from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWithProjection, ViTConfig, ViTModel
 
 from ldm_train.checkpoints.native import load_model, save_model
 from ldm_train.checkpoints.parts import build
@@ -133,6 +127,14 @@ def test_the_published_layout_has_92_tokens() -> None:
     assert conditioner.tokens(many).shape == (92,)
 
 
+def test_boxes_narrower_than_a_pixel_are_drawn() -> None:
+    conditioner = LayoutBoxes(16, 2, max_objects=3, vocab_size=101, depth=1, heads=2)
+    boxes = torch.tensor([[0.5, 0.25, 0.003, 0.5, 0.0], [0.1, 0.9, 0.003, 0.003, 1.0]])
+    drawn = (conditioner.picture([boxes], (16, 32))[0] < 0.99).any(dim=0)
+    assert drawn[:, 16].nonzero()[:, 0].tolist() == list(range(4, 12))
+    assert drawn[14, 3]
+
+
 def test_wrong_layouts_are_named() -> None:
     conditioner = LayoutBoxes(16, ["cat", "dog"], max_objects=3, vocab_size=101, depth=1, heads=2)
     with pytest.raises(ValueError, match="box label 2 is outside the 2 labels"):
@@ -146,6 +148,8 @@ def test_wrong_layouts_are_named() -> None:
     parsed = conditioner.parse('[[0, 0, 0.5, 0.5, "dog"], [0.5, 0.5, 0.5, 0.5, 0]]')
     assert parsed[:, 4].tolist() == [1, 0]
     assert conditioner.describe([parsed]) == ["dog, cat"]
+    with pytest.raises(ValueError, match=r"\[\[0, 0, 0.5, 0.5, 1.7\]\]' is not a layout; write"):
+        conditioner.parse("[[0, 0, 0.5, 0.5, 1.7]]")
     with pytest.raises(ValueError, match="vocab_size 101 is too small for 200 labels"):
         LayoutBoxes(16, 200, vocab_size=101)
 

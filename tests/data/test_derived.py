@@ -159,6 +159,18 @@ def test_stored_masks_and_small_pictures_are_cut_like_their_image() -> None:
     assert torch.equal(sample["lowres"][0] > 0, sample["image"][0, ::4, ::4] > 0)
 
 
+@pytest.mark.parametrize("width", [336, 340, 342])
+def test_small_pictures_are_cut_at_the_same_place_as_their_image_even_between_pixels(width: int) -> None:
+    ramp = np.tile(np.arange(width, dtype=np.float32) * (255 / width), (256, 1))
+    picture = np.stack([ramp] * 3, axis=2).round().astype(np.uint8)
+    half = np.stack([ramp.reshape(128, 2, width // 2, 2).mean(axis=(1, 3))] * 3, axis=2).round().astype(np.uint8)
+    sample = SampleDecoder(ImageTransform(256), ("image", "lowres"))(
+        "k", {"png": png(picture), "lowres.png": png(half)}, None
+    )
+    again = torch.nn.functional.avg_pool2d(sample["image"], 2)
+    assert (sample["lowres"] - again)[..., 1:-1].abs().max() < 1.0 / 127.5
+
+
 def test_derived_fields_are_a_function_of_seed_and_key() -> None:
     raw = {"png": png((np.random.default_rng(0).random((32, 32, 3)) * 255).astype(np.uint8))}
     decoder = SampleDecoder(ImageTransform(32), ("image", "masked_image"), derive={"masked_image": MaskedImage()})

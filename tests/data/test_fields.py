@@ -27,6 +27,7 @@ def test_what_is_no_class_label_is_refused(data: bytes):
     ("raw", "captions"),
     [
         ({"txt": b" a dog\n"}, ["a dog"]),
+        ({"txt": "\ufeffa dog".encode()}, ["a dog"]),  # as Windows writes it
         ({"txt": "größe".encode(), "json": b"{}"}, ["größe"]),
         ({"txt": b"one", "json": b'{"captions": []}'}, ["one"]),
         ({"txt": b"one", "json": b'{"captions": null}'}, ["one"]),

@@ -82,6 +82,19 @@ def test_classes_are_drawn_alike():
     }  # fmt: skip
 
 
+def test_what_is_rounded_off_in_one_epoch_comes_in_a_later_one():
+    """Twenty classes of which an epoch has room for eight."""
+    sets = np.repeat([0, 1], [20, 20])
+    mixture = Mixture.of(sets, (4, 1), np.concatenate([np.zeros(20, int), np.arange(20)]))
+    epochs = [drawn_in(mixture, 0, epoch)[1] for epoch in range(10)]
+    assert all((sets[indices] == 1).sum() == 8 for indices in epochs)
+    counts = Counter(np.concatenate(epochs).tolist())
+    assert {counts[i] for i in range(20, 40)} == {4}
+    late = Mixture.of(sets, (4, 1), np.concatenate([np.zeros(20, int), np.arange(20)]))
+    assert (drawn_in(late, 0, 9)[1] == epochs[9]).all()
+    assert (drawn_in(late, 0, 3)[1] == epochs[3]).all()
+
+
 def test_without_weights_and_balance_nothing_changes():
     assert Mixture.of(SETS, None, None) is None
     plain = list(StepBatches(40, Batching(8), 0, 0, 5))

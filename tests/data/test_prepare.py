@@ -120,6 +120,21 @@ def test_arrays_beside_pictures_of_their_names_are_no_pictures(tmp_path: Path, c
     assert sum(len(batch) for batch in image_batches([str(tmp_path / "in" / "val")])) == 3
 
 
+def test_a_samples_other_pictures_are_no_images_of_a_tar(tmp_path: Path):
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for name in ("x/a.b.png", "c.png", "c.edges.png", "c.mask.png", "d.seg.png"):
+            tar.add(save(tmp_path / "picture.png"), name)
+    assert sum(len(batch) for batch in image_batches([str(tmp_path / "a.tar")])) == 2
+
+
+def test_hidden_folders_are_left_out(tmp_path: Path):
+    for name in ("cat/a.png", "cat/.originals/a.png", ".thumbnails/a.png", "dog/b.png"):
+        save(tmp_path / name)
+    source = ImageFolder(str(tmp_path), val_fraction=0.5)
+    assert source.classes == ["cat", "dog"]
+    assert sum(source.splits().values()) == 2
+
+
 def test_arrays_that_were_drawn_are_the_pictures_and_not_their_false_colours(tmp_path: Path):
     for k in (0, 1):
         save(tmp_path / "drawn" / f"0000{k}_seed{k}.png")

@@ -386,6 +386,19 @@ def test_a_split_without_a_sample_is_named(tmp_path: Path, entries: tuple):
 # -- offsets ---------------------------------------------------------------------------------------------------------
 
 
+def test_offsets_of_shards_with_one_name_are_kept_apart(tmp_path: Path):
+    entries = []
+    for folder in ("one", "two"):
+        samples = [(f"{folder}_{key}", fields) for key, fields in SAMPLES]
+        entries.append(write_shard(tmp_path / folder / "a.tar", samples) | {"file": f"{folder}/a.tar"})
+    root = index_of(tmp_path, *entries)
+    keys = IndexedShards(root, "train").keys
+    kept = {path: path.stat().st_mtime_ns for path in (root / ".offsets").iterdir()}
+    assert len(kept) == 2
+    assert IndexedShards(root, "train").keys == keys
+    assert {path: path.stat().st_mtime_ns for path in (root / ".offsets").iterdir()} == kept
+
+
 def test_offsets_are_kept_until_the_shard_changes(small: Path):
     path = small / "train-000000.tar"
     IndexedShards(small, "train")

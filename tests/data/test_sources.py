@@ -119,10 +119,7 @@ def test_imagenet_from_its_archives(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         f"{s}.tar": tar_of({f"{s}_{i}.JPEG": encoded(10 * k + i) for i in range(3)}) for k, s in enumerate(synsets)
     }
     write(root / ARCHIVES["train"], tar_of(inner))
-    write(
-        root / ARCHIVES["val"],
-        tar_of({f"ILSVRC2012_val_{i:08d}.JPEG": encoded(90 + i) for i in range(1, 5)}),
-    )
+    write(root / ARCHIVES["val"], tar_of({f"ILSVRC2012_val_{i:08d}.JPEG": encoded(90 + i) for i in range(1, 5)}))
     row = np.dtype([(n, object) for n in ("ILSVRC2012_ID", "WNID", "words", "gloss", "num_children")])
     table = np.array([(1, "n02", "dog, hound", "-", 0), (2, "n01", "cat", "-", 0)], dtype=row)
     meta = io.BytesIO()

@@ -48,14 +48,29 @@ def all_same(left: list[dict], right: list[dict]) -> bool:
 def test_a_stream_continues_on_as_many_devices_as_it_began_with(write_data: Callable, tmp_path: Path):
     root = write_data(tmp_path)
 
-    def data(devices: int, reader: str) -> ShardDataModule:
-        return ShardDataModule(str(root), Batching(4, None, devices, 0), STEPS, ("image",), reader=reader)
+    def data(devices: int, reader: str, micro: int | None = None, workers: int = 0) -> ShardDataModule:
+        batching = Batching(4, micro, devices, 0)
+        return ShardDataModule(str(root), batching, STEPS, ("image",), reader=reader, num_workers=workers)
 
     kept = data(2, "streaming").state_dict()
     data(2, "streaming").load_state_dict(kept)
-    with pytest.raises(DataError, match=r"by 2 devices, so training cannot continue with 1; set devices=2"):
+    with pytest.raises(DataError, match=r"by devices=2, so training cannot continue with 1; set devices=2"):
         data(1, "streaming").load_state_dict(kept)
+    data(2, "streaming", 1).load_state_dict(kept)
+    data(2, "streaming", workers=2).load_state_dict({"devices": 2})  # a checkpoint of before
+    with pytest.raises(DataError, match=r"by <stage>\.micro_batch_size=2, .* with 1; set <stage>\.micro_batch_size=2"):
+        data(2, "streaming", 1, workers=2).load_state_dict(kept)
     assert data(2, "indexed").state_dict() == {}  # its samples do not depend on the devices
+
+
+def test_a_part_of_a_stream_is_read_from_as_many_shards_as_it_needs(write_data: Callable, tmp_path: Path):
+    root = write_data(tmp_path)  # five shards of eight
+    part = ShardDataModule(str(root), Batching(4), STEPS, ("image",), reader="streaming").some("train", 10)
+    assert len(part) == 10
+    assert {part.shard(i) for i in range(10)} == {0, 1}
+    assert len(list((root / ".offsets").glob("*.npz"))) == 2
+    whole = ShardDataModule(str(root), Batching(4), STEPS, ("image",)).some("train", 10)
+    assert {whole.shard(i) for i in range(10)} == {0, 1, 2, 3, 4}
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -15,6 +15,8 @@ from ldm_train.data.files import IMAGE_EXTENSIONS, open_image
 from ldm_train.data.prepare.target import Folder, target
 from ldm_train.data.shards import ENTRIES, INDEX, DataError, read_note, shard_name
 
+COUNTS = {"train": "count", "val": "val_count"}  # by split, the option of a source that says how many samples to make
+
 
 class Source:
     """Samples by number. A source is picklable and deterministic, so that any process can write any shard. The
@@ -132,13 +134,15 @@ def check_made_from(source: Source, folder: Path) -> None:
     made = read_note(folder / ENTRIES / "source.json")
     made = made if isinstance(made, dict) else {}
     held = {k: v for part in ("source", "counts") if isinstance(made.get(part), dict) for k, v in made[part].items()}
-    asked = {**source.identity, **source.splits()}
-    if held.get("source") != asked.get("source"):
+    asked = json.loads(json.dumps({**source.identity, **source.splits()}))
+    if "source" not in held or held["source"] != asked.get("source"):
         return
-    if other := [f"{k} {held.get(k)}, not {v}" for k, v in asked.items() if held.get(k) != v]:
+    if other := {COUNTS.get(k, k): (held.get(k), v) for k, v in asked.items() if held.get(k) != v}:
+        options = " ".join(f"data.source.{option}={had}" for option, (had, _) in other.items())
+        now = ", ".join(f"{option} {wanted}" for option, (_, wanted) in other.items())
         raise DataError(
-            f"{folder} was prepared with other options of data.source: {', '.join(other)}; set data.root=<another folder>, delete "
-            "this one, or train on it as it is with data.source=null"
+            f"{folder} was prepared with {options}, and now {now} is asked for: set what it was prepared with, choose "
+            "data.root=<another folder>, or delete this one"
         )
 
 

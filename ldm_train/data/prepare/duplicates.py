@@ -18,7 +18,7 @@ from torch.nn import functional
 from tqdm import tqdm
 
 from ldm_train.data.fields import array_of
-from ldm_train.data.files import IMAGE_EXTENSIONS, as_shown, open_image
+from ldm_train.data.files import IMAGE_EXTENSIONS, as_shown, encoded_npy, open_image
 from ldm_train.data.offsets import LRUCache
 from ldm_train.data.prepare.build import Source
 from ldm_train.data.remote import is_address, is_remote
@@ -172,7 +172,7 @@ def _fingerprint_shard(path: str, split: str, rows: range, target: Path) -> int:
                 prints[place] = fingerprint(*picture)
             except (OSError, ValueError):
                 continue
-    write_atomically(target, lambda file: np.save(file, prints, allow_pickle=False))
+    write_atomically(target, lambda file: file.write(encoded_npy(prints)))
     return len(rows)
 
 

@@ -7,6 +7,7 @@ from ldm_train.data.files import encoded_png, open_image, optional_package
 from ldm_train.data.prepare.build import Source, class_and_captions, digest, in_validation
 from ldm_train.data.prepare.image_folder import reduced
 from ldm_train.data.shards import DataError
+from ldm_train.errors import first_line
 
 
 class HuggingFace(Source):
@@ -75,7 +76,7 @@ class HuggingFace(Source):
                     data = datasets.load_dataset(self.path, self.name)
             except (OSError, ValueError, ConnectionError) as error:
                 raise FileNotFoundError(
-                    f"path={self.path} cannot be loaded ({str(error).splitlines()[0]}); give a name on the hub, or a "
+                    f"path={self.path} cannot be loaded ({first_line(error)}); give a name on the hub, or a "
                     "folder written by DatasetDict.save_to_disk on a machine that has a network"
                 ) from error
             column, encoded = self.columns["image"], datasets.Image(decode=False)

@@ -82,7 +82,12 @@ def _files(folders: dict[str | None, Path]) -> list[tuple[str | None, Path, Path
     out."""
     files, beside = [], []
     for split, folder in folders.items():
-        known = [p for p in folder.rglob("*") if p.suffix.lower() in EXTENSIONS | ARRAYS and not p.name.startswith(".")]
+        known = [
+            p
+            for p in folder.rglob("*")
+            if p.suffix.lower() in EXTENSIONS | ARRAYS
+            and not any(part.startswith(".") for part in p.relative_to(folder).parts)
+        ]
         pictures = pictures_among(sorted(known))
         files += [(split, p.relative_to(folder), p) for p in pictures]
         beside += set(known).difference(pictures)
@@ -140,12 +145,13 @@ class ImageFolder(Source):
             raise FileNotFoundError(f"no images ({', '.join(sorted(EXTENSIONS | ARRAYS))}) in {path}")
         check_count(path, len(files), expect)
         self.classes = _classes(files) if labels else None
+        number = {name: k for k, name in enumerate(self.classes or [])}
         self.items = {"train": [], "val": []}
         for split, relative, file in files:
             stem = "_".join(relative.with_suffix("").parts).replace(".", "_")
             key = f"{stem}_{relative.suffix.lstrip('.').lower()}"
             own = split or ("val" if in_validation(key, val_fraction) else "train")
-            self.items[own].append((key, file, self.classes.index(relative.parts[0]) if self.classes else None))
+            self.items[own].append((key, file, number.get(relative.parts[0])))
         # train/cats/0.jpg and val/cats/0.jpg, a common layout, are two samples.
         trained = {key for key, _, _ in self.items["train"]}
         self.items["val"] = [(f"val_{k}" if k in trained else k, file, label) for k, file, label in self.items["val"]]

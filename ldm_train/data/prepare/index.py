@@ -32,11 +32,7 @@ def _entry(file: str, out: Folder) -> dict:
 
 
 def write_tar_index(
-    path: str | list[str],
-    out: str | Path,
-    train: str | None = None,
-    val: str | None = None,
-    classes: str | None = None,
+    path: str | list[str], out: str | Path, train: str | None = None, val: str | None = None, classes: str | None = None
 ) -> dict:
     """Reads every tar (counts, fields, checksums) and writes index.json into `out`, a folder or address. Returns the
     index.
@@ -66,5 +62,5 @@ def write_tar_index(
             )
         shards += [(split, name) for name in fitting]
     entries = [(split, _entry(name, place)) for split, name in tqdm(shards, desc="indexing", unit="tar")]
-    lines = label_file.read_text().split("\n") if label_file and label_file.is_file() else []
+    lines = label_file.read_text(encoding="utf-8-sig").split("\n") if label_file and label_file.is_file() else []
     return write_index(place, entries, [line.strip() for line in lines if line.strip()])

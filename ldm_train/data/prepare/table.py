@@ -22,7 +22,7 @@ def _parsed(line: str, path: str, number: int) -> dict:
 
 def _rows(table: Path) -> list[tuple[int, dict]]:
     """(line number, row) of all rows of a table."""
-    with open(table, newline="", encoding="utf-8") as file:
+    with open(table, newline="", encoding="utf-8-sig") as file:
         if table.suffix == ".jsonl":
             return [(n, _parsed(line, str(table), n)) for n, line in enumerate(file, start=1) if line.strip()]
         reader = csv.DictReader(file, delimiter="\t" if table.suffix == ".tsv" else ",")
@@ -81,13 +81,14 @@ class Table(Source):
         wanted = [c for c in (image_column, caption_column, class_column, split_column) if c]
         rows = _checked_rows(table, path, needed, wanted)
         self.classes = sorted({str(row[class_column]) for row in rows}) if class_column else None
+        number = {name: k for k, name in enumerate(self.classes or [])}
         grouped: dict[str, dict] = {}
         for row in rows:
             item = grouped.setdefault(str(row[image_column]), {"captions": [], "split": None, "label": None})
             if caption_column and row.get(caption_column):
                 item["captions"].append(str(row[caption_column]).strip())
             if class_column:
-                item["label"] = self.classes.index(str(row[class_column]))
+                item["label"] = number[str(row[class_column])]
             if split_column:
                 item["split"] = "train" if row[split_column] == "train" else "val"
         self.items, keys = {"train": [], "val": []}, dict[str, str]()

@@ -328,7 +328,8 @@ class URLList(Source):
                 # Pillow calls a JPEG with several pictures MPO, and shows the first.
                 kind = FORMATS["JPEG" if image.format == "MPO" else image.format]
                 if kind is None:
-                    data, kind = encoded_png(image.convert("RGBA" if "A" in image.mode else "RGB")), "png"
+                    clear = "A" in image.mode or "transparency" in image.info
+                    data, kind = encoded_png(image.convert("RGBA" if clear else "RGB")), "png"
             extension, data = reduced(data, kind, self.max_size, url)
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
             raise Unfetchable(f"{url}: {error}", getattr(error, "transient", False)) from None
