@@ -34,6 +34,7 @@ SUFFIXES = {
 MOST_BOXES = 100
 BATCH = 16  # the default batch size of ldm-sample
 PICTURES = 4  # the default number of pictures of ldm-sample
+OVERLAP = 0.75  # the largest share of a window or tile that overlaps the next one, in a replayed recipe
 REPEATS = 10  # the most repeats of a step, and inversion iterations, in a replayed recipe
 
 
@@ -139,6 +140,10 @@ def _check_numbers(offer: Offer, options: Mapping[str, Any], limits: Limits) -> 
     """Raises ValueError if a number is beyond the limits; ldm-sample checks its type."""
     for name, most in (("n", limits.pictures), ("num_inference_steps", limits.steps), ("seed", 2**53)):
         _at_most(name, options.get(name), most)
+    _at_most("panorama", options.get("panorama"), OVERLAP)
+    tiles = options.get("tiles")
+    if isinstance(tiles, dict) and isinstance(cells := tiles.get("cells"), int):
+        _at_most("tiles.overlap", tiles.get("overlap"), cells * OVERLAP)
     sides = _listed(options.get("size") or list(offer.size))
     margins = _listed(options.get("extend") or [0])
     for value in (*sides, *margins):

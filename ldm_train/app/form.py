@@ -287,7 +287,7 @@ class Form:
             if one.kind in ("boxes", "map"):
                 found[one.option] = self._canvas_of(one, config.get(one.option))
         found |= {"seed": recipe["seed"], "negative": entries["prompts"].get("negative", config.get("negative")) or ""}
-        found |= zip(("height", "width"), size if isinstance(size := config.get("size"), list) else self.offer.size)
+        found |= zip(("height", "width"), _sides(config.get("size"), self.offer.size))
         strengths = dict(with_strength(str(entry)) for entry in config.get("adapters") or [])
         found |= {ADAPTER + a.name: strengths.get(a.name, 0) for a in self.offer.adapters}
         found["sampler"] = self._sampler_named(config.get("sampler"))
@@ -344,3 +344,8 @@ def _number(given: Mapping[str, Any], name: str) -> int:
     if given[name] is None:
         raise ValueError(f"{name.rpartition(': ')[2]} is empty; type a number")
     return int(given[name])
+
+
+def _sides(size: Any, usual: Sequence[int]) -> Sequence[int]:
+    """Returns a recipe's size, one side or [height, width], as both sides; the usual ones if it has none, or a ratio."""
+    return [size, size] if isinstance(size, int) else size if isinstance(size, list) else usual

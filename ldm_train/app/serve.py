@@ -125,8 +125,5 @@ def start(config: DictConfig) -> Any:
         share=False,
         **blocks.LOOK,
     )
-    print(
-        f"open {address}" + ("" if password is None else f" (user {config.user})") + "; Ctrl+C ends it",
-        flush=True,
-    )
+    print(f"open {address}" + ("" if password is None else f" (user {config.user})") + "; Ctrl+C ends it", flush=True)
     return demo

@@ -38,6 +38,7 @@ KEPT = 2  # models in memory
 ABSOLUTE = re.compile(r"(?<![\w.])(?:[A-Za-z]:)?(?:[/\\][^\s/\\'\",;:()]+)+[/\\]")  # the folders of an absolute path
 PREVIEWED, PREVIEW = 4, 768  # pictures of a preview, and its larger side in pixels
 PREVIEWS = 0.2  # share of the time that previews may take
+PAUSE = 0.4  # least seconds between two, each of which the web server keeps as a file for an hour
 
 
 class Cancelled(Exception):
@@ -161,7 +162,7 @@ class _Watch:
             picture = pictures.grid(decode(pred_x0[:PREVIEWED]).float().cpu(), min(PREVIEWED, len(part)))
             picture.thumbnail((PREVIEW, PREVIEW))
             end = time.perf_counter()
-            self.next = end + (end - now) * (1 / PREVIEWS - 1)
+            self.next = end + max(PAUSE, (end - now) * (1 / PREVIEWS - 1))
         numbers = part[0].number + 1, part[-1].number + 1
         self.updates.put(Progress(step + 1, max(self.steps, step + 1), *numbers, picture))
 

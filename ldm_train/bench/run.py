@@ -19,6 +19,7 @@ from ldm_train.bench.startup import startup
 from ldm_train.bench.train_autoencoder import train_autoencoder
 from ldm_train.bench.train_unet import train_unet
 from ldm_train.pipeline.machine import machine_of
+from ldm_train.rules import check, optional, whole
 from ldm_train.storage import write_json
 
 KINDS: dict[str, Callable[[Settings], list[Table]]] = {
@@ -31,7 +32,10 @@ KINDS: dict[str, Callable[[Settings], list[Table]]] = {
     "startup": startup,
 }
 ALL = "all"
-LEAST = {"runs": 1, "steps": 1, "images": 1, "batch_size": 1, "threads": 1, "workers": 0}
+RULES = {
+    **{name: optional(whole(1)) for name in ("runs", "steps", "images", "batch_size", "threads")},
+    "workers": optional(whole(0)),
+}
 
 
 def kinds_of(what: str) -> list[str]:
@@ -45,9 +49,7 @@ def kinds_of(what: str) -> list[str]:
 
 def settings_of(config: DictConfig) -> Settings:
     """Builds the settings. Raises ValueError for a number out of range, a missing GPU or an unknown precision."""
-    for name, least in LEAST.items():
-        if config[name] is not None and config[name] < least:
-            raise ValueError(f"{name}={config[name]} must be at least {least}")
+    check(config, RULES)
     sizes = [config.sizes] if isinstance(config.sizes, str) else config.sizes
     return Settings(
         machine_of(config, {}),

@@ -116,5 +116,7 @@ def sampling(settings: Settings) -> list[Table]:
         rows = Clock(setup.device, settings.runs, observe=False).run(loops, f"sampling {title}").rows()
         for row in rows:
             row.seconds /= setup.steps
+            if row.first is not None:
+                row.first /= setup.steps
         tables.append(Table("sampling", f"a step of guided DDIM, batch {setup.batch}: {title}", rows))
     return tables

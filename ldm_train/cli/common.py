@@ -19,7 +19,7 @@ from omegaconf.errors import OmegaConfBaseException
 from ldm_train import interrupts, names
 from ldm_train.cli.hints import recipes, suggestions
 from ldm_train.configuration import ARGUMENTS, config_folder
-from ldm_train.errors import Interrupted, Refused
+from ldm_train.errors import Interrupted, Refused, first_line
 
 # Errors that a user can act on: printed as one message, without a traceback (HYDRA_FULL_ERROR=1 shows it).
 USER_ERRORS = (Refused, ValueError, OSError, HydraException, OmegaConfBaseException, FloatingPointError)
@@ -34,7 +34,9 @@ def quoted(argument: str, free: Sequence[str]) -> str:
         return argument
     if value[0] == "[" and (option != "layout" or ".json" in value):
         return argument
-    return f'{option}="' + value.replace("\\", "\\\\").replace('"', '\\"').replace("${", "\\${") + '"'
+    # Backslashes stand for themselves, except before a quote, before ${ and at the end.
+    value = re.sub(r'(\\*)("|\$\{)', r"\1\1\\\2", value)
+    return f'{option}="' + re.sub(r"(\\+)$", r"\1\1", value) + '"'
 
 
 def null_as_none(argument: str) -> str:
@@ -115,7 +117,7 @@ def run_command(function: Callable[[DictConfig], Any] | str, config_name: str) -
         if wants_traceback or not str(error).startswith("DataLoader worker (pid"):
             raise
         interrupts.last_words(
-            f"error: a process that loads data has died ({str(error).splitlines()[0].strip()}); the machine may be out of memory, "
+            f"error: a process that loads data has died ({first_line(error)}); the machine may be out of memory, "
             "or of shared memory (/dev/shm): num_workers=<fewer> needs less. Run the same command to continue"
         )
         sys.exit(1)

@@ -16,6 +16,7 @@ from tqdm import tqdm
 from ldm_train import images as pictures
 from ldm_train.devices import to_device
 from ldm_train.distributed import gathered, rank, world_size
+from ldm_train.errors import first_line
 from ldm_train.latent_diffusion import LatentDiffusion
 from ldm_train.metrics.distribution import Estimate
 from ldm_train.metrics.features import weights_hash
@@ -64,7 +65,8 @@ class Reference:
         if metric.compared_with:
             name = metric.compared_with[0]
             details["reference"] = self.hashes[_key(name, metric.extractor)]
-            n = self.sets[name][metric.extractor].groups[0].count
+            features = self.sets[name][metric.extractor]
+            n = len(features.kept()[0]) if metric.needs_features else features.groups[0].count
             details["n_reference"] = n if n != UNKNOWN else None
         return details
 
@@ -144,10 +146,7 @@ def _saved(partial: Path, empty: Mapping[str, Any], made: Collected) -> dict[str
             made.restore(saved["made"])
             return state
     except Exception as error:  # on damaged data unpicklers raise errors of any type
-        print(
-            f"{partial} cannot be continued from ({str(error).splitlines()[0]}); measured again from its start",
-            flush=True,
-        )
+        print(f"{partial} cannot be continued from ({first_line(error)}); measured again from its start", flush=True)
     return None
 
 

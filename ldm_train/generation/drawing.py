@@ -33,7 +33,7 @@ class Drawing:
     ) -> torch.Tensor:
         """Returns the pictures of a batch of requests (B, C, H, W), float32 on the CPU. callback: called after each
         sampling step; inverting: called after each step of the inversion of given pictures, which comes first."""
-        with self.autocast():
+        with self.autocast(), torch.no_grad():
             return self._draw(part, callback, inverting).float().cpu()
 
     def _draw(self, part: list[Request], callback: Callback | None, inverting: Callback | None) -> torch.Tensor:

@@ -18,7 +18,7 @@ from PIL import Image
 from ldm_train import images as pictures
 from ldm_train import names, storage
 from ldm_train.configuration import config_folder, differences, literal
-from ldm_train.data.files import OWN_PICTURE, RECIPE, read_npy
+from ldm_train.data.files import OWN_PICTURE, RECIPE, encoded_npy, read_npy
 from ldm_train.errors import Refused
 from ldm_train.generation.files import as_list, is_file
 from ldm_train.generation.film import KINDS, film_path
@@ -27,20 +27,8 @@ from ldm_train.rng import derive_seed
 
 SHOWN = 256  # pictures in a grid
 # Options for where and how a job runs, which do not affect its pictures. batch_size is recorded as part of the machine.
-WITH_REPLAY = (
-    "run",
-    "runs_dir",
-    "out",
-    "recipe",
-    "overwrite",
-    "film",
-    "accelerator",
-    "devices",
-    "engine",
-    "trust",
-    "hydra",
-    "defaults",
-)
+PLACES = ("run", "runs_dir", "out", "recipe", "overwrite", "film", "trust", "hydra", "defaults")
+WITH_REPLAY = (*PLACES, "accelerator", "devices", "engine")
 NOT_DRAWN = (*WITH_REPLAY, "batch_size")
 FILES = ("image", "mask", "map", "depth", "layout")  # options that name files
 LISTS = ("prompts", "classes")  # options whose entries may be in a file
@@ -58,7 +46,7 @@ OPEN: dict[str, Sequence[type]] = {
     "precision": (int, str),
 }
 GRID = "grid.png"
-LONG = 64  # prompts; see `Job._metadata`
+LONG = 64  # entries of a list; see `_Long`
 
 
 def machine(device: str, batch_size: int) -> dict[str, Any]:
@@ -234,20 +222,39 @@ def run_of(source: Path) -> Path:
     return source.parents[1] if source.parts[-2:] == ("diffusion", "model") else source
 
 
-def _emptied(prompts: Sequence[Any], n: int, kept: range) -> list[Any]:
-    """Returns prompts with empty captions, except for those of the pictures with numbers in `kept`. n: pictures of a
-    prompt that does not say its own number."""
-    made, number = list[Any](), 0
-    for prompt in prompts:
-        entry = prompt if isinstance(prompt, dict) else {}
-        count = entry.get("n", n)
-        if number < kept.stop and number + count > kept.start:
-            made.append(prompt)
-        else:
-            counted = {k: v for k, v in entry.items() if k in ("n", "seed")}
-            made.append({"prompt": ""} | counted if counted else "")
-        number += count
-    return made
+class _Long:
+    """A job's long lists of prompts and classes, for recipes of single pictures. Of these, such a recipe has the entries of
+    the picture's batch, which is drawn as a whole, and keeps the number of each picture: thousands of pictures with
+    thousands of entries each would fill the disk."""
+
+    def __init__(self, config: dict[str, Any]):
+        self.lists = {o: v for o in LISTS if isinstance(v := config.get(o), list) and len(v) > LONG}
+        others = [config["classes"]] if isinstance(config.get("classes"), list) else []
+        self.paired = any(len(values) > 1 for values in (*others, *_input_files(config).values()))
+        prompts = config["prompts"] if isinstance(config.get("prompts"), list) else [""]
+        entries = [entry if isinstance(entry, dict) else {} for entry in prompts]
+        counts = [entry.get("n", config["n"]) for entry in entries]
+        if len(counts) == 1:  # of each of the classes
+            counts *= max(map(len, self.lists.values()), default=1)
+        self.blank = [{"prompt": "", "n": entry["n"]} if "n" in entry else "" for entry in entries]
+        self.first = np.cumsum([0, *counts])  # number of each entry's first picture, then of all pictures
+
+    def of_batch(self, first: int, last: int) -> dict[str, list[Any]]:
+        """Returns the options whose lists are long, with the entries of the pictures numbered from first to last - 1."""
+        low = int(np.searchsorted(self.first, first, "right")) - 1
+        high = int(np.searchsorted(self.first, last, "left"))
+        made = {}
+        for option, entries in self.lists.items():
+            own = entries[low:high]
+            if option == "classes":
+                made[option] = [own[0]] * low + own + [own[0]] * (len(entries) - low - len(own))
+            elif self.paired:
+                made[option] = self.blank[:low] + own + self.blank[high:]
+            else:
+                counts = int(self.first[low]), int(self.first[-1] - self.first[min(high, len(entries))])
+                before, after = ([{"prompt": "", "n": count}] if count else [] for count in counts)
+                made[option] = before + own + after
+        return made
 
 
 class Job:
@@ -264,7 +271,7 @@ class Job:
     ):
         self.folder, self.recipe, self.wanted, self.channels = folder, recipe, list(wanted), channels
         self.digests: dict[str, str] = {}
-        self._carried: dict[int, dict[str, Any]] = {}  # the last batch's recipe in pictures
+        self._long, self._carried = _Long(recipe["config"]), dict[int, dict[str, Any]]()  # the last batch's recipe
         before = self._before()
         if before is not None and (changed := differences(self._key(before), self._key(recipe), {})):
             if not overwrite:
@@ -310,16 +317,13 @@ class Job:
         storage.write_json(self.folder / RECIPE, self.recipe | {"finished": finished, "images": entries})
 
     def _metadata(self, request: Request) -> dict[str, Any]:
-        """Returns the recipe that a picture carries. Of a long list of prompts it has those of the picture's batch, which
-        is drawn as a whole; the others are empty, because thousands of pictures with thousands of prompts each would
-        fill the disk."""
-        size, config = self.recipe["machine"]["batch_size"], self.recipe["config"]
-        batch, prompts = request.number // size, config.get("prompts")
-        carried = self.recipe
-        if self.recipe["task"] != "interpolate" and isinstance(prompts, list) and len(prompts) > LONG:
+        """Returns the recipe that a picture carries."""
+        size, carried = self.recipe["machine"]["batch_size"], self.recipe
+        if self._long.lists and self.recipe["task"] != "interpolate":
+            batch = request.number // size
             if batch not in self._carried:
-                mine = _emptied(prompts, config["n"], range(batch * size, batch * size + size))
-                self._carried = {batch: self.recipe | {"config": config | {"prompts": mine}}}
+                mine = self._long.of_batch(batch * size, batch * size + size)
+                self._carried = {batch: self.recipe | {"config": self.recipe["config"] | mine}}
             carried = self._carried[batch]
         return carried | {"number": request.number, "seed": request.seed, "condition": request.text}
 
@@ -357,7 +361,9 @@ class Job:
             if not pictures.has_colours(self.channels):
                 array = image.permute(1, 2, 0).contiguous().numpy()
                 content = array.tobytes()
-                storage.write_atomically(path.with_suffix(".npy"), lambda file, array=array: np.save(file, array))
+                storage.write_atomically(
+                    path.with_suffix(".npy"), lambda file, array=array: file.write(encoded_npy(array))
+                )
             pictures.save_png(picture, path, self._metadata(request))
             self.digests[request.name] = hashlib.sha256(content).hexdigest()
 

@@ -117,10 +117,7 @@ class ClassPictures(Source):
                 if i in chunk:
                     members = class_and_captions(label, [] if caption is None else [caption])
                     weight = {"loss_weight.txt": f"{self.loss_weight:g}".encode()}
-                    yield (
-                        f"prior_{split}_{i:07d}",
-                        {"png": encoded_png(picture)} | members | weight,
-                    )
+                    yield (f"prior_{split}_{i:07d}", {"png": encoded_png(picture)} | members | weight)
 
     def sample(self, split: str, i: int) -> tuple[str, dict[str, bytes]]:
         return next(self.samples(split, range(i, i + 1)))

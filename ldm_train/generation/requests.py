@@ -13,14 +13,7 @@ from torch.nn import functional as F
 from ldm_train.data.batch import FIELDS, Field
 from ldm_train.data.buckets import nearest_size
 from ldm_train.data.masks import masked_image
-from ldm_train.generation.files import (
-    as_list,
-    extended,
-    note_cuts,
-    read_image,
-    read_mask,
-    require_same_shape,
-)
+from ldm_train.generation.files import as_list, extended, note_cuts, read_image, read_mask, require_same_shape
 from ldm_train.latent_diffusion import LatentDiffusion
 
 # task: the condition it needs, None if any model can do it
@@ -164,12 +157,14 @@ def known_fields(model: LatentDiffusion) -> dict[str, Field]:
 @dataclass
 class _Inputs:
     """The inputs of a job. given: entries by option; used: the option that fills each field of the condition; guided:
-    the option that each external guide reads, by field."""
+    the option that each external guide reads, by field; read: what was read already, as an entry may serve many
+    pictures."""
 
     model: LatentDiffusion
     given: dict[str, list[Any]]
     used: dict[str, str]
     guided: dict[str, str]
+    read: dict[tuple[str, str, tuple[int, int]], Any] = field(default_factory=dict)
 
     @classmethod
     def of(cls, model: LatentDiffusion, config: DictConfig, task: str, guides: Collection[str]) -> "_Inputs":
@@ -206,12 +201,14 @@ class _Inputs:
     def fields(self, entries: Mapping[str, Any], size: tuple[int, int]) -> dict[str, Any]:
         """Returns the condition, by field, that entries (by option) describe."""
         known, channels = known_fields(self.model), self.model.first_stage.autoencoder.in_channels
-        by_field = _by_field(self.model)
-        return {
-            f: known[f].from_words(entries[o], by_field[f], size, channels)
-            for f, o in self.used.items()
-            if o in entries
-        }
+        by_field, result = _by_field(self.model), {}
+        for f, o in self.used.items():
+            if o in entries:
+                place = (f, entries[o], size)
+                if place not in self.read:
+                    self.read[place] = known[f].from_words(entries[o], by_field[f], size, channels)
+                result[f] = self.read[place]
+        return result
 
 
 def requests(model: LatentDiffusion, config: DictConfig, task: str, guides: Mapping[str, Any]) -> list[Request]:
@@ -235,21 +232,27 @@ def requests(model: LatentDiffusion, config: DictConfig, task: str, guides: Mapp
         whole, hint = (size[0] + top + bottom, size[1] + left + right), " in all, by other values in extend="
         canvas = picture_size(model, whole, "the extended picture's size", hint)
     all_requests: list[Request] = []
+    starts: dict[tuple[Any, Any], tuple[torch.Tensor | None, ...]] = {}  # by files, which many pictures may share
     for entries in inputs.paired(max(map(len, inputs.given.values()), default=1)):
         own = entries["prompts"] if isinstance(entries.get("prompts"), dict) else {}
         if own:
             entries["prompts"] = own["prompt"]
-        image, mask = _start(model, config, task, entries, size)
+        files = entries.get("image"), entries.get("mask")
+        if files not in starts:
+            image, mask = _start(model, config, task, entries, size)
+            joined = mask is not None and "masked_image" in _by_field(model)
+            starts[files] = image, mask, masked_image(image, mask) if joined else None
+        image, mask, hidden = starts[files]
         fields = inputs.fields(entries, canvas)
-        if mask is not None and "masked_image" in _by_field(model):
-            fields["masked_image"] = masked_image(image, mask)
+        if hidden is not None:
+            fields["masked_image"] = hidden
         _check_trained_without(model, task, fields)
         text = _words(entries, fields, _by_field(model))
         targets = {f: guides[f](entries[o]) for f, o in inputs.guided.items()}
         negative = own.get("negative", None if config.negative is None else str(config.negative))
         n, first = own.get("n", config.n), own.get("seed")
         if len(all_requests) + n > MOST:
-            raise ValueError(f"prompts asks for more than {MOST} pictures; make several jobs of them")
+            raise ValueError(f"these options ask for more than {MOST} pictures; make several jobs of them")
         for i in range(1 if task == "reconstruct" else n):  # reconstruction has no randomness
             number = len(all_requests)
             seed = config.seed + number if first is None else first + i

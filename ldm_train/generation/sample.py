@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from omegaconf import DictConfig, OmegaConf
 
@@ -239,7 +240,9 @@ def _check_same_weights(before: dict[str, Any], now: dict[str, Any], source: Pat
         )
     guides = [k for k in now if k == "adapters" or (k.endswith("_sha256") and k != "model_sha256")]
     if changed := [k for k in guides if before.get(k) != now[k]]:
-        raise ValueError(f"{changed[0].removesuffix('_sha256')}= does not hold the weights that drew this recipe")
+        name = changed[0].removesuffix("_sha256")
+        option = f"guide.{name}" if name in ("classifier", "clip") else name
+        raise ValueError(f"{option}= does not hold the weights that drew this recipe")
     if now["machine"] != before["machine"]:
         print(f"drawn on {before['machine']}, here is {now['machine']}: pixels may differ slightly")
 
@@ -253,8 +256,9 @@ def _drawn_from(recipe: dict[str, Any]) -> str:
     return json.dumps({k: v for k, v in recipe.items() if k != "machine"}, sort_keys=True)
 
 
-def _drawn(shared: tuple[dict[str, Any], dict[str, Any] | None, str, int], part: list[Request]) -> torch.Tensor:
-    """Draws one part of a job in a worker process. shared: the config, the recipe that is replayed (or None), the
+def _drawn(shared: tuple[dict[str, Any], dict[str, Any] | None, str, int], part: list[Request]) -> np.ndarray:
+    """Draws one part of a job in a worker process. Returns an array, since torch sends tensors through shared memory, of
+    which containers have little. shared: the config, the recipe that is replayed (or None), the
     `_drawn_from` of the job's own recipe, and the number of threads. Raises ValueError if this machine has other models
     or files."""
     tree, recipe_before, drawn_from, threads = shared
@@ -267,7 +271,7 @@ def _drawn(shared: tuple[dict[str, Any], dict[str, Any] | None, str, int], part:
             )
         _drawing.clear()
         _drawing[drawn_from] = ready.drawing
-    return _drawing[drawn_from](part)
+    return _drawing[drawn_from](part).numpy()
 
 
 def _drawn_elsewhere(
@@ -280,4 +284,4 @@ def _drawn_elsewhere(
     shared = (tree, recipe_before, drawn_from, torch.get_num_threads())
     tasks = {str(k): (part,) for k, part in parts.items()}
     for name, made in mapped(_drawn, shared, tasks, config.devices, config.engine, gpus):
-        yield int(name), made
+        yield int(name), torch.from_numpy(made)

@@ -2,7 +2,7 @@
 
 import io
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -109,15 +109,20 @@ def read_reference(path: str | Path) -> FeatureSet:
 Sets = Mapping[str, Mapping[str, FeatureSet]]
 
 
+def check_compared(metric: Metric, names: Collection[str]) -> None:
+    """Raises ValueError if a set that a metric compares with is not among those of these names."""
+    if not {*metric.compared_with} <= {*names}:
+        raise ValueError(
+            f"{metric.name} compares with a run's training and validation pictures: ldm-evaluate run=<run>"
+        )
+
+
 def compared(metric: Metric, sets: Sets) -> list[FeatureSet]:
     """Returns the sets that a metric compares with, out of `sets`: {name: {extractor: features}}.
 
     Raises ValueError if one is missing, or holds moments alone and the metric needs features.
     """
-    if not all(metric.extractor in sets.get(name, {}) for name in metric.compared_with):
-        raise ValueError(
-            f"{metric.name} compares with a run's training and validation pictures: ldm-evaluate run=<run>"
-        )
+    check_compared(metric, [name for name in sets if metric.extractor in sets[name]])
     others = [sets[name][metric.extractor] for name in metric.compared_with]
     if metric.needs_features and not all(len(other.kept()[0]) for other in others):
         raise ValueError(

@@ -25,7 +25,7 @@ from ldm_train.checkpoints.native import (
     read_metadata,
 )
 from ldm_train.checkpoints.parts import targets
-from ldm_train.configuration import config_folder, default_options, run_config
+from ldm_train.configuration import config_folder, default_options, plain, run_config
 from ldm_train.data.loose import image_batches
 from ldm_train.devices import to_device
 from ldm_train.distributed import gathered, rank
@@ -36,7 +36,7 @@ from ldm_train.generation.files import as_list
 from ldm_train.generation.options import check_interval
 from ldm_train.latent_diffusion import LatentDiffusion
 from ldm_train.metrics.features import weights_hash
-from ldm_train.metrics.measures import Collected, measure, write_reference
+from ldm_train.metrics.measures import Collected, check_compared, measure, write_reference
 from ldm_train.metrics.metric import REFERENCE
 from ldm_train.models.first_stage import FirstStage
 from ldm_train.pipeline.data import data_module, evaluation_batching
@@ -63,6 +63,15 @@ RULES = {
     "seed": optional(whole(0)),
     **{name: optional(whole(1)) for name in ("batch_size", "devices", "num_inference_steps", "image_size")},
 }
+DRAWN = ("weights", "seed", "num_inference_steps", "guidance_scale", "guidance_interval", "spacing", "sampler")
+# Options that have an effect on some kinds of measurement only, which are chosen by run=, reconstruct= or images=.
+KINDS = {
+    **dict.fromkeys(DRAWN, ("run",)),
+    **dict.fromkeys(("paired", "perceptual", "lpips", "predictors"), ("reconstruct",)),
+    **dict.fromkeys(("reference", "reference_images", "data"), ("run", "reconstruct")),
+    **dict.fromkeys(("against", "image_size"), ("images",)),
+}
+INSTEAD = {"against": "reference=<split or .npz>", "image_size": "data.image_size="}
 
 
 def trained_model(folder: Path) -> Path:
@@ -122,6 +131,7 @@ def evaluate_run(config: DictConfig, again: bool = True) -> Measured:
     """Measures samples of a run. again: also measure if there is already a file for the same settings."""
     folder = run_folder(config.run, config.runs_dir)
     trained = with_options(run_config(folder), config, folder / "config.yaml")
+    trained.evaluation.paired = []  # of reconstructions; their networks need not be there
     source, count = trained_model(folder), trained.evaluation.images
     trust = [*config.trust, *(targets(OmegaConf.to_container(config.sampler)) if config.get("sampler") else ())]
 
@@ -146,6 +156,7 @@ def evaluate_run(config: DictConfig, again: bool = True) -> Measured:
         "precision": machine.precision,
         "conditions": tools.images_identity(data, trained.data.val_split, count),
         "extractors": tools.hashes,
+        **({"kinds": plain(config.kinds)} if config.kinds else {}),
     }
     if config.weights == "best":  # best.ckpt changes while training continues
         asked["weights"] = file_sha256(best_checkpoint(folder))
@@ -215,6 +226,7 @@ def evaluate_autoencoder(config: DictConfig) -> Measured:
         "extractors": tools.hashes,
         "networks": {n: weights_hash(network)[:12] for n, network in tools.networks.items()},
         "predictors": trained.evaluation.predictors,
+        **({"kinds": plain(config.kinds)} if config.kinds else {}),
     }
     return metrics, results, asked
 
@@ -263,6 +275,8 @@ def evaluate_images(config: DictConfig) -> Measured:
     tools = Evaluator(OmegaConf.create(section | {"paired": [], "perceptual": None, "lpips": None}), machine.device)
     if not tools.metrics:
         raise ValueError("metrics=[] measures nothing of two sets of images; for example metrics=[fid_tiny]")
+    for metric in tools.metrics:
+        check_compared(metric, {REFERENCE})  # before hours of computing features
     batch_size, seen = config.batch_size or 64, {}
 
     def collected(option: str, compared: str | None) -> Collected:
@@ -291,8 +305,8 @@ def evaluate_images(config: DictConfig) -> Measured:
     reference = replace(reference, seen=seen)
     sources = {"images": as_list(config.images, "images"), "against": as_list(config.against, "against")}
     metrics = {"images": {m.name: estimates[m.name].as_dict() | reference.details(m) | sources for m in tools.metrics}}
-    asked = {k: OmegaConf.to_container(config)[k] for k in ("images", "against", "n", "image_size", "metrics")}
-    return metrics, None, asked
+    asked = {k: plain(config)[k] for k in ("images", "against", "n", "image_size", "metrics", "kinds")}
+    return metrics, None, asked | {"extractors": tools.hashes}
 
 
 # -- output ------------------------------------------------------------------------------------------------------------
@@ -341,6 +355,11 @@ def check(config: DictConfig) -> None:
     for option in ("metrics", "paired"):
         if not OmegaConf.is_list(config[option]):
             raise ValueError(f"{option} is a list: {option}=[{config[option]}]")
+    usual, (kind,) = command_options(), given
+    for option, kinds in KINDS.items():
+        if kind not in kinds and config.get(option) != usual.get(option):
+            remedy = f"; set {INSTEAD[option]} for this" if option in INSTEAD else "; leave it out"
+            raise ValueError(f"{option}= has no effect with {kind}=, only with {'= or '.join(kinds)}={remedy}")
 
 
 def command_options() -> DictConfig:

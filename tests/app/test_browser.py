@@ -374,12 +374,7 @@ def test_the_page_of_runs_follows_a_training(app: str, opened: Callable, runs_di
     command = [
         *(sys.executable, "-m", "ldm_train.cli.train", "experiment=quickstart", "name=live", f"runs_dir={runs_dir}"),
         *(f"data.root={runs_dir}/data", "data.source.count=64", "data.per_shard=32", "logger=csv", "progress=false"),
-        *(
-            "stages=[autoencoder]",
-            "autoencoder.max_steps=400",
-            "autoencoder.batch_size=2",
-            "autoencoder.log_every=5",
-        ),
+        *("stages=[autoencoder]", "autoencoder.max_steps=400", "autoencoder.batch_size=2", "autoencoder.log_every=5"),
         *("autoencoder.val_every=400", "autoencoder.checkpoint_every=100"),
     ]
     process = subprocess.Popen(

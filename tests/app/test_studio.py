@@ -289,6 +289,8 @@ def test_a_recipe_of_someone_else_chooses_nothing(studio: Studio, tmp_path: Path
             "the number of pictures of all prompts=900 is more",
         ),
         ({"size": [2048, 2048]}, "size=2048 is more than is drawn here"),
+        ({"panorama": 0.99}, "panorama=0.99 is more than is drawn here; at most 0.75"),
+        ({"tiles": {"cells": 8, "overlap": 7}}, "tiles.overlap=7 is more than is drawn here; at most 6"),
         ({"compile": "default"}, "compile is more than is drawn here"),
         ({"resample": {"jump_length": 10, "repeats": 1000}}, "resample.repeats is more than is drawn here"),
         ({"invert_iterations": 1000}, "invert_iterations is more than is drawn here"),

@@ -65,7 +65,8 @@ def test_start_up_is_that_of_processes_of_their_own(monkeypatch: pytest.MonkeyPa
     ("option", "message"),
     [
         ("what=everything", "one of train_unet, train_autoencoder, sampling, decode, data, latent_cache, startup, or all"),
-        ("runs=0", "runs=0 must be at least 1"),
+        ("runs=0", "runs=0 is below 1"),
+        ("steps=2.5", "steps=2.5 is not a whole number"),
         ("precision=8", "precision is one of 32, bf16-mixed"),
         ("accelerator=tpu", "accelerator is auto, cpu, gpu or mps"),
     ],

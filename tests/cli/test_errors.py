@@ -229,8 +229,7 @@ def test_data_made_with_other_options_are_not_taken_for_what_was_asked(fails: Co
     build_shards(Shapes(count=16, val_count=4), tmp_path / "data")
     arguments = (*SMALL, f"data.root={tmp_path}/data", f"runs_dir={tmp_path}/runs", "data.source.val_count=8")
     message = fails("train", *arguments)
-    assert "data was prepared with other options of data.source: val 4, not 8" in message
-    assert "data.source=null" in message
+    assert "data was prepared with data.source.val_count=4, and now val_count 8 is asked for" in message
 
 
 @pytest.mark.parametrize(

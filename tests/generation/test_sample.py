@@ -179,12 +179,7 @@ def test_pairs_of_inputs(run: Callable, files: dict[str, str], tmp_path: Path):
     assert len(made) == 4
     assert pictures.read_recipe(tmp_path / "out/00002_seed2.png")["condition"] == "map.png"
     with pytest.raises(ValueError, match="they are paired, give equally many or one"):
-        run(
-            "text",
-            f"image=[{files['photo.png']},{files['photo.png']}]",
-            "prompts=[one,two,three]",
-            "task=img2img",
-        )
+        run("text", f"image=[{files['photo.png']},{files['photo.png']}]", "prompts=[one,two,three]", "task=img2img")
 
 
 @pytest.mark.parametrize(
@@ -257,6 +252,7 @@ def test_pairs_of_inputs(run: Callable, files: dict[str, str], tmp_path: Path):
         ("none", ("guidance_scale=3", "guidance.rescale=0.5"), "takes no condition that guidance could strengthen"),
         ("text", ("guidance.threshold=0",), r"guidance\.threshold is a percentile"),
         ("text", ("guidance.interval=5",), r"guidance\.interval=5 is not a list of 2 numbers"),
+        ("text", ("guidance.interval=[2,1]",), r"guidance\.interval=\[2, 1\] is \[low, high\] in noise levels, the lower one first"),
         ("none", ("size=16:0",), r"size=16:0 is not a ratio of width to height such as 16:9"),
         ("none", ("size=[64]",), r"size=\[64\] is not a list of 2 whole numbers"),
         ("none", ("image={photo.png}", "extend=[0.5,0,0,0]"), r"extend=\[0\.5, 0, 0, 0\] is not a list of 4 whole numbers"),
@@ -635,6 +631,7 @@ def test_pictures_of_many_prompts_carry_those_of_their_batch(
     for name in ("00041_seed41.png", "00099_seed9.png"):
         recipe = pictures.read_recipe(tmp_path / "out" / name)
         kept = [e for e in recipe["config"]["prompts"] if (e if isinstance(e, str) else e["prompt"])]
+        assert len(recipe["config"]["prompts"]) <= len(kept) + 2  # the others are counted before and after
         assert len(kept) == (4 if "41" in name else 2)  # the last batch: a caption, and three pictures of the cat
         assert (tmp_path / "out" / name).stat().st_size < 32 * 32 * 3 + 2500  # pixels of noise, and a short recipe
         capsys.readouterr()
