@@ -16,6 +16,7 @@ from multiprocessing.queues import Queue
 from pathlib import Path
 from typing import Any, TypeVar
 
+from ldm_train.errors import first_line
 from ldm_train.interrupts import become_worker
 
 Result = TypeVar("Result")
@@ -107,9 +108,8 @@ def _on_ray(
             except ray.exceptions.RayTaskError as error:
                 raise error.cause from None  # the error that the function raised, with its message
             except ray.exceptions.RayError as error:
-                said = str(error).strip().splitlines()[0]
                 raise OSError(
-                    f"Ray lost {name} {RETRIES + 1} times: {said}; run the same command to continue"
+                    f"Ray lost {name} {RETRIES + 1} times: {first_line(error)}; run the same command to continue"
                 ) from error
 
 

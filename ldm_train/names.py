@@ -23,8 +23,6 @@ OPTIONS = {
 }
 # Renamed values of renamed options, by the option's old path: {old: new}.
 VALUES: dict[str, dict[str, str]] = {"diffusion.objective.prediction_type": PREDICTIONS}
-# Renamed classes and functions that files name as `_target_`: {old: new}.
-PARTS: dict[str, str] = {}
 # Renamed prefixes of the weights of a latent diffusion model: {old: new}.
 WEIGHTS = {"unet.": "network."}
 

@@ -106,11 +106,7 @@ def fingerprint(*parts: Any) -> str:
 
 
 def attacked(
-    base: Path,
-    files: Callable[[Path], list[Path]],
-    opened: Callable[[Path], set[str]],
-    tmp_path: Path,
-    count: int,
+    base: Path, files: Callable[[Path], list[Path]], opened: Callable[[Path], set[str]], tmp_path: Path, count: int
 ) -> tuple[int, int]:
     """Copies `base`, damages one of its files and opens the copy, `count` times. Returns how often the damage was named
     in an error and how often the copy opened without one. Fails if an error is not one of USER_ERRORS or does not name the

@@ -45,19 +45,29 @@ Parts = dict[str, torch.Tensor]  # down, up and optionally alpha of one layer
 Place = tuple[str, int, int]  # our weight's name, index of one of its equal blocks of rows, number of blocks
 
 
-def save_adapter(folder: str | Path, model: nn.Module, name: str, metadata: Mapping[str, Any]) -> str:
-    """Writes an adapter of a model to a folder, adapter.json last. Returns the sha256 of the weights file."""
+def write_adapter(folder: str | Path, name: str, tensors: Mapping[str, torch.Tensor], record: dict[str, Any]) -> None:
+    """Writes the tensors of an adapter to the file `name` in its folder, then adapter.json: the record and the file's
+    sha256."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
+    data = save({k: v.detach().cpu().contiguous() for k, v in tensors.items()})
+    write_atomically(folder / name, lambda file: file.write(data))
+    write_json(folder / RECORD, record | {"sha256": file_sha256(folder / name)})
+
+
+def read_checked(folder: Path, name: str) -> dict[str, Any]:
+    """Returns the record of an adapter. Raises ValueError if the file `name` is not the one that it records."""
+    record = read_record(folder / RECORD)
+    if record.get("sha256") != file_sha256(folder / name):
+        raise ValueError(f"{folder / name} is damaged: its sha256 is not the recorded one; take an undamaged copy")
+    return record
+
+
+def save_adapter(folder: str | Path, model: nn.Module, name: str, metadata: Mapping[str, Any]) -> None:
+    """Writes the low-rank pairs of a model's adapter to a folder."""
     pairs = lora.pairs_of(model, name)
     tensors = {f"{key}.{part}": getattr(pair, part) for key, pair in pairs.items() for part in ("down", "up")}
-    data = save({k: v.detach().cpu().contiguous() for k, v in tensors.items()})
-    write_atomically(folder / WEIGHTS, lambda file: file.write(data))
-    digest = file_sha256(folder / WEIGHTS)
-    write_json(
-        folder / RECORD, {**metadata, "alpha": {key: pair.alpha for key, pair in pairs.items()}, "sha256": digest}
-    )
-    return digest
+    write_adapter(folder, WEIGHTS, tensors, {**metadata, "alpha": {key: pair.alpha for key, pair in pairs.items()}})
 
 
 def find_adapter(value: str | Path, runs_dir: str | Path, option: str = "adapters") -> Path:
@@ -82,15 +92,9 @@ def adapter_sha256(path: Path) -> str:
     return file_sha256(path / name if path.is_dir() else path)
 
 
-def save_word(folder: str | Path, token: str, rows: torch.Tensor, metadata: Mapping[str, Any]) -> str:
-    """Writes a learned word to a folder: its vectors (K, dim) in the format that diffusers loads, and adapter.json.
-    Returns the sha256 of the vectors' file."""
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    data = save({token: rows.detach().float().cpu().contiguous()})
-    write_atomically(folder / WORD, lambda file: file.write(data))
-    write_json(folder / RECORD, {**metadata, "token": token, "sha256": file_sha256(folder / WORD)})
-    return file_sha256(folder / WORD)
+def save_word(folder: str | Path, token: str, rows: torch.Tensor, metadata: Mapping[str, Any]) -> None:
+    """Writes a learned word to a folder: its vectors (K, dim) in the format that diffusers loads, and adapter.json."""
+    write_adapter(folder, WORD, {token: rows.float()}, {**metadata, "token": token})
 
 
 def read_word(path: Path) -> tuple[str, torch.Tensor] | None:
@@ -106,8 +110,8 @@ def read_word(path: Path) -> tuple[str, torch.Tensor] | None:
             raise ValueError(f"{file} holds {len(tensors)} words, not one; take an undamaged copy")
         return None
     ((token, rows),) = tensors.items()
-    if path.is_dir() and read_record(path / RECORD).get("sha256") != file_sha256(file):
-        raise ValueError(f"{file} is damaged: its sha256 is not the recorded one; take an undamaged copy")
+    if path.is_dir():
+        read_checked(path, WORD)
     token = file.stem if token == "emb_params" else token  # in webui's files the word is the file's name
     fits = rows.ndim in (1, 2) and 0 < (1 if rows.ndim == 1 else len(rows)) <= 64
     if not fits or not token.strip() or not token.isprintable() or len(token) > 100:
@@ -136,10 +140,7 @@ def read_adapter(path: Path, model: LatentDiffusion) -> tuple[dict[str, lora.Pai
     """Reads an adapter: its low-rank pairs by the names of the model's weights, and descriptions of what was left out
     of the file. Raises ValueError if the file is damaged or belongs to another architecture."""
     if path.is_dir():
-        record = read_record(path / RECORD)
-        if record.get("sha256") != file_sha256(path / WEIGHTS):
-            raise ValueError(f"{path / WEIGHTS} is damaged: its sha256 is not the recorded one; take an undamaged copy")
-        alphas, found = record.get("alpha"), dict[str, Parts]()
+        alphas, found = read_checked(path, WEIGHTS).get("alpha"), dict[str, Parts]()
         if not isinstance(alphas, dict):
             raise ValueError(f"{path / RECORD} records no alpha; take an undamaged copy")
         for key, tensor in finite_tensors(path / WEIGHTS).items():

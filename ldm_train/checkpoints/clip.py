@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from ldm_train.devices import shapes_only
+from ldm_train.errors import first_line, in_one_line
 
 Tensors = dict[str, torch.Tensor]
 CLIP, OPENCLIP, EMBEDDER = "cond_stage_model.transformer.text_model.", "cond_stage_model.model.", "embedder.model."
@@ -108,8 +109,7 @@ def read_text_encoder(tensors: Mapping[str, torch.Tensor], where: Path) -> tuple
         model.load_state_dict({f"text_model.{k}" if wrapped else k: v for k, v in own.items()}, assign=True)
         model = _with_positions(model)
     except (KeyError, RuntimeError, ValueError, TypeError, IndexError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise ValueError(f"{where}: {prefix}* is not a text encoder of CLIP ({reason})") from error
+        raise ValueError(f"{where}: {prefix}* is not a text encoder of CLIP ({in_one_line(error)})") from error
     return model.eval().requires_grad_(False), set(names.values()) - set(unused), unused
 
 
@@ -149,8 +149,7 @@ def read_image_encoder(
         model.load_state_dict(state, assign=True)
         model = _with_positions(model)
     except (KeyError, RuntimeError, ValueError, TypeError, IndexError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise ValueError(f"{where}: {prefix}* is not an image encoder of CLIP ({reason})") from error
+        raise ValueError(f"{where}: {prefix}* is not an image encoder of CLIP ({in_one_line(error)})") from error
     processor = CLIPImageProcessor(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
     return processor, model.eval().requires_grad_(False), set(names.values()), unused
 
@@ -203,4 +202,4 @@ def read_clip_tokenizer(folder: str | Path) -> Any:
     try:
         return CLIPTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # the library raises many types of exceptions
-        raise ValueError(f"tokenizer={folder} is not a tokenizer of CLIP ({str(error).splitlines()[0]})") from error
+        raise ValueError(f"tokenizer={folder} is not a tokenizer of CLIP ({first_line(error)})") from error

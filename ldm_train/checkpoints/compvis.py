@@ -30,6 +30,7 @@ from ldm_train.checkpoints.parts import build, no_larger_than
 from ldm_train.conditioning.image_embedding import ImageEmbedding
 from ldm_train.conditioning.text import FrozenText
 from ldm_train.devices import Uninitialised
+from ldm_train.errors import first_line
 from ldm_train.latent_diffusion import LatentDiffusion
 from ldm_train.models.autoencoder import AutoencoderKL
 from ldm_train.models.first_stage import fold_statistics
@@ -78,10 +79,9 @@ def read_tensors(path: Path) -> Tensors:
     try:
         state = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
     except Exception as error:  # the libraries raise many types of exceptions
-        words = (str(error) or type(error).__name__).splitlines()[0][:200]
         raise ValueError(
-            f"{path} cannot be read without running code that it brings, or is damaged ({words}); take it as .safetensors, or "
-            "download it again"
+            f"{path} cannot be read without running code that it brings, or is damaged ({first_line(error)[:200]}); take it as "
+            ".safetensors, or download it again"
         ) from error
     state = state.get("state_dict", state) if isinstance(state, dict) else {}
     tensors = {k: v for k, v in state.items() if isinstance(k, str) and isinstance(v, torch.Tensor)}

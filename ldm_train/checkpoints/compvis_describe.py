@@ -8,13 +8,7 @@ from tokenizers import Tokenizer
 
 from ldm_train import names
 from ldm_train.checkpoints.compvis_conditioners import BESIDE, EMBEDDERS, UPSCALER_NOISE
-from ldm_train.checkpoints.compvis_yaml import (
-    BETAS,
-    PREDICTIONS,
-    Published,
-    needs_of,
-    published,
-)
+from ldm_train.checkpoints.compvis_yaml import BETAS, PREDICTIONS, Published, needs_of, published
 from ldm_train.checkpoints.parts import whole
 from ldm_train.storage import shown
 

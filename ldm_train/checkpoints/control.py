@@ -6,20 +6,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save
 from torch import nn
 
 from ldm_train.checkpoints import diffusers_describe as describe
 from ldm_train.checkpoints import diffusers_options as rules
-from ldm_train.checkpoints.adapters import CONTROL, RECORD, finite_tensors
+from ldm_train.checkpoints.adapters import CONTROL, RECORD, finite_tensors, read_checked, write_adapter
 from ldm_train.checkpoints.diffusers_export import Component, unet_tensors, write_component
-from ldm_train.checkpoints.diffusers_networks import first_line, load_weights, read_weights, unet_key
+from ldm_train.checkpoints.diffusers_networks import load_weights, read_weights, unet_key
 from ldm_train.checkpoints.parts import whole
 from ldm_train.conditioning.control import NAME, PICTURES, ControlPicture, controlled
 from ldm_train.devices import shapes_only
+from ldm_train.errors import first_line, in_one_line
 from ldm_train.latent_diffusion import LatentDiffusion
 from ldm_train.models.control import Control
-from ldm_train.storage import file_sha256, read_record, write_atomically, write_json
+from ldm_train.storage import read_record
 
 COPY, PICTURE = "copy.", "picture."
 KIND = "ControlNetModel"
@@ -42,27 +42,19 @@ def parts_of(model: LatentDiffusion) -> nn.ModuleDict:
     return nn.ModuleDict({"copy": copy, "picture": model.conditioners[NAME]})
 
 
-def save_control(folder: str | Path, model: LatentDiffusion, metadata: Mapping[str, Any]) -> str:
-    """Writes a model's control to a folder, adapter.json last. Returns the sha256 of the weights file."""
-    folder, parts = Path(folder), parts_of(model)
+def save_control(folder: str | Path, model: LatentDiffusion, metadata: Mapping[str, Any]) -> None:
+    """Writes a model's control to a folder."""
+    parts = parts_of(model)
     picture = parts["picture"]
-    folder.mkdir(parents=True, exist_ok=True)
-    data = save({k: v.detach().cpu().contiguous() for k, v in parts.state_dict().items()})
-    write_atomically(folder / CONTROL, lambda file: file.write(data))
-    digest = file_sha256(folder / CONTROL)
     described = {"field": picture.field, "control": picture.options, "dropout": picture.dropout}
-    write_json(folder / RECORD, {**metadata, **described, "sha256": digest})
-    return digest
+    write_adapter(folder, CONTROL, parts.state_dict(), {**metadata, **described})
 
 
 def take_control(folder: Path, model: LatentDiffusion, strength: float = 1.0) -> None:
     """Adds the control in one of our folders to a model, with the conditioner that reads its control image. strength:
     scale of the control, 1 as trained. Raises ValueError if it is damaged or belongs to another architecture, or the
     model already has one."""
-    record = read_record(folder / RECORD)
-    if record.get("sha256") != file_sha256(folder / CONTROL):
-        raise ValueError(f"{folder / CONTROL} is damaged: its sha256 is not the recorded one; take an undamaged copy")
-    tensors = finite_tensors(folder / CONTROL)
+    record, tensors = read_checked(folder, CONTROL), finite_tensors(folder / CONTROL)
     with shapes_only():  # a record may describe a network of any size
         described = _picture(record, folder / RECORD).state_dict()
     _check_picture(described, tensors, PICTURE, folder / RECORD)
@@ -72,9 +64,7 @@ def take_control(folder: Path, model: LatentDiffusion, strength: float = 1.0) ->
     try:
         parts.load_state_dict(tensors)
     except RuntimeError as error:
-        raise ValueError(
-            f"{folder} is a control of another architecture: {' '.join(str(error).split())[:200]}"
-        ) from error
+        raise ValueError(f"{folder} is a control of another architecture: {in_one_line(error)}") from error
     copy.strength = float(strength)
 
 

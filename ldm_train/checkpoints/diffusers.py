@@ -5,7 +5,6 @@ Such a folder may come from an untrusted source. Its files are treated as data: 
 names is imported, and nothing outside it is read.
 """
 
-import hashlib
 import re
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,6 @@ from ldm_train.checkpoints import diffusers_options as rules
 from ldm_train.checkpoints.diffusers_networks import (
     built,
     check_folder_links,
-    first_line,
     first_stage_tree,
     load_first_stage,
     load_unet,
@@ -31,11 +29,11 @@ from ldm_train.conditioning.base import Conditioner
 from ldm_train.conditioning.text import FrozenText, read_tokenizer
 from ldm_train.diffusion import parameterisation
 from ldm_train.diffusion.parameterisation import Parameterisation
-from ldm_train.diffusion.schedule import NoiseSchedule
+from ldm_train.errors import first_line
 from ldm_train.latent_diffusion import LatentDiffusion
 from ldm_train.models.autoencoder import AutoencoderIdentity
 from ldm_train.models.first_stage import FirstStage
-from ldm_train.storage import file_sha256, read_record
+from ldm_train.storage import files_sha256, read_record
 
 INDEX = "model_index.json"
 PIPELINES = (
@@ -157,12 +155,6 @@ def schedule_tree(folder: Path) -> tuple[dict[str, Any], str]:
     return tree | {"zero_terminal_snr": zero_snr}, prediction
 
 
-def load_schedule(folder: Path) -> tuple[NoiseSchedule, Parameterisation]:
-    """Returns the noise schedule and what the U-Net predicts."""
-    tree, prediction = schedule_tree(folder)
-    return build(tree, folder / "scheduler_config.json"), PREDICTIONS[prediction]()
-
-
 def _part(folder: Path, index: dict[str, Any], libraries: tuple[str, ...], *names: str) -> str:
     """Returns the first of these component names that a pipeline has. Raises ValueError if it has none, or if the
     component's class is not from one of `libraries`."""
@@ -255,10 +247,8 @@ def diffusers_metadata(folder: str | Path) -> dict[str, Any]:
     options of such models."""
     folder = Path(folder)
     check_folder_links(folder)
-    digest = hashlib.sha256()
     parts = [folder / n for n in ("unet", "vae", "vqvae", "text_encoder", "bert") if (folder / n).is_dir()]
     configs = [folder / INDEX, *sorted(folder.glob("*/*config.json"))]
-    for path in (*configs, *(p for part in parts for p in weight_files(part))):
-        digest.update(file_sha256(path).encode())
+    digest = files_sha256((*configs, *(p for part in parts for p in weight_files(part))))
     scale = 7.5 if any((folder / name).is_dir() for name in ("text_encoder", "bert")) else 1.0
-    return {"sha256": digest.hexdigest(), "sampling": DEFAULT_SAMPLING | {"guidance_scale": scale}}
+    return {"sha256": digest, "sampling": DEFAULT_SAMPLING | {"guidance_scale": scale}}

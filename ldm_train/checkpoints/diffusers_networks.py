@@ -17,6 +17,7 @@ from torch import nn
 from ldm_train.checkpoints import diffusers_options as rules
 from ldm_train.checkpoints.parts import build
 from ldm_train.devices import shapes_only
+from ldm_train.errors import first_line
 from ldm_train.models.first_stage import FirstStage
 from ldm_train.storage import check_links, read_record
 
@@ -100,10 +101,6 @@ def weight_files(folder: Path) -> list[Path]:
         if (folder / f"{stem}.bin").is_file():
             return [folder / f"{stem}.bin"]
     raise FileNotFoundError(f"{folder} holds no weights ({WEIGHTS[0]}.safetensors); download the whole model")
-
-
-def first_line(error: Exception) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0]
 
 
 def read_weights(folder: Path) -> dict[str, torch.Tensor]:

@@ -175,11 +175,7 @@ AUTOENCODER: Table = (
     | without_effect("sample_size force_upcast")
 )
 KL = AUTOENCODER | fixed(
-    shift_factor=None,
-    latents_mean=None,
-    latents_std=None,
-    use_quant_conv=True,
-    use_post_quant_conv=True,
+    shift_factor=None, latents_mean=None, latents_std=None, use_quant_conv=True, use_post_quant_conv=True
 )
 VQ = (
     AUTOENCODER

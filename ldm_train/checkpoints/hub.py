@@ -5,6 +5,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from ldm_train.errors import first_line
+
 REPO = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w.-]+)?")
 # Files from which our models and diffusers pipelines are read: no code, and no whole pipeline in a single weights file.
 DATA = ("*.json", "config.yaml", "*.txt", "model.safetensors", "diffusion_pytorch_model.safetensors", "*/*.safetensors")
@@ -33,9 +35,8 @@ def downloaded(repo: str) -> Path:
         try:
             return Path(snapshot_download(name, **options, local_files_only=True))
         except Exception:
-            reason = (str(error) or type(error).__name__).splitlines()[0]
             raise FileNotFoundError(
-                f"{repo} is not a folder here, and it could not be downloaded from the Hub ({reason}); check the name and the "
+                f"{repo} is not a folder here, and it could not be downloaded from the Hub ({first_line(error)}); check the name and the "
                 "network, or download it elsewhere and give its folder"
             ) from error
 
@@ -53,9 +54,8 @@ def upload(folder: Path, repo: str, private: bool, message: str) -> str:
             raise ValueError("it is there and public; make it private in its settings, or leave private=true out")
         api.upload_folder(repo_id=repo, folder_path=folder, commit_message=message)
     except Exception as error:  # the library raises many types of exceptions
-        reason = (str(error) or type(error).__name__).splitlines()[0]
         raise ConnectionError(
-            f"{repo} could not be uploaded ({reason}); sign in with `hf auth login`, check the name and the network, then run the "
-            "same command again"
+            f"{repo} could not be uploaded ({first_line(error)}); sign in with `hf auth login`, check the name and the network, then "
+            "run the same command again"
         ) from error
     return f"https://huggingface.co/{repo}"

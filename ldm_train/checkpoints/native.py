@@ -19,6 +19,7 @@ from ldm_train.checkpoints.hub import downloaded, is_repo
 from ldm_train.checkpoints.parts import build, build_sampler, find_part, no_larger_than, targets
 from ldm_train.conditioning.base import Conditioner
 from ldm_train.devices import Uninitialised, shapes_only
+from ldm_train.errors import in_one_line
 from ldm_train.latent_diffusion import LatentDiffusion, Sampling
 from ldm_train.storage import file_sha256, inside, read_config, read_record, write_atomically, write_json
 
@@ -180,8 +181,9 @@ def load_model(folder: str | Path, trust: Sequence[str] = ()) -> nn.Module:
     try:
         module.load_state_dict(names.weights(weights) if isinstance(module, LatentDiffusion) else weights)
     except RuntimeError as error:  # a tensor is missing, unexpected or of another shape
-        first = " ".join(str(error).split())[:300]
-        raise ValueError(f"{folder / WEIGHTS} does not fit the model of {folder / CONFIG}: {first}") from error
+        raise ValueError(
+            f"{folder / WEIGHTS} does not fit the model of {folder / CONFIG}: {in_one_line(error)}"
+        ) from error
     return module.eval()
 
 

@@ -21,7 +21,6 @@ from typing import Any
 from torch import nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
-from ldm_train import names
 from ldm_train.conditioning.text import TrainedText
 from ldm_train.models.autoencoder import Autoencoder
 from ldm_train.models.unet import UNet
@@ -51,7 +50,6 @@ def find_part(name: Any, where: str | Path, trust: Sequence[str] = (), places: S
     places: modules and packages of ldm_train whose own classes may be named. trust: packages, or dotted names, that the
         user has named. Nothing else is even imported. Raises ValueError with the file, what it asks for and the remedy.
     """
-    name = names.PARTS.get(name, name) if isinstance(name, str) else name
     if not isinstance(name, str) or not NAME.fullmatch(name):
         raise ValueError(f"{where} asks for {name!r}, which is not the name of a part")
     trusted = _within(name, trust)

@@ -1,6 +1,5 @@
 """Autoencoders converted, at their first use, from other programs' files or from whole models."""
 
-import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -22,7 +21,7 @@ from ldm_train.checkpoints.native import (
     recorded_sampling,
     save_model,
 )
-from ldm_train.storage import file_sha256, read_config
+from ldm_train.storage import files_sha256, read_config
 from ldm_train.unclip import ImageEmbeddings
 
 EMBEDDINGS = "ldm_train.unclip.ImageEmbeddings"
@@ -66,7 +65,7 @@ def adopted_autoencoder(path: Path, cache: Path, trust: Sequence[str] = ()) -> P
         check_folder_links(path)
         folder = next((path / name for name in ("vae", "vqvae") if is_diffusers(path) and (path / name).is_dir()), path)
         files = [folder / "config.json", *weight_files(folder)]
-    digest = hashlib.sha256("".join(map(file_sha256, files)).encode()).hexdigest()
+    digest = files_sha256(files)
     target = cache / f"{path.stem}-{digest[:12]}"
     if (target / METADATA).is_file():
         return target
@@ -86,9 +85,7 @@ def adopted_embeddings(folder: Path, cache: Path, trust: Sequence[str] = ()) -> 
     """The folder, below `cache`, of an autoencoder whose latents are the image embeddings that a native model is
     conditioned on (see `unclip.ImageEmbeddings`), created at its first use. Raises ValueError if `ImageEmbeddings` does
     not accept the model, e.g. because it is not conditioned on image embeddings."""
-    digest = hashlib.sha256(
-        "".join(file_sha256(folder / name) for name in (CONFIG, WEIGHTS, METADATA)).encode()
-    ).hexdigest()
+    digest = files_sha256(folder / name for name in (CONFIG, WEIGHTS, METADATA))
     target = cache / f"embeddings-{digest[:12]}"
     if (target / METADATA).is_file():
         return target

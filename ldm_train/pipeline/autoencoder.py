@@ -26,6 +26,7 @@ from ldm_train.checkpoints.native import (
 from ldm_train.compiling import compile_training
 from ldm_train.configuration import plain
 from ldm_train.devices import shapes_only
+from ldm_train.errors import in_one_line
 from ldm_train.losses.autoencoder import AutoencoderLoss
 from ldm_train.models.first_stage import FirstStage
 from ldm_train.pipeline import training
@@ -125,7 +126,7 @@ def give_discriminator(run: Run, loss: AutoencoderLoss) -> None:
                 loss.logvar.data.copy_(logvar.view(()))
             return
     except RuntimeError as error:
-        reason = f"that of autoencoder.init does not fit ({' '.join(str(error).split())[:160]})"
+        reason = f"that of autoencoder.init does not fit ({in_one_line(error)})"
     if wanted:
         raise ValueError(f"autoencoder.init_discriminator=true, but {reason}; leave it out for a new one")
     if run.machine.rank == 0:

@@ -16,6 +16,7 @@ from ldm_train.checkpoints.parts import build, whole
 from ldm_train.conditioning.class_label import ClassLabel
 from ldm_train.configuration import plain
 from ldm_train.devices import shapes_only
+from ldm_train.errors import in_one_line
 from ldm_train.latent_diffusion import LatentDiffusion
 from ldm_train.pipeline.adopt import ADOPTED, is_foreign
 from ldm_train.pipeline.convert import adopted_model
@@ -209,6 +210,7 @@ def begin_from(model: LatentDiffusion, folder: Path, trust: list[str], say: bool
             try:
                 conditioner.load_state_dict(before.state_dict())
             except RuntimeError as error:
-                reason = " ".join(str(error).split())[:200]
-                raise ValueError(f"diffusion.init={folder}: the conditioner {name} does not fit ({reason})") from error
+                raise ValueError(
+                    f"diffusion.init={folder}: the conditioner {name} does not fit ({in_one_line(error)})"
+                ) from error
     return other

@@ -1,6 +1,5 @@
 """ldm-convert: converts a model from one format to another."""
 
-import hashlib
 import json
 from functools import cache
 from pathlib import Path
@@ -24,7 +23,7 @@ from ldm_train.pipeline.card import write_card
 from ldm_train.pipeline.convert_adapter import convert_adapter, is_adapter
 from ldm_train.pipeline.formats import DTYPES, FORMS, Model, check_target, outputs
 from ldm_train.rules import Rule, check, either, flag, list_of, one_of, optional, text, whole
-from ldm_train.storage import file_sha256
+from ldm_train.storage import files_sha256
 
 RULES: dict[str, Rule] = {
     **dict.fromkeys(("from", "to"), text("a path; give from=<model> to=<folder or file>")),
@@ -158,7 +157,7 @@ def adopted_model(path: Path, place: Path) -> Path:
         files = sorted(
             p for p in path.rglob("*") if p.is_file() and p.suffix in (".json", ".safetensors", ".bin", ".txt")
         )
-    digest = hashlib.sha256("".join(map(file_sha256, files)).encode()).hexdigest()
+    digest = files_sha256(files)
     target = place / f"{path.stem}-{digest[:12]}-model"
     if (target / METADATA).is_file():
         return target

@@ -131,6 +131,6 @@ def _convert_control(config: DictConfig, source: Path, target: Path) -> Path:
         else:
             export_control(partial, model, tree, torch.float32)
 
-    write_folder(target, write, replace=True)
+    write_folder(target, write)
     print(f"to: {target}")
     return target

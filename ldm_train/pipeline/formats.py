@@ -201,7 +201,7 @@ def _along(folder: Path, parts: Sequence[Any]) -> str:
         for part in reversed(parts):
             part.save_pretrained(folder)
 
-    write_folder(folder, save_parts, replace=True)
+    write_folder(folder, save_parts)
     return f"./{folder.name}"
 
 
@@ -328,7 +328,7 @@ def of_diffusers(model: Model, target: Path, dtype: torch.dtype) -> Form:
         )
         if target.exists() and not theirs:
             raise FileExistsError(f"to={target} is there and no folder of diffusers; it is not replaced")
-        write_folder(target, write, replace=True)
+        write_folder(target, write)
 
     # The tolerance is for sums in another order: differences of about 1e-6 were measured.
     return Form([target], says, replaced, lambda: _diffusers_outputs(module, target, parts), 1e-4, hint)

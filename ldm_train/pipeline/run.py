@@ -178,23 +178,25 @@ class Run:
     def index(self, stage: str) -> "Index | ShardDataModule":
         """The data module of a stage, with its index. If only a plan is asked for and the images are not available, a
         stand-in with two classes, since the number of classes hardly affects memory."""
+        images = self._images(stage, ("image",))
+        return (
+            images if images is not None else Index({"classes": ["0", "1"]}, str(stage_data(self.config, stage).root))
+        )
+
+    def _images(self, stage: str, fields: tuple[str, ...]) -> ShardDataModule | None:
+        """The data module of a stage; None if only a plan is asked for and the images are not available."""
         try:
-            return self.data(stage, ("image",))
+            return self.data(stage, fields)
         except (FileNotFoundError, DataError) as error:
             if not self.plans_only:
                 raise
             self.missing[str(error)] = None
-            return Index({"classes": ["0", "1"]}, str(stage_data(self.config, stage).root))
+            return None
 
     def enough_images(self, stage: str, fields: tuple[str, ...]) -> int | None:
         """Returns the number of training images; None if only a plan is asked for and they are not available. Raises
         ValueError if they do not fill a batch."""
-        try:
-            images = self.data(stage, fields)
-        except (FileNotFoundError, DataError) as error:
-            if not self.plans_only:
-                raise
-            self.missing[str(error)] = None
+        if (images := self._images(stage, fields)) is None:
             return None
         count, size = images.count(images.train_split), self.config[stage].batch_size
         if (least := (bucketing(stage_data(self.config, stage)) or {}).get("min_images", size)) < size:

@@ -17,7 +17,7 @@ from ldm_train.errors import Refused
 from ldm_train.pipeline import plots
 from ldm_train.pipeline.plots import Rows
 from ldm_train.pipeline.resume import read_note
-from ldm_train.storage import read_record, write_atomically
+from ldm_train.storage import read_record, write_csv
 
 FAILED = "failed.json"
 # Options that differ between runs but are not swept.
@@ -125,12 +125,8 @@ def gather(runs: Sequence[SweptRun]) -> list[dict[str, Any]]:
     return table
 
 
-def write_csv(path: Path, rows: Rows) -> None:
-    text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, list(dict.fromkeys(k for row in rows for k in row)), restval="")
-    writer.writeheader()
-    writer.writerows(rows)
-    write_atomically(path, lambda file: file.write(text.getvalue().encode()))
+def columns_of(rows: Rows) -> list[str]:
+    return list(dict.fromkeys(k for row in rows for k in row))
 
 
 def curve_metric(runs: Sequence[SweptRun], asked: str | None) -> str | None:
@@ -168,13 +164,13 @@ def summarise(
 ) -> list[Path]:
     """Writes sweep.csv, curves.csv, curves.png and f.png for the runs so far; returns the paths written."""
     written = [folder / "sweep.csv"]
-    write_csv(written[0], table)
+    write_csv(written[0], columns_of(table), table)
     column = curve_metric(runs, metric)
     factors = [run.factor for run in runs if run.config]
     by_factor = len(set(factors)) == len(factors) > 1
     names = {run.folder.name: f"f = {run.factor}" if by_factor else run.folder.name[:40] for run in runs}
     if column is not None and (rows := curves(runs, column)):
-        write_csv(folder / "curves.csv", rows)
+        write_csv(folder / "curves.csv", columns_of(rows), rows)
         written += [folder / "curves.csv", plots.curves(rows, column, names, folder / "curves.png")]
     number = final_number(table, column, final)
     points = [r for r in table if number is not None and r.get(number) not in (None, "")]
@@ -247,7 +243,7 @@ def sweep(config: DictConfig) -> list[Path]:
             raise ValueError(
                 f"no run of {folder} has finished its diffusion stage: there is nothing to sample from yet"
             )
-        write_csv(folder / "speed.csv", rows)
+        write_csv(folder / "speed.csv", columns_of(rows), rows)
         metric = name if name in rows[0] else runs[0].measured()[0]
         written += [folder / "speed.csv", plots.speed(rows, metric, folder / "speed.png")]
     if config.ledger:

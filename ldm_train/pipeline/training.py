@@ -17,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from ldm_train.checkpoints.native import read_metadata, save_model
 from ldm_train.compiling import check_compiler
 from ldm_train.configuration import config_folder, plain
+from ldm_train.errors import first_line
 from ldm_train.pipeline.data import batching_of
 from ldm_train.pipeline.run import Run
 from ldm_train.training.callbacks.clock import Clock, seconds_of
@@ -166,5 +167,5 @@ def forward_flops(option: str, tree: Mapping[str, Any], module: nn.Module, *inpu
             module(*inputs, **named)
     except (RuntimeError, TypeError, IndexError, ZeroDivisionError) as error:
         shapes = ", ".join("x".join(map(str, i.shape)) for i in inputs)
-        raise ValueError(f"{option} does not run on an input of {shapes}: {str(error).splitlines()[0]}") from error
+        raise ValueError(f"{option} does not run on an input of {shapes}: {first_line(error)}") from error
     return _counted.setdefault(alike, counter.get_total_flops())

@@ -153,11 +153,7 @@ def change(path: Path, **options: Any) -> None:
             r"class_embed_type='timestep'; models with class_embed_type=None can be",
         ),
         ("unet/config.json", {"norm_num_groups": 16}, "norm_num_groups=16 at width 128"),
-        (
-            "unet/config.json",
-            {"in_channels": 9},
-            "in_channels=9, the latents have 4 channels: depth and x4 upsc",
-        ),
+        ("unet/config.json", {"in_channels": 9}, "in_channels=9, the latents have 4 channels: depth and x4 upsc"),
         ("unet/config.json", {"layers_per_block": 2}, r"unet lacks down_blocks"),
         ("unet/config.json", {"block_out_channels": [2**14, 2**14]}, r"unet: .* has shape \(512, 128\)"),
         ("text_encoder/config.json", {"hidden_size": 48}, "hidden_size=48; models with hidden_size=32, as the U-Net"),

@@ -10,9 +10,10 @@ import pytest
 import torch
 from torch import nn
 
-from ldm_train.checkpoints.diffusers import PREDICTIONS, load_schedule
+from ldm_train.checkpoints.diffusers import schedule_tree
 from ldm_train.checkpoints.diffusers_networks import load_first_stage, load_unet
 from ldm_train.checkpoints.diffusers_options import SCHEDULERS
+from ldm_train.checkpoints.parts import build
 
 TRUNK = {"block_out_channels": [128, 128], "layers_per_block": 1, "norm_num_groups": 32}
 LATENTS = {"sample_size": 8, "in_channels": 4, "out_channels": 4}
@@ -245,8 +246,9 @@ def test_every_scheduler_has_the_schedule_it_has_in_diffusers(kind: str, tmp_pat
     ):
         theirs = make(**options)
         theirs.save_config(tmp_path)
-        schedule, prediction = load_schedule(tmp_path)
-        assert type(prediction) is PREDICTIONS[theirs.config.prediction_type]
+        tree, prediction = schedule_tree(tmp_path)
+        assert prediction == theirs.config.prediction_type
+        schedule = build(tree, tmp_path)
         torch.testing.assert_close(schedule.alphas_cumprod.float(), theirs.alphas_cumprod, rtol=1e-4, atol=1e-6)
 
 
@@ -256,7 +258,7 @@ def test_every_scheduler_has_the_schedule_it_has_in_diffusers(kind: str, tmp_pat
 def test_schedulers_of_other_processes_are_refused_by_name(kind: str, tmp_path: Path) -> None:
     getattr(diffusers, kind)().save_config(tmp_path)
     with pytest.raises(ValueError, match=rf"scheduler_config.json is for '{kind}'; DDIMScheduler, .* can be loaded"):
-        load_schedule(tmp_path)
+        schedule_tree(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -282,7 +284,7 @@ def test_a_schedule_that_would_be_another_is_refused_by_name(options: dict, tmp_
     config = {"_class_name": "DDIMScheduler"} | options
     (tmp_path / "scheduler_config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match=f"scheduler_config.json has {next(iter(options))}="):
-        load_schedule(tmp_path)
+        schedule_tree(tmp_path)
     (tmp_path / "scheduler_config.json").write_text(json.dumps({"_class_name": "DDIMScheduler", "beta_start": 0.5}))
     with pytest.raises(ValueError, match=r"scheduler_config.json: need 0 < beta_start"):
-        load_schedule(tmp_path)
+        build(schedule_tree(tmp_path)[0], tmp_path / "scheduler_config.json")

@@ -93,11 +93,7 @@ def reference(unet: UNet, attention_levels: tuple[int, ...], **arguments) -> UNe
         ((0, 1), {"scale_shift": True}, {"resnet_time_scale_shift": "scale_shift"}),
         ((1,), {"linear_projection": True}, {"use_linear_projection": True}),
         ((0, 1), {"transformer_depth": 2}, {"transformer_layers_per_block": 2}),
-        (
-            (0, 1),
-            {"vector_dim": 10},
-            {"class_embed_type": "projection", "projection_class_embeddings_input_dim": 10},
-        ),
+        ((0, 1), {"vector_dim": 10}, {"class_embed_type": "projection", "projection_class_embeddings_input_dim": 10}),
     ],
     ids=["attention everywhere", "attention at level 0", "scale_shift", "linear_projection", "depth 2", "vector"],
 )
