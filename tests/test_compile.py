@@ -185,12 +185,15 @@ def test_training_is_compiled_and_what_has_no_gradients_runs_as_written() -> Non
     assert len(graphs) == 1  # one graph for the three blocks, which are alike
 
 
-def test_a_missing_compiler_is_said_with_the_option(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_compiler_is_said_with_the_option() -> None:
     from torch._inductor import config
 
-    monkeypatch.setattr(config.cpp, "cxx", (None, "/nothing/g++"))
-    with pytest.raises(
-        ValueError, match=r"diffusion\.compile needs a C\+\+ compiler on a CPU.*leave diffusion\.compile out"
+    # Not by monkeypatch, which would leave the option out of torch's config for the tests that follow.
+    with (
+        config.patch({"cpp.cxx": (None, "/nothing/g++")}),
+        pytest.raises(
+            ValueError, match=r"diffusion\.compile needs a C\+\+ compiler on a CPU.*leave diffusion\.compile out"
+        ),
     ):
         check_compiler("diffusion.compile", torch.device("cpu"))
 
