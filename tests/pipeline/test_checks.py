@@ -15,8 +15,8 @@ from omegaconf import DictConfig, OmegaConf
 
 from ldm_train.cli.common import TRACEBACK, USER_ERRORS, run_command
 from ldm_train.configuration import config_folder
+from ldm_train.pipeline import measure, train
 from ldm_train.pipeline import resume as stages
-from ldm_train.pipeline import train
 from ldm_train.pipeline.machine import machine_of
 from ldm_train.pipeline.run import Run, own_parts
 
@@ -233,3 +233,26 @@ def test_any_option_with_any_value_is_taken_or_refused_in_words(
         except Exception as error:
             unnamed.append(f"{key}={value!r}: {type(error).__name__}: {error}")
     assert not unnamed, "\n".join(sorted(set(unnamed)))
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (("run=a", "against=photos"), r"against= has no effect with run=, .*; set reference=<split or \.npz> for this"),
+        (("run=a", "image_size=64"), r"image_size= has no effect with run=, only with images=; set data\.image_size="),
+        (("reconstruct=a", "guidance_scale=2"), "guidance_scale= has no effect with reconstruct=, only with run="),
+        (("images=a", "against=b", "seed=1"), "seed= has no effect with images=, only with run=; leave it out"),
+    ],
+)
+def test_options_without_effect_on_what_is_measured_are_refused(options: tuple[str, ...], sentence: str) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        measure.check(composed("evaluate", *options))
+
+
+def test_options_with_an_effect_on_what_is_measured_are_taken() -> None:
+    for options in (
+        ("run=a", "seed=1", "reference=train"),
+        ("reconstruct=a", "paired=[]"),
+        ("images=a", "image_size=8"),
+    ):
+        measure.check(composed("evaluate", *options))
