@@ -1,11 +1,11 @@
-"""Device helpers: non-blocking copies to an accelerator, full precision, modules without initialised weights, and
+"""Device helpers: non-blocking copies to an accelerator, modules without initialised weights, and
 keeping freed CPU memory in the process."""
 
 import ctypes
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -50,13 +50,6 @@ def to_device(tensor: torch.Tensor, device: torch.device | str) -> torch.Tensor:
     if device.type == "cuda" and not tensor.is_pinned():
         tensor = tensor.contiguous().pin_memory()
     return tensor.to(device, non_blocking=True)
-
-
-def full_precision(device: torch.device) -> AbstractContextManager:
-    """A context without autocast. For a device type that has no autocast (meta, in a memory rehearsal), the CPU's
-    autocast is switched off."""
-    known = torch.amp.is_autocast_available(device.type)
-    return torch.autocast(device.type if known else "cpu", enabled=False)
 
 
 class Uninitialised(TorchFunctionMode):

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from ldm_train.conditioning.base import SPATIAL, Conditioner, check_widths, merge
+from ldm_train.conditioning.base import SPATIAL, Conditioner, check_widths, keep, merge
 from ldm_train.devices import to_device
 from ldm_train.diffusion.denoiser import Denoiser, Network
 from ldm_train.diffusion.guidance import Denoise, classifier_free, keep_known
@@ -302,7 +302,7 @@ class LatentDiffusion(nn.Module):
         how.require("sampler", "num_inference_steps")
         if not 0 <= start.strength <= 1:
             raise ValueError(f"strength is a share between 0 and 1, not {start.strength}")
-        for given in (start.latents, start.noise):
+        for given in (start.latents, start.noise, start.known):
             latent_size = latent_size if given is None else tuple(given.shape[2:])
         _check_lengths(len(seeds), batch, condition, start, guidance)
         noise = NoiseSource(seeds)
@@ -339,16 +339,14 @@ class LatentDiffusion(nn.Module):
         condition = self.sampled_condition(batch, count, latent_size) if given is None else given
         denoise = self.denoiser(condition, how.overlap)
         # If there is no condition that guidance could drop, both of its sides are the same.
-        conditional = given is not None or guidance.negative or {*self.fields} & batch.keys() - self._kept
+        conditional = guidance.negative or {*self.fields} & {*(batch if given is None else self.fields)} - self._kept
         if (scale := float(how.guidance_scale)) != 1 and (weaker is not None or conditional):
             if weaker is not None:
                 other = weaker.denoiser(weaker.sampled_condition(batch, count, latent_size), how.overlap)
             else:
                 away = self.sampled_condition(guidance.negative or {}, count, latent_size, batch)
-                for slot in SPATIAL:
-                    spatial = [c for c in self.conditioners.values() if slot in c.widths]
-                    if given is not None and spatial and not any(c.dropout for c in spatial):
-                        away[slot] = given[slot]  # as `sampled_condition` keeps those of a batch
+                if given is not None:  # keeps what `sampled_condition` keeps of a batch
+                    keep(away, given, self.conditioners.values(), self._kept)
                 other = self.denoiser(away, how.overlap)
             interval = {} if how.guidance_interval is None else {"interval": tuple(how.guidance_interval)}
             denoise = guidance.rule(denoise, other, scale, **interval)
@@ -394,7 +392,9 @@ def _check_lengths(
 ) -> None:
     """Raises ValueError if an argument does not have one entry per seed."""
     given = {"batch": batch, "negative": guidance.negative or {}, "condition": condition or {}}
-    given |= {k: {k: v} for k, v in (("start", start.latents), ("noise", start.noise)) if v is not None}
+    given |= {k: {k: v} for k in ("latents", "noise", "known", "mask") if (v := getattr(start, k)) is not None}
     for name, values in given.items():
         if any(len(v) != count for v in values.values()):
             raise ValueError(f"{count} seeds but {name} of lengths {[len(v) for v in values.values()]}")
+    if (start.known is None) != (start.mask is None):
+        raise ValueError("known latents and the mask of their hole go together")

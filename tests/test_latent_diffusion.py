@@ -187,6 +187,28 @@ def test_a_mixture_is_its_parts_at_its_ends_and_keeps_every_token_that_counts() 
     torch.testing.assert_close(made, model.sample(short, [3], Sampling(ddim, 3)))
 
 
+def test_guidance_keeps_what_training_never_dropped_in_a_given_condition_too() -> None:
+    """The noise level of the small picture, which stands in the vector beside the class, is kept with the picture."""
+    low = LowResolution(factor=2, noise_levels=50, vector_dim=4)
+    model = randomised(build({"class": ClassLabel(3, 6), "low": low}, concat_channels=3, vector_dim=10)).eval()
+    batch = {"class_label": torch.tensor([0, 2]), "lowres": torch.rand(2, 3, 4, 4) * 2 - 1}
+    how, seeds, condition = Sampling(ddim, 3, 5.0), [3, 4], model.condition(batch)
+    torch.testing.assert_close(model.sample({}, seeds, how, condition=condition), model.sample(batch, seeds, how))
+    alone = randomised(build({"low": LowResolution(factor=2)}, concat_channels=3))  # nothing is left to guide
+    seen = calls(alone)
+    alone.sample({}, seeds, how, condition=alone.condition({"lowres": batch["lowres"]}))
+    assert seen == [2] * 3
+
+
+def test_known_latents_that_do_not_fit_are_named() -> None:
+    model, known, mask = build(), torch.randn(1, 2, 6, 4), torch.ones(1, 1, 6, 4)
+    assert model.sample({}, [3], Sampling(ddim, 2), Start(known=known, mask=mask)).shape == (1, 3, 12, 8)
+    with pytest.raises(ValueError, match=r"2 seeds but known of lengths \[1\]"):
+        model.sample({}, [3, 4], Sampling(ddim, 2), Start(known=known, mask=mask))
+    with pytest.raises(ValueError, match="known latents and the mask of their hole go together"):
+        model.sample({}, [3], Sampling(ddim, 2), Start(known=known))
+
+
 def test_what_is_inverted_is_drawn_again() -> None:
     model = randomised(class_and_text(), 0.02)
     batch, latents = {"caption": ["a cat", "a dog"]}, torch.randn(2, 2, 4, 4)

@@ -1,7 +1,7 @@
 """The interface of conditioners: networks that turn one field of a batch into inputs of the denoising network."""
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -140,6 +140,23 @@ def merge(outputs: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
         if parts:
             merged[key] = torch.cat(parts, dim=1)
     return merged
+
+
+def keep(
+    condition: dict[str, torch.Tensor],
+    of: Mapping[str, torch.Tensor],
+    conditioners: Iterable[Conditioner],
+    fields: Collection[str],
+) -> None:
+    """Replaces in a merged `condition` what conditioners of these fields give, except context, by what `of` has of them.
+    conditioners: all of the model, in their order."""
+    begin = dict.fromkeys(SLOTS, 0)
+    for conditioner in conditioners:
+        for slot, width in conditioner.widths.items():
+            if slot != "context" and conditioner.field in fields:  # context is joined along tokens
+                part = slice(begin[slot], begin[slot] + width)
+                condition[slot][:, part] = of[slot][:, part]
+            begin[slot] += width
 
 
 def check_widths(of_network: Mapping[str, int], conditioners: Mapping[str, Conditioner]) -> None:

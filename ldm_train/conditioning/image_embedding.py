@@ -61,7 +61,7 @@ class PretrainedVision(nn.Module):
                     raise OSError("no such folder")  # a path, not a name to download
                 clip = AutoConfig.from_pretrained(path, trust_remote_code=False).model_type.startswith("clip")
                 kind = CLIPVisionModelWithProjection if clip else AutoModel
-                model = kind.from_pretrained(path, trust_remote_code=False)
+                model = kind.from_pretrained(path, trust_remote_code=False, dtype=torch.float32)  # not its file's type
                 self.take(AutoImageProcessor.from_pretrained(path, trust_remote_code=False), model)
         return self
 

@@ -72,8 +72,8 @@ class LayoutBoxes(Conditioner):
             raise ValueError(
                 f"a box has no extent: {boxes[:, :4].tolist()} (x, y, width, height in 0..1, the last two above 0)"
             )
-        if len(boxes) and (label.min() < 0 or label.max() >= len(self.names)):
-            raise ValueError(f"box label {int(label.max())} is outside the {len(self.names)} labels of this model")
+        if len(unknown := label[(label < 0) | (label >= len(self.names))]):
+            raise ValueError(f"box label {int(unknown[0])} is outside the {len(self.names)} labels of this model")
         if len(boxes) and (min(x.min(), y.min()) < -0.01 or max((x + w).max(), (y + h).max()) > 1.01):
             raise ValueError(f"a box is not inside the picture: {boxes[:, :4].tolist()} (x, y, width, height in 0..1)")
         order = (w * h).argsort(descending=True, stable=True)[: self.max_objects]

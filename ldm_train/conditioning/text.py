@@ -277,16 +277,16 @@ class FrozenText(Captions):
             holds = "config.json, weights and tokenizer as diffusion.conditioning.conditioners.text.path=<folder>"
             with loading("text encoder", self.path, holds):
 
-                def loaded(kind: type, path: str) -> Any:
+                def loaded(kind: type, path: str, **options: Any) -> Any:
                     local = Path(path).is_dir()  # a local folder needs no network
-                    return kind.from_pretrained(path, local_files_only=local, trust_remote_code=False)
+                    return kind.from_pretrained(path, local_files_only=local, trust_remote_code=False, **options)
 
                 tokenizer = loaded(AutoTokenizer, self.tokenizer_path)
                 clip = loaded(AutoConfig, self.path).model_type.startswith("clip")
                 if self.layer == "projected" and not clip:
                     raise ValueError("layer=projected is for models of CLIP")
                 kind = CLIPTextModelWithProjection if self.layer == "projected" else CLIPTextModel
-                model = loaded(kind if clip else AutoModel, self.path)
+                model = loaded(kind if clip else AutoModel, self.path, dtype=torch.float32)  # not its file's type
             if self.pad_id is not None and not 0 <= self.pad_id < len(tokenizer):
                 raise ValueError(f"pad_id={self.pad_id} is not among the tokenizer's {len(tokenizer)} tokens")
             self._whole = (model,)

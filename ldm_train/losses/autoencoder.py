@@ -3,9 +3,9 @@
 import torch
 from torch import nn
 
-from ldm_train.devices import full_precision
 from ldm_train.distributed import mean_over_ranks
 from ldm_train.losses.adversarial import adaptive_weight, hinge_loss, vanilla_loss
+from ldm_train.models.layers import full_precision
 from ldm_train.models.posterior import Posterior
 
 

@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.nn import functional as F
 
-from ldm_train.devices import full_precision
 from ldm_train.images import in_threes, mean_over_groups
+from ldm_train.models.layers import full_precision
 from ldm_train.storage import file_sha256
 
 WEIGHTS = Path(__file__).parent / "weights"

@@ -294,10 +294,14 @@ class AutoencoderVQ(Autoencoder):
 
     def decode(self, latents: torch.Tensor, tiles: Tiles | None = None) -> torch.Tensor:
         """latents (B, C, h, w) before quantisation -> images (B, in_channels, h*f, w*f), about [-1, 1]."""
+        return super().decode(self.quantized(latents), tiles)
+
+    def quantized(self, latents: torch.Tensor) -> torch.Tensor:
+        """latents (B, C, h, w) -> their nearest codes, of the same shape."""
         codes = self.quantize.lookup(self.quantize.nearest(latents))
         if latents.requires_grad:  # guidance through the decoder: straight-through gradient
             codes = latents + (codes - latents).detach()
-        return super().decode(codes.to(latents.dtype), tiles)
+        return codes.to(latents.dtype)
 
     def forward(
         self, images: torch.Tensor, sample: bool = True, change: Change | None = None

@@ -1,11 +1,20 @@
-"""Layers shared by the U-Net and the autoencoder. Module names follow CompVis/latent-diffusion, so its keys load."""
+"""Layers shared by the U-Net and the autoencoder, and full precision under autocast. Module names follow CompVis/latent-diffusion, so its keys load."""
 
 import math
+from contextlib import AbstractContextManager
+from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
+
+
+def full_precision(device: torch.device) -> AbstractContextManager[Any]:
+    """A context without autocast. For a device type that has no autocast (meta, in a memory rehearsal), the CPU's
+    autocast is switched off."""
+    known = torch.amp.is_autocast_available(device.type)
+    return torch.autocast(device.type if known else "cpu", enabled=False)
 
 
 class GroupNorm(nn.GroupNorm):

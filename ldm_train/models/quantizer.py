@@ -6,6 +6,8 @@ from einops import rearrange
 from torch import nn
 from torch.nn import functional as F
 
+from ldm_train.models.layers import full_precision
+
 
 def _summed(values: torch.Tensor) -> torch.Tensor:
     """Sums `values` over all ranks in place and returns it."""
@@ -56,8 +58,10 @@ class VectorQuantizer(nn.Module):
         """latents (B, dim, h, w) -> indices (B, h, w) of the nearest codes."""
         flat = rearrange(latents, "b c h w -> (b h w) c").float()
         codes = self.embedding.weight.float()
-        # |z - e|^2 without the term |z|^2, which is the same for all codes
-        distance = torch.addmm(codes.square().sum(dim=1), flat, codes.T, alpha=-2)
+        # |z - e|^2 without the term |z|^2, which is the same for all codes. Autocast would compute this product in bfloat16,
+        # which tells few of thousands of codes apart.
+        with full_precision(flat.device):
+            distance = torch.addmm(codes.square().sum(dim=1), flat, codes.T, alpha=-2)
         return distance.argmin(dim=1).view(len(latents), *latents.shape[2:])
 
     def lookup(self, indices: torch.Tensor) -> torch.Tensor:

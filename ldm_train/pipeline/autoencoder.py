@@ -160,6 +160,26 @@ def on_meta(run: Run) -> nn.Module:
     return network
 
 
+def _check_sizes(run: Run, factor: int, loss: nn.Module) -> None:
+    """Raises ValueError if the smallest pictures of the training are too small for the discriminator, which would show
+    only when it begins."""
+    if (discriminator := getattr(loss, "discriminator", None)) is None:
+        return
+    augmentation = instantiate(run.config.autoencoder.task.get("augmentation"))
+    size = sides(stage_data(run.config, "autoencoder").image_size)
+    least = size if augmentation is None else augmentation.smallest(size, factor)
+    try:
+        discriminator.eval()(torch.empty(1, run.config.data.channels, *least, device="meta"))
+    except RuntimeError as error:
+        drawn = (
+            "" if least == size else f", which autoencoder.task.augmentation.equivariance draws of {size[0]}x{size[1]},"
+        )
+        raise ValueError(
+            f"the discriminator cannot look at pictures of {least[0]}x{least[1]}{drawn} ({in_one_line(error)}): "
+            "set fewer layers (autoencoder.loss.discriminator.num_layers=2), or leave it out (autoencoder.loss.discriminator=null)"
+        ) from None
+
+
 class AutoencoderStage(Stage):
     """Trains a KL or VQ autoencoder with perceptual and patch-GAN losses, or takes a pretrained one."""
 
@@ -201,7 +221,8 @@ class AutoencoderStage(Stage):
             )
         run.decode_one(run.data("autoencoder", ("image",)))
         with shapes_only():  # without the perceptual network, which is loaded only when the stage runs
-            instantiate(plain(run.config.autoencoder.loss) | {"perceptual": None}, _convert_="all")
+            loss = instantiate(plain(run.config.autoencoder.loss) | {"perceptual": None}, _convert_="all")
+        _check_sizes(run, network.downsample_factor, loss)
 
     def plan(self, run: Run) -> Plan | None:
         if not self.steps(run):

@@ -7,6 +7,10 @@ from ldm_train.diffusion.process import NoiseProcess
 from ldm_train.rng import NoiseSource
 from ldm_train.samplers import Callback
 
+# A step that divides the noise level by more than this is Euler's, as the slope at its end says nothing of its beginning:
+# the first one of the cosine schedule and of flows, which begin at levels of hundreds and more.
+LONG = 20
+
 
 def heun(
     denoise: Denoise,
@@ -18,7 +22,7 @@ def heun(
     callback: Callback | None = None,
 ) -> torch.Tensor:
     """Averages the slopes at the two ends of each step: two evaluations per step, one in the last step to the clean
-    image.
+    image, and in steps that divide the noise level by more than `LONG`.
     No noise is drawn.
     The other arguments: see `ldm_train.samplers`.
     """
@@ -29,7 +33,7 @@ def heun(
         pred_x0 = denoise(y * alphas[step], times[step])
         slope = (y - pred_x0) / level
         ahead = y + (following - level) * slope
-        if following > 0:
+        if following > level / LONG:
             pred_x0 = denoise(ahead * alphas[step + 1], times[step + 1])
             ahead = y + (following - level) * (slope + (ahead - pred_x0) / following) / 2
         y = ahead

@@ -6,6 +6,7 @@ from ldm_train.diffusion.guidance import Denoise
 from ldm_train.diffusion.process import NoiseProcess
 from ldm_train.rng import NoiseSource
 from ldm_train.samplers import Callback
+from ldm_train.samplers.heun import LONG
 
 # Coefficients of Adams-Bashforth, the newest first.
 ADAMS_BASHFORTH = ((1.0,), (3 / 2, -1 / 2), (23 / 12, -16 / 12, 5 / 12), (55 / 24, -59 / 24, 37 / 24, -9 / 24))
@@ -21,7 +22,7 @@ def plms(
     callback: Callback | None = None,
 ) -> torch.Tensor:
     """DDIM's step with a noise estimate extrapolated from the last four, which assumes even steps in t; the first step
-    averages the estimates at its two ends, which takes one more evaluation.
+    averages the estimates at its two ends, which takes one more evaluation, unless it is longer than Heun's `LONG`.
     No noise is drawn.
     The other arguments: see `ldm_train.samplers`.
     """
@@ -38,7 +39,7 @@ def plms(
         pred_x0 = denoise(x_t, times[step])
         eps = (x_t - alphas[step] * pred_x0) / sigmas[step]
         history = [eps, *history[:3]]
-        if step == 0 and sigmas[1] > 0:
+        if step == 0 and levels[1] > levels[0] / LONG:
             ahead = move(x_t, eps, 0)
             eps = (eps + (ahead - alphas[1] * denoise(ahead, times[1])) / sigmas[1]) / 2
         else:

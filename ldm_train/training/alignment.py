@@ -7,7 +7,7 @@ from einops import rearrange
 from torch import nn
 from torch.nn import functional as F
 
-from ldm_train.models.autoencoder import Autoencoder
+from ldm_train.models.autoencoder import Autoencoder, AutoencoderVQ
 from ldm_train.models.first_stage import FirstStage
 
 
@@ -57,6 +57,9 @@ class Alignment(nn.Module):
     @torch.no_grad()
     def _features(self, latents: torch.Tensor, first_stage: FirstStage) -> torch.Tensor:
         autoencoder = first_stage.autoencoder
-        first = autoencoder.post_quant_conv(latents / first_stage.scale + first_stage.shift)
+        latents = latents / first_stage.scale + first_stage.shift
+        if isinstance(autoencoder, AutoencoderVQ):  # the decoder was trained on codes alone
+            latents = autoencoder.quantized(latents)
+        first = autoencoder.post_quant_conv(latents)
         features = autoencoder.decoder.mid(autoencoder.decoder.conv_in(first)).float()
         return features - features.mean(dim=(2, 3), keepdim=True)  # keeps only what differs between positions

@@ -7,13 +7,13 @@ import torch
 from torch import nn
 
 from ldm_train import images as pictures
-from ldm_train.devices import full_precision
 from ldm_train.distributed import gathered
 from ldm_train.losses.autoencoder import AutoencoderLoss
 from ldm_train.metrics.distribution import frechet_distance
 from ldm_train.metrics.paired import psnr, ssim
 from ldm_train.metrics.sets import Moments
 from ldm_train.models.autoencoder import Autoencoder
+from ldm_train.models.layers import full_precision
 from ldm_train.models.posterior import Point
 from ldm_train.models.quantizer import perplexity
 from ldm_train.training.latent_augmentation import LatentAugmentation

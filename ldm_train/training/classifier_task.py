@@ -15,7 +15,8 @@ from ldm_train.training.task import BINS, Task
 
 
 class ClassifierTask(Task):
-    """Cross-entropy on latents at uniformly drawn timesteps (Dhariwal and Nichol 2021, section 4).
+    """Cross-entropy on noisy latents (Dhariwal and Nichol 2021, section 4), at timesteps drawn as the denoising network's
+    training draws them: uniformly, unless the noise process says otherwise.
 
     first_stage, schedule: those of the diffusion model to be guided. optimisation: the other options of `Task`.
     Validation: loss and accuracy at noise and timesteps that are a function of the sample's key; accuracy also per

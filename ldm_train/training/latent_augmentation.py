@@ -54,6 +54,13 @@ class LatentAugmentation:
 
         return change, images
 
+    def smallest(self, size: tuple[int, int], factor: int) -> tuple[int, int]:
+        """Returns the smallest pictures that the decoder reconstructs, of images of `size` (H, W)."""
+        if not self.equivariance:
+            return size
+        rows, columns = size[0] // factor, size[1] // factor
+        return _scaled(rows, columns, (rows + 1) // 2, factor)
+
     def _noised(self, latents: torch.Tensor) -> torch.Tensor:
         share = self.most * torch.rand_like(latents[:, :1, :1, :1])
         return latents * (1 - share) + self.noise * share * torch.randn_like(latents)
@@ -63,10 +70,15 @@ class LatentAugmentation:
         and full size; the images transformed in the same way)."""
         height, width = (n // factor for n in images.shape[2:])
         turns, rows = int(torch.randint(4, ())), int(torch.randint((height + 1) // 2, height + 1, ()))
-        size = (rows, max(1, round(width * rows / height)))
+        size = _scaled(height, width, rows)
 
         def resized(x: torch.Tensor, to: tuple[int, int]) -> torch.Tensor:
             smaller = F.interpolate(x, to, mode="bilinear", antialias=True) if tuple(x.shape[2:]) != to else x
             return smaller.rot90(turns, (2, 3)).contiguous(memory_format=torch.channels_last)
 
-        return lambda z: resized(z, size), resized(images, (size[0] * factor, size[1] * factor))
+        return lambda z: resized(z, size), resized(images, _scaled(height, width, rows, factor))
+
+
+def _scaled(height: int, width: int, rows: int, factor: int = 1) -> tuple[int, int]:
+    """Returns the size of latents (height, width) scaled to `rows` rows, times `factor`."""
+    return rows * factor, max(1, round(width * rows / height)) * factor

@@ -1,13 +1,16 @@
 """The CLIP score: its cosines equal those of transformers, and guidance by its gradient raises them."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTokenizer
+from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTokenizer, CLIPVisionModelWithProjection
 
 from ldm_train.conditioning.clip_score import ClipScore
+from ldm_train.conditioning.image_embedding import PretrainedVision
+from ldm_train.conditioning.text import FrozenText
 from ldm_train.diffusion.guidance import score_guidance
 from ldm_train.diffusion.schedule import NoiseSchedule
 from ldm_train.rng import NoiseSource
@@ -48,6 +51,19 @@ def test_cosines_are_those_of_transformers(folder: Path) -> None:
     torch.testing.assert_close(found, expected.diagonal(), rtol=1e-4, atol=1e-4)
     assert score(images[:, :1], score.texts(captions)).shape == (2,)
     assert len(score.texts(["a red dog " * 50])) == 1  # longer than the model's context
+
+
+def test_models_stored_in_half_precision_compute_in_float32(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    CLIPModel.from_pretrained(folder).half().save_pretrained(tmp_path)
+    score, images = ClipScore(str(tmp_path)), torch.rand(2, 3, 16, 16) * 2 - 1
+    assert score.texts(["a red dog"]).dtype == score.embedded(images).dtype == torch.float32
+    text = FrozenText(str(tmp_path), 32, max_length=12).pretrained()[1]
+    config = CLIPConfig.from_pretrained(folder).vision_config
+    CLIPVisionModelWithProjection(config).half().save_pretrained(tmp_path)
+    vision = PretrainedVision(str(tmp_path)).loaded().model
+    for model in (score.model, text, vision):
+        assert {weight.dtype for weight in model.parameters()} == {torch.float32}
 
 
 def test_guidance_by_its_gradient_raises_the_score(folder: Path) -> None:

@@ -139,6 +139,8 @@ def test_wrong_layouts_are_named() -> None:
     conditioner = LayoutBoxes(16, ["cat", "dog"], max_objects=3, vocab_size=101, depth=1, heads=2)
     with pytest.raises(ValueError, match="box label 2 is outside the 2 labels"):
         conditioner.tokens(torch.tensor([[0.1, 0.1, 0.2, 0.2, 2.0]]))
+    with pytest.raises(ValueError, match="box label -1 is outside the 2 labels"):
+        conditioner.tokens(torch.tensor([[0.1, 0.1, 0.2, 0.2, 1.0], [0.1, 0.1, 0.2, 0.2, -1.0]]))
     with pytest.raises(ValueError, match="a box is not inside the picture"):
         conditioner.tokens(torch.tensor([[0.9, 0.1, 0.2, 0.2, 1.0]]))
     with pytest.raises(ValueError, match="unknown label 'cow'; this model knows cat, dog"):

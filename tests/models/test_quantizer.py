@@ -25,6 +25,15 @@ def test_each_vector_gets_the_nearest_code() -> None:
     assert torch.equal(made(latents)[2], expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_mixed_precision_chooses_the_codes_that_float32_chooses(dtype: torch.dtype) -> None:
+    made, latents = quantizer(num_codes=2048), torch.randn(2, 3, 8, 8)
+    expected = made.nearest(latents)
+    with torch.autocast("cpu", dtype):
+        assert torch.equal(made.nearest(latents), expected)
+        assert torch.equal(made(latents)[2], expected)
+
+
 def test_the_gradient_passes_straight_through_and_the_losses_pull_with_their_weights() -> None:
     made, latents = quantizer(commitment_weight=0.7, codebook_weight=0.2), torch.randn(2, 3, 4, 4, requires_grad=True)
     codes, loss, indices = made(latents)

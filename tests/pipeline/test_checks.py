@@ -80,6 +80,8 @@ REFUSED = {
     "autoencoder.clip_norm=nan": "autoencoder.clip_norm=nan is not a finite number",
     "autoencoder.loss.disc_loss=odd": "disc_loss is 'hinge' or 'vanilla'",
     "autoencoder.loss.discriminator.norm=odd": "discriminator norm is 'group' or 'batch'",
+    "autoencoder.loss.discriminator.num_layers=5": "the discriminator cannot look at pictures of 32x32",
+    "autoencoder.task.augmentation.equivariance=0.5 autoencoder.loss.discriminator.num_layers=3": "equivariance draws of 32x32",
     "autoencoder.network.z_channels=0": "autoencoder.network does not run on an input of 1x3x32x32",
     "autoencoder.network._target_=os.system": "autoencoder.network asks for os.system",
     "autoencoder.pretrained=nowhere": "autoencoder.pretrained=nowhere is not a run with a finished autoencoder",

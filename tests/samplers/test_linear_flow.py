@@ -16,7 +16,7 @@ from ldm_train.diffusion.guidance import classifier_free, classifier_guidance
 from ldm_train.diffusion.linear_flow import LinearFlow
 from ldm_train.diffusion.objective import DiffusionObjective
 from ldm_train.diffusion.parameterisation import Epsilon, Sample, VPrediction
-from ldm_train.diffusion.process import expand_to
+from ldm_train.diffusion.process import NoiseProcess, expand_to
 from ldm_train.diffusion.schedule import NoiseSchedule
 from ldm_train.generation.guides import Guides, schedule_identity
 from ldm_train.rng import NoiseSource
@@ -159,6 +159,20 @@ def test_every_sampler_draws_the_data_from_noise(name: str) -> None:
     out = sampler(perfect(), torch.randn(1, 1, 128, 128), FLOW.timesteps(1000), FLOW, NoiseSource([5]))
     assert out.mean().item() == pytest.approx(MEAN, abs=0.02)
     assert out.std().item() == pytest.approx(STD, rel=0.05)
+
+
+@pytest.mark.parametrize("schedule", [FLOW, NoiseSchedule("cosine")], ids=["flow", "cosine"])
+@pytest.mark.parametrize("name", DETERMINISTIC)
+@pytest.mark.parametrize("steps", [4, 10])
+def test_few_steps_from_very_high_noise_levels_do_not_overshoot(name: str, schedule: NoiseProcess, steps: int) -> None:
+    """The first step divides the noise level by hundreds, over which no average of slopes holds."""
+
+    def denoise(x_t: torch.Tensor, t: float) -> torch.Tensor:
+        alpha, sigma = schedule.numbers(t)
+        return MEAN + alpha * STD**2 / (alpha**2 * STD**2 + sigma**2) * (x_t - alpha * MEAN)
+
+    out = DETERMINISTIC[name](denoise, torch.randn(1, 1, 64, 64), schedule.timesteps(steps), schedule, NoiseSource([0]))
+    assert 0.6 * STD < out.std().item() < 1.1 * STD
 
 
 def test_ddim_on_a_flow_is_the_euler_method_of_diffusers() -> None:
