@@ -199,7 +199,9 @@ def test_a_run_may_measure_no_distances_and_know_no_perceptual_term(folder: Path
     [
         pytest.param("superres", ["data/derived=bsr_x4"], marks=pytest.mark.slow),
         ("inpainting", ["data/derived=masks"]),
-        ("image_embedding", ["diffusion.evaluate_every=2", "diffusion.evaluate_images=4"]),
+        pytest.param(
+            "image_embedding", ["diffusion.evaluate_every=2", "diffusion.evaluate_images=4"], marks=pytest.mark.slow
+        ),
     ],
 )
 def test_conditions_made_of_the_picture_have_five_channels(run: Path, folder: Path, kind: str, parts: list[str]):

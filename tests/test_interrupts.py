@@ -16,6 +16,7 @@ import pytest
 import torch
 from chains import SMALL
 from forked import descendants
+from tiers import tiered
 
 from ldm_train import interrupts
 from ldm_train.training import fit
@@ -215,7 +216,7 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
+@tiered("method", ["forkserver", "fork", "spawn"], fast=1)
 def test_a_loading_process_outlives_the_first_signal_of_its_group_and_not_its_parent(method: str, tmp_path: Path):
     (tmp_path / "loading.py").write_text(LOADING)
     process = start([sys.executable, "loading.py", method], tmp_path)

@@ -191,10 +191,9 @@ DERIVED = {"superres": "data/derived=bicubic_x4", "inpainting": "data/derived=ma
 
 
 # Maps, masks and pictures are in the slow tier here: in the fast tier test_channels.py has models conditioned on them.
+@pytest.mark.slow
 @pytest.mark.chain
-@pytest.mark.parametrize(
-    "conditioning", [c if c == "layout" else pytest.param(c, marks=pytest.mark.slow) for c in CONDITIONS]
-)
+@pytest.mark.parametrize("conditioning", CONDITIONS)
 def test_the_chain_runs_under_every_kind_of_condition(finished: Path, tmp_path: Path, conditioning: str):
     options = [f"diffusion.conditioning.conditioners.{o}" for o in CONDITIONS[conditioning]]
     made = chain(

@@ -1,4 +1,7 @@
-"""Layers shared by the U-Net and the autoencoder, and full precision under autocast. Module names follow CompVis/latent-diffusion, so its keys load."""
+"""Layers shared by the U-Net and the autoencoder, and full precision under autocast.
+
+Module names follow CompVis/latent-diffusion, so its keys load.
+"""
 
 import math
 from contextlib import AbstractContextManager

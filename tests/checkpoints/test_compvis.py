@@ -155,7 +155,7 @@ CONDITIONS = {
 }  # fmt: skip
 
 
-@tiered("name", [pytest.param(n, marks=pytest.mark.slow) if n in SEEN else n for n in DIFFUSION], fast=3)
+@tiered("name", [pytest.param(n, marks=pytest.mark.slow) if n in SEEN else n for n in DIFFUSION])
 def test_diffusion_models_load_sample_and_come_back_to_the_bit(name: str, tmp_path: Path):
     model = diffusion_config(name, small=True)
     source, state = checkpoint(tmp_path, model)

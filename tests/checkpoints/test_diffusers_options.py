@@ -8,6 +8,7 @@ from typing import Any
 import diffusers
 import pytest
 import torch
+from tiers import tiered
 from torch import nn
 
 from ldm_train.checkpoints.diffusers import schedule_tree
@@ -158,7 +159,7 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return folders
 
 
-@pytest.mark.parametrize(("kind", "name"), OPTIONS)
+@tiered(("kind", "name"), OPTIONS, fast=12)
 def test_every_option_computes_as_in_diffusers_or_is_refused_by_name(
     kind: str, name: str, bases: dict[str, Path], tmp_path: Path
 ) -> None:

@@ -12,6 +12,7 @@ import torch
 import yaml
 from omegaconf import OmegaConf
 from PIL import Image
+from tiers import tiered
 from torch.utils.data import DataLoader, Dataset
 
 from ldm_train.cli import prepare
@@ -66,7 +67,7 @@ SMALL = (
 # -- the command line ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
+@tiered(
     ("override", "meant"),
     [
         ("autoencoder.max_step=3", "did you mean autoencoder.max_steps"),
@@ -77,6 +78,7 @@ SMALL = (
         ("data.imagesize=64", "did you mean data.image_size"),
         ("dats=shapes", "did you mean data"),
     ],
+    fast=4,
 )
 def test_misspelt_options_are_met_with_what_was_meant(fails: Command, tmp_path: Path, override: str, meant: str):
     assert meant in fails("train", override)
@@ -90,7 +92,7 @@ def test_known_options_get_no_suggestions():
     )
 
 
-@pytest.mark.parametrize(
+@tiered(
     ("override", "sentence"),
     [
         ("autoencoder.lr=abc", "autoencoder.lr='abc' is not a number"),
@@ -101,6 +103,7 @@ def test_known_options_get_no_suggestions():
         ("precision=16", "precision is one of 32, bf16-mixed, 16-mixed, not 16"),
         ("stages=[unet]", "unknown stages ['unet']; choose from autoencoder"),
     ],
+    fast=3,
 )
 def test_impossible_values_are_named(fails: Command, tmp_path: Path, override: str, sentence: str):
     assert sentence in fails("train", *SMALL, f"data_dir={tmp_path}", override)
@@ -112,7 +115,7 @@ def test_half_precision_on_a_cpu_is_refused(fails: Command):
     )
 
 
-@pytest.mark.parametrize(
+@tiered(
     ("options", "sentence"),
     [
         (("devices=9999",), "devices=9999, but 2 CPU cores are there; use devices=2"),
@@ -123,6 +126,7 @@ def test_half_precision_on_a_cpu_is_refused(fails: Command):
         (("devices=2", "autoencoder.data.root=nowhere"), "data folder nowhere does not exist"),
         (("devices=2", "data.image_size=30"), "data.image_size 30x30 is not divisible"),
     ],
+    fast=3,
 )
 def test_with_several_devices_it_is_said_before_any_process_is_started(
     fails: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: tuple[str, ...], sentence: str
@@ -232,7 +236,7 @@ def test_data_made_with_other_options_are_not_taken_for_what_was_asked(fails: Co
     assert "data was prepared with data.source.val_count=4, and now val_count 8 is asked for" in message
 
 
-@pytest.mark.parametrize(
+@tiered(
     ("overrides", "sentence"),
     [
         (("diffusion.batch_size=64",), "diffusion.batch_size=64 exceeds the 16 training images"),
@@ -246,6 +250,7 @@ def test_data_made_with_other_options_are_not_taken_for_what_was_asked(fails: Co
         (("logger=wanbd",), "logger=wanbd: did you mean wandb?"),
         (("stages=diffusion",), r"stages is a list: stages=[diffusion]"),
     ],
+    fast=4,
 )
 def test_what_a_later_stage_could_not_do_is_said_before_the_first(
     fails: Command, tmp_path: Path, overrides: tuple[str, ...], sentence: str

@@ -10,6 +10,7 @@ import fsspec
 import pytest
 import torch
 from sites import Site, no_proxies
+from tiers import tiered
 
 from ldm_train.data import remote
 from ldm_train.data.datamodule import ShardDataModule
@@ -73,8 +74,7 @@ def test_a_part_of_a_stream_is_read_from_as_many_shards_as_it_needs(write_data: 
     assert {whole.shard(i) for i in range(10)} == {0, 1, 2, 3, 4}
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("corrupt", [(), (3, 4, 17, 39)], ids=["whole", "corrupt"])
+@tiered("corrupt, workers", [((3, 4, 17, 39), 0), ((), 0), ((3, 4, 17, 39), 2), ((), 2)])
 def test_any_resume_is_the_tail_of_an_undisturbed_run(
     write_data: Callable, tmp_path: Path, workers: int, corrupt: tuple
 ):
@@ -86,7 +86,7 @@ def test_any_resume_is_the_tail_of_an_undisturbed_run(
         assert all_same(batches(root, start, workers), whole[start:]), f"resumed at {start}"
 
 
-@pytest.mark.parametrize("start", [3, 10, 13])
+@tiered("start", [13, 10, 3], fast=1)
 def test_resume_with_accumulation(data_root: Path, start: int):
     b = Batching(8, micro_batch_size=4)
     assert all_same(batches(data_root, start, 2, b), batches(data_root, 0, 2, b)[start:])

@@ -17,6 +17,7 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from PIL import Image
 from safetensors.torch import load_file
+from tiers import tiered
 
 from ldm_train.cli import evaluate, sweep, train
 from ldm_train.cli import search as search_command
@@ -337,7 +338,7 @@ time.sleep(60)
 """
 
 
-@pytest.mark.parametrize(("direction", "reported"), [("minimize", 1.0), ("maximize", -1.0)])
+@tiered(("direction", "reported"), [("minimize", 1.0), ("maximize", -1.0)], fast=1)
 def test_a_trial_that_is_worse_than_the_others_were_is_stopped(
     direction: str, reported: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
