@@ -14,7 +14,7 @@ from ldm_train.diffusion.objective import DiffusionObjective
 from ldm_train.diffusion.schedule import NoiseSchedule
 from ldm_train.latent_diffusion import LatentDiffusion
 from ldm_train.losses.autoencoder import AutoencoderLoss, RunningLogits
-from ldm_train.models.autoencoder import AutoencoderIdentity, AutoencoderKL
+from ldm_train.models.autoencoder import AutoencoderIdentity, AutoencoderKL, AutoencoderVQ
 from ldm_train.models.discriminator import PatchDiscriminator
 from ldm_train.models.dit import DiT
 from ldm_train.models.first_stage import FirstStage
@@ -220,6 +220,21 @@ def test_alignment_against_cosines_by_hand_and_its_gradient_reaches_the_network(
     loss.sum().backward()
     assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())
     assert all(p.grad is None for p in first.parameters())
+
+
+def test_a_vq_autoencoder_is_aligned_with_the_features_of_its_codes() -> None:
+    """Its decoder never sees latents between the codes."""
+    vq = AutoencoderVQ(4, 8, (1, 2), num_codes=8, num_res_blocks=1, mid_attention=False)
+    model, first, latents = unet(), FirstStage(vq), torch.randn(2, 4, 8, 8)
+    alignment = Alignment(0.5, model, first)
+
+    def loss(of: torch.Tensor) -> torch.Tensor:
+        model(latents, torch.tensor([5.0, 700.0]))
+        return alignment(of, first)
+
+    codes = vq.quantize.lookup(vq.quantize.nearest(latents))
+    assert not torch.equal(codes, latents)
+    torch.testing.assert_close(loss(latents), loss(codes))
 
 
 def test_alignment_is_no_part_of_the_model() -> None:
