@@ -176,7 +176,7 @@ def _check_sizes(run: Run, factor: int, loss: nn.Module) -> None:
         )
         raise ValueError(
             f"the discriminator cannot look at pictures of {least[0]}x{least[1]}{drawn} ({in_one_line(error)}): "
-            "set fewer layers (autoencoder.loss.discriminator.num_layers=2), or leave it out (autoencoder.loss.discriminator=null)"
+            "set fewer layers (autoencoder.loss.discriminator.num_layers=2), take larger pictures, or leave it out (autoencoder.loss.discriminator=null)"
         ) from None
 
 

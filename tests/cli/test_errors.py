@@ -245,7 +245,7 @@ def test_data_made_with_other_options_are_not_taken_for_what_was_asked(fails: Co
         (("diffusion.lr_schedule.schedule=cosin",), "lr_schedule.schedule is constant, cosine or linear, not 'cosin'"),
         (("sampling.spacing=foo",), "unknown spacing 'foo'"),
         (("diffusion.network.channel_mult=[1,2,2,2,2]",), "data.image_size 32x32 gives latents of 8x8"),
-        (("data.image_size=4", "data.source.size=32"), "use 8x8 or another"),
+        (("data.image_size=4", "data.source.size=32", "autoencoder.loss.discriminator=null"), "use 8x8 or another"),
         (("autoencoder.network=kl_f4",), "a part is chosen with a slash: autoencoder/network=kl_f4"),
         (("logger=wanbd",), "logger=wanbd: did you mean wandb?"),
         (("stages=diffusion",), r"stages is a list: stages=[diffusion]"),
