@@ -175,8 +175,9 @@ def _check_sizes(run: Run, factor: int, loss: nn.Module) -> None:
             "" if least == size else f", which autoencoder.task.augmentation.equivariance draws of {size[0]}x{size[1]},"
         )
         raise ValueError(
-            f"the discriminator cannot look at pictures of {least[0]}x{least[1]}{drawn} ({in_one_line(error)}): "
-            "set fewer layers (autoencoder.loss.discriminator.num_layers=2), take larger pictures, or leave it out (autoencoder.loss.discriminator=null)"
+            f"the discriminator cannot look at pictures of {least[0]}x{least[1]}{drawn} ({in_one_line(error)}): set fewer "
+            "layers (autoencoder.loss.discriminator.num_layers=2), take larger pictures, or leave it out "
+            "(autoencoder.loss.discriminator=null)"
         ) from None
 
 
