@@ -182,7 +182,7 @@ def write_atomically(path: str | Path, write: Callable[[io.BufferedWriter], obje
 def write_folder(path: str | Path, write: Callable[[Path], None]) -> None:
     """Calls `write` on a new temporary folder next to `path` and renames it, so that a folder under its final name is
     always complete. An existing folder is deleted once the new one is in its place."""
-    path = Path(path)
+    path = Path(os.path.realpath(path))  # a link keeps leading to the folder, which may be on a larger disk
     check_held(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     for stale in _left_behind(path):
@@ -326,6 +326,15 @@ def read_tensors(path: str | Path, mmap: bool = False) -> Any:
         if (part := archive.testzip()) is not None:
             raise zipfile.BadZipFile(f"the checksum of {part} differs")
     return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+
+
+def read_older_tensors(path: str | Path) -> Any:
+    """`read_tensors`, also for files of the form before torch 1.6, which is no archive and has no checksums."""
+    import torch
+
+    if zipfile.is_zipfile(path):
+        return read_tensors(path)
+    return torch.load(path, map_location="cpu", weights_only=True)
 
 
 # By type: its name in messages, and a test for values.

@@ -26,7 +26,7 @@ from ldm_train.checkpoints.clip import (
 )
 from ldm_train.checkpoints.compvis_conditioners import HELD_TEXT
 from ldm_train.checkpoints.compvis_yaml import Published, published
-from ldm_train.checkpoints.parts import build, no_larger_than
+from ldm_train.checkpoints.parts import build, cast, no_larger_than
 from ldm_train.conditioning.image_embedding import ImageEmbedding
 from ldm_train.conditioning.text import FrozenText
 from ldm_train.devices import Uninitialised
@@ -34,7 +34,7 @@ from ldm_train.errors import first_line
 from ldm_train.latent_diffusion import LatentDiffusion
 from ldm_train.models.autoencoder import AutoencoderKL
 from ldm_train.models.first_stage import fold_statistics
-from ldm_train.storage import read_config, shown
+from ldm_train.storage import read_config, read_older_tensors, shown
 
 FILES = (".ckpt", ".safetensors", ".pt", ".pth", ".bin")
 # Prefixes of the names of tensors that our models do not need.
@@ -77,7 +77,7 @@ def read_tensors(path: Path) -> Tensors:
     if path.suffix not in FILES:
         raise ValueError(f"{path} is not one of {', '.join(FILES)}")
     try:
-        state = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
+        state = load_file(path) if path.suffix == ".safetensors" else read_older_tensors(path)
     except Exception as error:  # the libraries raise many types of exceptions
         raise ValueError(
             f"{path} cannot be read without running code that it brings, or is damaged ({first_line(error)[:200]}); take it as "
@@ -326,7 +326,7 @@ def state_dict(model: nn.Module, described: Published, dtype: torch.dtype = torc
         elif isinstance(conditioner, ImageEmbedding):
             theirs = image_encoder_tensors(conditioner.encoder.loaded().model)
         if theirs:
-            tensors |= {name: tensor.to(dtype).cpu().contiguous() for name, tensor in theirs.items()}
+            tensors |= cast(theirs, dtype)
     if isinstance(model, LatentDiffusion):
         scale = model.first_stage.one_scale
         tensors["scale_factor"] = torch.tensor(1.0 if scale is None else scale)

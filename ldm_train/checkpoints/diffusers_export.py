@@ -20,14 +20,14 @@ from torch import nn
 from ldm_train.checkpoints import diffusers_describe as describe
 from ldm_train.checkpoints.diffusers import INDEX, bert_key
 from ldm_train.checkpoints.diffusers_networks import autoencoder_key, unet_key
-from ldm_train.checkpoints.parts import whole
+from ldm_train.checkpoints.parts import cast, whole
 from ldm_train.conditioning.class_label import ClassLabel
 from ldm_train.conditioning.spatial import INPAINTING_FORMS, LowResolution, MaskedImageCondition, SemanticMap
 from ldm_train.conditioning.text import FrozenText, NarrowTransformer, TrainedText
 from ldm_train.latent_diffusion import LatentDiffusion
 from ldm_train.models.autoencoder import AutoencoderIdentity, AutoencoderKL
 from ldm_train.models.first_stage import FirstStage, fold_statistics
-from ldm_train.storage import write_json
+from ldm_train.storage import read_record, write_json
 
 FILES = Path(__file__).with_name("for_diffusers")
 NARROW, CONDITIONERS, PIPELINE = "narrow", "conditioners", "pipeline"
@@ -268,8 +268,8 @@ def _clip(text: FrozenText) -> dict[str, Component | None]:
             config.num_hidden_layers -= 1
             state = {k: v for k, v in state.items() if f"layers.{config.num_hidden_layers}." not in k}
         saved = CLIPTextModel(config)
-        saved.load_state_dict(state)
-        saved.to(dtype).save_pretrained(folder)
+        saved.to(dtype).load_state_dict(cast(state, dtype))
+        saved.save_pretrained(folder)
 
     def save_tokenizer(folder: Path, dtype: torch.dtype) -> None:
         saved = deepcopy(tokenizer)
@@ -316,21 +316,31 @@ def _bert(text: TrainedText, tree: Mapping[str, Any]) -> dict[str, Component | N
     }
 
 
-def cast(tensors: Mapping[str, torch.Tensor], dtype: torch.dtype) -> Tensors:
-    """Returns tensors on the CPU, floating-point ones in `dtype`. Raises ValueError for values that the dtype cannot
-    hold."""
-    made = {k: (t.to(dtype) if t.is_floating_point() else t).cpu().contiguous().clone() for k, t in tensors.items()}
-    for name, tensor in made.items():
-        if not tensor.isfinite().all():
-            raise ValueError(f"{name} has values that are not finite in {dtype}; choose another dtype")
-    return made
-
-
 def _version() -> str:
     try:
         return version("diffusers")
     except PackageNotFoundError:
         return "0.35.0"
+
+
+def check_replaceable(folder: Path) -> None:
+    """Raises FileExistsError if a folder holds anything that a model of diffusers does not consist of, so that no other
+    files are lost when it is replaced."""
+    if not folder.exists():
+        return
+    refused = FileExistsError(f"to={folder} is there and no folder of diffusers; it is not replaced")
+    if not folder.is_dir() or not any((folder / name).is_file() for name in (INDEX, "config.json")):
+        raise refused
+    parts = read_record(folder / INDEX) if (folder / INDEX).is_file() else {}
+    if not parts and "_class_name" not in read_record(folder / "config.json"):
+        raise refused
+    beside = (INDEX, "config.json", "README.md", ".gitattributes")
+    for path in folder.iterdir():
+        weights = path.suffix in (".safetensors", ".bin", ".py") or path.name.endswith(".index.json")
+        if not (path.name in parts if path.is_dir() else path.name in beside or weights):
+            raise FileExistsError(
+                f"to={folder} holds {path.name}, which is no part of a model; move it away, or choose another to="
+            )
 
 
 def write_component(folder: Path, part: Component, dtype: torch.dtype) -> None:
@@ -340,7 +350,10 @@ def write_component(folder: Path, part: Component, dtype: torch.dtype) -> None:
         part.save(folder, dtype)
         return
     name = "scheduler_config.json" if part.kind == "DDIMScheduler" else "config.json"
-    write_json(folder / name, {"_class_name": part.kind, "_diffusers_version": _version()} | part.config)
+    config = {"_class_name": part.kind, "_diffusers_version": _version()} | part.config
+    if part.code:
+        config["auto_map"] = {"AutoModel": f"{Path(part.code).stem}.{part.kind}"}
+    write_json(folder / name, config)
     if part.tensors:
         save_file(cast(part.tensors, dtype), folder / part.weights, {"format": "pt"})
     if part.code:

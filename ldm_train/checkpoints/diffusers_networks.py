@@ -19,7 +19,7 @@ from ldm_train.checkpoints.parts import build
 from ldm_train.devices import shapes_only
 from ldm_train.errors import first_line
 from ldm_train.models.first_stage import FirstStage
-from ldm_train.storage import check_links, read_record
+from ldm_train.storage import check_links, read_older_tensors, read_record
 
 WEIGHTS = ("diffusion_pytorch_model", "model", "pytorch_model")
 UNET_OUTSIDE = {
@@ -109,7 +109,7 @@ def read_weights(folder: Path) -> dict[str, torch.Tensor]:
     for path in weight_files(folder):
         try:
             # No code is run from a pickle.
-            read = torch.load(path, "cpu", weights_only=True) if path.suffix == ".bin" else load_file(path)
+            read = read_older_tensors(path) if path.suffix == ".bin" else load_file(path)
             if not all(isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in read.items()):
                 raise TypeError("it holds more than tensors by name")
         except Exception as error:  # the libraries raise many types of exceptions

@@ -187,15 +187,19 @@ def load_model(folder: str | Path, trust: Sequence[str] = ()) -> nn.Module:
     return module.eval()
 
 
+def weight_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+    """Returns the shapes of a folder's weights by name, without reading them. Raises ValueError for a damaged file."""
+    try:
+        with safe_open(folder / WEIGHTS, framework="pt") as file:
+            return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 - no mapping
+    except SafetensorError as error:
+        raise ValueError(f"{folder / WEIGHTS} is not a file of weights ({error}); take an undamaged copy") from error
+
+
 def _built(folder: Path, trust: Sequence[str]) -> nn.Module:
     """Builds the module that a folder's config describes, without loading its weights. Raises the ValueErrors of
     `load_model`, also if the module grows far beyond the shapes in the weights file."""
-    try:
-        with safe_open(folder / WEIGHTS, framework="pt") as file:
-            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 - no mapping
-    except SafetensorError as error:
-        raise ValueError(f"{folder / WEIGHTS} is not a file of weights ({error}); take an undamaged copy") from error
-    tree = read_tree(folder)
+    shapes, tree = weight_shapes(folder), read_tree(folder)
     # Classes of other packages may have parameters that their weights file lacks.
     ours = all(name.startswith("ldm_train.") for name in targets(tree))
     with no_larger_than(shapes, folder / CONFIG), Uninitialised() if ours else nullcontext():

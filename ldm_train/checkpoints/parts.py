@@ -18,6 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
@@ -179,3 +180,13 @@ def no_larger_than(weights: dict[str, tuple[int, ...]], where: str | Path) -> It
         yield
     finally:
         handle.remove()
+
+
+def cast(tensors: Mapping[str, torch.Tensor], dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """Returns tensors on the CPU, floating-point ones in `dtype`. Raises ValueError for values that the dtype cannot
+    hold."""
+    made = {k: (t.to(dtype) if t.is_floating_point() else t).cpu().contiguous().clone() for k, t in tensors.items()}
+    for name, tensor in made.items():
+        if not tensor.isfinite().all():
+            raise ValueError(f"{name} has values that are not finite in {dtype}; choose another dtype")
+    return made

@@ -125,10 +125,24 @@ def loading(what: str, path: str, holds: str) -> Iterator[None]:
     folder must hold, if it cannot be obtained."""
     try:
         yield
-    except (OSError, ValueError) as error:
+    except Exception as error:  # the library raises many types of exceptions
         raise FileNotFoundError(
             f"cannot load the {what} {path} ({first_line(error)}); give a folder that holds {holds}"
         ) from error
+
+
+# Parts of models of the transformers library that are not used here, and that files may lack.
+UNUSED = ("pooler.", "decoder.", "lm_head.")
+
+
+def from_pretrained(kind: Any, path: str, **options: Any) -> Any:
+    """Loads a model of the transformers library, in float32 whatever type its file has. Raises OSError if its files lack
+    weights, which the library would draw at random."""
+    options |= {"dtype": torch.float32, "trust_remote_code": False, "output_loading_info": True}
+    model, report = kind.from_pretrained(path, **options)
+    if lacking := sorted(name for name in report["missing_keys"] if not name.startswith(UNUSED)):
+        raise OSError(f"its files lack {len(lacking)} weights, the first is {lacking[0]}")
+    return model
 
 
 def merge(outputs: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from ldm_train.conditioning.base import loading
+from ldm_train.conditioning.base import from_pretrained, loading
 from ldm_train.images import in_threes, mean_over_groups
 
 
@@ -24,7 +24,7 @@ class ClipScore(nn.Module):
             path = str(Path(path).expanduser()) if path.startswith("~") else path
             if path.startswith(("/", ".")) and not Path(path).is_dir():
                 raise OSError("no such folder")  # a path, not a name to download
-            self.model = CLIPModel.from_pretrained(path, dtype=torch.float32)  # not its file's type
+            self.model = from_pretrained(CLIPModel, path)
             self.tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
             processor = AutoImageProcessor.from_pretrained(path, trust_remote_code=False)
         self.register_buffer("mean", torch.tensor(processor.image_mean).view(1, 3, 1, 1), persistent=False)

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.nn import functional as F
 
-from ldm_train.conditioning.base import Conditioner, enlarged, loading
+from ldm_train.conditioning.base import Conditioner, enlarged, from_pretrained, loading
 from ldm_train.devices import to_device
 from ldm_train.diffusion.schedule import NoiseSchedule
 from ldm_train.images import in_threes, mean_over_groups
@@ -61,7 +61,7 @@ class PretrainedVision(nn.Module):
                     raise OSError("no such folder")  # a path, not a name to download
                 clip = AutoConfig.from_pretrained(path, trust_remote_code=False).model_type.startswith("clip")
                 kind = CLIPVisionModelWithProjection if clip else AutoModel
-                model = kind.from_pretrained(path, trust_remote_code=False, dtype=torch.float32)  # not its file's type
+                model = from_pretrained(kind, path)
                 self.take(AutoImageProcessor.from_pretrained(path, trust_remote_code=False), model)
         return self
 

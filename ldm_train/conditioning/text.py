@@ -11,7 +11,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from torch import nn
 from torch.nn import functional as F
 
-from ldm_train.conditioning.base import Conditioner, loading, without_last_layer
+from ldm_train.conditioning.base import Conditioner, from_pretrained, loading, without_last_layer
 from ldm_train.conditioning.states import States, identity
 from ldm_train.devices import to_device
 from ldm_train.models.transformer import CrossAttention
@@ -277,16 +277,16 @@ class FrozenText(Captions):
             holds = "config.json, weights and tokenizer as diffusion.conditioning.conditioners.text.path=<folder>"
             with loading("text encoder", self.path, holds):
 
-                def loaded(kind: type, path: str, **options: Any) -> Any:
-                    local = Path(path).is_dir()  # a local folder needs no network
-                    return kind.from_pretrained(path, local_files_only=local, trust_remote_code=False, **options)
+                def loaded(kind: type, path: str) -> Any:
+                    return kind.from_pretrained(path, local_files_only=Path(path).is_dir(), trust_remote_code=False)
 
                 tokenizer = loaded(AutoTokenizer, self.tokenizer_path)
                 clip = loaded(AutoConfig, self.path).model_type.startswith("clip")
                 if self.layer == "projected" and not clip:
                     raise ValueError("layer=projected is for models of CLIP")
                 kind = CLIPTextModelWithProjection if self.layer == "projected" else CLIPTextModel
-                model = loaded(kind if clip else AutoModel, self.path, dtype=torch.float32)  # not its file's type
+                local = Path(self.path).is_dir()  # a local folder needs no network
+                model = from_pretrained(kind if clip else AutoModel, self.path, local_files_only=local)
             if self.pad_id is not None and not 0 <= self.pad_id < len(tokenizer):
                 raise ValueError(f"pad_id={self.pad_id} is not among the tokenizer's {len(tokenizer)} tokens")
             self._whole = (model,)

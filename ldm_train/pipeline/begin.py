@@ -6,12 +6,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import safe_open
 from torch import nn
 
 from ldm_train import names
 from ldm_train.checkpoints.hub import downloaded, is_repo
-from ldm_train.checkpoints.native import METADATA, WEIGHTS, find_model, load_latent_diffusion, read_tree
+from ldm_train.checkpoints.native import METADATA, find_model, load_latent_diffusion, read_tree, weight_shapes
 from ldm_train.checkpoints.parts import build, whole
 from ldm_train.conditioning.class_label import ClassLabel
 from ldm_train.configuration import plain
@@ -62,11 +61,9 @@ def model_folder(value: str, runs_dir: str, option: str) -> Path:
 
 
 def _network_shapes(folder: Path) -> dict[str, Shape]:
-    with safe_open(folder / WEIGHTS, framework="pt") as file:
-        shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 - no mapping
     return {
         name.removeprefix("network."): shape
-        for name, shape in names.weights(shapes).items()
+        for name, shape in names.weights(weight_shapes(folder)).items()
         if name.startswith("network.")
     }
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from huggingface_hub import EvalResult, ModelCardData
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from ldm_train.checkpoints.parts import find_part
 from ldm_train.conditioning.base import Conditioner
@@ -54,7 +54,14 @@ def _without_folders(tree: Any) -> Any:
         return {k: _without_folders(v) for k, v in tree.items() if k not in PRIVATE}
     if isinstance(tree, list):
         return [_without_folders(v) for v in tree]
-    return Path(tree).name if isinstance(tree, str) and "/" in tree else tree
+    return Path(tree).name if isinstance(tree, str) and _is_path(tree) else tree
+
+
+def _is_path(text: str) -> bool:
+    """Whether a text leads to a place on this machine: it is none if it is an address, a model's name on the Hub, or a
+    text that has a slash in it."""
+    begins = text.startswith(("/", "~", "./", "../", "file:"))
+    return begins or ("/" in text and "://" not in text and Path(text).exists())
 
 
 def _measured(run: Path) -> dict[str, Any]:
@@ -113,13 +120,19 @@ def _trained(config: Mapping[str, Any]) -> list[str]:
 
 
 def write_card(
-    folder: Path, run: Path | None, title: str, tree: Mapping[str, Any], commands: list[str], native: bool = True
+    folder: Path,
+    run: Path | None,
+    title: str,
+    tree: Mapping[str, Any],
+    commands: list[str],
+    native: bool = True,
+    licensed: Path | None = None,
 ) -> None:
     """Writes README.md into a model's folder. For a whole latent diffusion model whose `run` is given, it has that
     run's samples, metrics and recipe.
 
     title: the model's name. tree: the config that builds it. commands: lines of Python that load it. native: whether
-    the folder is in this package's own format
+    the folder is in this package's own format. licensed: an earlier card of the model, whose licence is kept
     """
     whole, fields, data = "first_stage" in tree, _fields(tree, folder), "unknown"
     run, metrics, results = run if whole else None, {}, []
@@ -156,9 +169,12 @@ def write_card(
         for of, name, value, _, _ in rows:
             if of == "samples" and math.isfinite(value):
                 results.append(EvalResult(_task(fields), "webdataset", data, name, value))
-    text += ["", "## Licence", "To be filled in by whoever publishes it: here and as `license` above.", ""]
+    before = ModelCard.load(licensed).data.get("license") if licensed is not None else None
+    known = before not in (None, "unknown")
+    text += ["", "## Licence"]
+    text += [f"{before}" if known else "To be filled in by whoever publishes it: here and as `license` above.", ""]
     head = ModelCardData(
-        license="unknown", library_name="ldm_train" if native else "diffusers", tags=["latent-diffusion", "diffusion"],
+        license=before if known else "unknown", library_name="ldm_train" if native else "diffusers", tags=["latent-diffusion", "diffusion"],
         pipeline_tag=_task(fields) if whole else "image-to-image",
         model_name=title if results else None, eval_results=results or None,
     )  # fmt: skip

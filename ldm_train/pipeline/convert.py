@@ -19,7 +19,7 @@ from ldm_train.conditioning.text import read_tokenizer
 from ldm_train.configuration import config_folder
 from ldm_train.latent_diffusion import LatentDiffusion
 from ldm_train.pipeline.adopt import yaml_beside
-from ldm_train.pipeline.card import write_card
+from ldm_train.pipeline.card import CARD, write_card
 from ldm_train.pipeline.convert_adapter import convert_adapter, is_adapter
 from ldm_train.pipeline.formats import DTYPES, FORMS, Model, check_target, outputs
 from ldm_train.rules import Rule, check, either, flag, list_of, one_of, optional, text, whole
@@ -124,7 +124,9 @@ def _published(config: DictConfig) -> Path:
         source = Path(config["from"])
         run = source if (source / "config.yaml").is_file() and (source / "diffusion").is_dir() else None
         lines = _opening(folder, config.repo, form, isinstance(model.module, LatentDiffusion))
-        write_card(folder, run, config.repo, model.tree, lines, form == "native")
+        cards = [source / "export" / CARD, source / CARD] if source.is_dir() else []
+        licensed = next((card for card in cards if card.is_file()), None)
+        write_card(folder, run, config.repo, model.tree, lines, form == "native", licensed)
         for path in sorted(path for path in folder.rglob("*") if path.is_file()):
             print(f"  {path.stat().st_size / 1e6:10,.1f} MB  {path.relative_to(folder)}")
         print(f"uploaded: {upload(folder, config.repo, config.private, f'ldm_train: {source.name}')}")
@@ -142,6 +144,7 @@ def _opening(folder: Path, repo: str, form: str, whole: bool) -> list[str]:
     if form == "diffusers":
         code = ", trust_remote_code=True" if any(folder.rglob("*.py")) else ""
         kind = "DiffusionPipeline" if whole else json.loads((folder / "config.json").read_text())["_class_name"]
+        kind = "AutoModel" if code and not whole else kind  # which finds the class in the folder
         return [f"from diffusers import {kind}", f'model = {kind}.from_pretrained("{repo}"{code})']
     return ["from huggingface_hub import hf_hub_download", f'hf_hub_download("{repo}", "{folder.name}.safetensors")']
 

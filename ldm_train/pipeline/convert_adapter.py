@@ -7,7 +7,16 @@ import torch
 from omegaconf import DictConfig
 from safetensors import SafetensorError, safe_open
 
-from ldm_train.checkpoints.adapters import CONTROL, LAYOUTS, RECORD, WORD, export_adapter, read_adapter, save_adapter
+from ldm_train.checkpoints.adapters import (
+    CONTROL,
+    LAYOUTS,
+    RECORD,
+    WEIGHTS,
+    WORD,
+    export_adapter,
+    read_adapter,
+    save_adapter,
+)
 from ldm_train.checkpoints.control import (
     drop_control,
     export_control,
@@ -56,7 +65,7 @@ def convert_adapter(config: DictConfig) -> Path:
         )
     if config.format in LAYOUTS and target.suffix != ".safetensors":
         raise ValueError(f"to={target}: an adapter of the layout {config.format} is one file, <name>.safetensors")
-    _check_written(config, target)
+    _check_written(config, target, WEIGHTS)
     base, folder = _base(config, source)
     model = load_latent_diffusion(folder)
     pairs, left = read_adapter(source, model)
@@ -76,11 +85,17 @@ def convert_adapter(config: DictConfig) -> Path:
     return target
 
 
-def _check_written(config: DictConfig, target: Path) -> None:
+def _check_written(config: DictConfig, target: Path, weights: str) -> None:
+    """Raises an error if a native adapter whose file of weights has this name, or one of another program, cannot be
+    written to `target`."""
     if config.dtype != "float32" or config.verify:
         raise ValueError("dtype= and verify= are for models; an adapter is written in float32")
     if target.exists() and not config.overwrite:
         raise FileExistsError(f"to={target} exists; choose another, or overwrite=true")
+    if target.is_dir() and (others := sorted({path.name for path in target.iterdir()} - {RECORD, weights})):
+        raise FileExistsError(
+            f"to={target} holds {others[0]}, which is no part of such an adapter; move it away, or choose another to="
+        )
 
 
 def _base(config: DictConfig, source: Path) -> tuple[Path, Path]:
@@ -106,7 +121,10 @@ def _convert_control(config: DictConfig, source: Path, target: Path) -> Path:
         )
     if not theirs and config.control is not None:
         raise ValueError("control= is for a control of diffusers; this one records what its picture shows")
-    _check_written(config, target)
+    if theirs:
+        _check_written(config, target, CONTROL)
+    else:
+        _check_written(config, target, "diffusion_pytorch_model.safetensors")
     base, folder = _base(config, source)
     model, native = load_latent_diffusion(folder), (folder / METADATA).is_file()
     channels = model.first_stage.latent_channels

@@ -19,14 +19,13 @@ from ldm_train.checkpoints.clip import is_openclip
 from ldm_train.checkpoints.compvis_conditioners import HELD_TEXT, HELD_VISION
 from ldm_train.checkpoints.compvis_describe import STATISTICS, Weights, describe
 from ldm_train.checkpoints.compvis_yaml import Published, needs_of
-from ldm_train.checkpoints.diffusers import is_diffusers
-from ldm_train.checkpoints.native import load_model, save_model
+from ldm_train.checkpoints.native import METADATA, load_model, save_model
 from ldm_train.conditioning.image_embedding import ImageEmbedding, PretrainedVision
 from ldm_train.conditioning.text import FrozenText
 from ldm_train.latent_diffusion import LatentDiffusion
 from ldm_train.models.autoencoder import AutoencoderKL
 from ldm_train.models.first_stage import FirstStage, fold_statistics
-from ldm_train.storage import read_record, write_atomically, write_folder
+from ldm_train.storage import write_atomically, write_folder
 from ldm_train.unclip import ImageEmbeddings
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -313,7 +312,8 @@ def of_diffusers(model: Model, target: Path, dtype: torch.dtype) -> Form:
     else:
         part = diffusers_export.autoencoder(model.tree, FirstStage(module))
         says, parts = f"an {part.kind}, for diffusers", {"": part}
-        hint = f'open it: diffusers.{part.kind}.from_pretrained("{target}")' if part.code is None else ""
+        kind, option = (part.kind, "") if part.code is None else ("AutoModel", ", trust_remote_code=True")
+        hint = f'open it: diffusers.{kind}.from_pretrained("{target}"{option})'
 
         def write(folder: Path) -> None:
             folder.rmdir()
@@ -323,11 +323,7 @@ def of_diffusers(model: Model, target: Path, dtype: torch.dtype) -> Form:
     says = f"{target}, {says}, {megabytes:,.1f} MB, {dtype}".replace("torch.", "")
 
     def replaced() -> None:
-        theirs = is_diffusers(target) or "_class_name" in (
-            read_record(c) if (c := target / "config.json").is_file() else {}
-        )
-        if target.exists() and not theirs:
-            raise FileExistsError(f"to={target} is there and no folder of diffusers; it is not replaced")
+        diffusers_export.check_replaceable(target)
         write_folder(target, write)
 
     # The tolerance is for sums in another order: differences of about 1e-6 were measured.
@@ -395,5 +391,9 @@ def check_target(form: str, target: Path, dtype: torch.dtype) -> None:
         raise ValueError(f"to={target}: a checkpoint of CompVis is a file, {' or '.join(compvis.FILES[:2])}")
     if form == "single_file" and target.suffix != ".safetensors":
         raise ValueError(f"to={target}: a single file is one of .safetensors")
+    if form == "native" and (target / "config.yaml").is_file() and not (target / METADATA).is_file():
+        raise ValueError(f"to={target} is a run, or another folder with a config.yaml; choose a new folder in it")
+    if form in ("native", "diffusers") and target.is_file():
+        raise ValueError(f"to={target} is a file, and format={form} is a folder; choose another to=")
     if form in ("native", "diffusers") and target.suffix in compvis.FILES:
         raise ValueError(f"to={target}: format={form} is a folder; set format=compvis or single_file for a file")
