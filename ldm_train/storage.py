@@ -216,6 +216,15 @@ def write_csv(path: str | Path, columns: Sequence[str], rows: Iterable[Mapping[s
     write_atomically(path, lambda file: file.write(text.getvalue().encode()))
 
 
+def read_csv(path: str | Path) -> list[dict[str, str]]:
+    """Returns the complete rows of a CSV file, to which another process may be writing at the moment, or that a full disk
+    has cut; [] if there is no such file."""
+    if not Path(path).is_file():
+        return []
+    text = Path(path).read_text()
+    return list(csv.DictReader(io.StringIO(text[: text.rfind("\n") + 1])))
+
+
 def link_or_copy(source: str | Path, target: str | Path) -> None:
     """Makes `target` a hard link of `source`, or a copy of it if the file system has no hard links."""
     try:

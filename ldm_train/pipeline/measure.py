@@ -57,10 +57,10 @@ Measured = tuple[dict[str, Any], Path | None, dict[str, Any]]
 RULES = {
     "engine": optional(engine),
     "max_failures": whole(0),
-    "guidance_scale": optional(number()),
+    "guidance_scale": optional(number(0)),
     "guidance_interval": optional(noise_levels),
-    "n": optional(whole(2)),
-    "seed": optional(whole(0)),
+    **dict.fromkeys(("n", "reference_images"), optional(whole(2))),
+    **dict.fromkeys(("seed", "num_workers"), optional(whole(0))),
     **{name: optional(whole(1)) for name in ("batch_size", "devices", "num_inference_steps", "image_size")},
 }
 DRAWN = ("weights", "seed", "num_inference_steps", "guidance_scale", "guidance_interval", "spacing", "sampler")

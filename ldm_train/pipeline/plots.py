@@ -88,6 +88,7 @@ def against_factor(rows: Rows, number: str, path: Path) -> Path:
 def speed(rows: Rows, metric: str, path: Path) -> Path:
     """Plots a metric against sampling speed, one line per run and one point per number of sampling steps."""
     figure, (axis,) = _figure(1)
+    rows = [row for row in rows if metric in row]  # a run may have measured other metrics
     runs = list(dict.fromkeys(r["run"] for r in rows))
     distinct = len({r["f"] for r in rows}) == len(runs)
     for number, run in enumerate(runs):

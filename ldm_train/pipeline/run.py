@@ -17,6 +17,7 @@ from ldm_train.checkpoints.parts import build, targets
 from ldm_train.configuration import default_options, plain, run_config
 from ldm_train.data.datamodule import ShardDataModule
 from ldm_train.data.shards import DataError
+from ldm_train.errors import Refused
 from ldm_train.evaluation.evaluator import Evaluator, check_reference
 from ldm_train.latent_diffusion import LatentDiffusion
 from ldm_train.metrics.metric import HELD_OUT, TRAINING
@@ -26,6 +27,7 @@ from ldm_train.pipeline.plan import print_plan
 from ldm_train.pipeline.resume import Order, Step
 from ldm_train.pipeline.stage import Stage
 from ldm_train.storage import write_atomically
+from ldm_train.training.callbacks.checkpoint import LAST, steps_done
 from ldm_train.training.fit import Machine
 from ldm_train.training.loggers import Recorder, StockLogger, WandbRun
 
@@ -265,7 +267,22 @@ class Run:
         self.effort = print_plan(self, steps)
         bound = self.binding(steps)
         resume.check_chain(self.order, steps, self.folder, option_defaults(self.config), restart, bound)
+        self._check_steps(steps)
         return steps
+
+    def _check_steps(self, steps: Sequence[Step]) -> None:
+        """Raises Refused if a stage that was interrupted has more steps than it is asked for."""
+        anew = resume.made_anew(self.order, steps, self.folder, self.config.restart)
+        for step in steps:
+            note = resume.read_note(self.folder / step.name)
+            if step.name in anew or not step.steps or note is None or note["finished"]:
+                continue
+            done = steps_done(self.folder / step.name / "checkpoints" / LAST)
+            if done > step.steps:
+                raise Refused(
+                    f"{self.folder / step.name} has {done} steps and {step.name}.max_steps={step.steps} asks for fewer; "
+                    f"{step.name}.max_steps={done} ends it there, restart={step.name} begins it again. Nothing has been changed"
+                )
 
     def plan(self) -> None:
         """Prints the plan in full. Reads no images, loads no weights and changes nothing. Raises ValueError for invalid

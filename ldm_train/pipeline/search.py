@@ -17,6 +17,8 @@ from ldm_train import interrupts
 from ldm_train.configuration import flatten
 from ldm_train.evaluation.evaluator import is_higher_better
 from ldm_train.pipeline.sweep import read_rows
+from ldm_train.rules import check as check_values
+from ldm_train.rules import whole
 from ldm_train.storage import write_json
 
 POLL = 2.0  # seconds between looks at a trial's metrics.csv
@@ -66,7 +68,13 @@ def outcome(folder: Path, objective: str, minimize: bool) -> float:
         if not values:
             raise ValueError(f"objective={objective} is in no row of {folder}; see its metrics.csv for the columns")
         return min(values) if minimize else max(values)
-    flat = flatten(json.loads((folder / "evaluation" / "metrics.json").read_text()))
+    path = folder / "evaluation" / "metrics.json"
+    if not path.is_file():
+        raise ValueError(
+            f"objective={objective} is a value of {path}, which is not there; leave evaluation in stages, or choose a column: "
+            "objective=diffusion:val/loss"
+        )
+    flat = flatten(json.loads(path.read_text()))
     value = flat.get(objective, flat.get(f"{objective}.value"))
     if not isinstance(value, int | float):
         known = [k.removesuffix(".value") for k, v in flat.items() if isinstance(v, int | float)]
@@ -111,6 +119,8 @@ def run_trial(trial: Any, config: DictConfig, space: dict[str, Callable[[Any], A
     if process.returncode:
         words = (run / "output.txt").read_text().strip().splitlines() or ["no output"]
         raise RuntimeError(next((w for w in reversed(words) if w.startswith("error:")), words[-1]))
+    if config.prune is not None and not column(run, config.prune):
+        raise ValueError(f"prune={config.prune} is in no row of {run}; see its metrics.csv for the columns")
     return outcome(run, config.objective, config.direction == "minimize")
 
 
@@ -120,8 +130,7 @@ def check(config: DictConfig, algorithms: Sequence[str]) -> None:
         raise ValueError(f"direction is minimize or maximize, not {config.direction!r}")
     if config.algorithm not in algorithms:
         raise ValueError(f"algorithm is {' or '.join(algorithms)}, not {config.algorithm!r}")
-    if not isinstance(config.trials, int) or config.trials < 1:
-        raise ValueError(f"trials={config.trials!r} is not a count")
+    check_values(config, {"trials": whole(1), "warmup_trials": whole(0), "seed": whole(0)}, ("trials",))
     if config.prune is not None and ":" not in config.prune:
         raise ValueError(f"prune={config.prune}: write stage:column, for example diffusion:val/loss")
 

@@ -1,9 +1,8 @@
 """ldm-sweep: summarises the runs of a sweep, finished or not, in a table and plots."""
 
-import csv
-import io
 import json
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from ldm_train.errors import Refused
 from ldm_train.pipeline import plots
 from ldm_train.pipeline.plots import Rows
 from ldm_train.pipeline.resume import read_note
-from ldm_train.storage import read_record, write_csv
+from ldm_train.storage import read_csv, read_record, write_csv
 
 FAILED = "failed.json"
 # Options that differ between runs but are not swept.
@@ -72,13 +71,8 @@ def reached(stage: Path) -> str:
 
 
 def read_rows(stage: Path) -> list[dict[str, str]]:
-    """The complete rows of a stage's metrics.csv, to which training may be writing at the moment; [] if there is no
-    file yet."""
-    path = stage / "metrics.csv"
-    if not path.is_file():
-        return []
-    text = path.read_text()
-    return list(csv.DictReader(io.StringIO(text[: text.rfind("\n") + 1])))
+    """The complete rows of a stage's metrics.csv; [] if there is no file yet."""
+    return read_csv(stage / "metrics.csv")
 
 
 def failure(folder: Path) -> str | None:
@@ -115,14 +109,21 @@ def gather(runs: Sequence[SweptRun]) -> list[dict[str, Any]]:
     failed."""
     options, table = differing(runs), []
     for run in runs:
-        last = {k: v for row in run.rows for k, v in row.items() if v}
-        row: dict[str, Any] = {"run": run.folder.name, "f": run.factor if run.config else ""}
-        row |= {k: run.config.get(k, "") for k in options}
-        row |= {s: run.stage(s) for s in ("autoencoder", "diffusion", "evaluation")}
-        row |= {name: last.get(column, "") for column, name in SPENT.items()}
-        row |= {k: v for k, v in last.items() if k.startswith("val/")} | run.metrics()
-        table.append(row | {"failed": run.failed or ""})
+        try:
+            table.append(_row(run, options))
+        except (Refused, ValueError, OSError) as error:  # of one damaged run among others
+            table.append({"run": run.folder.name, "f": "", "failed": str(error)})
     return table
+
+
+def _row(run: SweptRun, options: Sequence[str]) -> dict[str, Any]:
+    last = {k: v for row in run.rows for k, v in row.items() if v}
+    row: dict[str, Any] = {"run": run.folder.name, "f": run.factor if run.config else ""}
+    row |= {k: run.config.get(k, "") for k in options}
+    row |= {s: run.stage(s) for s in ("autoencoder", "diffusion", "evaluation")}
+    row |= {name: last.get(column, "") for column, name in SPENT.items()}
+    row |= {k: v for k, v in last.items() if k.startswith("val/")} | run.metrics()
+    return row | {"failed": run.failed or ""}
 
 
 def columns_of(rows: Rows) -> list[str]:
@@ -287,17 +288,23 @@ def swept_names(config: DictConfig) -> list[str]:
 class Report(Callback):
     """Reports at the end of a multirun of train.py which jobs failed and why, and writes the table and the plots."""
 
+    start = 0.0  # in seconds since 1970
+
+    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
+        self.start = time.time()
+
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
         failed, count = list[Path](), 0
         for folder in filter(Path.is_dir, (Path(config.runs_dir) / name for name in swept_names(config))):
             try:
-                runs = read_runs(folder)
-                written = summarise(folder, runs, gather(runs))
+                runs = read_runs(folder) if config.get("plan") is None else []  # a plan writes nothing
+                written = summarise(folder, runs, gather(runs)) if runs else []
             except (FileNotFoundError, ValueError, Refused) as error:
                 print(f"no table or plots of the sweep: {error}")
                 written = []
             print("\n".join(f"wrote {path}" for path in written))
-            failed += sorted(path.parent for path in folder.glob(f"*/{FAILED}"))
+            # Jobs of earlier sweeps in this folder may have failed, too.
+            failed += sorted(p.parent for p in folder.glob(f"*/{FAILED}") if p.stat().st_mtime >= self.start - 1)
             count += len(jobs(folder))
         if failed:
             lines = "\n".join(f"  {job.name}: {failure(job)}" for job in failed)

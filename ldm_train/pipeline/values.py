@@ -91,14 +91,27 @@ def _time(value: Any) -> str:
     return str(value)
 
 
+def _above_zero(value: Any) -> Any:
+    if number(0)(value) == 0:
+        raise ValueError("{name}=0 trains nothing; it must be above 0")
+    return value
+
+
+def _average(value: Any) -> Any:
+    if number(0, 1)(value) == 1:
+        raise ValueError("{name}=1 never takes a step into the average; it must be below 1 (null: no average)")
+    return value
+
+
 COUNT, POSITIVE = whole(1), number(0)
 PER_STAGE: dict[str, Rule] = {
     **dict.fromkeys(("max_steps", "batch_size", "val_every", "checkpoint_every", "log_every"), COUNT),
     **dict.fromkeys(("micro_batch_size", "val_images"), optional(COUNT)),
     "lr_schedule.warmup_steps": whole(0),
     "lr": POSITIVE,
-    "clip_norm": optional(POSITIVE),
-    "ema_decay": optional(number(0, 1)),
+    "lr_schedule.final": optional(number(0, 1)),
+    "clip_norm": optional(_above_zero),
+    "ema_decay": optional(_average),
     "ema_width": optional(number(1e-6, 0.28)),
     "max_time": optional(_time),
 }
@@ -139,6 +152,7 @@ RULES: dict[str, Rule] = {
     "sampling.guidance_scale": POSITIVE,
     "sampling.guidance_interval": optional(noise_levels),
     "diffusion.task.alignment": optional(POSITIVE),
+    "diffusion.objective.min_snr_gamma": optional(_above_zero),
     "autoencoder.task.augmentation.noise": optional(POSITIVE),
     **{f"autoencoder.task.augmentation.{name}": optional(number(0, 1)) for name in ("most", "equivariance")},
     **{f"autoencoder.loss.{name}": optional(POSITIVE) for name in ("lecam_weight", "r1_weight")},

@@ -10,6 +10,7 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.fabric.plugins.environments import LightningEnvironment
+from lightning.pytorch.callbacks import LambdaCallback
 from lightning.pytorch.plugins import MixedPrecision, Precision
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy, Strategy
 
@@ -201,7 +202,9 @@ def fit(
         checkpoints = Checkpoints(last.parent, cadence.checkpoint_every, task.monitor)
         monitor = Monitor(batch_size, dataset_size, max_bad_fraction, cadence.trace, *effort)
         watching = [*timed, *callbacks, monitor, Health(folder, health_settings or {}), checkpoints]
-        own = {"logger": [rows, *loggers], "callbacks": [*watching, *([StepBar()] if cadence.progress else [])]}
+        shown = [StepBar()] if cadence.progress else []
+        last_of_all = LambdaCallback(on_train_batch_end=lambda *_, ended=monitor.batch_ended: ended())
+        own = {"logger": [rows, *loggers], "callbacks": [*watching, *shown, last_of_all]}
         trainer = new_trainer(task, folder, steps, cadence, machine, **own, **(options or {}))
         begin = {"ckpt_path": str(last), "weights_only": True} if start else {}
         try:

@@ -19,7 +19,7 @@ from PIL import Image
 
 from ldm_train.configuration import numbers
 from ldm_train.evaluation.evaluator import is_higher_better
-from ldm_train.storage import check_held, inside, write_atomically, write_csv
+from ldm_train.storage import check_held, inside, read_csv, write_atomically, write_csv
 
 
 class Recorder(Logger):
@@ -69,9 +69,7 @@ class MetricsCSV(Recorder):
         super().__init__()
         self.path, self.rows, self.columns = Path(path), [], ["step"]
         self.cut: dict[int, set[str]] = {}
-        if self.path.is_file():
-            with open(self.path, newline="") as file:
-                rows = list(csv.DictReader(file))
+        if rows := read_csv(self.path):
             self.rows = [row for row in rows if int(row["step"]) <= start]
             self.cut = {int(row["step"]): {k for k, v in row.items() if v} for row in rows if int(row["step"]) > start}
             self.columns += sorted({name for row in self.rows for name in row} - {"step"})
@@ -94,8 +92,15 @@ class MetricsCSV(Recorder):
             self._rewrite()
         else:
             check_held(self.path)
-            with open(self.path, "a", newline="") as file:
-                csv.DictWriter(file, self.columns, restval="").writerow(row)
+            try:
+                with open(self.path, "a", newline="") as file:
+                    csv.DictWriter(file, self.columns, restval="").writerow(row)
+            except OSError as error:
+                raise OSError(
+                    error.errno,
+                    f"could not write {self.path}: {error.strerror or error}; free some space, then run the same command "
+                    "to continue",
+                ) from error
 
 
 def code_version() -> dict[str, str]:

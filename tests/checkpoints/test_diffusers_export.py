@@ -475,6 +475,30 @@ def test_a_folder_of_something_else_is_never_replaced(tmp_path: Path):
     assert (tmp_path / "theirs/thesis.txt").read_text() == "three years"
 
 
+def test_files_beside_a_model_are_never_deleted_with_it(tmp_path: Path):
+    folder = exported("nothing", tmp_path)
+    (folder / "thesis.txt").write_text("three years")
+    with pytest.raises(FileExistsError, match=r"holds thesis\.txt, which is no part of a model"):
+        exported("nothing", tmp_path, "overwrite=true")
+    assert (folder / "thesis.txt").is_file()
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "config.yaml").write_text("name: mine")
+    with pytest.raises(ValueError, match=r"is a run, or another folder with a config\.yaml"):
+        convert(composed("convert", f"from={tmp_path}/native", f"to={run}", "overwrite=true"))
+    assert (run / "config.yaml").read_text() == "name: mine"
+
+
+def test_a_linked_target_stays_a_link(tmp_path: Path):
+    folder = exported("nothing", tmp_path)
+    folder.rename(tmp_path / "disk")
+    folder.symlink_to(tmp_path / "disk")
+    exported("nothing", tmp_path, "overwrite=true", "dtype=float16")
+    assert folder.is_symlink()
+    assert load_file(folder / "unet" / diffusers_export.WEIGHTS)["conv_in.weight"].dtype == torch.float16
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["disk", "native", "theirs"]
+
+
 def test_verify_does_not_overlook_nan(tmp_path: Path):
     broken = model("nothing")
     broken.first_stage.autoencoder.decoder.conv_out.bias.data[0] = float("nan")

@@ -144,9 +144,26 @@ def test_a_card_says_nothing_of_this_machine():
         "logger": {"wandb": {"entity": "me"}}, "runs_dir": "/home/me/runs", "data": {"root": ["~/photos/a", "../b/c"]},
         "path": "file:///home/me/clip", "n": 3, "_target_": "ldm_train.models.unet.UNet",
     }  # fmt: skip
-    assert _without_folders(tree) == {
-        "data": {"root": ["a", "c"]}, "path": "clip", "n": 3, "_target_": "ldm_train.models.unet.UNet"
+    # Names on the Hub, addresses and texts are of no machine.
+    public = {
+        "text": "openai/clip-vit-large-patch14",
+        "from": "https://host.org/data/cc3m",
+        "prompt": "a cat and/or a dog",
+    }
+    assert _without_folders(tree | public) == {
+        "data": {"root": ["a", "c"]}, "path": "clip", "n": 3, "_target_": "ldm_train.models.unet.UNet", **public
     }  # fmt: skip
+
+
+def test_a_licence_that_was_filled_in_is_published(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("huggingface_hub.HfApi", Uploads(tmp_path))
+    shutil.copytree(run.folder / "export", tmp_path / "mine")
+    text = (tmp_path / "mine/README.md").read_text()
+    (tmp_path / "mine/README.md").write_text(text.replace("license: unknown", "license: cc-by-4.0"))
+    convert(composed("convert", f"from={tmp_path}/mine", "to=hub", "repo=me/licensed"))
+    head, text = card(tmp_path / "me/licensed")
+    assert head["license"] == "cc-by-4.0"
+    assert text.rstrip().endswith("## Licence\ncc-by-4.0")
 
 
 def test_a_text_encoder_travels_with_its_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

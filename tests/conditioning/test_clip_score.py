@@ -6,7 +6,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTokenizer, CLIPVisionModelWithProjection
+from safetensors.torch import load_file, save_file
+from transformers import (
+    CLIPConfig,
+    CLIPImageProcessor,
+    CLIPModel,
+    CLIPTextModel,
+    CLIPTokenizer,
+    CLIPVisionModelWithProjection,
+)
 
 from ldm_train.conditioning.clip_score import ClipScore
 from ldm_train.conditioning.image_embedding import PretrainedVision
@@ -64,6 +72,21 @@ def test_models_stored_in_half_precision_compute_in_float32(folder: Path, tmp_pa
     vision = PretrainedVision(str(tmp_path)).loaded().model
     for model in (score.model, text, vision):
         assert {weight.dtype for weight in model.parameters()} == {torch.float32}
+
+
+def test_encoders_with_lacking_or_damaged_weights_are_named(folder: Path, tmp_path: Path) -> None:
+    """The library would draw the lacking ones at random, other ones each time."""
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    CLIPTextModel(CLIPConfig.from_pretrained(folder).text_config).save_pretrained(tmp_path)
+    path = tmp_path / "model.safetensors"
+    weights = load_file(path)
+    lacking = next(name for name in weights if "mlp.fc1" in name)
+    save_file({k: v for k, v in weights.items() if k != lacking}, path, {"format": "pt"})
+    with pytest.raises(FileNotFoundError, match=r"cannot load the text encoder .*lack 1 weights, the first is .*fc1"):
+        FrozenText(str(tmp_path), 32, max_length=12).pretrained()
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(FileNotFoundError, match="cannot load the text encoder"):
+        FrozenText(str(tmp_path), 32, max_length=12).pretrained()
 
 
 def test_guidance_by_its_gradient_raises_the_score(folder: Path) -> None:

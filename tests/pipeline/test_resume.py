@@ -1,7 +1,9 @@
 """The chain skips, resumes, runs or refuses each stage, and reuses or overwrites nothing silently."""
 
 import copy
+import json
 import multiprocessing
+import shutil
 import subprocess
 import sys
 import time
@@ -9,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from chains import composed
+from chains import chain, composed
 from omegaconf import OmegaConf
 
 from ldm_train.configuration import differences
@@ -89,6 +91,20 @@ def test_more_steps_continue_and_fewer_do_not(tmp_path: Path):
     assert decide(stage(Work(), steps=5), tmp_path, {}) == "skip"
     assert advance(stage(Work(), steps=20), tmp_path, {}, True) == "resume"
     assert decide(stage(Work(), steps=20), tmp_path, {}) == "skip"
+
+
+def test_fewer_steps_than_an_interrupted_stage_has_are_refused(trained: Path, tmp_path: Path):
+    """Its weights would be recorded as those of the fewer steps."""
+    shutil.copytree(trained / "run", tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "evaluation")
+    shutil.rmtree(tmp_path / "run" / "export")
+    note = tmp_path / "run/diffusion/stage.json"
+    note.write_text(json.dumps(json.loads(note.read_text()) | {"finished": False}))
+    run = chain(tmp_path, "diffusion.max_steps=2", f"data_dir={trained}")
+    with pytest.raises(
+        Refused, match=r"diffusion has 6 steps and diffusion\.max_steps=2 asks for fewer; .*max_steps=6"
+    ):
+        run.prepare()
 
 
 def test_other_settings_are_refused_by_name(tmp_path: Path):

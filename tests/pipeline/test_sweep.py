@@ -5,13 +5,14 @@ import json
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from chains import SMALL, chain
+from chains import SMALL, chain, composed
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
@@ -83,6 +84,10 @@ def test_a_sweep_with_failed_jobs_fails_whatever_else_is_damaged(tmp_path: Path,
     said = capsys.readouterr()
     assert "no table or plots of the sweep" in said.out
     assert "1 of 3 jobs failed:\n  a: ValueError: no" in said.err
+    later = sweep_module.Report()
+    later.start = time.time() + 60  # the job failed in an earlier sweep
+    later.on_multirun_end(config)
+    assert "failed" not in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -304,6 +309,27 @@ def test_flops_are_counted_anew_for_another_network_or_input() -> None:
     assert counted(torch.nn.Conv2d(4, 4, 1), 8) == once > 0
     assert counted(torch.nn.Conv2d(4, 4, 1), 16) == 4 * once
     assert counted(Twice(4, 4, 1), 8) == 2 * once
+
+
+def test_a_damaged_run_is_a_row_of_the_table_among_others(tmp_path: Path) -> None:
+    for name in ("good", "bad"):
+        stage = tmp_path / name / "diffusion"
+        stage.mkdir(parents=True)
+        (tmp_path / name / "config.yaml").write_text("stages: []")
+        (stage / "metrics.csv").write_text("step,val/loss\n10,0.5\n")
+    (tmp_path / "bad/diffusion/stage.json").write_text("{")
+    rows = {row["run"]: row for row in sweep_module.gather(sweep_module.read_runs(tmp_path))}
+    assert rows["good"]["val/loss"] == "0.5"
+    assert "stage.json" in rows["bad"]["failed"]
+
+
+@pytest.mark.parametrize(
+    ("option", "said"),
+    [("seed", "seed='abc' is not a whole number"), ("warmup_trials", "warmup_trials='abc' is not a whole number")],
+)
+def test_options_of_a_search_are_checked_before_it_begins(option: str, said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        search.check(composed("search", f"{option}=abc"), ["gp", "tpe"])
 
 
 def test_a_sweep_names_all_its_points() -> None:

@@ -40,6 +40,23 @@ def test_a_killed_and_resumed_log_equals_an_undisturbed_one(tmp_path: Path):
     assert (tmp_path / "killed.csv").read_text() == (tmp_path / "calm.csv").read_text()
 
 
+def test_a_row_that_a_full_disk_has_cut_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    path = tmp_path / "metrics.csv"
+    log(MetricsCSV(path), 1, 9)
+    whole = path.read_text()
+    path.write_text(whole + "1")  # the beginning of step 10
+    log(MetricsCSV(path, start=9), 10, 11)
+    assert [row["step"] for row in table(path)] == [str(step) for step in range(1, 12)]
+    logger = MetricsCSV(path, start=9)
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("csv.DictWriter.writerow", full)
+    with pytest.raises(OSError, match=r"could not write .*metrics\.csv: No space left on device; free some space"):
+        log(logger, 10, 10)
+
+
 def test_a_run_from_the_start_replaces_the_file(tmp_path: Path):
     log(MetricsCSV(tmp_path / "metrics.csv"), 1, 9)
     log(MetricsCSV(tmp_path / "metrics.csv", start=0), 1, 2)

@@ -51,6 +51,11 @@ class Monitor(L.Callback):
         self._batch_end = self._since = time.perf_counter()
         self._steps, self._waited = trainer.global_step, 0.0
 
+    def batch_ended(self) -> None:
+        """Called by the last callback after a step: what callbacks do between steps, like writing a checkpoint, is no
+        waiting for data."""
+        self._batch_end = time.perf_counter()
+
     def exclude(self, seconds: float) -> None:
         """Excludes `seconds` spent on work other than training from the measurement."""
         self._since += seconds
