@@ -47,6 +47,7 @@ DEFAULT_SAMPLING = {
     "spacing": "trailing",
     "sampler": {"_target_": "ldm_train.samplers.ddim.ddim", "_partial_": True},
 }
+CAPTIONED = 7.5  # the usual guidance scale of models of captions
 CONDITIONING = "ldm_train.conditioning"
 # Our names in LDM's text encoder -> those of diffusers' LDMBertModel.
 BERT = {
@@ -242,6 +243,11 @@ def load_diffusers(folder: str | Path) -> LatentDiffusion:
     return read_pipeline(folder)[0]
 
 
+def usual_sampling(captions: bool) -> dict[str, Any]:
+    """Returns the sampling options of published models that record none. captions: whether they draw from captions."""
+    return DEFAULT_SAMPLING | ({"guidance_scale": CAPTIONED} if captions else {})
+
+
 def diffusers_metadata(folder: str | Path) -> dict[str, Any]:
     """Returns what metadata.json holds in a native folder: the sha256 of weights and configs, and the usual sampling
     options of such models."""
@@ -250,5 +256,5 @@ def diffusers_metadata(folder: str | Path) -> dict[str, Any]:
     parts = [folder / n for n in ("unet", "vae", "vqvae", "text_encoder", "bert") if (folder / n).is_dir()]
     configs = [folder / INDEX, *sorted(folder.glob("*/*config.json"))]
     digest = files_sha256((*configs, *(p for part in parts for p in weight_files(part))))
-    scale = 7.5 if any((folder / name).is_dir() for name in ("text_encoder", "bert")) else 1.0
-    return {"sha256": digest, "sampling": DEFAULT_SAMPLING | {"guidance_scale": scale}}
+    captions = any((folder / name).is_dir() for name in ("text_encoder", "bert"))
+    return {"sha256": digest, "sampling": usual_sampling(captions)}

@@ -1,6 +1,7 @@
 """Downloads models from the Hugging Face Hub as data files, and uploads folders to it."""
 
 import re
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -32,13 +33,14 @@ def downloaded(repo: str) -> Path:
     try:
         return Path(snapshot_download(name, **options))
     except Exception as error:  # the library raises many types of exceptions
-        try:
-            return Path(snapshot_download(name, **options, local_files_only=True))
-        except Exception:
-            raise FileNotFoundError(
-                f"{repo} is not a folder here, and it could not be downloaded from the Hub ({first_line(error)}); check the name and the "
-                "network, or download it elsewhere and give its folder"
-            ) from error
+        with suppress(Exception):
+            kept = Path(snapshot_download(name, **options, local_files_only=True))
+            if any(kept.rglob("*.safetensors")):  # an interrupted download may have left configs alone
+                return kept
+        raise FileNotFoundError(
+            f"{repo} is not a folder here, and it could not be downloaded from the Hub ({first_line(error)}); check the name and the "
+            "network, or download it elsewhere and give its folder"
+        ) from error
 
 
 def upload(folder: Path, repo: str, private: bool, message: str) -> str:

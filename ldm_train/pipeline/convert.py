@@ -11,7 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from ldm_train.checkpoints import compvis
 from ldm_train.checkpoints.compvis import FILES
-from ldm_train.checkpoints.diffusers import DEFAULT_SAMPLING, diffusers_metadata, is_diffusers, read_pipeline
+from ldm_train.checkpoints.diffusers import diffusers_metadata, is_diffusers, read_pipeline, usual_sampling
 from ldm_train.checkpoints.diffusers_networks import check_folder_links, first_stage_tree, load_first_stage
 from ldm_train.checkpoints.hub import REPO, downloaded, is_repo, upload
 from ldm_train.checkpoints.native import METADATA, find_model, load_model, read_metadata, read_tree
@@ -47,7 +47,6 @@ OF_FILES = (
     "labels",
     "null_class",
 )  # options that describe checkpoint files
-SAMPLING = DEFAULT_SAMPLING | {"spacing": "compvis"}  # as in the sampling script of the published models
 
 
 def read(config: DictConfig) -> tuple[Model, compvis.Report | None]:
@@ -64,7 +63,11 @@ def read(config: DictConfig) -> tuple[Model, compvis.Report | None]:
         model, described, report = compvis.load(source, yaml, config.weights, needs)
         metadata = {"converted_from": source.name}
         if described.latent:
-            metadata["sampling"] = SAMPLING
+            parts = described.tree.get("conditioners", {}).values()
+            captions = any(part["_target_"].startswith("ldm_train.conditioning.text.") for part in parts)
+            metadata["sampling"] = usual_sampling(captions) | {"spacing": "compvis"}  # that of the published scripts
+        elif given := [option for option in OF_FILES if option != "config" and config[option] is not None]:
+            raise ValueError(f"{given[0]}= is for whole models, and {source} holds an autoencoder; leave it out")
         if (classes := described.tree.get("conditioners", {}).get("class_label")) is not None:
             metadata["null_class"] = described.class_rows == classes["classes"] + 1
         named = [Path(config.text_encoder)] if config.text_encoder is not None else []
@@ -79,7 +82,9 @@ def read(config: DictConfig) -> tuple[Model, compvis.Report | None]:
         check_folder_links(source)
         tree = first_stage_tree(source)["autoencoder"]
         module = load_first_stage(source).autoencoder
-        return Model(module, tree, {"downsample_factor": module.downsample_factor, "converted_from": source.name}), None
+        metadata = {"downsample_factor": module.downsample_factor, "converted_from": source.name}
+        metadata["scale_factor"] = first_stage_tree(source)["scale_factor"]  # of the latents, for diffusers
+        return Model(module, tree, metadata), None
     folder = native_folder(source)
     metadata = {k: v for k, v in read_metadata(folder).items() if k not in ("sha256", "config_sha256")}
     return Model(load_model(folder), read_tree(folder), metadata, _folders(config, folder)), None
@@ -210,6 +215,8 @@ def _check_effects(config: DictConfig) -> None:
         raise ValueError(
             f"{of_file[0]}= describes a checkpoint file ({', '.join(FILES)}), and from={config['from']} is not one; leave it out"
         )
+    if config.encoders and (adapter or (config.format != "native" and config.to != HUB)):
+        raise ValueError("encoders= has an effect only with format=native and a whole model; leave it out")
     if config.control is not None and not adapter:
         raise ValueError("control= says what the image of a ControlNetModel of diffusers shows; leave it out")
 

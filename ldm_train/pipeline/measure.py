@@ -352,6 +352,8 @@ def check(config: DictConfig) -> None:
         raise ValueError(
             "choose what to measure: run=<run>, reconstruct=<run or folder>, or images=<folder> against=<folder>"
         )
+    if config.get("out") and Path(config.out).is_dir():
+        raise ValueError(f"out={config.out} is a folder; give a file in it, out={Path(config.out) / 'metrics.json'}")
     for option in ("metrics", "paired"):
         if not OmegaConf.is_list(config[option]):
             raise ValueError(f"{option} is a list: {option}=[{config[option]}]")

@@ -499,6 +499,15 @@ def test_a_linked_target_stays_a_link(tmp_path: Path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["disk", "native", "theirs"]
 
 
+def test_an_autoencoder_of_diffusers_keeps_the_scale_of_its_latents(tmp_path: Path):
+    folder = exported("nothing", tmp_path)
+    config = folder / "vqvae" / "config.json"
+    config = config if config.is_file() else folder / "vae" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"scaling_factor": 0.3}))
+    convert(composed("convert", f"from={config.parent}", f"to={tmp_path}/again", "format=diffusers", "verify=true"))
+    assert json.loads((tmp_path / "again" / "config.json").read_text())["scaling_factor"] == pytest.approx(0.3)
+
+
 def test_verify_does_not_overlook_nan(tmp_path: Path):
     broken = model("nothing")
     broken.first_stage.autoencoder.decoder.conv_out.bias.data[0] = float("nan")
