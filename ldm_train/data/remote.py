@@ -286,7 +286,7 @@ class ShardCache:
 def _mark(copy: int | Path) -> None:
     """Marks a copy (its descriptor or path) as compared with its checksum and as just used: a program that writes to it
     changes its modification time."""
-    with suppress(PermissionError):  # another user's copy
+    with suppress(PermissionError, FileNotFoundError):  # another user's copy; or deleted since to make room
         os.utime(copy, ns=(time.time_ns(), COMPARED))
 
 

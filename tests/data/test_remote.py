@@ -192,6 +192,26 @@ def test_a_checksum_is_no_path(there: tuple[Site, Path], tmp_path: Path):
 # -- room --------------------------------------------------------------------------------------------------------------
 
 
+def test_a_copy_that_others_delete_as_soon_as_it_is_there_is_fetched_again(
+    there: tuple[Site, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    site, folder = there
+    shards = IndexedShards(site.url, "train", cache=ShardCache(tmp_path / "cache", 1e9))
+    for copy in (tmp_path / "cache").glob("*.tar"):
+        copy.unlink()
+    write, left = remote.write_atomically, [2]
+
+    def deleted_at_once(path: Path, fill: Callable) -> None:
+        write(path, fill)
+        if left[0]:
+            left[0] -= 1
+            path.unlink()
+
+    monkeypatch.setattr(remote, "write_atomically", deleted_at_once)
+    assert shards.members(0) == IndexedShards(folder, "train").members(0)
+    assert left == [0]
+
+
 def test_copies_make_room_and_come_again(there: tuple[Site, Path], tmp_path: Path):
     """With room for two of five shards all samples can be read in order; at most two copies and the open one remain."""
     site, folder = there
