@@ -151,7 +151,8 @@ def test_variants_of_the_unet_are_traced_whole(variant: str) -> None:
     check_traced(network, inputs_of(network))
 
 
-@pytest.mark.parametrize("kind", [pytest.param(k, marks=() if k == "vq" else pytest.mark.slow) for k in AUTOENCODERS])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", AUTOENCODERS)
 def test_autoencoders_are_traced_whole(kind: str) -> None:
     images = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0)).to(DEVICE)
     check_traced(filled(AUTOENCODERS[kind]()), {"images": images})

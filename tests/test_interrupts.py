@@ -132,6 +132,7 @@ def test_sigterm_within_lightning_leaves_at_once_before_the_first_step_and_saves
     assert fit.steps_done(tmp_path / "run/autoencoder/checkpoints/last.ckpt") == (steps or 0)
 
 
+@pytest.mark.slow
 def test_a_signal_in_a_step_with_a_validation_leaves_after_it(tmp_path: Path):
     (tmp_path / "train.py").write_text(AT_HOOK.format(hook="on_train_batch_end"))
     overrides = command(tmp_path, "run", "autoencoder.val_every=1")[2:]

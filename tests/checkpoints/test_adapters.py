@@ -13,6 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from test_diffusers import randomised, text_pipeline
 from test_diffusers_export import TREES
+from tiers import tiered
 
 import ldm_train
 from ldm_train.checkpoints.adapters import LAYOUTS, export_adapter, find_adapter, read_adapter, save_adapter
@@ -47,7 +48,7 @@ def difference(first: LatentDiffusion, second: LatentDiffusion) -> float:
 
 @pytest.mark.parametrize("targets", ["attention", "all"])
 @pytest.mark.parametrize("layout", [None, *LAYOUTS])
-@pytest.mark.parametrize("name", ["classes and captions", "nothing"])
+@tiered("name", ["classes and captions", "nothing"], fast=1)
 def test_an_adapter_comes_back_from_its_file(layout: str | None, targets: str, name: str, tmp_path: Path) -> None:
     first, second = adapted(LoRA(rank=2, alpha=3, targets=targets), name), model(name)
     pairs = lora.pairs_of(first.parts(), "adapter")

@@ -145,6 +145,7 @@ def test_the_picture_is_kept_under_guidance() -> None:
     assert model.null_condition(2)["control"].abs().max() == 0
 
 
+@pytest.mark.slow
 @tiered("version", ["1", "2"], fast=1)
 def test_diffusers_draws_what_we_draw_with_a_control(version: str, text_pipeline: Callable, tmp_path: Path) -> None:
     folder, _ = text_pipeline(version)

@@ -27,6 +27,7 @@ def test_each_key_has_its_own_order():
     assert len(orders) == 100
 
 
+@pytest.mark.slow
 def test_places_and_neighbours_are_uniform():
     """Chi-squared tests of 400,000 values below 10 ** 8 (their distribution, and that of pairs of neighbours), and of
     the places that each of 20 samples takes under 4,000 keys. A true shuffle would fail each for one in 10,000

@@ -13,7 +13,6 @@ import pytest
 import torch
 from forked import CONTEXT, begun
 from sites import Site, no_proxies
-from tiers import tiered
 
 from ldm_train.data import remote
 from ldm_train.data.datamodule import ShardDataModule
@@ -291,7 +290,8 @@ def _read_all(url: str, folder: Path, limit: int, seed: int, digests: "multiproc
     digests.put(f"{seed} {digest.hexdigest()}")
 
 
-@tiered("room", [1, 100], fast=1)
+@pytest.mark.slow
+@pytest.mark.parametrize("room", [1, 100])
 def test_processes_share_the_copies(there: tuple[Site, Path], tmp_path: Path, room: int):
     """Four processes at once, with room for one shard or for all, read what is in the folder; with room for all, each
     shard is fetched once."""

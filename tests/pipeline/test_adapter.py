@@ -72,6 +72,7 @@ def test_the_merged_model_is_the_base_with_the_adapter(base: Run, subject: Run) 
     assert (folder / "adapter.safetensors").stat().st_size < 400_000
 
 
+@pytest.mark.slow
 @pytest.mark.chain
 def test_a_checkpoint_holds_the_adapter_alone_and_training_goes_on_from_it(base: Run, subject: Run) -> None:
     """4 steps end at the same weights as 2 steps and then 2 more."""

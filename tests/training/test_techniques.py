@@ -316,6 +316,7 @@ def test_alignment_needs_features_and_a_middle() -> None:
         check_alignment(torch.nn.Linear(1, 1), autoencoder())
 
 
+@pytest.mark.slow
 @pytest.mark.chain
 def test_both_stages_train_with_orthogonal_steps_but_for_the_discriminator(tmp_path: Path) -> None:
     """Only groups of matrices have a Nesterov momentum; the discriminator is in none of them."""
