@@ -65,7 +65,7 @@ def convert_adapter(config: DictConfig) -> Path:
         )
     if config.format in LAYOUTS and target.suffix != ".safetensors":
         raise ValueError(f"to={target}: an adapter of the layout {config.format} is one file, <name>.safetensors")
-    _check_written(config, target, WEIGHTS)
+    _check_written(config, target, {RECORD, WEIGHTS})
     base, folder = _base(config, source)
     model = load_latent_diffusion(folder)
     pairs, left = read_adapter(source, model)
@@ -85,14 +85,14 @@ def convert_adapter(config: DictConfig) -> Path:
     return target
 
 
-def _check_written(config: DictConfig, target: Path, weights: str) -> None:
-    """Raises an error if a native adapter whose file of weights has this name, or one of another program, cannot be
-    written to `target`."""
+def _check_written(config: DictConfig, target: Path, own: set[str]) -> None:
+    """Raises an error if an adapter cannot be written to `target`, or if a folder there holds more than it. own: the
+    names of the files of a folder of this kind."""
     if config.dtype != "float32" or config.verify:
         raise ValueError("dtype= and verify= are for models; an adapter is written in float32")
     if target.exists() and not config.overwrite:
         raise FileExistsError(f"to={target} exists; choose another, or overwrite=true")
-    if target.is_dir() and (others := sorted({path.name for path in target.iterdir()} - {RECORD, weights})):
+    if target.is_dir() and (others := sorted({path.name for path in target.iterdir()} - own)):
         raise FileExistsError(
             f"to={target} holds {others[0]}, which is no part of such an adapter; move it away, or choose another to="
         )
@@ -121,10 +121,8 @@ def _convert_control(config: DictConfig, source: Path, target: Path) -> Path:
         )
     if not theirs and config.control is not None:
         raise ValueError("control= is for a control of diffusers; this one records what its picture shows")
-    if theirs:
-        _check_written(config, target, CONTROL)
-    else:
-        _check_written(config, target, "diffusion_pytorch_model.safetensors")
+    own = {RECORD, CONTROL} if theirs else {"config.json", "diffusion_pytorch_model.safetensors"}
+    _check_written(config, target, own)
     base, folder = _base(config, source)
     model, native = load_latent_diffusion(folder), (folder / METADATA).is_file()
     channels = model.first_stage.latent_channels

@@ -187,6 +187,13 @@ def test_diffusers_draws_what_we_draw_with_a_control(version: str, text_pipeline
     )
     first, second = (load_file(tmp_path / name / "control.safetensors") for name in ("ours", "again"))
     assert all(torch.equal(first[key], second[key]) for key in first.keys() | second.keys())
+    # It replaces controls, and nothing else.
+    asked = f"from={tmp_path / 'ours'}", f"base={folder}", "format=diffusers", "overwrite=true"
+    convert(composed("convert", *asked, f"to={tmp_path / 'theirs'}"))
+    (tmp_path / "theirs" / "thesis.txt").write_text("three years")
+    with pytest.raises(FileExistsError, match=r"theirs holds thesis\.txt, which is no part of such an adapter"):
+        convert(composed("convert", *asked, f"to={tmp_path / 'theirs'}"))
+    assert (tmp_path / "theirs" / "thesis.txt").is_file()
 
 
 def change(path: Path, **options: Any) -> None:
