@@ -274,8 +274,10 @@ class Run:
         """Raises Refused if a stage that was interrupted has more steps than it is asked for."""
         anew = resume.made_anew(self.order, steps, self.folder, self.config.restart)
         for step in steps:
-            note = resume.read_note(self.folder / step.name)
+            note, timed = resume.read_note(self.folder / step.name), f"{step.name}.max_time"
             if step.name in anew or not step.steps or note is None or note["finished"]:
+                continue
+            if OmegaConf.select(self.config, timed) is not None:  # ended by the clock, after any number of steps
                 continue
             done = steps_done(self.folder / step.name / "checkpoints" / LAST)
             if done > step.steps:
