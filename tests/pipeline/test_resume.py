@@ -101,6 +101,8 @@ def test_fewer_steps_than_an_interrupted_stage_has_are_refused(trained: Path, tm
     note = tmp_path / "run/diffusion/stage.json"
     note.write_text(json.dumps(json.loads(note.read_text()) | {"finished": False}))
     run = chain(tmp_path, "diffusion.max_steps=2", f"data_dir={trained}")
+    timed = chain(tmp_path, "diffusion.max_steps=2", "diffusion.max_time=1h", f"data_dir={trained}")
+    timed._check_steps(timed.chosen())  # ended by the clock, after any number of steps
     with pytest.raises(
         Refused, match=r"diffusion has 6 steps and diffusion\.max_steps=2 asks for fewer; .*max_steps=6"
     ):
