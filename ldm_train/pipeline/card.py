@@ -169,7 +169,10 @@ def write_card(
         for of, name, value, _, _ in rows:
             if of == "samples" and math.isfinite(value):
                 results.append(EvalResult(_task(fields), "webdataset", data, name, value))
-    before = ModelCard.load(licensed).data.get("license") if licensed is not None else None
+    before = None
+    if licensed is not None:
+        with suppress(ValueError, yaml.YAMLError):  # a card that cannot be read names no licence
+            before = ModelCard.load(licensed).data.get("license")
     known = before not in (None, "unknown")
     text += ["", "## Licence"]
     text += [f"{before}" if known else "To be filled in by whoever publishes it: here and as `license` above.", ""]
