@@ -202,6 +202,16 @@ def write_folder(path: str | Path, write: Callable[[Path], None]) -> None:
         shutil.rmtree(partial, ignore_errors=True)
 
 
+def check_holds_only(folder: Path, belongs: Callable[[Path], bool], what: str) -> None:
+    """Raises FileExistsError if a folder that is to be replaced by `what` holds anything that does not belong to such a
+    one, so that no other files are lost. A folder that does not exist may be written."""
+    for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+        if not belongs(path):
+            raise FileExistsError(
+                f"to={folder} holds {path.name}, which is no part of {what}; move it away, or choose another to="
+            )
+
+
 def write_json(path: str | Path, value: object) -> None:
     """Writes a JSON file that appears under its final name only when it is complete."""
     write_atomically(path, lambda f: f.write((json.dumps(value, indent=1) + "\n").encode()))

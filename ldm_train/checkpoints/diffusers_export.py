@@ -27,7 +27,7 @@ from ldm_train.conditioning.text import FrozenText, NarrowTransformer, TrainedTe
 from ldm_train.latent_diffusion import LatentDiffusion
 from ldm_train.models.autoencoder import AutoencoderIdentity, AutoencoderKL
 from ldm_train.models.first_stage import FirstStage, fold_statistics
-from ldm_train.storage import read_record, write_json
+from ldm_train.storage import check_holds_only, read_record, write_json
 
 FILES = Path(__file__).with_name("for_diffusers")
 NARROW, CONDITIONERS, PIPELINE = "narrow", "conditioners", "pipeline"
@@ -335,12 +335,12 @@ def check_replaceable(folder: Path) -> None:
     if not parts and "_class_name" not in read_record(folder / "config.json"):
         raise refused
     beside = (INDEX, "config.json", "README.md", ".gitattributes")
-    for path in folder.iterdir():
+
+    def belongs(path: Path) -> bool:
         weights = path.suffix in (".safetensors", ".bin", ".py") or path.name.endswith(".index.json")
-        if not (path.name in parts if path.is_dir() else path.name in beside or weights):
-            raise FileExistsError(
-                f"to={folder} holds {path.name}, which is no part of a model; move it away, or choose another to="
-            )
+        return path.name in parts if path.is_dir() else path.name in beside or weights
+
+    check_holds_only(folder, belongs, "a model")
 
 
 def write_component(folder: Path, part: Component, dtype: torch.dtype) -> None:

@@ -29,7 +29,7 @@ from ldm_train.checkpoints.control import (
 from ldm_train.checkpoints.diffusers_networks import unet_tree
 from ldm_train.checkpoints.native import METADATA, find_model, load_latent_diffusion, read_metadata, read_tree
 from ldm_train.models import lora
-from ldm_train.storage import write_folder
+from ldm_train.storage import check_holds_only, write_folder
 
 NAME = "adapter"
 THEIRS = ("edges", "depth")  # fields of diffusers' controls; not label maps, whose colours differ between models
@@ -92,10 +92,7 @@ def _check_written(config: DictConfig, target: Path, own: set[str]) -> None:
         raise ValueError("dtype= and verify= are for models; an adapter is written in float32")
     if target.exists() and not config.overwrite:
         raise FileExistsError(f"to={target} exists; choose another, or overwrite=true")
-    if target.is_dir() and (others := sorted({path.name for path in target.iterdir()} - own)):
-        raise FileExistsError(
-            f"to={target} holds {others[0]}, which is no part of such an adapter; move it away, or choose another to="
-        )
+    check_holds_only(target, lambda path: path.name in own, "such an adapter")
 
 
 def _base(config: DictConfig, source: Path) -> tuple[Path, Path]:

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import pytest
 import torch
 from chains import composed
@@ -23,6 +24,7 @@ from ldm_train.conditioning.learned_tokens import add_tokens, settle
 from ldm_train.conditioning.text import train_tokenizer
 from ldm_train.latent_diffusion import LatentDiffusion, Sampling, Start
 from ldm_train.models import lora
+from ldm_train.models.autoencoder import AutoencoderKL
 from ldm_train.models.first_stage import FirstStage, fold_statistics
 from ldm_train.models.lora import LoRA
 from ldm_train.pipeline.convert import convert
@@ -497,6 +499,22 @@ def test_a_linked_target_stays_a_link(tmp_path: Path):
     assert folder.is_symlink()
     assert load_file(folder / "unet" / diffusers_export.WEIGHTS)["conv_in.weight"].dtype == torch.float16
     assert sorted(path.name for path in tmp_path.iterdir()) == ["disk", "native", "theirs"]
+
+
+@torch.no_grad()
+def test_a_narrow_autoencoder_opens_as_its_folder_says(tmp_path: Path, capsys: pytest.CaptureFixture):
+    tree = {"z_channels": 4, "channels": 16, "channel_mult": [1, 2], "num_res_blocks": 1}
+    made = AutoencoderKL(**tree).eval()
+    save_model(tmp_path / "ours", made, {"_target_": "ldm_train.models.autoencoder.AutoencoderKL", **tree}, {})
+    convert(composed("convert", f"from={tmp_path}/ours", f"to={tmp_path}/theirs", "format=diffusers"))
+    assert "diffusers.AutoModel.from_pretrained" in capsys.readouterr().out
+    theirs = diffusers.AutoModel.from_pretrained(
+        str(tmp_path / "theirs"), trust_remote_code=True, low_cpu_mem_usage=False
+    )
+    images = torch.rand(1, 3, 32, 32) * 2 - 1
+    moments = theirs.eval().encode(images).latent_dist
+    torch.testing.assert_close(moments.mean, made.encode(images).mean, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(theirs.decode(moments.mean).sample, made.decode(moments.mean), rtol=1e-4, atol=1e-4)
 
 
 def test_an_autoencoder_of_diffusers_keeps_the_scale_of_its_latents(tmp_path: Path):
