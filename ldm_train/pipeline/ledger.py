@@ -13,7 +13,7 @@ import numpy as np
 
 from ldm_train.configuration import config_folder
 from ldm_train.metrics.distribution import student_quantile
-from ldm_train.pipeline.sweep import SweptRun, read_rows
+from ldm_train.pipeline.sweep import SweptRun, differing, read_rows
 from ldm_train.storage import write_atomically
 
 BEGIN, END = "<!-- rows of ldm-sweep ledger=true -->", "<!-- end of rows -->"
@@ -160,6 +160,23 @@ def rows(runs: Sequence[SweptRun], commit: str = "") -> list[dict[str, Any]]:
     return table
 
 
+def other_options(runs: Sequence[SweptRun]) -> list[str]:
+    """One line per arm: the options in which it differs from the base, with its own values. All of them are part of what
+    its row measures, whether they are the technique's or were typed beside it."""
+    found, lines = arms(runs), []
+    for arm, ours in sorted(found.items()):
+        own: dict[str, set[str]] = {}
+        for seed in sorted(ours.keys() & found[()].keys()):
+            run = ours[seed]
+            for key in differing([run, found[()][seed]]):
+                if not key.startswith("techniques"):
+                    own.setdefault(key, set()).add(str(run.config.get(key, "left out")))
+        if own:
+            said = ", ".join(f"{key}={' or '.join(sorted(values))}" for key, values in own.items())
+            lines.append(f"- {' + '.join(arm)}: {said}")
+    return lines
+
+
 def rank_correlation(x: Sequence[float], y: Sequence[float]) -> tuple[float, float, float]:
     """(Spearman's rho, low, high), with its 95 % interval by Fisher's z and the variance of Bonett and Wright (2000),
     (1 + rho^2 / 2) / (n - 3). Ties have their mean rank. All are NaN if x or y is constant."""
@@ -255,6 +272,8 @@ def ledger(runs: Sequence[SweptRun], folder: Path) -> Path:
     """Prints the ledger of a sweep's runs, and how well autoencoders' measures predict samples, and writes both to
     ledger.md in `folder`. Returns its path."""
     text = markdown(rows(runs, commit=commit_of(config_folder())))
+    if others := other_options(runs):
+        text += "\n\nOptions that differ from the base's:\n\n" + "\n".join(others)
     if predicted := predictions(runs):
         text += (
             f"\n\nRank correlations (Spearman) with what is known of an autoencoder before:\n\n{markdown(predicted)}"

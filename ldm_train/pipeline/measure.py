@@ -33,6 +33,7 @@ from ldm_train.evaluation.evaluator import Evaluator, sampling_options
 from ldm_train.evaluation.measurement import Reference, measure_samples, reference_from
 from ldm_train.evaluation.report import evaluate_first_stage, save_pairs
 from ldm_train.generation.files import as_list
+from ldm_train.generation.job import machine as made_on
 from ldm_train.generation.options import check_interval
 from ldm_train.latent_diffusion import LatentDiffusion
 from ldm_train.metrics.features import weights_hash
@@ -162,8 +163,11 @@ def evaluate_run(config: DictConfig, again: bool = True) -> Measured:
         asked["weights"] = file_sha256(best_checkpoint(folder))
     results = inside(folder / "evaluations", folder)
     kept = results / file_name(asked)
+    on = made_on(machine.device.type, trained.evaluation.batch_size) | {"devices": machine.world_size}
     if not again and kept.is_file():
-        return {k: v for k, v in read_record(kept).items() if k != "settings"}, results, asked
+        earlier = {k: v for k, v in read_record(kept).items() if k != "settings"}
+        if on.items() <= earlier["speed"].items():  # otherwise its speed is that of another machine
+            return earlier, results, asked
     partial = results / f".{digest(asked)}.partial"
     partial.parent.mkdir(exist_ok=True)
     model = load_weights(folder, config.weights, trust).to(machine.device, memory_format=torch.channels_last)
@@ -179,7 +183,7 @@ def evaluate_run(config: DictConfig, again: bool = True) -> Measured:
         for name, rows in measured.pairs.items():
             save_pairs(rows, kept.with_name(f"{kept.stem}-{name}.png"))
     speed = {"images_per_second": measured.count / measured.seconds} if measured.seconds else {}
-    return {"samples": samples, "speed": speed}, results, asked
+    return {"samples": samples, "speed": speed | on}, results, asked
 
 
 def evaluate_autoencoder(config: DictConfig) -> Measured:
@@ -332,7 +336,7 @@ def format_metrics(metrics: Mapping[str, Any]) -> str:
         lines.append(part)
         for name, entry in table.items():
             if not isinstance(entry, dict):
-                lines.append(f"  {name:<22}{entry:12.4g}")
+                lines.append(f"  {name:<22}{entry:>12{'' if isinstance(entry, str) else '.4g'}}")
                 continue
             interval = "[{:.4g}, {:.4g}]".format(*entry["interval"]) if entry["interval"] else "too few for an interval"
             value = float("inf") if entry["value"] is None else entry["value"]
@@ -371,10 +375,12 @@ def command_options() -> DictConfig:
 
 
 def measured_run(config: DictConfig) -> dict[str, Any]:
-    """`evaluate` of a run for other commands: an earlier result with the same settings is read from its file."""
+    """`evaluate` of a run for other commands: an earlier result with the same settings, batch size and machine is read
+    from its file."""
     metrics, folder, asked = evaluate_run(config, again=False)
-    if not (folder / file_name(asked)).is_file():
-        write_json(folder / file_name(asked), metrics | {"settings": asked})
+    path = folder / file_name(asked)
+    if not path.is_file() or read_record(path)["speed"] != metrics["speed"]:
+        write_json(path, metrics | {"settings": asked})
     return metrics
 
 

@@ -182,7 +182,7 @@ def summarise(
 
 def speed(config: DictConfig, runs: Sequence[SweptRun], folder: Path) -> list[dict[str, Any]]:
     """Measures every run with a finished model at each number of sampling steps; one row per run and number. Existing
-    measurements are reused; interrupted ones continue."""
+    measurements with the same batch size on the same kind of machine are reused; interrupted ones continue."""
     from ldm_train.pipeline import measure
 
     options = {k: config[k] for k in ("n", "batch_size", "accelerator", "precision", "progress")}

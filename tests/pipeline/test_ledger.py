@@ -93,6 +93,19 @@ def test_without_a_base_or_with_two_runs_of_a_seed_there_is_no_ledger(tmp_path: 
         ledger.rows(read_runs(tmp_path))
 
 
+def test_options_that_differ_from_the_bases_stand_beneath_the_table(tmp_path: Path, capsys) -> None:
+    for seed in range(2):
+        run(tmp_path / f"base{seed}", [], seed, 3.0, 0.5)
+        run(tmp_path / f"flow{seed}", ["flow"], seed, 3.0, 0.6)
+        run(tmp_path / f"same{seed}", ["muon"], seed, 3.0, 0.6)
+        config = OmegaConf.load(tmp_path / f"flow{seed}" / "config.yaml")
+        own = {"diffusion": {"lr": [0.1, 0.2][seed]}, "logger": "csv"}  # a learning rate typed beside the technique
+        OmegaConf.save(OmegaConf.merge(config, own), tmp_path / f"flow{seed}" / "config.yaml")
+    assert ledger.other_options(read_runs(tmp_path)) == ["- flow: diffusion.lr=0.1 or 0.2"]
+    ledger.ledger(read_runs(tmp_path), tmp_path)
+    assert "- flow: diffusion.lr=0.1 or 0.2" in (tmp_path / "ledger.md").read_text()
+
+
 def test_a_base_of_nothing_right_still_counts(tmp_path: Path) -> None:
     for seed, (base, ours) in enumerate([(0.0, 0.3), (0.0, 0.31), (0.1, 0.2)]):
         run(tmp_path / f"base{seed}", [], seed, 3.0, base)

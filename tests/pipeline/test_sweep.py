@@ -161,6 +161,10 @@ def test_speed_against_quality_is_measured_once(swept: Path, command: Callable[.
     assert command("sweep", *arguments) == 0
     assert {p: p.stat().st_mtime_ns for p in swept.rglob("evaluations/*.json")} == before
     assert "4096" in capsys.readouterr().out
+    assert command("sweep", *arguments, "batch_size=4") == 0  # another speed, of the same samples
+    after = {p: p.stat().st_mtime_ns for p in swept.rglob("evaluations/*.json")}
+    assert after.keys() == before.keys()
+    assert all(after[p] > before[p] and json.loads(p.read_text())["speed"]["batch_size"] == 4 for p in after)
 
 
 @pytest.mark.chain
