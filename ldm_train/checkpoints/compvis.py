@@ -39,11 +39,18 @@ from ldm_train.storage import read_config, read_older_tensors, shown
 FILES = (".ckpt", ".safetensors", ".pt", ".pth", ".bin")
 # Prefixes of the names of tensors that our models do not need.
 SCHEDULE = ("betas", "alphas_cumprod", "sqrt_", "log_one_minus_", "posterior_", "logvar", "lvlb_weights", "ddim_")
+AVERAGES = "model_ema."  # of the names of averaged weights, which follow without their dots
 LEFT_OUT = {
     "tables of the noise schedule": (*SCHEDULE, "low_scale_model.", "noise_augmentor."),
     "the depth estimator, since depth maps are given": ("depth_model.",),
-    "counters of the averaging": ("model_ema.decay", "model_ema.num_updates"),
-    "only stage 1 trains with them": ("loss.", "first_stage_model.loss.", "colorize", "first_stage_model.colorize"),
+    "counters of the averaging": (f"{AVERAGES}decay", f"{AVERAGES}num_updates"),
+    "only stage 1 trains with them": (
+        "loss.",
+        f"{AVERAGES}loss",
+        "first_stage_model.loss.",
+        "colorize",
+        "first_stage_model.colorize",
+    ),
     "logits that nothing uses": ("cond_stage_model.transformer.to_logits.",),
     "signs for other programs": ("v_pred", "ztsnr"),
 }
@@ -140,9 +147,10 @@ def _class_rows(rows: int) -> Place:
 
 def places(model: nn.Module, described: Published, averaged: bool = False) -> dict[str, Place]:
     """Returns the place of each tensor of a model, except for scale and shift of the first stage. averaged: use the
-    moving averages (EMA) of the U-Net's weights."""
+    moving averages (EMA) of the U-Net's or autoencoder's weights."""
     if not isinstance(model, LatentDiffusion):
-        return {key: Place([key]) for key in model.state_dict() if not key.startswith("quantize.ema_")}
+        keys = [key for key in model.state_dict() if not key.startswith("quantize.ema_")]
+        return {key: Place([f"{AVERAGES}{key.replace('.', '')}" if averaged else key]) for key in keys}
     heads = {f"{name}.qkv": module.heads for name, module in model.named_modules() if hasattr(module, "qkv")}
     placed = {}
     for key, tensor in model.state_dict().items():
@@ -153,7 +161,7 @@ def places(model: nn.Module, described: Published, averaged: bool = False) -> di
         inner = rest.partition(".")[2]
         if part == "network":
             name = f"diffusion_model.{rest}"
-            theirs = [f"model_ema.{name.replace('.', '')}" if averaged else f"model.{name}"]
+            theirs = [f"{AVERAGES}{name.replace('.', '')}" if averaged else f"model.{name}"]
             placed[key] = Place(theirs)
             if described.older_attention and (n := heads.get(key.rpartition(".")[0])):
                 placed[key] = Place(theirs, partial(_to_ours, heads=n), partial(_to_older, heads=n))
@@ -170,10 +178,10 @@ def places(model: nn.Module, described: Published, averaged: bool = False) -> di
 
 
 def left_out(name: str, described: Published, others: Collection[str] = ()) -> str | None:
-    """Returns why a tensor is not needed, or None if it is unknown. others: names of the U-Net's weights in the form
-    (live or averaged) that is not used."""
+    """Returns why a tensor is not needed, or None if it is unknown. others: names of the weights in the form (live or
+    averaged) that is not used."""
     if name in others:
-        return "the averaged weights" if name.startswith("model_ema.") else "the weights that were not averaged"
+        return "the averaged weights" if name.startswith(AVERAGES) else "the weights that were not averaged"
     reasons = dict(LEFT_OUT)
     if "masked_image" in described.tree.get("conditioners", {}):
         reasons["the autoencoder a second time"] = ("cond_stage_model.",)
@@ -215,22 +223,27 @@ def _filled(described: Published, tensors: Tensors, averaged: bool, path: Path, 
     return model.eval(), report
 
 
+def _has_averages(tensors: Tensors) -> bool:
+    return any(name.startswith(AVERAGES) for name in tensors)
+
+
 def load(
     path: Path, yaml: Path, which: str | None = None, needs: Mapping[str, Any] | None = None
 ) -> tuple[nn.Module, Published, Report]:
     """Loads a checkpoint and its YAML as a model of this package, float32, in eval mode. Also returns the description
     and a report.
 
-    which: "averaged" or "live" weights of the U-Net; None: averaged if the YAML sets use_ema. needs: see `published`.
+    which: "averaged" or "live" weights of the U-Net or autoencoder; None: averaged if the YAML of a whole model sets
+    use_ema, or the file of an autoencoder has them. needs: see `published`.
     Raises FileNotFoundError, or ValueError naming what is missing, unknown or of another shape.
     """
     needs = {"folder": path.parent} | dict(needs or {})
     described, tensors = published(read_config(yaml), str(yaml), needs), read_tensors(path)
-    averaged = described.latent and (which == "averaged" or (which is None and described.uses_ema))
-    if averaged and not any(name.startswith("model_ema.") for name in tensors):
-        raise ValueError(
-            f"{path} holds no averaged weights (model_ema.*), which {yaml} speaks of; weights=live takes the others"
-        )
+    usual = described.uses_ema if described.latent else _has_averages(tensors)
+    averaged = which == "averaged" or (which is None and usual)
+    if averaged and not _has_averages(tensors):
+        said = "weights=averaged asks for" if which else f"{yaml} speaks of"
+        raise ValueError(f"{path} holds no averaged weights ({AVERAGES}*), which {said}; weights=live takes the others")
     scale = tensors.pop("scale_factor", None)  # measured when training began
     if described.latent and scale is not None:
         if scale.numel() != 1 or not scale.isfinite().all() or scale <= 0:
@@ -285,7 +298,7 @@ def load_autoencoder(path: Path, yaml: Path) -> tuple[nn.Module, dict[str, Any]]
     described = published(config, str(yaml))
     if described.latent:
         raise ValueError(f"{yaml} describes no autoencoder")
-    model, _ = _filled(described, tensors, False, path, yaml)
+    model, _ = _filled(described, tensors, _has_averages(tensors), path, yaml)
     return model, described.tree
 
 

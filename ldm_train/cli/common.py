@@ -17,7 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from ldm_train import interrupts, names
-from ldm_train.cli.hints import recipes, suggestions
+from ldm_train.cli.hints import readable, recipes
 from ldm_train.configuration import ARGUMENTS, config_folder
 from ldm_train.errors import Interrupted, Refused, first_line
 
@@ -106,11 +106,9 @@ def run_command(function: Callable[[DictConfig], Any] | str, config_name: str) -
         if isinstance(error, InstantiationException) and isinstance(error.__cause__, USER_ERRORS):
             message = _words(error.__cause__)
         elif isinstance(error, HydraException):
-            help_command = f"python -m ldm_train.cli.{config_name} --help"
-            meant = suggestions(config_name, [a for a in sys.argv[1:] if not a.startswith("-")])
-            message += f"\n{meant or f'{help_command} lists the options'}"
             if error.__cause__ is not None and not isinstance(error.__cause__, HydraException):
                 message = f"{error.__cause__}\n{message}"
+            message = readable(message, config_name, [a for a in sys.argv[1:] if not a.startswith("-")])
         interrupts.last_words(f"error: {message}")
         sys.exit(1)
     except RuntimeError as error:

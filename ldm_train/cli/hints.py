@@ -1,6 +1,7 @@
 """The recipes, which --help lists beside the options, and did-you-mean suggestions for unknown options and groups."""
 
 import difflib
+import re
 from contextlib import suppress
 from typing import Any
 
@@ -21,13 +22,14 @@ def suggestions(config_name: str, overrides: list[str]) -> str:
     """Returns a "did you mean" line for every override whose key or choice is unknown, else an empty string."""
     from hydra import compose, initialize_config_dir
 
-    known: list[str] = []
+    known, groups = list[str](), set[str]()
     with initialize_config_dir(str(config_folder()), version_base="1.3"):
         for attempt in ([o for o in overrides if o.startswith("experiment=")], []):
             with suppress(HydraException):
-                known = _keys(compose(config_name, overrides=attempt))
+                composed = compose(config_name, overrides=attempt, return_hydra_config=True)
+                groups = {name for name in composed.hydra.runtime.choices if not name.startswith("hydra/")}
+                known = [name for name in _keys(composed) if not name.startswith("hydra")]
                 break
-    groups = {str(p.parent.relative_to(config_folder())) for p in config_folder().rglob("*/*.yaml")}
     lines = []
     for override in overrides:
         name, _, value = override.partition("=")
@@ -42,6 +44,16 @@ def suggestions(config_name: str, overrides: list[str]) -> str:
             if close := list(dict.fromkeys(ends[:3] or difflib.get_close_matches(name, [*known, *groups], 3))):
                 lines.append(f"{name}: did you mean {' or '.join(close)}?")
     return "\n".join(lines)
+
+
+def readable(message: str, config_name: str, overrides: list[str]) -> str:
+    """Returns Hydra's message about a command line in our words: unknown options by name, otherwise the message without
+    the search path; with what may have been meant, or the command that lists the options."""
+    command = "python train.py" if config_name == "train" else f"ldm-{config_name}"
+    meant = suggestions(config_name, overrides) or f"{command} --help lists the options"
+    if unknown := re.search(r"Could not override '([^']+)'", message):
+        return f"there is no option {unknown[1]}\n{meant}"
+    return f"{message.partition('Config search path:')[0].rstrip()}\n{meant}"
 
 
 # A recipe belongs to the first family with a word that occurs in its name or first line.

@@ -21,6 +21,7 @@ from ldm_train.checkpoints.native import (
     recorded_sampling,
     save_model,
 )
+from ldm_train.pipeline.resume import NOTE
 from ldm_train.storage import files_sha256, read_config
 from ldm_train.unclip import ImageEmbeddings
 
@@ -34,6 +35,10 @@ def yaml_beside(path: Path) -> Path:
     others = sorted(path.parent.glob("[!.]*.yaml"))
     if named.is_file():
         return named
+    if (path.parent / METADATA).is_file():
+        raise FileNotFoundError(f"{path} is a part of a model folder; give the folder: {path.parent}")
+    if path.parent.name == "checkpoints" and (path.parents[1] / NOTE).is_file():
+        raise FileNotFoundError(f"{path} is a checkpoint of a training, not a model; give the run: {path.parents[2]}")
     if len(others) == 1:
         return others[0]
     raise FileNotFoundError(

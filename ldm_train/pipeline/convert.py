@@ -66,7 +66,9 @@ def read(config: DictConfig) -> tuple[Model, compvis.Report | None]:
             parts = described.tree.get("conditioners", {}).values()
             captions = any(part["_target_"].startswith("ldm_train.conditioning.text.") for part in parts)
             metadata["sampling"] = usual_sampling(captions) | {"spacing": "compvis"}  # that of the published scripts
-        elif given := [option for option in OF_FILES if option != "config" and config[option] is not None]:
+        elif given := [
+            option for option in OF_FILES if option not in ("config", "weights") and config[option] is not None
+        ]:
             raise ValueError(f"{given[0]}= is for whole models, and {source} holds an autoencoder; leave it out")
         if (classes := described.tree.get("conditioners", {}).get("class_label")) is not None:
             metadata["null_class"] = described.class_rows == classes["classes"] + 1

@@ -447,6 +447,39 @@ def test_the_live_weights_are_taken_where_they_are_asked_for(tmp_path: Path):
     assert torch.equal(model.state_dict()["network.out.2.bias"], state["model.diffusion_model.out.2.bias"])
 
 
+def test_an_autoencoders_averaged_weights_are_taken_unless_the_live_ones_are_asked_for(tmp_path: Path):
+    source, state = checkpoint(tmp_path, autoencoder_config("kl-f4", 32))
+    averages = {f"model_ema.{name.replace('.', '')}": tensor + 1 for name, tensor in state.items()}
+    counters = {"model_ema.decay": torch.tensor(0.9), "model_ema.lossdiscriminatormain0weight": torch.zeros(3)}
+    torch.save({"state_dict": state | averages | counters}, source)
+    name = "encoder.conv_in.weight"
+    for option, wanted in (
+        ((), state[name] + 1),
+        (("weights=live",), state[name]),
+        (("weights=averaged",), state[name] + 1),
+    ):
+        folder = converted(source, tmp_path / f"native{len(option)}{wanted.sum():.0f}", "overwrite=true", *option)
+        assert torch.equal(load_model(folder).state_dict()[name], wanted), option
+    torch.save({"state_dict": state}, source)
+    with pytest.raises(ValueError, match=r"no averaged weights \(model_ema\.\*\), which weights=averaged asks for"):
+        converted(source, tmp_path / "none", "weights=averaged")
+
+
+def test_parts_of_models_and_of_trainings_name_the_folder_to_give(tmp_path: Path):
+    source, _ = checkpoint(tmp_path, autoencoder_config("kl-f4", 32))
+    folder = converted(source, tmp_path / "native")
+    with pytest.raises(FileNotFoundError, match=f"part of a model folder; give the folder: {folder}"):
+        converted(folder / "model.safetensors", tmp_path / "again")
+    training = tmp_path / "run" / "autoencoder" / "checkpoints"
+    training.mkdir(parents=True)
+    (training.parent / "stage.json").write_text("{}")
+    source.rename(training / "last.ckpt")
+    with pytest.raises(
+        FileNotFoundError, match=f"checkpoint of a training, not a model; give the run: {tmp_path / 'run'}$"
+    ):
+        converted(training / "last.ckpt", tmp_path / "again")
+
+
 def test_nothing_is_overwritten_or_written_in_a_dry_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     source, _ = checkpoint(tmp_path, autoencoder_config("kl-f4", 32))
     converted(source, tmp_path / "native", "dry_run=true")

@@ -81,7 +81,11 @@ SMALL = (
     fast=4,
 )
 def test_misspelt_options_are_met_with_what_was_meant(fails: Command, tmp_path: Path, override: str, meant: str):
-    assert meant in fails("train", override)
+    message = fails("train", override)
+    assert meant in message
+    assert "in struct" not in message  # Hydra's own words
+    assert "To append" not in message
+    assert "search path" not in message
     assert list(tmp_path.iterdir()) == []
 
 
@@ -90,6 +94,11 @@ def test_known_options_get_no_suggestions():
         suggestions("train", ["autoencoder.lr=1", "experiment=quickstart", "data=cifar10", "diffusion/network=tiny"])
         == ""
     )
+
+
+def test_unknown_options_are_named_with_the_command_that_lists_the_options(fails: Command):
+    assert fails("prepare", "sampler=/a/b") == "there is no option sampler\nldm-prepare --help lists the options\n"
+    assert "there is no option lr\nlr: did you mean autoencoder.lr" in fails("train", "lr=1")
 
 
 @tiered(
