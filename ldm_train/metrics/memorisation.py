@@ -38,3 +38,23 @@ class Memorisation(Metric):
         training, places = others[0].kept()
         distances, rows = nearest(features, training)
         return [(int(indices[k]), int(places[rows[k]])) for k in distances.argsort()[:SHOWN].tolist()]
+
+
+class Copying(Metric):
+    """copying: the share of samples that must be copies, given how often the nearest of all n training and m held-out
+    pictures is a training picture: if none is copied, that happens in q = n / (n + m) of the cases, both sets being
+    drawn alike; so the share is (observed - q) / (1 - q), ties counted half. 0: none is copied, however typical the
+    samples are; 1: all are; below 0: samples are nearer to held-out pictures. Samples that are nearer to real pictures
+    of any kind than these are to each other raise `memorisation`, but not this. The interval is for other samples of
+    the model, with both sets of pictures fixed.
+    """
+
+    compared_with, keep = (TRAINING, HELD_OUT), 1_000_000
+
+    def measure(self, made: FeatureSet, values: torch.Tensor, *others: FeatureSet) -> Estimate:
+        training, held_out = (other.kept()[0] for other in others)
+        ours, theirs = (nearest(made.kept()[0], pictures)[0] for pictures in (training, held_out))
+        usual = len(training) / (len(training) + len(held_out))
+        found = mean_estimate((ours < theirs).double() + 0.5 * (ours == theirs).double())
+        value, low, high = ((x - usual) / (1 - usual) for x in (found.value, found.low, found.high))
+        return Estimate(value, low, high, found.n)

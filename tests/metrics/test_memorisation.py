@@ -9,12 +9,14 @@ from PIL import Image
 from scipy.stats import mannwhitneyu
 
 from ldm_train.evaluation.evaluator import parse_metrics
+from ldm_train.metrics.distribution import Estimate
 from ldm_train.metrics.measures import Collected
-from ldm_train.metrics.memorisation import Memorisation, nearest
+from ldm_train.metrics.memorisation import Copying, Memorisation, nearest
 from ldm_train.metrics.sets import FeatureSet
 from ldm_train.storage import read_record
 
 METRIC = Memorisation("memorisation_mine", "memorisation", "mine")
+COPYING = Copying("copying_mine", "copying", "mine")
 
 
 def drawn(n: int, seed: int) -> torch.Tensor:
@@ -46,6 +48,26 @@ def test_new_samples_are_as_new_as_held_out_pictures_and_copies_are_copies() -> 
     assert inside >= 34
     assert measured(TRAINING[:50]).value == 1.0
     assert measured(3 * drawn(50, 5)).value < 0.1
+
+
+def copying(samples: torch.Tensor, held_out: torch.Tensor = HELD_OUT) -> Estimate:
+    others = FeatureSet.of(TRAINING, groups=1), FeatureSet.of(held_out, groups=1)
+    return COPYING.measure(FeatureSet.of(samples), torch.empty(0), *others)
+
+
+@pytest.mark.parametrize("held_out", [drawn(200, 1), drawn(600, 1)], ids=["fewer", "more"])
+def test_copying_is_the_share_of_copies_among_new_and_typical_samples(held_out: torch.Tensor) -> None:
+    typical = 0.3 * drawn(20_000, 8)  # nearer to all pictures than these are to each other
+    assert METRIC.measure(FeatureSet.of(typical), torch.empty(0), *OTHERS).value > 0.8
+    for samples in (typical, drawn(20_000, 9)):  # 20,000 samples of these sets: a few percent of chance remain
+        assert copying(samples, held_out).value == pytest.approx(0, abs=0.25)
+        none = copying(samples[:6_000], held_out).value
+        third = copying(torch.cat([samples[:6_000], TRAINING.repeat(10, 1)]), held_out)
+        assert third.value == pytest.approx((2 * none + 1) / 3)
+        assert third.low < third.value < third.high
+    assert copying(TRAINING, held_out).value == 1
+    assert copying(held_out, held_out).value == pytest.approx(-len(TRAINING) / len(held_out))
+    assert copying(TRAINING, TRAINING).value == 0  # ties
 
 
 def test_pairs_are_the_nearest_ones_wherever_the_copy_stands() -> None:
