@@ -7,8 +7,14 @@ from omegaconf import DictConfig
 
 from ldm_train.cli.common import run_command
 from ldm_train.data.prepare.build import build
-from ldm_train.rules import check, engine, optional
+from ldm_train.rules import check, engine, number, optional, whole
 
+RULES = {
+    "engine": optional(engine),
+    "per_shard": whole(1),
+    "workers": optional(whole(1)),
+    "source.val_fraction": optional(number(0, 0.99)),
+}
 INDEX_ONLY = "ldm_train.data.prepare.index.write_tar_index"
 
 
@@ -19,7 +25,7 @@ def _needs_path(source: DictConfig) -> bool:
 
 
 def prepare(config: DictConfig) -> None:
-    check(config, {"engine": optional(engine)})
+    check(config, RULES)
     if config.out is None:
         raise ValueError("out=<folder> is required: where the shards go, a folder or an s3://, gs:// or hf:// address")
     if config.path is None and "path" in config.source and config.source.path is None and _needs_path(config.source):

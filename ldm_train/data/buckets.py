@@ -14,7 +14,7 @@ from ldm_train.data.files import IMAGE_EXTENSIONS, open_image, read_npy
 from ldm_train.data.offsets import OffsetTable, ShardFile
 from ldm_train.storage import locked
 
-ORIENTATION = 0x0112  # EXIF tag; from 5 on the image lies on its side
+ORIENTATION, TURNED = 0x0112, (5, 6, 7, 8)  # EXIF tag, and its values for images that lie on their side
 ORIENTED = (b"eXIf", b"exif", b"Orientation")  # markers in a PNG that may state its orientation
 Size = tuple[int, int]  # height, width
 
@@ -57,9 +57,9 @@ class Buckets:
 
     @classmethod
     def of(cls, pictures: np.ndarray, sizes: list[Size], min_images: int) -> "Buckets":
-        """Assigns images to buckets. pictures (N, 2): height and width of each image; (0, 0) counts as the first
-        size. Each goes into the bucket with the nearest aspect ratio; buckets of fewer than `min_images` are merged
-        into their neighbours, the smallest first."""
+        """Assigns images to buckets. pictures (N, 2): height and width of each image; (0, 0) if it cannot
+        be read. Each goes into the bucket with the nearest aspect ratio, unreadable ones into the largest; buckets of
+        fewer than `min_images` readable ones are merged into their neighbours, the smallest first."""
         packed = pictures[:, 0].astype(np.int64) << 32 | pictures[:, 1]
         kinds, kind, counts = np.unique(packed, return_inverse=True, return_counts=True)
         heights, widths = (
@@ -69,8 +69,9 @@ class Buckets:
         while True:
             apart = np.abs(ratios[:, None] - np.log([h / w for h, w in sizes]))
             nearest = apart.argmin(axis=1)
-            held = np.bincount(nearest, counts, len(sizes))
+            held = np.bincount(nearest, np.where(kinds > 0, counts, 0), len(sizes))
             if held.min() >= min_images or len(sizes) == 1:
+                nearest[kinds == 0] = held.argmax()  # training replaces them by samples of the same bucket
                 return cls(sizes, nearest.astype(np.uint16)[kind])
             sizes = [size for k, size in enumerate(sizes) if k != held.argmin()]
 
@@ -124,7 +125,7 @@ def shown_size(data: bytes, extension: str) -> Size:
                 width, height = image.size
                 # Pillow looks for a PNG's orientation after the pixels too, and decodes them to get there.
                 turned = image.format != "PNG" or any(mark in data for mark in ORIENTED)
-                if turned and image.getexif().get(ORIENTATION, 1) >= 5:
+                if turned and image.getexif().get(ORIENTATION, 1) in TURNED:
                     width, height = height, width
     except Exception:  # damaged data: training replaces the sample and reports it
         return 0, 0

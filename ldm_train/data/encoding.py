@@ -106,6 +106,7 @@ def _loaded(data: ShardDataModule, split: str, chunks: list[range]) -> Iterator[
     # only made from the image.
     held = [name for name in data.fields if name not in data.derive or data.holds(name)]
     dataset = data.samples(split, tuple(dict.fromkeys(("image", *held))), random=False)
+    dataset.numbered = True  # keys may repeat in other shards
     most, buckets = max(1, min(64, data.batching.micro)), data.buckets(split)
     places, ahead = tee(batch for chunk in chunks for batch in _batches_of_one_size(chunk, most, buckets))
     yield from zip(places, data.batch_loader(dataset, ahead))
@@ -130,7 +131,7 @@ def _encoded(
         for note in batch["replaced"]:
             tqdm.write(f"latent cache: leaving out unreadable {note}")
         for k, (_, i) in enumerate(rows):
-            if batch["key"][k] != shards.key(i):  # unreadable, replaced by another sample
+            if batch["key"][k] != f"{shards.shard(i)}_{shards.key(i)}":  # unreadable, replaced by another sample
                 made[i] = None
                 continue
             own = known(keys(i)) if known is not None else moments[k]

@@ -4,10 +4,13 @@ processes that prepare data start fast."""
 import importlib
 import io
 import math
+import os
 import re
 import tarfile
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from types import ModuleType
 
@@ -15,7 +18,19 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "npy")
+# The formats that are decoded, of those that Pillow has here: its others start programs (EPS), or are rare.
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "JPEG2000", "AVIF", "HEIF")
 ARRAYS = {".npy", ".tif", ".tiff"}  # files that hold an image with any number of channels, or other data
+PICTURES = (
+    ".gif",
+    ".tif",
+    ".tiff",
+    ".heic",
+    ".heif",
+    ".avif",
+    ".jfif",
+    ".jp2",
+)  # endings of images that few sources read
 RECIPE = "recipe.json"  # how a folder's pictures were drawn by ldm-sample
 OWN_PICTURE = re.compile(r"\d{5,}_seed\d+\.png")  # names of these pictures
 
@@ -39,6 +54,23 @@ def sample_and_field(member: str) -> tuple[str, str]:
     return f"{folder}/{stem}" if folder else stem, extension
 
 
+def files_below(folder: Path) -> list[Path]:
+    """The files in a folder and its subfolders, also linked ones, in the order of their paths; without hidden ones."""
+    files, seen = [], {os.path.realpath(folder)}
+    for place, inner, names in os.walk(folder, followlinks=True):
+        inner[:] = [n for n in inner if not n.startswith(".") and os.path.realpath(os.path.join(place, n)) not in seen]
+        seen |= {os.path.realpath(os.path.join(place, name)) for name in inner}
+        files += [Path(place, name) for name in names if not name.startswith(".")]
+    return sorted(files)
+
+
+def tell_left_out(folder: str | Path, files: Sequence[Path], read: Sequence[str]) -> None:
+    """Prints how many of a folder's files are images with endings that are not among those in `read`."""
+    if left := Counter(s for p in files if (s := p.suffix.lower()) in PICTURES and s not in read):
+        counts = ", ".join(f"{count} {suffix}" for suffix, count in sorted(left.items()))
+        print(f"{folder}: left out {counts}; read are {', '.join(read)}", flush=True)
+
+
 def pictures_among(files: Sequence[Path]) -> list[Path]:
     """The images among a folder's files, in their order. An array beside an image of the same name is not an image:
     it holds features or the like. In folders of ldm-sample the pictures of the job are the images, without their grid,
@@ -57,12 +89,18 @@ def pictures_among(files: Sequence[Path]) -> list[Path]:
     return [p for p in files if is_picture(p)]
 
 
+@cache
+def _formats() -> list[str]:
+    Image.init()
+    return [name for name in FORMATS if name in Image.OPEN]
+
+
 @contextmanager
 def open_image(data: bytes) -> Iterator[Image.Image]:
     """Opens an encoded image without reading its pixels. Raises ValueError if it is not an image, also for what
     Pillow raises within the block while it reads pixels; OSError if the file is truncated."""
     try:
-        with Image.open(io.BytesIO(data)) as image:
+        with Image.open(io.BytesIO(data), formats=_formats()) as image:
             yield image
     except UnidentifiedImageError:  # Pillow's message would show the address of a BytesIO
         raise ValueError(f"no image: {len(data)} bytes that begin with {data[:8]!r}") from None
@@ -79,7 +117,7 @@ def as_shown(image: Image.Image, mode: str = "RGB") -> Image.Image:
     if image.mode.startswith("I") or image.mode == "F":  # 16-bit grey: scaled, because convert() would clip
         grey = np.asarray(image, dtype=np.float64)
         deep = image.mode.startswith("I;16") or grey.max() > 255
-        image = Image.fromarray((grey / (257.0 if deep else 1.0)).round().astype(np.uint8))
+        image = Image.fromarray((grey / (257.0 if deep else 1.0)).round().clip(0, 255).astype(np.uint8))
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         rgba = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)

@@ -29,25 +29,33 @@ class ForeignLatents:
     shape: (C, h, w) of the latents. stochastic: the cache holds means and log-variances, (2C, h, w), as for a KL
     autoencoder; a mean alone then becomes a posterior of negligible width. scale: the factor they were multiplied by,
     e.g. 0.18215 for Stable Diffusion.
-    Raises DataError, naming the folder, if it holds none.
+    Raises DataError, naming the folder, if it holds none, or two of one key.
     """
 
     def __init__(self, folder: str | Path, shape: tuple[int, int, int], stochastic: bool, scale: float = 1.0):
         self.folder, self.shape, self.stochastic, self.scale = Path(folder), shape, stochastic, scale
         # Key -> file, and the tensor's name in it ("" for .npy).
-        self.places: dict[str, tuple[Path, str]] = {
-            cache_key(f.stem): (f, "") for f in sorted(self.folder.rglob("*.npy"))
-        }
+        self.places: dict[str, tuple[Path, str]] = {}
+        for path in sorted(self.folder.rglob("*.npy")):
+            self._add(path.stem, path, "")
         for path in sorted(self.folder.rglob("*.safetensors")):
             try:
                 with safe_open(path, framework="pt") as file:
-                    self.places |= {cache_key(name): (path, name) for name in file.keys()}  # noqa: SIM118 - no mapping
+                    for name in file.keys():  # noqa: SIM118 - no mapping
+                        self._add(name, path, name)
             except SafetensorError as error:
                 raise DataError(f"{path} cannot be read ({error}); export it again") from error
         # An open file is kept: its header, which names all tensors, may have megabytes.
         self._open = LRUCache(partial(safe_open, framework="pt"), MOST_OPEN)
         if not self.places:
             raise DataError(f"latents.source={folder} holds no .npy and no .safetensors files")
+
+    def _add(self, key: str, path: Path, name: str) -> None:
+        other, _ = self.places.setdefault(cache_key(key), (path, name))
+        if self.places[cache_key(key)] != (path, name):
+            raise DataError(
+                f"{other} and {path} both hold latents of {cache_key(key)}; leave one of them in the folder"
+            )
 
     def __call__(self, key: str) -> torch.Tensor:
         """The moments of a sample, (2C or C, h, w) float32. Raises DataError, naming file and key, if they are
@@ -62,7 +70,7 @@ class ForeignLatents:
                 latents = self._open(path).get_tensor(name).float()
             else:
                 latents = torch.from_numpy(np.load(path, allow_pickle=False)).float()
-        except (OSError, ValueError, TypeError, SafetensorError) as error:
+        except (OSError, EOFError, ValueError, TypeError, SafetensorError) as error:
             raise DataError(f"{path}: the latents of {key} cannot be read ({error})") from error
         latents = latents[0] if latents.ndim == 4 and len(latents) == 1 else latents
         channels, *size = self.shape

@@ -1,17 +1,15 @@
 """Reads images from folders and tars that were not prepared as shards."""
 
 import tarfile
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
 
 from ldm_train.data.batch import FIELDS
-from ldm_train.data.files import IMAGE_EXTENSIONS, pictures_among
+from ldm_train.data.files import IMAGE_EXTENSIONS, files_below, pictures_among, tell_left_out
 from ldm_train.data.transforms import ImageTransform, channels_of, decode_image, to_signed_range
 
-NOT_READ = (".gif", ".tif", ".tiff", ".heic", ".avif", ".jfif")  # endings of images that are not read here
 # File endings of a sample's members that are not its image.
 BESIDE = tuple(f".{e}" for field in FIELDS.values() for e in field.extensions if "." in e)
 
@@ -31,10 +29,8 @@ def _files(source: str) -> Iterator[tuple[str, bytes]]:
     members."""
     path = Path(source).expanduser()
     if path.is_dir():
-        files = sorted(path.rglob("*"))
-        if left := Counter(p.suffix.lower() for p in files if p.suffix.lower() in NOT_READ):
-            counts = ", ".join(f"{count} {suffix}" for suffix, count in sorted(left.items()))
-            print(f"{path}: left out {counts}; read are .{', .'.join(IMAGE_EXTENSIONS)}", flush=True)
+        files = files_below(path)
+        tell_left_out(path, files, [f".{extension}" for extension in IMAGE_EXTENSIONS])
         images = [p for p in files if p.suffix.lower().lstrip(".") in IMAGE_EXTENSIONS]
         for file in pictures_among(images):
             yield str(file), file.read_bytes()

@@ -223,7 +223,7 @@ class OffsetTable:
             return cls._in_memory(shards, first, split)
         seen = [[s.entry["sha256"], *s.stamp, s.entry["count"], s.entry["fields"]] for s in shards]
         folder = shards[0].kept.parent / f"{split}-{sha256(json.dumps(seen).encode()).hexdigest()[:24]}"
-        if folder.parent.is_symlink():
+        if folder.parent.is_symlink() or folder.is_symlink():  # nothing is written, or replaced, through a link
             return cls._in_memory(shards, first, split)
         if not (folder / "table.json").is_file():
             try:

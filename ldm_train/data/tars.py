@@ -37,7 +37,11 @@ def _files(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
     for member in tar:
         if member.size < 0:  # it would make the reader loop forever
             raise tarfile.ReadError(f"{member.name!r} has a negative size")
-        if member.isfile():
+        if (
+            member.issparse()
+        ):  # a few bytes could expand to any number of zeros; and the indexed reader takes bytes as they are
+            raise tarfile.ReadError(f"{member.name} is a sparse file")
+        if member.isfile() and not member.name.rpartition("/")[2].startswith("._"):  # macOS' notes on other members
             yield member
 
 
@@ -126,8 +130,6 @@ class StreamedTar:
         and negative sizes.)"""
         with tarfile.open(fileobj=stream, mode="r|", bufsize=1 << 18) as tar:
             for member in _files(tar):
-                if member.issparse():  # a few bytes could expand to any number of zeros
-                    raise tarfile.ReadError(f"{member.name} is a sparse file")
                 yield {"fname": member.name, "data": tar.extractfile(member).read(), "__url__": self.file}
             whole = tar.offset + 512 <= tar.fileobj.tell()  # the end-of-archive marker was read
         while stream.read(1 << 20):

@@ -45,7 +45,10 @@ def decode_labels(data: bytes) -> torch.Tensor:
     with open_image(data) as image:
         if image.mode not in ("L", "P", "1") and not image.mode.startswith("I"):
             raise ValueError(f"label map with {image.mode} pixels, expected one channel of indices (grey or palette)")
-        return torch.from_numpy(np.array(image).astype(np.int32))[None]
+        labels = torch.from_numpy(np.array(image).astype(np.int32))[None]
+        # Pillow spreads grey PNGs of 2 and 4 bits over 0 to 255. The byte of the header that holds the depth is the 25th.
+        scaled = image.format == "PNG" and image.mode == "L" and data[24] in (2, 4)
+        return labels // (255 // (2 ** data[24] - 1)) if scaled else labels
 
 
 def largest_label(data: bytes) -> int:

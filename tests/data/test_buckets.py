@@ -91,9 +91,12 @@ def test_every_picture_goes_to_the_nearest_ratio_and_rare_ratios_to_their_neighb
     assert only in sizes
 
 
-def test_a_picture_that_cannot_be_read_counts_as_one_of_the_usual_size():
-    buckets = Buckets.of(np.array([[0, 0], [10, 20]], np.int32), [(8, 8), (4, 8)], 1)
-    assert [buckets.size(0), buckets.size(1)] == [(8, 8), (4, 8)]
+def test_pictures_that_cannot_be_read_join_the_largest_bucket_and_keep_none():
+    """Training replaces them by others of their bucket, so a bucket of unreadable ones alone would end it."""
+    pictures = np.array([[0, 0], [0, 0], [10, 20], [10, 20], [20, 20]], np.int32)
+    buckets = Buckets.of(pictures, [(8, 8), (4, 8)], 1)
+    assert [buckets.size(i) for i in range(5)] == [(4, 8)] * 4 + [(8, 8)]
+    assert Buckets.of(pictures[:4], [(8, 8), (4, 8)], 1).sizes == [(4, 8)]
 
 
 def oriented(extension: str) -> bytes:

@@ -15,6 +15,7 @@ import torch
 
 from ldm_train.data.datamodule import ShardDataModule
 from ldm_train.data.encoding import write_cache, write_cache_index, written_entries
+from ldm_train.data.foreign_latents import ForeignLatents
 from ldm_train.data.latents import CachedLatents, LatentDataModule, places_in, verify_cache
 from ldm_train.data.order import Batching
 from ldm_train.data.prepare.index import write_tar_index
@@ -235,6 +236,36 @@ def test_unreadable_pictures_are_left_out(write_data: Callable, tmp_path: Path):
     assert latents.shards.keys == [f"train_{i:04d}" for i in range(40) if i not in (3, 17, 39)]
     assert latents.fetch([(0, 3)], False)["caption"] == ["train 4 one"]
     assert verify_cache(images(root), "train", latents, encoder()) < 1
+
+
+def test_a_picture_of_another_shard_with_the_same_key_is_not_taken_for_an_unreadable_one(
+    write_data: Callable, tmp_path: Path
+):
+    bad = range(8)  # all of the first shard
+    root, intact = write_data(tmp_path / "data", corrupt=set(bad)), write_data(tmp_path / "intact")
+    index = read_index(root)
+    first = read_index(intact)["splits"]["train"]["shards"][0]
+    for number in range(10, 30):  # their keys also in twenty other shards, of which a replacement may come
+        shutil.copy(intact / first["file"], root / f"train-0001{number}.tar")
+        index["splits"]["train"]["shards"].append(first | {"file": f"train-0001{number}.tar"})
+        index["splits"]["train"]["count"] += first["count"]
+    write_json(root / "index.json", index)
+    folder = cache(root, tmp_path / "cache", max_bad_fraction=0.5)
+    keys = CachedLatents(folder, "train", FIELDS, 0).shards.keys
+    assert len(keys) == 32 + 20 * 8
+    assert not {f"0_train_{i:04d}" for i in bad} & set(keys)
+
+
+def test_two_files_of_one_key_are_no_latents_of_others(tmp_path: Path):
+    for folder in ("new", "old"):
+        (tmp_path / folder).mkdir()
+        np.save(tmp_path / folder / "a.npy", np.zeros((4, 2, 2), np.float32))
+    with pytest.raises(DataError, match=r"new/a\.npy and .*old/a\.npy both hold latents of a"):
+        ForeignLatents(tmp_path, (4, 2, 2), False)
+    (tmp_path / "old" / "a.npy").unlink()
+    (tmp_path / "new" / "a.npy").write_bytes(b"")
+    with pytest.raises(DataError, match="the latents of a cannot be read"):
+        ForeignLatents(tmp_path, (4, 2, 2), False)("a")
 
 
 BAD_CONDITIONS = {

@@ -4,6 +4,7 @@ import gzip
 import hashlib
 import io
 import json
+import os
 import shutil
 import struct
 import tarfile
@@ -17,8 +18,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from ldm_train.data.files import open_image
 from ldm_train.data.loose import image_batches
-from ldm_train.data.prepare import cifar10, fashion_mnist
+from ldm_train.data.prepare import cifar10, fashion_mnist, image_folder
 from ldm_train.data.prepare.build import build, in_validation
 from ldm_train.data.prepare.cifar10 import CIFAR10
 from ldm_train.data.prepare.download import download
@@ -28,6 +30,7 @@ from ldm_train.data.prepare.index import write_tar_index
 from ldm_train.data.prepare.shapes import Shapes
 from ldm_train.data.prepare.table import Table
 from ldm_train.data.shards import DataError, IndexedShards, read_index
+from ldm_train.data.transforms import decode_image
 
 
 def save(path: Path, value: int = 100, size: tuple[int, int] = (40, 30), mode: str = "RGB") -> Path:
@@ -763,6 +766,111 @@ def test_splits_can_be_chosen(data_root: Path, tmp_path: Path):
         write_tar_index(str(tmp_path), tmp_path / "out")
 
 
+def test_an_index_is_rebuilt_with_its_class_names_and_replaces_no_other(tmp_path: Path):
+    for label, name in enumerate(("cat", "dog")):
+        for k in range(4):
+            save(tmp_path / "photos" / name / f"{k}.png", value=20 * k + label)
+    made = build(ImageFolder(str(tmp_path / "photos"), val_fraction=0.4), tmp_path / "out")
+    assert write_tar_index(str(tmp_path / "out"), tmp_path / "out") == made
+    (tmp_path / "others").mkdir()
+    for split in ("train", "val"):
+        shutil.copy(tmp_path / "out" / f"{split}-000000.tar", tmp_path / "others" / f"{split}.tar")
+    with pytest.raises(DataError, match=r"out holds the index of other tars \(first: train-000000\.tar\)"):
+        write_tar_index(str(tmp_path / "others"), tmp_path / "out")
+    assert read_index(tmp_path / "out") == made
+    (tmp_path / "others" / "classes.txt").write_text("cat\n\ndog\n")
+    with pytest.raises(DataError, match=r"classes\.txt: line 2 is empty"):
+        write_tar_index(str(tmp_path / "others"), tmp_path / "index")
+    (tmp_path / "others" / "classes.txt").write_text("cat\ndog\n\n")
+    assert write_tar_index(str(tmp_path / "others"), tmp_path / "index")["classes"] == ["cat", "dog"]
+    (tmp_path / "others" / "train.tar").rename(tmp_path / "others" / "train:0.tar")
+    with pytest.raises(DataError, match=r"train:0\.tar cannot be named in an index"):
+        write_tar_index(str(tmp_path / "others"), tmp_path / "others")
+
+
+# -- formats by content -----------------------------------------------------------------------------------------------
+
+
+def picture_as(kind: str, mode: str = "RGB", size: tuple[int, int] = (12, 8), **options: object) -> bytes:
+    image, buffer = Image.new(mode, size, options.pop("colour", 90)), io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def test_pictures_are_held_by_what_they_are_and_look_the_same_when_reduced(tmp_path: Path):
+    clear = np.full((8, 8, 4), [0, 0, 0, 0], np.uint8)
+    clear[:, 4:] = 255
+    buffer = io.BytesIO()
+    Image.fromarray(clear).save(buffer, "PNG")
+    deep = io.BytesIO()
+    Image.fromarray(np.full((8, 8), 20_000, np.uint16)).save(deep, "PNG")
+    keyed = io.BytesIO()  # white, and black that is transparent
+    grey = Image.fromarray(np.repeat(np.array([[0, 255]], np.uint8), 8, 0).repeat(4, 1))
+    grey.save(keyed, "PNG", transparency=0)
+    for name, data, endings in (
+        ("rgba.jpg", buffer.getvalue(), ("png", "png")), ("deep.jpg", deep.getvalue(), ("png", "png")),
+        ("keyed.png", keyed.getvalue(), ("png", "png")), ("a.jfif", picture_as("JPEG"), ("jpg", "jpg")),
+        ("a.gif", picture_as("GIF", "P", colour=7), ("png", "png")), ("a.webp", picture_as("WEBP"), ("webp", "png")),
+        ("a.jpeg", picture_as("JPEG"), ("jpeg", "jpg")), ("a.bmp", picture_as("BMP"), ("bmp", "png")),
+        ("nameless", picture_as("TIFF", "CMYK", colour=(0, 99, 9, 9)), ("png", "png")),
+    ):  # fmt: skip
+        shown = []
+        for size, ending in zip((None, 4), endings):
+            extension, held = image_folder.stored(data, name.rpartition(".")[2], size, name)
+            assert extension == ending, name
+            shown.append(decode_image(held, extension, 3).float())
+        if name not in ("rgba.jpg", "keyed.png"):
+            assert (shown[0].mean((1, 2)) - shown[1].mean((1, 2))).abs().max() < 3, name
+        else:  # white throughout: no fringe of the hidden black
+            assert all(picture.min() > 250 for picture in shown), name
+
+
+def test_no_picture_starts_a_program():
+    for data in (
+        b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\n",
+        b"SIMPLE  =                    T",
+    ):
+        with pytest.raises(ValueError, match="no image"), open_image(data):
+            pass
+
+
+def test_changed_arrays_of_the_same_size_are_other_data(tmp_path: Path):
+    folder = array_folder(tmp_path / "in", [np.full((4, 4, 3), 10, np.uint8)])
+    before = ImageFolder(folder).identity
+    assert ImageFolder(folder).identity == before
+    path = Path(folder) / "train" / "0.npy"
+    np.save(path, np.full((4, 4, 3), 200, np.uint8))
+    os.utime(path, ns=(1, 1))
+    assert ImageFolder(folder).identity != before
+
+
+def test_linked_folders_are_read_and_left_out_formats_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    for k in range(3):
+        save(tmp_path / "photos" / "cats" / f"{k}.png", value=k)
+        save(tmp_path / "elsewhere" / f"{k}.png", value=k)
+    (tmp_path / "photos" / "dogs").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "photos" / "cats" / "all").symlink_to(tmp_path / "photos")  # a circle
+    (tmp_path / "photos" / "cats" / "phone.heic").touch()
+    source = ImageFolder(str(tmp_path / "photos"), val_fraction=0.3)
+    assert source.classes == ["cats", "dogs"]
+    assert sum(source.splits().values()) == 6
+    assert "left out 1 .heic; read are" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("rows", "words"),
+    [
+        (["a.png,cat,train", "./a.png,dog,train"], "a label in one row and another"),
+        (["a.png,cat,train", "a.png,cat,val"], "a split in one row and another"),
+    ],
+)
+def test_a_table_that_contradicts_itself_is_refused(rows: list[str], words: str, tmp_path: Path):
+    save(tmp_path / "a.png")
+    (tmp_path / "t.csv").write_text("\n".join(["image,kind,part", *rows]))
+    with pytest.raises(DataError, match=words):
+        Table(str(tmp_path / "t.csv"), caption_column=None, class_column="kind", split_column="part")
+
+
 class Served:
     """A local server of a folder that honours Range headers. `drop_after`: closes the connection after this many bytes.
     `ranges`: the Range header of every request."""
@@ -895,7 +1003,7 @@ def test_a_folder_of_a_few_pictures_with_one_corrupt_photo_is_prepared(tmp_path:
     source = ImageFolder(str(tmp_path / "photos"), val_fraction=0, caption="a zqx dog")
     index = build(source, tmp_path / "out")
     assert {split: held["count"] for split, held in index["splits"].items()} == {"train": 3}
-    assert "3_jpg" in (tmp_path / "out" / "skipped.txt").read_text()
+    assert "photos/3.jpg" in (tmp_path / "out" / "skipped.txt").read_text()
     with tarfile.open(tmp_path / "out" / "train-000000.tar") as tar:
         captions = {m.name: tar.extractfile(m).read().decode() for m in tar if m.name.endswith(".txt")}
     assert sorted(captions.values()) == ["a zqx dog", "a zqx dog", "a zqx dog that sleeps"]

@@ -5,6 +5,7 @@ import io
 import os
 import pickle
 import re
+import shutil
 import subprocess
 import tarfile
 from collections.abc import Callable
@@ -444,6 +445,37 @@ def test_offsets_are_not_kept_outside_the_folder(small: Path, tmp_path: Path):
     (small / ".offsets").symlink_to(tmp_path / "outside")
     assert len(IndexedShards(small, "train")) == 6
     assert not list((tmp_path / "outside").iterdir())
+
+
+def test_a_large_table_of_offsets_is_not_written_through_a_link(
+    small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(offsets, "IN_MEMORY", 3)
+    assert len(IndexedShards(small, "train")) == 6
+    (table,) = [p for p in (small / ".offsets").iterdir() if p.is_dir()]
+    shutil.rmtree(table)
+    (tmp_path / "victim").mkdir()
+    (tmp_path / "victim" / "thesis.txt").touch()
+    table.symlink_to(tmp_path / "victim")
+    assert len(IndexedShards(small, "train")) == 6
+    assert [p.name for p in (tmp_path / "victim").iterdir()] == ["thesis.txt"]
+
+
+def test_sparse_members_are_refused_and_notes_of_macos_left_out(tmp_path: Path):
+    path = tmp_path / "a.tar"
+    with tarfile.open(path, "w", format=tarfile.PAX_FORMAT) as tar:
+        for name in ("._0.jpg", "0.jpg", "x/._1.jpg", "x/1.jpg"):
+            member = tarfile.TarInfo(name)
+            member.size = 3
+            tar.addfile(member, io.BytesIO(b"abc"))
+    assert scan_tar(path)[0] == ["0", "x/1"]
+    with tarfile.open(path, "w", format=tarfile.PAX_FORMAT) as tar:
+        member = tarfile.TarInfo("0.npy")
+        member.pax_headers = {"GNU.sparse.major": "1", "GNU.sparse.minor": "0", "GNU.sparse.realsize": "4096"}
+        member.size = 512
+        tar.addfile(member, io.BytesIO(b"0\n".ljust(512, b"\0")))
+    with pytest.raises(DataError, match=r"0\.npy is a sparse file"):
+        scan_tar(path)
 
 
 def test_offsets_of_another_index_are_not_used(small: Path):

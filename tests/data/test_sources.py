@@ -529,6 +529,12 @@ def test_a_list_without_the_named_columns(tmp_path: Path):
     (tmp_path / "bad.parquet").write_bytes(b"no parquet")
     with pytest.raises(DataError, match=r"bad\.parquet"):
         urls.URLList(str(tmp_path / "bad.parquet"))
+    pyarrow = pytest.importorskip("pyarrow")
+    table = pyarrow.table({"URL": ["http://x/a"], "TEXT": ["a"], "WIDTH": ["64"]})
+    pyarrow.parquet.write_table(table, tmp_path / "words.parquet")
+    with pytest.raises(DataError, match=r"WIDTH holds string, not numbers; set source\.width_column=null"):
+        urls.URLList(str(tmp_path / "words.parquet"))
+    urls.URLList(str(tmp_path / "words.parquet"), width_column=None)
 
 
 def test_boxes_reach_the_model_as_tensors(coco: Path, tmp_path: Path):

@@ -1,6 +1,8 @@
 """Every kind of image file is decoded to what a viewer shows, and no transform distorts it."""
 
 import io
+import struct
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -294,3 +296,16 @@ def test_depth_from_the_command_line_is_read_as_in_training(tmp_path: Path):
     torch.testing.assert_close(
         Depth().from_words(str(tmp_path / "grey.png"), None, (8, 8), 3), torch.full((1, 8, 8), 0.2)
     )
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4, 8])
+def test_labels_of_few_bits_are_the_numbers_in_the_file(bits: int) -> None:
+    labels = np.arange(min(2**bits, 16), dtype=np.uint8)
+    packed = np.packbits(np.unpackbits(labels[:, None], axis=1)[:, 8 - bits :].reshape(-1))
+
+    def chunk(name: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+    header = struct.pack(">IIBBBBB", len(labels), 1, bits, 0, 0, 0, 0)
+    png = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0" + packed.tobytes()))
+    assert decode_labels(png + chunk(b"IEND", b""))[0, 0].tolist() == labels.tolist()

@@ -210,9 +210,14 @@ def _is_complete(entry: dict) -> bool:
     return isinstance(entry.get("skipped"), list) and all(isinstance(side, int) for side in sides)
 
 
-def write_index(out: str | Path | Folder, shards: list[tuple[str, dict]], classes: list[str] | None) -> dict:
-    """Writes index.json from (split, entry) pairs and lists skipped samples in skipped.txt. Raises DataError if a
-    split has no sample."""
+def write_index(
+    out: str | Path | Folder,
+    shards: list[tuple[str, dict]],
+    classes: list[str] | None,
+    image_size: dict[str, list[int]] | None = None,
+) -> dict:
+    """Writes index.json from (split, entry) pairs and lists skipped samples in skipped.txt. image_size: if the entries
+    do not say it. Raises DataError if a split has no sample."""
     out = target(out)
     splits: dict[str, dict] = {}
     skipped, smallest, largest, values = [], [], [], []
@@ -233,6 +238,8 @@ def write_index(out: str | Path | Folder, shards: list[tuple[str, dict]], classe
             "min": [min(side) for side in zip(*smallest)],
             "max": [max(side) for side in zip(*largest)],
         }
+    elif image_size:
+        index["image_size"] = image_size
     out.delete("skipped.txt")
     if skipped:
         out.write("skipped.txt", ("\n".join(skipped) + "\n").encode("utf-8", "backslashreplace"))

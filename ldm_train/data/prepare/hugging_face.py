@@ -3,9 +3,9 @@
 from pathlib import Path
 from typing import Any
 
-from ldm_train.data.files import encoded_png, open_image, optional_package
+from ldm_train.data.files import optional_package
 from ldm_train.data.prepare.build import Source, class_and_captions, digest, in_validation
-from ldm_train.data.prepare.image_folder import reduced
+from ldm_train.data.prepare.image_folder import stored
 from ldm_train.data.shards import DataError
 from ldm_train.errors import first_line
 
@@ -87,11 +87,11 @@ class HuggingFace(Source):
 
     def sample(self, split: str, i: int) -> tuple[str, dict[str, bytes]]:
         part, number = self.parts[split], self.items[split][i]
-        row, key = self._load()[part][number], f"{part}_{number:09d}"
+        row, key = self._load()[part][number], f"{part.replace('.', '_')}_{number:09d}"
         image = row[self.columns["image"]]
         if image is None or not (image["bytes"] or image["path"]):
             raise ValueError(f"row {number} has no image")
-        extension, data = self._encoded(image["bytes"] or Path(image["path"]).read_bytes(), key)
+        extension, data = stored(image["bytes"] or self._file(image["path"]), None, self.max_size, key)
         fields = {extension: data}
         for name in ("caption", "class"):
             if (column := self.columns[name]) and row[column] in (None, "", []):
@@ -106,11 +106,12 @@ class HuggingFace(Source):
             fields |= class_and_captions(label)
         return key, fields
 
-    def _encoded(self, data: bytes, key: str) -> tuple[str, bytes]:
-        """(extension, bytes) of an image as shards hold it."""
-        with open_image(data) as image:
-            kind = (image.format or "").lower()
-            kind = "jpeg" if kind == "mpo" else kind  # a JPEG with several pictures
-            if kind not in ("jpeg", "png", "webp"):  # e.g. TIFF
-                data, kind = encoded_png(image), "png"
-        return reduced(data, "jpg" if kind == "jpeg" else kind, self.max_size, key)
+    def _file(self, path: str) -> bytes:
+        """The content of a picture that the data set names. Raises ValueError for one that is neither in the data set's
+        folder nor in the library's cache: a stranger's data set could name any file of this machine."""
+        datasets = optional_package("datasets", "this source needs")
+        hub = optional_package("huggingface_hub.constants", "this source needs")
+        own = (self.path, datasets.config.HF_CACHE_HOME, datasets.config.HF_DATASETS_CACHE, hub.HF_HUB_CACHE)
+        if not any(Path(path).resolve().is_relative_to(Path(folder).expanduser().resolve()) for folder in own):
+            raise ValueError(f"it names {path}, which is not in the data set's folder; copy that file there")
+        return Path(path).read_bytes()

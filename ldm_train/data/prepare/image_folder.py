@@ -7,12 +7,14 @@ from pathlib import Path
 
 from PIL import Image, ImageOps
 
-from ldm_train.data.files import ARRAYS, encoded_png, open_image, pictures_among
+from ldm_train.data.files import ARRAYS, as_shown, encoded_png, files_below, open_image, pictures_among, tell_left_out
 from ldm_train.data.prepare import arrays
 from ldm_train.data.prepare.build import Source, class_and_captions, digest, in_validation
 from ldm_train.data.shards import DataError
 
 EXTENSIONS = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}
+# The formats that shards hold, with their endings. A camera's JPEG with several pictures is an MPO; the first is shown.
+HELD = {"JPEG": ("jpg", "jpeg"), "MPO": ("jpg", "jpeg"), "PNG": ("png",), "WEBP": ("webp",), "BMP": ("bmp",)}
 
 
 def image_bytes(
@@ -31,28 +33,40 @@ def image_bytes(
             raise
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
-    return (extension, data) if extension == "npy" else reduced(data, extension, max_size, str(path))
+    return (extension, data) if extension == "npy" else stored(data, extension, max_size, str(path))
 
 
-def reduced(data: bytes, extension: str, max_size: int | None, name: str) -> tuple[str, bytes]:
-    """Like `image_bytes`, for an encoded image; errors call it `name`."""
-    if max_size is None:
-        return extension, data
+def stored(data: bytes, extension: str | None, max_size: int | None, name: str) -> tuple[str, bytes]:
+    """Like `image_bytes`, for an encoded image; errors call it `name`. Its format is that of its content; `extension`,
+    of its name, is kept if it is one of that format. Formats that shards do not hold become PNG, as a viewer shows
+    them."""
     try:
         with open_image(data) as image:
-            if min(image.size) <= max_size:
-                return extension, data
-            image = ImageOps.exif_transpose(image)
-            if image.mode in ("1", "P"):  # these modes cannot be interpolated
-                image = image.convert("RGBA" if "transparency" in image.info else "RGB")
-            image = image.resize(arrays.reduced_size(image.size, max_size), Image.Resampling.LANCZOS)
-            if extension not in ("jpg", "jpeg"):
+            endings = HELD.get(image.format, ())
+            large = max_size is not None and min(image.size) > max_size
+            if endings and not large and (endings != ("bmp",) or extension == "bmp"):
+                return (extension if extension in endings else endings[0]), data
+            if not endings:
+                image = as_shown(image)
+            if large:
+                image = ImageOps.exif_transpose(image)
+                if image.mode in ("1", "P") or "transparency" in image.info:  # such pixels cannot be interpolated
+                    image = image.convert("RGBA" if "transparency" in image.info else "RGB")
+                image = image.resize(arrays.reduced_size(image.size, max_size), Image.Resampling.LANCZOS)
+            if "jpg" not in endings:
                 return "png", encoded_png(image)
             buffer = io.BytesIO()
             image.convert("RGB").save(buffer, format="JPEG", quality=95)
             return "jpg", buffer.getvalue()
     except (OSError, ValueError) as error:
         raise ValueError(f"{name}: {error}") from error
+
+
+def stamp(file: Path) -> list[int]:
+    """What tells a file from an earlier version of it: the size and, where that follows from the picture's shape, the
+    time of its last change."""
+    known = file.stat()
+    return [known.st_size, *([known.st_mtime_ns] if file.suffix.lower() in ARRAYS | {".bmp"} else [])]
 
 
 def check_count(where: str, count: int, expected: int | None) -> None:
@@ -73,22 +87,19 @@ def _folders(root: Path) -> dict[str | None, Path]:
     validation = [root / name for name in ("val", "validation", "valid", "test") if (root / name).is_dir()]
     if train.is_dir() and validation:
         return {"train": train, "val": validation[0]}
-    pictures = any(p.suffix.lower() in EXTENSIONS for p in inner)
+    pictures = any(p.suffix.lower() in EXTENSIONS | ARRAYS for p in inner)
     return {None: train if [p for p in inner if p.is_dir()] == [train] and not pictures else root}
 
 
 def _files(folders: dict[str | None, Path]) -> list[tuple[str | None, Path, Path]]:
-    """(split, path relative to its split's folder, path) of all images. Prints how many files beside images are left
-    out."""
+    """(split, path relative to its split's folder, path) of all images. Prints how many files beside images, and of
+    formats that are not read here, are left out."""
     files, beside = [], []
     for split, folder in folders.items():
-        known = [
-            p
-            for p in folder.rglob("*")
-            if p.suffix.lower() in EXTENSIONS | ARRAYS
-            and not any(part.startswith(".") for part in p.relative_to(folder).parts)
-        ]
-        pictures = pictures_among(sorted(known))
+        inside = files_below(folder)
+        tell_left_out(folder, inside, sorted(EXTENSIONS | ARRAYS))
+        known = [p for p in inside if p.suffix.lower() in EXTENSIONS | ARRAYS]
+        pictures = pictures_among(known)
         files += [(split, p.relative_to(folder), p) for p in pictures]
         beside += set(known).difference(pictures)
     if beside:
@@ -168,7 +179,7 @@ class ImageFolder(Source):
             "max_size": max_size,
             "classes": self.classes,
         }
-        self.identity = options | {"files": digest([[key, file.stat().st_size] for key, file, _ in listed])}
+        self.identity = options | {"files": digest([[key, *stamp(file)] for key, file, _ in listed])}
         texts = [(key, file.with_suffix(".txt")) for key, file, _ in listed]
         if stamps := [[key, (s := text.stat()).st_size, s.st_mtime_ns] for key, text in texts if text.is_file()]:
             self.identity["captions"] = digest(stamps)

@@ -9,7 +9,8 @@ from ldm_train.data.files import DataError
 from ldm_train.data.offsets import counted
 from ldm_train.data.prepare.build import write_index
 from ldm_train.data.prepare.target import Folder, target
-from ldm_train.data.remote import is_remote
+from ldm_train.data.remote import address_fault, is_remote
+from ldm_train.data.shards import INDEX
 from ldm_train.data.tars import StreamedTar, scan_tar
 from ldm_train.storage import file_sha256
 
@@ -19,6 +20,8 @@ SPLITS = {"train": ("train*",), "val": ("val*", "validation*", "valid*", "test*"
 
 def _entry(file: str, out: Folder) -> dict:
     """The index entry of a tar, which is read completely."""
+    if fault := address_fault(file if is_remote(file) else out.file_of(Path(file))):
+        raise DataError(f"{file} cannot be named in an index: it {fault}; rename it")
     if is_remote(file):
         tar = StreamedTar(file)
         for _ in tar:
@@ -39,7 +42,8 @@ def write_tar_index(
 
     path: a folder of tars, or a list of files or addresses (http, https, s3, gs, hf). train, val: file-name patterns of
     the splits (default: names that begin with train, and with val, validation or test). classes: a text file with one
-    class name per line (default: classes.txt beside the tars).
+    class name per line (default: classes.txt beside the tars; without it, those
+    of an index that is there, which is replaced if it holds no other tars).
     Raises DataError, naming the tar, if one is truncated or its address is not allowed, or if no tar matches a split.
     """
     place = target(out)
@@ -61,6 +65,21 @@ def write_tar_index(
                 f"no tar in {path} fits split {split!r} (patterns {', '.join(patterns)}); set source.{split}=<pattern>"
             )
         shards += [(split, name) for name in fitting]
+    known = (place.note(INDEX) if place.has(INDEX) else None) or {}
+    before = {e["file"] for part in known.get("splits", {}).values() for e in part["shards"]}
     entries = [(split, _entry(name, place)) for split, name in tqdm(shards, desc="indexing", unit="tar")]
-    lines = label_file.read_text(encoding="utf-8-sig").split("\n") if label_file and label_file.is_file() else []
-    return write_index(place, entries, [line.strip() for line in lines if line.strip()])
+    if others := sorted(before - {entry["file"] for _, entry in entries}):
+        raise DataError(f"{out} holds the index of other tars (first: {others[0]}); choose another out=<folder>")
+    return write_index(place, entries, _class_names(label_file) or known.get("classes"), known.get("image_size"))
+
+
+def _class_names(file: Path | None) -> list[str]:
+    """The lines of a text file; [] without one. Raises DataError for an empty line between others, which would give
+    every later class another number."""
+    lines = file.read_text(encoding="utf-8-sig").rstrip().split("\n") if file is not None and file.is_file() else []
+    names = [line.strip() for line in lines]
+    if "" in names[:-1]:
+        raise DataError(
+            f"{file}: line {names.index('') + 1} is empty; every line names a class, in the order of labels"
+        )
+    return [name for name in names if name]

@@ -6,7 +6,7 @@ from typing import Any
 
 from ldm_train.data.files import optional_package
 from ldm_train.data.prepare.build import Source, digest
-from ldm_train.data.prepare.image_folder import check_count, reduced
+from ldm_train.data.prepare.image_folder import check_count, stored
 
 EXPECTED = {"bedroom": {"train": 3_033_042, "val": 300}, "church_outdoor": {"train": 126_227, "val": 300}}
 
@@ -63,5 +63,5 @@ class LSUN(Source):
             extension = "jpg"
         else:
             extension = "webp" if data[8:12] == b"WEBP" else "png"
-        extension, data = reduced(data, extension, self.max_size, f"{self.folders[split]} {key!r}")
+        extension, data = stored(data, extension, self.max_size, f"{self.folders[split]} {key!r}")
         return f"{split}_{key.decode('ascii', 'replace')}".replace(".", "_"), {extension: data}

@@ -9,7 +9,7 @@ from PIL import Image, ImageOps
 from ldm_train.data.files import encoded_png, open_image
 from ldm_train.data.prepare.arrays import reduced_size
 from ldm_train.data.prepare.build import Source, digest, in_validation
-from ldm_train.data.prepare.image_folder import EXTENSIONS, image_bytes
+from ldm_train.data.prepare.image_folder import EXTENSIONS, image_bytes, stamp
 from ldm_train.data.shards import DataError
 
 
@@ -61,7 +61,7 @@ class ImagesWithMaps(Source):
         if twice := [key for key, count in keys.items() if count > 1]:
             raise DataError(f"two images below {path} would both get the key {twice[0]}; rename one of them")
         options = {"source": "images_with_maps", "max_size": max_size, "val_fraction": val_fraction}
-        sizes = [[k, a.stat().st_size, b.stat().st_size] for items in self.items.values() for k, a, b in items]
+        sizes = [[k, *stamp(a), *stamp(b)] for items in self.items.values() for k, a, b in items]
         self.identity = options | {"files": digest(sizes)}
 
     def sample(self, split: str, i: int) -> tuple[str, dict[str, bytes]]:

@@ -2,11 +2,12 @@
 
 import csv
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
 from ldm_train.data.prepare.build import Source, class_and_captions, digest, in_validation
-from ldm_train.data.prepare.image_folder import image_bytes
+from ldm_train.data.prepare.image_folder import image_bytes, stamp
 from ldm_train.data.shards import DataError
 
 
@@ -84,13 +85,16 @@ class Table(Source):
         number = {name: k for k, name in enumerate(self.classes or [])}
         grouped: dict[str, dict] = {}
         for row in rows:
-            item = grouped.setdefault(str(row[image_column]), {"captions": [], "split": None, "label": None})
+            name = os.path.normpath(str(row[image_column]))
+            item = grouped.setdefault(name, {"captions": [], "split": None, "label": None})
             if caption_column and row.get(caption_column):
                 item["captions"].append(str(row[caption_column]).strip())
-            if class_column:
-                item["label"] = number[str(row[class_column])]
-            if split_column:
-                item["split"] = "train" if row[split_column] == "train" else "val"
+            own = {"label": number[str(row[class_column])]} if class_column else {}
+            own |= {"split": "train" if row[split_column] == "train" else "val"} if split_column else {}
+            for what, value in own.items():
+                if item[what] not in (None, value):
+                    raise DataError(f"{path} gives {name} a {what} in one row and another in a later one; leave one")
+            item |= own
         self.items, keys = {"train": [], "val": []}, dict[str, str]()
         for name, item in grouped.items():
             if not (self.folder / name).is_file():
@@ -101,7 +105,7 @@ class Table(Source):
             split = item["split"] or ("val" if in_validation(key, val_fraction) else "train")
             self.items[split].append((key, name, item))
         options = {"source": "table", "columns": wanted, "val_fraction": val_fraction, "max_size": max_size}
-        sizes = [(self.folder / name).stat().st_size for rows in self.items.values() for _, name, _ in rows]
+        sizes = [stamp(self.folder / name) for rows in self.items.values() for _, name, _ in rows]
         self.identity = options | {"rows": digest([self.items, sizes])}
 
     def sample(self, split: str, i: int) -> tuple[str, dict[str, bytes]]:

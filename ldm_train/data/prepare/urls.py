@@ -19,15 +19,14 @@ from urllib.parse import quote, urljoin, urlsplit
 
 from PIL import Image
 
-from ldm_train.data.files import DataError, encoded_png, optional_package
+from ldm_train.data.files import DataError, optional_package
 from ldm_train.data.prepare.build import Source, class_and_captions, digest
-from ldm_train.data.prepare.image_folder import reduced
+from ldm_train.data.prepare.image_folder import stored
 
 AGENT = "ldm-train/0.1 (image download for model training)"
 OPT_OUT = {"noai", "noimageai", "noindex", "noimageindex"}
 PERMANENT = {400, 401, 403, 404, 405, 406, 410, 414, 451}  # retrying does not help
-# The only formats that are decoded; those without an extension are stored as PNG.
-FORMATS = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp", "GIF": None, "BMP": None, "TIFF": None}
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")  # the only ones that are decoded
 MAX_REDIRECTS = 5
 
 
@@ -241,6 +240,7 @@ class URLList(Source):
         allow_private: bool = False,
     ):
         parquet = optional_package("pyarrow.parquet", "parquet needs")
+        types = optional_package("pyarrow.types", "parquet needs")
         source = Path(path)
         self.files = sorted(source.glob("*.parquet")) if source.is_dir() else [source]
         if not self.files or not self.files[0].is_file():
@@ -260,6 +260,10 @@ class URLList(Source):
                     "source.caption_column (null for none)"
                 )
             self.columns |= {side: None for side in ("width", "height") if self.columns[side] not in names}
+            for side in ("width", "height"):
+                kind = table.schema_arrow.field(column).type if (column := self.columns[side]) else None
+                if kind is not None and not (types.is_integer(kind) or types.is_floating(kind)):
+                    raise DataError(f"{file}: {column} holds {kind}, not numbers; set source.{side}_column=null")
             for group in range(table.num_row_groups):
                 self.groups.append((rows, number, group))
                 rows += table.metadata.row_group(group).num_rows
@@ -319,18 +323,13 @@ class URLList(Source):
             if sides and min(sides) < self.min_size:
                 raise Unfetchable(f"{min(sides):.0f} pixels, less than min_size={self.min_size}")
             data = fetch(url, **self.options)
-            with Image.open(io.BytesIO(data), formats=tuple(FORMATS)) as image:
+            with Image.open(io.BytesIO(data), formats=FORMATS) as image:
                 if image.width * image.height > self.max_pixels:
                     raise Unfetchable(f"{image.width}x{image.height} pixels, more than max_pixels={self.max_pixels}")
                 image.load()
                 if min(image.size) < self.min_size:
                     raise Unfetchable(f"{min(image.size)} pixels, less than min_size={self.min_size}")
-                # Pillow calls a JPEG with several pictures MPO, and shows the first.
-                kind = FORMATS["JPEG" if image.format == "MPO" else image.format]
-                if kind is None:
-                    clear = "A" in image.mode or "transparency" in image.info
-                    data, kind = encoded_png(image.convert("RGBA" if clear else "RGB")), "png"
-            extension, data = reduced(data, kind, self.max_size, url)
+            extension, data = stored(data, None, self.max_size, url)
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
             raise Unfetchable(f"{url}: {error}", getattr(error, "transient", False)) from None
         captions = [str(record["caption"] or "").strip()] if self.columns["caption"] else []
