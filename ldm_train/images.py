@@ -89,6 +89,9 @@ def _wrap(text: str, width: int, font: "ImageFont.ImageFont | ImageFont.FreeType
     return [*lines, line]
 
 
+LONGEST, LINES = 1000, 12  # the characters and lines of a caption that a grid shows
+
+
 def grid(
     images: torch.Tensor, columns: int | None = None, captions: Sequence[str] | None = None, tile: int = 128
 ) -> Image.Image:
@@ -103,7 +106,7 @@ def grid(
     factor = max(1, tile // min(height, width))
     height, width = height * factor, width * factor
     font = ImageFont.load_default(size=11)
-    texts = [_wrap(c, width - 4, font) for c in captions] if captions else [[] for _ in range(count)]
+    texts = [_wrap(c[:LONGEST], width - 4, font)[:LINES] for c in captions] if captions else [[] for _ in range(count)]
     band = 13 * max(len(t) for t in texts) + 4 if captions else 0
     rows = -(-count // columns)
     canvas = Image.new("RGB", (columns * (width + 4) + 4, rows * (height + band + 4) + 4), "white")

@@ -199,19 +199,20 @@ class LatentDiffusion(nn.Module):
         drop: Mapping[str, torch.Tensor] | None = None,
         latent_size: Sequence[int] | None = None,
     ) -> dict[str, torch.Tensor]:
-        """The network's conditioning inputs for a batch. drop: (B,) bool per conditioner; a conditioner whose field is
-        missing is null. latent_size: size of what is denoised, if it is not the trained one."""
+        """The network's conditioning inputs for a batch. drop: (B,) bool per conditioner; where a field is missing, or a
+        text None, it is null. latent_size: size of what is denoised, if it is not the trained one."""
         if not self.conditioners:
             return {}
-        known = [name for name in (*self.fields, "moments", "image") if name in batch]
-        count = len(batch[(known or list(batch))[0]])
+        count = len(batch[next((n for n in (*self.fields, "moments", "image") if n in batch), next(iter(batch)))])
         outputs = []
         for name, conditioner in self.conditioners.items():
             if conditioner.field not in batch:
                 outputs.append(conditioner.null(count, latent_size or self.latent_size))
                 continue
-            mask = (drop or {}).get(name, torch.zeros(count, dtype=torch.bool))
-            outputs.append(conditioner(batch[conditioner.field], mask))
+            values, mask = batch[conditioner.field], (drop or {}).get(name, torch.zeros(count, dtype=torch.bool))
+            if isinstance(values, list) and None in values:
+                mask, values = mask | torch.tensor([v is None for v in values]), [v or "" for v in values]
+            outputs.append(conditioner(values, mask))
         return merge(outputs)
 
     def mixture(
@@ -219,8 +220,7 @@ class LatentDiffusion(nn.Module):
     ) -> dict[str, torch.Tensor]:
         """null + sum of w (condition - null) over terms (w (B,), batch): interpolates conditions or does arithmetic
         with them. If the weights add up to 1, null cancels out. A token is seen if any term with w != 0 has it."""
-        count = len(terms[0][0])
-        null = self.null_condition(count, latent_size)
+        null = self.null_condition(len(terms[0][0]), latent_size)
         mixed = {k: v.clone() for k, v in null.items()}
         if "context_mask" in mixed:
             mixed["context_mask"] &= to_device((sum(w for w, _ in terms) - 1).abs(), self.device)[:, None] > 1e-6

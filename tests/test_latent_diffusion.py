@@ -92,6 +92,17 @@ def test_seeds_and_conditions_must_be_as_many() -> None:
         class_and_text().sample({"caption": ["a", "b", "c"]}, [0, 1], Sampling(ddim, 2))
 
 
+def test_a_sample_without_a_text_has_the_null_condition_beside_others_with_one() -> None:
+    model = class_and_text()
+    for parameter in model.conditioners.parameters():
+        torch.nn.init.normal_(parameter)
+    some, none = model.condition({"caption": ["a", None]}), model.null_condition(2)
+    both = model.condition({"caption": ["a", "b"]})
+    for name, value in some.items():
+        torch.testing.assert_close(value[1], none[name][1])
+        torch.testing.assert_close(value[0], both[name][0])
+
+
 def test_fields_that_the_model_does_not_read_are_named() -> None:
     model = class_and_text()
     how = Sampling(ddim, 2, guidance_scale=2.0)

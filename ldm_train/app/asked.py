@@ -4,7 +4,7 @@ upload pictures; the models, adapters and folders are set by the command that st
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,7 @@ MOST_BOXES = 100
 BATCH = 16  # the default batch size of ldm-sample
 PICTURES = 4  # the default number of pictures of ldm-sample
 OVERLAP = 0.75  # the largest share of a window or tile that overlaps the next one, in a replayed recipe
+LEAST_CELLS = 8  # the smallest side of a tile in latent cells, in a replayed recipe
 REPEATS = 10  # the most repeats of a step, and inversion iterations, in a replayed recipe
 
 
@@ -100,9 +101,23 @@ def replay_of(offer: Offer, picture: Path, limits: Limits) -> dict[str, Any]:
         fields, chosen = dict(config.get("fields") or {}), config.get("adapters")
         given = {name: _listed(config[name]) for name in FILES if config.get(name) is not None}
         repeats = dict(config.get("resample") or {}).get("repeats", 1)
+        if not isinstance(config.get("sampler"), dict | None):
+            raise ValueError("no sampler")
     except Exception as error:  # Pillow raises errors of any type
         raise ValueError(f"{picture.name} carries no recipe: ldm_train did not draw it") from error
     _check_numbers(offer, config, limits)
+    boxes = config.get("layout")  # as JSON if it is one text
+    most = limits.characters if isinstance(boxes, list) else max(limits.characters, MOST_BOXES * 200)
+    others = {name: value for name, value in config.items() if name != "layout"}
+    for value, allowed in ((others, limits.characters), (boxes, most)):
+        if long := next((len(text) for text in _texts(value) if len(text) > allowed), 0):
+            raise ValueError(f"{picture.name}: a text of {long:,} characters; at most {allowed:,} are taken here")
+    if isinstance(boxes, list) and len(boxes) > MOST_BOXES:
+        raise ValueError(f"{picture.name}: {len(boxes)} boxes; at most {MOST_BOXES} are drawn here")
+    sampler = config.get("sampler") or sampler_tree(samplers()[0])
+    known = {sampler_tree(name)["_target_"] for name in samplers()}
+    if sampler.get("_target_") not in known or any(isinstance(value, dict | list) for value in sampler.values()):
+        raise ValueError(f"{picture.name}: its sampler is none of this page's; ldm-sample recipe= draws it again")
     for name, value, most in (
         ("batch_size", batch_size, max(BATCH, limits.pictures)),
         ("resample.repeats", repeats, REPEATS),
@@ -132,6 +147,15 @@ def _own(offer: Offer) -> dict[str, Input]:
     return {one.option: one for one in (*offer.inputs, *controls) if one.option.startswith(FIELD)}
 
 
+def _texts(value: Any) -> Iterator[str]:
+    """Yields all texts in a recipe's values."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict | list):
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from _texts(part)
+
+
 def _listed(value: Any) -> list[Any]:
     return list(value) if isinstance(value, list | tuple) else [value]
 
@@ -144,12 +168,16 @@ def _check_numbers(offer: Offer, options: Mapping[str, Any], limits: Limits) -> 
     tiles = options.get("tiles")
     if isinstance(tiles, dict) and isinstance(cells := tiles.get("cells"), int):
         _at_most("tiles.overlap", tiles.get("overlap"), cells * OVERLAP)
+        if cells < LEAST_CELLS:
+            raise ValueError(f"tiles.cells={cells} makes more tiles than are decoded here; at least {LEAST_CELLS}")
     sides = _listed(options.get("size") or list(offer.size))
     margins = _listed(options.get("extend") or [0])
     for value in (*sides, *margins):
         _at_most("size", value, limits.side)
     if all(isinstance(value, int | float) for value in (*sides, *margins)):
-        _at_most("the side of the extended picture", max(sides) + sum(margins), limits.side)
+        top, right, bottom, left = (*margins, 0, 0, 0)[:4]
+        extended = max(sides[0] + top + bottom, sides[-1] + right + left)
+        _at_most("the side of the extended picture", extended, limits.side)
     given = {name: options.get(name) for name in (*LISTS, *FILES, "layout")}
     given |= {FIELD + name: value for name, value in dict(options.get("fields") or {}).items()}
     rows = max((len(as_list(value, name)) for name, value in given.items() if isinstance(value, list)), default=1)

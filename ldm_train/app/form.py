@@ -11,7 +11,7 @@ import gradio as gr
 from gradio.utils import get_upload_folder
 
 from ldm_train import images as pictures
-from ldm_train.app.asked import kept, layout, sampler_tree, samplers
+from ldm_train.app.asked import LISTS, kept, layout, sampler_tree, samplers
 from ldm_train.app.offer import MAIN, Input, Offer
 from ldm_train.app.sketch import boxed, canvas_value, painted, sketch, with_background
 from ldm_train.app.studio import Studio, words
@@ -281,7 +281,7 @@ class Form:
                 print_exception=False,
             )
         found = {k: v for k, v in config.items() if k in given and isinstance(v, str | int | float)}
-        entries = {name: _entry_of(config, name, number) for name in ("prompts", "classes")}
+        entries = {name: _entry_of(config, name, number) for name in LISTS}
         found |= {name: entry["prompt"] for name, entry in entries.items()}
         for one in self.offer.inputs:
             if one.kind in ("boxes", "map"):
@@ -318,7 +318,10 @@ class Form:
             "guidance.threshold": guidance.get("threshold") is not None,
             "resample.repeats": sections["resample"].get("repeats", 1) != 1,
             **{f"guide.{name}": guide.get(name) is not None for name in ("classifier", "clip")},
-            **{name: config.get(name) is not None for name in ("panorama", "weaker_model")},
+            **{name: config.get(name) is not None for name in ("panorama", "weaker_model", "compile")},
+            "tiles.cells": (config.get("tiles") or {}).get("cells") is not None,
+            "precision": str(config.get("precision", 32)) != "32",
+            "task=interpolate": config.get("task") == "interpolate",
         }
         return [name for name, differs in beyond.items() if differs]
 
@@ -331,12 +334,14 @@ class Form:
 
 def _entry_of(config: Mapping[str, Any], name: str, number: int) -> dict[str, Any]:
     """Returns the entry of a recipe's prompts or classes that picture `number` was drawn from, as {"prompt": ...}."""
-    entries = [e if isinstance(e, dict) else {"prompt": e} for e in config.get(name) or [""]]
-    for entry in entries:
-        number -= entry.get("n", config.get("n", 1))
+    entries = {n: [e if isinstance(e, dict) else {"prompt": e} for e in config.get(n) or [""]] for n in LISTS}
+    place = 0  # the lists are paired; a single entry goes with every one of the other's
+    for place in range(max(map(len, entries.values()))):
+        prompt = entries["prompts"][min(place, len(entries["prompts"]) - 1)]
+        number -= prompt.get("n", config.get("n", 1))
         if number < 0:
             break
-    return entry
+    return entries[name][min(place, len(entries[name]) - 1)]
 
 
 def _number(given: Mapping[str, Any], name: str) -> int:

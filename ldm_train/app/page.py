@@ -22,6 +22,7 @@ from ldm_train.app.studio import Cancelled, Progress, Studio, without_folders, w
 
 # With it BrowserState encrypts what was typed and drawn in the browser. It is fixed, so that this outlives a restart.
 SECRET = "ldm_train"
+TICKETS = 1000  # the most that are remembered
 SAVE = "(...values) => [JSON.stringify({form: FORM, values})]"
 # If nothing was kept, nothing is set: that would undo what was typed while the page was loading.
 RESTORE = """(kept, ...values) => {
@@ -128,6 +129,8 @@ class ModelPage:
             raise gr.Error("one job at a time: cancel the one that waits or runs first", print_exception=False)
         ticket = uuid.uuid4().hex
         self._stops[ticket] = threading.Event()
+        for old in list(self._stops)[:-TICKETS]:  # of pages that were left before their job began
+            del self._stops[old]
         return ticket, "Waiting for its turn."
 
     def _cancel(self, ticket: str) -> Any:

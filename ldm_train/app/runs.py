@@ -25,7 +25,7 @@ USUAL = ("val/fid_tiny", "val/loss", "train/loss", "val/psnr", "val/perceptual",
 def run_folders(runs_dir: str | Path) -> list[Path]:
     """Returns the runs below a folder, at most MOST, the most recently written first."""
     found = [path.parent for depth in range(DEPTH) for path in Path(runs_dir).glob("*/" * (depth + 1) + "config.yaml")]
-    runs = [folder for folder in found if stages(folder)]
+    runs = [folder for folder in found if _own(folder, "config.yaml") and stages(folder)]
     return sorted(runs, key=written, reverse=True)[:MOST]
 
 
@@ -36,6 +36,13 @@ def stages(folder: Path) -> list[str]:
     named = [path.parent.name for path in notes]
     known = ("autoencoder", "latents", "diffusion", "evaluation", "export")
     return [n for n in known if n in named] + [n for n in named if n not in known]
+
+
+def _own(folder: Path, *patterns: str) -> list[Path]:
+    """Returns the files of a run, without links that lead out of it: a stranger's run could name any file here."""
+    place = folder.resolve()
+    found = (path for pattern in patterns for path in folder.glob(pattern))
+    return [path for path in found if path.is_file() and path.resolve().is_relative_to(place)]
 
 
 def written(folder: Path) -> float:
@@ -85,7 +92,7 @@ def _ago(seconds: float) -> str:
 
 def _rows(stage: Path) -> pd.DataFrame:
     """Returns what a stage has logged, as numbers; an empty table with a column "step" if it has logged nothing."""
-    rows = pd.DataFrame(read_rows(stage))
+    rows = pd.DataFrame(read_rows(stage) if _own(stage.parent, f"{stage.name}/metrics.csv") else [])
     named = rows[[name for name in rows.columns if isinstance(name, str)]]  # cells beyond the header have no name
     return named.apply(pd.to_numeric, errors="coerce") if "step" in named else pd.DataFrame({"step": []})
 
@@ -114,7 +121,7 @@ def curves(folders: Sequence[Path], runs_dir: str | Path, stage: str, column: st
 
 def media(folder: Path) -> list[tuple[str, str]]:
     """Returns (path, label) of a run's grids and films, the most recent first."""
-    paths = [p for p in (*folder.glob("*/images/*"), *folder.glob("evaluation/*")) if p.suffix in PICTURES]
+    paths = [p for p in _own(folder, "*/images/*", "evaluation/*") if p.suffix in PICTURES]
     paths.sort(key=_changed, reverse=True)
     return [(str(path), f"{path.relative_to(folder).parts[0]}: {path.stem}") for path in paths]
 
@@ -122,7 +129,7 @@ def media(folder: Path) -> list[tuple[str, str]]:
 def findings(folder: Path) -> list[dict[str, Any]]:
     """Returns what the health checks of a run have found."""
     found = []
-    for path in sorted(folder.glob(f"*/{HEALTH}")):
+    for path in sorted(_own(folder, f"*/{HEALTH}")):
         try:
             record = read_record(path)
         except (OSError, ValueError):
@@ -134,7 +141,7 @@ def findings(folder: Path) -> list[dict[str, Any]]:
 def evaluations(folder: Path) -> pd.DataFrame:
     """Returns the numbers of a run's evaluations with their 95 % intervals."""
     rows = []
-    for path in (folder / "evaluation" / "metrics.json", *sorted(folder.glob("evaluations/*.json"))):
+    for path in (*_own(folder, "evaluation/metrics.json"), *sorted(_own(folder, "evaluations/*.json"))):
         try:
             tree = read_record(path)
         except (OSError, ValueError):
@@ -149,14 +156,21 @@ def _numbers(tree: dict[str, Any], prefix: str) -> list[dict[str, Any]]:
         if isinstance(value, dict) and isinstance(value.get("value"), int | float):
             ends = value.get("interval")
             known = isinstance(ends, list) and len(ends) == 2 and all(isinstance(end, int | float) for end in ends)
-            between = f"{ends[0]:.4g} to {ends[1]:.4g}" if known else ""
-            row = {"what": prefix + name, "value": f"{value['value']:.4g}", "95 % interval": between}
+            between = f"{_short(ends[0])} to {_short(ends[1])}" if known else ""
+            row = {"what": prefix + name, "value": _short(value["value"]), "95 % interval": between}
             rows.append(row | {"n": str(value.get("n", ""))})
         elif isinstance(value, dict):
             rows += _numbers(value, f"{prefix}{name} ")
         elif isinstance(value, int | float) and not isinstance(value, bool):
-            rows.append({"what": prefix + name, "value": f"{value:.4g}", "95 % interval": "", "n": ""})
+            rows.append({"what": prefix + name, "value": _short(value), "95 % interval": "", "n": ""})
     return rows
+
+
+def _short(value: float) -> str:
+    try:
+        return f"{value:.4g}"
+    except OverflowError:  # a file may hold an integer of any length
+        return "too large"
 
 
 def recipe_of(folder: Path) -> str:

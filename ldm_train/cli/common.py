@@ -30,9 +30,9 @@ def quoted(argument: str, free: Sequence[str]) -> str:
     """Quotes the value of a command-line argument for the options in `free`, so that it is taken as typed: commas,
     apostrophes, brackets and `=` have a meaning in Hydra. Lists stay lists, except for layouts, which are JSON."""
     option, _, value = argument.partition("=")
-    if option not in free or value in ("", "null") or value[0] in "'\"":
+    if option not in free or value in ("", "null") or re.fullmatch(r"""'([^'\\]|\\.)*'|"([^"\\]|\\.)*\"""", value):
         return argument
-    if value[0] == "[" and (option != "layout" or ".json" in value):
+    if value[0] == "[" and value[-1] == "]" and (option != "layout" or ".json" in value):
         return argument
     # Backslashes stand for themselves, except before a quote, before ${ and at the end.
     value = re.sub(r'(\\*)("|\$\{)', r"\1\1\\\2", value)

@@ -40,13 +40,13 @@ class Drawing:
         model, tiles, f = self.model, self.sampling.tiles, self.model.first_stage.downsample_factor
         images = None if part[0].image is None else torch.stack([r.image for r in part])
         if self.task == "reconstruct":
-            return model.decode(model.encode(images, tiles), tiles)
+            return model.decode(model.encode(images, tiles), tiles, [r.seed for r in part])
         height, width = picture_size(model, self.config.size) if images is None else images.shape[2:]
         size = (height // f, width // f)
         mask = torch.stack([r.mask for r in part]) if self.task in ("inpaint", "outpaint") else None
         guidance = replace(self.guidance, outer=self.guides.wrappers(part))
         if any(r.negative is not None for r in part):
-            guidance = replace(guidance, negative={"caption": [r.negative or "" for r in part]})
+            guidance = replace(guidance, negative={"caption": [r.negative for r in part]})
         drawn = model.sample(
             self._batch([r.fields for r in part]),
             [r.seed for r in part],
@@ -73,7 +73,9 @@ class Drawing:
             latents = model.encode(images, tiles)
             if not config.invert:
                 return Start(latents=latents, strength=config.strength)
-            source = {} if config.image_prompt is None else {"caption": [str(config.image_prompt)] * len(part)}
+            source = self._needed([r.fields for r in part])
+            if config.image_prompt is not None:
+                source["caption"] = [str(config.image_prompt)] * len(part)
             return Start(noise=self._inverted(latents, source, inverting))
         if self.task == "interpolate" and part[0].walk is not None:
             return Start(noise=self._walk(part, size, inverting))
@@ -92,6 +94,12 @@ class Drawing:
     def _inverted(self, latents: torch.Tensor, batch: dict[str, Any], inverting: Callback | None) -> torch.Tensor:
         return self.model.invert(latents, batch, self.sampling, self.config.invert_iterations, inverting)
 
+    def _needed(self, fields: list[dict[str, Any]]) -> dict[str, Any]:
+        """The conditions that training never dropped, as a batch: without them the model predicts nothing it has
+        learned, and an inversion would end in noise that draws another picture."""
+        needed = {c.field for c in self.model.conditioners.values() if not c.dropout}
+        return {name: values for name, values in self._batch(fields).items() if name in needed}
+
     def _mixture(self, part: list[Request], size: tuple[int, int]) -> dict[str, torch.Tensor]:
         """Returns weighted mixtures of conditions, for interpolation and prompt arithmetic."""
         most = max(len(r.mix) for r in part)
@@ -103,9 +111,11 @@ class Drawing:
     def _walk(self, part: list[Request], size: tuple[int, int], inverting: Callback | None) -> torch.Tensor:
         """Returns noise interpolated between two seeds or two inverted pictures."""
         if part[0].images is not None:
-            ends = {id(image): image for r in part for image in r.images}  # pictures of a walk share their ends
-            latents = self.model.encode(torch.stack([*ends.values()]), self.sampling.tiles)
-            inverted = dict(zip(ends, self._inverted(latents, {}, inverting)))
+            # Pictures of a walk share their ends. The condition of an end is the first or the last one of the mixture.
+            ends = {id(r.images[k]): (r.images[k], r.mix[k][1] if r.mix else {}) for r in part for k in (0, -1)}
+            latents = self.model.encode(torch.stack([image for image, _ in ends.values()]), self.sampling.tiles)
+            needed = self._needed([fields for _, fields in ends.values()])
+            inverted = dict(zip(ends, self._inverted(latents, needed, inverting)))
             noise = [torch.stack([inverted[id(r.images[k])] for r in part]) for k in (0, 1)]
         else:
             shape = (self.model.first_stage.latent_channels, *size)

@@ -212,10 +212,13 @@ def check_effects(said: DictConfig, model: LatentDiffusion, task: str) -> None:
     usual = OmegaConf.load(config_folder() / "sample.yaml")
     draws, conditional = task != "reconstruct", bool(model.conditioners) or said.weaker_model is not None
     drawn = (draws, "where something is drawn, not with task=reconstruct")
+    of_drawing = ("num_inference_steps", "sampler", "spacing", "panorama", "resample.repeats")
+    of_guidance = ("guidance_scale", *(f"guidance.{name}" for name in said.guidance))
     only = {
-        **dict.fromkeys(("prompts", "classes", "negative"), drawn),
+        **dict.fromkeys(("prompts", "classes", "negative", *of_drawing), drawn),
         "strength": (task == "img2img", "with task=img2img"),
         "guidance_scale": (conditional or said.guidance_scale == 1, "for a model that takes a condition"),
+        **({} if draws else dict.fromkeys(of_guidance, drawn)),
         "invert_iterations": (inverts(said, task), "with invert=true"),
         "resample.jump_length": (said.resample.repeats > 1, "with resample.repeats=2 or more"),
         "tiles.overlap": (said.tiles.cells is not None, "with tiles.cells="),

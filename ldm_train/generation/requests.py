@@ -251,9 +251,11 @@ def requests(model: LatentDiffusion, config: DictConfig, task: str, guides: Mapp
         targets = {f: guides[f](entries[o]) for f, o in inputs.guided.items()}
         negative = own.get("negative", None if config.negative is None else str(config.negative))
         n, first = own.get("n", config.n), own.get("seed")
+        if config.invert and own.get("n", 1) > 1:
+            raise ValueError("a prompt's n has no effect with invert=true, which draws one picture; leave it out")
         if len(all_requests) + n > MOST:
             raise ValueError(f"these options ask for more than {MOST} pictures; make several jobs of them")
-        for i in range(1 if task == "reconstruct" else n):  # reconstruction has no randomness
+        for i in range(1 if task == "reconstruct" else n):  # one picture of each
             number = len(all_requests)
             seed = config.seed + number if first is None else first + i
             all_requests.append(Request(seed, fields, text, number, image, mask, negative, targets))
@@ -266,6 +268,11 @@ def _check_trained_without(model: LatentDiffusion, task: str, fields: Mapping[st
     missing = [c.field for c in model.conditioners.values() if not c.dropout and c.field not in fields]
     missing = [field for field in missing if field != "masked_image"]
     if missing and task != "reconstruct":
+        if known_fields(model)[missing[0]].argument == "image" and task in FROM_IMAGE:
+            raise ValueError(
+                f"this model cannot do task={task}: its image= is the condition ({missing[0]}), not a picture to change; leave "
+                "task=, mask= and extend= out"
+            )
         raise ValueError(
             f"this model was never trained without {missing[0]}, so it cannot do task={task} without; give "
             f"{known_fields(model)[missing[0]].argument}=..."
@@ -298,7 +305,7 @@ def _weighted(text: str) -> tuple[float, str]:
     """ "+0.5 a red circle" -> (0.5, "a red circle")"""
     sign, rest = (-1.0 if text[0] == "-" else 1.0), text[1:].strip()
     head, _, tail = rest.partition(" ")
-    return (sign * float(head), tail.strip()) if re.fullmatch(r"\d+\.\d+", head) else (sign, rest)
+    return (sign * float(head), tail.strip()) if re.fullmatch(r"\d*\.\d+", head) else (sign, rest)
 
 
 def _walk(config: DictConfig, inputs: _Inputs, size: tuple[int, int]) -> list[Request]:

@@ -22,7 +22,7 @@ from ldm_train import images as pictures
 from ldm_train.app import runs, serve
 from ldm_train.app.asked import Limits, options_of, sampler_tree
 from ldm_train.app.blocks import build
-from ldm_train.app.form import OWN
+from ldm_train.app.form import OWN, _entry_of
 from ldm_train.app.offer import MAIN, Adapter, Input
 from ldm_train.app.page import ModelPage
 from ldm_train.app.runs_page import RunsPage
@@ -143,6 +143,9 @@ def test_a_recipes_settings_are_taken_over(studio: Studio, tmp_path: Path) -> No
         ("spacing", "leading"),
         ("resample", {"repeats": 3}),
         ("panorama", 0.5),
+        ("precision", "bf16-mixed"),
+        ("tiles", {"cells": 8, "overlap": 2}),
+        ("task", "interpolate"),
     ):
         with pytest.raises(gr.Error, match=option):
             taken(**{option: value})
@@ -151,6 +154,12 @@ def test_a_recipes_settings_are_taken_over(studio: Studio, tmp_path: Path) -> No
     assert (found["prompts"], found["negative"]) == ("a dog", "x")
     found = taken(prompts=["a cat", {"prompt": "a bird", "n": 9, "negative": "blue"}], negative="x")
     assert (found["prompts"], found["negative"]) == ("a bird", "blue")
+    paired = {"prompts": [{"prompt": "a", "n": 1}, "b"], "classes": ["cat", "dog"], "n": 3}
+    assert [(_entry_of(paired, "prompts", k)["prompt"], _entry_of(paired, "classes", k)["prompt"]) for k in (0, 1, 3)] == [
+        ("a", "cat"), ("b", "dog"), ("b", "dog"),
+    ]  # fmt: skip
+    alone = {"classes": ["cat", "dog"], "prompts": ["x"], "n": 2}
+    assert [_entry_of(alone, name, 3)["prompt"] for name in ("classes", "prompts")] == ["dog", "x"]
     assert page.form.taken("", *kept) == kept
 
 
@@ -316,6 +325,30 @@ def test_runs_are_read_as_they_stand(tmp_path: Path) -> None:
         {"what": "adherence mean", "value": "0.9", "95 % interval": "", "n": ""},
     ]
     assert {what for _, what in runs.media(run)} == {"autoencoder: grid", "diffusion: grid"}
+
+
+def test_a_strangers_run_shows_no_other_files_and_damage_only_itself(tmp_path: Path) -> None:
+    run = a_run(tmp_path / "one")
+    secret = tmp_path / "secret"
+    secret.mkdir()
+    (secret / "numbers.json").write_text('{"salary": 5}')
+    (secret / "rows.csv").write_text("step,secret\n1,2\n2,3\n")
+    (secret / "config.yaml").write_text("password: x\n")
+    shown = runs.media(run), runs.evaluations(run).to_dict(), runs.columns([run], "diffusion")
+    (run / "diffusion" / "images" / "stolen.png").symlink_to(secret / "config.yaml")
+    (run / "diffusion" / "images" / "nowhere.png").symlink_to(secret / "nothing")
+    (run / "diffusion" / "images" / "folder.png").mkdir()
+    (run / "evaluations").mkdir()
+    (run / "evaluations" / "stolen.json").symlink_to(secret / "numbers.json")
+    assert (runs.media(run), runs.evaluations(run).to_dict(), runs.columns([run], "diffusion")) == shown
+    (run / "diffusion" / "metrics.csv").unlink()
+    (run / "diffusion" / "metrics.csv").symlink_to(secret / "rows.csv")
+    assert runs.columns([run], "diffusion") == []
+    (run / "evaluation" / "metrics.json").write_text('{"fid": {"value": 1' + 400 * "0" + "}}")
+    assert runs.evaluations(run)["value"].tolist() == ["too large"]
+    (run / "config.yaml").unlink()
+    (run / "config.yaml").symlink_to(secret / "config.yaml")
+    assert runs.run_folders(tmp_path) == []
 
 
 def test_a_run_that_is_being_written_is_read_as_far_as_it_is(tmp_path: Path) -> None:

@@ -272,7 +272,7 @@ def test_a_recipe_of_someone_else_chooses_nothing(studio: Studio, tmp_path: Path
         ({"guide": {"clip": "/etc"}}, "guide.clip"),
         ({"image": "/etc/passwd"}, "this was drawn from passwd, which was not handed in here"),
         ({"adapters": ["/etc/passwd"]}, "there is no adapter"),
-        ({"sampler": {"_target_": "os.system"}}, "does not name a valid sampler"),
+        ({"sampler": {"_target_": "os.system"}}, "its sampler is none of this page's"),
         ({"out": "/tmp/elsewhere"}, "it sets out"),
         ({"num_inference_steps": 900}, "num_inference_steps=900 is more than is drawn here"),
         ({"n": 200}, "n=200 is more than is drawn here"),
@@ -294,6 +294,15 @@ def test_a_recipe_of_someone_else_chooses_nothing(studio: Studio, tmp_path: Path
         ({"compile": "default"}, "compile is more than is drawn here"),
         ({"resample": {"jump_length": 10, "repeats": 1000}}, "resample.repeats is more than is drawn here"),
         ({"invert_iterations": 1000}, "invert_iterations is more than is drawn here"),
+        ({"prompts": "W " * 20_000}, "a text of 40,000 characters; at most 200 are taken here"),
+        ({"prompts": [{"prompt": "a", "negative": "W " * 20_000}]}, "a text of 40,000 characters"),
+        ({"layout": [[0, 0, 1, 1, "cat"]] * 101}, "101 boxes; at most 100"),
+        ({"tiles": {"cells": 1, "overlap": 0}}, "tiles.cells=1 makes more tiles than are decoded here"),
+        ({"sampler": recipe["config"]["sampler"] | {"sampler": {"_target_": "os.system"}}}, "its sampler is none of"),
+        (
+            {"sampler": {"_target_": "ldm_train.samplers.resampling.resampled", "repeats": 10**6}},
+            "its sampler is none of",
+        ),
     ):
         path = tmp_path / "theirs.png"
         pictures.save_png(Image.open(drawn), path, recipe | {"config": recipe["config"] | change})

@@ -20,6 +20,9 @@ TEXTS = [
     "\\${x}",
     "it's, [x]=y",
     "photo (1).png",
+    "'twas a red circle",
+    '"stop" on a red circle',
+    "[red] circle",
 ]
 
 
@@ -28,8 +31,8 @@ def test_texts_reach_a_command_as_they_were_typed(seed: int) -> None:
     dice, parser = random.Random(seed), OverridesParser.create()
     texts = ["".join(dice.choices(SIGNS, k=dice.randint(1, 10))) for _ in range(100)] + TEXTS
     for text in texts:
-        if text[0] in "'\"[":  # already quoted, or a list
-            continue
+        if (text[0] in "'\"" and text[-1] == text[0] and len(text) > 1) or (text[0] == "[" and text[-1] == "]"):
+            continue  # already quoted, or a list
         override = parser.parse_override(quoted(f"prompts={text}", ["prompts"]))
         assert OmegaConf.create({"prompts": override.value()}).prompts == text
 

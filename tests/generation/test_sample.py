@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -24,7 +25,7 @@ from ldm_train.cli.common import quoted
 from ldm_train.cli.sample import FREE
 from ldm_train.errors import Refused
 from ldm_train.generation.sample import sample
-from ldm_train.latent_diffusion import Guidance, Sampling
+from ldm_train.latent_diffusion import Guidance, LatentDiffusion, Sampling
 from ldm_train.samplers.ddim import ddim
 
 
@@ -60,6 +61,7 @@ def files(tmp_path: Path) -> dict[str, str]:
     (tmp_path / "negative.jsonl").write_text('{"prompt": "a cat", "negative": "a dog"}\n')
     Image.fromarray(np.full((20, 60), 255, np.uint8)).save(tmp_path / "wide.png")
     (tmp_path / "broken.jsonl").write_text('{"prompt": "a cat"}\n{"prompt": \n')
+    (tmp_path / "three.jsonl").write_text('{"prompt": "a cat", "n": 3}\n')
     (tmp_path / "unknown.jsonl").write_text('{"prompt": "a cat", "steps": 3}\n')
     return {p.name: str(p) for p in tmp_path.iterdir()}
 
@@ -243,7 +245,7 @@ def test_pairs_of_inputs(run: Callable, files: dict[str, str], tmp_path: Path):
         ("text", ("image={photo.png}", "strength=0.01"), r"strength=0\.01 of num_inference_steps=\d+ is less than one step; set it to"),
         ("text", ("guidance_scale=2", "guidance.interval=[1e-5,1e-4]"), "holds none of the noise levels .* so nothing is guided"),
         ("superres", (), r"never trained without lowres, so it cannot do task=unconditional without; give image="),
-        ("superres", ("task=img2img", "image={photo.png}"), r"never trained without lowres, so it cannot do task=img2img"),
+        ("superres", ("task=img2img", "image={photo.png}"), r"cannot do task=img2img: its image= is the condition \(lowres\)"),
         ("text", ("image={photo.png}", "invert=true", "sampler=heun"), r"leave sampler= out \(it is ddim, eta 0\)"),
         ("text", ("image={photo.png}", "invert=true", "resample.repeats=2"), "which inversion has just taken out"),
         ("text", ("image={photo.png}", "invert=true", "invert_iterations=0"), "invert_iterations=0 is below 1"),
@@ -280,7 +282,10 @@ def test_pairs_of_inputs(run: Callable, files: dict[str, str], tmp_path: Path):
         ("none", ("invert_iterations=3",), "invert_iterations= has an effect only with invert=true"),
         ("none", ("guide.clip_scale=3",), r"guide\.clip_scale= has an effect only with guide\.clip="),
         ("text", ("task=reconstruct", "image={photo.png}", "prompts=a cat"), "prompts= has an effect only where something is drawn"),
-        ("superres", ("task=interpolate",), "never trained without lowres"),
+        ("superres", ("task=interpolate",), r"cannot do task=interpolate: its image= is the condition \(lowres\)"),
+        ("none", ("image={photo.png}", "task=reconstruct", "num_inference_steps=7"), "num_inference_steps= has an effect only where"),
+        ("text", ("image={photo.png}", "task=reconstruct", "guidance.rescale=0.5"), "guidance.rescale= has an effect only where"),
+        ("text", ("image={photo.png}", "invert=true", "prompts={three.jsonl}"), "a prompt's n has no effect with invert=true"),
         ("layout", ("layout=[[0.1,0.1,0.2,0.2,1e999]]",), "is not a layout; write"),
         ("layout", ('layout=[["cat",0.1,0.1,0.2,0.2]]',), "is not a layout; write"),
         ("none", ("recipe=nothing.json",), r"recipe=nothing\.json: there is no such file"),
@@ -702,6 +707,25 @@ def test_inversion_edits_from_the_pictures_own_noise(run: Callable, files: dict[
     changed = run("calm", image, "image_prompt=a cat", "prompts=a red circle", *options, out="changed")[0]
     assert (same - rebuilt).abs().mean() < 0.1 * rebuilt.std()
     assert (changed - rebuilt).abs().mean() > 2 * (same - rebuilt).abs().mean()
+
+
+def test_an_inversion_knows_the_conditions_that_training_never_dropped(
+    run: Callable, files: dict[str, str], monkeypatch: pytest.MonkeyPatch
+):
+    known, invert = [], LatentDiffusion.invert
+
+    def recorded(self: LatentDiffusion, latents: torch.Tensor, batch: dict[str, Any], *more: Any) -> torch.Tensor:
+        known.append({name: len(values) for name, values in batch.items()})
+        return invert(self, latents, batch, *more)
+
+    monkeypatch.setattr(LatentDiffusion, "invert", recorded)
+    image, label_map = f"image={files['photo.png']}", f"map={files['map.png']}"
+    run("semantic", image, label_map, "invert=true", "num_inference_steps=2")
+    run("text", image, "invert=true", "prompts=a cat", "image_prompt=a circle", "num_inference_steps=2")
+    run("text", image, "invert=true", "prompts=a cat", "num_inference_steps=2")  # training dropped captions
+    both = f"image=[{files['photo.png']},{files['photo.png']}]"
+    run("semantic", both, label_map, "task=interpolate", "num_inference_steps=2", "n=3")
+    assert known == [{"segmentation": 1}, {"caption": 1}, {}, {"segmentation": 2}]
 
 
 def test_panoramas_and_tiles_draw_large_pictures(run: Callable):
