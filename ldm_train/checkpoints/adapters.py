@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import nn
@@ -348,7 +349,7 @@ def export_adapter(pairs: Mapping[str, lora.Pair], model: LatentDiffusion, path:
     for name, (key, *_) in _text_places(model, load=False).items():
         if "." in name.removeprefix(OWN_TEXT):
             names[key] = [name]
-    made, left = {}, 0
+    made, left, most = {}, 0, max((pair.rank for pair in pairs.values()), default=0)
     for key, pair in pairs.items():
         scale = pair.alpha / pair.rank
         if key not in names:
@@ -359,8 +360,11 @@ def export_adapter(pairs: Mapping[str, lora.Pair], model: LatentDiffusion, path:
             down = pair.down.detach()
             if pair.down.ndim == 3 or re.search(r"\.(to_[qkv]|to_out\.0)$", name):  # a linear layer there
                 down, up = down.flatten(1), up.flatten(1)
-            if layout == "diffusers":  # which assumes that alpha is the rank
-                made |= {f"{name}.lora_A.weight": down, f"{name}.lora_B.weight": up * scale}
+            if layout == "diffusers":  # which assumes that alpha is the rank, of older versions the same for all layers
+                more = most - len(down)
+                down = F.pad(down, (*[0, 0] * (down.ndim - 1), 0, more))
+                up = F.pad(up * scale, (*[0, 0] * (up.ndim - 2), 0, more))
+                made |= {f"{name}.lora_A.weight": down, f"{name}.lora_B.weight": up}
             else:
                 part, _, layer = name.partition(".")
                 short = f"lora_{'unet' if part == 'unet' else 'te'}_{layer.replace('.', '_')}"

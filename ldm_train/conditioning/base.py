@@ -1,6 +1,7 @@
 """The interface of conditioners: networks that turn one field of a batch into inputs of the denoising network."""
 
 import copy
+import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -119,11 +120,28 @@ def without_last_layer(encoder: nn.Module) -> nn.Module:
     return view
 
 
+def is_word(text: str) -> bool:
+    """Whether a learned word is one of letters or digits, which is found only where it stands alone."""
+    return text[0].isalnum() and text[-1].isalnum()
+
+
+def spelling(word: str) -> str:
+    """A regular expression for a learned word in a caption, not for the further tokens of a word (<word>_<number>)."""
+    return rf"(?<!\w){re.escape(word)}(?!\w)" if is_word(word) else rf"{re.escape(word)}(?!_\d)"
+
+
+def place_of(path: str) -> str:
+    """A pretrained model's folder, with a leading ~ expanded, or its name on the Hub as it is."""
+    return str(Path(path).expanduser()) if path.startswith("~") else path
+
+
 @contextmanager
 def loading(what: str, path: str, holds: str) -> Iterator[None]:
     """A context for loading a pretrained model with the transformers library. Raises FileNotFoundError, saying what its
     folder must hold, if it cannot be obtained."""
     try:
+        if path.startswith(("/", ".")) and not Path(path).is_dir():
+            raise OSError("no such folder")  # a path, not a name to download
         yield
     except Exception as error:  # the library raises many types of exceptions
         raise FileNotFoundError(

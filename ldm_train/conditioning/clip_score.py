@@ -1,13 +1,12 @@
 """CLIP scores: how well an image fits a caption (Radford et al. 2021), for guidance and for metrics."""
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from ldm_train.conditioning.base import from_pretrained, loading
+from ldm_train.conditioning.base import from_pretrained, loading, place_of
 from ldm_train.images import in_threes, mean_over_groups
 
 
@@ -20,10 +19,8 @@ class ClipScore(nn.Module):
         from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel
 
         holds = "config.json, weights, tokenizer and preprocessor_config.json"
+        path = place_of(path)
         with loading("CLIP model", path, holds):
-            path = str(Path(path).expanduser()) if path.startswith("~") else path
-            if path.startswith(("/", ".")) and not Path(path).is_dir():
-                raise OSError("no such folder")  # a path, not a name to download
             self.model = from_pretrained(CLIPModel, path)
             self.tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
             processor = AutoImageProcessor.from_pretrained(path, trust_remote_code=False)

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.nn import functional as F
 
-from ldm_train.conditioning.base import Conditioner, enlarged, from_pretrained, loading
+from ldm_train.conditioning.base import Conditioner, enlarged, from_pretrained, loading, place_of
 from ldm_train.devices import to_device
 from ldm_train.diffusion.schedule import NoiseSchedule
 from ldm_train.images import in_threes, mean_over_groups
@@ -38,7 +38,7 @@ class PretrainedVision(nn.Module):
 
     def __init__(self, path: str, hidden: bool = False):
         super().__init__()
-        self.path, self.hidden = path, hidden
+        self.path, self.hidden = place_of(path), hidden
         self.model: nn.Module | None = None
 
     def take(self, processor: Any, model: nn.Module) -> None:
@@ -57,8 +57,6 @@ class PretrainedVision(nn.Module):
 
             path = self.path
             with loading("vision encoder", path, "config.json, preprocessor_config.json and weights"):
-                if path.startswith(("/", ".")) and not Path(path).is_dir():
-                    raise OSError("no such folder")  # a path, not a name to download
                 clip = AutoConfig.from_pretrained(path, trust_remote_code=False).model_type.startswith("clip")
                 kind = CLIPVisionModelWithProjection if clip else AutoModel
                 model = from_pretrained(kind, path)

@@ -9,6 +9,7 @@ from tokenizers import AddedToken
 from torch import nn
 from torch.nn.utils import parametrize
 
+from ldm_train.conditioning.base import is_word
 from ldm_train.conditioning.text import Captions, FrozenText, TrainedText, families
 
 
@@ -22,10 +23,6 @@ class NewRows(nn.Module):
 
     def forward(self, weight: torch.Tensor) -> torch.Tensor:
         return torch.cat([weight, self.rows.to(weight.dtype)])
-
-
-def _is_word(text: str) -> bool:
-    return text[0].isalnum() and text[-1].isalnum()
 
 
 def _known(tokenizer: Any) -> dict[str, int]:
@@ -97,7 +94,7 @@ def add_tokens(conditioner: Captions, token: str, rows: torch.Tensor) -> NewRows
     # A word that begins and ends with a letter or digit is not matched inside other words.
     joined = not isinstance(conditioner, FrozenText)  # byte-level tokenizers make a token of the space before a word
     tokenizer.add_tokens(
-        [AddedToken(word, normalized=False, lstrip=joined, single_word=_is_word(word)) for word in words]
+        [AddedToken(word, normalized=False, lstrip=joined, single_word=is_word(word)) for word in words]
     )
     known = _known(tokenizer)
     if [known[word] for word in words] != list(range(first, first + len(words))):

@@ -11,7 +11,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from torch import nn
 from torch.nn import functional as F
 
-from ldm_train.conditioning.base import Conditioner, from_pretrained, loading, without_last_layer
+from ldm_train.conditioning.base import Conditioner, from_pretrained, loading, place_of, spelling, without_last_layer
 from ldm_train.conditioning.states import States, identity
 from ldm_train.devices import to_device
 from ldm_train.models.transformer import CrossAttention
@@ -148,12 +148,12 @@ class Captions(Conditioner):
         self.learned: dict[str, list[str]] = {}
 
     def spelled(self, captions: Sequence[str]) -> list[str]:
-        """Returns captions with every learned word, if it stands alone, replaced by its tokens."""
+        """Returns captions with every learned word replaced by its tokens; one of letters only where it stands alone."""
         if not self.learned:
             return list(captions)
         longest_first = sorted(self.learned, key=len, reverse=True)
-        alone = re.compile("|".join(rf"(?<!\w){re.escape(word)}(?!\w)" for word in longest_first))
-        return [alone.sub(lambda found: " ".join(self.learned[found[0]]), caption) for caption in captions]
+        known = re.compile("|".join(map(spelling, longest_first)))
+        return [known.sub(lambda found: " ".join(self.learned[found[0]]), caption) for caption in captions]
 
     def null_values(self, count: int, latent_size: Sequence[int]) -> list[str]:
         return [""] * count
@@ -251,8 +251,8 @@ class FrozenText(Captions):
         super().__init__(dropout)
         if layer not in ("last", "penultimate", "projected"):
             raise ValueError(f"layer is 'last', 'penultimate' or 'projected', not {layer!r}")
-        self.path, self.dim, self.layer, self.max_length, self.masked = path, dim, layer, max_length, masked
-        self.pad_id, self.widths, self.tokenizer_path = pad_id, {"context": dim}, tokenizer or path
+        self.path, self.dim, self.layer, self.max_length, self.masked = place_of(path), dim, layer, max_length, masked
+        self.pad_id, self.widths, self.tokenizer_path = pad_id, {"context": dim}, place_of(tokenizer or path)
         self.known = States(cache_size)
         self._pretrained: tuple[Any, nn.Module] | None = None  # a tuple hides it from state_dict and optimisers
         self._whole: tuple[nn.Module, ...] = ()  # the model that the encoder is part of

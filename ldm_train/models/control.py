@@ -27,6 +27,8 @@ class Control(Encoder):
         self.skip_widths = unet.skip_widths
         self.zero_convs = nn.ModuleList(zero_init(nn.Conv2d(width, width, 1)) for width in self.skip_widths)
         self.middle_zero_conv = zero_init(nn.Conv2d(self.skip_widths[-1], self.skip_widths[-1], 1))
+        like = next(unet.parameters())
+        self.zero_convs.to(like), self.middle_zero_conv.to(like)
 
     def projected(self, context: torch.Tensor) -> tuple:
         """See `UNet.projected`."""

@@ -119,9 +119,9 @@ class LoRA:
         small for it. Returns the adapter, see the function `attach`."""
         module.requires_grad_(False)
         shapes = self.shapes(module)
-        alpha = self.rank if self.alpha is None else self.alpha
-        largest = {key: min(shape[0], math.prod(shape[1:])) for key, shape in shapes.items()}
-        pairs = {k: Pair(shape, min(self.rank, largest[k]), alpha) for k, shape in shapes.items()}
+        scale = 1.0 if self.alpha is None else self.alpha / self.rank  # also where the rank is lowered
+        ranks = {key: min(self.rank, shape[0], math.prod(shape[1:])) for key, shape in shapes.items()}
+        pairs = {key: Pair(shape, ranks[key], scale * ranks[key]) for key, shape in shapes.items()}
         return attach(module, pairs, name)
 
 

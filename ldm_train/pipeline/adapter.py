@@ -188,6 +188,11 @@ def check_frozen(run: Run, begun: Path | None) -> None:
     known = plain(section.conditioning.conditioners)
     if not (frozen := list(section.get("frozen") or [])):
         return
+    if adapter_of(run) is not None:
+        raise ValueError(
+            "diffusion.frozen has no effect beside diffusion/adapter, which leaves all weights as they are; leave it out (for LoRA, "
+            "diffusion.adapter.text_encoder says whether the text encoder is adapted)"
+        )
     if unknown := [name for name in frozen if name not in known]:
         raise ValueError(f"diffusion.frozen={unknown}: the conditioners are {', '.join(known) or 'none'}")
     if begun is None:

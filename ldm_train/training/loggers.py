@@ -40,8 +40,9 @@ class Recorder(Logger):
         return {k: v for k, v in metrics.items() if k != "epoch" and k not in self.logged.get(step, ())}
 
     def validated(self, step: int) -> bool:
-        """Returns True if an earlier process completed this step's validation, including its pictures."""
-        return any(name.startswith("val/") for name in self.logged.get(step, ()))
+        """Returns True if an earlier process completed this step's validation, including its pictures. Metrics of samples
+        are logged before the validation."""
+        return not {"val/loss", "val/score"}.isdisjoint(self.logged.get(step, ()))
 
     def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
         pass
@@ -82,10 +83,13 @@ class MetricsCSV(Recorder):
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         row = {"step": step} | self.unlogged(metrics, step)
-        if self.rows and int(self.rows[-1]["step"]) == step:
-            self.rows[-1] |= row
+        place = len(self.rows)  # callbacks may log under earlier steps
+        while place and int(self.rows[place - 1]["step"]) > step:
+            place -= 1
+        if place and int(self.rows[place - 1]["step"]) == step:
+            self.rows[place - 1] |= row
         else:
-            self.rows.append(row)
+            self.rows.insert(place, row)
         columns = sorted(row.keys() - set(self.columns))
         self.columns += columns
         if columns or self.rows[-1] is not row:

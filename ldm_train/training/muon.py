@@ -37,8 +37,9 @@ def orthogonalised(matrices: torch.Tensor) -> torch.Tensor:
 
 
 def split_matrices(groups: list[dict], module: nn.Module) -> list[dict]:
-    """The groups, each split in two: the weights of the module's linear layers and convolutions (but for narrow ones) in a group of
-    their own, marked "matrices": True and named "<name>_matrices", and everything else."""
+    """The groups, each split in two: the weights of the module's linear layers and 2D convolutions (but for narrow ones) in a group
+    of their own, marked "matrices": True and named "<name>_matrices", and everything else, to which the fused projections of
+    attention without a context and of the text transformer belong."""
     matrices = {
         layer.weight
         for layer in module.modules()

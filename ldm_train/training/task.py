@@ -16,7 +16,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from ldm_train import images, rng
 from ldm_train.devices import to_device
-from ldm_train.distributed import gathered
+from ldm_train.distributed import gathered, world_size
 from ldm_train.training.optim import EMA, clip_by_group
 
 BINS = 4  # equal parts of the schedule for which validation is reported separately
@@ -73,6 +73,8 @@ class Task(L.LightningModule):
         self._skips: torch.Tensor | None = None
         self._most_skips = SKIPS
         self._sums: dict[str, tuple[float, int]] = {}
+        self._micro = 0  # the number of this micro-batch in its step
+        self._logs: dict[str, list[torch.Tensor]] = {}
         self._clocked: int | None = None
 
     def trained(self) -> nn.ModuleDict:
@@ -122,7 +124,8 @@ class Task(L.LightningModule):
     def on_train_batch_start(self, batch: dict[str, Any], batch_idx: int) -> None:
         # Everything random in a micro-batch depends on this seed only, so a resumed run equals an uninterrupted one.
         again = (self.attempt,) if self.attempt else ()
-        rng.reseed(self.seed, self.stage, self.global_step, batch_idx % self.accumulate, self.global_rank, *again)
+        self._micro = batch_idx % self.accumulate
+        rng.reseed(self.seed, self.stage, self.global_step, self._micro, self.global_rank, *again)
         # The step under which Lightning logs. A training that continues after a validation has counted one too many.
         self.trainer.fit_loop.epoch_loop._batches_that_stepped = self.global_step
 
@@ -195,10 +198,23 @@ class Task(L.LightningModule):
         return (self.global_step + 1) % self.trainer.log_every_n_steps == 0
 
     def log_training(self, logs: Mapping[str, torch.Tensor]) -> None:
+        """Logs numbers of a micro-batch: the mean over the micro-batches of the step, on all ranks, that have them."""
         if not self.logs_now:
             return
+        if self._micro == 0:
+            self._logs = {}
+        for name, value in logs.items():
+            self._logs.setdefault(name, []).append(torch.as_tensor(value).detach())
+        if self._micro + 1 < self.accumulate:
+            return
+        means = {name: torch.stack(values).float().mean() for name, values in self._logs.items()}
+        if world_size() > 1:  # the names differ between ranks
+            parts = gathered({name: (float(mean), len(self._logs[name])) for name, mean in means.items()})
+            for name in dict.fromkeys(name for part in parts for name in part):
+                own = [part[name] for part in parts if name in part]
+                means[name] = torch.tensor(sum(m * n for m, n in own) / sum(n for _, n in own))
         self.log("step", float(self.global_step + 1))
-        self.log_dict({f"train/{k}": v for k, v in logs.items()}, on_step=True)
+        self.log_dict({f"train/{k}": v for k, v in means.items()}, on_step=True)
         self.log("train/lr", self.trainer.optimizers[0].param_groups[0]["lr"])
         if self.skipped:
             self.log("train/skipped_steps", float(self.skipped))

@@ -108,6 +108,24 @@ def test_a_file_in_the_names_of_compvis_is_read(tmp_path: Path) -> None:
     torch.testing.assert_close(pair(), up @ down)
 
 
+def test_layers_of_lower_rank_are_scaled_alike_in_every_version_of_diffusers(tmp_path: Path) -> None:
+    """Older versions take one rank and one alpha for the whole file."""
+    made = adapted(LoRA(rank=8, targets="all"))
+    pairs = lora.pairs_of(made.parts(), "adapter")
+    for pair in pairs.values():
+        torch.nn.init.normal_(pair.up)
+    assert len({pair.rank for pair in pairs.values()}) > 1
+    export_adapter(pairs, made, tmp_path / "a.safetensors", "diffusers")
+    tensors = load_file(tmp_path / "a.safetensors")
+    assert {len(tensor) for name, tensor in tensors.items() if name.endswith("lora_A.weight")} == {8}
+    assert {tensor.shape[1] for name, tensor in tensors.items() if name.endswith("lora_B.weight")} == {8}
+    again, left = read_adapter(tmp_path / "a.safetensors", model())
+    assert left == []
+    assert again.keys() == pairs.keys()
+    for key, pair in again.items():
+        torch.testing.assert_close(pair(), pairs[key](), msg=key)
+
+
 def test_layers_of_a_text_encoder_are_left_out_in_words(tmp_path: Path) -> None:
     made = adapted(LoRA(rank=2))
     export_adapter(lora.pairs_of(made.parts(), "adapter"), made, tmp_path / "a.safetensors", "kohya")

@@ -410,3 +410,12 @@ def test_code_that_comes_with_a_text_encoder_is_never_run(
 def test_a_wrong_width_is_named(pretrained_text: Path) -> None:
     with pytest.raises(ValueError, match="hidden states of width 16, the config says dim=32"):
         FrozenText(str(pretrained_text), 32, max_length=24).null(1)
+
+
+def test_folders_of_encoders_may_begin_with_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "clip").mkdir()
+    assert FrozenText("~/clip", 8).is_local
+    assert FrozenText("openai/clip-vit-large-patch14", 8).path == "openai/clip-vit-large-patch14"
+    with pytest.raises(FileNotFoundError, match=rf"cannot load the text encoder {tmp_path}/none \(no such folder\)"):
+        FrozenText("~/none", 8).pretrained()

@@ -149,3 +149,12 @@ def test_merged_equals_unmerged_under_autocast_too() -> None:
         adapted = run(network)
         lora.merge(network)
         assert torch.equal(run(network), adapted)
+
+
+@pytest.mark.parametrize(("alpha", "scale"), [(None, 1.0), (4.0, 0.25)])
+def test_the_scale_is_alpha_over_rank_also_where_the_rank_is_lowered(alpha: float | None, scale: float) -> None:
+    module = nn.ModuleDict({"wide": nn.Linear(32, 32), "narrow": nn.Linear(32, 4)})
+    LoRA(rank=16, alpha=alpha, targets="wide|narrow").attach(module, "a")
+    pairs = lora.pairs_of(module, "a")
+    assert sorted(pair.rank for pair in pairs.values()) == [4, 16]
+    assert {pair.alpha / pair.rank for pair in pairs.values()} == {scale}

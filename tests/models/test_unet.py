@@ -5,6 +5,7 @@ import torch
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 
 from ldm_train.checkpoints.diffusers_networks import unet_key
+from ldm_train.models.control import Control
 from ldm_train.models.unet import UNet
 
 TINY = {"in_channels": 4, "channels": 32, "channel_mult": (1, 2), "num_res_blocks": 1, "num_heads": 2}
@@ -201,3 +202,9 @@ def test_what_is_projected_of_a_context_stands_for_it_to_the_bit(options: dict) 
         torch.ones(2, 3).bool(),
     )
     assert torch.equal(unet(x, t, unet.projected(context), mask), unet(x, t, context, mask))
+
+
+def test_a_control_has_the_device_and_type_of_its_network() -> None:
+    network = UNet(4, channels=32, channel_mult=(1, 2), num_res_blocks=1, attention_levels=(), num_heads=2)
+    assert {parameter.dtype for parameter in Control(network.double()).parameters()} == {torch.float64}
+    assert {parameter.device.type for parameter in Control(network.to("meta")).parameters()} == {"meta"}

@@ -204,7 +204,7 @@ def test_a_path_may_hold_a_colon() -> None:
         (("diffusion.task.alignment=0.5",), "not for an adapter"),
         (("diffusion.identifier=circle",), "diffusion.identifier=circle: the text encoder knows circle well"),
         (("diffusion.identifier=two words",), "is not a single word"),
-        (("diffusion.frozen=[words]",), r"diffusion.frozen=\['words'\]: the conditioners are class_label, text"),
+        (("diffusion.frozen=[text]",), "diffusion.frozen has no effect beside diffusion/adapter"),
     ],
 )
 def test_an_adapter_that_cannot_be_is_named_before_anything_is_trained(
@@ -408,3 +408,8 @@ def test_a_frozen_text_encoder_is_adapted_beside_the_network(tmp_path: Path) -> 
     adapted, without, begun = (model.conditioners["text"].encode(["a red circle"])[0] for model in models)
     assert (adapted - without).abs().max() > 0.01
     assert torch.equal(without, begun)
+
+
+def test_frozen_conditioners_are_those_of_the_model(base: Run) -> None:
+    with pytest.raises(ValueError, match=r"diffusion.frozen=\['words'\]: the conditioners are class_label, text"):
+        tuned(base, "wrong", "diffusion.frozen=[words]", how=()).execute()

@@ -123,6 +123,8 @@ def test_a_word_is_not_found_inside_other_words(base: Run) -> None:
     for text, ids in known.items():
         assert torch.equal(reader.tokenize([text])[0], ids)
     assert reader.spelled(["a zq, zq_b mzqx"]) == ["a zq zq_1, zq_b mzqx"]
+    reader.learned = reader.learned | {"<x>": ["<x>", "<x>_1"]}
+    assert reader.spelled(["a<x>s zq <x>_1"]) == ["a<x> <x>_1s zq zq_1 <x>_1"]
     first = 3 + 297  # the number of rows before it
     assert reader.tokenize(["zq"])[0][0, 1:3].tolist() == [first, first + 1]
 

@@ -55,6 +55,19 @@ def test_disc_start_counts_optimiser_steps_under_accumulation(max_steps: int, mo
     assert all(not torch.equal(p, q) for p, q in zip(autoencoder, task.autoencoder.parameters()))
 
 
+def test_what_is_logged_is_the_mean_over_the_micro_batches_of_the_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    def step(task: AutoencoderTask, batch: dict, batch_idx: int) -> torch.Tensor:
+        sometimes = {"rare": torch.tensor(8.0)} if batch_idx % 4 == 2 else {}
+        task.log_training({"loss": torch.tensor(float(batch_idx))} | sometimes)
+        return next(task.autoencoder.parameters()).square().sum()
+
+    monkeypatch.setattr(AutoencoderTask, "training_step", step)
+    run = trainer(max_steps=2, accumulate_grad_batches=4, log_every_n_steps=1)
+    run.fit(build(accumulate=4), loader(1))
+    assert run.logged_metrics["train/loss"] == (4 + 5 + 6 + 7) / 4
+    assert run.logged_metrics["train/rare"] == 8
+
+
 def test_training_repeats_to_the_bit_whatever_was_drawn_before() -> None:
     weights = []
     for seed in (5, 6):

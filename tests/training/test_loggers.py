@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import wandb
 
+from ldm_train.storage import read_csv
 from ldm_train.training.loggers import MetricsCSV, WandbRun
 
 
@@ -72,6 +73,34 @@ def test_new_columns_may_come_later(tmp_path: Path):
     resumed = MetricsCSV(tmp_path / "metrics.csv", start=2)
     resumed.log_metrics({"d": 5}, 3)
     assert [r.get("d") for r in table(tmp_path / "metrics.csv")] == ["", "", "5"]
+
+
+def test_rows_stand_in_the_order_of_steps_also_if_callbacks_log_under_earlier_ones(tmp_path: Path):
+    logger = MetricsCSV(tmp_path / "metrics.csv")
+    for step, metrics in (
+        (1, {"lr-Adam": 0.1}),
+        (2, {"loss": 5.0}),
+        (1, {"x": 1.0}),
+        (4, {"loss": 3.0}),
+        (3, {"lr-Adam": 0.2}),
+    ):
+        logger.log_metrics(metrics, step)
+    logger.log_metrics({"val/loss": 2.0}, 4)
+    rows = read_csv(tmp_path / "metrics.csv")
+    assert [int(row["step"]) for row in rows] == [1, 2, 3, 4]
+    assert [{k: v for k, v in row.items() if v and k != "step"} for row in rows] == [
+        {"lr-Adam": "0.1", "x": "1.0"}, {"loss": "5.0"}, {"lr-Adam": "0.2"}, {"loss": "3.0", "val/loss": "2.0"},
+    ]  # fmt: skip
+
+
+def test_metrics_of_samples_do_not_stand_for_the_validation_that_follows(tmp_path: Path):
+    logger = MetricsCSV(tmp_path / "metrics.csv")
+    logger.logged = {
+        3: {"train/loss", "val/fid_tiny", "val/sampled_images"},
+        6: {"val/fid_tiny", "val/loss"},
+        9: {"val/score"},
+    }
+    assert [logger.validated(step) for step in (3, 6, 9, 12)] == [False, True, True, False]
 
 
 def test_rows_are_appended_not_rewritten(tmp_path: Path):
