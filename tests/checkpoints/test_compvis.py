@@ -23,7 +23,7 @@ from ldm_train.checkpoints import compvis
 from ldm_train.checkpoints.clip import read_clip_tokenizer, read_image_encoder, read_text_encoder
 from ldm_train.checkpoints.compvis_describe import describe
 from ldm_train.checkpoints.compvis_yaml import published
-from ldm_train.checkpoints.native import load_latent_diffusion, load_model, save_model
+from ldm_train.checkpoints.native import load_latent_diffusion, load_model, read_metadata, save_model
 from ldm_train.checkpoints.parts import build
 from ldm_train.conditioning.text import read_tokenizer
 from ldm_train.devices import shapes_only
@@ -463,6 +463,53 @@ def test_an_autoencoders_averaged_weights_are_taken_unless_the_live_ones_are_ask
     torch.save({"state_dict": state}, source)
     with pytest.raises(ValueError, match=r"no averaged weights \(model_ema\.\*\), which weights=averaged asks for"):
         converted(source, tmp_path / "none", "weights=averaged")
+
+
+@pytest.mark.parametrize("suffix", [".ckpt", ".bin"])
+def test_a_changed_bit_is_found_by_its_checksum(suffix: str, tmp_path: Path):
+    source, state = checkpoint(tmp_path, autoencoder_config("kl-f4", 32), suffix)
+    data = bytearray(source.read_bytes())
+    data[data.index(state["decoder.conv_out.weight"].numpy().tobytes()) + 5] ^= 1
+    source.write_bytes(data)
+    with pytest.raises(ValueError, match=r"is damaged \(.*the checksum of .* differs"):
+        converted(source, tmp_path / "native")
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("repo=me/x",), "repo= has an effect only with to=hub"),
+        (("private=true",), "private= has an effect only with to=hub"),
+        (("control=edges",), "control= says what the image of a ControlNetModel"),
+        (("format=diffusers", "encoders=true"), "encoders= has an effect only with format=native"),
+        (("labels=3",), r"labels= describes a checkpoint file .* is not one; leave it out"),
+        (("weights=live",), r"weights= describes a checkpoint file"),
+    ],
+)
+def test_options_without_effect_on_a_conversion_are_refused(options: tuple[str, ...], words: str, tmp_path: Path):
+    source, _ = checkpoint(tmp_path, autoencoder_config("kl-f4", 32))
+    folder = converted(source, tmp_path / "native")
+    with pytest.raises(ValueError, match=words):
+        converted(folder, tmp_path / "again", *options)
+    assert not (tmp_path / "again").exists()
+
+
+def test_models_of_captions_are_guided_as_published_and_others_are_not(tmp_path: Path):
+    for name, scale, options in (("sd-v1", 7.5, (f"tokenizer={clip_words(tmp_path)}",)), ("celeba256", 1.0, ())):
+        (tmp_path / name).mkdir()
+        source, _ = checkpoint(tmp_path / name, diffusion_config(name, small=True))
+        sampling = read_metadata(converted(source, tmp_path / name / "native", *options))["sampling"]
+        assert sampling["guidance_scale"] == scale
+
+
+def test_values_that_half_precision_cannot_hold_are_refused_in_text_encoders_too(tmp_path: Path):
+    source, state = checkpoint(tmp_path, diffusion_config("sd-v1", small=True))
+    name = next(key for key in state if key.startswith("cond_stage_model.") and key.endswith("q_proj.weight"))
+    torch.save({"state_dict": state | {name: state[name] * 1e9}}, source)
+    folder = converted(source, tmp_path / "native", f"tokenizer={clip_words(tmp_path)}")
+    with pytest.raises(ValueError, match=r"values that are not finite in torch\.float16; choose another dtype"):
+        converted(folder, tmp_path / "half.ckpt", "format=compvis", "dtype=float16")
+    assert not (tmp_path / "half.ckpt").exists()
 
 
 def test_parts_of_models_and_of_trainings_name_the_folder_to_give(tmp_path: Path):

@@ -14,7 +14,7 @@ from published_yaml import diffusion_config
 from test_compvis import checkpoint, clip_words
 
 import ldm_train
-from ldm_train.checkpoints.hub import DATA, is_repo, upload
+from ldm_train.checkpoints.hub import DATA, downloaded, is_repo, upload
 from ldm_train.data.batch import FIELDS
 from ldm_train.pipeline.card import EXAMPLES, _without_folders
 from ldm_train.pipeline.convert import convert
@@ -112,6 +112,27 @@ def test_a_model_is_uploaded_whole_and_comes_back(
         assert ldm_train.load("me/shapes@main").latent_size == (8, 8)
         assert asked["revision"] == "main"
         assert not any(pattern.endswith(".py") for pattern in DATA)
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_without_a_network_a_whole_download_of_before_is_used_and_no_part_of_one(
+    whole: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    (tmp_path / "config.yaml").touch()
+    if whole:
+        (tmp_path / "model.safetensors").touch()
+
+    def snapshot(repo: str, local_files_only: bool = False, **options: Any) -> str:
+        if not local_files_only:
+            raise ConnectionError("no route to host")
+        return str(tmp_path)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
+    if whole:
+        assert downloaded("me/shapes") == tmp_path
+    else:
+        with pytest.raises(FileNotFoundError, match=r"me/shapes is not a folder here, and it could not be downloaded"):
+            downloaded("me/shapes")
 
 
 def test_what_cannot_be_reached_is_said(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -256,6 +256,13 @@ def test_options_without_effect_on_what_is_measured_are_refused(options: tuple[s
         measure.check(composed("evaluate", *options))
 
 
+def test_a_folder_is_no_file_for_metrics(tmp_path: Path) -> None:
+    with pytest.raises(
+        ValueError, match=rf"out={tmp_path} is a folder; give a file in it, out={tmp_path}/metrics\.json"
+    ):
+        measure.check(composed("evaluate", "run=a", f"out={tmp_path}"))
+
+
 def test_options_with_an_effect_on_what_is_measured_are_taken() -> None:
     for options in (
         ("run=a", "seed=1", "reference=train"),

@@ -397,6 +397,28 @@ def test_a_trial_that_is_worse_than_the_others_were_is_stopped(
     assert started[0].returncode == -signal.SIGTERM
 
 
+def test_a_search_says_which_column_it_cannot_prune_by(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import optuna
+
+    launch, ended = subprocess.Popen, TRAINS_FOR_EVER.replace("time.sleep(60)", "")
+    monkeypatch.setattr(
+        search.subprocess,
+        "Popen",
+        lambda command, **how: launch([sys.executable, "-c", ended, tmp_path / "000"], **how),
+    )
+    config = OmegaConf.create(
+        {
+            "recipe": "quickstart",
+            "trial_logger": "csv",
+            "overrides": [],
+            "prune": "diffusion:val/los",
+            "direction": "minimize",
+        }
+    )
+    with pytest.raises(ValueError, match=rf"prune=diffusion:val/los is in no row of {tmp_path}/000"):
+        search.run_trial(optuna.create_study().ask(), config, {}, tmp_path)
+
+
 @pytest.mark.slow
 def test_a_search_continues_and_finds_the_best(swept: Path, command: Callable[..., int], tmp_path: Path, capfd) -> None:
     """Trials are runs of train.py with the sweep's autoencoder; a failed trial does not end the search."""

@@ -274,3 +274,19 @@ def test_training_time_leaves_validation_out(monkeypatch: pytest.MonkeyPatch) ->
     assert watch._waited == 0
     watch.exclude(-5.0)
     assert watch.state_dict()["seconds"] == 5
+
+
+def test_writing_a_checkpoint_is_no_waiting_for_data(monkeypatch: pytest.MonkeyPatch) -> None:
+    from ldm_train.training.callbacks.monitor import Monitor
+
+    now = [100.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    watch, trainer = Monitor(1, 1, 1.0), SimpleNamespace(global_step=1, log_every_n_steps=100)
+    watch.on_train_start(trainer, None)
+    for waited, index in ((0, 0), (3, 1)):
+        now[0] += waited
+        watch.on_train_batch_start(trainer, None, {"key": ["a"], "replaced": []}, index)
+        watch.on_train_batch_end(trainer, SimpleNamespace(accumulate=1), None, None, index)
+        now[0] += 60  # another callback writes a checkpoint
+        watch.batch_ended()
+    assert watch._waited == 3
