@@ -204,7 +204,7 @@ def read_pipeline(folder: str | Path) -> tuple[LatentDiffusion, dict[str, Any]]:
     check_folder_links(folder)
     index = read_record(folder / INDEX)
     if (kind := index.get("_class_name")) not in PIPELINES:
-        hint = "; the model folder that it was exported from can be loaded" if isinstance(kind, list) else ""
+        hint = f"; {rules.EXPORTED}" if isinstance(kind, list) else ""
         raise ValueError(f"{folder / INDEX} is for {kind!r}; {', '.join(PIPELINES)} can be loaded{hint}")
     library = ("diffusers",)
     if kind == "DDPMPipeline":

@@ -291,11 +291,15 @@ def read_groups(path: Path) -> int:
     return read_options(path, {"norm_num_groups": TRUNK["norm_num_groups"]}, known=False)["norm_num_groups"]
 
 
+EXPORTED = "it was exported with code of its own; use the run or model folder that it was made from"
+
+
 def read_class(path: Path, tables: dict[str, Table]) -> tuple[str, dict[str, Any]]:
     """Returns the class that a config names, and its options. Raises ValueError for a class without a table."""
     name = read_record(path).get("_class_name")
     if not isinstance(name, str) or name not in tables:
-        raise ValueError(f"{path} is for {shown(name)}; {', '.join(tables)} can be loaded")
+        hint = f"; {EXPORTED}" if str(name).startswith("Narrow") else ""
+        raise ValueError(f"{path} is for {shown(name)}; {', '.join(tables)} can be loaded{hint}")
     return name, read_options(path, tables[name])
 
 

@@ -1,11 +1,12 @@
 """ldm-prepare: turns raw files of any kind into shards with an index."""
 
 import inspect
+import sys
 
 from hydra.utils import get_class, get_object, instantiate
 from omegaconf import DictConfig
 
-from ldm_train.cli.common import run_command
+from ldm_train.cli.common import quoted, run_command
 from ldm_train.data.prepare.build import build
 from ldm_train.rules import check, engine, number, optional, whole
 
@@ -14,6 +15,7 @@ RULES = {
     "per_shard": whole(1),
     "workers": optional(whole(1)),
     "source.val_fraction": optional(number(0, 0.99)),
+    **dict.fromkeys(("source.max_size", "source.count", "source.val_count"), optional(whole(1))),
 }
 INDEX_ONLY = "ldm_train.data.prepare.index.write_tar_index"
 
@@ -48,6 +50,7 @@ def prepare(config: DictConfig) -> None:
 
 
 def main() -> None:
+    sys.argv[1:] = [quoted(argument, ("path", "out")) for argument in sys.argv[1:]]
     run_command(prepare, "prepare")
 
 

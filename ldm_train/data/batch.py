@@ -248,7 +248,7 @@ class ClassLabel(Field):
 
     name, extensions, cached, option, members = "class_label", ("cls",), True, "classes", ("cls",)
     input = "choice"
-    remedy = "prepare the data with one folder per class, or choose diffusion/conditioning=none"
+    remedy = "prepare the data with one folder per class, or choose diffusion/conditioning=none, or =text if there are captions"
 
     def decode(self, sample: Sample) -> int:
         return label_of(sample.raw.get("cls", b""), sample.labels.get(self.name))

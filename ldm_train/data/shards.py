@@ -8,6 +8,7 @@ import tarfile
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
+from itertools import islice
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -15,13 +16,17 @@ import numpy as np
 
 from ldm_train.data.buckets import picture_sizes
 from ldm_train.data.fields import captions_of, label_of, relabelled, relabelled_boxes
-from ldm_train.data.files import DataError
+from ldm_train.data.files import IMAGE_EXTENSIONS, DataError
 from ldm_train.data.offsets import LRUCache, OffsetTable, ShardFile
 from ldm_train.data.remote import Measured, ShardCache, address_fault, fetched, is_address, is_remote, remote_bytes
 from ldm_train.data.tars import entry_fault, is_count
 from ldm_train.storage import file_sha256, write_atomically
 
 INDEX = "index.json"
+FROM_PICTURES = (
+    "if these are pictures to train on, make shards of them: ldm-prepare source=image_folder path={root} out=data/mine, and "
+    "set data.root=data/mine"
+)
 REMEDY = "ldm-prepare source=index path=<folder of tars> out={root}"
 MOST_COMPARED = 2_000_000  # up to this many samples, all keys are checked for repetitions
 MOST_OPEN = 256  # files that are open at a time
@@ -86,6 +91,8 @@ def read_index(root: Roots, remedy: str | None = None) -> dict:
         path, data = f"{root.rstrip('/')}/{INDEX}", fetched(f"{root.rstrip('/')}/{INDEX}")
     elif not (path := Path(root) / INDEX).is_file():
         what = "has no index.json" if Path(root).is_dir() else "does not exist"
+        if any(p.suffix.lower().lstrip(".") in IMAGE_EXTENSIONS for p in islice(Path(root).rglob("*"), 1000)):
+            raise FileNotFoundError(f"data folder {root} has no index.json; {FROM_PICTURES.format(root=root)}")
         raise FileNotFoundError(f"data folder {root} {what}; make it with: {remedy}")
     else:
         data = path.read_bytes()

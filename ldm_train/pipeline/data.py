@@ -13,8 +13,9 @@ from ldm_train.data.datamodule import ShardDataModule
 from ldm_train.data.order import Batching
 from ldm_train.data.prepare.build import build as prepare
 from ldm_train.data.prepare.build import check_made_from
+from ldm_train.data.prepare.target import Folder
 from ldm_train.data.remote import is_address, remote_bytes
-from ldm_train.data.shards import INDEX, data_hash, read_index
+from ldm_train.data.shards import FROM_PICTURES, INDEX, DataError, data_hash, read_index
 from ldm_train.training.callbacks.clock import UNENDING
 from ldm_train.training.fit import Machine
 
@@ -75,6 +76,10 @@ def ensure_data(data: DictConfig) -> None:
     if data.source is None or not isinstance(data.root, str) or is_address(data.root):
         return
     if not (Path(data.root) / INDEX).is_file():
+        if (other := Folder(data.root).foreign()) is not None:
+            raise DataError(
+                f"data.root={data.root} holds other files (first: {other}), not shards; {FROM_PICTURES.format(root=data.root)}"
+            )
         prepare(instantiate(data.source), data.root, data.per_shard)
         return
     try:

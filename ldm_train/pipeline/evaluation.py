@@ -9,6 +9,10 @@ import torch
 from ldm_train.checkpoints.native import load_model
 from ldm_train.configuration import plain
 from ldm_train.data.order import Batching
+from ldm_train.data.prepare.target import ORIGIN
+from ldm_train.data.remote import is_address
+from ldm_train.data.shards import ENTRIES
+from ldm_train.data.shards import read_note as read_json_note
 from ldm_train.errors import Refused
 from ldm_train.evaluation.adherence import judged_fields
 from ldm_train.evaluation.evaluator import parse_metrics, sampling_options
@@ -22,6 +26,14 @@ from ldm_train.pipeline.run import Run
 from ldm_train.pipeline.stage import Stage
 
 SHOWN = 36  # samples that an evaluation without metrics draws, for samples.png
+
+
+def _may_be_shapes(root: Any) -> bool:
+    """Returns False for data that say they were prepared from something else than drawn shapes."""
+    note = read_json_note(Path(root) / ENTRIES / ORIGIN) if isinstance(root, str) and not is_address(root) else None
+    origin = note.get("source") if isinstance(note, dict) else None
+    name = origin.get("source") if isinstance(origin, dict) else None
+    return not isinstance(name, str) or name.startswith("shapes")
 
 
 class EvaluationStage(Stage):
@@ -72,6 +84,10 @@ class EvaluationStage(Stage):
         judged, writer = judged_fields(model.fields), run.machine.rank == 0
         if section.adherence and not judged and writer:
             print("adherence: not measured, this model has no condition that says what to draw")
+        if section.adherence and judged and not _may_be_shapes(config.data.root):
+            judged = ()
+            if writer:
+                print(f"adherence: not measured, {config.data.root} holds no drawn shapes, which alone can be judged")
         restoration = None
         if section.restoration and any(f in model.fields for f in RESTORED):
             whole = run.data("diffusion", ("image", *run.fields))

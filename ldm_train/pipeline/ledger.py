@@ -87,7 +87,8 @@ def arms(runs: Sequence[SweptRun]) -> dict[tuple[str, ...], dict[int, SweptRun]]
         arm, seed = arm_of(run), int(run.config["seed"])
         if (other := found.setdefault(arm, {}).get(seed)) is not None:
             raise ValueError(
-                f"{run.folder} and {other.folder} have the same techniques and seed; an arm has one run per seed"
+                f"{run.folder} and {other.folder} have the same techniques and seed; the ledger compares techniques, one "
+                "run per seed (without ledger=true, the table shows means over the seeds of any sweep)"
             )
         found[arm][seed] = run
     if () not in found:

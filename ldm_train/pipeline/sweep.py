@@ -5,6 +5,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import fmean, stdev
 from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -206,8 +207,9 @@ def speed(config: DictConfig, runs: Sequence[SweptRun], folder: Path) -> list[di
 
 def final_number(table: Rows, column: str | None, asked: str | None) -> str | None:
     """The column of the table that runs are compared by: `asked`, a value of metrics.json, else that of the curves'
-    metric, or None. Raises ValueError if no run has the value asked for."""
-    number = asked or (f"samples.{column.removeprefix('val/')}" if column else None)
+    metric, else the first FID of samples, or None. Raises ValueError if no run has the value asked for."""
+    measured = (key.removesuffix(".value") for row in table for key in row if key.startswith("samples.fid"))
+    number = asked or (f"samples.{column.removeprefix('val/')}" if column else next(measured, None))
     key = f"{number}.value" if number and not any(number in row for row in table) else number
     if asked and not any(row.get(key) not in (None, "") for row in table):
         known = dict.fromkeys(k.removesuffix(".value") for row in table for k in row if k.endswith(".value"))
@@ -225,6 +227,20 @@ def format_table(table: Rows, number: str | None) -> str:
     return "\n".join(lines)
 
 
+def over_seeds(table: Rows, options: Sequence[str], number: str | None) -> str:
+    """One line for each group of runs that differ in `seed` only: the mean of a value, and its standard deviation."""
+    others = [option for option in options if option != "seed"]
+    groups: dict[tuple[str, ...], list[float]] = {}
+    for row in table:
+        if number is not None and row.get(number) not in (None, "") and "seed" in options:
+            groups.setdefault(tuple(f"{o}={row.get(o, '')}" for o in others), []).append(float(row[number]))
+    return "\n".join(
+        f"{' '.join(group) or 'all runs'}: {number} {fmean(values):.4g} ± {stdev(values):.2g} over {len(values)} seeds"
+        for group, values in groups.items()
+        if len(values) > 1
+    )
+
+
 def sweep(config: DictConfig) -> list[Path]:
     if config.dir is None:
         raise ValueError("set dir=<folder of its runs> to the sweep")
@@ -237,7 +253,10 @@ def sweep(config: DictConfig) -> list[Path]:
     table = gather(runs)
     written = summarise(folder, runs, table, config.curve, config.final)
     name = (curve_metric(runs, config.curve) or "").removeprefix("val/")
-    print(format_table(table, final_number(table, name, config.final)))
+    number = final_number(table, name, config.final)
+    print(format_table(table, number))
+    if means := over_seeds(table, differing(runs), number):
+        print(means)
     if config.steps:
         rows = speed(config, runs, folder)
         if not rows:

@@ -356,7 +356,7 @@ def test_what_was_written_computes_what_the_model_does(name: str, tmp_path: Path
     for code in folder.rglob("*.py"):  # only code from this package
         assert code.read_bytes() == (diffusers_export.FILES / code.name).read_bytes()
     if own:
-        with pytest.raises(ValueError, match=r"is for .*; the model folder that it was exported from can be loaded"):
+        with pytest.raises(ValueError, match=r"is for .*; it was exported with code of its own"):
             load_latent_diffusion(folder)
     else:
         assert torch.equal(load_latent_diffusion(folder).network.out[2].weight, model(name).network.out[2].weight)

@@ -129,10 +129,10 @@ def test_without_a_network_a_whole_download_of_before_is_used_and_no_part_of_one
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
     if whole:
-        assert downloaded("me/shapes") == tmp_path
+        assert downloaded("me/whole") == tmp_path
     else:
-        with pytest.raises(FileNotFoundError, match=r"me/shapes is not a folder here, and it could not be downloaded"):
-            downloaded("me/shapes")
+        with pytest.raises(FileNotFoundError, match=r"me/part is not a folder here, and it could not be downloaded"):
+            downloaded("me/part")
 
 
 def test_what_cannot_be_reached_is_said(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

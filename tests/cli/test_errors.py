@@ -187,6 +187,31 @@ def test_preparing_asks_for_the_raw_files(fails: Command, tmp_path: Path):
         assert "path=<folder, table or archive>" in fails("prepare", f"source={source}", f"out={tmp_path}/out")
 
 
+def test_a_folder_of_photos_is_no_place_for_drawn_shapes(fails: Command, tmp_path: Path):
+    (tmp_path / "photos").mkdir()
+    Image.new("RGB", (8, 8)).save(tmp_path / "photos" / "a.jpg")
+    message = fails(
+        "train", "experiment=quickstart", f"data.root={tmp_path}/photos", f"runs_dir={tmp_path}/runs", "logger=csv"
+    )
+    assert "photos holds other files (first: a.jpg), not shards" in message
+    assert "ldm-prepare source=image_folder path=" in message
+    assert [p.name for p in (tmp_path / "photos").iterdir()] == ["a.jpg"]
+
+
+@pytest.mark.parametrize(
+    ("option", "sentence"),
+    [
+        ("per_shard=-1", "per_shard=-1 is below 1"),
+        ("workers=two", "workers='two' is not a whole number"),
+        ("source.count=many", "source.count='many' is not a whole number"),
+        ("source.count=0", "source.count=0 is below 1"),
+    ],
+)
+def test_counts_of_a_preparation_are_checked(fails: Command, tmp_path: Path, option: str, sentence: str):
+    assert sentence in fails("prepare", "source=shapes", f"out={tmp_path}/out", option)
+    assert not (tmp_path / "out").exists()
+
+
 def test_preparing_says_what_is_missing(fails: Command, tmp_path: Path):
     assert "out=<folder> is required" in fails("prepare", "source=shapes")
     message = fails("prepare", "source=image_folder", f"path={tmp_path}/none", f"out={tmp_path}/out")

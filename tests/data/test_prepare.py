@@ -390,7 +390,7 @@ def test_damaged_notes_are_made_again(tmp_path: Path, text: str):
         (tmp_path / ".entries" / name).write_bytes(text.encode("latin-1"))
     assert build(source, tmp_path, 5) == index
     (tmp_path / ".entries" / "source.json").write_bytes(text.encode("latin-1"))
-    with pytest.raises(DataError, match=r"prepared with other options.*choose another out=<folder> or delete"):
+    with pytest.raises(DataError, match=r"prepared with other options.*choose another out=<folder>, or delete"):
         build(source, tmp_path, 5)
 
 
@@ -464,7 +464,7 @@ def test_no_images_and_no_folder_are_named(tmp_path: Path):
 
 def test_one_picture_cannot_be_split(tmp_path: Path):
     save(tmp_path / "in" / "a.png")
-    with pytest.raises(DataError, match=r"both train and val need at least one .*val_fraction"):
+    with pytest.raises(DataError, match=r"both need at least one: source.val_fraction"):
         build(ImageFolder(str(tmp_path / "in")), tmp_path / "out")
 
 
@@ -703,7 +703,7 @@ def test_other_options_do_not_touch_finished_data(tmp_path: Path, options: dict)
     index = build(small_shapes(), tmp_path, per_shard=8)
     with pytest.raises(
         DataError,
-        match="prepared with other options or from other files; choose another out=<folder> or delete this one",
+        match="prepared with other options or from other files; choose another out=<folder>, or delete its tars",
     ):
         build(small_shapes(**options), tmp_path, per_shard=8)
     assert read_index(tmp_path) == index
@@ -786,6 +786,24 @@ def test_an_index_is_rebuilt_with_its_class_names_and_replaces_no_other(tmp_path
     (tmp_path / "others" / "train.tar").rename(tmp_path / "others" / "train:0.tar")
     with pytest.raises(DataError, match=r"train:0\.tar cannot be named in an index"):
         write_tar_index(str(tmp_path / "others"), tmp_path / "others")
+
+
+def test_shards_go_into_a_folder_of_their_own(tmp_path: Path):
+    save(tmp_path / "photos" / "a.png")
+    save(tmp_path / "photos" / "b.png", value=7)
+    source = ImageFolder(str(tmp_path / "photos"), val_fraction=0)
+    with pytest.raises(
+        DataError, match=r"photos holds other files \(first: a\.png\); shards go into a folder of their own"
+    ):
+        build(source, tmp_path / "photos")
+    assert sorted(p.name for p in (tmp_path / "photos").iterdir()) == ["a.png", "b.png"]
+    (tmp_path / "empty").mkdir()
+    build(source, tmp_path / "empty")
+    build(source, tmp_path / "empty")  # again
+    with pytest.raises(
+        FileNotFoundError, match=r"make shards of them: ldm-prepare source=image_folder path=.*photos out="
+    ):
+        read_index(tmp_path / "photos")
 
 
 # -- formats by content -----------------------------------------------------------------------------------------------

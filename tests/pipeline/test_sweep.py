@@ -336,6 +336,17 @@ def test_options_of_a_search_are_checked_before_it_begins(option: str, said: str
         search.check(composed("search", f"{option}=abc"), ["gp", "tpe"])
 
 
+def test_runs_that_differ_in_their_seed_are_averaged() -> None:
+    table = [
+        {"run": f"{lr}{seed}", "lr": lr, "seed": seed, "samples.fid_tiny.value": value}
+        for lr, seed, value in ((0.1, 0, 4.0), (0.1, 1, 6.0), (0.2, 0, 9.0), (0.2, 1, ""))
+    ]
+    said = sweep_module.over_seeds(table, ["lr", "seed"], sweep_module.final_number(table, None, None))
+    assert said == "lr=0.1: samples.fid_tiny.value 5 ± 1.4 over 2 seeds"
+    assert sweep_module.over_seeds(table, ["lr"], "samples.fid_tiny.value") == ""
+    assert sweep_module.over_seeds(table, ["seed"], None) == ""
+
+
 def test_a_sweep_names_all_its_points() -> None:
     with initialize_config_dir(str(config_folder()), version_base="1.3"):
         for experiment, expected in (("shapes_f_sweep", "shapes_f8"), ("paper_f_sweep", "f32")):

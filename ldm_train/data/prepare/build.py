@@ -12,7 +12,7 @@ from tqdm import tqdm
 from ldm_train.cluster import mapped
 from ldm_train.data.fields import array_of, check_fields
 from ldm_train.data.files import IMAGE_EXTENSIONS, open_image
-from ldm_train.data.prepare.target import Folder, target
+from ldm_train.data.prepare.target import ORIGIN, Folder, target
 from ldm_train.data.shards import ENTRIES, INDEX, DataError, read_note, shard_name
 
 COUNTS = {"train": "count", "val": "val_count"}  # by split, the option of a source that says how many samples to make
@@ -131,7 +131,7 @@ def _write(source: Source, out: Folder, name: str, split: str, chunk: range) -> 
 def check_made_from(source: Source, folder: Path) -> None:
     """Raises DataError if `folder` holds data of the same kind of source with other options. Data of another origin are
     the user's own, and are not checked."""
-    made = read_note(folder / ENTRIES / "source.json")
+    made = read_note(folder / ENTRIES / ORIGIN)
     made = made if isinstance(made, dict) else {}
     held = {k: v for part in ("source", "counts") if isinstance(made.get(part), dict) for k, v in made[part].items()}
     asked = json.loads(json.dumps({**source.identity, **source.splits()}))
@@ -142,7 +142,7 @@ def check_made_from(source: Source, folder: Path) -> None:
         now = ", ".join(f"{option} {wanted}" for option, (_, wanted) in other.items())
         raise DataError(
             f"{folder} was prepared with {options}, and now {now} is asked for: set what it was prepared with, choose "
-            "data.root=<another folder>, or delete this one"
+            f"data.root=<another folder>, or delete its tars, {INDEX} and {ENTRIES}"
         )
 
 
@@ -155,15 +155,21 @@ def build(source: Source, out: str | Path, per_shard: int = 1000, workers: int =
     counts = source.splits()
     if min(counts.values()) == 0 or "train" not in counts:
         raise DataError(
-            f"the source has {counts} samples; both train and val need at least one (see val_fraction; a folder of a few pictures "
-            "takes val_fraction=0, and its training data.val_split=train)"
+            f"of {sum(counts.values())} samples {counts.get('train', 0)} are for training and {counts.get('val', 0)} for validation; both "
+            "need at least one: source.val_fraction=0.2 gives more to validation, and 0 makes no such split (its training "
+            "takes data.val_split=train)"
         )
     identity = {"source": source.identity, "per_shard": per_shard, "counts": counts}
-    note = f"{ENTRIES}/source.json"
+    note = f"{ENTRIES}/{ORIGIN}"
+    if (other := place.foreign()) is not None:
+        raise DataError(
+            f"{out} holds other files (first: {other}); shards go into a folder of their own: out=<new folder>"
+        )
     begun = place.has(note)
     if begun and place.note(note) != json.loads(json.dumps(identity)):
         raise DataError(
-            f"{out} holds data prepared with other options or from other files; choose another out=<folder> or delete this one"
+            f"{out} holds data prepared with other options or from other files; choose another out=<folder>, or delete its tars, "
+            f"{INDEX} and {ENTRIES}"
         )
     if not begun and place.has(INDEX):
         raise DataError(f"{out} holds data of another origin; choose another out=<folder>")

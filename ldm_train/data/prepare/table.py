@@ -39,6 +39,10 @@ def _checked_rows(table: Path, path: str, needed: Sequence[str], wanted: Sequenc
         raise DataError(f"{path} is not UTF-8 text in rows ({error}); save it as UTF-8") from error
     if not rows:
         raise DataError(f"{path} has no rows")
+    if crooked := [line for line, row in rows if None in row]:
+        raise DataError(
+            f"{path}, line {crooked[0]}: more cells than the first line names; quote cells with commas in them"
+        )
     columns = rows[0][1]
     if missing := [c for c in wanted if c not in columns]:
         raise DataError(

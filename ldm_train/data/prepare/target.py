@@ -10,9 +10,10 @@ from typing import Any
 from ldm_train.cluster import seen
 from ldm_train.data.files import DataError
 from ldm_train.data.remote import bucket, is_address, persistently
-from ldm_train.data.shards import ENTRIES, finished_shard, noted, read_note, write_shard
+from ldm_train.data.shards import ENTRIES, INDEX, finished_shard, noted, read_note, write_shard
 from ldm_train.storage import write_atomically, write_json
 
+ORIGIN = "source.json"  # in ENTRIES: what the data were prepared from, and how
 Samples = Iterable[tuple[str, dict[str, bytes]]]
 
 
@@ -32,6 +33,12 @@ class Folder:
 
     def has(self, name: str) -> bool:
         return (self.path / name).is_file()
+
+    def foreign(self) -> str | None:
+        """The name of a file here, if nothing here says that data were prepared in this folder; else None."""
+        if self.has(INDEX) or self.has(f"{ENTRIES}/{ORIGIN}") or not self.path.is_dir():
+            return None
+        return min((path.name for path in self.path.iterdir() if not path.name.startswith(".")), default=None)
 
     def write(self, name: str, data: bytes) -> None:
         write_atomically(self.path / name, lambda file: file.write(data))
@@ -87,6 +94,9 @@ class Bucket(Folder):
         """Calls act(file system, address of the file), with retries."""
         address = f"{self.address}/{name}"
         return persistently(address, lambda: act(bucket(address), address))
+
+    def foreign(self) -> None:
+        return None  # a bucket may hold anything below an address
 
     def note(self, name: str) -> Any:
         def read(system: Any, address: str) -> Any:
