@@ -114,8 +114,9 @@ def replay_of(offer: Offer, picture: Path, limits: Limits) -> dict[str, Any]:
             raise ValueError(f"{picture.name}: a text of {long:,} characters; at most {allowed:,} are taken here")
     if isinstance(boxes, list) and len(boxes) > MOST_BOXES:
         raise ValueError(f"{picture.name}: {len(boxes)} boxes; at most {MOST_BOXES} are drawn here")
-    sampler = config.get("sampler") or sampler_tree(samplers()[0])
-    known = {sampler_tree(name)["_target_"] for name in samplers()}
+    own, known = offer.usual["sampler"], {sampler_tree(name)["_target_"] for name in samplers()}
+    sampler = config.get("sampler") or own
+    known.add(own["_target_"])
     if sampler.get("_target_") not in known or any(isinstance(value, dict | list) for value in sampler.values()):
         raise ValueError(f"{picture.name}: its sampler is none of this page's; ldm-sample recipe= draws it again")
     for name, value, most in (

@@ -21,16 +21,8 @@ IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "npy")
 # The formats that are decoded, of those that Pillow has here: its others start programs (EPS), or are rare.
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "JPEG2000", "AVIF", "HEIF")
 ARRAYS = {".npy", ".tif", ".tiff"}  # files that hold an image with any number of channels, or other data
-PICTURES = (
-    ".gif",
-    ".tif",
-    ".tiff",
-    ".heic",
-    ".heif",
-    ".avif",
-    ".jfif",
-    ".jp2",
-)  # endings of images that few sources read
+# Endings of images that few sources read.
+PICTURES = (".gif", ".tif", ".tiff", ".heic", ".heif", ".avif", ".jfif", ".jp2")
 RECIPE = "recipe.json"  # how a folder's pictures were drawn by ldm-sample
 OWN_PICTURE = re.compile(r"\d{5,}_seed\d+\.png")  # names of these pictures
 

@@ -91,13 +91,14 @@ def read_index(root: Roots, remedy: str | None = None) -> dict:
         path, data = f"{root.rstrip('/')}/{INDEX}", fetched(f"{root.rstrip('/')}/{INDEX}")
     elif not (path := Path(root) / INDEX).is_file():
         what = "has no index.json" if Path(root).is_dir() else "does not exist"
-        if any(p.suffix.lower().lstrip(".") in IMAGE_EXTENSIONS for p in islice(Path(root).rglob("*"), 1000)):
+        some = [p.suffix.lower().lstrip(".") for p in islice(Path(root).rglob("*"), 1000)]
+        if not {"tar"} & {*some} and {*IMAGE_EXTENSIONS} & {*some}:
             raise FileNotFoundError(f"data folder {root} has no index.json; {FROM_PICTURES.format(root=root)}")
         raise FileNotFoundError(f"data folder {root} {what}; make it with: {remedy}")
     else:
         data = path.read_bytes()
     try:
-        fault = _index_fault(index := json.loads(data))
+        fault = index_fault(index := json.loads(data))
     except (ValueError, RecursionError) as error:
         fault = str(error)
     if not fault and is_address(root):
@@ -121,7 +122,7 @@ def _lead_afar(index: dict, root: str) -> str | None:
     return None
 
 
-def _index_fault(index: object) -> str | None:
+def index_fault(index: object) -> str | None:
     """Returns why parsed JSON is not an index of shards, or None if it is one."""
     if not isinstance(index, dict) or not isinstance(index.get("splits"), dict):
         return 'no "splits"'

@@ -39,7 +39,7 @@ def _files(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
             raise tarfile.ReadError(f"{member.name!r} has a negative size")
         if (
             member.issparse()
-        ):  # a few bytes could expand to any number of zeros; and the indexed reader takes bytes as they are
+        ):  # a few bytes could expand to any number of zeros, and readers by offset would not see them
             raise tarfile.ReadError(f"{member.name} is a sparse file")
         if member.isfile() and not member.name.rpartition("/")[2].startswith("._"):  # macOS' notes on other members
             yield member

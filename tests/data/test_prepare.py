@@ -778,6 +778,14 @@ def test_an_index_is_rebuilt_with_its_class_names_and_replaces_no_other(tmp_path
     with pytest.raises(DataError, match=r"out holds the index of other tars \(first: train-000000\.tar\)"):
         write_tar_index(str(tmp_path / "others"), tmp_path / "out")
     assert read_index(tmp_path / "out") == made
+    for damaged in ("[]", '{"splits": 5}', '{"splits": {"train": {"shards": [5]}}}', "{"):
+        (tmp_path / "out" / "index.json").write_text(damaged)
+        assert write_tar_index(str(tmp_path / "out"), tmp_path / "out")["splits"] == made["splits"]
+    more = tmp_path / "out" / "train-000001.tar"
+    shutil.copy(tmp_path / "out" / "val-000000.tar", more)
+    write_tar_index(str(tmp_path / "out"), tmp_path / "out")
+    more.unlink()  # a shard that its owner has deleted
+    assert write_tar_index(str(tmp_path / "out"), tmp_path / "out")["splits"] == made["splits"]
     (tmp_path / "others" / "classes.txt").write_text("cat\n\ndog\n")
     with pytest.raises(DataError, match=r"classes\.txt: line 2 is empty"):
         write_tar_index(str(tmp_path / "others"), tmp_path / "index")

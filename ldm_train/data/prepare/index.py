@@ -10,7 +10,7 @@ from ldm_train.data.offsets import counted
 from ldm_train.data.prepare.build import write_index
 from ldm_train.data.prepare.target import Folder, target
 from ldm_train.data.remote import address_fault, is_remote
-from ldm_train.data.shards import INDEX
+from ldm_train.data.shards import INDEX, index_fault
 from ldm_train.data.tars import StreamedTar, scan_tar
 from ldm_train.storage import file_sha256
 
@@ -65,10 +65,12 @@ def write_tar_index(
                 f"no tar in {path} fits split {split!r} (patterns {', '.join(patterns)}); set source.{split}=<pattern>"
             )
         shards += [(split, name) for name in fitting]
-    known = (place.note(INDEX) if place.has(INDEX) else None) or {}
+    known = place.note(INDEX) if place.has(INDEX) else None
+    known = known if isinstance(known, dict) and not index_fault(known) else {}
     before = {e["file"] for part in known.get("splits", {}).values() for e in part["shards"]}
     entries = [(split, _entry(name, place)) for split, name in tqdm(shards, desc="indexing", unit="tar")]
-    if others := sorted(before - {entry["file"] for _, entry in entries}):
+    others = sorted(before - {entry["file"] for _, entry in entries})
+    if others := [file for file in others if is_remote(file) or place.has(file)]:
         raise DataError(f"{out} holds the index of other tars (first: {others[0]}); choose another out=<folder>")
     return write_index(place, entries, _class_names(label_file) or known.get("classes"), known.get("image_size"))
 
