@@ -51,6 +51,8 @@ def readable(message: str, config_name: str, overrides: list[str]) -> str:
     the search path; with what may have been meant, or the command that lists the options."""
     command = "python train.py" if config_name == "train" else f"ldm-{config_name}"
     meant = suggestions(config_name, overrides) or f"{command} --help lists the options"
+    if (wrong := re.search(r"Error parsing override '([^']*)'", message)) and "=" not in wrong[1]:
+        return f"{wrong[1]!r} is no option: options are written name=value, {command} --help lists them"
     if unknown := re.search(r"Could not override '([^']+)'", message):
         return f"there is no option {unknown[1]}\n{meant}"
     return f"{message.partition('Config search path:')[0].rstrip()}\n{meant}"

@@ -130,9 +130,9 @@ def spelling(word: str) -> str:
     return rf"(?<!\w){re.escape(word)}(?!\w)" if is_word(word) else rf"{re.escape(word)}(?!_\d)"
 
 
-def place_of(path: str) -> str:
-    """A pretrained model's folder, with a leading ~ expanded, or its name on the Hub as it is."""
-    return str(Path(path).expanduser()) if path.startswith("~") else path
+def place_of(path: Any) -> Any:
+    """A pretrained model's folder, with a leading ~ expanded, or its name on the Hub, or the model itself, as it is."""
+    return str(Path(path).expanduser()) if isinstance(path, str) and path.startswith("~") else path
 
 
 @contextmanager

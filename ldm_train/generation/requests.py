@@ -10,6 +10,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from torch.nn import functional as F
 
+from ldm_train.conditioning.class_label import ClassLabel
 from ldm_train.data.batch import FIELDS, Field
 from ldm_train.data.buckets import nearest_size
 from ldm_train.data.masks import masked_image
@@ -60,6 +61,11 @@ class Request:
     @property
     def name(self) -> str:
         return f"{self.number:05d}_seed{self.seed}.png"
+
+
+def class_names(model: LatentDiffusion) -> list[str]:
+    """Returns the names of the classes that the model is conditioned on, [] if there are none."""
+    return next((c.names for c in model.conditioners.values() if isinstance(c, ClassLabel)), [])
 
 
 def possible_tasks(model: LatentDiffusion, guided: Collection[str] = ()) -> list[str]:

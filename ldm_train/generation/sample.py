@@ -37,7 +37,7 @@ from ldm_train.generation.options import (
     check_wanted,
     inverts,
 )
-from ldm_train.generation.requests import Request, chosen_task, known_fields, picture_size, requests
+from ldm_train.generation.requests import Request, chosen_task, class_names, known_fields, picture_size, requests
 from ldm_train.latent_diffusion import Guidance, LatentDiffusion, Sampling
 from ldm_train.models.tiling import Tiles
 from ldm_train.samplers.ddim import ddim
@@ -185,6 +185,8 @@ def _ready(config: DictConfig, recipe_before: dict[str, Any] | None, only: int |
         config.n = 1  # the seed has no effect: begun from the picture's own noise, all would be the same
     if isinstance(config.size, str):  # a ratio; the recipe records pixels
         config.size = list(picture_size(model, config.size))
+    if config.classes == "all" and (names := class_names(model)) and "all" not in names:
+        config.classes = names
     guidance, guides = check_values(config, model), Guides(config, model, device)
     if loaded.adapters:
         guides.recipe["adapters"] = loaded.adapters

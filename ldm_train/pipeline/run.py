@@ -343,6 +343,10 @@ class Run:
             others = [name for name in trained if name not in made]
             before = OmegaConf.to_container(run_config(self.folder)) if others and path.is_file() else {}
             record |= {name: before[name] for name in others if name in before}
+            for name in made:  # a finished stage stays as it is if fewer steps are asked for
+                note = resume.read_note(self.folder / name)
+                if note and note["finished"] and not record[name].get("max_time"):
+                    record[name]["max_steps"] = max(record[name]["max_steps"], note["steps"])
             text = OmegaConf.to_yaml(record).encode()
             write_atomically(path, lambda file: file.write(text))
         if "wandb" in config.logger:

@@ -98,6 +98,7 @@ def test_known_options_get_no_suggestions():
 
 def test_unknown_options_are_named_with_the_command_that_lists_the_options(fails: Command):
     assert fails("prepare", "sampler=/a/b") == "there is no option sampler\nldm-prepare --help lists the options\n"
+    assert "'quickstart' is no option: options are written name=value" in fails("train", "quickstart")
     assert "there is no option lr\nlr: did you mean autoencoder.lr" in fails("train", "lr=1")
 
 

@@ -18,6 +18,7 @@ import torch
 from chains import chain
 from forked import begun_training, descendants, end_within, trained
 from lightning import Trainer
+from omegaconf import OmegaConf
 
 from ldm_train import storage
 from ldm_train.pipeline.resume import run_lock
@@ -125,6 +126,8 @@ def test_a_finished_training_that_goes_on_keeps_the_steps_of_its_rows(tmp_path: 
     assert [int(row["step"]) for row in rows] == [2, 4, 6, 8]
     assert all(row["train/lr"] for row in rows)
     assert [bool(row["val/psnr"]) for row in rows] == [False, True, False, True]
+    chain(tmp_path, *short, "autoencoder.max_steps=4").execute()  # fewer: what is there stays
+    assert OmegaConf.load(tmp_path / "run" / "config.yaml").autoencoder.max_steps == 8
 
 
 @pytest.mark.chain
