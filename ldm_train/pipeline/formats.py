@@ -312,7 +312,7 @@ def of_diffusers(model: Model, target: Path, dtype: torch.dtype) -> Form:
     else:
         first = FirstStage(module, float(model.metadata.get("scale_factor", 1)))
         part = diffusers_export.autoencoder(model.tree, first)
-        says, parts = f"an {part.kind}, for diffusers", {"": part}
+        says, parts = f"autoencoder {part.kind}, for diffusers", {"": part}
         kind, option = (part.kind, "") if part.code is None else ("AutoModel", ", trust_remote_code=True")
         hint = f'open it: diffusers.{kind}.from_pretrained("{target}"{option})'
 
