@@ -160,7 +160,9 @@ def training(place: Place, loaders: Mapping[str, float]) -> list[Row]:
     task = train_unet.our_task(unet, train_unet.build_unet(unet))
     rows = [first, fed("stage 2, cached latents", task, place.cached(steps), steps, place)]
     for row, rate in zip(rows, loaders.values()):
-        row.who += f" (without the training step, its loader gives {rate / row.images_per_second:.1f} times as many images)"
+        row.who += (
+            f" (without the training step, its loader gives {rate / row.images_per_second:.1f} times as many images)"
+        )
     return rows
 
 

@@ -11,10 +11,14 @@ from operator import methodcaller
 from pathlib import Path
 from typing import Any
 
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
 from ldm_train import interrupts
-from ldm_train.configuration import flatten
+from ldm_train.configuration import config_folder, flatten, plain
+from ldm_train.errors import first_line
 from ldm_train.evaluation.evaluator import is_higher_better
 from ldm_train.pipeline.sweep import read_rows
 from ldm_train.rules import check as check_values
@@ -43,6 +47,8 @@ def parse_space(space: dict[str, Any]) -> dict[str, Callable[[Any], Any]]:
     """{option: "a,b" | "(low,high)" | "log(low,high)" | "int(low,high)"} -> {option: trial -> value}. Raises ValueError
     if a text is not a range, or there is none."""
     parsed: dict[str, Callable[[Any], Any]] = {}
+    if not isinstance(space, dict):
+        raise ValueError(f'space={space} is no section: space={{diffusion.lr: "log(1e-4,1e-2)"}}')
     for option, text in flatten(space).items():
         try:
             parsed[option] = _suggestion(option, str(text))
@@ -135,6 +141,27 @@ def check(config: DictConfig, algorithms: Sequence[str]) -> None:
         raise ValueError(f"prune={config.prune}: write stage:column, for example diffusion:val/loss")
 
 
+def check_trial(config: DictConfig, space: dict[str, Callable[[Any], Any]]) -> None:
+    """Raises ValueError if the recipe, the overrides or an option of the space is not known, which all trials would
+    fail on."""
+    import optuna
+
+    trial, before = optuna.create_study().ask(), GlobalHydra.instance().hydra
+    options = [
+        f"experiment={config.recipe}",
+        *config.overrides,
+        *(f"{o}={suggest(trial)}" for o, suggest in space.items()),
+    ]
+    GlobalHydra.instance().clear()
+    try:
+        with initialize_config_dir(str(config_folder()), version_base="1.3"):
+            compose("train", options)
+    except HydraException as error:
+        raise ValueError(f"no trial could begin: {first_line(error)} (recipe={config.recipe})") from error
+    finally:
+        GlobalHydra.instance().hydra = before
+
+
 def open_study(config: DictConfig, sampler: Callable[..., Any], folder: Path) -> Any:
     """Creates or continues the study in the folder's search.db. Raises ValueError if the folder holds another
     search."""
@@ -166,10 +193,11 @@ def search(config: DictConfig) -> dict[str, Any]:
         raise ValueError("ldm-search needs `pip install 'ldm-train[sweep]'`") from error
     algorithms = {"gp": optuna.samplers.GPSampler, "tpe": optuna.samplers.TPESampler}
     check(config, list(algorithms))
-    space = parse_space({} if config.space is None else OmegaConf.to_container(config.space))
+    space = parse_space({} if config.space is None else plain(config).get("space"))
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    check_trial(config, space)
     folder = Path(config.runs_dir).absolute() / (config.name or f"search_{config.recipe}")
     folder.mkdir(parents=True, exist_ok=True)
-    optuna.logging.set_verbosity(optuna.logging.ERROR)
     study = open_study(config, algorithms[config.algorithm], folder)
     # Counts failed trials, which record a message ("why"), but not interrupted ones.
     trials, states = study.get_trials(deepcopy=False), optuna.trial.TrialState

@@ -408,6 +408,24 @@ def test_a_trial_that_is_worse_than_the_others_were_is_stopped(
     assert started[0].returncode == -signal.SIGTERM
 
 
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (
+            ("recipe=nix", "space={diffusion.lr: 'log(1e-4,1e-2)'}"),
+            r"no trial could begin: .*experiment/nix.* \(recipe=nix\)",
+        ),
+        (("space={diffusion.lrr: 'log(1e-4,1e-2)'}",), r"no trial could begin: .*lrr.* \(recipe=quickstart\)"),
+        (("space=diffusion.lr",), "space=diffusion.lr is no section"),
+    ],
+)
+def test_a_search_whose_trials_cannot_begin_is_refused(options: tuple[str, ...], said: str, tmp_path: Path) -> None:
+    usual = ("recipe=quickstart", f"runs_dir={tmp_path}/runs")
+    with pytest.raises(ValueError, match=said):
+        search.search(composed("search", *usual, *options))
+    assert not (tmp_path / "runs").exists()
+
+
 def test_a_search_says_which_column_it_cannot_prune_by(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import optuna
 
