@@ -72,7 +72,7 @@ class Start:
 class Guidance:
     """The guidance of sampling, apart from the condition itself.
 
-    negative: fields of a negative condition that guidance leads away from, instead of the null condition
+    negative: fields of a negative condition that guidance leads away from, instead of the null condition (texts may be None: null)
     weaker_model: model that guidance leads away from, under the same condition (autoguidance, Karras et al. 2024)
     rule: `classifier_free` with its options bound
     outer: further guidance, each a function from denoiser to denoiser, the first one innermost

@@ -80,6 +80,7 @@ def ensure_data(data: DictConfig) -> None:
             raise DataError(
                 f"data.root={data.root} holds other files (first: {other}), not shards; {FROM_PICTURES.format(root=data.root)}"
             )
+        print(f"data.root={data.root} holds no shards yet; they are drawn by data.source", flush=True)
         prepare(instantiate(data.source), data.root, data.per_shard)
         return
     try:

@@ -9,10 +9,8 @@ import torch
 from ldm_train.checkpoints.native import load_model
 from ldm_train.configuration import plain
 from ldm_train.data.order import Batching
-from ldm_train.data.prepare.target import ORIGIN
+from ldm_train.data.prepare.build import origin_of
 from ldm_train.data.remote import is_address
-from ldm_train.data.shards import ENTRIES
-from ldm_train.data.shards import read_note as read_json_note
 from ldm_train.errors import Refused
 from ldm_train.evaluation.adherence import judged_fields
 from ldm_train.evaluation.evaluator import parse_metrics, sampling_options
@@ -30,9 +28,7 @@ SHOWN = 36  # samples that an evaluation without metrics draws, for samples.png
 
 def _may_be_shapes(root: Any) -> bool:
     """Returns False for data that say they were prepared from something else than drawn shapes."""
-    note = read_json_note(Path(root) / ENTRIES / ORIGIN) if isinstance(root, str) and not is_address(root) else None
-    origin = note.get("source") if isinstance(note, dict) else None
-    name = origin.get("source") if isinstance(origin, dict) else None
+    name = origin_of(Path(root)).get("source") if isinstance(root, str) and not is_address(root) else None
     return not isinstance(name, str) or name.startswith("shapes")
 
 

@@ -128,12 +128,18 @@ def _write(source: Source, out: Folder, name: str, split: str, chunk: range) -> 
     return entry
 
 
+def origin_of(folder: Path) -> dict[str, Any]:
+    """What the data in a folder say they were prepared from: the source's name and options, and the number of samples of
+    each split; {} if they say nothing."""
+    made = read_note(folder / ENTRIES / ORIGIN)
+    made = made if isinstance(made, dict) else {}
+    return {k: v for part in ("source", "counts") if isinstance(made.get(part), dict) for k, v in made[part].items()}
+
+
 def check_made_from(source: Source, folder: Path) -> None:
     """Raises DataError if `folder` holds data of the same kind of source with other options. Data of another origin are
     the user's own, and are not checked."""
-    made = read_note(folder / ENTRIES / ORIGIN)
-    made = made if isinstance(made, dict) else {}
-    held = {k: v for part in ("source", "counts") if isinstance(made.get(part), dict) for k, v in made[part].items()}
+    held = origin_of(folder)
     asked = json.loads(json.dumps({**source.identity, **source.splits()}))
     if "source" not in held or held["source"] != asked.get("source"):
         return
